@@ -1,0 +1,1 @@
+"""Checkpoint folders and the registry of known models."""

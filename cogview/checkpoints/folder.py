@@ -1,0 +1,208 @@
+"""A checkpoint is a folder that needs nothing else.
+
+``config.json`` and ``model.safetensors`` (the transformer), ``text.model`` (SentencePiece), ``image/`` (the VQ-VAE),
+``README.md`` (the model card), and, for a model that knows a closed world of things, ``things.json``.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cogview.checkpoints.image import codebook_hash, load_image_tokenizer, save_image_tokenizer
+from cogview.config import TransformerConfig
+from cogview.config_files import build, to_plain
+from cogview.errors import InputError
+from cogview.sampling import Sampling
+from cogview.tokenizers.layouts import Layout, layouts
+from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.transformer import Transformer
+from cogview.vqvae.model import VQVAE
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """All that ``config.json`` holds."""
+
+    transformer: TransformerConfig
+    vocabulary: Vocabulary
+    grid: int  # codes on a side of an image
+    tasks: tuple[str, ...]  # rows of the layout table that training saw
+    max_text: int  # pieces in the longest text that fits
+    caption_stop: bool = True  # captions end in [SEP]
+    caption_drop: float = 0.0  # share of captions left out in training, for guidance
+    codebook_sha256: str = ""
+    sampling: Sampling = field(default_factory=Sampling)  # what suits this model, where nothing else is asked for
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"format version {self.format_version} is newer than {FORMAT_VERSION}, the newest this version knows; "
+                "update cogview"
+            )
+        table = layouts(self.grid, caption_stop=self.caption_stop)
+        unknown = [task for task in self.tasks if task not in table]
+        if unknown:
+            raise ValueError(f"task {unknown[0]!r} is unknown; known: {', '.join(table)}")
+        if self.vocabulary.padded_size != self.transformer.vocabulary_size:
+            raise ValueError(
+                f"the vocabulary has {self.vocabulary.padded_size} rows, the transformer "
+                f"{self.transformer.vocabulary_size}"
+            )
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The layout table at this model's grid."""
+        return layouts(self.grid, caption_stop=self.caption_stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedThing:
+    """A thing that a model of a closed world can draw: its name, and other names that mean it."""
+
+    name: str
+    emoji: str = ""
+    synonyms: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True, eq=False)
+class Model:
+    """What a checkpoint folder holds, in memory."""
+
+    config: ModelConfig
+    transformer: Transformer
+    image_tokenizer: VQVAE
+    text_tokenizer: TextTokenizer
+    things: tuple[NamedThing, ...] = ()
+    card: str = ""
+
+
+def save_model(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``model`` into ``folder``, which need not exist; weights are stored as ``dtype``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.transformer.state_dict().items()
+    }
+    save_file(weights, folder / "model.safetensors")
+    save_image_tokenizer(folder / "image", model.image_tokenizer, dtype)
+    (folder / "text.model").write_bytes(model.text_tokenizer.model_bytes)
+    if model.things:
+        _write_json(folder / "things.json", [to_plain(thing) for thing in model.things])
+    if model.card:
+        (folder / "README.md").write_text(model.card, encoding="utf-8")
+    _write_json(folder / "config.json", to_plain(model.config))
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of a checkpoint folder, without its weights."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is no checkpoint folder: config.json is missing")
+    return build(ModelConfig, _read_json(path), where=str(path))
+
+
+def read_things(folder: Path) -> tuple[NamedThing, ...]:
+    """The things that a model of a closed world knows; empty for any other."""
+    path = folder / "things.json"
+    if not path.is_file():
+        return ()
+    return tuple(build(NamedThing, entry, where=str(path)) for entry in _read_json(path))
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+    """Read a checkpoint folder; the transformer goes to ``device`` as ``dtype``, the VQ-VAE there in float32.
+
+    Raises InputError where a part is missing or does not belong to the others.
+    """
+    config = read_config(folder)
+    for name in ("model.safetensors", "text.model"):
+        if not (folder / name).is_file():
+            raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing")
+
+    image_tokenizer = load_image_tokenizer(folder / "image")
+    found = codebook_hash(image_tokenizer)
+    if found != config.codebook_sha256:
+        raise InputError(
+            f"the image tokenizer in {folder / 'image'} has another codebook ({found[:12]}…) than the transformer was "
+            f"trained with ({config.codebook_sha256[:12]}…); restore the folder's own"
+        )
+    try:
+        text_tokenizer = TextTokenizer.load(folder / "text.model")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if text_tokenizer.size != config.vocabulary.num_text_pieces:
+        raise InputError(
+            f"{folder / 'text.model'} has {text_tokenizer.size} pieces, the config says "
+            f"{config.vocabulary.num_text_pieces}; restore the folder's own"
+        )
+    card = folder / "README.md"
+    return Model(
+        config=config,
+        transformer=_load_transformer(folder / "model.safetensors", config.transformer, device, dtype),
+        image_tokenizer=image_tokenizer.to(device),
+        text_tokenizer=text_tokenizer,
+        things=read_things(folder),
+        card=card.read_text(encoding="utf-8") if card.is_file() else "",
+    )
+
+
+def _load_transformer(path: Path, config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+    with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
+        transformer = Transformer(config)
+    try:
+        transformer.load_state_dict(
+            {name: tensor.to(device, dtype) for name, tensor in weights.items()}, strict=True, assign=True
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} does not hold the weights that config.json describes: {reason}") from None
+    return transformer.eval()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify_files(folder: Path, expected: Sequence[tuple[str, str]]) -> None:
+    """Compare files of ``folder`` with their SHA-256 sums, given as (name, sum); InputError names the first that differs."""
+    for name, wanted in expected:
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing")
+        found = file_sha256(path)
+        if found != wanted:
+            raise InputError(
+                f"{path} is damaged or was changed: its SHA-256 is {found[:12]}…, expected {wanted[:12]}…; "
+                "install cogview again"
+            )
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict:  # type: ignore[type-arg]
+    try:
+        content: dict = json.loads(path.read_text(encoding="utf-8"))  # type: ignore[type-arg]
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    return content

@@ -1,0 +1,49 @@
+"""The folder of an image tokenizer: ``config.json`` and ``model.safetensors``."""
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cogview.config_files import build, to_plain
+from cogview.errors import InputError
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+
+def codebook_hash(model: VQVAE) -> str:
+    """SHA-256 of the codebook as little-endian float16: what makes codes mean the same, in any stored precision."""
+    codebook = model.quantizer.codebook.detach().to("cpu", torch.float16).contiguous()
+    return hashlib.sha256(codebook.numpy().astype("<f2").tobytes()).hexdigest()
+
+
+def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``model``; floating-point weights are stored as ``dtype``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    save_file(weights, folder / "model.safetensors")
+    config = json.dumps(to_plain(model.config), indent=2)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def load_image_tokenizer(folder: Path) -> VQVAE:
+    """Read a folder written by ``save_image_tokenizer``; weights become float32, on the CPU, ready to use."""
+    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
+    for file in (config_file, weights_file):
+        if not file.is_file():
+            raise InputError(f"{folder} is no image tokenizer: {file.name} is missing")
+    try:
+        plain = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{config_file} is not JSON: {error}") from None
+    model = VQVAE(build(VQVAEConfig, plain, where=str(config_file)))
+    try:
+        weights = load_file(weights_file)
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+    except (SafetensorError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{weights_file} does not hold the weights that config.json describes: {reason}") from None
+    return model.eval()

@@ -1,0 +1,1 @@
+"""The ``cogview`` command: one small file per subcommand."""

@@ -1,0 +1,73 @@
+"""``cogview <command>``: parse, call the library, print.
+
+A user's mistake is one line on stderr and status 2. Results go to stdout, progress and notes to stderr.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from cogview import __version__
+from cogview.errors import InputError
+
+# Command, its module in cogview.cli (with add_arguments(parser) and run(args) -> int), and its line of help.
+COMMANDS = {
+    "generate": ("generate", "draw pictures from text"),
+    "info": ("info", "what a model is, was trained on and can do"),
+    "scenes": ("scenes", "recipe step 1: make the emoji world"),
+    "train-text": ("train_text", "recipe step 2: train the text tokenizer"),
+    "train-image": ("train_image", "recipe step 3: train the VQ-VAE"),
+    "encode": ("encode", "recipe step 4: encode scenes into a token store"),
+    "train": ("train", "recipe step 5: train the transformer"),
+    "eval": ("evaluate", "recipe step 6: grade what a model draws"),
+    "package": ("package", "recipe step 7: make a checkpoint folder to publish"),
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser; only the arguments of ``command`` are filled in, so that ``--help`` imports little."""
+    parser = argparse.ArgumentParser(prog="cogview", description="Draw pictures from Chinese text, and train what does.")
+    parser.add_argument("--version", action="version", version=f"cogview {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module, line) in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=line, description=line[0].upper() + line[1:] + ".", formatter_class=HelpFormatter
+        )
+        if name == command:
+            importlib.import_module(f"cogview.cli.{module}").add_arguments(subparser)
+    return parser
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but no "(default: None)"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    command = next((argument for argument in arguments if argument in COMMANDS), None)
+    args = build_parser(command).parse_args(arguments)
+    module = importlib.import_module(f"cogview.cli.{COMMANDS[args.command][0]}")
+    return run_safely(lambda: module.run(args), f"cogview {args.command}")
+
+
+def run_safely(run: Callable[[], int], name: str) -> int:
+    """``run()``, with a user's mistakes as one line on stderr and status 2, and Ctrl-C as status 130."""
+    logging.basicConfig(level=os.environ.get("COGVIEW_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
+    try:
+        return run()
+    except (InputError, OSError) as error:
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; what was finished is kept", file=sys.stderr)
+        return 130

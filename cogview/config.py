@@ -1,0 +1,62 @@
+"""Settings of the transformer, and presets from the small ones to four billion parameters."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape of the transformer. CogView's has 48 layers of width 2560 with 40 heads."""
+
+    num_layers: int
+    width: int
+    num_heads: int
+    vocabulary_size: int  # padded: the rows of the embedding
+    max_positions: int = 1089
+    dropout: float = 0.1  # in training: on embeddings and on both branches of a layer
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "width", "num_heads", "vocabulary_size", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} does not divide into {self.num_heads} heads")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.width // self.num_heads
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, tied embedding counted once."""
+        layer = 12 * self.width**2 + 17 * self.width
+        return self.num_layers * layer + 2 * self.width + (self.vocabulary_size + self.max_positions) * self.width
+
+
+# layers, width, heads; the name says the parameters of the layers, roughly
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "10m": (6, 384, 6),
+    "20m": (10, 416, 8),
+    "100m": (12, 832, 13),
+    "300m": (24, 1024, 16),
+    "1b": (24, 1792, 28),
+    "4b": (48, 2560, 40),
+}
+
+
+def preset(name: str, vocabulary_size: int, max_positions: int = 1089, dropout: float = 0.1) -> TransformerConfig:
+    """The config of a preset for a vocabulary; raises ValueError with the known names."""
+    if name not in PRESETS:
+        raise ValueError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
+    num_layers, width, num_heads = PRESETS[name]
+    return TransformerConfig(
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        vocabulary_size=vocabulary_size,
+        max_positions=max_positions,
+        dropout=dropout,
+    )

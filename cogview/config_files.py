@@ -1,0 +1,230 @@
+"""Settings in files: YAML recipes and JSON configs become the frozen dataclasses that the code works with.
+
+A recipe is one YAML file with a section per command. A section, with ``key=value`` overrides from the command line,
+becomes an instance of the command's dataclass by :func:`build`; :func:`to_plain` is the way back.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cogview.errors import InputError
+
+T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that takes ``1e-4`` for a number, as YAML 1.2 does, and a key given twice for an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f'"{key_node.value}" stands here a second time', problem_mark=key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The sections of a YAML recipe by name; InputError names the line that cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the recipe {path}: {error}") from error
+    try:
+        recipe = _parse(text)
+    except ValueError as error:
+        raise InputError(f"{path}, {error}") from error
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path} is no recipe: it holds {_kind(recipe)} where sections are expected")
+    return recipe
+
+
+def section(recipe: Mapping[str, Any], name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """Section ``name`` of a recipe, changed by ``overrides``; the recipe itself stays as it is.
+
+    An override is ``key=value``, the value written as in YAML; ``key.inner=value`` reaches into a nested section.
+    """
+    if name not in recipe:
+        raise InputError(f'the recipe has no section "{name}"; it has: {", ".join(map(str, recipe)) or "none"}')
+    content = {} if recipe[name] is None else recipe[name]
+    if not isinstance(content, dict):
+        raise InputError(f'section "{name}" of the recipe holds {_kind(content)} where settings are expected')
+    result = dict(content)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise InputError(f'override "{override}" is not understood: write it as key=value')
+        try:
+            parsed = _parse(value)
+        except ValueError as error:
+            raise InputError(f'override "{override}": {error}') from error
+        target = result
+        *outer, last = key.split(".")
+        for part in outer:
+            inner = target.get(part)
+            if inner is not None and not isinstance(inner, dict):
+                raise InputError(f'override "{override}": "{part}" holds {_kind(inner)}, it has no settings inside')
+            target[part] = dict(inner or {})
+            target = target[part]
+        target[last] = parsed
+    return result
+
+
+def build(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """An instance of the dataclass ``kind`` from plain values, as YAML and JSON give them.
+
+    Understands numbers, strings, booleans, None, ``Path``, ``Literal``, unions, lists, tuples, dictionaries and nested
+    dataclasses. A whole number will do for a float, a list for a tuple; nothing else is converted. ``where`` begins
+    the message of every InputError: "transformer section of emoji-cpu.yaml".
+    """
+    hints = get_type_hints(kind)
+    settings = {setting.name: setting for setting in fields(kind) if setting.init}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in settings:
+            near = get_close_matches(str(key), settings, n=1)
+            advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(settings)}"
+            raise InputError(f'{where}: "{key}" is unknown; {advice}')
+    missing = [
+        name
+        for name, setting in settings.items()
+        if name not in mapping and setting.default is MISSING and setting.default_factory is MISSING
+    ]
+    if missing:
+        raise InputError(f"{where}: {', '.join(missing)} must be given")
+    values = {key: _convert(hints[key], value, f"{where}, {key}") for key, value in mapping.items()}
+    try:
+        return kind(**values)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def to_plain(value: Any) -> Any:
+    """A dataclass, and all that is in it, as dictionaries, lists, strings and numbers: ``build`` undoes it."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {setting.name: to_plain(getattr(value, setting.name)) for setting in fields(value) if setting.init}
+    if isinstance(value, Mapping):
+        return {key: to_plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(inner) for inner in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(str(error).replace("\n", " ")) from error
+
+
+def _convert(kind: Any, value: Any, where: str) -> Any:
+    """``value`` as ``kind``, or InputError."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, where)
+    if is_dataclass(kind):
+        if isinstance(value, Mapping):
+            return build(kind, value, where)  # type: ignore[arg-type]
+    elif origin is Literal:
+        if any(value == choice and type(value) is type(choice) for choice in arguments):
+            return value
+    elif origin is tuple and isinstance(value, (list, tuple)):
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return tuple(_convert(arguments[0], inner, where) for inner in value)
+        if len(arguments) == len(value):
+            return tuple(_convert(one, inner, where) for one, inner in zip(arguments, value, strict=True))
+    elif origin is list and isinstance(value, list):
+        return [_convert(arguments[0], inner, where) for inner in value]
+    elif origin is dict and isinstance(value, Mapping):
+        return {
+            _convert(arguments[0], key, where): _convert(arguments[1], inner, f"{where}, {key}")
+            for key, inner in value.items()
+        }
+    elif kind is Any:
+        return value
+    elif kind is float and type(value) in (int, float):
+        return float(value)
+    elif kind is Path and isinstance(value, str):
+        return Path(value)
+    elif isinstance(kind, type) and type(value) is kind:  # not isinstance: True is no number here
+        return value
+    raise InputError(f"{where}: expected {_name(kind)}, got {_kind(value)}")
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    if type(value) in kinds:
+        return value
+    others = [kind for kind in kinds if kind is not type(None)]
+    if len(others) == 1:
+        return _convert(others[0], value, where)
+    for kind in others:
+        try:
+            return _convert(kind, value, where)
+        except InputError:
+            continue
+    raise InputError(f"{where}: expected {' or '.join(map(_name, kinds))}, got {_kind(value)}")
+
+
+_NAMES = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+    type(None): "nothing",
+}
+
+
+def _name(kind: Any) -> str:
+    """A type, for a reader of recipes."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        if len(arguments) == 2 and arguments[1] is Ellipsis:
+            return f"a list of {_name(arguments[0])}"
+        return f"a list of {len(arguments)}"
+    if origin is list:
+        return f"a list of {_name(arguments[0])}"
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_name, arguments))
+    if origin is dict or is_dataclass(kind):
+        return "settings of its own"
+    return _NAMES.get(kind, str(kind))
+
+
+def _kind(value: Any) -> str:
+    """A value, for an error message."""
+    if isinstance(value, Mapping):
+        return f"the settings {', '.join(map(str, value))}"
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,1 @@
+"""Training data: the token store, its sampling order, and the emoji scenes."""

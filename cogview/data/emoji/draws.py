@@ -1,0 +1,34 @@
+"""Chance as a function of a key."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TypeVar
+
+_Item = TypeVar("_Item")
+
+
+class Draws:
+    """Whole numbers from a hash of a key: the same on every machine and with every version of every library."""
+
+    def __init__(self, *key: object) -> None:
+        self._key = "/".join(map(str, key)).encode()
+        self._block = 0
+        self._words: list[int] = []
+
+    def below(self, end: int) -> int:
+        """A number from 0 to ``end`` - 1; the bias of the remainder is below ``end`` / 2**64."""
+        if not self._words:
+            digest = hashlib.blake2b(self._key, salt=self._block.to_bytes(16, "big")).digest()
+            self._words = [int.from_bytes(digest[i : i + 8], "big") for i in range(0, 64, 8)]
+            self._block += 1
+        return self._words.pop() % end
+
+    def pick(self, items: Sequence[_Item]) -> _Item:
+        """One of ``items``."""
+        return items[self.below(len(items))]
+
+    def chance(self, percent: int) -> bool:
+        """True in ``percent`` of 100 cases."""
+        return self.below(100) < percent

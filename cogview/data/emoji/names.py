@@ -1,0 +1,32 @@
+"""Which known things a prompt names, and which names come near when it names none. Plain strings, no font needed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from difflib import SequenceMatcher
+
+# Words every prompt may hold; they say nothing about which thing is meant.
+_GRAMMAR = re.compile(
+    r"背景|[红橙橘黄绿青蓝紫粉棕褐灰白黑]色|[左右上下][边面方]|[一二两三四五六七八九十\d]+[个只头匹条朵棵辆架艘本把杯座块份碗]?"
+    r"|[的是有在上下，。、！？,.!?\s]"
+)
+
+
+def find_names(text: str, names: Iterable[str]) -> list[str]:
+    """The ``names`` that occur in ``text``, in order; where several begin at one place, the longest counts."""
+    longest_first = sorted({name for name in names if name}, key=len, reverse=True)
+    if not longest_first:
+        return []
+    return re.findall("|".join(map(re.escape, longest_first)), text)
+
+
+def nearest_names(text: str, names: Iterable[str], n: int = 3) -> list[str]:
+    """Up to ``n`` of ``names`` that share most with ``text``, the nearest first; none where nothing is shared."""
+    words = [word for word in _GRAMMAR.split(text) if word]
+    scored: list[tuple[float, int, str]] = []
+    for name in dict.fromkeys(names):
+        score = max((SequenceMatcher(None, word, name).ratio() for word in words), default=0.0)
+        if score > 0:
+            scored.append((-score, len(scored), name))  # equals keep their order, commonest first
+    return [name for _, _, name in sorted(scored)[:n]]

@@ -1,0 +1,107 @@
+"""The order of training samples, as a function of a seed and a step.
+
+Sample ``k`` of a run is row ``k % size`` of epoch ``k // size``, sent through a permutation keyed by the seed and the
+epoch. Nothing is stored or shuffled, so resuming a run is one integer, at any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+ROUNDS = 8  # of the Feistel network; four make one pseudorandom when its functions are (Luby and Rackoff, 1988)
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
+
+
+def sample_index(seed: int, k: int | np.ndarray, size: int) -> np.ndarray:
+    """Row of a store of ``size`` rows that sample ``k`` of the run with ``seed`` reads; int64, in the shape of ``k``.
+
+    Every ``size`` consecutive ``k`` from a multiple of ``size`` on are an epoch, which has each row exactly once.
+    """
+    if size < 1:
+        raise ValueError(f"there are {size} rows to sample from, at least 1 is needed")
+    samples = np.asarray(k, dtype=np.int64)
+    if samples.size and samples.min() < 0:
+        raise ValueError(f"samples are numbered from 0, got {samples.min()}")
+    epoch, position = np.divmod(samples.reshape(-1), size)
+    key = _mix(_mix(np.full(epoch.shape, seed % 2**64, dtype=np.uint64)) ^ epoch.astype(np.uint64))
+
+    # The network permutes 0…2^bits-1. Sent through it again and again, a number below ``size`` comes back below
+    # ``size`` at some point, and the first such points are a permutation again (Black and Rogaway, 2002).
+    bits = max(2, int(size - 1).bit_length())
+    row = _feistel(position.astype(np.uint64), key, bits)
+    while (outside := np.flatnonzero(row >= size)).size:
+        row[outside] = _feistel(row[outside], key[outside], bits)
+    return row.astype(np.int64).reshape(samples.shape)
+
+
+class ResumableBatchSampler:
+    """Batches of row numbers for a DataLoader (its ``batch_sampler``), from ``start_step`` on.
+
+    Step ``s`` has the samples s·batch_size … (s+1)·batch_size - 1, of which process ``rank`` of ``world_size`` takes
+    its equal share; ``batch_size`` counts all processes together. Ends before step ``steps``, or never (None).
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        *,
+        start_step: int = 0,
+        steps: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if size < 1:
+            raise ValueError(f"there are {size} rows to sample from, at least 1 is needed")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside 0…{world_size - 1}")
+        if batch_size < 1 or batch_size % world_size:
+            raise ValueError(f"a batch of {batch_size} does not divide among {world_size} processes")
+        if start_step < 0:
+            raise ValueError(f"the first step is 0, got {start_step}")
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_step = start_step
+        self.steps = steps
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch_size // self.world_size
+        step = self.start_step
+        while self.steps is None or step < self.steps:
+            first = step * self.batch_size + self.rank * share
+            yield sample_index(self.seed, np.arange(first, first + share), self.size).tolist()
+            step += 1
+
+
+def _feistel(number: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
+    """A permutation of 0…2^bits-1 for every key; both arrays are uint64 of one shape.
+
+    Each round changes one half by a function of the other, which a second time would undo: so every round, whatever
+    its function, loses nothing.
+    """
+    low_bits = np.uint64(bits // 2)
+    low_mask = np.uint64((1 << (bits // 2)) - 1)
+    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
+    high, low = number >> low_bits, number & low_mask
+    for index in range(ROUNDS):
+        round_key = key + np.uint64(index * _GOLDEN % 2**64)
+        if index % 2:
+            low = low ^ (_mix(high ^ round_key) & low_mask)
+        else:
+            high = high ^ (_mix(low ^ round_key) & high_mask)
+    return (high << low_bits) | low
+
+
+def _mix(number: np.ndarray) -> np.ndarray:
+    """The scrambling step of SplitMix64 (Steele, Lea and Flood, 2014), on uint64 modulo 2^64."""
+    number = number + np.uint64(_GOLDEN)
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return number ^ (number >> np.uint64(31))

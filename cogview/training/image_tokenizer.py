@@ -1,0 +1,103 @@
+"""Training the VQ-VAE on the scenes of a world."""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cogview.checkpoints.image import save_image_tokenizer
+from cogview.data.emoji.scenes import World
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
+
+HELD_OUT_IMAGES = 2048
+
+
+class SceneImages(Dataset[Tensor]):
+    """Picture number i of a world as (3, H, W) float32 in [0, 1]; a function of (seed, i)."""
+
+    def __init__(self, world: World, seed: int, *, held_out: bool = False) -> None:
+        self.world = world
+        self.seed = seed
+        self.held_out = held_out
+
+    def __getitem__(self, index: int) -> Tensor:
+        scene = self.world.sample(self.seed, index, held_out=self.held_out)
+        return to_tensor(self.world.render(scene, index))
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 to (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3, H, W) in [0, 1] to a picture."""
+    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def scene_batches(world: World, seed: int, batch_size: int, first: int, last: int, workers: int) -> Iterator[Tensor]:
+    """Batches number ``first`` to ``last`` of a world's pictures, (B, 3, H, W)."""
+    loader = DataLoader(
+        SceneImages(world, seed),
+        batch_size=batch_size,
+        sampler=range(first * batch_size, last * batch_size),
+        num_workers=workers,
+    )
+    return iter(loader)
+
+
+def held_out_batches(world: World, count: int = HELD_OUT_IMAGES, batch_size: int = 64) -> Iterator[Tensor]:
+    """Pictures of held-out scenes, which no training ever sees."""
+    return iter(DataLoader(SceneImages(world, seed=1, held_out=True), batch_size=batch_size, sampler=range(count)))
+
+
+class ImageTokenizerRun:
+    """The VQ-VAE's trainer as the shared loop wants it."""
+
+    def __init__(
+        self, world: World, config: VQVAEConfig, settings: VQVAETraining, device: torch.device, autocast: bool
+    ) -> None:
+        self.world = world
+        self.trainer = VQVAETrainer(config, settings, device, autocast)
+
+    def step(self, step: int, batch: Tensor) -> dict[str, float]:
+        """One training step."""
+        return self.trainer.step(step, batch)
+
+    def save(self, folder: Path) -> None:
+        """The model folder, and ``trainer.pt``."""
+        save_image_tokenizer(folder / "image", self.trainer.model)
+        torch.save(self.trainer.state(), folder / "trainer.pt")
+
+    def load(self, folder: Path) -> None:
+        """Take up ``trainer.pt``."""
+        self.trainer.load(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
+
+    def evaluate(self, step: int, folder: Path) -> dict[str, float]:
+        """PSNR, usage and perplexity on held-out scenes, and a sheet of scenes above their reconstructions."""
+        model = self.trainer.model
+        figures = evaluate_vqvae(model, held_out_batches(self.world))
+        reconstruction_sheet(model, self.world).save(folder / f"step-{step:08d}.png")
+        return {f"held_out_{name}": value for name, value in figures.items()}
+
+
+def reconstruction_sheet(model: VQVAE, world: World, count: int = 12) -> Image.Image:
+    """Held-out scenes in the upper row, what the VQ-VAE makes of them in the lower, at twice their size."""
+    images = next(held_out_batches(world, count, count))
+    device = next(model.parameters()).device
+    restored = model.decode(model.encode(images.to(device))).cpu()
+    rows = torch.cat([torch.cat(list(images), dim=2), torch.cat(list(restored), dim=2)], dim=1)
+    sheet = to_image(rows)
+    return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST)
+
+
+def write_report(path: Path, figures: dict[str, float]) -> None:
+    """The held-out figures as JSON beside the tokenizer."""
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,153 @@
+"""The transformer: GPT with two things that keep half precision stable (CogView, arXiv:2105.13290, section 2.4).
+
+* Sandwich-LN: each branch of a layer has a LayerNorm before it and another on its output, so that no branch adds more
+  to the residual stream than its norm allows:  x = x + LN3(attention(LN1(x)));  x = x + LN4(mlp(LN2(x))).
+* PB-relax: attention scores and LayerNorm inputs are scaled down before the operation that would overflow
+  (``kernels/attention.py``, ``kernels/layer_norm.py``).
+
+Positions are learned and absolute, the embedding is tied to the output, GELU is the tanh form, everything has biases.
+"""
+
+# B batch, T new positions, S positions in all, D width, H heads, K size of a head, V vocabulary (or a slice of it)
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cogview.cache import KVCache
+from cogview.config import TransformerConfig
+from cogview.kernels.attention import attention
+from cogview.kernels.layer_norm import pb_relax_layer_norm
+
+INIT_STD = 0.02
+
+
+class Transformer(nn.Module):
+    """Ids in, logits out.
+
+    ``transformer(ids)`` gives float32 logits (B, T, V) over the padded vocabulary. ``hidden`` stops before the
+    output embedding and ``head`` multiplies by the rows that are wanted, which is all that generation and training need.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary_size, config.width)
+        self.positions = nn.Embedding(config.max_positions, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.final_norm = LayerNorm(config.width)
+        self.dropout = nn.Dropout(config.dropout)
+        self.apply(self._initialize)
+
+    def _initialize(self, module: nn.Module) -> None:
+        """N(0, 0.02); output projections of a branch N(0, 0.02 / sqrt(2 layers)); biases 0."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=INIT_STD)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Layer):  # apply() comes here after the children
+            for projection in (module.attention.output, module.mlp.output):
+                nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * self.config.num_layers))
+
+    def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
+        """Float32 logits (B, T, V) of the id that follows each of ``ids_BT`` (int64)."""
+        return self.head(self.hidden(ids_BT, positions_BT))
+
+    def hidden(
+        self,
+        ids_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        *,
+        starts_B: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The normalised output of the last layer, (B, T, D).
+
+        ``positions_BT`` (default: counted from 0, or from the cache's length) index the learned positions.
+        ``starts_B`` is the number of padded positions at the left of each row; their outputs mean nothing. With a
+        ``cache`` the ids continue what it holds, and are stored in it.
+        """
+        past = cache.length if cache is not None else 0
+        if positions_BT is None:
+            positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
+        for number, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, starts_B, cache, number)
+        if cache is not None:
+            cache.advance(ids_BT.shape[1])
+        return self.final_norm(x_BTD)
+
+    def head(self, hidden: Tensor, ids: range | None = None) -> Tensor:
+        """Float32 logits (..., V) of hidden states (..., D), for all ids or for a range of them."""
+        weight = self.embedding.weight if ids is None else self.embedding.weight[ids.start : ids.stop]
+        return F.linear(hidden, weight).float()
+
+
+class Layer(nn.Module):
+    """One Sandwich-LN layer."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.attention_norm = LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.attention_output_norm = LayerNorm(config.width)
+        self.mlp_norm = LayerNorm(config.width)
+        self.mlp = MLP(config)
+        self.mlp_output_norm = LayerNorm(config.width)
+
+    def forward(self, x_BTD: Tensor, starts_B: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
+        """Same shape as ``x_BTD``; ``number`` is this layer's place in the cache."""
+        attended = self.attention(self.attention_norm(x_BTD), starts_B, cache, number)
+        x_BTD = x_BTD + self.attention_output_norm(attended)
+        return x_BTD + self.mlp_output_norm(self.mlp(self.mlp_norm(x_BTD)))
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention; q, k and v come from one projection, stacked in thirds."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query_key_value = nn.Linear(config.width, 3 * config.width)
+        self.output = nn.Linear(config.width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTD: Tensor, starts_B: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
+        """(B, T, D)."""
+        batch, length, width = x_BTD.shape
+        split = self.query_key_value(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
+        q_BHTK, k_BHSK, v_BHSK = split.permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            k_BHSK, v_BHSK = cache.extend(number, k_BHSK, v_BHSK)
+        mixed_BHTK = attention(q_BHTK, k_BHSK, v_BHSK, starts_B)
+        return self.dropout(self.output(mixed_BHTK.transpose(1, 2).reshape(batch, length, width)))
+
+
+class MLP(nn.Module):
+    """Two projections around a tanh-form GELU, four times as wide inside."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.input = nn.Linear(config.width, 4 * config.width)
+        self.output = nn.Linear(4 * config.width, config.width)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        return self.dropout(self.output(F.gelu(self.input(x), approximate="tanh")))
+
+
+class LayerNorm(nn.Module):
+    """PB-relax LayerNorm with weight and bias."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape and dtype as ``x``."""
+        return pb_relax_layer_norm(x, self.weight, self.bias)

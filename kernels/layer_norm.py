@@ -1,0 +1,23 @@
+"""PB-relax LayerNorm (CogView, arXiv:2105.13290, section 2.4)."""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+RELAX = 8.0  # the released code divides by max|x| / 8
+
+
+def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """LayerNorm over the last axis of ``x`` (..., D), after division by max|x| / 8 of each token.
+
+    LayerNorm does not change when its input is scaled, up to ``epsilon``; scaled this way, squares of large
+    activations stay inside half precision. The released code takes one maximum over the whole tensor, which lets one
+    sample change another and a later token an earlier one. Here the maximum is the token's own; a token of
+    zeros stays zero before weight and bias. Statistics are float32; the result has the dtype of ``x``.
+    """
+    x_fp32 = x.float()
+    # As in the release the maximum is a constant to the gradient, which is exact: the output does not depend on it.
+    largest = x_fp32.detach().abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(largest > 0, RELAX / largest, 1.0)
+    return F.layer_norm(x_fp32 * scale, x.shape[-1:], weight.float(), bias.float(), epsilon).to(x.dtype)

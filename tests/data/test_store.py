@@ -1,0 +1,317 @@
+"""The token store: what goes in comes out, in every kind of process, and an interruption loses nothing."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import lmdb
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from cogview.data import store as store_module
+from cogview.data.sampler import ResumableBatchSampler
+from cogview.data.store import ABSENT, StoreHeader, StoreWriter, TokenStore, as_tensors, pad_text, text_lengths
+from cogview.errors import InputError
+
+HEADER = StoreHeader(
+    fields={"text": 6, "image": 16},
+    grid=4,
+    num_image_codes=8192,
+    num_text_pieces=2000,
+    layouts=("generate",),
+    codebook_sha256="c0de" * 16,
+    text_sha256="7e47" * 16,
+    provenance={"world": "表情", "seeds": [1, 2]},
+)
+
+
+def some_rows(count, seed=0):
+    """``count`` rows, texts of 0 to 6 pieces."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(0, 2000, rng.integers(0, 7)).tolist() for _ in range(count)]
+    return {"text": pad_text(texts, 6), "image": rng.integers(0, 8192, (count, 16)).astype(np.uint16)}
+
+
+def assert_same(read, expected):
+    assert list(read) == list(expected)
+    for name, ids in expected.items():
+        assert read[name].dtype == np.uint16
+        np.testing.assert_array_equal(read[name], ids)
+
+
+@pytest.fixture
+def written(tmp_path):
+    rows = some_rows(500)
+    with StoreWriter(tmp_path / "store", HEADER) as writer:
+        writer.append(rows)
+    return tmp_path / "store", rows
+
+
+def test_what_is_written_is_read(written):
+    path, rows = written
+    store = TokenStore(path)
+    assert len(store) == 500
+    assert store.header == HEADER
+    assert_same(store.read(np.arange(500)), rows)
+    wanted = [499, 0, 7, 7]  # any order, twice the same
+    assert_same(store.read(wanted), {name: ids[wanted] for name, ids in rows.items()})
+    assert_same(store[123], {name: ids[123] for name, ids in rows.items()})
+    assert_same(store.read([]), {name: ids[:0] for name, ids in rows.items()})
+
+
+def test_rows_lie_on_disk_as_documented(written):
+    path, rows = written
+    with lmdb.open(str(path), readonly=True, max_dbs=1) as environment:
+        table = environment.open_db(b"rows", create=False)
+        with environment.begin() as transaction:
+            header, count = transaction.get(b"header"), transaction.get(b"count")
+            value = transaction.get(bytes([0, 0, 0, 0, 0, 0, 1, 44]), db=table)
+    assert count == b"500"
+    assert json.loads(header)["provenance"] == {"world": "表情", "seeds": [1, 2]}
+    assert value == np.concatenate([rows["text"][300], rows["image"][300]]).astype("<u2").tobytes()
+
+
+def test_read_rows_are_the_callers_own(written):
+    path, rows = written
+    store = TokenStore(path)
+    store.read([3])["image"][:] = 0
+    assert_same(store.read([3]), {name: ids[[3]] for name, ids in rows.items()})
+
+
+def test_pad_text_marks_what_is_absent():
+    text = pad_text([[5, 6], [], [1, 2, 3]], 3)
+    assert text.tolist() == [[5, 6, ABSENT], [ABSENT] * 3, [1, 2, 3]]
+    assert text_lengths(text).tolist() == [2, 0, 3]
+    with pytest.raises(InputError, match=r"text 1 has 4 pieces, the store has room for 3: widen"):
+        pad_text([[], [1, 2, 3, 4]], 3)
+
+
+def test_a_store_outgrows_its_first_map(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_module, "ROWS_PER_TRANSACTION", 300)
+    rows = some_rows(5000)
+    with StoreWriter(tmp_path / "store", HEADER, map_size=2**15) as writer:  # 32 KiB for 220 kB of ids
+        for start in range(0, 5000, 1000):
+            writer.append({name: ids[start : start + 1000] for name, ids in rows.items()})
+    assert (tmp_path / "store" / "data.mdb").stat().st_size > 2**15
+    assert_same(TokenStore(tmp_path / "store").read(np.arange(5000)), rows)
+
+
+WRITE_AND_DIE = """
+import os, signal, sys
+import numpy as np
+from cogview.data.store import StoreHeader, StoreWriter
+
+path, header = sys.argv[1:]
+with np.load(f"{path}.npz") as rows, StoreWriter(path, StoreHeader.from_json(header)) as writer:
+    writer.append({name: rows[name][:200] for name in rows})
+    with writer._environment.begin(write=True) as transaction:
+        transaction.put(b"count", b"300")  # never committed
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_writing_keeps_what_was_committed_and_goes_on(tmp_path):
+    path, rows = tmp_path / "store", some_rows(500)
+    np.savez(f"{path}.npz", **rows)
+    done = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, path, HEADER.to_json()], check=False)
+    assert done.returncode == -signal.SIGKILL
+    with TokenStore(path) as store:
+        assert_same(store.read(np.arange(len(store))), {name: ids[:200] for name, ids in rows.items()})
+    with StoreWriter(path, HEADER, resume=True) as writer:
+        assert writer.count == 200
+        writer.append({name: ids[writer.count :] for name, ids in rows.items()})
+        assert writer.count == 500
+    assert_same(TokenStore(path).read(np.arange(500)), rows)
+
+
+def test_resuming_where_nothing_is_begins(tmp_path):
+    with StoreWriter(tmp_path / "store", HEADER, resume=True) as writer:
+        assert writer.count == 0
+    store = TokenStore(tmp_path / "store")
+    assert len(store) == 0
+    assert store.header == HEADER
+
+
+def test_resuming_with_other_settings_is_refused(written):
+    path, rows = written
+    other = replace(HEADER, codebook_sha256="beef" * 16)
+    with pytest.raises(InputError, match=r"begun with codebook_sha256 c0dec0dec0dec0de…, now it is beef.*remove"):
+        StoreWriter(path, other, resume=True)
+    with StoreWriter(path, replace(HEADER, layouts=("generate",)), resume=True) as writer:  # equal is not "other"
+        assert writer.count == 500
+    assert_same(TokenStore(path).read(np.arange(500)), rows)
+
+
+def test_an_existing_store_is_not_overwritten(written):
+    with pytest.raises(InputError, match="already holds a store: remove it, or resume"):
+        StoreWriter(written[0], HEADER)
+
+
+def test_writing_where_a_file_stands(tmp_path):
+    (tmp_path / "store").write_text("a file")
+    with pytest.raises(InputError, match="cannot write a store to"):
+        StoreWriter(tmp_path / "store", HEADER)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image": None}, r"have the fields \['text'\], the store has \['image', 'text'\]"),
+        ({"image": np.zeros((2, 15), int)}, r'"image" has shape \(2, 15\), expected \(2, 16\)'),
+        ({"image": np.zeros((3, 16), int)}, r'"image" has shape \(3, 16\), expected \(2, 16\)'),
+        ({"image": np.zeros((2, 16))}, r'"image" holds float64, expected integers'),
+        ({"image": np.full((2, 16), 8192)}, r'"image" holds 8192, expected ids in 0…8191'),
+        ({"image": np.full((2, 16), ABSENT)}, r'"image" holds 65535, expected ids in 0…8191'),
+        ({"image": np.full((2, 16), -1)}, r'"image" holds -1, expected'),
+        ({"text": np.full((2, 6), 2000)}, r'"text" holds 2000, expected ids in 0…1999'),
+        ({"text": np.array([[1, ABSENT, 1, 1, 1, 1]] * 2)}, r"absent pieces come last"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_whole(tmp_path, change, message):
+    rows = {"text": np.zeros((2, 6), int), "image": np.zeros((2, 16), int), **change}
+    with StoreWriter(tmp_path / "store", HEADER) as writer:
+        with pytest.raises(InputError, match=message):
+            writer.append({name: ids for name, ids in rows.items() if ids is not None})
+        assert writer.count == 0
+
+
+@pytest.mark.parametrize("index", [500, -1, 10**12])
+def test_a_row_outside_the_store(written, index):
+    with pytest.raises(IndexError, match=rf"row {index} of .*store, which has the rows 0…499"):
+        TokenStore(written[0]).read([0, index])
+
+
+def test_a_store_iterates_like_a_list(written):
+    path, rows = written
+    assert [row["image"][0] for row in TokenStore(path)] == rows["image"][:, 0].tolist()
+
+
+def test_a_missing_store_names_the_command(tmp_path):
+    with pytest.raises(
+        InputError, match=r"there is no token store at .*nowhere: make one with `cogview encode RECIPE`"
+    ):
+        TokenStore(tmp_path / "nowhere")
+
+
+def test_things_that_are_no_store(tmp_path):
+    with pytest.raises(InputError, match=r"is not a token store: it has no data.mdb"):
+        TokenStore(tmp_path)
+    with lmdb.open(str(tmp_path / "other")) as environment, environment.begin(write=True) as transaction:
+        transaction.put(b"0", b"something else")
+    with pytest.raises(InputError, match="is an LMDB, but not a token store: it has no header"):
+        TokenStore(tmp_path / "other")
+    with pytest.raises(InputError, match="is an LMDB, but not a token store"):
+        StoreWriter(tmp_path / "other", HEADER, resume=True)
+    (tmp_path / "noise").mkdir()
+    (tmp_path / "noise" / "data.mdb").write_bytes(b"noise" * 4000)
+    with pytest.raises(InputError, match="cannot be opened as a token store"):
+        TokenStore(tmp_path / "noise")
+
+
+def test_a_store_that_was_cut_off_is_not_read(written):
+    """Half a copied file used to end the process with SIGBUS."""
+    data = written[0] / "data.mdb"
+    os.truncate(data, data.stat().st_size // 2)
+    with pytest.raises(InputError, match=r"is cut off, it has .* bytes: copy it again"):
+        TokenStore(written[0])
+
+
+def test_a_store_with_missing_rows_is_damaged(written):
+    path, _ = written
+    with lmdb.open(str(path), max_dbs=1) as environment, environment.begin(write=True) as transaction:
+        transaction.delete((7).to_bytes(8, "big"), db=environment.open_db(b"rows", txn=transaction))
+    with pytest.raises(InputError, match="is damaged, rows are missing or too short"):
+        TokenStore(path).read([6, 7, 8])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "it has format 2, this version reads up to 1: update cogview"),
+        ({"colour": "red"}, "its header has the fields .*colour"),
+        ({"num_image_codes": 0}, "num_image_codes must be in 1…65535"),
+    ],
+)
+def test_headers_that_cannot_be_read(written, change, message):
+    path, _ = written
+    with lmdb.open(str(path), max_dbs=1) as environment, environment.begin(write=True) as transaction:
+        header = json.loads(transaction.get(b"header"))
+        transaction.put(b"header", json.dumps({**header, **change}).encode())
+    with pytest.raises(InputError, match=message):
+        TokenStore(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fields": {}}, "a row needs fields of width 1 or more"),
+        ({"fields": {"text": 0}}, "a row needs fields of width 1 or more"),
+        ({"grid": 0}, "the code grid must be 1 or more"),
+        ({"grid": 8}, 'a grid of 8 has 64 codes, "image" is 16 wide'),
+        ({"num_text_pieces": 65536}, "num_text_pieces must be in 1…65535 to fit 16 bits, got 65536"),
+    ],
+)
+def test_headers_that_make_no_sense(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(HEADER, **change)
+
+
+def test_require_says_both_sides_and_the_remedy(written):
+    store = TokenStore(written[0])
+    store.require()
+    store.require(
+        codebook_sha256="c0de" * 16,
+        text_sha256="7e47" * 16,
+        num_image_codes=8192,
+        num_text_pieces=2000,
+        grid=4,
+        layout="generate",
+    )
+    with pytest.raises(InputError, match=r"with codebook_sha256 c0dec0de.*, but beefbeef.* needed here: encode"):
+        store.require(codebook_sha256="beef" * 16)
+    with pytest.raises(InputError, match=r"num_text_pieces 2000, but 50000 is needed here"):
+        store.require(num_text_pieces=50000)
+    with pytest.raises(InputError, match=r'feeds generate, but "caption" is needed here'):
+        store.require(layout="caption")
+
+
+def test_one_path_can_be_open_many_times(written, tmp_path):
+    path, rows = written
+    (tmp_path / "link").symlink_to(path)
+    stores = [
+        TokenStore(path),
+        TokenStore(str(path)),
+        TokenStore(tmp_path / "link"),
+        pickle.loads(pickle.dumps(TokenStore(path))),
+    ]
+    stores[0].close()
+    for store in stores:  # the closed one opens again
+        assert_same(store.read([42]), {name: ids[[42]] for name, ids in rows.items()})
+    for store in stores:
+        store.close()
+    with StoreWriter(path, HEADER, resume=True) as writer:  # LMDB would refuse were the file still open
+        assert writer.count == 500
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker")  # more than the machine has cores
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_eight_workers_read_what_one_process_reads(written, method):
+    path, _ = written
+    store = TokenStore(path)
+    other = TokenStore(path)
+    store.read([0])  # open in the parent before the workers start: a forked child must not use that file
+    sampler = ResumableBatchSampler(len(store), 10, seed=3, steps=40)
+    expected = [as_tensors(store.read(indices)) for indices in sampler]
+    loader = DataLoader(
+        store, batch_sampler=sampler, collate_fn=as_tensors, num_workers=8, multiprocessing_context=method
+    )
+    batches = list(loader)
+    assert len(batches) == 40
+    for batch, wanted in zip(batches, expected, strict=True):
+        assert all((batch[name] == wanted[name]).all() for name in ("text", "image"))
+    assert_same(other.read([5]), store.read([5]))  # the parent's file is still its own

@@ -1,0 +1,340 @@
+"""The table of tasks: the released sequences, what each row promises, batches, and the windows of upscaling.
+
+Golden ids: sequences that the released CogView v1 code built with its own ``cog-pretrain.model`` (the ``t2i_tokens``,
+``sr_tokens``, ``score_tokens`` and ``caption_tokens`` of its golden values); all 1034, 1294, 4 x 1030 and 1048 ids were
+compared when this was written. Here stand the ids of texts and commands; the codes between them are arbitrary.
+"""
+
+import numpy as np
+import pytest
+
+from cogview.tokenizers.layouts import Arranged, layouts, pad_left, pad_right, upscale_windows
+from cogview.tokenizers.vocabulary import GRID_COMMANDS, Kind, Vocabulary
+
+RELEASED = Vocabulary()
+CAT_ON_SILL = [15955, 32637, 44506, 3500, 44893, 9388]  # 一只可爱的小猫坐在窗台上, in released pieces
+A_CAT = [15955, 44506]  # 一只猫
+SMALL = Vocabulary(num_image_codes=64, num_text_pieces=300)
+RED_APPLE = [7, 21, 4]  # any pieces
+
+
+def codes(side: int, num_codes: int = 8192) -> np.ndarray:
+    return np.arange(side * side) * 37 % num_codes
+
+
+def tiny(name: str, **values) -> Arranged:
+    return layouts(8)[name].arrange(SMALL, **values)
+
+
+def words(row: Arranged) -> list[str]:
+    """The row as a reader sees it, an image shortened to its number of codes."""
+    spelt, previous = [], None
+    for token, kind, blank in zip(row.ids, row.kinds, row.blanks, strict=True):
+        if kind == Kind.IMAGE:
+            count = spelt.pop()[1] + 1 if previous == (kind, blank) else 1
+            spelt.append(("?" if blank else "c", count))
+        else:
+            spelt.append("?" if blank else SMALL.name(int(token)))
+        previous = (kind, blank)
+    return [f"{word[0]}x{word[1]}" if isinstance(word, tuple) else word for word in spelt]
+
+
+# --- the released sequences ---------------------------------------------------------------------------------------
+
+
+def test_released_text_to_image():
+    row = layouts(32)["generate"].arrange(RELEASED, text=CAT_ON_SILL, image=codes(32))
+    head = [58199, 24147, 40829, 52698, 11692, 53085, 17580, 58208, 58193]
+    assert row.ids.tolist() == [*head, *codes(32), 58196]
+    assert row.positions.tolist() == list(range(1034))
+
+
+def test_released_super_resolution():
+    row = layouts(32)["upscale"].arrange(RELEASED, text=CAT_ON_SILL, small=codes(16), image=codes(32))
+    head = [58199, 24147, 40829, 52698, 11692, 53085, 17580, 58208, 58193]
+    middle = [58196, 58200, 58210, 58208, 58194]
+    assert row.ids.tolist() == [*head, *codes(16), *middle, *codes(32), 58197]
+    roi2 = 266  # the released sequence has [ROI2] there, and its training code counts from 0 again
+    assert row.ids[roi2] == RELEASED.command("[ROI2]")
+    assert row.positions.tolist() == [*range(roi2), *range(1295 - roi2)]
+
+
+def test_released_post_selection():
+    row = layouts(32)["score"].arrange(RELEASED, image=codes(32), text=A_CAT)
+    assert row.ids.tolist() == [58208, 58193, *codes(32), 58196, 58199, 24147, 52698]
+    assert np.flatnonzero(row.loss).tolist() == [1028, 1029]
+
+
+def test_released_captions_have_20_ids_and_no_stop():
+    row = layouts(32, caption_stop=False)["caption"].arrange(RELEASED, image=codes(32), max_text=20)
+    assert row.ids[:1028].tolist() == [58208, 58193, *codes(32), 58196, 58199]
+    assert len(row) == 1048
+    assert np.flatnonzero(row.blanks).tolist() == list(range(1028, 1048))
+    assert row.stop is None
+
+
+def test_released_training_length():
+    for name in ("generate", "score"):
+        layout = layouts(32)[name]
+        assert layout.longest_text(1089) == 61
+        assert layout.length(61) == layout.num_positions(61) == 1089
+
+
+# --- what every row promises --------------------------------------------------------------------------------------
+
+
+def test_the_table_for_a_small_grid():
+    image = codes(8, 64)
+    text = ["piece 7", "piece 21", "piece 4"]
+    assert words(tiny("generate", text=RED_APPLE)) == ["[ROI1]", *text, "[TINY]", "[BOI1]", "?x64", "[EOI1]"]
+    assert words(tiny("caption", image=image, max_text=2)) == [
+        *("[TINY]", "[BOI1]", "cx64", "[EOI1]", "[ROI1]", "?", "?", "[SEP]")
+    ]
+    assert words(tiny("score", image=image, text=RED_APPLE)) == ["[TINY]", "[BOI1]", "cx64", "[EOI1]", "[ROI1]", *text]
+    assert words(tiny("upscale", text=RED_APPLE, small=image[:16])) == [
+        *("[ROI1]", *text, "[TINY]", "[BOI1]", "cx16", "[EOI1]"),
+        *("[ROI2]", "[POS0]", "[TINY]", "[BOI2]", "?x64", "[EOI2]"),
+    ]
+
+
+@pytest.mark.parametrize("grid", sorted(GRID_COMMANDS))
+@pytest.mark.parametrize("name", ["generate", "caption", "score", "upscale"])
+def test_a_row_is_consistent(grid, name):
+    layout = layouts(grid)[name]
+    values = {"text": RED_APPLE, "image": codes(grid, 64), "small": codes(grid // 2, 64)}
+    known = layout.arrange(SMALL, **{n: v for n, v in values.items() if n != "small" or name == "upscale"})
+    assert len(known) == layout.length(3)
+    assert known.positions.max() + 1 == layout.num_positions(3)
+    assert layout.num_positions(layout.longest_text(5000)) == 5000
+    assert not known.blanks.any()
+    assert not known.loss[0]  # nothing comes before it
+    for token, kind, loss in zip(known.ids, known.kinds, known.loss, strict=True):
+        assert token in SMALL.permitted(Kind(kind)) or (token == known.stop and kind == Kind.TEXT)
+        assert not (loss and kind == Kind.COMMAND)
+    offsets = {"text": SMALL.text.start, "image": 0, "small": 0}
+    for element, span in known.spans.items():
+        assert (known.ids[span] - offsets[element]).tolist() == list(values[element])
+    assert SMALL.command(GRID_COMMANDS[grid]) in known.ids
+
+
+def test_what_is_learnt():
+    image = codes(8, 64)
+    learnt = {
+        "generate": tiny("generate", text=RED_APPLE, image=image),
+        "caption": tiny("caption", text=RED_APPLE, image=image),
+        "score": tiny("score", text=RED_APPLE, image=image),
+        "upscale": tiny("upscale", text=RED_APPLE, small=image[:16], image=image),
+    }
+    counts = {
+        name: [int(((row.kinds == kind) & row.loss).sum()) for kind in (Kind.TEXT, Kind.IMAGE, Kind.COMMAND)]
+        for name, row in learnt.items()
+    }
+    assert counts == {"generate": [3, 64, 0], "caption": [4, 0, 0], "score": [3, 0, 0], "upscale": [0, 64, 0]}
+    assert learnt["upscale"].loss[learnt["upscale"].spans["image"]].all()
+
+
+def test_a_stop_ends_captions():
+    row = tiny("caption", image=codes(8, 64), text=RED_APPLE)
+    assert row.stop == row.ids[-1] == SMALL.command("[SEP]")
+    assert row.loss[-1]
+    assert row.kinds[-1] == Kind.TEXT
+    without = layouts(8, caption_stop=False)["caption"].arrange(SMALL, image=codes(8, 64), text=RED_APPLE)
+    assert without.ids.tolist() == row.ids[:-1].tolist()
+    assert tiny("generate", text=RED_APPLE).stop is None
+
+
+def test_a_dropped_caption_is_an_empty_text():
+    assert words(tiny("generate", text=[])) == ["[ROI1]", "[TINY]", "[BOI1]", "?x64", "[EOI1]"]
+
+
+def test_blanks_hold_pad_and_nothing_else_does():
+    row = tiny("generate", text=RED_APPLE)
+    assert np.flatnonzero(row.blanks).tolist() == list(range(6, 70))
+    assert (row.ids == SMALL.pad).tolist() == row.blanks.tolist()
+    assert (row.kinds[row.blanks] == Kind.IMAGE).all()
+
+
+@pytest.mark.parametrize("as_given", ["nones", "masked", "masked lines"])
+def test_known_codes_may_lie_scattered(as_given):
+    """As in the windows of upscaling; a shorter value leaves the rest blank."""
+    known = np.array([True, False, False, True] * 8)
+    image = codes(8, 64)[:32]
+    given = {
+        "nones": [c if k else None for c, k in zip(image, known, strict=True)],
+        "masked": np.ma.masked_array(image, mask=~known),
+        "masked lines": np.ma.masked_array(image, mask=~known).reshape(4, 8),
+    }[as_given]
+    row = tiny("generate", text=RED_APPLE, image=given)
+    span = row.spans["image"]
+    assert row.blanks[span].tolist() == [*~known, *[True] * 32]
+    assert row.ids[span][:32].tolist() == np.where(known, image, SMALL.pad).tolist()
+
+
+def test_completing_gives_the_first_codes():
+    row = tiny("generate", text=RED_APPLE, image=[5, 6, 7])
+    assert words(row)[-3:] == ["cx3", "?x61", "[EOI1]"]
+
+
+def test_the_beginning_of_a_caption_may_be_given():
+    row = tiny("caption", image=codes(8, 64), text=[7, 21], max_text=4)
+    assert words(row)[-5:] == ["piece 7", "piece 21", "?", "?", "[SEP]"]
+
+
+def test_codes_may_be_of_any_integer_type_and_shape():
+    expected = tiny("generate", text=RED_APPLE, image=list(range(64))).ids.tolist()
+    for image in (np.arange(64, dtype=np.uint16), np.arange(64).reshape(8, 8), np.arange(64).astype(object)):
+        before = image.copy()
+        assert tiny("generate", text=np.array(RED_APPLE), image=image).ids.tolist() == expected
+        assert (image == before).all()
+
+
+def test_space_for_text_after_a_restart_is_that_of_its_own_part():
+    layout = layouts(32)["upscale"]
+    assert layout.length(55) == 1344  # places
+    assert layout.num_positions(55) == 1029  # positions: [ROI2] and what follows it, whatever the text
+    assert layout.num_positions(829) == 1089
+    assert layout.longest_text(1089) == 829
+
+
+def test_cut():
+    row = tiny("upscale", text=RED_APPLE, small=codes(4, 64))
+    start = row.spans["image"].start
+    window = row.cut(start + 5 * 8)
+    assert len(window) == start + 40
+    assert window.spans["image"] == slice(start, start + 40)
+    assert window.spans["small"] == row.spans["small"]
+    assert words(window)[-1] == "?x40"
+    for name in ("ids", "positions", "kinds", "blanks", "loss"):
+        assert getattr(window, name).tolist() == getattr(row, name)[: start + 40].tolist()
+
+
+IMAGE = list(range(64))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("score", {"image": IMAGE}, "'score': 'text' is missing: expected pieces$"),
+        ("caption", {"max_text": 4}, "'caption': 'image' is missing: expected 64 codes$"),
+        ("caption", {"image": IMAGE}, "'caption': 'text' is missing: expected pieces or max_text$"),
+        ("score", {"image": IMAGE[:9], "text": [1]}, "'image' must be known in full: got 9 codes, expected 64"),
+        (
+            "score",
+            {"image": [None, *IMAGE[1:]], "text": [1]},
+            "'image' must be known in full: got 63 codes, expected 64",
+        ),
+        ("generate", {"text": [3, None]}, "'text' must be known in full: got 1 pieces, expected 2"),
+        ("generate", {"text": [3], "image": [*IMAGE, 1]}, "'generate': 'image' has 65 codes, there is space for 64"),
+        ("caption", {"image": IMAGE, "text": [1, 2, 3], "max_text": 2}, "'text' has 3 pieces, there is space for 2"),
+        ("generate", {"text": [3], "image": [5, None, 64]}, "'image' holds 64 at 2, expected codes from 0 to 63"),
+        ("generate", {"text": [3], "image": [-1]}, "'image' holds -1 at 0, expected codes from 0 to 63"),
+        ("generate", {"text": [1, 300]}, "'text' holds 300 at 1, expected pieces from 0 to 299"),
+        ("generate", {"text": [1.5]}, "'text' must hold whole numbers, got 1.5"),
+        ("generate", {"text": ["红"]}, "'text' must hold whole numbers, got 红"),
+        ("generate", {"text": [3], "image": [[1, 2], [3]]}, "'image' must be a flat list or a rectangle of numbers"),
+        ("generate", {"text": [3], "picture": IMAGE}, "'generate' has no element 'picture'; it has text, image"),
+        ("generate", {"text": [3], "max_text": 4}, "'generate' has no blank text for max_text=4 to bound"),
+    ],
+)
+def test_errors_name_the_layout_and_the_element(name, values, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        tiny(name, **values)
+    assert f"layout '{name}'" in str(caught.value)
+
+
+def test_errors_of_size():
+    with pytest.raises(ValueError, match="no layouts for a grid of 12 codes; known: 8, 16, 32, 64"):
+        layouts(12)
+    with pytest.raises(ValueError, match="no windows for a grid of 12 codes; known: 8, 16, 32, 64"):
+        upscale_windows(12)
+    with pytest.raises(ValueError, match="'generate' needs 68 positions without any text, there are 67"):
+        layouts(8)["generate"].longest_text(67)
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
+def test_padding_changes_no_row():
+    rows = [tiny("generate", text=[1]), tiny("generate", text=[1, 2, 3]), tiny("caption", image=IMAGE, text=[9])]
+    longest = max(map(len, rows))
+    for batch in (pad_left(rows, SMALL.pad), pad_right(rows, SMALL.pad), pad_right(rows, SMALL.pad, 90)):
+        for b, row in enumerate(rows):
+            inside = np.arange(batch.ids.shape[1])
+            inside = (batch.starts[b] <= inside) & (inside < batch.ends[b])
+            for name in ("ids", "positions", "kinds", "blanks", "loss"):
+                assert getattr(batch, name)[b][inside].tolist() == getattr(row, name).tolist()
+            assert (batch.ids[b][~inside] == SMALL.pad).all()
+            assert (batch.kinds[b][~inside] == Kind.COMMAND).all()
+            assert not (batch.blanks[b] | batch.loss[b] | (batch.positions[b] != 0))[~inside].any()
+    left, right = pad_left(rows, SMALL.pad), pad_right(rows, SMALL.pad, 90)
+    assert (left.ends == longest).all()
+    assert left.starts.tolist() == [longest - len(row) for row in rows]
+    assert (right.starts == 0).all()
+    assert right.ids.shape == (3, 90)
+
+
+def test_errors_of_batches():
+    with pytest.raises(ValueError, match="a batch needs at least one row"):
+        pad_left([], SMALL.pad)
+    with pytest.raises(ValueError, match="a row of 71 places doesn't fit a batch of length 70"):
+        pad_right([tiny("generate", text=RED_APPLE)], SMALL.pad, 70)
+
+
+# --- upscaling windows --------------------------------------------------------------------------------------------
+
+
+def draw(grid: int, windows) -> np.ndarray:
+    """Which window draws each of the 2G x 2G codes, by its place; every window's row is arranged for it."""
+    canvas = np.ma.masked_all((2 * grid, 2 * grid), dtype=np.int64)
+    layout = layouts(grid)["upscale"]
+    small = codes(grid, 64).reshape(grid, grid)
+    for window in windows:
+        row = layout.arrange(SMALL, text=RED_APPLE, small=small[window.source], image=canvas[window.target])
+        row = row.cut(row.spans["image"].start + window.lines * grid)
+        drawn = np.where(row.blanks, 3 * window.row + window.column, row.ids)[row.spans["image"]]
+        assert row.blanks.any()
+        canvas[window.target] = drawn.reshape(window.lines, grid)
+    assert not np.ma.getmaskarray(canvas).any(), "codes that no window draws"
+    return np.asarray(canvas)
+
+
+def test_released_windows():
+    assert [(w.row, w.column, w.lines) for w in upscale_windows(32)] == [
+        *((0, 0, 18), (0, 1, 30), (0, 2, 30), (1, 1, 30), (1, 0, 30), (1, 2, 30), (2, 0, 32), (2, 1, 32), (2, 2, 32))
+    ]
+    last = upscale_windows(32)[-1]
+    assert last.source == (slice(16, 32), slice(16, 32))
+    assert last.target == (slice(32, 64), slice(32, 64))
+    assert [w.lines for w in upscale_windows(8)] == [5, 8, 8, 8, 8, 8, 8, 8, 8]  # 4.5 and 7.5, rounded up
+    assert [w.lines for w in upscale_windows(16)] == [9, 15, 15, 15, 15, 15, 16, 16, 16]
+
+
+@pytest.mark.parametrize("grid", [8, 16, 32])
+def test_windows_draw_every_code_once(grid):
+    drawn_by = draw(grid, upscale_windows(grid))  # known codes are given to the windows after, never drawn again
+    assert drawn_by.shape == (2 * grid, 2 * grid)
+    assert set(drawn_by.flat) == set(range(9))
+    first = grid // 2 + -(-grid // 16)
+    assert (drawn_by == 0).nonzero()[0].max() == first - 1  # the first window stops there
+    assert (drawn_by == 0).sum() == first * grid
+
+
+@pytest.mark.parametrize("grid", [8, 16, 32])
+def test_a_window_sees_the_part_of_the_small_image_that_it_covers(grid):
+    for window in upscale_windows(grid):
+        (rows, columns), (target_rows, target_columns) = window.source, window.target
+        assert (2 * rows.start, 2 * columns.start) == (target_rows.start, target_columns.start)
+        assert (2 * columns.stop, 2 * (rows.stop - rows.start)) == (target_columns.stop, grid)
+
+
+@pytest.mark.parametrize("grid", [8, 16, 32])
+@pytest.mark.parametrize("place", [2, 4])
+def test_free_windows_may_be_drawn_in_either_order(grid, place):
+    """(0,2) and (1,1), (1,0) and (1,2): neither contains a code that the other draws."""
+    windows = upscale_windows(grid)
+    drawn_by = draw(grid, windows)
+    one, other = windows[place], windows[place + 1]
+    assert 3 * one.row + one.column not in drawn_by[other.target]
+    assert 3 * other.row + other.column not in drawn_by[one.target]
+    windows[place : place + 2] = [other, one]
+    assert (draw(grid, windows) == drawn_by).all()

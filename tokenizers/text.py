@@ -1,0 +1,132 @@
+"""Text to piece ids and back, with SentencePiece (arXiv:1808.06226).
+
+The tokenizers that ``train_text_tokenizer`` makes lose nothing but superfluous spaces: text is NFKC-normalised, so that
+full-width and half-width forms agree, and a character without a piece is spelt in its UTF-8 bytes. (U+2581, with which
+SentencePiece marks a space, reads as one.) The released ``cog-pretrain.model`` loads too; it has no bytes, and an
+unknown character becomes ``<unk>``.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+_MAX_LINE_BYTES = 1 << 20  # SentencePiece would skip lines over 4192 bytes without a word
+
+
+class TextTokenizer:
+    """A SentencePiece model. Ids are those of the pieces, from 0: the vocabulary adds its own offset."""
+
+    def __init__(self, model_bytes: bytes) -> None:
+        """``model_bytes`` is the content of a SentencePiece ``.model`` file; anything else is a ValueError."""
+        import sentencepiece
+
+        self.model_bytes = model_bytes
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_bytes or b"nothing")
+        except RuntimeError:
+            raise ValueError(
+                f"{len(model_bytes)} bytes that are no SentencePiece model (a file cut short, or a Git LFS pointer?)"
+            ) from None
+        self.size: int = self._processor.vocab_size()
+        # Pieces that say a character is not in the model: its bytes, or <unk> where a model has no bytes.
+        self._foreign = {i for i in range(self.size) if self._processor.is_byte(i) or self._processor.is_unknown(i)}
+
+    @classmethod
+    def load(cls, path: str | Path) -> TextTokenizer:
+        """Read a ``.model`` file; FileNotFoundError or ValueError name the path."""
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no text tokenizer at {path}: expected a SentencePiece .model file")
+        try:
+            return cls(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def __reduce__(self) -> tuple[type[TextTokenizer], tuple[bytes]]:
+        return type(self), (self.model_bytes,)  # loader workers get their own copy of the model
+
+    def encode(self, text: str) -> list[int]:
+        """Piece ids of ``text``. Spaces at the ends and repeated ones are dropped, as training did."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f"the text {text!r} holds bytes that are not UTF-8") from None
+        return list(self._processor.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of piece ids; bytes that don't make a character come out as U+FFFD."""
+        for i in ids:
+            if not 0 <= i < self.size:
+                raise ValueError(f"piece id {i} is outside 0 to {self.size - 1}")
+        return str(self._processor.decode([int(i) for i in ids]))
+
+    def byte_share(self, text: str) -> float:
+        """How much of ``text`` the tokenizer had to spell in bytes or as ``<unk>``: 0 (nothing) to 1, by ids."""
+        ids = self.encode(text)
+        return sum(i in self._foreign for i in ids) / max(len(ids), 1)
+
+
+def train_text_tokenizer(
+    lines: Iterable[str], *, size: int, coverage: float = 0.9995, max_piece_length: int = 4
+) -> bytes:
+    """Train a unigram SentencePiece model on ``lines`` and return its file; the same lines give the same bytes.
+
+    ``size`` counts all the pieces: ``<unk>``, 256 bytes, the space, the characters of the corpus, then longer pieces.
+    ``coverage`` is the share of character occurrences that get pieces; the rarest beyond it are spelt in bytes.
+    ``max_piece_length`` is in characters. Chinese words seldom pass four, and longer pieces swallow whole phrases
+    of a corpus with few patterns, after which a new combination of the same words looks like nothing seen before.
+
+    The lines are held in memory. Raises ValueError for a corpus without text or a ``size`` that does not suit it.
+    """
+    import sentencepiece
+
+    if not 0 < coverage <= 1:
+        raise ValueError(f"coverage must be in (0, 1], got {coverage}")
+    if max_piece_length < 1:
+        raise ValueError(f"max_piece_length must be at least 1, got {max_piece_length}")
+    corpus = [line.strip() for line in lines if line.strip()]
+    if not corpus:
+        raise ValueError("the corpus for the text tokenizer is empty: expected one caption per line")
+    if any(len(line.encode()) > _MAX_LINE_BYTES for line in corpus):
+        raise ValueError(f"a line of the corpus has more than {_MAX_LINE_BYTES} bytes: split it, one caption per line")
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=size,
+            character_coverage=coverage,
+            max_sentencepiece_length=max_piece_length,
+            max_sentence_length=_MAX_LINE_BYTES,
+            normalization_rule_name="nfkc",
+            add_dummy_prefix=False,
+            byte_fallback=True,
+            required_chars="\u2581",  # the space; a corpus without any would else decode it as this mark itself
+            unk_id=0,  # SentencePiece insists on it; the others are commands of our vocabulary
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            num_threads=1,
+            shuffle_input_sentence=False,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_explain(str(error), size)) from None
+    return model.getvalue()
+
+
+def _explain(message: str, size: int) -> str:
+    """SentencePiece's reason for not training, as one line that says what to change."""
+    if too_high := re.search(r"Vocabulary size too high .* <= (\d+)", message):
+        return f"a text tokenizer of size {size} is too large for this corpus: at most {too_high[1]}"
+    if too_small := re.search(r"\d+ vs (\d+)", message):
+        return (
+            f"a text tokenizer of size {size} is too small for this corpus: at least {too_small[1]} "
+            "(256 bytes and every character), or a lower coverage"
+        )
+    return f"SentencePiece could not train a tokenizer of size {size}: {' '.join(message.split())}"

@@ -1,0 +1,98 @@
+"""The one vocabulary: image codes, then text pieces, then 27 commands.
+
+The commands and their order are those of the released CogView v1, for which a vocabulary of 8192 codes and 50,000
+pieces has 58,219 ids, padded to 58,240.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Final
+
+COMMANDS: Final = (
+    *("[PAD]", "[BOI1]", "[BOI2]", "[BOI3]", "[EOI1]", "[EOI2]", "[EOI3]", "[ROI1]", "[ROI2]", "[ROI3]"),
+    *("[SEP]", "[MASK]", "[CLS]", "[ENC]", "[TINY]", "[SMALL]", "[BASE]", "[BIG]"),
+    *("[POS0]", "[POS1]", "[POS2]", "[POS3]", "[POS4]", "[POS5]", "[POS6]", "[POS7]", "[POS8]"),
+)
+
+# The command that announces an image of so many codes on a side.
+GRID_COMMANDS: Final = {8: "[TINY]", 16: "[SMALL]", 32: "[BASE]", 64: "[BIG]"}
+
+# Rows of the embedding come in this multiple: matrix products like it, and it is the released one.
+_ROW_MULTIPLE = 128
+
+
+class Kind(IntEnum):
+    """What a place of a sequence holds."""
+
+    COMMAND = 0
+    TEXT = 1
+    IMAGE = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Where codes, pieces and commands lie among the ids. The defaults are the released sizes."""
+
+    num_image_codes: int = 8192
+    num_text_pieces: int = 50000
+
+    def __post_init__(self) -> None:
+        if self.num_image_codes < 1 or self.num_text_pieces < 1:
+            raise ValueError(
+                "a vocabulary needs at least one image code and one text piece, "
+                f"got {self.num_image_codes} and {self.num_text_pieces}"
+            )
+
+    @property
+    def image(self) -> range:
+        """Ids of the image codes: code c is ``image[c]``."""
+        return range(self.num_image_codes)
+
+    @property
+    def text(self) -> range:
+        """Ids of the text pieces: piece p of the text tokenizer is ``text[p]``."""
+        return range(self.image.stop, self.image.stop + self.num_text_pieces)
+
+    @property
+    def commands(self) -> range:
+        """Ids of ``COMMANDS``, in their order."""
+        return range(self.text.stop, self.text.stop + len(COMMANDS))
+
+    @property
+    def size(self) -> int:
+        """How many ids mean something."""
+        return self.commands.stop
+
+    @property
+    def padded_size(self) -> int:
+        """Rows of the embedding: ``size`` rounded up to a multiple of 128. The ids in between are never used."""
+        return -(-self.size // _ROW_MULTIPLE) * _ROW_MULTIPLE
+
+    @property
+    def pad(self) -> int:
+        """The id of ``[PAD]``, which also stands wherever nothing is known yet."""
+        return self.command("[PAD]")
+
+    def command(self, name: str) -> int:
+        """The id of a command such as ``"[BOI1]"``."""
+        if name not in COMMANDS:
+            raise ValueError(f"command {name!r} is unknown; known: {' '.join(COMMANDS)}")
+        return self.commands[COMMANDS.index(name)]
+
+    def permitted(self, kind: Kind) -> range:
+        """The ids that a place of this kind may hold."""
+        return {Kind.COMMAND: self.commands, Kind.TEXT: self.text, Kind.IMAGE: self.image}[kind]
+
+    def name(self, token: int) -> str:
+        """An id in words: ``"code 17"``, ``"piece 5"``, ``"[BOI1]"``, or ``"unused 58219"`` for padding rows."""
+        if token in self.image:
+            return f"code {token - self.image.start}"
+        if token in self.text:
+            return f"piece {token - self.text.start}"
+        if token in self.commands:
+            return COMMANDS[token - self.commands.start]
+        if token in range(self.size, self.padded_size):
+            return f"unused {token}"
+        raise ValueError(f"id {token} is outside the vocabulary, which ends at {self.padded_size - 1}")

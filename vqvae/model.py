@@ -1,0 +1,210 @@
+"""The VQ-VAE: images to codes of an 8192-entry codebook, and back (van den Oord et al., arXiv:1711.00937).
+
+Two architectures share the quantizer and the interface:
+
+* ``released``: CogView's own (arXiv:2105.13290), three 4x4 stride-2 convolutions and their transposes, codes of
+  width 256, no residual blocks.
+* ``residual``: ours. Residual blocks at three scales and narrow, l2-normalised codes, which keep the whole
+  codebook in use (see ``quantizer.py``). Its encoder sees little beyond a code's own patch, so that a thing keeps its
+  codes wherever it stands on the grid, which is what a transformer learns from; its decoder sees further and
+  smooths the seams.
+
+Both take 8x8 pixels to one code.
+"""
+
+# B batch, C channels, H W pixels, h w codes (H/8, W/8), D width of a code
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cogview.vqvae.quantizer import Quantizer
+
+PIXELS_PER_CODE = 8
+RELEASED_MEAN = (0.79093, 0.76271, 0.75340)
+RELEASED_STD = (0.30379, 0.32279, 0.32800)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAEConfig:
+    """Shape of a VQ-VAE. The defaults are ours; ``VQVAEConfig.released()`` is CogView's."""
+
+    architecture: str = "residual"
+    channels: tuple[int, ...] = (32, 128, 256)  # at 1/2, 1/4 and 1/8 of the image's side
+    encoder_blocks: tuple[int, ...] = (0, 0, 3)
+    decoder_blocks: tuple[int, ...] = (1, 1, 2)
+    num_codes: int = 8192
+    code_width: int = 16
+    normalize_codes: bool = True  # codes and encoder outputs live on the unit sphere
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ("residual", "released"):
+            raise ValueError(f"architecture must be residual or released, got {self.architecture!r}")
+        if len(self.channels) != 3 or len(self.encoder_blocks) != 3 or len(self.decoder_blocks) != 3:
+            raise ValueError("channels, encoder_blocks and decoder_blocks need three entries each: 1/2, 1/4 and 1/8")
+        if min(*self.channels, self.num_codes, self.code_width) < 1:
+            raise ValueError("channels, num_codes and code_width must be at least 1")
+
+    @classmethod
+    def released(cls) -> VQVAEConfig:
+        """CogView's ``vqvae_hard_biggerset_011``: 8192 codes of width 256, not normalised."""
+        return cls(
+            architecture="released",
+            channels=(512, 512, 512),
+            encoder_blocks=(0, 0, 0),
+            decoder_blocks=(0, 0, 0),
+            code_width=256,
+            normalize_codes=False,
+            mean=RELEASED_MEAN,
+            std=RELEASED_STD,
+        )
+
+
+class Reconstruction(NamedTuple):
+    """What one training forward yields."""
+
+    images: Tensor  # (B, 3, H, W), [0, 1] but not clamped
+    vectors: Tensor  # (B, h, w, D) encoder outputs, float32
+    codes: Tensor  # (B, h, w) int64; all zero while quantization is off
+    quantized: Tensor  # (B, h, w, D) the chosen code vectors, no gradient
+
+
+class VQVAE(nn.Module):
+    """Image <-> codes. Images are RGB in [0, 1], (B, 3, H, W), sides divisible by 8."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        build = _released_networks if config.architecture == "released" else _residual_networks
+        self.encoder, self.decoder = build(config)
+        self.quantizer = Quantizer(config.num_codes, config.code_width, normalize=config.normalize_codes)
+        self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> Tensor:
+        """The (B, h, w) int64 codes of (B, 3, H, W) images in [0, 1]."""
+        return self.quantizer.nearest(self.vectors(images))
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """The (B, 3, H, W) images, clamped to [0, 1], of (B, h, w) codes."""
+        return self.pixels(self.quantizer.vectors_of(codes)).clamp(0, 1)
+
+    def vectors(self, images: Tensor) -> Tensor:
+        """The encoder's float32 outputs (B, h, w, D), normalised if the config says so."""
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (batch, 3, height, width), got {tuple(images.shape)}")
+        if images.shape[2] % PIXELS_PER_CODE or images.shape[3] % PIXELS_PER_CODE:
+            raise ValueError(f"image sides must be divisible by {PIXELS_PER_CODE}, got {tuple(images.shape[2:])}")
+        normalized = (images - self.mean) / self.std
+        outputs = self.encoder(normalized.contiguous(memory_format=torch.channels_last))
+        return self.quantizer.project(outputs.permute(0, 2, 3, 1).float())
+
+    def pixels(self, vectors: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in about [0, 1] from code vectors (B, h, w, D)."""
+        channels_first = vectors.permute(0, 3, 1, 2)  # a channels-last view, which convolutions keep
+        return self.decoder(channels_first).float() * self.std + self.mean
+
+    def forward(self, images: Tensor, *, quantize: bool = True) -> Reconstruction:
+        """Encode, quantize with a straight-through gradient (unless ``quantize`` is off), decode."""
+        vectors = self.vectors(images)
+        if not quantize:
+            codes = torch.zeros(vectors.shape[:3], dtype=torch.long, device=vectors.device)
+            return Reconstruction(self.pixels(vectors), vectors, codes, vectors.detach())
+        codes = self.quantizer.nearest(vectors.detach())
+        quantized = self.quantizer.vectors_of(codes)
+        straight_through = vectors + (quantized - vectors).detach()
+        return Reconstruction(self.pixels(straight_through), vectors, codes, quantized)
+
+
+def _released_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
+    """CogView's networks; the indices 0, 2, 4, 6 of the layers are those of the released weights."""
+    first, second, third = config.channels
+    encoder = nn.Sequential(
+        nn.Conv2d(3, first, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(first, second, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(second, third, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(third, config.code_width, 1),
+    )
+    decoder = nn.Sequential(
+        nn.ConvTranspose2d(config.code_width, third, 4, 2, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(third, second, 4, 2, 1),
+        nn.ReLU(),
+        nn.ConvTranspose2d(second, first, 4, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(first, 3, 1),
+    )
+    return encoder, decoder
+
+
+def _residual_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
+    """Ours: pixel-unshuffle to 1/2, then two stride-2 stages; the decoder mirrors it with pixel-shuffle."""
+    half, quarter, eighth = config.channels
+    encoder = nn.Sequential(
+        nn.PixelUnshuffle(2),
+        nn.Conv2d(12, half, 3, padding=1),
+        *(ResidualBlock(half, 3) for _ in range(config.encoder_blocks[0])),
+        nn.Conv2d(half, quarter, 2, 2),
+        *(ResidualBlock(quarter, 3) for _ in range(config.encoder_blocks[1])),
+        nn.Conv2d(quarter, eighth, 2, 2),
+        *(ResidualBlock(eighth, 1) for _ in range(config.encoder_blocks[2])),  # 1x1: a code sees its own patch
+        ChannelNorm(eighth),
+        nn.Conv2d(eighth, config.code_width, 1),
+    )
+    decoder = nn.Sequential(
+        nn.Conv2d(config.code_width, eighth, 3, padding=1),
+        *(ResidualBlock(eighth, 3) for _ in range(config.decoder_blocks[2])),
+        nn.Conv2d(eighth, 4 * quarter, 1),
+        nn.PixelShuffle(2),
+        *(ResidualBlock(quarter, 3) for _ in range(config.decoder_blocks[1])),
+        nn.Conv2d(quarter, 4 * half, 1),
+        nn.PixelShuffle(2),
+        *(ResidualBlock(half, 3) for _ in range(config.decoder_blocks[0])),
+        ChannelNorm(half),
+        nn.SiLU(),
+        nn.Conv2d(half, 12, 3, padding=1),
+        nn.PixelShuffle(2),
+    )
+    return encoder, decoder
+
+
+class ChannelNorm(nn.Module):
+    """LayerNorm over the channels of each place of a (B, C, H, W) map.
+
+    Unlike GroupNorm it does not mix places, so what stands elsewhere in the picture cannot change a code.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised map, channels last in memory."""
+        last = x.permute(0, 2, 3, 1)
+        return F.layer_norm(last, last.shape[-1:], self.weight, self.bias).permute(0, 3, 1, 2).to(x.dtype)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(conv(silu(norm(x))))), with ``kernel`` 1 or 3."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(channels)
+        self.first = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+        self.second = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape as ``x``."""
+        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))

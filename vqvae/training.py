@@ -1,0 +1,171 @@
+"""One training step of the VQ-VAE, and what it is judged by.
+
+The schedule: a short warm-up as a plain autoencoder; then the codebook starts from the encoder outputs of the last
+batches; from there on straight-through gradients, moving averages, and codes out of use put back to work.
+"""
+
+# B batch, C channels, H W pixels, N vectors, D width of a code
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAETraining:
+    """Settings of a run. Batches hold ``batch_size`` images; ``steps`` counts batches."""
+
+    steps: int
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    warmup_steps: int = 300  # no quantization, learning rate rising
+    final_learning_rate: float = 1e-5
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    commitment: float = 0.25
+    gradient_weight: float = 1.0  # of the loss on differences between neighbouring pixels, which keeps edges sharp
+    decay: float = 0.99  # of the codebook's averages
+    revive_every: int = 10
+    revive_below: float = 0.01  # uses per step
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps <= self.warmup_steps:
+            raise ValueError(f"steps ({self.steps}) must exceed warmup_steps ({self.warmup_steps})")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+def reconstruction_loss(images: Tensor, targets: Tensor, gradient_weight: float) -> Tensor:
+    """L1 + L2 + L1 of the horizontal and vertical differences, for (B, 3, H, W) in [0, 1]; a scalar."""
+    error = images - targets
+    loss = error.abs().mean() + 4 * error.square().mean()
+    if gradient_weight:
+        loss = loss + gradient_weight * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+    return loss
+
+
+class VQVAETrainer:
+    """Holds the model, its optimizer and the codebook's schedule; ``step`` is a function of (state, batch, step)."""
+
+    def __init__(self, config: VQVAEConfig, settings: VQVAETraining, device: torch.device, autocast: bool) -> None:
+        torch.manual_seed(settings.seed)
+        self.settings = settings
+        self.device = device
+        self.autocast = autocast
+        self.model = VQVAE(config).to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self._recent: list[Tensor] = []  # encoder outputs of the last warm-up batches
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to ``final_learning_rate``."""
+        settings = self.settings
+        if step < settings.warmup_steps:
+            return settings.learning_rate * (step + 1) / settings.warmup_steps
+        progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
+        low = settings.final_learning_rate
+        return low + (settings.learning_rate - low) * (1 + math.cos(math.pi * progress)) / 2
+
+    def step(self, step: int, images: Tensor) -> dict[str, float]:
+        """Train on (B, 3, H, W) images in [0, 1]; return the figures to log."""
+        settings, quantizer = self.settings, self.model.quantizer
+        # Whatever is random in a step depends on its number alone, so a resumed run repeats it.
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.model.train()
+        images = images.to(self.device, non_blocking=True)
+        quantize = step >= settings.warmup_steps
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            output = self.model(images, quantize=quantize)
+        loss = reconstruction_loss(output.images, images, settings.gradient_weight)
+        commitment = F.mse_loss(output.vectors, output.quantized) * output.vectors.shape[-1]
+        (loss + settings.commitment * commitment).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        revived = 0
+        vectors = output.vectors.detach()
+        if quantize:
+            quantizer.update(vectors, output.codes, settings.decay)
+            if step % settings.revive_every == 0:
+                revived = quantizer.revive(vectors, settings.revive_below, generator)
+        else:
+            self._recent.append(vectors.reshape(-1, vectors.shape[-1]))
+            enough = 4 * len(quantizer.codebook)
+            while sum(map(len, self._recent[1:])) >= enough:
+                self._recent.pop(0)
+            if step == settings.warmup_steps - 1:
+                quantizer.start_from(torch.cat(self._recent), generator)
+                self._recent.clear()
+        mse = F.mse_loss(output.images.detach().clamp(0, 1), images)
+        return {
+            "loss": loss.item(),
+            "commitment": commitment.item(),
+            "psnr": -10 * math.log10(max(mse.item(), 1e-10)),
+            "alive": (quantizer.use > settings.revive_below).float().mean().item() if quantize else 0.0,
+            "revived": float(revived),
+            "gradient_norm": norm.item(),
+            "learning_rate": self.learning_rate(step),
+        }
+
+    def state(self) -> dict[str, object]:
+        """Everything a resumed run needs, as tensors and plain values."""
+        quantizer = self.model.quantizer
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "use": quantizer.use,
+            "total": quantizer.total,
+            "recent": list(self._recent),
+        }
+
+    def load(self, state: dict[str, object]) -> None:
+        """Take up what ``state`` returned."""
+        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        self.model.quantizer.use.copy_(state["use"])  # type: ignore[arg-type]
+        self.model.quantizer.total.copy_(state["total"])  # type: ignore[arg-type]
+        self._recent = [tensor.to(self.device) for tensor in state["recent"]]  # type: ignore[union-attr, attr-defined]
+
+
+@torch.inference_mode()
+def evaluate_vqvae(model: VQVAE, batches: Iterable[Tensor]) -> dict[str, float]:
+    """PSNR in dB (of the mean squared error of all pixels), share of codes used, and perplexity of their use.
+
+    ``batches`` are (B, 3, H, W) images in [0, 1]. Perplexity is exp of the entropy of the codes, at most their number.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    counts = torch.zeros(model.config.num_codes, dtype=torch.long, device=device)
+    squared, pixels = 0.0, 0
+    for images in batches:
+        images = images.to(device)
+        codes = model.encode(images)
+        squared += (model.decode(codes) - images).square().sum().item()
+        pixels += images.numel()
+        counts += torch.bincount(codes.flatten(), minlength=len(counts))
+    if not pixels:
+        raise ValueError("no images to evaluate on")
+    shares = counts[counts > 0].double() / counts.sum()
+    return {
+        "psnr": -10 * math.log10(max(squared / pixels, 1e-10)),
+        "codes_used": (counts > 0).float().mean().item(),
+        "perplexity": torch.exp(-(shares * shares.log()).sum()).item(),
+        "images": pixels / (3 * images.shape[2] * images.shape[3]),
+    }
