@@ -60,3 +60,21 @@ def _choose_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError("device mps was asked for, but this machine has none; use --device cpu")
     return device
+
+
+def training_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
+    """What autocast computes in during training, or None for plain float32.
+
+    ``auto`` is bfloat16 where the hardware has it, else float32.
+    """
+    if precision == "float32":
+        return None
+    if precision == "bfloat16":
+        return torch.bfloat16
+    if precision != "auto":
+        raise InputError(f"precision {precision!r} is unknown; known: auto, bfloat16, float32")
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        native = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if native else None

@@ -27,6 +27,15 @@ DEFAULT_BATCH_SIZE = 16
 MANY_BYTES = 0.3  # share of a prompt spelt in bytes from which on a model hardly knows its characters
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """One picture to draw. ``index`` is its number among those of a prompt: noise is keyed by (seed, index)."""
+
+    prompt: str
+    seed: int
+    index: int = 0
+
+
 class Picture(Image.Image):
     """A PIL image that carries how it was drawn."""
 
@@ -39,31 +48,15 @@ class Picture(Image.Image):
 
     @classmethod
     def of(
-        cls,
-        pixels: np.ndarray,
-        *,
-        prompt: str,
-        seed: int,
-        index: int,
-        codes: np.ndarray,
-        log_probability: float,
-        sampling: Sampling,
+        cls, pixels: np.ndarray, *, wish: Wish, codes: np.ndarray, log_probability: float, sampling: Sampling
     ) -> Picture:
         """A picture from (H, W, 3) uint8 ``pixels``."""
         picture = Image.fromarray(pixels)
         picture.__class__ = cls  # Pillow has no constructor for subclasses
         assert isinstance(picture, cls)
-        picture.prompt, picture.seed, picture.index = prompt, seed, index
+        picture.prompt, picture.seed, picture.index = wish.prompt, wish.seed, wish.index
         picture.codes, picture.log_probability, picture.sampling = codes, log_probability, sampling
         return picture
-
-
-@dataclass(frozen=True)
-class PromptProblem:
-    """Why a prompt cannot be drawn, in one line."""
-
-    prompt: str
-    reason: str
 
 
 class CogView:
@@ -187,34 +180,31 @@ class CogView:
         seed = checked_seed(seed)
         sampling = sampling or self.model.config.sampling
 
-        layout = self.model.config.layouts["generate"]
         wanted = [(prompt, index) for prompt in prompts for index in range(n)]
         for first in range(0, len(wanted), batch_size):
-            chunk = wanted[first : first + batch_size]
-            jobs = [
-                Job(
-                    row=layout.arrange(self.vocabulary, text=self.text_tokenizer.encode(prompt)),
-                    seed=seed,
-                    image=index,
-                )
-                for prompt, index in chunk
-            ]
-            filled = fill(self.transformer, self.vocabulary, jobs, sampling, on_code)
-            grid = self.model.config.grid
-            codes = np.stack([row.ids[job.row.spans["image"]] for row, job in zip(filled, jobs, strict=True)])
-            codes = codes.reshape(-1, grid, grid)
-            for (prompt, index), picture_codes, pixels, row in zip(
-                chunk, codes, self.pixels(codes), filled, strict=True
-            ):
-                yield Picture.of(
-                    pixels,
-                    prompt=prompt,
-                    seed=seed,
-                    index=index,
-                    codes=picture_codes,
-                    log_probability=row.log_probability,
-                    sampling=sampling,
-                )
+            chunk = [Wish(prompt=prompt, seed=seed, index=index) for prompt, index in wanted[first : first + batch_size]]
+            yield from self.draw(chunk, sampling, on_code)
+
+    def draw(
+        self, wishes: Sequence[Wish], sampling: Sampling, on_code: Callable[[int, int], None] | None = None
+    ) -> list[Picture]:
+        """Draw a batch of pictures, each with a prompt, seed and number of its own."""
+        layout, grid = self.model.config.layouts["generate"], self.model.config.grid
+        jobs = [
+            Job(
+                row=layout.arrange(self.vocabulary, text=self.text_tokenizer.encode(wish.prompt)),
+                seed=wish.seed,
+                image=wish.index,
+            )
+            for wish in wishes
+        ]
+        filled = fill(self.transformer, self.vocabulary, jobs, sampling, on_code)
+        codes = np.stack([row.ids[job.row.spans["image"]] for row, job in zip(filled, jobs, strict=True)])
+        codes = codes.reshape(-1, grid, grid)
+        return [
+            Picture.of(pixels, wish=wish, codes=own_codes, log_probability=row.log_probability, sampling=sampling)
+            for pixels, wish, own_codes, row in zip(self.pixels(codes), wishes, codes, filled, strict=True)
+        ]
 
     def pixels(self, codes: np.ndarray) -> np.ndarray:
         """(B, 8G, 8G, 3) uint8 pictures of (B, G, G) codes."""

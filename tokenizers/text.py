@@ -74,7 +74,8 @@ def train_text_tokenizer(
 ) -> bytes:
     """Train a unigram SentencePiece model on ``lines`` and return its file; the same lines give the same bytes.
 
-    ``size`` counts all the pieces: ``<unk>``, 256 bytes, the space, the characters of the corpus, then longer pieces.
+    ``size`` is the most pieces there may be: ``<unk>``, 256 bytes, the space, the characters of the corpus, then
+    longer pieces as far as the corpus has them.
     ``coverage`` is the share of character occurrences that get pieces; the rarest beyond it are spelt in bytes.
     ``max_piece_length`` is in characters. Chinese words seldom pass four, and longer pieces swallow whole phrases
     of a corpus with few patterns, after which a new combination of the same words looks like nothing seen before.
@@ -100,6 +101,7 @@ def train_text_tokenizer(
             model_writer=model,
             model_type="unigram",
             vocab_size=size,
+            hard_vocab_limit=False,  # a small corpus may not have so many pieces
             character_coverage=coverage,
             max_sentencepiece_length=max_piece_length,
             max_sentence_length=_MAX_LINE_BYTES,
@@ -122,8 +124,6 @@ def train_text_tokenizer(
 
 def _explain(message: str, size: int) -> str:
     """SentencePiece's reason for not training, as one line that says what to change."""
-    if too_high := re.search(r"Vocabulary size too high .* <= (\d+)", message):
-        return f"a text tokenizer of size {size} is too large for this corpus: at most {too_high[1]}"
     if too_small := re.search(r"\d+ vs (\d+)", message):
         return (
             f"a text tokenizer of size {size} is too small for this corpus: at least {too_small[1]} "

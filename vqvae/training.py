@@ -56,7 +56,9 @@ def reconstruction_loss(images: Tensor, targets: Tensor, gradient_weight: float)
 class VQVAETrainer:
     """Holds the model, its optimizer and the codebook's schedule; ``step`` is a function of (state, batch, step)."""
 
-    def __init__(self, config: VQVAEConfig, settings: VQVAETraining, device: torch.device, autocast: bool) -> None:
+    def __init__(
+        self, config: VQVAEConfig, settings: VQVAETraining, device: torch.device, autocast: torch.dtype | None = None
+    ) -> None:
         torch.manual_seed(settings.seed)
         self.settings = settings
         self.device = device
@@ -90,7 +92,7 @@ class VQVAETrainer:
         self.model.train()
         images = images.to(self.device, non_blocking=True)
         quantize = step >= settings.warmup_steps
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             output = self.model(images, quantize=quantize)
         loss = reconstruction_loss(output.images, images, settings.gradient_weight)
         commitment = F.mse_loss(output.vectors, output.quantized) * output.vectors.shape[-1]

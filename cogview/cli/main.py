@@ -55,7 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     command = next((argument for argument in arguments if argument in COMMANDS), None)
-    args = build_parser(command).parse_args(arguments)
+    parser = build_parser(command)
+    args, rest = parser.parse_known_args(arguments)
+    if rest:
+        # argparse takes the positional arguments before the first option only; a recipe's KEY=VALUE may follow later.
+        if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        args.overrides += rest
     module = importlib.import_module(f"cogview.cli.{COMMANDS[args.command][0]}")
     return run_safely(lambda: module.run(args), f"cogview {args.command}")
 

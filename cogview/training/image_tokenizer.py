@@ -1,7 +1,6 @@
 """Training the VQ-VAE on the scenes of a world."""
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from cogview.checkpoints.image import save_image_tokenizer
 from cogview.data.emoji.scenes import World
+from cogview.data.emoji.sheets import contact_sheet
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
 
@@ -37,11 +37,6 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
-def to_image(pixels: Tensor) -> Image.Image:
-    """(3, H, W) in [0, 1] to a picture."""
-    return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
 def scene_batches(world: World, seed: int, batch_size: int, first: int, last: int, workers: int) -> Iterator[Tensor]:
     """Batches number ``first`` to ``last`` of a world's pictures, (B, 3, H, W)."""
     loader = DataLoader(
@@ -62,7 +57,12 @@ class ImageTokenizerRun:
     """The VQ-VAE's trainer as the shared loop wants it."""
 
     def __init__(
-        self, world: World, config: VQVAEConfig, settings: VQVAETraining, device: torch.device, autocast: bool
+        self,
+        world: World,
+        config: VQVAEConfig,
+        settings: VQVAETraining,
+        device: torch.device,
+        autocast: torch.dtype | None,
     ) -> None:
         self.world = world
         self.trainer = VQVAETrainer(config, settings, device, autocast)
@@ -90,14 +90,14 @@ class ImageTokenizerRun:
 
 def reconstruction_sheet(model: VQVAE, world: World, count: int = 12) -> Image.Image:
     """Held-out scenes in the upper row, what the VQ-VAE makes of them in the lower, at twice their size."""
-    images = next(held_out_batches(world, count, count))
+    pixels = [world.render(world.sample(1, index, held_out=True), index) for index in range(count)]
+    return contact_sheet([*pixels, *reconstruct(model, np.stack(pixels))], columns=count, scale=2)
+
+
+def reconstruct(model: VQVAE, pixels: np.ndarray) -> np.ndarray:
+    """What the VQ-VAE makes of (B, H, W, 3) uint8 pictures, in the same form."""
     device = next(model.parameters()).device
-    restored = model.decode(model.encode(images.to(device))).cpu()
-    rows = torch.cat([torch.cat(list(images), dim=2), torch.cat(list(restored), dim=2)], dim=1)
-    sheet = to_image(rows)
-    return sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST)
+    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
+    restored = model.decode(model.encode(images))
+    return (restored * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
-
-def write_report(path: Path, figures: dict[str, float]) -> None:
-    """The held-out figures as JSON beside the tokenizer."""
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

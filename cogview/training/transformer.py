@@ -186,15 +186,5 @@ def store_batches(store: TokenStore, settings: TransformerTraining, start_step: 
     sampler = ResumableBatchSampler(
         len(store), settings.batch_size, settings.seed, start_step=start_step, steps=settings.steps
     )
-    return iter(DataLoader(_Batches(store), batch_sampler=None, sampler=sampler, num_workers=settings.workers))
-
-
-class _Batches(torch.utils.data.Dataset[Rows]):
-    """A store whose item is a whole batch of rows."""
-
-    def __init__(self, store: TokenStore) -> None:
-        self.store = store
-
-    def __getitem__(self, indices: list[int]) -> Rows:
-        return self.store.read(indices)
-
+    # The store reads a whole batch at once, and there is nothing left to collate.
+    return iter(DataLoader(store, batch_sampler=sampler, collate_fn=dict, num_workers=settings.workers))

@@ -1,0 +1,38 @@
+"""``cogview encode``: scenes to token rows in an LMDB store."""
+from __future__ import annotations
+
+import argparse
+
+from cogview.checkpoints.image import load_image_tokenizer
+from cogview.cli.recipes import add_recipe_arguments, open_recipe
+from cogview.data.emoji.scenes import World
+from cogview.data.encode import EncodeSettings, encode_scenes
+from cogview.device import choose_placement
+from cogview.errors import InputError
+from cogview.tokenizers.text import TextTokenizer
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    add_recipe_arguments(parser, "encode")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Encode the training scenes and the held-out ones; an interrupted run is continued."""
+    recipe = open_recipe(args)
+    settings = recipe.settings(EncodeSettings, "encode")
+    world = World.load(recipe.world)
+    placement = choose_placement(args.device)
+    image_tokenizer = load_image_tokenizer(recipe.image_tokenizer).to(placement.device)
+    try:
+        text_tokenizer = TextTokenizer.load(recipe.text_model)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(f"{error}; make it with: cogview train-text RECIPE") from None
+    for path, rows, held_out in (
+        (recipe.held_out_store, settings.held_out_rows, True),
+        (recipe.store, settings.rows, False),
+    ):
+        encode_scenes(path, world, text_tokenizer, image_tokenizer, settings, rows=rows, held_out=held_out)
+        print(path)
+    return 0

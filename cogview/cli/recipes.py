@@ -1,0 +1,98 @@
+"""What the commands of a recipe share: its file, its work folder, overrides, and where each step leaves its result."""
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cogview.config_files import build, read_recipe, section
+from cogview.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file. Every step finds what earlier steps made at a fixed place below ``work``."""
+
+    path: Path
+    sections: Mapping[str, Any]
+    overrides: tuple[str, ...]
+    work: Path
+
+    @property
+    def world(self) -> Path:
+        """The emoji world."""
+        return self.work / "world"
+
+    @property
+    def text_model(self) -> Path:
+        """The text tokenizer."""
+        return self.work / "text.model"
+
+    @property
+    def image_run(self) -> Path:
+        """The run folder of the VQ-VAE."""
+        return self.work / "image-run"
+
+    @property
+    def image_tokenizer(self) -> Path:
+        """The trained VQ-VAE."""
+        return self.work / "image"
+
+    @property
+    def store(self) -> Path:
+        """Token rows for training."""
+        return self.work / "store"
+
+    @property
+    def held_out_store(self) -> Path:
+        """Token rows of held-out scenes."""
+        return self.work / "held-out-store"
+
+    @property
+    def transformer_run(self) -> Path:
+        """The run folder of the transformer."""
+        return self.work / "transformer-run"
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Section ``name`` as plain values, changed by the command line's ``key=value``."""
+        return section(self.sections, name, self.overrides)
+
+    def settings(self, kind: type[T], name: str) -> T:
+        """Section ``name`` as the dataclass ``kind``."""
+        return build(kind, self.section(name), where=f"section {name} of {self.path}")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, section_name: str) -> None:
+    """RECIPE and its overrides."""
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file such as scripts/recipes/emoji-cpu.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help=f"changes to the section {section_name} of the recipe; inner keys with dots",
+    )
+    parser.add_argument("--work", type=Path, help="folder of the results (default: the recipe's)")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """--resume and --device."""
+    parser.add_argument(
+        "--resume",
+        choices=["auto", "never"],
+        default="never",
+        help="auto: go on from the last checkpoint, or begin if there is none",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+
+
+def open_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that the command line names."""
+    sections = read_recipe(args.recipe)
+    work = args.work or sections.get("work")
+    if not isinstance(work, str | Path):
+        raise InputError(f"{args.recipe} names no folder for its results: expected work: FOLDER, or give --work")
+    return Recipe(path=args.recipe, sections=sections, overrides=tuple(args.overrides), work=Path(work))

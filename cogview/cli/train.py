@@ -1,0 +1,143 @@
+"""``cogview train``: train the transformer on a store."""
+from __future__ import annotations
+
+import argparse
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cogview.checkpoints.folder import Model, ModelConfig, NamedThing
+from cogview.checkpoints.image import codebook_hash, load_image_tokenizer
+from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_arguments, open_recipe
+from cogview.config import preset
+from cogview.config_files import to_plain
+from cogview.data.emoji.scenes import World
+from cogview.data.emoji.sheets import contact_sheet
+from cogview.data.store import ABSENT, TokenStore
+from cogview.device import choose_placement, training_dtype
+from cogview.errors import InputError
+from cogview.pipeline import CogView
+from cogview.sampling import Sampling
+from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.training.run import Run, RunSettings, run_loop
+from cogview.training.transformer import TransformerTrainer, TransformerTraining, store_batches
+from cogview.transformer import Transformer
+
+SHEET_PICTURES = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSettings:
+    """The ``transformer`` section of a recipe."""
+
+    training: TransformerTraining
+    preset: str = "10m"
+    max_positions: int = 1089
+    dropout: float = 0.1
+    sampling: Sampling = field(default_factory=Sampling)  # of the sample sheets, and of the model until it is packaged
+    run: RunSettings = field(default_factory=RunSettings)
+    precision: str = "auto"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    add_recipe_arguments(parser, "transformer")
+    add_training_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; every checkpoint is a folder that ``cogview generate --model`` opens."""
+    recipe = open_recipe(args)
+    settings = recipe.settings(TransformerSettings, "transformer")
+    placement = choose_placement(args.device, "float32")
+    store, held_out = TokenStore(recipe.store), TokenStore(recipe.held_out_store)
+    torch.manual_seed(settings.training.seed)
+    model = new_model(recipe, settings, store)
+    captions = [
+        model.text_tokenizer.decode(text[text != ABSENT].tolist())
+        for text in held_out.read(range(min(SHEET_PICTURES, len(held_out))))["text"]
+    ]
+
+    def draw_sheet(model: Model, path: Path) -> None:
+        pictures = CogView(model, placement, "training").generate(captions, seed=0, batch_size=SHEET_PICTURES)
+        contact_sheet([np.asarray(picture) for picture in pictures], scale=2).save(path)
+        path.with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+
+    trainer = TransformerTrainer(
+        model,
+        settings.training,
+        placement.device,
+        training_dtype(placement.device, settings.precision),
+        held_out=held_out,
+        draw_sheet=draw_sheet,
+    )
+    return run_loop(
+        trainer,
+        lambda step: store_batches(store, settings.training, step),
+        Run(recipe.transformer_run),
+        settings.run,
+        recipe=to_plain(settings),
+        steps=settings.training.steps,
+        batch_size=settings.training.batch_size,
+        resume=args.resume == "auto",
+    )
+
+
+def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) -> Model:
+    """A transformer with fresh weights for the rows of ``store``, and the tokenizers that made them."""
+    image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
+    try:
+        text_tokenizer = TextTokenizer.load(recipe.text_model)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(str(error)) from None
+    codebook = codebook_hash(image_tokenizer)
+    store.require(
+        codebook_sha256=codebook,
+        text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
+        layout="generate",
+    )
+    vocabulary = Vocabulary(
+        num_image_codes=image_tokenizer.config.num_codes, num_text_pieces=text_tokenizer.size
+    )
+    try:
+        shape = preset(
+            settings.preset,
+            vocabulary.padded_size,
+            max_positions=settings.max_positions,
+            dropout=settings.dropout,
+        )
+        table = layouts(store.header.grid)
+        max_text = min(store.header.fields["text"], table["generate"].longest_text(settings.max_positions))
+        config = ModelConfig(
+            transformer=shape,
+            vocabulary=vocabulary,
+            grid=store.header.grid,
+            tasks=("generate",),
+            max_text=max_text,
+            caption_drop=settings.training.caption_drop,
+            codebook_sha256=codebook,
+            sampling=settings.sampling,
+        )
+    except ValueError as error:
+        raise InputError(f"section transformer of {recipe.path}: {error}") from None
+    return Model(
+        config=config,
+        transformer=Transformer(shape),
+        image_tokenizer=image_tokenizer,
+        text_tokenizer=text_tokenizer,
+        things=named_things(recipe.world),
+    )
+
+
+def named_things(world: Path) -> tuple[NamedThing, ...]:
+    """The things of the emoji world in ``world``; none where there is no such world."""
+    if not world.is_dir():
+        return ()
+    return tuple(
+        NamedThing(name=thing.name, emoji=thing.emoji, synonyms=thing.synonyms) for thing in World.load(world).things
+    )

@@ -1,0 +1,139 @@
+"""The protocol of ``cogview eval scenes``: which captions, which pictures, which ceilings beside them."""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cogview import __version__
+from cogview.config_files import to_plain
+from cogview.data.emoji.scenes import Scene, World
+from cogview.errors import InputError
+from cogview.evaluation.scenes import SceneGrader, held_out_scenes, summarize
+from cogview.pipeline import CogView, Wish
+from cogview.sampling import Sampling
+from cogview.training.image_tokenizer import held_out_batches, reconstruct
+from cogview.vqvae.training import evaluate_vqvae
+
+TUNING_SEED = 1_000_003  # of the captions that sampling settings are chosen on
+PARTS = ("colour", "object", "count", "relation", "everything")
+
+
+def draw_captions(
+    model: CogView, captions: Sequence[str], seed: int, sampling: Sampling, batch_size: int, label: str
+) -> list[np.ndarray]:
+    """One picture of each caption, uint8 (H, W, 3). Caption i has seed ``seed`` + i, so that no two share noise."""
+    pictures = []
+    with tqdm(total=len(captions), unit="picture", desc=label, disable=None) as bar:
+        for first in range(0, len(captions), batch_size):
+            chunk = [
+                Wish(prompt=caption, seed=seed + number)
+                for number, caption in enumerate(captions[first : first + batch_size], start=first)
+            ]
+            pictures += [np.asarray(picture) for picture in model.draw(chunk, sampling)]
+            bar.update(len(chunk))
+    return pictures
+
+
+def evaluate_scenes(
+    model: CogView, world: World, *, count: int, seed: int, sampling: Sampling, batch_size: int
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Grade one picture of each of ``count`` held-out captions; the report, and the pictures.
+
+    Beside the model's figures stand two ceilings from the same grader: on the VQ-VAE's reconstructions of the true
+    scenes, and on the true scenes themselves.
+    """
+    asked = held_out_scenes(world, count, seed)
+    check_world(model, world)
+    scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
+    grader = SceneGrader(world)
+    true = np.stack([world.render(scene, number) for number, scene in enumerate(scenes)])
+    restored = np.concatenate(
+        [reconstruct(model.image_tokenizer, true[first : first + batch_size]) for first in range(0, count, batch_size)]
+    )
+    drawn = draw_captions(model, captions, seed, sampling, batch_size, "drawing")
+    report = {
+        "protocol": {
+            "captions": count,
+            "captions_sha256": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
+            "seed": seed,
+            "things": len(world.things),
+            "candidates": len(world.candidates),
+            "world": to_plain(world.settings),
+            "model": model.name,
+            "sampling": to_plain(sampling),
+            "cogview": __version__,
+        },
+        "drawn": _grade(grader, drawn, scenes, "grading pictures"),
+        "ceiling_reconstructions": _grade(grader, list(restored), scenes, "grading reconstructions"),
+        "ceiling_true_scenes": _grade(grader, list(true), scenes, "grading true scenes"),
+        "image_tokenizer": evaluate_vqvae(model.image_tokenizer, held_out_batches(world)),
+    }
+    return report, drawn
+
+
+def choose_sampling(
+    model: CogView, world: World, settings: Sequence[Sampling], *, count: int, batch_size: int
+) -> list[tuple[Sampling, dict[str, Any]]]:
+    """Each of ``settings`` with its grades on tuning captions, best first: most pictures with everything right.
+
+    The tuning captions are held out from training too, and chosen with a seed of their own.
+    """
+    asked = held_out_scenes(world, count, TUNING_SEED)
+    check_world(model, world)
+    grader = SceneGrader(world)
+    results = []
+    for sampling in settings:
+        label = f"T {sampling.temperature:g}, top-k {sampling.top_k}, top-p {sampling.top_p:g}"
+        drawn = draw_captions(model, [caption for _, caption in asked], TUNING_SEED, sampling, batch_size, label)
+        results.append((sampling, _grade(grader, drawn, [scene for scene, _ in asked], "grading")))
+    return sorted(results, key=lambda result: -result[1]["everything"]["accuracy"])
+
+
+def check_world(model: CogView, world: World) -> None:
+    """InputError unless the model knows exactly the things of ``world`` and draws at its size."""
+    side = model.model.config.grid * 8
+    if side != world.settings.canvas:
+        raise InputError(f"{model.name} draws {side} pixels, the world has {world.settings.canvas}: use its own recipe")
+    known = {thing.name for thing in model.model.things}
+    if known and known != {thing.name for thing in world.things}:
+        raise InputError(
+            f"{model.name} knows {len(known)} things, the world has {len(world.things)} others: use its own recipe"
+        )
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """A Markdown table: accuracies in percent with their 95% intervals."""
+    columns = [
+        ("drawn", "pictures drawn"),
+        ("ceiling_reconstructions", "VQ-VAE's reconstructions"),
+        ("ceiling_true_scenes", "true scenes"),
+    ]
+    lines = ["| right | " + " | ".join(title for _, title in columns) + " |", "|---|" + "---|" * len(columns)]
+    for part in PARTS:
+        cells = [_percent(report[key][part]) for key, _ in columns]
+        lines.append(f"| {part} (of {report['drawn'][part]['of']}) | " + " | ".join(cells) + " |")
+    tokenizer = report["image_tokenizer"]
+    lines += [
+        "",
+        f"Image tokenizer on {tokenizer['images']:.0f} held-out scenes: PSNR {tokenizer['psnr']:.2f} dB, "
+        f"{tokenizer['codes_used']:.1%} of the codes used, perplexity {tokenizer['perplexity']:.0f}.",
+    ]
+    return "\n".join(lines)
+
+
+def _percent(figure: dict[str, Any]) -> str:
+    if not figure["of"]:
+        return "–"
+    return f"{figure['accuracy']:.1%} ({figure['low']:.1%}–{figure['high']:.1%})"
+
+
+def _grade(grader: SceneGrader, pictures: Sequence[np.ndarray], scenes: Sequence[Scene], label: str) -> dict[str, Any]:
+    grades = [
+        grader.grade(picture, scene)
+        for picture, scene in tqdm(zip(pictures, scenes, strict=True), total=len(scenes), desc=label, disable=None)
+    ]
+    return summarize(grades)
