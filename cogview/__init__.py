@@ -1,4 +1,5 @@
 """CogView: one transformer that draws pictures from Chinese text, captions, enlarges and ranks them."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

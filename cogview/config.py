@@ -1,4 +1,5 @@
 """Settings of the transformer, and presets from the small ones to four billion parameters."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -67,9 +67,7 @@ def fill(
     columns = np.flatnonzero(batch.blanks.any(axis=0))
     for done, column in enumerate(columns, start=1):
         known = slice(cache.length, int(column))
-        hidden_BTD = transformer.hidden(
-            ids_BT[:, known], positions_BT[:, known], starts_B=starts_B, cache=cache
-        )
+        hidden_BTD = transformer.hidden(ids_BT[:, known], positions_BT[:, known], starts_B=starts_B, cache=cache)
         for kind in (Kind.TEXT, Kind.IMAGE):
             rows = np.flatnonzero(batch.blanks[:, column] & (batch.kinds[:, column] == kind))
             if not len(rows):

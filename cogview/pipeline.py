@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -72,7 +73,9 @@ class CogView:
         self.name = name
 
     @classmethod
-    def from_pretrained(cls, name: str | Path = "cogview-emoji", *, device: str = "auto", dtype: str = "auto") -> CogView:
+    def from_pretrained(
+        cls, name: str | Path = "cogview-emoji", *, device: str = "auto", dtype: str = "auto"
+    ) -> CogView:
         """Open a model of checkpoints.yaml by name, or a checkpoint folder by path.
 
         ``device`` is auto, cpu, cuda, cuda:N or mps, ``dtype`` auto, float32, bfloat16 or float16. Raises InputError for
@@ -106,7 +109,7 @@ class CogView:
         self, temperature: float | None = None, top_k: int | None = None, top_p: float | None = None
     ) -> Sampling:
         """This model's own settings, with those that are given in their place."""
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         try:
             return replace(self.model.config.sampling, **{k: v for k, v in given.items() if v is not None})
         except ValueError as error:
@@ -122,8 +125,7 @@ class CogView:
             return str(error)
         if length > self.model.config.max_text:
             return (
-                f"the prompt {_shortened(prompt)} is {length} pieces long, {self.model.config.max_text} fit; "
-                "shorten it"
+                f"the prompt {_shortened(prompt)} is {length} pieces long, {self.model.config.max_text} fit; shorten it"
             )
         return None
 
@@ -132,7 +134,9 @@ class CogView:
         share = self.text_tokenizer.byte_share(prompt)
         if share < MANY_BYTES:
             return None
-        return f"{share:.0%} of the prompt {_shortened(prompt)} is spelt in bytes: the model hardly knows its characters"
+        return (
+            f"{share:.0%} of the prompt {_shortened(prompt)} is spelt in bytes: the model hardly knows its characters"
+        )
 
     def generate(
         self,
@@ -182,7 +186,9 @@ class CogView:
 
         wanted = [(prompt, index) for prompt in prompts for index in range(n)]
         for first in range(0, len(wanted), batch_size):
-            chunk = [Wish(prompt=prompt, seed=seed, index=index) for prompt, index in wanted[first : first + batch_size]]
+            chunk = [
+                Wish(prompt=prompt, seed=seed, index=index) for prompt, index in wanted[first : first + batch_size]
+            ]
             yield from self.draw(chunk, sampling, on_code)
 
     def draw(

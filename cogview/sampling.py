@@ -72,7 +72,8 @@ def keyed_gumbel(seeds_B: Tensor, images_B: Tensor, places_B: Tensor, ids: range
     """Standard Gumbel noise (B, V) in float32 for every id of ``ids``.
 
     ``seeds_B``, ``images_B`` and ``places_B`` are int64, on one device; a row's noise depends on its own key alone.
-    It is computed in float64 from 53 random bits, so devices agree up to the rounding of a logarithm.
+    It is computed in float64 from 52 random bits, so devices agree up to the rounding of a logarithm. (With 53, the
+    largest draw would round up to 1, and its noise be infinite.)
     """
     key_B = _mix(_mix(_mix(seeds_B) ^ images_B) ^ places_B)
     ids_V = torch.arange(ids.start, ids.stop, device=seeds_B.device)
@@ -81,7 +82,7 @@ def keyed_gumbel(seeds_B: Tensor, images_B: Tensor, places_B: Tensor, ids: range
     target = bits_BV.device
     if target.type == "mps":
         bits_BV = bits_BV.cpu()
-    uniform_BV = (_shift_right(bits_BV, 11).double() + 0.5) * 2.0**-53
+    uniform_BV = (_shift_right(bits_BV, 12).double() + 0.5) * 2.0**-52
     return uniform_BV.log_().neg_().log_().neg_().float().to(target)
 
 

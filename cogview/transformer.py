@@ -29,7 +29,7 @@ class Transformer(nn.Module):
     """Ids in, logits out.
 
     ``transformer(ids)`` gives float32 logits (B, T, V) over the padded vocabulary. ``hidden`` stops before the
-    output embedding and ``head`` multiplies by the rows that are wanted, which is all that generation and training need.
+    output embedding and ``head`` multiplies by the rows that are wanted: all that generation and training need.
     """
 
     def __init__(self, config: TransformerConfig) -> None:

@@ -1,8 +1,8 @@
 """Causal attention with PB-relax, for rows that are padded on the left.
 
-``attention`` is what the model calls. The readable reference is the specification; PyTorch's fused attention is the fast
-path and equal in meaning: it keeps its scores in float32, where the relaxation changes nothing. The choice is made
-here and nowhere else; ``COGVIEW_KERNELS=reference|torch`` forces it.
+``attention`` is what the model calls. The readable reference is the specification; PyTorch's fused attention is the
+fast path and equal in meaning: it keeps its scores in float32, where the relaxation changes nothing. The choice is
+made here and nowhere else; ``COGVIEW_KERNELS=reference|torch`` forces it.
 """
 
 # B batch, H heads, T new positions (queries), S positions in all (keys), K size of a head

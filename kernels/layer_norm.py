@@ -1,4 +1,5 @@
 """PB-relax LayerNorm (CogView, arXiv:2105.13290, section 2.4)."""
+
 from __future__ import annotations
 
 import torch
@@ -6,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 RELAX = 8.0  # the released code divides by max|x| / 8
+SMALLEST = 1e-37  # a token below this is as good as zero; RELAX over it would leave float32
 
 
 def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
@@ -19,5 +21,5 @@ def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float 
     x_fp32 = x.float()
     # As in the release the maximum is a constant to the gradient, which is exact: the output does not depend on it.
     largest = x_fp32.detach().abs().amax(dim=-1, keepdim=True)
-    scale = torch.where(largest > 0, RELAX / largest, 1.0)
+    scale = torch.where(largest > SMALLEST, RELAX / largest, 1.0)
     return F.layer_norm(x_fp32 * scale, x.shape[-1:], weight.float(), bias.float(), epsilon).to(x.dtype)

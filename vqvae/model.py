@@ -78,6 +78,9 @@ class Reconstruction(NamedTuple):
 class VQVAE(nn.Module):
     """Image <-> codes. Images are RGB in [0, 1], (B, 3, H, W), sides divisible by 8."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         self.config = config

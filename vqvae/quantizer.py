@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = 256  # vectors compared at a time: a (256, 8192) table of products stays in the cache, an (N, K) one has no bound
+CHUNK = (
+    256  # vectors compared at a time: their products with 8192 codes stay in the cache, an (N, K) table has no bound
+)
 
 
 class Quantizer(nn.Module):

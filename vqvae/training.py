@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class VQVAETrainer:
         self.settings = settings
         self.device = device
         self.autocast = autocast
-        self.model = VQVAE(config).to(device, memory_format=torch.channels_last)
+        self.model = VQVAE(config).to(device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=settings.learning_rate,
@@ -126,7 +127,7 @@ class VQVAETrainer:
             "learning_rate": self.learning_rate(step),
         }
 
-    def state(self) -> dict[str, object]:
+    def state(self) -> dict[str, Any]:
         """Everything a resumed run needs, as tensors and plain values."""
         quantizer = self.model.quantizer
         return {
@@ -137,13 +138,13 @@ class VQVAETrainer:
             "recent": list(self._recent),
         }
 
-    def load(self, state: dict[str, object]) -> None:
+    def load(self, state: dict[str, Any]) -> None:
         """Take up what ``state`` returned."""
-        self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        self.optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
-        self.model.quantizer.use.copy_(state["use"])  # type: ignore[arg-type]
-        self.model.quantizer.total.copy_(state["total"])  # type: ignore[arg-type]
-        self._recent = [tensor.to(self.device) for tensor in state["recent"]]  # type: ignore[union-attr, attr-defined]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.model.quantizer.use.copy_(state["use"])
+        self.model.quantizer.total.copy_(state["total"])
+        self._recent = [tensor.to(self.device) for tensor in state["recent"]]
 
 
 @torch.inference_mode()

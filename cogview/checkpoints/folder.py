@@ -3,6 +3,7 @@
 ``config.json`` and ``model.safetensors`` (the transformer), ``text.model`` (SentencePiece), ``image/`` (the VQ-VAE),
 ``README.md`` (the model card), and, for a model that knows a closed world of things, ``things.json``.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -183,7 +185,7 @@ def file_sha256(path: Path) -> str:
 
 
 def verify_files(folder: Path, expected: Sequence[tuple[str, str]]) -> None:
-    """Compare files of ``folder`` with their SHA-256 sums, given as (name, sum); InputError names the first that differs."""
+    """Compare files of ``folder`` with SHA-256 sums, given as (name, sum); InputError names the first that differs."""
     for name, wanted in expected:
         path = folder / name
         if not path.is_file():
@@ -200,9 +202,8 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict:  # type: ignore[type-arg]
+def _read_json(path: Path) -> Any:
     try:
-        content: dict = json.loads(path.read_text(encoding="utf-8"))  # type: ignore[type-arg]
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
-    return content

@@ -1,4 +1,5 @@
 """The folder of an image tokenizer: ``config.json`` and ``model.safetensors``."""
+
 from __future__ import annotations
 
 import hashlib
@@ -44,6 +45,6 @@ def load_image_tokenizer(folder: Path) -> VQVAE:
         weights = load_file(weights_file)
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     except (SafetensorError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise InputError(f"{weights_file} does not hold the weights that config.json describes: {reason}") from None
     return model.eval()

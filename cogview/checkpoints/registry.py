@@ -1,4 +1,5 @@
 """Known models: the rows of ``checkpoints.yaml``."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """``cogview encode``: scenes to token rows in an LMDB store."""
+
 from __future__ import annotations
 
 import argparse

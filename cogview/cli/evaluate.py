@@ -1,4 +1,5 @@
 """``cogview eval scenes``: grade what a model draws of held-out captions."""
+
 from __future__ import annotations
 
 import argparse
@@ -24,7 +25,7 @@ SHEET_PICTURES = 96
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("measure", choices=["scenes"], help="scenes: object, count, relation and colour of emoji scenes")
+    parser.add_argument("measure", choices=["scenes"], help="scenes: object, count, relation and colour")
     add_recipe_arguments(parser, "scenes")
     parser.add_argument("--model", help="a model's name or folder (default: the last checkpoint of the recipe's run)")
     parser.add_argument("-n", "--captions", type=int, default=500, help="held-out captions, one picture each")

@@ -2,6 +2,7 @@
 
 A user's mistake is one line on stderr and status 2. Results go to stdout, progress and notes to stderr.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,7 +31,9 @@ COMMANDS = {
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; only the arguments of ``command`` are filled in, so that ``--help`` imports little."""
-    parser = argparse.ArgumentParser(prog="cogview", description="Draw pictures from Chinese text, and train what does.")
+    parser = argparse.ArgumentParser(
+        prog="cogview", description="Draw pictures from Chinese text, and train the models."
+    )
     parser.add_argument("--version", action="version", version=f"cogview {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, line) in COMMANDS.items():

@@ -1,4 +1,5 @@
 """``cogview package``: a checkpoint folder to publish, in float16, with its model card."""
+
 from __future__ import annotations
 
 import argparse

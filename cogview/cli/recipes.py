@@ -1,4 +1,5 @@
 """What the commands of a recipe share: its file, its work folder, overrides, and where each step leaves its result."""
+
 from __future__ import annotations
 
 import argparse
@@ -68,7 +69,7 @@ class Recipe:
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, section_name: str) -> None:
     """RECIPE and its overrides."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file such as scripts/recipes/emoji-cpu.yaml")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as scripts/recipes/emoji-cpu.yaml")
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -1,4 +1,5 @@
 """``cogview scenes``: make the emoji world."""
+
 from __future__ import annotations
 
 import argparse

@@ -1,4 +1,5 @@
 """``cogview train``: train the transformer on a store."""
+
 from __future__ import annotations
 
 import argparse
@@ -101,9 +102,7 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
         text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
         layout="generate",
     )
-    vocabulary = Vocabulary(
-        num_image_codes=image_tokenizer.config.num_codes, num_text_pieces=text_tokenizer.size
-    )
+    vocabulary = Vocabulary(num_image_codes=image_tokenizer.config.num_codes, num_text_pieces=text_tokenizer.size)
     try:
         shape = preset(
             settings.preset,

@@ -1,4 +1,5 @@
 """``cogview train-image``: train the VQ-VAE on scenes."""
+
 from __future__ import annotations
 
 import argparse

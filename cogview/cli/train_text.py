@@ -1,4 +1,5 @@
 """``cogview train-text``: train the text tokenizer on captions."""
+
 from __future__ import annotations
 
 import argparse

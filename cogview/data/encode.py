@@ -1,4 +1,5 @@
 """Scenes to token rows: drawn, encoded by the VQ-VAE, captioned, and stored."""
+
 from __future__ import annotations
 
 import hashlib

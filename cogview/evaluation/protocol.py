@@ -1,4 +1,5 @@
 """The protocol of ``cogview eval scenes``: which captions, which pictures, which ceilings beside them."""
+
 from __future__ import annotations
 
 import hashlib

@@ -1,4 +1,5 @@
 """Training the VQ-VAE on the scenes of a world."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -100,4 +101,3 @@ def reconstruct(model: VQVAE, pixels: np.ndarray) -> np.ndarray:
     images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
     restored = model.decode(model.encode(images))
     return (restored * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-

@@ -1,4 +1,5 @@
 """A run: its folder, its metrics, its checkpoints, and the loop that every trainer shares."""
+
 from __future__ import annotations
 
 import json
@@ -74,8 +75,7 @@ class Run:
         found = self.checkpoints()
         if found and not resume:
             raise InputError(
-                f"{self.folder} already holds a run at {found[-1].name}; "
-                "go on with --resume auto, or remove the folder"
+                f"{self.folder} already holds a run at {found[-1].name}; go on with --resume auto, or remove the folder"
             )
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.folder / "checkpoints").mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -187,4 +188,6 @@ def store_batches(store: TokenStore, settings: TransformerTraining, start_step: 
         len(store), settings.batch_size, settings.seed, start_step=start_step, steps=settings.steps
     )
     # The store reads a whole batch at once, and there is nothing left to collate.
-    return iter(DataLoader(store, batch_sampler=sampler, collate_fn=dict, num_workers=settings.workers))
+    return iter(
+        DataLoader[Rows](cast(Any, store), batch_sampler=sampler, collate_fn=dict, num_workers=settings.workers)
+    )

@@ -1,4 +1,5 @@
 """Contact sheets: many pictures in one."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
