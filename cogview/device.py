@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -50,12 +51,9 @@ def _choose_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     if name.isdigit():  # the released scripts number their GPUs
         name = f"cuda:{name}"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?|mps", name):
         raise InputError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name} was asked for, but no CUDA device is to be seen; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -78,8 +78,8 @@ class CogView:
     ) -> CogView:
         """Open a model of checkpoints.yaml by name, or a checkpoint folder by path.
 
-        ``device`` is auto, cpu, cuda, cuda:N or mps, ``dtype`` auto, float32, bfloat16 or float16. Raises InputError for
-        an unknown name, and for a folder that is incomplete or damaged.
+        ``device`` is auto, cpu, cuda, cuda:N or mps, ``dtype`` auto, float32, bfloat16 or float16. Raises InputError
+        for an unknown name, and for a folder that is incomplete or damaged.
         """
         placement = choose_placement(device, dtype)
         folder = find_checkpoint(str(name))
@@ -174,10 +174,6 @@ class CogView:
             raise InputError(f"the number of pictures must be at least 1, got {n}")
         if batch_size < 1:
             raise InputError(f"the batch size must be at least 1, got {batch_size}")
-        if "generate" not in self.model.config.tasks:
-            raise InputError(
-                f"{self.name} was not trained to draw; its tasks are: {', '.join(self.model.config.tasks)}"
-            )
         for prompt in prompts:
             if (problem := self.problem_with(prompt)) is not None:
                 raise InputError(problem)
@@ -195,6 +191,10 @@ class CogView:
         self, wishes: Sequence[Wish], sampling: Sampling, on_code: Callable[[int, int], None] | None = None
     ) -> list[Picture]:
         """Draw a batch of pictures, each with a prompt, seed and number of its own."""
+        if "generate" not in self.model.config.tasks:
+            raise InputError(
+                f"{self.name} was not trained to draw; its tasks are: {', '.join(self.model.config.tasks)}"
+            )
         layout, grid = self.model.config.layouts["generate"], self.model.config.grid
         jobs = [
             Job(

@@ -1,8 +1,8 @@
 """From logits to one id per row: filters, and noise that is a function of its key.
 
-A token is drawn as argmax(filtered logits + Gumbel noise), which is a draw from their softmax. The noise of a token is a
-function of (seed, image, place, id) and of nothing else, so picture 3 of seed 7 is the same alone, in any batch, after a
-retry, and on any schedule of decoding.
+A token is drawn as argmax(filtered logits + Gumbel noise), which is a draw from their softmax. The noise of a token
+is a function of (seed, image, place, id) and of nothing else, so picture 3 of seed 7 is the same alone, in any batch,
+after a retry, and on any schedule of decoding.
 """
 
 # B batch (rows), V ids to choose from

@@ -1,7 +1,10 @@
 """What several test files share."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,9 @@ from PIL import Image, ImageDraw
 
 from cogview.data.emoji.scenes import World, WorldSettings
 from cogview.data.emoji.things import Thing
+
+if TYPE_CHECKING:
+    from cogview.pipeline import CogView
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +34,76 @@ def make_tiny_world() -> Callable[..., World]:
         return World(WorldSettings(**settings), things, sprites)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole checkpoint folder with random weights, the same in every run: 8 x 8 codes, prompts of up to 20 pieces.
+
+    Tests share it: copy it before changing anything in it.
+    """
+    import torch
+
+    from cogview.checkpoints.folder import Model, ModelConfig, NamedThing, save_model
+    from cogview.checkpoints.image import codebook_hash
+    from cogview.config import TransformerConfig
+    from cogview.sampling import Sampling
+    from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
+    from cogview.tokenizers.vocabulary import Vocabulary
+    from cogview.transformer import Transformer
+    from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+    captions = [
+        f"{colour}色背景上的{number}只{thing}在{other}的左边"
+        for colour in "红蓝绿黄"
+        for number in "一两三四"
+        for thing in ("狐狸", "狗", "苹果")
+        for other in ("汽车", "鱼")
+    ]
+    text_tokenizer = TextTokenizer(train_text_tokenizer(captions, size=320, max_piece_length=1))
+    vocabulary = Vocabulary(num_text_pieces=text_tokenizer.size)
+    shape = TransformerConfig(
+        num_layers=2, width=32, num_heads=2, vocabulary_size=vocabulary.padded_size, max_positions=96, dropout=0.0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformer = Transformer(shape)
+        image_tokenizer = VQVAE(
+            VQVAEConfig(channels=(8, 8, 16), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1), code_width=4)
+        )
+    things = (
+        NamedThing(name="狐狸", emoji="🦊"),
+        NamedThing(name="红苹果", emoji="🍎", synonyms=("苹果",)),
+        NamedThing(name="汽车", emoji="🚗", synonyms=("轿车", "小汽车")),
+    )
+    config = ModelConfig(
+        transformer=shape,
+        vocabulary=vocabulary,
+        grid=8,
+        tasks=("generate",),
+        max_text=20,
+        codebook_sha256=codebook_hash(image_tokenizer),
+        sampling=Sampling(temperature=0.9, top_k=100),
+    )
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    model = Model(
+        config=config,
+        transformer=transformer,
+        image_tokenizer=image_tokenizer,
+        text_tokenizer=text_tokenizer,
+        things=things,
+        card="# tiny\n",
+    )
+    save_model(folder, model)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_checkpoint: Path) -> CogView:
+    """The tiny checkpoint, opened on the CPU in float32."""
+    from cogview.pipeline import CogView
+
+    return CogView.from_pretrained(tiny_checkpoint, device="cpu")
 
 
 def _shape(index: int) -> np.ndarray:

@@ -47,11 +47,6 @@ class ModelConfig:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"format version {self.format_version} is newer than {FORMAT_VERSION}, the newest this version knows; "
-                "update cogview"
-            )
         table = layouts(self.grid, caption_stop=self.caption_stop)
         unknown = [task for task in self.tasks if task not in table]
         if unknown:
@@ -110,7 +105,15 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is no checkpoint folder: config.json is missing")
-    return build(ModelConfig, _read_json(path), where=str(path))
+    plain = _read_json(path)
+    version = plain.get("format_version") if isinstance(plain, dict) else None
+    if not isinstance(version, int):
+        raise InputError(f"{path} is no config of a checkpoint: it has no format_version")
+    if version > FORMAT_VERSION:  # before anything else: it may have settings that this version cannot name
+        raise InputError(
+            f"{path} has format version {version}, this version reads up to {FORMAT_VERSION}; update cogview"
+        )
+    return build(ModelConfig, plain, where=str(path))
 
 
 def read_things(folder: Path) -> tuple[NamedThing, ...]:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from cogview import __version__
 from cogview.errors import InputError
@@ -61,16 +63,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(command)
     args, rest = parser.parse_known_args(arguments)
     if rest:
-        # argparse takes the positional arguments before the first option only; a recipe's KEY=VALUE may follow later.
-        if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+        # argparse takes one run of positional arguments; more prompts, or KEY=VALUE of a recipe, may follow an option.
+        more = getattr(args, "prompts", None)
+        if hasattr(args, "overrides") and all("=" in word for word in rest):
+            more = args.overrides
+        if more is None or any(word.startswith("-") for word in rest):
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        args.overrides += rest
+        more += rest
     module = importlib.import_module(f"cogview.cli.{COMMANDS[args.command][0]}")
     return run_safely(lambda: module.run(args), f"cogview {args.command}")
 
 
 def run_safely(run: Callable[[], int], name: str) -> int:
     """``run()``, with a user's mistakes as one line on stderr and status 2, and Ctrl-C as status 130."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character is no reason to stop
+            stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=os.environ.get("COGVIEW_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
     try:
         return run()

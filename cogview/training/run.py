@@ -23,7 +23,7 @@ Batch = TypeVar("Batch", contravariant=True)
 
 
 class Trainer(Protocol[Batch]):
-    """What the loop drives. ``step`` must depend on nothing but the trainer's state, the batch and the step's number."""
+    """What the loop drives. ``step`` depends on nothing but the trainer's state, the batch and the step's number."""
 
     def step(self, step: int, batch: Batch) -> Mapping[str, float]:
         """Train on one batch; return the figures to log."""

@@ -1,0 +1,165 @@
+"""Causal attention: both implementations against float64, and scores that overflow half precision."""
+
+# B batch, H heads, T new positions (queries), S positions in all (keys), K size of a head
+
+import logging
+import math
+
+import pytest
+import torch
+
+from cogview.kernels import attention as module
+from cogview.kernels.attention import attention, attention_mask, attention_reference, attention_torch
+
+both = pytest.mark.parametrize("implementation", [attention_reference, attention_torch])
+
+
+def random_qkv(num_queries, num_keys, dtype=torch.float32, batch=2):
+    generator = torch.Generator().manual_seed(num_keys)
+    return tuple(torch.randn(batch, 2, n, 16, generator=generator).to(dtype) for n in (num_queries, num_keys, num_keys))
+
+
+def expected_by_loops(q, k, v, starts=None):
+    """Plain softmax attention in float64, a query at a time, without a mask: each sees a slice of the keys."""
+    q, k, v = q.double(), k.double(), v.double()
+    offset, out = k.shape[2] - q.shape[2], torch.zeros_like(q)
+    for row in range(len(q)):
+        start = 0 if starts is None else int(starts[row])
+        for query in range(q.shape[2]):
+            place = offset + query
+            seen = slice(min(start, place), place + 1)  # a padded query sees itself alone
+            scores = torch.einsum("hk,hsk->hs", q[row, :, query], k[row, :, seen]) / math.sqrt(q.shape[-1])
+            out[row, :, query] = torch.einsum("hs,hsk->hk", scores.softmax(dim=-1), v[row, :, seen])
+    return out
+
+
+@pytest.fixture
+def fresh_choice(monkeypatch):
+    """The choice of implementation is remembered for the life of a process: forget it before and after."""
+    monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
+    module.chosen_implementation.cache_clear()
+    yield monkeypatch
+    module.chosen_implementation.cache_clear()
+
+
+@both
+@pytest.mark.parametrize(
+    ("num_queries", "num_keys"),
+    [(1, 1), (1, 7), (7, 7), (3, 7), (65, 65), (9, 65), (1, 257), (257, 257)],
+)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+def test_matches_float64(implementation, num_queries, num_keys, padded, dtype, atol):
+    q, k, v = random_qkv(num_queries, num_keys, dtype)
+    starts = torch.tensor([0, num_keys // 3]) if padded else None
+    result = implementation(q, k, v, starts)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result.double(), expected_by_loops(q, k, v, starts), atol=atol, rtol=0)
+
+
+@both
+def test_matches_float64_over_a_whole_training_sequence(implementation):
+    q, k, v = random_qkv(1089, 1089, batch=1)
+    torch.testing.assert_close(implementation(q, k, v).double(), expected_by_loops(q, k, v), atol=2e-6, rtol=0)
+
+
+@both
+def test_padding_into_the_new_positions_stays_finite(implementation):
+    """A short row beside a long prompt: its padding reaches into the queries, whose softmax must not be empty."""
+    q, k, v = random_qkv(5, 7)
+    starts = torch.tensor([0, 4])  # queries 2, 3 of the second row are padding
+    result = implementation(q, k, v, starts)
+    torch.testing.assert_close(result.double(), expected_by_loops(q, k, v, starts), atol=2e-6, rtol=0)
+    torch.testing.assert_close(result[1, :, :2], v[1, :, 2:4], atol=2e-6, rtol=0)  # each padded query sees itself
+
+
+@both
+def test_what_is_padding_changes_nothing(implementation):
+    q, k, v = random_qkv(7, 7)
+    starts = torch.tensor([3, 0])
+    before = implementation(q, k, v, starts)
+    k[0, :, :3], v[0, :, :3] = 100.0, -100.0
+    torch.testing.assert_close(implementation(q, k, v, starts)[0, :, 3:], before[0, :, 3:], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(7, 7), (2, 7)])
+def test_gradients_of_the_fast_path_are_the_reference_s(num_queries, num_keys, padded):
+    starts = torch.tensor([0, 2]) if padded else None
+    gradients = []
+    for implementation in (attention_reference, attention_torch):
+        inputs = [tensor.double().requires_grad_() for tensor in random_qkv(num_queries, num_keys)]
+        out = implementation(*inputs, starts)
+        weights = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin()  # no two outputs count the same
+        gradients.append(torch.autograd.grad((out * weights).sum(), inputs))
+    for reference, fast in zip(*gradients, strict=True):
+        assert reference.abs().max() > 0.1
+        torch.testing.assert_close(fast, reference, atol=1e-6, rtol=1e-5)  # the reference has its scores in float32
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("starts", [None, torch.tensor([2])])
+def test_scores_of_a_million_do_not_overflow(implementation, dtype, starts):
+    """Keys 3 and 9 share the largest product, 2**20; the product itself would be infinite in float16."""
+    q = torch.full((1, 1, 65, 64), 128.0, dtype=dtype)
+    k = torch.full((1, 1, 65, 64), 127.0, dtype=dtype)
+    k[:, :, [3, 9]] = 128.0
+    v = torch.randn(1, 1, 65, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+    plain = (q @ k.transpose(-1, -2)) / 8.0
+    if dtype == torch.float16:
+        assert plain.isinf().all()
+        assert plain.softmax(dim=-1).isnan().all()  # what PB-relax is for
+
+    result = implementation(q, k, v, starts)
+    assert result.isfinite().all()
+    assert torch.equal(result[0, 0, 3:9], v[0, 0, 3].expand(6, 64))  # until key 9 is seen, key 3 takes all
+    halves = (v[0, 0, 3].double() + v[0, 0, 9].double()) / 2
+    torch.testing.assert_close(result[0, 0, 9:].double(), halves.expand(56, 64), atol=8e-3, rtol=0)
+
+
+@both
+def test_negative_scores_of_a_million_do_not_overflow(implementation):
+    q = torch.full((1, 1, 3, 64), -128.0, dtype=torch.float16)
+    k = torch.full((1, 1, 3, 64), 128.0, dtype=torch.float16)
+    k[:, :, 1] = 127.0  # least negative
+    v = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16).view(1, 1, 3, 1).expand(1, 1, 3, 64)
+    assert implementation(q, k, v)[0, 0, :, 0].tolist() == [1.0, 2.0, 2.0]
+
+
+def test_mask_spelt_out():
+    mask = attention_mask(2, 4, torch.tensor([0, 1, 3]), torch.device("cpu"))
+    assert mask.squeeze(1).int().tolist() == [
+        [[1, 1, 1, 0], [1, 1, 1, 1]],
+        [[0, 1, 1, 0], [0, 1, 1, 1]],
+        [[0, 0, 1, 0], [0, 0, 0, 1]],  # the first query is padding, and sees itself alone
+    ]
+    assert attention_mask(2, 3, None, torch.device("cpu")).int().tolist() == [[[[1, 1, 0], [1, 1, 1]]]]
+
+
+@pytest.mark.parametrize(("forced", "used"), [(None, "torch"), ("torch", "torch"), ("reference", "reference")])
+def test_choice_can_be_forced_and_is_logged_once(fresh_choice, caplog, forced, used):
+    if forced is not None:
+        fresh_choice.setenv("COGVIEW_KERNELS", forced)
+    called = []
+    fresh_choice.setitem(module.IMPLEMENTATIONS, used, lambda *inputs: called.append(inputs))
+    q, k, v = random_qkv(1, 3)
+    with caplog.at_level(logging.INFO):
+        attention(q, k, v)
+        attention(q, k, v, torch.tensor([0, 1]))
+    assert [inputs[3] is None for inputs in called] == [True, False]
+    assert [record.getMessage() for record in caplog.records] == [f"attention: {used}"]
+
+
+def test_unknown_choice_is_an_error(fresh_choice):
+    fresh_choice.setenv("COGVIEW_KERNELS", "fastest")
+    with pytest.raises(ValueError, match="COGVIEW_KERNELS='fastest' is unknown; known: reference, torch"):
+        attention(*random_qkv(1, 3))
+
+
+def test_more_queries_than_keys_is_an_error():
+    q, _, _ = random_qkv(4, 4)
+    _, k, v = random_qkv(3, 3)
+    with pytest.raises(ValueError, match="4 queries cannot be the last of 3 keys"):
+        attention(q, k, v)

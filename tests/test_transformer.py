@@ -1,0 +1,254 @@
+"""The transformer: its size, its start, and that every way of running it gives the same logits."""
+
+# B batch, T positions, D width, V vocabulary
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from cogview.cache import KVCache
+from cogview.config import PRESETS, TransformerConfig, preset
+from cogview.kernels import attention as attention_module
+from cogview.transformer import Transformer
+
+CPU = torch.device("cpu")
+TINY = TransformerConfig(num_layers=2, width=32, num_heads=4, vocabulary_size=128, max_positions=48)
+
+
+def lively(config: TransformerConfig) -> Transformer:
+    """A model with weights well above those of a fresh one, so that every place matters to every later one."""
+    generator = torch.Generator().manual_seed(0)
+    transformer = Transformer(config).eval()
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(0.3 * noise if parameter.dim() == 2 else parameter + 0.1 * noise)
+    return transformer
+
+
+@pytest.fixture(scope="module")
+def transformer() -> Transformer:
+    return lively(TINY)
+
+
+def random_ids(*shape, seed=0):
+    return torch.randint(0, TINY.vocabulary_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(got, expected, atol=2e-5):
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0)
+
+
+# --- size and start -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_as_many_as_the_config_says(name):
+    config = preset(name, vocabulary_size=58_240)
+    with torch.device("meta"):
+        transformer = Transformer(config)
+    assert sum(p.numel() for p in transformer.parameters()) == config.num_parameters
+    if name == "4b":
+        assert config.num_parameters == 3_928_849_920  # the released model
+
+
+def test_fresh_weights_have_the_released_statistics():
+    torch.manual_seed(0)
+    transformer = Transformer(
+        TransformerConfig(num_layers=3, width=256, num_heads=4, vocabulary_size=512, max_positions=256)
+    )
+    output_std = 0.02 / math.sqrt(2 * 3)
+    for name, parameter in transformer.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = output_std if name.endswith("output.weight") else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.02), name
+            assert abs(parameter.mean().item()) < 5 * std / math.sqrt(parameter.numel()), name
+    names = [name for name, _ in transformer.named_parameters() if name.endswith("output.weight")]
+    assert len(names) == 6  # the attention's and the MLP's of each layer
+
+
+def test_fresh_model_knows_nothing():
+    """Its loss is that of guessing."""
+    torch.manual_seed(0)
+    transformer = Transformer(TINY).eval()
+    ids = random_ids(4, 33)
+    loss = F.cross_entropy(transformer(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+    assert loss.item() == pytest.approx(math.log(128), abs=0.05)
+
+
+# --- structure ----------------------------------------------------------------------------------------------------
+
+
+def test_layer_is_a_sandwich(transformer):
+    """x + LN3(attention(LN1(x))), then x + LN4(mlp(LN2(x)))."""
+    layer, x = transformer.layers[0], torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        after_attention = x + layer.attention_output_norm(layer.attention(layer.attention_norm(x), None, None, 0))
+        expected = after_attention + layer.mlp_output_norm(layer.mlp(layer.mlp_norm(after_attention)))
+        close(layer(x, None, None, 0), expected, atol=0)
+        assert (after_attention - x).abs().mean() > 0.1
+        assert (expected - after_attention).abs().mean() > 0.1
+
+
+@pytest.mark.parametrize("branch", ["attention", "mlp"])
+def test_branch_vanishes_with_its_output_norm(branch):
+    """No branch adds more to the stream than the norm on its output allows: with that norm at 0, nothing."""
+    transformer, ids = lively(TINY), random_ids(1, 9)
+    with torch.inference_mode():
+        for layer in transformer.layers:
+            norm = getattr(layer, f"{branch}_output_norm")
+            norm.weight.zero_()
+            norm.bias.zero_()
+        before = transformer(ids)
+        for layer in transformer.layers:
+            for parameter in getattr(layer, branch).parameters():
+                parameter.mul_(-3)
+        close(transformer(ids), before, atol=0)
+
+
+def test_without_branches_only_embeddings_and_the_final_norm_remain():
+    transformer, ids, positions = lively(TINY), random_ids(2, 5), torch.tensor([[0, 1, 2, 0, 1], [7, 8, 9, 10, 47]])
+    with torch.inference_mode():
+        for layer in transformer.layers:
+            for norm in (layer.attention_output_norm, layer.mlp_output_norm):
+                norm.weight.zero_()
+                norm.bias.zero_()
+        x = transformer.embedding.weight[ids] + transformer.positions.weight[positions]
+        norm = transformer.final_norm
+        expected = F.layer_norm(x, (32,), norm.weight, norm.bias) @ transformer.embedding.weight.T
+        close(transformer(ids, positions), expected, atol=2e-3)  # epsilon is another one in the relaxed norm
+
+
+def test_head_of_a_range_is_a_slice_of_all_logits(transformer):
+    with torch.inference_mode():
+        hidden = transformer.hidden(random_ids(2, 5))
+        logits = transformer.head(hidden)
+        assert logits.shape == (2, 5, 128)
+        close(transformer.head(hidden, range(20, 90)), logits[..., 20:90], atol=1e-6)
+        close(transformer(random_ids(2, 5)), logits, atol=0)
+
+
+def test_half_precision_model_has_float32_logits():
+    transformer = lively(TINY).to(torch.bfloat16)
+    with torch.inference_mode():
+        assert transformer(random_ids(1, 4)).dtype == torch.float32
+        assert transformer.hidden(random_ids(1, 4)).dtype == torch.bfloat16
+
+
+def test_float16_model_is_near_the_float32_one(transformer):
+    with torch.inference_mode():
+        close(lively(TINY).half()(random_ids(2, 20)), transformer(random_ids(2, 20)), atol=0.1)
+
+
+def test_dropout_is_for_training_alone(transformer):
+    ids = random_ids(1, 6)
+    assert torch.equal(transformer(ids), transformer(ids))
+    training = lively(TINY).train()
+    torch.manual_seed(0)
+    assert not torch.equal(training(ids), training(ids))
+
+
+# --- equalities ---------------------------------------------------------------------------------------------------
+
+
+def test_later_ids_change_no_earlier_logit(transformer):
+    ids = random_ids(2, 12)
+    changed = ids.clone()
+    changed[:, 7] = (changed[:, 7] + 1) % 128
+    with torch.inference_mode():
+        before, after = transformer(ids), transformer(changed)
+    close(after[:, :7], before[:, :7], atol=0)
+    assert (after[:, 7:] - before[:, 7:]).abs().amax(dim=-1).min() > 1e-2  # and every later one
+
+
+@pytest.mark.parametrize("chunks", [(20,), (1,) * 20, (7, 1, 1, 4, 7), (19, 1), (1, 19)])
+def test_cached_decoding_is_the_full_forward(transformer, chunks):
+    ids = random_ids(3, 20)
+    cache = KVCache(TINY, 3, 20, CPU, torch.float32)
+    with torch.inference_mode():
+        parts = [transformer.hidden(part, cache=cache) for part in ids.split(chunks, dim=1)]
+        close(torch.cat(parts, dim=1), transformer.hidden(ids))
+    assert cache.length == 20
+
+
+@pytest.mark.parametrize("chunks", [(20,), (1,) * 20, (5, 1, 8, 6)])
+def test_left_padded_batch_is_its_rows_alone(transformer, chunks):
+    """With a cache or without; the last row's padding reaches past the first chunk."""
+    lengths = (20, 13, 4)
+    rows = [random_ids(1, length, seed=length) for length in lengths]
+    starts = torch.tensor([20 - length for length in lengths])
+    ids, positions = torch.full((3, 20), 127), torch.zeros(3, 20, dtype=torch.long)
+    for row, start in enumerate(starts.tolist()):
+        ids[row, start:] = rows[row]
+        positions[row, start:] = torch.arange(20 - start)
+    cache = KVCache(TINY, 3, 20, CPU, torch.float32) if len(chunks) > 1 else None
+    with torch.inference_mode():
+        parts = [
+            transformer.hidden(part, part_positions, starts_B=starts, cache=cache)
+            for part, part_positions in zip(ids.split(chunks, dim=1), positions.split(chunks, dim=1), strict=True)
+        ]
+        batch = torch.cat(parts, dim=1)
+        assert batch.isfinite().all()  # padding means nothing, but it must not poison
+        for row, start in enumerate(starts.tolist()):
+            close(batch[row, start:], transformer.hidden(rows[row])[0])
+
+
+def test_positions_may_restart(transformer):
+    ids = random_ids(1, 10)
+    restarting = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
+    cache = KVCache(TINY, 1, 10, CPU, torch.float32)
+    with torch.inference_mode():
+        counted, restarted = transformer(ids), transformer(ids, restarting)
+        close(restarted[:, :6], counted[:, :6], atol=0)
+        assert (restarted[:, 6:] - counted[:, 6:]).abs().amax(dim=-1).min() > 1e-2
+        parts = [
+            transformer.hidden(ids[:, part], restarting[:, part], cache=cache)
+            for part in (slice(0, 6), slice(6, 7), slice(7, 10))
+        ]
+        close(transformer.head(torch.cat(parts, dim=1)), restarted, atol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_reference_kernels_give_the_same_logits(transformer, monkeypatch, padded):
+    ids, starts = random_ids(2, 20), torch.tensor([0, 6]) if padded else None
+    logits = []
+    for name in ("torch", "reference"):
+        monkeypatch.setenv("COGVIEW_KERNELS", name)
+        attention_module.chosen_implementation.cache_clear()
+        with torch.inference_mode():
+            logits.append(transformer.head(transformer.hidden(ids, starts_B=starts)))
+        assert attention_module.chosen_implementation() == name
+    attention_module.chosen_implementation.cache_clear()
+    first = 6 if padded else 0
+    close(logits[1][:, first:], logits[0][:, first:], atol=1e-4)
+
+
+# --- the cache ----------------------------------------------------------------------------------------------------
+
+
+def test_cache_stores_in_place(transformer):
+    cache = KVCache(TINY, 2, 10, CPU, torch.float32)
+    where = cache.keys.data_ptr(), cache.values.data_ptr()
+    assert cache.keys.shape == cache.values.shape == (2, 2, 4, 10, 8)
+    ids = random_ids(2, 10)
+    with torch.inference_mode():
+        transformer.hidden(ids[:, :4], cache=cache)
+        first = cache.keys[:, :, :, :4].clone()
+        assert not cache.keys[:, :, :, 4:].any()
+        transformer.hidden(ids[:, 4:], cache=cache)
+    assert torch.equal(cache.keys[:, :, :, :4], first)
+    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == where
+
+
+def test_full_cache_says_so(transformer):
+    cache = KVCache(TINY, 1, 5, CPU, torch.float32)
+    with torch.inference_mode():
+        transformer.hidden(random_ids(1, 4), cache=cache)
+        with pytest.raises(ValueError, match="the cache holds 5 positions, 6 are needed"):
+            transformer.hidden(random_ids(1, 2), cache=cache)
