@@ -1,8 +1,9 @@
 """Causal attention with PB-relax, for rows that are padded on the left.
 
 ``attention`` is what the model calls. The readable reference is the specification; PyTorch's fused attention is the
-fast path and equal in meaning: it keeps its scores in float32, where the relaxation changes nothing. The choice is
-made here and nowhere else; ``COGVIEW_KERNELS=reference|torch`` forces it.
+fast path and equal in meaning: it keeps its scores in float32, where the relaxation changes nothing. Only where a CPU
+trains on short rows is the reference the faster one (``scripts/benchmarks/attention_training.py``). The choice is made
+here and nowhere else; ``COGVIEW_KERNELS=reference|torch`` forces it.
 """
 
 # B batch, H heads, T new positions (queries), S positions in all (keys), K size of a head
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALPHA = 32.0
+SHORT = 256  # keys up to which a CPU trains faster without fused attention
 log = logging.getLogger(__name__)
 
 
@@ -68,13 +70,13 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Ten
 }
 
 
-@functools.lru_cache(maxsize=1)
-def chosen_implementation() -> str:
-    """The name of the implementation in use, decided at the first call and logged once."""
-    name = os.environ.get("COGVIEW_KERNELS", "torch")
+@functools.cache
+def chosen_implementation(*, short_training_on_cpu: bool = False) -> str:
+    """The name of the implementation in use, decided at the first call of either case and logged."""
+    name = os.environ.get("COGVIEW_KERNELS") or ("reference" if short_training_on_cpu else "torch")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"COGVIEW_KERNELS={name!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
-    log.info("attention: %s", name)
+    log.info("attention: %s%s", name, ", for training on short rows" if short_training_on_cpu else "")
     return name
 
 
@@ -85,4 +87,6 @@ def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | N
     """
     if q_BHTK.shape[2] > k_BHSK.shape[2]:
         raise ValueError(f"{q_BHTK.shape[2]} queries cannot be the last of {k_BHSK.shape[2]} keys")
-    return IMPLEMENTATIONS[chosen_implementation()](q_BHTK, k_BHSK, v_BHSK, starts)
+    short_training_on_cpu = q_BHTK.requires_grad and q_BHTK.device.type == "cpu" and k_BHSK.shape[2] <= SHORT
+    name = chosen_implementation(short_training_on_cpu=short_training_on_cpu)
+    return IMPLEMENTATIONS[name](q_BHTK, k_BHSK, v_BHSK, starts)

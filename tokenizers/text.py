@@ -64,9 +64,10 @@ class TextTokenizer:
         return str(self._processor.decode([int(i) for i in ids]))
 
     def byte_share(self, text: str) -> float:
-        """How much of ``text`` the tokenizer had to spell in bytes or as ``<unk>``: 0 (nothing) to 1, by ids."""
-        ids = self.encode(text)
-        return sum(i in self._foreign for i in ids) / max(len(ids), 1)
+        """The share of the characters of ``text``, 0 to 1, that are spelt in bytes or become ``<unk>``."""
+        characters = [character for character in text if not character.isspace()]
+        foreign = [character for character in characters if self._foreign.intersection(self.encode(character))]
+        return len(foreign) / max(len(characters), 1)
 
 
 def train_text_tokenizer(

@@ -71,9 +71,9 @@ def test_pieces_stay_as_short_as_asked():
 def test_byte_share(tokenizer):
     assert tokenizer.byte_share("") == 0
     assert tokenizer.byte_share("红苹果") == 0
-    assert tokenizer.byte_share("龘") == 1  # three bytes of three
-    with_bytes = tokenizer.byte_share("猫龘")
-    assert with_bytes == 3 / (3 + len(tokenizer.encode("猫")))
+    assert tokenizer.byte_share("龘") == 1
+    assert tokenizer.byte_share("猫龘") == 1 / 2  # of the characters, however many bytes spell one
+    assert tokenizer.byte_share("猫 龘 猫 猫") == 1 / 4
 
 
 def test_a_model_without_bytes_knows_the_unknown():
