@@ -39,7 +39,7 @@ class TransformerConfig:
 
 # layers, width, heads; the name says the parameters of the layers, roughly
 PRESETS: dict[str, tuple[int, int, int]] = {
-    "10m": (6, 384, 6),
+    "9m": (5, 384, 6),
     "20m": (10, 416, 8),
     "100m": (12, 832, 13),
     "300m": (24, 1024, 16),

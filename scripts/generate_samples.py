@@ -1,8 +1,8 @@
 """Draw pictures with the command line of the released CogView v1.
 
-Prompts come from a file, one per line, or are asked for. The pictures of a prompt go to OUTPUT_PATH/PROMPT/0.png, 1.png,
-…; with --with-id a line is ID<TAB>PROMPT and they go to OUTPUT_PATH/ID/. --debug adds concat.png, all pictures of the
-prompt side by side. No picture of another prompt or setting is overwritten: a name that is taken continues with _2, _3, …
+Prompts come from a file, one per line, or are asked for. The pictures of a prompt go to OUTPUT_PATH/PROMPT/0.png,
+1.png, …; with --with-id a line is ID<TAB>PROMPT and they go to OUTPUT_PATH/ID/. --debug adds concat.png, all pictures
+of the prompt side by side. Nothing else is overwritten: a name that another picture has continues with _2, _3, …
 """
 
 from __future__ import annotations
@@ -105,8 +105,9 @@ def run(args: argparse.Namespace) -> int:
     prepare_folder(args.output_path)
     if args.needless:
         print(f"note: not needed, and ignored: {', '.join(args.needless)}", file=sys.stderr)
-    if args.img_tokenizer_path is not None and args.img_tokenizer_path.resolve() != Path(args.load, "image").resolve():
-        print(f"note: {args.img_tokenizer_path} is ignored: {args.load} has an image tokenizer of its own", file=sys.stderr)
+    given = args.img_tokenizer_path
+    if given is not None and given.resolve() != Path(args.load, "image").resolve():
+        print(f"note: {given} is ignored: {args.load} has an image tokenizer of its own", file=sys.stderr)
     easel = Easel.open(
         args.load,
         seed=args.seed,

@@ -73,6 +73,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     things = (
         NamedThing(name="狐狸", emoji="🦊"),
+        NamedThing(name="狗", emoji="🐕"),
         NamedThing(name="红苹果", emoji="🍎", synonyms=("苹果",)),
         NamedThing(name="汽车", emoji="🚗", synonyms=("轿车", "小汽车")),
     )

@@ -60,7 +60,8 @@ def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
 
 
 def test_top_p_of_ties_keeps_only_as_many_as_are_needed():
-    assert kept(keep_top_p(torch.zeros(1, 8), 0.5)) == [[0, 1, 2, 3]]
+    """The first of them, so that the same logits always leave the same ids."""
+    assert kept(keep_top_p(torch.zeros(1, 1024), 0.5)) == [list(range(512))]
 
 
 def test_kept_logits_keep_their_values():
@@ -160,12 +161,12 @@ def test_noise_is_that_of_its_definition(seed):
 
 def test_noise_stays_what_it_is_across_versions():
     """If this fails, every seed draws another picture. Values made by ``gumbel_of``."""
-    noise = keyed_gumbel(key(7), key(3), key(12), range(0, 4))
+    noise = keyed_gumbel(key(7), key(3), key(12), range(4))
     torch.testing.assert_close(noise, torch.tensor([[0.7579, -0.043582, 1.849311, 0.383077]]), atol=1e-5, rtol=0)
 
 
 def test_noise_of_a_row_depends_on_its_key_alone():
-    ids = range(0, 8192)
+    ids = range(8192)
     seeds, images, places = key(7, 7, 8, 1), key(0, 3, 3, 0), key(5, 5, 5, 0)
     batch = keyed_gumbel(seeds, images, places, ids)
     alone = keyed_gumbel(key(7), key(3), key(5), ids)
@@ -177,7 +178,7 @@ def test_noise_of_a_row_depends_on_its_key_alone():
 @pytest.mark.parametrize("other", [(8, 3, 5), (7, 4, 5), (7, 3, 6), (3, 7, 5), (5, 3, 7), (7, 5, 3)])
 def test_noise_differs_with_each_part_of_the_key(other):
     """Nor do parts of the key stand in for each other."""
-    noise = keyed_gumbel(key(7, other[0]), key(3, other[1]), key(5, other[2]), range(0, 4096))
+    noise = keyed_gumbel(key(7, other[0]), key(3, other[1]), key(5, other[2]), range(4096))
     assert len(noise.unique()) > 8100  # nearly all of 8192: float32 has few values for so many draws near 0
     assert abs(torch.corrcoef(noise)[0, 1].item()) < 5 / math.sqrt(4096)
 
@@ -185,7 +186,9 @@ def test_noise_differs_with_each_part_of_the_key(other):
 def test_noise_is_standard_gumbel():
     """Mean 0.5772 and variance pi**2/6 over a million draws; the distribution at five places."""
     count = 10_000
-    noise = keyed_gumbel(torch.full((count,), 7), torch.zeros(count, dtype=torch.int64), torch.arange(count), range(100))
+    noise = keyed_gumbel(
+        torch.full((count,), 7), torch.zeros(count, dtype=torch.int64), torch.arange(count), range(100)
+    )
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.577216, abs=5 * 1.2825 / 1e3)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.015)
@@ -199,7 +202,9 @@ def test_neighbours_are_not_correlated(axis):
     """Keys are small consecutive numbers, which a weak hash would let through."""
     counting, constant = torch.arange(20_000), torch.full((20_000,), 3)
     keys = [counting if axis == name else constant for name in ("seed", "image", "place")]
-    noise = keyed_gumbel(key(3), key(3), key(3), range(20_000))[0] if axis == "id" else keyed_gumbel(*keys, range(1))[:, 0]
+    noise = (
+        keyed_gumbel(key(3), key(3), key(3), range(20_000))[0] if axis == "id" else keyed_gumbel(*keys, range(1))[:, 0]
+    )
     for lag in (1, 2, 8, 64):
         correlation = torch.corrcoef(torch.stack([noise[:-lag], noise[lag:]]))[0, 1].item()
         assert abs(correlation) < 5 / math.sqrt(20_000), (axis, lag)

@@ -150,8 +150,22 @@ def test_dropout_is_for_training_alone(transformer):
     ids = random_ids(1, 6)
     assert torch.equal(transformer(ids), transformer(ids))
     training = lively(TINY).train()
-    torch.manual_seed(0)
     assert not torch.equal(training(ids), training(ids))
+
+
+def test_dropout_falls_on_the_embeddings_and_on_both_branches():
+    transformer = lively(TINY).train()
+    dropped = []
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.register_forward_hook(lambda _, inputs, out, name=name: dropped.append((name, inputs[0], out)))
+    torch.manual_seed(0)
+    transformer(random_ids(1, 30))
+    branches = [f"layers.{number}.{branch}.dropout" for number in (0, 1) for branch in ("attention", "mlp")]
+    assert [name for name, _, _ in dropped] == ["dropout", *branches]
+    for name, before, after in dropped:
+        assert (after == 0).float().mean().item() == pytest.approx(0.1, abs=0.05), name
+        assert before.shape == (1, 30, 32), name
 
 
 # --- equalities ---------------------------------------------------------------------------------------------------

@@ -62,13 +62,12 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def start_from(self, vectors: Tensor, generator: torch.Generator) -> None:
-        """Put every code on an encoder output, far ones first; ``vectors`` (N, D), N of any size.
+        """Put every code on an encoder output; ``vectors`` (N, D), N of any size.
 
         Half the patches of a flat background are the same vector, so a plain random choice would put half the
-        codes on one point: distinct vectors are preferred.
+        codes on one point: only distinct vectors are drawn from, and none is used twice while there are others.
         """
-        distinct = torch.unique(vectors.float().round(decimals=3), dim=0)
-        source = distinct if len(distinct) >= len(self.codebook) else vectors.float()
+        source = torch.unique(vectors.float().round(decimals=3), dim=0)
         order = torch.randperm(len(source), generator=generator)[: len(self.codebook)]
         chosen = source[order.to(source.device)]
         if len(chosen) < len(self.codebook):
@@ -77,6 +76,7 @@ class Quantizer(nn.Module):
         self.codebook.copy_(self.project(chosen))
         self.use.fill_(1.0)
         self.total.copy_(self.codebook)
+        self._share()
 
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor, decay: float) -> None:
@@ -116,7 +116,11 @@ class Quantizer(nn.Module):
         self.codebook[dead] = flat_ND[picks]
         self.use[dead] = 2 * threshold  # a fair chance to be chosen before it is judged again
         self.total[dead] = flat_ND[picks] * 2 * threshold
+        self._share()
+        return len(picks)
+
+    def _share(self) -> None:
+        """Give every process the codebook of process 0, whose vectors they did not see."""
         if dist.is_available() and dist.is_initialized():
             for buffer in (self.codebook, self.use, self.total):
                 dist.broadcast(buffer, 0)
-        return len(picks)

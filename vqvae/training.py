@@ -26,7 +26,7 @@ class VQVAETraining:
     steps: int
     batch_size: int = 32
     learning_rate: float = 1e-3
-    warmup_steps: int = 300  # no quantization, learning rate rising
+    warmup_steps: int = 300  # no quantization, learning rate rising; the codebook starts from what they encode
     final_learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
@@ -39,10 +39,12 @@ class VQVAETraining:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps <= self.warmup_steps:
-            raise ValueError(f"steps ({self.steps}) must exceed warmup_steps ({self.warmup_steps})")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if not 0 < self.warmup_steps < self.steps:
+            raise ValueError(f"warmup_steps must be from 1 to steps - 1 ({self.steps - 1}), got {self.warmup_steps}")
+        if self.batch_size < 1 or self.revive_every < 1:
+            raise ValueError(
+                f"batch_size and revive_every must be at least 1, got {self.batch_size} and {self.revive_every}"
+            )
 
 
 def reconstruction_loss(images: Tensor, targets: Tensor, gradient_weight: float) -> Tensor:
@@ -84,7 +86,10 @@ class VQVAETrainer:
         return low + (settings.learning_rate - low) * (1 + math.cos(math.pi * progress)) / 2
 
     def step(self, step: int, images: Tensor) -> dict[str, float]:
-        """Train on (B, 3, H, W) images in [0, 1]; return the figures to log."""
+        """Train on (B, 3, H, W) images in [0, 1]; return the figures to log.
+
+        FloatingPointError, with the weights as they were, where the gradient is not finite.
+        """
         settings, quantizer = self.settings, self.model.quantizer
         # Whatever is random in a step depends on its number alone, so a resumed run repeats it.
         generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
@@ -99,6 +104,10 @@ class VQVAETrainer:
         commitment = F.mse_loss(output.vectors, output.quantized) * output.vectors.shape[-1]
         (loss + settings.commitment * commitment).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient of step {step} is not finite; lower the learning rate, or resume earlier"
+            )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -44,7 +44,9 @@ def load_image_tokenizer(folder: Path) -> VQVAE:
     try:
         weights = load_file(weights_file)
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-    except (SafetensorError, RuntimeError) as error:
+    except SafetensorError as error:
+        raise InputError(f"{weights_file} is damaged: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{weights_file} does not hold the weights that config.json describes: {reason}") from None
     return model.eval()

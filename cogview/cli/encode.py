@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from cogview.checkpoints.image import load_image_tokenizer
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
 from cogview.data.emoji.scenes import World
 from cogview.data.encode import EncodeSettings, encode_scenes
 from cogview.device import choose_placement
-from cogview.errors import InputError
-from cogview.tokenizers.text import TextTokenizer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,11 +22,8 @@ def run(args: argparse.Namespace) -> int:
     settings = recipe.settings(EncodeSettings, "encode")
     world = World.load(recipe.world)
     placement = choose_placement(args.device)
-    image_tokenizer = load_image_tokenizer(recipe.image_tokenizer).to(placement.device)
-    try:
-        text_tokenizer = TextTokenizer.load(recipe.text_model)
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(f"{error}; make it with: cogview train-text RECIPE") from None
+    image_tokenizer = recipe.open_image_tokenizer().to(placement.device)
+    text_tokenizer = recipe.open_text_tokenizer()
     for path, rows, held_out in (
         (recipe.held_out_store, settings.held_out_rows, True),
         (recipe.store, settings.rows, False),

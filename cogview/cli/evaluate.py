@@ -14,13 +14,14 @@ from cogview.data.emoji.scenes import World
 from cogview.data.emoji.sheets import contact_sheet
 from cogview.errors import InputError
 from cogview.evaluation.protocol import choose_sampling, evaluate_scenes, format_report
-from cogview.pipeline import CogView
+from cogview.pipeline import CogView, checked_seed
 from cogview.sampling import Sampling
 from cogview.training.run import Run
 
 TUNED_TEMPERATURES = (0.3, 0.5, 0.7, 0.9)
 TUNED_TOP_K = (5, 20, 100)
 SHEET_PICTURES = 96
+CAPTIONS = 500
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("measure", choices=["scenes"], help="scenes: object, count, relation and colour")
     add_recipe_arguments(parser, "scenes")
     parser.add_argument("--model", help="a model's name or folder (default: the last checkpoint of the recipe's run)")
-    parser.add_argument("-n", "--captions", type=int, default=500, help="held-out captions, one picture each")
+    parser.add_argument("-n", "--captions", type=int, default=CAPTIONS, help="held-out captions, one picture each")
     parser.add_argument("--seed", type=int, default=0, help="of the captions and the pictures")
     parser.add_argument("--temperature", type=float, help="(default: the model's own)")
     parser.add_argument("--top-k", type=int, help="(default: the model's own)")
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw, grade, print a table and write report.json and a sheet of pictures."""
     if args.captions < 1 or args.batch_size < 1:
         raise InputError(f"--captions and --batch-size must be at least 1, got {args.captions} and {args.batch_size}")
+    seed = checked_seed(args.seed)
     recipe = open_recipe(args)
     world = World.load(recipe.world)
     model = CogView.from_pretrained(args.model or last_checkpoint(recipe), device=args.device)
@@ -66,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         for row in table:
             print(f"{row['sampling']}: everything right {row['everything']['accuracy']:.1%}", file=sys.stderr)
     report, pictures = evaluate_scenes(
-        model, world, count=args.captions, seed=args.seed, sampling=sampling, batch_size=args.batch_size
+        model, world, count=args.captions, seed=seed, sampling=sampling, batch_size=args.batch_size
     )
     write_json(output / "report.json", report)
     contact_sheet(pictures[:SHEET_PICTURES], columns=16).save(output / "pictures.png")

@@ -37,13 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="where files go")
     parser.add_argument("--grid", action="store_true", help="one contact sheet as well: a row per prompt")
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="NAME_OR_FOLDER", help="cogview info lists the names"
-    )
-    parser.add_argument("--temperature", type=float, help="below 1 is surer, above is wilder (default: the model's own)")
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME_OR_FOLDER", help="cogview info lists the names")
+    parser.add_argument("--temperature", type=float, help="lower is surer, higher wilder (default: the model's own)")
     parser.add_argument("--top-k", type=int, help="choose among so many codes, 0: all (default: the model's own)")
     parser.add_argument(
-        "--top-p", type=float, help="choose among the likeliest codes with this share, 1: all (default: the model's own)"
+        "--top-p", type=float, help="choose among the likeliest codes of this share, 1: all (default: the model's own)"
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="COUNT", help="pictures drawn at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -161,15 +159,17 @@ class Easel:
 
         from cogview.pictures import picture_texts, save_png
 
-        codes = self.model.model.config.grid ** 2
         if orders and not sys.stderr.isatty():  # where there is no bar
             print(f"drawing {len(orders)} picture{'s' if len(orders) > 1 else ''}", file=sys.stderr)
-        with tqdm(total=len(orders) * codes, unit="code", desc="drawing", disable=None, leave=False) as bar:
+        codes = len(orders) * self.model.model.config.grid**2
+        with tqdm(total=codes, unit="code", desc="drawing", disable=None, leave=False) as bar:
             for first in range(0, len(orders), self.batch_size):
                 batch = orders[first : first + self.batch_size]
-                pictures = self.model.draw(
-                    [order.wish for order in batch], self.sampling, lambda done, total, step=len(batch): bar.update(step)
-                )
+
+                def show(done: int, total: int, size: int = len(batch)) -> None:
+                    bar.update(size)
+
+                pictures = self.model.draw([order.wish for order in batch], self.sampling, show)
                 for order, picture in zip(batch, pictures, strict=True):
                     order.path.parent.mkdir(parents=True, exist_ok=True)
                     path = save_png(order.path, picture, picture_texts(picture, self.model.name))

@@ -31,11 +31,17 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage of every option."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; only the arguments of ``command`` are filled in, so that ``--help`` imports little."""
-    parser = argparse.ArgumentParser(
-        prog="cogview", description="Draw pictures from Chinese text, and train the models."
-    )
+    parser = Parser(prog="cogview", description="Draw pictures from Chinese text, and train the models.")
     parser.add_argument("--version", action="version", version=f"cogview {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, line) in COMMANDS.items():
@@ -64,12 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest:
         # argparse takes one run of positional arguments; more prompts, or KEY=VALUE of a recipe, may follow an option.
-        more = getattr(args, "prompts", None)
-        if hasattr(args, "overrides") and all("=" in word for word in rest):
-            more = args.overrides
-        if more is None or any(word.startswith("-") for word in rest):
+        if hasattr(args, "prompts") and not any(word.startswith("-") for word in rest):
+            args.prompts += rest
+        elif hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+            args.overrides += rest
+        else:
             parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        more += rest
     module = importlib.import_module(f"cogview.cli.{COMMANDS[args.command][0]}")
     return run_safely(lambda: module.run(args), f"cogview {args.command}")
 

@@ -44,7 +44,13 @@ def run(args: argparse.Namespace) -> int:
     report = json.loads(report_file.read_text(encoding="utf-8"))
     card = card_file.read_text(encoding="utf-8").replace("{figures}", format_report(report))
 
-    model = load_model(last_checkpoint(recipe), torch.device("cpu"), torch.float32)
+    checkpoint = last_checkpoint(recipe)
+    if Path(report["protocol"]["model"]).name != checkpoint.name:
+        raise InputError(
+            f"{report_file} grades {report['protocol']['model']}, not {checkpoint}; "
+            f"grade that first: cogview eval scenes {recipe.path} --tune"
+        )
+    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
     sampling = build(Sampling, report["protocol"]["sampling"], where=str(report_file))
     model.config = replace(model.config, sampling=sampling)
     model.card = card

@@ -6,10 +6,14 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cogview.config_files import build, read_recipe, section
 from cogview.errors import InputError
+from cogview.tokenizers.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from cogview.vqvae.model import VQVAE
 
 T = TypeVar("T")
 
@@ -57,6 +61,23 @@ class Recipe:
     def transformer_run(self) -> Path:
         """The run folder of the transformer."""
         return self.work / "transformer-run"
+
+    def open_text_tokenizer(self) -> TextTokenizer:
+        """The text tokenizer; InputError where there is none yet."""
+        try:
+            return TextTokenizer.load(self.text_model)
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(f"{error}; make it with: cogview train-text {self.path}") from None
+
+    def open_image_tokenizer(self) -> VQVAE:
+        """The trained VQ-VAE, on the CPU; InputError where there is none yet."""
+        from cogview.checkpoints.image import load_image_tokenizer
+
+        if not self.image_tokenizer.is_dir():
+            raise InputError(
+                f"there is no image tokenizer at {self.image_tokenizer}; make it with: cogview train-image {self.path}"
+            )
+        return load_image_tokenizer(self.image_tokenizer)
 
     def section(self, name: str) -> dict[str, Any]:
         """Section ``name`` as plain values, changed by the command line's ``key=value``."""

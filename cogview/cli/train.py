@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from cogview.checkpoints.folder import Model, ModelConfig, NamedThing
-from cogview.checkpoints.image import codebook_hash, load_image_tokenizer
+from cogview.checkpoints.image import codebook_hash
 from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_arguments, open_recipe
 from cogview.config import preset
 from cogview.config_files import to_plain
@@ -23,7 +23,6 @@ from cogview.errors import InputError
 from cogview.pipeline import CogView
 from cogview.sampling import Sampling
 from cogview.tokenizers.layouts import layouts
-from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.run import Run, RunSettings, run_loop
 from cogview.training.transformer import TransformerTrainer, TransformerTraining, store_batches
@@ -59,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     store, held_out = TokenStore(recipe.store), TokenStore(recipe.held_out_store)
     torch.manual_seed(settings.training.seed)
     model = new_model(recipe, settings, store)
+    model.image_tokenizer.to(placement.device)  # it draws the sample sheets
     captions = [
         model.text_tokenizer.decode(text[text != ABSENT].tolist())
         for text in held_out.read(range(min(SHEET_PICTURES, len(held_out))))["text"]
@@ -91,11 +91,7 @@ def run(args: argparse.Namespace) -> int:
 
 def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) -> Model:
     """A transformer with fresh weights for the rows of ``store``, and the tokenizers that made them."""
-    image_tokenizer = load_image_tokenizer(recipe.image_tokenizer)
-    try:
-        text_tokenizer = TextTokenizer.load(recipe.text_model)
-    except (FileNotFoundError, ValueError) as error:
-        raise InputError(str(error)) from None
+    image_tokenizer, text_tokenizer = recipe.open_image_tokenizer(), recipe.open_text_tokenizer()
     codebook = codebook_hash(image_tokenizer)
     store.require(
         codebook_sha256=codebook,
@@ -111,7 +107,11 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
             dropout=settings.dropout,
         )
         table = layouts(store.header.grid)
-        max_text = min(store.header.fields["text"], table["generate"].longest_text(settings.max_positions))
+        max_text = store.header.fields["text"]
+        if (needed := table["generate"].num_positions(max_text)) > settings.max_positions:
+            raise ValueError(
+                f"max_positions {settings.max_positions} are too few for the rows of {store.path}: {needed}"
+            )
         config = ModelConfig(
             transformer=shape,
             vocabulary=vocabulary,

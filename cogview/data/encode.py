@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cogview.checkpoints.image import codebook_hash
@@ -27,11 +28,26 @@ class EncodeSettings:
     text_width: int = 48  # pieces in the longest caption
     batch_size: int = 256
     seed: int = 0
+    workers: int = 0  # processes that draw scenes
 
     def __post_init__(self) -> None:
         for name in ("rows", "held_out_rows", "text_width", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+class CaptionedScenes(Dataset[tuple[np.ndarray, list[int]]]):
+    """Scene number i of a world, a function of (seed, i): its picture, uint8 (H, W, 3), and its caption's pieces."""
+
+    def __init__(self, world: World, text_tokenizer: TextTokenizer, seed: int, *, held_out: bool) -> None:
+        self.world = world
+        self.text_tokenizer = text_tokenizer
+        self.seed = seed
+        self.held_out = held_out
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, list[int]]:
+        scene = self.world.sample(self.seed, index, held_out=self.held_out)
+        return self.world.render(scene, index), self.text_tokenizer.encode(self.world.caption(scene, index))
 
 
 def encode_scenes(
@@ -61,13 +77,16 @@ def encode_scenes(
         StoreWriter(path, header, resume=True) as writer,
         tqdm(total=rows, initial=writer.count, unit="scene", desc=path.name, disable=None) as bar,
     ):
-        while writer.count < rows:
-            numbers = range(writer.count, min(writer.count + settings.batch_size, rows))
-            scenes = [world.sample(settings.seed, number, held_out=held_out) for number in numbers]
-            captions = [world.caption(scene, number) for number, scene in zip(numbers, scenes, strict=True)]
-            pixels = np.stack([world.render(scene, number) for number, scene in zip(numbers, scenes, strict=True)])
+        scenes = DataLoader(
+            CaptionedScenes(world, text_tokenizer, settings.seed, held_out=held_out),
+            batch_size=settings.batch_size,
+            sampler=range(writer.count, rows),
+            collate_fn=list,
+            num_workers=settings.workers,
+        )
+        for batch in scenes:
+            pixels = np.stack([picture for picture, _ in batch])
             images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
             codes = image_tokenizer.encode(images).flatten(1).cpu().numpy()
-            text = pad_text([text_tokenizer.encode(caption) for caption in captions], settings.text_width)
-            writer.append({"text": text, "image": codes})
-            bar.update(len(numbers))
+            writer.append({"text": pad_text([pieces for _, pieces in batch], settings.text_width), "image": codes})
+            bar.update(len(batch))

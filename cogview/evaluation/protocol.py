@@ -17,6 +17,7 @@ from cogview.evaluation.scenes import SceneGrader, held_out_scenes, summarize
 from cogview.pipeline import CogView, Wish
 from cogview.sampling import Sampling
 from cogview.training.image_tokenizer import held_out_batches, reconstruct
+from cogview.vqvae.model import PIXELS_PER_CODE
 from cogview.vqvae.training import evaluate_vqvae
 
 TUNING_SEED = 1_000_003  # of the captions that sampling settings are chosen on
@@ -47,8 +48,8 @@ def evaluate_scenes(
     Beside the model's figures stand two ceilings from the same grader: on the VQ-VAE's reconstructions of the true
     scenes, and on the true scenes themselves.
     """
-    asked = held_out_scenes(world, count, seed)
     check_world(model, world)
+    asked = held_out_scenes(world, count, seed)
     scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
     grader = SceneGrader(world)
     true = np.stack([world.render(scene, number) for number, scene in enumerate(scenes)])
@@ -83,8 +84,8 @@ def choose_sampling(
 
     The tuning captions are held out from training too, and chosen with a seed of their own.
     """
-    asked = held_out_scenes(world, count, TUNING_SEED)
     check_world(model, world)
+    asked = held_out_scenes(world, count, TUNING_SEED)
     grader = SceneGrader(world)
     results = []
     for sampling in settings:
@@ -96,13 +97,13 @@ def choose_sampling(
 
 def check_world(model: CogView, world: World) -> None:
     """InputError unless the model knows exactly the things of ``world`` and draws at its size."""
-    side = model.model.config.grid * 8
+    side = model.model.config.grid * PIXELS_PER_CODE
     if side != world.settings.canvas:
         raise InputError(f"{model.name} draws {side} pixels, the world has {world.settings.canvas}: use its own recipe")
     known = {thing.name for thing in model.model.things}
     if known and known != {thing.name for thing in world.things}:
         raise InputError(
-            f"{model.name} knows {len(known)} things, the world has {len(world.things)} others: use its own recipe"
+            f"{model.name} knows {len(known)} things, not the {len(world.things)} of this world: use its own recipe"
         )
 
 

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from cogview.checkpoints.image import save_image_tokenizer
 from cogview.data.emoji.scenes import World
 from cogview.data.emoji.sheets import contact_sheet
+from cogview.errors import InputError
+from cogview.training.run import leave_signals_to_parent
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
 
@@ -45,6 +47,7 @@ def scene_batches(world: World, seed: int, batch_size: int, first: int, last: in
         batch_size=batch_size,
         sampler=range(first * batch_size, last * batch_size),
         num_workers=workers,
+        worker_init_fn=leave_signals_to_parent,
     )
     return iter(loader)
 
@@ -70,7 +73,10 @@ class ImageTokenizerRun:
 
     def step(self, step: int, batch: Tensor) -> dict[str, float]:
         """One training step."""
-        return self.trainer.step(step, batch)
+        try:
+            return self.trainer.step(step, batch)
+        except FloatingPointError as error:
+            raise InputError(str(error)) from None
 
     def save(self, folder: Path) -> None:
         """The model folder, and ``trainer.pt``."""

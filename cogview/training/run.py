@@ -104,7 +104,7 @@ class Run:
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Append one JSON line and the same figures to TensorBoard; ``step`` counts finished steps."""
-        record = {"step": step, **{name: round(value, 6) for name, value in figures.items()}}
+        record = {"step": step, **{name: float(f"{value:.6g}") for name, value in figures.items()}}
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._writer is None:
@@ -129,7 +129,11 @@ class Run:
         if aside.exists():
             shutil.rmtree(aside)
         aside.mkdir(parents=True)
-        write(aside)
+        try:
+            write(aside)
+        except BaseException:  # a full disk, say: leave it no fuller
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
         os.replace(aside, target)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old)
@@ -169,6 +173,12 @@ class StopSignal:
         print("\nstopping after this step (once more: at once, without saving)", file=sys.stderr)
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """For the workers of a DataLoader: Ctrl-C reaches them too, and the step under way still needs their batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def run_loop(
     trainer: Trainer[Batch],
     batches: Callable[[int], Iterator[Batch]],
@@ -188,7 +198,13 @@ def run_loop(
     checkpoint = run.start(recipe, resume)
     done = 0
     if checkpoint is not None:
-        trainer.load(checkpoint)
+        try:
+            trainer.load(checkpoint)
+        except (RuntimeError, ValueError) as error:  # sizes that differ
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{checkpoint} does not fit the recipe, go back to its settings or remove {run.folder}: {reason}"
+            ) from None
         done = step_of(checkpoint)
         print(f"resuming {run.folder} after step {done}", file=sys.stderr)
     sums: dict[str, float] = {}
@@ -215,7 +231,7 @@ def run_loop(
                 last = time.perf_counter()
             if _due(done, settings.save_every):
                 run.save(done, trainer.save, settings.keep)
-    path = run.save(done, trainer.save, settings.keep)
+        path = run.save(done, trainer.save, settings.keep)
     run.close()
     if stop.number is not None and done < steps:
         print(f"stopped after step {done} of {steps}, saved in {path}; go on with --resume auto", file=sys.stderr)

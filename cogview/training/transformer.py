@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from cogview.checkpoints.folder import Model, save_model
+from cogview.checkpoints.folder import Model, read_config, save_model
 from cogview.data.sampler import ResumableBatchSampler
 from cogview.data.store import ABSENT, TokenStore
 from cogview.errors import InputError
 from cogview.tokenizers.layouts import Batch, pad_right
 from cogview.tokenizers.vocabulary import Kind
+from cogview.training.run import leave_signals_to_parent
 
 Rows = Mapping[str, np.ndarray]  # of a store: "text" (B, W) and "image" (B, G * G), uint16
 
@@ -154,8 +155,11 @@ class TransformerTrainer:
         torch.save(self.optimizer.state_dict(), folder / "trainer.pt")
 
     def load(self, folder: Path) -> None:
-        """Take up weights and optimizer from ``save``."""
+        """Take up weights and optimizer from ``save``; InputError where they belong to other codes."""
         from safetensors.torch import load_file
+
+        if read_config(folder).codebook_sha256 != self.model.config.codebook_sha256:
+            raise InputError("it was trained on the codes of another image tokenizer")
 
         self.transformer.load_state_dict(load_file(folder / "model.safetensors"))
         self.optimizer.load_state_dict(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
@@ -189,5 +193,11 @@ def store_batches(store: TokenStore, settings: TransformerTraining, start_step: 
     )
     # The store reads a whole batch at once, and there is nothing left to collate.
     return iter(
-        DataLoader[Rows](cast(Any, store), batch_sampler=sampler, collate_fn=dict, num_workers=settings.workers)
+        DataLoader[Rows](
+            cast(Any, store),
+            batch_sampler=sampler,
+            collate_fn=dict,
+            num_workers=settings.workers,
+            worker_init_fn=leave_signals_to_parent,
+        )
     )

@@ -147,21 +147,23 @@ def test_an_empty_corpus(lines):
         train_text_tokenizer(lines, size=300)
 
 
-def test_the_error_names_sizes_that_work():
-    """The sizes in the message are exact: those work, and one beyond does not."""
+def test_a_size_beyond_the_corpus_takes_all_there_is():
+    most = TextTokenizer(train_text_tokenizer(CAPTIONS, size=5000)).size
+    assert 256 < most < 5000
+    assert TextTokenizer(train_text_tokenizer(CAPTIONS, size=most + 1)).size == most
+    assert TextTokenizer(train_text_tokenizer(CAPTIONS, size=most - 10)).size == most - 10
 
-    def limit(size):
-        with pytest.raises(ValueError, match=r"too (large|small) for this corpus: at (most|least) \d+") as caught:
+
+def test_the_error_names_the_smallest_size():
+    def least(size):
+        with pytest.raises(ValueError, match=r"too small for this corpus: at least \d+") as caught:
             train_text_tokenizer(CAPTIONS, size=size)
         assert "\n" not in str(caught.value)
-        return int(str(caught.value).rsplit(" at ", 1)[1].split()[1])
+        return int(str(caught.value).rsplit(" at least ", 1)[1].split()[0])
 
-    most, least = limit(5000), limit(10)
-    assert 256 < least < most < 5000
-    for size in (most, least):
-        assert TextTokenizer(train_text_tokenizer(CAPTIONS, size=size)).size == size
-    assert limit(most + 1) == most
-    assert limit(least - 1) == least
+    smallest = least(10)
+    assert TextTokenizer(train_text_tokenizer(CAPTIONS, size=smallest)).size == smallest
+    assert least(smallest - 1) == smallest
 
 
 def test_other_settings_that_cannot_be():

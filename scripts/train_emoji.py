@@ -1,0 +1,162 @@
+"""Train a model of the emoji world from nothing: every step of a recipe, one after the other.
+
+    python scripts/train_emoji.py scripts/recipes/emoji-cpu.yaml
+
+Each step is the command ``cogview <step> RECIPE``. A step whose result is already there is skipped, one that was
+interrupted goes on where it stood, and once a step has run, so do all after it. The first step that fails stops the
+script, which ends with that step's status. WORK/times.json holds the seconds of every step that ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from cogview.cli.main import HelpFormatter, Parser, run_safely
+from cogview.cli.main import main as cogview
+from cogview.cli.recipes import Recipe, open_recipe
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command, how to see that its result is already there, and what it is given besides the recipe."""
+
+    command: str
+    done: Callable[[Recipe], bool]
+    options: tuple[str, ...] = ()
+    takes_device: bool = False
+
+
+def world_made(recipe: Recipe) -> bool:
+    """Whether the emoji world is whole; world.json is written last."""
+    return (recipe.world / "world.json").is_file()
+
+
+def text_trained(recipe: Recipe) -> bool:
+    """Whether there is a text tokenizer."""
+    return recipe.text_model.is_file()
+
+
+def image_trained(recipe: Recipe) -> bool:
+    """Whether the VQ-VAE's training has ended; until then it lies in its run folder alone."""
+    return recipe.image_tokenizer.is_dir()
+
+
+def encoded(recipe: Recipe) -> bool:
+    """Whether both stores have all their rows."""
+    from cogview.data.encode import EncodeSettings
+    from cogview.data.store import TokenStore
+
+    if not (recipe.store.is_dir() and recipe.held_out_store.is_dir()):
+        return False
+    settings = recipe.settings(EncodeSettings, "encode")
+    return (
+        len(TokenStore(recipe.store)) >= settings.rows
+        and len(TokenStore(recipe.held_out_store)) >= settings.held_out_rows
+    )
+
+
+def trained(recipe: Recipe) -> bool:
+    """Whether the transformer has made all its steps."""
+    from cogview.cli.train import TransformerSettings
+    from cogview.training.run import Run, step_of
+
+    checkpoints = Run(recipe.transformer_run).checkpoints()
+    steps = recipe.settings(TransformerSettings, "transformer").training.steps
+    return bool(checkpoints) and step_of(checkpoints[-1]) >= steps
+
+
+def graded(recipe: Recipe) -> bool:
+    """Whether the report is of the last checkpoint."""
+    from cogview.cli.evaluate import last_checkpoint
+
+    report = recipe.work / "report" / "report.json"
+    if not report.is_file():
+        return False
+    model = json.loads(report.read_text(encoding="utf-8"))["protocol"]["model"]
+    return Path(model).name == last_checkpoint(recipe).name
+
+
+def packaged(recipe: Recipe) -> bool:
+    """Whether there is a model folder, made after the report."""
+    config, report = recipe.work / "model" / "config.json", recipe.work / "report" / "report.json"
+    return config.is_file() and config.stat().st_mtime >= report.stat().st_mtime
+
+
+STEPS = (
+    Step("scenes", world_made),
+    Step("train-text", text_trained),
+    Step("train-image", image_trained, options=("--resume", "auto"), takes_device=True),
+    Step("encode", encoded, takes_device=True),
+    Step("train", trained, options=("--resume", "auto"), takes_device=True),
+    Step("eval scenes", graded, options=("--tune",), takes_device=True),
+    Step("package", packaged),
+)
+
+
+def run(args: argparse.Namespace) -> int:
+    """All steps; the status of the first that fails, or 0."""
+    recipe = open_recipe(args)
+    recipe.work.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    earlier_ran = False
+    for number, step in enumerate(STEPS, start=1):
+        name = f"step {number} of {len(STEPS)}, {step.command}"
+        if not earlier_ran and step.done(recipe):
+            print(f"{name}: already done", file=sys.stderr)
+            continue
+        earlier_ran = True
+        command = [*step.command.split(), str(recipe.path), "--work", str(recipe.work), *step.options]
+        if step.takes_device:
+            command += ["--device", args.device]
+        print(f"{name}: cogview {shlex.join(command)}", file=sys.stderr)
+        began = time.perf_counter()
+        status = cogview(command)
+        seconds = time.perf_counter() - began
+        note_time(recipe.work / "times.json", step.command, seconds, status)
+        if status:
+            print(f"{name}: ended with status {status} after {seconds:.0f} s; run this again to go on", file=sys.stderr)
+            return status
+        print(f"{name}: done in {seconds:.0f} s", file=sys.stderr)
+    print(f"all steps done, in {time.perf_counter() - started:.0f} s this time", file=sys.stderr)
+    print(recipe.work / "model")
+    return 0
+
+
+def note_time(path: Path, step: str, seconds: float, status: int) -> None:
+    """Append a step to ``path``, a JSON list; a step that was interrupted has several entries, which add up."""
+    times = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    times.append({"step": step, "seconds": round(seconds, 1), "status": status, "ended": ended})
+    aside = path.with_suffix(".writing")
+    aside.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser(
+        prog="train_emoji.py",
+        description="Train a model of the emoji world: every step of a recipe, one after the other.",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument(
+        "recipe", type=Path, metavar="RECIPE", help="a YAML file such as scripts/recipes/emoji-cpu.yaml"
+    )
+    parser.add_argument("--work", type=Path, help="folder of the results (default: the recipe's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.set_defaults(overrides=())
+    args = parser.parse_args(argv)
+    return run_safely(lambda: run(args), "train_emoji.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""``cogview generate``: files, names and chunks, what is asked and refused, and what an interruption leaves."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cogview.pipeline
+from cogview import __version__
+from cogview.cli.main import main
+from cogview.pictures import read_texts
+
+FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
+
+
+@pytest.fixture
+def generate(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """A function that runs the command in an empty folder with the tiny model: (status, files printed, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = main(["generate", *arguments, "--model", str(tiny_checkpoint), "--device", "cpu"])
+        printed = capsys.readouterr()
+        return status, [Path(line) for line in printed.out.splitlines()], printed.err
+
+    return run
+
+
+class Terminal(io.StringIO):
+    """Standard input at which somebody types."""
+
+    def isatty(self):
+        return True
+
+
+def codes(path):
+    return read_texts(path)["codes"]
+
+
+def test_pictures_of_several_prompts(generate, tiny_model):
+    status, files, err = generate(FOX, DOG, "-n", "2", "--seed", "7", "-o", "画")
+    assert status == 0
+    assert files == [Path("画", f"{prompt}-seed7-{index}.png") for prompt in (FOX, DOG) for index in (0, 1)]
+    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\ndrawing 4 pictures\n"
+    expected = tiny_model.generate([FOX, DOG], n=2, seed=7)
+    for file, picture in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
+    assert sorted(os.listdir("画")) == sorted(file.name for file in files)
+
+
+def test_chunks_say_how_to_draw_it_again(generate, tiny_checkpoint, tiny_model):
+    _, [file], _ = generate(FOX, "--seed", "7", "--temperature", "0.7", "--top-k", "50", "--top-p", "0.9")
+    texts = read_texts(file)
+    picture = tiny_model.generate(FOX, seed=7, temperature=0.7, top_k=50, top_p=0.9)[0]
+    assert float(texts.pop("log_probability")) == pytest.approx(picture.log_probability)
+    assert np.array_equal(np.array(texts.pop("codes").split(), dtype=int).reshape(8, 8), picture.codes)
+    assert texts == {
+        "prompt": FOX,
+        "seed": "7",
+        "index": "0",
+        "model": str(tiny_checkpoint),
+        "temperature": "0.7",
+        "top_k": "50",
+        "top_p": "0.9",
+        "cogview": __version__,
+    }
+
+
+def test_the_models_own_settings_are_the_default(generate):
+    _, [file], _ = generate(FOX, "--seed", "7")
+    texts = read_texts(file)
+    assert (texts["temperature"], texts["top_k"], texts["top_p"]) == ("0.9", "100", "1.0")
+
+
+def test_the_batch_size_changes_nothing(generate):
+    arguments = (FOX, DOG, "狐狸", "-n", "3", "--seed", "7")
+    _, together, _ = generate(*arguments, "-o", "a")
+    _, apart, _ = generate(*arguments, "-o", "b", "--batch-size", "2")
+    assert [codes(file) for file in together] == [codes(file) for file in apart]
+    assert [file.name for file in together] == [file.name for file in apart]
+
+
+def test_a_second_run_writes_the_same_and_overwrites_nothing_else(generate):
+    _, [first], _ = generate(FOX, "--seed", "7")
+    _, [same], _ = generate(FOX, "--seed", "7")
+    _, [warmer], _ = generate(FOX, "--seed", "7", "--temperature", "1.5")
+    assert same == first == Path("outputs", f"{FOX}-seed7-0.png")
+    assert warmer == Path("outputs", f"{FOX}-seed7-0_2.png")
+    assert read_texts(first)["temperature"] == "0.9"
+
+
+def test_prompts_with_one_name_get_files_of_their_own(generate):
+    prompts = ["狐狸/狗", "狐狸?狗", "狐狸/狗"]
+    _, files, _ = generate(*prompts, "--seed", "7")
+    assert [file.name for file in files] == ["狐狸_狗-seed7-0.png", "狐狸_狗-seed7-0_2.png", "狐狸_狗-seed7-1.png"]
+    assert [read_texts(file)["prompt"] for file in files] == prompts
+
+
+def test_a_prompt_given_twice_gets_further_pictures(generate):
+    _, twice, _ = generate(FOX, FOX, "--seed", "7", "-o", "a")
+    _, once, _ = generate(FOX, "-n", "2", "--seed", "7", "-o", "b")
+    assert [codes(file) for file in twice] == [codes(file) for file in once]
+
+
+def test_a_contact_sheet(generate):
+    status, files, _ = generate(FOX, DOG, "-n", "3", "--seed", "7", "--grid")
+    assert status == 0
+    assert files[-1] == Path("outputs/grid-seed7.png")
+    sheet = Image.open(files[-1])
+    assert sheet.size == (3 * 68 + 4, 2 * 68 + 4)
+    tile = np.asarray(sheet)[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second prompt, second picture
+    np.testing.assert_array_equal(tile, np.asarray(Image.open(files[4])))
+    assert read_texts(files[-1])["prompt"] == f"{FOX}\n{DOG}"
+
+
+def test_options_between_prompts(generate):
+    _, files, _ = generate(FOX, "--seed", "7", DOG)
+    assert [read_texts(file)["prompt"] for file in files] == [FOX, DOG]
+
+
+def test_prompts_from_a_file(generate):
+    Path("prompts.txt").write_bytes(f"\ufeff{FOX}\r\n\r\n  {DOG}  \n".encode())  # as Windows writes it
+    status, files, _ = generate("狐狸", "--input", "prompts.txt")
+    assert status == 0
+    assert [read_texts(file)["prompt"] for file in files] == ["狐狸", FOX, DOG]
+
+
+def test_prompts_from_standard_input(generate, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{FOX}\n{DOG}".encode())))
+    _, files, _ = generate("--input", "-")
+    assert [read_texts(file)["prompt"] for file in files] == [FOX, DOG]
+
+
+def test_it_asks_on_a_terminal(generate, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Terminal(f"{FOX}\n{'长' * 50}\n{FOX}\n\n{DOG}\n"))
+    status, files, err = generate("--seed", "7")
+    assert status == 0
+    assert [file.name for file in files] == [f"{FOX}-seed7-0.png", f"{FOX}-seed7-1.png"]
+    assert err.count("seed 7") == 1  # the model was opened once
+    assert "What shall I draw? (an empty line ends)" in err
+    assert "skipped: the prompt “长长长" in err
+
+
+def test_it_asks_until_the_end_of_input(generate, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Terminal(FOX))
+    assert len(generate()[1]) == 1
+
+
+def test_a_seed_is_chosen_and_told(generate):
+    _, [file], err = generate(FOX)
+    assert f"seed {read_texts(file)['seed']}\n" in err
+
+
+def test_prompts_that_cannot_be_drawn_do_not_stop_the_others(generate):
+    status, files, err = generate("", FOX, DOG * 3, "--seed", "7", "--grid")
+    assert status == 2
+    assert [file.name for file in files] == [f"{FOX}-seed7-0.png", "grid-seed7.png"]
+    assert [line for line in err.splitlines() if line.startswith("skipped: ")] == [
+        "skipped: the prompt is empty; say what to draw, for example 一个红苹果",
+        "skipped: the prompt “蓝色背景上的三只狗蓝色背景上的三只狗蓝色…” is 27 pieces long, 20 fit; shorten it",
+    ]
+
+
+def test_nothing_that_can_be_drawn(generate):
+    status, files, err = generate(DOG * 3, "--grid")
+    assert (status, files) == (2, [])
+    assert "drawing" not in err
+
+
+def test_notes_about_prompts(generate, tiny_checkpoint):
+    _, files, err = generate(FOX, "两只狸子", "ａｂｃ汽车", "--seed", "7")
+    assert len(files) == 3
+    model = tiny_checkpoint
+    assert [line for line in err.splitlines() if line.startswith("note: ") and "bytes" not in line] == [
+        f"note: {model} knows nothing that “两只狸子” names; the nearest names: 狐狸; all of them: "
+        f"cogview info {model} --things"
+    ]
+    assert "of the prompt “ａｂｃ汽车” is spelt in bytes" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([FOX, "-n", "0"], "-n must be at least 1, got 0"),
+        ([FOX, "--batch-size", "-3"], "the batch size must be at least 1, got -3"),
+        ([FOX, "--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
+        ([FOX, "--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use top_k 1"),
+        ([FOX, "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--input", "没有.txt"], "cannot read prompts from 没有.txt: No such file or directory"),
+        (["--input", "gbk.txt"], "gbk.txt is not UTF-8: byte 0 is 0xba"),
+        (["--input", "blank.txt"], "blank.txt holds no prompt: expected one per line"),
+        ([FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: File exists; choose another"),
+        ([], 'no prompt was given; write it behind the command: cogview generate "一个红苹果"'),
+    ],
+)
+def test_mistakes_are_one_line(generate, monkeypatch, arguments, message):
+    Path("gbk.txt").write_bytes("狐狸".encode("gbk"))
+    Path("blank.txt").write_text("\n \n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    status, files, err = generate(*arguments)
+    assert (status, files) == (2, [])
+    assert err == f"cogview generate: {message}\n"
+
+
+def test_the_output_folder_is_tried_before_the_model_is_opened(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["generate", FOX, "--model", "没有", "-o", str(tmp_path / "file")]) == 2
+    assert "file cannot be written: File exists" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_known(tmp_path, capsys):
+    assert main(["generate", FOX, "--model", "cogview-bse", "-o", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith('cogview generate: checkpoint "cogview-bse" is unknown; known: ')
+
+
+def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_model):
+    fill, calls = cogview.pipeline.fill, []
+
+    def interrupted_fill(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return fill(*arguments)
+
+    monkeypatch.setattr(cogview.pipeline, "fill", interrupted_fill)
+    status, files, err = generate(FOX, "-n", "7", "--seed", "7", "--batch-size", "2", "--grid")
+    assert status == 130
+    assert err.endswith("cogview generate: interrupted; what was finished is kept\n")
+    assert [file.name for file in files] == [f"{FOX}-seed7-{index}.png" for index in range(4)]
+    assert sorted(os.listdir("outputs")) == [file.name for file in files]
+    for file, picture in zip(files, tiny_model.generate(FOX, n=4, seed=7), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
+
+
+def test_a_full_disk_keeps_finished_pictures(generate, monkeypatch):
+    save, calls = Image.Image.save, []
+
+    def save_until_full(self, *arguments, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return save(self, *arguments, **settings)
+
+    monkeypatch.setattr(Image.Image, "save", save_until_full)
+    status, files, err = generate(FOX, "-n", "4", "--seed", "7")
+    assert status == 2
+    assert err.endswith("cogview generate: [Errno 28] No space left on device\n")
+    assert sorted(os.listdir("outputs")) == [file.name for file in files]
+    assert len(files) == 2
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["generate", "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    for option in ("PROMPT", "--input", "-n", "--seed", "--output", "--temperature", "--top-k", "--top-p", "--model"):
+        assert option in out
+    assert "--grid" in out
+
+
+def test_help_needs_no_torch():
+    code = (
+        "import sys; from cogview.cli.main import build_parser; build_parser('generate'); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("False\n", "")

@@ -1,0 +1,94 @@
+"""``cogview``: commands, and mistakes on the command line itself."""
+
+import importlib
+import io
+import sys
+
+import pytest
+
+from cogview import __version__
+from cogview.cli.main import COMMANDS, main, run_safely
+from cogview.errors import InputError
+
+
+def exit_of(arguments):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    return caught.value.code
+
+
+def test_every_command_has_its_module():
+    for module, _ in COMMANDS.values():
+        command = importlib.import_module(f"cogview.cli.{module}")
+        assert callable(command.add_arguments)
+        assert callable(command.run)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, capsys):
+    assert exit_of([command, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: cogview {command}")
+    assert "(default: None)" not in out
+
+
+def test_help_and_version(capsys):
+    assert exit_of(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert [command for command in COMMANDS if command not in out] == []
+    assert exit_of(["--version"]) == 0
+    assert capsys.readouterr().out == f"cogview {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "cogview: the following arguments are required: COMMAND; see cogview --help"),
+        (["paint"], "cogview: argument COMMAND: invalid choice: 'paint'"),
+        (
+            ["generate", "狐狸", "-n", "many"],
+            "cogview generate: argument -n: invalid int value: 'many'; see cogview gen",
+        ),
+        (["generate", "狐狸", "--sed", "7", "--grid"], "cogview: unrecognized arguments: --sed 7"),
+        (["info", "a", "b"], "cogview: unrecognized arguments: b"),
+        (["train", "recipe.yaml", "--device", "cpu", "steps"], "cogview: unrecognized arguments: steps"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, capsys):
+    assert exit_of(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(message)
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (InputError("one\n  line"), 2, "cogview x: one line\n"),
+        (
+            FileNotFoundError(2, "No such file or directory", "文件"),
+            2,
+            "cogview x: [Errno 2] No such file or directory: '文件'\n",
+        ),
+        (KeyboardInterrupt(), 130, "cogview x: interrupted; what was finished is kept\n"),
+    ],
+)
+def test_what_goes_wrong_in_a_command(error, status, message, capsys):
+    def fail():
+        raise error
+
+    assert run_safely(fail, "cogview x") == status
+    assert capsys.readouterr().err == message
+
+
+def test_our_own_errors_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_safely(lambda: 1 // 0, "cogview x")
+
+
+def test_a_terminal_without_chinese_stops_nothing(monkeypatch):
+    ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", ascii_only)
+    assert run_safely(lambda: print("狐狸") or 0, "cogview x") == 0
+    ascii_only.flush()
+    assert ascii_only.buffer.getvalue() == b"\\u72d0\\u72f8\n"

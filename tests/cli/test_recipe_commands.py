@@ -1,0 +1,463 @@
+"""The commands of a recipe: from a world to a packaged model that draws, and what they say to mistakes."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import yaml
+
+from cogview import config
+from cogview.cli import evaluate as evaluate_command
+from cogview.cli.main import main
+from cogview.data.emoji.things import EmojiFiles
+from cogview.data.store import StoreWriter, TokenStore
+from cogview.evaluation import protocol
+from cogview.pipeline import CogView
+from cogview.training import image_tokenizer
+from cogview.training.image_tokenizer import held_out_batches
+from cogview.training.run import Run, step_of
+from cogview.training.transformer import TransformerTrainer
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """A transformer, a tuning grid and figures of a size for tests."""
+    monkeypatch.setitem(config.PRESETS, "tiny", (1, 32, 2))
+    monkeypatch.setattr(evaluate_command, "TUNED_TEMPERATURES", (0.1, 0.9))
+    monkeypatch.setattr(evaluate_command, "TUNED_TOP_K", (5,))
+    for module in (protocol, image_tokenizer):
+        monkeypatch.setattr(module, "held_out_batches", lambda world: held_out_batches(world, count=8))
+
+
+def sections(folder: Path) -> dict:
+    return {
+        "work": str(folder / "work"),
+        "scenes": {"things": 6, "canvas": 64},
+        "text": {"captions": 300, "size": 400, "max_piece_length": 1},
+        "image": {
+            "model": {"channels": [4, 8, 8], "encoder_blocks": [0, 0, 1], "num_codes": 40, "code_width": 4},
+            "training": {"steps": 6, "batch_size": 4, "warmup_steps": 2},
+            "run": {"save_every": 3, "evaluate_every": 0},
+            "precision": "float32",
+        },
+        "encode": {"rows": 40, "held_out_rows": 12, "text_width": 40, "batch_size": 16},
+        "transformer": {
+            "preset": "tiny",
+            "max_positions": 112,
+            "training": {"steps": 6, "batch_size": 4, "warmup_steps": 2},
+            "run": {"log_every": 1, "save_every": 2, "evaluate_every": 0},
+            "precision": "float32",
+        },
+        "package": {"card": str(folder / "card.md")},
+    }
+
+
+def write_recipe(folder: Path, **changes) -> str:
+    """The path of a tiny recipe; None for a section removes it."""
+    content = {name: value for name, value in {**sections(folder), **changes}.items() if value is not None}
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    (folder / "card.md").write_text("# 小模型\n\n{figures}\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished(make_tiny_world, tmp_path_factory) -> Path:
+    """A work folder with world, text tokenizer, VQ-VAE and stores, each made by its command."""
+    folder = tmp_path_factory.mktemp("finished")
+    make_tiny_world().save(folder / "work" / "world")
+    recipe = write_recipe(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image_tokenizer, "held_out_batches", lambda world: held_out_batches(world, count=8))
+        for command in ("train-text", "train-image", "encode"):
+            assert main([command, recipe]) == 0
+    return folder
+
+
+@pytest.fixture
+def work(finished, tmp_path) -> Path:
+    """A copy of the finished folder, to go on from or to spoil."""
+    shutil.copytree(finished / "work", tmp_path / "work")
+    return tmp_path / "work"
+
+
+def one_line(capsys) -> str:
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
+# From a world to a picture
+
+
+def test_every_step_leaves_its_result_where_the_next_looks_for_it(finished, tmp_path, capsys, monkeypatch):
+    work = tmp_path / "elsewhere"
+    shutil.copytree(finished / "work", work)
+    recipe = write_recipe(tmp_path)
+    assert [len(TokenStore(work / name)) for name in ("store", "held-out-store")] == [40, 12]
+    assert sorted(path.name for path in (work / "image").iterdir()) == ["config.json", "model.safetensors"]
+
+    # Training that is interrupted, then goes on: with the weights of one that was not.
+    step = TransformerTrainer.step
+
+    def interrupted(self, number, batch):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, batch)
+
+    place = ["--work", str(work), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformerTrainer, "step", interrupted)
+        assert main(["train", recipe, *place]) == 128 + signal.SIGTERM
+    assert [step_of(path) for path in Run(work / "transformer-run").checkpoints()] == [2, 4]
+    assert main(["train", recipe, *place, "--resume", "auto"]) == 0
+    whole = tmp_path / "whole"
+    shutil.copytree(finished / "work", whole)
+    assert main(["train", recipe, "--work", str(whole), "--device", "cpu"]) == 0
+    weights = [
+        (folder / "transformer-run" / "checkpoints" / "step-00000006" / "model.safetensors").read_bytes()
+        for folder in (work, whole)
+    ]
+    assert weights[0] == weights[1]
+    lines = (work / "transformer-run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"loss"' in line] == [1, 2, 3, 4, 5, 6]
+    assert (work / "transformer-run" / "samples" / "step-00000006.png").is_file()
+    sheet = (work / "transformer-run" / "samples" / "step-00000006.txt").read_text(encoding="utf-8")
+    assert len(sheet.splitlines()) == 12  # the captions of the held-out rows
+
+    capsys.readouterr()
+    assert main(["eval", "scenes", recipe, *place, "--tune", "-n", "5", "--batch-size", "4"]) == 0
+    table = capsys.readouterr().out
+    assert "| everything (of 5) |" in table
+    report = json.loads((work / "report" / "report.json").read_text(encoding="utf-8"))
+    assert report["ceiling_true_scenes"]["everything"]["accuracy"] == 1
+    tried = json.loads((work / "report" / "sampling.json").read_text(encoding="utf-8"))
+    assert {row["sampling"]["temperature"] for row in tried} == {0.1, 0.9}
+    assert report["protocol"]["sampling"] == tried[0]["sampling"]
+    assert (work / "report" / "pictures.png").is_file()
+
+    assert main(["package", recipe, "--work", str(work)]) == 0
+    packaged = Path(capsys.readouterr().out.strip())
+    assert packaged == work / "model"
+    assert table.strip() in (packaged / "README.md").read_text(encoding="utf-8")
+    assert not (packaged / "trainer.pt").exists()
+    model = CogView.from_pretrained(packaged, device="cpu")
+    assert {thing.name for thing in model.model.things} == {"红苹果", "狐狸", "狗", "汽车", "打开的书", "鱼"}
+    assert model.sampling().temperature == tried[0]["sampling"]["temperature"]
+    picture = model.generate("蓝色背景上的三只狐狸", seed=3)[0]
+    assert picture.size == (64, 64)
+    last = CogView.from_pretrained(work / "transformer-run" / "checkpoints" / "step-00000006", device="cpu")
+    for name, tensor in last.transformer.state_dict().items():
+        assert (model.transformer.state_dict()[name] == tensor.half().float()).all(), name
+
+
+def test_an_interrupted_encoding_is_continued(work, tmp_path, monkeypatch, capsys):
+    recipe = write_recipe(tmp_path)
+    expected = TokenStore(work / "store").read(range(40))
+    shutil.rmtree(work / "store")
+    append, calls = StoreWriter.append, []
+
+    def interrupted(self, rows):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(append(self, rows))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "append", interrupted)
+        assert main(["encode", recipe]) == 130
+    assert "interrupted; what was finished is kept" in capsys.readouterr().err
+    assert len(TokenStore(work / "store")) == 32
+    assert main(["encode", recipe]) == 0
+    rows = TokenStore(work / "store").read(range(40))
+    assert all(np.array_equal(rows[name], expected[name]) for name in rows)
+
+
+@pytest.mark.skipif(
+    not EmojiFiles().font.is_file(), reason="the Noto Color Emoji font is missing (apt install fonts-noto-color-emoji)"
+)
+def test_a_world_of_the_real_font(tmp_path, capsys):
+    assert main(["scenes", write_recipe(tmp_path)]) == 0
+    output = capsys.readouterr()
+    assert output.out.strip() == str(tmp_path / "work" / "world")
+    assert "6 things, 64 x 64 pixels" in output.err
+    assert sorted(path.name for path in (tmp_path / "work" / "world").iterdir()) == [
+        *("scenes.png", "sprites.npz", "world.json")
+    ]
+
+
+def test_the_image_tokenizer_may_learn_from_more_things_than_the_world_shows(make_tiny_world):
+    from cogview.cli.train_image import with_things
+
+    world = make_tiny_world(things=2)
+    assert with_things(world, None) is world
+    wider = with_things(world, 5)
+    assert [thing.name for thing in wider.things] == ["红苹果", "狐狸", "狗", "汽车", "打开的书"]
+    assert wider.candidates == world.candidates
+    assert len(with_things(world, "all").things) == 6
+
+
+def test_overrides_change_their_section_alone(work, tmp_path):
+    recipe = write_recipe(tmp_path)
+    place = ["--work", str(work), "--device", "cpu"]
+    assert main(["train", recipe, "training.steps=4", *place, "run.keep=1", "training.learning_rate=2e-4"]) == 0
+    plain = yaml.safe_load((work / "transformer-run" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert (plain["training"]["steps"], plain["run"]["keep"], plain["training"]["learning_rate"]) == (4, 1, 2e-4)
+    assert plain["training"]["batch_size"] == 4
+    assert [step_of(path) for path in Run(work / "transformer-run").checkpoints()] == [4]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
+    from cogview.cli.package import PackageSettings
+    from cogview.cli.recipes import Recipe
+    from cogview.cli.train import TransformerSettings
+    from cogview.cli.train_image import ImageSettings
+    from cogview.cli.train_text import TextSettings
+    from cogview.config_files import read_recipe
+    from cogview.data.emoji.scenes import WorldSettings
+    from cogview.data.encode import EncodeSettings
+    from cogview.tokenizers.layouts import layouts
+
+    recipe = Recipe(path=path, sections=read_recipe(path), overrides=(), work=tmp_path)
+    world = recipe.settings(WorldSettings, "scenes")
+    encode = recipe.settings(EncodeSettings, "encode")
+    transformer = recipe.settings(TransformerSettings, "transformer")
+    recipe.settings(TextSettings, "text")
+    recipe.settings(ImageSettings, "image")
+    assert (ROOT / recipe.settings(PackageSettings, "package").card).is_file()
+    assert set(recipe.sections) == {"work", "scenes", "text", "image", "encode", "transformer", "package"}
+    needed = layouts(world.canvas // 8)["generate"].num_positions(encode.text_width)
+    assert needed <= transformer.max_positions
+
+
+# Bad input: one line, status 2, nothing lost
+
+
+@pytest.mark.parametrize(
+    ("changes", "command", "message"),
+    [
+        ({"text": {"capions": 3}}, "train-text", 'section text of {recipe}: "capions" is unknown; did you mean "capt'),
+        ({"text": {"captions": 0}}, "train-text", "captions must be at least 1, got 0"),
+        ({"text": {"captions": 9, "size": 20}}, "train-text", "a text tokenizer of size 20 is too small"),
+        ({"image": {"training": {"stepz": 3}}}, "train-image", '"stepz" is unknown; did you mean "steps"?'),
+        ({"image": {}}, "train-image", "section image of {recipe}: training must be given"),
+        ({"image": {"training": {"steps": 400}, "things": 1}}, "train-image", "or a number of at least 2, got 1"),
+        ({"image": {"training": {"steps": 400}, "things": 900}}, "train-image", "but only 6 are known"),
+        ({"image": None}, "train-image", 'the recipe has no section "image"; it has: encode, package'),
+        ({"encode": {"rows": "many"}}, "encode", 'rows: expected a whole number, got "many"'),
+        ({"transformer": {"training": {"steps": 5}, "preset": "9b"}}, "train", "warmup_steps must be from 1 to"),
+        ({"work": None}, "scenes", "names no folder for its results: expected work: FOLDER, or give --work"),
+        ({"work": 5}, "scenes", "names no folder for its results"),
+        ({"scenes": {"canvas": 65}}, "scenes", "canvas must be a multiple of 64 pixels, got 65"),
+    ],
+)
+def test_mistakes_in_a_recipe(work, tmp_path, capsys, changes, command, message):
+    recipe = write_recipe(tmp_path, **changes)
+    assert main([command, recipe]) == 2
+    assert message.format(recipe=recipe) in one_line(capsys)
+
+
+def test_a_recipe_that_is_not_there(tmp_path, capsys):
+    assert main(["encode", str(tmp_path / "配方.yaml")]) == 2
+    line = one_line(capsys)
+    assert line.startswith("cogview encode: cannot read the recipe")
+    assert "配方.yaml" in line
+
+
+def test_a_scene_recipe_without_the_font_names_the_package(tmp_path, capsys):
+    assert main(["scenes", write_recipe(tmp_path), "--font", str(tmp_path / "NotoColorEmoji.ttf")]) == 2
+    line = one_line(capsys)
+    assert f"{tmp_path / 'NotoColorEmoji.ttf'} is missing" in line
+    assert "apt install fonts-noto-color-emoji" in line
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "command", "message"),
+    [
+        ("world", "train-text", "world.json is missing; make it with: cogview scenes RECIPE"),
+        ("world", "train-image", "world.json is missing; make it with: cogview scenes RECIPE"),
+        ("image", "encode", "no image tokenizer at {work}/image; make it with: cogview train-image {recipe}"),
+        ("text.model", "encode", "expected a SentencePiece .model file; make it with: cogview train-text {recipe}"),
+        ("store", "train", "there is no token store at {work}/store: make one with `cogview encode RECIPE`"),
+        ("text.model", "train", "no text tokenizer at {work}/text.model"),
+        ("image", "train", "make it with: cogview train-image {recipe}"),
+        ("nothing", "eval scenes", "{work}/transformer-run holds no checkpoint; train with: cogview train"),
+        ("nothing", "package", "report.json is missing; grade the model first: cogview eval scenes"),
+    ],
+)
+def test_a_step_before_its_time_names_the_step_to_take(work, tmp_path, capsys, missing, command, message):
+    path = work / missing
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    recipe = write_recipe(tmp_path)
+    assert main([*command.split(), recipe]) == 2
+    assert message.format(work=work, recipe=recipe) in one_line(capsys)
+
+
+def test_a_run_is_not_begun_over_another(work, tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    capsys.readouterr()
+    assert main(["train-image", recipe, "--resume", "never"]) == 2
+    assert "already holds a run at step-00000006; go on with --resume auto, or remove the folder" in one_line(capsys)
+    assert main(["train-image", recipe]) == 2  # the same without being asked
+
+
+def test_rows_of_another_image_tokenizer_are_not_trained_on(work, tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    shutil.rmtree(work / "image-run")
+    assert main(["train-image", recipe, "training.seed=1"]) == 0
+    capsys.readouterr()
+    assert main(["train", recipe]) == 2
+    line = one_line(capsys)
+    assert f"{work / 'store'} was made with codebook_sha256" in line
+    assert "encode the store again" in line
+    assert main(["encode", recipe]) == 2
+    assert "remove the store" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("preset=9b", "preset '9b' is unknown; known: "),
+        ("max_positions=100", "max_positions 100 are too few for the rows of {store}: 108"),
+        ("precision=float8", "precision 'float8' is unknown; known: auto, bfloat16, float32"),
+        ("training.warmup_stps=3", '"warmup_stps" is unknown; did you mean "warmup_steps"?'),
+        ("preset", 'override "preset" is not understood: write it as key=value'),
+    ],
+)
+def test_mistakes_in_the_settings_of_the_transformer(work, tmp_path, capsys, override, message):
+    assert main(["train", write_recipe(tmp_path), override]) == 2
+    assert message.format(store=work / "store") in one_line(capsys)
+    assert not (work / "transformer-run").exists()
+
+
+def test_a_checkpoint_of_another_shape_is_not_resumed(work, tmp_path, capsys, monkeypatch):
+    recipe = write_recipe(tmp_path)
+    monkeypatch.setitem(config.PRESETS, "other", (1, 48, 2))
+    assert main(["train", recipe, "training.steps=3"]) == 0
+    capsys.readouterr()
+    assert main(["train", recipe, "preset=other", "--resume", "auto"]) == 2
+    assert "does not fit the recipe, go back to its settings or remove" in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "0"], "--captions and --batch-size must be at least 1, got 0 and 32"),
+        (["--seed", "-1"], "the seed must be from 0"),
+        (["--temperature", "0"], "temperature must be above 0, got 0.0"),
+        (["--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known:'),
+        ([], "knows 4 things, not the 6 of this world: use its own recipe"),
+        (["--device", "gpu"], "device 'gpu' is unknown"),
+    ],
+)
+def test_mistakes_in_grading(work, tmp_path, tiny_checkpoint, capsys, arguments, message):
+    model = [] if "--model" in arguments else ["--model", str(tiny_checkpoint)]
+    assert main(["eval", "scenes", write_recipe(tmp_path), *model, *arguments]) == 2
+    assert message in one_line(capsys)
+
+
+def test_a_report_of_another_checkpoint_is_not_packaged(work, tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    assert main(["train", recipe, "training.steps=3"]) == 0
+    (work / "report").mkdir()
+    accuracy = {"right": 1, "of": 1, "accuracy": 1.0, "low": 0.2, "high": 1.0}
+    grades = {part: accuracy for part in protocol.PARTS}
+    report = {name: grades for name in ("drawn", "ceiling_reconstructions", "ceiling_true_scenes")}
+    report["image_tokenizer"] = {"images": 8.0, "psnr": 20.0, "codes_used": 0.5, "perplexity": 9.0}
+    report["protocol"] = {"model": "work/transformer-run/checkpoints/step-00000002", "sampling": {}}
+    (work / "report" / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    capsys.readouterr()
+    assert main(["package", recipe]) == 2
+    line = one_line(capsys)
+    assert "step-00000002, not " in line
+    assert "step-00000003; grade that first: cogview eval scenes" in line
+    assert not (work / "model").exists()
+
+
+# scripts/train_emoji.py
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_emoji", ROOT / "scripts" / "train_emoji.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def steps_run(work: Path) -> list[tuple[str, int]]:
+    return [(entry["step"], entry["status"]) for entry in json.loads((work / "times.json").read_text())]
+
+
+def test_the_script_runs_what_is_missing_and_goes_on_where_it_stopped(script, work, tmp_path, capsys, monkeypatch):
+    recipe, place = write_recipe(tmp_path), ["--device", "cpu"]
+    monkeypatch.setattr(evaluate_command, "CAPTIONS", 4)
+    step = TransformerTrainer.step
+
+    def interrupted(self, number, batch):
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, number, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransformerTrainer, "step", interrupted)
+        assert script.main([recipe, *place]) == 128 + signal.SIGTERM
+    error = capsys.readouterr().err
+    assert "step 3 of 7, train-image: already done" in error
+    assert "step 5 of 7, train: ended with status 143" in error
+    assert steps_run(work) == [("train", 143)]
+
+    (tmp_path / "card.md").rename(tmp_path / "card.txt")
+    assert script.main([recipe, *place]) == 2
+    error = capsys.readouterr().err
+    assert "step 4 of 7, encode: already done" in error
+    assert f"resuming {work / 'transformer-run'} after step 4" in error
+    assert "step 7 of 7, package: ended with status 2" in error
+    assert steps_run(work)[1:] == [("train", 0), ("eval scenes", 0), ("package", 2)]
+
+    (tmp_path / "card.txt").rename(tmp_path / "card.md")
+    assert script.main([recipe, *place]) == 0
+    output = capsys.readouterr()
+    assert output.out.splitlines()[-1] == str(work / "model")
+    assert "step 6 of 7, eval scenes: already done" in output.err
+    assert steps_run(work)[4:] == [("package", 0)]
+
+    before = (work / "times.json").read_text()
+    assert script.main([recipe, *place]) == 0
+    assert capsys.readouterr().err.count("already done") == 7
+    assert (work / "times.json").read_text() == before
+    assert json.loads(before)[0]["seconds"] > 0
+
+
+def test_the_script_begins_with_the_first_step(script, tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(script, "cogview", lambda command: asked.append(command) or len(asked) == 7)
+    recipe = write_recipe(tmp_path)
+    assert script.main([recipe, "--work", str(tmp_path / "elsewhere"), "--device", "cpu"]) == 1
+    commands = ["scenes", "train-text", "train-image", "encode", "train", "eval", "package"]
+    assert [command[0] for command in asked] == commands
+    assert all(str(tmp_path / "elsewhere") in command and recipe in command for command in asked)
+    assert ["--resume" in command for command in asked] == [name in ("train-image", "train") for name in commands]
+
+
+def test_the_script_says_what_is_wrong_in_one_line(script, tmp_path, capsys):
+    assert script.main([str(tmp_path / "nothing.yaml")]) == 2
+    assert one_line(capsys).startswith("train_emoji.py: cannot read the recipe")
+    with pytest.raises(SystemExit) as caught:
+        script.main([])
+    assert caught.value.code == 2
+    assert "RECIPE" in one_line(capsys)

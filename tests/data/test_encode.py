@@ -1,0 +1,128 @@
+"""Encoding scenes into a store: the rows, interruption and continuation, stores of other tokenizers."""
+
+import hashlib
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cogview.checkpoints.image import codebook_hash
+from cogview.data.emoji.scenes import World
+from cogview.data.encode import EncodeSettings, encode_scenes
+from cogview.data.store import ABSENT, StoreWriter, TokenStore
+from cogview.errors import InputError
+from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+
+@pytest.fixture(scope="module")
+def world(make_tiny_world) -> World:
+    return make_tiny_world(jitter=2)
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer(world) -> TextTokenizer:
+    captions = [world.caption(world.sample(0, index), index) for index in range(300)]
+    return TextTokenizer(train_text_tokenizer(captions, size=400, coverage=1.0, max_piece_length=1))
+
+
+@pytest.fixture(scope="module")
+def image_tokenizer() -> VQVAE:
+    torch.manual_seed(0)
+    return VQVAE(VQVAEConfig(channels=(4, 8, 8), encoder_blocks=(0, 0, 1), num_codes=40, code_width=4)).eval()
+
+
+@pytest.fixture
+def encode(world, text_tokenizer, image_tokenizer):
+    def run(path: Path, rows: int, *, held_out: bool = False, vqvae: VQVAE = image_tokenizer, **changes) -> TokenStore:
+        settings = EncodeSettings(**{"rows": rows, "batch_size": 8, **changes})
+        encode_scenes(path, world, text_tokenizer, vqvae, settings, rows=rows, held_out=held_out)
+        return TokenStore(path)
+
+    return run
+
+
+def everything(store: TokenStore) -> dict[str, np.ndarray]:
+    return store.read(range(len(store)))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_row_is_the_codes_of_a_scene_and_the_pieces_of_its_caption(
+    tmp_path, encode, world, text_tokenizer, image_tokenizer, held_out
+):
+    store = encode(tmp_path, 19, held_out=held_out, seed=3)  # the last batch is not full
+    assert len(store) == 19
+    for number in range(19):
+        scene = world.sample(3, number, held_out=held_out)
+        assert scene.held_out == held_out
+        row = store[number]
+        pieces = row["text"][row["text"] != ABSENT].tolist()
+        assert text_tokenizer.decode(pieces) == unicodedata.normalize("NFKC", world.caption(scene, number))
+        image = torch.from_numpy(world.render(scene, number)).permute(2, 0, 1)[None].float() / 255
+        assert row["image"].tolist() == image_tokenizer.encode(image).flatten().tolist()
+
+
+def test_the_header_names_what_the_rows_were_made_with(tmp_path, encode, text_tokenizer, image_tokenizer):
+    header = encode(tmp_path, 2, held_out=True, text_width=40).header
+    assert header.fields == {"text": 40, "image": 64}
+    assert (header.grid, header.num_image_codes, header.num_text_pieces) == (8, 40, text_tokenizer.size)
+    assert header.layouts == ("generate",)
+    assert header.codebook_sha256 == codebook_hash(image_tokenizer)
+    assert header.text_sha256 == hashlib.sha256(text_tokenizer.model_bytes).hexdigest()
+    assert header.provenance["held_out"] is True
+    assert header.provenance["scenes"]["jitter"] == 2
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 5}, {"workers": 2}], ids=str)
+def test_the_rows_depend_neither_on_batches_nor_on_workers(tmp_path, encode, changes):
+    alone, other = everything(encode(tmp_path / "a", 21)), everything(encode(tmp_path / "b", 21, **changes))
+    assert all(np.array_equal(alone[name], other[name]) for name in alone)
+
+
+def test_an_interrupted_encoding_keeps_its_rows_and_is_continued(tmp_path, encode, monkeypatch):
+    append, calls = StoreWriter.append, []
+
+    def interrupted(self, rows):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(append(self, rows))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            encode(tmp_path / "halves", 30)
+    assert len(TokenStore(tmp_path / "halves")) == 16
+    rows = everything(encode(tmp_path / "halves", 30))
+    whole = everything(encode(tmp_path / "whole", 30))
+    assert all(np.array_equal(rows[name], whole[name]) for name in rows)
+
+
+def test_a_finished_store_is_left_as_it_is_and_grows_where_more_is_asked_for(tmp_path, encode):
+    before = everything(encode(tmp_path, 10))
+    assert len(encode(tmp_path, 10)) == 10
+    assert len(encode(tmp_path, 6)) == 10
+    after = everything(encode(tmp_path, 14))
+    assert all(np.array_equal(after[name][:10], before[name]) for name in before)
+
+
+def test_a_store_of_another_codebook_is_not_continued(tmp_path, encode, image_tokenizer):
+    encode(tmp_path, 4)
+    other = VQVAE(image_tokenizer.config).eval()
+    with pytest.raises(
+        InputError, match=r"was begun with codebook_sha256 .* now it is .*: remove the store, or resume"
+    ):
+        encode(tmp_path, 8, vqvae=other)
+    assert len(TokenStore(tmp_path)) == 4
+
+
+def test_a_caption_longer_than_its_field_says_how_long(tmp_path, encode):
+    with pytest.raises(InputError, match=r"has \d+ pieces, the store has room for 5: widen its text field"):
+        encode(tmp_path, 4, text_width=5)
+
+
+@pytest.mark.parametrize("name", ["rows", "held_out_rows", "text_width", "batch_size"])
+def test_wrong_settings(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        EncodeSettings(**{"rows": 10, name: 0})

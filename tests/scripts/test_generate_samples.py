@@ -1,0 +1,166 @@
+"""``scripts/generate_samples.py``: the released flags draw what ``cogview generate`` draws."""
+
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogview.cli.main import main as cogview
+from cogview.pictures import read_texts
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "generate_samples.py"
+FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("generate_samples", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def samples(script, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """A function that runs the script in an empty folder with the tiny model: (status, files printed, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    Path("input.txt").write_text(f"{FOX}\n\n{DOG}\n", encoding="utf-8")
+
+    def run(*arguments):
+        status = script.main(["--load", str(tiny_checkpoint), "--device", "cpu", *arguments])
+        printed = capsys.readouterr()
+        return status, [Path(line) for line in printed.out.splitlines()], printed.err
+
+    return run
+
+
+def test_it_draws_what_cogview_generate_draws(samples, tiny_checkpoint, capsys):
+    status, files, _ = samples(
+        *("--input-source", "input.txt", "--output-path", "out", "--batch-size", "3", "--seed", "7"),
+        *("--temperature", "1.2", "--top_k", "50", "--top_p", "0.8", "--max-inference-batch-size", "2"),
+    )
+    assert status == 0
+    assert files == [Path("out", prompt, f"{index}.png") for prompt in (FOX, DOG) for index in range(3)]
+    settings = ["--seed", "7", "--temperature", "1.2", "--top-k", "50", "--top-p", "0.8", "--device", "cpu"]
+    assert cogview(["generate", "--input", "input.txt", "-n", "3", "--model", str(tiny_checkpoint), *settings]) == 0
+    ours = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    for file, own in zip(files, ours, strict=True):
+        assert read_texts(file)["codes"] == read_texts(own)["codes"]
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(own)))
+
+
+def test_the_command_line_of_the_release(samples):
+    """The flags of its scripts/text2image.sh; a seed of 1234, and top-p 0 for none, are the release's too."""
+    status, files, err = samples(
+        *("--deepspeed", "--model-parallel-size", "1", "--num-layers", "48", "--hidden-size", "2560"),
+        *("--num-attention-heads", "40", "--max-position-embeddings", "1089", "--fp16", "--temperature", "1."),
+        *("--top_k", "200", "--top_p", "0", "--img-tokenizer-path", "pretrained/vqvae/vqvae_hard_biggerset_011.pt"),
+        *("--query-window", "64", "--key-window-times", "4", "--num-pivot", "256", "--is-sparse", "0"),
+        *("--max-position-embeddings-finetune", "1089", "--generation-task", "text2image"),
+        *("--input-source", "./input.txt", "--output-path", "samples_text2image"),
+        *("--batch-size", "4", "--max-inference-batch-size", "4"),
+    )
+    assert status == 0
+    assert len(files) == 8
+    texts = read_texts(files[0])
+    assert (texts["seed"], texts["temperature"], texts["top_k"], texts["top_p"]) == ("1234", "1.0", "200", "1.0")
+    assert "note: not needed, and ignored: --deepspeed, --model-parallel-size, --num-layers" in err
+    assert "note: pretrained/vqvae/vqvae_hard_biggerset_011.pt is ignored: " in err
+
+
+def test_the_models_own_image_tokenizer_needs_no_note(samples, tiny_checkpoint):
+    _, _, err = samples("--input-source", "input.txt", "--img-tokenizer-path", str(tiny_checkpoint / "image"))
+    assert "ignored" not in err
+
+
+def test_ids_name_folders(samples):
+    lines = [f"0017\t{FOX}", f"../up\t{DOG}", f"0017\t{FOX}", "no id here"]
+    Path("input.txt").write_text("\n".join(lines), encoding="utf-8")
+    status, files, err = samples("--input-source", "input.txt", "--with-id", "--batch-size", "2")
+    assert status == 2
+    assert [file.as_posix() for file in files] == [
+        f"samples/{name}.png" for name in ("0017/0", "0017/1", "up/0", "up/1", "0017/2", "0017/3")
+    ]
+    assert "skipped: the line “no id here” has no id; expected ID<TAB>PROMPT\n" in err
+    assert [read_texts(file)["prompt"] for file in files] == [FOX, FOX, DOG, DOG, FOX, FOX]
+    assert len({read_texts(file)["codes"] for file in files}) == 6
+
+
+def test_debug_adds_one_picture_per_prompt(samples):
+    _, files, _ = samples("--input-source", "input.txt", "--debug", "--batch-size", "3", "--seed", "7")
+    sheets = [file for file in files if file.name == "concat.png"]
+    assert sheets == [Path("samples", prompt, "concat.png") for prompt in (FOX, DOG)]
+    sheet = np.asarray(Image.open(sheets[1]))
+    assert sheet.shape == (68 + 4, 3 * 68 + 4, 3)
+    np.testing.assert_array_equal(sheet[4:68, 4 + 68 : 68 + 68], np.asarray(Image.open(f"samples/{DOG}/1.png")))
+    assert read_texts(sheets[1])["prompt"] == DOG
+
+
+def test_it_asks(samples, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{FOX}\n{DOG}\nstop\n狐狸\n"))
+    status, files, err = samples("--batch-size", "1", "--debug")
+    assert status == 0
+    assert [file.as_posix() for file in files] == [
+        f"samples/{prompt}/{name}.png" for prompt in (FOX, DOG) for name in ("0", "concat")
+    ]
+    assert "What shall I draw? (“stop” ends)" in err
+
+
+def test_prompts_that_cannot_be_drawn_do_not_stop_the_others(samples):
+    Path("input.txt").write_text(f"{DOG * 3}\n{FOX}\n", encoding="utf-8")
+    status, files, err = samples("--input-source", "input.txt", "--batch-size", "1", "--debug")
+    assert status == 2
+    assert files == [Path("samples", FOX, name) for name in ("0.png", "concat.png")]
+    assert "is 27 pieces long, 20 fit; shorten it" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--generation-task", "image2text"],
+            "--generation-task image2text is not in this version; it has: text2image",
+        ),
+        (
+            ["--generation-task", "text2video"],
+            "--generation-task text2video is unknown; known: text2image, image2text, ",
+        ),
+        (["--with-id"], "--with-id needs a file of lines ID<TAB>PROMPT: give it with --input-source"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--max-inference-batch-size", "0"], "--max-inference-batch-size must be at least 1, got 0"),
+        (["--input-source", "none.txt"], "cannot read prompts from none.txt: No such file or directory"),
+        (
+            ["--input-source", "input.txt", "--output-path", "input.txt"],
+            "the output folder input.txt cannot be written",
+        ),
+        (["--input-source", "input.txt", "--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown'),
+    ],
+)
+def test_mistakes_are_one_line(samples, arguments, message):
+    status, files, err = samples(*arguments)
+    assert (status, files) == (2, [])
+    assert err.startswith(f"generate_samples.py: {message}")
+    assert err.count("\n") == 1
+
+
+def test_it_runs_as_a_file(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(SCRIPT.parents[1])}
+    command = [sys.executable, str(SCRIPT), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    for flag in (
+        "--input-source",
+        "--output-path",
+        "--with-id",
+        "--debug",
+        "--top_k",
+        "--img-tokenizer-path",
+        "--load",
+    ):
+        assert flag in done.stdout

@@ -1,0 +1,167 @@
+"""The VQ-VAE's networks: shapes, ranges, what a code may depend on, the released layers, wrong settings."""
+
+# B batch, C channels, H W pixels, h w codes (H/8, W/8)
+
+import pytest
+import torch
+
+from cogview.vqvae.model import RELEASED_MEAN, RELEASED_STD, VQVAE, VQVAEConfig
+
+RESIDUAL = VQVAEConfig(channels=(8, 16, 24), encoder_blocks=(0, 0, 2), num_codes=50, code_width=4)
+RELEASED = VQVAEConfig(
+    architecture="released",
+    channels=(8, 12, 16),
+    num_codes=50,
+    code_width=6,
+    normalize_codes=False,
+    mean=RELEASED_MEAN,
+    std=RELEASED_STD,
+)
+
+
+def make(config: VQVAEConfig) -> VQVAE:
+    """A model with random weights, whose codes are outputs of its encoder."""
+    torch.manual_seed(0)
+    model = VQVAE(config).eval()
+    with torch.inference_mode():
+        outputs = model.vectors(noise(4, 3, 64, 64)).reshape(-1, config.code_width)
+    model.quantizer.start_from(outputs, torch.Generator().manual_seed(0))
+    return model
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("config", [RESIDUAL, RELEASED], ids=["residual", "released"])
+def test_shapes_and_ranges(config):
+    model = make(config)
+    codes = model.encode(noise(2, 3, 32, 48))
+    assert codes.shape == (2, 4, 6)
+    assert codes.dtype == torch.int64
+    assert codes.min() >= 0
+    assert codes.max() < config.num_codes
+    images = model.decode(codes)
+    assert images.shape == (2, 3, 32, 48)
+    assert images.dtype == torch.float32
+    assert images.min() >= 0
+    assert images.max() <= 1
+    # The range is the clamp's doing: far-out vectors leave it on both sides before.
+    wild = model.pixels(1e4 * model.quantizer.vectors_of(codes))
+    assert wild.min() < 0
+    assert wild.max() > 1
+
+
+@pytest.mark.parametrize("config", [RESIDUAL, RELEASED], ids=["residual", "released"])
+def test_encoding_and_decoding_are_functions_of_each_picture_alone(config):
+    model, images = make(config), noise(3, 3, 32, 32)
+    codes = model.encode(images)
+    assert torch.equal(model.encode(images), codes)
+    assert torch.equal(model.encode(images[1:2])[0], codes[1])
+    assert len(codes.unique()) > 1
+    torch.testing.assert_close(model.decode(codes)[2:], model.decode(codes[2:]), atol=1e-6, rtol=0)
+    assert torch.equal(model.decode(codes), model.decode(codes))
+
+
+def test_a_training_forward_decodes_the_chosen_codes_and_passes_the_gradient_straight_through():
+    model, images = make(RESIDUAL), noise(2, 3, 16, 16)
+    output = model(images)
+    assert torch.equal(output.codes, model.encode(images))
+    torch.testing.assert_close(output.images.clamp(0, 1), model.decode(output.codes), atol=1e-5, rtol=0)
+    output.images.sum().backward()
+    assert model.encoder[1].weight.grad.abs().sum() > 0
+    assert not output.quantized.requires_grad
+
+
+def test_a_forward_without_quantization_decodes_the_vectors_themselves():
+    model, images = make(RESIDUAL), noise(2, 3, 16, 16)
+    output = model(images, quantize=False)
+    torch.testing.assert_close(output.images, model.pixels(model.vectors(images)))
+    assert torch.equal(output.codes, torch.zeros(2, 2, 2, dtype=torch.long))
+
+
+def test_a_code_of_the_residual_encoder_sees_its_own_patch_and_two_pixels_around():
+    """What a thing's codes are must not depend on what stands elsewhere in the picture."""
+    model, image = make(RESIDUAL), noise(1, 3, 64, 64)
+    before = model.vectors(image)[0]
+    outside = torch.ones(64, 64, dtype=torch.bool)
+    outside[3 * 8 - 2 : 4 * 8 + 2, 4 * 8 - 2 : 5 * 8 + 2] = False
+    changed = torch.where(outside, 1 - image, image)
+    after = model.vectors(changed)[0]
+    torch.testing.assert_close(after[3, 4], before[3, 4], atol=1e-6, rtol=0)
+    assert (after - before).abs().amax(dim=-1).gt(1e-3).sum() == 63
+
+    for row, column, seen in [(3 * 8, 4 * 8, True), (3 * 8 - 2, 4 * 8, True), (3 * 8 - 3, 4 * 8, False)]:
+        one = image.clone()
+        one[..., row, column] = 1 - one[..., row, column]
+        moved = (model.vectors(one)[0, 3, 4] - before[3, 4]).abs().max() > 1e-6
+        assert moved == seen, (row, column)
+
+
+def test_the_same_thing_has_the_same_codes_wherever_it_stands_on_the_grid():
+    model, patch = make(RESIDUAL), noise(3, 16, 16)
+    image = torch.full((1, 3, 64, 64), 0.5)
+    image[0, :, 8:24, 8:24] = patch
+    image[0, :, 40:56, 32:48] = patch
+    codes = model.encode(image)[0]
+    assert torch.equal(codes[1:3, 1:3], codes[5:7, 4:6])
+
+
+def test_released_layers_have_the_names_and_shapes_of_the_released_weights():
+    """FORMATS: enc_b.blocks.{0,2,4,6} and dec.blocks.{0,2,4,6}, 512 channels, 8192 codes of width 256."""
+    with torch.device("meta"):
+        model = VQVAE(VQVAEConfig.released())
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name.endswith("weight")}
+    assert shapes == {
+        "encoder.0.weight": (512, 3, 4, 4),
+        "encoder.2.weight": (512, 512, 4, 4),
+        "encoder.4.weight": (512, 512, 4, 4),
+        "encoder.6.weight": (256, 512, 1, 1),
+        "decoder.0.weight": (256, 512, 4, 4),  # transposed convolutions hold (in, out, ...)
+        "decoder.2.weight": (512, 512, 4, 4),
+        "decoder.4.weight": (512, 512, 4, 4),
+        "decoder.6.weight": (3, 512, 1, 1),
+    }
+    assert tuple(model.state_dict()["quantizer.codebook"].shape) == (8192, 256)
+
+
+def test_released_pixels_are_normalised_by_the_released_mean_and_std():
+    model, image = make(RELEASED), noise(1, 3, 16, 16)
+    mean, std = torch.tensor(RELEASED_MEAN).view(3, 1, 1), torch.tensor(RELEASED_STD).view(3, 1, 1)
+    vectors = model.encoder((image - mean) / std).permute(0, 2, 3, 1)
+    torch.testing.assert_close(model.vectors(image), vectors)
+    decoded = model.decoder(vectors.permute(0, 3, 1, 2)) * std + mean
+    torch.testing.assert_close(model.pixels(vectors), decoded)
+
+
+def test_a_stored_model_holds_no_state_of_its_training():
+    assert not [name for name in make(RESIDUAL).state_dict() if "use" in name or "total" in name or "mean" in name]
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 60, 64), r"sides must be divisible by 8, got \(60, 64\)"),
+        ((1, 3, 64, 65), r"sides must be divisible by 8, got \(64, 65\)"),
+        ((3, 64, 64), r"must be \(batch, 3, height, width\), got \(3, 64, 64\)"),
+        ((1, 1, 64, 64), r"must be \(batch, 3, height, width\), got \(1, 1, 64, 64\)"),
+    ],
+)
+def test_wrong_images(shape, message):
+    with pytest.raises(ValueError, match=message):
+        make(RESIDUAL).encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architecture": "resnet"}, "architecture must be residual or released, got 'resnet'"),
+        ({"channels": (8, 8)}, "need three entries each"),
+        ({"decoder_blocks": (1, 1, 1, 1)}, "need three entries each"),
+        ({"num_codes": 0}, "must be at least 1"),
+        ({"channels": (8, 0, 8)}, "must be at least 1"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        VQVAEConfig(**settings)
