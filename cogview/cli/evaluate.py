@@ -11,11 +11,11 @@ from pathlib import Path
 from cogview.cli.recipes import Recipe, add_recipe_arguments, open_recipe
 from cogview.config_files import to_plain
 from cogview.data.emoji.scenes import World
-from cogview.data.emoji.sheets import contact_sheet
 from cogview.errors import InputError
 from cogview.evaluation.protocol import choose_sampling, evaluate_scenes, format_report
 from cogview.pipeline import CogView, checked_seed
 from cogview.sampling import Sampling
+from cogview.sheets import contact_sheet
 from cogview.training.run import Run
 
 TUNED_TEMPERATURES = (0.3, 0.5, 0.7, 0.9)
@@ -27,7 +27,7 @@ CAPTIONS = 500
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("measure", choices=["scenes"], help="scenes: object, count, relation and colour")
-    add_recipe_arguments(parser, "scenes")
+    add_recipe_arguments(parser, None)
     parser.add_argument("--model", help="a model's name or folder (default: the last checkpoint of the recipe's run)")
     parser.add_argument("-n", "--captions", type=int, default=CAPTIONS, help="held-out captions, one picture each")
     parser.add_argument("--seed", type=int, default=0, help="of the captions and the pictures")
@@ -67,8 +67,15 @@ def run(args: argparse.Namespace) -> int:
         write_json(output / "sampling.json", table)
         for row in table:
             print(f"{row['sampling']}: everything right {row['everything']['accuracy']:.1%}", file=sys.stderr)
+    image_settings = recipe.sections.get("image") or {}
     report, pictures = evaluate_scenes(
-        model, world, count=args.captions, seed=seed, sampling=sampling, batch_size=args.batch_size
+        model,
+        world,
+        image_world=world.with_things(image_settings.get("things")),
+        count=args.captions,
+        seed=seed,
+        sampling=sampling,
+        batch_size=args.batch_size,
     )
     write_json(output / "report.json", report)
     contact_sheet(pictures[:SHEET_PICTURES], columns=16).save(output / "pictures.png")

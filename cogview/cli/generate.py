@@ -180,8 +180,8 @@ class Easel:
         """Write a contact sheet and print its path."""
         import numpy as np
 
-        from cogview.data.emoji.sheets import contact_sheet
         from cogview.pictures import picture_texts, save_png, sheet_texts
+        from cogview.sheets import contact_sheet
 
         sheet = contact_sheet([np.asarray(picture) for picture in pictures], columns=columns)
         texts = sheet_texts([picture_texts(picture, self.model.name) for picture in pictures])

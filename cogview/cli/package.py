@@ -63,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     os.replace(aside, output)
     print("for checkpoints.yaml:", file=sys.stderr)
-    for name in ("model.safetensors", "image/model.safetensors", "text.model", "config.json"):
-        print(f"    {name}: {file_sha256(output / name)}", file=sys.stderr)
+    for path in sorted(output.rglob("*")):
+        if path.is_file() and path.suffix != ".md":
+            print(f"    {path.relative_to(output).as_posix()}: {file_sha256(path)}", file=sys.stderr)
     print(output)
     return 0

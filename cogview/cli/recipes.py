@@ -88,15 +88,16 @@ class Recipe:
         return build(kind, self.section(name), where=f"section {name} of {self.path}")
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser, section_name: str) -> None:
-    """RECIPE and its overrides."""
+def add_recipe_arguments(parser: argparse.ArgumentParser, section_name: str | None) -> None:
+    """RECIPE, and overrides of the section that the command reads, if there is one."""
     parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as scripts/recipes/emoji-cpu.yaml")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="KEY=VALUE",
-        help=f"changes to the section {section_name} of the recipe; inner keys with dots",
-    )
+    if section_name is not None:
+        parser.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="KEY=VALUE",
+            help=f"changes to the section {section_name} of the recipe; inner keys with dots",
+        )
     parser.add_argument("--work", type=Path, help="folder of the results (default: the recipe's)")
 
 
@@ -117,4 +118,4 @@ def open_recipe(args: argparse.Namespace) -> Recipe:
     work = args.work or sections.get("work")
     if not isinstance(work, str | Path):
         raise InputError(f"{args.recipe} names no folder for its results: expected work: FOLDER, or give --work")
-    return Recipe(path=args.recipe, sections=sections, overrides=tuple(args.overrides), work=Path(work))
+    return Recipe(path=args.recipe, sections=sections, overrides=tuple(getattr(args, "overrides", ())), work=Path(work))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
 from cogview.data.emoji.scenes import World, WorldSettings
-from cogview.data.emoji.sheets import contact_sheet
 from cogview.data.emoji.things import EmojiFiles
+from cogview.sheets import contact_sheet
 
 SHEET_SCENES = 48
 

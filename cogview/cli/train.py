@@ -16,12 +16,12 @@ from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_argum
 from cogview.config import preset
 from cogview.config_files import to_plain
 from cogview.data.emoji.scenes import World
-from cogview.data.emoji.sheets import contact_sheet
 from cogview.data.store import ABSENT, TokenStore
 from cogview.device import choose_placement, training_dtype
 from cogview.errors import InputError
 from cogview.pipeline import CogView
 from cogview.sampling import Sampling
+from cogview.sheets import contact_sheet
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.run import Run, RunSettings, run_loop

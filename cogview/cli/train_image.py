@@ -5,14 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from cogview.cli.recipes import add_recipe_arguments, add_training_arguments, open_recipe
 from cogview.config_files import to_plain
 from cogview.data.emoji.scenes import World
 from cogview.device import choose_placement, training_dtype
-from cogview.errors import InputError
 from cogview.training.image_tokenizer import ImageTokenizerRun, scene_batches
 from cogview.training.run import Run, RunSettings, run_loop
 from cogview.vqvae.model import VQVAEConfig
@@ -41,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, then put the tokenizer where the next steps look for it."""
     recipe = open_recipe(args)
     settings = recipe.settings(ImageSettings, "image")
-    world = with_things(World.load(recipe.world), settings.things)
+    world = World.load(recipe.world).with_things(settings.things)
     device = choose_placement(args.device).device
     dtype = training_dtype(device, settings.precision)
     training = settings.training
@@ -64,14 +63,3 @@ def run(args: argparse.Namespace) -> int:
         os.replace(aside, recipe.image_tokenizer)
         print(recipe.image_tokenizer)
     return status
-
-
-def with_things(world: World, things: int | Literal["all"] | None) -> World:
-    """``world`` with scenes of another number of its candidates; with its own for None."""
-    if things is None:
-        return world
-    try:
-        settings = replace(world.settings, things=things)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    return World(settings, world.candidates, world.sprites, world.colours)

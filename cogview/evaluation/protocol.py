@@ -41,13 +41,22 @@ def draw_captions(
 
 
 def evaluate_scenes(
-    model: CogView, world: World, *, count: int, seed: int, sampling: Sampling, batch_size: int
+    model: CogView,
+    world: World,
+    *,
+    count: int,
+    seed: int,
+    sampling: Sampling,
+    batch_size: int,
+    image_world: World | None = None,
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Grade one picture of each of ``count`` held-out captions; the report, and the pictures.
 
     Beside the model's figures stand two ceilings from the same grader: on the VQ-VAE's reconstructions of the true
-    scenes, and on the true scenes themselves.
+    scenes, and on the true scenes themselves. The VQ-VAE's own figures are of scenes of ``image_world``, where it
+    learnt from more things than the transformer.
     """
+    image_world = image_world or world
     check_world(model, world)
     asked = held_out_scenes(world, count, seed)
     scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
@@ -72,7 +81,10 @@ def evaluate_scenes(
         "drawn": _grade(grader, drawn, scenes, "grading pictures"),
         "ceiling_reconstructions": _grade(grader, list(restored), scenes, "grading reconstructions"),
         "ceiling_true_scenes": _grade(grader, list(true), scenes, "grading true scenes"),
-        "image_tokenizer": evaluate_vqvae(model.image_tokenizer, held_out_batches(world)),
+        "image_tokenizer": {
+            "things": len(image_world.things),
+            **evaluate_vqvae(model.image_tokenizer, held_out_batches(image_world)),
+        },
     }
     return report, drawn
 
@@ -121,7 +133,8 @@ def format_report(report: dict[str, Any]) -> str:
     tokenizer = report["image_tokenizer"]
     lines += [
         "",
-        f"Image tokenizer on {tokenizer['images']:.0f} held-out scenes: PSNR {tokenizer['psnr']:.2f} dB, "
+        f"Image tokenizer on {tokenizer['images']:.0f} held-out scenes of {tokenizer['things']} things: "
+        f"PSNR {tokenizer['psnr']:.2f} dB, "
         f"{tokenizer['codes_used']:.1%} of the codes used, perplexity {tokenizer['perplexity']:.0f}.",
     ]
     return "\n".join(lines)

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from cogview.checkpoints.image import save_image_tokenizer
 from cogview.data.emoji.scenes import World
-from cogview.data.emoji.sheets import contact_sheet
 from cogview.errors import InputError
+from cogview.sheets import contact_sheet
 from cogview.training.run import leave_signals_to_parent
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae

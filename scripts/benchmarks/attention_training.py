@@ -36,7 +36,9 @@ def main() -> int:
     print(f"{dtype}, {torch.get_num_threads()} threads; training takes the reference up to {SHORT} keys")
     print("| B, H, T, K | reference ms | torch ms | torch / reference |\n|---|---|---|---|")
     for shape in SHAPES:
-        pairs = [(seconds(attention_reference, shape, dtype), seconds(attention_torch, shape, dtype)) for _ in range(12)]
+        pairs = [
+            (seconds(attention_reference, shape, dtype), seconds(attention_torch, shape, dtype)) for _ in range(12)
+        ]
         reference, fused = (1e3 * statistics.median(side) for side in zip(*pairs[1:], strict=True))
         print(f"| {shape} | {reference:.1f} | {fused:.1f} | {fused / reference:.2f} |")
     return 0

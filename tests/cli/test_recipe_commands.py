@@ -196,14 +196,13 @@ def test_a_world_of_the_real_font(tmp_path, capsys):
 
 
 def test_the_image_tokenizer_may_learn_from_more_things_than_the_world_shows(make_tiny_world):
-    from cogview.cli.train_image import with_things
 
     world = make_tiny_world(things=2)
-    assert with_things(world, None) is world
-    wider = with_things(world, 5)
+    assert world.with_things(None) is world
+    wider = world.with_things(5)
     assert [thing.name for thing in wider.things] == ["红苹果", "狐狸", "狗", "汽车", "打开的书"]
     assert wider.candidates == world.candidates
-    assert len(with_things(world, "all").things) == 6
+    assert len(world.with_things("all").things) == 6
 
 
 def test_overrides_change_their_section_alone(work, tmp_path):
@@ -377,7 +376,7 @@ def test_a_report_of_another_checkpoint_is_not_packaged(work, tmp_path, capsys):
     accuracy = {"right": 1, "of": 1, "accuracy": 1.0, "low": 0.2, "high": 1.0}
     grades = {part: accuracy for part in protocol.PARTS}
     report = {name: grades for name in ("drawn", "ceiling_reconstructions", "ceiling_true_scenes")}
-    report["image_tokenizer"] = {"images": 8.0, "psnr": 20.0, "codes_used": 0.5, "perplexity": 9.0}
+    report["image_tokenizer"] = {"things": 5, "images": 8.0, "psnr": 20.0, "codes_used": 0.5, "perplexity": 9.0}
     report["protocol"] = {"model": "work/transformer-run/checkpoints/step-00000002", "sampling": {}}
     (work / "report" / "report.json").write_text(json.dumps(report), encoding="utf-8")
     capsys.readouterr()

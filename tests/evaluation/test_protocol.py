@@ -155,12 +155,18 @@ def test_the_report_as_a_table():
         "drawn": grades,
         "ceiling_reconstructions": grades,
         "ceiling_true_scenes": grades,
-        "image_tokenizer": {"images": 2048.0, "psnr": 26.6277, "codes_used": 0.935, "perplexity": 1796.2},
+        "image_tokenizer": {
+            "things": 400,
+            "images": 2048.0,
+            "psnr": 26.6277,
+            "codes_used": 0.935,
+            "perplexity": 1796.2,
+        },
     }
     lines = format_report(report).splitlines()
     assert lines[0] == "| right | pictures drawn | VQ-VAE's reconstructions | true scenes |"
     assert lines[2] == "| colour (of 10) |" + 3 * " 90.0% (59.6%–98.2%) |"
     assert lines[4] == "| count (of 0) | – | – | – |"
     assert lines[-1] == (
-        "Image tokenizer on 2048 held-out scenes: PSNR 26.63 dB, 93.5% of the codes used, perplexity 1796."
+        "Image tokenizer on 2048 held-out scenes of 400 things: PSNR 26.63 dB, 93.5% of the codes used, perplexity 1796."
     )
