@@ -51,6 +51,13 @@ class ModelConfig:
         unknown = [task for task in self.tasks if task not in table]
         if unknown:
             raise ValueError(f"task {unknown[0]!r} is unknown; known: {', '.join(table)}")
+        for task in self.tasks:
+            needed = table[task].num_positions(self.max_text)
+            if needed > self.transformer.max_positions:
+                raise ValueError(
+                    f"task {task!r} with {self.max_text} pieces of text needs {needed} positions, the transformer has "
+                    f"{self.transformer.max_positions}"
+                )
         if self.vocabulary.padded_size != self.transformer.vocabulary_size:
             raise ValueError(
                 f"the vocabulary has {self.vocabulary.padded_size} rows, the transformer "

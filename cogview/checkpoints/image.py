@@ -14,6 +14,8 @@ from cogview.config_files import build, to_plain
 from cogview.errors import InputError
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
+CODEBOOK = "quantizer.codebook"
+
 
 def codebook_hash(model: VQVAE) -> str:
     """SHA-256 of the codebook as little-endian float16: what makes codes mean the same, in any stored precision."""
@@ -22,9 +24,12 @@ def codebook_hash(model: VQVAE) -> str:
 
 
 def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``model``; floating-point weights are stored as ``dtype``."""
+    """Write ``model``, its weights as ``dtype``; the codebook, which codes stand for, stays float32."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.detach().cpu().to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32 if name == CODEBOOK else dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
     save_file(weights, folder / "model.safetensors")
     config = json.dumps(to_plain(model.config), indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")

@@ -168,5 +168,6 @@ def test_the_report_as_a_table():
     assert lines[2] == "| colour (of 10) |" + 3 * " 90.0% (59.6%–98.2%) |"
     assert lines[4] == "| count (of 0) | – | – | – |"
     assert lines[-1] == (
-        "Image tokenizer on 2048 held-out scenes of 400 things: PSNR 26.63 dB, 93.5% of the codes used, perplexity 1796."
+        "Image tokenizer on 2048 held-out scenes of 400 things: PSNR 26.63 dB, "
+        "93.5% of the codes used, perplexity 1796."
     )
