@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from cogview.data.emoji.scenes import World, WorldSettings
 from cogview.data.emoji.things import Thing
+from cogview.data.emoji.world import World, WorldSettings
 
 if TYPE_CHECKING:
     from cogview.pipeline import CogView

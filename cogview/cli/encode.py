@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.data.emoji.scenes import World
+from cogview.data.emoji.world import World
 from cogview.data.encode import EncodeSettings, encode_scenes
 from cogview.device import choose_placement
 

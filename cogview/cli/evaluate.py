@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cogview.cli.recipes import Recipe, add_recipe_arguments, open_recipe
 from cogview.config_files import to_plain
-from cogview.data.emoji.scenes import World
+from cogview.data.emoji.world import World
 from cogview.errors import InputError
 from cogview.evaluation.protocol import choose_sampling, evaluate_scenes, format_report
 from cogview.pipeline import CogView, checked_seed

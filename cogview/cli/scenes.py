@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.data.emoji.scenes import World, WorldSettings
 from cogview.data.emoji.things import EmojiFiles
+from cogview.data.emoji.world import World, WorldSettings
 from cogview.sheets import contact_sheet
 
 SHEET_SCENES = 48

@@ -15,7 +15,7 @@ from cogview.checkpoints.image import codebook_hash
 from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_arguments, open_recipe
 from cogview.config import preset
 from cogview.config_files import to_plain
-from cogview.data.emoji.scenes import World
+from cogview.data.emoji.world import World
 from cogview.data.store import ABSENT, TokenStore
 from cogview.device import choose_placement, training_dtype
 from cogview.errors import InputError

@@ -10,7 +10,7 @@ from typing import Literal
 
 from cogview.cli.recipes import add_recipe_arguments, add_training_arguments, open_recipe
 from cogview.config_files import to_plain
-from cogview.data.emoji.scenes import World
+from cogview.data.emoji.world import World
 from cogview.device import choose_placement, training_dtype
 from cogview.training.image_tokenizer import ImageTokenizerRun, scene_batches
 from cogview.training.run import Run, RunSettings, run_loop

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from cogview.checkpoints.image import codebook_hash
 from cogview.config_files import to_plain
-from cogview.data.emoji.scenes import World
+from cogview.data.emoji.world import World
 from cogview.data.store import StoreHeader, StoreWriter, pad_text
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE

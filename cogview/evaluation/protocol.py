@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from cogview import __version__
 from cogview.config_files import to_plain
-from cogview.data.emoji.scenes import Scene, World
+from cogview.data.emoji.scene import Scene
+from cogview.data.emoji.world import World
 from cogview.errors import InputError
 from cogview.evaluation.scenes import SceneGrader, held_out_scenes, summarize
 from cogview.pipeline import CogView, Wish

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from cogview.data.emoji.scenes import LAYOUTS, Cell, Colour, Scene, World
+from cogview.data.emoji.scene import LAYOUTS, Cell, Colour, Scene
 from cogview.data.emoji.things import Thing
+from cogview.data.emoji.world import World
 from cogview.errors import InputError
 
 _COLOURS_TRIED = 4  # backgrounds worth explaining the whole picture with, at most ...

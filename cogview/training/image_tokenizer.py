@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cogview.checkpoints.image import save_image_tokenizer
-from cogview.data.emoji.scenes import World
+from cogview.data.emoji.world import World
 from cogview.errors import InputError
 from cogview.sheets import contact_sheet
 from cogview.training.run import leave_signals_to_parent

@@ -223,7 +223,7 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
     from cogview.cli.train_image import ImageSettings
     from cogview.cli.train_text import TextSettings
     from cogview.config_files import read_recipe
-    from cogview.data.emoji.scenes import WorldSettings
+    from cogview.data.emoji.world import WorldSettings
     from cogview.data.encode import EncodeSettings
     from cogview.tokenizers.layouts import layouts
 

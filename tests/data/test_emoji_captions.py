@@ -5,7 +5,8 @@ from collections.abc import Callable
 import pytest
 
 from cogview.data.emoji.names import find_names, nearest_names
-from cogview.data.emoji.scenes import COLOURS, Scene, World
+from cogview.data.emoji.scene import COLOURS, Scene
+from cogview.data.emoji.world import World
 
 MakeWorld = Callable[..., World]
 SEEDS = range(600)

@@ -11,7 +11,8 @@ import pytest
 
 from cogview.config_files import build
 from cogview.data.emoji.draws import Draws
-from cogview.data.emoji.scenes import COLOURS, COUNTS, LAYOUTS, Scene, World, WorldSettings, cells_of
+from cogview.data.emoji.scene import COLOURS, COUNTS, LAYOUTS, Scene, cells_of
+from cogview.data.emoji.world import World, WorldSettings
 from cogview.errors import InputError
 
 MakeWorld = Callable[..., World]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cogview.checkpoints.image import codebook_hash
-from cogview.data.emoji.scenes import World
+from cogview.data.emoji.world import World
 from cogview.data.encode import EncodeSettings, encode_scenes
 from cogview.data.store import ABSENT, StoreWriter, TokenStore
 from cogview.errors import InputError

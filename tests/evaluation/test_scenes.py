@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from cogview.data.emoji.scenes import COLOURS, Scene, World, WorldSettings
+from cogview.data.emoji.scene import COLOURS, Scene
 from cogview.data.emoji.things import EmojiFiles
+from cogview.data.emoji.world import World, WorldSettings
 from cogview.errors import InputError
 from cogview.evaluation.scenes import SceneGrader, Sight, held_out_scenes, judge, summarize, wilson_interval
 

@@ -5,13 +5,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from cogview.data.emoji.draws import Draws
+from cogview.data.emoji.scene import Colour, Scene
 from cogview.data.emoji.things import Thing
-
-if TYPE_CHECKING:
-    from cogview.data.emoji.scenes import Colour, Scene
 
 # Percentages of the captions that say it the rarer way.
 _UNNAMED_COLOUR = 20
