@@ -25,7 +25,7 @@ from cogview.sampling import Sampling
 class PackageSettings:
     """The ``package`` section of a recipe."""
 
-    card: str  # a Markdown file; {figures} stands for the table of the report
+    card: str  # a Markdown file; {figures} stands for the table of the report, {things} for what the model knows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     if not report_file.is_file():
         raise InputError(f"{report_file} is missing; grade the model first: cogview eval scenes {recipe.path} --tune")
     report = json.loads(report_file.read_text(encoding="utf-8"))
-    card = card_file.read_text(encoding="utf-8").replace("{figures}", format_report(report))
 
     checkpoint = last_checkpoint(recipe)
     if Path(report["protocol"]["model"]).name != checkpoint.name:
@@ -53,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(checkpoint, torch.device("cpu"), torch.float32)
     sampling = build(Sampling, report["protocol"]["sampling"], where=str(report_file))
     model.config = replace(model.config, sampling=sampling)
-    model.card = card
+    things = "、".join(thing.emoji + thing.name for thing in model.things)
+    card = card_file.read_text(encoding="utf-8")
+    model.card = card.replace("{figures}", format_report(report)).replace("{things}", things)
     output = args.output or recipe.work / "model"
     aside = output.with_name(f".{output.name}-writing")
     shutil.rmtree(aside, ignore_errors=True)
