@@ -36,7 +36,7 @@ class TransformerSettings:
     """The ``transformer`` section of a recipe."""
 
     training: TransformerTraining
-    preset: str = "10m"
+    preset: str = "9m"
     max_positions: int = 1089
     dropout: float = 0.1
     sampling: Sampling = field(default_factory=Sampling)  # of the sample sheets, and of the model until it is packaged
