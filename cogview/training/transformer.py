@@ -41,6 +41,10 @@ class TransformerTraining:
     clip_norm: float = 1.0
     text_loss_weight: float = 0.1
     caption_drop: float = 0.1  # share of captions left out, so that guidance is possible later
+    # Share of rows that see [MASK] in place of codes: half of them at every place, half at a share of places drawn per
+    # row. Once the first codes of a thing are known the others follow from them, so without this the text is asked
+    # at one or two places of a picture alone, and learnt slowly.
+    hidden_rows: float = 0.0
     seed: int = 0
     workers: int = 0  # processes that read the store
 
@@ -49,8 +53,9 @@ class TransformerTraining:
             raise ValueError(f"warmup_steps must be from 1 to steps - 1 ({self.steps - 1}), got {self.warmup_steps}")
         if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulation} equal parts")
-        if not 0 <= self.caption_drop <= 1:
-            raise ValueError(f"caption_drop must be in [0, 1], got {self.caption_drop}")
+        for name in ("caption_drop", "hidden_rows"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.text_loss_weight < 0:
             raise ValueError(f"text_loss_weight must not be negative, got {self.text_loss_weight}")
 
@@ -102,13 +107,14 @@ class TransformerTrainer:
         """One update; returns the losses in nats per code and per piece, apart."""
         settings = self.settings
         torch.manual_seed(settings.seed * 1_000_003 + step)
-        keep = np.random.default_rng([settings.seed, step]).random(len(batch["image"])) >= settings.caption_drop
+        keep, hide = self.choices(step, *batch["image"].shape)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(step)
         self.transformer.train()
         figures = {"loss": 0.0, "image_loss": 0.0, "text_loss": 0.0}
         for part in np.array_split(np.arange(len(keep)), settings.accumulation):
-            image_loss, text_loss = self.losses({name: rows[part] for name, rows in batch.items()}, keep[part])
+            rows = {name: values[part] for name, values in batch.items()}
+            image_loss, text_loss = self.losses(rows, keep[part], hide[part])
             loss = (image_loss + settings.text_loss_weight * text_loss) / settings.accumulation
             loss.backward()
             figures["loss"] += loss.item()
@@ -121,13 +127,30 @@ class TransformerTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         return {**figures, "gradient_norm": norm.item(), "learning_rate": settings.learning_rate_at(step)}
 
-    def losses(self, rows: Rows, keep_caption: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of image codes and of text pieces; each kind of id competes with its own kind alone."""
+    def choices(self, step: int, num_rows: int, num_codes: int) -> tuple[np.ndarray, np.ndarray]:
+        """Which captions a step keeps, (rows,), and which codes it hides from the input, (rows, codes); both bool."""
+        random = np.random.default_rng([self.settings.seed, step])
+        keep = random.random(num_rows) >= self.settings.caption_drop
+        chosen = (random.random(num_rows) < self.settings.hidden_rows) & keep
+        share = np.minimum(1, 2 * random.random(num_rows)) * chosen
+        return keep, random.random((num_rows, num_codes)) < share[:, None]
+
+    def losses(self, rows: Rows, keep_caption: np.ndarray, hide: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy of image codes and of text pieces; each kind of id competes with its own kind alone.
+
+        ``hide`` (B, codes) marks codes that the input holds ``[MASK]`` for; they are learnt all the same.
+        """
         batch = self.arrange(rows, keep_caption)
         ids_BT = torch.from_numpy(batch.ids).to(self.device)
+        inputs_BT = ids_BT
+        if hide is not None and hide.any():
+            hidden = np.zeros(batch.ids.shape, dtype=bool)
+            hidden[batch.kinds == Kind.IMAGE] = hide.reshape(-1)  # in both, row after row and code after code
+            mask = self.model.config.vocabulary.command("[MASK]")
+            inputs_BT = ids_BT.masked_fill(torch.from_numpy(hidden).to(self.device), mask)
         positions_BT = torch.from_numpy(batch.positions).to(self.device)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            hidden_BTD = self.transformer.hidden(ids_BT[:, :-1], positions_BT[:, :-1])
+            hidden_BTD = self.transformer.hidden(inputs_BT[:, :-1], positions_BT[:, :-1])
             vocabulary = self.model.config.vocabulary
             image = self._loss(hidden_BTD, ids_BT, batch, Kind.IMAGE, vocabulary.image)
             # A text may end in a command, so commands compete with the pieces.

@@ -4,6 +4,7 @@
 
 import functools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,7 @@ KEEP_ALL = np.ones(8, dtype=bool)
 
 
 def test_steps_equal_half_of_them_and_the_rest_after_a_restart(tmp_path):
-    changes = {"caption_drop": 0.5, "accumulation": 2, "steps": 6}
+    changes = {"caption_drop": 0.5, "hidden_rows": 0.5, "accumulation": 2, "steps": 6}
     whole = trainer(new_model(dropout=0.2), **changes)
     figures = [whole.step(step, rows(step)) for step in range(6)]
 
@@ -185,7 +186,7 @@ def test_a_caption_that_is_left_out_is_an_empty_text():
 def test_left_out_captions_are_a_share_that_seed_and_step_decide(monkeypatch):
     kept: list[np.ndarray] = []
 
-    def note(self, given, keep):
+    def note(self, given, keep, hide):
         kept.append(keep)
         weight = self.transformer.final_norm.weight
         return weight.sum(), weight.sum()
@@ -200,6 +201,46 @@ def test_left_out_captions_are_a_share_that_seed_and_step_decide(monkeypatch):
     assert (kept[0] == kept[2]).all()
     assert (kept[0] != kept[1]).any()
     assert (kept[0] != kept[3]).any()
+
+
+def test_hidden_codes_are_a_share_that_seed_and_step_decide():
+    """Half of the chosen rows hide every code, the others a share between none and all; captions left out hide none."""
+    subject = trainer(hidden_rows=0.5, caption_drop=0.2)
+    keep, hide = subject.choices(3, 4000, 64)
+    for again, same in zip(subject.choices(3, 4000, 64), (keep, hide), strict=True):
+        assert (again == same).all()
+    assert (subject.choices(4, 4000, 64)[1] != hide).any()
+    share = hide.mean(axis=1)
+    assert not hide[~keep].any()
+    assert 0.46 < (share[keep] > 0).mean() < 0.54
+    assert 0.22 < (share[keep] == 1).mean() < 0.28
+    assert 0.4 < share[(share > 0) & (share < 1)].mean() < 0.6
+    assert not trainer(caption_drop=0.2).choices(3, 4000, 64)[1].any()
+
+
+def test_a_hidden_code_is_learnt_but_not_seen():
+    """With every code hidden, the loss at a place follows from text and place: other codes before it change nothing."""
+    subject = trainer()
+    given, everything = rows(), np.ones_like(rows()["image"], dtype=bool)
+    changed = {**given, "image": given["image"].copy()}
+    changed["image"][:, 0] = (changed["image"][:, 0] + 1) % CODES  # the first code is also a target: compare the others
+
+    def loss_of_the_rest(rows: dict[str, np.ndarray], hide: np.ndarray) -> torch.Tensor:
+        batch = subject.arrange(rows, KEEP_ALL)
+        subject.arrange = lambda *_: replace(batch, loss=batch.loss & (np.cumsum(batch.kinds == 2, axis=1) > 1))
+        try:
+            return subject.losses(rows, KEEP_ALL, hide)[0]
+        finally:
+            del subject.arrange
+
+    with torch.no_grad():
+        subject.transformer.eval()
+        hidden = [loss_of_the_rest(content, everything) for content in (given, changed)]
+        seen = [loss_of_the_rest(content, ~everything) for content in (given, changed)]
+        assert torch.equal(subject.losses(given, KEEP_ALL, ~everything)[0], subject.losses(given, KEEP_ALL)[0])
+    assert torch.equal(*hidden)
+    assert not torch.equal(*seen)
+    assert not torch.equal(hidden[0], seen[0])
 
 
 def test_the_learning_rate_rises_then_falls_to_its_end():
