@@ -64,7 +64,7 @@ RESTART: Final = Restart()
 Element: TypeAlias = str | Text | Image | Blank | Restart  # a str is a command
 
 
-def layouts(grid: int, *, caption_stop: bool = True) -> dict[str, Layout]:
+def layouts(grid: int, *, caption_stop: bool = True, text_space: int | None = None) -> dict[str, Layout]:
     """The table for images of ``grid`` x ``grid`` codes.
 
     ``generate`` draws a text, ``caption`` describes an image, ``score`` says how probable a text is given an image,
@@ -72,6 +72,8 @@ def layouts(grid: int, *, caption_stop: bool = True) -> dict[str, Layout]:
     window of a larger image from the crop that it covers (``upscale_windows``).
 
     ``caption_stop``: whether captions end in ``[SEP]``. Those that we train do; the released weights never learnt to.
+    ``text_space``: how many positions a given text takes, whatever its length, so that every code of an image has a
+    position of its own. In the released rows (None) positions go on where the text ends.
     """
     if grid not in GRID_COMMANDS:
         raise ValueError(f"no layouts for a grid of {grid} codes; known: {', '.join(map(str, GRID_COMMANDS))}")
@@ -90,7 +92,7 @@ def layouts(grid: int, *, caption_stop: bool = True) -> dict[str, Layout]:
             *("[ROI2]", "[POS0]", size, "[BOI2]", Blank(drawn), "[EOI2]"),
         ),
     }
-    return {name: Layout(name=name, row=row) for name, row in rows.items()}
+    return {name: Layout(name=name, row=row, text_space=text_space) for name, row in rows.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,7 @@ class Layout:
 
     name: str
     row: tuple[Element, ...]
+    text_space: int | None = None  # positions that a given text takes; None: as many as it has pieces
 
     def arrange(self, vocabulary: Vocabulary, *, max_text: int | None = None, **values: Values) -> Arranged:
         """Fill the row with values, named after its elements: piece ids for a text, codes for an image.
@@ -116,31 +119,33 @@ class Layout:
             raise ValueError(f"layout {self.name!r} has no blank text for max_text={max_text} to bound")
 
         parts: list[_Part] = []
+        positions: list[NDArray[np.int64]] = []
         spans: dict[str, slice] = {}
-        restarts, end, stop = [0], 0, None
+        position, end, stop = 0, 0, None
         for element in self.row:
             if isinstance(element, Restart):
-                restarts.append(end)
+                position = 0
             elif isinstance(element, str):
                 parts.append(_Part.of_command(vocabulary.command(element), Kind.COMMAND, loss=False))
-                end += 1
+                positions.append(np.arange(position, position + 1))
+                position, end = position + 1, end + 1
             else:
                 blank = isinstance(element, Blank)
                 content = element.content if isinstance(element, Blank) else element
                 parts.append(self._fill(content, values.get(content.name), blank, max_text, vocabulary))
-                spans[content.name] = slice(end, end + len(parts[-1].ids))
-                end = spans[content.name].stop
+                length = len(parts[-1].ids)
+                positions.append(np.arange(position, position + length))
+                spans[content.name] = slice(end, end + length)
+                position, end = position + self._num_positions(element, length), end + length
                 if isinstance(element, Blank) and element.stop:
                     stop = vocabulary.command(element.stop)
                     parts.append(_Part.of_command(stop, Kind.TEXT, loss=content.loss))  # drawn and learnt as text is
-                    end += 1
+                    positions.append(np.arange(position, position + 1))
+                    position, end = position + 1, end + 1
 
-        positions = np.arange(end)
-        for start in restarts:
-            positions[start:] = np.arange(end - start)
         return Arranged(
             ids=np.concatenate([part.ids for part in parts]),
-            positions=positions,
+            positions=np.concatenate(positions),
             kinds=np.concatenate([np.full(len(part.ids), part.kind, dtype=np.int8) for part in parts]),
             blanks=np.concatenate([part.blanks for part in parts]),
             loss=np.concatenate([np.full(len(part.ids), part.loss) for part in parts]),
@@ -150,34 +155,45 @@ class Layout:
 
     def length(self, text_length: int) -> int:
         """How many places the row has with a text of ``text_length`` pieces."""
-        return sum(self._section_lengths(text_length))
+        return sum(replace(self, text_space=None)._section_positions(text_length))
 
     def num_positions(self, text_length: int) -> int:
         """How many positions the model must know for that: fewer than the places where the row restarts."""
-        return max(self._section_lengths(text_length))
+        return max(self._section_positions(text_length))
 
     def longest_text(self, max_positions: int) -> int:
         """The longest text, in pieces, that keeps the row within ``max_positions``; ValueError if no text fits."""
-        bare, with_piece = self._section_lengths(0), self._section_lengths(1)
+        bare, with_piece = self._section_positions(0), self._section_positions(1)
         if max(bare) > max_positions:
             raise ValueError(
                 f"layout {self.name!r} needs {max(bare)} positions without any text, there are {max_positions}"
             )
-        return min(max_positions - a for a, b in zip(bare, with_piece, strict=True) if a < b)
+        grows = [max_positions - a for a, b in zip(bare, with_piece, strict=True) if a < b]
+        return min(grows) if grows else self.text_space or 0
 
     def _contents(self) -> dict[str, Text | Image]:
         contents = [e.content if isinstance(e, Blank) else e for e in self.row if isinstance(e, Text | Image | Blank)]
         return {content.name: content for content in contents}
 
-    def _section_lengths(self, text_length: int) -> list[int]:
-        """Places before the first restart, between restarts, and after the last."""
+    def _num_positions(self, element: Element, length: int) -> int:
+        """How many positions a text or image of ``length`` places takes."""
+        if not isinstance(element, Text) or self.text_space is None:
+            return length
+        if length > self.text_space:
+            raise ValueError(
+                f"layout {self.name!r}: {element.name!r} has {length} pieces, there is space for {self.text_space}"
+            )
+        return self.text_space
+
+    def _section_positions(self, text_length: int) -> list[int]:
+        """Positions before the first restart, between restarts, and after the last."""
         lengths = [0]
         for element in self.row:
             content = element.content if isinstance(element, Blank) else element
             if isinstance(content, Restart):
                 lengths.append(0)
             elif isinstance(content, Text):
-                lengths[-1] += text_length
+                lengths[-1] += self._num_positions(element, text_length)
             elif isinstance(content, Image):
                 lengths[-1] += content.side**2
             else:

@@ -41,13 +41,14 @@ class ModelConfig:
     tasks: tuple[str, ...]  # rows of the layout table that training saw
     max_text: int  # pieces in the longest text that fits
     caption_stop: bool = True  # captions end in [SEP]
+    text_space: int | None = None  # positions of a given text, whatever its length; None: as many as it has pieces
     caption_drop: float = 0.0  # share of captions left out in training, for guidance
     codebook_sha256: str = ""
     sampling: Sampling = field(default_factory=Sampling)  # what suits this model, where nothing else is asked for
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        table = layouts(self.grid, caption_stop=self.caption_stop)
+        table = self.layouts
         unknown = [task for task in self.tasks if task not in table]
         if unknown:
             raise ValueError(f"task {unknown[0]!r} is unknown; known: {', '.join(table)}")
@@ -67,7 +68,7 @@ class ModelConfig:
     @property
     def layouts(self) -> dict[str, Layout]:
         """The layout table at this model's grid."""
-        return layouts(self.grid, caption_stop=self.caption_stop)
+        return layouts(self.grid, caption_stop=self.caption_stop, text_space=self.text_space)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -106,9 +106,9 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
             max_positions=settings.max_positions,
             dropout=settings.dropout,
         )
-        table = layouts(store.header.grid)
         max_text = store.header.fields["text"]
-        if (needed := table["generate"].num_positions(max_text)) > settings.max_positions:
+        row = layouts(store.header.grid, text_space=max_text)["generate"]
+        if (needed := row.num_positions(max_text)) > settings.max_positions:
             raise ValueError(
                 f"max_positions {settings.max_positions} are too few for the rows of {store.path}: {needed}"
             )
@@ -118,6 +118,7 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
             grid=store.header.grid,
             tasks=("generate",),
             max_text=max_text,
+            text_space=max_text,
             caption_drop=settings.training.caption_drop,
             codebook_sha256=codebook,
             sampling=settings.sampling,

@@ -196,6 +196,30 @@ def test_space_for_text_after_a_restart_is_that_of_its_own_part():
     assert layout.longest_text(1089) == 829
 
 
+@pytest.mark.parametrize("name", ["generate", "upscale"])
+def test_with_a_text_space_a_code_has_one_position_whatever_the_text(name):
+    layout = layouts(8, text_space=20)[name]
+    values = {"small": [0] * 16} if name == "upscale" else {}
+    rows = [layout.arrange(SMALL, text=text, **values) for text in ([], RED_APPLE, [5] * 20)]
+    for span in rows[0].spans.keys() - {"text"}:
+        starts = [row.positions[row.spans[span]] for row in rows]
+        assert (starts[0] == starts[1]).all()
+        assert (starts[0] == starts[2]).all()
+    assert rows[1].positions[: 1 + len(RED_APPLE)].tolist() == [0, 1, 2, 3]  # the text itself goes on as ever
+    full, plain = rows[2], layouts(8)[name].arrange(SMALL, text=[5] * 20, **values)
+    assert (full.positions == plain.positions).all()
+    assert [len(row) for row in rows] == [layout.length(0), layout.length(3), layout.length(20)]
+    assert layout.num_positions(3) == max(row.positions.max() for row in rows) + 1
+    assert layout.longest_text(layout.num_positions(0)) == 20
+    with pytest.raises(ValueError, match=f"layout '{name}': 'text' has 21 pieces, there is space for 20"):
+        layout.arrange(SMALL, text=[5] * 21, **values)
+
+
+def test_a_text_space_changes_no_caption():
+    spaced = layouts(8, text_space=20)["caption"].arrange(SMALL, image=codes(8, 64), max_text=9)
+    assert (spaced.positions == tiny("caption", image=codes(8, 64), max_text=9).positions).all()
+
+
 def test_cut():
     row = tiny("upscale", text=RED_APPLE, small=codes(4, 64))
     start = row.spans["image"].start
