@@ -15,6 +15,9 @@ class TransformerConfig:
     vocabulary_size: int  # padded: the rows of the embedding
     max_positions: int = 1089
     dropout: float = 0.1  # in training: on embeddings and on both branches of a layer
+    # What the norms on branch outputs are initialised with. At the released 1, each branch adds unit variance to
+    # embeddings of 0.02, so that a token's identity is all but lost behind the first one until training digs it out.
+    branch_gain: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "num_heads", "vocabulary_size", "max_positions"):
@@ -48,7 +51,9 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 }
 
 
-def preset(name: str, vocabulary_size: int, max_positions: int = 1089, dropout: float = 0.1) -> TransformerConfig:
+def preset(
+    name: str, vocabulary_size: int, max_positions: int = 1089, dropout: float = 0.1, branch_gain: float = 1.0
+) -> TransformerConfig:
     """The config of a preset for a vocabulary; raises ValueError with the known names."""
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
@@ -60,4 +65,5 @@ def preset(name: str, vocabulary_size: int, max_positions: int = 1089, dropout: 
         vocabulary_size=vocabulary_size,
         max_positions=max_positions,
         dropout=dropout,
+        branch_gain=branch_gain,
     )

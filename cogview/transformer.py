@@ -49,6 +49,8 @@ class Transformer(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
         if isinstance(module, Layer):  # apply() comes here after the children
+            for norm in (module.attention_output_norm, module.mlp_output_norm):
+                nn.init.constant_(norm.weight, self.config.branch_gain)
             for projection in (module.attention.output, module.mlp.output):
                 nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * self.config.num_layers))
 

@@ -73,6 +73,32 @@ def test_fresh_weights_have_the_released_statistics():
     assert len(names) == 6  # the attention's and the MLP's of each layer
 
 
+def test_branch_gain_lets_the_tokens_through():
+    """At the released gain of 1 a fresh residual stream is nearly all branch output; at 0.05 tokens are a good part of it."""
+
+    def share_of_tokens(branch_gain: float) -> float:
+        torch.manual_seed(0)
+        shape = {"num_layers": 4, "width": 64, "num_heads": 4, "vocabulary_size": 128, "max_positions": 32}
+        model = Transformer(TransformerConfig(**shape, dropout=0.0, branch_gain=branch_gain))
+        stream: list[torch.Tensor] = []
+        model.final_norm.register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0]))
+        ids = random_ids(2, 32) % 128
+        model(ids)
+        tokens = model.embedding(ids) + model.positions(torch.arange(32))
+        return float(tokens.detach().norm() / stream[0].detach().norm())
+
+    assert share_of_tokens(1.0) < 0.02
+    assert share_of_tokens(0.05) > 0.15
+    norms = [
+        module.weight
+        for name, module in Transformer(
+            TransformerConfig(num_layers=1, width=8, num_heads=2, vocabulary_size=8, branch_gain=0.05)
+        ).named_modules()
+        if "norm" in name
+    ]
+    assert [weight[0].item() for weight in norms] == pytest.approx([1, 0.05, 1, 0.05, 1])
+
+
 def test_fresh_model_knows_nothing():
     """Its loss is that of guessing."""
     torch.manual_seed(0)

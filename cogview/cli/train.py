@@ -39,6 +39,7 @@ class TransformerSettings:
     preset: str = "9m"
     max_positions: int = 1089
     dropout: float = 0.1
+    branch_gain: float = 1.0
     sampling: Sampling = field(default_factory=Sampling)  # of the sample sheets, and of the model until it is packaged
     run: RunSettings = field(default_factory=RunSettings)
     precision: str = "auto"
@@ -105,6 +106,7 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
             vocabulary.padded_size,
             max_positions=settings.max_positions,
             dropout=settings.dropout,
+            branch_gain=settings.branch_gain,
         )
         max_text = store.header.fields["text"]
         row = layouts(store.header.grid, text_space=max_text)["generate"]
