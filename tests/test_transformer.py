@@ -74,7 +74,7 @@ def test_fresh_weights_have_the_released_statistics():
 
 
 def test_branch_gain_lets_the_tokens_through():
-    """At the released gain of 1 a fresh residual stream is nearly all branch output; at 0.05 tokens are a good part of it."""
+    """At the released gain of 1 a fresh residual stream is nearly all branch output; at 0.05 much of it is tokens."""
 
     def share_of_tokens(branch_gain: float) -> float:
         torch.manual_seed(0)
