@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ALPHA = 32.0
-SHORT = 256  # keys up to which a CPU trains faster without fused attention
+SHORT = 128  # keys up to which a CPU trains faster without fused attention
 log = logging.getLogger(__name__)
 
 
