@@ -69,9 +69,9 @@ def test_training_learns_the_pictures_and_uses_the_codes():
     config = VQVAEConfig(
         channels=(16, 32, 32), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 1, 1), num_codes=32, code_width=8
     )
-    settings = VQVAETraining(steps=150, batch_size=8, warmup_steps=75, revive_every=5, learning_rate=1e-2, decay=0.9)
+    settings = VQVAETraining(steps=200, batch_size=8, warmup_steps=75, revive_every=5, learning_rate=5e-3, decay=0.9)
     trainer = VQVAETrainer(config, settings, CPU)
-    for step in range(150):
+    for step in range(200):
         trainer.step(step, pictures(0, 8))
     judged = evaluate_vqvae(trainer.model, [pictures(0, 8)])
     assert judged["psnr"] > 25  # 10 at the start
