@@ -106,13 +106,19 @@ def test_training_follows_the_card(cards, capability, expected):
     assert training_dtype(torch.device("cuda")) == expected
 
 
-@pytest.mark.parametrize("has_mkldnn", [False, True])
-def test_training_on_a_cpu(monkeypatch, has_mkldnn):
-    """Without oneDNN (on a Mac, say) its question cannot even be asked."""
-    if has_mkldnn and not torch.backends.mkldnn.is_available():
-        pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_mkldnn)
-    expected = torch.bfloat16 if has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+@pytest.mark.parametrize(
+    ("has_onednn", "has_avx512_bf16", "has_amx", "expected"),
+    [
+        (False, True, True, None),  # a Mac, say, where nothing computes in it
+        (True, False, False, None),  # oneDNN would emulate it, several times slower than float32
+        (True, True, False, torch.bfloat16),
+        (True, False, True, torch.bfloat16),
+    ],
+)
+def test_training_follows_the_cpu(monkeypatch, has_onednn, has_avx512_bf16, has_amx, expected):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     assert training_dtype(torch.device("cpu")) == expected
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from cogview.checkpoints.folder import Model, ModelConfig, NamedThing
+from cogview.checkpoints.folder import Model, ModelConfig, NamedThing, load_model
 from cogview.checkpoints.image import codebook_hash
+from cogview.checkpoints.registry import find_checkpoint
 from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_arguments, open_recipe
 from cogview.config import preset
 from cogview.config_files import to_plain
@@ -40,6 +41,7 @@ class TransformerSettings:
     max_positions: int = 1089
     dropout: float = 0.1
     branch_gain: float = 1.0
+    start_from: str | None = None  # a model whose weights to begin with, by name or folder; None: fresh ones
     sampling: Sampling = field(default_factory=Sampling)  # of the sample sheets, and of the model until it is packaged
     run: RunSettings = field(default_factory=RunSettings)
     precision: str = "auto"
@@ -59,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     store, held_out = TokenStore(recipe.store), TokenStore(recipe.held_out_store)
     torch.manual_seed(settings.training.seed)
     model = new_model(recipe, settings, store)
+    if settings.start_from is not None:
+        load_weights(model, settings.start_from)
     model.image_tokenizer.to(placement.device)  # it draws the sample sheets
     captions = [
         model.text_tokenizer.decode(text[text != ABSENT].tolist())
@@ -134,6 +138,23 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
         text_tokenizer=text_tokenizer,
         things=named_things(recipe.world),
     )
+
+
+def load_weights(model: Model, name: str) -> None:
+    """Begin with the weights of the model ``name``, which must have the same shape and both tokenizers in common."""
+    folder = find_checkpoint(name)
+    other = load_model(folder, torch.device("cpu"), torch.float32)
+    shape, other_shape = (
+        replace(config.transformer, dropout=0.0, branch_gain=1.0) for config in (model.config, other.config)
+    )
+    for what, ours, theirs in (
+        ("codebook", model.config.codebook_sha256, other.config.codebook_sha256),
+        ("text tokenizer", model.text_tokenizer.model_bytes, other.text_tokenizer.model_bytes),
+        ("shape", shape, other_shape),
+    ):
+        if ours != theirs:
+            raise InputError(f"start_from: {name} has another {what} than this recipe; its weights mean nothing here")
+    model.transformer.load_state_dict(other.transformer.state_dict())
 
 
 def named_things(world: Path) -> tuple[NamedThing, ...]:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cogview.checkpoints.image import codebook_hash
 from cogview.config_files import to_plain
+from cogview.data.emoji.scene import EQUAL_SHARES, Shares
 from cogview.data.emoji.world import World
 from cogview.data.store import StoreHeader, StoreWriter, pad_text
 from cogview.tokenizers.text import TextTokenizer
@@ -25,6 +26,7 @@ class EncodeSettings:
 
     rows: int  # training scenes
     held_out_rows: int = 2048
+    shares: Shares = EQUAL_SHARES  # of the training scenes; those held out have equal shares
     text_width: int = 48  # pieces in the longest caption
     batch_size: int = 256
     seed: int = 0
@@ -39,14 +41,17 @@ class EncodeSettings:
 class CaptionedScenes(Dataset[tuple[np.ndarray, list[int]]]):
     """Scene number i of a world, a function of (seed, i): its picture, uint8 (H, W, 3), and its caption's pieces."""
 
-    def __init__(self, world: World, text_tokenizer: TextTokenizer, seed: int, *, held_out: bool) -> None:
+    def __init__(
+        self, world: World, text_tokenizer: TextTokenizer, seed: int, *, held_out: bool, shares: Shares = EQUAL_SHARES
+    ) -> None:
         self.world = world
         self.text_tokenizer = text_tokenizer
         self.seed = seed
         self.held_out = held_out
+        self.shares = shares
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, list[int]]:
-        scene = self.world.sample(self.seed, index, held_out=self.held_out)
+        scene = self.world.sample(self.seed, index, self.held_out, self.shares)
         return self.world.render(scene, index), self.text_tokenizer.encode(self.world.caption(scene, index))
 
 
@@ -62,6 +67,7 @@ def encode_scenes(
 ) -> None:
     """Write scenes 0 … ``rows`` - 1 to a store at ``path``; one that was interrupted is continued."""
     grid = world.settings.canvas // PIXELS_PER_CODE
+    shares = EQUAL_SHARES if held_out else settings.shares
     header = StoreHeader(
         fields={"text": settings.text_width, "image": grid * grid},
         grid=grid,
@@ -70,7 +76,12 @@ def encode_scenes(
         layouts=("generate",),
         codebook_sha256=codebook_hash(image_tokenizer),
         text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
-        provenance={"scenes": to_plain(world.settings), "seed": settings.seed, "held_out": held_out},
+        provenance={
+            "scenes": to_plain(world.settings),
+            "shares": to_plain(shares),
+            "seed": settings.seed,
+            "held_out": held_out,
+        },
     )
     device = next(image_tokenizer.parameters()).device
     with (
@@ -78,7 +89,7 @@ def encode_scenes(
         tqdm(total=rows, initial=writer.count, unit="scene", desc=path.name, disable=None) as bar,
     ):
         scenes = DataLoader(
-            CaptionedScenes(world, text_tokenizer, settings.seed, held_out=held_out),
+            CaptionedScenes(world, text_tokenizer, settings.seed, held_out=held_out, shares=shares),
             batch_size=settings.batch_size,
             sampler=range(writer.count, rows),
             collate_fn=list,

@@ -11,7 +11,9 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from cogview import config
 from cogview.cli import evaluate as evaluate_command
@@ -213,6 +215,28 @@ def test_overrides_change_their_section_alone(work, tmp_path):
     assert (plain["training"]["steps"], plain["run"]["keep"], plain["training"]["learning_rate"]) == (4, 1, 2e-4)
     assert plain["training"]["batch_size"] == 4
     assert [step_of(path) for path in Run(work / "transformer-run").checkpoints()] == [4]
+
+
+def test_training_may_start_from_another_model(work, tmp_path, capsys):
+    place = ["--work", str(work), "--device", "cpu"]
+    assert main(["train", write_recipe(tmp_path), *place, "training.steps=4", "dropout=0.0"]) == 0
+    (first,) = Run(work / "transformer-run").checkpoints()[-1:]
+    start = first.rename(tmp_path / "start")
+    shutil.rmtree(work / "transformer-run")
+
+    # With a learning rate of nothing, what is trained is what it started from.
+    still = ["training.learning_rate=0.0", "training.final_learning_rate=0.0", "branch_gain=0.5"]
+    assert main(["train", write_recipe(tmp_path), *place, *still, f"start_from={start}"]) == 0
+    last = Run(work / "transformer-run").checkpoints()[-1]
+    weights, begun = (load_file(folder / "model.safetensors") for folder in (last, start))
+    assert all(torch.equal(weights[name], begun[name]) for name in begun)
+
+    shutil.rmtree(work / "transformer-run")
+    capsys.readouterr()
+    assert main(["train", write_recipe(tmp_path), *place, "max_positions=120", f"start_from={start}"]) == 2
+    assert f"start_from: {start} has another shape than this recipe" in one_line(capsys)
+    assert main(["train", write_recipe(tmp_path), *place, "start_from=没有"]) == 2
+    assert "没有" in one_line(capsys)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

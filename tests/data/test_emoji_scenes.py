@@ -11,7 +11,7 @@ import pytest
 
 from cogview.config_files import build
 from cogview.data.emoji.draws import Draws
-from cogview.data.emoji.scene import COLOURS, COUNTS, LAYOUTS, Scene, cells_of
+from cogview.data.emoji.scene import COLOURS, COUNTS, LAYOUTS, Scene, Shares, cells_of
 from cogview.data.emoji.world import World, WorldSettings
 from cogview.errors import InputError
 
@@ -63,6 +63,21 @@ def test_one_meaning_in_ten_is_held_out_and_never_sampled_for_training(make_tiny
 def test_a_third_of_the_scenes_is_of_each_family(make_tiny_world: MakeWorld) -> None:
     kinds = Counter(make_tiny_world().sample(0, index).kind for index in range(3000))
     assert all(900 < number < 1100 for number in (kinds["one"], kinds["many"], kinds["beside"] + kinds["above"]))
+
+
+def test_shares_of_the_families_can_be_asked_for(make_tiny_world: MakeWorld) -> None:
+    world = make_tiny_world()
+    kinds = Counter(world.sample(0, index, shares=Shares(one=1, many=0, pair=3)).kind for index in range(2000))
+    assert 440 < kinds["one"] < 560
+    assert kinds["many"] == 0
+    assert 700 < kinds["beside"] < 800
+    assert sum(kinds.values()) == 2000
+
+
+@pytest.mark.parametrize("shares", [{"pair": -1}, {"one": 0, "many": 0, "pair": 0}], ids=str)
+def test_shares_that_mean_nothing(shares: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="shares must be 0 or more and one of them above 0"):
+        Shares(**shares)
 
 
 def test_only_the_first_things_are_sampled(make_tiny_world: MakeWorld) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cogview.checkpoints.image import codebook_hash
+from cogview.data.emoji.scene import Shares
 from cogview.data.emoji.world import World
 from cogview.data.encode import EncodeSettings, encode_scenes
 from cogview.data.store import ABSENT, StoreWriter, TokenStore
@@ -73,6 +74,18 @@ def test_the_header_names_what_the_rows_were_made_with(tmp_path, encode, text_to
     assert header.text_sha256 == hashlib.sha256(text_tokenizer.model_bytes).hexdigest()
     assert header.provenance["held_out"] is True
     assert header.provenance["scenes"]["jitter"] == 2
+
+
+def test_shares_are_those_of_the_training_scenes_alone(tmp_path, encode):
+    pairs = Shares(one=0, many=0, pair=1)
+    trained, held_out = (
+        encode(tmp_path / str(held_out), 12, held_out=held_out, shares=pairs) for held_out in (False, True)
+    )
+    assert trained.header.provenance["shares"] == {"one": 0, "many": 0, "pair": 1}
+    assert held_out.header.provenance["shares"] == {"one": 1, "many": 1, "pair": 1}
+    equal = everything(encode(tmp_path / "equal", 12, held_out=True))
+    assert all(np.array_equal(everything(held_out)[name], equal[name]) for name in equal)
+    assert not np.array_equal(everything(trained)["image"], everything(encode(tmp_path / "plain", 12))["image"])
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 5}, {"workers": 2}], ids=str)

@@ -18,6 +18,22 @@ COUNTS = (2, 3, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shares:
+    """How many scenes in ``one + many + pair`` hold one thing, several of one thing, and two things."""
+
+    one: int = 1
+    many: int = 1
+    pair: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.one, self.many, self.pair) < 0 or not self.one + self.many + self.pair:
+            raise ValueError(f"shares must be 0 or more and one of them above 0, got {self}")
+
+
+EQUAL_SHARES = Shares()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Colour:
     """A background: its RGB bytes and its Chinese names, the usual one first."""
 

@@ -22,7 +22,7 @@ import numpy as np
 from cogview.config_files import build, to_plain
 from cogview.data.emoji.captions import write_caption
 from cogview.data.emoji.draws import Draws
-from cogview.data.emoji.scene import COLOURS, COUNTS, Cell, Colour, Kind, Scene, cells_of
+from cogview.data.emoji.scene import COLOURS, COUNTS, EQUAL_SHARES, Cell, Colour, Kind, Scene, Shares, cells_of
 from cogview.data.emoji.things import SPRITE_PIXELS, EmojiFiles, Thing, draw_sprites, read_things
 from cogview.errors import InputError
 
@@ -102,24 +102,21 @@ class World:
             raise InputError(str(error)) from None
         return World(settings, self.candidates, self.sprites, self.colours)
 
-    def sample(self, seed: int, index: int, held_out: bool = False) -> Scene:
-        """Scene ``index`` of ``seed``, with ``Scene.held_out`` as asked: a function of its arguments alone.
-
-        A third of the scenes hold one thing, a third two to four of one, a third a pair.
-        """
+    def sample(self, seed: int, index: int, held_out: bool = False, shares: Shares = EQUAL_SHARES) -> Scene:
+        """Scene ``index`` of ``seed``, with ``Scene.held_out`` as asked: a function of its arguments alone."""
         draws = Draws("scene", seed, index, held_out)
         while True:
-            scene = self._draw_scene(draws)
+            scene = self._draw_scene(draws, shares)
             if scene.held_out == held_out:
                 return scene
 
-    def _draw_scene(self, draws: Draws) -> Scene:
+    def _draw_scene(self, draws: Draws, shares: Shares) -> Scene:
         colour = draws.pick(self.colours)
         first = draws.below(len(self.things))
-        family = draws.below(3)
-        if family == 0:
+        lot = draws.below(shares.one + shares.many + shares.pair)
+        if lot < shares.one:
             return Scene(colour=colour, kind="one", things=(self.things[first],))
-        if family == 1:
+        if lot < shares.one + shares.many:
             return Scene(colour=colour, kind="many", things=(self.things[first],), count=draws.pick(COUNTS))
         second = draws.below(len(self.things) - 1)
         second += second >= first  # any thing but the first
