@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -63,6 +64,11 @@ class TextTokenizer:
                 raise ValueError(f"piece id {i} is outside 0 to {self.size - 1}")
         return str(self._processor.decode([int(i) for i in ids]))
 
+    @property
+    def pieces(self) -> list[str]:
+        """The pieces by id, as SentencePiece spells them: ``▁`` is a space, ``<0x41>`` a byte."""
+        return [self._processor.id_to_piece(i) for i in range(self.size)]
+
     def byte_share(self, text: str) -> float:
         """The share of the characters of ``text``, 0 to 1, that are spelt in bytes or become ``<unk>``."""
         characters = [character for character in text if not character.isspace()]
@@ -71,7 +77,7 @@ class TextTokenizer:
 
 
 def train_text_tokenizer(
-    lines: Iterable[str], *, size: int, coverage: float = 0.9995, max_piece_length: int = 4
+    lines: Iterable[str], *, size: int, coverage: float = 0.9995, max_piece_length: int = 4, words: Sequence[str] = ()
 ) -> bytes:
     """Train a unigram SentencePiece model on ``lines`` and return its file; the same lines give the same bytes.
 
@@ -80,6 +86,7 @@ def train_text_tokenizer(
     ``coverage`` is the share of character occurrences that get pieces; the rarest beyond it are spelt in bytes.
     ``max_piece_length`` is in characters. Chinese words seldom pass four, and longer pieces swallow whole phrases
     of a corpus with few patterns, after which a new combination of the same words looks like nothing seen before.
+    ``words`` are one piece each wherever they stand, however long; where two overlap, the longer one.
 
     The lines are held in memory. Raises ValueError for a corpus without text or a ``size`` that does not suit it.
     """
@@ -105,6 +112,7 @@ def train_text_tokenizer(
             hard_vocab_limit=False,  # a small corpus may not have so many pieces
             character_coverage=coverage,
             max_sentencepiece_length=max_piece_length,
+            user_defined_symbols=[unicodedata.normalize("NFKC", word) for word in dict.fromkeys(words)],
             max_sentence_length=_MAX_LINE_BYTES,
             normalization_rule_name="nfkc",
             add_dummy_prefix=False,

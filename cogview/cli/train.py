@@ -142,20 +142,32 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
 
 
 def load_weights(model: Model, name: str) -> None:
-    """Begin with the weights of the model ``name``, which must have the same shape and both tokenizers in common."""
-    folder = find_checkpoint(name)
-    other = load_model(folder, torch.device("cpu"), torch.float32)
+    """Begin with the weights of the model ``name``: the same codes and layers, where the text tokenizers may differ.
+
+    Pieces that both have keep their embeddings; a new one begins as the mean of the pieces it was spelt in before.
+    """
+    other = load_model(find_checkpoint(name), torch.device("cpu"), torch.float32)
     shape, other_shape = (
-        replace(config.transformer, dropout=0.0, branch_gain=1.0) for config in (model.config, other.config)
+        replace(config.transformer, dropout=0.0, branch_gain=1.0, vocabulary_size=1)
+        for config in (model.config, other.config)
     )
     for what, ours, theirs in (
         ("codebook", model.config.codebook_sha256, other.config.codebook_sha256),
-        ("text tokenizer", model.text_tokenizer.model_bytes, other.text_tokenizer.model_bytes),
         ("shape", shape, other_shape),
     ):
         if ours != theirs:
             raise InputError(f"start_from: {name} has another {what} than this recipe; its weights mean nothing here")
-    model.transformer.load_state_dict(other.transformer.state_dict())
+    weights = other.transformer.state_dict()
+    old_rows, rows = weights["embedding.weight"], model.transformer.embedding.weight.detach().clone()
+    old, new = other.config.vocabulary, model.config.vocabulary
+    for ids, old_ids in ((new.image, old.image), (new.commands, old.commands)):
+        rows[ids.start : ids.stop] = old_rows[old_ids.start : old_ids.stop]
+    old_pieces = {piece: number for number, piece in enumerate(other.text_tokenizer.pieces)}
+    for number, piece in enumerate(model.text_tokenizer.pieces):
+        same = old_pieces.get(piece)
+        spelt = [same] if same is not None else other.text_tokenizer.encode(piece)
+        rows[new.text[number]] = old_rows[[old.text[i] for i in spelt]].mean(dim=0)
+    model.transformer.load_state_dict({**weights, "embedding.weight": rows})
 
 
 def named_things(world: Path) -> tuple[NamedThing, ...]:

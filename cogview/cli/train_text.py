@@ -21,6 +21,7 @@ class TextSettings:
     size: int = 2000  # at most so many pieces
     coverage: float = 1.0  # share of the characters that get pieces; the others are spelt in bytes
     max_piece_length: int = 1  # in characters
+    whole_names: bool = False  # the names of the world's things are one piece each, however long
 
     def __post_init__(self) -> None:
         if self.captions < 1:
@@ -37,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = open_recipe(args)
     settings = recipe.settings(TextSettings, "text")
     world = World.load(recipe.world)
+    names = [name for thing in world.things for name in (thing.name, *thing.synonyms)]
     captions = (world.caption(world.sample(0, index), index) for index in range(settings.captions))
     try:
         model = train_text_tokenizer(
@@ -44,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
             size=settings.size,
             coverage=settings.coverage,
             max_piece_length=settings.max_piece_length,
+            words=names if settings.whole_names else (),
         )
     except ValueError as error:
         raise InputError(str(error)) from None
