@@ -19,35 +19,38 @@ _BARE_NAME = 40
 
 _NUMERALS = {1: "一", 2: "两", 3: "三", 4: "四"}
 
+# {a} is the left or upper thing, {b} the right or lower one. Every way of saying it stands here with its mirror image,
+# so that the order in which the things are named tells nothing: a model has to read which is where.
 _PAIRS = {
-    # {a} is the left or upper thing, {b} the right or lower one.
     "beside": (
         "左边是{a}，右边是{b}",
-        "左边是{a}，右边是{b}",
         "左边有{a}，右边有{b}",
-        "右边是{b}，左边是{a}",
         "{a}在左边，{b}在右边",
         "{a}在{b}的左边",
         "{a}在{b}左边",
+        "{a}的右边是{b}",
+        "右边是{b}，左边是{a}",
+        "右边有{b}，左边有{a}",
+        "{b}在右边，{a}在左边",
         "{b}在{a}的右边",
         "{b}在{a}右边",
         "{b}的左边是{a}",
-        "{a}的右边是{b}",
     ),
     "above": (
         "上面是{a}，下面是{b}",
-        "上面是{a}，下面是{b}",
         "上面有{a}，下面有{b}",
-        "下面是{b}，上面是{a}",
         "{a}在上面，{b}在下面",
         "{a}在{b}的上面",
         "{a}在{b}上面",
         "{a}在{b}上方",
+        "{a}的下面是{b}",
+        "下面是{b}，上面是{a}",
+        "下面有{b}，上面有{a}",
+        "{b}在下面，{a}在上面",
         "{b}在{a}的下面",
         "{b}在{a}下面",
         "{b}在{a}下方",
         "{b}的上面是{a}",
-        "{a}的下面是{b}",
     ),
 }
 
