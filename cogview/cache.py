@@ -36,3 +36,7 @@ class KVCache:
     def advance(self, count: int) -> None:
         """The last ``count`` positions given to every layer are now past."""
         self.length += count
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes a copy of what row ``rows[i]`` (int64) was; there may be more or fewer rows than before."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]

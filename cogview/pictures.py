@@ -22,8 +22,11 @@ NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for
 
 _UNSAFE = re.compile(r'[\s<>:"/\\|?*_]+')  # what Windows forbids, the separators of all systems, and white space
 _WINDOWS_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)", re.IGNORECASE)
+_SETTINGS = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # of ``Sampling``
 # Figures of a drawing that may differ between two runs that draw the same picture.
-_NOT_IDENTITY = ("log_probability", "cogview")
+_NOT_IDENTITY = ("log_probability", "score", "score_per_piece", "cogview")
+# What drew the pictures of older files, which do not say so.
+_UNSAID = {"guidance": "1.0", "text_attention": "1.0"}
 
 
 def safe_name(text: str) -> str:
@@ -41,26 +44,36 @@ def safe_name(text: str) -> str:
 
 
 def picture_texts(picture: Picture, model: str) -> dict[str, str]:
-    """The text chunks of one picture: what to ask for to get it again, and its codes in raster order."""
-    return {
+    """The text chunks of one picture: what to ask for to get it again, its codes in raster order, and its score."""
+    texts = {
         "prompt": picture.prompt,
         "seed": str(picture.seed),
         "index": str(picture.index),
         "model": model,
-        "temperature": str(picture.sampling.temperature),
-        "top_k": str(picture.sampling.top_k),
-        "top_p": str(picture.sampling.top_p),
+        **{name: str(getattr(picture.sampling, name)) for name in _SETTINGS},
         "codes": " ".join(map(str, picture.codes.flat)),
         "log_probability": str(picture.log_probability),
         "cogview": __version__,
     }
+    if picture.score is not None:
+        texts |= {"score": str(picture.score.log_probability), "score_per_piece": str(picture.score.per_piece)}
+    return texts
 
 
 def sheet_texts(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The text chunks of a sheet of pictures with the chunks ``parts``; ``prompt`` has a line per prompt."""
-    shared = {key: parts[0][key] for key in ("seed", "model", "temperature", "top_k", "top_p", "cogview")}
+    """The text chunks of a sheet of pictures with the chunks ``parts``.
+
+    ``prompt`` has a line per prompt, ``score`` and ``score_per_piece`` a number per picture where all have one.
+    """
+    shared = {key: parts[0][key] for key in ("seed", "model", *_SETTINGS, "cogview")}
     codes = hashlib.sha256("\n".join(part["codes"] for part in parts).encode()).hexdigest()
-    return {"prompt": "\n".join(dict.fromkeys(part["prompt"] for part in parts)), "codes_sha256": codes, **shared}
+    scores = {
+        key: " ".join(part[key] for part in parts)
+        for key in ("score", "score_per_piece")
+        if all(key in part for part in parts)
+    }
+    prompts = "\n".join(dict.fromkeys(part["prompt"] for part in parts))
+    return {"prompt": prompts, "codes_sha256": codes, **shared, **scores}
 
 
 def save_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> Path:
@@ -108,4 +121,4 @@ def prepare_folder(folder: Path) -> None:
 
 
 def _is_same(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
-    return all(old.get(key) == value for key, value in new.items() if key not in _NOT_IDENTITY)
+    return all(old.get(key, _UNSAID.get(key)) == value for key, value in new.items() if key not in _NOT_IDENTITY)

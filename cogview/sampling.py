@@ -8,6 +8,7 @@ after a retry, and on any schedule of decoding.
 # B batch (rows), V ids to choose from
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,11 +23,19 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How sharp a draw is. ``top_k`` 0 and ``top_p`` 1 keep every id."""
+    """How to draw. ``top_k`` 0 and ``top_p`` 1 keep every id.
+
+    ``guidance`` S draws from u + S (c - u), c and u being the logits with and without the text (classifier-free
+    guidance, arXiv:2207.12598): 1 is none, and more needs weights that were trained with captions left out.
+    ``text_attention`` w has every place look at the given text w times as much (CogView2, arXiv:2204.14217): 1 is none,
+    and any weights will do.
+    """
 
     temperature: float = 1.0
     top_k: int = 200
     top_p: float = 1.0
+    guidance: float = 1.0
+    text_attention: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -35,6 +44,13 @@ class Sampling:
             raise ValueError(f"top_k must be at least 0 (0 keeps every id), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be a number from 0 on (1: none), got {self.guidance}")
+        if not 0 < self.text_attention < math.inf:
+            raise ValueError(f"text_attention must be a number above 0 (1: none), got {self.text_attention}")
+
+
+GREEDY = Sampling(top_k=1)
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:

@@ -64,20 +64,22 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         *,
         starts_B: Tensor | None = None,
+        bias_BS: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """The normalised output of the last layer, (B, T, D).
 
         ``positions_BT`` (default: counted from 0, or from the cache's length) index the learned positions.
-        ``starts_B`` is the number of padded positions at the left of each row; their outputs mean nothing. With a
-        ``cache`` the ids continue what it holds, and are stored in it.
+        ``starts_B`` is the number of padded positions at the left of each row; their outputs mean nothing.
+        ``bias_BS`` (B, S) is added to the attention scores of each of the S positions so far. With a ``cache`` the ids
+        continue what it holds, and are stored in it.
         """
         past = cache.length if cache is not None else 0
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
         for number, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, starts_B, cache, number)
+            x_BTD = layer(x_BTD, starts_B, bias_BS, cache, number)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         return self.final_norm(x_BTD)
@@ -100,9 +102,11 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.mlp_output_norm = LayerNorm(config.width)
 
-    def forward(self, x_BTD: Tensor, starts_B: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, starts_B: Tensor | None, bias_BS: Tensor | None, cache: KVCache | None, number: int
+    ) -> Tensor:
         """Same shape as ``x_BTD``; ``number`` is this layer's place in the cache."""
-        attended = self.attention(self.attention_norm(x_BTD), starts_B, cache, number)
+        attended = self.attention(self.attention_norm(x_BTD), starts_B, bias_BS, cache, number)
         x_BTD = x_BTD + self.attention_output_norm(attended)
         return x_BTD + self.mlp_output_norm(self.mlp(self.mlp_norm(x_BTD)))
 
@@ -117,14 +121,16 @@ class Attention(nn.Module):
         self.output = nn.Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, starts_B: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, starts_B: Tensor | None, bias_BS: Tensor | None, cache: KVCache | None, number: int
+    ) -> Tensor:
         """(B, T, D)."""
         batch, length, width = x_BTD.shape
         split = self.query_key_value(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
         q_BHTK, k_BHSK, v_BHSK = split.permute(2, 0, 3, 1, 4)
         if cache is not None:
             k_BHSK, v_BHSK = cache.extend(number, k_BHSK, v_BHSK)
-        mixed_BHTK = attention(q_BHTK, k_BHSK, v_BHSK, starts_B)
+        mixed_BHTK = attention(q_BHTK, k_BHSK, v_BHSK, starts_B, bias_BS)
         return self.dropout(self.output(mixed_BHTK.transpose(1, 2).reshape(batch, length, width)))
 
 

@@ -39,7 +39,9 @@ def attention_mask(num_queries: int, num_keys: int, starts: Tensor | None, devic
     return (causal & real) | (keys == queries)
 
 
-def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | None = None) -> Tensor:
+def attention_reference(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | None = None, bias_BS: Tensor | None = None
+) -> Tensor:
     """softmax((QK^T / (alpha sqrt(K)) - max) * alpha) V, (B, H, T, K) (PB-relax, arXiv:2105.13290, section 2.4).
 
     Equal to softmax(QK^T / sqrt(K)) V, but no score exceeds |qk| / (alpha sqrt(K)): q is divided before the product,
@@ -48,14 +50,22 @@ def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: 
     num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
     scaled_q = q_BHTK / (ALPHA * math.sqrt(q_BHTK.shape[-1]))
     scores = (scaled_q @ k_BHSK.transpose(-1, -2)).float()
+    if bias_BS is not None:
+        scores = scores + bias_BS.float()[:, None, None, :] / ALPHA
     scores = scores.masked_fill(~attention_mask(num_queries, num_keys, starts, q_BHTK.device), -torch.inf)
     relaxed = (scores - scores.amax(dim=-1, keepdim=True)) * ALPHA
     return relaxed.softmax(dim=-1).to(v_BHSK.dtype) @ v_BHSK
 
 
-def attention_torch(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | None = None) -> Tensor:
+def attention_torch(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | None = None, bias_BS: Tensor | None = None
+) -> Tensor:
     """The same by PyTorch's fused attention."""
     num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
+    if bias_BS is not None:
+        visible = attention_mask(num_queries, num_keys, starts, q_BHTK.device)
+        mask = bias_BS.to(q_BHTK.dtype)[:, None, None, :].masked_fill(~visible, -torch.inf)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask)
     if starts is None and num_queries == num_keys:
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
     if starts is None and num_queries == 1:
@@ -64,7 +74,7 @@ def attention_torch(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tens
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
     "reference": attention_reference,
     "torch": attention_torch,
 }
@@ -80,13 +90,16 @@ def chosen_implementation(*, short_training_on_cpu: bool = False) -> str:
     return name
 
 
-def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | None = None) -> Tensor:
+def attention(
+    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | None = None, bias_BS: Tensor | None = None
+) -> Tensor:
     """Causal attention of the last T of S positions, (B, H, T, K); ``starts`` (B,) counts padding at the left.
 
-    Scores are scaled by 1 / sqrt(K). Equal to the reference up to the rounding of the dtype.
+    ``bias_BS`` (B, S) is added to the scores of each key: log w has a key count w times. Scores are scaled by
+    1 / sqrt(K). Equal to the reference up to the rounding of the dtype.
     """
     if q_BHTK.shape[2] > k_BHSK.shape[2]:
         raise ValueError(f"{q_BHTK.shape[2]} queries cannot be the last of {k_BHSK.shape[2]} keys")
     short_training_on_cpu = q_BHTK.requires_grad and q_BHTK.device.type == "cpu" and k_BHSK.shape[2] <= SHORT
     name = chosen_implementation(short_training_on_cpu=short_training_on_cpu)
-    return IMPLEMENTATIONS[name](q_BHTK, k_BHSK, v_BHSK, starts)
+    return IMPLEMENTATIONS[name](q_BHTK, k_BHSK, v_BHSK, starts, bias_BS)

@@ -81,8 +81,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         transformer=shape,
         vocabulary=vocabulary,
         grid=8,
-        tasks=("generate",),
+        tasks=("generate", "caption", "upscale"),
         max_text=20,
+        caption_drop=0.1,
         codebook_sha256=codebook_hash(image_tokenizer),
         sampling=Sampling(temperature=0.9, top_k=100),
     )

@@ -7,6 +7,7 @@ from PIL import Image
 
 from cogview.errors import InputError
 from cogview.pictures import NAME_BYTES, picture_texts, prepare_folder, read_texts, safe_name, save_png, sheet_texts
+from cogview.pipeline import Score
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,19 @@ def test_the_same_picture_is_written_anew_and_another_beside_it(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.png", "a_2.png", "a_3.png"]
 
 
+def test_pictures_of_older_versions_are_known_again(tmp_path):
+    """They were drawn without guidance and without weights on the text, and did not say so."""
+    path = tmp_path / "a.png"
+    old = {"prompt": "狐狸", "codes": "1 2 3", "top_p": "1.0"}
+    assert save_png(path, image(1), old) == path
+    assert save_png(path, image(2), {**old, "guidance": "3.0", "text_attention": "1.0"}) == tmp_path / "a_2.png"
+    assert save_png(path, image(3), {**old, "guidance": "1.0", "text_attention": "1.5"}) == tmp_path / "a_3.png"
+    now = {**old, "guidance": "1.0", "text_attention": "1.0"}
+    assert save_png(path, image(4), now) == path
+    assert save_png(path, image(5), {**now, "score": "-2.5", "score_per_piece": "-0.5"}) == path  # no other picture
+    assert read_texts(path)["score"] == "-2.5"
+
+
 @pytest.mark.parametrize("content", [b"", b"notes of mine", b"\x89PNG\r\n\x1a\n broken"])
 def test_files_of_other_origin_are_left_alone(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
@@ -117,3 +131,19 @@ def test_texts_of_a_sheet_name_each_prompt_once_and_know_its_pictures(tiny_model
     assert sheet_texts(first)["prompt"] == "一只狐狸\n两只狗"
     assert sheet_texts(first)["seed"] == "1"
     assert sheet_texts(first)["codes_sha256"] != sheet_texts(second)["codes_sha256"]
+
+
+def test_texts_tell_settings_and_scores(tiny_model):
+    first, second = tiny_model.generate("一只狐狸", n=2, seed=1, guidance=2.5, text_attention=1.5)
+    texts = picture_texts(first, "tiny")
+    assert (texts["guidance"], texts["text_attention"]) == ("2.5", "1.5")
+    assert "score" not in texts
+    first.score = Score(log_probability=-6.0, num_pieces=4)
+    scored = picture_texts(first, "tiny")
+    assert (scored["score"], scored["score_per_piece"]) == ("-6.0", "-1.5")
+    sheet = sheet_texts([scored, picture_texts(second, "tiny")])
+    assert (sheet["guidance"], sheet["text_attention"]) == ("2.5", "1.5")
+    assert "score" not in sheet  # not all have one
+    second.score = Score(log_probability=-8.0, num_pieces=4)
+    sheet = sheet_texts([scored, picture_texts(second, "tiny")])
+    assert (sheet["score"], sheet["score_per_piece"]) == ("-6.0 -8.0", "-1.5 -2.0")

@@ -206,7 +206,7 @@ def test_settings_that_cannot_be(tiny_model, settings, message):
 def test_a_model_that_was_not_trained_to_draw(tiny_model):
     parts = vars(tiny_model.model) | {"config": replace(tiny_model.model.config, tasks=("caption",))}
     model = CogView(Model(**parts), tiny_model.placement, "teller")
-    with pytest.raises(InputError, match="teller was not trained to draw; its tasks are: caption"):
+    with pytest.raises(InputError, match="teller was not trained for the task 'generate'; its tasks are: caption"):
         model.generate("狐狸", seed=7)
 
 
@@ -227,3 +227,170 @@ def test_it_is_imported_from_the_top():
     assert cogview.CogView is CogView
     with pytest.raises(AttributeError, match="no attribute 'CogVlew'"):
         _ = cogview.CogVlew
+
+
+# Completion
+
+
+def test_completion_keeps_rows_of_codes_and_draws_the_rest(tiny_model):
+    images = tiny_model.generate(PROMPTS, seed=7)
+    completed = tiny_model.complete(images, PROMPTS, rows=3, n=2, seed=8)
+    assert [(p.prompt, p.seed, p.index) for p in completed] == [(prompt, 8, i) for prompt in PROMPTS for i in (0, 1)]
+    for number, picture in enumerate(completed):
+        assert (picture.codes[:3] == images[number // 2].codes[:3]).all()
+        assert (picture.codes[3:] != images[number // 2].codes[3:]).any()
+    alone = tiny_model.complete(images[1:2], PROMPTS[1], rows=3, n=2, seed=8, batch_size=1)
+    np.testing.assert_array_equal(codes_of(alone), codes_of(completed[2:4]))
+
+
+def test_completing_nothing_is_drawing(tiny_model):
+    drawn = tiny_model.generate("一只狐狸", n=2, seed=7)
+    np.testing.assert_array_equal(
+        codes_of(tiny_model.complete([Image.new("RGB", (9, 9))], "一只狐狸", rows=0, n=2, seed=7)), codes_of(drawn)
+    )
+
+
+def test_an_image_from_elsewhere_is_fitted_and_encoded(tiny_model):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 100, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(np.asarray(photo)[:, 18:82].copy()).permute(2, 0, 1)[None].float() / 255
+    expected = tiny_model.image_tokenizer.encode(pixels)[0].numpy()
+    (picture,) = tiny_model.complete([photo], "狗", rows=5, seed=1)
+    np.testing.assert_array_equal(picture.codes[:5], expected[:5])
+
+
+@pytest.mark.parametrize("rows", [-1, 8, 100])
+def test_rows_that_cannot_be_kept(tiny_model, rows):
+    with pytest.raises(InputError, match=f"rows to keep must be from 0 to 7 of 8, got {rows}"):
+        tiny_model.complete([Image.new("RGB", (64, 64))], "狗", rows=rows)
+
+
+# Upscaling
+
+# (row, column, lines) of the nine windows of 8 x 8 codes, written out: at steps of 4, the first up to line 5.
+WINDOWS = ((0, 0, 5), (0, 1, 8), (0, 2, 8), (1, 1, 8), (1, 0, 8), (1, 2, 8), (2, 0, 8), (2, 1, 8), (2, 2, 8))
+
+
+def greedy_upscaling(model, codes, text):
+    """The nine windows by full forwards, one code at a time."""
+    command, pieces = model.vocabulary.command, model.text_tokenizer.encode(text)
+    large = np.full((16, 16), -1)
+    for row, column, lines in WINDOWS:
+        crop = codes[2 * row : 2 * row + 4, 2 * column : 2 * column + 4]
+        window = large[4 * row : 4 * row + 8, 4 * column : 4 * column + 8]  # a view: what is drawn stays
+        first = [command("[ROI1]"), *(model.vocabulary.text[piece] for piece in pieces)]
+        first += [command("[TINY]"), command("[BOI1]"), *crop.flat, command("[EOI1]")]
+        second = [command("[ROI2]"), command("[POS0]"), command("[TINY]"), command("[BOI2]")]
+        for place in range(8 * lines):
+            if window.flat[place] < 0:
+                ids = torch.tensor([[*first, *second, *window.flat[:place]]])
+                positions = torch.tensor([[*range(len(first)), *range(len(second) + place)]])
+                with torch.inference_mode():
+                    window.flat[place] = int(model.transformer(ids, positions)[0, -1, :8192].argmax())
+    return large
+
+
+def test_upscaling_is_nine_windows(tiny_model):
+    (picture,) = tiny_model.generate("一只狐狸", seed=7)
+    (large,) = tiny_model.upscale([picture], "一只狐狸", seed=3, top_k=1)
+    assert (large.size, large.codes.shape) == ((128, 128), (16, 16))
+    np.testing.assert_array_equal(large.codes, greedy_upscaling(tiny_model, picture.codes, "一只狐狸"))
+
+
+def test_an_upscaled_picture_does_not_depend_on_its_batch(tiny_model):
+    pictures = tiny_model.generate(PROMPTS, seed=7)
+    together = tiny_model.upscale(pictures, PROMPTS, seed=3)
+    for number, prompt in enumerate(PROMPTS):
+        (alone,) = tiny_model.upscale([pictures[number]], prompt, seed=3, batch_size=1)
+        np.testing.assert_array_equal(alone.codes, together[number].codes)
+        assert alone.log_probability == pytest.approx(together[number].log_probability, abs=1e-2)
+    other = tiny_model.upscale(pictures[:1], PROMPTS[0], seed=4)
+    assert (other[0].codes != together[0].codes).any()
+
+
+def test_low_level_upscaling_is_one_window(tiny_model):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    (picture,) = tiny_model.upscale([image], "狗", seed=3, low_level=True)
+    assert (picture.size, picture.codes.shape) == ((64, 64), (8, 8))
+
+
+# Captions and scores
+
+
+def test_captions_do_not_depend_on_their_batch(tiny_model):
+    pictures = tiny_model.generate(PROMPTS, seed=7)
+    for settings in ({}, {"method": "beam", "n": 3}, {"method": "sample", "n": 3, "seed": 5}):
+        together = tiny_model.caption(pictures, **settings)
+        for picture, captions in zip(pictures, together, strict=True):
+            (alone,) = tiny_model.caption([picture], batch_size=1, **settings)
+            assert [caption.text for caption in alone] == [caption.text for caption in captions]
+            assert [caption.index for caption in captions] == list(range(len(captions)))
+    beams = [caption.log_probability for caption in tiny_model.caption(pictures[:1], method="beam", n=4)[0]]
+    assert beams == sorted(beams, reverse=True)
+
+
+def test_a_caption_is_as_probable_as_the_score_of_its_text_and_stop(tiny_model):
+    picture = tiny_model.generate("狐狸", seed=7)[0]
+    table, vocabulary = tiny_model.model.config.layouts, tiny_model.vocabulary
+    for caption in tiny_model.caption([picture], method="beam", n=3)[0]:
+        pieces = tiny_model.text_tokenizer.encode(caption.text)
+        if len(pieces) != caption.num_pieces:  # a random model spells what the tokenizer would spell otherwise
+            continue
+        row = table["caption"].arrange(vocabulary, image=picture.codes, text=pieces)
+        start = row.spans["text"].start
+        with torch.inference_mode():
+            logits = tiny_model.transformer(torch.from_numpy(row.ids)[None], torch.from_numpy(row.positions)[None])[0]
+        ids = [*vocabulary.text, vocabulary.command("[SEP]")]
+        log_p = logits[start - 1 : -1, ids].double().log_softmax(dim=-1)
+        targets = [ids.index(token) for token in row.ids[start:].tolist()]
+        expected = log_p[range(len(targets)), targets].sum().item()
+        assert caption.log_probability == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 0}, "number of captions must be at least 1, got 0"),
+        ({"n": 2}, "greedy captions are always the same: 2 were asked for, use sample or beam"),
+        ({"method": "best"}, "method 'best' is unknown; known: greedy, sample, beam"),
+        ({"top_k": 3}, "top_k can be set for drawn captions alone"),
+        ({"method": "sample", "temperature": 0.0}, "temperature must be above 0"),
+    ],
+)
+def test_captions_that_cannot_be(tiny_model, settings, message):
+    with pytest.raises(InputError, match=message):
+        tiny_model.caption([Image.new("RGB", (64, 64))], **settings)
+
+
+def test_the_best_pictures_are_those_their_prompt_describes_best(tiny_model):
+    pictures = tiny_model.generate(PROMPTS[:2], n=6, seed=7)
+    kept = tiny_model.generate(PROMPTS[:2], n=6, keep=2, seed=7)
+    for number, prompt in enumerate(PROMPTS[:2]):
+        own = pictures[6 * number : 6 * number + 6]
+        scores = [score.log_probability for score in tiny_model.score(own, prompt)]
+        best = sorted(range(6), key=lambda index: -scores[index])[:2]
+        assert [picture.index for picture in kept[2 * number : 2 * number + 2]] == best
+        assert kept[2 * number].score.log_probability == pytest.approx(max(scores), abs=1e-3)
+    with pytest.raises(InputError, match="of 3 pictures of a prompt 1 to 3 can be kept, got 4"):
+        tiny_model.generate("狗", n=3, keep=4)
+
+
+def test_as_many_texts_as_images(tiny_model):
+    with pytest.raises(InputError, match="2 images need one text or 2, got 3"):
+        tiny_model.score([Image.new("RGB", (64, 64))] * 2, ["狗"] * 3)
+
+
+# Guidance
+
+
+def test_guidance_needs_weights_that_know_pictures_without_captions(tiny_model):
+    plain, guided, attentive = (
+        tiny_model.generate("一只狐狸", seed=7, **settings)[0].codes
+        for settings in ({}, {"guidance": 3.0}, {"text_attention": 4.0})
+    )
+    assert (plain != guided).any()
+    assert (plain != attentive).any()
+    parts = vars(tiny_model.model) | {"config": replace(tiny_model.model.config, caption_drop=0.0)}
+    model = CogView(Model(**parts), tiny_model.placement, "plain")
+    with pytest.raises(InputError, match=r"plain was trained without leaving captions out.*guidance must be 1, got 2"):
+        model.generate("狐狸", seed=7, guidance=2.0)
+    assert model.generate("狐狸", seed=7, text_attention=2.0)[0].size == (64, 64)

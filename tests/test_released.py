@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional as F
 
 from cogview.config import TransformerConfig
-from cogview.engine import Job, fill
-from cogview.sampling import Sampling
+from cogview.engine import Job, fill, score
+from cogview.sampling import GREEDY
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.transformer import Transformer
@@ -134,11 +134,11 @@ def test_logits_of_super_resolution(transformer, golden):
 def test_scores_of_post_selection(transformer, golden):
     """Two images with the text 一只猫, two pieces long: log p of the text, among text and commands alone."""
     ids, vocabulary = torch.from_numpy(golden["score_tokens"]), Vocabulary()
-    words = range(vocabulary.text.start, vocabulary.padded_size)
-    with torch.inference_mode():
-        log_probs = transformer.head(transformer.hidden(ids)[:, -3:-1], words).log_softmax(dim=-1)
-    scores = log_probs.gather(2, ids[:, -2:, None] - words.start).sum(dim=(1, 2))
-    assert_near(scores, golden["scores"], atol=1e-3)
+    layout, text = layouts(32)["score"], ids[0, -2:].numpy() - vocabulary.text.start
+    rows = [layout.arrange(vocabulary, image=row[2:1026].numpy(), text=text) for row in ids]
+    for row, expected in zip(rows, ids, strict=True):
+        assert row.ids.tolist() == expected.tolist()
+    assert score(transformer, vocabulary, rows) == pytest.approx(golden["scores"].tolist(), abs=1e-3)
 
 
 def test_greedy_codes(transformer, golden):
@@ -147,7 +147,7 @@ def test_greedy_codes(transformer, golden):
     text = expected[1:7] - vocabulary.text.start
     row = layouts(32)["generate"].arrange(vocabulary, text=text, image=[None] * 128 + [0] * 896)
     assert row.ids[:9].tolist() == expected[:9].tolist()
-    (filled,) = fill(transformer, vocabulary, [Job(row=row, seed=0)], Sampling(top_k=1))
+    (filled,) = fill(transformer, vocabulary, [Job(row=row, seed=0, sampling=GREEDY)])
     assert filled.ids[:137].tolist() == expected.tolist()
     assert len(set(expected[9:].tolist())) > 10
 

@@ -115,9 +115,9 @@ def test_layer_is_a_sandwich(transformer):
     """x + LN3(attention(LN1(x))), then x + LN4(mlp(LN2(x)))."""
     layer, x = transformer.layers[0], torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        after_attention = x + layer.attention_output_norm(layer.attention(layer.attention_norm(x), None, None, 0))
+        after_attention = x + layer.attention_output_norm(layer.attention(layer.attention_norm(x), None, None, None, 0))
         expected = after_attention + layer.mlp_output_norm(layer.mlp(layer.mlp_norm(after_attention)))
-        close(layer(x, None, None, 0), expected, atol=0)
+        close(layer(x, None, None, None, 0), expected, atol=0)
         assert (after_attention - x).abs().mean() > 0.1
         assert (expected - after_attention).abs().mean() > 0.1
 

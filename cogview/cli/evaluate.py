@@ -1,4 +1,4 @@
-"""``cogview eval scenes``: grade what a model draws of held-out captions."""
+"""``cogview eval MEASURE``: grade what a model draws, describes, ranks and enlarges, on held-out scenes."""
 
 from __future__ import annotations
 
@@ -13,39 +13,63 @@ from cogview.config_files import to_plain
 from cogview.data.emoji.world import World
 from cogview.errors import InputError
 from cogview.evaluation.protocol import choose_sampling, evaluate_scenes, format_report
+from cogview.evaluation.rerank import evaluate_rerank, format_rerank_report
+from cogview.evaluation.upscale import evaluate_upscale, format_upscale_report
 from cogview.pipeline import CogView, checked_seed
 from cogview.sampling import Sampling
 from cogview.sheets import contact_sheet
 from cogview.training.run import Run
 
+MEASURES = ("scenes", "captions", "rerank", "upscale")
+DRAWING = ("scenes", "rerank", "upscale")
+# The options that some measures have no use for, and those that have.
+PARTIAL_OPTIONS = {
+    "temperature": DRAWING,
+    "top_k": DRAWING,
+    "top_p": DRAWING,
+    "tune": ("scenes",),
+    "candidates": ("rerank",),
+}
 TUNED_TEMPERATURES = (0.3, 0.5, 0.7, 0.9)
 TUNED_TOP_K = (5, 20, 100)
 SHEET_PICTURES = 96
+SHEET_ENLARGED = 24  # each in four versions
 CAPTIONS = 500
+CANDIDATES = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("measure", choices=["scenes"], help="scenes: object, count, relation and colour")
+    parser.add_argument(
+        "measure",
+        choices=MEASURES,
+        help="scenes: object, count, relation and colour in pictures drawn; captions: the same in captions written; "
+        "rerank: the best of several pictures by score; upscale: pictures of twice the side",
+    )
     add_recipe_arguments(parser, None)
     parser.add_argument("--model", help="a model's name or folder (default: the last checkpoint of the recipe's run)")
-    parser.add_argument("-n", "--captions", type=int, default=CAPTIONS, help="held-out captions, one picture each")
+    parser.add_argument("-n", "--captions", type=int, default=CAPTIONS, help="held-out scenes, each with its caption")
+    parser.add_argument("--candidates", type=int, help=f"rerank: pictures of each caption (default: {CANDIDATES})")
     parser.add_argument("--seed", type=int, default=0, help="of the captions and the pictures")
     parser.add_argument("--temperature", type=float, help="(default: the model's own)")
     parser.add_argument("--top-k", type=int, help="(default: the model's own)")
     parser.add_argument("--top-p", type=float, help="(default: the model's own)")
     parser.add_argument(
-        "--tune", action="store_true", help="first choose temperature and top-k, on captions of their own"
+        "--tune", action="store_true", help="scenes: first choose temperature and top-k, on captions of their own"
     )
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures drawn at a time")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("-o", "--output", type=Path, help="folder of the report (default: WORK/report)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, grade, print a table and write report.json and a sheet of pictures."""
+    """Measure, print a table, and write the report and what goes with it."""
+    refuse_unused(args)
     if args.captions < 1 or args.batch_size < 1:
         raise InputError(f"--captions and --batch-size must be at least 1, got {args.captions} and {args.batch_size}")
+    candidates = CANDIDATES if args.candidates is None else args.candidates
+    if candidates < 1:
+        raise InputError(f"--candidates must be at least 1, got {candidates}")
     seed = checked_seed(args.seed)
     recipe = open_recipe(args)
     world = World.load(recipe.world)
@@ -53,35 +77,81 @@ def run(args: argparse.Namespace) -> int:
     sampling = model.sampling(args.temperature, args.top_k, args.top_p)
     output = args.output or recipe.work / "report"
     output.mkdir(parents=True, exist_ok=True)
-    if args.tune:
-        grid = [
-            Sampling(temperature=temperature, top_k=top_k)
-            for temperature, top_k in itertools.product(TUNED_TEMPERATURES, TUNED_TOP_K)
-        ]
-        results = choose_sampling(model, world, grid, count=min(args.captions, 200), batch_size=args.batch_size)
-        sampling = results[0][0]
-        table = [
-            {"sampling": to_plain(tried), "everything": grades["everything"], "object": grades["object"]}
-            for tried, grades in results
-        ]
-        write_json(output / "sampling.json", table)
-        for row in table:
-            print(f"{row['sampling']}: everything right {row['everything']['accuracy']:.1%}", file=sys.stderr)
-    image_settings = recipe.sections.get("image") or {}
-    report, pictures = evaluate_scenes(
-        model,
-        world,
-        image_world=world.with_things(image_settings.get("things")),
-        count=args.captions,
-        seed=seed,
-        sampling=sampling,
-        batch_size=args.batch_size,
-    )
-    write_json(output / "report.json", report)
-    contact_sheet(pictures[:SHEET_PICTURES], columns=16).save(output / "pictures.png")
-    print(format_report(report))
+    if args.measure == "scenes":
+        if args.tune:
+            sampling = tune(model, world, min(args.captions, 200), args.batch_size, output)
+        image_settings = recipe.sections.get("image") or {}
+        report, pictures = evaluate_scenes(
+            model,
+            world,
+            image_world=world.with_things(image_settings.get("things")),
+            count=args.captions,
+            seed=seed,
+            sampling=sampling,
+            batch_size=args.batch_size,
+        )
+        write_json(output / "report.json", report)
+        contact_sheet(pictures[:SHEET_PICTURES], columns=16).save(output / "pictures.png")
+        table = format_report(report)
+    elif args.measure == "captions":
+        from cogview.evaluation.captions import evaluate_captions, format_caption_report
+
+        report = evaluate_captions(model, world, count=args.captions, seed=seed, batch_size=args.batch_size)
+        captions = report.pop("captions")
+        lines = [json.dumps(caption, ensure_ascii=False) + "\n" for caption in captions]
+        (output / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+        write_json(output / "report-captions.json", report)
+        table = format_caption_report(report)
+    elif args.measure == "rerank":
+        report = evaluate_rerank(
+            model,
+            world,
+            captions=args.captions,
+            candidates=candidates,
+            seed=seed,
+            sampling=sampling,
+            batch_size=args.batch_size,
+        )
+        write_json(output / "report-rerank.json", report)
+        table = format_rerank_report(report)
+    else:
+        report, pictures = evaluate_upscale(
+            model, world, count=args.captions, seed=seed, sampling=sampling, batch_size=args.batch_size
+        )
+        write_json(output / "report-upscale.json", report)
+        contact_sheet(pictures[: 4 * SHEET_ENLARGED], columns=12).save(output / "pictures-upscale.png")
+        table = format_upscale_report(report)
+    print(table)
     print(f"written to {output}", file=sys.stderr)
     return 0
+
+
+def refuse_unused(args: argparse.Namespace) -> None:
+    """InputError for an option that the measure would ignore."""
+    for name, measures in PARTIAL_OPTIONS.items():
+        value = getattr(args, name)
+        if value is not None and value is not False and args.measure not in measures:
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} has no meaning for {args.measure}, only for {', '.join(measures)}; leave it out"
+            )
+
+
+def tune(model: CogView, world: World, count: int, batch_size: int, output: Path) -> Sampling:
+    """The best settings of the grid; what each of them came to is in sampling.json."""
+    grid = [
+        Sampling(temperature=temperature, top_k=top_k)
+        for temperature, top_k in itertools.product(TUNED_TEMPERATURES, TUNED_TOP_K)
+    ]
+    results = choose_sampling(model, world, grid, count=count, batch_size=batch_size)
+    table = [
+        {"sampling": to_plain(tried), "everything": grades["everything"], "object": grades["object"]}
+        for tried, grades in results
+    ]
+    write_json(output / "sampling.json", table)
+    for row in table:
+        print(f"{row['sampling']}: everything right {row['everything']['accuracy']:.1%}", file=sys.stderr)
+    return results[0][0]
 
 
 def last_checkpoint(recipe: Recipe) -> Path:

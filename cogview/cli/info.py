@@ -8,6 +8,9 @@ from pathlib import Path
 
 from cogview.errors import InputError
 
+# The commands that ask for each task.
+COMMANDS_OF_TASKS = {"generate": ("generate", "complete"), "caption": ("caption", "rerank"), "upscale": ("upscale",)}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
@@ -50,6 +53,9 @@ def model_lines(folder: Path, name: str) -> list[str]:
         facts |= {"about": row.about, "licence": row.licence}
     facts |= {
         "tasks": ", ".join(config.tasks),
+        "commands": ", ".join(
+            f"cogview {command}" for task in config.tasks for command in COMMANDS_OF_TASKS.get(task, ())
+        ),
         "pictures": f"{8 * config.grid} x {8 * config.grid} pixels from {config.grid} x {config.grid} codes",
         "transformer": f"{shape.num_layers} layers, width {shape.width}, {shape.num_heads} heads, "
         f"{shape.num_parameters:,} parameters",
@@ -57,7 +63,11 @@ def model_lines(folder: Path, name: str) -> list[str]:
         f"{vocabulary.num_text_pieces} text pieces, {len(vocabulary.commands)} commands",
         "longest prompt": f"{config.max_text} pieces",
         "sampling": f"temperature {sampling.temperature:g}, top-k {sampling.top_k or 'off'}, "
-        f"top-p {sampling.top_p if sampling.top_p < 1 else 'off'}",
+        f"top-p {_or_off(sampling.top_p)}, guidance {_or_off(sampling.guidance)}, "
+        f"text attention {_or_off(sampling.text_attention)}",
+        "guidance": f"possible: {config.caption_drop:.0%} of the captions were left out in training"
+        if config.caption_drop
+        else "not possible: no captions were left out in training",
     }
     if things := read_things(folder):
         facts["things"] = f"{len(things)}, listed by: cogview info {name} --things"
@@ -77,6 +87,11 @@ def things_lines(folder: Path) -> list[str]:
     if not things:
         raise InputError(f"{folder} has no things.json: the model is not one of a closed list of things")
     return [f"{thing.emoji}\t{thing.name}\t{'、'.join(thing.synonyms)}".rstrip() for thing in things]
+
+
+def _or_off(value: float) -> str:
+    """A setting that changes nothing where it is 1."""
+    return "off" if value == 1 else f"{value:g}"
 
 
 def _size(count: int) -> str:

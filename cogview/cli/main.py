@@ -1,6 +1,7 @@
 """``cogview <command>``: parse, call the library, print.
 
-A user's mistake is one line on stderr and status 2. Results go to stdout, progress and notes to stderr.
+A user's mistake is one line on stderr and status 2. Results go to stdout, progress and notes to stderr. Where a list
+holds a few files that cannot be read, the others are done, those are named at the end, and the status is 1.
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ from cogview.errors import InputError
 # Command, its module in cogview.cli (with add_arguments(parser) and run(args) -> int), and its line of help.
 COMMANDS = {
     "generate": ("generate", "draw pictures from text"),
+    "complete": ("complete", "keep the upper part of an image and draw the rest"),
+    "upscale": ("upscale", "draw images at twice their side"),
+    "caption": ("caption", "describe images"),
+    "rerank": ("rerank", "rank images by how well a text describes them"),
     "info": ("info", "what a model is, was trained on and can do"),
     "scenes": ("scenes", "recipe step 1: make the emoji world"),
     "train-text": ("train_text", "recipe step 2: train the text tokenizer"),
@@ -41,7 +46,10 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser; only the arguments of ``command`` are filled in, so that ``--help`` imports little."""
-    parser = Parser(prog="cogview", description="Draw pictures from Chinese text, and train the models.")
+    parser = Parser(
+        prog="cogview",
+        description="Draw pictures from Chinese text, enlarge, describe and rank them, and train the models.",
+    )
     parser.add_argument("--version", action="version", version=f"cogview {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module, line) in COMMANDS.items():
@@ -69,9 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser(command)
     args, rest = parser.parse_known_args(arguments)
     if rest:
-        # argparse takes one run of positional arguments; more prompts, or KEY=VALUE of a recipe, may follow an option.
-        if hasattr(args, "prompts") and not any(word.startswith("-") for word in rest):
-            args.prompts += rest
+        # argparse takes one run of positional arguments; more of them, or KEY=VALUE of a recipe, may follow an option.
+        several = next((name for name in ("prompts", "images") if hasattr(args, name)), None)
+        if several is not None and not any(word.startswith("-") for word in rest):
+            getattr(args, several).extend(rest)
         elif hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
             args.overrides += rest
         else:

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         placement.device,
         training_dtype(placement.device, settings.precision),
         held_out=held_out,
-        draw_sheet=draw_sheet,
+        draw_sheet=draw_sheet if "generate" in model.config.tasks else None,
     )
     return run_loop(
         trainer,
@@ -102,8 +102,9 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
     store.require(
         codebook_sha256=codebook,
         text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
-        layout="generate",
     )
+    for task in settings.training.tasks:
+        store.require(layout=task)
     vocabulary = Vocabulary(num_image_codes=image_tokenizer.config.num_codes, num_text_pieces=text_tokenizer.size)
     try:
         shape = preset(
@@ -114,8 +115,10 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
             branch_gain=settings.branch_gain,
         )
         max_text = store.header.fields["text"]
-        row = layouts(store.header.grid, text_space=max_text)["generate"]
-        if (needed := row.num_positions(max_text)) > settings.max_positions:
+        table = layouts(store.header.grid, text_space=max_text)
+        # Windows and low-level pairs are one row of the table.
+        tasks = tuple(dict.fromkeys("upscale" if task == "low_level" else task for task in settings.training.tasks))
+        if (needed := max(table[task].num_positions(max_text) for task in tasks)) > settings.max_positions:
             raise ValueError(
                 f"max_positions {settings.max_positions} are too few for the rows of {store.path}: {needed}"
             )
@@ -123,7 +126,7 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
             transformer=shape,
             vocabulary=vocabulary,
             grid=store.header.grid,
-            tasks=("generate",),
+            tasks=tasks,
             max_text=max_text,
             text_space=max_text,
             caption_drop=settings.training.caption_drop,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ class EncodeSettings:
     held_out_rows: int = 2048
     shares: Shares = EQUAL_SHARES  # of the training scenes; those held out have equal shares
     text_width: int = 48  # pieces in the longest caption
+    large: bool = False  # the codes of each scene at twice the side as well, for the task upscale
+    small: bool = False  # and at half the side, for the task low_level
     batch_size: int = 256
     seed: int = 0
     workers: int = 0  # processes that draw scenes
@@ -38,21 +41,33 @@ class EncodeSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-class CaptionedScenes(Dataset[tuple[np.ndarray, list[int]]]):
-    """Scene number i of a world, a function of (seed, i): its picture, uint8 (H, W, 3), and its caption's pieces."""
+class CaptionedScenes(Dataset[tuple[list[np.ndarray], list[int]]]):
+    """Scene number i of a world, a function of (seed, i): its pictures and its caption's pieces.
+
+    Pictures are uint8 (H, W, 3), one for each of ``scales``.
+    """
 
     def __init__(
-        self, world: World, text_tokenizer: TextTokenizer, seed: int, *, held_out: bool, shares: Shares = EQUAL_SHARES
+        self,
+        world: World,
+        text_tokenizer: TextTokenizer,
+        seed: int,
+        *,
+        held_out: bool,
+        shares: Shares = EQUAL_SHARES,
+        scales: Sequence[float] = (1,),
     ) -> None:
         self.world = world
         self.text_tokenizer = text_tokenizer
         self.seed = seed
         self.held_out = held_out
         self.shares = shares
+        self.scales = scales
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, list[int]]:
+    def __getitem__(self, index: int) -> tuple[list[np.ndarray], list[int]]:
         scene = self.world.sample(self.seed, index, self.held_out, self.shares)
-        return self.world.render(scene, index), self.text_tokenizer.encode(self.world.caption(scene, index))
+        pictures = [self.world.render(scene, index, scale) for scale in self.scales]
+        return pictures, self.text_tokenizer.encode(self.world.caption(scene, index))
 
 
 def encode_scenes(
@@ -68,12 +83,23 @@ def encode_scenes(
     """Write scenes 0 … ``rows`` - 1 to a store at ``path``; one that was interrupted is continued."""
     grid = world.settings.canvas // PIXELS_PER_CODE
     shares = EQUAL_SHARES if held_out else settings.shares
+    scales: dict[str, float] = {"image": 1}
+    tasks = ["generate", "caption"]
+    if settings.large:
+        scales["large"] = 2
+        tasks.append("upscale")
+    if settings.small:
+        scales["small"] = 0.5
+        tasks.append("low_level")
     header = StoreHeader(
-        fields={"text": settings.text_width, "image": grid * grid},
+        fields={
+            "text": settings.text_width,
+            **{name: round(grid * scale) ** 2 for name, scale in scales.items()},
+        },
         grid=grid,
         num_image_codes=image_tokenizer.config.num_codes,
         num_text_pieces=text_tokenizer.size,
-        layouts=("generate",),
+        layouts=tuple(tasks),
         codebook_sha256=codebook_hash(image_tokenizer),
         text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
         provenance={
@@ -89,15 +115,19 @@ def encode_scenes(
         tqdm(total=rows, initial=writer.count, unit="scene", desc=path.name, disable=None) as bar,
     ):
         scenes = DataLoader(
-            CaptionedScenes(world, text_tokenizer, settings.seed, held_out=held_out, shares=shares),
+            CaptionedScenes(
+                world, text_tokenizer, settings.seed, held_out=held_out, shares=shares, scales=list(scales.values())
+            ),
             batch_size=settings.batch_size,
             sampler=range(writer.count, rows),
             collate_fn=list,
             num_workers=settings.workers,
         )
         for batch in scenes:
-            pixels = np.stack([picture for picture, _ in batch])
-            images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
-            codes = image_tokenizer.encode(images).flatten(1).cpu().numpy()
-            writer.append({"text": pad_text([pieces for _, pieces in batch], settings.text_width), "image": codes})
+            fields = {"text": pad_text([pieces for _, pieces in batch], settings.text_width)}
+            for number, name in enumerate(scales):
+                pixels = np.stack([pictures[number] for pictures, _ in batch])
+                images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
+                fields[name] = image_tokenizer.encode(images).flatten(1).cpu().numpy()
+            writer.append(fields)
             bar.update(len(batch))

@@ -286,7 +286,7 @@ class TokenStore:
         if layout is not None and layout not in self.header.layouts:
             raise InputError(
                 f'{self.path} feeds {", ".join(self.header.layouts)}, but "{layout}" is needed here: '
-                "encode a store for that layout"
+                "encode a store for that task"
             )
 
     def close(self) -> None:

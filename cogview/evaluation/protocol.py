@@ -14,7 +14,7 @@ from cogview.config_files import to_plain
 from cogview.data.emoji.scene import Scene
 from cogview.data.emoji.world import World
 from cogview.errors import InputError
-from cogview.evaluation.scenes import SceneGrader, held_out_scenes, summarize
+from cogview.evaluation.scenes import SceneGrader, format_accuracy, held_out_scenes, summarize
 from cogview.pipeline import CogView, Wish
 from cogview.sampling import Sampling
 from cogview.training.image_tokenizer import held_out_batches, reconstruct
@@ -68,17 +68,7 @@ def evaluate_scenes(
     )
     drawn = draw_captions(model, captions, seed, sampling, batch_size, "drawing")
     report = {
-        "protocol": {
-            "captions": count,
-            "captions_sha256": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
-            "seed": seed,
-            "things": len(world.things),
-            "candidates": len(world.candidates),
-            "world": to_plain(world.settings),
-            "model": model.name,
-            "sampling": to_plain(sampling),
-            "cogview": __version__,
-        },
+        "protocol": describe(model, world, captions, seed, sampling=to_plain(sampling)),
         "drawn": _grade(grader, drawn, scenes, "grading pictures"),
         "ceiling_reconstructions": _grade(grader, list(restored), scenes, "grading reconstructions"),
         "ceiling_true_scenes": _grade(grader, list(true), scenes, "grading true scenes"),
@@ -120,6 +110,21 @@ def check_world(model: CogView, world: World) -> None:
         )
 
 
+def describe(model: CogView, world: World, captions: Sequence[str], seed: int, **settings: object) -> dict[str, Any]:
+    """How a report was made: the same captions have the same sum, wherever they were written."""
+    return {
+        "captions": len(captions),
+        "captions_sha256": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
+        "seed": seed,
+        "things": len(world.things),
+        "candidates": len(world.candidates),
+        "world": to_plain(world.settings),
+        "model": model.name,
+        **settings,
+        "cogview": __version__,
+    }
+
+
 def format_report(report: dict[str, Any]) -> str:
     """A Markdown table: accuracies in percent with their 95% intervals."""
     columns = [
@@ -129,7 +134,7 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     lines = ["| right | " + " | ".join(title for _, title in columns) + " |", "|---|" + "---|" * len(columns)]
     for part in PARTS:
-        cells = [_percent(report[key][part]) for key, _ in columns]
+        cells = [format_accuracy(report[key][part]) for key, _ in columns]
         lines.append(f"| {part} (of {report['drawn'][part]['of']}) | " + " | ".join(cells) + " |")
     tokenizer = report["image_tokenizer"]
     lines += [
@@ -139,12 +144,6 @@ def format_report(report: dict[str, Any]) -> str:
         f"{tokenizer['codes_used']:.1%} of the codes used, perplexity {tokenizer['perplexity']:.0f}.",
     ]
     return "\n".join(lines)
-
-
-def _percent(figure: dict[str, Any]) -> str:
-    if not figure["of"]:
-        return "–"
-    return f"{figure['accuracy']:.1%} ({figure['low']:.1%}–{figure['high']:.1%})"
 
 
 def _grade(grader: SceneGrader, pictures: Sequence[np.ndarray], scenes: Sequence[Scene], label: str) -> dict[str, Any]:

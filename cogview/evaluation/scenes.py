@@ -222,7 +222,7 @@ def summarize(grades: Sequence[Grade], num_confusions: int = 10) -> dict[str, An
     summary: dict[str, Any] = {"pictures": len(grades)}
     for part in ("colour", "object", "count", "relation", "everything"):
         asked = [verdict for verdict in (getattr(grade, part) for grade in grades) if verdict is not None]
-        summary[part] = _accuracy(sum(asked), len(asked))
+        summary[part] = accuracy(sum(asked), len(asked))
     mistakes = Counter(pair for grade in grades for pair in _confusions(grade))
     summary["confusions"] = [
         {"asked": asked, "seen": seen, "times": times} for (asked, seen), times in mistakes.most_common(num_confusions)
@@ -252,11 +252,19 @@ def held_out_scenes(world: World, count: int, seed: int = 0) -> list[tuple[Scene
     )
 
 
-def _accuracy(right: int, of: int) -> dict[str, Any]:
+def accuracy(right: int, of: int) -> dict[str, Any]:
+    """``right`` of ``of`` as a share with its 95% interval, all None for ``of`` 0."""
     if of == 0:
         return {"right": 0, "of": 0, "accuracy": None, "low": None, "high": None}
     low, high = wilson_interval(right, of)
     return {"right": right, "of": of, "accuracy": right / of, "low": low, "high": high}
+
+
+def format_accuracy(figure: dict[str, Any]) -> str:
+    """An ``accuracy`` in percent with its interval, a dash where nothing was asked."""
+    if not figure["of"]:
+        return "–"
+    return f"{figure['accuracy']:.1%} ({figure['low']:.1%}–{figure['high']:.1%})"
 
 
 def _confusions(grade: Grade) -> list[tuple[str, str]]:

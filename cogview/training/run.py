@@ -207,7 +207,7 @@ def run_loop(
             ) from None
         done = step_of(checkpoint)
         print(f"resuming {run.folder} after step {done}", file=sys.stderr)
-    sums: dict[str, float] = {}
+    told: dict[str, list[float]] = {}  # a mixture of tasks may not tell every figure in every step
     counted, last = 0, time.perf_counter()
     with StopSignal() as stop, tqdm(total=steps, initial=done, unit="step", disable=None, dynamic_ncols=True) as bar:
         stream = batches(done)
@@ -216,15 +216,15 @@ def run_loop(
             done += 1
             counted += 1
             for name, value in figures.items():
-                sums[name] = sums.get(name, 0.0) + value
+                told.setdefault(name, []).append(value)
             bar.update()
             if done % settings.log_every == 0 or done == steps:
                 now = time.perf_counter()
-                means = {name: value / counted for name, value in sums.items()}
+                means = {name: sum(values) / len(values) for name, values in told.items()}
                 means["samples_per_second"] = counted * batch_size / (now - last)
                 run.log(done, means)
                 bar.set_postfix({name: f"{means[name]:.3g}" for name in list(means)[:3]})
-                sums.clear()
+                told.clear()
                 counted, last = 0, now
             if _due(done, settings.evaluate_every) or done == steps:
                 run.log(done, trainer.evaluate(done, run.samples))

@@ -1,11 +1,16 @@
-"""Training the transformer on a store of token rows."""
+"""Training the transformer on a store of token rows, for a mixture of tasks.
 
-# B rows, T places of a row, D width, N places that carry loss
+Each row of a batch is arranged for one task: drawing its text, describing its image, or drawing a larger image from a
+smaller one. The rows of a step are put in order of their lengths and computed in parts, each padded to its longest.
+"""
+
+# B rows, T places of a row, D width, G codes on a side of an image, N places that carry loss
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +24,20 @@ from cogview.checkpoints.folder import Model, read_config, save_model
 from cogview.data.sampler import ResumableBatchSampler
 from cogview.data.store import ABSENT, TokenStore
 from cogview.errors import InputError
-from cogview.tokenizers.layouts import Batch, pad_right
+from cogview.tokenizers.layouts import Arranged, upscale_windows
 from cogview.tokenizers.vocabulary import Kind
 from cogview.training.run import leave_signals_to_parent
 
-Rows = Mapping[str, np.ndarray]  # of a store: "text" (B, W) and "image" (B, G * G), uint16
+# Of a store, uint16: "text" (B, W) and "image" (B, G * G), and for upscaling "large" (B, 4 * G * G) or "small"
+# (B, G * G / 4), codes of the same scene at twice or half the side.
+Rows = Mapping[str, np.ndarray]
+
+EVALUATED_ROWS = 1024  # of the held-out store, for each task
+SPREAD = 1.5  # how many times as long as the shortest row the longest may be that is computed with it
+
+# What training can be for, and the field of the store that it needs beside text and image. ``upscale`` draws one of the
+# nine windows of the large image from the crop of the image that it covers, ``low_level`` the image from the small one.
+TASKS: Mapping[str, str | None] = {"generate": None, "caption": None, "upscale": "large", "low_level": "small"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +53,16 @@ class TransformerTraining:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.04
     clip_norm: float = 1.0
-    text_loss_weight: float = 0.1
+    tasks: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})  # and their shares of the rows
+    text_loss_weight: float = 0.1  # of the texts that pictures are drawn from; captions count in full
     caption_drop: float = 0.1  # share of captions left out, so that guidance is possible later
-    # Share of rows that see [MASK] in place of codes: half of them at every place, half at a share of places drawn per
-    # row. Once the first codes of a thing are known the others follow from them, so without this the text is asked
-    # at one or two places of a picture alone, and learnt slowly.
+    # Once the first codes of a thing are known the others follow from them, so the text is asked at one or two places
+    # of a picture alone, and learnt slowly. Two remedies, for rows that draw a picture: a share that sees [MASK] in
+    # place of every code, and one that sees it at a share of the places drawn per row. Where every code is hidden each
+    # is told from text and place alone, so ``hidden_places`` of them, drawn per row, do for a cheaper row (0: all).
     hidden_rows: float = 0.0
+    hidden_places: int = 0
+    masked_rows: float = 0.0
     seed: int = 0
     workers: int = 0  # processes that read the store
 
@@ -53,9 +71,23 @@ class TransformerTraining:
             raise ValueError(f"warmup_steps must be from 1 to steps - 1 ({self.steps - 1}), got {self.warmup_steps}")
         if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulation} equal parts")
-        for name in ("caption_drop", "hidden_rows"):
+        for name in ("caption_drop", "hidden_rows", "masked_rows"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.hidden_rows + self.masked_rows > 1:
+            raise ValueError(
+                f"hidden_rows {self.hidden_rows} and masked_rows {self.masked_rows} are shares of all rows: their sum "
+                "must not be above 1"
+            )
+        if self.hidden_places < 0:
+            raise ValueError(f"hidden_places must be 0 (all) or more, got {self.hidden_places}")
+        for task, share in self.tasks.items():
+            if task not in TASKS:
+                raise ValueError(f"task {task!r} is unknown; known: {', '.join(TASKS)}")
+            if not 0 < share < math.inf:
+                raise ValueError(f"the share of task {task!r} must be above 0, got {share}")
+        if not self.tasks:
+            raise ValueError(f"there must be a task to train for; known: {', '.join(TASKS)}")
         if self.text_loss_weight < 0:
             raise ValueError(f"text_loss_weight must not be negative, got {self.text_loss_weight}")
 
@@ -68,10 +100,53 @@ class TransformerTraining:
         return self.final_learning_rate + swing * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Choices:
+    """What chance decides about the rows of a step."""
+
+    tasks: Sequence[str]  # (B,)
+    keep: np.ndarray  # (B,) bool: whose caption is kept
+    hide: np.ndarray  # (B, G * G) bool: which codes of the image the input holds [MASK] for
+    ask: np.ndarray  # (B, G * G) bool: which codes are asked for; others are left out, where every code is hidden
+    windows: np.ndarray  # (B,) int: which of the nine windows is drawn in upscaling
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Lesson:
+    """One row of a step. Arrays are (T,), one entry per place that the model reads."""
+
+    task: str
+    inputs: np.ndarray  # int64 ids, some of them hidden
+    positions: np.ndarray  # int64
+    targets: np.ndarray  # int64 ids: what follows
+    kinds: np.ndarray  # Kind of the targets
+    learnt: np.ndarray  # bool: targets that are learnt
+
+    @classmethod
+    def of(cls, task: str, row: Arranged, seen: np.ndarray, read: np.ndarray | None = None) -> Lesson:
+        """To tell each place of ``row`` from ``seen`` before it; ``read`` (T,) bool leaves out places."""
+        keep = np.ones(len(row) - 1, dtype=bool) if read is None else read[:-1]
+        return cls(
+            task=task,
+            inputs=seen[:-1][keep],
+            positions=row.positions[:-1][keep],
+            targets=row.ids[1:][keep],
+            kinds=row.kinds[1:][keep],
+            learnt=row.loss[1:][keep],
+        )
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def counted(self, kind: Kind) -> np.ndarray:
+        """(T,) bool: targets of ``kind`` that are learnt."""
+        return self.learnt & (self.kinds == kind)
+
+
 class TransformerTrainer:
     """The transformer of ``model``, its optimizer, and one step of training.
 
-    What is random in a step, dropout and left-out captions, is a function of (seed, step): a resumed run repeats it.
+    What is random in a step is a function of (seed, step): a resumed run repeats it.
     """
 
     def __init__(
@@ -89,7 +164,8 @@ class TransformerTrainer:
         self.autocast = autocast
         self.held_out = held_out
         self.draw_sheet = draw_sheet
-        self.layout = model.config.layouts["generate"]
+        self.vocabulary = model.config.vocabulary
+        self.windows = upscale_windows(model.config.grid)
         self.transformer = model.transformer.to(device)
         matrices = [parameter for parameter in self.transformer.parameters() if parameter.dim() > 1]
         vectors = [parameter for parameter in self.transformer.parameters() if parameter.dim() == 1]
@@ -104,73 +180,131 @@ class TransformerTrainer:
         )
 
     def step(self, step: int, batch: Rows) -> dict[str, float]:
-        """One update; returns the losses in nats per code and per piece, apart."""
-        settings = self.settings
-        torch.manual_seed(settings.seed * 1_000_003 + step)
-        keep, hide = self.choices(step, *batch["image"].shape)
+        """One update; returns the losses in nats per code and per piece, for each task apart."""
+        torch.manual_seed(self.settings.seed * 1_000_003 + step)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate_at(step)
+            group["lr"] = self.settings.learning_rate_at(step)
         self.transformer.train()
-        figures = {"loss": 0.0, "image_loss": 0.0, "text_loss": 0.0}
-        for part in np.array_split(np.arange(len(keep)), settings.accumulation):
-            rows = {name: values[part] for name, values in batch.items()}
-            image_loss, text_loss = self.losses(rows, keep[part], hide[part])
-            loss = (image_loss + settings.text_loss_weight * text_loss) / settings.accumulation
-            loss.backward()
-            figures["loss"] += loss.item()
-            figures["image_loss"] += image_loss.item() / settings.accumulation
-            figures["text_loss"] += text_loss.item() / settings.accumulation
-        norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), settings.clip_norm)
+        lessons = self.arrange(batch, self.choices(step, *batch["image"].shape))
+        figures = self.losses(lessons, learn=True)
+        norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), self.settings.clip_norm)
         if not torch.isfinite(norm):
             raise InputError(f"the gradient of step {step} is not finite; lower the learning rate, or resume earlier")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**figures, "gradient_norm": norm.item(), "learning_rate": settings.learning_rate_at(step)}
+        return {**figures, "gradient_norm": norm.item(), "learning_rate": self.settings.learning_rate_at(step)}
 
-    def choices(self, step: int, num_rows: int, num_codes: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which captions a step keeps, (rows,), and which codes it hides from the input, (rows, codes); both bool."""
-        random = np.random.default_rng([self.settings.seed, step])
-        keep = random.random(num_rows) >= self.settings.caption_drop
-        chosen = (random.random(num_rows) < self.settings.hidden_rows) & keep
-        share = np.minimum(1, 2 * random.random(num_rows)) * chosen
-        return keep, random.random((num_rows, num_codes)) < share[:, None]
+    def choices(self, step: int, num_rows: int, num_codes: int) -> Choices:
+        """What a step does with each of its rows, as the settings have it."""
+        settings = self.settings
+        random = np.random.default_rng([settings.seed, step])
+        shares = np.array(list(settings.tasks.values()))
+        tasks = random.choice(list(settings.tasks), size=num_rows, p=shares / shares.sum()).tolist()
+        described = np.array([task == "caption" for task in tasks])
+        drawn = np.array([task == "generate" for task in tasks])
+        keep = (random.random(num_rows) >= settings.caption_drop) | described
+        lot = np.where(keep & drawn, random.random(num_rows), 1.0)
+        hidden = lot < settings.hidden_rows
+        masked = ~hidden & (lot < settings.hidden_rows + settings.masked_rows)
+        share = np.where(hidden, 1.0, random.random(num_rows) * masked)
+        ask = np.ones((num_rows, num_codes), dtype=bool)
+        if settings.hidden_places:
+            rank = random.random((num_rows, num_codes)).argsort(axis=1).argsort(axis=1)
+            ask[hidden] = rank[hidden] < settings.hidden_places
+        return Choices(
+            tasks=tasks,
+            keep=keep,
+            hide=random.random((num_rows, num_codes)) < share[:, None],
+            ask=ask,
+            windows=random.integers(len(self.windows), size=num_rows),
+        )
 
-    def losses(self, rows: Rows, keep_caption: np.ndarray, hide: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy of image codes and of text pieces; each kind of id competes with its own kind alone.
+    def arrange(self, rows: Rows, choices: Choices) -> list[Lesson]:
+        """Rows of the store as sequences, each for its task; a caption that is not kept is empty."""
+        lessons = []
+        for index, task in enumerate(choices.tasks):
+            own = {name: values[index] for name, values in rows.items()}
+            text = own["text"][own["text"] != ABSENT] if choices.keep[index] else own["text"][:0]
+            row = self.layout_row(task, text, own, int(choices.windows[index]))
+            seen, read = row.ids.copy(), np.ones(len(row), dtype=bool)
+            if task == "generate":
+                image = row.spans["image"]
+                seen[image][choices.hide[index]] = self.vocabulary.command("[MASK]")
+                # A code is told at the place before it, the first one behind the image's command, which all rows have.
+                read[image] = np.append(choices.ask[index][1:], False)
+            lessons.append(Lesson.of(task, row, seen, read))
+        return lessons
 
-        ``hide`` (B, codes) marks codes that the input holds ``[MASK]`` for; they are learnt all the same.
+    def layout_row(self, task: str, text: np.ndarray, row: Rows, window: int) -> Arranged:
+        """One row of the store arranged for ``task``."""
+        table = self.model.config.layouts
+        if task in ("generate", "caption"):
+            return table[task].arrange(self.vocabulary, text=text, image=row["image"])
+        if task == "low_level":
+            return table["upscale"].arrange(self.vocabulary, text=text, small=row["small"], image=row["image"])
+        grid, place = self.model.config.grid, self.windows[window]
+        top, left = (part.start for part in place.target)
+        large = row["large"].reshape(2 * grid, 2 * grid)[top : top + grid, left : left + grid]
+        small = row["image"].reshape(grid, grid)[place.source]
+        return table["upscale"].arrange(self.vocabulary, text=text, small=small, image=large)
+
+    def losses(self, lessons: Sequence[Lesson], *, learn: bool = False) -> dict[str, float]:
+        """Mean cross-entropy of each task's image codes and text pieces, and ``loss``, the sum that is learnt.
+
+        Each kind of id competes with its own kind alone. A task counts in ``loss`` as its share of the rows has it.
+        With ``learn`` gradients are added up. How the rows are divided into parts does not matter.
         """
-        batch = self.arrange(rows, keep_caption)
-        ids_BT = torch.from_numpy(batch.ids).to(self.device)
-        inputs_BT = ids_BT
-        if hide is not None and hide.any():
-            hidden = np.zeros(batch.ids.shape, dtype=bool)
-            hidden[batch.kinds == Kind.IMAGE] = hide.reshape(-1)  # in both, row after row and code after code
-            mask = self.model.config.vocabulary.command("[MASK]")
-            inputs_BT = ids_BT.masked_fill(torch.from_numpy(hidden).to(self.device), mask)
-        positions_BT = torch.from_numpy(batch.positions).to(self.device)
+        counts: Counter[tuple[str, Kind]] = Counter()
+        for lesson in lessons:
+            for kind in (Kind.IMAGE, Kind.TEXT):
+                counts[lesson.task, kind] += int(lesson.counted(kind).sum())
+        rows_of = Counter(lesson.task for lesson in lessons)
+        figures = {"loss": 0.0, **{_figure(task, kind): 0.0 for (task, kind), count in counts.items() if count}}
+        order = sorted(lessons, key=len)
+        with torch.set_grad_enabled(learn):
+            for part in _parts(order, len(order) // self.settings.accumulation):
+                total = torch.zeros((), device=self.device)
+                for kind, tasks, losses_N in self._part_losses(part):
+                    for task in dict.fromkeys(tasks):
+                        own = losses_N[torch.tensor([other == task for other in tasks], device=self.device)]
+                        mean = own.sum() / counts[task, kind]
+                        figures[_figure(task, kind)] += mean.item()
+                        total = total + rows_of[task] / len(lessons) * self._weight(task, kind) * mean
+                figures["loss"] += total.item()
+                if learn:
+                    total.backward()
+        return figures
+
+    def _part_losses(self, lessons: Sequence[Lesson]) -> Iterator[tuple[Kind, list[str], Tensor]]:
+        """For each kind, the cross-entropy (N,) of every place that is learnt, and the task (N,) it belongs to."""
+        shape = (len(lessons), len(lessons[-1]))
+        inputs, targets = np.full(shape, self.vocabulary.pad), np.full(shape, self.vocabulary.pad)
+        positions, kinds = np.zeros(shape, dtype=np.int64), np.full(shape, Kind.COMMAND)
+        learnt = np.zeros(shape, dtype=bool)
+        for index, lesson in enumerate(lessons):  # padded on the right, where no place looks at it
+            own = (index, slice(len(lesson)))
+            inputs[own], positions[own], targets[own] = lesson.inputs, lesson.positions, lesson.targets
+            kinds[own], learnt[own] = lesson.kinds, lesson.learnt
+        inputs_BT, positions_BT, targets_BT = (
+            torch.from_numpy(array).to(self.device) for array in (inputs, positions, targets)
+        )
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            hidden_BTD = self.transformer.hidden(inputs_BT[:, :-1], positions_BT[:, :-1])
-            vocabulary = self.model.config.vocabulary
-            image = self._loss(hidden_BTD, ids_BT, batch, Kind.IMAGE, vocabulary.image)
-            # A text may end in a command, so commands compete with the pieces.
-            text = self._loss(hidden_BTD, ids_BT, batch, Kind.TEXT, range(vocabulary.text.start, vocabulary.size))
-        return image, text
+            hidden_BTD = self.transformer.hidden(inputs_BT, positions_BT)
+            for kind, ids in (
+                (Kind.IMAGE, self.vocabulary.image),
+                # A text may end in a command, so commands compete with the pieces.
+                (Kind.TEXT, range(self.vocabulary.text.start, self.vocabulary.size)),
+            ):
+                counted = learnt & (kinds == kind)
+                if not counted.any():  # no task of these rows learns this kind, or every caption is left out
+                    continue
+                wanted = torch.from_numpy(counted).to(self.device)
+                logits_NV = self.transformer.head(hidden_BTD[wanted], ids)
+                losses_N = F.cross_entropy(logits_NV, targets_BT[wanted] - ids.start, reduction="none")
+                yield kind, [lessons[index].task for index in np.nonzero(counted)[0].tolist()], losses_N
 
-    def arrange(self, rows: Rows, keep_caption: np.ndarray) -> Batch:
-        """Rows of the store as sequences padded on the right; a caption that is not kept is empty."""
-        arranged = []
-        for text, image, keep in zip(rows["text"], rows["image"], keep_caption, strict=True):
-            pieces = text[text != ABSENT] if keep else text[:0]
-            arranged.append(self.layout.arrange(self.model.config.vocabulary, text=pieces, image=image))
-        return pad_right(arranged, self.model.config.vocabulary.pad)
-
-    def _loss(self, hidden_BTD: Tensor, ids_BT: Tensor, batch: Batch, kind: Kind, ids: range) -> Tensor:
-        wanted = torch.from_numpy((batch.loss & (batch.kinds == kind))[:, 1:]).to(self.device)
-        targets_N = ids_BT[:, 1:][wanted] - ids.start
-        if not len(targets_N):  # every caption left out
-            return hidden_BTD.new_zeros((), dtype=torch.float32)
-        return F.cross_entropy(self.transformer.head(hidden_BTD[wanted], ids), targets_N)
+    def _weight(self, task: str, kind: Kind) -> float:
+        return self.settings.text_loss_weight if (task, kind) == ("generate", Kind.TEXT) else 1.0
 
     def save(self, folder: Path) -> None:
         """A checkpoint folder that opens by itself, with ``trainer.pt`` (the optimizer) beside it."""
@@ -193,20 +327,39 @@ class TransformerTrainer:
         self.transformer.eval()
         figures: dict[str, float] = {}
         if self.held_out is not None:
-            sums = np.zeros(2)
-            size = self.settings.batch_size
-            starts = range(0, min(len(self.held_out), 1024), size)
-            for start in starts:
-                rows = self.held_out.read(np.arange(start, min(start + size, len(self.held_out))))
-                image, text = self.losses(rows, np.ones(len(rows["image"]), dtype=bool))
-                sums += np.array([image.item(), text.item()])
-            figures = {
-                "held_out_image_loss": float(sums[0] / len(starts)),
-                "held_out_text_loss": float(sums[1] / len(starts)),
-            }
+            count = min(len(self.held_out), EVALUATED_ROWS)
+            for task in self.settings.tasks:
+                sums: dict[str, float] = {}
+                for start in range(0, count, self.settings.batch_size):
+                    numbers = np.arange(start, min(start + self.settings.batch_size, count))
+                    rows = self.held_out.read(numbers)
+                    choices = Choices(
+                        tasks=[task] * len(numbers),
+                        keep=np.ones(len(numbers), dtype=bool),
+                        hide=np.zeros(rows["image"].shape, dtype=bool),
+                        ask=np.ones(rows["image"].shape, dtype=bool),
+                        windows=numbers % len(self.windows),
+                    )
+                    for name, loss in self.losses(self.arrange(rows, choices)).items():
+                        sums[name] = sums.get(name, 0.0) + loss * len(numbers) / count
+                figures |= {f"held_out_{name}": value for name, value in sums.items() if name != "loss"}
         if self.draw_sheet is not None:
             self.draw_sheet(self.model, folder / f"step-{step:08d}.png")
         return figures
+
+
+def _figure(task: str, kind: Kind) -> str:
+    """The name of a loss in the metrics, such as ``generate_image_loss``."""
+    return f"{task}_{'image' if kind == Kind.IMAGE else 'text'}_loss"
+
+
+def _parts(lessons: Sequence[Lesson], most: int) -> Iterator[Sequence[Lesson]]:
+    """Runs of at most ``most`` lessons, given by length, of which none is much longer than another of its run."""
+    first = 0
+    for end in range(1, len(lessons) + 1):
+        if end == len(lessons) or end - first == most or len(lessons[end]) > SPREAD * len(lessons[first]):
+            yield lessons[first:end]
+            first = end
 
 
 def store_batches(store: TokenStore, settings: TransformerTraining, start_step: int) -> Iterator[Rows]:

@@ -67,8 +67,58 @@ def test_chunks_say_how_to_draw_it_again(generate, tiny_checkpoint, tiny_model):
         "temperature": "0.7",
         "top_k": "50",
         "top_p": "0.9",
+        "guidance": "1.0",
+        "text_attention": "1.0",
         "cogview": __version__,
     }
+
+
+def test_guidance_and_text_attention(generate, tiny_model):
+    _, [file], _ = generate(FOX, "--seed", "7", "--guidance", "3", "--text-attention", "1.5")
+    texts = read_texts(file)
+    assert (texts["guidance"], texts["text_attention"]) == ("3.0", "1.5")
+    picture = tiny_model.generate(FOX, seed=7, guidance=3.0, text_attention=1.5)[0]
+    assert texts["codes"] == " ".join(map(str, picture.codes.flat))
+
+
+def test_the_best_are_kept(generate, tiny_model):
+    """Nothing else is written, and what is written is drawn as ever, in whatever batches."""
+    arguments = (FOX, DOG, "-n", "4", "--seed", "7")
+    _, every, _ = generate(*arguments, "-o", "all")
+    status, files, _ = generate(*arguments, "--keep", "2", "--batch-size", "3", "--grid", "-o", "best")
+    assert status == 0
+    assert sorted(os.listdir("best")) == sorted(file.name for file in files)
+    expected = tiny_model.generate([FOX, DOG], n=4, keep=2, seed=7)
+    assert [file.name for file in files] == [
+        *(f"{picture.prompt}-seed7-{picture.index}.png" for picture in expected),
+        "grid-seed7.png",
+    ]
+    drawn = {file.name: codes(file) for file in every}
+    for file, picture in zip(files[:-1], expected, strict=True):
+        texts = read_texts(file)
+        assert float(texts["score"]) == pytest.approx(picture.score.log_probability, abs=1e-3)
+        assert float(texts["score_per_piece"]) == pytest.approx(picture.score.per_piece, abs=1e-3)
+        assert texts["codes"] == drawn[file.name]
+    assert Image.open(files[-1]).size == (2 * 68 + 4, 2 * 68 + 4)
+    assert read_texts(files[-1])["score"] == " ".join(read_texts(file)["score"] for file in files[:-1])
+
+
+def test_a_prompt_given_twice_is_ranked_twice(generate):
+    _, files, _ = generate(FOX, FOX, "-n", "2", "--keep", "1", "--seed", "7")
+    assert [read_texts(file)["index"] in pair for file, pair in zip(files, ("01", "23"), strict=True)] == [True, True]
+
+
+def test_pictures_at_twice_their_side_as_well(generate, tiny_model):
+    status, files, err = generate(FOX, "-n", "2", "--keep", "1", "--seed", "7", "--top-k", "50", "--upscale")
+    assert status == 0
+    [small] = tiny_model.generate(FOX, n=2, keep=1, seed=7, top_k=50)
+    assert files == [Path("outputs", f"{FOX}-seed7-{small.index}{end}.png") for end in ("", "-up")]
+    [large] = tiny_model.upscale([small], FOX, seed=7, top_k=50)
+    np.testing.assert_array_equal(np.asarray(Image.open(files[1])), np.asarray(large))
+    assert Image.open(files[1]).size == (128, 128)
+    texts = read_texts(files[1])
+    assert (texts["prompt"], texts["task"], texts["source"]) == (FOX, "upscale", files[0].name)
+    assert err.endswith("drawing 2 pictures\nupscaling 1 picture\n")
 
 
 def test_the_models_own_settings_are_the_default(generate):
@@ -191,9 +241,14 @@ def test_notes_about_prompts(generate, tiny_checkpoint):
         ([FOX, "--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         ([FOX, "--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use top_k 1"),
         ([FOX, "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
-        (["--input", "没有.txt"], "cannot read prompts from 没有.txt: No such file or directory"),
+        ([FOX, "--top-k", "-1"], "top_k must be at least 0 (0 keeps every id), got -1"),
+        ([FOX, "--guidance", "-1"], "guidance must be a number from 0 on (1: none), got -1.0"),
+        ([FOX, "--text-attention", "0"], "text_attention must be a number above 0 (1: none), got 0.0"),
+        ([FOX, "--keep", "0"], "--keep must be from 1 to 1, the pictures drawn of a prompt (-n), got 0"),
+        ([FOX, "-n", "4", "--keep", "5"], "--keep must be from 1 to 4, the pictures drawn of a prompt (-n), got 5"),
+        (["--input", "没有.txt"], "cannot read 没有.txt: No such file or directory"),
         (["--input", "gbk.txt"], "gbk.txt is not UTF-8: byte 0 is 0xba"),
-        (["--input", "blank.txt"], "blank.txt holds no prompt: expected one per line"),
+        (["--input", "blank.txt"], "blank.txt is empty: expected a prompt per line"),
         ([FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: File exists; choose another"),
         ([], 'no prompt was given; write it behind the command: cogview generate "一个红苹果"'),
     ],
@@ -205,6 +260,23 @@ def test_mistakes_are_one_line(generate, monkeypatch, arguments, message):
     status, files, err = generate(*arguments)
     assert (status, files) == (2, [])
     assert err == f"cogview generate: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--keep", "1"], "was not trained for the task 'caption'; its tasks are: generate"),
+        (["--upscale"], "was not trained for the task 'upscale'; its tasks are: generate"),
+        (["--guidance", "2"], "was trained without leaving captions out, so it cannot be guided: guidance must be 1, "),
+    ],
+)
+def test_weights_that_were_not_trained_for_it(drawing_checkpoint, tmp_path, capsys, arguments, message):
+    command = ["generate", FOX, "--model", str(drawing_checkpoint), "--device", "cpu", "-o", str(tmp_path / "out")]
+    assert main([*command, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"cogview generate: {drawing_checkpoint} {message}")
+    assert err.count("\n") == 1
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_the_output_folder_is_tried_before_the_model_is_opened(tmp_path, capsys):
@@ -261,12 +333,17 @@ def test_help(capsys):
     out = capsys.readouterr().out
     for option in ("PROMPT", "--input", "-n", "--seed", "--output", "--temperature", "--top-k", "--top-p", "--model"):
         assert option in out
-    assert "--grid" in out
+    for option in ("--grid", "--keep", "--upscale", "--guidance", "--text-attention"):
+        assert option in out
 
 
 def test_help_needs_no_torch():
-    code = (
-        "import sys; from cogview.cli.main import build_parser; build_parser('generate'); print('torch' in sys.modules)"
-    )
+    code = """
+import sys
+from cogview.cli.main import build_parser
+for command in ("generate", "complete", "upscale", "caption", "rerank", "info"):
+    build_parser(command)
+print("torch" in sys.modules)
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.stderr) == ("False\n", "")

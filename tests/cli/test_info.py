@@ -13,10 +13,12 @@ def test_a_folder_in_words(tiny_checkpoint, capsys):
     lines = capsys.readouterr().out.splitlines()
     facts = dict(line.split(":", 1) for line in lines if not line.startswith(" "))
     facts = {key: value.strip() for key, value in facts.items()}
-    assert facts["tasks"] == "generate"
+    assert facts["tasks"] == "generate, caption, upscale"
+    assert facts["commands"] == "cogview generate, cogview complete, cogview caption, cogview rerank, cogview upscale"
     assert facts["pictures"] == "64 x 64 pixels from 8 x 8 codes"
     assert facts["longest prompt"] == "20 pieces"
-    assert facts["sampling"] == "temperature 0.9, top-k 100, top-p off"
+    assert facts["sampling"] == "temperature 0.9, top-k 100, top-p off, guidance off, text attention off"
+    assert facts["guidance"] == "possible: 10% of the captions were left out in training"
     assert facts["things"].startswith("4, listed by: ")
     assert "8192 image codes" in facts["vocabulary"]
     files = [line.split()[0] for line in lines if line.startswith(" ")]
@@ -29,6 +31,14 @@ def test_a_folder_in_words(tiny_checkpoint, capsys):
         "text.model",
         "things.json",
     ]
+
+
+def test_a_model_that_only_draws(drawing_checkpoint, capsys):
+    assert main(["info", str(drawing_checkpoint)]) == 0
+    facts = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith(" "))
+    assert facts["tasks"].strip() == "generate"
+    assert facts["commands"].strip() == "cogview generate, cogview complete"
+    assert facts["guidance"].strip() == "not possible: no captions were left out in training"
 
 
 def test_the_parameters_are_those_of_the_model(tiny_checkpoint, tiny_model, capsys):

@@ -16,6 +16,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cogview import config
+from cogview.checkpoints.folder import read_config
 from cogview.cli import evaluate as evaluate_command
 from cogview.cli.main import main
 from cogview.data.emoji.things import EmojiFiles
@@ -217,6 +218,37 @@ def test_overrides_change_their_section_alone(work, tmp_path):
     assert [step_of(path) for path in Run(work / "transformer-run").checkpoints()] == [4]
 
 
+def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys):
+    for name in ("store", "held-out-store"):
+        shutil.rmtree(work / name)
+    content = sections(tmp_path)
+    encode = {**content["encode"], "large": True, "small": True}
+    mixture = {"generate": 2, "caption": 1, "upscale": 1, "low_level": 0.5}
+    transformer = {**content["transformer"], "training": {**content["transformer"]["training"], "tasks": mixture}}
+    recipe = write_recipe(tmp_path, encode=encode, transformer=transformer)
+    assert main(["train", recipe]) == 2
+    assert "no token store" in one_line(capsys)
+    assert main(["encode", recipe]) == 0
+    assert main(["train", recipe, "--device", "cpu"]) == 0
+    last = json.loads((work / "transformer-run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {name for name in last if name.startswith("held_out")} == {
+        *("held_out_generate_image_loss", "held_out_generate_text_loss", "held_out_caption_text_loss"),
+        *("held_out_upscale_image_loss", "held_out_low_level_image_loss"),
+    }
+    model = CogView.from_pretrained(Run(work / "transformer-run").checkpoints()[-1], device="cpu")
+    assert set(model.model.config.tasks) == {"generate", "caption", "upscale"}
+    pictures = model.generate("一个红苹果", n=3, keep=2, seed=1)
+    assert len(model.caption(pictures)) == 2
+    assert [picture.size for picture in model.upscale(pictures, "一个红苹果", seed=1)] == [(128, 128)] * 2
+
+
+def test_a_store_that_lacks_what_a_task_needs(work, tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    capsys.readouterr()
+    assert main(["train", recipe, "training.tasks={upscale: 1}"]) == 2
+    assert '"upscale" is needed here: encode a store for that task' in one_line(capsys)
+
+
 def test_training_may_start_from_another_model(work, tmp_path, capsys):
     place = ["--work", str(work), "--device", "cpu"]
     assert main(["train", write_recipe(tmp_path), *place, "training.steps=4", "dropout=0.0"]) == 0
@@ -229,6 +261,10 @@ def test_training_may_start_from_another_model(work, tmp_path, capsys):
     assert main(["train", write_recipe(tmp_path), *place, *still, f"start_from={start}"]) == 0
     last = Run(work / "transformer-run").checkpoints()[-1]
     weights, begun = (load_file(folder / "model.safetensors") for folder in (last, start))
+    used = read_config(start).vocabulary.size  # the rows behind it are never read
+    weights["embedding.weight"], begun["embedding.weight"] = (
+        tensors["embedding.weight"][:used] for tensors in (weights, begun)
+    )
     assert all(torch.equal(weights[name], begun[name]) for name in begun)
 
     shutil.rmtree(work / "transformer-run")
@@ -390,6 +426,26 @@ def test_a_checkpoint_of_another_shape_is_not_resumed(work, tmp_path, capsys, mo
 def test_mistakes_in_grading(work, tmp_path, tiny_checkpoint, capsys, arguments, message):
     model = [] if "--model" in arguments else ["--model", str(tiny_checkpoint)]
     assert main(["eval", "scenes", write_recipe(tmp_path), *model, *arguments]) == 2
+    assert message in one_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("measure", "arguments", "message"),
+    [
+        ("captions", ["--tune"], "--tune has no meaning for captions, only for scenes; leave it out"),
+        ("rerank", ["--tune"], "--tune has no meaning for rerank"),
+        ("upscale", ["--tune"], "--tune has no meaning for upscale"),
+        ("scenes", ["--candidates", "4"], "--candidates has no meaning for scenes, only for rerank; leave it out"),
+        ("upscale", ["--candidates", "0"], "--candidates has no meaning for upscale"),
+        ("captions", ["--temperature", "0.5"], "--temperature has no meaning for captions, only for scenes, rerank, u"),
+        ("captions", ["--top-k", "0"], "--top-k has no meaning for captions"),
+        ("captions", ["--top-p", "0.9"], "--top-p has no meaning for captions"),
+        ("rerank", ["--candidates", "0"], "--candidates must be at least 1, got 0"),
+        ("rerank", ["-n", "0"], "--captions and --batch-size must be at least 1, got 0 and 32"),
+    ],
+)
+def test_an_option_that_a_measure_does_not_use_is_refused(tmp_path, capsys, measure, arguments, message):
+    assert main(["eval", measure, write_recipe(tmp_path), *arguments]) == 2
     assert message in one_line(capsys)
 
 

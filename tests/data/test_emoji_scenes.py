@@ -11,7 +11,7 @@ import pytest
 
 from cogview.config_files import build
 from cogview.data.emoji.draws import Draws
-from cogview.data.emoji.scene import COLOURS, COUNTS, LAYOUTS, Scene, Shares, cells_of
+from cogview.data.emoji.scene import COLOURS, COUNTS, LAYOUTS, Kind, Scene, Shares, cells_of
 from cogview.data.emoji.world import World, WorldSettings
 from cogview.errors import InputError
 
@@ -104,6 +104,24 @@ def test_on_the_grid_a_thing_looks_the_same_wherever_it_stands(make_tiny_world: 
             rest[y : y + half, x : x + half] = False
         assert (image[rest] == blue.rgb).all()
     assert len(patches) == 1
+
+
+@pytest.mark.parametrize("kind", ["one", "beside", "above"])
+def test_a_scene_at_another_scale_is_that_of_a_larger_world(make_tiny_world: MakeWorld, kind: Kind) -> None:
+    small, large = make_tiny_world(canvas=64), make_tiny_world(canvas=128)
+    scene = Scene(colour=COLOURS[5], kind=kind, things=small.things[: 1 if kind == "one" else 2])
+    assert np.array_equal(small.render(scene, scale=2), large.render(scene))
+    assert np.array_equal(large.render(scene, scale=0.5), small.render(scene))
+
+
+def test_a_scene_at_another_scale_keeps_its_free_places(make_tiny_world: MakeWorld) -> None:
+    world = make_tiny_world(canvas=128, jitter=12, sizes=(0.5, 0.75, 1.0))
+    scene = Scene(colour=COLOURS[11], kind="beside", things=(world.things[0], world.things[3]))
+    for seed in range(20):
+        image, large = world.render(scene, seed), world.render(scene, seed, scale=2)
+        reduced = large.reshape(128, 2, 128, 2, 3).mean(axis=(1, 3))
+        error, astray = (np.abs(np.roll(reduced, pixels, axis=1) - image).mean() for pixels in (0, 1))
+        assert error < 0.5 * astray  # one pixel to the side would be seen
 
 
 def test_a_picture_is_background_and_sprites(make_tiny_world: MakeWorld) -> None:

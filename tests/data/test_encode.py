@@ -69,11 +69,25 @@ def test_the_header_names_what_the_rows_were_made_with(tmp_path, encode, text_to
     header = encode(tmp_path, 2, held_out=True, text_width=40).header
     assert header.fields == {"text": 40, "image": 64}
     assert (header.grid, header.num_image_codes, header.num_text_pieces) == (8, 40, text_tokenizer.size)
-    assert header.layouts == ("generate",)
+    assert header.layouts == ("generate", "caption")
     assert header.codebook_sha256 == codebook_hash(image_tokenizer)
     assert header.text_sha256 == hashlib.sha256(text_tokenizer.model_bytes).hexdigest()
     assert header.provenance["held_out"] is True
     assert header.provenance["scenes"]["jitter"] == 2
+
+
+def test_scenes_at_other_sizes(tmp_path, encode, world, image_tokenizer):
+    """The same scenes, with everything where it is, at twice and at half the side."""
+    store = encode(tmp_path, 6, large=True, small=True)
+    assert store.header.fields == {"text": 48, "image": 64, "large": 256, "small": 16}
+    assert store.header.layouts == ("generate", "caption", "upscale", "low_level")
+    for number in range(6):
+        scene = world.sample(0, number)
+        for name, side in (("image", 64), ("large", 128), ("small", 32)):
+            picture = world.render(scene, number, side / 64)
+            assert picture.shape == (side, side, 3)
+            image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+            assert store[number][name].tolist() == image_tokenizer.encode(image).flatten().tolist()
 
 
 def test_shares_are_those_of_the_training_scenes_alone(tmp_path, encode):

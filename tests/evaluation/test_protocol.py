@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cogview.checkpoints.folder import NamedThing
+from cogview.config_files import to_plain
 from cogview.errors import InputError
 from cogview.evaluation import protocol
 from cogview.evaluation.protocol import (
@@ -108,7 +109,7 @@ def test_the_report_says_how_it_was_made(world):
         reports[seed], _ = evaluate_scenes(painter, world, count=4, seed=seed, sampling=sampling, batch_size=4)
     made = reports[0]["protocol"]
     assert (made["captions"], made["seed"], made["things"], made["candidates"]) == (4, 0, 6, 6)
-    assert made["sampling"] == {"temperature": 0.5, "top_k": 7, "top_p": 1.0}
+    assert made["sampling"] == to_plain(sampling)
     assert made["model"] == "painter"
     assert made["world"]["canvas"] == 64
     assert made["captions_sha256"] != reports[1]["protocol"]["captions_sha256"]

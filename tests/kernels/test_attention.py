@@ -163,3 +163,22 @@ def test_more_queries_than_keys_is_an_error():
     _, k, v = random_qkv(3, 3)
     with pytest.raises(ValueError, match="4 queries cannot be the last of 3 keys"):
         attention(q, k, v)
+
+
+@both
+@pytest.mark.parametrize("num_queries", [1, 4, 9])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_bias_of_log_w_has_a_key_count_w_times(implementation, num_queries, padded):
+    """As if it stood there w times: softmax over repeated keys and values."""
+    q, k, v = random_qkv(num_queries, 9)
+    starts = torch.tensor([0, 2]) if padded else None
+    weights = torch.tensor([[1, 3, 2, 1, 1, 1, 1, 1, 1], [1, 1, 1, 5, 1, 1, 2, 1, 1]])
+    result = implementation(q, k, v, starts, weights.log())
+    for row in range(2):
+        for query in range(num_queries):
+            place = 9 - num_queries + query
+            first = 0 if starts is None else min(int(starts[row]), place)
+            counts = weights[row, first : place + 1]
+            keys, values = (x[row : row + 1, :, first : place + 1].repeat_interleave(counts, dim=2) for x in (k, v))
+            expected = expected_by_loops(q[row : row + 1, :, query : query + 1], keys, values)
+            torch.testing.assert_close(result[row, :, query].double(), expected[0, :, 0], atol=2e-6, rtol=0)

@@ -19,7 +19,7 @@ from cogview.data.store import ABSENT, StoreHeader, StoreWriter, TokenStore, pad
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.training.transformer import TransformerTrainer, TransformerTraining, store_batches
+from cogview.training.transformer import Choices, TransformerTrainer, TransformerTraining, store_batches
 from cogview.transformer import Transformer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
@@ -50,7 +50,7 @@ def new_model(seed: int = 0, dropout: float = 0.0) -> Model:
         transformer=shape,
         vocabulary=vocabulary,
         grid=GRID,
-        tasks=("generate",),
+        tasks=("generate", "caption", "upscale"),
         max_text=30,
         codebook_sha256=codebook_hash(image_tokenizer),
     )
@@ -80,27 +80,41 @@ def rows(step: int = 0, size: int = 8, *, equal: bool = False) -> dict[str, np.n
     }
 
 
-KEEP_ALL = np.ones(8, dtype=bool)
+def plan(count: int = 8, *, task: str = "generate", keep: bool | np.ndarray = True, hide: bool = False) -> Choices:
+    """Every row for one task, every code hidden or none; windows in their order."""
+    return Choices(
+        tasks=[task] * count,
+        keep=np.broadcast_to(keep, count),
+        hide=np.full((count, GRID**2), hide),
+        ask=np.ones((count, GRID**2), dtype=bool),
+        windows=np.arange(count) % 9,
+    )
+
+
+def losses(
+    subject: TransformerTrainer, given: dict[str, np.ndarray], choices: Choices | None = None
+) -> dict[str, float]:
+    return subject.losses(subject.arrange(given, choices or plan(len(given["image"]))))
 
 
 def test_steps_equal_half_of_them_and_the_rest_after_a_restart(tmp_path):
-    changes = {"caption_drop": 0.5, "hidden_rows": 0.5, "accumulation": 2, "steps": 6}
+    changes = {"caption_drop": 0.5, "hidden_rows": 0.5, "accumulation": 2, "steps": 6, "tasks": MIXTURE}
     whole = trainer(new_model(dropout=0.2), **changes)
-    figures = [whole.step(step, rows(step)) for step in range(6)]
+    figures = [whole.step(step, wide_rows(step)) for step in range(6)]
 
     first = trainer(new_model(dropout=0.2), **changes)
     for step in range(3):
-        first.step(step, rows(step))
+        first.step(step, wide_rows(step))
     first.save(tmp_path)
     torch.rand(5)  # a process that starts anew has another state
     second = trainer(new_model(seed=4, dropout=0.2), **changes)
     second.load(tmp_path)
-    assert [second.step(step, rows(step)) for step in range(3, 6)] == figures[3:]
+    assert [second.step(step, wide_rows(step)) for step in range(3, 6)] == figures[3:]
     for name, tensor in whole.transformer.state_dict().items():
         assert torch.equal(tensor, second.transformer.state_dict()[name]), name
 
     without = trainer(new_model(dropout=0.0), **changes)
-    assert without.step(0, rows(0))["loss"] != figures[0]["loss"]  # dropout did take part
+    assert without.step(0, wide_rows(0))["loss"] != figures[0]["loss"]  # dropout did take part
 
 
 def test_losses_are_the_cross_entropy_of_each_kind_of_id_among_its_own(tmp_path):
@@ -129,16 +143,17 @@ def test_losses_are_the_cross_entropy_of_each_kind_of_id_among_its_own(tmp_path)
                 image_losses.append(-logits_TV[place, :CODES].log_softmax(dim=0)[target].item())
     assert len(image_losses) == 3 * GRID**2
     assert len(text_losses) == (given["text"] != ABSENT).sum()
-    image, text = subject.losses(given, np.ones(3, dtype=bool))
-    assert image.item() == pytest.approx(np.mean(image_losses), abs=1e-5)
-    assert text.item() == pytest.approx(np.mean(text_losses), abs=1e-5)
+    figures = losses(subject, given)
+    assert figures["generate_image_loss"] == pytest.approx(np.mean(image_losses), abs=1e-5)
+    assert figures["generate_text_loss"] == pytest.approx(np.mean(text_losses), abs=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 2.0])
 def test_the_loss_is_that_of_the_image_and_a_share_of_that_of_the_text(weight):
     figures = trainer(text_loss_weight=weight).step(0, rows())
-    assert figures["loss"] == pytest.approx(figures["image_loss"] + weight * figures["text_loss"])
-    assert figures["image_loss"] == pytest.approx(math.log(CODES), abs=0.2)  # nothing is learnt yet
+    image, text = figures["generate_image_loss"], figures["generate_text_loss"]
+    assert figures["loss"] == pytest.approx(image + weight * text)
+    assert image == pytest.approx(math.log(CODES), abs=0.2)  # nothing is learnt yet
 
 
 def gradients(subject: TransformerTrainer, given: dict[str, np.ndarray], monkeypatch) -> dict[str, torch.Tensor]:
@@ -151,9 +166,10 @@ def gradients(subject: TransformerTrainer, given: dict[str, np.ndarray], monkeyp
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, monkeypatch):
-    given = rows(equal=True)
-    whole = gradients(trainer(), given, monkeypatch)
-    in_parts = gradients(trainer(accumulation=parts), given, monkeypatch)
+    """Whatever the lengths and tasks of its rows."""
+    given, changes = wide_rows(), {"tasks": MIXTURE, "caption_drop": 0.3, "hidden_rows": 0.5, "hidden_places": 9}
+    whole = gradients(trainer(**changes), given, monkeypatch)
+    in_parts = gradients(trainer(accumulation=parts, **changes), given, monkeypatch)
     assert max(gradient.abs().max() for gradient in whole.values()) > 1e-3
     for name, gradient in whole.items():
         torch.testing.assert_close(in_parts[name], gradient, atol=1e-6, rtol=1e-4)
@@ -164,39 +180,28 @@ def test_training_memorises_eight_rows():
     first = subject.step(0, rows())
     for step in range(1, 100):
         last = subject.step(step, rows())
-    assert last["image_loss"] < 0.25 * first["image_loss"]
-    assert last["text_loss"] < 0.25 * first["text_loss"]
+    for name in ("generate_image_loss", "generate_text_loss"):
+        assert last[name] < 0.25 * first[name]
 
 
 def test_a_caption_that_is_left_out_is_an_empty_text():
     subject, given = trainer(caption_drop=1.0), rows(size=2)
-    batch = subject.arrange(given, np.array([False, True]))
+    first, second = subject.arrange(given, plan(2, keep=np.array([False, True])))
     command = subject.model.config.vocabulary.command
-    length = 3 + GRID**2 + 1
-    assert batch.ends.tolist() == [length, length + (given["text"][1] != ABSENT).sum()]
-    assert batch.ids[0, :3].tolist() == [command("[ROI1]"), command("[TINY]"), command("[BOI1]")]
-    assert batch.ids[0, 3 : length - 1].tolist() == given["image"][0].tolist()
-    assert (batch.ids[0, length:] == command("[PAD]")).all()
+    bare = [command("[ROI1]"), command("[TINY]"), command("[BOI1]"), *given["image"][0].tolist()]
+    assert first.inputs.tolist() == bare[:-1]
+    assert first.targets.tolist() == bare[1:]
+    assert len(second) == len(bare) - 1 + (given["text"][1] != ABSENT).sum()
 
     figures = subject.step(0, given)  # drops both
-    assert figures["text_loss"] == 0
-    assert figures["loss"] == figures["image_loss"] > 0
+    assert "generate_text_loss" not in figures
+    assert figures["loss"] == pytest.approx(figures["generate_image_loss"])
+    assert figures["loss"] > 0
 
 
-def test_left_out_captions_are_a_share_that_seed_and_step_decide(monkeypatch):
-    kept: list[np.ndarray] = []
-
-    def note(self, given, keep, hide):
-        kept.append(keep)
-        weight = self.transformer.final_norm.weight
-        return weight.sum(), weight.sum()
-
-    monkeypatch.setattr(TransformerTrainer, "losses", note)
-    given = {name: np.repeat(values, 50, axis=0) for name, values in rows().items()}
-    subject = trainer(caption_drop=0.25)
-    for step in (0, 1, 0):
-        subject.step(step, given)
-    trainer(caption_drop=0.25, seed=1).step(0, given)
+def test_left_out_captions_are_a_share_that_seed_and_step_decide():
+    subject, other = trainer(caption_drop=0.25), trainer(caption_drop=0.25, seed=1)
+    kept = [subject.choices(step, 400, 64).keep for step in (0, 1, 0)] + [other.choices(0, 400, 64).keep]
     assert all(0.18 < 1 - keep.mean() < 0.32 for keep in kept)
     assert (kept[0] == kept[2]).all()
     assert (kept[0] != kept[1]).any()
@@ -204,43 +209,153 @@ def test_left_out_captions_are_a_share_that_seed_and_step_decide(monkeypatch):
 
 
 def test_hidden_codes_are_a_share_that_seed_and_step_decide():
-    """Half of the chosen rows hide every code, the others a share between none and all; captions left out hide none."""
-    subject = trainer(hidden_rows=0.5, caption_drop=0.2)
-    keep, hide = subject.choices(3, 4000, 64)
-    for again, same in zip(subject.choices(3, 4000, 64), (keep, hide), strict=True):
-        assert (again == same).all()
-    assert (subject.choices(4, 4000, 64)[1] != hide).any()
-    share = hide.mean(axis=1)
-    assert not hide[~keep].any()
-    assert 0.46 < (share[keep] > 0).mean() < 0.54
-    assert 0.22 < (share[keep] == 1).mean() < 0.28
-    assert 0.4 < share[(share > 0) & (share < 1)].mean() < 0.6
-    assert not trainer(caption_drop=0.2).choices(3, 4000, 64)[1].any()
+    """Rows of one share hide every code, those of another some of them; captions left out hide none."""
+    subject = trainer(hidden_rows=0.3, masked_rows=0.2, hidden_places=5, caption_drop=0.2)
+    choices, again = subject.choices(3, 4000, 64), subject.choices(3, 4000, 64)
+    for name in ("keep", "hide", "ask"):
+        assert (getattr(again, name) == getattr(choices, name)).all()
+        assert (getattr(subject.choices(4, 4000, 64), name) != getattr(choices, name)).any()
+    share = choices.hide.mean(axis=1)
+    assert not choices.hide[~choices.keep].any()
+    asked = choices.ask.sum(axis=1)
+    assert (asked[choices.keep] == 5).mean() == pytest.approx(0.3, abs=0.03)
+    some = (share > 0) & (asked == 64)
+    assert some[choices.keep].mean() == pytest.approx(0.2, abs=0.03)
+    assert share[some].mean() == pytest.approx(0.5, abs=0.05)
+    assert set(asked.tolist()) == {5, 64}
+    assert (share[asked == 5] == 1).all()
+    assert choices.ask[asked == 5].any(axis=0).all()  # every place has its turn
+    assert not trainer(caption_drop=0.2).choices(3, 4000, 64).hide.any()
+
+
+def test_a_hidden_code_is_told_as_well_without_its_neighbours():
+    """Rows that leave out places ask for the same codes at the same positions as rows that do not."""
+    subject, given = trainer(), rows(size=3)
+    whole, ask = plan(3, hide=True), np.zeros((3, GRID**2), dtype=bool)
+    ask[:, [0, 7, 8, 63]] = True
+    mask = subject.model.config.vocabulary.command("[MASK]")
+    for long, short, image in zip(
+        subject.arrange(given, whole), subject.arrange(given, replace(whole, ask=ask)), given["image"], strict=True
+    ):
+        start = len(long) - 63  # the place that tells the first code
+        kept = [*range(start), *(start - 1 + place for place in (7, 8, 63))]
+        for name in ("inputs", "positions", "targets", "kinds", "learnt"):
+            assert getattr(short, name).tolist() == getattr(long, name)[kept].tolist()
+        assert short.targets[-4:].tolist() == image[[0, 7, 8, 63]].tolist()
+        assert short.inputs[-3:].tolist() == [mask] * 3
 
 
 def test_a_hidden_code_is_learnt_but_not_seen():
     """With every code hidden, the loss at a place follows from text and place: other codes before it change nothing."""
-    subject = trainer()
-    given, everything = rows(), np.ones_like(rows()["image"], dtype=bool)
+    subject, given = trainer(), rows()
     changed = {**given, "image": given["image"].copy()}
     changed["image"][:, 0] = (changed["image"][:, 0] + 1) % CODES  # the first code is also a target: compare the others
 
-    def loss_of_the_rest(rows: dict[str, np.ndarray], hide: np.ndarray) -> torch.Tensor:
-        batch = subject.arrange(rows, KEEP_ALL)
-        subject.arrange = lambda *_: replace(batch, loss=batch.loss & (np.cumsum(batch.kinds == 2, axis=1) > 1))
-        try:
-            return subject.losses(rows, KEEP_ALL, hide)[0]
-        finally:
-            del subject.arrange
+    def loss_of_the_rest(content: dict[str, np.ndarray], *, hide: bool) -> float:
+        lessons = subject.arrange(content, plan(hide=hide))
+        for lesson in lessons:
+            lesson.learnt[-(GRID**2)] = False
+        return subject.losses(lessons)["generate_image_loss"]
 
-    with torch.no_grad():
-        subject.transformer.eval()
-        hidden = [loss_of_the_rest(content, everything) for content in (given, changed)]
-        seen = [loss_of_the_rest(content, ~everything) for content in (given, changed)]
-        assert torch.equal(subject.losses(given, KEEP_ALL, ~everything)[0], subject.losses(given, KEEP_ALL)[0])
-    assert torch.equal(*hidden)
-    assert not torch.equal(*seen)
-    assert not torch.equal(hidden[0], seen[0])
+    subject.transformer.eval()
+    hidden = [loss_of_the_rest(content, hide=True) for content in (given, changed)]
+    seen = [loss_of_the_rest(content, hide=False) for content in (given, changed)]
+    assert hidden[0] == hidden[1]
+    assert seen[0] != seen[1]
+    assert hidden[0] != seen[0]
+
+
+# A mixture of tasks
+
+
+MIXTURE = {"generate": 2.0, "caption": 1.0, "upscale": 1.0, "low_level": 1.0}
+
+
+def wide_rows(step: int = 0, size: int = 16) -> dict[str, np.ndarray]:
+    """Rows with codes at twice and at half the side as well."""
+    random = np.random.default_rng([step, 1])
+    extra = {
+        name: random.integers(CODES, size=(size, count)).astype(np.uint16)
+        for name, count in (("large", 4 * GRID**2), ("small", GRID**2 // 4))
+    }
+    return {**rows(step, size), **extra}
+
+
+def test_the_tasks_of_a_step_are_shares_that_seed_and_step_decide():
+    subject = trainer(tasks=MIXTURE, caption_drop=0.5, hidden_rows=1.0)
+    choices = subject.choices(3, 5000, 64)
+    tasks = np.array(choices.tasks)
+    for task, share in MIXTURE.items():
+        assert (tasks == task).mean() == pytest.approx(share / 5, abs=0.03)
+    assert choices.keep[tasks == "caption"].all()  # there is nothing to leave out
+    assert choices.keep[tasks == "upscale"].mean() == pytest.approx(0.5, abs=0.06)
+    assert not choices.hide[tasks != "generate"].any()
+    assert set(choices.windows.tolist()) == set(range(9))
+    again = subject.choices(3, 5000, 64)
+    assert again.tasks == choices.tasks
+    assert (again.windows == choices.windows).all()
+    assert subject.choices(4, 5000, 64).tasks != choices.tasks
+
+
+def test_a_row_of_each_task():
+    """Sequences written out by hand; ids of codes are the codes, of pieces the pieces + CODES."""
+    subject, given = trainer(tasks=MIXTURE), wide_rows(size=9)
+    command = subject.model.config.vocabulary.command
+    for index in range(9):
+        text = [CODES + int(piece) for piece in given["text"][index] if piece != ABSENT]
+        image, large = given["image"][index].reshape(8, 8), given["large"][index].reshape(16, 16)
+
+        lesson = subject.arrange(given, plan(9, task="caption"))[index]
+        before = [command("[TINY]"), command("[BOI1]"), *image.flat, command("[EOI1]"), command("[ROI1]")]
+        sequence = [*before, *text, command("[SEP]")]
+        assert lesson.inputs.tolist() == sequence[:-1]
+        assert lesson.targets.tolist() == sequence[1:]
+        assert lesson.positions.tolist() == list(range(len(sequence) - 1))
+        assert lesson.learnt.tolist() == [False] * (len(before) - 1) + [True] * (len(text) + 1)
+
+        # Window ``index`` of the released order, and the crop that it covers.
+        row, column = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)][index]
+        crop = image[2 * row : 2 * row + 4, 2 * column : 2 * column + 4]
+        window = large[4 * row : 4 * row + 8, 4 * column : 4 * column + 8]
+        small = given["small"][index].reshape(4, 4)
+        for task, condition, target in (("upscale", crop, window), ("low_level", small, image)):
+            lesson = subject.arrange(given, plan(9, task=task))[index]
+            first = [command("[ROI1]"), *text, command("[TINY]"), command("[BOI1]"), *condition.flat, command("[EOI1]")]
+            start = [command(name) for name in ("[ROI2]", "[POS0]", "[TINY]", "[BOI2]")]
+            sequence = [*first, *start, *target.flat, command("[EOI2]")]
+            assert lesson.inputs.tolist() == sequence[:-1]
+            assert lesson.targets.tolist() == sequence[1:]
+            assert lesson.positions.tolist() == [*range(len(first)), *range(4 + 64)]
+            assert lesson.targets[lesson.learnt].tolist() == target.reshape(-1).tolist()
+
+
+def test_a_task_counts_as_its_share_of_the_rows():
+    subject, given = trainer(tasks=MIXTURE, text_loss_weight=0.25), wide_rows()
+    subject.transformer.eval()
+    choices = subject.choices(5, 16, 64)
+    assert set(choices.tasks) == set(MIXTURE)
+    figures = subject.losses(subject.arrange(given, choices))
+    expected = 0.0
+    for task in MIXTURE:
+        members = [index for index, other in enumerate(choices.tasks) if other == task]
+        own = {name: values[members] for name, values in given.items()}
+        part = Choices(
+            tasks=[task] * len(members),
+            keep=choices.keep[members],
+            hide=choices.hide[members],
+            ask=choices.ask[members],
+            windows=choices.windows[members],
+        )
+        alone = losses(subject, own, part)  # rows of one task, without the padding that longer ones ask for
+        for name, value in alone.items():
+            if name != "loss":
+                assert figures[name] == pytest.approx(value, abs=1e-5)
+        expected += len(members) / 16 * alone["loss"]
+    assert figures["loss"] == pytest.approx(expected, abs=1e-5)
+    assert set(figures) == {
+        *("loss", "generate_image_loss", "generate_text_loss", "caption_text_loss", "upscale_image_loss"),
+        "low_level_image_loss",
+    }
 
 
 def test_the_learning_rate_rises_then_falls_to_its_end():
@@ -276,9 +391,10 @@ def test_a_gradient_that_is_not_finite_stops_the_run_with_the_weights_as_they_we
 def test_bfloat16_autocast_stays_near_float32():
     plain = trainer()
     halved = TransformerTrainer(new_model(), settings(), CPU, torch.bfloat16)
-    for exact, rounded in zip(plain.losses(rows(), KEEP_ALL), halved.losses(rows(), KEEP_ALL), strict=True):
-        assert exact.item() != rounded.item()
-        assert exact.item() == pytest.approx(rounded.item(), rel=0.02)
+    exact, rounded = losses(plain, rows()), losses(halved, rows())
+    for name, value in exact.items():
+        assert value != rounded[name]
+        assert value == pytest.approx(rounded[name], rel=0.02)
 
 
 def test_weights_of_another_codebook_are_not_taken_up(tmp_path):
@@ -336,12 +452,11 @@ def test_evaluation_gives_the_losses_of_the_held_out_rows_and_a_sheet(tmp_path):
     subject.step(0, rows())  # leaves it in training mode, with dropout
     figures = subject.evaluate(7, tmp_path)
     assert figures == subject.evaluate(7, tmp_path)
-    with torch.no_grad():
-        image, text = zip(
-            *(subject.losses(store.read(range(first, first + 8)), KEEP_ALL) for first in (0, 8)), strict=True
-        )
-    assert figures["held_out_image_loss"] == pytest.approx(sum(image).item() / 2)
-    assert figures["held_out_text_loss"] == pytest.approx(sum(text).item() / 2)
+    halves = [losses(subject, store.read(range(first, first + 8))) for first in (0, 8)]
+    assert figures == {
+        f"held_out_{name}": pytest.approx(sum(half[name] for half in halves) / 2)
+        for name in ("generate_image_loss", "generate_text_loss")
+    }
     assert sheets == [(subject.model, tmp_path / "step-00000007.png")] * 2
 
 
@@ -350,7 +465,12 @@ def test_evaluation_gives_the_losses_of_the_held_out_rows_and_a_sheet(tmp_path):
     [
         ({"warmup_steps": 100}, r"warmup_steps must be from 1 to steps - 1 \(99\), got 100"),
         ({"accumulation": 3}, "batch_size 8 does not divide into 3 equal parts"),
+        ({"hidden_rows": 0.7, "masked_rows": 0.4}, "are shares of all rows: their sum must not be above 1"),
+        ({"hidden_places": -1}, "hidden_places must be 0"),
         ({"caption_drop": 1.5}, r"caption_drop must be in \[0, 1\], got 1.5"),
+        ({"tasks": {"draw": 1.0}}, "task 'draw' is unknown; known: generate, caption, upscale, low_level"),
+        ({"tasks": {"generate": 0}}, "the share of task 'generate' must be above 0, got 0"),
+        ({"tasks": {}}, "there must be a task to train for"),
         ({"text_loss_weight": -1.0}, "text_loss_weight must not be negative, got -1.0"),
     ],
 )

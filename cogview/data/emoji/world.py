@@ -123,14 +123,17 @@ class World:
         kind: Kind = "beside" if draws.below(2) else "above"
         return Scene(colour=colour, kind=kind, things=(self.things[first], self.things[second]))
 
-    def render(self, scene: Scene, placement_seed: int = 0) -> np.ndarray:
-        """The picture: uint8 (H, W, 3), RGB. ``placement_seed`` matters only where sizes or places are free."""
-        canvas = self.settings.canvas
+    def render(self, scene: Scene, placement_seed: int = 0, scale: float = 1) -> np.ndarray:
+        """The picture: uint8 (H, W, 3), RGB. ``placement_seed`` matters only where sizes or places are free.
+
+        ``scale`` draws the same scene, with everything in the same place, at so many times the side.
+        """
+        canvas = round(self.settings.canvas * scale)
         image = np.empty((canvas, canvas, 3), dtype=np.uint8)
         image[:] = scene.colour.rgb
         draws = Draws("placement", placement_seed, scene.meaning)
         for thing, cell in zip(scene.shown, cells_of(scene), strict=True):
-            x, y, side = self._place(cell, draws)
+            x, y, side = (round(length * scale) for length in self._place(cell, draws))
             colour, keep = self.scaled_sprite(thing, side)
             patch = image[y : y + side, x : x + side]
             patch[:] = (colour + keep * patch + 0.5).astype(np.uint8)

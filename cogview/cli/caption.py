@@ -1,0 +1,108 @@
+"""``cogview caption``: describe images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogview.cli.easel import open_model
+from cogview.cli.lines import LineWriter
+from cogview.cli.options import (
+    add_model_arguments,
+    add_sampling_arguments,
+    add_seed_argument,
+    require_positive,
+    sampling_settings,
+)
+from cogview.cli.sources import Images, batches
+
+if TYPE_CHECKING:
+    from cogview.pipeline import Caption, CogView
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.description = (
+        "Describe images: a line of JSON for each caption, with file, index, caption, log_probability (of the whole "
+        "caption, in nats) and seed. An image of another size than the model's pictures is resized and cropped first. "
+        "Images that cannot be read are named at the end, with status 1."
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
+    parser.add_argument("-n", type=int, default=1, metavar="COUNT", help="captions per image")
+    parser.add_argument(
+        "--method",
+        choices=["greedy", "sample", "beam"],
+        help="greedy: the likeliest piece each time, one caption; beam: the likeliest captions, the best first; "
+        "sample: drawn (default: greedy for -n 1, beam for more)",
+    )
+    add_sampling_arguments(parser, "pieces", "as the model has it; with --method sample only")
+    add_seed_argument(parser, "image and number give the same sample")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="a file for the lines as well")
+    add_model_arguments(parser, "images described at a time")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe every image that can be read; status 1 if there was one that cannot."""
+    from cogview.pipeline import checked_seed
+
+    require_positive("-n", args.n)
+    require_positive("the batch size", args.batch_size)
+    method = args.method or ("greedy" if args.n == 1 else "beam")
+    seed = checked_seed(args.seed)
+    images = Images()
+    paths = images.find(args.images)
+    with LineWriter(args.output) as lines:
+        settings = {"method": method, "n": args.n, "seed": seed, **sampling_settings(args)}
+        model = open_describer(args.model, settings, device=args.device, dtype=args.dtype)
+        described = describe(model, images, paths, settings, args.batch_size)
+        done = 0
+        for number, captions in described:
+            for caption in captions:
+                lines.write(caption_line(caption, file=str(paths[number])))
+            done += 1
+        return images.finish(done)
+
+
+def open_describer(name: str, settings: Mapping[str, Any], *, device: str, dtype: str = "auto") -> CogView:
+    """A model for ``describe`` with the same ``settings``: wrong ones end here. Says on stderr where it runs."""
+    model = open_model(name, tasks=["caption"], device=device, dtype=dtype)
+    model.caption([], **settings)
+    print(f"{model.name} on {model.placement}, seed {settings['seed']}", file=sys.stderr)
+    return model
+
+
+def describe(
+    model: CogView, images: Images, paths: Sequence[Path], settings: Mapping[str, Any], batch_size: int
+) -> Iterator[tuple[int, list[Caption]]]:
+    """The captions of each of ``paths`` that can be read, with its number in the list, batch by batch.
+
+    ``settings`` are those of ``CogView.caption``. What comes out of a batch can be written before the next begins.
+    """
+    from tqdm import tqdm
+
+    from cogview.vqvae.model import PIXELS_PER_CODE
+
+    read = images.read_all(paths, PIXELS_PER_CODE * model.model.config.grid)
+    with tqdm(total=len(paths), unit="image", desc="describing", disable=None, leave=False) as bar:
+        for batch in batches(read, batch_size):
+            captions = model.caption([image for _, image in batch], batch_size=batch_size, **settings)
+            yield from zip((number for number, _ in batch), captions, strict=True)
+            bar.update(batch[-1][0] + 1 - bar.n)
+
+
+def caption_line(caption: Caption, **about: str) -> str:
+    """JSON of a caption behind what ``about`` says of its image."""
+    return json.dumps(
+        {
+            **about,
+            "index": caption.index,
+            "caption": caption.text,
+            "log_probability": caption.log_probability,
+            "seed": caption.seed,
+        },
+        ensure_ascii=False,
+    )

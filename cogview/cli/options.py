@@ -1,0 +1,71 @@
+"""Arguments that commands of the four tasks have in common."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cogview.errors import InputError
+
+DEFAULT_MODEL = "cogview-emoji"
+_SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # as ``CogView.sampling`` names them
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, batch: str) -> None:
+    """--model, --device, --dtype, and --batch-size, which is the number of ``batch``."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME_OR_FOLDER", help="cogview info lists the names")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="COUNT", help=batch)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+
+
+def add_sampling_arguments(parser: argparse.ArgumentParser, ids: str, default: str) -> None:
+    """--temperature, --top-k and --top-p of a draw among ``ids``."""
+    parser.add_argument("--temperature", type=float, help=f"lower is surer, higher wilder (default: {default})")
+    parser.add_argument("--top-k", type=int, help=f"choose among so many {ids}, 0: all (default: {default})")
+    parser.add_argument(
+        "--top-p", type=float, help=f"choose among the likeliest {ids} of this share, 1: all (default: {default})"
+    )
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """How codes of pictures are drawn, and the folder they go to."""
+    add_sampling_arguments(parser, "codes", "the model's own")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help="draw from u + S (c - u), what the model expects without and with the text; 1: no guidance; takes twice "
+        "the time, and weights that were trained with captions left out (default: the model's own)",
+    )
+    parser.add_argument(
+        "--text-attention",
+        type=float,
+        metavar="W",
+        help="look W times as much at the text, 1: as trained; costs nothing (default: the model's own)",
+    )
+    parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="where files go")
+
+
+def add_seed_argument(parser: argparse.ArgumentParser, same: str) -> None:
+    """--seed; ``same`` is what, with the same seed, gives the same result."""
+    parser.add_argument("--seed", type=int, help=f"the same seed, {same} (default: a new one, told)")
+
+
+def add_query_arguments(parser: argparse.ArgumentParser, line: str) -> None:
+    """IMAGE… with one --prompt, or --input with a ``line`` for each text."""
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, folders or globs")
+    parser.add_argument("--prompt", metavar="TEXT", help="the text that belongs to every IMAGE")
+    parser.add_argument("--input", metavar="FILE", help=f"instead of both: UTF-8 lines {line}; - is standard input")
+
+
+def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Those of the sampling arguments that were given."""
+    return {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
+
+
+def require_positive(name: str, value: int) -> None:
+    """InputError unless ``value`` is at least 1."""
+    if value < 1:
+        raise InputError(f"{name} must be at least 1, got {value}")

@@ -1,0 +1,47 @@
+"""Draw images at twice their side with the command line of the released CogView v1, as generate_samples.py does.
+
+Lines TEXT<TAB>IMAGE come from a file, or are asked for. One picture of each goes to OUTPUT_PATH, as
+NAME-up-seedSEED.png; with --with-id a line begins with ID<TAB>, and it goes to OUTPUT_PATH/ID/. Super-resolution starts
+from the size of the model's pictures, low-level super-resolution from half of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import released_flags
+
+from cogview.cli.sources import Images, Query
+from cogview.cli.upscale import upscale_files
+from cogview.pictures import safe_name
+
+LOW_LEVEL = "low-level super-resolution"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run; returns the exit status."""
+    return released_flags.main(argv, program="super_resolution.py", description=__doc__, tasks=TASKS)
+
+
+def run(args: argparse.Namespace, lines: list[str] | None) -> int:
+    """Upscale every image that can be read; status 1 if there was one that cannot, 2 if there was a wrong line."""
+    easel = released_flags.open_easel(args, "upscale")
+
+    def upscale_lines(lines: list[str]) -> int:
+        parted = [parts for line in lines if (parts := released_flags.split_id(args, line)) is not None]
+        queries = [
+            (Query.parse(rest), args.output_path if name is None else args.output_path / safe_name(name))
+            for name, rest in parted
+        ]
+        status = upscale_files(easel, Images(), queries, low_level=args.generation_task == LOW_LEVEL)
+        return status if len(parted) == len(lines) else 2
+
+    return released_flags.answer(lines, "Which text and image? TEXT<TAB>IMAGE", upscale_lines)
+
+
+TASKS: dict[str, released_flags.Task] = {"super-resolution": run, LOW_LEVEL: run}
+
+if __name__ == "__main__":
+    sys.exit(main())

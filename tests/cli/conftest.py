@@ -1,0 +1,60 @@
+"""What tests of commands share."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogview.cli.main import main
+
+
+@pytest.fixture
+def run_command(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """A function that runs a command in an empty folder with the tiny model: (status, lines printed, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        chosen = [] if "--model" in arguments else ["--model", str(tiny_checkpoint)]
+        status = main([*arguments, *chosen, "--device", "cpu"])
+        printed = capsys.readouterr()
+        return status, printed.out.split("\n")[:-1], printed.err  # a caption may hold other characters that end lines
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def drawing_checkpoint(tiny_checkpoint, tmp_path_factory):
+    """The tiny model as if it had been trained to draw and nothing else, and always with captions."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("drawing") / "drawing")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"tasks": ["generate"], "caption_drop": 0.0}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def save_image():
+    """A function that writes an image file of smooth colours, others for each ``number``; returns the image."""
+
+    def save(path, number=0, size=(64, 64)):
+        x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+        waves = [np.sin(9 * x + number) + np.cos(7 * y - number), x + number % 2, np.sin(20 * x * y + number)]
+        image = Image.fromarray((np.stack(waves, axis=-1) * 60 + 120).astype(np.uint8))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        return image
+
+    return save
+
+
+@pytest.fixture
+def no_image_is_read(monkeypatch):
+    """Reading an image fails the test."""
+
+    def refuse(path):
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr("cogview.images.read_image", refuse)

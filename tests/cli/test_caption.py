@@ -1,0 +1,228 @@
+"""``cogview caption``: lines of JSON, images that can and cannot be read, and files that are whole or absent."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cogview.pipeline import CogView
+
+
+@pytest.fixture
+def caption(run_command):
+    """A function that runs the command: (status, objects of its lines, stderr)."""
+
+    def run(*arguments):
+        status, lines, err = run_command("caption", *arguments)
+        return status, [json.loads(line) for line in lines], err
+
+    return run
+
+
+def as_objects(file, captions):
+    return [
+        {
+            "file": file,
+            "index": caption.index,
+            "caption": caption.text,
+            "log_probability": pytest.approx(caption.log_probability, abs=1e-3),
+            "seed": caption.seed,
+        }
+        for caption in captions
+    ]
+
+
+def test_a_caption_of_each_image(caption, save_image, tiny_model):
+    images = [save_image(name, number) for number, name in enumerate(("狐狸.png", "b.png", "c.png"))]
+    status, found, err = caption("狐狸.png", "b.png", "--seed", "7", "c.png")
+    assert status == 0
+    expected = tiny_model.caption(images, seed=7)
+    assert found == [
+        *as_objects("狐狸.png", expected[0]),
+        *as_objects("b.png", expected[1]),
+        *as_objects("c.png", expected[2]),
+    ]
+    assert list(found[0]) == ["file", "index", "caption", "log_probability", "seed"]
+    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\n"
+
+
+def test_chinese_is_written_as_it_is(run_command, save_image, monkeypatch, tiny_model):
+    save_image("狐狸.png")
+    written = tiny_model.caption([Image.open("狐狸.png")], seed=7)[0][0]
+    planted = type(written)(text="一只“狐狸”", log_probability=-1.5, num_pieces=4, seed=7, index=0)
+    monkeypatch.setattr(CogView, "caption", lambda self, images, **_: [[planted] for _ in images])
+    _, lines, _ = run_command("caption", "狐狸.png", "--seed", "7")
+    assert lines == ['{"file": "狐狸.png", "index": 0, "caption": "一只“狐狸”", "log_probability": -1.5, "seed": 7}']
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings"),
+    [
+        (["-n", "3"], {"method": "beam"}),
+        (["-n", "3", "--method", "beam"], {"method": "beam"}),
+        (["-n", "3", "--method", "sample"], {"method": "sample"}),
+        (
+            ["-n", "3", "--method", "sample", "--temperature", "0.7", "--top-k", "9", "--top-p", "0.9"],
+            {"method": "sample", "temperature": 0.7, "top_k": 9, "top_p": 0.9},
+        ),
+    ],
+)
+def test_alternatives(caption, save_image, tiny_model, arguments, settings):
+    image = save_image("a.png")
+    _, found, _ = caption("a.png", "--seed", "7", *arguments)
+    assert found == as_objects("a.png", tiny_model.caption([image], n=3, seed=7, **settings)[0])
+
+
+def test_one_beam_caption(caption, save_image, tiny_model):
+    image = save_image("a.png")
+    _, found, _ = caption("a.png", "--seed", "7", "--method", "beam")
+    assert found == as_objects("a.png", tiny_model.caption([image], seed=7, method="beam")[0])
+
+
+def test_folders_and_globs(caption, save_image):
+    for number, name in enumerate(("fotos/b.png", "fotos/a.jpg", "x1.png", "x2.webp")):
+        save_image(name, number)
+    Path("fotos/notes.txt").write_text("keine Bilder")
+    _, found, _ = caption("x*", "fotos")
+    assert [one["file"] for one in found] == ["x1.png", "x2.webp", "fotos/a.jpg", "fotos/b.png"]
+
+
+def test_the_batch_size_changes_nothing(caption, save_image):
+    for number in range(3):
+        save_image(f"{number}.png", number)
+    arguments = ("*.png", "--seed", "7", "-n", "2", "--method", "sample")
+    _, together, _ = caption(*arguments)
+    _, apart, _ = caption(*arguments, "--batch-size", "1")
+    assert [one["caption"] for one in together] == [one["caption"] for one in apart]
+
+
+def test_a_seed_is_chosen_and_told(caption, save_image):
+    save_image("a.png")
+    _, [one], err = caption("a.png")
+    assert f"seed {one['seed']}\n" in err
+
+
+def test_images_of_other_sizes_are_fitted_and_that_is_said_once(caption, save_image, tiny_model):
+    image = save_image("a.png", size=(100, 80))
+    status, found, err = caption("a.png", "a.png", "--seed", "7")
+    assert status == 0
+    assert found == 2 * as_objects("a.png", tiny_model.caption([image], seed=7)[0])
+    assert err.splitlines()[1:] == ["note: a.png: resized from 100 x 80 and cropped to 64 x 64"]
+
+
+def test_what_cannot_be_read_stops_nothing(caption, save_image):
+    save_image("a.png")
+    save_image("b.png", 1)
+    Path("text.png").write_text("no image")
+    Path("empty").mkdir()
+    status, found, err = caption(
+        "a.png", "text.png", "none.png", "empty", "b.png", "--batch-size", "1", "-o", "out.jsonl"
+    )
+    assert status == 1
+    assert [one["file"] for one in found] == ["a.png", "b.png"]
+    assert [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()] == found
+    told = err.splitlines()[1:]
+    assert len(told) == 3
+    assert told[0].startswith("failed: the folder empty holds no image: ")  # known before any image is read
+    assert told[1] == "failed: text.png is no image that can be read; expected PNG, JPEG or WebP"
+    assert told[2] == "failed: image none.png does not exist"
+
+
+def test_nothing_that_can_be_read(caption):
+    Path("text.png").write_text("no image")
+    for arguments, message in [
+        (["none.png"], "image none.png does not exist"),
+        (["none.png", "text.png"], "none of 2 images can be read; the first: image none.png does not exist"),
+    ]:
+        status, found, err = caption(*arguments, "-o", "out.jsonl")
+        assert (status, found) == (2, [])
+        assert err.splitlines()[1:] == [f"cogview caption: {message}"]
+        assert os.listdir() == ["text.png"]
+
+
+def test_lines_go_to_a_file_as_well(run_command, save_image):
+    save_image("a.png")
+    Path("out").mkdir()
+    Path("out/captions.jsonl").write_text("of yesterday")
+    _, lines, _ = run_command("caption", "a.png", "-n", "2", "-o", "out/captions.jsonl")
+    assert Path("out/captions.jsonl").read_bytes().decode() == "".join(f"{line}\n" for line in lines)
+    assert os.listdir("out") == ["captions.jsonl"]
+
+
+def test_an_interruption_keeps_the_lines_printed_and_the_file_of_yesterday(caption, save_image, monkeypatch):
+    for number in range(3):
+        save_image(f"{number}.png", number)
+    Path("captions.jsonl").write_text("of yesterday")
+    write, calls = CogView.caption, []
+
+    def interrupted(self, images, **settings):
+        calls.append(len(images))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return write(self, images, **settings)
+
+    monkeypatch.setattr(CogView, "caption", interrupted)
+    status, found, err = caption("*.png", "--batch-size", "1", "-o", "captions.jsonl")
+    assert status == 130
+    assert calls == [0, 1, 1, 1]  # settings are checked without an image
+    assert [one["file"] for one in found] == ["0.png", "1.png"]
+    assert err.endswith("cogview caption: interrupted; what was finished is kept\n")
+    assert Path("captions.jsonl").read_text() == "of yesterday"
+    assert sorted(os.listdir()) == ["0.png", "1.png", "2.png", "captions.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "0"], "-n must be at least 1, got 0"),
+        (["--batch-size", "0"], "the batch size must be at least 1, got 0"),
+        (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
+        (
+            ["-n", "2", "--method", "greedy"],
+            "greedy captions are always the same: 2 were asked for, use sample ",
+        ),
+        (["--temperature", "0.5"], "temperature can be set for drawn captions alone: use the method sample"),
+        (["-n", "2", "--top-k", "5"], "top_k can be set for drawn captions alone: use the method sample"),
+        (
+            ["--method", "sample", "--temperature", "0"],
+            "temperature must be above 0, got 0.0; for greedy decoding ",
+        ),
+        (["--method", "sample", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
+        (["--dtype", "int8"], "dtype 'int8' is unknown; known: "),
+        (["-o", "folder"], "the output folder is a folder; expected the name of a file"),
+        (["-o", "a.png"], "the lines would replace a.png, which is named like a picture; choose another name"),
+        (["-o", "a.png/captions.jsonl"], "the output folder a.png cannot be written: "),
+    ],
+)
+def test_mistakes_are_one_line(caption, save_image, no_image_is_read, arguments, message):
+    save_image("a.png")
+    Path("folder").mkdir()
+    status, found, err = caption("a.png", *arguments)
+    assert (status, found) == (2, [])
+    assert err.startswith(f"cogview caption: {message}")
+    assert err.count("\n") == 1
+    assert sorted(os.listdir()) == ["a.png", "folder"]
+
+
+def test_images_that_are_not_there_are_one_line(caption):
+    Path("empty").mkdir()
+    for argument, message in [
+        ("empty", "the folder empty holds no image: "),
+        ("*.jpg", 'the pattern "*.jpg" matches no file'),
+    ]:
+        status, found, err = caption(argument)
+        assert (status, found) == (2, [])
+        assert err.startswith(f"cogview caption: {message}")
+        assert err.count("\n") == 1
+
+
+def test_weights_that_were_not_trained_to_describe(caption, save_image, drawing_checkpoint, no_image_is_read):
+    save_image("a.png")
+    status, found, err = caption("a.png", "--model", str(drawing_checkpoint))
+    assert (status, found) == (2, [])
+    assert err == (
+        f"cogview caption: {drawing_checkpoint} was not trained for the task 'caption'; its tasks are: generate\n"
+    )

@@ -1,0 +1,151 @@
+"""``cogview complete``: the upper rows of an image stay, the others are drawn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogview.pictures import read_texts
+
+FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
+
+
+@pytest.fixture
+def complete(run_command):
+    """A function that runs the command: (status, files printed, stderr)."""
+
+    def run(*arguments):
+        status, lines, err = run_command("complete", *arguments)
+        return status, [Path(line) for line in lines], err
+
+    return run
+
+
+def codes(path):
+    return np.array(read_texts(path)["codes"].split(), dtype=int).reshape(8, 8)
+
+
+def test_the_upper_rows_stay(complete, save_image, tiny_model):
+    image = save_image("狐狸.png")
+    settings = ("--temperature", "0.7", "--top-k", "50", "--top-p", "0.9", "--guidance", "2", "--text-attention", "1.5")
+    status, files, err = complete("狐狸.png", "--rows", "5", "--prompt", FOX, "-n", "2", "--seed", "7", *settings)
+    assert status == 0
+    assert files == [Path("outputs", f"狐狸-rows5-seed7-{index}.png") for index in (0, 1)]
+    expected = tiny_model.complete(
+        [image], FOX, rows=5, n=2, seed=7, temperature=0.7, top_k=50, top_p=0.9, guidance=2.0, text_attention=1.5
+    )
+    for file, picture in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
+        np.testing.assert_array_equal(codes(file)[:5], tiny_model.codes_of([image])[0, :5])
+    assert (codes(files[0])[5:] != codes(files[1])[5:]).any()
+    texts = read_texts(files[1])
+    assert (texts["prompt"], texts["seed"], texts["index"]) == (FOX, "7", "1")
+    assert (texts["task"], texts["source"], texts["rows"]) == ("complete", "狐狸.png", "5")
+    assert (texts["temperature"], texts["guidance"], texts["text_attention"]) == ("0.7", "2.0", "1.5")
+    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\ndrawing 2 pictures\n"
+
+
+def test_without_rows_it_draws_what_generate_draws(complete, save_image, tiny_model):
+    save_image("a.png")
+    _, [file], _ = complete("a.png", "--rows", "0", "--prompt", FOX, "--seed", "7")
+    np.testing.assert_array_equal(codes(file), tiny_model.generate(FOX, seed=7)[0].codes)
+
+
+def test_several_images_a_contact_sheet_and_any_batch_size(complete, save_image):
+    for number in range(3):
+        save_image(f"{number}.png", number)
+    arguments = ("*.png", "--rows", "6", "--prompt", DOG, "-n", "2", "--seed", "7", "--grid")
+    _, together, _ = complete(*arguments, "-o", "a")
+    assert [file.name for file in together] == [
+        *(f"{number}-rows6-seed7-{index}.png" for number in range(3) for index in range(2)),
+        "grid-seed7.png",
+    ]
+    sheet = np.asarray(Image.open(together[-1]))
+    assert sheet.shape == (3 * 68 + 4, 2 * 68 + 4, 3)
+    tile = sheet[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second image, second picture
+    np.testing.assert_array_equal(tile, np.asarray(Image.open(together[3])))
+    for size in ("1", "3"):
+        _, apart, _ = complete(*arguments, "-o", size, "--batch-size", size)
+        assert [file.name for file in apart] == [file.name for file in together]
+        for file, other in zip(apart[:-1], together[:-1], strict=True):
+            np.testing.assert_array_equal(codes(file), codes(other))
+
+
+def test_what_cannot_be_read_stops_nothing(complete, save_image):
+    save_image("a.png", size=(64, 80))
+    Path("text.png").write_text("no image")
+    status, files, err = complete("text.png", "a.png", "--rows", "7", "--prompt", FOX, "--seed", "7")
+    assert (status, files) == (1, [Path("outputs/a-rows7-seed7-0.png")])
+    assert err.splitlines()[2:] == [
+        "note: a.png: cropped from 64 x 80 to 64 x 64",
+        "failed: text.png is no image that can be read; expected PNG, JPEG or WebP",
+    ]
+
+
+def test_nothing_that_can_be_read(complete):
+    status, files, err = complete("none.png", "--rows", "7", "--prompt", FOX, "--grid")
+    assert (status, files) == (2, [])
+    assert err.splitlines()[-1] == "cogview complete: image none.png does not exist"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (" ", "the prompt is empty; say what to draw, for example 一个红苹果"),
+        (DOG * 3, "the prompt “蓝色背景上的三只狗蓝色背景上的三只狗蓝色…” is 27 pieces long, 20 fit; shorten it"),
+    ],
+)
+def test_a_prompt_that_cannot_be_drawn(complete, save_image, no_image_is_read, prompt, message):
+    save_image("a.png")
+    status, files, err = complete("a.png", "--rows", "7", "--prompt", prompt)
+    assert (status, files) == (2, [])
+    assert err.splitlines()[1:] == [f"skipped: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-n", "0"], "-n must be at least 1, got 0"),
+        (["--batch-size", "0"], "the batch size must be at least 1, got 0"),
+        (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
+        (["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--guidance", "-1"], "guidance must be a number from 0 on (1: none), got -1.0"),
+        (["--text-attention", "0"], "text_attention must be a number above 0 (1: none), got 0.0"),
+        (["-o", "a.png"], "the output folder a.png cannot be written: File exists"),
+        (["--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
+    ],
+)
+def test_mistakes_are_one_line(complete, save_image, no_image_is_read, arguments, message):
+    save_image("a.png")
+    status, files, err = complete("a.png", "--rows", "4", "--prompt", FOX, *arguments)
+    assert (status, files) == (2, [])
+    assert err.startswith(f"cogview complete: {message}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("rows", ["-1", "8"])
+def test_rows_out_of_range(complete, save_image, no_image_is_read, rows):
+    save_image("a.png")
+    status, files, err = complete("a.png", "--rows", rows, "--prompt", FOX)
+    assert (status, files) == (2, [])
+    assert err.endswith(f"cogview complete: the rows to keep must be from 0 to 7 of 8, got {rows}\n")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("missing", ["--rows", "--prompt"])
+def test_rows_and_prompt_are_required(complete, capsys, missing):
+    given = [word for pair in (("--rows", "4"), ("--prompt", FOX)) if pair[0] != missing for word in pair]
+    with pytest.raises(SystemExit) as caught:
+        complete("a.png", *given)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith(f"cogview complete: the following arguments are required: {missing}; ")
+
+
+def test_guidance_needs_captions_left_out_in_training(complete, save_image, drawing_checkpoint, no_image_is_read):
+    save_image("a.png")
+    arguments = ("a.png", "--rows", "4", "--prompt", FOX, "--guidance", "2", "--model", str(drawing_checkpoint))
+    status, files, err = complete(*arguments)
+    assert (status, files) == (2, [])
+    assert err.startswith(f"cogview complete: {drawing_checkpoint} was trained without leaving captions out, so it ")
+    assert err.count("\n") == 1

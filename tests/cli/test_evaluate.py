@@ -1,0 +1,62 @@
+"""``cogview eval`` beyond scenes: each measure's report and companions, in a small world."""
+
+import json
+
+import pytest
+import yaml
+from PIL import Image
+
+from cogview.cli.main import main
+from cogview.evaluation.captions import format_caption_report
+
+
+@pytest.fixture
+def recipe(make_tiny_world, tmp_path) -> str:
+    """A recipe whose world holds the four things that the tiny checkpoint knows."""
+    make_tiny_world(things=4).save(tmp_path / "work" / "world")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({"work": str(tmp_path / "work")}), encoding="utf-8")
+    return str(path)
+
+
+def evaluate(measure, recipe, checkpoint, *options) -> int:
+    return main(["eval", measure, recipe, "--model", str(checkpoint), "--device", "cpu", "-n", "2", *options])
+
+
+def files(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_rerank_leaves_its_report(recipe, tiny_checkpoint, tmp_path, capsys):
+    assert evaluate("rerank", recipe, tiny_checkpoint, "--candidates", "3", "--top-k", "5", "--seed", "9") == 0
+    output = capsys.readouterr()
+    assert output.out.startswith("| pictures of a caption |")
+    assert output.err.splitlines()[-1] == f"written to {tmp_path / 'work' / 'report'}"
+    assert files(tmp_path / "work" / "report") == ["report-rerank.json"]
+    report = json.loads((tmp_path / "work" / "report" / "report-rerank.json").read_text(encoding="utf-8"))
+    made = report["protocol"]
+    assert (made["captions"], made["pictures_of_each"], made["seed"], made["sampling"]["top_k"]) == (2, 3, 9, 5)
+    assert [row["of"] for row in report["best_of"]] == [1, 2, 3]
+
+
+def test_upscale_leaves_its_report_and_a_sheet(recipe, tiny_checkpoint, tmp_path, capsys):
+    assert evaluate("upscale", recipe, tiny_checkpoint, "-o", str(tmp_path / "here")) == 0
+    assert capsys.readouterr().out.startswith("| large picture |")
+    assert files(tmp_path / "here") == ["pictures-upscale.png", "report-upscale.json"]
+    report = json.loads((tmp_path / "here" / "report-upscale.json").read_text(encoding="utf-8"))
+    assert report["protocol"]["captions"] == 2
+    with Image.open(tmp_path / "here" / "pictures-upscale.png") as sheet:
+        assert sheet.size == (8 * 132 + 4, 132 + 4)  # two pictures, four versions of each
+
+
+def test_captions_leave_their_report_and_every_caption(recipe, tiny_checkpoint, tmp_path, capsys):
+    assert evaluate("captions", recipe, tiny_checkpoint, "--seed", "4", "--batch-size", "8") == 0
+    output = capsys.readouterr().out
+    assert output.startswith("| right |")
+    folder = tmp_path / "work" / "report"
+    assert files(folder) == ["captions.jsonl", "report-captions.json"]
+    assert len((folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+    report = json.loads((folder / "report-captions.json").read_text(encoding="utf-8"))
+    assert report["protocol"]["seed"] == 4
+    assert "captions" not in report
+    assert output == format_caption_report(report) + "\n"

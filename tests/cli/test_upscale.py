@@ -1,0 +1,160 @@
+"""``cogview upscale``: pictures of twice the side, their names and chunks, images that can and cannot be read."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogview.pictures import read_texts
+
+FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
+
+
+@pytest.fixture
+def upscale(run_command):
+    """A function that runs the command: (status, files printed, stderr)."""
+
+    def run(*arguments):
+        status, lines, err = run_command("upscale", *arguments)
+        return status, [Path(line) for line in lines], err
+
+    return run
+
+
+def codes(path):
+    return np.array(read_texts(path)["codes"].split(), dtype=int)
+
+
+def test_an_image_at_twice_its_side(upscale, save_image, tiny_model):
+    image = save_image("fotos/狐狸?.png")
+    settings = ("--temperature", "0.7", "--top-k", "50", "--top-p", "0.9", "--guidance", "2", "--text-attention", "1.5")
+    status, files, err = upscale("fotos/狐狸?.png", "--prompt", FOX, "--seed", "7", "-o", "大", *settings)
+    assert (status, files) == (0, [Path("大/狐狸-up-seed7.png")])
+    [expected] = tiny_model.upscale(
+        [image], FOX, seed=7, temperature=0.7, top_k=50, top_p=0.9, guidance=2.0, text_attention=1.5
+    )
+    assert np.asarray(Image.open(files[0])).shape == (128, 128, 3)
+    np.testing.assert_array_equal(np.asarray(Image.open(files[0])), np.asarray(expected))
+    np.testing.assert_array_equal(codes(files[0]), expected.codes.flat)
+    texts = read_texts(files[0])
+    assert (texts["prompt"], texts["seed"], texts["task"], texts["source"]) == (FOX, "7", "upscale", "狐狸?.png")
+    assert (texts["temperature"], texts["top_k"], texts["top_p"]) == ("0.7", "50", "0.9")
+    assert (texts["guidance"], texts["text_attention"]) == ("2.0", "1.5")
+    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\nupscaling 1 picture\n"
+
+
+def test_low_level(upscale, save_image, tiny_model):
+    image = save_image("a.png", size=(32, 32))
+    _, [file], err = upscale("a.png", "--prompt", FOX, "--seed", "7", "--low-level")
+    [expected] = tiny_model.upscale([image], FOX, seed=7, low_level=True)
+    np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(expected))
+    assert expected.size == (64, 64)
+    assert "note:" not in err  # 32 x 32 is what it starts from
+
+
+def test_neither_the_batch_nor_an_unreadable_neighbour_changes_anything(upscale, save_image, tiny_model):
+    images = [save_image(f"{number}.png", number, size=(32, 32)) for number in range(3)]
+    Path("1.png").write_text("no image")
+    arguments = ("0.png", "1.png", "2.png", "--prompt", FOX, "--seed", "7", "--low-level")
+    _, together, _ = upscale(*arguments, "-o", "a")
+    _, apart, _ = upscale(*arguments, "-o", "b", "--batch-size", "1")
+    for files in (together, apart):
+        assert [file.name for file in files] == ["0-up-seed7.png", "2-up-seed7.png"]
+        for file, image in zip(files, (images[0], images[2]), strict=True):
+            [alone] = tiny_model.upscale([image], FOX, seed=7, low_level=True)
+            np.testing.assert_array_equal(codes(file), alone.codes.flat)
+
+
+def test_a_file_of_texts_and_images(upscale, save_image):
+    for name in ("a/x.png", "b/x.png", "y.png"):
+        save_image(name, len(name), size=(32, 32))
+    lines = [f"{FOX}\ta/x.png", f" {DOG} \tb/x.png ", "no image here", f"{FOX}\ty.png\ta/x.png", f"{DOG * 3}\ty.png"]
+    Path("input.txt").write_text("\n".join(lines), encoding="utf-8")
+    status, files, err = upscale("--input", "input.txt", "--seed", "7", "--low-level")
+    assert status == 2
+    assert files == [Path("outputs/x-up-seed7.png"), Path("outputs/x-up-seed7_2.png")]
+    assert [read_texts(file)["prompt"] for file in files] == [FOX, DOG]
+    assert [line for line in err.splitlines() if line.startswith("skipped: ")] == [
+        "skipped: “no image here” comes with 0 images; expected TEXT<TAB>IMAGE",
+        f"skipped: “{FOX}” comes with 2 images; expected TEXT<TAB>IMAGE",
+        "skipped: the prompt “蓝色背景上的三只狗蓝色背景上的三只狗蓝色…” is 27 pieces long, 20 fit; shorten it",
+    ]
+
+
+def test_a_second_run_writes_the_same(upscale, save_image):
+    save_image("a.png", size=(32, 32))
+    arguments = ("a.png", "--prompt", FOX, "--seed", "7", "--low-level")
+    assert upscale(*arguments)[1] == upscale(*arguments)[1] == [Path("outputs/a-up-seed7.png")]
+    assert os.listdir("outputs") == ["a-up-seed7.png"]
+
+
+def test_what_cannot_be_read_stops_nothing(upscale, save_image):
+    save_image("fotos/a.png", size=(90, 60))
+    Path("fotos/text.png").write_text("no image")
+    status, files, err = upscale("none.png", "fotos", "--prompt", FOX, "--seed", "7", "--low-level")
+    assert (status, files) == (1, [Path("outputs/a-up-seed7.png")])
+    assert err.splitlines()[2:] == [
+        "note: fotos/a.png: resized from 90 x 60 and cropped to 32 x 32",
+        "failed: image none.png does not exist",
+        "failed: fotos/text.png is no image that can be read; expected PNG, JPEG or WebP",
+    ]
+
+
+def test_nothing_that_can_be_read(upscale):
+    status, files, err = upscale("none.png", "--prompt", FOX)
+    assert (status, files) == (2, [])
+    assert err.splitlines()[-1] == "cogview upscale: image none.png does not exist"
+    assert "failed" not in err
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (" ", "the prompt is empty; say what to draw, for example 一个红苹果"),
+        (DOG * 3, "the prompt “蓝色背景上的三只狗蓝色背景上的三只狗蓝色…” is 27 pieces long, 20 fit; shorten it"),
+    ],
+)
+def test_a_prompt_that_cannot_be_drawn(upscale, save_image, no_image_is_read, prompt, message):
+    save_image("a.png")
+    status, files, err = upscale("a.png", "--prompt", prompt)
+    assert (status, files) == (2, [])
+    assert err.splitlines()[1:] == [f"skipped: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --prompt TEXT and IMAGE…, or --input FILE with lines TEXT<TAB>IMAGE"),
+        (["--prompt", FOX, "--input", "blank.txt"], "--input brings texts and images: give it alone, or --prompt "),
+        (["--prompt", FOX, "--batch-size", "0"], "the batch size must be at least 1, got 0"),
+        (["--prompt", FOX, "--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
+        (
+            ["--prompt", FOX, "--temperature", "0"],
+            "temperature must be above 0, got 0.0; for greedy decoding use ",
+        ),
+        (["--prompt", FOX, "--top-k", "-1"], "top_k must be at least 0 (0 keeps every id), got -1"),
+        (["--prompt", FOX, "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--prompt", FOX, "--guidance", "-1"], "guidance must be a number from 0 on (1: none), got -1.0"),
+        (["--prompt", FOX, "--text-attention", "0"], "text_attention must be a number above 0 (1: none), got 0.0"),
+        (["--prompt", FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: File exists"),
+        (["--prompt", FOX, "--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
+    ],
+)
+def test_mistakes_are_one_line(upscale, save_image, no_image_is_read, arguments, message):
+    save_image("a.png")
+    Path("blank.txt").write_text("\n")
+    status, files, err = upscale("a.png", *arguments)
+    assert (status, files) == (2, [])
+    assert err.startswith(f"cogview upscale: {message}")
+    assert err.count("\n") == 1
+
+
+def test_weights_that_were_not_trained_to_upscale(upscale, save_image, drawing_checkpoint, no_image_is_read):
+    save_image("a.png")
+    status, files, err = upscale("a.png", "--prompt", FOX, "--model", str(drawing_checkpoint))
+    assert (status, files) == (2, [])
+    assert err == (
+        f"cogview upscale: {drawing_checkpoint} was not trained for the task 'upscale'; its tasks are: generate\n"
+    )

@@ -1,0 +1,98 @@
+"""``scripts/caption_images.py``: paths in, drawn captions out, with the released flags."""
+
+import io
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+TASK = ("--generation-task", "image2text")
+
+
+@pytest.fixture
+def describe(run_script):
+    """A function that runs the script: (status, objects of its lines, stderr)."""
+
+    def run(*arguments, script="caption_images"):
+        status, lines, err = run_script(script, *arguments)
+        return status, [json.loads(line) for line in lines], err
+
+    return run
+
+
+@pytest.mark.parametrize("script", ["caption_images", "generate_samples"])
+def test_the_command_line_of_the_release(describe, released_flags, save_image, tiny_model, script):
+    """The flags of its scripts/image2text.sh, but for a file in place of questions."""
+    images = [save_image("狐狸.png"), save_image("b.png", 1)]
+    Path("input.txt").write_text("狐狸.png\n\nb.png\n", encoding="utf-8")
+    place = ("--input-source", "input.txt", "--output-path", "samples_image2text", "--batch-size", "8")
+    status, found, err = describe(*released_flags, *TASK, *place, script=script)
+    assert status == 0
+    expected = tiny_model.caption(images, method="sample", n=8, seed=1234, temperature=1.0, top_k=200, top_p=1.0)
+    assert [(one["file"], one["index"], one["caption"]) for one in found] == [
+        (file, caption.index, caption.text)
+        for file, captions in zip(("狐狸.png", "b.png"), expected, strict=True)
+        for caption in captions
+    ]
+    written = Path("samples_image2text/captions.jsonl").read_bytes().decode().split("\n")
+    assert [json.loads(line) for line in written[:-1]] == found
+    assert "note: not needed, and ignored: --deepspeed, --model-parallel-size, --num-layers" in err
+    assert f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 1234\n" in err
+
+
+def test_ids_come_first(describe, save_image):
+    save_image("a.png")
+    Path("input.txt").write_text("0017\ta.png\na.png\n", encoding="utf-8")
+    status, [found], err = describe("--input-source", "input.txt", "--with-id", "--batch-size", "1")
+    assert status == 2
+    assert list(found.items())[:2] == [("id", "0017"), ("file", "a.png")]
+    assert "skipped: the line “a.png” has no id; expected ID<TAB> before the query\n" in err
+
+
+def test_what_cannot_be_read_stops_nothing(describe, save_image):
+    save_image("a.png")
+    Path("input.txt").write_text("none.png\na.png\n", encoding="utf-8")
+    status, found, err = describe("--input-source", "input.txt", "--batch-size", "2")
+    assert (status, [one["file"] for one in found]) == (1, ["a.png", "a.png"])
+    assert err.endswith("failed: image none.png does not exist\n")
+
+
+def test_nothing_that_can_be_read(describe):
+    Path("input.txt").write_text("none.png\n")
+    status, found, err = describe("--input-source", "input.txt")
+    assert (status, found) == (2, [])
+    assert err.endswith("caption_images.py: image none.png does not exist\n")
+    assert os.listdir("samples") == []
+
+
+def test_it_asks(describe, save_image, monkeypatch):
+    save_image("a.png")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("none.png\na.png\nstop\nb.png\n"))
+    status, found, err = describe("--batch-size", "1")
+    assert (status, [one["file"] for one in found]) == (0, ["a.png"])
+    assert "Which image shall I describe? (“stop” ends)" in err
+    assert "skipped: image none.png does not exist\n" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--generation-task", "text2image"], "--generation-task text2image is unknown; known: image2text\n"),
+        (["--input-source", "none.txt"], "cannot read none.txt: No such file or directory"),
+        (["--input-source", "blank.txt"], "blank.txt is empty: expected a query per line"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--max-inference-batch-size", "0"], "--max-inference-batch-size must be at least 1, got 0"),
+        (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
+        (["--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use top_k 1"),
+        (["--output-path", "blank.txt"], "the output folder blank.txt cannot be written: File exists"),
+        (["--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
+    ],
+)
+def test_mistakes_are_one_line(describe, arguments, message):
+    Path("blank.txt").write_text("\n")
+    status, found, err = describe(*arguments)
+    assert (status, found) == (2, [])
+    assert err.startswith(f"caption_images.py: {message}")
+    assert err.count("\n") == 1
