@@ -18,6 +18,9 @@ class TransformerConfig:
     # What the norms on branch outputs are initialised with. At the released 1, each branch adds unit variance to
     # embeddings of 0.02, so that a token's identity is all but lost behind the first one until training digs it out.
     branch_gain: float = 1.0
+    # Begin with every place looking at its neighbours: positions as sinusoids, keys as the queries. From the released
+    # noise, attention has to find out first which positions are near; until then a word like 左边 belongs to no name.
+    local_attention: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "num_heads", "vocabulary_size", "max_positions"):
@@ -52,7 +55,12 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 
 
 def preset(
-    name: str, vocabulary_size: int, max_positions: int = 1089, dropout: float = 0.1, branch_gain: float = 1.0
+    name: str,
+    vocabulary_size: int,
+    max_positions: int = 1089,
+    dropout: float = 0.1,
+    branch_gain: float = 1.0,
+    local_attention: bool = False,
 ) -> TransformerConfig:
     """The config of a preset for a vocabulary; raises ValueError with the known names."""
     if name not in PRESETS:
@@ -66,4 +74,5 @@ def preset(
         max_positions=max_positions,
         dropout=dropout,
         branch_gain=branch_gain,
+        local_attention=local_attention,
     )

@@ -23,6 +23,12 @@ from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
 
 INIT_STD = 0.02
+# Of a model that begins with local attention: token embeddings, the sinusoids beside them with the range of their
+# wavelengths in positions, and how far the score of a place for itself lies above that for a stranger.
+LOCAL_EMBEDDING_STD = 0.05
+LOCAL_AMPLITUDE = 0.1
+LOCAL_WAVELENGTHS = (4.0, 1200.0)
+LOCALITY = 4.5
 
 
 class Transformer(nn.Module):
@@ -41,6 +47,8 @@ class Transformer(nn.Module):
         self.final_norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.apply(self._initialize)
+        if config.local_attention:
+            self._look_at_neighbours()
 
     def _initialize(self, module: nn.Module) -> None:
         """N(0, 0.02); output projections of a branch N(0, 0.02 / sqrt(2 layers)); biases 0."""
@@ -53,6 +61,25 @@ class Transformer(nn.Module):
                 nn.init.constant_(norm.weight, self.config.branch_gain)
             for projection in (module.attention.output, module.mlp.output):
                 nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * self.config.num_layers))
+
+    @torch.no_grad()
+    def _look_at_neighbours(self) -> None:
+        """Positions as sinusoids, which are alike where they are near, and keys that ask what the queries ask.
+
+        Queries and keys of normalised x have the scores x^T W^T W x' / sqrt(K), with x^T W^T W x' near K std^2 x.x' and
+        x.x = D; so std^2 = LOCALITY / (D sqrt(K)).
+        """
+        width, head = self.config.width, self.config.head_size
+        nn.init.normal_(self.embedding.weight, std=LOCAL_EMBEDDING_STD)
+        shortest, longest = LOCAL_WAVELENGTHS
+        wavelengths = shortest * (longest / shortest) ** torch.linspace(0, 1, width // 2)
+        angles = 2 * math.pi * torch.arange(self.config.max_positions).unsqueeze(1) / wavelengths
+        sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
+        self.positions.weight[:, : sinusoids.shape[1]] = LOCAL_AMPLITUDE * sinusoids
+        for layer in self.layers:
+            weight = layer.attention.query_key_value.weight
+            nn.init.normal_(weight[:width], std=math.sqrt(LOCALITY / (width * math.sqrt(head))))
+            weight[width : 2 * width] = weight[:width]
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """Float32 logits (B, T, V) of the id that follows each of ``ids_BT`` (int64)."""

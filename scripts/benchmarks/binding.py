@@ -1,0 +1,124 @@
+"""What it takes to learn which thing stands where: captions of pairs, and a small transformer that tells the two cells.
+
+    cogview scenes scripts/recipes/emoji-cpu.yaml && python scripts/benchmarks/binding.py WORLD [options]
+
+The model reads a caption and then, at four hidden places in each of the two cells, says which of 40 things is there.
+Half right is having read the things and guessed their places. Printed every tenth of the run, on 1,000 other captions:
+the share that is right, for captions whose every word of place stands before its name (左边是狐狸，右边是苹果) and for
+all others (狐狸在苹果的左边).
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from cogview.config import TransformerConfig
+from cogview.data.emoji.scene import Shares
+from cogview.data.emoji.world import World
+from cogview.device import flush_denormals
+from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
+from cogview.transformer import Transformer
+
+THINGS, TESTED, LONGEST = 40, 1000, 24
+PLAIN = re.compile(r".*(左边|右边|上面|下面)[是有].*[,，].*(左边|右边|上面|下面)[是有]")
+# Codes of an 8 x 8 picture in the left and right cell, and in the upper and lower one.
+CELLS = {"beside": (16, 17, 24, 35, 20, 21, 30, 38), "above": (2, 3, 11, 27, 34, 36, 43, 59)}
+
+
+def main() -> int:
+    """Train once and print a line of accuracies."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("world", type=Path, help="folder of a world, as cogview scenes makes it")
+    parser.add_argument("--local-attention", action="store_true", help="begin with attention to neighbours")
+    parser.add_argument("--plain-first", type=float, default=0.0, help="share of the run with plain captions only")
+    parser.add_argument("--captions", type=int, default=60_000, help="how many to learn from (default: 60,000)")
+    parser.add_argument("--batch-size", type=int, default=12, help="(default: 12)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: 0.001)")
+    parser.add_argument("--width", type=int, default=128, help="(default: 128)")
+    parser.add_argument("--layers", type=int, default=3, help="(default: 3)")
+    args = parser.parse_args()
+    flush_denormals()
+    torch.manual_seed(0)
+
+    world = World.load(args.world).with_things(THINGS)
+    pairs = Shares(one=0, many=0, pair=1)
+    scenes = [world.sample(5, number, shares=pairs) for number in range(args.captions + TESTED)]
+    captions = [world.caption(scene, number) for number, scene in enumerate(scenes)]
+    plain = np.array(
+        [PLAIN.match(re.sub(r"背景[上是].*?[,，]|背景[,，]", "", caption)) is not None for caption in captions]
+    )
+    names = [name for thing in world.things for name in (thing.name, *thing.synonyms)]
+    tokenizer = TextTokenizer(
+        train_text_tokenizer(captions[:5000], size=2000, coverage=1.0, max_piece_length=1, words=names)
+    )
+    number_of = {thing.emoji: number for number, thing in enumerate(world.things)}
+    things = torch.tensor([[number_of[thing.emoji] for thing in scene.things] for scene in scenes])
+    places = torch.tensor([CELLS[scene.kind] for scene in scenes])
+    texts = torch.zeros(len(captions), LONGEST, dtype=torch.int64)
+    for row, caption in enumerate(captions):
+        pieces = tokenizer.encode(caption)
+        texts[row, : len(pieces)] = torch.tensor(pieces)
+
+    # Ids: pieces, then things, then what stands for a hidden code and behind a caption.
+    answers = range(tokenizer.size, tokenizer.size + THINGS)
+    hidden, end = answers.stop, answers.stop + 1
+    model = Transformer(
+        TransformerConfig(
+            num_layers=args.layers,
+            width=args.width,
+            num_heads=args.width // 32,
+            vocabulary_size=end + 1,
+            max_positions=LONGEST + 2 + 64,
+            dropout=0.0,
+            branch_gain=0.05,
+            local_attention=args.local_attention,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.04)
+
+    def logits(rows: np.ndarray) -> torch.Tensor:
+        """(rows, 8, things)."""
+        count = len(rows)
+        ids = torch.cat([texts[rows], torch.full((count, 1), end), torch.full((count, 8), hidden)], dim=1)
+        before = torch.arange(LONGEST + 1).expand(count, -1)
+        positions = torch.cat([before, LONGEST + 1 + places[rows]], dim=1)
+        return model.head(model.hidden(ids, positions)[:, -8:], answers)
+
+    steps = args.captions // args.batch_size
+    tested = np.arange(args.captions, args.captions + TESTED)
+    plain_rows = np.flatnonzero(plain[: args.captions])
+    start = time.perf_counter()
+    for step in range(steps):
+        pool = plain_rows if step < args.plain_first * steps else np.arange(args.captions)
+        rows = pool[np.arange(step * args.batch_size, (step + 1) * args.batch_size) % len(pool)]
+        loss = F.cross_entropy(logits(rows).flatten(0, 1), things[rows].repeat_interleave(4, dim=1).flatten())
+        rate = args.learning_rate * min(1, (step + 1) / 100) * (1 + np.cos(np.pi * step / steps)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % (steps // 10) == 0:
+            with torch.no_grad():
+                right = logits(tested).argmax(dim=-1) == things[tested].repeat_interleave(4, dim=1)
+            shares = [right[chosen].float().mean().item() for chosen in (plain[tested], ~plain[tested])]
+            elapsed = time.perf_counter() - start
+            print(
+                f"{(step + 1) * args.batch_size:7} captions, {elapsed:4.0f} s: right where plain {shares[0]:.0%}, "
+                f"elsewhere {shares[1]:.0%}",
+                flush=True,
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
