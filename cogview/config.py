@@ -18,9 +18,9 @@ class TransformerConfig:
     # What the norms on branch outputs are initialised with. At the released 1, each branch adds unit variance to
     # embeddings of 0.02, so that a token's identity is all but lost behind the first one until training digs it out.
     branch_gain: float = 1.0
-    # Begin with every place looking at its neighbours: positions as sinusoids, keys as the queries. From the released
-    # noise, attention has to find out first which positions are near; until then a word like 左边 belongs to no name.
-    local_attention: bool = False
+    # Learned positions begin as sinusoids, alike where they are near, and not as noise, from which attention has to
+    # find out first which positions are neighbours; until then a word like 左边 belongs to no name.
+    sinusoidal_positions: bool = False
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "width", "num_heads", "vocabulary_size", "max_positions"):
@@ -60,7 +60,7 @@ def preset(
     max_positions: int = 1089,
     dropout: float = 0.1,
     branch_gain: float = 1.0,
-    local_attention: bool = False,
+    sinusoidal_positions: bool = False,
 ) -> TransformerConfig:
     """The config of a preset for a vocabulary; raises ValueError with the known names."""
     if name not in PRESETS:
@@ -74,5 +74,5 @@ def preset(
         max_positions=max_positions,
         dropout=dropout,
         branch_gain=branch_gain,
-        local_attention=local_attention,
+        sinusoidal_positions=sinusoidal_positions,
     )

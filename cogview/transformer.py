@@ -23,12 +23,11 @@ from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
 
 INIT_STD = 0.02
-# Of a model that begins with local attention: token embeddings, the sinusoids beside them with the range of their
-# wavelengths in positions, and how far the score of a place for itself lies above that for a stranger.
-LOCAL_EMBEDDING_STD = 0.05
-LOCAL_AMPLITUDE = 0.1
-LOCAL_WAVELENGTHS = (4.0, 1200.0)
-LOCALITY = 4.5
+# Of a model whose positions begin as sinusoids: their amplitude, the range of their wavelengths in positions, and the
+# token embeddings beside them.
+SINUSOID_AMPLITUDE = 0.1
+SINUSOID_WAVELENGTHS = (4.0, 1200.0)
+SINUSOID_EMBEDDING_STD = 0.05
 
 
 class Transformer(nn.Module):
@@ -47,8 +46,8 @@ class Transformer(nn.Module):
         self.final_norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.apply(self._initialize)
-        if config.local_attention:
-            self._look_at_neighbours()
+        if config.sinusoidal_positions:
+            self._begin_with_sinusoids()
 
     def _initialize(self, module: nn.Module) -> None:
         """N(0, 0.02); output projections of a branch N(0, 0.02 / sqrt(2 layers)); biases 0."""
@@ -63,23 +62,14 @@ class Transformer(nn.Module):
                 nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * self.config.num_layers))
 
     @torch.no_grad()
-    def _look_at_neighbours(self) -> None:
-        """Positions as sinusoids, which are alike where they are near, and keys that ask what the queries ask.
-
-        Queries and keys of normalised x have the scores x^T W^T W x' / sqrt(K), with x^T W^T W x' near K std^2 x.x' and
-        x.x = D; so std^2 = LOCALITY / (D sqrt(K)).
-        """
-        width, head = self.config.width, self.config.head_size
-        nn.init.normal_(self.embedding.weight, std=LOCAL_EMBEDDING_STD)
-        shortest, longest = LOCAL_WAVELENGTHS
-        wavelengths = shortest * (longest / shortest) ** torch.linspace(0, 1, width // 2)
+    def _begin_with_sinusoids(self) -> None:
+        """Positions as sines and cosines of wavelengths in geometric order (arXiv:1706.03762, section 3.5)."""
+        nn.init.normal_(self.embedding.weight, std=SINUSOID_EMBEDDING_STD)
+        shortest, longest = SINUSOID_WAVELENGTHS
+        wavelengths = shortest * (longest / shortest) ** torch.linspace(0, 1, self.config.width // 2)
         angles = 2 * math.pi * torch.arange(self.config.max_positions).unsqueeze(1) / wavelengths
         sinusoids = torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-        self.positions.weight[:, : sinusoids.shape[1]] = LOCAL_AMPLITUDE * sinusoids
-        for layer in self.layers:
-            weight = layer.attention.query_key_value.weight
-            nn.init.normal_(weight[:width], std=math.sqrt(LOCALITY / (width * math.sqrt(head))))
-            weight[width : 2 * width] = weight[:width]
+        self.positions.weight[:, : sinusoids.shape[1]] = SINUSOID_AMPLITUDE * sinusoids
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
         """Float32 logits (B, T, V) of the id that follows each of ``ids_BT`` (int64)."""

@@ -73,28 +73,21 @@ def test_fresh_weights_have_the_released_statistics():
     assert len(names) == 6  # the attention's and the MLP's of each layer
 
 
-@pytest.mark.parametrize(("width", "num_heads"), [(64, 2), (384, 6)])
-def test_local_attention_begins_at_the_neighbours(width, num_heads):
-    """The attention of a fresh model falls off with the distance; with the released initialisation it does not."""
-
-    def mean_weights(local_attention: bool) -> list[float]:
-        torch.manual_seed(0)
-        config = TransformerConfig(
-            num_layers=1, width=width, num_heads=num_heads, vocabulary_size=50, local_attention=local_attention
-        )
-        model = Transformer(config).eval()
-        ids = torch.randint(50, (8, 24))
-        x = model.embedding(ids) + model.positions(torch.arange(24))
-        layer = model.layers[0]
-        q, k, _ = layer.attention.query_key_value(layer.attention_norm(x)).chunk(3, dim=-1)
-        split = [part.view(8, 24, num_heads, -1).transpose(1, 2) for part in (q, k)]
-        weights = (split[0] @ split[1].transpose(-1, -2) / math.sqrt(width // num_heads)).softmax(dim=-1)
-        return [weights.diagonal(offset=-distance, dim1=-2, dim2=-1).mean().item() for distance in (1, 2, 4, 12)]
-
-    local, released = mean_weights(True), mean_weights(False)
-    assert local == sorted(local, reverse=True)
-    assert local[0] > 3 * local[-1]
-    assert max(released) < 1.1 * min(released)
+def test_sinusoidal_positions_are_alike_where_they_are_near():
+    """By how much they differ depends on the distance alone; as noise, all differ alike."""
+    torch.manual_seed(0)
+    shape = {"num_layers": 1, "width": 64, "num_heads": 2, "vocabulary_size": 50, "max_positions": 90}
+    likeness = []
+    for sinusoidal in (True, False):
+        rows = Transformer(TransformerConfig(**shape, sinusoidal_positions=sinusoidal)).positions.weight.detach()
+        cosines = F.normalize(rows, dim=1) @ F.normalize(rows, dim=1).T
+        likeness.append([cosines.diagonal(offset=distance) for distance in (1, 2, 4, 12)])
+    sinusoids, noise = likeness
+    means = [cosines.mean().item() for cosines in sinusoids]
+    assert means == sorted(means, reverse=True)
+    assert means[0] > 0.8
+    assert all(cosines.std() < 1e-4 for cosines in sinusoids)
+    assert all(cosines.mean().abs() < 0.1 for cosines in noise)
 
 
 def test_branch_gain_lets_the_tokens_through():

@@ -41,7 +41,7 @@ class TransformerSettings:
     max_positions: int = 1089
     dropout: float = 0.1
     branch_gain: float = 1.0
-    local_attention: bool = False
+    sinusoidal_positions: bool = False
     start_from: str | None = None  # a model whose weights to begin with, by name or folder; None: fresh ones
     sampling: Sampling = field(default_factory=Sampling)  # of the sample sheets, and of the model until it is packaged
     run: RunSettings = field(default_factory=RunSettings)
@@ -114,7 +114,7 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
             max_positions=settings.max_positions,
             dropout=settings.dropout,
             branch_gain=settings.branch_gain,
-            local_attention=settings.local_attention,
+            sinusoidal_positions=settings.sinusoidal_positions,
         )
         max_text = store.header.fields["text"]
         table = layouts(store.header.grid, text_space=max_text)
@@ -153,7 +153,7 @@ def load_weights(model: Model, name: str) -> None:
     """
     other = load_model(find_checkpoint(name), torch.device("cpu"), torch.float32)
     shape, other_shape = (
-        replace(config.transformer, dropout=0.0, branch_gain=1.0, local_attention=False, vocabulary_size=1)
+        replace(config.transformer, dropout=0.0, branch_gain=1.0, sinusoidal_positions=False, vocabulary_size=1)
         for config in (model.config, other.config)
     )
     for what, ours, theirs in (

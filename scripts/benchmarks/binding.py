@@ -37,7 +37,7 @@ def main() -> int:
     """Train once and print a line of accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", type=Path, help="folder of a world, as cogview scenes makes it")
-    parser.add_argument("--local-attention", action="store_true", help="begin with attention to neighbours")
+    parser.add_argument("--sinusoidal", action="store_true", help="positions that begin as sinusoids")
     parser.add_argument("--plain-first", type=float, default=0.0, help="share of the run with plain captions only")
     parser.add_argument("--captions", type=int, default=60_000, help="how many to learn from (default: 60,000)")
     parser.add_argument("--batch-size", type=int, default=12, help="(default: 12)")
@@ -52,9 +52,7 @@ def main() -> int:
     pairs = Shares(one=0, many=0, pair=1)
     scenes = [world.sample(5, number, shares=pairs) for number in range(args.captions + TESTED)]
     captions = [world.caption(scene, number) for number, scene in enumerate(scenes)]
-    plain = np.array(
-        [PLAIN.match(re.sub(r"背景[上是].*?[,，]|背景[,，]", "", caption)) is not None for caption in captions]
-    )
+    plain = np.array([PLAIN.match(caption) is not None for caption in captions])
     names = [name for thing in world.things for name in (thing.name, *thing.synonyms)]
     tokenizer = TextTokenizer(
         train_text_tokenizer(captions[:5000], size=2000, coverage=1.0, max_piece_length=1, words=names)
@@ -79,7 +77,7 @@ def main() -> int:
             max_positions=LONGEST + 2 + 64,
             dropout=0.0,
             branch_gain=0.05,
-            local_attention=args.local_attention,
+            sinusoidal_positions=args.sinusoidal,
         )
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.04)
