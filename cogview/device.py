@@ -67,7 +67,7 @@ def training_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     """What autocast computes in during training, or None for plain float32.
 
     ``auto`` is bfloat16 where the hardware has it, else float32. A CPU that has to emulate it computes it several times
-    slower than float32 (3.5 times on a Xeon with AVX-512 but neither AVX512-BF16 nor AMX).
+    slower than float32.
     """
     if precision == "float32":
         return None
@@ -85,9 +85,9 @@ def training_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
 def flush_denormals() -> None:
     """Have this process treat numbers below 1e-38 as zero on a CPU. Call it before the first tensor is made.
 
-    A model that has learnt something meets many, in softmaxes and their gradients, and a CPU takes a hundred times
-    as long for each: training from trained weights ran at 7.7 scenes/s with them and at 12.3 without, to the same
-    loss. The threads that share the work take the setting over when they are started, which is why it comes first.
+    A model that has learnt something meets many, in softmaxes and their gradients, and a CPU takes far longer for each
+    (``scripts/benchmarks/denormals.py``). The threads that share the work take the setting over when they are started,
+    which is why it comes first.
     """
     torch.set_flush_denormal(True)
 
