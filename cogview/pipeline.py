@@ -482,16 +482,15 @@ class CogView:
                 found = search(self.transformer, self.vocabulary, chunk, max(n, LEAST_BEAMS))
             else:
                 jobs = [Job(row=row, seed=seed, image=index, sampling=sampling) for row in chunk for index in range(n)]
-                filled = [part for some in _chunks(jobs, batch_size) for part in self._fill(some)]
+                filled = [
+                    one for some in _chunks(jobs, batch_size) for one in fill(self.transformer, self.vocabulary, some)
+                ]
                 found = [filled[first : first + n] for first in range(0, len(filled), n)]
             captions += [
                 [self._caption(row, one, seed, index) for index, one in enumerate(ones[:n])]
                 for row, ones in zip(chunk, found, strict=True)
             ]
         return captions
-
-    def _fill(self, jobs: Sequence[Job]) -> list[Filled]:
-        return fill(self.transformer, self.vocabulary, jobs)
 
     def _caption(self, row: Arranged, filled: Filled, seed: int, index: int) -> Caption:
         text = filled.ids[row.spans["text"]]

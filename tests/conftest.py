@@ -108,6 +108,21 @@ def tiny_model(tiny_checkpoint: Path) -> CogView:
     return CogView.from_pretrained(tiny_checkpoint, device="cpu")
 
 
+@pytest.fixture
+def save_image() -> Callable[..., Image.Image]:
+    """A function that writes an image file of smooth colours, others for each ``number``; returns the image."""
+
+    def save(path: str | Path, number: int = 0, size: tuple[int, int] = (64, 64)) -> Image.Image:
+        x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+        waves = [np.sin(9 * x + number) + np.cos(7 * y - number), x + number % 2, np.sin(20 * x * y + number)]
+        image = Image.fromarray((np.stack(waves, axis=-1) * 60 + 120).astype(np.uint8))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        return image
+
+    return save
+
+
 def _shape(index: int) -> np.ndarray:
     """A drawing that no other index has, RGBA (128, 128, 4)."""
     image = Image.new("RGBA", (128, 128), (0, 0, 0, 0))

@@ -12,6 +12,7 @@ from cogview.cli.recipes import Recipe, add_recipe_arguments, open_recipe
 from cogview.config_files import to_plain
 from cogview.data.emoji.world import World
 from cogview.errors import InputError
+from cogview.evaluation.captions import evaluate_captions, format_caption_report
 from cogview.evaluation.protocol import choose_sampling, evaluate_scenes, format_report
 from cogview.evaluation.rerank import evaluate_rerank, format_rerank_report
 from cogview.evaluation.upscale import evaluate_upscale, format_upscale_report
@@ -94,8 +95,6 @@ def run(args: argparse.Namespace) -> int:
         contact_sheet(pictures[:SHEET_PICTURES], columns=16).save(output / "pictures.png")
         table = format_report(report)
     elif args.measure == "captions":
-        from cogview.evaluation.captions import evaluate_captions, format_caption_report
-
         report = evaluate_captions(model, world, count=args.captions, seed=seed, batch_size=args.batch_size)
         captions = report.pop("captions")
         lines = [json.dumps(caption, ensure_ascii=False) + "\n" for caption in captions]

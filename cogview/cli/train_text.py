@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = open_recipe(args)
     settings = recipe.settings(TextSettings, "text")
     world = World.load(recipe.world)
-    names = [name for thing in world.things for name in (thing.name, *thing.synonyms)]
+    names = [name for thing in world.things for name in thing.names]
     captions = (world.caption(world.sample(0, index), index) for index in range(settings.captions))
     try:
         model = train_text_tokenizer(

@@ -64,9 +64,7 @@ def evaluate_captions(model: CogView, world: World, *, count: int, seed: int, ba
     asked = held_out_scenes(world, count, seed)
     scenes, right_captions = [scene for scene, _ in asked], [caption for _, caption in asked]
     true = np.stack([world.render(scene, number) for number, scene in enumerate(scenes)])
-    restored = np.concatenate(
-        [reconstruct(model.image_tokenizer, true[first : first + batch_size]) for first in range(0, count, batch_size)]
-    )
+    restored = reconstruct(model.image_tokenizer, true, batch_size)
     reader = CaptionReader(world.candidates, world.colours)
     report: dict[str, Any] = {"protocol": describe(model, world, right_captions, seed, method="greedy")}
     rows: list[dict[str, Any]] = [

@@ -63,9 +63,7 @@ def evaluate_scenes(
     scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
     grader = SceneGrader(world)
     true = np.stack([world.render(scene, number) for number, scene in enumerate(scenes)])
-    restored = np.concatenate(
-        [reconstruct(model.image_tokenizer, true[first : first + batch_size]) for first in range(0, count, batch_size)]
-    )
+    restored = reconstruct(model.image_tokenizer, true, batch_size)
     drawn = draw_captions(model, captions, seed, sampling, batch_size, "drawing")
     report = {
         "protocol": describe(model, world, captions, seed, sampling=to_plain(sampling)),

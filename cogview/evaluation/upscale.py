@@ -71,7 +71,7 @@ def evaluate_upscale(
         "ours": [np.asarray(picture) for picture in ours],
         "bicubic": [_resized(picture, side, Image.Resampling.BICUBIC) for picture in decoded],
         "bicubic_of_true": [_resized(np.asarray(picture), side, Image.Resampling.BICUBIC) for picture in small],
-        "vq_ceiling": [picture for batch in batches for picture in reconstruct(model.image_tokenizer, true[batch])],
+        "vq_ceiling": list(reconstruct(model.image_tokenizer, true, batch_size)),
     }
     figures = {name: _figures(pictures, true, decoded) for name, pictures in large.items()}
     gains = {name: figures["ours"][name] - figures["bicubic"][name] for name in ("psnr", "ssim")}

@@ -101,9 +101,11 @@ def reconstruction_sheet(model: VQVAE, world: World, count: int = 12) -> Image.I
     return contact_sheet([*pixels, *reconstruct(model, np.stack(pixels))], columns=count, scale=2)
 
 
-def reconstruct(model: VQVAE, pixels: np.ndarray) -> np.ndarray:
-    """What the VQ-VAE makes of (B, H, W, 3) uint8 pictures, in the same form."""
+def reconstruct(model: VQVAE, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """What the VQ-VAE makes of (N, H, W, 3) uint8 pictures, ``batch_size`` at a time, in the same form."""
     device = next(model.parameters()).device
-    images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
-    restored = model.decode(model.encode(images))
-    return (restored * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    batches = []
+    for part in torch.from_numpy(pixels).split(batch_size):
+        restored = model.decode(model.encode(part.to(device).permute(0, 3, 1, 2).float() / 255))
+        batches.append((restored * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(batches)

@@ -35,9 +35,9 @@ Rows = Mapping[str, np.ndarray]
 EVALUATED_ROWS = 1024  # of the held-out store, for each task
 SPREAD = 1.5  # how many times as long as the shortest row the longest may be that is computed with it
 
-# What training can be for, and the field of the store that it needs beside text and image. ``upscale`` draws one of the
-# nine windows of the large image from the crop of the image that it covers, ``low_level`` the image from the small one.
-TASKS: Mapping[str, str | None] = {"generate": None, "caption": None, "upscale": "large", "low_level": "small"}
+# What training can be for. ``upscale`` draws one of the nine windows of the large image from the crop of the image that
+# it covers, ``low_level`` the image from the small one.
+TASKS = ("generate", "caption", "upscale", "low_level")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class TransformerTraining:
 
     steps: int
     batch_size: int = 32
-    accumulation: int = 1  # parts that a batch is computed in, one after the other
+    accumulation: int = 1  # parts that a batch is computed in, one after the other, or more where lengths differ much
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     warmup_steps: int = 200
@@ -123,9 +123,9 @@ class Lesson:
     learnt: np.ndarray  # bool: targets that are learnt
 
     @classmethod
-    def of(cls, task: str, row: Arranged, seen: np.ndarray, read: np.ndarray | None = None) -> Lesson:
-        """To tell each place of ``row`` from ``seen`` before it; ``read`` (T,) bool leaves out places."""
-        keep = np.ones(len(row) - 1, dtype=bool) if read is None else read[:-1]
+    def of(cls, task: str, row: Arranged, seen: np.ndarray, read: np.ndarray) -> Lesson:
+        """To tell each place of ``row`` from ``seen`` before it, at those places that are ``read`` (T,) bool."""
+        keep = read[:-1]
         return cls(
             task=task,
             inputs=seen[:-1][keep],

@@ -53,7 +53,7 @@ def main() -> int:
     scenes = [world.sample(5, number, shares=pairs) for number in range(args.captions + TESTED)]
     captions = [world.caption(scene, number) for number, scene in enumerate(scenes)]
     plain = np.array([PLAIN.match(caption) is not None for caption in captions])
-    names = [name for thing in world.things for name in (thing.name, *thing.synonyms)]
+    names = [name for thing in world.things for name in thing.names]
     tokenizer = TextTokenizer(
         train_text_tokenizer(captions[:5000], size=2000, coverage=1.0, max_piece_length=1, words=names)
     )

@@ -2,11 +2,8 @@
 
 import json
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from cogview.cli.main import main
 
@@ -33,21 +30,6 @@ def drawing_checkpoint(tiny_checkpoint, tmp_path_factory):
     config |= {"tasks": ["generate"], "caption_drop": 0.0}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
-
-
-@pytest.fixture
-def save_image():
-    """A function that writes an image file of smooth colours, others for each ``number``; returns the image."""
-
-    def save(path, number=0, size=(64, 64)):
-        x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
-        waves = [np.sin(9 * x + number) + np.cos(7 * y - number), x + number % 2, np.sin(20 * x * y + number)]
-        image = Image.fromarray((np.stack(waves, axis=-1) * 60 + 120).astype(np.uint8))
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
-        return image
-
-    return save
 
 
 @pytest.fixture

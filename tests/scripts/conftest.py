@@ -4,9 +4,7 @@ import importlib
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -34,20 +32,6 @@ def run_script(load_script, tiny_checkpoint, tmp_path, monkeypatch, capsys):
         return status, printed.out.split("\n")[:-1], printed.err
 
     return run
-
-
-@pytest.fixture
-def save_image():
-    """A function that writes an image file of smooth colours, others for each ``number``; returns the image."""
-
-    def save(path, number=0, side=64):
-        x, y = np.meshgrid(np.linspace(0, 1, side), np.linspace(0, 1, side))
-        waves = [np.sin(9 * x + number) + np.cos(7 * y - number), x + number % 2, np.sin(20 * x * y + number)]
-        image = Image.fromarray((np.stack(waves, axis=-1) * 60 + 120).astype(np.uint8))
-        image.save(path)
-        return image
-
-    return save
 
 
 # The flags of the released scripts/*.sh that all tasks share.

@@ -29,7 +29,7 @@ def enlarge(run_script):
 @pytest.mark.parametrize(("task", "side"), [("super-resolution", 64), ("low-level super-resolution", 32)])
 def test_the_command_line_of_the_release(enlarge, released_flags, save_image, tiny_model, script, task, side):
     """The flags of its scripts/super_resolution.sh and low_level_super_resolution.sh, but for a file of lines."""
-    image = save_image("狐狸.png", side=side)
+    image = save_image("狐狸.png", size=(side, side))
     Path("input.txt").write_text(f"{FOX}\t狐狸.png\n", encoding="utf-8")
     place = ("--generation-task", task, "--input-source", "input.txt", "--output-path", "samples_sr")
     status, files, err = enlarge(*released_flags, *place, script=script)
@@ -42,7 +42,7 @@ def test_the_command_line_of_the_release(enlarge, released_flags, save_image, ti
 
 
 def test_ids_name_folders_and_wrong_lines_stop_nothing(enlarge, save_image):
-    save_image("a.png", side=32)
+    save_image("a.png", size=(32, 32))
     lines = [f"0017\t{FOX}\ta.png", f"../up\t{DOG}\ta.png", f"3\t{FOX}", "no id", f"4\t{DOG * 3}\ta.png"]
     Path("input.txt").write_text("\n".join(lines), encoding="utf-8")
     status, files, err = enlarge(*LOW_LEVEL, "--input-source", "input.txt", "--with-id")
@@ -57,7 +57,7 @@ def test_ids_name_folders_and_wrong_lines_stop_nothing(enlarge, save_image):
 
 
 def test_what_cannot_be_read_stops_nothing(enlarge, save_image):
-    save_image("a.png", side=32)
+    save_image("a.png", size=(32, 32))
     Path("input.txt").write_text(f"{FOX}\tnone.png\n{FOX}\ta.png\n", encoding="utf-8")
     status, files, err = enlarge(*LOW_LEVEL, "--input-source", "input.txt")
     assert (status, files) == (1, [Path("samples/a-up-seed1234.png")])
@@ -65,7 +65,7 @@ def test_what_cannot_be_read_stops_nothing(enlarge, save_image):
 
 
 def test_it_asks(enlarge, save_image, monkeypatch):
-    save_image("a.png", side=32)
+    save_image("a.png", size=(32, 32))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{FOX}\tnone.png\n{DOG}\ta.png\nstop\n"))
     status, files, err = enlarge(*LOW_LEVEL)
     assert (status, files) == (0, [Path("samples/a-up-seed1234.png")])
