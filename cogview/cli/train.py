@@ -106,6 +106,11 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
     )
     for task in settings.training.tasks:
         store.require(layout=task)
+    if settings.training.name_loss_weight and "named" not in store.header.fields:
+        raise InputError(
+            f"{store.path} does not say which name stands where, but name_loss_weight is "
+            f"{settings.training.name_loss_weight}: encode the store with named: true, or set the weight to 0"
+        )
     vocabulary = Vocabulary(num_image_codes=image_tokenizer.config.num_codes, num_text_pieces=text_tokenizer.size)
     try:
         shape = preset(

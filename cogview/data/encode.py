@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from cogview.checkpoints.image import codebook_hash
 from cogview.config_files import to_plain
-from cogview.data.emoji.scene import EQUAL_SHARES, Shares
+from cogview.data.emoji.scene import EQUAL_SHARES, Scene, Shares, cells_of
 from cogview.data.emoji.world import World
-from cogview.data.store import StoreHeader, StoreWriter, pad_text
+from cogview.data.store import ABSENT, StoreHeader, StoreWriter, pad_text
+from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE
 
@@ -31,6 +32,7 @@ class EncodeSettings:
     text_width: int = 48  # pieces in the longest caption
     large: bool = False  # the codes of each scene at twice the side as well, for the task upscale
     small: bool = False  # and at half the side, for the task low_level
+    named: bool = False  # at each code, the piece of the caption that names the thing there
     batch_size: int = 256
     seed: int = 0
     workers: int = 0  # processes that draw scenes
@@ -41,8 +43,8 @@ class EncodeSettings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-class CaptionedScenes(Dataset[tuple[list[np.ndarray], list[int]]]):
-    """Scene number i of a world, a function of (seed, i): its pictures and its caption's pieces.
+class CaptionedScenes(Dataset[tuple[Scene, list[np.ndarray], list[int]]]):
+    """Scene number i of a world, a function of (seed, i), its pictures and its caption's pieces.
 
     Pictures are uint8 (H, W, 3), one for each of ``scales``.
     """
@@ -64,10 +66,39 @@ class CaptionedScenes(Dataset[tuple[list[np.ndarray], list[int]]]):
         self.shares = shares
         self.scales = scales
 
-    def __getitem__(self, index: int) -> tuple[list[np.ndarray], list[int]]:
+    def __getitem__(self, index: int) -> tuple[Scene, list[np.ndarray], list[int]]:
         scene = self.world.sample(self.seed, index, self.held_out, self.shares)
         pictures = [self.world.render(scene, index, scale) for scale in self.scales]
-        return pictures, self.text_tokenizer.encode(self.world.caption(scene, index))
+        return scene, pictures, self.text_tokenizer.encode(self.world.caption(scene, index))
+
+
+def name_pieces(world: World, text_tokenizer: TextTokenizer) -> dict[str, frozenset[int]]:
+    """The pieces that are a name of each thing, by emoji; InputError where a name takes several pieces."""
+    found = {}
+    for thing in world.things:
+        spellings = {name: text_tokenizer.encode(name) for name in thing.names}
+        for name, pieces in spellings.items():
+            if len(pieces) != 1:
+                raise InputError(
+                    f"the name {name} of a thing takes {len(pieces)} pieces, so that no single one can stand for it; "
+                    "train the text tokenizer with whole_names: true, or encode with named: false"
+                )
+        found[thing.emoji] = frozenset(pieces[0] for pieces in spellings.values())
+    return found
+
+
+def name_places(scene: Scene, pieces: Sequence[int], names: Mapping[str, frozenset[int]], grid: int) -> np.ndarray:
+    """For each code of a picture of ``scene``, the piece of its caption that names the thing there: uint16 (G * G,).
+
+    A thing has all of its cell's area. ABSENT where the caption has no name of the thing, or more than one.
+    """
+    named = np.full((grid, grid), ABSENT, dtype=np.uint16)
+    for thing, cell in zip(scene.shown, cells_of(scene), strict=True):
+        own = names[thing.emoji].intersection(pieces)
+        if len(own) == 1:
+            left, top, right, bottom = (eighths * grid // 8 for eighths in cell.area)
+            named[top:bottom, left:right] = next(iter(own))
+    return named.ravel()
 
 
 def encode_scenes(
@@ -91,10 +122,12 @@ def encode_scenes(
     if settings.small:
         scales["small"] = 0.5
         tasks.append("low_level")
+    names = name_pieces(world, text_tokenizer) if settings.named else None
     header = StoreHeader(
         fields={
             "text": settings.text_width,
             **{name: round(grid * scale) ** 2 for name, scale in scales.items()},
+            **({"named": grid**2} if names is not None else {}),
         },
         grid=grid,
         num_image_codes=image_tokenizer.config.num_codes,
@@ -124,10 +157,12 @@ def encode_scenes(
             num_workers=settings.workers,
         )
         for batch in scenes:
-            fields = {"text": pad_text([pieces for _, pieces in batch], settings.text_width)}
+            fields = {"text": pad_text([pieces for _, _, pieces in batch], settings.text_width)}
             for number, name in enumerate(scales):
-                pixels = np.stack([pictures[number] for pictures, _ in batch])
+                pixels = np.stack([pictures[number] for _, pictures, _ in batch])
                 images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
                 fields[name] = image_tokenizer.encode(images).flatten(1).cpu().numpy()
+            if names is not None:
+                fields["named"] = np.stack([name_places(scene, pieces, names, grid) for scene, _, pieces in batch])
             writer.append(fields)
             bar.update(len(batch))

@@ -8,9 +8,12 @@ smaller one. The rows of a step are put in order of their lengths and computed i
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,11 +32,21 @@ from cogview.tokenizers.vocabulary import Kind
 from cogview.training.run import leave_signals_to_parent
 
 # Of a store, uint16: "text" (B, W) and "image" (B, G * G), and for upscaling "large" (B, 4 * G * G) or "small"
-# (B, G * G / 4), codes of the same scene at twice or half the side.
+# (B, G * G / 4), codes of the same scene at twice or half the side. "named" (B, G * G) is the piece of the text that
+# names the thing at each code, or ABSENT.
 Rows = Mapping[str, np.ndarray]
 
 EVALUATED_ROWS = 1024  # of the held-out store, for each task
 SPREAD = 1.5  # how many times as long as the shortest row the longest may be that is computed with it
+
+
+class Told(Enum):
+    """What can be told at a place of a row: the next code or piece, or the piece that names the thing at that code."""
+
+    IMAGE = "image"
+    TEXT = "text"
+    NAME = "name"
+
 
 # What training can be for. ``upscale`` draws one of the nine windows of the large image from the crop of the image that
 # it covers, ``low_level`` the image from the small one.
@@ -55,6 +68,9 @@ class TransformerTraining:
     clip_norm: float = 1.0
     tasks: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})  # and their shares of the rows
     text_loss_weight: float = 0.1  # of the texts that pictures are drawn from; captions count in full
+    # Where a text names two things, which of them a place shows is learnt late from codes, which ask for it and for the
+    # look of the thing at once. A store that says which name stands where (``named``) lets a drawing tell the name too.
+    name_loss_weight: float = 0.0
     caption_drop: float = 0.1  # share of captions left out, so that guidance is possible later
     # Once the first codes of a thing are known the others follow from them, so the text is asked at one or two places
     # of a picture alone, and learnt slowly. Two remedies, for rows that draw a picture: a share that sees [MASK] in
@@ -88,8 +104,9 @@ class TransformerTraining:
                 raise ValueError(f"the share of task {task!r} must be above 0, got {share}")
         if not self.tasks:
             raise ValueError(f"there must be a task to train for; known: {', '.join(TASKS)}")
-        if self.text_loss_weight < 0:
-            raise ValueError(f"text_loss_weight must not be negative, got {self.text_loss_weight}")
+        for name in ("text_loss_weight", "name_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def learning_rate_at(self, step: int) -> float:
         """Linear warm-up, then a cosine down to ``final_learning_rate``."""
@@ -121,9 +138,10 @@ class Lesson:
     targets: np.ndarray  # int64 ids: what follows
     kinds: np.ndarray  # Kind of the targets
     learnt: np.ndarray  # bool: targets that are learnt
+    names: np.ndarray  # int64 ids of the names of things at the targets, -1 where there is none to tell
 
     @classmethod
-    def of(cls, task: str, row: Arranged, seen: np.ndarray, read: np.ndarray) -> Lesson:
+    def of(cls, task: str, row: Arranged, seen: np.ndarray, read: np.ndarray, names: np.ndarray) -> Lesson:
         """To tell each place of ``row`` from ``seen`` before it, at those places that are ``read`` (T,) bool."""
         keep = read[:-1]
         return cls(
@@ -133,20 +151,27 @@ class Lesson:
             targets=row.ids[1:][keep],
             kinds=row.kinds[1:][keep],
             learnt=row.loss[1:][keep],
+            names=names[1:][keep],
         )
 
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def counted(self, kind: Kind) -> np.ndarray:
-        """(T,) bool: targets of ``kind`` that are learnt."""
-        return self.learnt & (self.kinds == kind)
+    def counted(self, told: Told) -> np.ndarray:
+        """(T,) bool: the places where ``told`` is learnt."""
+        if told == Told.NAME:
+            return self.names >= 0
+        return self.learnt & (self.kinds == (Kind.IMAGE if told == Told.IMAGE else Kind.TEXT))
 
 
 class TransformerTrainer:
     """The transformer of ``model``, its optimizer, and one step of training.
 
     What is random in a step is a function of (seed, step): a resumed run repeats it.
+
+    On a CPU ``num_threads`` threads (None: as many as PyTorch would use) compute a share of a step's rows each. They
+    wait for each other once a step; threads that share every product wait hundreds of times
+    (``scripts/benchmarks/training_threads.py``).
     """
 
     def __init__(
@@ -157,6 +182,7 @@ class TransformerTrainer:
         autocast: torch.dtype | None,
         held_out: TokenStore | None = None,
         draw_sheet: Callable[[Model, Path], None] | None = None,
+        num_threads: int | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -167,8 +193,17 @@ class TransformerTrainer:
         self.vocabulary = model.config.vocabulary
         self.windows = upscale_windows(model.config.grid)
         self.transformer = model.transformer.to(device)
-        matrices = [parameter for parameter in self.transformer.parameters() if parameter.dim() > 1]
-        vectors = [parameter for parameter in self.transformer.parameters() if parameter.dim() == 1]
+        self._parameters = list(self.transformer.parameters())
+        if num_threads is None:
+            # Dropout draws from one generator, so its threads must come in one order.
+            alone = device.type != "cpu" or model.config.transformer.dropout > 0
+            num_threads = 1 if alone else torch.get_num_threads()
+        self.num_threads = num_threads
+        self._threads = ThreadPoolExecutor(
+            num_threads, initializer=partial(torch.set_num_threads, 1) if num_threads > 1 else None
+        )
+        matrices = [parameter for parameter in self._parameters if parameter.dim() > 1]
+        vectors = [parameter for parameter in self._parameters if parameter.dim() == 1]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": settings.weight_decay},
@@ -227,12 +262,16 @@ class TransformerTrainer:
             text = own["text"][own["text"] != ABSENT] if choices.keep[index] else own["text"][:0]
             row = self.layout_row(task, text, own, int(choices.windows[index]))
             seen, read = row.ids.copy(), np.ones(len(row), dtype=bool)
+            names = np.full(len(row), -1)
             if task == "generate":
                 image = row.spans["image"]
                 seen[image][choices.hide[index]] = self.vocabulary.command("[MASK]")
                 # A code is told at the place before it, the first one behind the image's command, which all rows have.
                 read[image] = np.append(choices.ask[index][1:], False)
-            lessons.append(Lesson.of(task, row, seen, read))
+                if self.settings.name_loss_weight and choices.keep[index] and "named" in own:
+                    named = own["named"].astype(np.int64)
+                    names[image] = np.where(named == ABSENT, -1, self.vocabulary.text.start + named)
+            lessons.append(Lesson.of(task, row, seen, read, names))
         return lessons
 
     def layout_row(self, task: str, text: np.ndarray, row: Rows, window: int) -> Arranged:
@@ -249,62 +288,94 @@ class TransformerTrainer:
         return table["upscale"].arrange(self.vocabulary, text=text, small=small, image=large)
 
     def losses(self, lessons: Sequence[Lesson], *, learn: bool = False) -> dict[str, float]:
-        """Mean cross-entropy of each task's image codes and text pieces, and ``loss``, the sum that is learnt.
+        """Mean cross-entropy of each task's image codes, text pieces and names, and ``loss``, the sum that is learnt.
 
         Each kind of id competes with its own kind alone. A task counts in ``loss`` as its share of the rows has it.
         With ``learn`` gradients are added up. How the rows are divided into parts does not matter.
         """
-        counts: Counter[tuple[str, Kind]] = Counter()
+        counts: Counter[tuple[str, Told]] = Counter()
         for lesson in lessons:
-            for kind in (Kind.IMAGE, Kind.TEXT):
-                counts[lesson.task, kind] += int(lesson.counted(kind).sum())
+            for told in Told:
+                counts[lesson.task, told] += int(lesson.counted(told).sum())
         rows_of = Counter(lesson.task for lesson in lessons)
-        figures = {"loss": 0.0, **{_figure(task, kind): 0.0 for (task, kind), count in counts.items() if count}}
+        figures = {"loss": 0.0, **{_figure(task, told): 0.0 for (task, told), count in counts.items() if count}}
         order = sorted(lessons, key=len)
-        with torch.set_grad_enabled(learn):
-            for part in _parts(order, len(order) // self.settings.accumulation):
-                total = torch.zeros((), device=self.device)
-                for kind, tasks, losses_N in self._part_losses(part):
-                    for task in dict.fromkeys(tasks):
-                        own = losses_N[torch.tensor([other == task for other in tasks], device=self.device)]
-                        mean = own.sum() / counts[task, kind]
-                        figures[_figure(task, kind)] += mean.item()
-                        total = total + rows_of[task] / len(lessons) * self._weight(task, kind) * mean
-                figures["loss"] += total.item()
-                if learn:
-                    total.backward()
+        shares = [order[first :: self.num_threads] for first in range(min(self.num_threads, len(order)))]
+        share_losses = partial(self._share_losses, rows_of=rows_of, counts=counts, learn=learn)
+        for own_figures, gradients in list(self._threads.map(share_losses, shares)):
+            for name, value in own_figures.items():
+                figures[name] += value
+            # Without ``learn`` there are no gradients.
+            for parameter, gradient in zip(self._parameters, gradients, strict=False):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return figures
 
-    def _part_losses(self, lessons: Sequence[Lesson]) -> Iterator[tuple[Kind, list[str], Tensor]]:
-        """For each kind, the cross-entropy (N,) of every place that is learnt, and the task (N,) it belongs to."""
+    def _share_losses(
+        self,
+        lessons: Sequence[Lesson],
+        *,
+        rows_of: Counter[str],
+        counts: Counter[tuple[str, Told]],
+        learn: bool,
+    ) -> tuple[dict[str, float], list[Tensor]]:
+        """What ``lessons``, given by length, add to the figures of a step and, with ``learn``, to its gradients."""
+        figures: defaultdict[str, float] = defaultdict(float)
+        gradients: list[Tensor] = []
+        with torch.set_grad_enabled(learn):
+            for part in _parts(lessons, math.ceil(len(lessons) / self.settings.accumulation)):
+                total = torch.zeros((), device=self.device)
+                for told, tasks, losses_N in self._part_losses(part):
+                    for task in dict.fromkeys(tasks):
+                        own = losses_N[torch.tensor([other == task for other in tasks], device=self.device)]
+                        mean = own.sum() / counts[task, told]
+                        figures[_figure(task, told)] += mean.item()
+                        total = total + rows_of[task] / rows_of.total() * self._weight(task, told) * mean
+                figures["loss"] += total.item()
+                if learn:
+                    own_gradients = torch.autograd.grad(total, self._parameters, materialize_grads=True)
+                    gradients = (
+                        [first + second for first, second in zip(gradients, own_gradients, strict=True)]
+                        if gradients
+                        else [gradient.contiguous() for gradient in own_gradients]
+                    )
+        return figures, gradients
+
+    def _part_losses(self, lessons: Sequence[Lesson]) -> Iterator[tuple[Told, list[str], Tensor]]:
+        """For all that is told, the cross-entropy (N,) at every place where it is learnt, and the task (N,) of each."""
         shape = (len(lessons), len(lessons[-1]))
-        inputs, targets = np.full(shape, self.vocabulary.pad), np.full(shape, self.vocabulary.pad)
-        positions, kinds = np.zeros(shape, dtype=np.int64), np.full(shape, Kind.COMMAND)
-        learnt = np.zeros(shape, dtype=bool)
+        inputs, positions = np.full(shape, self.vocabulary.pad), np.zeros(shape, dtype=np.int64)
+        targets = {told: np.full(shape, -1) for told in Told}
         for index, lesson in enumerate(lessons):  # padded on the right, where no place looks at it
             own = (index, slice(len(lesson)))
-            inputs[own], positions[own], targets[own] = lesson.inputs, lesson.positions, lesson.targets
-            kinds[own], learnt[own] = lesson.kinds, lesson.learnt
-        inputs_BT, positions_BT, targets_BT = (
-            torch.from_numpy(array).to(self.device) for array in (inputs, positions, targets)
-        )
+            inputs[own], positions[own] = lesson.inputs, lesson.positions
+            for told, ids in targets.items():
+                wanted = lesson.names if told == Told.NAME else lesson.targets
+                ids[own] = np.where(lesson.counted(told), wanted, -1)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            hidden_BTD = self.transformer.hidden(inputs_BT, positions_BT)
-            for kind, ids in (
-                (Kind.IMAGE, self.vocabulary.image),
-                # A text may end in a command, so commands compete with the pieces.
-                (Kind.TEXT, range(self.vocabulary.text.start, self.vocabulary.size)),
-            ):
-                counted = learnt & (kinds == kind)
-                if not counted.any():  # no task of these rows learns this kind, or every caption is left out
+            hidden_BTD = self.transformer.hidden(
+                *(torch.from_numpy(array).to(self.device) for array in (inputs, positions))
+            )
+            for told, ids in targets.items():
+                rows, places = np.nonzero(ids >= 0)
+                if not len(rows):  # no task of these rows learns this, or every caption is left out
                     continue
-                wanted = torch.from_numpy(counted).to(self.device)
-                logits_NV = self.transformer.head(hidden_BTD[wanted], ids)
-                losses_N = F.cross_entropy(logits_NV, targets_BT[wanted] - ids.start, reduction="none")
-                yield kind, [lessons[index].task for index in np.nonzero(counted)[0].tolist()], losses_N
+                against = self._rivals(told)
+                logits_NV = self.transformer.head(hidden_BTD[rows, places], against)
+                targets_N = torch.from_numpy(ids[rows, places] - against.start).to(self.device)
+                losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+                yield told, [lessons[row].task for row in rows.tolist()], losses_N
 
-    def _weight(self, task: str, kind: Kind) -> float:
-        return self.settings.text_loss_weight if (task, kind) == ("generate", Kind.TEXT) else 1.0
+    def _rivals(self, told: Told) -> range:
+        """The ids that compete where ``told`` is learnt."""
+        if told == Told.IMAGE:
+            return self.vocabulary.image
+        # A text may end in a command, so commands compete with the pieces.
+        return self.vocabulary.text if told == Told.NAME else range(self.vocabulary.text.start, self.vocabulary.size)
+
+    def _weight(self, task: str, told: Told) -> float:
+        if told == Told.NAME:
+            return self.settings.name_loss_weight
+        return self.settings.text_loss_weight if (task, told) == ("generate", Told.TEXT) else 1.0
 
     def save(self, folder: Path) -> None:
         """A checkpoint folder that opens by itself, with ``trainer.pt`` (the optimizer) beside it."""
@@ -348,9 +419,9 @@ class TransformerTrainer:
         return figures
 
 
-def _figure(task: str, kind: Kind) -> str:
+def _figure(task: str, told: Told) -> str:
     """The name of a loss in the metrics, such as ``generate_image_loss``."""
-    return f"{task}_{'image' if kind == Kind.IMAGE else 'text'}_loss"
+    return f"{task}_{told.value}_loss"
 
 
 def _parts(lessons: Sequence[Lesson], most: int) -> Iterator[Sequence[Lesson]]:

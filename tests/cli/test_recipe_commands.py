@@ -247,6 +247,8 @@ def test_a_store_that_lacks_what_a_task_needs(work, tmp_path, capsys):
     capsys.readouterr()
     assert main(["train", recipe, "training.tasks={upscale: 1}"]) == 2
     assert '"upscale" is needed here: encode a store for that task' in one_line(capsys)
+    assert main(["train", recipe, "training.name_loss_weight=0.5"]) == 2
+    assert "does not say which name stands where, but name_loss_weight is 0.5: encode the store" in one_line(capsys)
 
 
 def test_training_may_start_from_another_model(work, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Encoding scenes into a store: the rows, interruption and continuation, stores of other tokenizers."""
 
+import functools
 import hashlib
 import unicodedata
 from pathlib import Path
@@ -9,9 +10,9 @@ import pytest
 import torch
 
 from cogview.checkpoints.image import codebook_hash
-from cogview.data.emoji.scene import Shares
+from cogview.data.emoji.scene import KINDS, Shares
 from cogview.data.emoji.world import World
-from cogview.data.encode import EncodeSettings, encode_scenes
+from cogview.data.encode import EncodeSettings, encode_scenes, name_places
 from cogview.data.store import ABSENT, StoreWriter, TokenStore
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
@@ -37,9 +38,17 @@ def image_tokenizer() -> VQVAE:
 
 @pytest.fixture
 def encode(world, text_tokenizer, image_tokenizer):
-    def run(path: Path, rows: int, *, held_out: bool = False, vqvae: VQVAE = image_tokenizer, **changes) -> TokenStore:
+    def run(
+        path: Path,
+        rows: int,
+        *,
+        held_out: bool = False,
+        vqvae: VQVAE = image_tokenizer,
+        text: TextTokenizer = text_tokenizer,
+        **changes,
+    ) -> TokenStore:
         settings = EncodeSettings(**{"rows": rows, "batch_size": 8, **changes})
-        encode_scenes(path, world, text_tokenizer, vqvae, settings, rows=rows, held_out=held_out)
+        encode_scenes(path, world, text, vqvae, settings, rows=rows, held_out=held_out)
         return TokenStore(path)
 
     return run
@@ -88,6 +97,45 @@ def test_scenes_at_other_sizes(tmp_path, encode, world, image_tokenizer):
             assert picture.shape == (side, side, 3)
             image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
             assert store[number][name].tolist() == image_tokenizer.encode(image).flatten().tolist()
+
+
+def test_the_name_of_what_stands_at_each_code(tmp_path, encode, world):
+    names = [name for thing in world.things for name in thing.names]
+    captions = [world.caption(world.sample(0, index), index) for index in range(300)]
+    tokenizer = TextTokenizer(train_text_tokenizer(captions, size=400, coverage=1.0, max_piece_length=1, words=names))
+    store = encode(tmp_path, 40, named=True, text=tokenizer)
+    assert store.header.fields == {"text": 48, "image": 64, "named": 64}
+    seen = set()
+    for number in range(40):
+        scene, row = world.sample(0, number), store[number]
+        named = row["named"].reshape(8, 8)
+        areas = {"beside": (named[:, :4], named[:, 4:]), "above": (named[:4], named[4:])}.get(scene.kind, (named,))
+        for thing, area in zip(scene.things, areas, strict=True):
+            (piece,) = set(area.ravel().tolist())
+            assert piece in row["text"]
+            assert tokenizer.decode([piece]) in thing.names
+        seen.add(scene.kind)
+    assert seen == set(KINDS)
+
+
+def test_a_name_that_the_caption_does_not_hold_or_holds_twice_is_absent(world):
+    scene = next(scene for scene in map(functools.partial(world.sample, 0), range(99)) if scene.kind == "beside")
+    left, right = (thing.emoji for thing in scene.things)
+    names = {left: frozenset({7, 8}), right: frozenset({9})}
+    for pieces, expected in (
+        ([1, 8, 2, 9], [8, 9]),
+        ([9, 1], [ABSENT, 9]),
+        ([7, 8], [ABSENT, ABSENT]),  # which of the two it is about cannot be known
+    ):
+        named = name_places(scene, pieces, names, grid=16).reshape(16, 16)
+        assert [set(half.ravel().tolist()) for half in (named[:, :8], named[:, 8:])] == [{piece} for piece in expected]
+
+
+def test_names_of_several_pieces_cannot_stand_for_things(tmp_path, encode):
+    with pytest.raises(
+        InputError, match=r"the name 红苹果 of a thing takes 3 pieces.*whole_names: true, or encode with named: false"
+    ):
+        encode(tmp_path, 4, named=True)
 
 
 def test_shares_are_those_of_the_training_scenes_alone(tmp_path, encode):

@@ -175,6 +175,24 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, monkeypatch):
         torch.testing.assert_close(in_parts[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("threads", [2, 3, 20])
+def test_threads_share_the_rows_of_a_step(threads, monkeypatch):
+    given, changes = wide_rows(), {"tasks": MIXTURE, "caption_drop": 0.3, "hidden_rows": 0.5, "accumulation": 2}
+
+    def subject(num_threads: int) -> TransformerTrainer:
+        return TransformerTrainer(new_model(), settings(**changes), CPU, None, num_threads=num_threads)
+
+    alone = gradients(subject(1), given, monkeypatch)
+    for name, gradient in gradients(subject(threads), given, monkeypatch).items():
+        torch.testing.assert_close(alone[name], gradient, atol=1e-6, rtol=1e-4)
+
+    first, second = subject(threads), subject(threads)
+    for step in range(3):
+        assert first.step(step, wide_rows(step)) == second.step(step, wide_rows(step))
+    for name, tensor in first.transformer.state_dict().items():
+        assert torch.equal(tensor, second.transformer.state_dict()[name]), name
+
+
 def test_training_memorises_eight_rows():
     subject = trainer(steps=100, learning_rate=1e-2, warmup_steps=10)
     first = subject.step(0, rows())
@@ -269,6 +287,40 @@ def test_a_hidden_code_is_learnt_but_not_seen():
 
 
 MIXTURE = {"generate": 2.0, "caption": 1.0, "upscale": 1.0, "low_level": 1.0}
+
+
+def test_the_name_of_the_thing_at_a_code_is_told_where_the_store_has_it():
+    subject = trainer(name_loss_weight=0.25)
+    subject.transformer.eval()
+    given = rows(size=3)
+    assert losses(subject, given) == losses(trainer(), given)  # there are no names yet
+    named = np.full((3, GRID**2), ABSENT, dtype=np.uint16)
+    named[0, :10], named[1, 30:] = 7, 9
+    named[2] = 3  # a row whose caption is left out
+    given["named"] = named
+    assert losses(trainer(), given) == losses(trainer(), rows(size=3))  # nor are they asked for
+
+    keep = np.array([True, True, False])
+    figures = losses(subject, given, plan(3, keep=keep))
+    told, vocabulary = [], subject.model.config.vocabulary
+    for index, lesson in enumerate(subject.arrange(given, plan(3, keep=keep))):
+        with torch.no_grad():
+            logits_TV = subject.transformer(
+                torch.from_numpy(lesson.inputs)[None], torch.from_numpy(lesson.positions)[None]
+            )[0]
+        image = np.flatnonzero(lesson.targets < CODES)  # where its 64 codes are told
+        for place, name in zip(image, named[index].tolist(), strict=True):
+            if name != ABSENT and keep[index]:
+                among = logits_TV[place, vocabulary.text.start : vocabulary.text.stop]
+                told.append(-among.log_softmax(dim=0)[name].item())
+    assert len(told) == 10 + 34
+    assert figures["generate_name_loss"] == pytest.approx(np.mean(told), abs=1e-5)
+    without = losses(trainer(), given, plan(3, keep=keep))
+    assert figures["loss"] == pytest.approx(without["loss"] + 0.25 * np.mean(told), abs=1e-5)
+
+    asked = replace(plan(3, hide=True), ask=np.arange(GRID**2) % 3 == np.zeros((3, 1)))
+    for lesson, expected in zip(subject.arrange(given, asked), (4, 12, 22), strict=True):
+        assert (lesson.names >= 0).sum() == expected  # of the places that are asked alone
 
 
 def wide_rows(step: int = 0, size: int = 16) -> dict[str, np.ndarray]:
@@ -472,6 +524,7 @@ def test_evaluation_gives_the_losses_of_the_held_out_rows_and_a_sheet(tmp_path):
         ({"tasks": {"generate": 0}}, "the share of task 'generate' must be above 0, got 0"),
         ({"tasks": {}}, "there must be a task to train for"),
         ({"text_loss_weight": -1.0}, "text_loss_weight must not be negative, got -1.0"),
+        ({"name_loss_weight": -0.5}, "name_loss_weight must not be negative, got -0.5"),
     ],
 )
 def test_wrong_settings(changes, message):
