@@ -71,9 +71,10 @@ class TextTokenizer:
 
     def byte_share(self, text: str) -> float:
         """The share of the characters of ``text``, 0 to 1, that are spelt in bytes or become ``<unk>``."""
-        characters = [character for character in text if not character.isspace()]
-        foreign = [character for character in characters if self._foreign.intersection(self.encode(character))]
-        return len(foreign) / max(len(characters), 1)
+        characters = len("".join(unicodedata.normalize("NFKC", text).split()))
+        own = [self._processor.id_to_piece(i) for i in self.encode(text) if i not in self._foreign]
+        spelt = sum(len(piece.replace("\u2581", "")) for piece in own)
+        return max(0, characters - spelt) / max(characters, 1)
 
 
 def train_text_tokenizer(

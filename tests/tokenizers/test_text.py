@@ -74,6 +74,15 @@ def test_byte_share(tokenizer):
     assert tokenizer.byte_share("龘") == 1
     assert tokenizer.byte_share("猫龘") == 1 / 2  # of the characters, however many bytes spell one
     assert tokenizer.byte_share("猫 龘 猫 猫") == 1 / 4
+    assert tokenizer.byte_share("ＡＢ龘龘") == 1  # NFKC: AB, of which this corpus has none either
+
+
+def test_a_character_that_is_only_part_of_a_longer_piece_counts_as_known_there():
+    model = train_text_tokenizer(["一只狐狸", "一只猫"], size=270, max_piece_length=1, words=["狐狸"])
+    tokenizer = TextTokenizer(model)
+    assert tokenizer.byte_share("一只狐狸") == 0
+    assert tokenizer.byte_share("狐") == 1
+    assert tokenizer.byte_share("狐狸狐") == 1 / 3
 
 
 def test_a_model_without_bytes_knows_the_unknown():
