@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from cogview.config import TransformerConfig
 from cogview.engine import Job, fill, score
 from cogview.sampling import GREEDY
-from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.layouts import layouts, upscale_windows
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.transformer import Transformer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
@@ -150,6 +150,38 @@ def test_greedy_codes(transformer, golden):
     (filled,) = fill(transformer, vocabulary, [Job(row=row, seed=0, sampling=GREEDY)])
     assert filled.ids[:137].tolist() == expected.tolist()
     assert len(set(expected[9:].tolist())) > 10
+
+
+def test_a_greedy_caption(transformer, golden):
+    """The 20 pieces that the released sampler writes of an image with top-k 1."""
+    vocabulary, expected = Vocabulary(), golden["caption_tokens"]
+    row = layouts(32)["caption"].arrange(vocabulary, image=expected[2:1026], text=[None] * 20)
+    assert row.ids[:1028].tolist() == expected[:1028].tolist()
+    (filled,) = fill(transformer, vocabulary, [Job(row=row, seed=0, sampling=GREEDY)])
+    assert filled.ids[: len(expected)].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("number", [0, 3, 8])
+def test_two_lines_of_a_super_resolution_window(transformer, golden, number):
+    """The next 64 codes of a window with top-k 1, after all that the windows before it drew."""
+    vocabulary, windows, out = Vocabulary(), upscale_windows(32), golden["magnify_out"]
+    codes = np.ma.masked_all(out.shape, dtype=np.int64)
+    for window in windows[:number]:
+        codes[window.target] = out[window.target]
+    rows, columns = windows[number].target
+    target = (slice(rows.start, rows.start + 32), columns)
+    row = layouts(32)["upscale"].arrange(
+        vocabulary,
+        text=golden["greedy_tokens"][1:7] - vocabulary.text.start,
+        small=golden["magnify_code"].reshape(32, 32)[windows[number].source],
+        image=codes[target],
+    )
+    first_unknown = int(np.flatnonzero(row.blanks)[0])
+    row = row.cut(first_unknown + 64)
+    (filled,) = fill(transformer, vocabulary, [Job(row=row, seed=0, sampling=GREEDY)])
+    image = row.spans["image"]
+    assert filled.ids[image].tolist() == out[target].reshape(-1)[: image.stop - image.start].tolist()
+    assert row.blanks.sum() > 20
 
 
 def test_codes_of_an_image(vqvae, golden):
