@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from cogview.checkpoints.image import codebook_hash, load_image_tokenizer, save_image_tokenizer
+from cogview.checkpoints.image import codebook_hash, load_image_tokenizer, save_image_tokenizer, write_weights
 from cogview.config import TransformerConfig
 from cogview.config_files import build, to_plain
 from cogview.errors import InputError
@@ -98,7 +98,7 @@ def save_model(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -
     weights = {
         name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.transformer.state_dict().items()
     }
-    save_file(weights, folder / "model.safetensors")
+    write_weights(folder / "model.safetensors", weights)
     save_image_tokenizer(folder / "image", model.image_tokenizer, dtype)
     (folder / "text.model").write_bytes(model.text_tokenizer.model_bytes)
     if model.things:

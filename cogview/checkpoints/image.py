@@ -30,9 +30,17 @@ def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.
         name: tensor.detach().to("cpu", torch.float32 if name == CODEBOOK else dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
-    save_file(weights, folder / "model.safetensors")
+    write_weights(folder / "model.safetensors", weights)
     config = json.dumps(to_plain(model.config), indent=2)
     (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file that others may read as they may any new file; the library lets its owner alone."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(weights, file)
+    file.chmod(mode)
 
 
 def load_image_tokenizer(folder: Path) -> VQVAE:

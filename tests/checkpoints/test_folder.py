@@ -153,6 +153,12 @@ def test_things_are_read_without_the_weights(model, tmp_path):
     assert read_things(tmp_path) == things
 
 
+def test_every_file_of_a_model_can_be_read_by_those_who_can_read_one(model, tmp_path):
+    save_model(tmp_path, model)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {modes["config.json"]}
+
+
 def test_model_can_be_saved_where_it_was_loaded_from(folder):
     """Loaded weights must not be a view of the file that is being replaced."""
     loaded = load_model(folder, CPU, torch.float32)
