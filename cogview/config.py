@@ -46,7 +46,6 @@ class TransformerConfig:
 # layers, width, heads; the name says the parameters of the layers, roughly
 PRESETS: dict[str, tuple[int, int, int]] = {
     "5m": (6, 256, 8),
-    "9m": (5, 384, 6),
     "20m": (10, 416, 8),
     "100m": (12, 832, 13),
     "300m": (24, 1024, 16),

@@ -48,10 +48,10 @@ def test_presets_grow_and_are_what_their_names_say():
 
 
 def test_preset_takes_the_rest_of_the_settings():
-    config = preset("9m", vocabulary_size=9216, max_positions=128, dropout=0.0)
+    config = preset("5m", vocabulary_size=9216, max_positions=128, dropout=0.0)
     assert (config.vocabulary_size, config.max_positions, config.dropout) == (9216, 128, 0.0)
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(ValueError, match="preset '5b' is unknown; known: 9m, 20m, 100m, 300m, 1b, 4b"):
+    with pytest.raises(ValueError, match="preset '5b' is unknown; known: 5m, 20m, 100m, 300m, 1b, 4b"):
         preset("5b", vocabulary_size=128)

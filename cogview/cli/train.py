@@ -37,7 +37,7 @@ class TransformerSettings:
     """The ``transformer`` section of a recipe."""
 
     training: TransformerTraining
-    preset: str = "9m"
+    preset: str = "5m"
     max_positions: int = 1089
     dropout: float = 0.1
     branch_gain: float = 1.0
