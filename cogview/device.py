@@ -86,8 +86,8 @@ def flush_denormals() -> None:
     """Have this process treat numbers below 1e-38 as zero on a CPU. Call it before the first tensor is made.
 
     A model that has learnt something meets many, in softmaxes and their gradients, and a CPU takes far longer for each
-    (``scripts/benchmarks/denormals.py``). The threads that share the work take the setting over when they are started,
-    which is why it comes first.
+    (``scripts/benchmarks/training_step.py denormals``). The threads that share the work take the setting over when they
+    are started, which is why it comes first.
     """
     torch.set_flush_denormal(True)
 

@@ -74,17 +74,17 @@ class CaptionedScenes(Dataset[tuple[Scene, list[np.ndarray], list[int]]]):
 
 def name_pieces(world: World, text_tokenizer: TextTokenizer) -> dict[str, frozenset[int]]:
     """The pieces that are a name of each thing, by emoji; InputError where a name takes several pieces."""
-    found = {}
-    for thing in world.things:
-        spellings = {name: text_tokenizer.encode(name) for name in thing.names}
-        for name, pieces in spellings.items():
-            if len(pieces) != 1:
-                raise InputError(
-                    f"the name {name} of a thing takes {len(pieces)} pieces, so that no single one can stand for it; "
-                    "train the text tokenizer with whole_names: true, or encode with named: false"
-                )
-        found[thing.emoji] = frozenset(pieces[0] for pieces in spellings.values())
-    return found
+
+    def piece_of(name: str) -> int:
+        pieces = text_tokenizer.encode(name)
+        if len(pieces) != 1:
+            raise InputError(
+                f"the name {name} of a thing takes {len(pieces)} pieces, so that no single one can stand for it; "
+                "train the text tokenizer with whole_names: true, or encode with named: false"
+            )
+        return pieces[0]
+
+    return {thing.emoji: frozenset(map(piece_of, thing.names)) for thing in world.things}
 
 
 def name_places(scene: Scene, pieces: Sequence[int], names: Mapping[str, frozenset[int]], grid: int) -> np.ndarray:

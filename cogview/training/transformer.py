@@ -171,7 +171,7 @@ class TransformerTrainer:
 
     On a CPU ``num_threads`` threads (None: as many as PyTorch would use) compute a share of a step's rows each. They
     wait for each other once a step; threads that share every product wait hundreds of times
-    (``scripts/benchmarks/training_threads.py``).
+    (``scripts/benchmarks/training_step.py threads``).
     """
 
     def __init__(
