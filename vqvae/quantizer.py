@@ -73,10 +73,15 @@ class Quantizer(nn.Module):
         if len(chosen) < len(self.codebook):
             extra = torch.randint(len(source), (len(self.codebook) - len(chosen),), generator=generator)
             chosen = torch.cat([chosen, source[extra.to(source.device)]])
-        self.codebook.copy_(self.project(chosen))
+        self.restart(self.project(chosen))
+        self._share()
+
+    @torch.no_grad()
+    def restart(self, codes: Tensor) -> None:
+        """Make ``codes`` (K, D) the codebook, each as if it had been chosen once per update so far."""
+        self.codebook.copy_(codes)
         self.use.fill_(1.0)
         self.total.copy_(self.codebook)
-        self._share()
 
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor, decay: float) -> None:

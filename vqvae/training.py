@@ -57,16 +57,27 @@ def reconstruction_loss(images: Tensor, targets: Tensor, gradient_weight: float)
 
 
 class VQVAETrainer:
-    """Holds the model, its optimizer and the codebook's schedule; ``step`` is a function of (state, batch, step)."""
+    """Holds the model, its optimizer and the codebook's schedule; ``step`` is a function of (state, batch, step).
+
+    A model to ``start_from`` keeps its codebook, so that there is nothing to warm up but the learning rate.
+    """
 
     def __init__(
-        self, config: VQVAEConfig, settings: VQVAETraining, device: torch.device, autocast: torch.dtype | None = None
+        self,
+        config: VQVAEConfig,
+        settings: VQVAETraining,
+        device: torch.device,
+        autocast: torch.dtype | None = None,
+        start_from: VQVAE | None = None,
     ) -> None:
         torch.manual_seed(settings.seed)
+        self.started = start_from is not None
         self.settings = settings
         self.device = device
         self.autocast = autocast
-        self.model = VQVAE(config).to(device)
+        self.model = (start_from or VQVAE(config)).to(device)
+        if start_from is not None:
+            self.model.quantizer.restart(start_from.quantizer.codebook)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=settings.learning_rate,
@@ -97,7 +108,7 @@ class VQVAETrainer:
             group["lr"] = self.learning_rate(step)
         self.model.train()
         images = images.to(self.device, non_blocking=True)
-        quantize = step >= settings.warmup_steps
+        quantize = self.started or step >= settings.warmup_steps
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             output = self.model(images, quantize=quantize)
         loss = reconstruction_loss(output.images, images, settings.gradient_weight)

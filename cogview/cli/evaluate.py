@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         report, pictures = evaluate_scenes(
             model,
             world,
-            image_world=world.with_things(image_settings.get("things")),
+            image_scales=image_settings.get("scales", [1]),
             count=args.captions,
             seed=seed,
             sampling=sampling,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -152,21 +153,23 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
 
 
 def load_weights(model: Model, name: str) -> None:
-    """Begin with the weights of the model ``name``: the same codes and layers, where the text tokenizers may differ.
+    """Begin with the weights of the model ``name``: the same layers and number of codes, where tokenizers may differ.
 
     Pieces that both have keep their embeddings; a new one begins as the mean of the pieces it was spelt in before.
+    Codes keep the embeddings of their numbers, which serves where the image tokenizer went on from the other's, too.
     """
     other = load_model(find_checkpoint(name), torch.device("cpu"), torch.float32)
     shape, other_shape = (
-        replace(config.transformer, dropout=0.0, branch_gain=1.0, sinusoidal_positions=False, vocabulary_size=1)
+        (
+            replace(config.transformer, dropout=0.0, branch_gain=1.0, sinusoidal_positions=False, vocabulary_size=1),
+            config.vocabulary.num_image_codes,
+        )
         for config in (model.config, other.config)
     )
-    for what, ours, theirs in (
-        ("codebook", model.config.codebook_sha256, other.config.codebook_sha256),
-        ("shape", shape, other_shape),
-    ):
-        if ours != theirs:
-            raise InputError(f"start_from: {name} has another {what} than this recipe; its weights mean nothing here")
+    if shape != other_shape:
+        raise InputError(f"start_from: {name} has another shape than this recipe; its weights mean nothing here")
+    if model.config.codebook_sha256 != other.config.codebook_sha256:
+        print(f"note: {name} was trained on another codebook; what the codes look like is learnt anew", file=sys.stderr)
     weights = other.transformer.state_dict()
     old_rows, rows = weights["embedding.weight"], model.transformer.embedding.weight.detach().clone()
     old, new = other.config.vocabulary, model.config.vocabulary

@@ -6,15 +6,17 @@ import argparse
 import os
 import shutil
 from dataclasses import dataclass, field
-from typing import Literal
 
+from cogview.checkpoints.image import load_image_tokenizer
+from cogview.checkpoints.registry import find_checkpoint
 from cogview.cli.recipes import add_recipe_arguments, add_training_arguments, open_recipe
 from cogview.config_files import to_plain
 from cogview.data.emoji.world import World
 from cogview.device import choose_placement, flush_denormals, training_dtype
+from cogview.errors import InputError
 from cogview.training.image_tokenizer import ImageTokenizerRun, scene_batches
 from cogview.training.run import Run, RunSettings, run_loop
-from cogview.vqvae.model import VQVAEConfig
+from cogview.vqvae.model import VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETraining
 
 
@@ -24,10 +26,15 @@ class ImageSettings:
 
     training: VQVAETraining
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
-    things: int | Literal["all"] | None = None  # in the scenes it learns from (default: the world's)
+    scales: tuple[int, ...] = (1,)  # sides of the scenes it learns from, in turn; for upscaling: [1, 2]
+    start_from: str | None = None  # an image tokenizer, or a model's, to begin with, by name or folder
     run: RunSettings = field(default_factory=RunSettings)
     precision: str = "auto"
     workers: int = 0  # processes that draw scenes
+
+    def __post_init__(self) -> None:
+        if not self.scales or min(self.scales) < 1:
+            raise ValueError(f"scales must be whole numbers from 1, got {list(self.scales)}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,13 +48,16 @@ def run(args: argparse.Namespace) -> int:
     flush_denormals()
     recipe = open_recipe(args)
     settings = recipe.settings(ImageSettings, "image")
-    world = World.load(recipe.world).with_things(settings.things)
+    world = World.load(recipe.world)
+    start = None if settings.start_from is None else open_start(settings.start_from, settings.model)
     device = choose_placement(args.device).device
     dtype = training_dtype(device, settings.precision)
     training = settings.training
     status = run_loop(
-        ImageTokenizerRun(world, settings.model, training, device, dtype),
-        lambda step: scene_batches(world, training.seed, training.batch_size, step, training.steps, settings.workers),
+        ImageTokenizerRun(world, settings.model, training, device, dtype, settings.scales, start),
+        lambda step: scene_batches(
+            world, training.seed, training.batch_size, step, training.steps, settings.workers, settings.scales
+        ),
         Run(recipe.image_run),
         settings.run,
         recipe=to_plain(settings),
@@ -64,3 +74,14 @@ def run(args: argparse.Namespace) -> int:
         os.replace(aside, recipe.image_tokenizer)
         print(recipe.image_tokenizer)
     return status
+
+
+def open_start(name: str, config: VQVAEConfig) -> VQVAE:
+    """The image tokenizer in the folder ``name``, or that of the model ``name``; InputError where its shape differs."""
+    folder = find_checkpoint(name)
+    model = load_image_tokenizer(folder / "image" if (folder / "image").is_dir() else folder)
+    if model.config != config:
+        raise InputError(
+            f"start_from: {name} has another shape than this recipe; expected {config}, got {model.config}"
+        )
+    return model

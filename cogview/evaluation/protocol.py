@@ -49,15 +49,14 @@ def evaluate_scenes(
     seed: int,
     sampling: Sampling,
     batch_size: int,
-    image_world: World | None = None,
+    image_scales: Sequence[int] = (1,),
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Grade one picture of each of ``count`` held-out captions; the report, and the pictures.
 
     Beside the model's figures stand two ceilings from the same grader: on the VQ-VAE's reconstructions of the true
-    scenes, and on the true scenes themselves. The VQ-VAE's own figures are of scenes of ``image_world``, where it
-    learnt from more things than the transformer.
+    scenes, and on the true scenes themselves. The VQ-VAE's own figures are of held-out scenes at ``image_scales``, as
+    it learnt from them.
     """
-    image_world = image_world or world
     check_world(model, world)
     asked = held_out_scenes(world, count, seed)
     scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
@@ -71,8 +70,8 @@ def evaluate_scenes(
         "ceiling_reconstructions": _grade(grader, list(restored), scenes, "grading reconstructions"),
         "ceiling_true_scenes": _grade(grader, list(true), scenes, "grading true scenes"),
         "image_tokenizer": {
-            "things": len(image_world.things),
-            **evaluate_vqvae(model.image_tokenizer, held_out_batches(image_world)),
+            "scales": list(image_scales),
+            **evaluate_vqvae(model.image_tokenizer, held_out_batches(world, image_scales)),
         },
     }
     return report, drawn
@@ -145,9 +144,10 @@ def format_report(report: dict[str, Any]) -> str:
         cells = [format_accuracy(report[key][part]) for key, _ in columns]
         lines.append(f"| {part} (of {report['drawn'][part]['of']}) | " + " | ".join(cells) + " |")
     tokenizer = report["image_tokenizer"]
+    scales = " and ".join(map(str, tokenizer["scales"]))
     lines += [
         "",
-        f"Image tokenizer on {tokenizer['images']:.0f} held-out scenes of {tokenizer['things']} things: "
+        f"Image tokenizer on {tokenizer['images']:.0f} held-out scenes at scale {scales}: "
         f"PSNR {tokenizer['psnr']:.2f} dB, "
         f"{tokenizer['codes_used']:.1%} of the codes used, perplexity {tokenizer['perplexity']:.0f}.",
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,27 +12,36 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cogview.checkpoints.image import save_image_tokenizer
+from cogview.data.emoji.draws import Draws
 from cogview.data.emoji.world import World
 from cogview.errors import InputError
 from cogview.sheets import contact_sheet
 from cogview.training.run import leave_signals_to_parent
-from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
 
 HELD_OUT_IMAGES = 2048
 
 
 class SceneImages(Dataset[Tensor]):
-    """Picture number i of a world as (3, H, W) float32 in [0, 1]; a function of (seed, i)."""
+    """Picture number i of a world as (3, H, W) float32 in [0, 1]; a function of (seed, i).
 
-    def __init__(self, world: World, seed: int, *, held_out: bool = False) -> None:
+    The pictures take the ``scales`` in turn. Of a scene drawn larger than the canvas a part of the canvas's size is
+    shown, cut out on the grid of codes.
+    """
+
+    def __init__(self, world: World, seed: int, *, scales: Sequence[int] = (1,), held_out: bool = False) -> None:
         self.world = world
         self.seed = seed
+        self.scales = scales
         self.held_out = held_out
 
     def __getitem__(self, index: int) -> Tensor:
         scene = self.world.sample(self.seed, index, held_out=self.held_out)
-        return to_tensor(self.world.render(scene, index))
+        scale, canvas = self.scales[index % len(self.scales)], self.world.settings.canvas
+        draws = Draws("part", self.seed, index, self.held_out)
+        top, left = (PIXELS_PER_CODE * draws.below((scale - 1) * canvas // PIXELS_PER_CODE + 1) for _ in range(2))
+        return to_tensor(self.world.render(scene, index, scale)[top : top + canvas, left : left + canvas])
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:
@@ -40,10 +49,12 @@ def to_tensor(pixels: np.ndarray) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
-def scene_batches(world: World, seed: int, batch_size: int, first: int, last: int, workers: int) -> Iterator[Tensor]:
+def scene_batches(
+    world: World, seed: int, batch_size: int, first: int, last: int, workers: int, scales: Sequence[int] = (1,)
+) -> Iterator[Tensor]:
     """Batches number ``first`` to ``last`` of a world's pictures, (B, 3, H, W)."""
     loader = DataLoader(
-        SceneImages(world, seed),
+        SceneImages(world, seed, scales=scales),
         batch_size=batch_size,
         sampler=range(first * batch_size, last * batch_size),
         num_workers=workers,
@@ -52,9 +63,12 @@ def scene_batches(world: World, seed: int, batch_size: int, first: int, last: in
     return iter(loader)
 
 
-def held_out_batches(world: World, count: int = HELD_OUT_IMAGES, batch_size: int = 64) -> Iterator[Tensor]:
+def held_out_batches(
+    world: World, scales: Sequence[int] = (1,), count: int = HELD_OUT_IMAGES, batch_size: int = 64
+) -> Iterator[Tensor]:
     """Pictures of held-out scenes, which no training ever sees."""
-    return iter(DataLoader(SceneImages(world, seed=1, held_out=True), batch_size=batch_size, sampler=range(count)))
+    images = SceneImages(world, seed=1, scales=scales, held_out=True)
+    return iter(DataLoader(images, batch_size=batch_size, sampler=range(count)))
 
 
 class ImageTokenizerRun:
@@ -67,9 +81,12 @@ class ImageTokenizerRun:
         settings: VQVAETraining,
         device: torch.device,
         autocast: torch.dtype | None,
+        scales: Sequence[int] = (1,),
+        start_from: VQVAE | None = None,
     ) -> None:
         self.world = world
-        self.trainer = VQVAETrainer(config, settings, device, autocast)
+        self.scales = scales
+        self.trainer = VQVAETrainer(config, settings, device, autocast, start_from)
 
     def step(self, step: int, batch: Tensor) -> dict[str, float]:
         """One training step."""
@@ -90,7 +107,7 @@ class ImageTokenizerRun:
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
         """PSNR, usage and perplexity on held-out scenes, and a sheet of scenes above their reconstructions."""
         model = self.trainer.model
-        figures = evaluate_vqvae(model, held_out_batches(self.world))
+        figures = evaluate_vqvae(model, held_out_batches(self.world, self.scales))
         reconstruction_sheet(model, self.world).save(folder / f"step-{step:08d}.png")
         return {f"held_out_{name}": value for name, value in figures.items()}
 

@@ -14,6 +14,7 @@ import argparse
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,8 @@ def main() -> int:
     flush_denormals()
     torch.manual_seed(0)
 
-    world = World.load(args.world).with_things(THINGS)
+    world = World.load(args.world)
+    world = World(replace(world.settings, things=THINGS), world.candidates, world.sprites, world.colours)
     pairs = Shares(one=0, many=0, pair=1)
     scenes = [world.sample(5, number, shares=pairs) for number in range(args.captions + TESTED)]
     captions = [world.caption(scene, number) for number, scene in enumerate(scenes)]

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -39,7 +40,7 @@ def small(monkeypatch):
     monkeypatch.setattr(evaluate_command, "TUNED_TEMPERATURES", (0.1, 0.9))
     monkeypatch.setattr(evaluate_command, "TUNED_TOP_K", (5,))
     for module in (protocol, image_tokenizer):
-        monkeypatch.setattr(module, "held_out_batches", lambda world: held_out_batches(world, count=8))
+        monkeypatch.setattr(module, "held_out_batches", partial(held_out_batches, count=8))
 
 
 def sections(folder: Path) -> dict:
@@ -81,7 +82,7 @@ def finished(make_tiny_world, tmp_path_factory) -> Path:
     make_tiny_world().save(folder / "work" / "world")
     recipe = write_recipe(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_tokenizer, "held_out_batches", lambda world: held_out_batches(world, count=8))
+        patch.setattr(image_tokenizer, "held_out_batches", partial(held_out_batches, count=8))
         for command in ("train-text", "train-image", "encode"):
             assert main([command, recipe]) == 0
     return folder
@@ -198,14 +199,19 @@ def test_a_world_of_the_real_font(tmp_path, capsys):
     ]
 
 
-def test_the_image_tokenizer_may_learn_from_more_things_than_the_world_shows(make_tiny_world):
+def test_the_image_tokenizer_may_go_on_from_another_with_larger_scenes(work, tmp_path, capsys):
+    start = (work / "image").rename(tmp_path / "start")
+    shutil.rmtree(work / "image-run")
+    recipe = write_recipe(tmp_path)
+    still = ["training.learning_rate=0.0", "training.final_learning_rate=0.0", "training.decay=1.0"]
+    assert main(["train-image", recipe, *still, f"start_from={start}", "scales=[1, 2]"]) == 0
+    begun, trained = (load_file(folder / "model.safetensors") for folder in (start, work / "image"))
+    assert all(torch.equal(trained[name], begun[name]) for name in begun if name != "quantizer.codebook")
+    torch.testing.assert_close(trained["quantizer.codebook"], begun["quantizer.codebook"])
 
-    world = make_tiny_world(things=2)
-    assert world.with_things(None) is world
-    wider = world.with_things(5)
-    assert [thing.name for thing in wider.things] == ["红苹果", "狐狸", "狗", "汽车", "打开的书"]
-    assert wider.candidates == world.candidates
-    assert len(world.with_things("all").things) == 6
+    capsys.readouterr()
+    assert main(["train-image", recipe, f"start_from={start}", "model.code_width=5"]) == 2
+    assert f"start_from: {start} has another shape than this recipe; expected " in one_line(capsys)
 
 
 def test_overrides_change_their_section_alone(work, tmp_path):
@@ -276,6 +282,15 @@ def test_training_may_start_from_another_model(work, tmp_path, capsys):
     assert main(["train", write_recipe(tmp_path), *place, "start_from=没有"]) == 2
     assert "没有" in one_line(capsys)
 
+    # Codes that look another way are no obstacle, and the user is told.
+    for name in ("image-run", "store", "held-out-store"):
+        shutil.rmtree(work / name)
+    assert main(["train-image", write_recipe(tmp_path), "--work", str(work), f"start_from={start}"]) == 0
+    assert main(["encode", write_recipe(tmp_path), "--work", str(work)]) == 0
+    capsys.readouterr()
+    assert main(["train", write_recipe(tmp_path), *place, *still, f"start_from={start}"]) == 0
+    assert f"note: {start} was trained on another codebook" in capsys.readouterr().err
+
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
@@ -312,8 +327,7 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
         ({"text": {"captions": 9, "size": 20}}, "train-text", "a text tokenizer of size 20 is too small"),
         ({"image": {"training": {"stepz": 3}}}, "train-image", '"stepz" is unknown; did you mean "steps"?'),
         ({"image": {}}, "train-image", "section image of {recipe}: training must be given"),
-        ({"image": {"training": {"steps": 400}, "things": 1}}, "train-image", "or a number of at least 2, got 1"),
-        ({"image": {"training": {"steps": 400}, "things": 900}}, "train-image", "but only 6 are known"),
+        ({"image": {"training": {"steps": 400}, "scales": [0, 1]}}, "train-image", "whole numbers from 1, got [0, 1]"),
         ({"image": None}, "train-image", 'the recipe has no section "image"; it has: encode, package'),
         ({"encode": {"rows": "many"}}, "encode", 'rows: expected a whole number, got "many"'),
         ({"transformer": {"training": {"steps": 5}, "preset": "9b"}}, "train", "warmup_steps must be from 1 to"),

@@ -3,6 +3,7 @@
 # B batch, H W pixels
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -74,7 +75,7 @@ def world(make_tiny_world):
 @pytest.fixture(autouse=True)
 def few_held_out(monkeypatch):
     """The figures of the image tokenizer come from few pictures."""
-    monkeypatch.setattr(protocol, "held_out_batches", lambda world: held_out_batches(world, count=8))
+    monkeypatch.setattr(protocol, "held_out_batches", partial(held_out_batches, count=8))
 
 
 def test_a_painter_who_knows_three_of_four_gets_that_grade(world):
@@ -166,7 +167,7 @@ def test_the_report_as_a_table():
         "ceiling_reconstructions": grades,
         "ceiling_true_scenes": grades,
         "image_tokenizer": {
-            "things": 400,
+            "scales": [1, 2],
             "images": 2048.0,
             "psnr": 26.6277,
             "codes_used": 0.935,
@@ -178,6 +179,6 @@ def test_the_report_as_a_table():
     assert lines[2] == "| colour (of 10) |" + 3 * " 90.0% (59.6%–98.2%) |"
     assert lines[4] == "| count (of 0) | – | – | – |"
     assert lines[-1] == (
-        "Image tokenizer on 2048 held-out scenes of 400 things: PSNR 26.63 dB, "
+        "Image tokenizer on 2048 held-out scenes at scale 1 and 2: PSNR 26.63 dB, "
         "93.5% of the codes used, perplexity 1796."
     )

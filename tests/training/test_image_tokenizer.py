@@ -3,6 +3,7 @@
 # B batch, H W pixels
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def few_held_out(monkeypatch):
     """Judge on few pictures."""
-    monkeypatch.setattr(module, "held_out_batches", lambda world: held_out_batches(world, count=6, batch_size=4))
+    monkeypatch.setattr(module, "held_out_batches", partial(held_out_batches, count=6, batch_size=4))
 
 
 def test_pixels_become_numbers_from_0_to_1():
@@ -120,3 +121,26 @@ def test_a_gradient_that_is_not_finite_is_one_line_for_the_user(make_tiny_world)
     subject = ImageTokenizerRun(make_tiny_world(), CONFIG, TRAINING, CPU, None)
     with pytest.raises(InputError, match="gradient of step 2 is not finite"):
         subject.step(2, torch.full((1, 3, 64, 64), math.nan))
+
+
+def test_larger_scenes_are_shown_in_parts_on_the_grid_of_codes(make_tiny_world):
+    world = make_tiny_world()
+    images = SceneImages(world, 3, scales=(1, 2))
+    corners = set()
+    for number in range(24):
+        scene, image = world.sample(3, number), images[number]
+        assert image.shape == (3, 64, 64)
+        if number % 2 == 0:
+            assert torch.equal(image, to_tensor(world.render(scene, number)))
+            continue
+        whole = to_tensor(world.render(scene, number, scale=2))
+        found = {
+            (top, left)
+            for top in range(0, 65, 8)
+            for left in range(0, 65, 8)
+            if torch.equal(image, whole[:, top : top + 64, left : left + 64])
+        }
+        assert found
+        corners |= found
+    assert len(corners) > 9
+    assert torch.equal(next(scene_batches(world, 3, 24, 0, 1, 0, (1, 2)))[5], images[5])

@@ -147,3 +147,16 @@ def test_figures_of_no_pictures():
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         VQVAETraining(**settings)
+
+
+def test_a_model_to_start_from_is_trained_with_its_codebook_from_the_first_step():
+    first = VQVAETrainer(CONFIG, SETTINGS, CPU)
+    run(first, 0, 12)
+    codebook, codes = first.model.quantizer.codebook.clone(), first.model.encode(pictures(0))
+    settings = VQVAETraining(**{**vars(SETTINGS), "learning_rate": 0.0, "final_learning_rate": 0.0, "decay": 1.0})
+    second = VQVAETrainer(CONFIG, settings, CPU, start_from=first.model)
+    assert torch.equal(second.model.quantizer.codebook, codebook)
+    figures = run(second, 0, 2)
+    assert figures[0]["commitment"] > 0
+    assert figures[0]["alive"] == 1  # none is revived before it had a chance
+    assert torch.equal(second.model.encode(pictures(0)), codes)

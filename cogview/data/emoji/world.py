@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -91,16 +91,6 @@ class World:
         files = files or EmojiFiles()
         candidates = read_things(files)
         return World(settings, candidates, draw_sprites(candidates, files.font))
-
-    def with_things(self, things: int | Literal["all"] | None) -> World:
-        """This world with scenes of another number of its candidates; itself for None."""
-        if things is None:
-            return self
-        try:
-            settings = replace(self.settings, things=things)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        return World(settings, self.candidates, self.sprites, self.colours)
 
     def sample(self, seed: int, index: int, held_out: bool = False, shares: Shares = EQUAL_SHARES) -> Scene:
         """Scene ``index`` of ``seed``, with ``Scene.held_out`` as asked: a function of its arguments alone."""
