@@ -18,11 +18,21 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 
 from cogview.cli.main import HelpFormatter, Parser, run_safely
 from cogview.cli.main import main as cogview
 from cogview.cli.recipes import Recipe, open_recipe
+from cogview.errors import InputError
+
+# What is measured where so many tasks are trained, and how; sixteen pictures of each caption are reranked.
+MEASURES = (
+    ("scenes", {"generate"}, ("--tune",)),
+    ("captions", {"caption"}, ()),
+    ("rerank", {"generate", "caption"}, ("-n", "100")),
+    ("upscale", {"upscale"}, ()),
+)
 
 
 @dataclass(frozen=True)
@@ -74,32 +84,42 @@ def trained(recipe: Recipe) -> bool:
     return bool(checkpoints) and step_of(checkpoints[-1]) >= steps
 
 
-def graded(recipe: Recipe) -> bool:
-    """Whether the report is of the last checkpoint."""
-    from cogview.cli.evaluate import last_checkpoint
+def graded(measure: str, recipe: Recipe) -> bool:
+    """Whether there is a report of ``measure`` on the last checkpoint."""
+    from cogview.cli.evaluate import read_report
 
-    report = recipe.work / "report" / "report.json"
-    if not report.is_file():
+    try:
+        return read_report(recipe, measure) is not None
+    except InputError:  # of an earlier checkpoint, or there is none yet
         return False
-    model = json.loads(report.read_text(encoding="utf-8"))["protocol"]["model"]
-    return Path(model).name == last_checkpoint(recipe).name
 
 
 def packaged(recipe: Recipe) -> bool:
-    """Whether there is a model folder, made after the report."""
-    config, report = recipe.work / "model" / "config.json", recipe.work / "report" / "report.json"
-    return config.is_file() and config.stat().st_mtime >= report.stat().st_mtime
+    """Whether there is a model folder, made after the reports."""
+    config = recipe.work / "model" / "config.json"
+    reports = (recipe.work / "report").glob("report*.json")
+    return config.is_file() and config.stat().st_mtime >= max(report.stat().st_mtime for report in reports)
 
 
-STEPS = (
-    Step("scenes", world_made),
-    Step("train-text", text_trained),
-    Step("train-image", image_trained, options=("--resume", "auto"), takes_device=True),
-    Step("encode", encoded, takes_device=True),
-    Step("train", trained, options=("--resume", "auto"), takes_device=True),
-    Step("eval scenes", graded, options=("--tune",), takes_device=True),
-    Step("package", packaged),
-)
+def steps_of(recipe: Recipe) -> list[Step]:
+    """The steps of a recipe, with a measure for each task that it trains."""
+    from cogview.cli.train import TransformerSettings
+
+    tasks = recipe.settings(TransformerSettings, "transformer").training.tasks
+    measures = [
+        Step(f"eval {measure}", partial(graded, measure), options=options, takes_device=True)
+        for measure, needed, options in MEASURES
+        if needed <= set(tasks)
+    ]
+    return [
+        Step("scenes", world_made),
+        Step("train-text", text_trained),
+        Step("train-image", image_trained, options=("--resume", "auto"), takes_device=True),
+        Step("encode", encoded, takes_device=True),
+        Step("train", trained, options=("--resume", "auto"), takes_device=True),
+        *measures,
+        Step("package", packaged),
+    ]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,8 +128,9 @@ def run(args: argparse.Namespace) -> int:
     recipe.work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     earlier_ran = False
-    for number, step in enumerate(STEPS, start=1):
-        name = f"step {number} of {len(STEPS)}, {step.command}"
+    steps = steps_of(recipe)
+    for number, step in enumerate(steps, start=1):
+        name = f"step {number} of {len(steps)}, {step.command}"
         if not earlier_ran and step.done(recipe):
             print(f"{name}: already done", file=sys.stderr)
             continue

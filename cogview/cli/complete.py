@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from cogview.cli.easel import Easel, Progress
+from cogview.cli.easel import Progress, easel_of
 from cogview.cli.options import (
     add_drawing_arguments,
     add_model_arguments,
     add_seed_argument,
     require_positive,
-    sampling_settings,
 )
 from cogview.cli.sources import Images, batches
 
@@ -41,15 +40,7 @@ def run(args: argparse.Namespace) -> int:
     images = Images()
     paths = images.find(args.images)
     prepare_folder(args.output)
-    easel = Easel.open(
-        args.model,
-        tasks=["generate"],
-        settings=sampling_settings(args),
-        seed=args.seed,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    easel = easel_of(args, ["generate"])
     easel.model.complete([], args.prompt, rows=args.rows)  # refuses wrong rows before an image is read
     easel.announce()
     if not easel.accepts(args.prompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import unicodedata
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from cogview.cli.options import require_positive
+from cogview.cli.options import require_positive, sampling_settings
 from cogview.cli.sources import batches
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
@@ -187,6 +188,19 @@ class Easel:
         sheet = contact_sheet([np.asarray(picture) for picture in pictures], columns=columns)
         texts = sheet_texts([picture_texts(picture, self.model.name) for picture in pictures])
         print(save_png(path, sheet, texts))
+
+
+def easel_of(args: argparse.Namespace, tasks: Sequence[str]) -> Easel:
+    """The easel that the arguments of a command ask for: those of the model, of sampling, and the seed."""
+    return Easel.open(
+        args.model,
+        tasks=tasks,
+        settings=sampling_settings(args),
+        seed=args.seed,
+        batch_size=args.batch_size,
+        device=args.device,
+        dtype=args.dtype,
+    )
 
 
 class Progress:

@@ -6,7 +6,9 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from cogview.cli.recipes import Recipe, add_recipe_arguments, open_recipe
 from cogview.config_files import to_plain
@@ -21,7 +23,13 @@ from cogview.sampling import Sampling
 from cogview.sheets import contact_sheet
 from cogview.training.run import Run
 
-MEASURES = ("scenes", "captions", "rerank", "upscale")
+# What each measure is written down as, and its table.
+MEASURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "scenes": ("report.json", format_report),
+    "captions": ("report-captions.json", format_caption_report),
+    "rerank": ("report-rerank.json", format_rerank_report),
+    "upscale": ("report-upscale.json", format_upscale_report),
+}
 DRAWING = ("scenes", "rerank", "upscale")
 # The options that some measures have no use for, and those that have.
 PARTIAL_OPTIONS = {
@@ -43,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument(
         "measure",
-        choices=MEASURES,
+        choices=list(MEASURES),
         help="scenes: object, count, relation and colour in pictures drawn; captions: the same in captions written; "
         "rerank: the best of several pictures by score; upscale: pictures of twice the side",
     )
@@ -91,16 +99,12 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             batch_size=args.batch_size,
         )
-        write_json(output / "report.json", report)
         contact_sheet(pictures[:SHEET_PICTURES], columns=16).save(output / "pictures.png")
-        table = format_report(report)
     elif args.measure == "captions":
         report = evaluate_captions(model, world, count=args.captions, seed=seed, batch_size=args.batch_size)
         captions = report.pop("captions")
         lines = [json.dumps(caption, ensure_ascii=False) + "\n" for caption in captions]
         (output / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
-        write_json(output / "report-captions.json", report)
-        table = format_caption_report(report)
     elif args.measure == "rerank":
         report = evaluate_rerank(
             model,
@@ -111,16 +115,14 @@ def run(args: argparse.Namespace) -> int:
             sampling=sampling,
             batch_size=args.batch_size,
         )
-        write_json(output / "report-rerank.json", report)
-        table = format_rerank_report(report)
     else:
         report, pictures = evaluate_upscale(
             model, world, count=args.captions, seed=seed, sampling=sampling, batch_size=args.batch_size
         )
-        write_json(output / "report-upscale.json", report)
         contact_sheet(pictures[: 4 * SHEET_ENLARGED], columns=12).save(output / "pictures-upscale.png")
-        table = format_upscale_report(report)
-    print(table)
+    name, table = MEASURES[args.measure]
+    write_json(output / name, report)
+    print(table(report))
     print(f"written to {output}", file=sys.stderr)
     return 0
 
@@ -151,6 +153,23 @@ def tune(model: CogView, world: World, count: int, batch_size: int, output: Path
     for row in table:
         print(f"{row['sampling']}: everything right {row['everything']['accuracy']:.1%}", file=sys.stderr)
     return results[0][0]
+
+
+def read_report(recipe: Recipe, measure: str) -> dict[str, Any] | None:
+    """The report of ``measure`` below the recipe's work folder; None where it was not measured.
+
+    InputError for a report of another checkpoint than the last.
+    """
+    path, checkpoint = recipe.work / "report" / MEASURES[measure][0], last_checkpoint(recipe)
+    if not path.is_file():
+        return None
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if Path(report["protocol"]["model"]).name != checkpoint.name:
+        raise InputError(
+            f"{path} grades {report['protocol']['model']}, not {checkpoint}; "
+            f"grade that first: cogview eval {measure} {recipe.path}"
+        )
+    return report
 
 
 def last_checkpoint(recipe: Recipe) -> Path:

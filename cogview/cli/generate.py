@@ -6,14 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cogview.cli.easel import Easel, Enlargement, Order
+from cogview.cli.easel import Easel, Enlargement, Order, easel_of
 from cogview.cli.lines import ask_lines, read_lines
 from cogview.cli.options import (
     add_drawing_arguments,
     add_model_arguments,
     add_seed_argument,
     require_positive,
-    sampling_settings,
 )
 from cogview.errors import InputError
 
@@ -57,15 +56,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputError('no prompt was given; write it behind the command: cogview generate "一个红苹果"')
     prepare_folder(args.output)
     tasks = ["generate"] + ["caption"] * (args.keep is not None) + ["upscale"] * args.upscale
-    easel = Easel.open(
-        args.model,
-        tasks=tasks,
-        settings=sampling_settings(args),
-        seed=args.seed,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    easel = easel_of(args, tasks)
     easel.announce()
     if not asking:
         return draw_prompts(easel, prompts, args)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -13,11 +12,10 @@ from pathlib import Path
 import torch
 
 from cogview.checkpoints.folder import file_sha256, load_model, save_model
-from cogview.cli.evaluate import last_checkpoint
+from cogview.cli.evaluate import MEASURES, last_checkpoint, read_report
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
 from cogview.config_files import build
 from cogview.errors import InputError
-from cogview.evaluation.protocol import format_report
 from cogview.sampling import Sampling
 
 
@@ -25,7 +23,7 @@ from cogview.sampling import Sampling
 class PackageSettings:
     """The ``package`` section of a recipe."""
 
-    card: str  # a Markdown file; {figures} stands for the table of the report, {things} for what the model knows
+    card: str  # a Markdown file; {figures} stands for the tables of the reports, {things} for what the model knows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,26 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Take the last checkpoint, the sampling settings that the grader chose, and the report."""
+    """Take the last checkpoint, the sampling settings that the grader chose, and the reports."""
     recipe = open_recipe(args)
     settings = recipe.settings(PackageSettings, "package")
-    report_file, card_file = recipe.work / "report" / "report.json", Path(settings.card)
-    if not report_file.is_file():
-        raise InputError(f"{report_file} is missing; grade the model first: cogview eval scenes {recipe.path} --tune")
-    report = json.loads(report_file.read_text(encoding="utf-8"))
-
-    checkpoint = last_checkpoint(recipe)
-    if Path(report["protocol"]["model"]).name != checkpoint.name:
-        raise InputError(
-            f"{report_file} grades {report['protocol']['model']}, not {checkpoint}; "
-            f"grade that first: cogview eval scenes {recipe.path} --tune"
-        )
-    model = load_model(checkpoint, torch.device("cpu"), torch.float32)
-    sampling = build(Sampling, report["protocol"]["sampling"], where=str(report_file))
+    reports = {measure: report for measure in MEASURES if (report := read_report(recipe, measure)) is not None}
+    if "scenes" not in reports:
+        raise InputError(f"the model has no grades yet; grade it first: cogview eval scenes {recipe.path} --tune")
+    model = load_model(last_checkpoint(recipe), torch.device("cpu"), torch.float32)
+    sampling = build(Sampling, reports["scenes"]["protocol"]["sampling"], where="the report on scenes")
     model.config = replace(model.config, sampling=sampling)
     things = "、".join(thing.emoji + thing.name for thing in model.things)
-    card = card_file.read_text(encoding="utf-8")
-    model.card = card.replace("{figures}", format_report(report)).replace("{things}", things)
+    figures = "\n\n".join(
+        f"`cogview eval {measure}`, {report['protocol']['captions']} held-out scenes:\n\n{MEASURES[measure][1](report)}"
+        for measure, report in reports.items()
+    )
+    card = Path(settings.card).read_text(encoding="utf-8")
+    model.card = card.replace("{figures}", figures).replace("{things}", things)
     output = args.output or recipe.work / "model"
     aside = output.with_name(f".{output.name}-writing")
     shutil.rmtree(aside, ignore_errors=True)

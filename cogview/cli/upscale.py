@@ -7,13 +7,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cogview.cli.easel import Easel, Enlargement
+from cogview.cli.easel import Easel, Enlargement, easel_of
 from cogview.cli.options import (
     add_drawing_arguments,
     add_model_arguments,
     add_query_arguments,
     add_seed_argument,
-    sampling_settings,
 )
 from cogview.cli.sources import Images, Query, read_queries
 
@@ -45,15 +44,7 @@ def run(args: argparse.Namespace) -> int:
     images = Images()
     queries = read_queries(args, images, LINE)
     prepare_folder(args.output)
-    easel = Easel.open(
-        args.model,
-        tasks=["upscale"],
-        settings=sampling_settings(args),
-        seed=args.seed,
-        batch_size=args.batch_size,
-        device=args.device,
-        dtype=args.dtype,
-    )
+    easel = easel_of(args, ["upscale"])
     easel.announce()
     if args.input is None:
         queries = [Query(prompt=query.prompt, paths=(path,)) for query in queries for path in query.paths]

@@ -243,7 +243,17 @@ def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys
     }
     model = CogView.from_pretrained(Run(work / "transformer-run").checkpoints()[-1], device="cpu")
     assert set(model.model.config.tasks) == {"generate", "caption", "upscale"}
-    pictures = model.generate("一个红苹果", n=3, keep=2, seed=1)
+    pictures = model.generate("一个红苹果", n=3, keep=2, seed=1)  # and all tasks have their figures in the card:
+    capsys.readouterr()
+    assert main(["package", recipe]) == 2
+    assert "the model has no grades yet; grade it first: cogview eval scenes" in one_line(capsys)
+    for measure in ("scenes", "captions", "upscale"):
+        assert main(["eval", measure, recipe, "-n", "3", "--device", "cpu"]) == 0
+    assert main(["package", recipe]) == 0
+    card = (work / "model" / "README.md").read_text(encoding="utf-8")
+    assert "`cogview eval captions`, 3 held-out scenes:" in card
+    assert "`cogview eval rerank`" not in card
+    assert "Over 3 held-out scenes, ours less bicubic is" in card
     assert len(model.caption(pictures)) == 2
     assert [picture.size for picture in model.upscale(pictures, "一个红苹果", seed=1)] == [(128, 128)] * 2
 
@@ -368,7 +378,7 @@ def test_a_scene_recipe_without_the_font_names_the_package(tmp_path, capsys):
         ("text.model", "train", "no text tokenizer at {work}/text.model"),
         ("image", "train", "make it with: cogview train-image {recipe}"),
         ("nothing", "eval scenes", "{work}/transformer-run holds no checkpoint; train with: cogview train"),
-        ("nothing", "package", "report.json is missing; grade the model first: cogview eval scenes"),
+        ("nothing", "package", "{work}/transformer-run holds no checkpoint; train with: cogview train"),
     ],
 )
 def test_a_step_before_its_time_names_the_step_to_take(work, tmp_path, capsys, missing, command, message):
@@ -547,6 +557,20 @@ def test_the_script_begins_with_the_first_step(script, tmp_path, capsys, monkeyp
     assert [command[0] for command in asked] == commands
     assert all(str(tmp_path / "elsewhere") in command and recipe in command for command in asked)
     assert ["--resume" in command for command in asked] == [name in ("train-image", "train") for name in commands]
+
+
+def test_the_script_measures_every_task_that_is_trained(script, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(script, "cogview", lambda command: asked.append(command) or len(asked) == 10)
+    transformer = sections(tmp_path)["transformer"]
+    transformer["training"]["tasks"] = {"generate": 2, "caption": 1, "upscale": 1}
+    recipe = write_recipe(tmp_path, transformer=transformer)
+    assert script.main([recipe, "--work", str(tmp_path / "elsewhere"), "--device", "cpu"]) == 1
+    assert [command[:2] for command in asked[5:9]] == [
+        ["eval", measure] for measure in ("scenes", "captions", "rerank", "upscale")
+    ]
+    assert ["--tune" in command for command in asked[5:9]] == [True, False, False, False]
+    assert asked[9][0] == "package"
 
 
 def test_the_script_says_what_is_wrong_in_one_line(script, tmp_path, capsys):
