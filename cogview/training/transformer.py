@@ -72,10 +72,11 @@ class TransformerTraining:
     # look of the thing at once. A store that says which name stands where (``named``) lets a drawing tell the name too.
     name_loss_weight: float = 0.0
     caption_drop: float = 0.1  # share of captions left out, so that guidance is possible later
-    # Once the first codes of a thing are known the others follow from them, so the text is asked at one or two places
-    # of a picture alone, and learnt slowly. Two remedies, for rows that draw a picture: a share that sees [MASK] in
-    # place of every code, and one that sees it at a share of the places drawn per row. Where every code is hidden each
-    # is told from text and place alone, so ``hidden_places`` of them, drawn per row, do for a cheaper row (0: all).
+    # Once the first codes of a thing are known the others follow from them, so the text, and in upscaling the small
+    # picture, is asked at one or two places alone, and learnt slowly. Two remedies, for rows that draw a picture: a share
+    # that sees [MASK] in place of every code, and one that sees it at a share of the places drawn per row. Where every
+    # code is hidden each is told from text and place alone, so ``hidden_places`` of them, drawn per row, do for a
+    # cheaper row (0: all).
     hidden_rows: float = 0.0
     hidden_places: int = 0
     masked_rows: float = 0.0
@@ -236,9 +237,8 @@ class TransformerTrainer:
         shares = np.array(list(settings.tasks.values()))
         tasks = random.choice(list(settings.tasks), size=num_rows, p=shares / shares.sum()).tolist()
         described = np.array([task == "caption" for task in tasks])
-        drawn = np.array([task == "generate" for task in tasks])
         keep = (random.random(num_rows) >= settings.caption_drop) | described
-        lot = np.where(keep & drawn, random.random(num_rows), 1.0)
+        lot = np.where(keep & ~described, random.random(num_rows), 1.0)
         hidden = lot < settings.hidden_rows
         masked = ~hidden & (lot < settings.hidden_rows + settings.masked_rows)
         share = np.where(hidden, 1.0, random.random(num_rows) * masked)
@@ -263,14 +263,14 @@ class TransformerTrainer:
             row = self.layout_row(task, text, own, int(choices.windows[index]))
             seen, read = row.ids.copy(), np.ones(len(row), dtype=bool)
             names = np.full(len(row), -1)
-            if task == "generate":
+            if task != "caption":
                 image = row.spans["image"]
                 seen[image][choices.hide[index]] = self.vocabulary.command("[MASK]")
                 # A code is told at the place before it, the first one behind the image's command, which all rows have.
                 read[image] = np.append(choices.ask[index][1:], False)
-                if self.settings.name_loss_weight and choices.keep[index] and "named" in own:
-                    named = own["named"].astype(np.int64)
-                    names[image] = np.where(named == ABSENT, -1, self.vocabulary.text.start + named)
+            if task == "generate" and self.settings.name_loss_weight and choices.keep[index] and "named" in own:
+                named = own["named"].astype(np.int64)
+                names[row.spans["image"]] = np.where(named == ABSENT, -1, self.vocabulary.text.start + named)
             lessons.append(Lesson.of(task, row, seen, read, names))
         return lessons
 

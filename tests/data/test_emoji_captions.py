@@ -100,10 +100,10 @@ def test_a_complete_caption_belongs_to_one_meaning(make_tiny_world: MakeWorld) -
             assert sorted(named) == sorted(thing.name for thing in scene.things)
 
 
-def test_one_caption_in_five_leaves_the_background_unsaid(make_tiny_world: MakeWorld) -> None:
+def test_one_caption_in_ten_leaves_the_background_unsaid(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
     silent = sum("背景" not in world.caption(world.sample(0, index), index) for index in range(2000))
-    assert 0.17 < silent / 2000 < 0.23
+    assert 0.08 < silent / 2000 < 0.12
 
 
 def test_find_names_takes_the_longest() -> None:
@@ -145,7 +145,7 @@ def test_reading_undoes_writing(make_tiny_world: MakeWorld, complete: bool) -> N
             caption = world.caption(scene, seed, complete)
             assert reader.readings(caption) == (facts(scene, caption),), caption
             silent += "背景" not in caption
-    assert silent == 0 if complete else silent > 200
+    assert silent == 0 if complete else silent > 100
 
 
 def test_captions_are_read_after_a_text_tokenizer_too(make_tiny_world: MakeWorld) -> None:

@@ -341,7 +341,8 @@ def test_the_tasks_of_a_step_are_shares_that_seed_and_step_decide():
         assert (tasks == task).mean() == pytest.approx(share / 5, abs=0.03)
     assert choices.keep[tasks == "caption"].all()  # there is nothing to leave out
     assert choices.keep[tasks == "upscale"].mean() == pytest.approx(0.5, abs=0.06)
-    assert not choices.hide[tasks != "generate"].any()
+    assert not choices.hide[tasks == "caption"].any()
+    assert choices.hide[(tasks != "caption") & choices.keep].all()
     assert set(choices.windows.tolist()) == set(range(9))
     again = subject.choices(3, 5000, 64)
     assert again.tasks == choices.tasks
@@ -374,11 +375,15 @@ def test_a_row_of_each_task():
             lesson = subject.arrange(given, plan(9, task=task))[index]
             first = [command("[ROI1]"), *text, command("[TINY]"), command("[BOI1]"), *condition.flat, command("[EOI1]")]
             start = [command(name) for name in ("[ROI2]", "[POS0]", "[TINY]", "[BOI2]")]
-            sequence = [*first, *start, *target.flat, command("[EOI2]")]
+            sequence = [*first, *start, *target.flat]
             assert lesson.inputs.tolist() == sequence[:-1]
             assert lesson.targets.tolist() == sequence[1:]
-            assert lesson.positions.tolist() == [*range(len(first)), *range(4 + 64)]
+            assert lesson.positions.tolist() == [*range(len(first)), *range(4 + 63)]
             assert lesson.targets[lesson.learnt].tolist() == target.reshape(-1).tolist()
+
+            hidden = subject.arrange(given, plan(9, task=task, hide=True))[index]  # but for the small picture
+            assert hidden.inputs.tolist() == [*first, *start, *[command("[MASK]")] * 63]
+            assert hidden.targets.tolist() == sequence[1:]
 
 
 def test_a_task_counts_as_its_share_of_the_rows():

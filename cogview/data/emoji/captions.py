@@ -16,7 +16,7 @@ from cogview.data.emoji.scene import COLOURS, Colour, Kind, Scene
 from cogview.data.emoji.things import Thing
 
 # Percentages of the captions that say it the rarer way.
-_UNNAMED_COLOUR = 20
+_UNNAMED_COLOUR = 10
 _RARE_COLOUR_NAME = 20
 _SYNONYM = 20
 _RARE_MEASURE = 15

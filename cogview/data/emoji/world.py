@@ -132,7 +132,7 @@ class World:
     def caption(self, scene: Scene, seed: int = 0, complete: bool = False) -> str:
         """A Chinese sentence for ``scene``, one of many by ``seed``; ``complete`` leaves nothing unsaid.
 
-        Without ``complete``, one caption in five says nothing about the background.
+        Without ``complete``, one caption in ten says nothing about the background.
         """
         return write_caption(scene, Draws("caption", seed, scene.meaning), complete=complete)
 
