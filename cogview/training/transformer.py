@@ -73,10 +73,10 @@ class TransformerTraining:
     name_loss_weight: float = 0.0
     caption_drop: float = 0.1  # share of captions left out, so that guidance is possible later
     # Once the first codes of a thing are known the others follow from them, so the text, and in upscaling the small
-    # picture, is asked at one or two places alone, and learnt slowly. Two remedies, for rows that draw a picture: a share
-    # that sees [MASK] in place of every code, and one that sees it at a share of the places drawn per row. Where every
-    # code is hidden each is told from text and place alone, so ``hidden_places`` of them, drawn per row, do for a
-    # cheaper row (0: all).
+    # picture, is asked at one or two places alone, and learnt slowly. Two remedies, for rows that draw a picture: a
+    # share that sees [MASK] in place of every code, and one that sees it at a share of the places drawn per row. Where
+    # every code is hidden each is told from text and place alone, so ``hidden_places`` of them, drawn per row, do for
+    # a cheaper row (0: all).
     hidden_rows: float = 0.0
     hidden_places: int = 0
     masked_rows: float = 0.0
