@@ -69,7 +69,8 @@ class TransformerTraining:
     tasks: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})  # and their shares of the rows
     text_loss_weight: float = 0.1  # of the texts that pictures are drawn from; captions count in full
     # Where a text names two things, which of them a place shows is learnt late from codes, which ask for it and for the
-    # look of the thing at once. A store that says which name stands where (``named``) lets a drawing tell the name too.
+    # look of the thing at once. A store that says which name stands where (``named``) lets a drawing tell the name too,
+    # and a description while it still reads the codes.
     name_loss_weight: float = 0.0
     caption_drop: float = 0.1  # share of captions left out, so that guidance is possible later
     # Once the first codes of a thing are known the others follow from them, so the text, and in upscaling the small
@@ -125,7 +126,8 @@ class Choices:
     tasks: Sequence[str]  # (B,)
     keep: np.ndarray  # (B,) bool: whose caption is kept
     hide: np.ndarray  # (B, G * G) bool: which codes of the image the input holds [MASK] for
-    ask: np.ndarray  # (B, G * G) bool: which codes are asked for; others are left out, where every code is hidden
+    ask: np.ndarray  # (B,) int: how many codes are asked for; others are left out, where every code is hidden
+    lots: np.ndarray  # (B, G * G) float above 0, exponential: decide which codes those are
     windows: np.ndarray  # (B,) int: which of the nine windows is drawn in upscaling
 
 
@@ -242,15 +244,12 @@ class TransformerTrainer:
         hidden = lot < settings.hidden_rows
         masked = ~hidden & (lot < settings.hidden_rows + settings.masked_rows)
         share = np.where(hidden, 1.0, random.random(num_rows) * masked)
-        ask = np.ones((num_rows, num_codes), dtype=bool)
-        if settings.hidden_places:
-            rank = random.random((num_rows, num_codes)).argsort(axis=1).argsort(axis=1)
-            ask[hidden] = rank[hidden] < settings.hidden_places
         return Choices(
             tasks=tasks,
             keep=keep,
             hide=random.random((num_rows, num_codes)) < share[:, None],
-            ask=ask,
+            ask=np.where(hidden & (settings.hidden_places > 0), settings.hidden_places, num_codes),
+            lots=random.exponential(size=(num_rows, num_codes)),
             windows=random.integers(len(self.windows), size=num_rows),
         )
 
@@ -267,8 +266,9 @@ class TransformerTrainer:
                 image = row.spans["image"]
                 seen[image][choices.hide[index]] = self.vocabulary.command("[MASK]")
                 # A code is told at the place before it, the first one behind the image's command, which all rows have.
-                read[image] = np.append(choices.ask[index][1:], False)
-            if task == "generate" and self.settings.name_loss_weight and choices.keep[index] and "named" in own:
+                read[image] = np.append(_asked(row.ids[image], choices.lots[index], choices.ask[index])[1:], False)
+            names_known = task in ("generate", "caption") and choices.keep[index] and "named" in own
+            if names_known and self.settings.name_loss_weight:
                 named = own["named"].astype(np.int64)
                 names[row.spans["image"]] = np.where(named == ABSENT, -1, self.vocabulary.text.start + named)
             lessons.append(Lesson.of(task, row, seen, read, names))
@@ -408,7 +408,8 @@ class TransformerTrainer:
                         tasks=[task] * len(numbers),
                         keep=np.ones(len(numbers), dtype=bool),
                         hide=np.zeros(rows["image"].shape, dtype=bool),
-                        ask=np.ones(rows["image"].shape, dtype=bool),
+                        ask=np.full(len(numbers), rows["image"].shape[1]),
+                        lots=np.ones(rows["image"].shape),
                         windows=numbers % len(self.windows),
                     )
                     for name, loss in self.losses(self.arrange(rows, choices)).items():
@@ -417,6 +418,18 @@ class TransformerTrainer:
         if self.draw_sheet is not None:
             self.draw_sheet(self.model, folder / f"step-{step:08d}.png")
         return figures
+
+
+def _asked(codes: np.ndarray, lots: np.ndarray, count: int) -> np.ndarray:
+    """Which ``count`` of ``codes`` (N,) are asked for: (N,) bool.
+
+    Every code that is there is as likely to come next as any other, however many places it fills: a plain background,
+    soon learnt, is not asked at half of the places.
+    """
+    _, which, places = np.unique(codes, return_inverse=True, return_counts=True)
+    asked = np.zeros(len(codes), dtype=bool)
+    asked[np.argsort(lots * places[which], kind="stable")[:count]] = True
+    return asked
 
 
 def _figure(task: str, told: Told) -> str:

@@ -4,6 +4,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from cogview.data.store import ABSENT, StoreHeader, StoreWriter, TokenStore, pad
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.training.transformer import Choices, TransformerTrainer, TransformerTraining, store_batches
+from cogview.training.transformer import Choices, TransformerTrainer, TransformerTraining, _asked, store_batches
 from cogview.transformer import Transformer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
@@ -86,9 +87,17 @@ def plan(count: int = 8, *, task: str = "generate", keep: bool | np.ndarray = Tr
         tasks=[task] * count,
         keep=np.broadcast_to(keep, count),
         hide=np.full((count, GRID**2), hide),
-        ask=np.ones((count, GRID**2), dtype=bool),
+        ask=np.full(count, GRID**2),
+        lots=np.ones((count, GRID**2)),
         windows=np.arange(count) % 9,
     )
+
+
+def only(places: Sequence[int]) -> np.ndarray:
+    """Lots by which these places of each of three rows are asked first."""
+    lots = np.ones((3, GRID**2))
+    lots[:, list(places)] = 1e-3
+    return lots
 
 
 def losses(
@@ -230,30 +239,29 @@ def test_hidden_codes_are_a_share_that_seed_and_step_decide():
     """Rows of one share hide every code, those of another some of them; captions left out hide none."""
     subject = trainer(hidden_rows=0.3, masked_rows=0.2, hidden_places=5, caption_drop=0.2)
     choices, again = subject.choices(3, 4000, 64), subject.choices(3, 4000, 64)
-    for name in ("keep", "hide", "ask"):
+    for name in ("keep", "hide", "ask", "lots"):
         assert (getattr(again, name) == getattr(choices, name)).all()
         assert (getattr(subject.choices(4, 4000, 64), name) != getattr(choices, name)).any()
     share = choices.hide.mean(axis=1)
     assert not choices.hide[~choices.keep].any()
-    asked = choices.ask.sum(axis=1)
+    asked = choices.ask
     assert (asked[choices.keep] == 5).mean() == pytest.approx(0.3, abs=0.03)
     some = (share > 0) & (asked == 64)
     assert some[choices.keep].mean() == pytest.approx(0.2, abs=0.03)
     assert share[some].mean() == pytest.approx(0.5, abs=0.05)
     assert set(asked.tolist()) == {5, 64}
     assert (share[asked == 5] == 1).all()
-    assert choices.ask[asked == 5].any(axis=0).all()  # every place has its turn
     assert not trainer(caption_drop=0.2).choices(3, 4000, 64).hide.any()
 
 
 def test_a_hidden_code_is_told_as_well_without_its_neighbours():
     """Rows that leave out places ask for the same codes at the same positions as rows that do not."""
     subject, given = trainer(), rows(size=3)
-    whole, ask = plan(3, hide=True), np.zeros((3, GRID**2), dtype=bool)
-    ask[:, [0, 7, 8, 63]] = True
+    whole = plan(3, hide=True)
+    few = replace(whole, ask=np.full(3, 4), lots=only([0, 7, 8, 63]))
     mask = subject.model.config.vocabulary.command("[MASK]")
     for long, short, image in zip(
-        subject.arrange(given, whole), subject.arrange(given, replace(whole, ask=ask)), given["image"], strict=True
+        subject.arrange(given, whole), subject.arrange(given, few), given["image"], strict=True
     ):
         start = len(long) - 63  # the place that tells the first code
         kept = [*range(start), *(start - 1 + place for place in (7, 8, 63))]
@@ -261,6 +269,20 @@ def test_a_hidden_code_is_told_as_well_without_its_neighbours():
             assert getattr(short, name).tolist() == getattr(long, name)[kept].tolist()
         assert short.targets[-4:].tolist() == image[[0, 7, 8, 63]].tolist()
         assert short.inputs[-3:].tolist() == [mask] * 3
+
+
+def test_places_of_a_plain_background_are_asked_less_often():
+    """Sixty places hold one code, four another each: the first to be asked for is each of the five equally often."""
+    random, codes = np.random.default_rng(0), np.full(64, 8)
+    codes[[3, 20, 41, 63]] = [1, 2, 3, 4]
+    first = [int(codes[_asked(codes, random.exponential(size=64), 1)].item()) for _ in range(4000)]
+    assert sorted(set(first)) == [1, 2, 3, 4, 8]
+    assert all(first.count(code) / 4000 == pytest.approx(0.2, abs=0.03) for code in set(first))
+    places = np.array([_asked(codes, random.exponential(size=64), 10) for _ in range(4000)])
+    assert (places.sum(axis=1) == 10).all()
+    background = places.mean(axis=0)[codes == 8]
+    assert background.max() - background.min() < 0.05  # every place of it has its turn
+    assert _asked(codes, random.exponential(size=64), 64).all()
 
 
 def test_a_hidden_code_is_learnt_but_not_seen():
@@ -289,38 +311,47 @@ def test_a_hidden_code_is_learnt_but_not_seen():
 MIXTURE = {"generate": 2.0, "caption": 1.0, "upscale": 1.0, "low_level": 1.0}
 
 
-def test_the_name_of_the_thing_at_a_code_is_told_where_the_store_has_it():
+@pytest.mark.parametrize("task", ["generate", "caption"])
+def test_the_name_of_the_thing_at_a_code_is_told_where_the_store_has_it(task):
     subject = trainer(name_loss_weight=0.25)
     subject.transformer.eval()
     given = rows(size=3)
-    assert losses(subject, given) == losses(trainer(), given)  # there are no names yet
+    assert losses(subject, given, plan(3, task=task)) == losses(
+        trainer(), given, plan(3, task=task)
+    )  # there are no names yet
     named = np.full((3, GRID**2), ABSENT, dtype=np.uint16)
     named[0, :10], named[1, 30:] = 7, 9
     named[2] = 3  # a row whose caption is left out
     given["named"] = named
-    assert losses(trainer(), given) == losses(trainer(), rows(size=3))  # nor are they asked for
+    unasked = losses(trainer(), given, plan(3, task=task))
+    assert unasked == losses(trainer(), rows(size=3), plan(3, task=task))  # nor are they asked for
 
-    keep = np.array([True, True, False])
-    figures = losses(subject, given, plan(3, keep=keep))
+    choices = plan(3, task=task, keep=np.array([True, True, False]))
+    figures = losses(subject, given, choices)
     told, vocabulary = [], subject.model.config.vocabulary
-    for index, lesson in enumerate(subject.arrange(given, plan(3, keep=keep))):
+    for index, lesson in enumerate(subject.arrange(given, choices)):
         with torch.no_grad():
             logits_TV = subject.transformer(
                 torch.from_numpy(lesson.inputs)[None], torch.from_numpy(lesson.positions)[None]
             )[0]
         image = np.flatnonzero(lesson.targets < CODES)  # where its 64 codes are told
         for place, name in zip(image, named[index].tolist(), strict=True):
-            if name != ABSENT and keep[index]:
+            if name != ABSENT and choices.keep[index]:
                 among = logits_TV[place, vocabulary.text.start : vocabulary.text.stop]
                 told.append(-among.log_softmax(dim=0)[name].item())
     assert len(told) == 10 + 34
-    assert figures["generate_name_loss"] == pytest.approx(np.mean(told), abs=1e-5)
-    without = losses(trainer(), given, plan(3, keep=keep))
+    assert figures[f"{task}_name_loss"] == pytest.approx(np.mean(told), abs=1e-5)
+    without = losses(trainer(), given, choices)
     assert figures["loss"] == pytest.approx(without["loss"] + 0.25 * np.mean(told), abs=1e-5)
 
-    asked = replace(plan(3, hide=True), ask=np.arange(GRID**2) % 3 == np.zeros((3, 1)))
+
+def test_names_are_told_at_the_places_that_are_asked_alone():
+    subject, given = trainer(name_loss_weight=0.25), rows(size=3)
+    given["named"] = np.full((3, GRID**2), ABSENT, dtype=np.uint16)
+    given["named"][0, :10], given["named"][1, 30:], given["named"][2] = 7, 9, 3
+    asked = replace(plan(3, hide=True), ask=np.full(3, 22), lots=only(range(0, GRID**2, 3)))
     for lesson, expected in zip(subject.arrange(given, asked), (4, 12, 22), strict=True):
-        assert (lesson.names >= 0).sum() == expected  # of the places that are asked alone
+        assert (lesson.names >= 0).sum() == expected
 
 
 def wide_rows(step: int = 0, size: int = 16) -> dict[str, np.ndarray]:
@@ -401,6 +432,7 @@ def test_a_task_counts_as_its_share_of_the_rows():
             keep=choices.keep[members],
             hide=choices.hide[members],
             ask=choices.ask[members],
+            lots=choices.lots[members],
             windows=choices.windows[members],
         )
         alone = losses(subject, own, part)  # rows of one task, without the padding that longer ones ask for
