@@ -1,0 +1,172 @@
+"""Draw the README's sheets of what one model does beside drawing: captions, reranking, upscaling, completion.
+
+    python scripts/task_sheets.py WORLD -o cogview/models/cogview-emoji
+
+WORLD is the folder that ``cogview scenes`` makes; its held-out scenes are the pictures that the model is given. Text is
+written with a font that has Chinese (``apt-get install fonts-wqy-microhei``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from cogview.cli.main import HelpFormatter, Parser, run_safely
+from cogview.data.emoji.world import World
+from cogview.errors import InputError
+from cogview.evaluation.protocol import check_world
+from cogview.evaluation.scenes import held_out_scenes
+from cogview.pipeline import CogView
+
+FONT = Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")
+SIDE, GAP, LINE, TEXT_SIZE = 192, 12, 24, 18  # pixels
+GREY = (232, 232, 232)
+CANDIDATES = (
+    "左边是狐狸，右边是红苹果，绿色背景",
+    "左边是红苹果，右边是狐狸，绿色背景",
+    "上面是狐狸，下面是红苹果，绿色背景",
+    "左边是狐狸，右边是足球，绿色背景",
+    "左边是狐狸，右边是红苹果，蓝色背景",
+    "绿色背景上的两只狐狸",
+    "绿色背景上的三个红苹果",
+    "绿色背景上的一个足球",
+)
+COMPLETED = ("一只狐狸", "一个红苹果", "一只企鹅")
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture and the lines below it."""
+
+    picture: np.ndarray  # uint8 (H, W, 3)
+    lines: tuple[str, ...] = ()
+
+
+def sheet(tiles: Sequence[Tile], columns: int, font: ImageFont.FreeTypeFont, side: int = SIDE) -> Image.Image:
+    """The tiles in rows of ``columns``, every picture ``side`` pixels wide, on white."""
+    height = side + LINE * max(len(tile.lines) for tile in tiles) + GAP
+    rows = -(-len(tiles) // columns)
+    image = Image.new("RGB", (columns * (side + GAP) + GAP, rows * height + GAP), "white")
+    draw = ImageDraw.Draw(image)
+    for number, tile in enumerate(tiles):
+        left, top = GAP + number % columns * (side + GAP), GAP + number // columns * height
+        image.paste(Image.fromarray(tile.picture).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        for index, line in enumerate(tile.lines):
+            draw.text((left, top + side + 2 + LINE * index), line, font=font, fill="black")
+    return image
+
+
+def headed(rows: Sequence[tuple[str, Image.Image]], font: ImageFont.FreeTypeFont) -> Image.Image:
+    """Sheets below each other, each below its heading."""
+    image = Image.new("RGB", (rows[0][1].width, sum(LINE + row.height for _, row in rows) + GAP), "white")
+    draw, top = ImageDraw.Draw(image), GAP
+    for heading, row in rows:
+        draw.text((GAP, top), heading, font=font, fill="black")
+        image.paste(row, (0, top + LINE))
+        top += LINE + row.height
+    return image
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> tuple[str, ...]:
+    """``text`` in lines of at most ``width`` pixels."""
+    lines = [""]
+    for character in text:
+        if font.getlength(lines[-1] + character) > width:
+            lines.append("")
+        lines[-1] += character
+    return tuple(lines)
+
+
+def captions(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """Held-out scenes, and what the model says to them."""
+    given = [world.render(scene, number) for number, (scene, _) in enumerate(held_out_scenes(world, 10, seed=7))]
+    said = model.caption([Image.fromarray(picture) for picture in given])
+    tiles = [
+        Tile(picture, (*wrapped(best.text, font, SIDE), f"log p = {best.log_probability:.1f}"))
+        for picture, (best,) in zip(given, said, strict=True)
+    ]
+    return sheet(tiles, 5, font)
+
+
+def reranking(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """The same pictures by their scores for two texts."""
+    pictures = model.generate(CANDIDATES, seed=7)
+    rows = []
+    for text in CANDIDATES[:2]:
+        scores = [score.log_probability for score in model.score(pictures, text)]
+        order = sorted(range(len(pictures)), key=lambda number: -scores[number])
+        tiles = [Tile(np.asarray(pictures[number]), (f"{scores[number]:.1f}",)) for number in order]
+        rows.append((text, sheet(tiles, len(tiles), font, side=SIDE * 5 // len(tiles))))
+    return headed(rows, font)
+
+
+def upscaling(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """Held-out scenes: their codes decoded, that enlarged, what the model draws, and the true large picture."""
+    asked = held_out_scenes(world, 4, seed=7)
+    small = [Image.fromarray(world.render(scene, number)) for number, (scene, _) in enumerate(asked)]
+    large = model.upscale(small, [caption for _, caption in asked], seed=7)
+    tiles = []
+    for number, ((scene, _), ours) in enumerate(zip(asked, large, strict=True)):
+        (decoded,) = model.pixels(model.codes_of([small[number]]))
+        enlarged = Image.fromarray(decoded).resize(ours.size, Image.Resampling.BICUBIC)
+        four = (decoded, np.asarray(enlarged), np.asarray(ours), world.render(scene, number, scale=2))
+        tiles += [
+            Tile(picture, (title,))
+            for picture, title in zip(four, ("given", "bicubic", "cogview upscale", "true"), strict=True)
+        ]
+    return sheet(tiles, 4, font, side=256)
+
+
+def completion(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """A picture, its upper half, and what the model draws below it to the same text and to others."""
+    (picture,) = model.generate(f"蓝色背景上的{COMPLETED[0]}", seed=7)
+    half = np.asarray(picture).copy()
+    half[len(half) // 2 :] = GREY
+    tiles = [Tile(np.asarray(picture), ("picture",)), Tile(half, ("given",))]
+    for text in COMPLETED:
+        (completed,) = model.complete([picture], f"蓝色背景上的{text}", rows=model.model.config.grid // 2, seed=7)
+        tiles.append(Tile(np.asarray(completed), (f"蓝色背景上的{text}",)))
+    return sheet(tiles, len(tiles), font)
+
+
+SHEETS = {"captions": captions, "reranking": reranking, "upscaling": upscaling, "completion": completion}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the sheets."""
+    if not args.font.is_file():
+        raise InputError(f"there is no font {args.font}; install the package fonts-wqy-microhei, or name one by --font")
+    world = World.load(args.world)
+    model = CogView.from_pretrained(args.model, device=args.device)
+    for task in ("caption", "upscale"):
+        model.require_task(task)
+    check_world(model, world)
+    font = ImageFont.truetype(str(args.font), TEXT_SIZE)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, draw in SHEETS.items():
+        path = args.output / f"{name}.png"
+        draw(model, world, font).quantize(256).save(path, optimize=True)
+        print(path)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    parser = Parser(prog="task_sheets.py", description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("world", type=Path, metavar="WORLD", help="folder of the emoji world")
+    parser.add_argument("--model", default="cogview-emoji", help="a known model, or a checkpoint folder")
+    parser.add_argument("--font", type=Path, default=FONT, help="a font file that has Chinese")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), help="folder of the sheets")
+    args = parser.parse_args(argv)
+    return run_safely(lambda: run(args), "task_sheets.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
