@@ -141,11 +141,14 @@ class Lesson:
     targets: np.ndarray  # int64 ids: what follows
     kinds: np.ndarray  # Kind of the targets
     learnt: np.ndarray  # bool: targets that are learnt
-    names: np.ndarray  # int64 ids of the names of things at the targets, -1 where there is none to tell
+    names: np.ndarray  # int64 ids of the names of things told at each place, -1 where there is none to tell
 
     @classmethod
     def of(cls, task: str, row: Arranged, seen: np.ndarray, read: np.ndarray, names: np.ndarray) -> Lesson:
-        """To tell each place of ``row`` from ``seen`` before it, at those places that are ``read`` (T,) bool."""
+        """To tell each place of ``row`` from ``seen`` before it, at those places that are ``read`` (T,) bool.
+
+        ``names`` (T,) are those of the places that are told.
+        """
         keep = read[:-1]
         return cls(
             task=task,
@@ -270,7 +273,12 @@ class TransformerTrainer:
             names_known = task in ("generate", "caption") and choices.keep[index] and "named" in own
             if names_known and self.settings.name_loss_weight:
                 named = own["named"].astype(np.int64)
-                names[row.spans["image"]] = np.where(named == ABSENT, -1, self.vocabulary.text.start + named)
+                image = row.spans["image"]
+                # A drawing tells the name before its code is there, a description once it has seen the code.
+                late = int(task == "caption")
+                names[image.start + late : image.stop + late] = np.where(
+                    named == ABSENT, -1, self.vocabulary.text.start + named
+                )
             lessons.append(Lesson.of(task, row, seen, read, names))
         return lessons
 
@@ -398,34 +406,45 @@ class TransformerTrainer:
         self.transformer.eval()
         figures: dict[str, float] = {}
         if self.held_out is not None:
-            count = min(len(self.held_out), EVALUATED_ROWS)
             for task in self.settings.tasks:
-                sums: dict[str, float] = {}
-                for start in range(0, count, self.settings.batch_size):
-                    numbers = np.arange(start, min(start + self.settings.batch_size, count))
-                    rows = self.held_out.read(numbers)
-                    choices = Choices(
-                        tasks=[task] * len(numbers),
-                        keep=np.ones(len(numbers), dtype=bool),
-                        hide=np.zeros(rows["image"].shape, dtype=bool),
-                        ask=np.full(len(numbers), rows["image"].shape[1]),
-                        lots=np.ones(rows["image"].shape),
-                        windows=numbers % len(self.windows),
-                    )
-                    for name, loss in self.losses(self.arrange(rows, choices)).items():
-                        sums[name] = sums.get(name, 0.0) + loss * len(numbers) / count
-                figures |= {f"held_out_{name}": value for name, value in sums.items() if name != "loss"}
+                losses = self.store_losses(self.held_out, task, EVALUATED_ROWS)
+                figures |= {f"held_out_{name}": value for name, value in losses.items()}
         if self.draw_sheet is not None:
             self.draw_sheet(self.model, folder / f"step-{step:08d}.png")
         return figures
+
+    def store_losses(self, store: TokenStore, task: str, count: int, *, hidden: bool = False) -> dict[str, float]:
+        """Mean losses of the first ``count`` rows of ``store``, all for ``task`` and with their captions.
+
+        With ``hidden`` every code of the image that is drawn is told without having seen another.
+        """
+        count = min(len(store), count)
+        sums: dict[str, float] = {}
+        for start in range(0, count, self.settings.batch_size):
+            numbers = np.arange(start, min(start + self.settings.batch_size, count))
+            rows = store.read(numbers)
+            codes = rows["image"].shape
+            choices = Choices(
+                tasks=[task] * len(numbers),
+                keep=np.ones(len(numbers), dtype=bool),
+                hide=np.full(codes, hidden),
+                ask=np.full(len(numbers), codes[1]),
+                lots=np.ones(codes),
+                windows=numbers % len(self.windows),
+            )
+            for name, loss in self.losses(self.arrange(rows, choices)).items():
+                sums[name] = sums.get(name, 0.0) + loss * len(numbers) / count
+        return {name: loss for name, loss in sums.items() if name != "loss"}
 
 
 def _asked(codes: np.ndarray, lots: np.ndarray, count: int) -> np.ndarray:
     """Which ``count`` of ``codes`` (N,) are asked for: (N,) bool.
 
-    Every code that is there is as likely to come next as any other, however many places it fills: a plain background,
-    soon learnt, is not asked at half of the places.
+    Every code that is there is as likely to be the first as any other, however many places it fills: a plain
+    background, soon learnt, is not asked at half of the places.
     """
+    if count >= len(codes):
+        return np.ones(len(codes), dtype=bool)
     _, which, places = np.unique(codes, return_inverse=True, return_counts=True)
     asked = np.zeros(len(codes), dtype=bool)
     asked[np.argsort(lots * places[which], kind="stable")[:count]] = True

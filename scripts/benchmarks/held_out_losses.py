@@ -10,43 +10,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from cogview.checkpoints.folder import Model
 from cogview.data.store import TokenStore
 from cogview.device import flush_denormals
 from cogview.pipeline import CogView
-from cogview.training.transformer import Choices, TransformerTrainer, TransformerTraining
-
-BATCH = 24
-
-
-@torch.no_grad()
-def losses(model: Model, store: TokenStore, task: str, rows: int, *, hidden: bool) -> dict[str, float]:
-    """The losses of the first ``rows`` of the store arranged for ``task``, by name."""
-    settings = TransformerTraining(steps=2, warmup_steps=1, batch_size=BATCH, name_loss_weight=1.0)
-    trainer = TransformerTrainer(model, settings, torch.device("cpu"), None)
-    model.transformer.eval()
-    sums: defaultdict[str, float] = defaultdict(float)
-    for start in range(0, rows, BATCH):
-        numbers = np.arange(start, min(start + BATCH, rows))
-        batch = store.read(numbers)
-        codes = batch["image"].shape
-        choices = Choices(
-            tasks=[task] * len(numbers),
-            keep=np.ones(len(numbers), dtype=bool),
-            hide=np.full(codes, hidden),
-            ask=np.full(len(numbers), codes[1]),
-            lots=np.ones(codes),
-            windows=numbers % len(trainer.windows),
-        )
-        for name, loss in trainer.losses(trainer.arrange(batch, choices)).items():
-            sums[name] += loss * len(numbers) / rows
-    return {name: loss for name, loss in sums.items() if name != "loss"}
+from cogview.training.transformer import TransformerTrainer, TransformerTraining
 
 
 def main() -> int:
@@ -58,12 +29,13 @@ def main() -> int:
     args = parser.parse_args()
     flush_denormals()
     store = TokenStore(args.store)
-    rows = min(args.n, len(store))
+    settings = TransformerTraining(steps=2, warmup_steps=1, batch_size=24, name_loss_weight=1.0)
     for name in args.models:
         model = CogView.from_pretrained(name, device="cpu").model
+        trainer = TransformerTrainer(model, settings, torch.device("cpu"), None)
         for task in model.config.tasks:
             for hidden in (False, True) if task != "caption" else (False,):
-                found = losses(model, store, task, rows, hidden=hidden)
+                found = trainer.store_losses(store, task, args.n, hidden=hidden)
                 figures = ", ".join(f"{figure} {loss:.3f}" for figure, loss in found.items())
                 print(f"{name}: {'hidden' if hidden else 'given'}: {figures}", flush=True)
     return 0

@@ -334,7 +334,8 @@ def test_the_name_of_the_thing_at_a_code_is_told_where_the_store_has_it(task):
             logits_TV = subject.transformer(
                 torch.from_numpy(lesson.inputs)[None], torch.from_numpy(lesson.positions)[None]
             )[0]
-        image = np.flatnonzero(lesson.targets < CODES)  # where its 64 codes are told
+        # A drawing tells the name with the code, a description once it has seen the code.
+        image = np.flatnonzero((lesson.inputs if task == "caption" else lesson.targets) < CODES)
         for place, name in zip(image, named[index].tolist(), strict=True):
             if name != ABSENT and choices.keep[index]:
                 among = logits_TV[place, vocabulary.text.start : vocabulary.text.stop]
