@@ -26,10 +26,14 @@ _BARE_NAME = 40
 _NUMERALS = {1: "一", 2: "两", 3: "三", 4: "四"}
 
 _PAIRS: Mapping[Kind, tuple[str, ...]] = {
-    # {a} is the left or upper thing, {b} the right or lower one.
+    # {a} is the left or upper thing, {b} the right or lower one. What is said more often stands here more often: the
+    # likeliest description begins with a place, so that the place tells which thing is to be named.
     "beside": (
         "左边是{a}，右边是{b}",
         "左边是{a}，右边是{b}",
+        "左边是{a}，右边是{b}",
+        "左边是{a}，右边是{b}",
+        "左边有{a}，右边有{b}",
         "左边有{a}，右边有{b}",
         "右边是{b}，左边是{a}",
         "{a}在左边，{b}在右边",
@@ -43,6 +47,9 @@ _PAIRS: Mapping[Kind, tuple[str, ...]] = {
     "above": (
         "上面是{a}，下面是{b}",
         "上面是{a}，下面是{b}",
+        "上面是{a}，下面是{b}",
+        "上面是{a}，下面是{b}",
+        "上面有{a}，下面有{b}",
         "上面有{a}，下面有{b}",
         "下面是{b}，上面是{a}",
         "{a}在上面，{b}在下面",
