@@ -147,7 +147,10 @@ def run(args: argparse.Namespace) -> int:
     for task in ("caption", "upscale"):
         model.require_task(task)
     check_world(model, world)
-    font = ImageFont.truetype(str(args.font), TEXT_SIZE)
+    try:
+        font = ImageFont.truetype(str(args.font), TEXT_SIZE)
+    except OSError as error:
+        raise InputError(f"{args.font} is no font that can be read ({error}); name a TrueType font by --font") from None
     args.output.mkdir(parents=True, exist_ok=True)
     for name, draw in SHEETS.items():
         path = args.output / f"{name}.png"

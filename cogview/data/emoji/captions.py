@@ -27,14 +27,10 @@ _NUMERALS = {1: "一", 2: "两", 3: "三", 4: "四"}
 
 _PAIRS: Mapping[Kind, tuple[str, ...]] = {
     # {a} is the left or upper thing, {b} the right or lower one. What is said more often stands here more often: the
-    # likeliest description begins with a place, so that the place tells which thing is to be named.
+    # likeliest description begins with a place, so that the place tells which thing is to be named next.
     "beside": (
-        "左边是{a}，右边是{b}",
-        "左边是{a}，右边是{b}",
-        "左边是{a}，右边是{b}",
-        "左边是{a}，右边是{b}",
-        "左边有{a}，右边有{b}",
-        "左边有{a}，右边有{b}",
+        *6 * ("左边是{a}，右边是{b}",),
+        *3 * ("左边有{a}，右边有{b}",),
         "右边是{b}，左边是{a}",
         "{a}在左边，{b}在右边",
         "{a}在{b}的左边",
@@ -45,12 +41,8 @@ _PAIRS: Mapping[Kind, tuple[str, ...]] = {
         "{a}的右边是{b}",
     ),
     "above": (
-        "上面是{a}，下面是{b}",
-        "上面是{a}，下面是{b}",
-        "上面是{a}，下面是{b}",
-        "上面是{a}，下面是{b}",
-        "上面有{a}，下面有{b}",
-        "上面有{a}，下面有{b}",
+        *6 * ("上面是{a}，下面是{b}",),
+        *3 * ("上面有{a}，下面有{b}",),
         "下面是{b}，上面是{a}",
         "{a}在上面，{b}在下面",
         "{a}在{b}的上面",
