@@ -340,7 +340,7 @@ class CogView:
         ``texts`` is one text for all images or one for each. ``low_level`` draws G x G codes from an image of half
         the model's side in a single window. ``on_code(done, total)`` counts the codes of the current window.
         """
-        self.require_task("upscale")
+        self.require_task("low_level" if low_level else "upscale")
         texts = _one_each(texts, images, "text")
         self._check_prompts(texts)
         sampling = self.sampling(temperature, top_k, top_p, guidance, text_attention)

@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, lines: list[str] | None) -> int:
     """Upscale every image that can be read; status 1 if there was one that cannot, 2 if there was a wrong line."""
-    easel = released_flags.open_easel(args, "upscale")
+    low_level = args.generation_task == LOW_LEVEL
+    easel = released_flags.open_easel(args, "low_level" if low_level else "upscale")
 
     def upscale_lines(lines: list[str]) -> int:
         parted = [parts for line in lines if (parts := released_flags.split_id(args, line)) is not None]
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
             (Query.parse(rest), args.output_path if name is None else args.output_path / safe_name(name))
             for name, rest in parted
         ]
-        status = upscale_files(easel, Images(), queries, low_level=args.generation_task == LOW_LEVEL)
+        status = upscale_files(easel, Images(), queries, low_level=low_level)
         return status if len(parted) == len(lines) else 2
 
     return released_flags.answer(lines, "Which text and image? TEXT<TAB>IMAGE", upscale_lines)

@@ -81,7 +81,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         transformer=shape,
         vocabulary=vocabulary,
         grid=8,
-        tasks=("generate", "caption", "upscale"),
+        tasks=("generate", "caption", "upscale", "low_level"),
         max_text=20,
         caption_drop=0.1,
         codebook_sha256=codebook_hash(image_tokenizer),

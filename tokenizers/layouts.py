@@ -68,8 +68,8 @@ def layouts(grid: int, *, caption_stop: bool = True, text_space: int | None = No
     """The table for images of ``grid`` x ``grid`` codes.
 
     ``generate`` draws a text, ``caption`` describes an image, ``score`` says how probable a text is given an image,
-    and ``upscale`` draws ``image`` after ``small``, which has half its side: a whole image from a small one, or one
-    window of a larger image from the crop that it covers (``upscale_windows``).
+    and two tasks draw ``image`` after ``small``, which has half its side: ``upscale`` one window of a larger image from
+    the crop that it covers (``upscale_windows``), ``low_level`` a whole image from a small one.
 
     ``caption_stop``: whether captions end in ``[SEP]``. Those that we train do; the released weights never learnt to.
     ``text_space``: how many positions a given text takes, whatever its length, so that every code of an image has a
@@ -83,14 +83,16 @@ def layouts(grid: int, *, caption_stop: bool = True, text_space: int | None = No
     text, written = Text("text"), Text("text", loss=True)
     caption = Blank(written, stop="[SEP]" if caption_stop else None)
 
+    enlarged = (
+        *("[ROI1]", text, size, "[BOI1]", small, "[EOI1]", RESTART),
+        *("[ROI2]", "[POS0]", size, "[BOI2]", Blank(drawn), "[EOI2]"),
+    )
     rows: dict[str, tuple[Element, ...]] = {
         "generate": ("[ROI1]", written, size, "[BOI1]", Blank(drawn), "[EOI1]"),
         "caption": (size, "[BOI1]", image, "[EOI1]", "[ROI1]", caption),
         "score": (size, "[BOI1]", image, "[EOI1]", "[ROI1]", written),
-        "upscale": (
-            *("[ROI1]", text, size, "[BOI1]", small, "[EOI1]", RESTART),
-            *("[ROI2]", "[POS0]", size, "[BOI2]", Blank(drawn), "[EOI2]"),
-        ),
+        "upscale": enlarged,
+        "low_level": enlarged,
     }
     return {name: Layout(name=name, row=row, text_space=text_space) for name, row in rows.items()}
 

@@ -9,7 +9,12 @@ from pathlib import Path
 from cogview.errors import InputError
 
 # The commands that ask for each task.
-COMMANDS_OF_TASKS = {"generate": ("generate", "complete"), "caption": ("caption", "rerank"), "upscale": ("upscale",)}
+COMMANDS_OF_TASKS = {
+    "generate": ("generate", "complete"),
+    "caption": ("caption", "rerank"),
+    "upscale": ("upscale",),
+    "low_level": ("upscale --low-level",),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -124,8 +124,7 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
         )
         max_text = store.header.fields["text"]
         table = layouts(store.header.grid, text_space=max_text)
-        # Windows and low-level pairs are one row of the table.
-        tasks = tuple(dict.fromkeys("upscale" if task == "low_level" else task for task in settings.training.tasks))
+        tasks = tuple(settings.training.tasks)
         if (needed := max(table[task].num_positions(max_text) for task in tasks)) > settings.max_positions:
             raise ValueError(
                 f"max_positions {settings.max_positions} are too few for the rows of {store.path}: {needed}"

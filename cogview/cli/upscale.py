@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     images = Images()
     queries = read_queries(args, images, LINE)
     prepare_folder(args.output)
-    easel = easel_of(args, ["upscale"])
+    easel = easel_of(args, ["low_level" if args.low_level else "upscale"])
     easel.announce()
     if args.input is None:
         queries = [Query(prompt=query.prompt, paths=(path,)) for query in queries for path in query.paths]

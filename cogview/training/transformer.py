@@ -288,12 +288,12 @@ class TransformerTrainer:
         if task in ("generate", "caption"):
             return table[task].arrange(self.vocabulary, text=text, image=row["image"])
         if task == "low_level":
-            return table["upscale"].arrange(self.vocabulary, text=text, small=row["small"], image=row["image"])
+            return table[task].arrange(self.vocabulary, text=text, small=row["small"], image=row["image"])
         grid, place = self.model.config.grid, self.windows[window]
         top, left = (part.start for part in place.target)
         large = row["large"].reshape(2 * grid, 2 * grid)[top : top + grid, left : left + grid]
         small = row["image"].reshape(grid, grid)[place.source]
-        return table["upscale"].arrange(self.vocabulary, text=text, small=small, image=large)
+        return table[task].arrange(self.vocabulary, text=text, small=small, image=large)
 
     def losses(self, lessons: Sequence[Lesson], *, learn: bool = False) -> dict[str, float]:
         """Mean cross-entropy of each task's image codes, text pieces and names, and ``loss``, the sum that is learnt.

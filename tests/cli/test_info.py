@@ -13,8 +13,11 @@ def test_a_folder_in_words(tiny_checkpoint, capsys):
     lines = capsys.readouterr().out.splitlines()
     facts = dict(line.split(":", 1) for line in lines if not line.startswith(" "))
     facts = {key: value.strip() for key, value in facts.items()}
-    assert facts["tasks"] == "generate, caption, upscale"
-    assert facts["commands"] == "cogview generate, cogview complete, cogview caption, cogview rerank, cogview upscale"
+    assert facts["tasks"] == "generate, caption, upscale, low_level"
+    assert facts["commands"] == (
+        "cogview generate, cogview complete, cogview caption, cogview rerank, cogview upscale, "
+        "cogview upscale --low-level"
+    )
     assert facts["pictures"] == "64 x 64 pixels from 8 x 8 codes"
     assert facts["longest prompt"] == "20 pieces"
     assert facts["sampling"] == "temperature 0.9, top-k 100, top-p off, guidance off, text attention off"

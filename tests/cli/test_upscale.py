@@ -151,10 +151,13 @@ def test_mistakes_are_one_line(upscale, save_image, no_image_is_read, arguments,
     assert err.count("\n") == 1
 
 
-def test_weights_that_were_not_trained_to_upscale(upscale, save_image, drawing_checkpoint, no_image_is_read):
+@pytest.mark.parametrize(("flags", "task"), [([], "upscale"), (["--low-level"], "low_level")])
+def test_weights_that_were_not_trained_to_upscale(
+    upscale, save_image, drawing_checkpoint, no_image_is_read, flags, task
+):
     save_image("a.png")
-    status, files, err = upscale("a.png", "--prompt", FOX, "--model", str(drawing_checkpoint))
+    status, files, err = upscale("a.png", "--prompt", FOX, "--model", str(drawing_checkpoint), *flags)
     assert (status, files) == (2, [])
     assert err == (
-        f"cogview upscale: {drawing_checkpoint} was not trained for the task 'upscale'; its tasks are: generate\n"
+        f"cogview upscale: {drawing_checkpoint} was not trained for the task '{task}'; its tasks are: generate\n"
     )

@@ -91,10 +91,11 @@ def test_the_table_for_a_small_grid():
         *("[TINY]", "[BOI1]", "cx64", "[EOI1]", "[ROI1]", "?", "?", "[SEP]")
     ]
     assert words(tiny("score", image=image, text=RED_APPLE)) == ["[TINY]", "[BOI1]", "cx64", "[EOI1]", "[ROI1]", *text]
-    assert words(tiny("upscale", text=RED_APPLE, small=image[:16])) == [
-        *("[ROI1]", *text, "[TINY]", "[BOI1]", "cx16", "[EOI1]"),
-        *("[ROI2]", "[POS0]", "[TINY]", "[BOI2]", "?x64", "[EOI2]"),
-    ]
+    for task in ("upscale", "low_level"):
+        assert words(tiny(task, text=RED_APPLE, small=image[:16])) == [
+            *("[ROI1]", *text, "[TINY]", "[BOI1]", "cx16", "[EOI1]"),
+            *("[ROI2]", "[POS0]", "[TINY]", "[BOI2]", "?x64", "[EOI2]"),
+        ]
 
 
 @pytest.mark.parametrize("grid", sorted(GRID_COMMANDS))

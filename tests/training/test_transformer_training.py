@@ -51,7 +51,7 @@ def new_model(seed: int = 0, dropout: float = 0.0) -> Model:
         transformer=shape,
         vocabulary=vocabulary,
         grid=GRID,
-        tasks=("generate", "caption", "upscale"),
+        tasks=("generate", "caption", "upscale", "low_level"),
         max_text=30,
         codebook_sha256=codebook_hash(image_tokenizer),
     )
