@@ -18,6 +18,7 @@ from cogview.evaluation.upscale import (
     format_upscale_report,
     near_borders,
     psnr,
+    spread_alike,
     ssim,
     window_owners,
 )
@@ -217,6 +218,16 @@ def test_planted_errors_come_out_as_planted(world):
     assert (shown[:, 0, 1::2, 1::2] == shown[:, 0, ::2, ::2]).all()
     assert (shown[:, 2] == model.enlarged).all()
     assert (shown[:, 3] == model.large).all()
+
+
+def test_pictures_that_are_harder_where_windows_meet_are_no_seams():
+    reference = np.array([[20.0, 1.0], [10.0, 2.0]])  # near and elsewhere, of two pictures
+    ours = reference * [5.0, 1.0]  # the first is drawn worse, and no worse near borders
+    np.testing.assert_allclose(spread_alike(ours, reference, 0.3), ours)
+    seam = ours * [[1.5], [1.0]]
+    near, elsewhere = seam.sum(axis=1) / spread_alike(seam, reference, 0.3).sum(axis=1)
+    assert near / elsewhere == pytest.approx(1.5, rel=0.05)
+    np.testing.assert_allclose([0.3, 0.7] @ spread_alike(seam, reference, 0.3), [0.3, 0.7] @ seam)
 
 
 def test_a_picture_reduced_again_is_compared_with_the_decoded_codes(world):
