@@ -1,9 +1,10 @@
-"""The model inside the package: whole, small, described, and able to draw."""
+"""The model inside the package: whole, small, described, and able to do each of its tasks."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cogview.checkpoints.folder import file_sha256, read_things
 from cogview.checkpoints.registry import find_checkpoint, known_models
@@ -11,6 +12,7 @@ from cogview.pipeline import CogView
 
 NAME = "cogview-emoji"
 MEBIBYTE = 2**20
+SHEETS = ("captions", "reranking", "upscaling", "completion")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,8 @@ def model() -> CogView:
 
 
 def test_every_file_is_listed_with_its_sum(folder):
-    described = {"README.md", "samples.png"}  # for people
+    described = {"README.md", "samples.png", *(f"{task}.png" for task in SHEETS)}  # for people
+    assert all((folder / name).is_file() for name in described)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - described
     listed = known_models()[NAME].sha256
     assert files == set(listed)
@@ -62,3 +65,40 @@ def test_prompts_of_any_length_share_a_batch(model):
     for one, other in zip(together, alone, strict=True):
         assert np.array_equal(one.codes, other.codes)
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+
+
+def test_it_says_what_it_drew(model):
+    pictures = model.generate(["蓝色背景上的三只狐狸", "一个红苹果，黄色背景"], seed=7)
+    foxes, apple = (captions[0].text for captions in model.caption(pictures))
+    assert "狐狸" in foxes
+    assert "三" in foxes
+    assert "蓝" in foxes
+    assert "苹果" in apple
+    assert "黄" in apple
+
+
+def test_the_right_text_scores_above_others(model):
+    pictures = model.generate("左边是狐狸，右边是红苹果，绿色背景", n=2, seed=7)
+    texts = [
+        "左边是狐狸，右边是红苹果，绿色背景",
+        "左边是红苹果，右边是狐狸，绿色背景",
+        "左边是狐狸，右边是红苹果，蓝色背景",
+    ]
+    right, *wrong = ([score.log_probability for score in model.score(pictures, text)] for text in texts)
+    assert all(good > other for others in wrong for good, other in zip(right, others, strict=True))
+
+
+def test_it_enlarges_a_picture_to_one_that_shows_the_same(model):
+    (small,) = model.generate("蓝色背景上的一只狐狸", seed=7)
+    (large,) = model.upscale([small], small.prompt, seed=7)
+    assert large.size == (128, 128)
+    reduced = np.asarray(large.resize(small.size, Image.Resampling.BOX)).astype(float)
+    assert np.sqrt(np.square(reduced - np.asarray(small)).mean()) < 20  # of 255: PSNR above 22 dB
+
+
+def test_it_goes_on_from_the_rows_that_are_kept(model):
+    (picture,) = model.generate("蓝色背景上的一只狐狸", seed=7)
+    (completed,) = model.complete([picture], "蓝色背景上的一只狐狸", rows=4, seed=8)
+    assert np.array_equal(completed.codes[:4], picture.codes[:4])
+    lower = [np.asarray(image)[40:].astype(float) for image in (picture, completed)]
+    assert np.sqrt(np.square(lower[0] - lower[1]).mean()) < 40  # the same thing's lower half, on the same blue
