@@ -263,17 +263,15 @@ class TransformerTrainer:
             own = {name: values[index] for name, values in rows.items()}
             text = own["text"][own["text"] != ABSENT] if choices.keep[index] else own["text"][:0]
             row = self.layout_row(task, text, own, int(choices.windows[index]))
+            image, names = row.spans["image"], np.full(len(row), -1)
             seen, read = row.ids.copy(), np.ones(len(row), dtype=bool)
-            names = np.full(len(row), -1)
             if task != "caption":
-                image = row.spans["image"]
                 seen[image][choices.hide[index]] = self.vocabulary.command("[MASK]")
                 # A code is told at the place before it, the first one behind the image's command, which all rows have.
                 read[image] = np.append(_asked(row.ids[image], choices.lots[index], choices.ask[index])[1:], False)
             names_known = task in ("generate", "caption") and choices.keep[index] and "named" in own
             if names_known and self.settings.name_loss_weight:
                 named = own["named"].astype(np.int64)
-                image = row.spans["image"]
                 # A drawing tells the name before its code is there, a description once it has seen the code.
                 late = int(task == "caption")
                 names[image.start + late : image.stop + late] = np.where(
