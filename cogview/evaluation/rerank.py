@@ -1,6 +1,7 @@
 """The protocol of ``cogview eval rerank``: is the picture that our score likes best of N better than any of the N?
 
-The grader says which pictures are right and never sees a score; the score never sees a grade.
+The grader says which pictures are right and never sees a score; the score never sees a grade. Beside the score,
+log p(text | picture), stands what drawing knows for nothing: log p(picture | text).
 """
 
 # C captions, N pictures of each
@@ -49,17 +50,24 @@ def evaluate_rerank(
     ]
     right: list[bool] = []
     scores: list[float] = []
+    likelihoods: list[float] = []
     with tqdm(total=len(wishes), unit="picture", desc="drawing, scoring and grading", disable=None) as bar:
         for first in range(0, len(wishes), batch_size):
             chunk = wishes[first : first + batch_size]
             pictures = list(model.draw(chunk, sampling))
             scored = model.score(pictures, [wish.prompt for wish in chunk], batch_size=batch_size)
             scores += [score.log_probability for score in scored]
+            likelihoods += [picture.log_probability for picture in pictures]
             for number, picture in enumerate(pictures, start=first):
                 scene, _ = asked[number // candidates]
                 right.append(grader.grade(np.asarray(picture), scene).everything)
             bar.update(len(chunk))
     sizes = [size for size in SIZES if size < candidates] + [candidates]
+    shape = (captions, candidates)
+    grades = np.reshape(right, shape)
+    rows = best_of(grades, np.reshape(scores, shape), sizes)
+    for row, drawn in zip(rows, best_of(grades, np.reshape(likelihoods, shape), sizes), strict=True):
+        row["best_by_likelihood"] = drawn["best_by_score"]
     return {
         "protocol": describe(
             model,
@@ -69,9 +77,7 @@ def evaluate_rerank(
             pictures_of_each=candidates,
             sampling=to_plain(sampling),
         ),
-        "best_of": best_of(
-            np.reshape(right, (captions, candidates)), np.reshape(scores, (captions, candidates)), sizes
-        ),
+        "best_of": rows,
     }
 
 
@@ -112,12 +118,15 @@ def format_rerank_report(report: dict[str, Any]) -> str:
     """A Markdown table: shares of pictures with everything right, with the 95% intervals of those over captions."""
     made = report["protocol"]
     lines = [
-        "| pictures of a caption | average | best by our score | best possible | of the gap closed |",
-        "|---|---|---|---|---|",
+        "| pictures of a caption | average | best by our score | best possible | of the gap closed "
+        "| best by log p(picture \\| text) |",
+        "|---|---|---|---|---|---|",
     ]
     for row in report["best_of"]:
         closed = "–" if row["gap_closed"] is None else f"{row['gap_closed']:.1%}"
-        best, possible = (format_accuracy(row[name]) for name in ("best_by_score", "best_possible"))
-        lines.append(f"| {row['of']} | {row['average']:.1%} | {best} | {possible} | {closed} |")
+        best, possible, likeliest = (
+            format_accuracy(row[name]) for name in ("best_by_score", "best_possible", "best_by_likelihood")
+        )
+        lines.append(f"| {row['of']} | {row['average']:.1%} | {best} | {possible} | {closed} | {likeliest} |")
     lines += ["", f"Pictures with everything right, drawn of {made['captions']} held-out captions."]
     return "\n".join(lines)

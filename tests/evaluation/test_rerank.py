@@ -20,13 +20,14 @@ class Painter:
 
     name = "painter"
 
-    def __init__(self, world, seed, right_CN, scores_CN, tasks=("generate", "caption")) -> None:
+    def __init__(self, world, seed, right_CN, scores_CN, tasks=("generate", "caption"), likelihoods_CN=None) -> None:
         self.model = SimpleNamespace(
             config=SimpleNamespace(grid=8), things=tuple(NamedThing(name=thing.name) for thing in world.things)
         )
         asked = held_out_scenes(world, len(right_CN), seed)
         self.pictures = {caption: (number, world.render(scene)) for number, (scene, caption) in enumerate(asked)}
         self.right_CN, self.scores_CN, self.tasks = right_CN, scores_CN, tasks
+        self.likelihoods_CN = scores_CN if likelihoods_CN is None else likelihoods_CN
         self.drawn: list[tuple[int, int, int]] = []  # number of the caption, seed, index
         self.batches: list[int] = []
 
@@ -40,7 +41,7 @@ class Painter:
             number, pixels = self.pictures[wish.prompt]
             self.drawn.append((number, wish.seed, wish.index))
             picture = Image.fromarray(pixels if self.right_CN[number, wish.index] else np.full_like(pixels, 160))
-            picture.wish = wish
+            picture.wish, picture.log_probability = wish, self.likelihoods_CN[number, wish.index]
             yield picture
 
     def score(self, images, texts, *, batch_size):
@@ -115,10 +116,15 @@ def test_pictures_are_drawn_graded_and_scored_whatever_the_batches(make_tiny_wor
     world = make_tiny_world()
     rng = np.random.default_rng(3)
     right_CN, scores_CN = rng.random((5, 6)) < 0.5, rng.normal(size=(5, 6))
-    painters = [Painter(world, 40, right_CN, scores_CN) for _ in range(2)]
+    likelihoods_CN = rng.normal(size=(5, 6))
+    painters = [Painter(world, 40, right_CN, scores_CN, likelihoods_CN=likelihoods_CN) for _ in range(2)]
     reports = [evaluate(p, world, candidates=6, batch_size=size) for p, size in zip(painters, (7, 30), strict=True)]
     assert reports[0] == reports[1]
-    assert reports[0]["best_of"] == best_of(right_CN, scores_CN, (1, 2, 4, 6))  # all six are used
+    rows, by_likelihood = (best_of(right_CN, values, (1, 2, 4, 6)) for values in (scores_CN, likelihoods_CN))
+    assert reports[0]["best_of"] == [  # all six are used
+        {**row, "best_by_likelihood": other["best_by_score"]} for row, other in zip(rows, by_likelihood, strict=True)
+    ]
+    assert any(row["best_by_likelihood"] != row["best_by_score"] for row in reports[0]["best_of"])
     assert painters[0].batches == [7, 7, 7, 7, 2]
     assert painters[0].drawn == [(number, 40 + number, index) for number in range(5) for index in range(6)]
     made = reports[0]["protocol"]
@@ -163,8 +169,9 @@ def test_the_report_as_a_table():
         {"of": 1, "average": 0.9, "best_by_score": share, "best_possible": share, "gap_closed": None},
         {"of": 16, "average": 0.8034, "best_by_score": share, "best_possible": share, "gap_closed": 0.6246},
     ]
+    rows = [{**row, "best_by_likelihood": {**share, "accuracy": 0.7}} for row in rows]
     report = {"protocol": {"captions": 10}, "best_of": rows}
     lines = format_rerank_report(report).splitlines()
-    assert lines[2] == "| 1 | 90.0% | 90.0% (59.6%–98.2%) | 90.0% (59.6%–98.2%) | – |"
-    assert lines[3] == "| 16 | 80.3% | 90.0% (59.6%–98.2%) | 90.0% (59.6%–98.2%) | 62.5% |"
+    assert lines[2] == "| 1 | 90.0% | 90.0% (59.6%–98.2%) | 90.0% (59.6%–98.2%) | – | 70.0% (59.6%–98.2%) |"
+    assert lines[3] == "| 16 | 80.3% | 90.0% (59.6%–98.2%) | 90.0% (59.6%–98.2%) | 62.5% | 70.0% (59.6%–98.2%) |"
     assert lines[-1] == "Pictures with everything right, drawn of 10 held-out captions."
