@@ -112,8 +112,8 @@ def upscaling(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Ima
     small = [Image.fromarray(world.render(scene, number)) for number, (scene, _) in enumerate(asked)]
     large = model.upscale(small, [caption for _, caption in asked], seed=7)
     tiles = []
-    for number, ((scene, _), ours) in enumerate(zip(asked, large, strict=True)):
-        (decoded,) = model.pixels(model.codes_of([small[number]]))
+    given = model.pixels(model.codes_of(small))
+    for number, ((scene, _), decoded, ours) in enumerate(zip(asked, given, large, strict=True)):
         enlarged = Image.fromarray(decoded).resize(ours.size, Image.Resampling.BICUBIC)
         four = (decoded, np.asarray(enlarged), np.asarray(ours), world.render(scene, number, scale=2))
         tiles += [

@@ -177,7 +177,7 @@ def format_upscale_report(report: dict[str, Any]) -> str:
         f"Squared error within {SEAM_PIXELS} pixels of window borders over that elsewhere: "
         f"{_interval(seam['ours'], 3)}; "
         f"of the reconstruction, which has no windows: {_interval(seam['vq_ceiling'], 3)}; "
-        f"over what it would be if each picture's error lay as the reconstruction's does: "
+        "over what it would be if each picture's error lay as the reconstruction's does: "
         f"{_interval(seam['quotient'], 3)}.",
     ]
     return "\n".join(lines)
