@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from cogview.errors import InputError
+from cogview.kernels.linear import cpu_multiplies_bfloat16
+from cogview.quantized import FEW_BITS, FewBits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -19,28 +23,68 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     reason: str
+    few_bits: FewBits | None = None  # how the projections of the transformer are held, if not as ``dtype``
 
     def __str__(self) -> str:
-        return f"{self.device}, {str(self.dtype).removeprefix('torch.')} ({self.reason})"
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{self.device}, {f'{self.few_bits} with ' if self.few_bits else ''}{name} ({self.reason})"
 
 
-def choose_placement(device: str = "auto", dtype: str = "auto") -> Placement:
+def choose_placement(
+    device: str = "auto", dtype: str = "auto", *, stored: FewBits | None = None, num_parameters: int = 0
+) -> Placement:
     """Choose a device and dtype; ``auto`` takes the best there is.
 
     CUDA runs in bfloat16 where the card has it in hardware (compute capability 8.0; ``is_bf16_supported`` also
-    says yes to cards that emulate it several times slower) and in float16 elsewhere, MPS in float16, a CPU in float32.
+    says yes to cards that emulate it several times slower) and in float16 elsewhere, MPS in float16, a CPU in float32,
+    unless ``num_parameters`` would then take more than half of the memory there is: in bfloat16. Weights that are
+    ``stored`` in few bits stay so. int8 and int4 compute in a dtype of 16 bits.
     """
     chosen = _choose_device(device)
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise InputError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
-        return Placement(chosen, DTYPES[dtype], "as asked")
+    few_bits = stored if dtype == "auto" else next((known for known in FEW_BITS if known == dtype), None)
+    if few_bits is not None:
+        half = torch.bfloat16 if chosen.type == "cpu" else _choose_dtype(chosen, 0).dtype
+        return Placement(chosen, half, "as stored" if dtype == "auto" else "as asked", few_bits)
+    if dtype == "auto":
+        return _choose_dtype(chosen, num_parameters)
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; known: auto, {', '.join([*DTYPES, *FEW_BITS])}")
+    return Placement(chosen, DTYPES[dtype], "as asked")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be had on ``device`` now; on a CPU within the limit of the process's control group."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    limits = [_number_in(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+) kB", 1024)]
+    group = Path("/sys/fs/cgroup")
+    limit, used = (_number_in(group / name, r"(\d+)") for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        limits.append(limit - used)
+    known = [bound for bound in limits if bound is not None]
+    return min(known) if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _number_in(path: Path, pattern: str, unit: int = 1) -> int | None:
+    try:
+        found = re.search(pattern, path.read_text())
+    except OSError:
+        return None
+    return int(found[1]) * unit if found else None
+
+
+def _choose_dtype(chosen: torch.device, num_parameters: int) -> Placement:
     if chosen.type == "cuda":
         if torch.cuda.get_device_capability(chosen)[0] >= 8:
             return Placement(chosen, torch.bfloat16, "the card has bfloat16")
         return Placement(chosen, torch.float16, "the card has no bfloat16")
     if chosen.type == "mps":
         return Placement(chosen, torch.float16, "Apple GPU")
+    needed, there = 4 * num_parameters, available_memory(chosen)
+    if needed > there / 2:
+        reason = f"float32 would take {needed / 1e9:.1f} GB of the {there / 1e9:.1f} GB there are"
+        return Placement(chosen, torch.bfloat16, reason)
     return Placement(chosen, torch.float32, "no GPU is used")
 
 
@@ -78,7 +122,7 @@ def training_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device)[0] >= 8
     else:
-        native = device.type == "cpu" and _cpu_has_bfloat16()
+        native = device.type == "cpu" and cpu_multiplies_bfloat16()
     return torch.bfloat16 if native else None
 
 
@@ -90,10 +134,3 @@ def flush_denormals() -> None:
     are started, which is why it comes first.
     """
     torch.set_flush_denormal(True)
-
-
-def _cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16; oneDNN's own answer counts emulation as support."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

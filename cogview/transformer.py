@@ -21,6 +21,7 @@ from cogview.cache import KVCache
 from cogview.config import TransformerConfig
 from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
+from cogview.kernels.linear import linear
 
 INIT_STD = 0.02
 # Of a model whose positions begin as sinusoids: their amplitude, the range of their wavelengths in positions, and the
@@ -134,8 +135,8 @@ class Attention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.query_key_value = nn.Linear(config.width, 3 * config.width)
-        self.output = nn.Linear(config.width, config.width)
+        self.query_key_value = Linear(config.width, 3 * config.width)
+        self.output = Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -156,13 +157,21 @@ class MLP(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.input = nn.Linear(config.width, 4 * config.width)
-        self.output = nn.Linear(4 * config.width, config.width)
+        self.input = Linear(config.width, 4 * config.width)
+        self.output = Linear(4 * config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as ``x``."""
         return self.dropout(self.output(F.gelu(self.input(x), approximate="tanh")))
+
+
+class Linear(nn.Linear):
+    """x W^T + b by ``kernels/linear.py``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N) in the dtype of ``x`` (..., K)."""
+        return linear(x, self.weight, self.bias)
 
 
 class LayerNorm(nn.Module):

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from tqdm import tqdm
 
 from cogview.checkpoints.image import codebook_hash, load_image_tokenizer, save_image_tokenizer, write_weights
+from cogview.checkpoints.precision import Memory, Precision, convert, converted_specs, stored_few_bits
+from cogview.checkpoints.weights import WeightsFile, difference
 from cogview.config import TransformerConfig
 from cogview.config_files import build, to_plain
 from cogview.errors import InputError
+from cogview.kernels.linear import kernels_run_on, order_int4_for_cpu
+from cogview.quantized import FewBits, Int4Linear, Int8Linear, use_few_bits
 from cogview.sampling import Sampling
 from cogview.tokenizers.layouts import Layout, layouts
 from cogview.tokenizers.text import TextTokenizer
@@ -29,6 +32,7 @@ from cogview.transformer import Transformer
 from cogview.vqvae.model import VQVAE
 
 FORMAT_VERSION = 1
+LARGE = 10**9  # bytes of weights from which on loading shows a bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class ModelConfig:
     tasks: tuple[str, ...]  # rows of the layout table that training saw
     max_text: int  # pieces in the longest text that fits
     caption_stop: bool = True  # captions end in [SEP]
+    max_caption: int | None = None  # pieces that a caption has room for; None: as many as ``max_text``
     text_space: int | None = None  # positions of a given text, whatever its length; None: as many as it has pieces
     caption_drop: float = 0.0  # share of captions left out in training, for guidance
     codebook_sha256: str = ""
@@ -93,7 +98,14 @@ class Model:
 
 
 def save_model(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``model`` into ``folder``, which need not exist; weights are stored as ``dtype``."""
+    """Write ``model`` into ``folder``, which need not exist; weights are stored as ``dtype``.
+
+    Those in few bits cannot be saved: InputError.
+    """
+    if any(isinstance(module, Int8Linear | Int4Linear) for module in model.transformer.modules()):
+        raise InputError(
+            "weights that were rounded to few bits cannot be saved: copy or convert the folder they came from"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.transformer.state_dict().items()
@@ -132,16 +144,20 @@ def read_things(folder: Path) -> tuple[NamedThing, ...]:
     return tuple(build(NamedThing, entry, where=str(path)) for entry in _read_json(path))
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
+def load_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    few_bits: FewBits | None = None,
+    *,
+    without_weights: bool = False,
+) -> Model:
     """Read a checkpoint folder; the transformer goes to ``device`` as ``dtype``, the VQ-VAE there in float32.
 
-    Raises InputError where a part is missing or does not belong to the others.
+    With ``few_bits`` the projections of the transformer are rounded as they are read; ``without_weights`` it is on the
+    meta device, a shape. Raises InputError where a part is missing or does not belong to the others.
     """
-    config = read_config(folder)
-    for name in ("model.safetensors", "text.model"):
-        if not (folder / name).is_file():
-            raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing")
-
+    config = check_folder(folder)
     image_tokenizer = load_image_tokenizer(folder / "image")
     found = codebook_hash(image_tokenizer)
     if found != config.codebook_sha256:
@@ -159,9 +175,14 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
             f"{config.vocabulary.num_text_pieces}; restore the folder's own"
         )
     card = folder / "README.md"
+    if without_weights:
+        with torch.device("meta"):
+            transformer = Transformer(config.transformer)
+    else:
+        transformer = load_transformer(folder, device, dtype, few_bits)
     return Model(
         config=config,
-        transformer=_load_transformer(folder / "model.safetensors", config.transformer, device, dtype),
+        transformer=transformer,
         image_tokenizer=image_tokenizer.to(device),
         text_tokenizer=text_tokenizer,
         things=read_things(folder),
@@ -169,20 +190,63 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Model:
     )
 
 
-def _load_transformer(path: Path, config: TransformerConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
-    try:
-        weights = load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
+def check_folder(folder: Path) -> ModelConfig:
+    """The config of a checkpoint folder; InputError unless its files are there, which are not read."""
+    config = read_config(folder)
+    for name in ("model.safetensors", "text.model"):
+        if not (folder / name).is_file():
+            raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing")
+    return config
+
+
+def load_transformer(
+    folder: Path, device: torch.device, dtype: torch.dtype, few_bits: FewBits | None = None
+) -> Transformer:
+    """The transformer of a checkpoint folder, tensor by tensor, so that no second copy of it is held.
+
+    On a CPU, weights that are wanted as the file has them stay there, mapped into memory.
+    """
+    config = check_folder(folder)
+    path = folder / "model.safetensors"
+    file = WeightsFile(path)
+    precision, stored = Precision(dtype, few_bits), stored_few_bits(file.specs)
     with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
-        transformer = Transformer(config)
+        transformer = Transformer(config.transformer)
+        if few_bits is not None:
+            use_few_bits(transformer, few_bits)
     try:
-        transformer.load_state_dict(
-            {name: tensor.to(device, dtype) for name, tensor in weights.items()}, strict=True, assign=True
-        )
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} does not hold the weights that config.json describes: {reason}") from None
+        specs = converted_specs(file, precision)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    wanted = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    if problem := difference(wanted, {name: spec.shape for name, spec in specs.items()}):
+        raise InputError(f"{path} does not hold the weights that config.json describes: {problem}")
+    file.fetch()
+    on_cpu = device.type == "cpu"
+    ordering = few_bits == "int4" and kernels_run_on(device)
+    memory = Memory() if on_cpu else None
+    bar = tqdm(
+        convert(file, precision, keep=on_cpu, memory=memory),
+        total=len(specs),
+        desc=f"loading {folder.name}",
+        unit="tensor",
+        leave=False,
+        disable=None if file.num_bytes >= LARGE else True,
+    )
+    weights = {}
+    for name, tensor in bar:
+        if ordering and tensor.dtype == torch.uint8:
+            assert memory is not None
+            tensor = (
+                memory.place(order_int4_for_cpu(tensor))
+                if stored == "int4"
+                else tensor.copy_(order_int4_for_cpu(tensor))
+            )
+        weights[name] = tensor.to(device)
+    transformer.load_state_dict(weights, strict=True, assign=True)
+    for module in transformer.modules():
+        if isinstance(module, Int4Linear):
+            module.ordered = ordering
     return transformer.eval()
 
 

@@ -19,8 +19,13 @@ CODEBOOK = "quantizer.codebook"
 
 def codebook_hash(model: VQVAE) -> str:
     """SHA-256 of the codebook as little-endian float16: what makes codes mean the same, in any stored precision."""
-    codebook = model.quantizer.codebook.detach().to("cpu", torch.float16).contiguous()
-    return hashlib.sha256(codebook.numpy().astype("<f2").tobytes()).hexdigest()
+    return hash_of_codebook(model.quantizer.codebook)
+
+
+def hash_of_codebook(codebook: torch.Tensor) -> str:
+    """``codebook_hash`` of the (K, D) codebook itself."""
+    half = codebook.detach().to("cpu", torch.float16).contiguous()
+    return hashlib.sha256(half.numpy().astype("<f2").tobytes()).hexdigest()
 
 
 def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.float32) -> None:
@@ -44,7 +49,10 @@ def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 def load_image_tokenizer(folder: Path) -> VQVAE:
-    """Read a folder written by ``save_image_tokenizer``; weights become float32, on the CPU, ready to use."""
+    """Read a folder written by ``save_image_tokenizer``; weights become float32, on the CPU, ready to use.
+
+    A tokenizer that was imported carries the averages of its training as well, with which training may go on.
+    """
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
@@ -55,8 +63,11 @@ def load_image_tokenizer(folder: Path) -> VQVAE:
         raise InputError(f"{config_file} is not JSON: {error}") from None
     model = VQVAE(build(VQVAEConfig, plain, where=str(config_file)))
     try:
-        weights = load_file(weights_file)
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        weights = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
+        for name, buffer in (("use", model.quantizer.use), ("total", model.quantizer.total)):
+            if (average := weights.pop(f"quantizer.{name}", None)) is not None:
+                buffer.copy_(average)
+        model.load_state_dict(weights)
     except SafetensorError as error:
         raise InputError(f"{weights_file} is damaged: {str(error).splitlines()[0]}") from None
     except RuntimeError as error:

@@ -1,0 +1,159 @@
+"""Weights in files, one tensor at a time: however large a model is, no second copy of it is held.
+
+The format is that of the safetensors library, which reads the files; it can only write tensors that are all in memory,
+so the writer is ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cogview.errors import InputError
+
+_CODES = {  # dtypes by their names in the format
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _CODES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Dtype and shape of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class WeightsFile:
+    """A safetensors file; InputError for one that is missing or damaged.
+
+    ``specs`` is known from its head alone. ``read`` maps one tensor into memory and lets go of the file with it, so
+    that pages of tensors that have been converted do not count as ours.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise InputError(f"{path} is missing")
+        self.path = path
+        self._kept: safe_open | None = None
+        with self._open() as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+            self.specs = {name: Spec(_CODES[part.get_dtype()], tuple(part.get_shape())) for name, part in parts.items()}
+
+    @property
+    def num_bytes(self) -> int:
+        """What all tensors take."""
+        return sum(spec.num_bytes for spec in self.specs.values())
+
+    def read(self, name: str, *, keep: bool = False) -> Tensor:
+        """The tensor ``name``, mapped from the file: whoever writes to it gets a copy of the page, not the file.
+
+        With ``keep`` it shares one mapping with the others that are kept.
+        """
+        if keep:
+            self._kept = self._kept or self._open()
+            return self._kept.get_tensor(name)
+        with self._open() as file:
+            return file.get_tensor(name)
+
+    def fetch(self) -> None:
+        """Have the system read ahead, where it can be asked to."""
+        if hasattr(os, "posix_fadvise"):
+            with self.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+    def _open(self) -> safe_open:
+        try:
+            return safe_open(self.path, framework="pt")
+        except SafetensorError as error:
+            raise InputError(f"{self.path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+class WeightsWriter:
+    """Writes a safetensors file of tensors whose ``specs`` are known; a context manager.
+
+    The space is claimed at once, so that a disk too small is told before the work. Tensors may come in any order, and
+    all of them must.
+    """
+
+    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+        # Large elements first, so that every tensor lies at a multiple of its element size and can be mapped.
+        order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
+        self._specs, self._offsets, end = dict(specs), {}, 0
+        header: dict[str, object] = {}
+        for name in order:
+            spec = specs[name]
+            self._offsets[name] = end
+            end += spec.num_bytes
+            header[name] = {
+                "dtype": _NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [self._offsets[name], end],
+            }
+        packed = json.dumps(header, separators=(",", ":")).encode()
+        packed += b" " * (-len(packed) % 8)
+        self._first = 8 + len(packed)
+        self._file = path.open("wb")
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self._file.fileno(), 0, self._first + end)
+            self._file.write(struct.pack("<Q", len(packed)) + packed)
+        except OSError:
+            self._file.close()
+            raise
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Put ``tensor`` in its place; ValueError unless it has the dtype and shape that were announced."""
+        spec = self._specs[name]
+        if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+            raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {spec}")
+        self._file.seek(self._first + self._offsets.pop(name))
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(raw.numpy().data)
+
+    def __enter__(self) -> WeightsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+        if kind is None and self._offsets:
+            raise ValueError(
+                f"{len(self._offsets)} tensors were announced and not written: {next(iter(self._offsets))}"
+            )
+
+
+def difference(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The first thing in which the tensors of a file are not those that are wanted, in words; None if they are."""
+    for name, shape in wanted.items():
+        if name not in found:
+            return f"{name} is missing"
+        if found[name] != shape:
+            return f"{name} has the shape {list(found[name])}, expected {list(shape)}"
+    return next((f"{name} is unknown" for name in found if name not in wanted), None)

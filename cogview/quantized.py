@@ -1,0 +1,106 @@
+"""Linear layers in few bits, and which weights of a transformer they hold.
+
+The four projections of every layer are 96% of the 4-billion-parameter model and are read whole for every token; they
+alone are rounded. Embeddings, norms and biases stay as they are.
+"""
+
+# N outputs, K inputs, G inputs that share a scale
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from cogview.kernels.linear import (
+    dequantize_int4,
+    dequantize_int8,
+    group_of,
+    linear_int4_ordered,
+    linear_int4_reference,
+    linear_int8,
+    quantize_int4,
+    quantize_int8,
+)
+
+FewBits: TypeAlias = Literal["int8", "int4"]
+FEW_BITS: tuple[FewBits, ...] = get_args(FewBits)
+_PROJECTIONS = ("attention.query_key_value", "attention.output", "mlp.input", "mlp.output")
+
+
+class Int8Linear(nn.Module):
+    """x W^T + b with W in int8: ``weight`` (N, K), ``scale`` (N,) bfloat16, ``bias`` (N,)."""
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(num_outputs, num_inputs, dtype=torch.int8))
+        self.register_buffer("scale", torch.zeros(num_outputs, dtype=torch.bfloat16))
+        self.register_buffer("bias", torch.zeros(num_outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N) in the dtype of ``x`` (..., K)."""
+        return linear_int8(x, self.weight, self.scale, self.bias)
+
+
+class Int4Linear(nn.Module):
+    """x W^T + b with W in int4: ``weight`` (N, K / 2) uint8, ``scale_zero`` (K / G, N, 2) bfloat16, ``bias`` (N,).
+
+    ``ordered``: the bytes of ``weight`` lie as this processor's kernel wants them (``order_int4_for_cpu``).
+    """
+
+    weight: Tensor
+    scale_zero: Tensor
+    bias: Tensor
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        groups = num_inputs // group_of(num_inputs)
+        self.register_buffer("weight", torch.zeros(num_outputs, num_inputs // 2, dtype=torch.uint8))
+        self.register_buffer("scale_zero", torch.zeros(groups, num_outputs, 2, dtype=torch.bfloat16))
+        self.register_buffer("bias", torch.zeros(num_outputs))
+        self.ordered = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., N) in the dtype of ``x`` (..., K)."""
+        compute = linear_int4_ordered if self.ordered else linear_int4_reference
+        return compute(x, self.weight, self.scale_zero, self.bias)
+
+
+_LAYERS: dict[FewBits, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
+
+
+def use_few_bits(transformer: nn.Module, few_bits: FewBits) -> None:
+    """Put layers of ``few_bits`` in the place of the projections, without weights yet; call it on the meta device."""
+    for name, module in list(transformer.named_modules()):
+        if isinstance(module, nn.Linear) and name.endswith(_PROJECTIONS):
+            transformer.set_submodule(name, _LAYERS[few_bits](module.in_features, module.out_features))
+
+
+def is_rounded(name: str) -> bool:
+    """Whether the weight ``name`` of a transformer is one of those that are held in few bits."""
+    return name.endswith(tuple(f"{projection}.weight" for projection in _PROJECTIONS))
+
+
+def round_weight(name: str, weight_NK: Tensor, few_bits: FewBits) -> dict[str, Tensor]:
+    """The tensors that stand for the weight ``name``, by their names."""
+    prefix = name.removesuffix("weight")
+    if few_bits == "int8":
+        quantized_NK, scale_N = quantize_int8(weight_NK)
+        return {name: quantized_NK, f"{prefix}scale": scale_N}
+    packed, scale_zero_GN2 = quantize_int4(weight_NK)
+    return {name: packed, f"{prefix}scale_zero": scale_zero_GN2}
+
+
+def parts_of(name: str, few_bits: FewBits) -> tuple[str, str]:
+    """The names of the two tensors that stand for the weight ``name``."""
+    prefix = name.removesuffix("weight")
+    return name, f"{prefix}scale" if few_bits == "int8" else f"{prefix}scale_zero"
+
+
+def restore_weight(weight: Tensor, scale: Tensor, few_bits: FewBits) -> Tensor:
+    """The float32 weight (N, K) that two tensors stand for."""
+    return dequantize_int8(weight, scale) if few_bits == "int8" else dequantize_int4(weight, scale)

@@ -1,0 +1,162 @@
+"""Linear layers whose weights are stored in few bits: int8 with a scale per row, int4 with one per group of inputs.
+
+Drawing one picture reads every weight once per token, so the time of a token is the time to read them: half the bytes
+are nearly half the time. Weights are rounded, activations are not. ``linear_int8`` and ``linear_int4`` are what the
+model calls; the readable references are the specification. On a CPU, PyTorch's kernels unpack the weights as they
+multiply; elsewhere, and for int8 where many rows share one reading, the weights are unpacked first, as the reference
+does. The choice is made here; ``COGVIEW_KERNELS=reference`` forces the references.
+"""
+
+# M rows of the input, K inputs, N outputs, G inputs that share a scale
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GROUP = 64  # inputs that share a scale and a zero in int4; 32 where 64 does not divide them
+DENSE_BLOCK = 1024  # rows unpacked at a time, for the same reason
+BLOCK = 256  # rows rounded at a time: what is made on the way stays in the processor's cache
+# Rows that share one reading of the weights, from which on it pays to unpack them first
+# (scripts/benchmarks/linear_rows.py, on two cores without bfloat16 of their own).
+MANY_ROWS_INT8 = 40
+MANY_ROWS_HALF = 4
+
+
+def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (N, K) and bfloat16 (N,): ``weight`` is about the one times the other, off by half a step at most.
+
+    The scale is rounded before the weights are, so that its own rounding does not add to theirs.
+    """
+    quantized_NK = torch.empty_like(weight_NK, dtype=torch.int8)
+    scales = []
+    for rows, result in zip(weight_NK.split(BLOCK), quantized_NK.split(BLOCK), strict=True):
+        rows = rows.float()
+        scale = (rows.abs().amax(dim=1) / 127).bfloat16()
+        steps = rows / scale.float().masked_fill(scale == 0, 1.0).unsqueeze(1)
+        result.copy_(steps.round_().clamp_(-127, 127))
+        scales.append(scale)
+    return quantized_NK, torch.cat(scales)
+
+
+def dequantize_int8(quantized_NK: Tensor, scale_N: Tensor) -> Tensor:
+    """The float32 weights (N, K) that they stand for."""
+    return quantized_NK.float() * scale_N.float().unsqueeze(1)
+
+
+def group_of(num_inputs: int) -> int:
+    """How many inputs share a scale in int4; ValueError where K is no multiple of 32."""
+    for group in (GROUP, 32):
+        if num_inputs % group == 0:
+            return group
+    raise ValueError(f"int4 needs layers whose inputs are a multiple of 32, got {num_inputs}")
+
+
+def quantize_int4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 (N, K / 2), two weights to a byte, the first in its low half; and bfloat16 (K / G, N, 2), scale and zero.
+
+    A weight is about (q - 8) * scale + zero of its group, q from 0 to 15: the range of each group is met exactly.
+    """
+    group = group_of(weight_NK.shape[1])
+    packed, scales, zeros = [], [], []
+    for rows in weight_NK.split(BLOCK):
+        groups = rows.float().unflatten(1, (-1, group))
+        low, high = groups.amin(dim=2), groups.amax(dim=2)  # aminmax takes four times as long
+        scale = ((high - low) / 15).bfloat16()
+        zero = (low + 8 * scale.float()).bfloat16()
+        steps = (groups - zero.float().unsqueeze(2)) / scale.float().masked_fill(scale == 0, 1.0).unsqueeze(2)
+        packed.append(pack_int4(steps.round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)))
+        scales.append(scale)
+        zeros.append(zero)
+    return torch.cat(packed), torch.stack([torch.cat(scales).T, torch.cat(zeros).T], dim=2).contiguous()
+
+
+def pack_int4(steps_NK: Tensor) -> Tensor:
+    """Two steps (uint8, 0 to 15) to a byte: (N, K / 2)."""
+    pairs = steps_NK.contiguous().view(torch.int16)  # the first of two in the low byte
+    return (pairs | (pairs >> 4)).to(torch.uint8)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """The steps (N, K) uint8 of (N, K / 2) bytes."""
+    wide = packed.to(torch.int16)
+    return ((wide | (wide << 4)) & 0x0F0F).view(torch.uint8)
+
+
+def dequantize_int4(packed: Tensor, scale_zero_GN2: Tensor) -> Tensor:
+    """The float32 weights (N, K) that they stand for."""
+    num_groups, num_outputs, _ = scale_zero_GN2.shape
+    steps_NGg = unpack_int4(packed).view(num_outputs, num_groups, -1).float() - 8
+    scale_NG, zero_NG = scale_zero_GN2.float().permute(2, 1, 0)
+    return (steps_NGg * scale_NG.unsqueeze(2) + zero_NG.unsqueeze(2)).flatten(1)
+
+
+def linear_int8_reference(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor) -> Tensor:
+    """x W^T + b for W in int8: (..., N) in the dtype of ``x`` (..., K)."""
+    parts = zip(quantized_NK.split(DENSE_BLOCK), scale_N.split(DENSE_BLOCK), strict=True)
+    return _dense(x, (dequantize_int8(*part) for part in parts), bias_N)
+
+
+def linear_int4_reference(x: Tensor, packed: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor) -> Tensor:
+    """x W^T + b for W in int4: (..., N) in the dtype of ``x`` (..., K)."""
+    parts = zip(packed.split(DENSE_BLOCK), scale_zero_GN2.split(DENSE_BLOCK, dim=1), strict=True)
+    return _dense(x, (dequantize_int4(*part) for part in parts), bias_N)
+
+
+def linear_int8(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor) -> Tensor:
+    """Equal to ``linear_int8_reference`` up to the rounding of bfloat16."""
+    rows_MK = x.reshape(-1, x.shape[-1])
+    if not kernels_run_on(x.device) or len(rows_MK) >= MANY_ROWS_INT8:
+        return linear_int8_reference(x, quantized_NK, scale_N, bias_N)
+    # In bfloat16: for others the kernel has no fast form.
+    product_MN = torch._weight_int8pack_mm(rows_MK.bfloat16().contiguous(), quantized_NK, scale_N)
+    return (product_MN + bias_N).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def order_int4_for_cpu(packed: Tensor) -> Tensor:
+    """The bytes of (N, K / 2) in the order that this processor's kernel wants; it is another on other processors."""
+    # The kernel's order is one within 64 rows; so many at a time keep the int32 that it wants small.
+    return torch.cat(
+        [torch._convert_weight_to_int4pack_for_cpu(unpack_int4(rows).int(), 1) for rows in packed.split(4 * BLOCK)]
+    )
+
+
+def linear_int4_ordered(x: Tensor, ordered: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor) -> Tensor:
+    """``linear_int4_reference`` for weights in the order of ``order_int4_for_cpu``, up to the rounding of bfloat16."""
+    rows_MK = x.reshape(-1, x.shape[-1])
+    group = x.shape[-1] // len(scale_zero_GN2)
+    product_MN = torch._weight_int4pack_mm_for_cpu(rows_MK.bfloat16().contiguous(), ordered, group, scale_zero_GN2)
+    return (product_MN + bias_N).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
+    """x W^T + b for weights as they are: (..., N) in the dtype of ``x`` (..., K).
+
+    A CPU that has to emulate 16-bit products does many of them faster in float32, the conversion included.
+    """
+    slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not cpu_multiplies_bfloat16()
+    if slow and not x.requires_grad and x.numel() >= MANY_ROWS_HALF * x.shape[-1]:
+        return _dense(x, weight_NK.split(DENSE_BLOCK), bias_N)
+    return F.linear(x, weight_NK, bias_N)
+
+
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether PyTorch's kernels for few bits are used on ``device``."""
+    return device.type == "cpu" and os.environ.get("COGVIEW_KERNELS") != "reference"
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16; oneDNN's own answer counts emulation as support."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _dense(x: Tensor, weights: Iterable[Tensor], bias_N: Tensor) -> Tensor:
+    """x W^T + b for W that comes a block of rows at a time, in float32 where a CPU is faster so."""
+    dtype = torch.float32 if x.device.type == "cpu" and not cpu_multiplies_bfloat16() else x.dtype
+    given = x.to(dtype)
+    return (torch.cat([F.linear(given, block.to(dtype)) for block in weights], dim=-1) + bias_N).to(x.dtype)
