@@ -1,26 +1,62 @@
-"""Known models: the rows of ``checkpoints.yaml``."""
+"""Known models: the rows of ``checkpoints.yaml``, and where each of them lies on this machine."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
 import yaml
 
-from cogview.checkpoints.folder import verify_files
 from cogview.config_files import build
 from cogview.errors import InputError
+
+ROLES = ("transformer", "image_tokenizer", "text_model")  # of the files of a released model, as `convert` takes them
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownFile:
+    """A released file: its name, the mirrors that have it, best first, and the page where a person finds it."""
+
+    name: str
+    urls: tuple[str, ...]
+    page: str
+    size: int | None = None  # bytes
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        for url in self.urls:
+            if not url.startswith(("https://", "http://")):
+                raise ValueError(f"{url} is no address of a file: http and https are understood")
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownModel:
-    """One row: where the model lies in the package, what its files must hash to, its licence."""
+    """One row, with exactly one of ``embedded``, ``files`` and ``parts``."""
 
-    embedded: str  # folder, relative to the package
     about: str
     licence: str
-    sha256: dict[str, str]
+    tasks: tuple[str, ...] = ()  # of a bundle: those of its parts
+    embedded: str = ""  # a checkpoint folder, relative to the package
+    sha256: dict[str, str] = field(default_factory=dict)  # of the files in ``embedded``
+    files: dict[str, KnownFile] = field(default_factory=dict)  # of a released model, by role
+    parts: dict[str, str] = field(default_factory=dict)  # of a bundle: task -> row
+
+    def __post_init__(self) -> None:
+        if sum(map(bool, (self.embedded, self.files, self.parts))) != 1:
+            raise ValueError("exactly one of embedded, files and parts must be given")
+        if self.files and set(self.files) != set(ROLES):
+            raise ValueError(f"files must be those of {', '.join(ROLES)}, got {', '.join(self.files)}")
+        if self.parts:
+            object.__setattr__(self, "tasks", tuple(self.parts))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The rows that a bundle is made of, each once."""
+        return tuple(dict.fromkeys(self.parts.values()))
 
 
 def known_models() -> dict[str, KnownModel]:
@@ -31,16 +67,102 @@ def known_models() -> dict[str, KnownModel]:
 
 
 def find_checkpoint(name: str) -> Path:
-    """The folder of a known model, its files verified, or ``name`` itself where that is a checkpoint folder."""
+    """The checkpoint folder of a known model, or ``name`` itself where that is a folder.
+
+    The files of a model inside the package are verified. Raises InputError for a known model that is not on this
+    machine, a bundle (see ``find_parts``), released weights that were not converted, and an unknown name.
+    """
     known = known_models()
-    if name in known:
-        folder = _package() / known[name].embedded
-        verify_files(folder, list(known[name].sha256.items()))
+    row = known.get(name)
+    if row is None:
+        return _find_folder(name, known)
+    if row.embedded:
+        from cogview.checkpoints.folder import verify_files
+
+        folder = embedded_folder(row)
+        verify_files(folder, list(row.sha256.items()))
         return folder
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
+    if row.parts:
+        raise InputError(f"{name} stands for several models: name one of {', '.join(row.models)}")
+    if is_converted(name):
+        return converted_folder(name)
+    files = {role: file.name for role, file in row.files.items()}
+    raise InputError(
+        f"{name} is known, but not on this machine: cogview download {name}, or, with its files at hand: "
+        f"{convert_command(files)}"
+    )
+
+
+def find_parts(name: str) -> dict[str, Path]:
+    """Task -> checkpoint folder for those models of the bundle ``name`` that are on this machine; else empty.
+
+    Raises InputError for a bundle none of whose models is here.
+    """
+    row = known_models().get(name)
+    if row is None or not row.parts:
+        return {}
+    found = {task: converted_folder(part) for task, part in row.parts.items() if is_converted(part)}
+    if not found:
+        raise InputError(
+            f"{name} is known, but none of its models ({', '.join(row.models)}) is on this machine: "
+            f"cogview download {name}"
+        )
+    return found
+
+
+def home() -> Path:
+    """Where downloaded files and converted models lie: $COGVIEW_HOME, $XDG_CACHE_HOME/cogview or ~/.cache/cogview."""
+    if chosen := os.environ.get("COGVIEW_HOME"):
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cogview"
+
+
+def downloads_folder() -> Path:
+    """Where released files go."""
+    return home() / "files"
+
+
+def converted_folder(name: str) -> Path:
+    """The checkpoint folder that the released model ``name`` is converted into; it need not exist."""
+    return home() / "models" / name
+
+
+def is_converted(name: str) -> bool:
+    """Whether the released model ``name`` is on this machine as a checkpoint folder."""
+    return (converted_folder(name) / "config.json").is_file()
+
+
+def embedded_folder(row: KnownModel) -> Path:
+    """The folder of a model inside the package, as it is."""
+    return _package() / row.embedded
+
+
+def convert_command(files: Mapping[str, str | Path]) -> str:
+    """What to type to convert a released model from its files, given by role."""
+    transformer, image_tokenizer, text_model = (shlex.quote(str(files[role])) for role in ROLES)
+    return f"cogview convert {transformer} --image-tokenizer {image_tokenizer} --text-model {text_model}"
+
+
+def _find_folder(name: str, known: Mapping[str, KnownModel]) -> Path:
+    path = Path(name)
+    if _is_released(path):
+        files = {"image_tokenizer": "vqvae_hard_biggerset_011.pt", "text_model": "cog-pretrain.model"}
+        raise InputError(
+            f"{name} is a released checkpoint, which has to be converted once: "
+            f"{convert_command({'transformer': name, **files})}"
+        )
+    if path.is_dir():
+        return path
     raise InputError(f'checkpoint "{name}" is unknown; known: {", ".join(known)}, or the path of a checkpoint folder')
+
+
+def _is_released(path: Path) -> bool:
+    """Whether ``path`` looks like an archive, a file or a folder of released weights."""
+    if path.is_dir():
+        return any(
+            (path / name).is_file() for name in ("latest_checkpointed_iteration.txt", "mp_rank_00_model_states.pt")
+        )
+    return path.suffix in (".tar", ".pt") and path.is_file()
 
 
 def _package() -> Path:

@@ -2,13 +2,14 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 
 from cogview.checkpoints import registry
 from cogview.checkpoints.folder import file_sha256, read_config
-from cogview.checkpoints.registry import find_checkpoint, known_models
+from cogview.checkpoints.registry import converted_folder, find_checkpoint, find_parts, home, known_models
 from cogview.errors import InputError
 
 
@@ -27,6 +28,28 @@ def package(tiny_checkpoint, tmp_path, monkeypatch):
     write_rows(package, {"cogview-tiny": row, "cogview-lost": {**row, "embedded": "models/lost"}})
     monkeypatch.setattr(registry, "_package", lambda: package)
     return package
+
+
+@pytest.fixture
+def released(package, tmp_path, monkeypatch):
+    """Rows of two released models and of a bundle of both, none of them on this machine."""
+    page = "https://example.org/weights"
+    shared = {
+        "image_tokenizer": {"name": "image.pt", "urls": ["https://example.org/image.pt"], "page": page},
+        "text_model": {"name": "text.model", "urls": [], "page": page, "size": 3, "sha256": "abc"},
+    }
+    rows = yaml.safe_load((package / "checkpoints.yaml").read_text(encoding="utf-8"))
+    for name, tasks in (("draws", ["generate"]), ("enlarges", ["upscale", "low_level"])):
+        files = {"transformer": {"name": f"{name}.tar", "urls": [], "page": page}, **shared}
+        rows[name] = {"about": "", "licence": "", "tasks": tasks, "files": files}
+    parts = {"generate": "draws", "upscale": "enlarges", "low_level": "enlarges"}
+    rows["both"] = {"about": "", "licence": "", "parts": parts}
+    write_rows(package, rows)
+    monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
+
+
+def convert(name, tiny_checkpoint):
+    return shutil.copytree(tiny_checkpoint, converted_folder(name))
 
 
 def write_rows(package, rows):
@@ -74,9 +97,25 @@ def test_missing_file_of_a_known_model(package):
 
 
 def test_row_with_a_mistake_is_named(package):
-    write_rows(package, {"cogview-odd": {"embedded": "models/tiny", "about": "", "licence": ""}})
-    with pytest.raises(InputError, match=r"checkpoints.yaml, cogview-odd: sha256 must be given"):
-        known_models()
+    page = "https://example.org"
+    transformer = {"name": "x.tar", "urls": ["https://example.org/x.tar"], "page": page}
+    for row, message in [
+        ({"embedded": "models/tiny", "about": ""}, "licence must be given"),
+        ({"about": "", "licence": ""}, "exactly one of embedded, files and parts must be given"),
+        (
+            {"about": "", "licence": "", "files": {"transformer": transformer}},
+            "files must be those of transformer, image_tokenizer, text_model, got transformer",
+        ),
+        (
+            {"about": "", "licence": "", "files": {"transformer": {**transformer, "urls": ["file:///etc/hostname"]}}},
+            "files, transformer: file:///etc/hostname is no address of a file: http and https are understood",
+        ),
+    ]:
+        write_rows(package, {"cogview-odd": row})
+        with pytest.raises(InputError) as caught:
+            known_models()
+        assert str(caught.value).startswith("checkpoints.yaml, cogview-odd")
+        assert str(caught.value).endswith(message)
 
 
 def test_empty_registry_knows_nothing(package):
@@ -84,7 +123,88 @@ def test_empty_registry_knows_nothing(package):
     assert known_models() == {}
 
 
-def test_models_of_this_package_are_whole():
-    """Every row that ships: its folder is there, and its files have the sums that the row states."""
-    for name in known_models():
-        assert read_config(find_checkpoint(name)).tasks
+def test_home_is_chosen_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv("COGVIEW_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert home() == tmp_path / ".cache" / "cogview"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert home() == Path("/cache/cogview")
+    monkeypatch.setenv("COGVIEW_HOME", "~/models")
+    assert home() == tmp_path / "models"
+
+
+def test_released_model_is_found_once_it_is_converted(released, tiny_checkpoint):
+    with pytest.raises(InputError) as caught:
+        find_checkpoint("draws")
+    assert str(caught.value) == (
+        "draws is known, but not on this machine: cogview download draws, or, with its files at hand: "
+        "cogview convert draws.tar --image-tokenizer image.pt --text-model text.model"
+    )
+    folder = convert("draws", tiny_checkpoint)
+    assert find_checkpoint("draws") == folder
+    assert find_parts("draws") == {}
+
+
+def test_bundle_is_what_is_here_of_its_models(released, tiny_checkpoint):
+    with pytest.raises(InputError) as caught:
+        find_parts("both")
+    assert str(caught.value) == (
+        "both is known, but none of its models (draws, enlarges) is on this machine: cogview download both"
+    )
+    enlarges = convert("enlarges", tiny_checkpoint)
+    assert find_parts("both") == {"upscale": enlarges, "low_level": enlarges}
+    draws = convert("draws", tiny_checkpoint)
+    assert find_parts("both") == {"generate": draws, "upscale": enlarges, "low_level": enlarges}
+    with pytest.raises(InputError, match=r"^both stands for several models: name one of draws, enlarges$"):
+        find_checkpoint("both")
+
+
+@pytest.mark.parametrize("name", ["cogview-tiny", "/no/such/folder", "红苹果"])
+def test_only_bundles_have_parts(released, name):
+    assert find_parts(name) == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cogview-base.tar",
+        "image.pt",
+        "release/latest_checkpointed_iteration.txt",
+        "我的 模型/mp_rank_00_model_states.pt",
+    ],
+)
+def test_released_checkpoint_has_to_be_converted(package, tmp_path, name):
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(b"")
+    path = file.parent if "/" in name else file
+    with pytest.raises(InputError) as caught:
+        find_checkpoint(str(path))
+    quoted = f"'{path}'" if " " in str(path) else path
+    assert str(caught.value) == (
+        f"{path} is a released checkpoint, which has to be converted once: cogview convert {quoted} "
+        "--image-tokenizer vqvae_hard_biggerset_011.pt --text-model cog-pretrain.model"
+    )
+
+
+def test_embedded_models_of_this_package_are_whole():
+    """Every row that ships inside: its folder is there, its files have the sums that the row states, and its tasks."""
+    rows = {name: row for name, row in known_models().items() if row.embedded}
+    assert rows
+    for name, row in rows.items():
+        assert read_config(find_checkpoint(name)).tasks == row.tasks
+
+
+def test_released_models_share_their_tokenizers_and_make_up_the_bundle():
+    known = known_models()
+    bundle = known["cogview-released"]
+    assert bundle.models == ("cogview-base", "cogview-caption", "cogview-sr")
+    assert bundle.tasks == ("generate", "caption", "upscale", "low_level")
+    for task, name in bundle.parts.items():
+        row = known[name]
+        assert task in row.tasks
+        assert row.files["transformer"].name == f"{name}.tar"
+        assert row.files["image_tokenizer"] == known["cogview-base"].files["image_tokenizer"]
+        assert row.files["text_model"] == known["cogview-base"].files["text_model"]
+        assert all(file.page.startswith("https://") for file in row.files.values())

@@ -1,0 +1,120 @@
+"""``cogview models``: what is known, and what of it is here."""
+
+import json
+import shutil
+
+import pytest
+
+from cogview.checkpoints.registry import KnownFile, KnownModel
+from cogview.cli.main import main
+
+BASE = "not here: cogview download cogview-base"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """An empty $COGVIEW_HOME."""
+    monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "files").mkdir(parents=True)
+    return tmp_path / "home"
+
+
+def on_disk(capsys, name):
+    """The line about what is on this machine."""
+    assert main(["models"]) == 0
+    blocks = {block.split(":")[0]: block.splitlines() for block in capsys.readouterr().out.split("\n\n")}
+    return blocks[name][-1].removeprefix("  on disk:").strip()
+
+
+def as_json(capsys, name):
+    assert main(["models", "--json"]) == 0
+    return next(row for row in json.loads(capsys.readouterr().out) if row["name"] == name)
+
+
+def leave_part(files, name, size, count):
+    """What an interrupted download leaves."""
+    (files / f"{name}.part").write_bytes(b"x" * count)
+    note = {"size": size, "etags": {}, "done": [[0, count]]}
+    (files / f"{name}.part.json").write_text(json.dumps(note), encoding="utf-8")
+
+
+def test_every_model_with_its_tasks_and_licence(home, capsys):
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("cogview-emoji: draws, describes, ranks and enlarges")
+    for line in (
+        "  tasks:    generate, caption, upscale, low_level",
+        "  tasks:    upscale, low_level",
+        "  licence:  Apache-2.0",
+        "  licence:  see the publisher's page (the code is Apache-2.0)",
+        f"  on disk:  {BASE}",
+    ):
+        assert line in out.splitlines()
+
+
+def test_a_model_of_the_package(home, capsys):
+    assert on_disk(capsys, "cogview-emoji").startswith("comes with the package (2")
+    row = as_json(capsys, "cogview-emoji")
+    assert row["kind"] == "embedded"
+    assert row["folder"].endswith("cogview-emoji")
+    assert row["size"] > 20_000_000
+
+
+def test_a_released_model_file_by_file(home, tiny_checkpoint, capsys):
+    files = home / "files"
+    assert on_disk(capsys, "cogview-base") == BASE
+    assert as_json(capsys, "cogview-base")["folder"] is None
+    leave_part(files, "cogview-base.tar", 1000, 310)
+    assert on_disk(capsys, "cogview-base") == "part of cogview-base.tar: 31%: cogview download cogview-base"
+    (files / "cog-pretrain.model").write_bytes(b"x" * 1_021_864)
+    (files / "vqvae_hard_biggerset_011.pt").write_bytes(b"x" * 8_136)
+    assert on_disk(capsys, "cogview-base") == (
+        "2 of 3 files, 1.0 MB; part of cogview-base.tar: 31%: cogview download cogview-base"
+    )
+    assert on_disk(capsys, "cogview-sr") == "2 of 3 files, 1.0 MB: cogview download cogview-sr"
+    assert as_json(capsys, "cogview-base")["files"][0] == {
+        "name": "cogview-base.tar",
+        "path": str(files / "cogview-base.tar.part"),
+        "size": 1000,
+        "received": 310,
+    }
+    folder = shutil.copytree(tiny_checkpoint, home / "models" / "cogview-base")
+    row = as_json(capsys, "cogview-base")
+    assert row["folder"] == str(folder)
+    assert row["size"] == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    state = on_disk(capsys, "cogview-base")
+    assert state.startswith("converted (")
+    assert state.endswith("); 2 of 3 files, 1.0 MB; part of cogview-base.tar: 31%")
+
+
+def test_a_bundle_by_its_models(home, tiny_checkpoint, capsys):
+    assert on_disk(capsys, "cogview-released") == (
+        "cogview-base is not here, cogview-caption is not here, cogview-sr is not here: "
+        "cogview download cogview-released"
+    )
+    shutil.copytree(tiny_checkpoint, home / "models" / "cogview-sr")
+    assert on_disk(capsys, "cogview-released") == (
+        "cogview-base is not here, cogview-caption is not here, cogview-sr is here: cogview download cogview-released"
+    )
+    parts = as_json(capsys, "cogview-released")["parts"]
+    assert parts["low_level"] == {"model": "cogview-sr", "here": True}
+    assert parts["caption"] == {"model": "cogview-caption", "here": False}
+    for name in ("cogview-base", "cogview-caption"):
+        shutil.copytree(tiny_checkpoint, home / "models" / name)
+    assert on_disk(capsys, "cogview-released") == "cogview-base is here, cogview-caption is here, cogview-sr is here"
+
+
+def test_names_in_chinese_stay_as_they_are(home, monkeypatch, capsys):
+    file = KnownFile(name="模型.tar", urls=(), page="https://example.org")
+    files = dict.fromkeys(("transformer", "image_tokenizer", "text_model"), file)
+    row = KnownModel(about="画狐狸", licence="Apache-2.0", tasks=("generate",), files=files)
+    monkeypatch.setattr("cogview.checkpoints.registry.known_models", lambda: {"狐狸": row})
+    assert as_json(capsys, "狐狸")["about"] == "画狐狸"
+    assert on_disk(capsys, "狐狸") == "not here: cogview download 狐狸"
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["models", "--help"])
+    assert exit_.value.code == 0
+    assert "--json" in capsys.readouterr().out
