@@ -13,8 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cogview.checkpoints.folder import Model, load_model
-from cogview.checkpoints.registry import find_checkpoint
+from cogview.bundle import Bundle
+from cogview.checkpoints.folder import Model, ModelConfig, check_folder, load_model
+from cogview.checkpoints.precision import stored_few_bits
+from cogview.checkpoints.registry import find_checkpoint, find_parts
+from cogview.checkpoints.weights import WeightsFile
 from cogview.device import Placement, choose_placement
 from cogview.engine import Filled, Job, fill, score, search
 from cogview.errors import InputError
@@ -97,28 +100,37 @@ class CogView:
     ``text_tokenizer`` text, and ``vocabulary`` has the offsets and command ids.
     """
 
-    def __init__(self, model: Model, placement: Placement, name: str) -> None:
+    def __init__(self, model: Model, placement: Placement, name: str, bundle: Bundle | None = None) -> None:
+        """With a ``bundle``, the transformer of ``model`` is a shape: each task has one of its own."""
         self.model = model
         self.placement = placement
         self.name = name
+        self.bundle = bundle
 
     @classmethod
     def from_pretrained(
         cls, name: str | Path = "cogview-emoji", *, device: str = "auto", dtype: str = "auto"
     ) -> CogView:
-        """Open a model of checkpoints.yaml by name, or a checkpoint folder by path.
+        """Open a model or a bundle of checkpoints.yaml by name, or a checkpoint folder by path.
 
-        ``device`` is auto, cpu, cuda, cuda:N or mps, ``dtype`` auto, float32, bfloat16 or float16. Raises InputError
-        for an unknown name, and for a folder that is incomplete or damaged.
+        ``device`` is auto, cpu, cuda, cuda:N or mps, ``dtype`` auto, float32, bfloat16, float16, int8 or int4. Raises
+        InputError for an unknown name, and for a folder that is incomplete or damaged.
         """
-        placement = choose_placement(device, dtype)
-        folder = find_checkpoint(str(name))
-        return cls(load_model(folder, placement.device, placement.dtype), placement, str(name))
+        parts = find_parts(str(name))
+        folder = next(iter(parts.values())) if parts else find_checkpoint(str(name))
+        count = check_folder(folder).transformer.num_parameters
+        stored = stored_few_bits(WeightsFile(folder / "model.safetensors").specs)
+        placement = choose_placement(device, dtype, stored=stored, num_parameters=count)
+        if parts:
+            bundle = Bundle(parts, placement)
+            return cls(bundle.model, placement, str(name), bundle)
+        model = load_model(folder, placement.device, placement.dtype, placement.few_bits)
+        return cls(model, placement, str(name))
 
     @property
     def transformer(self) -> Transformer:
-        """The transformer."""
-        return self.model.transformer
+        """The transformer; in a bundle that of the first of its tasks."""
+        return self._transformer(self.model.config.tasks[0])
 
     @property
     def image_tokenizer(self) -> VQVAE:
@@ -142,8 +154,12 @@ class CogView:
         top_p: float | None = None,
         guidance: float | None = None,
         text_attention: float | None = None,
+        task: str = "generate",
     ) -> Sampling:
-        """This model's own settings, with those that are given in their place; InputError where they mean nothing."""
+        """The model's own settings for ``task``, with those that are given in their place.
+
+        InputError where they mean nothing.
+        """
         given: dict[str, Any] = {
             "temperature": temperature,
             "top_k": top_k,
@@ -152,7 +168,7 @@ class CogView:
             "text_attention": text_attention,
         }
         try:
-            sampling = replace(self.model.config.sampling, **{k: v for k, v in given.items() if v is not None})
+            sampling = replace(self._config(task).sampling, **{k: v for k, v in given.items() if v is not None})
         except ValueError as error:
             raise InputError(str(error)) from None
         self._check_guidance(sampling)
@@ -239,7 +255,7 @@ class CogView:
         seed = checked_seed(seed)
         wishes = [Wish(prompt=prompt, seed=seed, index=index) for prompt in prompts for index in range(n)]
         for chunk in _chunks(wishes, batch_size):
-            yield from self.draw(chunk, sampling or self.model.config.sampling, on_code)
+            yield from self.draw(chunk, sampling or self._config("generate").sampling, on_code)
 
     def draw(
         self, wishes: Sequence[Wish], sampling: Sampling, on_code: Callable[[int, int], None] | None = None
@@ -311,7 +327,7 @@ class CogView:
             )
             for wish, top in zip(wishes, known, strict=True)
         ]
-        filled = fill(self.transformer, self.vocabulary, jobs, on_code)
+        filled = fill(self._transformer("generate"), self.vocabulary, jobs, on_code)
         codes = np.stack([row.ids[job.row.spans["image"]] for row, job in zip(filled, jobs, strict=True)])
         return self._pictures(
             codes.reshape(-1, self.model.config.grid, self.model.config.grid),
@@ -340,10 +356,11 @@ class CogView:
         ``texts`` is one text for all images or one for each. ``low_level`` draws G x G codes from an image of half
         the model's side in a single window. ``on_code(done, total)`` counts the codes of the current window.
         """
-        self.require_task("low_level" if low_level else "upscale")
+        task = "low_level" if low_level else "upscale"
+        self.require_task(task)
         texts = _one_each(texts, images, "text")
         self._check_prompts(texts)
-        sampling = self.sampling(temperature, top_k, top_p, guidance, text_attention)
+        sampling = self.sampling(temperature, top_k, top_p, guidance, text_attention, task)
         seed = checked_seed(seed)
         grid = self.model.config.grid
         small = self.codes_of(images, grid // 2 if low_level else grid)
@@ -379,7 +396,7 @@ class CogView:
             whole = (slice(rows.start, rows.start + grid), columns)
             seen = small[:, window.source[0], window.source[1]]
             known = codes[:, whole[0], whole[1]]
-            filled = self._window(seen, known, places[whole], window.lines, wishes, sampling, on_code)
+            filled = self._window("upscale", seen, known, places[whole], window.lines, wishes, sampling, on_code)
             codes[:, rows, columns] = np.stack([lines for lines, _ in filled])
             log_probabilities += [log_probability for _, log_probability in filled]
         return codes.filled(), log_probabilities
@@ -395,11 +412,12 @@ class CogView:
         grid = self.model.config.grid
         unknown = np.ma.masked_all((len(small), grid, grid), dtype=np.int64)
         places = np.arange(grid * grid).reshape(grid, grid)
-        filled = self._window(small, unknown, places, grid, wishes, sampling, on_code)
+        filled = self._window("low_level", small, unknown, places, grid, wishes, sampling, on_code)
         return np.stack([lines for lines, _ in filled]), np.array([log_probability for _, log_probability in filled])
 
     def _window(
         self,
+        task: str,
         small: np.ndarray,
         known: np.ma.MaskedArray,
         places: np.ndarray,
@@ -413,7 +431,7 @@ class CogView:
         ``small`` (B, G/2, G/2) is what they see, ``known`` (B, G, G) masks what is still to be drawn, ``places``
         (G, G) keys the noise.
         """
-        layout, grid = self.model.config.layouts["upscale"], self.model.config.grid
+        layout, grid = self.model.config.layouts[task], self.model.config.grid
 
         def arrange(text: Sequence[int], index: int) -> Arranged:
             row = layout.arrange(self.vocabulary, text=text, small=small[index], image=known[index])
@@ -434,7 +452,7 @@ class CogView:
                     unguided=None if sampling.guidance == 1 else arrange((), index),
                 )
             )
-        filled = fill(self.transformer, self.vocabulary, jobs, on_code)
+        filled = fill(self._transformer(task), self.vocabulary, jobs, on_code)
         return [
             (row.ids[job.row.spans["image"]].reshape(lines, grid), row.log_probability)
             for row, job in zip(filled, jobs, strict=True)
@@ -474,17 +492,16 @@ class CogView:
             raise InputError(str(error)) from None
         seed = checked_seed(seed)
         config, layout = self.model.config, self.model.config.layouts["caption"]
-        space = min(config.max_text, layout.longest_text(config.transformer.max_positions))
+        space = min(config.max_caption or config.max_text, layout.longest_text(config.transformer.max_positions))
+        transformer = self._transformer("caption")
         rows = [layout.arrange(self.vocabulary, image=codes, max_text=space) for codes in self.codes_of(images)]
         captions: list[list[Caption]] = []
         for chunk in _chunks(rows, batch_size):
             if method == "beam":
-                found = search(self.transformer, self.vocabulary, chunk, max(n, LEAST_BEAMS))
+                found = search(transformer, self.vocabulary, chunk, max(n, LEAST_BEAMS))
             else:
                 jobs = [Job(row=row, seed=seed, image=index, sampling=sampling) for row in chunk for index in range(n)]
-                filled = [
-                    one for some in _chunks(jobs, batch_size) for one in fill(self.transformer, self.vocabulary, some)
-                ]
+                filled = [one for some in _chunks(jobs, batch_size) for one in fill(transformer, self.vocabulary, some)]
                 found = [filled[first : first + n] for first in range(0, len(filled), n)]
             captions += [
                 [self._caption(row, one, seed, index) for index, one in enumerate(ones[:n])]
@@ -519,9 +536,8 @@ class CogView:
             layout.arrange(self.vocabulary, image=codes, text=self.text_tokenizer.encode(text))
             for codes, text in zip(self.codes_of(images), texts, strict=True)
         ]
-        sums = [
-            total for chunk in _chunks(rows, batch_size) for total in score(self.transformer, self.vocabulary, chunk)
-        ]
+        transformer = self._transformer("caption")
+        sums = [total for chunk in _chunks(rows, batch_size) for total in score(transformer, self.vocabulary, chunk)]
         lengths = [row.spans["text"].stop - row.spans["text"].start for row in rows]
         return [Score(log_probability=total, num_pieces=length) for total, length in zip(sums, lengths, strict=True)]
 
@@ -574,6 +590,13 @@ class CogView:
         """(B, 8G, 8G, 3) uint8 pictures of (B, G, G) codes, for any G."""
         images = self.image_tokenizer.decode(torch.from_numpy(codes).to(self.placement.device))
         return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+    def _transformer(self, task: str) -> Transformer:
+        return self.model.transformer if self.bundle is None else self.bundle.transformer(task)
+
+    def _config(self, task: str) -> ModelConfig:
+        """The config of the weights that do ``task``."""
+        return self.model.config if self.bundle is None else self.bundle.configs.get(task, self.model.config)
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
