@@ -1,0 +1,222 @@
+"""Old PyTorch files, read without executing anything.
+
+A ``.pt`` file is a pickle, and a pickle may ask for any function to be called. The reader here knows a short list of
+names and builds inert things for them; a file that asks for more is refused before anything has happened. Tensors are
+not read with it: a :class:`StoredTensor` says where one lies, so the shapes of 8 GB are told in milliseconds, and a
+conversion holds one tensor at a time. Both layouts are understood, the zip archive (torch 1.6 and later) and the one
+before it, in a file of its own or inside a tar.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import struct
+import types
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from cogview.errors import InputError
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file older than the zip layout
+_DTYPES = {
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Double": torch.float64,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+}
+# What random states and old optimizers are made of. They are not needed: an inert object takes their place.
+_IGNORED = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "scalar"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+    ("collections", "defaultdict"),
+    ("collections", "Counter"),
+    ("torch", "device"),
+}
+
+
+@dataclass(eq=False)
+class _Storage:
+    """The numbers that tensors of a file share. ``offset`` is known once the file has been read to its end."""
+
+    dtype: torch.dtype
+    key: str
+    offset: int = -1
+    size: int = -1  # bytes that the file has for it
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTensor:
+    """A tensor that is still in its file."""
+
+    file: IO[bytes]
+    storage: _Storage
+    start: int  # elements of the storage before the first
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it is stored in."""
+        return self.storage.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """What it takes in memory."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, contiguous, in memory of its own; InputError if the file ends before it does."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        if 0 in self.shape:
+            return torch.empty(self.shape, dtype=self.dtype)
+        size, first = span * self.dtype.itemsize, self.start * self.dtype.itemsize
+        if first + size > self.storage.size:
+            raise InputError("the file is damaged: a tensor reaches beyond its numbers")
+        raw = torch.empty(size, dtype=torch.uint8)
+        self.file.seek(self.storage.offset + first)
+        if self.file.readinto(raw.numpy().data) != size:  # type: ignore[attr-defined]
+            raise InputError("the file is cut short: it ends inside a tensor")
+        return raw.view(self.dtype).as_strided(self.shape, self.stride).contiguous()
+
+
+def read_pickle(file: IO[bytes], where: str) -> Any:
+    """What ``torch.save`` wrote, with :class:`StoredTensor` for tensors; ``file`` stays open and belongs to them.
+
+    ``where`` begins the message of every InputError: for a file that is cut short, is none of PyTorch's, or asks for
+    anything that could run code.
+    """
+    try:
+        if zipfile.is_zipfile(file):
+            return _read_zip(file)
+        file.seek(0)
+        if file.read(4) == b"PK\x03\x04":
+            raise InputError("the file is cut short: a zip archive without its end")
+        file.seek(0)
+        return _read_legacy(file)
+    except _Refused as error:
+        raise InputError(
+            f"{where} asks for {error}, which no checkpoint needs and which could run code: the file is refused"
+        ) from None
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may fail in any way
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise InputError(f"{where} is no PyTorch file, or is cut short or damaged ({reason})") from None
+
+
+def tensors_of(content: Any) -> dict[str, StoredTensor]:
+    """The tensors of a mapping by name, others left out, without the ``module.`` that wrappers put before names."""
+    if not isinstance(content, dict):
+        return {}
+    found = {str(name): value for name, value in content.items() if isinstance(value, StoredTensor)}
+    while found and all(name.startswith("module.") for name in found):
+        found = {name.removeprefix("module."): value for name, value in found.items()}
+    return found
+
+
+class _Refused(Exception):
+    """Carries the name of what a pickle asked for."""
+
+
+class _Inert(dict[Any, Any]):
+    """Stands for something that is not needed, whatever it is made from."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds tensors that are not read, plain containers, and inert things; nothing else can be named."""
+
+    def __init__(self, file: IO[bytes], data: IO[bytes]) -> None:
+        super().__init__(file, encoding="utf-8")
+        self.data = data
+        self.storages: dict[str, _Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.cuda") and name.removesuffix("Storage") in _DTYPES:
+            return _DTYPES[name.removesuffix("Storage")]
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if (module, name) in _IGNORED:
+            return _Inert
+        known = {
+            ("torch._utils", "_rebuild_tensor"): self._tensor,
+            ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
+            ("torch._utils", "_rebuild_parameter"): lambda tensor, *_: tensor,
+            ("torch", "Size"): tuple,
+            ("collections", "OrderedDict"): OrderedDict,
+            ("argparse", "Namespace"): types.SimpleNamespace,
+            ("builtins", "set"): set,
+            ("__builtin__", "set"): set,
+        }
+        if (module, name) not in known:
+            raise _Refused(f"{module}.{name}")
+        return known[module, name]
+
+    def persistent_load(self, pid: Any) -> _Storage:
+        kind, dtype, key, *_ = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype):
+            raise pickle.UnpicklingError(f"an unknown reference {pid!r}")
+        return self.storages.setdefault(str(key), _Storage(dtype, str(key)))
+
+    def _tensor(self, storage: _Storage, start: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+        return StoredTensor(self.data, storage, int(start), tuple(map(int, shape)), tuple(map(int, stride)))
+
+
+def _read_zip(file: IO[bytes]) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        main = next((name for name in entries if name.endswith("data.pkl")), None)
+        if main is None:
+            raise InputError("it is a zip archive, but none that PyTorch wrote (data.pkl is missing)")
+        with archive.open(main) as stream:
+            unpickler = _Unpickler(stream, file)
+            content = unpickler.load()
+    for storage in unpickler.storages.values():
+        entry = entries.get(f"{main.removesuffix('.pkl')}/{storage.key}")
+        if entry is None or entry.compress_type != zipfile.ZIP_STORED:
+            raise InputError(f"the file is damaged: the numbers of {storage.key} are missing or packed")
+        file.seek(entry.header_offset + 26)  # the local header has its own lengths of name and extra field
+        name, extra = struct.unpack("<HH", file.read(4))
+        storage.offset, storage.size = entry.header_offset + 30 + name + extra, entry.file_size
+    return content
+
+
+def _read_legacy(file: IO[bytes]) -> Any:
+    magic, version, _system = (_Unpickler(file, file).load() for _ in range(3))
+    if magic != _LEGACY_MAGIC or version != 1001:
+        raise pickle.UnpicklingError("it has none of PyTorch's marks")
+    unpickler = _Unpickler(file, file)
+    content = unpickler.load()
+    for key in _Unpickler(file, file).load():
+        header = file.read(8)
+        storage = unpickler.storages[str(key)]
+        storage.size = struct.unpack("<q", header)[0] * storage.dtype.itemsize
+        storage.offset = file.tell()
+        file.seek(storage.size, 1)
+    if file.tell() > file.seek(0, 2):
+        raise InputError("the file is cut short")
+    return content
