@@ -18,6 +18,7 @@ from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_argum
 from cogview.config import preset
 from cogview.config_files import to_plain
 from cogview.data.emoji.world import World
+from cogview.data.released import open_rows
 from cogview.data.store import ABSENT, TokenStore
 from cogview.device import choose_placement, flush_denormals, training_dtype
 from cogview.errors import InputError
@@ -25,10 +26,12 @@ from cogview.pipeline import CogView
 from cogview.sampling import Sampling
 from cogview.sheets import contact_sheet
 from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.run import Run, RunSettings, run_loop
 from cogview.training.transformer import TransformerTrainer, TransformerTraining, store_batches
 from cogview.transformer import Transformer
+from cogview.vqvae.model import VQVAE
 
 SHEET_PICTURES = 24
 
@@ -47,6 +50,13 @@ class TransformerSettings:
     sampling: Sampling = field(default_factory=Sampling)  # of the sample sheets, and of the model until it is packaged
     run: RunSettings = field(default_factory=RunSettings)
     precision: str = "auto"
+    # Token stores, or released datasets of the recipe's tokenizers; None: what ``cogview encode`` left below ``work``.
+    store: Path | None = None
+    held_out_store: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.store is None) != (self.held_out_store is None):
+            raise ValueError("store and held_out_store belong together: give both, or neither")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
     recipe = open_recipe(args)
     settings = recipe.settings(TransformerSettings, "transformer")
     placement = choose_placement(args.device, "float32")
-    store, held_out = TokenStore(recipe.store), TokenStore(recipe.held_out_store)
     torch.manual_seed(settings.training.seed)
-    model = new_model(recipe, settings, store)
+    image_tokenizer, text_tokenizer = recipe.open_image_tokenizer(), recipe.open_text_tokenizer()
+    store, held_out = open_stores(recipe, settings, image_tokenizer, text_tokenizer)
+    model = new_model(recipe, settings, store, image_tokenizer, text_tokenizer)
     if settings.start_from is not None:
         load_weights(model, settings.start_from)
     model.image_tokenizer.to(placement.device)  # it draws the sample sheets
@@ -97,21 +108,46 @@ def run(args: argparse.Namespace) -> int:
     )
 
 
-def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) -> Model:
-    """A transformer with fresh weights for the rows of ``store``, and the tokenizers that made them."""
-    image_tokenizer, text_tokenizer = recipe.open_image_tokenizer(), recipe.open_text_tokenizer()
-    codebook = codebook_hash(image_tokenizer)
-    store.require(
-        codebook_sha256=codebook,
-        text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
-    )
-    for task in settings.training.tasks:
-        store.require(layout=task)
-    if settings.training.name_loss_weight and "named" not in store.header.fields:
-        raise InputError(
-            f"{store.path} does not say which name stands where, but name_loss_weight is "
-            f"{settings.training.name_loss_weight}: encode the store with named: true, or set the weight to 0"
+def open_stores(
+    recipe: Recipe, settings: TransformerSettings, image_tokenizer: VQVAE, text_tokenizer: TextTokenizer
+) -> tuple[TokenStore, TokenStore]:
+    """The rows to train on and those held out; InputError unless they suit the tokenizers, the tasks and each other."""
+    codebook, text = codebook_hash(image_tokenizer), hashlib.sha256(text_tokenizer.model_bytes).hexdigest()
+    store, held_out = (
+        open_rows(
+            path,
+            num_image_codes=image_tokenizer.config.num_codes,
+            num_text_pieces=text_tokenizer.size,
+            codebook_sha256=codebook,
+            text_sha256=text,
         )
+        for path in (settings.store or recipe.store, settings.held_out_store or recipe.held_out_store)
+    )
+    for rows in (store, held_out):
+        rows.require(codebook_sha256=codebook, text_sha256=text, grid=store.header.grid)
+        for task in settings.training.tasks:
+            rows.require(layout=task)
+        if settings.training.name_loss_weight and "named" not in rows.header.fields:
+            raise InputError(
+                f"{rows.path} does not say which name stands where, but name_loss_weight is "
+                f"{settings.training.name_loss_weight}: encode the store with named: true, or set the weight to 0"
+            )
+    if (longest := held_out.header.fields["text"]) > (room := store.header.fields["text"]):
+        raise InputError(
+            f"{held_out.path} has texts of up to {longest} pieces, {store.path} of up to {room}: make both stores with "
+            "the same room for text"
+        )
+    return store, held_out
+
+
+def new_model(
+    recipe: Recipe,
+    settings: TransformerSettings,
+    store: TokenStore,
+    image_tokenizer: VQVAE,
+    text_tokenizer: TextTokenizer,
+) -> Model:
+    """A transformer with fresh weights for the rows of ``store``, and the tokenizers that made them."""
     vocabulary = Vocabulary(num_image_codes=image_tokenizer.config.num_codes, num_text_pieces=text_tokenizer.size)
     try:
         shape = preset(
@@ -137,7 +173,7 @@ def new_model(recipe: Recipe, settings: TransformerSettings, store: TokenStore) 
             max_text=max_text,
             text_space=max_text,
             caption_drop=settings.training.caption_drop,
-            codebook_sha256=codebook,
+            codebook_sha256=store.header.codebook_sha256,
             sampling=settings.sampling,
         )
     except ValueError as error:

@@ -33,11 +33,12 @@ FORMAT_VERSION = 1
 ABSENT = 0xFFFF  # fills a text field behind its last piece
 TEXT_FIELD = "text"
 ROWS_PER_TRANSACTION = 16384
+DATA_FILE = "data.mdb"
 
 _HEADER_KEY = b"header"
 _COUNT_KEY = b"count"
+_RELEASED_COUNT_KEY = b"length"  # of a released dataset (cogview.data.released)
 _ROWS_TABLE = b"rows"
-_DATA_FILE = "data.mdb"
 _ON_DISK = np.dtype("<u2")
 
 
@@ -131,7 +132,7 @@ class StoreWriter:
 
         self.path = Path(path)
         self.header = header
-        if (self.path / _DATA_FILE).exists() and not resume:
+        if (self.path / DATA_FILE).exists() and not resume:
             raise InputError(f"{self.path} already holds a store: remove it, or resume the writing")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -140,6 +141,7 @@ class StoreWriter:
             raise InputError(f"cannot write a store to {self.path}: {error}") from error
         try:
             if self._environment.stat()["entries"]:
+                _check_whole(self.path, self._environment)
                 stored, self._count = _read_header(self.path, self._environment)
                 _check_same_header(self.path, stored, header)
             else:
@@ -228,8 +230,12 @@ class TokenStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._opened: _Opened | None = None
+        self._opened: OpenedFolder | None = None
         opened = self._open()
+        if opened.is_released:
+            raise InputError(
+                f"{self.path} is a released dataset, not a token store: make one of it with `cogview import-data`"
+            )
         self.header = opened.header
         self._count = opened.count
         self._splits = np.cumsum(list(self.header.fields.values()))[:-1]
@@ -243,10 +249,7 @@ class TokenStore:
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         """Rows ``indices``, in that order, as {field: (N, width) uint16 array}, the caller's own."""
-        wanted = np.asarray(indices, dtype=np.int64)
-        outside = wanted[(wanted < 0) | (wanted >= self._count)]
-        if outside.size:
-            raise IndexError(f"row {outside[0]} of {self.path}, which has the rows 0…{self._count - 1}")
+        wanted = self._existing(indices)
         opened = self._open()
         with opened.environment.begin(opened.rows) as transaction:
             packed = b"".join(filter(None, [transaction.get(key) for key in _keys(wanted)]))
@@ -304,14 +307,28 @@ class TokenStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
 
-    def _open(self) -> _Opened:
+    def _existing(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """``indices`` as (N,) int64; IndexError unless there are such rows."""
+        wanted = np.asarray(indices, dtype=np.int64)
+        outside = wanted[(wanted < 0) | (wanted >= self._count)]
+        if outside.size:
+            raise IndexError(f"row {outside[0]} of {self.path}, which has the rows 0…{self._count - 1}")
+        return wanted
+
+    def _open(self) -> OpenedFolder:
         if self._opened is None or self._opened.process != os.getpid():
-            self._opened = _open_shared(self.path)
+            self._opened = open_folder(self.path)
         return self._opened
 
 
-class _Opened:
-    """A store's file as one process has it open."""
+class OpenedFolder:
+    """An LMDB folder as one process has it open: a token store, or a released dataset.
+
+    A store has a ``header``, a table ``rows`` and a ``count``; of a released dataset the ``count`` alone is known.
+    """
+
+    header: StoreHeader
+    rows: Any
 
     def __init__(self, path: Path) -> None:
         import lmdb
@@ -319,8 +336,8 @@ class _Opened:
         self.process = os.getpid()
         if not path.exists():
             raise InputError(f"there is no token store at {path}: make one with `cogview encode RECIPE`")
-        if not (path / _DATA_FILE).is_file():
-            raise InputError(f"{path} is not a token store: it has no {_DATA_FILE}")
+        if not (path / DATA_FILE).is_file():
+            raise InputError(f"{path} is not a token store: it has no {DATA_FILE}")
         try:
             # Rows are read in random order, so reading ahead would mostly fetch pages that are evicted unused.
             self.environment: lmdb.Environment = lmdb.open(
@@ -329,38 +346,52 @@ class _Opened:
         except lmdb.Error as error:
             raise InputError(f"{path} cannot be opened as a token store: {error}") from error
         try:
-            self.header, self.count = _read_header(path, self.environment)
-            self.rows = self.environment.open_db(_ROWS_TABLE, create=False)
+            _check_whole(path, self.environment)
+            with self.environment.begin() as transaction:
+                released_count = transaction.get(_RELEASED_COUNT_KEY)
+            self.is_released = released_count is not None
+            if released_count is None:
+                self.header, self.count = _read_header(path, self.environment)
+                self.rows = self.environment.open_db(_ROWS_TABLE, create=False)
+            elif released_count.isdigit():
+                self.count = int(released_count)
+            else:
+                raise InputError(f"{path} has the length {_short(released_count)}, expected a number: copy it again")
         except BaseException:
             self.environment.close()
             raise
 
 
 # LMDB refuses to open a path twice in a process, hence one table for all. It keeps nothing alive by itself.
-_OPENED: WeakValueDictionary[str, _Opened] = WeakValueDictionary()
+_OPENED: WeakValueDictionary[str, OpenedFolder] = WeakValueDictionary()
 
 
-def _open_shared(path: Path) -> _Opened:
-    """This process's opened file for ``path``."""
+def open_folder(path: Path) -> OpenedFolder:
+    """The LMDB folder ``path`` as this process has it open; InputError where it cannot be read."""
     key = os.path.realpath(path)
     opened = _OPENED.get(key)
     if opened is not None and opened.process != os.getpid():
         opened.environment.close()  # inherited through a fork: the parent keeps its own
         opened = None
     if opened is None:
-        opened = _OPENED[key] = _Opened(path)
+        opened = _OPENED[key] = OpenedFolder(path)
     return opened
 
 
-def _read_header(path: Path, environment: lmdb.Environment) -> tuple[StoreHeader, int]:
+def _check_whole(path: Path, environment: lmdb.Environment) -> None:
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-    size = (path / _DATA_FILE).stat().st_size
+    size = (path / DATA_FILE).stat().st_size
     if size < needed:  # reading behind the end of a mapped file kills the process
         raise InputError(f"{path} is cut off, it has {size} of {needed} bytes: copy it again")
+
+
+def _read_header(path: Path, environment: lmdb.Environment) -> tuple[StoreHeader, int]:
     with environment.begin() as transaction:
         header, count = transaction.get(_HEADER_KEY), transaction.get(_COUNT_KEY)
     if header is None or count is None:
-        raise InputError(f"{path} is an LMDB, but not a token store: it has no header")
+        raise InputError(
+            f"{path} is an LMDB, but not a token store: it has no header (nor a released dataset: it has no length)"
+        )
     try:
         return StoreHeader.from_json(header.decode()), int(count)
     except ValueError as error:
