@@ -26,6 +26,10 @@ COMMANDS = {
     "caption": ("caption", "describe images"),
     "rerank": ("rerank", "rank images by how well a text describes them"),
     "info": ("info", "what a model is, was trained on and can do"),
+    "estimate": ("estimate", "how much memory and time a job takes"),
+    "convert": ("convert", "convert released weights into a checkpoint folder, or back"),
+    "models": ("models", "the known models, and which of them are on this machine"),
+    "download": ("download", "fetch the files of a released model"),
     "scenes": ("scenes", "recipe step 1: make the emoji world"),
     "train-text": ("train_text", "recipe step 2: train the text tokenizer"),
     "train-image": ("train_image", "recipe step 3: train the VQ-VAE"),
@@ -33,6 +37,7 @@ COMMANDS = {
     "train": ("train", "recipe step 5: train the transformer"),
     "eval": ("evaluate", "recipe step 6: grade what a model draws"),
     "package": ("package", "recipe step 7: make a checkpoint folder to publish"),
+    "import-data": ("import_data", "make a token store of datasets of the released CogView"),
 }
 
 

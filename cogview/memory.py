@@ -1,0 +1,445 @@
+"""How much memory and time a job takes, by formulas: nothing is loaded, drawn or tried.
+
+``estimate`` gives a ``Plan``. Its memory is a part that is there whatever the rows, and a part that each row adds:
+
+    total    = layers + embedding + image_tokenizer + workspace + overhead + rows x per_row
+    per_row  = the larger of  kv_cache + the larger of activations and logits,  while the rows are read and filled,
+               and  pictures,  in the VQ-VAE before or after that, when the cache is not there
+
+Its time is that of all reads of new columns, each the larger of its products and of the bytes that it moves, and the
+time that PyTorch takes to start its operations.
+"""
+
+# D width of the transformer, T columns read at one go, S columns so far
+from __future__ import annotations
+
+import functools
+import os
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cogview.checkpoints.folder import ModelConfig
+from cogview.config import TransformerConfig
+from cogview.errors import InputError
+from cogview.kernels.linear import MANY_ROWS_INT8, group_of, kernels_run_on, linear
+from cogview.tokenizers.layouts import Arranged, upscale_windows
+from cogview.tokenizers.vocabulary import Kind
+from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
+
+TASKS = ("generate", "caption", "upscale", "low_level", "score")
+
+# Bytes of an activation. Where only the weights of the layers are quantised, all else is in half precision.
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
+
+# Bytes besides tensors: Python, PyTorch and what it loads while it works. On a CPU the peak of `cogview generate -n 1`
+# (resident memory, PyTorch 2.13 for CPUs on Linux) less its tensors. On a GPU the context, its kernels and the
+# workspace of matrix products: assumed, from what is common, and not measured.
+OVERHEAD = {"cpu": 350_000_000, "cuda": 600_000_000, "mps": 600_000_000}
+
+# Tensors of T x D that are there at once where a layer has most of them: the layer's input, the attention's output,
+# their sum, its norm, and the MLP's inner layer (4 D) before and after GELU. In half precision a CPU may multiply in
+# float32: before GELU, the norm and the inner layer are there so as well, and count twice.
+LAYER_WIDTHS = 12
+LAYER_WIDTHS_OF_HALF_ON_CPU = 18
+# In the attention: the layer's input, its norm, queries, keys and values, the mixed values and their projection. Beside
+# them is the mask of T x S, three times as booleans and once as numbers.
+ATTENTION_WIDTHS = 7
+MASK_BOOLEANS = 3
+# Bytes for each id that a blank may take: its logit, and the four int64 temporaries its noise is made of. Guidance
+# keeps the logits without the text, and those of both together.
+DRAWING_BYTES = 36
+GUIDANCE_BYTES = 8
+SCORING_BYTES = 8  # logits and their logarithms of probability
+# Bytes for each weight of a projection that is unpacked before it is multiplied, float32 copies (kernels/linear.py).
+UNPACKED_BYTES = {"int8": 8, "int4": 12}
+# Float32 maps of its widest stage that a VQ-VAE has at once: both sides of a ReLU, or the input of a residual block and
+# both sides of a step in it.
+MAPS = {"released": 2, "residual": 3}
+PIXEL_COPIES = 3  # pictures as float32 that are there while they are brought to their range
+
+# Of the time. A step of decoding reads at this share of what a plain sum over memory reads (0.5 to 0.7 is usual).
+SHARE = 0.6
+OPERATIONS_PER_LAYER = 50  # kernels that PyTorch starts for one layer, most of them in the four norms
+SECONDS_PER_OPERATION = 8e-6  # to start one from Python
+UNPACKING_TRAFFIC = {"int8": 20, "int4": 38}  # bytes moved per weight to unpack it and to read it again
+DRAWING_TRAFFIC = 400  # bytes moved per id and row to make noise and to draw: about 25 passes over int64 and float64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Read:
+    """New columns that go through the layers at one go, and what is told from them."""
+
+    new: int
+    so_far: int  # columns, the new ones included
+    ids: int  # that may stand in the next place
+    places: int = 1  # for which logits are computed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The memory of a job in bytes, and the reads that make up its time."""
+
+    transformer: TransformerConfig
+    image_config: VQVAEConfig
+    task: str
+    dtype: str
+    device_type: str  # cpu, cuda or mps
+    rows: int  # held at once
+    guided: bool  # every row goes through the layers twice, with its text and without
+    reads: tuple[Read, ...]
+    columns: int  # of a row, up to its last blank
+    picture_side: int  # codes on a side of what goes through the VQ-VAE
+    decodes: bool  # it goes through the decoder, and not the encoder
+
+    # Whatever the rows:
+    layers: int
+    embedding: int  # with positions and the last norm
+    image_tokenizer: int
+    workspace: int  # the largest projection, where it is unpacked or converted to be multiplied
+    overhead: int
+    # Of one row:
+    kv_cache: int
+    activations: int  # where most columns are read at one go
+    logits: int  # of one column, with the noise
+    pictures: int  # decoding or encoding in the VQ-VAE
+
+    @property
+    def constant(self) -> int:
+        """Bytes that are needed whatever the rows."""
+        return self.layers + self.embedding + self.image_tokenizer + self.workspace + self.overhead
+
+    @property
+    def per_row(self) -> int:
+        """Bytes that each row adds at the peak."""
+        return max(self.kv_cache + max(self.activations, self.logits), self.pictures)
+
+    @property
+    def total(self) -> int:
+        """Bytes at the peak."""
+        return self.constant + self.rows * self.per_row
+
+    def largest_rows(self, free_bytes: float) -> int:
+        """How many rows fit in ``free_bytes``, which hold the weights too; 0 where not even one does."""
+        return max(0, int((free_bytes - self.constant) // self.per_row))
+
+    def flops(self, read: Read) -> float:
+        """Floating-point operations of a read; a product and its addition are two."""
+        width = self.transformer.width
+        pairs = read.new * (read.so_far - (read.new - 1) / 2)  # of a query and a key that it may look at
+        layers = self.transformer.num_layers * (24 * width**2 * read.new + 4 * width * pairs)
+        return self.rows * (1 + self.guided) * (layers + 2 * width * read.ids * read.places)
+
+    def unpacks(self, read: Read) -> bool:
+        """Whether weights of few bits are unpacked before they are multiplied, as ``kernels/linear.py`` decides."""
+        if self.dtype not in UNPACKED_BYTES:
+            return False
+        many = self.dtype == "int8" and self.rows * (1 + self.guided) * read.new >= MANY_ROWS_INT8
+        return many or not kernels_run_on(torch.device(self.device_type))
+
+    def traffic(self, read: Read) -> int:
+        """Bytes that a read moves: weights, keys and values so far, and what drawing makes."""
+        copies = 1 + self.guided
+        weights = self.layers + read.ids * self.transformer.width * DTYPES[self.dtype]
+        if self.unpacks(read):
+            weights += UNPACKING_TRAFFIC[self.dtype] * self.transformer.num_layers * 12 * self.transformer.width**2
+        kept = copies * read.so_far * position_bytes(self.transformer, self.dtype)
+        drawing = 0 if self.task == "score" else DRAWING_TRAFFIC * read.ids
+        return weights + self.rows * (kept + drawing)
+
+    def read_seconds(self, read: Read, speed: Speed) -> float:
+        """How long a read takes, where nothing else is at work."""
+        busy = max(self.flops(read) / speed.flops, self.traffic(read) / (SHARE * speed.bandwidth))
+        starting = OPERATIONS_PER_LAYER * self.transformer.num_layers * SECONDS_PER_OPERATION
+        return max(busy, starting) if speed.starts_ahead else busy + starting
+
+    def seconds(self, speed: Speed) -> Seconds:
+        """How long all rows take together."""
+        picture = picture_flops(self.image_config, self.picture_side, decoding=self.decodes)
+        return Seconds(
+            given=sum(self.read_seconds(read, speed) for read in self.reads if read.new > 1),
+            steps=sum(self.read_seconds(read, speed) for read in self.reads if read.new == 1),
+            pictures=self.rows * picture / speed.flops,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What a device reads and multiplies."""
+
+    bandwidth: float  # bytes a second
+    flops: float  # dense floating-point operations a second, in the dtype of the activations
+    starts_ahead: bool  # whether operations are started while earlier ones run, as on a GPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """The time of a plan by what it goes into."""
+
+    given: float  # reading columns that are given, many at one go
+    steps: float  # reading drawn columns, one after another
+    pictures: float  # in the VQ-VAE
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.given + self.steps + self.pictures
+
+
+def estimate(
+    config: ModelConfig,
+    image_config: VQVAEConfig,
+    *,
+    task: str,
+    rows: int,
+    dtype: str = "float32",
+    device_type: str = "cpu",
+    guided: bool = False,
+) -> Plan:
+    """The plan of ``rows`` rows of a task at once, each with the longest text that there is space for.
+
+    ``dtype`` is one of ``DTYPES``, ``device_type`` one of ``OVERHEAD``. Captions are drawn or greedy ones; a search
+    holds a row for each beam. Raises InputError for an unknown task or dtype, a task that the model was not trained
+    for, less than one row, and guidance where no picture is drawn.
+    """
+    if task not in TASKS:
+        raise InputError(f"task {task!r} is unknown; known: {', '.join(TASKS)}")
+    draws = task not in ("caption", "score")
+    if (task if draws else "caption") not in config.tasks:
+        raise InputError(f"the model was not trained for the task {task!r}; its tasks are: {', '.join(config.tasks)}")
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    if rows < 1:
+        raise InputError(f"the number of rows must be at least 1, got {rows}")
+    if guided and not draws:
+        raise InputError(f"the task {task!r} draws no pictures, so there is nothing to guide: guidance must be 1")
+
+    shape, size = config.transformer, DTYPES[dtype]
+    scores = task == "score"
+    if scores:
+        row = _scored_row(config)
+        words = range(config.vocabulary.text.start, config.vocabulary.padded_size)
+        span = row.spans["text"]
+        reads = [Read(new=len(row), so_far=len(row), ids=len(words), places=span.stop - span.start)]
+        columns = len(row)
+    else:
+        rows_to_fill = _rows_to_fill(config, task)
+        reads = [read for row in rows_to_fill for read in _reads(config, row)]
+        columns = 1 + max(read.so_far for read in reads)  # the last one is drawn and not read
+    copies = 1 + guided
+    per_id = SCORING_BYTES if scores else DRAWING_BYTES + GUIDANCE_BYTES * guided
+    side = 2 * config.grid if task == "upscale" else config.grid
+    return Plan(
+        transformer=shape,
+        image_config=image_config,
+        task=task,
+        dtype=dtype,
+        device_type=device_type,
+        rows=rows,
+        guided=guided,
+        reads=tuple(reads),
+        columns=columns,
+        picture_side=side,
+        decodes=draws,
+        layers=layer_bytes(shape, dtype),
+        embedding=(shape.vocabulary_size + shape.max_positions + 2) * shape.width * size,
+        image_tokenizer=image_tokenizer_bytes(image_config),
+        workspace=4 * shape.width**2 * _unpacked_bytes(dtype, device_type),
+        overhead=OVERHEAD[device_type],
+        kv_cache=0 if scores else copies * columns * position_bytes(shape, dtype),
+        activations=copies
+        * max(_activation_bytes(shape, dtype, device_type, read, masked=not scores) for read in reads),
+        logits=max(per_id * read.ids * read.places for read in reads),
+        pictures=picture_bytes(image_config, side, decoding=draws),
+    )
+
+
+def layer_bytes(config: TransformerConfig, dtype: str) -> int:
+    """Bytes of all layers. Of few bits are the weights of the four projections of each, and nothing else.
+
+    int8 has a scale of two bytes for each output; int4 a scale and a zero, two bytes each, for each group of inputs.
+    InputError for widths that int4 cannot group.
+    """
+    width = config.width
+    outputs = {width: (3 + 1 + 4) * width, 4 * width: width}  # by how many inputs each has
+    weights = 12 * width**2
+    if dtype == "int8":
+        held = weights + 2 * sum(outputs.values())
+    elif dtype == "int4":
+        try:
+            groups = sum(inputs // group_of(inputs) * count for inputs, count in outputs.items())
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        held = weights // 2 + 4 * groups
+    else:
+        held = weights * DTYPES[dtype]
+    return config.num_layers * (held + 17 * width * DTYPES[dtype])  # biases and norms
+
+
+def position_bytes(config: TransformerConfig, dtype: str) -> int:
+    """Bytes of the keys and values of one position of one row, in all layers."""
+    return 2 * config.num_layers * config.width * DTYPES[dtype]
+
+
+@functools.cache
+def image_tokenizer_bytes(config: VQVAEConfig) -> int:
+    """Bytes of a VQ-VAE, which is float32 everywhere, with the averages of its codebook."""
+    with torch.device("meta"):
+        model = VQVAE(config)
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def picture_bytes(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
+    """Bytes that a picture of ``side`` x ``side`` codes takes in the decoder or the encoder, at the peak."""
+    half, quarter, eighth = config.channels
+    # The released decoder has twice the sides of its encoder: half stands for the full side, and so on.
+    scale = 2 if decoding and config.architecture == "released" else 1
+    largest = max(half * 4**2, quarter * 2**2, eighth) * (scale * side) ** 2
+    return 4 * max(MAPS[config.architecture] * largest, PIXEL_COPIES * 3 * (PIXELS_PER_CODE * side) ** 2)
+
+
+@functools.cache
+def picture_flops(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
+    """Floating-point operations that decode or encode a picture of ``side`` x ``side`` codes."""
+    with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model = VQVAE(config)
+        if decoding:
+            model.pixels(torch.empty(1, side, side, config.code_width))
+        else:
+            model.vectors(torch.empty(1, 3, PIXELS_PER_CODE * side, PIXELS_PER_CODE * side))
+    compared = 0 if decoding else 2 * side**2 * config.num_codes * config.code_width
+    return counter.get_total_flops() + compared
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process may still take on a device.
+
+    On a CPU the least of what the system has available and what its control groups leave.
+    """
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return _free_memory_of_host(Path("/"))
+
+
+@torch.inference_mode()
+def measure(device: torch.device, dtype: torch.dtype) -> Speed:
+    """Bandwidth of a sum over 256 MB, and the rate of a linear layer in ``dtype``; takes less than a second."""
+    numbers = torch.ones(64 * 2**20, device=device)
+    bandwidth = numbers.nbytes / min(_timed(lambda: numbers.sum()) for _ in range(4))
+    flops, size, elapsed = 0.0, 128, 0.0
+    while elapsed < 0.02 and size < 8192:  # larger products are faster, until they take too long for a probe
+        size *= 2
+        matrix = torch.ones(size, size, device=device, dtype=dtype)
+        elapsed = min(_timed(functools.partial(linear, matrix, matrix, matrix[0])) for _ in range(3))
+        flops = max(flops, 2 * size**3 / elapsed)
+    return Speed(bandwidth=bandwidth, flops=flops, starts_ahead=device.type != "cpu")
+
+
+def _timed(work: Callable[[], torch.Tensor]) -> float:
+    """Seconds until the result is there: reading one number of it waits for the device."""
+    start = time.perf_counter()
+    work().flatten()[0].item()
+    return time.perf_counter() - start
+
+
+def _rows_to_fill(config: ModelConfig, task: str) -> list[Arranged]:
+    """The rows that one picture or caption takes, one after another: nine windows of an upscaled picture, else one.
+
+    Texts and codes are zeros: only what is given and what is blank matters.
+    """
+    table, vocabulary, grid = config.layouts, config.vocabulary, config.grid
+    text = [0] * config.max_text
+    if task == "generate":
+        return [table[task].arrange(vocabulary, text=text)]
+    if task == "caption":
+        space = min(config.max_caption or config.max_text, table[task].longest_text(config.transformer.max_positions))
+        return [table[task].arrange(vocabulary, image=np.zeros(grid**2, dtype=np.int64), max_text=space)]
+    small = np.zeros((grid // 2) ** 2, dtype=np.int64)
+    if task == "low_level":
+        return [table[task].arrange(vocabulary, text=text, small=small)]
+    rows = []
+    codes = np.ma.masked_all((2 * grid, 2 * grid), dtype=np.int64)  # masked until a window has drawn them
+    for window in upscale_windows(grid):
+        lines, columns = window.target
+        known = codes[lines.start : lines.start + grid, columns]
+        row = table[task].arrange(vocabulary, text=text, small=small, image=known)
+        rows.append(row.cut(row.spans["image"].start + window.lines * grid))
+        codes[lines, columns] = 0
+    return rows
+
+
+def _scored_row(config: ModelConfig) -> Arranged:
+    image = np.zeros(config.grid**2, dtype=np.int64)
+    return config.layouts["score"].arrange(config.vocabulary, image=image, text=[0] * config.max_text)
+
+
+def _reads(config: ModelConfig, row: Arranged) -> list[Read]:
+    """What ``engine.fill`` reads before each blank of a row."""
+    reads, done = [], 0
+    for column in np.flatnonzero(row.blanks).tolist():
+        ids = config.vocabulary.permitted(Kind(row.kinds[column]))
+        if row.stop is not None:  # a text: commands, of which the stop is one, have logits too
+            ids = range(ids.start, config.vocabulary.size)
+        reads.append(Read(new=column - done, so_far=column, ids=len(ids)))
+        done = column
+    return reads
+
+
+def _activation_bytes(config: TransformerConfig, dtype: str, device_type: str, read: Read, *, masked: bool) -> int:
+    """Bytes of the layer that has most of them while ``read.new`` columns of a row are read."""
+    size = DTYPES[dtype]
+    width = config.width * size * read.new
+    widths = LAYER_WIDTHS_OF_HALF_ON_CPU if device_type == "cpu" and size == 2 else LAYER_WIDTHS
+    mask = read.new * read.so_far * (size + MASK_BOOLEANS) if masked else 0
+    return max(widths * width, ATTENTION_WIDTHS * width + mask)
+
+
+def _unpacked_bytes(dtype: str, device_type: str) -> int:
+    """Bytes of a weight while its projection is multiplied, besides those in which it is held."""
+    if dtype in UNPACKED_BYTES:
+        return UNPACKED_BYTES[dtype]
+    return 4 if device_type == "cpu" and DTYPES[dtype] == 2 else 0
+
+
+def _free_memory_of_host(root: Path) -> int:
+    """``root`` is where proc and sys are."""
+    info = root / "proc/meminfo"
+    if not info.is_file():  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    found = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text())
+    free = [1024 * int(found[1])] if found else []
+    groups = root / "proc/self/cgroup"
+    for line in groups.read_text().splitlines() if groups.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            free += _left_by_groups(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+        elif controllers == "memory":
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            free += _left_by_groups(root / "sys/fs/cgroup/memory", path, *names)
+    if not free:
+        raise InputError("how much memory is free cannot be read from /proc; give a size instead, such as cpu:16GB")
+    return max(0, min(free))
+
+
+def _left_by_groups(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[int]:
+    """Bytes that a control group and those above it leave, where they have a limit."""
+    own = mount / path.lstrip("/")
+    left = []
+    for folder in (own, *own.parents):
+        if folder != mount and mount not in folder.parents:
+            break
+        if not (folder / limit).is_file() or (most := (folder / limit).read_text().strip()) == "max":
+            continue
+        # Files that were read and are not in use count as used, and give way.
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        left.append(int(most) - int((folder / usage).read_text()) + int(stat.get(reclaimable, 0)))
+    return left
