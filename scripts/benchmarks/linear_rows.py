@@ -1,0 +1,74 @@
+"""How long one linear layer of the 4-billion-parameter model takes for 1 to 256 rows, each way of computing it.
+
+For every count of rows: float32, bfloat16, bfloat16 computed in float32, PyTorch's kernel for int8 and for int4, and
+int8 unpacked first; in milliseconds, the median of ``--repeats``, with enough matrices that none stays in the cache.
+The borders MANY_ROWS_… of ``kernels/linear.py`` were read off this table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cogview.kernels.linear import (
+    linear,
+    linear_int4_ordered,
+    linear_int8_reference,
+    order_int4_for_cpu,
+    quantize_int4,
+    quantize_int8,
+)
+
+INPUTS, OUTPUTS = 2560, 10240
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=9, metavar="COUNT", help="(default: 9)")
+    parser.add_argument("--copies", type=int, default=6, metavar="COUNT", help="matrices in turn (default: 6)")
+    args = parser.parse_args(argv)
+    torch.manual_seed(0)
+    weights = [torch.randn(OUTPUTS, INPUTS) * 0.02 for _ in range(args.copies)]
+    halves = [weight.bfloat16() for weight in weights]
+    int8 = [quantize_int8(weight) for weight in weights]
+    int4 = [(order_int4_for_cpu(packed), scale) for packed, scale in map(quantize_int4, weights)]
+    bias = torch.zeros(OUTPUTS, dtype=torch.bfloat16)
+
+    def ways(x: Tensor) -> dict[str, Callable[[int], Tensor]]:
+        half = x.bfloat16()
+        return {
+            "float32": lambda i: F.linear(x, weights[i]),
+            "bfloat16": lambda i: F.linear(half, halves[i]),
+            "bfloat16 in float32": lambda i: linear(half, halves[i], bias),
+            "int8": lambda i: torch._weight_int8pack_mm(half, *int8[i]),
+            "int8 unpacked": lambda i: linear_int8_reference(half, *int8[i], bias),
+            "int4": lambda i: linear_int4_ordered(half, *int4[i], bias),
+        }
+
+    print(f"# {OUTPUTS} x {INPUTS}, {torch.get_num_threads()} threads, milliseconds, median of {args.repeats}")
+    print("| rows | " + " | ".join(ways(torch.zeros(1, INPUTS))) + " |")
+    print("|---" * (len(ways(torch.zeros(1, INPUTS))) + 1) + "|")
+    for rows in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256):
+        x = torch.randn(rows, INPUTS)
+        times = []
+        for way in ways(x).values():
+            taken = []
+            for number in range(args.repeats + 1):
+                start = time.perf_counter()
+                way(number % args.copies)
+                taken.append(time.perf_counter() - start)
+            times.append(statistics.median(taken[1:]) * 1e3)
+        print(f"| {rows} | " + " | ".join(f"{ms:.1f}" for ms in times) + " |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
