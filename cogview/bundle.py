@@ -66,8 +66,9 @@ class Bundle:
             specs = converted_specs(weights, Precision(placement.dtype, placement.few_bits))
             needed = HEADROOM * sum(spec.num_bytes for spec in specs.values())
             while self._loaded and available_memory(placement.device) < needed:
-                freed, _ = self._loaded.popitem(last=False)
-                log.info("%s makes room for %s", freed.name, folder.name)
+                oldest = next(iter(self._loaded))
+                del self._loaded[oldest]  # no name may hold on to it, or its memory is not free yet
+                log.info("%s makes room for %s", oldest.name, folder.name)
                 gc.collect()
                 if placement.device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,25 +55,57 @@ def choose_placement(
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be had on ``device`` now; on a CPU within the limit of the process's control group."""
+    """Bytes that a process may still take on a device.
+
+    On a CPU the least of what the system has available and what its control groups leave; all there is, where the
+    system says neither.
+    """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    limits = [_number_in(Path("/proc/meminfo"), r"MemAvailable:\s+(\d+) kB", 1024)]
-    group = Path("/sys/fs/cgroup")
-    limit, used = (_number_in(group / name, r"(\d+)") for name in ("memory.max", "memory.current"))
-    if limit is not None and used is not None:
-        limits.append(limit - used)
-    known = [bound for bound in limits if bound is not None]
-    return min(known) if known else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return _available_on_host(Path("/"))
 
 
-def _number_in(path: Path, pattern: str, unit: int = 1) -> int | None:
-    try:
-        found = re.search(pattern, path.read_text())
-    except OSError:
-        return None
-    return int(found[1]) * unit if found else None
+def _available_on_host(root: Path) -> int:
+    """``root`` is where proc and sys are."""
+    with suppress(OSError):  # not Linux
+        free = []
+        if found := re.search(r"MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text()):
+            free.append(1024 * int(found[1]))
+        groups = root / "proc/self/cgroup"
+        for line in groups.read_text().splitlines() if groups.is_file() else []:
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                free += _left_by_groups(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+            elif controllers == "memory":
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                free += _left_by_groups(root / "sys/fs/cgroup/memory", path, *names)
+        if free:
+            return max(0, min(free))
+    if sys.platform == "win32":
+        import ctypes
+
+        kilobytes = ctypes.c_ulonglong()
+        ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
+        return 1024 * kilobytes.value
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_by_groups(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[int]:
+    """Bytes that a control group and those above it leave, where they have a limit and it is to be seen."""
+    own = mount / path.lstrip("/")
+    left = []
+    for folder in (own, *own.parents):
+        if folder != mount and mount not in folder.parents:
+            break
+        with suppress(OSError, ValueError):  # no such file, or a limit of "max"
+            most = int((folder / limit).read_text())
+            # Files that were read and are not in use count as used, and give way.
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            left.append(most - int((folder / usage).read_text()) + int(stat.get(reclaimable, 0)))
+    return left
 
 
 def _choose_dtype(chosen: torch.device, num_parameters: int) -> Placement:

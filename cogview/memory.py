@@ -14,12 +14,9 @@ time that PyTorch takes to start its operations.
 from __future__ import annotations
 
 import functools
-import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogview.checkpoints.folder import ModelConfig
 from cogview.config import TransformerConfig
 from cogview.errors import InputError
-from cogview.kernels.linear import MANY_ROWS_INT8, group_of, kernels_run_on, linear
+from cogview.kernels.linear import DENSE_BLOCK, MANY_ROWS_HALF, MANY_ROWS_INT8, group_of, kernels_run_on, linear
 from cogview.tokenizers.layouts import Arranged, upscale_windows
 from cogview.tokenizers.vocabulary import Kind
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
@@ -44,10 +41,12 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
 OVERHEAD = {"cpu": 350_000_000, "cuda": 600_000_000, "mps": 600_000_000}
 
 # Tensors of T x D that are there at once where a layer has most of them: the layer's input, the attention's output,
-# their sum, its norm, and the MLP's inner layer (4 D) before and after GELU. In half precision a CPU may multiply in
-# float32: before GELU, the norm and the inner layer are there so as well, and count twice.
+# their sum, its norm, and the MLP's inner layer (4 D) before and after GELU.
 LAYER_WIDTHS = 12
-LAYER_WIDTHS_OF_HALF_ON_CPU = 18
+# Where weights are unpacked, a CPU multiplies in float32, and the inner layer is there so without its bias and with it,
+# as the blocks that it came in, if they are several, and in half precision.
+UNPACKED_LAYER_WIDTHS = 4 + 4 * (2 + 2 + 1)
+UNPACKED_LAYER_WIDTHS_IN_BLOCKS = UNPACKED_LAYER_WIDTHS + 4 * 2
 # In the attention: the layer's input, its norm, queries, keys and values, the mixed values and their projection. Beside
 # them is the mask of T x S, three times as booleans and once as numbers.
 ATTENTION_WIDTHS = 7
@@ -57,8 +56,11 @@ MASK_BOOLEANS = 3
 DRAWING_BYTES = 36
 GUIDANCE_BYTES = 8
 SCORING_BYTES = 8  # logits and their logarithms of probability
-# Bytes for each weight of a projection that is unpacked before it is multiplied, float32 copies (kernels/linear.py).
-UNPACKED_BYTES = {"int8": 8, "int4": 12}
+# Copies of a block of weights while it is unpacked or converted to be multiplied (kernels/linear.py), and how often a
+# number of such a copy is written or read until it is multiplied. int4 is taken apart in bytes before that.
+UNPACKED_COPIES = {"int8": 2, "int4": 3, "bfloat16": 1, "float16": 1}
+UNPACKED_PASSES = {"int8": 4, "int4": 8, "bfloat16": 2, "float16": 2}
+UNPACKED_BYTES_BEFORE = {"int4": 9}
 # Float32 maps of its widest stage that a VQ-VAE has at once: both sides of a ReLU, or the input of a residual block and
 # both sides of a step in it.
 MAPS = {"released": 2, "residual": 3}
@@ -68,7 +70,6 @@ PIXEL_COPIES = 3  # pictures as float32 that are there while they are brought to
 SHARE = 0.6
 OPERATIONS_PER_LAYER = 50  # kernels that PyTorch starts for one layer, most of them in the four norms
 SECONDS_PER_OPERATION = 8e-6  # to start one from Python
-UNPACKING_TRAFFIC = {"int8": 20, "int4": 38}  # bytes moved per weight to unpack it and to read it again
 DRAWING_TRAFFIC = 400  # bytes moved per id and row to make noise and to draw: about 25 passes over int64 and float64
 
 
@@ -102,7 +103,7 @@ class Plan:
     layers: int
     embedding: int  # with positions and the last norm
     image_tokenizer: int
-    workspace: int  # the largest projection, where it is unpacked or converted to be multiplied
+    workspace: int  # a block of weights that is unpacked or converted to be multiplied
     overhead: int
     # Of one row:
     kv_cache: int
@@ -137,18 +138,29 @@ class Plan:
         return self.rows * (1 + self.guided) * (layers + 2 * width * read.ids * read.places)
 
     def unpacks(self, read: Read) -> bool:
-        """Whether weights of few bits are unpacked before they are multiplied, as ``kernels/linear.py`` decides."""
-        if self.dtype not in UNPACKED_BYTES:
+        """Whether weights are unpacked or converted before they are multiplied, as ``kernels/linear.py`` decides.
+
+        A CPU is taken for one that has no products in 16 bits.
+        """
+        if not _may_unpack(self.dtype, self.device_type):
             return False
-        many = self.dtype == "int8" and self.rows * (1 + self.guided) * read.new >= MANY_ROWS_INT8
-        return many or not kernels_run_on(torch.device(self.device_type))
+        sharing = self.rows * (1 + self.guided) * read.new
+        if self.dtype in ("bfloat16", "float16"):
+            return sharing >= MANY_ROWS_HALF
+        return sharing >= MANY_ROWS_INT8 or not kernels_run_on(torch.device(self.device_type))
+
+    @property
+    def unpacking_traffic(self) -> int:
+        """Bytes moved for each weight that is unpacked, and to read it again."""
+        passes = UNPACKED_PASSES[self.dtype] * _multiplied_size(self.device_type)
+        return UNPACKED_BYTES_BEFORE.get(self.dtype, 0) + passes
 
     def traffic(self, read: Read) -> int:
         """Bytes that a read moves: weights, keys and values so far, and what drawing makes."""
         copies = 1 + self.guided
         weights = self.layers + read.ids * self.transformer.width * DTYPES[self.dtype]
         if self.unpacks(read):
-            weights += UNPACKING_TRAFFIC[self.dtype] * self.transformer.num_layers * 12 * self.transformer.width**2
+            weights += self.unpacking_traffic * self.transformer.num_layers * 12 * self.transformer.width**2
         kept = copies * read.so_far * position_bytes(self.transformer, self.dtype)
         drawing = 0 if self.task == "score" else DRAWING_TRAFFIC * read.ids
         return weights + self.rows * (kept + drawing)
@@ -250,7 +262,7 @@ def estimate(
         layers=layer_bytes(shape, dtype),
         embedding=(shape.vocabulary_size + shape.max_positions + 2) * shape.width * size,
         image_tokenizer=image_tokenizer_bytes(image_config),
-        workspace=4 * shape.width**2 * _unpacked_bytes(dtype, device_type),
+        workspace=workspace_bytes(shape, dtype, device_type),
         overhead=OVERHEAD[device_type],
         kv_cache=0 if scores else copies * columns * position_bytes(shape, dtype),
         activations=copies
@@ -267,19 +279,33 @@ def layer_bytes(config: TransformerConfig, dtype: str) -> int:
     InputError for widths that int4 cannot group.
     """
     width = config.width
-    outputs = {width: (3 + 1 + 4) * width, 4 * width: width}  # by how many inputs each has
     weights = 12 * width**2
     if dtype == "int8":
-        held = weights + 2 * sum(outputs.values())
+        held = weights + 2 * sum(outputs for outputs, _ in _projections(width))
     elif dtype == "int4":
         try:
-            groups = sum(inputs // group_of(inputs) * count for inputs, count in outputs.items())
+            groups = sum(inputs // group_of(inputs) * outputs for outputs, inputs in _projections(width))
         except ValueError as error:
             raise InputError(str(error)) from None
         held = weights // 2 + 4 * groups
     else:
         held = weights * DTYPES[dtype]
     return config.num_layers * (held + 17 * width * DTYPES[dtype])  # biases and norms
+
+
+def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> int:
+    """Bytes of weights on their way to be multiplied, at the peak: a block at a time on a CPU, elsewhere a projection.
+
+    While a block is made, the one before it is still there.
+    """
+    if not _may_unpack(dtype, device_type):
+        return 0
+    copies, most = UNPACKED_COPIES[dtype], 0
+    for outputs, inputs in _projections(config.width):
+        block = min(outputs, DENSE_BLOCK) if device_type == "cpu" else outputs
+        next_block = min(block, outputs - block)
+        most = max(most, copies * block * inputs, (block + copies * next_block) * inputs)
+    return most * _multiplied_size(device_type)
 
 
 def position_bytes(config: TransformerConfig, dtype: str) -> int:
@@ -317,25 +343,15 @@ def picture_flops(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
     return counter.get_total_flops() + compared
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process may still take on a device.
-
-    On a CPU the least of what the system has available and what its control groups leave.
-    """
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    if device.type == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return _free_memory_of_host(Path("/"))
-
-
 @torch.inference_mode()
 def measure(device: torch.device, dtype: torch.dtype) -> Speed:
-    """Bandwidth of a sum over 256 MB, and the rate of a linear layer in ``dtype``; takes less than a second."""
+    """Bandwidth of a sum over 256 MB, and the rate of a linear layer in ``dtype``; takes about a second.
+
+    The best of several tries: whatever else the machine does can only make them slower.
+    """
     numbers = torch.ones(64 * 2**20, device=device)
-    bandwidth = numbers.nbytes / min(_timed(lambda: numbers.sum()) for _ in range(4))
-    flops, size, elapsed = 0.0, 128, 0.0
+    bandwidth = numbers.nbytes / min(_timed(lambda: numbers.sum()) for _ in range(8))
+    flops, size, elapsed = 0.0, 512, 0.0
     while elapsed < 0.02 and size < 8192:  # larger products are faster, until they take too long for a probe
         size *= 2
         matrix = torch.ones(size, size, device=device, dtype=dtype)
@@ -398,48 +414,26 @@ def _activation_bytes(config: TransformerConfig, dtype: str, device_type: str, r
     """Bytes of the layer that has most of them while ``read.new`` columns of a row are read."""
     size = DTYPES[dtype]
     width = config.width * size * read.new
-    widths = LAYER_WIDTHS_OF_HALF_ON_CPU if device_type == "cpu" and size == 2 else LAYER_WIDTHS
+    widths = LAYER_WIDTHS
+    if device_type == "cpu" and _may_unpack(dtype, device_type):
+        in_blocks = 4 * config.width > DENSE_BLOCK
+        widths = UNPACKED_LAYER_WIDTHS_IN_BLOCKS if in_blocks else UNPACKED_LAYER_WIDTHS
     mask = read.new * read.so_far * (size + MASK_BOOLEANS) if masked else 0
     return max(widths * width, ATTENTION_WIDTHS * width + mask)
 
 
-def _unpacked_bytes(dtype: str, device_type: str) -> int:
-    """Bytes of a weight while its projection is multiplied, besides those in which it is held."""
-    if dtype in UNPACKED_BYTES:
-        return UNPACKED_BYTES[dtype]
-    return 4 if device_type == "cpu" and DTYPES[dtype] == 2 else 0
+def _projections(width: int) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the four of a layer."""
+    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
 
 
-def _free_memory_of_host(root: Path) -> int:
-    """``root`` is where proc and sys are."""
-    info = root / "proc/meminfo"
-    if not info.is_file():  # not Linux: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    found = re.search(r"MemAvailable:\s*(\d+) kB", info.read_text())
-    free = [1024 * int(found[1])] if found else []
-    groups = root / "proc/self/cgroup"
-    for line in groups.read_text().splitlines() if groups.is_file() else []:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            free += _left_by_groups(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
-        elif controllers == "memory":
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            free += _left_by_groups(root / "sys/fs/cgroup/memory", path, *names)
-    if not free:
-        raise InputError("how much memory is free cannot be read from /proc; give a size instead, such as cpu:16GB")
-    return max(0, min(free))
+def _may_unpack(dtype: str, device_type: str) -> bool:
+    """Whether weights are unpacked or converted to be multiplied, at least where many rows share a reading."""
+    if dtype == "int4":
+        return not kernels_run_on(torch.device(device_type))
+    return dtype == "int8" or (device_type == "cpu" and dtype in UNPACKED_COPIES)
 
 
-def _left_by_groups(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[int]:
-    """Bytes that a control group and those above it leave, where they have a limit."""
-    own = mount / path.lstrip("/")
-    left = []
-    for folder in (own, *own.parents):
-        if folder != mount and mount not in folder.parents:
-            break
-        if not (folder / limit).is_file() or (most := (folder / limit).read_text().strip()) == "max":
-            continue
-        # Files that were read and are not in use count as used, and give way.
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        left.append(int(most) - int((folder / usage).read_text()) + int(stat.get(reclaimable, 0)))
-    return left
+def _multiplied_size(device_type: str) -> int:
+    """Bytes of an unpacked weight: a CPU multiplies in float32."""
+    return 4 if device_type == "cpu" else 2

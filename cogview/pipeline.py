@@ -171,7 +171,7 @@ class CogView:
             sampling = replace(self._config(task).sampling, **{k: v for k, v in given.items() if v is not None})
         except ValueError as error:
             raise InputError(str(error)) from None
-        self._check_guidance(sampling)
+        self._check_guidance(sampling, task)
         return sampling
 
     def require_task(self, task: str) -> None:
@@ -315,7 +315,7 @@ class CogView:
     ) -> list[Picture]:
         """Draw pictures whose first rows of codes are ``known`` (B, rows, G)."""
         self.require_task("generate")
-        self._check_guidance(sampling)
+        self._check_guidance(sampling, "generate")
         layout = self.model.config.layouts["generate"]
         jobs = [
             Job(
@@ -603,8 +603,8 @@ class CogView:
             if (problem := self.problem_with(prompt)) is not None:
                 raise InputError(problem)
 
-    def _check_guidance(self, sampling: Sampling) -> None:
-        if sampling.guidance != 1 and not self.model.config.caption_drop:
+    def _check_guidance(self, sampling: Sampling, task: str) -> None:
+        if sampling.guidance != 1 and not self._config(task).caption_drop:
             raise InputError(
                 f"{self.name} was trained without leaving captions out, so it cannot be guided: guidance must be 1, "
                 f"got {sampling.guidance:g}; try text attention instead"

@@ -42,9 +42,9 @@ def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
     return quantized_NK, torch.cat(scales)
 
 
-def dequantize_int8(quantized_NK: Tensor, scale_N: Tensor) -> Tensor:
-    """The float32 weights (N, K) that they stand for."""
-    return quantized_NK.float() * scale_N.float().unsqueeze(1)
+def dequantize_int8(quantized_NK: Tensor, scale_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights (N, K) that they stand for."""
+    return quantized_NK.to(dtype) * scale_N.to(dtype).unsqueeze(1)
 
 
 def group_of(num_inputs: int) -> int:
@@ -86,24 +86,26 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return ((wide | (wide << 4)) & 0x0F0F).view(torch.uint8)
 
 
-def dequantize_int4(packed: Tensor, scale_zero_GN2: Tensor) -> Tensor:
-    """The float32 weights (N, K) that they stand for."""
+def dequantize_int4(packed: Tensor, scale_zero_GN2: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights (N, K) that they stand for."""
     num_groups, num_outputs, _ = scale_zero_GN2.shape
-    steps_NGg = unpack_int4(packed).view(num_outputs, num_groups, -1).float() - 8
-    scale_NG, zero_NG = scale_zero_GN2.float().permute(2, 1, 0)
+    steps_NGg = unpack_int4(packed).view(num_outputs, num_groups, -1).to(dtype) - 8
+    scale_NG, zero_NG = scale_zero_GN2.to(dtype).permute(2, 1, 0)
     return (steps_NGg * scale_NG.unsqueeze(2) + zero_NG.unsqueeze(2)).flatten(1)
 
 
 def linear_int8_reference(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor) -> Tensor:
     """x W^T + b for W in int8: (..., N) in the dtype of ``x`` (..., K)."""
-    parts = zip(quantized_NK.split(DENSE_BLOCK), scale_N.split(DENSE_BLOCK), strict=True)
-    return _dense(x, (dequantize_int8(*part) for part in parts), bias_N)
+    block, dtype = _way(x)
+    parts = zip(quantized_NK.split(block), scale_N.split(block), strict=True)
+    return _dense(x, (dequantize_int8(*part, dtype) for part in parts), bias_N)
 
 
 def linear_int4_reference(x: Tensor, packed: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor) -> Tensor:
     """x W^T + b for W in int4: (..., N) in the dtype of ``x`` (..., K)."""
-    parts = zip(packed.split(DENSE_BLOCK), scale_zero_GN2.split(DENSE_BLOCK, dim=1), strict=True)
-    return _dense(x, (dequantize_int4(*part) for part in parts), bias_N)
+    block, dtype = _way(x)
+    parts = zip(packed.split(block), scale_zero_GN2.split(block, dim=1), strict=True)
+    return _dense(x, (dequantize_int4(*part, dtype) for part in parts), bias_N)
 
 
 def linear_int8(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor) -> Tensor:
@@ -139,7 +141,8 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
     """
     slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not cpu_multiplies_bfloat16()
     if slow and not x.requires_grad and x.numel() >= MANY_ROWS_HALF * x.shape[-1]:
-        return _dense(x, weight_NK.split(DENSE_BLOCK), bias_N)
+        block, dtype = _way(x)
+        return _dense(x, (rows.to(dtype) for rows in weight_NK.split(block)), bias_N)
     return F.linear(x, weight_NK, bias_N)
 
 
@@ -155,8 +158,15 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
+def _way(x: Tensor) -> tuple[int, torch.dtype]:
+    """How many rows of weights to unpack at a time, and the dtype to multiply in: float32 where a CPU is faster so."""
+    if x.device.type != "cpu":
+        return 1 << 20, x.dtype
+    return DENSE_BLOCK, x.dtype if cpu_multiplies_bfloat16() else torch.float32
+
+
 def _dense(x: Tensor, weights: Iterable[Tensor], bias_N: Tensor) -> Tensor:
-    """x W^T + b for W that comes a block of rows at a time, in float32 where a CPU is faster so."""
-    dtype = torch.float32 if x.device.type == "cpu" and not cpu_multiplies_bfloat16() else x.dtype
-    given = x.to(dtype)
-    return (torch.cat([F.linear(given, block.to(dtype)) for block in weights], dim=-1) + bias_N).to(x.dtype)
+    """x W^T + b for W that comes a block of rows at a time, in the dtype of the blocks."""
+    products = [F.linear(x.to(block.dtype), block) for block in weights]
+    product = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
+    return (product + bias_N).to(x.dtype)

@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from cogview.checkpoints.registry import is_released
 from cogview.cli.easel import Easel
 from cogview.cli.lines import ask_lines, read_lines
 from cogview.cli.main import HelpFormatter, Parser, run_safely
@@ -72,7 +73,7 @@ def build_parser(program: str, description: str | None, tasks: Sequence[str]) ->
     parser.add_argument("--top_p", type=float, help="0 or 1 keeps everything (default: the model's own)")
     parser.add_argument("--seed", type=int, default=1234, help="the same seed gives the same results")
     parser.add_argument(
-        "--load", default=DEFAULT_MODEL, metavar="MODEL", help="a model's name (cogview info lists them) or its folder"
+        "--load", default=DEFAULT_MODEL, metavar="MODEL", help="a model's name (see cogview models) or its folder"
     )
     parser.add_argument(
         "--img-tokenizer-path", type=Path, metavar="PATH", help="ignored: a model's folder holds its image tokenizer"
@@ -105,7 +106,8 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     if args.needless:
         print(f"note: not needed, and ignored: {', '.join(args.needless)}", file=sys.stderr)
     given = args.img_tokenizer_path
-    if given is not None and given.resolve() != Path(args.load, "image").resolve():
+    converted = not is_released(Path(args.load))  # if it is not, opening it will say so
+    if given is not None and converted and given.resolve() != Path(args.load, "image").resolve():
         print(f"note: {given} is ignored: {args.load} has an image tokenizer of its own", file=sys.stderr)
     return tasks[args.generation_task](args, lines)
 

@@ -6,11 +6,12 @@ What is written appears whole or not at all, and one tensor at a time is in memo
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +20,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from cogview.checkpoints.folder import ModelConfig, read_config
-from cogview.checkpoints.image import hash_of_codebook, write_weights
+from cogview.checkpoints.image import hash_of_codebook
+from cogview.checkpoints.pickles import write_pickle
 from cogview.checkpoints.precision import Precision, Weights, convert, converted_specs, stored_few_bits
 from cogview.checkpoints.released import (
     ReleasedTransformer,
@@ -27,7 +29,7 @@ from cogview.checkpoints.released import (
     released_vqvae_tensors,
     write_released_transformer,
 )
-from cogview.checkpoints.weights import WeightsFile, WeightsWriter
+from cogview.checkpoints.weights import Spec, WeightsFile, WeightsWriter
 from cogview.config_files import build, to_plain
 from cogview.errors import InputError
 from cogview.sampling import Sampling
@@ -91,10 +93,13 @@ def import_released(
         with _written(output) as folder:
             _write_weights(transformer, precision, folder / "model.safetensors", verify)
             (folder / "image").mkdir()
-            write_weights(folder / "image" / "model.safetensors", image_weights)
+            specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in image_weights.items()}
+            with WeightsWriter(folder / "image" / "model.safetensors", specs) as writer:
+                for name, tensor in image_weights.items():
+                    writer.write(name, tensor)
             _write_json(folder / "image" / "config.json", to_plain(image_config))
             (folder / "text.model").write_bytes(text_tokenizer.model_bytes)
-            (folder / "README.md").write_text(_card(source, config, precision), encoding="utf-8")
+            (folder / "README.md").write_text(_card(source, config), encoding="utf-8")
             _write_json(folder / "config.json", to_plain(config))
             if verify:
                 _compare(image_weights, load_file(folder / "image" / "model.safetensors"), output / "image")
@@ -105,14 +110,15 @@ def convert_folder(source: Path, output: Path, *, precision: Precision, verify: 
     """Write the checkpoint folder ``source`` again at ``output``, its transformer as ``precision``."""
     read_config(source)
     weights = WeightsFile(source / "model.safetensors")
+    others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
     with _written(output) as folder:
         _write_weights(weights, precision, folder / "model.safetensors", verify)
-        for path in sorted(source.rglob("*")):
+        for path in others:
             target = folder / path.relative_to(source)
-            if path.is_file() and target.name != "model.safetensors":
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
-        shutil.copyfile(source / "image" / "model.safetensors", folder / "image" / "model.safetensors")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            if verify and not filecmp.cmp(path, target, shallow=False):
+                raise InputError(f"{output} does not hold what was written: {target.name} differs; is the disk sound?")
 
 
 def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool = False) -> None:
@@ -123,24 +129,28 @@ def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool
         raise InputError(
             f"{source} holds {few_bits} weights, which the release cannot read: export the folder they came from"
         )
-    if shards < 1 or config.transformer.num_heads % shards or config.transformer.vocabulary_size % shards:
-        raise InputError(f"{config.transformer.num_heads} heads do not divide into {shards} shards")
+    shape = config.transformer
+    for count, what in ((shape.num_heads, "heads"), (shape.vocabulary_size, "word embeddings")):
+        if shards < 1 or count % shards:
+            raise InputError(f"{count} {what} do not divide into {shards} shards")
     image_config = build(
         VQVAEConfig, json.loads((source / "image" / "config.json").read_text()), where=f"{source}/image"
     )
+    image_weights = load_file(source / "image" / "model.safetensors")
     try:
-        image = released_vqvae_tensors(image_config, load_file(source / "image" / "model.safetensors"))
+        image = released_vqvae_tensors(image_config, image_weights)
     except InputError as error:
         raise InputError(f"{source} cannot be written in the released layout: {error}") from None
     with _written(output) as folder:
         mapped = {name: weights.read(name, keep=True) for name in weights.specs}
         write_released_transformer(folder, mapped, shards)
-        torch.save(image, folder / RELEASED_VQVAE)
+        write_pickle(image, folder / RELEASED_VQVAE)
         shutil.copyfile(source / "text.model", folder / RELEASED_TEXT_MODEL)
         if verify:
             with ReleasedTransformer(folder, config.transformer.num_heads) as transformer:
                 for name in tqdm(weights.specs, desc="verifying", unit="tensor", leave=False, disable=None):
                     _compare({name: mapped[name]}, {name: transformer.read(name)}, output)
+            _compare(image_weights, read_released_vqvae(folder / RELEASED_VQVAE)[1], output)
 
 
 @contextmanager
@@ -157,10 +167,7 @@ def _written(output: Path) -> Iterator[Path]:
         os.replace(folder, output)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if full or (
-            isinstance(error, RuntimeError) and "file write failed" in str(error)
-        ):  # torch.save's way to say so
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             free = shutil.disk_usage(output.parent).free / 1e9
             raise InputError(
                 f"there is no room for {output}: {free:.1f} GB are free there; nothing was written"
@@ -183,19 +190,23 @@ def _write_weights(weights: Weights, precision: Precision, path: Path, verify: b
             _compare({name: tensor}, {name: written.read(name)}, path)
 
 
-def _compare(expected: dict[str, torch.Tensor], found: dict[str, torch.Tensor], where: Path) -> None:
+def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: Path) -> None:
+    """InputError unless all tensors are ``found`` bit for bit, for -0 equals 0 and NaN not even itself."""
     for name, tensor in expected.items():
-        if found[name].dtype != tensor.dtype or not torch.equal(found[name], tensor):
+        other = found[name]
+        if (other.dtype, other.shape) != (tensor.dtype, tensor.shape) or not torch.equal(_bytes(other), _bytes(tensor)):
             raise InputError(f"{where} does not hold what was written: {name} differs; is the disk sound?")
 
 
-def _card(source: Path, config: ModelConfig, precision: Precision) -> str:
-    stored = precision if precision.few_bits or precision.dtype else "as released"
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _card(source: Path, config: ModelConfig) -> str:
     return (
         f"# {source.name.removesuffix('.tar')}\n\n"
         "Weights of the released CogView v1 (Ding et al., arXiv:2105.13290), converted by `cogview convert`.\n\n"
-        f"Tasks: {', '.join(config.tasks)}. Weights: {stored}. "
-        "Licence: that of the published weights, see their publisher's page.\n"
+        f"Tasks: {', '.join(config.tasks)}. Licence: that of the published weights, see their publisher's page.\n"
     )
 
 

@@ -210,14 +210,14 @@ def load_transformer(
     path = folder / "model.safetensors"
     file = WeightsFile(path)
     precision, stored = Precision(dtype, few_bits), stored_few_bits(file.specs)
-    with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
-        transformer = Transformer(config.transformer)
-        if few_bits is not None:
-            use_few_bits(transformer, few_bits)
     try:
         specs = converted_specs(file, precision)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
+        transformer = Transformer(config.transformer)
+        if few_bits is not None:
+            use_few_bits(transformer, few_bits)
     wanted = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
     if problem := difference(wanted, {name: spec.shape for name, spec in specs.items()}):
         raise InputError(f"{path} does not hold the weights that config.json describes: {problem}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -41,11 +42,16 @@ def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.
 
 
 def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file that others may read as they may any new file; the library lets its owner alone."""
-    file.touch()
-    mode = file.stat().st_mode
-    save_file(weights, file)
-    file.chmod(mode)
+    """Write a safetensors file that others may read as they may any new file; the library lets its owner alone.
+
+    An older file of that name is replaced and not written over: a model may still have it mapped into memory.
+    """
+    aside = file.with_name(f".{file.name}-writing")
+    aside.touch()
+    mode = aside.stat().st_mode
+    save_file(weights, aside)
+    aside.chmod(mode)
+    os.replace(aside, file)
 
 
 def load_image_tokenizer(folder: Path) -> VQVAE:

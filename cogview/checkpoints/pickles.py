@@ -1,4 +1,4 @@
-"""Old PyTorch files, read without executing anything.
+"""PyTorch files, read without executing anything, and written.
 
 A ``.pt`` file is a pickle, and a pickle may ask for any function to be called. The reader here knows a short list of
 names and builds inert things for them; a file that asks for more is refused before anything has happened. Tensors are
@@ -16,6 +16,7 @@ import types
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -47,6 +48,8 @@ _IGNORED = {
     ("_codecs", "encode"),
     ("collections", "defaultdict"),
     ("collections", "Counter"),
+    ("builtins", "dict"),  # what a defaultdict is filled with
+    ("__builtin__", "dict"),
     ("torch", "device"),
 }
 
@@ -123,6 +126,17 @@ def read_pickle(file: IO[bytes], where: str) -> Any:
         raise InputError(f"{where} is no PyTorch file, or is cut short or damaged ({reason})") from None
 
 
+def write_pickle(content: Any, path: Path) -> None:
+    """``torch.save``; OSError where the file cannot be written."""
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):  # torch tells what it stumbled over afterwards, not what went wrong
+            raise error.__context__ from None
+        raise
+
+
 def tensors_of(content: Any) -> dict[str, StoredTensor]:
     """The tensors of a mapping by name, others left out, without the ``module.`` that wrappers put before names."""
     if not isinstance(content, dict):
@@ -183,6 +197,8 @@ class _Unpickler(pickle.Unpickler):
         return self.storages.setdefault(str(key), _Storage(dtype, str(key)))
 
     def _tensor(self, storage: _Storage, start: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+        if len(shape) != len(stride) or min(start, 0, *shape, *stride) < 0:
+            raise pickle.UnpicklingError(f"no tensor starts at {start} and has the shape {shape} and stride {stride}")
         return StoredTensor(self.data, storage, int(start), tuple(map(int, shape)), tuple(map(int, stride)))
 
 
@@ -202,6 +218,8 @@ def _read_zip(file: IO[bytes]) -> Any:
         file.seek(entry.header_offset + 26)  # the local header has its own lengths of name and extra field
         name, extra = struct.unpack("<HH", file.read(4))
         storage.offset, storage.size = entry.header_offset + 30 + name + extra, entry.file_size
+        if storage.offset + storage.size > file.seek(0, 2):
+            raise InputError(f"the file is damaged: the numbers of {storage.key} reach beyond its end")
     return content
 
 
@@ -214,7 +232,7 @@ def _read_legacy(file: IO[bytes]) -> Any:
     for key in _Unpickler(file, file).load():
         header = file.read(8)
         storage = unpickler.storages[str(key)]
-        storage.size = struct.unpack("<q", header)[0] * storage.dtype.itemsize
+        storage.size = struct.unpack("<Q", header)[0] * storage.dtype.itemsize
         storage.offset = file.tell()
         file.seek(storage.size, 1)
     if file.tell() > file.seek(0, 2):

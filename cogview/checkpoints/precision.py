@@ -157,6 +157,9 @@ def _plan(weights: Weights, precision: Precision) -> Iterator[tuple[str, tuple[s
         if stored is None:
             yield name, (name,)
         elif is_rounded(name):
-            yield name, parts_of(name, stored)
+            _, scale = parts = parts_of(name, stored)
+            if scale not in weights.specs:
+                raise InputError(f"{scale} is missing")
+            yield name, parts
         elif not name.endswith(("scale", "scale_zero")):
             yield name, (name,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -14,7 +15,12 @@ import yaml
 from cogview.config_files import build
 from cogview.errors import InputError
 
-ROLES = ("transformer", "image_tokenizer", "text_model")  # of the files of a released model, as `convert` takes them
+RELEASED_FILES = {  # by role, under their published names
+    "transformer": "cogview-base.tar",
+    "image_tokenizer": "vqvae_hard_biggerset_011.pt",
+    "text_model": "cog-pretrain.model",
+}
+ROLES = tuple(RELEASED_FILES)  # in the order in which `convert` takes them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,32 +143,47 @@ def embedded_folder(row: KnownModel) -> Path:
     return _package() / row.embedded
 
 
-def convert_command(files: Mapping[str, str | Path]) -> str:
-    """What to type to convert a released model from its files, given by role."""
-    transformer, image_tokenizer, text_model = (shlex.quote(str(files[role])) for role in ROLES)
-    return f"cogview convert {transformer} --image-tokenizer {image_tokenizer} --text-model {text_model}"
-
-
-def _find_folder(name: str, known: Mapping[str, KnownModel]) -> Path:
-    path = Path(name)
-    if _is_released(path):
-        files = {"image_tokenizer": "vqvae_hard_biggerset_011.pt", "text_model": "cog-pretrain.model"}
-        raise InputError(
-            f"{name} is a released checkpoint, which has to be converted once: "
-            f"{convert_command({'transformer': name, **files})}"
-        )
-    if path.is_dir():
-        return path
-    raise InputError(f'checkpoint "{name}" is unknown; known: {", ".join(known)}, or the path of a checkpoint folder')
-
-
-def _is_released(path: Path) -> bool:
+def is_released(path: Path) -> bool:
     """Whether ``path`` looks like an archive, a file or a folder of released weights."""
     if path.is_dir():
         return any(
             (path / name).is_file() for name in ("latest_checkpointed_iteration.txt", "mp_rank_00_model_states.pt")
         )
     return path.suffix in (".tar", ".pt") and path.is_file()
+
+
+def convert_command(files: Mapping[str, str | Path]) -> str:
+    """What to type to convert a released model from its files, by role; those not given go by their released names."""
+    files = {**RELEASED_FILES, **files}
+    transformer, image_tokenizer, text_model = (shlex.quote(str(files[role])) for role in ROLES)
+    return f"cogview convert {transformer} --image-tokenizer {image_tokenizer} --text-model {text_model}"
+
+
+def _find_folder(name: str, known: Mapping[str, KnownModel]) -> Path:
+    path = Path(name)
+    if is_released(path):
+        if _is_image_tokenizer(path):
+            raise InputError(
+                f"{name} is the image tokenizer of released checkpoints, which belongs behind --image-tokenizer: "
+                f"{convert_command({'image_tokenizer': name})}"
+            )
+        raise InputError(
+            f"{name} is a released checkpoint, which has to be converted once: {convert_command({'transformer': name})}"
+        )
+    if path.is_dir():
+        return path
+    raise InputError(f'checkpoint "{name}" is unknown; known: {", ".join(known)}, or the path of a checkpoint folder')
+
+
+def _is_image_tokenizer(path: Path) -> bool:
+    """Whether a released file holds one; what cannot be read is left to ``cogview convert`` to judge."""
+    if path.suffix != ".pt" or not path.is_file():
+        return False
+    from cogview.checkpoints.released import is_released_vqvae
+
+    with suppress(InputError):
+        return is_released_vqvae(path)
+    return False
 
 
 def _package() -> Path:

@@ -19,7 +19,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from cogview.checkpoints.pickles import StoredTensor, read_pickle, tensors_of
+from cogview.checkpoints.pickles import StoredTensor, read_pickle, tensors_of, write_pickle
 from cogview.checkpoints.weights import Spec, difference
 from cogview.config import TransformerConfig
 from cogview.errors import InputError
@@ -113,7 +113,7 @@ class ReleasedTransformer:
                 self._shards.append(_module_of(content, name))
             self._check_shards()
             self.heads_are_assumed = num_heads is None and heads is None
-            self.config = self._config(num_heads or heads)
+            self.config = self._config(heads if num_heads is None else num_heads)
             self.specs = self._specs()
         except BaseException:
             self._stack.close()
@@ -194,7 +194,7 @@ class ReleasedTransformer:
             return TransformerConfig(
                 num_layers=len(layers),
                 width=width,
-                num_heads=num_heads or width // HEAD_SIZE,
+                num_heads=width // HEAD_SIZE if num_heads is None else num_heads,
                 vocabulary_size=words[0] * self.num_shards,
                 max_positions=positions.shape[0],
             )
@@ -275,21 +275,12 @@ def write_released_transformer(folder: Path, weights: Mapping[str, Tensor], shar
         for ours, tensor in weights.items():
             name = released_name(ours)
             module[name] = split(name, tensor, shards)[rank].clone() if shards > 1 else tensor
-        torch.save({"module": module, "iteration": ITERATION}, inner / f"mp_rank_{rank:02d}_model_states.pt")
+        write_pickle({"module": module, "iteration": ITERATION}, inner / f"mp_rank_{rank:02d}_model_states.pt")
     (folder / TRACKER).write_text(f"{ITERATION}", encoding="utf-8")
-
-
-def looks_released(source: Path) -> bool:
-    """Whether ``source`` may be a file or folder of the release, judged by its names alone."""
-    if source.is_file():
-        return source.suffix in (".pt", ".tar", ".pth")
-    return (source / TRACKER).is_file() or any(_SHARD.fullmatch(path.name) for path in source.glob("*.pt"))
 
 
 def is_released_vqvae(path: Path) -> bool:
     """Whether the ``.pt`` file holds an image tokenizer; InputError where it cannot be read."""
-    if path.suffix == ".tar" or not path.is_file():
-        return False
     with _open(path) as file:
         return "quantize_t.embed" in tensors_of(_unwrapped(read_pickle(file, str(path))))
 

@@ -63,6 +63,9 @@ class WeightsFile:
         self._kept: safe_open | None = None
         with self._open() as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+            for name, part in parts.items():
+                if part.get_dtype() not in _CODES:
+                    raise InputError(f"{path} holds {name} as {part.get_dtype()}; known: {', '.join(_CODES)}")
             self.specs = {name: Spec(_CODES[part.get_dtype()], tuple(part.get_shape())) for name, part in parts.items()}
 
     @property

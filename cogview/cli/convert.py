@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace, output: Path, precision: Precision) -> None:
     from cogview.checkpoints.convert import ALL_TASKS, import_released, tasks_by_name
+    from cogview.tokenizers.vocabulary import Vocabulary
 
     for option, file in (("--image-tokenizer", args.image_tokenizer), ("--text-model", args.text_model)):
         if file is None:
@@ -106,11 +107,17 @@ def _import(args: argparse.Namespace, output: Path, precision: Precision) -> Non
         num_heads=args.heads,
         verify=args.verify,
     )
-    shape = config.transformer
+    shape, vocabulary, usual = config.transformer, config.vocabulary, Vocabulary()
+    if vocabulary != usual:
+        print(
+            f"note: {vocabulary.num_image_codes} image codes and {vocabulary.num_text_pieces} text pieces, not the "
+            f"released {usual.num_image_codes} and {usual.num_text_pieces}: right only if the weights learnt with them",
+            file=sys.stderr,
+        )
     print(
         f"{shape.num_layers} layers, width {shape.width}, {shape.num_heads} heads"
-        f"{'' if args.heads else f' (of {shape.head_size}, as no weight tells)'}, {shape.num_parameters:,} parameters; "
-        f"tasks: {', '.join(config.tasks)}",
+        f"{'' if args.heads else f' of {shape.head_size} (--heads says otherwise)'}, "
+        f"{shape.num_parameters:,} parameters; tasks: {', '.join(config.tasks)}",
         file=sys.stderr,
     )
 

@@ -12,14 +12,14 @@ from cogview.cli.options import require_positive
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
-    from cogview.checkpoints.registry import KnownFile
+    from cogview.checkpoints.registry import KnownFile, KnownModel
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
-        "Fetch the files of a released model and print their paths. What is there already is not fetched again, and a "
-        "download that was interrupted goes on where it stopped."
+        "Fetch the files of a released model, print their paths, and convert them into a checkpoint folder. What is "
+        "there already is not fetched again, and a download that was interrupted goes on where it stopped."
     )
     parser.add_argument("name", metavar="NAME", help="a model's name; cogview models lists them")
     parser.add_argument(
@@ -27,13 +27,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where files go (default: $COGVIEW_HOME/files, else ~/.cache/cogview/files)",
+        help="where files go, and are not converted (default: $COGVIEW_HOME/files, else ~/.cache/cogview/files)",
     )
+    parser.add_argument("--no-convert", action="store_true", help="leave the files as they are")
     parser.add_argument("--parts", type=int, default=4, metavar="COUNT", help="connections at a time for one file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Fetch every file that can be had; status 2 if there was one that cannot."""
+    """Fetch every file that can be had, and convert what is complete; status 2 if anything could not be done."""
     from cogview.checkpoints.download import download
     from cogview.checkpoints.registry import converted_folder, downloads_folder, is_converted, known_models
 
@@ -59,19 +60,47 @@ def run(args: argparse.Namespace) -> int:
         except InputError as error:
             print(f"cogview download: {error}", file=sys.stderr)
             status = 2
-    after_download(args.name, {name: folder / name for name in wanted})
-    return status
+    convert = args.output is None and not args.no_convert
+    return max(status, after_download(args.name, {name: folder / name for name in wanted}, convert=convert))
 
 
-def after_download(name: str, files: Mapping[str, Path]) -> None:
-    """Say how to go on with each model of the row ``name`` whose transformer is there.
+def after_download(name: str, files: Mapping[str, Path], *, convert: bool) -> int:
+    """Convert each model of the row ``name`` whose files are there, or say how to; returns the exit status.
 
     ``files`` has where each file belongs, by its name; not all of them need be there.
     """
     from cogview.checkpoints.registry import convert_command, known_models
 
     known = known_models()
+    status = 0
     for model in known[name].models or (name,):
-        roles = {role: files[file.name] for role, file in known[model].files.items() if file.name in files}
-        if "transformer" in roles and roles["transformer"].is_file():
-            print(f"{model} has to be converted once: {convert_command(roles)}", file=sys.stderr)
+        paths = {role: files[file.name] for role, file in known[model].files.items() if file.name in files}
+        if "transformer" not in paths or not paths["transformer"].is_file():
+            continue
+        if not convert:
+            print(f"{model} has to be converted once: {convert_command(paths)}", file=sys.stderr)
+        elif all(path.is_file() for path in paths.values()):
+            try:
+                print(f"{model} is converted: {_convert(model, known[model], paths)}", file=sys.stderr)
+            except (InputError, OSError) as error:
+                print(f"cogview download: {model} could not be converted: {error}", file=sys.stderr)
+                status = 2
+    return status
+
+
+def _convert(name: str, row: KnownModel, files: Mapping[str, Path]) -> Path:
+    """The checkpoint folder that is made of ``files``, given by role, in the precision that they have."""
+    from cogview.checkpoints.convert import import_released
+    from cogview.checkpoints.precision import Precision
+    from cogview.checkpoints.registry import converted_folder
+
+    folder = converted_folder(name)
+    import_released(
+        files["transformer"],
+        files["image_tokenizer"],
+        files["text_model"],
+        folder,
+        tasks=row.tasks,
+        precision=Precision(),
+    )
+    return folder

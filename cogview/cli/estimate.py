@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cogview.checkpoints.download import size_in_words
 from cogview.cli.options import DEFAULT_MODEL, require_positive
 from cogview.errors import InputError
 
@@ -49,7 +50,7 @@ class Target:
     placement: Placement | None = None  # None: only a size was given
 
     def __str__(self) -> str:
-        return f"{self.type} with {in_words(self.memory)}" + (" free" if self.placement is not None else "")
+        return f"{self.type} with {size_in_words(self.memory)}" + (" free" if self.placement is not None else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,8 +176,7 @@ def preset_config(name: str) -> ModelConfig:
 
 def find_target(name: str, dtype: str, config: ModelConfig, stored: FewBits | None) -> Target:
     """A device by its name, which must be here, or by its size; and the dtype that ``auto`` is there."""
-    from cogview.device import choose_placement
-    from cogview.memory import free_memory
+    from cogview.device import available_memory, choose_placement
 
     parameters = config.transformer.num_parameters
     size = re.fullmatch(rf"(cpu|cuda):(\d+(?:\.\d+)?)({'|'.join(UNITS)})", name)
@@ -189,7 +189,7 @@ def find_target(name: str, dtype: str, config: ModelConfig, stored: FewBits | No
         placement = choose_placement(name, dtype, stored=stored, num_parameters=parameters)
         return Target(
             type=placement.device.type,
-            memory=free_memory(placement.device),
+            memory=available_memory(placement.device),
             dtype=placement.few_bits or str(placement.dtype).removeprefix("torch."),
             placement=placement,
         )
@@ -272,7 +272,7 @@ class Report:
             ("layers", "transformer layers", plan.layers, layers),
             ("embedding", "embedding, positions", plan.embedding, f"({entries}) x {shape.width} x {size} bytes"),
             ("image_tokenizer", "VQ-VAE", plan.image_tokenizer, "float32"),
-            ("workspace", "workspace", plan.workspace, "the largest projection, unpacked to be multiplied"),
+            ("workspace", "workspace", plan.workspace, "weights on their way to be multiplied"),
             ("overhead", "overhead", plan.overhead, overhead),
             (
                 *("kv_cache", "KV cache", plan.rows * plan.kv_cache),
@@ -302,13 +302,15 @@ class Report:
             "",
             "memory",
         ]
-        lines += [f"  {name:<22}{in_words(count):>8}  {how}" for _, name, count, how in self.parts()]
-        lines.append(f"  {'total':<22}{in_words(plan.total):>8}  {MEMORY_FORMULA}")
-        room = f"{in_words(self.usable)} may be taken: {SPARE:.0%} of {in_words(self.target.memory)} stay free"
+        lines += [f"  {name:<22}{size_in_words(count):>8}  {how}" for _, name, count, how in self.parts()]
+        lines.append(f"  {'total':<22}{size_in_words(plan.total):>8}  {MEMORY_FORMULA}")
+        room = (
+            f"{size_in_words(self.usable)} may be taken: {SPARE:.0%} of {size_in_words(self.target.memory)} stay free"
+        )
         if self.fits:
             lines.append(f"fits: {room}; the largest -n that fits is {plan.largest_rows(self.usable)}")
         else:
-            would = ", or ".join(self.remedies()) or f"nothing smaller; one row takes {in_words(self._least())}"
+            would = ", or ".join(self.remedies()) or f"nothing smaller; one row takes {size_in_words(self._least())}"
             lines.append(f"does not fit: {room}; what would: {would}")
         steps = [plan.read_seconds(read, self.speed) for read in plan.reads if read.new == 1]
         lines += [
@@ -363,7 +365,7 @@ class Report:
         return min(plan.constant + plan.per_row for plan in (self.plan, *self.smaller))
 
     def _time_formula(self) -> list[str]:
-        from cogview.memory import DRAWING_TRAFFIC, UNPACKING_TRAFFIC
+        from cogview.memory import DRAWING_TRAFFIC
 
         plan = self.plan
         joined = "or what it takes to start them, if that is longer" if self.speed.starts_ahead else "plus their start"
@@ -373,10 +375,10 @@ class Report:
             "bytes: weights + rows x (KV cache so far"
             + (f" + {DRAWING_TRAFFIC} x ids to draw from)" if plan.task != "score" else ")"),
         ]
-        if any(plan.unpacks(read) for read in plan.reads):
+        if unpacking := sum(plan.unpacks(read) for read in plan.reads):
             lines.append(
-                f"{plan.dtype} weights are unpacked where no kernel takes them as they are, which moves "
-                f"{UNPACKING_TRAFFIC[plan.dtype]} bytes for each at every read: less memory, and more time"
+                f"{plan.dtype} weights are unpacked or converted in {unpacking:,} of {len(plan.reads):,} reads, which "
+                f"moves {plan.unpacking_traffic} bytes more for each"
             )
         return lines
 
@@ -389,11 +391,6 @@ class Report:
             "share": f"{SHARE:g} of the bandwidth (assumed)",
             "operations": f"{OPERATIONS_PER_LAYER} a layer, {1e6 * SECONDS_PER_OPERATION:g} µs to start each (assumed)",
         }
-
-
-def in_words(count: float) -> str:
-    """Bytes in GB or MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _count(number: int, what: str) -> str:

@@ -14,7 +14,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "sources",
         nargs="+",
-        type=Path,
         metavar="SOURCE",
         help="an LMDB folder or a .bin file; several make one store, in this order",
     )
@@ -42,14 +41,14 @@ def run(args: argparse.Namespace) -> int:
     text_sha256 = file_sha256(text_model)
     sources = [
         ReleasedRows(
-            path,
+            Path(source),
             num_image_codes=config.vocabulary.num_image_codes,
             num_text_pieces=config.vocabulary.num_text_pieces,
             codebook_sha256=config.codebook_sha256,
             text_sha256=text_sha256,
             text_width=config.max_text,
         )
-        for path in args.sources
+        for source in args.sources
     ]
     made = import_released(args.output, sources, skip_bad=args.skip_bad)
     if made.left_out:

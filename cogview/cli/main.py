@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     if rest:
         # argparse takes one run of positional arguments; more of them, or KEY=VALUE of a recipe, may follow an option.
-        several = next((name for name in ("prompts", "images") if hasattr(args, name)), None)
+        several = next((name for name in ("prompts", "images", "sources") if hasattr(args, name)), None)
         if several is not None and not any(word.startswith("-") for word in rest):
             getattr(args, several).extend(rest)
         elif hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):

@@ -14,10 +14,17 @@ _SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # a
 
 def add_model_arguments(parser: argparse.ArgumentParser, batch: str) -> None:
     """--model, --device, --dtype, and --batch-size, which is the number of ``batch``."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME_OR_FOLDER", help="cogview info lists the names")
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, metavar="NAME_OR_FOLDER", help="cogview models lists the names"
+    )
     parser.add_argument("--batch-size", type=int, default=16, metavar="COUNT", help=batch)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="auto, float32, bfloat16, float16, int8 or int4 (rounded weights: less memory, fewer bytes to read per "
+        "token)",
+    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, ids: str, default: str) -> None:

@@ -1,6 +1,6 @@
 """The full 4-billion-parameter model on one machine: loading, peak memory, and seconds per token.
 
-    python scripts/benchmarks/four_billion.py make FOLDER      # random weights, 7.9 GB in float16; other forms beside it
+    python scripts/benchmarks/four_billion.py make FOLDER         # random weights in float16 (7.9 GB), and other forms
     python scripts/benchmarks/four_billion.py measure FOLDER [--device cpu] [--runs 5]
 
 ``measure`` opens each of them in a fresh process, its file not in the page cache, and draws the first codes of a

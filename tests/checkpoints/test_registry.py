@@ -188,6 +188,16 @@ def test_released_checkpoint_has_to_be_converted(package, tmp_path, name):
     )
 
 
+def test_an_image_tokenizer_belongs_to_a_transformer(package, small_release, tmp_path):
+    path = small_release.write(tmp_path)["image_tokenizer"]
+    with pytest.raises(InputError) as caught:
+        find_checkpoint(str(path))
+    assert str(caught.value) == (
+        f"{path} is the image tokenizer of released checkpoints, which belongs behind --image-tokenizer: "
+        f"cogview convert cogview-base.tar --image-tokenizer {path} --text-model cog-pretrain.model"
+    )
+
+
 def test_embedded_models_of_this_package_are_whole():
     """Every row that ships inside: its folder is there, its files have the sums that the row states, and its tasks."""
     rows = {name: row for name, row in known_models().items() if row.embedded}

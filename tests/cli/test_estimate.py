@@ -23,11 +23,11 @@ def test_a_preset_on_a_card_of_a_size(capsys):
     captured = capsys.readouterr()
     assert captured.err == ""  # nothing to measure
     lines = captured.out.splitlines()
-    assert lines[0] == "4b: generate, 8 rows of up to 1,088 positions, int8, on cuda with 24.00 GB"
-    parts = {line[2:22].strip(): line[24:].split("  ")[0].strip() for line in lines if line.startswith("  ")}
-    assert parts["KV cache"] == "4.28 GB"  # 491,520 bytes x 1,088 positions x 8
+    assert lines[0] == "4b: generate, 8 rows of up to 1,088 positions, int8, on cuda with 24.0 GB"
+    parts = {line[2:22].strip(): line[24:32].strip() for line in lines if line.startswith("  ")}
+    assert parts["KV cache"] == "4.3 GB"  # 491,520 bytes x 1,088 positions x 8
     assert parts["VQ-VAE"] == "92.9 MB"
-    assert any(line.startswith("fits: 22.80 GB may be taken") for line in lines)
+    assert any(line.startswith("fits: 22.8 GB may be taken") for line in lines)
     assert any(line.startswith("time: about ") for line in lines)
     assert "  bandwidth: 900 GB/s (assumed)" in lines
     assert any(line.startswith("  int8 weights are unpacked") for line in lines)
@@ -103,7 +103,7 @@ def test_not_fitting_is_an_answer(capsys):
         assert tried["fits"] is True
         assert tried["largest_rows"] == tried["rows"]
     main(["estimate", "--model", "4b", "-n", "8", "--device", "cuda:6GB"])
-    assert "does not fit: 5.70 GB may be taken" in capsys.readouterr().out
+    assert "does not fit: 5.7 GB may be taken" in capsys.readouterr().out
 
 
 def test_fewer_rows_are_offered(capsys):

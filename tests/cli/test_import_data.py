@@ -54,7 +54,8 @@ def one_line(capsys):
 def test_released_datasets_become_a_store(tiny_checkpoint, pieces, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     codes = [write_bin("one.bin", pieces), write_lmdb("two", pieces[::-1], seed=1)]
-    assert main(["import-data", "one.bin", "two", "--model", str(tiny_checkpoint), "-o", "store"]) == 0
+    # A source may stand behind an option.
+    assert main(["import-data", "one.bin", "--model", str(tiny_checkpoint), "-o", "store", "two"]) == 0
     assert capsys.readouterr().out == "store: 8 rows\n"
     store = TokenStore("store")
     config, text_tokenizer = read_config(tiny_checkpoint), TextTokenizer.load(tiny_checkpoint / "text.model")

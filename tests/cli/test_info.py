@@ -1,18 +1,28 @@
 """``cogview info``: a model in words, without its weights."""
 
+import hashlib
 import shutil
+import tarfile
 
 import pytest
 
-from cogview.checkpoints.registry import KnownModel
+from cogview.checkpoints.convert import convert_folder, import_released
+from cogview.checkpoints.precision import Precision
+from cogview.checkpoints.registry import KnownModel, converted_folder
+from cogview.checkpoints.weights import WeightsFile
 from cogview.cli.main import main
 
 
-def test_a_folder_in_words(tiny_checkpoint, capsys):
-    assert main(["info", str(tiny_checkpoint)]) == 0
+def facts_of(capsys, *arguments):
+    """What ``cogview info`` prints: facts by name, and the lines below them."""
+    assert main(["info", *map(str, arguments)]) == 0
     lines = capsys.readouterr().out.splitlines()
     facts = dict(line.split(":", 1) for line in lines if not line.startswith(" "))
-    facts = {key: value.strip() for key, value in facts.items()}
+    return {key: value.strip() for key, value in facts.items()}, [line.strip() for line in lines if line[0] == " "]
+
+
+def test_a_folder_in_words(tiny_checkpoint, capsys):
+    facts, lines = facts_of(capsys, tiny_checkpoint)
     assert facts["tasks"] == "generate, caption, upscale, low_level"
     assert facts["commands"] == (
         "cogview generate, cogview complete, cogview caption, cogview rerank, cogview upscale, "
@@ -24,8 +34,8 @@ def test_a_folder_in_words(tiny_checkpoint, capsys):
     assert facts["guidance"] == "possible: 10% of the captions were left out in training"
     assert facts["things"].startswith("4, listed by: ")
     assert "8192 image codes" in facts["vocabulary"]
-    files = [line.split()[0] for line in lines if line.startswith(" ")]
-    assert files == [
+    assert facts["weights"] == "float32"
+    assert [line.split()[0] for line in lines] == [
         "README.md",
         "config.json",
         "image/config.json",
@@ -37,11 +47,10 @@ def test_a_folder_in_words(tiny_checkpoint, capsys):
 
 
 def test_a_model_that_only_draws(drawing_checkpoint, capsys):
-    assert main(["info", str(drawing_checkpoint)]) == 0
-    facts = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith(" "))
-    assert facts["tasks"].strip() == "generate"
-    assert facts["commands"].strip() == "cogview generate, cogview complete"
-    assert facts["guidance"].strip() == "not possible: no captions were left out in training"
+    facts, _ = facts_of(capsys, drawing_checkpoint)
+    assert facts["tasks"] == "generate"
+    assert facts["commands"] == "cogview generate, cogview complete"
+    assert facts["guidance"] == "not possible: no captions were left out in training"
 
 
 def test_the_parameters_are_those_of_the_model(tiny_checkpoint, tiny_model, capsys):
@@ -50,11 +59,92 @@ def test_the_parameters_are_those_of_the_model(tiny_checkpoint, tiny_model, caps
     assert f"2 layers, width 32, 2 heads, {count:,} parameters" in capsys.readouterr().out
 
 
-def test_weights_are_not_read(tiny_checkpoint, tmp_path, capsys):
-    folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
-    (folder / "model.safetensors").write_bytes(b"no weights")
-    assert main(["info", str(folder)]) == 0
-    assert "model.safetensors (10 bytes)" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("few_bits", "words"),
+    [
+        ("int8", "int8, with scales in bfloat16; the rest float32"),
+        ("int4", "int4, with scales in bfloat16; the rest float32"),
+    ],
+)
+def test_weights_in_few_bits(tiny_checkpoint, tmp_path, few_bits, words, capsys):
+    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(few_bits=few_bits))
+    assert facts_of(capsys, tmp_path / "rounded")[0]["weights"] == words
+
+
+def test_weights_are_not_read(tiny_checkpoint, small_release, tmp_path, monkeypatch, capsys):
+    def read(*_, **__):
+        raise AssertionError("a tensor was read")
+
+    files = small_release.write(tmp_path)
+    monkeypatch.setattr(WeightsFile, "read", read)
+    monkeypatch.setattr("cogview.checkpoints.pickles.StoredTensor.read", read)
+    facts_of(capsys, tiny_checkpoint)
+    facts_of(capsys, files["source"])
+
+
+def test_hashes_of_every_file(tiny_checkpoint, small_release, tmp_path, capsys):
+    _, lines = facts_of(capsys, tiny_checkpoint, "--hashes")
+    for line in lines:
+        sha256 = hashlib.sha256((tiny_checkpoint / line.split()[0]).read_bytes()).hexdigest()
+        assert line.endswith(f", SHA-256 {sha256})")
+    file = small_release.write(tmp_path)["text_model"]
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert facts_of(capsys, file, "--hashes")[0]["file"].endswith(f", SHA-256 {sha256})")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_released_transformer(small_release, tmp_path, shards, capsys):
+    source = small_release.write(tmp_path, half=True, shards=shards)["source"]
+    facts, lines = facts_of(capsys, source)
+    assert facts["tasks"] == "neither the weights nor the name tell: cogview convert --tasks says so"
+    count = sum(tensor.numel() for tensor in small_release.transformer.values())
+    heads = "1 heads, each 64 wide, which no weight tells"
+    assert facts["transformer"] == f"2 layers, width 64, {heads}, {count:,} parameters"
+    assert (facts["weights"], facts["vocabulary"], facts["positions"]) == ("float16", "128 ids", "1089")
+    assert (facts["shards"], facts["iteration"]) == (str(shards), "50000")
+    tokenizers = "--image-tokenizer vqvae_hard_biggerset_011.pt --text-model cog-pretrain.model"
+    assert facts["to convert"] == f"cogview convert {source} {tokenizers} -o FOLDER"
+    ranks = [f"50000/mp_rank_{rank:02d}_model_states.pt" for rank in range(shards)]
+    assert [line.split()[0] for line in lines] == [*ranks, "latest_checkpointed_iteration.txt"]
+
+
+def test_a_released_archive_by_its_name(small_release, tmp_path, capsys):
+    source = small_release.write(tmp_path, half=True)["source"]
+    path = tmp_path / "cogview-sr.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(source, "cogview-sr")
+    facts, lines = facts_of(capsys, path)
+    assert facts["tasks"] == "upscale, low_level, as its name says"
+    assert facts["to convert"].endswith(" --text-model cog-pretrain.model")  # its place is known
+    assert (facts["file"].split(" (")[0], lines) == (str(path), [])
+
+
+def test_released_tokenizers(small_release, tmp_path, capsys):
+    files = small_release.write(tmp_path)
+    facts, _ = facts_of(capsys, files["image_tokenizer"])
+    assert facts["kind"] == "image tokenizer of the released CogView: --image-tokenizer of cogview convert"
+    assert facts["codes"] == "16, each 4 numbers wide"
+    count = sum(t.numel() for name, t in small_release.image_tokenizer.items() if "quantize" not in name)
+    channels = len(small_release.image_tokenizer["enc_b.blocks.0.weight"])
+    assert facts["networks"] == f"released, channels {channels}, {channels}, {channels}, {count:,} parameters"
+    assert facts["weights"] == "float32"
+    facts, _ = facts_of(capsys, files["text_model"])
+    assert facts["kind"] == "text model (SentencePiece): --text-model of cogview convert"
+    assert facts["pieces"] == "77"
+
+
+def test_a_bundle_and_which_of_its_models_are_here(small_release, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
+    files = small_release.write(tmp_path)
+    import_released(**files, output=converted_folder("cogview-sr"), tasks=["upscale"], precision=Precision())
+    facts, lines = facts_of(capsys, "cogview-released")
+    assert facts["tasks"] == "generate, caption, upscale, low_level"
+    assert [facts["parts"], *lines] == [
+        "cogview-base for generate; not on this machine: cogview download cogview-base",
+        "cogview-caption for caption; not on this machine: cogview download cogview-caption",
+        f"cogview-sr for upscale, low_level; {converted_folder('cogview-sr')}",
+    ]
+    assert facts_of(capsys, "cogview-sr")[0]["tasks"] == "upscale"
 
 
 def test_things_are_listed(tiny_checkpoint, capsys):
@@ -67,22 +157,37 @@ def test_known_models(tiny_checkpoint, monkeypatch, capsys):
     monkeypatch.setattr("cogview.checkpoints.registry.known_models", lambda: {"tiny": row})
     monkeypatch.setattr("cogview.checkpoints.registry.find_checkpoint", lambda name: tiny_checkpoint)
     assert main(["info"]) == 0
-    assert capsys.readouterr().out == "tiny: draws foxes (Apache-2.0)\n"
+    printed = capsys.readouterr()
+    assert printed.out == "tiny: draws foxes\n"
+    assert printed.err == "cogview models says which of them are on this machine\n"
     assert main(["info", "tiny"]) == 0
     out = capsys.readouterr().out
     assert "draws foxes" in out
     assert "Apache-2.0" in out
 
 
-def test_mistakes_are_one_line(tiny_checkpoint, tmp_path, capsys):
+def test_mistakes_are_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "open-world")
     (folder / "things.json").unlink()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "狐狸.txt").write_text("一只狐狸")
+    (tmp_path / "text.model").write_text("version https://git-lfs.github.com/spec/v1")
+    (tmp_path / "weights.pt").write_bytes(b"no weights")
+    damaged = shutil.copytree(tiny_checkpoint, tmp_path / "damaged") / "model.safetensors"
+    damaged.write_bytes(b"no weights")
     for arguments, message in [
         (["cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
-        ([str(tmp_path / "empty")], f"{tmp_path / 'empty'} is no checkpoint folder: config.json is missing"),
+        (["cogview-base"], "cogview-base is known, but not on this machine: cogview download cogview-base, or, "),
+        ([f"{tmp_path}/empty"], f"{tmp_path}/empty is no checkpoint folder: config.json is missing"),
+        ([f"{tmp_path}/狐狸.txt"], f"{tmp_path}/狐狸.txt is no model: expected a name, a checkpoint folder, or a "),
+        ([f"{tmp_path}/text.model"], f"{tmp_path}/text.model: 42 bytes that are no SentencePiece model"),
+        ([f"{tmp_path}/weights.pt"], f"{tmp_path}/weights.pt is no PyTorch file, or is cut short or damaged"),
+        ([str(damaged.parent)], f"{damaged} is damaged: "),
         ([str(folder), "--things"], f"{folder} has no things.json: "),
         (["--things"], "--things needs a model: cogview info MODEL --things"),
+        (["--hashes"], "--hashes needs a model: cogview info MODEL --hashes"),
+        (["cogview-released", "--hashes"], "cogview-released stands for several models: name one of cogview-base, "),
     ]:
         assert main(["info", *arguments]) == 2
         err = capsys.readouterr().err

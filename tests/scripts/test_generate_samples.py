@@ -64,6 +64,22 @@ def test_the_models_own_image_tokenizer_needs_no_note(samples, tiny_checkpoint):
     assert "ignored" not in err
 
 
+def test_weights_of_the_release_have_to_be_converted_first(samples, tmp_path):
+    """As the release was started: its folder behind --load, and its image tokenizer, of which no other word is said."""
+    folder = tmp_path / "pretrained" / "cogview-base"
+    folder.mkdir(parents=True)
+    (folder / "latest_checkpointed_iteration.txt").write_text("142000")
+    status, files, err = samples(
+        *("--input-source", "input.txt", "--load", str(folder)),
+        *("--img-tokenizer-path", "pretrained/vqvae/vqvae_hard_biggerset_011.pt"),
+    )
+    assert (status, files) == (2, [])
+    assert err == (
+        f"generate_samples.py: {folder} is a released checkpoint, which has to be converted once: cogview convert "
+        f"{folder} --image-tokenizer vqvae_hard_biggerset_011.pt --text-model cog-pretrain.model\n"
+    )
+
+
 def test_ids_name_folders(samples):
     lines = [f"0017\t{FOX}", f"../up\t{DOG}", f"0017\t{FOX}", "no id here"]
     Path("input.txt").write_text("\n".join(lines), encoding="utf-8")

@@ -1,0 +1,164 @@
+"""``cogview convert``: released files to a folder and back."""
+
+import shutil
+import tarfile
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cogview.checkpoints.folder import read_config
+from cogview.checkpoints.registry import find_checkpoint, find_parts
+from cogview.cli.main import main
+
+VOCABULARY_NOTE = "note: 16 image codes and 77 text pieces, not the released 8192 and 50000: right only if the weights learnt with them"
+
+
+@pytest.fixture
+def files(small_release, tmp_path):
+    """The small model's files in ``tmp_path``."""
+    return small_release.write(tmp_path, half=True)
+
+
+@pytest.fixture
+def run(files, tmp_path, monkeypatch, capsys):
+    """A function that runs the command in ``tmp_path``: (status, lines printed, lines on stderr).
+
+    Tokenizers are added unless ``whole`` says that the arguments are all there are.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
+    tokenizers = ["--image-tokenizer", str(files["image_tokenizer"]), "--text-model", str(files["text_model"])]
+
+    def run(*arguments, whole=False):
+        status = main(["convert", *arguments, *([] if whole else tokenizers)])
+        printed = capsys.readouterr()
+        return status, printed.out.splitlines(), printed.err.splitlines()
+
+    return run
+
+
+def test_a_released_checkpoint(run, tmp_path):
+    status, out, err = run("transformer", "-o", "ours", "--heads", "4", "--verify")
+    assert (status, out) == (0, ["ours"])
+    assert err == [
+        "note: neither the weights nor the name transformer tell what they were trained for: all tasks are allowed; "
+        "--tasks says otherwise",
+        VOCABULARY_NOTE,
+        "2 layers, width 64, 4 heads, 178,496 parameters; tasks: generate, caption, upscale, low_level",
+        "verified: every tensor is what it was converted to",
+    ]
+    assert read_config(tmp_path / "ours").transformer.num_heads == 4
+
+
+def test_there_and_back(run, files, tmp_path):
+    run("transformer", "-o", "ours", "--heads", "4", "--tasks", "generate,caption")
+    assert run("ours", "--to", "released", "--shards", "2", "-o", "back", "--verify", whole=True)[:2] == (0, ["back"])
+    image, text = "back/vqvae_hard_biggerset_011.pt", "back/cog-pretrain.model"
+    again = ("back", "--image-tokenizer", image, "--text-model", text, "--tasks", "generate,caption", "-o", "again")
+    assert run(*again, "--heads", "4", whole=True)[:2] == (0, ["again"])
+    for name in ("config.json", "model.safetensors", "text.model", "image/model.safetensors"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    assert read_config(tmp_path / "ours").tasks == ("generate", "caption")
+
+
+def test_another_dtype(run, tmp_path):
+    run("transformer", "-o", "ours", "--tasks", "generate")
+    status, out, err = run("ours", "--dtype", "int8", "-o", "int8", whole=True)
+    assert (status, out, err) == (0, ["int8"], [])
+    status, out, err = run("transformer", "--dtype", "int8", "--tasks", "generate", "-o", "at once")
+    assert (status, out) == (0, ["at once"])
+    assert err == [
+        VOCABULARY_NOTE,
+        "2 layers, width 64, 1 heads of 64 (--heads says otherwise), 178,496 parameters; tasks: generate",
+    ]
+    weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("int8", "at once"))
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_published_name_goes_where_it_is_found(run, files, tmp_path):
+    """And its name says what it was trained for."""
+    with tarfile.open(tmp_path / "cogview-base.tar", "w") as archive:
+        archive.add(files["source"], arcname="cogview-base")
+    shutil.copytree(files["source"], tmp_path / "unpacked" / "cogview-sr")
+    for source, name, tasks in (
+        ("cogview-base.tar", "cogview-base", ("generate",)),
+        ("unpacked/cogview-sr", "cogview-sr", ("upscale", "low_level")),
+    ):
+        status, out, err = run(source)
+        assert (status, out) == (0, [str(tmp_path / "home" / "models" / name)])
+        assert err[0] == VOCABULARY_NOTE
+        assert len(err) == 2
+        assert find_checkpoint(name) == tmp_path / "home" / "models" / name
+        assert read_config(find_checkpoint(name)).tasks == tasks
+    assert list(find_parts("cogview-released")) == ["generate", "upscale", "low_level"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none", "-o", "x"], "there is nothing at none: expected a released checkpoint or a checkpoint folder"),
+        (
+            ["transformer", "-o", "x", "--dtype", "float8"],
+            "dtype 'float8' is unknown; known: float32, bfloat16, float16, int8, int4",
+        ),
+        (["transformer"], "say where the result goes, for transformer is no published name: -o FOLDER"),
+        (["transformer", "-o", "vqvae.pt"], "vqvae.pt is there already: remove it, or choose another folder with -o"),
+        (["transformer", "-o", "x", "--heads", "5"], "transformer: width 64 does not divide into 5 heads"),
+        (["transformer", "-o", "x", "--tasks", "paint"], "transformer: task 'paint' is unknown; known: generate, "),
+        (
+            ["transformer", "-o", "x", "--to", "released"],
+            "--to released writes a checkpoint folder in the released layout, and transformer is none",
+        ),
+    ],
+)
+def test_mistakes_with_a_released_checkpoint(run, tmp_path, arguments, message):
+    before = sorted(tmp_path.iterdir())
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, [])
+    notes = [line for line in err if line.startswith("note: ")]
+    assert len(err) == 1 + len(notes)
+    assert err[-1].startswith(f"cogview convert: {message}")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [(["--text-model", "text.model"], "--image-tokenizer"), (["--image-tokenizer", "vqvae.pt"], "--text-model")],
+)
+def test_tokenizers_are_needed(run, arguments, option):
+    assert run("transformer", "-o", "x", *arguments, whole=True) == (
+        2,
+        [],
+        [f"cogview convert: a released checkpoint has no tokenizers of its own: give {option} FILE"],
+    )
+
+
+def test_mistakes_with_a_folder(run, tiny_checkpoint, tmp_path):
+    folder = str(tiny_checkpoint)
+    for arguments, message in [
+        (["-o", "x"], f"{folder} is a checkpoint folder already: give --dtype or --to released"),
+        (["--dtype", "int8"], f"say where the result goes, for {tiny_checkpoint.name} is no published name: -o FOLDER"),
+        (
+            ["--to", "released", "--dtype", "float16", "-o", "x"],
+            "--to released keeps the dtype of the folder: convert it with --dtype first",
+        ),
+        (["--to", "released", "--shards", "3", "-o", "x"], "2 heads do not divide into 3 shards"),
+        (
+            ["--to", "released", "-o", "x"],
+            f"{folder} cannot be written in the released layout: the released code has no ",
+        ),
+    ]:
+        status, out, err = run(folder, *arguments, whole=True)
+        assert (status, out, len(err)) == (2, [], 1)
+        assert err[0].startswith(f"cogview convert: {message}")
+        assert not (tmp_path / "x").exists()
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["convert", "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert [option for option in ("--image-tokenizer", "--to", "--verify", "--shards") if option not in out] == []
