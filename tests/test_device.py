@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from cogview import device as module
 from cogview.device import choose_placement, training_dtype
 from cogview.errors import InputError
+from cogview.pipeline import CogView
 
 
 @pytest.fixture
@@ -96,8 +98,87 @@ def test_card_that_is_not_there(cards):
 
 @pytest.mark.usefixtures("no_gpu")
 def test_unknown_dtype():
-    with pytest.raises(InputError, match="dtype 'fp16' is unknown; known: auto, float32, bfloat16, float16"):
+    with pytest.raises(InputError) as caught:
         choose_placement("cpu", "fp16")
+    assert str(caught.value) == ("dtype 'fp16' is unknown; known: auto, float32, bfloat16, float16, int8, int4")
+
+
+# --- few bits -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("few_bits", ["int8", "int4"])
+def test_few_bits_on_a_cpu(few_bits):
+    asked, stored = choose_placement("cpu", few_bits), choose_placement("cpu", stored=few_bits)
+    assert (asked.few_bits, asked.dtype) == (stored.few_bits, stored.dtype) == (few_bits, torch.bfloat16)
+    assert str(asked) == f"cpu, {few_bits} with bfloat16 (as asked)"
+    assert str(stored) == f"cpu, {few_bits} with bfloat16 (as stored)"
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
+@pytest.mark.parametrize("few_bits", ["int8", "int4"])
+def test_few_bits_compute_in_what_the_card_has(cards, capability, dtype, few_bits):
+    cards(*capability)
+    for placement in (choose_placement("cuda:1", few_bits), choose_placement("cuda:1", stored=few_bits)):
+        assert (placement.device, placement.few_bits) == (torch.device("cuda:1"), few_bits)
+        assert placement.dtype == dtype
+    assert choose_placement("cpu", few_bits).dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("apple")
+def test_few_bits_on_an_apple_gpu():
+    assert choose_placement("mps", "int4").dtype == choose_placement(stored="int8").dtype == torch.float16
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_stored_in_few_bits_and_asked_for_in_another_dtype(dtype):
+    placement = choose_placement("cpu", dtype, stored="int8")
+    assert (placement.dtype, placement.few_bits) == (getattr(torch, dtype), None)
+    assert str(placement) == f"cpu, {dtype} (as asked)"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_stored_in_one_and_asked_for_in_the_other():
+    """Whether that can be had is for the weights to say."""
+    assert choose_placement("cpu", "int4", stored="int8").few_bits == "int4"
+
+
+# --- how much memory there is -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.parametrize(
+    ("num_parameters", "told"),
+    [
+        (0, "cpu, float32 (no GPU is used)"),
+        (10**9, "cpu, float32 (no GPU is used)"),  # half of it, not more
+        (10**9 + 1, "cpu, bfloat16 (float32 would take 4.0 GB of the 8.0 GB there are)"),
+        (4 * 10**9, "cpu, bfloat16 (float32 would take 16.0 GB of the 8.0 GB there are)"),
+    ],
+)
+def test_a_cpu_with_little_memory_takes_bfloat16(monkeypatch, num_parameters, told):
+    monkeypatch.setattr(module, "available_memory", lambda device: 8 * 10**9)
+    assert str(choose_placement(num_parameters=num_parameters)) == told
+    assert choose_placement("cpu", "float32", num_parameters=num_parameters).dtype == torch.float32
+    assert choose_placement(stored="int8", num_parameters=num_parameters).few_bits == "int8"
+
+
+def test_memory_of_a_card_is_not_asked_for(cards, monkeypatch):
+    cards(8, 0)
+    monkeypatch.setattr(module, "available_memory", lambda device: 0)
+    assert choose_placement("cuda", num_parameters=10**12).reason == "the card has bfloat16"
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_a_model_of_which_little_fits_says_so(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr(module, "available_memory", lambda device: 10**6)
+    model = CogView.from_pretrained(tiny_checkpoint)
+    assert model.placement.reason == "float32 would take 0.0 GB of the 0.0 GB there are"
+    assert model.transformer.embedding.weight.dtype == torch.bfloat16
+
+
+# --- training -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), None), ((8, 0), torch.bfloat16)])

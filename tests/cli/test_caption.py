@@ -191,7 +191,7 @@ def test_an_interruption_keeps_the_lines_printed_and_the_file_of_yesterday(capti
         ),
         (["--method", "sample", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
-        (["--dtype", "int8"], "dtype 'int8' is unknown; known: "),
+        (["--dtype", "int7"], "dtype 'int7' is unknown; known: "),
         (["-o", "folder"], "the output folder is a folder; expected the name of a file"),
         (["-o", "a.png"], "the lines would replace a.png, which is named like a picture; choose another name"),
         (["-o", "a.png/captions.jsonl"], "the output folder a.png cannot be written: "),

@@ -162,7 +162,7 @@ def test_ranks_and_order_of_planted_scores():
         (["--prompt", FOX, "*.jpg"], 'the pattern "*.jpg" matches no file'),
         (["--prompt", FOX, "a.png", "--batch-size", "0"], "the batch size must be at least 1, got 0"),
         (["--prompt", FOX, "a.png", "--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
-        (["--prompt", FOX, "a.png", "--dtype", "int8"], "dtype 'int8' is unknown; known: "),
+        (["--prompt", FOX, "a.png", "--dtype", "int7"], "dtype 'int7' is unknown; known: "),
     ],
 )
 def test_mistakes_are_one_line(rerank, save_image, no_image_is_read, arguments, message):

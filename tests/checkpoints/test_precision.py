@@ -1,0 +1,246 @@
+"""Weights on their way from a file into a model: in which numbers, where in memory, and one at a time."""
+
+import re
+import weakref
+
+import pytest
+import torch
+
+from cogview.checkpoints.precision import Memory, Precision, cast, convert, converted_specs, stored_few_bits
+from cogview.checkpoints.weights import Spec
+from cogview.errors import InputError
+from cogview.quantized import restore_weight, round_weight
+
+PROJECTION = "layers.0.mlp.input.weight"
+FEW = ("int8", "int4")
+
+
+class Tensors:
+    """Weights that can be read, each time as a new tensor; knows which were kept, and how many are still there."""
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+        self.specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self.kept = []
+        self.most = 0
+        self._read = weakref.WeakSet()
+
+    def read(self, name, *, keep=False):
+        tensor = self.tensors[name].clone()
+        self._read.add(tensor)
+        self.most = max(self.most, len(self._read))
+        if keep:
+            self.kept.append(name)
+        return tensor
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(dtype=torch.float32):
+    """A projection, and what is not rounded: its bias, a norm, and an embedding."""
+    return {
+        "embedding.weight": random(40, 64).to(dtype),
+        PROJECTION: random(48, 64, seed=1).to(dtype),
+        "layers.0.mlp.input.bias": random(48, seed=2).to(dtype),
+        "layers.0.mlp_norm.weight": random(64, seed=3).to(dtype),
+        "layers.0.mlp.input.other.weight": random(3, 64, seed=4).to(dtype),
+    }
+
+
+def stored(few_bits):
+    tensors = plain(torch.float16)
+    return tensors | round_weight(PROJECTION, tensors[PROJECTION], few_bits)
+
+
+def converted(tensors, precision, **settings):
+    """What comes out, which is what was announced."""
+    weights = Tensors(tensors)
+    specs = converted_specs(weights, precision)
+    result = dict(convert(weights, precision, **settings))
+    assert {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in result.items()} == specs
+    return result
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+@pytest.fixture(params=[False, True], ids=["anywhere", "memory"])
+def memory(request):
+    """None, or memory for what is converted."""
+    return Memory() if request.param else None
+
+
+@pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_are_rounded_once(source, dtype, memory):
+    tensors = plain(source)
+    found = converted(tensors, Precision(dtype), memory=memory)
+    assert_same(found, {name: tensor.to(dtype or source) for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("few_bits", FEW)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_projections_alone_are_rounded(few_bits, dtype, memory):
+    tensors = plain()
+    others = {name: tensor.to(dtype or torch.float32) for name, tensor in tensors.items() if name != PROJECTION}
+    found = converted(tensors, Precision(dtype, few_bits), memory=memory)
+    assert_same(found, others | round_weight(PROJECTION, tensors[PROJECTION], few_bits))
+
+
+@pytest.mark.parametrize("few_bits", FEW)
+def test_stored_in_few_bits_they_stay_so(few_bits, memory):
+    tensors = stored(few_bits)
+    assert stored_few_bits(Tensors(tensors).specs) == few_bits
+    assert_same(converted(tensors, Precision(None, few_bits), memory=memory), tensors)
+    floats = ("embedding.weight", "layers.0.mlp.input.bias", "layers.0.mlp_norm.weight")
+    wide = {name: tensor.float() if name in floats else tensor for name, tensor in tensors.items()}
+    wide["layers.0.mlp.input.other.weight"] = tensors["layers.0.mlp.input.other.weight"].float()
+    assert_same(converted(tensors, Precision(torch.float32, few_bits), memory=memory), wide)
+
+
+@pytest.mark.parametrize("few_bits", FEW)
+@pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
+def test_stored_in_few_bits_they_can_be_restored(few_bits, dtype, memory):
+    tensors = stored(few_bits)
+    scale = tensors[next(name for name in tensors if "scale" in name)]
+    restored = restore_weight(tensors[PROJECTION], scale, few_bits)
+    expected = {name: tensor.to(dtype or torch.float16) for name, tensor in plain(torch.float16).items()}
+    expected[PROJECTION] = restored.to(dtype or torch.float32)
+    assert_same(converted(tensors, Precision(dtype), memory=memory), expected)
+    error = (expected[PROJECTION].float() - plain()[PROJECTION]).abs().max()
+    assert 0 < error < (0.03 if few_bits == "int8" else 0.3)
+
+
+@pytest.mark.parametrize(("held", "asked"), [FEW, FEW[::-1]])
+def test_few_bits_cannot_become_others(held, asked):
+    with pytest.raises(InputError) as caught:
+        converted_specs(Tensors(stored(held)), Precision(torch.bfloat16, asked))
+    assert str(caught.value) == f"the weights are stored as {held}, which cannot be turned into {asked}"
+
+
+@pytest.mark.parametrize(("few_bits", "name"), [("int8", "scale"), ("int4", "scale_zero")])
+def test_a_scale_that_is_missing(few_bits, name):
+    tensors = stored(few_bits)
+    del tensors[PROJECTION.replace("weight", name)]
+    for precision in (Precision(torch.float32), Precision(torch.bfloat16, few_bits)):
+        with pytest.raises(InputError, match=rf"^layers\.0\.mlp\.input\.{name} is missing$"):
+            converted_specs(Tensors(tensors), precision)
+
+
+def test_widths_that_int4_cannot_group():
+    with pytest.raises(InputError) as caught:
+        converted_specs(Tensors({PROJECTION: random(8, 40)}), Precision(None, "int4"))
+    assert str(caught.value) == (
+        f"{PROJECTION} cannot be held in int4: int4 needs layers whose inputs are a multiple of 32, got 40"
+    )
+
+
+def test_what_needs_no_conversion_may_stay_in_the_file():
+    weights = Tensors(plain() | {"layers.0.mlp_norm.weight": random(64).half()})
+    dict(convert(weights, Precision(torch.float32), keep=True))
+    assert set(weights.kept) == {*weights.specs} - {"layers.0.mlp_norm.weight"}
+    weights = Tensors(stored("int8"))
+    dict(convert(weights, Precision(torch.float16, "int8"), keep=True))
+    assert set(weights.kept) == {*weights.specs}
+
+
+def test_names_of_precisions():
+    assert [str(precision) for precision in (Precision(torch.float16), Precision(torch.bfloat16, "int8"))] == [
+        "float16",
+        "int8",
+    ]
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(Memory, "BLOCK", 1 << 12)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_tensors_do_not_overlap():
+    generator, memory, placed = torch.Generator().manual_seed(0), Memory(), []
+    shapes = [(), (0,), (1,), (7, 3), (64,), (65,), (300, 1), (2, 0, 3), (2000,), (1,)]
+    for dtype in (torch.int8, torch.float32, torch.bfloat16, torch.int64, torch.uint8):
+        for shape in shapes:
+            original = torch.randint(0, 100, shape, generator=generator).to(dtype)
+            placed.append((memory.place(original), original))
+    for tensor, original in placed:
+        assert tensor.dtype == original.dtype
+        assert tensor.is_contiguous()
+        assert torch.equal(tensor, original)
+        assert tensor.numel() == 0 or tensor.data_ptr() % 64 == 0
+
+
+def test_many_small_tensors_share_a_block(small_blocks):
+    memory = Memory()
+    first, *others = [memory.room(Spec(torch.bfloat16, (33,))) for _ in range(4096 // 128)]
+    assert {tensor.untyped_storage().data_ptr() for tensor in others} == {first.untyped_storage().data_ptr()}
+    assert memory.room(Spec(torch.bfloat16, (1,))).untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+
+
+def test_a_large_tensor_has_memory_of_its_own(small_blocks):
+    memory = Memory()
+    small = [memory.room(Spec(torch.int8, (64,)))]
+    large = memory.room(Spec(torch.int8, (1025,)))
+    small.append(memory.room(Spec(torch.int8, (64,))))
+    assert large.untyped_storage().nbytes() == 1025
+    assert small[1].data_ptr() == small[0].data_ptr() + 64
+
+
+@pytest.mark.parametrize(
+    ("tensors", "precision"),
+    [
+        (plain(), Precision(torch.bfloat16)),
+        (plain(torch.float16), Precision(torch.bfloat16)),
+        (plain(), Precision(torch.bfloat16, "int8")),
+        (plain(), Precision(torch.bfloat16, "int4")),
+        (stored("int8"), Precision(torch.bfloat16)),
+    ],
+)
+def test_what_is_converted_goes_into_one_block(tensors, precision):
+    result = converted(tensors, precision, memory=Memory())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in result.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "precision"),
+    [
+        (plain, Precision(torch.bfloat16)),
+        (plain, Precision(torch.bfloat16, "int8")),
+        (plain, Precision(torch.bfloat16, "int4")),
+        (plain, Precision(torch.float32)),
+        (lambda: stored("int8"), Precision(torch.float32)),
+        (lambda: stored("int4"), Precision(torch.bfloat16)),
+        (lambda: stored("int8"), Precision(torch.bfloat16, "int8")),
+    ],
+)
+def test_few_tensors_of_the_file_are_there_at_once(make, precision):
+    """A weight and its scale, and the one before them: a second copy of a large model would not fit."""
+    tensors = make()
+    names = [name.replace("layers.0", f"layers.{number}") for number in range(20) for name in tensors]
+    weights = Tensors({name: tensors[re.sub(r"\d+", "0", name)] for name in names})
+    for _ in convert(weights, precision, memory=Memory()):
+        pass
+    assert 0 < weights.most <= 4
+
+
+@pytest.mark.parametrize("size", [0, 3, (1 << 18) + 5])
+@pytest.mark.parametrize(("source", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_between_halves_is_rounded_as_ever(size, source, dtype):
+    numbers = (random(size) * torch.logspace(-6, 4, size)).to(getattr(torch, source))
+    expected = numbers.to(getattr(torch, dtype))
+    assert torch.equal(cast(numbers, getattr(torch, dtype)), expected)
+    room = torch.empty_like(expected)
+    assert cast(numbers, getattr(torch, dtype), room) is room
+    assert torch.equal(room, expected)
+    if size > 2:  # rows that do not lie together
+        assert torch.equal(cast(numbers[::2], getattr(torch, dtype)), expected[::2])
