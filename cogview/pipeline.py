@@ -16,7 +16,7 @@ from PIL import Image
 from cogview.bundle import Bundle
 from cogview.checkpoints.folder import Model, ModelConfig, check_folder, load_model
 from cogview.checkpoints.precision import stored_few_bits
-from cogview.checkpoints.registry import find_checkpoint, find_parts
+from cogview.checkpoints.registry import find_checkpoint, find_parts, known_models
 from cogview.checkpoints.weights import WeightsFile
 from cogview.device import Placement, choose_placement
 from cogview.engine import Filled, Job, fill, score, search
@@ -175,8 +175,13 @@ class CogView:
         return sampling
 
     def require_task(self, task: str) -> None:
-        """InputError unless the weights were trained for ``task``: "generate", "caption" or "upscale"."""
+        """InputError unless the weights were trained for ``task``: "generate", "caption", "upscale" or "low_level"."""
         if task not in self.model.config.tasks:
+            if self.bundle is not None and (part := known_models()[self.name].parts.get(task)):
+                raise InputError(
+                    f"the task {task!r} of {self.name} needs {part}, which is not on this machine: "
+                    f"cogview download {part}"
+                )
             known = ", ".join(self.model.config.tasks)
             raise InputError(f"{self.name} was not trained for the task {task!r}; its tasks are: {known}")
 

@@ -85,14 +85,10 @@ def is_rounded(name: str) -> bool:
     return name.endswith(tuple(f"{projection}.weight" for projection in _PROJECTIONS))
 
 
-def round_weight(name: str, weight_NK: Tensor, few_bits: FewBits) -> dict[str, Tensor]:
-    """The tensors that stand for the weight ``name``, by their names."""
-    prefix = name.removesuffix("weight")
-    if few_bits == "int8":
-        quantized_NK, scale_N = quantize_int8(weight_NK)
-        return {name: quantized_NK, f"{prefix}scale": scale_N}
-    packed, scale_zero_GN2 = quantize_int4(weight_NK)
-    return {name: packed, f"{prefix}scale_zero": scale_zero_GN2}
+def round_weight(name: str, weight_NK: Tensor, few_bits: FewBits, rounded: Tensor | None = None) -> dict[str, Tensor]:
+    """The two tensors that stand for the weight ``name``, by their names; the first is ``rounded`` if it is given."""
+    quantize = quantize_int8 if few_bits == "int8" else quantize_int4
+    return dict(zip(parts_of(name, few_bits), quantize(weight_NK, rounded), strict=True))
 
 
 def parts_of(name: str, few_bits: FewBits) -> tuple[str, str]:

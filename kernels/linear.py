@@ -26,18 +26,20 @@ MANY_ROWS_INT8 = 40
 MANY_ROWS_HALF = 4
 
 
-def quantize_int8(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8(weight_NK: Tensor, quantized_NK: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """int8 (N, K) and bfloat16 (N,): ``weight`` is about the one times the other, off by half a step at most.
 
-    The scale is rounded before the weights are, so that its own rounding does not add to theirs.
+    The scale is rounded before the weights are, so that its own rounding does not add to theirs. ``quantized_NK`` is
+    written to if it is given.
     """
-    quantized_NK = torch.empty_like(weight_NK, dtype=torch.int8)
+    if quantized_NK is None:
+        quantized_NK = torch.empty_like(weight_NK, dtype=torch.int8)
     scales = []
     for rows, result in zip(weight_NK.split(BLOCK), quantized_NK.split(BLOCK), strict=True):
-        rows = rows.float()
-        scale = (rows.abs().amax(dim=1) / 127).bfloat16()
-        steps = rows / scale.float().masked_fill(scale == 0, 1.0).unsqueeze(1)
-        result.copy_(steps.round_().clamp_(-127, 127))
+        rows = rows.to(torch.float32, copy=True)  # ours to write to
+        scale = (torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)) / 127).bfloat16()
+        rows.div_(scale.float().masked_fill(scale == 0, 1.0).unsqueeze(1))
+        result.copy_(rows.round_().clamp_(-127, 127))
         scales.append(scale)
     return quantized_NK, torch.cat(scales)
 
@@ -55,23 +57,26 @@ def group_of(num_inputs: int) -> int:
     raise ValueError(f"int4 needs layers whose inputs are a multiple of 32, got {num_inputs}")
 
 
-def quantize_int4(weight_NK: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int4(weight_NK: Tensor, packed: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """uint8 (N, K / 2), two weights to a byte, the first in its low half; and bfloat16 (K / G, N, 2), scale and zero.
 
     A weight is about (q - 8) * scale + zero of its group, q from 0 to 15: the range of each group is met exactly.
+    ``packed`` is written to if it is given.
     """
     group = group_of(weight_NK.shape[1])
-    packed, scales, zeros = [], [], []
-    for rows in weight_NK.split(BLOCK):
-        groups = rows.float().unflatten(1, (-1, group))
+    if packed is None:
+        packed = weight_NK.new_empty((len(weight_NK), weight_NK.shape[1] // 2), dtype=torch.uint8)
+    scales, zeros = [], []
+    for rows, result in zip(weight_NK.split(BLOCK), packed.split(BLOCK), strict=True):
+        groups = rows.to(torch.float32, copy=True).unflatten(1, (-1, group))  # ours to write to
         low, high = groups.amin(dim=2), groups.amax(dim=2)  # aminmax takes four times as long
         scale = ((high - low) / 15).bfloat16()
         zero = (low + 8 * scale.float()).bfloat16()
-        steps = (groups - zero.float().unsqueeze(2)) / scale.float().masked_fill(scale == 0, 1.0).unsqueeze(2)
-        packed.append(pack_int4(steps.round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)))
+        groups.sub_(zero.float().unsqueeze(2)).div_(scale.float().masked_fill(scale == 0, 1.0).unsqueeze(2))
+        result.copy_(pack_int4(groups.round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)))
         scales.append(scale)
         zeros.append(zero)
-    return torch.cat(packed), torch.stack([torch.cat(scales).T, torch.cat(zeros).T], dim=2).contiguous()
+    return packed, torch.stack([torch.cat(scales).T, torch.cat(zeros).T], dim=2).contiguous()
 
 
 def pack_int4(steps_NK: Tensor) -> Tensor:
@@ -121,9 +126,10 @@ def linear_int8(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor
 def order_int4_for_cpu(packed: Tensor) -> Tensor:
     """The bytes of (N, K / 2) in the order that this processor's kernel wants; it is another on other processors."""
     # The kernel's order is one within 64 rows; so many at a time keep the int32 that it wants small.
-    return torch.cat(
-        [torch._convert_weight_to_int4pack_for_cpu(unpack_int4(rows).int(), 1) for rows in packed.split(4 * BLOCK)]
-    )
+    result = torch.empty_like(packed)
+    for rows, part in zip(packed.split(BLOCK), result.split(BLOCK), strict=True):
+        part.copy_(torch._convert_weight_to_int4pack_for_cpu(unpack_int4(rows).int(), 1).view_as(part))
+    return result
 
 
 def linear_int4_ordered(x: Tensor, ordered: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ import torch
 from tqdm import tqdm
 
 from cogview.checkpoints.image import codebook_hash, load_image_tokenizer, save_image_tokenizer, write_weights
-from cogview.checkpoints.precision import Memory, Precision, convert, converted_specs, stored_few_bits
+from cogview.checkpoints.precision import Memory, Precision, convert, converted_specs
 from cogview.checkpoints.weights import WeightsFile, difference
 from cogview.config import TransformerConfig
 from cogview.config_files import build, to_plain
 from cogview.errors import InputError
 from cogview.kernels.linear import kernels_run_on, order_int4_for_cpu
-from cogview.quantized import FewBits, Int4Linear, Int8Linear, use_few_bits
+from cogview.quantized import FewBits, Int4Linear, Int8Linear, is_rounded, use_few_bits
 from cogview.sampling import Sampling
 from cogview.tokenizers.layouts import Layout, layouts
 from cogview.tokenizers.text import TextTokenizer
@@ -209,7 +209,7 @@ def load_transformer(
     config = check_folder(folder)
     path = folder / "model.safetensors"
     file = WeightsFile(path)
-    precision, stored = Precision(dtype, few_bits), stored_few_bits(file.specs)
+    precision = Precision(dtype, few_bits)
     try:
         specs = converted_specs(file, precision)
     except InputError as error:
@@ -226,7 +226,7 @@ def load_transformer(
     ordering = few_bits == "int4" and kernels_run_on(device)
     memory = Memory() if on_cpu else None
     bar = tqdm(
-        convert(file, precision, keep=on_cpu, memory=memory),
+        convert(file, precision, device=device, keep=on_cpu and not ordering, memory=memory),
         total=len(specs),
         desc=f"loading {folder.name}",
         unit="tensor",
@@ -235,14 +235,7 @@ def load_transformer(
     )
     weights = {}
     for name, tensor in bar:
-        if ordering and tensor.dtype == torch.uint8:
-            assert memory is not None
-            tensor = (
-                memory.place(order_int4_for_cpu(tensor))
-                if stored == "int4"
-                else tensor.copy_(order_int4_for_cpu(tensor))
-            )
-        weights[name] = tensor.to(device)
+        weights[name] = tensor.copy_(order_int4_for_cpu(tensor)) if ordering and is_rounded(name) else tensor
     transformer.load_state_dict(weights, strict=True, assign=True)
     for module in transformer.modules():
         if isinstance(module, Int4Linear):

@@ -73,32 +73,45 @@ def converted_specs(weights: Weights, precision: Precision) -> dict[str, Spec]:
 
 
 def convert(
-    weights: Weights, precision: Precision, *, keep: bool = False, memory: Memory | None = None
+    weights: Weights,
+    precision: Precision,
+    *,
+    device: torch.device | str = "cpu",
+    keep: bool = False,
+    memory: Memory | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors as ``precision`` holds them, reading one at a time.
+    """All tensors as ``precision`` holds them, on ``device``, reading one at a time.
 
     With ``keep``, those that need no conversion may stay in their file, mapped into memory. The others are put into
     ``memory``, if there is some.
     """
     stored = stored_few_bits(weights.specs)
     place = memory.place if memory is not None else lambda tensor: tensor
+
+    def read(name: str) -> Tensor:
+        return weights.read(name).to(device)
+
     for name, sources in _plan(weights, precision):
         spec = weights.specs[name]
         if len(sources) == 2 and precision.few_bits is None:
             assert stored is not None
-            weight, scale = (weights.read(source) for source in sources)
-            restored = restore_weight(weight, scale, stored)
+            restored = restore_weight(read(sources[0]), read(sources[1]), stored)
             yield name, place(restored.to(precision.dtype or torch.float32))
         elif len(sources) == 2 or (precision.dtype in (None, spec.dtype) and not _to_round(name, precision)):
-            yield from ((source, weights.read(source, keep=keep)) for source in sources)
+            yield from ((part, weights.read(part, keep=True) if keep else place(read(part))) for part in sources)
         elif _to_round(name, precision):
             assert precision.few_bits is not None
-            rounded = round_weight(name, weights.read(name), precision.few_bits)
-            yield from ((part, place(tensor)) for part, tensor in rounded.items())
+            room = None
+            if memory is not None:
+                inputs = spec.shape[1] // (2 if precision.few_bits == "int4" else 1)
+                dtype = torch.int8 if precision.few_bits == "int8" else torch.uint8
+                room = memory.room(Spec(dtype, (spec.shape[0], inputs)))
+            for part, tensor in round_weight(name, read(name), precision.few_bits, room).items():
+                yield part, tensor if part == name else place(tensor)
         else:
             assert precision.dtype is not None
             target = None if memory is None else memory.room(Spec(precision.dtype, spec.shape))
-            yield name, cast(weights.read(name), precision.dtype, target)
+            yield name, cast(read(name), precision.dtype, target)
 
 
 class Memory:
@@ -136,7 +149,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, result: Tensor | None = None) -> Te
     From float16 to bfloat16 by way of float32, which takes a CPU half the time.
     """
     result = torch.empty_like(tensor, dtype=dtype) if result is None else result
-    if {tensor.dtype, dtype} != {torch.float16, torch.bfloat16}:
+    if {tensor.dtype, dtype} != {torch.float16, torch.bfloat16} or tensor.device.type != "cpu":
         return result.copy_(tensor)
     wide = torch.empty(min(tensor.numel(), 1 << 18))
     for part, target in zip(tensor.reshape(-1).split(1 << 18), result.view(-1).split(1 << 18), strict=True):

@@ -11,8 +11,10 @@ import math
 import os
 import struct
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from types import TracebackType
 
 import torch
@@ -85,10 +87,17 @@ class WeightsFile:
             return file.get_tensor(name)
 
     def fetch(self) -> None:
-        """Have the system read ahead, where it can be asked to."""
-        if hasattr(os, "posix_fadvise"):
-            with self.path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+        """Read the file in the background, so that it is in the system's cache when its pages are touched.
+
+        Touching them one by one has the disk wait for us in between; asking the system to read ahead helps less.
+        """
+        Thread(target=self._fetch, daemon=True).start()
+
+    def _fetch(self) -> None:
+        block = bytearray(1 << 24)
+        with suppress(OSError), self.path.open("rb", buffering=0) as file:
+            while file.readinto(block):
+                pass
 
     def _open(self) -> safe_open:
         try:

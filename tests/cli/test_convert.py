@@ -11,7 +11,10 @@ from cogview.checkpoints.folder import read_config
 from cogview.checkpoints.registry import find_checkpoint, find_parts
 from cogview.cli.main import main
 
-VOCABULARY_NOTE = "note: 16 image codes and 77 text pieces, not the released 8192 and 50000: right only if the weights learnt with them"
+VOCABULARY_NOTE = (
+    "note: 16 image codes and 77 text pieces, not the released 8192 and 50000: right only if the weights learnt with "
+    "them"
+)
 
 
 @pytest.fixture
