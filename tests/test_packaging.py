@@ -111,7 +111,10 @@ def test_imports_are_found_wherever_they_stand():
 
 # A device is chosen in cogview/device.py, and files from elsewhere never run code.
 FORBIDDEN = re.compile(
-    r"""\.cuda\( | cuda:\d+(?!\d|GB) | (\.to\(|device=|torch\.device\()["']cuda | pickle\.loads?\( | weights_only=False""",
+    r"""
+    \.cuda\( | cuda:\d+(?!\d|GB) | (\.to\(|device=|torch\.device\()["']cuda
+    | pickle\.loads?\( | weights_only=False
+    """,
     re.VERBOSE,
 )
 
