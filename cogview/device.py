@@ -13,7 +13,7 @@ import torch
 
 from cogview.errors import InputError
 from cogview.kernels.linear import cpu_multiplies_bfloat16
-from cogview.quantized import FEW_BITS, FewBits
+from cogview.quantized import FEW_BITS, FewBits, few_bits_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -43,7 +43,7 @@ def choose_placement(
     ``stored`` in few bits stay so. int8 and int4 compute in a dtype of 16 bits.
     """
     chosen = _choose_device(device)
-    few_bits = stored if dtype == "auto" else next((known for known in FEW_BITS if known == dtype), None)
+    few_bits = stored if dtype == "auto" else few_bits_named(dtype)
     if few_bits is not None:
         half = torch.bfloat16 if chosen.type == "cpu" else _choose_dtype(chosen, 0).dtype
         return Placement(chosen, half, "as stored" if dtype == "auto" else "as asked", few_bits)

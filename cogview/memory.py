@@ -377,8 +377,8 @@ def _rows_to_fill(config: ModelConfig, task: str) -> list[Arranged]:
     if task == "generate":
         return [table[task].arrange(vocabulary, text=text)]
     if task == "caption":
-        space = min(config.max_caption or config.max_text, table[task].longest_text(config.transformer.max_positions))
-        return [table[task].arrange(vocabulary, image=np.zeros(grid**2, dtype=np.int64), max_text=space)]
+        image = np.zeros(grid**2, dtype=np.int64)
+        return [table[task].arrange(vocabulary, image=image, max_text=config.caption_space)]
     small = np.zeros((grid // 2) ** 2, dtype=np.int64)
     if task == "low_level":
         return [table[task].arrange(vocabulary, text=text, small=small)]

@@ -497,9 +497,11 @@ class CogView:
             raise InputError(str(error)) from None
         seed = checked_seed(seed)
         config, layout = self.model.config, self.model.config.layouts["caption"]
-        space = min(config.max_caption or config.max_text, layout.longest_text(config.transformer.max_positions))
         transformer = self._transformer("caption")
-        rows = [layout.arrange(self.vocabulary, image=codes, max_text=space) for codes in self.codes_of(images)]
+        rows = [
+            layout.arrange(self.vocabulary, image=codes, max_text=config.caption_space)
+            for codes in self.codes_of(images)
+        ]
         captions: list[list[Caption]] = []
         for chunk in _chunks(rows, batch_size):
             if method == "beam":

@@ -28,6 +28,11 @@ FEW_BITS: tuple[FewBits, ...] = get_args(FewBits)
 _PROJECTIONS = ("attention.query_key_value", "attention.output", "mlp.input", "mlp.output")
 
 
+def few_bits_named(name: str | None) -> FewBits | None:
+    """int8 or int4 if ``name`` is one of them."""
+    return next((known for known in FEW_BITS if known == name), None)
+
+
 class Int8Linear(nn.Module):
     """x W^T + b with W in int8: ``weight`` (N, K), ``scale`` (N,) bfloat16, ``bias`` (N,)."""
 

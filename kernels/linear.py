@@ -1,10 +1,10 @@
 """Linear layers whose weights are stored in few bits: int8 with a scale per row, int4 with one per group of inputs.
 
 Drawing one picture reads every weight once per token, so the time of a token is the time to read them: half the bytes
-are nearly half the time. Weights are rounded, activations are not. ``linear_int8`` and ``linear_int4`` are what the
-model calls; the readable references are the specification. On a CPU, PyTorch's kernels unpack the weights as they
-multiply; elsewhere, and for int8 where many rows share one reading, the weights are unpacked first, as the reference
-does. The choice is made here; ``COGVIEW_KERNELS=reference`` forces the references.
+are nearly half the time. Weights are rounded, activations are not. The readable references are the specification. On
+a CPU, PyTorch's kernels unpack the weights as they multiply; elsewhere, and for int8 where many rows share one reading,
+the weights are unpacked first, as the reference does. The choice is made here; ``COGVIEW_KERNELS=reference`` forces the
+references. ``linear`` is for weights that are not rounded.
 """
 
 # M rows of the input, K inputs, N outputs, G inputs that share a scale
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GROUP = 64  # inputs that share a scale and a zero in int4; 32 where 64 does not divide them
-DENSE_BLOCK = 1024  # rows unpacked at a time, for the same reason
 BLOCK = 256  # rows rounded at a time: what is made on the way stays in the processor's cache
+DENSE_BLOCK = 1024  # rows unpacked at a time, for the same reason
 # Rows that share one reading of the weights, from which on it pays to unpack them first
 # (scripts/benchmarks/linear_rows.py, on two cores without bfloat16 of their own).
 MANY_ROWS_INT8 = 40
@@ -147,8 +147,7 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
     """
     slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not cpu_multiplies_bfloat16()
     if slow and not x.requires_grad and x.numel() >= MANY_ROWS_HALF * x.shape[-1]:
-        block, dtype = _way(x)
-        return _dense(x, (rows.to(dtype) for rows in weight_NK.split(block)), bias_N)
+        return _dense(x, (rows.float() for rows in weight_NK.split(DENSE_BLOCK)), bias_N)
     return F.linear(x, weight_NK, bias_N)
 
 

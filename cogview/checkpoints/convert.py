@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import filecmp
-import json
 import os
 import re
 import shutil
@@ -16,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cogview.checkpoints.folder import ModelConfig, read_config
-from cogview.checkpoints.image import hash_of_codebook
+from cogview.checkpoints.folder import ModelConfig, read_config, write_json
+from cogview.checkpoints.image import hash_of_codebook, read_image_config
 from cogview.checkpoints.pickles import write_pickle
 from cogview.checkpoints.precision import Precision, Weights, convert, converted_specs, stored_few_bits
+from cogview.checkpoints.registry import RELEASED_FILES
 from cogview.checkpoints.released import (
     ReleasedTransformer,
     read_released_vqvae,
@@ -30,19 +29,17 @@ from cogview.checkpoints.released import (
     write_released_transformer,
 )
 from cogview.checkpoints.weights import Spec, WeightsFile, WeightsWriter
-from cogview.config_files import build, to_plain
+from cogview.config_files import to_plain
 from cogview.errors import InputError
 from cogview.sampling import Sampling
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.vqvae.model import VQVAEConfig
 
 RELEASED_GRID = 32
 RELEASED_CAPTION = 20  # pieces: the released captions have no stop, and the release draws so many
 RELEASED_TASKS = {"base": ("generate",), "caption": ("caption",), "sr": ("upscale", "low_level")}
 ALL_TASKS = ("generate", "caption", "upscale", "low_level")
-RELEASED_VQVAE, RELEASED_TEXT_MODEL = "vqvae_hard_biggerset_011.pt", "cog-pretrain.model"
 
 
 def tasks_by_name(source: Path) -> tuple[str, ...] | None:
@@ -97,12 +94,12 @@ def import_released(
             with WeightsWriter(folder / "image" / "model.safetensors", specs) as writer:
                 for name, tensor in image_weights.items():
                     writer.write(name, tensor)
-            _write_json(folder / "image" / "config.json", to_plain(image_config))
+            write_json(folder / "image" / "config.json", to_plain(image_config))
             (folder / "text.model").write_bytes(text_tokenizer.model_bytes)
             (folder / "README.md").write_text(_card(source, config), encoding="utf-8")
-            _write_json(folder / "config.json", to_plain(config))
+            write_json(folder / "config.json", to_plain(config))
             if verify:
-                _compare(image_weights, load_file(folder / "image" / "model.safetensors"), output / "image")
+                _compare(image_weights, _read_all(folder / "image" / "model.safetensors"), output / "image")
     return config
 
 
@@ -133,24 +130,22 @@ def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool
     for count, what in ((shape.num_heads, "heads"), (shape.vocabulary_size, "word embeddings")):
         if shards < 1 or count % shards:
             raise InputError(f"{count} {what} do not divide into {shards} shards")
-    image_config = build(
-        VQVAEConfig, json.loads((source / "image" / "config.json").read_text()), where=f"{source}/image"
-    )
-    image_weights = load_file(source / "image" / "model.safetensors")
+    image_config = read_image_config(source / "image")
+    image_weights = _read_all(source / "image" / "model.safetensors")
     try:
         image = released_vqvae_tensors(image_config, image_weights)
     except InputError as error:
         raise InputError(f"{source} cannot be written in the released layout: {error}") from None
     with _written(output) as folder:
-        mapped = {name: weights.read(name, keep=True) for name in weights.specs}
+        mapped = _read_all(weights.path)
         write_released_transformer(folder, mapped, shards)
-        write_pickle(image, folder / RELEASED_VQVAE)
-        shutil.copyfile(source / "text.model", folder / RELEASED_TEXT_MODEL)
+        write_pickle(image, folder / RELEASED_FILES["image_tokenizer"])
+        shutil.copyfile(source / "text.model", folder / RELEASED_FILES["text_model"])
         if verify:
             with ReleasedTransformer(folder, config.transformer.num_heads) as transformer:
                 for name in tqdm(weights.specs, desc="verifying", unit="tensor", leave=False, disable=None):
                     _compare({name: mapped[name]}, {name: transformer.read(name)}, output)
-            _compare(image_weights, read_released_vqvae(folder / RELEASED_VQVAE)[1], output)
+            _compare(image_weights, read_released_vqvae(folder / RELEASED_FILES["image_tokenizer"])[1], output)
 
 
 @contextmanager
@@ -210,5 +205,6 @@ def _card(source: Path, config: ModelConfig) -> str:
     )
 
 
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+def _read_all(path: Path) -> dict[str, torch.Tensor]:
+    file = WeightsFile(path)
+    return {name: file.read(name, keep=True) for name in file.specs}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,12 @@ class ModelConfig:
             )
 
     @property
+    def caption_space(self) -> int:
+        """Pieces that a caption has room for."""
+        longest = self.layouts["caption"].longest_text(self.transformer.max_positions)
+        return min(self.max_caption or self.max_text, longest)
+
+    @property
     def layouts(self) -> dict[str, Layout]:
         """The layout table at this model's grid."""
         return layouts(self.grid, caption_stop=self.caption_stop, text_space=self.text_space)
@@ -114,10 +120,10 @@ def save_model(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -
     save_image_tokenizer(folder / "image", model.image_tokenizer, dtype)
     (folder / "text.model").write_bytes(model.text_tokenizer.model_bytes)
     if model.things:
-        _write_json(folder / "things.json", [to_plain(thing) for thing in model.things])
+        write_json(folder / "things.json", [to_plain(thing) for thing in model.things])
     if model.card:
         (folder / "README.md").write_text(model.card, encoding="utf-8")
-    _write_json(folder / "config.json", to_plain(model.config))
+    write_json(folder / "config.json", to_plain(model.config))
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -243,12 +249,13 @@ def load_transformer(
     return transformer.eval()
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
+def file_sha256(path: Path, on_read: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a file; ``on_read`` is called with the bytes of each block."""
     with path.open("rb") as file:
         digest = hashlib.sha256()
         while block := file.read(1 << 20):
             digest.update(block)
+            on_read(len(block))
     return digest.hexdigest()
 
 
@@ -266,7 +273,8 @@ def verify_files(folder: Path, expected: Sequence[tuple[str, str]]) -> None:
             )
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Write a small file that people read too."""
     path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 

@@ -54,20 +54,26 @@ def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
     os.replace(aside, file)
 
 
-def load_image_tokenizer(folder: Path) -> VQVAE:
-    """Read a folder written by ``save_image_tokenizer``; weights become float32, on the CPU, ready to use.
-
-    A tokenizer that was imported carries the averages of its training as well, with which training may go on.
-    """
-    config_file, weights_file = folder / "config.json", folder / "model.safetensors"
-    for file in (config_file, weights_file):
+def read_image_config(folder: Path) -> VQVAEConfig:
+    """The config of an image tokenizer's folder, whose weights are there and are not read."""
+    config_file = folder / "config.json"
+    for file in (config_file, folder / "model.safetensors"):
         if not file.is_file():
             raise InputError(f"{folder} is no image tokenizer: {file.name} is missing")
     try:
         plain = json.loads(config_file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{config_file} is not JSON: {error}") from None
-    model = VQVAE(build(VQVAEConfig, plain, where=str(config_file)))
+    return build(VQVAEConfig, plain, where=str(config_file))
+
+
+def load_image_tokenizer(folder: Path) -> VQVAE:
+    """Read a folder written by ``save_image_tokenizer``; weights become float32, on the CPU, ready to use.
+
+    A tokenizer that was imported carries the averages of its training as well, with which training may go on.
+    """
+    model = VQVAE(read_image_config(folder))
+    weights_file = folder / "model.safetensors"
     try:
         weights = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
         for name, buffer in (("use", model.quantizer.use), ("total", model.quantizer.total)):

@@ -85,7 +85,7 @@ def convert(
     With ``keep``, those that need no conversion may stay in their file, mapped into memory. The others are put into
     ``memory``, if there is some.
     """
-    stored = stored_few_bits(weights.specs)
+    stored, specs = stored_few_bits(weights.specs), converted_specs(weights, precision)
     place = memory.place if memory is not None else lambda tensor: tensor
 
     def read(name: str) -> Tensor:
@@ -101,17 +101,13 @@ def convert(
             yield from ((part, weights.read(part, keep=True) if keep else place(read(part))) for part in sources)
         elif _to_round(name, precision):
             assert precision.few_bits is not None
-            room = None
-            if memory is not None:
-                inputs = spec.shape[1] // (2 if precision.few_bits == "int4" else 1)
-                dtype = torch.int8 if precision.few_bits == "int8" else torch.uint8
-                room = memory.room(Spec(dtype, (spec.shape[0], inputs)))
+            room = None if memory is None else memory.room(specs[name])
             for part, tensor in round_weight(name, read(name), precision.few_bits, room).items():
                 yield part, tensor if part == name else place(tensor)
         else:
             assert precision.dtype is not None
-            target = None if memory is None else memory.room(Spec(precision.dtype, spec.shape))
-            yield name, cast(read(name), precision.dtype, target)
+            room = None if memory is None else memory.room(specs[name])
+            yield name, cast(read(name), precision.dtype, room)
 
 
 class Memory:

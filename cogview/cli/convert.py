@@ -53,12 +53,12 @@ def run(args: argparse.Namespace) -> int:
     from cogview.checkpoints.convert import convert_folder, export_released
     from cogview.checkpoints.precision import Precision
     from cogview.device import DTYPES
-    from cogview.quantized import FEW_BITS
+    from cogview.quantized import FEW_BITS, few_bits_named
 
     source = args.source
     if not source.exists():
         raise InputError(f"there is nothing at {source}: expected a released checkpoint or a checkpoint folder")
-    few_bits = next((known for known in FEW_BITS if known == args.dtype), None)
+    few_bits = few_bits_named(args.dtype)
     if args.dtype is not None and few_bits is None and args.dtype not in DTYPES:
         raise InputError(f"dtype {args.dtype!r} is unknown; known: {', '.join([*DTYPES, *FEW_BITS])}")
     precision = Precision(DTYPES.get(args.dtype), few_bits)

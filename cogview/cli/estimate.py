@@ -126,11 +126,11 @@ def open_configs(name: str) -> tuple[ModelConfig, VQVAEConfig, FewBits | None]:
     from pathlib import Path
 
     from cogview.checkpoints.folder import read_config
+    from cogview.checkpoints.image import read_image_config
     from cogview.checkpoints.precision import stored_few_bits
     from cogview.checkpoints.registry import find_checkpoint, known_models
     from cogview.checkpoints.weights import WeightsFile
     from cogview.config import PRESETS
-    from cogview.config_files import build
     from cogview.vqvae.model import VQVAEConfig
 
     if name in PRESETS:
@@ -143,13 +143,8 @@ def open_configs(name: str) -> tuple[ModelConfig, VQVAEConfig, FewBits | None]:
         )
     folder = find_checkpoint(name)
     config = read_config(folder)
-    image = folder / "image" / "config.json"
-    try:
-        plain = json.loads(image.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{image} is not JSON: {error}") from None
     weights = WeightsFile(folder / "model.safetensors")
-    return config, build(VQVAEConfig, plain, where=str(image)), stored_few_bits(weights.specs)
+    return config, read_image_config(folder / "image"), stored_few_bits(weights.specs)
 
 
 def preset_config(name: str) -> ModelConfig:

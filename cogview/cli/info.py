@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -246,17 +245,11 @@ def _shape(shape: TransformerConfig, about_heads: str = "") -> str:
 def _sha256_of(files: Sequence[Path]) -> dict[Path, str]:
     from tqdm import tqdm
 
+    from cogview.checkpoints.folder import file_sha256
+
     total = sum(file.stat().st_size for file in files)
-    sums = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:
-        for path in files:
-            digest = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-                    bar.update(len(block))
-            sums[path] = digest.hexdigest()
-    return sums
+        return {path: file_sha256(path, bar.update) for path in files}
 
 
 def _table(facts: Mapping[str, str], more: Sequence[str] = ()) -> list[str]:

@@ -51,7 +51,7 @@ def make(folder: Path, preset_name: str) -> int:
     from cogview.checkpoints.weights import Spec, WeightsWriter
     from cogview.config import preset
     from cogview.device import DTYPES
-    from cogview.quantized import FEW_BITS
+    from cogview.quantized import few_bits_named
     from cogview.tokenizers.text import TextTokenizer
     from cogview.tokenizers.vocabulary import Vocabulary
     from cogview.transformer import Transformer
@@ -92,9 +92,8 @@ def make(folder: Path, preset_name: str) -> int:
             writer.write(name, tensor.half())
     for form, dtype in FORMS.items():
         if dtype is not None:
-            few_bits = next((known for known in FEW_BITS if known == dtype), None)
             shutil.rmtree(folder / form, ignore_errors=True)
-            convert_folder(first, folder / form, precision=Precision(DTYPES["bfloat16"], few_bits))
+            convert_folder(first, folder / form, precision=Precision(DTYPES["bfloat16"], few_bits_named(dtype)))
         print(folder / form, flush=True)
     return 0
 
