@@ -1,42 +1,126 @@
 """Keys and values of what has been read, stored once and in place."""
 
-# B batch, T new positions, S positions in all, L layers, H heads, K size of a head
+# B batch, T new positions, S positions in all, L layers, H heads, K size of a head, P beginnings, C their positions
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from cogview.config import TransformerConfig
+from cogview.kernels.attention import attention, attention_int8, attention_shared, quantize_per_position
 
 
 class KVCache:
     """Keys and values of the positions seen so far.
 
-    ``keys`` and ``values`` are (L, B, H, S, K), allocated once; the first ``length`` of S are filled. The
-    transformer extends every layer by T positions, then ``advance(T)`` makes them part of the past.
+    ``stored`` is (L, 2, B, H, S, K), keys and values, allocated once; the first ``length`` of S are filled. The
+    transformer lets every layer ``attend`` with T new positions, then ``advance(T)`` makes them part of the past. With
+    ``int8`` they are rounded, each position of each head with a scale of its own, which are in ``scales``.
+
+    ``beginnings`` (B,), where given, says which of P beginnings of ``beginning_length`` positions each row has. These
+    are stored once and read first, as a batch of P rows.
     """
 
     def __init__(
-        self, config: TransformerConfig, batch_size: int, max_length: int, device: torch.device, dtype: torch.dtype
+        self,
+        config: TransformerConfig,
+        batch_size: int,
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        int8: bool = False,
+        beginnings: Tensor | None = None,
+        beginning_length: int = 0,
     ) -> None:
-        shape = (config.num_layers, batch_size, config.num_heads, max_length, config.head_size)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        own_length = max_length - beginning_length
+        shape = (config.num_layers, 2, batch_size, config.num_heads, own_length, config.head_size)
+        self.stored = torch.zeros(shape, device=device, dtype=torch.int8 if int8 else dtype)
+        self.scales = torch.zeros((*shape[:-1], 1), device=device, dtype=dtype) if int8 else None
+        self.dtype = dtype
         self.length = 0
+        self.max_length = max_length
+        self.places_BT: Tensor | None = None  # where the new positions of each row go, if not behind the filled ones
+        self.beginning: KVCache | None = None
+        if beginnings is not None:
+            self._members_PN, self._slots_B = _grouped(beginnings.tolist(), device)
+            self.beginning = KVCache(config, len(self._members_PN), beginning_length, device, dtype, int8=int8)
 
-    def extend(self, layer: int, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store T new positions of ``layer``; return every filled position of that layer, new ones included."""
-        end = self.length + k_BHTK.shape[2]
-        if end > self.keys.shape[3]:
-            raise ValueError(f"the cache holds {self.keys.shape[3]} positions, {end} are needed")
-        self.keys[layer, :, :, self.length : end] = k_BHTK
-        self.values[layer, :, :, self.length : end] = v_BHTK
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    @property
+    def num_bytes(self) -> int:
+        """Of all that is stored."""
+        own = self.stored.nbytes + (0 if self.scales is None else self.scales.nbytes)
+        return own + (0 if self.beginning is None else self.beginning.num_bytes)
+
+    def attend(self, layer: int, q_BHTK: Tensor, kv_2BHTK: Tensor, bias_B1TS: Tensor | None) -> Tensor:
+        """Store keys and values of T new positions of ``layer``; returns what their queries find, (B, H, T, K).
+
+        There may be fewer rows than B, as long as nothing but these has been read.
+        """
+        end = self.length + q_BHTK.shape[2]
+        if end > self.max_length:
+            raise ValueError(f"the cache holds {self.max_length} positions, {end} are needed")
+        if self.beginning is None:
+            self._store(layer, kv_2BHTK, slice(self.length, end))
+        elif end <= self.beginning.max_length:
+            return self.beginning.attend(layer, q_BHTK, kv_2BHTK, bias_B1TS)
+        else:
+            skipped = self.beginning.max_length
+            self._store(layer, kv_2BHTK, slice(self.length - skipped, end - skipped))
+            beginning_2PHCK = self.beginning._plain(layer, len(self.beginning.stored[layer, 0]), skipped)
+            keys, values = self._plain(layer, len(q_BHTK), end - skipped)
+            return attention_shared(
+                q_BHTK, beginning_2PHCK, keys, values, bias_B1TS, self._members_PN, self._slots_B
+            )
+        if self.scales is None:
+            keys, values = self._plain(layer, len(q_BHTK), end)
+            return attention(q_BHTK, keys, values, bias_B1TS)
+        (keys, values), (key_scales, value_scales) = (
+            tensor[layer, :, : len(q_BHTK), :, :end] for tensor in (self.stored, self.scales)
+        )
+        return attention_int8(q_BHTK, keys, key_scales, values, value_scales, bias_B1TS)
 
     def advance(self, count: int) -> None:
         """The last ``count`` positions given to every layer are now past."""
         self.length += count
+        if self.beginning is not None and self.length <= self.beginning.max_length:
+            self.beginning.advance(count)
 
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes a copy of what row ``rows[i]`` (int64) was; there may be more or fewer rows than before."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+    def select(self, rows: Tensor, since: int = 0) -> None:
+        """Row i becomes a copy of what row ``rows[i]`` (int64) was, from position ``since`` on."""
+        skipped = 0 if self.beginning is None else self.beginning.max_length
+        filled = slice(max(since - skipped, 0), self.length - skipped)
+        for tensor in (self.stored, self.scales):
+            for layer_2BHSK in tensor if tensor is not None else ():
+                layer_2BHSK[:, : len(rows), :, filled] = layer_2BHSK[:, rows, :, filled]
+
+    def _store(self, layer: int, kv_2BHTK: Tensor, new: slice) -> None:
+        parts = quantize_per_position(kv_2BHTK) if self.scales is not None else (kv_2BHTK,)
+        for tensor, part_2BHTK in zip((self.stored, self.scales), parts, strict=False):
+            assert tensor is not None
+            layer_2BHSK = tensor[layer, :, : part_2BHTK.shape[1]]
+            if self.places_BT is None:
+                layer_2BHSK[:, :, :, new] = part_2BHTK
+            else:
+                rows_B1 = torch.arange(part_2BHTK.shape[1], device=tensor.device).unsqueeze(1)
+                layer_2BHSK.transpose(2, 3)[:, rows_B1, self.places_BT] = part_2BHTK.transpose(2, 3)
+
+    def _plain(self, layer: int, rows: int, end: int) -> Tensor:
+        """Keys and values (2, B, H, S, K) as numbers to multiply: where they are rounded, a copy."""
+        stored_2BHSK = self.stored[layer, :, :rows, :, :end]
+        if self.scales is None:
+            return stored_2BHSK
+        return stored_2BHSK.to(self.dtype) * self.scales[layer, :, :rows, :, :end]
+
+
+def _grouped(beginnings: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(P, N) the rows that have each beginning, the first of all where there are fewer; (B,) where each row stands."""
+    members: list[list[int]] = [[] for _ in range(max(beginnings) + 1)]
+    for row, beginning in enumerate(beginnings):
+        members[beginning].append(row)
+    most = max(map(len, members))
+    slots = [beginning * most + members[beginning].index(row) for row, beginning in enumerate(beginnings)]
+    filled = [rows + [0] * (most - len(rows)) for rows in members]
+    return torch.tensor(filled, device=device), torch.tensor(slots, device=device)

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogview.cache import KVCache
-from cogview.sampling import Sampling, draw, keyed_gumbel
+from cogview.sampling import Sampling, draw, noise_keys
+from cogview.tapes import Tapes, float64_of
 from cogview.tokenizers.layouts import Arranged, Batch, pad_left, pad_right
 from cogview.tokenizers.vocabulary import Kind, Vocabulary
 from cogview.transformer import Transformer
@@ -56,60 +56,38 @@ def fill(
     vocabulary: Vocabulary,
     jobs: Sequence[Job],
     on_column: Callable[[int, int], None] | None = None,
+    *,
+    int8_cache: bool = False,
 ) -> list[Filled]:
     """Draw every blank of every row; the result of a row does not depend on its neighbours.
 
     A text is over where its stop is drawn. ``on_column(done, total)`` is called after each column with blanks. All
-    rows are held in memory at once.
+    rows are held in memory at once; ``int8_cache`` rounds their keys and values.
     """
-    device = transformer.embedding.weight.device
     guided = [index for index, job in enumerate(jobs) if job.sampling.guidance != 1]
     rows = [_cut(job.row) for job in jobs] + [_cut(_unguided(jobs[index])) for index in guided]
     batch = pad_left(rows, vocabulary.pad)
-    tapes = _Tapes(transformer, batch, _text_bias(batch, [job.sampling.text_attention for job in jobs]))
-
-    partner_B = np.full(len(jobs), -1)
-    partner_B[guided] = np.arange(len(jobs), len(rows))
-    places_BT = torch.from_numpy(_places(jobs, batch)).to(device)
-    seeds_B = torch.tensor([job.seed for job in jobs], device=device)
-    images_B = torch.tensor([job.image for job in jobs], device=device)
-    log_probability_B = torch.zeros(len(jobs), dtype=torch.float64)
+    text_weights = [job.sampling.text_attention for job in jobs]
+    tapes = Tapes(transformer, batch, _text_bias(batch, text_weights), int8=int8_cache)
+    easels = _Easels(transformer, vocabulary, jobs, batch, guided)
 
     open_BT = batch.blanks[: len(jobs)].copy()  # still to be drawn
     columns = np.flatnonzero(open_BT.any(axis=0))
-    for done, column in enumerate(columns, start=1):
-        if not open_BT[:, column:].any():  # every text is over
+    texts = any(job.row.stop is not None for job in jobs)
+    for done, column in enumerate(columns.tolist(), start=1):
+        if texts and not open_BT[:, column:].any():  # every text is over
             break
-        hidden_BD = tapes.read_until(int(column))
-        for members, kind, stop, sampling in _groups(jobs, batch, open_BT[:, column], int(column)):
-            rows_R = torch.from_numpy(members).to(device)
-            permitted = _permitted(vocabulary, kind, stop)
-            logits_RV = _logits(transformer, hidden_BD[rows_R], vocabulary, permitted, stop)
-            wanted_RV = logits_RV
-            if sampling.guidance != 1:
-                partners_R = torch.from_numpy(partner_B[members]).to(device)
-                without_RV = _logits(transformer, hidden_BD[partners_R], vocabulary, permitted, stop)
-                wanted_RV = torch.where(
-                    logits_RV.isinf(), logits_RV, without_RV + sampling.guidance * (logits_RV - without_RV)
-                )
-            noise_RV = keyed_gumbel(seeds_B[rows_R], images_B[rows_R], places_BT[rows_R, column], permitted)
-            chosen_R = draw(wanted_RV, noise_RV, sampling)
-            ids_R = chosen_R + permitted.start
-            tapes.ids_BT[rows_R, column] = ids_R
-            if sampling.guidance != 1:
-                tapes.ids_BT[partners_R, column] = ids_R
-            log_probability_B[members] += _log_probability(logits_RV, chosen_R)
-            if stop is not None:
-                over = members[(ids_R == stop).cpu().numpy()]
+        hidden_BD = tapes.read_until(column)
+        for easel in easels.at(column, open_BT[:, column]):
+            ids_R = easel.draw(hidden_BD, easels.keys_BT[:, column], easels.log_probability_B)
+            easel.write(tapes.ids_BT, column, ids_R)
+            if easel.stop is not None:
+                over = easel.members[(ids_R == easel.stop).cpu().numpy()]
                 open_BT[over] &= np.arange(open_BT.shape[1]) <= column
         if on_column is not None:
             on_column(done, len(columns))
 
-    filled_BT = tapes.ids_BT.cpu().numpy()
-    return [
-        Filled(ids=_uncut(job.row, filled_BT[index, start:]), log_probability=float(log_probability_B[index]))
-        for index, (job, start) in enumerate(zip(jobs, batch.starts, strict=False))
-    ]
+    return _filled(jobs, batch, tapes.ids_BT, easels.log_probability_B)
 
 
 @torch.inference_mode()
@@ -123,8 +101,7 @@ def search(
     if beams < 1:
         raise ValueError(f"a search needs at least one beam, got {beams}")
     device = transformer.embedding.weight.device
-    cut = [_cut(row) for row in rows]
-    batch = pad_left(cut, vocabulary.pad)
+    batch = pad_left([_cut(row) for row in rows for _ in range(beams)], vocabulary.pad)
     columns = np.flatnonzero(batch.blanks.any(axis=0))
     if not len(columns) or not batch.blanks[:, columns].all() or (batch.kinds[:, columns] != Kind.TEXT).any():
         raise ValueError("a search needs rows whose blanks are texts of one length at their ends")
@@ -132,23 +109,24 @@ def search(
     if any(row.stop != stop for row in rows):
         raise ValueError("a search needs rows whose texts have the same stop")
 
-    tapes = _Tapes(transformer, batch, None)
+    tapes = Tapes(transformer, batch, None)
     permitted = _permitted(vocabulary, Kind.TEXT, stop)
+    mask_V = _commands_but(stop, permitted, vocabulary, device)
     never = permitted.index(stop) if stop is not None else 0  # the choice of a text that is over
-    total_BK = torch.full((len(rows), 1), 0.0, dtype=torch.float64, device=device)
-    over_BK = torch.zeros((len(rows), 1), dtype=torch.bool, device=device)
-    for column in columns:
-        hidden_BD = tapes.read_until(int(column))
-        log_p_BV = _logits(transformer, hidden_BD, vocabulary, permitted, stop).double().log_softmax(dim=-1)
-        log_p_BKV = log_p_BV.view(*total_BK.shape, -1)
+    # All beams of a row are alike at first, and all but one are out of the race.
+    total_BK = torch.full((len(rows), beams), -torch.inf, dtype=float64_of(device), device=device)
+    total_BK[:, 0] = 0
+    over_BK = torch.zeros((len(rows), beams), dtype=torch.bool, device=device)
+    first_B1 = beams * torch.arange(len(rows), device=device).unsqueeze(1)
+    for column in columns.tolist():
+        logits_NV = _logits(transformer, tapes.read_until(column), permitted, mask_V)
+        log_p_BKV = logits_NV.to(total_BK.dtype).log_softmax(dim=-1).view(*total_BK.shape, -1)
         log_p_BKV = log_p_BKV.masked_fill(over_BK.unsqueeze(-1), -torch.inf)
         log_p_BKV[..., never] = torch.where(over_BK, 0.0, log_p_BKV[..., never])
-        scores_BN = (total_BK.unsqueeze(-1) + log_p_BKV).flatten(1)
-        total_BK, choice_BK = scores_BN.topk(min(beams, scores_BN.shape[1]), dim=1)
+        total_BK, choice_BK = (total_BK.unsqueeze(-1) + log_p_BKV).flatten(1).topk(beams, dim=1)
         parent_BK = choice_BK // len(permitted)
         ids_BK = choice_BK % len(permitted) + permitted.start
         was_over_BK = over_BK.gather(1, parent_BK)
-        first_B1 = torch.arange(len(rows), device=device).unsqueeze(1) * over_BK.shape[1]
         tapes.select((first_B1 + parent_BK).flatten())
         tapes.ids_BT[:, column] = ids_BK.masked_fill(was_over_BK, vocabulary.pad).flatten()
         over_BK = was_over_BK | (ids_BK == stop) if stop is not None else was_over_BK
@@ -156,13 +134,14 @@ def search(
             break
 
     found_BKT = tapes.ids_BT.view(*total_BK.shape, -1).cpu().numpy()
+    starts = batch.starts[::beams]
     return [
         [
             Filled(ids=_uncut(row, ids[start:]), log_probability=float(total))
             for ids, total in zip(found_KT, totals, strict=True)
             if total > -math.inf
         ]
-        for row, start, found_KT, totals in zip(rows, batch.starts, found_BKT, total_BK.tolist(), strict=True)
+        for row, start, found_KT, totals in zip(rows, starts, found_BKT, total_BK.tolist(), strict=True)
     ]
 
 
@@ -183,41 +162,104 @@ def score(
     # One head for all texts: hidden states of the places before each piece, row after row.
     before_ND = torch.cat([hidden_BTD[b, span.start - 1 : span.stop - 1] for b, span in enumerate(spans)])
     pieces_N = torch.cat([ids_BT[b, span] for b, span in enumerate(spans)]) - words.start
-    log_p_N = _log_probability(transformer.head(before_ND, words), pieces_N)
+    log_p_N = _log_probability(transformer.head(before_ND, words), pieces_N).double().cpu()
     return [float(part.sum()) for part in log_p_N.split([span.stop - span.start for span in spans])]
 
 
-class _Tapes:
-    """The rows of a batch as they are read and written, column by column, with the keys and values of what was read."""
+class _Easels:
+    """How the blanks of a batch are drawn, column by column."""
 
-    def __init__(self, transformer: Transformer, batch: Batch, bias_BT: np.ndarray | None) -> None:
-        embedding = transformer.embedding.weight
-        self.transformer = transformer
-        self.ids_BT = torch.from_numpy(batch.ids).to(embedding.device)
-        self.positions_BT = torch.from_numpy(batch.positions).to(embedding.device)
-        self.starts_B = torch.from_numpy(batch.starts).to(embedding.device) if batch.starts.any() else None
-        self.bias_BT = None if bias_BT is None else torch.from_numpy(bias_BT).to(embedding.device)
-        num_rows, num_columns = batch.ids.shape
-        self.cache = KVCache(transformer.config, num_rows, num_columns, embedding.device, embedding.dtype)
+    def __init__(
+        self, transformer: Transformer, vocabulary: Vocabulary, jobs: Sequence[Job], batch: Batch, guided: Sequence[int]
+    ) -> None:
+        device = transformer.embedding.weight.device
+        self.transformer, self.vocabulary, self.jobs, self.batch = transformer, vocabulary, jobs, batch
+        seeds_B1 = torch.tensor([[job.seed] for job in jobs], device=device)
+        images_B1 = torch.tensor([[job.image] for job in jobs], device=device)
+        self.keys_BT = noise_keys(seeds_B1, images_B1, torch.from_numpy(_places(jobs, batch)).to(device))
+        self.log_probability_B = torch.zeros(len(jobs), dtype=float64_of(device), device=device)
+        self._partner_B = np.full(len(jobs), -1)
+        self._partner_B[guided] = np.arange(len(jobs), len(jobs) + len(guided))
+        self._known: dict[bytes, list[_Easel]] = {}
 
-    def read_until(self, column: int) -> Tensor:
-        """Hidden states (B, D) from which column ``column`` is told: all columns before it have been read."""
-        new = slice(self.cache.length, column)
-        hidden_BTD = self.transformer.hidden(
-            self.ids_BT[:, new],
-            self.positions_BT[:, new],
-            starts_B=self.starts_B,
-            bias_BS=None if self.bias_BT is None else self.bias_BT[:, :column],
-            cache=self.cache,
+    def at(self, column: int, open_B: np.ndarray) -> list[_Easel]:
+        """One for all rows whose ``column`` is to be drawn among the same ids in the same way."""
+        kinds_B = self.batch.kinds[: len(self.jobs), column]
+        look = open_B.tobytes() + kinds_B.tobytes()
+        if look not in self._known:  # mostly it is that of the column before
+            groups: dict[tuple[Kind, int | None, Sampling], list[int]] = {}
+            for index in np.flatnonzero(open_B).tolist():
+                kind = Kind(kinds_B[index])
+                stop = self.jobs[index].row.stop if kind == Kind.TEXT else None
+                groups.setdefault((kind, stop, self.jobs[index].sampling), []).append(index)
+            self._known[look] = [self._easel(np.array(members), *key) for key, members in groups.items()]
+        return self._known[look]
+
+    def _easel(self, members: np.ndarray, kind: Kind, stop: int | None, sampling: Sampling) -> _Easel:
+        permitted = _permitted(self.vocabulary, kind, stop)
+        device = self.keys_BT.device
+        partners = self._partner_B[members] if sampling.guidance != 1 else None
+        return _Easel(
+            transformer=self.transformer,
+            members=members,
+            # All rows, in order, need no picking.
+            rows_R=torch.from_numpy(members).to(device) if len(members) < len(self.batch.ids) else None,
+            partners_R=None if partners is None else torch.from_numpy(partners).to(device),
+            permitted=permitted,
+            stop=stop,
+            mask_V=_commands_but(stop, permitted, self.vocabulary, device),
+            sampling=sampling,
         )
-        return hidden_BTD[:, -1]
 
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes a copy of what row ``rows[i]`` was."""
-        self.ids_BT, self.positions_BT = self.ids_BT[rows], self.positions_BT[rows]
-        self.starts_B = None if self.starts_B is None else self.starts_B[rows]
-        self.bias_BT = None if self.bias_BT is None else self.bias_BT[rows]
-        self.cache.select(rows)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Easel:
+    """Rows R of a batch that are drawn among the same ids in the same way."""
+
+    transformer: Transformer
+    members: np.ndarray  # of the batch
+    rows_R: Tensor | None  # the same on the device; None for all
+    partners_R: Tensor | None  # the unguided twin of each, where there is guidance
+    permitted: range
+    stop: int | None
+    mask_V: Tensor | None
+    sampling: Sampling
+
+    def draw(self, hidden_BD: Tensor, keys_B: Tensor, log_probability_B: Tensor) -> Tensor:
+        """The ids (R,) that follow; their log-probability is added to that of their rows."""
+        rows_R, partners_R = self.rows_R, self.partners_R
+        own_RD = hidden_BD if rows_R is None else hidden_BD[rows_R]
+        logits_RV = wanted_RV = _logits(self.transformer, own_RD, self.permitted, self.mask_V)
+        if partners_R is not None:
+            without_RV = _logits(self.transformer, hidden_BD[partners_R], self.permitted, self.mask_V)
+            wanted_RV = without_RV + self.sampling.guidance * (logits_RV - without_RV)
+            if self.mask_V is not None:
+                wanted_RV = wanted_RV.masked_fill(self.mask_V, -torch.inf)
+        chosen_R = draw(wanted_RV, keys_B if rows_R is None else keys_B[rows_R], self.permitted, self.sampling)
+        log_p_R = _log_probability(logits_RV, chosen_R).to(log_probability_B.dtype)
+        if rows_R is None:
+            log_probability_B += log_p_R
+        else:
+            log_probability_B.index_add_(0, rows_R, log_p_R)
+        return chosen_R + self.permitted.start
+
+    def write(self, ids_BT: Tensor, column: int, ids_R: Tensor) -> None:
+        """Put drawn ids where they belong."""
+        if self.rows_R is None:
+            ids_BT[:, column] = ids_R
+        else:
+            ids_BT[self.rows_R, column] = ids_R
+        if self.partners_R is not None:
+            ids_BT[self.partners_R, column] = ids_R
+
+
+def _filled(jobs: Sequence[Job], batch: Batch, ids_BT: Tensor, log_probability_B: Tensor) -> list[Filled]:
+    filled_BT = ids_BT[: len(jobs)].cpu().numpy()
+    parts = zip(jobs, batch.starts[: len(jobs)], filled_BT, log_probability_B.tolist(), strict=True)
+    return [
+        Filled(ids=_uncut(job.row, ids[start:]), log_probability=log_probability)
+        for job, start, ids, log_probability in parts
+    ]
 
 
 def _cut(row: Arranged) -> Arranged:
@@ -242,33 +284,26 @@ def _unguided(job: Job) -> Arranged:
     return job.unguided
 
 
-def _groups(
-    jobs: Sequence[Job], batch: Batch, open_B: np.ndarray, column: int
-) -> list[tuple[np.ndarray, Kind, int | None, Sampling]]:
-    """Rows whose ``column`` is to be drawn, together where the same ids are permitted and drawn in the same way."""
-    groups: dict[tuple[Kind, int | None, Sampling], list[int]] = {}
-    for index in np.flatnonzero(open_B).tolist():
-        kind = Kind(batch.kinds[index, column])
-        stop = jobs[index].row.stop if kind == Kind.TEXT else None
-        groups.setdefault((kind, stop, jobs[index].sampling), []).append(index)
-    return [(np.array(members), *key) for key, members in groups.items()]
-
-
 def _permitted(vocabulary: Vocabulary, kind: Kind, stop: int | None) -> range:
     """The ids that a blank may take; with a ``stop``, commands too, of which ``_logits`` leaves the stop alone."""
     permitted = vocabulary.permitted(kind)
     return permitted if stop is None else range(permitted.start, vocabulary.size)
 
 
-def _logits(
-    transformer: Transformer, hidden_RD: Tensor, vocabulary: Vocabulary, permitted: range, stop: int | None
-) -> Tensor:
-    """Float32 logits (R, V) of the permitted ids; -inf for the commands that are not ``stop``."""
+def _commands_but(
+    stop: int | None, permitted: range, vocabulary: Vocabulary, device: torch.device
+) -> Tensor | None:
+    """(V,) bool: the commands among the permitted ids, without the one that ends a text; None where there are none."""
+    if stop is None:
+        return None
+    ids_V = torch.arange(permitted.start, permitted.stop, device=device)
+    return (ids_V >= vocabulary.commands.start) & (ids_V != stop)
+
+
+def _logits(transformer: Transformer, hidden_RD: Tensor, permitted: range, mask_V: Tensor | None) -> Tensor:
+    """Float32 logits (R, V) of the permitted ids; -inf where the mask is."""
     logits_RV = transformer.head(hidden_RD, permitted)
-    if stop is not None:
-        ids_V = torch.arange(permitted.start, permitted.stop, device=logits_RV.device)
-        logits_RV = logits_RV.masked_fill((ids_V >= vocabulary.commands.start) & (ids_V != stop), -torch.inf)
-    return logits_RV
+    return logits_RV if mask_V is None else logits_RV.masked_fill(mask_V, -torch.inf)
 
 
 def _text_bias(batch: Batch, weights: Sequence[float]) -> np.ndarray | None:
@@ -295,5 +330,5 @@ def _places(jobs: Sequence[Job], batch: Batch) -> np.ndarray:
 
 
 def _log_probability(logits_RV: Tensor, chosen_R: Tensor) -> Tensor:
-    """log p of the chosen ids among all that were permitted, float64 on the CPU."""
-    return logits_RV.log_softmax(dim=-1).gather(1, chosen_R.unsqueeze(1)).squeeze(1).double().cpu()
+    """log p (R,) of the chosen ids among all that were permitted."""
+    return logits_RV.log_softmax(dim=-1).gather(1, chosen_R.unsqueeze(1)).squeeze(1)

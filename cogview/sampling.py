@@ -8,6 +8,7 @@ after a retry, and on any schedule of decoding.
 # B batch (rows), V ids to choose from
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_A = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_B = 0x94D049BB133111EB - (1 << 64)
 MAX_SEED = 2**63 - 1
+TIES = 24  # so many more than top-k are looked at, in case that they are equal to the last of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,27 +86,65 @@ def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return logits_BV
 
 
-def keyed_gumbel(seeds_B: Tensor, images_B: Tensor, places_B: Tensor, ids: range) -> Tensor:
-    """Standard Gumbel noise (B, V) in float32 for every id of ``ids``.
+def noise_keys(seeds: Tensor, images: Tensor, places: Tensor) -> Tensor:
+    """int64 keys of the noise at each place, from int64 tensors that broadcast."""
+    return _mix(_mix(_mix(seeds) ^ images) ^ places)
 
-    ``seeds_B``, ``images_B`` and ``places_B`` are int64, on one device; a row's noise depends on its own key alone.
+
+def keyed_gumbel(keys_B: Tensor, ids: range) -> Tensor:
+    """Standard Gumbel noise (B, V) in float32 for every id of ``ids``; a row's depends on its own key alone.
+
     It is computed in float64 from 52 random bits, so devices agree up to the rounding of a logarithm. (With 53, the
     largest draw would round up to 1, and its noise be infinite.)
     """
-    key_B = _mix(_mix(_mix(seeds_B) ^ images_B) ^ places_B)
-    ids_V = torch.arange(ids.start, ids.stop, device=seeds_B.device)
-    bits_BV = _mix(key_B.unsqueeze(1) ^ _mix(ids_V))
+    return _gumbel(keys_B.unsqueeze(1) ^ _mixed_ids(ids.start, ids.stop, keys_B.device))
+
+
+def draw(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) -> Tensor:
+    """The index (B,) in ``ids`` of one id per row: argmax of the filtered logits (B, V) and the noise of their keys.
+
+    On a CPU noise is made for the ids alone that top-k keeps, on other devices for all: a CPU minds the work, and the
+    others the order to do less. The result is the same.
+    """
+    if logits_BV.device.type == "cpu" and 0 < sampling.top_k < logits_BV.shape[1] - TIES:
+        chosen_B = _draw_among_few(logits_BV, keys_B, ids, sampling)
+        if chosen_B is not None:
+            return chosen_B
+    return (filter_logits(logits_BV, sampling) + keyed_gumbel(keys_B, ids)).argmax(dim=-1)
+
+
+def _draw_among_few(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) -> Tensor | None:
+    """``draw`` among the largest logits; None where too many are equal to know which those are."""
+    top = (logits_BV.float() / sampling.temperature).topk(sampling.top_k + TIES, dim=-1)
+    kept_BC = top.values
+    least_B1 = kept_BC[:, sampling.top_k - 1 : sampling.top_k]
+    if (kept_BC[:, -1:] == least_B1).any():
+        return None
+    kept_BC = kept_BC.masked_fill(kept_BC < least_B1, -torch.inf)
+    if sampling.top_p < 1:
+        if (kept_BC[:, 1:] == kept_BC[:, :-1]).logical_and(kept_BC[:, 1:].isfinite()).any():
+            return None  # which of two equal ones comes first is for the order of their ids to say
+        kept_BC = keep_top_p(kept_BC, sampling.top_p)
+    noise_BC = _gumbel(keys_B.unsqueeze(1) ^ _mixed_ids(ids.start, ids.stop, keys_B.device)[top.indices])
+    best_B1 = (kept_BC + noise_BC).argmax(dim=-1, keepdim=True)
+    return top.indices.gather(1, best_B1).squeeze(1)
+
+
+@functools.lru_cache(maxsize=16)
+def _mixed_ids(start: int, stop: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # used outside of it as well
+        return _mix(torch.arange(start, stop, device=device))
+
+
+def _gumbel(bits: Tensor) -> Tensor:
+    """Gumbel noise of int64 keys, each mixed once more."""
+    bits = _mix(bits)
     # MPS has no float64; there the noise is made on the CPU.
-    target = bits_BV.device
+    target = bits.device
     if target.type == "mps":
-        bits_BV = bits_BV.cpu()
-    uniform_BV = (_shift_right(bits_BV, 12).double() + 0.5) * 2.0**-52
-    return uniform_BV.log_().neg_().log_().neg_().float().to(target)
-
-
-def draw(logits_BV: Tensor, noise_BV: Tensor, sampling: Sampling) -> Tensor:
-    """The index (B,) of one id per row, drawn from the filtered logits (B, V) by their noise (B, V)."""
-    return (filter_logits(logits_BV, sampling) + noise_BV).argmax(dim=-1)
+        bits = bits.cpu()
+    uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
+    return uniform.log_().neg_().log_().neg_().float().to(target)
 
 
 def _shift_right(x: Tensor, count: int) -> Tensor:

@@ -21,7 +21,7 @@ from cogview.cache import KVCache
 from cogview.config import TransformerConfig
 from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
-from cogview.kernels.linear import linear
+from cogview.kernels.linear import linear, linear_packed, pack, packs
 
 INIT_STD = 0.02
 # Of a model whose positions begin as sinusoids: their amplitude, the range of their wavelengths in positions, and the
@@ -46,6 +46,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
+        self.packed_heads: dict[range, Packed] | None = None
         self.apply(self._initialize)
         if config.sinusoidal_positions:
             self._begin_with_sinusoids()
@@ -81,23 +82,22 @@ class Transformer(nn.Module):
         ids_BT: Tensor,
         positions_BT: Tensor | None = None,
         *,
-        starts_B: Tensor | None = None,
-        bias_BS: Tensor | None = None,
+        bias_B1TS: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """The normalised output of the last layer, (B, T, D).
 
         ``positions_BT`` (default: counted from 0, or from the cache's length) index the learned positions.
-        ``starts_B`` is the number of padded positions at the left of each row; their outputs mean nothing.
-        ``bias_BS`` (B, S) is added to the attention scores of each of the S positions so far. With a ``cache`` the ids
-        continue what it holds, and are stored in it.
+        ``bias_B1TS`` is added to the attention scores of the S positions so far, and says where each of the new ones
+        may look (``kernels/attention.py``); without it they look at all before them. With a ``cache`` the ids continue
+        what it holds, and are stored in it.
         """
         past = cache.length if cache is not None else 0
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
         for number, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, starts_B, bias_BS, cache, number)
+            x_BTD = layer(x_BTD, bias_B1TS, cache, number)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         return self.final_norm(x_BTD)
@@ -105,7 +105,21 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor, ids: range | None = None) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., D), for all ids or for a range of them."""
         weight = self.embedding.weight if ids is None else self.embedding.weight[ids.start : ids.stop]
-        return F.linear(hidden, weight).float()
+        if self.packed_heads is None or ids is None or torch.is_grad_enabled():
+            return F.linear(hidden, weight).float()
+        packed = self.packed_heads.setdefault(ids, Packed())
+        return linear_packed(hidden, packed.of(weight), weight, None)
+
+    def pack(self) -> None:
+        """Prepare to generate on a CPU in float32: keep a second copy of all that is multiplied, in MKL's order.
+
+        Elsewhere, and without MKL, there is nothing to prepare. Training and gradients use the weights themselves.
+        """
+        if packs(self.embedding.weight):
+            self.packed_heads = {}
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.packed = Packed()
 
 
 class Layer(nn.Module):
@@ -120,11 +134,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.mlp_output_norm = LayerNorm(config.width)
 
-    def forward(
-        self, x_BTD: Tensor, starts_B: Tensor | None, bias_BS: Tensor | None, cache: KVCache | None, number: int
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
         """Same shape as ``x_BTD``; ``number`` is this layer's place in the cache."""
-        attended = self.attention(self.attention_norm(x_BTD), starts_B, bias_BS, cache, number)
+        attended = self.attention(self.attention_norm(x_BTD), bias_B1TS, cache, number)
         x_BTD = x_BTD + self.attention_output_norm(attended)
         return x_BTD + self.mlp_output_norm(self.mlp(self.mlp_norm(x_BTD)))
 
@@ -139,16 +151,15 @@ class Attention(nn.Module):
         self.output = Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x_BTD: Tensor, starts_B: Tensor | None, bias_BS: Tensor | None, cache: KVCache | None, number: int
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
         """(B, T, D)."""
         batch, length, width = x_BTD.shape
         split = self.query_key_value(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        q_BHTK, k_BHSK, v_BHSK = split.permute(2, 0, 3, 1, 4)
+        qkv_3BHTK = split.permute(2, 0, 3, 1, 4)
         if cache is not None:
-            k_BHSK, v_BHSK = cache.extend(number, k_BHSK, v_BHSK)
-        mixed_BHTK = attention(q_BHTK, k_BHSK, v_BHSK, starts_B, bias_BS)
+            mixed_BHTK = cache.attend(number, qkv_3BHTK[0], qkv_3BHTK[1:], bias_B1TS)
+        else:
+            mixed_BHTK = attention(*qkv_3BHTK, bias_B1TS)
         return self.dropout(self.output(mixed_BHTK.transpose(1, 2).reshape(batch, length, width)))
 
 
@@ -169,9 +180,28 @@ class MLP(nn.Module):
 class Linear(nn.Linear):
     """x W^T + b by ``kernels/linear.py``."""
 
+    packed: Packed | None = None
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) in the dtype of ``x`` (..., K)."""
+        if self.packed is not None and not torch.is_grad_enabled():
+            return linear_packed(x, self.packed.of(self.weight), self.weight, self.bias)
         return linear(x, self.weight, self.bias)
+
+
+class Packed:
+    """Weights in the order that a CPU multiplies fastest, made at their first use and anew when they have changed."""
+
+    def __init__(self) -> None:
+        self._made_of: tuple[int, int] | None = None
+        self._packed: Tensor | None = None
+
+    def of(self, weight_NK: Tensor) -> Tensor:
+        """``pack(weight_NK)``."""
+        now = (weight_NK.data_ptr(), weight_NK._version)
+        if self._packed is None or now != self._made_of:
+            self._made_of, self._packed = now, pack(weight_NK)
+        return self._packed
 
 
 class LayerNorm(nn.Module):

@@ -1,12 +1,17 @@
 """Causal attention with PB-relax, for rows that are padded on the left.
 
 ``attention`` is what the model calls. The readable reference is the specification; PyTorch's fused attention is the
-fast path and equal in meaning: it keeps its scores in float32, where the relaxation changes nothing. Only where a CPU
-trains on short rows is the reference the faster one (``scripts/benchmarks/attention_training.py``). The choice is made
-here and nowhere else; ``COGVIEW_KERNELS=reference|torch`` forces it.
+fast path and equal in meaning: it keeps its scores in float32, where the relaxation changes nothing. Where a CPU
+trains on short rows the reference is the faster one (``scripts/benchmarks/attention_training.py``), and where it
+decodes in float32, two plain products are. The choice is made here and nowhere else;
+``COGVIEW_KERNELS=reference|torch`` forces it.
+
+Two more forms are for decoding: ``attention_shared``, of rows that begin alike and keep one copy of that beginning, and
+``attention_int8``, over keys and values that were rounded.
 """
 
 # B batch, H heads, T new positions (queries), S positions in all (keys), K size of a head
+# P beginnings, N rows that share one (at most), C positions of a beginning
 from __future__ import annotations
 
 import functools
@@ -21,85 +26,169 @@ from torch.nn import functional as F
 
 ALPHA = 32.0
 SHORT = 128  # keys; on a CPU the reference trains faster at 84 and slower from 256 on, so the border lies between
+FEW = 32  # queries of a row; for more, the scores take memory that fused attention does without
 log = logging.getLogger(__name__)
 
 
-def attention_mask(num_queries: int, num_keys: int, starts: Tensor | None, device: torch.device) -> Tensor:
-    """(B or 1, 1, T, S) bool, True where a query may look: at itself, and back to its row's first position.
+def attention_bias(key_bias_BS: Tensor, queries_BT: Tensor) -> Tensor:
+    """(B, 1, T, S) in the dtype of ``key_bias_BS``: what is added to the scores, -inf where a query may not look.
 
-    The queries are the last T of the S positions. ``starts`` (B,) is the number of padded positions at the left of each
-    row. A padded query sees itself alone, so that no row of the softmax is empty.
+    ``key_bias_BS`` is added to the scores of a key whoever asks, -inf at padding; ``queries_BT`` (int64) says where
+    each query stands among the keys. It sees none behind it, and itself even in padding, so that no row of the softmax
+    is empty.
     """
-    keys = torch.arange(num_keys, device=device)
-    queries = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(1)
-    causal = (keys <= queries).view(1, 1, num_queries, num_keys)
-    if starts is None:
-        return causal
-    real = keys >= starts.to(device).view(-1, 1, 1, 1)
-    return (causal & real) | (keys == queries)
+    keys_S = torch.arange(key_bias_BS.shape[1], device=key_bias_BS.device)
+    place_BT1 = queries_BT.unsqueeze(-1)
+    bias_BTS = key_bias_BS.unsqueeze(1).masked_fill(keys_S > place_BT1, -torch.inf)
+    padded_BTS = (keys_S == place_BT1) & bias_BTS.isneginf()
+    return bias_BTS.masked_fill(padded_BTS, 0.0).unsqueeze(1)
 
 
-def attention_reference(
-    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | None = None, bias_BS: Tensor | None = None
-) -> Tensor:
+def causal_bias(num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(1, 1, T, S): ``attention_bias`` of the last T of S positions, where nothing is padding."""
+    queries_1T = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(0)
+    return attention_bias(torch.zeros(1, num_keys, device=device, dtype=dtype), queries_1T)
+
+
+def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
     """softmax((QK^T / (alpha sqrt(K)) - max) * alpha) V, (B, H, T, K) (PB-relax, arXiv:2105.13290, section 2.4).
 
     Equal to softmax(QK^T / sqrt(K)) V, but no score exceeds |qk| / (alpha sqrt(K)): q is divided before the product,
     and the maximum goes before alpha comes back.
     """
-    num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
-    scaled_q = q_BHTK / (ALPHA * math.sqrt(q_BHTK.shape[-1]))
-    scores = (scaled_q @ k_BHSK.transpose(-1, -2)).float()
-    if bias_BS is not None:
-        scores = scores + bias_BS.float()[:, None, None, :] / ALPHA
-    scores = scores.masked_fill(~attention_mask(num_queries, num_keys, starts, q_BHTK.device), -torch.inf)
-    relaxed = (scores - scores.amax(dim=-1, keepdim=True)) * ALPHA
-    return relaxed.softmax(dim=-1).to(v_BHSK.dtype) @ v_BHSK
+    if bias_B1TS is None:
+        bias_B1TS = causal_bias(q_BHTK.shape[2], k_BHSK.shape[2], q_BHTK.device, q_BHTK.dtype)
+    weights_BHTS = _relaxed_softmax(_relaxed_scores(q_BHTK, k_BHSK), bias_B1TS)
+    return weights_BHTS.to(v_BHSK.dtype) @ v_BHSK
 
 
-def attention_torch(
-    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | None = None, bias_BS: Tensor | None = None
-) -> Tensor:
+def attention_torch(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
     """The same by PyTorch's fused attention."""
     num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
-    if bias_BS is not None:
-        visible = attention_mask(num_queries, num_keys, starts, q_BHTK.device)
-        mask = bias_BS.to(q_BHTK.dtype)[:, None, None, :].masked_fill(~visible, -torch.inf)
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask)
-    if starts is None and num_queries == num_keys:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
-    if starts is None and num_queries == 1:
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK)
-    mask = attention_mask(num_queries, num_keys, starts, q_BHTK.device)
-    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask)
+    if bias_B1TS is None and 1 < num_queries < num_keys:
+        bias_B1TS = causal_bias(num_queries, num_keys, q_BHTK.device, q_BHTK.dtype)
+    causal = bias_B1TS is None and num_queries == num_keys
+    return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias_B1TS, is_causal=causal)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]] = {
+def attention_products(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
+    """The same by two plain products: for few queries in float32 on a CPU, where they are the fastest."""
+    batch, heads, num_queries, size = q_BHTK.shape
+    num_keys = k_BHSK.shape[2]
+    if bias_B1TS is None and num_queries > 1:
+        bias_B1TS = causal_bias(num_queries, num_keys, q_BHTK.device, q_BHTK.dtype)
+    queries, keys = q_BHTK.reshape(batch * heads, num_queries, size), k_BHSK.flatten(0, 1).transpose(1, 2)
+    scores = torch.baddbmm(queries.new_empty(1), queries, keys, beta=0, alpha=1 / math.sqrt(size))
+    if bias_B1TS is not None:
+        scores.view(batch, heads, num_queries, num_keys).add_(bias_B1TS)
+    return torch.bmm(scores.softmax(dim=-1), v_BHSK.flatten(0, 1)).view(batch, heads, num_queries, size)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
     "reference": attention_reference,
     "torch": attention_torch,
+    "products": attention_products,
 }
 
 
 @functools.cache
-def chosen_implementation(*, short_training_on_cpu: bool = False) -> str:
-    """The name of the implementation in use, decided at the first call of either case and logged."""
-    name = os.environ.get("COGVIEW_KERNELS") or ("reference" if short_training_on_cpu else "torch")
+def chosen_implementation(case: str = "usual") -> str:
+    """The name of the implementation in use, decided at the first call of each case and logged.
+
+    The cases are "usual", "short training on a CPU" and "few queries in float32 on a CPU".
+    """
+    best = {"short training on a CPU": "reference", "few queries in float32 on a CPU": "products"}.get(case, "torch")
+    name = os.environ.get("COGVIEW_KERNELS") or best
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"COGVIEW_KERNELS={name!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
-    log.info("attention: %s%s", name, ", for training on short rows" if short_training_on_cpu else "")
+    log.info("attention: %s (%s)", name, case)
     return name
 
 
-def attention(
-    q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, starts: Tensor | None = None, bias_BS: Tensor | None = None
-) -> Tensor:
-    """Causal attention of the last T of S positions, (B, H, T, K); ``starts`` (B,) counts padding at the left.
+def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
+    """Attention of the last T of S positions, (B, H, T, K); scores are scaled by 1 / sqrt(K).
 
-    ``bias_BS`` (B, S) is added to the scores of each key: log w has a key count w times. Scores are scaled by
-    1 / sqrt(K). Equal to the reference up to the rounding of the dtype.
+    ``bias_B1TS``, of the dtype of the queries, is added to the scores (``attention_bias``); without it attention is
+    causal. Equal to the reference up to the rounding of the dtype.
     """
-    if q_BHTK.shape[2] > k_BHSK.shape[2]:
-        raise ValueError(f"{q_BHTK.shape[2]} queries cannot be the last of {k_BHSK.shape[2]} keys")
-    short_training_on_cpu = q_BHTK.requires_grad and q_BHTK.device.type == "cpu" and k_BHSK.shape[2] <= SHORT
-    name = chosen_implementation(short_training_on_cpu=short_training_on_cpu)
-    return IMPLEMENTATIONS[name](q_BHTK, k_BHSK, v_BHSK, starts, bias_BS)
+    num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
+    if num_queries > num_keys:
+        raise ValueError(f"{num_queries} queries cannot be the last of {num_keys} keys")
+    case = "usual"
+    if q_BHTK.device.type == "cpu":
+        if q_BHTK.requires_grad:
+            case = "short training on a CPU" if num_keys <= SHORT else case
+        elif num_queries <= FEW and q_BHTK.dtype == torch.float32:
+            case = "few queries in float32 on a CPU"
+    return IMPLEMENTATIONS[chosen_implementation(case)](q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
+
+
+def attention_shared(
+    q_BHTK: Tensor,
+    beginning_2PHCK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    bias_B1TS: Tensor | None,
+    members_PN: Tensor,
+    slots_B: Tensor,
+) -> Tensor:
+    """``attention`` over C keys and values of a beginning that several rows share, and S of a row's own: (B, H, T, K).
+
+    ``members_PN`` (int64) are the rows that have each beginning, any row where there are fewer than N; row b stands at
+    ``slots_B[b]`` of it, flattened. ``bias_B1TS`` is over C + S positions. Each beginning is read once for all its
+    rows, and nothing is copied.
+    """
+    heads, num_queries = q_BHTK.shape[1:3]
+    num_beginnings, num_members = members_PN.shape
+    keys_PHCK, values_PHCK = beginning_2PHCK
+    length = keys_PHCK.shape[2]
+
+    def together(x_BHTX: Tensor) -> Tensor:
+        """(B, H, T, X) as (P, H, N T, X)."""
+        x_PNHTX = x_BHTX[members_PN]
+        return x_PNHTX.transpose(1, 2).reshape(num_beginnings, heads, num_members * num_queries, x_BHTX.shape[-1])
+
+    def apart(x_PHMX: Tensor) -> Tensor:
+        """The way back."""
+        x_PHNTX = x_PHMX.view(num_beginnings, heads, num_members, num_queries, x_PHMX.shape[-1])
+        return x_PHNTX.transpose(1, 2).flatten(0, 1)[slots_B]
+
+    scores = torch.cat([apart(_relaxed_scores(together(q_BHTK), keys_PHCK)), _relaxed_scores(q_BHTK, k_BHSK)], dim=-1)
+    if bias_B1TS is None:
+        bias_B1TS = causal_bias(num_queries, scores.shape[-1], q_BHTK.device, q_BHTK.dtype)
+    weights_BHTS = _relaxed_softmax(scores, bias_B1TS).to(q_BHTK.dtype)
+    of_beginning, own = weights_BHTS[..., :length], weights_BHTS[..., length:]
+    return apart(together(of_beginning) @ values_PHCK) + own @ v_BHSK
+
+
+def quantize_per_position(x_K: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (..., K) and a scale (..., 1) in the dtype of ``x_K``: one for each position of each head."""
+    scale = (x_K.abs().amax(dim=-1, keepdim=True) / 127).clamp_(min=torch.finfo(x_K.dtype).tiny)
+    return (x_K / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+
+
+def attention_int8(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    k_scale_BHS1: Tensor,
+    v_BHSK: Tensor,
+    v_scale_BHS1: Tensor,
+    bias_B1TS: Tensor | None = None,
+) -> Tensor:
+    """``attention`` over keys and values of ``quantize_per_position``; scales are applied to scores and weights."""
+    if bias_B1TS is None:
+        bias_B1TS = causal_bias(q_BHTK.shape[2], k_BHSK.shape[2], q_BHTK.device, q_BHTK.dtype)
+    scores = _relaxed_scores(q_BHTK, k_BHSK.to(q_BHTK.dtype)) * k_scale_BHS1.transpose(-1, -2).float()
+    weights = _relaxed_softmax(scores, bias_B1TS) * v_scale_BHS1.transpose(-1, -2).float()
+    return weights.to(q_BHTK.dtype) @ v_BHSK.to(q_BHTK.dtype)
+
+
+def _relaxed_scores(q: Tensor, k: Tensor) -> Tensor:
+    """QK^T / (alpha sqrt(K)) in float32."""
+    return ((q / (ALPHA * math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)).float()
+
+
+def _relaxed_softmax(scores_BHTS: Tensor, bias_B1TS: Tensor) -> Tensor:
+    """softmax(alpha * scores + bias), in float32; the maximum goes first."""
+    scores_BHTS = scores_BHTS + bias_B1TS.float() / ALPHA
+    return ((scores_BHTS - scores_BHTS.amax(dim=-1, keepdim=True)) * ALPHA).softmax(dim=-1)

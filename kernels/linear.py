@@ -4,7 +4,7 @@ Drawing one picture reads every weight once per token, so the time of a token is
 are nearly half the time. Weights are rounded, activations are not. The readable references are the specification. On
 a CPU, PyTorch's kernels unpack the weights as they multiply; elsewhere, and for int8 where many rows share one reading,
 the weights are unpacked first, as the reference does. The choice is made here; ``COGVIEW_KERNELS=reference`` forces the
-references. ``linear`` is for weights that are not rounded.
+references. ``linear`` is for weights that are not rounded, ``linear_packed`` for float32 weights in MKL's own order.
 """
 
 # M rows of the input, K inputs, N outputs, G inputs that share a scale
@@ -24,6 +24,9 @@ DENSE_BLOCK = 1024  # rows unpacked at a time, for the same reason
 # (scripts/benchmarks/linear_rows.py, on two cores without bfloat16 of their own).
 MANY_ROWS_INT8 = 40
 MANY_ROWS_HALF = 4
+# Rows of input that MKL packs weights for. It uses them for any number, with the same result; packed for few, it is
+# slow with many, and packed for one, slow with two.
+PACKED_FOR = 64
 
 
 def quantize_int8(weight_NK: Tensor, quantized_NK: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -149,6 +152,29 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
     if slow and not x.requires_grad and x.numel() >= MANY_ROWS_HALF * x.shape[-1]:
         return _dense(x, (rows.float() for rows in weight_NK.split(DENSE_BLOCK)), bias_N)
     return F.linear(x, weight_NK, bias_N)
+
+
+def packs(weight_NK: Tensor) -> bool:
+    """Whether MKL has an order of its own for these weights: on a CPU, in float32."""
+    if weight_NK.device.type != "cpu" or weight_NK.dtype != torch.float32:
+        return False
+    return torch.backends.mkl.is_available() and os.environ.get("COGVIEW_KERNELS") != "reference"
+
+
+def pack(weight_NK: Tensor) -> Tensor:
+    """The weights in the order in which MKL multiplies them, opaque to all but ``linear_packed``.
+
+    For 4 to 64 rows of input the product is then up to four times as fast (``scripts/benchmarks/linear_rows.py``).
+    """
+    return torch.ops.mkl._mkl_reorder_linear_weight(weight_NK.detach(), PACKED_FOR)
+
+
+def linear_packed(x: Tensor, packed: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+    """x W^T + b, (..., N) float32, for ``packed = pack(weight_NK)``; knows no gradients.
+
+    A row of the result is the same bit for bit whatever other rows there are, which ``linear`` does not promise.
+    """
+    return torch.ops.mkl._mkl_linear(x, packed, weight_NK, bias_N, x.numel() // x.shape[-1])
 
 
 def kernels_run_on(device: torch.device) -> bool:

@@ -8,7 +8,8 @@ import torch
 
 from cogview.config import TransformerConfig
 from cogview.engine import Job, fill, score, search
-from cogview.sampling import GREEDY, Sampling, filter_logits, keyed_gumbel
+from cogview.kernels.attention import attention_bias
+from cogview.sampling import GREEDY, Sampling, filter_logits, keyed_gumbel, noise_keys
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.vocabulary import Kind, Vocabulary
 from cogview.transformer import Transformer
@@ -80,7 +81,7 @@ def fill_without_cache(transformer, one):
         logits = all_logits[permitted.start : permitted.stop]
         span = next(span for span in row.spans.values() if span.start <= place < span.stop)
         key = [torch.tensor([value]) for value in (one.seed, one.image, place - span.start)]
-        scores = filter_logits(logits[None], one.sampling) + keyed_gumbel(*key, permitted)
+        scores = filter_logits(logits[None], one.sampling) + keyed_gumbel(noise_keys(*key), permitted)
         chosen = int(scores.argmax())
         ids[place] = permitted[chosen]
         log_p[place] = logits.double().log_softmax(dim=-1)[chosen].item()
@@ -317,7 +318,7 @@ def test_guidance_draws_from_the_logits_with_and_without_text(transformer, scale
             c = transformer(ids[None, :place])[0, -1, :64]
             u = transformer(without[None, : place - apart])[0, -1, :64]
         key = [torch.tensor([value]) for value in (job.seed, 0, place - job.row.spans["image"].start)]
-        chosen = int((u + scale * (c - u) + keyed_gumbel(*key, range(64))).argmax())
+        chosen = int((u + scale * (c - u) + keyed_gumbel(noise_keys(*key), range(64))).argmax())
         ids[place] = without[place - apart] = chosen
         log_p += c.double().log_softmax(dim=-1)[chosen].item()
     (filled,) = fill(transformer, VOCABULARY, [job])
@@ -368,7 +369,8 @@ def test_text_attention_is_text_said_again(transformer):
         bias = torch.zeros(1, place)
         bias[0, 1] = np.log(2.0)  # behind [ROI1], the one piece
         with torch.inference_mode():
-            hidden = transformer.hidden(ids[None, :place], bias_BS=bias)[0, -1]
+            bias = attention_bias(bias, torch.arange(place)[None])
+            hidden = transformer.hidden(ids[None, :place], bias_B1TS=bias)[0, -1]
             ids[place] = int(transformer.head(hidden, range(64)).argmax())
     assert weighted.ids.tolist() == ids.tolist()
 

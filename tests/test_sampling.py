@@ -7,7 +7,16 @@ import math
 import pytest
 import torch
 
-from cogview.sampling import MAX_SEED, Sampling, draw, filter_logits, keep_top_k, keep_top_p, keyed_gumbel
+from cogview.sampling import (
+    MAX_SEED,
+    Sampling,
+    draw,
+    filter_logits,
+    keep_top_k,
+    keep_top_p,
+    keyed_gumbel,
+    noise_keys,
+)
 
 CUT = -math.inf
 
@@ -153,7 +162,7 @@ def test_the_mixer_is_splitmix64():
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**31, MAX_SEED])
 def test_noise_is_that_of_its_definition(seed):
-    noise = keyed_gumbel(key(seed, seed), key(0, 3), key(1, 63), range(5, 25))
+    noise = keyed_gumbel(noise_keys(key(seed, seed), key(0, 3), key(1, 63)), range(5, 25))
     assert noise.dtype == torch.float32
     expected = [[gumbel_of(seed, image, place, token) for token in range(5, 25)] for image, place in ((0, 1), (3, 63))]
     torch.testing.assert_close(noise, torch.tensor(expected), atol=1e-6, rtol=1e-6)
@@ -161,24 +170,25 @@ def test_noise_is_that_of_its_definition(seed):
 
 def test_noise_stays_what_it_is_across_versions():
     """If this fails, every seed draws another picture. Values made by ``gumbel_of``."""
-    noise = keyed_gumbel(key(7), key(3), key(12), range(4))
+    noise = keyed_gumbel(noise_keys(key(7), key(3), key(12)), range(4))
     torch.testing.assert_close(noise, torch.tensor([[0.7579, -0.043582, 1.849311, 0.383077]]), atol=1e-5, rtol=0)
 
 
 def test_noise_of_a_row_depends_on_its_key_alone():
     ids = range(8192)
-    seeds, images, places = key(7, 7, 8, 1), key(0, 3, 3, 0), key(5, 5, 5, 0)
-    batch = keyed_gumbel(seeds, images, places, ids)
-    alone = keyed_gumbel(key(7), key(3), key(5), ids)
+    keys = noise_keys(key(7, 7, 8, 1), key(0, 3, 3, 0), key(5, 5, 5, 0))
+    own = noise_keys(key(7), key(3), key(5))
+    batch = keyed_gumbel(keys, ids)
+    alone = keyed_gumbel(own, ids)
     assert torch.equal(batch[1:2], alone)
-    assert torch.equal(keyed_gumbel(seeds.flip(0), images.flip(0), places.flip(0), ids).flip(0), batch)
-    assert torch.equal(keyed_gumbel(key(7), key(3), key(5), range(100, 200)), alone[:, 100:200])
+    assert torch.equal(keyed_gumbel(keys.flip(0), ids).flip(0), batch)
+    assert torch.equal(keyed_gumbel(own, range(100, 200)), alone[:, 100:200])
 
 
 @pytest.mark.parametrize("other", [(8, 3, 5), (7, 4, 5), (7, 3, 6), (3, 7, 5), (5, 3, 7), (7, 5, 3)])
 def test_noise_differs_with_each_part_of_the_key(other):
     """Nor do parts of the key stand in for each other."""
-    noise = keyed_gumbel(key(7, other[0]), key(3, other[1]), key(5, other[2]), range(4096))
+    noise = keyed_gumbel(noise_keys(key(7, other[0]), key(3, other[1]), key(5, other[2])), range(4096))
     assert len(noise.unique()) > 8100  # nearly all of 8192: float32 has few values for so many draws near 0
     assert abs(torch.corrcoef(noise)[0, 1].item()) < 5 / math.sqrt(4096)
 
@@ -186,9 +196,7 @@ def test_noise_differs_with_each_part_of_the_key(other):
 def test_noise_is_standard_gumbel():
     """Mean 0.5772 and variance pi**2/6 over a million draws; the distribution at five places."""
     count = 10_000
-    noise = keyed_gumbel(
-        torch.full((count,), 7), torch.zeros(count, dtype=torch.int64), torch.arange(count), range(100)
-    )
+    noise = keyed_gumbel(noise_keys(key(7), key(0), torch.arange(count)), range(100))
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.577216, abs=5 * 1.2825 / 1e3)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.015)
@@ -201,10 +209,8 @@ def test_noise_is_standard_gumbel():
 def test_neighbours_are_not_correlated(axis):
     """Keys are small consecutive numbers, which a weak hash would let through."""
     counting, constant = torch.arange(20_000), torch.full((20_000,), 3)
-    keys = [counting if axis == name else constant for name in ("seed", "image", "place")]
-    noise = (
-        keyed_gumbel(key(3), key(3), key(3), range(20_000))[0] if axis == "id" else keyed_gumbel(*keys, range(1))[:, 0]
-    )
+    keys = noise_keys(*(counting if axis == name else constant for name in ("seed", "image", "place")))
+    noise = keyed_gumbel(keys[:1], range(20_000))[0] if axis == "id" else keyed_gumbel(keys, range(1))[:, 0]
     for lag in (1, 2, 8, 64):
         correlation = torch.corrcoef(torch.stack([noise[:-lag], noise[lag:]]))[0, 1].item()
         assert abs(correlation) < 5 / math.sqrt(20_000), (axis, lag)
@@ -215,10 +221,8 @@ def test_neighbours_are_not_correlated(axis):
 
 def draws(logits_V, sampling, count=40_000, seed=1):
     """How often each id is drawn in ``count`` places."""
-    noise = keyed_gumbel(
-        torch.full((count,), seed), torch.zeros(count, dtype=torch.int64), torch.arange(count), range(len(logits_V))
-    )
-    chosen = draw(logits_V.expand(count, -1), noise, sampling)
+    keys = noise_keys(key(seed), key(0), torch.arange(count))
+    chosen = draw(logits_V.expand(count, -1), keys, range(len(logits_V)), sampling)
     return torch.bincount(chosen, minlength=len(logits_V)).double()
 
 
@@ -241,6 +245,25 @@ def test_draws_follow_the_filtered_softmax():
 
 def test_top_k_of_one_is_the_argmax_whatever_the_noise():
     logits = random_logits(50, 30)
-    noise = keyed_gumbel(torch.arange(50), torch.arange(50), torch.arange(50), range(30))
-    assert torch.equal(draw(logits, noise, Sampling(top_k=1)), logits.argmax(dim=-1))
-    assert not torch.equal(draw(logits, noise, Sampling(top_k=0)), logits.argmax(dim=-1))
+    keys = noise_keys(torch.arange(50), torch.arange(50), torch.arange(50))
+    assert torch.equal(draw(logits, keys, range(30), Sampling(top_k=1)), logits.argmax(dim=-1))
+    assert not torch.equal(draw(logits, keys, range(30), Sampling(top_k=0)), logits.argmax(dim=-1))
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("top_k", [1, 5, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16: many logits are equal
+def test_noise_of_few_ids_draws_what_noise_of_all_does(top_k, top_p, dtype):
+    """On a CPU the ids that top-k drops have no noise; by the definition all have."""
+    logits = random_logits(300, 8192).to(dtype).float()
+    keys, sampling = noise_keys(torch.arange(300), key(0), key(3)), Sampling(top_k=top_k, top_p=top_p, temperature=0.7)
+    expected = (filter_logits(logits, sampling) + keyed_gumbel(keys, range(4, 8196))).argmax(dim=-1)
+    assert torch.equal(draw(logits, keys, range(4, 8196), sampling), expected)
+
+
+def test_more_equal_logits_than_top_k_keeps():
+    """All of them stay in the race, however many there are."""
+    logits = torch.zeros(2000, 600)
+    logits[:, :100] = 1.0
+    chosen = draw(logits, noise_keys(torch.arange(2000), key(0), key(0)), range(600), Sampling(top_k=3))
+    assert chosen.unique().tolist() == list(range(100))

@@ -37,6 +37,13 @@ def random_ids(*shape, seed=0):
     return torch.randint(0, TINY.vocabulary_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def padding(starts, places):
+    """The bias of queries at ``places`` (B, T) of rows that begin at ``starts``."""
+    num_keys = int(places.max()) + 1
+    key_bias = torch.zeros(len(starts), num_keys).masked_fill(torch.arange(num_keys) < starts[:, None], -torch.inf)
+    return attention_module.attention_bias(key_bias, places)
+
+
 def close(got, expected, atol=2e-5):
     torch.testing.assert_close(got, expected, atol=atol, rtol=0)
 
@@ -132,9 +139,9 @@ def test_layer_is_a_sandwich(transformer):
     """x + LN3(attention(LN1(x))), then x + LN4(mlp(LN2(x)))."""
     layer, x = transformer.layers[0], torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        after_attention = x + layer.attention_output_norm(layer.attention(layer.attention_norm(x), None, None, None, 0))
+        after_attention = x + layer.attention_output_norm(layer.attention(layer.attention_norm(x), None, None, 0))
         expected = after_attention + layer.mlp_output_norm(layer.mlp(layer.mlp_norm(after_attention)))
-        close(layer(x, None, None, None, 0), expected, atol=0)
+        close(layer(x, None, None, 0), expected, atol=0)
         assert (after_attention - x).abs().mean() > 0.1
         assert (expected - after_attention).abs().mean() > 0.1
 
@@ -247,8 +254,10 @@ def test_left_padded_batch_is_its_rows_alone(transformer, chunks):
     cache = KVCache(TINY, 3, 20, CPU, torch.float32) if len(chunks) > 1 else None
     with torch.inference_mode():
         parts = [
-            transformer.hidden(part, part_positions, starts_B=starts, cache=cache)
-            for part, part_positions in zip(ids.split(chunks, dim=1), positions.split(chunks, dim=1), strict=True)
+            transformer.hidden(part, part_positions, bias_B1TS=padding(starts, places), cache=cache)
+            for part, part_positions, places in zip(
+                *(x.split(chunks, dim=1) for x in (ids, positions, torch.arange(20).expand(3, -1))), strict=True
+            )
         ]
         batch = torch.cat(parts, dim=1)
         assert batch.isfinite().all()  # padding means nothing, but it must not poison
@@ -273,13 +282,14 @@ def test_positions_may_restart(transformer):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_reference_kernels_give_the_same_logits(transformer, monkeypatch, padded):
-    ids, starts = random_ids(2, 20), torch.tensor([0, 6]) if padded else None
+    ids = random_ids(2, 20)
+    bias = padding(torch.tensor([0, 6]), torch.arange(20).expand(2, -1)) if padded else None
     logits = []
     for name in ("torch", "reference"):
         monkeypatch.setenv("COGVIEW_KERNELS", name)
         attention_module.chosen_implementation.cache_clear()
         with torch.inference_mode():
-            logits.append(transformer.head(transformer.hidden(ids, starts_B=starts)))
+            logits.append(transformer.head(transformer.hidden(ids, bias_B1TS=bias)))
         assert attention_module.chosen_implementation() == name
     attention_module.chosen_implementation.cache_clear()
     first = 6 if padded else 0
@@ -291,16 +301,17 @@ def test_reference_kernels_give_the_same_logits(transformer, monkeypatch, padded
 
 def test_cache_stores_in_place(transformer):
     cache = KVCache(TINY, 2, 10, CPU, torch.float32)
-    where = cache.keys.data_ptr(), cache.values.data_ptr()
-    assert cache.keys.shape == cache.values.shape == (2, 2, 4, 10, 8)
+    where = cache.stored.data_ptr()
+    assert cache.stored.shape == (2, 2, 2, 4, 10, 8)
     ids = random_ids(2, 10)
     with torch.inference_mode():
         transformer.hidden(ids[:, :4], cache=cache)
-        first = cache.keys[:, :, :, :4].clone()
-        assert not cache.keys[:, :, :, 4:].any()
+        first = cache.stored[..., :4, :].clone()
+        assert first.abs().amin() > 0
+        assert not cache.stored[..., 4:, :].any()
         transformer.hidden(ids[:, 4:], cache=cache)
-    assert torch.equal(cache.keys[:, :, :, :4], first)
-    assert (cache.keys.data_ptr(), cache.values.data_ptr()) == where
+    assert torch.equal(cache.stored[..., :4, :], first)
+    assert cache.stored.data_ptr() == where
 
 
 def test_full_cache_says_so(transformer):

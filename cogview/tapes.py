@@ -1,0 +1,110 @@
+"""The rows of a batch as they are read and written, with the keys and values of what was read."""
+
+# B rows of a batch, P rows that begin differently, T columns, C columns of a beginning, D width of the model
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cogview.cache import KVCache
+from cogview.kernels.attention import attention_bias
+from cogview.tokenizers.layouts import Batch
+from cogview.transformer import Transformer
+
+# From this share of all keys and values on, beginnings that rows have in common are kept once for all of them. That
+# takes more operations than looking at a copy for each row.
+SHARED_FROM = 0.2
+
+
+class Tapes:
+    """Rows that are read from left to right, all to the same column.
+
+    What stands before the first blank of any row is its beginning. Rows whose beginnings are equal read them once, as
+    one row: the candidates of one prompt, the captions of one image. ``bias_BT`` (float32) is added to the attention
+    scores of each place.
+    """
+
+    def __init__(
+        self, transformer: Transformer, batch: Batch, bias_BT: np.ndarray | None, *, int8: bool = False
+    ) -> None:
+        weight = transformer.embedding.weight
+        device, dtype = weight.device, weight.dtype
+        num_rows, num_columns = batch.ids.shape
+        self.transformer = transformer
+        self.ids_BT = torch.from_numpy(batch.ids).to(device)
+        self.positions_BT = torch.from_numpy(batch.positions).to(device)
+        self._last_start = int(batch.starts.max(initial=0))
+        self._key_bias_BT: Tensor | None = None
+        if self._last_start or bias_BT is not None:
+            key_bias_BT = np.zeros(batch.ids.shape, dtype=np.float32) if bias_BT is None else bias_BT.copy()
+            key_bias_BT[np.arange(num_columns) < batch.starts[:, None]] = -np.inf
+            self._key_bias_BT = torch.from_numpy(key_bias_BT).to(device, dtype)
+
+        first_blank = int(batch.blanks.any(axis=0).argmax())
+        parts = [batch.ids, batch.positions, batch.starts[:, None]] + ([] if bias_BT is None else [bias_BT])
+        looks = [b"".join(part[row, :first_blank].tobytes() for part in parts) for row in range(num_rows)]
+        known: dict[bytes, int] = {}
+        beginnings = [known.setdefault(look, len(known)) for look in looks]
+        # Rows by which the beginnings are read, and the beginning of each row; None where every row has its own.
+        self._firsts_P: Tensor | None = None
+        self._beginnings_B: Tensor | None = None
+        shared = False
+        if first_blank and len(known) < num_rows:
+            self._firsts_P = torch.tensor([beginnings.index(number) for number in range(len(known))], device=device)
+            self._beginnings_B = torch.tensor(beginnings, device=device)
+            shared = first_blank * (num_rows - len(known)) >= SHARED_FROM * num_rows * num_columns
+        self._first_blank = first_blank
+        self.cache = KVCache(
+            transformer.config,
+            num_rows,
+            num_columns,
+            device,
+            dtype,
+            int8=int8,
+            beginnings=self._beginnings_B if shared else None,
+            beginning_length=first_blank if shared else 0,
+        )
+
+    def read_until(self, column: int) -> Tensor:
+        """Hidden states (B, D) from which column ``column`` is told: all columns before it have been read."""
+        new = slice(self.cache.length, column)
+        rows: Tensor | slice = slice(None)
+        if new.start == 0 and self._firsts_P is not None:
+            rows = self._firsts_P
+        hidden_BTD = self.transformer.hidden(
+            self.ids_BT[rows, new],
+            self.positions_BT[rows, new],
+            bias_B1TS=self._bias(rows, new),
+            cache=self.cache,
+        )
+        if isinstance(rows, slice):
+            return hidden_BTD[:, -1]
+        assert self._beginnings_B is not None
+        if self.cache.beginning is None:
+            self.cache.select(self._beginnings_B)
+        return hidden_BTD[self._beginnings_B, -1]
+
+    def _bias(self, rows: Tensor | slice, new: slice) -> Tensor | None:
+        """What is added to the attention scores of the new columns (``kernels/attention.py``)."""
+        num_new = new.stop - new.start
+        if self._key_bias_BT is None:
+            if num_new == 1 or new.start == 0:
+                return None
+            key_bias_BS = self.positions_BT.new_zeros((1, new.stop), dtype=self.cache.dtype)
+        else:
+            key_bias_BS = self._key_bias_BT[rows, : new.stop]
+        if num_new == 1 and new.start >= self._last_start:
+            return key_bias_BS[:, None, None, :]
+        columns_BT = torch.arange(new.start, new.stop, device=key_bias_BS.device).expand(len(key_bias_BS), -1)
+        return attention_bias(key_bias_BS, columns_BT)
+
+    def select(self, rows: Tensor) -> None:
+        """Row i becomes a copy of what row ``rows[i]``, which begins as it does, was."""
+        self.ids_BT = self.ids_BT[rows]
+        self.cache.select(rows, since=self._first_blank)
+
+
+def float64_of(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has no other."""
+    return torch.float32 if device.type == "mps" else torch.float64
