@@ -10,6 +10,7 @@ setup(
         "cogview.data",
         "cogview.data.emoji",
         "cogview.evaluation",
+        "cogview.jobs",
         "cogview.kernels",
         "cogview.tokenizers",
         "cogview.training",

@@ -11,22 +11,14 @@ from types import TracebackType
 from typing import IO
 
 from cogview.errors import InputError
+from cogview.jobs.files import name_of, numbered_lines, read_text
 
 
 def read_lines(source: str, expected: str = "a prompt per line") -> list[str]:
     """The lines of a UTF-8 file, or of standard input for ``-``, without blank ones; InputError if there are none."""
-    where = "standard input" if source == "-" else source
-    try:
-        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {where}: {error.strerror or error}") from None
-    try:
-        text = content.decode("utf-8-sig")  # Windows editors begin files with a mark
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
-    lines = [line.strip() for line in text.replace("\r", "\n").split("\n") if line.strip()]
+    lines = [line for _, line in numbered_lines(read_text(source))]
     if not lines:
-        raise InputError(f"{where} is empty: expected {expected}")
+        raise InputError(f"{name_of(source)} is empty: expected {expected}")
     return lines
 
 
