@@ -27,6 +27,7 @@ COMMANDS = {
     "rerank": ("rerank", "rank images by how well a text describes them"),
     "info": ("info", "what a model is, was trained on and can do"),
     "estimate": ("estimate", "how much memory and time a job takes"),
+    "bench": ("bench", "how fast a model draws here, and how fast it could"),
     "convert": ("convert", "convert released weights into a checkpoint folder, or back"),
     "models": ("models", "the known models, and which of them are on this machine"),
     "download": ("download", "fetch the files of a released model"),
