@@ -25,7 +25,7 @@ from cogview.checkpoints.folder import Model, ModelConfig, load_model
 from cogview.checkpoints.registry import find_checkpoint
 from cogview.config import TransformerConfig
 from cogview.device import Placement
-from cogview.engine import Job, fill
+from cogview.engine import Job, Moment, fill
 from cogview.errors import InputError
 from cogview.kernels.linear import kernels_run_on
 from cogview.memory import DTYPES, Plan, Read, Speed, position_bytes
@@ -213,13 +213,13 @@ def draw_once(model: CogView, jobs: Sequence[Job], codes: int) -> Seconds:
     grid = model.model.config.grid
     first = start = time.perf_counter()
 
-    def on_column(done: int, _: int) -> None:
+    def watch(moment: Moment) -> None:
         nonlocal first
-        if done == 1:
+        if moment.done == 1:
             _wait_for(model.placement.device)
             first = time.perf_counter()
 
-    filled = fill(model.transformer, model.vocabulary, jobs, on_column)
+    filled = fill(model.transformer, model.vocabulary, jobs, watch)
     drawn = time.perf_counter()
     codes_BN = np.zeros((len(jobs), grid * grid), dtype=np.int64)
     codes_BN[:, :codes] = [row.ids[job.row.spans["image"]] for row, job in zip(filled, jobs, strict=True)]

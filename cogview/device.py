@@ -27,6 +27,11 @@ class Placement:
     reason: str
     few_bits: FewBits | None = None  # how the projections of the transformer are held, if not as ``dtype``
 
+    @property
+    def numbers(self) -> str:
+        """The name of how weights are held: of a dtype, or of few bits."""
+        return self.few_bits or str(self.dtype).removeprefix("torch.")
+
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
         return f"{self.device}, {f'{self.few_bits} with ' if self.few_bits else ''}{name} ({self.reason})"

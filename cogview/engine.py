@@ -42,6 +42,19 @@ class Job:
     unguided: Arranged | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """Where ``fill`` stands, for who watches it."""
+
+    done: int  # of the blanks of the row that has most
+    total: int
+    rows: Callable[[], list[np.ndarray]]  # the ids of each job's row as they are now, [PAD] where nothing is drawn yet
+
+
+class Stopped(Exception):
+    """Who watched did not want to go on."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Filled:
     """A row without blanks, but for ``[PAD]`` behind the stop of a text."""
@@ -55,14 +68,14 @@ def fill(
     transformer: Transformer,
     vocabulary: Vocabulary,
     jobs: Sequence[Job],
-    on_column: Callable[[int, int], None] | None = None,
+    watch: Callable[[Moment], object] | None = None,
     *,
     int8_cache: bool = False,
 ) -> list[Filled]:
     """Draw every blank of every row; the result of a row does not depend on its neighbours.
 
-    A text is over where its stop is drawn. ``on_column(done, total)`` is called after each column with blanks. All
-    rows are held in memory at once; ``int8_cache`` rounds their keys and values.
+    A text is over where its stop is drawn. ``watch`` is called after each column with blanks; where it returns False,
+    ``Stopped`` is raised. All rows are held in memory at once; ``int8_cache`` rounds their keys and values.
     """
     guided = [index for index, job in enumerate(jobs) if job.sampling.guidance != 1]
     rows = [_cut(job.row) for job in jobs] + [_cut(_unguided(jobs[index])) for index in guided]
@@ -84,8 +97,7 @@ def fill(
             if easel.stop is not None:
                 over = easel.members[(ids_R == easel.stop).cpu().numpy()]
                 open_BT[over] &= np.arange(open_BT.shape[1]) <= column
-        if on_column is not None:
-            on_column(done, len(columns))
+        _show(watch, done, len(columns), jobs, batch, tapes.ids_BT)
 
     return _filled(jobs, batch, tapes.ids_BT, easels.log_probability_B)
 
@@ -251,6 +263,17 @@ class _Easel:
             ids_BT[self.rows_R, column] = ids_R
         if self.partners_R is not None:
             ids_BT[self.partners_R, column] = ids_R
+
+
+def _show(
+    watch: Callable[[Moment], object] | None, done: int, total: int, jobs: Sequence[Job], batch: Batch, ids_BT: Tensor
+) -> None:
+    def rows() -> list[np.ndarray]:
+        parts = zip(jobs, batch.starts[: len(jobs)], ids_BT[: len(jobs)].cpu().numpy(), strict=True)
+        return [_uncut(job.row, ids[start:]) for job, start, ids in parts]
+
+    if watch is not None and watch(Moment(done=done, total=total, rows=rows)) is False:
+        raise Stopped
 
 
 def _filled(jobs: Sequence[Job], batch: Batch, ids_BT: Tensor, log_probability_B: Tensor) -> list[Filled]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +24,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogview.checkpoints.folder import ModelConfig
 from cogview.config import TransformerConfig
+from cogview.engine import Job
 from cogview.errors import InputError
 from cogview.kernels.linear import DENSE_BLOCK, MANY_ROWS_HALF, MANY_ROWS_INT8, group_of, kernels_run_on, linear
 from cogview.tokenizers.layouts import Arranged, upscale_windows
-from cogview.tokenizers.vocabulary import Kind
+from cogview.tokenizers.vocabulary import Kind, Vocabulary
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 
 TASKS = ("generate", "caption", "upscale", "low_level", "score")
@@ -242,7 +243,7 @@ def estimate(
         columns = len(row)
     else:
         rows_to_fill = _rows_to_fill(config, task)
-        reads = [read for row in rows_to_fill for read in _reads(config, row)]
+        reads = [read for row in rows_to_fill for read in _reads_of(config.vocabulary, row)]
         columns = 1 + max(read.so_far for read in reads)  # the last one is drawn and not read
     copies = 1 + guided
     per_id = SCORING_BYTES if scores else DRAWING_BYTES + GUIDANCE_BYTES * guided
@@ -270,6 +271,41 @@ def estimate(
         logits=max(per_id * read.ids * read.places for read in reads),
         pictures=picture_bytes(image_config, side, decoding=draws),
     )
+
+
+def fill_bytes(
+    config: TransformerConfig,
+    vocabulary: Vocabulary,
+    jobs: Sequence[Job],
+    *,
+    dtype: str,
+    device_type: str,
+    int8_cache: bool = False,
+) -> int:
+    """What ``engine.fill`` takes at its peak for ``jobs``, besides the weights."""
+    guided = [job.unguided for job in jobs if job.sampling.guidance != 1 and job.unguided is not None]
+    rows = [job.row.cut(int(np.flatnonzero(job.row.blanks)[-1]) + 1) for job in jobs]
+    longest = max(rows, key=len)
+    reads = _reads_of(vocabulary, longest)
+    positions = (len(rows) + len(guided)) * len(longest)
+    kept = positions * position_bytes(config, "int8_cache" if int8_cache else dtype)
+    working = (len(rows) + len(guided)) * max(
+        _activation_bytes(config, dtype, device_type, read, masked=True) for read in reads
+    )
+    drawing = (DRAWING_BYTES * len(rows) + GUIDANCE_BYTES * len(guided)) * max(read.ids for read in reads)
+    return workspace_bytes(config, dtype, device_type) + kept + max(working, drawing)
+
+
+def score_bytes(
+    config: TransformerConfig, vocabulary: Vocabulary, rows: Sequence[Arranged], *, dtype: str, device_type: str
+) -> int:
+    """What ``engine.score`` takes at its peak for ``rows``, besides the weights."""
+    longest = max(map(len, rows))
+    read = Read(new=longest, so_far=longest, ids=0)
+    pieces = sum(row.spans["text"].stop - row.spans["text"].start for row in rows)
+    working = len(rows) * _activation_bytes(config, dtype, device_type, read, masked=False)
+    logits = SCORING_BYTES * pieces * (vocabulary.padded_size - vocabulary.text.start)
+    return workspace_bytes(config, dtype, device_type) + max(working, logits)
 
 
 def layer_bytes(config: TransformerConfig, dtype: str) -> int:
@@ -309,7 +345,9 @@ def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> 
 
 
 def position_bytes(config: TransformerConfig, dtype: str) -> int:
-    """Bytes of the keys and values of one position of one row, in all layers."""
+    """Bytes of the keys and values of one position of one row, in all layers; "int8_cache" where they are rounded."""
+    if dtype == "int8_cache":  # a byte for each number, and a scale of up to four for each head
+        return 2 * config.num_layers * (config.width + 4 * config.num_heads)
     return 2 * config.num_layers * config.width * DTYPES[dtype]
 
 
@@ -398,13 +436,13 @@ def _scored_row(config: ModelConfig) -> Arranged:
     return config.layouts["score"].arrange(config.vocabulary, image=image, text=[0] * config.max_text)
 
 
-def _reads(config: ModelConfig, row: Arranged) -> list[Read]:
+def _reads_of(vocabulary: Vocabulary, row: Arranged) -> list[Read]:
     """What ``engine.fill`` reads before each blank of a row."""
     reads, done = [], 0
     for column in np.flatnonzero(row.blanks).tolist():
-        ids = config.vocabulary.permitted(Kind(row.kinds[column]))
+        ids = vocabulary.permitted(Kind(row.kinds[column]))
         if row.stop is not None:  # a text: commands, of which the stop is one, have logits too
-            ids = range(ids.start, config.vocabulary.size)
+            ids = range(ids.start, vocabulary.size)
         reads.append(Read(new=column - done, so_far=column, ids=len(ids)))
         done = column
     return reads

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -19,18 +21,20 @@ from cogview.checkpoints.precision import stored_few_bits
 from cogview.checkpoints.registry import find_checkpoint, find_parts, known_models
 from cogview.checkpoints.weights import WeightsFile
 from cogview.device import Placement, choose_placement
-from cogview.engine import Filled, Job, fill, score, search
+from cogview.engine import Filled, Job, Moment, Stopped, fill, score, search
 from cogview.errors import InputError
 from cogview.images import fit
+from cogview.memory import fill_bytes, picture_bytes, score_bytes
+from cogview.planning import Planner
 from cogview.sampling import GREEDY, MAX_SEED, Sampling
-from cogview.tokenizers.layouts import Arranged, Layout, upscale_windows
+from cogview.tokenizers.layouts import Arranged, Layout, Window, upscale_steps
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.transformer import Transformer
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE
 
-DEFAULT_BATCH_SIZE = 16
 LEAST_BEAMS = 4
+KV_DTYPES = ("auto", "int8")
 MANY_BYTES = 0.3  # share of a prompt spelt in bytes from which on a model hardly knows its characters
 
 T = TypeVar("T")
@@ -60,13 +64,35 @@ class Score:
         return self.log_probability / self.num_pieces
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Wish:
-    """One picture to draw. ``index`` is its number among those of a prompt: noise is keyed by (seed, index)."""
+    """One picture to draw or caption to write. ``index`` is its number among those of a prompt or an image: noise is
+    keyed by (seed, index).
 
-    prompt: str
+    ``codes`` are what is given: to "generate" the first rows (R, G) of the picture, to "upscale" its (G, G) codes, to
+    "low_level" those (G/2, G/2) of the small one, to "caption" those (G, G) of the image.
+    """
+
+    prompt: str = ""
     seed: int
     index: int = 0
+    task: str = "generate"
+    codes: np.ndarray | None = None
+    sampling: Sampling | None = None  # None: the model's own for the task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where the drawing of some wishes stands, for who watches it: called for after every line of codes."""
+
+    wishes: tuple[Wish, ...]  # that are being done at this time
+    drawn: int  # codes or pieces since the last time, of all of them together
+    done: int  # of the blanks of the longest
+    total: int
+    codes: Callable[[], list[np.ma.MaskedArray]]  # (G, G) of each picture so far, masked where nothing is drawn
+
+
+Watch: TypeAlias = Callable[[Progress], object]
 
 
 class Picture(Image.Image):
@@ -106,16 +132,27 @@ class CogView:
         self.placement = placement
         self.name = name
         self.bundle = bundle
+        self.int8_cache = False
+        if bundle is None and placement.few_bits is None:
+            model.transformer.pack()
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path = "cogview-emoji", *, device: str = "auto", dtype: str = "auto"
+        cls,
+        name: str | Path = "cogview-emoji",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
     ) -> CogView:
         """Open a model or a bundle of checkpoints.yaml by name, or a checkpoint folder by path.
 
-        ``device`` is auto, cpu, cuda, cuda:N or mps, ``dtype`` auto, float32, bfloat16, float16, int8 or int4. Raises
-        InputError for an unknown name, and for a folder that is incomplete or damaged.
+        ``device`` is auto, cpu, cuda, cuda:N or mps, ``dtype`` auto, float32, bfloat16, float16, int8 or int4, and
+        ``kv_dtype``, in which keys and values are kept, auto (as ``dtype`` computes) or int8. Raises InputError for an
+        unknown name, and for a folder that is incomplete or damaged.
         """
+        if kv_dtype not in KV_DTYPES:
+            raise InputError(f"kv-dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
         parts = find_parts(str(name))
         folder = next(iter(parts.values())) if parts else find_checkpoint(str(name))
         count = check_folder(folder).transformer.num_parameters
@@ -123,9 +160,12 @@ class CogView:
         placement = choose_placement(device, dtype, stored=stored, num_parameters=count)
         if parts:
             bundle = Bundle(parts, placement)
-            return cls(bundle.model, placement, str(name), bundle)
-        model = load_model(folder, placement.device, placement.dtype, placement.few_bits)
-        return cls(model, placement, str(name))
+            opened = cls(bundle.model, placement, str(name), bundle)
+        else:
+            model = load_model(folder, placement.device, placement.dtype, placement.few_bits)
+            opened = cls(model, placement, str(name))
+        opened.int8_cache = kv_dtype == "int8"
+        return opened
 
     @property
     def transformer(self) -> Transformer:
@@ -220,7 +260,7 @@ class CogView:
         top_p: float | None = None,
         guidance: float | None = None,
         text_attention: float | None = None,
-        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_size: int | None = None,
     ) -> list[Picture]:
         """Draw ``n`` pictures of each prompt, prompt by prompt; see ``iterate``.
 
@@ -245,29 +285,33 @@ class CogView:
         n: int = 1,
         seed: int | None = None,
         sampling: Sampling | None = None,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        on_code: Callable[[int, int], None] | None = None,
+        batch_size: int | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[Picture]:
-        """Like ``generate``, but yields pictures as batches of ``batch_size`` are done.
+        """Like ``generate``, but yields pictures as batches are done.
 
         Picture i of a prompt depends on the prompt, the seed, i and the sampling settings, and not on the batch.
-        Without a ``seed`` one is chosen; the pictures carry it. ``on_code(done, total)`` counts the codes of the
-        current batch. Raises InputError for a prompt that cannot be drawn.
+        Without a ``seed`` one is chosen; the pictures carry it. ``batch_size`` is the most pictures at a time, by
+        default as many as memory holds and pay. ``watch`` is called after every line of codes; where it returns False,
+        no more pictures come. Raises InputError for a prompt that cannot be drawn.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _require_positive(n, "the number of pictures")
         self._check_prompts(prompts)
         seed = checked_seed(seed)
-        wishes = [Wish(prompt=prompt, seed=seed, index=index) for prompt in prompts for index in range(n)]
-        for chunk in _chunks(wishes, batch_size):
-            yield from self.draw(chunk, sampling or self._config("generate").sampling, on_code)
+        wishes = [
+            Wish(prompt=prompt, seed=seed, index=index, sampling=sampling) for prompt in prompts for index in range(n)
+        ]
+        for picture in self.make(wishes, batch_size=batch_size, watch=watch):
+            assert isinstance(picture, Picture)
+            yield picture
 
     def draw(
-        self, wishes: Sequence[Wish], sampling: Sampling, on_code: Callable[[int, int], None] | None = None
+        self, wishes: Sequence[Wish], sampling: Sampling | None = None, watch: Watch | None = None
     ) -> list[Picture]:
-        """Draw a batch of pictures, each with a prompt, seed and number of its own."""
-        grid = self.model.config.grid
-        return self._draw(wishes, np.empty((len(wishes), 0, grid), dtype=np.int64), sampling, on_code)
+        """Draw pictures, each with a prompt, seed and number of its own; ``sampling`` is for those without."""
+        wishes = [wish if wish.sampling else replace(wish, sampling=sampling) for wish in wishes]
+        return [picture for picture in self.make(wishes, watch=watch) if isinstance(picture, Picture)]
 
     def complete(
         self,
@@ -282,8 +326,8 @@ class CogView:
         top_p: float | None = None,
         guidance: float | None = None,
         text_attention: float | None = None,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        on_code: Callable[[int, int], None] | None = None,
+        batch_size: int | None = None,
+        watch: Watch | None = None,
     ) -> list[Picture]:
         """Keep the first ``rows`` rows of codes of each image and draw the others, ``n`` times each, image by image.
 
@@ -297,49 +341,12 @@ class CogView:
         self._check_prompts(texts)
         sampling = self.sampling(temperature, top_k, top_p, guidance, text_attention)
         seed = checked_seed(seed)
-        known = self.codes_of(images)[:, :rows]
-        orders = [
-            (Wish(prompt=text, seed=seed, index=index), top)
-            for text, top in zip(texts, known, strict=True)
+        wishes = [
+            Wish(prompt=text, seed=seed, index=index, codes=codes[:rows], sampling=sampling)
+            for text, codes in zip(texts, self.codes_of(images), strict=True)
             for index in range(n)
         ]
-        return [
-            picture
-            for chunk in _chunks(orders, batch_size)
-            for picture in self._draw(
-                [wish for wish, _ in chunk], np.stack([top for _, top in chunk]), sampling, on_code
-            )
-        ]
-
-    def _draw(
-        self,
-        wishes: Sequence[Wish],
-        known: np.ndarray,
-        sampling: Sampling,
-        on_code: Callable[[int, int], None] | None,
-    ) -> list[Picture]:
-        """Draw pictures whose first rows of codes are ``known`` (B, rows, G)."""
-        self.require_task("generate")
-        self._check_guidance(sampling, "generate")
-        layout = self.model.config.layouts["generate"]
-        jobs = [
-            Job(
-                row=layout.arrange(self.vocabulary, text=self.text_tokenizer.encode(wish.prompt), image=top),
-                seed=wish.seed,
-                image=wish.index,
-                sampling=sampling,
-                unguided=None if sampling.guidance == 1 else layout.arrange(self.vocabulary, text=(), image=top),
-            )
-            for wish, top in zip(wishes, known, strict=True)
-        ]
-        filled = fill(self._transformer("generate"), self.vocabulary, jobs, on_code)
-        codes = np.stack([row.ids[job.row.spans["image"]] for row, job in zip(filled, jobs, strict=True)])
-        return self._pictures(
-            codes.reshape(-1, self.model.config.grid, self.model.config.grid),
-            wishes,
-            [row.log_probability for row in filled],
-            sampling,
-        )
+        return [made for made in self.make(wishes, batch_size=batch_size, watch=watch) if isinstance(made, Picture)]
 
     def upscale(
         self,
@@ -353,13 +360,14 @@ class CogView:
         guidance: float | None = None,
         text_attention: float | None = None,
         low_level: bool = False,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        on_code: Callable[[int, int], None] | None = None,
+        batch_size: int | None = None,
+        watch: Watch | None = None,
     ) -> list[Picture]:
         """Draw each image at twice its side, in the space of codes: 2G x 2G from G x G, in nine windows.
 
         ``texts`` is one text for all images or one for each. ``low_level`` draws G x G codes from an image of half
-        the model's side in a single window. ``on_code(done, total)`` counts the codes of the current window.
+        the model's side in a single window. Windows of several images, and those of one that are free of each other,
+        are drawn side by side.
         """
         task = "low_level" if low_level else "upscale"
         self.require_task(task)
@@ -368,100 +376,216 @@ class CogView:
         sampling = self.sampling(temperature, top_k, top_p, guidance, text_attention, task)
         seed = checked_seed(seed)
         grid = self.model.config.grid
-        small = self.codes_of(images, grid // 2 if low_level else grid)
-        draw = self._one_window if low_level else self._nine_windows
         # A picture of ours keeps its number, so that several of one prompt do not share their noise.
-        orders = [
-            (Wish(prompt=text, seed=seed, index=getattr(image, "index", 0)), codes)
-            for text, image, codes in zip(texts, images, small, strict=True)
+        wishes = [
+            Wish(prompt=text, seed=seed, index=getattr(image, "index", 0), task=task, codes=codes, sampling=sampling)
+            for text, image, codes in zip(
+                texts, images, self.codes_of(images, grid // 2 if low_level else grid), strict=True
+            )
         ]
-        pictures: list[Picture] = []
-        for chunk in _chunks(orders, batch_size):
-            wishes = [wish for wish, _ in chunk]
-            codes, log_probabilities = draw(np.stack([own for _, own in chunk]), wishes, sampling, on_code)
-            pictures += self._pictures(codes, wishes, log_probabilities, sampling)
-        return pictures
+        return [made for made in self.make(wishes, batch_size=batch_size, watch=watch) if isinstance(made, Picture)]
 
-    def _nine_windows(
-        self,
-        small: np.ndarray,
-        wishes: Sequence[Wish],
-        sampling: Sampling,
-        on_code: Callable[[int, int], None] | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (B, 2G, 2G) of the images whose codes are ``small`` (B, G, G), and their log-probabilities (B,)."""
-        grid = self.model.config.grid
-        side = 2 * grid
-        codes = np.ma.masked_all((len(small), side, side), dtype=np.int64)
-        # Where a code lies in the whole picture; behind the places of the small one, whose noise is not used again.
-        places = grid * grid + np.arange(side * side).reshape(side, side)
-        log_probabilities = np.zeros(len(small))
-        for window in upscale_windows(grid):
-            rows, columns = window.target
-            whole = (slice(rows.start, rows.start + grid), columns)
-            seen = small[:, window.source[0], window.source[1]]
-            known = codes[:, whole[0], whole[1]]
-            filled = self._window("upscale", seen, known, places[whole], window.lines, wishes, sampling, on_code)
-            codes[:, rows, columns] = np.stack([lines for lines, _ in filled])
-            log_probabilities += [log_probability for _, log_probability in filled]
-        return codes.filled(), log_probabilities
+    def make(
+        self, wishes: Sequence[Wish], *, batch_size: int | None = None, watch: Watch | None = None
+    ) -> Iterator[Picture | Caption]:
+        """What is wished for, in order, as batches are done; different tasks share them.
 
-    def _one_window(
-        self,
-        small: np.ndarray,
-        wishes: Sequence[Wish],
-        sampling: Sampling,
-        on_code: Callable[[int, int], None] | None,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (B, G, G) of the images whose codes are ``small`` (B, G/2, G/2), and their log-probabilities (B,)."""
-        grid = self.model.config.grid
-        unknown = np.ma.masked_all((len(small), grid, grid), dtype=np.int64)
-        places = np.arange(grid * grid).reshape(grid, grid)
-        filled = self._window("low_level", small, unknown, places, grid, wishes, sampling, on_code)
-        return np.stack([lines for lines, _ in filled]), np.array([log_probability for _, log_probability in filled])
-
-    def _window(
-        self,
-        task: str,
-        small: np.ndarray,
-        known: np.ma.MaskedArray,
-        places: np.ndarray,
-        lines: int,
-        wishes: Sequence[Wish],
-        sampling: Sampling,
-        on_code: Callable[[int, int], None] | None,
-    ) -> list[tuple[np.ndarray, float]]:
-        """The first ``lines`` lines of one window of each image, (lines, G), and the log p of what was drawn of them.
-
-        ``small`` (B, G/2, G/2) is what they see, ``known`` (B, G, G) masks what is still to be drawn, ``places``
-        (G, G) keys the noise.
+        Prompts are taken to be checked. See ``iterate`` for ``batch_size`` and ``watch``.
         """
-        layout, grid = self.model.config.layouts[task], self.model.config.grid
+        for task in dict.fromkeys(wish.task for wish in wishes):
+            self.require_task(task)
+        own = {wish.task: self._config(wish.task).sampling for wish in wishes}
+        wishes = [wish if wish.sampling else replace(wish, sampling=own[wish.task]) for wish in wishes]
+        for task, sampling in {(wish.task, wish.sampling) for wish in wishes}:
+            assert sampling is not None
+            self._check_guidance(sampling, task)
+        planner = Planner(self.placement.device, batch_size)
+        with suppress(Stopped):
+            yield from planner.run(
+                wishes, self._wishes_bytes, lambda chunk: self._make_together(chunk, planner, watch), _named(wishes)
+            )
 
-        def arrange(text: Sequence[int], index: int) -> Arranged:
-            row = layout.arrange(self.vocabulary, text=text, small=small[index], image=known[index])
-            return row.cut(row.spans["image"].start + lines * grid)
+    def plan(self, wishes: Sequence[Wish], *, batch_size: int | None = None) -> list[int]:
+        """How many of ``wishes``, with their sampling, ``make`` would do at a time now: even parts, in order."""
+        return Planner(self.placement.device, batch_size).chunks(wishes, self._wishes_bytes, _named(wishes))
 
-        jobs = []
-        for index, wish in enumerate(wishes):
-            row = arrange(self.text_tokenizer.encode(wish.prompt), index)
-            keys = np.zeros(len(row), dtype=np.int64)
-            keys[row.spans["image"]] = places[:lines].reshape(-1)
-            jobs.append(
-                Job(
-                    row=row,
-                    seed=wish.seed,
-                    image=wish.index,
-                    places=keys,
-                    sampling=sampling,
-                    unguided=None if sampling.guidance == 1 else arrange((), index),
+    def _wishes_bytes(self, wishes: Sequence[Wish]) -> int:
+        return self._fill_bytes([next(self._steps(wish))[0] for wish in wishes])
+
+    def _make_together(
+        self, wishes: Sequence[Wish], planner: Planner, watch: Watch | None
+    ) -> list[Picture | Caption]:
+        """All of ``wishes`` side by side, window by window where they take several."""
+        steps = [self._steps(wish) for wish in wishes]
+        waiting = {index: next(one) for index, one in enumerate(steps)}
+        done: dict[int, tuple[np.ndarray, float]] = {}
+        while waiting:
+            filled: dict[int, list[Filled]] = {index: [] for index in waiting}
+            transformers = [self._transformer(wishes[index].task) for index in waiting]
+            for transformer in dict.fromkeys(transformers):
+                jobs = [
+                    (index, job)
+                    for (index, own), needed in zip(waiting.items(), transformers, strict=True)
+                    if needed is transformer
+                    for job in own
+                ]
+                found = planner.run(
+                    jobs,
+                    lambda some: self._fill_bytes([job for _, job in some]),
+                    partial(self._fill, transformer, wishes, watch),
+                    _named([wishes[index] for index, _ in jobs]),
+                )
+                for (index, _), one in zip(jobs, found, strict=True):
+                    filled[index].append(one)
+            for index, found_of in filled.items():
+                try:
+                    waiting[index] = steps[index].send(found_of)
+                except StopIteration as end:
+                    del waiting[index]
+                    done[index] = end.value
+        return self._finished(wishes, [done[index] for index in range(len(wishes))], planner)
+
+    def _fill(
+        self,
+        transformer: Transformer,
+        wishes: Sequence[Wish],
+        watch: Watch | None,
+        jobs: Sequence[tuple[int, Job]],
+    ) -> list[Filled]:
+        counted = 0
+
+        def look(moment: Moment) -> object:
+            nonlocal counted
+            if moment.done % self.model.config.grid and moment.done < moment.total:
+                return True
+            drawn, counted = moment.done - counted, moment.done
+            assert watch is not None
+            return watch(
+                Progress(
+                    wishes=tuple(wishes[index] for index, _ in jobs),
+                    drawn=drawn * len(jobs),
+                    done=moment.done,
+                    total=moment.total,
+                    codes=lambda: [
+                        self._codes_so_far(job.row, ids)
+                        for (_, job), ids in zip(jobs, moment.rows(), strict=True)
+                        if "image" in job.row.spans
+                    ],
                 )
             )
-        filled = fill(self._transformer(task), self.vocabulary, jobs, on_code)
-        return [
-            (row.ids[job.row.spans["image"]].reshape(lines, grid), row.log_probability)
-            for row, job in zip(filled, jobs, strict=True)
-        ]
+
+        return fill(
+            transformer,
+            self.vocabulary,
+            [job for _, job in jobs],
+            look if watch is not None else None,
+            int8_cache=self.int8_cache,
+        )
+
+    def _codes_so_far(self, row: Arranged, ids: np.ndarray) -> np.ma.MaskedArray:
+        """(G, G) codes of the image of a row, masked where nothing is drawn yet."""
+        grid, span = self.model.config.grid, row.spans["image"]
+        codes = np.ma.masked_all(grid * grid, dtype=np.int64)
+        codes[: span.stop - span.start] = np.ma.masked_equal(ids[span], self.vocabulary.pad)
+        return codes.reshape(grid, grid)
+
+    def _finished(
+        self, wishes: Sequence[Wish], done: Sequence[tuple[np.ndarray, float]], planner: Planner
+    ) -> list[Picture | Caption]:
+        """Pictures from codes, in as large parts as memory holds, and captions from pieces."""
+        made: list[Picture | Caption | None] = [None] * len(wishes)
+        sides = {index: len(ids) for index, (ids, _) in enumerate(done) if wishes[index].task != "caption"}
+        for side in dict.fromkeys(sides.values()):
+            members = [index for index, own in sides.items() if own == side]
+            each = picture_bytes(self.image_tokenizer.config, side, decoding=True)
+            pixels = planner.run(
+                members,
+                partial(_times, each),
+                lambda some: list(self.pixels(np.stack([done[index][0] for index in some]))),
+                "decoding pixels",
+            )
+            for index, own in zip(members, pixels, strict=True):
+                codes, log_probability = done[index]
+                wish = wishes[index]
+                assert wish.sampling is not None
+                made[index] = Picture.of(
+                    own, wish=wish, codes=codes, log_probability=log_probability, sampling=wish.sampling
+                )
+        for index, (ids, log_probability) in enumerate(done):
+            if wishes[index].task == "caption":
+                made[index] = self._caption(ids, log_probability, wishes[index])
+        return [one for one in made if one is not None]
+
+    def _steps(self, wish: Wish) -> Generator[list[Job], list[Filled], tuple[np.ndarray, float]]:
+        """The jobs of a wish, those that are free of each other together.
+
+        It is sent what they were filled with, and returns the codes of the picture or the ids of the caption, and their
+        log-probability.
+        """
+        config, layout = self.model.config, self.model.config.layouts[wish.task]
+        if wish.task == "caption":
+            assert wish.codes is not None
+            row = layout.arrange(self.vocabulary, image=wish.codes, max_text=config.caption_space)
+            (filled,) = yield [self._job(wish, row)]
+            return filled.ids[row.spans["text"]], filled.log_probability
+        text, grid = self.text_tokenizer.encode(wish.prompt), config.grid
+        if wish.task == "upscale":
+            return (yield from self._nine_windows(wish, text))
+        given = np.empty((0, grid), dtype=np.int64) if wish.codes is None else wish.codes
+        name = "small" if wish.task == "low_level" else "image"
+
+        def arrange(text: Sequence[int]) -> Arranged:
+            return layout.arrange(self.vocabulary, **{"text": text, name: given})  # type: ignore[arg-type]
+
+        row = arrange(text)
+        (filled,) = yield [self._job(wish, row, unguided=arrange(()) if _guided(wish) else None)]
+        return filled.ids[row.spans["image"]].reshape(grid, grid), filled.log_probability
+
+    def _nine_windows(
+        self, wish: Wish, text: Sequence[int]
+    ) -> Generator[list[Job], list[Filled], tuple[np.ndarray, float]]:
+        """Codes (2G, 2G) of the image whose codes are given, and their log-probability."""
+        small = wish.codes
+        assert small is not None
+        layout, grid = self.model.config.layouts["upscale"], self.model.config.grid
+        side = 2 * grid
+        codes = np.ma.masked_all((side, side), dtype=np.int64)
+        # Where a code lies in the whole picture; behind the places of the small one, whose noise is not used again.
+        places = grid * grid + np.arange(side * side).reshape(side, side)
+        total = 0.0
+        for together in upscale_steps(grid):
+            jobs = []
+            for window in together:
+                rows, columns = window.target
+                whole = (slice(rows.start, rows.start + grid), columns)
+
+                def arrange(text: Sequence[int], window: Window = window, whole: Any = whole) -> Arranged:
+                    row = layout.arrange(self.vocabulary, text=text, small=small[window.source], image=codes[whole])
+                    return row.cut(row.spans["image"].start + window.lines * grid)
+
+                row = arrange(text)
+                keys = np.zeros(len(row), dtype=np.int64)
+                keys[row.spans["image"]] = places[whole][: window.lines].reshape(-1)
+                jobs.append(self._job(wish, row, places=keys, unguided=arrange(()) if _guided(wish) else None))
+            filled = yield jobs
+            for window, job, one in zip(together, jobs, filled, strict=True):
+                codes[window.target] = one.ids[job.row.spans["image"]].reshape(window.lines, grid)
+                total += one.log_probability
+        return codes.filled(), total
+
+    def _job(self, wish: Wish, row: Arranged, **rest: Any) -> Job:
+        assert wish.sampling is not None
+        return Job(row=row, seed=wish.seed, image=wish.index, sampling=wish.sampling, **rest)
+
+    def _fill_bytes(self, jobs: Sequence[Job]) -> int:
+        return fill_bytes(
+            self.model.config.transformer,
+            self.vocabulary,
+            jobs,
+            dtype=self.placement.numbers,
+            device_type=self.placement.device.type,
+            int8_cache=self.int8_cache,
+        )
 
     def caption(
         self,
@@ -473,7 +597,7 @@ class CogView:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        batch_size: int = DEFAULT_BATCH_SIZE,
+        batch_size: int | None = None,
     ) -> list[list[Caption]]:
         """Write ``n`` captions of each image.
 
@@ -496,40 +620,53 @@ class CogView:
         except ValueError as error:
             raise InputError(str(error)) from None
         seed = checked_seed(seed)
-        config, layout = self.model.config, self.model.config.layouts["caption"]
-        transformer = self._transformer("caption")
-        rows = [
-            layout.arrange(self.vocabulary, image=codes, max_text=config.caption_space)
+        wishes = [
+            Wish(seed=seed, index=index, task="caption", codes=codes, sampling=sampling)
             for codes in self.codes_of(images)
+            for index in range(n)
         ]
-        captions: list[list[Caption]] = []
-        for chunk in _chunks(rows, batch_size):
-            if method == "beam":
-                found = search(transformer, self.vocabulary, chunk, max(n, LEAST_BEAMS))
-            else:
-                jobs = [Job(row=row, seed=seed, image=index, sampling=sampling) for row in chunk for index in range(n)]
-                filled = [one for some in _chunks(jobs, batch_size) for one in fill(transformer, self.vocabulary, some)]
-                found = [filled[first : first + n] for first in range(0, len(filled), n)]
-            captions += [
-                [self._caption(row, one, seed, index) for index, one in enumerate(ones[:n])]
-                for row, ones in zip(chunk, found, strict=True)
-            ]
-        return captions
+        if method == "beam":
+            return self._search_captions(wishes[::n], n, batch_size)
+        made = [made for made in self.make(wishes, batch_size=batch_size) if isinstance(made, Caption)]
+        return [made[first : first + n] for first in range(0, len(made), n)]
 
-    def _caption(self, row: Arranged, filled: Filled, seed: int, index: int) -> Caption:
-        text = filled.ids[row.spans["text"]]
+    def _search_captions(self, wishes: Sequence[Wish], n: int, batch_size: int | None) -> list[list[Caption]]:
+        """The ``n`` most probable captions of each image."""
+        beams = max(n, LEAST_BEAMS)
+        planner = Planner(self.placement.device, batch_size)
+        rows = [job.row for wish in wishes for job in next(self._steps(wish))]
+        transformer = self._transformer("caption")
+
+        def beams_bytes(some: Sequence[Arranged]) -> int:
+            return self._fill_bytes([self._job(wishes[0], row) for row in some for _ in range(beams)])
+
+        found = planner.run(
+            rows,
+            beams_bytes,
+            lambda some: search(transformer, self.vocabulary, some, beams),
+            f"captions by {beams} beams",
+        )
+        return [
+            [
+                self._caption(one.ids[row.spans["text"]], one.log_probability, replace(wish, index=index))
+                for index, one in enumerate(ones[:n])
+            ]
+            for wish, row, ones in zip(wishes, rows, found, strict=True)
+        ]
+
+    def _caption(self, text: np.ndarray, log_probability: float, wish: Wish) -> Caption:
         ends = np.flatnonzero(~np.isin(text, self.vocabulary.text))
         pieces = text[: ends[0] if len(ends) else None] - self.vocabulary.text.start
         return Caption(
             text=self.text_tokenizer.decode(pieces.tolist()),
-            log_probability=filled.log_probability,
+            log_probability=log_probability,
             num_pieces=len(pieces),
-            seed=seed,
-            index=index,
+            seed=wish.seed,
+            index=wish.index,
         )
 
     def score(
-        self, images: Sequence[Image.Image], texts: str | Sequence[str], *, batch_size: int = DEFAULT_BATCH_SIZE
+        self, images: Sequence[Image.Image], texts: str | Sequence[str], *, batch_size: int | None = None
     ) -> list[Score]:
         """How probable a text is as the caption of each image; ``texts`` is one for all or one for each.
 
@@ -544,11 +681,23 @@ class CogView:
             for codes, text in zip(self.codes_of(images), texts, strict=True)
         ]
         transformer = self._transformer("caption")
-        sums = [total for chunk in _chunks(rows, batch_size) for total in score(transformer, self.vocabulary, chunk)]
+
+        def rows_bytes(some: Sequence[Arranged]) -> int:
+            return score_bytes(
+                self.model.config.transformer,
+                self.vocabulary,
+                some,
+                dtype=self.placement.numbers,
+                device_type=self.placement.device.type,
+            )
+
+        sums = Planner(self.placement.device, batch_size).run(
+            rows, rows_bytes, lambda some: score(transformer, self.vocabulary, some), "scoring"
+        )
         lengths = [row.spans["text"].stop - row.spans["text"].start for row in rows]
         return [Score(log_probability=total, num_pieces=length) for total, length in zip(sums, lengths, strict=True)]
 
-    def rerank(self, pictures: Sequence[Picture], *, batch_size: int = DEFAULT_BATCH_SIZE) -> list[Picture]:
+    def rerank(self, pictures: Sequence[Picture], *, batch_size: int | None = None) -> list[Picture]:
         """``pictures`` by how probable their prompts are as captions of them, the best first; they carry the scores."""
         scores = self.score(pictures, [picture.prompt for picture in pictures], batch_size=batch_size)
         for picture, own in zip(pictures, scores, strict=True):
@@ -556,42 +705,38 @@ class CogView:
         return sorted(pictures, key=lambda picture: -picture.score.log_probability if picture.score else 0.0)
 
     def codes_of(
-        self, images: Sequence[Image.Image], grid: int | None = None, batch_size: int = DEFAULT_BATCH_SIZE
+        self, images: Sequence[Image.Image], grid: int | None = None, batch_size: int | None = None
     ) -> np.ndarray:
         """(B, grid, grid) int64 codes of images; ``grid`` is the model's own where it is not given.
 
         A ``Picture`` gives the codes it was drawn with. Any other image is fitted to the size (``images.fit``) and
         encoded.
         """
-        grid = grid or self.model.config.grid
-        codes = np.empty((len(images), grid, grid), dtype=np.int64)
+        side = grid or self.model.config.grid
+        codes = np.empty((len(images), side, side), dtype=np.int64)
         others = []
         for index, image in enumerate(images):
             own = getattr(image, "codes", None)
-            if own is not None and own.shape == (grid, grid):
+            if own is not None and own.shape == (side, side):
                 codes[index] = own
             else:
-                others.append((index, fit(image, grid * PIXELS_PER_CODE)[0]))
-        for chunk in _chunks(others, batch_size):
-            pixels = torch.from_numpy(np.stack([pixels for _, pixels in chunk])).to(self.placement.device)
-            with torch.inference_mode():
-                found = self.image_tokenizer.encode(pixels.permute(0, 3, 1, 2).float() / 255)
-            codes[[index for index, _ in chunk]] = found.cpu().numpy()
-        return codes
+                others.append((index, fit(image, side * PIXELS_PER_CODE)[0]))
 
-    def _pictures(
-        self,
-        codes: np.ndarray,
-        wishes: Sequence[Wish],
-        log_probabilities: Sequence[float] | np.ndarray,
-        sampling: Sampling,
-    ) -> list[Picture]:
-        return [
-            Picture.of(pixels, wish=wish, codes=own, log_probability=float(log_probability), sampling=sampling)
-            for pixels, wish, own, log_probability in zip(
-                self.pixels(codes), wishes, codes, log_probabilities, strict=True
-            )
-        ]
+        def encode(some: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+            pixels = torch.from_numpy(np.stack([pixels for _, pixels in some])).to(self.placement.device)
+            with torch.inference_mode():
+                return list(self.image_tokenizer.encode(pixels.permute(0, 3, 1, 2).float() / 255).cpu().numpy())
+
+        each = picture_bytes(self.image_tokenizer.config, side, decoding=False)
+        found = Planner(self.placement.device, batch_size).run(
+            others,
+            partial(_times, each),
+            encode,
+            "encoding images",
+        )
+        for (index, _), own in zip(others, found, strict=True):
+            codes[index] = own
+        return codes
 
     def pixels(self, codes: np.ndarray) -> np.ndarray:
         """(B, 8G, 8G, 3) uint8 pictures of (B, G, G) codes, for any G."""
@@ -627,9 +772,18 @@ def checked_seed(seed: int | None) -> int:
     return seed
 
 
-def _chunks(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    _require_positive(size, "the batch size")
-    return (items[first : first + size] for first in range(0, len(items), size))
+def _times(each: int, some: Sequence[object]) -> int:
+    return each * len(some)
+
+
+def _guided(wish: Wish) -> bool:
+    return wish.sampling is not None and wish.sampling.guidance != 1
+
+
+def _named(wishes: Sequence[Wish]) -> str:
+    """What a batch of wishes is, in words."""
+    names = {"generate": "drawing", "caption": "captions", "upscale": "upscaling", "low_level": "upscaling"}
+    return " and ".join(dict.fromkeys(names[wish.task] for wish in wishes))
 
 
 def _one_each(texts: str | Sequence[str], images: Sequence[Image.Image], what: str) -> list[str]:

@@ -159,7 +159,7 @@ class Attention(nn.Module):
         if cache is not None:
             mixed_BHTK = cache.attend(number, qkv_3BHTK[0], qkv_3BHTK[1:], bias_B1TS)
         else:
-            mixed_BHTK = attention(*qkv_3BHTK, bias_B1TS)
+            mixed_BHTK = attention(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], bias_B1TS)
         return self.dropout(self.output(mixed_BHTK.transpose(1, 2).reshape(batch, length, width)))
 
 

@@ -110,7 +110,7 @@ def test_weights_in_few_bits_are_those_of_the_model(few_bits, width):
 def test_the_cache_is_the_engines(dtype):
     plan = plan_of(rows=3, dtype=dtype)
     cache = KVCache(SHAPE, plan.rows, plan.columns, torch.device("cpu"), getattr(torch, dtype))
-    assert plan.rows * plan.kv_cache == cache.keys.nbytes + cache.values.nbytes
+    assert plan.rows * plan.kv_cache == cache.num_bytes
     assert plan_of(rows=3, dtype=dtype, guided=True).kv_cache == 2 * plan.kv_cache
 
 

@@ -132,23 +132,59 @@ def test_a_seed_is_chosen_and_told(tiny_model):
     assert tiny_model.generate("狐狸", seed=MAX_SEED)[0].seed == MAX_SEED
 
 
-def test_every_code_is_counted(tiny_model):
-    counts = []
-    list(tiny_model.iterate(PROMPTS, seed=7, batch_size=2, on_code=lambda done, total: counts.append((done, total))))
-    assert counts == [(done, 64) for done in range(1, 65)] * 2
+def test_every_line_of_codes_is_shown(tiny_model):
+    shown = []
+
+    def look(progress):
+        assert [wish.prompt for wish in progress.wishes] == PROMPTS[len(shown) // 8 * 2 :][:2]
+        shown.append((progress.done, progress.total, progress.drawn))
+        for codes in progress.codes():
+            assert codes.shape == (8, 8)
+            lines = progress.done // 8
+            assert not codes.mask[:lines].any()
+            assert codes.mask[lines:].all()
+
+    pictures = list(tiny_model.iterate(PROMPTS, seed=7, batch_size=2, watch=look))
+    assert shown == [(8 * n, 64, 16) for n in range(1, 9)] + [(8 * n, 64, 8) for n in range(1, 9)]
+    assert len(pictures) == 3
+
+
+def test_codes_so_far_are_those_of_the_picture(tiny_model):
+    halves = []
+
+    def look(progress):
+        if progress.done == 32:
+            halves.extend(progress.codes())
+
+    pictures = tiny_model.draw([Wish(prompt=prompt, seed=7) for prompt in PROMPTS], watch=look)
+    np.testing.assert_array_equal(np.stack(halves)[:, :4], codes_of(pictures)[:, :4])
+    np.testing.assert_array_equal(codes_of(pictures), codes_of(tiny_model.generate(PROMPTS, seed=7)))
+
+
+def test_who_watches_may_stop(tiny_model):
+    """What was finished is had, and nothing more is drawn."""
+    calls = []
+
+    def look(progress):
+        calls.append(progress.done)
+        return len(calls) < 10  # in the second batch
+
+    had = list(tiny_model.iterate(PROMPTS, seed=7, batch_size=2, watch=look))
+    np.testing.assert_array_equal(codes_of(had), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
+    assert calls == [8, 16, 24, 32, 40, 48, 56, 64, 8, 16]
 
 
 def test_pictures_before_an_interruption_are_had(tiny_model):
     calls = 0
 
-    def interrupt(done, total):
+    def interrupt(progress):
         nonlocal calls
         calls += 1
-        if calls == 100:  # in the second batch
+        if calls == 12:  # in the second batch
             raise KeyboardInterrupt
 
     had = []
-    drawing = tiny_model.iterate(PROMPTS, seed=7, batch_size=2, on_code=interrupt)
+    drawing = tiny_model.iterate(PROMPTS, seed=7, batch_size=2, watch=interrupt)
     with pytest.raises(KeyboardInterrupt):
         had.extend(drawing)
     np.testing.assert_array_equal(codes_of(had), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))

@@ -309,7 +309,6 @@ class Window:
 def upscale_windows(grid: int) -> list[Window]:
     """The nine windows that upscale ``grid`` x ``grid`` codes, in the released order.
 
-    Two neighbours in it are free of each other, (0,2) with (1,1) and (1,0) with (1,2), and may be drawn side by side.
     Lines stop short of a window's end where a later window sees further down: at 18 and 30 of 32, and in proportion.
     """
     if grid not in GRID_COMMANDS:
@@ -321,6 +320,15 @@ def upscale_windows(grid: int) -> list[Window]:
         *((2, 0, last), (2, 1, last), (2, 2, last)),
     )
     return [Window(row=row, column=column, lines=lines, grid=grid) for row, column, lines in order]
+
+
+def upscale_steps(grid: int) -> list[list[Window]]:
+    """``upscale_windows``, those together that may be drawn side by side.
+
+    Neither of (0,2) and (1,1) sees what the other draws, nor of (1,0) and (1,2).
+    """
+    windows = upscale_windows(grid)
+    return [*([window] for window in windows[:2]), windows[2:4], windows[4:6], *([window] for window in windows[6:])]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

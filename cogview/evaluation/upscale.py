@@ -63,7 +63,7 @@ def evaluate_upscale(
             captions,
             seed=seed,
             batch_size=batch_size,
-            on_code=lambda done, total: bar.update(done == total),
+            watch=lambda progress: bar.update(progress.done == progress.total),
             **asdict(sampling),
         )
 
