@@ -71,9 +71,7 @@ class KVCache:
             self._store(layer, kv_2BHTK, slice(self.length - skipped, end - skipped))
             beginning_2PHCK = self.beginning._plain(layer, len(self.beginning.stored[layer, 0]), skipped)
             keys, values = self._plain(layer, len(q_BHTK), end - skipped)
-            return attention_shared(
-                q_BHTK, beginning_2PHCK, keys, values, bias_B1TS, self._members_PN, self._slots_B
-            )
+            return attention_shared(q_BHTK, beginning_2PHCK, keys, values, bias_B1TS, self._members_PN, self._slots_B)
         if self.scales is None:
             keys, values = self._plain(layer, len(q_BHTK), end)
             return attention(q_BHTK, keys, values, bias_B1TS)

@@ -24,6 +24,18 @@ from cogview.tokenizers.vocabulary import Kind, Vocabulary
 from cogview.transformer import Transformer
 
 
+# Guessing codes (``_draw_in_parallel``): the most columns of all rows together that a forward should read, the fewest
+# of a row that it pays to read, and how many it begins with. How many of them hold, on average, says whether to read
+# more of them or fewer; if of the first forwards each tells less than so many codes, guesses do not pay.
+# (scripts/benchmarks/parallel.py)
+PARALLEL_COLUMNS = {"cpu": 64, "cuda": 128, "mps": 1}
+LEAST_WIDTH = 8
+FIRST_WIDTH = 16
+WIDEN, NARROW = 1 / 4, 1 / 8
+TRIAL = 8
+PAYS = 2.0
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Job:
     """A row to fill. Its noise is keyed by ``seed``, ``image``, the number of the picture among those of a seed, and
@@ -71,19 +83,39 @@ def fill(
     watch: Callable[[Moment], object] | None = None,
     *,
     int8_cache: bool = False,
+    parallel: int | None = None,
 ) -> list[Filled]:
     """Draw every blank of every row; the result of a row does not depend on its neighbours.
 
-    A text is over where its stop is drawn. ``watch`` is called after each column with blanks; where it returns False,
+    A text is over where its stop is drawn. ``watch`` is called as columns with blanks are done; where it returns False,
     ``Stopped`` is raised. All rows are held in memory at once; ``int8_cache`` rounds their keys and values.
+
+    ``parallel`` is the most codes of a picture that are guessed and told at one go, 1 for none; by default what pays.
+    The pictures are the same (``_draw_in_parallel``). Texts, and pictures with guidance, are drawn one by one.
     """
     guided = [index for index, job in enumerate(jobs) if job.sampling.guidance != 1]
     rows = [_cut(job.row) for job in jobs] + [_cut(_unguided(jobs[index])) for index in guided]
     batch = pad_left(rows, vocabulary.pad)
     text_weights = [job.sampling.text_attention for job in jobs]
-    tapes = Tapes(transformer, batch, _text_bias(batch, text_weights), int8=int8_cache)
+    if parallel is None:
+        parallel = parallel_columns(transformer, len(rows))
+    if guided or not batch.blanks.any() or (batch.kinds[batch.blanks] != Kind.IMAGE).any():
+        parallel = 1
+    bias_BT = _text_bias(batch, text_weights)
+    tapes = Tapes(transformer, batch, bias_BT, int8=int8_cache, may_share=parallel == 1)
     easels = _Easels(transformer, vocabulary, jobs, batch, guided)
+    if parallel > 1:
+        _draw_in_parallel(tapes, easels, jobs, batch, parallel, watch)
+    else:
+        _draw_one_by_one(tapes, easels, jobs, batch, watch)
+    parts = zip(jobs, _ids_of(jobs, batch, tapes.ids_BT), easels.log_probability_B.tolist(), strict=True)
+    return [Filled(ids=_uncut(job.row, ids), log_probability=log_probability) for job, ids, log_probability in parts]
 
+
+def _draw_one_by_one(
+    tapes: Tapes, easels: _Easels, jobs: Sequence[Job], batch: Batch, watch: Callable[[Moment], object] | None
+) -> None:
+    """Read a column, tell the next."""
     open_BT = batch.blanks[: len(jobs)].copy()  # still to be drawn
     columns = np.flatnonzero(open_BT.any(axis=0))
     texts = any(job.row.stop is not None for job in jobs)
@@ -97,9 +129,94 @@ def fill(
             if easel.stop is not None:
                 over = easel.members[(ids_R == easel.stop).cpu().numpy()]
                 open_BT[over] &= np.arange(open_BT.shape[1]) <= column
-        _show(watch, done, len(columns), jobs, batch, tapes.ids_BT)
+        if watch is not None:
 
-    return _filled(jobs, batch, tapes.ids_BT, easels.log_probability_B)
+            def rows() -> list[np.ndarray]:
+                return [_uncut(job.row, ids) for job, ids in zip(jobs, _ids_of(jobs, batch, tapes.ids_BT), strict=True)]
+
+            _show(watch, done, len(columns), rows)
+
+
+def parallel_columns(transformer: Transformer, num_rows: int) -> int:
+    """How many codes it may pay to guess at one go for so many rows; 1 for none.
+
+    Where a forward of many columns takes hardly longer than one of a single: on a GPU, and on a CPU whose weights are
+    packed.
+    """
+    device = transformer.embedding.weight.device
+    if device.type == "cpu" and transformer.packed_heads is None:
+        return 1
+    width = PARALLEL_COLUMNS[device.type] // num_rows
+    return width if width >= LEAST_WIDTH else 1
+
+
+def _draw_in_parallel(
+    tapes: Tapes,
+    easels: _Easels,
+    jobs: Sequence[Job],
+    batch: Batch,
+    most: int,
+    watch: Callable[[Moment], object] | None,
+) -> None:
+    """Tell up to ``most`` codes of each row at one go, from guesses of those before them.
+
+    Noise is keyed, so the next code is a function of the codes before it. Where a guess is what is told in its place,
+    what was told behind it is right as well: all codes up to the first wrong guess are kept, and what is told in its
+    place. What is told behind it is the next guess (Jacobi iteration; with the noise kept, "Gumbel coupling",
+    arXiv:2510.24211). The first guess for a place is the last code that was told: better ones hardly save a forward.
+    Where few guesses hold, the rest is drawn one by one.
+    """
+    device = tapes.ids_BT.device
+    first, end = int(batch.blanks.any(axis=0).argmax()), batch.ids.shape[1]
+    open_BT = torch.from_numpy(batch.blanks).to(device)
+    next_B = np.full(len(jobs), first)  # the column of each row before which all is known
+    told_BT = torch.full((len(jobs), 1), first, device=device)  # the columns that hidden states tell
+    hidden_BTD = tapes.read_until(first).unsqueeze(1)
+    forwards, width, held = 0, min(FIRST_WIDTH, most), 0.0
+
+    def rows() -> list[np.ndarray]:
+        ids_BT = np.where(np.arange(end) < next_B[:, None], tapes.ids_BT.cpu().numpy(), batch.ids)
+        return [_uncut(job.row, ids[start:]) for job, ids, start in zip(jobs, ids_BT, batch.starts, strict=True)]
+
+    while True:
+        guesses_BT, ids_BT = tapes.ids_BT.gather(1, told_BT), torch.empty_like(told_BT)
+        log_p_BT = torch.empty(told_BT.shape, device=device)
+        keys_BT = easels.keys_BT.gather(1, told_BT)
+        for easel in easels.at(first, np.ones(len(jobs), dtype=bool)):
+            rows_R = slice(None) if easel.rows_R is None else easel.rows_R
+            ids_N, log_p_N = easel.choose(hidden_BTD[rows_R].flatten(0, 1), keys_BT[rows_R].flatten())
+            ids_BT[rows_R], log_p_BT[rows_R] = ids_N.view(-1, told_BT.shape[1]), log_p_N.view(-1, told_BT.shape[1])
+        is_new_BT = told_BT >= torch.from_numpy(next_B).to(device).unsqueeze(1)
+        drawn_BT = is_new_BT & open_BT.gather(1, told_BT)
+        ids_BT = torch.where(drawn_BT, ids_BT, guesses_BT)
+        tapes.ids_BT.scatter_(1, told_BT, ids_BT)
+        # Right is what is told up to the first wrong guess, and in its place.
+        wrong_BT = ids_BT != guesses_BT
+        right_BT = is_new_BT & (wrong_BT.cumsum(dim=1) - wrong_BT.long() == 0)
+        easels.log_probability_B += torch.where(right_BT & drawn_BT, log_p_BT, 0.0).sum(dim=1)
+        count_B = right_BT.sum(dim=1).cpu().numpy()  # the one wait for the device
+        next_B = next_B + count_B
+        forwards += 1
+        if watch is not None:
+            _show(watch, int(next_B.min()) - first, end - first, rows)
+        if (next_B == end).all():
+            return
+        if width > 1 and forwards > 1:
+            count = count_B[count_B > 0].mean()  # rows that are done count no more
+            held = count if forwards == 2 else (held + count) / 2
+            width = min(2 * width, most) if held > WIDEN * width else width
+            width = max(width // 2, min(LEAST_WIDTH, most)) if held < NARROW * width else width
+            if forwards == TRIAL and (next_B - first).mean() < PAYS * forwards:
+                width = 1
+        width = min(width, end - first)
+        start_B = np.minimum(next_B - 1, end - 1 - width)
+        last_B1 = told_BT[:, -1:]
+        read_BT = torch.from_numpy(start_B).to(device).unsqueeze(1) + torch.arange(width, device=device)
+        never_told_BT = (read_BT > last_B1) & open_BT.gather(1, read_BT)
+        ids_BT = torch.where(never_told_BT, tapes.ids_BT.gather(1, last_B1), tapes.ids_BT.gather(1, read_BT))
+        tapes.ids_BT.scatter_(1, read_BT, ids_BT)
+        hidden_BTD = tapes.read(read_BT, together=bool((start_B == start_B[0]).all()))
+        told_BT = read_BT + 1
 
 
 @torch.inference_mode()
@@ -239,21 +356,27 @@ class _Easel:
 
     def draw(self, hidden_BD: Tensor, keys_B: Tensor, log_probability_B: Tensor) -> Tensor:
         """The ids (R,) that follow; their log-probability is added to that of their rows."""
-        rows_R, partners_R = self.rows_R, self.partners_R
-        own_RD = hidden_BD if rows_R is None else hidden_BD[rows_R]
-        logits_RV = wanted_RV = _logits(self.transformer, own_RD, self.permitted, self.mask_V)
-        if partners_R is not None:
-            without_RV = _logits(self.transformer, hidden_BD[partners_R], self.permitted, self.mask_V)
-            wanted_RV = without_RV + self.sampling.guidance * (logits_RV - without_RV)
-            if self.mask_V is not None:
-                wanted_RV = wanted_RV.masked_fill(self.mask_V, -torch.inf)
-        chosen_R = draw(wanted_RV, keys_B if rows_R is None else keys_B[rows_R], self.permitted, self.sampling)
-        log_p_R = _log_probability(logits_RV, chosen_R).to(log_probability_B.dtype)
+        rows_R = self.rows_R
+        without_RD = None if self.partners_R is None else hidden_BD[self.partners_R]
+        ids_R, log_p_R = self.choose(
+            hidden_BD if rows_R is None else hidden_BD[rows_R], keys_B if rows_R is None else keys_B[rows_R], without_RD
+        )
         if rows_R is None:
             log_probability_B += log_p_R
         else:
-            log_probability_B.index_add_(0, rows_R, log_p_R)
-        return chosen_R + self.permitted.start
+            log_probability_B.index_add_(0, rows_R, log_p_R.to(log_probability_B.dtype))
+        return ids_R
+
+    def choose(self, hidden_RD: Tensor, keys_R: Tensor, without_RD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The ids (R,) that follow and their log-probabilities; ``without_RD`` are the hidden states without text."""
+        logits_RV = wanted_RV = _logits(self.transformer, hidden_RD, self.permitted, self.mask_V)
+        if without_RD is not None:
+            without_RV = _logits(self.transformer, without_RD, self.permitted, self.mask_V)
+            wanted_RV = without_RV + self.sampling.guidance * (logits_RV - without_RV)
+            if self.mask_V is not None:
+                wanted_RV = wanted_RV.masked_fill(self.mask_V, -torch.inf)
+        chosen_R = draw(wanted_RV, keys_R, self.permitted, self.sampling)
+        return chosen_R + self.permitted.start, _log_probability(logits_RV, chosen_R)
 
     def write(self, ids_BT: Tensor, column: int, ids_R: Tensor) -> None:
         """Put drawn ids where they belong."""
@@ -265,24 +388,14 @@ class _Easel:
             ids_BT[self.partners_R, column] = ids_R
 
 
-def _show(
-    watch: Callable[[Moment], object] | None, done: int, total: int, jobs: Sequence[Job], batch: Batch, ids_BT: Tensor
-) -> None:
-    def rows() -> list[np.ndarray]:
-        parts = zip(jobs, batch.starts[: len(jobs)], ids_BT[: len(jobs)].cpu().numpy(), strict=True)
-        return [_uncut(job.row, ids[start:]) for job, start, ids in parts]
-
-    if watch is not None and watch(Moment(done=done, total=total, rows=rows)) is False:
+def _show(watch: Callable[[Moment], object], done: int, total: int, rows: Callable[[], list[np.ndarray]]) -> None:
+    if watch(Moment(done=done, total=total, rows=rows)) is False:
         raise Stopped
 
 
-def _filled(jobs: Sequence[Job], batch: Batch, ids_BT: Tensor, log_probability_B: Tensor) -> list[Filled]:
-    filled_BT = ids_BT[: len(jobs)].cpu().numpy()
-    parts = zip(jobs, batch.starts[: len(jobs)], filled_BT, log_probability_B.tolist(), strict=True)
-    return [
-        Filled(ids=_uncut(job.row, ids[start:]), log_probability=log_probability)
-        for job, start, ids, log_probability in parts
-    ]
+def _ids_of(jobs: Sequence[Job], batch: Batch, ids_BT: Tensor) -> list[np.ndarray]:
+    """The ids of each job's row, without the padding before it."""
+    return [ids[start:] for ids, start in zip(ids_BT[: len(jobs)].cpu().numpy(), batch.starts, strict=False)]
 
 
 def _cut(row: Arranged) -> Arranged:
@@ -313,9 +426,7 @@ def _permitted(vocabulary: Vocabulary, kind: Kind, stop: int | None) -> range:
     return permitted if stop is None else range(permitted.start, vocabulary.size)
 
 
-def _commands_but(
-    stop: int | None, permitted: range, vocabulary: Vocabulary, device: torch.device
-) -> Tensor | None:
+def _commands_but(stop: int | None, permitted: range, vocabulary: Vocabulary, device: torch.device) -> Tensor | None:
     """(V,) bool: the commands among the permitted ids, without the one that ends a text; None where there are none."""
     if stop is None:
         return None

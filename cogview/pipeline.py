@@ -132,7 +132,8 @@ class CogView:
         self.placement = placement
         self.name = name
         self.bundle = bundle
-        self.int8_cache = False
+        self.int8_cache = False  # whether keys and values are kept in int8
+        self.parallel: int | None = None  # the most codes to guess at one go, 1 for none, None for what pays
         if bundle is None and placement.few_bits is None:
             model.transformer.pack()
 
@@ -412,9 +413,7 @@ class CogView:
     def _wishes_bytes(self, wishes: Sequence[Wish]) -> int:
         return self._fill_bytes([next(self._steps(wish))[0] for wish in wishes])
 
-    def _make_together(
-        self, wishes: Sequence[Wish], planner: Planner, watch: Watch | None
-    ) -> list[Picture | Caption]:
+    def _make_together(self, wishes: Sequence[Wish], planner: Planner, watch: Watch | None) -> list[Picture | Caption]:
         """All of ``wishes`` side by side, window by window where they take several."""
         steps = [self._steps(wish) for wish in wishes]
         waiting = {index: next(one) for index, one in enumerate(steps)}
@@ -456,7 +455,8 @@ class CogView:
 
         def look(moment: Moment) -> object:
             nonlocal counted
-            if moment.done % self.model.config.grid and moment.done < moment.total:
+            grid = self.model.config.grid
+            if moment.done // grid == counted // grid and moment.done < moment.total:
                 return True
             drawn, counted = moment.done - counted, moment.done
             assert watch is not None
@@ -480,6 +480,7 @@ class CogView:
             [job for _, job in jobs],
             look if watch is not None else None,
             int8_cache=self.int8_cache,
+            parallel=self.parallel,
         )
 
     def _codes_so_far(self, row: Arranged, ids: np.ndarray) -> np.ma.MaskedArray:

@@ -22,17 +22,23 @@ class Tapes:
 
     What stands before the first blank of any row is its beginning. Rows whose beginnings are equal read them once, as
     one row: the candidates of one prompt, the captions of one image. ``bias_BT`` (float32) is added to the attention
-    scores of each place.
+    scores of each place. Unless they ``may_share``, each row has a copy of its beginning.
     """
 
     def __init__(
-        self, transformer: Transformer, batch: Batch, bias_BT: np.ndarray | None, *, int8: bool = False
+        self,
+        transformer: Transformer,
+        batch: Batch,
+        bias_BT: np.ndarray | None,
+        *,
+        int8: bool = False,
+        may_share: bool = True,
     ) -> None:
         weight = transformer.embedding.weight
         device, dtype = weight.device, weight.dtype
         num_rows, num_columns = batch.ids.shape
         self.transformer = transformer
-        self.ids_BT = torch.from_numpy(batch.ids).to(device)
+        self.ids_BT = torch.tensor(batch.ids, device=device)  # a copy, to be written to
         self.positions_BT = torch.from_numpy(batch.positions).to(device)
         self._last_start = int(batch.starts.max(initial=0))
         self._key_bias_BT: Tensor | None = None
@@ -53,7 +59,7 @@ class Tapes:
         if first_blank and len(known) < num_rows:
             self._firsts_P = torch.tensor([beginnings.index(number) for number in range(len(known))], device=device)
             self._beginnings_B = torch.tensor(beginnings, device=device)
-            shared = first_blank * (num_rows - len(known)) >= SHARED_FROM * num_rows * num_columns
+            shared = may_share and first_blank * (num_rows - len(known)) >= SHARED_FROM * num_rows * num_columns
         self._first_blank = first_blank
         self.cache = KVCache(
             transformer.config,
@@ -85,17 +91,44 @@ class Tapes:
             self.cache.select(self._beginnings_B)
         return hidden_BTD[self._beginnings_B, -1]
 
+    def read(self, columns_BT: Tensor, *, together: bool) -> Tensor:
+        """Hidden states (B, T, D) of T columns in a row, which may differ between rows unless they are ``together``.
+
+        What was read there or behind is forgotten. Beginnings must not be shared.
+        """
+        start, num_new = int(columns_BT[:, 0].max()), columns_BT.shape[1]
+        self.cache.length = start
+        if together:
+            bias_B1TS = self._bias(slice(None), slice(start, start + num_new))
+        else:
+            self.cache.places_BT = columns_BT
+            bias_B1TS = attention_bias(self._key_bias(slice(None), start + num_new), columns_BT)
+        hidden_BTD = self.transformer.hidden(
+            self.ids_BT.gather(1, columns_BT),
+            self.positions_BT.gather(1, columns_BT),
+            bias_B1TS=bias_B1TS,
+            cache=self.cache,
+        )
+        self.cache.places_BT = None
+        return hidden_BTD
+
+    def _key_bias(self, rows: Tensor | slice, end: int) -> Tensor:
+        """(B, S), what is added to the scores of the first S columns, whoever asks."""
+        if self._key_bias_BT is None:
+            return torch.zeros((len(self.ids_BT), end), device=self.ids_BT.device, dtype=self.cache.dtype)
+        return self._key_bias_BT[rows, :end]
+
     def _bias(self, rows: Tensor | slice, new: slice) -> Tensor | None:
         """What is added to the attention scores of the new columns (``kernels/attention.py``)."""
         num_new = new.stop - new.start
         if self._key_bias_BT is None:
             if num_new == 1 or new.start == 0:
                 return None
-            key_bias_BS = self.positions_BT.new_zeros((1, new.stop), dtype=self.cache.dtype)
+            key_bias_BS = self._key_bias(slice(None), new.stop)[:1]
         else:
-            key_bias_BS = self._key_bias_BT[rows, : new.stop]
-        if num_new == 1 and new.start >= self._last_start:
-            return key_bias_BS[:, None, None, :]
+            key_bias_BS = self._key_bias(rows, new.stop)
+            if num_new == 1 and new.start >= self._last_start:
+                return key_bias_BS[:, None, None, :]
         columns_BT = torch.arange(new.start, new.stop, device=key_bias_BS.device).expand(len(key_bias_BS), -1)
         return attention_bias(key_bias_BS, columns_BT)
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from cogview.config import TransformerConfig
-from cogview.engine import Job, fill, score, search
+from cogview.engine import Job, Stopped, fill, score, search
 from cogview.kernels.attention import attention_bias
 from cogview.sampling import GREEDY, Sampling, filter_logits, keyed_gumbel, noise_keys
-from cogview.tokenizers.layouts import layouts
+from cogview.tapes import Tapes
+from cogview.tokenizers.layouts import layouts, pad_left
 from cogview.tokenizers.vocabulary import Kind, Vocabulary
 from cogview.transformer import Transformer
 
@@ -181,6 +182,160 @@ def test_log_probability_is_that_of_one_full_forward(transformer):
     assert expected < -10
 
 
+# --- rows that begin alike ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def forwards(transformer, monkeypatch):
+    """The shapes of what goes through the layers."""
+    shapes, hidden = [], transformer.hidden
+    monkeypatch.setattr(
+        transformer,
+        "hidden",
+        lambda ids, *rest, **named: (shapes.append(tuple(ids.shape)), hidden(ids, *rest, **named))[1],
+    )
+    return shapes
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("shared_from", [0.0, 2.0])  # one copy of a beginning, or one for each row
+def test_a_beginning_is_read_once(transformer, forwards, monkeypatch, shared_from, int8):
+    monkeypatch.setattr("cogview.tapes.SHARED_FROM", shared_from)
+    jobs = [
+        job_of(row=caption_row(seed=seed), seed=7, image=image, sampling=Sampling(top_k=0))
+        for seed, image in ((1, 0), (2, 0), (1, 1), (1, 2), (2, 1))
+    ]
+    together = fill(transformer, VOCABULARY, jobs, int8_cache=int8)
+    assert forwards[:2] == [(2, 68), (5, 1)]  # two images, of which five captions are written
+    for job, filled in zip(jobs, together, strict=True):
+        (alone,) = fill(transformer, VOCABULARY, [job], int8_cache=int8)
+        assert filled.ids.tolist() == alone.ids.tolist()
+        assert filled.log_probability == pytest.approx(alone.log_probability, abs=1e-3)
+    assert len({tuple(filled.ids.tolist()) for filled in together}) == 5
+
+
+def test_one_copy_of_a_beginning_takes_less(transformer, monkeypatch):
+    batch = pad_left([caption_row(seed=1).cut(73)] * 8, VOCABULARY.pad)
+    sizes = []
+    for shared_from in (0.0, 2.0):
+        monkeypatch.setattr("cogview.tapes.SHARED_FROM", shared_from)
+        sizes.append(Tapes(transformer, batch, None).cache.num_bytes)
+    assert sizes[0] * 8 * 73 == sizes[1] * (68 + 8 * (73 - 68))
+
+
+def test_beginnings_that_only_look_alike_are_not_shared(transformer, forwards):
+    """The same ids, but text that counts for more."""
+    row = draw_row(LONG)
+    jobs = [job_of(row=row, seed=7, sampling=Sampling(top_k=5, text_attention=weight)) for weight in (1.0, 4.0)]
+    together = fill(transformer, VOCABULARY, jobs, parallel=1)
+    assert forwards[0][0] == 2
+    for job, filled in zip(jobs, together, strict=True):
+        assert filled.ids.tolist() == fill(transformer, VOCABULARY, [job], parallel=1)[0].ids.tolist()
+
+
+# --- keys and values in int8 --------------------------------------------------------------------------------------
+
+
+def test_rounded_keys_and_values_hardly_change_what_is_probable(transformer):
+    job = job_of(row=draw_row(LONG), seed=7, sampling=GREEDY)
+    exact, rounded = (fill(transformer, VOCABULARY, [job], int8_cache=int8)[0] for int8 in (False, True))
+    # The first code is told from the prompt alone: the same in both unless rounding is wrong.
+    first = job.row.spans["image"].start
+    assert exact.ids[first] == rounded.ids[first]
+    assert exact.log_probability != rounded.log_probability
+    assert rounded.log_probability == pytest.approx(exact.log_probability, rel=0.1)
+
+
+# --- guesses change nothing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pays", [0.0, 2.0])  # go on guessing though it does not pay, or give it up
+@pytest.mark.parametrize("most", [2, 3, 8, 64])
+def test_parallel_drawing_is_drawing_one_by_one(transformer, monkeypatch, most, pays):
+    monkeypatch.setattr("cogview.engine.PAYS", pays)
+    rows = [
+        draw_row(LONG),
+        draw_row(SHORT),
+        window_row(SHORT, seed=1),
+        draw_row(SHORT, image=[5, None, 9, *[None] * 20, *range(30)]),
+        draw_row(LONG[:2], image=range(64)),  # nothing to do
+    ]
+    ways = [SAMPLING, GREEDY, Sampling(top_k=0), Sampling(text_attention=3.0), SAMPLING]
+    jobs = [
+        job_of(row=row, seed=5, image=number, sampling=way)
+        for number, (row, way) in enumerate(zip(rows, ways, strict=True))
+    ]
+    one_by_one = fill(transformer, VOCABULARY, jobs, parallel=1)
+    together = fill(transformer, VOCABULARY, jobs, parallel=most)
+    for job, expected, filled in zip(jobs, one_by_one, together, strict=True):
+        (alone,) = fill(transformer, VOCABULARY, [job], parallel=most)
+        assert filled.ids.tolist() == alone.ids.tolist() == expected.ids.tolist()
+        assert filled.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
+        assert alone.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
+
+
+def test_codes_that_repeat_are_guessed_right():
+    """The first guess for a place is the last code: a picture of one colour takes few forwards."""
+    config = TransformerConfig(num_layers=1, width=32, num_heads=4, vocabulary_size=VOCABULARY.padded_size)
+    echo = Transformer(config).eval()
+    with torch.no_grad():  # layers that add nothing, and ids that are likest to themselves
+        echo.embedding.weight.copy_(echo.embedding.weight.sign())
+        for parameter in (echo.positions.weight, *echo.layers.parameters()):
+            parameter.zero_()
+    job, count = job_of(row=draw_row(SHORT, image=[9]), seed=1, sampling=GREEDY), []
+    hidden = echo.hidden
+    echo.hidden = lambda *rest, **named: (count.append(1), hidden(*rest, **named))[1]
+    (expected,) = fill(echo, VOCABULARY, [job], parallel=1)
+    assert set(image_of(expected, job.row)) == {9}
+    assert len(count) == 63
+    count.clear()
+    (filled,) = fill(echo, VOCABULARY, [job], parallel=64)
+    assert filled.ids.tolist() == expected.ids.tolist()
+    assert len(count) <= 4  # the prompt; 16 codes, 32, and what is left
+
+
+@pytest.mark.parametrize("parallel", [1, 8])
+def test_who_watches_sees_what_is_drawn_and_nothing_else(transformer, parallel):
+    job = job_of(row=draw_row(SHORT), seed=5)
+    (filled,) = fill(transformer, VOCABULARY, [job], parallel=1)
+    start, seen = job.row.spans["image"].start, []
+
+    def look(moment):
+        seen.append(moment.done)
+        assert moment.total == 64
+        (ids,) = moment.rows()
+        assert ids.tolist()[: start + moment.done] == filled.ids.tolist()[: start + moment.done]
+        assert (ids[start + moment.done : start + 64] == VOCABULARY.pad).all()
+
+    fill(transformer, VOCABULARY, [job], look, parallel=parallel)
+    assert seen == sorted(set(seen))
+    assert seen[-1] == 64
+
+
+@pytest.mark.parametrize("parallel", [1, 8])
+def test_who_watches_may_stop(transformer, parallel):
+    with pytest.raises(Stopped):
+        fill(
+            transformer,
+            VOCABULARY,
+            [job_of(row=draw_row(SHORT), seed=5)],
+            lambda moment: moment.done < 20,
+            parallel=parallel,
+        )
+
+
+def test_texts_and_guided_pictures_are_not_guessed(transformer, forwards):
+    row = draw_row(LONG)
+    fill(
+        transformer,
+        VOCABULARY,
+        [job_of(row=row, seed=1, sampling=Sampling(guidance=2.0), unguided=draw_row([]))],
+        parallel=8,
+    )
+    fill(transformer, VOCABULARY, [job_of(row=caption_row(), seed=1)], parallel=8)
+    assert {length for _, length in forwards} == {1, 13, 68}
+
+
 # --- blanks and what is given -------------------------------------------------------------------------------------
 
 
@@ -236,7 +391,7 @@ def test_row_may_end_at_its_last_blank(transformer):
 def test_every_column_is_told(transformer):
     told = []
     row = draw_row(SHORT, image=[1] * 60)
-    fill(transformer, VOCABULARY, [job_of(row=row, seed=1)], lambda *counts: told.append(counts))
+    fill(transformer, VOCABULARY, [job_of(row=row, seed=1)], lambda moment: told.append((moment.done, moment.total)))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
@@ -293,7 +448,7 @@ def test_a_batch_of_texts_is_left_when_all_are_over(talker):
     seen = []
     rows = [caption_row(seed, max_text=20) for seed in range(3)]
     jobs = [job_of(row=row, seed=0, sampling=Sampling(temperature=3.0, top_k=0)) for row in rows]
-    filled = fill(talker, VOCABULARY, jobs, lambda done, total: seen.append((done, total)))
+    filled = fill(talker, VOCABULARY, jobs, lambda moment: seen.append((moment.done, moment.total)))
     longest = max(sum(token != VOCABULARY.pad for token in text_of(*pair)) for pair in zip(filled, rows, strict=True))
     assert seen[-1] == (longest, 20)
     assert longest < 20

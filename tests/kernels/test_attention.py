@@ -159,7 +159,10 @@ def test_bias_spelt_out():
         [[no, 0, 0, no], [no, 0, 0, 0]],
         [[no, no, 0, no], [no, no, no, 0]],  # the first query is padding, and sees itself alone
     ]
-    assert attention_bias(torch.zeros(2, 3), torch.tensor([[0], [1]])).squeeze(1).tolist() == [[[0, no, no]], [[0, 0, no]]]
+    assert attention_bias(torch.zeros(2, 3), torch.tensor([[0], [1]])).squeeze(1).tolist() == [
+        [[0, no, no]],
+        [[0, 0, no]],
+    ]
 
 
 @pytest.mark.parametrize(("forced", "used"), [(None, "products"), ("torch", "torch"), ("reference", "reference")])
@@ -173,7 +176,9 @@ def test_choice_can_be_forced_and_is_logged_once(fresh_choice, caplog, forced, u
         attention(q, k, v)
         attention(q, k, v, bias_of(torch.tensor([0, 1]), 1, 3))
     assert [inputs[3] is None for inputs in called] == [True, False]
-    assert [record.getMessage() for record in caplog.records] == [f"attention: {used} (few queries in float32 on a CPU)"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"attention: {used} (few queries in float32 on a CPU)"
+    ]
 
 
 def test_unknown_choice_is_an_error(fresh_choice):
