@@ -25,7 +25,8 @@ from cogview.checkpoints.folder import Model, ModelConfig, load_model
 from cogview.checkpoints.registry import find_checkpoint
 from cogview.config import TransformerConfig
 from cogview.device import Placement
-from cogview.engine import Job, Moment, fill
+from cogview.easels import Job, Moment
+from cogview.engine import fill
 from cogview.errors import InputError
 from cogview.kernels.linear import kernels_run_on
 from cogview.memory import DTYPES, Plan, Read, Speed, position_bytes

@@ -21,7 +21,8 @@ from cogview.checkpoints.precision import stored_few_bits
 from cogview.checkpoints.registry import find_checkpoint, find_parts, known_models
 from cogview.checkpoints.weights import WeightsFile
 from cogview.device import Placement, choose_placement
-from cogview.engine import Filled, Job, Moment, Stopped, fill, score, search
+from cogview.easels import Filled, Job, Moment, Stopped
+from cogview.engine import fill, score, search
 from cogview.errors import InputError
 from cogview.images import fit
 from cogview.memory import fill_bytes, picture_bytes, score_bytes

@@ -91,18 +91,19 @@ class Tapes:
             self.cache.select(self._beginnings_B)
         return hidden_BTD[self._beginnings_B, -1]
 
-    def read(self, columns_BT: Tensor, *, together: bool) -> Tensor:
-        """Hidden states (B, T, D) of T columns in a row, which may differ between rows unless they are ``together``.
+    def read(self, columns_BT: Tensor, keys: int, start: int | None) -> Tensor:
+        """Hidden states (B, T, D) of T columns in a row, which look at the first ``keys`` columns.
 
-        What was read there or behind is forgotten. Beginnings must not be shared.
+        ``start`` is where they begin, if that is the same for all rows. What was read there or behind is forgotten.
+        Beginnings must not be shared.
         """
-        start, num_new = int(columns_BT[:, 0].max()), columns_BT.shape[1]
-        self.cache.length = start
-        if together:
-            bias_B1TS = self._bias(slice(None), slice(start, start + num_new))
+        num_new = columns_BT.shape[1]
+        if start is not None:
+            bias_B1TS = self._bias(slice(None), slice(start, keys))
         else:
             self.cache.places_BT = columns_BT
-            bias_B1TS = attention_bias(self._key_bias(slice(None), start + num_new), columns_BT)
+            bias_B1TS = attention_bias(self._key_bias(slice(None), keys), columns_BT)
+        self.cache.length = keys - num_new
         hidden_BTD = self.transformer.hidden(
             self.ids_BT.gather(1, columns_BT),
             self.positions_BT.gather(1, columns_BT),

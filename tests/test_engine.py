@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cogview.config import TransformerConfig
-from cogview.engine import Job, Stopped, fill, score, search
+from cogview.easels import Job, Stopped
+from cogview.engine import fill, score, search
 from cogview.kernels.attention import attention_bias
 from cogview.sampling import GREEDY, Sampling, filter_logits, keyed_gumbel, noise_keys
 from cogview.tapes import Tapes
@@ -252,7 +253,7 @@ def test_rounded_keys_and_values_hardly_change_what_is_probable(transformer):
 @pytest.mark.parametrize("pays", [0.0, 2.0])  # go on guessing though it does not pay, or give it up
 @pytest.mark.parametrize("most", [2, 3, 8, 64])
 def test_parallel_drawing_is_drawing_one_by_one(transformer, monkeypatch, most, pays):
-    monkeypatch.setattr("cogview.engine.PAYS", pays)
+    monkeypatch.setattr("cogview.parallel.PAYS", pays)
     rows = [
         draw_row(LONG),
         draw_row(SHORT),
@@ -265,6 +266,7 @@ def test_parallel_drawing_is_drawing_one_by_one(transformer, monkeypatch, most, 
         job_of(row=row, seed=5, image=number, sampling=way)
         for number, (row, way) in enumerate(zip(rows, ways, strict=True))
     ]
+    jobs.append(job_of(row=draw_row(LONG), seed=1, sampling=Sampling(guidance=2.0), unguided=draw_row([])))
     one_by_one = fill(transformer, VOCABULARY, jobs, parallel=1)
     together = fill(transformer, VOCABULARY, jobs, parallel=most)
     for job, expected, filled in zip(jobs, one_by_one, together, strict=True):
@@ -324,16 +326,30 @@ def test_who_watches_may_stop(transformer, parallel):
         )
 
 
-def test_texts_and_guided_pictures_are_not_guessed(transformer, forwards):
-    row = draw_row(LONG)
-    fill(
-        transformer,
-        VOCABULARY,
-        [job_of(row=row, seed=1, sampling=Sampling(guidance=2.0), unguided=draw_row([]))],
-        parallel=8,
-    )
+def test_texts_are_not_guessed(transformer, forwards):
     fill(transformer, VOCABULARY, [job_of(row=caption_row(), seed=1)], parallel=8)
-    assert {length for _, length in forwards} == {1, 13, 68}
+    assert {length for _, length in forwards} == {1, 68}
+
+
+@pytest.mark.parametrize("parallel", [1, 8])
+def test_steps_to_be_captured_are_the_same_steps(transformer, monkeypatch, parallel):
+    """On CUDA each is replayed as a graph; here they are run as they are, from the same buffers."""
+    monkeypatch.setattr("cogview.parallel.BUCKET", 32)
+    jobs = [
+        job_of(row=draw_row(LONG), seed=5, sampling=Sampling(guidance=2.0, top_k=9), unguided=draw_row([])),
+        job_of(row=draw_row(SHORT, image=[5, None, 9, *[None] * 20, *range(30)]), seed=6),
+        job_of(row=window_row(SHORT, seed=1), seed=7, sampling=Sampling(text_attention=3.0)),
+    ]
+    monkeypatch.setenv("COGVIEW_STEPS", "eager")
+    expected = fill(transformer, VOCABULARY, jobs, parallel=1)
+    monkeypatch.setenv("COGVIEW_STEPS", "captured")
+    found = fill(transformer, VOCABULARY, jobs, parallel=parallel)
+    for one, other in zip(expected, found, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+    monkeypatch.setenv("COGVIEW_STEPS", "compiled")
+    with pytest.raises(ValueError, match="COGVIEW_STEPS='compiled' is unknown; known: eager, captured"):
+        fill(transformer, VOCABULARY, jobs)
 
 
 # --- blanks and what is given -------------------------------------------------------------------------------------

@@ -320,3 +320,46 @@ def test_full_cache_says_so(transformer):
         transformer.hidden(random_ids(1, 4), cache=cache)
         with pytest.raises(ValueError, match="the cache holds 5 positions, 6 are needed"):
             transformer.hidden(random_ids(1, 2), cache=cache)
+
+
+# --- packed weights -----------------------------------------------------------------------------------------------
+
+with_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch comes without MKL")
+
+
+@with_mkl
+def test_packed_weights_give_the_same_logits():
+    packed, ids = lively(TINY), random_ids(3, 20)
+    packed.pack()
+    with torch.inference_mode():
+        hidden = packed.hidden(ids)
+        close(hidden, lively(TINY).hidden(ids))
+        close(packed.head(hidden, range(5, 77)), lively(TINY).head(hidden, range(5, 77)), atol=1e-4)
+
+
+@with_mkl
+def test_weights_that_change_are_packed_anew():
+    """A picture that training shows is drawn by the weights of that step."""
+    packed, plain, ids = lively(TINY), lively(TINY), random_ids(1, 9)
+    packed.pack()
+    with torch.no_grad():
+        before = packed.head(packed.hidden(ids), range(64))
+    for model in (packed, plain):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.5)
+    with torch.no_grad():
+        after = packed.head(packed.hidden(ids), range(64))
+        close(after, plain.head(plain.hidden(ids), range(64)), atol=1e-4)
+    assert (after - before).abs().max() > 1e-2
+
+
+@with_mkl
+def test_packed_weights_can_be_trained_and_saved():
+    packed, plain, ids = lively(TINY), lively(TINY), random_ids(2, 9)
+    packed.pack()
+    for model in (packed, plain):
+        model(ids).square().mean().backward()
+    for one, other in zip(packed.parameters(), plain.parameters(), strict=True):
+        close(one.grad, other.grad, atol=1e-4)
+    assert packed.state_dict().keys() == plain.state_dict().keys()

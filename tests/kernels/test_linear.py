@@ -20,8 +20,11 @@ from cogview.kernels.linear import (
     linear_int4_reference,
     linear_int8,
     linear_int8_reference,
+    linear_packed,
     order_int4_for_cpu,
+    pack,
     pack_int4,
+    packs,
     quantize_int4,
     quantize_int8,
     unpack_int4,
@@ -369,3 +372,47 @@ def test_gradients_are_those_of_linear(given, dtype, rtol):
     for own, other in zip(got, expected, strict=True):
         assert own.dtype == dtype
         torch.testing.assert_close(own, other, rtol=rtol, atol=10 * rtol)
+
+
+# --- float32 in MKL's order ---------------------------------------------------------------------------------------
+
+with_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch comes without MKL")
+
+
+@with_mkl
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 16, 64, 100])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(96, 32), (1, 7), (130, 257)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_packed_weights_are_the_weights(num_rows, num_outputs, num_inputs, biased):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(num_rows, num_inputs, generator=generator),
+        torch.randn(num_outputs, num_inputs, generator=generator),
+    )
+    bias = torch.randn(num_outputs, generator=generator) if biased else None
+    with torch.inference_mode():
+        result = linear_packed(x, pack(weight), weight, bias)
+    expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    torch.testing.assert_close(result.double(), expected, atol=1e-4, rtol=0)
+
+
+@with_mkl
+def test_a_row_is_the_same_whatever_other_rows_there_are():
+    """Bit for bit: so a picture does not depend on its batch, nor on how many codes are guessed."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 96, generator=generator), torch.randn(288, 96, generator=generator)
+    packed = pack(weight)
+    with torch.inference_mode():
+        together = linear_packed(x, packed, weight, None)
+        for count in (1, 2, 3, 16, 33):
+            assert torch.equal(linear_packed(x[:count], packed, weight, None), together[:count])
+        assert torch.equal(linear_packed(x.view(4, 16, 96), packed, weight, None), together.view(4, 16, 288))
+
+
+@with_mkl
+def test_what_packs(monkeypatch):
+    assert packs(torch.zeros(4, 4))
+    assert not packs(torch.zeros(4, 4, dtype=torch.bfloat16))
+    assert not packs(torch.zeros(4, 4, device="meta"))
+    monkeypatch.setenv("COGVIEW_KERNELS", "reference")
+    assert not packs(torch.zeros(4, 4))
