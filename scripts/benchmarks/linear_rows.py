@@ -1,7 +1,7 @@
 """How long one linear layer of the 4-billion-parameter model takes for 1 to 256 rows, each way of computing it.
 
-For every count of rows: float32, bfloat16, bfloat16 computed in float32, PyTorch's kernel for int8 and for int4, and
-int8 unpacked first; in milliseconds, the median of ``--repeats``, with enough matrices that none stays in the cache.
+For every count of rows: float32, float32 in MKL's own order, bfloat16, bfloat16 computed in float32, PyTorch's kernel
+for int8 and for int4, and int8 unpacked first; in milliseconds, the median of ``--repeats``, with enough matrices that none stays in the cache.
 The borders MANY_ROWS_… of ``kernels/linear.py`` were read off this table.
 """
 
@@ -21,7 +21,9 @@ from cogview.kernels.linear import (
     linear,
     linear_int4_ordered,
     linear_int8_reference,
+    linear_packed,
     order_int4_for_cpu,
+    pack,
     quantize_int4,
     quantize_int8,
 )
@@ -33,19 +35,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=9, metavar="COUNT", help="(default: 9)")
+    parser.add_argument(
+        "--shape", default=f"{OUTPUTS}x{INPUTS}", help=f"outputs x inputs (default: {OUTPUTS}x{INPUTS})"
+    )
     parser.add_argument("--copies", type=int, default=6, metavar="COUNT", help="matrices in turn (default: 6)")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    weights = [torch.randn(OUTPUTS, INPUTS) * 0.02 for _ in range(args.copies)]
+    outputs, inputs = map(int, args.shape.split("x"))
+    weights = [torch.randn(outputs, inputs) * 0.02 for _ in range(args.copies)]
+    packed = list(map(pack, weights))
     halves = [weight.bfloat16() for weight in weights]
     int8 = [quantize_int8(weight) for weight in weights]
-    int4 = [(order_int4_for_cpu(packed), scale) for packed, scale in map(quantize_int4, weights)]
-    bias = torch.zeros(OUTPUTS, dtype=torch.bfloat16)
+    int4 = [(order_int4_for_cpu(steps), scale) for steps, scale in map(quantize_int4, weights)]
+    bias = torch.zeros(outputs, dtype=torch.bfloat16)
 
     def ways(x: Tensor) -> dict[str, Callable[[int], Tensor]]:
         half = x.bfloat16()
         return {
             "float32": lambda i: F.linear(x, weights[i]),
+            "float32 packed": lambda i: linear_packed(x, packed[i], weights[i], None),
             "bfloat16": lambda i: F.linear(half, halves[i]),
             "bfloat16 in float32": lambda i: linear(half, halves[i], bias),
             "int8": lambda i: torch._weight_int8pack_mm(half, *int8[i]),
@@ -53,11 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             "int4": lambda i: linear_int4_ordered(half, *int4[i], bias),
         }
 
-    print(f"# {OUTPUTS} x {INPUTS}, {torch.get_num_threads()} threads, milliseconds, median of {args.repeats}")
-    print("| rows | " + " | ".join(ways(torch.zeros(1, INPUTS))) + " |")
-    print("|---" * (len(ways(torch.zeros(1, INPUTS))) + 1) + "|")
+    print(f"# {outputs} x {inputs}, {torch.get_num_threads()} threads, milliseconds, median of {args.repeats}")
+    print("| rows | " + " | ".join(ways(torch.zeros(1, inputs))) + " |")
+    print("|---" * (len(ways(torch.zeros(1, inputs))) + 1) + "|")
     for rows in (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 128, 256):
-        x = torch.randn(rows, INPUTS)
+        x = torch.randn(rows, inputs)
         times = []
         for way in ways(x).values():
             taken = []

@@ -1,0 +1,226 @@
+"""The best of 16 pictures of a prompt: drawn and scored together, or one by one and as the released CogView scores.
+
+    python scripts/benchmarks/compare_best_of.py [-n 16] [--model random --layers 8 --width 512] [--json FILE]
+
+Our side draws all pictures in one batch, and scores the prompt as the caption of each from the logits of its pieces
+alone. The other draws them by our engine too, but in 16 runs, and scores them as the release does: logits of all ids at
+every place, and a softmax over all of them, for as many pictures at a time as memory allows. Pixels are not decoded.
+
+Before that, both sides draw and score a few pictures in float32, which must come out the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from compare_released import (
+    SEED,
+    VOCABULARY,
+    Parts,
+    add_shape_arguments,
+    check_arguments,
+    describe,
+    describe_placement,
+    facts,
+    in_turn,
+    make_parser,
+    random_transformer,
+    report,
+    seconds_of,
+    shape_of,
+)
+from four_billion import text_model
+
+from cogview.checkpoints.folder import Model, ModelConfig
+from cogview.cli.main import run_safely
+from cogview.cli.options import DEFAULT_MODEL, require_positive
+from cogview.device import choose_placement
+from cogview.easels import Job
+from cogview.engine import fill, score
+from cogview.errors import InputError
+from cogview.pipeline import CogView
+from cogview.tokenizers.layouts import Arranged, pad_right
+from cogview.tokenizers.text import TextTokenizer
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+PROMPT = "蓝色背景上的三只狐狸"
+CHECKED = 4  # pictures that are drawn to see that both sides agree
+MOST_LOGITS = 1 << 30  # bytes of the logits that are made at a time
+RANDOM = "random"
+SHAPE = ("layers", "width", "heads", "grid")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check, measure and print; returns the exit status."""
+    parser = make_parser(__doc__)
+    add_weights_arguments(parser)
+    parser.add_argument("-n", type=int, default=16, metavar="PICTURES", help="of the prompt (default: 16)")
+    args = parser.parse_args(argv)
+    return run_safely(lambda: run(args, parser), "compare_best_of.py")
+
+
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """The whole comparison."""
+    check_arguments(args)
+    require_positive("-n", args.n)
+    exact = open_model(args, parser, "caption", "float32")
+    jobs = jobs_of(exact, args.n)
+    check_same_scores(exact, jobs[:CHECKED])
+    model = open_model(args, parser, "caption", args.dtype)
+    place = model.placement
+
+    def measure(draw: Callable[[], np.ndarray], rank: Callable[[np.ndarray], object]) -> Parts:
+        drawn: list[np.ndarray] = []
+        drawing = seconds_of(place, lambda: drawn.append(draw()))
+        return {"draw": drawing, "score": seconds_of(place, partial(rank, drawn[0]))}
+
+    times = in_turn(
+        {
+            "one by one": partial(measure, partial(draw_one_by_one, model, jobs), partial(score_everything, model)),
+            "ours": partial(measure, partial(draw_together, model, jobs), partial(score_pieces, model)),
+        },
+        args.repeats,
+    )
+    medians, totals = {}, {}
+    for side, parts in times.items():
+        medians[side] = {part: statistics.median(seconds) for part, seconds in parts.items()}
+        totals[side] = statistics.median(map(sum, zip(*parts.values(), strict=True)))
+    ratio, share = totals["one by one"] / totals["ours"], medians["ours"]["score"] / totals["ours"]
+    rows: list[Sequence[object]] = [
+        [side, f"{parts['draw']:.3f}", f"{parts['score']:.3f}", f"{totals[side]:.3f}"]
+        for side, parts in medians.items()
+    ]
+    rows.append(
+        ["ratio", *(f"{medians['one by one'][p] / medians['ours'][p]:.1f}" for p in ("draw", "score")), f"{ratio:.1f}"]
+    )
+    lines = [
+        f"weights {model.name}: {describe(model.model.config.transformer, model.model.config.grid)}; "
+        f"{describe_placement(place)}; medians of {args.repeats} runs",
+        f"best of {args.n}; scoring takes {share:.1%} of our time",
+    ]
+    found = {"n": args.n, "ratio": ratio, "score_share": share, "totals": totals, "seconds": times}
+    report(
+        args,
+        lines,
+        ["side", "draw, s", "score, s", "both, s"],
+        rows,
+        {"comparison": "best of", **found, **facts(place)},
+    )
+    return 0
+
+
+def jobs_of(model: CogView, count: int) -> list[Job]:
+    """So many pictures of the prompt, drawn in the model's own way."""
+    config = model.model.config
+    row = config.layouts["generate"].arrange(model.vocabulary, text=model.text_tokenizer.encode(PROMPT))
+    return [Job(row=row, seed=SEED, image=image, sampling=config.sampling) for image in range(count)]
+
+
+def draw_together(model: CogView, jobs: Sequence[Job]) -> np.ndarray:
+    """Codes (B, G * G) of all jobs, drawn in one batch."""
+    # Of random weights one code after the other; compare_released.py says why.
+    filled = fill(model.transformer, model.vocabulary, jobs, parallel=1 if model.name == RANDOM else None)
+    return np.stack([one.ids[job.row.spans["image"]] for one, job in zip(filled, jobs, strict=True)])
+
+
+def draw_one_by_one(model: CogView, jobs: Sequence[Job]) -> np.ndarray:
+    """The same in a run for each."""
+    return np.concatenate([draw_together(model, [job]) for job in jobs])
+
+
+def score_pieces(model: CogView, codes: np.ndarray) -> list[float]:
+    """log p of the prompt given each of the pictures (B, G * G), by our engine."""
+    return score(model.transformer, model.vocabulary, scored_rows(model, codes))
+
+
+@torch.inference_mode()
+def score_everything(model: CogView, codes: np.ndarray) -> list[float]:
+    """The same in the release's way: logits and softmax of all ids at every place, image codes masked."""
+    vocabulary, weight = model.vocabulary, model.transformer.embedding.weight
+    rows = scored_rows(model, codes)
+    text = rows[0].spans["text"]
+    size = max(1, MOST_LOGITS // (4 * len(rows[0]) * len(weight)))
+    totals: list[float] = []
+    for start in range(0, len(rows), size):
+        batch = pad_right(rows[start : start + size], vocabulary.pad)
+        ids_BT = torch.from_numpy(batch.ids).to(weight.device)
+        logits_BTV = model.transformer(ids_BT, torch.from_numpy(batch.positions).to(weight.device))
+        logits_BTV[..., vocabulary.image.start : vocabulary.image.stop] = -torch.inf
+        log_p_BTV = logits_BTV.log_softmax(dim=-1)
+        log_p_BT = log_p_BTV[:, :-1].gather(2, ids_BT[:, 1:].unsqueeze(2)).squeeze(2)
+        totals += log_p_BT[:, text.start - 1 : text.stop - 1].sum(dim=1).tolist()
+    return totals
+
+
+def scored_rows(model: CogView, codes: np.ndarray) -> list[Arranged]:
+    """Each picture with the prompt behind it."""
+    layout, pieces = model.model.config.layouts["score"], model.text_tokenizer.encode(PROMPT)
+    return [layout.arrange(model.vocabulary, image=own, text=pieces) for own in codes]
+
+
+def check_same_scores(model: CogView, jobs: Sequence[Job]) -> None:
+    """Both sides draw the same pictures and score them alike."""
+    codes = draw_together(model, jobs)
+    assert np.array_equal(codes, draw_one_by_one(model, jobs)), "a batch gave other pictures than single runs"
+    scores = score_pieces(model, codes), score_everything(model, codes)
+    assert np.allclose(*scores, rtol=1e-4, atol=1e-3), f"both sides score differently: {scores}"
+
+
+# What is shared with compare_upscale.py
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, and the shape of random weights."""
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME_OR_FOLDER",
+        help=f"or {RANDOM}: weights of the shape below, with the released vocabulary (default: {DEFAULT_MODEL})",
+    )
+    add_shape_arguments(parser)
+
+
+def open_model(args: argparse.Namespace, parser: argparse.ArgumentParser, task: str, dtype: str) -> CogView:
+    """The model asked for, which draws pictures and does ``task``."""
+    if args.model == RANDOM:
+        return random_model(args, dtype)
+    given = [f"--{name}" for name in SHAPE if getattr(args, name) != parser.get_default(name)]
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: {args.model} has a shape of its own; for random weights add --model {RANDOM}"
+        )
+    model = CogView.from_pretrained(args.model, device=args.device, dtype=dtype)
+    if model.bundle is not None:
+        raise InputError(f"{args.model} is several models; expected one that draws and has the task {task!r}")
+    for needed in ("generate", task):
+        model.require_task(needed)
+    return model
+
+
+def random_model(args: argparse.Namespace, dtype: str) -> CogView:
+    """Random weights of the shape that ``args`` ask for."""
+    config = shape_of(args)
+    placement = choose_placement(args.device, dtype, num_parameters=config.num_parameters)
+    model = Model(
+        config=ModelConfig(
+            transformer=config,
+            vocabulary=VOCABULARY,
+            grid=args.grid,
+            tasks=("generate", "caption", "upscale"),
+            max_text=2 * len(PROMPT),
+        ),
+        transformer=random_transformer(config, placement.device).to(placement.dtype),
+        image_tokenizer=VQVAE(VQVAEConfig()).eval().to(placement.device),
+        text_tokenizer=TextTokenizer(text_model(VOCABULARY.num_text_pieces)),
+    )
+    return CogView(model, placement, RANDOM)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

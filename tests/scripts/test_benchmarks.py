@@ -1,0 +1,211 @@
+"""``scripts/benchmarks/compare_*.py``: both sides of each comparison do the same thing, and the figures are printed."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cogview.easels import Job
+from cogview.engine import fill
+from cogview.sampling import GREEDY, Sampling
+from cogview.tokenizers.layouts import layouts
+
+BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
+SHAPE = ("--layers", "2", "--width", "64", "--grid", "8")
+SHORT = ("--device", "cpu", "--repeats", "1")
+PROMPT = "蓝色背景上的两只狐狸在汽车的左边"
+SCRIPTS = ("compare_released", "compare_transformers", "compare_best_of", "compare_upscale")
+
+
+@pytest.fixture
+def load_benchmark(load_script, monkeypatch):
+    """A function that imports a benchmark by name, as from its own folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return load_script
+
+
+@pytest.fixture
+def run_benchmark(load_benchmark, tmp_path, capsys):
+    """A function that runs a benchmark: the cells of its table, row by row, and what --json wrote."""
+
+    def run(name, *arguments):
+        file = tmp_path / "times.json"
+        assert load_benchmark(name).main([*SHORT, "--json", str(file), *arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+        assert len({len(row) for row in cells}) == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["times.json"]
+        return [cells[0], *cells[2:]], json.loads(file.read_text())
+
+    return run
+
+
+def partly_known(model, name, **values):
+    """A row of the layout ``name`` with the prompt, and an image of which about half is known, here and there."""
+    noise = np.random.default_rng(1)
+    image = np.ma.masked_array(noise.integers(0, 8192, 64), mask=noise.random(64) < 0.5)
+    text = model.text_tokenizer.encode(PROMPT)
+    return layouts(8)[name].arrange(model.vocabulary, text=text, image=image, **values)
+
+
+def test_the_released_algorithm_draws_what_the_engine_draws(load_benchmark, tiny_model):
+    draw = load_benchmark("released_algorithm").draw
+    transformer, vocabulary = copy.deepcopy(tiny_model.transformer), tiny_model.vocabulary
+    load_benchmark("compare_released").sharpen(transformer)  # else greedy codes would repeat, whatever was read
+    whole = layouts(8)["generate"].arrange(vocabulary, text=tiny_model.text_tokenizer.encode(PROMPT))
+    small = np.arange(100, 116).reshape(4, 4)
+    # Of the last two, one place and several are read at a time; in the last one positions restart.
+    rows = [whole, partly_known(tiny_model, "generate"), partly_known(tiny_model, "upscale", small=small)]
+    for row in rows:
+        seen = []
+        drawn = draw(
+            transformer,
+            vocabulary,
+            row,
+            2,
+            GREEDY,
+            torch.Generator(),
+            lambda *progress, seen=seen: seen.append(progress),
+        )
+        (ours,) = fill(transformer, vocabulary, [Job(row=row, seed=0, sampling=GREEDY)])
+        assert np.array_equal(drawn, np.stack([ours.ids, ours.ids]))
+        assert len(set(drawn[0][row.blanks])) >= 10
+        assert seen == [(done, row.blanks.sum()) for done in range(1, row.blanks.sum() + 1)]
+
+
+def test_the_released_algorithm_expects_what_a_full_pass_expects(load_benchmark, tiny_model):
+    released = load_benchmark("released_algorithm")
+    transformer, noise = tiny_model.transformer, torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(0, 8192, (1, 12), generator=noise)
+    positions_T = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5])
+    expected_BTV = transformer(ids_BT, positions_T.unsqueeze(0))
+    memory = released.no_memory(transformer)
+    for start, stop in ((0, 4), (4, 5), (5, 9), (9, 12)):
+        logits_BV, memory = released.read(transformer, memory, ids_BT[:, start:stop], positions_T[start:stop])
+        torch.testing.assert_close(logits_BV, expected_BTV[:, stop - 1], atol=1e-5, rtol=0)
+    assert [inputs_BSD.shape for inputs_BSD in memory] == [(1, 12, 32)] * 2
+
+
+def test_the_released_algorithm_chooses_among_the_most_probable_that_are_permitted(load_benchmark):
+    logits_BV = torch.tensor([[9.0, 0.0, 3.0, 2.9, 1.0, 9.0]]).repeat(200, 1)
+    noise = torch.Generator().manual_seed(0)
+    chosen_B = load_benchmark("released_algorithm").choose(logits_BV, range(1, 5), Sampling(top_k=2), noise)
+    assert set(chosen_B.tolist()) == {2, 3}
+    assert logits_BV[0, 0] == 9
+
+
+def test_the_timed_steps_stand_for_all(load_benchmark, tiny_model):
+    row = layouts(8)["generate"].arrange(tiny_model.vocabulary, text=tiny_model.text_tokenizer.encode(PROMPT))
+    start = row.spans["image"].start
+    strides = load_benchmark("compare_released").strata(row, 32)
+    assert strides == {str(start): 1, str(start + 16): 32, str(start + 48): 31}
+
+
+@pytest.mark.parametrize(("way", "parts"), [((), 3), (("--whole",), 1)])
+def test_beside_the_release(run_benchmark, way, parts):
+    table, found = run_benchmark("compare_released", *SHAPE, "--batches", "1", "3", *way)
+    assert [row[0] for row in table[1:]] == ["1", "3"]
+    for row, batch in zip(table[1:], found["rows"], strict=True):
+        assert float(row[3]) == pytest.approx(batch["released"] / batch["ours"], abs=0.06)
+        assert len(batch["seconds"]["released"]) == parts
+    assert (found["arguments"]["grid"], found["dtype"]) == (8, "float32")
+
+
+def test_beside_transformers(run_benchmark):
+    pytest.importorskip("transformers", reason="transformers is what ours is compared with")
+    modes = ["eager, dynamic", "sdpa, static"]
+    table, found = run_benchmark("compare_transformers", *SHAPE, "--batch", "2", "--tokens", "5", "--modes", *modes)
+    assert [row[0].removesuffix(" (its best)") for row in table[1:]] == ["ours", *(f"transformers: {m}" for m in modes)]
+    assert (found["given"], found["drawn"], sorted(found["seconds"])) == (
+        80,
+        5,
+        ["eager, dynamic", "ours", "sdpa, static"],
+    )
+    assert found["best"] in modes
+
+
+def test_the_best_of_some(run_benchmark):
+    table, found = run_benchmark("compare_best_of", "--model", "random", *SHAPE, "-n", "3")
+    assert [row[0] for row in table[1:]] == ["one by one", "ours", "ratio"]
+    assert 0 < found["score_share"] < 1
+
+
+def test_both_ways_to_score_agree(load_benchmark, tiny_model):
+    best_of = load_benchmark("compare_best_of")
+    best_of.PROMPT = PROMPT
+    best_of.MOST_LOGITS = 1  # one picture at a time
+    codes = best_of.draw_together(tiny_model, best_of.jobs_of(tiny_model, 3))
+    scores = best_of.score_everything(tiny_model, codes)
+    assert scores == pytest.approx(best_of.score_pieces(tiny_model, codes), abs=1e-3)
+    assert len(set(scores)) == 3
+
+
+def test_super_resolution(run_benchmark, tiny_checkpoint):
+    table, found = run_benchmark("compare_upscale", "--model", str(tiny_checkpoint), "--images", "2")
+    assert [row[0] for row in table[1:]] == ["released algorithm, one at a time", "ours, in one batch"]
+    assert found["same"] == found["images"] == 2
+
+
+def test_mistakes_are_one_line(load_benchmark, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    nowhere = tmp_path / "none" / "times.json"
+    for name, arguments, message in [
+        ("compare_released", ["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        ("compare_released", ["--batches", "1", "0"], "--batches must be at least 1, got 0"),
+        ("compare_released", ["--every", "0"], "--every must be at least 1, got 0"),
+        ("compare_released", ["--json", str(nowhere)], f"--json {nowhere}: there is no folder {nowhere.parent}; make "),
+        (
+            "compare_released",
+            ["--heads", "7"],
+            "--layers 2 --width 64 --heads 7: width 64 does not divide into 7 heads",
+        ),
+        ("compare_transformers", ["--tokens", "65"], "--tokens must be from 1 to 64, what an image and the positions "),
+        ("compare_transformers", ["--batch", "0"], "--batch must be at least 1, got 0"),
+        ("compare_transformers", [], "Hugging Face transformers is missing, which is what ours is compared with: pip "),
+        ("compare_best_of", ["--model", "random", "-n", "0"], "-n must be at least 1, got 0"),
+        ("compare_best_of", [], "--layers, --width, --grid: cogview-emoji has a shape of its own; for random weights "),
+        ("compare_upscale", ["--model", "random", "--images", "0"], "--images must be at least 1, got 0"),
+    ]:
+        assert load_benchmark(name).main([*SHAPE, *SHORT, *arguments]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith(f"{name}.py: {message}")
+        assert err.count("\n") == 1
+
+
+def test_a_bundle_is_refused_in_one_line(load_benchmark, tiny_model, monkeypatch, capsys):
+    compare = load_benchmark("compare_best_of")
+    monkeypatch.setattr(tiny_model, "bundle", object())
+    monkeypatch.setattr(compare.CogView, "from_pretrained", lambda name, **placement: tiny_model)
+    assert compare.main(["--model", "cogview-released"]) == 2
+    err = capsys.readouterr().err
+    assert err == (
+        "compare_best_of.py: cogview-released is several models; expected one that draws and has the task 'caption'\n"
+    )
+
+
+def test_what_cannot_be_compiled_is_one_line(load_benchmark, monkeypatch, capsys):
+    from torch._dynamo.exc import TorchDynamoException
+
+    pytest.importorskip("transformers", reason="transformers is what ours is compared with")
+    compare = load_benchmark("compare_transformers")
+
+    def fail(*arguments):
+        raise TorchDynamoException("no C++ compiler\nand a long story")
+
+    monkeypatch.setattr(compare, "generate", fail)
+    assert compare.main([*SHAPE, *SHORT, "--tokens", "2", "--modes", "sdpa, compiled"]) == 2
+    err = capsys.readouterr().err.splitlines()[-1]
+    message = "sdpa, compiled: nothing can be compiled here (no C++ compiler); name the other --modes"
+    assert err == f"compare_transformers.py: {message}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(load_benchmark, capsys, name):
+    with pytest.raises(SystemExit) as exit_:
+        load_benchmark(name).main(["--help"])
+    assert exit_.value.code == 0
+    assert "--json FILE" in capsys.readouterr().out
