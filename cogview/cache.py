@@ -37,8 +37,9 @@ class KVCache:
     ) -> None:
         own_length = max_length - beginning_length
         shape = (config.num_layers, 2, batch_size, config.num_heads, own_length, config.head_size)
-        self.stored = torch.zeros(shape, device=device, dtype=torch.int8 if int8 else dtype)
-        self.scales = torch.zeros((*shape[:-1], 1), device=device, dtype=dtype) if int8 else None
+        # Written to at once: a CPU would else hand out memory as it is filled, to whoever asks in the meantime.
+        self.stored = torch.empty(shape, device=device, dtype=torch.int8 if int8 else dtype).zero_()
+        self.scales = torch.empty((*shape[:-1], 1), device=device, dtype=dtype).zero_() if int8 else None
         self.dtype = dtype
         self.length = 0
         self.max_length = max_length

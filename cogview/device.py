@@ -59,11 +59,18 @@ def choose_placement(
     return Placement(chosen, DTYPES[dtype], "as asked")
 
 
+def take_local_gpu() -> None:
+    """Have ``auto`` and ``cuda`` mean a GPU of its own in each process that torchrun starts: that of its LOCAL_RANK."""
+    local = os.environ.get("LOCAL_RANK", "")
+    if local.isdecimal() and torch.cuda.is_available():
+        torch.cuda.set_device(int(local) % torch.cuda.device_count())
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that a process may still take on a device.
 
-    On a CPU the least of what the system has available and what its control groups leave; all there is, where the
-    system says neither.
+    On a CPU the least of what the system has available and what control groups and the limits of the process (``ulimit
+    -d``, ``ulimit -v``) leave; all there is, where the system says none of these.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -79,6 +86,7 @@ def _available_on_host(root: Path) -> int:
         free = []
         if found := re.search(r"MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text()):
             free.append(1024 * int(found[1]))
+        free += _left_by_limits(root / "proc/self")
         groups = root / "proc/self/cgroup"
         for line in groups.read_text().splitlines() if groups.is_file() else []:
             _, controllers, path = line.split(":", 2)
@@ -96,6 +104,18 @@ def _available_on_host(root: Path) -> int:
         ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
         return 1024 * kilobytes.value
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _left_by_limits(process: Path) -> list[int]:
+    """Bytes that a process may still take for data and in all, where it is limited."""
+    left = []
+    with suppress(OSError):
+        limits, taken = (process / "limits").read_text(), (process / "status").read_text()
+        for limit, count in (("Max data size", "VmData"), ("Max address space", "VmSize")):
+            most, now = re.search(rf"{limit} +(\d+)", limits), re.search(rf"{count}:\s*(\d+) kB", taken)
+            if most and now:
+                left.append(int(most[1]) - 1024 * int(now[1]))
+    return left
 
 
 def _left_by_groups(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[int]:

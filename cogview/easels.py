@@ -73,18 +73,25 @@ class Easels:
         self.owners = np.concatenate([np.arange(len(jobs)), np.array(guided, dtype=np.int64)])  # the job of each row
         self._known: dict[bytes, list[Easel]] = {}
 
-    def at(self, column: int, open_B: np.ndarray) -> list[Easel]:
+    def at(self, column: int, open_J: np.ndarray) -> list[Easel]:
         """One for all rows whose ``column`` is to be drawn among the same ids in the same way."""
-        kinds_B = self.batch.kinds[: len(self.jobs), column]
-        look = open_B.tobytes() + kinds_B.tobytes()
+        kinds_J = self.batch.kinds[: len(self.jobs), column]
+        look = open_J.tobytes() + kinds_J.tobytes()
         if look not in self._known:  # mostly it is that of the column before
-            groups: dict[tuple[Kind, int | None, Sampling], list[int]] = {}
-            for index in np.flatnonzero(open_B).tolist():
-                kind = Kind(kinds_B[index])
-                stop = self.jobs[index].row.stop if kind == Kind.TEXT else None
-                groups.setdefault((kind, stop, self.jobs[index].sampling), []).append(index)
-            self._known[look] = [self._easel(np.array(members), *key) for key, members in groups.items()]
+            self._known[look] = self._grouped(open_J, kinds_J)
         return self._known[look]
+
+    def of_pictures(self) -> list[Easel]:
+        """Those of all rows, where all blanks are codes."""
+        return self._grouped(np.ones(len(self.jobs), dtype=bool), np.full(len(self.jobs), Kind.IMAGE))
+
+    def _grouped(self, open_J: np.ndarray, kinds_J: np.ndarray) -> list[Easel]:
+        groups: dict[tuple[Kind, int | None, Sampling], list[int]] = {}
+        for index in np.flatnonzero(open_J).tolist():
+            kind = Kind(kinds_J[index])
+            stop = self.jobs[index].row.stop if kind == Kind.TEXT else None
+            groups.setdefault((kind, stop, self.jobs[index].sampling), []).append(index)
+        return [self._easel(np.array(members), *key) for key, members in groups.items()]
 
     def _easel(self, members: np.ndarray, kind: Kind, stop: int | None, sampling: Sampling) -> Easel:
         permitted = permitted_ids(self.vocabulary, kind, stop)
@@ -151,6 +158,7 @@ class Easel:
 
 
 def show(watch: Callable[[Moment], object], done: int, total: int, rows: Callable[[], list[np.ndarray]]) -> None:
+    """Call ``watch``; raises ``Stopped`` where it returns False."""
     if watch(Moment(done=done, total=total, rows=rows)) is False:
         raise Stopped
 

@@ -2,20 +2,25 @@
 
 ``estimate`` gives a ``Plan``. Its memory is a part that is there whatever the rows, and a part that each row adds:
 
-    total    = layers + embedding + image_tokenizer + workspace + overhead + rows x per_row
+    total    = layers + embedding + packed + image_tokenizer + workspace + overhead + rows x per_row
     per_row  = the larger of  kv_cache + the larger of activations and logits,  while the rows are read and filled,
                and  pictures,  in the VQ-VAE before or after that, when the cache is not there
+
+``fill_bytes``, ``search_bytes`` and ``score_bytes`` say by the same formulas what given rows take: they know which rows
+begin alike, and how long each is.
 
 Its time is that of all reads of new columns, each the larger of its products and of the bytes that it moves, and the
 time that PyTorch takes to start its operations.
 """
 
-# D width of the transformer, T columns read at one go, S columns so far
+# R rows, D width of the transformer, H heads, T columns read at one go, S columns so far, C those of a beginning
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,10 +29,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogview.checkpoints.folder import ModelConfig
 from cogview.config import TransformerConfig
-from cogview.engine import Job
+from cogview.easels import Job
 from cogview.errors import InputError
-from cogview.kernels.linear import DENSE_BLOCK, MANY_ROWS_HALF, MANY_ROWS_INT8, group_of, kernels_run_on, linear
-from cogview.tokenizers.layouts import Arranged, upscale_windows
+from cogview.kernels.attention import FEW
+from cogview.kernels.linear import (
+    DENSE_BLOCK,
+    MANY_ROWS_HALF,
+    MANY_ROWS_INT8,
+    PACKED_AT_ONCE,
+    group_of,
+    kernels_run_on,
+    linear,
+    packs,
+)
+from cogview.sampling import TIES, Sampling
+from cogview.tapes import SHARED_FROM
+from cogview.tokenizers.layouts import Arranged, pad_left, upscale_windows
 from cogview.tokenizers.vocabulary import Kind, Vocabulary
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 
@@ -35,27 +52,36 @@ TASKS = ("generate", "caption", "upscale", "low_level", "score")
 
 # Bytes of an activation. Where only the weights of the layers are quantised, all else is in half precision.
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
+SMALLER_DTYPES = ("bfloat16", "int8", "int4")  # what else to offer where something does not fit
 
 # Bytes besides tensors: Python, PyTorch and what it loads while it works. On a CPU the peak of `cogview generate -n 1`
 # (resident memory, PyTorch 2.13 for CPUs on Linux) less its tensors. On a GPU the context, its kernels and the
 # workspace of matrix products: assumed, from what is common, and not measured.
 OVERHEAD = {"cpu": 350_000_000, "cuda": 600_000_000, "mps": 600_000_000}
 
-# Tensors of T x D that are there at once where a layer has most of them: the layer's input, the attention's output,
-# their sum, its norm, and the MLP's inner layer (4 D) before and after GELU.
+# Tensors of R x T x D that are there at once where a layer has most of them, in the MLP: the layer's input, what the
+# attention added, their sum, its norm, and the inner layer (4 D) before and after GELU.
 LAYER_WIDTHS = 12
 # Where weights are unpacked, a CPU multiplies in float32, and the inner layer is there so without its bias and with it,
 # as the blocks that it came in, if they are several, and in half precision.
 UNPACKED_LAYER_WIDTHS = 4 + 4 * (2 + 2 + 1)
 UNPACKED_LAYER_WIDTHS_IN_BLOCKS = UNPACKED_LAYER_WIDTHS + 4 * 2
-# In the attention: the layer's input, its norm, queries, keys and values, the mixed values and their projection. Beside
-# them is the mask of T x S, three times as booleans and once as numbers.
+# In the attention: the layer's input, its norm, queries, keys and values, the queries once more, and the mixed values.
 ATTENTION_WIDTHS = 7
-MASK_BOOLEANS = 3
-# Bytes for each id that a blank may take: its logit, and the four int64 temporaries its noise is made of. Guidance
-# keeps the logits without the text, and those of both together.
-DRAWING_BYTES = 36
+# Copies of the scores (R x H x T x S) in float32: of two plain products before and after the softmax; of PB-relax,
+# where keys and values are shared or rounded, with the bias, without the maximum, times alpha, and after the softmax.
+PRODUCTS_SCORES = 2
+RELAXED_SCORES = 4
+# Bytes of each place of a batch: ids, positions and keys of its noise as int64, and what is kept of it in numpy.
+PLACE_BYTES = 40
+# Bytes for each id that a blank may take. Among the few that top-k keeps, on a CPU: the logit, and that over the
+# temperature or its logarithm of probability. Among all: those two, and the four int64 temporaries of the noise, which
+# is more than top-p takes. Guidance keeps the logits without the text, and those of both together.
+FEW_BYTES = 8
+KEPT_BYTES = 12  # for each that is kept: its logit and its number
+DRAWING_BYTES = 40
 GUIDANCE_BYTES = 8
+SEARCHING_BYTES = 20  # a logit, its logarithm of probability in float64, and the sum with that of what stands before
 SCORING_BYTES = 8  # logits and their logarithms of probability
 # Copies of a block of weights while it is unpacked or converted to be multiplied (kernels/linear.py), and how often a
 # number of such a copy is written or read until it is multiplied. int4 is taken apart in bytes before that.
@@ -103,6 +129,7 @@ class Plan:
     # Whatever the rows:
     layers: int
     embedding: int  # with positions and the last norm
+    packed: int  # what is multiplied once more, in the order of MKL
     image_tokenizer: int
     workspace: int  # a block of weights that is unpacked or converted to be multiplied
     overhead: int
@@ -115,7 +142,7 @@ class Plan:
     @property
     def constant(self) -> int:
         """Bytes that are needed whatever the rows."""
-        return self.layers + self.embedding + self.image_tokenizer + self.workspace + self.overhead
+        return self.layers + self.embedding + self.packed + self.image_tokenizer + self.workspace + self.overhead
 
     @property
     def per_row(self) -> int:
@@ -233,7 +260,7 @@ def estimate(
     if guided and not draws:
         raise InputError(f"the task {task!r} draws no pictures, so there is nothing to guide: guidance must be 1")
 
-    shape, size = config.transformer, DTYPES[dtype]
+    shape = config.transformer
     scores = task == "score"
     if scores:
         row = _scored_row(config)
@@ -246,7 +273,7 @@ def estimate(
         reads = [read for row in rows_to_fill for read in _reads_of(config.vocabulary, row)]
         columns = 1 + max(read.so_far for read in reads)  # the last one is drawn and not read
     copies = 1 + guided
-    per_id = SCORING_BYTES if scores else DRAWING_BYTES + GUIDANCE_BYTES * guided
+    sampling = _sampling_of(config, task)
     side = 2 * config.grid if task == "upscale" else config.grid
     return Plan(
         transformer=shape,
@@ -261,14 +288,19 @@ def estimate(
         picture_side=side,
         decodes=draws,
         layers=layer_bytes(shape, dtype),
-        embedding=(shape.vocabulary_size + shape.max_positions + 2) * shape.width * size,
+        embedding=embedding_bytes(shape, dtype),
         image_tokenizer=image_tokenizer_bytes(image_config),
         workspace=workspace_bytes(shape, dtype, device_type),
         overhead=OVERHEAD[device_type],
+        packed=packed_bytes(shape, config.vocabulary, task) if packs_on(dtype, device_type) else 0,
         kv_cache=0 if scores else copies * columns * position_bytes(shape, dtype),
-        activations=copies
-        * max(_activation_bytes(shape, dtype, device_type, read, masked=not scores) for read in reads),
-        logits=max(per_id * read.ids * read.places for read in reads),
+        activations=copies * max(_reading_bytes(shape, dtype, device_type, read, padded=not scores) for read in reads),
+        logits=max(
+            SCORING_BYTES * read.ids * read.places
+            if scores
+            else drawing_bytes(sampling, read.ids, dtype, device_type, guided)
+            for read in reads
+        ),
         pictures=picture_bytes(image_config, side, decoding=draws),
     )
 
@@ -281,31 +313,97 @@ def fill_bytes(
     dtype: str,
     device_type: str,
     int8_cache: bool = False,
+    parallel: int | None = None,
 ) -> int:
-    """What ``engine.fill`` takes at its peak for ``jobs``, besides the weights."""
-    guided = [job.unguided for job in jobs if job.sampling.guidance != 1 and job.unguided is not None]
-    rows = [job.row.cut(int(np.flatnonzero(job.row.blanks)[-1]) + 1) for job in jobs]
-    longest = max(rows, key=len)
-    reads = _reads_of(vocabulary, longest)
-    positions = (len(rows) + len(guided)) * len(longest)
-    kept = positions * position_bytes(config, "int8_cache" if int8_cache else dtype)
-    working = (len(rows) + len(guided)) * max(
-        _activation_bytes(config, dtype, device_type, read, masked=True) for read in reads
-    )
-    drawing = (DRAWING_BYTES * len(rows) + GUIDANCE_BYTES * len(guided)) * max(read.ids for read in reads)
-    return workspace_bytes(config, dtype, device_type) + kept + max(working, drawing)
+    """What ``engine.fill`` takes at its peak for ``jobs``, besides the weights and their packed copy.
+
+    ``parallel`` is the most codes of a picture that are told at one go, in windows (``parallel.py``); None where no
+    windows are used.
+    """
+    guided = [job for job in jobs if job.sampling.guidance != 1 and job.unguided is not None]
+    rows = [job.row for job in jobs] + [job.unguided for job in guided if job.unguided is not None]
+    attentions = [job.sampling.text_attention for job in jobs] + [1.0] * len(guided)
+    if any(job.row.blanks[job.row.kinds == Kind.TEXT].any() for job in jobs):
+        parallel = None
+    held, reading, told = _filling_bytes(config, vocabulary, rows, attentions, dtype, device_type, int8_cache, parallel)
+    together: dict[tuple[Sampling, int | None], int] = {}
+    for job in jobs:
+        key = job.sampling, job.row.stop
+        together[key] = together.get(key, 0) + 1
+    drawing = 0
+    for (sampling, stop), count in together.items():
+        ids = len(vocabulary.image) if stop is None else vocabulary.size - vocabulary.text.start
+        each = drawing_bytes(sampling, ids, dtype, device_type, guided=sampling.guidance != 1)
+        drawing = max(drawing, (parallel or 1) * count * each)
+    return held + max(reading, told + drawing)
+
+
+def search_bytes(
+    config: TransformerConfig,
+    vocabulary: Vocabulary,
+    rows: Sequence[Arranged],
+    beams: int,
+    *,
+    dtype: str,
+    device_type: str,
+    int8_cache: bool = False,
+) -> int:
+    """What ``engine.search`` takes at its peak for ``rows``, besides the weights and their packed copy."""
+    many = [row for row in rows for _ in range(beams)]
+    held, reading, _ = _filling_bytes(config, vocabulary, many, [1.0] * len(many), dtype, device_type, int8_cache)
+    return held + max(reading, SEARCHING_BYTES * len(many) * (vocabulary.size - vocabulary.text.start))
 
 
 def score_bytes(
     config: TransformerConfig, vocabulary: Vocabulary, rows: Sequence[Arranged], *, dtype: str, device_type: str
 ) -> int:
-    """What ``engine.score`` takes at its peak for ``rows``, besides the weights."""
-    longest = max(map(len, rows))
+    """What ``engine.score`` takes at its peak for ``rows``, besides the weights and their packed copy."""
+    longest, width = max(map(len, rows)), config.width * DTYPES[dtype]
     read = Read(new=longest, so_far=longest, ids=0)
     pieces = sum(row.spans["text"].stop - row.spans["text"].start for row in rows)
-    working = len(rows) * _activation_bytes(config, dtype, device_type, read, masked=False)
+    reading = _reading_bytes(config, dtype, device_type, read, rows=len(rows), padded=False)
     logits = SCORING_BYTES * pieces * (vocabulary.padded_size - vocabulary.text.start)
-    return workspace_bytes(config, dtype, device_type) + max(working, logits)
+    told = (len(rows) * longest + pieces) * width + logits  # from hidden states of all, and those that tell a piece
+    return workspace_bytes(config, dtype, device_type) + len(rows) * longest * PLACE_BYTES + max(reading, told)
+
+
+def smaller_dtypes(
+    config: TransformerConfig, vocabulary: Vocabulary, dtype: str, device_type: str, missing: float
+) -> list[str]:
+    """Options with which the weights, and what is made of them, take ``missing`` bytes less than in ``dtype``."""
+
+    def held(other: str) -> int:
+        packed = packed_bytes(config, vocabulary, "generate") if packs_on(other, device_type) else 0
+        embedding = embedding_bytes(config, other)
+        return layer_bytes(config, other) + embedding + packed + workspace_bytes(config, other, device_type)
+
+    found = []
+    for other in SMALLER_DTYPES[SMALLER_DTYPES.index(dtype) + 1 if dtype in SMALLER_DTYPES else 0 :]:
+        with suppress(InputError):  # not every width can be held in int4
+            if held(dtype) - held(other) > missing:
+                found.append(f"--dtype {other}")
+    return found
+
+
+def drawing_bytes(sampling: Sampling, ids: int, dtype: str, device_type: str, guided: bool) -> int:
+    """Bytes while one of so many ``ids`` is drawn."""
+    # In half precision many logits are equal, and top-p looks at all of them to know which comes first.
+    few = device_type == "cpu" and sampling.top_k > 0 and (sampling.top_p == 1 or dtype == "float32")
+    kept = KEPT_BYTES * (sampling.top_k + TIES) if few else 0
+    return ids * ((FEW_BYTES if few else DRAWING_BYTES) + GUIDANCE_BYTES * guided) + kept
+
+
+def packs_on(dtype: str, device_type: str) -> bool:
+    """Whether weights are kept a second time, in MKL's order (``Transformer.pack``)."""
+    return device_type == "cpu" and packs(torch.empty(0, dtype=torch.float32 if dtype == "float32" else torch.bfloat16))
+
+
+def packed_bytes(config: TransformerConfig, vocabulary: Vocabulary, task: str) -> int:
+    """Bytes of all that ``task`` multiplies, in the order of MKL: the projections, and the ids that are told."""
+    told = (
+        vocabulary.image if task not in ("caption", "score") else range(vocabulary.text.start, vocabulary.padded_size)
+    )
+    return 4 * config.width * (12 * config.width * config.num_layers + len(told))
 
 
 def layer_bytes(config: TransformerConfig, dtype: str) -> int:
@@ -329,11 +427,18 @@ def layer_bytes(config: TransformerConfig, dtype: str) -> int:
     return config.num_layers * (held + 17 * width * DTYPES[dtype])  # biases and norms
 
 
+def embedding_bytes(config: TransformerConfig, dtype: str) -> int:
+    """Bytes of the embedding, positions and the last norm."""
+    return (config.vocabulary_size + config.max_positions + 2) * config.width * DTYPES[dtype]
+
+
 def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> int:
     """Bytes of weights on their way to be multiplied, at the peak: a block at a time on a CPU, elsewhere a projection.
 
     While a block is made, the one before it is still there.
     """
+    if packs_on(dtype, device_type):
+        return 2 * PACKED_AT_ONCE * 4 * config.width * 4  # a copy of the widest input, and a part of the widest output
     if not _may_unpack(dtype, device_type):
         return 0
     copies, most = UNPACKED_COPIES[dtype], 0
@@ -344,10 +449,10 @@ def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> 
     return most * _multiplied_size(device_type)
 
 
-def position_bytes(config: TransformerConfig, dtype: str) -> int:
-    """Bytes of the keys and values of one position of one row, in all layers; "int8_cache" where they are rounded."""
-    if dtype == "int8_cache":  # a byte for each number, and a scale of up to four for each head
-        return 2 * config.num_layers * (config.width + 4 * config.num_heads)
+def position_bytes(config: TransformerConfig, dtype: str, *, int8_cache: bool = False) -> int:
+    """Bytes of the keys and values of one position of one row, in all layers; rounded, each head has a scale."""
+    if int8_cache:
+        return 2 * config.num_layers * (config.width + config.num_heads * DTYPES[dtype])
     return 2 * config.num_layers * config.width * DTYPES[dtype]
 
 
@@ -448,16 +553,104 @@ def _reads_of(vocabulary: Vocabulary, row: Arranged) -> list[Read]:
     return reads
 
 
-def _activation_bytes(config: TransformerConfig, dtype: str, device_type: str, read: Read, *, masked: bool) -> int:
-    """Bytes of the layer that has most of them while ``read.new`` columns of a row are read."""
+def _sampling_of(config: ModelConfig, task: str) -> Sampling:
+    """How a task draws where nothing is said; captions may be drawn from all there is."""
+    return Sampling(top_k=0) if task == "caption" else config.sampling
+
+
+def _filling_bytes(
+    config: TransformerConfig,
+    vocabulary: Vocabulary,
+    rows: Sequence[Arranged],
+    attentions: Sequence[float],
+    dtype: str,
+    device_type: str,
+    int8_cache: bool,
+    parallel: int | None = None,
+) -> tuple[int, int, int]:
+    """What is there while rows are filled: from first to last, besides while they are read, and while they are told."""
+    batch = pad_left([row.cut(int(np.flatnonzero(row.blanks)[-1]) + 1) for row in rows], vocabulary.pad)
+    num_rows, num_columns = batch.ids.shape
+    blank_columns = np.flatnonzero(batch.blanks.any(axis=0)).tolist()
+    first = blank_columns[0]
+    looks = zip(batch.starts.tolist(), attentions, batch.ids[:, :first], batch.positions[:, :first], strict=True)
+    num_firsts = len({(start, w, ids.tobytes(), positions.tobytes()) for start, w, ids, positions in looks})
+    saved = first * (num_rows - num_firsts)
+    shared = parallel is None and saved > 0 and saved >= SHARED_FROM * num_rows * num_columns
+    padded = bool(batch.starts.any()) or any(weight != 1 for weight in attentions)
+
+    positions = num_rows * num_columns - shared * saved
+    held = positions * position_bytes(config, dtype, int8_cache=int8_cache) + num_rows * num_columns * PLACE_BYTES
+
+    def reading(rows_read: int, new: int, so_far: int, shared: bool) -> int:
+        read = Read(new=new, so_far=so_far, ids=0)
+        return _reading_bytes(
+            config,
+            dtype,
+            device_type,
+            read,
+            rows=rows_read,
+            padded=padded,
+            int8_cache=int8_cache,
+            beginning=(num_firsts, first) if shared else None,
+        )
+
+    most = reading(num_firsts, first, first, False)
+    if num_firsts < num_rows and not shared:  # every row gets its copy of keys and values, one layer after another
+        copied = 2 * num_rows * (1 if int8_cache else DTYPES[dtype])
+        most = max(most, (num_firsts * DTYPES[dtype] + copied) * first * config.width)
+    # Of reads of as many columns the last one takes most.
+    later = {column - before: column for before, column in itertools.pairwise(blank_columns)}
+    if parallel is not None:
+        later[min(parallel, num_columns - first)] = num_columns
+    for new, so_far in later.items():
+        most = max(most, reading(num_rows, new, so_far, shared))
+    told = num_rows * first * config.width * DTYPES[dtype] if num_firsts == num_rows else 0  # of the first read
+    return workspace_bytes(config, dtype, device_type) + held, most, told
+
+
+def _reading_bytes(
+    config: TransformerConfig,
+    dtype: str,
+    device_type: str,
+    read: Read,
+    *,
+    padded: bool,
+    rows: int = 1,
+    int8_cache: bool = False,
+    beginning: tuple[int, int] | None = None,
+) -> int:
+    """Bytes of the layer that has most of them while ``read.new`` columns of ``rows`` rows are read.
+
+    ``padded``: what may be looked at differs between rows. ``beginning`` says how many beginnings rows share, and how
+    long they are.
+    """
     size = DTYPES[dtype]
-    width = config.width * size * read.new
+    width = rows * config.width * size * read.new  # of a tensor as wide as the model
     widths = LAYER_WIDTHS
     if device_type == "cpu" and _may_unpack(dtype, device_type):
         in_blocks = 4 * config.width > DENSE_BLOCK
         widths = UNPACKED_LAYER_WIDTHS_IN_BLOCKS if in_blocks else UNPACKED_LAYER_WIDTHS
-    mask = read.new * read.so_far * (size + MASK_BOOLEANS) if masked else 0
-    return max(widths * width, ATTENTION_WIDTHS * width + mask)
+
+    scores = 4 * rows * config.num_heads * read.new * read.so_far
+    attending = ATTENTION_WIDTHS * width
+    if beginning is not None:
+        num_beginnings, length = beginning
+        of_beginnings = own = 0
+        if int8_cache:  # keys and values as numbers, before and after they are scaled
+            of_beginnings = 2 * num_beginnings * length * config.width * size
+            own = 2 * rows * (read.so_far - length) * config.width * size
+        attending += of_beginnings + max(of_beginnings, 2 * own, own + RELAXED_SCORES * scores)
+    elif int8_cache:  # keys, and after them values, as numbers
+        attending += max(RELAXED_SCORES * scores, 2 * scores + rows * read.so_far * config.width * size)
+    elif device_type == "cpu" and dtype == "float32" and read.new <= FEW:
+        attending += PRODUCTS_SCORES * scores
+
+    bias = (rows if padded else 1) * read.new * read.so_far
+    alone = bias * max(size + 3, 2 * size + 1)  # while it is made: three times as booleans, or twice as numbers
+    if read.new == 1 or (read.new == read.so_far and not padded):
+        bias = alone = 0
+    return max(alone, bias * size + max(widths * width, attending))
 
 
 def _projections(width: int) -> list[tuple[int, int]]:

@@ -32,8 +32,8 @@ from cogview.transformer import Transformer
 # each tells less than so many codes, guesses do not pay. (scripts/benchmarks/parallel.py)
 COLUMNS = {"cpu": 64, "cuda": 128, "mps": 1}
 LEAST_WIDTH = 8
-FIRST_WIDTH = 16
-WIDEN, NARROW = 1 / 4, 1 / 8
+FIRST_WIDTH = 32
+WIDEN, NARROW = 1 / 5, 1 / 8
 TRIAL = 8
 PAYS = 2.0
 # A captured step looks at a fixed number of columns, and is captured anew for every so many; before that, it is run so
@@ -122,7 +122,7 @@ class Windows:
         self.count_J = torch.zeros_like(self.next_J)  # codes that the last step settled
         self._owner_B = torch.from_numpy(easels.owners).to(device)  # the job of each row
         self._twins = len(batch.ids) > num_jobs
-        self._parts = easels.at(self.first, np.ones(num_jobs, dtype=bool))
+        self._parts = easels.of_pictures()
 
     def begin(self) -> None:
         """Read all that is given before the first blank, and tell that."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from cogview import __version__
@@ -18,6 +19,7 @@ from cogview.errors import InputError
 if TYPE_CHECKING:
     from cogview.pipeline import Picture
 
+GREY = 128  # of what is not drawn yet
 NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for the whole name
 
 _UNSAFE = re.compile(r'[\s<>:"/\\|?*_]+')  # what Windows forbids, the separators of all systems, and white space
@@ -86,17 +88,34 @@ def save_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> Path:
     while target.exists() and not _is_same(read_texts(target), texts):
         number += 1
         target = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    write_png(target, image, texts)
+    return target
+
+
+def write_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> None:
+    """Write ``image`` with text chunks in place of whatever is there; the file is whole or absent."""
     chunks = PngImagePlugin.PngInfo()
     for key, value in texts.items():
         chunks.add_itxt(key, value, zip=key == "codes")
-    aside = target.with_name(f".{target.name}.writing")
+    aside = path.with_name(f".{path.name}.writing")
     try:
         image.save(aside, format="PNG", pnginfo=chunks)
-        os.replace(aside, target)
+        os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
-    return target
+
+
+def preview_path(path: Path) -> Path:
+    """Where the picture that will be at ``path`` is shown while it is drawn."""
+    return path.with_name(f"{path.stem}.preview.png")
+
+
+def greyed(pixels: np.ndarray, hidden: np.ndarray) -> Image.Image:
+    """``pixels`` (H, W, 3) uint8, plain grey where ``hidden`` (G, G) is true."""
+    size = pixels.shape[0] // hidden.shape[0]
+    covered = hidden.repeat(size, axis=0).repeat(size, axis=1)
+    return Image.fromarray(np.where(covered[..., None], np.uint8(GREY), pixels))
 
 
 def read_texts(path: Path) -> dict[str, str]:

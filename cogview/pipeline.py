@@ -21,16 +21,17 @@ from cogview.checkpoints.precision import stored_few_bits
 from cogview.checkpoints.registry import find_checkpoint, find_parts, known_models
 from cogview.checkpoints.weights import WeightsFile
 from cogview.device import Placement, choose_placement
-from cogview.easels import Filled, Job, Moment, Stopped
+from cogview.easels import Filled, Job, Moment, Stopped, permitted_ids
 from cogview.engine import fill, score, search
 from cogview.errors import InputError
 from cogview.images import fit
-from cogview.memory import fill_bytes, picture_bytes, score_bytes
+from cogview.memory import fill_bytes, picture_bytes, score_bytes, search_bytes, smaller_dtypes
+from cogview.parallel import most_columns, steps_are_captured
 from cogview.planning import Planner
 from cogview.sampling import GREEDY, MAX_SEED, Sampling
 from cogview.tokenizers.layouts import Arranged, Layout, Window, upscale_steps
 from cogview.tokenizers.text import TextTokenizer
-from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.tokenizers.vocabulary import Kind, Vocabulary
 from cogview.transformer import Transformer
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE
 
@@ -394,22 +395,33 @@ class CogView:
 
         Prompts are taken to be checked. See ``iterate`` for ``batch_size`` and ``watch``.
         """
-        for task in dict.fromkeys(wish.task for wish in wishes):
-            self.require_task(task)
-        own = {wish.task: self._config(wish.task).sampling for wish in wishes}
-        wishes = [wish if wish.sampling else replace(wish, sampling=own[wish.task]) for wish in wishes]
-        for task, sampling in {(wish.task, wish.sampling) for wish in wishes}:
-            assert sampling is not None
-            self._check_guidance(sampling, task)
-        planner = Planner(self.placement.device, batch_size)
+        wishes = self._ready(wishes)
+        planner = self._planner(batch_size)
         with suppress(Stopped):
             yield from planner.run(
                 wishes, self._wishes_bytes, lambda chunk: self._make_together(chunk, planner, watch), _named(wishes)
             )
 
     def plan(self, wishes: Sequence[Wish], *, batch_size: int | None = None) -> list[int]:
-        """How many of ``wishes``, with their sampling, ``make`` would do at a time now: even parts, in order."""
-        return Planner(self.placement.device, batch_size).chunks(wishes, self._wishes_bytes, _named(wishes))
+        """How many of ``wishes`` ``make`` would do at a time now: even parts, in order."""
+        wishes = self._ready(wishes)
+        return self._planner(batch_size).chunks(wishes, self._wishes_bytes, _named(wishes))
+
+    def _ready(self, wishes: Sequence[Wish]) -> list[Wish]:
+        """The same, each with its sampling; InputError for what the weights were not trained for."""
+        for task in dict.fromkeys(wish.task for wish in wishes):
+            self.require_task(task)
+        own = {wish.task: self._config(wish.task).sampling for wish in wishes}
+        ready = [wish if wish.sampling else replace(wish, sampling=own[wish.task]) for wish in wishes]
+        for task, sampling in {(wish.task, wish.sampling) for wish in ready}:
+            assert sampling is not None
+            self._check_guidance(sampling, task)
+        return ready
+
+    def _planner(self, batch_size: int | None) -> Planner:
+        config, place = self.model.config, self.placement
+        remedies = partial(smaller_dtypes, config.transformer, config.vocabulary, place.numbers, place.device.type)
+        return Planner(place.device, batch_size, remedies)
 
     def _wishes_bytes(self, wishes: Sequence[Wish]) -> int:
         return self._fill_bytes([next(self._steps(wish))[0] for wish in wishes])
@@ -579,14 +591,22 @@ class CogView:
         assert wish.sampling is not None
         return Job(row=row, seed=wish.seed, image=wish.index, sampling=wish.sampling, **rest)
 
+    def _told(self, row: Arranged) -> range:
+        """The ids that the last blank of a row may take."""
+        return permitted_ids(self.vocabulary, Kind(row.kinds[row.blanks][-1]), row.stop)
+
     def _fill_bytes(self, jobs: Sequence[Job]) -> int:
-        return fill_bytes(
+        transformer, device = self.model.transformer, self.placement.device
+        most = self.parallel or (most_columns(transformer, len(jobs)) if self.bundle is None else 1)
+        told = {self._told(job.row) for job in jobs}
+        return transformer.bytes_to_pack(*told) + fill_bytes(
             self.model.config.transformer,
             self.vocabulary,
             jobs,
             dtype=self.placement.numbers,
-            device_type=self.placement.device.type,
+            device_type=device.type,
             int8_cache=self.int8_cache,
+            parallel=most if most > 1 or steps_are_captured(device) else None,
         )
 
     def caption(
@@ -635,12 +655,20 @@ class CogView:
     def _search_captions(self, wishes: Sequence[Wish], n: int, batch_size: int | None) -> list[list[Caption]]:
         """The ``n`` most probable captions of each image."""
         beams = max(n, LEAST_BEAMS)
-        planner = Planner(self.placement.device, batch_size)
+        planner = self._planner(batch_size)
         rows = [job.row for wish in wishes for job in next(self._steps(wish))]
         transformer = self._transformer("caption")
 
         def beams_bytes(some: Sequence[Arranged]) -> int:
-            return self._fill_bytes([self._job(wishes[0], row) for row in some for _ in range(beams)])
+            place = self.placement
+            return transformer.bytes_to_pack(self._told(some[0])) + search_bytes(
+                self.model.config.transformer,
+                self.vocabulary,
+                some,
+                beams,
+                dtype=place.numbers,
+                device_type=place.device.type,
+            )
 
         found = planner.run(
             rows,
@@ -685,7 +713,8 @@ class CogView:
         transformer = self._transformer("caption")
 
         def rows_bytes(some: Sequence[Arranged]) -> int:
-            return score_bytes(
+            told = range(self.vocabulary.text.start, self.vocabulary.padded_size)
+            return transformer.bytes_to_pack(told) + score_bytes(
                 self.model.config.transformer,
                 self.vocabulary,
                 some,
@@ -693,7 +722,7 @@ class CogView:
                 device_type=self.placement.device.type,
             )
 
-        sums = Planner(self.placement.device, batch_size).run(
+        sums = self._planner(batch_size).run(
             rows, rows_bytes, lambda some: score(transformer, self.vocabulary, some), "scoring"
         )
         lengths = [row.spans["text"].stop - row.spans["text"].start for row in rows]
@@ -730,7 +759,7 @@ class CogView:
                 return list(self.image_tokenizer.encode(pixels.permute(0, 3, 1, 2).float() / 255).cpu().numpy())
 
         each = picture_bytes(self.image_tokenizer.config, side, decoding=False)
-        found = Planner(self.placement.device, batch_size).run(
+        found = self._planner(batch_size).run(
             others,
             partial(_times, each),
             encode,

@@ -7,9 +7,12 @@ again in smaller parts; what is finished is kept, and the same pictures come out
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -19,9 +22,16 @@ from cogview.errors import InputError
 
 # More rows at a time do not draw faster, and the first one would come later.
 MOST_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
-# What is left free: of what there is, and at least so many bytes on a GPU, whose allocator rounds up.
+# What is left free: of what there is, and at least so many bytes: scratch of a CPU's matrix products, and on a GPU what
+# its allocator rounds up.
 SPARE = 0.02
-LEAST_SPARE = {"cpu": 16_000_000, "cuda": 256_000_000, "mps": 256_000_000}
+LEAST_SPARE = {"cpu": 8_000_000, "cuda": 256_000_000, "mps": 256_000_000}
+# glibc leaves gaps in its heap where larger and larger tensors come and go, up to half of what they take
+# (scripts/benchmarks/planned_batch.py). From so many bytes on they get pages of their own, and beyond so many free ones
+# at its end the heap shrinks.
+OWN_PAGES_FROM = 4 << 20
+HEAP_SHRINKS_FROM = 16 << 20
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 log = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -31,46 +41,40 @@ Result = TypeVar("Result")
 class Planner:
     """Splits work for one device.
 
-    ``ceiling`` is the most items at a time, None for as many as pay. ``dtypes`` are what else the model could be
-    computed in, for a message that says what would fit.
+    ``ceiling`` is the most items at a time, None for as many as pay. ``remedies`` says, for a message, with which
+    options so many bytes less would be taken.
     """
 
-    def __init__(self, device: torch.device, ceiling: int | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        ceiling: int | None = None,
+        remedies: Callable[[float], Sequence[str]] = lambda missing: (),
+    ) -> None:
         if ceiling is not None and ceiling < 1:
             raise InputError(f"the batch size must be at least 1, got {ceiling}")
         self.device = device
         self.ceiling = MOST_ROWS[device.type] if ceiling is None else ceiling
+        self.remedies = remedies
+        if device.type == "cpu":
+            _glibc("mallopt", M_MMAP_THRESHOLD, OWN_PAGES_FROM)
+            _glibc("mallopt", M_TRIM_THRESHOLD, HEAP_SHRINKS_FROM)
+        self._failed: dict[str, int] = {}  # how many at a time were too many, for each kind of work
+        self._budget: float | None = None  # of the work in progress, whose own parts share it
         self._told: set[tuple[str, int]] = set()
 
     def free(self) -> float:
         """Bytes that work may take."""
+        _let_go(self.device)
         there = available_memory(self.device)
         return there - max(SPARE * there, LEAST_SPARE[self.device.type])
 
     def chunks(self, items: Sequence[Item], bytes_of: Callable[[Sequence[Item]], int], what: str) -> list[int]:
-        """Sizes of even parts of ``items`` that fit; ``bytes_of`` a part must not fall as it grows.
+        """Sizes of even parts of ``items``, of which the first fits; ``bytes_of`` a part must not fall as it grows.
 
         InputError if not even one item fits.
         """
-        free = self.free()
-        most = min(len(items), self.ceiling)
-        fits, too_many = 0, most + 1
-        while too_many - fits > 1:
-            middle = too_many - 1 if fits == 0 and too_many == most + 1 else (fits + too_many) // 2
-            if bytes_of(items[:middle]) <= free:
-                fits = middle
-            else:
-                too_many = middle
-        if not fits:
-            raise InputError(
-                f"{what}: one at a time takes {_gigabytes(bytes_of(items[:1]))} and {self.device} has "
-                f"{_gigabytes(free)} free; close other programs, or try a smaller --dtype (bfloat16, int8, int4) or "
-                "--kv-dtype int8"
-            )
-        parts = -(-len(items) // fits)
-        sizes = [len(items) // parts + (number < len(items) % parts) for number in range(parts)]
-        self._tell(what, len(items), sizes, most, bytes_of(items[: sizes[0]]), free)
-        return sizes
+        return self._chunks(items, bytes_of, what, self.free() if self._budget is None else self._budget)
 
     def run(
         self,
@@ -79,50 +83,92 @@ class Planner:
         work: Callable[[Sequence[Item]], Sequence[Result]],
         what: str,
     ) -> Iterator[Result]:
-        """``work`` on even parts of ``items`` that fit, one after another; the results of all items in order."""
+        """``work`` on even parts of ``items`` that fit, one after another; the results of all items in order.
+
+        ``work`` may run parts of itself: what fitted as a whole is not split again.
+        """
         done = 0
+        free = self.free() if self._budget is None else self._budget
         while done < len(items):
-            for size in self.chunks(items[done:], bytes_of, what):
-                results = self._try(items[done : done + size], work)
-                if results is None:  # the allocator's traceback is gone by now, and what it held with it
-                    gc.collect()
-                    if self.device.type == "cuda":
-                        torch.cuda.empty_cache()
+            for number, size in enumerate(self._chunks(items[done:], bytes_of, what, free)):
+                part = items[done : done + size]
+                if number and bytes_of(part) > free:  # its items are larger than the first ones
+                    break
+                results = self._try(part, work, free)
+                if results is None:  # the error's traceback is gone by now, and what it held with it
+                    free = self.free()
                     if size == 1:
+                        needed = bytes_of(part)
                         raise InputError(
-                            f"{what}: {self.device} ran out of memory with one at a time; close other programs, or try "
-                            "a smaller --dtype (bfloat16, int8, int4) or --kv-dtype int8"
+                            f"{what}: {self.device} ran out of memory with one at a time, which takes "
+                            f"{_gigabytes(needed)} of {_gigabytes(free)} free; what would help: "
+                            f"{self._would_help(needed - free)}"
                         )
-                    self.ceiling = size // 2
-                    log.warning("%s: out of memory with %d at a time; going on with %d", what, size, self.ceiling)
+                    self._failed[what] = size
+                    log.warning("%s: out of memory with %d at a time; going on with less", what, size)
                     break
                 yield from results
                 done += size
 
+    def _chunks(
+        self, items: Sequence[Item], bytes_of: Callable[[Sequence[Item]], int], what: str, free: float
+    ) -> list[int]:
+        ceiling = min(self.ceiling, self._failed.get(what, 2 * self.ceiling) // 2)
+        most = min(len(items), ceiling)
+        fits, too_many = 0, most + 1
+        while too_many - fits > 1:
+            middle = most if too_many > most else (fits + too_many) // 2
+            if bytes_of(items[:middle]) <= free:
+                fits = middle
+            else:
+                too_many = middle
+        if not fits:
+            needed = bytes_of(items[:1])
+            raise InputError(
+                f"{what}: one at a time takes {_gigabytes(needed)} and {self.device} has {_gigabytes(max(free, 0))} "
+                f"free; what would help: {self._would_help(needed - free)}"
+            )
+        parts = -(-len(items) // fits)
+        sizes = [len(items) // parts + (number < len(items) % parts) for number in range(parts)]
+        if (what, sizes[0]) not in self._told:
+            self._told.add((what, sizes[0]))
+            why = "memory" if fits < most else "the ceiling" if most < len(items) else "all at once"
+            needed, told = bytes_of(items[: sizes[0]]), "%s: %d at a time of %d (%s); %s of %s free"
+            log.info(told, what, sizes[0], len(items), why, _gigabytes(needed), _gigabytes(free))
+        return sizes
+
     def _try(
-        self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
+        self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]], free: float
     ) -> Sequence[Result] | None:
+        """None where the device ran out."""
+        outer, self._budget = self._budget, free
         try:
             return work(items)
         except (MemoryError, RuntimeError) as error:  # of which are those of CUDA and of PyTorch's allocator for CPUs
             if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
                 raise
+        finally:
+            self._budget = outer
         return None
 
-    def _tell(self, what: str, count: int, sizes: Sequence[int], most: int, needed: int, free: float) -> None:
-        if (what, sizes[0]) in self._told:
-            return
-        self._told.add((what, sizes[0]))
-        why = "memory" if -(-count // most) < len(sizes) else "the ceiling" if count > most else "all at once"
-        log.info(
-            "%s: %d at a time of %d (%s); %s of %s free",
-            what,
-            sizes[0],
-            count,
-            why,
-            _gigabytes(needed),
-            _gigabytes(free),
-        )
+    def _would_help(self, missing: float) -> str:
+        return " or ".join([*self.remedies(max(missing, 0)), "closing other programs"])
+
+
+def _let_go(device: torch.device) -> None:
+    """Give back what nobody uses: to the system on a CPU, where glibc keeps it, or to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "cpu":
+        _glibc("malloc_trim", 0)
+
+
+def _glibc(function: str, *numbers: int) -> None:
+    """Call it; nothing where the C library is another."""
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            getattr(ctypes.CDLL(None), function)(*numbers)
 
 
 def _gigabytes(count: float) -> str:

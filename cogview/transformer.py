@@ -121,6 +121,13 @@ class Transformer(nn.Module):
                 if isinstance(module, Linear):
                     module.packed = Packed()
 
+    def bytes_to_pack(self, *told: range) -> int:
+        """What the copies will take that are not made yet; ``told`` are the ids that ``head`` will be asked for."""
+        heads = [] if self.packed_heads is None else [ids for ids in told if ids not in self.packed_heads]
+        waiting = [module for module in self.modules() if isinstance(module, Linear) and module.packed is not None]
+        projections = [module.weight for module in waiting if module.packed is not None and not module.packed.is_made]
+        return sum(weight.nbytes for weight in projections) + 4 * self.config.width * sum(map(len, heads))
+
 
 class Layer(nn.Module):
     """One Sandwich-LN layer."""
@@ -195,6 +202,11 @@ class Packed:
     def __init__(self) -> None:
         self._made_of: tuple[int, int] | None = None
         self._packed: Tensor | None = None
+
+    @property
+    def is_made(self) -> bool:
+        """Whether it takes memory yet."""
+        return self._packed is not None
 
     def of(self, weight_NK: Tensor) -> Tensor:
         """``pack(weight_NK)``."""

@@ -27,6 +27,8 @@ MANY_ROWS_HALF = 4
 # Rows of input that MKL packs weights for. It uses them for any number, with the same result; packed for few, it is
 # slow with many, and packed for one, slow with two.
 PACKED_FOR = 64
+# Rows that it multiplies at one go: it copies them, and keeps the memory of the largest copy there was.
+PACKED_AT_ONCE = 1024
 
 
 def quantize_int8(weight_NK: Tensor, quantized_NK: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -174,7 +176,14 @@ def linear_packed(x: Tensor, packed: Tensor, weight_NK: Tensor, bias_N: Tensor |
 
     A row of the result is the same bit for bit whatever other rows there are, which ``linear`` does not promise.
     """
-    return torch.ops.mkl._mkl_linear(x, packed, weight_NK, bias_N, x.numel() // x.shape[-1])
+    multiply = torch.ops.mkl._mkl_linear
+    if x.numel() <= PACKED_AT_ONCE * x.shape[-1]:
+        return multiply(x, packed, weight_NK, bias_N, x.numel() // x.shape[-1])
+    rows_MK = x.reshape(-1, x.shape[-1])
+    product_MN = x.new_empty(len(rows_MK), len(weight_NK))
+    for part, product in zip(rows_MK.split(PACKED_AT_ONCE), product_MN.split(PACKED_AT_ONCE), strict=True):
+        product.copy_(multiply(part, packed, weight_NK, bias_N, len(part)))
+    return product_MN.view(*x.shape[:-1], -1)
 
 
 def kernels_run_on(device: torch.device) -> bool:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
             sources = [parts for line in lines if (parts := released_flags.split_id(args, line)) is not None]
             paths = [Path(path) for _, path in sources]
             images, done = Images(), 0
-            for number, captions in describe(model, images, paths, settings, args.max_inference_batch_size):
+            for number, captions in describe(model, images, paths, settings, args.ceiling):
                 name, path = sources[number]
                 about = {"file": path} if name is None else {"id": name, "file": path}
                 for caption in captions:

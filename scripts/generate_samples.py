@@ -49,7 +49,7 @@ class Samples:
         queries = [query for line in lines if (query := self.parse(line)) is not None]
         orders = [order for folder, prompt in queries for order in self.orders(folder, prompt)]
         pictures = []
-        for order, picture in self.easel.draw(orders):
+        for order, picture in self.easel.draw([orders], "drawing", len(orders), self.easel.grid**2):
             self.easel.save(order.path, picture)
             if not self.args.debug:
                 continue

@@ -13,7 +13,7 @@ from cogview.checkpoints.registry import is_released
 from cogview.cli.easel import Easel
 from cogview.cli.lines import ask_lines, read_lines
 from cogview.cli.main import HelpFormatter, Parser, run_safely
-from cogview.cli.options import DEFAULT_MODEL, require_positive
+from cogview.cli.options import DEFAULT_MODEL, add_ceiling_argument, ceiling, require_positive
 from cogview.errors import InputError
 from cogview.pictures import prepare_folder
 
@@ -62,9 +62,7 @@ def build_parser(program: str, description: str | None, tasks: Sequence[str]) ->
     parser.add_argument(
         "--batch-size", type=int, default=4, metavar="COUNT", help="pictures per prompt, or captions per image"
     )
-    parser.add_argument(
-        "--max-inference-batch-size", type=int, default=12, metavar="COUNT", help="pictures done at a time"
-    )
+    add_ceiling_argument(parser, "pictures")
     parser.add_argument("--with-id", action="store_true", help="lines of the file begin with ID<TAB>")
     parser.add_argument("--debug", action="store_true", help="text2image: one concatenated picture per prompt as well")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or the number of a GPU")
@@ -100,7 +98,7 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     if interactive and args.with_id:
         raise InputError("--with-id needs a file of lines that begin with ID<TAB>: give it with --input-source")
     require_positive("--batch-size", args.batch_size)
-    require_positive("--max-inference-batch-size", args.max_inference_batch_size)
+    args.ceiling = ceiling(args)
     lines = None if interactive else read_lines(args.input_source, "a query per line")
     prepare_folder(args.output_path)
     if args.needless:
@@ -125,7 +123,7 @@ def open_easel(args: argparse.Namespace, task: str) -> Easel:
         tasks=[task],
         settings=sampling_settings(args),
         seed=args.seed,
-        batch_size=args.max_inference_batch_size,
+        ceiling=args.ceiling,
         device=args.device,
     )
     easel.announce()

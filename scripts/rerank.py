@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
         parted = [(line, parts[1]) for line in lines if (parts := released_flags.split_id(args, line)) is not None]
         images, rankings = Images(), []
         queries = [Query.parse(rest) for _, rest in parted]
-        ranked = rank(model, images, queries, args.max_inference_batch_size)
+        ranked = rank(model, images, queries, args.ceiling)
         for (line, _), ranking in zip(parted, ranked, strict=True):
             writer.write(line)
             scores = ["nan" if score is None else str(score.log_probability) for score in ranking.scores]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogview import device as module
-from cogview.device import choose_placement, training_dtype
+from cogview.device import choose_placement, take_local_gpu, training_dtype
 from cogview.errors import InputError
 from cogview.pipeline import CogView
 
@@ -210,3 +210,15 @@ def test_training_precision_may_be_asked_for():
     assert training_dtype(torch.device("mps")) is None
     with pytest.raises(InputError, match="precision 'fp8' is unknown; known: auto, bfloat16, float32"):
         training_dtype(cpu, "fp8")
+
+
+@pytest.mark.parametrize(("local", "chosen"), [("1", [1]), ("5", [1]), (None, []), ("-", [])])
+def test_each_process_of_a_machine_takes_a_gpu(cards, monkeypatch, local, chosen):
+    cards(8, 0)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if local is not None:
+        monkeypatch.setenv("LOCAL_RANK", local)
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    take_local_gpu()
+    assert taken == chosen

@@ -260,8 +260,9 @@ def test_parallel_drawing_is_drawing_one_by_one(transformer, monkeypatch, most, 
         window_row(SHORT, seed=1),
         draw_row(SHORT, image=[5, None, 9, *[None] * 20, *range(30)]),
         draw_row(LONG[:2], image=range(64)),  # nothing to do
+        window_row(LONG, seed=3).cut(len(window_row(LONG)) - 1 - 24),  # five lines: others have text beside its codes
     ]
-    ways = [SAMPLING, GREEDY, Sampling(top_k=0), Sampling(text_attention=3.0), SAMPLING]
+    ways = [SAMPLING, GREEDY, Sampling(top_k=0), Sampling(text_attention=3.0), SAMPLING, SAMPLING]
     jobs = [
         job_of(row=row, seed=5, image=number, sampling=way)
         for number, (row, way) in enumerate(zip(rows, ways, strict=True))

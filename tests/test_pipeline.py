@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 import cogview
+from cogview import pipeline
 from cogview.checkpoints.folder import Model
 from cogview.errors import InputError
-from cogview.pipeline import CogView, Wish
-from cogview.sampling import MAX_SEED
+from cogview.pipeline import Caption, CogView, Wish
+from cogview.sampling import GREEDY, MAX_SEED, Sampling
 
 # Of different lengths, so that a batch of them is padded.
 PROMPTS = ["狐狸", "一只狐狸在汽车的左边", "蓝色背景上的三只狗"]
@@ -343,6 +344,54 @@ def test_an_upscaled_picture_does_not_depend_on_its_batch(tiny_model):
         assert alone.log_probability == pytest.approx(together[number].log_probability, abs=1e-2)
     other = tiny_model.upscale(pictures[:1], PROMPTS[0], seed=4)
     assert (other[0].codes != together[0].codes).any()
+
+
+def test_windows_that_are_free_of_each_other_are_drawn_side_by_side(tiny_model, monkeypatch):
+    counts, fill = [], pipeline.fill
+    monkeypatch.setattr(pipeline, "fill", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1])
+    pictures = tiny_model.generate(PROMPTS, seed=7)
+    counts.clear()
+    tiny_model.upscale(pictures, PROMPTS, seed=3)
+    assert counts == [3, 3, 6, 6, 3, 3, 3]
+
+
+def test_different_tasks_in_one_batch(tiny_model, monkeypatch):
+    small = tiny_model.generate("狐狸", seed=7)[0].codes
+    sampling = Sampling(temperature=0.7, top_k=9)
+    wishes = [
+        Wish(prompt="一只狗", seed=1),
+        Wish(task="caption", seed=1, codes=small, sampling=GREEDY),
+        Wish(prompt="狐狸", seed=2, task="upscale", codes=small),
+        Wish(prompt="一只狗", seed=1, index=1, codes=small[:3], sampling=sampling),
+        Wish(prompt="狐狸", seed=3, task="low_level", codes=small[:4, :4]),
+    ]
+    counts, fill = [], pipeline.fill
+    monkeypatch.setattr(pipeline, "fill", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1])
+    together = list(tiny_model.make(wishes))
+    assert counts == [5, 1, 2, 2, 1, 1, 1]
+    assert tiny_model.plan(wishes) == [5]
+    assert sum(tiny_model.plan(wishes, batch_size=3)) == 5
+    for wish, made in zip(wishes, together, strict=True):
+        (alone,) = tiny_model.make([wish])
+        if isinstance(made, Caption):
+            assert made.text == alone.text
+        else:
+            np.testing.assert_array_equal(made.codes, alone.codes)
+            assert made.tobytes() == alone.tobytes()
+            assert made.log_probability == pytest.approx(alone.log_probability, abs=1e-2)
+    assert together[3].sampling == sampling
+    np.testing.assert_array_equal(together[3].codes[:3], small[:3])
+
+
+@pytest.mark.parametrize("parallel", [1, 5])
+def test_guesses_and_rounded_keys_are_settings_of_a_model(tiny_model, monkeypatch, parallel):
+    expected = codes_of(tiny_model.generate(PROMPTS, seed=7))
+    monkeypatch.setattr(tiny_model, "parallel", parallel)
+    np.testing.assert_array_equal(codes_of(tiny_model.generate(PROMPTS, seed=7)), expected)
+    monkeypatch.setattr(tiny_model, "int8_cache", True)
+    rounded = codes_of(tiny_model.generate(PROMPTS, seed=7))
+    assert (rounded == expected).mean() > 0.1  # noise is the same, logits nearly
+    np.testing.assert_array_equal(codes_of(tiny_model.generate(PROMPTS, seed=7, batch_size=1)), rounded)
 
 
 def test_low_level_upscaling_is_one_window(tiny_model):

@@ -15,10 +15,11 @@ from cogview.cli.options import (
     add_model_arguments,
     add_sampling_arguments,
     add_seed_argument,
+    ceiling,
     require_positive,
     sampling_settings,
 )
-from cogview.cli.sources import Images, batches
+from cogview.cli.sources import READ_AT_A_TIME, Images, batches
 
 if TYPE_CHECKING:
     from cogview.pipeline import Caption, CogView
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser, "pieces", "as the model has it; with --method sample only")
     add_seed_argument(parser, "image and number give the same sample")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="a file for the lines as well")
-    add_model_arguments(parser, "images described at a time")
+    add_model_arguments(parser, "images")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,15 +51,15 @@ def run(args: argparse.Namespace) -> int:
     from cogview.pipeline import checked_seed
 
     require_positive("-n", args.n)
-    require_positive("the batch size", args.batch_size)
+    at_a_time = ceiling(args)
     method = args.method or ("greedy" if args.n == 1 else "beam")
     seed = checked_seed(args.seed)
     images = Images()
     paths = images.find(args.images)
     with LineWriter(args.output) as lines:
         settings = {"method": method, "n": args.n, "seed": seed, **sampling_settings(args)}
-        model = open_describer(args.model, settings, device=args.device, dtype=args.dtype)
-        described = describe(model, images, paths, settings, args.batch_size)
+        model = open_describer(args.model, settings, device=args.device, dtype=args.dtype, kv_dtype=args.kv_dtype)
+        described = describe(model, images, paths, settings, at_a_time)
         done = 0
         for number, captions in described:
             for caption in captions:
@@ -67,20 +68,21 @@ def run(args: argparse.Namespace) -> int:
         return images.finish(done)
 
 
-def open_describer(name: str, settings: Mapping[str, Any], *, device: str, dtype: str = "auto") -> CogView:
+def open_describer(name: str, settings: Mapping[str, Any], **placement: str) -> CogView:
     """A model for ``describe`` with the same ``settings``: wrong ones end here. Says on stderr where it runs."""
-    model = open_model(name, tasks=["caption"], device=device, dtype=dtype)
+    model = open_model(name, tasks=["caption"], **placement)
     model.caption([], **settings)
     print(f"{model.name} on {model.placement}, seed {settings['seed']}", file=sys.stderr)
     return model
 
 
 def describe(
-    model: CogView, images: Images, paths: Sequence[Path], settings: Mapping[str, Any], batch_size: int
+    model: CogView, images: Images, paths: Sequence[Path], settings: Mapping[str, Any], ceiling: int | None
 ) -> Iterator[tuple[int, list[Caption]]]:
     """The captions of each of ``paths`` that can be read, with its number in the list, batch by batch.
 
-    ``settings`` are those of ``CogView.caption``. What comes out of a batch can be written before the next begins.
+    ``settings`` are those of ``CogView.caption``, ``ceiling`` is the most images at a time. What comes out of a batch
+    can be written before the next begins.
     """
     from tqdm import tqdm
 
@@ -88,8 +90,8 @@ def describe(
 
     read = images.read_all(paths, PIXELS_PER_CODE * model.model.config.grid)
     with tqdm(total=len(paths), unit="image", desc="describing", disable=None, leave=False) as bar:
-        for batch in batches(read, batch_size):
-            captions = model.caption([image for _, image in batch], batch_size=batch_size, **settings)
+        for batch in batches(read, ceiling or READ_AT_A_TIME):
+            captions = model.caption([image for _, image in batch], batch_size=ceiling, **settings)
             yield from zip((number for number, _ in batch), captions, strict=True)
             bar.update(batch[-1][0] + 1 - bar.n)
 

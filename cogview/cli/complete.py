@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from dataclasses import replace
 
-from cogview.cli.easel import Progress, easel_of
+from cogview.cli.easel import Order, easel_of
 from cogview.cli.options import (
     add_drawing_arguments,
     add_model_arguments,
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", action="store_true", help="one contact sheet as well: a row per image")
     add_seed_argument(parser, "image, prompt and number give the same picture")
     add_drawing_arguments(parser)
-    add_model_arguments(parser, "pictures drawn at a time")
+    add_model_arguments(parser, "pictures")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,27 +47,29 @@ def run(args: argparse.Namespace) -> int:
     easel.announce()
     if not easel.accepts(args.prompt):
         return 2
-    done, sheet = 0, []
-    with Progress("drawing", len(paths) * args.n, (easel.grid - args.rows) * easel.grid) as progress:
+    wishes = easel.wishes(args.prompt, args.n)
+
+    def parts() -> Iterator[list[Order]]:
         read = images.read_all(paths, PIXELS_PER_CODE * easel.grid)
-        for batch in batches(read, max(1, args.batch_size // args.n)):
-            pictures = easel.model.complete(
-                [image for _, image in batch],
-                args.prompt,
-                rows=args.rows,
-                n=args.n,
-                seed=easel.seed,
-                batch_size=args.batch_size,
-                on_code=progress.of(len(batch) * args.n, args.batch_size),
-                **easel.settings,
-            )
-            owners = [paths[number] for number, _ in batch for _ in range(args.n)]
-            for path, picture in zip(owners, pictures, strict=True):
-                name = f"{safe_name(path.stem)}-rows{args.rows}-seed{easel.seed}-{picture.index}.png"
-                easel.save(args.output / name, picture, task="complete", source=path.name, rows=str(args.rows))
-            done += len(batch)
-            if args.grid:
-                sheet += pictures
+        for some in batches(read, easel.read_at_a_time):
+            codes = easel.model.codes_of([image for _, image in some])
+            yield [
+                Order(
+                    wish=replace(wish, codes=own[: args.rows]),
+                    path=args.output / f"{safe_name(path.stem)}-rows{args.rows}-seed{easel.seed}-{wish.index}.png",
+                    about={"task": "complete", "source": path.name, "rows": str(args.rows)},
+                )
+                for path, own in zip((paths[number] for number, _ in some), codes, strict=True)
+                for wish in wishes
+            ]
+
+    done, sheet = 0, []
+    codes = (easel.grid - args.rows) * easel.grid
+    for order, picture in easel.draw(parts(), "drawing", len(paths) * args.n, codes):
+        easel.save(order.path, picture, **order.about)
+        done += 1
+        if args.grid:
+            sheet.append(picture)
     if sheet:
         easel.save_sheet(args.output / f"grid-seed{easel.seed}.png", sheet, columns=args.n)
     return images.finish(done)

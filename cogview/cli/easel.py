@@ -6,15 +6,15 @@ import argparse
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from cogview.cli.options import require_positive, sampling_settings
-from cogview.cli.sources import batches
+from cogview.cli.options import ceiling, sampling_settings
+from cogview.cli.progress import Bar, Previews
+from cogview.cli.sources import READ_AT_A_TIME, batches
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from PIL import Image
@@ -22,11 +22,11 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.pipeline import CogView, Picture, Wish
 
 
-def open_model(name: str, *, tasks: Sequence[str], device: str, dtype: str) -> CogView:
+def open_model(name: str, *, tasks: Sequence[str], device: str, dtype: str = "auto", kv_dtype: str = "auto") -> CogView:
     """A model by name or folder; InputError unless it was trained for ``tasks``."""
     from cogview.pipeline import CogView
 
-    model = CogView.from_pretrained(name, device=device, dtype=dtype)
+    model = CogView.from_pretrained(name, device=device, dtype=dtype, kv_dtype=kv_dtype)
     for task in tasks:
         model.require_task(task)
     return model
@@ -61,10 +61,11 @@ def unknown_things(model: CogView, prompt: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """A picture to draw, and the file it is meant for."""
+    """A picture to draw, with its sampling, the file it is meant for, and what else its text chunks say."""
 
     wish: Wish
     path: Path
+    about: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +79,28 @@ class Enlargement:
 
 
 class Easel:
-    """One model, one seed and one set of settings: draws, writes the files, prints their paths."""
+    """One model, one seed and one set of settings: draws, writes the files, prints their paths.
 
-    def __init__(self, model: CogView, settings: Mapping[str, Any], seed: int, batch_size: int) -> None:
+    ``ceiling`` is the most pictures at a time, None for as many as memory holds and pay. ``sampling`` has, by task, how
+    to draw.
+    """
+
+    def __init__(
+        self,
+        model: CogView,
+        settings: Mapping[str, Any],
+        seed: int,
+        *,
+        tasks: Sequence[str],
+        ceiling: int | None = None,
+        preview: bool = False,
+    ) -> None:
         self.model = model
         self.settings = settings
-        self.sampling = model.sampling(**settings)
+        self.sampling = {task: model.sampling(**settings, task=task) for task in tasks if task != "caption"}
         self.seed = seed
-        self.batch_size = batch_size
+        self.ceiling = ceiling
+        self.preview = preview
         self._wished: Counter[str] = Counter()
 
     @classmethod
@@ -96,17 +111,18 @@ class Easel:
         tasks: Sequence[str],
         settings: Mapping[str, Any],
         seed: int | None,
-        batch_size: int,
+        ceiling: int | None,
         device: str,
         dtype: str = "auto",
+        kv_dtype: str = "auto",
+        preview: bool = False,
     ) -> Easel:
         """Load a model that was trained for ``tasks``; ``settings`` go before its own sampling."""
         from cogview.pipeline import checked_seed
 
-        require_positive("the batch size", batch_size)
         seed = checked_seed(seed)
-        opened = open_model(model, tasks=tasks, device=device, dtype=dtype)
-        return cls(opened, settings, seed, batch_size)
+        opened = open_model(model, tasks=tasks, device=device, dtype=dtype, kv_dtype=kv_dtype)
+        return cls(opened, settings, seed, tasks=tasks, ceiling=ceiling, preview=preview)
 
     def announce(self) -> None:
         """Say on stderr where the model runs, and the seed."""
@@ -116,6 +132,11 @@ class Easel:
     def grid(self) -> int:
         """Codes on a side of the model's pictures."""
         return self.model.model.config.grid
+
+    @property
+    def read_at_a_time(self) -> int:
+        """Images to read before they are worked at."""
+        return self.ceiling or READ_AT_A_TIME
 
     def accepts(self, prompt: str) -> bool:
         """Whether ``prompt`` can be drawn; tells on stderr why not, or what to expect of it."""
@@ -127,15 +148,30 @@ class Easel:
 
         first = self._wished[prompt]
         self._wished[prompt] += n
-        return [Wish(prompt=prompt, seed=self.seed, index=index) for index in range(first, first + n)]
+        sampling = self.sampling["generate"]
+        return [
+            Wish(prompt=prompt, seed=self.seed, index=index, sampling=sampling) for index in range(first, first + n)
+        ]
 
-    def draw(self, orders: Sequence[Order]) -> Iterator[tuple[Order, Picture]]:
-        """Draw batch by batch; what comes out of a batch can be saved before the next one begins."""
-        with Progress("drawing", len(orders), self.grid**2) as progress:
-            for batch in batches(orders, self.batch_size):
-                wishes = [order.wish for order in batch]
-                pictures = self.model.draw(wishes, self.sampling, progress.of(len(batch), self.batch_size))
-                yield from zip(batch, pictures, strict=True)
+    def bar(self, what: str, count: int, codes: int, **noun: str) -> Bar:
+        """What shows how far the drawing of ``count`` pictures with ``codes`` in all is."""
+        return Bar(what, count, codes, previews=Previews(self.model) if self.preview else None, **noun)
+
+    def draw(
+        self, parts: Iterable[Sequence[Order]], what: str, count: int, codes: int
+    ) -> Iterator[tuple[Order, Picture]]:
+        """Draw ``parts``, in all up to ``count`` pictures of ``codes`` each, as many at a time as fit.
+
+        What comes out can be saved before more is drawn.
+        """
+        with self.bar(what, count, count * codes) as bar:
+            for orders in parts:
+                bar.expect({order.wish: order.path for order in orders})
+                wishes = [order.wish for order in orders]
+                made = self.model.make(wishes, batch_size=self.ceiling, watch=bar.watch)
+                for order, picture in zip(orders, made, strict=True):
+                    yield order, picture  # type: ignore[misc]  # no order is for a caption
+                    bar.finished(order.wish)
 
     def best(self, drawn: Iterator[tuple[Order, Picture]], n: int, keep: int) -> Iterator[tuple[Order, Picture]]:
         """Of each ``n`` pictures in turn, which have one prompt, the ``keep`` whose captions it is likeliest to be.
@@ -144,27 +180,39 @@ class Easel:
         """
         while group := list(islice(drawn, n)):
             orders = {picture.index: order for order, picture in group}
-            pictures = self.model.rerank([picture for _, picture in group], batch_size=self.batch_size)
+            pictures = self.model.rerank([picture for _, picture in group], batch_size=self.ceiling)
             yield from ((orders[picture.index], picture) for picture in pictures[:keep])
 
     def upscale(self, enlargements: Iterable[Enlargement], count: int, *, low_level: bool = False) -> int:
-        """Draw up to ``count`` images at twice their side, save them batch by batch; returns how many there were."""
+        """Draw up to ``count`` images at twice their side and save them; returns how many there were."""
+        from cogview.pipeline import Wish
+
+        task, side = ("low_level", self.grid // 2) if low_level else ("upscale", self.grid)
+
+        def parts() -> Iterator[list[Order]]:
+            for some in batches(enlargements, self.read_at_a_time):
+                codes = self.model.codes_of([one.image for one in some], side)
+                yield [
+                    Order(
+                        # A picture of ours keeps its number, so that several of one prompt do not share their noise.
+                        wish=Wish(
+                            prompt=one.prompt,
+                            seed=self.seed,
+                            index=getattr(one.image, "index", 0),
+                            task=task,
+                            codes=own,
+                            sampling=self.sampling[task],
+                        ),
+                        path=one.path,
+                        about={"task": "upscale", "source": one.source},
+                    )
+                    for one, own in zip(some, codes, strict=True)
+                ]
+
         done = 0
-        side = self.grid if low_level else 2 * self.grid
-        with Progress("upscaling", count, side**2) as progress:
-            for batch in batches(enlargements, self.batch_size):
-                pictures = self.model.upscale(
-                    [enlargement.image for enlargement in batch],
-                    [enlargement.prompt for enlargement in batch],
-                    seed=self.seed,
-                    low_level=low_level,
-                    batch_size=self.batch_size,
-                    on_code=progress.of(len(batch), self.batch_size),
-                    **self.settings,
-                )
-                for enlargement, picture in zip(batch, pictures, strict=True):
-                    self.save(enlargement.path, picture, task="upscale", source=enlargement.source)
-                done += len(batch)
+        for order, picture in self.draw(parts(), "upscaling", count, (2 * side) ** 2):
+            self.save(order.path, picture, **order.about)
+            done += 1
         return done
 
     def save(self, path: Path, picture: Picture, **about: str) -> Path:
@@ -197,37 +245,9 @@ def easel_of(args: argparse.Namespace, tasks: Sequence[str]) -> Easel:
         tasks=tasks,
         settings=sampling_settings(args),
         seed=args.seed,
-        batch_size=args.batch_size,
+        ceiling=ceiling(args),
         device=args.device,
         dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
+        preview=getattr(args, "preview", False),
     )
-
-
-class Progress:
-    """A bar on a terminal over the codes of ``count`` pictures; a line where there is no terminal."""
-
-    def __init__(self, what: str, count: int, codes: int) -> None:
-        from tqdm import tqdm
-
-        if count and not sys.stderr.isatty():
-            print(f"{what} {count} picture{'s' if count > 1 else ''}", file=sys.stderr)
-        # Without the number done, which may be no whole one.
-        form = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}, {rate_fmt}"
-        self._bar = tqdm(total=count * codes, unit="code", desc=what, disable=None, leave=False, bar_format=form)
-
-    def of(self, pictures: int, batch_size: int) -> Callable[[int, int], None]:
-        """``on_code`` for ``pictures`` that are drawn in batches, each of which calls it once per code."""
-        step = pictures / -(-pictures // batch_size)
-
-        def show(done: int, total: int) -> None:
-            self._bar.update(step)
-
-        return show
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.close()

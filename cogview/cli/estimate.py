@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from cogview.vqvae.model import VQVAEConfig
 
 OTHER_NAMES = {"rerank": "score"}  # of tasks
-SMALLER_DTYPES = ("bfloat16", "int8", "int4")  # what else to offer where a plan does not fit
 SPARE = 0.05  # share of a device's memory that stays free: formulas are not exact, and allocators leave gaps
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 # What a device that is given as a size alone is taken for: a gaming card whose memory does 900 GB/s and whose tensor
@@ -85,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the estimate; nothing is loaded."""
-    from cogview.memory import estimate
+    from cogview.memory import SMALLER_DTYPES, estimate
 
     require_positive("-n", args.n)
     for name, value in (("--bandwidth", args.bandwidth), ("--flops", args.flops)):
@@ -249,7 +248,7 @@ class Report:
 
     def parts(self) -> list[tuple[str, str, int, str]]:
         """Of each part of the memory: its key, its name, its bytes and how they come about."""
-        from cogview.memory import DRAWING_BYTES, DTYPES, GUIDANCE_BYTES, SCORING_BYTES
+        from cogview.memory import DTYPES
 
         plan, shape, size = self.plan, self.plan.transformer, DTYPES[self.plan.dtype]
         rows = _count(plan.rows, "row") + (" x 2 for guidance" if plan.guided else "")
@@ -258,7 +257,7 @@ class Report:
             layers += f", the 12 in {plan.dtype} with their scales, the 17 in 16 bits"
         entries = f"{shape.vocabulary_size:,} ids + {shape.max_positions:,} positions + 2"
         most = max(plan.reads, key=lambda read: read.new)
-        per_id = SCORING_BYTES if plan.task == "score" else DRAWING_BYTES + GUIDANCE_BYTES * plan.guided
+        per_id = plan.logits // max(read.ids * read.places for read in plan.reads)
         ids = f"{most.ids:,} ids" + (f" x {most.places} pieces" if most.places > 1 else "")
         kept = f"{size} bytes x {plan.columns:,} positions x {rows}"
         pixels = 8 * plan.picture_side
@@ -266,8 +265,9 @@ class Report:
         parts = [
             ("layers", "transformer layers", plan.layers, layers),
             ("embedding", "embedding, positions", plan.embedding, f"({entries}) x {shape.width} x {size} bytes"),
+            ("packed", "packed for MKL", plan.packed, "layers and what tells ids once more, in its own order"),
             ("image_tokenizer", "VQ-VAE", plan.image_tokenizer, "float32"),
-            ("workspace", "workspace", plan.workspace, "weights on their way to be multiplied"),
+            ("workspace", "workspace", plan.workspace, "what is on its way to be multiplied"),
             ("overhead", "overhead", plan.overhead, overhead),
             (
                 *("kv_cache", "KV cache", plan.rows * plan.kv_cache),

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 
 from cogview.cli.easel import Easel, Enlargement, Order, easel_of
-from cogview.cli.lines import ask_lines, read_lines
+from cogview.cli.job import run_job
+from cogview.cli.lines import ask_lines
 from cogview.cli.options import (
     add_drawing_arguments,
     add_model_arguments,
@@ -23,10 +24,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Draw pictures from text and print the paths of their PNG files. Without a prompt, on a terminal, it asks. "
         "A file is named PROMPT-seedSEED-NUMBER.png; a name that another picture has continues with _2, _3, …, and no "
         "other picture is overwritten. Text chunks of the file hold prompt, seed, number, model, settings and codes. "
-        "A prompt given twice gets further pictures, as with a larger -n."
+        "A prompt given twice gets further pictures, as with a larger -n. With --input the lines of a file are drawn "
+        "together, and OUTPUT/FILE.ledger.jsonl records each result when it is there: --resume goes on with it after "
+        "whatever happened, and the same command started several times, or by torchrun, shares the work."
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="what to draw, such as 蓝色背景上的三只狐狸")
-    parser.add_argument("--input", metavar="FILE", help="more prompts, one per line in UTF-8; - is standard input")
+    parser.add_argument(
+        "--input",
+        metavar="FILE",
+        help="a job instead: .txt, or - for standard input, has a prompt per line; .csv, .tsv and .jsonl may also give "
+        "id, task (generate, complete, upscale, caption), image, rows, n, seed, temperature, top_k, top_p, guidance "
+        "and text_attention",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the job of --input: what is done stays")
     parser.add_argument("-n", type=int, default=1, metavar="COUNT", help="pictures per prompt")
     parser.add_argument(
         "--keep",
@@ -37,10 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--upscale", action="store_true", help="write each picture at twice its side as well; its name ends in -up"
     )
+    parser.add_argument(
+        "--preview", action="store_true", help="show pictures while they are drawn, in files NAME.preview.png"
+    )
     parser.add_argument("--grid", action="store_true", help="one contact sheet as well: a row per prompt")
     add_seed_argument(parser, "prompt and number give the same picture")
     add_drawing_arguments(parser)
-    add_model_arguments(parser, "pictures drawn at a time")
+    add_model_arguments(parser, "pictures")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +63,13 @@ def run(args: argparse.Namespace) -> int:
     require_positive("-n", args.n)
     if args.keep is not None and not 1 <= args.keep <= args.n:
         raise InputError(f"--keep must be from 1 to {args.n}, the pictures drawn of a prompt (-n), got {args.keep}")
-    prompts = list(args.prompts) + (read_lines(args.input) if args.input is not None else [])
+    if args.input is not None:
+        if args.prompts:
+            raise InputError("--input brings its own prompts: give it alone, or PROMPT…")
+        return run_job(args)
+    if args.resume:
+        raise InputError("--resume goes on with a job: give its file by --input FILE")
+    prompts = list(args.prompts)
     asking = not prompts
     if asking and not sys.stdin.isatty():
         raise InputError('no prompt was given; write it behind the command: cogview generate "一个红苹果"')
@@ -75,7 +94,7 @@ def draw_prompts(easel: Easel, prompts: Sequence[str], args: argparse.Namespace)
         for prompt in good
         for wish in easel.wishes(prompt, args.n)
     ]
-    drawn = easel.draw(orders)
+    drawn = easel.draw([orders], "drawing", len(orders), easel.grid**2)
     if args.keep is not None:
         drawn = easel.best(drawn, args.n, args.keep)
     sheet, small = [], []

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from cogview import __version__
+from cogview.cli.progress import plans_told
 from cogview.errors import InputError
 
 # Command, its module in cogview.cli (with add_arguments(parser) and run(args) -> int), and its line of help.
@@ -102,7 +103,8 @@ def run_safely(run: Callable[[], int], name: str) -> int:
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=os.environ.get("COGVIEW_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
     try:
-        return run()
+        with plans_told():
+            return run()
     except (InputError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -9,15 +9,15 @@ from typing import Any
 from cogview.errors import InputError
 
 DEFAULT_MODEL = "cogview-emoji"
-_SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # as ``CogView.sampling`` names them
+SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # as ``CogView.sampling`` names them
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, batch: str) -> None:
-    """--model, --device, --dtype, and --batch-size, which is the number of ``batch``."""
+    """--model, --device, --dtype, --kv-dtype, and --max-inference-batch-size, the most ``batch``."""
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, metavar="NAME_OR_FOLDER", help="cogview models lists the names"
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="COUNT", help=batch)
+    add_ceiling_argument(parser, batch)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
         "--dtype",
@@ -25,6 +25,31 @@ def add_model_arguments(parser: argparse.ArgumentParser, batch: str) -> None:
         help="auto, float32, bfloat16, float16, int8 or int4 (rounded weights: less memory, fewer bytes to read per "
         "token)",
     )
+    parser.add_argument(
+        "--kv-dtype",
+        default="auto",
+        help="how keys and values are kept: auto (as --dtype computes) or int8 (rounded: half the memory of 16 bits)",
+    )
+
+
+def add_ceiling_argument(parser: argparse.ArgumentParser, batch: str) -> None:
+    """--max-inference-batch-size, the most ``batch``."""
+    parser.add_argument(
+        "--max-inference-batch-size",
+        default="auto",
+        metavar="COUNT",
+        help=f"at most so many {batch} at a time; auto: as many as memory holds and pay",
+    )
+
+
+def ceiling(args: argparse.Namespace) -> int | None:
+    """What ``add_ceiling_argument`` was given; None for auto. InputError for anything but a count."""
+    given = args.max_inference_batch_size
+    if given == "auto":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(f'--max-inference-batch-size must be auto or a whole number from 1 on, got "{given}"')
+    return int(given)
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser, ids: str, default: str) -> None:
@@ -69,7 +94,7 @@ def add_query_arguments(parser: argparse.ArgumentParser, line: str) -> None:
 
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Those of the sampling arguments that were given."""
-    return {name: value for name in _SAMPLING if (value := getattr(args, name, None)) is not None}
+    return {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
 
 
 def require_positive(name: str, value: int) -> None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from cogview.cli.easel import accepts, open_model
 from cogview.cli.lines import LineWriter
-from cogview.cli.options import add_model_arguments, add_query_arguments, require_positive
-from cogview.cli.sources import Images, Query, batches, read_queries
+from cogview.cli.options import add_model_arguments, add_query_arguments, ceiling
+from cogview.cli.sources import READ_AT_A_TIME, Images, Query, batches, read_queries
 
 if TYPE_CHECKING:
     from cogview.pipeline import CogView, Score
@@ -29,27 +29,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of a score, and is named at the end, with status 1."
     )
     add_query_arguments(parser, LINE)
-    add_model_arguments(parser, "images scored at a time")
+    add_model_arguments(parser, "images")
 
 
 def run(args: argparse.Namespace) -> int:
     """Rank the images of every text; status 1 if there was one that cannot be read, 2 if a text was refused."""
-    require_positive("the batch size", args.batch_size)
+    at_a_time = ceiling(args)
     images = Images()
     queries = read_queries(args, images, LINE)
-    model = open_scorer(args.model, device=args.device, dtype=args.dtype)
+    model = open_scorer(args.model, device=args.device, dtype=args.dtype, kv_dtype=args.kv_dtype)
     lines = LineWriter()
     rankings = []
-    for ranking in rank(model, images, queries, args.batch_size):
+    for ranking in rank(model, images, queries, at_a_time):
         lines.write(json.dumps(ranking.as_json(), ensure_ascii=False))
         print("\n".join(ranking.as_text()), file=sys.stderr)
         rankings.append(ranking)
     return finish(images, rankings)
 
 
-def open_scorer(name: str, *, device: str, dtype: str = "auto") -> CogView:
+def open_scorer(name: str, **placement: str) -> CogView:
     """A model for ``rank``. Says on stderr where it runs."""
-    model = open_model(name, tasks=["caption"], device=device, dtype=dtype)
+    model = open_model(name, tasks=["caption"], **placement)
     print(f"{model.name} on {model.placement}", file=sys.stderr)
     return model
 
@@ -100,10 +100,11 @@ class Ranking:
         return lines
 
 
-def rank(model: CogView, images: Images, queries: Sequence[Query], batch_size: int) -> Iterator[Ranking]:
-    """Score the images of each query; batches go across queries, and a query comes out when all its images are done.
+def rank(model: CogView, images: Images, queries: Sequence[Query], ceiling: int | None) -> Iterator[Ranking]:
+    """Score the images of each query, at most ``ceiling`` at a time.
 
-    InputError if there are images and none can be read.
+    Batches go across queries, and a query comes out when all its images are done. InputError if there are images and
+    none can be read.
     """
     from cogview.vqvae.model import PIXELS_PER_CODE
 
@@ -134,9 +135,9 @@ def rank(model: CogView, images: Images, queries: Sequence[Query], batch_size: i
         )
 
     complete = done = 0
-    for batch in batches(images.read_all(paths, side), batch_size):
+    for batch in batches(images.read_all(paths, side), ceiling or READ_AT_A_TIME):
         texts = [queries[places[index][0]].prompt for index, _ in batch]
-        found = model.score([image for _, image in batch], texts, batch_size=batch_size)
+        found = model.score([image for _, image in batch], texts, batch_size=ceiling)
         for (index, _), score in zip(batch, found, strict=True):
             number, place = places[index]
             scores[number][place] = score

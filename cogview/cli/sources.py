@@ -16,6 +16,8 @@ from cogview.errors import InputError
 if TYPE_CHECKING:
     from PIL import Image
 
+READ_AT_A_TIME = 64  # images, where nothing says how many
+
 T = TypeVar("T")
 
 

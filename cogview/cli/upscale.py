@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_seed_argument(parser, "image and prompt give the same picture")
     add_drawing_arguments(parser)
-    add_model_arguments(parser, "images upscaled at a time")
+    add_model_arguments(parser, "images")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -52,7 +52,7 @@ class Claims:
                     pass
             except OSError:
                 self.close()
-        if self._file is None and _place()[1] > 1:
+        if self._file is None and place()[1] > 1:
             log.warning("%s cannot be locked here, so each process does the whole job: start one", ledger)
 
     def join(self) -> None:
@@ -120,7 +120,7 @@ def run(
     w in the environment it begins at chunk r / w of all. Returns when every chunk is done, also those that other
     processes have claimed (if one of them dies, its chunk is taken over), or as soon as ``stop()`` is true.
     """
-    rank, size = _place()
+    rank, size = place()
     first = rank * len(chunks) // size
     todo = [*range(first, len(chunks)), *range(first)]
 
@@ -178,13 +178,13 @@ class Interruption:
         if self._requested:
             raise KeyboardInterrupt
         self._requested = True
-        if _place()[0] == 0:
+        if place()[0] == 0:
             line = "finishing this batch; press Ctrl-C again to stop at once\n"
             # Not print(): the signal may have come in the middle of one. A progress bar may stand in the line.
             os.write(2, ("\n" + line if sys.stderr.isatty() else line).encode())
 
 
-def _place() -> tuple[int, int]:
+def place() -> tuple[int, int]:
     """RANK and WORLD_SIZE of the environment: this process's number, from 0, among how many."""
     rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):

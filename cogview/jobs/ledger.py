@@ -55,10 +55,8 @@ class Ledger:
                     os.replace(aside, path)
                 finally:
                     aside.unlink(missing_ok=True)
-            elif not resume and not claims.someone_alive():
-                raise InputError(
-                    f"{path} is there from an earlier run: go on with it by --resume, or choose another output folder"
-                )
+            elif not resume:
+                refuse_old(path, claims)
             ledger = cls(path, claims)
             for key in {**header, **ledger.header}:
                 was, now = (f"{key} {_told(of[key])}" if key in of else f"no {key}" for of in (ledger.header, header))
@@ -135,6 +133,14 @@ class Ledger:
         except (ValueError, KeyError, TypeError, AttributeError):
             return False
         return True
+
+
+def refuse_old(path: Path, claims: Claims) -> None:
+    """InputError if there is a ledger and no other process is at work with it."""
+    if path.exists() and not claims.someone_alive():
+        raise InputError(
+            f"{path} is there from an earlier run: go on with it by --resume, or choose another output folder"
+        )
 
 
 def fingerprint(folder: Path) -> str:

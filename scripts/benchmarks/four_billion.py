@@ -145,8 +145,11 @@ def memory() -> dict[str, int]:
 def one_run(folder: Path, device: str, dtype: str, tokens: int) -> int:
     """Open a model, draw codes, and print what was measured as JSON."""
     start = time.perf_counter()
+    import numpy as np
     import torch
 
+    from cogview.easels import Job, Moment, Stopped
+    from cogview.engine import fill
     from cogview.pipeline import CogView
 
     imported = time.perf_counter()
@@ -160,16 +163,16 @@ def one_run(folder: Path, device: str, dtype: str, tokens: int) -> int:
     linear += 8192 * model.transformer.config.width * 2  # the head over the image codes
     times: list[float] = []
 
-    class Enough(Exception):
-        pass
-
-    def on_code(done: int, total: int) -> None:
+    def watch(moment: Moment) -> bool:
         times.append(time.perf_counter())
-        if done > tokens:
-            raise Enough
+        return moment.done <= tokens
 
-    with contextlib.suppress(Enough):
-        next(model.iterate(PROMPT, seed=1, on_code=on_code))
+    text = model.text_tokenizer.encode(PROMPT)
+    nothing = np.empty((0, model.model.config.grid), dtype=np.int64)
+    row = model.model.config.layouts["generate"].arrange(model.vocabulary, text=text, image=nothing)
+    with contextlib.suppress(Stopped):
+        job = Job(row=row, seed=1, sampling=model.sampling())
+        fill(model.transformer, model.vocabulary, [job], watch, parallel=1)
     steps = [later - earlier for earlier, later in itertools.pairwise(times[1:])]
     at_end = memory()
     probe = read_probe(torch, model.placement.device)

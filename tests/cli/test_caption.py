@@ -94,7 +94,7 @@ def test_the_batch_size_changes_nothing(caption, save_image):
         save_image(f"{number}.png", number)
     arguments = ("*.png", "--seed", "7", "-n", "2", "--method", "sample")
     _, together, _ = caption(*arguments)
-    _, apart, _ = caption(*arguments, "--batch-size", "1")
+    _, apart, _ = caption(*arguments, "--max-inference-batch-size", "1")
     assert [one["caption"] for one in together] == [one["caption"] for one in apart]
 
 
@@ -118,7 +118,7 @@ def test_what_cannot_be_read_stops_nothing(caption, save_image):
     Path("text.png").write_text("no image")
     Path("empty").mkdir()
     status, found, err = caption(
-        "a.png", "text.png", "none.png", "empty", "b.png", "--batch-size", "1", "-o", "out.jsonl"
+        "a.png", "text.png", "none.png", "empty", "b.png", "--max-inference-batch-size", "1", "-o", "out.jsonl"
     )
     assert status == 1
     assert [one["file"] for one in found] == ["a.png", "b.png"]
@@ -164,7 +164,7 @@ def test_an_interruption_keeps_the_lines_printed_and_the_file_of_yesterday(capti
         return write(self, images, **settings)
 
     monkeypatch.setattr(CogView, "caption", interrupted)
-    status, found, err = caption("*.png", "--batch-size", "1", "-o", "captions.jsonl")
+    status, found, err = caption("*.png", "--max-inference-batch-size", "1", "-o", "captions.jsonl")
     assert status == 130
     assert calls == [0, 1, 1, 1]  # settings are checked without an image
     assert [one["file"] for one in found] == ["0.png", "1.png"]
@@ -177,7 +177,10 @@ def test_an_interruption_keeps_the_lines_printed_and_the_file_of_yesterday(capti
     ("arguments", "message"),
     [
         (["-n", "0"], "-n must be at least 1, got 0"),
-        (["--batch-size", "0"], "the batch size must be at least 1, got 0"),
+        (
+            ["--max-inference-batch-size", "0"],
+            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+        ),
         (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         (
             ["-n", "2", "--method", "greedy"],

@@ -66,7 +66,7 @@ def test_several_images_a_contact_sheet_and_any_batch_size(complete, save_image)
     tile = sheet[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second image, second picture
     np.testing.assert_array_equal(tile, np.asarray(Image.open(together[3])))
     for size in ("1", "3"):
-        _, apart, _ = complete(*arguments, "-o", size, "--batch-size", size)
+        _, apart, _ = complete(*arguments, "-o", size, "--max-inference-batch-size", size)
         assert [file.name for file in apart] == [file.name for file in together]
         for file, other in zip(apart[:-1], together[:-1], strict=True):
             np.testing.assert_array_equal(codes(file), codes(other))
@@ -107,7 +107,10 @@ def test_a_prompt_that_cannot_be_drawn(complete, save_image, no_image_is_read, p
     ("arguments", "message"),
     [
         (["-n", "0"], "-n must be at least 1, got 0"),
-        (["--batch-size", "0"], "the batch size must be at least 1, got 0"),
+        (
+            ["--max-inference-batch-size", "0"],
+            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+        ),
         (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         (["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
         (["--guidance", "-1"], "guidance must be a number from 0 on (1: none), got -1.0"),

@@ -49,10 +49,23 @@ def test_a_folder_without_its_weights_in_memory(tiny_checkpoint, capsys):
     assert (found["task"], found["rows"], found["dtype"]) == ("caption", 3, "float32")
     memory = found["memory"]
     assert memory["total"] == memory["constant"] + 3 * memory["per_row"]
-    parts = ("layers", "embedding", "image_tokenizer", "overhead")
-    assert memory["constant"] == sum(memory[part] for part in parts)
+    parts = ("layers", "embedding", "packed", "image_tokenizer", "workspace", "overhead")
+    assert memory["constant"] == sum(memory.get(part, 0) for part in parts)
     assert found["fits"] is True
     assert found["seconds"]["total"] == pytest.approx(sum(found["seconds"][k] for k in ("given", "steps", "pictures")))
+
+
+def test_what_is_packed_on_a_cpu_is_shown(tiny_checkpoint, capsys, monkeypatch):
+    arguments = ["--model", str(tiny_checkpoint), "--device", "cpu:16GB"]
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
+    memory = report(capsys, *arguments)["memory"]
+    assert memory["packed"] == 4 * 32 * (12 * 32 * 2 + 8192)  # the projections of two layers, and the codes
+    main(["estimate", *arguments])
+    assert "packed for MKL" in capsys.readouterr().out
+    for other in (["--dtype", "bfloat16"], ["--device", "cuda:16GB"]):
+        assert "packed" not in report(capsys, *arguments, *other)["memory"]
+    monkeypatch.setattr("torch.backends.mkl.is_available", lambda: False)
+    assert "packed" not in report(capsys, *arguments)["memory"]
 
 
 def test_the_model_of_the_package_is_the_default(capsys):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import cogview.pictures
 import cogview.pipeline
 from cogview import __version__
 from cogview.cli.main import main
@@ -19,14 +21,14 @@ FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
 
 @pytest.fixture
-def generate(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def generate(tiny_checkpoint, tmp_path, monkeypatch, capsys, without_plans):
     """A function that runs the command in an empty folder with the tiny model: (status, files printed, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
         status = main(["generate", *arguments, "--model", str(tiny_checkpoint), "--device", "cpu"])
         printed = capsys.readouterr()
-        return status, [Path(line) for line in printed.out.splitlines()], printed.err
+        return status, [Path(line) for line in printed.out.splitlines()], without_plans(printed.err)
 
     return run
 
@@ -85,7 +87,7 @@ def test_the_best_are_kept(generate, tiny_model):
     """Nothing else is written, and what is written is drawn as ever, in whatever batches."""
     arguments = (FOX, DOG, "-n", "4", "--seed", "7")
     _, every, _ = generate(*arguments, "-o", "all")
-    status, files, _ = generate(*arguments, "--keep", "2", "--batch-size", "3", "--grid", "-o", "best")
+    status, files, _ = generate(*arguments, "--keep", "2", "--max-inference-batch-size", "3", "--grid", "-o", "best")
     assert status == 0
     assert sorted(os.listdir("best")) == sorted(file.name for file in files)
     expected = tiny_model.generate([FOX, DOG], n=4, keep=2, seed=7)
@@ -130,9 +132,96 @@ def test_the_models_own_settings_are_the_default(generate):
 def test_the_batch_size_changes_nothing(generate):
     arguments = (FOX, DOG, "狐狸", "-n", "3", "--seed", "7")
     _, together, _ = generate(*arguments, "-o", "a")
-    _, apart, _ = generate(*arguments, "-o", "b", "--batch-size", "2")
+    _, apart, _ = generate(*arguments, "-o", "b", "--max-inference-batch-size", "2")
     assert [codes(file) for file in together] == [codes(file) for file in apart]
     assert [file.name for file in together] == [file.name for file in apart]
+
+
+@pytest.mark.parametrize("given", ["0", "-2", "1.5", "viele", ""])
+def test_the_ceiling_is_a_count(generate, given):
+    assert generate(FOX, f"--max-inference-batch-size={given}") == (
+        2,
+        [],
+        f'cogview generate: --max-inference-batch-size must be auto or a whole number from 1 on, got "{given}"\n',
+    )
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "plan"), [("auto", "3 at a time of 3 (all at once)"), ("2", "2 at a time of 3 (the ceiling)")]
+)
+def test_a_line_says_what_was_planned(tiny_checkpoint, tmp_path, capsys, ceiling, plan):
+    command = ["generate", FOX, "-n", "3", "--model", str(tiny_checkpoint), "--device", "cpu", "-o", str(tmp_path)]
+    main([*command, "--max-inference-batch-size", ceiling])
+    [told] = [line for line in capsys.readouterr().err.splitlines() if " at a time of " in line]
+    assert told.startswith(f"drawing: {plan}; ")
+    assert told.endswith(" GB free")
+
+
+def test_rounded_keys_and_values(generate, tiny_checkpoint):
+    from cogview.pipeline import CogView
+
+    _, [file], _ = generate(FOX, "--seed", "7", "--kv-dtype", "int8")
+    [picture] = CogView.from_pretrained(tiny_checkpoint, device="cpu", kv_dtype="int8").generate(FOX, seed=7)
+    assert codes(file) == " ".join(map(str, picture.codes.flat))
+
+
+def test_a_bar_on_a_terminal(generate, monkeypatch):
+    """Pictures done, codes and pictures in a second, and the time that is left."""
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    monkeypatch.setenv("COLUMNS", "150")
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    generate(FOX, DOG, "--seed", "7", "--max-inference-batch-size", "1")
+    drawn = screen.getvalue().split("\r")
+    found = [re.search(r"(\d+)%\|.*\| .* codes/s, (\d)/2 pictures, .* pictures/s, \S+ left", text) for text in drawn]
+    assert ("100", "1") in [match.groups() for match in found if match]
+    assert "drawing 2 pictures" not in screen.getvalue()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 3600.0])
+def test_previews(generate, monkeypatch, tiny_model, seconds):
+    """Of pictures that are being drawn, after each quarter at least, grey where nothing is drawn yet."""
+    monkeypatch.setattr("cogview.cli.progress.PREVIEW_SECONDS", seconds)
+    monkeypatch.setattr("cogview.cli.progress.PREVIEW_SHARE", 1e9)
+    seen = []
+
+    def write(path, image, texts):
+        write_png(path, image, texts)
+        if path.name.endswith(".preview.png"):
+            assert not path.with_name(path.name.replace(".preview", "")).exists()
+            seen.append((path.name, np.asarray(Image.open(path))))
+
+    write_png = cogview.pictures.write_png
+    monkeypatch.setattr("cogview.pictures.write_png", write)
+    status, files, _ = generate(FOX, DOG, "--seed", "7", "--preview")
+    assert status == 0
+    assert sorted(os.listdir("outputs")) == sorted(file.name for file in files)
+    for file, picture in zip(files, tiny_model.generate([FOX, DOG], seed=7), strict=True):
+        own = [pixels for name, pixels in seen if name == f"{file.stem}.preview.png"]
+        lines = [round((pixels != 128).any(axis=(1, 2)).sum() / 8) for pixels in own]
+        assert lines == sorted(lines)
+        assert 1 <= lines[0] < 8
+        assert len(lines) >= (3 if seconds else 4)
+        assert lines[-1] > 4
+        np.testing.assert_array_equal(own[-1][:8], np.asarray(picture)[:8])  # none of its neighbours is still to come
+    assert len(seen) <= (8 if seconds else 14)
+
+
+def test_previews_do_not_outlive_an_interruption(generate, monkeypatch):
+    fill = cogview.pipeline.fill
+
+    def interrupted_fill(transformer, vocabulary, jobs, watch, **settings):
+        def look(moment):
+            watch(moment)
+            if moment.done == moment.total / 2:
+                assert os.listdir("outputs") == [f"{FOX}-seed7-0.preview.png"]
+                raise KeyboardInterrupt
+            return True
+
+        return fill(transformer, vocabulary, jobs, look, **settings)
+
+    monkeypatch.setattr(cogview.pipeline, "fill", interrupted_fill)
+    assert generate(FOX, "--seed", "7", "--preview")[0] == 130
+    assert os.listdir("outputs") == []
 
 
 def test_a_second_run_writes_the_same_and_overwrites_nothing_else(generate):
@@ -170,19 +259,6 @@ def test_a_contact_sheet(generate):
 
 def test_options_between_prompts(generate):
     _, files, _ = generate(FOX, "--seed", "7", DOG)
-    assert [read_texts(file)["prompt"] for file in files] == [FOX, DOG]
-
-
-def test_prompts_from_a_file(generate):
-    Path("prompts.txt").write_bytes(f"\ufeff{FOX}\r\n\r\n  {DOG}  \n".encode())  # as Windows writes it
-    status, files, _ = generate("狐狸", "--input", "prompts.txt")
-    assert status == 0
-    assert [read_texts(file)["prompt"] for file in files] == ["狐狸", FOX, DOG]
-
-
-def test_prompts_from_standard_input(generate, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{FOX}\n{DOG}".encode())))
-    _, files, _ = generate("--input", "-")
     assert [read_texts(file)["prompt"] for file in files] == [FOX, DOG]
 
 
@@ -237,7 +313,10 @@ def test_notes_about_prompts(generate, tiny_checkpoint):
     ("arguments", "message"),
     [
         ([FOX, "-n", "0"], "-n must be at least 1, got 0"),
-        ([FOX, "--batch-size", "-3"], "the batch size must be at least 1, got -3"),
+        (
+            [FOX, "--max-inference-batch-size", "-3"],
+            '--max-inference-batch-size must be auto or a whole number from 1 on, got "-3"',
+        ),
         ([FOX, "--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         ([FOX, "--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use top_k 1"),
         ([FOX, "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
@@ -246,15 +325,13 @@ def test_notes_about_prompts(generate, tiny_checkpoint):
         ([FOX, "--text-attention", "0"], "text_attention must be a number above 0 (1: none), got 0.0"),
         ([FOX, "--keep", "0"], "--keep must be from 1 to 1, the pictures drawn of a prompt (-n), got 0"),
         ([FOX, "-n", "4", "--keep", "5"], "--keep must be from 1 to 4, the pictures drawn of a prompt (-n), got 5"),
-        (["--input", "没有.txt"], "cannot read 没有.txt: No such file or directory"),
-        (["--input", "gbk.txt"], "gbk.txt is not UTF-8: byte 0 is 0xba"),
-        (["--input", "blank.txt"], "blank.txt is empty: expected a prompt per line"),
+        ([FOX, "--resume"], "--resume goes on with a job: give its file by --input FILE"),
+        ([FOX, "--kv-dtype", "int4"], "kv-dtype 'int4' is unknown; known: auto, int8"),
         ([FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: File exists; choose another"),
         ([], 'no prompt was given; write it behind the command: cogview generate "一个红苹果"'),
     ],
 )
 def test_mistakes_are_one_line(generate, monkeypatch, arguments, message):
-    Path("gbk.txt").write_bytes("狐狸".encode("gbk"))
     Path("blank.txt").write_text("\n \n")
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     status, files, err = generate(*arguments)
@@ -293,14 +370,14 @@ def test_a_model_that_is_not_known(tmp_path, capsys):
 def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_model):
     fill, calls = cogview.pipeline.fill, []
 
-    def interrupted_fill(*arguments):
+    def interrupted_fill(*arguments, **settings):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return fill(*arguments)
+        return fill(*arguments, **settings)
 
     monkeypatch.setattr(cogview.pipeline, "fill", interrupted_fill)
-    status, files, err = generate(FOX, "-n", "7", "--seed", "7", "--batch-size", "2", "--grid")
+    status, files, err = generate(FOX, "-n", "7", "--seed", "7", "--max-inference-batch-size", "2", "--grid")
     assert status == 130
     assert err.endswith("cogview generate: interrupted; what was finished is kept\n")
     assert [file.name for file in files] == [f"{FOX}-seed7-{index}.png" for index in range(4)]
@@ -333,7 +410,17 @@ def test_help(capsys):
     out = capsys.readouterr().out
     for option in ("PROMPT", "--input", "-n", "--seed", "--output", "--temperature", "--top-k", "--top-p", "--model"):
         assert option in out
-    for option in ("--grid", "--keep", "--upscale", "--guidance", "--text-attention"):
+    for option in (
+        "--max-inference-batch-size",
+        "--kv-dtype",
+        "--preview",
+        "--resume",
+        "--grid",
+        "--keep",
+        "--upscale",
+        "--guidance",
+        "--text-attention",
+    ):
         assert option in out
 
 

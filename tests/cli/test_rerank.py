@@ -69,7 +69,7 @@ def test_a_file_of_texts_and_images(rerank, save_image, tiny_model):
         {"prompt": FOX, "images": as_objects(["1.png"], tiny_model.score([images[1]], FOX))},
     ]
     for size in ("16", "2"):
-        status, found, _ = rerank("--input", "input.txt", "--batch-size", size)
+        status, found, _ = rerank("--input", "input.txt", "--max-inference-batch-size", size)
         assert (status, found) == (0, expected)
 
 
@@ -77,7 +77,7 @@ def test_an_image_that_cannot_be_read_keeps_its_place(rerank, save_image, tiny_m
     images = [save_image("a.png", 0), save_image("b.png", 1)]
     Path("text.png").write_text("no image")
     Path("input.txt").write_text(f"{FOX}\ta.png\ttext.png\tb.png\n{DOG}\ttext.png\n{DOG}\tb.png\n", encoding="utf-8")
-    status, found, err = rerank("--input", "input.txt", "--batch-size", "1")
+    status, found, err = rerank("--input", "input.txt", "--max-inference-batch-size", "1")
     assert status == 1
     problem = "text.png is no image that can be read; expected PNG, JPEG or WebP"
     bad = {"file": "text.png", "score": None, "per_piece": None, "rank": None, "error": problem}
@@ -160,7 +160,10 @@ def test_ranks_and_order_of_planted_scores():
         (["--input", "none.txt"], "cannot read none.txt: No such file or directory"),
         (["--input", "blank.txt"], "blank.txt is empty: expected lines TEXT<TAB>IMAGE<TAB>IMAGE…"),
         (["--prompt", FOX, "*.jpg"], 'the pattern "*.jpg" matches no file'),
-        (["--prompt", FOX, "a.png", "--batch-size", "0"], "the batch size must be at least 1, got 0"),
+        (
+            ["--prompt", FOX, "a.png", "--max-inference-batch-size", "0"],
+            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+        ),
         (["--prompt", FOX, "a.png", "--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
         (["--prompt", FOX, "a.png", "--dtype", "int7"], "dtype 'int7' is unknown; known: "),
     ],

@@ -59,7 +59,7 @@ def test_neither_the_batch_nor_an_unreadable_neighbour_changes_anything(upscale,
     Path("1.png").write_text("no image")
     arguments = ("0.png", "1.png", "2.png", "--prompt", FOX, "--seed", "7", "--low-level")
     _, together, _ = upscale(*arguments, "-o", "a")
-    _, apart, _ = upscale(*arguments, "-o", "b", "--batch-size", "1")
+    _, apart, _ = upscale(*arguments, "-o", "b", "--max-inference-batch-size", "1")
     for files in (together, apart):
         assert [file.name for file in files] == ["0-up-seed7.png", "2-up-seed7.png"]
         for file, image in zip(files, (images[0], images[2]), strict=True):
@@ -128,7 +128,10 @@ def test_a_prompt_that_cannot_be_drawn(upscale, save_image, no_image_is_read, pr
     [
         ([], "give --prompt TEXT and IMAGE…, or --input FILE with lines TEXT<TAB>IMAGE"),
         (["--prompt", FOX, "--input", "blank.txt"], "--input brings texts and images: give it alone, or --prompt "),
-        (["--prompt", FOX, "--batch-size", "0"], "the batch size must be at least 1, got 0"),
+        (
+            ["--prompt", FOX, "--max-inference-batch-size", "0"],
+            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+        ),
         (["--prompt", FOX, "--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         (
             ["--prompt", FOX, "--temperature", "0"],

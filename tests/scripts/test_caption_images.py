@@ -83,7 +83,10 @@ def test_it_asks(describe, save_image, monkeypatch):
         (["--input-source", "none.txt"], "cannot read none.txt: No such file or directory"),
         (["--input-source", "blank.txt"], "blank.txt is empty: expected a query per line"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--max-inference-batch-size", "0"], "--max-inference-batch-size must be at least 1, got 0"),
+        (
+            ["--max-inference-batch-size", "0"],
+            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+        ),
         (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         (["--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use top_k 1"),
         (["--output-path", "blank.txt"], "the output folder blank.txt cannot be written: File exists"),

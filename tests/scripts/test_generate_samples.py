@@ -131,7 +131,10 @@ def test_prompts_that_cannot_be_drawn_do_not_stop_the_others(samples):
         ),
         (["--with-id"], "--with-id needs a file of lines that begin with ID<TAB>: give it with --input-source"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--max-inference-batch-size", "0"], "--max-inference-batch-size must be at least 1, got 0"),
+        (
+            ["--max-inference-batch-size", "0"],
+            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+        ),
         (["--input-source", "none.txt"], "cannot read none.txt: No such file or directory"),
         (
             ["--input-source", "input.txt", "--output-path", "input.txt"],

@@ -1,0 +1,176 @@
+"""What a command shows while it draws: how the work was planned, a bar, and previews."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cogview.pipeline import CogView, Progress, Wish
+
+PREVIEW_SECONDS = 2.0  # at least, between two looks at a picture
+PREVIEW_SHARE = 0.1  # of the time may go into looking, beside the looks after each quarter
+SIDE_WORK = ("encoding images", "decoding pixels")  # told only where memory does not hold all of it
+
+
+@contextmanager
+def plans_told() -> Iterator[None]:
+    """Within, lines on stderr say how much is done at a time, and why; in the first of several processes only."""
+    logger = logging.getLogger("cogview.planning")
+    handler, before = _Plans(), (logger.level, logger.propagate)
+    if os.environ.get("RANK", "0") == "0":
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
+
+
+class _Plans(logging.Handler):
+    """Of the plans of a command tells the first, and later ones that do less at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._least: dict[str, float] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        if record.levelno > logging.INFO or self._is_news(record):
+            tqdm.write(record.getMessage(), file=sys.stderr)  # beside a progress bar, if there is one
+
+    def _is_news(self, record: logging.LogRecord) -> bool:
+        arguments: Any = record.args
+        what, size, count = arguments[:3]
+        if size == count:
+            news = not self._least and what not in SIDE_WORK
+            self._least |= {what: math.inf} if news else {}
+            return news
+        news = size < self._least.get(what, math.inf)
+        self._least[what] = min(size, self._least.get(what, math.inf))
+        return news
+
+
+class Bar:
+    """A bar on a terminal over ``count`` things that have ``codes`` in all; a line where there is no terminal."""
+
+    def __init__(
+        self, what: str, count: int, codes: int, *, noun: str = "picture", previews: Previews | None = None
+    ) -> None:
+        from tqdm import tqdm
+
+        first = os.environ.get("RANK", "0") == "0"  # of several processes, one shows a bar
+        if count and first and not sys.stderr.isatty():
+            print(f"{what} {count} {noun}{'s' if count > 1 else ''}", file=sys.stderr)
+        form = "{desc}: {percentage:3.0f}%|{bar}| {rate_noinv_fmt}{postfix}, {remaining} left"
+        self._bar = tqdm(
+            total=codes, unit=" codes", desc=what, disable=None if first else True, leave=False, bar_format=form
+        )
+        self._count, self._done, self._noun = count, 0, noun
+        self._previews = previews
+        self._begun = time.monotonic()
+
+    def expect(self, paths: Mapping[Wish, Path]) -> None:
+        """Where the pictures will be that are drawn from now on; of them there are previews."""
+        if self._previews is not None:
+            self._previews.paths = dict(paths)
+
+    def watch(self, moment: Progress) -> None:
+        """For ``CogView.make``."""
+        # Captions that end early, and what memory did not hold and is done again, would count too much.
+        self._bar.update(min(moment.drawn, self._bar.total - self._bar.n))
+        self._tell()
+        if self._previews is not None:
+            self._previews.watch(moment)
+
+    def finished(self, wish: Wish) -> None:
+        """One more is written."""
+        self._done += 1
+        self._tell()
+        if self._previews is not None:
+            self._previews.remove(wish)
+
+    def settle(self, done: int, codes: int) -> None:
+        """So many are written, by whomever, with so many codes."""
+        self._done = done
+        if not self._bar.disable:
+            self._bar.n = codes
+            self._tell()
+            self._bar.refresh()
+
+    def _tell(self) -> None:
+        if not self._bar.disable:
+            speed = self._count * self._bar.n / self._bar.total / max(1e-9, time.monotonic() - self._begun)
+            nouns = f"{self._noun}s"
+            self._bar.set_postfix_str(f"{self._done}/{self._count} {nouns}, {speed:.2g} {nouns}/s", refresh=False)
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()
+        if self._previews is not None:
+            for wish in list(self._previews.paths):
+                self._previews.remove(wish)
+
+
+class Previews:
+    """Files of pictures as far as they are drawn, grey where they are not yet: ``NAME.preview.png``.
+
+    ``paths`` are the files that the pictures will be written into.
+    """
+
+    def __init__(self, model: CogView) -> None:
+        self.paths: dict[Wish, Path] = {}
+        self._model = model
+        self._lines = 0.0  # share of them that was drawn when it was looked at last
+        self._due = 0.0
+
+    def watch(self, moment: Progress) -> None:
+        """Write them every few seconds, and after each quarter of the lines."""
+        share, before = moment.done / moment.total, self._lines
+        self._lines = share
+        if share < before:  # another batch
+            before = 0.0
+        if share == 1 or (int(4 * share) == int(4 * before) and time.monotonic() < self._due):
+            return
+        begun = time.monotonic()
+        for wish, codes in zip(moment.wishes, moment.codes(), strict=True):
+            if (path := self.paths.get(wish)) is not None:
+                self._write(path, codes)
+        took = time.monotonic() - begun
+        self._due = time.monotonic() + max(PREVIEW_SECONDS, took / PREVIEW_SHARE)
+
+    def remove(self, wish: Wish) -> None:
+        """Remove that of a picture which is written now."""
+        from cogview.pictures import preview_path
+
+        if (path := self.paths.pop(wish, None)) is not None:
+            preview_path(path).unlink(missing_ok=True)
+
+    def _write(self, path: Path, codes: np.ma.MaskedArray) -> None:
+        import numpy as np
+
+        from cogview.pictures import greyed, preview_path, write_png
+
+        drawn = codes.compressed()
+        # One at a time: what is drawn leaves memory for no batch of pixels.
+        pixels = self._model.pixels(codes.filled(drawn[-1] if len(drawn) else 0)[None])[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(preview_path(path), greyed(pixels, np.ma.getmaskarray(codes)), {})

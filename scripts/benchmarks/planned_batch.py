@@ -1,0 +1,193 @@
+"""How many of the pictures that fit in memory a planned batch draws at once, under limits that are real.
+
+For each limit a process of its own opens the embedded model, plans the largest batch that fits what the limit leaves,
+and draws it. Processes with batches given by hand then find the largest one that comes through, by bisection, and what
+halving from ``--most`` down would have come to. On a CPU the limit is that of a control group (v1), which kills who
+takes more; where none can be made, that of the process on its data (``ulimit -d``). ``--device cuda`` limits PyTorch's
+share of the card.
+
+Pictures are completed: all but the last line of codes is given, and differs from picture to picture, so that each row
+has keys and values of its own, and only a few have to be drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogview import planning
+from cogview.device import available_memory
+from cogview.pipeline import CogView, Wish
+
+GROUPS = Path("/sys/fs/cgroup/memory")
+LIMITS = (440, 480, 520, 580, 640, 720, 820, 940)  # MB
+PROMPT = "蓝色背景上的三只狐狸"
+DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print a row for each limit."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limits", type=int, nargs="+", default=LIMITS, metavar="MB", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="auto", help="as for cogview generate")
+    parser.add_argument("--most", type=int, default=2048, metavar="COUNT", help="pictures to draw (default: 2048)")
+    parser.add_argument("--way", choices=("group", "data"), help="of limiting a CPU (default: group, where there are)")
+    args = parser.parse_args(argv)
+    way = "share" if args.device == "cuda" else args.way or ("group" if _may_make_groups() else "data")
+    means = {"group": "a control group", "data": "ulimit -d", "share": "PyTorch's share of the card"}[way]
+    print(f"# limits by {means}; {args.dtype} on {args.device}; PyTorch {torch.__version__}")
+    print("| limit | planned | largest | planned / largest | halving / largest | predicted | seen |")
+    print("|---" * 7 + "|", flush=True)
+    worst = 1.0
+    for limit in args.limits:
+        planned = attempt(args, way, limit, None)
+        if planned is None:
+            print(f"| {limit} MB | did not come through | | | | | |", flush=True)
+            worst = 0.0
+            continue
+        count = planned["count"]
+        largest = largest_of(args, way, limit, count)
+        halved = args.most
+        while halved > largest:
+            halved //= 2
+        worst = min(worst, count / largest)
+        print(
+            f"| {limit} MB | {count} | {largest} | {count / largest:.3f} | {halved / largest:.3f} "
+            f"| {planned['predicted'] / 1e6:.0f} MB | {planned['seen'] / 1e6:.0f} MB |",
+            flush=True,
+        )
+    print(f"the least: {worst:.3f}")
+    return 0
+
+
+def largest_of(args: argparse.Namespace, way: str, limit: int, known: int) -> int:
+    """The most pictures that come through at once; ``known`` do."""
+    good, step = known, max(1, known // 32)
+    bad = good + step
+    while bad <= args.most and attempt(args, way, limit, bad) is not None:
+        good, step = bad, 2 * step
+        bad = good + step
+    while bad - good > max(1, good // 80):
+        middle = (good + bad) // 2
+        if attempt(args, way, limit, middle) is None:
+            bad = middle
+        else:
+            good = middle
+    return good
+
+
+def attempt(args: argparse.Namespace, way: str, limit: int, count: int | None) -> dict[str, Any] | None:
+    """What a process of its own tells after drawing ``count`` pictures, planned where None; None if it is killed."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    with _group(limit * 10**6 if way == "group" else None) as group:
+        child = context.Process(target=_child, args=(theirs, group, args, way, limit * 10**6, count), daemon=True)
+        child.start()
+        theirs.close()
+        told = None
+        with suppress(EOFError):
+            told = ours.recv()
+        child.join()
+        if told and group is not None:  # without files that other processes have opened
+            told["seen"] = int((group / "memory.max_usage_in_bytes").read_text())
+    if told is not None and "error" in told:
+        raise SystemExit(told["error"])
+    return told if told is None or "count" in told else None
+
+
+def _child(
+    pipe: Connection, group: Path | None, args: argparse.Namespace, way: str, limit: int, count: int | None
+) -> None:
+    ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
+    if group is not None:
+        (group / "tasks").write_text(str(os.getpid()))
+    if way == "data":
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    if way == "share":
+        torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        pipe.send(draw(args, limit, count))
+    except (MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        pipe.send({} if memory else {"error": str(error)})
+
+
+def draw(args: argparse.Namespace, limit: int, count: int | None) -> dict[str, Any]:
+    """Draw a batch; how many it was, the peak that was predicted, and the one that was seen, in bytes."""
+    model = CogView.from_pretrained(device=args.device, dtype=args.dtype)
+    device, grid = model.placement.device, model.model.config.grid
+    given = np.random.default_rng(0).integers(0, 1024, (args.most, grid - 1, grid))
+    wishes = [
+        Wish(prompt=PROMPT, seed=1, index=index, codes=codes, sampling=model.sampling())
+        for index, codes in enumerate(given)
+    ]
+    planning.LEAST_SPARE["cuda"] = 0  # the limit is PyTorch's own, and leaves the rest of the card alone
+    if count is None:
+        count = _planned(model, wishes)
+    before = limit - available_memory(device)
+    needed = model._wishes_bytes(wishes[:count])
+    planning.available_memory = lambda device: 2**60  # as if everything fitted
+    made = list(model.make(wishes[:count], batch_size=args.most))
+    assert len(made) == count
+    return {"count": count, "predicted": before + needed, "seen": _peak(device)}
+
+
+def _planned(model: CogView, wishes: Sequence[Wish]) -> int:
+    """The most that are planned at once; fewer at a time may be planned of more, in even parts."""
+    fits = model.plan(wishes, batch_size=len(wishes))[0]
+    for count in range(fits, 2 * fits):
+        if model.plan(wishes[: count + 1], batch_size=len(wishes))[0] <= count:
+            return count
+    return 2 * fits
+
+
+def _peak(device: torch.device) -> int:
+    """Bytes that were taken at most."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def _may_make_groups() -> bool:
+    try:
+        with _group(10**9):
+            return True
+    except OSError:
+        return False
+
+
+@contextmanager
+def _group(limit: int | None) -> Iterator[Path | None]:
+    """A control group of its own that holds so many bytes, and does not swap."""
+    if limit is None:
+        yield None
+        return
+    group = GROUPS / f"planned_batch_{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(limit))
+        (group / "memory.swappiness").write_text("0")
+        yield group
+    finally:
+        group.rmdir()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    sys.exit(main())

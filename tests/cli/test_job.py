@@ -1,0 +1,429 @@
+"""``cogview generate --input``: jobs, what is left of them by whatever happens, and how processes share them."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import cogview.pipeline
+from cogview.cli.main import main
+from cogview.pictures import read_texts
+
+FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
+LINES = (
+    {"prompt": FOX, "n": 3},
+    {"prompt": DOG, "id": "狗"},
+    {"task": "caption", "image": "a.png"},
+    {"task": "complete", "prompt": FOX, "image": "a.png", "rows": 5, "n": 2},
+    {"prompt": "狐狸/狗", "temperature": 0.7, "seed": 3},
+    {"prompt": "狐狸?狗", "top_k": 5, "seed": 3},
+    {"task": "upscale", "prompt": DOG, "image": "b.png"},
+    {"task": "caption", "image": "b.png", "n": 2, "id": "什么"},
+    {"prompt": FOX},
+    {"prompt": "一个红苹果", "guidance": 2, "text_attention": 1.5},
+    {"prompt": "四只狐狸", "n": 2},
+    {"prompt": "红色背景上的一只狗"},
+)
+COUNT = 17  # results
+JOB = ("--input", "job.jsonl", "--seed", "7", "--max-inference-batch-size", "4", "-o", "out")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a run of the command left and said."""
+
+    folder: Path
+    printed: list[str]
+    err: str
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_checkpoint, tmp_path_factory):
+    """A job of many tasks, done undisturbed into the folder ``out`` beside its file and images."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for number, name in enumerate(("a.png", "b.png")):
+            waves = np.sin(np.arange(64) * (number + 1) / 9)
+            Image.fromarray((np.add.outer(waves, waves) * 60 + 128).astype(np.uint8)).convert("RGB").save(name)
+        Path("job.jsonl").write_text("".join(json.dumps(line) + "\n" for line in LINES), encoding="utf-8")
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            assert main(["generate", *JOB, "--model", str(tiny_checkpoint), "--device", "cpu"]) == 0
+    return Done(folder, out.getvalue().split("\n")[:-1], err.getvalue())
+
+
+@pytest.fixture
+def generate(run_command):
+    """A function that runs the command: (status, lines printed, stderr)."""
+    return lambda *arguments: run_command("generate", *arguments)
+
+
+@pytest.fixture
+def job(generate, whole):
+    """That job here, with nothing done."""
+    for name in ("job.jsonl", "a.png", "b.png"):
+        shutil.copy(whole.folder / name, name)
+
+
+@pytest.fixture
+def prompts(generate):
+    """A job of five prompts, one picture each."""
+    Path("prompts.txt").write_text("\n".join([FOX, DOG, "狐狸", "四只狗", "一个红苹果"]), encoding="utf-8")
+    return ("--input", "prompts.txt", "--max-inference-batch-size", "2", "-o", "out")
+
+
+@pytest.fixture
+def start(tiny_checkpoint):
+    """A function that starts the command in a process of its own."""
+    started = []
+
+    def start_(*arguments, **environment):
+        command = [sys.executable, "-m", "cogview", "generate", *arguments]
+        command += ["--model", str(tiny_checkpoint), "--device", "cpu"]
+        inherited = os.environ | {"PYTHONPATH": str(Path(cogview.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=inherited | environment
+        )
+        started.append(process)
+        return process
+
+    yield start_
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def ledger(folder, name="job"):
+    """The header of a ledger, and what it records by id."""
+    header, *lines = Path(folder, f"{name}.ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len({record["id"] for record in records}) == len(records)
+    return json.loads(header), {record["id"]: record for record in records}
+
+
+def pictures(folder):
+    """The bytes of the files in a folder, without those of the ledger."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if ".ledger" not in path.name}
+
+
+def codes(path):
+    return read_texts(path)["codes"].split()
+
+
+def expected_codes(picture):
+    return [str(code) for code in picture.codes.flat]
+
+
+def test_lines_of_all_tasks(whole, tiny_model, monkeypatch):
+    monkeypatch.chdir(whole.folder)
+    printed = whole.printed
+    assert whole.err.splitlines()[-1] == f"making {COUNT} results"
+    header, records = ledger("out")
+    assert (header["seed"], header["n"], header["batch"], header["model"]) == (7, 1, 4, tiny_model.name)
+    assert [record.get("path") for record in records.values()] == [
+        *(f"{FOX}-seed7-{number}.png" for number in range(3)),
+        "狗-seed7-0.png",
+        None,
+        "a-rows5-seed7-0.png",
+        "a-rows5-seed7-1.png",
+        "狐狸_狗-seed3-0.png",
+        "狐狸_狗_2-seed3-0.png",
+        "b-up-seed7-0.png",
+        None,
+        None,
+        f"{FOX}-seed7-3.png",  # the prompt of the first line again
+        "一个红苹果-seed7-0.png",
+        "四只狐狸-seed7-0.png",
+        "四只狐狸-seed7-1.png",
+        "红色背景上的一只狗-seed7-0.png",
+    ]
+    assert [line for line in printed if not line.startswith("{")] == [
+        f"out/{record['path']}" for record in records.values() if "path" in record
+    ]
+    assert sorted(pictures("out")) == sorted(record["path"] for record in records.values() if "path" in record)
+
+    first, second = (Image.open(name) for name in ("a.png", "b.png"))
+    drawn = {
+        **{f"line 1/{picture.index}": picture for picture in tiny_model.generate(FOX, n=3, seed=7)},
+        "狗/0": tiny_model.generate(DOG, seed=7)[0],
+        "line 4/1": tiny_model.complete([first], FOX, rows=5, n=2, seed=7)[1],
+        "line 5/0": tiny_model.generate("狐狸/狗", seed=3, temperature=0.7)[0],
+        "line 7/0": tiny_model.upscale([second], DOG, seed=7)[0],
+        "line 9/0": tiny_model.generate(FOX, n=4, seed=7)[3],
+        "line 10/0": tiny_model.generate("一个红苹果", seed=7, guidance=2.0, text_attention=1.5)[0],
+    }
+    for name, picture in drawn.items():
+        assert codes(Path("out", records[name]["path"])) == expected_codes(picture)
+        assert records[name]["log_probability"] == pytest.approx(picture.log_probability, rel=1e-4)
+        assert (records[name]["index"], records[name]["seed"]) == (picture.index, picture.seed)
+    texts = read_texts("out/a-rows5-seed7-1.png")
+    assert (texts["task"], texts["source"], texts["rows"], texts["prompt"]) == ("complete", "a.png", "5", FOX)
+    said = [json.loads(line) for line in printed if line.startswith("{")]
+    [[caption]] = tiny_model.caption([first])
+    [samples] = tiny_model.caption([second], n=2, seed=7, method="sample")
+    assert [one["caption"] for one in said] == [caption.text, *(one.text for one in samples)]
+    assert [records[name]["text"] for name in ("line 3/0", "什么/0", "什么/1")] == [one["caption"] for one in said]
+
+
+def test_a_job_that_was_killed_goes_on_as_if_it_had_not(generate, job, start, whole):
+    """The files are the same, bit for bit, and so is the set of records."""
+    process = start(*JOB, "--preview")
+    path = Path("out/job.ledger.jsonl")
+    while not path.exists() or path.read_bytes().count(b"\n") < 4:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    before = path.read_bytes()
+    there = before.count(b"\n") - 1
+    assert 3 <= there < COUNT
+
+    status, printed, err = generate("--input", "job.jsonl", "-o", "out", "--resume")  # the seed and the rest are known
+    assert status == 0
+    assert f"making {COUNT - there} results\n" in err
+    assert len(printed) == COUNT - there
+    assert path.read_bytes().startswith(before)
+    assert ledger("out") == ledger(whole.folder / "out")
+    assert pictures("out") == pictures(whole.folder / "out")
+
+    status, printed, err = generate(*JOB, "--resume")
+    assert (status, printed) == (0, [])
+    assert err.endswith(f"{COUNT} of {COUNT} results were there already\n")
+
+
+def test_half_a_chunk_is_drawn_in_its_old_batches(generate, job, whole, monkeypatch):
+    """A file may be there that was not recorded; what is recorded is taken to be there."""
+    shutil.copytree(whole.folder / "out", "out")
+    header, records = ledger("out")
+    path = Path("out/job.ledger.jsonl")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], *lines[3:-2]]))
+    Path("out", records["line 1/0"]["path"]).unlink()
+    made = []
+
+    def fill(*arguments, **settings):
+        made.append(len(arguments[2]))
+        return original(*arguments, **settings)
+
+    original = cogview.pipeline.fill
+    monkeypatch.setattr(cogview.pipeline, "fill", fill)
+    status, printed, _ = generate("--input", "job.jsonl", "-o", "out", "--resume")
+    assert status == 0
+    assert printed == [f"out/{records[name]['path']}" for name in ("line 1/1", "line 11/1", "line 12/0")]
+    assert made == [4, 4, 1]
+    assert ledger("out") == (header, records)
+    undisturbed = pictures(whole.folder / "out")
+    del undisturbed[records["line 1/0"]["path"]]
+    assert pictures("out") == undisturbed
+
+
+def test_processes_share_a_job(generate, prompts, start):
+    """None is told of the others, to resume, or the seed; each thing is made once, and printed once."""
+    processes = [start(*prompts, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    printed = [line for out, _ in outputs for line in out.splitlines()]
+    assert outputs[1][1] == ""  # what concerns all is told once
+    header, records = ledger("out", "prompts")
+    assert f"seed {header['seed']}\n" in outputs[0][1]
+    assert sorted(printed) == sorted(f"out/{record['path']}" for record in records.values())
+    generate(*prompts, "-o", "alone", "--seed", str(header["seed"]))
+    assert ledger("alone", "prompts") == (header, records)
+    assert pictures("alone") == pictures("out")
+
+
+@pytest.mark.parametrize(
+    ("signals", "done", "told"),
+    [
+        (1, 4, "stopped: 1 of 5 results are left; --resume goes on\n"),
+        (2, 2, "cogview generate: interrupted; what was finished is kept\n"),
+    ],
+)
+def test_an_interruption_finishes_a_chunk_and_a_second_stops(generate, prompts, monkeypatch, signals, done, told):
+    fill, calls = cogview.pipeline.fill, []
+
+    def interrupted_fill(*arguments, **settings):
+        calls.append(1)
+        if len(calls) == 2:
+            for _ in range(signals):
+                os.kill(os.getpid(), signal.SIGINT)
+        return fill(*arguments, **settings)
+
+    monkeypatch.setattr(cogview.pipeline, "fill", interrupted_fill)
+    status, printed, err = generate(*prompts)
+    assert (status, len(printed), len(ledger("out", "prompts")[1])) == (130, done, done)
+    assert err.endswith(told)
+    status, printed, _ = generate(*prompts, "--resume")
+    assert (status, len(printed)) == (0, 5 - done)
+
+
+def test_a_full_disk_keeps_what_is_done(generate, prompts, monkeypatch):
+    save, calls = Image.Image.save, []
+
+    def save_until_full(self, *arguments, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return save(self, *arguments, **settings)
+
+    monkeypatch.setattr(Image.Image, "save", save_until_full)
+    status, printed, err = generate(*prompts)
+    assert (status, len(printed)) == (2, 2)
+    assert err.endswith(
+        "cogview generate: the disk is full: 2 results are kept; --resume goes on when there is space\n"
+    )
+    assert sorted(pictures("out")) == sorted(record["path"] for record in ledger("out", "prompts")[1].values())
+
+
+def test_the_best_are_kept_enlarged_and_laid_on_a_sheet(generate, tiny_model):
+    lines = [{"prompt": FOX}, {"prompt": "狐狸", "n": 1, "top_k": 50}]
+    Path("job.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    arguments = ("--input", "job.jsonl", "--seed", "7", "-n", "2", "--keep", "1", "--upscale", "--grid")
+    status, printed, _ = generate(*arguments, "--max-inference-batch-size", "2")
+    assert status == 0
+    header, records = ledger("outputs")
+    best = [*tiny_model.generate(FOX, n=2, keep=1, seed=7), *tiny_model.generate("狐狸", seed=7, top_k=50)]
+    names = ["line 1/0", "line 2/0"]
+    assert sorted(records) == sorted([*names, *(f"{name}/up" for name in names)])
+    for name, small in zip(names, best, strict=True):
+        assert records[name]["path"] == f"{small.prompt}-seed7-{small.index}.png"
+        score = tiny_model.score([small], small.prompt)[0].log_probability
+        assert records[name]["score"] == pytest.approx(score, rel=1e-4)
+        assert codes(Path("outputs", records[name]["path"])) == expected_codes(small)
+        assert records[f"{name}/up"]["path"] == f"{small.prompt}-seed7-{small.index}-up.png"
+    large = Path("outputs", records["line 2/0/up"]["path"])
+    assert codes(large) == expected_codes(tiny_model.upscale(best[1:], "狐狸", seed=7, top_k=50)[0])
+    assert read_texts(large)["source"] == records["line 2/0"]["path"]
+    assert printed[-1] == "outputs/grid-seed7.png"
+    sheet = np.asarray(Image.open(printed[-1]))
+    assert sheet.shape == (2 * 68 + 4, 68 + 4, 3)
+    np.testing.assert_array_equal(sheet[4 + 68 : 68 + 68, 4:68], np.asarray(best[1]))
+
+    before = pictures("outputs")
+    large.unlink()
+    path = Path("outputs/job.ledger.jsonl")
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))  # without the last enlargement
+    assert generate(*arguments, "--resume")[1] == [str(large), "outputs/grid-seed7.png"]
+    assert ledger("outputs") == (header, records)
+    assert pictures("outputs") == before
+
+
+def test_a_picture_of_another_origin_is_not_overwritten(generate, save_image):
+    Path("prompts.txt").write_text(f"{FOX}\n", encoding="utf-8")
+    save_image(f"outputs/{FOX}-seed7-0.png")
+    before = Path(f"outputs/{FOX}-seed7-0.png").read_bytes()
+    _, [printed], _ = generate("--input", "prompts.txt", "--seed", "7")
+    assert printed == f"outputs/{FOX}-seed7-0_2.png"
+    assert ledger("outputs", "prompts")[1]["line 1/0"]["path"] == f"{FOX}-seed7-0_2.png"
+    assert Path(f"outputs/{FOX}-seed7-0.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("suffix", ["txt", "csv", "tsv"])
+def test_prompts_from_a_file(generate, suffix):
+    head = "" if suffix == "txt" else "prompt\r\n"
+    Path(f"prompts.{suffix}").write_bytes(f"\ufeff{head}{FOX}\r\n\r\n  {DOG}  \r\n".encode())  # as Windows writes it
+    status, printed, _ = generate("--input", f"prompts.{suffix}", "--seed", "7")
+    assert (status, printed) == (0, [f"outputs/{prompt}-seed7-0.png" for prompt in (FOX, DOG)])
+
+
+def test_prompts_from_standard_input(generate, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{FOX}\n{DOG}".encode())))
+    _, printed, _ = generate("--input", "-", "--seed", "7")
+    assert printed == [f"outputs/{prompt}-seed7-0.png" for prompt in (FOX, DOG)]
+    assert len(ledger("outputs", "stdin")[1]) == 2
+
+
+def test_lines_that_cannot_be_done_stop_no_others(generate, save_image):
+    save_image("a.png")
+    lines = [
+        {"prompt": DOG * 3},
+        {"prompt": FOX},
+        {"prompt": FOX, "temprature": 2},
+        {"task": "complete", "prompt": FOX, "image": "a.png", "rows": 8},
+        {"task": "caption", "image": "none.png"},
+        {"task": "caption", "image": "a.png", "guidance": 2},
+        {"task": "upscale", "prompt": FOX, "image": "none.png", "n": 2},
+    ]
+    Path("job.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    for again in ([], ["--resume"]):
+        status, printed, err = generate("--input", "job.jsonl", "--seed", "7", *again)
+        assert (status, printed) == (2, [] if again else [f"outputs/{FOX}-seed7-0.png"])
+        assert [line for line in err.splitlines() if line.startswith("skipped: ")] == [
+            'skipped: line 3: "temprature" is unknown; did you mean "temperature"?',
+            f"skipped: line 1: the prompt “{(DOG * 3)[:20]}…” is 27 pieces long, 20 fit; shorten it",
+            "skipped: line 4: the rows to keep must be from 0 to 7, got 8",
+            "skipped: line 6: guidance cannot be set for captions",
+            "skipped: line 5: image none.png does not exist",
+            "skipped: line 7: image none.png does not exist",
+        ]
+
+
+def test_tasks_that_the_model_was_not_trained_for(generate, job, drawing_checkpoint):
+    status, printed, err = generate("--input", "job.jsonl", "--model", str(drawing_checkpoint))
+    assert (status, len(printed)) == (2, 12)
+    skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
+    assert [line.split(": ")[1] for line in skipped] == [f"line {number}" for number in (3, 7, 8, 10)]
+    assert "was not trained for the task 'caption'" in skipped[0]
+
+
+def test_a_ledger_is_not_gone_on_with_by_chance(generate):
+    Path("prompts.txt").write_text(f"{FOX}\n", encoding="utf-8")
+    generate("--input", "prompts.txt", "--seed", "7")
+    before = pictures("outputs")
+    path = Path("outputs/prompts.ledger.jsonl")
+    for arguments, message in [
+        ([], f"{path} is there from an earlier run: go on with it by --resume, or choose another output folder"),
+        (["--resume", "--seed", "8"], f"{path} was made with seed 7, now with seed 8: "),
+        (["--resume", "-n", "2"], f"{path} was made with n 1, now with n 2: "),
+        (["--resume", "--top-k", "9"], f"{path} was made with sampling "),
+        (["--resume", "--kv-dtype", "int8"], f'{path} was made with kv_dtype "auto", now with kv_dtype "int8": '),
+    ]:
+        status, printed, err = generate("--input", "prompts.txt", *arguments)
+        assert (status, printed) == (2, [])
+        assert err.startswith(f"cogview generate: {message}")
+        assert err.count("\n") == 1
+    Path("prompts.txt").write_text(f"{FOX}\n{DOG}\n", encoding="utf-8")
+    assert f"{path} was made with job " in generate("--input", "prompts.txt", "--resume")[2]
+    assert pictures("outputs") == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--input", "没有.txt"], "cannot read 没有.txt: No such file or directory"),
+        (["--input", "gbk.txt"], "gbk.txt is not UTF-8: byte 0 is 0xba"),
+        (["--input", "blank.txt"], "blank.txt is empty: expected a prompt per line"),
+        (["--input", "a.png"], 'a.png: the suffix ".png" is unknown; known: '),
+        (
+            ["--input", "long.txt"],
+            "long.txt has no line that can be used; the first problem is in line 1: the ",
+        ),
+        ([FOX, "--input", "fox.txt"], "--input brings its own prompts: give it alone, or PROMPT…"),
+        (["--input", "fox.txt", "-n", "1001", "--grid"], "--grid makes one sheet of at most 1000 pictures, got 1001"),
+        (["--input", "fox.txt", "--keep", "2"], "--keep must be from 1 to 1, the pictures drawn of a prompt (-n), "),
+        (["--input", "fox.txt", "--temperature", "0"], "temperature must be above 0, got 0.0; "),
+        (["--input", "fox.txt", "-o", "fox.txt"], "the output folder fox.txt cannot be written: "),
+    ],
+)
+def test_mistakes_are_one_line(generate, arguments, message):
+    Path("a.png").touch()
+    Path("gbk.txt").write_bytes("狐狸".encode("gbk"))
+    Path("blank.txt").write_text("\n \n")
+    Path("fox.txt").write_text(FOX, encoding="utf-8")
+    Path("long.txt").write_text(DOG * 3, encoding="utf-8")
+    status, printed, err = generate(*arguments)
+    assert (status, printed) == (2, [])
+    assert err.startswith(f"cogview generate: {message}")
+    assert err.count("\n") == 1
