@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogview.checkpoints.folder import ModelConfig
 from cogview.config import TransformerConfig
-from cogview.easels import Job
+from cogview.easels import Job, permitted_ids
 from cogview.errors import InputError
 from cogview.kernels.attention import FEW
 from cogview.kernels.linear import (
@@ -326,13 +326,13 @@ def fill_bytes(
     if any(job.row.blanks[job.row.kinds == Kind.TEXT].any() for job in jobs):
         parallel = None
     held, reading, told = _filling_bytes(config, vocabulary, rows, attentions, dtype, device_type, int8_cache, parallel)
-    together: dict[tuple[Sampling, int | None], int] = {}
+    together: dict[tuple[Sampling, int], int] = {}
     for job in jobs:
-        key = job.sampling, job.row.stop
+        kind = Kind(job.row.kinds[job.row.blanks][-1])
+        key = job.sampling, len(permitted_ids(vocabulary, kind, job.row.stop))
         together[key] = together.get(key, 0) + 1
     drawing = 0
-    for (sampling, stop), count in together.items():
-        ids = len(vocabulary.image) if stop is None else vocabulary.size - vocabulary.text.start
+    for (sampling, ids), count in together.items():
         each = drawing_bytes(sampling, ids, dtype, device_type, guided=sampling.guidance != 1)
         drawing = max(drawing, (parallel or 1) * count * each)
     return held + max(reading, told + drawing)

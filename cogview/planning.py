@@ -96,6 +96,7 @@ class Planner:
                     break
                 results = self._try(part, work, free)
                 if results is None:  # the error's traceback is gone by now, and what it held with it
+                    gc.collect()
                     free = self.free()
                     if size == 1:
                         needed = bytes_of(part)
@@ -157,7 +158,6 @@ class Planner:
 
 def _let_go(device: torch.device) -> None:
     """Give back what nobody uses: to the system on a CPU, where glibc keeps it, or to the device."""
-    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif device.type == "cpu":

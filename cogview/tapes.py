@@ -85,7 +85,7 @@ class Tapes:
             cache=self.cache,
         )
         if isinstance(rows, slice):
-            return hidden_BTD[:, -1]
+            return hidden_BTD[:, -1].clone()  # a view would keep all of what was read
         assert self._beginnings_B is not None
         if self.cache.beginning is None:
             self.cache.select(self._beginnings_B)

@@ -151,7 +151,8 @@ def test_every_line_of_codes_is_shown(tiny_model, monkeypatch):
     assert len(pictures) == 3
 
 
-def test_codes_so_far_are_those_of_the_picture(tiny_model):
+def test_codes_so_far_are_those_of_the_picture(tiny_model, monkeypatch):
+    monkeypatch.setattr(tiny_model, "parallel", 1)
     halves = []
 
     def look(progress):

@@ -1,7 +1,8 @@
 """How long one linear layer of the 4-billion-parameter model takes for 1 to 256 rows, each way of computing it.
 
 For every count of rows: float32, float32 in MKL's own order, bfloat16, bfloat16 computed in float32, PyTorch's kernel
-for int8 and for int4, and int8 unpacked first; in milliseconds, the median of ``--repeats``, with enough matrices that none stays in the cache.
+for int8 and for int4, and int8 unpacked first; in milliseconds, the median of ``--repeats``, with enough matrices that
+none stays in the cache.
 The borders MANY_ROWS_… of ``kernels/linear.py`` were read off this table.
 """
 

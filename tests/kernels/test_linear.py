@@ -410,6 +410,16 @@ def test_a_row_is_the_same_whatever_other_rows_there_are():
 
 
 @with_mkl
+def test_many_rows_are_multiplied_a_part_at_a_time(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(3, 20, 96, generator=generator), torch.randn(32, 96, generator=generator)
+    with torch.inference_mode():
+        whole = linear_packed(x, pack(weight), weight, weight[:, 0].contiguous())
+        monkeypatch.setattr(module, "PACKED_AT_ONCE", 7)
+        assert torch.equal(linear_packed(x, pack(weight), weight, weight[:, 0].contiguous()), whole)
+
+
+@with_mkl
 def test_what_packs(monkeypatch):
     assert packs(torch.zeros(4, 4))
     assert not packs(torch.zeros(4, 4, dtype=torch.bfloat16))
