@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogview.cli.options import ceiling, sampling_settings
+from cogview.cli.options import ceiling, parallel, sampling_settings
 from cogview.cli.progress import Bar, Previews
 from cogview.cli.sources import READ_AT_A_TIME, batches
 
@@ -240,7 +240,8 @@ class Easel:
 
 def easel_of(args: argparse.Namespace, tasks: Sequence[str]) -> Easel:
     """The easel that the arguments of a command ask for: those of the model, of sampling, and the seed."""
-    return Easel.open(
+    most = parallel(args)  # before the model is loaded
+    easel = Easel.open(
         args.model,
         tasks=tasks,
         settings=sampling_settings(args),
@@ -251,3 +252,5 @@ def easel_of(args: argparse.Namespace, tasks: Sequence[str]) -> Easel:
         kv_dtype=args.kv_dtype,
         preview=getattr(args, "preview", False),
     )
+    easel.model.parallel = most
+    return easel

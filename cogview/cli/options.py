@@ -77,6 +77,13 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="look W times as much at the text, 1: as trained; costs nothing (default: the model's own)",
     )
+    parser.add_argument(
+        "--parallel",
+        default="auto",
+        metavar="COUNT",
+        help="guess at most so many codes of a picture at one go and keep those that hold; off: one after another; "
+        "auto: what pays; the pictures are the same",
+    )
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="where files go")
 
 
@@ -90,6 +97,16 @@ def add_query_arguments(parser: argparse.ArgumentParser, line: str) -> None:
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, folders or globs")
     parser.add_argument("--prompt", metavar="TEXT", help="the text that belongs to every IMAGE")
     parser.add_argument("--input", metavar="FILE", help=f"instead of both: UTF-8 lines {line}; - is standard input")
+
+
+def parallel(args: argparse.Namespace) -> int | None:
+    """What --parallel was given: None for auto, 1 for off. InputError for anything but these or a count."""
+    given = args.parallel
+    if given in ("auto", "off"):
+        return {"auto": None, "off": 1}[given]
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(f'--parallel must be auto, off or a whole number from 1 on, got "{given}"')
+    return int(given)
 
 
 def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:

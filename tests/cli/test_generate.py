@@ -165,6 +165,13 @@ def test_rounded_keys_and_values(generate, tiny_checkpoint):
     assert codes(file) == " ".join(map(str, picture.codes.flat))
 
 
+@pytest.mark.parametrize("how", ["off", "auto", "5"])
+def test_guessed_codes_draw_the_same(generate, how):
+    _, [file], _ = generate(FOX, "--seed", "7", "--parallel", how, "-o", how)
+    _, [expected], _ = generate(FOX, "--seed", "7", "-o", "plain")
+    assert codes(file) == codes(expected)
+
+
 def test_a_bar_on_a_terminal(generate, monkeypatch):
     """Pictures done, codes and pictures in a second, and the time that is left."""
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
@@ -326,6 +333,7 @@ def test_notes_about_prompts(generate, tiny_checkpoint):
         ([FOX, "--keep", "0"], "--keep must be from 1 to 1, the pictures drawn of a prompt (-n), got 0"),
         ([FOX, "-n", "4", "--keep", "5"], "--keep must be from 1 to 4, the pictures drawn of a prompt (-n), got 5"),
         ([FOX, "--resume"], "--resume goes on with a job: give its file by --input FILE"),
+        ([FOX, "--parallel", "0"], '--parallel must be auto, off or a whole number from 1 on, got "0"'),
         ([FOX, "--kv-dtype", "int4"], "kv-dtype 'int4' is unknown; known: auto, int8"),
         ([FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: File exists; choose another"),
         ([], 'no prompt was given; write it behind the command: cogview generate "一个红苹果"'),
@@ -413,6 +421,7 @@ def test_help(capsys):
     for option in (
         "--max-inference-batch-size",
         "--kv-dtype",
+        "--parallel",
         "--preview",
         "--resume",
         "--grid",
