@@ -40,6 +40,8 @@ class KVCache:
         # Written to at once: a CPU would else hand out memory as it is filled, to whoever asks in the meantime.
         self.stored = torch.empty(shape, device=device, dtype=torch.int8 if int8 else dtype).zero_()
         self.scales = torch.empty((*shape[:-1], 1), device=device, dtype=dtype).zero_() if int8 else None
+        self._layers = list(self.stored)
+        self._is_plain = not int8 and beginnings is None
         self.dtype = dtype
         self.length = 0
         self.max_length = max_length
@@ -60,9 +62,17 @@ class KVCache:
 
         There may be fewer rows than B, as long as nothing but these has been read.
         """
-        end = self.length + q_BHTK.shape[2]
+        rows, _, length, _ = q_BHTK.shape
+        end = self.length + length
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} positions, {end} are needed")
+        if self._is_plain and self.places_BT is None:
+            layer_2BHSK = self._layers[layer]
+            if rows < layer_2BHSK.shape[1]:
+                layer_2BHSK = layer_2BHSK[:, :rows]
+            layer_2BHSK.narrow(3, self.length, length).copy_(kv_2BHTK)
+            keys, values = layer_2BHSK.narrow(3, 0, end).unbind(0)
+            return attention(q_BHTK, keys, values, bias_B1TS)
         if self.beginning is None:
             self._store(layer, kv_2BHTK, slice(self.length, end))
         elif end <= self.beginning.max_length:

@@ -21,7 +21,8 @@ from cogview.cache import KVCache
 from cogview.config import TransformerConfig
 from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
-from cogview.kernels.linear import linear, linear_packed, pack, packs
+from cogview.kernels.linear import linear, linear_packed, packs
+from cogview.lean import LeanLayers, Packed
 
 INIT_STD = 0.02
 # Of a model whose positions begin as sinusoids: their amplitude, the range of their wavelengths in positions, and the
@@ -46,6 +47,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
+        self.lean: LeanLayers | None = None
         self.packed_heads: dict[range, Packed] | None = None
         self.apply(self._initialize)
         if config.sinusoidal_positions:
@@ -96,8 +98,11 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
-        for number, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, bias_B1TS, cache, number)
+        if self.lean is not None and not torch.is_grad_enabled() and packs(self.embedding.weight):
+            x_BTD = self.lean(x_BTD, bias_B1TS, cache)
+        else:
+            for number, layer in enumerate(self.layers):
+                x_BTD = layer(x_BTD, bias_B1TS, cache, number)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         return self.final_norm(x_BTD)
@@ -105,7 +110,7 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor, ids: range | None = None) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., D), for all ids or for a range of them."""
         weight = self.embedding.weight if ids is None else self.embedding.weight[ids.start : ids.stop]
-        if self.packed_heads is None or ids is None or torch.is_grad_enabled():
+        if self.packed_heads is None or ids is None or torch.is_grad_enabled() or not packs(weight):
             return F.linear(hidden, weight).float()
         packed = self.packed_heads.setdefault(ids, Packed())
         return linear_packed(hidden, packed.of(weight), weight, None)
@@ -113,20 +118,19 @@ class Transformer(nn.Module):
     def pack(self) -> None:
         """Prepare to generate on a CPU in float32: keep a second copy of all that is multiplied, in MKL's order.
 
-        Elsewhere, and without MKL, there is nothing to prepare. Training and gradients use the weights themselves.
+        Elsewhere, and without MKL, there is nothing to prepare. Gradients, and so training, use the weights themselves.
         """
         if packs(self.embedding.weight):
-            self.packed_heads = {}
-            for module in self.modules():
-                if isinstance(module, Linear):
-                    module.packed = Packed()
+            self.lean, self.packed_heads = LeanLayers(self), {}
 
     def bytes_to_pack(self, *told: range) -> int:
         """What the copies will take that are not made yet; ``told`` are the ids that ``head`` will be asked for."""
-        heads = [] if self.packed_heads is None else [ids for ids in told if ids not in self.packed_heads]
-        waiting = [module for module in self.modules() if isinstance(module, Linear) and module.packed is not None]
-        projections = [module.weight for module in waiting if module.packed is not None and not module.packed.is_made]
-        return sum(weight.nbytes for weight in projections) + 4 * self.config.width * sum(map(len, heads))
+        if self.lean is None or self.packed_heads is None:
+            return 0
+        heads = [ids for ids in told if ids not in self.packed_heads]
+        width, made = self.config.width, self.lean.packed[-1].is_made  # all are, or none
+        projections = 0 if made else 12 * width**2 * self.config.num_layers
+        return 4 * (projections + width * sum(map(len, heads)))
 
 
 class Layer(nn.Module):
@@ -187,33 +191,9 @@ class MLP(nn.Module):
 class Linear(nn.Linear):
     """x W^T + b by ``kernels/linear.py``."""
 
-    packed: Packed | None = None
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) in the dtype of ``x`` (..., K)."""
-        if self.packed is not None and not torch.is_grad_enabled():
-            return linear_packed(x, self.packed.of(self.weight), self.weight, self.bias)
         return linear(x, self.weight, self.bias)
-
-
-class Packed:
-    """Weights in the order that a CPU multiplies fastest, made at their first use and anew when they have changed."""
-
-    def __init__(self) -> None:
-        self._made_of: tuple[int, int] | None = None
-        self._packed: Tensor | None = None
-
-    @property
-    def is_made(self) -> bool:
-        """Whether it takes memory yet."""
-        return self._packed is not None
-
-    def of(self, weight_NK: Tensor) -> Tensor:
-        """``pack(weight_NK)``."""
-        now = (weight_NK.data_ptr(), weight_NK._version)
-        if self._packed is None or now != self._made_of:
-            self._made_of, self._packed = now, pack(weight_NK)
-        return self._packed
 
 
 class LayerNorm(nn.Module):

@@ -77,11 +77,18 @@ def attention_products(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS
     num_keys = k_BHSK.shape[2]
     if bias_B1TS is None and num_queries > 1:
         bias_B1TS = causal_bias(num_queries, num_keys, q_BHTK.device, q_BHTK.dtype)
-    queries, keys = q_BHTK.reshape(batch * heads, num_queries, size), k_BHSK.flatten(0, 1).transpose(1, 2)
-    scores = torch.baddbmm(queries.new_empty(1), queries, keys, beta=0, alpha=1 / math.sqrt(size))
+    queries, keys = q_BHTK.reshape(-1, num_queries, size), k_BHSK.flatten(0, 1).transpose(1, 2)
+    scores = torch.baddbmm(_nothing(), queries, keys, beta=0, alpha=size**-0.5)
     if bias_B1TS is not None:
         scores.view(batch, heads, num_queries, num_keys).add_(bias_B1TS)
-    return torch.bmm(scores.softmax(dim=-1), v_BHSK.flatten(0, 1)).view(batch, heads, num_queries, size)
+    return torch.bmm(scores.softmax(-1), v_BHSK.flatten(0, 1)).view(batch, heads, num_queries, size)
+
+
+@functools.cache
+def _nothing() -> Tensor:
+    """What ``baddbmm`` adds 0 times."""
+    with torch.inference_mode(False):
+        return torch.zeros(1)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +18,9 @@ def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float 
     sample change another and a later token an earlier one. Here the maximum is the token's own; a token of
     zeros stays zero before weight and bias. Statistics are float32; the result has the dtype of ``x``.
     """
+    if x.dtype == weight.dtype == torch.float32 and not torch.is_grad_enabled():  # the same, started in less time
+        largest = x.abs().amax(-1, True).clamp_(min=SMALLEST)
+        return torch.layer_norm(x / largest, (x.shape[-1],), weight, bias, epsilon / RELAX**2)
     x_fp32 = x.float()
     # As in the release the maximum is a constant to the gradient, which is exact: the output does not depend on it.
     largest = x_fp32.detach().abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST)

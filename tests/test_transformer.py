@@ -2,6 +2,7 @@
 
 # B batch, T positions, D width, V vocabulary
 
+import copy
 import math
 
 import pytest
@@ -328,12 +329,17 @@ with_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="thi
 
 
 @with_mkl
-def test_packed_weights_give_the_same_logits():
+@pytest.mark.parametrize("chunks", [None, (20,), (1,) * 20, (5, 1, 8, 6)])
+def test_packed_weights_give_the_same_logits(chunks):
+    """By another path than the modules', with a cache or without."""
     packed, ids = lively(TINY), random_ids(3, 20)
     packed.pack()
+    bias = padding(torch.tensor([0, 4, 9]), torch.arange(20).expand(3, -1)) if chunks is None else None
     with torch.inference_mode():
-        hidden = packed.hidden(ids)
-        close(hidden, lively(TINY).hidden(ids))
+        cache = KVCache(TINY, 3, 20, CPU, torch.float32)
+        parts = [packed.hidden(part, cache=cache) for part in ids.split(chunks, dim=1)] if chunks else []
+        hidden = torch.cat(parts, dim=1) if chunks else packed.hidden(ids, bias_B1TS=bias)
+        close(hidden, lively(TINY).hidden(ids, bias_B1TS=bias))
         close(packed.head(hidden, range(5, 77)), lively(TINY).head(hidden, range(5, 77)), atol=1e-4)
 
 
@@ -352,6 +358,20 @@ def test_weights_that_change_are_packed_anew():
         after = packed.head(packed.hidden(ids), range(64))
         close(after, plain.head(plain.hidden(ids), range(64)), atol=1e-4)
     assert (after - before).abs().max() > 1e-2
+
+
+@with_mkl
+def test_packed_weights_can_be_copied_and_moved():
+    packed, ids = lively(TINY), random_ids(1, 9)
+    packed.pack()
+    with torch.no_grad():
+        expected = packed.hidden(ids)
+        copied = copy.deepcopy(packed)
+        for parameter in packed.parameters():
+            parameter.zero_()
+        assert torch.equal(copied.hidden(ids), expected)
+        assert copied.to(torch.bfloat16).hidden(ids).dtype == torch.bfloat16
+        assert copied.head(copied.hidden(ids), range(64)).isfinite().all()
 
 
 @with_mkl

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from cogview.checkpoints.folder import ModelConfig, read_config, write_json
@@ -99,7 +100,7 @@ def import_released(
             (folder / "README.md").write_text(_card(source, config), encoding="utf-8")
             write_json(folder / "config.json", to_plain(config))
             if verify:
-                _compare(image_weights, _read_all(folder / "image" / "model.safetensors"), output / "image")
+                _compare(image_weights, load_file(folder / "image" / "model.safetensors"), output / "image")
     return config
 
 
@@ -131,13 +132,13 @@ def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool
         if shards < 1 or count % shards:
             raise InputError(f"{count} {what} do not divide into {shards} shards")
     image_config = read_image_config(source / "image")
-    image_weights = _read_all(source / "image" / "model.safetensors")
+    image_weights = load_file(source / "image" / "model.safetensors")
     try:
         image = released_vqvae_tensors(image_config, image_weights)
     except InputError as error:
         raise InputError(f"{source} cannot be written in the released layout: {error}") from None
     with _written(output) as folder:
-        mapped = _read_all(weights.path)
+        mapped = {name: weights.read(name, keep=True) for name in weights.specs}
         write_released_transformer(folder, mapped, shards)
         write_pickle(image, folder / RELEASED_FILES["image_tokenizer"])
         shutil.copyfile(source / "text.model", folder / RELEASED_FILES["text_model"])
@@ -203,8 +204,3 @@ def _card(source: Path, config: ModelConfig) -> str:
         "Weights of the released CogView v1 (Ding et al., arXiv:2105.13290), converted by `cogview convert`.\n\n"
         f"Tasks: {', '.join(config.tasks)}. Licence: that of the published weights, see their publisher's page.\n"
     )
-
-
-def _read_all(path: Path) -> dict[str, torch.Tensor]:
-    file = WeightsFile(path)
-    return {name: file.read(name, keep=True) for name in file.specs}

@@ -1,0 +1,100 @@
+"""The layers of a transformer as a plain run of operations, for a CPU that generates.
+
+To go through modules and their attributes takes a small model a third of its time for each code. Here everything is
+looked up once; what is computed is what the modules compute, and ``transformer.py`` is the specification.
+"""
+
+# B batch, T new positions, N = B T, S positions in all, D width, H heads, K size of a head
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cogview.cache import KVCache
+from cogview.kernels.attention import attention
+from cogview.kernels.layer_norm import pb_relax_layer_norm
+from cogview.kernels.linear import linear_packed, pack
+
+if TYPE_CHECKING:
+    from cogview.transformer import Transformer
+
+
+class Packed:
+    """A weight in the order that a CPU multiplies fastest, made at its first use and anew when it has changed."""
+
+    def __init__(self) -> None:
+        self._made_of: tuple[int, int] | None = None
+        self._packed: Tensor | None = None
+
+    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
+        """A copy makes its own: what MKL packs can be neither copied nor stored."""
+        return Packed, ()
+
+    @property
+    def is_made(self) -> bool:
+        """Whether it takes memory yet."""
+        return self._packed is not None
+
+    def of(self, weight_NK: Tensor) -> Tensor:
+        """``pack(weight_NK)``."""
+        version = 0 if weight_NK.is_inference() else weight_NK._version  # tensors of inference mode count none
+        now = (weight_NK.data_ptr(), version)
+        if self._packed is None or now != self._made_of:
+            self._made_of, self._packed = now, pack(weight_NK)
+        return self._packed
+
+
+class LeanLayers:
+    """The layers of ``transformer``, whose weights may change, in value or altogether."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self.num_heads = transformer.config.num_heads
+        self.layers: list[tuple[Any, ...]] = []  # for each norm and projection its parameters by name, in their order
+        self.packed: list[Packed] = []
+        for layer in transformer.layers:
+            parts: list[Any] = []
+            for part in (
+                layer.attention_norm,
+                layer.attention.query_key_value,
+                layer.attention.output,
+                layer.attention_output_norm,
+                layer.mlp_norm,
+                layer.mlp.input,
+                layer.mlp.output,
+                layer.mlp_output_norm,
+            ):
+                if isinstance(part, nn.Linear):
+                    self.packed.append(Packed())
+                    parts.append((part._parameters, self.packed[-1]))
+                else:
+                    parts.append(part._parameters)
+            self.layers.append(tuple(parts))
+
+    def __call__(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None) -> Tensor:
+        """What ``Transformer.hidden`` has before its last norm: the layers' output, (B, T, D)."""
+        batch, length, width = x_BTD.shape
+        heads = (batch, length, 3, self.num_heads, width // self.num_heads)
+        x_ND = x_BTD.reshape(-1, width)
+        for number, (norm1, to_qkv, to_out, norm2, norm3, to_inner, from_inner, norm4) in enumerate(self.layers):
+            qkv_3BHTK = _project(_normalize(x_ND, norm1), to_qkv).view(heads).permute(2, 0, 3, 1, 4)
+            if cache is not None:
+                mixed_BHTK = cache.attend(number, qkv_3BHTK[0], qkv_3BHTK[1:], bias_B1TS)
+            else:
+                mixed_BHTK = attention(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], bias_B1TS)
+            mixed_ND = mixed_BHTK.transpose(1, 2).reshape(-1, width)
+            x_ND = x_ND + _normalize(_project(mixed_ND, to_out), norm2)
+            inner = F.gelu(_project(_normalize(x_ND, norm3), to_inner), approximate="tanh")
+            x_ND = x_ND + _normalize(_project(inner, from_inner), norm4)
+        return x_ND.view(batch, length, width)
+
+
+def _project(x_ND: Tensor, linear: tuple[dict[str, Tensor], Packed]) -> Tensor:
+    parameters, packed = linear
+    weight = parameters["weight"]
+    return linear_packed(x_ND, packed.of(weight), weight, parameters["bias"])
+
+
+def _normalize(x_ND: Tensor, norm: dict[str, Tensor]) -> Tensor:
+    return pb_relax_layer_norm(x_ND, norm["weight"], norm["bias"])
