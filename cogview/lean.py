@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     from cogview.transformer import Transformer
 
 
+PARTS = (
+    "attention_norm",
+    "attention.query_key_value",
+    "attention.output",
+    "attention_output_norm",
+    "mlp_norm",
+    "mlp.input",
+    "mlp.output",
+    "mlp_output_norm",
+)
+
+
 class Packed:
     """A weight in the order that a CPU multiplies fastest, made at its first use and anew when it has changed."""
 
@@ -55,16 +67,7 @@ class LeanLayers:
         self.packed: list[Packed] = []
         for layer in transformer.layers:
             parts: list[Any] = []
-            for part in (
-                layer.attention_norm,
-                layer.attention.query_key_value,
-                layer.attention.output,
-                layer.attention_output_norm,
-                layer.mlp_norm,
-                layer.mlp.input,
-                layer.mlp.output,
-                layer.mlp_output_norm,
-            ):
+            for part in map(layer.get_submodule, PARTS):
                 if isinstance(part, nn.Linear):
                     self.packed.append(Packed())
                     parts.append((part._parameters, self.packed[-1]))

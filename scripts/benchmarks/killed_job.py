@@ -3,8 +3,8 @@
     python scripts/benchmarks/killed_job.py [--prompts 1000] [--kills 5] [--model cogview-emoji]
 
 The job is run once undisturbed, then again in another folder, killed at random and resumed as often as asked. Every
-file of the second run must be that of the first, bit for bit, and the ledgers must record the same. Resident memory is read
-four times a second; that while the first tenth of the pictures were written is compared with that of the last.
+file of the second run must be that of the first, bit for bit, and the ledgers must record the same. Resident memory is
+read four times a second; that while the first tenth of the pictures were written is compared with that of the last.
 """
 
 from __future__ import annotations
