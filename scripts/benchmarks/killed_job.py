@@ -42,7 +42,7 @@ def compare(folder: Path, args: argparse.Namespace) -> int:
     job = folder / "job.txt"
     lines = (f"{COLOURS[i % 5]}背景上的{NUMBERS[i // 5 % 4]}个{THINGS[i // 20 % 8]}" for i in range(args.prompts))
     job.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    command = [sys.executable, "-m", "cogview.cli.main", "generate", "--model", args.model, "--seed", "7"]
+    command = [sys.executable, "-m", "cogview", "generate", "--model", args.model, "--seed", "7"]
     command += ["--input", str(job)]
 
     whole = folder / "whole"

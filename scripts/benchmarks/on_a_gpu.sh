@@ -23,13 +23,13 @@ step() {  # NAME SECONDS COMMAND...
 step tests 300 python -m pytest -q tests/test_engine.py tests/kernels tests/test_pipeline.py
 # Captured steps draw what eager ones draw (float32), and what they save.
 for steps in eager captured; do
-    COGVIEW_STEPS=$steps step "draw-$steps" 120 python -m cogview.cli.main generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \
+    COGVIEW_STEPS=$steps step "draw-$steps" 120 python -m cogview generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \
         --device cuda --dtype float32 -o "$out/pictures-$steps"
-    COGVIEW_STEPS=$steps step "bench-4b-$steps" 600 python -m cogview.cli.main bench --random 4b --device cuda --batch 1,8,32 \
+    COGVIEW_STEPS=$steps step "bench-4b-$steps" 600 python -m cogview bench --random 4b --device cuda --batch 1,8,32 \
         --json "$out/bench-4b-$steps.json"
 done
 for dtype in int8 int4; do
-    step "bench-4b-$dtype" 600 python -m cogview.cli.main bench --random 4b --device cuda --dtype $dtype --batch 1,8 \
+    step "bench-4b-$dtype" 600 python -m cogview bench --random 4b --device cuda --dtype $dtype --batch 1,8 \
         --json "$out/bench-4b-$dtype.json"
 done
 shape=(--layers 48 --width 2560 --heads 40 --device cuda)
