@@ -24,7 +24,7 @@ import torch
 from cogview.checkpoints.folder import Model, ModelConfig, load_model
 from cogview.checkpoints.registry import find_checkpoint
 from cogview.config import TransformerConfig
-from cogview.device import Placement
+from cogview.device import Placement, ran_out
 from cogview.easels import Job, Moment
 from cogview.engine import fill
 from cogview.errors import InputError
@@ -170,7 +170,7 @@ def _report(sender: Connection, subject: Subject, rows: int, codes: int, repeats
     except InputError as error:
         found = error
     except (MemoryError, RuntimeError) as error:  # that of CUDA and that of the allocator for CPUs are RuntimeErrors
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not ran_out(error):
             raise
         found = Failed("out of memory")
     sender.send(found)

@@ -66,7 +66,7 @@ class KVCache:
         end = self.length + length
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} positions, {end} are needed")
-        if self._is_plain and self.places_BT is None:
+        if self._is_plain and self.places_BT is None:  # the usual case, started with the fewest operations
             layer_2BHSK = self._layers[layer]
             if rows < layer_2BHSK.shape[1]:
                 layer_2BHSK = layer_2BHSK[:, :rows]

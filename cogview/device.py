@@ -80,6 +80,13 @@ def available_memory(device: torch.device) -> int:
     return _available_on_host(Path("/"))
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether ``error`` says that a device has no memory left; PyTorch's allocator for CPUs has no type for it."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
 def _available_on_host(root: Path) -> int:
     """``root`` is where proc and sys are."""
     with suppress(OSError):  # not Linux

@@ -164,7 +164,7 @@ def show(watch: Callable[[Moment], object], done: int, total: int, rows: Callabl
 
 
 def permitted_ids(vocabulary: Vocabulary, kind: Kind, stop: int | None) -> range:
-    """The ids that a blank may take; with a ``stop``, commands too, of which ``logits`` leaves the stop alone."""
+    """The ids that a blank may take; with a ``stop``, commands too, of which ``logits_of`` leaves the stop alone."""
     permitted = vocabulary.permitted(kind)
     return permitted if stop is None else range(permitted.start, vocabulary.size)
 

@@ -53,11 +53,13 @@ def fill(
     The pictures are the same (``parallel.py``). Texts are written one piece after another.
     """
     guided = [index for index, job in enumerate(jobs) if job.sampling.guidance != 1]
-    rows = [_cut(job.row) for job in jobs] + [_cut(_unguided(jobs[index])) for index in guided]
+    rows = [job.row.until_last_blank() for job in jobs] + [
+        _unguided(jobs[index]).until_last_blank() for index in guided
+    ]
     batch = pad_left(rows, vocabulary.pad)
     device = transformer.embedding.weight.device
     pictures = bool(batch.blanks.any()) and bool((batch.kinds[batch.blanks] == Kind.IMAGE).all())
-    most = most_columns(transformer, len(rows)) if parallel is None else parallel
+    most = parallel or most_columns(device, len(rows), packed=transformer.lean is not None)
     in_windows = pictures and (most > 1 or steps_are_captured(device))
     bias_BT = _text_bias(batch, [job.sampling.text_attention for job in jobs])
     tapes = Tapes(transformer, batch, bias_BT, int8=int8_cache, may_share=not in_windows)
@@ -70,28 +72,25 @@ def fill(
         return [_uncut(job.row, ids[start:]) for job, ids, start in zip(jobs, ids_JT, batch.starts, strict=False)]
 
     if in_windows:
-        draw_in_windows(tapes, easels, batch, most, watch, rows_so_far)
+        draw_in_windows(tapes, easels, most, watch, rows_so_far)
     else:
-        _draw_one_by_one(tapes, easels, jobs, batch, watch, rows_so_far)
-    log_probabilities = easels.log_probability_J.tolist()
+        _draw_one_by_one(tapes, easels, watch, rows_so_far)
+    rows_filled = rows_so_far(np.full(len(jobs), batch.ids.shape[1]))
     return [
         Filled(ids=ids, log_probability=log_probability)
-        for ids, log_probability in zip(
-            rows_so_far(np.full(len(jobs), batch.ids.shape[1])), log_probabilities, strict=True
-        )
+        for ids, log_probability in zip(rows_filled, easels.log_probability_J.tolist(), strict=True)
     ]
 
 
 def _draw_one_by_one(
     tapes: Tapes,
     easels: Easels,
-    jobs: Sequence[Job],
-    batch: Batch,
     watch: Callable[[Moment], object] | None,
     rows_so_far: Callable[[np.ndarray], list[np.ndarray]],
 ) -> None:
     """Read a column, tell the next."""
-    open_BT = batch.blanks[: len(jobs)].copy()  # still to be drawn
+    jobs = easels.jobs
+    open_BT = easels.batch.blanks[: len(jobs)].copy()  # still to be drawn
     columns = np.flatnonzero(open_BT.any(axis=0))
     texts = any(job.row.stop is not None for job in jobs)
     for done, column in enumerate(columns.tolist(), start=1):
@@ -119,7 +118,7 @@ def search(
     if beams < 1:
         raise ValueError(f"a search needs at least one beam, got {beams}")
     device = transformer.embedding.weight.device
-    batch = pad_left([_cut(row) for row in rows for _ in range(beams)], vocabulary.pad)
+    batch = pad_left([row.until_last_blank() for row in rows for _ in range(beams)], vocabulary.pad)
     columns = np.flatnonzero(batch.blanks.any(axis=0))
     if not len(columns) or not batch.blanks[:, columns].all() or (batch.kinds[:, columns] != Kind.TEXT).any():
         raise ValueError("a search needs rows whose blanks are texts of one length at their ends")
@@ -184,11 +183,6 @@ def score(
     return [float(part.sum()) for part in log_p_N.split([span.stop - span.start for span in spans])]
 
 
-def _cut(row: Arranged) -> Arranged:
-    """``row`` up to its last blank; its first place where it has none."""
-    return row.cut(int(np.flatnonzero(row.blanks)[-1]) + 1 if row.blanks.any() else 1)
-
-
 def _uncut(row: Arranged, ids: np.ndarray) -> np.ndarray:
     """All ids of ``row``, those of its cut part filled."""
     whole = row.ids.copy()
@@ -199,7 +193,7 @@ def _uncut(row: Arranged, ids: np.ndarray) -> np.ndarray:
 def _unguided(job: Job) -> Arranged:
     if job.unguided is None:
         raise ValueError("guidance needs the row without its text as well")
-    ends = [_cut(row).blanks[::-1] for row in (job.row, job.unguided)]
+    ends = [row.until_last_blank().blanks[::-1] for row in (job.row, job.unguided)]
     shorter = min(map(len, ends))
     if not np.array_equal(ends[0][:shorter], ends[1][:shorter]) or any(end[shorter:].any() for end in ends):
         raise ValueError("a row and its unguided twin must end in the same blanks")

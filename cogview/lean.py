@@ -1,7 +1,7 @@
 """The layers of a transformer as a plain run of operations, for a CPU that generates.
 
-To go through modules and their attributes takes a small model a third of its time for each code. Here everything is
-looked up once; what is computed is what the modules compute, and ``transformer.py`` is the specification.
+A small model takes a good part of its time for each code to go through modules and their attributes. Here everything
+is looked up once; what is computed is what the modules compute, and ``transformer.py`` is the specification.
 """
 
 # B batch, T new positions, N = B T, S positions in all, D width, H heads, K size of a head
@@ -62,9 +62,10 @@ class LeanLayers:
     """The layers of ``transformer``, whose weights may change, in value or altogether."""
 
     def __init__(self, transformer: Transformer) -> None:
-        self.num_heads = transformer.config.num_heads
+        self.num_heads, self.width = transformer.config.num_heads, transformer.config.width
         self.layers: list[tuple[Any, ...]] = []  # for each norm and projection its parameters by name, in their order
         self.packed: list[Packed] = []
+        self.heads: dict[range, Packed] = {}  # rows of the embedding that ids were told by
         for layer in transformer.layers:
             parts: list[Any] = []
             for part in map(layer.get_submodule, PARTS):
@@ -74,6 +75,16 @@ class LeanLayers:
                 else:
                     parts.append(part._parameters)
             self.layers.append(tuple(parts))
+
+    def bytes_to_pack(self, *told: range) -> int:
+        """What the copies will take that are not made yet; ``told`` are the ids that ``head`` will be asked for."""
+        width = self.width
+        projections = 0 if self.packed[-1].is_made else 12 * width**2 * len(self.layers)  # all are made, or none
+        return 4 * (projections + width * sum(len(ids) for ids in told if ids not in self.heads))
+
+    def head(self, hidden: Tensor, weight_VD: Tensor, ids: range) -> Tensor:
+        """Logits (..., V) by the rows ``ids`` of the embedding, which are ``weight_VD``."""
+        return linear_packed(hidden, self.heads.setdefault(ids, Packed()).of(weight_VD), weight_VD, None)
 
     def __call__(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None) -> Tensor:
         """What ``Transformer.hidden`` has before its last norm: the layers' output, (B, T, D)."""

@@ -43,7 +43,7 @@ from cogview.kernels.linear import (
     packs,
 )
 from cogview.sampling import TIES, Sampling
-from cogview.tapes import SHARED_FROM
+from cogview.tapes import beginnings_of, pays_to_share
 from cogview.tokenizers.layouts import Arranged, pad_left, upscale_windows
 from cogview.tokenizers.vocabulary import Kind, Vocabulary
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
@@ -569,14 +569,13 @@ def _filling_bytes(
     parallel: int | None = None,
 ) -> tuple[int, int, int]:
     """What is there while rows are filled: from first to last, besides while they are read, and while they are told."""
-    batch = pad_left([row.cut(int(np.flatnonzero(row.blanks)[-1]) + 1) for row in rows], vocabulary.pad)
+    batch = pad_left([row.until_last_blank() for row in rows], vocabulary.pad)
     num_rows, num_columns = batch.ids.shape
     blank_columns = np.flatnonzero(batch.blanks.any(axis=0)).tolist()
-    first = blank_columns[0]
-    looks = zip(batch.starts.tolist(), attentions, batch.ids[:, :first], batch.positions[:, :first], strict=True)
-    num_firsts = len({(start, w, ids.tobytes(), positions.tobytes()) for start, w, ids, positions in looks})
+    first, beginnings = beginnings_of(batch, attentions)
+    num_firsts = 1 + max(beginnings)
     saved = first * (num_rows - num_firsts)
-    shared = parallel is None and saved > 0 and saved >= SHARED_FROM * num_rows * num_columns
+    shared = parallel is None and pays_to_share(batch, first, num_firsts)
     padded = bool(batch.starts.any()) or any(weight != 1 for weight in attentions)
 
     positions = num_rows * num_columns - shared * saved

@@ -24,12 +24,10 @@ from torch import Tensor
 
 from cogview.easels import Easels, Moment, show
 from cogview.tapes import Tapes
-from cogview.tokenizers.layouts import Batch
-from cogview.transformer import Transformer
 
 # The most columns of all rows together that a forward should read, the fewest of a row that it pays to read, and how
 # many it begins with. How many guesses hold, on average, says whether to read more or fewer; if of the first forwards
-# each tells less than so many codes, guesses do not pay. (scripts/benchmarks/parallel.py)
+# each tells less than so many codes, guesses do not pay. (scripts/benchmarks/parallel.py; a GPU's columns are assumed)
 COLUMNS = {"cpu": 64, "cuda": 128, "mps": 1}
 LEAST_WIDTH = 8
 FIRST_WIDTH = 32
@@ -43,14 +41,13 @@ WARM_UP = 2
 log = logging.getLogger(__name__)
 
 
-def most_columns(transformer: Transformer, num_rows: int) -> int:
+def most_columns(device: torch.device, num_rows: int, *, packed: bool) -> int:
     """How many codes of a row it may pay to tell at one go; 1 for no guesses.
 
     It pays where a forward of many columns takes hardly longer than one of a single: on a GPU, and on a CPU whose
-    weights are packed.
+    weights are ``packed``.
     """
-    device = transformer.embedding.weight.device
-    if device.type == "cpu" and transformer.packed_heads is None:
+    if device.type == "cpu" and not packed:
         return 1
     width = COLUMNS[device.type] // num_rows
     return width if width >= LEAST_WIDTH else 1
@@ -70,13 +67,12 @@ def steps_are_captured(device: torch.device) -> bool:
 def draw_in_windows(
     tapes: Tapes,
     easels: Easels,
-    batch: Batch,
     most: int,
     watch: Callable[[Moment], object] | None,
     rows_so_far: Callable[[np.ndarray], list[np.ndarray]],
 ) -> None:
     """Draw all blanks, which are codes, telling up to ``most`` of each row at one go."""
-    windows = Windows(tapes, easels, batch)
+    windows = Windows(tapes, easels)
     steps = Steps(windows) if steps_are_captured(tapes.ids_BT.device) else None
     first, end = windows.first, windows.end
     next_J = np.full(len(easels.jobs), first)
@@ -112,8 +108,8 @@ def draw_in_windows(
 class Windows:
     """The state of such a drawing, in tensors of the device."""
 
-    def __init__(self, tapes: Tapes, easels: Easels, batch: Batch) -> None:
-        device, num_jobs = tapes.ids_BT.device, len(easels.jobs)
+    def __init__(self, tapes: Tapes, easels: Easels) -> None:
+        device, batch, num_jobs = tapes.ids_BT.device, easels.batch, len(easels.jobs)
         self.tapes, self.easels = tapes, easels
         self.first, self.end = int(batch.blanks.any(axis=0).argmax()), batch.ids.shape[1]
         self.open_JT = torch.from_numpy(batch.blanks[:num_jobs]).to(device)

@@ -85,7 +85,7 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where the drawing of some wishes stands, for who watches it: called for after every line of codes."""
+    """Where the drawing of some wishes stands, for who watches it: after every line of codes or so."""
 
     wishes: tuple[Wish, ...]  # that are being done at this time
     drawn: int  # codes or pieces since the last time, of all of them together
@@ -480,9 +480,7 @@ class CogView:
                     done=moment.done,
                     total=moment.total,
                     codes=lambda: [
-                        self._codes_so_far(job.row, ids)
-                        for (_, job), ids in zip(jobs, moment.rows(), strict=True)
-                        if "image" in job.row.spans
+                        self._codes_so_far(job.row, ids) for (_, job), ids in zip(jobs, moment.rows(), strict=True)
                     ],
                 )
             )
@@ -597,7 +595,7 @@ class CogView:
 
     def _fill_bytes(self, jobs: Sequence[Job]) -> int:
         transformer, device = self.model.transformer, self.placement.device
-        most = self.parallel or (most_columns(transformer, len(jobs)) if self.bundle is None else 1)
+        most = self.parallel or most_columns(device, len(jobs), packed=transformer.lean is not None)
         told = {self._told(job.row) for job in jobs}
         return transformer.bytes_to_pack(*told) + fill_bytes(
             self.model.config.transformer,

@@ -17,10 +17,10 @@ from typing import TypeVar
 
 import torch
 
-from cogview.device import available_memory
+from cogview.device import available_memory, ran_out
 from cogview.errors import InputError
 
-# More rows at a time do not draw faster, and the first one would come later.
+# With more rows at a time the first one comes later, for little; where that begins is assumed.
 MOST_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
 # What is left free: of what there is, and at least so many bytes: scratch of a CPU's matrix products, and on a GPU what
 # its allocator rounds up.
@@ -145,8 +145,8 @@ class Planner:
         outer, self._budget = self._budget, free
         try:
             return work(items)
-        except (MemoryError, RuntimeError) as error:  # of which are those of CUDA and of PyTorch's allocator for CPUs
-            if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
                 raise
         finally:
             self._budget = outer

@@ -3,6 +3,8 @@
 # B rows of a batch, P rows that begin differently, T columns, C columns of a beginning, D width of the model
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -47,20 +49,17 @@ class Tapes:
             key_bias_BT[np.arange(num_columns) < batch.starts[:, None]] = -np.inf
             self._key_bias_BT = torch.from_numpy(key_bias_BT).to(device, dtype)
 
-        first_blank = int(batch.blanks.any(axis=0).argmax())
-        parts = [batch.ids, batch.positions, batch.starts[:, None]] + ([] if bias_BT is None else [bias_BT])
-        looks = [b"".join(part[row, :first_blank].tobytes() for part in parts) for row in range(num_rows)]
-        known: dict[bytes, int] = {}
-        beginnings = [known.setdefault(look, len(known)) for look in looks]
+        marks = [0] * num_rows if bias_BT is None else [row.tobytes() for row in bias_BT]
+        self._first_blank, beginnings = beginnings_of(batch, marks)
+        num_firsts = 1 + max(beginnings)
         # Rows by which the beginnings are read, and the beginning of each row; None where every row has its own.
         self._firsts_P: Tensor | None = None
         self._beginnings_B: Tensor | None = None
         shared = False
-        if first_blank and len(known) < num_rows:
-            self._firsts_P = torch.tensor([beginnings.index(number) for number in range(len(known))], device=device)
+        if self._first_blank and num_firsts < num_rows:
+            self._firsts_P = torch.tensor([beginnings.index(number) for number in range(num_firsts)], device=device)
             self._beginnings_B = torch.tensor(beginnings, device=device)
-            shared = may_share and first_blank * (num_rows - len(known)) >= SHARED_FROM * num_rows * num_columns
-        self._first_blank = first_blank
+            shared = may_share and pays_to_share(batch, self._first_blank, num_firsts)
         self.cache = KVCache(
             transformer.config,
             num_rows,
@@ -69,7 +68,7 @@ class Tapes:
             dtype,
             int8=int8,
             beginnings=self._beginnings_B if shared else None,
-            beginning_length=first_blank if shared else 0,
+            beginning_length=self._first_blank if shared else 0,
         )
 
     def read_until(self, column: int) -> Tensor:
@@ -137,6 +136,26 @@ class Tapes:
         """Row i becomes a copy of what row ``rows[i]``, which begins as it does, was."""
         self.ids_BT = self.ids_BT[rows]
         self.cache.select(rows, since=self._first_blank)
+
+
+def beginnings_of(batch: Batch, marks: Sequence[object]) -> tuple[int, list[int]]:
+    """The column of the first blank of any row, and for each row the number, from 0, of what it has before that.
+
+    Rows with different ``marks`` begin differently.
+    """
+    first = int(batch.blanks.any(axis=0).argmax())
+    known: dict[object, int] = {}
+    looks = zip(marks, batch.starts.tolist(), batch.ids[:, :first], batch.positions[:, :first], strict=True)
+    return first, [
+        known.setdefault((mark, start, ids.tobytes(), positions.tobytes()), len(known))
+        for mark, start, ids, positions in looks
+    ]
+
+
+def pays_to_share(batch: Batch, length: int, num_beginnings: int) -> bool:
+    """Whether to keep so many beginnings of ``length`` columns once each, and no copy of one for each row."""
+    num_rows, num_columns = batch.ids.shape
+    return 0 < length * (num_rows - num_beginnings) >= SHARED_FROM * num_rows * num_columns
 
 
 def float64_of(device: torch.device) -> torch.dtype:

@@ -21,8 +21,8 @@ from cogview.cache import KVCache
 from cogview.config import TransformerConfig
 from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
-from cogview.kernels.linear import linear, linear_packed, packs
-from cogview.lean import LeanLayers, Packed
+from cogview.kernels.linear import linear, packs
+from cogview.lean import LeanLayers
 
 INIT_STD = 0.02
 # Of a model whose positions begin as sinusoids: their amplitude, the range of their wavelengths in positions, and the
@@ -48,7 +48,6 @@ class Transformer(nn.Module):
         self.final_norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.lean: LeanLayers | None = None
-        self.packed_heads: dict[range, Packed] | None = None
         self.apply(self._initialize)
         if config.sinusoidal_positions:
             self._begin_with_sinusoids()
@@ -110,10 +109,9 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor, ids: range | None = None) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., D), for all ids or for a range of them."""
         weight = self.embedding.weight if ids is None else self.embedding.weight[ids.start : ids.stop]
-        if self.packed_heads is None or ids is None or torch.is_grad_enabled() or not packs(weight):
+        if self.lean is None or ids is None or torch.is_grad_enabled() or not packs(weight):
             return F.linear(hidden, weight).float()
-        packed = self.packed_heads.setdefault(ids, Packed())
-        return linear_packed(hidden, packed.of(weight), weight, None)
+        return self.lean.head(hidden, weight, ids)
 
     def pack(self) -> None:
         """Prepare to generate on a CPU in float32: keep a second copy of all that is multiplied, in MKL's order.
@@ -121,16 +119,11 @@ class Transformer(nn.Module):
         Elsewhere, and without MKL, there is nothing to prepare. Gradients, and so training, use the weights themselves.
         """
         if packs(self.embedding.weight):
-            self.lean, self.packed_heads = LeanLayers(self), {}
+            self.lean = LeanLayers(self)
 
     def bytes_to_pack(self, *told: range) -> int:
-        """What the copies will take that are not made yet; ``told`` are the ids that ``head`` will be asked for."""
-        if self.lean is None or self.packed_heads is None:
-            return 0
-        heads = [ids for ids in told if ids not in self.packed_heads]
-        width, made = self.config.width, self.lean.packed[-1].is_made  # all are, or none
-        projections = 0 if made else 12 * width**2 * self.config.num_layers
-        return 4 * (projections + width * sum(map(len, heads)))
+        """What that will take and does not yet; ``told`` are the ids that ``head`` will be asked for."""
+        return 0 if self.lean is None else self.lean.bytes_to_pack(*told)
 
 
 class Layer(nn.Module):

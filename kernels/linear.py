@@ -166,7 +166,7 @@ def packs(weight_NK: Tensor) -> bool:
 def pack(weight_NK: Tensor) -> Tensor:
     """The weights in the order in which MKL multiplies them, opaque to all but ``linear_packed``.
 
-    For 4 to 64 rows of input the product is then up to four times as fast (``scripts/benchmarks/linear_rows.py``).
+    For 4 to 64 rows of input the product takes a half to a third of the time (``scripts/benchmarks/linear_rows.py``).
     """
     return torch.ops.mkl._mkl_reorder_linear_weight(weight_NK.detach(), PACKED_FOR)
 

@@ -256,6 +256,10 @@ class Arranged:
         spans = {name: slice(min(s.start, length), min(s.stop, length)) for name, s in self.spans.items()}
         return replace(self, spans=spans, **arrays)
 
+    def until_last_blank(self) -> Arranged:
+        """The row up to its last blank, all that has to be read to fill it; its first place where it has none."""
+        return self.cut(int(np.flatnonzero(self.blanks)[-1]) + 1 if self.blanks.any() else 1)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a model, or one of the sizes 5m, 20m, 100m, 300m, 1b and 4b with the released vocabulary and VQ-VAE",
     )
     parser.add_argument("--task", default="generate", help="generate, caption, upscale, low_level or score (= rerank)")
-    parser.add_argument("-n", type=int, default=1, metavar="COUNT", help="rows at once: --batch-size of the job")
+    parser.add_argument("-n", type=int, default=1, metavar="COUNT", help="rows at once")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, int8 or int4")
     parser.add_argument(
         "--device",

@@ -28,7 +28,7 @@ def plans_told() -> Iterator[None]:
     """Within, lines on stderr say how much is done at a time, and why; in the first of several processes only."""
     logger = logging.getLogger("cogview.planning")
     handler, before = _Plans(), (logger.level, logger.propagate)
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_process():
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
@@ -38,6 +38,11 @@ def plans_told() -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
         logger.propagate = before[1]
+
+
+def _is_first_process() -> bool:
+    """Of several that share a job, one shows what is done."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _Plans(logging.Handler):
@@ -73,7 +78,7 @@ class Bar:
     ) -> None:
         from tqdm import tqdm
 
-        first = os.environ.get("RANK", "0") == "0"  # of several processes, one shows a bar
+        first = _is_first_process()
         if count and first and not sys.stderr.isatty():
             print(f"{what} {count} {noun}{'s' if count > 1 else ''}", file=sys.stderr)
         form = "{desc}: {percentage:3.0f}%|{bar}| {rate_noinv_fmt}{postfix}, {remaining} left"

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from cogview import planning
-from cogview.device import available_memory
+from cogview.device import available_memory, ran_out
 from cogview.pipeline import CogView, Wish
 
 GROUPS = Path("/sys/fs/cgroup/memory")
@@ -123,7 +123,7 @@ def _child(
     try:
         pipe.send(draw(args, limit, count))
     except (MemoryError, RuntimeError) as error:
-        memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        memory = ran_out(error)
         pipe.send({} if memory else {"error": str(error)})
 
 

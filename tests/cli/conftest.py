@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from PIL import Image
 
 from cogview.cli.main import main
 
@@ -40,6 +41,20 @@ def drawing_checkpoint(tiny_checkpoint, tmp_path_factory):
     config |= {"tasks": ["generate"], "caption_drop": 0.0}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def disk_for_two_pictures(monkeypatch):
+    """The third picture that is saved finds no space."""
+    save, calls = Image.Image.save, []
+
+    def save_until_full(self, *arguments, **settings):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return save(self, *arguments, **settings)
+
+    monkeypatch.setattr(Image.Image, "save", save_until_full)
 
 
 @pytest.fixture

@@ -394,16 +394,7 @@ def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_mod
         np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
 
 
-def test_a_full_disk_keeps_finished_pictures(generate, monkeypatch):
-    save, calls = Image.Image.save, []
-
-    def save_until_full(self, *arguments, **settings):
-        calls.append(1)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        return save(self, *arguments, **settings)
-
-    monkeypatch.setattr(Image.Image, "save", save_until_full)
+def test_a_full_disk_keeps_finished_pictures(generate, disk_for_two_pictures):
     status, files, err = generate(FOX, "-n", "4", "--seed", "7")
     assert status == 2
     assert err.endswith("cogview generate: [Errno 28] No space left on device\n")

@@ -269,16 +269,7 @@ def test_an_interruption_finishes_a_chunk_and_a_second_stops(generate, prompts, 
     assert (status, len(printed)) == (0, 5 - done)
 
 
-def test_a_full_disk_keeps_what_is_done(generate, prompts, monkeypatch):
-    save, calls = Image.Image.save, []
-
-    def save_until_full(self, *arguments, **settings):
-        calls.append(1)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        return save(self, *arguments, **settings)
-
-    monkeypatch.setattr(Image.Image, "save", save_until_full)
+def test_a_full_disk_keeps_what_is_done(generate, prompts, monkeypatch, disk_for_two_pictures):
     status, printed, err = generate(*prompts)
     assert (status, len(printed)) == (2, 2)
     assert err.endswith(
