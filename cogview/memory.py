@@ -31,7 +31,6 @@ from cogview.checkpoints.folder import ModelConfig
 from cogview.config import TransformerConfig
 from cogview.easels import Job, permitted_ids
 from cogview.errors import InputError
-from cogview.kernels.attention import FEW
 from cogview.kernels.linear import (
     DENSE_BLOCK,
     MANY_ROWS_HALF,
@@ -68,9 +67,8 @@ UNPACKED_LAYER_WIDTHS = 4 + 4 * (2 + 2 + 1)
 UNPACKED_LAYER_WIDTHS_IN_BLOCKS = UNPACKED_LAYER_WIDTHS + 4 * 2
 # In the attention: the layer's input, its norm, queries, keys and values, the queries once more, and the mixed values.
 ATTENTION_WIDTHS = 7
-# Copies of the scores (R x H x T x S) in float32: of two plain products before and after the softmax; of PB-relax,
-# where keys and values are shared or rounded, with the bias, without the maximum, times alpha, and after the softmax.
-PRODUCTS_SCORES = 2
+# Copies of the scores (R x H x T x S) in float32, where keys and values are shared or rounded: with the bias, without
+# the maximum, times alpha, and after the softmax.
 RELAXED_SCORES = 4
 # Bytes of each place of a batch: ids, positions and keys of its noise as int64, and what is kept of it in numpy.
 PLACE_BYTES = 40
@@ -642,8 +640,6 @@ def _reading_bytes(
         attending += of_beginnings + max(of_beginnings, 2 * own, own + RELAXED_SCORES * scores)
     elif int8_cache:  # keys, and after them values, as numbers
         attending += max(RELAXED_SCORES * scores, 2 * scores + rows * read.so_far * config.width * size)
-    elif device_type == "cpu" and dtype == "float32" and read.new <= FEW:
-        attending += PRODUCTS_SCORES * scores
 
     bias = (rows if padded else 1) * read.new * read.so_far
     alone = bias * max(size + 3, 2 * size + 1)  # while it is made: three times as booleans, or twice as numbers

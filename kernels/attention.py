@@ -2,9 +2,8 @@
 
 ``attention`` is what the model calls. The readable reference is the specification; PyTorch's fused attention is the
 fast path and equal in meaning: it keeps its scores in float32, where the relaxation changes nothing. Where a CPU
-trains on short rows the reference is the faster one (``scripts/benchmarks/attention_training.py``), and where it
-decodes in float32, two plain products are. The choice is made here and nowhere else;
-``COGVIEW_KERNELS=reference|torch`` forces it.
+trains on short rows the reference is the faster one (``scripts/benchmarks/attention_training.py``). The choice is made
+here and nowhere else; ``COGVIEW_KERNELS=reference|torch`` forces it.
 
 Two more forms are for decoding: ``attention_shared``, of rows that begin alike and keep one copy of that beginning, and
 ``attention_int8``, over keys and values that were rounded.
@@ -26,7 +25,6 @@ from torch.nn import functional as F
 
 ALPHA = 32.0
 SHORT = 128  # keys; on a CPU the reference trains faster at 84 and slower from 256 on, so the border lies between
-FEW = 32  # queries of a row; for more, the scores take memory that fused attention does without
 log = logging.getLogger(__name__)
 
 
@@ -68,33 +66,16 @@ def attention_torch(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: T
     if bias_B1TS is None and 1 < num_queries < num_keys:
         bias_B1TS = causal_bias(num_queries, num_keys, q_BHTK.device, q_BHTK.dtype)
     causal = bias_B1TS is None and num_queries == num_keys
+    if num_queries == 1 < num_keys and q_BHTK.dtype == torch.bfloat16 and q_BHTK.device.type == "cpu":
+        # Of PyTorch's products on a CPU, that of a single row is four times as slow as that of two.
+        twice_BH2K = torch.cat([q_BHTK, q_BHTK], dim=2)
+        return F.scaled_dot_product_attention(twice_BH2K, k_BHSK, v_BHSK, attn_mask=bias_B1TS)[:, :, :1]
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias_B1TS, is_causal=causal)
-
-
-def attention_products(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
-    """The same by two plain products: for few queries in float32 on a CPU, where they are the fastest."""
-    batch, heads, num_queries, size = q_BHTK.shape
-    num_keys = k_BHSK.shape[2]
-    if bias_B1TS is None and num_queries > 1:
-        bias_B1TS = causal_bias(num_queries, num_keys, q_BHTK.device, q_BHTK.dtype)
-    queries, keys = q_BHTK.reshape(-1, num_queries, size), k_BHSK.flatten(0, 1).transpose(1, 2)
-    scores = torch.baddbmm(_nothing(), queries, keys, beta=0, alpha=size**-0.5)
-    if bias_B1TS is not None:
-        scores.view(batch, heads, num_queries, num_keys).add_(bias_B1TS)
-    return torch.bmm(scores.softmax(-1), v_BHSK.flatten(0, 1)).view(batch, heads, num_queries, size)
-
-
-@functools.cache
-def _nothing() -> Tensor:
-    """What ``baddbmm`` adds 0 times."""
-    with torch.inference_mode(False):
-        return torch.zeros(1)
 
 
 IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
     "reference": attention_reference,
     "torch": attention_torch,
-    "products": attention_products,
 }
 
 
@@ -102,10 +83,9 @@ IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Ten
 def chosen_implementation(case: str = "usual") -> str:
     """The name of the implementation in use, decided at the first call of each case and logged.
 
-    The cases are "usual", "short training on a CPU" and "few queries in float32 on a CPU".
+    The cases are "usual" and "short training on a CPU".
     """
-    best = {"short training on a CPU": "reference", "few queries in float32 on a CPU": "products"}.get(case, "torch")
-    name = os.environ.get("COGVIEW_KERNELS") or best
+    name = os.environ.get("COGVIEW_KERNELS") or ("torch" if case == "usual" else "reference")
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"COGVIEW_KERNELS={name!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
     log.info("attention: %s (%s)", name, case)
@@ -121,12 +101,8 @@ def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor 
     num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
     if num_queries > num_keys:
         raise ValueError(f"{num_queries} queries cannot be the last of {num_keys} keys")
-    case = "usual"
-    if q_BHTK.device.type == "cpu":
-        if q_BHTK.requires_grad:
-            case = "short training on a CPU" if num_keys <= SHORT else case
-        elif num_queries <= FEW and q_BHTK.dtype == torch.float32:
-            case = "few queries in float32 on a CPU"
+    short = q_BHTK.requires_grad and num_keys <= SHORT and q_BHTK.device.type == "cpu"
+    case = "short training on a CPU" if short else "usual"
     return IMPLEMENTATIONS[chosen_implementation(case)](q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
 
 
