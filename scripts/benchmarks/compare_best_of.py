@@ -20,6 +20,8 @@ from functools import partial
 import numpy as np
 import torch
 from compare_released import (
+    PROMPT,
+    RANDOM,
     SEED,
     VOCABULARY,
     Parts,
@@ -34,6 +36,7 @@ from compare_released import (
     report,
     seconds_of,
     shape_of,
+    trained_model,
 )
 from four_billion import text_model
 
@@ -43,17 +46,13 @@ from cogview.cli.options import DEFAULT_MODEL, require_positive
 from cogview.device import choose_placement
 from cogview.easels import Job
 from cogview.engine import fill, score
-from cogview.errors import InputError
 from cogview.pipeline import CogView
 from cogview.tokenizers.layouts import Arranged, pad_right
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
-PROMPT = "蓝色背景上的三只狐狸"
 CHECKED = 4  # pictures that are drawn to see that both sides agree
 MOST_LOGITS = 1 << 30  # bytes of the logits that are made at a time
-RANDOM = "random"
-SHAPE = ("layers", "width", "heads", "grid")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -190,17 +189,7 @@ def open_model(args: argparse.Namespace, parser: argparse.ArgumentParser, task: 
     """The model asked for, which draws pictures and does ``task``."""
     if args.model == RANDOM:
         return random_model(args, dtype)
-    given = [f"--{name}" for name in SHAPE if getattr(args, name) != parser.get_default(name)]
-    if given:
-        raise InputError(
-            f"{', '.join(given)}: {args.model} has a shape of its own; for random weights add --model {RANDOM}"
-        )
-    model = CogView.from_pretrained(args.model, device=args.device, dtype=dtype)
-    if model.bundle is not None:
-        raise InputError(f"{args.model} is several models; expected one that draws and has the task {task!r}")
-    for needed in ("generate", task):
-        model.require_task(needed)
-    return model
+    return trained_model(args, parser, dtype, "generate", task)
 
 
 def random_model(args: argparse.Namespace, dtype: str) -> CogView:

@@ -1,6 +1,7 @@
 """Seconds per image of the released CogView's way of drawing and of ours, side by side on the same random weights.
 
     python scripts/benchmarks/compare_released.py [--batches 1 8] [--whole] [--json FILE]
+    python scripts/benchmarks/compare_released.py --model cogview-emoji [--batches 1 8] [--json FILE]
 
 A prompt of 20 pieces is drawn in batches of several sizes. Ours draws whole images, prompt included. Of the released
 algorithm (released_algorithm.py), which takes minutes, every 32nd step is timed at its own place, each the second time
@@ -8,19 +9,22 @@ that it is made, and stands for its neighbours; the reading of the prompt is add
 
 Before that, both fill the same blanks greedily in float32, and must choose the same codes.
 
-Ours draws one code after the other. What random weights expect depends little on what was drawn, so that to guess
-several codes at one go, as the engine else does where it pays, would look better here than with any trained model.
+On random weights ours draws one code after the other. What these expect depends little on what was drawn, so that to
+guess several codes at one go, as the engine else does where it pays, would look better here than with any trained
+model. With a --model, whose weights are trained, it draws as it always does.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,13 +40,17 @@ from cogview.device import DTYPES, Placement, choose_placement
 from cogview.easels import Job
 from cogview.engine import fill
 from cogview.errors import InputError
+from cogview.pipeline import CogView
 from cogview.sampling import GREEDY, Sampling
 from cogview.tokenizers.layouts import Arranged, layouts
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.transformer import Transformer
 
 SEED = 0
+RANDOM = "random"
+SHAPE = ("layers", "width", "heads", "grid")
 NUM_PIECES = 20
+PROMPT = "蓝色背景上的三只狐狸"
 SAMPLING = Sampling()  # as released: top-k 200
 CHECKED = 64  # codes of an image that are drawn to see that both sides agree
 VOCABULARY = Vocabulary()  # the released one
@@ -56,36 +64,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_shape_arguments(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="IMAGES", help="(default: 1 8)")
     parser.add_argument("--every", type=int, default=32, metavar="STEPS", help="time one of so many (default: 32)")
+    parser.add_argument(
+        "--model",
+        default=RANDOM,
+        metavar="NAME_OR_FOLDER",
+        help=f"one that generates, of which every step is timed (default: {RANDOM} weights of that shape)",
+    )
     parser.add_argument("--whole", action="store_true", help="time every step of the released algorithm")
     args = parser.parse_args(argv)
-    return run_safely(lambda: run(args), "compare_released.py")
+    return run_safely(lambda: run(args, parser), "compare_released.py")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """The whole comparison."""
     check_arguments(args)
     require_positive("--every", args.every)
     for batch in args.batches:
         require_positive("--batches", batch)
-    config = shape_of(args)
-    placement = choose_placement(args.device, args.dtype, num_parameters=config.num_parameters)
-    transformer = random_transformer(config, placement.device)
-    pieces = np.random.default_rng(SEED).integers(0, VOCABULARY.num_text_pieces, NUM_PIECES)
-    checked = check_same_codes(transformer, args.grid, pieces)
-    transformer.to(placement.dtype).pack()
+    subject = random_subject(args) if args.model == RANDOM else trained_subject(args, parser)
+    placement, row = subject.placement, subject.row
+    checked = check_same_codes(subject)
+    subject.transformer.to(placement.dtype).pack()
 
-    row = layouts(args.grid)["generate"].arrange(VOCABULARY, text=pieces)
     num_codes = int(row.blanks.sum())
-    strides = {"all": 1} if args.whole else strata(row, args.every)
+    every_step = args.whole or args.model != RANDOM
+    strides = {"all": 1} if every_step else strata(row, args.every)
     rows, found = [], []
     for batch in args.batches:
         print(f"{batch} at a time", file=sys.stderr)
-        whole = partial(released_whole, transformer, row, batch, placement)
-        sampled = partial(released_steps, transformer, row, batch, placement, strides)
+        whole = partial(released_whole, subject, batch)
+        sampled = partial(released_steps, subject, batch, strides)
         sides = in_turn(
             {
-                "released": whole if args.whole else sampled,
-                "ours": partial(ours_whole, transformer, row, batch, placement),
+                "released": whole if every_step else sampled,
+                "ours": partial(ours_whole, subject, batch),
             },
             args.repeats,
         )
@@ -94,9 +106,10 @@ def run(args: argparse.Namespace) -> int:
         rows.append([batch, f"{theirs:.3f}", f"{own:.3f}", f"{theirs / own:.1f}", f"{num_codes / own:.1f}"])
         found.append({"batch": batch, "released": theirs, "ours": own, "ratio": theirs / own, "seconds": sides})
 
-    every = "every step" if args.whole else f"one of {args.every} steps timed, for those around it"
+    every = "every step" if every_step else f"one of {args.every} steps timed, for those around it"
     lines = [
-        f"{describe(config, args.grid)}; {describe_placement(placement)}; medians of {args.repeats} runs",
+        f"weights {args.model}: {describe(subject.transformer.config, math.isqrt(num_codes))}; "
+        f"{describe_placement(placement)}; medians of {args.repeats} runs",
         f"{checked} codes chosen greedily in float32: the same on both sides",
         f"released algorithm: {every}",
     ]
@@ -112,22 +125,61 @@ def strata(row: Arranged, every: int) -> dict[str, int]:
     return {str(first): 1, **{str(group[(len(group) - 1) // 2]): len(group) for group in groups}}
 
 
-def ours_whole(transformer: Transformer, row: Arranged, batch: int, placement: Placement) -> Parts:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """What both sides draw: the picture of ``row``, by a transformer that is to be on ``placement``."""
+
+    transformer: Transformer
+    placement: Placement
+    row: Arranged
+    vocabulary: Vocabulary = VOCABULARY
+    sampling: Sampling = SAMPLING
+    parallel: int | None = 1  # codes that ours guesses at one go; None for as many as pay
+
+
+def random_subject(args: argparse.Namespace) -> Subject:
+    """Random weights in float32, of the shape that ``args`` ask for, and a prompt of random pieces."""
+    config = shape_of(args)
+    placement = choose_placement(args.device, args.dtype, num_parameters=config.num_parameters)
+    pieces = np.random.default_rng(SEED).integers(0, VOCABULARY.num_text_pieces, NUM_PIECES)
+    return Subject(
+        transformer=random_transformer(config, placement.device),
+        placement=placement,
+        row=layouts(args.grid)["generate"].arrange(VOCABULARY, text=pieces),
+    )
+
+
+def trained_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Subject:
+    """The model of that name in float32, with settings of its own as far as the release has them."""
+    model = trained_model(args, parser, "float32", "generate")
+    config = model.model.config
+    return Subject(
+        transformer=model.transformer,
+        placement=choose_placement(args.device, args.dtype, num_parameters=config.transformer.num_parameters),
+        row=config.layouts["generate"].arrange(config.vocabulary, text=model.text_tokenizer.encode(PROMPT)),
+        vocabulary=config.vocabulary,
+        sampling=Sampling(temperature=config.sampling.temperature, top_k=config.sampling.top_k),
+        parallel=None,
+    )
+
+
+def ours_whole(subject: Subject, batch: int) -> Parts:
     """Seconds of a batch of whole images by our engine."""
-    jobs = [Job(row=row, seed=SEED, image=image, sampling=SAMPLING) for image in range(batch)]
-    return {"all": seconds_of(placement, partial(fill, transformer, VOCABULARY, jobs, parallel=1))}
+    jobs = [Job(row=subject.row, seed=SEED, image=image, sampling=subject.sampling) for image in range(batch)]
+    work = partial(fill, subject.transformer, subject.vocabulary, jobs, parallel=subject.parallel)
+    return {"all": seconds_of(subject.placement, work)}
 
 
-def released_whole(transformer: Transformer, row: Arranged, batch: int, placement: Placement) -> Parts:
+def released_whole(subject: Subject, batch: int) -> Parts:
     """Seconds of a batch of whole images by the released algorithm."""
-    noise = torch.Generator(placement.device).manual_seed(SEED)
-    return {"all": seconds_of(placement, partial(draw, transformer, VOCABULARY, row, batch, SAMPLING, noise))}
+    noise = torch.Generator(subject.placement.device).manual_seed(SEED)
+    work = partial(draw, subject.transformer, subject.vocabulary, subject.row, batch, subject.sampling, noise)
+    return {"all": seconds_of(subject.placement, work)}
 
 
-def released_steps(
-    transformer: Transformer, row: Arranged, batch: int, placement: Placement, strides: Mapping[str, int]
-) -> Parts:
+def released_steps(subject: Subject, batch: int, strides: Mapping[str, int]) -> Parts:
     """Seconds of the released algorithm's step at each of the columns ``strides``, with noise as the memory."""
+    transformer, placement, row = subject.transformer, subject.placement, subject.row
     weight = transformer.embedding.weight
     noise = torch.Generator(placement.device).manual_seed(SEED)
     ids_T, positions_T = (torch.from_numpy(array).to(placement.device) for array in (row.ids, row.positions))
@@ -135,13 +187,13 @@ def released_steps(
     def read_prompt(column: int) -> None:
         logits_BV, memory = read(transformer, no_memory(transformer), ids_T[None, :column], positions_T[:column])
         memory = [inputs_BSD.repeat(batch, 1, 1) for inputs_BSD in memory]
-        choose(logits_BV.repeat(batch, 1), VOCABULARY.image, SAMPLING, noise)
+        choose(logits_BV.repeat(batch, 1), subject.vocabulary.image, subject.sampling, noise)
 
     def draw_some(memory: list[torch.Tensor], column: int, count: int) -> None:
         ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=placement.device)
         for place in range(column, column + count):
             logits_BV, memory = read(transformer, memory, ids_B1, positions_T[place - 1 : place])
-            ids_B1 = choose(logits_BV, VOCABULARY.image, SAMPLING, noise).unsqueeze(1)
+            ids_B1 = choose(logits_BV, subject.vocabulary.image, subject.sampling, noise).unsqueeze(1)
 
     found = {}
     for name, steps in strides.items():
@@ -159,17 +211,20 @@ def released_steps(
     return found
 
 
-def check_same_codes(transformer: Transformer, grid: int, pieces: np.ndarray) -> int:
+def check_same_codes(subject: Subject) -> int:
     """Both sides fill the same blanks greedily, which must give the same codes; returns how many were chosen.
 
     The first codes of an image are given in random places, so that one and several are read at a time.
     """
+    row, vocabulary, transformer = subject.row, subject.vocabulary, subject.transformer
+    first = row.spans["image"].start
+    row = row.cut(first + min(CHECKED, row.spans["image"].stop - first))
     noise = np.random.default_rng(SEED)
-    codes = np.ma.masked_array(noise.integers(0, VOCABULARY.num_image_codes, CHECKED), mask=noise.random(CHECKED) < 0.5)
-    row = layouts(grid)["generate"].arrange(VOCABULARY, text=pieces, image=codes)
-    row = row.cut(row.spans["image"].start + CHECKED)
-    (own,) = fill(transformer, VOCABULARY, [Job(row=row, seed=SEED, sampling=GREEDY)])
-    theirs = draw(transformer, VOCABULARY, row, 2, GREEDY, torch.Generator(transformer.embedding.weight.device))
+    given_T = row.blanks & (noise.random(len(row)) < 0.5)
+    codes_T = noise.integers(vocabulary.image.start, vocabulary.image.stop, len(row))
+    row = replace(row, ids=np.where(given_T, codes_T, row.ids), blanks=row.blanks & ~given_T)
+    (own,) = fill(transformer, vocabulary, [Job(row=row, seed=SEED, sampling=GREEDY)])
+    theirs = draw(transformer, vocabulary, row, 2, GREEDY, torch.Generator(transformer.embedding.weight.device))
     assert (theirs == own.ids).all(), "the released algorithm and ours chose different codes"
     return int(row.blanks.sum())
 
@@ -194,6 +249,21 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid", type=int, default=32, choices=[8, 16, 32], help="codes on a side of an image (default: 32)"
     )
+
+
+def trained_model(args: argparse.Namespace, parser: argparse.ArgumentParser, dtype: str, *tasks: str) -> CogView:
+    """The --model asked for; InputError where it has not all of the tasks, or a shape was given besides."""
+    given = [f"--{name}" for name in SHAPE if getattr(args, name) != parser.get_default(name)]
+    if given:
+        raise InputError(
+            f"{', '.join(given)}: {args.model} has a shape of its own; for random weights add --model {RANDOM}"
+        )
+    model = CogView.from_pretrained(args.model, device=args.device, dtype=dtype)
+    if model.bundle is not None:
+        raise InputError(f"{args.model} is several models; expected one that has the tasks {' and '.join(tasks)}")
+    for needed in tasks:
+        model.require_task(needed)
+    return model
 
 
 def check_arguments(args: argparse.Namespace) -> None:

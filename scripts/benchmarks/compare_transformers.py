@@ -27,6 +27,7 @@ from compare_released import (
     SEED,
     VOCABULARY,
     Parts,
+    Subject,
     add_shape_arguments,
     check_arguments,
     describe,
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             reason = str(error).strip().split("\n")[0]
             raise InputError(f"{mode}: nothing can be compiled here ({reason}); name the other --modes") from None
 
-    ours = partial(ours_whole, transformer, row, args.batch, placement)
+    ours = partial(ours_whole, Subject(transformer=transformer, placement=placement, row=row), args.batch)
     sides: dict[str, Callable[[], Parts]] = {mode: partial(theirs, mode) for mode in args.modes}
     times = {side: parts["all"] for side, parts in in_turn({"ours": ours, **sides}, args.repeats).items()}
     medians = {side: statistics.median(seconds) for side, seconds in times.items()}

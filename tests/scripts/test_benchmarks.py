@@ -11,6 +11,7 @@ import torch
 
 from cogview.easels import Job
 from cogview.engine import fill
+from cogview.pipeline import CogView
 from cogview.sampling import GREEDY, Sampling
 from cogview.tokenizers.layouts import layouts
 
@@ -115,6 +116,13 @@ def test_beside_the_release(run_benchmark, way, parts):
     assert (found["arguments"]["grid"], found["dtype"]) == (8, "float32")
 
 
+def test_beside_the_release_with_trained_weights(run_benchmark, monkeypatch, tiny_model):
+    monkeypatch.setattr(CogView, "from_pretrained", lambda name, **placement: tiny_model)
+    table, found = run_benchmark("compare_released", "--model", "tiny", "--batches", "2")
+    assert [row[0] for row in table[1:]] == ["2"]
+    assert [len(seconds["all"]) for seconds in found["rows"][0]["seconds"].values()] == [1, 1]
+
+
 def test_beside_transformers(run_benchmark):
     pytest.importorskip("transformers", reason="transformers is what ours is compared with")
     modes = ["eager, dynamic", "sdpa, static"]
@@ -163,6 +171,7 @@ def test_mistakes_are_one_line(load_benchmark, monkeypatch, tmp_path, capsys):
             ["--heads", "7"],
             "--layers 2 --width 64 --heads 7: width 64 does not divide into 7 heads",
         ),
+        ("compare_released", ["--model", "cogview-emoji"], "--layers, --width, --grid: cogview-emoji has a shape of "),
         ("compare_transformers", ["--tokens", "65"], "--tokens must be from 1 to 64, what an image and the positions "),
         ("compare_transformers", ["--batch", "0"], "--batch must be at least 1, got 0"),
         ("compare_transformers", [], "Hugging Face transformers is missing, which is what ours is compared with: pip "),
@@ -179,11 +188,11 @@ def test_mistakes_are_one_line(load_benchmark, monkeypatch, tmp_path, capsys):
 def test_a_bundle_is_refused_in_one_line(load_benchmark, tiny_model, monkeypatch, capsys):
     compare = load_benchmark("compare_best_of")
     monkeypatch.setattr(tiny_model, "bundle", object())
-    monkeypatch.setattr(compare.CogView, "from_pretrained", lambda name, **placement: tiny_model)
+    monkeypatch.setattr(CogView, "from_pretrained", lambda name, **placement: tiny_model)
     assert compare.main(["--model", "cogview-released"]) == 2
     err = capsys.readouterr().err
     assert err == (
-        "compare_best_of.py: cogview-released is several models; expected one that draws and has the task 'caption'\n"
+        "compare_best_of.py: cogview-released is several models; expected one that has the tasks generate and caption\n"
     )
 
 
