@@ -48,6 +48,7 @@ class Subject:
     image_config: VQVAEConfig
     placement: Placement
     folder: Path | None = None  # None: random weights
+    parallel: int | None = None  # codes that are guessed at one go (``engine.fill``)
 
     def load(self) -> CogView:
         """The model, in this process."""
@@ -183,8 +184,8 @@ def measure_requests(subject: Subject, rows: int, *, codes: int, repeats: int, f
     """
     model = subject.load()
     jobs = make_jobs(subject.config, rows, codes)
-    draw_once(model, jobs, codes)  # to warm up: what is made at the first use is made now
-    requests = tuple(draw_once(model, jobs, codes) for _ in range(repeats))
+    draw_once(model, jobs, codes, subject.parallel)  # to warm up: what is made at the first use is made now
+    requests = tuple(draw_once(model, jobs, codes, subject.parallel) for _ in range(repeats))
     return Measured(requests=requests, peak=peak_memory(subject.placement.device, free))
 
 
@@ -209,7 +210,7 @@ def make_jobs(config: ModelConfig, rows: int, codes: int) -> list[Job]:
     ]
 
 
-def draw_once(model: CogView, jobs: Sequence[Job], codes: int) -> Seconds:
+def draw_once(model: CogView, jobs: Sequence[Job], codes: int, parallel: int | None) -> Seconds:
     """One request, timed. The pixels are those of whole pictures, the codes that are not drawn being 0."""
     grid = model.model.config.grid
     first = start = time.perf_counter()
@@ -220,7 +221,7 @@ def draw_once(model: CogView, jobs: Sequence[Job], codes: int) -> Seconds:
             _wait_for(model.placement.device)
             first = time.perf_counter()
 
-    filled = fill(model.transformer, model.vocabulary, jobs, watch)
+    filled = fill(model.transformer, model.vocabulary, jobs, watch, parallel=parallel)
     drawn = time.perf_counter()
     codes_BN = np.zeros((len(jobs), grid * grid), dtype=np.int64)
     codes_BN[:, :codes] = [row.ids[job.row.spans["image"]] for row, job in zip(filled, jobs, strict=True)]

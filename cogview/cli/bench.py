@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogview.checkpoints.download import size_in_words
 from cogview.cli.estimate import SPARE, open_configs, preset_config
-from cogview.cli.options import DEFAULT_MODEL, require_positive
+from cogview.cli.options import DEFAULT_MODEL, add_parallel_argument, parallel, require_positive
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ COLUMNS = {
     "roofline": (
         8,
         "the least time of those codes over the time they took; least is what the probe's bandwidth needs to move "
-        "weights, keys and values, or its matrix rate for the products, if that is longer (a small model in a "
-        "processor's cache can beat it)",
+        "weights, keys and values one code after another, or its matrix rate for the products, if that is longer (a "
+        "small model in a processor's cache can beat it, and so can guesses: --parallel)",
     ),
     "predicted": (9, "peak memory by cogview estimate"),
     "seen": (9, "peak memory of the process: on a CPU resident memory, mapped files included"),
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--random",
         metavar="SHAPE",
         help="instead: random weights of LAYERSxWIDTHxHEADS or of a size such as 4b (see cogview estimate), with the "
-        "released vocabulary and VQ-VAE and 32 x 32 codes",
+        "released vocabulary and VQ-VAE and 32 x 32 codes, drawn one after another unless --parallel is a number",
     )
     parser.add_argument(
         "--codes",
@@ -67,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5, metavar="COUNT", help="timed requests of each batch size")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16, int8 or int4")
+    add_parallel_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there too, every time included")
 
 
@@ -139,7 +140,14 @@ def open_subject(args: argparse.Namespace) -> Subject:
     placement = choose_placement(
         args.device, args.dtype, stored=stored, num_parameters=config.transformer.num_parameters
     )
-    return Subject(config=config, image_config=image_config, placement=placement, folder=folder)
+    return Subject(
+        config=config,
+        image_config=image_config,
+        placement=placement,
+        folder=folder,
+        # What random weights expect depends little on what was drawn: guesses would hold more often than of any others.
+        parallel=1 if folder is None and args.parallel == "auto" else parallel(args),
+    )
 
 
 def random_config(shape: str) -> ModelConfig:
@@ -196,6 +204,8 @@ class Bench:
             f"{self.subject.placement}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads",
             f"probe: {speed.bandwidth / 1e9:.4g} GB/s, {speed.flops / 1e12:.4g} TFLOP/s",
         ]
+        if self.subject.parallel == 1:
+            lines.append("drawn: one code after another")
         if self.codes < self.whole:
             lines += [
                 f"drawn: the first {self.codes:,} codes of each picture; ~ is extrapolated to whole pictures, and",

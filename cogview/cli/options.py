@@ -77,14 +77,19 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="look W times as much at the text, 1: as trained; costs nothing (default: the model's own)",
     )
+    add_parallel_argument(parser)
+    parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="where files go")
+
+
+def add_parallel_argument(parser: argparse.ArgumentParser, default: str = "auto") -> None:
+    """--parallel, which ``parallel`` reads."""
     parser.add_argument(
         "--parallel",
-        default="auto",
+        default=default,
         metavar="COUNT",
         help="guess at most so many codes of a picture at one go and keep those that hold; off: one after another; "
         "auto: what pays; the pictures are the same",
     )
-    parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="where files go")
 
 
 def add_seed_argument(parser: argparse.ArgumentParser, same: str) -> None:

@@ -143,6 +143,29 @@ def test_the_least_time_is_that_of_bytes_or_of_products(tiny_checkpoint):
     assert least_seconds(plan, read, replace(SPEED, bandwidth=1e30, flops=5.0)) == pytest.approx(multiplied / 5)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "guessed"),
+    [((), None), (("--parallel", "8"), 8), (("--random", "2x64x4"), 1), (("--random", "2x64x4", "--parallel", "8"), 8)],
+)
+def test_random_weights_are_not_guessed_from(arguments, guessed, tiny_checkpoint, small_pictures, monkeypatch, capsys):
+    """They are easier to guess than any others, and what is measured would be better than what anyone gets."""
+    asked = []
+
+    def draw(transformer, vocabulary, jobs, watch=None, *, parallel=None):
+        asked.append(parallel)
+        return fill(transformer, vocabulary, jobs, watch, parallel=parallel)
+
+    def measure(subject, rows, *, codes, repeats, free):
+        return measure_requests(subject, rows, codes=codes, repeats=repeats, free=free)
+
+    monkeypatch.setattr(bench, "fill", draw)
+    monkeypatch.setattr(bench, "measure_apart", measure)
+    chosen = arguments if "--random" in arguments else ("--model", str(tiny_checkpoint), *arguments)
+    assert main(["bench", *chosen, "--codes", "4", "--batch", "1", "--repeats", "1", "--device", "cpu"]) == 0
+    assert set(asked) == {guessed}
+    assert ("drawn: one code after another" in capsys.readouterr().out) == (guessed == 1)
+
+
 def test_guided_rows_are_drawn_with_their_twins(tiny_checkpoint, tiny_model):
     config = replace(tiny_model.model.config, sampling=Sampling(guidance=3.0))
     jobs = bench.make_jobs(config, rows=2, codes=5)
@@ -255,6 +278,7 @@ def test_mistakes_are_one_line(tiny_checkpoint, tmp_path, capsys):
         (["--model", "cogview-bse"], 'model "cogview-bse" is unknown; known: cogview-emoji, '),
         (["--random", "4x"], "--random must be LAYERSxWIDTHxHEADS such as 12x832x13, or one of 5m, "),
         (["--random", ""], "--random must be LAYERSxWIDTHxHEADS such as 12x832x13, or one of 5m, "),
+        (["--parallel", "0"], "--parallel must be auto, off or a whole number from 1 on, got "),
         (["--random", "2x64x5"], "--random 2x64x5: width 64 does not divide into 5 heads"),
         (["--random", "0x64x4"], "--random 0x64x4: num_layers must be at least 1, got 0"),
         (["--random", "2x40x4", "--dtype", "int4"], "int4 needs layers whose inputs are a multiple of 32, got 40"),

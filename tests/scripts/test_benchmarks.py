@@ -138,8 +138,14 @@ def test_beside_transformers(run_benchmark):
 
 def test_the_best_of_some(run_benchmark):
     table, found = run_benchmark("compare_best_of", "--model", "random", *SHAPE, "-n", "3")
-    assert [row[0] for row in table[1:]] == ["one by one", "ours", "ratio"]
+    assert [row[0] for row in table[1:]] == ["one by one, nothing guessed", "ours"]
     assert 0 < found["score_share"] < 1
+
+
+def test_the_best_of_some_by_trained_weights(run_benchmark, tiny_checkpoint):
+    table, found = run_benchmark("compare_best_of", "--model", str(tiny_checkpoint), "-n", "3")
+    assert [row[0] for row in table[1:]] == ["one by one, nothing guessed", "one by one", "ours"]
+    assert [row[4] for row in table[1:]] == [*(f"{ratio:.1f}" for ratio in found["ratios"].values()), ""]
 
 
 def test_both_ways_to_score_agree(load_benchmark, tiny_model):
