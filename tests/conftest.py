@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -24,6 +25,13 @@ if TYPE_CHECKING:
 
 # How the released text model splits 一只可爱的小猫坐在窗台上 and 一只猫, and the ids of those pieces.
 RELEASED_PIECES = {15955: "▁一只", 32637: "可爱的小", 44506: "猫", 3500: "坐在", 44893: "窗", 9388: "台上"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_interrupts() -> None:
+    """A shell has what it starts in the background ignore SIGINT; tests of Ctrl-C, and what they start, should not."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
