@@ -7,9 +7,9 @@ is looked up once; what is computed is what the modules compute, and ``transform
 # B batch, T new positions, N = B T, S positions in all, D width, H heads, K size of a head
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
 from cogview.cache import KVCache
@@ -58,6 +58,9 @@ class Packed:
         return self._packed
 
 
+Projection: TypeAlias = tuple[dict[str, Tensor], Packed]
+
+
 class LeanLayers:
     """The layers of ``transformer``, whose weights may change, in value or altogether."""
 
@@ -88,23 +91,40 @@ class LeanLayers:
 
     def __call__(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None) -> Tensor:
         """What ``Transformer.hidden`` has before its last norm: the layers' output, (B, T, D)."""
-        batch, length, width = x_BTD.shape
-        heads = (batch, length, 3, self.num_heads, width // self.num_heads)
-        x_ND = x_BTD.reshape(-1, width)
+        shape, x_ND = x_BTD.shape, x_BTD.reshape(-1, self.width)
+        # In functions of their own, what attention and MLP have in between is freed when they are done.
         for number, (norm1, to_qkv, to_out, norm2, norm3, to_inner, from_inner, norm4) in enumerate(self.layers):
-            qkv_3BHTK = _project(_normalize(x_ND, norm1), to_qkv).view(heads).permute(2, 0, 3, 1, 4)
-            if cache is not None:
-                mixed_BHTK = cache.attend(number, qkv_3BHTK[0], qkv_3BHTK[1:], bias_B1TS)
-            else:
-                mixed_BHTK = attention(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], bias_B1TS)
-            mixed_ND = mixed_BHTK.transpose(1, 2).reshape(-1, width)
-            x_ND = x_ND + _normalize(_project(mixed_ND, to_out), norm2)
-            inner = F.gelu(_project(_normalize(x_ND, norm3), to_inner), approximate="tanh")
-            x_ND = x_ND + _normalize(_project(inner, from_inner), norm4)
-        return x_ND.view(batch, length, width)
+            mixed_ND = self._attended(number, _normalize(x_ND, norm1), shape, to_qkv, to_out, bias_B1TS, cache)
+            x_ND = x_ND + _normalize(mixed_ND, norm2)
+            del mixed_ND
+            x_ND = x_ND + _normalize(_expanded(_normalize(x_ND, norm3), to_inner, from_inner), norm4)
+        return x_ND.view(shape)
+
+    def _attended(
+        self,
+        number: int,
+        x_ND: Tensor,
+        shape: Size,
+        to_qkv: Projection,
+        to_out: Projection,
+        bias_B1TS: Tensor | None,
+        cache: KVCache | None,
+    ) -> Tensor:
+        batch, length, width = shape
+        qkv_NE = _project(x_ND, to_qkv)
+        qkv_3BHTK = qkv_NE.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        if cache is not None:
+            mixed_BHTK = cache.attend(number, qkv_3BHTK[0], qkv_3BHTK[1:], bias_B1TS)
+        else:
+            mixed_BHTK = attention(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], bias_B1TS)
+        return _project(mixed_BHTK.transpose(1, 2).reshape(-1, width), to_out)
 
 
-def _project(x_ND: Tensor, linear: tuple[dict[str, Tensor], Packed]) -> Tensor:
+def _expanded(x_ND: Tensor, to_inner: Projection, from_inner: Projection) -> Tensor:
+    return _project(F.gelu(_project(x_ND, to_inner), approximate="tanh"), from_inner)
+
+
+def _project(x_ND: Tensor, linear: Projection) -> Tensor:
     parameters, packed = linear
     weight = parameters["weight"]
     return linear_packed(x_ND, packed.of(weight), weight, parameters["bias"])
