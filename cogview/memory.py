@@ -624,7 +624,7 @@ def _reading_bytes(
     """
     size = DTYPES[dtype]
     width = rows * config.width * size * read.new  # of a tensor as wide as the model
-    widths = LAYER_WIDTHS
+    widths = LAYER_WIDTHS - packs_on(dtype, device_type)  # lean layers do not keep what they were given
     if device_type == "cpu" and _may_unpack(dtype, device_type):
         in_blocks = 4 * config.width > DENSE_BLOCK
         widths = UNPACKED_LAYER_WIDTHS_IN_BLOCKS if in_blocks else UNPACKED_LAYER_WIDTHS
