@@ -147,7 +147,8 @@ def test_the_least_time_is_that_of_bytes_or_of_products(tiny_checkpoint):
     ("arguments", "guessed"),
     [((), None), (("--parallel", "8"), 8), (("--random", "2x64x4"), 1), (("--random", "2x64x4", "--parallel", "8"), 8)],
 )
-def test_random_weights_are_not_guessed_from(arguments, guessed, tiny_checkpoint, small_pictures, monkeypatch, capsys):
+@pytest.mark.usefixtures("in_this_process", "small_pictures")
+def test_random_weights_are_not_guessed_from(arguments, guessed, tiny_checkpoint, monkeypatch, capsys):
     """They are easier to guess than any others, and what is measured would be better than what anyone gets."""
     asked = []
 
@@ -155,11 +156,7 @@ def test_random_weights_are_not_guessed_from(arguments, guessed, tiny_checkpoint
         asked.append(parallel)
         return fill(transformer, vocabulary, jobs, watch, parallel=parallel)
 
-    def measure(subject, rows, *, codes, repeats, free):
-        return measure_requests(subject, rows, codes=codes, repeats=repeats, free=free)
-
     monkeypatch.setattr(bench, "fill", draw)
-    monkeypatch.setattr(bench, "measure_apart", measure)
     chosen = arguments if "--random" in arguments else ("--model", str(tiny_checkpoint), *arguments)
     assert main(["bench", *chosen, "--codes", "4", "--batch", "1", "--repeats", "1", "--device", "cpu"]) == 0
     assert set(asked) == {guessed}
