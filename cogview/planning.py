@@ -30,7 +30,7 @@ LEAST_SPARE = {"cpu": 8_000_000, "cuda": 256_000_000, "mps": 256_000_000}
 # (scripts/benchmarks/planned_batch.py). From so many bytes on they get pages of their own, and beyond so many free ones
 # at its end the heap shrinks.
 OWN_PAGES_FROM = 4 << 20
-HEAP_SHRINKS_FROM = 16 << 20
+HEAP_SHRINKS_FROM = 4 << 20
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 log = logging.getLogger(__name__)
 

@@ -221,6 +221,22 @@ def test_as_much_is_alive_as_given_jobs_are_said_to_take(
     assert 0.95 * alive.most <= said <= 1.1 * alive.most + workspace
 
 
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="layers are packed by MKL")
+@torch.inference_mode()
+def test_lean_layers_hold_no_more_than_the_modules():
+    """Their locals once kept what attention and MLP had in between until the next layer: a third more at the peak."""
+    transformer, ids_BT = Transformer(SHAPE).eval(), torch.zeros(4, 64, dtype=torch.int64)
+    most = []
+    for pack in (False, True):
+        if pack:
+            transformer.pack()
+            transformer.hidden(ids_BT)  # makes the copies that are kept
+        with Alive(transformer.parameters()) as alive:
+            transformer.hidden(ids_BT)
+        most.append(alive.most)
+    assert most[1] <= most[0]
+
+
 @pytest.mark.usefixtures("plain_cpu")
 def test_codes_told_in_windows_take_what_is_said():
     config, rows = config_of(8192), 4
