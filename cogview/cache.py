@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cogview.config import TransformerConfig
-from cogview.kernels.attention import attention, attention_int8, attention_shared, quantize_per_position
+from cogview.kernels.attention import attention
+from cogview.kernels.decode_attention import Beginning, decode_attention, quantize_per_position
 
 
 class KVCache:
@@ -73,23 +74,21 @@ class KVCache:
             layer_2BHSK.narrow(3, self.length, length).copy_(kv_2BHTK)
             keys, values = layer_2BHSK.narrow(3, 0, end).unbind(0)
             return attention(q_BHTK, keys, values, bias_B1TS)
-        if self.beginning is None:
-            self._store(layer, kv_2BHTK, slice(self.length, end))
-        elif end <= self.beginning.max_length:
-            return self.beginning.attend(layer, q_BHTK, kv_2BHTK, bias_B1TS)
-        else:
+        skipped = 0
+        if self.beginning is not None:
             skipped = self.beginning.max_length
-            self._store(layer, kv_2BHTK, slice(self.length - skipped, end - skipped))
-            beginning_2PHCK = self.beginning._plain(layer, len(self.beginning.stored[layer, 0]), skipped)
-            keys, values = self._plain(layer, len(q_BHTK), end - skipped)
-            return attention_shared(q_BHTK, beginning_2PHCK, keys, values, bias_B1TS, self._members_PN, self._slots_B)
-        if self.scales is None:
-            keys, values = self._plain(layer, len(q_BHTK), end)
+            if end <= skipped:
+                return self.beginning.attend(layer, q_BHTK, kv_2BHTK, bias_B1TS)
+        self._store(layer, kv_2BHTK, slice(self.length - skipped, end - skipped))
+        keys, values = self.stored[layer, :, :rows, :, : end - skipped]
+        if self._is_plain:
             return attention(q_BHTK, keys, values, bias_B1TS)
-        (keys, values), (key_scales, value_scales) = (
-            tensor[layer, :, : len(q_BHTK), :, :end] for tensor in (self.stored, self.scales)
-        )
-        return attention_int8(q_BHTK, keys, key_scales, values, value_scales, bias_B1TS)
+        scales = None
+        if self.scales is not None:
+            key_scales, value_scales = self.scales[layer, :, :rows, :, : end - skipped]
+            scales = (key_scales, value_scales)
+        beginning = None if self.beginning is None else self.beginning._shared(layer, self._members_PN, self._slots_B)
+        return decode_attention(q_BHTK, keys, values, bias_B1TS, scales=scales, beginning=beginning)
 
     def advance(self, count: int) -> None:
         """The last ``count`` positions given to every layer are now past."""
@@ -116,12 +115,11 @@ class KVCache:
                 rows_B1 = torch.arange(part_2BHTK.shape[1], device=tensor.device).unsqueeze(1)
                 layer_2BHSK.transpose(2, 3)[:, rows_B1, self.places_BT] = part_2BHTK.transpose(2, 3)
 
-    def _plain(self, layer: int, rows: int, end: int) -> Tensor:
-        """Keys and values (2, B, H, S, K) as numbers to multiply: where they are rounded, a copy."""
-        stored_2BHSK = self.stored[layer, :, :rows, :, :end]
-        if self.scales is None:
-            return stored_2BHSK
-        return stored_2BHSK.to(self.dtype) * self.scales[layer, :, :rows, :, :end]
+    def _shared(self, layer: int, members_PN: Tensor, slots_B: Tensor) -> Beginning:
+        """All that is stored of ``layer``, for rows that have it in common."""
+        keys, values = self.stored[layer]
+        scales = None if self.scales is None else (self.scales[layer, 0], self.scales[layer, 1])
+        return Beginning(keys, values, members_PN, slots_B, scales)
 
 
 def _grouped(beginnings: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -436,7 +436,7 @@ def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> 
     While a block is made, the one before it is still there.
     """
     if packs_on(dtype, device_type):
-        return 2 * PACKED_AT_ONCE * 4 * config.width * 4  # a copy of the widest input, and a part of the widest output
+        return PACKED_AT_ONCE * 4 * config.width * 4  # a copy of the widest input
     if not _may_unpack(dtype, device_type):
         return 0
     copies, most = UNPACKED_COPIES[dtype], 0
@@ -631,15 +631,12 @@ def _reading_bytes(
 
     scores = 4 * rows * config.num_heads * read.new * read.so_far
     attending = ATTENTION_WIDTHS * width
-    if beginning is not None:
-        num_beginnings, length = beginning
-        of_beginnings = own = 0
-        if int8_cache:  # keys and values as numbers, before and after they are scaled
-            of_beginnings = 2 * num_beginnings * length * config.width * size
-            own = 2 * rows * (read.so_far - length) * config.width * size
-        attending += of_beginnings + max(of_beginnings, 2 * own, own + RELAXED_SCORES * scores)
-    elif int8_cache:  # keys, and after them values, as numbers
-        attending += max(RELAXED_SCORES * scores, 2 * scores + rows * read.so_far * config.width * size)
+    if int8_cache or beginning is not None:
+        copied = 0
+        if int8_cache:  # keys, and after them values, as numbers: those of beginnings, then those of the rows
+            num_beginnings, length = beginning or (0, 0)
+            copied = max(num_beginnings * length, rows * (read.so_far - length)) * config.width * size
+        attending += max(RELAXED_SCORES * scores, 2 * scores + copied)
 
     bias = (rows if padded else 1) * read.new * read.so_far
     alone = bias * max(size + 3, 2 * size + 1)  # while it is made: three times as booleans, or twice as numbers

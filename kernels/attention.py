@@ -2,30 +2,34 @@
 
 ``attention`` is what the model calls. The readable reference is the specification; PyTorch's fused attention is the
 fast path and equal in meaning: it keeps its scores in float32, where the relaxation changes nothing. Where a CPU
-trains on short rows the reference is the faster one (``scripts/benchmarks/attention_training.py``). The choice is made
-here and nowhere else; ``COGVIEW_KERNELS=reference|torch`` forces it.
+trains on short rows the reference is the faster one (``scripts/benchmarks/attention_training.py``). The kernels of
+``attention_triton.py`` run where they are asked for (``choice.py``).
 
-Two more forms are for decoding: ``attention_shared``, of rows that begin alike and keep one copy of that beginning, and
-``attention_int8``, over keys and values that were rounded.
+What PB-relax is good for: softmax(QK^T / sqrt(K)) is the same number as softmax of it in any fused kernel that adds up
+in float32. Where products are added up in float16, the scores that overflow are 32 times larger with it: 2,096,128
+instead of 65,504. Such are the tensor cores of cards without bfloat16 at their best speed, and scores that are stored
+in float16, as those of the reference.
+
+What is for decoding, of rows that begin alike and over keys and values that were rounded, is in
+``decode_attention.py``.
 """
 
 # B batch, H heads, T new positions (queries), S positions in all (keys), K size of a head
-# P beginnings, N rows that share one (at most), C positions of a beginning
 from __future__ import annotations
 
-import functools
-import logging
 import math
-import os
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import functional as F
 
+from cogview.kernels.checks import check_like, check_whole
+from cogview.kernels.choice import choose
+
 ALPHA = 32.0
+FEW = 32  # queries that are told from what is cached: another kernel is for these
 SHORT = 128  # keys; on a CPU the reference trains faster at 84 and slower from 256 on, so the border lies between
-log = logging.getLogger(__name__)
 
 
 def attention_bias(key_bias_BS: Tensor, queries_BT: Tensor) -> Tensor:
@@ -48,20 +52,53 @@ def causal_bias(num_queries: int, num_keys: int, device: torch.device, dtype: to
     return attention_bias(torch.zeros(1, num_keys, device=device, dtype=dtype), queries_1T)
 
 
-def attention_reference(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
+def attention_reference(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    bias_B1TS: Tensor | None = None,
+    *,
+    starts_B: Tensor | None = None,
+    prefixes_B: Tensor | None = None,
+    lengths_B: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    accumulate: str = "float32",
+) -> Tensor:
     """softmax((QK^T / (alpha sqrt(K)) - max) * alpha) V, (B, H, T, K) (PB-relax, arXiv:2105.13290, section 2.4).
 
     Equal to softmax(QK^T / sqrt(K)) V, but no score exceeds |qk| / (alpha sqrt(K)): q is divided before the product,
-    and the maximum goes before alpha comes back.
+    and the maximum goes before alpha comes back. Products are in the dtype of the inputs, whatever ``accumulate`` is.
     """
     if bias_B1TS is None:
-        bias_B1TS = causal_bias(q_BHTK.shape[2], k_BHSK.shape[2], q_BHTK.device, q_BHTK.dtype)
-    weights_BHTS = _relaxed_softmax(_relaxed_scores(q_BHTK, k_BHSK), bias_B1TS)
+        bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], starts_B, prefixes_B, lengths_B)
+    weights_BHTS = relaxed_softmax(relaxed_scores(q_BHTK, k_BHSK), bias_B1TS)
+    if dropout:
+        weights_BHTS = weights_BHTS * kept_weights(weights_BHTS.shape, dropout, seed, q_BHTK.device)
     return weights_BHTS.to(v_BHSK.dtype) @ v_BHSK
 
 
-def attention_torch(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
-    """The same by PyTorch's fused attention."""
+def attention_torch(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    bias_B1TS: Tensor | None = None,
+    *,
+    starts_B: Tensor | None = None,
+    prefixes_B: Tensor | None = None,
+    lengths_B: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    accumulate: str = "float32",
+) -> Tensor:
+    """The same by PyTorch's fused attention, which always adds up in float32.
+
+    Its dropout is not a function of the place, so with dropout the reference runs.
+    """
+    if bias_B1TS is None and not (starts_B is prefixes_B is lengths_B is None):
+        bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], starts_B, prefixes_B, lengths_B)
+    if dropout:
+        return attention_reference(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, dropout=dropout, seed=seed)
     num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
     if bias_B1TS is None and 1 < num_queries < num_keys:
         bias_B1TS = causal_bias(num_queries, num_keys, q_BHTK.device, q_BHTK.dtype)
@@ -73,105 +110,157 @@ def attention_torch(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: T
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias_B1TS, is_causal=causal)
 
 
-IMPLEMENTATIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]] = {
-    "reference": attention_reference,
-    "torch": attention_torch,
-}
-
-
-@functools.cache
-def chosen_implementation(case: str = "usual") -> str:
-    """The name of the implementation in use, decided at the first call of each case and logged.
-
-    The cases are "usual" and "short training on a CPU".
-    """
-    name = os.environ.get("COGVIEW_KERNELS") or ("torch" if case == "usual" else "reference")
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"COGVIEW_KERNELS={name!r} is unknown; known: {', '.join(IMPLEMENTATIONS)}")
-    log.info("attention: %s (%s)", name, case)
-    return name
-
-
-def attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, bias_B1TS: Tensor | None = None) -> Tensor:
+def attention(
+    q_BHTK: Tensor,
+    k_BHSK: Tensor,
+    v_BHSK: Tensor,
+    bias_B1TS: Tensor | None = None,
+    *,
+    starts_B: Tensor | None = None,
+    prefixes_B: Tensor | None = None,
+    lengths_B: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    accumulate: str = "float32",
+) -> Tensor:
     """Attention of the last T of S positions, (B, H, T, K); scores are scaled by 1 / sqrt(K).
 
-    ``bias_B1TS``, of the dtype of the queries, is added to the scores (``attention_bias``); without it attention is
-    causal. Equal to the reference up to the rounding of the dtype.
+    A query sees the keys up to its own, from ``starts_B`` on (padding on the left), all below ``prefixes_B``, none from
+    ``lengths_B`` on (padding on the right), and always itself; each is int64 (B,), by default 0, 0 and S. Or
+    ``bias_B1TS``, of the dtype of the queries, is added to the scores and says all that there is to say
+    (``attention_bias``). ``dropout`` is the share of weights that are dropped, chosen by ``seed`` and place alone.
+    ``accumulate="float16"`` allows kernels for float16 to add up in it, which is faster on some cards. Equal to the
+    reference up to the rounding of the dtype; ValueError for shapes, dtypes, devices and numbers that do not fit.
     """
-    num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
-    if num_queries > num_keys:
-        raise ValueError(f"{num_queries} queries cannot be the last of {num_keys} keys")
-    short = q_BHTK.requires_grad and num_keys <= SHORT and q_BHTK.device.type == "cpu"
-    case = "short training on a CPU" if short else "usual"
-    return IMPLEMENTATIONS[chosen_implementation(case)](q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
+    num_keys = k_BHSK.shape[-2]
+    if q_BHTK.shape[-2] > num_keys:
+        raise ValueError(f"{q_BHTK.shape[-2]} queries cannot be the last of {num_keys} keys")
+    device_type = q_BHTK.device.type
+    if device_type == "cpu" and num_keys <= SHORT and q_BHTK.requires_grad:
+        name = choose("attention, short training", device_type, usual="reference")
+    else:
+        name = choose("attention", device_type)
+    if name == "torch" and starts_B is prefixes_B is lengths_B is None and not dropout:  # the usual case, at once
+        return attention_torch(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
+    implementation: Callable[..., Tensor]
+    if name == "triton":
+        limited = not (starts_B is prefixes_B is lengths_B is None)
+        if q_BHTK.shape[-2] <= FEW and not (limited or dropout or q_BHTK.requires_grad):
+            from cogview.kernels.decode_attention_triton import decode_attention_triton
+
+            return decode_attention_triton(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
+        from cogview.kernels.attention_triton import attention_triton as implementation
+    else:
+        check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, starts_B, prefixes_B, lengths_B, dropout, accumulate)
+        implementation = attention_torch if name == "torch" else attention_reference
+    limits = {"starts_B": starts_B, "prefixes_B": prefixes_B, "lengths_B": lengths_B}
+    return implementation(
+        q_BHTK, k_BHSK, v_BHSK, bias_B1TS, **limits, dropout=dropout, seed=seed, accumulate=accumulate
+    )
 
 
-def attention_shared(
+def check_inputs(
     q_BHTK: Tensor,
-    beginning_2PHCK: Tensor,
     k_BHSK: Tensor,
     v_BHSK: Tensor,
     bias_B1TS: Tensor | None,
-    members_PN: Tensor,
-    slots_B: Tensor,
-) -> Tensor:
-    """``attention`` over C keys and values of a beginning that several rows share, and S of a row's own: (B, H, T, K).
+    starts_B: Tensor | None,
+    prefixes_B: Tensor | None,
+    lengths_B: Tensor | None,
+    dropout: float,
+    accumulate: str,
+) -> None:
+    """ValueError for what ``attention`` does not take."""
+    if q_BHTK.ndim != 4:
+        raise ValueError(f"q_BHTK must be (B, H, T, K), got {tuple(q_BHTK.shape)}")
+    rows, heads, num_queries, size = q_BHTK.shape
+    num_keys = k_BHSK.shape[2] if k_BHSK.ndim == 4 else num_queries
+    check_like("k_BHSK", k_BHSK, "q", q_BHTK, (rows, heads, num_keys, size))
+    check_like("v_BHSK", v_BHSK, "q", q_BHTK, (rows, heads, num_keys, size))
+    if not 1 <= num_queries <= num_keys:
+        raise ValueError(f"q_BHTK: {num_queries} queries cannot be the last of {num_keys} keys")
+    limits = {
+        "starts_B": (starts_B, num_keys - 1),
+        "prefixes_B": (prefixes_B, num_keys),
+        "lengths_B": (lengths_B, num_keys),
+    }
+    for name, (limit, most) in limits.items():
+        if limit is not None:
+            check_whole(name, limit, q_BHTK.device, (rows,), most)
+            if bias_B1TS is not None:
+                raise ValueError(
+                    f"{name} and bias_B1TS were both given; the bias says where to look, so give one of them"
+                )
+    if bias_B1TS is not None:
+        allowed = [(b, 1, t, num_keys) for b in {1, rows} for t in {1, num_queries}]
+        if tuple(bias_B1TS.shape) not in allowed or bias_B1TS.device != q_BHTK.device:
+            raise ValueError(
+                f"bias_B1TS must be ({rows} or 1, 1, {num_queries} or 1, {num_keys}) on {q_BHTK.device}, "
+                f"got {tuple(bias_B1TS.shape)} on {bias_B1TS.device}"
+            )
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
+    if accumulate not in ("float32", "float16"):
+        raise ValueError(f"accumulate must be float32 or float16, got {accumulate!r}")
+    if accumulate == "float16" and q_BHTK.dtype != torch.float16:
+        raise ValueError(f"accumulate=float16 is for float16, got q_BHTK in {q_BHTK.dtype}")
 
-    ``members_PN`` (int64) are the rows that have each beginning, any row where there are fewer than N; row b stands at
-    ``slots_B[b]`` of it, flattened. ``bias_B1TS`` is over C + S positions. Each beginning is read once for all its
-    rows, and nothing is copied.
+
+def _mask(
+    q_BHTK: Tensor, num_keys: int, starts_B: Tensor | None, prefixes_B: Tensor | None, lengths_B: Tensor | None
+) -> Tensor:
+    """The bias (B or 1, 1, T, S) that says what ``attention`` says in words."""
+    num_queries, device = q_BHTK.shape[2], q_BHTK.device
+    if starts_B is prefixes_B is lengths_B is None:
+        return causal_bias(num_queries, num_keys, device, q_BHTK.dtype)
+    keys_S = torch.arange(num_keys, device=device)
+    queries_T1 = keys_S[num_keys - num_queries :].unsqueeze(1)
+    seen_BTS = (keys_S <= queries_T1).unsqueeze(0)
+    if prefixes_B is not None:
+        seen_BTS = seen_BTS | (keys_S < prefixes_B[:, None, None])
+    if starts_B is not None:
+        seen_BTS = seen_BTS & (keys_S >= starts_B[:, None, None])
+    if lengths_B is not None:
+        seen_BTS = seen_BTS & (keys_S < lengths_B[:, None, None])
+    seen_BTS = seen_BTS | (keys_S == queries_T1)
+    return (
+        torch.zeros(seen_BTS.shape, device=device, dtype=q_BHTK.dtype).masked_fill(~seen_BTS, -torch.inf).unsqueeze(1)
+    )
+
+
+def fold_seed(seed: int) -> int:
+    """``seed`` as a signed number of 32 bits."""
+    return ((seed ^ seed >> 32) + 2**31) % 2**32 - 2**31
+
+
+def kept_weights(shape: Size, dropout: float, seed: int, device: torch.device) -> Tensor:
+    """Float32 (B, H, T, S): 0 for the share ``dropout`` of places, 1 / (1 - dropout) for the others.
+
+    A place is its row, head, query and key; its noise is made of their numbers and the seed, so a kernel that never
+    stores it makes the same.
     """
-    heads, num_queries = q_BHTK.shape[1:3]
-    num_beginnings, num_members = members_PN.shape
-    keys_PHCK, values_PHCK = beginning_2PHCK
-    length = keys_PHCK.shape[2]
-
-    def together(x_BHTX: Tensor) -> Tensor:
-        """(B, H, T, X) as (P, H, N T, X)."""
-        x_PNHTX = x_BHTX[members_PN]
-        return x_PNHTX.transpose(1, 2).reshape(num_beginnings, heads, num_members * num_queries, x_BHTX.shape[-1])
-
-    def apart(x_PHMX: Tensor) -> Tensor:
-        """The way back."""
-        x_PHNTX = x_PHMX.view(num_beginnings, heads, num_members, num_queries, x_PHMX.shape[-1])
-        return x_PHNTX.transpose(1, 2).flatten(0, 1)[slots_B]
-
-    scores = torch.cat([apart(_relaxed_scores(together(q_BHTK), keys_PHCK)), _relaxed_scores(q_BHTK, k_BHSK)], dim=-1)
-    if bias_B1TS is None:
-        bias_B1TS = causal_bias(num_queries, scores.shape[-1], q_BHTK.device, q_BHTK.dtype)
-    weights_BHTS = _relaxed_softmax(scores, bias_B1TS).to(q_BHTK.dtype)
-    of_beginning, own = weights_BHTS[..., :length], weights_BHTS[..., length:]
-    return apart(together(of_beginning) @ values_PHCK) + own @ v_BHSK
+    rows, heads, num_queries, num_keys = shape
+    keys_S = torch.arange(num_keys, device=device)
+    queries_T = keys_S[num_keys - num_queries :]
+    row_heads_BH1 = torch.arange(rows * heads, device=device).view(rows, heads, 1)
+    lines_BHT = _mixed_bits(_mixed_bits((fold_seed(seed) + queries_T) % 2**32) ^ row_heads_BH1)
+    noise_BHTS = _mixed_bits(lines_BHT.unsqueeze(-1) ^ keys_S) >> 8
+    return (noise_BHTS < (1 - dropout) * 2**24).float() / (1 - dropout)
 
 
-def quantize_per_position(x_K: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 (..., K) and a scale (..., 1) in the dtype of ``x_K``: one for each position of each head."""
-    scale = (x_K.abs().amax(dim=-1, keepdim=True) / 127).clamp_(min=torch.finfo(x_K.dtype).tiny)
-    return (x_K / scale).round_().clamp_(-127, 127).to(torch.int8), scale
+def _mixed_bits(x: Tensor) -> Tensor:
+    """32 bits (in int64) in which every bit of ``x`` has a say: "lowbias32" of C. Wellons' hash prospector."""
+    x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+    x = (x ^ x >> 15) * 0x846CA68B % 2**32
+    return x ^ x >> 16
 
 
-def attention_int8(
-    q_BHTK: Tensor,
-    k_BHSK: Tensor,
-    k_scale_BHS1: Tensor,
-    v_BHSK: Tensor,
-    v_scale_BHS1: Tensor,
-    bias_B1TS: Tensor | None = None,
-) -> Tensor:
-    """``attention`` over keys and values of ``quantize_per_position``; scales are applied to scores and weights."""
-    if bias_B1TS is None:
-        bias_B1TS = causal_bias(q_BHTK.shape[2], k_BHSK.shape[2], q_BHTK.device, q_BHTK.dtype)
-    scores = _relaxed_scores(q_BHTK, k_BHSK.to(q_BHTK.dtype)) * k_scale_BHS1.transpose(-1, -2).float()
-    weights = _relaxed_softmax(scores, bias_B1TS) * v_scale_BHS1.transpose(-1, -2).float()
-    return weights.to(q_BHTK.dtype) @ v_BHSK.to(q_BHTK.dtype)
-
-
-def _relaxed_scores(q: Tensor, k: Tensor) -> Tensor:
+def relaxed_scores(q: Tensor, k: Tensor) -> Tensor:
     """QK^T / (alpha sqrt(K)) in float32."""
     return ((q / (ALPHA * math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)).float()
 
 
-def _relaxed_softmax(scores_BHTS: Tensor, bias_B1TS: Tensor) -> Tensor:
+def relaxed_softmax(scores_BHTS: Tensor, bias_B1TS: Tensor) -> Tensor:
     """softmax(alpha * scores + bias), in float32; the maximum goes first."""
     scores_BHTS = scores_BHTS + bias_B1TS.float() / ALPHA
     return ((scores_BHTS - scores_BHTS.amax(dim=-1, keepdim=True)) * ALPHA).softmax(dim=-1)

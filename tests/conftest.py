@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import struct
 import zlib
@@ -13,15 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from cogview.data.emoji.things import Thing
 from cogview.data.emoji.world import World, WorldSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cogview.pipeline import CogView
+
+# Without a GPU Triton's kernels are interpreted, which Triton looks at when they are imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # How the released text model splits 一只可爱的小猫坐在窗台上 and 一只猫, and the ids of those pieces.
 RELEASED_PIECES = {15955: "▁一只", 32637: "可爱的小", 44506: "猫", 3500: "坐在", 44893: "窗", 9388: "台上"}
@@ -59,8 +64,6 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Tests share it: copy it before changing anything in it.
     """
-    import torch
-
     from cogview.checkpoints.folder import Model, ModelConfig, NamedThing, save_model
     from cogview.checkpoints.image import codebook_hash
     from cogview.config import TransformerConfig
@@ -190,8 +193,6 @@ class Release:
         ``prefix`` goes before every name, ``tracker`` is what the tracker file says, ``legacy`` writes the layout
         before torch 1.6, and ``extra`` stands beside the weights in each file of the transformer.
         """
-        import torch
-
         dtype = torch.float16 if half else torch.float32
         place = folder / "transformer" / tracker
         place.mkdir(parents=True)
@@ -284,8 +285,6 @@ def _image_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 def _normal(name: str, shape: tuple[int, ...], std: float) -> Tensor:
     """N(0, std) noise that depends on the released name of the tensor alone."""
-    import torch
-
     generator = torch.Generator().manual_seed(zlib.crc32(f"0:{name}".encode()))
     return torch.randn(shape, generator=generator) * std
 

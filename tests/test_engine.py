@@ -10,6 +10,7 @@ from cogview.config import TransformerConfig
 from cogview.easels import Job, Stopped
 from cogview.engine import fill, score, search
 from cogview.kernels.attention import attention_bias
+from cogview.kernels.choice import choose
 from cogview.sampling import GREEDY, Sampling, filter_logits, keyed_gumbel, noise_keys
 from cogview.tapes import Tapes
 from cogview.tokenizers.layouts import layouts, pad_left
@@ -24,13 +25,17 @@ SHORT, LONG = [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 35]
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
+    return lively(width=32)
+
+
+def lively(width: int) -> Transformer:
     """Weights well above those of a fresh model, so that a wrong context draws other ids.
 
     The embedding is smaller: tied to the output, it would have the model repeat the last id.
     """
     generator = torch.Generator().manual_seed(0)
     config = TransformerConfig(
-        num_layers=2, width=32, num_heads=4, vocabulary_size=VOCABULARY.padded_size, max_positions=96
+        num_layers=2, width=width, num_heads=4, vocabulary_size=VOCABULARY.padded_size, max_positions=96
     )
     transformer = Transformer(config).eval()
     with torch.no_grad():
@@ -90,6 +95,27 @@ def fill_without_cache(transformer, one):
         if permitted[chosen] == row.stop:
             break
     return ids.tolist(), log_p
+
+
+# --- kernels ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("int8_cache", [False, True])
+def test_triton_kernels_draw_the_same_codes(monkeypatch, int8_cache):
+    """Through the prefill of padded rows, a beginning that two of them share, and single steps."""
+    pytest.importorskip("triton")
+    transformer = lively(width=64)  # heads of 16, the smallest that the kernels are for
+    image = np.ma.masked_all(64, dtype=np.int64)
+    image[:62] = np.arange(62)
+    rows = [draw_row(LONG, image), draw_row(LONG, image), draw_row(SHORT, image)]
+    jobs = [job_of(row, seed=3, image=index) for index, row in enumerate(rows)]
+    drawn = []
+    for name in ("torch", "triton"):
+        monkeypatch.setenv("COGVIEW_KERNELS", name)
+        choose.cache_clear()
+        drawn.append([filled.ids.tolist() for filled in fill(transformer, VOCABULARY, jobs, int8_cache=int8_cache)])
+    choose.cache_clear()
+    assert drawn[0] == drawn[1]
 
 
 # --- a row is what it is alone ------------------------------------------------------------------------------------

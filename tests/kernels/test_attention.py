@@ -1,30 +1,51 @@
-"""Causal attention: both implementations against float64, and scores that overflow half precision."""
+"""Causal attention: all implementations against float64, and scores that overflow half precision."""
 
 # B batch, H heads, T new positions (queries), S positions in all (keys), K size of a head
 
-import logging
 import math
+from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
-from cogview.kernels import attention as module
 from cogview.kernels.attention import (
     attention,
     attention_bias,
-    attention_int8,
     attention_reference,
-    attention_shared,
     attention_torch,
-    quantize_per_position,
+    kept_weights,
 )
+from cogview.kernels.choice import choose
 
-both = pytest.mark.parametrize("implementation", [attention_reference, attention_torch])
+CPU = torch.device("cpu")
+BFLOAT16 = pytest.param(torch.bfloat16, 3e-2, id="bfloat16")
 
 
-def random_qkv(num_queries, num_keys, dtype=torch.float32, batch=2):
+def attention_triton(*inputs, **settings):
+    """The kernels, in Triton's interpreter where there is no GPU."""
+    from cogview.kernels import attention_triton as kernels
+
+    if torch.cuda.is_available():
+        inputs = [None if tensor is None else tensor.cuda() for tensor in inputs]
+        settings = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in settings.items()}
+    return kernels.attention_triton(*inputs, **settings).cpu()
+
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+triton = pytest.param(attention_triton, marks=needs_triton)
+every = pytest.mark.parametrize("implementation", [attention_reference, attention_torch, triton])
+
+
+def random_qkv(num_queries, num_keys, dtype=torch.float32, batch=2, heads=2, size=16):
     generator = torch.Generator().manual_seed(num_keys)
-    return tuple(torch.randn(batch, 2, n, 16, generator=generator).to(dtype) for n in (num_queries, num_keys, num_keys))
+    lengths = (num_queries, num_keys, num_keys)
+    return tuple(torch.randn(batch, heads, n, size, generator=generator).to(dtype) for n in lengths)
+
+
+def skip_what_is_not_interpreted(implementation, dtype):
+    if implementation is attention_triton and dtype == torch.bfloat16 and not torch.cuda.is_available():
+        pytest.skip("Triton's interpreter knows no bfloat16")
 
 
 def bias_of(starts, num_queries, num_keys, dtype=torch.float32, weights=None):
@@ -38,15 +59,17 @@ def bias_of(starts, num_queries, num_keys, dtype=torch.float32, weights=None):
     return attention_bias(key_bias.to(dtype), queries)
 
 
-def expected_by_loops(q, k, v, starts=None):
-    """Plain softmax attention in float64, a query at a time, without a mask: each sees a slice of the keys."""
+def expected_by_loops(q, k, v, starts=None, prefixes=None, lengths=None):
+    """Plain softmax attention in float64, a query at a time, without a mask: each sees a choice of the keys."""
     q, k, v = q.double(), k.double(), v.double()
     offset, out = k.shape[2] - q.shape[2], torch.zeros_like(q)
     for row in range(len(q)):
-        start = 0 if starts is None else int(starts[row])
+        start, prefix = (0 if limit is None else int(limit[row]) for limit in (starts, prefixes))
+        length = k.shape[2] if lengths is None else int(lengths[row])
         for query in range(q.shape[2]):
             place = offset + query
-            seen = slice(min(start, place), place + 1)  # a padded query sees itself alone
+            seen = [key for key in range(start, length) if key <= place or key < prefix]
+            seen = sorted({*seen, place})  # a padded query sees itself alone
             scores = torch.einsum("hk,hsk->hs", q[row, :, query], k[row, :, seen]) / math.sqrt(q.shape[-1])
             out[row, :, query] = torch.einsum("hs,hsk->hk", scores.softmax(dim=-1), v[row, :, seen])
     return out
@@ -56,33 +79,34 @@ def expected_by_loops(q, k, v, starts=None):
 def fresh_choice(monkeypatch):
     """The choice of implementation is remembered for the life of a process: forget it before and after."""
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
-    module.chosen_implementation.cache_clear()
+    choose.cache_clear()
     yield monkeypatch
-    module.chosen_implementation.cache_clear()
+    choose.cache_clear()
 
 
-@both
+@every
 @pytest.mark.parametrize(
     ("num_queries", "num_keys"),
     [(1, 1), (1, 7), (7, 7), (3, 7), (65, 65), (9, 65), (1, 257), (257, 257)],
 )
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.float16, 4e-3), BFLOAT16])
 def test_matches_float64(implementation, num_queries, num_keys, padded, dtype, atol):
-    q, k, v = random_qkv(num_queries, num_keys, dtype)
+    skip_what_is_not_interpreted(implementation, dtype)
+    q, k, v = random_qkv(num_queries, num_keys, dtype, heads=1 if num_keys > 65 else 2)
     starts = torch.tensor([0, num_keys // 3]) if padded else None
     result = implementation(q, k, v, bias_of(starts, num_queries, num_keys, dtype))
     assert result.dtype == dtype
     torch.testing.assert_close(result.double(), expected_by_loops(q, k, v, starts), atol=atol, rtol=0)
 
 
-@both
+@every
 def test_matches_float64_over_a_whole_training_sequence(implementation):
-    q, k, v = random_qkv(1089, 1089, batch=1)
+    q, k, v = random_qkv(1089, 1089, batch=1, heads=1)
     torch.testing.assert_close(implementation(q, k, v).double(), expected_by_loops(q, k, v), atol=2e-6, rtol=0)
 
 
-@both
+@every
 def test_padding_into_the_new_positions_stays_finite(implementation):
     """A short row beside a long prompt: its padding reaches into the queries, whose softmax must not be empty."""
     q, k, v = random_qkv(5, 7)
@@ -92,7 +116,7 @@ def test_padding_into_the_new_positions_stays_finite(implementation):
     torch.testing.assert_close(result[1, :, :2], v[1, :, 2:4], atol=2e-6, rtol=0)  # each padded query sees itself
 
 
-@both
+@every
 def test_what_is_padding_changes_nothing(implementation):
     q, k, v = random_qkv(7, 7)
     bias = bias_of(torch.tensor([3, 0]), 7, 7)
@@ -101,26 +125,71 @@ def test_what_is_padding_changes_nothing(implementation):
     torch.testing.assert_close(implementation(q, k, v, bias)[0, :, 3:], before[0, :, 3:], atol=0, rtol=0)
 
 
+LIMITS = {
+    "starts": {"starts_B": [0, 130]},
+    "prefixes": {"prefixes_B": [100, 0]},
+    "no_prefix_and_all": {"prefixes_B": [0, 131]},
+    "lengths": {"lengths_B": [70, 131]},
+    "all": {"starts_B": [3, 66], "prefixes_B": [70, 68], "lengths_B": [100, 129]},
+    "one_key": {"starts_B": [5, 7], "lengths_B": [6, 8]},
+}
+
+
+@every
+@pytest.mark.parametrize("num_queries", [131, 3])
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 3e-6), (torch.float16, 4e-3)])
+def test_a_row_sees_its_prefix_and_none_of_its_padding(implementation, limits, num_queries, dtype, atol):
+    q, k, v = random_qkv(num_queries, 131, dtype, heads=1)
+    limits = {name: torch.tensor(numbers) for name, numbers in limits.items()}
+    expected = expected_by_loops(q, k, v, *(limits.get(name) for name in ("starts_B", "prefixes_B", "lengths_B")))
+    torch.testing.assert_close(implementation(q, k, v, **limits).double(), expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", [attention_torch, triton])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(7, 7), (2, 7)])
-def test_gradients_of_the_fast_path_are_the_reference_s(num_queries, num_keys, padded):
-    bias = bias_of(torch.tensor([0, 2]) if padded else None, num_queries, num_keys, torch.float64)
-    gradients = []
-    for implementation in (attention_reference, attention_torch):
-        inputs = [tensor.double().requires_grad_() for tensor in random_qkv(num_queries, num_keys)]
-        out = implementation(*inputs, bias)
-        weights = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin()  # no two outputs count the same
-        gradients.append(torch.autograd.grad((out * weights).sum(), inputs))
-    for reference, fast in zip(*gradients, strict=True):
-        assert reference.abs().max() > 0.1
-        torch.testing.assert_close(fast, reference, atol=1e-6, rtol=1e-5)  # the reference has its scores in float32
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (7, 7), (2, 7), (65, 65), (5, 257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gradients_are_those_in_float64(implementation, num_queries, num_keys, padded, dtype):
+    """Off by no more than twice what the reference in the same dtype is off."""
+    given = random_qkv(num_queries, num_keys, dtype, heads=1 if num_keys > 7 else 2)
+    bias = bias_of(torch.tensor([0, num_keys // 3]) if padded else None, num_queries, num_keys, torch.float64)
+    exact = gradients_of(attention_reference, given, torch.float64, bias)
+    same = gradients_of(attention_reference, given, dtype, None if bias is None else bias.to(dtype))
+    found = gradients_of(implementation, given, dtype, None if bias is None else bias.to(dtype))
+    assert_as_exact(found, same, exact, dtype)
 
 
-@both
+@pytest.mark.parametrize("implementation", [attention_torch, triton])
+@pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
+def test_gradients_with_prefix_and_padding(implementation, limits):
+    given = random_qkv(130, 131, heads=1)
+    limits = {name: torch.tensor(numbers) for name, numbers in limits.items()}
+    exact = gradients_of(attention_reference, given, torch.float64, **limits)
+    same = gradients_of(attention_reference, given, torch.float32, **limits)
+    assert_as_exact(gradients_of(implementation, given, torch.float32, **limits), same, exact, torch.float32)
+
+
+def gradients_of(implementation, given, dtype, *bias, **settings):
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in given]
+    out = implementation(*inputs, *bias, **settings)
+    weights = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin().to(dtype)  # no two count the same
+    return torch.autograd.grad((out * weights).sum(), inputs)
+
+
+def assert_as_exact(found, same, exact, dtype):
+    for own, other, wanted in zip(found, same, exact, strict=True):
+        allowed = 2 * (other.double() - wanted).abs().max() + 4 * torch.finfo(dtype).eps
+        assert own.dtype == dtype
+        assert (own.double() - wanted).abs().max() <= allowed
+
+
+@every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("starts", [None, torch.tensor([2])])
 def test_scores_of_a_million_do_not_overflow(implementation, dtype, starts):
     """Keys 3 and 9 share the largest product, 2**20; the product itself would be infinite in float16."""
+    skip_what_is_not_interpreted(implementation, dtype)
     q = torch.full((1, 1, 65, 64), 128.0, dtype=dtype)
     k = torch.full((1, 1, 65, 64), 127.0, dtype=dtype)
     k[:, :, [3, 9]] = 128.0
@@ -138,7 +207,7 @@ def test_scores_of_a_million_do_not_overflow(implementation, dtype, starts):
     torch.testing.assert_close(result[0, 0, 9:].double(), halves.expand(56, 64), atol=8e-3, rtol=0)
 
 
-@both
+@every
 def test_negative_scores_of_a_million_do_not_overflow(implementation):
     q = torch.full((1, 1, 3, 64), -128.0, dtype=torch.float16)
     k = torch.full((1, 1, 3, 64), 128.0, dtype=torch.float16)
@@ -161,26 +230,6 @@ def test_bias_spelt_out():
     ]
 
 
-@pytest.mark.parametrize(("forced", "used"), [(None, "torch"), ("torch", "torch"), ("reference", "reference")])
-def test_choice_can_be_forced_and_is_logged_once(fresh_choice, caplog, forced, used):
-    if forced is not None:
-        fresh_choice.setenv("COGVIEW_KERNELS", forced)
-    called = []
-    fresh_choice.setitem(module.IMPLEMENTATIONS, used, lambda *inputs: called.append(inputs))
-    q, k, v = random_qkv(1, 3)
-    with caplog.at_level(logging.INFO):
-        attention(q, k, v)
-        attention(q, k, v, bias_of(torch.tensor([0, 1]), 1, 3))
-    assert [inputs[3] is None for inputs in called] == [True, False]
-    assert [record.getMessage() for record in caplog.records] == [f"attention: {used} (usual)"]
-
-
-def test_unknown_choice_is_an_error(fresh_choice):
-    fresh_choice.setenv("COGVIEW_KERNELS", "fastest")
-    with pytest.raises(ValueError, match="COGVIEW_KERNELS='fastest' is unknown; known: reference, torch"):
-        attention(*random_qkv(1, 3))
-
-
 def test_more_queries_than_keys_is_an_error():
     q, _, _ = random_qkv(4, 4)
     _, k, v = random_qkv(3, 3)
@@ -188,7 +237,7 @@ def test_more_queries_than_keys_is_an_error():
         attention(q, k, v)
 
 
-@both
+@every
 @pytest.mark.parametrize("num_queries", [1, 4, 9])
 @pytest.mark.parametrize("padded", [False, True])
 def test_a_bias_of_log_w_has_a_key_count_w_times(implementation, num_queries, padded):
@@ -207,38 +256,145 @@ def test_a_bias_of_log_w_has_a_key_count_w_times(implementation, num_queries, pa
             torch.testing.assert_close(result[row, :, query].double(), expected[0, :, 0], atol=2e-6, rtol=0)
 
 
-# --- for decoding -------------------------------------------------------------------------------------------------
+@every
+@pytest.mark.parametrize("size", [32, 40, 64, 128])
+def test_heads_of_any_size_and_tensors_that_are_not_contiguous(implementation, size):
+    """As the model has them: slices of one projection, and of a longer cache."""
+    generator = torch.Generator().manual_seed(size)
+    qkv = torch.randn(1, 65, 3, 2, size, generator=generator).permute(2, 0, 3, 1, 4)
+    longer = torch.randn(2, 1, 2, 80, size, generator=generator)
+    for q, k, v in (qkv, (qkv[0][:, :, :3], longer[0, :, :, :65], longer[1, :, :, 10:75])):
+        assert not k.is_contiguous()
+        torch.testing.assert_close(implementation(q, k, v).double(), expected_by_loops(q, k, v), atol=4e-6, rtol=0)
+    exact = gradients_of(attention_reference, qkv, torch.float64)
+    same = gradients_of(attention_reference, qkv, torch.float32)
+    assert_as_exact(gradients_of(implementation, qkv, torch.float32), same, exact, torch.float32)
 
 
-@pytest.mark.parametrize("num_queries", [1, 3])
-@pytest.mark.parametrize("padded", [False, True])
-def test_rows_that_share_a_beginning_are_rows_with_a_copy_of_it(num_queries, padded):
-    beginnings = [1, 0, 1, 1, 2]  # of five rows: one, three and one have each
+@every
+def test_dropout_is_a_function_of_seed_and_place(implementation):
+    """With queries of zeros all weights of a query are equal, and values that are one-hot show which ones are left."""
+    q, k, v = torch.zeros(2, 2, 64, 64), torch.zeros(2, 2, 64, 64), torch.eye(64).expand(2, 2, 64, 64)
+    left = implementation(q, k, v, dropout=0.25, seed=7)
+    seen = torch.ones(64, 64).tril()
+    kept = (left > 0) * seen
+    assert torch.equal(left > 0, kept_weights(left.shape, 0.25, 7, CPU) * seen > 0)
+    assert kept.sum() / (4 * seen.sum()) == pytest.approx(0.75, abs=0.02)
+    expected = kept / 0.75 / torch.arange(1, 65).view(64, 1)
+    torch.testing.assert_close(left, expected, atol=1e-6, rtol=0)
+    assert len({tuple(head.flatten().tolist()) for head in left.flatten(0, 1)}) == 4  # no two heads drop the same
+    assert torch.equal(left, implementation(q, k, v, dropout=0.25, seed=7))
+    assert not torch.equal(left, implementation(q, k, v, dropout=0.25, seed=8))
+
+
+@pytest.mark.parametrize("implementation", [triton])
+def test_gradients_with_dropout(implementation):
+    given = random_qkv(65, 65, heads=1)
+    exact = gradients_of(attention_reference, given, torch.float64, dropout=0.3, seed=-5)
+    same = gradients_of(attention_reference, given, torch.float32, dropout=0.3, seed=-5)
+    found = gradients_of(implementation, given, torch.float32, dropout=0.3, seed=-5)
+    assert_as_exact(found, same, exact, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what overflows does so in numpy
+@needs_triton
+@pytest.mark.parametrize("sign", [1, -1])
+def test_scores_of_a_million_added_up_in_float16(sign):
+    """Without PB-relax there is nothing but NaN; with it the result is that of float64, and gradients are finite."""
     generator = torch.Generator().manual_seed(0)
-    shared = torch.randn(2, 3, 2, 6, 16, generator=generator)
-    q, own_k, own_v = (torch.randn(5, 2, n, 16, generator=generator) for n in (num_queries, 4, 4))
-    k, v = (torch.cat([shared[i][beginnings], own], dim=2) for i, own in ((0, own_k), (1, own_v)))
-    bias = bias_of(torch.tensor([0, 2, 0, 0, 5]) if padded else None, num_queries, 10)
-    members = torch.tensor([[1, 0, 0], [0, 2, 3], [4, 0, 0]])
-    slots = torch.tensor([3, 0, 4, 5, 6])
-    result = attention_shared(q, shared, own_k, own_v, bias, members, slots)
-    torch.testing.assert_close(result, attention_reference(q, k, v, bias), atol=2e-6, rtol=0)
+    q = torch.full((1, 1, 70, 64), 352.0, dtype=torch.float16)
+    k = sign * torch.full((1, 1, 70, 64), 352.0, dtype=torch.float16)  # 64 * 352**2 / 8 is 991,232
+    k[:, :, 1::2] *= 0.5
+    v = torch.randn(1, 1, 70, 64, generator=generator).half()
+    assert attention_triton(q, k, v, accumulate="float16", relaxed=False).isnan().any()
+    inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
+    result = attention_triton(*inputs, accumulate="float16")
+    torch.testing.assert_close(result.double(), expected_by_loops(q, k, v), atol=4e-3, rtol=0)
+    for gradient in torch.autograd.grad(result.sum(), inputs):
+        assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.float16, 4e-3), (torch.bfloat16, 3e-2)])
-@pytest.mark.parametrize("num_queries", [1, 3])
-def test_rounded_keys_and_values_are_those_that_they_stand_for(num_queries, dtype, atol):
-    q, k, v = random_qkv(num_queries, 9, dtype)
-    (k8, k_scale), (v8, v_scale) = quantize_per_position(k), quantize_per_position(v)
-    assert k8.dtype == torch.int8
-    assert k_scale.shape == (2, 2, 9, 1)
-    restored = [k8.float() * k_scale.float(), v8.float() * v_scale.float()]
-    assert (restored[0] - k.float()).abs().amax() < 0.51 * k_scale.float().amax() + atol
-    result = attention_int8(q, k8, k_scale, v8, v_scale)
-    torch.testing.assert_close(result.double(), expected_by_loops(q, *restored), atol=atol, rtol=0)
+@needs_triton
+def test_added_up_in_float16_within_half_precision():
+    q, k, v = random_qkv(131, 131, torch.float16, size=64)
+    result = attention_triton(q, k, v, accumulate="float16")
+    torch.testing.assert_close(result.double(), expected_by_loops(q, k, v), atol=1e-2, rtol=0)
 
 
-def test_a_position_of_zeros_can_be_rounded():
-    rounded, scale = quantize_per_position(torch.zeros(1, 2, 3, 4))
-    assert not rounded.any()
-    assert scale.isfinite().all()
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
+def test_bfloat16_is_not_interpreted():
+    with pytest.raises(ValueError, match="q_BHTK is bfloat16, which Triton's interpreter computes wrongly"):
+        attention_triton(*random_qkv(7, 7, torch.bfloat16))
+
+
+@needs_triton
+def test_the_operation_is_one_that_pytorch_can_trace_compile_and_run_twice(device):
+    from cogview.kernels.attention_triton import _attend
+    from cogview.kernels.attention_triton import attention_triton as kernels
+
+    q, k, v = (tensor.to(device).requires_grad_() for tensor in random_qkv(5, 5, heads=1))
+    limits = torch.tensor([[0, 3], [2, 0], [5, 4]], device=device)
+    torch.library.opcheck(_attend, (q, k, v, limits, None, 0.25, 3, False, True), rtol=1e-4, atol=1e-5)
+
+    plain = torch.autograd.grad(kernels(q, k, v).square().sum(), (q, k, v))
+    compiled = torch.compile(kernels, backend="aot_eager", fullgraph=True)
+    again = torch.autograd.grad(checkpoint(kernels, q, k, v, use_reentrant=False).square().sum(), (q, k, v))
+    for one, two, three in zip(
+        plain, torch.autograd.grad(compiled(q, k, v).square().sum(), (q, k, v)), again, strict=True
+    ):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+
+
+@pytest.mark.parametrize("implementation", [attention, triton])
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"q_BHTK": torch.zeros(2, 7, 16)}, r"q_BHTK must be \(B, H, T, K\), got \(2, 7, 16\)"),
+        ({"k_BHSK": torch.zeros(2, 2, 9, 8)}, r"k_BHSK must have the shape \(2, 2, 9, 16\), got \(2, 2, 9, 8\)"),
+        ({"v_BHSK": torch.zeros(2, 2, 8, 16)}, r"v_BHSK must have the shape \(2, 2, 9, 16\), got \(2, 2, 8, 16\)"),
+        (
+            {"v_BHSK": torch.zeros(2, 2, 9, 16).half()},
+            r"v_BHSK must be torch.float32 on cpu as q is, got torch.float16",
+        ),
+        (
+            {"v_BHSK": torch.zeros(2, 2, 9, 16, device="meta")},
+            r"v_BHSK must be torch.float32 on cpu as q is, got .* meta",
+        ),
+        ({"q_BHTK": torch.zeros(2, 2, 10, 16)}, "10 queries cannot be the last of 9 keys"),
+        ({"starts_B": torch.tensor([0, 9])}, r"starts_B must be from 0 to 8, got \[0, 9\]"),
+        ({"prefixes_B": torch.tensor([-1, 9])}, r"prefixes_B must be from 0 to 9, got \[-1, 9\]"),
+        ({"lengths_B": torch.tensor([10, 9])}, r"lengths_B must be from 0 to 9, got \[10, 9\]"),
+        ({"starts_B": torch.tensor([0])}, r"starts_B must be int64 \(2,\) on cpu, got torch.int64 \(1,\)"),
+        ({"starts_B": torch.tensor([0.0, 1.0])}, r"starts_B must be int64 \(2,\) on cpu, got torch.float32"),
+        ({"bias_B1TS": torch.zeros(2, 1, 7, 8), "dropout": 0.5}, r"bias_B1TS must be \(2 or 1, 1, 7 or 1, 9\) on cpu"),
+        (
+            {"bias_B1TS": torch.zeros(2, 1, 7, 9), "starts_B": torch.tensor([0, 0])},
+            "starts_B and bias_B1TS were both given",
+        ),
+        ({"dropout": 1.0}, "dropout must be from 0 to below 1, got 1.0"),
+        ({"dropout": 0.1, "accumulate": "bfloat16"}, "accumulate must be float32 or float16, got 'bfloat16'"),
+        ({"dropout": 0.1, "accumulate": "float16"}, "accumulate=float16 is for float16, got q_BHTK in torch.float32"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(implementation, changed, message):
+    if implementation is attention and not {"starts_B", "prefixes_B", "lengths_B", "dropout"} & set(changed):
+        changed = changed | {"dropout": 0.1}  # else PyTorch checks
+    q, k, v = random_qkv(7, 9)
+    with pytest.raises(ValueError, match=message):
+        implementation(**{"q_BHTK": q, "k_BHSK": k, "v_BHSK": v} | changed)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("dtype", "size", "message"),
+    [
+        (torch.float32, 8, "q_BHTK must have heads of 16 to 128, got 8"),
+        (torch.float32, 256, "q_BHTK must have heads of 16 to 128, got 256"),
+        (torch.float64, 16, "q_BHTK must be float32, float16 or bfloat16, got torch.float64"),
+    ],
+)
+def test_kernels_are_for_some_heads_and_dtypes(dtype, size, message):
+    with pytest.raises(ValueError, match=message):
+        attention_triton(*random_qkv(7, 9, dtype, size=size))

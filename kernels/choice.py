@@ -1,0 +1,54 @@
+"""Which implementation of an operation runs: decided here and nowhere else.
+
+``reference`` is the specification, ``torch`` PyTorch's own fused operations where these are equal in meaning, and
+``triton`` our kernels. ``COGVIEW_KERNELS`` forces one of them; what was chosen is logged once for each operation.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Sequence
+
+import torch
+
+NAMES = ("reference", "torch", "triton")
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def choose(operation: str, device_type: str, known: Sequence[str] = NAMES, usual: str | None = None) -> str:
+    """One of ``known`` for an ``operation``, named as in the log, on tensors of ``device_type``.
+
+    Without ``COGVIEW_KERNELS`` it is ``usual``, by default PyTorch's form if there is one, and else the reference.
+    Where the one that is forced does not exist for the operation, the usual one runs. ValueError for a name that is
+    unknown, and for Triton where it cannot run.
+    """
+    usual = usual or ("torch" if "torch" in known else "reference")
+    forced = os.environ.get("COGVIEW_KERNELS")
+    if not forced:
+        _tell("%s on %s: %s", operation, device_type, usual)
+        return usual
+    if forced not in NAMES:
+        raise ValueError(f"COGVIEW_KERNELS={forced!r} is unknown; known: {', '.join(NAMES)}")
+    if forced not in known:
+        _tell("%s on %s: %s (there is no %s)", operation, device_type, usual, forced)
+        return usual
+    if forced == "triton":
+        _check_triton(device_type)
+    _tell("%s on %s: %s (forced)", operation, device_type, forced)
+    return forced
+
+
+def _tell(message: str, *words: str) -> None:
+    if not torch.compiler.is_compiling():  # which would not go past it
+        log.info(message, *words)
+
+
+def _check_triton(device_type: str) -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("COGVIEW_KERNELS=triton, but triton is not installed: pip install triton (on Linux)")
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("COGVIEW_KERNELS=triton needs a GPU; TRITON_INTERPRET=1 interprets kernels on a CPU, slowly")
