@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from cogview.cache import KVCache
 from cogview.config import TransformerConfig
 from cogview.kernels.attention import attention
-from cogview.kernels.layer_norm import pb_relax_layer_norm
+from cogview.kernels.gelu import bias_gelu, bias_gelu_is_fused
+from cogview.kernels.layer_norm import pb_relax_layer_norm, sandwich_layer_norm
 from cogview.kernels.linear import linear, packs
 from cogview.lean import LeanLayers
 
@@ -141,8 +142,10 @@ class Layer(nn.Module):
     def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
         """Same shape as ``x_BTD``; ``number`` is this layer's place in the cache."""
         attended = self.attention(self.attention_norm(x_BTD), bias_B1TS, cache, number)
-        x_BTD = x_BTD + self.attention_output_norm(attended)
-        return x_BTD + self.mlp_output_norm(self.mlp(self.mlp_norm(x_BTD)))
+        norm, mlp_norm = self.attention_output_norm, self.mlp_norm
+        x_BTD, normed = sandwich_layer_norm(x_BTD, attended, norm.weight, norm.bias, mlp_norm.weight, mlp_norm.bias)
+        norm = self.mlp_output_norm
+        return sandwich_layer_norm(x_BTD, self.mlp(normed), norm.weight, norm.bias)[0]
 
 
 class Attention(nn.Module):
@@ -178,7 +181,13 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape as ``x``."""
-        return self.dropout(self.output(F.gelu(self.input(x), approximate="tanh")))
+        return self.dropout(self.output(self._expanded(x)))
+
+    def _expanded(self, x: Tensor) -> Tensor:
+        """(..., 4 D); where a kernel adds the bias and bends at one go, the product comes without it."""
+        if isinstance(self.input, Linear) and bias_gelu_is_fused(x.device):  # rounded weights have a product of theirs
+            return bias_gelu(F.linear(x, self.input.weight), self.input.bias)
+        return F.gelu(self.input(x), approximate="tanh")
 
 
 class Linear(nn.Linear):

@@ -1,4 +1,9 @@
-"""PB-relax LayerNorm (CogView, arXiv:2105.13290, section 2.4)."""
+"""PB-relax LayerNorm (CogView, arXiv:2105.13290, section 2.4), alone and between the branches of a Sandwich-LN layer.
+
+The readable references are the specification. On a GPU a norm is nothing but reading and writing memory: a kernel that
+adds a branch to the residual stream and normalises it for the next one goes over memory once
+(``layer_norm_triton.py``). ``COGVIEW_KERNELS=reference|triton`` forces either.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogview.kernels.choice import choose
+
 RELAX = 8.0  # the released code divides by max|x| / 8
 SMALLEST = 1e-20  # a token far below this is as good as zero, and its gradient stays finite
+KNOWN = ("reference", "triton")
 
 
-def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
+def pb_relax_layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
     """LayerNorm over the last axis of ``x`` (..., D), after division by max|x| / 8 of each token.
 
     LayerNorm does not change when its input is scaled, up to ``epsilon``; scaled this way, squares of large
@@ -27,3 +35,52 @@ def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float 
     # x / max|x| with epsilon / 64 is x * 8 / max|x| with epsilon, in one operation less.
     relaxed = F.layer_norm(x_fp32 / largest, x.shape[-1:], weight.float(), bias.float(), epsilon / RELAX**2)
     return relaxed.to(x.dtype)
+
+
+def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """``pb_relax_layer_norm_reference`` of ``x`` (..., D), ``weight`` and ``bias`` (D,), up to rounding."""
+    if choose("pb_relax_layer_norm", x.device.type, known=KNOWN) == "triton":
+        from cogview.kernels.layer_norm_triton import pb_relax_layer_norm_triton
+
+        return pb_relax_layer_norm_triton(x, weight, bias, epsilon)
+    return pb_relax_layer_norm_reference(x, weight, bias, epsilon)
+
+
+def sandwich_layer_norm_reference(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    next_weight: Tensor | None = None,
+    next_bias: Tensor | None = None,
+    epsilon: float = 1e-5,
+) -> tuple[Tensor, Tensor | None]:
+    """x + LN(branch; weight, bias), and LN of that sum by the next weight and bias, or None without these.
+
+    ``x`` and ``branch`` are (..., D), weights and biases (D,); LN is ``pb_relax_layer_norm``. The sum has the dtype of
+    ``x``, which may be a float32 residual stream, and the second norm that of ``branch``.
+    """
+    total = (x + pb_relax_layer_norm_reference(branch, weight, bias, epsilon)).to(x.dtype)
+    if next_weight is None or next_bias is None:
+        return total, None
+    return total, pb_relax_layer_norm_reference(total, next_weight, next_bias, epsilon).to(branch.dtype)
+
+
+def sandwich_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    next_weight: Tensor | None = None,
+    next_bias: Tensor | None = None,
+    epsilon: float = 1e-5,
+) -> tuple[Tensor, Tensor | None]:
+    """``sandwich_layer_norm_reference``, up to rounding; ValueError for a next weight or bias without the other."""
+    if (next_weight is None) != (next_bias is None):
+        missing = "next_weight" if next_weight is None else "next_bias"
+        raise ValueError(f"{missing} is None; next_weight and next_bias come together, or neither")
+    if choose("sandwich_layer_norm", x.device.type, known=KNOWN) == "triton":
+        from cogview.kernels.layer_norm_triton import sandwich_layer_norm_triton
+
+        return sandwich_layer_norm_triton(x, branch, weight, bias, next_weight, next_bias, epsilon)
+    return sandwich_layer_norm_reference(x, branch, weight, bias, next_weight, next_bias, epsilon)

@@ -4,6 +4,9 @@
 
 import copy
 import math
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,10 +14,12 @@ from torch.nn import functional as F
 
 from cogview.cache import KVCache
 from cogview.config import PRESETS, TransformerConfig, preset
-from cogview.kernels import attention as attention_module
+from cogview.kernels.attention import attention_bias
+from cogview.kernels.choice import choose
 from cogview.transformer import Transformer
 
 CPU = torch.device("cpu")
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 TINY = TransformerConfig(num_layers=2, width=32, num_heads=4, vocabulary_size=128, max_positions=48)
 
 
@@ -42,7 +47,7 @@ def padding(starts, places):
     """The bias of queries at ``places`` (B, T) of rows that begin at ``starts``."""
     num_keys = int(places.max()) + 1
     key_bias = torch.zeros(len(starts), num_keys).masked_fill(torch.arange(num_keys) < starts[:, None], -torch.inf)
-    return attention_module.attention_bias(key_bias, places)
+    return attention_bias(key_bias, places)
 
 
 def close(got, expected, atol=2e-5):
@@ -281,20 +286,51 @@ def test_positions_may_restart(transformer):
         close(transformer.head(torch.cat(parts, dim=1)), restarted, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_reference_kernels_give_the_same_logits(transformer, monkeypatch, padded):
+def test_all_kernels_give_the_same_logits_and_gradients(monkeypatch, name, padded):
+    transformer = lively(replace(TINY, width=64))
     ids = random_ids(2, 20)
     bias = padding(torch.tensor([0, 6]), torch.arange(20).expand(2, -1)) if padded else None
-    logits = []
-    for name in ("torch", "reference"):
-        monkeypatch.setenv("COGVIEW_KERNELS", name)
-        attention_module.chosen_implementation.cache_clear()
-        with torch.inference_mode():
-            logits.append(transformer.head(transformer.hidden(ids, bias_B1TS=bias)))
-        assert attention_module.chosen_implementation() == name
-    attention_module.chosen_implementation.cache_clear()
-    first = 6 if padded else 0
-    close(logits[1][:, first:], logits[0][:, first:], atol=1e-4)
+    first, parameters = 6 if padded else 0, list(transformer.parameters())
+    found = []
+    for forced in ("torch", name):
+        monkeypatch.setenv("COGVIEW_KERNELS", forced)
+        choose.cache_clear()
+        logits = transformer.head(transformer.hidden(ids, bias_B1TS=bias))[:, first:]
+        found.append((logits, torch.autograd.grad(logits.softmax(dim=-1)[..., ::7].sum(), parameters)))
+    choose.cache_clear()
+    close(found[1][0], found[0][0], atol=1e-4)
+    for own, other in zip(found[1][1], found[0][1], strict=True):
+        close(own, other, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+def test_an_outlier_in_half_precision_moves_no_other_token(monkeypatch, name):
+    """10,000 in a channel of one token: nothing overflows, nothing before it and no other row changes in a single bit.
+
+    Triton's kernels add up in float16 here. The released PB-relax took one maximum over all tokens, so that all moved.
+    """
+    monkeypatch.setenv("COGVIEW_KERNELS", name)
+    choose.cache_clear()
+    if name == "triton":
+        from cogview.kernels.attention_triton import attention_triton
+
+        monkeypatch.setattr("cogview.transformer.attention", partial(attention_triton, accumulate="float16"))
+    transformer = lively(replace(TINY, num_layers=4, width=64)).half()
+    ids = random_ids(2, 12)
+    ids[ids == 5] = 6
+    ids[0, 7] = 5  # stands nowhere else
+    with torch.no_grad():
+        before = transformer.hidden(ids)
+        transformer.embedding.weight[5, 3] = 1e4
+        after = transformer.hidden(ids)
+    choose.cache_clear()
+    assert after.isfinite().all()
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[0, :7], before[0, :7])
+    assert (after[0, 7] - before[0, 7]).abs().max() > 0.1
 
 
 # --- the cache ----------------------------------------------------------------------------------------------------
