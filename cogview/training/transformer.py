@@ -4,7 +4,7 @@ Each row of a batch is arranged for one task: drawing its text, describing its i
 smaller one. The rows of a step are put in order of their lengths and computed in parts, each padded to its longest.
 """
 
-# B rows, T places of a row, D width, G codes on a side of an image, N places that carry loss
+# B rows, T places of a row, D width, G codes on a side of an image, M places where a thing is told
 from __future__ import annotations
 
 import math
@@ -20,13 +20,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from cogview.checkpoints.folder import Model, read_config, save_model
 from cogview.data.sampler import ResumableBatchSampler
 from cogview.data.store import ABSENT, TokenStore
 from cogview.errors import InputError
+from cogview.kernels.cross_entropy import Targets, sliced_cross_entropy
 from cogview.tokenizers.layouts import Arranged, upscale_windows
 from cogview.tokenizers.vocabulary import Kind
 from cogview.training.run import leave_signals_to_parent
@@ -304,39 +304,35 @@ class TransformerTrainer:
             for told in Told:
                 counts[lesson.task, told] += int(lesson.counted(told).sum())
         rows_of = Counter(lesson.task for lesson in lessons)
-        figures = {"loss": 0.0, **{_figure(task, told): 0.0 for (task, told), count in counts.items() if count}}
+        means = {key: 0.0 for key, count in counts.items() if count}
+        worth = {key: rows_of[key[0]] / rows_of.total() * self._weight(*key) for key in means}
+        weights = {key: worth[key] / counts[key] for key in means}  # of one place
         order = sorted(lessons, key=len)
         shares = [order[first :: self.num_threads] for first in range(min(self.num_threads, len(order)))]
-        share_losses = partial(self._share_losses, rows_of=rows_of, counts=counts, learn=learn)
-        for own_figures, gradients in list(self._threads.map(share_losses, shares)):
-            for name, value in own_figures.items():
-                figures[name] += value
+        share_losses = partial(self._share_losses, weights=weights, learn=learn)
+        for sums, gradients in list(self._threads.map(share_losses, shares)):
+            for key, value in sums.items():
+                means[key] += value / counts[key]
             # Without ``learn`` there are no gradients.
             for parameter, gradient in zip(self._parameters, gradients, strict=False):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return figures
+        loss = sum((worth[key] * mean for key, mean in means.items()), 0.0)
+        return {"loss": loss, **{_figure(*key): mean for key, mean in means.items()}}
 
     def _share_losses(
-        self,
-        lessons: Sequence[Lesson],
-        *,
-        rows_of: Counter[str],
-        counts: Counter[tuple[str, Told]],
-        learn: bool,
-    ) -> tuple[dict[str, float], list[Tensor]]:
-        """What ``lessons``, given by length, add to the figures of a step and, with ``learn``, to its gradients."""
-        figures: defaultdict[str, float] = defaultdict(float)
+        self, lessons: Sequence[Lesson], *, weights: Mapping[tuple[str, Told], float], learn: bool
+    ) -> tuple[Mapping[tuple[str, Told], float], list[Tensor]]:
+        """The sums of the losses of ``lessons``, given by length, and with ``learn`` the gradients of the weighted sum.
+
+        ``weights`` are those of one place, for all that the tasks of a step tell.
+        """
+        sums: defaultdict[tuple[str, Told], float] = defaultdict(float)
         gradients: list[Tensor] = []
         with torch.set_grad_enabled(learn):
             for part in _parts(lessons, math.ceil(len(lessons) / self.settings.accumulation)):
-                total = torch.zeros((), device=self.device)
-                for told, tasks, losses_N in self._part_losses(part):
-                    for task in dict.fromkeys(tasks):
-                        own = losses_N[torch.tensor([other == task for other in tasks], device=self.device)]
-                        mean = own.sum() / counts[task, told]
-                        figures[_figure(task, told)] += mean.item()
-                        total = total + rows_of[task] / rows_of.total() * self._weight(task, told) * mean
-                figures["loss"] += total.item()
+                total, losses = self._part_losses(part, weights)
+                for key, losses_M in zip(weights, losses, strict=True):
+                    sums[key] += losses_M.sum().item()
                 if learn:
                     own_gradients = torch.autograd.grad(total, self._parameters, materialize_grads=True)
                     gradients = (
@@ -344,32 +340,38 @@ class TransformerTrainer:
                         if gradients
                         else [gradient.contiguous() for gradient in own_gradients]
                     )
-        return figures, gradients
+        return sums, gradients
 
-    def _part_losses(self, lessons: Sequence[Lesson]) -> Iterator[tuple[Told, list[str], Tensor]]:
-        """For all that is told, the cross-entropy (N,) at every place where it is learnt, and the task (N,) of each."""
+    def _part_losses(
+        self, lessons: Sequence[Lesson], weights: Mapping[tuple[str, Told], float]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The weighted sum of all losses, and for each of ``weights`` the losses (M,) of the places, if any."""
         shape = (len(lessons), len(lessons[-1]))
         inputs, positions = np.full(shape, self.vocabulary.pad), np.zeros(shape, dtype=np.int64)
-        targets = {told: np.full(shape, -1) for told in Told}
+        wanted = {key: np.full(shape, -1) for key in weights}
         for index, lesson in enumerate(lessons):  # padded on the right, where no place looks at it
             own = (index, slice(len(lesson)))
             inputs[own], positions[own] = lesson.inputs, lesson.positions
-            for told, ids in targets.items():
-                wanted = lesson.names if told == Told.NAME else lesson.targets
-                ids[own] = np.where(lesson.counted(told), wanted, -1)
+            for told in Told:
+                if (lesson.task, told) in wanted:
+                    ids = lesson.names if told == Told.NAME else lesson.targets
+                    wanted[lesson.task, told][own] = np.where(lesson.counted(told), ids, -1)
+        targets = []
+        for (task, told), ids in wanted.items():
+            places = np.flatnonzero(ids >= 0)
+            targets.append(
+                Targets(
+                    ids=self._rivals(told),
+                    places_M=torch.from_numpy(places).to(self.device),
+                    targets_M=torch.from_numpy(ids.reshape(-1)[places]).to(self.device),
+                    weights_M=torch.full(places.shape, weights[task, told], dtype=torch.float32, device=self.device),
+                )
+            )
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             hidden_BTD = self.transformer.hidden(
                 *(torch.from_numpy(array).to(self.device) for array in (inputs, positions))
             )
-            for told, ids in targets.items():
-                rows, places = np.nonzero(ids >= 0)
-                if not len(rows):  # no task of these rows learns this, or every caption is left out
-                    continue
-                against = self._rivals(told)
-                logits_NV = self.transformer.head(hidden_BTD[rows, places], against)
-                targets_N = torch.from_numpy(ids[rows, places] - against.start).to(self.device)
-                losses_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
-                yield told, [lessons[row].task for row in rows.tolist()], losses_N
+            return sliced_cross_entropy(hidden_BTD.flatten(0, 1), self.transformer.embedding.weight, targets)
 
     def _rivals(self, told: Told) -> range:
         """The ids that compete where ``told`` is learnt."""
