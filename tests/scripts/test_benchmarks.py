@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -224,3 +226,33 @@ def test_help(load_benchmark, capsys, name):
         load_benchmark(name).main(["--help"])
     assert exit_.value.code == 0
     assert "--json FILE" in capsys.readouterr().out
+
+
+def test_every_kernel_is_checked_by_the_script_for_gpus(load_benchmark, tmp_path, capsys):
+    pytest.importorskip("triton")
+    file = tmp_path / "kernels.json"
+    assert load_benchmark("gpu_kernels").main(["--device", "cpu", "--dtype", "float32", "--json", str(file)]) == 0
+    figures = json.loads(file.read_text())["kernels"]
+    names = {"attention", "decode_attention", "window_attention", "sandwich_layer_norm", "bias_gelu"}
+    assert {*names, "sliced_cross_entropy"} <= {figure["name"] for figure in figures}
+    assert all(figure["right"] and figure["error"] is not None for figure in figures)
+    assert capsys.readouterr().out.count("\n|") == 2 + len(figures)
+
+
+def test_a_kernel_that_is_wrong_is_named(load_benchmark, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    monkeypatch.setattr("cogview.kernels.gelu_triton.bias_gelu_triton", lambda x, bias: 1.01 * (x + bias))
+    assert load_benchmark("gpu_kernels").main(["--device", "cpu", "--dtype", "float32", "--only", "bias_gelu"]) == 1
+    assert "wrong: bias_gelu" in capsys.readouterr().out
+
+
+def test_kernels_compile_without_a_gpu():
+    """In a process of its own, where Triton does not interpret."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(BENCHMARKS / "compile_kernels.py"), "--capability", "80", "--dtype", "float16"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([*command, "--only", "gelu"], capture_output=True, text=True, env=environment, timeout=240)
+    assert run.returncode == 0, run.stderr
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.stdout.splitlines()[2:]]
+    assert [row[1] for row in rows] == ["_forward_kernel", "_backward_kernel"]
+    assert all(0 < int(row[4]) <= 255 for row in rows)
