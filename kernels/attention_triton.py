@@ -477,7 +477,10 @@ def _blocks(q_BHTK: Tensor, *, backward: bool) -> dict[str, int]:
         return {"SIZE": size, "BLOCK_M": 128, "BLOCK_N": 64}
     if q_BHTK.dtype == torch.float32 or torch.cuda.get_device_capability(q_BHTK.device) < (8, 0):
         # Multiplied without tensor cores, for which Triton keeps whole rows and columns of a block in registers.
-        return {"SIZE": size, "BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 8 if size > 64 else 4, "num_stages": 1}
+        large = size > 64
+        keys = 16 if large and backward else 32
+        warps = 8 if large or backward else 4
+        return {"SIZE": size, "BLOCK_M": 32, "BLOCK_N": keys, "num_warps": warps, "num_stages": 1}
     most = 64 if size > 64 or backward else 128
     return {"SIZE": size, "BLOCK_M": most, "BLOCK_N": 64 if size <= 64 else 32, "num_warps": 4, "num_stages": 2}
 

@@ -18,13 +18,17 @@ NAMES = ("reference", "torch", "triton")
 log = logging.getLogger(__name__)
 
 
+class ForcedKernelsError(ValueError):
+    """``COGVIEW_KERNELS`` asks for what there is not."""
+
+
 @functools.cache
 def choose(operation: str, device_type: str, known: Sequence[str] = NAMES, usual: str | None = None) -> str:
     """One of ``known`` for an ``operation``, named as in the log, on tensors of ``device_type``.
 
     Without ``COGVIEW_KERNELS`` it is ``usual``, by default PyTorch's form if there is one, and else the reference.
-    Where the one that is forced does not exist for the operation, the usual one runs. ValueError for a name that is
-    unknown, and for Triton where it cannot run.
+    Where the one that is forced does not exist for the operation, the usual one runs. ForcedKernelsError for a name
+    that is unknown, and for Triton where it cannot run.
     """
     usual = usual or ("torch" if "torch" in known else "reference")
     forced = os.environ.get("COGVIEW_KERNELS")
@@ -32,7 +36,7 @@ def choose(operation: str, device_type: str, known: Sequence[str] = NAMES, usual
         _tell("%s on %s: %s", operation, device_type, usual)
         return usual
     if forced not in NAMES:
-        raise ValueError(f"COGVIEW_KERNELS={forced!r} is unknown; known: {', '.join(NAMES)}")
+        raise ForcedKernelsError(f"COGVIEW_KERNELS={forced!r} is unknown; known: {', '.join(NAMES)}")
     if forced not in known:
         _tell("%s on %s: %s (there is no %s)", operation, device_type, usual, forced)
         return usual
@@ -49,6 +53,8 @@ def _tell(message: str, *words: str) -> None:
 
 def _check_triton(device_type: str) -> None:
     if importlib.util.find_spec("triton") is None:
-        raise ValueError("COGVIEW_KERNELS=triton, but triton is not installed: pip install triton (on Linux)")
+        raise ForcedKernelsError("COGVIEW_KERNELS=triton, but triton is not installed: pip install triton (on Linux)")
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError("COGVIEW_KERNELS=triton needs a GPU; TRITON_INTERPRET=1 interprets kernels on a CPU, slowly")
+        raise ForcedKernelsError(
+            "COGVIEW_KERNELS=triton needs a GPU; TRITON_INTERPRET=1 interprets kernels on a CPU, slowly"
+        )

@@ -108,6 +108,13 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     except (InputError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except ValueError as error:
+        from cogview.kernels.choice import ForcedKernelsError  # with PyTorch, which has been imported by then
+
+        if not isinstance(error, ForcedKernelsError):
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what was finished is kept", file=sys.stderr)
         return 130

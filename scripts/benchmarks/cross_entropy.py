@@ -141,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=5, metavar="COUNT", help="of each way (default: 5)")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU was found")
     if args.measure:
         measure(args.measure[0], torch.device(args.device), DTYPES[args.dtype], Path(args.measure[1]))
         return 0

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Everything about the engine that only a GPU can show, in one go: is it right, how fast is it, does the plan hold.
+# Everything about engine and kernels that only a GPU can show, in one go: is it right, how fast is it, does the plan hold.
 #
 #   scripts/benchmarks/on_a_gpu.sh [FOLDER]     figures and logs go there; default: gpu-results
 #
@@ -38,4 +38,11 @@ step transformers 600 python scripts/benchmarks/compare_transformers.py "${shape
 step parallel 300 python scripts/benchmarks/parallel.py --device cuda --dtype float32 --upscale --json "$out/parallel.json"
 step best-of 300 python scripts/benchmarks/compare_best_of.py --device cuda --json "$out/best-of.json"
 step upscale 600 python scripts/benchmarks/compare_upscale.py --device cuda --json "$out/upscale.json"
-step planned 600 python scripts/benchmarks/planned_batch.py --device cuda --json "$out/planned.json"
+step planned 600 python scripts/benchmarks/planned_batch.py --device cuda
+for dtype in bfloat16 float16; do
+    step "kernels-$dtype" 480 python scripts/benchmarks/gpu_kernels.py --dtype $dtype --json "$out/kernels-$dtype.json"
+done
+step window 300 python scripts/benchmarks/window_attention.py --device cuda
+step cross-entropy 300 python scripts/benchmarks/cross_entropy.py --device cuda
+COGVIEW_KERNELS=triton step draw-triton 120 python -m cogview generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \
+    --device cuda --dtype float32 -o "$out/pictures-triton"

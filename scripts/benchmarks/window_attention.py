@@ -84,6 +84,8 @@ def main() -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="(default: 1345 to 10760)")
     parser.add_argument("--reference-up-to", type=int, default=5380, help="in positions (default: 5380)")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU was found")
     forms = (*FORMS, "triton window") if args.device == "cuda" else FORMS
     print(
         f"{torch.__version__} on {args.device}, {torch.get_num_threads()} threads; "

@@ -9,6 +9,7 @@ import pytest
 from cogview import __version__
 from cogview.cli.main import COMMANDS, main, run_safely
 from cogview.errors import InputError
+from cogview.kernels.choice import ForcedKernelsError
 
 
 def exit_of(arguments):
@@ -70,6 +71,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
             2,
             "cogview x: [Errno 2] No such file or directory: '文件'\n",
         ),
+        (ForcedKernelsError("COGVIEW_KERNELS='fast' is unknown"), 2, "cogview x: COGVIEW_KERNELS='fast' is unknown\n"),
         (KeyboardInterrupt(), 130, "cogview x: interrupted; what was finished is kept\n"),
     ],
 )
@@ -81,9 +83,10 @@ def test_what_goes_wrong_in_a_command(error, status, message, capsys):
     assert capsys.readouterr().err == message
 
 
-def test_our_own_errors_are_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        run_safely(lambda: 1 // 0, "cogview x")
+@pytest.mark.parametrize(("fail", "error"), [(lambda: 1 // 0, ZeroDivisionError), (lambda: int("一"), ValueError)])
+def test_our_own_errors_are_not_hidden(fail, error):
+    with pytest.raises(error):
+        run_safely(fail, "cogview x")
 
 
 def test_a_terminal_without_chinese_stops_nothing(monkeypatch):
