@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogview.kernels.launch import check_floats
+from cogview.kernels.launch import as_rows, check_floats
 
 COLUMNS, ROWS, WARPS = 512, 8, 8  # of a block
 ROW_BLOCKS = 16  # that a program of the backward takes, at most
@@ -92,7 +92,7 @@ def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("cogview::bias_gelu", mutates_args=())
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    x_ND, out = _rows(x), x.new_empty(x.shape)
+    x_ND, out = as_rows(x), x.new_empty(x.shape)
     num_rows, size = x_ND.shape
     _forward_kernel[(triton.cdiv(num_rows, ROWS), triton.cdiv(size, COLUMNS))](
         x_ND, bias.contiguous(), out, x_ND.stride(0), num_rows, size, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
@@ -108,7 +108,7 @@ def _(x, bias):
 @torch.library.custom_op("cogview::bias_gelu_backward", mutates_args=())
 def _bias_gelu_backward(d_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``x``, and of ``bias`` in float32."""
-    d_out_ND, x_ND, d_x = _rows(d_out), _rows(x), x.new_empty(x.shape)
+    d_out_ND, x_ND, d_x = as_rows(d_out), as_rows(x), x.new_empty(x.shape)
     num_rows, size = x_ND.shape
     programs = triton.cdiv(num_rows, ROWS * ROW_BLOCKS)
     partial_PD = x.new_empty(programs, size, dtype=torch.float32)
@@ -135,9 +135,3 @@ def _backward(ctx, d_out):
 
 
 _bias_gelu.register_autograd(_backward, setup_context=_remember)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, D) of (..., D), where numbers of a row lie side by side."""
-    x_ND = x.reshape(-1, x.shape[-1])
-    return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()

@@ -35,3 +35,9 @@ def check_floats(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is bfloat16, which Triton's interpreter computes wrongly without a word: use float32")
     if not INTERPRETED and tensor.device.type == "cpu":
         raise ValueError(f"{name} is on the CPU; Triton needs a GPU, or TRITON_INTERPRET=1 to interpret its kernels")
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """(N, D) of (..., D), where numbers of a row lie side by side."""
+    x_ND = x.reshape(-1, x.shape[-1])
+    return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()

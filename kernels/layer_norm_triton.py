@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogview.kernels.launch import check_floats
+from cogview.kernels.launch import as_rows, check_floats
 from cogview.kernels.layer_norm import RELAX, SMALLEST
 
 WIDEST = 8192  # a token has to fit into the registers of a program
@@ -202,7 +202,7 @@ def _sandwich(
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The sum, without ``x`` the norm alone; the next norm of it, or nothing; and (norms, 3, N) for the backward."""
-    branch_ND, x_ND = _rows(branch), None if x is None else _rows(x)
+    branch_ND, x_ND = as_rows(branch), None if x is None else as_rows(x)
     total, normed, stats = _results(x, branch, next_weight)
     settings, warps = _settings(branch.shape[-1])
     _forward_kernel[(triton.cdiv(len(branch_ND), settings["ROWS"]),)](
@@ -242,8 +242,8 @@ def _sandwich_backward(
     Without a next norm there is no need for the sum, and the gradient of ``x``, which is ``d_sum``, comes back empty.
     """
     d_x, d_branch, d_parameters = _gradients(branch, total)
-    d_sum_ND, branch_ND, size = _rows(d_sum), _rows(branch), branch.shape[-1]
-    d_normed_ND = None if d_normed is None else _rows(d_normed)
+    d_sum_ND, branch_ND, size = as_rows(d_sum), as_rows(branch), branch.shape[-1]
+    d_normed_ND = None if d_normed is None else as_rows(d_normed)
     settings, warps = _settings(size)
     programs = min(triton.cdiv(len(branch_ND), settings["ROWS"]), _most_programs(branch.device))
     partial = d_parameters.new_empty(len(d_parameters), programs, size)
@@ -297,12 +297,6 @@ def _backward(ctx, d_sum, d_normed, _):
 
 
 _sandwich.register_autograd(_backward, setup_context=_remember)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(N, D) of (..., D), where numbers of a row lie side by side."""
-    x_ND = x.reshape(-1, x.shape[-1])
-    return x_ND if x_ND.stride(1) == 1 else x_ND.contiguous()
 
 
 def _settings(size: int) -> tuple[dict[str, int], int]:
