@@ -224,7 +224,7 @@ def test_as_much_is_alive_as_given_jobs_are_said_to_take(
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="layers are packed by MKL")
 @torch.inference_mode()
 def test_lean_layers_hold_no_more_than_the_modules():
-    """Their locals once kept what attention and MLP had in between until the next layer: a third more at the peak."""
+    """Their locals once kept what is in between until the next layer: half as much again at the peak."""
     transformer, ids_BT = Transformer(SHAPE).eval(), torch.zeros(4, 64, dtype=torch.int64)
     most = []
     for pack in (False, True):
