@@ -26,7 +26,8 @@ from cogview.kernels.attention import ALPHA, check_inputs, fold_seed
 from cogview.kernels.launch import INTERPRETED, LEAST, LOG2_E, check_floats, product
 
 SMALLEST, LARGEST = 16, 128  # sizes of heads
-NOT_SPECIALIZED = ("num_heads", "num_queries", "num_keys", "seed")  # no new kernel for another batch or length
+# No new kernel for another batch or length: whether these are 1 or divide by 16 is not looked at.
+NOT_SPECIALIZED = ("bias_b", "bias_t", "num_rows", "num_heads", "num_queries", "num_keys", "seed")
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: decided here and nowhere else.
+"""Which implementation of an operation runs: decided here, but for the linear layers (``linear.py``).
 
 ``reference`` is the specification, ``torch`` PyTorch's own fused operations where these are equal in meaning, and
 ``triton`` our kernels. ``COGVIEW_KERNELS`` forces one of them; what was chosen is logged once for each operation.

@@ -53,13 +53,12 @@ def window_attention(
 
     ValueError for input that does not fit together; pivots and starts are looked at on a CPU only.
     """
-    given = (window, pivots_BN, pivot_bias_BN, grid, columns, image_starts_B)
-    check_inputs(q_BHTK, k_BHTK, v_BHTK, *given)
     name = choose("window_attention", q_BHTK.device.type, known=("reference", "torch", "triton"))
     implementation: Callable[..., Tensor]
     if name == "triton":
         from cogview.kernels.window_attention_triton import window_attention_triton as implementation
     else:
+        check_inputs(q_BHTK, k_BHTK, v_BHTK, window, pivots_BN, pivot_bias_BN, grid, columns, image_starts_B)
         implementation = window_attention_reference if name == "reference" else window_attention_torch
     return implementation(
         q_BHTK,
