@@ -174,7 +174,8 @@ def _kind_losses(
         weights_M = weights_M / unit
     write = d_hidden_ND is not None or d_embedding_VD is not None
     padded = -(-len(own.ids) // ALIGNED) * ALIGNED
-    space_CI = rows_ID.new_empty(size, padded)[:, : len(own.ids)]
+    # PyTorch's product of bfloat16 on a CPU multiplies some of what is behind a row with zero, which must be a number.
+    space_CI = rows_ID.new_zeros(size, padded)[:, : len(own.ids)]
     for first in range(0, len(own.places_M), size):
         chunk = slice(first, first + size)
         places_C = own.places_M[chunk]

@@ -144,6 +144,31 @@ def test_weights_of_nothing_but_0(force, device, form, dtype):
     assert all((gradient == 0).all() for gradient in gradients)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("num_ids", [38, 39, 207])
+def test_what_memory_held_before_does_not_count(dtype, num_ids, monkeypatch):
+    """Gradients were NaN now and then: a product read numbers behind the rows of logits, which nobody had written."""
+    empty = torch.Tensor.new_empty
+
+    def spoilt(self, *shape, **options):
+        return empty(self, *shape, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", spoilt)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(203, 32, generator=generator).to(dtype).requires_grad_()
+    embedding = torch.randn(300, 32, generator=generator).to(dtype).requires_grad_()
+    targets = Targets(
+        ids=range(7, 7 + num_ids),
+        places_M=torch.arange(64),
+        targets_M=torch.full((64,), 9),
+        weights_M=torch.full((64,), 1 / 64),
+    )
+    total, _ = sliced_cross_entropy(hidden, embedding, [targets])
+    total.backward()
+    for number in (total, hidden.grad, embedding.grad):
+        assert torch.isfinite(number).all()
+
+
 @pytest.mark.parametrize("form", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_autocast_gives_what_it_gives_to_head_and_cross_entropy(force, device, form, dtype):
