@@ -1,0 +1,695 @@
+"""Several stores as one: every row once an epoch of its store, shares as asked for, and a past that never changes."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import lmdb
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from cogview.data.mixture import (
+    LEDGER_FILE,
+    MixedStore,
+    Mixture,
+    Phase,
+    StoreWatch,
+    append_phase,
+    check_phases,
+    check_same_start,
+    read_phases,
+)
+from cogview.data.sampler import sample_index
+from cogview.data.store import ABSENT, StoreHeader, StoreWriter, TokenStore, pad_text
+from cogview.errors import InputError
+from cogview.tokenizers.vocabulary import Vocabulary
+
+HEADER = StoreHeader(
+    fields={"text": 6, "image": 16},
+    grid=4,
+    num_image_codes=8192,
+    num_text_pieces=2000,
+    layouts=("generate", "caption"),
+    codebook_sha256="c0de" * 16,
+    text_sha256="7e47" * 16,
+)
+
+# Shares and sizes of one, two and five stores.
+ONE = Phase(first_sample=0, names=("动物",), shares=(1.0,), sizes=(10,))
+TWO = Phase(first_sample=0, names=("动物", "食物"), shares=(3.0, 1.0), sizes=(10, 7))
+FIVE = Phase(first_sample=0, names=tuple("猫狗鸟鱼马"), shares=(0.1, 2.0, 0.7, 1.0, 0.3), sizes=(3, 50, 1, 20, 7))
+
+
+def grown():
+    """Phases of a run to which stores come twice."""
+    second = TWO.with_stores(101, {"植物": 30})
+    return [TWO, second, second.with_stores(1000, {"天气": 4, "房子": 55})]
+
+
+def make_store(path, count, header=HEADER, seed=0):
+    """A store at ``path`` with ``count`` rows, whose first code is the row's number."""
+    rng = np.random.default_rng(seed)
+    width = header.fields["text"]
+    texts = [rng.integers(0, 2000, rng.integers(0, width + 1)).tolist() for _ in range(count)]
+    rows = {name: rng.integers(0, 2000, (count, width)) for name, width in header.fields.items()}
+    rows["image"][:, 0] = np.arange(count)
+    with StoreWriter(path, header) as writer:
+        writer.append({**rows, "text": pad_text(texts, width)})
+    return TokenStore(path)
+
+
+# Which sample reads which row
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**63])
+@pytest.mark.parametrize("size", [1, 10, 1000])
+def test_one_store_is_read_as_without_a_mixture(seed, size):
+    samples = np.concatenate([np.arange(3 * size), [10**9, 10**12]])
+    stores, rows = Mixture([replace(ONE, sizes=(size,))], seed).locate(samples)
+    assert stores.dtype == rows.dtype == np.int64
+    assert (stores == 0).all()
+    np.testing.assert_array_equal(rows, sample_index(seed, samples, size))
+
+
+@pytest.mark.parametrize("phases", [[ONE], [TWO], [FIVE], grown()], ids=["one", "two", "five", "grown"])
+def test_every_epoch_of_every_store_has_every_row_once(phases):
+    stores, rows = Mixture(phases, seed=5).locate(np.arange(4000))
+    for store, size in enumerate(phases[-1].sizes):
+        own = rows[stores == store]
+        epochs = own[: len(own) // size * size].reshape(-1, size)
+        assert len(epochs) >= 2
+        assert (np.sort(epochs, axis=1) == np.arange(size)).all()
+        assert len(set(own[len(epochs) * size :])) == len(own) % size  # the epoch under way has none twice
+
+
+def test_a_later_phase_changes_no_sample_before_it_and_goes_on_with_the_epochs():
+    samples = np.arange(3000)
+    short, longer, whole = (Mixture(grown()[:count], seed=3).locate(samples) for count in (1, 2, 3))
+    for part in (0, 1):
+        np.testing.assert_array_equal(short[part][:101], whole[part][:101])
+        np.testing.assert_array_equal(longer[part][:1000], whole[part][:1000])
+    assert (whole[0][:101] < 2).all()
+    assert (whole[0][101:1000] < 3).all()
+    for store in (0, 1):  # known stores give the same rows in the same order, only less often
+        without, with_others = short[1][short[0] == store], whole[1][whole[0] == store]
+        assert 0 < len(with_others) < len(without)
+        np.testing.assert_array_equal(with_others, without[: len(with_others)])
+
+
+def test_what_a_counting_reader_would_read_is_read():
+    """The same by hand, with counters, one sample after the other."""
+    phases, whole = grown(), 2**24
+    stores, rows = Mixture(phases, seed=11).locate(np.arange(2000))
+    asked = [0] * 5
+    orders = {}
+    for sample in range(2000):
+        phase = next(phase for phase in reversed(phases) if phase.first_sample <= sample)
+        if sample == phase.first_sample:
+            passed = [0] * len(phase.names)
+        for store in range(len(phase.names)):
+            share = round(phase.shares[store] / sum(phase.shares[store:]) * whole)
+            passed[store] += 1
+            if passed[store] * share // whole > (passed[store] - 1) * share // whole:
+                break
+        assert stores[sample] == store
+        orders.setdefault((store, asked[store] // phase.sizes[store]), []).append(int(rows[sample]))
+        asked[store] += 1
+    for (store, epoch), order in orders.items():
+        size = phases[-1].sizes[store]
+        assert len(set(order)) == len(order) <= size
+        if store == 0:
+            assert order == sample_index(11, np.arange(epoch * size, epoch * size + len(order)), size).tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 6])
+def test_processes_together_read_what_one_reads(world_size):
+    mixture, batch = Mixture(grown(), seed=1), 12
+    share = batch // world_size
+    for step in (0, 8, 83, 10**6):  # the second and third have a change of phases within
+        samples = np.arange(step * batch, (step + 1) * batch)
+        whole = mixture.locate(samples)
+        parts = [mixture.locate(samples[rank * share : (rank + 1) * share]) for rank in range(world_size)]
+        for part in (0, 1):
+            np.testing.assert_array_equal(np.concatenate([own[part] for own in parts]), whole[part])
+
+
+def test_a_sample_alone_is_the_same_as_among_others():
+    mixture = Mixture(grown(), seed=4)
+    samples = np.random.default_rng(0).integers(0, 3000, (5, 40))
+    stores, rows = mixture.locate(samples)
+    assert stores.shape == rows.shape == samples.shape
+    for sample, store, row in zip(samples.flat, stores.flat, rows.flat, strict=True):
+        assert tuple(map(int, mixture.locate(int(sample)))) == (store, row)
+    assert [part.shape for part in mixture.locate(np.zeros(0, dtype=int))] == [(0,), (0,)]
+
+
+@pytest.mark.parametrize(
+    "shares", [(1, 1), (3, 1), (1, 3), (1, 1, 1), (5, 2, 1, 1), FIVE.shares, (0.001, 1), (1, 0.001), (1,) * 8]
+)
+def test_shares_are_kept_at_every_sample(shares):
+    count = len(shares)
+    names = tuple(f"store{number}" for number in range(count))
+    phase = Phase(first_sample=0, names=names, shares=shares, sizes=(100,) * count)
+    stores, _ = Mixture([phase], seed=0).locate(np.arange(20000))
+    for store, share in enumerate(shares):
+        had = np.cumsum(stores == store)
+        asked = np.arange(1, 20001) * share / sum(shares)
+        splits = min(store + 1, count - 1)
+        rounding = count * 20000 / 2**25
+        assert np.abs(had - asked).max() <= splits + rounding
+
+
+def test_stores_are_interleaved():
+    stores, _ = Mixture([TWO], seed=0).locate(np.arange(4000))
+    assert (np.sort(stores.reshape(-1, 4), axis=1) == [0, 0, 0, 1]).all()
+
+
+@pytest.mark.parametrize(("shares", "expected"), [((1.0, 1e12), [1, 1, 1, 0, 1, 0]), ((1e12, 1.0), [1, 0, 0, 0, 1, 0])])
+def test_a_store_with_next_to_no_share_is_read_all_the_same(shares, expected):
+    """A split takes 1 in 2^24 samples at least; a share that came out as 0 would never be read."""
+    phase = Phase(first_sample=0, names=("大", "小"), shares=shares, sizes=(5, 5))
+    stores, _ = Mixture([phase], seed=0).locate(np.array([0, 1, 2**24 - 2, 2**24 - 1, 2**24, 2**25 - 1]))
+    assert stores.tolist() == expected
+
+
+def test_stores_of_one_size_have_orders_of_their_own():
+    phase = Phase(first_sample=0, names=("一", "二", "三"), shares=(1, 1, 1), sizes=(1000, 1000, 1000))
+    stores, rows = Mixture([phase], seed=0).locate(np.arange(3000))
+    orders = [rows[stores == store] for store in range(3)]
+    for first, second in [(0, 1), (0, 2), (1, 2)]:
+        assert (orders[first][:990] == orders[second][:990]).sum() < 12  # 1 is to be expected
+
+
+def test_mixtures_that_make_no_sense():
+    with pytest.raises(ValueError, match="at least one phase"):
+        Mixture([], seed=0)
+    with pytest.raises(ValueError, match="numbered from 0, got -2"):
+        Mixture([ONE], seed=0).locate(np.array([3, -2]))
+
+
+# Phases
+
+
+def test_each_row_of_a_new_store_is_as_likely_as_one_of_the_others():
+    before = Phase(first_sample=0, names=("动物", "食物"), shares=(0.5, 1.5), sizes=(100, 300))
+    after = before.with_stores(800, {"植物": 200, "天气": 400})
+    assert after == Phase(
+        first_sample=800,
+        names=("动物", "食物", "植物", "天气"),
+        shares=(0.5, 1.5, 1.0, 2.0),
+        sizes=(100, 300, 200, 400),
+    )
+    stores, _ = Mixture([before, after], seed=0).locate(np.arange(800, 10800))
+    np.testing.assert_allclose(np.bincount(stores), [1000, 3000, 2000, 4000], atol=3)
+
+
+@pytest.mark.parametrize("phase", [ONE, FIVE, *grown()])
+def test_phases_survive_json(phase):
+    text = phase.to_json()
+    assert Phase.from_json(text) == phase
+    assert "\n" not in text
+    assert phase.names[0] in text  # to be read by people
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"names": ("动物", "动物")}, "the store 动物 is given twice: give it once, with the share of both"),
+        ({"shares": (1.0, 0.0)}, "the share of 食物 is 0.0, expected a number above 0"),
+        ({"shares": (float("nan"), 1.0)}, "the share of 动物 is nan, expected"),
+        ({"shares": (float("inf"), 1.0)}, "the share of 动物 is inf, expected"),
+        ({"sizes": (10, 0)}, "食物 has no rows: leave it out, or encode some first"),
+        ({"names": (), "shares": (), "sizes": ()}, "there are no stores to train on, expected at least one"),
+    ],
+)
+def test_stores_that_cannot_be_mixed(change, message):
+    with pytest.raises(InputError, match=message):
+        replace(TWO, **change)
+
+
+def test_phases_that_only_a_mistake_of_ours_makes():
+    with pytest.raises(ValueError, match="2 stores have 1 shares and 2 sizes"):
+        replace(TWO, shares=(1.0,))
+    with pytest.raises(ValueError, match="numbered from 0, got -1"):
+        replace(TWO, first_sample=-1)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (replace(TWO, first_sample=0), "begins at sample 0, the one before at 0: expected a later one"),
+        (replace(ONE, first_sample=9), "from sample 9 on does not go on with 食物 as it was before"),
+        (replace(TWO, first_sample=9, names=("食物", "动物")), "does not go on with 动物 as it was before"),
+        (replace(TWO, first_sample=9, sizes=(10, 8)), "does not go on with 食物 as it was before: expected the same"),
+    ],
+)
+def test_phases_that_do_not_go_on(second, message):
+    with pytest.raises(InputError, match=message):
+        check_phases([TWO, second])
+    with pytest.raises(InputError, match=message):
+        Mixture([TWO, second], seed=0)
+
+
+def test_the_first_phase_begins_the_run():
+    with pytest.raises(InputError, match="the first phase begins at sample 4, expected 0"):
+        check_phases([replace(TWO, first_sample=4)])
+
+
+# The rows
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Three stores, the second with less room for text."""
+    narrow = replace(HEADER, fields={"image": 16, "text": 4})  # the order of the fields does not matter
+    return [
+        make_store(tmp_path / "动物", 50),
+        make_store(tmp_path / "食物", 30, narrow, seed=1),
+        make_store(tmp_path / "植物", 40, seed=2),
+    ]
+
+
+def assert_same(read, expected):
+    assert list(read) == list(expected)
+    for name, ids in expected.items():
+        assert read[name].dtype == np.uint16
+        np.testing.assert_array_equal(read[name], ids)
+
+
+def by_hand(stores, numbers, rows):
+    """The rows one by one, texts filled up to 6."""
+    found = [stores[number][int(row)] for number, row in zip(numbers, rows, strict=True)]
+    texts = [np.pad(row["text"], (0, 6 - len(row["text"])), constant_values=ABSENT) for row in found]
+    return {"text": np.stack(texts), "image": np.stack([row["image"] for row in found])}
+
+
+def test_rows_of_all_stores_come_in_the_order_they_are_asked_for(three):
+    mixed = MixedStore(three)
+    assert mixed.header == HEADER
+    rng = np.random.default_rng(0)
+    numbers = rng.integers(0, 3, 100)
+    rows = rng.integers(0, 30, 100)
+    assert_same(mixed.read(numbers, rows), by_hand(three, numbers, rows))
+    again = mixed.read(numbers, rows)
+    again["image"][:] = 0  # the caller's own
+    assert_same(mixed.read(numbers, rows), by_hand(three, numbers, rows))
+    nothing = mixed.read(np.zeros(0, dtype=int), np.zeros(0, dtype=int))
+    assert {name: ids.shape for name, ids in nothing.items()} == {"text": (0, 6), "image": (0, 16)}
+
+
+def test_one_store_mixed_is_that_store(three):
+    rows = np.array([3, 49, 0, 3])
+    assert_same(MixedStore(three[:1]).read(np.zeros(4, dtype=int), rows), three[0].read(rows))
+
+
+def test_a_store_more_leaves_the_numbers_of_the_others(three):
+    two = MixedStore(three[:2])
+    all_three = two.with_store(three[2])
+    numbers, rows = np.array([1, 0, 2]), np.array([5, 6, 7])
+    assert_same(all_three.read(numbers, rows), by_hand(three, numbers, rows))
+    assert len(two.stores) == 2
+    with pytest.raises(IndexError, match="store 2 of a mixture that has the stores 0…1"):
+        two.read(numbers, rows)
+    with pytest.raises(IndexError, match="store -1 of a mixture"):
+        two.read(np.array([-1]), np.array([0]))
+
+
+class Lessons(Dataset):
+    """Batches of 10 samples."""
+
+    def __init__(self, store, mixture):
+        self.store, self.mixture = store, mixture
+
+    def __getitem__(self, step):
+        return self.store.read(*self.mixture.locate(np.arange(10 * step, 10 * step + 10)))
+
+
+READ_ELSEWHERE = """
+import pickle, sys
+store, mixture, samples = pickle.load(sys.stdin.buffer)
+pickle.dump(store.read(*mixture.locate(samples)), sys.stdout.buffer)
+"""
+
+
+def test_another_process_reads_the_same_from_a_pickle(three):
+    """What a worker that is started by spawn does."""
+    phase = Phase(first_sample=0, names=tuple("一二三"), shares=(1, 1, 2), sizes=(50, 30, 40))
+    mixed, mixture, samples = MixedStore(three), Mixture([phase], seed=0), np.arange(200)
+    expected = mixed.read(*mixture.locate(samples))  # the stores are open in this process
+    sent = pickle.dumps((mixed, mixture, samples))
+    done = subprocess.run([sys.executable, "-c", READ_ELSEWHERE], input=sent, stdout=subprocess.PIPE, check=True)
+    assert_same(pickle.loads(done.stdout), expected)
+
+
+def test_forked_workers_read_what_one_process_reads(three):
+    phase = Phase(first_sample=0, names=tuple("一二三"), shares=(1, 1, 2), sizes=(50, 30, 40))
+    lessons = Lessons(MixedStore(three), Mixture([phase], seed=0))
+    expected = [lessons[step] for step in range(12)]
+    loader = DataLoader(
+        lessons,
+        sampler=range(12),
+        batch_size=None,
+        collate_fn=lambda batch: batch,
+        num_workers=2,
+        multiprocessing_context="fork",
+    )
+    for batch, wanted in zip(loader, expected, strict=True):
+        assert_same(batch, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"fields": {"text": 6, "image": 16, "named": 16}},
+            r"other has the fields image, named, text, but .*first has image, text: encode both alike",
+        ),
+        (
+            {"fields": {"text": 8, "image": 16}},
+            r"other has texts of up to 8 pieces, .*first of up to 6: encode it with text_width: 6, or begin",
+        ),
+        ({"codebook_sha256": "beef" * 16}, r"other was made with codebook_sha256 beefbeef.*, but c0dec0de.* is needed"),
+        ({"text_sha256": "beef" * 16}, r"other was made with text_sha256 beefbeef.*, but 7e477e47.* is needed"),
+        ({"num_text_pieces": 2001}, r"other was made with num_text_pieces 2001, but 2000 is needed"),
+        ({"grid": 8, "fields": {"text": 6, "image": 64}}, r"other was made with grid 8, but 4 is needed"),
+    ],
+)
+def test_stores_that_were_made_otherwise(tmp_path, change, message):
+    first = make_store(tmp_path / "first", 3)
+    other = make_store(tmp_path / "other", 3, replace(HEADER, **change))
+    with pytest.raises(InputError, match=message):
+        MixedStore([first, other])
+    with pytest.raises(InputError, match=message):
+        MixedStore([first]).with_store(other)
+
+
+def test_fields_of_other_widths(tmp_path):
+    first, other = (
+        make_store(tmp_path / name, 3, replace(HEADER, fields={**HEADER.fields, "large": width}))
+        for name, width in (("first", 64), ("other", 4))
+    )
+    with pytest.raises(InputError, match=r'field "large" is 4 wide in .*other, but 64 in .*first: encode both alike'):
+        MixedStore([first, other])
+
+
+def test_no_stores_at_all():
+    with pytest.raises(InputError, match="there are no stores to train on"):
+        MixedStore([])
+
+
+def test_a_store_may_grow_but_not_shrink(three):
+    mixed = MixedStore(three)
+    phase = Phase(first_sample=0, names=("动物", "食物", "植物"), shares=(1, 1, 1), sizes=(40, 30, 40))
+    mixed.check_sizes(phase)
+    with pytest.raises(InputError, match="植物 has 40 rows, the run began to read 41: bring them back, or begin"):
+        mixed.check_sizes(replace(phase, sizes=(40, 30, 41)))
+
+
+# The watched folder
+
+
+def released_dataset(path, texts):
+    """A released dataset of whole sequences: of ``texts`` (piece ids) and 8 times 8 codes."""
+    vocabulary = Vocabulary(num_image_codes=8192, num_text_pieces=2000)
+    begin, base, begin_image, end_image = map(vocabulary.command, ("[ROI1]", "[TINY]", "[BOI1]", "[EOI1]"))
+    with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
+        for row, text in enumerate(texts):
+            pieces = [vocabulary.text.start + piece for piece in text]
+            ids = np.array([begin, *pieces, base, begin_image, *range(64), end_image])
+            transaction.put(b"%d" % row, pickle.dumps(ids))
+        transaction.put(b"length", b"%d" % len(texts))
+
+
+def found(watch, known=()):
+    return [(store.path.name, len(store)) for store in watch.new_stores([str(name) for name in known])]
+
+
+def test_new_stores_are_found_by_name(tmp_path, capsys):
+    watch = StoreWatch(tmp_path, HEADER, ["generate"])
+    assert found(watch) == []
+    make_store(tmp_path / "b", 3)
+    make_store(tmp_path / "a", 4, replace(HEADER, fields={"text": 2, "image": 16}))
+    make_store(tmp_path / ".c", 5)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "e").write_text("no folder")
+    assert found(watch) == [("a", 4), ("b", 3)]
+    assert found(watch) == [("a", 4), ("b", 3)]  # until they are known
+    assert found(watch, [tmp_path / "a"]) == [("b", 3)]
+    assert found(watch, [tmp_path / "a", tmp_path / "b"]) == []
+    os.rename(tmp_path / ".c", tmp_path / "c")
+    os.rename(make_store(tmp_path / ".ready", 6).path / "data.mdb", tmp_path / "d" / "data.mdb")
+    assert found(watch, [tmp_path / "a", tmp_path / "b"]) == [("c", 5), ("d", 6)]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_store_is_known_by_any_of_its_paths(tmp_path, monkeypatch):
+    make_store(tmp_path / "elsewhere", 3)
+    (tmp_path / "new").mkdir()
+    for name in ("link", "second"):
+        (tmp_path / "new" / name).symlink_to(tmp_path / "elsewhere")
+    watch = StoreWatch(tmp_path / "new", HEADER)
+    assert found(watch) == [("link", 3)]  # and not twice
+    monkeypatch.chdir(tmp_path)
+    assert found(watch, ["elsewhere"]) == []
+
+
+def test_what_is_no_whole_store_is_left_for_later(tmp_path, capsys):
+    watch = StoreWatch(tmp_path, HEADER)
+    make_store(tmp_path / "empty", 0)
+    whole = (make_store(tmp_path / ".whole", 60).path / "data.mdb").read_bytes()
+    (tmp_path / "copied").mkdir()
+    copy = tmp_path / "copied" / "data.mdb"
+    for length in (0, 100, 4096, len(whole) // 2):
+        copy.write_bytes(whole[:length])
+        assert found(watch) == []
+    copy.write_bytes(whole)
+    with StoreWriter(tmp_path / "empty", HEADER, resume=True) as writer:
+        writer.append({"text": pad_text([[1]], 6), "image": np.zeros((1, 16), dtype=int)})
+    assert found(watch) == [("copied", 60), ("empty", 1)]
+    assert capsys.readouterr().err == ""
+
+
+WRITE_SLOWLY = """
+import sys
+import numpy as np
+from cogview.data.store import StoreHeader, StoreWriter, pad_text
+
+path, header = sys.argv[1:]
+with StoreWriter(path, StoreHeader.from_json(header), resume=True) as writer:
+    writer.append({"text": pad_text([[1], [2]], 6), "image": np.zeros((2, 16), dtype=int)})
+    print("written", flush=True)
+    sys.stdin.readline()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs the locks of POSIX")
+@pytest.mark.parametrize("ends", ["by itself", "killed"])
+def test_a_store_that_is_being_written_is_left_for_later(tmp_path, ends):
+    """Its rows can be read at any time, but not all are there yet."""
+    watch = StoreWatch(tmp_path, HEADER)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITE_SLOWLY, tmp_path / "store", HEADER.to_json()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with process:
+        assert process.stdout.readline() == b"written\n"
+        assert found(watch) == []
+        assert found(watch) == []
+        if ends == "killed":
+            process.kill()
+        else:
+            process.stdin.write(b"\n")
+    assert found(watch) == [("store", 2)]
+    with StoreWriter(tmp_path / "store", HEADER, resume=True) as writer:  # nothing of ours is in its way
+        assert writer.count == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"codebook_sha256": "beef" * 16}, "was made with codebook_sha256 beefbeef"),
+        ({"text_sha256": "beef" * 16}, "was made with text_sha256 beefbeef"),
+        ({"grid": 8, "fields": {"text": 6, "image": 64}}, "was made with grid 8, but 4 is needed"),
+        ({"fields": {"image": 16, "text": 7}}, "has texts of up to 7 pieces, the run of up to 6"),
+        ({"fields": {"image": 16, "text": 6, "large": 64}}, "has the fields image, large, text, but the run has image"),
+        ({"layouts": ("generate",)}, 'feeds generate, but "caption" is needed here'),
+    ],
+)
+def test_a_store_that_does_not_fit_is_told_once(tmp_path, capsys, change, message):
+    watch = StoreWatch(tmp_path, HEADER, ["generate", "caption"])
+    make_store(tmp_path / "fits", 3)
+    make_store(tmp_path / "other", 3, replace(HEADER, **change))
+    for _ in range(3):
+        assert found(watch) == [("fits", 3)]
+    os.rename(tmp_path / "other", tmp_path / ".other")
+    make_store(tmp_path / "other", 3)  # too late
+    assert found(watch) == [("fits", 3)]
+    assert StoreWatch(tmp_path, HEADER).new_stores([])[-1].path.name == "other"  # in time for the next run
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith(f"a new store does not fit and is left out: {tmp_path / 'other'} {message}")
+
+
+def test_released_datasets_are_stores_too(tmp_path, capsys):
+    header = replace(HEADER, fields={"text": 64, "image": 64}, grid=8)
+    watch = StoreWatch(tmp_path, header, ["generate"])
+    released_dataset(tmp_path / "released", [[5, 6], []])
+    released_dataset(tmp_path / "wrong", [[3000], [3000]])  # of a larger text model
+    assert found(watch) == [("released", 2)]
+    assert found(watch) == [("released", 2)]
+    assert capsys.readouterr().err.count("a new store does not fit and is left out: row 0 of") == 1
+
+
+def test_a_watched_folder_that_is_missing(tmp_path, capsys):
+    with pytest.raises(InputError, match=r"no folder .*new to look for new stores in: make it, or watch none"):
+        StoreWatch(tmp_path / "new", HEADER)
+    (tmp_path / "new").mkdir()
+    watch = StoreWatch(tmp_path / "new", HEADER)
+    os.rename(tmp_path / "new", tmp_path / "away")
+    assert found(watch) == found(watch) == []  # no reason to end a run that goes on without
+    err = capsys.readouterr().err
+    assert err == f"no new stores: {tmp_path / 'new'} cannot be read any more (No such file or directory)\n"
+    os.rename(tmp_path / "away", tmp_path / "new")
+    make_store(tmp_path / "new" / "a", 1)
+    assert found(watch) == [("a", 1)]
+
+
+# The ledger
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    for phase in grown():
+        append_phase(tmp_path / LEDGER_FILE, phase)
+    return tmp_path / LEDGER_FILE
+
+
+def test_what_is_appended_is_read(tmp_path, ledger):
+    assert read_phases(tmp_path / "nothing") == []
+    assert read_phases(ledger) == grown()
+    assert [path.name for path in tmp_path.iterdir()] == [LEDGER_FILE]
+    first = json.loads(ledger.read_text(encoding="utf-8").splitlines()[0])
+    assert first == {
+        "first_sample": 0,
+        "stores": [{"name": "动物", "share": 3.0, "size": 10}, {"name": "食物", "share": 1.0, "size": 7}],
+    }
+
+
+def test_names_may_have_any_characters(tmp_path):
+    names = ('新"行"\n二', "a\u2028b", os.fsdecode(b"\xff\xfe"), "\\")
+    phase = Phase(first_sample=0, names=names, shares=(1 / 3, 1e-9, 2, 1), sizes=(1, 2, 3, 4))
+    append_phase(tmp_path / LEDGER_FILE, phase)
+    assert read_phases(tmp_path / LEDGER_FILE) == [phase]
+
+
+def test_a_line_that_was_cut_short_is_ignored_and_overwritten(ledger):
+    *_, last = grown()
+    content = ledger.read_bytes()
+    whole = len(content) - len(last.to_json().encode()) - 1
+    for end in range(whole, len(content) - 1):
+        ledger.write_bytes(content[:end])
+        assert read_phases(ledger) == grown()[:2], end
+    append_phase(ledger, last)
+    assert ledger.read_bytes() == content
+    ledger.write_bytes(content[:-1])  # whole but for its end, as an editor may leave it
+    assert read_phases(ledger) == grown()
+    further = last.with_stores(5000, {"山": 8})
+    append_phase(ledger, further)
+    assert read_phases(ledger) == [*grown(), further]
+
+
+APPEND_AND_DIE = """
+import os, signal, sys
+from pathlib import Path
+from cogview.data.mixture import append_phase, read_phases
+
+ledger = Path(sys.argv[1])
+moment = sys.argv[2]
+setattr(os, moment, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+append_phase(ledger, read_phases(ledger)[-1].with_stores(9000, {"海": 6}))
+"""
+
+
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_a_kill_while_appending_loses_nothing(ledger, moment):
+    done = subprocess.run([sys.executable, "-c", APPEND_AND_DIE, ledger, moment], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert read_phases(ledger) == grown()
+    further = grown()[-1].with_stores(9500, {"湖": 6})
+    append_phase(ledger, further)
+    assert read_phases(ledger) == [*grown(), further]
+    assert [path.name for path in ledger.parent.iterdir()] == [LEDGER_FILE]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r"line 2 of .*stores.jsonl cannot be used: it is no JSON; bring back the file as the run wrote it, or"),
+        ("[1]", "line 2 of .* cannot be used: it is no phase of a run; bring"),
+        ('{"first_sample": 5}', "it is no phase of a run"),
+        ('{"first_sample": "5", "stores": []}', "it is no phase of a run"),
+        ('{"first_sample": 5, "stores": [{"name": "a", "share": true, "size": 1}]}', "it is no phase of a run"),
+        ('{"first_sample": 5, "stores": [{"name": "a", "share": -1, "size": 1}]}', "the share of a is -1, expected a"),
+        (ONE.to_json(), "begins at sample 0, the one before at 0: expected a later one"),
+        (replace(ONE, first_sample=9).to_json(), "does not go on with 食物 as it was before"),
+    ],
+)
+def test_a_ledger_that_cannot_be_used(ledger, line, message):
+    lines = ledger.read_text(encoding="utf-8").splitlines(keepends=True)
+    ledger.write_text("".join([lines[0], line + "\n", *lines[2:]]), encoding="utf-8")
+    with pytest.raises(InputError, match=message) as error:
+        read_phases(ledger)
+    assert "\n" not in str(error.value)
+
+
+def test_a_phase_that_does_not_go_on_is_not_appended(ledger):
+    content = ledger.read_bytes()
+    with pytest.raises(InputError, match="begins at sample 700, the one before at 1000"):
+        append_phase(ledger, grown()[-1].with_stores(700, {"山": 8}))
+    assert ledger.read_bytes() == content
+
+
+def test_a_run_begins_again_with_the_stores_it_had():
+    check_same_start([], TWO)
+    check_same_start(grown(), TWO)
+    check_same_start(grown(), replace(TWO, shares=(6.0, 2.0)))  # only how they compare counts
+    check_same_start(grown(), replace(TWO, sizes=(10, 70)))  # a store may grow
+
+
+def test_shares_by_size_may_grow_with_the_sizes():
+    began = replace(TWO, shares=(10.0, 7.0))
+    check_same_start([began], replace(TWO, shares=(10.0, 70.0), sizes=(10, 70)))
+    with pytest.raises(InputError, match=r"a share of 0\.588235 of all samples for 动物, now it is 0.125: resume with"):
+        check_same_start([began], replace(TWO, shares=(10.0, 70.0)))
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        (
+            replace(TWO, names=("动物", "植物")),
+            "the run began with 食物 as store 2, now it is 植物: resume with the stores",
+        ),
+        (replace(TWO, names=("食物", "动物")), "the run began with 动物 as store 1, now it is 食物"),
+        (ONE, "the run began with 食物 too, which is not given now: resume"),
+        (
+            TWO.with_stores(0, {"植物": 3}),
+            "the run began without 植物: resume .*; a watched folder can bring new stores",
+        ),
+        (replace(TWO, sizes=(9, 7)), "动物 has 9 rows, the run began to read 10: bring them back"),
+        (
+            replace(TWO, shares=(1.0, 1.0)),
+            "a share of 0.75 of all samples for 动物, now it is 0.5: resume with the shares",
+        ),
+    ],
+)
+def test_a_run_that_would_begin_otherwise_now(now, message):
+    with pytest.raises(InputError, match=message):
+        check_same_start(grown(), now)
