@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cogview.adapters import FEW_BITS_MESSAGE, Adapter, has_adapter, merge_adapter
 from cogview.bundle import Bundle
 from cogview.checkpoints.folder import Model, ModelConfig, check_folder, load_model
 from cogview.checkpoints.precision import stored_few_bits
@@ -134,9 +135,11 @@ class CogView:
         self.placement = placement
         self.name = name
         self.bundle = bundle
+        self.adapter: Path | None = None  # the folder of that which was merged when the model was opened
         self.int8_cache = False  # whether keys and values are kept in int8
         self.parallel: int | None = None  # the most codes to guess at one go, 1 for none, None for what pays
-        if bundle is None and placement.few_bits is None:
+        # An adapter that is being learnt stands in front of weights, which packed ones would not see.
+        if bundle is None and placement.few_bits is None and not has_adapter(model.transformer):
             model.transformer.pack()
 
     @classmethod
@@ -147,12 +150,14 @@ class CogView:
         device: str = "auto",
         dtype: str = "auto",
         kv_dtype: str = "auto",
+        adapter: str | Path | None = None,
     ) -> CogView:
         """Open a model or a bundle of checkpoints.yaml by name, or a checkpoint folder by path.
 
         ``device`` is auto, cpu, cuda, cuda:N or mps, ``dtype`` auto, float32, bfloat16, float16, int8 or int4, and
-        ``kv_dtype``, in which keys and values are kept, auto (as ``dtype`` computes) or int8. Raises InputError for an
-        unknown name, and for a folder that is incomplete or damaged.
+        ``kv_dtype``, in which keys and values are kept, auto (as ``dtype`` computes) or int8. ``adapter`` is the folder
+        of a LoRA adapter that is added into the weights (``adapters.py``). Raises InputError for an unknown name, for a
+        folder that is incomplete or damaged, and for an adapter of another model.
         """
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv-dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
@@ -161,14 +166,29 @@ class CogView:
         count = check_folder(folder).transformer.num_parameters
         stored = stored_few_bits(WeightsFile(folder / "model.safetensors").specs)
         placement = choose_placement(device, dtype, stored=stored, num_parameters=count)
+        if adapter is not None:  # before the weights are read, which may take minutes
+            if parts:
+                rows = ", ".join(known_models()[str(name)].models)
+                raise InputError(f"{name} stands for several models, an adapter belongs to one: name one of {rows}")
+            Adapter(adapter).check_model(check_folder(folder), str(name))
+            if placement.few_bits is not None:
+                raise InputError(FEW_BITS_MESSAGE)
         if parts:
             bundle = Bundle(parts, placement)
             opened = cls(bundle.model, placement, str(name), bundle)
         else:
             model = load_model(folder, placement.device, placement.dtype, placement.few_bits)
+            if adapter is not None:
+                merge_adapter(model.transformer, adapter)
             opened = cls(model, placement, str(name))
+            opened.adapter = None if adapter is None else Path(adapter)
         opened.int8_cache = kv_dtype == "int8"
         return opened
+
+    @property
+    def label(self) -> str:
+        """What to call the weights: the model's name, and the adapter's folder if there is one."""
+        return self.name if self.adapter is None else f"{self.name} + {self.adapter}"
 
     @property
     def transformer(self) -> Transformer:

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
         **released_flags.sampling_settings(args),
     }
     with LineWriter(args.output_path / "captions.jsonl") as writer:
-        model = open_describer(args.load, settings, device=args.device)
+        model = open_describer(args.load, settings, device=args.device, adapter=args.adapter)
 
         def write_captions(lines: list[str]) -> int:
             sources = [parts for line in lines if (parts := released_flags.split_id(args, line)) is not None]

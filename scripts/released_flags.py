@@ -13,7 +13,13 @@ from cogview.checkpoints.registry import is_released
 from cogview.cli.easel import Easel
 from cogview.cli.lines import ask_lines, read_lines
 from cogview.cli.main import HelpFormatter, Parser, run_safely
-from cogview.cli.options import DEFAULT_MODEL, add_ceiling_argument, ceiling, require_positive
+from cogview.cli.options import (
+    DEFAULT_MODEL,
+    add_adapter_argument,
+    add_ceiling_argument,
+    ceiling,
+    require_positive,
+)
 from cogview.errors import InputError
 from cogview.pictures import prepare_folder
 
@@ -73,6 +79,7 @@ def build_parser(program: str, description: str | None, tasks: Sequence[str]) ->
     parser.add_argument(
         "--load", default=DEFAULT_MODEL, metavar="MODEL", help="a model's name (see cogview models) or its folder"
     )
+    add_adapter_argument(parser)
     parser.add_argument(
         "--img-tokenizer-path", type=Path, metavar="PATH", help="ignored: a model's folder holds its image tokenizer"
     )
@@ -125,6 +132,7 @@ def open_easel(args: argparse.Namespace, task: str) -> Easel:
         seed=args.seed,
         ceiling=args.ceiling,
         device=args.device,
+        adapter=args.adapter,
     )
     easel.announce()
     return easel

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
     if lines is None:
         raise InputError(f"post-selection takes lines {LINE} from a file: give it with --input-source")
     with LineWriter(args.output_path / "scores.txt") as writer:
-        model = open_scorer(args.load, device=args.device)
+        model = open_scorer(args.load, device=args.device, adapter=args.adapter)
         parted = [(line, parts[1]) for line in lines if (parts := released_flags.split_id(args, line)) is not None]
         images, rankings = Images(), []
         queries = [Query.parse(rest) for _, rest in parted]

@@ -88,7 +88,7 @@ def import_released(
             )
         except ValueError as error:
             raise InputError(f"{source}: {error}") from None
-        with _written(output) as folder:
+        with written(output) as folder:
             _write_weights(transformer, precision, folder / "model.safetensors", verify)
             (folder / "image").mkdir()
             specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in image_weights.items()}
@@ -109,7 +109,7 @@ def convert_folder(source: Path, output: Path, *, precision: Precision, verify: 
     read_config(source)
     weights = WeightsFile(source / "model.safetensors")
     others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
-    with _written(output) as folder:
+    with written(output) as folder:
         _write_weights(weights, precision, folder / "model.safetensors", verify)
         for path in others:
             target = folder / path.relative_to(source)
@@ -137,7 +137,7 @@ def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool
         image = released_vqvae_tensors(image_config, image_weights)
     except InputError as error:
         raise InputError(f"{source} cannot be written in the released layout: {error}") from None
-    with _written(output) as folder:
+    with written(output) as folder:
         mapped = {name: weights.read(name, keep=True) for name in weights.specs}
         write_released_transformer(folder, mapped, shards)
         write_pickle(image, folder / RELEASED_FILES["image_tokenizer"])
@@ -150,7 +150,7 @@ def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool
 
 
 @contextmanager
-def _written(output: Path) -> Iterator[Path]:
+def written(output: Path) -> Iterator[Path]:
     """A new folder that becomes ``output`` when all has gone well, and else is gone."""
     if output.exists():
         raise InputError(f"{output} is there already: remove it, or choose another folder with -o")

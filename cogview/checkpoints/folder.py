@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,20 +103,22 @@ class Model:
     card: str = ""
 
 
-def save_model(folder: Path, model: Model, dtype: torch.dtype = torch.float32) -> None:
+def save_model(
+    folder: Path, model: Model, dtype: torch.dtype = torch.float32, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Write ``model`` into ``folder``, which need not exist; weights are stored as ``dtype``.
 
-    Those in few bits cannot be saved: InputError.
+    ``weights``: those to store instead of the transformer's, by the same names. Those in few bits cannot be saved:
+    InputError.
     """
     if any(isinstance(module, Int8Linear | Int4Linear) for module in model.transformer.modules()):
         raise InputError(
             "weights that were rounded to few bits cannot be saved: copy or convert the folder they came from"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.transformer.state_dict().items()
-    }
-    write_weights(folder / "model.safetensors", weights)
+    weights = model.transformer.state_dict() if weights is None else weights
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    write_weights(folder / "model.safetensors", stored)
     save_image_tokenizer(folder / "image", model.image_tokenizer, dtype)
     (folder / "text.model").write_bytes(model.text_tokenizer.model_bytes)
     if model.things:

@@ -58,7 +58,14 @@ def run(args: argparse.Namespace) -> int:
     paths = images.find(args.images)
     with LineWriter(args.output) as lines:
         settings = {"method": method, "n": args.n, "seed": seed, **sampling_settings(args)}
-        model = open_describer(args.model, settings, device=args.device, dtype=args.dtype, kv_dtype=args.kv_dtype)
+        model = open_describer(
+            args.model,
+            settings,
+            device=args.device,
+            dtype=args.dtype,
+            kv_dtype=args.kv_dtype,
+            adapter=args.adapter,
+        )
         described = describe(model, images, paths, settings, at_a_time)
         done = 0
         for number, captions in described:
@@ -68,11 +75,14 @@ def run(args: argparse.Namespace) -> int:
         return images.finish(done)
 
 
-def open_describer(name: str, settings: Mapping[str, Any], **placement: str) -> CogView:
-    """A model for ``describe`` with the same ``settings``: wrong ones end here. Says on stderr where it runs."""
-    model = open_model(name, tasks=["caption"], **placement)
+def open_describer(name: str, settings: Mapping[str, Any], **opening: Any) -> CogView:
+    """A model for ``describe`` with the same ``settings``: wrong ones end here. Says on stderr where it runs.
+
+    ``opening`` is what ``open_model`` takes.
+    """
+    model = open_model(name, tasks=["caption"], **opening)
     model.caption([], **settings)
-    print(f"{model.name} on {model.placement}, seed {settings['seed']}", file=sys.stderr)
+    print(f"{model.label} on {model.placement}, seed {settings['seed']}", file=sys.stderr)
     return model
 
 

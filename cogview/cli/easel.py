@@ -22,11 +22,19 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.pipeline import CogView, Picture, Wish
 
 
-def open_model(name: str, *, tasks: Sequence[str], device: str, dtype: str = "auto", kv_dtype: str = "auto") -> CogView:
-    """A model by name or folder; InputError unless it was trained for ``tasks``."""
+def open_model(
+    name: str,
+    *,
+    tasks: Sequence[str],
+    device: str,
+    dtype: str = "auto",
+    kv_dtype: str = "auto",
+    adapter: Path | None = None,
+) -> CogView:
+    """A model by name or folder, with an adapter or without; InputError unless it was trained for ``tasks``."""
     from cogview.pipeline import CogView
 
-    model = CogView.from_pretrained(name, device=device, dtype=dtype, kv_dtype=kv_dtype)
+    model = CogView.from_pretrained(name, device=device, dtype=dtype, kv_dtype=kv_dtype, adapter=adapter)
     for task in tasks:
         model.require_task(task)
     return model
@@ -115,18 +123,19 @@ class Easel:
         device: str,
         dtype: str = "auto",
         kv_dtype: str = "auto",
+        adapter: Path | None = None,
         preview: bool = False,
     ) -> Easel:
         """Load a model that was trained for ``tasks``; ``settings`` go before its own sampling."""
         from cogview.pipeline import checked_seed
 
         seed = checked_seed(seed)
-        opened = open_model(model, tasks=tasks, device=device, dtype=dtype, kv_dtype=kv_dtype)
+        opened = open_model(model, tasks=tasks, device=device, dtype=dtype, kv_dtype=kv_dtype, adapter=adapter)
         return cls(opened, settings, seed, tasks=tasks, ceiling=ceiling, preview=preview)
 
     def announce(self) -> None:
         """Say on stderr where the model runs, and the seed."""
-        print(f"{self.model.name} on {self.model.placement}, seed {self.seed}", file=sys.stderr)
+        print(f"{self.model.label} on {self.model.placement}, seed {self.seed}", file=sys.stderr)
 
     @property
     def grid(self) -> int:
@@ -222,7 +231,7 @@ class Easel:
         from cogview.pictures import picture_texts, save_png
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        path = save_png(path, picture, picture_texts(picture, self.model.name) | about)
+        path = save_png(path, picture, picture_texts(picture, self.model.label) | about)
         tqdm.write(str(path), file=sys.stdout)  # beside a progress bar, if there is one
         return path
 
@@ -234,7 +243,7 @@ class Easel:
         from cogview.sheets import contact_sheet
 
         sheet = contact_sheet([np.asarray(picture) for picture in pictures], columns=columns)
-        texts = sheet_texts([picture_texts(picture, self.model.name) for picture in pictures])
+        texts = sheet_texts([picture_texts(picture, self.model.label) for picture in pictures])
         print(save_png(path, sheet, texts))
 
 
@@ -250,6 +259,7 @@ def easel_of(args: argparse.Namespace, tasks: Sequence[str]) -> Easel:
         device=args.device,
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,
+        adapter=args.adapter,
         preview=getattr(args, "preview", False),
     )
     easel.model.parallel = most

@@ -119,14 +119,18 @@ class Job:
 
     def header(self) -> dict[str, Any]:
         """What must be the same when the job goes on; how much is done at a time is planned here."""
+        from cogview.adapters import Adapter
         from cogview.checkpoints.registry import find_checkpoint
 
         easel, model = self.easel, self.model
         folders = model.bundle.folders.values() if model.bundle else [find_checkpoint(model.name)]
+        prints = [fingerprint(folder) for folder in folders]
+        if model.adapter is not None:
+            prints.append(Adapter(model.adapter).sha256())
         wishes = [wish for group in self.groups(easel.seed) for wish in group.wishes]
         return {
             "model": model.name,
-            "weights": " ".join(dict.fromkeys(fingerprint(folder) for folder in folders)),
+            "weights": " ".join(dict.fromkeys(prints)),
             "dtype": model.placement.numbers,
             "kv_dtype": self.args.kv_dtype,
             "device": model.placement.device.type,

@@ -13,10 +13,11 @@ SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # as
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, batch: str) -> None:
-    """--model, --device, --dtype, --kv-dtype, and --max-inference-batch-size, the most ``batch``."""
+    """--model, --adapter, --device, --dtype, --kv-dtype, and --max-inference-batch-size, the most ``batch``."""
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, metavar="NAME_OR_FOLDER", help="cogview models lists the names"
     )
+    add_adapter_argument(parser)
     add_ceiling_argument(parser, batch)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     parser.add_argument(
@@ -29,6 +30,16 @@ def add_model_arguments(parser: argparse.ArgumentParser, batch: str) -> None:
         "--kv-dtype",
         default="auto",
         help="how keys and values are kept: auto (as --dtype computes) or int8 (rounded: half the memory of 16 bits)",
+    )
+
+
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """--adapter."""
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        metavar="FOLDER",
+        help="a LoRA adapter of the model, added into its weights as it is opened (cogview adapter)",
     )
 
 

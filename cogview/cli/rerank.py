@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cogview.cli.easel import accepts, open_model
 from cogview.cli.lines import LineWriter
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     at_a_time = ceiling(args)
     images = Images()
     queries = read_queries(args, images, LINE)
-    model = open_scorer(args.model, device=args.device, dtype=args.dtype, kv_dtype=args.kv_dtype)
+    model = open_scorer(args.model, device=args.device, dtype=args.dtype, kv_dtype=args.kv_dtype, adapter=args.adapter)
     lines = LineWriter()
     rankings = []
     for ranking in rank(model, images, queries, at_a_time):
@@ -47,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
     return finish(images, rankings)
 
 
-def open_scorer(name: str, **placement: str) -> CogView:
-    """A model for ``rank``. Says on stderr where it runs."""
-    model = open_model(name, tasks=["caption"], **placement)
-    print(f"{model.name} on {model.placement}", file=sys.stderr)
+def open_scorer(name: str, **opening: Any) -> CogView:
+    """A model for ``rank``, opened as ``open_model`` takes it. Says on stderr where it runs."""
+    model = open_model(name, tasks=["caption"], **opening)
+    print(f"{model.label} on {model.placement}", file=sys.stderr)
     return model
 
 

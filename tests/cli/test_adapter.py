@@ -1,0 +1,188 @@
+"""``cogview adapter``, and --adapter of the commands that generate."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cogview.adapters import PREFIX, Base, LoraSettings, save_adapter
+from cogview.checkpoints.convert import convert_folder
+from cogview.checkpoints.folder import read_config
+from cogview.checkpoints.precision import Precision
+from cogview.cli.main import main
+from cogview.pictures import read_texts
+from cogview.transformer import Transformer
+
+FOX = "一只狐狸"
+TARGETS = ("attention.query_key_value", "mlp.output")
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_checkpoint, tmp_path_factory):
+    """An adapter's folder of the tiny model, of random numbers."""
+    config = read_config(tiny_checkpoint)
+    transformer = Transformer(config.transformer)
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for name, module in transformer.named_modules():
+        if name.endswith(TARGETS):
+            outputs, inputs = module.weight.shape
+            for part, shape in (("A", (4, inputs)), ("B", (outputs, 4))):
+                weights[f"{name}.lora_{part}.default.weight"] = torch.randn(shape, generator=generator) / 5
+    folder = tmp_path_factory.mktemp("adapters") / "foxes"
+    settings = LoraSettings(rank=4, alpha=8.0, targets=TARGETS)
+    save_adapter(folder, transformer, settings, Base.of("tiny", config), weights)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """A function that runs a command in an empty folder: (status, lines printed, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        status = main([str(argument) for argument in arguments])
+        printed = capsys.readouterr()
+        return status, printed.out.splitlines(), printed.err
+
+    return run
+
+
+def test_merged_by_an_option_or_in_a_folder_it_draws_the_same(run, run_command, tiny_checkpoint, adapter, tmp_path):
+    assert run("adapter", "merge", tiny_checkpoint, adapter, "-o", "merged") == (0, ["merged"], "")
+    drawn = {}
+    for name, options in {
+        "option": ["--adapter", str(adapter)],
+        "folder": ["--model", "merged"],
+        "without": [],
+    }.items():
+        status, (path,), err = run_command("generate", FOX, "--seed", "7", "-o", name, *options)
+        assert status == 0
+        drawn[name] = read_texts(tmp_path / path)
+        if name == "option":
+            assert err.startswith(f"{tiny_checkpoint} + {adapter} on cpu")
+    assert drawn["option"]["codes"] == drawn["folder"]["codes"] != drawn["without"]["codes"]
+    assert drawn["option"]["model"] == f"{tiny_checkpoint} + {adapter}"
+
+
+def test_a_merged_folder_is_whole_and_says_what_it_is(run, tiny_checkpoint, adapter, tmp_path):
+    run("adapter", "merge", tiny_checkpoint, adapter, "-o", "merged")
+    names = sorted(path.relative_to(tiny_checkpoint) for path in tiny_checkpoint.rglob("*"))
+    assert sorted(path.relative_to(tmp_path / "merged") for path in (tmp_path / "merged").rglob("*")) == names
+    card = (tmp_path / "merged" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("# tiny\n\nMerged with the LoRA adapter `foxes` (rank 4, scale 2, SHA-256 ")
+    for name in names:
+        if (tiny_checkpoint / name).is_file() and str(name) not in ("README.md", "model.safetensors"):
+            assert (tmp_path / "merged" / name).read_bytes() == (tiny_checkpoint / name).read_bytes()
+    old, new = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, Path("merged")))
+    changed = {name for name, tensor in new.items() if not torch.equal(tensor, old[name])}
+    assert changed == {f"layers.{layer}.{target}.weight" for layer in (0, 1) for target in TARGETS}
+
+    assert run("adapter", "unmerge", "merged", adapter, "-o", "back") == (0, ["back"], "")
+    assert Path("back/README.md").read_text(encoding="utf-8") == "# tiny\n"
+    for name, tensor in load_file("back/model.safetensors").items():
+        torch.testing.assert_close(tensor, old[name], atol=1e-6, rtol=0)
+
+
+def test_weights_keep_their_dtype(run, tiny_checkpoint, adapter, tmp_path):
+    convert_folder(tiny_checkpoint, tmp_path / "half", precision=Precision(torch.bfloat16))
+    run("adapter", "merge", "half", adapter, "-o", "merged")
+    assert {tensor.dtype for tensor in load_file("merged/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_merged_twice_or_never_it_is_said(run, tiny_checkpoint, adapter):
+    run("adapter", "merge", tiny_checkpoint, adapter, "-o", "once")
+    _, _, err = run("adapter", "merge", "once", adapter, "-o", "twice")
+    assert "note: the card says that the LoRA adapter `foxes`" in err
+    assert "was merged before: now it counts twice" in err
+    status, _, err = run("adapter", "unmerge", tiny_checkpoint, adapter, "-o", "less")
+    assert (status, "note: the card does not say that the LoRA adapter `foxes`" in err) == (0, True)
+    assert "Without the LoRA adapter `foxes`" in Path("less/README.md").read_text(encoding="utf-8")
+
+
+def test_info(run, adapter, tiny_checkpoint, tmp_path):
+    status, lines, _ = run("adapter", "info", adapter)
+    facts = dict(line.split(": ", 1) for line in lines)
+    assert status == 0
+    assert facts["base model"] == "tiny"
+    assert (facts["rank"], facts["alpha"]) == ("4", "8, which scales by 2")
+    assert facts["targets"] == ", ".join(TARGETS)
+    assert (facts["projections"], facts["parameters"].split()[0]) == ("4", f"{2 * 4 * (32 + 96 + 128 + 32):,}")
+    assert facts["shape"].startswith("2 layers, width 32, 2 heads, ")
+    assert facts["codebook"] == read_config(tiny_checkpoint).codebook_sha256
+    (other := tmp_path / "other").mkdir()
+    save_file(load_file(adapter / "adapter_model.safetensors"), other / "adapter_model.safetensors")
+    (other / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
+    _, lines, _ = run("adapter", "info", other)
+    assert lines[0] == "base model: not said"
+
+
+def test_mistakes_are_one_line_and_status_2(run, tiny_checkpoint, adapter, tmp_path):
+    (tmp_path / "there").mkdir()
+    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(few_bits="int8"))
+    for arguments, words in (
+        (("merge", tiny_checkpoint, adapter, "-o", "there"), "there is there already: remove it, or choose another"),
+        (("merge", "cogview-bse", adapter, "-o", "out"), 'checkpoint "cogview-bse" is unknown'),
+        (("merge", tiny_checkpoint, "nowhere", "-o", "out"), "there is no adapter at nowhere"),
+        (("info", tiny_checkpoint), "is incomplete: adapter_config.json is missing"),
+        (("merge", "rounded", adapter, "-o", "out"), "rounded is stored in int8, to which nothing can be added"),
+        (("merge", "cogview-emoji", adapter, "-o", "out"), "belongs to a model of 2 layers of width 32 with 2 heads"),
+    ):
+        status, out, err = run("adapter", *arguments)
+        assert (status, out, err.count("\n")) == (2, [], 1)
+        assert err.startswith("cogview adapter: ")
+        assert words in err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit, match="2"):
+        run("adapter", "merge", tiny_checkpoint, adapter)
+
+
+def test_a_bundle_takes_no_adapter(run, tiny_checkpoint, adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("cogview.pipeline.find_parts", lambda name: {"generate": tiny_checkpoint})
+    status, _, err = run("generate", FOX, "--model", "cogview-released", "--adapter", adapter, "--device", "cpu")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "cogview-released stands for several models, an adapter belongs to one: name one of cogview-base, " in err
+
+
+def test_every_task_takes_an_adapter(run_command, adapter, save_image):
+    save_image("fox.png")
+    for command in (
+        ["complete", "fox.png", "--prompt", FOX, "--rows", "7"],
+        ["upscale", "fox.png", "--prompt", FOX, "--low-level"],
+        ["caption", "fox.png"],
+        ["rerank", "fox.png", "--prompt", FOX],
+    ):
+        status, lines, err = run_command(*command, "--adapter", str(adapter))
+        assert (status, len(lines)) == (0, 1)
+        assert f" + {adapter} on cpu" in err
+        status, _, err = run_command(*command, "--adapter", "nowhere")
+        assert (status, "there is no adapter at nowhere" in err) == (2, True)
+
+
+def test_a_job_goes_on_with_the_same_adapter_only(run_command, adapter, tmp_path):
+    (tmp_path / "job.txt").write_text(f"{FOX}\n", encoding="utf-8")
+    job = ["generate", "--input", "job.txt", "--seed", "7"]
+    assert run_command(*job, "--adapter", str(adapter))[0] == 0
+    assert run_command(*job, "--adapter", str(adapter), "--resume")[0] == 0
+    status, _, err = run_command(*job, "--resume")
+    assert (status, "weights" in err) == (2, True)
+
+
+def test_the_released_command_line_takes_an_adapter(tiny_checkpoint, adapter, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    import generate_samples
+
+    (tmp_path / "lines.txt").write_text(f"{FOX}\n", encoding="utf-8")
+    flags = ["--input-source", "lines.txt", "--load", str(tiny_checkpoint), "--batch-size", "1", "--device", "cpu"]
+    assert generate_samples.main([*flags, "--adapter", str(adapter)]) == 0
+    assert read_texts(tmp_path / capsys.readouterr().out.strip())["model"] == f"{tiny_checkpoint} + {adapter}"
+
+
+def test_merging_needs_no_peft(run, tiny_checkpoint, adapter, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    assert run("adapter", "merge", tiny_checkpoint, adapter, "-o", "merged")[0] == 0
+    assert all(name.startswith(PREFIX) for name in load_file(adapter / "adapter_model.safetensors"))
