@@ -1,0 +1,665 @@
+"""What a run folder tells of itself: where and how it was started, its metrics, and its curves as a picture.
+
+Nothing here needs PyTorch to read a run; training writes, and anything may read meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cogview import __version__
+from cogview.config_files import read_recipe
+from cogview.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+
+ENVIRONMENT_FILE = "environment.jsonl"
+HELD_OUT = "held_out_"  # how names of figures begin that were not measured in training itself
+PACKAGES = ("torch", "numpy", "triton", "deepspeed", "peft", "safetensors", "lmdb", "sentencepiece")
+PACKAGE_FILE = Path(__file__).parents[1] / "__init__.py"  # which tells where this package is
+GIT_SECONDS = 5.0  # for each question
+QUIET_SECONDS = 300.0  # a run that has written nothing for so long, and for three times its usual pause, is over
+
+State = Literal["finished", "running", "stopped"]
+
+
+# Where a run was started
+
+
+def write_environment(
+    folder: Path,
+    *,
+    recipe_path: Path | None,
+    world_size: int,
+    engine: str,
+    device: torch.device | str,
+    resumed_from: Path | None,
+) -> None:
+    """Append a line to ``folder/environment.jsonl``: what this start of a run runs on. For one process of a run.
+
+    What cannot be found out is None, and a file that cannot be written is told on stderr: a run never stops here.
+    """
+    facts: dict[str, Callable[[], Any]] = {
+        "time": lambda: datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": lambda: shlex.join(sys.orig_argv),
+        "resumed_from": lambda: None if resumed_from is None else resumed_from.name,
+        "recipe": lambda: None if recipe_path is None else str(recipe_path),
+        "git": lambda: _checkout(PACKAGE_FILE, tracked=True),
+        "recipe_git": lambda: None if recipe_path is None else _other_checkout(recipe_path),
+        "versions": _versions,
+        "engine": lambda: engine,
+        "world_size": lambda: world_size,
+        "device": lambda: str(device),
+        "device_names": lambda: _device_names(str(device)),
+        "cuda": _cuda_version,
+        "driver": _driver_version,
+        "cpu_threads": _cpu_threads,
+        "platform": platform.platform,
+        "hostname": socket.gethostname,
+    }
+    found = {name: _or_none(fact) for name, fact in facts.items()}
+    path = folder / ENVIRONMENT_FILE
+    try:
+        begun = path.read_bytes() if path.exists() else b""
+        with path.open("a", encoding="utf-8") as file:  # on a line of its own, even behind one that was cut short
+            file.write(("\n" if begun and not begun.endswith(b"\n") else "") + json.dumps(found) + "\n")
+    except OSError as error:
+        print(f"warning: {path} could not be written: {error.strerror or error}", file=sys.stderr)
+
+
+def _or_none(fact: Callable[[], Any]) -> Any:
+    try:
+        return fact()
+    except Exception:  # whatever a driver, a file system or a strange installation does: the run is worth more
+        return None
+
+
+def _versions() -> dict[str, str]:
+    """Python, this package, and what is installed of ``PACKAGES``; nothing is imported."""
+    found = {"cogview": __version__, "python": platform.python_version()}
+    for name in PACKAGES:
+        version = _or_none(partial(metadata.version, name))
+        if version is not None:
+            found[name] = version
+    return found
+
+
+def _checkout(file: Path, *, tracked: bool) -> dict[str, Any] | None:
+    """Root and commit of the git checkout that ``file`` lies in, and whether tracked files differ from the commit.
+
+    None where there is no checkout, no commit or no git, or with ``tracked`` where the file is not one of the
+    repository's: a package is often installed below somebody else's. A file that is not tracked counts as a change.
+    """
+    folder = file.resolve().parent
+    is_tracked = _git(folder, "ls-files", "--error-unmatch", "--", file.name) is not None
+    root, commit = (_git(folder, "rev-parse", what) for what in ("--show-toplevel", "HEAD"))
+    if root is None or commit is None or (tracked and not is_tracked):
+        return None
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return {"root": root, "commit": commit, "dirty": None if changes is None else bool(changes) or not is_tracked}
+
+
+def _other_checkout(recipe: Path) -> dict[str, Any] | None:
+    """That of the recipe, unless it is that of this package."""
+    own, found = _checkout(PACKAGE_FILE, tracked=True), _checkout(recipe, tracked=False)
+    return None if own and found and own["root"] == found["root"] else found
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says in ``folder``; None where it fails or takes too long."""
+    # Variables such as GIT_DIR, as hooks have them, would speak of another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            env={**environment, "GIT_OPTIONAL_LOCKS": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=GIT_SECONDS,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode("utf-8", errors="replace").strip()
+
+
+def _device_names(device: str) -> list[str]:
+    """All GPUs that this process sees, or the CPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+    cpu = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.MULTILINE) if cpu.is_file() else None
+    return [named[1].strip() if named else platform.processor() or platform.machine()]
+
+
+def _cuda_version() -> str | None:
+    import torch
+
+    return torch.version.cuda
+
+
+def _driver_version() -> str | None:
+    path = Path("/sys/module/nvidia/version")  # nvidia-smi, which may hang, is not asked
+    return path.read_text().strip() if path.is_file() else None
+
+
+def _cpu_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+# What a run has done
+
+
+@dataclass(frozen=True)
+class Series:
+    """A figure by the number of finished steps, which rises."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    @property
+    def last(self) -> float:
+        """The latest value."""
+        return self.values[-1]
+
+    def at(self, step: int) -> float | None:
+        """The value behind ``step``, if there is one."""
+        return self.values[self.steps.index(step)] if step in self.steps else None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The checkpoint with the lowest loss on held-out rows."""
+
+    step: int
+    held_out_loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """A run folder as it stood when it was read."""
+
+    folder: Path
+    done: int  # steps
+    planned: int | None  # steps; None where the settings do not say
+    state: State
+    settings: Mapping[str, Any]
+    training: Mapping[str, Series]  # in the order in which metrics.jsonl names them
+    held_out: Mapping[str, Series]  # by their names without ``held_out_``
+    checkpoints: tuple[Path, ...]  # oldest first
+    best: Best | None
+    environments: tuple[Mapping[str, Any], ...]  # of each start, as ``write_environment`` has them
+
+    @property
+    def name(self) -> str:
+        """The folder's name behind that of the folder it lies in: many a run is called transformer-run."""
+        return "/".join(self.folder.resolve().parts[1:][-2:])
+
+    @property
+    def environment(self) -> Mapping[str, Any] | None:
+        """That of the last start."""
+        return self.environments[-1] if self.environments else None
+
+    @property
+    def seconds(self) -> float | None:
+        """How long the logged steps took, in all starts, without evaluating and saving; None where it is not known."""
+        paces, size = self.training.get("samples_per_second"), _number_in(self.settings, "training", "batch_size")
+        if paces is None or size is None or not all(pace > 0 for pace in paces.values):
+            return None
+        before = (0, *paces.steps)
+        return sum((step - last) * size / pace for last, step, pace in zip(before, *_columns(paces), strict=False))
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is that of a run, begun at least."""
+    begun = (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file()
+    return begun and (folder / "recipe.yaml").is_file()
+
+
+def find_runs(paths: Iterable[Path]) -> list[Path]:
+    """The run folders among ``paths`` and below them, each once; InputError for a folder that does not exist."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if not path.is_dir():
+            what = "is a file" if path.exists() else "does not exist"
+            raise InputError(f"{path} {what}: expected the folder of a run, or one with runs below it")
+        for run in _runs_below(path):
+            found.setdefault(run.resolve(), run)
+    return list(found.values())
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    if is_run(folder):
+        yield folder
+        return
+    try:
+        inner = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except PermissionError:
+        return
+    for path in inner:
+        if not path.is_symlink() or is_run(path):  # a link to a folder around it would have no end
+            yield from _runs_below(path)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """What ``folder`` tells; InputError where it is that of no run. Lines that cannot be read are passed over."""
+    if not is_run(folder):
+        missing = "" if folder.is_dir() else ", which does not exist,"
+        raise InputError(
+            f"{folder}{missing} is no run: expected recipe.yaml and metrics.jsonl, as cogview train has them"
+        )
+    settings = read_recipe(folder / "recipe.yaml")
+    figures = _read_figures(folder / "metrics.jsonl")
+    training = {name: series for name, series in figures.items() if not name.startswith(HELD_OUT)}
+    checkpoints = _read_checkpoints(folder / "checkpoints")
+    done = max(
+        (step for steps in [*(series.steps for series in training.values()), checkpoints] for step in steps), default=0
+    )
+    planned = _number_in(settings, "training", "steps")
+    return RunRecord(
+        folder=folder,
+        done=done,
+        planned=None if planned is None else int(planned),
+        state=_state(folder, done, planned, training.get("samples_per_second"), settings),
+        settings=settings,
+        training=training,
+        held_out={name.removeprefix(HELD_OUT): series for name, series in figures.items() if name.startswith(HELD_OUT)},
+        checkpoints=tuple(checkpoints.values()),
+        best=_read_best(folder / "checkpoints" / "best.json"),
+        environments=tuple(_json_lines(folder / ENVIRONMENT_FILE)),
+    )
+
+
+def _read_figures(path: Path) -> dict[str, Series]:
+    """All figures of ``metrics.jsonl``; of a step that was told twice, as after a restart, the later one counts."""
+    told: dict[str, dict[int, float]] = {}
+    for record in _json_lines(path):
+        step = record.pop("step", None)
+        if not isinstance(step, int):
+            continue
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                told.setdefault(name, {})[step] = float(value)
+    ordered = {name: sorted(values.items()) for name, values in told.items()}
+    return {name: Series(*map(tuple, zip(*pairs, strict=True))) for name, pairs in ordered.items()}
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects in ``path``, without lines that a kill cut short; none where there is no such file."""
+    if not path.is_file():
+        return
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict):
+            yield found
+
+
+def _read_checkpoints(folder: Path) -> dict[int, Path]:
+    """Whole checkpoints by their steps, oldest first."""
+    found = {}
+    for path in folder.glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdecimal():
+            found[int(number)] = path
+    return dict(sorted(found.items()))
+
+
+def _read_best(path: Path) -> Best | None:
+    for found in _json_lines(path):
+        if {"step", "held_out_loss"} <= found.keys():
+            return Best(int(found["step"]), float(found["held_out_loss"]))
+    return None
+
+
+def _state(folder: Path, done: int, planned: float | None, paces: Series | None, settings: Mapping[str, Any]) -> State:
+    if planned is not None and done >= planned:
+        return "finished"
+    files = [path for path in (folder / "metrics.jsonl", folder / "recipe.yaml") if path.is_file()]
+    quiet = time.time() - max(path.stat().st_mtime for path in files)
+    usual, size = 0.0, _number_in(settings, "training", "batch_size")
+    if paces is not None and size is not None and paces.last > 0:
+        usual = (paces.steps[-1] - (0, *paces.steps)[-2]) * size / paces.last
+    return "running" if quiet < max(QUIET_SECONDS, 3 * usual) else "stopped"
+
+
+def _number_in(settings: Mapping[str, Any], *keys: str) -> float | None:
+    """A number among nested settings, if there is one."""
+    found: Any = settings
+    for key in keys:
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+
+
+def _columns(series: Series) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    return series.steps, series.values
+
+
+# How runs differ
+
+
+def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested settings by keys with dots, ``training.tasks.generate``; lists stay whole."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, f"{above}{key}.")
+        else:
+            found[f"{above}{key}"] = value
+    return found
+
+
+def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys of flat settings that some lack, or that have not the same value in all."""
+    keys = dict.fromkeys(key for own in settings for key in own)
+    return [key for key in keys if any(key not in own or own[key] != settings[0].get(key) for own in settings)]
+
+
+def common_steps(series: Sequence[Series | None], most: int) -> list[int]:
+    """Steps at which all have a value: the last, and others at even distances before it, ``most`` in all."""
+    if not series or any(own is None for own in series):
+        return []
+    shared = sorted(set.intersection(*(set(own.steps) for own in series if own is not None)))
+    count = min(most, len(shared))
+    return [shared[math.ceil(len(shared) * (number + 1) / count) - 1] for number in range(count)]
+
+
+def names_apart(records: Sequence[RunRecord]) -> list[str]:
+    """A name for each run: the end of its path, as long as it takes to tell them apart."""
+    parts = [record.folder.resolve().parts[1:] for record in records]
+    names = [record.name for record in records]
+    for length in range(2, max(map(len, parts), default=0) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+# Curves
+
+PANEL = (4.0, 2.5)  # inches
+COLUMNS = 3  # of panels, at 100 pixels an inch: 1200 pixels
+PICTURES = (".png", ".pdf", ".svg")
+COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
+LAYER = re.compile(r"activation_max_(?:(embedding)|layer_(\d+))$")
+
+
+def leave_curves(folder: Path) -> None:
+    """``curves.png`` in a run folder, as training leaves it at its end; what hinders that is one line on stderr."""
+    try:
+        draw_curves([read_run(folder)], folder / "curves.png")
+    except Exception as error:  # what was trained is saved by now: a drawing is not to make the run fail
+        print(f"no curves.png: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def draw_curves(records: Sequence[RunRecord], path: Path) -> None:
+    """Draw the curves of runs over each other into ``path`` (.png, .pdf or .svg), 1200 pixels wide.
+
+    A panel for each loss, then learning rate, gradient norm, speed, waiting for data, and for each run the largest
+    activations by depth, where there are such figures. InputError where there is nothing to draw, or no matplotlib.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise InputError(f"{path} is not named like a picture: expected a name that ends in {', '.join(PICTURES)}")
+    panels = [
+        *_judged_panels(records),
+        *_plain_panels(records),
+        *_activation_panels(records),
+    ]
+    if not panels:
+        raise InputError(f"no metrics yet in {', '.join(str(record.folder) for record in records) or 'no run'}")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, MaxNLocator
+    except ImportError:
+        raise InputError("curves need matplotlib, which is missing: pip install 'cogview[train]' brings it") from None
+    columns = min(COLUMNS, len(panels))
+    end = 1.02 * max(max(series.steps) for record in records for series in _all_series(record))
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # not as a user has them for other pictures
+        matplotlib.rcParams.update(
+            {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
+        )
+        size = (PANEL[0] * COLUMNS, PANEL[1] * rows + 0.3 * (2 + len(records) // 3))
+        figure = Figure(figsize=size, dpi=100, layout="constrained")
+        axes = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+        for number, (title, draw) in enumerate(panels):
+            axes[number].set_title(title, loc="left")
+            draw(axes[number])
+            axes[number].set_xlim(0, end)
+            axes[number].xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+            axes[number].xaxis.set_major_formatter(EngFormatter(sep=""))
+            if number + columns >= len(panels):
+                axes[number].set_xlabel("step")
+        for unused in axes[len(panels) :]:
+            unused.remove()
+        _add_legend(figure, records)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
+Panel = tuple[str, Callable[["Axes"], None]]  # its title, and what draws it
+
+
+def _judged_panels(records: Sequence[RunRecord]) -> list[Panel]:
+    """Losses, the whole one first, and what else was measured on held-out rows."""
+    names = dict.fromkeys(name for record in records for name in record.training)
+    judged = dict.fromkeys(name for record in records for name in record.held_out)
+    shown = [name for name in names if name == "loss" or name.endswith("_loss") or name in judged]
+    for name in judged:
+        values = {value for record in records if name in record.held_out for value in record.held_out[name].values}
+        if name not in names and (name.endswith("loss") or len(values) > 1):  # how many were judged is no curve
+            shown.append(name)
+    shown.sort(key=lambda name: name != "loss")
+    return [(_in_words(name), partial(_draw_judged, records, name)) for name in shown]
+
+
+def _draw_judged(records: Sequence[RunRecord], name: str, axes: Axes) -> None:
+    lines = []
+    for number, record in enumerate(records):
+        colour, held_out = _colour(number), record.held_out.get(name)
+        if (series := record.training.get(name)) is not None:
+            axes.plot(*_columns(series), color=colour, linewidth=0.7, alpha=0.6)
+            lines.append(series)
+        if held_out is not None:
+            axes.plot(*_columns(held_out), ".:", color=colour, linewidth=0.8, markersize=5)
+            lines.append(held_out)
+        if name == "loss" and record.best is not None:
+            axes.plot(
+                record.best.step, record.best.held_out_loss, "*", color=colour, markersize=11, markeredgecolor="k"
+            )
+    if name.endswith("loss"):
+        _leave_out_the_beginning(axes, lines)
+
+
+def _leave_out_the_beginning(axes: Axes, lines: Sequence[Series]) -> None:
+    """Let what a loss falls from in its first steps run out of the panel, which would leave no room for the rest."""
+    values = [
+        value
+        for series in lines
+        for step, value in zip(*_columns(series), strict=True)
+        if math.isfinite(value) and step >= 0.05 * series.steps[-1]
+    ]
+    if len(values) < 20:
+        return
+    low, high = min(values), max(values)
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    axes.set_ylim(low - room, high + room)
+
+
+def _plain_panels(records: Sequence[RunRecord]) -> list[Panel]:
+    """What training says of its course and speed."""
+    names = {name for record in records for name in record.training}
+    speed = "tokens_per_second" if "tokens_per_second" in names else "samples_per_second"
+    panels: dict[str, Panel] = {
+        "learning_rate": ("learning rate", partial(_draw_plain, records, "learning_rate")),
+        "gradient_norm": ("gradient norm", partial(_draw_gradient_norm, records)),
+        "loss_scale": ("loss scale", partial(_draw_plain, records, "loss_scale")),
+        speed: (_in_words(speed), partial(_draw_plain, records, speed)),
+        "data_wait": ("time spent waiting for data", partial(_draw_plain, records, "data_wait")),
+    }
+    return [panel for name, panel in panels.items() if name in names]
+
+
+def _draw_plain(records: Sequence[RunRecord], name: str, axes: Axes) -> None:
+    from matplotlib.ticker import EngFormatter, PercentFormatter, StrMethodFormatter
+
+    for number, record in enumerate(records):
+        if (series := record.training.get(name)) is not None:
+            axes.plot(*_columns(series), color=_colour(number), linewidth=1)
+    if name == "loss_scale":
+        axes.set_yscale("log", base=2)
+    elif name == "data_wait":
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    elif name == "learning_rate":
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    else:
+        axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    if name != "loss_scale":
+        axes.set_ylim(bottom=0)
+
+
+def _draw_gradient_norm(records: Sequence[RunRecord], axes: Axes) -> None:
+    """Beside the norm a mark where steps were left out."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for number, record in enumerate(records):
+        colour = _colour(number)
+        if (series := record.training.get("gradient_norm")) is not None:
+            axes.plot(*_columns(series), color=colour, linewidth=0.7, alpha=0.8)
+        skipped = record.training.get("skipped_steps")
+        if skipped is not None:
+            before = (0.0, *skipped.values)
+            steps = [step for step, value, last in zip(*_columns(skipped), before, strict=False) if value > last]
+            lowest = [0.04] * len(steps)  # of the panel's height
+            marks = axes.plot(steps, lowest, "x", color=colour, markersize=5, transform=axes.get_xaxis_transform())
+            marks[0].set_label("skipped")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    if any(line.get_label() == "skipped" for line in axes.lines):
+        axes.set_title("gradient norm (x: steps skipped)", loc="left")
+
+
+def _activation_panels(records: Sequence[RunRecord]) -> list[Panel]:
+    """A map for each run, in the same colours."""
+    names = [""] if len(records) == 1 else [f": {name}" for name in _english(records)]
+    depths = [_by_depth(record) for record in records]
+    known = [
+        value
+        for own in depths
+        for series in own.values()
+        for value in series.values
+        if math.isfinite(value) and value > 0  # others have no logarithm
+    ]
+    if not known:
+        return []
+    limits = min(known), max(max(known), 1.01 * min(known))
+    return [
+        (f"largest activation{name}", partial(_draw_activations, own, limits))
+        for name, own in zip(names, depths, strict=True)
+        if own
+    ]
+
+
+def _by_depth(record: RunRecord) -> dict[int, Series]:
+    """The largest activations behind the embedding, 0, and behind each layer, from 1."""
+    found = {}
+    for name, series in record.training.items():
+        if match := LAYER.match(name):
+            found[0 if match[1] else int(match[2]) + 1] = series
+    return found
+
+
+def _draw_activations(depths: Mapping[int, Series], limits: tuple[float, float], axes: Axes) -> None:
+    import numpy as np
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    steps = sorted({step for series in depths.values() for step in series.steps})
+    grid = np.full((max(depths) + 1, len(steps)), np.nan)
+    for depth, series in depths.items():
+        grid[depth, np.searchsorted(steps, series.steps)] = series.values
+    drawn = axes.pcolormesh(
+        np.array([0, *steps]),  # a cell reaches back to the step before it
+        np.arange(len(grid) + 1) - 0.5,
+        np.ma.masked_where(~(np.isfinite(grid) & (grid > 0)), grid),
+        norm=LogNorm(*limits),
+        cmap="magma",
+        rasterized=True,
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("layer (0: embedding)")
+    figure = axes.get_figure()
+    assert figure is not None
+    figure.colorbar(drawn, ax=axes, pad=0.02)
+
+
+def _add_legend(figure: Any, records: Sequence[RunRecord]) -> None:
+    """Which colour is which run, and what lines, dots and the star mean."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], color=_colour(number), linewidth=3) for number in range(len(records))]
+    texts = [
+        f"{name}, {record.state} at step {record.done}{'' if record.planned is None else f' of {record.planned}'}"
+        for name, record in zip(_english(records), records, strict=True)
+    ]
+    meanings = {
+        "training": (Line2D([], [], color="grey", linewidth=0.8), any(record.training for record in records)),
+        "held out": (Line2D([], [], color="grey", marker=".", linestyle=":"), any(r.held_out for r in records)),
+        "best": (
+            Line2D([], [], color="grey", marker="*", markersize=11, linestyle=""),
+            any(record.best for record in records),
+        ),
+    }
+    for text, (handle, there) in meanings.items():
+        if there:
+            handles.append(handle)
+            texts.append(text)
+    legend = figure.legend(handles, [" "] * len(handles), loc="outside upper left", ncols=4, frameon=False)
+    for shown, text in zip(legend.get_texts(), texts, strict=True):
+        shown.set_parse_math(False)  # a name may hold $
+        shown.set_text(text)  # and begin with _, which would leave it out above
+
+
+def _english(records: Sequence[RunRecord]) -> list[str]:
+    """Names that the font of the picture has all characters for."""
+    return [name if name.isascii() else f"run {number}" for number, name in enumerate(names_apart(records), start=1)]
+
+
+def _all_series(record: RunRecord) -> list[Series]:
+    return [*record.training.values(), *record.held_out.values()]
+
+
+def _in_words(figure: str) -> str:
+    return figure.replace("_per_second", "/s").replace("_", " ")
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]

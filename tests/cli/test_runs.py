@@ -1,0 +1,178 @@
+"""``cogview runs``: a table of runs, how two differ, and what is said of mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from cogview.cli.main import main
+
+
+def plant(folder: Path, *, steps: int = 40, start: float = 5.0, environment: dict | None = None, **training) -> Path:
+    """A run as training leaves it: a line each 10 steps, judged each 20; of 8 rows, 32 of them a second."""
+    (folder / "checkpoints" / f"step-{steps:08d}").mkdir(parents=True)
+    settings = {"preset": "5m", "training": {"steps": 40, "batch_size": 8, "learning_rate": 1e-3, **training}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    lines = []
+    for step in range(10, steps + 1, 10):
+        loss = start - step / 10
+        speed = {"samples_per_second": 32.0, "tokens_per_second": 3200.0, "mfu": 0.25}
+        lines.append({"step": step, "loss": loss, "generate_image_loss": loss + 1, **speed})
+        if step % 20 == 0:
+            lines.append({"step": step, "held_out_loss": loss + 0.5, "held_out_generate_image_loss": loss + 1.5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    best = {"step": 20, "held_out_loss": start - 1.5}
+    (folder / "checkpoints" / "best.json").write_text(json.dumps(best) + "\n", encoding="utf-8")
+    if environment is not None:
+        (folder / "environment.jsonl").write_text(json.dumps(environment) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch) -> Path:
+    """Two runs in the folder ``runs`` of an empty folder, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    plant(Path("runs/红苹果/transformer-run"), environment={"time": "1", "versions": {"torch": "2.6"}, "git": None})
+    environment = {"time": "2", "versions": {"torch": "2.7"}, "git": None}
+    plant(Path("runs/b/transformer-run"), steps=20, start=6.0, learning_rate=5e-4, environment=environment)
+    return tmp_path
+
+
+def words(line: str) -> list[str]:
+    return [cell.strip() for cell in line.split("  ") if cell.strip()]
+
+
+def test_a_table_of_all_runs(runs, capsys):
+    assert main(["runs"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    rows = [words(line) for line in out.splitlines()]
+    assert rows == [
+        ["run", "step", "loss", "held out (best at step)", "speed", "MFU", "hours", "state"],
+        [rows[1][0], "20/40", "4.0000", "4.5000 (4.5000 at 20)", "3,200 tokens/s", "25.0%", "0.00", "running"],
+        [rows[2][0], "40/40", "1.0000", "1.5000 (3.5000 at 20)", "3,200 tokens/s", "25.0%", "0.00", "finished"],
+    ]
+    assert [row[0] for row in rows[1:]] == ["runs/b/transformer-run", "runs/红苹果/transformer-run"]
+    # In a terminal Chinese characters are two columns wide, as they are two bytes here.
+    first, second = (line.encode("gb18030") for line in out.splitlines()[1:])
+    assert first.index(b"20/40") == second.index(b"40/40")
+
+
+def test_folders_may_stand_before_and_behind_options(runs, capsys):
+    for arguments in (["runs/b", "--json", "runs/红苹果"], ["--json", "runs/b", "runs/红苹果"]):
+        assert main(["runs", *arguments]) == 0
+        listed = json.loads(capsys.readouterr().out)
+        assert [row["name"] for row in listed] == ["b/transformer-run", "红苹果/transformer-run"]
+
+
+def test_json_has_it_all(runs, capsys):
+    with (runs / "runs" / "b" / "transformer-run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "loss": NaN}\n')
+    assert main(["runs", "runs/b", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert row["folder"] == "runs/b/transformer-run"
+    assert (row["state"], row["steps_done"], row["steps_planned"], row["starts"]) == ("running", 30, 40, 1)
+    assert row["training"]["loss"] is None  # JSON has no NaN
+    assert row["held_out"] == {"loss": 4.5, "generate_image_loss": 5.5}
+    assert row["best"] == {"step": 20, "held_out_loss": 4.5}
+    assert row["checkpoints"] == ["runs/b/transformer-run/checkpoints/step-00000020"]
+    assert row["settings"]["training"]["learning_rate"] == 5e-4
+    assert row["environment"]["versions"] == {"torch": "2.7"}
+    assert row["hours"] == pytest.approx(5 / 3600)
+
+
+def test_two_runs_compared(runs, capsys):
+    assert main(["runs", "runs/b", "runs/红苹果", "--compare"]) == 0
+    blocks = [[words(line) for line in block.splitlines()] for block in capsys.readouterr().out.split("\n\n")]
+    names = ["b/transformer-run", "红苹果/transformer-run"]
+    assert blocks[1:] == [
+        [["settings that differ", *names], ["training.learning_rate", "0.0005", "0.001"]],
+        [["what they ran on, where it differs", *names], ["versions.torch", "2.7", "2.6"]],
+        [["loss at step", *names], ["10", "5.0000", "4.0000"], ["20", "4.0000", "3.0000"]],
+        [["held-out loss at step", *names], ["20", "4.5000", "3.5000"]],
+        [["losses at their last common step", *names], ["generate_image_loss (20)", "5.0000", "4.0000"]],
+        [["on held-out rows", *names], ["generate_image_loss (20)", "5.5000", "4.5000"]],
+    ]
+    assert main(["runs", "runs/b", "runs/红苹果", "--compare", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == {"training.learning_rate": [5e-4, 1e-3]}
+    assert found["environment"] == {"versions.torch": ["2.7", "2.6"]}
+    assert found["loss"] == {"10": [5.0, 4.0], "20": [4.0, 3.0]}
+    assert len(found["runs"]) == 2
+
+
+def test_runs_with_nothing_to_compare(tmp_path, capsys):
+    folders = [str(plant(tmp_path / name)) for name in ("a", "b")]
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
+    assert main(["runs", *folders, "--compare"]) == 0
+    out = capsys.readouterr().out
+    assert out.endswith("\n\ntheir settings are the same\n\ntheir losses have no step in common\n")
+
+
+def test_curves(runs, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["runs", "--plot", "curves.png"]) == 0
+    out, err = capsys.readouterr()
+    assert err == "curves: curves.png\n"
+    assert len(out.splitlines()) == 3
+    with Image.open("curves.png") as image:
+        assert image.width == 1200
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_a_folder_without_runs_says_so(tmp_path, capsys):
+    assert main(["runs", str(tmp_path)]) == 0
+    assert capsys.readouterr() == ("", f"no runs in {tmp_path}\n")
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    assert capsys.readouterr() == ("[]\n", f"no runs in {tmp_path}\n")
+
+
+def test_a_run_that_cannot_be_read_is_named_at_the_end(runs, capsys):
+    (runs / "runs" / "b" / "transformer-run" / "recipe.yaml").write_text("- a list\n")
+    assert main(["runs"]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2
+    assert err.startswith("cogview runs: runs/b/transformer-run/recipe.yaml is no recipe")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "nothing does not exist: expected the folder of a run, or one with runs below it"),
+        (["runs/b", "--compare"], "--compare needs two runs or more, one was found in runs/b"),
+        (["runs", "--plot", "curves.doc"], "curves.doc is not named like a picture: expected a name that ends in .png"),
+    ],
+)
+def test_mistakes_are_one_line(runs, arguments, message, capsys):
+    assert main(["runs", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"cogview runs: {message}")
+    assert err.count("\n") == 1
+
+
+def test_without_the_usual_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["runs"]) == 2
+    err = capsys.readouterr().err
+    assert err == "cogview runs: there is no folder runs here: name the folders of runs, cogview runs FOLDER …\n"
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["runs", "--help"])
+    assert exit_.value.code == 0
+    assert "--compare" in capsys.readouterr().out
+
+
+def test_speed_is_that_of_late(tmp_path, capsys):
+    folder = plant(tmp_path)
+    paces = [1.0] * 30 + [50.0] * 9 + [2.0]
+    lines = [{"step": step, "samples_per_second": pace} for step, pace in enumerate(paces, start=1)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["runs", str(folder)]) == 0
+    row = words(capsys.readouterr().out.splitlines()[1])
+    assert row[1:] == ["40/40", "-", "-", "50 samples/s", "-", "0.07", "finished"]
