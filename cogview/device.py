@@ -16,6 +16,7 @@ from cogview.kernels.linear import cpu_multiplies_bfloat16
 from cogview.quantized import FEW_BITS, FewBits, few_bits_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TRAINING_PRECISIONS = tuple(DTYPES)
 
 
 @dataclass(frozen=True)
@@ -174,22 +175,19 @@ def _choose_device(name: str) -> torch.device:
 
 
 def training_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
-    """What autocast computes in during training, or None for plain float32.
+    """What products are computed in during training, or None for plain float32.
 
-    ``auto`` is bfloat16 where the hardware has it, else float32. A CPU that has to emulate it computes it several times
-    slower than float32.
+    ``auto`` is bfloat16 where the hardware has it (of CUDA cards those of compute capability 8.0 and above;
+    ``is_bf16_supported`` says yes to others, which emulate it several times slower), float16 on CUDA cards that have
+    not, and float32 on a CPU that would have to emulate it.
     """
-    if precision == "float32":
-        return None
-    if precision == "bfloat16":
-        return torch.bfloat16
     if precision != "auto":
-        raise InputError(f"precision {precision!r} is unknown; known: auto, bfloat16, float32")
+        if precision not in TRAINING_PRECISIONS:
+            raise InputError(f"precision {precision!r} is unknown; known: auto, {', '.join(TRAINING_PRECISIONS)}")
+        return None if precision == "float32" else DTYPES[precision]
     if device.type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8
-    else:
-        native = device.type == "cpu" and cpu_multiplies_bfloat16()
-    return torch.bfloat16 if native else None
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and cpu_multiplies_bfloat16() else None
 
 
 def flush_denormals() -> None:

@@ -12,10 +12,12 @@ Positions are learned and absolute, the embedding is tied to the output, GELU is
 from __future__ import annotations
 
 import math
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cogview.cache import KVCache
 from cogview.config import TransformerConfig
@@ -24,6 +26,10 @@ from cogview.kernels.gelu import bias_gelu, bias_gelu_is_fused
 from cogview.kernels.layer_norm import pb_relax_layer_norm, sandwich_layer_norm
 from cogview.kernels.linear import linear, packs
 from cogview.lean import LeanLayers
+
+# What training keeps of a layer for its backward: all, the results of matrix products and attention (the rest of the
+# layer is computed again, which is cheap), or its input alone (the whole layer is computed again).
+Checkpointing = Literal["none", "selective", "full"]
 
 INIT_STD = 0.02
 # Of a model whose positions begin as sinusoids: their amplitude, the range of their wavelengths in positions, and the
@@ -49,6 +55,7 @@ class Transformer(nn.Module):
         self.final_norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.lean: LeanLayers | None = None
+        self.checkpointing: Checkpointing = "none"
         self.apply(self._initialize)
         if config.sinusoidal_positions:
             self._begin_with_sinusoids()
@@ -97,15 +104,34 @@ class Transformer(nn.Module):
         past = cache.length if cache is not None else 0
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
-        x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
-        if self.lean is not None and not torch.is_grad_enabled() and packs(self.embedding.weight):
+        autocast = torch.is_autocast_enabled(ids_BT.device.type)
+        embedded_BTD, placed_BTD = self.embedding(ids_BT), self.positions(positions_BT)
+        if autocast:  # the residual stream is float32, whatever the weights are
+            embedded_BTD, placed_BTD = embedded_BTD.float(), placed_BTD.float()
+        x_BTD = self.dropout(embedded_BTD + placed_BTD)
+        if self.lean is not None and not autocast and not torch.is_grad_enabled() and packs(self.embedding.weight):
             x_BTD = self.lean(x_BTD, bias_B1TS, cache)
         else:
             for number, layer in enumerate(self.layers):
-                x_BTD = layer(x_BTD, bias_B1TS, cache, number)
+                if self.checkpointing == "none" or not torch.is_grad_enabled():
+                    x_BTD = layer(x_BTD, bias_B1TS, cache, number)
+                else:
+                    x_BTD = self._recomputed(layer, x_BTD, bias_B1TS, cache, number)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         return self.final_norm(x_BTD)
+
+    def _recomputed(
+        self, layer: nn.Module, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int
+    ) -> Tensor:
+        """What ``layer`` makes of ``x_BTD``, of which the backward gets no more than ``checkpointing`` says."""
+        if self.checkpointing == "full":
+            return checkpoint(layer, x_BTD, bias_B1TS, cache, number, use_reentrant=False)
+        return checkpoint(
+            *(layer, x_BTD, bias_B1TS, cache, number),
+            use_reentrant=False,
+            context_fn=lambda: create_selective_checkpoint_contexts(_keep_products),
+        )
 
     def head(self, hidden: Tensor, ids: range | None = None) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., D), for all ids or for a range of them."""
@@ -125,6 +151,17 @@ class Transformer(nn.Module):
     def bytes_to_pack(self, *told: range) -> int:
         """What that will take and does not yet; ``told`` are the ids that ``head`` will be asked for."""
         return 0 if self.lean is None else self.lean.bytes_to_pack(*told)
+
+
+def _keep_products(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    """Of ``selective`` checkpointing: the results of products and of fused attention are kept, all else is not."""
+    name = str(operation)
+    kept = any(word in name for word in _PRODUCTS)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# mm and addmm, linear where a device has it as one operation, baddbmm of attention's reference, and the fused forms.
+_PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "mkldnn", "scaled_dot_product")
 
 
 class Layer(nn.Module):

@@ -181,7 +181,7 @@ def test_a_model_of_which_little_fits_says_so(tiny_checkpoint, monkeypatch):
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), None), ((8, 0), torch.bfloat16)])
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
 def test_training_follows_the_card(cards, capability, expected):
     cards(*capability)
     assert training_dtype(torch.device("cuda")) == expected
@@ -207,8 +207,9 @@ def test_training_precision_may_be_asked_for():
     cpu = torch.device("cpu")
     assert training_dtype(cpu, "float32") is None
     assert training_dtype(cpu, "bfloat16") == torch.bfloat16
+    assert training_dtype(cpu, "float16") == torch.float16
     assert training_dtype(torch.device("mps")) is None
-    with pytest.raises(InputError, match="precision 'fp8' is unknown; known: auto, bfloat16, float32"):
+    with pytest.raises(InputError, match="precision 'fp8' is unknown; known: auto, float32, bfloat16, float16"):
         training_dtype(cpu, "fp8")
 
 

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from cogview import __version__
 from cogview.cli.progress import plans_told
-from cogview.errors import InputError
+from cogview.errors import InputError, ToldElsewhere
 
 # Command, its module in cogview.cli (with add_arguments(parser) and run(args) -> int), and its line of help.
 COMMANDS = {
@@ -39,6 +39,9 @@ COMMANDS = {
     "train": ("train", "recipe step 5: train the transformer"),
     "eval": ("evaluate", "recipe step 6: grade what a model draws"),
     "package": ("package", "recipe step 7: make a checkpoint folder to publish"),
+    "adapter": ("adapter", "merge a LoRA adapter into a model, or take it out again"),
+    "runs": ("runs", "list and compare training runs"),
+    "doctor": ("doctor", "what is wrong with this machine, or with a recipe on it"),
     "import-data": ("import_data", "make a token store of datasets of the released CogView"),
 }
 
@@ -105,6 +108,8 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     try:
         with plans_told():
             return run()
+    except ToldElsewhere:
+        return 2
     except (InputError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -1,36 +1,56 @@
-"""``cogview train``: train the transformer on a store."""
+"""``cogview train``: train the transformer on a store, or on several."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from cogview.adapters import Adapter, Base, LoraSettings, add_lora, save_adapter
 from cogview.checkpoints.folder import Model, ModelConfig, NamedThing, load_model
 from cogview.checkpoints.image import codebook_hash
 from cogview.checkpoints.registry import find_checkpoint
 from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_arguments, open_recipe
 from cogview.config import preset
 from cogview.config_files import to_plain
-from cogview.data.emoji.world import World
+from cogview.data.emoji.world import World as EmojiWorld
+from cogview.data.mixture import LEDGER_FILE, StoreWatch
 from cogview.data.released import open_rows
 from cogview.data.store import ABSENT, TokenStore
-from cogview.device import choose_placement, flush_denormals, training_dtype
-from cogview.errors import InputError
+from cogview.device import Placement, available_memory, flush_denormals, training_dtype
+from cogview.errors import InputError, ToldElsewhere
+from cogview.memory import measure
 from cogview.pipeline import CogView
 from cogview.sampling import Sampling
 from cogview.sheets import contact_sheet
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.training.distributed import World, end_process, join_world, leave_world, tell
+from cogview.training.estimates import (
+    SPARE,
+    TrainingJob,
+    TrainingMemory,
+    flops_per_token,
+    peak_flops,
+    suggest,
+    training_memory,
+)
+from cogview.training.record import leave_curves, write_environment
 from cogview.training.run import Run, RunSettings, run_loop
-from cogview.training.transformer import TransformerTrainer, TransformerTraining, store_batches
-from cogview.transformer import Transformer
+from cogview.training.settings import EngineSettings, TransformerTraining
+from cogview.training.supply import Supply
+from cogview.training.transformer import AdapterFiles, TransformerTrainer, Watching
+from cogview.transformer import Checkpointing, Transformer
 from cogview.vqvae.model import VQVAE
 
 SHEET_PICTURES = 24
@@ -46,85 +66,311 @@ class TransformerSettings:
     dropout: float = 0.1
     branch_gain: float = 1.0
     sinusoidal_positions: bool = False
+    tokenizers: str | None = None  # a model whose tokenizers to use, by name or folder; None: those below ``work``
     start_from: str | None = None  # a model whose weights to begin with, by name or folder; None: fresh ones
+    lora: LoraSettings | None = None  # learn an adapter of ``start_from``, whose weights stay as they are
+    engine: EngineSettings = field(default_factory=EngineSettings)
     sampling: Sampling = field(default_factory=Sampling)  # of the sample sheets, and of the model until it is packaged
     run: RunSettings = field(default_factory=RunSettings)
     precision: str = "auto"
     # Token stores, or released datasets of the recipe's tokenizers; None: what ``cogview encode`` left below ``work``.
+    # ``stores`` are several, each with its share of the rows, instead of one. Every store that comes to the folder
+    # ``new_stores`` while training goes on is mixed in from then on, each of its rows as likely as one of the others.
     store: Path | None = None
+    stores: dict[str, float] | None = None
+    new_stores: Path | None = None
     held_out_store: Path | None = None
 
     def __post_init__(self) -> None:
-        if (self.store is None) != (self.held_out_store is None):
-            raise ValueError("store and held_out_store belong together: give both, or neither")
+        if self.store is not None and self.stores is not None:
+            raise ValueError("store is one store and stores are several: give either")
+        if (self.store is None and self.stores is None) != (self.held_out_store is None):
+            raise ValueError("store (or stores) and held_out_store belong together: give both, or neither")
+        for path, share in (self.stores or {}).items():
+            if not 0 < share < float("inf"):
+                raise ValueError(f"the share of the store {path} must be above 0, got {share}")
+        if self.lora is not None and self.start_from is None:
+            raise ValueError("lora learns an adapter of a model: name it in start_from")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    parser.description = (
+        "Train the transformer. One process as it stands; several with torchrun --nproc-per-node N --no-python cogview "
+        "train RECIPE, or deepspeed --module cogview train RECIPE, which share the batch of the recipe."
+    )
     add_recipe_arguments(parser, "transformer")
     add_training_arguments(parser)
+    parser.add_argument(
+        "--init-from",
+        metavar="NAME_OR_FOLDER",
+        help="begin with the weights of this model or checkpoint, with a new optimizer at step 0 (the recipe's "
+        "start_from)",
+    )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it; LOCAL_RANK says it too
 
 
 def run(args: argparse.Namespace) -> int:
     """Train; every checkpoint is a folder that ``cogview generate --model`` opens."""
     flush_denormals()
-    recipe = open_recipe(args)
-    settings = recipe.settings(TransformerSettings, "transformer")
-    placement = choose_placement(args.device, "float32")
+    try:
+        recipe = open_recipe(args)
+        settings = recipe.settings(TransformerSettings, "transformer")
+        if args.init_from is not None:
+            settings = replace(settings, start_from=args.init_from)
+        world = join_world(args.device, needs_group=settings.engine.name == "deepspeed")
+    except InputError as error:
+        if os.environ.get("RANK", "0") != "0":  # the first process says the same
+            raise ToldElsewhere(str(error)) from None
+        raise
+    try:
+        status = train(recipe, settings, world, resume=args.resume == "auto")
+    finally:
+        leave_world()
+    end_process(status)
+    return status
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """A recipe's transformer, ready to be trained."""
+
+    trainer: TransformerTrainer
+    supply: Supply
+    run: Run
+    memory: TrainingMemory  # of a process, as it is predicted
+
+
+def train(recipe: Recipe, settings: TransformerSettings, world: World, *, resume: bool) -> int:
+    """The run of a recipe, in this process of ``world``."""
+    prepared = prepare(recipe, settings, world)
+    run, trainer = prepared.run, prepared.trainer
+
+    def started(checkpoint: Path | None) -> None:
+        if checkpoint is None and settings.start_from is not None:
+            tell(f"begins with the weights of {settings.start_from}, and a new optimizer", world)
+        write_environment(
+            run.folder,
+            recipe_path=recipe.path,
+            world_size=world.size,
+            engine=settings.engine.name,
+            device=world.device,
+            resumed_from=checkpoint,
+        )
+
+    try:
+        return run_loop(
+            trainer,
+            prepared.supply.batches,
+            run,
+            settings.run,
+            recipe=to_plain(settings),
+            steps=settings.training.steps,
+            batch_size=settings.training.batch_size,
+            resume=resume,
+            world=world,
+            renew=prepared.supply.renew,
+            started=started,
+        )
+    finally:
+        trainer.close()
+        prepared.supply.close()
+        if world.is_first and run.metrics.is_file():
+            leave_curves(run.folder)
+
+
+def prepare(recipe: Recipe, settings: TransformerSettings, world: World, run_folder: Path | None = None) -> Prepared:
+    """Open what the recipe names and make its trainer; InputError in one process of all where something is wrong.
+
+    ``run_folder``: another than the recipe's.
+    """
+    run = Run(run_folder or recipe.transformer_run, world.is_first)
+    dtype = world.together(lambda: training_dtype(world.device, settings.precision))
+    model, stores, held_out = world.together(lambda: open_all(recipe, settings))
+    settings, memory = planned(settings, model, world, dtype)
+    model.image_tokenizer.to(world.device)  # it draws the sample sheets
+    trainer = TransformerTrainer(
+        model,
+        settings.training,
+        world,
+        dtype,
+        engine=settings.engine,
+        held_out=held_out,
+        adapter=adapter_files(model, settings),
+        draw_sheet=sheet_drawer(held_out, world) if "generate" in model.config.tasks else None,
+        watching=Watching(
+            every=settings.run.log_every,
+            peak_flops=peak_of(world, dtype),
+            flops_per_token=flops_per_token(model.config.transformer, longest_row(model)),
+            dumps=run.folder / "nonfinite",
+        ),
+    )
+    shares = [(settings.stores or {}).get(name, 1.0) for name in stores]
+    header = next(iter(stores.values())).header
+    supply = world.together(
+        lambda: Supply(
+            stores,
+            shares,
+            run.folder / LEDGER_FILE,
+            trainer.maker,
+            world,
+            watch=None
+            if settings.new_stores is None
+            else StoreWatch(settings.new_stores, header, settings.training.tasks),
+            open_store=lambda name: open_store(Path(name), model),
+            num_threads=trainer.num_threads,
+            micro_batch=settings.training.micro_batch,
+        )
+    )
+    return Prepared(trainer=trainer, supply=supply, run=run, memory=memory)
+
+
+def open_all(recipe: Recipe, settings: TransformerSettings) -> tuple[Model, dict[str, TokenStore], TokenStore]:
+    """The model to train, with the weights that it begins with; the stores by name; and the one held out."""
     torch.manual_seed(settings.training.seed)
-    image_tokenizer, text_tokenizer = recipe.open_image_tokenizer(), recipe.open_text_tokenizer()
-    store, held_out = open_stores(recipe, settings, image_tokenizer, text_tokenizer)
-    model = new_model(recipe, settings, store, image_tokenizer, text_tokenizer)
+    image_tokenizer, text_tokenizer = open_tokenizers(recipe, settings)
+    stores, held_out = open_stores(recipe, settings, image_tokenizer, text_tokenizer)
+    model = new_model(recipe, settings, next(iter(stores.values())), image_tokenizer, text_tokenizer)
     if settings.start_from is not None:
         load_weights(model, settings.start_from)
-    model.image_tokenizer.to(placement.device)  # it draws the sample sheets
-    captions = [
-        model.text_tokenizer.decode(text[text != ABSENT].tolist())
-        for text in held_out.read(range(min(SHEET_PICTURES, len(held_out))))["text"]
-    ]
+    if settings.lora is not None:
+        add_lora(model.transformer, settings.lora)
+    return model, stores, held_out
+
+
+def adapter_files(model: Model, settings: TransformerSettings) -> AdapterFiles | None:
+    """How the adapter that is learnt goes into checkpoints and out of them; None where the whole model is learnt."""
+    lora, start_from = settings.lora, settings.start_from
+    if lora is None or start_from is None:
+        return None
+    base = Base.of(start_from, model.config)
+
+    def read(folder: Path) -> dict[str, Tensor]:
+        adapter = Adapter(folder)
+        adapter.check_model(model.config, start_from)
+        return adapter.weights()
+
+    return AdapterFiles(
+        write=lambda folder, weights: save_adapter(folder, model.transformer, lora, base, weights), read=read
+    )
+
+
+def open_tokenizers(recipe: Recipe, settings: TransformerSettings) -> tuple[VQVAE, TextTokenizer]:
+    """Those of the model ``tokenizers``, or what the earlier steps of the recipe left."""
+    if settings.tokenizers is None:
+        return recipe.open_image_tokenizer(), recipe.open_text_tokenizer()
+    model = load_model(find_checkpoint(settings.tokenizers), torch.device("cpu"), torch.float32, without_weights=True)
+    return model.image_tokenizer, model.text_tokenizer
+
+
+def planned(
+    settings: TransformerSettings, model: Model, world: World, dtype: torch.dtype | None
+) -> tuple[TransformerSettings, TrainingMemory]:
+    """``settings`` with the rows that are computed at once, and what is computed again, decided by what fits.
+
+    And the memory that a process then takes.
+    """
+    training, engine = settings.training, settings.engine
+    own_rows = max(1, training.batch_size // world.size)
+    trained = sum(parameter.numel() for parameter in model.transformer.parameters() if parameter.requires_grad)
+    job = TrainingJob(
+        transformer=model.config.transformer,
+        length=longest_row(model),
+        rows=min(training.micro_batch or own_rows, own_rows),
+        batch=own_rows * world.size,
+        precision="float32" if dtype is None else str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        trainable=trained if settings.lora is not None else None,
+        engine=engine.name,
+        zero=engine.zero if engine.name == "deepspeed" else 0,
+        world=world.size,
+        offload=engine.offload,
+        checkpointing="none" if engine.checkpointing == "auto" else engine.checkpointing,
+        device_type=world.device.type,
+    )
+    on_cpu = world.device.type == "cpu"
+    free = -world.max(-available_memory(world.device)) / (world.size if on_cpu else 1)
+    modes = get_args(Checkpointing) if engine.checkpointing == "auto" else (engine.checkpointing,)
+    if training.micro_batch or on_cpu:  # where more rows at once are no faster
+        plans = [replace(job, checkpointing=mode) for mode in modes]
+        job = next((plan for plan in plans if training_memory(plan).total <= (1 - SPARE) * free), plans[-1])
+    else:
+        rows, mode = suggest(job, free, modes[0] if len(modes) == 1 else None)
+        job = replace(job, rows=rows, checkpointing=mode)
+    if job.rows < own_rows or job.checkpointing != "none":
+        told = f"{job.rows} of {own_rows} rows at once in each process, activation checkpointing: {job.checkpointing}"
+        tell(told, world)
+    return (
+        replace(
+            settings,
+            training=replace(training, micro_batch=job.rows),
+            engine=replace(engine, checkpointing=job.checkpointing),
+        ),
+        training_memory(job),
+    )
+
+
+def longest_row(model: Model) -> int:
+    """Places of the longest row that the model is trained on."""
+    config = model.config
+    return max(config.layouts[task].num_positions(config.max_text) for task in config.tasks)
+
+
+def peak_of(world: World, dtype: torch.dtype | None) -> float | None:
+    """FLOP/s of this process's device in what products are computed in: of the data sheet, or measured."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
+    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    return peak_flops(name, precision) or measure(world.device, dtype or torch.float32).flops
+
+
+def sheet_drawer(held_out: TokenStore, world: World) -> Callable[[Model, Path], None]:
+    """What draws the captions of the first held-out rows as a sheet, and writes them beside it."""
+    texts = held_out.read(range(min(SHEET_PICTURES, len(held_out))))["text"]
 
     def draw_sheet(model: Model, path: Path) -> None:
+        captions = [model.text_tokenizer.decode(text[text != ABSENT].tolist()) for text in texts]
+        placement = Placement(world.device, model.transformer.embedding.weight.dtype, "training")
         pictures = CogView(model, placement, "training").generate(captions, seed=0, batch_size=SHEET_PICTURES)
         contact_sheet([np.asarray(picture) for picture in pictures], scale=2).save(path)
         path.with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
 
-    trainer = TransformerTrainer(
-        model,
-        settings.training,
-        placement.device,
-        training_dtype(placement.device, settings.precision),
-        held_out=held_out,
-        draw_sheet=draw_sheet if "generate" in model.config.tasks else None,
-    )
-    return run_loop(
-        trainer,
-        lambda step: store_batches(store, settings.training, step),
-        Run(recipe.transformer_run),
-        settings.run,
-        recipe=to_plain(settings),
-        steps=settings.training.steps,
-        batch_size=settings.training.batch_size,
-        resume=args.resume == "auto",
+    return draw_sheet
+
+
+def open_store(path: Path, model: Model) -> TokenStore:
+    """A store, or a released dataset that the tokenizers of ``model`` made."""
+    return open_rows(
+        path,
+        num_image_codes=model.config.vocabulary.num_image_codes,
+        num_text_pieces=model.config.vocabulary.num_text_pieces,
+        codebook_sha256=model.config.codebook_sha256,
+        text_sha256=hashlib.sha256(model.text_tokenizer.model_bytes).hexdigest(),
     )
 
 
 def open_stores(
     recipe: Recipe, settings: TransformerSettings, image_tokenizer: VQVAE, text_tokenizer: TextTokenizer
-) -> tuple[TokenStore, TokenStore]:
-    """The rows to train on and those held out; InputError unless they suit the tokenizers, the tasks and each other."""
+) -> tuple[dict[str, TokenStore], TokenStore]:
+    """The stores to train on by their names in the recipe, and the one held out.
+
+    InputError unless they suit the tokenizers, the tasks and each other.
+    """
     codebook, text = codebook_hash(image_tokenizer), hashlib.sha256(text_tokenizer.model_bytes).hexdigest()
-    store, held_out = (
-        open_rows(
+
+    def opened(path: Path) -> TokenStore:
+        return open_rows(
             path,
             num_image_codes=image_tokenizer.config.num_codes,
             num_text_pieces=text_tokenizer.size,
             codebook_sha256=codebook,
             text_sha256=text,
         )
-        for path in (settings.store or recipe.store, settings.held_out_store or recipe.held_out_store)
-    )
-    for rows in (store, held_out):
-        rows.require(codebook_sha256=codebook, text_sha256=text, grid=store.header.grid)
+
+    paths = list(map(Path, settings.stores)) if settings.stores is not None else [settings.store or recipe.store]
+    stores = {str(path): opened(path) for path in paths}
+    held_out = opened(settings.held_out_store or recipe.held_out_store)
+    first = next(iter(stores.values()))
+    for rows in (*stores.values(), held_out):
+        rows.require(codebook_sha256=codebook, text_sha256=text, grid=first.header.grid)
         for task in settings.training.tasks:
             rows.require(layout=task)
         if settings.training.name_loss_weight and "named" not in rows.header.fields:
@@ -132,12 +378,12 @@ def open_stores(
                 f"{rows.path} does not say which name stands where, but name_loss_weight is "
                 f"{settings.training.name_loss_weight}: encode the store with named: true, or set the weight to 0"
             )
-    if (longest := held_out.header.fields["text"]) > (room := store.header.fields["text"]):
+    if (longest := held_out.header.fields["text"]) > (room := first.header.fields["text"]):
         raise InputError(
-            f"{held_out.path} has texts of up to {longest} pieces, {store.path} of up to {room}: make both stores with "
+            f"{held_out.path} has texts of up to {longest} pieces, {first.path} of up to {room}: make both stores with "
             "the same room for text"
         )
-    return store, held_out
+    return stores, held_out
 
 
 def new_model(
@@ -192,11 +438,19 @@ def load_weights(model: Model, name: str) -> None:
 
     Pieces that both have keep their embeddings; a new one begins as the mean of the pieces it was spelt in before.
     Codes keep the embeddings of their numbers, which serves where the image tokenizer went on from the other's, too.
+    Positions that the model has and the other has not begin by the rule of ``continued_positions``.
     """
     other = load_model(find_checkpoint(name), torch.device("cpu"), torch.float32)
     shape, other_shape = (
         (
-            replace(config.transformer, dropout=0.0, branch_gain=1.0, sinusoidal_positions=False, vocabulary_size=1),
+            replace(
+                config.transformer,
+                dropout=0.0,
+                branch_gain=1.0,
+                sinusoidal_positions=False,
+                vocabulary_size=1,
+                max_positions=1,
+            ),
             config.vocabulary.num_image_codes,
         )
         for config in (model.config, other.config)
@@ -215,7 +469,24 @@ def load_weights(model: Model, name: str) -> None:
         same = old_pieces.get(piece)
         spelt = [same] if same is not None else other.text_tokenizer.encode(piece)
         rows[new.text[number]] = old_rows[[old.text[i] for i in spelt]].mean(dim=0)
-    model.transformer.load_state_dict({**weights, "embedding.weight": rows})
+    positions = continued_positions(
+        weights["positions.weight"], model.config.transformer.max_positions, model.config.grid
+    )
+    model.transformer.load_state_dict({**weights, "embedding.weight": rows, "positions.weight": positions})
+
+
+def continued_positions(positions: Tensor, count: int, grid: int) -> Tensor:
+    """The first ``count`` of learned ``positions`` (P, D), or those and new ones behind them, (``count``, D).
+
+    A new position begins as a copy of the last one that there is whole rows of codes (``grid``) before it: for a code
+    that is the place above it, in the same column.
+    """
+    old = len(positions)
+    lines_back = [max(0, -(-(place - old + 1) // grid)) for place in range(count)]
+    places = [place - grid * back for place, back in enumerate(lines_back)]
+    if min(places, default=0) < 0:
+        raise InputError(f"{old} positions are too few to go on from: expected at least {grid}, a row of codes")
+    return positions[places].clone()
 
 
 def named_things(world: Path) -> tuple[NamedThing, ...]:
@@ -223,5 +494,6 @@ def named_things(world: Path) -> tuple[NamedThing, ...]:
     if not world.is_dir():
         return ()
     return tuple(
-        NamedThing(name=thing.name, emoji=thing.emoji, synonyms=thing.synonyms) for thing in World.load(world).things
+        NamedThing(name=thing.name, emoji=thing.emoji, synonyms=thing.synonyms)
+        for thing in EmojiWorld.load(world).things
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from cogview.data.emoji.draws import Draws
 from cogview.data.emoji.world import World
 from cogview.errors import InputError
 from cogview.sheets import contact_sheet
-from cogview.training.run import leave_signals_to_parent
+from cogview.training.run import Trainer, Writer, leave_signals_to_parent
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
 
@@ -71,7 +72,7 @@ def held_out_batches(
     return iter(DataLoader(images, batch_size=batch_size, sampler=range(count)))
 
 
-class ImageTokenizerRun:
+class ImageTokenizerRun(Trainer[Tensor]):
     """The VQ-VAE's trainer as the shared loop wants it."""
 
     def __init__(
@@ -95,10 +96,15 @@ class ImageTokenizerRun:
         except FloatingPointError as error:
             raise InputError(str(error)) from None
 
-    def save(self, folder: Path) -> None:
-        """The model folder, and ``trainer.pt``."""
-        save_image_tokenizer(folder / "image", self.trainer.model)
-        torch.save(self.trainer.state(), folder / "trainer.pt")
+    def snapshot(self) -> Writer:
+        """What writes the model folder, and ``trainer.pt``."""
+        model, state = copy.deepcopy((self.trainer.model, self.trainer.state()))
+
+        def write(folder: Path) -> None:
+            save_image_tokenizer(folder / "image", model)
+            torch.save(state, folder / "trainer.pt")
+
+        return write
 
     def load(self, folder: Path) -> None:
         """Take up ``trainer.pt``."""

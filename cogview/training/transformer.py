@@ -1,377 +1,200 @@
-"""Training the transformer on a store of token rows, for a mixture of tasks.
+"""Training the transformer for a mixture of tasks, on any engine and any number of processes.
 
-Each row of a batch is arranged for one task: drawing its text, describing its image, or drawing a larger image from a
-smaller one. The rows of a step are put in order of their lengths and computed in parts, each padded to its longest.
+A step is a function of the weights, the seed, the step's number and the rows of the store, which ``lessons.py``
+arranges. What is random in it is drawn from (seed, step), so that a resumed run repeats it.
 """
 
-# B rows, T places of a row, D width, G codes on a side of an image, M places where a thing is told
+# B rows, T places of a row, K kinds of what is told
 from __future__ import annotations
 
+import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from enum import Enum
-from functools import partial
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from cogview.checkpoints.folder import Model, read_config, save_model
-from cogview.data.sampler import ResumableBatchSampler
-from cogview.data.store import ABSENT, TokenStore
+from cogview.checkpoints.folder import Model, read_config, save_model, write_json
+from cogview.checkpoints.image import write_weights
+from cogview.checkpoints.weights import difference
+from cogview.config_files import to_plain
+from cogview.data.store import TokenStore
 from cogview.errors import InputError
-from cogview.kernels.cross_entropy import Targets, sliced_cross_entropy
-from cogview.tokenizers.layouts import Arranged, upscale_windows
-from cogview.tokenizers.vocabulary import Kind
-from cogview.training.run import leave_signals_to_parent
-
-# Of a store, uint16: "text" (B, W) and "image" (B, G * G), and for upscaling "large" (B, 4 * G * G) or "small"
-# (B, G * G / 4), codes of the same scene at twice or half the side. "named" (B, G * G) is the piece of the text that
-# names the thing at each code, or ABSENT.
-Rows = Mapping[str, np.ndarray]
+from cogview.kernels.cross_entropy import Targets
+from cogview.training.distributed import World, tell
+from cogview.training.engines import (
+    LEAST_SCALE,
+    MOMENTS,
+    Engine,
+    Learner,
+    Prepared,
+    TrainingState,
+    open_engine,
+)
+from cogview.training.lessons import Batch, Key, LessonMaker, Part, Told
+from cogview.training.monitor import activation_maxima, first_nonfinite, write_dump
+from cogview.training.run import Trainer, Writer
+from cogview.training.settings import EngineSettings, TransformerTraining
 
 EVALUATED_ROWS = 1024  # of the held-out store, for each task
-SPREAD = 1.5  # how many times as long as the shortest row the longest may be that is computed with it
+MOST_SKIPPED = 50  # steps in a row: more, and nothing is being learnt
+OTHER_RANKS = 1 << 40  # between the seeds of two processes
+
+# Of a checkpoint, beside the model: moments by "exp_avg.NAME", and all else that training goes on from.
+MOMENTS_FILE, STATE_FILE = "trainer.safetensors", "trainer.json"
 
 
-class Told(Enum):
-    """What can be told at a place of a row: the next code or piece, or the piece that names the thing at that code."""
-
-    IMAGE = "image"
-    TEXT = "text"
-    NAME = "name"
-
-
-# What training can be for. ``upscale`` draws one of the nine windows of the large image from the crop of the image that
-# it covers, ``low_level`` the image from the small one.
-TASKS = ("generate", "caption", "upscale", "low_level")
+class NonFiniteError(InputError):
+    """Training has met a number that is not finite and was to stop there. The weights are those of the step before."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerTraining:
-    """Settings of a run. A step is one update of the weights with ``batch_size`` rows."""
+class Watching:
+    """What a run wants to know: how often activations are looked at, what the hardware could do, where dumps go."""
 
-    steps: int
-    batch_size: int = 32
-    accumulation: int = 1  # parts that a batch is computed in, one after the other, or more where lengths differ much
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-5
-    warmup_steps: int = 200
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.04
-    clip_norm: float = 1.0
-    tasks: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})  # and their shares of the rows
-    text_loss_weight: float = 0.1  # of the texts that pictures are drawn from; captions count in full
-    # Where a text names two things, which of them a place shows is learnt late from codes, which ask for it and for the
-    # look of the thing at once. A store that says which name stands where (``named``) lets a drawing tell the name too,
-    # and a description while it still reads the codes.
-    name_loss_weight: float = 0.0
-    caption_drop: float = 0.1  # share of captions left out, so that guidance is possible later
-    # Once the first codes of a thing are known the others follow from them, so the text, and in upscaling the small
-    # picture, is asked at one or two places alone, and learnt slowly. Two remedies, for rows that draw a picture: a
-    # share that sees [MASK] in place of every code, and one that sees it at a share of the places drawn per row. Where
-    # every code is hidden each is told from text and place alone, so ``hidden_places`` of them, drawn per row, do for
-    # a cheaper row (0: all).
-    hidden_rows: float = 0.0
-    hidden_places: int = 0
-    masked_rows: float = 0.0
-    seed: int = 0
-    workers: int = 0  # processes that read the store
-
-    def __post_init__(self) -> None:
-        if not 0 < self.warmup_steps < self.steps:
-            raise ValueError(f"warmup_steps must be from 1 to steps - 1 ({self.steps - 1}), got {self.warmup_steps}")
-        if self.batch_size < 1 or self.accumulation < 1 or self.batch_size % self.accumulation:
-            raise ValueError(f"batch_size {self.batch_size} does not divide into {self.accumulation} equal parts")
-        for name in ("caption_drop", "hidden_rows", "masked_rows"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.hidden_rows + self.masked_rows > 1:
-            raise ValueError(
-                f"hidden_rows {self.hidden_rows} and masked_rows {self.masked_rows} are shares of all rows: their sum "
-                "must not be above 1"
-            )
-        if self.hidden_places < 0:
-            raise ValueError(f"hidden_places must be 0 (all) or more, got {self.hidden_places}")
-        for task, share in self.tasks.items():
-            if task not in TASKS:
-                raise ValueError(f"task {task!r} is unknown; known: {', '.join(TASKS)}")
-            if not 0 < share < math.inf:
-                raise ValueError(f"the share of task {task!r} must be above 0, got {share}")
-        if not self.tasks:
-            raise ValueError(f"there must be a task to train for; known: {', '.join(TASKS)}")
-        for name in ("text_loss_weight", "name_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-
-    def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to ``final_learning_rate``."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
-        swing = (self.learning_rate - self.final_learning_rate) / 2
-        return self.final_learning_rate + swing * (1 + math.cos(math.pi * progress))
+    every: int = 50  # steps
+    peak_flops: float | None = None  # of one process, dense, in the precision of the products
+    flops_per_token: float = 0.0
+    dumps: Path | None = None  # None: nothing is kept of a step that is not finite
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Choices:
-    """What chance decides about the rows of a step."""
+@dataclass(frozen=True, kw_only=True)
+class AdapterFiles:
+    """How an adapter, where that is all that is learnt, is written to a checkpoint and read from it: by parameters."""
 
-    tasks: Sequence[str]  # (B,)
-    keep: np.ndarray  # (B,) bool: whose caption is kept
-    hide: np.ndarray  # (B, G * G) bool: which codes of the image the input holds [MASK] for
-    ask: np.ndarray  # (B,) int: how many codes are asked for; others are left out, where every code is hidden
-    lots: np.ndarray  # (B, G * G) float above 0, exponential: decide which codes those are
-    windows: np.ndarray  # (B,) int: which of the nine windows is drawn in upscaling
+    write: Callable[[Path, Mapping[str, Tensor]], None]
+    read: Callable[[Path], Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Lesson:
-    """One row of a step. Arrays are (T,), one entry per place that the model reads."""
+class TransformerTrainer(Trainer[Batch]):
+    """The transformer of ``model`` on an engine, and what a run asks of it.
 
-    task: str
-    inputs: np.ndarray  # int64 ids, some of them hidden
-    positions: np.ndarray  # int64
-    targets: np.ndarray  # int64 ids: what follows
-    kinds: np.ndarray  # Kind of the targets
-    learnt: np.ndarray  # bool: targets that are learnt
-    names: np.ndarray  # int64 ids of the names of things told at each place, -1 where there is none to tell
-
-    @classmethod
-    def of(cls, task: str, row: Arranged, seen: np.ndarray, read: np.ndarray, names: np.ndarray) -> Lesson:
-        """To tell each place of ``row`` from ``seen`` before it, at those places that are ``read`` (T,) bool.
-
-        ``names`` (T,) are those of the places that are told.
-        """
-        keep = read[:-1]
-        return cls(
-            task=task,
-            inputs=seen[:-1][keep],
-            positions=row.positions[:-1][keep],
-            targets=row.ids[1:][keep],
-            kinds=row.kinds[1:][keep],
-            learnt=row.loss[1:][keep],
-            names=names[1:][keep],
-        )
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def counted(self, told: Told) -> np.ndarray:
-        """(T,) bool: the places where ``told`` is learnt."""
-        if told == Told.NAME:
-            return self.names >= 0
-        return self.learnt & (self.kinds == (Kind.IMAGE if told == Told.IMAGE else Kind.TEXT))
-
-
-class TransformerTrainer:
-    """The transformer of ``model``, its optimizer, and one step of training.
-
-    What is random in a step is a function of (seed, step): a resumed run repeats it.
-
-    On a CPU ``num_threads`` threads (None: as many as PyTorch would use) compute a share of a step's rows each. They
-    wait for each other once a step; threads that share every product wait hundreds of times
-    (``scripts/benchmarks/training_step.py threads``).
+    ``draw_sheet`` is called in the first process. Checkpoints hold the whole model, or with ``adapter`` that alone.
     """
 
     def __init__(
         self,
         model: Model,
         settings: TransformerTraining,
-        device: torch.device,
-        autocast: torch.dtype | None,
+        world: World,
+        dtype: torch.dtype | None = None,
+        *,
+        engine: EngineSettings | None = None,
         held_out: TokenStore | None = None,
         draw_sheet: Callable[[Model, Path], None] | None = None,
+        adapter: AdapterFiles | None = None,
+        watching: Watching | None = None,
         num_threads: int | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
-        self.device = device
-        self.autocast = autocast
+        self.world = world
+        self.dtype = dtype
         self.held_out = held_out
         self.draw_sheet = draw_sheet
+        self.adapter = adapter
+        self.watching = watching or Watching()
+        self.maker = LessonMaker(model.config, settings)
         self.vocabulary = model.config.vocabulary
-        self.windows = upscale_windows(model.config.grid)
-        self.transformer = model.transformer.to(device)
-        self._parameters = list(self.transformer.parameters())
-        if num_threads is None:
-            # Dropout draws from one generator, so its threads must come in one order.
-            alone = device.type != "cpu" or model.config.transformer.dropout > 0
-            num_threads = 1 if alone else torch.get_num_threads()
-        self.num_threads = num_threads
-        self._threads = ThreadPoolExecutor(
-            num_threads, initializer=partial(torch.set_num_threads, 1) if num_threads > 1 else None
+        self.transformer = model.transformer
+        self.engine_settings = engine or EngineSettings()
+        self.engine: Engine = open_engine(
+            Learner(model.transformer, dtype), settings, self.engine_settings, world, num_threads
         )
-        matrices = [parameter for parameter in self._parameters if parameter.dim() > 1]
-        vectors = [parameter for parameter in self._parameters if parameter.dim() == 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": settings.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            fused=True,
-        )
+        self.skipped = 0  # steps in all
+        self._skipped_in_a_row = 0
+        self._looked_into = False
 
-    def step(self, step: int, batch: Rows) -> dict[str, float]:
+    @property
+    def num_threads(self) -> int:
+        """Shares that a batch is to come in."""
+        return self.engine.num_threads
+
+    def batch(self, step: int, rows: Mapping[str, np.ndarray]) -> Batch:
+        """``rows`` as the batch of ``step``, arranged by chance as training has it."""
+        choices = self.maker.choices(step, *rows["image"].shape)
+        return self.maker.batch(step, rows, choices, shares=self.num_threads, micro_batch=self.settings.micro_batch)
+
+    def step(self, step: int, batch: Batch) -> dict[str, float]:
         """One update; returns the losses in nats per code and per piece, for each task apart."""
-        torch.manual_seed(self.settings.seed * 1_000_003 + step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate_at(step)
+        seed = self._seed(step)
+        torch.manual_seed(seed)
         self.transformer.train()
-        lessons = self.arrange(batch, self.choices(step, *batch["image"].shape))
-        figures = self.losses(lessons, learn=True)
-        norm = torch.nn.utils.clip_grad_norm_(self.transformer.parameters(), self.settings.clip_norm)
-        if not torch.isfinite(norm):
-            raise InputError(f"the gradient of step {step} is not finite; lower the learning rate, or resume earlier")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {**figures, "gradient_norm": norm.item(), "learning_rate": self.settings.learning_rate_at(step)}
+        watched: AbstractContextManager[dict[str, float]] = nullcontext({})
+        if (step + 1) % self.watching.every == 0:
+            watched = activation_maxima(self.transformer)
+        with watched as activations:
+            figures = self.losses(batch, learn=True)
+        rate = self.settings.learning_rate_at(step)
+        update = self.engine.update(rate)
+        self.skipped += update.skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if update.skipped else 0
+        if update.skipped:
+            self._judge(batch, seed, figures, update.loss_scale)
+        if self.skipped:
+            figures["skipped_steps"] = float(self.skipped)
+        if self.dtype == torch.float16:
+            figures["loss_scale"] = update.loss_scale
+        norm = {} if update.skipped else {"gradient_norm": update.gradient_norm}
+        return {**figures, **norm, "learning_rate": rate, **activations}
 
-    def choices(self, step: int, num_rows: int, num_codes: int) -> Choices:
-        """What a step does with each of its rows, as the settings have it."""
-        settings = self.settings
-        random = np.random.default_rng([settings.seed, step])
-        shares = np.array(list(settings.tasks.values()))
-        tasks = random.choice(list(settings.tasks), size=num_rows, p=shares / shares.sum()).tolist()
-        described = np.array([task == "caption" for task in tasks])
-        keep = (random.random(num_rows) >= settings.caption_drop) | described
-        lot = np.where(keep & ~described, random.random(num_rows), 1.0)
-        hidden = lot < settings.hidden_rows
-        masked = ~hidden & (lot < settings.hidden_rows + settings.masked_rows)
-        share = np.where(hidden, 1.0, random.random(num_rows) * masked)
-        return Choices(
-            tasks=tasks,
-            keep=keep,
-            hide=random.random((num_rows, num_codes)) < share[:, None],
-            ask=np.where(hidden & (settings.hidden_places > 0), settings.hidden_places, num_codes),
-            lots=random.exponential(size=(num_rows, num_codes)),
-            windows=random.integers(len(self.windows), size=num_rows),
-        )
+    def rates(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOP/s utilisation, where the peak is known, and the most memory that was taken."""
+        figures = {}
+        if memory := peak_memory(self.world.device):
+            figures["memory_bytes"] = memory
+        if self.watching.peak_flops:
+            peak = self.watching.peak_flops * self.world.size
+            figures["mfu"] = tokens_per_second * self.watching.flops_per_token / peak
+        return figures
 
-    def arrange(self, rows: Rows, choices: Choices) -> list[Lesson]:
-        """Rows of the store as sequences, each for its task; a caption that is not kept is empty."""
-        lessons = []
-        for index, task in enumerate(choices.tasks):
-            own = {name: values[index] for name, values in rows.items()}
-            text = own["text"][own["text"] != ABSENT] if choices.keep[index] else own["text"][:0]
-            row = self.layout_row(task, text, own, int(choices.windows[index]))
-            image, names = row.spans["image"], np.full(len(row), -1)
-            seen, read = row.ids.copy(), np.ones(len(row), dtype=bool)
-            if task != "caption":
-                seen[image][choices.hide[index]] = self.vocabulary.command("[MASK]")
-                # A code is told at the place before it, the first one behind the image's command, which all rows have.
-                read[image] = np.append(_asked(row.ids[image], choices.lots[index], choices.ask[index])[1:], False)
-            names_known = task in ("generate", "caption") and choices.keep[index] and "named" in own
-            if names_known and self.settings.name_loss_weight:
-                named = own["named"].astype(np.int64)
-                # A drawing tells the name before its code is there, a description once it has seen the code.
-                late = int(task == "caption")
-                names[image.start + late : image.stop + late] = np.where(
-                    named == ABSENT, -1, self.vocabulary.text.start + named
-                )
-            lessons.append(Lesson.of(task, row, seen, read, names))
-        return lessons
-
-    def layout_row(self, task: str, text: np.ndarray, row: Rows, window: int) -> Arranged:
-        """One row of the store arranged for ``task``."""
-        table = self.model.config.layouts
-        if task in ("generate", "caption"):
-            return table[task].arrange(self.vocabulary, text=text, image=row["image"])
-        if task == "low_level":
-            return table[task].arrange(self.vocabulary, text=text, small=row["small"], image=row["image"])
-        grid, place = self.model.config.grid, self.windows[window]
-        top, left = (part.start for part in place.target)
-        large = row["large"].reshape(2 * grid, 2 * grid)[top : top + grid, left : left + grid]
-        small = row["image"].reshape(grid, grid)[place.source]
-        return table[task].arrange(self.vocabulary, text=text, small=small, image=large)
-
-    def losses(self, lessons: Sequence[Lesson], *, learn: bool = False) -> dict[str, float]:
+    def losses(self, batch: Batch, *, learn: bool = False) -> dict[str, float]:
         """Mean cross-entropy of each task's image codes, text pieces and names, and ``loss``, the sum that is learnt.
 
         Each kind of id competes with its own kind alone. A task counts in ``loss`` as its share of the rows has it.
-        With ``learn`` gradients are added up. How the rows are divided into parts does not matter.
+        With ``learn`` gradients are added up. Means are those of all processes.
         """
-        counts: Counter[tuple[str, Told]] = Counter()
-        for lesson in lessons:
-            for told in Told:
-                counts[lesson.task, told] += int(lesson.counted(told).sum())
-        rows_of = Counter(lesson.task for lesson in lessons)
-        means = {key: 0.0 for key, count in counts.items() if count}
-        worth = {key: rows_of[key[0]] / rows_of.total() * self._weight(*key) for key in means}
-        weights = {key: worth[key] / counts[key] for key in means}  # of one place
-        order = sorted(lessons, key=len)
-        shares = [order[first :: self.num_threads] for first in range(min(self.num_threads, len(order)))]
-        share_losses = partial(self._share_losses, weights=weights, learn=learn)
-        for sums, gradients in list(self._threads.map(share_losses, shares)):
-            for key, value in sums.items():
-                means[key] += value / counts[key]
-            # Without ``learn`` there are no gradients.
-            for parameter, gradient in zip(self._parameters, gradients, strict=False):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        totals = self.world.sum(np.concatenate([batch.places, batch.tasks, [batch.tokens]]))
+        num_keys = len(batch.keys)
+        counts = dict(zip(batch.keys, totals[:num_keys].tolist(), strict=True))
+        rows_of = dict(zip(self.settings.tasks, totals[num_keys:-1].tolist(), strict=True))
+        num_rows = sum(rows_of.values())
+        worth = {key: rows_of[key[0]] / num_rows * self._weight(*key) for key, count in counts.items() if count}
+        weights = {key: worth[key] / counts[key] for key in worth}  # of one place
+        shares = [[self._prepared(part, weights) for part in share] for share in batch.shares]
+        sums = dict(zip(worth, self.world.sum(self.engine.compute(shares, learn=learn).numpy()).tolist(), strict=True))
+        means = {key: total / counts[key] for key, total in sums.items()}
         loss = sum((worth[key] * mean for key, mean in means.items()), 0.0)
-        return {"loss": loss, **{_figure(*key): mean for key, mean in means.items()}}
+        return {"loss": loss, **{_figure(*key): mean for key, mean in means.items()}, "tokens": float(totals[-1])}
 
-    def _share_losses(
-        self, lessons: Sequence[Lesson], *, weights: Mapping[tuple[str, Told], float], learn: bool
-    ) -> tuple[Mapping[tuple[str, Told], float], list[Tensor]]:
-        """The sums of the losses of ``lessons``, given by length, and with ``learn`` the gradients of the weighted sum.
+    def prepared(self, batch: Batch) -> list[list[Prepared]]:
+        """``batch`` on the device, where each kind of what this process is told counts as much as any other."""
+        weights = {key: 1 / count for key, count in zip(batch.keys, batch.places.tolist(), strict=True) if count}
+        return [[self._prepared(part, weights) for part in share] for share in batch.shares]
 
-        ``weights`` are those of one place, for all that the tasks of a step tell.
-        """
-        sums: defaultdict[tuple[str, Told], float] = defaultdict(float)
-        gradients: list[Tensor] = []
-        with torch.set_grad_enabled(learn):
-            for part in _parts(lessons, math.ceil(len(lessons) / self.settings.accumulation)):
-                total, losses = self._part_losses(part, weights)
-                for key, losses_M in zip(weights, losses, strict=True):
-                    sums[key] += losses_M.sum().item()
-                if learn:
-                    own_gradients = torch.autograd.grad(total, self._parameters, materialize_grads=True)
-                    gradients = (
-                        [first + second for first, second in zip(gradients, own_gradients, strict=True)]
-                        if gradients
-                        else [gradient.contiguous() for gradient in own_gradients]
-                    )
-        return sums, gradients
-
-    def _part_losses(
-        self, lessons: Sequence[Lesson], weights: Mapping[tuple[str, Told], float]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The weighted sum of all losses, and for each of ``weights`` the losses (M,) of the places, if any."""
-        shape = (len(lessons), len(lessons[-1]))
-        inputs, positions = np.full(shape, self.vocabulary.pad), np.zeros(shape, dtype=np.int64)
-        wanted = {key: np.full(shape, -1) for key in weights}
-        for index, lesson in enumerate(lessons):  # padded on the right, where no place looks at it
-            own = (index, slice(len(lesson)))
-            inputs[own], positions[own] = lesson.inputs, lesson.positions
-            for told in Told:
-                if (lesson.task, told) in wanted:
-                    ids = lesson.names if told == Told.NAME else lesson.targets
-                    wanted[lesson.task, told][own] = np.where(lesson.counted(told), ids, -1)
+    def _prepared(self, part: Part, weights: Mapping[Key, float]) -> Prepared:
+        """``part`` on the device, where one place of each of K kinds weighs so much."""
+        device = self.world.device
         targets = []
-        for (task, told), ids in wanted.items():
-            places = np.flatnonzero(ids >= 0)
+        for (task, told), weight in weights.items():
+            places, right = part.told[task, told]
             targets.append(
                 Targets(
                     ids=self._rivals(told),
-                    places_M=torch.from_numpy(places).to(self.device),
-                    targets_M=torch.from_numpy(ids.reshape(-1)[places]).to(self.device),
-                    weights_M=torch.full(places.shape, weights[task, told], dtype=torch.float32, device=self.device),
+                    places_M=torch.from_numpy(places).to(device),
+                    targets_M=torch.from_numpy(right).to(device),
+                    weights_M=torch.full(places.shape, weight, dtype=torch.float32, device=device),
                 )
             )
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            hidden_BTD = self.transformer.hidden(
-                *(torch.from_numpy(array).to(self.device) for array in (inputs, positions))
-            )
-            return sliced_cross_entropy(hidden_BTD.flatten(0, 1), self.transformer.embedding.weight, targets)
+        ids, positions = (torch.from_numpy(array).to(device) for array in (part.inputs, part.positions))
+        return Prepared(ids=ids, positions=positions, targets=targets)
 
     def _rivals(self, told: Told) -> range:
         """The ids that compete where ``told`` is learnt."""
@@ -385,36 +208,148 @@ class TransformerTrainer:
             return self.settings.name_loss_weight
         return self.settings.text_loss_weight if (task, told) == ("generate", Told.TEXT) else 1.0
 
-    def save(self, folder: Path) -> None:
-        """A checkpoint folder that opens by itself, with ``trainer.pt`` (the optimizer) beside it."""
-        save_model(folder, self.model)
-        torch.save(self.optimizer.state_dict(), folder / "trainer.pt")
+    def _seed(self, step: int) -> int:
+        return self.settings.seed * 1_000_003 + step + self.world.rank * OTHER_RANKS
+
+    def _judge(self, batch: Batch, seed: int, figures: dict[str, float], loss_scale: float) -> None:
+        """After a step that was left out: find out why if that is news; NonFiniteError if that is the end."""
+        step = batch.step
+        if self._skipped_in_a_row > MOST_SKIPPED:
+            raise NonFiniteError(
+                f"step {step}: no gradient was finite in the last {self._skipped_in_a_row} steps; lower the learning "
+                "rate, or resume earlier"
+            )
+        if self.dtype == torch.float16 and math.isfinite(figures["loss"]) and loss_scale > LEAST_SCALE:
+            return  # too large a loss scale, which is now smaller
+        what = "gradient" if math.isfinite(figures["loss"]) else "loss"
+        message = f"step {step}: the {what} is not finite"
+        if not self._looked_into:
+            self._looked_into = True
+            message += self._look_into(batch, seed)
+        if self.settings.nonfinite == "stop":
+            raise NonFiniteError(
+                f"{message}; lower the learning rate, resume earlier, or go on without such steps: nonfinite: skip"
+            )
+        tell(f"{message}; skipped", self.world)
+        for name in [name for name, value in figures.items() if not math.isfinite(value)]:
+            del figures[name]
+
+    def _look_into(self, batch: Batch, seed: int) -> str:
+        """What is said of the first step that is not finite; all that it takes to see it again is kept."""
+        finding = first_nonfinite(self.engine, self.prepared(batch), seed)
+        first = int(self.world.max(-1.0 if finding is None else self.world.size - self.world.rank))
+        said = [f" in process {self.world.size - first}" if first > 0 and self.world.size > 1 else ""]
+        if first > 0:
+            own = finding is not None and self.world.size - self.world.rank == first
+            rank = self.world.size - first
+            said.append(f", first in {self._from_rank(str(finding) if own else '', rank)}")
+        if self.watching.dumps is not None:
+            folder = self.watching.dumps / f"step-{batch.step:08d}"
+            rank, size = self.world.rank, self.world.size
+            write_dump(folder, batch, finding, rank=rank, processes=size, seed=seed)
+            write = self.snapshot()
+            if write is not None:
+                write(folder / "model")
+                kept = {
+                    "training": to_plain(self.settings),
+                    "dtype": "float32" if self.dtype is None else str(self.dtype).removeprefix("torch."),
+                    "dropout": self.model.config.transformer.dropout,
+                    "micro_batch": self.settings.micro_batch,
+                }
+                write_json(folder / "settings.json", kept)
+            said.append(f"; the batch and the weights are kept in {folder}")
+            if self.adapter is None:
+                said.append(f", look again with: cogview doctor --dump {folder}")
+        return "".join(said)
+
+    def _from_rank(self, text: str, rank: int) -> str:
+        """``text`` of process ``rank``, for all."""
+        width = 512
+        own = np.zeros(width, dtype=np.int64)
+        if self.world.rank == rank:
+            encoded = text.encode()[:width]
+            own[: len(encoded)] = list(encoded)
+        return bytes(self.world.sum(own).tolist()).rstrip(b"\0").decode(errors="replace")
+
+    def snapshot(self) -> Writer | None:
+        """What writes a checkpoint of now: a folder that opens by itself, with the trainer's state beside the model."""
+        state = self.engine.state()
+        if state is None:
+            return None
+        skipped, model = self.skipped, self.model
+
+        def write(folder: Path) -> None:
+            if self.adapter is not None:
+                self.adapter.write(folder, state.weights)
+            else:
+                save_model(folder, model, weights=state.weights)
+            moments = {
+                f"{moment}.{name}": value for moment, own in state.moments.items() for name, value in own.items()
+            }
+            write_weights(folder / MOMENTS_FILE, moments)
+            content = {
+                "engine": self.engine_settings.name,
+                "processes": self.world.size,
+                "updates": state.updates,
+                "loss_scale": state.loss_scale,
+                "good_steps": state.good_steps,
+                "skipped_steps": skipped,
+            }
+            write_json(folder / STATE_FILE, content)
+
+        return write
 
     def load(self, folder: Path) -> None:
-        """Take up weights and optimizer from ``save``; InputError where they belong to other codes."""
-        from safetensors.torch import load_file
+        """Take up weights and optimizer from a checkpoint of any engine and any number of processes.
 
-        if read_config(folder).codebook_sha256 != self.model.config.codebook_sha256:
+        InputError where it belongs to other codes, ValueError where its shapes differ.
+        """
+        if self.adapter is None and read_config(folder).codebook_sha256 != self.model.config.codebook_sha256:
             raise InputError("it was trained on the codes of another image tokenizer")
-
-        self.transformer.load_state_dict(load_file(folder / "model.safetensors"))
-        self.optimizer.load_state_dict(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
+        content = read_state(folder)
+        wanted = {name: whole_shape(parameter) for name, parameter in self.engine.learner.trained().items()}
+        weights: Mapping[str, Tensor]
+        weights = StoredTensors(folder / "model.safetensors") if self.adapter is None else self.adapter.read(folder)
+        moments = {moment: StoredTensors(folder / MOMENTS_FILE, f"{moment}.") for moment in MOMENTS}
+        for stored in (weights, *(own for own in moments.values() if len(own))):
+            if problem := difference(wanted, shapes_of(stored)):
+                raise ValueError(problem)
+        self.engine.load(
+            TrainingState(
+                weights=weights,
+                moments=moments if all(map(len, moments.values())) else {},
+                updates=content["updates"],
+                loss_scale=content["loss_scale"],
+                good_steps=content["good_steps"],
+            )
+        )
+        self.skipped = content["skipped_steps"]
 
     @torch.no_grad()
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
-        """Losses on the held-out store, and a sheet of pictures."""
+        """Losses on the held-out store, and a sheet of pictures.
+
+        ``held_out_loss`` is what training minimises, of the tasks by their shares.
+        """
         self.transformer.eval()
         figures: dict[str, float] = {}
         if self.held_out is not None:
-            for task in self.settings.tasks:
+            whole = sum(self.settings.tasks.values())
+            figures["held_out_loss"] = 0.0
+            for task, share in self.settings.tasks.items():
                 losses = self.store_losses(self.held_out, task, EVALUATED_ROWS)
+                figures["held_out_loss"] += share / whole * losses.pop("loss")
                 figures |= {f"held_out_{name}": value for name, value in losses.items()}
         if self.draw_sheet is not None:
-            self.draw_sheet(self.model, folder / f"step-{step:08d}.png")
+            with self.engine.whole_weights():
+                if self.world.is_first:
+                    self.draw_sheet(self.model, folder / f"step-{step:08d}.png")
+                    self.transformer.lean = None  # weights in another order, which the next step makes old
+                self.world.wait()
         return figures
 
     def store_losses(self, store: TokenStore, task: str, count: int, *, hidden: bool = False) -> dict[str, float]:
-        """Mean losses of the first ``count`` rows of ``store``, all for ``task`` and with their captions.
+        """Mean losses of the first ``count`` rows of ``store``, all for ``task``; ``loss`` is what is learnt of them.
 
         With ``hidden`` every code of the image that is drawn is told without having seen another.
         """
@@ -422,61 +357,83 @@ class TransformerTrainer:
         sums: dict[str, float] = {}
         for start in range(0, count, self.settings.batch_size):
             numbers = np.arange(start, min(start + self.settings.batch_size, count))
-            rows = store.read(numbers)
-            codes = rows["image"].shape
-            choices = Choices(
-                tasks=[task] * len(numbers),
-                keep=np.ones(len(numbers), dtype=bool),
-                hide=np.full(codes, hidden),
-                ask=np.full(len(numbers), codes[1]),
-                lots=np.ones(codes),
-                windows=numbers % len(self.windows),
-            )
-            for name, loss in self.losses(self.arrange(rows, choices)).items():
+            own = numbers[self.world.rank :: self.world.size]
+            batch = self.maker.held_out(store, task, own if len(own) else numbers[:1], hidden=hidden)
+            batch = batch if len(own) else batch.idle()
+            for name, loss in self.losses(batch).items():
                 sums[name] = sums.get(name, 0.0) + loss * len(numbers) / count
-        return {name: loss for name, loss in sums.items() if name != "loss"}
+        del sums["tokens"]
+        return sums
+
+    def close(self) -> None:
+        """Let go of the engine, and of the held-out store's file."""
+        self.engine.close()
+        if self.held_out is not None:
+            self.held_out.close()
 
 
-def _asked(codes: np.ndarray, lots: np.ndarray, count: int) -> np.ndarray:
-    """Which ``count`` of ``codes`` (N,) are asked for: (N,) bool.
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors of a safetensors file whose names begin with ``prefix``, by the rest; read when they are asked for."""
 
-    Every code that is there is as likely to be the first as any other, however many places it fills: a plain
-    background, soon learnt, is not asked at half of the places.
-    """
-    if count >= len(codes):
-        return np.ones(len(codes), dtype=bool)
-    _, which, places = np.unique(codes, return_inverse=True, return_counts=True)
-    asked = np.zeros(len(codes), dtype=bool)
-    asked[np.argsort(lots * places[which], kind="stable")[:count]] = True
-    return asked
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        self._prefix = prefix
+        try:
+            self._file = safe_open(path, "pt")
+            self._names = [name for name in self._file.keys() if name.startswith(prefix)]  # noqa: SIM118 it is no dict
+        except (SafetensorError, FileNotFoundError) as error:
+            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(self._prefix + name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Those of all tensors, which are not read."""
+        return {name.removeprefix(self._prefix): tuple(self._file.get_slice(name).get_shape()) for name in self._names}
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; those in a file are not read for it."""
+    if isinstance(tensors, StoredTensors):
+        return tensors.shapes()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """What training goes on from besides tensors; InputError where a folder holds a model alone."""
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise InputError(
+            f"{folder} holds a model but no state of a training to go on with ({STATE_FILE} is missing): begin from "
+            f"its weights with --init-from {folder}"
+        )
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
+    """The shape of a parameter, which in ZeRO stage 3 it does not have itself."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Bytes: the most that was allocated on a GPU; on a CPU the most resident memory of this process (0: unknown)."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(peak if sys.platform == "darwin" else 1024 * peak)
 
 
 def _figure(task: str, told: Told) -> str:
     """The name of a loss in the metrics, such as ``generate_image_loss``."""
     return f"{task}_{told.value}_loss"
-
-
-def _parts(lessons: Sequence[Lesson], most: int) -> Iterator[Sequence[Lesson]]:
-    """Runs of at most ``most`` lessons, given by length, of which none is much longer than another of its run."""
-    first = 0
-    for end in range(1, len(lessons) + 1):
-        if end == len(lessons) or end - first == most or len(lessons[end]) > SPREAD * len(lessons[first]):
-            yield lessons[first:end]
-            first = end
-
-
-def store_batches(store: TokenStore, settings: TransformerTraining, start_step: int) -> Iterator[Rows]:
-    """The rows of steps ``start_step``, ``start_step`` + 1, …, in an order that is a function of (seed, step)."""
-    sampler = ResumableBatchSampler(
-        len(store), settings.batch_size, settings.seed, start_step=start_step, steps=settings.steps
-    )
-    # The store reads a whole batch at once, and there is nothing left to collate.
-    return iter(
-        DataLoader[Rows](
-            cast(Any, store),
-            batch_sampler=sampler,
-            collate_fn=dict,
-            num_workers=settings.workers,
-            worker_init_fn=leave_signals_to_parent,
-        )
-    )

@@ -17,7 +17,9 @@ import torch
 from cogview.data.store import TokenStore
 from cogview.device import flush_denormals
 from cogview.pipeline import CogView
-from cogview.training.transformer import TransformerTrainer, TransformerTraining
+from cogview.training.distributed import World
+from cogview.training.settings import TransformerTraining
+from cogview.training.transformer import TransformerTrainer
 
 
 def main() -> int:
@@ -29,14 +31,17 @@ def main() -> int:
     args = parser.parse_args()
     flush_denormals()
     store = TokenStore(args.store)
-    settings = TransformerTraining(steps=2, warmup_steps=1, batch_size=24, name_loss_weight=1.0)
     for name in args.models:
         model = CogView.from_pretrained(name, device="cpu").model
-        trainer = TransformerTrainer(model, settings, torch.device("cpu"), None)
+        settings = TransformerTraining(
+            steps=2, warmup_steps=1, batch_size=24, name_loss_weight=1.0, tasks=dict.fromkeys(model.config.tasks, 1.0)
+        )
+        trainer = TransformerTrainer(model, settings, World(torch.device("cpu")))
+        trainer.transformer.eval()
         for task in model.config.tasks:
             for hidden in (False, True) if task != "caption" else (False,):
                 found = trainer.store_losses(store, task, args.n, hidden=hidden)
-                figures = ", ".join(f"{figure} {loss:.3f}" for figure, loss in found.items())
+                figures = ", ".join(f"{figure} {loss:.3f}" for figure, loss in found.items() if figure != "loss")
                 print(f"{name}: {'hidden' if hidden else 'given'}: {figures}", flush=True)
     return 0
 

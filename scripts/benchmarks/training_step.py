@@ -29,7 +29,9 @@ def measure(way: str, steps: int) -> None:
     from cogview.data.store import pad_text
     from cogview.device import flush_denormals, training_dtype
     from cogview.pipeline import CogView
-    from cogview.training.transformer import TransformerTrainer, TransformerTraining
+    from cogview.training.distributed import World
+    from cogview.training.settings import TransformerTraining
+    from cogview.training.transformer import TransformerTrainer
 
     if way != "denormals kept":
         flush_denormals()
@@ -42,11 +44,11 @@ def measure(way: str, steps: int) -> None:
     }
     settings = TransformerTraining(steps=1000, batch_size=ROWS, warmup_steps=999, hidden_rows=0.6, hidden_places=8)
     cpu, num_threads = torch.device("cpu"), 1 if way == "all threads on every product" else None
-    trainer = TransformerTrainer(model.model, settings, cpu, training_dtype(cpu), num_threads=num_threads)
+    trainer = TransformerTrainer(model.model, settings, World(cpu), training_dtype(cpu), num_threads=num_threads)
     times = []
     for step in range(steps):
         start = time.perf_counter()
-        figures = trainer.step(step, rows)
+        figures = trainer.step(step, trainer.batch(step, rows))
         times.append(time.perf_counter() - start)
     print(statistics.median(times[1:]), figures["loss"])
 

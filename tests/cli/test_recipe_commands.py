@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 
 from cogview import config
 from cogview.checkpoints.folder import read_config
+from cogview.cli import doctor
 from cogview.cli import evaluate as evaluate_command
 from cogview.cli.main import main
 from cogview.data.emoji.things import EmojiFiles
@@ -239,7 +241,7 @@ def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys
     last = json.loads((work / "transformer-run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert {name for name in last if name.startswith("held_out")} == {
         *("held_out_generate_image_loss", "held_out_generate_text_loss", "held_out_caption_text_loss"),
-        *("held_out_upscale_image_loss", "held_out_low_level_image_loss"),
+        *("held_out_upscale_image_loss", "held_out_low_level_image_loss", "held_out_loss"),
     }
     model = CogView.from_pretrained(Run(work / "transformer-run").checkpoints()[-1], device="cpu")
     assert set(model.model.config.tasks) == set(mixture)
@@ -267,7 +269,7 @@ def test_a_store_that_lacks_what_a_task_needs(work, tmp_path, capsys):
     assert "does not say which name stands where, but name_loss_weight is 0.5: encode the store" in one_line(capsys)
 
 
-def test_training_may_start_from_another_model(work, tmp_path, capsys):
+def test_training_may_start_from_another_model(work, tmp_path, capsys, monkeypatch):
     place = ["--work", str(work), "--device", "cpu"]
     assert main(["train", write_recipe(tmp_path), *place, "training.steps=4", "dropout=0.0"]) == 0
     (first,) = Run(work / "transformer-run").checkpoints()[-1:]
@@ -287,7 +289,15 @@ def test_training_may_start_from_another_model(work, tmp_path, capsys):
 
     shutil.rmtree(work / "transformer-run")
     capsys.readouterr()
-    assert main(["train", write_recipe(tmp_path), *place, "max_positions=120", f"start_from={start}"]) == 2
+    longer = [*still, "max_positions=130", "--init-from", str(start)]
+    assert main(["train", write_recipe(tmp_path), *place, *longer]) == 0
+    assert f"begins with the weights of {start}, and a new optimizer" in capsys.readouterr().err
+    positions = load_file(work / "transformer-run/checkpoints/step-00000006/model.safetensors")["positions.weight"]
+    assert torch.equal(positions[112:120], begun["positions.weight"][104:112])  # a row of eight codes before
+    assert torch.equal(positions[120:128], begun["positions.weight"][104:112])
+    shutil.rmtree(work / "transformer-run")
+    monkeypatch.setitem(config.PRESETS, "other", (1, 48, 2))
+    assert main(["train", write_recipe(tmp_path), *place, "preset=other", f"start_from={start}"]) == 2
     assert f"start_from: {start} has another shape than this recipe" in one_line(capsys)
     assert main(["train", write_recipe(tmp_path), *place, "start_from=没有"]) == 2
     assert "没有" in one_line(capsys)
@@ -315,15 +325,89 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
     from cogview.tokenizers.layouts import layouts
 
     recipe = Recipe(path=path, sections=read_recipe(path), overrides=(), work=tmp_path)
+    transformer = recipe.settings(TransformerSettings, "transformer")
+    if set(recipe.sections) == {"work", "transformer"}:  # for stores that are there
+        assert transformer.tokenizers is not None
+        return
     world = recipe.settings(WorldSettings, "scenes")
     encode = recipe.settings(EncodeSettings, "encode")
-    transformer = recipe.settings(TransformerSettings, "transformer")
     recipe.settings(TextSettings, "text")
     recipe.settings(ImageSettings, "image")
     assert (ROOT / recipe.settings(PackageSettings, "package").card).is_file()
     assert set(recipe.sections) == {"work", "scenes", "text", "image", "encode", "transformer", "package"}
     needed = layouts(world.canvas // 8)["generate"].num_positions(encode.text_width)
     assert needed <= transformer.max_positions
+
+
+# cogview doctor
+
+
+def findings(capsys) -> dict[str, dict[str, str]]:
+    """What the doctor has printed as JSON, by subject; the last of each."""
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    return {line["subject"]: line for line in lines}
+
+
+def test_the_doctor_looks_at_the_machine_and_takes_two_steps_of_a_recipe(work, tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    capsys.readouterr()
+    before = sorted(path.name for path in work.iterdir())
+    assert main(["doctor", recipe, "--device", "cpu", "--json", "training.tasks={generate: 1, caption: 1}"]) == 0
+    found = findings(capsys)
+    assert {line["status"] for line in found.values()} <= {"ok", "note"}
+    assert found["torch"]["text"] == torch.__version__
+    assert re.fullmatch(
+        r"2 processes on this machine add up numbers by gloo, \d+\.\d\d GB/s each", found["processes"]["text"]
+    )
+    assert found["stores"]["text"] == "40 rows in 1, 0.6 epochs"
+    assert "GB free at" in found["disk"]["text"]
+    assert re.search(r"s for 4 rows of up to 109, [\d,]+ tokens/s, loss \d", found["step"]["text"])
+    assert " predicted, " in found["memory"]["text"]
+    assert sorted(path.name for path in work.iterdir()) == before  # it leaves nothing
+
+
+def test_the_doctor_names_what_is_wrong_and_the_remedy(work, tmp_path, capsys, monkeypatch):
+    shutil.rmtree(work / "store")
+    monkeypatch.setattr(doctor, "check_processes", lambda device, count: iter(()))
+    monkeypatch.setitem(doctor.PACKAGES, "torch", ("", (2, 6), (2, 7)))
+    monkeypatch.setitem(doctor.PACKAGES, "cogdata", ("train", None, None))
+    capsys.readouterr()
+    assert main(["doctor", write_recipe(tmp_path), "--device", "cpu"]) == 1
+    told = capsys.readouterr().out.splitlines()
+    assert f"problem  torch         {torch.__version__}; tried with 2.6 to below 2.7: pip install 'cogview'" in told
+    assert "note     cogdata       is not installed, which not all need; pip install 'cogview[train]'" in told
+    assert told[-1].startswith(f"problem  training      there is no token store at {work / 'store'}: make one with")
+
+
+def test_the_doctor_looks_again_at_a_step_that_was_not_finite(work, tmp_path, capsys):
+    recipe = write_recipe(tmp_path)
+    capsys.readouterr()
+    overflow = ["training.learning_rate=1.0e+30", "training.clip_norm=1.0e+30", "--device", "cpu"]
+    assert main(["train", recipe, *overflow]) == 2
+    line = one_line(capsys)
+    assert "is not finite, first in " in line
+    (dump,) = (work / "transformer-run" / "nonfinite").iterdir()
+    assert line.strip().split("look again with: ")[1].startswith(f"cogview doctor --dump {dump};")
+    assert main(["doctor", "--dump", str(dump), "--device", "cpu"]) == 1
+    kept, now = capsys.readouterr().out.splitlines()
+    assert kept.startswith("ok       kept          step ")
+    assert now.startswith("problem  now           in float32 on cpu: first not finite in ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--dump", "nowhere"], "nowhere is no dump of a step: expected RUN/nonfinite/step-…"),
+        (["{recipe}", "--dump", "nowhere"], "--dump holds the model and the rows it needs: give it without a RECIPE"),
+        (["nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+        (["{recipe}", "engine.name=deepsped"], 'engine, name: expected one of torch, deepspeed, got "deepsped"'),
+    ],
+)
+def test_mistakes_with_the_doctor(tmp_path, capsys, arguments, message):
+    recipe = write_recipe(tmp_path)
+    assert main(["doctor", *(word.format(recipe=recipe) for word in arguments)]) == 2
+    assert message in one_line(capsys)
 
 
 # Bad input: one line, status 2, nothing lost
@@ -418,7 +502,16 @@ def test_rows_of_another_image_tokenizer_are_not_trained_on(work, tmp_path, caps
     [
         ("preset=9b", "preset '9b' is unknown; known: "),
         ("max_positions=100", "max_positions 100 are too few for the rows of {store}: 108"),
-        ("precision=float8", "precision 'float8' is unknown; known: auto, bfloat16, float32"),
+        ("precision=float8", "precision 'float8' is unknown; known: auto, float32, bfloat16, float16"),
+        ("engine.name=deepsped", 'engine, name: expected one of torch, deepspeed, got "deepsped"'),
+        (
+            "engine={name: deepspeed, zero: 0}",
+            "in bfloat16 DeepSpeed's stage 0 learns something else than stages 1 to 3",
+        ),
+        ("engine={name: deepspeed, zero: 3, compile: true}", "compile does not go with zero: 3, whose weights have no"),
+        ("engine={offload: true}", "offload and config are DeepSpeed's: set name: deepspeed"),
+        ("new_stores=nowhere", "there is no folder nowhere to look for new stores in: make it, or watch none"),
+        ("training.nonfinite=ignore", 'nonfinite: expected one of skip, stop, got "ignore"'),
         ("training.warmup_stps=3", '"warmup_stps" is unknown; did you mean "warmup_steps"?'),
         ("preset", 'override "preset" is not understood: write it as key=value'),
     ],

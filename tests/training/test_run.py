@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import cogview
 from cogview.data.sampler import ResumableBatchSampler
 from cogview.errors import InputError
-from cogview.training.run import Run, RunSettings, run_loop, step_of
+from cogview.training.run import Run, RunSettings, Trainer, Writer, run_loop, step_of
 
 STEPS, SAVE_EVERY, BATCH, ROWS = 40, 6, 4, 37
 
@@ -27,13 +28,13 @@ from pathlib import Path
 sys.modules["torch.utils.tensorboard"] = None  # as if it were not installed
 from cogview.cli.main import run_safely
 from cogview.data.sampler import ResumableBatchSampler
-from cogview.training.run import Run, RunSettings, run_loop
+from cogview.training.run import Run, RunSettings, Trainer, run_loop
 
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 STEPS, SAVE_EVERY, BATCH, ROWS = map(int, sys.argv[3:])
 
 
-class Chain:
+class Chain(Trainer):
     state = 0
 
     def step(self, step, batch):
@@ -45,10 +46,15 @@ class Chain:
             self.state = (self.state * 31 + sample + 1) % 1_000_003
         return {"state": self.state}
 
-    def save(self, folder):
-        (folder / "first").write_text(str(self.state))
-        time.sleep(pause)
-        (folder / "second").write_text(str(self.state))
+    def snapshot(self):
+        state = self.state
+
+        def write(folder):
+            (folder / "first").write_text(str(state))
+            time.sleep(pause)
+            (folder / "second").write_text(str(state))
+
+        return write
 
     def load(self, folder):
         self.state = int((folder / "first").read_text())
@@ -161,7 +167,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     assert Run(tmp_path / "run").checkpoints() == []
 
 
-class Counter:
+class Counter(Trainer[int]):
     """A trainer that counts its steps, and fails where it is told to."""
 
     def __init__(self, fail_in: str = "", fail_at: int = -1) -> None:
@@ -175,11 +181,16 @@ class Counter:
         self.count += 1
         return {"loss": float(step)}
 
-    def save(self, folder: Path) -> None:
-        (folder / "half").write_text("half")
-        if self.fail_in == "save" and self.count == self.fail_at:
-            raise OSError(28, "No space left on device")
-        (folder / "count").write_text(str(self.count))
+    def snapshot(self) -> Writer:
+        count = self.count
+
+        def write(folder: Path) -> None:
+            (folder / "half").write_text("half")
+            if self.fail_in == "save" and count >= self.fail_at:
+                raise OSError(28, "No space left on device")
+            (folder / "count").write_text(str(count))
+
+        return write
 
     def load(self, folder: Path) -> None:
         self.count = int((folder / "count").read_text())
@@ -216,7 +227,7 @@ def names(run: Run) -> list[str]:
 def test_a_run_writes_its_folder(tmp_path):
     run = Run(tmp_path / "run")
     assert loop(run, Counter(), keep=10) == 0
-    assert names(run) == [f"step-{step:08d}" for step in (3, 6, 9, 10)]
+    assert names(run) == [f"step-{step:08d}" for step in (3, 6, 9, 10)]  # nothing is said of a best one
     assert sorted(path.name for path in run.samples.iterdir()) == [f"step-{s:08d}.txt" for s in (4, 8, 10)]
     assert "name: 红苹果" in (run.folder / "recipe.yaml").read_text(encoding="utf-8")
     training = [record for record in records(tmp_path) if "loss" in record]
@@ -279,13 +290,51 @@ def test_resuming_where_there_is_nothing_begins(tmp_path):
 
 
 @pytest.mark.parametrize("at", [3, 6])
-def test_a_checkpoint_that_could_not_be_written_is_absent(tmp_path, at):
-    run = Run(tmp_path)
-    with pytest.raises(OSError, match="No space left"):
-        loop(run, Counter("save", at))
+def test_a_checkpoint_that_could_not_be_written_is_absent_and_training_goes_on(tmp_path, at, capsys):
+    run, trainer = Run(tmp_path), Counter("save", at)
+    assert loop(run, trainer) == 1
+    assert trainer.count == 10
     assert names(run) == [f"step-{step:08d}" for step in range(3, at, 3)]
+    errors = capsys.readouterr().err
+    kept = "there is none yet" if at == 3 else "step-00000003 stays the last one"
+    assert f"warning: a checkpoint could not be written, {kept}: [Errno 28] No space left on device" in errors
+    assert "step 10 of 10 could not be saved; make room and go on with --resume auto" in errors
     assert loop(run, Counter(), resume=True) == 0
     assert names(run) == ["step-00000009", "step-00000010"]
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
+    """The writing waits for a later step, which must not wait for it; and holds what was there when it began."""
+    run, later = Run(tmp_path), threading.Event()
+
+    class Slow(Counter):
+        def step(self, step: int, batch: int) -> dict[str, float]:
+            if step == 5:
+                later.set()
+            return super().step(step, batch)
+
+        def snapshot(self) -> Writer:
+            write = super().snapshot()
+
+            def write_late(folder: Path) -> None:
+                assert later.wait(60)
+                write(folder)
+
+            return write_late
+
+    assert loop(run, Slow(), keep=10) == 0
+    assert (run.checkpoints()[0] / "count").read_text() == "3"
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    class Judged(Counter):
+        def evaluate(self, step: int, folder: Path) -> dict[str, float]:
+            return {"held_out_loss": {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 3.0}[step]}
+
+    run = Run(tmp_path)
+    loop(run, Judged(), evaluate_every=2, keep=1)
+    assert run.best() == {"step": 4, "held_out_loss": 3.0}
+    assert names(run) == ["best.json", "step-00000004", "step-00000010"]
 
 
 def test_what_a_kill_left_half_written_is_removed_and_never_resumed(tmp_path):
@@ -297,7 +346,7 @@ def test_what_a_kill_left_half_written_is_removed_and_never_resumed(tmp_path):
     (half / "half").write_text("half")
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # and a line cut short
-    assert [step_of(path) for path in run.checkpoints()] == [3, 6]
+    assert [step_of(path) for path in run.checkpoints()] == [6, 8]  # what was learnt before the failure is kept
     assert loop(run, Counter(), resume=True) == 0
     assert names(run) == ["step-00000009", "step-00000010"]
     assert [record["step"] for record in records(tmp_path) if "loss" in record] == list(range(1, 11))

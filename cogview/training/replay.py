@@ -1,0 +1,51 @@
+"""A step that was not finite, looked at again from what its run has kept (``monitor.write_dump``)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cogview.checkpoints.folder import load_model
+from cogview.config_files import build, read_recipe
+from cogview.device import DTYPES, choose_placement
+from cogview.errors import InputError
+from cogview.training.distributed import World
+from cogview.training.monitor import first_nonfinite
+from cogview.training.settings import TransformerTraining
+from cogview.training.transformer import TransformerTrainer
+
+
+def replay(folder: Path, device: str) -> Iterator[tuple[str, str, str]]:
+    """What the step meets now, by the rows of each process, one after another: (status, subject, text).
+
+    Weights, rows and what chance decides are those of the run; the engine is plain torch, in one process.
+    """
+    reports = sorted(folder.glob("report-*.json"))
+    if not reports or not (folder / "settings.json").is_file():
+        raise InputError(f"{folder} is no dump of a step: expected RUN/nonfinite/step-…, with report-0000.json in it")
+    placement = choose_placement(device, "float32")
+    kept = read_recipe(folder / "settings.json")
+    settings = build(TransformerTraining, kept["training"], where=str(folder / "settings.json"))
+    model = load_model(folder / "model", torch.device("cpu"), torch.float32)
+    model.config = replace(model.config, transformer=replace(model.config.transformer, dropout=kept["dropout"]))
+    dtype = None if kept["dtype"] == "float32" else DTYPES[kept["dtype"]]
+    trainer = TransformerTrainer(model, settings, World(placement.device), dtype, num_threads=1)
+    trainer.transformer.train()
+    for path in reports:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        rank, size = report["rank"], report["processes"]
+        with np.load(folder / f"rows-{rank:04}.npz") as rows:
+            given = {name: rows[name] for name in rows.files}
+        codes = given["image"].shape[1]
+        share = World(placement.device, rank, size).share(settings.batch_size)
+        choices = trainer.maker.choices(report["step"], settings.batch_size, codes).of(share)
+        batch = trainer.maker.batch(report["step"], given, choices, micro_batch=kept["micro_batch"])
+        finding = first_nonfinite(trainer.engine, trainer.prepared(batch), report["seed"])
+        yield ("ok", "kept", f"step {report['step']}, process {rank}: {report['found'] or 'nothing was found there'}")
+        found = f"first not finite in {finding}" if finding is not None else "everything is finite"
+        yield ("problem" if finding is not None else "ok", "now", f"in {kept['dtype']} on {placement.device}: {found}")

@@ -1,0 +1,124 @@
+"""What several processes train together in tests: jobs of a JSON file, one after the other.
+
+    RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python program.py FOLDER JOBS
+
+Each job is a run on a small store: ``name``, ``engine`` (settings), ``dtype``, ``steps`` and ``until`` (where to stop),
+``resume``, ``dropout``, and ``die`` ([rank, step]: that process kills itself there). Beside the run, ``NAME.RANK``
+gets a line of JSON for each step: its number, the loss, the samples and the update.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogview.checkpoints.folder import Model, load_model
+from cogview.cli.main import run_safely
+from cogview.config import TransformerConfig
+from cogview.data.store import TokenStore
+from cogview.training.distributed import World, end_process, join_world, leave_world
+from cogview.training.lessons import Batch
+from cogview.training.run import Run, RunSettings, run_loop
+from cogview.training.settings import EngineSettings, TransformerTraining
+from cogview.training.supply import Supply
+from cogview.training.transformer import TransformerTrainer
+from cogview.transformer import Transformer
+
+BATCH = 12  # which 1, 2 and 3 processes share
+
+
+def run_job(folder: Path, job: dict[str, Any], world: World) -> int:
+    """One run, or a part of it."""
+    settings = TransformerTraining(
+        steps=job.get("steps", 50),
+        batch_size=BATCH,
+        micro_batch=job.get("micro_batch", 3),
+        warmup_steps=5,
+        learning_rate=3e-3,
+        tasks={"generate": 2.0, "caption": 1.0},
+        nonfinite=job.get("nonfinite", "stop"),
+    )
+    model = new_model(folder / "model", job.get("dropout", 0.0))
+    run = Run(folder / job["name"], world.is_first)
+
+    class Recorded(TransformerTrainer):
+        def step(self, step: int, batch: Batch) -> dict[str, float]:
+            if job.get("die") == [world.rank, step]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            figures = super().step(step, batch)
+            line = {"step": step, "samples": batch.samples.tolist(), **figures}
+            with (folder / f"{job['name']}.{world.rank}").open("a") as file:
+                file.write(json.dumps(line) + "\n")
+            return figures
+
+    trainer = Recorded(
+        model,
+        settings,
+        world,
+        {"float32": None, "bfloat16": torch.bfloat16}[job.get("dtype", "float32")],
+        engine=EngineSettings(**job.get("engine", {})),
+        num_threads=1,
+    )
+    supply = Supply(
+        {"store": TokenStore(folder / "store")},
+        [1.0],
+        run.folder / "stores.jsonl",
+        trainer.maker,
+        world,
+        micro_batch=settings.micro_batch,
+    )
+    try:
+        return run_loop(
+            trainer,
+            supply.batches,
+            run,
+            RunSettings(log_every=5, save_every=job.get("save_every", 0), evaluate_every=0),
+            recipe={},
+            steps=job.get("until", settings.steps),
+            batch_size=BATCH,
+            resume=job.get("resume", False),
+            world=world,
+        )
+    finally:
+        trainer.close()
+
+
+def new_model(folder: Path, dropout: float) -> Model:
+    """The tokenizers of the model in ``folder``, with fresh weights that are the same in every process."""
+    model = load_model(folder, torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
+    shape = model.config.transformer
+    model.transformer = Transformer(
+        TransformerConfig(
+            num_layers=shape.num_layers,
+            width=shape.width,
+            num_heads=shape.num_heads,
+            vocabulary_size=shape.vocabulary_size,
+            max_positions=shape.max_positions,
+            dropout=dropout,
+        )
+    )
+    return model
+
+
+def main() -> int:
+    """All jobs; the status of the first that fails, or 0."""
+    folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.set_num_threads(1)
+    np.seterr(all="ignore")
+    world = join_world("cpu", needs_group=any(job.get("engine", {}).get("name") == "deepspeed" for job in jobs))
+    try:
+        status = next(filter(None, (run_job(folder, job, world) for job in jobs)), 0)
+    finally:
+        leave_world()
+    end_process(status)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(run_safely(main, "program"))

@@ -1,0 +1,183 @@
+"""Training in several processes: what one process learns, whatever the engine, and checkpoints that all of them share.
+
+Processes are started as torchrun starts them, exchange gradients by gloo, and compute on the CPU. Starting them takes
+longer than what they do, so one start does many jobs (``program.py``).
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import cogview
+from cogview.checkpoints.folder import read_config
+from cogview.data.store import StoreHeader, StoreWriter
+from cogview.pipeline import CogView
+
+STEPS = 50
+ZERO = {f"zero{stage}": {"name": "deepspeed", "zero": stage} for stage in (1, 2, 3)}
+ENGINES = {"torch": {}, **ZERO, "offload": {"name": "deepspeed", "zero": 2, "offload": True}}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint, tmp_path_factory) -> Path:
+    """Where jobs find the tiny model and a store of 40 rows for it."""
+    place = tmp_path_factory.mktemp("processes")
+    shutil.copytree(tiny_checkpoint, place / "model")
+    config = read_config(tiny_checkpoint)
+    header = StoreHeader(
+        fields={"text": 20, "image": config.grid**2},
+        grid=config.grid,
+        num_image_codes=config.vocabulary.num_image_codes,
+        num_text_pieces=config.vocabulary.num_text_pieces,
+        layouts=("generate", "caption"),
+        codebook_sha256=config.codebook_sha256,
+        text_sha256="",
+    )
+    random = np.random.default_rng(0)
+    text = random.integers(config.vocabulary.num_text_pieces, size=(40, 20)).astype(np.uint16)
+    text[np.arange(20) >= random.integers(1, 21, size=(40, 1))] = 0xFFFF
+    codes = random.integers(config.vocabulary.num_image_codes, size=(40, config.grid**2))
+    with StoreWriter(place / "store", header) as writer:
+        writer.append({"text": text, "image": codes.astype(np.uint16)})
+    return place
+
+
+def train(folder: Path, jobs: list[dict[str, Any]], size: int = 1) -> list[int]:
+    """Do ``jobs`` in ``size`` processes; their statuses. A process that is killed takes the others with it."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-X",
+                "faulthandler",
+                str(Path(__file__).with_name("program.py")),
+                str(folder),
+                json.dumps(jobs),
+            ],
+            env={
+                **os.environ,
+                "PYTHONPATH": str(Path(cogview.__file__).parents[1]),
+                "PYTHONWARNINGS": "ignore",
+                "DS_ACCELERATOR": "cpu",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"errors.{rank}").open("w"),
+        )
+        for rank in range(size)
+    ]
+    try:
+        return [process.wait(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def steps_of(folder: Path, name: str, rank: int = 0) -> list[dict[str, Any]]:
+    """What process ``rank`` has told of each step of the run ``name``."""
+    return [json.loads(line) for line in (folder / f"{name}.{rank}").read_text().splitlines()]
+
+
+def losses(folder: Path, name: str) -> list[float]:
+    return [step["loss"] for step in steps_of(folder, name)]
+
+
+@pytest.fixture(scope="module")
+def trained(folder) -> Path:
+    """All that two processes and one do, each in one start."""
+    pytest.importorskip("deepspeed")
+    one = [{"name": "one"}, {"name": "one-bfloat16", "dtype": "bfloat16", "steps": 30}]
+    two: list[dict[str, Any]] = [{"name": name, "engine": engine} for name, engine in ENGINES.items()]
+    for name, engine in ENGINES.items():
+        half = {"name": f"{name}-half", "engine": engine, "dropout": 0.1, "steps": 12, "save_every": 6}
+        two += [{**half, "name": f"{name}-whole"}, {**half, "until": 6}, {**half, "resume": True}]
+    chain = {"name": "chain", "dtype": "bfloat16", "steps": 30}
+    two.append({**chain, "engine": ZERO["zero2"], "until": 10})
+    assert train(folder, one) == [0], (folder / "errors.0").read_text()
+    assert train(folder, two, size=2) == [0, 0], (folder / "errors.0").read_text()
+    assert train(folder, [{**chain, "engine": ZERO["zero1"], "until": 20, "resume": True}]) == [0]
+    assert train(folder, [{**chain, "engine": ZERO["zero3"], "resume": True}], size=3) == [0, 0, 0]
+    return folder
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_processes_learn_what_one_learns(trained, name):
+    """In float32, whatever is divided among them, over fifty steps and parts that differ in number."""
+    expected, found = losses(trained, "one"), losses(trained, name)
+    assert len(found) == STEPS
+    assert found[-1] < found[0] - 0.5
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+    norms = [[step["gradient_norm"] for step in steps_of(trained, run)] for run in (name, "one")]
+    np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_steps_equal_half_of_them_and_the_rest_after_a_restart(trained, name):
+    """Bit for bit, with dropout."""
+    assert losses(trained, f"{name}-half") == losses(trained, f"{name}-whole")
+    last = "checkpoints/step-00000012"
+    for file in ("model.safetensors", "trainer.safetensors"):
+        halves, whole = (trained / f"{name}-{part}" / last / file for part in ("half", "whole"))
+        assert halves.read_bytes() == whole.read_bytes()
+
+
+def test_a_checkpoint_goes_from_two_processes_to_one_to_three(trained):
+    """In bfloat16, from ZeRO 2 to ZeRO 1 to ZeRO 3: within 1e-2 of one process that did it all."""
+    expected, found = losses(trained, "one-bfloat16"), losses(trained, "chain")
+    assert len(found) == 30
+    np.testing.assert_allclose(found, expected, atol=1e-2, rtol=0)
+    states = [
+        json.loads((path / "trainer.json").read_text())
+        for path in sorted((trained / "chain" / "checkpoints").glob("step-*"))
+    ]
+    assert [(state["engine"], state["processes"], state["updates"]) for state in states][-2:] == [
+        ("deepspeed", 1, 20),
+        ("deepspeed", 3, 30),
+    ]
+
+
+def test_a_checkpoint_of_any_engine_opens_as_a_model(trained):
+    model = CogView.from_pretrained(trained / "zero3" / "checkpoints" / "step-00000050", device="cpu")
+    assert model.generate("一只狐狸", seed=1)[0].size == (64, 64)
+
+
+def test_after_a_kill_the_samples_that_are_left_are_trained_on_and_no_others(folder):
+    """One of two processes is killed in step 17; one process goes on, then three."""
+    job = {"name": "killed", "steps": 30, "save_every": 5}
+    statuses = train(folder, [{**job, "die": [1, 17]}], size=2)
+    assert statuses[1] == -signal.SIGKILL
+    assert statuses[0] == 1
+    errors = (folder / "errors.0").read_text()
+    assert "Traceback" not in errors
+    assert "another process is gone" in errors
+    shutil.copy(folder / "killed.0", folder / "before.0")
+    for path in folder.glob("killed.[0-9]"):
+        path.unlink()
+    assert train(folder, [{**job, "resume": True, "until": 20}]) == [0]
+    assert train(folder, [{**job, "resume": True}], size=3) == [0, 0, 0]
+
+    assert train(folder, [{**job, "name": "undisturbed"}]) == [0]
+    expected = {step["step"]: step for step in steps_of(folder, "undisturbed")}
+    left = steps_of(folder, "killed")
+    assert [step["step"] for step in left] == list(range(15, 30))
+    for step in left:
+        ranks = range(3) if step["step"] >= 20 else range(1)
+        own = [next(s for s in steps_of(folder, "killed", rank) if s["step"] == step["step"]) for rank in ranks]
+        assert [sample for one in own for sample in one["samples"]] == expected[step["step"]]["samples"]
+        assert step["loss"] == pytest.approx(expected[step["step"]]["loss"], abs=1e-6)
