@@ -82,7 +82,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    given = sys.argv[1:] if argv is None else argv
+    # DeepSpeed's launcher puts this before everything else; the variable LOCAL_RANK says it too.
+    arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
     command = next((argument for argument in arguments if argument in COMMANDS), None)
     parser = build_parser(command)
     args, rest = parser.parse_known_args(arguments)

@@ -62,6 +62,7 @@ class TransformerSettings:
 
     training: TransformerTraining
     preset: str = "5m"
+    num_layers: int | None = None  # others than the preset's: few, to try out a recipe for a large model
     max_positions: int = 1089
     dropout: float = 0.1
     branch_gain: float = 1.0
@@ -107,7 +108,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="begin with the weights of this model or checkpoint, with a new optimizer at step 0 (the recipe's "
         "start_from)",
     )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # DeepSpeed's launcher gives it; LOCAL_RANK says it too
 
 
 def run(args: argparse.Namespace) -> int:
@@ -404,6 +404,8 @@ def new_model(
             branch_gain=settings.branch_gain,
             sinusoidal_positions=settings.sinusoidal_positions,
         )
+        if settings.num_layers is not None:
+            shape = replace(shape, num_layers=settings.num_layers)
         max_text = store.header.fields["text"]
         table = layouts(store.header.grid, text_space=max_text)
         tasks = tuple(settings.training.tasks)

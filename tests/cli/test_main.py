@@ -33,6 +33,11 @@ def test_every_command_has_help(command, capsys):
     assert "(default: None)" not in out
 
 
+def test_what_a_launcher_adds_is_no_mistake(capsys):
+    assert exit_of(["--local_rank=1", "train", "--help"]) == 0
+    assert exit_of(["train", "--local_rank=1", "--help"]) == 0
+
+
 def test_help_and_version(capsys):
     assert exit_of(["--help"]) == 0
     out = capsys.readouterr().out
