@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
@@ -37,7 +36,6 @@ from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.distributed import World, end_process, join_world, leave_world, tell
 from cogview.training.estimates import (
-    SPARE,
     TrainingJob,
     TrainingMemory,
     flops_per_token,
@@ -50,7 +48,7 @@ from cogview.training.run import Run, RunSettings, run_loop
 from cogview.training.settings import EngineSettings, TransformerTraining
 from cogview.training.supply import Supply
 from cogview.training.transformer import AdapterFiles, TransformerTrainer, Watching
-from cogview.transformer import Checkpointing, Transformer
+from cogview.transformer import Transformer
 from cogview.vqvae.model import VQVAE
 
 SHEET_PICTURES = 24
@@ -289,13 +287,13 @@ def planned(
     )
     on_cpu = world.device.type == "cpu"
     free = -world.max(-available_memory(world.device)) / (world.size if on_cpu else 1)
-    modes = get_args(Checkpointing) if engine.checkpointing == "auto" else (engine.checkpointing,)
-    if training.micro_batch or on_cpu:  # where more rows at once are no faster
-        plans = [replace(job, checkpointing=mode) for mode in modes]
-        job = next((plan for plan in plans if training_memory(plan).total <= (1 - SPARE) * free), plans[-1])
-    else:
-        rows, mode = suggest(job, free, modes[0] if len(modes) == 1 else None)
-        job = replace(job, rows=rows, checkpointing=mode)
+    rows, mode = suggest(
+        job,
+        free,
+        None if engine.checkpointing == "auto" else engine.checkpointing,
+        job.rows if training.micro_batch or on_cpu else None,  # on a CPU more rows at once are no faster
+    )
+    job = replace(job, rows=rows, checkpointing=mode)
     if job.rows < own_rows or job.checkpointing != "none":
         told = f"{job.rows} of {own_rows} rows at once in each process, activation checkpointing: {job.checkpointing}"
         tell(told, world)
@@ -312,7 +310,7 @@ def planned(
 def longest_row(model: Model) -> int:
     """Places of the longest row that the model is trained on."""
     config = model.config
-    return max(config.layouts[task].num_positions(config.max_text) for task in config.tasks)
+    return max(config.layouts[task].length(config.max_text) for task in config.tasks)
 
 
 def peak_of(world: World, dtype: torch.dtype | None) -> float | None:

@@ -33,6 +33,7 @@ from cogview.training.engines import (
     copied,
     make_optimizer,
 )
+from cogview.training.estimates import REDUCE_BUCKET
 from cogview.training.settings import EngineSettings, TransformerTraining
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -53,11 +54,12 @@ class DeepSpeedEngine(Engine):
         self._trained = learner.trained()
         if engine.compile:
             compile_layers(learner.transformer)
+        shapes = [parameter.shape for parameter in self._trained.values()]
         first = {name: copied(parameter) for name, parameter in self._trained.items()}
         self._engine, *_ = deepspeed.initialize(
             model=learner,
             optimizer=make_optimizer(learner, settings),
-            config=configuration(settings, engine, world, learner.dtype),
+            config=configuration(settings, engine, world, learner.dtype, sum(map(math.prod, shapes))),
             dist_init_required=False,
         )
         self._scale = self._engine.optimizer.loss_scaler if learner.dtype == torch.float16 else None
@@ -206,9 +208,16 @@ class DeepSpeedEngine(Engine):
 
 
 def configuration(
-    settings: TransformerTraining, engine: EngineSettings, world: World, dtype: torch.dtype | None
+    settings: TransformerTraining,
+    engine: EngineSettings,
+    world: World,
+    dtype: torch.dtype | None,
+    trained: int = REDUCE_BUCKET,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; what the recipe has in ``engine.config`` goes over it, section by section."""
+    """DeepSpeed's configuration; what the recipe has in ``engine.config`` goes over it, section by section.
+
+    ``trained`` is how many parameters are learnt: buckets for their gradients need not be larger.
+    """
     config: dict[str, Any] = {
         # The trainer says where a step ends: its parts are as many as the rows of the step ask for.
         "managed_gradient_accumulation": False,
@@ -222,6 +231,7 @@ def configuration(
         "zero_optimization": {
             "stage": engine.zero,
             "contiguous_gradients": True,
+            "reduce_bucket_size": min(trained, REDUCE_BUCKET),
             "overlap_comm": world.device.type == "cuda",
         },
     }

@@ -11,11 +11,11 @@ bytes of a number in the products' precision:
 DeepSpeed adds gradients up in float32, as our configuration asks it to, since the parts of a large batch are many. Its
 stage 1 divides the optimizer alone and keeps whole gradients: in bfloat16 those of the parts' products as well, until
 all are there. Offloaded, the optimizer and a float32 gradient to update from are on the host, with room for the half
-weights on their way back: 18 A / N (stage 3, which adds gradients up there: 20 A / N). What DeepSpeed 0.19.8 holds on
-two processes was looked at tensor by tensor, and is this.
+weights on their way back: 18 A / N (stage 3, which adds gradients up there: 20 A / N). That is what two processes of
+DeepSpeed 0.19.8 hold (``scripts/benchmarks/training_memory.py held``).
 
 DeepSpeed's own estimators (``estimate_zero2_model_states_mem_needs`` and that of stage 3) know no stage 1 and no
-activations. What they estimate alike is alike; else they differ in this (``scripts/benchmarks/training_memory.py``):
+activations. What both estimate is alike; for the rest (``scripts/benchmarks/training_memory.py deepspeed``):
 
 * In stage 2 they count 2 A / N of half gradients on top, which stay where gradients are added up in half precision;
   ours pass through buckets. Offloaded, theirs leave the GPU at once; float32 ones are added up there: 4 A / N.
@@ -77,7 +77,7 @@ ENDS = 2 * 4
 LOGIT_COPIES = {4: 1, 2: 2}
 
 # DeepSpeed's settings, where a recipe leaves them as they are (numbers, not bytes).
-REDUCE_BUCKET = 500_000_000  # gradients that are sent at a time; allocated whole, however small the model is
+REDUCE_BUCKET = 500_000_000  # gradients that are sent at a time, if there are so many; allocated whole
 MAX_LIVE = 1_000_000_000  # gathered weights of stage 3
 
 # Of each card its dense peak, in FLOP/s: of tensor cores that add up in float32, and for float32 of its other cores,
@@ -264,11 +264,11 @@ def _buffers(job: TrainingJob) -> int:
     if job.engine == "torch" or _keeps_half_gradients(job):
         return 0
     two = 2 if job.device_type == "cuda" else 1  # one is filled while the other is sent
+    bucket = min(job.trained, REDUCE_BUCKET)
     if job.zero < 3:
-        return two * REDUCE_BUCKET * (4 if job.zero == 1 else size) + (size * largest if job.offload else 0)
+        return two * bucket * (4 if job.zero == 1 else size) + (size * largest if job.offload else 0)
     gathered = size * min(job.parameters, MAX_LIVE)
-    sent = size * min(job.trained, REDUCE_BUCKET)  # once more, in the order of the processes
-    return gathered + size * REDUCE_BUCKET + sent
+    return gathered + 2 * size * bucket  # once more, in the order of the processes
 
 
 def layer_activations(

@@ -95,7 +95,7 @@ class EngineSettings:
     """
 
     name: Literal["torch", "deepspeed"] = "torch"
-    zero: int = 1
+    zero: int = 2  # stage 1 keeps whole gradients, in bfloat16 6 bytes for each parameter
     offload: bool = False
     checkpointing: Literal["auto", "none", "selective", "full"] = "auto"  # auto: the least recomputation that fits
     compile: bool = False  # each layer by torch.compile

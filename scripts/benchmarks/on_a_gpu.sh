@@ -1,5 +1,6 @@
 #!/bin/bash
-# Everything about engine and kernels that only a GPU can show, in one go: is it right, how fast is it, does the plan hold.
+# Everything about engine, kernels and training that only a GPU can show, in one go: is it right, how fast is it, does the
+# plan hold. The embedded model's training is a script of its own: scripts/train_emoji.py scripts/recipes/emoji-gpu.yaml
 #
 #   scripts/benchmarks/on_a_gpu.sh [FOLDER]     figures and logs go there; default: gpu-results
 #
@@ -42,6 +43,12 @@ step planned 600 python scripts/benchmarks/planned_batch.py --device cuda
 for dtype in bfloat16 float16; do
     step "kernels-$dtype" 480 python scripts/benchmarks/gpu_kernels.py --dtype $dtype --json "$out/kernels-$dtype.json"
 done
+# Training: 1b whole, and half of 4b's layers, at 1,088 positions; what recomputation, compilation and our kernels do to it.
+train=(python scripts/benchmarks/train_step.py --device cuda --rounds 3 --steps 5 --warmup 3 --precisions bfloat16)
+step train-1b 600 "${train[@]}" --presets 1b --rows 16 --checkpointing none selective full --json "$out/train-1b.json"
+step train-1b-compiled 600 "${train[@]}" --presets 1b --rows 16 --compile on --json "$out/train-1b-compiled.json"
+COGVIEW_KERNELS=triton step train-1b-triton 600 "${train[@]}" --presets 1b --rows 16 --json "$out/train-1b-triton.json"
+step train-4b-half 600 "${train[@]}" --layers 24 --rows 8 --engines torch zero1 zero2 zero1-offload --json "$out/train-4b-half.json"
 step window 300 python scripts/benchmarks/window_attention.py --device cuda
 step cross-entropy 300 python scripts/benchmarks/cross_entropy.py --device cuda
 COGVIEW_KERNELS=triton step draw-triton 120 python -m cogview generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \

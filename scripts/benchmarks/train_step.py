@@ -21,17 +21,37 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cogview.config import TransformerConfig
 
 ENGINES = ("torch", "zero1", "zero2", "zero3", "zero1-offload", "zero2-offload", "zero3-offload")
 TEXT = 64  # places of a row before its codes
+
+
+def shape_of(job: dict[str, Any]) -> TransformerConfig:
+    """A preset, or so many layers of a width, with the released vocabulary."""
+    from cogview.config import TransformerConfig, preset
+    from cogview.tokenizers.vocabulary import Vocabulary
+
+    rows = Vocabulary().padded_size
+    if not job["layers"]:
+        return preset(job["preset"], rows, max_positions=job["length"], dropout=job["dropout"])
+    return TransformerConfig(
+        num_layers=job["layers"],
+        width=job["width"],
+        num_heads=job["heads"],
+        vocabulary_size=rows,
+        max_positions=job["length"],
+        dropout=job["dropout"],
+    )
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
     """Median seconds of a step over the steps after the first, and the most memory, of this process."""
     import torch
 
-    from cogview.config import TransformerConfig, preset
     from cogview.device import DTYPES
     from cogview.kernels.cross_entropy import Targets
     from cogview.tokenizers.vocabulary import Vocabulary
@@ -45,19 +65,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     world = join_world(job["device"], needs_group=deepspeed)
     vocabulary = Vocabulary()
     length, rows = job["length"], job["rows"]
-    if job["layers"]:
-        width, heads = job["width"], job["heads"]
-        shape = TransformerConfig(
-            *(),
-            num_layers=job["layers"],
-            width=width,
-            num_heads=heads,
-            vocabulary_size=vocabulary.padded_size,
-            max_positions=length,
-            dropout=job["dropout"],
-        )
-    else:
-        shape = preset(job["preset"], vocabulary.padded_size, max_positions=length, dropout=job["dropout"])
+    shape = shape_of(job)
     torch.manual_seed(0)
     transformer = Transformer(shape)
     transformer.train()
@@ -191,12 +199,10 @@ def main() -> None:
         data_wait(args.data_wait, args.work, 100)
         return
     import torch
-    from cogview.training.estimates import flops_per_token, peak_flops
 
-    from cogview.config import preset
     from cogview.device import DTYPES, choose_placement
     from cogview.memory import measure as measure_device
-    from cogview.tokenizers.vocabulary import Vocabulary
+    from cogview.training.estimates import flops_per_token, peak_flops
 
     shared = {
         name: getattr(args, name) for name in ("processes", "rows", "length", "dropout", "steps", "warmup", "device")
@@ -240,14 +246,12 @@ def main() -> None:
             "memory": max(one["memory"] for one in found),
             "peak_tflops": peak / 1e12,
         }
-        if not args.layers:
-            shape = preset(size, Vocabulary().padded_size, max_positions=args.length)
-            row["mfu"] = tokens * flops_per_token(shape, args.length) / (peak * args.processes)
+        shape = shape_of({**shared, "preset": size})
+        row["mfu"] = tokens * flops_per_token(shape, args.length) / (peak * args.processes)
         rows.append(row)
-        mfu = f"{row['mfu']:.1%}" if "mfu" in row else "-"
         print(
             f"| {row['size']} | {precision} | {engine} | {checkpointing} | {compiled} | {seconds:.3g} | {tokens:,.0f} "
-            f"| {mfu} | {row['memory'] / 1e9:.2f} GB |"
+            f"| {row['mfu']:.1%} | {row['memory'] / 1e9:.2f} GB |"
         )
     if args.json:
         args.json.write_text(json.dumps({"device": name, "rows": rows}, indent=1) + "\n")
