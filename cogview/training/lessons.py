@@ -8,6 +8,7 @@ of the seed and the step, so that any process of any number of them can do its s
 # B rows, T places of a row, G codes on a side of an image, M places where a thing is told
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 # names the thing at each code, or ABSENT.
 Rows = Mapping[str, np.ndarray]
 
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # of workers
 SPREAD = 1.5  # how many times as long as the shortest row the longest may be that is computed with it
 
 
@@ -360,6 +362,8 @@ class Lectures(Dataset[Batch]):
                 collate_fn=cast(Any, _as_it_is),
                 num_workers=workers,
                 prefetch_factor=4 if workers else None,
+                # Forked from this process they would keep all of its memory, as it was then, and its connections.
+                multiprocessing_context=START_METHOD if workers else None,
                 worker_init_fn=leave_signals_to_parent,
             )
         )

@@ -5,6 +5,7 @@ Of several processes that train together the first alone writes, and all take pa
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ Batch = TypeVar("Batch")
 Writer = Callable[[Path], None]  # writes a checkpoint into an empty folder, whatever training does meanwhile
 
 BEST_FILE = "best.json"
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that comes when the parent has ended
 
 
 class Trainer(ABC, Generic[Batch]):
@@ -104,6 +106,10 @@ class Run:
         """Every whole checkpoint, oldest first."""
         return sorted((self.folder / "checkpoints").glob("step-*"))
 
+    def path_of(self, step: int) -> Path:
+        """The checkpoint of a step, whether it is there or not."""
+        return self.folder / "checkpoints" / f"step-{step:08d}"
+
     def start(self, recipe: Mapping[str, Any], resume: bool) -> Path | None:
         """Make the folder or, to resume, find the checkpoint to go on from (None: from nothing)."""
         found = self.checkpoints()
@@ -161,7 +167,7 @@ class Run:
 
         ``write`` is None in processes that do not write. The last ``keep`` checkpoints stay, and the best.
         """
-        target = self.folder / "checkpoints" / f"step-{step:08d}"
+        target = self.path_of(step)
         self.finish_saving()
         if write is None or target.exists():
             return target
@@ -273,9 +279,15 @@ class StopSignal:
 
 
 def leave_signals_to_parent(worker: int) -> None:
-    """For the workers of a DataLoader: Ctrl-C reaches them too, and the step under way still needs their batches."""
+    """For the workers of a DataLoader: Ctrl-C reaches them too, and the step under way still needs their batches.
+
+    On Linux they end with their parent, even if that is killed. One that went on would hold what it inherited: the
+    connections to other processes, which then would wait for the dead.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run_loop(
@@ -375,7 +387,10 @@ def _train(
             if _due(done, settings.save_every) or best:
                 with meter.paused():
                     run.save(done, trainer.snapshot(), settings.keep)
-        path = run.save(done, trainer.snapshot(), settings.keep)
+        path = run.path_of(done)
+        run.finish_saving()
+        if not world.on_first(path.exists):  # it was not saved just now
+            path = run.save(done, trainer.snapshot(), settings.keep)
     run.close()
     world.wait()
     if not path.exists():
