@@ -105,10 +105,10 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         autocast = torch.is_autocast_enabled(ids_BT.device.type)
-        embedded_BTD, placed_BTD = self.embedding(ids_BT), self.positions(positions_BT)
         if autocast:  # the residual stream is float32, whatever the weights are
-            embedded_BTD, placed_BTD = embedded_BTD.float(), placed_BTD.float()
-        x_BTD = self.dropout(embedded_BTD + placed_BTD)
+            x_BTD = self.dropout(self.embedding(ids_BT).float() + self.positions(positions_BT).float())
+        else:
+            x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
         if self.lean is not None and not autocast and not torch.is_grad_enabled() and packs(self.embedding.weight):
             x_BTD = self.lean(x_BTD, bias_B1TS, cache)
         else:

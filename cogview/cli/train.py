@@ -84,7 +84,8 @@ class TransformerSettings:
         if self.store is not None and self.stores is not None:
             raise ValueError("store is one store and stores are several: give either")
         if (self.store is None and self.stores is None) != (self.held_out_store is None):
-            raise ValueError("store (or stores) and held_out_store belong together: give both, or neither")
+            given = "store" if self.stores is None else "stores"
+            raise ValueError(f"{given} and held_out_store belong together: give both, or neither")
         for path, share in (self.stores or {}).items():
             if not 0 < share < float("inf"):
                 raise ValueError(f"the share of the store {path} must be above 0, got {share}")

@@ -226,6 +226,12 @@ def main() -> None:
     print(f"{name}, PyTorch {torch.__version__}, {args.processes} process(es), {args.rows} rows of {args.length} each")
     print("| size | precision | engine | checkpointing | compiled | s/step | tokens/s | MFU | memory |")
     print("|---|---|---|---|---|---|---|---|---|")
+    peaks = {
+        precision: args.peak * 1e12
+        if args.peak
+        else peak_flops(name, precision) or measure_device(device, DTYPES[precision]).flops
+        for precision in args.precisions
+    }
     rows = []
     for combination, found in results.items():
         if not found:
@@ -233,8 +239,7 @@ def main() -> None:
         size, precision, engine, checkpointing, compiled = combination
         seconds = statistics.median(one["seconds"] for one in found)
         tokens = args.processes * args.rows * args.length / seconds
-        peak = args.peak and args.peak * 1e12
-        peak = peak or peak_flops(name, precision) or measure_device(device, DTYPES[precision]).flops
+        peak = peaks[precision]
         row: dict[str, Any] = {
             "size": size if not args.layers else f"{args.layers} x {args.width}",
             "precision": precision,

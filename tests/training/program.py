@@ -39,7 +39,7 @@ def run_job(folder: Path, job: dict[str, Any], world: World) -> int:
         batch_size=BATCH,
         micro_batch=job.get("micro_batch", 3),
         warmup_steps=5,
-        learning_rate=3e-3,
+        learning_rate=1e-3,
         tasks={"generate": 2.0, "caption": 1.0},
         nonfinite=job.get("nonfinite", "stop"),
     )

@@ -125,7 +125,7 @@ def test_two_processes_learn_what_one_learns(trained, name):
     """In float32, whatever is divided among them, over fifty steps and parts that differ in number."""
     expected, found = losses(trained, "one"), losses(trained, name)
     assert len(found) == STEPS
-    assert found[-1] < found[0] - 0.5
+    assert found[-1] < found[0] - 0.3
     print(
         f"{name}: losses of {STEPS} steps differ from those of one process by at most {difference(found, expected):.1e}"
     )
