@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print; a run that cannot be read is named at the end."""
-    from cogview.training.record import draw_curves, find_runs, read_run
+    from cogview.training.record import find_runs, read_run
 
     folders = [Path(name) for name in args.sources or [FOLDER]]
     if not args.sources and not folders[0].is_dir():
@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
         found = "one was" if records else "none was"
         raise InputError(f"--compare needs two runs or more, {found} found in {_all(folders)}")
     if args.plot is not None:
+        from cogview.training.curves import draw_curves
+
         draw_curves(records, args.plot)
     if args.json:
         document: Any = [describe(record) for record in records]

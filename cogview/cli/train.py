@@ -34,6 +34,7 @@ from cogview.sheets import contact_sheet
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.training.curves import leave_curves
 from cogview.training.distributed import World, end_process, join_world, leave_world, tell
 from cogview.training.estimates import (
     TrainingJob,
@@ -43,7 +44,7 @@ from cogview.training.estimates import (
     suggest,
     training_memory,
 )
-from cogview.training.record import leave_curves, write_environment
+from cogview.training.record import write_environment
 from cogview.training.run import Run, RunSettings, run_loop
 from cogview.training.settings import EngineSettings, TransformerTraining
 from cogview.training.supply import Supply

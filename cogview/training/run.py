@@ -29,11 +29,11 @@ from tqdm import tqdm
 
 from cogview.errors import InputError, ToldElsewhere
 from cogview.training.distributed import World, lost_another, tell
+from cogview.training.record import BEST_FILE
 
 Batch = TypeVar("Batch")
 Writer = Callable[[Path], None]  # writes a checkpoint into an empty folder, whatever training does meanwhile
 
-BEST_FILE = "best.json"
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that comes when the parent has ended
 
 

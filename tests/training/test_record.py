@@ -16,13 +16,12 @@ from PIL import Image
 
 from cogview import __version__
 from cogview.errors import InputError
+from cogview.training.curves import draw_curves, leave_curves
 from cogview.training.record import (
     common_steps,
     differing,
-    draw_curves,
     find_runs,
     flat,
-    leave_curves,
     names_apart,
     read_run,
     write_environment,
@@ -246,7 +245,7 @@ def test_odd_figures_are_drawn_without_a_word(tmp_path):
 def test_an_image_run_shows_its_psnr(tmp_path):
     """Beside the loss what was judged on held-out scenes, but for their number, which stays the same."""
     pytest.importorskip("matplotlib")
-    from cogview.training.record import _judged_panels
+    from cogview.training.curves import _judged_panels
 
     Run(tmp_path).start({}, resume=False)
     lines = [
