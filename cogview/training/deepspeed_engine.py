@@ -89,7 +89,7 @@ class DeepSpeedEngine(Engine):
                 total, own = self._engine(part.ids, part.positions, part.targets)
             if learn:  # DeepSpeed takes the mean over processes, and the sum is wanted
                 self._engine.backward(total * self.world.size)
-            sums = sums + own.to("cpu", torch.float64)
+            sums = sums + own.cpu().double()
         return sums
 
     def update(self, learning_rate: float) -> Update:

@@ -77,7 +77,10 @@ class Learner(nn.Module):
             hidden_BTD = self.transformer.hidden(ids, positions)
             weight = self.transformer.embedding.weight
             total, losses = sliced_cross_entropy(hidden_BTD.flatten(0, 1), weight, targets)
-        return total, torch.stack([losses_M.sum() for losses_M in losses]) if losses else total.new_zeros(0)
+        # In float32 the sum of thousands would be off by more than what processes differ by.
+        exact = torch.float32 if ids.device.type == "mps" else torch.float64
+        sums = [losses_M.sum(dtype=exact) for losses_M in losses]
+        return total, torch.stack(sums) if sums else total.new_zeros(0)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The parameters that are learnt, by their names in the transformer."""
@@ -213,13 +216,13 @@ class TorchEngine(Engine):
         """The sums (K,) of the losses of one part; with ``learn`` its gradients are added to the others."""
         if not learn:
             with torch.no_grad():
-                return self.learner(part.ids, part.positions, part.targets)[1].to("cpu", torch.float64)
+                return self.learner(part.ids, part.positions, part.targets)[1].cpu().double()
         apart = isinstance(self._module, DistributedDataParallel) and not last
         with self._module.no_sync() if apart else nullcontext():  # type: ignore[operator]
             total, sums = self._module(part.ids, part.positions, part.targets)
             # Processes take the mean of their gradients, and the sum is wanted.
             self._scaler.scale(total * self.world.size).backward()
-        return sums.to("cpu", torch.float64)
+        return sums.cpu().double()
 
     def _share(self, parts: Sequence[Prepared], *, learn: bool) -> tuple[Tensor, list[Tensor]]:
         """What one thread computes: the sums of its losses, and its gradients."""

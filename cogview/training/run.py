@@ -364,10 +364,12 @@ def _train(
             waited = time.perf_counter() - began
             try:
                 figures = trainer.step(done, batch)
-            except InputError:  # it cannot go on; what was learnt before is kept
+            except InputError as error:  # none of the processes can go on; what was learnt before is kept
                 run.save(done, trainer.snapshot(), settings.keep)
                 run.close()
-                raise
+                if world.is_first:
+                    raise
+                raise ToldElsewhere(str(error)) from None
             done += 1
             meter.add(figures, waited)
             bar.update()

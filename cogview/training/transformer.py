@@ -39,7 +39,7 @@ from cogview.training.engines import (
     open_engine,
 )
 from cogview.training.lessons import Batch, Key, LessonMaker, Part, Told
-from cogview.training.monitor import activation_maxima, first_nonfinite, write_dump
+from cogview.training.monitor import Finding, activation_maxima, first_nonfinite, write_dump
 from cogview.training.run import Trainer, Writer
 from cogview.training.settings import EngineSettings, TransformerTraining
 
@@ -244,10 +244,15 @@ class TransformerTrainer(Trainer[Batch]):
             rank = self.world.size - first
             said.append(f", first in {self._from_rank(str(finding) if own else '', rank)}")
         if self.watching.dumps is not None:
-            folder = self.watching.dumps / f"step-{batch.step:08d}"
-            rank, size = self.world.rank, self.world.size
+            said.append(self._keep(batch, seed, finding, self.watching.dumps / f"step-{batch.step:08d}"))
+        return "".join(said)
+
+    def _keep(self, batch: Batch, seed: int, finding: Finding | None, folder: Path) -> str:
+        """Write all that it takes to see a step again; what is to be said of it."""
+        rank, size = self.world.rank, self.world.size
+        write = self.snapshot()
+        try:
             write_dump(folder, batch, finding, rank=rank, processes=size, seed=seed)
-            write = self.snapshot()
             if write is not None:
                 write(folder / "model")
                 kept = {
@@ -257,10 +262,10 @@ class TransformerTrainer(Trainer[Batch]):
                     "micro_batch": self.settings.micro_batch,
                 }
                 write_json(folder / "settings.json", kept)
-            said.append(f"; the batch and the weights are kept in {folder}")
-            if self.adapter is None:
-                said.append(f", look again with: cogview doctor --dump {folder}")
-        return "".join(said)
+        except (OSError, SafetensorError) as error:  # a full disk, say
+            return f" (it could not be kept in {folder}: {error})"
+        look_again = f", look again with: cogview doctor --dump {folder}" if self.adapter is None else ""
+        return f"; the batch and the weights are kept in {folder}{look_again}"
 
     def _from_rank(self, text: str, rank: int) -> str:
         """``text`` of process ``rank``, for all."""

@@ -4,7 +4,7 @@
 #   sbatch --nodes 64 scripts/recipes/slurm.sh scripts/recipes/4b-512-gpus.yaml
 #
 # Without Slurm: deepspeed --hostfile HOSTS --module cogview train RECIPE, or on each machine the torchrun line below with
-# --rdzv-endpoint FIRST_MACHINE:29500. A job that is cut off goes on where it stood, with any number of machines.
+# --rdzv-endpoint FIRST_MACHINE:29500. All machines must see the folder of the results and the stores. A job that is cut off goes on where it stood, with any number of machines.
 #SBATCH --job-name=cogview
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
