@@ -6,8 +6,6 @@ epoch. Nothing is stored or shuffled, so resuming a run is one integer, at any n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
 ROUNDS = 8  # of the Feistel network; four make one pseudorandom when its functions are (Luby and Rackoff, 1988)
@@ -35,49 +33,6 @@ def sample_index(seed: int, k: int | np.ndarray, size: int) -> np.ndarray:
     while (outside := np.flatnonzero(row >= size)).size:
         row[outside] = _feistel(row[outside], key[outside], bits)
     return row.astype(np.int64).reshape(samples.shape)
-
-
-class ResumableBatchSampler:
-    """Batches of row numbers for a DataLoader (its ``batch_sampler``), from ``start_step`` on.
-
-    Step ``s`` has the samples s·batch_size … (s+1)·batch_size - 1, of which process ``rank`` of ``world_size`` takes
-    its equal share; ``batch_size`` counts all processes together. Ends before step ``steps``, or never (None).
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        seed: int,
-        *,
-        start_step: int = 0,
-        steps: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        if size < 1:
-            raise ValueError(f"there are {size} rows to sample from, at least 1 is needed")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is outside 0…{world_size - 1}")
-        if batch_size < 1 or batch_size % world_size:
-            raise ValueError(f"a batch of {batch_size} does not divide among {world_size} processes")
-        if start_step < 0:
-            raise ValueError(f"the first step is 0, got {start_step}")
-        self.size = size
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start_step = start_step
-        self.steps = steps
-        self.rank = rank
-        self.world_size = world_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        share = self.batch_size // self.world_size
-        step = self.start_step
-        while self.steps is None or step < self.steps:
-            first = step * self.batch_size + self.rank * share
-            yield sample_index(self.seed, np.arange(first, first + share), self.size).tolist()
-            step += 1
 
 
 def _feistel(number: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:

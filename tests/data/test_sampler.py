@@ -1,11 +1,9 @@
 """The order of samples: every row once an epoch, the same for every number of processes, resumable by one integer."""
 
-from itertools import chain, islice
-
 import numpy as np
 import pytest
 
-from cogview.data.sampler import ResumableBatchSampler, sample_index
+from cogview.data.sampler import sample_index
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 17, 100, 1023, 1024, 65537])
@@ -63,43 +61,6 @@ def test_arrays_and_numbers_agree():
     many = sample_index(5, np.arange(60).reshape(3, 20), 7)
     assert many.shape == (3, 20)
     assert [int(sample_index(5, k, 7)) for k in range(60)] == many.ravel().tolist()
-
-
-def test_resuming_continues():
-    whole = list(ResumableBatchSampler(23, 4, seed=9, steps=30))
-    assert list(ResumableBatchSampler(23, 4, seed=9, start_step=13, steps=30)) == whole[13:]
-    assert list(ResumableBatchSampler(23, 4, seed=9, start_step=30, steps=30)) == []
-
-
-def test_batches_run_over_the_ends_of_epochs():
-    batches = list(islice(ResumableBatchSampler(3, 8, seed=0), 6))  # 48 samples: 16 epochs of 3
-    epochs = np.array(batches).reshape(16, 3)
-    assert (np.sort(epochs, axis=1) == [0, 1, 2]).all()
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_processes_share_the_same_batches(world_size):
-    whole = list(ResumableBatchSampler(50, 6, seed=1, steps=20))
-    shares = [
-        list(ResumableBatchSampler(50, 6, seed=1, steps=20, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
-    assert [list(chain(*parts)) for parts in zip(*shares, strict=True)] == whole
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"size": 0}, "there are 0 rows to sample from"),
-        ({"batch_size": 0}, "a batch of 0 does not divide"),
-        ({"batch_size": 9, "world_size": 2}, "a batch of 9 does not divide among 2 processes"),
-        ({"rank": 2, "world_size": 2}, r"rank 2 is outside 0…1"),
-        ({"start_step": -1}, "the first step is 0, got -1"),
-    ],
-)
-def test_arguments_that_make_no_sense(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        ResumableBatchSampler(**{"size": 10, "batch_size": 4, "seed": 0, **arguments})
 
 
 def test_indices_that_make_no_sense():

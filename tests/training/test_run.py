@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import cogview
-from cogview.data.sampler import ResumableBatchSampler
+from cogview.data.sampler import sample_index
 from cogview.errors import InputError
 from cogview.training.run import Run, RunSettings, Trainer, Writer, run_loop, step_of
 
@@ -26,8 +26,10 @@ import sys, time
 from pathlib import Path
 
 sys.modules["torch.utils.tensorboard"] = None  # as if it were not installed
+import numpy as np
+
 from cogview.cli.main import run_safely
-from cogview.data.sampler import ResumableBatchSampler
+from cogview.data.sampler import sample_index
 from cogview.training.run import Run, RunSettings, Trainer, run_loop
 
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
@@ -66,7 +68,7 @@ class Chain(Trainer):
 
 sys.exit(run_safely(lambda: run_loop(
     Chain(),
-    lambda first: iter(ResumableBatchSampler(ROWS, BATCH, 7, start_step=first, steps=STEPS)),
+    lambda first: iter(sample_index(7, np.arange(STEPS * BATCH).reshape(STEPS, BATCH), ROWS).tolist()[first:]),
     Run(folder / "run"),
     RunSettings(log_every=1, save_every=SAVE_EVERY, evaluate_every=10),
     recipe={"steps": STEPS},
@@ -108,7 +110,7 @@ def records(folder: Path) -> list[dict[str, float]]:
 
 def undisturbed() -> tuple[dict[int, list[int]], int]:
     """The samples of every step, and the state they lead to."""
-    batches = dict(enumerate(ResumableBatchSampler(ROWS, BATCH, 7, steps=STEPS)))
+    batches = dict(enumerate(sample_index(7, np.arange(STEPS * BATCH).reshape(STEPS, BATCH), ROWS).tolist()))
     state = 0
     for batch in batches.values():
         for sample in batch:
