@@ -339,6 +339,49 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
     assert needed <= transformer.max_positions
 
 
+def test_an_adapter_is_learnt_beside_a_model_and_goes_on_after_a_restart(work, tmp_path, capsys):
+    pytest.importorskip("peft")
+    recipe, place = write_recipe(tmp_path), ["--work", str(work), "--device", "cpu"]
+    assert main(["train", recipe, *place]) == 0
+    base = Run(work / "transformer-run").checkpoints()[-1].rename(tmp_path / "base")
+    shutil.rmtree(work / "transformer-run")
+    learn = [*place, "training.learning_rate=0.01", "lora={rank: 2, dropout: 0.1}", f"start_from={base}"]
+    assert main(["train", recipe, *learn]) == 0
+    whole = (work / "transformer-run").rename(tmp_path / "whole")
+
+    class Stopped(Exception):
+        pass
+
+    step = TransformerTrainer.step
+
+    def stopping(self, number, batch):
+        if number == 4:
+            raise Stopped
+        return step(self, number, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TransformerTrainer, "step", stopping)
+        with pytest.raises(Stopped):
+            main(["train", recipe, *learn])
+    assert main(["train", recipe, *learn, "--resume", "auto"]) == 0
+    last, expected = (folder / "checkpoints" / "step-00000006" for folder in (work / "transformer-run", whole))
+    assert (last / "adapter_model.safetensors").read_bytes() == (expected / "adapter_model.safetensors").read_bytes()
+    assert not (last / "model.safetensors").exists()
+    weights = load_file(last / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
+
+    codes = [
+        CogView.from_pretrained(base, device="cpu", adapter=adapter).generate("一只狐狸", seed=3)[0].codes
+        for adapter in (None, last)
+    ]
+    assert not np.array_equal(*codes)
+    capsys.readouterr()
+    assert main(["train", recipe, *place, "lora={rank: 2}"]) == 2
+    assert "lora learns an adapter of a model: name it in start_from" in one_line(capsys)
+    assert main(["train", recipe, *learn, "lora={rank: 4}", "--resume", "auto"]) == 2
+    assert "does not fit the recipe, go back to its settings or remove" in one_line(capsys)
+
+
 # cogview doctor
 
 
