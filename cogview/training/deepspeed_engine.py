@@ -8,10 +8,11 @@ read and written parameter by parameter through its access to whole tensors (``d
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from cogview.training.engines import (
 )
 from cogview.training.estimates import REDUCE_BUCKET
 from cogview.training.settings import EngineSettings, TransformerTraining
+from cogview.transformer import Transformer
 
 PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -55,6 +57,7 @@ class DeepSpeedEngine(Engine):
         if engine.compile:
             compile_layers(learner.transformer)
         shapes = [parameter.shape for parameter in self._trained.values()]
+        self._shell = _without_weights(learner.transformer) if engine.zero == 3 else None
         first = {name: copied(parameter) for name, parameter in self._trained.items()}
         self._engine, *_ = deepspeed.initialize(
             model=learner,
@@ -187,9 +190,20 @@ class DeepSpeedEngine(Engine):
         else:
             utils.safe_set_local_optimizer_state(parameter, own, moment)
 
-    def whole_weights(self) -> AbstractContextManager[None]:
-        """See ``Engine.whole_weights``."""
-        return self._whole(list(self.learner.transformer.parameters()))
+    def whole_transformer(self) -> Transformer | None:
+        """See ``Engine.whole_transformer``. In stage 3 it is a copy, since weights leave as soon as they were used."""
+        if self._shell is None:
+            return super().whole_transformer()
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.learner.transformer.named_parameters():
+            with self._whole([parameter]):
+                if self.world.is_first:
+                    weights[name] = parameter.detach().clone()
+        if not self.world.is_first:
+            return None
+        whole = copy.deepcopy(self._shell)
+        whole.load_state_dict(weights, assign=True)
+        return whole.eval()
 
     @contextmanager
     def _whole(self, parameters: Sequence[nn.Parameter], *, writing: bool = False) -> Iterator[None]:
@@ -267,6 +281,15 @@ def import_deepspeed() -> Any:
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
+
+
+def _without_weights(transformer: Transformer) -> Transformer:
+    """A copy whose parameters take no memory."""
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in transformer.parameters()
+    }
+    return copy.deepcopy(transformer, empty)
 
 
 def _without_targets(part: Prepared) -> Prepared:

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -119,9 +119,9 @@ class Engine(ABC):
     def load(self, state: TrainingState) -> None:
         """Take up a state; every process gets all of it."""
 
-    def whole_weights(self) -> AbstractContextManager[None]:
-        """Inside, ``learner.transformer`` has all its weights in every process, to draw with."""
-        return nullcontext()
+    def whole_transformer(self) -> Transformer | None:
+        """One with all its weights, to draw with, in the first process; None in the others."""
+        return self.learner.transformer if self.world.is_first else None
 
     @abstractmethod
     def close(self) -> None:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -346,11 +346,13 @@ class TransformerTrainer(Trainer[Batch]):
                 figures["held_out_loss"] += share / whole * losses.pop("loss")
                 figures |= {f"held_out_{name}": value for name, value in losses.items()}
         if self.draw_sheet is not None:
-            with self.engine.whole_weights():
-                if self.world.is_first:
-                    self.draw_sheet(self.model, folder / f"step-{step:08d}.png")
-                    self.transformer.lean = None  # weights in another order, which the next step makes old
-                self.world.wait()
+            transformer = self.engine.whole_transformer()
+            if transformer is not None:
+                own = transformer is self.transformer
+                model = self.model if own else replace(self.model, transformer=transformer)
+                self.draw_sheet(model, folder / f"step-{step:08d}.png")
+                transformer.lean = None  # weights in another order, which the next step makes old
+            self.world.wait()
         return figures
 
     def store_losses(self, store: TokenStore, task: str, count: int, *, hidden: bool = False) -> dict[str, float]:

@@ -135,6 +135,12 @@ def test_two_processes_learn_what_one_learns(trained, name):
 
 
 @pytest.mark.parametrize("name", ENGINES)
+def test_sheets_are_drawn_with_all_the_weights(trained, name):
+    told = [json.loads((trained / run / "samples" / f"step-{STEPS:08}.json").read_text()) for run in (name, "one")]
+    np.testing.assert_allclose(*told, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ENGINES)
 def test_steps_equal_half_of_them_and_the_rest_after_a_restart(trained, name):
     """Bit for bit, with dropout."""
     assert losses(trained, f"{name}-half") == losses(trained, f"{name}-whole")
