@@ -190,6 +190,11 @@ def training_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
     return torch.bfloat16 if device.type == "cpu" and cpu_multiplies_bfloat16() else None
 
 
+def precision_name(dtype: torch.dtype | None) -> str:
+    """What ``training_dtype`` chose, as recipes name it."""
+    return "float32" if dtype is None else str(dtype).removeprefix("torch.")
+
+
 def flush_denormals() -> None:
     """Have this process treat numbers below 1e-38 as zero on a CPU. Call it before the first tensor is made.
 

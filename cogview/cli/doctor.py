@@ -148,7 +148,7 @@ def check_devices() -> Iterator[Line]:
     """Processors, memory and GPUs, and what is computed in there."""
     import torch
 
-    from cogview.device import available_memory, choose_placement, training_dtype
+    from cogview.device import available_memory, choose_placement, precision_name, training_dtype
 
     cpu = torch.device("cpu")
     half = training_dtype(cpu)
@@ -156,7 +156,7 @@ def check_devices() -> Iterator[Line]:
         "ok",
         "cpu",
         f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, {size_in_words(available_memory(cpu))} of "
-        f"memory available, trains in {_name(half)}",
+        f"memory available, trains in {precision_name(half)}",
     )
     if not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs"
@@ -172,7 +172,7 @@ def check_devices() -> Iterator[Line]:
         device = choose_placement(f"cuda:{number}").device
         properties = torch.cuda.get_device_properties(device)
         free, whole = torch.cuda.mem_get_info(device)
-        precision = _name(training_dtype(device))
+        precision = precision_name(training_dtype(device))
         why = "" if precision == "bfloat16" else " with loss scaling and PB-relax: it has no bfloat16 of its own"
         yield Line(
             "ok" if free > 0.8 * whole else "note",
@@ -326,7 +326,7 @@ def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -
                 f"waited {share:.1%} of the step for them",
                 "" if share <= 0.01 else "set training.workers, the processes that read ahead, to 1 or more",
             )
-            yield memory_line(prepared.memory.total if prepared.memory else 0, seen, world.device.type)
+            yield memory_line(prepared.memory.total, seen, world.device.type)
     finally:
         leave_world()
 
@@ -347,7 +347,3 @@ def look_again(folder: Path, device: str) -> Iterator[Line]:
     from cogview.training.replay import replay
 
     yield from (Line(*found) for found in replay(folder, device))
-
-
-def _name(dtype: Any) -> str:
-    return "float32" if dtype is None else str(dtype).removeprefix("torch.")

@@ -307,7 +307,7 @@ class Report:
         from cogview.memory import DTYPES
 
         plan, shape, size = self.plan, self.plan.transformer, DTYPES[self.plan.dtype]
-        rows = _count(plan.rows, "row") + (" x 2 for guidance" if plan.guided else "")
+        rows = counted(plan.rows, "row") + (" x 2 for guidance" if plan.guided else "")
         layers = f"{shape.num_layers} layers x (12 x {shape.width}² + 17 x {shape.width}) numbers"
         if plan.dtype in ("int8", "int4"):
             layers += f", the 12 in {plan.dtype} with their scales, the 17 in 16 bits"
@@ -335,11 +335,11 @@ class Report:
             ),
             (
                 *("logits", "logits and noise", plan.rows * plan.logits),
-                f"{per_id} bytes x {ids} x {_count(plan.rows, 'row')}",
+                f"{per_id} bytes x {ids} x {counted(plan.rows, 'row')}",
             ),
             (
                 *("pictures", "pictures", plan.rows * plan.pictures),
-                f"in the VQ-VAE, {pixels} x {pixels} pixels x {_count(plan.rows, 'row')}",
+                f"in the VQ-VAE, {pixels} x {pixels} pixels x {counted(plan.rows, 'row')}",
             ),
         ]
         return [part for part in parts if part[2]]
@@ -347,7 +347,7 @@ class Report:
     def as_text(self) -> list[str]:
         """Lines to read."""
         plan, seconds = self.plan, self.plan.seconds(self.speed)
-        rows = _count(plan.rows, "row")
+        rows = counted(plan.rows, "row")
         lines = [
             f"{self.model}: {plan.task}, {rows} of up to {plan.columns:,} positions, {plan.dtype}, on {self.target}",
             "",
@@ -444,7 +444,7 @@ class Report:
         }
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
     return f"{number} {what}" + ("s" if number != 1 else "")
 
 

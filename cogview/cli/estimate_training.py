@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cogview.checkpoints.download import size_in_words
-from cogview.cli.estimate import ASSUMED, TRAINING_OPTIONS, Target, _count, find_target, open_configs
+from cogview.cli.estimate import ASSUMED, TRAINING_OPTIONS, Target, counted, find_target, open_configs
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
         raise InputError(f"--batch {batch} does not divide among {world} GPUs")
     if args.rows is not None and batch // world % args.rows:
         raise InputError(
-            f"--rows {args.rows} does not divide the {batch // world} rows of each of {_count(world, 'GPU')}, in a "
+            f"--rows {args.rows} does not divide the {batch // world} rows of each of {counted(world, 'GPU')}, in a "
             f"batch of {batch}"
         )
     job = TrainingJob(
@@ -245,7 +245,7 @@ class TrainingReport:
             "selective": "results of products, the rest computed again",
             "full": "inputs of layers, the rest computed again",
         }[job.checkpointing]
-        kept += f": {job.transformer.num_layers} layers x {_count(job.rows, 'row')} x {job.length:,} positions"
+        kept += f": {job.transformer.num_layers} layers x {counted(job.rows, 'row')} x {job.length:,} positions"
         overhead = "Python and PyTorch, measured" if job.device_type == "cpu" else "context and kernels, assumed"
         parts = [
             ("weights", "weights", memory.weights, weights),
@@ -267,7 +267,7 @@ class TrainingReport:
         engine = job.engine + (f" ZeRO {job.zero}" if job.zero else "") + (", offloaded" if job.offload else "")
         adapter = "" if self.lora is None else f"an adapter of rank {self.lora}, "
         lines = [
-            f"{self.model}: training, {adapter}{_count(job.rows, 'row')} of {job.length:,} positions at once, "
+            f"{self.model}: training, {adapter}{counted(job.rows, 'row')} of {job.length:,} positions at once, "
             f"{job.batch:,} rows a step, {job.precision}, {engine}, checkpointing {job.checkpointing}, on "
             f"{f'{job.world} x ' if each else ''}{self.target}",
             "",

@@ -25,7 +25,7 @@ from cogview.data.emoji.world import World as EmojiWorld
 from cogview.data.mixture import LEDGER_FILE, StoreWatch
 from cogview.data.released import open_rows
 from cogview.data.store import ABSENT, TokenStore
-from cogview.device import Placement, available_memory, flush_denormals, training_dtype
+from cogview.device import Placement, available_memory, flush_denormals, precision_name, training_dtype
 from cogview.errors import InputError, ToldElsewhere
 from cogview.memory import measure
 from cogview.pipeline import CogView
@@ -187,7 +187,7 @@ def prepare(recipe: Recipe, settings: TransformerSettings, world: World, run_fol
     run = Run(run_folder or recipe.transformer_run, world.is_first)
     dtype = world.together(lambda: training_dtype(world.device, settings.precision))
     model, stores, held_out = world.together(lambda: open_all(recipe, settings))
-    settings, memory = planned(settings, model, world, dtype)
+    settings, memory = world.together(lambda: planned(settings, model, world, dtype))
     model.image_tokenizer.to(world.device)  # it draws the sample sheets
     trainer = TransformerTrainer(
         model,
@@ -278,7 +278,7 @@ def planned(
         length=longest_row(model),
         rows=min(training.micro_batch or own_rows, own_rows),
         batch=own_rows * world.size,
-        precision="float32" if dtype is None else str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        precision=precision_name(dtype),  # type: ignore[arg-type]
         trainable=trained if settings.lora is not None else None,
         engine=engine.name,
         zero=engine.zero if engine.name == "deepspeed" else 0,
@@ -315,11 +315,10 @@ def longest_row(model: Model) -> int:
     return max(config.layouts[task].length(config.max_text) for task in config.tasks)
 
 
-def peak_of(world: World, dtype: torch.dtype | None) -> float | None:
+def peak_of(world: World, dtype: torch.dtype | None) -> float:
     """FLOP/s of this process's device in what products are computed in: of the data sheet, or measured."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-    precision = "float32" if dtype is None else str(dtype).removeprefix("torch.")
-    return peak_flops(name, precision) or measure(world.device, dtype or torch.float32).flops
+    return peak_flops(name, precision_name(dtype)) or measure(world.device, dtype or torch.float32).flops
 
 
 def sheet_drawer(held_out: TokenStore, world: World) -> Callable[[Model, Path], None]:

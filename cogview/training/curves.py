@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.errors import InputError
-from cogview.training.record import RunRecord, Series, _columns, names_apart, read_run
+from cogview.training.record import RunRecord, Series, columns_of, names_apart, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,10 +102,10 @@ def _draw_judged(records: Sequence[RunRecord], name: str, axes: Axes) -> None:
     for number, record in enumerate(records):
         colour, held_out = _colour(number), record.held_out.get(name)
         if (series := record.training.get(name)) is not None:
-            axes.plot(*_columns(series), color=colour, linewidth=0.7, alpha=0.6)
+            axes.plot(*columns_of(series), color=colour, linewidth=0.7, alpha=0.6)
             lines.append(series)
         if held_out is not None:
-            axes.plot(*_columns(held_out), ".:", color=colour, linewidth=0.8, markersize=5)
+            axes.plot(*columns_of(held_out), ".:", color=colour, linewidth=0.8, markersize=5)
             lines.append(held_out)
         if name == "loss" and record.best is not None:
             axes.plot(
@@ -120,7 +120,7 @@ def _leave_out_the_beginning(axes: Axes, lines: Sequence[Series]) -> None:
     values = [
         value
         for series in lines
-        for step, value in zip(*_columns(series), strict=True)
+        for step, value in zip(*columns_of(series), strict=True)
         if math.isfinite(value) and step >= 0.05 * series.steps[-1]
     ]
     if len(values) < 20:
@@ -149,7 +149,7 @@ def _draw_plain(records: Sequence[RunRecord], name: str, axes: Axes) -> None:
 
     for number, record in enumerate(records):
         if (series := record.training.get(name)) is not None:
-            axes.plot(*_columns(series), color=_colour(number), linewidth=1)
+            axes.plot(*columns_of(series), color=_colour(number), linewidth=1)
     if name == "loss_scale":
         axes.set_yscale("log", base=2)
     elif name == "data_wait":
@@ -169,11 +169,11 @@ def _draw_gradient_norm(records: Sequence[RunRecord], axes: Axes) -> None:
     for number, record in enumerate(records):
         colour = _colour(number)
         if (series := record.training.get("gradient_norm")) is not None:
-            axes.plot(*_columns(series), color=colour, linewidth=0.7, alpha=0.8)
+            axes.plot(*columns_of(series), color=colour, linewidth=0.7, alpha=0.8)
         skipped = record.training.get("skipped_steps")
         if skipped is not None:
             before = (0.0, *skipped.values)
-            steps = [step for step, value, last in zip(*_columns(skipped), before, strict=False) if value > last]
+            steps = [step for step, value, last in zip(*columns_of(skipped), before, strict=False) if value > last]
             lowest = [0.04] * len(steps)  # of the panel's height
             marks = axes.plot(steps, lowest, "x", color=colour, markersize=5, transform=axes.get_xaxis_transform())
             marks[0].set_label("skipped")

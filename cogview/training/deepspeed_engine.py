@@ -38,18 +38,12 @@ from cogview.training.estimates import REDUCE_BUCKET
 from cogview.training.settings import EngineSettings, TransformerTraining
 from cogview.transformer import Transformer
 
-PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-
 
 class DeepSpeedEngine(Engine):
     """A DeepSpeed engine around ``learner``: weights in the dtype of its products, masters and moments in float32."""
 
     def __init__(self, learner: Learner, settings: TransformerTraining, engine: EngineSettings, world: World) -> None:
-        if learner.dtype == torch.float16 and world.device.type == "cpu":
-            raise InputError(
-                "DeepSpeed has no float16 on a CPU: set precision: bfloat16 or float32, or name: torch in engine"
-            )
-        deepspeed = import_deepspeed()
+        deepspeed = world.together(lambda: import_deepspeed(learner.dtype, world.device))
         self.learner = learner
         self.world = world
         self.stage = engine.zero
@@ -85,7 +79,7 @@ class DeepSpeedEngine(Engine):
         """See ``Engine.compute``. Every process computes as many parts, since weights and gradients travel in each."""
         parts = [part for share in shares for part in share]
         missing = int(self.world.max(len(parts))) - len(parts)
-        parts += [_without_targets(parts[-1])] * missing
+        parts += [parts[-1].without_targets()] * missing
         sums = torch.zeros((), dtype=torch.float64)
         for part in parts:
             with torch.set_grad_enabled(learn):
@@ -135,7 +129,7 @@ class DeepSpeedEngine(Engine):
     @property
     def _updates(self) -> int:
         """How many updates Adam has made."""
-        steps = [int(state["step"]) for state in self._basic.state.values() if "step" in state]
+        steps = [int(state["step"]) for state in self._basic.state.values()]
         return max(steps, default=0)
 
     @torch.no_grad()
@@ -270,8 +264,12 @@ def configuration(
     return config
 
 
-def import_deepspeed() -> Any:
-    """The package; InputError where it is missing."""
+def import_deepspeed(dtype: torch.dtype | None, device: torch.device) -> Any:
+    """The package; InputError where it is missing, or cannot compute in ``dtype`` on ``device``."""
+    if dtype == torch.float16 and device.type == "cpu":
+        raise InputError(
+            "DeepSpeed has no float16 on a CPU: set precision: bfloat16 or float32, or name: torch in engine"
+        )
     try:
         import deepspeed
     except ImportError as error:
@@ -290,14 +288,3 @@ def _without_weights(transformer: Transformer) -> Transformer:
         for parameter in transformer.parameters()
     }
     return copy.deepcopy(transformer, empty)
-
-
-def _without_targets(part: Prepared) -> Prepared:
-    """The same rows, of which nothing is learnt."""
-    from cogview.kernels.cross_entropy import Targets
-
-    nothing = [
-        Targets(ids=own.ids, places_M=own.places_M[:0], targets_M=own.targets_M[:0], weights_M=own.weights_M[:0])
-        for own in part.targets
-    ]
-    return Prepared(ids=part.ids, positions=part.positions, targets=nothing)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -37,6 +37,14 @@ class Prepared:
     ids: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64
     targets: Sequence[Targets]
+
+    def without_targets(self) -> Prepared:
+        """The same rows, of which nothing is learnt: what a process computes while others have more parts."""
+        nothing = [
+            Targets(ids=own.ids, places_M=own.places_M[:0], targets_M=own.targets_M[:0], weights_M=own.weights_M[:0])
+            for own in self.targets
+        ]
+        return replace(self, targets=nothing)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from cogview.data.store import ABSENT, TokenStore
 from cogview.tokenizers.layouts import Arranged, upscale_windows
 from cogview.tokenizers.vocabulary import Kind
+from cogview.training.distributed import World
 from cogview.training.run import leave_signals_to_parent
 from cogview.training.settings import TransformerTraining
 
@@ -128,7 +129,7 @@ class Part:
         return cls(inputs=inputs, positions=positions, told=told_ids)
 
     def without_targets(self) -> Part:
-        """The same rows, of which nothing is learnt: what a process computes while others have more parts."""
+        """The same rows, of which nothing is told."""
         nothing = np.empty(0, dtype=np.int64)
         return Part(inputs=self.inputs, positions=self.positions, told=dict.fromkeys(self.told, (nothing, nothing)))
 
@@ -310,7 +311,7 @@ def _parts(lessons: Sequence[Lesson], most: int) -> Iterator[Sequence[Lesson]]:
 
 
 class Lectures(Dataset[Batch]):
-    """Item s is what process ``rank`` of ``world_size`` does in step s: a function of (seed, phases of the stores, s).
+    """Item s is what this process of ``world`` does in step s: a function of (seed, phases of the stores, s).
 
     ``shares`` are for threads that work at once, ``micro_batch`` is the most rows of a part (0: all).
     """
@@ -320,23 +321,21 @@ class Lectures(Dataset[Batch]):
         store: MixedStore,
         mixture: Mixture,
         maker: LessonMaker,
+        world: World,
         *,
-        rank: int = 0,
-        world_size: int = 1,
         shares: int = 1,
         micro_batch: int = 0,
     ) -> None:
         self.store = store
         self.mixture = mixture
         self.maker = maker
-        self.rank = rank
-        self.world_size = world_size
+        self.world = world
         self.shares = shares
         self.micro_batch = micro_batch
 
     def __getitem__(self, step: int) -> Batch:
         size = self.maker.settings.batch_size
-        own = slice(self.rank * size // self.world_size, (self.rank + 1) * size // self.world_size)
+        own = self.world.share(size)
         samples = np.arange(step * size, (step + 1) * size)[own]
         stores, numbers = self.mixture.locate(samples)
         rows = self.store.read(stores, numbers)

@@ -229,7 +229,7 @@ class RunRecord:
         if paces is None or size is None or not all(pace > 0 for pace in paces.values):
             return None
         before = (0, *paces.steps)
-        return sum((step - last) * size / pace for last, step, pace in zip(before, *_columns(paces), strict=False))
+        return sum((step - last) * size / pace for last, step, pace in zip(before, *columns_of(paces), strict=False))
 
 
 def is_run(folder: Path) -> bool:
@@ -355,7 +355,7 @@ def _number_in(settings: Mapping[str, Any], *keys: str) -> float | None:
     return found if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
-def _columns(series: Series) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def columns_of(series: Series) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return series.steps, series.values
 
 

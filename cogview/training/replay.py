@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,6 @@ def replay(folder: Path, device: str) -> Iterator[tuple[str, str, str]]:
     kept = read_recipe(folder / "settings.json")
     settings = build(TransformerTraining, kept["training"], where=str(folder / "settings.json"))
     model = load_model(folder / "model", torch.device("cpu"), torch.float32)
-    model.config = replace(model.config, transformer=replace(model.config.transformer, dropout=kept["dropout"]))
     dtype = None if kept["dtype"] == "float32" else DTYPES[kept["dtype"]]
     trainer = TransformerTrainer(model, settings, World(placement.device), dtype, num_threads=1)
     trainer.transformer.train()
@@ -44,7 +42,7 @@ def replay(folder: Path, device: str) -> Iterator[tuple[str, str, str]]:
         codes = given["image"].shape[1]
         share = World(placement.device, rank, size).share(settings.batch_size)
         choices = trainer.maker.choices(report["step"], settings.batch_size, codes).of(share)
-        batch = trainer.maker.batch(report["step"], given, choices, micro_batch=kept["micro_batch"])
+        batch = trainer.maker.batch(report["step"], given, choices, micro_batch=settings.micro_batch)
         finding = first_nonfinite(trainer.engine, trainer.prepared(batch), report["seed"])
         yield ("ok", "kept", f"step {report['step']}, process {rank}: {report['found'] or 'nothing was found there'}")
         found = f"first not finite in {finding}" if finding is not None else "everything is finite"

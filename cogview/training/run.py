@@ -318,10 +318,12 @@ def run_loop(
     if checkpoint is not None:
         try:
             trainer.load(checkpoint)
+        except ToldElsewhere:
+            raise
         except (RuntimeError, ValueError) as error:  # sizes that differ
             reason = " ".join(str(error).split())[:300]
             message = f"{checkpoint} does not fit the recipe, go back to its settings or remove {run.folder}: {reason}"
-            raise InputError(message) if world.is_first else ToldElsewhere(message) from None
+            raise InputError(message) from None
         done = step_of(checkpoint)
         tell(f"resuming {run.folder} after step {done}", world)
     try:
@@ -332,9 +334,9 @@ def run_loop(
         run.close()
         last = run.checkpoints()
         kept = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
-        print(
-            f"another process is gone, so process {world.rank} stops; {kept}; go on with --resume auto", file=sys.stderr
-        )
+        reason = str(error).splitlines()[0][:200]
+        message = f"another process is gone, so process {world.rank} stops; {kept}; go on with --resume auto ({reason})"
+        print(message, file=sys.stderr)
         return 1
 
 

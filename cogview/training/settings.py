@@ -18,7 +18,8 @@ class TransformerTraining:
     steps: int
     batch_size: int = 32
     # Rows that a process computes at once: its share of a batch is computed in as many parts as that takes, or more
-    # where lengths differ much, so the batch stays what it is with any number of processes. 0: as many as fit.
+    # where lengths differ much, so the batch stays what it is with any number of processes. 0: as many as fit, on a
+    # CPU all.
     micro_batch: int = 0
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5

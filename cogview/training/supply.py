@@ -79,8 +79,7 @@ class Supply:
             self._store,
             Mixture(self._phases, self.maker.settings.seed),
             self.maker,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            self.world,
             shares=self.num_threads,
             micro_batch=self.micro_batch,
         )

@@ -26,6 +26,7 @@ from cogview.checkpoints.image import write_weights
 from cogview.checkpoints.weights import difference
 from cogview.config_files import to_plain
 from cogview.data.store import TokenStore
+from cogview.device import precision_name
 from cogview.errors import InputError
 from cogview.kernels.cross_entropy import Targets
 from cogview.training.distributed import World, tell
@@ -255,12 +256,7 @@ class TransformerTrainer(Trainer[Batch]):
             write_dump(folder, batch, finding, rank=rank, processes=size, seed=seed)
             if write is not None:
                 write(folder / "model")
-                kept = {
-                    "training": to_plain(self.settings),
-                    "dtype": "float32" if self.dtype is None else str(self.dtype).removeprefix("torch."),
-                    "dropout": self.model.config.transformer.dropout,
-                    "micro_batch": self.settings.micro_batch,
-                }
+                kept = {"training": to_plain(self.settings), "dtype": precision_name(self.dtype)}
                 write_json(folder / "settings.json", kept)
         except (OSError, SafetensorError) as error:  # a full disk, say
             return f" (it could not be kept in {folder}: {error})"
@@ -307,8 +303,14 @@ class TransformerTrainer(Trainer[Batch]):
     def load(self, folder: Path) -> None:
         """Take up weights and optimizer from a checkpoint of any engine and any number of processes.
 
-        InputError where it belongs to other codes, ValueError where its shapes differ.
+        InputError, in one process, where it belongs to other codes or has other shapes, or cannot be read there.
         """
+        state, skipped = self.world.together(lambda: self._stored(folder))
+        self.engine.load(state)
+        self.skipped = skipped
+
+    def _stored(self, folder: Path) -> tuple[TrainingState, int]:
+        """The state in a checkpoint, and the steps skipped by then; its tensors are read when they are asked for."""
         if self.adapter is None and read_config(folder).codebook_sha256 != self.model.config.codebook_sha256:
             raise InputError("it was trained on the codes of another image tokenizer")
         content = read_state(folder)
@@ -318,17 +320,15 @@ class TransformerTrainer(Trainer[Batch]):
         moments = {moment: StoredTensors(folder / MOMENTS_FILE, f"{moment}.") for moment in MOMENTS}
         for stored in (weights, *(own for own in moments.values() if len(own))):
             if problem := difference(wanted, shapes_of(stored)):
-                raise ValueError(problem)
-        self.engine.load(
-            TrainingState(
-                weights=weights,
-                moments=moments if all(map(len, moments.values())) else {},
-                updates=content["updates"],
-                loss_scale=content["loss_scale"],
-                good_steps=content["good_steps"],
-            )
+                raise InputError(problem)
+        state = TrainingState(
+            weights=weights,
+            moments=moments if all(map(len, moments.values())) else {},
+            updates=content["updates"],
+            loss_scale=content["loss_scale"],
+            good_steps=content["good_steps"],
         )
-        self.skipped = content["skipped_steps"]
+        return state, content["skipped_steps"]
 
     @torch.no_grad()
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:

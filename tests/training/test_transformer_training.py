@@ -714,7 +714,7 @@ def test_processes_share_the_rows_of_a_step_and_what_chance_decides(tmp_path, si
     maker = LessonMaker(new_model().config, chosen)
 
     def share(rank: int, world_size: int) -> list[Batch]:
-        return list(Lectures(MixedStore([store]), mixture, maker, rank=rank, world_size=world_size).from_step(1))
+        return list(Lectures(MixedStore([store]), mixture, maker, World(ALONE.device, rank, world_size)).from_step(1))
 
     whole, shares = share(0, 1), [share(rank, size) for rank in range(size)]
     for number, batch in enumerate(whole):
