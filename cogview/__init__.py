@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cogview.pipeline import CogView as CogView
+    from cogview.pipeline.cogview import CogView as CogView
 
 __version__ = "0.1.0"
 __all__ = ["CogView"]
@@ -14,7 +14,7 @@ __all__ = ["CogView"]
 def __getattr__(name: str) -> Any:
     # torch takes seconds to import, so it comes with the first use and not with the package.
     if name == "CogView":
-        from cogview.pipeline import CogView
+        from cogview.pipeline.cogview import CogView
 
         return CogView
     raise AttributeError(f"module 'cogview' has no attribute {name!r}")

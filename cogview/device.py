@@ -13,7 +13,7 @@ import torch
 
 from cogview.errors import InputError
 from cogview.kernels.linear import cpu_multiplies_bfloat16
-from cogview.quantized import FEW_BITS, FewBits, few_bits_named
+from cogview.modeling.quantization import FEW_BITS, FewBits, few_bits_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRAINING_PRECISIONS = tuple(DTYPES)

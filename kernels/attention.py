@@ -25,7 +25,7 @@ from torch import Size, Tensor
 from torch.nn import functional as F
 
 from cogview.kernels.checks import check_like, check_whole
-from cogview.kernels.choice import choose
+from cogview.kernels.dispatch import choose
 
 ALPHA = 32.0
 FEW = 32  # queries that are told from what is cached: another kernel is for these
@@ -149,7 +149,7 @@ def attention(
             from cogview.kernels.decode_attention_triton import decode_attention_triton
 
             return decode_attention_triton(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
-        from cogview.kernels.attention_triton import attention_triton as implementation
+        from cogview.kernels import attention_triton as implementation
     else:
         check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, starts_B, prefixes_B, lengths_B, dropout, accumulate)
         implementation = attention_torch if name == "torch" else attention_reference

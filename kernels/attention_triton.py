@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogview.kernels.attention import ALPHA, check_inputs, fold_seed
-from cogview.kernels.launch import INTERPRETED, LEAST, LOG2_E, check_floats, product
+from cogview.kernels.triton_utils import INTERPRETED, LEAST, LOG2_E, check_floats, product
 
 SMALLEST, LARGEST = 16, 128  # sizes of heads
 # No new kernel for another batch or length: whether these are 1 or divide by 16 is not looked at.

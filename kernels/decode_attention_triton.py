@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogview.kernels.decode_attention import Beginning, check_inputs
-from cogview.kernels.launch import INTERPRETED, LEAST, LOG2_E, check_floats, product
+from cogview.kernels.triton_utils import INTERPRETED, LEAST, LOG2_E, check_floats, product
 
 MOST_SPLITS = 32
 LEAST_KEYS = 64  # of a split

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogview.kernels.choice import choose
+from cogview.kernels.dispatch import choose
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogview.kernels.launch import as_rows, check_floats
+from cogview.kernels.triton_utils import as_rows, check_floats
 
 COLUMNS, ROWS, WARPS = 512, 8, 8  # of a block
 ROW_BLOCKS = 16  # that a program of the backward takes, at most

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogview.kernels.choice import choose
+from cogview.kernels.dispatch import choose
 
 RELAX = 8.0  # the released code divides by max|x| / 8
 SMALLEST = 1e-20  # a token far below this is as good as zero, and its gradient stays finite

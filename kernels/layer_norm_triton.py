@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogview.kernels.launch import as_rows, check_floats
 from cogview.kernels.layer_norm import RELAX, SMALLEST
+from cogview.kernels.triton_utils import as_rows, check_floats
 
 WIDEST = 8192  # a token has to fit into the registers of a program
 TILE = 4096  # numbers that a program takes at a time, or a token if that has more

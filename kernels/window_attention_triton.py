@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogview.kernels.attention import ALPHA
-from cogview.kernels.launch import INTERPRETED, LEAST, LOG2_E, check_floats
+from cogview.kernels.triton_utils import INTERPRETED, LEAST, LOG2_E, check_floats
 from cogview.kernels.window_attention import check_inputs
 
 SMALLEST, LARGEST = 16, 128  # sizes of heads

@@ -15,9 +15,9 @@ from pathlib import Path
 import released_flags
 
 from cogview.cli.caption import caption_line, describe, open_describer
-from cogview.cli.lines import LineWriter
-from cogview.cli.sources import Images
-from cogview.pipeline import checked_seed
+from cogview.cli.inputs import Images
+from cogview.cli.text_io import LineWriter
+from cogview.pipeline.cogview import checked_seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,8 +19,8 @@ import released_flags
 import rerank
 import super_resolution
 
-from cogview.cli.easel import Easel, Order
-from cogview.pictures import safe_name
+from cogview.cli.session import Easel, Order
+from cogview.image_io.png import safe_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:

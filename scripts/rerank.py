@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 import released_flags
 
-from cogview.cli.lines import LineWriter
+from cogview.cli.inputs import Images, Query
 from cogview.cli.rerank import LINE, finish, open_scorer, rank
-from cogview.cli.sources import Images, Query
+from cogview.cli.text_io import LineWriter
 from cogview.errors import InputError
 
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 import released_flags
 
-from cogview.cli.sources import Images, Query
+from cogview.cli.inputs import Images, Query
 from cogview.cli.upscale import upscale_files
-from cogview.pictures import safe_name
+from cogview.image_io.png import safe_name
 
 LOW_LEVEL = "low-level super-resolution"
 

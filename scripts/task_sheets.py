@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cogview.cli.main import HelpFormatter, Parser, run_safely
-from cogview.data.emoji.world import World
+from cogview.emoji.evaluation.scenes import held_out_scenes
+from cogview.emoji.world import World
 from cogview.errors import InputError
-from cogview.evaluation.protocol import check_world
-from cogview.evaluation.scenes import held_out_scenes
-from cogview.pipeline import CogView
+from cogview.evaluation.harness import check_world
+from cogview.pipeline.cogview import CogView
 
 FONT = Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")
 SIDE, GAP, LINE, TEXT_SIZE = 192, 12, 24, 18  # pixels

@@ -21,8 +21,8 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
+from cogview.cli import main as cogview
 from cogview.cli.main import HelpFormatter, Parser, run_safely
-from cogview.cli.main import main as cogview
 from cogview.cli.recipes import Recipe, open_recipe
 from cogview.errors import InputError
 
@@ -62,8 +62,8 @@ def image_trained(recipe: Recipe) -> bool:
 
 def encoded(recipe: Recipe) -> bool:
     """Whether both stores have all their rows."""
-    from cogview.data.encode import EncodeSettings
     from cogview.data.store import TokenStore
+    from cogview.emoji.encode import EncodeSettings
 
     if not (recipe.store.is_dir() and recipe.held_out_store.is_dir()):
         return False
@@ -77,7 +77,7 @@ def encoded(recipe: Recipe) -> bool:
 def trained(recipe: Recipe) -> bool:
     """Whether the transformer has made all its steps."""
     from cogview.cli.train import TransformerSettings
-    from cogview.training.run import Run, step_of
+    from cogview.training.loop import Run, step_of
 
     checkpoints = Run(recipe.transformer_run).checkpoints()
     steps = recipe.settings(TransformerSettings, "transformer").training.steps

@@ -18,11 +18,11 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cogview.data.emoji.things import Thing
-from cogview.data.emoji.world import World, WorldSettings
+from cogview.emoji.things import Thing
+from cogview.emoji.world import World, WorldSettings
 
 if TYPE_CHECKING:
-    from cogview.pipeline import CogView
+    from cogview.pipeline.cogview import CogView
 
 # Without a GPU Triton's kernels are interpreted, which Triton looks at when they are imported.
 if not torch.cuda.is_available():
@@ -64,13 +64,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Tests share it: copy it before changing anything in it.
     """
-    from cogview.checkpoints.folder import Model, ModelConfig, NamedThing, save_model
-    from cogview.checkpoints.image import codebook_hash
-    from cogview.config import TransformerConfig
-    from cogview.sampling import Sampling
+    from cogview.checkpoints.checkpoint import Model, ModelConfig, NamedThing, save_model
+    from cogview.checkpoints.image_tokenizer import codebook_hash
+    from cogview.generation.sampling import Sampling
+    from cogview.modeling.config import TransformerConfig
+    from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
     from cogview.tokenizers.vocabulary import Vocabulary
-    from cogview.transformer import Transformer
     from cogview.vqvae.model import VQVAE, VQVAEConfig
 
     captions = [
@@ -123,7 +123,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tiny_checkpoint: Path) -> CogView:
     """The tiny checkpoint, opened on the CPU in float32."""
-    from cogview.pipeline import CogView
+    from cogview.pipeline.cogview import CogView
 
     return CogView.from_pretrained(tiny_checkpoint, device="cpu")
 

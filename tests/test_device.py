@@ -6,7 +6,7 @@ import torch
 from cogview import device as module
 from cogview.device import choose_placement, take_local_gpu, training_dtype
 from cogview.errors import InputError
-from cogview.pipeline import CogView
+from cogview.pipeline.cogview import CogView
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview.checkpoints.folder import file_sha256, read_things
+from cogview.checkpoints.checkpoint import file_sha256, read_things
 from cogview.checkpoints.registry import find_checkpoint, known_models
-from cogview.pipeline import CogView
+from cogview.pipeline.cogview import CogView
 
 NAME = "cogview-emoji"
 MEBIBYTE = 2**20

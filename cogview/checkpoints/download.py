@@ -435,7 +435,7 @@ def _mistake(file: KnownFile, path: Path) -> str:
     if file.size is not None and size != file.size:
         return f"it has {size:,} bytes, not {file.size:,}"
     if file.sha256 is not None:
-        from cogview.checkpoints.folder import file_sha256  # brings torch
+        from cogview.checkpoints.checkpoint import file_sha256  # brings torch
 
         if (found := file_sha256(path)) != file.sha256:
             return f"its SHA-256 is {found[:12]}…, not {file.sha256[:12]}…"

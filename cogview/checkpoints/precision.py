@@ -9,10 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cogview.checkpoints.weights import Spec
+from cogview.checkpoints.safetensors_io import Spec
 from cogview.errors import InputError
 from cogview.kernels.linear import group_of
-from cogview.quantized import FewBits, is_rounded, parts_of, restore_weight, round_weight
+from cogview.modeling.quantization import FewBits, is_rounded, parts_of, restore_weight, round_weight
 
 _STORED: dict[torch.dtype, FewBits] = {torch.int8: "int8", torch.uint8: "int4"}
 

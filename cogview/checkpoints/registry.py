@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from cogview.config_files import build
+from cogview.config_io import build
 from cogview.errors import InputError
 
 RELEASED_FILES = {  # by role, under their published names
@@ -83,7 +83,7 @@ def find_checkpoint(name: str) -> Path:
     if row is None:
         return _find_folder(name, known)
     if row.embedded:
-        from cogview.checkpoints.folder import verify_files
+        from cogview.checkpoints.checkpoint import verify_files
 
         folder = embedded_folder(row)
         verify_files(folder, list(row.sha256.items()))
@@ -179,7 +179,7 @@ def _is_image_tokenizer(path: Path) -> bool:
     """Whether a released file holds one; what cannot be read is left to ``cogview convert`` to judge."""
     if path.suffix != ".pt" or not path.is_file():
         return False
-    from cogview.checkpoints.released import is_released_vqvae
+    from cogview.checkpoints.v1_format import is_released_vqvae
 
     with suppress(InputError):
         return is_released_vqvae(path)

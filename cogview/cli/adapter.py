@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cogview.checkpoints.download import size_in_words
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
-    from cogview.adapters import Adapter
+    from cogview.checkpoints.adapter import Adapter
 
 SIGNS = {"merge": 1, "unmerge": -1}
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it, and print the new folder, or the facts."""
-    from cogview.adapters import Adapter, merge_folder
+    from cogview.checkpoints.adapter import Adapter, merge_folder
     from cogview.checkpoints.registry import find_checkpoint
 
     if args.action == "info":

@@ -17,9 +17,9 @@ from cogview.cli.options import DEFAULT_MODEL, add_parallel_argument, parallel, 
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
-    from cogview.bench import Figures, Subject
-    from cogview.checkpoints.folder import ModelConfig
-    from cogview.memory import Plan, Speed
+    from cogview.benchmark.measure import Figures, Subject
+    from cogview.checkpoints.checkpoint import ModelConfig
+    from cogview.planning.inference import Plan, Speed
 
 # Columns of the table, their widths, and what --help says of them.
 COLUMNS = {
@@ -104,7 +104,7 @@ def read_batches(text: str) -> list[int]:
 
 def check_output(path: Path) -> None:
     """InputError unless a file can be written at ``path``: after minutes would be late to say so."""
-    from cogview.pictures import prepare_folder
+    from cogview.image_io.png import prepare_folder
 
     if path.is_dir():
         raise InputError(f"--json {path} is a folder; expected the name of a file")
@@ -115,7 +115,7 @@ def check_output(path: Path) -> None:
 
 def write_whole(path: Path, content: object) -> None:
     """JSON at ``path``, there whole or not at all."""
-    from cogview.checkpoints.folder import write_json
+    from cogview.checkpoints.checkpoint import write_json
 
     aside = path.with_name(f".{path.name}.writing")
     try:
@@ -127,7 +127,7 @@ def write_whole(path: Path, content: object) -> None:
 
 def open_subject(args: argparse.Namespace) -> Subject:
     """What to measure, without any weights yet."""
-    from cogview.bench import Subject
+    from cogview.benchmark.measure import Subject
     from cogview.checkpoints.registry import find_checkpoint
     from cogview.device import choose_placement
     from cogview.vqvae.model import VQVAEConfig
@@ -152,7 +152,7 @@ def open_subject(args: argparse.Namespace) -> Subject:
 
 def random_config(shape: str) -> ModelConfig:
     """The settings of a preset, or of LAYERSxWIDTHxHEADS in its place, with what the released models have."""
-    from cogview.config import PRESETS
+    from cogview.modeling.config import PRESETS
 
     if shape in PRESETS:
         return preset_config(shape)
@@ -180,7 +180,7 @@ class Bench:
 
     def plan(self, rows: int) -> Plan:
         """Of one batch size, by ``cogview estimate``."""
-        from cogview.memory import estimate
+        from cogview.planning.inference import estimate
 
         place, config = self.subject.placement, self.subject.config
         return estimate(
@@ -217,7 +217,7 @@ class Bench:
         """What the device reads and multiplies."""
         import torch
 
-        from cogview.memory import measure
+        from cogview.planning.inference import measure
 
         if self.speed is None:
             place = self.subject.placement
@@ -229,7 +229,7 @@ class Bench:
 
     def row(self, plan: Plan) -> dict[str, Any]:
         """All that is found of a batch size; ``left_out`` or ``failed`` say why there is nothing."""
-        from cogview.bench import Failed, Figures, measure_apart
+        from cogview.benchmark.measure import Failed, Figures, measure_apart
         from cogview.device import available_memory
 
         free = available_memory(self.subject.placement.device)

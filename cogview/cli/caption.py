@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogview.cli.easel import open_model
-from cogview.cli.lines import LineWriter
+from cogview.cli.inputs import READ_AT_A_TIME, Images, batches
 from cogview.cli.options import (
     add_model_arguments,
     add_sampling_arguments,
@@ -19,10 +18,11 @@ from cogview.cli.options import (
     require_positive,
     sampling_settings,
 )
-from cogview.cli.sources import READ_AT_A_TIME, Images, batches
+from cogview.cli.session import open_model
+from cogview.cli.text_io import LineWriter
 
 if TYPE_CHECKING:
-    from cogview.pipeline import Caption, CogView
+    from cogview.pipeline.cogview import Caption, CogView
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe every image that can be read; status 1 if there was one that cannot."""
-    from cogview.pipeline import checked_seed
+    from cogview.pipeline.cogview import checked_seed
 
     require_positive("-n", args.n)
     at_a_time = ceiling(args)

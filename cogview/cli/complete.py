@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 
-from cogview.cli.easel import Order, easel_of
+from cogview.cli.inputs import Images, batches
 from cogview.cli.options import (
     add_drawing_arguments,
     add_model_arguments,
     add_seed_argument,
     require_positive,
 )
-from cogview.cli.sources import Images, batches
+from cogview.cli.session import Order, easel_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Complete every image that can be read; status 1 if there was one that cannot."""
-    from cogview.pictures import prepare_folder, safe_name
+    from cogview.image_io.png import prepare_folder, safe_name
     from cogview.vqvae.model import PIXELS_PER_CODE
 
     require_positive("-n", args.n)

@@ -50,10 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print the new folder."""
-    from cogview.checkpoints.convert import convert_folder, export_released
     from cogview.checkpoints.precision import Precision
+    from cogview.checkpoints.v1_convert import convert_folder, export_released
     from cogview.device import DTYPES
-    from cogview.quantized import FEW_BITS, few_bits_named
+    from cogview.modeling.quantization import FEW_BITS, few_bits_named
 
     source = args.source
     if not source.exists():
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace, output: Path, precision: Precision) -> None:
-    from cogview.checkpoints.convert import ALL_TASKS, import_released, tasks_by_name
+    from cogview.checkpoints.v1_convert import ALL_TASKS, import_released, tasks_by_name
     from cogview.tokenizers.vocabulary import Vocabulary
 
     for option, file in (("--image-tokenizer", args.image_tokenizer), ("--text-model", args.text_model)):

@@ -281,7 +281,7 @@ def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -
 
     from cogview.cli.train import longest_row, prepare
     from cogview.training.distributed import join_world, leave_world
-    from cogview.training.transformer import peak_memory
+    from cogview.training.trainer import peak_memory
 
     world = join_world(device, needs_group=settings.engine.name == "deepspeed")
     try:

@@ -90,9 +90,9 @@ def after_download(name: str, files: Mapping[str, Path], *, convert: bool) -> in
 
 def _convert(name: str, row: KnownModel, files: Mapping[str, Path]) -> Path:
     """The checkpoint folder that is made of ``files``, given by role, in the precision that they have."""
-    from cogview.checkpoints.convert import import_released
     from cogview.checkpoints.precision import Precision
     from cogview.checkpoints.registry import converted_folder
+    from cogview.checkpoints.v1_convert import import_released
 
     folder = converted_folder(name)
     import_released(

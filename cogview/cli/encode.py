@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.data.emoji.world import World
-from cogview.data.encode import EncodeSettings, encode_scenes
 from cogview.device import choose_placement
+from cogview.emoji.encode import EncodeSettings, encode_scenes
+from cogview.emoji.world import World
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -16,10 +16,10 @@ from cogview.cli.options import DEFAULT_MODEL, require_positive
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
-    from cogview.checkpoints.folder import ModelConfig
+    from cogview.checkpoints.checkpoint import ModelConfig
     from cogview.device import Placement
-    from cogview.memory import Plan, Speed
-    from cogview.quantized import FewBits
+    from cogview.modeling.quantization import FewBits
+    from cogview.planning.inference import Plan, Speed
     from cogview.vqvae.model import VQVAEConfig
 
 OTHER_NAMES = {"rerank": "score"}  # of tasks
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_drawing(args: argparse.Namespace) -> int:
     """Print the estimate of a job that draws or reads."""
-    from cogview.memory import SMALLER_DTYPES, estimate
+    from cogview.planning.inference import SMALLER_DTYPES, estimate
 
     defaults = {"model": DEFAULT_MODEL, "device": "auto", **DRAWING_OPTIONS}
     given = {option: value for option, value in vars(args).items() if value is not None}
@@ -180,12 +180,12 @@ def open_configs(name: str) -> tuple[ModelConfig, VQVAEConfig, FewBits | None]:
     """The settings of a preset or a model, those of its VQ-VAE, and how few bits its weights are stored in, if so."""
     from pathlib import Path
 
-    from cogview.checkpoints.folder import read_config
-    from cogview.checkpoints.image import read_image_config
+    from cogview.checkpoints.checkpoint import read_config
+    from cogview.checkpoints.image_tokenizer import read_image_config
     from cogview.checkpoints.precision import stored_few_bits
     from cogview.checkpoints.registry import find_checkpoint, known_models
-    from cogview.checkpoints.weights import WeightsFile
-    from cogview.config import PRESETS
+    from cogview.checkpoints.safetensors_io import WeightsFile
+    from cogview.modeling.config import PRESETS
     from cogview.vqvae.model import VQVAEConfig
 
     if name in PRESETS:
@@ -203,10 +203,10 @@ def open_configs(name: str) -> tuple[ModelConfig, VQVAEConfig, FewBits | None]:
 
 
 def preset_config(name: str) -> ModelConfig:
-    """A preset of ``cogview/config.py`` with what the released models have."""
-    from cogview.checkpoints.convert import ALL_TASKS, RELEASED_CAPTION, RELEASED_GRID
-    from cogview.checkpoints.folder import ModelConfig
-    from cogview.config import preset
+    """A preset of ``cogview/modeling/config.py`` with what the released models have."""
+    from cogview.checkpoints.checkpoint import ModelConfig
+    from cogview.checkpoints.v1_convert import ALL_TASKS, RELEASED_CAPTION, RELEASED_GRID
+    from cogview.modeling.config import preset
     from cogview.tokenizers.layouts import layouts
     from cogview.tokenizers.vocabulary import Vocabulary
 
@@ -254,7 +254,7 @@ def find_target(name: str, dtype: str, config: ModelConfig, stored: FewBits | No
 
 def find_speed(target: Target, bandwidth: float | None, flops: float | None) -> tuple[Speed, dict[str, str]]:
     """What is given (GB/s, TFLOP/s), measured on a device that is here, or assumed; and which of these each is."""
-    from cogview.memory import DTYPES, Speed, measure
+    from cogview.planning.inference import DTYPES, Speed, measure
 
     speed, origin = Speed(bandwidth=1, flops=1, starts_ahead=target.type != "cpu"), "given"
     if bandwidth is None or flops is None:
@@ -304,7 +304,7 @@ class Report:
 
     def parts(self) -> list[tuple[str, str, int, str]]:
         """Of each part of the memory: its key, its name, its bytes and how they come about."""
-        from cogview.memory import DTYPES
+        from cogview.planning.inference import DTYPES
 
         plan, shape, size = self.plan, self.plan.transformer, DTYPES[self.plan.dtype]
         rows = counted(plan.rows, "row") + (" x 2 for guidance" if plan.guided else "")
@@ -379,7 +379,7 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The same for programs: bytes, seconds, bytes/s and FLOP/s."""
-        from cogview.memory import OPERATIONS_PER_LAYER, SECONDS_PER_OPERATION, SHARE
+        from cogview.planning.inference import OPERATIONS_PER_LAYER, SECONDS_PER_OPERATION, SHARE
 
         plan, seconds = self.plan, self.plan.seconds(self.speed)
         return {
@@ -416,7 +416,7 @@ class Report:
         return min(plan.constant + plan.per_row for plan in (self.plan, *self.smaller))
 
     def _time_formula(self) -> list[str]:
-        from cogview.memory import DRAWING_TRAFFIC
+        from cogview.planning.inference import DRAWING_TRAFFIC
 
         plan = self.plan
         joined = "or what it takes to start them, if that is longer" if self.speed.starts_ahead else "plus their start"
@@ -434,7 +434,7 @@ class Report:
         return lines
 
     def _numbers(self) -> dict[str, str]:
-        from cogview.memory import OPERATIONS_PER_LAYER, SECONDS_PER_OPERATION, SHARE
+        from cogview.planning.inference import OPERATIONS_PER_LAYER, SECONDS_PER_OPERATION, SHARE
 
         return {
             "bandwidth": f"{self.speed.bandwidth / 1e9:.4g} GB/s ({self.source['bandwidth']})",

@@ -13,8 +13,8 @@ from cogview.cli.estimate import ASSUMED, TRAINING_OPTIONS, Target, counted, fin
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
-    from cogview.checkpoints.folder import ModelConfig
-    from cogview.training.estimates import Precision, TrainingJob, TrainingMemory
+    from cogview.checkpoints.checkpoint import ModelConfig
+    from cogview.planning.training import Precision, TrainingJob, TrainingMemory
 
 # The card that a GPU is taken for in training where only its size is given: at least so many bytes, the name.
 ASSUMED_CARDS = ((60e9, "H100"), (30e9, "A100"), (0, "RTX 3090"))
@@ -25,7 +25,7 @@ USUAL_BATCH, TOKENS_PER_PARAMETER = 32, 20  # where there are no settings for th
 
 def run_training(args: argparse.Namespace) -> int:
     """Print the estimate of training a model, or the table of sizes."""
-    from cogview.training.estimates import MFU
+    from cogview.planning.training import MFU
 
     mfu = MFU if args.mfu is None else args.mfu
     if not 0 < mfu <= 1:
@@ -44,7 +44,7 @@ def run_training(args: argparse.Namespace) -> int:
 
 def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
     """What is asked for, and what is chosen where nothing is: the settings of the size, and the rows that fit."""
-    from cogview.training.estimates import MODES, TRAINING_PRESETS, TrainingJob, lora_parameters, suggest
+    from cogview.planning.training import MODES, TRAINING_PRESETS, TrainingJob, lora_parameters, suggest
 
     for option in ("gpus", "rows", "batch", "length", "lora", "tokens"):
         if getattr(args, option) is not None and not 1 <= getattr(args, option) < float("inf"):
@@ -104,7 +104,7 @@ def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
 
 def longest_row(config: ModelConfig, name: str) -> int:
     """Positions of the longest row that the model is trained on; a size is taken to draw, as in the paper."""
-    from cogview.config import PRESETS
+    from cogview.modeling.config import PRESETS
 
     tasks = ("generate",) if name in PRESETS else config.tasks
     return max(config.layouts[task].length(config.max_text) for task in tasks)
@@ -124,8 +124,8 @@ def find_peak(target: Target, precision: str, flops: float | None) -> tuple[floa
     """FLOP/s of one device in training, and where they are from: given, its data sheet, measured, or assumed."""
     import torch
 
-    from cogview.memory import DTYPES, measure
-    from cogview.training.estimates import DEVICES, peak_flops
+    from cogview.planning.inference import DTYPES, measure
+    from cogview.planning.training import DEVICES, peak_flops
 
     if flops is not None:
         return flops * 1e12, "given"
@@ -160,28 +160,28 @@ class TrainingReport:
     @property
     def memory(self) -> TrainingMemory:
         """Bytes of one process."""
-        from cogview.training.estimates import training_memory
+        from cogview.planning.training import training_memory
 
         return training_memory(self.job)
 
     @property
     def fits(self) -> bool:
         """Whether the job does."""
-        from cogview.training.estimates import fits
+        from cogview.planning.training import fits
 
         return fits(self.job, self.target.memory)
 
     @property
     def largest(self) -> int:
         """The largest --rows that fits, 0 for none."""
-        from cogview.training.estimates import largest_rows
+        from cogview.planning.training import largest_rows
 
         return largest_rows(self.job, self.target.memory)
 
     @property
     def seconds(self) -> float:
         """Of the run."""
-        from cogview.training.estimates import training_time
+        from cogview.planning.training import training_time
 
         return training_time(self.job, self.tokens, self.peak, self.mfu)
 
@@ -192,7 +192,7 @@ class TrainingReport:
 
     def remedies(self) -> list[str]:
         """Options with which it would fit; two changes at once only where no single one does."""
-        from cogview.training.estimates import largest_rows
+        from cogview.planning.training import largest_rows
 
         changes = self._changes()
         most_again = [change for change in changes if "checkpointing" in change[1]][-1:]
@@ -209,7 +209,7 @@ class TrainingReport:
 
     def _changes(self) -> list[tuple[str, dict[str, Any]]]:
         """Options and what they change of the job: fewer rows, more recomputation, ZeRO, the host, an adapter."""
-        from cogview.training.estimates import MODES, lora_parameters
+        from cogview.planning.training import MODES, lora_parameters
 
         job = self.job
         changes: list[tuple[str, dict[str, Any]]] = [("", {})]
@@ -260,7 +260,7 @@ class TrainingReport:
 
     def as_text(self) -> list[str]:
         """Lines to read."""
-        from cogview.training.estimates import SPARE
+        from cogview.planning.training import SPARE
 
         job, memory = self.job, self.memory
         each = " of each device" if job.world > 1 else ""
@@ -292,7 +292,7 @@ class TrainingReport:
 
     def as_json(self) -> dict[str, Any]:
         """The same for programs: bytes, seconds and FLOP/s."""
-        from cogview.training.estimates import SPARE, flops_per_token, multiplied_flops_per_token
+        from cogview.planning.training import SPARE, flops_per_token, multiplied_flops_per_token
 
         job, memory = self.job, self.memory
         settings = asdict(job)
@@ -332,7 +332,7 @@ class TrainingReport:
         ]
 
     def _numbers(self) -> list[str]:
-        from cogview.training.estimates import flops_per_token, multiplied_flops_per_token
+        from cogview.planning.training import flops_per_token, multiplied_flops_per_token
 
         job = self.job
         usual = flops_per_token(job.transformer, job.length)
@@ -350,7 +350,7 @@ def training_sizes(flops: float | None, mfu: float) -> dict[str, Any]:
 
     ``flops`` (TFLOP/s) takes the place of the large card's own. On several of these the engine is DeepSpeed, stage 2.
     """
-    from cogview.training.estimates import (
+    from cogview.planning.training import (
         DEVICES,
         TRAINING_PRESETS,
         preset_job,

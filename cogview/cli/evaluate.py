@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from cogview.cli.recipes import Recipe, add_recipe_arguments, open_recipe
-from cogview.config_files import to_plain
-from cogview.data.emoji.world import World
+from cogview.config_io import to_plain
+from cogview.emoji.evaluation.captions import evaluate_captions, format_caption_report
+from cogview.emoji.evaluation.rerank import evaluate_rerank, format_rerank_report
+from cogview.emoji.evaluation.upscale import evaluate_upscale, format_upscale_report
+from cogview.emoji.world import World
 from cogview.errors import InputError
-from cogview.evaluation.captions import evaluate_captions, format_caption_report
-from cogview.evaluation.protocol import choose_sampling, evaluate_scenes, format_report
-from cogview.evaluation.rerank import evaluate_rerank, format_rerank_report
-from cogview.evaluation.upscale import evaluate_upscale, format_upscale_report
-from cogview.pipeline import CogView, checked_seed
-from cogview.sampling import Sampling
-from cogview.sheets import contact_sheet
-from cogview.training.run import Run
+from cogview.evaluation.harness import choose_sampling, evaluate_scenes, format_report
+from cogview.generation.sampling import Sampling
+from cogview.image_io import contact_sheet
+from cogview.pipeline.cogview import CogView, checked_seed
+from cogview.training.loop import Run
 
 # What each measure is written down as, and its table.
 MEASURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {

@@ -6,15 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from cogview.cli.easel import Easel, Enlargement, Order, easel_of
 from cogview.cli.job import run_job
-from cogview.cli.lines import ask_lines
 from cogview.cli.options import (
     add_drawing_arguments,
     add_model_arguments,
     add_seed_argument,
     require_positive,
 )
+from cogview.cli.session import Easel, Enlargement, Order, easel_of
+from cogview.cli.text_io import ask_lines
 from cogview.errors import InputError
 
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draw every prompt that can be drawn; status 2 if there was one that cannot."""
-    from cogview.pictures import prepare_folder
+    from cogview.image_io.png import prepare_folder
 
     require_positive("-n", args.n)
     if args.keep is not None and not 1 <= args.keep <= args.n:
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 def draw_prompts(easel: Easel, prompts: Sequence[str], args: argparse.Namespace) -> int:
     """Draw ``args.n`` pictures of each prompt into ``args.output``, and what else was asked for."""
-    from cogview.pictures import safe_name
+    from cogview.image_io.png import safe_name
 
     good = [prompt for prompt in prompts if easel.accepts(prompt)]
     orders = [

@@ -13,8 +13,8 @@ from cogview.errors import InputError
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.registry import KnownModel
-    from cogview.checkpoints.weights import Spec
-    from cogview.config import TransformerConfig
+    from cogview.checkpoints.safetensors_io import Spec
+    from cogview.modeling.config import TransformerConfig
 
 # The commands that ask for each task.
 COMMANDS_OF_TASKS = {
@@ -69,9 +69,9 @@ def run(args: argparse.Namespace) -> int:
 
 def model_facts(folder: Path, name: str) -> dict[str, str]:
     """A checkpoint folder in words."""
-    from cogview.checkpoints.folder import read_config, read_things
+    from cogview.checkpoints.checkpoint import read_config, read_things
     from cogview.checkpoints.registry import known_models
-    from cogview.checkpoints.weights import WeightsFile
+    from cogview.checkpoints.safetensors_io import WeightsFile
 
     config = read_config(folder)
     vocabulary, sampling = config.vocabulary, config.sampling
@@ -111,7 +111,7 @@ def released_facts(path: Path) -> dict[str, str]:
         raise InputError(
             f"{path} is no model: expected a name, a checkpoint folder, or a released file (.tar, .pt or .model)"
         )
-    from cogview.checkpoints.released import is_released_vqvae
+    from cogview.checkpoints.v1_format import is_released_vqvae
 
     if path.suffix == ".pt" and path.is_file() and is_released_vqvae(path):
         return image_tokenizer_facts(path)
@@ -120,9 +120,9 @@ def released_facts(path: Path) -> dict[str, str]:
 
 def transformer_facts(path: Path) -> dict[str, str]:
     """A released transformer in words, and how to convert it; none of its tensors is read."""
-    from cogview.checkpoints.convert import tasks_by_name
     from cogview.checkpoints.registry import convert_command, known_models
-    from cogview.checkpoints.released import ReleasedTransformer
+    from cogview.checkpoints.v1_convert import tasks_by_name
+    from cogview.checkpoints.v1_format import ReleasedTransformer
 
     row = known_models().get(path.name.removesuffix(".tar"))
     published = row is not None and bool(row.files)
@@ -149,8 +149,8 @@ def transformer_facts(path: Path) -> dict[str, str]:
 
 def image_tokenizer_facts(path: Path) -> dict[str, str]:
     """A released image tokenizer in words."""
-    from cogview.checkpoints.released import read_released_vqvae
-    from cogview.checkpoints.weights import Spec
+    from cogview.checkpoints.safetensors_io import Spec
+    from cogview.checkpoints.v1_format import read_released_vqvae
     from cogview.vqvae.model import PIXELS_PER_CODE
 
     config, weights = read_released_vqvae(path)
@@ -207,7 +207,7 @@ def table(facts: Mapping[str, str], path: Path, *, hashes: bool) -> list[str]:
 
 def things_lines(folder: Path) -> list[str]:
     """A line per thing: emoji, name, synonyms."""
-    from cogview.checkpoints.folder import read_config, read_things
+    from cogview.checkpoints.checkpoint import read_config, read_things
 
     read_config(folder)  # so that a folder that holds no model says so
     things = read_things(folder)
@@ -219,7 +219,7 @@ def things_lines(folder: Path) -> list[str]:
 def weights_in_words(specs: Mapping[str, Spec]) -> str:
     """The dtypes of weights."""
     from cogview.checkpoints.precision import stored_few_bits
-    from cogview.quantized import is_rounded, parts_of
+    from cogview.modeling.quantization import is_rounded, parts_of
 
     few_bits = stored_few_bits(specs)
     if few_bits is None:
@@ -245,7 +245,7 @@ def _shape(shape: TransformerConfig, about_heads: str = "") -> str:
 def _sha256_of(files: Sequence[Path]) -> dict[Path, str]:
     from tqdm import tqdm
 
-    from cogview.checkpoints.folder import file_sha256
+    from cogview.checkpoints.checkpoint import file_sha256
 
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:

@@ -12,21 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.cli.caption import caption_line
-from cogview.cli.easel import Easel, easel_of
+from cogview.cli.inputs import Images
 from cogview.cli.options import SAMPLING
 from cogview.cli.progress import Bar
-from cogview.cli.sources import Images
+from cogview.cli.session import Easel, easel_of
 from cogview.errors import InputError
-from cogview.jobs.claims import Claims, Interruption, place, run
-from cogview.jobs.files import Line, digest, name_of, read_job
-from cogview.jobs.ledger import Ledger, fingerprint, refuse_old
+from cogview.jobs.journal import Ledger, fingerprint, refuse_old
+from cogview.jobs.locks import Claims, Interruption, place, run
+from cogview.jobs.records import Line, digest, name_of, read_job
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from cogview.pipeline import Picture, Wish
-    from cogview.sampling import Sampling
+    from cogview.generation.sampling import Sampling
+    from cogview.pipeline.cogview import Picture, Wish
 
 MOST_ON_SHEET = 1000  # pictures
 MOST_NOTES = 100  # prompts that are looked at for what a model may not know
@@ -62,7 +62,7 @@ class Group:
 def run_job(args: argparse.Namespace) -> int:
     """Do all lines that can be done; status 2 if there was one that cannot, 130 if the job was interrupted."""
     from cogview.device import take_local_gpu
-    from cogview.pictures import prepare_folder
+    from cogview.image_io.png import prepare_folder
 
     lines, problems = read_job(args.input)
     pictures = sum(line.n or args.n for line in lines if line.task in DRAWN)
@@ -119,7 +119,7 @@ class Job:
 
     def header(self) -> dict[str, Any]:
         """What must be the same when the job goes on; how much is done at a time is planned here."""
-        from cogview.adapters import Adapter
+        from cogview.checkpoints.adapter import Adapter
         from cogview.checkpoints.registry import find_checkpoint
 
         easel, model = self.easel, self.model
@@ -147,7 +147,7 @@ class Job:
 
         The same line twice goes on counting, as a larger n does.
         """
-        from cogview.pipeline import Wish
+        from cogview.pipeline.cogview import Wish
 
         counts: Counter[tuple[Any, ...]] = Counter()
         taken: set[str] = set()
@@ -219,7 +219,7 @@ class Job:
 
     def _ask(self, line: Line) -> Asked:
         """ValueError says why a line cannot be done."""
-        from cogview.sampling import GREEDY, Sampling
+        from cogview.generation.sampling import GREEDY, Sampling
 
         task = _weights_of(line)
         self.model.require_task(task)
@@ -317,7 +317,7 @@ class Job:
         bar: Bar,
     ) -> None:
         """Upscale pictures of a chunk."""
-        from cogview.pipeline import Wish
+        from cogview.pipeline.cogview import Wish
 
         wishes = [
             Wish(
@@ -341,7 +341,7 @@ class Job:
         """Write a result, then record it."""
         from tqdm import tqdm
 
-        from cogview.pictures import preview_path
+        from cogview.image_io.png import preview_path
 
         facts: dict[str, Any] = {"task": line.task, "prompt": line.prompt, "index": result.index, "seed": result.seed}
         if line.image is not None:
@@ -361,8 +361,8 @@ class Job:
         import numpy as np
         from PIL import Image
 
-        from cogview.pictures import read_texts, save_png, sheet_texts
-        from cogview.sheets import contact_sheet
+        from cogview.image_io import contact_sheet
+        from cogview.image_io.png import read_texts, save_png, sheet_texts
 
         paths = [self.args.output / ledger.done[name]["path"] for name in names if name in ledger.done]
         if paths:
@@ -394,7 +394,7 @@ def _weights_of(line: Line) -> str:
 
 def _stem(line: Line) -> str:
     """What the names of the pictures of a line begin with."""
-    from cogview.pictures import safe_name
+    from cogview.image_io.png import safe_name
 
     if line.id is not None:
         return safe_name(line.id)

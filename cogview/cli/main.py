@@ -116,7 +116,7 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ValueError as error:
-        from cogview.kernels.choice import ForcedKernelsError  # with PyTorch, which has been imported by then
+        from cogview.kernels.dispatch import ForcedKernelsError  # with PyTorch, which has been imported by then
 
         if not isinstance(error, ForcedKernelsError):
             raise

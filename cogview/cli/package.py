@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from cogview.checkpoints.folder import file_sha256, load_model, save_model
+from cogview.checkpoints.checkpoint import file_sha256, load_model, save_model
 from cogview.cli.evaluate import MEASURES, last_checkpoint, read_report
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.config_files import build
+from cogview.config_io import build
 from cogview.errors import InputError
-from cogview.sampling import Sampling
+from cogview.generation.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

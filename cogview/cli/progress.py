@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from cogview.pipeline import CogView, Progress, Wish
+    from cogview.pipeline.cogview import CogView, Progress, Wish
 
 PREVIEW_SECONDS = 2.0  # at least, between two looks at a picture
 PREVIEW_SHARE = 0.1  # of the time may go into looking, beside the looks after each quarter
@@ -26,7 +26,7 @@ SIDE_WORK = ("encoding images", "decoding pixels")  # told only where memory doe
 @contextmanager
 def plans_told() -> Iterator[None]:
     """Within, lines on stderr say how much is done at a time, and why; in the first of several processes only."""
-    logger = logging.getLogger("cogview.planning")
+    logger = logging.getLogger("cogview.planning.batches")
     handler, before = _Plans(), (logger.level, logger.propagate)
     if _is_first_process():
         logger.addHandler(handler)
@@ -164,7 +164,7 @@ class Previews:
 
     def remove(self, wish: Wish) -> None:
         """Remove that of a picture which is written now."""
-        from cogview.pictures import preview_path
+        from cogview.image_io.png import preview_path
 
         if (path := self.paths.pop(wish, None)) is not None:
             preview_path(path).unlink(missing_ok=True)
@@ -172,7 +172,7 @@ class Previews:
     def _write(self, path: Path, codes: np.ma.MaskedArray) -> None:
         import numpy as np
 
-        from cogview.pictures import greyed, preview_path, write_png
+        from cogview.image_io.png import greyed, preview_path, write_png
 
         drawn = codes.compressed()
         # One at a time: what is drawn leaves memory for no batch of pixels.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cogview.config_files import build, read_recipe, section
+from cogview.config_io import build, read_recipe, section
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer
 
@@ -71,7 +71,7 @@ class Recipe:
 
     def open_image_tokenizer(self) -> VQVAE:
         """The trained VQ-VAE, on the CPU; InputError where there is none yet."""
-        from cogview.checkpoints.image import load_image_tokenizer
+        from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 
         if not self.image_tokenizer.is_dir():
             raise InputError(

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cogview.cli.easel import accepts, open_model
-from cogview.cli.lines import LineWriter
+from cogview.cli.inputs import READ_AT_A_TIME, Images, Query, batches, read_queries
 from cogview.cli.options import add_model_arguments, add_query_arguments, ceiling
-from cogview.cli.sources import READ_AT_A_TIME, Images, Query, batches, read_queries
+from cogview.cli.session import accepts, open_model
+from cogview.cli.text_io import LineWriter
 
 if TYPE_CHECKING:
-    from cogview.pipeline import CogView, Score
+    from cogview.pipeline.cogview import CogView, Score
 
 LINE = "TEXT<TAB>IMAGE<TAB>IMAGE…"
 

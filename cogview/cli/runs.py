@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
-    from cogview.training.record import RunRecord, Series
+    from cogview.training.run_record import RunRecord, Series
 
 FOLDER = "runs"  # where recipes put their work
 MOST_ROWS = 12  # of steps to compare at
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print; a run that cannot be read is named at the end."""
-    from cogview.training.record import find_runs, read_run
+    from cogview.training.run_record import find_runs, read_run
 
     folders = [Path(name) for name in args.sources or [FOLDER]]
     if not args.sources and not folders[0].is_dir():
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
         found = "one was" if records else "none was"
         raise InputError(f"--compare needs two runs or more, {found} found in {_all(folders)}")
     if args.plot is not None:
-        from cogview.training.curves import draw_curves
+        from cogview.training.plots import draw_curves
 
         draw_curves(records, args.plot)
     if args.json:
@@ -122,7 +122,7 @@ def compare(records: Sequence[RunRecord]) -> dict[str, Any]:
 
     A key that a run lacks is the word "-" there, as None is a value of settings.
     """
-    from cogview.training.record import differing, flat
+    from cogview.training.run_record import differing, flat
 
     settings = [flat(record.settings) for record in records]
     starts = [
@@ -144,7 +144,7 @@ def compare(records: Sequence[RunRecord]) -> dict[str, Any]:
 
 def comparison_lines(records: Sequence[RunRecord]) -> list[str]:
     """``compare`` as tables, a column for each run."""
-    from cogview.training.record import names_apart
+    from cogview.training.run_record import names_apart
 
     found, names = compare(records), names_apart(records)
     lines: list[str] = []
@@ -184,14 +184,14 @@ def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
 
 
 def _at_common_steps(series: Sequence[Series | None]) -> dict[int, list[float | None]]:
-    from cogview.training.record import common_steps
+    from cogview.training.run_record import common_steps
 
     return {step: [None if own is None else own.at(step) for own in series] for step in common_steps(series, MOST_ROWS)}
 
 
 def _last_in_common(figures: Sequence[Mapping[str, Series]]) -> dict[str, dict[str, Any]]:
     """Of each loss that all have, the last step that they share and the values there."""
-    from cogview.training.record import common_steps
+    from cogview.training.run_record import common_steps
 
     found = {}
     for name in figures[0]:

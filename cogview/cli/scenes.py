@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.data.emoji.things import EmojiFiles
-from cogview.data.emoji.world import World, WorldSettings
-from cogview.sheets import contact_sheet
+from cogview.emoji.things import EmojiFiles
+from cogview.emoji.world import World, WorldSettings
+from cogview.image_io import contact_sheet
 
 SHEET_SCENES = 48
 

@@ -14,29 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogview.adapters import Adapter, Base, LoraSettings, add_lora, save_adapter
-from cogview.checkpoints.folder import Model, ModelConfig, NamedThing, load_model
-from cogview.checkpoints.image import codebook_hash
+from cogview.checkpoints.adapter import Adapter, Base, LoraSettings, add_lora, save_adapter
+from cogview.checkpoints.checkpoint import Model, ModelConfig, NamedThing, load_model
+from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.checkpoints.registry import find_checkpoint
 from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_arguments, open_recipe
-from cogview.config import preset
-from cogview.config_files import to_plain
-from cogview.data.emoji.world import World as EmojiWorld
+from cogview.config_io import to_plain
 from cogview.data.mixture import LEDGER_FILE, StoreWatch
-from cogview.data.released import open_rows
 from cogview.data.store import ABSENT, TokenStore
+from cogview.data.v1_datasets import open_rows
 from cogview.device import Placement, available_memory, flush_denormals, precision_name, training_dtype
+from cogview.emoji.world import World as EmojiWorld
 from cogview.errors import InputError, ToldElsewhere
-from cogview.memory import measure
-from cogview.pipeline import CogView
-from cogview.sampling import Sampling
-from cogview.sheets import contact_sheet
-from cogview.tokenizers.layouts import layouts
-from cogview.tokenizers.text import TextTokenizer
-from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.training.curves import leave_curves
-from cogview.training.distributed import World, end_process, join_world, leave_world, tell
-from cogview.training.estimates import (
+from cogview.generation.sampling import Sampling
+from cogview.image_io import contact_sheet
+from cogview.modeling.config import preset
+from cogview.modeling.transformer import Transformer
+from cogview.pipeline.cogview import CogView
+from cogview.planning.inference import measure
+from cogview.planning.training import (
     TrainingJob,
     TrainingMemory,
     flops_per_token,
@@ -44,12 +40,16 @@ from cogview.training.estimates import (
     suggest,
     training_memory,
 )
-from cogview.training.record import write_environment
-from cogview.training.run import Run, RunSettings, run_loop
+from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.training.data_loader import Supply
+from cogview.training.distributed import World, end_process, join_world, leave_world, tell
+from cogview.training.loop import Run, RunSettings, run_loop
+from cogview.training.plots import leave_curves
+from cogview.training.run_record import write_environment
 from cogview.training.settings import EngineSettings, TransformerTraining
-from cogview.training.supply import Supply
-from cogview.training.transformer import AdapterFiles, TransformerTrainer, Watching
-from cogview.transformer import Transformer
+from cogview.training.trainer import AdapterFiles, TransformerTrainer, Watching
 from cogview.vqvae.model import VQVAE
 
 SHEET_PICTURES = 24

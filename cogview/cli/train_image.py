@@ -7,15 +7,15 @@ import os
 import shutil
 from dataclasses import dataclass, field
 
-from cogview.checkpoints.image import load_image_tokenizer
+from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.checkpoints.registry import find_checkpoint
 from cogview.cli.recipes import add_recipe_arguments, add_training_arguments, open_recipe
-from cogview.config_files import to_plain
-from cogview.data.emoji.world import World
+from cogview.config_io import to_plain
 from cogview.device import choose_placement, flush_denormals, training_dtype
+from cogview.emoji.world import World
 from cogview.errors import InputError
-from cogview.training.image_tokenizer import ImageTokenizerRun, scene_batches
-from cogview.training.run import Run, RunSettings, run_loop
+from cogview.training.loop import Run, RunSettings, run_loop
+from cogview.training.vqvae_trainer import ImageTokenizerRun, scene_batches
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETraining
 

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.data.emoji.world import World
+from cogview.emoji.world import World
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 

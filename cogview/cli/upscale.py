@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cogview.cli.easel import Easel, Enlargement, easel_of
+from cogview.cli.inputs import Images, Query, read_queries
 from cogview.cli.options import (
     add_drawing_arguments,
     add_model_arguments,
     add_query_arguments,
     add_seed_argument,
 )
-from cogview.cli.sources import Images, Query, read_queries
+from cogview.cli.session import Easel, Enlargement, easel_of
 
 LINE = "TEXT<TAB>IMAGE"
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Upscale every image that can be read; status 1 if there was one that cannot, 2 if a prompt was refused."""
-    from cogview.pictures import prepare_folder
+    from cogview.image_io.png import prepare_folder
 
     images = Images()
     queries = read_queries(args, images, LINE)
@@ -55,7 +55,7 @@ def upscale_files(
     easel: Easel, images: Images, queries: Sequence[tuple[Query, Path]], *, low_level: bool = False
 ) -> int:
     """Upscale the one image of each query into the folder beside it; returns the exit status."""
-    from cogview.pictures import safe_name
+    from cogview.image_io.png import safe_name
     from cogview.vqvae.model import PIXELS_PER_CODE
 
     refused = [query for query, _ in queries if len(query.paths) != 1]

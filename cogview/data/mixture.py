@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from cogview.data.released import BadRow, open_rows
-from cogview.data.sampler import sample_index
+from cogview.data.sampling_order import sample_index
 from cogview.data.store import ABSENT, DATA_FILE, TEXT_FIELD, StoreHeader, TokenStore
+from cogview.data.v1_datasets import BadRow, open_rows
 from cogview.errors import InputError
 
 LEDGER_FILE = "stores.jsonl"  # of the phases, in the folder of a run

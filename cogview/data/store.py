@@ -37,7 +37,7 @@ DATA_FILE = "data.mdb"
 
 _HEADER_KEY = b"header"
 _COUNT_KEY = b"count"
-_RELEASED_COUNT_KEY = b"length"  # of a released dataset (cogview.data.released)
+_RELEASED_COUNT_KEY = b"length"  # of a released dataset (cogview.data.v1_datasets)
 _ROWS_TABLE = b"rows"
 _ON_DISK = np.dtype("<u2")
 

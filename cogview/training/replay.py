@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogview.checkpoints.folder import load_model
-from cogview.config_files import build, read_recipe
+from cogview.checkpoints.checkpoint import load_model
+from cogview.config_io import build, read_recipe
 from cogview.device import DTYPES, choose_placement
 from cogview.errors import InputError
 from cogview.training.distributed import World
-from cogview.training.monitor import first_nonfinite
+from cogview.training.nonfinite import first_nonfinite
 from cogview.training.settings import TransformerTraining
-from cogview.training.transformer import TransformerTrainer
+from cogview.training.trainer import TransformerTrainer
 
 
 def replay(folder: Path, device: str) -> Iterator[tuple[str, str, str]]:

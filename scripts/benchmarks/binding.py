@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from cogview.config import TransformerConfig
-from cogview.data.emoji.scene import Shares
-from cogview.data.emoji.world import World
 from cogview.device import flush_denormals
+from cogview.emoji.scene import Shares
+from cogview.emoji.world import World
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
-from cogview.transformer import Transformer
 
 THINGS, TESTED, LONGEST = 40, 1000, 24
 PLAIN = re.compile(r".*(左边|右边|上面|下面)[是有].*[,，].*(左边|右边|上面|下面)[是有]")

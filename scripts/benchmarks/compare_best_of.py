@@ -41,13 +41,13 @@ from compare_released import (
 )
 from four_billion import text_model
 
-from cogview.checkpoints.folder import Model, ModelConfig
+from cogview.checkpoints.checkpoint import Model, ModelConfig
 from cogview.cli.main import run_safely
 from cogview.cli.options import DEFAULT_MODEL, require_positive
 from cogview.device import choose_placement
-from cogview.easels import Job
-from cogview.engine import fill, score
-from cogview.pipeline import CogView
+from cogview.generation.decode import fill, score
+from cogview.generation.token_sampler import Job
+from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import Arranged, pad_right
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import VQVAE, VQVAEConfig

@@ -35,16 +35,16 @@ from released_algorithm import choose, draw, no_memory, read
 
 from cogview.cli.main import Parser, run_safely
 from cogview.cli.options import require_positive
-from cogview.config import TransformerConfig
 from cogview.device import DTYPES, Placement, choose_placement
-from cogview.easels import Job
-from cogview.engine import fill
 from cogview.errors import InputError
-from cogview.pipeline import CogView
-from cogview.sampling import GREEDY, Sampling
+from cogview.generation.decode import fill
+from cogview.generation.sampling import GREEDY, Sampling
+from cogview.generation.token_sampler import Job
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.transformer import Transformer
+from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import Arranged, layouts
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.transformer import Transformer
 
 SEED = 0
 RANDOM = "random"

@@ -45,9 +45,9 @@ from torch._dynamo.exc import TorchDynamoException
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
-from cogview.config import TransformerConfig
 from cogview.device import Placement, choose_placement
 from cogview.errors import InputError
+from cogview.modeling.config import TransformerConfig
 from cogview.tokenizers.layouts import layouts
 
 NUM_PIECES = 77  # with three commands, 80 given tokens

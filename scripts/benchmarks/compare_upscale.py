@@ -35,8 +35,8 @@ from released_algorithm import draw
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
-from cogview.pipeline import CogView, Picture, Wish
-from cogview.sampling import GREEDY, Sampling
+from cogview.generation.sampling import GREEDY, Sampling
+from cogview.pipeline.cogview import CogView, Picture, Wish
 from cogview.tokenizers.layouts import upscale_windows
 
 PROMPTS = ("一个红苹果", "蓝色背景上的三只狐狸", "一辆汽车", "狗在猫的左边")

@@ -66,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Every operation in every form that is launched as another kernel, with a backward pass where there is one."""
-    from cogview.kernels import launch
+    from cogview.kernels import triton_utils as launch
 
     launch.check_floats = lambda name, tensor: None  # type: ignore[assignment]  # nothing will run on this CPU
     from cogview.kernels.attention_triton import attention_triton
-    from cogview.kernels.cross_entropy_triton import losses_in_place
     from cogview.kernels.decode_attention import Beginning
     from cogview.kernels.decode_attention_triton import decode_attention_triton
+    from cogview.kernels.fused_linear_cross_entropy_triton import losses_in_place
     from cogview.kernels.gelu_triton import bias_gelu_triton
     from cogview.kernels.layer_norm_triton import pb_relax_layer_norm_triton, sandwich_layer_norm_triton
     from cogview.kernels.window_attention_triton import window_attention_triton

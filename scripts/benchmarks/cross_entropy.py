@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cogview.device import DTYPES
-from cogview.kernels.cross_entropy import Targets, sliced_cross_entropy, sliced_cross_entropy_reference
+from cogview.kernels.fused_linear_cross_entropy import Targets, sliced_cross_entropy, sliced_cross_entropy_reference
 from cogview.tokenizers.vocabulary import Vocabulary
 
 PLACES, WIDTH = 2048, 512

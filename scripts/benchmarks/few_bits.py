@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogview.data.emoji.world import World
-from cogview.evaluation.protocol import check_world, draw_captions
-from cogview.evaluation.scenes import SceneGrader, format_accuracy, held_out_scenes, summarize
-from cogview.pipeline import CogView
+from cogview.emoji.evaluation.scenes import SceneGrader, format_accuracy, held_out_scenes, summarize
+from cogview.emoji.world import World
+from cogview.evaluation.harness import check_world, draw_captions
+from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import pad_right
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")

@@ -44,17 +44,17 @@ def make(folder: Path, preset_name: str) -> int:
     """Write the model in float16, and convert it to the other stored forms."""
     import torch
 
-    from cogview.checkpoints.convert import convert_folder
-    from cogview.checkpoints.folder import Model, ModelConfig, save_model
-    from cogview.checkpoints.image import codebook_hash
+    from cogview.checkpoints.checkpoint import Model, ModelConfig, save_model
+    from cogview.checkpoints.image_tokenizer import codebook_hash
     from cogview.checkpoints.precision import Precision
-    from cogview.checkpoints.weights import Spec, WeightsWriter
-    from cogview.config import preset
+    from cogview.checkpoints.safetensors_io import Spec, WeightsWriter
+    from cogview.checkpoints.v1_convert import convert_folder
     from cogview.device import DTYPES
-    from cogview.quantized import few_bits_named
+    from cogview.modeling.config import preset
+    from cogview.modeling.quantization import few_bits_named
+    from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.text import TextTokenizer
     from cogview.tokenizers.vocabulary import Vocabulary
-    from cogview.transformer import Transformer
     from cogview.vqvae.model import VQVAE, VQVAEConfig
 
     vocabulary = Vocabulary()
@@ -148,9 +148,9 @@ def one_run(folder: Path, device: str, dtype: str, tokens: int) -> int:
     import numpy as np
     import torch
 
-    from cogview.easels import Job, Moment, Stopped
-    from cogview.engine import fill
-    from cogview.pipeline import CogView
+    from cogview.generation.decode import fill
+    from cogview.generation.token_sampler import Job, Moment, Stopped
+    from cogview.pipeline.cogview import CogView
 
     imported = time.perf_counter()
     base = memory()
@@ -244,7 +244,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["make", "measure", "one"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--preset", default="4b", help="of cogview/config.py (default: 4b)")
+    parser.add_argument("--preset", default="4b", help="of cogview/modeling/config.py (default: 4b)")
     parser.add_argument("--device", default="cpu", help="(default: cpu)")
     parser.add_argument("--dtype", default="auto", help="of one run (default: auto)")
     parser.add_argument("--runs", type=int, default=5, help="(default: 5)")

@@ -31,13 +31,13 @@ def make(folder: Path) -> None:
     import numpy as np
     import torch
 
-    from cogview.checkpoints.folder import Model, ModelConfig, save_model
-    from cogview.checkpoints.image import codebook_hash
-    from cogview.config import TransformerConfig
+    from cogview.checkpoints.checkpoint import Model, ModelConfig, save_model
+    from cogview.checkpoints.image_tokenizer import codebook_hash
     from cogview.data.store import StoreHeader, StoreWriter
+    from cogview.modeling.config import TransformerConfig
+    from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.text import TextTokenizer
     from cogview.tokenizers.vocabulary import Vocabulary
-    from cogview.transformer import Transformer
     from cogview.vqvae.model import VQVAE, VQVAEConfig
 
     torch.manual_seed(0)

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogview.kernels.attention import attention_reference
-from cogview.kernels.cross_entropy import Targets, sliced_cross_entropy
 from cogview.kernels.decode_attention import Beginning, decode_attention_reference, quantize_per_position
+from cogview.kernels.fused_linear_cross_entropy import Targets, sliced_cross_entropy
 from cogview.kernels.gelu import bias_gelu_reference
 from cogview.kernels.layer_norm import sandwich_layer_norm_reference
 from cogview.kernels.window_attention import window_attention_reference, window_attention_torch

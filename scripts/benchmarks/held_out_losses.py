@@ -16,10 +16,10 @@ import torch
 
 from cogview.data.store import TokenStore
 from cogview.device import flush_denormals
-from cogview.pipeline import CogView
+from cogview.pipeline.cogview import CogView
 from cogview.training.distributed import World
 from cogview.training.settings import TransformerTraining
-from cogview.training.transformer import TransformerTrainer
+from cogview.training.trainer import TransformerTrainer
 
 
 def main() -> int:

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogview.checkpoints.folder import Model
-from cogview.data.emoji.scene import Scene
-from cogview.data.emoji.world import World
+from cogview.checkpoints.checkpoint import Model
 from cogview.device import flush_denormals
-from cogview.evaluation.scenes import held_out_scenes
-from cogview.pipeline import CogView
+from cogview.emoji.evaluation.scenes import held_out_scenes
+from cogview.emoji.scene import Scene
+from cogview.emoji.world import World
+from cogview.pipeline.cogview import CogView
 
 
 def codes_of(model: Model, world: World, scene: Scene) -> np.ndarray:

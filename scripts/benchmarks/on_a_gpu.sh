@@ -21,7 +21,7 @@ step() {  # NAME SECONDS COMMAND...
     tail -n 12 "$out/$name.txt"
 }
 
-step tests 300 python -m pytest -q tests/test_engine.py tests/kernels tests/test_pipeline.py
+step tests 300 python -m pytest -q tests/generation/test_decode.py tests/kernels tests/pipeline/test_cogview.py
 # Captured steps draw what eager ones draw (float32), and what they save.
 for steps in eager captured; do
     COGVIEW_STEPS=$steps step "draw-$steps" 120 python -m cogview generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \

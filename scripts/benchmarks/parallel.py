@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogview.pipeline import CogView, Picture, Wish
+from cogview.pipeline.cogview import CogView, Picture, Wish
 
 THINGS = ("狐狸", "红苹果", "足球", "猫", "企鹅", "蓝色汽车")
 COLOURS = ("蓝色", "黄色", "紫色", "绿色", "粉色")

@@ -30,9 +30,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogview import planning
 from cogview.device import available_memory, ran_out
-from cogview.pipeline import CogView, Wish
+from cogview.pipeline.cogview import CogView, Wish
+from cogview.planning import batches as planning
 
 GROUPS = Path("/sys/fs/cgroup/memory")
 LIMITS = (440, 480, 520, 580, 640, 720, 820, 940)  # MB

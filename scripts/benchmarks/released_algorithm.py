@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogview.generation.sampling import Sampling, keep_top_k
 from cogview.kernels.attention import attention
-from cogview.sampling import Sampling, keep_top_k
+from cogview.modeling.transformer import Layer, Transformer
 from cogview.tokenizers.layouts import Arranged
 from cogview.tokenizers.vocabulary import Kind, Vocabulary
-from cogview.transformer import Layer, Transformer
 
 
 @torch.inference_mode()

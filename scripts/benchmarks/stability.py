@@ -4,7 +4,7 @@
 
 ``pre-ln`` is x + f(LN(x)), with statistics of the norms in float32 and scores QK^T / sqrt(K) divided after the product.
 ``released`` is Sandwich-LN as CogView was released: every norm divides its input by one max|x| / 8 of the whole tensor,
-and queries are divided before the product. ``ours`` is ``cogview.transformer`` itself. All else is the same: weights,
+and queries are divided before the product. ``ours`` is ``cogview.modeling.transformer``. All else is the same: weights,
 data, schedule, loss scaling. Weights and AdamW are float32, what autocast makes is stored in float16, gradients
 included, and products add up in float32, as tensor cores do it; the residual stream is float16 in the first two forms
 and float32 in ours. All of it runs on a CPU, whose float16 rounds and overflows as that of a GPU.
@@ -38,14 +38,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cogview.cache import KVCache
 from cogview.cli.main import Parser, run_safely
 from cogview.cli.options import require_positive
-from cogview.config import TransformerConfig
 from cogview.errors import InputError
 from cogview.kernels.attention import attention_reference, causal_bias
 from cogview.kernels.layer_norm import pb_relax_layer_norm
-from cogview.transformer import Layer, LayerNorm, Transformer
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.kv_cache import KVCache
+from cogview.modeling.transformer import Layer, LayerNorm, Transformer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cogview.config import TransformerConfig
+    from cogview.modeling.config import TransformerConfig
 
 ENGINES = ("torch", "zero1", "zero2", "zero3", "zero1-offload", "zero2-offload", "zero3-offload")
 TEXT = 64  # places of a row before its codes
@@ -32,7 +32,7 @@ TEXT = 64  # places of a row before its codes
 
 def shape_of(job: dict[str, Any]) -> TransformerConfig:
     """A preset, or so many layers of a width, with the released vocabulary."""
-    from cogview.config import TransformerConfig, preset
+    from cogview.modeling.config import TransformerConfig, preset
     from cogview.tokenizers.vocabulary import Vocabulary
 
     rows = Vocabulary().padded_size
@@ -53,13 +53,13 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from cogview.device import DTYPES
-    from cogview.kernels.cross_entropy import Targets
+    from cogview.kernels.fused_linear_cross_entropy import Targets
+    from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.vocabulary import Vocabulary
     from cogview.training.distributed import join_world, leave_world
-    from cogview.training.engines import Learner, Prepared, open_engine
+    from cogview.training.engines.torch_engine import Learner, Prepared, open_engine
     from cogview.training.settings import EngineSettings, TransformerTraining
-    from cogview.training.transformer import peak_memory
-    from cogview.transformer import Transformer
+    from cogview.training.trainer import peak_memory
 
     deepspeed = job["engine"] != "torch"
     world = join_world(job["device"], needs_group=deepspeed)
@@ -201,8 +201,8 @@ def main() -> None:
     import torch
 
     from cogview.device import DTYPES, choose_placement
-    from cogview.memory import measure as measure_device
-    from cogview.training.estimates import flops_per_token, peak_flops
+    from cogview.planning.inference import measure as measure_device
+    from cogview.planning.training import flops_per_token, peak_flops
 
     shared = {
         name: getattr(args, name) for name in ("processes", "rows", "length", "dropout", "steps", "warmup", "device")

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-    from cogview.config import TransformerConfig
-    from cogview.training.estimates import TrainingJob
+    from cogview.modeling.config import TransformerConfig
+    from cogview.planning.training import TrainingJob
 
 GPUS = (1, 8, 64, 512)
 PER_NODE = 8
@@ -45,7 +45,7 @@ def deepspeed_rows() -> Iterator[dict[str, Any]]:
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as third
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as second
 
-    from cogview.training.estimates import preset_job, training_memory
+    from cogview.planning.training import preset_job, training_memory
 
     base = preset_job("4b")
     for world, zero, offload in itertools.product(GPUS, (1, 2, 3), (False, True)):
@@ -87,7 +87,7 @@ def saved_by_layer(shape: TransformerConfig, rows: int, length: int, dtype: torc
     """
     import torch
 
-    from cogview.transformer import Transformer
+    from cogview.modeling.transformer import Transformer
 
     def kept(num_layers: int) -> int:
         transformer = Transformer(replace(shape, num_layers=num_layers)).train()
@@ -117,8 +117,8 @@ def saved_rows() -> Iterator[dict[str, Any]]:
     """One layer of every shape, in both precisions, with dropout and without."""
     import torch
 
-    from cogview.config import TransformerConfig
-    from cogview.training.estimates import layer_activations
+    from cogview.modeling.config import TransformerConfig
+    from cogview.planning.training import layer_activations
 
     for (name, (_, width, heads, length, rows)), dtype, dropout in itertools.product(
         SHAPES.items(), (torch.bfloat16, None), (0.0, 0.1)
@@ -157,8 +157,8 @@ def step_rows() -> Iterator[dict[str, Any]]:
     """A step of every shape, in both precisions and each way of checkpointing."""
     import torch
 
-    from cogview.config import TransformerConfig
-    from cogview.training.estimates import MODES, TrainingJob, training_memory
+    from cogview.modeling.config import TransformerConfig
+    from cogview.planning.training import MODES, TrainingJob, training_memory
 
     for (name, (layers, width, heads, length, rows)), dtype, mode in itertools.product(
         SHAPES.items(), (torch.bfloat16, None), MODES
@@ -193,9 +193,9 @@ def step_bytes(job: TrainingJob, dtype: torch.dtype | None) -> tuple[int, int]:
     """Bytes of weights, gradients and optimizer after a step of ``job``, and at the peak of the one that follows."""
     import torch
 
-    from cogview.kernels.cross_entropy import Targets
-    from cogview.training.engines import Learner
-    from cogview.transformer import Transformer
+    from cogview.kernels.fused_linear_cross_entropy import Targets
+    from cogview.modeling.transformer import Transformer
+    from cogview.training.engines.torch_engine import Learner
 
     torch.manual_seed(0)
     transformer = Transformer(job.transformer).train()
@@ -246,13 +246,13 @@ def held_row(stage: str) -> dict[str, Any]:
     """What this process of two holds, in bytes for each parameter."""
     import torch
 
-    from cogview.config import TransformerConfig
-    from cogview.kernels.cross_entropy import Targets
+    from cogview.kernels.fused_linear_cross_entropy import Targets
+    from cogview.modeling.config import TransformerConfig
+    from cogview.modeling.transformer import Transformer
+    from cogview.planning.training import TrainingJob, training_memory
     from cogview.training.distributed import join_world
-    from cogview.training.engines import Learner, Prepared, open_engine
-    from cogview.training.estimates import TrainingJob, training_memory
+    from cogview.training.engines.torch_engine import Learner, Prepared, open_engine
     from cogview.training.settings import EngineSettings, TransformerTraining
-    from cogview.transformer import Transformer
 
     zero, offload, length = int(stage[0]), stage.endswith("+"), 16
     world = join_world("cpu")

@@ -28,10 +28,10 @@ def measure(way: str, steps: int) -> None:
 
     from cogview.data.store import pad_text
     from cogview.device import flush_denormals, training_dtype
-    from cogview.pipeline import CogView
+    from cogview.pipeline.cogview import CogView
     from cogview.training.distributed import World
     from cogview.training.settings import TransformerTraining
-    from cogview.training.transformer import TransformerTrainer
+    from cogview.training.trainer import TransformerTrainer
 
     if way != "denormals kept":
         flush_denormals()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cogview.checkpoints.precision import Memory, Precision, cast, convert, converted_specs, stored_few_bits
-from cogview.checkpoints.weights import Spec
+from cogview.checkpoints.safetensors_io import Spec
 from cogview.errors import InputError
-from cogview.quantized import restore_weight, round_weight
+from cogview.modeling.quantization import restore_weight, round_weight
 
 PROJECTION = "layers.0.mlp.input.weight"
 FEW = ("int8", "int4")

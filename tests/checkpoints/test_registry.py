@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from cogview.checkpoints import registry
-from cogview.checkpoints.folder import file_sha256, read_config
+from cogview.checkpoints.checkpoint import file_sha256, read_config
 from cogview.checkpoints.registry import converted_folder, find_checkpoint, find_parts, home, known_models
 from cogview.errors import InputError
 

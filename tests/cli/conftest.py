@@ -64,4 +64,4 @@ def no_image_is_read(monkeypatch):
     def refuse(path):
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr("cogview.images.read_image", refuse)
+    monkeypatch.setattr("cogview.image_io.reading.read_image", refuse)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogview.adapters import PREFIX, Base, LoraSettings, save_adapter
-from cogview.checkpoints.convert import convert_folder
-from cogview.checkpoints.folder import read_config
+from cogview.checkpoints.adapter import PREFIX, Base, LoraSettings, save_adapter
+from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.precision import Precision
+from cogview.checkpoints.v1_convert import convert_folder
 from cogview.cli.main import main
-from cogview.pictures import read_texts
-from cogview.transformer import Transformer
+from cogview.image_io.png import read_texts
+from cogview.modeling.transformer import Transformer
 
 FOX = "一只狐狸"
 TARGETS = ("attention.query_key_value", "mlp.output")
@@ -141,7 +141,7 @@ def test_mistakes_are_one_line_and_status_2(run, tiny_checkpoint, adapter, tmp_p
 
 
 def test_a_bundle_takes_no_adapter(run, tiny_checkpoint, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("cogview.pipeline.find_parts", lambda name: {"generate": tiny_checkpoint})
+    monkeypatch.setattr("cogview.pipeline.cogview.find_parts", lambda name: {"generate": tiny_checkpoint})
     status, _, err = run("generate", FOX, "--model", "cogview-released", "--adapter", adapter, "--device", "cpu")
     assert (status, err.count("\n")) == (2, 1)
     assert "cogview-released stands for several models, an adapter belongs to one: name one of cogview-base, " in err

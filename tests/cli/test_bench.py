@@ -9,16 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from cogview import bench
-from cogview.bench import Failed, Figures, Measured, Seconds, Subject, least_seconds, measure_apart, measure_requests
+from cogview.benchmark import measure as bench
+from cogview.benchmark.measure import (
+    Failed,
+    Figures,
+    Measured,
+    Seconds,
+    Subject,
+    least_seconds,
+    measure_apart,
+    measure_requests,
+)
 from cogview.cli.bench import random_config
 from cogview.cli.estimate import open_configs
 from cogview.cli.main import main
 from cogview.device import choose_placement
-from cogview.engine import fill
 from cogview.errors import InputError
-from cogview.memory import Speed, estimate, layer_bytes
-from cogview.sampling import Sampling
+from cogview.generation.decode import fill
+from cogview.generation.sampling import Sampling
+from cogview.planning.inference import Speed, estimate, layer_bytes
 from cogview.vqvae.model import VQVAEConfig
 
 COLUMNS = ["batch", "first picture, s", "s/picture", "pictures/s", "tokens/s", "roofline", "predicted", "seen"]
@@ -28,7 +37,7 @@ SPEED = Speed(bandwidth=1e9, flops=1e10, starts_ahead=False)
 @pytest.fixture(autouse=True)
 def nothing_is_probed(monkeypatch):
     """The real one takes a second, and 256 MB."""
-    monkeypatch.setattr("cogview.memory.measure", lambda device, dtype: SPEED)
+    monkeypatch.setattr("cogview.planning.inference.measure", lambda device, dtype: SPEED)
 
 
 @pytest.fixture
@@ -260,7 +269,7 @@ def test_json_is_there_whole_or_not_at_all(tiny_checkpoint, in_this_process, tmp
         path.write_text("{")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cogview.checkpoints.folder.write_json", full)
+    monkeypatch.setattr("cogview.checkpoints.checkpoint.write_json", full)
     arguments = ["--model", str(tiny_checkpoint), "--device", "cpu", "--batch", "1", "--repeats", "1", "--codes", "2"]
     assert main(["bench", *arguments, "--json", str(path)]) == 2
     printed = capsys.readouterr()

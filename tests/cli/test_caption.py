@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cogview.pipeline import CogView
+from cogview.pipeline.cogview import CogView
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogview.checkpoints.folder import read_config
+from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.registry import find_checkpoint, find_parts
 from cogview.cli.main import main
 

@@ -9,9 +9,9 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from cogview.checkpoints.folder import read_config
+from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.registry import KnownFile, KnownModel, converted_folder, find_parts, is_converted
-from cogview.checkpoints.weights import WeightsFile
+from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.cli.main import main
 
 CONTENTS = {

@@ -7,7 +7,7 @@ import yaml
 from PIL import Image
 
 from cogview.cli.main import main
-from cogview.evaluation.captions import format_caption_report
+from cogview.emoji.evaluation.captions import format_caption_report
 
 
 @pytest.fixture

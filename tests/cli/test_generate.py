@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cogview.pictures
-import cogview.pipeline
+import cogview.image_io.png
+import cogview.pipeline.cogview
 from cogview import __version__
 from cogview.cli.main import main
-from cogview.pictures import read_texts
+from cogview.image_io.png import read_texts
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
@@ -158,7 +158,7 @@ def test_a_line_says_what_was_planned(tiny_checkpoint, tmp_path, capsys, ceiling
 
 
 def test_rounded_keys_and_values(generate, tiny_checkpoint):
-    from cogview.pipeline import CogView
+    from cogview.pipeline.cogview import CogView
 
     _, [file], _ = generate(FOX, "--seed", "7", "--kv-dtype", "int8")
     [picture] = CogView.from_pretrained(tiny_checkpoint, device="cpu", kv_dtype="int8").generate(FOX, seed=7)
@@ -197,8 +197,8 @@ def test_previews(generate, monkeypatch, tiny_model, seconds):
             assert not path.with_name(path.name.replace(".preview", "")).exists()
             seen.append((path.name, np.asarray(Image.open(path))))
 
-    write_png = cogview.pictures.write_png
-    monkeypatch.setattr("cogview.pictures.write_png", write)
+    write_png = cogview.image_io.png.write_png
+    monkeypatch.setattr("cogview.image_io.png.write_png", write)
     status, files, _ = generate(FOX, DOG, "--seed", "7", "--preview")
     assert status == 0
     assert sorted(os.listdir("outputs")) == sorted(file.name for file in files)
@@ -214,7 +214,7 @@ def test_previews(generate, monkeypatch, tiny_model, seconds):
 
 
 def test_previews_do_not_outlive_an_interruption(generate, monkeypatch):
-    fill = cogview.pipeline.fill
+    fill = cogview.pipeline.cogview.fill
 
     def interrupted_fill(transformer, vocabulary, jobs, watch, **settings):
         def look(moment):
@@ -226,7 +226,7 @@ def test_previews_do_not_outlive_an_interruption(generate, monkeypatch):
 
         return fill(transformer, vocabulary, jobs, look, **settings)
 
-    monkeypatch.setattr(cogview.pipeline, "fill", interrupted_fill)
+    monkeypatch.setattr(cogview.pipeline.cogview, "fill", interrupted_fill)
     assert generate(FOX, "--seed", "7", "--preview")[0] == 130
     assert os.listdir("outputs") == []
 
@@ -376,7 +376,7 @@ def test_a_model_that_is_not_known(tmp_path, capsys):
 
 
 def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_model):
-    fill, calls = cogview.pipeline.fill, []
+    fill, calls = cogview.pipeline.cogview.fill, []
 
     def interrupted_fill(*arguments, **settings):
         calls.append(1)
@@ -384,7 +384,7 @@ def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_mod
             raise KeyboardInterrupt
         return fill(*arguments, **settings)
 
-    monkeypatch.setattr(cogview.pipeline, "fill", interrupted_fill)
+    monkeypatch.setattr(cogview.pipeline.cogview, "fill", interrupted_fill)
     status, files, err = generate(FOX, "-n", "7", "--seed", "7", "--max-inference-batch-size", "2", "--grid")
     assert status == 130
     assert err.endswith("cogview generate: interrupted; what was finished is kept\n")

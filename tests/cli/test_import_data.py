@@ -10,11 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from cogview import config
-from cogview.checkpoints.folder import read_config
-from cogview.checkpoints.image import codebook_hash, load_image_tokenizer
+from cogview.checkpoints.checkpoint import read_config
+from cogview.checkpoints.image_tokenizer import codebook_hash, load_image_tokenizer
 from cogview.cli.main import main
 from cogview.data.store import TokenStore, text_lengths
+from cogview.modeling import config
 from cogview.tokenizers.text import TextTokenizer
 
 CAPTIONS = ["红色背景上的一只狐狸在汽车的左边", "蓝色背景上的三只狗在鱼的左边", "绿色背景上的两只苹果在鱼的左边", ""]
@@ -127,7 +127,9 @@ def recipe(tiny_checkpoint, tmp_path, monkeypatch):
 
 def test_training_on_a_released_dataset_and_on_its_import_is_the_same(recipe, pieces, tmp_path, capsys, monkeypatch):
     picture = Image.new("RGB", (256, 256))  # drawing the sample sheet would take longer than all the rest
-    monkeypatch.setattr("cogview.pipeline.CogView.generate", lambda self, captions, **_: [picture] * len(captions))
+    monkeypatch.setattr(
+        "cogview.pipeline.cogview.CogView.generate", lambda self, captions, **_: [picture] * len(captions)
+    )
     write_bin(tmp_path / "data.bin", pieces * 2)
     write_bin(tmp_path / "held-out.bin", pieces[:1], seed=1)
 

@@ -6,10 +6,10 @@ import tarfile
 
 import pytest
 
-from cogview.checkpoints.convert import convert_folder, import_released
 from cogview.checkpoints.precision import Precision
 from cogview.checkpoints.registry import KnownModel, converted_folder
-from cogview.checkpoints.weights import WeightsFile
+from cogview.checkpoints.safetensors_io import WeightsFile
+from cogview.checkpoints.v1_convert import convert_folder, import_released
 from cogview.cli.main import main
 
 

@@ -9,7 +9,7 @@ import pytest
 from cogview import __version__
 from cogview.cli.main import COMMANDS, main, run_safely
 from cogview.errors import InputError
-from cogview.kernels.choice import ForcedKernelsError
+from cogview.kernels.dispatch import ForcedKernelsError
 
 
 def exit_of(arguments):

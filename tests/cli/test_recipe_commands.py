@@ -17,19 +17,19 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cogview import config
-from cogview.checkpoints.folder import read_config
+from cogview.checkpoints.checkpoint import read_config
 from cogview.cli import doctor
 from cogview.cli import evaluate as evaluate_command
 from cogview.cli.main import main
-from cogview.data.emoji.things import EmojiFiles
 from cogview.data.store import StoreWriter, TokenStore
-from cogview.evaluation import protocol
-from cogview.pipeline import CogView
-from cogview.training import image_tokenizer
-from cogview.training.image_tokenizer import held_out_batches
-from cogview.training.run import Run, step_of
-from cogview.training.transformer import TransformerTrainer
+from cogview.emoji.things import EmojiFiles
+from cogview.evaluation import harness as protocol
+from cogview.modeling import config
+from cogview.pipeline.cogview import CogView
+from cogview.training import vqvae_trainer as image_tokenizer
+from cogview.training.loop import Run, step_of
+from cogview.training.trainer import TransformerTrainer
+from cogview.training.vqvae_trainer import held_out_batches
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
@@ -319,9 +319,9 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
     from cogview.cli.train import TransformerSettings
     from cogview.cli.train_image import ImageSettings
     from cogview.cli.train_text import TextSettings
-    from cogview.config_files import read_recipe
-    from cogview.data.emoji.world import WorldSettings
-    from cogview.data.encode import EncodeSettings
+    from cogview.config_io import read_recipe
+    from cogview.emoji.encode import EncodeSettings
+    from cogview.emoji.world import WorldSettings
     from cogview.tokenizers.layouts import layouts
 
     recipe = Recipe(path=path, sections=read_recipe(path), overrides=(), work=tmp_path)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from cogview.cli.inputs import Query
 from cogview.cli.rerank import Ranking
-from cogview.cli.sources import Query
-from cogview.pipeline import Score
+from cogview.pipeline.cogview import Score
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 

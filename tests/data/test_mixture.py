@@ -24,7 +24,7 @@ from cogview.data.mixture import (
     check_same_start,
     read_phases,
 )
-from cogview.data.sampler import sample_index
+from cogview.data.sampling_order import sample_index
 from cogview.data.store import ABSENT, StoreHeader, StoreWriter, TokenStore, pad_text
 from cogview.errors import InputError
 from cogview.tokenizers.vocabulary import Vocabulary

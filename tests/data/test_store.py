@@ -14,7 +14,7 @@ import pytest
 from torch.utils.data import DataLoader
 
 from cogview.data import store as store_module
-from cogview.data.sampler import sample_index
+from cogview.data.sampling_order import sample_index
 from cogview.data.store import ABSENT, StoreHeader, StoreWriter, TokenStore, as_tensors, pad_text, text_lengths
 from cogview.errors import InputError
 

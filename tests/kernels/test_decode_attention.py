@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from cogview.kernels.attention import attention_bias, attention_reference
-from cogview.kernels.choice import choose
 from cogview.kernels.decode_attention import (
     Beginning,
     decode_attention,
     decode_attention_reference,
     quantize_per_position,
 )
+from cogview.kernels.dispatch import choose
 
 
 def on_device(x):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cogview.config import TransformerConfig
-from cogview.kernels.choice import choose
+from cogview.kernels.dispatch import choose
 from cogview.kernels.gelu import bias_gelu, bias_gelu_reference
-from cogview.quantized import round_weight, use_few_bits
-from cogview.transformer import MLP
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.quantization import round_weight, use_few_bits
+from cogview.modeling.transformer import MLP
 
 HALF, SINGLE = torch.float16, torch.float32
 
@@ -120,7 +120,9 @@ def test_mlp_leaves_its_bias_to_the_kernel_where_there_is_one(forget_choices, fo
     torch.nn.init.normal_(mlp.input.bias)
     x = random(2, 5, 16)
     called = []
-    forget_choices.setattr("cogview.transformer.bias_gelu", lambda *inputs: called.append(inputs) or bias_gelu(*inputs))
+    forget_choices.setattr(
+        "cogview.modeling.transformer.bias_gelu", lambda *inputs: called.append(inputs) or bias_gelu(*inputs)
+    )
     if used == "triton":
         kernel()
     result = mlp(x)

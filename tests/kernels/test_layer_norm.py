@@ -12,10 +12,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cogview import transformer as transformer_module
-from cogview.config import TransformerConfig
 from cogview.kernels.attention import attention_reference
-from cogview.kernels.choice import choose
+from cogview.kernels.dispatch import choose
 from cogview.kernels.layer_norm import (
     SMALLEST,
     pb_relax_layer_norm,
@@ -23,7 +21,9 @@ from cogview.kernels.layer_norm import (
     sandwich_layer_norm,
     sandwich_layer_norm_reference,
 )
-from cogview.transformer import Transformer
+from cogview.modeling import transformer as transformer_module
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.transformer import Transformer
 
 WIDTH = 64
 HALF, SINGLE = torch.float16, torch.float32

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cogview.kernels.choice import choose
+from cogview.kernels.dispatch import choose
 from cogview.kernels.window_attention import (
     BLOCK,
     sampled_pivots,
@@ -22,7 +22,7 @@ from cogview.kernels.window_attention import (
 
 triton = pytest.importorskip("triton", reason="the Triton kernel is one of the implementations")
 
-from cogview.kernels.window_attention_triton import window_attention_triton  # noqa: E402
+from cogview.kernels import window_attention_triton  # noqa: E402
 
 IMPLEMENTATIONS = [window_attention_reference, window_attention_torch, window_attention_triton]
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

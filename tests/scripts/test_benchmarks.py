@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from cogview.easels import Job
-from cogview.engine import fill
-from cogview.pipeline import CogView
-from cogview.sampling import GREEDY, Sampling
+from cogview.generation.decode import fill
+from cogview.generation.sampling import GREEDY, Sampling
+from cogview.generation.token_sampler import Job
+from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import layouts
 
 BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview.cli.main import main as cogview
-from cogview.pictures import read_texts
+from cogview.cli import main as cogview
+from cogview.image_io.png import read_texts
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"

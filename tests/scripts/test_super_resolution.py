@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview.pictures import read_texts
+from cogview.image_io.png import read_texts
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 LOW_LEVEL = ("--generation-task", "low-level super-resolution")

@@ -17,17 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogview.checkpoints.folder import Model, load_model
+from cogview.checkpoints.checkpoint import Model, load_model
 from cogview.cli.main import run_safely
-from cogview.config import TransformerConfig
 from cogview.data.store import TokenStore
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.transformer import Transformer
+from cogview.training.data_loader import Supply
 from cogview.training.distributed import World, end_process, join_world, leave_world
-from cogview.training.lessons import Batch
-from cogview.training.run import Run, RunSettings, run_loop
+from cogview.training.examples import Batch
+from cogview.training.loop import Run, RunSettings, run_loop
 from cogview.training.settings import EngineSettings, TransformerTraining
-from cogview.training.supply import Supply
-from cogview.training.transformer import TransformerTrainer
-from cogview.transformer import Transformer
+from cogview.training.trainer import TransformerTrainer
 
 BATCH = 12  # which 1, 2 and 3 processes share
 

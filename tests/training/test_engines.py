@@ -5,13 +5,13 @@ import sys
 import pytest
 import torch
 
-from cogview.config import TransformerConfig
 from cogview.errors import InputError
-from cogview.training.deepspeed_engine import configuration
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.transformer import Transformer
 from cogview.training.distributed import World
-from cogview.training.engines import Learner, open_engine, parameter_groups
+from cogview.training.engines.deepspeed_engine import configuration
+from cogview.training.engines.torch_engine import Learner, open_engine, parameter_groups
 from cogview.training.settings import EngineSettings, TransformerTraining
-from cogview.transformer import Transformer
 
 ALONE = World(torch.device("cpu"))
 SETTINGS = TransformerTraining(steps=10, warmup_steps=1, clip_norm=0.7)

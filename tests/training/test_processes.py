@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 
 import cogview
-from cogview.checkpoints.folder import read_config
+from cogview.checkpoints.checkpoint import read_config
 from cogview.data.store import StoreHeader, StoreWriter
-from cogview.pipeline import CogView
+from cogview.pipeline.cogview import CogView
 
 STEPS = 50
 ZERO = {f"zero{stage}": {"name": "deepspeed", "zero": stage} for stage in (1, 2, 3)}

@@ -1,0 +1,1 @@
+"""Generation measured against the hardware's limits."""

@@ -1,0 +1,307 @@
+"""How fast a model draws here, against the least time that the machine would need: what ``cogview bench`` measures.
+
+Each batch size is measured in a process of its own, so that the peak of its memory is its own.
+"""
+
+# B pictures of a batch, G codes on a side
+from __future__ import annotations
+
+import multiprocessing
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+
+from cogview.checkpoints.checkpoint import Model, ModelConfig, load_model
+from cogview.checkpoints.registry import find_checkpoint
+from cogview.device import Placement, ran_out
+from cogview.errors import InputError
+from cogview.generation.decode import fill
+from cogview.generation.token_sampler import Job, Moment
+from cogview.kernels.linear import kernels_run_on
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.quantization import Int4Linear, use_few_bits
+from cogview.modeling.transformer import INIT_STD, Transformer
+from cogview.pipeline.cogview import CogView
+from cogview.planning.inference import DTYPES, Plan, Read, Speed, position_bytes
+from cogview.tokenizers.layouts import Arranged
+from cogview.tokenizers.text import TextTokenizer
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+PATIENCE = 5.0  # seconds for a process to end when it is told to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is measured: the weights of a checkpoint folder, or random ones of a shape, and where they are."""
+
+    config: ModelConfig
+    image_config: VQVAEConfig
+    placement: Placement
+    folder: Path | None = None  # None: random weights
+    parallel: int | None = None  # codes that are guessed at one go (``engine.fill``)
+
+    def load(self) -> CogView:
+        """The model, in this process."""
+        place = self.placement
+        if self.folder is None:
+            return CogView(random_model(self.config, self.image_config, place), place, "random weights")
+        return CogView(load_model(self.folder, place.device, place.dtype, place.few_bits), place, str(self.folder))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """The time of one request, which draws a batch."""
+
+    first_code: float  # the texts are read, and the first code of each picture is drawn
+    other_codes: float
+    pixels: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a process of its own found."""
+
+    requests: tuple[Seconds, ...]
+    peak: int | None  # bytes, None where the system does not say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """A batch size in numbers. Of pictures that were drawn in part, the other codes take the same share of ``speed``.
+
+    ``codes`` is how many codes of each picture were drawn, 2 at least.
+    """
+
+    plan: Plan
+    speed: Speed
+    codes: int
+    measured: Measured
+
+    @property
+    def first_picture(self) -> list[float]:
+        """Seconds of each request until there are pixels, which all pictures of a batch have at the same time."""
+        steps = _steps(self.plan)
+        larger = 1.0
+        if self.codes <= len(steps):
+            larger = self._least(steps) / self._least(steps[: self.codes - 1])
+        return [one.first_code + larger * one.other_codes + one.pixels for one in self.measured.requests]
+
+    @property
+    def pictures_per_second(self) -> float:
+        """Of the median request."""
+        return self.plan.rows / median(self.first_picture)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Codes of all pictures behind the first ones, over the median time that they took."""
+        return self.plan.rows * (self.codes - 1) / self._other_codes
+
+    @property
+    def share(self) -> float:
+        """The least time of the codes behind the first ones by ``speed``, over the median time that they took."""
+        return self._least(_steps(self.plan)[: self.codes - 1]) / self._other_codes
+
+    @property
+    def _other_codes(self) -> float:
+        return median(one.other_codes for one in self.measured.requests)
+
+    def _least(self, reads: Sequence[Read]) -> float:
+        return sum(least_seconds(self.plan, read, self.speed) for read in reads)
+
+
+class Failed(Exception):
+    """A batch could not be drawn; the message says why."""
+
+
+def least_seconds(plan: Plan, read: Read, speed: Speed) -> float:
+    """The time of a read by the roofline: that of what it must move, or of its products, whichever is longer.
+
+    Weights are moved once for all rows, and the keys and values so far of every row.
+    """
+    weights = plan.layers + read.ids * plan.transformer.width * DTYPES[plan.dtype]
+    kept = plan.rows * (1 + plan.guided) * read.so_far * position_bytes(plan.transformer, plan.dtype)
+    return max((weights + kept) / speed.bandwidth, plan.flops(read) / speed.flops)
+
+
+def measure_apart(subject: Subject, rows: int, *, codes: int, repeats: int, free: int) -> Measured:
+    """``measure_requests`` in a fresh process. Raises ``Failed`` where its memory does not suffice, or it ends."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report, args=(sender, subject, rows, codes, repeats, free), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C ends this process, and this one that
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    sender.close()  # ours, so that the end of the process is the end of what comes
+    try:
+        found = receiver.recv()
+    except EOFError:
+        process.join()
+        raise Failed(
+            f"its process ended with status {process.exitcode} (-9: the system killed it, mostly for want of memory)"
+        ) from None
+    except BaseException:
+        process.terminate()
+        process.join(PATIENCE)
+        process.kill()
+        raise
+    process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def _report(sender: Connection, subject: Subject, rows: int, codes: int, repeats: int, free: int) -> None:
+    """``measure_requests``, with what it returns or has to say against it sent to the parent."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with the locks of progress bars released
+    found: Measured | Exception
+    try:
+        found = measure_requests(subject, rows, codes=codes, repeats=repeats, free=free)
+    except InputError as error:
+        found = error
+    except (MemoryError, RuntimeError) as error:  # that of CUDA and that of the allocator for CPUs are RuntimeErrors
+        if not ran_out(error):
+            raise
+        found = Failed("out of memory")
+    sender.send(found)
+
+
+def measure_requests(subject: Subject, rows: int, *, codes: int, repeats: int, free: int) -> Measured:
+    """Load the model and draw the first ``codes`` codes of ``rows`` pictures ``repeats`` times, and once before.
+
+    ``free`` is how many bytes the device had free before this process used it.
+    """
+    model = subject.load()
+    jobs = make_jobs(subject.config, rows, codes)
+    draw_once(model, jobs, codes, subject.parallel)  # to warm up: what is made at the first use is made now
+    requests = tuple(draw_once(model, jobs, codes, subject.parallel) for _ in range(repeats))
+    return Measured(requests=requests, peak=peak_memory(subject.placement.device, free))
+
+
+def make_jobs(config: ModelConfig, rows: int, codes: int) -> list[Job]:
+    """Rows that end behind their first ``codes`` codes, each with another text, of the greatest length there is."""
+    layout, sampling = config.layouts["generate"], config.sampling
+    texts = np.random.default_rng(0).integers(0, config.vocabulary.num_text_pieces, (rows, config.max_text))
+
+    def arrange(text: Sequence[int]) -> Arranged:
+        row = layout.arrange(config.vocabulary, text=text)
+        return row.cut(row.spans["image"].start + codes)
+
+    return [
+        Job(
+            row=arrange(text),
+            seed=0,
+            image=index,
+            sampling=sampling,
+            unguided=None if sampling.guidance == 1 else arrange(()),
+        )
+        for index, text in enumerate(texts.tolist())
+    ]
+
+
+def draw_once(model: CogView, jobs: Sequence[Job], codes: int, parallel: int | None) -> Seconds:
+    """One request, timed. The pixels are those of whole pictures, the codes that are not drawn being 0."""
+    grid = model.model.config.grid
+    first = start = time.perf_counter()
+
+    def watch(moment: Moment) -> None:
+        nonlocal first
+        if moment.done == 1:
+            _wait_for(model.placement.device)
+            first = time.perf_counter()
+
+    filled = fill(model.transformer, model.vocabulary, jobs, watch, parallel=parallel)
+    drawn = time.perf_counter()
+    codes_BN = np.zeros((len(jobs), grid * grid), dtype=np.int64)
+    codes_BN[:, :codes] = [row.ids[job.row.spans["image"]] for row, job in zip(filled, jobs, strict=True)]
+    model.pixels(codes_BN.reshape(-1, grid, grid))
+    return Seconds(first_code=first - start, other_codes=drawn - first, pixels=time.perf_counter() - drawn)
+
+
+def peak_memory(device: torch.device, free: int) -> int | None:
+    """Bytes that this process had of a device at its peak: on a CPU its resident memory, mapped files included.
+
+    ``free`` is how many the device had free before, which tells the context of a GPU. None where nothing is known.
+    """
+    if device.type == "cuda":
+        context = free - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)
+        return torch.cuda.max_memory_reserved(device) + max(0, context)
+    if device.type == "mps":  # which keeps no peak, and seldom gives back what it has
+        return torch.mps.driver_allocated_memory()
+    with suppress(OSError):  # on Linux ru_maxrss begins with what the parent had
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(found[1])
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
+
+
+def random_model(config: ModelConfig, image_config: VQVAEConfig, placement: Placement) -> Model:
+    """A model of random weights."""
+    torch.manual_seed(0)
+    return Model(
+        config=config,
+        transformer=random_transformer(config.transformer, placement),
+        image_tokenizer=VQVAE(image_config).eval().to(placement.device),
+        # A model has one; rows are made of pieces here, and no text is read.
+        text_tokenizer=TextTokenizer.load(find_checkpoint("cogview-emoji") / "text.model"),
+    )
+
+
+def random_transformer(config: TransformerConfig, placement: Placement) -> Transformer:
+    """A transformer of random weights as ``placement`` holds them, in little more memory than they take.
+
+    Layers are alike: to draw four billion numbers takes a CPU a minute, to copy them a second.
+    """
+    with torch.device("meta"):
+        transformer = Transformer(config)
+        if placement.few_bits is not None:
+            use_few_bits(transformer, placement.few_bits)
+    weights: dict[str, torch.Tensor] = {}
+    for name, shape in transformer.state_dict().items():
+        first = re.sub(r"^layers\.\d+\.", "layers.0.", name)
+        if first in weights:
+            weights[name] = weights[first].clone()
+            continue
+        dtype = placement.dtype if shape.dtype == torch.float32 else shape.dtype
+        tensor = weights[name] = torch.empty(shape.shape, dtype=dtype, device=placement.device)
+        if not dtype.is_floating_point:  # rounded weights
+            tensor.random_(-127, 128) if dtype == torch.int8 else tensor.random_(0, 256)
+        elif name.endswith("scale"):
+            tensor.fill_(INIT_STD / 73)  # 73: the deviation of numbers from -127 to 127
+        elif name.endswith("scale_zero"):
+            tensor[..., 0], tensor[..., 1] = INIT_STD / 4.6, 0  # 4.6: that of numbers from 0 to 15
+        elif tensor.dim() == 1:
+            tensor.fill_(float(name.endswith("norm.weight")))
+        else:
+            tensor.normal_(std=INIT_STD)
+    transformer.load_state_dict(weights, strict=True, assign=True)
+    for module in transformer.modules():
+        if isinstance(module, Int4Linear):  # random bytes are as good in any order
+            module.ordered = kernels_run_on(placement.device)
+    return transformer.eval()
+
+
+def _steps(plan: Plan) -> list[Read]:
+    """The reads of a picture behind the first, which has the text."""
+    return [read for read in plan.reads if read.new == 1]
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,489 @@
+"""LoRA adapters (arXiv:2106.09685): a little to learn beside a model whose weights stay as they are.
+
+A projection W of a layer becomes W + scale * B A, with A (R, K) and B (N, R) of a small rank R. PEFT trains such
+adapters; an adapter is a folder in PEFT's own format, ``adapter_config.json`` and ``adapter_model.safetensors``, and
+``cogview.json`` beside them says which model it belongs to. To generate, an adapter is added into the weights, which
+needs no PEFT, costs nothing per token, and can be taken out again.
+"""
+
+# N outputs, K inputs, R rank
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogview.checkpoints.checkpoint import ModelConfig, check_folder, write_json
+from cogview.checkpoints.image_tokenizer import write_weights
+from cogview.checkpoints.precision import stored_few_bits
+from cogview.checkpoints.registry import known_models
+from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
+from cogview.checkpoints.v1_convert import written
+from cogview.config_io import build, to_plain
+from cogview.errors import InputError
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.transformer import Transformer
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+BASE_FILE = "cogview.json"
+PREFIX = "base_model.model."  # of every name in PEFT's files
+BLOCK = 1024  # rows of a weight added to at a time, so that what is made on the way in float32 stays small
+
+# What can be adapted, as layers name it, with outputs and inputs in widths of the model.
+TARGETS: dict[str, tuple[int, int]] = {
+    "attention.query_key_value": (3, 1),
+    "attention.output": (1, 1),
+    "mlp.input": (4, 1),
+    "mlp.output": (1, 4),
+}
+
+# Settings of PEFT's LoRA that change nothing in what an adapter computes once it is learnt, or that are looked at
+# below. Any other that is set would need another formula.
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "bias",
+        "corda_config",
+        "ensure_weight_tying",
+        "eva_config",
+        "exclude_modules",
+        "inference_mode",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "loftq_config",
+        "lora_alpha",
+        "lora_dropout",
+        "lora_ga_config",
+        "megatron_config",
+        "megatron_core",
+        "peft_type",
+        "peft_version",
+        "qalora_group_size",
+        "r",
+        "revision",
+        "runtime_config",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+# How A and B may have begun. Others, such as PiSSA, change the weights of the model itself.
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+
+FEW_BITS_MESSAGE = (
+    "weights that are rounded to few bits cannot take an adapter: cogview adapter merge MODEL ADAPTER -o OUT first, "
+    "then open OUT with --dtype int8 or int4"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """What of a model an adapter changes, and how. ``scale`` is what B A is multiplied by."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0  # in training: on what A is given
+    targets: tuple[str, ...] = tuple(TARGETS)  # projections of every layer
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"the rank of an adapter must be at least 1, got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not self.targets:
+            raise ValueError(f"targets must name at least one of {', '.join(TARGETS)}")
+        for target in self.targets:
+            if target not in TARGETS:
+                near = get_close_matches(target, TARGETS, n=1)
+                advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(TARGETS)}"
+                raise ValueError(f'the target "{target}" is unknown; {advice}')
+
+    @property
+    def scale(self) -> float:
+        """alpha / R."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The model that an adapter was made for: its name or folder, the hash of its codebook, and its shape."""
+
+    name: str
+    codebook_sha256: str
+    num_layers: int
+    width: int
+    num_heads: int
+    vocabulary_size: int
+
+    @classmethod
+    def of(cls, name: str, config: ModelConfig) -> Base:
+        """That of a model."""
+        shape = config.transformer
+        return cls(
+            name=name,
+            codebook_sha256=config.codebook_sha256,
+            num_layers=shape.num_layers,
+            width=shape.width,
+            num_heads=shape.num_heads,
+            vocabulary_size=shape.vocabulary_size,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Layers, width, heads and vocabulary."""
+        return self.num_layers, self.width, self.num_heads, self.vocabulary_size
+
+
+class Adapter:
+    """An adapter's folder, its weights still in their file; InputError unless it can be understood.
+
+    ``settings`` are its own; an adapter of rank-stabilised LoRA (arXiv:2312.03732, scale alpha / sqrt(R)) has the alpha
+    that gives the same scale. ``base`` is None where another program wrote the folder. ``projections`` are the names of
+    the projections it changes.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(
+                f"there is no adapter at {folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
+            )
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not (self.folder / name).is_file():
+                raise InputError(f"the adapter {folder} is incomplete: {name} is missing")
+        plain = _read_object(self.folder / CONFIG_FILE)
+        self.base_name = str(plain.get("base_model_name_or_path") or "")
+        self.base: Base | None = None
+        if (self.folder / BASE_FILE).is_file():
+            self.base = build(Base, _read_object(self.folder / BASE_FILE), where=str(self.folder / BASE_FILE))
+        self._file = WeightsFile(self.folder / WEIGHTS_FILE)
+        rank, alpha, dropout = self._numbers(plain)
+        self.projections = self._projections(rank)
+        targets = tuple(target for target in TARGETS if any(name.endswith(f".{target}") for name in self.projections))
+        try:
+            self.settings = LoraSettings(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
+        except ValueError as error:
+            raise InputError(f"{self.folder / CONFIG_FILE}: {error}") from None
+
+    def _numbers(self, plain: Mapping[str, Any]) -> tuple[int, float, float]:
+        """Rank, alpha and dropout that PEFT's settings say."""
+        path = self.folder / CONFIG_FILE
+        if (kind := plain.get("peft_type")) != "LORA":
+            raise InputError(f"{path}: the adapter is of the type {kind}, and only LORA can be used")
+        others = [name for name, value in plain.items() if name not in _HARMLESS and value]
+        if plain.get("bias", "none") != "none":
+            others.append("bias")
+        if plain.get("init_lora_weights") not in _BEGINNINGS:
+            others.append("init_lora_weights")
+        if others:
+            raise InputError(f"{path}: {others[0]} is {json.dumps(plain[others[0]])}, which is not supported")
+        rank = plain.get("r")
+        if type(rank) is not int or rank < 1:
+            raise InputError(f"{path}: r must be a whole number from 1 on, got {rank}")
+        stabilised = math.sqrt(rank) if plain.get("use_rslora") else 1.0
+        alpha, dropout = (_number(plain.get(name, 0.0), f"{path}: {name}") for name in ("lora_alpha", "lora_dropout"))
+        return rank, alpha * stabilised, dropout
+
+    def _projections(self, rank: int) -> tuple[str, ...]:
+        """The names of what is changed; InputError unless each has its A and B, and there is nothing else."""
+        path, specs = self.folder / WEIGHTS_FILE, self._file.specs
+        names = dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in specs)
+        for name in specs:
+            if not name.startswith(PREFIX) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
+                raise InputError(f"{path} holds {name}, which is no part of a LoRA adapter of linear layers")
+        if not names:
+            raise InputError(f"{path} holds nothing")
+        for name in names:
+            for part in "AB":
+                if (stored := f"{PREFIX}{name}.lora_{part}.weight") not in specs:
+                    raise InputError(f"{path} is incomplete: {stored} is missing")
+            first, second = (specs[f"{PREFIX}{name}.lora_{part}.weight"].shape for part in "AB")
+            if len(first) != 2 or len(second) != 2 or first[0] != rank or second[1] != rank:
+                raise InputError(
+                    f"{path}: {name} has parts of the shapes {list(first)} and {list(second)}, which are not those of "
+                    f"rank {rank}"
+                )
+        return tuple(names)
+
+    def check(self, shape: TransformerConfig) -> None:
+        """InputError unless it fits a transformer of ``shape``."""
+        wanted = (shape.num_layers, shape.width, shape.num_heads, shape.vocabulary_size)
+        if self.base is not None and self.base.shape != wanted:
+            words = "{} layers of width {} with {} heads and {} ids"
+            raise InputError(
+                f"the adapter {self.folder} belongs to a model of {words.format(*self.base.shape)}"
+                f"{f' ({self.base.name})' if self.base.name else ''}, this one has {words.format(*wanted)}"
+            )
+        there = {
+            f"layers.{number}.{target}": (outputs * shape.width, inputs * shape.width)
+            for number in range(shape.num_layers)
+            for target, (outputs, inputs) in TARGETS.items()
+        }
+        for name in self.projections:
+            if name not in there:
+                raise InputError(f"the adapter {self.folder} changes {name}, which this model does not have")
+            own = (self._spec(name, "B")[0], self._spec(name, "A")[1])
+            if own != there[name]:
+                raise InputError(
+                    f"the adapter {self.folder} was made for another width: {name} is {own[0]} x {own[1]} there and "
+                    f"{there[name][0]} x {there[name][1]} in this model"
+                )
+
+        for name, tensor in self.weights().items():  # now, for a merge must not stop halfway
+            if not tensor.isfinite().all():
+                raise InputError(f"the adapter {self.folder} cannot be used: {name} has numbers that are not finite")
+
+    def check_model(self, config: ModelConfig, name: str) -> None:
+        """InputError unless it belongs to a model of that config and name; two known names are two models."""
+        self.check(config.transformer)
+        if self.base is None:
+            return
+        if self.base.codebook_sha256 != config.codebook_sha256:
+            raise InputError(
+                f"the adapter {self.folder} was made for the codes of another image tokenizer "
+                f"({self.base.codebook_sha256[:12]}…) than that of {name} ({config.codebook_sha256[:12]}…)"
+            )
+        known = known_models()
+        if self.base.name != name and self.base.name in known and name in known:
+            raise InputError(f"the adapter {self.folder} was made for {self.base.name}, not for {name}")
+
+    def weights(self) -> dict[str, Tensor]:
+        """A and B by the names that ``add_lora`` gives the parameters, mapped from the file."""
+        return {
+            f"{name}.lora_{part}.default.weight": self._read(name, part) for name in self.projections for part in "AB"
+        }
+
+    def added(self, name: str, weight_NK: Tensor, sign: int) -> Tensor:
+        """``weight`` of the projection ``name`` + sign * scale * B A: computed in float32, in the dtype it has."""
+        first, second = (self._read(name, part).to(weight_NK.device, torch.float32) for part in "AB")
+        result_NK = torch.empty_like(weight_NK)
+        for rows, own, result in zip(*(tensor.split(BLOCK) for tensor in (weight_NK, second, result_NK)), strict=True):
+            result.copy_(torch.addmm(rows.float(), own, first, alpha=sign * self.settings.scale))
+        return result_NK
+
+    def sha256(self) -> str:
+        """Of what it computes: its settings and weights."""
+        digest = hashlib.sha256()
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            digest.update((self.folder / name).read_bytes())
+        return digest.hexdigest()
+
+    @property
+    def num_bytes(self) -> int:
+        """What its weights take."""
+        return self._file.num_bytes
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in A and B."""
+        return sum(math.prod(spec.shape) for spec in self._file.specs.values())
+
+    def _spec(self, name: str, part: str) -> tuple[int, ...]:
+        return self._file.specs[f"{PREFIX}{name}.lora_{part}.weight"].shape
+
+    def _read(self, name: str, part: str) -> Tensor:
+        return self._file.read(f"{PREFIX}{name}.lora_{part}.weight", keep=True)
+
+
+def add_lora(transformer: Transformer, settings: LoraSettings) -> None:
+    """Put an adapter that changes nothing yet (B = 0) into ``transformer``; its parameters alone are learnt.
+
+    A begins with random numbers of torch's global generator. Call it before the optimizer is made. Needs PEFT.
+    """
+    peft = _peft()
+    if has_adapter(transformer):
+        raise InputError("the transformer has an adapter already: one at a time can be learnt")
+    _require_numbers(transformer)
+    transformer.lean = None  # it holds the weights that the adapter is about to stand in front of
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+        bias="none",
+    )
+    peft.inject_adapter_in_model(config, transformer)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def has_adapter(transformer: nn.Module) -> bool:
+    """Whether ``add_lora`` was here. Such a transformer must not be packed: its projections are not read alone."""
+    return any(".lora_" in name for name, _ in transformer.named_parameters())
+
+
+def save_adapter(
+    folder: Path,
+    transformer: Transformer,
+    settings: LoraSettings,
+    base: Base,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter in ``transformer`` into ``folder``, which need not exist, as PEFT reads it.
+
+    ``weights``: those to store instead of the transformer's, by the same names (of its parameters).
+    """
+    if weights is None:
+        weights = {name: tensor for name, tensor in transformer.named_parameters() if ".lora_" in name}
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {
+        PREFIX + name.replace(".default.weight", ".weight"): tensor.detach().cpu().contiguous()
+        for name, tensor in weights.items()
+    }
+    write_weights(folder / WEIGHTS_FILE, stored)
+    write_json(folder / BASE_FILE, to_plain(base))
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base.name,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": list(settings.targets),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    write_json(folder / CONFIG_FILE, config)
+
+
+@torch.no_grad()
+def load_adapter(transformer: Transformer, folder: str | Path) -> LoraSettings:
+    """Take up the adapter of ``folder`` to go on learning it; returns its settings.
+
+    ``transformer`` gets an adapter of these settings unless it has one. InputError where the two do not fit.
+    """
+    adapter = Adapter(folder)
+    adapter.check(transformer.config)
+    if not has_adapter(transformer):
+        add_lora(transformer, adapter.settings)
+    own = {name: parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
+    weights = adapter.weights()
+    for name, parameter in own.items():
+        if name not in weights or weights[name].shape != parameter.shape:
+            found = list(weights[name].shape) if name in weights else "nothing"
+            raise InputError(f"the adapter {folder} has {found} for {name}, expected {list(parameter.shape)}")
+    if extra := [name for name in weights if name not in own]:
+        raise InputError(f"the adapter {folder} has {extra[0]}, which is not learnt here: targets must be the same")
+    for name, parameter in own.items():
+        parameter.copy_(weights[name])
+    return adapter.settings
+
+
+def merge_adapter(transformer: Transformer, folder: str | Path) -> None:
+    """Add the adapter of ``folder`` into the weights: W += scale * B A, in place, computed in float32.
+
+    Weights that are mapped from a file leave it as it is. InputError where adapter and transformer do not fit.
+    """
+    _add(transformer, Adapter(folder), 1)
+
+
+def unmerge_adapter(transformer: Transformer, folder: str | Path) -> None:
+    """Take an adapter that was merged out again: W -= scale * B A.
+
+    The weights are those from before up to the rounding of their dtype, and not bit for bit.
+    """
+    _add(transformer, Adapter(folder), -1)
+
+
+@torch.no_grad()
+def _add(transformer: Transformer, adapter: Adapter, sign: int) -> None:
+    if has_adapter(transformer):
+        raise InputError("the transformer has an adapter that is being learnt: save it, and merge it into a fresh one")
+    adapter.check(transformer.config)
+    _require_numbers(transformer)
+    for name in adapter.projections:
+        weight = transformer.get_parameter(f"{name}.weight")
+        weight.copy_(adapter.added(name, weight, sign))  # in place, so that what was packed of it is packed anew
+
+
+def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sign: int = 1) -> str | None:
+    """Write the model ``source``, known as ``name``, to ``output`` with ``adapter`` in it (sign 1) or out of it (-1).
+
+    The weights keep their dtype, are read one at a time, and all appears whole or not at all. The card gets a line, or
+    loses it. Returns a note if the card speaks against it.
+    """
+    config = check_folder(source)
+    adapter.check_model(config, name)
+    weights = WeightsFile(source / "model.safetensors")
+    if (stored := stored_few_bits(weights.specs)) is not None:
+        raise InputError(
+            f"{source} is stored in {stored}, to which nothing can be added: merge into the model that it was made of, "
+            f"then cogview convert FOLDER --dtype {stored} -o OUT"
+        )
+    others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
+    card, note = _card(source / "README.md", adapter, sign)
+    with written(output) as folder:
+        with WeightsWriter(folder / "model.safetensors", weights.specs) as writer:
+            for weight in weights.specs:
+                projection = weight.removesuffix(".weight")
+                tensor = weights.read(weight)
+                if projection in adapter.projections and projection != weight:
+                    tensor = adapter.added(projection, tensor, sign)
+                writer.write(weight, tensor)
+        for path in others:
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return note
+
+
+def _card(path: Path, adapter: Adapter, sign: int) -> tuple[str, str | None]:
+    """The model card after an adapter was merged or taken out, and a note if it does not say what is expected."""
+    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    own = adapter.settings
+    called = f"the LoRA adapter `{adapter.folder.resolve().name}` (rank {own.rank}, scale {own.scale:g}, SHA-256 "
+    called += f"{adapter.sha256()[:12]})"
+    line = f"\nMerged with {called}.\n"
+    if sign > 0:
+        note = f"the card says that {called} was merged before: now it counts twice" if line in card else None
+        return f"{card}{line}", note
+    if line in card:
+        return card.replace(line, "", 1), None
+    return (
+        f"{card}\nWithout {called}, which was taken out.\n",
+        f"the card does not say that {called} was ever merged into this model",
+    )
+
+
+def _require_numbers(transformer: Transformer) -> None:
+    """InputError for weights in few bits, to which nothing can be added."""
+    if any(not parameter.is_floating_point() for parameter in transformer.state_dict().values()):
+        raise InputError(FEW_BITS_MESSAGE)
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InputError("adapters are learnt with PEFT, which is missing: pip install 'cogview[lora]'") from None
+    return peft
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no settings")
+    return content
+
+
+def _number(value: object, where: str) -> float:
+    if not isinstance(value, int | float):
+        raise InputError(f"{where} must be a number, got {value}")
+    return float(value)

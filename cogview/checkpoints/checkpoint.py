@@ -1,0 +1,287 @@
+"""A checkpoint is a folder that needs nothing else.
+
+``config.json`` and ``model.safetensors`` (the transformer), ``text.model`` (SentencePiece), ``image/`` (the VQ-VAE),
+``README.md`` (the model card), and, for a model that knows a closed world of things, ``things.json``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from cogview.checkpoints.image_tokenizer import codebook_hash, load_image_tokenizer, save_image_tokenizer, write_weights
+from cogview.checkpoints.precision import Memory, Precision, convert, converted_specs
+from cogview.checkpoints.safetensors_io import WeightsFile, difference
+from cogview.config_io import build, to_plain
+from cogview.errors import InputError
+from cogview.generation.sampling import Sampling
+from cogview.kernels.linear import kernels_run_on, order_int4_for_cpu
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.quantization import FewBits, Int4Linear, Int8Linear, is_rounded, use_few_bits
+from cogview.modeling.transformer import Transformer
+from cogview.tokenizers.layouts import Layout, layouts
+from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.vqvae.model import VQVAE
+
+FORMAT_VERSION = 1
+LARGE = 10**9  # bytes of weights from which on loading shows a bar
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """All that ``config.json`` holds."""
+
+    transformer: TransformerConfig
+    vocabulary: Vocabulary
+    grid: int  # codes on a side of an image
+    tasks: tuple[str, ...]  # rows of the layout table that training saw
+    max_text: int  # pieces in the longest text that fits
+    caption_stop: bool = True  # captions end in [SEP]
+    max_caption: int | None = None  # pieces that a caption has room for; None: as many as ``max_text``
+    text_space: int | None = None  # positions of a given text, whatever its length; None: as many as it has pieces
+    caption_drop: float = 0.0  # share of captions left out in training, for guidance
+    codebook_sha256: str = ""
+    sampling: Sampling = field(default_factory=Sampling)  # what suits this model, where nothing else is asked for
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        table = self.layouts
+        unknown = [task for task in self.tasks if task not in table]
+        if unknown:
+            raise ValueError(f"task {unknown[0]!r} is unknown; known: {', '.join(table)}")
+        for task in self.tasks:
+            needed = table[task].num_positions(self.max_text)
+            if needed > self.transformer.max_positions:
+                raise ValueError(
+                    f"task {task!r} with {self.max_text} pieces of text needs {needed} positions, the transformer has "
+                    f"{self.transformer.max_positions}"
+                )
+        if self.vocabulary.padded_size != self.transformer.vocabulary_size:
+            raise ValueError(
+                f"the vocabulary has {self.vocabulary.padded_size} rows, the transformer "
+                f"{self.transformer.vocabulary_size}"
+            )
+
+    @property
+    def caption_space(self) -> int:
+        """Pieces that a caption has room for."""
+        longest = self.layouts["caption"].longest_text(self.transformer.max_positions)
+        return min(self.max_caption or self.max_text, longest)
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The layout table at this model's grid."""
+        return layouts(self.grid, caption_stop=self.caption_stop, text_space=self.text_space)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedThing:
+    """A thing that a model of a closed world can draw: its name, and other names that mean it."""
+
+    name: str
+    emoji: str = ""
+    synonyms: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True, eq=False)
+class Model:
+    """What a checkpoint folder holds, in memory."""
+
+    config: ModelConfig
+    transformer: Transformer
+    image_tokenizer: VQVAE
+    text_tokenizer: TextTokenizer
+    things: tuple[NamedThing, ...] = ()
+    card: str = ""
+
+
+def save_model(
+    folder: Path, model: Model, dtype: torch.dtype = torch.float32, weights: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write ``model`` into ``folder``, which need not exist; weights are stored as ``dtype``.
+
+    ``weights``: those to store instead of the transformer's, by the same names. Those in few bits cannot be saved:
+    InputError.
+    """
+    if any(isinstance(module, Int8Linear | Int4Linear) for module in model.transformer.modules()):
+        raise InputError(
+            "weights that were rounded to few bits cannot be saved: copy or convert the folder they came from"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = model.transformer.state_dict() if weights is None else weights
+    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    write_weights(folder / "model.safetensors", stored)
+    save_image_tokenizer(folder / "image", model.image_tokenizer, dtype)
+    (folder / "text.model").write_bytes(model.text_tokenizer.model_bytes)
+    if model.things:
+        write_json(folder / "things.json", [to_plain(thing) for thing in model.things])
+    if model.card:
+        (folder / "README.md").write_text(model.card, encoding="utf-8")
+    write_json(folder / "config.json", to_plain(model.config))
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The config of a checkpoint folder, without its weights."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder} is no checkpoint folder: config.json is missing")
+    plain = _read_json(path)
+    version = plain.get("format_version") if isinstance(plain, dict) else None
+    if not isinstance(version, int):
+        raise InputError(f"{path} is no config of a checkpoint: it has no format_version")
+    if version > FORMAT_VERSION:  # before anything else: it may have settings that this version cannot name
+        raise InputError(
+            f"{path} has format version {version}, this version reads up to {FORMAT_VERSION}; update cogview"
+        )
+    return build(ModelConfig, plain, where=str(path))
+
+
+def read_things(folder: Path) -> tuple[NamedThing, ...]:
+    """The things that a model of a closed world knows; empty for any other."""
+    path = folder / "things.json"
+    if not path.is_file():
+        return ()
+    return tuple(build(NamedThing, entry, where=str(path)) for entry in _read_json(path))
+
+
+def load_model(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    few_bits: FewBits | None = None,
+    *,
+    without_weights: bool = False,
+) -> Model:
+    """Read a checkpoint folder; the transformer goes to ``device`` as ``dtype``, the VQ-VAE there in float32.
+
+    With ``few_bits`` the projections of the transformer are rounded as they are read; ``without_weights`` it is on the
+    meta device, a shape. Raises InputError where a part is missing or does not belong to the others.
+    """
+    config = check_folder(folder)
+    image_tokenizer = load_image_tokenizer(folder / "image")
+    found = codebook_hash(image_tokenizer)
+    if found != config.codebook_sha256:
+        raise InputError(
+            f"the image tokenizer in {folder / 'image'} has another codebook ({found[:12]}…) than the transformer was "
+            f"trained with ({config.codebook_sha256[:12]}…); restore the folder's own"
+        )
+    try:
+        text_tokenizer = TextTokenizer.load(folder / "text.model")
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if text_tokenizer.size != config.vocabulary.num_text_pieces:
+        raise InputError(
+            f"{folder / 'text.model'} has {text_tokenizer.size} pieces, the config says "
+            f"{config.vocabulary.num_text_pieces}; restore the folder's own"
+        )
+    card = folder / "README.md"
+    if without_weights:
+        with torch.device("meta"):
+            transformer = Transformer(config.transformer)
+    else:
+        transformer = load_transformer(folder, device, dtype, few_bits)
+    return Model(
+        config=config,
+        transformer=transformer,
+        image_tokenizer=image_tokenizer.to(device),
+        text_tokenizer=text_tokenizer,
+        things=read_things(folder),
+        card=card.read_text(encoding="utf-8") if card.is_file() else "",
+    )
+
+
+def check_folder(folder: Path) -> ModelConfig:
+    """The config of a checkpoint folder; InputError unless its files are there, which are not read."""
+    config = read_config(folder)
+    for name in ("model.safetensors", "text.model"):
+        if not (folder / name).is_file():
+            raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing")
+    return config
+
+
+def load_transformer(
+    folder: Path, device: torch.device, dtype: torch.dtype, few_bits: FewBits | None = None
+) -> Transformer:
+    """The transformer of a checkpoint folder, tensor by tensor, so that no second copy of it is held.
+
+    On a CPU, weights that are wanted as the file has them stay there, mapped into memory.
+    """
+    config = check_folder(folder)
+    path = folder / "model.safetensors"
+    file = WeightsFile(path)
+    precision = Precision(dtype, few_bits)
+    try:
+        specs = converted_specs(file, precision)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
+        transformer = Transformer(config.transformer)
+        if few_bits is not None:
+            use_few_bits(transformer, few_bits)
+    wanted = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
+    if problem := difference(wanted, {name: spec.shape for name, spec in specs.items()}):
+        raise InputError(f"{path} does not hold the weights that config.json describes: {problem}")
+    file.fetch()
+    on_cpu = device.type == "cpu"
+    ordering = few_bits == "int4" and kernels_run_on(device)
+    memory = Memory() if on_cpu else None
+    bar = tqdm(
+        convert(file, precision, device=device, keep=on_cpu and not ordering, memory=memory),
+        total=len(specs),
+        desc=f"loading {folder.name}",
+        unit="tensor",
+        leave=False,
+        disable=None if file.num_bytes >= LARGE else True,
+    )
+    weights = {}
+    for name, tensor in bar:
+        weights[name] = tensor.copy_(order_int4_for_cpu(tensor)) if ordering and is_rounded(name) else tensor
+    transformer.load_state_dict(weights, strict=True, assign=True)
+    for module in transformer.modules():
+        if isinstance(module, Int4Linear):
+            module.ordered = ordering
+    return transformer.eval()
+
+
+def file_sha256(path: Path, on_read: Callable[[int], object] = lambda count: None) -> str:
+    """SHA-256 of a file; ``on_read`` is called with the bytes of each block."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+            on_read(len(block))
+    return digest.hexdigest()
+
+
+def verify_files(folder: Path, expected: Sequence[tuple[str, str]]) -> None:
+    """Compare files of ``folder`` with SHA-256 sums, given as (name, sum); InputError names the first that differs."""
+    for name, wanted in expected:
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"the checkpoint {folder} is incomplete: {name} is missing")
+        found = file_sha256(path)
+        if found != wanted:
+            raise InputError(
+                f"{path} is damaged or was changed: its SHA-256 is {found[:12]}…, expected {wanted[:12]}…; "
+                "install cogview again"
+            )
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a small file that people read too."""
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON: {error}") from None

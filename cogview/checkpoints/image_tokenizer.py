@@ -1,0 +1,88 @@
+"""The folder of an image tokenizer: ``config.json`` and ``model.safetensors``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from cogview.config_io import build, to_plain
+from cogview.errors import InputError
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+CODEBOOK = "quantizer.codebook"
+
+
+def codebook_hash(model: VQVAE) -> str:
+    """SHA-256 of the codebook as little-endian float16: what makes codes mean the same, in any stored precision."""
+    return hash_of_codebook(model.quantizer.codebook)
+
+
+def hash_of_codebook(codebook: torch.Tensor) -> str:
+    """``codebook_hash`` of the (K, D) codebook itself."""
+    half = codebook.detach().to("cpu", torch.float16).contiguous()
+    return hashlib.sha256(half.numpy().astype("<f2").tobytes()).hexdigest()
+
+
+def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.float32) -> None:
+    """Write ``model``, its weights as ``dtype``; the codebook, which codes stand for, stays float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor.detach().to("cpu", torch.float32 if name == CODEBOOK else dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    write_weights(folder / "model.safetensors", weights)
+    config = json.dumps(to_plain(model.config), indent=2)
+    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+
+
+def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a safetensors file that others may read as they may any new file; the library lets its owner alone.
+
+    An older file of that name is replaced and not written over: a model may still have it mapped into memory.
+    """
+    aside = file.with_name(f".{file.name}-writing")
+    aside.touch()
+    mode = aside.stat().st_mode
+    save_file(weights, aside)
+    aside.chmod(mode)
+    os.replace(aside, file)
+
+
+def read_image_config(folder: Path) -> VQVAEConfig:
+    """The config of an image tokenizer's folder, whose weights are there and are not read."""
+    config_file = folder / "config.json"
+    for file in (config_file, folder / "model.safetensors"):
+        if not file.is_file():
+            raise InputError(f"{folder} is no image tokenizer: {file.name} is missing")
+    try:
+        plain = json.loads(config_file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{config_file} is not JSON: {error}") from None
+    return build(VQVAEConfig, plain, where=str(config_file))
+
+
+def load_image_tokenizer(folder: Path) -> VQVAE:
+    """Read a folder written by ``save_image_tokenizer``; weights become float32, on the CPU, ready to use.
+
+    A tokenizer that was imported carries the averages of its training as well, with which training may go on.
+    """
+    model = VQVAE(read_image_config(folder))
+    weights_file = folder / "model.safetensors"
+    try:
+        weights = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
+        for name, buffer in (("use", model.quantizer.use), ("total", model.quantizer.total)):
+            if (average := weights.pop(f"quantizer.{name}", None)) is not None:
+                buffer.copy_(average)
+        model.load_state_dict(weights)
+    except SafetensorError as error:
+        raise InputError(f"{weights_file} is damaged: {str(error).splitlines()[0]}") from None
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{weights_file} does not hold the weights that config.json describes: {reason}") from None
+    return model.eval()

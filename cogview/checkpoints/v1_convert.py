@@ -1,0 +1,206 @@
+"""From released files to a checkpoint folder and back, and from one precision to another.
+
+What is written appears whole or not at all, and one tensor at a time is in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import filecmp
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from cogview.checkpoints.checkpoint import ModelConfig, read_config, write_json
+from cogview.checkpoints.image_tokenizer import hash_of_codebook, read_image_config
+from cogview.checkpoints.pickles import write_pickle
+from cogview.checkpoints.precision import Precision, Weights, convert, converted_specs, stored_few_bits
+from cogview.checkpoints.registry import RELEASED_FILES
+from cogview.checkpoints.safetensors_io import Spec, WeightsFile, WeightsWriter
+from cogview.checkpoints.v1_format import (
+    ReleasedTransformer,
+    read_released_vqvae,
+    released_vqvae_tensors,
+    write_released_transformer,
+)
+from cogview.config_io import to_plain
+from cogview.errors import InputError
+from cogview.generation.sampling import Sampling
+from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.vocabulary import Vocabulary
+
+RELEASED_GRID = 32
+RELEASED_CAPTION = 20  # pieces: the released captions have no stop, and the release draws so many
+RELEASED_TASKS = {"base": ("generate",), "caption": ("caption",), "sr": ("upscale", "low_level")}
+ALL_TASKS = ("generate", "caption", "upscale", "low_level")
+
+
+def tasks_by_name(source: Path) -> tuple[str, ...] | None:
+    """What the published names say that weights were trained for; None if ``source`` has no such name."""
+    found = re.findall(r"cogview-(base|caption|sr)(?![a-z])", "/".join(source.absolute().parts[-3:]))
+    return RELEASED_TASKS[found[-1]] if found else None
+
+
+def import_released(
+    source: Path,
+    image_tokenizer: Path,
+    text_model: Path,
+    output: Path,
+    *,
+    tasks: Sequence[str],
+    precision: Precision,
+    num_heads: int | None = None,
+    verify: bool = False,
+) -> ModelConfig:
+    """Write released files as a checkpoint folder at ``output``, which must not be there yet; returns its config.
+
+    ``verify`` reads everything again and compares. Raises InputError for files that are damaged, incomplete, refused or
+    do not belong together, and where the disk is too small; then ``output`` does not exist.
+    """
+    try:
+        text_tokenizer = TextTokenizer.load(text_model)
+    except (FileNotFoundError, ValueError) as error:
+        raise InputError(str(error)) from None
+    image_config, image_weights = read_released_vqvae(image_tokenizer)
+    vocabulary = Vocabulary(num_image_codes=image_config.num_codes, num_text_pieces=text_tokenizer.size)
+    with ReleasedTransformer(source, num_heads) as transformer:
+        transformer.set_vocabulary(vocabulary)
+        table = layouts(RELEASED_GRID, caption_stop=False)
+        try:
+            config = ModelConfig(
+                transformer=transformer.config,
+                vocabulary=vocabulary,
+                grid=RELEASED_GRID,
+                tasks=tuple(tasks),
+                max_text=min(layout.longest_text(transformer.config.max_positions) for layout in table.values()),
+                caption_stop=False,
+                max_caption=RELEASED_CAPTION,
+                codebook_sha256=hash_of_codebook(image_weights["quantizer.codebook"]),
+                sampling=Sampling(temperature=1.0 if "generate" in tasks or "caption" in tasks else 1.02),
+            )
+        except ValueError as error:
+            raise InputError(f"{source}: {error}") from None
+        with written(output) as folder:
+            _write_weights(transformer, precision, folder / "model.safetensors", verify)
+            (folder / "image").mkdir()
+            specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in image_weights.items()}
+            with WeightsWriter(folder / "image" / "model.safetensors", specs) as writer:
+                for name, tensor in image_weights.items():
+                    writer.write(name, tensor)
+            write_json(folder / "image" / "config.json", to_plain(image_config))
+            (folder / "text.model").write_bytes(text_tokenizer.model_bytes)
+            (folder / "README.md").write_text(_card(source, config), encoding="utf-8")
+            write_json(folder / "config.json", to_plain(config))
+            if verify:
+                _compare(image_weights, load_file(folder / "image" / "model.safetensors"), output / "image")
+    return config
+
+
+def convert_folder(source: Path, output: Path, *, precision: Precision, verify: bool = False) -> None:
+    """Write the checkpoint folder ``source`` again at ``output``, its transformer as ``precision``."""
+    read_config(source)
+    weights = WeightsFile(source / "model.safetensors")
+    others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
+    with written(output) as folder:
+        _write_weights(weights, precision, folder / "model.safetensors", verify)
+        for path in others:
+            target = folder / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+            if verify and not filecmp.cmp(path, target, shallow=False):
+                raise InputError(f"{output} does not hold what was written: {target.name} differs; is the disk sound?")
+
+
+def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool = False) -> None:
+    """Write the checkpoint folder ``source`` in the released layout: the transformer's folder, a file per tokenizer."""
+    config = read_config(source)
+    weights = WeightsFile(source / "model.safetensors")
+    if (few_bits := stored_few_bits(weights.specs)) is not None:
+        raise InputError(
+            f"{source} holds {few_bits} weights, which the release cannot read: export the folder they came from"
+        )
+    shape = config.transformer
+    for count, what in ((shape.num_heads, "heads"), (shape.vocabulary_size, "word embeddings")):
+        if shards < 1 or count % shards:
+            raise InputError(f"{count} {what} do not divide into {shards} shards")
+    image_config = read_image_config(source / "image")
+    image_weights = load_file(source / "image" / "model.safetensors")
+    try:
+        image = released_vqvae_tensors(image_config, image_weights)
+    except InputError as error:
+        raise InputError(f"{source} cannot be written in the released layout: {error}") from None
+    with written(output) as folder:
+        mapped = {name: weights.read(name, keep=True) for name in weights.specs}
+        write_released_transformer(folder, mapped, shards)
+        write_pickle(image, folder / RELEASED_FILES["image_tokenizer"])
+        shutil.copyfile(source / "text.model", folder / RELEASED_FILES["text_model"])
+        if verify:
+            with ReleasedTransformer(folder, config.transformer.num_heads) as transformer:
+                for name in tqdm(weights.specs, desc="verifying", unit="tensor", leave=False, disable=None):
+                    _compare({name: mapped[name]}, {name: transformer.read(name)}, output)
+            _compare(image_weights, read_released_vqvae(folder / RELEASED_FILES["image_tokenizer"])[1], output)
+
+
+@contextmanager
+def written(output: Path) -> Iterator[Path]:
+    """A new folder that becomes ``output`` when all has gone well, and else is gone."""
+    if output.exists():
+        raise InputError(f"{output} is there already: remove it, or choose another folder with -o")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = output.with_name(f".{output.name}-writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        os.replace(folder, output)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(output.parent).free / 1e9
+            raise InputError(
+                f"there is no room for {output}: {free:.1f} GB are free there; nothing was written"
+            ) from None
+        raise
+
+
+def _write_weights(weights: Weights, precision: Precision, path: Path, verify: bool) -> None:
+    specs = converted_specs(weights, precision)
+    with WeightsWriter(path, specs) as writer:
+        for name, tensor in tqdm(
+            convert(weights, precision), total=len(specs), desc="converting", unit="tensor", leave=False, disable=None
+        ):
+            writer.write(name, tensor)
+    if verify:
+        written = WeightsFile(path)
+        for name, tensor in tqdm(
+            convert(weights, precision), total=len(specs), desc="verifying", unit="tensor", leave=False, disable=None
+        ):
+            _compare({name: tensor}, {name: written.read(name)}, path)
+
+
+def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: Path) -> None:
+    """InputError unless all tensors are ``found`` bit for bit, for -0 equals 0 and NaN not even itself."""
+    for name, tensor in expected.items():
+        other = found[name]
+        if (other.dtype, other.shape) != (tensor.dtype, tensor.shape) or not torch.equal(_bytes(other), _bytes(tensor)):
+            raise InputError(f"{where} does not hold what was written: {name} differs; is the disk sound?")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _card(source: Path, config: ModelConfig) -> str:
+    return (
+        f"# {source.name.removesuffix('.tar')}\n\n"
+        "Weights of the released CogView v1 (Ding et al., arXiv:2105.13290), converted by `cogview convert`.\n\n"
+        f"Tasks: {', '.join(config.tasks)}. Licence: that of the published weights, see their publisher's page.\n"
+    )

@@ -1,0 +1,413 @@
+"""The files of the released CogView v1, read and written.
+
+A transformer is a folder, a ``.tar`` of it or one of its files: ``latest_checkpointed_iteration.txt`` with a number N
+(or ``release``), and ``N/mp_rank_00_model_states.pt``, one file per model-parallel shard. The image tokenizer is one
+``.pt`` file, the text tokenizer a SentencePiece model. Names and shapes of the release appear in this file alone.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from cogview.checkpoints.pickles import StoredTensor, read_pickle, tensors_of, write_pickle
+from cogview.checkpoints.safetensors_io import Spec, difference
+from cogview.errors import InputError
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.transformer import Transformer
+from cogview.tokenizers.vocabulary import COMMANDS, Vocabulary
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+TRACKER = "latest_checkpointed_iteration.txt"
+HEAD_SIZE = 64  # of the released models; how many heads there are does not show in the weights
+ITERATION = 1  # a folder of ours does not count steps; the released scripts want a number above 0
+_SHARD = re.compile(r"mp_rank_(\d+)_model_states\.pt")
+
+# Our name of each module of the transformer, and the released one.
+_OUTER = {
+    "embedding": "word_embeddings",
+    "positions": "transformer.position_embeddings",
+    "final_norm": "transformer.final_layernorm",
+}
+_INNER = {
+    "attention_norm": "input_layernorm",
+    "attention.query_key_value": "attention.query_key_value",
+    "attention.output": "attention.dense",
+    "attention_output_norm": "third_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.input": "mlp.dense_h_to_4h",
+    "mlp.output": "mlp.dense_4h_to_h",
+    "mlp_output_norm": "fourth_layernorm",
+}
+_AVERAGES = {"quantize_t.cluster_size": "quantizer.use", "quantize_t.embed_avg": "quantizer.total"}
+
+
+def released_name(name: str) -> str:
+    """The released name of one of our transformer's tensors."""
+    module, _, kind = name.rpartition(".")
+    if module in _OUTER:
+        return f"{_OUTER[module]}.{kind}"
+    _, number, inner = module.split(".", 2)
+    return f"transformer.layers.{number}.{_INNER[inner]}.{kind}"
+
+
+def split_of(name: str) -> str:
+    """How shards share the tensor of a released ``name``: thirds, rows, columns or whole."""
+    if ".attention.query_key_value." in name:
+        return "thirds"
+    if name.startswith("word_embeddings") or ".mlp.dense_h_to_4h." in name:
+        return "rows"
+    if name.endswith((".attention.dense.weight", ".mlp.dense_4h_to_h.weight")):
+        return "columns"
+    return "whole"
+
+
+def split(name: str, tensor: Tensor, shards: int) -> list[Tensor]:
+    """The pieces of a tensor, by its released name, for each of ``shards`` model-parallel ranks."""
+    kind = split_of(name)
+    if kind == "whole":
+        return [tensor] * shards
+    if kind == "thirds":
+        thirds = [third.chunk(shards) for third in tensor.chunk(3)]
+        return [torch.cat([third[rank] for third in thirds]) for rank in range(shards)]
+    return list(tensor.chunk(shards, dim=1 if kind == "columns" else 0))
+
+
+def merge(name: str, pieces: list[Tensor]) -> Tensor:
+    """``split`` undone."""
+    kind = split_of(name)
+    if len(pieces) == 1 or kind == "whole":
+        return pieces[0]
+    if kind == "thirds":
+        return torch.cat([third for thirds in zip(*(p.chunk(3) for p in pieces), strict=True) for third in thirds])
+    return torch.cat(pieces, dim=1 if kind == "columns" else 0)
+
+
+class ReleasedTransformer:
+    """The transformer of a released checkpoint under our names; a context manager that keeps its files open.
+
+    ``specs`` and ``config`` are told by the shapes, without reading a tensor, and ``read`` reads one of them. Raises
+    InputError for what is no such checkpoint, is damaged or incomplete, or whose shards do not fit together.
+    """
+
+    def __init__(self, source: Path, num_heads: int | None = None) -> None:
+        self.source = source
+        self._stack = ExitStack()
+        try:
+            found = _find_shards(source, self._stack)
+            self.iteration, self.files = found.iteration, [name for name, _ in found.shards]  # names for messages
+            self._shards: list[dict[str, StoredTensor]] = []
+            heads = None
+            for name, file in found.shards:
+                content = read_pickle(file, name)
+                heads = heads or _heads_in(content)
+                self._shards.append(_module_of(content, name))
+            self._check_shards()
+            self.heads_are_assumed = num_heads is None and heads is None
+            self.config = self._config(heads if num_heads is None else num_heads)
+            self.specs = self._specs()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    @property
+    def num_shards(self) -> int:
+        """Model-parallel shards."""
+        return len(self._shards)
+
+    def read(self, name: str, *, keep: bool = False) -> Tensor:
+        """The tensor of ours called ``name``, merged from all shards, in memory of its own."""
+        theirs = released_name(name)
+        try:
+            if split_of(theirs) == "whole":
+                return self._shards[0][theirs].read()
+            merged = merge(theirs, [shard[theirs].read() for shard in self._shards])
+        except InputError as error:
+            raise InputError(f"{self.source}: {theirs}: {error}") from None
+        return merged[: self.config.vocabulary_size] if name == "embedding.weight" else merged
+
+    def set_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Leave out rows of the embedding behind those of ``vocabulary``, with which several shards were filled up.
+
+        InputError if the embedding belongs to another vocabulary.
+        """
+        found, multiple = self.config.vocabulary_size, 128 * self.num_shards
+        if found not in (vocabulary.padded_size, -(-vocabulary.size // multiple) * multiple):
+            raise InputError(
+                f"{self.source} has {found} word embeddings, but the {vocabulary.num_image_codes} codes of the image "
+                f"tokenizer, the {vocabulary.num_text_pieces} pieces of the text model and {len(COMMANDS)} commands "
+                f"take {vocabulary.padded_size}: one of the two files belongs to another model"
+            )
+        self.config = replace(self.config, vocabulary_size=vocabulary.padded_size)
+        self.specs = self._specs()
+
+    def __enter__(self) -> ReleasedTransformer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _check_shards(self) -> None:
+        first = self._shards[0]
+        for name, shard in zip(self.files[1:], self._shards[1:], strict=True):
+            if shard.keys() != first.keys():
+                other = next(iter(shard.keys() ^ first.keys()))
+                raise InputError(f"{name} does not belong to {self.files[0]}: only one of them has {other}")
+            for key, tensor in shard.items():
+                if (tensor.shape, tensor.dtype) != (first[key].shape, first[key].dtype):
+                    raise InputError(
+                        f"{name} does not belong to {self.files[0]}: {key} has the shape {list(tensor.shape)}, "
+                        f"there it is {list(first[key].shape)}"
+                    )
+
+    def _config(self, num_heads: int | None) -> TransformerConfig:
+        first = self._shards[0]
+        layers = {int(found[1]) for name in first if (found := re.match(r"transformer\.layers\.(\d+)\.", name))}
+        words = first["word_embeddings.weight"].shape
+        projection = first.get("transformer.layers.0.attention.query_key_value.weight")
+        positions = first.get("transformer.position_embeddings.weight")
+        if projection is None or positions is None or len(words) != 2 or len(positions.shape) != 2:
+            raise InputError(
+                f"{self.files[0]} holds no transformer of CogView: layers or position embeddings are missing"
+            )
+        width = words[1]
+        needed = 3 * width // max(projection.shape[0], 1)
+        if needed != self.num_shards:
+            raise InputError(
+                f"{self.source} is incomplete: its weights are split over {needed} shards, and only "
+                f"mp_rank_00 to mp_rank_{self.num_shards - 1:02d} are there"
+            )
+        if num_heads is None and width % HEAD_SIZE:
+            raise InputError(f"{self.source}: a width of {width} does not tell how many heads there are: give --heads")
+        try:
+            return TransformerConfig(
+                num_layers=len(layers),
+                width=width,
+                num_heads=width // HEAD_SIZE if num_heads is None else num_heads,
+                vocabulary_size=words[0] * self.num_shards,
+                max_positions=positions.shape[0],
+            )
+        except ValueError as error:
+            raise InputError(f"{self.source}: {error}") from None
+
+    def _specs(self) -> dict[str, Spec]:
+        """What we call the tensors; InputError where they are not those of ``config``."""
+        with torch.device("meta"):
+            wanted = {name: tuple(tensor.shape) for name, tensor in Transformer(self.config).state_dict().items()}
+        first = self._shards[0]
+        found = {name: self._whole_shape(name, first[name].shape) for name in first}
+        theirs = {released_name(name): shape for name, shape in wanted.items()}
+        found["word_embeddings.weight"] = theirs["word_embeddings.weight"]
+        if problem := difference(theirs, found):
+            raise InputError(f"{self.files[0]} holds no transformer of CogView: {problem}")
+        return {name: Spec(first[released_name(name)].dtype, shape) for name, shape in wanted.items()}
+
+    def _whole_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        kind = split_of(name)
+        if kind == "whole" or not shape:
+            return shape
+        if kind == "columns":
+            return (*shape[:-1], shape[-1] * self.num_shards)
+        return (shape[0] * self.num_shards, *shape[1:])
+
+
+def read_released_vqvae(path: Path) -> tuple[VQVAEConfig, dict[str, Tensor]]:
+    """Config and tensors, under our names, of a released image tokenizer; InputError for anything else.
+
+    The averages that its training kept beside the codebook come along, for whoever trains it on.
+    """
+    with _open(path) as file:
+        tensors = tensors_of(_unwrapped(read_pickle(file, str(path))))
+        if "word_embeddings.weight" in tensors:
+            raise InputError(
+                f"{path} is a transformer; expected an image tokenizer such as vqvae_hard_biggerset_011.pt"
+            )
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        codebook = shapes.get("quantize_t.embed", ())
+        if len(codebook) != 2:
+            raise InputError(f"{path} is no image tokenizer of CogView: quantize_t.embed is missing")
+        config = _vqvae_config(path, shapes)
+        try:
+            return config, {_our_vqvae_name(name): _turned(name, t.read()) for name, t in tensors.items()}
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+def released_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``read_released_vqvae`` undone: the released names and shapes.
+
+    Averages that a model of ours does not carry are made as they would be if every code had been chosen once.
+    InputError for networks that the release has not.
+    """
+    if config.architecture != "released":
+        raise InputError(
+            f"the released code has no layers for an image tokenizer of the architecture {config.architecture!r}"
+        )
+    weights = dict(weights)
+    codebook = weights["quantizer.codebook"]
+    weights.setdefault("quantizer.use", torch.ones(len(codebook)))
+    weights.setdefault("quantizer.total", codebook)
+    theirs = {ours: name for name, ours in _AVERAGES.items()} | {"quantizer.codebook": "quantize_t.embed"}
+    tensors = {}
+    for ours, tensor in weights.items():
+        name = theirs.get(ours) or ours.replace("encoder.", "enc_b.blocks.").replace("decoder.", "dec.blocks.")
+        tensors[name] = _turned(name, tensor)
+    return tensors
+
+
+def write_released_transformer(folder: Path, weights: Mapping[str, Tensor], shards: int) -> None:
+    """Write tensors under our names as a released checkpoint of ``shards`` model-parallel files into a new folder."""
+    inner = folder / str(ITERATION)
+    inner.mkdir(parents=True)
+    for rank in range(shards):
+        module = {}
+        for ours, tensor in weights.items():
+            name = released_name(ours)
+            module[name] = split(name, tensor, shards)[rank].clone() if shards > 1 else tensor
+        write_pickle({"module": module, "iteration": ITERATION}, inner / f"mp_rank_{rank:02d}_model_states.pt")
+    (folder / TRACKER).write_text(f"{ITERATION}", encoding="utf-8")
+
+
+def is_released_vqvae(path: Path) -> bool:
+    """Whether the ``.pt`` file holds an image tokenizer; InputError where it cannot be read."""
+    with _open(path) as file:
+        return "quantize_t.embed" in tensors_of(_unwrapped(read_pickle(file, str(path))))
+
+
+@dataclass
+class _Found:
+    """The shards of a source, in order, with the names to call them by."""
+
+    iteration: str
+    shards: list[tuple[str, IO[bytes]]] = field(default_factory=list)
+
+
+def _find_shards(source: Path, stack: ExitStack) -> _Found:
+    """Open the shards that the tracker file points to; what is opened is closed with ``stack``."""
+    entries, opened = _entries(source, stack)
+    trackers = [name for name in entries if Path(name).name == TRACKER]
+    if len(trackers) > 1:
+        raise InputError(f"{source} holds several checkpoints ({', '.join(trackers)}): give the folder of one of them")
+    if trackers:
+        iteration = opened(trackers[0]).read().decode("utf-8", "replace").strip()
+        if not re.fullmatch(r"\d+|release", iteration):
+            raise InputError(f"{source}: {trackers[0]} holds {iteration[:40]!r}; expected a number or release")
+        place = Path(trackers[0]).parent / iteration
+    else:
+        folders = {Path(name).parent for name in entries if _SHARD.fullmatch(Path(name).name)}
+        if len(folders) != 1:
+            raise InputError(
+                f"{source} is no released checkpoint: expected {TRACKER} and mp_rank_00_model_states.pt below it"
+            )
+        place = folders.pop()
+        iteration = place.name or "unknown"
+    ranks = {
+        int(found[1]): name
+        for name in entries
+        if Path(name).parent == place and (found := _SHARD.fullmatch(Path(name).name))
+    }
+    if not ranks:
+        raise InputError(f"{source} is incomplete: {place}/mp_rank_00_model_states.pt is missing")
+    missing = [rank for rank in range(max(ranks) + 1) if rank not in ranks]
+    if missing:
+        raise InputError(f"{source} is incomplete: {place}/mp_rank_{missing[0]:02d}_model_states.pt is missing")
+    return _Found(iteration, [(_called(source, ranks[rank]), opened(ranks[rank])) for rank in range(len(ranks))])
+
+
+def _called(source: Path, name: str) -> str:
+    """What messages call an entry of ``source``."""
+    return str(source / name) if source.is_dir() else f"{name} in {source}" if source.suffix == ".tar" else str(source)
+
+
+def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str], IO[bytes]]]:
+    """The names of all files in a folder or a tar, or of a file alone, and a function that opens one of them."""
+    if source.is_dir():
+        names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
+        return names, lambda name: stack.enter_context(_open(source / name))
+    if not source.is_file():
+        raise InputError(f"there is no released checkpoint at {source}: expected a folder, a .tar or a .pt file")
+    if source.suffix != ".tar" and not tarfile.is_tarfile(source):
+        name = source.name if _SHARD.fullmatch(source.name) else "mp_rank_00_model_states.pt"
+        return [name], lambda _: stack.enter_context(_open(source))
+    try:
+        archive = stack.enter_context(tarfile.open(source, "r:"))  # noqa: SIM115  the caller closes it
+        members = {member.name.removeprefix("./"): member for member in archive.getmembers() if member.isfile()}
+    except tarfile.TarError as error:
+        raise InputError(f"{source} is no tar archive, or is cut short ({error}): download it again") from None
+
+    def opened(name: str) -> IO[bytes]:
+        file = archive.extractfile(members[name])
+        assert file is not None
+        return stack.enter_context(file)
+
+    return list(members), opened
+
+
+def _open(path: Path) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"there is no file {path}") from None
+
+
+def _unwrapped(content: Any) -> Any:
+    """The mapping that holds the tensors: some files have them below a name."""
+    for name in ("module", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            return content[name]
+    return content
+
+
+def _module_of(content: Any, name: str) -> dict[str, StoredTensor]:
+    tensors = tensors_of(_unwrapped(content))
+    if "quantize_t.embed" in tensors:
+        raise InputError(f"{name} is an image tokenizer; it belongs behind --image-tokenizer, expected a transformer")
+    if "word_embeddings.weight" not in tensors:
+        raise InputError(f"{name} holds no transformer of CogView: word_embeddings.weight is missing")
+    return tensors
+
+
+def _heads_in(content: Any) -> int | None:
+    """How many heads the settings say that some checkpoints carry."""
+    settings = content.get("args") if isinstance(content, dict) else None
+    heads = getattr(settings, "num_attention_heads", None)
+    return heads if isinstance(heads, int) and heads > 0 else None
+
+
+def _vqvae_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> VQVAEConfig:
+    """The config of a released image tokenizer by its shapes; InputError unless they are those of its networks."""
+    width, codes = shapes["quantize_t.embed"]
+    channels = tuple(shapes.get(f"enc_b.blocks.{index}.weight", (1,))[0] for index in (0, 2, 4))
+    assert len(channels) == 3
+    config = replace(VQVAEConfig.released(), channels=channels, num_codes=codes, code_width=width)
+    with torch.device("meta"):
+        model = VQVAE(config)
+    tensors = dict(model.state_dict()) | {f"quantizer.{name}": t for name, t in model.quantizer.named_buffers()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in released_vqvae_tensors(config, tensors).items()}
+    given = {name: shape for name, shape in shapes.items() if name in wanted or name not in _AVERAGES}
+    needed = {name: shape for name, shape in wanted.items() if name in given or name not in _AVERAGES}
+    if problem := difference(needed, given):
+        raise InputError(f"{path} is no image tokenizer of CogView: {problem}")
+    return config
+
+
+def _our_vqvae_name(name: str) -> str:
+    if name == "quantize_t.embed":
+        return "quantizer.codebook"
+    return _AVERAGES.get(name) or name.replace("enc_b.blocks.", "encoder.").replace("dec.blocks.", "decoder.")
+
+
+def _turned(name: str, tensor: Tensor) -> Tensor:
+    """Codes are columns in the release and rows with us; the others are as they are."""
+    return tensor.T.contiguous() if name in ("quantize_t.embed", "quantize_t.embed_avg") else tensor

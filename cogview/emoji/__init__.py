@@ -1,0 +1,1 @@
+"""The emoji world: an application of the toolkit whose images can be graded exactly."""

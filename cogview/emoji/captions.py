@@ -1,0 +1,236 @@
+"""What a scene is called, written and read: a small Chinese grammar with measure words and variants.
+
+一个红苹果 · 蓝色背景上的三只狐狸 · 左边是狐狸，右边是苹果 · 狗在猫的上面，背景是红色的
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+from typing import Any, Generic, TypeVar
+
+from cogview.emoji.keyed_random import Draws
+from cogview.emoji.scene import COLOURS, Colour, Kind, Scene
+from cogview.emoji.things import Thing
+
+# Percentages of the captions that say it the rarer way.
+_UNNAMED_COLOUR = 10
+_RARE_COLOUR_NAME = 20
+_SYNONYM = 20
+_RARE_MEASURE = 15
+_DIGIT = 15
+_BARE_NAME = 40
+
+_NUMERALS = {1: "一", 2: "两", 3: "三", 4: "四"}
+
+_PAIRS: Mapping[Kind, tuple[str, ...]] = {
+    # {a} is the left or upper thing, {b} the right or lower one. What is said more often stands here more often: the
+    # likeliest description begins with a place, so that the place tells which thing is to be named next.
+    "beside": (
+        *6 * ("左边是{a}，右边是{b}",),
+        *3 * ("左边有{a}，右边有{b}",),
+        "右边是{b}，左边是{a}",
+        "{a}在左边，{b}在右边",
+        "{a}在{b}的左边",
+        "{a}在{b}左边",
+        "{b}在{a}的右边",
+        "{b}在{a}右边",
+        "{b}的左边是{a}",
+        "{a}的右边是{b}",
+    ),
+    "above": (
+        *6 * ("上面是{a}，下面是{b}",),
+        *3 * ("上面有{a}，下面有{b}",),
+        "下面是{b}，上面是{a}",
+        "{a}在上面，{b}在下面",
+        "{a}在{b}的上面",
+        "{a}在{b}上面",
+        "{a}在{b}上方",
+        "{b}在{a}的下面",
+        "{b}在{a}下面",
+        "{b}在{a}下方",
+        "{b}的上面是{a}",
+        "{a}的下面是{b}",
+    ),
+}
+
+_NOUN_ON_COLOUR = (
+    "{colour}背景上的{what}",
+    "{colour}背景上的{what}",
+    "{colour}背景上有{what}",
+    "{colour}背景，{what}",
+    "{what}，{colour}背景",
+    "{what}，背景是{colour}的",
+    "{what}，背景是{colour}",
+)
+_CLAUSE_ON_COLOUR = (
+    "{colour}背景上，{what}",
+    "{colour}背景上，{what}",
+    "{colour}背景，{what}",
+    "{what}，{colour}背景",
+    "{what}，背景是{colour}的",
+    "{what}，背景是{colour}",
+)
+
+
+def write_caption(scene: Scene, draws: Draws, complete: bool) -> str:
+    """A caption of ``scene``. Things, count and relation are always said; the colour too where ``complete``."""
+    if scene.kind in _PAIRS:
+        bare = draws.chance(_BARE_NAME)  # both with a measure word or both without, as people do
+        upper_or_left, lower_or_right = (_count(thing, 1, bare, draws) for thing in scene.things)
+        what = draws.pick(_PAIRS[scene.kind]).format(a=upper_or_left, b=lower_or_right)
+        patterns: tuple[str, ...] = _CLAUSE_ON_COLOUR
+    else:
+        bare = scene.kind == "one" and draws.chance(_BARE_NAME)
+        what = _count(scene.things[0], scene.count, bare, draws)
+        patterns = _NOUN_ON_COLOUR
+    if not complete and draws.chance(_UNNAMED_COLOUR):
+        return what
+    return draws.pick(patterns).format(colour=_name_colour(scene.colour, draws), what=what)
+
+
+def _count(thing: Thing, count: int, bare: bool, draws: Draws) -> str:
+    """三只狐狸, 3只狐狸, or 狐狸 where ``bare``."""
+    name = thing.name
+    if thing.synonyms and draws.chance(_SYNONYM):
+        name = draws.pick(thing.synonyms)
+    if bare:
+        return name
+    measure = thing.measures[0]
+    if len(thing.measures) > 1 and draws.chance(_RARE_MEASURE):
+        measure = draws.pick(thing.measures[1:])
+    number = str(count) if draws.chance(_DIGIT) else _NUMERALS[count]
+    return f"{number}{measure}{name}"
+
+
+def _name_colour(colour: Colour, draws: Draws) -> str:
+    if len(colour.names) > 1 and draws.chance(_RARE_COLOUR_NAME):
+        return draws.pick(colour.names[1:])
+    return colour.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a caption says. ``colour`` is None where it says nothing about the background.
+
+    ``kind`` and ``count`` are those of a scene, and ``things`` has a set for each of its things in the scene's order:
+    every emoji that the name there may mean.
+    """
+
+    colour: Colour | None
+    kind: Kind
+    count: int
+    things: tuple[frozenset[str], ...]
+
+
+class CaptionReader:
+    """Reads what ``write_caption`` writes of ``things`` on ``colours``; it works from the same tables.
+
+    Full-width and half-width characters agree, spaces do not count, any measure word goes with any thing, and of the
+    two things of a pair one may have a measure word and the other none. Any other text is not read at all.
+    """
+
+    def __init__(self, things: Sequence[Thing], colours: Sequence[Colour] = COLOURS) -> None:
+        emoji: dict[str, set[str]] = {}
+        for thing in things:
+            for name in thing.names:
+                emoji.setdefault(_plain(name), set()).add(thing.emoji)
+        numbers = {number: count for count, numeral in _NUMERALS.items() for number in (numeral, str(count))}
+        measures = {_plain(measure) for thing in things for measure in thing.measures}
+        self._names = _Words({name: frozenset(meant) for name, meant in emoji.items()})
+        self._counts = _Words({n + measure: count for n, count in numbers.items() for measure in measures})
+        self._colours = _Words({_plain(name): colour for colour in colours for name in colour.names})
+        self._blanks: Mapping[str, Callable[[str, int], Iterator[tuple[int, Any]]]] = {
+            "colour": self._colours.at,
+            "what": self._nouns_at,
+            "a": self._single_nouns_at,
+            "b": self._single_nouns_at,
+        }
+        # "one" stands for several of one thing too: the number in the text tells which.
+        patterns: list[tuple[Kind, str]] = [("one", whole) for whole in ("{what}", *_NOUN_ON_COLOUR)]
+        for kind, pairs in _PAIRS.items():
+            for whole in ("{what}", *_CLAUSE_ON_COLOUR):
+                patterns += [(kind, whole.replace("{what}", pair)) for pair in pairs]
+        self._patterns = [(kind, _parts(pattern)) for kind, pattern in dict.fromkeys(patterns)]
+
+    def read(self, text: str) -> Facts | None:
+        """What ``text`` says, None if it is no caption; the first of several readings."""
+        return next(iter(self.readings(text)), None)
+
+    def readings(self, text: str) -> tuple[Facts, ...]:
+        """Everything that ``text`` can mean as a whole, nearly always one thing, and nothing if it is no caption.
+
+        One text can have two readings where a name looks like a count: 两杯啤酒 are two of 🍺 and the name of 🍻.
+        The reading as a name comes first.
+        """
+        text = _plain(text)
+        found: dict[Facts, None] = {}
+        for kind, parts in self._patterns:
+            if not all(literal in text for literal, _ in parts):
+                continue  # nearly every pattern, and cheaper to see here than by looking for names
+            for blanks in self._fill(parts, text, 0):
+                colour = blanks.get("colour")
+                if kind in _PAIRS:
+                    things = (blanks["a"][1], blanks["b"][1])
+                    found[Facts(colour=colour, kind=kind, count=1, things=things)] = None
+                else:
+                    count, meant = blanks["what"]
+                    told: Kind = "one" if count == 1 else "many"
+                    found[Facts(colour=colour, kind=told, count=count, things=(meant,))] = None
+        return tuple(found)
+
+    def _fill(self, parts: Sequence[tuple[str, str | None]], text: str, start: int) -> Iterator[dict[str, Any]]:
+        """Every way in which ``parts`` give ``text`` from ``start`` to its end: what stands in each blank."""
+        if not parts:
+            if start == len(text):
+                yield {}
+            return
+        literal, blank = parts[0]
+        if not text.startswith(literal, start):
+            return
+        start += len(literal)
+        if blank is None:
+            yield from self._fill(parts[1:], text, start)
+            return
+        for end, meaning in self._blanks[blank](text, start):
+            for others in self._fill(parts[1:], text, end):
+                yield {blank: meaning, **others}
+
+    def _nouns_at(self, text: str, start: int) -> Iterator[tuple[int, tuple[int, frozenset[str]]]]:
+        """Each 狐狸 or 三只狐狸 that begins at ``start``: where it ends, its count, and the emoji it may mean."""
+        for name_start, count in ((start, 1), *self._counts.at(text, start)):
+            for end, meant in self._names.at(text, name_start):
+                yield end, (count, meant)
+
+    def _single_nouns_at(self, text: str, start: int) -> Iterator[tuple[int, tuple[int, frozenset[str]]]]:
+        """The nouns at ``start`` that a pair can hold: 狐狸 or 一只狐狸."""
+        return ((end, noun) for end, noun in self._nouns_at(text, start) if noun[0] == 1)
+
+
+_Meaning = TypeVar("_Meaning")
+
+
+class _Words(Generic[_Meaning]):
+    """Words and their meanings, to be found at a place of a text."""
+
+    def __init__(self, meanings: Mapping[str, _Meaning]) -> None:
+        self._meanings = meanings
+        self._longest = max(map(len, meanings), default=0)
+
+    def at(self, text: str, start: int) -> Iterator[tuple[int, _Meaning]]:
+        """(end, meaning) of every word that begins at ``start``, the longest first."""
+        for end in range(min(len(text), start + self._longest), start, -1):
+            if text[start:end] in self._meanings:
+                yield end, self._meanings[text[start:end]]
+
+
+def _parts(pattern: str) -> list[tuple[str, str | None]]:
+    """A pattern as literals, each with the blank that follows it; None at the end of the pattern."""
+    return [(literal, blank) for literal, blank, _, _ in Formatter().parse(_plain(pattern))]
+
+
+def _plain(text: str) -> str:
+    """``text`` as text tokenizers normalise it (NFKC: a full-width comma becomes a plain one), without spaces."""
+    return "".join(unicodedata.normalize("NFKC", text).split())

@@ -1,0 +1,1 @@
+"""Metrics of the emoji world: generation, captions, reranking, super-resolution."""

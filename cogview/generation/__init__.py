@@ -1,0 +1,1 @@
+"""Decoding: sampling, requests, the decoding loop, speculation, beam search."""

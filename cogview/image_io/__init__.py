@@ -1,0 +1,1 @@
+"""Images read from users, PNG files written for them."""

@@ -1,0 +1,1 @@
+"""The transformer: configuration, layers, cache, quantization."""

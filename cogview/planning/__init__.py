@@ -1,0 +1,1 @@
+"""Estimates of memory and time, and batches that fit."""

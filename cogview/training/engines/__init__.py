@@ -1,0 +1,1 @@
+"""Engines that compute gradients and update weights: plain torch and DeepSpeed."""

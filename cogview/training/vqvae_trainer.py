@@ -1,0 +1,134 @@
+"""Training the VQ-VAE on the scenes of a world."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from cogview.checkpoints.image_tokenizer import save_image_tokenizer
+from cogview.emoji.keyed_random import Draws
+from cogview.emoji.world import World
+from cogview.errors import InputError
+from cogview.image_io import contact_sheet
+from cogview.training.loop import Trainer, Writer, leave_signals_to_parent
+from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
+from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
+
+HELD_OUT_IMAGES = 2048
+
+
+class SceneImages(Dataset[Tensor]):
+    """Picture number i of a world as (3, H, W) float32 in [0, 1]; a function of (seed, i).
+
+    The pictures take the ``scales`` in turn. Of a scene drawn larger than the canvas a part of the canvas's size is
+    shown, cut out on the grid of codes.
+    """
+
+    def __init__(self, world: World, seed: int, *, scales: Sequence[int] = (1,), held_out: bool = False) -> None:
+        self.world = world
+        self.seed = seed
+        self.scales = scales
+        self.held_out = held_out
+
+    def __getitem__(self, index: int) -> Tensor:
+        scene = self.world.sample(self.seed, index, held_out=self.held_out)
+        scale, canvas = self.scales[index % len(self.scales)], self.world.settings.canvas
+        draws = Draws("part", self.seed, index, self.held_out)
+        top, left = (PIXELS_PER_CODE * draws.below((scale - 1) * canvas // PIXELS_PER_CODE + 1) for _ in range(2))
+        return to_tensor(self.world.render(scene, index, scale)[top : top + canvas, left : left + canvas])
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 to (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+
+
+def scene_batches(
+    world: World, seed: int, batch_size: int, first: int, last: int, workers: int, scales: Sequence[int] = (1,)
+) -> Iterator[Tensor]:
+    """Batches number ``first`` to ``last`` of a world's pictures, (B, 3, H, W)."""
+    loader = DataLoader(
+        SceneImages(world, seed, scales=scales),
+        batch_size=batch_size,
+        sampler=range(first * batch_size, last * batch_size),
+        num_workers=workers,
+        worker_init_fn=leave_signals_to_parent,
+    )
+    return iter(loader)
+
+
+def held_out_batches(
+    world: World, scales: Sequence[int] = (1,), count: int = HELD_OUT_IMAGES, batch_size: int = 64
+) -> Iterator[Tensor]:
+    """Pictures of held-out scenes, which no training ever sees."""
+    images = SceneImages(world, seed=1, scales=scales, held_out=True)
+    return iter(DataLoader(images, batch_size=batch_size, sampler=range(count)))
+
+
+class ImageTokenizerRun(Trainer[Tensor]):
+    """The VQ-VAE's trainer as the shared loop wants it."""
+
+    def __init__(
+        self,
+        world: World,
+        config: VQVAEConfig,
+        settings: VQVAETraining,
+        device: torch.device,
+        autocast: torch.dtype | None,
+        scales: Sequence[int] = (1,),
+        start_from: VQVAE | None = None,
+    ) -> None:
+        self.world = world
+        self.scales = scales
+        self.trainer = VQVAETrainer(config, settings, device, autocast, start_from)
+
+    def step(self, step: int, batch: Tensor) -> dict[str, float]:
+        """One training step."""
+        try:
+            return self.trainer.step(step, batch)
+        except FloatingPointError as error:
+            raise InputError(str(error)) from None
+
+    def snapshot(self) -> Writer:
+        """What writes the model folder, and ``trainer.pt``."""
+        model, state = copy.deepcopy((self.trainer.model, self.trainer.state()))
+
+        def write(folder: Path) -> None:
+            save_image_tokenizer(folder / "image", model)
+            torch.save(state, folder / "trainer.pt")
+
+        return write
+
+    def load(self, folder: Path) -> None:
+        """Take up ``trainer.pt``."""
+        self.trainer.load(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
+
+    def evaluate(self, step: int, folder: Path) -> dict[str, float]:
+        """PSNR, usage and perplexity on held-out scenes, and a sheet of scenes above their reconstructions."""
+        model = self.trainer.model
+        figures = evaluate_vqvae(model, held_out_batches(self.world, self.scales))
+        reconstruction_sheet(model, self.world).save(folder / f"step-{step:08d}.png")
+        return {f"held_out_{name}": value for name, value in figures.items()}
+
+
+def reconstruction_sheet(model: VQVAE, world: World, count: int = 12) -> Image.Image:
+    """Held-out scenes in the upper row, what the VQ-VAE makes of them in the lower, at twice their size."""
+    pixels = [world.render(world.sample(1, index, held_out=True), index) for index in range(count)]
+    return contact_sheet([*pixels, *reconstruct(model, np.stack(pixels))], columns=count, scale=2)
+
+
+def reconstruct(model: VQVAE, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """What the VQ-VAE makes of (N, H, W, 3) uint8 pictures, ``batch_size`` at a time, in the same form."""
+    device = next(model.parameters()).device
+    batches = []
+    for part in torch.from_numpy(pixels).split(batch_size):
+        restored = model.decode(model.encode(part.to(device).permute(0, 3, 1, 2).float() / 255))
+        batches.append((restored * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(batches)

@@ -1,0 +1,375 @@
+"""LoRA adapters: learnt beside a model, stored as PEFT does, merged into weights and taken out again."""
+
+import copy
+import json
+import math
+import re
+import shutil
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cogview.checkpoints.adapter import (
+    BASE_FILE,
+    CONFIG_FILE,
+    PREFIX,
+    WEIGHTS_FILE,
+    Adapter,
+    Base,
+    LoraSettings,
+    add_lora,
+    has_adapter,
+    load_adapter,
+    merge_adapter,
+    save_adapter,
+    unmerge_adapter,
+)
+from cogview.checkpoints.checkpoint import load_transformer, read_config
+from cogview.errors import InputError
+from cogview.modeling.transformer import MLP, Transformer
+from cogview.pipeline.cogview import CogView
+
+FOX = "一只狐狸"
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 8000, (2, 12), generator=torch.Generator().manual_seed(3))
+PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["attention.output"]}
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint):
+    """What an adapter says of the tiny model."""
+    return Base.of("tiny", read_config(tiny_checkpoint))
+
+
+@pytest.fixture
+def transformer(tiny_checkpoint):
+    """The tiny model's, its weights mapped from their file."""
+    return load_transformer(tiny_checkpoint, CPU, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def write_adapter(tiny_checkpoint):
+    """A function that writes an adapter without PEFT: random A and B of some projections, and PEFT's settings."""
+
+    def write(folder, targets=("attention.output",), rank=4, dtype=torch.float32, base=None, **settings):
+        folder.mkdir(parents=True, exist_ok=True)
+        generator = torch.Generator().manual_seed(rank)
+        transformer = Transformer(read_config(tiny_checkpoint).transformer)
+        tensors = {}
+        for name, module in transformer.named_modules():
+            if name.endswith(targets) and isinstance(module, torch.nn.Linear):
+                outputs, inputs = module.weight.shape
+                for part, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                    tensor = torch.randn(shape, generator=generator) / 10
+                    tensors[f"{PREFIX}{name}.lora_{part}.weight"] = tensor.to(dtype)
+        save_file(tensors, folder / WEIGHTS_FILE)
+        plain = PLAIN | {"r": rank, "target_modules": list(targets)} | settings
+        (folder / CONFIG_FILE).write_text(json.dumps(plain))
+        if base is not None:
+            (folder / BASE_FILE).write_text(json.dumps(base))
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def learnt(tiny_checkpoint, base, tmp_path_factory):
+    """A transformer with an adapter of all projections that two steps have changed; its settings; its folder."""
+    pytest.importorskip("peft")
+    transformer = load_transformer(tiny_checkpoint, CPU, torch.float32)
+    settings = LoraSettings(rank=4, alpha=24.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        add_lora(transformer, settings)
+    optimizer = torch.optim.SGD([p for p in transformer.parameters() if p.requires_grad], lr=10.0)
+    for _ in range(2):  # the first gives B its values, the second A
+        optimizer.zero_grad()
+        transformer(IDS[:, :-1]).flatten(0, 1).sub(0).pow(2).mean().backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("adapters") / "狐狸"
+    save_adapter(folder, transformer, settings, base)
+    return transformer.eval(), settings, folder
+
+
+@contextmanager
+def one_line(words):
+    """Expects an InputError of one line that holds ``words``."""
+    with pytest.raises(InputError, match=re.escape(words)) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+def logits(transformer):
+    return transformer(IDS)
+
+
+def test_an_adapter_begins_without_effect_and_is_all_that_learns(transformer, tiny_checkpoint):
+    pytest.importorskip("peft")
+    before = logits(transformer)
+    transformer.pack()
+    add_lora(transformer, LoraSettings(rank=2, targets=("mlp.input", "attention.query_key_value")))
+    assert torch.equal(logits(transformer), before)
+    with torch.no_grad():
+        transformer.get_parameter("layers.1.mlp.input.lora_B.default.weight").fill_(0.1)
+    assert not torch.allclose(logits(transformer), before)  # what was packed, which knows no adapter, is not used
+    transformer(IDS).sum().backward()
+    learnt = {name for name, parameter in transformer.named_parameters() if parameter.grad is not None}
+    assert learnt == {
+        f"layers.{layer}.{target}.lora_{part}.default.weight"
+        for layer in (0, 1)
+        for target in ("mlp.input", "attention.query_key_value")
+        for part in "AB"
+    }
+    with one_line("has an adapter already: one at a time"):
+        add_lora(transformer, LoraSettings())
+
+
+def test_only_the_adapter_has_changed_by_learning(learnt, tiny_checkpoint):
+    transformer, _, _ = learnt
+    stored = load_file(tiny_checkpoint / "model.safetensors")
+    own = {name.replace(".base_layer", ""): tensor for name, tensor in transformer.state_dict().items()}
+    assert all(torch.equal(own[name], tensor) for name, tensor in stored.items())
+    parts = {name: tensor for name, tensor in own.items() if ".lora_" in name}
+    assert len(parts) == 2 * 4 * 2
+    assert all(tensor.any() for tensor in parts.values())
+    assert not torch.allclose(logits(transformer), logits(load_transformer(tiny_checkpoint, CPU, torch.float32)))
+
+
+def test_an_mlp_with_an_adapter_is_not_taken_for_one_without(learnt, monkeypatch):
+    # Where a kernel adds the bias and bends, the product is made of the weight alone: the adapter would be left out.
+    transformer, _, _ = learnt
+    mlp: MLP = transformer.layers[0].mlp
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = mlp(x)
+        monkeypatch.setattr("cogview.modeling.transformer.bias_gelu_is_fused", lambda device: True)
+        assert torch.equal(mlp(x), expected)
+
+
+def test_merged_it_computes_the_same(learnt, transformer, tiny_checkpoint):
+    adapted, _, folder = learnt
+    file = (tiny_checkpoint / "model.safetensors").read_bytes()
+    merge_adapter(transformer, folder)
+    torch.testing.assert_close(logits(transformer), logits(adapted), atol=1e-5, rtol=0)
+    assert (tiny_checkpoint / "model.safetensors").read_bytes() == file  # which the weights are mapped from
+
+
+def test_taken_out_again_it_leaves_the_model(learnt, transformer, tiny_checkpoint):
+    _, _, folder = learnt
+    transformer.pack()
+    before = logits(transformer)
+    merge_adapter(transformer, folder)
+    assert not torch.allclose(logits(transformer), before)
+    unmerge_adapter(transformer, folder)
+    torch.testing.assert_close(logits(transformer), before, atol=1e-5, rtol=0)
+    for name, tensor in load_file(tiny_checkpoint / "model.safetensors").items():
+        torch.testing.assert_close(transformer.get_parameter(name), tensor, atol=1e-6, rtol=0)
+
+
+def test_what_is_saved_is_loaded(learnt, transformer, base, tmp_path):
+    adapted, settings, folder = learnt
+    assert load_adapter(transformer, folder) == settings
+    assert torch.equal(logits(transformer), logits(adapted))
+    assert all(p.requires_grad == (".lora_" in name) for name, p in transformer.named_parameters())
+    assert Adapter(folder).base == base
+    assert Adapter(folder).weights().keys() == {n for n, p in transformer.named_parameters() if p.requires_grad}
+    # Into one that learns already, as a resumed run does; and weights that lie elsewhere are stored instead.
+    halved = {name: tensor.detach() / 2 for name, tensor in adapted.named_parameters() if ".lora_" in name}
+    save_adapter(tmp_path / "half", adapted, settings, base, halved)
+    load_adapter(transformer, tmp_path / "half")
+    assert all(torch.equal(transformer.get_parameter(name), tensor) for name, tensor in halved.items())
+
+
+def test_peft_reads_our_folder(learnt, transformer):
+    peft = pytest.importorskip("peft")
+    adapted, settings, folder = learnt
+    model = peft.PeftModel.from_pretrained(transformer, folder)
+    assert torch.equal(logits(model), logits(adapted))
+    config = model.peft_config["default"]
+    assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (settings.rank, settings.alpha, "tiny")
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits(merged), logits(adapted), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_we_read_peft_s_folder(transformer, tiny_checkpoint, tmp_path, rslora):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(
+        r=4, lora_alpha=12, use_rslora=rslora, target_modules=["mlp.output"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(transformer, config)
+    model.save_pretrained(tmp_path / "theirs")
+    ours, going_on = (load_transformer(tiny_checkpoint, CPU, torch.float32) for _ in range(2))
+    merge_adapter(ours, tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(model), atol=1e-5, rtol=0)
+    load_adapter(going_on, tmp_path / "theirs")
+    torch.testing.assert_close(logits(going_on), logits(model), atol=1e-5, rtol=0)
+    assert Adapter(tmp_path / "theirs").base is None
+
+
+@pytest.mark.parametrize(("settings", "scale"), [({}, 3.0), ({"use_rslora": True}, 6.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_merging_is_its_formula_rounded_once(tiny_checkpoint, write_adapter, tmp_path, settings, scale, dtype):
+    folder = write_adapter(tmp_path / "adapter", dtype=torch.float16, **settings)
+    transformer = load_transformer(tiny_checkpoint, CPU, dtype)
+    before = copy.deepcopy(transformer.state_dict())
+    merge_adapter(transformer, folder)
+    parts = load_file(folder / WEIGHTS_FILE)
+    for name, weight in transformer.state_dict().items():
+        expected = before[name].double()
+        stored = PREFIX + name.removesuffix("weight")
+        if name.endswith(".attention.output.weight"):
+            change = parts[f"{stored}lora_B.weight"].double() @ parts[f"{stored}lora_A.weight"].double()
+            expected = expected + scale * change
+        torch.testing.assert_close(weight, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_opened_with_an_adapter_a_model_draws_as_with_merged_weights(tiny_checkpoint, tiny_model, learnt):
+    adapted, _, folder = learnt
+    model = CogView.from_pretrained(tiny_checkpoint, device="cpu", adapter=folder)
+    assert model.label == f"{tiny_checkpoint} + {folder}"
+    torch.testing.assert_close(logits(model.transformer), logits(adapted), atol=1e-5, rtol=0)
+    (drawn,) = model.generate(FOX, seed=7)
+    (without,) = tiny_model.generate(FOX, seed=7)
+    assert (drawn.codes != without.codes).any()
+
+
+def test_a_model_that_learns_an_adapter_draws_with_it(tiny_checkpoint, learnt):
+    # Training draws sample sheets: packed weights would be those without the adapter.
+    adapted, _, folder = learnt
+    merged = CogView.from_pretrained(tiny_checkpoint, device="cpu", adapter=folder)
+    parts = vars(merged.model) | {"transformer": adapted}
+    learning = CogView(type(merged.model)(**parts), merged.placement, "training")
+    assert (has_adapter(adapted), adapted.lean) == (True, None)
+    (one,), (other,) = (model.generate(FOX, seed=7, top_k=1) for model in (learning, merged))
+    assert one.log_probability == pytest.approx(other.log_probability, rel=1e-4)
+
+
+def test_settings_are_checked():
+    assert LoraSettings(rank=8, alpha=16.0).scale == 2.0
+    for wrong, words in (
+        ({"rank": 0}, "rank of an adapter must be at least 1, got 0"),
+        ({"alpha": math.nan}, "alpha must be above 0"),
+        ({"dropout": 1.0}, "dropout must be in"),
+        ({"targets": ()}, "targets must name at least one of attention.query_key_value"),
+        ({"targets": ("mlp.inputs",)}, 'the target "mlp.inputs" is unknown; did you mean "mlp.input"?'),
+        ({"targets": ("头",)}, 'the target "头" is unknown; known: attention'),
+    ):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            LoraSettings(**wrong)
+
+
+def test_what_is_no_adapter_is_told(write_adapter, tmp_path):
+    def refused(folder, words):
+        with one_line(words):
+            Adapter(folder)
+
+    refused(tmp_path / "nowhere", "there is no adapter at")
+    folder = write_adapter(tmp_path / "adapter")
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        lacking = shutil.copytree(folder, tmp_path / f"without {file}")
+        (lacking / file).unlink()
+        refused(lacking, f"is incomplete: {file} is missing")
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    content = (damaged / WEIGHTS_FILE).read_bytes()
+    (damaged / WEIGHTS_FILE).write_bytes(content[: len(content) // 2])
+    refused(damaged, "adapter_model.safetensors is damaged: ")
+    for text, words in (("{", "is not JSON"), ("[]", "holds no settings")):
+        (damaged / CONFIG_FILE).write_text(text)
+        refused(damaged, words)
+    for number, (settings, words) in enumerate(
+        [
+            ({"peft_type": "IA3"}, "the adapter is of the type IA3, and only LORA can be used"),
+            ({"use_dora": True}, "use_dora is true, which is not supported"),
+            ({"bias": "all"}, 'bias is "all", which is not supported'),
+            ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which is not supported'),
+            ({"r": "4"}, "r must be a whole number from 1 on, got 4"),
+            ({"r": 8}, "attention.output has parts of the shapes [4, 32] and [32, 4], which are not those of rank 8"),
+            ({"lora_alpha": None}, "lora_alpha must be a number, got None"),
+            ({"lora_alpha": -1}, "alpha must be above 0, got -1"),
+        ]
+    ):
+        other = shutil.copytree(folder, tmp_path / f"settings {number}")
+        (other / CONFIG_FILE).write_text(json.dumps(PLAIN | settings))
+        refused(other, words)
+    tensors = load_file(folder / WEIGHTS_FILE)
+    first = next(name for name in tensors if "lora_B" in name)
+    for number, (changed, words) in enumerate(
+        [
+            ({}, "holds nothing"),
+            ({name: tensor for name, tensor in tensors.items() if name != first}, f"{first} is missing"),
+            (
+                tensors | {f"{PREFIX}embedding.lora_embedding_A": torch.ones(2)},
+                "holds base_model.model.embedding.lora_embedding_A, which is no part of a LoRA adapter",
+            ),
+        ]
+    ):
+        other = shutil.copytree(folder, tmp_path / f"tensors {number}")
+        save_file(changed, other / WEIGHTS_FILE)
+        refused(other, words)
+
+
+def test_an_adapter_of_another_model_is_refused(transformer, tiny_checkpoint, write_adapter, base, tmp_path):
+    config, plain = read_config(tiny_checkpoint), vars(base)
+
+    def refused(folder, words, name="cogview-emoji"):
+        with one_line(words):
+            Adapter(folder).check_model(config, name)
+
+    deeper = write_adapter(tmp_path / "deeper", base=plain | {"num_layers": 4})
+    words = "belongs to a model of 4 layers of width 32 with 2 heads and {0} ids (tiny), this one has 2 layers of width"
+    refused(deeper, words.format(base.vocabulary_size))
+    refused(write_adapter(tmp_path / "codes", base=plain | {"codebook_sha256": "0" * 64}), "of another image tokenizer")
+    named = write_adapter(tmp_path / "named", base=plain | {"name": "cogview-base"})
+    refused(named, "was made for cogview-base, not for cogview-emoji")
+    Adapter(named).check_model(config, str(tiny_checkpoint))  # a folder may be that model
+
+    folder = write_adapter(tmp_path / "by hand")
+    tensors = load_file(folder / WEIGHTS_FILE)
+    name = next(name for name in tensors if "lora_A" in name)
+    save_file(tensors | {name: torch.ones(4, 48)}, folder / WEIGHTS_FILE)
+    with one_line("another width: layers.0.attention.output is 32 x 48 there and 32 x 32 in"):
+        merge_adapter(transformer, folder)
+    save_file({name.replace("layers.1", "layers.7"): tensor for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
+    with one_line("changes layers.7.attention.output, which this model does not have"):
+        merge_adapter(transformer, folder)
+    save_file(tensors | {name: tensors[name] * math.nan}, folder / WEIGHTS_FILE)
+    before = copy.deepcopy(transformer.state_dict())
+    with one_line("attention.output.lora_A.default.weight has numbers that are not finite"):
+        merge_adapter(transformer, folder)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
+
+
+def test_learning_goes_on_with_the_same_projections(transformer, write_adapter, tmp_path):
+    pytest.importorskip("peft")
+    small = write_adapter(tmp_path / "small")
+    large = write_adapter(tmp_path / "large", targets=("attention.output", "mlp.input"))
+    wide = write_adapter(tmp_path / "wide", rank=8)
+    load_adapter(transformer, small)
+    with one_line("has layers.0.mlp.input.lora_A.default.weight, which is not learnt here"):
+        load_adapter(transformer, large)
+    with pytest.raises(
+        InputError, match=r"has \[8, 32\] for layers.0.attention.output.lora_A.default.weight, expected"
+    ):
+        load_adapter(transformer, wide)
+    with one_line("that is being learnt: save it, and merge it into a fresh one"):
+        merge_adapter(transformer, small)
+
+
+def test_rounded_weights_take_no_adapter(tiny_checkpoint, write_adapter, tmp_path):
+    folder = write_adapter(tmp_path / "adapter")
+    remedy = "cogview adapter merge MODEL ADAPTER -o OUT first, then open OUT with --dtype int8 or int4"
+    with one_line(remedy):
+        CogView.from_pretrained(tiny_checkpoint, device="cpu", dtype="int8", adapter=folder)
+    with one_line(remedy):
+        merge_adapter(load_transformer(tiny_checkpoint, CPU, torch.bfloat16, "int8"), folder)
+
+
+def test_without_peft_learning_names_the_extra(transformer, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with one_line("pip install 'cogview[lora]'"):
+        add_lora(transformer, LoraSettings())

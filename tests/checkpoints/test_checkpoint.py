@@ -1,0 +1,327 @@
+"""A checkpoint is a folder: what was saved is what is loaded, and a folder that does not fit says why."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cogview.checkpoints.checkpoint import (
+    FORMAT_VERSION,
+    NamedThing,
+    file_sha256,
+    load_model,
+    read_config,
+    read_things,
+    save_model,
+    verify_files,
+)
+from cogview.checkpoints.image_tokenizer import codebook_hash, load_image_tokenizer, save_image_tokenizer
+from cogview.errors import InputError
+from cogview.generation.sampling import Sampling
+from cogview.tokenizers.text import train_text_tokenizer
+
+CPU = torch.device("cpu")
+CAPTIONS = ["蓝色背景上的三只狐狸", "一个红苹果在汽车的左边"] * 4
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "model")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_checkpoint):
+    return load_model(tiny_checkpoint, CPU, torch.float32)
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in changes.items():
+        *outer, last = name.split("__")
+        inner = config
+        for part in outer:
+            inner = inner[part]
+        inner[last] = value
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+def error_of(folder):
+    """The one line that loading a folder ends in."""
+    with pytest.raises(InputError) as caught:
+        load_model(folder, CPU, torch.float32)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# --- saved equals loaded ------------------------------------------------------------------------------------------
+
+
+def test_saved_equals_loaded(model, tmp_path):
+    save_model(tmp_path / "new" / "folder", model)
+    loaded = load_model(tmp_path / "new" / "folder", CPU, torch.float32)
+
+    assert loaded.config == model.config
+    assert loaded.things == model.things != ()
+    assert loaded.card == model.card != ""
+    for part in ("transformer", "image_tokenizer"):
+        saved_weights, weights = getattr(model, part).state_dict(), getattr(loaded, part).state_dict()
+        assert saved_weights.keys() == weights.keys()
+        assert all(torch.equal(weights[name], tensor) for name, tensor in saved_weights.items())
+        assert not getattr(loaded, part).training
+
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.equal(loaded.transformer(ids), model.transformer(ids))
+    images = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(loaded.image_tokenizer.encode(images), model.image_tokenizer.encode(images))
+    prompt = "蓝色背景上的三只狐狸"
+    assert loaded.text_tokenizer.encode(prompt) == model.text_tokenizer.encode(prompt)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_stored_in_half_precision_weights_are_rounded_once(model, tmp_path, dtype):
+    """And the codebook is not, so that codes go on meaning the same."""
+    save_model(tmp_path / "half", model, dtype=dtype)
+    loaded = load_model(tmp_path / "half", CPU, torch.float32)
+    for part in ("transformer", "image_tokenizer"):
+        weights = getattr(loaded, part).state_dict()
+        for name, tensor in getattr(model, part).state_dict().items():
+            assert weights[name].dtype == torch.float32
+            kept = name == "quantizer.codebook"
+            assert torch.equal(weights[name], tensor if kept else tensor.to(dtype).float()), name
+    assert codebook_hash(loaded.image_tokenizer) == codebook_hash(model.image_tokenizer)
+    stored = load_file(tmp_path / "half" / "model.safetensors").values()
+    assert {tensor.dtype for tensor in stored} == {dtype}
+
+    save_model(tmp_path / "again", loaded, dtype=dtype)
+    for file in ("config.json", "model.safetensors", "image/model.safetensors"):
+        assert file_sha256(tmp_path / "again" / file) == file_sha256(tmp_path / "half" / file)
+
+
+def test_transformer_is_loaded_in_the_dtype_asked_for(tiny_checkpoint):
+    loaded = load_model(tiny_checkpoint, CPU, torch.bfloat16)
+    assert {p.dtype for p in loaded.transformer.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in loaded.image_tokenizer.parameters()} == {torch.float32}
+
+
+def test_config_is_written_whole(model, tmp_path):
+    config = dataclasses.replace(
+        model.config,
+        tasks=("generate", "caption"),
+        caption_stop=False,
+        caption_drop=0.1,
+        sampling=Sampling(temperature=0.8, top_k=50, top_p=0.9),
+    )
+    save_model(tmp_path, dataclasses.replace(model, config=config))
+    assert read_config(tmp_path) == config
+    assert config.layouts["caption"].row[-1].stop is None
+
+
+def test_image_tokenizer_has_a_folder_of_its_own(model, tmp_path):
+    save_image_tokenizer(tmp_path, model.image_tokenizer)
+    loaded = load_image_tokenizer(tmp_path)
+    assert loaded.config == model.image_tokenizer.config
+    assert codebook_hash(loaded) == codebook_hash(model.image_tokenizer)
+
+
+def test_codebook_hash_changes_with_the_codebook(tiny_checkpoint):
+    tokenizer = load_image_tokenizer(tiny_checkpoint / "image")
+    before = codebook_hash(tokenizer)
+    tokenizer.quantizer.codebook[[0, 1]] = tokenizer.quantizer.codebook[[1, 0]]
+    assert codebook_hash(tokenizer) != before
+
+
+def test_model_of_an_open_world_has_no_things(model, tmp_path):
+    save_model(tmp_path, dataclasses.replace(model, things=(), card=""))
+    assert read_things(tmp_path) == ()
+    loaded = load_model(tmp_path, CPU, torch.float32)
+    assert (loaded.things, loaded.card) == ((), "")
+
+
+def test_things_are_read_without_the_weights(model, tmp_path):
+    things = (NamedThing(name="狐狸"), NamedThing(name="红苹果", emoji="🍎", synonyms=("苹果", "蛇果")))
+    save_model(tmp_path, dataclasses.replace(model, things=things))
+    (tmp_path / "model.safetensors").unlink()
+    assert read_things(tmp_path) == things
+
+
+def test_every_file_of_a_model_can_be_read_by_those_who_can_read_one(model, tmp_path):
+    save_model(tmp_path, model)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {modes["config.json"]}
+
+
+def test_model_can_be_saved_where_it_was_loaded_from(folder):
+    """Loaded weights must not be a view of the file that is being replaced."""
+    loaded = load_model(folder, CPU, torch.float32)
+    expected = {name: tensor.clone() for name, tensor in loaded.transformer.state_dict().items()}
+    with torch.no_grad():
+        loaded.image_tokenizer.decoder[0].bias.add_(1)
+    save_model(folder, loaded)
+    again = load_model(folder, CPU, torch.float32).transformer.state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+    save_model(folder, loaded, dtype=torch.float16)  # a smaller file
+    assert all(torch.equal(loaded.transformer.state_dict()[name], tensor) for name, tensor in expected.items())
+
+
+# --- folders that are not whole -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        ("config.json", "{folder} is no checkpoint folder: config.json is missing"),
+        ("model.safetensors", "the checkpoint {folder} is incomplete: model.safetensors is missing"),
+        ("text.model", "the checkpoint {folder} is incomplete: text.model is missing"),
+        ("image/config.json", "{folder}/image is no image tokenizer: config.json is missing"),
+        ("image/model.safetensors", "{folder}/image is no image tokenizer: model.safetensors is missing"),
+    ],
+)
+def test_missing_part(folder, part, message):
+    (folder / part).unlink()
+    assert error_of(folder) == message.format(folder=folder)
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000])
+def test_weights_cut_short(folder, size):
+    os.truncate(folder / "model.safetensors", size)
+    assert error_of(folder).startswith(f"{folder}/model.safetensors is damaged: ")
+
+
+@pytest.mark.parametrize("size", [0, 5, 1000])
+def test_image_weights_cut_short(folder, size):
+    os.truncate(folder / "image" / "model.safetensors", size)
+    assert error_of(folder).startswith(f"{folder}/image/model.safetensors is damaged: ")
+
+
+def test_text_model_cut_short(folder):
+    os.truncate(folder / "text.model", 100)
+    assert error_of(folder).startswith(f"{folder}/text.model: 100 bytes that are no SentencePiece model")
+
+
+@pytest.mark.parametrize("file", ["config.json", "image/config.json", "things.json"])
+def test_file_that_is_not_json(folder, file):
+    (folder / file).write_text('{"grid": 8', encoding="utf-8")
+    assert error_of(folder).startswith(f"{folder}/{file} is not JSON: ")
+
+
+# --- parts that do not belong together ----------------------------------------------------------------------------
+
+
+def test_weights_of_another_shape(folder):
+    change_config(folder, transformer__max_positions=97)
+    message = error_of(folder)
+    assert message.startswith(f"{folder}/model.safetensors does not hold the weights that config.json describes: ")
+    assert message.endswith("positions.weight has the shape [96, 32], expected [97, 32]")
+
+
+@pytest.mark.parametrize(("part", "name"), [("model", "final_norm.bias"), ("image/model", "quantizer.codebook")])
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_weights_of_other_names(folder, part, name, change):
+    path = folder / f"{part}.safetensors"
+    weights = load_file(path)
+    if change == "missing":
+        del weights[name]
+    else:
+        name = "stranger"
+        weights[name] = torch.zeros(1)
+    save_file(weights, path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+    message = error_of(folder)
+    assert message.startswith(f"{path} does not hold the weights that config.json describes: ")
+    assert name in message
+
+
+def test_image_weights_of_another_shape(folder):
+    path = folder / "image" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "num_codes": 4096}), encoding="utf-8")
+    message = error_of(folder)
+    assert message.startswith(f"{folder}/image/model.safetensors does not hold the weights that config.json describes")
+    assert "quantizer.codebook" in message
+
+
+def test_codebook_of_another_model(folder, model):
+    """Its shapes fit, but every code would mean something else."""
+    other = load_image_tokenizer(folder / "image")
+    other.quantizer.codebook.mul_(-1)
+    save_image_tokenizer(folder / "image", other)
+    found, expected = codebook_hash(other)[:12], model.config.codebook_sha256[:12]
+    assert error_of(folder) == (
+        f"the image tokenizer in {folder}/image has another codebook ({found}…) than the transformer was trained with "
+        f"({expected}…); restore the folder's own"
+    )
+
+
+def test_text_model_of_another_size(folder, model):
+    (folder / "text.model").write_bytes(train_text_tokenizer(CAPTIONS, size=290, max_piece_length=1))
+    expected = model.config.vocabulary.num_text_pieces
+    message = error_of(folder)
+    assert message.startswith(f"{folder}/text.model has ")
+    assert message.endswith(f" pieces, the config says {expected}; restore the folder's own")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["generate", "dance"]}, "task 'dance' is unknown; known: generate, caption, score, upscale"),
+        ({"grid": 9}, "no layouts for a grid of 9 codes; known: 8, 16, 32, 64"),
+        ({"transformer__vocabulary_size": 128}, "rows, the transformer 128"),
+        ({"transformer__num_heads": 5}, "transformer: width 32 does not divide into 5 heads"),
+        ({"sampling__top_p": 2.0}, r"top_p must be in (0, 1], got 2.0"),
+        ({"grit": 8}, '"grit" is unknown; did you mean "grid"?'),
+    ],
+)
+def test_config_that_makes_no_sense(folder, changes, message):
+    change_config(folder, **changes)
+    error = error_of(folder)
+    assert error.startswith(f"{folder}/config.json")
+    assert message in error
+
+
+def test_newer_format_asks_for_an_update(folder):
+    """Before it stumbles over settings that it cannot know."""
+    change_config(folder, format_version=FORMAT_VERSION + 1, holograms=True)
+    assert error_of(folder) == (
+        f"{folder}/config.json has format version {FORMAT_VERSION + 1}, this version reads up to {FORMAT_VERSION}; "
+        "update cogview"
+    )
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format_version": "1"}'])
+def test_json_that_is_no_config(folder, content):
+    (folder / "config.json").write_text(content, encoding="utf-8")
+    assert error_of(folder) == f"{folder}/config.json is no config of a checkpoint: it has no format_version"
+
+
+# --- sums ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [0, 3, (1 << 20) + 7])
+def test_file_sha256(tmp_path, size):
+    content = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    (tmp_path / "file").write_bytes(content)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_files_are_compared_with_their_sums(folder):
+    sums = [(name, file_sha256(folder / name)) for name in ("text.model", "config.json")]
+    verify_files(folder, sums)
+    with pytest.raises(InputError, match="is incomplete: other is missing"):
+        verify_files(folder, [*sums, ("other", "0" * 64)])
+    change_config(folder, max_text=19)
+    with pytest.raises(InputError) as caught:
+        verify_files(folder, sums)
+    found = file_sha256(folder / "config.json")
+    assert str(caught.value) == (
+        f"{folder}/config.json is damaged or was changed: its SHA-256 is {found[:12]}…, expected {sums[1][1][:12]}…; "
+        "install cogview again"
+    )

@@ -1,0 +1,244 @@
+"""Files of weights: what is written is what the safetensors library reads, and nothing is held twice."""
+
+import hashlib
+import json
+import os
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cogview.checkpoints.safetensors_io import Spec, WeightsFile, WeightsWriter, difference
+from cogview.errors import InputError
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def some_tensors():
+    """Of every dtype and of odd sizes, one of them empty and one without axes."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"layers.{number}.weight": torch.randint(0, 100, (number + 1, 3), generator=generator).to(dtype)
+        for number, dtype in enumerate(DTYPES)
+    }
+    return tensors | {
+        "empty": torch.zeros(0, 5),
+        "empty of few bits": torch.zeros(3, 0, dtype=torch.int8),
+        "scalar": torch.tensor(2.5, dtype=torch.bfloat16),
+        "name with “quotes”, 汉字 and\n": torch.ones(2, dtype=torch.uint8),
+    }
+
+
+def specs_of(tensors):
+    return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def write(path, tensors):
+    with WeightsWriter(path, specs_of(tensors)) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    return path
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+# --- written equals read ------------------------------------------------------------------------------------------
+
+
+def test_the_library_reads_what_was_written(tmp_path):
+    tensors = some_tensors()
+    path = write(tmp_path / "weights", tensors)
+    assert_same(load_file(path), tensors)
+    file = WeightsFile(path)
+    assert file.specs == specs_of(tensors)
+    assert file.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    assert_same({name: file.read(name) for name in file.specs}, tensors)
+    assert_same({name: file.read(name, keep=True) for name in file.specs}, tensors)
+
+
+def test_what_the_library_wrote_is_read(tmp_path):
+    tensors = some_tensors()
+    save_file(tensors, tmp_path / "weights", metadata={"format": "pt"})
+    file = WeightsFile(tmp_path / "weights")
+    assert_same({name: file.read(name) for name in file.specs}, tensors)
+
+
+def test_tensors_may_come_in_any_order(tmp_path):
+    tensors = some_tensors()
+    expected = write(tmp_path / "weights", tensors).read_bytes()
+    for seed in range(3):
+        names = list(tensors)
+        random.Random(seed).shuffle(names)
+        with WeightsWriter(tmp_path / "shuffled", specs_of(tensors)) as writer:
+            for name in names:
+                writer.write(name, tensors[name])
+        assert (tmp_path / "shuffled").read_bytes() == expected
+
+
+def test_tensors_need_not_lie_together(tmp_path):
+    tensors = {
+        "transposed": torch.arange(12.0).view(3, 4).T,
+        "every second": torch.arange(10)[::2],
+        "trained": torch.nn.Parameter(torch.ones(2)),
+    }
+    assert_same(load_file(write(tmp_path / "weights", tensors)), tensors)
+
+
+def test_every_tensor_lies_where_it_can_be_mapped(tmp_path):
+    tensors = some_tensors()
+    content = write(tmp_path / "weights", tensors).read_bytes()
+    first = 8 + int.from_bytes(content[:8], "little")
+    for name, entry in json.loads(content[8:first]).items():
+        assert (first + entry["data_offsets"][0]) % tensors[name].itemsize == 0
+
+
+def test_the_space_is_claimed_before_the_work(tmp_path):
+    tensors = {"a": torch.zeros(1000), "b": torch.zeros(3, dtype=torch.int8)}
+    with WeightsWriter(tmp_path / "weights", specs_of(tensors)) as writer:
+        size = (tmp_path / "weights").stat().st_size
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    assert size in (0, (tmp_path / "weights").stat().st_size)  # 0 where the system cannot claim it
+
+
+def test_no_weights_at_all(tmp_path):
+    assert load_file(write(tmp_path / "weights", {})) == {}
+    assert WeightsFile(tmp_path / "weights").specs == {}
+
+
+# --- what does not fit what was announced -------------------------------------------------------------------------
+
+
+def test_missing_tensors_are_told(tmp_path):
+    tensors = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(4)}
+    with (
+        pytest.raises(ValueError, match=r"^2 tensors were announced and not written: b$"),
+        WeightsWriter(tmp_path / "weights", specs_of(tensors)) as writer,
+    ):
+        writer.write("a", tensors["a"])
+
+
+def test_another_error_is_not_hidden_by_missing_tensors(tmp_path):
+    with pytest.raises(KeyboardInterrupt), WeightsWriter(tmp_path / "weights", {"a": Spec(torch.int8, (2,))}):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.bfloat16), torch.zeros(6)])
+def test_another_dtype_or_shape_is_an_error(tmp_path, tensor):
+    writer = WeightsWriter(tmp_path / "weights", {"a": Spec(torch.float32, (3, 2))})
+    with pytest.raises(ValueError, match=r"^a is torch\.\w+ \(.*\), announced was Spec\(dtype=torch.float32"):
+        writer.write("a", tensor)
+    writer.write("a", torch.zeros(3, 2))
+    with writer:
+        pass
+
+
+def test_names_and_shapes_are_compared():
+    wanted = {"a": (2, 3), "b": (4,)}
+    assert difference(wanted, dict(reversed(wanted.items()))) is None
+    assert difference(wanted, {"a": (2, 3)}) == "b is missing"
+    assert difference(wanted, {"a": (3, 2), "b": (4,)}) == "a has the shape [3, 2], expected [2, 3]"
+    assert difference(wanted, {**wanted, "c": (1,)}) == "c is unknown"
+
+
+# --- files that are not whole -------------------------------------------------------------------------------------
+
+
+def error_of(path):
+    """The one line that opening a file ends in."""
+    with pytest.raises(InputError) as caught:
+        WeightsFile(path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_missing_file(tmp_path):
+    assert error_of(tmp_path / "none") == f"{tmp_path / 'none'} is missing"
+    assert error_of(tmp_path) == f"{tmp_path} is missing"
+
+
+def test_files_cut_short(tmp_path):
+    path = write(tmp_path / "weights", some_tensors())
+    for size in [*range(path.stat().st_size - 1, 8, -23), *range(8, -1, -1)]:
+        os.truncate(path, size)
+        assert error_of(path).startswith(f"{path} is damaged: ")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<!DOCTYPE html>\n<html><body>Sign in</body></html>\n",
+        bytes(100),
+        b"\x10" + bytes(7) + b'{"a": {"dtype": ',
+        b"\xff" * 64,
+    ],
+)
+def test_other_files(tmp_path, content):
+    (tmp_path / "weights").write_bytes(content)
+    assert error_of(tmp_path / "weights").startswith(f"{tmp_path / 'weights'} is damaged: ")
+
+
+def test_numbers_of_another_kind(tmp_path):
+    save_file({"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.float8_e5m2)}, tmp_path / "weights")
+    assert error_of(tmp_path / "weights") == (
+        f"{tmp_path / 'weights'} holds b as F8_E5M2; known: F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL"
+    )
+
+
+# --- mapped into memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_writing_to_a_tensor_does_not_change_the_file(tmp_path, keep):
+    path = write(tmp_path / "weights", {"a": torch.ones(5000)})
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
+    WeightsFile(path).read("a", keep=keep).zero_()
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == before
+    assert torch.equal(WeightsFile(path).read("a"), torch.ones(5000))
+
+
+def test_a_tensor_outlives_its_file(tmp_path):
+    path = write(tmp_path / "weights", {"a": torch.ones(5000)})
+    tensor = WeightsFile(path).read("a", keep=True)
+    path.unlink()
+    assert torch.equal(tensor, torch.ones(5000))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
+def test_a_file_is_mapped_while_a_tensor_of_it_is_there(tmp_path):
+    path = write(tmp_path / "weights", {"a": torch.ones(5000), "b": torch.ones(5000)})
+
+    def mappings():
+        return sum(line.endswith(str(path)) for line in Path("/proc/self/maps").read_text().splitlines())
+
+    file = WeightsFile(path)
+    file.fetch()
+    assert mappings() == 0
+    for name in ("a", "b"):
+        tensor = file.read(name)
+        assert mappings() == 1
+        del tensor
+    assert mappings() == 0
+    kept = [file.read(name, keep=True) for name in ("a", "b")]
+    assert mappings() == 1
+    del kept, file
+    assert mappings() == 0

@@ -1,0 +1,394 @@
+"""Datasets of the released CogView: their rows are read as they are, and no pickle runs anything."""
+
+import io
+import os
+import pickle
+import shutil
+
+import lmdb
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from cogview.data import v1_datasets as released
+from cogview.data.store import ABSENT, StoreWriter, TokenStore, as_tensors, pad_text
+from cogview.data.v1_datasets import BadRow, ReleasedRows, RowUnpickler, import_released, open_rows
+from cogview.errors import InputError
+from cogview.tokenizers.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary()
+MADE_WITH = {
+    "num_image_codes": 8192,
+    "num_text_pieces": 50000,
+    "codebook_sha256": "c0de" * 16,
+    "text_sha256": "7e47" * 16,
+}
+ROI, BASE, TINY, BOI, EOI, PAD, ROI2 = map(
+    VOCABULARY.command, ("[ROI1]", "[BASE]", "[TINY]", "[BOI1]", "[EOI1]", "[PAD]", "[ROI2]")
+)
+
+
+def some_rows(count, grid=8, seed=0):
+    """Texts of 0 to 64 pieces, counted from 0, and codes (count, grid * grid)."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(0, 50000, rng.integers(0, 65)) for _ in range(count)]
+    return [*texts[:-1], np.arange(0)], rng.integers(0, 8192, (count, grid**2))
+
+
+def expected_of(texts, codes, width=64):
+    return {"text": pad_text([text.tolist() for text in texts], width), "image": codes.astype(np.uint16)}
+
+
+def assert_same(read, expected):
+    assert list(read) == list(expected)
+    for name, ids in expected.items():
+        assert read[name].dtype == np.uint16
+        np.testing.assert_array_equal(read[name], ids)
+
+
+def sequence(text, codes, size=TINY, padding=0):
+    return np.concatenate([[ROI], text + 8192, [size, BOI], codes, [EOI], [PAD] * padding])
+
+
+def write_lmdb(path, rows, protocol=4, **changes):
+    """A released LMDB: pickles of ``rows``, bytes as they are; ``changes`` are other values of keys, None: no key."""
+    values = {b"%d" % n: row if isinstance(row, bytes) else pickle.dumps(row, protocol) for n, row in enumerate(rows)}
+    values = {**values, b"length": b"%d" % len(rows), **{key.encode(): value for key, value in changes.items()}}
+    with lmdb.open(str(path), map_size=2**26) as environment, environment.begin(write=True) as transaction:
+        for key, value in values.items():
+            if value is not None:
+                transaction.put(key, value)
+    return path
+
+
+def write_bin(path, texts, codes):
+    ids = np.full((len(texts), 64 + codes.shape[1]), -1, dtype="<i4")
+    for row, text in zip(ids, texts, strict=True):
+        row[: len(text)] = text + 8192
+    ids[:, 64:] = codes
+    ids.tofile(path)
+    return path
+
+
+def open_released(path, **changes):
+    return ReleasedRows(path, **{**MADE_WITH, **changes})
+
+
+# What is there is read
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    "form", ["sequence", "floats", "pair", "square pair", "list of a pair", "plain lists", "numpy scalars"]
+)
+def test_every_form_of_a_row_in_every_protocol(tmp_path, protocol, form):
+    texts, codes = some_rows(6)
+    forms = {
+        "sequence": lambda text, row: sequence(text, row, padding=3).astype(np.int32),
+        "floats": lambda text, row: sequence(np.array(text.tolist()), row),
+        "pair": lambda text, row: (text + 8192, row),
+        "square pair": lambda text, row: (text + 8192, np.asfortranarray(row.reshape(8, 8).astype(">i2"))),
+        "list of a pair": lambda text, row: [(text + 8192).astype(np.uint32), row],
+        "plain lists": lambda text, row: ((text + 8192).tolist(), row.reshape(8, 8).tolist()),
+        "numpy scalars": lambda text, row: ([np.int64(piece + 8192) for piece in text], list(row.astype(np.uint16))),
+    }
+    rows = [forms[form](text, row) for text, row in zip(texts, codes, strict=True)]
+    store = open_released(write_lmdb(tmp_path / "data", rows, protocol))
+    assert len(store) == 6
+    assert (store.header.grid, store.header.fields) == (8, {"text": 64, "image": 64})
+    assert_same(store.read(range(6)), expected_of(texts, codes))
+
+
+@pytest.mark.parametrize(("core", "other"), [(b"numpy.core.", b"numpy._core."), (b"numpy._core.", b"numpy.core.")])
+def test_arrays_of_numpy_1_and_2(core, other):
+    """The module of numpy's functions was renamed in 2.0."""
+    written = pickle.dumps(np.arange(5), protocol=2).replace(other, core)
+    assert core + b"multiarray" in written
+    assert RowUnpickler(io.BytesIO(written)).load().ids.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_bin_file(tmp_path):
+    texts, codes = some_rows(7, grid=32)
+    path = write_bin(tmp_path / "data.bin", texts, codes)
+    assert path.stat().st_size == 7 * (64 + 1024) * 4
+    with open_released(path) as store:
+        assert len(store) == 7
+        assert (store.header.grid, store.header.fields) == (32, {"text": 64, "image": 1024})
+        wanted = [6, 0, 3, 3]
+        expected = expected_of(texts, codes)
+        assert_same(store.read(wanted), {name: ids[wanted] for name, ids in expected.items()})
+        assert_same(store[2], {name: ids[2] for name, ids in expected.items()})
+        assert_same(store.read([]), {name: ids[:0] for name, ids in expected.items()})
+
+
+def test_absent_ids_of_a_bin_file_are_dropped_wherever_they_stand(tmp_path):
+    """As the released reader does."""
+    _, codes = some_rows(1)
+    ids = np.full((1, 128), -1, dtype="<i4")
+    ids[0, [3, 10, 63]] = [8192, 8193, 58191]
+    ids[0, 64:] = codes
+    ids.tofile(tmp_path / "data.bin")
+    assert open_released(tmp_path / "data.bin", grid=8)[0]["text"].tolist() == [0, 1, 49999] + [ABSENT] * 61
+
+
+def test_room_for_text_is_a_setting(tmp_path):
+    texts, codes = [np.arange(n) for n in (0, 20, 70)], some_rows(3)[1]
+    pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
+    path = write_lmdb(tmp_path / "data", pairs)
+    assert_same(open_released(path, text_width=70).read(range(3)), expected_of(texts, codes, 70))
+    narrow = open_released(path, text_width=20)
+    assert_same(narrow.read([0, 1]), expected_of(texts[:2], codes[:2], 20))
+    with pytest.raises(BadRow, match=r"row 2 of .* has a text of 70 pieces, there is room for 20; `cogview import"):
+        narrow.read(range(3))
+    short = write_bin(tmp_path / "data.bin", texts[:2], codes[:2])
+    assert_same(open_released(short, text_width=20, grid=8).read([0, 1]), expected_of(texts[:2], codes[:2], 20))
+    with pytest.raises(BadRow, match=r"row 1 of .* has a text of 20 pieces, there is room for 19;"):
+        open_released(short, text_width=19, grid=8).read([0, 1])
+
+
+def test_other_sizes_of_the_vocabulary_move_the_ids(tmp_path):
+    sizes = {"num_image_codes": 40, "num_text_pieces": 300}
+    vocabulary = Vocabulary(**sizes)
+    commands = [vocabulary.command(name) for name in ("[ROI1]", "[TINY]", "[BOI1]", "[EOI1]")]
+    row = np.array([commands[0], 40, 339, *commands[1:3], *[39] * 64, commands[3]])
+    read = open_released(write_lmdb(tmp_path / "data", [row]), **sizes)[0]
+    assert read["text"][:3].tolist() == [0, 299, ABSENT]
+    assert read["image"].tolist() == [39] * 64
+
+
+@pytest.mark.parametrize("form", ["lmdb", "bin"])
+def test_workers_read_what_one_process_reads(tmp_path, form):
+    texts, codes = some_rows(12)
+    if form == "bin":
+        store = open_released(write_bin(tmp_path / "data.bin", texts, codes), grid=8)
+    else:
+        pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
+        store = open_released(write_lmdb(tmp_path / "data", pairs))
+    store.read([0])  # open in the parent before the workers start
+    loader = DataLoader(store, batch_size=5, collate_fn=as_tensors, num_workers=2, multiprocessing_context="fork")
+    np.testing.assert_array_equal(np.concatenate([batch["image"].numpy() for batch in loader]), codes)
+    sent = pickle.dumps(store)  # as to workers that are started by spawn
+    assert len(sent) < 2000  # a mapped file would travel whole
+    assert_same(pickle.loads(sent).read(range(12)), expected_of(texts, codes))
+
+
+def test_what_a_path_holds_is_seen_by_looking(tmp_path):
+    texts, codes = some_rows(3)
+    pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
+    dataset = open_released(write_lmdb(tmp_path / "data", pairs))
+    import_released(tmp_path / "store", [dataset])
+    large = write_bin(tmp_path / "data.bin", *some_rows(2, grid=32))
+    kinds = [type(open_rows(path, **MADE_WITH)) for path in (tmp_path / "data", tmp_path / "store", large)]
+    assert kinds == [ReleasedRows, TokenStore, ReleasedRows]
+    with pytest.raises(InputError, match="is a released dataset, not a token store: make one of it with `cogview imp"):
+        TokenStore(tmp_path / "data")
+    with pytest.raises(InputError, match="is a token store already, not a released dataset"):
+        open_released(tmp_path / "store")
+
+
+# No pickle runs anything
+
+
+class Harmful:
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize(
+    ("harm", "name"),
+    [
+        (Harmful(os.system, "touch ran"), "posix.system"),
+        (Harmful(eval, "open('ran', 'w')"), "(__builtin__|builtins).eval"),
+        (Harmful(np.save, "ran", 0), "numpy.save"),
+    ],
+)
+def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch, harm, name, protocol):
+    monkeypatch.chdir(tmp_path)
+    texts, codes = some_rows(2)
+    store = open_released(write_lmdb("data", [(texts[0] + 8192, codes[0]), (harm, codes[1])], protocol))
+    with pytest.raises(InputError, match=f"row 1 of data asks to run {name}, which no row of ids needs: the data"):
+        store.read([0, 1])
+    with pytest.raises(InputError, match="the dataset is refused"):  # it is no row to leave out either
+        import_released(tmp_path / "store", [store], skip_bad=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    pickle.loads(pickle.dumps(harm, protocol))  # or the test would show nothing
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+@pytest.mark.parametrize(
+    ("array", "name"), [(np.array([None, 5]), "O8"), (np.array(["狐狸"]), "U2"), (np.zeros(2, dtype="i4,i4"), "V8")]
+)
+def test_arrays_of_anything_but_whole_numbers_are_refused(tmp_path, array, name, protocol):
+    with pytest.raises(BadRow, match=rf"row 0 of .* cannot be read: it holds an array of {name}, expected whole num"):
+        open_released(write_lmdb(tmp_path / "data", [(array, np.arange(64))], protocol))
+
+
+# Rows that cannot be used
+
+TEXT, CODES = np.array([8192, 9000]), np.arange(64)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ((TEXT, np.arange(64) + 8129), "holds 8192 in its codes, expected 0…8191;"),
+        ((TEXT, CODES - 1), "holds -1 in its codes, expected 0…8191;"),
+        ((TEXT - 8192, CODES), "holds 0 in its text, expected 8192…58191;"),
+        ((np.array([58192]), CODES), "holds 58192 in its text, expected 8192…58191;"),
+        ((TEXT, CODES.astype(np.uint64) + 2**63), "holds .* in its codes, expected 0…8191;"),
+        ((TEXT, CODES[:63]), "has 63 codes, expected 64 or 256 or 1024 or 4096;"),
+        ((TEXT, np.arange(256)), "has 256 codes, expected 64 as in the first row;"),
+        (("一只狐狸", CODES), "holds str where an array of ids is expected;"),
+        (([8192, 1.5], CODES), "holds 1.5, expected whole numbers;"),
+        (([np.inf], CODES), "holds inf, expected whole numbers;"),
+        ((["狐狸"], CODES), "holds a list of other things than ids;"),
+        ({"text": TEXT}, "holds dict where an array of ids is expected;"),
+        (
+            np.concatenate([sequence(TEXT - 8192, CODES), [ROI2], CODES]),
+            r"of 135 ids is no sequence \[ROI1\] text \[BASE\] \[BOI1\] codes \[EOI1\];",
+        ),
+        (sequence(TEXT - 8192, CODES, size=BASE), "of 70 ids is no sequence"),
+        (sequence(TEXT - 8192, CODES)[1:], "of 69 ids is no sequence"),
+        (sequence(TEXT - 8192, CODES)[:-1], "of 69 ids is no sequence"),
+        (np.full(9, PAD), "of 0 ids is no sequence"),
+        (pickle.dumps((TEXT, CODES))[:-40], r"cannot be read: pickle data was truncated;"),
+        (b"noise", "(is no pickled row of ids|cannot be read)"),
+        (b"", r"is no pickled row of ids \(EOFError\);"),
+    ],
+)
+def test_rows_that_cannot_be_used(tmp_path, row, reason):
+    store = open_released(write_lmdb(tmp_path / "data", [(TEXT, CODES), row]))
+    assert store.read([0])["text"][0, :3].tolist() == [0, 808, ABSENT]
+    with pytest.raises(BadRow, match=f"row 1 of .*data {reason}"):
+        store.read([0, 1])
+
+
+def test_a_row_that_is_missing(tmp_path):
+    store = open_released(write_lmdb(tmp_path / "data", [(TEXT, CODES)], length=b"2"))
+    with pytest.raises(BadRow, match=r"row 1 of .* is missing; "):
+        store.read([1])
+    with pytest.raises(IndexError, match=r"row 2 of .*, which has the rows 0…1"):
+        store.read([2])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "row", "message"),
+    [
+        (">i4", 0, "holds 2097152 at 0, expected -1 or 8192…58191 there"),
+        ("<i8", 0, "holds 0 at 1, expected -1 or 8192…58191 there"),
+        ("<i4", 1, "holds 8192 at 70, expected 0…8191 there"),
+    ],
+)
+def test_numbers_of_a_bin_file_that_are_no_ids(tmp_path, dtype, row, message):
+    ids = np.zeros((2, 128), dtype=np.int64)
+    ids[:, :64] = 8192
+    ids[1, 70] = 8192
+    ids.astype(dtype).tofile(tmp_path / "data.bin")
+    store = open_released(tmp_path / "data.bin", grid=8)
+    with pytest.raises(BadRow, match=rf"row {row} of .*data.bin {message} \(all as little-endian int32\); "):
+        store.read([0, 1])
+
+
+def test_paths_that_hold_no_dataset(tmp_path):
+    (tmp_path / "cut.bin").write_bytes(b"\0" * 5000)
+    (tmp_path / "empty.bin").write_bytes(b"")
+    (tmp_path / "data.npy").write_bytes(b"\0")
+    nothing = "there is no released dataset at .*: expected an LMDB folder or a .bin file"
+    for path, message in [
+        (tmp_path / "nowhere", nothing),
+        (tmp_path / "nowhere.bin", nothing),
+        (tmp_path / "data.npy", nothing),
+        (tmp_path, nothing),
+        (tmp_path / "cut.bin", r"has 5000 bytes, expected a multiple of 4352 \(64 text ids and 1024 codes a row"),
+        (tmp_path / "empty.bin", "has no rows"),
+        (write_lmdb(tmp_path / "none", []), "has no rows"),
+        (write_lmdb(tmp_path / "other", [], length=None, key=b"value"), "is an LMDB, but not a token store: it has no"),
+        (write_lmdb(tmp_path / "odd", [], length=b"many"), "has the length b'many', expected a number"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            open_released(path)
+
+
+# Conversion to a token store
+
+
+def test_a_store_of_several_datasets_has_their_rows_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(released, "_ROWS_AT_A_TIME", 5)
+    first, second = some_rows(12, seed=1), some_rows(7, seed=2)
+    pairs = [(text + 8192, row) for text, row in zip(*first, strict=True)]
+    sources = [
+        open_released(write_lmdb(tmp_path / "one", pairs)),
+        open_released(write_bin(tmp_path / "two.bin", *second), grid=8),
+    ]
+    made = import_released(tmp_path / "made" / "store", sources)
+    assert (made.rows, made.left_out) == (19, 0)
+    store = TokenStore(tmp_path / "made" / "store")
+    assert_same(store.read(range(19)), expected_of([*first[0], *second[0]], np.concatenate([first[1], second[1]])))
+    assert store.header.provenance == {"released": ["one", "two.bin"], "rows": [12, 7]}
+    assert store.header.layouts == ("generate", "caption")
+    store.require(**MADE_WITH, grid=8)
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["store"]
+
+
+@pytest.mark.parametrize("bad", [(), (0, 6, 13)])
+def test_an_interrupted_import_goes_on(tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(released, "_ROWS_AT_A_TIME", 4)
+    texts, codes = some_rows(20)
+    pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
+    for number in bad:
+        pairs[number] = ("没有编码", codes[number])
+    source = open_released(write_lmdb(tmp_path / "data", pairs))
+    kept = [number for number in range(20) if number not in bad]
+    expected = expected_of([texts[number] for number in kept], codes[kept])
+    append, calls = StoreWriter.append, []
+
+    def interrupted(self, rows):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(append(self, rows))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            import_released(tmp_path / "store", [source], skip_bad=True)
+    assert not (tmp_path / "store").exists()
+    written = []
+    monkeypatch.setattr(StoreWriter, "append", lambda self, rows: written.append(append(self, rows)))
+    made = import_released(tmp_path / "store", [source], skip_bad=True)
+    assert (made.rows, made.left_out) == (20 - len(bad), len(bad))
+    assert len(written) == 2  # of five: three were there
+    assert_same(TokenStore(tmp_path / "store").read(range(made.rows)), expected)
+
+
+def test_a_bad_row_stops_the_import_or_is_left_out(tmp_path):
+    texts, codes = some_rows(3)
+    pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
+    source = open_released(write_lmdb(tmp_path / "data", [(texts[0], codes[0]), *pairs]))
+    with pytest.raises(BadRow, match=r"row 0 of .* in its text, expected 8192…58191"):
+        import_released(tmp_path / "store", [source])
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]  # nothing was made, nothing is kept
+    made = import_released(tmp_path / "store", [source], skip_bad=True)
+    assert (made.rows, made.left_out) == (3, 1)
+    assert made.first_error.endswith(", expected 8192…58191")  # and no word of what was done
+    assert_same(TokenStore(tmp_path / "store").read(range(3)), expected_of(texts, codes))
+
+
+def test_mistakes_of_an_import(tmp_path):
+    texts, codes = some_rows(2)
+    pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
+    small = open_released(write_lmdb(tmp_path / "small", pairs))
+    large = open_released(write_bin(tmp_path / "large.bin", *some_rows(2, grid=32)))
+    with pytest.raises(InputError, match=r"large.bin has 32 x 32 codes a row, .*small has 8 x 8: import them into st"):
+        import_released(tmp_path / "store", [small, large])
+    wrong = open_released(write_bin(tmp_path / "wrong.bin", texts, codes), grid=8)
+    shutil.copyfile(write_bin(tmp_path / "w", [texts[0] - 60000] * 2, codes), tmp_path / "wrong.bin")
+    with pytest.raises(InputError, match=r"none of the 2 rows can be used; the first: row 0 of .*wrong.bin holds "):
+        import_released(tmp_path / "store", [wrong], skip_bad=True)
+    (tmp_path / "store").mkdir()
+    with pytest.raises(InputError, match="store is already there: remove it, or choose another name"):
+        import_released(tmp_path / "store", [small])

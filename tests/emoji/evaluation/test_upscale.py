@@ -1,0 +1,287 @@
+"""The protocol of ``cogview eval upscale``: planted enlargements get the figures they deserve."""
+
+# B batch, H W pixels
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cogview.checkpoints.checkpoint import NamedThing
+from cogview.emoji.evaluation.scenes import held_out_scenes
+from cogview.emoji.evaluation.upscale import (
+    evaluate_upscale,
+    format_upscale_report,
+    near_borders,
+    psnr,
+    spread_alike,
+    ssim,
+    window_owners,
+)
+from cogview.errors import InputError
+from cogview.generation.sampling import Sampling
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+COUNT, SEED = 5, 11
+
+
+def off_by(pictures: np.ndarray, error: int | np.ndarray) -> np.ndarray:
+    """Every byte further from its nearer end of the range by ``error``, so that none is clipped."""
+    return np.where(pictures > 127, pictures - error, pictures + error).astype(np.uint8)
+
+
+class Mirror(VQVAE):
+    """An image tokenizer that restores what it has seen, every byte off by 4."""
+
+    def __init__(self) -> None:
+        super().__init__(VQVAEConfig(channels=(4, 4, 4), num_codes=64))
+        self.seen = torch.empty(0)
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen = images
+        return torch.zeros(len(images), 8, 8, dtype=torch.long)
+
+    def decode(self, codes: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(off_by((self.seen * 255).round().byte().numpy(), 4)).float() / 255
+
+
+class Enlarger:
+    """Decodes small pictures with every byte off by 2, and enlarges scene i to ``enlarge(true large picture)``."""
+
+    name = "enlarger"
+
+    def __init__(self, world, enlarge, *, tasks=("upscale",)) -> None:
+        self.model = SimpleNamespace(
+            config=SimpleNamespace(grid=8), things=tuple(NamedThing(name=thing.name) for thing in world.things)
+        )
+        self.image_tokenizer = Mirror()
+        self.tasks = tasks
+        asked = held_out_scenes(world, COUNT, SEED)
+        self.captions = [caption for _, caption in asked]
+        self.small = np.stack([world.render(scene, number) for number, (scene, _) in enumerate(asked)])
+        self.large = np.stack([world.render(scene, number, scale=2) for number, (scene, _) in enumerate(asked)])
+        self.enlarged = np.stack([enlarge(picture) for picture in self.large])
+        self.calls: list[dict[str, object]] = []
+
+    def require_task(self, task):
+        if task not in self.tasks:
+            raise InputError(f"enlarger was not trained for the task {task!r}")
+
+    def codes_of(self, images):
+        numbers = [next(n for n, own in enumerate(self.small) if np.array_equal(own, image)) for image in images]
+        return np.broadcast_to(np.array(numbers)[:, None, None], (len(images), 8, 8))
+
+    def pixels(self, codes):
+        return off_by(self.small[codes[:, 0, 0]], 2)
+
+    def upscale(self, images, texts, *, watch, **settings):
+        assert [np.array_equal(image, own) for image, own in zip(images, self.small, strict=True)] == [True] * COUNT
+        assert texts == self.captions
+        watch(SimpleNamespace(done=1, total=2))
+        watch(SimpleNamespace(done=2, total=2))
+        self.calls.append(settings)
+        return [Image.fromarray(picture) for picture in self.enlarged]
+
+
+def evaluate(model, world, batch_size=2):
+    sampling = Sampling(temperature=0.5, top_k=3)
+    return evaluate_upscale(model, world, count=COUNT, seed=SEED, sampling=sampling, batch_size=batch_size)
+
+
+@pytest.fixture
+def world(make_tiny_world):
+    return make_tiny_world()
+
+
+# Figures of two pictures
+
+
+def test_psnr_of_known_errors():
+    picture = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    assert psnr(picture, picture) == 100
+    for error in (1, 5):
+        assert psnr(picture, off_by(picture, error)) == pytest.approx(20 * math.log10(255 / error))
+    assert psnr(np.zeros_like(picture), np.full_like(picture, 255)) == 0
+
+
+def test_ssim_of_known_pictures():
+    rng = np.random.default_rng(0)
+    picture, other = rng.integers(0, 256, (2, 24, 30, 3), dtype=np.uint8)
+    assert ssim(picture, picture) == pytest.approx(1, abs=1e-12)
+    assert ssim(picture, other) == pytest.approx(ssim(other, picture), abs=1e-12)
+    assert ssim(picture, 255 - picture) < 0  # the opposite structure
+    assert abs(ssim(picture, other)) < 0.2
+    # Without structure only the luminance is left, (2ab + c) / (a² + b² + c) with c = (0.01 · 255)².
+    dark, light = np.full((12, 12, 3), 40, dtype=np.uint8), np.full((12, 12, 3), 100, dtype=np.uint8)
+    assert ssim(dark, light) == pytest.approx((2 * 40 * 100 + 2.55**2) / (40**2 + 100**2 + 2.55**2), abs=1e-9)
+
+
+def test_ssim_as_the_paper_has_it_window_by_window():
+    rng = np.random.default_rng(1)
+    a = rng.integers(0, 256, (14, 13, 2), dtype=np.uint8)
+    b = np.clip(a + rng.normal(0, 30, a.shape), 0, 255).astype(np.uint8)
+    weights = np.array([[math.exp(-(x * x + y * y) / (2 * 1.5**2)) for x in range(-5, 6)] for y in range(-5, 6)])
+    weights /= weights.sum()
+    values = []
+    for channel in range(2):
+        for top in range(14 - 10):
+            for left in range(13 - 10):
+                x, y = (p[top : top + 11, left : left + 11, channel].astype(float) for p in (a, b))
+                mean_x, mean_y = (weights * x).sum(), (weights * y).sum()
+                variance_x, variance_y = (weights * (x - mean_x) ** 2).sum(), (weights * (y - mean_y) ** 2).sum()
+                covariance = (weights * (x - mean_x) * (y - mean_y)).sum()
+                numerator = (2 * mean_x * mean_y + 2.55**2) * (2 * covariance + 7.65**2)
+                values.append(numerator / (mean_x**2 + mean_y**2 + 2.55**2) / (variance_x + variance_y + 7.65**2))
+    assert ssim(a, b) == pytest.approx(np.mean(values), abs=1e-9)
+    assert 0.2 < ssim(a, b) < 0.98
+
+
+# Where windows meet
+
+
+def test_each_code_belongs_to_the_first_window_that_reaches_it():
+    by_hand = (
+        ["0000000011112222"] * 5  # the first window stops after 5 lines, the others of its row after 8
+        + ["4444111111112222"] * 3
+        + ["4444333333335555"] * 4
+        + ["6666666677778888"] * 4
+    )
+    assert ["".join(map(str, line)) for line in window_owners(8)] == by_hand
+
+
+@pytest.mark.parametrize("grid", [8, 16, 32])
+def test_near_a_border_are_four_pixels_on_either_side(grid):
+    owners, near = window_owners(grid), near_borders(grid)
+    assert near.shape == (16 * grid, 16 * grid)
+    last = 2 * grid - 1
+    for y in range(2 * grid):
+        for x in range(2 * grid):
+            own = owners[y, x]
+            expected = np.zeros((8, 8), dtype=bool)
+            expected[:4] |= y > 0 and owners[y - 1, x] != own
+            expected[4:] |= y < last and owners[y + 1, x] != own
+            expected[:, :4] |= x > 0 and owners[y, x - 1] != own
+            expected[:, 4:] |= x < last and owners[y, x + 1] != own
+            assert (near[8 * y : 8 * y + 8, 8 * x : 8 * x + 8] == expected).all()
+
+
+def test_borders_of_the_smallest_grid_counted_by_hand():
+    near = near_borders(8)
+    # Along the top line: borders before columns 8 and 12 of codes, at pixels 64 and 96.
+    assert np.flatnonzero(near[0]).tolist() == [*range(60, 68), *range(92, 100)]
+    # Down the left edge: borders before lines 5 and 12, at pixels 40 and 96.
+    assert np.flatnonzero(near[:, 0]).tolist() == [*range(36, 44), *range(92, 100)]
+    # Down column 6 of codes: windows 0, 1, 3, 6 meet before lines 5, 8 and 12.
+    assert np.flatnonzero(near[:, 52]).tolist() == [*range(36, 44), *range(60, 68), *range(92, 100)]
+
+
+# The protocol
+
+
+def test_planted_errors_come_out_as_planted(world):
+    near = near_borders(8)[:, :, None]
+    model = Enlarger(world, lambda picture: off_by(picture, np.where(near, 6, 3)))
+    report, pictures = evaluate(model, world)
+
+    share = near.mean()
+    own = report["large_pictures"]["ours"]["psnr"]
+    assert own["value"] == pytest.approx(10 * math.log10(255**2 / (36 * share + 9 * (1 - share))))
+    assert own["low"] == pytest.approx(own["value"])  # every picture has the same errors
+    assert own["high"] == pytest.approx(own["value"])
+    assert report["large_pictures"]["vq_ceiling"]["psnr"]["value"] == pytest.approx(20 * math.log10(255 / 4))
+    seam = report["seam"]
+    assert seam["ours"]["value"] == pytest.approx(4)
+    assert seam["vq_ceiling"]["value"] == pytest.approx(1)
+    assert seam["quotient"]["value"] == pytest.approx(4)
+    assert seam["quotient"]["low"] == pytest.approx(4)
+
+    side, bicubic = model.large.shape[1], Image.Resampling.BICUBIC
+    for name, small in (("bicubic", off_by(model.small, 2)), ("bicubic_of_true", model.small)):
+        enlarged = [np.asarray(Image.fromarray(picture).resize((side, side), bicubic)) for picture in small]
+        figures = report["large_pictures"][name]
+        values = {
+            "psnr": [psnr(a, b) for a, b in zip(enlarged, model.large, strict=True)],
+            "ssim": [ssim(a, b) for a, b in zip(enlarged, model.large, strict=True)],
+        }
+        for figure, expected in values.items():
+            assert figures[figure]["value"] == pytest.approx(np.mean(expected))
+            assert min(expected) <= figures[figure]["low"] < figures[figure]["value"] < figures[figure]["high"]
+            gain = report["large_pictures"]["ours"][figure]["value"] - np.mean(expected)
+            if name == "bicubic":
+                assert report["gain_over_bicubic"][figure]["value"] == pytest.approx(gain)
+
+    shown = np.stack(pictures).reshape(COUNT, 4, 128, 128, 3)
+    assert (shown[:, 0, ::2, ::2] == off_by(model.small, 2)).all()
+    assert (shown[:, 0, 1::2, 1::2] == shown[:, 0, ::2, ::2]).all()
+    assert (shown[:, 2] == model.enlarged).all()
+    assert (shown[:, 3] == model.large).all()
+
+
+def test_pictures_that_are_harder_where_windows_meet_are_no_seams():
+    reference = np.array([[20.0, 1.0], [10.0, 2.0]])  # near and elsewhere, of two pictures
+    ours = reference * [5.0, 1.0]  # the first is drawn worse, and no worse near borders
+    np.testing.assert_allclose(spread_alike(ours, reference, 0.3), ours)
+    seam = ours * [[1.5], [1.0]]
+    near, elsewhere = seam.sum(axis=1) / spread_alike(seam, reference, 0.3).sum(axis=1)
+    assert near / elsewhere == pytest.approx(1.5, rel=0.05)
+    np.testing.assert_allclose([0.3, 0.7] @ spread_alike(seam, reference, 0.3), [0.3, 0.7] @ seam)
+
+
+def test_a_picture_reduced_again_is_compared_with_the_decoded_codes(world):
+    # What only repeats every pixel of the true small picture, as decoded but for the error of 2, is consistent with it.
+    model = Enlarger(world, lambda picture: picture)
+    model.enlarged = off_by(model.small, 2).repeat(2, axis=1).repeat(2, axis=2)
+    assert evaluate(model, world)[0]["large_pictures"]["ours"]["consistency"]["value"] == 100
+    model.enlarged = off_by(model.small, 3).repeat(2, axis=1).repeat(2, axis=2)
+    report, _ = evaluate(model, world)
+    assert report["large_pictures"]["ours"]["consistency"]["value"] == pytest.approx(20 * math.log10(255))
+
+
+def test_what_the_model_is_asked_and_what_the_report_says_of_it(world):
+    model = Enlarger(world, lambda picture: off_by(picture, 1))
+    reports = [evaluate(model, world, batch_size=size)[0] for size in (2, 100)]
+    assert reports[0] == reports[1]
+    asked = {"temperature": 0.5, "top_k": 3, "top_p": 1.0, "guidance": 1.0, "text_attention": 1.0}
+    assert model.calls == [{"seed": SEED, "batch_size": size, **asked} for size in (2, 100)]
+    made = reports[0]["protocol"]
+    assert (made["captions"], made["seed"], made["model"], made["sampling"]) == (COUNT, SEED, "enlarger", asked)
+
+
+def test_a_model_that_lacks_the_task_enlarges_nothing(world):
+    model = Enlarger(world, lambda picture: picture, tasks=("generate", "caption"))
+    with pytest.raises(InputError, match="upscale"):
+        evaluate(model, world)
+    assert model.calls == []
+
+
+def test_a_real_model_is_measured(make_tiny_world, tiny_model):
+    report, pictures = evaluate_upscale(
+        tiny_model, make_tiny_world(things=4), count=2, seed=0, sampling=tiny_model.sampling(), batch_size=2
+    )
+    assert [picture.shape for picture in pictures] == [(128, 128, 3)] * 8
+    ours = report["large_pictures"]["ours"]
+    assert 0 < ours["psnr"]["value"] < 30
+    assert 0 < report["seam"]["ours"]["value"] < math.inf
+
+
+def test_the_report_as_a_table():
+    figure = {"value": 25.126, "low": 24.9, "high": 25.31}
+    names = ("ours", "bicubic", "bicubic_of_true", "vq_ceiling")
+    report = {
+        "protocol": {"captions": 500},
+        "large_pictures": {name: dict.fromkeys(("psnr", "ssim", "consistency"), figure) for name in names},
+        "gain_over_bicubic": {"psnr": {"value": -0.5, "low": -0.75, "high": 0.25}, "ssim": figure},
+        "seam": {name: {"value": 1.0421, "low": 1.0, "high": 1.1} for name in ("ours", "vq_ceiling", "quotient")},
+    }
+    lines = format_upscale_report(report).splitlines()
+    assert lines[2] == "| ours | 25.13 (24.90 to 25.31) | 25.126 (24.900 to 25.310) | 25.13 (24.90 to 25.31) |"
+    assert [line.split(" | ")[0] for line in lines[3:6]] == [
+        "| bicubic, of the decoded codes",
+        "| bicubic, of the true small picture",
+        "| VQ-VAE's reconstruction of the true large picture",
+    ]
+    assert "Over 500 held-out scenes, ours less bicubic is -0.50 (-0.75 to 0.25) dB" in lines[7]
+    assert lines[8].startswith("Squared error within 4 pixels of window borders over that elsewhere: 1.042 (1.000 to")

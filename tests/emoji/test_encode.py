@@ -1,0 +1,203 @@
+"""Encoding scenes into a store: the rows, interruption and continuation, stores of other tokenizers."""
+
+import functools
+import hashlib
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cogview.checkpoints.image_tokenizer import codebook_hash
+from cogview.data.store import ABSENT, StoreWriter, TokenStore
+from cogview.emoji.encode import EncodeSettings, encode_scenes, name_places
+from cogview.emoji.scene import KINDS, Shares
+from cogview.emoji.world import World
+from cogview.errors import InputError
+from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+
+@pytest.fixture(scope="module")
+def world(make_tiny_world) -> World:
+    return make_tiny_world(jitter=2)
+
+
+@pytest.fixture(scope="module")
+def text_tokenizer(world) -> TextTokenizer:
+    captions = [world.caption(world.sample(0, index), index) for index in range(300)]
+    return TextTokenizer(train_text_tokenizer(captions, size=400, coverage=1.0, max_piece_length=1))
+
+
+@pytest.fixture(scope="module")
+def image_tokenizer() -> VQVAE:
+    torch.manual_seed(0)
+    return VQVAE(VQVAEConfig(channels=(4, 8, 8), encoder_blocks=(0, 0, 1), num_codes=40, code_width=4)).eval()
+
+
+@pytest.fixture
+def encode(world, text_tokenizer, image_tokenizer):
+    def run(
+        path: Path,
+        rows: int,
+        *,
+        held_out: bool = False,
+        vqvae: VQVAE = image_tokenizer,
+        text: TextTokenizer = text_tokenizer,
+        **changes,
+    ) -> TokenStore:
+        settings = EncodeSettings(**{"rows": rows, "batch_size": 8, **changes})
+        encode_scenes(path, world, text, vqvae, settings, rows=rows, held_out=held_out)
+        return TokenStore(path)
+
+    return run
+
+
+def everything(store: TokenStore) -> dict[str, np.ndarray]:
+    return store.read(range(len(store)))
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_row_is_the_codes_of_a_scene_and_the_pieces_of_its_caption(
+    tmp_path, encode, world, text_tokenizer, image_tokenizer, held_out
+):
+    store = encode(tmp_path, 19, held_out=held_out, seed=3)  # the last batch is not full
+    assert len(store) == 19
+    for number in range(19):
+        scene = world.sample(3, number, held_out=held_out)
+        assert scene.held_out == held_out
+        row = store[number]
+        pieces = row["text"][row["text"] != ABSENT].tolist()
+        assert text_tokenizer.decode(pieces) == unicodedata.normalize("NFKC", world.caption(scene, number))
+        image = torch.from_numpy(world.render(scene, number)).permute(2, 0, 1)[None].float() / 255
+        assert row["image"].tolist() == image_tokenizer.encode(image).flatten().tolist()
+
+
+def test_the_header_names_what_the_rows_were_made_with(tmp_path, encode, text_tokenizer, image_tokenizer):
+    header = encode(tmp_path, 2, held_out=True, text_width=40).header
+    assert header.fields == {"text": 40, "image": 64}
+    assert (header.grid, header.num_image_codes, header.num_text_pieces) == (8, 40, text_tokenizer.size)
+    assert header.layouts == ("generate", "caption")
+    assert header.codebook_sha256 == codebook_hash(image_tokenizer)
+    assert header.text_sha256 == hashlib.sha256(text_tokenizer.model_bytes).hexdigest()
+    assert header.provenance["held_out"] is True
+    assert header.provenance["scenes"]["jitter"] == 2
+
+
+def test_scenes_at_other_sizes(tmp_path, encode, world, image_tokenizer):
+    """The same scenes, with everything where it is, at twice and at half the side."""
+    store = encode(tmp_path, 6, large=True, small=True)
+    assert store.header.fields == {"text": 48, "image": 64, "large": 256, "small": 16}
+    assert store.header.layouts == ("generate", "caption", "upscale", "low_level")
+    for number in range(6):
+        scene = world.sample(0, number)
+        for name, side in (("image", 64), ("large", 128), ("small", 32)):
+            picture = world.render(scene, number, side / 64)
+            assert picture.shape == (side, side, 3)
+            image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+            assert store[number][name].tolist() == image_tokenizer.encode(image).flatten().tolist()
+
+
+def test_the_name_of_what_stands_at_each_code(tmp_path, encode, world):
+    names = [name for thing in world.things for name in thing.names]
+    captions = [world.caption(world.sample(0, index), index) for index in range(300)]
+    tokenizer = TextTokenizer(train_text_tokenizer(captions, size=400, coverage=1.0, max_piece_length=1, words=names))
+    store = encode(tmp_path, 40, named=True, text=tokenizer)
+    assert store.header.fields == {"text": 48, "image": 64, "named": 64}
+    seen = set()
+    for number in range(40):
+        scene, row = world.sample(0, number), store[number]
+        named = row["named"].reshape(8, 8)
+        areas = {"beside": (named[:, :4], named[:, 4:]), "above": (named[:4], named[4:])}.get(scene.kind, (named,))
+        for thing, area in zip(scene.things, areas, strict=True):
+            (piece,) = set(area.ravel().tolist())
+            assert piece in row["text"]
+            assert tokenizer.decode([piece]) in thing.names
+        seen.add(scene.kind)
+    assert seen == set(KINDS)
+
+
+def test_a_name_that_the_caption_does_not_hold_or_holds_twice_is_absent(world):
+    scene = next(scene for scene in map(functools.partial(world.sample, 0), range(99)) if scene.kind == "beside")
+    left, right = (thing.emoji for thing in scene.things)
+    names = {left: frozenset({7, 8}), right: frozenset({9})}
+    for pieces, expected in (
+        ([1, 8, 2, 9], [8, 9]),
+        ([9, 1], [ABSENT, 9]),
+        ([7, 8], [ABSENT, ABSENT]),  # which of the two it is about cannot be known
+    ):
+        named = name_places(scene, pieces, names, grid=16).reshape(16, 16)
+        assert [set(half.ravel().tolist()) for half in (named[:, :8], named[:, 8:])] == [{piece} for piece in expected]
+
+
+def test_names_of_several_pieces_cannot_stand_for_things(tmp_path, encode):
+    with pytest.raises(
+        InputError, match=r"the name 红苹果 of a thing takes 3 pieces.*whole_names: true, or encode with named: false"
+    ):
+        encode(tmp_path, 4, named=True)
+
+
+def test_shares_are_those_of_the_training_scenes_alone(tmp_path, encode):
+    pairs = Shares(one=0, many=0, pair=1)
+    trained, held_out = (
+        encode(tmp_path / str(held_out), 12, held_out=held_out, shares=pairs) for held_out in (False, True)
+    )
+    assert trained.header.provenance["shares"] == {"one": 0, "many": 0, "pair": 1}
+    assert held_out.header.provenance["shares"] == {"one": 1, "many": 1, "pair": 1}
+    equal = everything(encode(tmp_path / "equal", 12, held_out=True))
+    assert all(np.array_equal(everything(held_out)[name], equal[name]) for name in equal)
+    assert not np.array_equal(everything(trained)["image"], everything(encode(tmp_path / "plain", 12))["image"])
+
+
+@pytest.mark.parametrize("changes", [{"batch_size": 5}, {"workers": 2}], ids=str)
+def test_the_rows_depend_neither_on_batches_nor_on_workers(tmp_path, encode, changes):
+    alone, other = everything(encode(tmp_path / "a", 21)), everything(encode(tmp_path / "b", 21, **changes))
+    assert all(np.array_equal(alone[name], other[name]) for name in alone)
+
+
+def test_an_interrupted_encoding_keeps_its_rows_and_is_continued(tmp_path, encode, monkeypatch):
+    append, calls = StoreWriter.append, []
+
+    def interrupted(self, rows):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(append(self, rows))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            encode(tmp_path / "halves", 30)
+    assert len(TokenStore(tmp_path / "halves")) == 16
+    rows = everything(encode(tmp_path / "halves", 30))
+    whole = everything(encode(tmp_path / "whole", 30))
+    assert all(np.array_equal(rows[name], whole[name]) for name in rows)
+
+
+def test_a_finished_store_is_left_as_it_is_and_grows_where_more_is_asked_for(tmp_path, encode):
+    before = everything(encode(tmp_path, 10))
+    assert len(encode(tmp_path, 10)) == 10
+    assert len(encode(tmp_path, 6)) == 10
+    after = everything(encode(tmp_path, 14))
+    assert all(np.array_equal(after[name][:10], before[name]) for name in before)
+
+
+def test_a_store_of_another_codebook_is_not_continued(tmp_path, encode, image_tokenizer):
+    encode(tmp_path, 4)
+    other = VQVAE(image_tokenizer.config).eval()
+    with pytest.raises(
+        InputError, match=r"was begun with codebook_sha256 .* now it is .*: remove the store, or resume"
+    ):
+        encode(tmp_path, 8, vqvae=other)
+    assert len(TokenStore(tmp_path)) == 4
+
+
+def test_a_caption_longer_than_its_field_says_how_long(tmp_path, encode):
+    with pytest.raises(InputError, match=r"has \d+ pieces, the store has room for 5: widen its text field"):
+        encode(tmp_path, 4, text_width=5)
+
+
+@pytest.mark.parametrize("name", ["rows", "held_out_rows", "text_width", "batch_size"])
+def test_wrong_settings(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        EncodeSettings(**{"rows": 10, name: 0})

@@ -1,0 +1,113 @@
+"""The things: read from planted files, and from Debian's where they are installed."""
+
+from pathlib import Path
+
+import pytest
+
+from cogview.emoji.things import COMMON, EmojiFiles, draw_sprites, read_things
+from cogview.errors import InputError
+
+DEBIAN = EmojiFiles()
+needs_debian_files = pytest.mark.skipif(
+    not all(path.is_file() for path in (DEBIAN.font, *DEBIAN.annotations, DEBIAN.emoji_test)),
+    reason="needs the Debian packages fonts-noto-color-emoji, unicode-cldr-core and unicode-data",
+)
+
+ANNOTATIONS = """<?xml version="1.0" encoding="UTF-8"?>
+<ldml><annotations>
+  <annotation cp="🦊">头 | 狐狸 | 脸</annotation>
+  <annotation cp="🦊" type="tts">狐狸</annotation>
+  <annotation cp="🍎" type="tts">红苹果</annotation>
+  <annotation cp="🪐" type="tts">有环行星</annotation>
+  <annotation cp="☂" type="tts">伞</annotation>
+  <annotation cp="☔" type="tts">雨伞</annotation>
+  <annotation cp="😀" type="tts">嘿嘿</annotation>
+</annotations></ldml>
+"""
+DERIVED = '<ldml><annotations><annotation cp="🐻‍❄" type="tts">北极 熊</annotation></annotations></ldml>'
+EMOJI_TEST = """# group: Smileys & Emotion
+# subgroup: face-smiling
+1F600 ; fully-qualified # 😀
+# group: Animals & Nature
+# subgroup: animal-mammal
+1F98A ; fully-qualified # 🦊
+1F43B 200D 2744 FE0F ; fully-qualified # 🐻‍❄️
+1F43B 200D 2744 ; minimally-qualified # 🐻‍❄
+1FACE ; fully-qualified # moose, without a Chinese name
+# group: Food & Drink
+# subgroup: food-fruit
+1F34E ; fully-qualified # 🍎
+# group: Travel & Places
+# subgroup: sky & weather
+1FA90 ; fully-qualified # 🪐
+2602 FE0F ; fully-qualified # ☂️
+2614 ; fully-qualified # ☔
+"""
+
+
+@pytest.fixture
+def planted(tmp_path: Path) -> EmojiFiles:
+    files = EmojiFiles(
+        font=tmp_path / "font.ttf",
+        annotations=(tmp_path / "zh.xml", tmp_path / "derived.xml"),
+        emoji_test=tmp_path / "emoji-test.txt",
+    )
+    files.font.write_bytes(b"")
+    files.annotations[0].write_text(ANNOTATIONS, encoding="utf-8")
+    files.annotations[1].write_text(DERIVED, encoding="utf-8")
+    files.emoji_test.write_text(EMOJI_TEST, encoding="utf-8")
+    return files
+
+
+def test_things_come_from_the_five_groups_common_ones_first(planted: EmojiFiles) -> None:
+    things = {thing.emoji: thing for thing in read_things(planted)}
+    # 🍎 leads COMMON; a smiley and an animal without a Chinese name stay out; variation selectors do not matter.
+    assert list(things) == ["🍎", "🦊", "☂️", "🪐", "🐻‍❄️", "☔"]
+    assert things["🦊"].measures == ("只", "个")
+    assert things["🦊"].group == "Animals & Nature"
+    assert things["🐻‍❄️"].name == "北极熊"
+
+
+def test_natural_names_come_first_and_shared_synonyms_go(planted: EmojiFiles) -> None:
+    things = {thing.emoji: thing for thing in read_things(planted)}
+    assert things["🪐"].names == ("土星", "有环行星")
+    assert things["🍎"].names == ("红苹果", "苹果")
+    # Both umbrellas could be called 雨伞: then it names neither.
+    assert things["☂️"].names == ("伞",)
+    assert things["☔"].names == ("雨中的伞",)
+
+
+@pytest.mark.parametrize(
+    ("name", "package"),
+    [
+        ("font.ttf", "fonts-noto-color-emoji"),
+        ("zh.xml", "unicode-cldr-core"),
+        ("derived.xml", "unicode-cldr-core"),
+        ("emoji-test.txt", "unicode-data"),
+    ],
+)
+def test_a_missing_file_names_its_package(planted: EmojiFiles, tmp_path: Path, name: str, package: str) -> None:
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=rf"{name} is missing.*apt install {package} "):
+        read_things(planted)
+
+
+def test_files_without_a_common_emoji_are_refused(planted: EmojiFiles) -> None:
+    planted.emoji_test.write_text("# group: Objects\n1F600 ; fully-qualified # 😀\n".replace("1F600", "1F4BB"))
+    with pytest.raises(InputError, match="no named emoji in common"):
+        read_things(planted)
+
+
+@needs_debian_files
+def test_debian_things_have_names_and_pictures_of_their_own() -> None:
+    things = read_things(DEBIAN)
+    assert len(things) >= 800  # 836 with the files of Debian 12
+    names = [name for thing in things for name in thing.names]
+    assert len(set(names)) == len(names)
+    assert [thing.emoji for thing in things[: len(COMMON.split())]] == COMMON.split()
+    fox = next(thing for thing in things if thing.emoji == "🦊")
+    assert (fox.name, fox.measures[0]) == ("狐狸", "只")
+
+    sprites = draw_sprites(things, DEBIAN.font)
+    assert (sprites[..., 3].max(axis=(1, 2)) == 255).all()
+    assert len({sprite.tobytes() for sprite in sprites}) == len(things)

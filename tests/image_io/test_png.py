@@ -1,0 +1,149 @@
+"""Picture files: names that every system takes, text chunks that come back, nothing overwritten."""
+
+import os
+
+import pytest
+from PIL import Image
+
+from cogview.errors import InputError
+from cogview.image_io.png import NAME_BYTES, picture_texts, prepare_folder, read_texts, safe_name, save_png, sheet_texts
+from cogview.pipeline.cogview import Score
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("蓝色背景上的三只狐狸", "蓝色背景上的三只狐狸"),
+        ("一只狐狸，在左边！", "一只狐狸，在左边！"),
+        ("../../etc/passwd", "etc_passwd"),
+        ('a<b>c:d"e\\f|g?h*i', "a_b_c_d_e_f_g_h_i"),
+        ("两 行\n和\t制表\0", "两_行_和_制表"),
+        ("-rf ~", "rf_~"),
+        (".隐藏", "隐藏"),
+        ("句点...", "句点"),
+        ("con", "_con"),
+        ("NUL.txt", "_NUL.txt"),
+        ("console", "console"),
+        ("\u202e倒写", "倒写"),  # would turn the rest of the line around in a terminal
+        ("e\u0301", "\u00e9"),  # one spelling, as macOS has it
+        ("\udcbb坏", "坏"),  # bytes that were no UTF-8
+        ("???", "_"),
+        ("", "_"),
+    ],
+)
+def test_safe_names(text, name):
+    assert safe_name(text) == name
+
+
+@pytest.mark.parametrize("text", ["长" * 500, "🦊" * 500, "a" + "长" * 500, "x" * 500])
+def test_long_names_end_between_characters(text):
+    name = safe_name(text)
+    assert text.startswith(name)
+    assert NAME_BYTES - 4 < len(name.encode()) <= NAME_BYTES
+
+
+def image(value=0):
+    return Image.new("RGB", (8, 8), (value, value, value))
+
+
+def test_text_chunks_come_back(tmp_path):
+    texts = {"prompt": "一只🦊：“狐狸”\n第二行", "seed": "7", "codes": "1 2 3"}
+    path = save_png(tmp_path / "a.png", image(), texts)
+    assert read_texts(path) == texts
+
+
+def test_the_same_picture_is_written_anew_and_another_beside_it(tmp_path):
+    path = tmp_path / "a.png"
+    texts = {"prompt": "狐狸", "codes": "1 2 3", "log_probability": "-1.5", "cogview": "0.1.0"}
+    assert save_png(path, image(1), texts) == path
+    assert save_png(path, image(2), {**texts, "log_probability": "-1.50001", "cogview": "0.2.0"}) == path
+    assert read_texts(path)["cogview"] == "0.2.0"
+    other, third = {**texts, "prompt": "狗"}, {**texts, "codes": "1 2 4"}
+    assert save_png(path, image(3), other) == tmp_path / "a_2.png"
+    assert save_png(path, image(4), third) == tmp_path / "a_3.png"
+    assert save_png(path, image(5), other) == tmp_path / "a_2.png"
+    assert [Image.open(tmp_path / name).getpixel((0, 0))[0] for name in ("a.png", "a_2.png", "a_3.png")] == [2, 5, 4]
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "a_2.png", "a_3.png"]
+
+
+def test_pictures_of_older_versions_are_known_again(tmp_path):
+    """They were drawn without guidance and without weights on the text, and did not say so."""
+    path = tmp_path / "a.png"
+    old = {"prompt": "狐狸", "codes": "1 2 3", "top_p": "1.0"}
+    assert save_png(path, image(1), old) == path
+    assert save_png(path, image(2), {**old, "guidance": "3.0", "text_attention": "1.0"}) == tmp_path / "a_2.png"
+    assert save_png(path, image(3), {**old, "guidance": "1.0", "text_attention": "1.5"}) == tmp_path / "a_3.png"
+    now = {**old, "guidance": "1.0", "text_attention": "1.0"}
+    assert save_png(path, image(4), now) == path
+    assert save_png(path, image(5), {**now, "score": "-2.5", "score_per_piece": "-0.5"}) == path  # no other picture
+    assert read_texts(path)["score"] == "-2.5"
+
+
+@pytest.mark.parametrize("content", [b"", b"notes of mine", b"\x89PNG\r\n\x1a\n broken"])
+def test_files_of_other_origin_are_left_alone(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    assert save_png(tmp_path / "a.png", image(), {"prompt": "狐狸"}) == tmp_path / "a_2.png"
+    assert (tmp_path / "a.png").read_bytes() == content
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_write_that_breaks_off_leaves_the_old_file_whole(tmp_path, monkeypatch, error):
+    path = save_png(tmp_path / "a.png", image(1), {"prompt": "狐狸"})
+
+    def half_written(self, file, **_):
+        file.write_bytes(b"\x89PNG")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", half_written)
+    with pytest.raises(BaseException) as caught:  # noqa: PT011  KeyboardInterrupt is no Exception
+        save_png(path, image(2), {"prompt": "狐狸"})
+    assert caught.type in (KeyboardInterrupt, OSError)
+    assert os.listdir(tmp_path) == ["a.png"]
+    assert Image.open(path).getpixel((0, 0)) == (1, 1, 1)
+
+
+def test_a_folder_is_made_and_left_empty(tmp_path):
+    prepare_folder(tmp_path / "新" / "文件夹")
+    assert os.listdir(tmp_path / "新" / "文件夹") == []
+
+
+def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(InputError, match=r"output folder .*file cannot be written: File exists; choose another"):
+        prepare_folder(file)
+    with pytest.raises(InputError, match="cannot be written: Not a directory"):
+        prepare_folder(file / "below")
+
+    def denied(self, *_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.touch", denied)  # root may write anywhere
+    with pytest.raises(InputError, match="cannot be written: Permission denied"):
+        prepare_folder(tmp_path)
+
+
+def test_texts_of_a_sheet_name_each_prompt_once_and_know_its_pictures(tiny_model):
+    first, second = (
+        [picture_texts(picture, "tiny") for picture in tiny_model.generate(["一只狐狸", "两只狗"], n=2, seed=seed)]
+        for seed in (1, 2)
+    )
+    assert sheet_texts(first)["prompt"] == "一只狐狸\n两只狗"
+    assert sheet_texts(first)["seed"] == "1"
+    assert sheet_texts(first)["codes_sha256"] != sheet_texts(second)["codes_sha256"]
+
+
+def test_texts_tell_settings_and_scores(tiny_model):
+    first, second = tiny_model.generate("一只狐狸", n=2, seed=1, guidance=2.5, text_attention=1.5)
+    texts = picture_texts(first, "tiny")
+    assert (texts["guidance"], texts["text_attention"]) == ("2.5", "1.5")
+    assert "score" not in texts
+    first.score = Score(log_probability=-6.0, num_pieces=4)
+    scored = picture_texts(first, "tiny")
+    assert (scored["score"], scored["score_per_piece"]) == ("-6.0", "-1.5")
+    sheet = sheet_texts([scored, picture_texts(second, "tiny")])
+    assert (sheet["guidance"], sheet["text_attention"]) == ("2.5", "1.5")
+    assert "score" not in sheet  # not all have one
+    second.score = Score(log_probability=-8.0, num_pieces=4)
+    sheet = sheet_texts([scored, picture_texts(second, "tiny")])
+    assert (sheet["score"], sheet["score_per_piece"]) == ("-6.0 -8.0", "-1.5 -2.0")

@@ -1,0 +1,459 @@
+"""Images that users give: planted pixels come back upright, opaque and in 8 bits; what cannot be used is one line."""
+
+import io
+import math
+import os
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogview.errors import InputError
+from cogview.image_io import reading as images
+from cogview.image_io.reading import find_images, fit, read_image
+
+RED, GREEN, BLUE = (220, 20, 10), (10, 200, 30), (15, 25, 210)
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+def picture_of(rows, mode="RGB"):
+    """An image with these pixels."""
+    image = Image.new(mode, (len(rows[0]), len(rows)))
+    for y, row in enumerate(rows):
+        for x, value in enumerate(row):
+            image.putpixel((x, y), value)
+    return image
+
+
+def pixels(image):
+    assert image.mode == "RGB"
+    return [[image.getpixel((x, y)) for x in range(image.width)] for y in range(image.height)]
+
+
+def greys(image):
+    assert [pixel for row in pixels(image) for pixel in row if len(set(pixel)) != 1] == []
+    return [[pixel[0] for pixel in row] for row in pixels(image)]
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def encoded(image, kind):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def png_header(width, height):
+    """A PNG that says its size and has no pixels: whoever decodes it finds it cut off."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
+    )
+
+
+def message_of(function, *arguments):
+    with pytest.raises(InputError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+# Reading: modes
+
+
+@pytest.mark.parametrize(
+    ("mode", "stored", "expected"),
+    [
+        ("RGB", RED, RED),
+        ("1", 1, (255, 255, 255)),
+        ("L", 77, (77, 77, 77)),
+        ("LA", (0, 255), (0, 0, 0)),
+        ("LA", (0, 51), (204, 204, 204)),
+        ("RGBA", (255, 0, 0, 51), (255, 204, 204)),
+        ("RGBA", (1, 2, 3, 0), (255, 255, 255)),
+        ("RGBA", (1, 2, 3, 255), (1, 2, 3)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+    ],
+)
+def test_every_mode_becomes_rgb_on_white(tmp_path, mode, stored, expected):
+    picture_of([[stored]], mode).save(tmp_path / "a.tif")
+    assert pixels(read_image(tmp_path / "a.tif")) == [[expected]]
+
+
+@pytest.mark.parametrize("transparency", [2, b"\xff\xff\x00"])  # one colour of the palette, or an alpha for each
+def test_a_transparent_colour_of_a_palette_is_white(tmp_path, transparency):
+    image = picture_of([[0, 1, 2]], "P")
+    image.putpalette([*RED, *GREEN, *BLUE])
+    image.save(tmp_path / "a.png", transparency=transparency)
+    assert pixels(read_image(tmp_path / "a.png")) == [[RED, GREEN, (255, 255, 255)]]
+
+
+def test_one_transparent_colour_of_an_image_without_alpha_is_white(tmp_path):
+    picture_of([[RED, GREEN]]).save(tmp_path / "rgb.png", transparency=GREEN)
+    picture_of([[7, 8]], "L").save(tmp_path / "grey.png", transparency=7)
+    picture_of([[700, 800]], "I;16").save(tmp_path / "grey16.png", transparency=800)
+    assert pixels(read_image(tmp_path / "rgb.png")) == [[RED, (255, 255, 255)]]
+    assert greys(read_image(tmp_path / "grey.png")) == [[255, 8]]
+    assert greys(read_image(tmp_path / "grey16.png")) == [[3, 255]]
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix", "stored", "expected"),
+    [
+        ("I;16", ".png", [0, 128, 129, 257, 32768, 65535], [0, 0, 1, 1, 128, 255]),
+        ("I;16", ".png", [0, 100, 200], [0, 0, 1]),  # dark stays dark
+        ("I;16", ".tif", [0, 257, 65535], [0, 1, 255]),
+        ("I", ".tif", [-5, 257, 65535], [0, 1, 255]),
+        ("I", ".tif", [0, 2**29, 2**30], [0, 128, 255]),
+        ("F", ".tif", [0.0, 0.2, 1.0], [0, 51, 255]),
+        ("F", ".tif", [0.0, 0.2, 0.2], [0, 51, 51]),
+        ("F", ".tif", [-1.0, 51.4, 255.0], [0, 51, 255]),
+        ("F", ".tif", [0.0, 257.0, 65535.0], [0, 1, 255]),
+        ("F", ".tif", [0.0, 4e5, 2e6], [0, 51, 255]),
+        ("F", ".tif", [float("nan"), float("inf"), 1.0], [0, 0, 255]),
+        ("F", ".tif", [0.0, 0.0, 0.0], [0, 0, 0]),
+    ],
+)
+def test_greys_of_many_bits_are_scaled_and_not_clipped(tmp_path, mode, suffix, stored, expected):
+    path = tmp_path / f"a{suffix}"
+    picture_of([stored], mode).save(path)
+    assert greys(read_image(path)) == [expected]
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp"])
+def test_formats_are_told_by_content_and_not_by_name(tmp_path, kind):
+    (tmp_path / "image.data").write_bytes(encoded(Image.new("RGB", (16, 8), (255, 255, 255)), kind))
+    assert greys(read_image(tmp_path / "image.data")) == [[255] * 16] * 8
+
+
+def test_the_first_frame_of_several_is_read(tmp_path):
+    first, second = Image.new("RGB", (4, 4), RED), Image.new("RGB", (4, 4), BLUE)
+    first.save(tmp_path / "a.webp", save_all=True, append_images=[second], lossless=True)
+    assert pixels(read_image(tmp_path / "a.webp")) == [[RED] * 4] * 4
+
+
+def test_an_image_read_needs_its_file_no_more(tmp_path):
+    path = tmp_path / "a.png"
+    noise(8, 8).save(path)
+    image = read_image(path)
+    path.unlink()
+    assert pixels(image) == pixels(noise(8, 8))
+
+
+# Reading: EXIF
+
+
+@pytest.mark.parametrize(
+    ("orientation", "upright"),
+    [
+        (1, [[RED, GREEN, BLUE]]),
+        (2, [[BLUE, GREEN, RED]]),
+        (3, [[BLUE, GREEN, RED]]),
+        (6, [[RED], [GREEN], [BLUE]]),  # a camera held upright, its left side now on top
+        (8, [[BLUE], [GREEN], [RED]]),
+        (99, [[RED, GREEN, BLUE]]),
+    ],
+)
+def test_the_orientation_of_exif_is_honoured_once(tmp_path, orientation, upright):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    picture_of([[RED, GREEN, BLUE]]).save(tmp_path / "a.png", exif=exif)
+    image = read_image(tmp_path / "a.png")
+    assert pixels(image) == upright
+    image.save(tmp_path / "again.png")
+    assert pixels(read_image(tmp_path / "again.png")) == upright
+
+
+def test_a_photo_held_upright(tmp_path):
+    photo = Image.new("L", (32, 16), 0)
+    photo.paste(255, (16, 0, 32, 16))
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    photo.save(tmp_path / "a.jpg", exif=exif)
+    assert greys(read_image(tmp_path / "a.jpg")) == [[0] * 16] * 16 + [[255] * 16] * 16
+
+
+@pytest.mark.parametrize("exif", [b"", b"II", b"no TIFF at all", b"II*\0\x08\0\0\0\xff\xff"])
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+def test_broken_exif_data_is_passed_over(tmp_path, exif, suffix, recwarn):
+    path = tmp_path / f"a{suffix}"
+    Image.new("RGB", (16, 8), (255, 255, 255)).save(path, exif=b"Exif\0\0" + exif)
+    assert greys(read_image(path)) == [[255] * 16] * 8
+    assert not recwarn.list
+
+
+# Reading: what cannot be used
+
+
+def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
+    path = tmp_path / "没有.png"
+    assert message_of(read_image, path) == f"image {path} does not exist"
+    assert message_of(read_image, tmp_path) == f"{tmp_path} is a folder, expected an image file"
+    assert message_of(read_image, Path("a\0b")).endswith("cannot be read: embedded null byte")
+
+    def denied(self, *_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.open", denied)  # root may read anything
+    assert message_of(read_image, path) == f"image {path} cannot be read: Permission denied"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["一只狐狸\n".encode() * 40, b"<!DOCTYPE html><html>404</html>", b"\0" * 500, b"RIFF\0\0\0\0WAVEfmt ", b"x"],
+)
+def test_files_that_are_no_images(tmp_path, content):
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    assert message_of(read_image, path) == f"{path} is no image that can be read; expected PNG, JPEG or WebP"
+
+
+def test_an_empty_file(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(b"")
+    assert message_of(read_image, path) == f"{path} is empty, expected an image"
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "tiff"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
+def test_files_that_are_cut_off(tmp_path, kind, share, recwarn):
+    path = tmp_path / "a.png"
+    whole = encoded(noise(64, 64), kind)
+    path.write_bytes(whole[: max(20, int(len(whole) * share))])
+    message = message_of(read_image, path)
+    if kind in ("png", "jpeg", "webp"):
+        assert message.startswith(f"{path} is cut off or damaged: ")
+    assert not recwarn.list
+
+
+def test_damage_inside_a_file(tmp_path):
+    path = tmp_path / "a.png"
+    whole = bytearray(encoded(noise(64, 64), "png"))
+    whole[200:300] = bytes(100)
+    path.write_bytes(whole)
+    assert message_of(read_image, path).startswith(f"{path} is cut off or damaged: ")
+
+
+@pytest.mark.parametrize("size", [(0, 5), (5, 0)])
+def test_an_image_without_pixels(tmp_path, size):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_header(*size))
+    damaged = f"{path} is cut off or damaged: its header does not give the size of an image"
+    assert message_of(read_image, path) == damaged
+    too_small = f"the image is {size[0]} x {size[1]} pixels, expected at least 1 x 1"
+    assert message_of(fit, Image.new("RGB", size), 8) == too_small
+
+
+def test_an_image_that_is_too_large_is_refused_by_its_header(tmp_path, recwarn):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_header(20_000, 20_000))
+    assert message_of(read_image, path) == (
+        f"{path} is 20000 x 20000 pixels, 400,000,000 in all; at most 128,000,000 are read: scale it down first"
+    )
+    path.write_bytes(png_header(11_000, 11_000))  # allowed, so it is decoded, and found without pixels
+    assert message_of(read_image, path).startswith(f"{path} is cut off or damaged: ")
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+def test_our_limit_replaces_pillows_and_gives_it_back(tmp_path, monkeypatch, kind):
+    path = tmp_path / "a"
+    path.write_bytes(encoded(Image.new("RGB", (12, 10), RED), kind))
+    for pillows in (100, 10, None):  # Pillow would warn, raise, do nothing
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
+        monkeypatch.setattr(images, "MAX_PIXELS", 120)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert read_image(path).size == (12, 10)
+            monkeypatch.setattr(images, "MAX_PIXELS", 119)
+            assert "is 12 x 10 pixels, 120 in all; at most 119 are read" in message_of(read_image, path)
+        assert pillows == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 20), (20, 20_000)])
+def test_sizes_at_the_edge_are_read_and_fitted(tmp_path, size):
+    path = tmp_path / "a.png"
+    Image.new("RGB", size, RED).save(path)
+    image = read_image(path)
+    assert image.size == size
+    assert np.array_equal(fit(image, 8)[0], np.full((8, 8, 3), RED))
+
+
+# Finding
+
+
+@pytest.fixture
+def album(tmp_path, monkeypatch):
+    """A folder of empty files, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in (
+        "b.png",
+        "a.JPG",
+        "C.webp",
+        "10.jpeg",
+        ".hidden.png",
+        "notes.txt",
+        "png",
+        "below/d.png",
+        "名/狐狸.png",
+    ):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    Path("folder.png").mkdir()
+    return tmp_path
+
+
+def found(*arguments):
+    return [str(path) for path in find_images(arguments)]
+
+
+def test_files_come_in_the_order_given_and_as_often(album):
+    assert found("b.png", "a.JPG", "b.png") == ["b.png", "a.JPG", "b.png"]
+    assert found("notes.txt", ".hidden.png", "missing.png") == ["notes.txt", ".hidden.png", "missing.png"]
+
+
+def test_a_folder_gives_its_images_by_name(album):
+    assert found(".") == ["10.jpeg", "C.webp", "a.JPG", "b.png"]
+    assert found("below", "b.png", "名/") == ["below/d.png", "b.png", "名/狐狸.png"]
+    assert found(str(album / "名")) == [f"{album}/名/狐狸.png"]
+
+
+def test_a_pattern_means_what_a_shell_makes_of_it(album):
+    assert found("[a1]*.*", "*.webp") == ["10.jpeg", "a.JPG", "C.webp"]
+    assert found("?.*", "名/*") == ["C.webp", "a.JPG", "b.png", "名/狐狸.png"]
+    assert found("belo*") == ["below/d.png"]
+    assert found("n*") == ["notes.txt"]
+
+
+def test_a_name_with_the_signs_of_a_pattern_wins_over_the_pattern(album):
+    for name in ("[ab].png", "*.png", "a?"):
+        Path(name).touch()
+    assert found("[ab].png", "*.png", "a?") == ["[ab].png", "*.png", "a?"]
+    Path("x[1]").mkdir()
+    Path("x[1]/e.png").touch()
+    assert found("x[1]") == ["x[1]/e.png"]
+    assert found("x[[]1]/*") == ["x[1]/e.png"]
+
+
+def test_nothing_to_find(album, monkeypatch):
+    assert message_of(find_images, []) == (
+        "no image was given; name files, folders, or patterns such as 'photos/*.png'"
+    )
+    assert message_of(find_images, ["b.png", "*.bmp"]) == 'the pattern "*.bmp" matches no file'
+    assert message_of(find_images, ["folder.png"]) == (
+        "the folder folder.png holds no image: looked for names in .png, .jpg, .jpeg, .webp, not in folders below"
+    )
+
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "listdir", denied)
+    assert message_of(find_images, ["below"]) == "the folder below cannot be read: Permission denied"
+
+
+# Fitting
+
+
+def thirds(width, height):
+    """Red, green and blue beside each other, or one above the other where the image is high."""
+    image = Image.new("RGB", (width, height), GREEN)
+    long = max(width, height) // 3
+    if width > height:
+        image.paste(RED, (0, 0, long, height))
+        image.paste(BLUE, (2 * long, 0, width, height))
+    else:
+        image.paste(RED, (0, 0, width, long))
+        image.paste(BLUE, (0, 2 * long, width, height))
+    return image
+
+
+@pytest.mark.parametrize(("width", "height"), [(192, 64), (64, 192)])
+def test_the_middle_is_kept_pixel_by_pixel(width, height):
+    pixels_HWC, note = fit(thirds(width, height), 64)
+    assert np.array_equal(pixels_HWC, np.full((64, 64, 3), GREEN))
+    assert note == f"cropped from {width} x {height} to 64 x 64"
+
+
+@pytest.mark.parametrize(("width", "height"), [(600, 400), (96, 64), (30, 20), (3000, 2000)])
+@pytest.mark.parametrize("upright", [False, True])
+def test_what_is_resized_keeps_its_place(width, height, upright):
+    # Of 3 : 2 the middle 2 is kept: a quarter is red, half is green, a quarter is blue.
+    image = thirds(width, height)
+    side = 64
+    pixels_HWC, note = fit(image.transpose(Image.Transpose.ROTATE_270) if upright else image, side)
+    if upright:
+        width, height, pixels_HWC = height, width, pixels_HWC.swapaxes(0, 1)
+    assert pixels_HWC.shape == (side, side, 3)
+    reach = 3 * max(1, math.ceil(side / min(width, height)))  # Lanczos rings so far around an edge
+    for start, end, colour in ((0, 16, RED), (16, 48, GREEN), (48, 64, BLUE)):
+        inner = pixels_HWC[:, start + reach * (start > 0) : end - reach * (end < side)]
+        assert np.array_equal(inner, np.broadcast_to(np.uint8(colour), inner.shape))
+    cropped = f"cropped from {width} x {height} to 64 x 64"
+    resized = f"resized from {width} x {height} and cropped to 64 x 64"
+    assert note == (cropped if side in (width, height) else resized)
+
+
+def test_an_image_of_the_right_size_keeps_every_pixel():
+    image = noise(64, 64)
+    pixels_HWC, note = fit(image, 64)
+    assert note is None
+    assert pixels_HWC.dtype == np.uint8
+    assert np.array_equal(pixels_HWC, np.asarray(image))
+    pixels_HWC[:] = 0  # the caller's own
+    assert np.array_equal(np.asarray(image), np.asarray(noise(64, 64)))
+
+
+@pytest.mark.parametrize(("size", "left", "top"), [((65, 64), 0, 0), ((67, 64), 1, 0), ((64, 80), 0, 8)])
+def test_a_crop_alone_keeps_every_pixel(size, left, top):
+    image = noise(*size)
+    pixels_HWC, _ = fit(image, 64)
+    assert np.array_equal(pixels_HWC, np.asarray(image)[top : top + 64, left : left + 64])
+
+
+def test_a_square_is_only_resized():
+    assert fit(noise(128, 128), 64)[1] == "resized from 128 x 128 to 64 x 64"
+    assert fit(noise(1, 1), 64)[1] == "resized from 1 x 1 to 64 x 64"
+
+
+def test_fitting_is_resizing_the_whole_and_cropping():
+    image = noise(150, 100)
+    whole = np.asarray(image.resize((96, 64), Image.Resampling.LANCZOS))
+    assert np.array_equal(fit(image, 64)[0], whole[:, 16:80])
+
+
+def test_a_great_reduction_is_near_the_exact_one():
+    image = noise(40, 40).resize((1000, 1000), Image.Resampling.BICUBIC)
+    exact = np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
+    assert np.abs(fit(image, 16)[0] - exact).max() <= 4  # of 255
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (1, 3)])
+def test_extreme_shapes_make_no_gigantic_image(monkeypatch, size):
+    made = []
+    resize = Image.Image.resize
+
+    def watched(self, *arguments, **options):
+        image = resize(self, *arguments, **options)
+        made.append(image.size)
+        return image
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    pixels_HWC, note = fit(Image.new("RGB", size, BLUE), 64)
+    assert made == [(64, 64)]
+    assert np.array_equal(pixels_HWC, np.full((64, 64, 3), BLUE))
+    assert note == f"resized from {size[0]} x {size[1]} and cropped to 64 x 64"
+
+
+@pytest.mark.parametrize(
+    ("mode", "white"), [("RGBA", (1, 2, 3, 0)), ("I;16", 65535), ("I;16B", 65535), ("YCbCr", (255, 128, 128)), ("1", 1)]
+)
+def test_an_image_of_any_mode_is_fitted(mode, white):
+    assert np.array_equal(fit(Image.new(mode, (9, 8), white), 4)[0], np.full((4, 4, 3), 255))

@@ -1,0 +1,366 @@
+"""Processes that share a job: each thing is made once, and whoever dies is replaced."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import cogview.jobs.locks
+from cogview.errors import InputError
+from cogview.jobs.journal import DiskFull, Ledger
+from cogview.jobs.locks import Claims, Interruption, run
+
+pytestmark = pytest.mark.skipif(cogview.jobs.locks.fcntl is None, reason="one process shares no job")
+
+NUM_ITEMS = 200
+CHUNKS = [[f"狐狸-{item}" for item in range(first, first + 5)] for first in range(0, NUM_ITEMS, 5)]
+
+# A process of a job: it makes a file of each item, and says in the ledger that it is there.
+WORKER = """
+import os, sys, time
+from pathlib import Path
+from cogview.jobs.locks import Claims, run
+from cogview.jobs.journal import Ledger
+
+folder, resume, seed, chunks = Path(sys.argv[1]), sys.argv[2] == "resume", int(sys.argv[3]), eval(sys.argv[4])
+claims = Claims(folder / "job.ledger")
+ledger = Ledger.open(folder / "job.ledger", {"seed": seed}, claims=claims, resume=resume, adopt=["seed"])
+print("open", flush=True)
+sys.stdin.readline()
+
+def work(number, names):
+    for name in names:
+        time.sleep(0.005)
+        aside = folder / f".{name}.{os.getpid()}"
+        aside.write_text(f"{name} of seed {ledger.header['seed']} in chunk {number}")
+        os.replace(aside, folder / f"{name}.txt")
+        ledger.record(name, by=os.getpid())
+
+run(chunks, ledger, claims, work)
+print(len(ledger.done))
+"""
+
+# A process that is at work with a ledger, claims number 3, and does nothing.
+HOLDER = """
+import sys
+from pathlib import Path
+from cogview.jobs.locks import Claims
+claims = Claims(Path(sys.argv[1]))
+claims.join()
+print(claims.try_claim(3), flush=True)
+sys.stdin.read()
+"""
+
+
+def start(code, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+@pytest.fixture
+def start_holder(tmp_path):
+    """A function that starts a process that has claimed number 3."""
+    started = []
+
+    def start_() -> subprocess.Popen:
+        process = start(HOLDER, tmp_path / "job.ledger")
+        started.append(process)
+        assert process.stdout.readline() == "True\n"
+        return process
+
+    yield start_
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def claims(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    claims = Claims(tmp_path / "job.ledger")
+    yield claims
+    claims.close()
+
+
+@pytest.fixture
+def ledger(tmp_path, claims):
+    ledger = Ledger.open(tmp_path / "job.ledger", {"seed": 7}, claims=claims, resume=False)
+    yield ledger
+    ledger.close()
+
+
+def test_a_claim_ends_with_its_process(claims, start_holder):
+    assert not claims.someone_alive()
+    holder = start_holder()
+    assert claims.someone_alive()
+    assert not claims.try_claim(3)
+    assert claims.try_claim(2)
+    holder.kill()
+    holder.wait()
+    assert not claims.someone_alive()
+    assert claims.try_claim(3)
+
+
+def test_a_claim_can_be_released(claims, tmp_path):
+    assert claims.try_claim(3)
+    refused = start(HOLDER, tmp_path / "job.ledger")
+    assert refused.communicate("")[0] == "False\n"
+    claims.release(3)
+    accepted = start(HOLDER, tmp_path / "job.ledger")
+    assert accepted.communicate("")[0] == "True\n"
+
+
+def test_asking_who_is_alive_changes_nothing(claims, tmp_path):
+    code = "import sys; from pathlib import Path; from cogview.jobs.locks import Claims\n"
+    code += "print(Claims(Path(sys.argv[1])).someone_alive())"
+
+    def others_see_us():
+        return start(code, tmp_path / "job.ledger").communicate()[0] == "True\n"
+
+    claims.someone_alive()
+    assert not others_see_us()
+    claims.join()
+    claims.someone_alive()
+    assert others_see_us()
+
+
+def test_a_ledger_with_someone_at_work_is_joined(ledger, tmp_path):
+    ledger.record("狐狸")
+    joined = start(WORKER, tmp_path, "new", 8, [["狐狸", "狗"]])
+    assert joined.communicate("\n") == ("open\n2\n", "")
+    assert (tmp_path / "狗.txt").read_text(encoding="utf-8") == "狗 of seed 7 in chunk 0"
+    ledger.refresh()
+    assert list(ledger.done) == ["狐狸", "狗"]
+
+
+def test_of_two_that_begin_at_once_none_takes_an_old_ledger_for_new(claims, tmp_path):
+    (tmp_path / "job.ledger").write_text('{"cogview_job": 1, "seed": 7}\n')
+    other = start(WORKER, tmp_path, "new", 8, [["狐狸"]])  # while we have begun, and not yet opened it
+    assert "is there from an earlier run" in other.communicate()[1]
+
+
+def test_where_nothing_can_be_locked(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(cogview.jobs.locks, "fcntl", None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    path = tmp_path / "job.ledger"
+    claims = Claims(path)
+    ledger = Ledger.open(path, {}, claims=claims, resume=False)
+    assert not claims.someone_alive()
+    assert claims.try_claim(0)
+    run([["狐狸"], ["狗"]], ledger, claims, lambda number, names: [ledger.record(name) for name in names])
+    assert list(ledger.done) == ["狐狸", "狗"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{path} cannot be locked here, so each process does the whole job: start one"
+    ]
+
+
+def test_what_is_done_is_not_done_again(ledger, claims):
+    calls = []
+
+    def work(number, names):
+        calls.append((number, list(names)))
+        for name in names:
+            ledger.record(name)
+
+    chunks = [["a", "b"], ["c", "d"], ["e"]]
+    for name in ("b", "e"):
+        ledger.record(name)
+    run(chunks, ledger, claims, work)
+    assert calls == [(0, ["a"]), (1, ["c", "d"])]
+
+
+def test_what_is_not_recorded_is_tried_once_and_left_to_others(ledger, claims, start_holder):
+    calls = []
+    run([[str(number)] for number in range(5)], ledger, claims, lambda number, names: calls.append(number))
+    assert calls == [0, 1, 2, 3, 4]
+    start_holder()  # which can claim 3
+
+
+def test_each_rank_begins_elsewhere(ledger, claims, monkeypatch):
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    calls = []
+    run([[str(number)] for number in range(7)], ledger, claims, lambda number, names: calls.append(number))
+    assert calls == [4, 5, 6, 0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("rank", "size"), [("eins", "2"), ("2", "2"), ("0", "0")])
+def test_a_rank_that_is_none(ledger, claims, monkeypatch, rank, size):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    with pytest.raises(InputError) as error:
+        run([["a"]], ledger, claims, lambda number, names: None)
+    assert str(error.value) == (
+        f'RANK "{rank}" and WORLD_SIZE "{size}" must be whole numbers, RANK from 0 to WORLD_SIZE - 1'
+    )
+
+
+def test_it_stops_between_chunks(ledger, claims):
+    run(
+        [["a", "b"], ["c"]],
+        ledger,
+        claims,
+        lambda number, names: [ledger.record(name) for name in names],
+        stop=lambda: len(ledger.done) > 0,
+    )
+    assert list(ledger.done) == ["a", "b"]
+
+
+def test_a_full_disk_met_by_the_work_is_told_as_well(ledger, claims):
+    def work(number, names):
+        ledger.record("a")
+        raise OSError(errno.ENOSPC, "No space left on device", "b.png")
+
+    with pytest.raises(DiskFull, match=r"^the disk is full: 1 result is kept; --resume goes on when there is space$"):
+        run([["a", "b"]], ledger, claims, work)
+
+
+def test_the_chunk_of_a_process_that_dies_is_taken_over(ledger, claims, start_holder, monkeypatch):
+    holder, calls = start_holder(), []
+    monkeypatch.setattr(cogview.jobs.locks, "POLL_SECONDS", 0.01)
+    looks = iter(range(100))
+
+    def stop():
+        if next(looks) == 10:  # by then it waits
+            assert calls == [0, 1, 2, 4]
+            holder.kill()
+            holder.wait()
+        return False
+
+    run([[str(number)] for number in range(5)], ledger, claims, lambda number, names: calls.append(number), stop)
+    assert calls == [0, 1, 2, 4, 3]
+
+
+def test_it_waits_until_others_are_done(ledger, claims, start_holder, tmp_path, monkeypatch):
+    start_holder()
+    monkeypatch.setattr(cogview.jobs.locks, "POLL_SECONDS", 0.01)
+    looks = iter(range(100))
+
+    def stop():
+        if next(looks) == 10:
+            with (tmp_path / "job.ledger").open("a") as file:
+                file.write('{"id": "3"}\n')
+        return False
+
+    def work(number, names):
+        assert number != 3
+        ledger.record(*names)
+
+    run([[str(number)] for number in range(5)], ledger, claims, work, stop)
+    assert list(ledger.done) == ["0", "1", "2", "4", "3"]
+
+
+def test_it_does_not_wait_for_what_is_done(ledger, claims, start_holder, tmp_path, monkeypatch):
+    def sleep(seconds):
+        raise AssertionError("it waits")
+
+    start_holder()
+    monkeypatch.setattr(time, "sleep", sleep)
+
+    def work(number, names):
+        with (tmp_path / "job.ledger").open("a") as file:
+            file.write('{"id": "3"}\n')
+
+    run([["0"], ["1"], ["2"], ["3"], ["4"]], ledger, claims, work)
+
+
+def test_whatever_is_killed_each_thing_is_made_once(tmp_path):
+    """Three processes begin at once and die one after the other by kill -9; three others go on, one of which dies."""
+    rng = random.Random(0)
+    ledger = tmp_path / "job.ledger"
+
+    def start_three(resume):
+        processes = [  # each with a seed of its own, as if it had been chosen by chance
+            start(WORKER, tmp_path, resume, rng.randrange(10**6), CHUNKS, RANK=str(rank), WORLD_SIZE="3")
+            for rank in range(3)
+        ]
+        for process in processes:
+            assert process.stdout.readline() == "open\n", process.communicate()
+        for process in processes:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        return processes
+
+    def kill_one(processes, when):
+        while ledger.read_bytes().count(b"\n") < when:
+            assert any(process.poll() is None for process in processes), [p.communicate() for p in processes]
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.01)
+        process = processes.pop(rng.randrange(len(processes)))
+        process.kill()
+        process.communicate()
+
+    processes = start_three("new")
+    for when in (20, 40, 60):
+        kill_one(processes, when)
+    seed = json.loads(ledger.read_text().splitlines()[0])["seed"]
+    processes = start_three("resume")
+    kill_one(processes, 100)
+    for process in processes:
+        assert process.communicate() == (f"{NUM_ITEMS}\n", "")
+        assert process.returncode == 0
+
+    lines = [json.loads(line) for line in ledger.read_text().splitlines()[1:]]
+    names = [name for chunk in CHUNKS for name in chunk]
+    assert sorted(line["id"] for line in lines) == sorted(names)
+    assert {path.name: path.read_text() for path in tmp_path.glob("狐狸-*")} == {
+        f"{name}.txt": f"{name} of seed {seed} in chunk {number}"
+        for number, chunk in enumerate(CHUNKS)
+        for name in chunk
+    }
+
+
+@pytest.fixture
+def own_handlers(monkeypatch):
+    """The usual handlers, whatever the tests were started with."""
+    monkeypatch.delenv("RANK", raising=False)
+    before = [
+        (number, signal.signal(number, handler))
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
+    ]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_interrupts(own_handlers, capfd, number):
+    with Interruption() as interruption:
+        assert not interruption.requested()
+        signal.raise_signal(number)
+        assert interruption.requested()
+        assert capfd.readouterr().err == "finishing this batch; press Ctrl-C again to stop at once\n"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_ignored(own_handlers):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert not interruption.requested()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_only_the_first_process_says_that_it_stops(own_handlers, monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+    assert interruption.requested()
+    assert capfd.readouterr().err == ""

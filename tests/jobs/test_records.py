@@ -1,0 +1,202 @@
+"""Job files: what a line asks for, and what is said of a line that is wrong."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from cogview.errors import InputError
+from cogview.jobs.records import Line, digest, read_job
+
+FOX, DOG, APPLE = "一只狐狸", "蓝色背景上的三只狗", "一个红苹果"
+
+
+@pytest.fixture
+def read(tmp_path, monkeypatch):
+    """A function that writes a job file into the current folder and reads it."""
+    monkeypatch.chdir(tmp_path)
+
+    def write_and_read(name, content):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_job(name)
+
+    return write_and_read
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "PROMPTS.TXT", "prompts"])
+def test_a_prompt_per_line(read, name):
+    lines, problems = read(name, f"\ufeff{FOX}\r\n\r\n  {DOG}  \r{APPLE}")  # mark and line ends of several systems
+    assert lines == [Line(number=1, prompt=FOX), Line(number=3, prompt=DOG), Line(number=4, prompt=APPLE)]
+    assert problems == []
+    assert [line.key for line in lines] == ["line 1", "line 3", "line 4"]
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{FOX}\n\n{DOG}".encode())))
+    assert read_job("-") == ([Line(number=1, prompt=FOX), Line(number=3, prompt=DOG)], [])
+
+
+@pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
+def test_a_table(read, suffix, mark):
+    rows = [
+        ["id", "prompt", "task", "image", "rows", "n", "seed", "temperature", "top_k", "top_p", "guidance"],
+        ["狐狸", f' "{FOX}{mark}\n在草地上" '.strip(), "", "", "", "2", str(2**63 - 1), "0.7", "0", "1", "3"],
+        [""] * 11,
+        ["7", APPLE, "complete", "画/苹果.png", "4", "", "", "", "", "", ""],
+        ["", "", "caption", "/画/狗.png", "", "", "", "", "", "", ""],
+    ]
+    text = "\ufeff" + "\r\n".join(mark.join(row) for row in rows) + "\r\n"
+    lines, problems = read(f"工作/job.{suffix}", text)
+    assert problems == []
+    assert lines == [
+        Line(
+            number=2,
+            id="狐狸",
+            prompt=f"{FOX}{mark}\n在草地上",
+            n=2,
+            seed=2**63 - 1,
+            temperature=0.7,
+            top_k=0,
+            top_p=1.0,
+            guidance=3.0,
+        ),
+        Line(number=5, id="7", prompt=APPLE, task="complete", image=Path("工作/画/苹果.png"), rows=4),
+        Line(number=6, task="caption", image=Path("/画/狗.png")),
+    ]
+    assert [line.key for line in lines] == ["狐狸", "7", "line 6"]
+
+
+def test_objects(read):
+    lines, problems = read(
+        "工作/job.jsonl",
+        f'\ufeff{{"id": 7, "prompt": "{FOX}", "guidance": 3, "text_attention": 1.5, "n": null}}\r\n\r\n'
+        f'{{"task": "upscale", "prompt": "{DOG}", "image": "../狗.png"}}',
+    )
+    assert problems == []
+    assert lines == [
+        Line(number=1, id="7", prompt=FOX, guidance=3.0, text_attention=1.5),
+        Line(number=3, task="upscale", prompt=DOG, image=Path("工作/../狗.png")),
+    ]
+    assert isinstance(lines[0].guidance, float)
+
+
+WRONG_OBJECTS = [
+    ('{"prompt": "一只狐狸"', "this is not JSON: Expecting ',' delimiter (character 18)"),
+    ("[" * 100_000, "this is nested too deeply to be read"),
+    ('"一只狐狸"', 'expected an object in braces, got "一只狐狸"'),
+    ('{"n": 1, "prompt": "狗", "n": 2}', '"n" stands here twice'),
+    ('{"promt": "狗"}', '"promt" is unknown; did you mean "prompt"?'),
+    (
+        '{"狗": 1}',
+        '"狗" is unknown; known: id, prompt, task, image, rows, n, seed, temperature, top_k, top_p, guidance, '
+        "text_attention",
+    ),
+    ('{"prompt": "狗", "n": 2.0}', "n: expected a whole number, got 2.0"),
+    ('{"prompt": "狗", "n": true}', "n: expected a whole number, got true"),
+    ('{"prompt": "狗", "guidance": "高"}', 'guidance: expected a number, got "高"'),
+    ('{"prompt": "狗", "guidance": 1' + "0" * 400 + "}", "guidance: expected a number, got 1" + "0" * 39 + "…"),
+    ('{"prompt": ["狗"]}', 'prompt: expected text, got ["狗"]'),
+    ('{"prompt": "\\ud83d"}', "prompt: holds a character that is none (0, or half of a surrogate pair)"),
+    ('{"n": 2}', "the task generate needs prompt"),
+    ('{"prompt": " "}', "the task generate needs prompt"),
+    ('{"prompt": "狗", "task": "complete"}', "the task complete needs image and rows"),
+    ('{"task": "upscale", "image": "狗.png"}', "the task upscale needs prompt"),
+    ('{"task": "caption"}', "the task caption needs image"),
+    (
+        '{"prompt": "狗", "image": "狗.png"}',
+        "image means nothing for the task generate; it belongs to: complete, upscale, caption",
+    ),
+    ('{"prompt": "狗", "task": "画"}', 'the task "画" is unknown; known: generate, complete, upscale, caption'),
+    ('{"prompt": "狗", "n": 0}', "n must be at least 1, got 0"),
+    (
+        '{"prompt": "狗", "task": "complete", "image": "狗.png", "rows": -1}',
+        "rows must be at least 0, got -1",
+    ),
+    ('{"prompt": "狗", "seed": -1}', "the seed must be from 0 to 9223372036854775807, got -1"),
+    ('{"prompt": "狗", "top_p": 2}', "top_p must be in (0, 1], got 2.0"),
+    ('{"prompt": "狗", "id": "一"}', 'the id "一" is that of line 1 as well'),
+    ('{"prompt": "狗", "id": "line 2"}', 'the id "line 2" is that of line 2 as well'),
+]
+
+
+@pytest.mark.parametrize(("wrong", "problem"), WRONG_OBJECTS)
+def test_a_broken_object_stops_no_other(read, wrong, problem):
+    lines, problems = read("job.jsonl", f'{{"id": "一", "prompt": "{FOX}"}}\n{{"prompt": "{DOG}"}}\n{wrong}\n')
+    assert [line.prompt for line in lines] == [FOX, DOG]
+    assert len(problems) == 1
+    assert problems[0].startswith(f"line 3: {problem}")
+    assert "\n" not in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ("狗", "1 columns, expected 2; a text that holds a comma belongs between quotation marks"),
+        ("狗,2,猫", "3 columns, expected 2; a text that holds a comma belongs between quotation marks"),
+        ("狗,两", 'n: expected a whole number, got "两"'),
+        (",2", "the task generate needs prompt"),
+        ('"狗,2', """the quotation marks are not understood (',' expected after '"')"""),
+        ('"狗,2', "the quotation marks are not understood (unexpected end of data)"),
+    ],
+)
+def test_a_broken_row_stops_no_other(read, wrong, problem):
+    last = DOG if "end of data" in problem else f'"{DOG}"'
+    lines, problems = read("job.csv", f"prompt,n\n{FOX},\n{wrong}\n{APPLE},2\n{last},3\n")
+    assert [(line.number, line.prompt) for line in lines] == [(2, FOX), (4, APPLE), (5, DOG)]
+    assert problems == [f"line 3: {problem}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("gbk.csv", "prompt\n狐狸".encode("gbk"), "gbk.csv is not UTF-8: byte 7 is 0xba"),
+        ("job.txt", " \n\n", "job.txt is empty: expected a prompt per line"),
+        ("job.jsonl", "", "job.jsonl is empty: expected a JSON object per line"),
+        (
+            "job.csv",
+            "prompt\n\n",
+            "job.csv is empty: expected a row of column names, and below it a row for each thing to make",
+        ),
+        (
+            "job.xlsx",
+            "",
+            'job.xlsx: the suffix ".xlsx" is unknown; known: .txt (a prompt per line), .csv, .tsv, .jsonl',
+        ),
+        (
+            "job.csv",
+            "prmpt,n\n狗,2",
+            'job.csv: line 1 must name the columns: "prmpt" is unknown; did you mean "prompt"?',
+        ),
+        ("job.csv", "prompt,n,prompt\n狗,2,猫", 'job.csv: line 1 names the column "prompt" twice'),
+        ("job.csv", '"prompt\n狗', "job.csv: line 1: the quotation marks are not understood (unexpected end of data)"),
+        (
+            "job.csv",
+            "n\n1\n2",
+            "job.csv has no line that can be used; the first problem is in line 2: the task generate needs prompt",
+        ),
+    ],
+)
+def test_a_file_that_is_no_job(read, name, content, message):
+    with pytest.raises(InputError) as error:
+        read(name, content)
+    assert str(error.value) == message
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*没有\.csv: No such file or directory"):
+        read_job(str(tmp_path / "没有.csv"))
+
+
+def test_the_digest_is_of_what_is_asked_for(read, tmp_path, monkeypatch):
+    def of(name, content):
+        return digest(read(name, content)[0], name)
+
+    table = of("a/job.csv", f"id,prompt,task,image\n狗,{DOG},upscale,狗.png\n")
+    same = f'\n{{"image": "狗.png", "id": "狗", "task": "upscale", "prompt": "{DOG}"}}'
+    assert of("b/job.jsonl", same) == table
+    assert of("b/job.jsonl", same.replace("狗.png", "猫.png")) != table
+    assert of("b/job.jsonl", same[:-1] + ', "n": 2}') != table
+    monkeypatch.chdir("a")
+    assert digest(read_job("job.csv")[0], "job.csv") == table

@@ -1,0 +1,91 @@
+"""Which implementation runs."""
+
+import logging
+
+import pytest
+import torch
+
+from cogview.kernels.attention import attention
+from cogview.kernels.dispatch import choose
+
+
+@pytest.fixture(autouse=True)
+def forgotten(monkeypatch):
+    """What was chosen is remembered for the life of a process."""
+    monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("forced", "known", "usual", "chosen", "logged"),
+    [
+        (None, ("reference", "torch", "triton"), None, "torch", "sums on cuda: torch"),
+        (None, ("reference", "triton"), None, "reference", "sums on cuda: reference"),
+        (None, ("reference", "torch"), "reference", "reference", "sums on cuda: reference"),
+        ("reference", ("reference", "torch"), None, "reference", "sums on cuda: reference (forced)"),
+        ("torch", ("reference", "torch"), "reference", "torch", "sums on cuda: torch (forced)"),
+        ("torch", ("reference", "triton"), None, "reference", "sums on cuda: reference (there is no torch)"),
+    ],
+)
+def test_choice_can_be_forced_and_is_logged_once(monkeypatch, caplog, forced, known, usual, chosen, logged):
+    if forced is not None:
+        monkeypatch.setenv("COGVIEW_KERNELS", forced)
+    with caplog.at_level(logging.INFO):
+        assert choose("sums", "cuda", known, usual) == chosen
+        assert choose("sums", "cuda", known, usual) == chosen
+    assert [record.getMessage() for record in caplog.records] == [logged]
+
+
+def test_triton_is_chosen_where_it_can_run(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("COGVIEW_KERNELS", "triton")
+    assert choose("sums", "cuda") == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose("sums", "cpu") == "triton"
+    choose.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="COGVIEW_KERNELS=triton needs a GPU; TRITON_INTERPRET=1 interprets"):
+        choose("sums", "cpu")
+
+
+def test_triton_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setenv("COGVIEW_KERNELS", "triton")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="COGVIEW_KERNELS=triton, but triton is not installed: pip install triton"):
+        choose("sums", "cuda")
+
+
+def test_unknown_choice_is_an_error(monkeypatch):
+    monkeypatch.setenv("COGVIEW_KERNELS", "fastest")
+    with pytest.raises(ValueError, match="COGVIEW_KERNELS='fastest' is unknown; known: reference, torch, triton"):
+        attention(*torch.zeros(3, 1, 1, 3, 16))
+
+
+@pytest.mark.parametrize("name", ["reference", "torch", "triton"])
+def test_attention_is_what_was_chosen(monkeypatch, name):
+    if name == "triton":
+        pytest.importorskip("triton")
+        from cogview.kernels import attention_triton as module
+
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    else:
+        from cogview.kernels import attention as module
+    monkeypatch.setenv("COGVIEW_KERNELS", name)
+    called = []
+    monkeypatch.setattr(module, f"attention_{name}", lambda *inputs, **settings: called.append(inputs))
+    attention(*torch.zeros(3, 1, 1, 40, 16))
+    assert len(called) == 1
+
+
+def test_a_few_queries_over_a_cache_have_a_kernel_of_their_own(monkeypatch):
+    pytest.importorskip("triton")
+    from cogview.kernels import decode_attention_triton as module
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("COGVIEW_KERNELS", "triton")
+    called = []
+    monkeypatch.setattr(module, "decode_attention_triton", lambda *inputs: called.append(inputs))
+    attention(torch.zeros(1, 1, 1, 16), *torch.zeros(2, 1, 1, 3, 16))
+    assert len(called) == 1

@@ -1,0 +1,57 @@
+"""Settings of the transformer: what is refused, and parameters counted without making them."""
+
+import pytest
+
+from cogview.modeling.config import PRESETS, TransformerConfig, preset
+
+TINY = {"num_layers": 2, "width": 32, "num_heads": 4, "vocabulary_size": 128}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
+        ({"width": 0}, "width must be at least 1, got 0"),
+        ({"num_heads": -1}, "num_heads must be at least 1, got -1"),
+        ({"vocabulary_size": 0}, "vocabulary_size must be at least 1, got 0"),
+        ({"max_positions": 0}, "max_positions must be at least 1, got 0"),
+        ({"num_heads": 5}, "width 32 does not divide into 5 heads"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(setting, message):
+    with pytest.raises(ValueError, match=message):
+        TransformerConfig(**{**TINY, **setting})
+
+
+def test_head_size():
+    assert TransformerConfig(**TINY).head_size == 8
+
+
+def test_released_model_has_its_published_number_of_parameters():
+    """48 layers of width 2560, 58,240 ids, 1089 positions."""
+    config = preset("4b", vocabulary_size=58_240)
+    assert (config.num_layers, config.width, config.num_heads) == (48, 2560, 40)
+    assert config.num_parameters == 3_928_849_920
+
+
+def test_presets_grow_and_are_what_their_names_say():
+    sizes = []
+    for name in PRESETS:
+        config = preset(name, vocabulary_size=128, max_positions=16)
+        layers = config.num_parameters - (128 + 16 + 2) * config.width
+        named = float(name[:-1]) * {"m": 1e6, "b": 1e9}[name[-1]]
+        assert 0.8 < layers / named < 1.25, name
+        sizes.append(layers)
+    assert sizes == sorted(sizes)
+
+
+def test_preset_takes_the_rest_of_the_settings():
+    config = preset("5m", vocabulary_size=9216, max_positions=128, dropout=0.0)
+    assert (config.vocabulary_size, config.max_positions, config.dropout) == (9216, 128, 0.0)
+
+
+def test_unknown_preset_lists_the_known():
+    with pytest.raises(ValueError, match="preset '5b' is unknown; known: 5m, 20m, 100m, 300m, 1b, 4b"):
+        preset("5b", vocabulary_size=128)

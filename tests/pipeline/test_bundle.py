@@ -1,0 +1,318 @@
+"""Several sets of weights under one name: each task is done as its own weights alone would do it."""
+
+import dataclasses
+import json
+import shutil
+import weakref
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from cogview.checkpoints import registry
+from cogview.checkpoints.checkpoint import load_model, load_transformer, save_model
+from cogview.checkpoints.registry import converted_folder
+from cogview.errors import InputError
+from cogview.generation.sampling import Sampling
+from cogview.modeling.quantization import Int8Linear
+from cogview.pipeline import bundle as module
+from cogview.pipeline.cogview import CogView
+from cogview.tokenizers.text import train_text_tokenizer
+
+CPU = torch.device("cpu")
+FOX = "蓝色背景上的一只狐狸"
+# What each of them was trained for, and in what it differs from the others.
+PARTS = {
+    "draws": {"tasks": ("generate",), "caption_drop": 0.0},
+    "describes": {"tasks": ("caption",), "caption_stop": False, "max_caption": 5},
+    "enlarges": {"tasks": ("upscale", "low_level"), "sampling": Sampling(temperature=0.5, top_k=7)},
+}
+BUNDLE = {"generate": "draws", "caption": "describes", "upscale": "enlarges", "low_level": "enlarges"}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_checkpoint, tmp_path_factory):
+    """A folder with the checkpoint folder of each part, their weights far from each other."""
+    home = tmp_path_factory.mktemp("trained")
+    for seed, (name, changes) in enumerate(PARTS.items()):
+        model = load_model(tiny_checkpoint, CPU, torch.float32)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.transformer.parameters():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        config = dataclasses.replace(model.config, **changes)
+        save_model(home / name, dataclasses.replace(model, config=config))
+    return home
+
+
+@pytest.fixture
+def parts(trained, tmp_path, monkeypatch):
+    """Those folders where the known models are looked for, under the names of a registry with a bundle of them."""
+    file = {"name": "file", "urls": [], "page": "https://example.org"}
+    files = {"transformer": file, "image_tokenizer": file, "text_model": file}
+    about = {"about": "", "licence": ""}
+    rows = {name: {**about, "tasks": list(PARTS[name]["tasks"]), "files": files} for name in PARTS}
+    rows["cogview-bundle"] = {**about, "parts": BUNDLE}
+    (tmp_path / "checkpoints.yaml").write_text(yaml.safe_dump(rows, sort_keys=False), encoding="utf-8")
+    monkeypatch.setattr(registry, "_package", lambda: tmp_path)
+    monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
+    return {name: shutil.copytree(trained / name, converted_folder(name)) for name in PARTS}
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The names of the parts whose weights are loaded, in turn, and a way to know those that are still there."""
+
+    class Loaded(list):
+        def __init__(self):
+            super().__init__()
+            self.there = weakref.WeakSet()
+
+    loaded = Loaded()
+
+    def load(folder, *settings):
+        loaded.append(folder.name)
+        transformer = load_transformer(folder, *settings)
+        loaded.there.add(transformer)
+        return transformer
+
+    monkeypatch.setattr(module, "load_transformer", load)
+    return loaded
+
+
+def open_bundle(**settings):
+    return CogView.from_pretrained("cogview-bundle", device="cpu", **settings)
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+
+
+def assert_same(pictures, expected):
+    for picture, other in zip(pictures, expected, strict=True):
+        np.testing.assert_array_equal(picture.codes, other.codes)
+        assert picture.sampling == other.sampling
+        assert picture.tobytes() == other.tobytes()
+
+
+def texts_of(captions):
+    return [[caption.text for caption in own] for own in captions]
+
+
+# --- who does what ------------------------------------------------------------------------------------------------
+
+
+def test_each_task_is_done_by_its_own_weights(parts):
+    bundle, alone = (
+        open_bundle(),
+        {name: CogView.from_pretrained(folder, device="cpu") for name, folder in parts.items()},
+    )
+    assert bundle.model.config.tasks == ("generate", "caption", "upscale", "low_level")
+    assert bundle.name == "cogview-bundle"
+    for task in ("caption", "score"):
+        assert bundle.model.config.layouts[task] == alone["describes"].model.config.layouts[task]
+
+    pictures = bundle.generate(FOX, n=2, seed=7)
+    assert_same(pictures, alone["draws"].generate(FOX, n=2, seed=7))
+    captions = bundle.caption(pictures, n=2, method="beam")
+    assert texts_of(captions) == texts_of(alone["describes"].caption(pictures, n=2, method="beam"))
+    assert {caption.num_pieces for own in captions for caption in own} == {5}  # without a stop they fill their room
+    scores = [score.log_probability for score in bundle.score(pictures, FOX)]
+    expected = [score.log_probability for score in alone["describes"].score(pictures, FOX)]
+    assert scores == pytest.approx(expected, abs=1e-3)
+    for low_level in (False, True):
+        settings = {"seed": 7, "low_level": low_level}
+        assert_same(bundle.upscale(pictures, FOX, **settings), alone["enlarges"].upscale(pictures, FOX, **settings))
+
+    # Others would have done it otherwise.
+    other = CogView(alone["draws"].model, alone["draws"].placement, "other")
+    other.model.config = dataclasses.replace(other.model.config, tasks=("caption",))
+    assert other.score(pictures, FOX)[0].log_probability != pytest.approx(scores[0], abs=0.1)
+
+
+def test_best_of_several_by_two_sets_of_weights(parts):
+    bundle, alone = open_bundle(), CogView.from_pretrained(parts["describes"], device="cpu")
+    pictures = CogView.from_pretrained(parts["draws"], device="cpu").generate(FOX, n=3, seed=7)
+    best = bundle.generate(FOX, n=3, keep=1, seed=7)
+    assert_same(best, alone.rerank(pictures)[:1])
+
+
+def test_settings_are_those_of_the_task(parts):
+    bundle = open_bundle()
+    assert bundle.sampling().temperature == 0.9
+    assert bundle.sampling(task="upscale") == bundle.sampling(task="low_level") == PARTS["enlarges"]["sampling"]
+    assert bundle.sampling(top_k=3, task="upscale") == Sampling(temperature=0.5, top_k=3)
+    with pytest.raises(
+        InputError, match=r"^cogview-bundle was trained without leaving captions out, so it cannot be g"
+    ):
+        bundle.sampling(guidance=2)
+    assert bundle.sampling(guidance=2, task="upscale").guidance == 2
+
+
+def test_the_transformer_of_a_bundle_is_that_of_its_first_task(parts):
+    weights = open_bundle().transformer.state_dict()
+    expected = load_transformer(parts["draws"], CPU, torch.float32).state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_few_bits_of_every_part(parts, loaded):
+    bundle = open_bundle(dtype="int8")
+    assert str(bundle.placement) == "cpu, int8 with bfloat16 (as asked)"
+    picture = bundle.generate(FOX, seed=7)[0]
+    bundle.score([picture], FOX)
+    assert loaded == ["draws", "describes"]
+    for transformer in loaded.there:
+        assert isinstance(transformer.layers[0].mlp.input, Int8Linear)
+    assert_same([picture], CogView.from_pretrained(parts["draws"], device="cpu", dtype="int8").generate(FOX, seed=7))
+
+
+# --- when they are loaded -----------------------------------------------------------------------------------------
+
+
+def one_of_each(bundle):
+    """What a round of all tasks gives, to compare."""
+    picture = bundle.generate(FOX, seed=7)[0]
+    return [
+        picture.tobytes(),
+        texts_of(bundle.caption([picture], method="beam", n=3)),
+        bundle.upscale([picture], FOX, seed=7, low_level=True)[0].tobytes(),
+    ]
+
+
+def test_nothing_is_loaded_before_it_is_needed(parts, loaded, monkeypatch):
+    monkeypatch.setattr(module, "available_memory", lambda device: 10**12)
+    bundle = open_bundle()
+    assert all(parameter.is_meta for parameter in bundle.model.transformer.parameters())
+    with pytest.raises(InputError, match=r"^the prompt is empty"):
+        bundle.generate("")
+    assert loaded == []
+    picture = bundle.generate(FOX, seed=7)[0]
+    assert loaded == ["draws"]
+    bundle.score([picture], FOX)
+    assert loaded == ["draws", "describes"]
+    bundle.upscale([picture], FOX, low_level=True)
+    assert loaded == ["draws", "describes", "enlarges"]
+    one_of_each(bundle)
+    assert loaded == ["draws", "describes", "enlarges"]
+    assert len(loaded.there) == 3
+
+
+def test_the_one_used_longest_ago_makes_room(parts, loaded, monkeypatch):
+    """On a machine that has room for two."""
+    expected = one_of_each(open_bundle())
+    loaded.clear()
+    size = load_transformer(parts["draws"], CPU, torch.float32).config.num_parameters * 4
+    monkeypatch.setattr(module, "available_memory", lambda device: (2 - len(loaded.there)) * 1.2 * size)
+    bundle = open_bundle()
+    picture = bundle.generate(FOX, seed=7)[0]
+    bundle.caption([picture])
+    bundle.generate(FOX, seed=7)
+    assert loaded == ["draws", "describes"]
+    bundle.upscale([picture], FOX, seed=7, low_level=True)
+    assert loaded == ["draws", "describes", "enlarges"]
+    assert len(loaded.there) == 2
+    assert_same(bundle.generate(FOX, seed=7), [picture])
+    assert loaded == ["draws", "describes", "enlarges"]
+    bundle.caption([picture])
+    assert loaded == ["draws", "describes", "enlarges", "describes"]
+    assert one_of_each(bundle) == expected
+    assert len(loaded.there) == 2
+
+
+def test_without_room_one_is_there_at_a_time(parts, loaded, monkeypatch):
+    expected = one_of_each(open_bundle())
+    loaded.clear()
+    monkeypatch.setattr(module, "available_memory", lambda device: 0)
+    bundle = open_bundle()
+    assert one_of_each(bundle) == expected
+    assert one_of_each(bundle) == expected
+    assert loaded == 2 * ["draws", "describes", "enlarges"]
+    assert len(loaded.there) == 1
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("float32", 1.0), ("bfloat16", 0.5)])
+def test_room_is_needed_for_weights_as_they_will_be(parts, loaded, monkeypatch, dtype, share):
+    size = share * load_transformer(parts["draws"], CPU, torch.float32).config.num_parameters * 4
+    bundle = open_bundle(dtype=dtype)
+    for free, there in ((1.1, 1), (1.2, 2)):
+        monkeypatch.setattr(module, "available_memory", lambda device, free=free: free * size)
+        bundle.transformer  # noqa: B018  that of the first task
+        bundle.score(bundle.generate(FOX, seed=7), FOX)
+        assert len(loaded.there) == there
+
+
+# --- parts that are not there, or do not fit ----------------------------------------------------------------------
+
+
+def error_of(**settings):
+    """The one line that opening the bundle ends in."""
+    with pytest.raises(InputError) as caught:
+        open_bundle(**settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_is_there_works(parts):
+    shutil.rmtree(parts["describes"])
+    bundle = open_bundle()
+    assert bundle.model.config.tasks == ("generate", "upscale", "low_level")
+    picture = bundle.generate(FOX, seed=7)[0]
+    assert bundle.upscale([picture], FOX, low_level=True)[0].size == (64, 64)
+    for refused in (
+        lambda: bundle.caption([picture]),
+        lambda: bundle.score([picture], FOX),
+        lambda: bundle.generate(FOX, n=2, keep=1),
+    ):
+        with pytest.raises(InputError) as caught:
+            refused()
+        assert str(caught.value) == (
+            "the task 'caption' of cogview-bundle needs describes, which is not on this machine: "
+            "cogview download describes"
+        )
+
+
+def test_a_part_that_does_not_draw(parts):
+    shutil.rmtree(parts["draws"])
+    shutil.rmtree(parts["enlarges"])
+    bundle = open_bundle()
+    assert bundle.model.config.tasks == ("caption",)
+    with pytest.raises(InputError, match=r"^the task 'generate' of cogview-bundle needs draws, which is not on"):
+        bundle.generate(FOX)
+    assert len(bundle.caption([Image.new("RGB", (64, 64), "red")])) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("codebook_sha256", "0" * 64), ("max_text", 19), ("text_space", 20)])
+def test_parts_that_differ_make_no_bundle(parts, name, value):
+    change_config(parts["enlarges"], **{name: value})
+    assert error_of() == f"{parts['enlarges']} and {parts['draws']} make no bundle: they differ in {name}"
+
+
+def test_parts_with_other_words_make_no_bundle(parts):
+    (parts["describes"] / "text.model").write_bytes(train_text_tokenizer([FOX, "一个红苹果"] * 4, size=290))
+    assert error_of() == f"{parts['describes']} and {parts['draws']} make no bundle: they differ in text.model"
+
+
+def test_a_part_that_was_trained_for_something_else(parts):
+    change_config(parts["enlarges"], tasks=["upscale", "caption"])
+    assert error_of() == f"{parts['enlarges']} was not trained for the task 'low_level': upscale, caption"
+
+
+@pytest.mark.parametrize("name", ["draws", "enlarges"])
+def test_a_part_that_is_not_whole(parts, name):
+    (parts[name] / "model.safetensors").unlink()
+    assert error_of() == f"the checkpoint {parts[name]} is incomplete: model.safetensors is missing"
+
+
+def test_damaged_weights_of_one_part_are_in_no_other_ones_way(parts):
+    path = parts["enlarges"] / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    bundle = open_bundle()
+    picture = bundle.generate(FOX, seed=7)[0]
+    with pytest.raises(InputError) as caught:
+        bundle.upscale([picture], FOX)
+    assert str(caught.value).startswith(f"{path} is damaged: ")
+    assert_same(bundle.generate(FOX, seed=7), [picture])

@@ -1,0 +1,484 @@
+"""``CogView``: the same picture alone or in any batch, its codes and probability, and what it refuses."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cogview
+from cogview.checkpoints.checkpoint import Model
+from cogview.errors import InputError
+from cogview.generation.sampling import GREEDY, MAX_SEED, Sampling
+from cogview.pipeline import cogview as pipeline
+from cogview.pipeline.cogview import Caption, CogView, Wish
+
+# Of different lengths, so that a batch of them is padded.
+PROMPTS = ["狐狸", "一只狐狸在汽车的左边", "蓝色背景上的三只狗"]
+TOO_LONG = "蓝色背景上的三只狐狸" * 3
+
+
+def codes_of(pictures):
+    return np.stack([picture.codes for picture in pictures])
+
+
+def rows_of(model, pictures):
+    """Each picture's whole row of ids, its positions, and where the codes lie."""
+    layout = model.model.config.layouts["generate"]
+    for picture in pictures:
+        text = model.text_tokenizer.encode(picture.prompt)
+        row = layout.arrange(model.vocabulary, text=text, image=picture.codes)
+        yield torch.from_numpy(row.ids)[None], torch.from_numpy(row.positions)[None], row.spans["image"]
+
+
+def test_a_picture_carries_how_it_was_drawn(tiny_model):
+    pictures = tiny_model.generate(PROMPTS, n=2, seed=7, temperature=0.8, top_p=0.9)
+    assert [(p.prompt, p.seed, p.index) for p in pictures] == [(prompt, 7, i) for prompt in PROMPTS for i in (0, 1)]
+    for picture in pictures:
+        assert isinstance(picture, Image.Image)
+        assert (picture.mode, picture.size) == ("RGB", (64, 64))
+        assert (picture.sampling.temperature, picture.sampling.top_k, picture.sampling.top_p) == (0.8, 100, 0.9)
+        assert (picture.codes.shape, picture.codes.dtype) == ((8, 8), np.int64)
+        assert picture.log_probability < 0
+        assert picture.resize((32, 32)).size == (32, 32)
+
+
+def test_its_pixels_are_its_codes(tiny_model):
+    picture = tiny_model.generate("狐狸", seed=7)[0]
+    decoded = tiny_model.image_tokenizer.decode(torch.from_numpy(picture.codes)[None])[0]
+    expected = (decoded.permute(1, 2, 0) * 255).round().numpy()
+    np.testing.assert_array_equal(np.asarray(picture), expected)
+    assert np.asarray(picture).std() > 0
+
+
+def test_the_same_seed_draws_the_same(tiny_model):
+    first = tiny_model.generate(PROMPTS, n=2, seed=7)
+    torch.manual_seed(99)  # the generator of torch has no say
+    again = tiny_model.generate(PROMPTS, n=2, seed=7)
+    np.testing.assert_array_equal(codes_of(first), codes_of(again))
+    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
+
+
+def test_seed_number_and_prompt_each_make_another_picture(tiny_model):
+    codes = codes_of(
+        tiny_model.generate("一只狐狸", n=2, seed=7)
+        + tiny_model.generate("一只狐狸", seed=8)
+        + tiny_model.generate("一只狗", seed=7)
+    )
+    assert len(np.unique(codes.reshape(4, -1), axis=0)) == 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 5])
+def test_a_picture_does_not_depend_on_its_batch(tiny_model, batch_size):
+    together = tiny_model.generate(PROMPTS, n=3, seed=7, batch_size=16)
+    apart = tiny_model.generate(PROMPTS, n=3, seed=7, batch_size=batch_size)
+    np.testing.assert_array_equal(codes_of(together), codes_of(apart))
+    np.testing.assert_allclose(
+        [picture.log_probability for picture in together],
+        [picture.log_probability for picture in apart],
+        rtol=1e-5,
+    )
+
+
+def test_a_picture_does_not_depend_on_how_many_are_asked_for(tiny_model):
+    wanted = tiny_model.generate(PROMPTS[1], n=3, seed=7)[2]
+    mixed = [Wish(prompt=PROMPTS[0], seed=1), Wish(prompt=PROMPTS[1], seed=7, index=2)]
+    drawn = tiny_model.draw(mixed, tiny_model.sampling())[1]
+    np.testing.assert_array_equal(drawn.codes, wanted.codes)
+
+
+def test_prompts_spelt_alike_draw_alike(tiny_model):
+    pictures = tiny_model.generate(["A1,红苹果", "Ａ１，红苹果"], seed=7)
+    np.testing.assert_array_equal(pictures[0].codes, pictures[1].codes)
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 5.0, "top_k": 0}, {"top_k": 0, "top_p": 0.3}])
+def test_codes_are_image_codes(tiny_model, settings):
+    codes = codes_of(tiny_model.generate(PROMPTS, n=4, seed=3, **settings))
+    assert codes.min() >= 0
+    assert codes.max() <= 8191
+    assert len(np.unique(codes)) > 64
+
+
+def test_log_probability_is_that_of_a_full_forward(tiny_model):
+    pictures = tiny_model.generate(PROMPTS, n=2, seed=7, temperature=0.5, top_k=10)  # filters must not change it
+    for picture, (ids, positions, image) in zip(pictures, rows_of(tiny_model, pictures), strict=True):
+        with torch.inference_mode():
+            logits = tiny_model.transformer(ids, positions)[0, image.start - 1 : image.stop - 1, :8192]
+        chosen = logits.double().log_softmax(dim=-1).gather(1, ids[0, image, None])
+        assert picture.log_probability == pytest.approx(float(chosen.sum()), rel=1e-6)
+
+
+def test_cached_decoding_is_a_full_forward(tiny_model):
+    """With top-k 1 every code is the likeliest of a forward over all that comes before it."""
+    pictures = tiny_model.generate(PROMPTS, seed=7, top_k=1)
+    for ids, positions, image in rows_of(tiny_model, pictures):
+        with torch.inference_mode():
+            logits = tiny_model.transformer(ids, positions)[0, image.start - 1 : image.stop - 1, :8192]
+        torch.testing.assert_close(logits.argmax(dim=-1), ids[0, image])
+
+
+def test_settings_not_given_are_the_models_own(tiny_model):
+    own = tiny_model.model.config.sampling
+    assert tiny_model.sampling() == own
+    assert tiny_model.sampling(top_k=0) == replace(own, top_k=0)
+    assert tiny_model.generate("狐狸", seed=1)[0].sampling == own
+
+
+def test_a_seed_is_chosen_and_told(tiny_model):
+    chosen = tiny_model.generate("狐狸")[0]
+    again = tiny_model.generate("狐狸", seed=chosen.seed)[0]
+    np.testing.assert_array_equal(chosen.codes, again.codes)
+    assert tiny_model.generate("狐狸", seed=MAX_SEED)[0].seed == MAX_SEED
+
+
+def test_every_line_of_codes_is_shown(tiny_model, monkeypatch):
+    monkeypatch.setattr(tiny_model, "parallel", 1)  # guessed codes come several at a time
+    shown = []
+
+    def look(progress):
+        assert [wish.prompt for wish in progress.wishes] == PROMPTS[len(shown) // 8 * 2 :][:2]
+        shown.append((progress.done, progress.total, progress.drawn))
+        for codes in progress.codes():
+            assert codes.shape == (8, 8)
+            lines = progress.done // 8
+            assert not codes.mask[:lines].any()
+            assert codes.mask[lines:].all()
+
+    pictures = list(tiny_model.iterate(PROMPTS, seed=7, batch_size=2, watch=look))
+    assert shown == [(8 * n, 64, 16) for n in range(1, 9)] + [(8 * n, 64, 8) for n in range(1, 9)]
+    assert len(pictures) == 3
+
+
+def test_codes_so_far_are_those_of_the_picture(tiny_model, monkeypatch):
+    monkeypatch.setattr(tiny_model, "parallel", 1)
+    halves = []
+
+    def look(progress):
+        if progress.done == 32:
+            halves.extend(progress.codes())
+
+    pictures = tiny_model.draw([Wish(prompt=prompt, seed=7) for prompt in PROMPTS], watch=look)
+    np.testing.assert_array_equal(np.stack(halves)[:, :4], codes_of(pictures)[:, :4])
+    np.testing.assert_array_equal(codes_of(pictures), codes_of(tiny_model.generate(PROMPTS, seed=7)))
+
+
+def test_who_watches_may_stop(tiny_model, monkeypatch):
+    """What was finished is had, and nothing more is drawn."""
+    monkeypatch.setattr(tiny_model, "parallel", 1)
+    calls = []
+
+    def look(progress):
+        calls.append(progress.done)
+        return len(calls) < 10  # in the second batch
+
+    had = list(tiny_model.iterate(PROMPTS, seed=7, batch_size=2, watch=look))
+    np.testing.assert_array_equal(codes_of(had), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
+    assert calls == [8, 16, 24, 32, 40, 48, 56, 64, 8, 16]
+
+
+def test_pictures_before_an_interruption_are_had(tiny_model):
+    calls = 0
+
+    def interrupt(progress):
+        nonlocal calls
+        calls += 1
+        if calls == 12:  # in the second batch
+            raise KeyboardInterrupt
+
+    had = []
+    drawing = tiny_model.iterate(PROMPTS, seed=7, batch_size=2, watch=interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        had.extend(drawing)
+    np.testing.assert_array_equal(codes_of(had), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
+
+
+def test_half_precision_draws(tiny_checkpoint):
+    model = CogView.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
+    assert model.transformer.embedding.weight.dtype == torch.bfloat16
+    assert codes_of(model.generate(PROMPTS, seed=7)).max() <= 8191
+
+
+@pytest.mark.parametrize(
+    ("prompt", "problem"),
+    [
+        ("", "the prompt is empty; say what to draw"),
+        (" \u3000\n", "the prompt is empty"),
+        (TOO_LONG, "the prompt “蓝色背景上的三只狐狸蓝色背景上的三只狐狸…” is 30 pieces long, 20 fit; shorten it"),
+        ("\udcbb\udca8", "holds bytes that are not UTF-8"),
+    ],
+)
+def test_prompts_that_cannot_be_drawn(tiny_model, prompt, problem):
+    assert problem in tiny_model.problem_with(prompt)
+    with pytest.raises(InputError) as caught:
+        tiny_model.generate(["狐狸", prompt], seed=7)
+    assert str(caught.value) == tiny_model.problem_with(prompt)
+
+
+def test_prompts_that_can_be_drawn(tiny_model):
+    assert tiny_model.problem_with("狐狸") is None
+    assert tiny_model.problem_with("蓝色背景上的三只狐狸" * 2) is None  # 20 pieces
+    assert tiny_model.warning_about("狐狸") is None
+    assert (
+        tiny_model.warning_about("龘")
+        == "100% of the prompt “龘” is spelt in bytes: the model hardly knows its characters"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 0}, "number of pictures must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be from 0 to 9223372036854775807, got -1"),
+        ({"seed": 2**63}, "seed must be from 0 to"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    ],
+)
+def test_settings_that_cannot_be(tiny_model, settings, message):
+    with pytest.raises(InputError, match=message):
+        tiny_model.generate("狐狸", **settings)
+
+
+def test_a_model_that_was_not_trained_to_draw(tiny_model):
+    parts = vars(tiny_model.model) | {"config": replace(tiny_model.model.config, tasks=("caption",))}
+    model = CogView(Model(**parts), tiny_model.placement, "teller")
+    with pytest.raises(InputError, match="teller was not trained for the task 'generate'; its tasks are: caption"):
+        model.generate("狐狸", seed=7)
+
+
+def test_models_and_devices_that_are_not_there(tiny_checkpoint, tmp_path):
+    with pytest.raises(
+        InputError, match=r'checkpoint "cogview-bse" is unknown; known: .*the path of a checkpoint folder'
+    ):
+        CogView.from_pretrained("cogview-bse")
+    with pytest.raises(InputError, match=r"is no checkpoint folder: config.json is missing"):
+        CogView.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match="device 'tpu5' is unknown"):
+        CogView.from_pretrained(tiny_checkpoint, device="tpu5")
+    with pytest.raises(InputError, match="dtype 'int3' is unknown; known: auto, float32"):
+        CogView.from_pretrained(tiny_checkpoint, dtype="int3")
+
+
+def test_it_is_imported_from_the_top():
+    assert cogview.CogView is CogView
+    with pytest.raises(AttributeError, match="no attribute 'CogVlew'"):
+        _ = cogview.CogVlew
+
+
+# Completion
+
+
+def test_completion_keeps_rows_of_codes_and_draws_the_rest(tiny_model):
+    images = tiny_model.generate(PROMPTS, seed=7)
+    completed = tiny_model.complete(images, PROMPTS, rows=3, n=2, seed=8)
+    assert [(p.prompt, p.seed, p.index) for p in completed] == [(prompt, 8, i) for prompt in PROMPTS for i in (0, 1)]
+    for number, picture in enumerate(completed):
+        assert (picture.codes[:3] == images[number // 2].codes[:3]).all()
+        assert (picture.codes[3:] != images[number // 2].codes[3:]).any()
+    alone = tiny_model.complete(images[1:2], PROMPTS[1], rows=3, n=2, seed=8, batch_size=1)
+    np.testing.assert_array_equal(codes_of(alone), codes_of(completed[2:4]))
+
+
+def test_completing_nothing_is_drawing(tiny_model):
+    drawn = tiny_model.generate("一只狐狸", n=2, seed=7)
+    np.testing.assert_array_equal(
+        codes_of(tiny_model.complete([Image.new("RGB", (9, 9))], "一只狐狸", rows=0, n=2, seed=7)), codes_of(drawn)
+    )
+
+
+def test_an_image_from_elsewhere_is_fitted_and_encoded(tiny_model):
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 100, 3), dtype=np.uint8))
+    pixels = torch.from_numpy(np.asarray(photo)[:, 18:82].copy()).permute(2, 0, 1)[None].float() / 255
+    expected = tiny_model.image_tokenizer.encode(pixels)[0].numpy()
+    (picture,) = tiny_model.complete([photo], "狗", rows=5, seed=1)
+    np.testing.assert_array_equal(picture.codes[:5], expected[:5])
+
+
+@pytest.mark.parametrize("rows", [-1, 8, 100])
+def test_rows_that_cannot_be_kept(tiny_model, rows):
+    with pytest.raises(InputError, match=f"rows to keep must be from 0 to 7 of 8, got {rows}"):
+        tiny_model.complete([Image.new("RGB", (64, 64))], "狗", rows=rows)
+
+
+# Upscaling
+
+# (row, column, lines) of the nine windows of 8 x 8 codes, written out: at steps of 4, the first up to line 5.
+WINDOWS = ((0, 0, 5), (0, 1, 8), (0, 2, 8), (1, 1, 8), (1, 0, 8), (1, 2, 8), (2, 0, 8), (2, 1, 8), (2, 2, 8))
+
+
+def greedy_upscaling(model, codes, text):
+    """The nine windows by full forwards, one code at a time."""
+    command, pieces = model.vocabulary.command, model.text_tokenizer.encode(text)
+    large = np.full((16, 16), -1)
+    for row, column, lines in WINDOWS:
+        crop = codes[2 * row : 2 * row + 4, 2 * column : 2 * column + 4]
+        window = large[4 * row : 4 * row + 8, 4 * column : 4 * column + 8]  # a view: what is drawn stays
+        first = [command("[ROI1]"), *(model.vocabulary.text[piece] for piece in pieces)]
+        first += [command("[TINY]"), command("[BOI1]"), *crop.flat, command("[EOI1]")]
+        second = [command("[ROI2]"), command("[POS0]"), command("[TINY]"), command("[BOI2]")]
+        for place in range(8 * lines):
+            if window.flat[place] < 0:
+                ids = torch.tensor([[*first, *second, *window.flat[:place]]])
+                positions = torch.tensor([[*range(len(first)), *range(len(second) + place)]])
+                with torch.inference_mode():
+                    window.flat[place] = int(model.transformer(ids, positions)[0, -1, :8192].argmax())
+    return large
+
+
+def test_upscaling_is_nine_windows(tiny_model):
+    (picture,) = tiny_model.generate("一只狐狸", seed=7)
+    (large,) = tiny_model.upscale([picture], "一只狐狸", seed=3, top_k=1)
+    assert (large.size, large.codes.shape) == ((128, 128), (16, 16))
+    np.testing.assert_array_equal(large.codes, greedy_upscaling(tiny_model, picture.codes, "一只狐狸"))
+
+
+def test_an_upscaled_picture_does_not_depend_on_its_batch(tiny_model):
+    pictures = tiny_model.generate(PROMPTS, seed=7)
+    together = tiny_model.upscale(pictures, PROMPTS, seed=3)
+    for number, prompt in enumerate(PROMPTS):
+        (alone,) = tiny_model.upscale([pictures[number]], prompt, seed=3, batch_size=1)
+        np.testing.assert_array_equal(alone.codes, together[number].codes)
+        assert alone.log_probability == pytest.approx(together[number].log_probability, abs=1e-2)
+    other = tiny_model.upscale(pictures[:1], PROMPTS[0], seed=4)
+    assert (other[0].codes != together[0].codes).any()
+
+
+def test_windows_that_are_free_of_each_other_are_drawn_side_by_side(tiny_model, monkeypatch):
+    counts, fill = [], pipeline.fill
+    monkeypatch.setattr(pipeline, "fill", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1])
+    pictures = tiny_model.generate(PROMPTS, seed=7)
+    counts.clear()
+    tiny_model.upscale(pictures, PROMPTS, seed=3)
+    assert counts == [3, 3, 6, 6, 3, 3, 3]
+
+
+def test_different_tasks_in_one_batch(tiny_model, monkeypatch):
+    small = tiny_model.generate("狐狸", seed=7)[0].codes
+    sampling = Sampling(temperature=0.7, top_k=9)
+    wishes = [
+        Wish(prompt="一只狗", seed=1),
+        Wish(task="caption", seed=1, codes=small, sampling=GREEDY),
+        Wish(prompt="狐狸", seed=2, task="upscale", codes=small),
+        Wish(prompt="一只狗", seed=1, index=1, codes=small[:3], sampling=sampling),
+        Wish(prompt="狐狸", seed=3, task="low_level", codes=small[:4, :4]),
+    ]
+    counts, fill = [], pipeline.fill
+    monkeypatch.setattr(pipeline, "fill", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1])
+    together = list(tiny_model.make(wishes))
+    assert counts == [5, 1, 2, 2, 1, 1, 1]
+    assert tiny_model.plan(wishes) == [5]
+    assert sum(tiny_model.plan(wishes, batch_size=3)) == 5
+    for wish, made in zip(wishes, together, strict=True):
+        (alone,) = tiny_model.make([wish])
+        if isinstance(made, Caption):
+            assert made.text == alone.text
+        else:
+            np.testing.assert_array_equal(made.codes, alone.codes)
+            assert made.tobytes() == alone.tobytes()
+            assert made.log_probability == pytest.approx(alone.log_probability, abs=1e-2)
+    assert together[3].sampling == sampling
+    np.testing.assert_array_equal(together[3].codes[:3], small[:3])
+
+
+@pytest.mark.parametrize("parallel", [1, 5])
+def test_guesses_and_rounded_keys_are_settings_of_a_model(tiny_model, monkeypatch, parallel):
+    expected = codes_of(tiny_model.generate(PROMPTS, seed=7))
+    monkeypatch.setattr(tiny_model, "parallel", parallel)
+    np.testing.assert_array_equal(codes_of(tiny_model.generate(PROMPTS, seed=7)), expected)
+    monkeypatch.setattr(tiny_model, "int8_cache", True)
+    rounded = codes_of(tiny_model.generate(PROMPTS, seed=7))
+    assert (rounded == expected).mean() > 0.1  # noise is the same, logits nearly
+    np.testing.assert_array_equal(codes_of(tiny_model.generate(PROMPTS, seed=7, batch_size=1)), rounded)
+
+
+def test_low_level_upscaling_is_one_window(tiny_model):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    (picture,) = tiny_model.upscale([image], "狗", seed=3, low_level=True)
+    assert (picture.size, picture.codes.shape) == ((64, 64), (8, 8))
+
+
+# Captions and scores
+
+
+def test_captions_do_not_depend_on_their_batch(tiny_model):
+    pictures = tiny_model.generate(PROMPTS, seed=7)
+    for settings in ({}, {"method": "beam", "n": 3}, {"method": "sample", "n": 3, "seed": 5}):
+        together = tiny_model.caption(pictures, **settings)
+        for picture, captions in zip(pictures, together, strict=True):
+            (alone,) = tiny_model.caption([picture], batch_size=1, **settings)
+            assert [caption.text for caption in alone] == [caption.text for caption in captions]
+            assert [caption.index for caption in captions] == list(range(len(captions)))
+    beams = [caption.log_probability for caption in tiny_model.caption(pictures[:1], method="beam", n=4)[0]]
+    assert beams == sorted(beams, reverse=True)
+
+
+def test_a_caption_is_as_probable_as_the_score_of_its_text_and_stop(tiny_model):
+    picture = tiny_model.generate("狐狸", seed=7)[0]
+    table, vocabulary = tiny_model.model.config.layouts, tiny_model.vocabulary
+    for caption in tiny_model.caption([picture], method="beam", n=3)[0]:
+        pieces = tiny_model.text_tokenizer.encode(caption.text)
+        if len(pieces) != caption.num_pieces:  # a random model spells what the tokenizer would spell otherwise
+            continue
+        row = table["caption"].arrange(vocabulary, image=picture.codes, text=pieces)
+        start = row.spans["text"].start
+        with torch.inference_mode():
+            logits = tiny_model.transformer(torch.from_numpy(row.ids)[None], torch.from_numpy(row.positions)[None])[0]
+        ids = [*vocabulary.text, vocabulary.command("[SEP]")]
+        log_p = logits[start - 1 : -1, ids].double().log_softmax(dim=-1)
+        targets = [ids.index(token) for token in row.ids[start:].tolist()]
+        expected = log_p[range(len(targets)), targets].sum().item()
+        assert caption.log_probability == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"n": 0}, "number of captions must be at least 1, got 0"),
+        ({"n": 2}, "greedy captions are always the same: 2 were asked for, use sample or beam"),
+        ({"method": "best"}, "method 'best' is unknown; known: greedy, sample, beam"),
+        ({"top_k": 3}, "top_k can be set for drawn captions alone"),
+        ({"method": "sample", "temperature": 0.0}, "temperature must be above 0"),
+    ],
+)
+def test_captions_that_cannot_be(tiny_model, settings, message):
+    with pytest.raises(InputError, match=message):
+        tiny_model.caption([Image.new("RGB", (64, 64))], **settings)
+
+
+def test_the_best_pictures_are_those_their_prompt_describes_best(tiny_model):
+    pictures = tiny_model.generate(PROMPTS[:2], n=6, seed=7)
+    kept = tiny_model.generate(PROMPTS[:2], n=6, keep=2, seed=7)
+    for number, prompt in enumerate(PROMPTS[:2]):
+        own = pictures[6 * number : 6 * number + 6]
+        scores = [score.log_probability for score in tiny_model.score(own, prompt)]
+        best = sorted(range(6), key=lambda index: -scores[index])[:2]
+        assert [picture.index for picture in kept[2 * number : 2 * number + 2]] == best
+        assert kept[2 * number].score.log_probability == pytest.approx(max(scores), abs=1e-3)
+    with pytest.raises(InputError, match="of 3 pictures of a prompt 1 to 3 can be kept, got 4"):
+        tiny_model.generate("狗", n=3, keep=4)
+
+
+def test_as_many_texts_as_images(tiny_model):
+    with pytest.raises(InputError, match="2 images need one text or 2, got 3"):
+        tiny_model.score([Image.new("RGB", (64, 64))] * 2, ["狗"] * 3)
+
+
+# Guidance
+
+
+def test_guidance_needs_weights_that_know_pictures_without_captions(tiny_model):
+    plain, guided, attentive = (
+        tiny_model.generate("一只狐狸", seed=7, **settings)[0].codes
+        for settings in ({}, {"guidance": 3.0}, {"text_attention": 4.0})
+    )
+    assert (plain != guided).any()
+    assert (plain != attentive).any()
+    parts = vars(tiny_model.model) | {"config": replace(tiny_model.model.config, caption_drop=0.0)}
+    model = CogView(Model(**parts), tiny_model.placement, "plain")
+    with pytest.raises(InputError, match=r"plain was trained without leaving captions out.*guidance must be 1, got 2"):
+        model.generate("狐狸", seed=7, guidance=2.0)
+    assert model.generate("狐狸", seed=7, text_attention=2.0)[0].size == (64, 64)

@@ -1,0 +1,303 @@
+"""Estimates of training against what autograd keeps, what a step allocates, and what DeepSpeed estimates itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cogview.errors import InputError
+from cogview.kernels.fused_linear_cross_entropy import Targets
+from cogview.modeling.config import TransformerConfig, preset
+from cogview.modeling.transformer import Transformer
+from cogview.planning.training import (
+    MODES,
+    TRAINING_PRESETS,
+    TrainingJob,
+    divisors,
+    fits,
+    flops_per_token,
+    largest_rows,
+    layer_activations,
+    lora_parameters,
+    multiplied_flops_per_token,
+    peak_flops,
+    preset_job,
+    suggest,
+    training_memory,
+    training_time,
+)
+from cogview.training.engines.torch_engine import Learner
+
+FOUR_BILLION = preset_job("4b")
+
+
+def small(length: int, dropout: float = 0.1, num_layers: int = 2) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=num_layers,
+        width=96,
+        num_heads=6,
+        vocabulary_size=512,
+        max_positions=length,
+        dropout=dropout,
+    )
+
+
+def kept_bytes(shape: TransformerConfig, rows: int, dtype: torch.dtype | None) -> int:
+    """Of distinct storages that autograd saves, but for those of weights and of what autocast makes of them."""
+    transformer = Transformer(shape).train()
+    own = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+    shapes = {tuple(parameter.shape) for parameter in transformer.parameters()}
+    seen, held = {}, []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        weight = tensor.dim() == 2 and ({tuple(tensor.shape), tuple(tensor.shape[::-1])} & shapes)
+        if tensor.untyped_storage().data_ptr() not in own and not weight:
+            seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            held.append(tensor)
+        return tensor
+
+    autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
+        transformer.hidden(torch.zeros(rows, shape.max_positions, dtype=torch.int64))
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("length", [20, 150])  # the attention's reference, and the fused one
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_layer_keeps_what_autograd_saves(length, dtype, dropout, monkeypatch):
+    monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
+    shape, rows = small(length, dropout), 2
+    seen = kept_bytes(replace(shape, num_layers=2), rows, dtype) - kept_bytes(replace(shape, num_layers=1), rows, dtype)
+    precision = "float32" if dtype is None else "bfloat16"
+    assert rows * layer_activations(shape, length, precision, "cpu") == seen
+
+
+@pytest.mark.parametrize("checkpointing", MODES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_a_step_allocates_what_is_predicted(checkpointing, dtype):
+    shape, rows = small(150, num_layers=6), 4
+    transformer = Transformer(shape).train()
+    transformer.checkpointing = checkpointing
+    learner = Learner(transformer, dtype)
+    optimizer = torch.optim.AdamW(transformer.parameters())
+    ids = torch.zeros(rows, shape.max_positions, dtype=torch.int64)
+    places = torch.arange(ids.numel())
+    targets = [Targets(ids=range(512), places_M=places, targets_M=ids.flatten(), weights_M=torch.ones(len(places)))]
+
+    def step() -> None:
+        learner(ids, ids, targets)[0].backward()
+
+    step()
+    optimizer.step()
+    there = [tensor for parameter in transformer.parameters() for tensor in (parameter, parameter.grad)]
+    there += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        now += event.nbytes() if event.name() == "[memory]" else 0
+        most = max(most, now)
+    memory = training_memory(
+        TrainingJob(
+            transformer=shape,
+            length=shape.max_positions,
+            rows=rows,
+            batch=rows,
+            precision="float32" if dtype is None else "bfloat16",
+            checkpointing=checkpointing,
+            device_type="cpu",
+        )
+    )
+    seen = sum(tensor.nbytes for tensor in there) + most
+    assert memory.total - memory.overhead == pytest.approx(seen, rel=0.05)
+
+
+@pytest.mark.parametrize("world", [1, 8, 64, 512])
+@pytest.mark.parametrize("offload", [False, True])
+def test_deepspeed_estimates_the_same(world, offload):
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as third
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as second
+
+    count = FOUR_BILLION.parameters
+    nodes = {"num_gpus_per_node": min(8, world), "num_nodes": -(-world // 8), "additional_buffer_factor": 1}
+    job = replace(FOUR_BILLION, engine="deepspeed", world=world, offload=offload, zero=3)
+    host, gpu, _ = third(count, 0, cpu_offload=offload, cpu_offload_params=False, **nodes)
+    assert training_memory(job).states == pytest.approx(gpu, rel=0.001)
+    if offload:  # a node's, without the second gradient of each process
+        assert min(8, world) * (training_memory(job).host - 4 * count / world) == pytest.approx(host, rel=0.001)
+
+    job = replace(job, zero=2)
+    memory = training_memory(job)
+    _, gpu = second(count, cpu_offload=offload, **nodes)
+    # Theirs has half gradients as well, or where offloaded none at all.
+    theirs = memory.weights if offload else memory.states + 2 * count / world
+    assert theirs == pytest.approx(gpu, rel=0.001)
+
+
+def test_each_stage_divides_more():
+    job = replace(FOUR_BILLION, engine="deepspeed", zero=1, world=8)
+    first, second, third = (training_memory(replace(job, zero=stage)) for stage in (1, 2, 3))
+    count = job.parameters
+    assert (first.weights, first.gradients, first.optimizer) == (2 * count, 6 * count, 12 * count // 8)
+    assert (second.weights, second.gradients, second.optimizer) == (2 * count, 4 * count // 8, 12 * count // 8)
+    assert (third.weights, third.gradients, third.optimizer) == (2 * count // 8, 4 * count // 8, 12 * count // 8)
+    half = training_memory(replace(job, zero=1, precision="float16"))
+    assert half.gradients == 4 * count  # without the bfloat16 optimizer's second ones, but in buckets
+    assert half.buffers > first.buffers == 0
+
+
+def test_offloading_moves_the_optimizer_to_the_host():
+    here = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world=8))
+    away = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world=8, offload=True))
+    assert (here.host, away.optimizer) == (0, 0)
+    assert away.host > here.optimizer
+    assert away.total < here.total
+
+
+def test_plain_torch_has_float32_and_what_autocast_keeps():
+    count = FOUR_BILLION.parameters
+    for precision, extra in (("float32", 0), ("bfloat16", 2)):
+        memory = training_memory(replace(FOUR_BILLION, precision=precision))
+        multiplied = 48 * (12 * 2560**2 + 9 * 2560)
+        assert memory.states == 16 * count + extra * multiplied
+        assert memory.buffers == 0
+
+
+def test_an_adapter_has_few_gradients():
+    shape = FOUR_BILLION.transformer
+    trained = lora_parameters(shape, 16)
+    assert trained == 16 * 48 * (4 + 2 + 5 + 5) * 2560
+    memory = training_memory(replace(FOUR_BILLION, trainable=trained))
+    assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
+    assert memory.weights > 4 * shape.num_parameters
+    assert memory.total < training_memory(FOUR_BILLION).total / 2
+
+
+def test_what_is_computed_again_is_not_kept():
+    jobs = [replace(FOUR_BILLION, checkpointing=mode, rows=4) for mode in MODES]
+    none, selective, full = (training_memory(job).activations for job in jobs)
+    assert none > 1.5 * selective > 3 * full
+    shape = FOUR_BILLION.transformer
+    assert layer_activations(shape, 1089, "bfloat16", "cuda", "full") == 1089 * 2560 * 4
+
+
+def test_short_rows_keep_their_scores_on_a_cpu_alone():
+    shape = small(128, dropout=0)
+    fused = layer_activations(shape, 128, "float32", "cuda")
+    assert layer_activations(shape, 128, "float32", "cpu") - fused == 8 * 6 * 128 * 128
+    assert layer_activations(shape, 129, "float32", "cpu") == layer_activations(shape, 129, "float32", "cuda")
+
+
+def test_operations_of_a_position():
+    shape = FOUR_BILLION.transformer
+    assert flops_per_token(shape, 1089) == pytest.approx(24.35e9, rel=1e-3)
+    layers, head = 48 * 12 * 2560**2, 58240 * 2560
+    attention = 48 * 12 * 2560 * 1089 / 2
+    assert flops_per_token(shape, 1089) == pytest.approx(6 * (layers + head) + attention)
+    assert multiplied_flops_per_token(shape, 1089) == pytest.approx(6 * (layers + 8192 * 2560) + attention)
+    again = multiplied_flops_per_token(shape, 1089, checkpointing="full")
+    assert again == pytest.approx(8 * layers + 6 * 8192 * 2560 + attention * 4 / 3)
+    assert multiplied_flops_per_token(shape, 1089, checkpointing="selective") == multiplied_flops_per_token(shape, 1089)
+
+
+def test_the_time_of_the_papers_run():
+    job = replace(FOUR_BILLION, world=512, checkpointing="none")
+    days = training_time(job, TRAINING_PRESETS["4b"].tokens, 989e12, 0.46) / 86400
+    assert days == pytest.approx(1.17, abs=0.01)
+    assert training_time(replace(job, world=256), 1e9, 989e12) == 2 * training_time(job, 1e9, 989e12)
+    longer = training_time(replace(job, checkpointing="full"), 1e9, 989e12) / training_time(job, 1e9, 989e12)
+    assert 1.3 < longer < 4 / 3
+    with pytest.raises(InputError, match="mfu must be above 0 and at most 1, got 40"):
+        training_time(job, 1e9, 989e12, 40)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
+        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
+        ("NVIDIA A100-SXM4-80GB", "float32", 19.5e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),  # a part of a card
+        ("Tesla V100-SXM2-32GB", "float16", 125e12),
+        ("Tesla V100-SXM2-32GB", "bfloat16", None),
+        ("Tesla T4", "float16", 65e12),
+        ("NVIDIA A10", "bfloat16", 125e12),
+        ("NVIDIA A10G", "bfloat16", None),
+        ("NVIDIA GeForce RTX 3090", "float16", 71e12),
+        ("NVIDIA GeForce RTX 3090 Ti", "float16", 80e12),
+        ("NVIDIA GeForce RTX 4090 D", "float16", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "float16", None),
+        ("NVIDIA GeForce GTX 1080", "float16", None),
+        ("cpu", "float32", None),
+    ],
+)
+def test_the_peak_of_a_card_by_its_name(name, precision, expected):
+    assert peak_flops(name, precision) == expected
+
+
+def test_rows_and_recomputation_are_suggested():
+    eight = replace(FOUR_BILLION, engine="deepspeed", zero=2, world=8)
+    assert suggest(eight, 80e9) == (8, "none")
+    assert suggest(eight, 80e9, "full") == (64, "full")
+    assert suggest(eight, 80e9, rows=16) == (16, "selective")
+    for free in (21e9, 24e9, 40e9, 80e9):
+        rows, mode = suggest(eight, free)
+        chosen = replace(eight, rows=rows, checkpointing=mode)
+        assert fits(chosen, free)
+        assert eight.own_rows % rows == 0
+        larger = [number for number in divisors(eight.own_rows) if number > rows]
+        assert not larger or not fits(replace(chosen, rows=larger[0]), free)
+
+
+def test_few_rows_of_a_narrow_model_are_worth_recomputing_for():
+    job = preset_job("100m")
+    free = 5.4e9
+    rows = [largest_rows(replace(job, checkpointing=mode), free) for mode in MODES]
+    assert rows[0] >= 1
+    assert rows[0] < rows[1]
+    assert suggest(job, free) == (rows[1], "selective")
+
+
+def test_what_cannot_fit_is_said():
+    with pytest.raises(InputError, match=r"training takes 70\.4 GB .* of which 24\.0 GB are free: .*offload") as error:
+        suggest(FOUR_BILLION, 24e9)
+    assert "\n" not in str(error.value)
+    assert suggest(FOUR_BILLION, 71e9) == (1, "full")  # perhaps
+
+
+def test_every_preset_fits_its_card():
+    for name, own in TRAINING_PRESETS.items():
+        job = preset_job(name)
+        assert fits(job, float(own.card.removeprefix("cuda:").removesuffix("GB")) * 1e9), name
+        if name != "4b":
+            assert own.tokens == pytest.approx(20 * job.parameters, rel=0.05)
+    assert TRAINING_PRESETS["4b"].steps(1089) == 144_000
+    rates = [own.learning_rate for own in TRAINING_PRESETS.values()]
+    assert rates == sorted(rates, reverse=True)
+    with pytest.raises(InputError, match="no training settings for '7b'; known: 20m"):
+        preset_job("7b")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "int8"}, "precision 'int8' is unknown; known: float32, bfloat16, float16"),
+        ({"engine": "fsdp"}, "engine 'fsdp' is unknown; known: torch, deepspeed"),
+        ({"checkpointing": "all"}, "checkpointing 'all' is unknown; known: none, selective, full"),
+        ({"device_type": "tpu"}, "device type 'tpu' is unknown"),
+        ({"rows": 0}, "rows must be at least 1, got 0"),
+        ({"batch": 10, "world": 4}, "a batch of 10 rows does not divide among 4 processes"),
+        ({"batch": 8, "world": 4, "rows": 4}, "4 rows at once are more than the 2 of a process in a batch of 8"),
+        ({"zero": 2}, "ZeRO stage 2 needs the engine deepspeed, got torch"),
+        ({"offload": True}, "offloading the optimizer needs the engine deepspeed, got torch"),
+        ({"engine": "deepspeed", "zero": 4}, "zero must be 1, 2 or 3 with the engine deepspeed, got 4"),
+        ({"engine": "deepspeed"}, "zero must be 1, 2 or 3 with the engine deepspeed, got 0"),
+        ({"trainable": 0}, "the trained parameters must be at least 1, got 0"),
+    ],
+)
+def test_what_cannot_be_trained(changes, message):
+    job = {"transformer": preset("5m", 512), "length": 64, "rows": 1, "batch": 8}
+    with pytest.raises(InputError, match=message):
+        TrainingJob(**{**job, **changes})

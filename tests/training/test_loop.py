@@ -1,0 +1,406 @@
+"""Runs: killed ones lose and repeat nothing, checkpoints are whole or absent, metrics hold every step once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cogview
+from cogview.data.sampling_order import sample_index
+from cogview.errors import InputError
+from cogview.training.loop import Run, RunSettings, Trainer, Writer, run_loop, step_of
+
+STEPS, SAVE_EVERY, BATCH, ROWS = 40, 6, 4, 37
+
+# A trainer whose state is a chain over all it has seen, run in a process of its own that can be killed.
+PROGRAM = """
+import sys, time
+from pathlib import Path
+
+sys.modules["torch.utils.tensorboard"] = None  # as if it were not installed
+import numpy as np
+
+from cogview.cli.main import run_safely
+from cogview.data.sampling_order import sample_index
+from cogview.training.loop import Run, RunSettings, Trainer, run_loop
+
+folder, pause = Path(sys.argv[1]), float(sys.argv[2])
+STEPS, SAVE_EVERY, BATCH, ROWS = map(int, sys.argv[3:])
+
+
+class Chain(Trainer):
+    state = 0
+
+    def step(self, step, batch):
+        with (folder / "seen.txt").open("a") as file:
+            file.write(f"{step} {' '.join(map(str, batch))}\\n")
+        for _ in range(10):
+            time.sleep(pause / 10)
+        for sample in batch:
+            self.state = (self.state * 31 + sample + 1) % 1_000_003
+        return {"state": self.state}
+
+    def snapshot(self):
+        state = self.state
+
+        def write(folder):
+            (folder / "first").write_text(str(state))
+            time.sleep(pause)
+            (folder / "second").write_text(str(state))
+
+        return write
+
+    def load(self, folder):
+        self.state = int((folder / "first").read_text())
+        assert self.state == int((folder / "second").read_text())
+
+    def evaluate(self, step, folder):
+        return {"held_out": float(step)}
+
+
+sys.exit(run_safely(lambda: run_loop(
+    Chain(),
+    lambda first: iter(sample_index(7, np.arange(STEPS * BATCH).reshape(STEPS, BATCH), ROWS).tolist()[first:]),
+    Run(folder / "run"),
+    RunSettings(log_every=1, save_every=SAVE_EVERY, evaluate_every=10),
+    recipe={"steps": STEPS},
+    steps=STEPS,
+    batch_size=BATCH,
+    resume=True,
+), "program"))
+"""
+
+
+def start(folder: Path, pause: float = 0.004) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(cogview.__file__).parents[1])}
+    numbers = [str(number) for number in (STEPS, SAVE_EVERY, BATCH, ROWS)]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(folder), str(pause), *numbers],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def seen(folder: Path) -> list[tuple[int, list[int]]]:
+    path = folder / "seen.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(int(step), [int(sample) for sample in samples]) for step, *samples in map(str.split, lines)]
+
+
+def records(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+
+
+def undisturbed() -> tuple[dict[int, list[int]], int]:
+    """The samples of every step, and the state they lead to."""
+    batches = dict(enumerate(sample_index(7, np.arange(STEPS * BATCH).reshape(STEPS, BATCH), ROWS).tolist()))
+    state = 0
+    for batch in batches.values():
+        for sample in batch:
+            state = (state * 31 + sample + 1) % 1_000_003
+    return batches, state
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_killed_run_goes_on_without_a_lost_or_repeated_sample(tmp_path, number):
+    process = start(tmp_path)
+    wait_for(lambda: len(seen(tmp_path)) >= 15, process)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    before = seen(tmp_path)
+    assert 15 <= len(before) < STEPS
+    checkpoint = Run(tmp_path / "run").checkpoints()[-1]
+    if number == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+        assert step_of(checkpoint) % SAVE_EVERY == 0
+    else:
+        assert process.returncode == 128 + number
+        assert step_of(checkpoint) == len(before)  # the step under way was finished, and saved
+        assert f"stopped after step {len(before)} of {STEPS}" in errors
+        assert "go on with --resume auto" in errors
+
+    process = start(tmp_path)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 0, errors
+    assert f"resuming {tmp_path / 'run'} after step {step_of(checkpoint)}" in errors
+    assert "no TensorBoard curves: pip install 'cogview[train]'" in errors
+    after = seen(tmp_path)[len(before) :]
+    assert [step for step, _ in after] == list(range(step_of(checkpoint), STEPS))
+    batches, state = undisturbed()
+    kept = before[: step_of(checkpoint)] + after
+    assert kept == list(batches.items())
+    assert before == list(batches.items())[: len(before)]  # what a hard kill makes a run repeat is the very same
+
+    last = Run(tmp_path / "run").checkpoints()[-1]
+    assert step_of(last) == STEPS
+    assert int((last / "second").read_text()) == state
+    training = [record for record in records(tmp_path) if "state" in record]
+    assert [record["step"] for record in training] == list(range(1, STEPS + 1))
+    held_out = [record["step"] for record in records(tmp_path) if "held_out" in record]
+    assert held_out == [10, 20, 30, 40]
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    process = start(tmp_path, pause=30)
+    wait_for(lambda: len(seen(tmp_path)) == 1, process)
+    process.send_signal(signal.SIGINT)
+    assert "stopping after this step" in [process.stderr.readline() for _ in range(2)][1]
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=20)[1]
+    assert process.returncode == 130
+    assert "program: interrupted" in errors
+    assert Run(tmp_path / "run").checkpoints() == []
+
+
+class Counter(Trainer[int]):
+    """A trainer that counts its steps, and fails where it is told to."""
+
+    def __init__(self, fail_in: str = "", fail_at: int = -1) -> None:
+        self.count = 0
+        self.fail_in, self.fail_at = fail_in, fail_at
+
+    def step(self, step: int, batch: int) -> dict[str, float]:
+        if self.fail_in == "step" and self.count == self.fail_at:
+            raise InputError("the gradient is not finite")
+        assert step == batch == self.count
+        self.count += 1
+        return {"loss": float(step)}
+
+    def snapshot(self) -> Writer:
+        count = self.count
+
+        def write(folder: Path) -> None:
+            (folder / "half").write_text("half")
+            if self.fail_in == "save" and count >= self.fail_at:
+                raise OSError(28, "No space left on device")
+            (folder / "count").write_text(str(count))
+
+        return write
+
+    def load(self, folder: Path) -> None:
+        self.count = int((folder / "count").read_text())
+        if self.fail_in == "load":
+            raise RuntimeError("size mismatch for layers.0.weight:\n\tcopying a param of 3 into 4")
+
+    def evaluate(self, step: int, folder: Path) -> dict[str, float]:
+        (folder / f"step-{step:08d}.txt").write_text("a sheet")
+        return {"held_out": float(step)}
+
+
+def count_from(first: int) -> Iterator[int]:
+    return iter(range(first, 1000))
+
+
+def loop(run: Run, trainer: Counter, *, steps: int = 10, resume: bool = False, **settings: int) -> int:
+    settings = {"log_every": 1, "save_every": 3, "evaluate_every": 4, **settings}
+    return run_loop(
+        trainer,
+        count_from,
+        run,
+        RunSettings(**settings),
+        recipe={"training": {"steps": steps}, "name": "红苹果"},
+        steps=steps,
+        batch_size=2,
+        resume=resume,
+    )
+
+
+def names(run: Run) -> list[str]:
+    return sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+
+
+def test_a_run_writes_its_folder(tmp_path):
+    run = Run(tmp_path / "run")
+    assert loop(run, Counter(), keep=10) == 0
+    assert names(run) == [f"step-{step:08d}" for step in (3, 6, 9, 10)]  # nothing is said of a best one
+    assert sorted(path.name for path in run.samples.iterdir()) == [f"step-{s:08d}.txt" for s in (4, 8, 10)]
+    assert "name: 红苹果" in (run.folder / "recipe.yaml").read_text(encoding="utf-8")
+    training = [record for record in records(tmp_path) if "loss" in record]
+    assert [(record["step"], record["loss"]) for record in training] == [(step + 1, step) for step in range(10)]
+    assert all(record["samples_per_second"] > 0 for record in training)
+    assert any((run.folder / "tensorboard").iterdir())
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path):
+    run = Run(tmp_path)
+    loop(run, Counter(), keep=2)
+    assert names(run) == ["step-00000009", "step-00000010"]
+
+
+def test_figures_are_means_over_the_steps_since_the_last_line(tmp_path):
+    loop(Run(tmp_path / "run"), Counter(), log_every=4, evaluate_every=0)
+    assert [(record["step"], record.get("loss")) for record in records(tmp_path)] == [
+        (4, 1.5),
+        (8, 5.5),
+        (10, 8.5),
+        (10, None),
+    ]
+
+
+def test_small_figures_keep_their_digits(tmp_path):
+    run = Run(tmp_path / "run")
+    run.start({}, resume=False)
+    run.log(1, {"learning_rate": 1.2345678e-6, "loss": 3.14159265})
+    run.close()
+    assert records(tmp_path) == [{"step": 1, "learning_rate": 1.23457e-6, "loss": 3.14159}]
+
+
+def test_a_run_is_never_begun_over_another(tmp_path):
+    run = Run(tmp_path)
+    loop(run, Counter())
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="already holds a run at step-00000010; go on with --resume auto, or remove"):
+        loop(run, Counter())
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+    assert names(run) == ["step-00000009", "step-00000010"]
+
+
+def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path):
+    loop(Run(tmp_path), Counter())
+    metrics = (tmp_path / "metrics.jsonl").read_text()
+    trainer = Counter()
+    assert loop(Run(tmp_path), trainer, resume=True) == 0
+    assert trainer.count == 10
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path):
+    loop(Run(tmp_path / "run"), Counter())
+    assert loop(Run(tmp_path / "run"), Counter(), steps=14, resume=True) == 0
+    assert [record["step"] for record in records(tmp_path) if "loss" in record] == list(range(1, 15))
+
+
+def test_resuming_where_there_is_nothing_begins(tmp_path):
+    assert loop(Run(tmp_path), Counter(), resume=True) == 0
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_checkpoint_that_could_not_be_written_is_absent_and_training_goes_on(tmp_path, at, capsys):
+    run, trainer = Run(tmp_path), Counter("save", at)
+    assert loop(run, trainer) == 1
+    assert trainer.count == 10
+    assert names(run) == [f"step-{step:08d}" for step in range(3, at, 3)]
+    errors = capsys.readouterr().err
+    kept = "there is none yet" if at == 3 else "step-00000003 stays the last one"
+    assert f"warning: a checkpoint could not be written, {kept}: [Errno 28] No space left on device" in errors
+    assert "step 10 of 10 could not be saved; make room and go on with --resume auto" in errors
+    assert loop(run, Counter(), resume=True) == 0
+    assert names(run) == ["step-00000009", "step-00000010"]
+
+
+def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
+    """The writing waits for a later step, which must not wait for it; and holds what was there when it began."""
+    run, later = Run(tmp_path), threading.Event()
+
+    class Slow(Counter):
+        def step(self, step: int, batch: int) -> dict[str, float]:
+            if step == 5:
+                later.set()
+            return super().step(step, batch)
+
+        def snapshot(self) -> Writer:
+            write = super().snapshot()
+
+            def write_late(folder: Path) -> None:
+                assert later.wait(60)
+                write(folder)
+
+            return write_late
+
+    assert loop(run, Slow(), keep=10) == 0
+    assert (run.checkpoints()[0] / "count").read_text() == "3"
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    class Judged(Counter):
+        def evaluate(self, step: int, folder: Path) -> dict[str, float]:
+            return {"held_out_loss": {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 3.0}[step]}
+
+    run = Run(tmp_path)
+    loop(run, Judged(), evaluate_every=2, keep=1)
+    assert run.best() == {"step": 4, "held_out_loss": 3.0}
+    assert names(run) == ["best.json", "step-00000004", "step-00000010"]
+
+
+def test_what_a_kill_left_half_written_is_removed_and_never_resumed(tmp_path):
+    run = Run(tmp_path / "run")
+    with pytest.raises(InputError, match="not finite"):
+        loop(run, Counter("step", 8))
+    half = run.folder / "checkpoints" / ".writing-step-00000009"
+    half.mkdir()
+    (half / "half").write_text("half")
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "lo')  # and a line cut short
+    assert [step_of(path) for path in run.checkpoints()] == [6, 8]  # what was learnt before the failure is kept
+    assert loop(run, Counter(), resume=True) == 0
+    assert names(run) == ["step-00000009", "step-00000010"]
+    assert [record["step"] for record in records(tmp_path) if "loss" in record] == list(range(1, 11))
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    loop(Run(tmp_path), Counter(), steps=3)
+    with pytest.raises(InputError, match=r"does not fit the recipe, go back to its settings or remove .* mismatch"):
+        loop(Run(tmp_path), Counter("load"), steps=6, resume=True)
+
+
+def test_signals_are_left_as_they_were(tmp_path):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    loop(Run(tmp_path), Counter())
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_signal_in_the_last_step_does_not_make_a_finished_run_a_stopped_one(tmp_path):
+    class Interrupted(Counter):
+        def step(self, step: int, batch: int) -> dict[str, float]:
+            if step == 9:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().step(step, batch)
+
+    assert loop(Run(tmp_path), Interrupted()) == 0
+    assert step_of(Run(tmp_path).checkpoints()[-1]) == 10
+
+
+def test_loader_workers_survive_the_signals_of_their_group():
+    """Ctrl-C in a terminal reaches the workers too; the step under way still needs their batches."""
+    torch = pytest.importorskip("torch")
+    from cogview.training.loop import leave_signals_to_parent
+
+    loader = torch.utils.data.DataLoader(
+        np.arange(8), batch_size=2, num_workers=1, worker_init_fn=leave_signals_to_parent, prefetch_factor=1
+    )
+    batches = iter(loader)
+    received = [next(batches).tolist()]
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(batches._workers[0].pid, number)
+    received += [batch.tolist() for batch in batches]
+    assert received == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"log_every": 0}, "log_every and keep must be at least 1, got 0 and 2"),
+        ({"keep": 0}, "log_every and keep must be at least 1, got 50 and 0"),
+        ({"save_every": -1}, "must not be negative"),
+    ],
+)
+def test_wrong_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RunSettings(**settings)
