@@ -10,8 +10,6 @@ script, which ends with that step's status. WORK/times.json holds the seconds of
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shlex
 import sys
 import time
@@ -25,6 +23,7 @@ from cogview.cli import main as cogview
 from cogview.cli.main import HelpFormatter, Parser, run_safely
 from cogview.cli.recipes import Recipe, open_recipe
 from cogview.errors import InputError
+from cogview.files import read_json, write_json
 
 # What is measured where so many tasks are trained, and how; sixteen pictures of each caption are reranked.
 MEASURES = (
@@ -154,12 +153,10 @@ def run(args: argparse.Namespace) -> int:
 
 def note_time(path: Path, step: str, seconds: float, status: int) -> None:
     """Append a step to ``path``, a JSON list; a step that was interrupted has several entries, which add up."""
-    times = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    times = read_json(path) if path.is_file() else []
     ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
     times.append({"step": step, "seconds": round(seconds, 1), "status": status, "ended": ended})
-    aside = path.with_suffix(".writing")
-    aside.write_text(json.dumps(times, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_json(path, times, indent=1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

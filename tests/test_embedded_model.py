@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview.checkpoints.checkpoint import file_sha256, read_things
+from cogview.checkpoints.checkpoint import read_things
 from cogview.checkpoints.registry import find_checkpoint, known_models
+from cogview.files import file_sha256
 from cogview.pipeline.cogview import CogView
 
 NAME = "cogview-emoji"

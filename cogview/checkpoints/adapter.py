@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cogview.checkpoints.checkpoint import ModelConfig, check_folder, write_json
+from cogview.checkpoints.checkpoint import ModelConfig, check_folder
 from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.precision import stored_few_bits
 from cogview.checkpoints.registry import known_models
 from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
-from cogview.checkpoints.v1_convert import written
 from cogview.config_io import build, to_plain
 from cogview.errors import InputError
+from cogview.files import new_folder, read_json, write_json
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
 
@@ -425,7 +425,7 @@ def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sig
         )
     others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
     card, note = _card(source / "README.md", adapter, sign)
-    with written(output) as folder:
+    with new_folder(output) as folder:
         with WeightsWriter(folder / "model.safetensors", weights.specs) as writer:
             for weight in weights.specs:
                 projection = weight.removesuffix(".weight")
@@ -474,10 +474,7 @@ def _peft() -> Any:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no settings")
     return content

@@ -6,12 +6,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -21,6 +18,7 @@ from cogview.checkpoints.precision import Memory, Precision, convert, converted_
 from cogview.checkpoints.safetensors_io import WeightsFile, difference
 from cogview.config_io import build, to_plain
 from cogview.errors import InputError
+from cogview.files import file_sha256, read_json, write_json
 from cogview.generation.sampling import Sampling
 from cogview.kernels.linear import kernels_run_on, order_int4_for_cpu
 from cogview.modeling.config import TransformerConfig
@@ -133,7 +131,7 @@ def read_config(folder: Path) -> ModelConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is no checkpoint folder: config.json is missing")
-    plain = _read_json(path)
+    plain = read_json(path)
     version = plain.get("format_version") if isinstance(plain, dict) else None
     if not isinstance(version, int):
         raise InputError(f"{path} is no config of a checkpoint: it has no format_version")
@@ -149,7 +147,7 @@ def read_things(folder: Path) -> tuple[NamedThing, ...]:
     path = folder / "things.json"
     if not path.is_file():
         return ()
-    return tuple(build(NamedThing, entry, where=str(path)) for entry in _read_json(path))
+    return tuple(build(NamedThing, entry, where=str(path)) for entry in read_json(path))
 
 
 def load_model(
@@ -251,16 +249,6 @@ def load_transformer(
     return transformer.eval()
 
 
-def file_sha256(path: Path, on_read: Callable[[int], object] = lambda count: None) -> str:
-    """SHA-256 of a file; ``on_read`` is called with the bytes of each block."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-            on_read(len(block))
-    return digest.hexdigest()
-
-
 def verify_files(folder: Path, expected: Sequence[tuple[str, str]]) -> None:
     """Compare files of ``folder`` with SHA-256 sums, given as (name, sum); InputError names the first that differs."""
     for name, wanted in expected:
@@ -273,15 +261,3 @@ def verify_files(folder: Path, expected: Sequence[tuple[str, str]]) -> None:
                 f"{path} is damaged or was changed: its SHA-256 is {found[:12]}…, expected {wanted[:12]}…; "
                 "install cogview again"
             )
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a small file that people read too."""
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from pathlib import Path
 
 import torch
@@ -13,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cogview.config_io import build, to_plain
 from cogview.errors import InputError
+from cogview.files import atomic_write, read_json, write_json
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 CODEBOOK = "quantizer.codebook"
@@ -37,8 +36,7 @@ def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.
         for name, tensor in model.state_dict().items()
     }
     write_weights(folder / "model.safetensors", weights)
-    config = json.dumps(to_plain(model.config), indent=2)
-    (folder / "config.json").write_text(config + "\n", encoding="utf-8")
+    write_json(folder / "config.json", to_plain(model.config))
 
 
 def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -46,12 +44,11 @@ def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
 
     An older file of that name is replaced and not written over: a model may still have it mapped into memory.
     """
-    aside = file.with_name(f".{file.name}-writing")
-    aside.touch()
-    mode = aside.stat().st_mode
-    save_file(weights, aside)
-    aside.chmod(mode)
-    os.replace(aside, file)
+    with atomic_write(file) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(weights, temporary)
+        temporary.chmod(mode)
 
 
 def read_image_config(folder: Path) -> VQVAEConfig:
@@ -60,11 +57,7 @@ def read_image_config(folder: Path) -> VQVAEConfig:
     for file in (config_file, folder / "model.safetensors"):
         if not file.is_file():
             raise InputError(f"{folder} is no image tokenizer: {file.name} is missing")
-    try:
-        plain = json.loads(config_file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{config_file} is not JSON: {error}") from None
-    return build(VQVAEConfig, plain, where=str(config_file))
+    return build(VQVAEConfig, read_json(config_file), where=str(config_file))
 
 
 def load_image_tokenizer(folder: Path) -> VQVAE:

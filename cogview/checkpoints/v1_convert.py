@@ -5,20 +5,17 @@ What is written appears whole or not at all, and one tensor at a time is in memo
 
 from __future__ import annotations
 
-import errno
 import filecmp
-import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cogview.checkpoints.checkpoint import ModelConfig, read_config, write_json
+from cogview.checkpoints.checkpoint import ModelConfig, read_config
 from cogview.checkpoints.image_tokenizer import hash_of_codebook, read_image_config
 from cogview.checkpoints.pickles import write_pickle
 from cogview.checkpoints.precision import Precision, Weights, convert, converted_specs, stored_few_bits
@@ -32,6 +29,7 @@ from cogview.checkpoints.v1_format import (
 )
 from cogview.config_io import to_plain
 from cogview.errors import InputError
+from cogview.files import new_folder, write_json
 from cogview.generation.sampling import Sampling
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.text import TextTokenizer
@@ -88,7 +86,7 @@ def import_released(
             )
         except ValueError as error:
             raise InputError(f"{source}: {error}") from None
-        with written(output) as folder:
+        with new_folder(output) as folder:
             _write_weights(transformer, precision, folder / "model.safetensors", verify)
             (folder / "image").mkdir()
             specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in image_weights.items()}
@@ -109,7 +107,7 @@ def convert_folder(source: Path, output: Path, *, precision: Precision, verify: 
     read_config(source)
     weights = WeightsFile(source / "model.safetensors")
     others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
-    with written(output) as folder:
+    with new_folder(output) as folder:
         _write_weights(weights, precision, folder / "model.safetensors", verify)
         for path in others:
             target = folder / path.relative_to(source)
@@ -137,7 +135,7 @@ def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool
         image = released_vqvae_tensors(image_config, image_weights)
     except InputError as error:
         raise InputError(f"{source} cannot be written in the released layout: {error}") from None
-    with written(output) as folder:
+    with new_folder(output) as folder:
         mapped = {name: weights.read(name, keep=True) for name in weights.specs}
         write_released_transformer(folder, mapped, shards)
         write_pickle(image, folder / RELEASED_FILES["image_tokenizer"])
@@ -147,28 +145,6 @@ def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool
                 for name in tqdm(weights.specs, desc="verifying", unit="tensor", leave=False, disable=None):
                     _compare({name: mapped[name]}, {name: transformer.read(name)}, output)
             _compare(image_weights, read_released_vqvae(folder / RELEASED_FILES["image_tokenizer"])[1], output)
-
-
-@contextmanager
-def written(output: Path) -> Iterator[Path]:
-    """A new folder that becomes ``output`` when all has gone well, and else is gone."""
-    if output.exists():
-        raise InputError(f"{output} is there already: remove it, or choose another folder with -o")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.with_name(f".{output.name}-writing")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-        os.replace(folder, output)
-    except BaseException as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(output.parent).free / 1e9
-            raise InputError(
-                f"there is no room for {output}: {free:.1f} GB are free there; nothing was written"
-            ) from None
-        raise
 
 
 def _write_weights(weights: Weights, precision: Precision, path: Path, verify: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from cogview.checkpoints.download import size_in_words
 from cogview.cli.estimate import SPARE, open_configs, preset_config
 from cogview.cli.options import DEFAULT_MODEL, add_parallel_argument, parallel, require_positive
 from cogview.errors import InputError
+from cogview.files import write_json
 
 if TYPE_CHECKING:
     from cogview.benchmark.measure import Figures, Subject
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         rows.append(bench.row(plan))
         print(bench.line(rows[-1]), flush=True)
     if args.json is not None:
-        write_whole(args.json, {**bench.about(), "rows": rows})
+        write_json(args.json, {**bench.about(), "rows": rows})
     return 1 if any("failed" in row for row in rows) else 0
 
 
@@ -111,18 +111,6 @@ def check_output(path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"--json {path}: there is no folder {path.parent}; make it first, or choose another name")
     prepare_folder(path.parent)
-
-
-def write_whole(path: Path, content: object) -> None:
-    """JSON at ``path``, there whole or not at all."""
-    from cogview.checkpoints.checkpoint import write_json
-
-    aside = path.with_name(f".{path.name}.writing")
-    try:
-        write_json(aside, content)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def open_subject(args: argparse.Namespace) -> Subject:

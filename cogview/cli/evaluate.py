@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from cogview.emoji.evaluation.upscale import evaluate_upscale, format_upscale_re
 from cogview.emoji.world import World
 from cogview.errors import InputError
 from cogview.evaluation.harness import choose_sampling, evaluate_scenes, format_report
+from cogview.files import json_line, read_json, write_json
 from cogview.generation.sampling import Sampling
 from cogview.image_io import contact_sheet
 from cogview.pipeline.cogview import CogView, checked_seed
@@ -103,8 +103,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.measure == "captions":
         report = evaluate_captions(model, world, count=args.captions, seed=seed, batch_size=args.batch_size)
         captions = report.pop("captions")
-        lines = [json.dumps(caption, ensure_ascii=False) + "\n" for caption in captions]
-        (output / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+        (output / "captions.jsonl").write_bytes(b"".join(map(json_line, captions)))
     elif args.measure == "rerank":
         report = evaluate_rerank(
             model,
@@ -163,7 +162,7 @@ def read_report(recipe: Recipe, measure: str) -> dict[str, Any] | None:
     path, checkpoint = recipe.work / "report" / MEASURES[measure][0], last_checkpoint(recipe)
     if not path.is_file():
         return None
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    report: dict[str, Any] = read_json(path)
     if Path(report["protocol"]["model"]).name != checkpoint.name:
         raise InputError(
             f"{path} grades {report['protocol']['model']}, not {checkpoint}; "
@@ -178,8 +177,3 @@ def last_checkpoint(recipe: Recipe) -> Path:
     if not found:
         raise InputError(f"{recipe.transformer_run} holds no checkpoint; train with: cogview train {recipe.path}")
     return found[-1]
-
-
-def write_json(path: Path, content: object) -> None:
-    """Plain data as JSON."""
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

@@ -29,9 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; an interrupted import is continued."""
-    from cogview.checkpoints.checkpoint import file_sha256, read_config
+    from cogview.checkpoints.checkpoint import read_config
     from cogview.checkpoints.registry import find_checkpoint
     from cogview.data.v1_datasets import ReleasedRows, import_released
+    from cogview.files import file_sha256
 
     folder = find_checkpoint(args.model)
     config = read_config(folder)

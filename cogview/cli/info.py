@@ -245,7 +245,7 @@ def _shape(shape: TransformerConfig, about_heads: str = "") -> str:
 def _sha256_of(files: Sequence[Path]) -> dict[Path, str]:
     from tqdm import tqdm
 
-    from cogview.checkpoints.checkpoint import file_sha256
+    from cogview.files import file_sha256
 
     total = sum(file.stat().st_size for file in files)
     with tqdm(total=total, unit="B", unit_scale=True, desc="reading", disable=None, leave=False) as bar:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from cogview.checkpoints.checkpoint import file_sha256, load_model, save_model
+from cogview.checkpoints.checkpoint import load_model, save_model
 from cogview.cli.evaluate import MEASURES, last_checkpoint, read_report
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
 from cogview.config_io import build
 from cogview.errors import InputError
+from cogview.files import atomic_folder, file_sha256
 from cogview.generation.sampling import Sampling
 
 
@@ -50,13 +49,8 @@ def run(args: argparse.Namespace) -> int:
     card = Path(settings.card).read_text(encoding="utf-8")
     model.card = card.replace("{figures}", figures).replace("{things}", things)
     output = args.output or recipe.work / "model"
-    aside = output.with_name(f".{output.name}-writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    save_model(aside, model, torch.float16)
-    if output.exists():
-        shutil.rmtree(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(aside, output)
+    with atomic_folder(output, overwrite=True) as folder:
+        save_model(folder, model, torch.float16)
     print("for checkpoints.yaml:", file=sys.stderr)
     for path in sorted(output.rglob("*")):
         if path.is_file() and path.suffix != ".md":

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO
 
 from cogview.errors import InputError
+from cogview.files import atomic_write
 from cogview.jobs.records import name_of, numbered_lines, read_text
 
 
@@ -56,9 +56,11 @@ class LineWriter:
         if path.is_dir():
             raise InputError(f"the output {path} is a folder; expected the name of a file")
         prepare_folder(path.parent)
-        self._aside = path.with_name(f".{path.name}.writing")
+        self._stack = ExitStack()
+        temporary = self._stack.enter_context(atomic_write(path))
         # A file's name may hold bytes that are no UTF-8; as escapes they are valid JSON.
-        self._file = self._aside.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
+        self._file = temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
+        self._stack.enter_context(self._file)
 
     def write(self, line: str) -> None:
         """One more line, at once."""
@@ -75,11 +77,5 @@ class LineWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is None or self.path is None:
-            return
-        try:
-            self._file.close()
-            if kind is None:
-                os.replace(self._aside, self.path)
-        finally:
-            self._aside.unlink(missing_ok=True)
+        if self._file is not None:
+            self._stack.__exit__(kind, error, trace)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 from dataclasses import dataclass, field
 
@@ -14,6 +13,7 @@ from cogview.config_io import to_plain
 from cogview.device import choose_placement, flush_denormals, training_dtype
 from cogview.emoji.world import World
 from cogview.errors import InputError
+from cogview.files import atomic_folder
 from cogview.training.loop import Run, RunSettings, run_loop
 from cogview.training.vqvae_trainer import ImageTokenizerRun, scene_batches
 from cogview.vqvae.model import VQVAE, VQVAEConfig
@@ -67,11 +67,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if status == 0:
         trained = Run(recipe.image_run).checkpoints()[-1] / "image"
-        aside = recipe.image_tokenizer.with_name(".image-writing")
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(trained, aside)
-        shutil.rmtree(recipe.image_tokenizer, ignore_errors=True)
-        os.replace(aside, recipe.image_tokenizer)
+        with atomic_folder(recipe.image_tokenizer, overwrite=True) as folder:
+            shutil.copytree(trained, folder, dirs_exist_ok=True)
         print(recipe.image_tokenizer)
     return status
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
 from cogview.emoji.world import World
 from cogview.errors import InputError
+from cogview.files import atomic_write
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 
 
@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise InputError(str(error)) from None
-    aside = recipe.text_model.with_suffix(".writing")
-    aside.write_bytes(model)
-    os.replace(aside, recipe.text_model)
+    with atomic_write(recipe.text_model) as temporary:
+        temporary.write_bytes(model)
     print(f"{TextTokenizer(model).size} pieces (asked for at most {settings.size})", file=sys.stderr)
     print(recipe.text_model)
     return 0

@@ -27,6 +27,7 @@ from cogview.data.sampling_order import sample_index
 from cogview.data.store import ABSENT, DATA_FILE, TEXT_FIELD, StoreHeader, TokenStore
 from cogview.data.v1_datasets import BadRow, open_rows
 from cogview.errors import InputError
+from cogview.files import atomic_write
 
 LEDGER_FILE = "stores.jsonl"  # of the phases, in the folder of a run
 
@@ -416,12 +417,13 @@ def append_phase(path: Path, phase: Phase) -> None:
     """
     phases = [*read_phases(path), phase]
     check_phases(phases)
-    aside = path.with_name(f".{path.name}.writing")
-    with aside.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+    with (
+        atomic_write(path) as temporary,
+        temporary.open("w", encoding="utf-8", errors="surrogateescape", newline="\n") as file,
+    ):
         file.writelines(phase.to_json() + "\n" for phase in phases)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def check_same_start(phases: Sequence[Phase], stores: Phase) -> None:

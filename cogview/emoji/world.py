@@ -8,10 +8,7 @@ never stored: picture i of seed s is a function of the world.
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +22,7 @@ from cogview.emoji.keyed_random import Draws
 from cogview.emoji.scene import COLOURS, COUNTS, EQUAL_SHARES, Cell, Colour, Kind, Scene, Shares, cells_of
 from cogview.emoji.things import SPRITE_PIXELS, EmojiFiles, Thing, draw_sprites, read_things
 from cogview.errors import InputError
+from cogview.files import atomic_write, read_json, write_json
 
 FORMAT_VERSION = 1
 
@@ -196,10 +194,10 @@ class World:
         description = _Description(
             format_version=FORMAT_VERSION, settings=self.settings, colours=self.colours, candidates=self.candidates
         )
-        with _written_aside(folder / "sprites.npz") as path, path.open("wb") as file:
+        with atomic_write(folder / "sprites.npz", per_process=True) as path, path.open("wb") as file:
             np.savez_compressed(file, sprites=self.sprites)
-        with _written_aside(folder / "world.json") as path:  # last: a folder with world.json is complete
-            path.write_text(json.dumps(to_plain(description), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        # Last: a folder with world.json is complete.
+        write_json(folder / "world.json", to_plain(description), indent=1, per_process=True)
 
     @staticmethod
     def load(folder: Path) -> World:
@@ -207,7 +205,7 @@ class World:
         for name in ("world.json", "sprites.npz"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} holds no world: {name} is missing; make it with: cogview scenes RECIPE")
-        plain = json.loads((folder / "world.json").read_text(encoding="utf-8"))
+        plain = read_json(folder / "world.json")
         if plain.get("format_version") != FORMAT_VERSION:
             raise InputError(
                 f"{folder}/world.json has format version {plain.get('format_version')}, expected {FORMAT_VERSION}; "
@@ -227,14 +225,3 @@ class _Description:
     settings: WorldSettings
     colours: tuple[Colour, ...]
     candidates: tuple[Thing, ...]
-
-
-@contextmanager
-def _written_aside(path: Path) -> Iterator[Path]:
-    """A path to write to that becomes ``path`` when the block ends well, and is removed when it does not."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield aside
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 
 from cogview import __version__
 from cogview.errors import InputError
+from cogview.files import atomic_write
 
 if TYPE_CHECKING:
     from cogview.pipeline.cogview import Picture
@@ -97,13 +98,8 @@ def write_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> None:
     chunks = PngImagePlugin.PngInfo()
     for key, value in texts.items():
         chunks.add_itxt(key, value, zip=key == "codes")
-    aside = path.with_name(f".{path.name}.writing")
-    try:
-        image.save(aside, format="PNG", pnginfo=chunks)
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=chunks)
 
 
 def preview_path(path: Path) -> Path:

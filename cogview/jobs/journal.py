@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cogview.errors import InputError
+from cogview.files import atomic_write, json_line
 from cogview.jobs.locks import Claims
 
 FORMAT_VERSION = 1
@@ -49,12 +50,8 @@ class Ledger:
         header = json.loads(json.dumps(header))
         with claims.door():
             if not path.exists():
-                aside = path.with_name(f".{path.name}.writing")
-                try:
-                    aside.write_bytes(_json_line({_VERSION_KEY: FORMAT_VERSION, **header}))
-                    os.replace(aside, path)
-                finally:
-                    aside.unlink(missing_ok=True)
+                with atomic_write(path) as temporary:
+                    temporary.write_bytes(json_line({_VERSION_KEY: FORMAT_VERSION, **header}))
             elif not resume:
                 refuse_old(path, claims)
             ledger = cls(path, claims)
@@ -82,7 +79,7 @@ class Ledger:
 
     def record(self, name: str, /, **facts: Any) -> None:
         """Append that the result with the id ``name`` is there; DiskFull, and no trace in the file, if it cannot be."""
-        line = _json_line({"id": name, **facts})
+        line = json_line({"id": name, **facts})
         with self._claims.door(), self.telling_full_disk():
             before = os.lseek(self._file, 0, os.SEEK_END)
             os.lseek(self._file, before - 1, os.SEEK_SET)
@@ -175,11 +172,6 @@ def _read_header(line: bytes, path: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise InputError(f"{path} has format {version}, this version of cogview knows {FORMAT_VERSION}: update cogview")
     return header
-
-
-def _json_line(content: Mapping[str, Any]) -> bytes:
-    # A file's name may hold bytes that are no UTF-8; as escapes they are valid JSON.
-    return json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
 
 def _told(value: Any) -> str:

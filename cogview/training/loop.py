@@ -6,8 +6,6 @@ Of several processes that train together the first alone writes, and all take pa
 from __future__ import annotations
 
 import ctypes
-import json
-import os
 import shutil
 import signal
 import sys
@@ -28,6 +26,16 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from cogview.errors import InputError, ToldElsewhere
+from cogview.files import (
+    append_json_line,
+    atomic_folder,
+    atomic_write,
+    json_line,
+    read_json,
+    read_json_lines,
+    remove_unfinished,
+    write_json,
+)
 from cogview.training.distributed import World, lost_another, tell
 from cogview.training.run_record import BEST_FILE
 
@@ -119,8 +127,7 @@ class Run:
             )
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.folder / "checkpoints").mkdir(exist_ok=True)
-        for unfinished in (self.folder / "checkpoints").glob(".writing-*"):
-            shutil.rmtree(unfinished)
+        remove_unfinished(self.folder / "checkpoints", "step-*")
         (self.folder / "recipe.yaml").write_text(
             yaml.safe_dump(dict(recipe), allow_unicode=True, sort_keys=False), encoding="utf-8"
         )
@@ -132,23 +139,16 @@ class Run:
         path = self.metrics
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:  # a line that a kill cut short
-                continue
-            if record["step"] <= step:
-                kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        kept = [json_line(record) for record in read_json_lines(path) if record["step"] <= step]
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
         """Append one JSON line and the same figures to TensorBoard; ``step`` counts finished steps."""
         if not self.writes:
             return
         record = {"step": step, **{name: float(f"{value:.6g}") for name, value in figures.items()}}
-        with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json_line(self.metrics, record)
         if self._writer is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -188,15 +188,8 @@ class Run:
         print(f"\nwarning: a checkpoint could not be written, {kept}: {error}", file=sys.stderr)
 
     def _write(self, target: Path, write: Writer, keep: int) -> None:
-        aside = target.with_name(f".writing-{target.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        try:
-            write(aside)
-        except BaseException:  # a full disk, say: leave it no fuller
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
-        os.replace(aside, target)
+        with atomic_folder(target) as folder:
+            write(folder)
         best = self.best()
         for old in self.checkpoints()[:-keep]:
             if best is None or old.name != f"step-{best['step']:08d}":
@@ -207,7 +200,7 @@ class Run:
         path = self.folder / "checkpoints" / BEST_FILE
         if not path.is_file():
             return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = read_json(path)
         return found
 
     def note_held_out(self, step: int, figures: Mapping[str, float]) -> bool:
@@ -217,9 +210,7 @@ class Run:
             return False
         if self.writes:
             path = self.folder / "checkpoints" / BEST_FILE
-            aside = path.with_name(f".{BEST_FILE}")
-            aside.write_text(json.dumps({"step": step, "held_out_loss": loss}) + "\n", encoding="utf-8")
-            os.replace(aside, path)
+            write_json(path, {"step": step, "held_out_loss": loss}, indent=None)
         return True
 
     def close(self) -> None:

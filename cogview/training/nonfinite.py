@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cogview.files import write_json
 from cogview.modeling.transformer import Transformer
 from cogview.training.engines.torch_engine import Engine, Prepared
 from cogview.training.examples import Batch
@@ -148,4 +148,4 @@ def write_dump(folder: Path, batch: Batch, finding: Finding | None, *, rank: int
         "found": None if finding is None else str(finding),
         "samples": [{"sample": sample, "store": store, "row": row} for sample, store, row in batch.samples.tolist()],
     }
-    (folder / f"report-{rank:04}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / f"report-{rank:04}.json", report, indent=1)

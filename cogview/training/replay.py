@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from cogview.checkpoints.checkpoint import load_model
 from cogview.config_io import build, read_recipe
 from cogview.device import DTYPES, choose_placement
 from cogview.errors import InputError
+from cogview.files import read_json
 from cogview.training.distributed import World
 from cogview.training.nonfinite import first_nonfinite
 from cogview.training.settings import TransformerTraining
@@ -35,7 +35,7 @@ def replay(folder: Path, device: str) -> Iterator[tuple[str, str, str]]:
     trainer = TransformerTrainer(model, settings, World(placement.device), dtype, num_threads=1)
     trainer.transformer.train()
     for path in reports:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = read_json(path)
         rank, size = report["rank"], report["processes"]
         with np.load(folder / f"rows-{rank:04}.npz") as rows:
             given = {name: rows[name] for name in rows.files}

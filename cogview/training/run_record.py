@@ -5,7 +5,6 @@ Nothing here needs PyTorch to read a run; training writes, and anything may read
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cogview import __version__
 from cogview.config_io import read_recipe
 from cogview.errors import InputError
+from cogview.files import append_json_line, read_json_lines
 
 if TYPE_CHECKING:
     import torch
@@ -78,9 +78,7 @@ def write_environment(
     found = {name: _or_none(fact) for name, fact in facts.items()}
     path = folder / ENVIRONMENT_FILE
     try:
-        begun = path.read_bytes() if path.exists() else b""
-        with path.open("a", encoding="utf-8") as file:  # on a line of its own, even behind one that was cut short
-            file.write(("\n" if begun and not begun.endswith(b"\n") else "") + json.dumps(found) + "\n")
+        append_json_line(path, found)
     except OSError as error:
         print(f"warning: {path} could not be written: {error.strerror or error}", file=sys.stderr)
 
@@ -288,14 +286,14 @@ def read_run(folder: Path) -> RunRecord:
         held_out={name.removeprefix(HELD_OUT): series for name, series in figures.items() if name.startswith(HELD_OUT)},
         checkpoints=tuple(checkpoints.values()),
         best=_read_best(folder / "checkpoints" / BEST_FILE),
-        environments=tuple(_json_lines(folder / ENVIRONMENT_FILE)),
+        environments=tuple(read_json_lines(folder / ENVIRONMENT_FILE)),
     )
 
 
 def _read_figures(path: Path) -> dict[str, Series]:
     """All figures of ``metrics.jsonl``; of a step that was told twice, as after a restart, the later one counts."""
     told: dict[str, dict[int, float]] = {}
-    for record in _json_lines(path):
+    for record in read_json_lines(path):
         step = record.pop("step", None)
         if not isinstance(step, int):
             continue
@@ -304,19 +302,6 @@ def _read_figures(path: Path) -> dict[str, Series]:
                 told.setdefault(name, {})[step] = float(value)
     ordered = {name: sorted(values.items()) for name, values in told.items()}
     return {name: Series(*map(tuple, zip(*pairs, strict=True))) for name, pairs in ordered.items()}
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects in ``path``, without lines that a kill cut short; none where there is no such file."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            found = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(found, dict):
-            yield found
 
 
 def _read_checkpoints(folder: Path) -> dict[int, Path]:
@@ -330,7 +315,7 @@ def _read_checkpoints(folder: Path) -> dict[int, Path]:
 
 
 def _read_best(path: Path) -> Best | None:
-    for found in _json_lines(path):
+    for found in read_json_lines(path):
         if {"step", "held_out_loss"} <= found.keys():
             return Best(int(found["step"]), float(found["held_out_loss"]))
     return None

@@ -7,7 +7,6 @@ arranges. What is random in it is drawn from (seed, step), so that a resumed run
 # B rows, T places of a row, K kinds of what is told
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cogview.checkpoints.checkpoint import Model, read_config, save_model, write_json
+from cogview.checkpoints.checkpoint import Model, read_config, save_model
 from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.safetensors_io import difference
 from cogview.config_io import to_plain
 from cogview.data.store import TokenStore
 from cogview.device import precision_name
 from cogview.errors import InputError
+from cogview.files import read_json, write_json
 from cogview.kernels.fused_linear_cross_entropy import Targets
 from cogview.training.distributed import World, tell
 from cogview.training.engines.torch_engine import (
@@ -420,7 +420,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{folder} holds a model but no state of a training to go on with ({STATE_FILE} is missing): begin from "
             f"its weights with --init-from {folder}"
         )
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content: dict[str, Any] = read_json(path)
     return content
 
 

@@ -17,9 +17,7 @@ model. With a --model, whose weights are trained, it draws as it always does.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -37,6 +35,7 @@ from cogview.cli.main import Parser, run_safely
 from cogview.cli.options import require_positive
 from cogview.device import DTYPES, Placement, choose_placement
 from cogview.errors import InputError
+from cogview.files import write_json
 from cogview.generation.decode import fill
 from cogview.generation.sampling import GREEDY, Sampling
 from cogview.generation.token_sampler import Job
@@ -365,9 +364,7 @@ def report(
         print("| " + " | ".join(map(str, cells)) + " |")
     if args.json is not None:
         given = {name: value for name, value in vars(args).items() if name != "json"}
-        aside = args.json.with_name(f".{args.json.name}.part")
-        aside.write_text(json.dumps({"arguments": given, **data}, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, args.json)
+        write_json(args.json, {"arguments": given, **data}, indent=1)
 
 
 if __name__ == "__main__":

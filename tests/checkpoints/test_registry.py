@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from cogview.checkpoints import registry
-from cogview.checkpoints.checkpoint import file_sha256, read_config
+from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.registry import converted_folder, find_checkpoint, find_parts, home, known_models
 from cogview.errors import InputError
+from cogview.files import file_sha256
 
 
 @pytest.fixture

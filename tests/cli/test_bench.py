@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -265,11 +266,11 @@ def test_json_is_there_whole_or_not_at_all(tiny_checkpoint, in_this_process, tmp
     path = tmp_path / "bench.json"
     path.write_text("older")
 
-    def full(path, content):
-        path.write_text("{")
+    def full(self, text, encoding):
+        self.write_bytes(b"{")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("cogview.checkpoints.checkpoint.write_json", full)
+    monkeypatch.setattr(Path, "write_text", full)
     arguments = ["--model", str(tiny_checkpoint), "--device", "cpu", "--batch", "1", "--repeats", "1", "--codes", "2"]
     assert main(["bench", *arguments, "--json", str(path)]) == 2
     printed = capsys.readouterr()
