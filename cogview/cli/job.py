@@ -361,7 +361,7 @@ class Job:
         import numpy as np
         from PIL import Image
 
-        from cogview.image_io import contact_sheet
+        from cogview.image_io.contact_sheet import contact_sheet
         from cogview.image_io.png import read_texts, save_png, sheet_texts
 
         paths = [self.args.output / ledger.done[name]["path"] for name in names if name in ledger.done]

@@ -9,7 +9,7 @@ from pathlib import Path
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
 from cogview.emoji.things import EmojiFiles
 from cogview.emoji.world import World, WorldSettings
-from cogview.image_io import contact_sheet
+from cogview.image_io.contact_sheet import contact_sheet
 
 SHEET_SCENES = 48
 

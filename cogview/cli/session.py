@@ -239,7 +239,7 @@ class Easel:
         """Write a contact sheet and print its path."""
         import numpy as np
 
-        from cogview.image_io import contact_sheet
+        from cogview.image_io.contact_sheet import contact_sheet
         from cogview.image_io.png import picture_texts, save_png, sheet_texts
 
         sheet = contact_sheet([np.asarray(picture) for picture in pictures], columns=columns)

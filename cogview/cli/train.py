@@ -27,7 +27,7 @@ from cogview.device import Placement, available_memory, flush_denormals, precisi
 from cogview.emoji.world import World as EmojiWorld
 from cogview.errors import InputError, ToldElsewhere
 from cogview.generation.sampling import Sampling
-from cogview.image_io import contact_sheet
+from cogview.image_io.contact_sheet import contact_sheet
 from cogview.modeling.config import preset
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView

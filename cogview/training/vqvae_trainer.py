@@ -16,7 +16,7 @@ from cogview.checkpoints.image_tokenizer import save_image_tokenizer
 from cogview.emoji.keyed_random import Draws
 from cogview.emoji.world import World
 from cogview.errors import InputError
-from cogview.image_io import contact_sheet
+from cogview.image_io.contact_sheet import contact_sheet
 from cogview.training.loop import Trainer, Writer, leave_signals_to_parent
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
