@@ -1,520 +1,257 @@
-"""Fetch a released file: from the first mirror that gives it, in parallel parts, and on from where it stopped.
+"""Download files by direct address: mirrors in order, with resume, checksum and lock.
 
-While a file is under way it is ``NAME.part``, with what is known of it in ``NAME.part.json``. It gets its own name when
-it is whole, and its size and SHA-256 are right where they are known.
+An unfinished file is ``NAME.part``, described by ``NAME.part.json``; it gets its name when it is complete and verified.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import shutil
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 from urllib import request
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from cogview import __version__
 from cogview.checkpoints.registry import KnownFile
 from cogview.errors import InputError
-
-BLOCK = 1 << 18  # bytes read at most at a time
-SMALLEST_PART = 1 << 20  # bytes; for less, another connection costs more than it gains
-SECONDS_BETWEEN_NOTES = 2.0  # a killed download loses no more than it received in so long
-WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each new try of a connection that was cut
-
-_WEB_PAGE = "sent a web page instead of the file (a login, a consent or an error page?)"
-
-Range = tuple[int, int]  # first byte, and the one behind the last
+from cogview.files import file_sha256
 
 
-def download(
-    file: KnownFile, folder: Path, *, parts: int = 4, waits: Sequence[float] = WAITS, timeout: float = 30.0
-) -> Path:
-    """Fetch ``file`` into ``folder``, unless it is there already; returns its path.
+def download(file: KnownFile, folder: Path, *, delays: Sequence[float] = (1, 2, 4, 8), timeout: float = 30) -> Path:
+    """Download ``file`` into ``folder`` unless it is there already.
 
-    ``parts`` connections are open at a time where the server can send parts of a file. A connection that is cut, or
-    silent for ``timeout`` seconds, is tried again after each of ``waits``, counted anew whenever something came. Why a
-    mirror is given up for the next is said on stderr. Raises InputError where no mirror gives the file, it cannot be
-    written, or another process is fetching it; what was received is kept, and the next call goes on from there.
+    Args:
+        file: Name, mirrors in order of preference, and, where published, size in bytes and SHA-256.
+        folder: Created if needed. After a failure it keeps the received bytes, and the next call resumes.
+        delays: Seconds before each retry of a broken connection; counted anew when bytes arrive.
+        timeout: Seconds of silence after which a connection counts as broken.
+
+    Returns:
+        The path of the complete, verified file.
+
+    Raises:
+        InputError: No mirror delivers the file, it cannot be written, or another process is downloading it.
     """
-    target = folder / file.name
+    target, lock = folder / file.name, folder / f"{file.name}.lock"
     try:
-        if _is_there(file, target):
-            return target
-        folder.mkdir(parents=True, exist_ok=True)
-        if not file.urls:
-            raise InputError(f"{file.name} has no address that a program could fetch it from: {_by_hand(file, target)}")
-        with _alone(target):
-            if not _is_there(file, target):  # another process may just have finished it
-                partial = Partial(target)
-                try:
-                    _fetch(_Client(parts=parts, waits=waits, timeout=timeout), file, partial)
-                finally:
-                    partial.close()
-                os.replace(partial.path, target)
-                partial.clear()
+        if not target.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            if not file.urls:
+                raise InputError(f"{file.name} has no direct address: {_manual_instructions(file, target)}")
+            with FileLock(lock, timeout=0):
+                if not target.is_file():  # another process may have finished it a moment ago
+                    _fetch(file, PartialDownload(target), delays, timeout)
+            lock.unlink(missing_ok=True)  # only beside a complete file, where nobody has to wait for it
+        elif mismatch := _mismatch(file, target):
+            raise InputError(f"{target} is not the expected file: {mismatch}; move it away and run the command again")
+    except Timeout:
+        raise InputError(f"another process is downloading {target}: wait for it, or end it, then try again") from None
     except OSError as error:
         raise InputError(
-            f"cannot write {error.filename or target}: {error.strerror or error}; what was received is kept"
+            f"cannot write {error.filename or target}: {error.strerror}; received bytes are kept"
         ) from None
     return target
 
 
-def received(folder: Path, name: str) -> Range | None:
-    """(bytes received, bytes in all) of a download that was interrupted; None where there is none."""
-    partial = Partial(folder / name)
-    return (partial.count, partial.size) if partial.size and partial.count else None
+def received(folder: Path, name: str) -> tuple[int, int] | None:
+    """Return (bytes received, size in bytes) of an interrupted download, or None if there is none."""
+    partial = PartialDownload(folder / name)
+    return (partial.received, partial.remote.size) if partial.remote.size else None
 
 
 def size_in_words(count: int) -> str:
-    """Bytes as 7.9 GB."""
+    """Format bytes, as 7.9 GB."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count} bytes"
 
 
-class _Trouble(Exception):
-    """What a mirror did wrong, to be read behind its name; ``lasting`` if trying again would not help."""
+class MirrorError(Exception):
+    """A failure of one mirror; ``permanent`` if a retry cannot help. The message follows the mirror's host."""
 
-    def __init__(self, reason: str, lasting: bool = True) -> None:
+    def __init__(self, reason: str, permanent: bool = True) -> None:
         super().__init__(reason)
-        self.lasting = lasting
+        self.permanent = permanent
 
 
-class _Stopped(Exception):
-    """Nothing more may be written."""
+class RemoteFile(NamedTuple):
+    """A file as a mirror describes it."""
+
+    url: str = ""
+    size: int | None = None  # bytes
+    etag: str = ""  # a strong one, sent back as If-Range
 
 
-class Partial:
-    """What was received of ``target``. Several threads may write; one process at a time may hold it."""
+class PartialDownload:
+    """The first bytes of ``target`` and the remote file they belong to, kept on disk."""
 
     def __init__(self, target: Path) -> None:
+        self.target = target
         self.path = target.with_name(target.name + ".part")
-        self.size: int | None = None  # bytes in all, as the server said
-        self.etags: dict[str, str] = {}  # by mirror, where it is a strong one
-        self.done: list[Range] = []  # sorted; no two touch
         self._note = target.with_name(target.name + ".part.json")
-        self._new_note = target.with_name(target.name + ".part.json.writing")
-        self._file: IO[bytes] | None = None
-        self._lock = threading.Lock()
-        with suppress(OSError, ValueError, KeyError, TypeError):  # a note that cannot be used is none
-            note = json.loads(self._note.read_text(encoding="utf-8"))
-            size, etags = int(note["size"]), dict(note["etags"])
-            done = _merged([(int(start), int(end)) for start, end in note["done"]])
-            if done and done[0][0] >= 0 and done[-1][1] <= min(size, self.path.stat().st_size):
-                self.size, self.etags, self.done = size, etags, done
+        self.received, self.remote = 0, RemoteFile()
+        with suppress(OSError, ValueError, TypeError):  # without a usable note, the download starts over
+            remote = RemoteFile(**json.loads(self._note.read_text(encoding="utf-8")))
+            if 0 < (count := self.path.stat().st_size) <= (remote.size or 0):
+                self.received, self.remote = count, remote
 
-    @property
-    def count(self) -> int:
-        """Bytes received."""
-        return sum(end - start for start, end in self.done)
+    def append(self, remote: RemoteFile, response: HTTPResponse) -> None:
+        """Write the body of ``response`` behind the received bytes, with a progress bar."""
+        from tqdm import tqdm
 
-    def missing(self) -> list[Range]:
-        """The ranges between those that are done."""
-        assert self.size is not None
-        edges = [0, *(edge for both in self.done for edge in both), self.size]
-        return [(start, end) for start, end in zip(edges[::2], edges[1::2], strict=True) if start < end]
+        self.remote = remote
+        self._note.write_text(json.dumps(remote._asdict()), encoding="utf-8")
+        bar = tqdm(total=remote.size, initial=self.received, unit="B", unit_scale=1, desc=self.path.stem, disable=None)
+        with bar, self.path.open("ab" if self.received else "wb") as file:
+            while block := _read(response):
+                self.received += file.write(block)
+                bar.update(len(block))
 
-    def write(self, start: int, block: bytes) -> None:
-        """Put ``block`` at byte ``start``; raises _Stopped once closed."""
-        with self._lock:
-            if self._file is None:
-                raise _Stopped
-            if start == 0 and self.size is None:  # again from the beginning, and perhaps less than before
-                self._file.truncate(0)
-                self.done = []
-            self._file.seek(start)
-            rest = memoryview(block)
-            while rest:
-                rest = rest[self._file.write(rest) :]
-            self.done = _merged([*self.done, (start, start + len(block))])
-
-    def open(self) -> None:
-        """Before the first ``write``."""
-        if self._file is None:  # unbuffered, so that what counts as done has been handed to the system
-            self._file = self.path.open("r+b" if self.done else "w+b", buffering=0)
-
-    def save(self) -> None:
-        """Note on disk what is done."""
-        with self._lock:
-            if self._file is None or self.size is None:
-                return
-            note = {"size": self.size, "etags": self.etags, "done": self.done}
-            number = self._file.fileno()
-        os.fsync(number)  # or a power cut could leave a note of bytes that are not there
-        self._new_note.write_text(json.dumps(note), encoding="utf-8")
-        os.replace(self._new_note, self._note)
-
-    def close(self) -> None:
-        """Note what is done and refuse anything more; leaves no file where nothing is done."""
-        with suppress(OSError):  # the disk may be full, and an older note serves as well
-            self.save()
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-        if not self.done or self.size is None:
-            self.clear()
-
-    def clear(self) -> None:
-        """Forget and remove everything."""
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-            self.size, self.etags, self.done = None, {}, []
-        for path in (self.path, self._note, self._new_note):
+    def discard(self) -> None:
+        """Remove the received bytes."""
+        self.received, self.remote = 0, RemoteFile()
+        for path in (self.path, self._note):
             path.unlink(missing_ok=True)
 
 
-@dataclass(frozen=True)
-class _Offer:
-    """What a mirror says about the file it has."""
-
-    url: str
-    size: int | None  # bytes
-    etag: str  # empty unless it is a strong one
-    in_parts: bool  # it answers requests for a part of the file
-
-
-class _Client:
-    """HTTP, with what went wrong as _Trouble; ``parts``, ``waits`` and ``timeout`` as ``download`` takes them."""
-
-    def __init__(self, *, parts: int, waits: Sequence[float], timeout: float) -> None:
-        self.parts = parts
-        self.waits = waits
-        self._timeout = timeout
-        # Not build_opener: that one also opens file: and ftp: addresses, to which a mirror could redirect.
-        self._opener = request.OpenerDirector()
-        for handler in (
-            request.ProxyHandler,
-            request.UnknownHandler,
-            request.HTTPHandler,
-            request.HTTPSHandler,
-            request.HTTPDefaultErrorHandler,
-            request.HTTPRedirectHandler,
-            request.HTTPErrorProcessor,
-        ):
-            self._opener.add_handler(handler())
-        self._opener.addheaders = [("User-Agent", f"cogview/{__version__}")]
-
-    def ask(self, file: KnownFile, url: str) -> _Offer:
-        """What the mirror ``url`` has, by asking for the first bytes, as not every server answers HEAD."""
-        with self._answer(url, {"Range": "bytes=0-511"}) as answer:
-            if _read(answer, 512).lstrip(b"\xef\xbb\xbf \t\r\n").lower().startswith((b"<!doctype", b"<html")):
-                raise _Trouble(_WEB_PAGE)
-            part = _content_range(answer)
-            in_parts = part is not None and part[0] == 0
-            size = part[1] if part else _whole_size(answer)
-            etag = answer.headers.get("ETag", "")
-            chunked = "chunked" in answer.headers.get("Transfer-Encoding", "").lower()  # the end has a mark
-        if size is None:
-            size = file.size
-            if not (chunked or file.size or file.sha256):
-                raise _Trouble("does not say how long the file is, so that a cut would go unnoticed")
-        elif file.size is not None and size != file.size:
-            raise _Trouble(f"has another file than expected: {size:,} bytes, not {file.size:,}")
-        return _Offer(url, size, "" if etag.startswith("W/") else etag, in_parts)
-
-    def blocks(self, offer: _Offer, start: int, end: int | None) -> Iterator[bytes]:
-        """The bytes from ``start`` to ``end``; the whole file, from 0, where the mirror does not send parts."""
-        headers = {}
-        if offer.in_parts:
-            assert end is not None
-            headers["Range"] = f"bytes={start}-{end - 1}"
-            if offer.etag:
-                headers["If-Range"] = offer.etag
-        with self._answer(offer.url, headers) as answer:
-            if offer.in_parts and _content_range(answer) != (start, offer.size):
-                raise _Trouble("sent something else than the part that was asked for")
-            if not offer.in_parts and _whole_size(answer) not in (None, offer.size):
-                raise _Trouble("sent something else than it first had")
-            while end is None or start < end:
-                block = _read(answer, BLOCK if end is None else min(BLOCK, end - start))
-                if not block:
-                    if end is None:
-                        return
-                    raise _Trouble("cut the connection", lasting=False)
-                yield block
-                start += len(block)
-
-    @contextmanager
-    def _answer(self, url: str, headers: dict[str, str]) -> Iterator[HTTPResponse]:
-        try:
-            answer = self._opener.open(request.Request(url, headers=headers), timeout=self._timeout)
-        except HTTPError as error:
-            error.close()
-            lasting = error.code < 500 and error.code not in (408, 429)
-            raise _Trouble(f"answered {error.code} {error.reason}", lasting) from None
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirect to no address at all
-            raise _Trouble(f"could not be reached: {_reason(error)}", lasting=False) from None
-        with answer:
-            if answer.headers.get_content_type() in ("text/html", "application/xhtml+xml"):
-                raise _Trouble(_WEB_PAGE)
-            if answer.headers.get("Content-Encoding", "identity") != "identity":
-                raise _Trouble("sent the file compressed, which was not asked for")
-            yield answer
-
-
-def _fetch(client: _Client, file: KnownFile, partial: Partial) -> None:
-    """Fill ``partial`` from the first mirror that can; InputError where none can."""
-    reasons = []
-    for number, url in enumerate(file.urls, 1):
-        try:
-            _fetch_from(client, file, url, partial)
-        except _Trouble as trouble:
-            reasons.append(f"{urlsplit(url).netloc} {trouble}")
-            if number < len(file.urls):
-                _say(f"{file.name}: {reasons[-1]}; trying {urlsplit(file.urls[number]).netloc}")
-        else:
-            return
-    target = partial.path.with_name(file.name)
-    if partial.count and partial.size:
-        remedy = f"run the command again to go on from {partial.count / partial.size:.0%}, or {_by_hand(file, target)}"
+def _fetch(file: KnownFile, partial: PartialDownload, delays: Sequence[float], timeout: float) -> None:
+    """Complete ``partial`` from the first mirror that can; raise InputError if none can."""
+    reasons: list[str] = []
+    for url in file.urls:
+        host = urlsplit(url).netloc
+        if reasons:
+            _notify(f"{file.name}: {reasons[-1]}; trying {host}")
+        furthest = failures = 0
+        while True:
+            try:
+                return _fetch_from(url, file, partial, timeout)
+            except MirrorError as error:
+                failures = 1 if partial.received > furthest else failures + 1
+                furthest = max(furthest, partial.received)
+                if error.permanent or failures > len(delays):
+                    reasons.append(f"{host} {error}")
+                    break
+                time.sleep(delays[failures - 1])
+    remedy = _manual_instructions(file, partial.target)
+    if partial.received and partial.remote.size:
+        remedy = f"run the command again to resume at {partial.received / partial.remote.size:.0%}, or {remedy}"
     else:
-        remedy = _by_hand(file, target)
+        partial.discard()
     raise InputError(f"{'; '.join(reasons)}: {remedy}")
 
 
-def _fetch_from(client: _Client, file: KnownFile, url: str, partial: Partial) -> None:
-    """Fill ``partial`` from one mirror, going on with what is there unless it belongs to another file."""
-    offer = client.ask(file, url)
-    known_etag = partial.etags.get(url)
-    if partial.done and partial.size != offer.size:
-        _say(f"{file.name} has another size at {urlsplit(url).netloc} than what is here of it: beginning anew")
-        partial.clear()
-    elif partial.done and known_etag and offer.etag and known_etag != offer.etag:
-        _say(f"{file.name} has changed at {urlsplit(url).netloc}: beginning anew")
-        partial.clear()
-    while True:
-        resumed = bool(partial.done)
-        partial.size = offer.size
-        if offer.etag:
-            partial.etags[url] = offer.etag
-        _receive(client, file, offer, partial)
-        wrong = _mistake(file, partial.path) if partial.count else "it is empty"
-        if not wrong:
-            return
-        partial.clear()
-        if not resumed:
-            raise _Trouble(f"sent another file than expected: {wrong}")
-        _say(f"{file.name}: what was there from before does not fit what came now ({wrong}): beginning anew")
+def _fetch_from(url: str, file: KnownFile, partial: PartialDownload, timeout: float) -> None:
+    """Complete and verify ``partial`` over one connection."""
+    if partial.remote.size is None:  # a mirror that states no size cannot resume
+        partial.discard()
+    resumed = partial.received
+    if not resumed or resumed != partial.remote.size:
+        with _open(url, partial, timeout) as response:
+            _receive(response, url, file, partial)
+    if mismatch := _mismatch(file, partial.path):
+        partial.discard()
+        raise MirrorError(f"sent another file than expected: {mismatch}", permanent=not resumed)
+    os.replace(partial.path, partial.target)
+    partial.discard()
 
 
-def _receive(client: _Client, file: KnownFile, offer: _Offer, partial: Partial) -> None:
-    """Fetch what is missing, in threads, and note now and then how far they are."""
-    from tqdm import tqdm
-
-    partial.open()
-    pieces: list[tuple[int, int | None]] = [(0, None)]
-    if offer.size is not None:
-        folder = partial.path.parent
-        needed, free = offer.size - partial.count, shutil.disk_usage(folder).free
-        if needed > free:
-            raise InputError(
-                f"{file.name} needs {size_in_words(needed)} more in {folder}, where {size_in_words(free)} are free"
-            )
-        if partial.done:
-            _say(f"{file.name}: going on from {partial.count / offer.size:.0%}")
-        missing = _pieces(partial.missing(), client.parts)
-        pieces = [*missing] if offer.in_parts or not missing else [(0, offer.size)]
-    work: queue.SimpleQueue[tuple[int, int | None]] = queue.SimpleQueue()
-    for piece in pieces:
-        work.put(piece)
-    errors: list[Exception] = []
-    stop = threading.Event()
-
-    def run() -> None:
-        start, end = 0, None
-        try:
-            while not stop.is_set():
-                start, end = work.get_nowait()
-                for at, block in _blocks(client, offer, start, end, stop):
-                    partial.write(at, block)
-                    start = at + len(block)
-        except (queue.Empty, _Stopped):
-            pass
-        except _Trouble as trouble:
-            errors.append(trouble)
-            if offer.in_parts:  # perhaps this was one connection too many, and another thread can do its work
-                work.put((start, end))
-        except Exception as error:
-            errors.append(error)
-            stop.set()
-
-    # Daemons, so that neither Ctrl-C nor a full disk has to wait for a server that is silent.
-    threads = [threading.Thread(target=run, daemon=True) for _ in pieces[: client.parts]]
-    with tqdm(
-        total=offer.size, initial=partial.count, unit="B", unit_scale=True, desc=file.name, disable=None, leave=False
-    ) as bar:
-        try:
-            for thread in threads:
-                thread.start()
-            noted = time.monotonic()
-            while any(thread.is_alive() for thread in threads) and not stop.is_set():
-                for thread in threads:
-                    thread.join(0.1)
-                bar.update(partial.count - bar.n)
-                if time.monotonic() - noted > SECONDS_BETWEEN_NOTES:
-                    partial.save()
-                    noted = time.monotonic()
-        finally:
-            stop.set()
-    if errors and (offer.size is None or partial.missing()):
-        if offer.size is None:  # nobody knows where to go on
-            partial.clear()
-        raise next((error for error in errors if not isinstance(error, _Trouble)), errors[-1])
-    partial.size = partial.count
+def _open(url: str, partial: PartialDownload, timeout: float) -> HTTPResponse:
+    """Request the bytes that ``partial`` lacks."""
+    headers = {"User-Agent": f"cogview/{__version__}"}
+    if partial.received:
+        headers["Range"] = f"bytes={partial.received}-"
+        if partial.remote.etag and partial.remote.url == url:
+            headers["If-Range"] = partial.remote.etag
+    try:
+        response = request.urlopen(request.Request(url, headers=headers), timeout=timeout)
+    except HTTPError as error:
+        error.close()
+        if error.code == 416 and partial.received:  # the mirror's file is shorter than the received bytes
+            partial.discard()
+            return _open(url, partial, timeout)
+        permanent = error.code < 500 and error.code not in (408, 429)
+        raise MirrorError(f"answered {error.code} {error.reason}", permanent) from None
+    except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirect to a malformed address
+        reason = getattr(getattr(error, "reason", error), "strerror", None) or error
+        raise MirrorError(f"could not be reached: {reason}", permanent=False) from None
+    if not isinstance(response, HTTPResponse):
+        raise MirrorError(f"redirects to {response.url}, which is not http")
+    return response
 
 
-def _blocks(
-    client: _Client, offer: _Offer, start: int, end: int | None, stop: threading.Event
-) -> Iterator[tuple[int, bytes]]:
-    """(position, bytes) from ``start`` to ``end``; a connection that is cut is opened again, as ``download`` says."""
-    position = furthest = start
-    tries = 0
-    while True:
-        try:
-            for block in client.blocks(offer, position, end):
-                yield position, block
-                position += len(block)
-            return
-        except _Trouble as trouble:
-            if position > furthest:
-                furthest, tries = position, 0
-            if trouble.lasting or tries == len(client.waits) or stop.wait(client.waits[tries]):
-                raise
-        tries += 1
-        if not offer.in_parts:
-            position = start
-
-
-def _pieces(missing: Sequence[Range], parts: int) -> list[Range]:
-    """``missing`` in pieces of about one of ``parts`` of it each."""
-    step = max(-(-sum(end - start for start, end in missing) // parts), SMALLEST_PART)
-    return [(at, min(at + step, end)) for start, end in missing for at in range(start, end, step)]
-
-
-def _merged(ranges: Sequence[Range]) -> list[Range]:
-    """The same bytes in as few ranges as can be, sorted."""
-    merged: list[Range] = []
-    for start, end in sorted(ranges):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+def _receive(response: HTTPResponse, url: str, file: KnownFile, partial: PartialDownload) -> None:
+    """Append the body of ``response`` to ``partial``, or start over if it is another file."""
+    start, remote = _describe(response, url, file)
+    before = partial.remote
+    if partial.received:
+        changed = before.url == url and before.etag and remote.etag not in ("", before.etag)
+        if changed or (start, remote.size) != (partial.received, before.size):
+            _notify(f"{file.name} has changed at {urlsplit(url).netloc}, or cannot be resumed there: starting over")
+            partial.discard()
         else:
-            merged.append((start, end))
-    return merged
+            _notify(f"{file.name}: resuming at {start / (before.size or 1):.0%}")
+    if start != partial.received:
+        raise MirrorError("sent another range than requested", permanent=False)
+    needed, free = (remote.size or 0) - start, shutil.disk_usage(partial.path.parent).free
+    if needed > free:
+        sizes = f"needs {size_in_words(needed)} more, only {size_in_words(free)} are free"
+        raise InputError(f"{file.name} {sizes} in {partial.path.parent}")
+    partial.append(remote, response)
+    if partial.received < (remote.size or 0):
+        raise MirrorError("cut the connection", permanent=False)
 
 
-def _is_there(file: KnownFile, target: Path) -> bool:
-    """Whether ``target`` is the whole file; InputError where something else has that name."""
-    if not target.is_file():
-        return False
-    if mistake := _mistake(file, target):
-        raise InputError(
-            f"{target} is not the file that is expected: {mistake}; move it away and run the command again"
-        )
-    return True
+def _describe(response: HTTPResponse, url: str, file: KnownFile) -> tuple[int, RemoteFile]:
+    """Return the first byte in ``response`` and its file; raise MirrorError if it cannot be ``file``."""
+    headers = response.headers
+    if headers.get_content_type() in ("text/html", "application/xhtml+xml"):
+        raise MirrorError("sent a web page instead of the file (a login, a consent or an error page?)")
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", "")) if response.status == 206 else None
+    start, length = (int(match[1]), match[2]) if match else (0, headers.get("Content-Length", ""))
+    size = int(length) if length.isdecimal() else file.size
+    if file.size not in (None, size):
+        raise MirrorError(f"has another file than expected: {size:,} bytes, not {file.size:,}")
+    if size is None and file.sha256 is None and headers.get("Transfer-Encoding", "").lower() != "chunked":
+        raise MirrorError("does not state the size of the file, so a cut would go unnoticed")
+    etag = headers.get("ETag", "")
+    return start, RemoteFile(url, size, "" if etag.startswith("W/") else etag)
 
 
-def _mistake(file: KnownFile, path: Path) -> str:
-    """How ``path`` differs from what is known of ``file``; empty if it does not."""
+def _read(response: HTTPResponse) -> bytes:
+    """Read a block of at most 256 KiB; empty at the end, and where the connection was closed."""
+    try:
+        return response.read1(1 << 18)
+    except (OSError, HTTPException) as error:
+        raise MirrorError(f"broke off: {error}", permanent=False) from None
+
+
+def _mismatch(file: KnownFile, path: Path) -> str:
+    """Describe how ``path`` differs from the published size or SHA-256; empty if it does not."""
     size = path.stat().st_size
-    if file.size is not None and size != file.size:
-        return f"it has {size:,} bytes, not {file.size:,}"
-    if file.sha256 is not None:
-        from cogview.checkpoints.checkpoint import file_sha256  # brings torch
-
-        if (found := file_sha256(path)) != file.sha256:
-            return f"its SHA-256 is {found[:12]}…, not {file.sha256[:12]}…"
+    if not size or file.size not in (None, size):
+        return f"it has {size:,} bytes" + (f", not {file.size:,}" if file.size else "")
+    if file.sha256 is not None and (found := file_sha256(path)) != file.sha256:
+        return f"its SHA-256 is {found[:12]}…, not {file.sha256[:12]}…"
     return ""
 
 
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """Keep other processes from fetching ``target``; the system lets go of the lock even where this one is killed."""
-    path = target.with_name(target.name + ".lock")
-    while True:
-        lock = path.open("ab")
-        try:
-            _lock(lock)
-            if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                break
-        except (BlockingIOError, PermissionError):
-            lock.close()
-            raise InputError(
-                f"another process is fetching {target}; wait for it, or end it, and run the command again"
-            ) from None
-        except FileNotFoundError:
-            pass
-        lock.close()  # whoever held it has just removed it
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Windows keeps files that are open
-            path.unlink()
-        lock.close()
-
-
-def _lock(file: IO[bytes]) -> None:
-    """BlockingIOError or PermissionError where another process has locked ``file``."""
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise
-    except OSError:  # some network file systems have no locks
-        pass
-
-
-def _read(answer: HTTPResponse, count: int) -> bytes:
-    """What has come, up to ``count`` bytes; empty at the end, or where the connection was closed."""
-    try:
-        return answer.read1(count)
-    except (OSError, HTTPException) as error:
-        raise _Trouble(f"broke off: {_reason(error)}", lasting=False) from None
-
-
-def _content_range(answer: HTTPResponse) -> tuple[int, int] | None:
-    """(first byte, bytes of the whole file) of an answer with a part; None for any other."""
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", "").strip())
-    return (int(match[1]), int(match[2])) if match and answer.status == 206 else None
-
-
-def _whole_size(answer: HTTPResponse) -> int | None:
-    """Bytes of an answer with the whole file, where it says so."""
-    length = answer.headers.get("Content-Length", "")
-    return int(length) if answer.status == 200 and length.isdecimal() else None
-
-
-def _reason(error: Exception) -> str:
-    """A network error in a few words."""
-    if isinstance(error, URLError) and isinstance(error.reason, Exception):
-        error = error.reason
-    return str(getattr(error, "strerror", None) or getattr(error, "reason", None) or error) or type(error).__name__
-
-
-def _by_hand(file: KnownFile, target: Path) -> str:
+def _manual_instructions(file: KnownFile, target: Path) -> str:
+    """Explain how to get ``file`` with a browser."""
     return f"get {file.name} by hand from {file.page} and put it at {target}, then run the command again"
 
 
-def _say(line: str) -> None:
+def _notify(line: str) -> None:
+    """Print ``line`` to stderr."""
     print(line, file=sys.stderr)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogview.cli.options import require_positive
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where files go, and are not converted (default: $COGVIEW_HOME/files, else ~/.cache/cogview/files)",
     )
     parser.add_argument("--no-convert", action="store_true", help="leave the files as they are")
-    parser.add_argument("--parts", type=int, default=4, metavar="COUNT", help="connections at a time for one file")
+    parser.add_argument("--parts", type=int, help=argparse.SUPPRESS)  # of old command lines; one connection suffices
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
     from cogview.checkpoints.download import download
     from cogview.checkpoints.registry import converted_folder, downloads_folder, is_converted, known_models
 
-    require_positive("--parts", args.parts)
     known = known_models()
     row = known.get(args.name)
     if row is None:
@@ -56,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     for file in wanted.values():
         try:
-            print(download(file, folder, parts=args.parts), flush=True)
+            print(download(file, folder), flush=True)
         except InputError as error:
             print(f"cogview download: {error}", file=sys.stderr)
             status = 2

@@ -32,9 +32,9 @@ def as_json(capsys, name):
 
 
 def leave_part(files, name, size, count):
-    """What an interrupted download leaves."""
+    """Leave the files of an interrupted download."""
     (files / f"{name}.part").write_bytes(b"x" * count)
-    note = {"size": size, "etags": {}, "done": [[0, count]]}
+    note = {"url": "https://example.org", "size": size, "etag": ""}
     (files / f"{name}.part.json").write_text(json.dumps(note), encoding="utf-8")
 
 
