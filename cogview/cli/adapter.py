@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogview.checkpoints.download import size_in_words
+from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.adapter import Adapter
@@ -66,7 +66,7 @@ def facts(adapter: Adapter) -> list[str]:
         "alpha": f"{own.alpha:g}, which scales by {own.scale:g}",
         "targets": ", ".join(own.targets),
         "projections": f"{len(adapter.projections)}",
-        "parameters": f"{adapter.num_parameters:,} ({size_in_words(adapter.num_bytes)})",
+        "parameters": f"{adapter.num_parameters:,} ({format_bytes(adapter.num_bytes)})",
     }
     if base is not None:
         lines["shape"] = (

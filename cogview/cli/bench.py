@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from cogview.checkpoints.download import size_in_words
 from cogview.cli.estimate import SPARE, open_configs, preset_config
 from cogview.cli.options import DEFAULT_MODEL, add_parallel_argument, parallel, require_positive
 from cogview.errors import InputError
 from cogview.files import write_json
+from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:
     from cogview.benchmark.measure import Figures, Subject
@@ -235,9 +235,9 @@ class Bench:
 
     def line(self, row: dict[str, Any]) -> str:
         """A row of the table."""
-        batch, predicted = str(row["batch"]).rjust(COLUMNS["batch"][0]), size_in_words(row["predicted_bytes"])
+        batch, predicted = str(row["batch"]).rjust(COLUMNS["batch"][0]), format_bytes(row["predicted_bytes"])
         if problem := row.get("left_out"):
-            free = size_in_words(row["free_bytes"])
+            free = format_bytes(row["free_bytes"])
             return f"{batch}  {problem}: {predicted} predicted, {free} free, of which {SPARE:.0%} stay free"
         if problem := row.get("failed"):
             return f"{batch}  failed: {problem}; {predicted} predicted"
@@ -252,7 +252,7 @@ class Bench:
             "tokens/s": _number(row["tokens_per_s"]),
             "roofline": f"{row['roofline']:.0%}",
             "predicted": predicted,
-            "seen": "unknown" if seen is None else size_in_words(seen),
+            "seen": "unknown" if seen is None else format_bytes(seen),
         }
         return "  ".join(cells[name].rjust(width) for name, (width, _) in COLUMNS.items())
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogview.checkpoints.download import size_in_words
 from cogview.errors import InputError
+from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:
     from cogview.cli.recipes import Recipe
@@ -155,7 +155,7 @@ def check_devices() -> Iterator[Line]:
     yield Line(
         "ok",
         "cpu",
-        f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, {size_in_words(available_memory(cpu))} of "
+        f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, {format_bytes(available_memory(cpu))} of "
         f"memory available, trains in {precision_name(half)}",
     )
     if not torch.cuda.is_available():
@@ -177,8 +177,8 @@ def check_devices() -> Iterator[Line]:
         yield Line(
             "ok" if free > 0.8 * whole else "note",
             f"cuda:{number}",
-            f"{properties.name}, compute capability {properties.major}.{properties.minor}, {size_in_words(free)} of "
-            f"{size_in_words(whole)} free, trains in {precision}{why}",
+            f"{properties.name}, compute capability {properties.major}.{properties.minor}, {format_bytes(free)} of "
+            f"{format_bytes(whole)} free, trains in {precision}{why}",
             "" if free > 0.8 * whole else "another program uses it: nvidia-smi shows which",
         )
 
@@ -266,9 +266,9 @@ def check_disk(folder: Path, checkpoint_bytes: int, kept: int = 0) -> Iterator[L
     """Whether there is room for the checkpoints of a run; one more is there while it is written, and the best."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(place).free, checkpoint_bytes * (kept + 2)
-    text = f"{size_in_words(free)} free at {place}"
+    text = f"{format_bytes(free)} free at {place}"
     if needed:
-        text += f", {kept} checkpoints, the best and one being written take {size_in_words(needed)}"
+        text += f", {kept} checkpoints, the best and one being written take {format_bytes(needed)}"
     short = free < needed
     yield Line("problem" if short else "ok", "disk", text, "make room, or set a smaller run.keep" if short else "")
     if not os.access(place, os.W_OK):
@@ -333,7 +333,7 @@ def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -
 
 def memory_line(predicted: int, seen: float, device_type: str) -> Line:
     """The memory that was predicted beside what was seen."""
-    text = f"{size_in_words(predicted)} predicted, {size_in_words(int(seen))} seen"
+    text = f"{format_bytes(predicted)} predicted, {format_bytes(int(seen))} seen"
     if device_type == "cpu":
         return Line("ok", "memory", f"{text} (resident, with Python and PyTorch, since this command began)")
     off = abs(predicted / max(seen, 1) - 1)

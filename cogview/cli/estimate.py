@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cogview.checkpoints.download import size_in_words
 from cogview.cli.options import DEFAULT_MODEL, require_positive
 from cogview.errors import InputError
+from cogview.formatting import format_bytes, format_duration, plural
 
 if TYPE_CHECKING:
     from cogview.checkpoints.checkpoint import ModelConfig
@@ -56,7 +56,7 @@ class Target:
     placement: Placement | None = None  # None: only a size was given
 
     def __str__(self) -> str:
-        return f"{self.type} with {size_in_words(self.memory)}" + (" free" if self.placement is not None else "")
+        return f"{self.type} with {format_bytes(self.memory)}" + (" free" if self.placement is not None else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -307,7 +307,7 @@ class Report:
         from cogview.planning.inference import DTYPES
 
         plan, shape, size = self.plan, self.plan.transformer, DTYPES[self.plan.dtype]
-        rows = counted(plan.rows, "row") + (" x 2 for guidance" if plan.guided else "")
+        rows = plural(plan.rows, "row") + (" x 2 for guidance" if plan.guided else "")
         layers = f"{shape.num_layers} layers x (12 x {shape.width}² + 17 x {shape.width}) numbers"
         if plan.dtype in ("int8", "int4"):
             layers += f", the 12 in {plan.dtype} with their scales, the 17 in 16 bits"
@@ -335,11 +335,11 @@ class Report:
             ),
             (
                 *("logits", "logits and noise", plan.rows * plan.logits),
-                f"{per_id} bytes x {ids} x {counted(plan.rows, 'row')}",
+                f"{per_id} bytes x {ids} x {plural(plan.rows, 'row')}",
             ),
             (
                 *("pictures", "pictures", plan.rows * plan.pictures),
-                f"in the VQ-VAE, {pixels} x {pixels} pixels x {counted(plan.rows, 'row')}",
+                f"in the VQ-VAE, {pixels} x {pixels} pixels x {plural(plan.rows, 'row')}",
             ),
         ]
         return [part for part in parts if part[2]]
@@ -347,32 +347,31 @@ class Report:
     def as_text(self) -> list[str]:
         """Lines to read."""
         plan, seconds = self.plan, self.plan.seconds(self.speed)
-        rows = counted(plan.rows, "row")
+        rows = plural(plan.rows, "row")
         lines = [
             f"{self.model}: {plan.task}, {rows} of up to {plan.columns:,} positions, {plan.dtype}, on {self.target}",
             "",
             "memory",
         ]
-        lines += [f"  {name:<22}{size_in_words(count):>8}  {how}" for _, name, count, how in self.parts()]
-        lines.append(f"  {'total':<22}{size_in_words(plan.total):>8}  {MEMORY_FORMULA}")
-        room = (
-            f"{size_in_words(self.usable)} may be taken: {SPARE:.0%} of {size_in_words(self.target.memory)} stay free"
-        )
+        lines += [f"  {name:<22}{format_bytes(count):>8}  {how}" for _, name, count, how in self.parts()]
+        lines.append(f"  {'total':<22}{format_bytes(plan.total):>8}  {MEMORY_FORMULA}")
+        room = f"{format_bytes(self.usable)} may be taken: {SPARE:.0%} of {format_bytes(self.target.memory)} stay free"
         if self.fits:
             lines.append(f"fits: {room}; the largest -n that fits is {plan.largest_rows(self.usable)}")
         else:
-            would = ", or ".join(self.remedies()) or f"nothing smaller; one row takes {size_in_words(self._least())}"
+            would = ", or ".join(self.remedies()) or f"nothing smaller; one row takes {format_bytes(self._least())}"
             lines.append(f"does not fit: {room}; what would: {would}")
         steps = [plan.read_seconds(read, self.speed) for read in plan.reads if read.new == 1]
         lines += [
             "",
-            f"time: about {_seconds(seconds.total)} for {rows}, {_seconds(seconds.total / plan.rows)} each",
-            f"  {'given positions':<22}{_seconds(seconds.given):>8}",
+            f"time: about {format_duration(seconds.total)} for {rows}, "
+            f"{format_duration(seconds.total / plan.rows)} each",
+            f"  {'given positions':<22}{format_duration(seconds.given):>8}",
         ]
         if steps:
             each = f"{len(steps):,} steps of {1000 * min(steps):.3g} to {1000 * max(steps):.3g} ms"
-            lines.append(f"  {'drawn positions':<22}{_seconds(seconds.steps):>8}  {each}")
-        lines.append(f"  {'pictures':<22}{_seconds(seconds.pictures):>8}  operations of the VQ-VAE / flops")
+            lines.append(f"  {'drawn positions':<22}{format_duration(seconds.steps):>8}  {each}")
+        lines.append(f"  {'pictures':<22}{format_duration(seconds.pictures):>8}  operations of the VQ-VAE / flops")
         lines += [f"  {line}" for line in self._time_formula()]
         lines += [f"  {name}: {value}" for name, value in self._numbers().items()]
         return lines
@@ -442,13 +441,3 @@ class Report:
             "share": f"{SHARE:g} of the bandwidth (assumed)",
             "operations": f"{OPERATIONS_PER_LAYER} a layer, {1e6 * SECONDS_PER_OPERATION:g} µs to start each (assumed)",
         }
-
-
-def counted(number: int, what: str) -> str:
-    return f"{number} {what}" + ("s" if number != 1 else "")
-
-
-def _seconds(value: float) -> str:
-    if value >= 600:
-        return f"{value / 60:.0f} min"
-    return f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms" if value >= 0.001 else "< 1 ms"

@@ -8,9 +8,9 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cogview.checkpoints.download import size_in_words
-from cogview.cli.estimate import ASSUMED, TRAINING_OPTIONS, Target, counted, find_target, open_configs
+from cogview.cli.estimate import ASSUMED, TRAINING_OPTIONS, Target, find_target, open_configs
 from cogview.errors import InputError
+from cogview.formatting import format_bytes, format_duration, plural
 
 if TYPE_CHECKING:
     from cogview.checkpoints.checkpoint import ModelConfig
@@ -63,7 +63,7 @@ def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
         raise InputError(f"--batch {batch} does not divide among {world} GPUs")
     if args.rows is not None and batch // world % args.rows:
         raise InputError(
-            f"--rows {args.rows} does not divide the {batch // world} rows of each of {counted(world, 'GPU')}, in a "
+            f"--rows {args.rows} does not divide the {batch // world} rows of each of {plural(world, 'GPU')}, in a "
             f"batch of {batch}"
         )
     job = TrainingJob(
@@ -245,7 +245,7 @@ class TrainingReport:
             "selective": "results of products, the rest computed again",
             "full": "inputs of layers, the rest computed again",
         }[job.checkpointing]
-        kept += f": {job.transformer.num_layers} layers x {counted(job.rows, 'row')} x {job.length:,} positions"
+        kept += f": {job.transformer.num_layers} layers x {plural(job.rows, 'row')} x {job.length:,} positions"
         overhead = "Python and PyTorch, measured" if job.device_type == "cpu" else "context and kernels, assumed"
         parts = [
             ("weights", "weights", memory.weights, weights),
@@ -267,26 +267,27 @@ class TrainingReport:
         engine = job.engine + (f" ZeRO {job.zero}" if job.zero else "") + (", offloaded" if job.offload else "")
         adapter = "" if self.lora is None else f"an adapter of rank {self.lora}, "
         lines = [
-            f"{self.model}: training, {adapter}{counted(job.rows, 'row')} of {job.length:,} positions at once, "
+            f"{self.model}: training, {adapter}{plural(job.rows, 'row')} of {job.length:,} positions at once, "
             f"{job.batch:,} rows a step, {job.precision}, {engine}, checkpointing {job.checkpointing}, on "
             f"{f'{job.world} x ' if each else ''}{self.target}",
             "",
             f"memory{each}",
         ]
-        lines += [f"  {name:<22}{size_in_words(count):>8}  {how}" for _, name, count, how in self.parts()]
-        lines.append(f"  {'total':<22}{size_in_words(memory.total):>8}")
+        lines += [f"  {name:<22}{format_bytes(count):>8}  {how}" for _, name, count, how in self.parts()]
+        lines.append(f"  {'total':<22}{format_bytes(memory.total):>8}")
         if memory.host:
             numbers = f"{memory.host * job.world / job.trained:.0f} bytes x {job.trained:,} parameters"
             share = f" / {job.world} GPUs; as often as a host has GPUs" if each else ""
-            lines.append(f"  {'on the host':<22}{size_in_words(memory.host):>8}  {numbers}{share}")
-        usable = size_in_words(int((1 - SPARE) * self.target.memory))
-        room = f"{usable} may be taken: {SPARE:.0%} of {size_in_words(self.target.memory)} stay free"
+            lines.append(f"  {'on the host':<22}{format_bytes(memory.host):>8}  {numbers}{share}")
+        usable = format_bytes(int((1 - SPARE) * self.target.memory))
+        room = f"{usable} may be taken: {SPARE:.0%} of {format_bytes(self.target.memory)} stay free"
         if self.fits:
             lines.append(f"fits: {room}; the largest --rows that fits is {self.largest}")
         else:
             would = ", or ".join(self.remedies()) or "nothing here; larger devices, or more of them"
             lines.append(f"does not fit: {room}; what would: {would}")
-        lines += ["", f"time: about {_hours(self.seconds)} for {self.tokens:.3g} positions in {self.steps:,} steps"]
+        time = format_duration(self.seconds)
+        lines += ["", f"time: about {time} for {self.tokens:.3g} positions in {self.steps:,} steps"]
         lines += [f"  {line}" for line in (*self._time_formula(), *self._numbers())]
         return lines
 
@@ -391,10 +392,10 @@ def sizes_as_text(table: dict[str, Any]) -> list[str]:
     ]
     for size in table["sizes"]:
         card = f"{size['card']}, {size['checkpointing']}"
-        times = "".join(f"{_hours(time['seconds']):>12}" for time in size["times"])
+        times = "".join(f"{format_duration(time['seconds']):>12}" for time in size["times"])
         lines.append(
             f"{size['size']:<6}{size['parameters']:>14,}{size['batch']:>7,}{size['learning_rate']:>8.0e}"
-            f"{size['tokens']:>11.2e}{size['steps']:>9,}{size_in_words(size['memory']):>9}  {card:<23}{times}"
+            f"{size['tokens']:>11.2e}{size['steps']:>9,}{format_bytes(size['memory']):>9}  {card:<23}{times}"
         )
     return [
         *lines,
@@ -407,9 +408,3 @@ def sizes_as_text(table: dict[str, Any]) -> list[str]:
         "run) are",
         "starting points and not measured, and neither is the time",
     ]
-
-
-def _hours(seconds: float) -> str:
-    if seconds < 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:,.0f} h" if seconds >= 36000 else f"{seconds / 3600:.1f} h"

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogview.checkpoints.download import size_in_words
 from cogview.errors import InputError
+from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.registry import KnownModel
@@ -198,10 +198,10 @@ def table(facts: Mapping[str, str], path: Path, *, hashes: bool) -> list[str]:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     sums = _sha256_of(files) if hashes else {}
     sizes = {file: file.stat().st_size for file in files}
-    noted = {file: f"({size_in_words(sizes[file])}" + (f", SHA-256 {sums[file]})" if sums else ")") for file in files}
+    noted = {file: f"({format_bytes(sizes[file])}" + (f", SHA-256 {sums[file]})" if sums else ")") for file in files}
     if path.is_file():
         return _table({**facts, "file": f"{path} {noted[path]}"})
-    total = f"{path} ({size_in_words(sum(sizes.values()))})"
+    total = f"{path} ({format_bytes(sum(sizes.values()))})"
     return _table({**facts, "folder": total}, [f"{file.relative_to(path).as_posix()} {noted[file]}" for file in files])
 
 

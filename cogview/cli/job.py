@@ -18,8 +18,9 @@ from cogview.cli.progress import Bar
 from cogview.cli.session import Easel, easel_of
 from cogview.errors import InputError
 from cogview.jobs.journal import Ledger, fingerprint, refuse_old
-from cogview.jobs.locks import Claims, Interruption, place, run
+from cogview.jobs.locks import Claims, place, run
 from cogview.jobs.records import Line, digest, name_of, read_job
+from cogview.signals import GracefulStop
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from cogview.pipeline.cogview import Picture, Wish
 
 MOST_ON_SHEET = 1000  # pictures
+STOPPING = "finishing this batch; press Ctrl-C again to stop at once"
 MOST_NOTES = 100  # prompts that are looked at for what a model may not know
 DRAWN = ("generate", "complete")  # tasks whose pictures are ranked, upscaled and laid on a sheet
 
@@ -194,7 +196,7 @@ class Job:
                 easel.accepts(prompt or "")
         missing = {name: self._codes(group) for group in groups for name in group.names if name not in ledger.done}
         with (
-            Interruption() as interruption,
+            GracefulStop(STOPPING if self.first else None) as stop,
             easel.bar("making", len(missing), sum(missing.values()), noun="result") as bar,
         ):
 
@@ -204,10 +206,10 @@ class Job:
                 bar.settle(len(there), sum(there))
 
             names = [[name for group in chunk for name in group.names] for chunk in chunks]
-            run(names, ledger, claims, work, interruption.requested)
+            run(names, ledger, claims, work, stop.requested)
         count = sum(map(len, names))
         left = count - sum(name in ledger.done for chunk in names for name in chunk)
-        if interruption.requested() and left:
+        if stop.requested() and left:
             if self.first:
                 print(f"stopped: {left} of {count} results are left; --resume goes on", file=sys.stderr)
             return 130

@@ -68,7 +68,7 @@ def lines(row: dict[str, Any]) -> list[str]:
 
 
 def _on_disk(row: dict[str, Any]) -> str:
-    from cogview.checkpoints.download import size_in_words
+    from cogview.formatting import format_bytes
 
     if row["kind"] == "bundle":
         here = {part["model"]: part["here"] for part in row["parts"].values()}
@@ -76,11 +76,11 @@ def _on_disk(row: dict[str, Any]) -> str:
         states = (f"{model} is {'here' if there else 'not here'}" for model, there in here.items())
         return ", ".join(states) + (f": cogview download {row['name']}" if missing else "")
     if row["kind"] == "embedded":
-        return f"comes with the package ({size_in_words(row['size'])})"
-    found = [] if row["folder"] is None else [f"converted ({size_in_words(row['size'])})"]
+        return f"comes with the package ({format_bytes(row['size'])})"
+    found = [] if row["folder"] is None else [f"converted ({format_bytes(row['size'])})"]
     whole = [file for file in row["files"] if file["received"] == file["size"]]
     if whole:
-        total = size_in_words(sum(file["size"] for file in whole))
+        total = format_bytes(sum(file["size"] for file in whole))
         found.append(f"{len(whole)} of {len(row['needed_files'])} files, {total}")
     found += [
         f"part of {file['name']}: {file['received'] / file['size']:.0%}" for file in row["files"] if file not in whole

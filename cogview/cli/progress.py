@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from cogview.formatting import plural
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -80,7 +82,7 @@ class Bar:
 
         first = _is_first_process()
         if count and first and not sys.stderr.isatty():
-            print(f"{what} {count} {noun}{'s' if count > 1 else ''}", file=sys.stderr)
+            print(f"{what} {plural(count, noun)}", file=sys.stderr)
         form = "{desc}: {percentage:3.0f}%|{bar}| {rate_noinv_fmt}{postfix}, {remaining} left"
         self._bar = tqdm(
             total=codes, unit=" codes", desc=what, disable=None if first else True, leave=False, bar_format=form

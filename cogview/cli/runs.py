@@ -7,12 +7,12 @@ import json
 import math
 import statistics
 import sys
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.errors import InputError
+from cogview.formatting import aligned_columns
 
 if TYPE_CHECKING:
     from cogview.training.run_record import RunRecord, Series
@@ -106,7 +106,7 @@ def table_of(records: Sequence[RunRecord]) -> list[str]:
             (
                 str(record.folder),
                 f"{record.done}/{'?' if record.planned is None else record.planned}",
-                _short(None if loss is None else loss.last),
+                _loss(None if loss is None else loss.last),
                 _held_out(record),
                 _speed(record),
                 "-" if mfu is None else f"{mfu:.1%}",
@@ -114,7 +114,7 @@ def table_of(records: Sequence[RunRecord]) -> list[str]:
                 record.state,
             )
         )
-    return aligned(rows, left=(0, 7))
+    return aligned_columns(rows, left=(0, 7))
 
 
 def compare(records: Sequence[RunRecord]) -> dict[str, Any]:
@@ -154,33 +154,20 @@ def comparison_lines(records: Sequence[RunRecord]) -> list[str]:
     ):
         if found[part]:
             rows = [(title, *names), *((key, *map(_plain, values)) for key, values in found[part].items())]
-            lines += [*aligned(rows, left=range(len(names) + 1)), ""]
+            lines += [*aligned_columns(rows, left=range(len(names) + 1)), ""]
         elif none:
             lines += [none, ""]
     for part, title in (("loss", "loss at step"), ("held_out_loss", "held-out loss at step")):
         if found[part]:
-            rows = [(title, *names), *((str(step), *map(_short, values)) for step, values in found[part].items())]
-            lines += [*aligned(rows, left=()), ""]
+            rows = [(title, *names), *((str(step), *map(_loss, values)) for step, values in found[part].items())]
+            lines += [*aligned_columns(rows, left=()), ""]
     for part, title in (("training", "losses at their last common step"), ("held_out", "on held-out rows")):
-        rows = [(f"{name} ({row['step']})", *map(_short, row["values"])) for name, row in found["last"][part].items()]
+        rows = [(f"{name} ({row['step']})", *map(_loss, row["values"])) for name, row in found["last"][part].items()]
         if rows:
-            lines += [*aligned([(title, *names), *rows], left=(0,)), ""]
+            lines += [*aligned_columns([(title, *names), *rows], left=(0,)), ""]
     if not found["loss"]:
         lines += ["their losses have no step in common", ""]
     return lines[:-1]
-
-
-def aligned(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
-    """Columns side by side, those of numbers to the right, others (``left``) to the left."""
-    widths = [max(map(_width, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = []
-        for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            space = " " * (width - _width(cell))
-            cells.append(cell + space if number in left else space + cell)
-        lines.append("  ".join(cells).rstrip())
-    return lines
 
 
 def _at_common_steps(series: Sequence[Series | None]) -> dict[int, list[float | None]]:
@@ -206,8 +193,8 @@ def _held_out(record: RunRecord) -> str:
     series = record.held_out.get("loss")
     if series is None:
         return "-"
-    best = "" if record.best is None else f" ({_short(record.best.held_out_loss)} at {record.best.step})"
-    return _short(series.last) + best
+    best = "" if record.best is None else f" ({_loss(record.best.held_out_loss)} at {record.best.step})"
+    return _loss(series.last) + best
 
 
 def _speed(record: RunRecord) -> str:
@@ -221,7 +208,7 @@ def _recent(series: Series | None) -> float | None:
     return None if series is None else statistics.median(series.values[-RECENT:])
 
 
-def _short(value: float | None) -> str:
+def _loss(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
 
 
@@ -236,11 +223,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(own) for own in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _width(text: str) -> int:
-    """Columns that a terminal takes: Chinese characters are two wide."""
-    return sum(2 if unicodedata.east_asian_width(character) in "WF" else 1 for character in text)
 
 
 def _all(folders: Sequence[Path]) -> str:

@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 
 from cogview.errors import InputError
+from cogview.formatting import shorten
 
 if TYPE_CHECKING:
     import lmdb
@@ -283,7 +284,7 @@ class TokenStore:
             stored = getattr(self.header, name)
             if wanted is not None and wanted != stored:
                 raise InputError(
-                    f"{self.path} was made with {name} {_short(stored)}, but {_short(wanted)} is needed here: "
+                    f"{self.path} was made with {name} {_shown(stored)}, but {_shown(wanted)} is needed here: "
                     "encode the store again, or use the tokenizers it was made with"
                 )
         if layout is not None and layout not in self.header.layouts:
@@ -356,7 +357,7 @@ class OpenedFolder:
             elif released_count.isdigit():
                 self.count = int(released_count)
             else:
-                raise InputError(f"{path} has the length {_short(released_count)}, expected a number: copy it again")
+                raise InputError(f"{path} has the length {_shown(released_count)}, expected a number: copy it again")
         except BaseException:
             self.environment.close()
             raise
@@ -408,11 +409,11 @@ def _check_same_header(path: Path, stored: StoreHeader, given: StoreHeader) -> N
     for name, value in now.items():
         if before[name] != value:
             raise InputError(
-                f"{path} was begun with {name} {_short(before[name])}, now it is {_short(value)}: "
+                f"{path} was begun with {name} {_shown(before[name])}, now it is {_shown(value)}: "
                 "remove the store, or resume with the settings it was begun with"
             )
 
 
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:16]}…"
+def _shown(value: object) -> str:
+    """A value of a header in a message: a checksum is cut."""
+    return shorten(str(value), 60, keep=16)

@@ -14,6 +14,7 @@ from typing import Any
 
 from cogview.errors import InputError
 from cogview.files import atomic_write, json_line
+from cogview.formatting import plural
 from cogview.jobs.locks import Claims
 
 FORMAT_VERSION = 1
@@ -115,7 +116,7 @@ class Ledger:
         except OSError as error:
             if error.errno not in (ENOSPC, EDQUOT):
                 raise
-            kept = "1 result is" if len(self.done) == 1 else f"{len(self.done)} results are"
+            kept = f"{plural(len(self.done), 'result')} {'is' if len(self.done) == 1 else 'are'}"
             raise DiskFull(f"the disk is full: {kept} kept; --resume goes on when there is space") from None
 
     def close(self) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from errno import EACCES, EAGAIN
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 try:
     import fcntl
@@ -149,39 +146,6 @@ def run(
         if not todo:
             return
         time.sleep(POLL_SECONDS)
-
-
-class Interruption:
-    """Within ``with``, the first Ctrl-C or SIGTERM only makes ``requested()`` true; a second is a KeyboardInterrupt."""
-
-    def __init__(self) -> None:
-        self._requested = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def requested(self) -> bool:
-        """Whether there was one."""
-        return self._requested
-
-    def __enter__(self) -> Interruption:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell starts what runs in the background
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._requested:
-            raise KeyboardInterrupt
-        self._requested = True
-        if place()[0] == 0:
-            line = "finishing this batch; press Ctrl-C again to stop at once\n"
-            # Not print(): the signal may have come in the middle of one. A progress bar may stand in the line.
-            os.write(2, ("\n" + line if sys.stderr.isatty() else line).encode())
 
 
 def place() -> tuple[int, int]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cogview.errors import InputError
+from cogview.formatting import shorten
 
 # What a line must bring for its task.
 TASKS = {
@@ -24,6 +25,7 @@ TASKS = {
     "upscale": ("prompt", "image"),
     "caption": ("image",),
 }
+SHOWN = 40  # characters of a wrong value in a message
 _SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # of ``Sampling``
 
 
@@ -181,7 +183,8 @@ def _objects(text: str) -> _Found:
         except ValueError as error:
             yield number, str(error)
         else:
-            yield number, found if isinstance(found, dict) else f"expected an object in braces, got {_shortened(line)}"
+            wrong = f"expected an object in braces, got {shorten(line, SHOWN)}"
+            yield number, found if isinstance(found, dict) else wrong
 
 
 def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
@@ -264,7 +267,7 @@ def _convert(key: str, value: Any) -> Any:
         return None
     if type(value) is not (str if kind is Path else kind):  # not isinstance: True is no number here
         raise ValueError(
-            f"{key}: expected {_KIND_NAMES[kind]}, got {_shortened(json.dumps(value, ensure_ascii=False))}"
+            f"{key}: expected {_KIND_NAMES[kind]}, got {shorten(json.dumps(value, ensure_ascii=False), SHOWN)}"
         )
     if type(value) is str:
         if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
@@ -275,13 +278,9 @@ def _convert(key: str, value: Any) -> Any:
 
 def _unknown(key: str) -> str:
     near = get_close_matches(key, _KINDS, n=1)
-    return f'"{_shortened(key)}" is unknown; ' + (
+    return f'"{shorten(key, SHOWN)}" is unknown; ' + (
         f'did you mean "{near[0]}"?' if near else f"known: {', '.join(_KINDS)}"
     )
-
-
-def _shortened(text: str) -> str:
-    return text if len(text) <= 40 else text[:40] + "…"
 
 
 _FORMATS: dict[str, tuple[Callable[[str], _Found], str]] = {

@@ -22,6 +22,7 @@ from cogview.checkpoints.registry import find_checkpoint, find_parts, known_mode
 from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.device import Placement, choose_placement
 from cogview.errors import InputError
+from cogview.formatting import shorten
 from cogview.generation.decode import fill, score, search
 from cogview.generation.sampling import GREEDY, MAX_SEED, Sampling
 from cogview.generation.speculative import most_columns, steps_are_captured
@@ -38,6 +39,7 @@ from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE
 
 LEAST_BEAMS = 4
 KV_DTYPES = ("auto", "int8")
+SHOWN = 20  # characters of a prompt in a message
 MANY_BYTES = 0.3  # share of a prompt spelt in bytes from which on a model hardly knows its characters
 
 T = TypeVar("T")
@@ -258,7 +260,8 @@ class CogView:
             return str(error)
         if length > self.model.config.max_text:
             return (
-                f"the prompt {_shortened(prompt)} is {length} pieces long, {self.model.config.max_text} fit; shorten it"
+                f"the prompt “{shorten(prompt, SHOWN)}” is {length} pieces long, {self.model.config.max_text} fit; "
+                "shorten it"
             )
         return None
 
@@ -268,7 +271,8 @@ class CogView:
         if share < MANY_BYTES:
             return None
         return (
-            f"{share:.0%} of the prompt {_shortened(prompt)} is spelt in bytes: the model hardly knows its characters"
+            f"{share:.0%} of the prompt “{shorten(prompt, SHOWN)}” is spelt in bytes: the model hardly knows its "
+            "characters"
         )
 
     def generate(
@@ -847,7 +851,3 @@ def _one_each(texts: str | Sequence[str], images: Sequence[Image.Image], what: s
 def _require_positive(value: int, what: str) -> None:
     if value < 1:
         raise InputError(f"{what} must be at least 1, got {value}")
-
-
-def _shortened(prompt: str, length: int = 20) -> str:
-    return f"“{prompt}”" if len(prompt) <= length else f"“{prompt[:length]}…”"

@@ -19,6 +19,7 @@ import torch
 
 from cogview.device import available_memory, ran_out
 from cogview.errors import InputError
+from cogview.formatting import format_gigabytes
 
 # With more rows at a time the first one comes later, for little; where that begins is assumed.
 MOST_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
@@ -106,7 +107,7 @@ class Planner:
                         needed = bytes_of(part)
                         raise InputError(
                             f"{what}: {self.device} ran out of memory with one at a time, which takes "
-                            f"{_gigabytes(needed)} of {_gigabytes(free)} free; what would help: "
+                            f"{format_gigabytes(needed, 2)} of {format_gigabytes(free, 2)} free; what would help: "
                             f"{self._would_help(needed - free)}"
                         )
                     self._failed[what] = size
@@ -130,8 +131,8 @@ class Planner:
         if not fits:
             needed = bytes_of(items[:1])
             raise InputError(
-                f"{what}: one at a time takes {_gigabytes(needed)} and {self.device} has {_gigabytes(max(free, 0))} "
-                f"free; what would help: {self._would_help(needed - free)}"
+                f"{what}: one at a time takes {format_gigabytes(needed, 2)} and {self.device} has "
+                f"{format_gigabytes(max(free, 0), 2)} free; what would help: {self._would_help(needed - free)}"
             )
         parts = -(-len(items) // fits)
         sizes = [len(items) // parts + (number < len(items) % parts) for number in range(parts)]
@@ -139,7 +140,7 @@ class Planner:
             self._told.add((what, sizes[0]))
             why = "memory" if fits < most else "the ceiling" if most < len(items) else "all at once"
             needed, told = bytes_of(items[: sizes[0]]), "%s: %d at a time of %d (%s); %s of %s free"
-            log.info(told, what, sizes[0], len(items), why, _gigabytes(needed), _gigabytes(free))
+            log.info(told, what, sizes[0], len(items), why, format_gigabytes(needed, 2), format_gigabytes(free, 2))
         return sizes
 
     def _try(
@@ -173,7 +174,3 @@ def _glibc(function: str, *numbers: int) -> None:
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
             getattr(ctypes.CDLL(None), function)(*numbers)
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"

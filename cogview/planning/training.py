@@ -34,6 +34,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from cogview.errors import InputError
+from cogview.formatting import format_gigabytes
 from cogview.kernels.attention import SHORT
 from cogview.kernels.fused_linear_cross_entropy import CHUNK_BYTES, CHUNK_BYTES_GPU
 from cogview.modeling.config import TransformerConfig, preset
@@ -363,9 +364,9 @@ def suggest(
     states = training_memory(job).states
     if states > free_bytes:
         raise InputError(
-            f"training takes {_gigabytes(states)} for weights, gradients and optimizer, of which "
-            f"{_gigabytes(free_bytes)} are free: divide them among more GPUs (engine deepspeed, zero 2 or 3), keep the "
-            "optimizer on the host (offload), or train an adapter (lora)"
+            f"training takes {format_gigabytes(states)} for weights, gradients and optimizer, of which "
+            f"{format_gigabytes(free_bytes)} are free: divide them among more GPUs (engine deepspeed, zero 2 or 3), "
+            "keep the optimizer on the host (offload), or train an adapter (lora)"
         )
     return rows or 1, modes[-1]
 
@@ -478,7 +479,3 @@ def preset_job(name: str, *, world: int = 1) -> TrainingJob:
         world=world,
         checkpointing=own.checkpointing,
     )
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"

@@ -18,10 +18,10 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from cogview.data.store import ABSENT, TokenStore
+from cogview.signals import worker_init
 from cogview.tokenizers.layouts import Arranged, upscale_windows
 from cogview.tokenizers.vocabulary import Kind
 from cogview.training.distributed import World
-from cogview.training.loop import leave_signals_to_parent
 from cogview.training.settings import TransformerTraining
 
 if TYPE_CHECKING:
@@ -363,7 +363,7 @@ class Lectures(Dataset[Batch]):
                 prefetch_factor=4 if workers else None,
                 # Forked from this process they would keep all of its memory, as it was then, and its connections.
                 multiprocessing_context=START_METHOD if workers else None,
-                worker_init_fn=leave_signals_to_parent,
+                worker_init_fn=worker_init,
             )
         )
 

@@ -5,7 +5,6 @@ Of several processes that train together the first alone writes, and all take pa
 
 from __future__ import annotations
 
-import ctypes
 import shutil
 import signal
 import sys
@@ -17,7 +16,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -36,13 +34,12 @@ from cogview.files import (
     remove_unfinished,
     write_json,
 )
+from cogview.signals import GracefulStop
 from cogview.training.distributed import World, lost_another, tell
 from cogview.training.run_record import BEST_FILE
 
 Batch = TypeVar("Batch")
 Writer = Callable[[Path], None]  # writes a checkpoint into an empty folder, whatever training does meanwhile
-
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that comes when the parent has ended
 
 
 class Trainer(ABC, Generic[Batch]):
@@ -246,41 +243,6 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
-class StopSignal:
-    """While active, SIGINT and SIGTERM set ``number`` instead of stopping the process; a second one stops it."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:
-            raise KeyboardInterrupt
-        self.number = number
-        print("\nstopping after this step (once more: at once, without saving)", file=sys.stderr)
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """For the workers of a DataLoader: Ctrl-C reaches them too, and the step under way still needs their batches.
-
-    On Linux they end with their parent, even if that is killed. One that went on would hold what it inherited: the
-    connections to other processes, which then would wait for the dead.
-    """
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def run_loop(
     trainer: Trainer[Batch],
     batches: Callable[[int], Iterator[Batch]],
@@ -346,10 +308,14 @@ def _train(
     meter = _Meter(batch_size)
     stopped = False
     disable = None if world.is_first else True
-    with StopSignal() as stop, tqdm(total=steps, initial=done, unit="step", disable=disable, dynamic_ncols=True) as bar:
+    message = "stopping after this step (once more: at once, without saving)" if world.is_first else None
+    with (
+        GracefulStop(message) as stop,
+        tqdm(total=steps, initial=done, unit="step", disable=disable, dynamic_ncols=True) as bar,
+    ):
         stream = batches(done)
         while done < steps:
-            stopped = world.any(stop.number is not None)
+            stopped = world.any(stop.requested())
             if stopped:
                 break
             began = time.perf_counter()

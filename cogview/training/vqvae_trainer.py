@@ -17,7 +17,8 @@ from cogview.emoji.keyed_random import Draws
 from cogview.emoji.world import World
 from cogview.errors import InputError
 from cogview.image_io.contact_sheet import contact_sheet
-from cogview.training.loop import Trainer, Writer, leave_signals_to_parent
+from cogview.signals import worker_init
+from cogview.training.loop import Trainer, Writer
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
 
@@ -59,7 +60,7 @@ def scene_batches(
         batch_size=batch_size,
         sampler=range(first * batch_size, last * batch_size),
         num_workers=workers,
-        worker_init_fn=leave_signals_to_parent,
+        worker_init_fn=worker_init,
     )
     return iter(loader)
 

@@ -322,13 +322,13 @@ TABLES = {"deepspeed": deepspeed_rows, "held": held_rows, "saved": saved_rows, "
 
 def in_words(value: Any) -> str:
     """A cell of a table."""
-    from cogview.checkpoints.download import size_in_words
+    from cogview.formatting import format_bytes
 
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float) and abs(value) <= 1000:
         return f"{value:+.1f}%"
-    return size_in_words(int(value)) if isinstance(value, (int, float)) and value > 1000 else str(value)
+    return format_bytes(int(value)) if isinstance(value, (int, float)) and value > 1000 else str(value)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import pytest
 import cogview.jobs.locks
 from cogview.errors import InputError
 from cogview.jobs.journal import DiskFull, Ledger
-from cogview.jobs.locks import Claims, Interruption, run
+from cogview.jobs.locks import Claims, run
 
 pytestmark = pytest.mark.skipif(cogview.jobs.locks.fcntl is None, reason="one process shares no job")
 
@@ -321,46 +320,3 @@ def test_whatever_is_killed_each_thing_is_made_once(tmp_path):
         for number, chunk in enumerate(CHUNKS)
         for name in chunk
     }
-
-
-@pytest.fixture
-def own_handlers(monkeypatch):
-    """The usual handlers, whatever the tests were started with."""
-    monkeypatch.delenv("RANK", raising=False)
-    before = [
-        (number, signal.signal(number, handler))
-        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL))
-    ]
-    yield
-    for number, handler in before:
-        signal.signal(number, handler)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_second_interrupts(own_handlers, capfd, number):
-    with Interruption() as interruption:
-        assert not interruption.requested()
-        signal.raise_signal(number)
-        assert interruption.requested()
-        assert capfd.readouterr().err == "finishing this batch; press Ctrl-C again to stop at once\n"
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(number)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_a_signal_that_is_ignored_stays_ignored(own_handlers):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with Interruption() as interruption:
-        signal.raise_signal(signal.SIGINT)
-        assert not interruption.requested()
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
-def test_only_the_first_process_says_that_it_stops(own_handlers, monkeypatch, capfd):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with Interruption() as interruption:
-        signal.raise_signal(signal.SIGINT)
-    assert interruption.requested()
-    assert capfd.readouterr().err == ""

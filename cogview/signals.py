@@ -1,0 +1,68 @@
+"""Ctrl-C and SIGTERM: finish the work under way, and keep data loader workers alive until then."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent has ended
+
+
+class GracefulStop:
+    """Within ``with``, the first SIGINT or SIGTERM only requests a stop; a second one raises KeyboardInterrupt.
+
+    A signal that the process ignores stays ignored: a shell starts programs in the background like that.
+
+    Attributes:
+        number: The signal that requested the stop; None before.
+    """
+
+    def __init__(self, message: str | None = None) -> None:
+        """Prepare to handle signals.
+
+        Args:
+            message: Line for stderr when a stop is requested; None in processes that print nothing.
+        """
+        self.number: int | None = None
+        self._message = message
+        self._before: dict[int, Any] = {}
+
+    def requested(self) -> bool:
+        """Return whether a signal has requested a stop."""
+        return self.number is not None
+
+    def __enter__(self) -> GracefulStop:
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        if self._message is not None:
+            # Not print(): the signal may have come in the middle of one. A progress bar may stand in the line.
+            line = self._message + "\n"
+            os.write(2, ("\n" + line if sys.stderr.isatty() else line).encode())
+
+
+def worker_init(worker: int) -> None:
+    """Initialize a ``DataLoader`` worker: it ignores SIGINT and SIGTERM and ends with its parent.
+
+    Ctrl-C reaches the workers too, and the step under way still needs their batches. On Linux a worker ends even if
+    its parent is killed. It would otherwise hold inherited connections, and other processes would wait for the dead.
+    """
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
