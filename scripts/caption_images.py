@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import released_flags
+import v1_flags
 
 from cogview.cli.caption import caption_line, describe, open_describer
 from cogview.cli.inputs import Images
@@ -22,7 +22,7 @@ from cogview.pipeline.cogview import checked_seed
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
-    return released_flags.main(argv, program="caption_images.py", description=__doc__, tasks=TASKS)
+    return v1_flags.main(argv, program="caption_images.py", description=__doc__, tasks=TASKS)
 
 
 def run(args: argparse.Namespace, lines: list[str] | None) -> int:
@@ -31,13 +31,13 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
         "method": "sample",
         "n": args.batch_size,
         "seed": checked_seed(args.seed),
-        **released_flags.sampling_settings(args),
+        **v1_flags.sampling_settings(args),
     }
     with LineWriter(args.output_path / "captions.jsonl") as writer:
         model = open_describer(args.load, settings, device=args.device, adapter=args.adapter)
 
         def write_captions(lines: list[str]) -> int:
-            sources = [parts for line in lines if (parts := released_flags.split_id(args, line)) is not None]
+            sources = [parts for line in lines if (parts := v1_flags.split_id(args, line)) is not None]
             paths = [Path(path) for _, path in sources]
             images, done = Images(), 0
             for number, captions in describe(model, images, paths, settings, args.ceiling):
@@ -49,10 +49,10 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
             status = images.finish(done)
             return status if len(sources) == len(lines) else 2
 
-        return released_flags.answer(lines, "Which image shall I describe?", write_captions)
+        return v1_flags.answer(lines, "Which image shall I describe?", write_captions)
 
 
-TASKS: dict[str, released_flags.Task] = {"image2text": run}
+TASKS: dict[str, v1_flags.Task] = {"image2text": run}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import caption_images
-import released_flags
 import rerank
 import super_resolution
+import v1_flags
 
 from cogview.cli.session import Easel, Order
 from cogview.image_io.png import safe_name
@@ -26,13 +26,13 @@ from cogview.image_io.png import safe_name
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
     tasks = {"text2image": run} | caption_images.TASKS | super_resolution.TASKS | rerank.TASKS
-    return released_flags.main(argv, program="generate_samples.py", description=__doc__, tasks=tasks)
+    return v1_flags.main(argv, program="generate_samples.py", description=__doc__, tasks=tasks)
 
 
 def run(args: argparse.Namespace, lines: list[str] | None) -> int:
     """Draw every prompt that can be drawn; status 2 if there was one that cannot."""
-    samples = Samples(released_flags.open_easel(args, "generate"), args)
-    return released_flags.answer(lines, "What shall I draw?", samples.draw)
+    samples = Samples(v1_flags.open_easel(args, "generate"), args)
+    return v1_flags.answer(lines, "What shall I draw?", samples.draw)
 
 
 class Samples:
@@ -61,7 +61,7 @@ class Samples:
 
     def parse(self, line: str) -> tuple[Path, str] | None:
         """The folder and the prompt of a line, or None and a word on stderr."""
-        parts = released_flags.split_id(self.args, line)
+        parts = v1_flags.split_id(self.args, line)
         if parts is None or not self.easel.accepts(parts[1]):
             return None
         name, prompt = parts

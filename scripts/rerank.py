@@ -12,7 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import released_flags
+import v1_flags
 
 from cogview.cli.inputs import Images, Query
 from cogview.cli.rerank import LINE, finish, open_scorer, rank
@@ -22,7 +22,7 @@ from cogview.errors import InputError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
-    return released_flags.main(argv, program="rerank.py", description=__doc__, tasks=TASKS)
+    return v1_flags.main(argv, program="rerank.py", description=__doc__, tasks=TASKS)
 
 
 def run(args: argparse.Namespace, lines: list[str] | None) -> int:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
         raise InputError(f"post-selection takes lines {LINE} from a file: give it with --input-source")
     with LineWriter(args.output_path / "scores.txt") as writer:
         model = open_scorer(args.load, device=args.device, adapter=args.adapter)
-        parted = [(line, parts[1]) for line in lines if (parts := released_flags.split_id(args, line)) is not None]
+        parted = [(line, parts[1]) for line in lines if (parts := v1_flags.split_id(args, line)) is not None]
         images, rankings = Images(), []
         queries = [Query.parse(rest) for _, rest in parted]
         ranked = rank(model, images, queries, args.ceiling)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
         return status if len(parted) == len(lines) else 2
 
 
-TASKS: dict[str, released_flags.Task] = {"post-selection": run}
+TASKS: dict[str, v1_flags.Task] = {"post-selection": run}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import released_flags
+import v1_flags
 
 from cogview.cli.inputs import Images, Query
 from cogview.cli.upscale import upscale_files
@@ -22,16 +22,16 @@ LOW_LEVEL = "low-level super-resolution"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit status."""
-    return released_flags.main(argv, program="super_resolution.py", description=__doc__, tasks=TASKS)
+    return v1_flags.main(argv, program="super_resolution.py", description=__doc__, tasks=TASKS)
 
 
 def run(args: argparse.Namespace, lines: list[str] | None) -> int:
     """Upscale every image that can be read; status 1 if there was one that cannot, 2 if there was a wrong line."""
     low_level = args.generation_task == LOW_LEVEL
-    easel = released_flags.open_easel(args, "low_level" if low_level else "upscale")
+    easel = v1_flags.open_easel(args, "low_level" if low_level else "upscale")
 
     def upscale_lines(lines: list[str]) -> int:
-        parted = [parts for line in lines if (parts := released_flags.split_id(args, line)) is not None]
+        parted = [parts for line in lines if (parts := v1_flags.split_id(args, line)) is not None]
         queries = [
             (Query.parse(rest), args.output_path if name is None else args.output_path / safe_name(name))
             for name, rest in parted
@@ -39,10 +39,10 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
         status = upscale_files(easel, Images(), queries, low_level=low_level)
         return status if len(parted) == len(lines) else 2
 
-    return released_flags.answer(lines, "Which text and image? TEXT<TAB>IMAGE", upscale_lines)
+    return v1_flags.answer(lines, "Which text and image? TEXT<TAB>IMAGE", upscale_lines)
 
 
-TASKS: dict[str, released_flags.Task] = {"super-resolution": run, LOW_LEVEL: run}
+TASKS: dict[str, v1_flags.Task] = {"super-resolution": run, LOW_LEVEL: run}
 
 if __name__ == "__main__":
     sys.exit(main())

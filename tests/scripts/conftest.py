@@ -45,6 +45,6 @@ RELEASED = (
 
 
 @pytest.fixture
-def released_flags():
+def v1_flags():
     """What a released script gives besides task, input and output."""
     return RELEASED

@@ -23,12 +23,12 @@ def describe(run_script):
 
 
 @pytest.mark.parametrize("script", ["caption_images", "generate_samples"])
-def test_the_command_line_of_the_release(describe, released_flags, save_image, tiny_model, script):
+def test_the_command_line_of_the_release(describe, v1_flags, save_image, tiny_model, script):
     """The flags of its scripts/image2text.sh, but for a file in place of questions."""
     images = [save_image("狐狸.png"), save_image("b.png", 1)]
     Path("input.txt").write_text("狐狸.png\n\nb.png\n", encoding="utf-8")
     place = ("--input-source", "input.txt", "--output-path", "samples_image2text", "--batch-size", "8")
-    status, found, err = describe(*released_flags, *TASK, *place, script=script)
+    status, found, err = describe(*v1_flags, *TASK, *place, script=script)
     assert status == 0
     expected = tiny_model.caption(images, method="sample", n=8, seed=1234, temperature=1.0, top_k=200, top_p=1.0)
     assert [(one["file"], one["index"], one["caption"]) for one in found] == [

@@ -44,10 +44,10 @@ def test_it_draws_what_cogview_generate_draws(samples, tiny_checkpoint, capsys):
         np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(own)))
 
 
-def test_the_command_line_of_the_release(samples, released_flags):
+def test_the_command_line_of_the_release(samples, v1_flags):
     """The flags of its scripts/text2image.sh; a seed of 1234, and top-p 0 for none, are the release's too."""
     status, files, err = samples(
-        *released_flags[:-1],
+        *v1_flags[:-1],
         *("--generation-task", "text2image", "--input-source", "./input.txt", "--output-path", "samples_text2image"),
         *("--batch-size", "4", "--max-inference-batch-size", "4"),
     )

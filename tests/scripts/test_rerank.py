@@ -14,13 +14,13 @@ def numbers(line):
 
 
 @pytest.mark.parametrize("script", ["rerank", "generate_samples"])
-def test_the_command_line_of_the_release(run_script, released_flags, save_image, tiny_model, script):
+def test_the_command_line_of_the_release(run_script, v1_flags, save_image, tiny_model, script):
     """The flags of its scripts/post_selection.sh."""
     images = [save_image(f"{number}.png", number) for number in range(3)]
     lines = [f"{FOX}\t0.png\t1.png\t2.png", f"{DOG}\t2.png"]
     Path("input_select.txt").write_text("\n".join(lines), encoding="utf-8")
     place = ("--input-source", "input_select.txt", "--output-path", "samples_post_selection")
-    status, printed, _ = run_script(script, *released_flags, *TASK, *place)
+    status, printed, _ = run_script(script, *v1_flags, *TASK, *place)
     assert status == 0
     assert [printed[0], printed[2]] == lines
     scores = tiny_model.score(images, FOX), tiny_model.score(images[2:], DOG)

@@ -27,12 +27,12 @@ def enlarge(run_script):
 
 @pytest.mark.parametrize("script", ["super_resolution", "generate_samples"])
 @pytest.mark.parametrize(("task", "side"), [("super-resolution", 64), ("low-level super-resolution", 32)])
-def test_the_command_line_of_the_release(enlarge, released_flags, save_image, tiny_model, script, task, side):
+def test_the_command_line_of_the_release(enlarge, v1_flags, save_image, tiny_model, script, task, side):
     """The flags of its scripts/super_resolution.sh and low_level_super_resolution.sh, but for a file of lines."""
     image = save_image("狐狸.png", size=(side, side))
     Path("input.txt").write_text(f"{FOX}\t狐狸.png\n", encoding="utf-8")
     place = ("--generation-task", task, "--input-source", "input.txt", "--output-path", "samples_sr")
-    status, files, err = enlarge(*released_flags, *place, script=script)
+    status, files, err = enlarge(*v1_flags, *place, script=script)
     assert (status, files) == (0, [Path("samples_sr/狐狸-up-seed1234.png")])
     settings = {"seed": 1234, "temperature": 1.0, "top_k": 200, "top_p": 1.0}
     [expected] = tiny_model.upscale([image], FOX, low_level=side == 32, **settings)
