@@ -1,13 +1,15 @@
-"""Show files of the repository in the documentation: results, changelog and images stay in one copy, beside their subject.
+"""Show results, changelog, contributing guide and images in the documentation from their one copy in the repository.
 
-A page links to such a file as on a code-hosting site, by its path from ``docs/``. This hook adds the file to the site and
-points the link there.
+A page links to such a file as on a code-hosting site, by its path from ``docs/``. This hook adds the file to the site
+and points the link there. It also prepares the sources for the API reference.
 """
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
+import shutil
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -23,6 +25,23 @@ PAGES = {
 }
 IMAGE_FOLDERS = ("cogview/models/cogview-emoji", "scripts/benchmarks")
 _LINK = re.compile(r"(?<=\]\()(?!https?:|#|mailto:)([^)#\s]+)(?=[)#])")
+
+
+def on_startup(**_: object) -> None:
+    """Copy the sources to ``build/api`` as regular packages.
+
+    ``kernels``, ``tokenizers`` and ``vqvae`` are links without ``__init__.py``, which the reader of docstrings ignores.
+    """
+    copy = ROOT / "build" / "api"
+    shutil.rmtree(copy, ignore_errors=True)
+    for folder, _, names in os.walk(ROOT / "cogview", followlinks=True):
+        sources = [name for name in names if name.endswith(".py")]
+        if sources:
+            target = copy / Path(folder).relative_to(ROOT)
+            target.mkdir(parents=True)
+            (target / "__init__.py").touch()
+            for name in sources:
+                shutil.copy(Path(folder) / name, target)
 
 
 def targets() -> dict[str, str]:
