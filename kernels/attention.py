@@ -149,7 +149,7 @@ def attention(
             from cogview.kernels.decode_attention_triton import decode_attention_triton
 
             return decode_attention_triton(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
-        from cogview.kernels import attention_triton as implementation
+        from cogview.kernels.attention_triton import attention_triton as implementation
     else:
         check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, starts_B, prefixes_B, lengths_B, dropout, accumulate)
         implementation = attention_torch if name == "torch" else attention_reference

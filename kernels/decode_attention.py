@@ -144,7 +144,7 @@ def decode_attention(
     """
     attend: Callable[..., Tensor]
     if choose("decode_attention", q_BHTK.device.type, known=("reference", "triton")) == "triton":
-        from cogview.kernels import decode_attention_triton as attend
+        from cogview.kernels.decode_attention_triton import decode_attention_triton as attend
     else:
         check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, scales, lengths_B, beginning)
         attend = decode_attention_reference

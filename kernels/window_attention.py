@@ -56,7 +56,7 @@ def window_attention(
     name = choose("window_attention", q_BHTK.device.type, known=("reference", "torch", "triton"))
     implementation: Callable[..., Tensor]
     if name == "triton":
-        from cogview.kernels import window_attention_triton as implementation
+        from cogview.kernels.window_attention_triton import window_attention_triton as implementation
     else:
         check_inputs(q_BHTK, k_BHTK, v_BHTK, window, pivots_BN, pivot_bias_BN, grid, columns, image_starts_B)
         implementation = window_attention_reference if name == "reference" else window_attention_torch

@@ -19,8 +19,8 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-from cogview.cli import main as cogview
 from cogview.cli.main import HelpFormatter, Parser, run_safely
+from cogview.cli.main import main as cogview
 from cogview.cli.recipes import Recipe, open_recipe
 from cogview.errors import InputError
 from cogview.files import read_json, write_json

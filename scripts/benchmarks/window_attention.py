@@ -38,7 +38,7 @@ def attention(form: str, length: int, device: str) -> Callable[[Tensor, Tensor, 
     pivots, bias = (x.to(device) for x in sampled_pivots(text, text, length - TEXT, SAMPLED, generator))
     function = window_attention_reference if form == "masked reference" else window_attention_torch
     if form == "triton window":
-        from cogview.kernels import window_attention_triton as function  # type: ignore[assignment]
+        from cogview.kernels.window_attention_triton import window_attention_triton as function  # type: ignore[assignment]
     return partial(function, window=WINDOW, pivots_BN=pivots, pivot_bias_BN=bias)
 
 

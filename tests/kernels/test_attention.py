@@ -330,8 +330,8 @@ def test_bfloat16_is_not_interpreted():
 
 @needs_triton
 def test_the_operation_is_one_that_pytorch_can_trace_compile_and_run_twice(device):
-    from cogview.kernels import attention_triton as kernels
     from cogview.kernels.attention_triton import _attend
+    from cogview.kernels.attention_triton import attention_triton as kernels
 
     q, k, v = (tensor.to(device).requires_grad_() for tensor in random_qkv(5, 5, heads=1))
     limits = torch.tensor([[0, 3], [2, 0], [5, 4]], device=device)

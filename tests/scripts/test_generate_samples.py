@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview.cli import main as cogview
+from cogview.cli.main import main as cogview
 from cogview.image_io.png import read_texts
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
