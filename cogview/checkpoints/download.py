@@ -26,6 +26,7 @@ from cogview import __version__
 from cogview.checkpoints.registry import KnownFile
 from cogview.errors import InputError
 from cogview.files import file_sha256
+from cogview.formatting import format_bytes
 
 
 def download(file: KnownFile, folder: Path, *, delays: Sequence[float] = (1, 2, 4, 8), timeout: float = 30) -> Path:
@@ -68,14 +69,6 @@ def received(folder: Path, name: str) -> tuple[int, int] | None:
     """Return (bytes received, size in bytes) of an interrupted download, or None if there is none."""
     partial = PartialDownload(folder / name)
     return (partial.received, partial.remote.size) if partial.remote.size else None
-
-
-def size_in_words(count: int) -> str:
-    """Format bytes, as 7.9 GB."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} bytes"
 
 
 class MirrorError(Exception):
@@ -206,7 +199,7 @@ def _receive(response: HTTPResponse, url: str, file: KnownFile, partial: Partial
         raise MirrorError("sent another range than requested", permanent=False)
     needed, free = (remote.size or 0) - start, shutil.disk_usage(partial.path.parent).free
     if needed > free:
-        sizes = f"needs {size_in_words(needed)} more, only {size_in_words(free)} are free"
+        sizes = f"needs {format_bytes(needed)} more, only {format_bytes(free)} are free"
         raise InputError(f"{file.name} {sizes} in {partial.path.parent}")
     partial.append(remote, response)
     if partial.received < (remote.size or 0):

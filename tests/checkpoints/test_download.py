@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from cogview import __version__
-from cogview.checkpoints.download import PartialDownload, download, received, size_in_words
+from cogview.checkpoints.download import PartialDownload, download, received
 from cogview.checkpoints.registry import KnownFile
 from cogview.errors import InputError
 
@@ -494,10 +494,3 @@ def test_download_refuses_when_another_process_downloads_the_file(serve, tmp_pat
         )
     assert download(file, tmp_path).read_bytes() == CONTENT  # the lock file of a killed process is no obstacle
     assert names_in(tmp_path) == [NAME]
-
-
-@pytest.mark.parametrize(
-    ("count", "words"), [(0, "0 bytes"), (999, "999 bytes"), (1_021_864, "1.0 MB"), (7_857_699_840, "7.9 GB")]
-)
-def test_sizes_in_words(count, words):
-    assert size_in_words(count) == words

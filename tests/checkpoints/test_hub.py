@@ -1,0 +1,525 @@
+"""The Hub, played by a local server: fetching, the cache, offline mode, pushing, and every error in one line."""
+
+import base64
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from cogview import __version__
+from cogview.checkpoints.hub import fetch_adapter, fetch_checkpoint, is_hub_name, push_folder
+from cogview.errors import InputError
+
+NAME = "studio/fox"
+TOKEN = "hf_secret"
+
+
+class FakeHub(ThreadingHTTPServer):
+    """The part of the Hub's API that ``huggingface_hub`` uses for models.
+
+    ``repos`` maps a name to its commits by branch, each a mapping of path to content. ``gated`` and ``closed`` are
+    names that need a token. ``requests`` lists "METHOD path".
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.repos, self.private, self.messages, self.blobs, self.requests = {}, {}, {}, {}, []
+        self.gated, self.closed, self.broken = set(), set(), False
+
+    def add(self, name, folder, branch="main"):
+        """Store the files of ``folder`` as a commit."""
+        files = {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+        self.repos.setdefault(name, {})[branch] = files
+
+    def fetched(self):
+        """Return the paths of the files that were sent, sorted."""
+        sent = (re.fullmatch(r"GET /[^/]+/[^/]+/resolve/[^/]+/(.+)", request) for request in self.requests)
+        return sorted(match[1] for match in sent if match)
+
+
+def commit_of(files):
+    """Return the hash of a commit, made of its content."""
+    digest = hashlib.sha1(b"".join(path.encode() + content for path, content in sorted(files.items())))
+    return digest.hexdigest()
+
+
+class Refused(Exception):
+    """An answer with an error: status, the Hub's error code, and a message."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.handle_request()
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def handle_request(self):
+        self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "chunked" in self.headers.get("Transfer-Encoding", ""):
+            while size := int(self.rfile.readline(), 16):
+                self.body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+        path = self.path.partition("?")[0].replace("%2F", "/")
+        self.server.requests.append(f"{self.command} {path}")
+        try:
+            if self.server.broken:
+                raise Refused(500, "", "the database is away")
+            for pattern, method in ROUTES:
+                if match := re.fullmatch(pattern, f"{self.command} {path}"):
+                    return method(self, **match.groupdict())
+            raise Refused(404, "", "no such address")
+        except Refused as refused:
+            status, code, message = refused.args
+            headers = {"X-Error-Code": code, "X-Error-Message": message}
+            self.send(json.dumps({"error": message}).encode(), {k: v for k, v in headers.items() if v}, status)
+
+    def send(self, content, headers=None, status=200):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def send_json(self, content, status=200):
+        self.send(json.dumps(content).encode(), {"Content-Type": "application/json"}, status)
+
+    def require_token(self):
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            raise Refused(401, "", "Invalid username or password.")
+
+    def files_of(self, name, revision):
+        """Return the files of a commit, or refuse as the Hub does."""
+        allowed = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+        if name not in self.server.repos or (name in self.server.closed and not allowed):
+            raise Refused(401, "RepoNotFound", "Repository not found")
+        if name in self.server.gated and not allowed:
+            raise Refused(403, "GatedRepo", "Access to this model is restricted")
+        branches = self.server.repos[name]
+        for branch, files in branches.items():
+            if revision in (branch, commit_of(files)):
+                return files
+        raise Refused(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+
+    def info(self, name, revision="main"):
+        files = self.files_of(name, revision)
+        siblings = [{"rfilename": path} for path in files]
+        self.send_json({"id": name, "modelId": name, "sha": commit_of(files), "siblings": siblings, "tags": []})
+
+    def tree(self, name, revision):
+        files = self.files_of(name, revision)
+        self.send_json(
+            [
+                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for path, content in files.items()
+            ]
+        )
+
+    def resolve(self, name, revision, path):
+        files = self.files_of(name, revision)
+        headers = {"X-Repo-Commit": commit_of(files)}
+        if path not in files:
+            raise Refused(404, "EntryNotFound", "Entry not found")
+        self.send(files[path], headers | {"ETag": f'"{hashlib.sha1(files[path]).hexdigest()}"'})
+
+    def create(self):
+        self.require_token()
+        wanted = json.loads(self.body)
+        name = f"{wanted['organization']}/{wanted['name']}"
+        if wanted["organization"] == "somebody-else":
+            raise Refused(403, "", "You don't have the rights to create a model under the namespace somebody-else")
+        if name in self.server.repos:
+            return self.send_json({"url": f"{self.server.endpoint}/{name}", "error": "exists"}, 409)
+        self.server.repos[name] = {"main": {}}
+        self.server.private[name] = "private" in (wanted.get("visibility"), wanted.get("private") and "private")
+        return self.send_json({"url": f"{self.server.endpoint}/{name}"})
+
+    def branch(self, name, revision):
+        self.require_token()
+        branches = self.server.repos[name]
+        if revision in branches:
+            raise Refused(409, "", "Reference already exists")
+        branches[revision] = dict(branches["main"])
+        self.send_json({})
+
+    def validate(self):
+        if "nonsense" in json.loads(self.body)["content"]:
+            return self.send_json({"errors": [{"message": '"license" must be one of a list'}]}, 400)
+        return self.send_json({"warnings": []})
+
+    def preupload(self, name, revision):
+        self.require_token()
+        modes = {True: "lfs", False: "regular"}
+        self.send_json(
+            {
+                "files": [
+                    {
+                        "path": file["path"],
+                        "uploadMode": modes[file["path"].endswith(".safetensors")],
+                        "shouldIgnore": False,
+                        "oid": None,
+                    }
+                    for file in json.loads(self.body)["files"]
+                ]
+            }
+        )
+
+    def lfs_batch(self, name):
+        objects = json.loads(self.body)["objects"]
+        for wanted in objects:
+            wanted["actions"] = {"upload": {"href": f"{self.server.endpoint}/lfs/{wanted['oid']}"}}
+        self.send_json({"transfer": "basic", "objects": objects})
+
+    def lfs_put(self, oid):
+        self.server.blobs[oid] = self.body
+        self.send(b"")
+
+    def commit(self, name, revision):
+        self.require_token()
+        files = self.server.repos[name][revision]
+        for line in self.body.splitlines():
+            key, value = (entry := json.loads(line))["key"], entry["value"]
+            if key == "header":
+                self.server.messages[name] = value["summary"]
+            elif key == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            else:
+                assert key == "lfsFile"
+                files[value["path"]] = self.server.blobs[value["oid"]]
+        oid = commit_of(files)
+        address = f"{self.server.endpoint}/{name}/commit/{oid}"
+        self.send_json({"commitUrl": address, "commitOid": oid, "pullRequestUrl": None})
+
+    def log_message(self, *_):
+        pass
+
+
+REPO, REVISION = r"(?P<name>[^/]+/[^/]+?)", r"(?P<revision>[^/]+)"
+ROUTES = [
+    (rf"GET /api/models/{REPO}", Handler.info),
+    (rf"GET /api/models/{REPO}/revision/{REVISION}", Handler.info),
+    (rf"GET /api/models/{REPO}/tree/{REVISION}", Handler.tree),
+    (rf"(GET|HEAD) /{REPO}/resolve/{REVISION}/(?P<path>.+)", Handler.resolve),
+    (r"POST /api/repos/create", Handler.create),
+    (rf"POST /api/models/{REPO}/branch/{REVISION}", Handler.branch),
+    (r"POST /api/validate-yaml", Handler.validate),
+    (rf"POST /api/models/{REPO}/preupload/{REVISION}", Handler.preupload),
+    (rf"POST /{REPO}\.git/info/lfs/objects/batch", Handler.lfs_batch),
+    (r"PUT /lfs/(?P<oid>\w+)", Handler.lfs_put),
+    (rf"POST /api/models/{REPO}/commit/{REVISION}", Handler.commit),
+]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running FakeHub, with an empty cache and no token."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    server = FakeHub()
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    # huggingface_hub reads its environment when it is imported, which other tests may have done.
+    monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def error_of(function, *arguments, **settings):
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def folder(tiny_checkpoint, tmp_path):
+    """A checkpoint folder with a card, its image, a licence, and files that do not belong to the model."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "狐狸模型")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n# 狐狸\n![样图](samples.png)\n", encoding="utf-8")
+    (folder / "LICENSE").write_text("Apache-2.0")
+    (folder / "samples.png").write_bytes(b"png")
+    (folder / "optimizer.pt").write_bytes(b"a pickle")
+    (folder / "image" / "old.bin").write_bytes(b"a pickle")
+    return folder
+
+
+MODEL_FILES = [
+    "LICENSE",
+    "README.md",
+    "config.json",
+    "image/config.json",
+    "image/model.safetensors",
+    "model.safetensors",
+    "text.model",
+    "things.json",
+]
+
+
+def paths_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("studio/fox", True),
+        ("THUDM/glm-4.9_b", True),
+        ("cogview-emoji", False),
+        ("runs/fox/checkpoints", False),
+        ("./fox", False),
+        ("../fox", False),
+        ("/fox", False),
+        ("~/fox", False),
+        ("狐狸/模型", False),
+    ],
+)
+def test_is_hub_name_requires_owner_and_name(name, expected):
+    assert is_hub_name(name) is expected
+
+
+def test_fetch_checkpoint_fetches_the_files_of_a_model_alone(hub, folder):
+    """Neither pickles nor the images of the card are fetched."""
+    hub.add(NAME, folder)
+    fetched = fetch_checkpoint(NAME)
+    assert paths_in(fetched) == hub.fetched() == MODEL_FILES
+    assert (fetched / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert fetched.is_relative_to(constants.HF_HUB_CACHE)
+
+
+def test_fetch_checkpoint_uses_the_cache_when_nothing_has_changed(hub, folder):
+    hub.add(NAME, folder)
+    first = fetch_checkpoint(NAME)
+    hub.requests.clear()
+    assert fetch_checkpoint(NAME) == first
+    assert hub.fetched() == []
+
+
+def test_fetch_checkpoint_opens_the_requested_revision(hub, folder, tmp_path):
+    hub.add(NAME, folder)
+    (folder / "README.md").write_text("# 新的狐狸", encoding="utf-8")
+    hub.add(NAME, folder, branch="next")
+    commit = commit_of(hub.repos[NAME]["next"])
+    cards = [fetch_checkpoint(NAME, revision=revision) / "README.md" for revision in ("next", commit, "main")]
+    assert cards[0] == cards[1] != cards[2]
+    assert cards[0].read_text(encoding="utf-8") == "# 新的狐狸"
+    elsewhere = fetch_checkpoint(NAME, revision="next", cache_dir=tmp_path / "另一个缓存")
+    assert elsewhere.is_relative_to(tmp_path / "另一个缓存")
+
+
+def test_fetch_checkpoint_reads_the_cache_alone_when_offline(hub, folder, monkeypatch):
+    hub.add(NAME, folder)
+    online = fetch_checkpoint(NAME)
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert fetch_checkpoint(NAME) == online
+    assert error_of(fetch_checkpoint, "studio/wolf") == (
+        f"studio/wolf is not (completely) in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it "
+        "and run the command again"
+    )
+    assert hub.requests == []
+
+
+def test_fetch_checkpoint_reads_the_cache_when_the_hub_cannot_be_reached(hub, folder, monkeypatch):
+    hub.add(NAME, folder)
+    online = fetch_checkpoint(NAME)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as closed:
+        endpoint = f"http://127.0.0.1:{closed.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
+    assert fetch_checkpoint(NAME) == online
+    message = error_of(fetch_checkpoint, "studio/wolf")
+    cache = constants.HF_HUB_CACHE
+    assert message.startswith(f"studio/wolf is not (completely) in the cache {cache}, and {endpoint} cannot be reached")
+    assert message.endswith(": check the network and HF_ENDPOINT")
+
+
+def test_fetch_checkpoint_reports_an_unknown_repository(hub):
+    assert error_of(fetch_checkpoint, "studio/wolf") == (
+        f"studio/wolf is neither a local folder nor a model at {hub.endpoint}; if it is private, run hf auth login or "
+        "set HF_TOKEN"
+    )
+
+
+def test_fetch_checkpoint_reports_an_unknown_revision(hub, folder):
+    hub.add(NAME, folder)
+    assert error_of(fetch_checkpoint, NAME, revision="v9") == (
+        f"{NAME} has no revision 'v9': expected a branch, a tag or a commit"
+    )
+
+
+def test_fetch_checkpoint_reports_a_gated_repository(hub, folder, monkeypatch):
+    hub.add(NAME, folder)
+    hub.gated.add(NAME)
+    assert error_of(fetch_checkpoint, NAME) == (
+        f"{NAME} is gated: request access at {hub.endpoint}/{NAME}, then run hf auth login or set HF_TOKEN"
+    )
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert paths_in(fetch_checkpoint(NAME)) == MODEL_FILES
+
+
+def test_fetch_checkpoint_sends_the_token_of_a_private_repository(hub, folder, monkeypatch):
+    hub.add(NAME, folder)
+    hub.closed.add(NAME)
+    assert "if it is private, run hf auth login or set HF_TOKEN" in error_of(fetch_checkpoint, NAME)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert paths_in(fetch_checkpoint(NAME)) == MODEL_FILES
+
+
+def test_fetch_checkpoint_reports_a_hub_that_fails(hub):
+    hub.broken = True
+    message = error_of(fetch_checkpoint, NAME)
+    assert f"{hub.endpoint} answered 500 for {NAME}: the database is away" in message
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"README.md": "# BERT"}, "is no CogView checkpoint: it has no config.json"),
+        ({"config.json": '{"model_type": "bert"}'}, "is no CogView checkpoint: its config.json has no format_version"),
+        ({"config.json": "[]"}, "is no CogView checkpoint: its config.json has no format_version"),
+    ],
+)
+def test_fetch_checkpoint_refuses_another_kind_of_model(hub, tmp_path, files, message):
+    """Its weights, which may be large, are not fetched."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for name, content in {**files, "model.safetensors": "many gigabytes"}.items():
+        (other / name).write_text(content)
+    hub.add(NAME, other)
+    assert error_of(fetch_checkpoint, NAME) == f"{NAME} {message}"
+    assert "model.safetensors" not in hub.fetched()
+
+
+def test_fetch_checkpoint_reports_a_malformed_name(hub):
+    assert "studio/fo--x" in error_of(fetch_checkpoint, "studio/fo--x")
+    assert hub.requests == []
+
+
+def test_fetch_adapter_fetches_the_files_of_an_adapter_alone(hub, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "cogview.json", "README.md", "training.pt"):
+        (adapter / name).write_text("{}")
+    hub.add(NAME, adapter)
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "cogview.json"]
+    assert paths_in(fetch_adapter(NAME)) == names
+    hub.add("studio/base", tmp_path / "nothing")
+    assert error_of(fetch_adapter, "studio/base") == "studio/base is no LoRA adapter: it has no adapter_config.json"
+
+
+def test_fetch_checkpoint_follows_the_environment_of_huggingface_hub(hub, folder, tmp_path):
+    """In a process of its own, where the variables are read as users set them."""
+    hub.add(NAME, folder)
+    hub.closed.add(NAME)
+    code = (
+        "import sys\nfrom cogview.checkpoints.hub import fetch_checkpoint\n"
+        "from cogview.errors import InputError\n"
+        "try:\n    print(fetch_checkpoint(sys.argv[1]))\nexcept InputError as error:\n    print(error)\n"
+    )
+
+    def fetch(**variables):
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), **variables}
+        environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
+        done = subprocess.run([sys.executable, "-c", code, NAME], env=environment, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    assert fetch() == error_of(fetch_checkpoint, NAME)
+    fetched = Path(fetch(HF_TOKEN=TOKEN))
+    assert fetched.is_relative_to(tmp_path / "home" / "hub")
+    assert paths_in(fetched) == MODEL_FILES
+    assert Path(fetch(HF_TOKEN=TOKEN, HF_HUB_CACHE=str(tmp_path / "cache"))).is_relative_to(tmp_path / "cache")
+    hub.requests.clear()
+    assert fetch(HF_HUB_OFFLINE="1") == str(fetched)
+    assert hub.requests == []
+
+
+def test_push_folder_creates_the_repository_and_uploads_the_files(hub, folder, monkeypatch):
+    """What was pushed is fetched as it was; the card stays as it is, with its images."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    address = push_folder(folder, NAME)
+    files = hub.repos[NAME]["main"]
+    assert address == f"{hub.endpoint}/{NAME}/commit/{commit_of(files)}"
+    assert sorted(files) == sorted([*MODEL_FILES, "samples.png"])
+    assert all(content == (folder / path).read_bytes() for path, content in files.items())
+    assert hub.private[NAME] is False
+    assert hub.messages[NAME] == f"Upload 狐狸模型 with cogview {__version__}"
+    fetched = fetch_checkpoint(NAME)
+    assert all((fetched / path).read_bytes() == (folder / path).read_bytes() for path in MODEL_FILES)
+
+
+def test_push_folder_updates_a_branch_of_a_private_repository(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    push_folder(folder, NAME, private=True)
+    assert hub.private[NAME] is True
+    before = dict(hub.repos[NAME]["main"])
+    for line in ("# 更好的狐狸", "# 最好的狐狸"):  # the branch is created, then exists
+        (folder / "README.md").write_text(line, encoding="utf-8")
+        push_folder(folder, NAME, revision="next", commit_message="改进说明")
+        assert hub.repos[NAME]["next"]["README.md"].decode() == line
+    assert hub.repos[NAME]["main"] == before
+    assert hub.messages[NAME] == "改进说明"
+
+
+def test_push_folder_refuses_an_incomplete_or_damaged_folder(hub, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    hub.requests.clear()
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert error_of(push_folder, folder, NAME).startswith(f"{weights} is damaged: ")
+    weights.unlink()
+    assert error_of(push_folder, folder, NAME) == f"the checkpoint {folder} is incomplete: model.safetensors is missing"
+    missing = tmp_path / "missing"
+    assert error_of(push_folder, missing, NAME) == f"{missing} is no checkpoint folder: config.json is missing"
+    (folder / "adapter_config.json").write_text("{}")
+    assert error_of(push_folder, folder, NAME).endswith("is incomplete: adapter_model.safetensors is missing")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["fox", "a/b/c", "狐狸/模型"])
+def test_push_folder_refuses_a_malformed_name(hub, folder, name):
+    assert error_of(push_folder, folder, name) == f'"{name}" is no name on the Hub: expected owner/name'
+
+
+def test_push_folder_reports_what_the_hub_refuses(hub, folder, monkeypatch):
+    login = "run hf auth login or set HF_TOKEN"
+    assert error_of(push_folder, folder, NAME) == (
+        f"{hub.endpoint} answered 401 for {NAME}: Invalid username or password.; {login}"
+    )
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert error_of(push_folder, folder, "somebody-else/fox") == (
+        f"{hub.endpoint} answered 403 for somebody-else/fox: You don't have the rights to create a model under the "
+        f"namespace somebody-else; {login}"
+    )
+    (folder / "README.md").write_text("---\nlicense: nonsense\n---\n")
+    message = error_of(push_folder, folder, NAME)
+    assert message.startswith(f"{NAME} cannot be pushed to {hub.endpoint}: Invalid metadata in README.md.")
+    assert message.endswith('"license" must be one of a list')
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert error_of(push_folder, folder, NAME) == "HF_HUB_OFFLINE is set: unset it and run the command again"
