@@ -32,6 +32,7 @@ COMMANDS = {
     "convert": ("convert", "convert released weights into a checkpoint folder, or back"),
     "models": ("models", "the known models, and which of them are on this machine"),
     "download": ("download", "fetch the files of a released model"),
+    "push": ("push", "publish a checkpoint folder on the Hugging Face Hub"),
     "scenes": ("scenes", "recipe step 1: make the emoji world"),
     "train-text": ("train_text", "recipe step 2: train the text tokenizer"),
     "train-image": ("train_image", "recipe step 3: train the VQ-VAE"),

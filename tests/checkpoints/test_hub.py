@@ -17,6 +17,7 @@ from huggingface_hub import constants
 
 from cogview import __version__
 from cogview.checkpoints.hub import fetch_adapter, fetch_checkpoint, is_hub_name, push_folder
+from cogview.cli.main import main
 from cogview.errors import InputError
 
 NAME = "studio/fox"
@@ -523,3 +524,16 @@ def test_push_folder_reports_what_the_hub_refuses(hub, folder, monkeypatch):
     assert message.endswith('"license" must be one of a list')
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert error_of(push_folder, folder, NAME) == "HF_HUB_OFFLINE is set: unset it and run the command again"
+
+
+def test_push_command_prints_the_address_or_one_line(hub, folder, monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    arguments = ["--private", "--revision", "next", "--commit-message", "狐狸"]
+    assert main(["push", str(folder), NAME, *arguments]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{hub.endpoint}/{NAME}/commit/{commit_of(hub.repos[NAME]['next'])}\n"
+    assert (hub.private[NAME], hub.messages[NAME]) == (True, "狐狸")
+    assert hub.repos[NAME]["main"] == {}
+    (folder / "text.model").unlink()
+    assert main(["push", str(folder), NAME]) == 2
+    assert capsys.readouterr().err == f"cogview push: the checkpoint {folder} is incomplete: text.model is missing\n"
