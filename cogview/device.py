@@ -16,6 +16,7 @@ from cogview.kernels.linear import cpu_multiplies_bfloat16
 from cogview.modeling.quantization import FEW_BITS, FewBits, few_bits_named
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPE_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 TRAINING_PRECISIONS = tuple(DTYPES)
 
 
@@ -81,11 +82,57 @@ def available_memory(device: torch.device) -> int:
     return _available_on_host(Path("/"))
 
 
+def peak_memory(device: torch.device) -> float:
+    """Return the peak of the bytes in tensors on a GPU; on other devices that of the process's resident memory.
+
+    A number of training's metrics: 0 where the system does not know it.
+    """
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return float(_peak_resident_memory() or 0)
+
+
+def peak_process_memory(device: torch.device, free_before: int) -> int | None:
+    """Return the peak of the bytes that this process had of a device, all that it needs there included.
+
+    Args:
+        device: The device to look at. On a CPU, resident memory counts, mapped files included.
+        free_before: Bytes that were free there before the process used the device. The context of a GPU, which
+            PyTorch does not count, is the difference to the bytes free now.
+
+    Returns:
+        The bytes, or None where the system does not know them.
+    """
+    if device.type == "cuda":
+        context = free_before - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)
+        return torch.cuda.max_memory_reserved(device) + max(0, context)
+    if device.type == "mps":  # which keeps no peak, and seldom gives back what it has
+        return torch.mps.driver_allocated_memory()
+    return _peak_resident_memory()
+
+
+def float64_of(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 on MPS, which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether ``error`` says that a device has no memory left; PyTorch's allocator for CPUs has no type for it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _peak_resident_memory() -> int | None:
+    """Return the peak of the bytes that this process had in memory; None where the system does not know it."""
+    with suppress(OSError):  # on Linux ru_maxrss begins with the peak of the parent
+        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
+            return 1024 * int(found[1])
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return None
 
 
 def _available_on_host(root: Path) -> int:

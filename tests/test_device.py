@@ -223,3 +223,29 @@ def test_each_process_of_a_machine_takes_a_gpu(cards, monkeypatch, local, chosen
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     take_local_gpu()
     assert taken == chosen
+
+
+# --- peaks of memory ----------------------------------------------------------------------------------------------
+
+
+def test_peak_process_memory_of_a_gpu_counts_what_was_reserved_and_the_context(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4_000, 10_000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3_500)
+    assert module.peak_process_memory(torch.device("cuda"), free_before=9_000) == 3_500 + 2_000
+
+
+def test_peak_memory_of_a_gpu_counts_tensors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3_000)
+    assert module.peak_memory(torch.device("cuda")) == 3_000
+
+
+def test_peak_memory_of_a_cpu_counts_what_the_process_holds():
+    cpu, held = torch.device("cpu"), torch.ones(25_000_000)
+    assert module.peak_memory(cpu) > held.nbytes
+    assert module.peak_memory(cpu) == module.peak_process_memory(cpu, free_before=0)
+
+
+def test_float64_of_a_device_without_float64_is_float32():
+    assert module.float64_of(torch.device("cpu")) == torch.float64
+    assert module.float64_of(torch.device("mps")) == torch.float32

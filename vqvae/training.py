@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogview.vqvae.lr_schedule import warmup_cosine
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 
@@ -88,13 +89,14 @@ class VQVAETrainer:
         self._recent: list[Tensor] = []  # encoder outputs of the last warm-up batches
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to ``final_learning_rate``."""
-        settings = self.settings
-        if step < settings.warmup_steps:
-            return settings.learning_rate * (step + 1) / settings.warmup_steps
-        progress = (step - settings.warmup_steps) / (settings.steps - settings.warmup_steps)
-        low = settings.final_learning_rate
-        return low + (settings.learning_rate - low) * (1 + math.cos(math.pi * progress)) / 2
+        """Return the learning rate of a step: a linear warm-up, then a cosine down to ``final_learning_rate``."""
+        return warmup_cosine(
+            step,
+            peak=self.settings.learning_rate,
+            final=self.settings.final_learning_rate,
+            warmup_steps=self.settings.warmup_steps,
+            steps=self.settings.steps,
+        )
 
     def step(self, step: int, images: Tensor) -> dict[str, float]:
         """Train on (B, 3, H, W) images in [0, 1]; return the figures to log.

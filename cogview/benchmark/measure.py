@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 
 from cogview.checkpoints.checkpoint import Model, ModelConfig, load_model
 from cogview.checkpoints.registry import find_checkpoint
-from cogview.device import Placement, ran_out
+from cogview.device import Placement, peak_process_memory, ran_out
 from cogview.errors import InputError
 from cogview.generation.decode import fill
 from cogview.generation.token_sampler import Job, Moment
@@ -32,7 +31,7 @@ from cogview.modeling.config import TransformerConfig
 from cogview.modeling.quantization import Int4Linear, use_few_bits
 from cogview.modeling.transformer import INIT_STD, Transformer
 from cogview.pipeline.cogview import CogView
-from cogview.planning.inference import DTYPES, Plan, Read, Speed, position_bytes
+from cogview.planning.inference import ACTIVATION_BYTES, Plan, Read, Speed, position_bytes
 from cogview.tokenizers.layouts import Arranged
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
@@ -128,7 +127,7 @@ def least_seconds(plan: Plan, read: Read, speed: Speed) -> float:
 
     Weights are moved once for all rows, and the keys and values so far of every row.
     """
-    weights = plan.layers + read.ids * plan.transformer.width * DTYPES[plan.dtype]
+    weights = plan.layers + read.ids * plan.transformer.width * ACTIVATION_BYTES[plan.dtype]
     kept = plan.rows * (1 + plan.guided) * read.so_far * position_bytes(plan.transformer, plan.dtype)
     return max((weights + kept) / speed.bandwidth, plan.flops(read) / speed.flops)
 
@@ -186,7 +185,7 @@ def measure_requests(subject: Subject, rows: int, *, codes: int, repeats: int, f
     jobs = make_jobs(subject.config, rows, codes)
     draw_once(model, jobs, codes, subject.parallel)  # to warm up: what is made at the first use is made now
     requests = tuple(draw_once(model, jobs, codes, subject.parallel) for _ in range(repeats))
-    return Measured(requests=requests, peak=peak_memory(subject.placement.device, free))
+    return Measured(requests=requests, peak=peak_process_memory(subject.placement.device, free))
 
 
 def make_jobs(config: ModelConfig, rows: int, codes: int) -> list[Job]:
@@ -227,26 +226,6 @@ def draw_once(model: CogView, jobs: Sequence[Job], codes: int, parallel: int | N
     codes_BN[:, :codes] = [row.ids[job.row.spans["image"]] for row, job in zip(filled, jobs, strict=True)]
     model.pixels(codes_BN.reshape(-1, grid, grid))
     return Seconds(first_code=first - start, other_codes=drawn - first, pixels=time.perf_counter() - drawn)
-
-
-def peak_memory(device: torch.device, free: int) -> int | None:
-    """Bytes that this process had of a device at its peak: on a CPU its resident memory, mapped files included.
-
-    ``free`` is how many the device had free before, which tells the context of a GPU. None where nothing is known.
-    """
-    if device.type == "cuda":
-        context = free - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)
-        return torch.cuda.max_memory_reserved(device) + max(0, context)
-    if device.type == "mps":  # which keeps no peak, and seldom gives back what it has
-        return torch.mps.driver_allocated_memory()
-    with suppress(OSError):  # on Linux ru_maxrss begins with what the parent had
-        if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
-            return 1024 * int(found[1])
-    with suppress(ImportError):  # not on Windows
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return None
 
 
 def random_model(config: ModelConfig, image_config: VQVAEConfig, placement: Placement) -> Model:

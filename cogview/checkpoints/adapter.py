@@ -30,7 +30,7 @@ from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
 from cogview.config_io import build, to_plain
 from cogview.errors import InputError
 from cogview.files import new_folder, read_json, write_json
-from cogview.modeling.config import TransformerConfig
+from cogview.modeling.config import PROJECTIONS, TransformerConfig
 from cogview.modeling.transformer import Transformer
 
 CONFIG_FILE = "adapter_config.json"
@@ -38,14 +38,6 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "cogview.json"
 PREFIX = "base_model.model."  # of every name in PEFT's files
 BLOCK = 1024  # rows of a weight added to at a time, so that what is made on the way in float32 stays small
-
-# What can be adapted, as layers name it, with outputs and inputs in widths of the model.
-TARGETS: dict[str, tuple[int, int]] = {
-    "attention.query_key_value": (3, 1),
-    "attention.output": (1, 1),
-    "mlp.input": (4, 1),
-    "mlp.output": (1, 4),
-}
 
 # Settings of PEFT's LoRA that change nothing in what an adapter computes once it is learnt, or that are looked at
 # below. Any other that is set would need another formula.
@@ -95,7 +87,7 @@ class LoraSettings:
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0  # in training: on what A is given
-    targets: tuple[str, ...] = tuple(TARGETS)  # projections of every layer
+    targets: tuple[str, ...] = tuple(PROJECTIONS)  # projections of every layer
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -105,11 +97,11 @@ class LoraSettings:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not self.targets:
-            raise ValueError(f"targets must name at least one of {', '.join(TARGETS)}")
+            raise ValueError(f"targets must name at least one of {', '.join(PROJECTIONS)}")
         for target in self.targets:
-            if target not in TARGETS:
-                near = get_close_matches(target, TARGETS, n=1)
-                advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(TARGETS)}"
+            if target not in PROJECTIONS:
+                near = get_close_matches(target, PROJECTIONS, n=1)
+                advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(PROJECTIONS)}"
                 raise ValueError(f'the target "{target}" is unknown; {advice}')
 
     @property
@@ -173,7 +165,9 @@ class Adapter:
         self._file = WeightsFile(self.folder / WEIGHTS_FILE)
         rank, alpha, dropout = self._numbers(plain)
         self.projections = self._projections(rank)
-        targets = tuple(target for target in TARGETS if any(name.endswith(f".{target}") for name in self.projections))
+        targets = tuple(
+            target for target in PROJECTIONS if any(name.endswith(f".{target}") for name in self.projections)
+        )
         try:
             self.settings = LoraSettings(rank=rank, alpha=alpha, dropout=dropout, targets=targets)
         except ValueError as error:
@@ -231,7 +225,7 @@ class Adapter:
         there = {
             f"layers.{number}.{target}": (outputs * shape.width, inputs * shape.width)
             for number in range(shape.num_layers)
-            for target, (outputs, inputs) in TARGETS.items()
+            for target, (outputs, inputs) in PROJECTIONS.items()
         }
         for name in self.projections:
             if name not in there:

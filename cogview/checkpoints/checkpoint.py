@@ -74,6 +74,10 @@ class ModelConfig:
         longest = self.layouts["caption"].longest_text(self.transformer.max_positions)
         return min(self.max_caption or self.max_text, longest)
 
+    def longest_row(self, tasks: Sequence[str] | None = None) -> int:
+        """Return the positions of the longest row of ``tasks``, by default of all that training saw."""
+        return max(self.layouts[task].length(self.max_text) for task in (self.tasks if tasks is None else tasks))
+
     @property
     def layouts(self) -> dict[str, Layout]:
         """The layout table at this model's grid."""

@@ -10,11 +10,12 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from cogview.cli.estimate import SPARE, open_configs, preset_config
+from cogview.cli.estimate import open_configs, preset_config
 from cogview.cli.options import DEFAULT_MODEL, add_parallel_argument, parallel, require_positive
 from cogview.errors import InputError
 from cogview.files import write_json
 from cogview.formatting import format_bytes
+from cogview.planning import ESTIMATE_MARGIN
 
 if TYPE_CHECKING:
     from cogview.benchmark.measure import Figures, Subject
@@ -222,7 +223,7 @@ class Bench:
 
         free = available_memory(self.subject.placement.device)
         row = {"batch": plan.rows, "predicted_bytes": plan.total, "free_bytes": free}
-        if plan.total > (1 - SPARE) * free:
+        if plan.total > (1 - ESTIMATE_MARGIN) * free:
             return {**row, "left_out": "does not fit"}
         drawn = replace(plan, reads=plan.reads[: self.codes])
         seconds = (1 + self.repeats) * drawn.seconds(self.probed()).total
@@ -238,7 +239,7 @@ class Bench:
         batch, predicted = str(row["batch"]).rjust(COLUMNS["batch"][0]), format_bytes(row["predicted_bytes"])
         if problem := row.get("left_out"):
             free = format_bytes(row["free_bytes"])
-            return f"{batch}  {problem}: {predicted} predicted, {free} free, of which {SPARE:.0%} stay free"
+            return f"{batch}  {problem}: {predicted} predicted, {free} free, of which {ESTIMATE_MARGIN:.0%} stay free"
         if problem := row.get("failed"):
             return f"{batch}  failed: {problem}; {predicted} predicted"
         about = "~" if self.codes < self.whole else ""

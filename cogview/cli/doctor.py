@@ -279,9 +279,9 @@ def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -
     """The stores, and two steps with the recipe's shapes in a folder that is thrown away."""
     import torch
 
-    from cogview.cli.train import longest_row, prepare
+    from cogview.cli.train import prepare
+    from cogview.device import peak_memory
     from cogview.training.distributed import join_world, leave_world
-    from cogview.training.trainer import peak_memory
 
     world = join_world(device, needs_group=settings.engine.name == "deepspeed")
     try:
@@ -315,7 +315,7 @@ def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -
             yield Line(
                 "ok",
                 "step",
-                f"{seconds:.3g} s for {training.batch_size} rows of up to {longest_row(trainer.model)}, "
+                f"{seconds:.3g} s for {training.batch_size} rows of up to {trainer.model.config.longest_row()}, "
                 f"{tokens:,.0f} tokens/s, loss {figures['loss']:.4g}; {training.steps:,} steps take about "
                 f"{hours:.3g} hours",
             )

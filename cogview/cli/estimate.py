@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cogview.cli.options import DEFAULT_MODEL, require_positive
 from cogview.errors import InputError
 from cogview.formatting import format_bytes, format_duration, plural
+from cogview.planning import ESTIMATE_MARGIN
 
 if TYPE_CHECKING:
     from cogview.checkpoints.checkpoint import ModelConfig
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from cogview.vqvae.model import VQVAEConfig
 
 OTHER_NAMES = {"rerank": "score"}  # of tasks
-SPARE = 0.05  # share of a device's memory that stays free: formulas are not exact, and allocators leave gaps
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 # What a device that is given as a size alone is taken for: a gaming card whose memory does 900 GB/s and whose tensor
 # cores 60 TFLOP/s in half precision (half of that in float32), or a desktop with two channels of memory.
@@ -254,12 +254,12 @@ def find_target(name: str, dtype: str, config: ModelConfig, stored: FewBits | No
 
 def find_speed(target: Target, bandwidth: float | None, flops: float | None) -> tuple[Speed, dict[str, str]]:
     """What is given (GB/s, TFLOP/s), measured on a device that is here, or assumed; and which of these each is."""
-    from cogview.planning.inference import DTYPES, Speed, measure
+    from cogview.planning.inference import ACTIVATION_BYTES, Speed, measure
 
     speed, origin = Speed(bandwidth=1, flops=1, starts_ahead=target.type != "cpu"), "given"
     if bandwidth is None or flops is None:
         if target.placement is None:
-            assumed = ASSUMED[target.type, DTYPES[target.dtype]]
+            assumed = ASSUMED[target.type, ACTIVATION_BYTES[target.dtype]]
             speed, origin = replace(speed, bandwidth=assumed[0], flops=assumed[1]), "assumed"
         else:
             device = target.placement.device
@@ -287,7 +287,7 @@ class Report:
     @property
     def usable(self) -> int:
         """Bytes of the device that may be taken."""
-        return int(self.target.memory * (1 - SPARE))
+        return int(self.target.memory * (1 - ESTIMATE_MARGIN))
 
     @property
     def fits(self) -> bool:
@@ -304,9 +304,9 @@ class Report:
 
     def parts(self) -> list[tuple[str, str, int, str]]:
         """Of each part of the memory: its key, its name, its bytes and how they come about."""
-        from cogview.planning.inference import DTYPES
+        from cogview.planning.inference import ACTIVATION_BYTES
 
-        plan, shape, size = self.plan, self.plan.transformer, DTYPES[self.plan.dtype]
+        plan, shape, size = self.plan, self.plan.transformer, ACTIVATION_BYTES[self.plan.dtype]
         rows = plural(plan.rows, "row") + (" x 2 for guidance" if plan.guided else "")
         layers = f"{shape.num_layers} layers x (12 x {shape.width}² + 17 x {shape.width}) numbers"
         if plan.dtype in ("int8", "int4"):
@@ -355,7 +355,8 @@ class Report:
         ]
         lines += [f"  {name:<22}{format_bytes(count):>8}  {how}" for _, name, count, how in self.parts()]
         lines.append(f"  {'total':<22}{format_bytes(plan.total):>8}  {MEMORY_FORMULA}")
-        room = f"{format_bytes(self.usable)} may be taken: {SPARE:.0%} of {format_bytes(self.target.memory)} stay free"
+        usable, memory = format_bytes(self.usable), format_bytes(self.target.memory)
+        room = f"{usable} may be taken: {ESTIMATE_MARGIN:.0%} of {memory} stay free"
         if self.fits:
             lines.append(f"fits: {room}; the largest -n that fits is {plan.largest_rows(self.usable)}")
         else:
@@ -406,7 +407,7 @@ class Report:
                 "share": SHARE,
                 "operations_per_layer": OPERATIONS_PER_LAYER,
                 "seconds_per_operation": SECONDS_PER_OPERATION,
-                "spare": SPARE,
+                "spare": ESTIMATE_MARGIN,
             },
         }
 

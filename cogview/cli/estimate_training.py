@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from cogview.cli.estimate import ASSUMED, TRAINING_OPTIONS, Target, find_target, open_configs
 from cogview.errors import InputError
 from cogview.formatting import format_bytes, format_duration, plural
+from cogview.planning import ESTIMATE_MARGIN
 
 if TYPE_CHECKING:
-    from cogview.checkpoints.checkpoint import ModelConfig
     from cogview.planning.training import Precision, TrainingJob, TrainingMemory
 
 # The card that a GPU is taken for in training where only its size is given: at least so many bytes, the name.
@@ -44,6 +44,7 @@ def run_training(args: argparse.Namespace) -> int:
 
 def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
     """What is asked for, and what is chosen where nothing is: the settings of the size, and the rows that fit."""
+    from cogview.modeling.config import PRESETS
     from cogview.planning.training import MODES, TRAINING_PRESETS, TrainingJob, lora_parameters, suggest
 
     for option in ("gpus", "rows", "batch", "length", "lora", "tokens"):
@@ -66,9 +67,10 @@ def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
             f"--rows {args.rows} does not divide the {batch // world} rows of each of {plural(world, 'GPU')}, in a "
             f"batch of {batch}"
         )
+    tasks = ("generate",) if args.model in PRESETS else config.tasks  # a size is taken to generate, as in the paper
     job = TrainingJob(
         transformer=shape,
-        length=args.length or longest_row(config, args.model),
+        length=args.length or config.longest_row(tasks),
         rows=args.rows or 1,
         batch=batch,
         precision=args.precision or training_precision(target),
@@ -102,14 +104,6 @@ def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
     )
 
 
-def longest_row(config: ModelConfig, name: str) -> int:
-    """Positions of the longest row that the model is trained on; a size is taken to draw, as in the paper."""
-    from cogview.modeling.config import PRESETS
-
-    tasks = ("generate",) if name in PRESETS else config.tasks
-    return max(config.layouts[task].length(config.max_text) for task in tasks)
-
-
 def training_precision(target: Target) -> Precision:
     """What training would choose on a device that is here; bfloat16 on a GPU of which only the size is known."""
     from cogview.device import training_dtype
@@ -124,14 +118,14 @@ def find_peak(target: Target, precision: str, flops: float | None) -> tuple[floa
     """FLOP/s of one device in training, and where they are from: given, its data sheet, measured, or assumed."""
     import torch
 
-    from cogview.planning.inference import DTYPES, measure
+    from cogview.planning.inference import ACTIVATION_BYTES, measure
     from cogview.planning.training import DEVICES, peak_flops
 
     if flops is not None:
         return flops * 1e12, "given"
     if target.placement is None:
         if target.type == "cpu":
-            return ASSUMED["cpu", DTYPES[precision]][1], "assumed"
+            return ASSUMED["cpu", ACTIVATION_BYTES[precision]][1], "assumed"
         card = next(name for least, name in ASSUMED_CARDS if target.memory >= least)
         return DEVICES[card][precision], f"assumed: {card}"
     device = target.placement.device
@@ -260,8 +254,6 @@ class TrainingReport:
 
     def as_text(self) -> list[str]:
         """Lines to read."""
-        from cogview.planning.training import SPARE
-
         job, memory = self.job, self.memory
         each = " of each device" if job.world > 1 else ""
         engine = job.engine + (f" ZeRO {job.zero}" if job.zero else "") + (", offloaded" if job.offload else "")
@@ -279,8 +271,8 @@ class TrainingReport:
             numbers = f"{memory.host * job.world / job.trained:.0f} bytes x {job.trained:,} parameters"
             share = f" / {job.world} GPUs; as often as a host has GPUs" if each else ""
             lines.append(f"  {'on the host':<22}{format_bytes(memory.host):>8}  {numbers}{share}")
-        usable = format_bytes(int((1 - SPARE) * self.target.memory))
-        room = f"{usable} may be taken: {SPARE:.0%} of {format_bytes(self.target.memory)} stay free"
+        usable = format_bytes(int((1 - ESTIMATE_MARGIN) * self.target.memory))
+        room = f"{usable} may be taken: {ESTIMATE_MARGIN:.0%} of {format_bytes(self.target.memory)} stay free"
         if self.fits:
             lines.append(f"fits: {room}; the largest --rows that fits is {self.largest}")
         else:
@@ -293,12 +285,12 @@ class TrainingReport:
 
     def as_json(self) -> dict[str, Any]:
         """The same for programs: bytes, seconds and FLOP/s."""
-        from cogview.planning.training import SPARE, flops_per_token, multiplied_flops_per_token
+        from cogview.planning.training import flops_per_token, multiplied_flops_per_token
 
         job, memory = self.job, self.memory
         settings = asdict(job)
         shape = settings.pop("transformer")
-        usable = int((1 - SPARE) * self.target.memory)
+        usable = int((1 - ESTIMATE_MARGIN) * self.target.memory)
         return {
             "model": self.model,
             "transformer": shape,
@@ -321,7 +313,7 @@ class TrainingReport:
             "assumed": {
                 "flops": {"value": self.peak, "is": self.source},
                 "mfu": {"value": self.mfu, "is": self.mfu_is},
-                "spare": SPARE,
+                "spare": ESTIMATE_MARGIN,
             },
         }
 

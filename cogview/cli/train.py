@@ -201,7 +201,7 @@ def prepare(recipe: Recipe, settings: TransformerSettings, world: World, run_fol
         watching=Watching(
             every=settings.run.log_every,
             peak_flops=peak_of(world, dtype),
-            flops_per_token=flops_per_token(model.config.transformer, longest_row(model)),
+            flops_per_token=flops_per_token(model.config.transformer, model.config.longest_row()),
             dumps=run.folder / "nonfinite",
         ),
     )
@@ -275,7 +275,7 @@ def planned(
     trained = sum(parameter.numel() for parameter in model.transformer.parameters() if parameter.requires_grad)
     job = TrainingJob(
         transformer=model.config.transformer,
-        length=longest_row(model),
+        length=model.config.longest_row(),
         rows=min(training.micro_batch or own_rows, own_rows),
         batch=own_rows * world.size,
         precision=precision_name(dtype),  # type: ignore[arg-type]
@@ -307,12 +307,6 @@ def planned(
         ),
         training_memory(job),
     )
-
-
-def longest_row(model: Model) -> int:
-    """Places of the longest row that the model is trained on."""
-    config = model.config
-    return max(config.layouts[task].length(config.max_text) for task in config.tasks)
 
 
 def peak_of(world: World, dtype: torch.dtype | None) -> float:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -19,6 +18,7 @@ from cogview.emoji.scene import EQUAL_SHARES, Scene, Shares, cells_of
 from cogview.emoji.world import World
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer
+from cogview.vqvae.codec import to_float
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE
 
 
@@ -159,8 +159,7 @@ def encode_scenes(
         for batch in scenes:
             fields = {"text": pad_text([pieces for _, _, pieces in batch], settings.text_width)}
             for number, name in enumerate(scales):
-                pixels = np.stack([pictures[number] for _, pictures, _ in batch])
-                images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 255
+                images = to_float(np.stack([pictures[number] for _, pictures, _ in batch]), device)
                 fields[name] = image_tokenizer.encode(images).flatten(1).cpu().numpy()
             if names is not None:
                 fields["named"] = np.stack([name_places(scene, pieces, names, grid) for scene, _, pieces in batch])

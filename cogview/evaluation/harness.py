@@ -17,7 +17,8 @@ from cogview.emoji.world import World
 from cogview.errors import InputError
 from cogview.generation.sampling import Sampling
 from cogview.pipeline.cogview import CogView, Wish
-from cogview.training.vqvae_trainer import held_out_batches, reconstruct
+from cogview.training.vqvae_trainer import held_out_batches
+from cogview.vqvae.codec import reconstruct
 from cogview.vqvae.model import PIXELS_PER_CODE
 from cogview.vqvae.training import evaluate_vqvae
 

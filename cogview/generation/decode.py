@@ -16,7 +16,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from cogview.generation.decoding_state import Tapes, float64_of
+from cogview.device import float64_of
+from cogview.generation.decoding_state import Tapes
 from cogview.generation.speculative import draw_in_windows, most_columns, steps_are_captured
 from cogview.generation.token_sampler import (
     Easels,

@@ -156,8 +156,3 @@ def pays_to_share(batch: Batch, length: int, num_beginnings: int) -> bool:
     """Whether to keep so many beginnings of ``length`` columns once each, and no copy of one for each row."""
     num_rows, num_columns = batch.ids.shape
     return 0 < length * (num_rows - num_beginnings) >= SHARED_FROM * num_rows * num_columns
-
-
-def float64_of(device: torch.device) -> torch.dtype:
-    """float64, or float32 on MPS, which has no other."""
-    return torch.float32 if device.type == "mps" else torch.float64

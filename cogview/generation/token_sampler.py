@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogview.generation.decoding_state import float64_of
+from cogview.device import float64_of
 from cogview.generation.sampling import Sampling, draw, noise_keys
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.layouts import Arranged, Batch

@@ -2,7 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+# The projections of a layer by their names in it, with outputs and inputs in multiples of the model's width.
+PROJECTIONS: Mapping[str, tuple[int, int]] = {
+    "attention.query_key_value": (3, 1),
+    "attention.output": (1, 1),
+    "mlp.input": (4, 1),
+    "mlp.output": (1, 4),
+}
+# Norms and projections of a layer, in the order in which they compute.
+LAYER_PARTS = (
+    "attention_norm",
+    "attention.query_key_value",
+    "attention.output",
+    "attention_output_norm",
+    "mlp_norm",
+    "mlp.input",
+    "mlp.output",
+    "mlp_output_norm",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

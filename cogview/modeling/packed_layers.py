@@ -15,22 +15,11 @@ from torch.nn import functional as F
 from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
 from cogview.kernels.linear import linear_packed, pack
+from cogview.modeling.config import LAYER_PARTS
 from cogview.modeling.kv_cache import KVCache
 
 if TYPE_CHECKING:
     from cogview.modeling.transformer import Transformer
-
-
-PARTS = (
-    "attention_norm",
-    "attention.query_key_value",
-    "attention.output",
-    "attention_output_norm",
-    "mlp_norm",
-    "mlp.input",
-    "mlp.output",
-    "mlp_output_norm",
-)
 
 
 class Packed:
@@ -71,7 +60,7 @@ class LeanLayers:
         self.heads: dict[range, Packed] = {}  # rows of the embedding that ids were told by
         for layer in transformer.layers:
             parts: list[Any] = []
-            for part in map(layer.get_submodule, PARTS):
+            for part in map(layer.get_submodule, LAYER_PARTS):
                 if isinstance(part, nn.Linear):
                     self.packed.append(Packed())
                     parts.append((part._parameters, self.packed[-1]))

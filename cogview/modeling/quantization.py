@@ -22,10 +22,10 @@ from cogview.kernels.linear import (
     quantize_int4,
     quantize_int8,
 )
+from cogview.modeling.config import PROJECTIONS
 
 FewBits: TypeAlias = Literal["int8", "int4"]
 FEW_BITS: tuple[FewBits, ...] = get_args(FewBits)
-_PROJECTIONS = ("attention.query_key_value", "attention.output", "mlp.input", "mlp.output")
 
 
 def few_bits_named(name: str | None) -> FewBits | None:
@@ -81,13 +81,13 @@ _LAYERS: dict[FewBits, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linea
 def use_few_bits(transformer: nn.Module, few_bits: FewBits) -> None:
     """Put layers of ``few_bits`` in the place of the projections, without weights yet; call it on the meta device."""
     for name, module in list(transformer.named_modules()):
-        if isinstance(module, nn.Linear) and name.endswith(_PROJECTIONS):
+        if isinstance(module, nn.Linear) and name.endswith(tuple(PROJECTIONS)):
             transformer.set_submodule(name, _LAYERS[few_bits](module.in_features, module.out_features))
 
 
 def is_rounded(name: str) -> bool:
     """Whether the weight ``name`` of a transformer is one of those that are held in few bits."""
-    return name.endswith(tuple(f"{projection}.weight" for projection in _PROJECTIONS))
+    return name.endswith(tuple(f"{projection}.weight" for projection in PROJECTIONS))
 
 
 def round_weight(name: str, weight_NK: Tensor, few_bits: FewBits, rounded: Tensor | None = None) -> dict[str, Tensor]:

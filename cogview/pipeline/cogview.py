@@ -35,6 +35,7 @@ from cogview.planning.inference import fill_bytes, picture_bytes, score_bytes, s
 from cogview.tokenizers.layouts import Arranged, Layout, Window, upscale_steps
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Kind, Vocabulary
+from cogview.vqvae.codec import to_float, to_uint8
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE
 
 LEAST_BEAMS = 4
@@ -776,9 +777,9 @@ class CogView:
                 others.append((index, fit(image, side * PIXELS_PER_CODE)[0]))
 
         def encode(some: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
-            pixels = torch.from_numpy(np.stack([pixels for _, pixels in some])).to(self.placement.device)
+            images_N3HW = to_float(np.stack([pixels for _, pixels in some]), self.placement.device)
             with torch.inference_mode():
-                return list(self.image_tokenizer.encode(pixels.permute(0, 3, 1, 2).float() / 255).cpu().numpy())
+                return list(self.image_tokenizer.encode(images_N3HW).cpu().numpy())
 
         each = picture_bytes(self.image_tokenizer.config, side, decoding=False)
         found = self._planner(batch_size).run(
@@ -793,8 +794,7 @@ class CogView:
 
     def pixels(self, codes: np.ndarray) -> np.ndarray:
         """(B, 8G, 8G, 3) uint8 pictures of (B, G, G) codes, for any G."""
-        images = self.image_tokenizer.decode(torch.from_numpy(codes).to(self.placement.device))
-        return (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        return to_uint8(self.image_tokenizer.decode(torch.from_numpy(codes).to(self.placement.device)))
 
     def _transformer(self, task: str) -> Transformer:
         return self.model.transformer if self.bundle is None else self.bundle.transformer(task)

@@ -25,8 +25,8 @@ from cogview.formatting import format_gigabytes
 MOST_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
 # What is left free: of what there is, and at least so many bytes: scratch of a CPU's matrix products, and on a GPU what
 # its allocator rounds up.
-SPARE = 0.02
-LEAST_SPARE = {"cpu": 8_000_000, "cuda": 256_000_000, "mps": 256_000_000}
+BATCH_MARGIN = 0.02
+MIN_FREE_BYTES = {"cpu": 8_000_000, "cuda": 256_000_000, "mps": 256_000_000}
 # glibc leaves gaps in its heap where larger and larger tensors come and go, up to half of what they take
 # (scripts/benchmarks/planned_batch.py). From so many bytes on they get pages of their own, and beyond so many free ones
 # at its end the heap shrinks. Where less than SCARCE is there, still smaller ones get theirs: that takes a tenth more
@@ -72,7 +72,7 @@ class Planner:
         """Bytes that work may take."""
         _let_go(self.device)
         there = available_memory(self.device)
-        return there - max(SPARE * there, LEAST_SPARE[self.device.type])
+        return there - max(BATCH_MARGIN * there, MIN_FREE_BYTES[self.device.type])
 
     def chunks(self, items: Sequence[Item], bytes_of: Callable[[Sequence[Item]], int], what: str) -> list[int]:
         """Sizes of even parts of ``items``, of which the first fits; ``bytes_of`` a part must not fall as it grows.

@@ -28,6 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogview.checkpoints.checkpoint import ModelConfig
+from cogview.device import DTYPE_BYTES
 from cogview.errors import InputError
 from cogview.generation.decoding_state import beginnings_of, pays_to_share
 from cogview.generation.sampling import TIES, Sampling
@@ -42,15 +43,15 @@ from cogview.kernels.linear import (
     linear,
     packs,
 )
-from cogview.modeling.config import TransformerConfig
+from cogview.modeling.config import PROJECTIONS, TransformerConfig
 from cogview.tokenizers.layouts import Arranged, pad_left, upscale_windows
 from cogview.tokenizers.vocabulary import Kind, Vocabulary
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 
 TASKS = ("generate", "caption", "upscale", "low_level", "score")
 
-# Bytes of an activation. Where only the weights of the layers are quantised, all else is in half precision.
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 2, "int4": 2}
+# Bytes of an activation. Where only the weights of the layers are quantized, all else is in half precision.
+ACTIVATION_BYTES = {**DTYPE_BYTES, "int8": 2, "int4": 2}
 SMALLER_DTYPES = ("bfloat16", "int8", "int4")  # what else to offer where something does not fit
 
 # Bytes besides tensors: Python, PyTorch and what it loads while it works. On a CPU the peak of `cogview generate -n 1`
@@ -184,7 +185,7 @@ class Plan:
     def traffic(self, read: Read) -> int:
         """Bytes that a read moves: weights, keys and values so far, and what drawing makes."""
         copies = 1 + self.guided
-        weights = self.layers + read.ids * self.transformer.width * DTYPES[self.dtype]
+        weights = self.layers + read.ids * self.transformer.width * ACTIVATION_BYTES[self.dtype]
         if self.unpacks(read):
             weights += self.unpacking_traffic * self.transformer.num_layers * 12 * self.transformer.width**2
         kept = copies * read.so_far * position_bytes(self.transformer, self.dtype)
@@ -242,17 +243,17 @@ def estimate(
 ) -> Plan:
     """The plan of ``rows`` rows of a task at once, each with the longest text that there is space for.
 
-    ``dtype`` is one of ``DTYPES``, ``device_type`` one of ``OVERHEAD``. Captions are drawn or greedy ones; a search
-    holds a row for each beam. Raises InputError for an unknown task or dtype, a task that the model was not trained
-    for, less than one row, and guidance where no picture is drawn.
+    ``dtype`` is one of ``ACTIVATION_BYTES``, ``device_type`` one of ``OVERHEAD``. Captions are drawn or greedy ones; a
+    search holds a row for each beam. Raises InputError for an unknown task or dtype, a task that the model was not
+    trained for, less than one row, and guidance where no picture is drawn.
     """
     if task not in TASKS:
         raise InputError(f"task {task!r} is unknown; known: {', '.join(TASKS)}")
     draws = task not in ("caption", "score")
     if (task if draws else "caption") not in config.tasks:
         raise InputError(f"the model was not trained for the task {task!r}; its tasks are: {', '.join(config.tasks)}")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(DTYPES)}")
+    if dtype not in ACTIVATION_BYTES:
+        raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(ACTIVATION_BYTES)}")
     if rows < 1:
         raise InputError(f"the number of rows must be at least 1, got {rows}")
     if guided and not draws:
@@ -356,7 +357,7 @@ def score_bytes(
     config: TransformerConfig, vocabulary: Vocabulary, rows: Sequence[Arranged], *, dtype: str, device_type: str
 ) -> int:
     """What ``engine.score`` takes at its peak for ``rows``, besides the weights and their packed copy."""
-    longest, width = max(map(len, rows)), config.width * DTYPES[dtype]
+    longest, width = max(map(len, rows)), config.width * ACTIVATION_BYTES[dtype]
     read = Read(new=longest, so_far=longest, ids=0)
     pieces = sum(row.spans["text"].stop - row.spans["text"].start for row in rows)
     reading = _reading_bytes(config, dtype, device_type, read, rows=len(rows), padded=False)
@@ -421,13 +422,13 @@ def layer_bytes(config: TransformerConfig, dtype: str) -> int:
             raise InputError(str(error)) from None
         held = weights // 2 + 4 * groups
     else:
-        held = weights * DTYPES[dtype]
-    return config.num_layers * (held + 17 * width * DTYPES[dtype])  # biases and norms
+        held = weights * ACTIVATION_BYTES[dtype]
+    return config.num_layers * (held + 17 * width * ACTIVATION_BYTES[dtype])  # biases and norms
 
 
 def embedding_bytes(config: TransformerConfig, dtype: str) -> int:
     """Bytes of the embedding, positions and the last norm."""
-    return (config.vocabulary_size + config.max_positions + 2) * config.width * DTYPES[dtype]
+    return (config.vocabulary_size + config.max_positions + 2) * config.width * ACTIVATION_BYTES[dtype]
 
 
 def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> int:
@@ -450,8 +451,8 @@ def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> 
 def position_bytes(config: TransformerConfig, dtype: str, *, int8_cache: bool = False) -> int:
     """Bytes of the keys and values of one position of one row, in all layers; rounded, each head has a scale."""
     if int8_cache:
-        return 2 * config.num_layers * (config.width + config.num_heads * DTYPES[dtype])
-    return 2 * config.num_layers * config.width * DTYPES[dtype]
+        return 2 * config.num_layers * (config.width + config.num_heads * ACTIVATION_BYTES[dtype])
+    return 2 * config.num_layers * config.width * ACTIVATION_BYTES[dtype]
 
 
 @functools.cache
@@ -594,15 +595,16 @@ def _filling_bytes(
 
     most = reading(num_firsts, first, first, False)
     if num_firsts < num_rows and not shared:  # every row gets its copy of keys and values, one layer after another
-        copied = 2 * num_rows * (1 if int8_cache else DTYPES[dtype])
-        most = max(most, (num_firsts * DTYPES[dtype] + copied) * first * config.width)
+        copied = 2 * num_rows * (1 if int8_cache else ACTIVATION_BYTES[dtype])
+        most = max(most, (num_firsts * ACTIVATION_BYTES[dtype] + copied) * first * config.width)
     # Of reads of as many columns the last one takes most.
     later = {column - before: column for before, column in itertools.pairwise(blank_columns)}
     if parallel is not None:
         later[min(parallel, num_columns - first)] = num_columns
     for new, so_far in later.items():
         most = max(most, reading(num_rows, new, so_far, shared))
-    told = num_rows * first * config.width * DTYPES[dtype] if num_firsts == num_rows else 0  # of the first read
+    # Of the first read.
+    told = num_rows * first * config.width * ACTIVATION_BYTES[dtype] if num_firsts == num_rows else 0
     return workspace_bytes(config, dtype, device_type) + held, most, told
 
 
@@ -622,7 +624,7 @@ def _reading_bytes(
     ``padded``: what may be looked at differs between rows. ``beginning`` says how many beginnings rows share, and how
     long they are.
     """
-    size = DTYPES[dtype]
+    size = ACTIVATION_BYTES[dtype]
     width = rows * config.width * size * read.new  # of a tensor as wide as the model
     widths = LAYER_WIDTHS - packs_on(dtype, device_type)  # lean layers do not keep what they were given
     if device_type == "cpu" and _may_unpack(dtype, device_type):
@@ -647,7 +649,7 @@ def _reading_bytes(
 
 def _projections(width: int) -> list[tuple[int, int]]:
     """(outputs, inputs) of the four of a layer."""
-    return [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    return [(outputs * width, inputs * width) for outputs, inputs in PROJECTIONS.values()]
 
 
 def _may_unpack(dtype: str, device_type: str) -> bool:

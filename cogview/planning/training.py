@@ -33,21 +33,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
+from cogview.device import DTYPE_BYTES
 from cogview.errors import InputError
 from cogview.formatting import format_gigabytes
 from cogview.kernels.attention import SHORT
 from cogview.kernels.fused_linear_cross_entropy import CHUNK_BYTES, CHUNK_BYTES_GPU
-from cogview.modeling.config import TransformerConfig, preset
+from cogview.modeling.config import PROJECTIONS, TransformerConfig, preset
 from cogview.modeling.transformer import Checkpointing
+from cogview.planning import ESTIMATE_MARGIN
 from cogview.planning.inference import OVERHEAD
 from cogview.tokenizers.vocabulary import Vocabulary
 
 Precision = Literal["float32", "bfloat16", "float16"]
-PRECISIONS: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}  # and the bytes of a number
 MODES: Sequence[Checkpointing] = get_args(Checkpointing)  # the least recomputation first
 ENGINES = ("torch", "deepspeed")
 
-SPARE = 0.05  # share of a device's memory that stays free: formulas are not exact, and allocators leave gaps
 # Numbers of the residual stream (R x T x D) that keep a GPU at work: the inner projection of a layer then has as many
 # tiles (128 x 256) as fill some 130 processors twice. With fewer, rows are worth recomputing for.
 ENOUGH = 2_000_000
@@ -138,7 +138,7 @@ class TrainingJob:
     device_type: str = "cuda"
 
     def __post_init__(self) -> None:
-        for name, known in (("precision", PRECISIONS), ("engine", ENGINES), ("checkpointing", MODES)):
+        for name, known in (("precision", DTYPE_BYTES), ("engine", ENGINES), ("checkpointing", MODES)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         if self.device_type not in OVERHEAD:
@@ -173,7 +173,7 @@ class TrainingJob:
     @property
     def number_bytes(self) -> int:
         """Bytes of a number in the precision of products."""
-        return PRECISIONS[self.precision]
+        return DTYPE_BYTES[self.precision]
 
     @property
     def parameters(self) -> int:
@@ -280,7 +280,7 @@ def layer_activations(
     ``none``: all that autograd keeps. ``full``: the layer's input, float32. ``selective``: that, and the results of
     products and of attention. On a CPU rows of up to 128 positions keep their scores as well.
     """
-    size = PRECISIONS[precision]
+    size = DTYPE_BYTES[precision]
     scores = shape.num_heads * length if device_type == "cpu" and length <= SHORT else 0  # of each position
     if checkpointing == "full":
         each = 4 * shape.width
@@ -372,8 +372,8 @@ def suggest(
 
 
 def fits(job: TrainingJob, free_bytes: float) -> bool:
-    """Whether ``job`` fits in ``free_bytes`` of a device, of which ``SPARE`` stays free."""
-    return training_memory(job).total <= (1 - SPARE) * free_bytes
+    """Whether ``job`` fits in ``free_bytes`` of a device, of which ``ESTIMATE_MARGIN`` stays free."""
+    return training_memory(job).total <= (1 - ESTIMATE_MARGIN) * free_bytes
 
 
 def largest_rows(job: TrainingJob, free_bytes: float) -> int:
@@ -389,8 +389,7 @@ def divisors(count: int) -> list[int]:
 
 def lora_parameters(shape: TransformerConfig, rank: int) -> int:
     """Parameters of an adapter of ``rank`` on the four projections of every layer: rank x (inputs + outputs) each."""
-    widths = [(1, 3), (1, 1), (1, 4), (4, 1)]
-    return shape.num_layers * rank * shape.width * sum(inputs + outputs for inputs, outputs in widths)
+    return shape.num_layers * rank * shape.width * sum(map(sum, PROJECTIONS.values()))
 
 
 def flops_per_token(shape: TransformerConfig, length: int) -> float:

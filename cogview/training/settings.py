@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cogview.vqvae.lr_schedule import warmup_cosine
+
 # What training can be for. ``upscale`` draws one of the nine windows of the large image from the crop of the image that
 # it covers, ``low_level`` the image from the small one.
 TASKS = ("generate", "caption", "upscale", "low_level")
@@ -78,12 +80,14 @@ class TransformerTraining:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def learning_rate_at(self, step: int) -> float:
-        """Linear warm-up, then a cosine down to ``final_learning_rate``."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / (self.steps - self.warmup_steps)
-        swing = (self.learning_rate - self.final_learning_rate) / 2
-        return self.final_learning_rate + swing * (1 + math.cos(math.pi * progress))
+        """Return the learning rate of a step: a linear warm-up, then a cosine down to ``final_learning_rate``."""
+        return warmup_cosine(
+            step,
+            peak=self.learning_rate,
+            final=self.final_learning_rate,
+            warmup_steps=self.warmup_steps,
+            steps=self.steps,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

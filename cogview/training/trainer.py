@@ -8,7 +8,6 @@ arranges. What is random in it is drawn from (seed, step), so that a resumed run
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.safetensors_io import difference
 from cogview.config_io import to_plain
 from cogview.data.store import TokenStore
-from cogview.device import precision_name
+from cogview.device import peak_memory, precision_name
 from cogview.errors import InputError
 from cogview.files import read_json, write_json
 from cogview.kernels.fused_linear_cross_entropy import Targets
@@ -427,18 +426,6 @@ def read_state(folder: Path) -> dict[str, Any]:
 def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
     """The shape of a parameter, which in ZeRO stage 3 it does not have itself."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def peak_memory(device: torch.device) -> float:
-    """Bytes: the most that was allocated on a GPU; on a CPU the most resident memory of this process (0: unknown)."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return float(peak if sys.platform == "darwin" else 1024 * peak)
 
 
 def _figure(task: str, told: Told) -> str:

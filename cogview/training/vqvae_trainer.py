@@ -19,6 +19,7 @@ from cogview.errors import InputError
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.signals import worker_init
 from cogview.training.loop import Trainer, Writer
+from cogview.vqvae.codec import reconstruct, to_float
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
 
@@ -43,12 +44,7 @@ class SceneImages(Dataset[Tensor]):
         scale, canvas = self.scales[index % len(self.scales)], self.world.settings.canvas
         draws = Draws("part", self.seed, index, self.held_out)
         top, left = (PIXELS_PER_CODE * draws.below((scale - 1) * canvas // PIXELS_PER_CODE + 1) for _ in range(2))
-        return to_tensor(self.world.render(scene, index, scale)[top : top + canvas, left : left + canvas])
-
-
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(H, W, 3) uint8 to (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        return to_float(self.world.render(scene, index, scale)[top : top + canvas, left : left + canvas])
 
 
 def scene_batches(
@@ -123,13 +119,3 @@ def reconstruction_sheet(model: VQVAE, world: World, count: int = 12) -> Image.I
     """Held-out scenes in the upper row, what the VQ-VAE makes of them in the lower, at twice their size."""
     pixels = [world.render(world.sample(1, index, held_out=True), index) for index in range(count)]
     return contact_sheet([*pixels, *reconstruct(model, np.stack(pixels))], columns=count, scale=2)
-
-
-def reconstruct(model: VQVAE, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """What the VQ-VAE makes of (N, H, W, 3) uint8 pictures, ``batch_size`` at a time, in the same form."""
-    device = next(model.parameters()).device
-    batches = []
-    for part in torch.from_numpy(pixels).split(batch_size):
-        restored = model.decode(model.encode(part.to(device).permute(0, 3, 1, 2).float() / 255))
-        batches.append((restored * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(batches)

@@ -21,6 +21,7 @@ from cogview.emoji.world import World
 from cogview.evaluation.harness import check_world, draw_captions
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import pad_right
+from cogview.vqvae.codec import to_float
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 
@@ -65,7 +66,7 @@ def main() -> int:
         if codes is None:
             check_world(model, world)
             true = np.stack([world.render(scene, number) for number, scene in enumerate(scenes[: args.rows])])
-            images = torch.from_numpy(true).permute(0, 3, 1, 2).float() / 255
+            images = to_float(true)
             codes = model.image_tokenizer.encode(images).numpy()
         known[dtype] = log_p = code_log_probs(model, captions[: args.rows], codes)
         cells = ["", "", ""]

@@ -23,11 +23,12 @@ from cogview.emoji.evaluation.scenes import held_out_scenes
 from cogview.emoji.scene import Scene
 from cogview.emoji.world import World
 from cogview.pipeline.cogview import CogView
+from cogview.vqvae.codec import to_float
 
 
 def codes_of(model: Model, world: World, scene: Scene) -> np.ndarray:
     """The codes of a scene's picture, (G * G,)."""
-    pixels = torch.from_numpy(world.render(scene)).permute(2, 0, 1)[None].float() / 255
+    pixels = to_float(world.render(scene))[None]
     return model.image_tokenizer.encode(pixels).flatten().numpy()
 
 

@@ -148,7 +148,7 @@ def draw(args: argparse.Namespace, limit: int, count: int | None) -> dict[str, A
         Wish(prompt=PROMPT, seed=1, index=index, codes=codes, sampling=model.sampling())
         for index, codes in enumerate(given)
     ]
-    planning.LEAST_SPARE["cuda"] = 0  # the limit is PyTorch's own, and leaves the rest of the card alone
+    planning.MIN_FREE_BYTES["cuda"] = 0  # the limit is PyTorch's own, and leaves the rest of the card alone
     if count is None:
         count = _planned(model, wishes)
     before = limit - available_memory(device)

@@ -52,14 +52,13 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     """Median seconds of a step over the steps after the first, and the most memory, of this process."""
     import torch
 
-    from cogview.device import DTYPES
+    from cogview.device import DTYPES, peak_memory
     from cogview.kernels.fused_linear_cross_entropy import Targets
     from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.vocabulary import Vocabulary
     from cogview.training.distributed import join_world, leave_world
     from cogview.training.engines.torch_engine import Learner, Prepared, open_engine
     from cogview.training.settings import EngineSettings, TransformerTraining
-    from cogview.training.trainer import peak_memory
 
     deepspeed = job["engine"] != "torch"
     world = join_world(job["device"], needs_group=deepspeed)

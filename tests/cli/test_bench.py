@@ -24,7 +24,7 @@ from cogview.benchmark.measure import (
 from cogview.cli.bench import random_config
 from cogview.cli.estimate import open_configs
 from cogview.cli.main import main
-from cogview.device import choose_placement
+from cogview.device import choose_placement, peak_process_memory
 from cogview.errors import InputError
 from cogview.generation.decode import fill
 from cogview.generation.sampling import Sampling
@@ -234,7 +234,7 @@ def subject_of(folder):
 def test_the_peak_is_that_of_a_process_of_its_own(tiny_checkpoint):
     """The kernel's own figure of a process (ru_maxrss) begins with what its parent had."""
     ballast = np.ones(50_000_000)
-    own = bench.peak_memory(torch.device("cpu"), free=0)
+    own = peak_process_memory(torch.device("cpu"), free_before=0)
     measured = measure_apart(subject_of(tiny_checkpoint), 1, codes=2, repeats=3, free=0)
     assert len(measured.requests) == 3
     assert measured.peak < own - ballast.nbytes / 2
@@ -253,13 +253,6 @@ def test_what_ends_a_process_is_told(tiny_checkpoint, tmp_path):
     subject = replace(subject_of(tiny_checkpoint), folder=tmp_path / "gone")
     with pytest.raises(InputError, match="gone is no checkpoint folder"):
         measure_apart(subject, 1, codes=2, repeats=1, free=0)
-
-
-def test_memory_of_a_gpu_is_what_was_reserved_and_the_context(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4_000, 10_000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3_000)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3_500)
-    assert bench.peak_memory(torch.device("cuda"), free=9_000) == 3_500 + 2_000
 
 
 def test_json_is_there_whole_or_not_at_all(tiny_checkpoint, in_this_process, tmp_path, monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """Settings of the transformer: what is refused, and parameters counted without making them."""
 
 import pytest
+from torch import nn
 
-from cogview.modeling.config import PRESETS, TransformerConfig, preset
+from cogview.modeling.config import LAYER_PARTS, PRESETS, PROJECTIONS, TransformerConfig, preset
+from cogview.modeling.transformer import Transformer
 
 TINY = {"num_layers": 2, "width": 32, "num_heads": 4, "vocabulary_size": 128}
 
@@ -55,3 +57,19 @@ def test_preset_takes_the_rest_of_the_settings():
 def test_unknown_preset_lists_the_known():
     with pytest.raises(ValueError, match="preset '5b' is unknown; known: 5m, 20m, 100m, 300m, 1b, 4b"):
         preset("5b", vocabulary_size=128)
+
+
+def test_projections_are_the_linear_layers_of_the_transformer():
+    """The table is what adapters, quantization and estimates know of a layer."""
+    config = TransformerConfig(**TINY)
+    layer = Transformer(config).layers[1]
+    found = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
+    assert {name: tuple(module.weight.shape) for name, module in found.items()} == {
+        name: (outputs * config.width, inputs * config.width) for name, (outputs, inputs) in PROJECTIONS.items()
+    }
+
+
+def test_layer_parts_hold_every_parameter_of_a_layer():
+    layer = Transformer(TransformerConfig(**TINY)).layers[0]
+    names = {name.rpartition(".")[0] for name, _ in layer.named_parameters()}
+    assert names == set(LAYER_PARTS)

@@ -185,6 +185,6 @@ def test_a_plan_is_told_once(free, caplog):
 
 def test_some_memory_stays_free(monkeypatch):
     monkeypatch.setattr(planning, "available_memory", lambda device: 10**10)
-    assert Planner(CPU).free() == 10**10 * (1 - planning.SPARE)
+    assert Planner(CPU).free() == 10**10 * (1 - planning.BATCH_MARGIN)
     monkeypatch.setattr(planning, "available_memory", lambda device: 10**8)
-    assert Planner(CPU).free() == 10**8 - planning.LEAST_SPARE["cpu"]
+    assert Planner(CPU).free() == 10**8 - planning.MIN_FREE_BYTES["cpu"]

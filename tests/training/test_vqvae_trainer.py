@@ -5,7 +5,6 @@
 import math
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,11 +17,10 @@ from cogview.training.vqvae_trainer import (
     ImageTokenizerRun,
     SceneImages,
     held_out_batches,
-    reconstruct,
     scene_batches,
-    to_tensor,
 )
-from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.codec import to_float
+from cogview.vqvae.model import VQVAEConfig
 from cogview.vqvae.training import VQVAETraining
 
 CONFIG = VQVAEConfig(channels=(4, 8, 8), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1), num_codes=16, code_width=4)
@@ -36,20 +34,12 @@ def few_held_out(monkeypatch):
     monkeypatch.setattr(module, "held_out_batches", partial(held_out_batches, count=6, batch_size=4))
 
 
-def test_pixels_become_numbers_from_0_to_1():
-    pixels = np.zeros((8, 16, 3), dtype=np.uint8)
-    pixels[2, 5] = (255, 51, 0)
-    image = to_tensor(pixels)
-    assert image.shape == (3, 8, 16)
-    assert image[:, 2, 5].tolist() == pytest.approx([1.0, 0.2, 0.0])
-
-
 def test_batches_are_the_worlds_scenes_in_order_from_any_step(make_tiny_world):
     world = make_tiny_world(jitter=3)
     batches = list(scene_batches(world, seed=5, batch_size=3, first=0, last=4, workers=0))
     assert [tuple(batch.shape) for batch in batches] == [(3, 3, 64, 64)] * 4
     for number, image in enumerate(torch.cat(batches)):
-        assert torch.equal(image, to_tensor(world.render(world.sample(5, number), number)))
+        assert torch.equal(image, to_float(world.render(world.sample(5, number), number)))
     resumed = list(scene_batches(world, seed=5, batch_size=3, first=2, last=4, workers=1))
     assert torch.equal(torch.cat(resumed), torch.cat(batches[2:]))
 
@@ -61,19 +51,8 @@ def test_held_out_pictures_are_of_held_out_scenes(make_tiny_world):
     for number, image in enumerate(images):
         scene = world.sample(1, number, held_out=True)
         assert scene.held_out
-        assert torch.equal(image, to_tensor(world.render(scene, number)))
+        assert torch.equal(image, to_float(world.render(scene, number)))
     assert torch.equal(SceneImages(world, 1, held_out=True)[3], images[3])
-
-
-def test_reconstructions_are_bytes_of_what_the_model_decodes():
-    torch.manual_seed(0)
-    model = VQVAE(CONFIG).eval()
-    pixels = np.random.default_rng(0).integers(256, size=(3, 16, 24, 3), dtype=np.uint8)
-    restored = reconstruct(model, pixels)
-    assert restored.shape == pixels.shape
-    assert restored.dtype == np.uint8
-    expected = model.decode(model.encode(torch.stack([to_tensor(image) for image in pixels])))
-    assert np.array_equal(restored[1], (expected[1] * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def train(world, folder, last: int, resume: bool = False) -> ImageTokenizerRun:
@@ -131,9 +110,9 @@ def test_larger_scenes_are_shown_in_parts_on_the_grid_of_codes(make_tiny_world):
         scene, image = world.sample(3, number), images[number]
         assert image.shape == (3, 64, 64)
         if number % 2 == 0:
-            assert torch.equal(image, to_tensor(world.render(scene, number)))
+            assert torch.equal(image, to_float(world.render(scene, number)))
             continue
-        whole = to_tensor(world.render(scene, number, scale=2))
+        whole = to_float(world.render(scene, number, scale=2))
         found = {
             (top, left)
             for top in range(0, 65, 8)

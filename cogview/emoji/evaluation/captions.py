@@ -21,7 +21,7 @@ from cogview.emoji.scene import Scene
 from cogview.emoji.world import World
 from cogview.evaluation.harness import PARTS, check_world, describe
 from cogview.pipeline.cogview import Caption, CogView
-from cogview.training.vqvae_trainer import reconstruct
+from cogview.vqvae.codec import reconstruct
 
 COLUMNS = {"true_scenes": "true scenes", "reconstructions": "VQ-VAE's reconstructions"}
 

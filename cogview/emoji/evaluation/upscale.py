@@ -25,7 +25,7 @@ from cogview.evaluation.harness import check_world, describe
 from cogview.generation.sampling import Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import upscale_windows
-from cogview.training.vqvae_trainer import reconstruct
+from cogview.vqvae.codec import reconstruct
 from cogview.vqvae.model import PIXELS_PER_CODE
 
 SEAM_PIXELS = PIXELS_PER_CODE // 2  # as far from a border as a seam is looked for, on either side
