@@ -55,7 +55,10 @@ def _feistel(number: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _mix(number: np.ndarray) -> np.ndarray:
-    """The scrambling step of SplitMix64 (Steele, Lea and Flood, 2014), on uint64 modulo 2^64."""
+    """The scrambling step of SplitMix64 (Steele, Lea and Flood, 2014), on uint64 modulo 2^64.
+
+    ``generation.sampling`` has it for int64 tensors; torch has few operations for uint64.
+    """
     number = number + np.uint64(_GOLDEN)
     number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

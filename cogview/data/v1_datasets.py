@@ -358,8 +358,8 @@ def import_released(path: Path, sources: Sequence[ReleasedRows], *, skip_bad: bo
             "rows": [len(source) for source in sources],
         },
     )
-    aside = path.with_name(f".{path.name}-importing")
-    writer = StoreWriter(aside, header, resume=True)
+    unfinished = path.with_name(f".{path.name}-importing")  # stays after a kill, and is continued
+    writer = StoreWriter(unfinished, header, resume=True)
     # Rows of an earlier import are read again, not written: the store cannot tell how many were left out before them.
     known, left_out, first_error = writer.count, 0, ""
     try:
@@ -379,8 +379,8 @@ def import_released(path: Path, sources: Sequence[ReleasedRows], *, skip_bad: bo
             raise InputError(f"none of the {left_out} rows can be used; the first: {first_error}")
     finally:
         if not writer.count:  # nothing to go on with, and the header may be a mistake
-            shutil.rmtree(aside, ignore_errors=True)
-    os.replace(aside, path)
+            shutil.rmtree(unfinished, ignore_errors=True)
+    os.replace(unfinished, path)
     return Imported(rows=writer.count, left_out=left_out, first_error=first_error)
 
 

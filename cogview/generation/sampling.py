@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 # SplitMix64 (Steele, Lea and Flood, 2014), as int64: products wrap around, right shifts are masked to be logical.
+# ``data.sampling_order`` has its scrambling step for numpy's uint64.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_A = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_B = 0x94D049BB133111EB - (1 << 64)

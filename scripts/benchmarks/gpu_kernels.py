@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cogview.device import DTYPES
 from cogview.kernels.attention import attention_reference
 from cogview.kernels.decode_attention import Beginning, decode_attention_reference, quantize_per_position
 from cogview.kernels.fused_linear_cross_entropy import Targets, sliced_cross_entropy
@@ -32,7 +33,6 @@ from cogview.kernels.gelu import bias_gelu_reference
 from cogview.kernels.layer_norm import sandwich_layer_norm_reference
 from cogview.kernels.window_attention import window_attention_reference, window_attention_torch
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HEADS, SIZE, WIDTH = 40, 64, 2560
 SLACK = 1e-5  # of an error, where PyTorch's own is nothing
 GOALS = {"attention": 0.85, "decode_attention": 0.8, "sandwich_layer_norm": 0.8}
