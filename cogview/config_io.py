@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -19,6 +19,24 @@ import yaml
 from cogview.errors import InputError
 
 T = TypeVar("T")
+
+# Keys of recipes, checkpoints and overrides that were renamed: the old name is read as the new one. No dataclass that is
+# read from a file may have a field with an old name.
+RENAMED_KEYS = {
+    "branch_gain": "branch_norm_init",
+    "caption_drop": "caption_dropout",
+    "gradient_weight": "gradient_difference_weight",
+    "held_out_store": "validation_store",
+    "hidden_places": "full_mask_targets",
+    "hidden_rows": "full_mask_rate",
+    "masked_rows": "partial_mask_rate",
+    "micro_batch": "micro_batch_size",
+    "new_stores": "watch_folder",
+    "shares": "weights",
+    "start_from": "init_from",
+    "text_space": "text_positions",
+    "workers": "num_workers",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -55,7 +73,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}, {error}") from error
     if not isinstance(recipe, dict):
-        raise InputError(f"{path} is no recipe: it holds {_kind(recipe)} where sections are expected")
+        raise InputError(f"{path} is no recipe: it holds {_type_of(recipe)} where sections are expected")
     return recipe
 
 
@@ -68,7 +86,7 @@ def section(recipe: Mapping[str, Any], name: str, overrides: Iterable[str] = ())
         raise InputError(f'the recipe has no section "{name}"; it has: {", ".join(map(str, recipe)) or "none"}')
     content = {} if recipe[name] is None else recipe[name]
     if not isinstance(content, dict):
-        raise InputError(f'section "{name}" of the recipe holds {_kind(content)} where settings are expected')
+        raise InputError(f'section "{name}" of the recipe holds {_type_of(content)} where settings are expected')
     result = dict(content)
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -79,18 +97,21 @@ def section(recipe: Mapping[str, Any], name: str, overrides: Iterable[str] = ())
         except ValueError as error:
             raise InputError(f'override "{override}": {error}') from error
         target = result
-        *outer, last = key.split(".")
+        *outer, last = (RENAMED_KEYS.get(part, part) for part in key.split("."))
         for part in outer:
             inner = target.get(part)
             if inner is not None and not isinstance(inner, dict):
-                raise InputError(f'override "{override}": "{part}" holds {_kind(inner)}, it has no settings inside')
+                raise InputError(f'override "{override}": "{part}" holds {_type_of(inner)}, it has no settings inside')
             target[part] = dict(inner or {})
             target = target[part]
+        for old, new in RENAMED_KEYS.items():
+            if new == last:
+                target.pop(old, None)
         target[last] = parsed
     return result
 
 
-def build(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
+def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """An instance of the dataclass ``kind`` from plain values, as YAML and JSON give them.
 
     Understands numbers, strings, booleans, None, ``Path``, ``Literal``, unions, lists, tuples, dictionaries and nested
@@ -99,6 +120,7 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     hints = get_type_hints(kind)
     settings = {setting.name: setting for setting in fields(kind) if setting.init}  # type: ignore[arg-type]
+    mapping = _with_new_names(mapping, settings, where)
     for key in mapping:
         if key not in settings:
             near = get_close_matches(str(key), settings, n=1)
@@ -111,7 +133,7 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
     ]
     if missing:
         raise InputError(f"{where}: {', '.join(missing)} must be given")
-    values = {key: _convert(hints[key], value, f"{where}, {key}") for key, value in mapping.items()}
+    values = {key: _convert_value(hints[key], value, f"{where}, {key}") for key, value in mapping.items()}
     try:
         return kind(**values)
     except InputError:
@@ -120,14 +142,27 @@ def build(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
         raise InputError(f"{where}: {error}") from error
 
 
-def to_plain(value: Any) -> Any:
+def _with_new_names(mapping: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
+    """Return ``mapping`` with the keys of ``RENAMED_KEYS`` under their new names; raise InputError if both are given."""
+    renamed = {}
+    for key, value in mapping.items():
+        name = RENAMED_KEYS.get(key, key)
+        name = name if name in known else key
+        if name in renamed:
+            old = next(old for old, new in RENAMED_KEYS.items() if new == name)
+            raise InputError(f'{where}: "{old}" is the old name of "{name}", and both are given; keep "{name}"')
+        renamed[name] = value
+    return renamed
+
+
+def to_mapping(value: Any) -> Any:
     """A dataclass, and all that is in it, as dictionaries, lists, strings and numbers: ``build`` undoes it."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {setting.name: to_plain(getattr(value, setting.name)) for setting in fields(value) if setting.init}
+        return {setting.name: to_mapping(getattr(value, setting.name)) for setting in fields(value) if setting.init}
     if isinstance(value, Mapping):
-        return {key: to_plain(inner) for key, inner in value.items()}
+        return {key: to_mapping(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [to_plain(inner) for inner in value]
+        return [to_mapping(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -141,27 +176,27 @@ def _parse(text: str) -> Any:
         raise ValueError(str(error).replace("\n", " ")) from error
 
 
-def _convert(kind: Any, value: Any, where: str) -> Any:
+def _convert_value(kind: Any, value: Any, where: str) -> Any:
     """``value`` as ``kind``, or InputError."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, where)
     if is_dataclass(kind):
         if isinstance(value, Mapping):
-            return build(kind, value, where)  # type: ignore[arg-type]
+            return from_mapping(kind, value, where)  # type: ignore[arg-type]
     elif origin is Literal:
         if any(value == choice and type(value) is type(choice) for choice in arguments):
             return value
     elif origin is tuple and isinstance(value, (list, tuple)):
         if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return tuple(_convert(arguments[0], inner, where) for inner in value)
+            return tuple(_convert_value(arguments[0], inner, where) for inner in value)
         if len(arguments) == len(value):
-            return tuple(_convert(one, inner, where) for one, inner in zip(arguments, value, strict=True))
+            return tuple(_convert_value(one, inner, where) for one, inner in zip(arguments, value, strict=True))
     elif origin is list and isinstance(value, list):
-        return [_convert(arguments[0], inner, where) for inner in value]
+        return [_convert_value(arguments[0], inner, where) for inner in value]
     elif origin is dict and isinstance(value, Mapping):
         return {
-            _convert(arguments[0], key, where): _convert(arguments[1], inner, f"{where}, {key}")
+            _convert_value(arguments[0], key, where): _convert_value(arguments[1], inner, f"{where}, {key}")
             for key, inner in value.items()
         }
     elif kind is Any:
@@ -172,7 +207,7 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
         return Path(value)
     elif isinstance(kind, type) and type(value) is kind:  # not isinstance: True is no number here
         return value
-    raise InputError(f"{where}: expected {_name(kind)}, got {_kind(value)}")
+    raise InputError(f"{where}: expected {_type_name(kind)}, got {_type_of(value)}")
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -182,13 +217,13 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
         return value
     others = [kind for kind in kinds if kind is not type(None)]
     if len(others) == 1:
-        return _convert(others[0], value, where)
+        return _convert_value(others[0], value, where)
     for kind in others:
         try:
-            return _convert(kind, value, where)
+            return _convert_value(kind, value, where)
         except InputError:
             continue
-    raise InputError(f"{where}: expected {' or '.join(map(_name, kinds))}, got {_kind(value)}")
+    raise InputError(f"{where}: expected {' or '.join(map(_type_name, kinds))}, got {_type_of(value)}")
 
 
 _NAMES = {
@@ -201,25 +236,25 @@ _NAMES = {
 }
 
 
-def _name(kind: Any) -> str:
+def _type_name(kind: Any) -> str:
     """A type, for a reader of recipes."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return f"a list of {_name(arguments[0])}"
+            return f"a list of {_type_name(arguments[0])}"
         return f"a list of {len(arguments)}"
     if origin is list:
-        return f"a list of {_name(arguments[0])}"
+        return f"a list of {_type_name(arguments[0])}"
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_name, arguments))
+        return " or ".join(map(_type_name, arguments))
     if origin is dict or is_dataclass(kind):
         return "settings of its own"
     return _NAMES.get(kind, str(kind))
 
 
-def _kind(value: Any) -> str:
+def _type_of(value: Any) -> str:
     """A value, for an error message."""
     if isinstance(value, Mapping):
         return f"the settings {', '.join(map(str, value))}"

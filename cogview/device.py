@@ -13,7 +13,7 @@ import torch
 
 from cogview.errors import InputError
 from cogview.kernels.linear import cpu_multiplies_bfloat16
-from cogview.modeling.quantization import FEW_BITS, FewBits, few_bits_named
+from cogview.modeling.quantization import QUANTIZATIONS, Quantization, parse_quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -21,27 +21,27 @@ TRAINING_PRECISIONS = tuple(DTYPES)
 
 
 @dataclass(frozen=True)
-class Placement:
+class DevicePlacement:
     """A device, the dtype of weights and activations there, and why."""
 
     device: torch.device
     dtype: torch.dtype
     reason: str
-    few_bits: FewBits | None = None  # how the projections of the transformer are held, if not as ``dtype``
+    quantization: Quantization | None = None  # how the projections of the transformer are held, if not as ``dtype``
 
     @property
-    def numbers(self) -> str:
+    def weight_format(self) -> str:
         """The name of how weights are held: of a dtype, or of few bits."""
-        return self.few_bits or str(self.dtype).removeprefix("torch.")
+        return self.quantization or str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
         name = str(self.dtype).removeprefix("torch.")
-        return f"{self.device}, {f'{self.few_bits} with ' if self.few_bits else ''}{name} ({self.reason})"
+        return f"{self.device}, {f'{self.quantization} with ' if self.quantization else ''}{name} ({self.reason})"
 
 
 def choose_placement(
-    device: str = "auto", dtype: str = "auto", *, stored: FewBits | None = None, num_parameters: int = 0
-) -> Placement:
+    device: str = "auto", dtype: str = "auto", *, stored: Quantization | None = None, num_parameters: int = 0
+) -> DevicePlacement:
     """Choose a device and dtype; ``auto`` takes the best there is.
 
     CUDA runs in bfloat16 where the card has it in hardware (compute capability 8.0; ``is_bf16_supported`` also
@@ -50,18 +50,18 @@ def choose_placement(
     ``stored`` in few bits stay so. int8 and int4 compute in a dtype of 16 bits.
     """
     chosen = _choose_device(device)
-    few_bits = stored if dtype == "auto" else few_bits_named(dtype)
+    few_bits = stored if dtype == "auto" else parse_quantization(dtype)
     if few_bits is not None:
         half = torch.bfloat16 if chosen.type == "cpu" else _choose_dtype(chosen, 0).dtype
-        return Placement(chosen, half, "as stored" if dtype == "auto" else "as asked", few_bits)
+        return DevicePlacement(chosen, half, "as stored" if dtype == "auto" else "as asked", few_bits)
     if dtype == "auto":
         return _choose_dtype(chosen, num_parameters)
     if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; known: auto, {', '.join([*DTYPES, *FEW_BITS])}")
-    return Placement(chosen, DTYPES[dtype], "as asked")
+        raise InputError(f"dtype {dtype!r} is unknown; known: auto, {', '.join([*DTYPES, *QUANTIZATIONS])}")
+    return DevicePlacement(chosen, DTYPES[dtype], "as asked")
 
 
-def take_local_gpu() -> None:
+def use_local_rank_gpu() -> None:
     """Have ``auto`` and ``cuda`` mean a GPU of its own in each process that torchrun starts: that of its LOCAL_RANK."""
     local = os.environ.get("LOCAL_RANK", "")
     if local.isdecimal() and torch.cuda.is_available():
@@ -116,7 +116,7 @@ def float64_of(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def ran_out(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether ``error`` says that a device has no memory left; PyTorch's allocator for CPUs has no type for it."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -141,15 +141,15 @@ def _available_on_host(root: Path) -> int:
         free = []
         if found := re.search(r"MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text()):
             free.append(1024 * int(found[1]))
-        free += _left_by_limits(root / "proc/self")
+        free += _ulimit_headroom(root / "proc/self")
         groups = root / "proc/self/cgroup"
         for line in groups.read_text().splitlines() if groups.is_file() else []:
             _, controllers, path = line.split(":", 2)
             if not controllers:
-                free += _left_by_groups(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
+                free += _cgroup_headroom(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
             elif controllers == "memory":
                 names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-                free += _left_by_groups(root / "sys/fs/cgroup/memory", path, *names)
+                free += _cgroup_headroom(root / "sys/fs/cgroup/memory", path, *names)
         if free:
             return max(0, min(free))
     if sys.platform == "win32":
@@ -161,7 +161,7 @@ def _available_on_host(root: Path) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _left_by_limits(process: Path) -> list[int]:
+def _ulimit_headroom(process: Path) -> list[int]:
     """Bytes that a process may still take for data and in all, where it is limited."""
     left = []
     with suppress(OSError):
@@ -173,7 +173,7 @@ def _left_by_limits(process: Path) -> list[int]:
     return left
 
 
-def _left_by_groups(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[int]:
+def _cgroup_headroom(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[int]:
     """Bytes that a control group and those above it leave, where they have a limit and it is to be seen."""
     own = mount / path.lstrip("/")
     left = []
@@ -188,18 +188,18 @@ def _left_by_groups(mount: Path, path: str, limit: str, usage: str, reclaimable:
     return left
 
 
-def _choose_dtype(chosen: torch.device, num_parameters: int) -> Placement:
+def _choose_dtype(chosen: torch.device, num_parameters: int) -> DevicePlacement:
     if chosen.type == "cuda":
         if torch.cuda.get_device_capability(chosen)[0] >= 8:
-            return Placement(chosen, torch.bfloat16, "the card has bfloat16")
-        return Placement(chosen, torch.float16, "the card has no bfloat16")
+            return DevicePlacement(chosen, torch.bfloat16, "the card has bfloat16")
+        return DevicePlacement(chosen, torch.float16, "the card has no bfloat16")
     if chosen.type == "mps":
-        return Placement(chosen, torch.float16, "Apple GPU")
+        return DevicePlacement(chosen, torch.float16, "Apple GPU")
     needed, there = 4 * num_parameters, available_memory(chosen)
     if needed > there / 2:
         reason = f"float32 would take {needed / 1e9:.1f} GB of the {there / 1e9:.1f} GB there are"
-        return Placement(chosen, torch.bfloat16, reason)
-    return Placement(chosen, torch.float32, "no GPU is used")
+        return DevicePlacement(chosen, torch.bfloat16, reason)
+    return DevicePlacement(chosen, torch.float32, "no GPU is used")
 
 
 def _choose_device(name: str) -> torch.device:

@@ -9,5 +9,5 @@ class InputError(ValueError):
     """
 
 
-class ToldElsewhere(InputError):
+class ReportedByPeer(InputError):
     """A mistake that another process of the same run tells: this one stops with status 2 and says nothing."""

@@ -24,12 +24,12 @@ import torch
 from torch import Size, Tensor
 from torch.nn import functional as F
 
-from cogview.kernels.checks import check_like, check_whole
-from cogview.kernels.dispatch import choose
+from cogview.kernels.checks import check_int64, check_matches
+from cogview.kernels.dispatch import select_backend
 
 ALPHA = 32.0
-FEW = 32  # queries that are told from what is cached: another kernel is for these
-SHORT = 128  # keys; on a CPU the reference trains faster at 84 and slower from 256 on, so the border lies between
+MAX_DECODE_QUERIES = 32  # queries that are told from what is cached: another kernel is for these
+SHORT_KEYS = 128  # keys; on a CPU the reference trains faster at 84 and slower from 256 on, so the border lies between
 
 
 def attention_bias(key_bias_BS: Tensor, queries_BT: Tensor) -> Tensor:
@@ -58,23 +58,23 @@ def attention_reference(
     v_BHSK: Tensor,
     bias_B1TS: Tensor | None = None,
     *,
-    starts_B: Tensor | None = None,
-    prefixes_B: Tensor | None = None,
+    left_padding_B: Tensor | None = None,
+    prefix_lengths_B: Tensor | None = None,
     lengths_B: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
-    accumulate: str = "float32",
+    accumulate_dtype: str = "float32",
 ) -> Tensor:
     """softmax((QK^T / (alpha sqrt(K)) - max) * alpha) V, (B, H, T, K) (PB-relax, arXiv:2105.13290, section 2.4).
 
     Equal to softmax(QK^T / sqrt(K)) V, but no score exceeds |qk| / (alpha sqrt(K)): q is divided before the product,
-    and the maximum goes before alpha comes back. Products are in the dtype of the inputs, whatever ``accumulate`` is.
+    and the maximum goes before alpha comes back. Products are in the dtype of the inputs, whatever ``accumulate_dtype`` is.
     """
     if bias_B1TS is None:
-        bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], starts_B, prefixes_B, lengths_B)
+        bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], left_padding_B, prefix_lengths_B, lengths_B)
     weights_BHTS = relaxed_softmax(relaxed_scores(q_BHTK, k_BHSK), bias_B1TS)
     if dropout:
-        weights_BHTS = weights_BHTS * kept_weights(weights_BHTS.shape, dropout, seed, q_BHTK.device)
+        weights_BHTS = weights_BHTS * dropout_mask(weights_BHTS.shape, dropout, seed, q_BHTK.device)
     return weights_BHTS.to(v_BHSK.dtype) @ v_BHSK
 
 
@@ -84,19 +84,19 @@ def attention_torch(
     v_BHSK: Tensor,
     bias_B1TS: Tensor | None = None,
     *,
-    starts_B: Tensor | None = None,
-    prefixes_B: Tensor | None = None,
+    left_padding_B: Tensor | None = None,
+    prefix_lengths_B: Tensor | None = None,
     lengths_B: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
-    accumulate: str = "float32",
+    accumulate_dtype: str = "float32",
 ) -> Tensor:
     """The same by PyTorch's fused attention, which always adds up in float32.
 
     Its dropout is not a function of the place, so with dropout the reference runs.
     """
-    if bias_B1TS is None and not (starts_B is prefixes_B is lengths_B is None):
-        bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], starts_B, prefixes_B, lengths_B)
+    if bias_B1TS is None and not (left_padding_B is prefix_lengths_B is lengths_B is None):
+        bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], left_padding_B, prefix_lengths_B, lengths_B)
     if dropout:
         return attention_reference(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, dropout=dropout, seed=seed)
     num_queries, num_keys = q_BHTK.shape[2], k_BHSK.shape[2]
@@ -116,46 +116,50 @@ def attention(
     v_BHSK: Tensor,
     bias_B1TS: Tensor | None = None,
     *,
-    starts_B: Tensor | None = None,
-    prefixes_B: Tensor | None = None,
+    left_padding_B: Tensor | None = None,
+    prefix_lengths_B: Tensor | None = None,
     lengths_B: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
-    accumulate: str = "float32",
+    accumulate_dtype: str = "float32",
 ) -> Tensor:
     """Attention of the last T of S positions, (B, H, T, K); scores are scaled by 1 / sqrt(K).
 
-    A query sees the keys up to its own, from ``starts_B`` on (padding on the left), all below ``prefixes_B``, none from
+    A query sees the keys up to its own, from ``left_padding_B`` on (padding on the left), all below ``prefix_lengths_B``, none from
     ``lengths_B`` on (padding on the right), and always itself; each is int64 (B,), by default 0, 0 and S. Or
     ``bias_B1TS``, of the dtype of the queries, is added to the scores and says all that there is to say
     (``attention_bias``). ``dropout`` is the share of weights that are dropped, chosen by ``seed`` and place alone.
-    ``accumulate="float16"`` allows kernels for float16 to add up in it, which is faster on some cards. Equal to the
+    ``accumulate_dtype="float16"`` allows kernels for float16 to add up in it, which is faster on some cards. Equal to the
     reference up to the rounding of the dtype; ValueError for shapes, dtypes, devices and numbers that do not fit.
     """
     num_keys = k_BHSK.shape[-2]
     if q_BHTK.shape[-2] > num_keys:
         raise ValueError(f"{q_BHTK.shape[-2]} queries cannot be the last of {num_keys} keys")
     device_type = q_BHTK.device.type
-    if device_type == "cpu" and num_keys <= SHORT and q_BHTK.requires_grad:
-        name = choose("attention, short training", device_type, usual="reference")
+    if device_type == "cpu" and num_keys <= SHORT_KEYS and q_BHTK.requires_grad:
+        name = select_backend("attention, short training", device_type, default="reference")
     else:
-        name = choose("attention", device_type)
-    if name == "torch" and starts_B is prefixes_B is lengths_B is None and not dropout:  # the usual case, at once
+        name = select_backend("attention", device_type)
+    if (
+        name == "torch" and left_padding_B is prefix_lengths_B is lengths_B is None and not dropout
+    ):  # the usual case, at once
         return attention_torch(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
     implementation: Callable[..., Tensor]
     if name == "triton":
-        limited = not (starts_B is prefixes_B is lengths_B is None)
-        if q_BHTK.shape[-2] <= FEW and not (limited or dropout or q_BHTK.requires_grad):
+        limited = not (left_padding_B is prefix_lengths_B is lengths_B is None)
+        if q_BHTK.shape[-2] <= MAX_DECODE_QUERIES and not (limited or dropout or q_BHTK.requires_grad):
             from cogview.kernels.decode_attention_triton import decode_attention_triton
 
             return decode_attention_triton(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
         from cogview.kernels.attention_triton import attention_triton as implementation
     else:
-        check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, starts_B, prefixes_B, lengths_B, dropout, accumulate)
+        check_inputs(
+            q_BHTK, k_BHSK, v_BHSK, bias_B1TS, left_padding_B, prefix_lengths_B, lengths_B, dropout, accumulate_dtype
+        )
         implementation = attention_torch if name == "torch" else attention_reference
-    limits = {"starts_B": starts_B, "prefixes_B": prefixes_B, "lengths_B": lengths_B}
+    limits = {"left_padding_B": left_padding_B, "prefix_lengths_B": prefix_lengths_B, "lengths_B": lengths_B}
     return implementation(
-        q_BHTK, k_BHSK, v_BHSK, bias_B1TS, **limits, dropout=dropout, seed=seed, accumulate=accumulate
+        q_BHTK, k_BHSK, v_BHSK, bias_B1TS, **limits, dropout=dropout, seed=seed, accumulate_dtype=accumulate_dtype
     )
 
 
@@ -164,29 +168,29 @@ def check_inputs(
     k_BHSK: Tensor,
     v_BHSK: Tensor,
     bias_B1TS: Tensor | None,
-    starts_B: Tensor | None,
-    prefixes_B: Tensor | None,
+    left_padding_B: Tensor | None,
+    prefix_lengths_B: Tensor | None,
     lengths_B: Tensor | None,
     dropout: float,
-    accumulate: str,
+    accumulate_dtype: str,
 ) -> None:
     """ValueError for what ``attention`` does not take."""
     if q_BHTK.ndim != 4:
         raise ValueError(f"q_BHTK must be (B, H, T, K), got {tuple(q_BHTK.shape)}")
     rows, heads, num_queries, size = q_BHTK.shape
     num_keys = k_BHSK.shape[2] if k_BHSK.ndim == 4 else num_queries
-    check_like("k_BHSK", k_BHSK, "q", q_BHTK, (rows, heads, num_keys, size))
-    check_like("v_BHSK", v_BHSK, "q", q_BHTK, (rows, heads, num_keys, size))
+    check_matches("k_BHSK", k_BHSK, "q", q_BHTK, (rows, heads, num_keys, size))
+    check_matches("v_BHSK", v_BHSK, "q", q_BHTK, (rows, heads, num_keys, size))
     if not 1 <= num_queries <= num_keys:
         raise ValueError(f"q_BHTK: {num_queries} queries cannot be the last of {num_keys} keys")
     limits = {
-        "starts_B": (starts_B, num_keys - 1),
-        "prefixes_B": (prefixes_B, num_keys),
+        "left_padding_B": (left_padding_B, num_keys - 1),
+        "prefix_lengths_B": (prefix_lengths_B, num_keys),
         "lengths_B": (lengths_B, num_keys),
     }
     for name, (limit, most) in limits.items():
         if limit is not None:
-            check_whole(name, limit, q_BHTK.device, (rows,), most)
+            check_int64(name, limit, q_BHTK.device, (rows,), most)
             if bias_B1TS is not None:
                 raise ValueError(
                     f"{name} and bias_B1TS were both given; the bias says where to look, so give one of them"
@@ -200,26 +204,30 @@ def check_inputs(
             )
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be from 0 to below 1, got {dropout}")
-    if accumulate not in ("float32", "float16"):
-        raise ValueError(f"accumulate must be float32 or float16, got {accumulate!r}")
-    if accumulate == "float16" and q_BHTK.dtype != torch.float16:
-        raise ValueError(f"accumulate=float16 is for float16, got q_BHTK in {q_BHTK.dtype}")
+    if accumulate_dtype not in ("float32", "float16"):
+        raise ValueError(f"accumulate_dtype must be float32 or float16, got {accumulate_dtype!r}")
+    if accumulate_dtype == "float16" and q_BHTK.dtype != torch.float16:
+        raise ValueError(f"accumulate_dtype=float16 is for float16, got q_BHTK in {q_BHTK.dtype}")
 
 
 def _mask(
-    q_BHTK: Tensor, num_keys: int, starts_B: Tensor | None, prefixes_B: Tensor | None, lengths_B: Tensor | None
+    q_BHTK: Tensor,
+    num_keys: int,
+    left_padding_B: Tensor | None,
+    prefix_lengths_B: Tensor | None,
+    lengths_B: Tensor | None,
 ) -> Tensor:
     """The bias (B or 1, 1, T, S) that says what ``attention`` says in words."""
     num_queries, device = q_BHTK.shape[2], q_BHTK.device
-    if starts_B is prefixes_B is lengths_B is None:
+    if left_padding_B is prefix_lengths_B is lengths_B is None:
         return causal_bias(num_queries, num_keys, device, q_BHTK.dtype)
     keys_S = torch.arange(num_keys, device=device)
     queries_T1 = keys_S[num_keys - num_queries :].unsqueeze(1)
     seen_BTS = (keys_S <= queries_T1).unsqueeze(0)
-    if prefixes_B is not None:
-        seen_BTS = seen_BTS | (keys_S < prefixes_B[:, None, None])
-    if starts_B is not None:
-        seen_BTS = seen_BTS & (keys_S >= starts_B[:, None, None])
+    if prefix_lengths_B is not None:
+        seen_BTS = seen_BTS | (keys_S < prefix_lengths_B[:, None, None])
+    if left_padding_B is not None:
+        seen_BTS = seen_BTS & (keys_S >= left_padding_B[:, None, None])
     if lengths_B is not None:
         seen_BTS = seen_BTS & (keys_S < lengths_B[:, None, None])
     seen_BTS = seen_BTS | (keys_S == queries_T1)
@@ -233,7 +241,7 @@ def fold_seed(seed: int) -> int:
     return ((seed ^ seed >> 32) + 2**31) % 2**32 - 2**31
 
 
-def kept_weights(shape: Size, dropout: float, seed: int, device: torch.device) -> Tensor:
+def dropout_mask(shape: Size, dropout: float, seed: int, device: torch.device) -> Tensor:
     """Float32 (B, H, T, S): 0 for the share ``dropout`` of places, 1 / (1 - dropout) for the others.
 
     A place is its row, head, query and key; its noise is made of their numbers and the seed, so a kernel that never

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cogview.kernels.attention import ALPHA, check_inputs, fold_seed
-from cogview.kernels.triton_utils import INTERPRETED, LEAST, LOG2_E, check_floats, product
+from cogview.kernels.triton_utils import INTERPRETED, LEAST, LOG2_E, check_floats, dot
 
 SMALLEST, LARGEST = 16, 128  # sizes of heads
 # No new kernel for another batch or length: whether these are 1 or divide by 16 is not looked at.
@@ -67,7 +67,7 @@ def _scores(
     ALPHA: tl.constexpr, HALF: tl.constexpr, MASKED: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """(M, N), 1/alpha of the true ones; -inf where a query may not look."""
-    scores = product(q, tl.trans(k), HALF)
+    scores = dot(q, tl.trans(k), HALF)
     if BIASED:  # it says all there is to say
         inside = (query_M[:, None] < num_keys) & (key_N[None, :] < num_keys)
         places = (query_M - earlier)[:, None].to(tl.int64) * bias_t + key_N[None, :] * bias_s
@@ -81,7 +81,7 @@ def _scores(
 
 
 @triton.jit
-def _mixed(x):
+def _hash32(x):
     """32 bits in which every bit of ``x`` has a say (the mixer "lowbias32" of C. Wellons' hash prospector)."""
     x = (x ^ (x >> 16)) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
@@ -89,10 +89,10 @@ def _mixed(x):
 
 
 @triton.jit
-def _kept(seed, row_head, query_M, key_N, keep):
+def _dropout_mask(seed, row_head, query_M, key_N, keep):
     """(M, N) float32: 1 / keep where dropout leaves a weight, else 0 (``kernels/attention.py``)."""
-    line_M = _mixed(_mixed(seed.to(tl.uint32) + query_M.to(tl.uint32)) ^ row_head.to(tl.uint32))
-    noise = _mixed(line_M[:, None] ^ key_N.to(tl.uint32)[None, :])
+    line_M = _hash32(_hash32(seed.to(tl.uint32) + query_M.to(tl.uint32)) ^ row_head.to(tl.uint32))
+    noise = _hash32(line_M[:, None] ^ key_N.to(tl.uint32)[None, :])
     return tl.where((noise >> 8).to(tl.float32) < keep * 16777216.0, 1.0 / keep, 0.0)
 
 
@@ -116,9 +116,9 @@ def _forward_blocks(
         shrunk_M = tl.exp2((most_M - larger_M) * (ALPHA * LOG2_E))
         sum_M = sum_M * shrunk_M + tl.sum(weights, 1)
         if DROPS:
-            weights *= _kept(seed, row_head, query_M, key_N, keep)
+            weights *= _dropout_mask(seed, row_head, query_M, key_N, keep)
         v = _load(v_base, key_N, v_s, num_keys, v_k, HEAD, SIZE, not MASKED)
-        mixed = mixed * shrunk_M[:, None] + product(weights.to(v.dtype), v, HALF)
+        mixed = mixed * shrunk_M[:, None] + dot(weights.to(v.dtype), v, HALF)
         most_M = larger_M
     return most_M, sum_M, mixed
 
@@ -193,9 +193,9 @@ def _d_scores(
         ALPHA, HALF, MASKED, BIASED,
     )  # fmt: skip
     weights = tl.exp2((scores * ALPHA - lse_M[:, None]) * LOG2_E)
-    d_weights = product(d_out, tl.trans(v), False)
+    d_weights = dot(d_out, tl.trans(v), False)
     if DROPS:
-        kept = _kept(seed, row_head, query_M, key_N, keep)
+        kept = _dropout_mask(seed, row_head, query_M, key_N, keep)
         return weights * kept, weights * (d_weights * kept - delta_M[:, None])
     return weights, weights * (d_weights - delta_M[:, None])
 
@@ -216,7 +216,7 @@ def _query_gradient(
             q, k, v, d_out, lse_M, delta_M, query_M, key_N, row_head, start, prefix, length, bias_base, bias_t, bias_s,
             earlier, num_keys, seed, keep, ALPHA, HALF, DROPS, MASKED, BIASED,
         )  # fmt: skip
-        d_q += product(d_scores.to(k.dtype), k, False)
+        d_q += dot(d_scores.to(k.dtype), k, False)
     return d_q
 
 
@@ -289,8 +289,8 @@ def _key_gradient(
             relaxed_q, k, v, d_out, lse_M, delta_M, index_M + earlier, key_N, row_head, start, prefix, length,
             bias_base, bias_t, bias_s, earlier, num_keys, seed, keep, ALPHA, HALF, DROPS, MASKED, BIASED,
         )  # fmt: skip
-        d_v += product(tl.trans(weights.to(d_out.dtype)), d_out, False)
-        d_k += product(tl.trans(d_scores.to(q.dtype)), q, False)
+        d_v += dot(tl.trans(weights.to(d_out.dtype)), d_out, False)
+        d_k += dot(tl.trans(d_scores.to(q.dtype)), q, False)
     return d_k, d_v
 
 
@@ -350,12 +350,12 @@ def attention_triton(
     v_BHSK: Tensor,
     bias_B1TS: Tensor | None = None,
     *,
-    starts_B: Tensor | None = None,
-    prefixes_B: Tensor | None = None,
+    left_padding_B: Tensor | None = None,
+    prefix_lengths_B: Tensor | None = None,
     lengths_B: Tensor | None = None,
     dropout: float = 0.0,
     seed: int = 0,
-    accumulate: str = "float32",
+    accumulate_dtype: str = "float32",
     relaxed: bool = True,
 ) -> Tensor:
     """``attention`` by the kernels; ``relaxed=False`` leaves PB-relax out, to see what it is good for.
@@ -364,16 +364,18 @@ def attention_triton(
     for, before anything is launched.
     """
     check_floats("q_BHTK", q_BHTK)
-    check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, starts_B, prefixes_B, lengths_B, dropout, accumulate)
+    check_inputs(
+        q_BHTK, k_BHSK, v_BHSK, bias_B1TS, left_padding_B, prefix_lengths_B, lengths_B, dropout, accumulate_dtype
+    )
     size, num_keys = q_BHTK.shape[3], k_BHSK.shape[2]
     if not SMALLEST <= size <= LARGEST:
         raise ValueError(f"q_BHTK must have heads of {SMALLEST} to {LARGEST}, got {size}")
     limits_3B = None
-    if starts_B is not None or prefixes_B is not None or lengths_B is not None:
+    if left_padding_B is not None or prefix_lengths_B is not None or lengths_B is not None:
         zeros_B = torch.zeros(len(q_BHTK), dtype=torch.int64, device=q_BHTK.device)
-        limits = starts_B, prefixes_B, zeros_B + num_keys if lengths_B is None else lengths_B
+        limits = left_padding_B, prefix_lengths_B, zeros_B + num_keys if lengths_B is None else lengths_B
         limits_3B = torch.stack([zeros_B if limit is None else limit for limit in limits])
-    half = accumulate == "float16"
+    half = accumulate_dtype == "float16"
     out_BHTK, _ = _attend(q_BHTK, k_BHSK, v_BHSK, limits_3B, bias_B1TS, dropout, fold_seed(seed), half, relaxed)
     return out_BHTK
 
@@ -392,7 +394,7 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     out_BHTK = torch.empty(q_BHTK.shape, dtype=q_BHTK.dtype, device=q_BHTK.device)
     lse_BHT = torch.empty(q_BHTK.shape[:3], dtype=torch.float32, device=q_BHTK.device)
-    settings = _settings(q_BHTK, k_BHSK, limits_3B, bias_B1TS, dropout, seed, half, relaxed)
+    settings = _launch_config(q_BHTK, k_BHSK, limits_3B, bias_B1TS, dropout, seed, half, relaxed)
     blocks = _blocks(q_BHTK, backward=False)
     _forward_kernel[(triton.cdiv(q_BHTK.shape[2], blocks["BLOCK_M"]), q_BHTK.shape[0] * q_BHTK.shape[1])](
         q_BHTK, k_BHSK, v_BHSK, out_BHTK, lse_BHT, limits_3B, q_BHTK if bias_B1TS is None else bias_B1TS,
@@ -443,7 +445,7 @@ def _attend_backward(
         *q_BHTK.stride(), *k_BHSK.stride(), *v_BHSK.stride(), *d_out_BHTK.stride(),
         *_bias_strides(bias_B1TS),
     )  # fmt: skip
-    settings = _settings(q_BHTK, k_BHSK, limits_3B, bias_B1TS, dropout, seed, half, relaxed)
+    settings = _launch_config(q_BHTK, k_BHSK, limits_3B, bias_B1TS, dropout, seed, half, relaxed)
     settings |= {"scale": 1 / math.sqrt(q_BHTK.shape[3])} | _blocks(q_BHTK, backward=True)
     _backward_queries_kernel[(triton.cdiv(q_BHTK.shape[2], settings["BLOCK_M"]), row_heads)](
         *given, d_q_BHTK, *strides, *d_q_BHTK.stride(), **settings
@@ -459,7 +461,7 @@ def _(d_out_BHTK, q_BHTK, k_BHSK, v_BHSK, *others):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BHTK, k_BHSK, v_BHSK))
 
 
-def _remember(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output, *inputs[3:5])
     ctx.settings = inputs[5:]
 
@@ -468,7 +470,7 @@ def _backward(ctx, d_out_BHTK, _):
     return *_attend_backward(d_out_BHTK, *ctx.saved_tensors, *ctx.settings), *(None,) * 6
 
 
-_attend.register_autograd(_backward, setup_context=_remember)
+_attend.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _blocks(q_BHTK: Tensor, *, backward: bool) -> dict[str, int]:
@@ -493,7 +495,7 @@ def _bias_strides(bias_B1TS: Tensor | None) -> tuple[int, ...]:
     return tuple(bias_B1TS.stride(axis) if bias_B1TS.shape[axis] > 1 else 0 for axis in (0, 2, 3))
 
 
-def _settings(
+def _launch_config(
     q_BHTK: Tensor,
     k_BHSK: Tensor,
     limits_3B: Tensor | None,

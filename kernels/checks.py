@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, shape: tuple[int, ...]) -> None:
+def check_matches(name: str, tensor: Tensor, other_name: str, other: Tensor, shape: tuple[int, ...]) -> None:
     """ValueError unless ``tensor`` has this shape, and dtype and device of ``other``."""
     if tensor.shape != shape:
         raise ValueError(f"{name} must have the shape {shape}, got {tuple(tensor.shape)}")
@@ -16,7 +16,7 @@ def check_like(name: str, tensor: Tensor, other_name: str, other: Tensor, shape:
         )
 
 
-def check_whole(name: str, tensor: Tensor, device: torch.device, shape: tuple[int, ...], most: int) -> None:
+def check_int64(name: str, tensor: Tensor, device: torch.device, shape: tuple[int, ...], most: int) -> None:
     """ValueError unless ``tensor`` is int64, of this shape and device, and on a CPU from 0 to ``most``.
 
     On a GPU to look at the numbers would wait for the device: there the caller answers for them.

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from cogview.kernels.attention import attention_bias, causal_bias, relaxed_scores, relaxed_softmax
-from cogview.kernels.checks import check_like, check_whole
-from cogview.kernels.dispatch import choose
+from cogview.kernels.checks import check_int64, check_matches
+from cogview.kernels.dispatch import select_backend
 
 LARGEST = 128  # size of a head
 
 
 @dataclass(frozen=True, eq=False)
-class Beginning:
+class SharedPrefix:
     """Keys and values (P, H, C, K) of positions that stand before a row's own, stored once for all rows that have them.
 
     They are in the dtype of the queries, or int8 with ``scales`` (P, H, C, 1) of both. ``members_PN`` (int64) are the
@@ -34,18 +34,18 @@ class Beginning:
 
     keys_PHCK: Tensor
     values_PHCK: Tensor
-    members_PN: Tensor
+    rows_PN: Tensor
     slots_B: Tensor
     scales: tuple[Tensor, Tensor] | None = None
 
-    def together(self, x_BHTX: Tensor) -> Tensor:
+    def gather_by_prefix(self, x_BHTX: Tensor) -> Tensor:
         """What rows have, (B, H, T, X), by the beginning that they share: (P, H, N T, X)."""
-        x_PNHTX = x_BHTX[self.members_PN]
+        x_PNHTX = x_BHTX[self.rows_PN]
         return x_PNHTX.transpose(1, 2).flatten(2, 3)
 
-    def apart(self, x_PHMX: Tensor) -> Tensor:
+    def scatter_to_rows(self, x_PHMX: Tensor) -> Tensor:
         """The way back."""
-        x_PHNTX = x_PHMX.unflatten(2, (self.members_PN.shape[1], -1))
+        x_PHNTX = x_PHMX.unflatten(2, (self.rows_PN.shape[1], -1))
         return x_PHNTX.transpose(1, 2).flatten(0, 1)[self.slots_B]
 
 
@@ -63,10 +63,10 @@ def decode_attention_reference(
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     lengths_B: Tensor | None = None,
-    beginning: Beginning | None = None,
+    prefix: SharedPrefix | None = None,
 ) -> Tensor:
     """``attention_reference``; a beginning is read once for all its rows, scales go to scores and weights."""
-    length = 0 if beginning is None else beginning.keys_PHCK.shape[2]
+    length = 0 if prefix is None else prefix.keys_PHCK.shape[2]
     if lengths_B is not None:
         k_BHSK, v_BHSK, scales = _filled(k_BHSK, v_BHSK, scales, lengths_B)
         bias_B1TS = _bias_of_filled(q_BHTK, length + k_BHSK.shape[2], bias_B1TS, length + lengths_B)
@@ -74,16 +74,16 @@ def decode_attention_reference(
         bias_B1TS = causal_bias(q_BHTK.shape[2], length + k_BHSK.shape[2], q_BHTK.device, q_BHTK.dtype)
     k_scale, v_scale = scales or (None, None)
     scores = _scores(q_BHTK, k_BHSK, k_scale)
-    if beginning is None:
+    if prefix is None:
         weights = _weights(scores, bias_B1TS, lengths_B)
         return _mixed(weights, v_BHSK, v_scale, q_BHTK.dtype)
-    k_scale_PHC1, v_scale_PHC1 = beginning.scales or (None, None)
-    of_beginning = beginning.apart(_scores(beginning.together(q_BHTK), beginning.keys_PHCK, k_scale_PHC1))
+    k_scale_PHC1, v_scale_PHC1 = prefix.scales or (None, None)
+    of_beginning = prefix.scatter_to_rows(_scores(prefix.gather_by_prefix(q_BHTK), prefix.keys_PHCK, k_scale_PHC1))
     scores = torch.cat([of_beginning, scores], dim=-1)
     del of_beginning
     weights = _weights(scores, bias_B1TS, lengths_B)
-    shared = beginning.together(weights[..., :length])
-    mixed_BHTK = beginning.apart(_mixed(shared, beginning.values_PHCK, v_scale_PHC1, q_BHTK.dtype))
+    shared = prefix.gather_by_prefix(weights[..., :length])
+    mixed_BHTK = prefix.scatter_to_rows(_mixed(shared, prefix.values_PHCK, v_scale_PHC1, q_BHTK.dtype))
     return mixed_BHTK + _mixed(weights[..., length:], v_BHSK, v_scale, q_BHTK.dtype)
 
 
@@ -131,7 +131,7 @@ def decode_attention(
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     lengths_B: Tensor | None = None,
-    beginning: Beginning | None = None,
+    prefix: SharedPrefix | None = None,
 ) -> Tensor:
     """Attention of T new positions over C positions of a beginning, then S of a row's own: (B, H, T, K).
 
@@ -143,12 +143,12 @@ def decode_attention(
     zeros. ValueError where there are more queries than positions and no bias.
     """
     attend: Callable[..., Tensor]
-    if choose("decode_attention", q_BHTK.device.type, known=("reference", "triton")) == "triton":
+    if select_backend("decode_attention", q_BHTK.device.type, available=("reference", "triton")) == "triton":
         from cogview.kernels.decode_attention_triton import decode_attention_triton as attend
     else:
-        check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, scales, lengths_B, beginning)
+        check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, scales, lengths_B, prefix)
         attend = decode_attention_reference
-    return attend(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, scales=scales, lengths_B=lengths_B, beginning=beginning)
+    return attend(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, scales=scales, lengths_B=lengths_B, prefix=prefix)
 
 
 def check_inputs(
@@ -158,7 +158,7 @@ def check_inputs(
     bias_B1TS: Tensor | None,
     scales: tuple[Tensor, Tensor] | None,
     lengths_B: Tensor | None,
-    beginning: Beginning | None,
+    prefix: SharedPrefix | None,
 ) -> None:
     """ValueError for what ``decode_attention`` does not take."""
     if q_BHTK.ndim != 4 or not 1 <= q_BHTK.shape[3] <= LARGEST:
@@ -166,19 +166,19 @@ def check_inputs(
     rows, _, num_queries, _ = q_BHTK.shape
     _check_stored(("k_BHSK", "v_BHSK", "scales"), (k_BHSK, v_BHSK), scales, q_BHTK, rows)
     own_keys = num_keys = k_BHSK.shape[2]
-    if beginning is not None:
-        stored = (beginning.keys_PHCK, beginning.values_PHCK)
-        names = ("beginning.keys_PHCK", "beginning.values_PHCK", "beginning.scales")
-        num_beginnings = len(beginning.keys_PHCK)
-        num_members = beginning.members_PN.shape[-1]
+    if prefix is not None:
+        stored = (prefix.keys_PHCK, prefix.values_PHCK)
+        names = ("prefix.keys_PHCK", "prefix.values_PHCK", "prefix.scales")
+        num_beginnings = len(prefix.keys_PHCK)
+        num_members = prefix.rows_PN.shape[-1]
         shape = (num_beginnings, num_members)
-        _check_stored(names, stored, beginning.scales, q_BHTK, num_beginnings)
-        check_whole("beginning.members_PN", beginning.members_PN, q_BHTK.device, shape, rows - 1)
+        _check_stored(names, stored, prefix.scales, q_BHTK, num_beginnings)
+        check_int64("prefix.rows_PN", prefix.rows_PN, q_BHTK.device, shape, rows - 1)
         slots = num_beginnings * num_members
-        check_whole("beginning.slots_B", beginning.slots_B, q_BHTK.device, (rows,), slots - 1)
-        num_keys += beginning.keys_PHCK.shape[2]
+        check_int64("prefix.slots_B", prefix.slots_B, q_BHTK.device, (rows,), slots - 1)
+        num_keys += prefix.keys_PHCK.shape[2]
     if lengths_B is not None:
-        check_whole("lengths_B", lengths_B, q_BHTK.device, (rows,), own_keys)
+        check_int64("lengths_B", lengths_B, q_BHTK.device, (rows,), own_keys)
     if bias_B1TS is None:
         if num_queries > num_keys:
             raise ValueError(f"q_BHTK: {num_queries} queries cannot be the last of {num_keys} positions")
@@ -206,6 +206,6 @@ def _check_stored(
     like = q_BHTK if scales is None else q_BHTK.new_empty(0, dtype=torch.int8)
     like_name = "q" if scales is None else "what has scales"
     for name, tensor in zip(names, stored, strict=False):
-        check_like(name, tensor, like_name, like, (rows, heads, length, size))
+        check_matches(name, tensor, like_name, like, (rows, heads, length, size))
     for scale in scales or ():
-        check_like(names[2], scale, "q", q_BHTK, (rows, heads, length, 1))
+        check_matches(names[2], scale, "q", q_BHTK, (rows, heads, length, 1))

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogview.kernels.decode_attention import Beginning, check_inputs
-from cogview.kernels.triton_utils import INTERPRETED, LEAST, LOG2_E, check_floats, product
+from cogview.kernels.decode_attention import SharedPrefix, check_inputs
+from cogview.kernels.triton_utils import INTERPRETED, LEAST, LOG2_E, check_floats, dot
 
 MOST_SPLITS = 32
 LEAST_KEYS = 64  # of a split
@@ -39,7 +39,7 @@ _UNALIGNED = ["k_scale_ptr", "v_scale_ptr", "bias_ptr", "lengths_ptr", "members_
 
 
 @triton.jit
-def _share(count):
+def _lse_weight(count):
     """From where to where this program reads, of ``count`` keys."""
     each = tl.cdiv(tl.cdiv(count, tl.num_programs(1)), 16) * 16  # no line of memory is read by two
     begin = tl.program_id(1) * each
@@ -68,7 +68,7 @@ def _one_query_kernel(
     count = num_keys
     if lengths_ptr is not None:
         count = tl.minimum(tl.load(lengths_ptr + row).to(tl.int32), num_keys)
-    begin, end = _share(count)
+    begin, end = _lse_weight(count)
     k_base, v_base = k_ptr + row * k_p + head * k_h, v_ptr + row * v_p + head * v_h
 
     column_K = tl.arange(0, PADDED)
@@ -139,7 +139,7 @@ def _queries_kernel(
             length_M = tl.load(lengths_ptr + row_M, mask=inside_M, other=0).to(tl.int32)
         last_M = tl.where(inside_M, length_M + shift + query_M, -1)
         count = tl.minimum(tl.maximum(tl.max(last_M, 0) + 1, 0), count)
-    begin, end = _share(count)
+    begin, end = _lse_weight(count)
     k_base, v_base = k_ptr + part * k_p + head * k_h, v_ptr + part * v_p + head * v_h
 
     column_K = tl.arange(0, PADDED)
@@ -154,7 +154,7 @@ def _queries_kernel(
         inside_N = key_N < end
         k = _load(k_base, key_N, inside_N, k_s, k_k, SIZE, PADDED)
         v = _load(v_base, key_N, inside_N, v_s, v_k, SIZE, PADDED)
-        scores = product(q, tl.trans(k.to(q.dtype)), False) * (scale * LOG2_E)
+        scores = dot(q, tl.trans(k.to(q.dtype)), False) * (scale * LOG2_E)
         if k_scale_ptr is not None:
             k_scale_base = k_scale_ptr + part * k_scale_p + head * k_scale_h
             scores *= tl.load(k_scale_base + key_N * k_scale_s, mask=inside_N, other=0).to(tl.float32)[None, :]
@@ -173,7 +173,7 @@ def _queries_kernel(
         if v_scale_ptr is not None:
             v_scale_base = v_scale_ptr + part * v_scale_p + head * v_scale_h
             weights *= tl.load(v_scale_base + key_N * v_scale_s, mask=inside_N, other=0).to(tl.float32)[None, :]
-        mixed = mixed * shrunk_M[:, None] + product(weights.to(q.dtype), v.to(q.dtype), False)
+        mixed = mixed * shrunk_M[:, None] + dot(weights.to(q.dtype), v.to(q.dtype), False)
         most_M = larger_M
 
     slot_head_M = (part * num_members + member_M) * num_heads + head
@@ -232,18 +232,18 @@ def decode_attention_triton(
     *,
     scales: tuple[Tensor, Tensor] | None = None,
     lengths_B: Tensor | None = None,
-    beginning: Beginning | None = None,
+    prefix: SharedPrefix | None = None,
     num_processors: int | None = None,
 ) -> Tensor:
     """``decode_attention``, its work divided for ``num_processors``, by default those of the device."""
     check_floats("q_BHTK", q_BHTK)
-    check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, scales, lengths_B, beginning)
+    check_inputs(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, scales, lengths_B, prefix)
     num_processors = num_processors or _processors_of(q_BHTK.device)
     k_scale, v_scale = scales or (None, None)
     shared: tuple[Tensor | None, ...] = (None,) * 6
-    if beginning is not None:
-        parts = (beginning.keys_PHCK, beginning.values_PHCK, *(beginning.scales or (None, None)))
-        shared = (*parts, beginning.members_PN.contiguous(), beginning.slots_B.contiguous())
+    if prefix is not None:
+        parts = (prefix.keys_PHCK, prefix.values_PHCK, *(prefix.scales or (None, None)))
+        shared = (*parts, prefix.rows_PN.contiguous(), prefix.slots_B.contiguous())
     lengths_B = None if lengths_B is None else lengths_B.contiguous()
     return _attend(q_BHTK, k_BHSK, v_BHSK, bias_B1TS, k_scale, v_scale, lengths_B, *shared, num_processors)
 
@@ -270,10 +270,10 @@ def _attend(
     if bias_B1TS is not None:
         bias_B1TS = bias_B1TS.expand(rows, 1, num_queries, length + own_keys)
     common = (bias_B1TS, lengths_B, own_keys, length, num_processors)
-    mixed, stats = _partly(q_BHTK, k_BHSK, v_BHSK, k_scale_BHS1, v_scale_BHS1, None, length, *common)
+    mixed, stats = _split_attention(q_BHTK, k_BHSK, v_BHSK, k_scale_BHS1, v_scale_BHS1, None, length, *common)
     shared_mixed = shared_stats = None
     if keys_PHCK is not None and values_PHCK is not None:
-        shared_mixed, shared_stats = _partly(
+        shared_mixed, shared_stats = _split_attention(
             q_BHTK, keys_PHCK, values_PHCK, k_scale_PHC1, v_scale_PHC1, members_PN, 0, *common
         )
     out_BHTK = _empty_like(q_BHTK)
@@ -297,7 +297,7 @@ def _empty_like(q_BHTK: Tensor) -> Tensor:
     return q_BHTK.new_empty((rows, num_queries, heads, size)).transpose(1, 2)
 
 
-def _partly(
+def _split_attention(
     q_BHTK: Tensor,
     keys: Tensor,
     values: Tensor,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-NAMES = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "triton")
 log = logging.getLogger(__name__)
 
 
@@ -23,30 +23,32 @@ class ForcedKernelsError(ValueError):
 
 
 @functools.cache
-def choose(operation: str, device_type: str, known: Sequence[str] = NAMES, usual: str | None = None) -> str:
+def select_backend(
+    operation: str, device_type: str, available: Sequence[str] = BACKENDS, default: str | None = None
+) -> str:
     """One of ``known`` for an ``operation``, named as in the log, on tensors of ``device_type``.
 
     Without ``COGVIEW_KERNELS`` it is ``usual``, by default PyTorch's form if there is one, and else the reference.
     Where the one that is forced does not exist for the operation, the usual one runs. ForcedKernelsError for a name
     that is unknown, and for Triton where it cannot run.
     """
-    usual = usual or ("torch" if "torch" in known else "reference")
+    default = default or ("torch" if "torch" in available else "reference")
     forced = os.environ.get("COGVIEW_KERNELS")
     if not forced:
-        _tell("%s on %s: %s", operation, device_type, usual)
-        return usual
-    if forced not in NAMES:
-        raise ForcedKernelsError(f"COGVIEW_KERNELS={forced!r} is unknown; known: {', '.join(NAMES)}")
-    if forced not in known:
-        _tell("%s on %s: %s (there is no %s)", operation, device_type, usual, forced)
-        return usual
+        _log_once("%s on %s: %s", operation, device_type, default)
+        return default
+    if forced not in BACKENDS:
+        raise ForcedKernelsError(f"COGVIEW_KERNELS={forced!r} is unknown; known: {', '.join(BACKENDS)}")
+    if forced not in available:
+        _log_once("%s on %s: %s (there is no %s)", operation, device_type, default, forced)
+        return default
     if forced == "triton":
         _check_triton(device_type)
-    _tell("%s on %s: %s (forced)", operation, device_type, forced)
+    _log_once("%s on %s: %s (forced)", operation, device_type, forced)
     return forced
 
 
-def _tell(message: str, *words: str) -> None:
+def _log_once(message: str, *words: str) -> None:
     if not torch.compiler.is_compiling():  # which would not go past it
         log.info(message, *words)
 

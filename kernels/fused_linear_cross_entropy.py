@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 
 # Bytes of the logits of a chunk. Small ones would stay in the cache of a CPU, but each chunk reads and writes the
 # gradient of all rows that compete: about 24 MiB were fastest. A GPU must be occupied by a chunk.
@@ -34,7 +34,7 @@ LossesInPlace = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Targets:
+class LossTargets:
     """What is right at some of N places, and among which ids: one kind of target.
 
     ``places_M`` (int64) are rows of the hidden states, ``targets_M`` (int64) the right ids, all in ``ids``, which are
@@ -42,13 +42,13 @@ class Targets:
     """
 
     ids: range
-    places_M: Tensor
+    positions_M: Tensor
     targets_M: Tensor
     weights_M: Tensor
 
 
-def sliced_cross_entropy_reference(
-    hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[Targets]
+def fused_linear_cross_entropy_reference(
+    hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[LossTargets]
 ) -> tuple[Tensor, list[Tensor]]:
     """The weighted sum of all losses, and the losses (M,) of each of ``targets``, from logits of all ids at all places.
 
@@ -61,15 +61,15 @@ def sliced_cross_entropy_reference(
     for own in targets:
         outside_V = torch.ones(len(embedding_VD), dtype=torch.bool, device=embedding_VD.device)
         outside_V[own.ids.start : own.ids.stop] = False
-        logits_MV = logits_NV[own.places_M].masked_fill(outside_V, -torch.inf)
+        logits_MV = logits_NV[own.positions_M].masked_fill(outside_V, -torch.inf)
         losses_M = F.cross_entropy(logits_MV, own.targets_M, reduction="none")
         total = total + (losses_M * own.weights_M.detach()).sum()
         losses.append(losses_M.detach())
     return total, losses
 
 
-def sliced_cross_entropy(
-    hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[Targets]
+def fused_linear_cross_entropy(
+    hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[LossTargets]
 ) -> tuple[Tensor, list[Tensor]]:
     """The weighted sum of all losses, differentiable, and the unweighted losses (M,) of each of ``targets``, detached.
 
@@ -79,9 +79,9 @@ def sliced_cross_entropy(
     tensor that has been modified. ValueError for inputs that do not fit; on a GPU ids and places are not looked at,
     which would wait for it. ``COGVIEW_KERNELS=reference|torch|triton`` forces a form.
     """
-    name = choose("sliced_cross_entropy", hidden_ND.device.type, known=("reference", "torch", "triton"))
+    name = select_backend("sliced_cross_entropy", hidden_ND.device.type, available=("reference", "torch", "triton"))
     if name == "reference":
-        return sliced_cross_entropy_reference(hidden_ND, embedding_VD, targets)
+        return fused_linear_cross_entropy_reference(hidden_ND, embedding_VD, targets)
     _check(hidden_ND, embedding_VD, targets)
     in_place: LossesInPlace = losses_in_place_torch
     if name == "triton":
@@ -89,7 +89,7 @@ def sliced_cross_entropy(
 
         in_place = losses_in_place
     learn = torch.is_grad_enabled()
-    total, *losses = _SlicedCrossEntropy.apply(hidden_ND, embedding_VD, targets, in_place, learn)
+    total, *losses = _FusedLinearCrossEntropy.apply(hidden_ND, embedding_VD, targets, in_place, learn)
     return total, losses
 
 
@@ -108,7 +108,7 @@ def losses_in_place_torch(logits_MI: Tensor, targets_M: Tensor, weights_M: Tenso
     return losses_M1.squeeze(1)
 
 
-class _SlicedCrossEntropy(torch.autograd.Function):
+class _FusedLinearCrossEntropy(torch.autograd.Function):
     """Losses and the gradients that are needed, chunk by chunk."""
 
     @staticmethod
@@ -116,7 +116,7 @@ class _SlicedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_ND: Tensor,
         embedding_VD: Tensor,
-        targets: Sequence[Targets],
+        targets: Sequence[LossTargets],
         in_place: LossesInPlace,
         learn: bool,
     ) -> tuple[Tensor, ...]:
@@ -153,20 +153,20 @@ class _SlicedCrossEntropy(torch.autograd.Function):
 def _kind_losses(
     hidden_ND: Tensor,
     embedding_VD: Tensor,
-    own: Targets,
+    own: LossTargets,
     in_place: LossesInPlace,
     dtype: torch.dtype,
     d_hidden_ND: Tensor | None,
     d_embedding_VD: Tensor | None,
 ) -> Tensor:
     """The losses (M,) of one kind of target; what they add to the gradients is added, where these are given."""
-    if not len(own.places_M):
+    if not len(own.positions_M):
         return torch.empty(0, dtype=_precise(dtype), device=hidden_ND.device)
     chosen = slice(own.ids.start, own.ids.stop)
     rows_ID = embedding_VD[chosen].to(dtype)
-    losses_M = torch.empty(len(own.places_M), dtype=_precise(dtype), device=hidden_ND.device)
+    losses_M = torch.empty(len(own.positions_M), dtype=_precise(dtype), device=hidden_ND.device)
     targets_M, weights_M = own.targets_M - own.ids.start, own.weights_M.to(losses_M.dtype)
-    size = _chunk_size(len(own.places_M), len(own.ids), rows_ID)
+    size = _chunk_size(len(own.positions_M), len(own.ids), rows_ID)
     half = dtype.itemsize == 2
     if half:
         # Before the backward nothing scales a loss: weights of 1 / N would vanish in float16.
@@ -176,9 +176,9 @@ def _kind_losses(
     padded = -(-len(own.ids) // ALIGNED) * ALIGNED
     # PyTorch's product of bfloat16 on a CPU multiplies some of what is behind a row with zero, which must be a number.
     space_CI = rows_ID.new_zeros(size, padded)[:, : len(own.ids)]
-    for first in range(0, len(own.places_M), size):
+    for first in range(0, len(own.positions_M), size):
         chunk = slice(first, first + size)
-        places_C = own.places_M[chunk]
+        places_C = own.positions_M[chunk]
         hidden_CD = hidden_ND[places_C].to(dtype)
         logits_CI = torch.mm(hidden_CD, rows_ID.T, out=space_CI[: len(places_C)])
         losses_M[chunk] = in_place(logits_CI, targets_M[chunk], weights_M[chunk], write)
@@ -216,7 +216,7 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _check(hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[Targets]) -> None:
+def _check(hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[LossTargets]) -> None:
     """ValueError naming what does not fit, and where; nothing is computed before."""
     for name, matrix in (("hidden_ND", hidden_ND), ("embedding_VD", embedding_VD)):
         if matrix.ndim != 2 or not matrix.is_floating_point():
@@ -234,12 +234,12 @@ def _check(hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[Targets]) 
         _check_targets(f"targets[{number}]", own, hidden_ND, len(embedding_VD))
 
 
-def _check_targets(name: str, own: Targets, hidden_ND: Tensor, num_rows: int) -> None:
+def _check_targets(name: str, own: LossTargets, hidden_ND: Tensor, num_rows: int) -> None:
     if own.ids.step != 1 or not 0 <= own.ids.start < own.ids.stop <= num_rows:
         raise ValueError(f"{name}.ids must be a range of 1 to {num_rows} rows of the embedding, got {own.ids}")
-    shape = (own.places_M.numel(),)
+    shape = (own.positions_M.numel(),)
     for part, values, dtype in (
-        ("places_M", own.places_M, torch.int64),
+        ("places_M", own.positions_M, torch.int64),
         ("targets_M", own.targets_M, torch.int64),
         ("weights_M", own.weights_M, torch.float32),
     ):
@@ -251,7 +251,7 @@ def _check_targets(name: str, own: Targets, hidden_ND: Tensor, num_rows: int) ->
     if hidden_ND.device.type != "cpu":
         return
     for part, values, permitted in (
-        ("places_M", own.places_M, range(len(hidden_ND))),
+        ("places_M", own.positions_M, range(len(hidden_ND))),
         ("targets_M", own.targets_M, own.ids),
     ):
         wrong = values[(values < permitted.start) | (values >= permitted.stop)]

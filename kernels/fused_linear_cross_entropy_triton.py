@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cogview.kernels.checks import check_whole
+from cogview.kernels.checks import check_int64
 from cogview.kernels.triton_utils import LEAST, LOG2_E, check_floats
 
 BLOCK = 4096  # columns; with 8 warps 16 of each thread, whose loads of 16 bytes are in flight together
@@ -78,7 +78,7 @@ def losses_in_place(logits_MI: Tensor, targets_M: Tensor, weights_M: Tensor, wri
             f"got {tuple(logits_MI.shape)} with strides {logits_MI.stride()}"
         )
     shape = (len(logits_MI),)
-    check_whole("targets_M", targets_M, logits_MI.device, shape, logits_MI.shape[1] - 1)
+    check_int64("targets_M", targets_M, logits_MI.device, shape, logits_MI.shape[1] - 1)
     if weights_M.shape != shape or weights_M.dtype != torch.float32 or weights_M.device != logits_MI.device:
         raise ValueError(
             f"weights_M must be float32 {shape} on {logits_MI.device}, "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
 
 def bias_gelu_is_fused(device: torch.device) -> bool:
     """Whether ``bias_gelu`` is one kernel there; if not, the bias is better added by the product that makes ``x``."""
-    return choose("bias_gelu", device.type, known=("reference", "triton")) == "triton"
+    return select_backend("bias_gelu", device.type, available=("reference", "triton")) == "triton"
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:

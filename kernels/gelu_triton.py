@@ -124,7 +124,7 @@ def _(d_out, x, bias):
     return x.new_empty(x.shape), bias.new_empty(bias.shape, dtype=torch.float32)
 
 
-def _remember(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
@@ -134,4 +134,4 @@ def _backward(ctx, d_out):
     return d_x, d_bias.to(bias.dtype)
 
 
-_bias_gelu.register_autograd(_backward, setup_context=_remember)
+_bias_gelu.register_autograd(_backward, setup_context=_setup_context)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 
 RELAX = 8.0  # the released code divides by max|x| / 8
 SMALLEST = 1e-20  # a token far below this is as good as zero, and its gradient stays finite
@@ -39,7 +39,7 @@ def pb_relax_layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsil
 
 def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
     """``pb_relax_layer_norm_reference`` of ``x`` (..., D), ``weight`` and ``bias`` (D,), up to rounding."""
-    if choose("pb_relax_layer_norm", x.device.type, known=KNOWN) == "triton":
+    if select_backend("pb_relax_layer_norm", x.device.type, available=KNOWN) == "triton":
         from cogview.kernels.layer_norm_triton import pb_relax_layer_norm_triton
 
         return pb_relax_layer_norm_triton(x, weight, bias, epsilon)
@@ -79,7 +79,7 @@ def sandwich_layer_norm(
     if (next_weight is None) != (next_bias is None):
         missing = "next_weight" if next_weight is None else "next_bias"
         raise ValueError(f"{missing} is None; next_weight and next_bias come together, or neither")
-    if choose("sandwich_layer_norm", x.device.type, known=KNOWN) == "triton":
+    if select_backend("sandwich_layer_norm", x.device.type, available=KNOWN) == "triton":
         from cogview.kernels.layer_norm_triton import sandwich_layer_norm_triton
 
         return sandwich_layer_norm_triton(x, branch, weight, bias, next_weight, next_bias, epsilon)

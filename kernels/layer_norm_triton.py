@@ -82,7 +82,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _back(d_out, token, weight, stats_ptr, norm, row, num_rows, SIZE: tl.constexpr):
+def _norm_backward(d_out, token, weight, stats_ptr, norm, row, num_rows, SIZE: tl.constexpr):
     """Gradients (R, C) of the token and, for each row, of the weight; max|x| is a constant.
 
     Beyond the token they are of no use, but disturb nothing, as ``weight`` is zero there.
@@ -119,13 +119,13 @@ def _backward_kernel(
             d_normed = tl.load(d_normed_ptr + row * d_normed_stride + column, mask=inside, other=0.0).to(tl.float32)
             token = tl.load(sum_ptr + row * SIZE + column, mask=inside, other=0.0).to(tl.float32)
             next_weight = tl.load(next_weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
-            d_token, d_weight = _back(d_normed, token, next_weight, stats_ptr, 1, row, num_rows, SIZE)
+            d_token, d_weight = _norm_backward(d_normed, token, next_weight, stats_ptr, 1, row, num_rows, SIZE)
             of_next_weight += d_weight
             of_next_bias += d_normed
             d_out += d_token
             tl.store(d_x_ptr + row * SIZE + column, d_out.to(d_x_ptr.dtype.element_ty), mask=inside)
         weight = tl.load(weight_ptr + column, mask=column < SIZE, other=0.0).to(tl.float32)
-        d_branch, d_weight = _back(d_out, branch, weight, stats_ptr, 0, row, num_rows, SIZE)
+        d_branch, d_weight = _norm_backward(d_out, branch, weight, stats_ptr, 0, row, num_rows, SIZE)
         of_weight += d_weight
         of_bias += d_out
         tl.store(d_branch_ptr + row * SIZE + column, d_branch.to(d_branch_ptr.dtype.element_ty), mask=inside)
@@ -204,7 +204,7 @@ def _sandwich(
     """The sum, without ``x`` the norm alone; the next norm of it, or nothing; and (norms, 3, N) for the backward."""
     branch_ND, x_ND = as_rows(branch), None if x is None else as_rows(x)
     total, normed, stats = _results(x, branch, next_weight)
-    settings, warps = _settings(branch.shape[-1])
+    settings, warps = _launch_config(branch.shape[-1])
     _forward_kernel[(triton.cdiv(len(branch_ND), settings["ROWS"]),)](
         x_ND, branch_ND, *(None if p is None else p.contiguous() for p in (weight, bias, next_weight, next_bias)),
         total, normed, stats, 0 if x_ND is None else x_ND.stride(0), branch_ND.stride(0), len(branch_ND),
@@ -244,7 +244,7 @@ def _sandwich_backward(
     d_x, d_branch, d_parameters = _gradients(branch, total)
     d_sum_ND, branch_ND, size = as_rows(d_sum), as_rows(branch), branch.shape[-1]
     d_normed_ND = None if d_normed is None else as_rows(d_normed)
-    settings, warps = _settings(size)
+    settings, warps = _launch_config(size)
     programs = min(triton.cdiv(len(branch_ND), settings["ROWS"]), _most_programs(branch.device))
     partial = d_parameters.new_empty(len(d_parameters), programs, size)
     read = [x_ND for x_ND in (d_sum_ND, d_normed_ND, branch_ND, total) if x_ND is not None]
@@ -272,7 +272,7 @@ def _gradients(branch: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor, Te
     return d_x, branch.new_empty(branch.shape), d_parameters
 
 
-def _remember(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     x, branch, weight, bias, next_weight, next_bias, _ = inputs
     total, _, stats = output
     ctx.save_for_backward(branch, None if next_weight is None else total, weight, next_weight, stats)
@@ -296,10 +296,10 @@ def _backward(ctx, d_sum, d_normed, _):
     return d_x, d_branch, d_weight.to(weight.dtype), d_bias.to(ctx.dtypes[0]), d_next_weight, d_next_bias, None
 
 
-_sandwich.register_autograd(_backward, setup_context=_remember)
+_sandwich.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _settings(size: int) -> tuple[dict[str, int], int]:
+def _launch_config(size: int) -> tuple[dict[str, int], int]:
     """Blocks of whole tokens, and the warps whose registers hold one."""
     columns = max(16, triton.next_power_of_2(size))
     rows = max(1, TILE // columns)

@@ -106,29 +106,29 @@ def dequantize_int4(packed: Tensor, scale_zero_GN2: Tensor, dtype: torch.dtype =
 
 def linear_int8_reference(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor) -> Tensor:
     """x W^T + b for W in int8: (..., N) in the dtype of ``x`` (..., K)."""
-    block, dtype = _way(x)
+    block, dtype = _compute_plan(x)
     parts = zip(quantized_NK.split(block), scale_N.split(block), strict=True)
-    return _dense(x, (dequantize_int8(*part, dtype) for part in parts), bias_N)
+    return _dequantized_matmul(x, (dequantize_int8(*part, dtype) for part in parts), bias_N)
 
 
 def linear_int4_reference(x: Tensor, packed: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor) -> Tensor:
     """x W^T + b for W in int4: (..., N) in the dtype of ``x`` (..., K)."""
-    block, dtype = _way(x)
+    block, dtype = _compute_plan(x)
     parts = zip(packed.split(block), scale_zero_GN2.split(block, dim=1), strict=True)
-    return _dense(x, (dequantize_int4(*part, dtype) for part in parts), bias_N)
+    return _dequantized_matmul(x, (dequantize_int4(*part, dtype) for part in parts), bias_N)
 
 
 def linear_int8(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor) -> Tensor:
     """Equal to ``linear_int8_reference`` up to the rounding of bfloat16."""
     rows_MK = x.reshape(-1, x.shape[-1])
-    if not kernels_run_on(x.device) or len(rows_MK) >= MANY_ROWS_INT8:
+    if not has_native_kernels(x.device) or len(rows_MK) >= MANY_ROWS_INT8:
         return linear_int8_reference(x, quantized_NK, scale_N, bias_N)
     # In bfloat16: for others the kernel has no fast form.
     product_MN = torch._weight_int8pack_mm(rows_MK.bfloat16().contiguous(), quantized_NK, scale_N)
     return (product_MN + bias_N).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def order_int4_for_cpu(packed: Tensor) -> Tensor:
+def pack_int4_for_cpu(packed: Tensor) -> Tensor:
     """The bytes of (N, K / 2) in the order that this processor's kernel wants; it is another on other processors."""
     # The kernel's order is one within 64 rows; so many at a time keep the int32 that it wants small.
     result = torch.empty_like(packed)
@@ -137,7 +137,7 @@ def order_int4_for_cpu(packed: Tensor) -> Tensor:
     return result
 
 
-def linear_int4_ordered(x: Tensor, ordered: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor) -> Tensor:
+def linear_int4_packed(x: Tensor, ordered: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor) -> Tensor:
     """``linear_int4_reference`` for weights in the order of ``order_int4_for_cpu``, up to the rounding of bfloat16."""
     rows_MK = x.reshape(-1, x.shape[-1])
     group = x.shape[-1] // len(scale_zero_GN2)
@@ -152,18 +152,18 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
     """
     slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not cpu_multiplies_bfloat16()
     if slow and not x.requires_grad and x.numel() >= MANY_ROWS_HALF * x.shape[-1]:
-        return _dense(x, (rows.float() for rows in weight_NK.split(DENSE_BLOCK)), bias_N)
+        return _dequantized_matmul(x, (rows.float() for rows in weight_NK.split(DENSE_BLOCK)), bias_N)
     return F.linear(x, weight_NK, bias_N)
 
 
-def packs(weight_NK: Tensor) -> bool:
+def can_prepack(weight_NK: Tensor) -> bool:
     """Whether MKL has an order of its own for these weights: on a CPU, in float32."""
     if weight_NK.device.type != "cpu" or weight_NK.dtype != torch.float32:
         return False
     return torch.backends.mkl.is_available() and os.environ.get("COGVIEW_KERNELS") != "reference"
 
 
-def pack(weight_NK: Tensor) -> Tensor:
+def prepack(weight_NK: Tensor) -> Tensor:
     """The weights in the order in which MKL multiplies them, opaque to all but ``linear_packed``.
 
     For 4 to 64 rows of input the product takes a half to a third of the time (``scripts/benchmarks/linear_rows.py``).
@@ -171,7 +171,7 @@ def pack(weight_NK: Tensor) -> Tensor:
     return torch.ops.mkl._mkl_reorder_linear_weight(weight_NK.detach(), PACKED_FOR)
 
 
-def linear_packed(x: Tensor, packed: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+def linear_prepacked(x: Tensor, packed: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """x W^T + b, (..., N) float32, for ``packed = pack(weight_NK)``; knows no gradients.
 
     A row of the result is the same bit for bit whatever other rows there are, which ``linear`` does not promise.
@@ -186,7 +186,7 @@ def linear_packed(x: Tensor, packed: Tensor, weight_NK: Tensor, bias_N: Tensor |
     return product_MN.view(*x.shape[:-1], -1)
 
 
-def kernels_run_on(device: torch.device) -> bool:
+def has_native_kernels(device: torch.device) -> bool:
     """Whether PyTorch's kernels for few bits are used on ``device``."""
     return device.type == "cpu" and os.environ.get("COGVIEW_KERNELS") != "reference"
 
@@ -198,14 +198,14 @@ def cpu_multiplies_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def _way(x: Tensor) -> tuple[int, torch.dtype]:
+def _compute_plan(x: Tensor) -> tuple[int, torch.dtype]:
     """How many rows of weights to unpack at a time, and the dtype to multiply in: float32 where a CPU is faster so."""
     if x.device.type != "cpu":
         return 1 << 20, x.dtype
     return DENSE_BLOCK, x.dtype if cpu_multiplies_bfloat16() else torch.float32
 
 
-def _dense(x: Tensor, weights: Iterable[Tensor], bias_N: Tensor) -> Tensor:
+def _dequantized_matmul(x: Tensor, weights: Iterable[Tensor], bias_N: Tensor) -> Tensor:
     """x W^T + b for W that comes a block of rows at a time, in the dtype of the blocks."""
     products = [F.linear(x.to(block.dtype), block) for block in weights]
     product = products[0] if len(products) == 1 else torch.cat(products, dim=-1)

@@ -17,14 +17,14 @@ LEAST = tl.constexpr(-1e30)  # below every score: a maximum to begin with that c
 
 
 @triton.jit
-def product(a, b, HALF: tl.constexpr):
+def dot(a, b, HALF: tl.constexpr):
     """a b in float32, added up in float16 if ``HALF``; float32 is not cut to TF32."""
     if HALF:
         return tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
 
-INTERPRETED = isinstance(product, InterpretedFunction)  # as Triton has decided
+INTERPRETED = isinstance(dot, InterpretedFunction)  # as Triton has decided
 
 
 def check_floats(name: str, tensor: Tensor) -> None:

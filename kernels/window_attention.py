@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from cogview.kernels.attention import attention_reference
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 
 BLOCK = 256  # queries that share a slice of keys in PyTorch's form
 
@@ -53,7 +53,7 @@ def window_attention(
 
     ValueError for input that does not fit together; pivots and starts are looked at on a CPU only.
     """
-    name = choose("window_attention", q_BHTK.device.type, known=("reference", "torch", "triton"))
+    name = select_backend("window_attention", q_BHTK.device.type, available=("reference", "torch", "triton"))
     implementation: Callable[..., Tensor]
     if name == "triton":
         from cogview.kernels.window_attention_triton import window_attention_triton as implementation

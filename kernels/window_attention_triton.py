@@ -421,7 +421,7 @@ def _(d_out, q_BHTK, *others):
     return tuple(q_BHTK.new_empty(q_BHTK.shape) for _ in range(3))
 
 
-def _remember(ctx, inputs, output):
+def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6], *output)
     ctx.settings = inputs[6:]
 
@@ -430,7 +430,7 @@ def _backward(ctx, d_out_BHTK, _):
     return *_attend_backward(d_out_BHTK, *ctx.saved_tensors, *ctx.settings), *(None,) * 7
 
 
-_attend.register_autograd(_backward, setup_context=_remember)
+_attend.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _num_seen(pivots_BN: Tensor, length: int, window: int, block: int) -> Tensor:

@@ -15,9 +15,9 @@ from pathlib import Path
 import v1_flags
 
 from cogview.cli.caption import caption_line, describe, open_describer
-from cogview.cli.inputs import Images
+from cogview.cli.inputs import ImageReader
 from cogview.cli.text_io import LineWriter
-from cogview.pipeline.cogview import checked_seed
+from cogview.pipeline.cogview import resolve_seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
     settings = {
         "method": "sample",
         "n": args.batch_size,
-        "seed": checked_seed(args.seed),
+        "seed": resolve_seed(args.seed),
         **v1_flags.sampling_settings(args),
     }
     with LineWriter(args.output_path / "captions.jsonl") as writer:
@@ -39,14 +39,14 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
         def write_captions(lines: list[str]) -> int:
             sources = [parts for line in lines if (parts := v1_flags.split_id(args, line)) is not None]
             paths = [Path(path) for _, path in sources]
-            images, done = Images(), 0
+            images, done = ImageReader(), 0
             for number, captions in describe(model, images, paths, settings, args.ceiling):
                 name, path = sources[number]
                 about = {"file": path} if name is None else {"id": name, "file": path}
                 for caption in captions:
                     writer.write(caption_line(caption, **about))
                 done += 1
-            status = images.finish(done)
+            status = images.report_failures(done)
             return status if len(sources) == len(lines) else 2
 
         return v1_flags.answer(lines, "Which image shall I describe?", write_captions)

@@ -19,7 +19,7 @@ import rerank
 import super_resolution
 import v1_flags
 
-from cogview.cli.session import Easel, Order
+from cogview.cli.session import GenerationSession, ImageOutput
 from cogview.image_io.png import safe_name
 
 
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
 class Samples:
     """Draws lines of input into folders, one for each prompt or id."""
 
-    def __init__(self, easel: Easel, args: argparse.Namespace) -> None:
+    def __init__(self, easel: GenerationSession, args: argparse.Namespace) -> None:
         self.easel = easel
         self.args = args
         self._files: Counter[Path] = Counter()  # in each folder, so far
@@ -49,7 +49,7 @@ class Samples:
         queries = [query for line in lines if (query := self.parse(line)) is not None]
         orders = [order for folder, prompt in queries for order in self.orders(folder, prompt)]
         pictures = []
-        for order, picture in self.easel.draw([orders], "drawing", len(orders), self.easel.grid**2):
+        for order, picture in self.easel.generate([orders], "drawing", len(orders), self.easel.grid**2):
             self.easel.save(order.path, picture)
             if not self.args.debug:
                 continue
@@ -62,15 +62,15 @@ class Samples:
     def parse(self, line: str) -> tuple[Path, str] | None:
         """The folder and the prompt of a line, or None and a word on stderr."""
         parts = v1_flags.split_id(self.args, line)
-        if parts is None or not self.easel.accepts(parts[1]):
+        if parts is None or not self.easel.check_prompt(parts[1]):
             return None
         name, prompt = parts
         return self.args.output_path / safe_name(prompt if name is None else name), prompt
 
-    def orders(self, folder: Path, prompt: str) -> Iterator[Order]:
+    def orders(self, folder: Path, prompt: str) -> Iterator[ImageOutput]:
         """The pictures of a prompt; a folder that comes again goes on counting."""
-        for wish in self.easel.wishes(prompt, self.args.batch_size):
-            yield Order(wish=wish, path=folder / f"{self._files[folder]}.png")
+        for wish in self.easel.requests(prompt, self.args.batch_size):
+            yield ImageOutput(request=wish, path=folder / f"{self._files[folder]}.png")
             self._files[folder] += 1
 
 

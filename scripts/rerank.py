@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import v1_flags
 
-from cogview.cli.inputs import Images, Query
+from cogview.cli.inputs import ImageReader, TextImageQuery
 from cogview.cli.rerank import LINE, finish, open_scorer, rank
 from cogview.cli.text_io import LineWriter
 from cogview.errors import InputError
@@ -32,8 +32,8 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
     with LineWriter(args.output_path / "scores.txt") as writer:
         model = open_scorer(args.load, device=args.device, adapter=args.adapter)
         parted = [(line, parts[1]) for line in lines if (parts := v1_flags.split_id(args, line)) is not None]
-        images, rankings = Images(), []
-        queries = [Query.parse(rest) for _, rest in parted]
+        images, rankings = ImageReader(), []
+        queries = [TextImageQuery.parse(rest) for _, rest in parted]
         ranked = rank(model, images, queries, args.ceiling)
         for (line, _), ranking in zip(parted, ranked, strict=True):
             writer.write(line)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import v1_flags
 
-from cogview.cli.inputs import Images, Query
+from cogview.cli.inputs import ImageReader, TextImageQuery
 from cogview.cli.upscale import upscale_files
 from cogview.image_io.png import safe_name
 
@@ -33,10 +33,10 @@ def run(args: argparse.Namespace, lines: list[str] | None) -> int:
     def upscale_lines(lines: list[str]) -> int:
         parted = [parts for line in lines if (parts := v1_flags.split_id(args, line)) is not None]
         queries = [
-            (Query.parse(rest), args.output_path if name is None else args.output_path / safe_name(name))
+            (TextImageQuery.parse(rest), args.output_path if name is None else args.output_path / safe_name(name))
             for name, rest in parted
         ]
-        status = upscale_files(easel, Images(), queries, low_level=low_level)
+        status = upscale_files(easel, ImageReader(), queries, low_level=low_level)
         return status if len(parted) == len(lines) else 2
 
     return v1_flags.answer(lines, "Which text and image? TEXT<TAB>IMAGE", upscale_lines)

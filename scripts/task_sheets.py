@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cogview.cli.main import HelpFormatter, Parser, run_safely
 from cogview.emoji.evaluation.scenes import held_out_scenes
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.evaluation.harness import check_world
 from cogview.pipeline.cogview import CogView
@@ -83,7 +83,7 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> tuple[str, .
     return tuple(lines)
 
 
-def captions(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Image.Image:
+def captions(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) -> Image.Image:
     """Held-out scenes, and what the model says to them."""
     given = [world.render(scene, number) for number, (scene, _) in enumerate(held_out_scenes(world, 10, seed=7))]
     said = model.caption([Image.fromarray(picture) for picture in given])
@@ -94,7 +94,7 @@ def captions(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Imag
     return sheet(tiles, 5, font)
 
 
-def reranking(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Image.Image:
+def reranking(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) -> Image.Image:
     """The same pictures by their scores for two texts."""
     pictures = model.generate(CANDIDATES, seed=7)
     rows = []
@@ -106,13 +106,13 @@ def reranking(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Ima
     return headed(rows, font)
 
 
-def upscaling(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Image.Image:
+def upscaling(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) -> Image.Image:
     """Held-out scenes: their codes decoded, that enlarged, what the model draws, and the true large picture."""
     asked = held_out_scenes(world, 4, seed=7)
     small = [Image.fromarray(world.render(scene, number)) for number, (scene, _) in enumerate(asked)]
     large = model.upscale(small, [caption for _, caption in asked], seed=7)
     tiles = []
-    given = model.pixels(model.codes_of(small))
+    given = model.decode_images(model.encode_images(small))
     for number, ((scene, _), decoded, ours) in enumerate(zip(asked, given, large, strict=True)):
         enlarged = Image.fromarray(decoded).resize(ours.size, Image.Resampling.BICUBIC)
         four = (decoded, np.asarray(enlarged), np.asarray(ours), world.render(scene, number, scale=2))
@@ -123,7 +123,7 @@ def upscaling(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Ima
     return sheet(tiles, 4, font, side=256)
 
 
-def completion(model: CogView, world: World, font: ImageFont.FreeTypeFont) -> Image.Image:
+def completion(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) -> Image.Image:
     """A picture, its upper half, and what the model draws below it to the same text and to others."""
     (picture,) = model.generate(f"蓝色背景上的{COMPLETED[0]}", seed=7)
     half = np.asarray(picture).copy()
@@ -142,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the sheets."""
     if not args.font.is_file():
         raise InputError(f"there is no font {args.font}; install the package fonts-wqy-microhei, or name one by --font")
-    world = World.load(args.world)
+    world = EmojiWorld.load(args.world)
     model = CogView.from_pretrained(args.model, device=args.device)
     for task in ("caption", "upscale"):
         model.require_task(task)

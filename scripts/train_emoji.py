@@ -76,9 +76,9 @@ def encoded(recipe: Recipe) -> bool:
 def trained(recipe: Recipe) -> bool:
     """Whether the transformer has made all its steps."""
     from cogview.cli.train import TransformerSettings
-    from cogview.training.loop import Run, step_of
+    from cogview.training.loop import RunFolder, step_of
 
-    checkpoints = Run(recipe.transformer_run).checkpoints()
+    checkpoints = RunFolder(recipe.transformer_run).checkpoints()
     steps = recipe.settings(TransformerSettings, "transformer").training.steps
     return bool(checkpoints) and step_of(checkpoints[-1]) >= steps
 

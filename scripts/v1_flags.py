@@ -9,17 +9,17 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from cogview.checkpoints.registry import is_released
+from cogview.checkpoints.registry import is_v1
 from cogview.cli.main import HelpFormatter, Parser, run_safely
 from cogview.cli.options import (
     DEFAULT_MODEL,
     add_adapter_argument,
     add_ceiling_argument,
-    ceiling,
+    parse_max_batch_size,
     require_positive,
 )
-from cogview.cli.session import Easel
-from cogview.cli.text_io import ask_lines, read_lines
+from cogview.cli.session import GenerationSession
+from cogview.cli.text_io import prompt_lines, read_lines
 from cogview.errors import InputError
 from cogview.image_io.png import prepare_folder
 
@@ -105,13 +105,13 @@ def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
     if interactive and args.with_id:
         raise InputError("--with-id needs a file of lines that begin with ID<TAB>: give it with --input-source")
     require_positive("--batch-size", args.batch_size)
-    args.ceiling = ceiling(args)
+    args.ceiling = parse_max_batch_size(args)
     lines = None if interactive else read_lines(args.input_source, "a query per line")
     prepare_folder(args.output_path)
     if args.needless:
         print(f"note: not needed, and ignored: {', '.join(args.needless)}", file=sys.stderr)
     given = args.img_tokenizer_path
-    converted = not is_released(Path(args.load))  # if it is not, opening it will say so
+    converted = not is_v1(Path(args.load))  # if it is not, opening it will say so
     if given is not None and converted and given.resolve() != Path(args.load, "image").resolve():
         print(f"note: {given} is ignored: {args.load} has an image tokenizer of its own", file=sys.stderr)
     return tasks[args.generation_task](args, lines)
@@ -123,9 +123,9 @@ def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def open_easel(args: argparse.Namespace, task: str) -> Easel:
+def open_easel(args: argparse.Namespace, task: str) -> GenerationSession:
     """The model, for drawing. Says on stderr where it runs."""
-    easel = Easel.open(
+    easel = GenerationSession.open(
         args.load,
         tasks=[task],
         settings=sampling_settings(args),
@@ -134,7 +134,7 @@ def open_easel(args: argparse.Namespace, task: str) -> Easel:
         device=args.device,
         adapter=args.adapter,
     )
-    easel.announce()
+    easel.print_header()
     return easel
 
 
@@ -142,7 +142,7 @@ def answer(lines: list[str] | None, question: str, do: Callable[[list[str]], int
     """The status of ``do`` for all lines; or ask for lines and do one at a time, whatever becomes of the others."""
     if lines is not None:
         return do(lines)
-    for line in takewhile(lambda line: line != "stop", ask_lines(f"{question} (“stop” ends)")):
+    for line in takewhile(lambda line: line != "stop", prompt_lines(f"{question} (“stop” ends)")):
         try:
             do([line])
         except InputError as error:

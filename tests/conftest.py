@@ -18,8 +18,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cogview.emoji.things import Thing
-from cogview.emoji.world import World, WorldSettings
+from cogview.emoji.things import EmojiObject
+from cogview.emoji.world import EmojiWorld, WorldSettings
 
 if TYPE_CHECKING:
     from cogview.pipeline.cogview import CogView
@@ -40,20 +40,20 @@ def ctrl_c_interrupts() -> None:
 
 
 @pytest.fixture(scope="session")
-def make_tiny_world() -> Callable[..., World]:
+def make_tiny_world() -> Callable[..., EmojiWorld]:
     """A function that makes a world of six drawn shapes under Chinese names; no font is needed."""
     things = (
-        Thing(emoji="🍎", name="红苹果", synonyms=("苹果",)),
-        Thing(emoji="🦊", name="狐狸", measures=("只", "个")),
-        Thing(emoji="🐕", name="狗", synonyms=("小狗",), measures=("只", "条", "个")),
-        Thing(emoji="🚗", name="汽车", measures=("辆", "个")),
-        Thing(emoji="📖", name="打开的书", measures=("本", "个")),
-        Thing(emoji="🐟", name="鱼", measures=("条", "个")),
+        EmojiObject(emoji="🍎", name="红苹果", synonyms=("苹果",)),
+        EmojiObject(emoji="🦊", name="狐狸", measures=("只", "个")),
+        EmojiObject(emoji="🐕", name="狗", synonyms=("小狗",), measures=("只", "条", "个")),
+        EmojiObject(emoji="🚗", name="汽车", measures=("辆", "个")),
+        EmojiObject(emoji="📖", name="打开的书", measures=("本", "个")),
+        EmojiObject(emoji="🐟", name="鱼", measures=("条", "个")),
     )
     sprites = np.stack([_shape(index) for index in range(len(things))])
 
-    def make(**settings: Any) -> World:
-        return World(WorldSettings(**settings), things, sprites)
+    def make(**settings: Any) -> EmojiWorld:
+        return EmojiWorld(WorldSettings(**settings), things, sprites)
 
     return make
 
@@ -103,7 +103,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         grid=8,
         tasks=("generate", "caption", "upscale", "low_level"),
         max_text=20,
-        caption_drop=0.1,
+        caption_dropout=0.1,
         codebook_sha256=codebook_hash(image_tokenizer),
         sampling=Sampling(temperature=0.9, top_k=100),
     )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 
-from cogview.config_io import build, read_recipe, section, to_plain
+from cogview.config_io import from_mapping, read_recipe, section, to_mapping
 from cogview.errors import InputError
 
 
@@ -65,7 +65,7 @@ def recipe(tmp_path):
 
 def test_a_recipe_becomes_settings(recipe):
     assert recipe["work"] == "runs/tiny"
-    settings = build(Settings, section(recipe, "model"), WHERE)
+    settings = from_mapping(Settings, section(recipe, "model"), WHERE)
     assert settings == Settings(
         num_layers=2, dropout=0.1, colours=("红", "绿"), optimizer=Optimizer(rate=3e-4, betas=(0.9, 1.0))
     )
@@ -97,7 +97,7 @@ def test_overrides_change_a_copy(recipe):
             "sizes=[8, 16]",
         ],
     )
-    settings = build(Settings, changed, WHERE)
+    settings = from_mapping(Settings, changed, WHERE)
     assert settings.num_layers == 4
     assert settings.name == "大模型"
     assert settings.fused is False
@@ -123,10 +123,10 @@ def test_settings_survive_json():
         stages=(Optimizer(rate=0.1), Optimizer(betas=(0.5, 0.6))),
         notes={"seeds": [1, 2]},
     )
-    plain = json.loads(json.dumps(to_plain(settings), ensure_ascii=False))
+    plain = json.loads(json.dumps(to_mapping(settings), ensure_ascii=False))
     assert plain["stages"][1]["betas"] == [0.5, 0.6]
-    assert build(Settings, plain, WHERE) == settings
-    assert build(Settings, to_plain(Settings(num_layers=1)), WHERE) == Settings(num_layers=1)
+    assert from_mapping(Settings, plain, WHERE) == settings
+    assert from_mapping(Settings, to_mapping(Settings(num_layers=1)), WHERE) == Settings(num_layers=1)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_settings_survive_json():
 )
 def test_settings_that_cannot_be_built(mapping, message):
     with pytest.raises(InputError) as caught:
-        build(Settings, mapping, WHERE)
+        from_mapping(Settings, mapping, WHERE)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -176,7 +176,7 @@ def test_settings_that_cannot_be_built(mapping, message):
     ("value", "expected"), [(3, 3), ("3", "3"), ("last", "last")], ids=["number", "digits", "word"]
 )
 def test_a_union_keeps_the_type_that_came(value, expected):
-    built = build(Settings, {"num_layers": 1, "checkpoint": value}, WHERE).checkpoint
+    built = from_mapping(Settings, {"num_layers": 1, "checkpoint": value}, WHERE).checkpoint
     assert built == expected
     assert type(built) is type(expected)
 

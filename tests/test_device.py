@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogview import device as module
-from cogview.device import choose_placement, take_local_gpu, training_dtype
+from cogview.device import choose_placement, training_dtype, use_local_rank_gpu
 from cogview.errors import InputError
 from cogview.pipeline.cogview import CogView
 
@@ -110,7 +110,7 @@ def test_unknown_dtype():
 @pytest.mark.parametrize("few_bits", ["int8", "int4"])
 def test_few_bits_on_a_cpu(few_bits):
     asked, stored = choose_placement("cpu", few_bits), choose_placement("cpu", stored=few_bits)
-    assert (asked.few_bits, asked.dtype) == (stored.few_bits, stored.dtype) == (few_bits, torch.bfloat16)
+    assert (asked.quantization, asked.dtype) == (stored.quantization, stored.dtype) == (few_bits, torch.bfloat16)
     assert str(asked) == f"cpu, {few_bits} with bfloat16 (as asked)"
     assert str(stored) == f"cpu, {few_bits} with bfloat16 (as stored)"
 
@@ -120,7 +120,7 @@ def test_few_bits_on_a_cpu(few_bits):
 def test_few_bits_compute_in_what_the_card_has(cards, capability, dtype, few_bits):
     cards(*capability)
     for placement in (choose_placement("cuda:1", few_bits), choose_placement("cuda:1", stored=few_bits)):
-        assert (placement.device, placement.few_bits) == (torch.device("cuda:1"), few_bits)
+        assert (placement.device, placement.quantization) == (torch.device("cuda:1"), few_bits)
         assert placement.dtype == dtype
     assert choose_placement("cpu", few_bits).dtype == torch.bfloat16
 
@@ -134,14 +134,14 @@ def test_few_bits_on_an_apple_gpu():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_stored_in_few_bits_and_asked_for_in_another_dtype(dtype):
     placement = choose_placement("cpu", dtype, stored="int8")
-    assert (placement.dtype, placement.few_bits) == (getattr(torch, dtype), None)
+    assert (placement.dtype, placement.quantization) == (getattr(torch, dtype), None)
     assert str(placement) == f"cpu, {dtype} (as asked)"
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_stored_in_one_and_asked_for_in_the_other():
     """Whether that can be had is for the weights to say."""
-    assert choose_placement("cpu", "int4", stored="int8").few_bits == "int4"
+    assert choose_placement("cpu", "int4", stored="int8").quantization == "int4"
 
 
 # --- how much memory there is -------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def test_a_cpu_with_little_memory_takes_bfloat16(monkeypatch, num_parameters, to
     monkeypatch.setattr(module, "available_memory", lambda device: 8 * 10**9)
     assert str(choose_placement(num_parameters=num_parameters)) == told
     assert choose_placement("cpu", "float32", num_parameters=num_parameters).dtype == torch.float32
-    assert choose_placement(stored="int8", num_parameters=num_parameters).few_bits == "int8"
+    assert choose_placement(stored="int8", num_parameters=num_parameters).quantization == "int8"
 
 
 def test_memory_of_a_card_is_not_asked_for(cards, monkeypatch):
@@ -221,7 +221,7 @@ def test_each_process_of_a_machine_takes_a_gpu(cards, monkeypatch, local, chosen
         monkeypatch.setenv("LOCAL_RANK", local)
     taken = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    take_local_gpu()
+    use_local_rank_gpu()
     assert taken == chosen
 
 

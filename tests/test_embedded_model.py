@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from cogview.checkpoints.checkpoint import read_things
-from cogview.checkpoints.registry import find_checkpoint, known_models
+from cogview.checkpoints.registry import load_registry, resolve_checkpoint
 from cogview.files import file_sha256
 from cogview.pipeline.cogview import CogView
 
@@ -18,7 +18,7 @@ SHEETS = ("captions", "reranking", "upscaling", "completion")
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return find_checkpoint(NAME)
+    return resolve_checkpoint(NAME)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def test_every_file_is_listed_with_its_sum(folder):
     described = {"README.md", "samples.png", *(f"{task}.png" for task in SHEETS)}  # for people
     assert all((folder / name).is_file() for name in described)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - described
-    listed = known_models()[NAME].sha256
+    listed = load_registry()[NAME].sha256
     assert files == set(listed)
     for name, expected in listed.items():
         assert file_sha256(folder / name) == expected, name

@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from cogview.tokenizers.vocabulary import GRID_COMMANDS, Kind, Vocabulary
+from cogview.tokenizers.vocabulary import GRID_COMMANDS, TokenKind, Vocabulary
 
 Values: TypeAlias = Sequence[int | None] | NDArray[Any]
 
@@ -28,7 +28,7 @@ class Text:
     name: str
     loss: bool = False
 
-    kind = Kind.TEXT
+    kind = TokenKind.TEXT
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Image:
     side: int
     loss: bool = False
 
-    kind = Kind.IMAGE
+    kind = TokenKind.IMAGE
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class Blank:
 
 
 @dataclass(frozen=True)
-class Restart:
+class RestartPositions:
     """Positions count from 0 again at the next place."""
 
 
-RESTART: Final = Restart()
+RESTART_POSITIONS: Final = RestartPositions()
 
-Element: TypeAlias = str | Text | Image | Blank | Restart  # a str is a command
+Element: TypeAlias = str | Text | Image | Blank | RestartPositions  # a str is a command
 
 
-def layouts(grid: int, *, caption_stop: bool = True, text_space: int | None = None) -> dict[str, Layout]:
+def layouts(grid: int, *, caption_stop: bool = True, text_positions: int | None = None) -> dict[str, Layout]:
     """The table for images of ``grid`` x ``grid`` codes.
 
     ``generate`` draws a text, ``caption`` describes an image, ``score`` says how probable a text is given an image,
@@ -84,7 +84,7 @@ def layouts(grid: int, *, caption_stop: bool = True, text_space: int | None = No
     caption = Blank(written, stop="[SEP]" if caption_stop else None)
 
     enlarged = (
-        *("[ROI1]", text, size, "[BOI1]", small, "[EOI1]", RESTART),
+        *("[ROI1]", text, size, "[BOI1]", small, "[EOI1]", RESTART_POSITIONS),
         *("[ROI2]", "[POS0]", size, "[BOI2]", Blank(drawn), "[EOI2]"),
     )
     rows: dict[str, tuple[Element, ...]] = {
@@ -94,7 +94,7 @@ def layouts(grid: int, *, caption_stop: bool = True, text_space: int | None = No
         "upscale": enlarged,
         "low_level": enlarged,
     }
-    return {name: Layout(name=name, row=row, text_space=text_space) for name, row in rows.items()}
+    return {name: Layout(name=name, row=row, text_positions=text_positions) for name, row in rows.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +103,9 @@ class Layout:
 
     name: str
     row: tuple[Element, ...]
-    text_space: int | None = None  # positions that a given text takes; None: as many as it has pieces
+    text_positions: int | None = None  # positions that a given text takes; None: as many as it has pieces
 
-    def arrange(self, vocabulary: Vocabulary, *, max_text: int | None = None, **values: Values) -> Arranged:
+    def arrange(self, vocabulary: Vocabulary, *, max_text: int | None = None, **values: Values) -> TokenSequence:
         """Fill the row with values, named after its elements: piece ids for a text, codes for an image.
 
         Both count from 0; the vocabulary's offsets are added here. Images are flat or two-dimensional. A blank element
@@ -125,10 +125,10 @@ class Layout:
         spans: dict[str, slice] = {}
         position, end, stop = 0, 0, None
         for element in self.row:
-            if isinstance(element, Restart):
+            if isinstance(element, RestartPositions):
                 position = 0
             elif isinstance(element, str):
-                parts.append(_Part.of_command(vocabulary.command(element), Kind.COMMAND, loss=False))
+                parts.append(_Part.of_command(vocabulary.command(element), TokenKind.COMMAND, loss=False))
                 positions.append(np.arange(position, position + 1))
                 position, end = position + 1, end + 1
             else:
@@ -138,14 +138,16 @@ class Layout:
                 length = len(parts[-1].ids)
                 positions.append(np.arange(position, position + length))
                 spans[content.name] = slice(end, end + length)
-                position, end = position + self._num_positions(element, length), end + length
+                position, end = position + self._element_positions(element, length), end + length
                 if isinstance(element, Blank) and element.stop:
                     stop = vocabulary.command(element.stop)
-                    parts.append(_Part.of_command(stop, Kind.TEXT, loss=content.loss))  # drawn and learnt as text is
+                    parts.append(
+                        _Part.of_command(stop, TokenKind.TEXT, loss=content.loss)
+                    )  # drawn and learnt as text is
                     positions.append(np.arange(position, position + 1))
                     position, end = position + 1, end + 1
 
-        return Arranged(
+        return TokenSequence(
             ids=np.concatenate([part.ids for part in parts]),
             positions=np.concatenate(positions),
             kinds=np.concatenate([np.full(len(part.ids), part.kind, dtype=np.int8) for part in parts]),
@@ -157,9 +159,9 @@ class Layout:
 
     def length(self, text_length: int) -> int:
         """How many places the row has with a text of ``text_length`` pieces."""
-        return sum(replace(self, text_space=None)._section_positions(text_length))
+        return sum(replace(self, text_positions=None)._section_positions(text_length))
 
-    def num_positions(self, text_length: int) -> int:
+    def max_position(self, text_length: int) -> int:
         """How many positions the model must know for that: fewer than the places where the row restarts."""
         return max(self._section_positions(text_length))
 
@@ -171,31 +173,31 @@ class Layout:
                 f"layout {self.name!r} needs {max(bare)} positions without any text, there are {max_positions}"
             )
         grows = [max_positions - a for a, b in zip(bare, with_piece, strict=True) if a < b]
-        return min(grows) if grows else self.text_space or 0
+        return min(grows) if grows else self.text_positions or 0
 
     def _contents(self) -> dict[str, Text | Image]:
         contents = [e.content if isinstance(e, Blank) else e for e in self.row if isinstance(e, Text | Image | Blank)]
         return {content.name: content for content in contents}
 
-    def _num_positions(self, element: Element, length: int) -> int:
+    def _element_positions(self, element: Element, length: int) -> int:
         """How many positions a text or image of ``length`` places takes."""
-        if not isinstance(element, Text) or self.text_space is None:
+        if not isinstance(element, Text) or self.text_positions is None:
             return length
-        if length > self.text_space:
+        if length > self.text_positions:
             raise ValueError(
-                f"layout {self.name!r}: {element.name!r} has {length} pieces, there is space for {self.text_space}"
+                f"layout {self.name!r}: {element.name!r} has {length} pieces, there is space for {self.text_positions}"
             )
-        return self.text_space
+        return self.text_positions
 
     def _section_positions(self, text_length: int) -> list[int]:
         """Positions before the first restart, between restarts, and after the last."""
         lengths = [0]
         for element in self.row:
             content = element.content if isinstance(element, Blank) else element
-            if isinstance(content, Restart):
+            if isinstance(content, RestartPositions):
                 lengths.append(0)
             elif isinstance(content, Text):
-                lengths[-1] += self._num_positions(element, text_length)
+                lengths[-1] += self._element_positions(element, text_length)
             elif isinstance(content, Image):
                 lengths[-1] += content.side**2
             else:
@@ -236,7 +238,7 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Arranged:
+class TokenSequence:
     """A row filled with values. Arrays are (T,), one entry per place."""
 
     ids: NDArray[np.int64]  # [PAD] where blank
@@ -250,19 +252,19 @@ class Arranged:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def cut(self, length: int) -> Arranged:
+    def truncate(self, length: int) -> TokenSequence:
         """The first ``length`` places, for example those of an upscaling window up to its last line."""
         arrays = {f.name: getattr(self, f.name)[:length] for f in fields(self) if f.name not in ("spans", "stop")}
         spans = {name: slice(min(s.start, length), min(s.stop, length)) for name, s in self.spans.items()}
         return replace(self, spans=spans, **arrays)
 
-    def until_last_blank(self) -> Arranged:
+    def until_last_blank(self) -> TokenSequence:
         """The row up to its last blank, all that has to be read to fill it; its first place where it has none."""
-        return self.cut(int(np.flatnonzero(self.blanks)[-1]) + 1 if self.blanks.any() else 1)
+        return self.truncate(int(np.flatnonzero(self.blanks)[-1]) + 1 if self.blanks.any() else 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
+class SequenceBatch:
     """Rows of different lengths, padded to one. Arrays are (B, T) unless said; padding is no blank and has no loss."""
 
     ids: NDArray[np.int64]
@@ -274,12 +276,12 @@ class Batch:
     ends: NDArray[np.int64]  # (B,) where each row ends: what follows is padding
 
 
-def pad_left(rows: Sequence[Arranged], pad_id: int) -> Batch:
+def pad_left(rows: Sequence[TokenSequence], pad_id: int) -> SequenceBatch:
     """A batch whose rows all end at the last place, for generation."""
     return _pad(rows, pad_id, length=None, on_left=True)
 
 
-def pad_right(rows: Sequence[Arranged], pad_id: int, length: int | None = None) -> Batch:
+def pad_right(rows: Sequence[TokenSequence], pad_id: int, length: int | None = None) -> SequenceBatch:
     """A batch whose rows all begin at the first place, for training; ``length`` fixes T, else the longest row does."""
     return _pad(rows, pad_id, length=length, on_left=False)
 
@@ -341,11 +343,11 @@ class _Part:
 
     ids: NDArray[np.int64]
     blanks: NDArray[np.bool_]
-    kind: Kind
+    kind: TokenKind
     loss: bool
 
     @classmethod
-    def of_command(cls, token: int, kind: Kind, *, loss: bool) -> _Part:
+    def of_command(cls, token: int, kind: TokenKind, *, loss: bool) -> _Part:
         return cls(ids=np.array([token]), blanks=np.array([False]), kind=kind, loss=loss)
 
 
@@ -370,7 +372,7 @@ def _numbers(values: Values, where: str) -> tuple[NDArray[np.int64], NDArray[np.
     return numbers, unknown
 
 
-def _pad(rows: Sequence[Arranged], pad_id: int, *, length: int | None, on_left: bool) -> Batch:
+def _pad(rows: Sequence[TokenSequence], pad_id: int, *, length: int | None, on_left: bool) -> SequenceBatch:
     if not rows:
         raise ValueError("a batch needs at least one row")
     longest = max(map(len, rows))
@@ -379,10 +381,10 @@ def _pad(rows: Sequence[Arranged], pad_id: int, *, length: int | None, on_left: 
     shape = (len(rows), longest if length is None else length)
     starts = np.array([shape[1] - len(row) if on_left else 0 for row in rows])
     ends = starts + np.array([len(row) for row in rows])
-    batch = Batch(
+    batch = SequenceBatch(
         ids=np.full(shape, pad_id, dtype=np.int64),
         positions=np.zeros(shape, dtype=np.int64),
-        kinds=np.full(shape, Kind.COMMAND, dtype=np.int8),
+        kinds=np.full(shape, TokenKind.COMMAND, dtype=np.int8),
         blanks=np.zeros(shape, dtype=bool),
         loss=np.zeros(shape, dtype=bool),
         starts=starts,

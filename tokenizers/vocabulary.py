@@ -23,7 +23,7 @@ GRID_COMMANDS: Final = {8: "[TINY]", 16: "[SMALL]", 32: "[BASE]", 64: "[BIG]"}
 _ROW_MULTIPLE = 128
 
 
-class Kind(IntEnum):
+class TokenKind(IntEnum):
     """What a place of a sequence holds."""
 
     COMMAND = 0
@@ -81,9 +81,9 @@ class Vocabulary:
             raise ValueError(f"command {name!r} is unknown; known: {' '.join(COMMANDS)}")
         return self.commands[COMMANDS.index(name)]
 
-    def permitted(self, kind: Kind) -> range:
+    def permitted(self, kind: TokenKind) -> range:
         """The ids that a place of this kind may hold."""
-        return {Kind.COMMAND: self.commands, Kind.TEXT: self.text, Kind.IMAGE: self.image}[kind]
+        return {TokenKind.COMMAND: self.commands, TokenKind.TEXT: self.text, TokenKind.IMAGE: self.image}[kind]
 
     def name(self, token: int) -> str:
         """An id in words: ``"code 17"``, ``"piece 5"``, ``"[BOI1]"``, or ``"unused 58219"`` for padding rows."""

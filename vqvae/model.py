@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from cogview.vqvae.quantizer import Quantizer
 
 PIXELS_PER_CODE = 8
-RELEASED_MEAN = (0.79093, 0.76271, 0.75340)
-RELEASED_STD = (0.30379, 0.32279, 0.32800)
+V1_MEAN = (0.79093, 0.76271, 0.75340)
+V1_STD = (0.30379, 0.32279, 0.32800)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,8 @@ class VQVAEConfig:
             decoder_blocks=(0, 0, 0),
             code_width=256,
             normalize_codes=False,
-            mean=RELEASED_MEAN,
-            std=RELEASED_STD,
+            mean=V1_MEAN,
+            std=V1_STD,
         )
 
 
@@ -93,14 +93,14 @@ class VQVAE(nn.Module):
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """The (B, h, w) int64 codes of (B, 3, H, W) images in [0, 1]."""
-        return self.quantizer.nearest(self.vectors(images))
+        return self.quantizer.nearest(self.encode_vectors(images))
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
         """The (B, 3, H, W) images, clamped to [0, 1], of (B, h, w) codes."""
-        return self.pixels(self.quantizer.vectors_of(codes)).clamp(0, 1)
+        return self.decode_vectors(self.quantizer.lookup(codes)).clamp(0, 1)
 
-    def vectors(self, images: Tensor) -> Tensor:
+    def encode_vectors(self, images: Tensor) -> Tensor:
         """The encoder's float32 outputs (B, h, w, D), normalised if the config says so."""
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (batch, 3, height, width), got {tuple(images.shape)}")
@@ -108,23 +108,23 @@ class VQVAE(nn.Module):
             raise ValueError(f"image sides must be divisible by {PIXELS_PER_CODE}, got {tuple(images.shape[2:])}")
         normalized = (images - self.mean) / self.std
         outputs = self.encoder(normalized.contiguous(memory_format=torch.channels_last))
-        return self.quantizer.project(outputs.permute(0, 2, 3, 1).float())
+        return self.quantizer.normalized(outputs.permute(0, 2, 3, 1).float())
 
-    def pixels(self, vectors: Tensor) -> Tensor:
+    def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Images (B, 3, H, W) in about [0, 1] from code vectors (B, h, w, D)."""
         channels_first = vectors.permute(0, 3, 1, 2)  # a channels-last view, which convolutions keep
         return self.decoder(channels_first).float() * self.std + self.mean
 
     def forward(self, images: Tensor, *, quantize: bool = True) -> Reconstruction:
         """Encode, quantize with a straight-through gradient (unless ``quantize`` is off), decode."""
-        vectors = self.vectors(images)
+        vectors = self.encode_vectors(images)
         if not quantize:
             codes = torch.zeros(vectors.shape[:3], dtype=torch.long, device=vectors.device)
-            return Reconstruction(self.pixels(vectors), vectors, codes, vectors.detach())
+            return Reconstruction(self.decode_vectors(vectors), vectors, codes, vectors.detach())
         codes = self.quantizer.nearest(vectors.detach())
-        quantized = self.quantizer.vectors_of(codes)
+        quantized = self.quantizer.lookup(codes)
         straight_through = vectors + (quantized - vectors).detach()
-        return Reconstruction(self.pixels(straight_through), vectors, codes, quantized)
+        return Reconstruction(self.decode_vectors(straight_through), vectors, codes, quantized)
 
 
 def _released_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:

@@ -29,13 +29,13 @@ class Quantizer(nn.Module):
     def __init__(self, num_codes: int, width: int, *, normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
-        self.register_buffer("codebook", self.project(torch.randn(num_codes, width)))
+        self.register_buffer("codebook", self.normalized(torch.randn(num_codes, width)))
         # Averages of how often a code is chosen per update, and of the sum of the vectors that chose it.
         # They belong to training alone, so a stored model does not carry them.
         self.register_buffer("use", torch.zeros(num_codes), persistent=False)
         self.register_buffer("total", torch.zeros(num_codes, width), persistent=False)
 
-    def project(self, vectors: Tensor) -> Tensor:
+    def normalized(self, vectors: Tensor) -> Tensor:
         """``vectors`` (..., D), scaled to length 1 if this codebook lives on the sphere."""
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
@@ -43,7 +43,7 @@ class Quantizer(nn.Module):
         """For (..., D) vectors the int64 index (...) of the nearest code by squared distance."""
         return self._nearest_with_distance(vectors)[0]
 
-    def vectors_of(self, codes: Tensor) -> Tensor:
+    def lookup(self, codes: Tensor) -> Tensor:
         """The (..., D) code vectors of (...) codes."""
         return F.embedding(codes, self.codebook)
 
@@ -61,7 +61,7 @@ class Quantizer(nn.Module):
         return torch.cat(codes).view(vectors.shape[:-1]), torch.cat(distances).view(vectors.shape[:-1])
 
     @torch.no_grad()
-    def start_from(self, vectors: Tensor, generator: torch.Generator) -> None:
+    def initialize_from(self, vectors: Tensor, generator: torch.Generator) -> None:
         """Put every code on an encoder output; ``vectors`` (N, D), N of any size.
 
         Half the patches of a flat background are the same vector, so a plain random choice would put half the
@@ -73,11 +73,11 @@ class Quantizer(nn.Module):
         if len(chosen) < len(self.codebook):
             extra = torch.randint(len(source), (len(self.codebook) - len(chosen),), generator=generator)
             chosen = torch.cat([chosen, source[extra.to(source.device)]])
-        self.restart(self.project(chosen))
-        self._share()
+        self.reset_codebook(self.normalized(chosen))
+        self._broadcast()
 
     @torch.no_grad()
-    def restart(self, codes: Tensor) -> None:
+    def reset_codebook(self, codes: Tensor) -> None:
         """Make ``codes`` (K, D) the codebook, each as if it had been chosen once per update so far."""
         self.codebook.copy_(codes)
         self.use.fill_(1.0)
@@ -95,11 +95,11 @@ class Quantizer(nn.Module):
         self.use.lerp_(use, 1 - decay)
         self.total.lerp_(total, 1 - decay)
         alive = self.use > 1e-4
-        moved = self.project(self.total / self.use.clamp_min(1e-4).unsqueeze(1))
+        moved = self.normalized(self.total / self.use.clamp_min(1e-4).unsqueeze(1))
         self.codebook.copy_(torch.where(alive.unsqueeze(1), moved, self.codebook))
 
     @torch.no_grad()
-    def revive(self, vectors: Tensor, threshold: float, generator: torch.Generator) -> int:
+    def restart_dead_codes(self, vectors: Tensor, threshold: float, generator: torch.Generator) -> int:
         """Move codes used less than ``threshold`` times per update onto badly served vectors; return how many.
 
         A vector is drawn with a probability proportional to its squared distance from its code, as k-means++ does
@@ -121,10 +121,10 @@ class Quantizer(nn.Module):
         self.codebook[dead] = flat_ND[picks]
         self.use[dead] = 2 * threshold  # a fair chance to be chosen before it is judged again
         self.total[dead] = flat_ND[picks] * 2 * threshold
-        self._share()
+        self._broadcast()
         return len(picks)
 
-    def _share(self) -> None:
+    def _broadcast(self) -> None:
         """Give every process the codebook of process 0, whose vectors they did not see."""
         if dist.is_available() and dist.is_initialized():
             for buffer in (self.codebook, self.use, self.total):

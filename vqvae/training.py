@@ -21,7 +21,7 @@ from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQVAETraining:
+class VQVAETrainingSettings:
     """Settings of a run. Batches hold ``batch_size`` images; ``steps`` counts batches."""
 
     steps: int
@@ -33,7 +33,9 @@ class VQVAETraining:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     commitment: float = 0.25
-    gradient_weight: float = 1.0  # of the loss on differences between neighbouring pixels, which keeps edges sharp
+    gradient_difference_weight: float = (
+        1.0  # of the loss on differences between neighbouring pixels, which keeps edges sharp
+    )
     decay: float = 0.99  # of the codebook's averages
     revive_every: int = 10
     revive_below: float = 0.01  # uses per step
@@ -48,12 +50,12 @@ class VQVAETraining:
             )
 
 
-def reconstruction_loss(images: Tensor, targets: Tensor, gradient_weight: float) -> Tensor:
+def reconstruction_loss(images: Tensor, targets: Tensor, gradient_difference_weight: float) -> Tensor:
     """L1 + L2 + L1 of the horizontal and vertical differences, for (B, 3, H, W) in [0, 1]; a scalar."""
     error = images - targets
     loss = error.abs().mean() + 4 * error.square().mean()
-    if gradient_weight:
-        loss = loss + gradient_weight * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+    if gradient_difference_weight:
+        loss = loss + gradient_difference_weight * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
     return loss
 
 
@@ -66,7 +68,7 @@ class VQVAETrainer:
     def __init__(
         self,
         config: VQVAEConfig,
-        settings: VQVAETraining,
+        settings: VQVAETrainingSettings,
         device: torch.device,
         autocast: torch.dtype | None = None,
         start_from: VQVAE | None = None,
@@ -78,7 +80,7 @@ class VQVAETrainer:
         self.autocast = autocast
         self.model = (start_from or VQVAE(config)).to(device)
         if start_from is not None:
-            self.model.quantizer.restart(start_from.quantizer.codebook)
+            self.model.quantizer.reset_codebook(start_from.quantizer.codebook)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=settings.learning_rate,
@@ -113,7 +115,7 @@ class VQVAETrainer:
         quantize = self.started or step >= settings.warmup_steps
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             output = self.model(images, quantize=quantize)
-        loss = reconstruction_loss(output.images, images, settings.gradient_weight)
+        loss = reconstruction_loss(output.images, images, settings.gradient_difference_weight)
         commitment = F.mse_loss(output.vectors, output.quantized) * output.vectors.shape[-1]
         (loss + settings.commitment * commitment).backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
@@ -129,14 +131,14 @@ class VQVAETrainer:
         if quantize:
             quantizer.update(vectors, output.codes, settings.decay)
             if step % settings.revive_every == 0:
-                revived = quantizer.revive(vectors, settings.revive_below, generator)
+                revived = quantizer.restart_dead_codes(vectors, settings.revive_below, generator)
         else:
             self._recent.append(vectors.reshape(-1, vectors.shape[-1]))
             enough = 4 * len(quantizer.codebook)
             while sum(map(len, self._recent[1:])) >= enough:
                 self._recent.pop(0)
             if step == settings.warmup_steps - 1:
-                quantizer.start_from(torch.cat(self._recent), generator)
+                quantizer.initialize_from(torch.cat(self._recent), generator)
                 self._recent.clear()
         mse = F.mse_loss(output.images.detach().clamp(0, 1), images)
         return {

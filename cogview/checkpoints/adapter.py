@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from cogview.checkpoints.checkpoint import ModelConfig, check_folder
 from cogview.checkpoints.image_tokenizer import write_weights
-from cogview.checkpoints.precision import stored_few_bits
-from cogview.checkpoints.registry import known_models
+from cogview.checkpoints.precision import stored_quantization
+from cogview.checkpoints.registry import load_registry
 from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
-from cogview.config_io import build, to_plain
+from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import new_folder, read_json, write_json
 from cogview.modeling.config import PROJECTIONS, TransformerConfig
@@ -41,7 +41,7 @@ BLOCK = 1024  # rows of a weight added to at a time, so that what is made on the
 
 # Settings of PEFT's LoRA that change nothing in what an adapter computes once it is learnt, or that are looked at
 # below. Any other that is set would need another formula.
-_HARMLESS = frozenset(
+_SUPPORTED_PEFT_KEYS = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
@@ -72,9 +72,9 @@ _HARMLESS = frozenset(
     }
 )
 # How A and B may have begun. Others, such as PiSSA, change the weights of the model itself.
-_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
+_SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
-FEW_BITS_MESSAGE = (
+QUANTIZED_MESSAGE = (
     "weights that are rounded to few bits cannot take an adapter: cogview adapter merge MODEL ADAPTER -o OUT first, "
     "then open OUT with --dtype int8 or int4"
 )
@@ -111,7 +111,7 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Base:
+class BaseModelInfo:
     """The model that an adapter was made for: its name or folder, the hash of its codebook, and its shape."""
 
     name: str
@@ -122,7 +122,7 @@ class Base:
     vocabulary_size: int
 
     @classmethod
-    def of(cls, name: str, config: ModelConfig) -> Base:
+    def of(cls, name: str, config: ModelConfig) -> BaseModelInfo:
         """That of a model."""
         shape = config.transformer
         return cls(
@@ -159,9 +159,11 @@ class Adapter:
                 raise InputError(f"the adapter {folder} is incomplete: {name} is missing")
         plain = _read_object(self.folder / CONFIG_FILE)
         self.base_name = str(plain.get("base_model_name_or_path") or "")
-        self.base: Base | None = None
+        self.base: BaseModelInfo | None = None
         if (self.folder / BASE_FILE).is_file():
-            self.base = build(Base, _read_object(self.folder / BASE_FILE), where=str(self.folder / BASE_FILE))
+            self.base = from_mapping(
+                BaseModelInfo, _read_object(self.folder / BASE_FILE), where=str(self.folder / BASE_FILE)
+            )
         self._file = WeightsFile(self.folder / WEIGHTS_FILE)
         rank, alpha, dropout = self._numbers(plain)
         self.projections = self._projections(rank)
@@ -178,10 +180,10 @@ class Adapter:
         path = self.folder / CONFIG_FILE
         if (kind := plain.get("peft_type")) != "LORA":
             raise InputError(f"{path}: the adapter is of the type {kind}, and only LORA can be used")
-        others = [name for name, value in plain.items() if name not in _HARMLESS and value]
+        others = [name for name, value in plain.items() if name not in _SUPPORTED_PEFT_KEYS and value]
         if plain.get("bias", "none") != "none":
             others.append("bias")
-        if plain.get("init_lora_weights") not in _BEGINNINGS:
+        if plain.get("init_lora_weights") not in _SUPPORTED_INITS:
             others.append("init_lora_weights")
         if others:
             raise InputError(f"{path}: {others[0]} is {json.dumps(plain[others[0]])}, which is not supported")
@@ -251,7 +253,7 @@ class Adapter:
                 f"the adapter {self.folder} was made for the codes of another image tokenizer "
                 f"({self.base.codebook_sha256[:12]}…) than that of {name} ({config.codebook_sha256[:12]}…)"
             )
-        known = known_models()
+        known = load_registry()
         if self.base.name != name and self.base.name in known and name in known:
             raise InputError(f"the adapter {self.folder} was made for {self.base.name}, not for {name}")
 
@@ -261,7 +263,7 @@ class Adapter:
             f"{name}.lora_{part}.default.weight": self._read(name, part) for name in self.projections for part in "AB"
         }
 
-    def added(self, name: str, weight_NK: Tensor, sign: int) -> Tensor:
+    def apply_to(self, name: str, weight_NK: Tensor, sign: int) -> Tensor:
         """``weight`` of the projection ``name`` + sign * scale * B A: computed in float32, in the dtype it has."""
         first, second = (self._read(name, part).to(weight_NK.device, torch.float32) for part in "AB")
         result_NK = torch.empty_like(weight_NK)
@@ -302,7 +304,7 @@ def add_lora(transformer: Transformer, settings: LoraSettings) -> None:
     if has_adapter(transformer):
         raise InputError("the transformer has an adapter already: one at a time can be learnt")
     _require_numbers(transformer)
-    transformer.lean = None  # it holds the weights that the adapter is about to stand in front of
+    transformer.packed_layers = None  # it holds the weights that the adapter is about to stand in front of
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -324,7 +326,7 @@ def save_adapter(
     folder: Path,
     transformer: Transformer,
     settings: LoraSettings,
-    base: Base,
+    base: BaseModelInfo,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write the adapter in ``transformer`` into ``folder``, which need not exist, as PEFT reads it.
@@ -339,7 +341,7 @@ def save_adapter(
         for name, tensor in weights.items()
     }
     write_weights(folder / WEIGHTS_FILE, stored)
-    write_json(folder / BASE_FILE, to_plain(base))
+    write_json(folder / BASE_FILE, to_mapping(base))
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": base.name,
@@ -400,7 +402,7 @@ def _add(transformer: Transformer, adapter: Adapter, sign: int) -> None:
     _require_numbers(transformer)
     for name in adapter.projections:
         weight = transformer.get_parameter(f"{name}.weight")
-        weight.copy_(adapter.added(name, weight, sign))  # in place, so that what was packed of it is packed anew
+        weight.copy_(adapter.apply_to(name, weight, sign))  # in place, so that what was packed of it is packed anew
 
 
 def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sign: int = 1) -> str | None:
@@ -412,20 +414,20 @@ def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sig
     config = check_folder(source)
     adapter.check_model(config, name)
     weights = WeightsFile(source / "model.safetensors")
-    if (stored := stored_few_bits(weights.specs)) is not None:
+    if (stored := stored_quantization(weights.specs)) is not None:
         raise InputError(
             f"{source} is stored in {stored}, to which nothing can be added: merge into the model that it was made of, "
             f"then cogview convert FOLDER --dtype {stored} -o OUT"
         )
     others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
-    card, note = _card(source / "README.md", adapter, sign)
+    card, note = _update_model_card(source / "README.md", adapter, sign)
     with new_folder(output) as folder:
         with WeightsWriter(folder / "model.safetensors", weights.specs) as writer:
             for weight in weights.specs:
                 projection = weight.removesuffix(".weight")
                 tensor = weights.read(weight)
                 if projection in adapter.projections and projection != weight:
-                    tensor = adapter.added(projection, tensor, sign)
+                    tensor = adapter.apply_to(projection, tensor, sign)
                 writer.write(weight, tensor)
         for path in others:
             target = folder / path.relative_to(source)
@@ -435,7 +437,7 @@ def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sig
     return note
 
 
-def _card(path: Path, adapter: Adapter, sign: int) -> tuple[str, str | None]:
+def _update_model_card(path: Path, adapter: Adapter, sign: int) -> tuple[str, str | None]:
     """The model card after an adapter was merged or taken out, and a note if it does not say what is expected."""
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     own = adapter.settings
@@ -456,7 +458,7 @@ def _card(path: Path, adapter: Adapter, sign: int) -> tuple[str, str | None]:
 def _require_numbers(transformer: Transformer) -> None:
     """InputError for weights in few bits, to which nothing can be added."""
     if any(not parameter.is_floating_point() for parameter in transformer.state_dict().values()):
-        raise InputError(FEW_BITS_MESSAGE)
+        raise InputError(QUANTIZED_MESSAGE)
 
 
 def _peft() -> Any:

@@ -14,15 +14,15 @@ import torch
 from tqdm import tqdm
 
 from cogview.checkpoints.image_tokenizer import codebook_hash, load_image_tokenizer, save_image_tokenizer, write_weights
-from cogview.checkpoints.precision import Memory, Precision, convert, converted_specs
-from cogview.checkpoints.safetensors_io import WeightsFile, difference
-from cogview.config_io import build, to_plain
+from cogview.checkpoints.precision import Precision, TensorArena, convert, converted_specs
+from cogview.checkpoints.safetensors_io import WeightsFile, describe_mismatch
+from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import file_sha256, read_json, write_json
 from cogview.generation.sampling import Sampling
-from cogview.kernels.linear import kernels_run_on, order_int4_for_cpu
+from cogview.kernels.linear import has_native_kernels, pack_int4_for_cpu
 from cogview.modeling.config import TransformerConfig
-from cogview.modeling.quantization import FewBits, Int4Linear, Int8Linear, is_rounded, use_few_bits
+from cogview.modeling.quantization import Int4Linear, Int8Linear, Quantization, is_quantized, swap_quantized_linears
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.layouts import Layout, layouts
 from cogview.tokenizers.text import TextTokenizer
@@ -44,8 +44,8 @@ class ModelConfig:
     max_text: int  # pieces in the longest text that fits
     caption_stop: bool = True  # captions end in [SEP]
     max_caption: int | None = None  # pieces that a caption has room for; None: as many as ``max_text``
-    text_space: int | None = None  # positions of a given text, whatever its length; None: as many as it has pieces
-    caption_drop: float = 0.0  # share of captions left out in training, for guidance
+    text_positions: int | None = None  # positions of a given text, whatever its length; None: as many as it has pieces
+    caption_dropout: float = 0.0  # share of captions left out in training, for guidance
     codebook_sha256: str = ""
     sampling: Sampling = field(default_factory=Sampling)  # what suits this model, where nothing else is asked for
     format_version: int = FORMAT_VERSION
@@ -56,7 +56,7 @@ class ModelConfig:
         if unknown:
             raise ValueError(f"task {unknown[0]!r} is unknown; known: {', '.join(table)}")
         for task in self.tasks:
-            needed = table[task].num_positions(self.max_text)
+            needed = table[task].max_position(self.max_text)
             if needed > self.transformer.max_positions:
                 raise ValueError(
                     f"task {task!r} with {self.max_text} pieces of text needs {needed} positions, the transformer has "
@@ -69,7 +69,7 @@ class ModelConfig:
             )
 
     @property
-    def caption_space(self) -> int:
+    def caption_positions(self) -> int:
         """Pieces that a caption has room for."""
         longest = self.layouts["caption"].longest_text(self.transformer.max_positions)
         return min(self.max_caption or self.max_text, longest)
@@ -81,7 +81,7 @@ class ModelConfig:
     @property
     def layouts(self) -> dict[str, Layout]:
         """The layout table at this model's grid."""
-        return layouts(self.grid, caption_stop=self.caption_stop, text_space=self.text_space)
+        return layouts(self.grid, caption_stop=self.caption_stop, text_positions=self.text_positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +124,10 @@ def save_model(
     save_image_tokenizer(folder / "image", model.image_tokenizer, dtype)
     (folder / "text.model").write_bytes(model.text_tokenizer.model_bytes)
     if model.things:
-        write_json(folder / "things.json", [to_plain(thing) for thing in model.things])
+        write_json(folder / "things.json", [to_mapping(thing) for thing in model.things])
     if model.card:
         (folder / "README.md").write_text(model.card, encoding="utf-8")
-    write_json(folder / "config.json", to_plain(model.config))
+    write_json(folder / "config.json", to_mapping(model.config))
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -143,7 +143,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(
             f"{path} has format version {version}, this version reads up to {FORMAT_VERSION}; update cogview"
         )
-    return build(ModelConfig, plain, where=str(path))
+    return from_mapping(ModelConfig, plain, where=str(path))
 
 
 def read_things(folder: Path) -> tuple[NamedThing, ...]:
@@ -151,16 +151,16 @@ def read_things(folder: Path) -> tuple[NamedThing, ...]:
     path = folder / "things.json"
     if not path.is_file():
         return ()
-    return tuple(build(NamedThing, entry, where=str(path)) for entry in read_json(path))
+    return tuple(from_mapping(NamedThing, entry, where=str(path)) for entry in read_json(path))
 
 
 def load_model(
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
-    few_bits: FewBits | None = None,
+    quantization: Quantization | None = None,
     *,
-    without_weights: bool = False,
+    meta_only: bool = False,
 ) -> Model:
     """Read a checkpoint folder; the transformer goes to ``device`` as ``dtype``, the VQ-VAE there in float32.
 
@@ -185,11 +185,11 @@ def load_model(
             f"{config.vocabulary.num_text_pieces}; restore the folder's own"
         )
     card = folder / "README.md"
-    if without_weights:
+    if meta_only:
         with torch.device("meta"):
             transformer = Transformer(config.transformer)
     else:
-        transformer = load_transformer(folder, device, dtype, few_bits)
+        transformer = load_transformer(folder, device, dtype, quantization)
     return Model(
         config=config,
         transformer=transformer,
@@ -210,7 +210,7 @@ def check_folder(folder: Path) -> ModelConfig:
 
 
 def load_transformer(
-    folder: Path, device: torch.device, dtype: torch.dtype, few_bits: FewBits | None = None
+    folder: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> Transformer:
     """The transformer of a checkpoint folder, tensor by tensor, so that no second copy of it is held.
 
@@ -219,22 +219,22 @@ def load_transformer(
     config = check_folder(folder)
     path = folder / "model.safetensors"
     file = WeightsFile(path)
-    precision = Precision(dtype, few_bits)
+    precision = Precision(dtype, quantization)
     try:
         specs = converted_specs(file, precision)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
         transformer = Transformer(config.transformer)
-        if few_bits is not None:
-            use_few_bits(transformer, few_bits)
+        if quantization is not None:
+            swap_quantized_linears(transformer, quantization)
     wanted = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    if problem := difference(wanted, {name: spec.shape for name, spec in specs.items()}):
+    if problem := describe_mismatch(wanted, {name: spec.shape for name, spec in specs.items()}):
         raise InputError(f"{path} does not hold the weights that config.json describes: {problem}")
-    file.fetch()
+    file.prefetch()
     on_cpu = device.type == "cpu"
-    ordering = few_bits == "int4" and kernels_run_on(device)
-    memory = Memory() if on_cpu else None
+    ordering = quantization == "int4" and has_native_kernels(device)
+    memory = TensorArena() if on_cpu else None
     bar = tqdm(
         convert(file, precision, device=device, keep=on_cpu and not ordering, memory=memory),
         total=len(specs),
@@ -245,11 +245,11 @@ def load_transformer(
     )
     weights = {}
     for name, tensor in bar:
-        weights[name] = tensor.copy_(order_int4_for_cpu(tensor)) if ordering and is_rounded(name) else tensor
+        weights[name] = tensor.copy_(pack_int4_for_cpu(tensor)) if ordering and is_quantized(name) else tensor
     transformer.load_state_dict(weights, strict=True, assign=True)
     for module in transformer.modules():
         if isinstance(module, Int4Linear):
-            module.ordered = ordering
+            module.cpu_packed = ordering
     return transformer.eval()
 
 

@@ -23,13 +23,13 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from cogview import __version__
-from cogview.checkpoints.registry import KnownFile
+from cogview.checkpoints.registry import FileEntry
 from cogview.errors import InputError
 from cogview.files import file_sha256
 from cogview.formatting import format_bytes
 
 
-def download(file: KnownFile, folder: Path, *, delays: Sequence[float] = (1, 2, 4, 8), timeout: float = 30) -> Path:
+def download(file: FileEntry, folder: Path, *, delays: Sequence[float] = (1, 2, 4, 8), timeout: float = 30) -> Path:
     """Download ``file`` into ``folder`` unless it is there already.
 
     Args:
@@ -119,7 +119,7 @@ class PartialDownload:
             path.unlink(missing_ok=True)
 
 
-def _fetch(file: KnownFile, partial: PartialDownload, delays: Sequence[float], timeout: float) -> None:
+def _fetch(file: FileEntry, partial: PartialDownload, delays: Sequence[float], timeout: float) -> None:
     """Complete ``partial`` from the first mirror that can; raise InputError if none can."""
     reasons: list[str] = []
     for url in file.urls:
@@ -145,7 +145,7 @@ def _fetch(file: KnownFile, partial: PartialDownload, delays: Sequence[float], t
     raise InputError(f"{'; '.join(reasons)}: {remedy}")
 
 
-def _fetch_from(url: str, file: KnownFile, partial: PartialDownload, timeout: float) -> None:
+def _fetch_from(url: str, file: FileEntry, partial: PartialDownload, timeout: float) -> None:
     """Complete and verify ``partial`` over one connection."""
     if partial.remote.size is None:  # a mirror that states no size cannot resume
         partial.discard()
@@ -184,7 +184,7 @@ def _open(url: str, partial: PartialDownload, timeout: float) -> HTTPResponse:
     return response
 
 
-def _receive(response: HTTPResponse, url: str, file: KnownFile, partial: PartialDownload) -> None:
+def _receive(response: HTTPResponse, url: str, file: FileEntry, partial: PartialDownload) -> None:
     """Append the body of ``response`` to ``partial``, or start over if it is another file."""
     start, remote = _describe(response, url, file)
     before = partial.remote
@@ -206,7 +206,7 @@ def _receive(response: HTTPResponse, url: str, file: KnownFile, partial: Partial
         raise MirrorError("cut the connection", permanent=False)
 
 
-def _describe(response: HTTPResponse, url: str, file: KnownFile) -> tuple[int, RemoteFile]:
+def _describe(response: HTTPResponse, url: str, file: FileEntry) -> tuple[int, RemoteFile]:
     """Return the first byte in ``response`` and its file; raise MirrorError if it cannot be ``file``."""
     headers = response.headers
     if headers.get_content_type() in ("text/html", "application/xhtml+xml"):
@@ -230,7 +230,7 @@ def _read(response: HTTPResponse) -> bytes:
         raise MirrorError(f"broke off: {error}", permanent=False) from None
 
 
-def _mismatch(file: KnownFile, path: Path) -> str:
+def _mismatch(file: FileEntry, path: Path) -> str:
     """Describe how ``path`` differs from the published size or SHA-256; empty if it does not."""
     size = path.stat().st_size
     if not size or file.size not in (None, size):
@@ -240,7 +240,7 @@ def _mismatch(file: KnownFile, path: Path) -> str:
     return ""
 
 
-def _manual_instructions(file: KnownFile, target: Path) -> str:
+def _manual_instructions(file: FileEntry, target: Path) -> str:
     """Explain how to get ``file`` with a browser."""
     return f"get {file.name} by hand from {file.page} and put it at {target}, then run the command again"
 

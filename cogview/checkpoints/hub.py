@@ -131,7 +131,7 @@ def _files_to_push(folder: Path) -> list[str]:
     else:
         check_folder(folder)
         WeightsFile(folder / "model.safetensors")
-        load_model(folder, torch.device("cpu"), torch.float32, without_weights=True)
+        load_model(folder, torch.device("cpu"), torch.float32, meta_only=True)
     images = sorted(path.name for pattern in CARD_IMAGES for path in folder.glob(pattern))
     return [name for name in names if (folder / name).is_file()] + images
 

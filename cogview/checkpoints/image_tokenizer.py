@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cogview.config_io import build, to_plain
+from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import atomic_write, read_json, write_json
 from cogview.vqvae.model import VQVAE, VQVAEConfig
@@ -36,7 +36,7 @@ def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.
         for name, tensor in model.state_dict().items()
     }
     write_weights(folder / "model.safetensors", weights)
-    write_json(folder / "config.json", to_plain(model.config))
+    write_json(folder / "config.json", to_mapping(model.config))
 
 
 def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -57,7 +57,7 @@ def read_image_config(folder: Path) -> VQVAEConfig:
     for file in (config_file, folder / "model.safetensors"):
         if not file.is_file():
             raise InputError(f"{folder} is no image tokenizer: {file.name} is missing")
-    return build(VQVAEConfig, read_json(config_file), where=str(config_file))
+    return from_mapping(VQVAEConfig, read_json(config_file), where=str(config_file))
 
 
 def load_image_tokenizer(folder: Path) -> VQVAE:

@@ -113,7 +113,7 @@ def read_pickle(file: IO[bytes], where: str) -> Any:
             raise InputError("the file is cut short: a zip archive without its end")
         file.seek(0)
         return _read_legacy(file)
-    except _Refused as error:
+    except _ForbiddenGlobal as error:
         raise InputError(
             f"{where} asks for {error}, which no checkpoint needs and which could run code: the file is refused"
         ) from None
@@ -147,11 +147,11 @@ def tensors_of(content: Any) -> dict[str, StoredTensor]:
     return found
 
 
-class _Refused(Exception):
+class _ForbiddenGlobal(Exception):
     """Carries the name of what a pickle asked for."""
 
 
-class _Inert(dict[Any, Any]):
+class _IgnoredObject(dict[Any, Any]):
     """Stands for something that is not needed, whatever it is made from."""
 
     def __init__(self, *arguments: Any) -> None:
@@ -175,7 +175,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
             return dtype
         if (module, name) in _IGNORED:
-            return _Inert
+            return _IgnoredObject
         known = {
             ("torch._utils", "_rebuild_tensor"): self._tensor,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
@@ -187,7 +187,7 @@ class _Unpickler(pickle.Unpickler):
             ("__builtin__", "set"): set,
         }
         if (module, name) not in known:
-            raise _Refused(f"{module}.{name}")
+            raise _ForbiddenGlobal(f"{module}.{name}")
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:

@@ -9,19 +9,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cogview.checkpoints.safetensors_io import Spec
+from cogview.checkpoints.safetensors_io import TensorSpec
 from cogview.errors import InputError
 from cogview.kernels.linear import group_of
-from cogview.modeling.quantization import FewBits, is_rounded, parts_of, restore_weight, round_weight
+from cogview.modeling.quantization import (
+    Quantization,
+    dequantize_weight,
+    is_quantized,
+    quantize_weight,
+    quantized_names,
+)
 
-_STORED: dict[torch.dtype, FewBits] = {torch.int8: "int8", torch.uint8: "int4"}
+_STORED: dict[torch.dtype, Quantization] = {torch.int8: "int8", torch.uint8: "int4"}
 
 
-class Weights(Protocol):
+class TensorSource(Protocol):
     """Named tensors that are read one at a time."""
 
     @property
-    def specs(self) -> Mapping[str, Spec]:
+    def specs(self) -> Mapping[str, TensorSpec]:
         """Dtype and shape of each."""
 
     def read(self, name: str, *, keep: bool = False) -> Tensor:
@@ -33,84 +39,84 @@ class Precision:
     """``dtype`` (None: as they are stored) for all weights but those that ``few_bits`` holds."""
 
     dtype: torch.dtype | None = None
-    few_bits: FewBits | None = None
+    quantization: Quantization | None = None
 
     def __str__(self) -> str:
-        return self.few_bits or str(self.dtype).removeprefix("torch.")
+        return self.quantization or str(self.dtype).removeprefix("torch.")
 
 
-def stored_few_bits(specs: Mapping[str, Spec]) -> FewBits | None:
+def stored_quantization(specs: Mapping[str, TensorSpec]) -> Quantization | None:
     """How the projections of a file are held, None if as ordinary numbers."""
     return next(
-        (_STORED[spec.dtype] for name, spec in specs.items() if is_rounded(name) and spec.dtype in _STORED), None
+        (_STORED[spec.dtype] for name, spec in specs.items() if is_quantized(name) and spec.dtype in _STORED), None
     )
 
 
-def converted_specs(weights: Weights, precision: Precision) -> dict[str, Spec]:
+def converted_specs(weights: TensorSource, precision: Precision) -> dict[str, TensorSpec]:
     """What ``convert`` will yield; InputError where the weights cannot be held so."""
-    specs: dict[str, Spec] = {}
-    for name, sources in _plan(weights, precision):
+    specs: dict[str, TensorSpec] = {}
+    for name, sources in _conversion_plan(weights, precision):
         spec = weights.specs[name]
-        if len(sources) == 2 and precision.few_bits is None:
+        if len(sources) == 2 and precision.quantization is None:
             inputs = spec.shape[1] * (2 if spec.dtype == torch.uint8 else 1)
-            specs[name] = Spec(precision.dtype or torch.float32, (spec.shape[0], inputs))
+            specs[name] = TensorSpec(precision.dtype or torch.float32, (spec.shape[0], inputs))
         elif len(sources) == 2:
             specs |= {source: weights.specs[source] for source in sources}
-        elif precision.few_bits == "int8" and is_rounded(name):
-            specs[name] = Spec(torch.int8, spec.shape)
-            specs[parts_of(name, "int8")[1]] = Spec(torch.bfloat16, spec.shape[:1])
-        elif precision.few_bits == "int4" and is_rounded(name):
+        elif precision.quantization == "int8" and is_quantized(name):
+            specs[name] = TensorSpec(torch.int8, spec.shape)
+            specs[quantized_names(name, "int8")[1]] = TensorSpec(torch.bfloat16, spec.shape[:1])
+        elif precision.quantization == "int4" and is_quantized(name):
             outputs, inputs = spec.shape
             try:
                 groups = inputs // group_of(inputs)
             except ValueError as error:
                 raise InputError(f"{name} cannot be held in int4: {error}") from None
-            specs[name] = Spec(torch.uint8, (outputs, inputs // 2))
-            specs[parts_of(name, "int4")[1]] = Spec(torch.bfloat16, (groups, outputs, 2))
+            specs[name] = TensorSpec(torch.uint8, (outputs, inputs // 2))
+            specs[quantized_names(name, "int4")[1]] = TensorSpec(torch.bfloat16, (groups, outputs, 2))
         else:
-            specs[name] = Spec(precision.dtype or spec.dtype, spec.shape)
+            specs[name] = TensorSpec(precision.dtype or spec.dtype, spec.shape)
     return specs
 
 
 def convert(
-    weights: Weights,
+    weights: TensorSource,
     precision: Precision,
     *,
     device: torch.device | str = "cpu",
     keep: bool = False,
-    memory: Memory | None = None,
+    memory: TensorArena | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """All tensors as ``precision`` holds them, on ``device``, reading one at a time.
 
     With ``keep``, those that need no conversion may stay in their file, mapped into memory. The others are put into
     ``memory``, if there is some.
     """
-    stored, specs = stored_few_bits(weights.specs), converted_specs(weights, precision)
-    place = memory.place if memory is not None else lambda tensor: tensor
+    stored, specs = stored_quantization(weights.specs), converted_specs(weights, precision)
+    place = memory.copy_in if memory is not None else lambda tensor: tensor
 
     def read(name: str) -> Tensor:
         return weights.read(name).to(device)
 
-    for name, sources in _plan(weights, precision):
+    for name, sources in _conversion_plan(weights, precision):
         spec = weights.specs[name]
-        if len(sources) == 2 and precision.few_bits is None:
+        if len(sources) == 2 and precision.quantization is None:
             assert stored is not None
-            restored = restore_weight(read(sources[0]), read(sources[1]), stored)
+            restored = dequantize_weight(read(sources[0]), read(sources[1]), stored)
             yield name, place(restored.to(precision.dtype or torch.float32))
-        elif len(sources) == 2 or (precision.dtype in (None, spec.dtype) and not _to_round(name, precision)):
+        elif len(sources) == 2 or (precision.dtype in (None, spec.dtype) and not _to_quantize(name, precision)):
             yield from ((part, weights.read(part, keep=True) if keep else place(read(part))) for part in sources)
-        elif _to_round(name, precision):
-            assert precision.few_bits is not None
-            room = None if memory is None else memory.room(specs[name])
-            for part, tensor in round_weight(name, read(name), precision.few_bits, room).items():
+        elif _to_quantize(name, precision):
+            assert precision.quantization is not None
+            room = None if memory is None else memory.allocate(specs[name])
+            for part, tensor in quantize_weight(name, read(name), precision.quantization, room).items():
                 yield part, tensor if part == name else place(tensor)
         else:
             assert precision.dtype is not None
-            room = None if memory is None else memory.room(specs[name])
+            room = None if memory is None else memory.allocate(specs[name])
             yield name, cast(read(name), precision.dtype, room)
 
 
-class Memory:
+class TensorArena:
     """Memory for many tensors that stay, in large blocks.
 
     With blocks of its own for each, the system's allocator is left with holes between those that stay and those that
@@ -123,7 +129,7 @@ class Memory:
         self._block = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
-    def room(self, spec: Spec) -> Tensor:
+    def allocate(self, spec: TensorSpec) -> Tensor:
         """An uninitialised tensor."""
         size = -(-spec.num_bytes // 64) * 64
         if size > self.BLOCK // 4:
@@ -134,9 +140,9 @@ class Memory:
         self._used += size
         return part.view(spec.dtype).view(spec.shape)
 
-    def place(self, tensor: Tensor) -> Tensor:
+    def copy_in(self, tensor: Tensor) -> Tensor:
         """A copy of ``tensor`` in here."""
-        return self.room(Spec(tensor.dtype, tuple(tensor.shape))).copy_(tensor)
+        return self.allocate(TensorSpec(tensor.dtype, tuple(tensor.shape))).copy_(tensor)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, result: Tensor | None = None) -> Tensor:
@@ -153,20 +159,20 @@ def cast(tensor: Tensor, dtype: torch.dtype, result: Tensor | None = None) -> Te
     return result
 
 
-def _to_round(name: str, precision: Precision) -> bool:
-    return precision.few_bits is not None and is_rounded(name)
+def _to_quantize(name: str, precision: Precision) -> bool:
+    return precision.quantization is not None and is_quantized(name)
 
 
-def _plan(weights: Weights, precision: Precision) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _conversion_plan(weights: TensorSource, precision: Precision) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Each weight of the model, and the tensors of the file that it comes from."""
-    stored = stored_few_bits(weights.specs)
-    if stored is not None and precision.few_bits not in (None, stored):
-        raise InputError(f"the weights are stored as {stored}, which cannot be turned into {precision.few_bits}")
+    stored = stored_quantization(weights.specs)
+    if stored is not None and precision.quantization not in (None, stored):
+        raise InputError(f"the weights are stored as {stored}, which cannot be turned into {precision.quantization}")
     for name in weights.specs:
         if stored is None:
             yield name, (name,)
-        elif is_rounded(name):
-            _, scale = parts = parts_of(name, stored)
+        elif is_quantized(name):
+            _, scale = parts = quantized_names(name, stored)
             if scale not in weights.specs:
                 raise InputError(f"{scale} is missing")
             yield name, parts

@@ -12,19 +12,19 @@ from pathlib import Path
 
 import yaml
 
-from cogview.config_io import build
+from cogview.config_io import from_mapping
 from cogview.errors import InputError
 
-RELEASED_FILES = {  # by role, under their published names
+V1_FILES = {  # by role, under their published names
     "transformer": "cogview-base.tar",
     "image_tokenizer": "vqvae_hard_biggerset_011.pt",
     "text_model": "cog-pretrain.model",
 }
-ROLES = tuple(RELEASED_FILES)  # in the order in which `convert` takes them
+ROLES = tuple(V1_FILES)  # in the order in which `convert` takes them
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnownFile:
+class FileEntry:
     """A released file: its name, the mirrors that have it, best first, and the page where a person finds it."""
 
     name: str
@@ -40,7 +40,7 @@ class KnownFile:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnownModel:
+class ModelEntry:
     """One row, with exactly one of ``embedded``, ``files`` and ``parts``."""
 
     about: str
@@ -48,7 +48,7 @@ class KnownModel:
     tasks: tuple[str, ...] = ()  # of a bundle: those of its parts
     embedded: str = ""  # a checkpoint folder, relative to the package
     sha256: dict[str, str] = field(default_factory=dict)  # of the files in ``embedded``
-    files: dict[str, KnownFile] = field(default_factory=dict)  # of a released model, by role
+    files: dict[str, FileEntry] = field(default_factory=dict)  # of a released model, by role
     parts: dict[str, str] = field(default_factory=dict)  # of a bundle: task -> row
 
     def __post_init__(self) -> None:
@@ -65,20 +65,20 @@ class KnownModel:
         return tuple(dict.fromkeys(self.parts.values()))
 
 
-def known_models() -> dict[str, KnownModel]:
+def load_registry() -> dict[str, ModelEntry]:
     """The rows of checkpoints.yaml by name."""
     text = (_package() / "checkpoints.yaml").read_text(encoding="utf-8")
     rows = yaml.safe_load(text) or {}
-    return {name: build(KnownModel, row, where=f"checkpoints.yaml, {name}") for name, row in rows.items()}
+    return {name: from_mapping(ModelEntry, row, where=f"checkpoints.yaml, {name}") for name, row in rows.items()}
 
 
-def find_checkpoint(name: str) -> Path:
+def resolve_checkpoint(name: str) -> Path:
     """The checkpoint folder of a known model, or ``name`` itself where that is a folder.
 
     The files of a model inside the package are verified. Raises InputError for a known model that is not on this
     machine, a bundle (see ``find_parts``), released weights that were not converted, and an unknown name.
     """
-    known = known_models()
+    known = load_registry()
     row = known.get(name)
     if row is None:
         return _find_folder(name, known)
@@ -99,12 +99,12 @@ def find_checkpoint(name: str) -> Path:
     )
 
 
-def find_parts(name: str) -> dict[str, Path]:
+def resolve_bundle(name: str) -> dict[str, Path]:
     """Task -> checkpoint folder for those models of the bundle ``name`` that are on this machine; else empty.
 
     Raises InputError for a bundle none of whose models is here.
     """
-    row = known_models().get(name)
+    row = load_registry().get(name)
     if row is None or not row.parts:
         return {}
     found = {task: converted_folder(part) for task, part in row.parts.items() if is_converted(part)}
@@ -116,7 +116,7 @@ def find_parts(name: str) -> dict[str, Path]:
     return found
 
 
-def home() -> Path:
+def cache_folder() -> Path:
     """Where downloaded files and converted models lie: $COGVIEW_HOME, $XDG_CACHE_HOME/cogview or ~/.cache/cogview."""
     if chosen := os.environ.get("COGVIEW_HOME"):
         return Path(chosen).expanduser()
@@ -125,12 +125,12 @@ def home() -> Path:
 
 def downloads_folder() -> Path:
     """Where released files go."""
-    return home() / "files"
+    return cache_folder() / "files"
 
 
 def converted_folder(name: str) -> Path:
     """The checkpoint folder that the released model ``name`` is converted into; it need not exist."""
-    return home() / "models" / name
+    return cache_folder() / "models" / name
 
 
 def is_converted(name: str) -> bool:
@@ -138,12 +138,12 @@ def is_converted(name: str) -> bool:
     return (converted_folder(name) / "config.json").is_file()
 
 
-def embedded_folder(row: KnownModel) -> Path:
+def embedded_folder(row: ModelEntry) -> Path:
     """The folder of a model inside the package, as it is."""
     return _package() / row.embedded
 
 
-def is_released(path: Path) -> bool:
+def is_v1(path: Path) -> bool:
     """Whether ``path`` looks like an archive, a file or a folder of released weights."""
     if path.is_dir():
         return any(
@@ -154,14 +154,14 @@ def is_released(path: Path) -> bool:
 
 def convert_command(files: Mapping[str, str | Path]) -> str:
     """What to type to convert a released model from its files, by role; those not given go by their released names."""
-    files = {**RELEASED_FILES, **files}
+    files = {**V1_FILES, **files}
     transformer, image_tokenizer, text_model = (shlex.quote(str(files[role])) for role in ROLES)
     return f"cogview convert {transformer} --image-tokenizer {image_tokenizer} --text-model {text_model}"
 
 
-def _find_folder(name: str, known: Mapping[str, KnownModel]) -> Path:
+def _find_folder(name: str, known: Mapping[str, ModelEntry]) -> Path:
     path = Path(name)
-    if is_released(path):
+    if is_v1(path):
         if _is_image_tokenizer(path):
             raise InputError(
                 f"{name} is the image tokenizer of released checkpoints, which belongs behind --image-tokenizer: "
@@ -179,10 +179,10 @@ def _is_image_tokenizer(path: Path) -> bool:
     """Whether a released file holds one; what cannot be read is left to ``cogview convert`` to judge."""
     if path.suffix != ".pt" or not path.is_file():
         return False
-    from cogview.checkpoints.v1_format import is_released_vqvae
+    from cogview.checkpoints.v1_format import is_v1_vqvae
 
     with suppress(InputError):
-        return is_released_vqvae(path)
+        return is_v1_vqvae(path)
     return False
 
 

@@ -39,7 +39,7 @@ _NAMES = {dtype: name for name, dtype in _CODES.items()}
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """Dtype and shape of a tensor."""
 
     dtype: torch.dtype
@@ -68,7 +68,9 @@ class WeightsFile:
             for name, part in parts.items():
                 if part.get_dtype() not in _CODES:
                     raise InputError(f"{path} holds {name} as {part.get_dtype()}; known: {', '.join(_CODES)}")
-            self.specs = {name: Spec(_CODES[part.get_dtype()], tuple(part.get_shape())) for name, part in parts.items()}
+            self.specs = {
+                name: TensorSpec(_CODES[part.get_dtype()], tuple(part.get_shape())) for name, part in parts.items()
+            }
 
     @property
     def num_bytes(self) -> int:
@@ -86,7 +88,7 @@ class WeightsFile:
         with self._open() as file:
             return file.get_tensor(name)
 
-    def fetch(self) -> None:
+    def prefetch(self) -> None:
         """Read the file in the background, so that it is in the system's cache when its pages are touched.
 
         Touching them one by one has the disk wait for us in between; asking the system to read ahead helps less.
@@ -113,7 +115,7 @@ class WeightsWriter:
     all of them must.
     """
 
-    def __init__(self, path: Path, specs: Mapping[str, Spec]) -> None:
+    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
         # Large elements first, so that every tensor lies at a multiple of its element size and can be mapped.
         order = sorted(specs, key=lambda name: -specs[name].dtype.itemsize)
         self._specs, self._offsets, end = dict(specs), {}, 0
@@ -161,7 +163,7 @@ class WeightsWriter:
             )
 
 
-def difference(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
+def describe_mismatch(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
     """The first thing in which the tensors of a file are not those that are wanted, in words; None if they are."""
     for name, shape in wanted.items():
         if name not in found:

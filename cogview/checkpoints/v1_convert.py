@@ -18,16 +18,16 @@ from tqdm import tqdm
 from cogview.checkpoints.checkpoint import ModelConfig, read_config
 from cogview.checkpoints.image_tokenizer import hash_of_codebook, read_image_config
 from cogview.checkpoints.pickles import write_pickle
-from cogview.checkpoints.precision import Precision, Weights, convert, converted_specs, stored_few_bits
-from cogview.checkpoints.registry import RELEASED_FILES
-from cogview.checkpoints.safetensors_io import Spec, WeightsFile, WeightsWriter
+from cogview.checkpoints.precision import Precision, TensorSource, convert, converted_specs, stored_quantization
+from cogview.checkpoints.registry import V1_FILES
+from cogview.checkpoints.safetensors_io import TensorSpec, WeightsFile, WeightsWriter
 from cogview.checkpoints.v1_format import (
-    ReleasedTransformer,
-    read_released_vqvae,
-    released_vqvae_tensors,
-    write_released_transformer,
+    V1Transformer,
+    read_v1_vqvae,
+    v1_vqvae_tensors,
+    write_v1_transformer,
 )
-from cogview.config_io import to_plain
+from cogview.config_io import to_mapping
 from cogview.errors import InputError
 from cogview.files import new_folder, write_json
 from cogview.generation.sampling import Sampling
@@ -35,19 +35,19 @@ from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 
-RELEASED_GRID = 32
-RELEASED_CAPTION = 20  # pieces: the released captions have no stop, and the release draws so many
-RELEASED_TASKS = {"base": ("generate",), "caption": ("caption",), "sr": ("upscale", "low_level")}
+V1_GRID = 32
+V1_CAPTION = 20  # pieces: the released captions have no stop, and the release draws so many
+V1_TASKS = {"base": ("generate",), "caption": ("caption",), "sr": ("upscale", "low_level")}
 ALL_TASKS = ("generate", "caption", "upscale", "low_level")
 
 
 def tasks_by_name(source: Path) -> tuple[str, ...] | None:
     """What the published names say that weights were trained for; None if ``source`` has no such name."""
     found = re.findall(r"cogview-(base|caption|sr)(?![a-z])", "/".join(source.absolute().parts[-3:]))
-    return RELEASED_TASKS[found[-1]] if found else None
+    return V1_TASKS[found[-1]] if found else None
 
 
-def import_released(
+def import_v1(
     source: Path,
     image_tokenizer: Path,
     text_model: Path,
@@ -67,20 +67,20 @@ def import_released(
         text_tokenizer = TextTokenizer.load(text_model)
     except (FileNotFoundError, ValueError) as error:
         raise InputError(str(error)) from None
-    image_config, image_weights = read_released_vqvae(image_tokenizer)
+    image_config, image_weights = read_v1_vqvae(image_tokenizer)
     vocabulary = Vocabulary(num_image_codes=image_config.num_codes, num_text_pieces=text_tokenizer.size)
-    with ReleasedTransformer(source, num_heads) as transformer:
+    with V1Transformer(source, num_heads) as transformer:
         transformer.set_vocabulary(vocabulary)
-        table = layouts(RELEASED_GRID, caption_stop=False)
+        table = layouts(V1_GRID, caption_stop=False)
         try:
             config = ModelConfig(
                 transformer=transformer.config,
                 vocabulary=vocabulary,
-                grid=RELEASED_GRID,
+                grid=V1_GRID,
                 tasks=tuple(tasks),
                 max_text=min(layout.longest_text(transformer.config.max_positions) for layout in table.values()),
                 caption_stop=False,
-                max_caption=RELEASED_CAPTION,
+                max_caption=V1_CAPTION,
                 codebook_sha256=hash_of_codebook(image_weights["quantizer.codebook"]),
                 sampling=Sampling(temperature=1.0 if "generate" in tasks or "caption" in tasks else 1.02),
             )
@@ -89,14 +89,14 @@ def import_released(
         with new_folder(output) as folder:
             _write_weights(transformer, precision, folder / "model.safetensors", verify)
             (folder / "image").mkdir()
-            specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in image_weights.items()}
+            specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in image_weights.items()}
             with WeightsWriter(folder / "image" / "model.safetensors", specs) as writer:
                 for name, tensor in image_weights.items():
                     writer.write(name, tensor)
-            write_json(folder / "image" / "config.json", to_plain(image_config))
+            write_json(folder / "image" / "config.json", to_mapping(image_config))
             (folder / "text.model").write_bytes(text_tokenizer.model_bytes)
             (folder / "README.md").write_text(_card(source, config), encoding="utf-8")
-            write_json(folder / "config.json", to_plain(config))
+            write_json(folder / "config.json", to_mapping(config))
             if verify:
                 _compare(image_weights, load_file(folder / "image" / "model.safetensors"), output / "image")
     return config
@@ -117,11 +117,11 @@ def convert_folder(source: Path, output: Path, *, precision: Precision, verify: 
                 raise InputError(f"{output} does not hold what was written: {target.name} differs; is the disk sound?")
 
 
-def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool = False) -> None:
+def export_v1(source: Path, output: Path, *, shards: int = 1, verify: bool = False) -> None:
     """Write the checkpoint folder ``source`` in the released layout: the transformer's folder, a file per tokenizer."""
     config = read_config(source)
     weights = WeightsFile(source / "model.safetensors")
-    if (few_bits := stored_few_bits(weights.specs)) is not None:
+    if (few_bits := stored_quantization(weights.specs)) is not None:
         raise InputError(
             f"{source} holds {few_bits} weights, which the release cannot read: export the folder they came from"
         )
@@ -132,22 +132,22 @@ def export_released(source: Path, output: Path, *, shards: int = 1, verify: bool
     image_config = read_image_config(source / "image")
     image_weights = load_file(source / "image" / "model.safetensors")
     try:
-        image = released_vqvae_tensors(image_config, image_weights)
+        image = v1_vqvae_tensors(image_config, image_weights)
     except InputError as error:
         raise InputError(f"{source} cannot be written in the released layout: {error}") from None
     with new_folder(output) as folder:
         mapped = {name: weights.read(name, keep=True) for name in weights.specs}
-        write_released_transformer(folder, mapped, shards)
-        write_pickle(image, folder / RELEASED_FILES["image_tokenizer"])
-        shutil.copyfile(source / "text.model", folder / RELEASED_FILES["text_model"])
+        write_v1_transformer(folder, mapped, shards)
+        write_pickle(image, folder / V1_FILES["image_tokenizer"])
+        shutil.copyfile(source / "text.model", folder / V1_FILES["text_model"])
         if verify:
-            with ReleasedTransformer(folder, config.transformer.num_heads) as transformer:
+            with V1Transformer(folder, config.transformer.num_heads) as transformer:
                 for name in tqdm(weights.specs, desc="verifying", unit="tensor", leave=False, disable=None):
                     _compare({name: mapped[name]}, {name: transformer.read(name)}, output)
-            _compare(image_weights, read_released_vqvae(folder / RELEASED_FILES["image_tokenizer"])[1], output)
+            _compare(image_weights, read_v1_vqvae(folder / V1_FILES["image_tokenizer"])[1], output)
 
 
-def _write_weights(weights: Weights, precision: Precision, path: Path, verify: bool) -> None:
+def _write_weights(weights: TensorSource, precision: Precision, path: Path, verify: bool) -> None:
     specs = converted_specs(weights, precision)
     with WeightsWriter(path, specs) as writer:
         for name, tensor in tqdm(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cogview.checkpoints.pickles import StoredTensor, read_pickle, tensors_of, write_pickle
-from cogview.checkpoints.safetensors_io import Spec, difference
+from cogview.checkpoints.safetensors_io import TensorSpec, describe_mismatch
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
@@ -51,7 +51,7 @@ _INNER = {
 _AVERAGES = {"quantize_t.cluster_size": "quantizer.use", "quantize_t.embed_avg": "quantizer.total"}
 
 
-def released_name(name: str) -> str:
+def v1_name(name: str) -> str:
     """The released name of one of our transformer's tensors."""
     module, _, kind = name.rpartition(".")
     if module in _OUTER:
@@ -92,7 +92,7 @@ def merge(name: str, pieces: list[Tensor]) -> Tensor:
     return torch.cat(pieces, dim=1 if kind == "columns" else 0)
 
 
-class ReleasedTransformer:
+class V1Transformer:
     """The transformer of a released checkpoint under our names; a context manager that keeps its files open.
 
     ``specs`` and ``config`` are told by the shapes, without reading a tensor, and ``read`` reads one of them. Raises
@@ -126,7 +126,7 @@ class ReleasedTransformer:
 
     def read(self, name: str, *, keep: bool = False) -> Tensor:
         """The tensor of ours called ``name``, merged from all shards, in memory of its own."""
-        theirs = released_name(name)
+        theirs = v1_name(name)
         try:
             if split_of(theirs) == "whole":
                 return self._shards[0][theirs].read()
@@ -150,7 +150,7 @@ class ReleasedTransformer:
         self.config = replace(self.config, vocabulary_size=vocabulary.padded_size)
         self.specs = self._specs()
 
-    def __enter__(self) -> ReleasedTransformer:
+    def __enter__(self) -> V1Transformer:
         return self
 
     def __exit__(
@@ -201,17 +201,17 @@ class ReleasedTransformer:
         except ValueError as error:
             raise InputError(f"{self.source}: {error}") from None
 
-    def _specs(self) -> dict[str, Spec]:
+    def _specs(self) -> dict[str, TensorSpec]:
         """What we call the tensors; InputError where they are not those of ``config``."""
         with torch.device("meta"):
             wanted = {name: tuple(tensor.shape) for name, tensor in Transformer(self.config).state_dict().items()}
         first = self._shards[0]
         found = {name: self._whole_shape(name, first[name].shape) for name in first}
-        theirs = {released_name(name): shape for name, shape in wanted.items()}
+        theirs = {v1_name(name): shape for name, shape in wanted.items()}
         found["word_embeddings.weight"] = theirs["word_embeddings.weight"]
-        if problem := difference(theirs, found):
+        if problem := describe_mismatch(theirs, found):
             raise InputError(f"{self.files[0]} holds no transformer of CogView: {problem}")
-        return {name: Spec(first[released_name(name)].dtype, shape) for name, shape in wanted.items()}
+        return {name: TensorSpec(first[v1_name(name)].dtype, shape) for name, shape in wanted.items()}
 
     def _whole_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         kind = split_of(name)
@@ -222,7 +222,7 @@ class ReleasedTransformer:
         return (shape[0] * self.num_shards, *shape[1:])
 
 
-def read_released_vqvae(path: Path) -> tuple[VQVAEConfig, dict[str, Tensor]]:
+def read_v1_vqvae(path: Path) -> tuple[VQVAEConfig, dict[str, Tensor]]:
     """Config and tensors, under our names, of a released image tokenizer; InputError for anything else.
 
     The averages that its training kept beside the codebook come along, for whoever trains it on.
@@ -244,7 +244,7 @@ def read_released_vqvae(path: Path) -> tuple[VQVAEConfig, dict[str, Tensor]]:
             raise InputError(f"{path}: {error}") from None
 
 
-def released_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def v1_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """``read_released_vqvae`` undone: the released names and shapes.
 
     Averages that a model of ours does not carry are made as they would be if every code had been chosen once.
@@ -266,20 +266,20 @@ def released_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -
     return tensors
 
 
-def write_released_transformer(folder: Path, weights: Mapping[str, Tensor], shards: int) -> None:
+def write_v1_transformer(folder: Path, weights: Mapping[str, Tensor], shards: int) -> None:
     """Write tensors under our names as a released checkpoint of ``shards`` model-parallel files into a new folder."""
     inner = folder / str(ITERATION)
     inner.mkdir(parents=True)
     for rank in range(shards):
         module = {}
         for ours, tensor in weights.items():
-            name = released_name(ours)
+            name = v1_name(ours)
             module[name] = split(name, tensor, shards)[rank].clone() if shards > 1 else tensor
         write_pickle({"module": module, "iteration": ITERATION}, inner / f"mp_rank_{rank:02d}_model_states.pt")
     (folder / TRACKER).write_text(f"{ITERATION}", encoding="utf-8")
 
 
-def is_released_vqvae(path: Path) -> bool:
+def is_v1_vqvae(path: Path) -> bool:
     """Whether the ``.pt`` file holds an image tokenizer; InputError where it cannot be read."""
     with _open(path) as file:
         return "quantize_t.embed" in tensors_of(_unwrapped(read_pickle(file, str(path))))
@@ -394,10 +394,10 @@ def _vqvae_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> VQVAECon
     with torch.device("meta"):
         model = VQVAE(config)
     tensors = dict(model.state_dict()) | {f"quantizer.{name}": t for name, t in model.quantizer.named_buffers()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in released_vqvae_tensors(config, tensors).items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in v1_vqvae_tensors(config, tensors).items()}
     given = {name: shape for name, shape in shapes.items() if name in wanted or name not in _AVERAGES}
     needed = {name: shape for name, shape in wanted.items() if name in given or name not in _AVERAGES}
-    if problem := difference(needed, given):
+    if problem := describe_mismatch(needed, given):
         raise InputError(f"{path} is no image tokenizer of CogView: {problem}")
     return config
 

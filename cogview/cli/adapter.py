@@ -44,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do it, and print the new folder, or the facts."""
     from cogview.checkpoints.adapter import Adapter, merge_folder
-    from cogview.checkpoints.registry import find_checkpoint
+    from cogview.checkpoints.registry import resolve_checkpoint
 
     if args.action == "info":
         print("\n".join(facts(Adapter(args.adapter))))
         return 0
-    source, adapter = find_checkpoint(args.model), Adapter(args.adapter)
+    source, adapter = resolve_checkpoint(args.model), Adapter(args.adapter)
     note = merge_folder(source, adapter, args.output, name=args.model, sign=SIGNS[args.action])
     if note is not None:
         print(f"note: {note}", file=sys.stderr)

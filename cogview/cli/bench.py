@@ -11,16 +11,16 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from cogview.cli.estimate import open_configs, preset_config
-from cogview.cli.options import DEFAULT_MODEL, add_parallel_argument, parallel, require_positive
+from cogview.cli.options import DEFAULT_MODEL, add_parallel_argument, parse_speculative, require_positive
 from cogview.errors import InputError
 from cogview.files import write_json
 from cogview.formatting import format_bytes
 from cogview.planning import ESTIMATE_MARGIN
 
 if TYPE_CHECKING:
-    from cogview.benchmark.measure import Figures, Subject
+    from cogview.benchmark.measure import BenchmarkResult, BenchmarkTarget
     from cogview.checkpoints.checkpoint import ModelConfig
-    from cogview.planning.inference import Plan, Speed
+    from cogview.planning.inference import HardwareSpeed, InferenceEstimate
 
 # Columns of the table, their widths, and what --help says of them.
 COLUMNS = {
@@ -83,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
     codes = whole if args.codes is None else args.codes
     if not 2 <= codes <= whole:  # what is told of codes is told of those behind the first
         raise InputError(f"--codes must be from 2 to {whole}, the codes of a picture, got {codes}")
-    bench = Bench(f"random {args.random}" if args.random is not None else args.model, subject, codes, args.repeats)
+    bench = BenchmarkReport(
+        f"random {args.random}" if args.random is not None else args.model, subject, codes, args.repeats
+    )
     plans = [bench.plan(rows) for rows in batches]  # before anything is measured: this may refuse the model
     for line in bench.head():
         print(line, flush=True)
@@ -114,10 +116,10 @@ def check_output(path: Path) -> None:
     prepare_folder(path.parent)
 
 
-def open_subject(args: argparse.Namespace) -> Subject:
+def open_subject(args: argparse.Namespace) -> BenchmarkTarget:
     """What to measure, without any weights yet."""
-    from cogview.benchmark.measure import Subject
-    from cogview.checkpoints.registry import find_checkpoint
+    from cogview.benchmark.measure import BenchmarkTarget
+    from cogview.checkpoints.registry import resolve_checkpoint
     from cogview.device import choose_placement
     from cogview.vqvae.model import VQVAEConfig
 
@@ -125,17 +127,17 @@ def open_subject(args: argparse.Namespace) -> Subject:
         config, image_config, stored, folder = random_config(args.random), VQVAEConfig.released(), None, None
     else:
         config, image_config, stored = open_configs(args.model)
-        folder = find_checkpoint(args.model)
+        folder = resolve_checkpoint(args.model)
     placement = choose_placement(
         args.device, args.dtype, stored=stored, num_parameters=config.transformer.num_parameters
     )
-    return Subject(
+    return BenchmarkTarget(
         config=config,
         image_config=image_config,
         placement=placement,
         folder=folder,
         # What random weights expect depends little on what was drawn: guesses would hold more often than of any others.
-        parallel=1 if folder is None and args.parallel == "auto" else parallel(args),
+        speculative=1 if folder is None and args.parallel == "auto" else parse_speculative(args),
     )
 
 
@@ -159,15 +161,15 @@ def random_config(shape: str) -> ModelConfig:
     return replace(like, transformer=transformer)
 
 
-class Bench:
+class BenchmarkReport:
     """A model on a device: what is measured, in words and as JSON."""
 
-    def __init__(self, name: str, subject: Subject, codes: int, repeats: int) -> None:
+    def __init__(self, name: str, subject: BenchmarkTarget, codes: int, repeats: int) -> None:
         self.name, self.subject, self.codes, self.repeats = name, subject, codes, repeats
         self.whole = subject.config.grid**2
-        self.speed: Speed | None = None
+        self.speed: HardwareSpeed | None = None
 
-    def plan(self, rows: int) -> Plan:
+    def plan(self, rows: int) -> InferenceEstimate:
         """Of one batch size, by ``cogview estimate``."""
         from cogview.planning.inference import estimate
 
@@ -177,7 +179,7 @@ class Bench:
             self.subject.image_config,
             task="generate",
             rows=rows,
-            dtype=place.few_bits or str(place.dtype).removeprefix("torch."),
+            dtype=place.quantization or str(place.dtype).removeprefix("torch."),
             device_type=place.device.type,
             guided=config.sampling.guidance != 1,
         )
@@ -193,7 +195,7 @@ class Bench:
             f"{self.subject.placement}; PyTorch {torch.__version__}, {torch.get_num_threads()} threads",
             f"probe: {speed.bandwidth / 1e9:.4g} GB/s, {speed.flops / 1e12:.4g} TFLOP/s",
         ]
-        if self.subject.parallel == 1:
+        if self.subject.speculative == 1:
             lines.append("drawn: one code after another")
         if self.codes < self.whole:
             lines += [
@@ -202,37 +204,39 @@ class Bench:
             ]
         return [*lines, "", "  ".join(name.rjust(width) for name, (width, _) in COLUMNS.items())]
 
-    def probed(self) -> Speed:
+    def probed(self) -> HardwareSpeed:
         """What the device reads and multiplies."""
         import torch
 
-        from cogview.planning.inference import measure
+        from cogview.planning.inference import measure_hardware
 
         if self.speed is None:
             place = self.subject.placement
             print(f"measuring {place.device} for a moment", file=sys.stderr)
-            self.speed = measure(place.device, place.dtype)
+            self.speed = measure_hardware(place.device, place.dtype)
             if place.device.type == "cuda":
                 torch.cuda.empty_cache()  # the processes that follow need it
         return self.speed
 
-    def row(self, plan: Plan) -> dict[str, Any]:
+    def row(self, plan: InferenceEstimate) -> dict[str, Any]:
         """All that is found of a batch size; ``left_out`` or ``failed`` say why there is nothing."""
-        from cogview.benchmark.measure import Failed, Figures, measure_apart
+        from cogview.benchmark.measure import BenchmarkResult, Failed, measure_in_subprocess
         from cogview.device import available_memory
 
         free = available_memory(self.subject.placement.device)
         row = {"batch": plan.rows, "predicted_bytes": plan.total, "free_bytes": free}
         if plan.total > (1 - ESTIMATE_MARGIN) * free:
             return {**row, "left_out": "does not fit"}
-        drawn = replace(plan, reads=plan.reads[: self.codes])
+        drawn = replace(plan, forward_passes=plan.forward_passes[: self.codes])
         seconds = (1 + self.repeats) * drawn.seconds(self.probed()).total
         print(f"batch {plan.rows}: 1 + {self.repeats} requests, about {_number(seconds)} s", file=sys.stderr)
         try:
-            measured = measure_apart(self.subject, plan.rows, codes=self.codes, repeats=self.repeats, free=free)
+            measured = measure_in_subprocess(self.subject, plan.rows, codes=self.codes, repeats=self.repeats, free=free)
         except Failed as error:
             return {**row, "failed": str(error)}
-        return row | figures_as_json(Figures(plan=plan, speed=self.probed(), codes=self.codes, measured=measured))
+        return row | results_as_json(
+            BenchmarkResult(plan=plan, speed=self.probed(), codes=self.codes, measured=measured)
+        )
 
     def line(self, row: dict[str, Any]) -> str:
         """A row of the table."""
@@ -272,7 +276,7 @@ class Bench:
             "width": shape.width,
             "heads": shape.num_heads,
             "device": str(place.device),
-            "dtype": place.few_bits or str(place.dtype).removeprefix("torch."),
+            "dtype": place.quantization or str(place.dtype).removeprefix("torch."),
             "pytorch": torch.__version__,
             "threads": torch.get_num_threads(),
             "probe": {"bandwidth": speed.bandwidth, "flops": speed.flops},
@@ -283,13 +287,13 @@ class Bench:
         }
 
 
-def figures_as_json(figures: Figures) -> dict[str, Any]:
+def results_as_json(figures: BenchmarkResult) -> dict[str, Any]:
     """A batch size that was measured: bytes, seconds, and the seconds of every request as they were."""
-    seconds = figures.first_picture
+    seconds = figures.first_image
     return {
         "seen_bytes": figures.measured.peak,
         "first_picture_s": {"median": median(seconds), "min": min(seconds), "max": max(seconds)},
-        "pictures_per_s": figures.pictures_per_second,
+        "pictures_per_s": figures.images_per_second,
         "tokens_per_s": figures.tokens_per_second,
         "roofline": figures.share,
         "requests": [asdict(request) for request in figures.measured.requests],

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cogview.cli.inputs import READ_AT_A_TIME, Images, batches
+from cogview.cli.inputs import READ_AT_A_TIME, ImageReader, batches
 from cogview.cli.options import (
     add_model_arguments,
     add_sampling_arguments,
     add_seed_argument,
-    ceiling,
+    parse_max_batch_size,
     require_positive,
     sampling_settings,
 )
@@ -48,13 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Describe every image that can be read; status 1 if there was one that cannot."""
-    from cogview.pipeline.cogview import checked_seed
+    from cogview.pipeline.cogview import resolve_seed
 
     require_positive("-n", args.n)
-    at_a_time = ceiling(args)
+    at_a_time = parse_max_batch_size(args)
     method = args.method or ("greedy" if args.n == 1 else "beam")
-    seed = checked_seed(args.seed)
-    images = Images()
+    seed = resolve_seed(args.seed)
+    images = ImageReader()
     paths = images.find(args.images)
     with LineWriter(args.output) as lines:
         settings = {"method": method, "n": args.n, "seed": seed, **sampling_settings(args)}
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
             for caption in captions:
                 lines.write(caption_line(caption, file=str(paths[number])))
             done += 1
-        return images.finish(done)
+        return images.report_failures(done)
 
 
 def open_describer(name: str, settings: Mapping[str, Any], **opening: Any) -> CogView:
@@ -87,7 +87,7 @@ def open_describer(name: str, settings: Mapping[str, Any], **opening: Any) -> Co
 
 
 def describe(
-    model: CogView, images: Images, paths: Sequence[Path], settings: Mapping[str, Any], ceiling: int | None
+    model: CogView, images: ImageReader, paths: Sequence[Path], settings: Mapping[str, Any], ceiling: int | None
 ) -> Iterator[tuple[int, list[Caption]]]:
     """The captions of each of ``paths`` that can be read, with its number in the list, batch by batch.
 

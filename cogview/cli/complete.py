@@ -6,14 +6,14 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import replace
 
-from cogview.cli.inputs import Images, batches
+from cogview.cli.inputs import ImageReader, batches
 from cogview.cli.options import (
     add_drawing_arguments,
     add_model_arguments,
     add_seed_argument,
     require_positive,
 )
-from cogview.cli.session import Order, easel_of
+from cogview.cli.session import ImageOutput, open_session
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,25 +39,25 @@ def run(args: argparse.Namespace) -> int:
     from cogview.vqvae.model import PIXELS_PER_CODE
 
     require_positive("-n", args.n)
-    images = Images()
+    images = ImageReader()
     paths = images.find(args.images)
     prepare_folder(args.output)
-    easel = easel_of(args, ["generate"])
+    easel = open_session(args, ["generate"])
     easel.model.complete([], args.prompt, rows=args.rows)  # refuses wrong rows before an image is read
-    easel.announce()
-    if not easel.accepts(args.prompt):
+    easel.print_header()
+    if not easel.check_prompt(args.prompt):
         return 2
-    wishes = easel.wishes(args.prompt, args.n)
+    wishes = easel.requests(args.prompt, args.n)
 
-    def parts() -> Iterator[list[Order]]:
+    def parts() -> Iterator[list[ImageOutput]]:
         read = images.read_all(paths, PIXELS_PER_CODE * easel.grid)
         for some in batches(read, easel.read_at_a_time):
-            codes = easel.model.codes_of([image for _, image in some])
+            codes = easel.model.encode_images([image for _, image in some])
             yield [
-                Order(
-                    wish=replace(wish, codes=own[: args.rows]),
+                ImageOutput(
+                    request=replace(wish, codes=own[: args.rows]),
                     path=args.output / f"{safe_name(path.stem)}-rows{args.rows}-seed{easel.seed}-{wish.index}.png",
-                    about={"task": "complete", "source": path.name, "rows": str(args.rows)},
+                    metadata={"task": "complete", "source": path.name, "rows": str(args.rows)},
                 )
                 for path, own in zip((paths[number] for number, _ in some), codes, strict=True)
                 for wish in wishes
@@ -65,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
 
     done, sheet = 0, []
     codes = (easel.grid - args.rows) * easel.grid
-    for order, picture in easel.draw(parts(), "drawing", len(paths) * args.n, codes):
-        easel.save(order.path, picture, **order.about)
+    for order, picture in easel.generate(parts(), "drawing", len(paths) * args.n, codes):
+        easel.save(order.path, picture, **order.metadata)
         done += 1
         if args.grid:
             sheet.append(picture)
     if sheet:
         easel.save_sheet(args.output / f"grid-seed{easel.seed}.png", sheet, columns=args.n)
-    return images.finish(done)
+    return images.report_failures(done)

@@ -51,16 +51,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, and print the new folder."""
     from cogview.checkpoints.precision import Precision
-    from cogview.checkpoints.v1_convert import convert_folder, export_released
+    from cogview.checkpoints.v1_convert import convert_folder, export_v1
     from cogview.device import DTYPES
-    from cogview.modeling.quantization import FEW_BITS, few_bits_named
+    from cogview.modeling.quantization import QUANTIZATIONS, parse_quantization
 
     source = args.source
     if not source.exists():
         raise InputError(f"there is nothing at {source}: expected a released checkpoint or a checkpoint folder")
-    few_bits = few_bits_named(args.dtype)
+    few_bits = parse_quantization(args.dtype)
     if args.dtype is not None and few_bits is None and args.dtype not in DTYPES:
-        raise InputError(f"dtype {args.dtype!r} is unknown; known: {', '.join([*DTYPES, *FEW_BITS])}")
+        raise InputError(f"dtype {args.dtype!r} is unknown; known: {', '.join([*DTYPES, *QUANTIZATIONS])}")
     precision = Precision(DTYPES.get(args.dtype), few_bits)
     ours = (source / "config.json").is_file()
     output = args.output or _place_by_name(source, ours)
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--to released writes a checkpoint folder in the released layout, and {source} is none")
         if args.dtype is not None:
             raise InputError("--to released keeps the dtype of the folder: convert it with --dtype first")
-        export_released(source, output, shards=args.shards, verify=args.verify)
+        export_v1(source, output, shards=args.shards, verify=args.verify)
     elif ours:
         if args.dtype is None:
             raise InputError(f"{source} is a checkpoint folder already: give --dtype or --to released")
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace, output: Path, precision: Precision) -> None:
-    from cogview.checkpoints.v1_convert import ALL_TASKS, import_released, tasks_by_name
+    from cogview.checkpoints.v1_convert import ALL_TASKS, import_v1, tasks_by_name
     from cogview.tokenizers.vocabulary import Vocabulary
 
     for option, file in (("--image-tokenizer", args.image_tokenizer), ("--text-model", args.text_model)):
@@ -97,7 +97,7 @@ def _import(args: argparse.Namespace, output: Path, precision: Precision) -> Non
             "allowed; --tasks says otherwise",
             file=sys.stderr,
         )
-    config = import_released(
+    config = import_v1(
         args.source,
         args.image_tokenizer,
         args.text_model,
@@ -124,10 +124,10 @@ def _import(args: argparse.Namespace, output: Path, precision: Precision) -> Non
 
 def _place_by_name(source: Path, ours: bool) -> Path:
     """Where the registry looks for a published name; InputError for any other."""
-    from cogview.checkpoints.registry import converted_folder, known_models
+    from cogview.checkpoints.registry import converted_folder, load_registry
 
     name = source.name.removesuffix(".tar")
-    row = known_models().get(name)
+    row = load_registry().get(name)
     if ours or row is None or not row.files:
         raise InputError(f"say where the result goes, for {source.name} is no published name: -o FOLDER")
     return converted_folder(name)

@@ -41,7 +41,7 @@ EXCHANGED = 1 << 20  # numbers, in the check of processes
 
 
 @dataclass(frozen=True)
-class Line:
+class Diagnosis:
     """A finding: whether it is ``ok``, a ``note`` or a ``problem``, what it is about, and what to do."""
 
     status: str
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dump is not None:
         if args.recipe is not None:
             raise InputError("--dump holds the model and the rows it needs: give it without a RECIPE")
-        lines = look_again(args.dump, args.device)
+        lines = replay_nonfinite(args.dump, args.device)
     else:
         lines = examine(args)
     problems = 0
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def examine(args: argparse.Namespace) -> Iterator[Line]:
+def examine(args: argparse.Namespace) -> Iterator[Diagnosis]:
     """All checks, one after the other."""
     from cogview.cli.recipes import open_recipe
     from cogview.cli.train import TransformerSettings
@@ -113,19 +113,21 @@ def examine(args: argparse.Namespace) -> Iterator[Line]:
     yield from guarded("training", lambda: check_training(recipe, settings, args.device))
 
 
-def guarded(subject: str, check: Callable[[], Iterator[Line]]) -> Iterator[Line]:
+def guarded(subject: str, check: Callable[[], Iterator[Diagnosis]]) -> Iterator[Diagnosis]:
     """What ``check`` finds; where it fails, that is the finding."""
     try:
         yield from check()
     except (InputError, OSError) as error:
-        yield Line("problem", subject, " ".join(str(error).split()))
+        yield Diagnosis("problem", subject, " ".join(str(error).split()))
 
 
-def check_versions(settings: TransformerSettings | None) -> Iterator[Line]:
+def check_versions(settings: TransformerSettings | None) -> Iterator[Diagnosis]:
     """Python and packages, against what this version was tried with and what the recipe needs."""
     from cogview import __version__
 
-    yield Line("ok", "cogview", f"{__version__} in {Path(__file__).parents[1]}, Python {platform.python_version()}")
+    yield Diagnosis(
+        "ok", "cogview", f"{__version__} in {Path(__file__).parents[1]}, Python {platform.python_version()}"
+    )
     needed = {"deepspeed"} if settings is not None and settings.engine.name == "deepspeed" else set()
     if settings is not None and settings.lora is not None:
         needed.add("peft")
@@ -135,16 +137,18 @@ def check_versions(settings: TransformerSettings | None) -> Iterator[Line]:
         except importlib.metadata.PackageNotFoundError:
             what = f"pip install 'cogview[{extra}]'" if extra else f"pip install {name}"
             missing = "problem" if name in needed or not (extra or name == "triton") else "note"
-            yield Line(missing, name, "is not installed" + ("" if name in needed else ", which not all need"), what)
+            yield Diagnosis(
+                missing, name, "is not installed" + ("" if name in needed else ", which not all need"), what
+            )
             continue
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdecimal())
         outside = (lowest and numbers < lowest) or (below and numbers >= below)
         span = " to below ".join(".".join(map(str, end)) for end in (lowest, below) if end)
         remedy = f"tried with {span}: pip install 'cogview{f'[{extra}]' if extra else ''}'" if outside else ""
-        yield Line("problem" if outside else "ok", name, version, remedy)
+        yield Diagnosis("problem" if outside else "ok", name, version, remedy)
 
 
-def check_devices() -> Iterator[Line]:
+def check_devices() -> Iterator[Diagnosis]:
     """Processors, memory and GPUs, and what is computed in there."""
     import torch
 
@@ -152,7 +156,7 @@ def check_devices() -> Iterator[Line]:
 
     cpu = torch.device("cpu")
     half = training_dtype(cpu)
-    yield Line(
+    yield Diagnosis(
         "ok",
         "cpu",
         f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, {format_bytes(available_memory(cpu))} of "
@@ -161,7 +165,7 @@ def check_devices() -> Iterator[Line]:
     if not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs"
         found = shutil.which("nvidia-smi") is not None
-        yield Line(
+        yield Diagnosis(
             "problem" if found else "note",
             "gpu",
             f"PyTorch ({build}) sees none",
@@ -174,7 +178,7 @@ def check_devices() -> Iterator[Line]:
         free, whole = torch.cuda.mem_get_info(device)
         precision = precision_name(training_dtype(device))
         why = "" if precision == "bfloat16" else " with loss scaling and PB-relax: it has no bfloat16 of its own"
-        yield Line(
+        yield Diagnosis(
             "ok" if free > 0.8 * whole else "note",
             f"cuda:{number}",
             f"{properties.name}, compute capability {properties.major}.{properties.minor}, {format_bytes(free)} of "
@@ -183,7 +187,7 @@ def check_devices() -> Iterator[Line]:
         )
 
 
-def check_processes(device: str, count: int | None) -> Iterator[Line]:
+def check_processes(device: str, count: int | None) -> Iterator[Diagnosis]:
     """Whether processes on this machine add up numbers rightly, and how fast; or those that torchrun has started."""
     import torch
     import torch.multiprocessing as processes
@@ -192,12 +196,12 @@ def check_processes(device: str, count: int | None) -> Iterator[Line]:
 
     cuda = torch.cuda.is_available() and device != "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        from cogview.training.distributed import join_world, leave_world
+        from cogview.training.distributed import destroy_distributed, init_distributed
 
-        world = join_world(device)
+        world = init_distributed(device)
         rank, size = world.rank, world.size
         seconds = exchange(world.device, rank, size)
-        leave_world()
+        destroy_distributed()
         where = f"{size} processes that were started together"
     else:
         size = count or (torch.cuda.device_count() if cuda else 2)
@@ -209,7 +213,7 @@ def check_processes(device: str, count: int | None) -> Iterator[Line]:
                 )
             except Exception as error:
                 reason = str(error).strip().splitlines()[-1]
-                yield Line(
+                yield Diagnosis(
                     "problem",
                     "processes",
                     f"{size} of them could not exchange numbers: {reason}",
@@ -219,10 +223,10 @@ def check_processes(device: str, count: int | None) -> Iterator[Line]:
             seconds = float(result.read_text())
         where = f"{size} processes on this machine"
     if math.isnan(seconds):
-        yield Line("problem", "processes", f"{where} add up numbers wrongly", "update the driver and PyTorch")
+        yield Diagnosis("problem", "processes", f"{where} add up numbers wrongly", "update the driver and PyTorch")
         return
     rate = 4 * EXCHANGED / seconds / 1e9
-    yield Line("ok", "processes", f"{where} add up numbers by {'NCCL' if cuda else 'gloo'}, {rate:.2f} GB/s each")
+    yield Diagnosis("ok", "processes", f"{where} add up numbers by {'NCCL' if cuda else 'gloo'}, {rate:.2f} GB/s each")
 
 
 def exchange(device: Any, rank: int, size: int) -> float:
@@ -262,7 +266,7 @@ def _exchange_alone(rank: int, size: int, port: int, cuda: bool, result: str) ->
     dist.destroy_process_group()
 
 
-def check_disk(folder: Path, checkpoint_bytes: int, kept: int = 0) -> Iterator[Line]:
+def check_disk(folder: Path, checkpoint_bytes: int, kept: int = 0) -> Iterator[Diagnosis]:
     """Whether there is room for the checkpoints of a run; one more is there while it is written, and the best."""
     place = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(place).free, checkpoint_bytes * (kept + 2)
@@ -270,27 +274,27 @@ def check_disk(folder: Path, checkpoint_bytes: int, kept: int = 0) -> Iterator[L
     if needed:
         text += f", {kept} checkpoints, the best and one being written take {format_bytes(needed)}"
     short = free < needed
-    yield Line("problem" if short else "ok", "disk", text, "make room, or set a smaller run.keep" if short else "")
+    yield Diagnosis("problem" if short else "ok", "disk", text, "make room, or set a smaller run.keep" if short else "")
     if not os.access(place, os.W_OK):
-        yield Line("problem", "disk", f"{place} cannot be written to", "choose another --work")
+        yield Diagnosis("problem", "disk", f"{place} cannot be written to", "choose another --work")
 
 
-def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -> Iterator[Line]:
+def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -> Iterator[Diagnosis]:
     """The stores, and two steps with the recipe's shapes in a folder that is thrown away."""
     import torch
 
     from cogview.cli.train import prepare
     from cogview.device import peak_memory
-    from cogview.training.distributed import join_world, leave_world
+    from cogview.training.distributed import destroy_distributed, init_distributed
 
-    world = join_world(device, needs_group=settings.engine.name == "deepspeed")
+    world = init_distributed(device, needs_group=settings.engine.name == "deepspeed")
     try:
         with tempfile.TemporaryDirectory() as folder:
             aside = replace(recipe, work=Path(folder))
             prepared = prepare(recipe, settings, world, run_folder=aside.transformer_run)
-            trainer, supply = prepared.trainer, prepared.supply
+            trainer, supply = prepared.trainer, prepared.data_loader
             rows, training = supply.num_rows, settings.training
-            yield Line(
+            yield Diagnosis(
                 "ok",
                 "stores",
                 f"{rows:,} rows in {len(supply.names)}, {training.steps * training.batch_size / rows:.1f} epochs",
@@ -312,7 +316,7 @@ def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -
             trainer.close()
             tokens = figures["tokens"] / seconds
             hours = training.steps * seconds / 3600
-            yield Line(
+            yield Diagnosis(
                 "ok",
                 "step",
                 f"{seconds:.3g} s for {training.batch_size} rows of up to {trainer.model.config.longest_row()}, "
@@ -320,30 +324,30 @@ def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -
                 f"{hours:.3g} hours",
             )
             share = waited / seconds
-            yield Line(
+            yield Diagnosis(
                 "ok" if share <= 0.01 else "note",
                 "rows",
                 f"waited {share:.1%} of the step for them",
-                "" if share <= 0.01 else "set training.workers, the processes that read ahead, to 1 or more",
+                "" if share <= 0.01 else "set training.num_workers, the processes that read ahead, to 1 or more",
             )
             yield memory_line(prepared.memory.total, seen, world.device.type)
     finally:
-        leave_world()
+        destroy_distributed()
 
 
-def memory_line(predicted: int, seen: float, device_type: str) -> Line:
+def memory_line(predicted: int, seen: float, device_type: str) -> Diagnosis:
     """The memory that was predicted beside what was seen."""
     text = f"{format_bytes(predicted)} predicted, {format_bytes(int(seen))} seen"
     if device_type == "cpu":
-        return Line("ok", "memory", f"{text} (resident, with Python and PyTorch, since this command began)")
+        return Diagnosis("ok", "memory", f"{text} (resident, with Python and PyTorch, since this command began)")
     off = abs(predicted / max(seen, 1) - 1)
-    return Line(
+    return Diagnosis(
         "ok" if off < 0.2 else "note", "memory", text, "" if off < 0.2 else "the estimate is off by more than a fifth"
     )
 
 
-def look_again(folder: Path, device: str) -> Iterator[Line]:
+def replay_nonfinite(folder: Path, device: str) -> Iterator[Diagnosis]:
     """The step that a run has kept because it was not finite, once more, from the first process's rows."""
-    from cogview.training.replay import replay
+    from cogview.training.replay import replay_dump
 
-    yield from (Line(*found) for found in replay(folder, device))
+    yield from (Diagnosis(*found) for found in replay_dump(folder, device))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
-    from cogview.checkpoints.registry import KnownFile, KnownModel
+    from cogview.checkpoints.registry import FileEntry, ModelEntry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fetch every file that can be had, and convert what is complete; status 2 if anything could not be done."""
     from cogview.checkpoints.download import download
-    from cogview.checkpoints.registry import converted_folder, downloads_folder, is_converted, known_models
+    from cogview.checkpoints.registry import converted_folder, downloads_folder, is_converted, load_registry
 
-    known = known_models()
+    known = load_registry()
     row = known.get(args.name)
     if row is None:
         raise InputError(f'model "{args.name}" is unknown; known: {", ".join(known)}')
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.name} comes with the package: there is nothing to download", file=sys.stderr)
         return 0
     folder = downloads_folder() if args.output is None else args.output
-    wanted: dict[str, KnownFile] = {}
+    wanted: dict[str, FileEntry] = {}
     for name in row.models or (args.name,):
         if args.output is None and is_converted(name):
             print(f"{name} is here already: {converted_folder(name)}", file=sys.stderr)
@@ -67,9 +67,9 @@ def after_download(name: str, files: Mapping[str, Path], *, convert: bool) -> in
 
     ``files`` has where each file belongs, by its name; not all of them need be there.
     """
-    from cogview.checkpoints.registry import convert_command, known_models
+    from cogview.checkpoints.registry import convert_command, load_registry
 
-    known = known_models()
+    known = load_registry()
     status = 0
     for model in known[name].models or (name,):
         paths = {role: files[file.name] for role, file in known[model].files.items() if file.name in files}
@@ -86,14 +86,14 @@ def after_download(name: str, files: Mapping[str, Path], *, convert: bool) -> in
     return status
 
 
-def _convert(name: str, row: KnownModel, files: Mapping[str, Path]) -> Path:
+def _convert(name: str, row: ModelEntry, files: Mapping[str, Path]) -> Path:
     """The checkpoint folder that is made of ``files``, given by role, in the precision that they have."""
     from cogview.checkpoints.precision import Precision
     from cogview.checkpoints.registry import converted_folder
-    from cogview.checkpoints.v1_convert import import_released
+    from cogview.checkpoints.v1_convert import import_v1
 
     folder = converted_folder(name)
-    import_released(
+    import_v1(
         files["transformer"],
         files["image_tokenizer"],
         files["text_model"],

@@ -7,7 +7,7 @@ import argparse
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
 from cogview.device import choose_placement
 from cogview.emoji.encode import EncodeSettings, encode_scenes
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """Encode the training scenes and the held-out ones; an interrupted run is continued."""
     recipe = open_recipe(args)
     settings = recipe.settings(EncodeSettings, "encode")
-    world = World.load(recipe.world)
+    world = EmojiWorld.load(recipe.world)
     placement = choose_placement(args.device)
     image_tokenizer = recipe.open_image_tokenizer().to(placement.device)
     text_tokenizer = recipe.open_text_tokenizer()

@@ -18,9 +18,9 @@ from cogview.planning import ESTIMATE_MARGIN
 
 if TYPE_CHECKING:
     from cogview.checkpoints.checkpoint import ModelConfig
-    from cogview.device import Placement
-    from cogview.modeling.quantization import FewBits
-    from cogview.planning.inference import Plan, Speed
+    from cogview.device import DevicePlacement
+    from cogview.modeling.quantization import Quantization
+    from cogview.planning.inference import HardwareSpeed, InferenceEstimate
     from cogview.vqvae.model import VQVAEConfig
 
 OTHER_NAMES = {"rerank": "score"}  # of tasks
@@ -47,13 +47,13 @@ MEMORY_FORMULA = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class TargetDevice:
     """Where the job would run: a device of this machine, or one of which the memory is all that is known."""
 
     type: str  # cpu, cuda or mps
     memory: int  # bytes that are free there
     dtype: str  # never auto
-    placement: Placement | None = None  # None: only a size was given
+    placement: DevicePlacement | None = None  # None: only a size was given
 
     def __str__(self) -> str:
         return f"{self.type} with {format_bytes(self.memory)}" + (" free" if self.placement is not None else "")
@@ -140,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
 
 def run_drawing(args: argparse.Namespace) -> int:
     """Print the estimate of a job that draws or reads."""
-    from cogview.planning.inference import SMALLER_DTYPES, estimate
+    from cogview.planning.inference import SMALLER_FORMATS, estimate
 
     defaults = {"model": DEFAULT_MODEL, "device": "auto", **DRAWING_OPTIONS}
     given = {option: value for option, value in vars(args).items() if value is not None}
@@ -154,7 +154,7 @@ def run_drawing(args: argparse.Namespace) -> int:
     draws = task not in ("caption", "score")
     guidance = args.guidance if args.guidance is not None else config.sampling.guidance if draws else 1.0
 
-    def planned(dtype: str) -> Plan:
+    def planned(dtype: str) -> InferenceEstimate:
         return estimate(
             config,
             image_config,
@@ -167,7 +167,7 @@ def run_drawing(args: argparse.Namespace) -> int:
 
     plan = planned(target.dtype)
     smaller = []
-    for dtype in SMALLER_DTYPES[SMALLER_DTYPES.index(target.dtype) + 1 if target.dtype in SMALLER_DTYPES else 0 :]:
+    for dtype in SMALLER_FORMATS[SMALLER_FORMATS.index(target.dtype) + 1 if target.dtype in SMALLER_FORMATS else 0 :]:
         with suppress(InputError):  # not every width can be held in int4
             smaller.append(planned(dtype))
     speed, source = find_speed(target, args.bandwidth, args.flops)
@@ -176,55 +176,55 @@ def run_drawing(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_configs(name: str) -> tuple[ModelConfig, VQVAEConfig, FewBits | None]:
+def open_configs(name: str) -> tuple[ModelConfig, VQVAEConfig, Quantization | None]:
     """The settings of a preset or a model, those of its VQ-VAE, and how few bits its weights are stored in, if so."""
     from pathlib import Path
 
     from cogview.checkpoints.checkpoint import read_config
     from cogview.checkpoints.image_tokenizer import read_image_config
-    from cogview.checkpoints.precision import stored_few_bits
-    from cogview.checkpoints.registry import find_checkpoint, known_models
+    from cogview.checkpoints.precision import stored_quantization
+    from cogview.checkpoints.registry import load_registry, resolve_checkpoint
     from cogview.checkpoints.safetensors_io import WeightsFile
     from cogview.modeling.config import PRESETS
     from cogview.vqvae.model import VQVAEConfig
 
     if name in PRESETS:
         return preset_config(name), VQVAEConfig.released(), None
-    known = known_models()
+    known = load_registry()
     if name not in known and not Path(name).exists():
         raise InputError(
             f'model "{name}" is unknown; known: {", ".join(known)}, the sizes {", ".join(PRESETS)}, or the path of a '
             "checkpoint folder"
         )
-    folder = find_checkpoint(name)
+    folder = resolve_checkpoint(name)
     config = read_config(folder)
     weights = WeightsFile(folder / "model.safetensors")
-    return config, read_image_config(folder / "image"), stored_few_bits(weights.specs)
+    return config, read_image_config(folder / "image"), stored_quantization(weights.specs)
 
 
 def preset_config(name: str) -> ModelConfig:
     """A preset of ``cogview/modeling/config.py`` with what the released models have."""
     from cogview.checkpoints.checkpoint import ModelConfig
-    from cogview.checkpoints.v1_convert import ALL_TASKS, RELEASED_CAPTION, RELEASED_GRID
+    from cogview.checkpoints.v1_convert import ALL_TASKS, V1_CAPTION, V1_GRID
     from cogview.modeling.config import preset
     from cogview.tokenizers.layouts import layouts
     from cogview.tokenizers.vocabulary import Vocabulary
 
     vocabulary = Vocabulary()
     shape = preset(name, vocabulary.padded_size)
-    table = layouts(RELEASED_GRID, caption_stop=False)
+    table = layouts(V1_GRID, caption_stop=False)
     return ModelConfig(
         transformer=shape,
         vocabulary=vocabulary,
-        grid=RELEASED_GRID,
+        grid=V1_GRID,
         tasks=ALL_TASKS,
         max_text=min(layout.longest_text(shape.max_positions) for layout in table.values()),
         caption_stop=False,
-        max_caption=RELEASED_CAPTION,
+        max_caption=V1_CAPTION,
     )
 
 
-def find_target(name: str, dtype: str, config: ModelConfig, stored: FewBits | None) -> Target:
+def find_target(name: str, dtype: str, config: ModelConfig, stored: Quantization | None) -> TargetDevice:
     """A device by its name, which must be here, or by its size; and the dtype that ``auto`` is there."""
     from cogview.device import available_memory, choose_placement
 
@@ -237,10 +237,10 @@ def find_target(name: str, dtype: str, config: ModelConfig, stored: FewBits | No
                 "cuda:24GB"
             )
         placement = choose_placement(name, dtype, stored=stored, num_parameters=parameters)
-        return Target(
+        return TargetDevice(
             type=placement.device.type,
             memory=available_memory(placement.device),
-            dtype=placement.few_bits or str(placement.dtype).removeprefix("torch."),
+            dtype=placement.quantization or str(placement.dtype).removeprefix("torch."),
             placement=placement,
         )
     memory = int(float(size[2]) * UNITS[size[3]])
@@ -249,14 +249,16 @@ def find_target(name: str, dtype: str, config: ModelConfig, stored: FewBits | No
     if dtype == "auto":  # as ``choose_placement`` would choose on a recent device of this size
         half = size[1] == "cuda" or 4 * parameters > memory / 2
         dtype = stored or ("bfloat16" if half else "float32")
-    return Target(type=size[1], memory=memory, dtype=dtype)
+    return TargetDevice(type=size[1], memory=memory, dtype=dtype)
 
 
-def find_speed(target: Target, bandwidth: float | None, flops: float | None) -> tuple[Speed, dict[str, str]]:
+def find_speed(
+    target: TargetDevice, bandwidth: float | None, flops: float | None
+) -> tuple[HardwareSpeed, dict[str, str]]:
     """What is given (GB/s, TFLOP/s), measured on a device that is here, or assumed; and which of these each is."""
-    from cogview.planning.inference import ACTIVATION_BYTES, Speed, measure
+    from cogview.planning.inference import ACTIVATION_BYTES, HardwareSpeed, measure_hardware
 
-    speed, origin = Speed(bandwidth=1, flops=1, starts_ahead=target.type != "cpu"), "given"
+    speed, origin = HardwareSpeed(bandwidth=1, flops=1, starts_ahead=target.type != "cpu"), "given"
     if bandwidth is None or flops is None:
         if target.placement is None:
             assumed = ASSUMED[target.type, ACTIVATION_BYTES[target.dtype]]
@@ -264,7 +266,7 @@ def find_speed(target: Target, bandwidth: float | None, flops: float | None) -> 
         else:
             device = target.placement.device
             print(f"measuring {device} for a moment; --bandwidth and --flops spare that", file=sys.stderr)
-            speed, origin = measure(device, target.placement.dtype), "measured"
+            speed, origin = measure_hardware(device, target.placement.dtype), "measured"
     source = {"bandwidth": origin, "flops": origin}
     if bandwidth is not None:
         speed, source["bandwidth"] = replace(speed, bandwidth=bandwidth * 1e9), "given"
@@ -278,10 +280,10 @@ class Report:
     """A plan against the memory and the speed of a device."""
 
     model: str
-    plan: Plan
-    smaller: Sequence[Plan]  # the same in fewer bits
-    target: Target
-    speed: Speed
+    plan: InferenceEstimate
+    smaller: Sequence[InferenceEstimate]  # the same in fewer bits
+    target: TargetDevice
+    speed: HardwareSpeed
     source: dict[str, str]  # whether bandwidth and flops are given, measured or assumed
 
     @property
@@ -312,11 +314,11 @@ class Report:
         if plan.dtype in ("int8", "int4"):
             layers += f", the 12 in {plan.dtype} with their scales, the 17 in 16 bits"
         entries = f"{shape.vocabulary_size:,} ids + {shape.max_positions:,} positions + 2"
-        most = max(plan.reads, key=lambda read: read.new)
-        per_id = plan.logits // max(read.ids * read.places for read in plan.reads)
-        ids = f"{most.ids:,} ids" + (f" x {most.places} pieces" if most.places > 1 else "")
-        kept = f"{size} bytes x {plan.columns:,} positions x {rows}"
-        pixels = 8 * plan.picture_side
+        most = max(plan.forward_passes, key=lambda read: read.new_positions)
+        per_id = plan.logits // max(read.output_ids * read.output_positions for read in plan.forward_passes)
+        ids = f"{most.output_ids:,} ids" + (f" x {most.output_positions} pieces" if most.output_positions > 1 else "")
+        kept = f"{size} bytes x {plan.sequence_length:,} positions x {rows}"
+        pixels = 8 * plan.image_side
         overhead = "Python and PyTorch, measured" if plan.device_type == "cpu" else "context and kernels, assumed"
         parts = [
             ("layers", "transformer layers", plan.layers, layers),
@@ -331,14 +333,14 @@ class Report:
             ),
             (
                 *("activations", "activations", plan.rows * plan.activations),
-                f"the most that a layer has, reading {most.new:,} positions at one go, x {rows}",
+                f"the most that a layer has, reading {most.new_positions:,} positions at one go, x {rows}",
             ),
             (
                 *("logits", "logits and noise", plan.rows * plan.logits),
                 f"{per_id} bytes x {ids} x {plural(plan.rows, 'row')}",
             ),
             (
-                *("pictures", "pictures", plan.rows * plan.pictures),
+                *("pictures", "pictures", plan.rows * plan.images),
                 f"in the VQ-VAE, {pixels} x {pixels} pixels x {plural(plan.rows, 'row')}",
             ),
         ]
@@ -349,7 +351,7 @@ class Report:
         plan, seconds = self.plan, self.plan.seconds(self.speed)
         rows = plural(plan.rows, "row")
         lines = [
-            f"{self.model}: {plan.task}, {rows} of up to {plan.columns:,} positions, {plan.dtype}, on {self.target}",
+            f"{self.model}: {plan.task}, {rows} of up to {plan.sequence_length:,} positions, {plan.dtype}, on {self.target}",
             "",
             "memory",
         ]
@@ -362,7 +364,7 @@ class Report:
         else:
             would = ", or ".join(self.remedies()) or f"nothing smaller; one row takes {format_bytes(self._least())}"
             lines.append(f"does not fit: {room}; what would: {would}")
-        steps = [plan.read_seconds(read, self.speed) for read in plan.reads if read.new == 1]
+        steps = [plan.forward_seconds(read, self.speed) for read in plan.forward_passes if read.new_positions == 1]
         lines += [
             "",
             f"time: about {format_duration(seconds.total)} for {rows}, "
@@ -379,14 +381,14 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The same for programs: bytes, seconds, bytes/s and FLOP/s."""
-        from cogview.planning.inference import OPERATIONS_PER_LAYER, SECONDS_PER_OPERATION, SHARE
+        from cogview.planning.inference import BANDWIDTH_EFFICIENCY, OPERATIONS_PER_LAYER, SECONDS_PER_OPERATION
 
         plan, seconds = self.plan, self.plan.seconds(self.speed)
         return {
             "model": self.model,
             "task": plan.task,
             "rows": plan.rows,
-            "positions": plan.columns,
+            "positions": plan.sequence_length,
             "dtype": plan.dtype,
             "guided": plan.guided,
             "device": {"type": self.target.type, "memory": self.target.memory, "usable": self.usable},
@@ -404,7 +406,7 @@ class Report:
             "assumed": {
                 "bandwidth": {"value": self.speed.bandwidth, "is": self.source["bandwidth"]},
                 "flops": {"value": self.speed.flops, "is": self.source["flops"]},
-                "share": SHARE,
+                "share": BANDWIDTH_EFFICIENCY,
                 "operations_per_layer": OPERATIONS_PER_LAYER,
                 "seconds_per_operation": SECONDS_PER_OPERATION,
                 "spare": ESTIMATE_MARGIN,
@@ -416,7 +418,7 @@ class Report:
         return min(plan.constant + plan.per_row for plan in (self.plan, *self.smaller))
 
     def _time_formula(self) -> list[str]:
-        from cogview.planning.inference import DRAWING_TRAFFIC
+        from cogview.planning.inference import SAMPLING_TRAFFIC
 
         plan = self.plan
         joined = "or what it takes to start them, if that is longer" if self.speed.starts_ahead else "plus their start"
@@ -424,21 +426,21 @@ class Report:
             f"a read takes the larger of operations / flops and bytes / (share x bandwidth), {joined}",
             "operations: rows x (2 x weights of the layers x positions read + attention + logits)",
             "bytes: weights + rows x (KV cache so far"
-            + (f" + {DRAWING_TRAFFIC} x ids to draw from)" if plan.task != "score" else ")"),
+            + (f" + {SAMPLING_TRAFFIC} x ids to draw from)" if plan.task != "score" else ")"),
         ]
-        if unpacking := sum(plan.unpacks(read) for read in plan.reads):
+        if unpacking := sum(plan.unpacks(read) for read in plan.forward_passes):
             lines.append(
-                f"{plan.dtype} weights are unpacked or converted in {unpacking:,} of {len(plan.reads):,} reads, which "
+                f"{plan.dtype} weights are unpacked or converted in {unpacking:,} of {len(plan.forward_passes):,} reads, which "
                 f"moves {plan.unpacking_traffic} bytes more for each"
             )
         return lines
 
     def _numbers(self) -> dict[str, str]:
-        from cogview.planning.inference import OPERATIONS_PER_LAYER, SECONDS_PER_OPERATION, SHARE
+        from cogview.planning.inference import BANDWIDTH_EFFICIENCY, OPERATIONS_PER_LAYER, SECONDS_PER_OPERATION
 
         return {
             "bandwidth": f"{self.speed.bandwidth / 1e9:.4g} GB/s ({self.source['bandwidth']})",
             "flops": f"{self.speed.flops / 1e12:.4g} TFLOP/s ({self.source['flops']})",
-            "share": f"{SHARE:g} of the bandwidth (assumed)",
+            "share": f"{BANDWIDTH_EFFICIENCY:g} of the bandwidth (assumed)",
             "operations": f"{OPERATIONS_PER_LAYER} a layer, {1e6 * SECONDS_PER_OPERATION:g} µs to start each (assumed)",
         }

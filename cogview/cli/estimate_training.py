@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cogview.cli.estimate import ASSUMED, TRAINING_OPTIONS, Target, find_target, open_configs
+from cogview.cli.estimate import ASSUMED, TRAINING_OPTIONS, TargetDevice, find_target, open_configs
 from cogview.errors import InputError
 from cogview.formatting import format_bytes, format_duration, plural
 from cogview.planning import ESTIMATE_MARGIN
@@ -45,7 +45,13 @@ def run_training(args: argparse.Namespace) -> int:
 def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
     """What is asked for, and what is chosen where nothing is: the settings of the size, and the rows that fit."""
     from cogview.modeling.config import PRESETS
-    from cogview.planning.training import MODES, TRAINING_PRESETS, TrainingJob, lora_parameters, suggest
+    from cogview.planning.training import (
+        CHECKPOINTING_MODES,
+        TRAINING_PRESETS,
+        TrainingJob,
+        choose_micro_batch,
+        lora_parameters,
+    )
 
     for option in ("gpus", "rows", "batch", "length", "lora", "tokens"):
         if getattr(args, option) is not None and not 1 <= getattr(args, option) < float("inf"):
@@ -71,23 +77,23 @@ def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
     job = TrainingJob(
         transformer=shape,
         length=args.length or config.longest_row(tasks),
-        rows=args.rows or 1,
-        batch=batch,
+        micro_batch_size=args.rows or 1,
+        batch_size=batch,
         precision=args.precision or training_precision(target),
         engine=engine,
         zero=zero,
-        world=world,
+        world_size=world,
         offload=args.offload,
-        checkpointing=args.checkpointing or MODES[0],
+        checkpointing=args.checkpointing or CHECKPOINTING_MODES[0],
         trainable=None if args.lora is None else lora_parameters(shape, args.lora),
         device_type=target.type,
     )
     if args.rows is None or args.checkpointing is None:
         try:
-            rows, mode = suggest(job, target.memory, args.checkpointing, args.rows)
+            rows, mode = choose_micro_batch(job, target.memory, args.checkpointing, args.rows)
         except InputError:  # an answer here
-            rows, mode = args.rows or 1, args.checkpointing or MODES[-1]
-        job = replace(job, rows=rows, checkpointing=mode)
+            rows, mode = args.rows or 1, args.checkpointing or CHECKPOINTING_MODES[-1]
+        job = replace(job, micro_batch_size=rows, checkpointing=mode)
     peak, source = find_peak(target, job.precision, args.flops)
     tokens = args.tokens or (own.tokens if own is not None else TOKENS_PER_PARAMETER * shape.num_parameters)
     return TrainingReport(
@@ -104,7 +110,7 @@ def training_report(args: argparse.Namespace, mfu: float) -> TrainingReport:
     )
 
 
-def training_precision(target: Target) -> Precision:
+def training_precision(target: TargetDevice) -> Precision:
     """What training would choose on a device that is here; bfloat16 on a GPU of which only the size is known."""
     from cogview.device import training_dtype
 
@@ -114,12 +120,12 @@ def training_precision(target: Target) -> Precision:
     return known.get(str(training_dtype(target.placement.device)), "float32")
 
 
-def find_peak(target: Target, precision: str, flops: float | None) -> tuple[float, str]:
+def find_peak(target: TargetDevice, precision: str, flops: float | None) -> tuple[float, str]:
     """FLOP/s of one device in training, and where they are from: given, its data sheet, measured, or assumed."""
     import torch
 
-    from cogview.planning.inference import ACTIVATION_BYTES, measure
-    from cogview.planning.training import DEVICES, peak_flops
+    from cogview.planning.inference import ACTIVATION_BYTES, measure_hardware
+    from cogview.planning.training import GPU_PEAK_FLOPS, peak_flops
 
     if flops is not None:
         return flops * 1e12, "given"
@@ -127,13 +133,13 @@ def find_peak(target: Target, precision: str, flops: float | None) -> tuple[floa
         if target.type == "cpu":
             return ASSUMED["cpu", ACTIVATION_BYTES[precision]][1], "assumed"
         card = next(name for least, name in ASSUMED_CARDS if target.memory >= least)
-        return DEVICES[card][precision], f"assumed: {card}"
+        return GPU_PEAK_FLOPS[card][precision], f"assumed: {card}"
     device = target.placement.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     if (peak := peak_flops(name, precision)) is not None:
         return peak, f"data sheet of {name}"
     print(f"measuring {device} for a moment; --flops spares that", file=sys.stderr)
-    return measure(device, getattr(torch, precision)).flops, "measured"
+    return measure_hardware(device, getattr(torch, precision)).flops, "measured"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +149,7 @@ class TrainingReport:
     model: str
     job: TrainingJob
     codes: int  # that an image can have
-    target: Target
+    target: TargetDevice
     peak: float  # FLOP/s of one device
     source: str  # of the peak
     mfu: float
@@ -168,9 +174,9 @@ class TrainingReport:
     @property
     def largest(self) -> int:
         """The largest --rows that fits, 0 for none."""
-        from cogview.planning.training import largest_rows
+        from cogview.planning.training import max_micro_batch
 
-        return largest_rows(self.job, self.target.memory)
+        return max_micro_batch(self.job, self.target.memory)
 
     @property
     def seconds(self) -> float:
@@ -182,11 +188,11 @@ class TrainingReport:
     @property
     def steps(self) -> int:
         """Of the run."""
-        return max(1, round(self.tokens / (self.job.batch * self.job.length)))
+        return max(1, round(self.tokens / (self.job.batch_size * self.job.length)))
 
     def remedies(self) -> list[str]:
         """Options with which it would fit; two changes at once only where no single one does."""
-        from cogview.planning.training import largest_rows
+        from cogview.planning.training import max_micro_batch
 
         changes = self._changes()
         most_again = [change for change in changes if "checkpointing" in change[1]][-1:]
@@ -195,22 +201,24 @@ class TrainingReport:
         found: list[str] = []
         for candidates in (changes, pairs):
             for option, settings in candidates if not found else ():
-                most = min(self.job.rows, largest_rows(replace(self.job, **settings), self.target.memory))
+                most = min(
+                    self.job.micro_batch_size, max_micro_batch(replace(self.job, **settings), self.target.memory)
+                )
                 if most:
-                    rows = f"--rows {most}" if most < self.job.rows else ""
+                    rows = f"--rows {most}" if most < self.job.micro_batch_size else ""
                     found.append(f"{option} {rows}".strip())
         return found
 
     def _changes(self) -> list[tuple[str, dict[str, Any]]]:
         """Options and what they change of the job: fewer rows, more recomputation, ZeRO, the host, an adapter."""
-        from cogview.planning.training import MODES, lora_parameters
+        from cogview.planning.training import CHECKPOINTING_MODES, lora_parameters
 
         job = self.job
         changes: list[tuple[str, dict[str, Any]]] = [("", {})]
-        for mode in MODES[MODES.index(job.checkpointing) + 1 :]:
+        for mode in CHECKPOINTING_MODES[CHECKPOINTING_MODES.index(job.checkpointing) + 1 :]:
             changes.append((f"--checkpointing {mode}", {"checkpointing": mode}))
         for stage in range(job.zero + 1, 4):
-            if job.world > 1 or job.offload:
+            if job.world_size > 1 or job.offload:
                 changes.append((f"--zero {stage}", {"engine": "deepspeed", "zero": stage}))
         for stage in range(max(job.zero, 2), 4) if not job.offload and job.device_type != "cpu" else ():
             option = "--offload" if stage == job.zero else f"--zero {stage} --offload"
@@ -223,7 +231,7 @@ class TrainingReport:
     def parts(self) -> list[tuple[str, str, int, str]]:
         """Of each part of a device's memory: its key, its name, its bytes and how they come about."""
         job, memory = self.job, self.memory
-        size, share = job.number_bytes, f" / {job.world} GPUs" if job.world > 1 else ""
+        size, share = job.number_bytes, f" / {job.world_size} GPUs" if job.world_size > 1 else ""
         count = f"{job.parameters:,} parameters"
         trained = count if job.trainable is None else f"{job.trained:,} trained parameters"
         if job.engine == "torch":
@@ -239,7 +247,9 @@ class TrainingReport:
             "selective": "results of products, the rest computed again",
             "full": "inputs of layers, the rest computed again",
         }[job.checkpointing]
-        kept += f": {job.transformer.num_layers} layers x {plural(job.rows, 'row')} x {job.length:,} positions"
+        kept += (
+            f": {job.transformer.num_layers} layers x {plural(job.micro_batch_size, 'row')} x {job.length:,} positions"
+        )
         overhead = "Python and PyTorch, measured" if job.device_type == "cpu" else "context and kernels, assumed"
         parts = [
             ("weights", "weights", memory.weights, weights),
@@ -255,21 +265,21 @@ class TrainingReport:
     def as_text(self) -> list[str]:
         """Lines to read."""
         job, memory = self.job, self.memory
-        each = " of each device" if job.world > 1 else ""
+        each = " of each device" if job.world_size > 1 else ""
         engine = job.engine + (f" ZeRO {job.zero}" if job.zero else "") + (", offloaded" if job.offload else "")
         adapter = "" if self.lora is None else f"an adapter of rank {self.lora}, "
         lines = [
-            f"{self.model}: training, {adapter}{plural(job.rows, 'row')} of {job.length:,} positions at once, "
-            f"{job.batch:,} rows a step, {job.precision}, {engine}, checkpointing {job.checkpointing}, on "
-            f"{f'{job.world} x ' if each else ''}{self.target}",
+            f"{self.model}: training, {adapter}{plural(job.micro_batch_size, 'row')} of {job.length:,} positions at once, "
+            f"{job.batch_size:,} rows a step, {job.precision}, {engine}, checkpointing {job.checkpointing}, on "
+            f"{f'{job.world_size} x ' if each else ''}{self.target}",
             "",
             f"memory{each}",
         ]
         lines += [f"  {name:<22}{format_bytes(count):>8}  {how}" for _, name, count, how in self.parts()]
         lines.append(f"  {'total':<22}{format_bytes(memory.total):>8}")
         if memory.host:
-            numbers = f"{memory.host * job.world / job.trained:.0f} bytes x {job.trained:,} parameters"
-            share = f" / {job.world} GPUs; as often as a host has GPUs" if each else ""
+            numbers = f"{memory.host * job.world_size / job.trained:.0f} bytes x {job.trained:,} parameters"
+            share = f" / {job.world_size} GPUs; as often as a host has GPUs" if each else ""
             lines.append(f"  {'on the host':<22}{format_bytes(memory.host):>8}  {numbers}{share}")
         usable = format_bytes(int((1 - ESTIMATE_MARGIN) * self.target.memory))
         room = f"{usable} may be taken: {ESTIMATE_MARGIN:.0%} of {format_bytes(self.target.memory)} stay free"
@@ -344,22 +354,24 @@ def training_sizes(flops: float | None, mfu: float) -> dict[str, Any]:
     ``flops`` (TFLOP/s) takes the place of the large card's own. On several of these the engine is DeepSpeed, stage 2.
     """
     from cogview.planning.training import (
-        DEVICES,
+        GPU_PEAK_FLOPS,
         TRAINING_PRESETS,
+        choose_micro_batch,
         preset_job,
-        suggest,
         training_memory,
         training_time,
     )
 
-    peak = DEVICES[TABLE_CARD]["bfloat16"] if flops is None else flops * 1e12
+    peak = GPU_PEAK_FLOPS[TABLE_CARD]["bfloat16"] if flops is None else flops * 1e12
     sizes = []
     for name, own in TRAINING_PRESETS.items():
         job = preset_job(name)
         times = []
         for world in TABLE_GPUS:
-            many = replace(job, world=world, engine="torch" if world == 1 else "deepspeed", zero=0 if world == 1 else 2)
-            rows, mode = suggest(many, TABLE_BYTES)
+            many = replace(
+                job, world_size=world, engine="torch" if world == 1 else "deepspeed", zero=0 if world == 1 else 2
+            )
+            rows, mode = choose_micro_batch(many, TABLE_BYTES)
             seconds = training_time(replace(many, checkpointing=mode), own.tokens, peak, mfu)
             times.append({"gpus": world, "rows": rows, "checkpointing": mode, "seconds": seconds})
         sizes.append(

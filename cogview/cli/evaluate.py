@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from cogview.cli.recipes import Recipe, add_recipe_arguments, open_recipe
-from cogview.config_io import to_plain
+from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.captions import evaluate_captions, format_caption_report
 from cogview.emoji.evaluation.rerank import evaluate_rerank, format_rerank_report
 from cogview.emoji.evaluation.upscale import evaluate_upscale, format_upscale_report
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.evaluation.harness import choose_sampling, evaluate_scenes, format_report
 from cogview.files import json_line, read_json, write_json
 from cogview.generation.sampling import Sampling
 from cogview.image_io.contact_sheet import contact_sheet
-from cogview.pipeline.cogview import CogView, checked_seed
-from cogview.training.loop import Run
+from cogview.pipeline.cogview import CogView, resolve_seed
+from cogview.training.loop import RunFolder
 
 # What each measure is written down as, and its table.
 MEASURES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
@@ -79,9 +79,9 @@ def run(args: argparse.Namespace) -> int:
     candidates = CANDIDATES if args.candidates is None else args.candidates
     if candidates < 1:
         raise InputError(f"--candidates must be at least 1, got {candidates}")
-    seed = checked_seed(args.seed)
+    seed = resolve_seed(args.seed)
     recipe = open_recipe(args)
-    world = World.load(recipe.world)
+    world = EmojiWorld.load(recipe.world)
     model = CogView.from_pretrained(args.model or last_checkpoint(recipe), device=args.device)
     sampling = model.sampling(args.temperature, args.top_k, args.top_p)
     output = args.output or recipe.work / "report"
@@ -137,7 +137,7 @@ def refuse_unused(args: argparse.Namespace) -> None:
             )
 
 
-def tune(model: CogView, world: World, count: int, batch_size: int, output: Path) -> Sampling:
+def tune(model: CogView, world: EmojiWorld, count: int, batch_size: int, output: Path) -> Sampling:
     """The best settings of the grid; what each of them came to is in sampling.json."""
     grid = [
         Sampling(temperature=temperature, top_k=top_k)
@@ -145,7 +145,7 @@ def tune(model: CogView, world: World, count: int, batch_size: int, output: Path
     ]
     results = choose_sampling(model, world, grid, count=count, batch_size=batch_size)
     table = [
-        {"sampling": to_plain(tried), "everything": grades["everything"], "object": grades["object"]}
+        {"sampling": to_mapping(tried), "everything": grades["everything"], "object": grades["object"]}
         for tried, grades in results
     ]
     write_json(output / "sampling.json", table)
@@ -173,7 +173,7 @@ def read_report(recipe: Recipe, measure: str) -> dict[str, Any] | None:
 
 def last_checkpoint(recipe: Recipe) -> Path:
     """The newest checkpoint of the recipe's transformer."""
-    found = Run(recipe.transformer_run).checkpoints()
+    found = RunFolder(recipe.transformer_run).checkpoints()
     if not found:
         raise InputError(f"{recipe.transformer_run} holds no checkpoint; train with: cogview train {recipe.path}")
     return found[-1]

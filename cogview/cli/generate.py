@@ -13,8 +13,8 @@ from cogview.cli.options import (
     add_seed_argument,
     require_positive,
 )
-from cogview.cli.session import Easel, Enlargement, Order, easel_of
-from cogview.cli.text_io import ask_lines
+from cogview.cli.session import GenerationSession, ImageOutput, UpscaleInput, open_session
+from cogview.cli.text_io import prompt_lines
 from cogview.errors import InputError
 
 
@@ -75,26 +75,26 @@ def run(args: argparse.Namespace) -> int:
         raise InputError('no prompt was given; write it behind the command: cogview generate "一个红苹果"')
     prepare_folder(args.output)
     tasks = ["generate"] + ["caption"] * (args.keep is not None) + ["upscale"] * args.upscale
-    easel = easel_of(args, tasks)
-    easel.announce()
+    easel = open_session(args, tasks)
+    easel.print_header()
     if not asking:
         return draw_prompts(easel, prompts, args)
-    for prompt in ask_lines("What shall I draw? (an empty line ends)"):
+    for prompt in prompt_lines("What shall I draw? (an empty line ends)"):
         draw_prompts(easel, [prompt], args)
     return 0
 
 
-def draw_prompts(easel: Easel, prompts: Sequence[str], args: argparse.Namespace) -> int:
+def draw_prompts(easel: GenerationSession, prompts: Sequence[str], args: argparse.Namespace) -> int:
     """Draw ``args.n`` pictures of each prompt into ``args.output``, and what else was asked for."""
     from cogview.image_io.png import safe_name
 
-    good = [prompt for prompt in prompts if easel.accepts(prompt)]
+    good = [prompt for prompt in prompts if easel.check_prompt(prompt)]
     orders = [
-        Order(wish=wish, path=args.output / f"{safe_name(prompt)}-seed{wish.seed}-{wish.index}.png")
+        ImageOutput(request=wish, path=args.output / f"{safe_name(prompt)}-seed{wish.seed}-{wish.index}.png")
         for prompt in good
-        for wish in easel.wishes(prompt, args.n)
+        for wish in easel.requests(prompt, args.n)
     ]
-    drawn = easel.draw([orders], "drawing", len(orders), easel.grid**2)
+    drawn = easel.generate([orders], "drawing", len(orders), easel.grid**2)
     if args.keep is not None:
         drawn = easel.best(drawn, args.n, args.keep)
     sheet, small = [], []
@@ -104,7 +104,7 @@ def draw_prompts(easel: Easel, prompts: Sequence[str], args: argparse.Namespace)
             sheet.append(picture)
         if args.upscale:
             up = path.with_name(f"{path.stem}-up.png")
-            small.append(Enlargement(image=picture, prompt=picture.prompt, source=path.name, path=up))
+            small.append(UpscaleInput(image=picture, prompt=picture.prompt, source=path.name, path=up))
     if small:
         easel.upscale(small, len(small))
     if sheet:

@@ -30,18 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert; an interrupted import is continued."""
     from cogview.checkpoints.checkpoint import read_config
-    from cogview.checkpoints.registry import find_checkpoint
-    from cogview.data.v1_datasets import ReleasedRows, import_released
+    from cogview.checkpoints.registry import resolve_checkpoint
+    from cogview.data.v1_datasets import V1Dataset, import_dataset
     from cogview.files import file_sha256
 
-    folder = find_checkpoint(args.model)
+    folder = resolve_checkpoint(args.model)
     config = read_config(folder)
     text_model = folder / "text.model"
     if not text_model.is_file():
         raise InputError(f"the checkpoint {folder} is incomplete: text.model is missing")
     text_sha256 = file_sha256(text_model)
     sources = [
-        ReleasedRows(
+        V1Dataset(
             Path(source),
             num_image_codes=config.vocabulary.num_image_codes,
             num_text_pieces=config.vocabulary.num_text_pieces,
@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
         )
         for source in args.sources
     ]
-    made = import_released(args.output, sources, skip_bad=args.skip_bad)
-    if made.left_out:
-        print(f"rows left out: {made.left_out:,}; the first: {made.first_error}", file=sys.stderr)
+    made = import_dataset(args.output, sources, skip_bad=args.skip_bad)
+    if made.skipped:
+        print(f"rows left out: {made.skipped:,}; the first: {made.first_error}", file=sys.stderr)
     print(f"{args.output}: {made.rows:,} rows")
     return 0

@@ -12,8 +12,8 @@ from cogview.errors import InputError
 from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
-    from cogview.checkpoints.registry import KnownModel
-    from cogview.checkpoints.safetensors_io import Spec
+    from cogview.checkpoints.registry import ModelEntry
+    from cogview.checkpoints.safetensors_io import TensorSpec
     from cogview.modeling.config import TransformerConfig
 
 # The commands that ask for each task.
@@ -42,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print; weights are not loaded."""
-    from cogview.checkpoints.registry import find_checkpoint, is_released, known_models
+    from cogview.checkpoints.registry import is_v1, load_registry, resolve_checkpoint
 
-    known = known_models()
+    known = load_registry()
     if args.model is None:
         for option, given in (("--things", args.things), ("--hashes", args.hashes)):
             if given:
@@ -55,13 +55,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     bundle, path = known.get(args.model), Path(args.model)
     if args.things:
-        lines = things_lines(find_checkpoint(args.model))
+        lines = things_lines(resolve_checkpoint(args.model))
     elif bundle is not None and bundle.parts and not args.hashes:
         lines = bundle_lines(args.model, bundle)
-    elif args.model not in known and (path.is_file() or is_released(path)):
+    elif args.model not in known and (path.is_file() or is_v1(path)):
         lines = table(released_facts(path), path, hashes=args.hashes)
     else:
-        folder = find_checkpoint(args.model)
+        folder = resolve_checkpoint(args.model)
         lines = table(model_facts(folder, args.model), folder, hashes=args.hashes)
     print("\n".join(lines))
     return 0
@@ -70,13 +70,13 @@ def run(args: argparse.Namespace) -> int:
 def model_facts(folder: Path, name: str) -> dict[str, str]:
     """A checkpoint folder in words."""
     from cogview.checkpoints.checkpoint import read_config, read_things
-    from cogview.checkpoints.registry import known_models
+    from cogview.checkpoints.registry import load_registry
     from cogview.checkpoints.safetensors_io import WeightsFile
 
     config = read_config(folder)
     vocabulary, sampling = config.vocabulary, config.sampling
     facts = {"model": name}
-    if (row := known_models().get(name)) is not None:
+    if (row := load_registry().get(name)) is not None:
         facts |= {"about": row.about, "licence": row.licence}
     facts |= {
         "tasks": ", ".join(config.tasks),
@@ -92,8 +92,8 @@ def model_facts(folder: Path, name: str) -> dict[str, str]:
         "sampling": f"temperature {sampling.temperature:g}, top-k {sampling.top_k or 'off'}, "
         f"top-p {_or_off(sampling.top_p)}, guidance {_or_off(sampling.guidance)}, "
         f"text attention {_or_off(sampling.text_attention)}",
-        "guidance": f"possible: {config.caption_drop:.0%} of the captions were left out in training"
-        if config.caption_drop
+        "guidance": f"possible: {config.caption_dropout:.0%} of the captions were left out in training"
+        if config.caption_dropout
         else "not possible: no captions were left out in training",
     }
     if things := read_things(folder):
@@ -103,32 +103,32 @@ def model_facts(folder: Path, name: str) -> dict[str, str]:
 
 def released_facts(path: Path) -> dict[str, str]:
     """A file or a folder of the release in words; InputError for anything else."""
-    from cogview.checkpoints.registry import is_released
+    from cogview.checkpoints.registry import is_v1
 
     if path.suffix == ".model":
         return text_model_facts(path)
-    if not is_released(path):
+    if not is_v1(path):
         raise InputError(
             f"{path} is no model: expected a name, a checkpoint folder, or a released file (.tar, .pt or .model)"
         )
-    from cogview.checkpoints.v1_format import is_released_vqvae
+    from cogview.checkpoints.v1_format import is_v1_vqvae
 
-    if path.suffix == ".pt" and path.is_file() and is_released_vqvae(path):
+    if path.suffix == ".pt" and path.is_file() and is_v1_vqvae(path):
         return image_tokenizer_facts(path)
     return transformer_facts(path)
 
 
 def transformer_facts(path: Path) -> dict[str, str]:
     """A released transformer in words, and how to convert it; none of its tensors is read."""
-    from cogview.checkpoints.registry import convert_command, known_models
+    from cogview.checkpoints.registry import convert_command, load_registry
     from cogview.checkpoints.v1_convert import tasks_by_name
-    from cogview.checkpoints.v1_format import ReleasedTransformer
+    from cogview.checkpoints.v1_format import V1Transformer
 
-    row = known_models().get(path.name.removesuffix(".tar"))
+    row = load_registry().get(path.name.removesuffix(".tar"))
     published = row is not None and bool(row.files)
     command = convert_command({"transformer": path}) + ("" if published else " -o FOLDER")
     tasks = tasks_by_name(path)
-    with ReleasedTransformer(path) as transformer:
+    with V1Transformer(path) as transformer:
         shape = transformer.config
         assumed = f", each {shape.head_size} wide, which no weight tells" if transformer.heads_are_assumed else ""
         return {
@@ -149,11 +149,11 @@ def transformer_facts(path: Path) -> dict[str, str]:
 
 def image_tokenizer_facts(path: Path) -> dict[str, str]:
     """A released image tokenizer in words."""
-    from cogview.checkpoints.safetensors_io import Spec
-    from cogview.checkpoints.v1_format import read_released_vqvae
+    from cogview.checkpoints.safetensors_io import TensorSpec
+    from cogview.checkpoints.v1_format import read_v1_vqvae
     from cogview.vqvae.model import PIXELS_PER_CODE
 
-    config, weights = read_released_vqvae(path)
+    config, weights = read_v1_vqvae(path)
     networks = sum(tensor.numel() for name, tensor in weights.items() if not name.startswith("quantizer."))
     return {
         "model": str(path),
@@ -161,7 +161,7 @@ def image_tokenizer_facts(path: Path) -> dict[str, str]:
         "codes": f"{config.num_codes}, each {config.code_width} numbers wide",
         "pictures": f"{PIXELS_PER_CODE} x {PIXELS_PER_CODE} pixels a code",
         "networks": f"{config.architecture}, channels {', '.join(map(str, config.channels))}, {networks:,} parameters",
-        "weights": weights_in_words({name: Spec(t.dtype, tuple(t.shape)) for name, t in weights.items()}),
+        "weights": weights_in_words({name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in weights.items()}),
     }
 
 
@@ -180,7 +180,7 @@ def text_model_facts(path: Path) -> dict[str, str]:
     }
 
 
-def bundle_lines(name: str, row: KnownModel) -> list[str]:
+def bundle_lines(name: str, row: ModelEntry) -> list[str]:
     """A bundle in words: its models, and which of them are on this machine."""
     from cogview.checkpoints.registry import converted_folder, is_converted
 
@@ -216,21 +216,21 @@ def things_lines(folder: Path) -> list[str]:
     return [f"{thing.emoji}\t{thing.name}\t{'、'.join(thing.synonyms)}".rstrip() for thing in things]
 
 
-def weights_in_words(specs: Mapping[str, Spec]) -> str:
+def weights_in_words(specs: Mapping[str, TensorSpec]) -> str:
     """The dtypes of weights."""
-    from cogview.checkpoints.precision import stored_few_bits
-    from cogview.modeling.quantization import is_rounded, parts_of
+    from cogview.checkpoints.precision import stored_quantization
+    from cogview.modeling.quantization import is_quantized, quantized_names
 
-    few_bits = stored_few_bits(specs)
+    few_bits = stored_quantization(specs)
     if few_bits is None:
         return _dtypes(specs.values())
-    rounded = dict(parts_of(name, few_bits) for name in specs if is_rounded(name))
+    rounded = dict(quantized_names(name, few_bits) for name in specs if is_quantized(name))
     rest = [spec for name, spec in specs.items() if name not in rounded.keys() | rounded.values()]
     scales = [specs[name] for name in rounded.values()]
     return f"{few_bits}, with scales in {_dtypes(scales)}; the rest {_dtypes(rest)}"
 
 
-def _dtypes(specs: Iterable[Spec]) -> str:
+def _dtypes(specs: Iterable[TensorSpec]) -> str:
     """Each dtype once, that of the first tensor first."""
     return ", ".join(dict.fromkeys(str(spec.dtype).removeprefix("torch.") for spec in specs))
 

@@ -21,7 +21,7 @@ READ_AT_A_TIME = 64  # images, where nothing says how many
 T = TypeVar("T")
 
 
-class Images:
+class ImageReader:
     """The images of one command. One that cannot be read stops no other, and is told at the end."""
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Images:
             first, count = next(iter(self.problems.values())), len(self.problems)
             raise InputError(first if count == 1 else f"none of {count} images can be read; the first: {first}")
 
-    def finish(self, done: int) -> int:
+    def report_failures(self, done: int) -> int:
         """Name on stderr the images that could not be read; returns 1 if there were some beside the ``done``, else 0.
 
         InputError if there were no others.
@@ -91,28 +91,28 @@ class Images:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Query:
+class TextImageQuery:
     """A text and the images that it belongs to."""
 
     prompt: str
     paths: tuple[Path, ...]
 
     @classmethod
-    def parse(cls, line: str) -> Query:
+    def parse(cls, line: str) -> TextImageQuery:
         """From TEXT<TAB>IMAGE<TAB>IMAGE…, with any number of images."""
         prompt, *names = (field.strip() for field in line.split("\t"))
         return cls(prompt=prompt, paths=tuple(map(Path, names)))
 
 
-def read_queries(args: argparse.Namespace, images: Images, line: str) -> list[Query]:
+def read_queries(args: argparse.Namespace, images: ImageReader, line: str) -> list[TextImageQuery]:
     """What ``add_query_arguments`` was given: one query, or one for each ``line`` of the file."""
     if args.input is not None:
         if args.images or args.prompt is not None:
             raise InputError("--input brings texts and images: give it alone, or --prompt TEXT and IMAGE…")
-        return [Query.parse(text) for text in read_lines(args.input, f"lines {line}")]
+        return [TextImageQuery.parse(text) for text in read_lines(args.input, f"lines {line}")]
     if args.prompt is None or not args.images:
         raise InputError(f"give --prompt TEXT and IMAGE…, or --input FILE with lines {line}")
-    return [Query(prompt=args.prompt, paths=tuple(images.find(args.images)))]
+    return [TextImageQuery(prompt=args.prompt, paths=tuple(images.find(args.images)))]
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.cli.caption import caption_line
-from cogview.cli.inputs import Images
+from cogview.cli.inputs import ImageReader
 from cogview.cli.options import SAMPLING
-from cogview.cli.progress import Bar
-from cogview.cli.session import Easel, easel_of
+from cogview.cli.progress import ProgressBar
+from cogview.cli.session import GenerationSession, open_session
 from cogview.errors import InputError
-from cogview.jobs.journal import Ledger, fingerprint, refuse_old
-from cogview.jobs.locks import Claims, place, run
-from cogview.jobs.records import Line, digest, name_of, read_job
+from cogview.jobs.journal import JobJournal, fingerprint, refuse_existing
+from cogview.jobs.locks import JobLocks, rank_and_world_size, run_chunks
+from cogview.jobs.records import JobRecord, digest, name_of, read_job
 from cogview.signals import GracefulStop
 
 if TYPE_CHECKING:
@@ -27,63 +27,63 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cogview.generation.sampling import Sampling
-    from cogview.pipeline.cogview import Picture, Wish
+    from cogview.pipeline.cogview import GeneratedImage, GenerationRequest
 
 MOST_ON_SHEET = 1000  # pictures
 STOPPING = "finishing this batch; press Ctrl-C again to stop at once"
 MOST_NOTES = 100  # prompts that are looked at for what a model may not know
-DRAWN = ("generate", "complete")  # tasks whose pictures are ranked, upscaled and laid on a sheet
+IMAGE_TASKS = ("generate", "complete")  # tasks whose pictures are ranked, upscaled and laid on a sheet
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ResolvedRecord:
     """A line that can be done: how many results, and how to draw them and their enlargements."""
 
-    line: Line
+    record: JobRecord
     n: int
     sampling: Sampling
-    enlarging: Sampling | None = None  # None: they are not enlarged
+    upscale_sampling: Sampling | None = None  # None: they are not enlarged
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Group:
+class WorkItem:
     """Results that are made together: of ``wishes``, whose images are still to be read, the best ``ids``."""
 
-    asked: Asked
-    wishes: Sequence[Wish]
+    resolved: ResolvedRecord
+    requests: Sequence[GenerationRequest]
     paths: Sequence[Path]  # of the pictures of ``wishes``; a caption has none
     ids: Sequence[str]
-    enlarged: Sequence[str]  # ids of the enlargements, one for each of ``ids``, or none
+    upscaled: Sequence[str]  # ids of the enlargements, one for each of ``ids``, or none
 
     @property
     def names(self) -> list[str]:
         """The ids of all its results."""
-        return [*self.ids, *self.enlarged]
+        return [*self.ids, *self.upscaled]
 
 
 def run_job(args: argparse.Namespace) -> int:
     """Do all lines that can be done; status 2 if there was one that cannot, 130 if the job was interrupted."""
-    from cogview.device import take_local_gpu
+    from cogview.device import use_local_rank_gpu
     from cogview.image_io.png import prepare_folder
 
     lines, problems = read_job(args.input)
-    pictures = sum(line.n or args.n for line in lines if line.task in DRAWN)
+    pictures = sum(line.n or args.n for line in lines if line.task in IMAGE_TASKS)
     if args.grid and pictures > MOST_ON_SHEET:
         raise InputError(f"--grid makes one sheet of at most {MOST_ON_SHEET} pictures, got {pictures}: leave it out")
     prepare_folder(args.output)
     name = "stdin" if args.input == "-" else Path(args.input).stem
     path = args.output / f"{name}.ledger.jsonl"
-    claims = Claims(path)
+    claims = JobLocks(path)
     try:
         if not args.resume:
-            refuse_old(path, claims)
-        take_local_gpu()
-        easel = easel_of(args, ["caption"] * (args.keep is not None) + ["upscale"] * args.upscale)
-        job = Job(easel, args, lines, problems)
+            refuse_existing(path, claims)
+        use_local_rank_gpu()
+        easel = open_session(args, ["caption"] * (args.keep is not None) + ["upscale"] * args.upscale)
+        job = JobRunner(easel, args, lines, problems)
         header = {"job": digest(lines, args.input), **job.header()}
         # What was made since the look above, other processes have made that began beside this one.
         adopt = ["batch"] + ["seed"] * (args.seed is None)
-        ledger = Ledger.open(path, header, claims=claims, resume=True, adopt=adopt)
+        ledger = JobJournal.open(path, header, locks=claims, resume=True, inherit_keys=adopt)
         try:
             return job.run(ledger, claims)
         finally:
@@ -92,18 +92,20 @@ def run_job(args: argparse.Namespace) -> int:
         claims.close()
 
 
-class Job:
+class JobRunner:
     """The lines of a file, and the model that does them."""
 
-    def __init__(self, easel: Easel, args: argparse.Namespace, lines: Sequence[Line], problems: Sequence[str]) -> None:
+    def __init__(
+        self, easel: GenerationSession, args: argparse.Namespace, lines: Sequence[JobRecord], problems: Sequence[str]
+    ) -> None:
         self.easel = easel
         self.model = easel.model
         self.args = args
-        self.first = place()[0] == 0  # of several processes, that which tells what concerns all
-        self.images = Images()
-        self.unread: set[Line] = set()  # lines whose images cannot be read
+        self.first = rank_and_world_size()[0] == 0  # of several processes, that which tells what concerns all
+        self.images = ImageReader()
+        self.unread: set[JobRecord] = set()  # lines whose images cannot be read
         self.problems = list(problems)
-        self.asked: list[Asked] = []
+        self.asked: list[ResolvedRecord] = []
         self.sampling = {
             task: self.model.sampling(**easel.settings, task=task)
             for task in dict.fromkeys([*map(_weights_of, lines), *easel.sampling])
@@ -111,7 +113,7 @@ class Job:
         }
         for line in lines:
             try:
-                self.asked.append(self._ask(line))
+                self.asked.append(self._resolve(line))
             except ValueError as error:
                 self.problems.append(f"line {line.number}: {error}")
         if not self.asked:
@@ -122,18 +124,18 @@ class Job:
     def header(self) -> dict[str, Any]:
         """What must be the same when the job goes on; how much is done at a time is planned here."""
         from cogview.checkpoints.adapter import Adapter
-        from cogview.checkpoints.registry import find_checkpoint
+        from cogview.checkpoints.registry import resolve_checkpoint
 
         easel, model = self.easel, self.model
-        folders = model.bundle.folders.values() if model.bundle else [find_checkpoint(model.name)]
+        folders = model.bundle.folders.values() if model.bundle else [resolve_checkpoint(model.name)]
         prints = [fingerprint(folder) for folder in folders]
         if model.adapter is not None:
             prints.append(Adapter(model.adapter).sha256())
-        wishes = [wish for group in self.groups(easel.seed) for wish in group.wishes]
+        wishes = [wish for group in self.groups(easel.seed) for wish in group.requests]
         return {
             "model": model.name,
             "weights": " ".join(dict.fromkeys(prints)),
-            "dtype": model.placement.numbers,
+            "dtype": model.placement.weight_format,
             "kv_dtype": self.args.kv_dtype,
             "device": model.placement.device.type,
             "sampling": {task: asdict(sampling) for task, sampling in self.sampling.items()},
@@ -141,27 +143,29 @@ class Job:
             "n": self.args.n,
             "keep": self.args.keep,
             "upscale": self.args.upscale,
-            "batch": max(model.plan(wishes, batch_size=easel.ceiling)),
+            "batch": max(model.batch_sizes(wishes, batch_size=easel.ceiling)),
         }
 
-    def groups(self, seed: int) -> list[Group]:
+    def groups(self, seed: int) -> list[WorkItem]:
         """Every result of the job, in order. The images of wishes are blank; names of files follow from the job alone.
 
         The same line twice goes on counting, as a larger n does.
         """
-        from cogview.pipeline.cogview import Wish
+        from cogview.pipeline.cogview import GenerationRequest
 
         counts: Counter[tuple[Any, ...]] = Counter()
         taken: set[str] = set()
         groups = []
         for asked in self.asked:
-            line = asked.line
+            line = asked.record
             own = seed if line.seed is None else line.seed
             same = (line.task, line.prompt, line.image, line.rows, own, asked.sampling)
             first, counts[same] = counts[same], counts[same] + asked.n
-            task, codes = _weights_of(line), self._blank(line)
+            task, codes = _weights_of(line), self._placeholder(line)
             wishes = [
-                Wish(prompt=line.prompt or "", seed=own, index=index, task=task, codes=codes, sampling=asked.sampling)
+                GenerationRequest(
+                    prompt=line.prompt or "", seed=own, index=index, task=task, codes=codes, sampling=asked.sampling
+                )
                 for index in range(first, first + asked.n)
             ]
             paths = [
@@ -170,30 +174,34 @@ class Job:
                 if task != "caption"
             ]
             ids = [f"{line.key}/{number}" for number in range(asked.n)]
-            enlarged = [f"{name}/up" for name in ids if asked.enlarging]
+            enlarged = [f"{name}/up" for name in ids if asked.upscale_sampling]
             if self._is_ranked(line):
                 keep = slice(self.args.keep)
-                groups.append(Group(asked=asked, wishes=wishes, paths=paths, ids=ids[keep], enlarged=enlarged[keep]))
+                groups.append(
+                    WorkItem(resolved=asked, requests=wishes, paths=paths, ids=ids[keep], upscaled=enlarged[keep])
+                )
                 continue
             for one in (slice(number, number + 1) for number in range(asked.n)):
                 groups.append(
-                    Group(asked=asked, wishes=wishes[one], paths=paths[one], ids=ids[one], enlarged=enlarged[one])
+                    WorkItem(
+                        resolved=asked, requests=wishes[one], paths=paths[one], ids=ids[one], upscaled=enlarged[one]
+                    )
                 )
         return groups
 
-    def run(self, ledger: Ledger, claims: Claims) -> int:
+    def run(self, ledger: JobJournal, claims: JobLocks) -> int:
         """Make what is not in the ledger."""
         easel = self.easel
         easel.seed = ledger.header["seed"]
         groups = self.groups(easel.seed)
-        chunks = _cut(groups, ledger.header["batch"])
+        chunks = _split_chunks(groups, ledger.header["batch"])
         if self.first:
-            easel.announce()
+            easel.print_header()
             for problem in self.problems:
                 print(f"skipped: {problem}", file=sys.stderr)
-            prompts = dict.fromkeys(asked.line.prompt for asked in self.asked if asked.line.task != "caption")
+            prompts = dict.fromkeys(asked.record.prompt for asked in self.asked if asked.record.task != "caption")
             for prompt in islice(prompts, MOST_NOTES):
-                easel.accepts(prompt or "")
+                easel.check_prompt(prompt or "")
         missing = {name: self._codes(group) for group in groups for name in group.names if name not in ledger.done}
         with (
             GracefulStop(STOPPING if self.first else None) as stop,
@@ -203,10 +211,10 @@ class Job:
             def work(number: int, names: Sequence[str]) -> None:
                 self._make(chunks[number], set(names), ledger, bar)
                 there = [codes for name, codes in missing.items() if name in ledger.done]
-                bar.settle(len(there), sum(there))
+                bar.set_progress(len(there), sum(there))
 
             names = [[name for group in chunk for name in group.names] for chunk in chunks]
-            run(names, ledger, claims, work, stop.requested)
+            run_chunks(names, ledger, claims, work, stop.requested)
         count = sum(map(len, names))
         left = count - sum(name in ledger.done for chunk in names for name in chunk)
         if stop.requested() and left:
@@ -216,10 +224,12 @@ class Job:
         if self.first and not missing:
             print(f"{count} of {count} results were there already", file=sys.stderr)
         if self.first and self.args.grid:
-            self._save_sheet([name for group in groups if group.asked.line.task in DRAWN for name in group.ids], ledger)
+            self._save_sheet(
+                [name for group in groups if group.resolved.record.task in IMAGE_TASKS for name in group.ids], ledger
+            )
         return 2 if self.problems or self.unread else 0
 
-    def _ask(self, line: Line) -> Asked:
+    def _resolve(self, line: JobRecord) -> ResolvedRecord:
         """ValueError says why a line cannot be done."""
         from cogview.generation.sampling import GREEDY, Sampling
 
@@ -231,22 +241,22 @@ class Job:
                 raise InputError(f"{' and '.join(unused)} cannot be set for captions")
             n = line.n or 1
             drawn = Sampling(**{"top_k": 0, **settings})
-            return Asked(line=line, n=n, sampling=drawn if settings or n > 1 else GREEDY)
+            return ResolvedRecord(record=line, n=n, sampling=drawn if settings or n > 1 else GREEDY)
         assert line.prompt is not None
-        if (problem := self.model.problem_with(line.prompt)) is not None:
+        if (problem := self.model.prompt_problem(line.prompt)) is not None:
             raise InputError(problem)
         if line.rows is not None and line.rows >= self.easel.grid:
             raise InputError(f"the rows to keep must be from 0 to {self.easel.grid - 1}, got {line.rows}")
         settings = {**self.easel.settings, **settings}
-        enlarged = self.args.upscale and line.task in DRAWN
-        return Asked(
-            line=line,
+        enlarged = self.args.upscale and line.task in IMAGE_TASKS
+        return ResolvedRecord(
+            record=line,
             n=line.n or self.args.n,
             sampling=self.model.sampling(**settings, task=task),
-            enlarging=self.model.sampling(**settings, task="upscale") if enlarged else None,
+            upscale_sampling=self.model.sampling(**settings, task="upscale") if enlarged else None,
         )
 
-    def _blank(self, line: Line) -> np.ndarray | None:
+    def _placeholder(self, line: JobRecord) -> np.ndarray | None:
         """In place of the codes that are given, as many."""
         import numpy as np
 
@@ -255,7 +265,7 @@ class Job:
             None if line.image is None else np.zeros((grid if line.rows is None else line.rows, grid), dtype=np.int64)
         )
 
-    def _read(self, line: Line) -> Image.Image | None:
+    def _read(self, line: JobRecord) -> Image.Image | None:
         """The image of a line; None, and a word on stderr, if it cannot be read."""
         from tqdm import tqdm
 
@@ -269,18 +279,18 @@ class Job:
             self.unread.add(line)
         return image
 
-    def _make(self, chunk: Sequence[Group], missing: set[str], ledger: Ledger, bar: Bar) -> None:
+    def _make(self, chunk: Sequence[WorkItem], missing: set[str], ledger: JobJournal, bar: ProgressBar) -> None:
         """Make all of a chunk, so that batches are ever the same, and write what is ``missing``."""
-        asking = dict.fromkeys(group.asked.line for group in chunk if group.asked.line.image is not None)
+        asking = dict.fromkeys(group.resolved.record for group in chunk if group.resolved.record.image is not None)
         images = {line: image for line in asking if (image := self._read(line)) is not None}
-        chunk = [group for group in chunk if group.asked.line in images or group.asked.line not in asking]
+        chunk = [group for group in chunk if group.resolved.record in images or group.resolved.record not in asking]
         if not any(name in missing for group in chunk for name in group.names):
             return
-        given = dict(zip(images, self.model.codes_of(list(images.values())), strict=True)) if images else {}
+        given = dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
         wishes = {
             group: [
-                replace(wish, codes=given[line][: line.rows]) if (line := group.asked.line) in given else wish
-                for wish in group.wishes
+                replace(wish, codes=given[line][: line.rows]) if (line := group.resolved.record) in given else wish
+                for wish in group.requests
             ]
             for group in chunk
         }
@@ -288,58 +298,58 @@ class Job:
             {
                 wish: path
                 for group, own in wishes.items()
-                if group.asked.line.task in DRAWN
+                if group.resolved.record.task in IMAGE_TASKS
                 for wish, path in zip(own, group.paths, strict=True)
             }
         )
         ceiling = min(ledger.header["batch"], self.easel.ceiling or ledger.header["batch"])
-        made = self.model.make([wish for own in wishes.values() for wish in own], batch_size=ceiling, watch=bar.watch)
-        small: list[tuple[Group, str, Picture, Path]] = []  # to be enlarged, and where it lies
+        made = self.model.run([wish for own in wishes.values() for wish in own], batch_size=ceiling, callback=bar.watch)
+        small: list[tuple[WorkItem, str, GeneratedImage, Path]] = []  # to be enlarged, and where it lies
         for group, own in wishes.items():
             results: list[Any] = list(islice(made, len(own)))
-            if self._is_ranked(group.asked.line):
+            if self._is_ranked(group.resolved.record):
                 results = self.model.rerank(results, batch_size=ceiling)
             paths = dict(zip((wish.index for wish in own), group.paths, strict=False))
             for number, (name, result) in enumerate(zip(group.ids, results, strict=False)):  # the best of them
                 if name in missing:
-                    self._write(name, group.asked.line, result, paths.get(result.index), ledger)
-                if group.enlarged:
-                    small.append((group, group.enlarged[number], result, self.args.output / ledger.done[name]["path"]))
+                    self._write(name, group.resolved.record, result, paths.get(result.index), ledger)
+                if group.upscaled:
+                    small.append((group, group.upscaled[number], result, self.args.output / ledger.done[name]["path"]))
             for wish in own:
                 bar.finished(wish)
         if small:
-            self._enlarge(small, missing, ledger, ceiling, bar)
+            self._upscale(small, missing, ledger, ceiling, bar)
 
-    def _enlarge(
+    def _upscale(
         self,
-        small: Sequence[tuple[Group, str, Picture, Path]],
+        small: Sequence[tuple[WorkItem, str, GeneratedImage, Path]],
         missing: set[str],
-        ledger: Ledger,
+        ledger: JobJournal,
         ceiling: int,
-        bar: Bar,
+        bar: ProgressBar,
     ) -> None:
         """Upscale pictures of a chunk."""
-        from cogview.pipeline.cogview import Wish
+        from cogview.pipeline.cogview import GenerationRequest
 
         wishes = [
-            Wish(
+            GenerationRequest(
                 prompt=picture.prompt,
                 seed=picture.seed,
                 index=picture.index,
                 task="upscale",
                 codes=picture.codes,
-                sampling=group.asked.enlarging,
+                sampling=group.resolved.upscale_sampling,
             )
             for group, _, picture, _ in small
         ]
-        made = self.model.make(wishes, batch_size=ceiling, watch=bar.watch)
+        made = self.model.run(wishes, batch_size=ceiling, callback=bar.watch)
         for (group, name, _, path), large in zip(small, made, strict=True):
             if name in missing:
                 source = path.relative_to(self.args.output)
-                line = replace(group.asked.line, task="upscale", image=source, rows=None)
+                line = replace(group.resolved.record, task="upscale", image=source, rows=None)
                 self._write(name, line, large, path.with_name(f"{path.stem}-up.png"), ledger)
 
-    def _write(self, name: str, line: Line, result: Any, path: Path | None, ledger: Ledger) -> None:
+    def _write(self, name: str, line: JobRecord, result: Any, path: Path | None, ledger: JobJournal) -> None:
         """Write a result, then record it."""
         from tqdm import tqdm
 
@@ -358,13 +368,13 @@ class Job:
                 facts["score"] = result.score.log_probability
         ledger.record(name, **facts, log_probability=result.log_probability)
 
-    def _save_sheet(self, names: Sequence[str], ledger: Ledger) -> None:
+    def _save_sheet(self, names: Sequence[str], ledger: JobJournal) -> None:
         """Lay the pictures of the job, as their files are, on one sheet."""
         import numpy as np
         from PIL import Image
 
         from cogview.image_io.contact_sheet import contact_sheet
-        from cogview.image_io.png import read_texts, save_png, sheet_texts
+        from cogview.image_io.png import read_metadata, save_png, sheet_metadata
 
         paths = [self.args.output / ledger.done[name]["path"] for name in names if name in ledger.done]
         if paths:
@@ -373,28 +383,28 @@ class Job:
                 with Image.open(path) as picture:
                     pictures.append(np.asarray(picture))
             sheet = contact_sheet(pictures, columns=self.args.keep or self.args.n)
-            texts = sheet_texts([read_texts(path) for path in paths])
+            texts = sheet_metadata([read_metadata(path) for path in paths])
             print(save_png(self.args.output / f"grid-seed{self.easel.seed}.png", sheet, texts))
 
-    def _codes(self, group: Group) -> int:
+    def _codes(self, group: WorkItem) -> int:
         """How many codes, or pieces at most, are drawn for one result of a group."""
-        line, grid = group.asked.line, self.easel.grid
+        line, grid = group.resolved.record, self.easel.grid
         if line.task == "caption":
-            return self.model.model.config.caption_space
+            return self.model.model.config.caption_positions
         each = (2 * grid) ** 2 if line.task == "upscale" else (grid - (line.rows or 0)) * grid
-        enlarged = (2 * grid) ** 2 * len(group.enlarged)
-        return (each * len(group.wishes) + enlarged) // len(group.names)
+        enlarged = (2 * grid) ** 2 * len(group.upscaled)
+        return (each * len(group.requests) + enlarged) // len(group.names)
 
-    def _is_ranked(self, line: Line) -> bool:
-        return self.args.keep is not None and line.task in DRAWN
+    def _is_ranked(self, line: JobRecord) -> bool:
+        return self.args.keep is not None and line.task in IMAGE_TASKS
 
 
-def _weights_of(line: Line) -> str:
+def _weights_of(line: JobRecord) -> str:
     """The task of the model that does a line."""
     return "generate" if line.task == "complete" else line.task
 
 
-def _stem(line: Line) -> str:
+def _stem(line: JobRecord) -> str:
     """What the names of the pictures of a line begin with."""
     from cogview.image_io.png import safe_name
 
@@ -415,7 +425,7 @@ def _unused(stem: str, ending: str, taken: set[str]) -> str:
     return name
 
 
-def _about(line: Line) -> dict[str, str]:
+def _about(line: JobRecord) -> dict[str, str]:
     """What the text chunks of a picture say beside the usual, as the commands of the tasks have it."""
     if line.image is None:
         return {}
@@ -423,14 +433,14 @@ def _about(line: Line) -> dict[str, str]:
     return about if line.rows is None else about | {"rows": str(line.rows)}
 
 
-def _cut(groups: Sequence[Group], size: int) -> list[list[Group]]:
+def _split_chunks(groups: Sequence[WorkItem], size: int) -> list[list[WorkItem]]:
     """Groups in parts of at most ``size`` wishes; one that is larger is a part of its own."""
-    parts: list[list[Group]] = []
+    parts: list[list[WorkItem]] = []
     room = 0
     for group in groups:
-        if not parts or len(group.wishes) > room:
+        if not parts or len(group.requests) > room:
             parts.append([])
             room = size
         parts[-1].append(group)
-        room -= len(group.wishes)
+        room -= len(group.requests)
     return parts

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from cogview import __version__
-from cogview.cli.progress import plans_told
-from cogview.errors import InputError, ToldElsewhere
+from cogview.cli.progress import log_batch_plans
+from cogview.errors import InputError, ReportedByPeer
 
 # Command, its module in cogview.cli (with add_arguments(parser) and run(args) -> int), and its line of help.
 COMMANDS = {
@@ -109,9 +109,9 @@ def run_safely(run: Callable[[], int], name: str) -> int:
             stream.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=os.environ.get("COGVIEW_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
     try:
-        with plans_told():
+        with log_batch_plans():
             return run()
-    except ToldElsewhere:
+    except ReportedByPeer:
         return 2
     except (InputError, OSError) as error:
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cogview.checkpoints.registry import KnownModel
+    from cogview.checkpoints.registry import ModelEntry
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,9 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print; weights are not loaded."""
-    from cogview.checkpoints.registry import known_models
+    from cogview.checkpoints.registry import load_registry
 
-    rows = [describe(name, row) for name, row in known_models().items()]
+    rows = [describe(name, row) for name, row in load_registry().items()]
     if args.json:
         print(json.dumps(rows, ensure_ascii=False, indent=2))
     else:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(name: str, row: KnownModel) -> dict[str, Any]:
+def describe(name: str, row: ModelEntry) -> dict[str, Any]:
     """A row and what of it is on this machine, as plain values.
 
     ``folder`` is that of the model itself, None where it is not here, and ``size`` its bytes. ``files`` has those that

@@ -53,7 +53,7 @@ def add_ceiling_argument(parser: argparse.ArgumentParser, batch: str) -> None:
     )
 
 
-def ceiling(args: argparse.Namespace) -> int | None:
+def parse_max_batch_size(args: argparse.Namespace) -> int | None:
     """What ``add_ceiling_argument`` was given; None for auto. InputError for anything but a count."""
     given = args.max_inference_batch_size
     if given == "auto":
@@ -115,7 +115,7 @@ def add_query_arguments(parser: argparse.ArgumentParser, line: str) -> None:
     parser.add_argument("--input", metavar="FILE", help=f"instead of both: UTF-8 lines {line}; - is standard input")
 
 
-def parallel(args: argparse.Namespace) -> int | None:
+def parse_speculative(args: argparse.Namespace) -> int | None:
     """What --parallel was given: None for auto, 1 for off. InputError for anything but these or a count."""
     given = args.parallel
     if given in ("auto", "off"):

@@ -12,7 +12,7 @@ import torch
 from cogview.checkpoints.checkpoint import load_model, save_model
 from cogview.cli.evaluate import MEASURES, last_checkpoint, read_report
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.config_io import build
+from cogview.config_io import from_mapping
 from cogview.errors import InputError
 from cogview.files import atomic_folder, file_sha256
 from cogview.generation.sampling import Sampling
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     if "scenes" not in reports:
         raise InputError(f"the model has no grades yet; grade it first: cogview eval scenes {recipe.path} --tune")
     model = load_model(last_checkpoint(recipe), torch.device("cpu"), torch.float32)
-    sampling = build(Sampling, reports["scenes"]["protocol"]["sampling"], where="the report on scenes")
+    sampling = from_mapping(Sampling, reports["scenes"]["protocol"]["sampling"], where="the report on scenes")
     model.config = replace(model.config, sampling=sampling)
     things = "、".join(thing.emoji + thing.name for thing in model.things)
     figures = "\n\n".join(

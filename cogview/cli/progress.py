@@ -18,18 +18,18 @@ from cogview.formatting import plural
 if TYPE_CHECKING:
     import numpy as np
 
-    from cogview.pipeline.cogview import CogView, Progress, Wish
+    from cogview.pipeline.cogview import CogView, GenerationProgress, GenerationRequest
 
 PREVIEW_SECONDS = 2.0  # at least, between two looks at a picture
 PREVIEW_SHARE = 0.1  # of the time may go into looking, beside the looks after each quarter
-SIDE_WORK = ("encoding images", "decoding pixels")  # told only where memory does not hold all of it
+AUXILIARY_STEPS = ("encoding images", "decoding pixels")  # told only where memory does not hold all of it
 
 
 @contextmanager
-def plans_told() -> Iterator[None]:
+def log_batch_plans() -> Iterator[None]:
     """Within, lines on stderr say how much is done at a time, and why; in the first of several processes only."""
     logger = logging.getLogger("cogview.planning.batches")
-    handler, before = _Plans(), (logger.level, logger.propagate)
+    handler, before = _PlanLogHandler(), (logger.level, logger.propagate)
     if _is_first_process():
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -47,7 +47,7 @@ def _is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-class _Plans(logging.Handler):
+class _PlanLogHandler(logging.Handler):
     """Of the plans of a command tells the first, and later ones that do less at a time."""
 
     def __init__(self) -> None:
@@ -64,7 +64,7 @@ class _Plans(logging.Handler):
         arguments: Any = record.args
         what, size, count = arguments[:3]
         if size == count:
-            news = not self._least and what not in SIDE_WORK
+            news = not self._least and what not in AUXILIARY_STEPS
             self._least |= {what: math.inf} if news else {}
             return news
         news = size < self._least.get(what, math.inf)
@@ -72,7 +72,7 @@ class _Plans(logging.Handler):
         return news
 
 
-class Bar:
+class ProgressBar:
     """A bar on a terminal over ``count`` things that have ``codes`` in all; a line where there is no terminal."""
 
     def __init__(
@@ -91,27 +91,27 @@ class Bar:
         self._previews = previews
         self._begun = time.monotonic()
 
-    def expect(self, paths: Mapping[Wish, Path]) -> None:
+    def expect(self, paths: Mapping[GenerationRequest, Path]) -> None:
         """Where the pictures will be that are drawn from now on; of them there are previews."""
         if self._previews is not None:
             self._previews.paths = dict(paths)
 
-    def watch(self, moment: Progress) -> None:
+    def watch(self, moment: GenerationProgress) -> None:
         """For ``CogView.make``."""
         # Captions that end early, and what memory did not hold and is done again, would count too much.
-        self._bar.update(min(moment.drawn, self._bar.total - self._bar.n))
+        self._bar.update(min(moment.num_new, self._bar.total - self._bar.n))
         self._tell()
         if self._previews is not None:
             self._previews.watch(moment)
 
-    def finished(self, wish: Wish) -> None:
+    def finished(self, wish: GenerationRequest) -> None:
         """One more is written."""
         self._done += 1
         self._tell()
         if self._previews is not None:
             self._previews.remove(wish)
 
-    def settle(self, done: int, codes: int) -> None:
+    def set_progress(self, done: int, codes: int) -> None:
         """So many are written, by whomever, with so many codes."""
         self._done = done
         if not self._bar.disable:
@@ -125,7 +125,7 @@ class Bar:
             nouns = f"{self._noun}s"
             self._bar.set_postfix_str(f"{self._done}/{self._count} {nouns}, {speed:.2g} {nouns}/s", refresh=False)
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(
@@ -144,12 +144,12 @@ class Previews:
     """
 
     def __init__(self, model: CogView) -> None:
-        self.paths: dict[Wish, Path] = {}
+        self.paths: dict[GenerationRequest, Path] = {}
         self._model = model
         self._lines = 0.0  # share of them that was drawn when it was looked at last
         self._due = 0.0
 
-    def watch(self, moment: Progress) -> None:
+    def watch(self, moment: GenerationProgress) -> None:
         """Write them every few seconds, and after each quarter of the lines."""
         share, before = moment.done / moment.total, self._lines
         self._lines = share
@@ -158,13 +158,13 @@ class Previews:
         if share == 1 or (int(4 * share) == int(4 * before) and time.monotonic() < self._due):
             return
         begun = time.monotonic()
-        for wish, codes in zip(moment.wishes, moment.codes(), strict=True):
+        for wish, codes in zip(moment.requests, moment.codes(), strict=True):
             if (path := self.paths.get(wish)) is not None:
                 self._write(path, codes)
         took = time.monotonic() - begun
         self._due = time.monotonic() + max(PREVIEW_SECONDS, took / PREVIEW_SHARE)
 
-    def remove(self, wish: Wish) -> None:
+    def remove(self, wish: GenerationRequest) -> None:
         """Remove that of a picture which is written now."""
         from cogview.image_io.png import preview_path
 
@@ -174,10 +174,10 @@ class Previews:
     def _write(self, path: Path, codes: np.ma.MaskedArray) -> None:
         import numpy as np
 
-        from cogview.image_io.png import greyed, preview_path, write_png
+        from cogview.image_io.png import mask_undecoded, preview_path, write_png
 
         drawn = codes.compressed()
         # One at a time: what is drawn leaves memory for no batch of pixels.
-        pixels = self._model.pixels(codes.filled(drawn[-1] if len(drawn) else 0)[None])[0]
+        pixels = self._model.decode_images(codes.filled(drawn[-1] if len(drawn) else 0)[None])[0]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(preview_path(path), greyed(pixels, np.ma.getmaskarray(codes)), {})
+        write_png(preview_path(path), mask_undecoded(pixels, np.ma.getmaskarray(codes)), {})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cogview.config_io import build, read_recipe, section
+from cogview.config_io import from_mapping, read_recipe, section
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer
 
@@ -85,7 +85,7 @@ class Recipe:
 
     def settings(self, kind: type[T], name: str) -> T:
         """Section ``name`` as the dataclass ``kind``."""
-        return build(kind, self.section(name), where=f"section {name} of {self.path}")
+        return from_mapping(kind, self.section(name), where=f"section {name} of {self.path}")
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, section_name: str | None) -> None:

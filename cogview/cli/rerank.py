@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cogview.cli.inputs import READ_AT_A_TIME, Images, Query, batches, read_queries
-from cogview.cli.options import add_model_arguments, add_query_arguments, ceiling
-from cogview.cli.session import accepts, open_model
+from cogview.cli.inputs import READ_AT_A_TIME, ImageReader, TextImageQuery, batches, read_queries
+from cogview.cli.options import add_model_arguments, add_query_arguments, parse_max_batch_size
+from cogview.cli.session import check_prompt, open_model
 from cogview.cli.text_io import LineWriter
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Rank the images of every text; status 1 if there was one that cannot be read, 2 if a text was refused."""
-    at_a_time = ceiling(args)
-    images = Images()
+    at_a_time = parse_max_batch_size(args)
+    images = ImageReader()
     queries = read_queries(args, images, LINE)
     model = open_scorer(args.model, device=args.device, dtype=args.dtype, kv_dtype=args.kv_dtype, adapter=args.adapter)
     lines = LineWriter()
@@ -54,9 +54,9 @@ def open_scorer(name: str, **opening: Any) -> CogView:
     return model
 
 
-def finish(images: Images, rankings: Sequence[Ranking]) -> int:
+def finish(images: ImageReader, rankings: Sequence[Ranking]) -> int:
     """The exit status; images that cannot be read are named on stderr."""
-    status = images.finish(sum(len(ranking.order) for ranking in rankings))
+    status = images.report_failures(sum(len(ranking.order) for ranking in rankings))
     return 2 if any(ranking.refused for ranking in rankings) else status
 
 
@@ -64,7 +64,7 @@ def finish(images: Images, rankings: Sequence[Ranking]) -> int:
 class Ranking:
     """The scores of one query's images, in their order; None, and an error, for an image that has none."""
 
-    query: Query
+    query: TextImageQuery
     scores: Sequence[Score | None]
     errors: Sequence[str | None]
     refused: bool  # whether the text cannot be scored, or has no images
@@ -100,7 +100,9 @@ class Ranking:
         return lines
 
 
-def rank(model: CogView, images: Images, queries: Sequence[Query], ceiling: int | None) -> Iterator[Ranking]:
+def rank(
+    model: CogView, images: ImageReader, queries: Sequence[TextImageQuery], ceiling: int | None
+) -> Iterator[Ranking]:
     """Score the images of each query, at most ``ceiling`` at a time.
 
     Batches go across queries, and a query comes out when all its images are done. InputError if there are images and
@@ -113,7 +115,7 @@ def rank(model: CogView, images: Images, queries: Sequence[Query], ceiling: int 
         if not query.paths:
             print(f"skipped: “{query.prompt}” comes without an image; expected {LINE}", file=sys.stderr)
     prompts = dict.fromkeys(query.prompt for query in queries if query.paths)
-    problems = {prompt: None if accepts(model, prompt) else model.problem_with(prompt) for prompt in prompts}
+    problems = {prompt: None if check_prompt(model, prompt) else model.prompt_problem(prompt) for prompt in prompts}
 
     scores: list[list[Score | None]] = [[None] * len(query.paths) for query in queries]
     places = [

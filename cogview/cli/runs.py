@@ -15,7 +15,7 @@ from cogview.errors import InputError
 from cogview.formatting import aligned_columns
 
 if TYPE_CHECKING:
-    from cogview.training.run_record import RunRecord, Series
+    from cogview.training.run_record import MetricSeries, RunRecord
 
 FOLDER = "runs"  # where recipes put their work
 MOST_ROWS = 12  # of steps to compare at
@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
         found = "one was" if records else "none was"
         raise InputError(f"--compare needs two runs or more, {found} found in {_all(folders)}")
     if args.plot is not None:
-        from cogview.training.plots import draw_curves
+        from cogview.training.plots import plot_runs
 
-        draw_curves(records, args.plot)
+        plot_runs(records, args.plot)
     if args.json:
         document: Any = [describe(record) for record in records]
         if args.compare:
@@ -170,13 +170,13 @@ def comparison_lines(records: Sequence[RunRecord]) -> list[str]:
     return lines[:-1]
 
 
-def _at_common_steps(series: Sequence[Series | None]) -> dict[int, list[float | None]]:
+def _at_common_steps(series: Sequence[MetricSeries | None]) -> dict[int, list[float | None]]:
     from cogview.training.run_record import common_steps
 
     return {step: [None if own is None else own.at(step) for own in series] for step in common_steps(series, MOST_ROWS)}
 
 
-def _last_in_common(figures: Sequence[Mapping[str, Series]]) -> dict[str, dict[str, Any]]:
+def _last_in_common(figures: Sequence[Mapping[str, MetricSeries]]) -> dict[str, dict[str, Any]]:
     """Of each loss that all have, the last step that they share and the values there."""
     from cogview.training.run_record import common_steps
 
@@ -204,7 +204,7 @@ def _speed(record: RunRecord) -> str:
     return "-"
 
 
-def _recent(series: Series | None) -> float | None:
+def _recent(series: MetricSeries | None) -> float | None:
     return None if series is None else statistics.median(series.values[-RECENT:])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
 from cogview.emoji.things import EmojiFiles
-from cogview.emoji.world import World, WorldSettings
+from cogview.emoji.world import EmojiWorld, WorldSettings
 from cogview.image_io.contact_sheet import contact_sheet
 
 SHEET_SCENES = 48
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = open_recipe(args)
     settings = recipe.settings(WorldSettings, "scenes")
     files = EmojiFiles(font=args.font, annotations=tuple(args.annotations), emoji_test=args.emoji_test)
-    world = World.create(settings, files)
+    world = EmojiWorld.create(settings, files)
     world.save(recipe.world)
     scenes = [world.sample(0, index) for index in range(SHEET_SCENES)]
     contact_sheet([world.render(scene, index) for index, scene in enumerate(scenes)]).save(recipe.world / "scenes.png")

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.cli.inputs import READ_AT_A_TIME, batches
-from cogview.cli.options import ceiling, parallel, sampling_settings
-from cogview.cli.progress import Bar, Previews
+from cogview.cli.options import parse_max_batch_size, parse_speculative, sampling_settings
+from cogview.cli.progress import Previews, ProgressBar
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from PIL import Image
 
-    from cogview.pipeline.cogview import CogView, Picture, Wish
+    from cogview.pipeline.cogview import CogView, GeneratedImage, GenerationRequest
 
 
 def open_model(
@@ -40,12 +40,12 @@ def open_model(
     return model
 
 
-def accepts(model: CogView, prompt: str) -> bool:
+def check_prompt(model: CogView, prompt: str) -> bool:
     """Whether ``model`` can do anything with ``prompt``; tells on stderr why not, or what to expect of it."""
-    if (problem := model.problem_with(prompt)) is not None:
+    if (problem := model.prompt_problem(prompt)) is not None:
         print(f"skipped: {problem}", file=sys.stderr)
         return False
-    for remark in (model.warning_about(prompt), unknown_things(model, prompt)):
+    for remark in (model.prompt_warning(prompt), unknown_things(model, prompt)):
         if remark is not None:
             print(f"note: {remark}", file=sys.stderr)
     return True
@@ -68,16 +68,16 @@ def unknown_things(model: CogView, prompt: str) -> str | None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class ImageOutput:
     """A picture to draw, with its sampling, the file it is meant for, and what else its text chunks say."""
 
-    wish: Wish
+    request: GenerationRequest
     path: Path
-    about: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Enlargement:
+class UpscaleInput:
     """An image to upscale, the text that it shows, its name, and the file that the result is meant for."""
 
     image: Image.Image
@@ -86,7 +86,7 @@ class Enlargement:
     path: Path
 
 
-class Easel:
+class GenerationSession:
     """One model, one seed and one set of settings: draws, writes the files, prints their paths.
 
     ``ceiling`` is the most pictures at a time, None for as many as memory holds and pay. ``sampling`` has, by task, how
@@ -125,15 +125,15 @@ class Easel:
         kv_dtype: str = "auto",
         adapter: Path | None = None,
         preview: bool = False,
-    ) -> Easel:
+    ) -> GenerationSession:
         """Load a model that was trained for ``tasks``; ``settings`` go before its own sampling."""
-        from cogview.pipeline.cogview import checked_seed
+        from cogview.pipeline.cogview import resolve_seed
 
-        seed = checked_seed(seed)
+        seed = resolve_seed(seed)
         opened = open_model(model, tasks=tasks, device=device, dtype=dtype, kv_dtype=kv_dtype, adapter=adapter)
         return cls(opened, settings, seed, tasks=tasks, ceiling=ceiling, preview=preview)
 
-    def announce(self) -> None:
+    def print_header(self) -> None:
         """Say on stderr where the model runs, and the seed."""
         print(f"{self.model.label} on {self.model.placement}, seed {self.seed}", file=sys.stderr)
 
@@ -147,42 +147,45 @@ class Easel:
         """Images to read before they are worked at."""
         return self.ceiling or READ_AT_A_TIME
 
-    def accepts(self, prompt: str) -> bool:
+    def check_prompt(self, prompt: str) -> bool:
         """Whether ``prompt`` can be drawn; tells on stderr why not, or what to expect of it."""
-        return accepts(self.model, prompt)
+        return check_prompt(self.model, prompt)
 
-    def wishes(self, prompt: str, n: int) -> list[Wish]:
+    def requests(self, prompt: str, n: int) -> list[GenerationRequest]:
         """The next ``n`` pictures of ``prompt``: asked again, it goes on counting."""
-        from cogview.pipeline.cogview import Wish
+        from cogview.pipeline.cogview import GenerationRequest
 
         first = self._wished[prompt]
         self._wished[prompt] += n
         sampling = self.sampling["generate"]
         return [
-            Wish(prompt=prompt, seed=self.seed, index=index, sampling=sampling) for index in range(first, first + n)
+            GenerationRequest(prompt=prompt, seed=self.seed, index=index, sampling=sampling)
+            for index in range(first, first + n)
         ]
 
-    def bar(self, what: str, count: int, codes: int, **noun: str) -> Bar:
+    def bar(self, what: str, count: int, codes: int, **noun: str) -> ProgressBar:
         """What shows how far the drawing of ``count`` pictures with ``codes`` in all is."""
-        return Bar(what, count, codes, previews=Previews(self.model) if self.preview else None, **noun)
+        return ProgressBar(what, count, codes, previews=Previews(self.model) if self.preview else None, **noun)
 
-    def draw(
-        self, parts: Iterable[Sequence[Order]], what: str, count: int, codes: int
-    ) -> Iterator[tuple[Order, Picture]]:
+    def generate(
+        self, parts: Iterable[Sequence[ImageOutput]], what: str, count: int, codes: int
+    ) -> Iterator[tuple[ImageOutput, GeneratedImage]]:
         """Draw ``parts``, in all up to ``count`` pictures of ``codes`` each, as many at a time as fit.
 
         What comes out can be saved before more is drawn.
         """
         with self.bar(what, count, count * codes) as bar:
             for orders in parts:
-                bar.expect({order.wish: order.path for order in orders})
-                wishes = [order.wish for order in orders]
-                made = self.model.make(wishes, batch_size=self.ceiling, watch=bar.watch)
+                bar.expect({order.request: order.path for order in orders})
+                wishes = [order.request for order in orders]
+                made = self.model.run(wishes, batch_size=self.ceiling, callback=bar.watch)
                 for order, picture in zip(orders, made, strict=True):
                     yield order, picture  # type: ignore[misc]  # no order is for a caption
-                    bar.finished(order.wish)
+                    bar.finished(order.request)
 
-    def best(self, drawn: Iterator[tuple[Order, Picture]], n: int, keep: int) -> Iterator[tuple[Order, Picture]]:
+    def best(
+        self, drawn: Iterator[tuple[ImageOutput, GeneratedImage]], n: int, keep: int
+    ) -> Iterator[tuple[ImageOutput, GeneratedImage]]:
         """Of each ``n`` pictures in turn, which have one prompt, the ``keep`` whose captions it is likeliest to be.
 
         The best comes first; they carry their scores.
@@ -192,19 +195,19 @@ class Easel:
             pictures = self.model.rerank([picture for _, picture in group], batch_size=self.ceiling)
             yield from ((orders[picture.index], picture) for picture in pictures[:keep])
 
-    def upscale(self, enlargements: Iterable[Enlargement], count: int, *, low_level: bool = False) -> int:
+    def upscale(self, enlargements: Iterable[UpscaleInput], count: int, *, low_level: bool = False) -> int:
         """Draw up to ``count`` images at twice their side and save them; returns how many there were."""
-        from cogview.pipeline.cogview import Wish
+        from cogview.pipeline.cogview import GenerationRequest
 
         task, side = ("low_level", self.grid // 2) if low_level else ("upscale", self.grid)
 
-        def parts() -> Iterator[list[Order]]:
+        def parts() -> Iterator[list[ImageOutput]]:
             for some in batches(enlargements, self.read_at_a_time):
-                codes = self.model.codes_of([one.image for one in some], side)
+                codes = self.model.encode_images([one.image for one in some], side)
                 yield [
-                    Order(
+                    ImageOutput(
                         # A picture of ours keeps its number, so that several of one prompt do not share their noise.
-                        wish=Wish(
+                        request=GenerationRequest(
                             prompt=one.prompt,
                             seed=self.seed,
                             index=getattr(one.image, "index", 0),
@@ -213,49 +216,49 @@ class Easel:
                             sampling=self.sampling[task],
                         ),
                         path=one.path,
-                        about={"task": "upscale", "source": one.source},
+                        metadata={"task": "upscale", "source": one.source},
                     )
                     for one, own in zip(some, codes, strict=True)
                 ]
 
         done = 0
-        for order, picture in self.draw(parts(), "upscaling", count, (2 * side) ** 2):
-            self.save(order.path, picture, **order.about)
+        for order, picture in self.generate(parts(), "upscaling", count, (2 * side) ** 2):
+            self.save(order.path, picture, **order.metadata)
             done += 1
         return done
 
-    def save(self, path: Path, picture: Picture, **about: str) -> Path:
+    def save(self, path: Path, picture: GeneratedImage, **about: str) -> Path:
         """Write a picture, with ``about`` among its text chunks, and print its path, which it returns."""
         from tqdm import tqdm
 
-        from cogview.image_io.png import picture_texts, save_png
+        from cogview.image_io.png import image_metadata, save_png
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        path = save_png(path, picture, picture_texts(picture, self.model.label) | about)
+        path = save_png(path, picture, image_metadata(picture, self.model.label) | about)
         tqdm.write(str(path), file=sys.stdout)  # beside a progress bar, if there is one
         return path
 
-    def save_sheet(self, path: Path, pictures: Sequence[Picture], columns: int) -> None:
+    def save_sheet(self, path: Path, pictures: Sequence[GeneratedImage], columns: int) -> None:
         """Write a contact sheet and print its path."""
         import numpy as np
 
         from cogview.image_io.contact_sheet import contact_sheet
-        from cogview.image_io.png import picture_texts, save_png, sheet_texts
+        from cogview.image_io.png import image_metadata, save_png, sheet_metadata
 
         sheet = contact_sheet([np.asarray(picture) for picture in pictures], columns=columns)
-        texts = sheet_texts([picture_texts(picture, self.model.label) for picture in pictures])
+        texts = sheet_metadata([image_metadata(picture, self.model.label) for picture in pictures])
         print(save_png(path, sheet, texts))
 
 
-def easel_of(args: argparse.Namespace, tasks: Sequence[str]) -> Easel:
+def open_session(args: argparse.Namespace, tasks: Sequence[str]) -> GenerationSession:
     """The easel that the arguments of a command ask for: those of the model, of sampling, and the seed."""
-    most = parallel(args)  # before the model is loaded
-    easel = Easel.open(
+    most = parse_speculative(args)  # before the model is loaded
+    easel = GenerationSession.open(
         args.model,
         tasks=tasks,
         settings=sampling_settings(args),
         seed=args.seed,
-        ceiling=ceiling(args),
+        ceiling=parse_max_batch_size(args),
         device=args.device,
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,

@@ -22,7 +22,7 @@ def read_lines(source: str, expected: str = "a prompt per line") -> list[str]:
     return lines
 
 
-def ask_lines(question: str) -> Iterator[str]:
+def prompt_lines(question: str) -> Iterator[str]:
     """What is typed, line by line, until an empty line or the end of the input."""
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  lets input() edit wide characters

@@ -14,42 +14,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogview.checkpoints.adapter import Adapter, Base, LoraSettings, add_lora, save_adapter
+from cogview.checkpoints.adapter import Adapter, BaseModelInfo, LoraSettings, add_lora, save_adapter
 from cogview.checkpoints.checkpoint import Model, ModelConfig, NamedThing, load_model
 from cogview.checkpoints.image_tokenizer import codebook_hash
-from cogview.checkpoints.registry import find_checkpoint
+from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_arguments, open_recipe
-from cogview.config_io import to_plain
-from cogview.data.mixture import LEDGER_FILE, StoreWatch
-from cogview.data.store import ABSENT, TokenStore
-from cogview.data.v1_datasets import open_rows
-from cogview.device import Placement, available_memory, flush_denormals, precision_name, training_dtype
-from cogview.emoji.world import World as EmojiWorld
-from cogview.errors import InputError, ToldElsewhere
+from cogview.config_io import to_mapping
+from cogview.data.mixture import PHASES_FILE, StoreWatcher
+from cogview.data.store import NO_TOKEN, TokenStore
+from cogview.data.v1_datasets import open_dataset
+from cogview.device import DevicePlacement, available_memory, flush_denormals, precision_name, training_dtype
+from cogview.emoji.world import EmojiWorld as EmojiWorld
+from cogview.errors import InputError, ReportedByPeer
 from cogview.generation.sampling import Sampling
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.modeling.config import preset
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
-from cogview.planning.inference import measure
+from cogview.planning.inference import measure_hardware
 from cogview.planning.training import (
     TrainingJob,
     TrainingMemory,
+    choose_micro_batch,
     flops_per_token,
     peak_flops,
-    suggest,
     training_memory,
 )
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.training.data_loader import Supply
-from cogview.training.distributed import World, end_process, join_world, leave_world, tell
-from cogview.training.loop import Run, RunSettings, run_loop
-from cogview.training.plots import leave_curves
+from cogview.training.data_loader import TrainingDataLoader
+from cogview.training.distributed import (
+    DistributedContext,
+    destroy_distributed,
+    exit_process,
+    init_distributed,
+    log_main,
+)
+from cogview.training.loop import RunFolder, RunSettings, run_loop
+from cogview.training.plots import save_run_plots
 from cogview.training.run_record import write_environment
 from cogview.training.settings import EngineSettings, TransformerTraining
-from cogview.training.trainer import AdapterFiles, TransformerTrainer, Watching
+from cogview.training.trainer import AdapterFiles, MonitorSettings, TransformerTrainer
 from cogview.vqvae.model import VQVAE
 
 SHEET_PICTURES = 24
@@ -64,34 +70,34 @@ class TransformerSettings:
     num_layers: int | None = None  # others than the preset's: few, to try out a recipe for a large model
     max_positions: int = 1089
     dropout: float = 0.1
-    branch_gain: float = 1.0
+    branch_norm_init: float = 1.0
     sinusoidal_positions: bool = False
     tokenizers: str | None = None  # a model whose tokenizers to use, by name or folder; None: those below ``work``
-    start_from: str | None = None  # a model whose weights to begin with, by name or folder; None: fresh ones
-    lora: LoraSettings | None = None  # learn an adapter of ``start_from``, whose weights stay as they are
+    init_from: str | None = None  # a model whose weights to begin with, by name or folder; None: fresh ones
+    lora: LoraSettings | None = None  # learn an adapter of ``init_from``, whose weights stay as they are
     engine: EngineSettings = field(default_factory=EngineSettings)
     sampling: Sampling = field(default_factory=Sampling)  # of the sample sheets, and of the model until it is packaged
     run: RunSettings = field(default_factory=RunSettings)
     precision: str = "auto"
     # Token stores, or released datasets of the recipe's tokenizers; None: what ``cogview encode`` left below ``work``.
     # ``stores`` are several, each with its share of the rows, instead of one. Every store that comes to the folder
-    # ``new_stores`` while training goes on is mixed in from then on, each of its rows as likely as one of the others.
+    # ``watch_folder`` while training goes on is mixed in from then on, each of its rows as likely as one of the others.
     store: Path | None = None
     stores: dict[str, float] | None = None
-    new_stores: Path | None = None
-    held_out_store: Path | None = None
+    watch_folder: Path | None = None
+    validation_store: Path | None = None
 
     def __post_init__(self) -> None:
         if self.store is not None and self.stores is not None:
             raise ValueError("store is one store and stores are several: give either")
-        if (self.store is None and self.stores is None) != (self.held_out_store is None):
+        if (self.store is None and self.stores is None) != (self.validation_store is None):
             given = "store" if self.stores is None else "stores"
-            raise ValueError(f"{given} and held_out_store belong together: give both, or neither")
+            raise ValueError(f"{given} and validation_store belong together: give both, or neither")
         for path, share in (self.stores or {}).items():
             if not 0 < share < float("inf"):
                 raise ValueError(f"the share of the store {path} must be above 0, got {share}")
-        if self.lora is not None and self.start_from is None:
-            raise ValueError("lora learns an adapter of a model: name it in start_from")
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora learns an adapter of a model: name it in init_from")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init-from",
         metavar="NAME_OR_FOLDER",
         help="begin with the weights of this model or checkpoint, with a new optimizer at step 0 (the recipe's "
-        "start_from)",
+        "init_from)",
     )
 
 
@@ -117,38 +123,38 @@ def run(args: argparse.Namespace) -> int:
         recipe = open_recipe(args)
         settings = recipe.settings(TransformerSettings, "transformer")
         if args.init_from is not None:
-            settings = replace(settings, start_from=args.init_from)
-        world = join_world(args.device, needs_group=settings.engine.name == "deepspeed")
+            settings = replace(settings, init_from=args.init_from)
+        world = init_distributed(args.device, needs_group=settings.engine.name == "deepspeed")
     except InputError as error:
         if os.environ.get("RANK", "0") != "0":  # the first process says the same
-            raise ToldElsewhere(str(error)) from None
+            raise ReportedByPeer(str(error)) from None
         raise
     try:
         status = train(recipe, settings, world, resume=args.resume == "auto")
     finally:
-        leave_world()
-    end_process(status)
+        destroy_distributed()
+    exit_process(status)
     return status
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prepared:
+class TrainingSetup:
     """A recipe's transformer, ready to be trained."""
 
     trainer: TransformerTrainer
-    supply: Supply
-    run: Run
+    data_loader: TrainingDataLoader
+    run: RunFolder
     memory: TrainingMemory  # of a process, as it is predicted
 
 
-def train(recipe: Recipe, settings: TransformerSettings, world: World, *, resume: bool) -> int:
+def train(recipe: Recipe, settings: TransformerSettings, world: DistributedContext, *, resume: bool) -> int:
     """The run of a recipe, in this process of ``world``."""
     prepared = prepare(recipe, settings, world)
     run, trainer = prepared.run, prepared.trainer
 
     def started(checkpoint: Path | None) -> None:
-        if checkpoint is None and settings.start_from is not None:
-            tell(f"begins with the weights of {settings.start_from}, and a new optimizer", world)
+        if checkpoint is None and settings.init_from is not None:
+            log_main(f"begins with the weights of {settings.init_from}, and a new optimizer", world)
         write_environment(
             run.folder,
             recipe_path=recipe.path,
@@ -161,33 +167,35 @@ def train(recipe: Recipe, settings: TransformerSettings, world: World, *, resume
     try:
         return run_loop(
             trainer,
-            prepared.supply.batches,
+            prepared.data_loader.batches,
             run,
             settings.run,
-            recipe=to_plain(settings),
+            recipe=to_mapping(settings),
             steps=settings.training.steps,
             batch_size=settings.training.batch_size,
             resume=resume,
             world=world,
-            renew=prepared.supply.renew,
+            renew=prepared.data_loader.refresh,
             started=started,
         )
     finally:
         trainer.close()
-        prepared.supply.close()
-        if world.is_first and run.metrics.is_file():
-            leave_curves(run.folder)
+        prepared.data_loader.close()
+        if world.is_main_process and run.metrics.is_file():
+            save_run_plots(run.folder)
 
 
-def prepare(recipe: Recipe, settings: TransformerSettings, world: World, run_folder: Path | None = None) -> Prepared:
+def prepare(
+    recipe: Recipe, settings: TransformerSettings, world: DistributedContext, run_folder: Path | None = None
+) -> TrainingSetup:
     """Open what the recipe names and make its trainer; InputError in one process of all where something is wrong.
 
     ``run_folder``: another than the recipe's.
     """
-    run = Run(run_folder or recipe.transformer_run, world.is_first)
-    dtype = world.together(lambda: training_dtype(world.device, settings.precision))
-    model, stores, held_out = world.together(lambda: open_all(recipe, settings))
-    settings, memory = world.together(lambda: planned(settings, model, world, dtype))
+    run = RunFolder(run_folder or recipe.transformer_run, world.is_main_process)
+    dtype = world.run_everywhere(lambda: training_dtype(world.device, settings.precision))
+    model, stores, held_out = world.run_everywhere(lambda: open_all(recipe, settings))
+    settings, memory = world.run_everywhere(lambda: planned(settings, model, world, dtype))
     model.image_tokenizer.to(world.device)  # it draws the sample sheets
     trainer = TransformerTrainer(
         model,
@@ -195,10 +203,10 @@ def prepare(recipe: Recipe, settings: TransformerSettings, world: World, run_fol
         world,
         dtype,
         engine=settings.engine,
-        held_out=held_out,
+        validation_store=held_out,
         adapter=adapter_files(model, settings),
         draw_sheet=sheet_drawer(held_out, world) if "generate" in model.config.tasks else None,
-        watching=Watching(
+        monitor=MonitorSettings(
             every=settings.run.log_every,
             peak_flops=peak_of(world, dtype),
             flops_per_token=flops_per_token(model.config.transformer, model.config.longest_row()),
@@ -207,22 +215,22 @@ def prepare(recipe: Recipe, settings: TransformerSettings, world: World, run_fol
     )
     shares = [(settings.stores or {}).get(name, 1.0) for name in stores]
     header = next(iter(stores.values())).header
-    supply = world.together(
-        lambda: Supply(
+    supply = world.run_everywhere(
+        lambda: TrainingDataLoader(
             stores,
             shares,
-            run.folder / LEDGER_FILE,
-            trainer.maker,
+            run.folder / PHASES_FILE,
+            trainer.builder,
             world,
-            watch=None
-            if settings.new_stores is None
-            else StoreWatch(settings.new_stores, header, settings.training.tasks),
+            watcher=None
+            if settings.watch_folder is None
+            else StoreWatcher(settings.watch_folder, header, settings.training.tasks),
             open_store=lambda name: open_store(Path(name), model),
             num_threads=trainer.num_threads,
-            micro_batch=settings.training.micro_batch,
+            micro_batch_size=settings.training.micro_batch_size,
         )
     )
-    return Prepared(trainer=trainer, supply=supply, run=run, memory=memory)
+    return TrainingSetup(trainer=trainer, data_loader=supply, run=run, memory=memory)
 
 
 def open_all(recipe: Recipe, settings: TransformerSettings) -> tuple[Model, dict[str, TokenStore], TokenStore]:
@@ -231,8 +239,8 @@ def open_all(recipe: Recipe, settings: TransformerSettings) -> tuple[Model, dict
     image_tokenizer, text_tokenizer = open_tokenizers(recipe, settings)
     stores, held_out = open_stores(recipe, settings, image_tokenizer, text_tokenizer)
     model = new_model(recipe, settings, next(iter(stores.values())), image_tokenizer, text_tokenizer)
-    if settings.start_from is not None:
-        load_weights(model, settings.start_from)
+    if settings.init_from is not None:
+        load_weights(model, settings.init_from)
     if settings.lora is not None:
         add_lora(model.transformer, settings.lora)
     return model, stores, held_out
@@ -240,14 +248,14 @@ def open_all(recipe: Recipe, settings: TransformerSettings) -> tuple[Model, dict
 
 def adapter_files(model: Model, settings: TransformerSettings) -> AdapterFiles | None:
     """How the adapter that is learnt goes into checkpoints and out of them; None where the whole model is learnt."""
-    lora, start_from = settings.lora, settings.start_from
-    if lora is None or start_from is None:
+    lora, init_from = settings.lora, settings.init_from
+    if lora is None or init_from is None:
         return None
-    base = Base.of(start_from, model.config)
+    base = BaseModelInfo.of(init_from, model.config)
 
     def read(folder: Path) -> dict[str, Tensor]:
         adapter = Adapter(folder)
-        adapter.check_model(model.config, start_from)
+        adapter.check_model(model.config, init_from)
         return adapter.weights()
 
     return AdapterFiles(
@@ -259,12 +267,12 @@ def open_tokenizers(recipe: Recipe, settings: TransformerSettings) -> tuple[VQVA
     """Those of the model ``tokenizers``, or what the earlier steps of the recipe left."""
     if settings.tokenizers is None:
         return recipe.open_image_tokenizer(), recipe.open_text_tokenizer()
-    model = load_model(find_checkpoint(settings.tokenizers), torch.device("cpu"), torch.float32, without_weights=True)
+    model = load_model(resolve_checkpoint(settings.tokenizers), torch.device("cpu"), torch.float32, meta_only=True)
     return model.image_tokenizer, model.text_tokenizer
 
 
 def planned(
-    settings: TransformerSettings, model: Model, world: World, dtype: torch.dtype | None
+    settings: TransformerSettings, model: Model, world: DistributedContext, dtype: torch.dtype | None
 ) -> tuple[TransformerSettings, TrainingMemory]:
     """``settings`` with the rows that are computed at once, and what is computed again, decided by what fits.
 
@@ -276,52 +284,54 @@ def planned(
     job = TrainingJob(
         transformer=model.config.transformer,
         length=model.config.longest_row(),
-        rows=min(training.micro_batch or own_rows, own_rows),
-        batch=own_rows * world.size,
+        micro_batch_size=min(training.micro_batch_size or own_rows, own_rows),
+        batch_size=own_rows * world.size,
         precision=precision_name(dtype),  # type: ignore[arg-type]
         trainable=trained if settings.lora is not None else None,
         engine=engine.name,
         zero=engine.zero if engine.name == "deepspeed" else 0,
-        world=world.size,
+        world_size=world.size,
         offload=engine.offload,
         checkpointing="none" if engine.checkpointing == "auto" else engine.checkpointing,
         device_type=world.device.type,
     )
     on_cpu = world.device.type == "cpu"
-    free = -world.max(-available_memory(world.device)) / (world.size if on_cpu else 1)
-    rows, mode = suggest(
+    free = -world.all_reduce_max(-available_memory(world.device)) / (world.size if on_cpu else 1)
+    rows, mode = choose_micro_batch(
         job,
         free,
         None if engine.checkpointing == "auto" else engine.checkpointing,
-        job.rows if training.micro_batch or on_cpu else None,  # on a CPU more rows at once are no faster
+        job.micro_batch_size
+        if training.micro_batch_size or on_cpu
+        else None,  # on a CPU more rows at once are no faster
     )
-    job = replace(job, rows=rows, checkpointing=mode)
-    if job.rows < own_rows or job.checkpointing != "none":
-        told = f"{job.rows} of {own_rows} rows at once in each process, activation checkpointing: {job.checkpointing}"
-        tell(told, world)
+    job = replace(job, micro_batch_size=rows, checkpointing=mode)
+    if job.micro_batch_size < own_rows or job.checkpointing != "none":
+        told = f"{job.micro_batch_size} of {own_rows} rows at once in each process, activation checkpointing: {job.checkpointing}"
+        log_main(told, world)
     return (
         replace(
             settings,
-            training=replace(training, micro_batch=job.rows),
+            training=replace(training, micro_batch_size=job.micro_batch_size),
             engine=replace(engine, checkpointing=job.checkpointing),
         ),
         training_memory(job),
     )
 
 
-def peak_of(world: World, dtype: torch.dtype | None) -> float:
+def peak_of(world: DistributedContext, dtype: torch.dtype | None) -> float:
     """FLOP/s of this process's device in what products are computed in: of the data sheet, or measured."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
-    return peak_flops(name, precision_name(dtype)) or measure(world.device, dtype or torch.float32).flops
+    return peak_flops(name, precision_name(dtype)) or measure_hardware(world.device, dtype or torch.float32).flops
 
 
-def sheet_drawer(held_out: TokenStore, world: World) -> Callable[[Model, Path], None]:
+def sheet_drawer(held_out: TokenStore, world: DistributedContext) -> Callable[[Model, Path], None]:
     """What draws the captions of the first held-out rows as a sheet, and writes them beside it."""
     texts = held_out.read(range(min(SHEET_PICTURES, len(held_out))))["text"]
 
     def draw_sheet(model: Model, path: Path) -> None:
-        captions = [model.text_tokenizer.decode(text[text != ABSENT].tolist()) for text in texts]
-        placement = Placement(world.device, model.transformer.embedding.weight.dtype, "training")
+        captions = [model.text_tokenizer.decode(text[text != NO_TOKEN].tolist()) for text in texts]
+        placement = DevicePlacement(world.device, model.transformer.embedding.weight.dtype, "training")
         pictures = CogView(model, placement, "training").generate(captions, seed=0, batch_size=SHEET_PICTURES)
         contact_sheet([np.asarray(picture) for picture in pictures], scale=2).save(path)
         path.with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
@@ -331,7 +341,7 @@ def sheet_drawer(held_out: TokenStore, world: World) -> Callable[[Model, Path], 
 
 def open_store(path: Path, model: Model) -> TokenStore:
     """A store, or a released dataset that the tokenizers of ``model`` made."""
-    return open_rows(
+    return open_dataset(
         path,
         num_image_codes=model.config.vocabulary.num_image_codes,
         num_text_pieces=model.config.vocabulary.num_text_pieces,
@@ -350,7 +360,7 @@ def open_stores(
     codebook, text = codebook_hash(image_tokenizer), hashlib.sha256(text_tokenizer.model_bytes).hexdigest()
 
     def opened(path: Path) -> TokenStore:
-        return open_rows(
+        return open_dataset(
             path,
             num_image_codes=image_tokenizer.config.num_codes,
             num_text_pieces=text_tokenizer.size,
@@ -360,12 +370,12 @@ def open_stores(
 
     paths = list(map(Path, settings.stores)) if settings.stores is not None else [settings.store or recipe.store]
     stores = {str(path): opened(path) for path in paths}
-    held_out = opened(settings.held_out_store or recipe.held_out_store)
+    held_out = opened(settings.validation_store or recipe.held_out_store)
     first = next(iter(stores.values()))
     for rows in (*stores.values(), held_out):
-        rows.require(codebook_sha256=codebook, text_sha256=text, grid=first.header.grid)
+        rows.check_compatible(codebook_sha256=codebook, text_sha256=text, grid=first.header.grid)
         for task in settings.training.tasks:
-            rows.require(layout=task)
+            rows.check_compatible(layout=task)
         if settings.training.name_loss_weight and "named" not in rows.header.fields:
             raise InputError(
                 f"{rows.path} does not say which name stands where, but name_loss_weight is "
@@ -394,15 +404,15 @@ def new_model(
             vocabulary.padded_size,
             max_positions=settings.max_positions,
             dropout=settings.dropout,
-            branch_gain=settings.branch_gain,
+            branch_norm_init=settings.branch_norm_init,
             sinusoidal_positions=settings.sinusoidal_positions,
         )
         if settings.num_layers is not None:
             shape = replace(shape, num_layers=settings.num_layers)
         max_text = store.header.fields["text"]
-        table = layouts(store.header.grid, text_space=max_text)
+        table = layouts(store.header.grid, text_positions=max_text)
         tasks = tuple(settings.training.tasks)
-        if (needed := max(table[task].num_positions(max_text) for task in tasks)) > settings.max_positions:
+        if (needed := max(table[task].max_position(max_text) for task in tasks)) > settings.max_positions:
             raise ValueError(
                 f"max_positions {settings.max_positions} are too few for the rows of {store.path}: {needed}"
             )
@@ -412,8 +422,8 @@ def new_model(
             grid=store.header.grid,
             tasks=tasks,
             max_text=max_text,
-            text_space=max_text,
-            caption_drop=settings.training.caption_drop,
+            text_positions=max_text,
+            caption_dropout=settings.training.caption_dropout,
             codebook_sha256=store.header.codebook_sha256,
             sampling=settings.sampling,
         )
@@ -435,13 +445,13 @@ def load_weights(model: Model, name: str) -> None:
     Codes keep the embeddings of their numbers, which serves where the image tokenizer went on from the other's, too.
     Positions that the model has and the other has not begin by the rule of ``continued_positions``.
     """
-    other = load_model(find_checkpoint(name), torch.device("cpu"), torch.float32)
+    other = load_model(resolve_checkpoint(name), torch.device("cpu"), torch.float32)
     shape, other_shape = (
         (
             replace(
                 config.transformer,
                 dropout=0.0,
-                branch_gain=1.0,
+                branch_norm_init=1.0,
                 sinusoidal_positions=False,
                 vocabulary_size=1,
                 max_positions=1,
@@ -451,7 +461,7 @@ def load_weights(model: Model, name: str) -> None:
         for config in (model.config, other.config)
     )
     if shape != other_shape:
-        raise InputError(f"start_from: {name} has another shape than this recipe; its weights mean nothing here")
+        raise InputError(f"init_from: {name} has another shape than this recipe; its weights mean nothing here")
     if model.config.codebook_sha256 != other.config.codebook_sha256:
         print(f"note: {name} was trained on another codebook; what the codes look like is learnt anew", file=sys.stderr)
     weights = other.transformer.state_dict()

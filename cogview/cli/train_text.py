@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.files import atomic_write
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Train on the captions of training scenes, save the model."""
     recipe = open_recipe(args)
     settings = recipe.settings(TextSettings, "text")
-    world = World.load(recipe.world)
+    world = EmojiWorld.load(recipe.world)
     names = [name for thing in world.things for name in thing.names]
     captions = (world.caption(world.sample(0, index), index) for index in range(settings.captions))
     try:

@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 
 from cogview.data.sampling_order import sample_index
-from cogview.data.store import ABSENT, DATA_FILE, TEXT_FIELD, StoreHeader, TokenStore
-from cogview.data.v1_datasets import BadRow, open_rows
+from cogview.data.store import DATA_FILE, NO_TOKEN, TEXT_FIELD, StoreHeader, TokenStore
+from cogview.data.v1_datasets import InvalidRow, open_dataset
 from cogview.errors import InputError
 from cogview.files import atomic_write
 
-LEDGER_FILE = "stores.jsonl"  # of the phases, in the folder of a run
+PHASES_FILE = "stores.jsonl"  # of the phases, in the folder of a run
 
 # Of the samples that reach a split, sample j goes left where floor((j + 1)·w / 2^24) exceeds floor(j·w / 2^24).
 _SPLIT_BITS = 24  # j·w fits 63 bits up to sample 2^39, which is 5·10^11
@@ -45,15 +45,15 @@ class Phase:
 
     first_sample: int
     names: tuple[str, ...]
-    shares: tuple[float, ...]
+    weights: tuple[float, ...]
     sizes: tuple[int, ...]
 
     def __post_init__(self) -> None:
         if self.first_sample < 0:
             raise ValueError(f"samples are numbered from 0, got {self.first_sample}")
-        if not len(self.names) == len(self.shares) == len(self.sizes):
+        if not len(self.names) == len(self.weights) == len(self.sizes):
             raise ValueError(
-                f"{len(self.names)} stores have {len(self.shares)} shares and {len(self.sizes)} sizes, expected one of "
+                f"{len(self.names)} stores have {len(self.weights)} shares and {len(self.sizes)} sizes, expected one of "
                 "each for every store"
             )
         if not self.names:
@@ -61,8 +61,8 @@ class Phase:
         for number, name in enumerate(self.names):
             if name in self.names[:number]:
                 raise InputError(f"the store {name} is given twice: give it once, with the share of both")
-            if not 0 < self.shares[number] < math.inf:
-                raise InputError(f"the share of {name} is {self.shares[number]}, expected a number above 0")
+            if not 0 < self.weights[number] < math.inf:
+                raise InputError(f"the share of {name} is {self.weights[number]}, expected a number above 0")
             if self.sizes[number] < 1:
                 raise InputError(f"{name} has no rows: leave it out, or encode some first")
 
@@ -72,11 +72,11 @@ class Phase:
         The share of a new store is sum(shares) · size / sum(sizes): each of its rows comes as often as a row of the
         stores that are there does on average. These keep their shares among themselves.
         """
-        share_of_a_row = math.fsum(self.shares) / sum(self.sizes)
+        share_of_a_row = math.fsum(self.weights) / sum(self.sizes)
         return Phase(
             first_sample=first_sample,
             names=(*self.names, *sizes),
-            shares=(*self.shares, *(share_of_a_row * size for size in sizes.values())),
+            weights=(*self.weights, *(share_of_a_row * size for size in sizes.values())),
             sizes=(*self.sizes, *sizes.values()),
         )
 
@@ -84,7 +84,7 @@ class Phase:
         """One line, without its end."""
         stores = [
             {"name": name, "share": share, "size": size}
-            for name, share, size in zip(self.names, self.shares, self.sizes, strict=True)
+            for name, share, size in zip(self.names, self.weights, self.sizes, strict=True)
         ]
         return json.dumps({"first_sample": self.first_sample, "stores": stores}, ensure_ascii=False)
 
@@ -100,7 +100,7 @@ class Phase:
         names, shares, sizes = columns
         if not (_are(int, [first_sample, *sizes]) and _are(str, names) and _are((int, float), shares)):
             raise ValueError("it is no phase of a run")
-        return Phase(first_sample=first_sample, names=names, shares=shares, sizes=sizes)
+        return Phase(first_sample=first_sample, names=names, weights=shares, sizes=sizes)
 
 
 def _are(kind: type | tuple[type, ...], values: Sequence[Any]) -> bool:
@@ -146,7 +146,7 @@ class Mixture:
         self.phases = tuple(phases)
         self.seed = seed
         self._first_samples = np.array([phase.first_sample for phase in phases])
-        self._weights = [_split_weights(phase.shares) for phase in phases]
+        self._weights = [_split_weights(phase.weights) for phase in phases]
         last = phases[-1]
         self._seeds = [_store_seed(seed, store) for store in range(len(last.names))]
         # How often each store has been asked for before each phase.
@@ -240,7 +240,8 @@ class MixedStore:
             outside = asked[0] if asked[0] < 0 else asked[-1]
             raise IndexError(f"store {outside} of a mixture that has the stores 0…{len(self.stores) - 1}")
         mixed = {
-            name: np.full((len(numbers), width), ABSENT, dtype=np.uint16) for name, width in self.header.fields.items()
+            name: np.full((len(numbers), width), NO_TOKEN, dtype=np.uint16)
+            for name, width in self.header.fields.items()
         }
         for number in asked:
             at = np.flatnonzero(numbers == number)
@@ -263,7 +264,7 @@ def _check_size(name: str, before: int, now: int) -> None:
 
 def _check_fits(store: TokenStore, header: StoreHeader, whose: str) -> None:
     """InputError unless ``store`` can be mixed with stores of ``header``, that of ``whose``."""
-    store.require(
+    store.check_compatible(
         codebook_sha256=header.codebook_sha256,
         text_sha256=header.text_sha256,
         num_image_codes=header.num_image_codes,
@@ -286,7 +287,7 @@ def _check_fits(store: TokenStore, header: StoreHeader, whose: str) -> None:
             )
 
 
-class StoreWatch:
+class StoreWatcher:
     """Looks for new stores directly below ``folder``, which fit ``header`` and feed ``tasks``.
 
     A store may be written there, moved there or linked there. It must not be written once it was found.
@@ -333,14 +334,14 @@ class StoreWatch:
         try:
             if not (path / DATA_FILE).is_file() or _is_being_written(path):
                 return None
-            store = open_rows(
+            store = open_dataset(
                 path,
                 num_image_codes=header.num_image_codes,
                 num_text_pieces=header.num_text_pieces,
                 codebook_sha256=header.codebook_sha256,
                 text_sha256=header.text_sha256,
             )
-        except BadRow:  # of a released dataset, which can be read as such
+        except InvalidRow:  # of a released dataset, which can be read as such
             raise
         except (InputError, OSError):
             return None
@@ -348,7 +349,7 @@ class StoreWatch:
             return None
         _check_fits(store, header, "the run")
         for task in self.tasks:
-            store.require(layout=task)
+            store.check_compatible(layout=task)
         return store
 
     def _tell_once(self, place: str, message: str) -> None:
@@ -446,7 +447,7 @@ def check_same_start(phases: Sequence[Phase], stores: Phase) -> None:
         _check_size(name, before, now_size)
     if _are_sizes(began) and _are_sizes(stores):
         return
-    for name, share, now_share in zip(began.names, _parts(began.shares), _parts(stores.shares), strict=True):
+    for name, share, now_share in zip(began.names, _parts(began.weights), _parts(stores.weights), strict=True):
         if not math.isclose(share, now_share, rel_tol=1e-9):
             raise InputError(
                 f"the run began with a share of {share:.6g} of all samples for {name}, now it is {now_share:.6g}: "
@@ -461,5 +462,5 @@ def _parts(amounts: Sequence[float]) -> list[float]:
 
 def _are_sizes(phase: Phase) -> bool:
     """Whether the shares of the stores are as their sizes, so that all rows are alike."""
-    both = zip(_parts(phase.shares), _parts(phase.sizes), strict=True)
+    both = zip(_parts(phase.weights), _parts(phase.sizes), strict=True)
     return all(math.isclose(share, size, rel_tol=1e-9) for share, size in both)

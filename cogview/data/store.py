@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT_VERSION = 1
-ABSENT = 0xFFFF  # fills a text field behind its last piece
+NO_TOKEN = 0xFFFF  # fills a text field behind its last piece
 TEXT_FIELD = "text"
 ROWS_PER_TRANSACTION = 16384
 DATA_FILE = "data.mdb"
@@ -71,8 +71,8 @@ class StoreHeader:
         if self.fields.get("image", self.grid**2) != self.grid**2:
             raise ValueError(f'a grid of {self.grid} has {self.grid**2} codes, "image" is {self.fields["image"]} wide')
         for name in ("num_image_codes", "num_text_pieces"):
-            if not 1 <= getattr(self, name) <= ABSENT:
-                raise ValueError(f"{name} must be in 1…{ABSENT} to fit 16 bits, got {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= NO_TOKEN:
+                raise ValueError(f"{name} must be in 1…{NO_TOKEN} to fit 16 bits, got {getattr(self, name)}")
 
     @property
     def row_width(self) -> int:
@@ -99,7 +99,7 @@ class StoreHeader:
 
 def pad_text(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     """Piece ids of N texts as a (N, ``width``) uint16 array, ``ABSENT`` behind the last piece of each."""
-    text_NW = np.full((len(rows), width), ABSENT, dtype=np.uint16)
+    text_NW = np.full((len(rows), width), NO_TOKEN, dtype=np.uint16)
     for row, ids in enumerate(rows):
         if len(ids) > width:
             raise InputError(f"text {row} has {len(ids)} pieces, the store has room for {width}: widen its text field")
@@ -109,7 +109,7 @@ def pad_text(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
 
 def text_lengths(text_NW: np.ndarray) -> np.ndarray:
     """How many pieces each row of a text field holds: (N,) int64."""
-    return (text_NW != ABSENT).sum(axis=-1)
+    return (text_NW != NO_TOKEN).sum(axis=-1)
 
 
 def as_tensors(rows: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ class StoreWriter:
                 raise InputError(f'field "{name}" holds {ids_NW.dtype}, expected integers')
             is_text = name == TEXT_FIELD
             limit = header.num_text_pieces if is_text else header.num_image_codes
-            absent_NW = ids_NW == ABSENT if is_text else np.zeros_like(ids_NW, dtype=bool)
+            absent_NW = ids_NW == NO_TOKEN if is_text else np.zeros_like(ids_NW, dtype=bool)
             wrong = ids_NW[~absent_NW & ((ids_NW < 0) | (ids_NW >= limit))]
             if wrong.size:
                 raise InputError(f'field "{name}" holds {wrong[0]}, expected ids in 0…{limit - 1}')
@@ -231,7 +231,7 @@ class TokenStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._opened: OpenedFolder | None = None
+        self._opened: OpenEnvironment | None = None
         opened = self._open()
         if opened.is_released:
             raise InputError(
@@ -262,7 +262,7 @@ class TokenStore:
 
     __getitems__ = read  # what a DataLoader calls with the indices of a batch
 
-    def require(
+    def check_compatible(
         self,
         *,
         codebook_sha256: str | None = None,
@@ -316,13 +316,13 @@ class TokenStore:
             raise IndexError(f"row {outside[0]} of {self.path}, which has the rows 0…{self._count - 1}")
         return wanted
 
-    def _open(self) -> OpenedFolder:
+    def _open(self) -> OpenEnvironment:
         if self._opened is None or self._opened.process != os.getpid():
-            self._opened = open_folder(self.path)
+            self._opened = open_environment(self.path)
         return self._opened
 
 
-class OpenedFolder:
+class OpenEnvironment:
     """An LMDB folder as one process has it open: a token store, or a released dataset.
 
     A store has a ``header``, a table ``rows`` and a ``count``; of a released dataset the ``count`` alone is known.
@@ -364,10 +364,10 @@ class OpenedFolder:
 
 
 # LMDB refuses to open a path twice in a process, hence one table for all. It keeps nothing alive by itself.
-_OPENED: WeakValueDictionary[str, OpenedFolder] = WeakValueDictionary()
+_OPENED: WeakValueDictionary[str, OpenEnvironment] = WeakValueDictionary()
 
 
-def open_folder(path: Path) -> OpenedFolder:
+def open_environment(path: Path) -> OpenEnvironment:
     """The LMDB folder ``path`` as this process has it open; InputError where it cannot be read."""
     key = os.path.realpath(path)
     opened = _OPENED.get(key)
@@ -375,7 +375,7 @@ def open_folder(path: Path) -> OpenedFolder:
         opened.environment.close()  # inherited through a fork: the parent keeps its own
         opened = None
     if opened is None:
-        opened = _OPENED[key] = OpenedFolder(path)
+        opened = _OPENED[key] = OpenEnvironment(path)
     return opened
 
 

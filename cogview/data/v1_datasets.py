@@ -27,7 +27,7 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
-from cogview.data.store import ABSENT, DATA_FILE, StoreHeader, StoreWriter, TokenStore, open_folder
+from cogview.data.store import DATA_FILE, NO_TOKEN, StoreHeader, StoreWriter, TokenStore, open_environment
 from cogview.errors import InputError
 from cogview.tokenizers.vocabulary import GRID_COMMANDS, Vocabulary
 
@@ -37,7 +37,7 @@ _ROWS_AT_A_TIME = 4096
 _ROWS_TO_LOOK_AT = 1000  # for the first that can be used
 
 
-class BadRow(InputError):
+class InvalidRow(InputError):
     """A row that cannot be used, while others may be; ``reason`` is the message without its remedy."""
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -91,7 +91,7 @@ def _bytes_of_text(text: str, encoding: str) -> bytes:
 
 
 # What the pickles of numpy 1 and 2 in protocols 0 to 5 ask for, and what they are given.
-_STAND_INS: Final[dict[tuple[str, str], Callable[..., object]]] = {
+_SAFE_GLOBALS: Final[dict[tuple[str, str], Callable[..., object]]] = {
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Array,
     ("_codecs", "encode"): _bytes_of_text,  # bytes, up to protocol 2
@@ -117,16 +117,16 @@ class RowUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for ``module.name``."""
-        if (module, name) not in _STAND_INS:
-            raise Refused(f"asks to run {module}.{name}, which no row of ids needs")
-        return _STAND_INS[module, name]
+        if (module, name) not in _SAFE_GLOBALS:
+            raise ForbiddenGlobal(f"asks to run {module}.{name}, which no row of ids needs")
+        return _SAFE_GLOBALS[module, name]
 
 
-class Refused(pickle.UnpicklingError):
+class ForbiddenGlobal(pickle.UnpicklingError):
     """A pickle that asks for more than a row of ids needs."""
 
 
-class ReleasedRows(TokenStore):
+class V1Dataset(TokenStore):
     """A released dataset, read as if it were a token store with the fields ``text`` (N, W) and ``image`` (N, C).
 
     ``path`` is an LMDB folder or a ``.bin`` file, opened on first use in each process. The dataset cannot prove which
@@ -180,10 +180,10 @@ class ReleasedRows(TokenStore):
         wanted = self._existing(indices)
         if self._is_bin:
             return self._read_bin(wanted)
-        text_NW = np.full((len(wanted), self._text_width), ABSENT, dtype=np.uint16)
+        text_NW = np.full((len(wanted), self._text_width), NO_TOKEN, dtype=np.uint16)
         image_NC = np.zeros((len(wanted), self._grid**2), dtype=np.uint16)
         for n, (index, value) in enumerate(zip(wanted.tolist(), self._values(wanted), strict=True)):
-            text, codes = self._take_apart(index, value)
+            text, codes = self._parse_row(index, value)
             if len(codes) != self._grid**2:
                 raise self._bad(index, f"has {len(codes)} codes, expected {self._grid**2} as in the first row")
             text_NW[n, : len(text)] = text
@@ -200,9 +200,9 @@ class ReleasedRows(TokenStore):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_mapped": None}
 
-    def _bad(self, index: int, reason: str) -> BadRow:
+    def _bad(self, index: int, reason: str) -> InvalidRow:
         reason = f"row {index} of {self.path} {reason}"
-        return BadRow(f"{reason}; `cogview import-data --skip-bad` makes a store without such rows", reason)
+        return InvalidRow(f"{reason}; `cogview import-data --skip-bad` makes a store without such rows", reason)
 
     # .bin files
 
@@ -235,11 +235,11 @@ class ReleasedRows(TokenStore):
         lengths = present.sum(axis=1)
         if (long := lengths > self._text_width).any():
             raise self._too_long(wanted[long.argmax()], lengths[long.argmax()])
-        text_NW = np.full((len(wanted), self._text_width), ABSENT, dtype=np.uint16)
+        text_NW = np.full((len(wanted), self._text_width), NO_TOKEN, dtype=np.uint16)
         text_NW[np.arange(self._text_width) < lengths[:, None]] = text[present] - pieces.start
         return {"text": text_NW, "image": codes.astype(np.uint16)}
 
-    def _too_long(self, index: int, length: int) -> BadRow:
+    def _too_long(self, index: int, length: int) -> InvalidRow:
         return self._bad(index, f"has a text of {length} pieces, there is room for {self._text_width}")
 
     # LMDB folders
@@ -249,9 +249,9 @@ class ReleasedRows(TokenStore):
         first_error = None
         for index in range(min(self._count, _ROWS_TO_LOOK_AT)):
             try:
-                _, codes = self._take_apart(index, self._values([index])[0])
+                _, codes = self._parse_row(index, self._values([index])[0])
                 return math.isqrt(len(codes))
-            except BadRow as error:
+            except InvalidRow as error:
                 first_error = first_error or error
         assert first_error is not None
         raise first_error
@@ -260,13 +260,13 @@ class ReleasedRows(TokenStore):
         with self._open().environment.begin() as transaction:
             return [transaction.get(b"%d" % index) for index in indices]
 
-    def _take_apart(self, index: int, value: bytes | None) -> tuple[np.ndarray, np.ndarray]:
+    def _parse_row(self, index: int, value: bytes | None) -> tuple[np.ndarray, np.ndarray]:
         """Pieces and codes of a row, both counted from 0: (up to W,) and (C,) int64."""
         if value is None:
             raise self._bad(index, "is missing")
         try:
             row = RowUnpickler(io.BytesIO(value)).load()
-        except Refused as error:
+        except ForbiddenGlobal as error:
             raise InputError(f"row {index} of {self.path} {error}: the dataset is refused") from None
         except pickle.UnpicklingError as error:
             raise self._bad(index, f"cannot be read: {error}") from None
@@ -308,7 +308,7 @@ class ReleasedRows(TokenStore):
         raise ValueError(f"of {len(ids)} ids is no sequence [ROI1] text [BASE] [BOI1] codes [EOI1]")
 
 
-def open_rows(
+def open_dataset(
     path: str | Path, *, num_image_codes: int, num_text_pieces: int, codebook_sha256: str, text_sha256: str
 ) -> TokenStore:
     """The token store or released dataset at ``path``, whichever it is.
@@ -316,9 +316,9 @@ def open_rows(
     The tokenizers that are given are believed of a released dataset. A store knows its own: see ``require``.
     """
     path = Path(path)
-    if not _names_a_bin(path) and not open_folder(path).is_released:
+    if not _names_a_bin(path) and not open_environment(path).is_released:
         return TokenStore(path)
-    return ReleasedRows(
+    return V1Dataset(
         path,
         num_image_codes=num_image_codes,
         num_text_pieces=num_text_pieces,
@@ -328,15 +328,15 @@ def open_rows(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Imported:
+class ImportReport:
     """What an import made."""
 
     rows: int
-    left_out: int
+    skipped: int
     first_error: str  # why the first of those left out could not be used; empty if there is none
 
 
-def import_released(path: Path, sources: Sequence[ReleasedRows], *, skip_bad: bool = False) -> Imported:
+def import_dataset(path: Path, sources: Sequence[V1Dataset], *, skip_bad: bool = False) -> ImportReport:
     """Write the rows of ``sources``, one after the other, to a token store at ``path``.
 
     The store is written beside ``path`` and takes its name when it is whole; an import that was interrupted is
@@ -381,21 +381,21 @@ def import_released(path: Path, sources: Sequence[ReleasedRows], *, skip_bad: bo
         if not writer.count:  # nothing to go on with, and the header may be a mistake
             shutil.rmtree(unfinished, ignore_errors=True)
     os.replace(unfinished, path)
-    return Imported(rows=writer.count, left_out=left_out, first_error=first_error)
+    return ImportReport(rows=writer.count, skipped=left_out, first_error=first_error)
 
 
-def _usable(source: ReleasedRows, numbers: range, skip_bad: bool) -> tuple[dict[str, np.ndarray], list[str]]:
+def _usable(source: V1Dataset, numbers: range, skip_bad: bool) -> tuple[dict[str, np.ndarray], list[str]]:
     """Those of the rows ``numbers`` that can be used, and what is wrong with the others, if these may be skipped."""
     try:
         return source.read(numbers), []
-    except BadRow:
+    except InvalidRow:
         if not skip_bad:
             raise
     good, errors = [], []
     for number in numbers:
         try:
             good.append(source.read([number]))
-        except BadRow as error:
+        except InvalidRow as error:
             errors.append(error.reason)
     empty = source.read([])
     return {name: np.concatenate([ids, *(row[name] for row in good)]) for name, ids in empty.items()}, errors

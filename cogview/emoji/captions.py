@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any, Generic, TypeVar
 
-from cogview.emoji.keyed_random import Draws
-from cogview.emoji.scene import COLOURS, Colour, Kind, Scene
-from cogview.emoji.things import Thing
+from cogview.emoji.keyed_random import KeyedRandom
+from cogview.emoji.scene import COLOURS, Colour, Scene, SceneKind
+from cogview.emoji.things import EmojiObject
 
 # Percentages of the captions that say it the rarer way.
 _UNNAMED_COLOUR = 10
@@ -25,7 +25,7 @@ _BARE_NAME = 40
 
 _NUMERALS = {1: "一", 2: "两", 3: "三", 4: "四"}
 
-_PAIRS: Mapping[Kind, tuple[str, ...]] = {
+_PAIRS: Mapping[SceneKind, tuple[str, ...]] = {
     # {a} is the left or upper thing, {b} the right or lower one. What is said more often stands here more often: the
     # likeliest description begins with a place, so that the place tells which thing is to be named next.
     "beside": (
@@ -75,7 +75,7 @@ _CLAUSE_ON_COLOUR = (
 )
 
 
-def write_caption(scene: Scene, draws: Draws, complete: bool) -> str:
+def write_caption(scene: Scene, draws: KeyedRandom, complete: bool) -> str:
     """A caption of ``scene``. Things, count and relation are always said; the colour too where ``complete``."""
     if scene.kind in _PAIRS:
         bare = draws.chance(_BARE_NAME)  # both with a measure word or both without, as people do
@@ -91,7 +91,7 @@ def write_caption(scene: Scene, draws: Draws, complete: bool) -> str:
     return draws.pick(patterns).format(colour=_name_colour(scene.colour, draws), what=what)
 
 
-def _count(thing: Thing, count: int, bare: bool, draws: Draws) -> str:
+def _count(thing: EmojiObject, count: int, bare: bool, draws: KeyedRandom) -> str:
     """三只狐狸, 3只狐狸, or 狐狸 where ``bare``."""
     name = thing.name
     if thing.synonyms and draws.chance(_SYNONYM):
@@ -105,14 +105,14 @@ def _count(thing: Thing, count: int, bare: bool, draws: Draws) -> str:
     return f"{number}{measure}{name}"
 
 
-def _name_colour(colour: Colour, draws: Draws) -> str:
+def _name_colour(colour: Colour, draws: KeyedRandom) -> str:
     if len(colour.names) > 1 and draws.chance(_RARE_COLOUR_NAME):
         return draws.pick(colour.names[1:])
     return colour.name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ParsedCaption:
     """What a caption says. ``colour`` is None where it says nothing about the background.
 
     ``kind`` and ``count`` are those of a scene, and ``things`` has a set for each of its things in the scene's order:
@@ -120,7 +120,7 @@ class Facts:
     """
 
     colour: Colour | None
-    kind: Kind
+    kind: SceneKind
     count: int
     things: tuple[frozenset[str], ...]
 
@@ -132,7 +132,7 @@ class CaptionReader:
     two things of a pair one may have a measure word and the other none. Any other text is not read at all.
     """
 
-    def __init__(self, things: Sequence[Thing], colours: Sequence[Colour] = COLOURS) -> None:
+    def __init__(self, things: Sequence[EmojiObject], colours: Sequence[Colour] = COLOURS) -> None:
         emoji: dict[str, set[str]] = {}
         for thing in things:
             for name in thing.names:
@@ -149,24 +149,24 @@ class CaptionReader:
             "b": self._single_nouns_at,
         }
         # "one" stands for several of one thing too: the number in the text tells which.
-        patterns: list[tuple[Kind, str]] = [("one", whole) for whole in ("{what}", *_NOUN_ON_COLOUR)]
+        patterns: list[tuple[SceneKind, str]] = [("one", whole) for whole in ("{what}", *_NOUN_ON_COLOUR)]
         for kind, pairs in _PAIRS.items():
             for whole in ("{what}", *_CLAUSE_ON_COLOUR):
                 patterns += [(kind, whole.replace("{what}", pair)) for pair in pairs]
         self._patterns = [(kind, _parts(pattern)) for kind, pattern in dict.fromkeys(patterns)]
 
-    def read(self, text: str) -> Facts | None:
+    def read(self, text: str) -> ParsedCaption | None:
         """What ``text`` says, None if it is no caption; the first of several readings."""
-        return next(iter(self.readings(text)), None)
+        return next(iter(self.parses(text)), None)
 
-    def readings(self, text: str) -> tuple[Facts, ...]:
+    def parses(self, text: str) -> tuple[ParsedCaption, ...]:
         """Everything that ``text`` can mean as a whole, nearly always one thing, and nothing if it is no caption.
 
         One text can have two readings where a name looks like a count: 两杯啤酒 are two of 🍺 and the name of 🍻.
         The reading as a name comes first.
         """
         text = _plain(text)
-        found: dict[Facts, None] = {}
+        found: dict[ParsedCaption, None] = {}
         for kind, parts in self._patterns:
             if not all(literal in text for literal, _ in parts):
                 continue  # nearly every pattern, and cheaper to see here than by looking for names
@@ -174,11 +174,11 @@ class CaptionReader:
                 colour = blanks.get("colour")
                 if kind in _PAIRS:
                     things = (blanks["a"][1], blanks["b"][1])
-                    found[Facts(colour=colour, kind=kind, count=1, things=things)] = None
+                    found[ParsedCaption(colour=colour, kind=kind, count=1, things=things)] = None
                 else:
                     count, meant = blanks["what"]
-                    told: Kind = "one" if count == 1 else "many"
-                    found[Facts(colour=colour, kind=told, count=count, things=(meant,))] = None
+                    told: SceneKind = "one" if count == 1 else "many"
+                    found[ParsedCaption(colour=colour, kind=told, count=count, things=(meant,))] = None
         return tuple(found)
 
     def _fill(self, parts: Sequence[tuple[str, str | None]], text: str, start: int) -> Iterator[dict[str, Any]]:

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cogview.checkpoints.image_tokenizer import codebook_hash
-from cogview.config_io import to_plain
-from cogview.data.store import ABSENT, StoreHeader, StoreWriter, pad_text
-from cogview.emoji.scene import EQUAL_SHARES, Scene, Shares, cells_of
-from cogview.emoji.world import World
+from cogview.config_io import to_mapping
+from cogview.data.store import NO_TOKEN, StoreHeader, StoreWriter, pad_text
+from cogview.emoji.scene import EQUAL_WEIGHTS, Scene, SceneWeights, cells_of
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.codec import to_float
@@ -28,14 +28,14 @@ class EncodeSettings:
 
     rows: int  # training scenes
     held_out_rows: int = 2048
-    shares: Shares = EQUAL_SHARES  # of the training scenes; those held out have equal shares
+    weights: SceneWeights = EQUAL_WEIGHTS  # of the training scenes; those held out have equal shares
     text_width: int = 48  # pieces in the longest caption
     large: bool = False  # the codes of each scene at twice the side as well, for the task upscale
     small: bool = False  # and at half the side, for the task low_level
     named: bool = False  # at each code, the piece of the caption that names the thing there
     batch_size: int = 256
     seed: int = 0
-    workers: int = 0  # processes that draw scenes
+    num_workers: int = 0  # processes that draw scenes
 
     def __post_init__(self) -> None:
         for name in ("rows", "held_out_rows", "text_width", "batch_size"):
@@ -51,12 +51,12 @@ class CaptionedScenes(Dataset[tuple[Scene, list[np.ndarray], list[int]]]):
 
     def __init__(
         self,
-        world: World,
+        world: EmojiWorld,
         text_tokenizer: TextTokenizer,
         seed: int,
         *,
         held_out: bool,
-        shares: Shares = EQUAL_SHARES,
+        shares: SceneWeights = EQUAL_WEIGHTS,
         scales: Sequence[float] = (1,),
     ) -> None:
         self.world = world
@@ -72,7 +72,7 @@ class CaptionedScenes(Dataset[tuple[Scene, list[np.ndarray], list[int]]]):
         return scene, pictures, self.text_tokenizer.encode(self.world.caption(scene, index))
 
 
-def name_pieces(world: World, text_tokenizer: TextTokenizer) -> dict[str, frozenset[int]]:
+def name_pieces(world: EmojiWorld, text_tokenizer: TextTokenizer) -> dict[str, frozenset[int]]:
     """The pieces that are a name of each thing, by emoji; InputError where a name takes several pieces."""
 
     def piece_of(name: str) -> int:
@@ -92,7 +92,7 @@ def name_places(scene: Scene, pieces: Sequence[int], names: Mapping[str, frozens
 
     A thing has all of its cell's area. ABSENT where the caption has no name of the thing, or more than one.
     """
-    named = np.full((grid, grid), ABSENT, dtype=np.uint16)
+    named = np.full((grid, grid), NO_TOKEN, dtype=np.uint16)
     for thing, cell in zip(scene.shown, cells_of(scene), strict=True):
         own = names[thing.emoji].intersection(pieces)
         if len(own) == 1:
@@ -103,7 +103,7 @@ def name_places(scene: Scene, pieces: Sequence[int], names: Mapping[str, frozens
 
 def encode_scenes(
     path: Path,
-    world: World,
+    world: EmojiWorld,
     text_tokenizer: TextTokenizer,
     image_tokenizer: VQVAE,
     settings: EncodeSettings,
@@ -113,7 +113,7 @@ def encode_scenes(
 ) -> None:
     """Write scenes 0 … ``rows`` - 1 to a store at ``path``; one that was interrupted is continued."""
     grid = world.settings.canvas // PIXELS_PER_CODE
-    shares = EQUAL_SHARES if held_out else settings.shares
+    shares = EQUAL_WEIGHTS if held_out else settings.weights
     scales: dict[str, float] = {"image": 1}
     tasks = ["generate", "caption"]
     if settings.large:
@@ -136,8 +136,8 @@ def encode_scenes(
         codebook_sha256=codebook_hash(image_tokenizer),
         text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
         provenance={
-            "scenes": to_plain(world.settings),
-            "shares": to_plain(shares),
+            "scenes": to_mapping(world.settings),
+            "shares": to_mapping(shares),
             "seed": settings.seed,
             "held_out": held_out,
         },
@@ -154,7 +154,7 @@ def encode_scenes(
             batch_size=settings.batch_size,
             sampler=range(writer.count, rows),
             collate_fn=list,
-            num_workers=settings.workers,
+            num_workers=settings.num_workers,
         )
         for batch in scenes:
             fields = {"text": pad_text([pieces for _, _, pieces in batch], settings.text_width)}

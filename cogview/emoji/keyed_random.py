@@ -9,7 +9,7 @@ from typing import TypeVar
 _Item = TypeVar("_Item")
 
 
-class Draws:
+class KeyedRandom:
     """Whole numbers from a hash of a key: the same on every machine and with every version of every library."""
 
     def __init__(self, *key: object) -> None:
@@ -17,7 +17,7 @@ class Draws:
         self._block = 0
         self._words: list[int] = []
 
-    def below(self, end: int) -> int:
+    def randbelow(self, end: int) -> int:
         """A number from 0 to ``end`` - 1; the bias of the remainder is below ``end`` / 2**64."""
         if not self._words:
             digest = hashlib.blake2b(self._key, salt=self._block.to_bytes(16, "big")).digest()
@@ -27,8 +27,8 @@ class Draws:
 
     def pick(self, items: Sequence[_Item]) -> _Item:
         """One of ``items``."""
-        return items[self.below(len(items))]
+        return items[self.randbelow(len(items))]
 
     def chance(self, percent: int) -> bool:
         """True in ``percent`` of 100 cases."""
-        return self.below(100) < percent
+        return self.randbelow(100) < percent

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from cogview.emoji.things import Thing
+from cogview.emoji.things import EmojiObject
 
 HELD_OUT_ONE_IN = 10
 """One meaning in ten is never trained on; which one is decided by a hash of the meaning."""
 
-Kind = Literal["one", "many", "beside", "above"]
-KINDS: tuple[Kind, ...] = ("one", "many", "beside", "above")
+SceneKind = Literal["one", "many", "beside", "above"]
+SCENE_KINDS: tuple[SceneKind, ...] = ("one", "many", "beside", "above")
 COUNTS = (2, 3, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shares:
+class SceneWeights:
     """How many scenes in ``one + many + pair`` hold one thing, several of one thing, and two things."""
 
     one: int = 1
@@ -30,7 +30,7 @@ class Shares:
             raise ValueError(f"shares must be 0 or more and one of them above 0, got {self}")
 
 
-EQUAL_SHARES = Shares()
+EQUAL_WEIGHTS = SceneWeights()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,16 +70,16 @@ class Scene:
     """
 
     colour: Colour
-    kind: Kind
-    things: tuple[Thing, ...]
+    kind: SceneKind
+    things: tuple[EmojiObject, ...]
     count: int = 1
 
     def __post_init__(self) -> None:
         pair = self.kind in ("beside", "above")
         counts = COUNTS if self.kind == "many" else (1,)
-        if self.kind not in KINDS or len(self.things) != 1 + pair or self.count not in counts:
+        if self.kind not in SCENE_KINDS or len(self.things) != 1 + pair or self.count not in counts:
             names = "、".join(thing.name for thing in self.things)
-            raise ValueError(f"no scene of kind {self.kind!r} holds {self.count} each of {names}; kinds: {KINDS}")
+            raise ValueError(f"no scene of kind {self.kind!r} holds {self.count} each of {names}; kinds: {SCENE_KINDS}")
         if pair and self.things[0].emoji == self.things[1].emoji:
             raise ValueError(f"the things of a pair differ, got {self.things[0].name} twice")
 
@@ -95,7 +95,7 @@ class Scene:
         return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
     @property
-    def shown(self) -> tuple[Thing, ...]:
+    def shown(self) -> tuple[EmojiObject, ...]:
         """Every thing to draw, in the order of ``cells_of``: three foxes are (fox, fox, fox)."""
         return self.things * self.count
 

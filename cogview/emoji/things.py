@@ -52,7 +52,7 @@ class EmojiFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Thing:
+class EmojiObject:
     """One thing a scene can hold.
 
     ``name`` is what captions mostly call it, ``synonyms`` what they call it now and then; no name of one thing is
@@ -76,11 +76,11 @@ class Thing:
         return (self.name, *self.synonyms)
 
 
-def read_things(files: EmojiFiles) -> tuple[Thing, ...]:
+def read_things(files: EmojiFiles) -> tuple[EmojiObject, ...]:
     """Every named emoji of the five groups: the common ones first, then the others in the order of emoji-test.txt."""
     files.check()
     tts_names = _read_names(files.annotations)
-    things: dict[str, Thing] = {}
+    things: dict[str, EmojiObject] = {}
     for emoji, group, subgroup in _read_groups(files.emoji_test):
         key = emoji.replace(_VARIATION_SELECTOR, "")
         if group in GROUPS and key in tts_names:
@@ -88,7 +88,7 @@ def read_things(files: EmojiFiles) -> tuple[Thing, ...]:
             names = (*_NAMES.get(key, tts_name).split(), tts_name)
             name, *synonyms = dict.fromkeys(names)
             measures = (*_MEASURES.get(key, _SUBGROUP_MEASURES.get(subgroup, "个")).split(), "个")
-            things[key] = Thing(
+            things[key] = EmojiObject(
                 emoji=emoji,
                 name=name,
                 synonyms=tuple(synonyms),
@@ -103,7 +103,7 @@ def read_things(files: EmojiFiles) -> tuple[Thing, ...]:
     return _without_shared_names([things[emoji] for emoji in order])
 
 
-def draw_sprites(things: Sequence[Thing], font: Path) -> np.ndarray:
+def draw_sprites(things: Sequence[EmojiObject], font: Path) -> np.ndarray:
     """The pictures of ``things``: uint8 (N, 128, 128, 4), RGBA with straight alpha."""
     from PIL import Image, ImageDraw, ImageFont, features
 
@@ -143,9 +143,9 @@ def _read_groups(path: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def _without_shared_names(things: Sequence[Thing]) -> tuple[Thing, ...]:
+def _without_shared_names(things: Sequence[EmojiObject]) -> tuple[EmojiObject, ...]:
     """Make every name mean one thing: drop a thing whose name an earlier one has, and synonyms that several have."""
-    by_name: dict[str, Thing] = {}
+    by_name: dict[str, EmojiObject] = {}
     for thing in things:
         by_name.setdefault(thing.name, thing)
     uses = Counter(name for thing in by_name.values() for name in thing.names)

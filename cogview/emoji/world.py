@@ -16,11 +16,11 @@ from typing import Literal
 
 import numpy as np
 
-from cogview.config_io import build, to_plain
+from cogview.config_io import from_mapping, to_mapping
 from cogview.emoji.captions import write_caption
-from cogview.emoji.keyed_random import Draws
-from cogview.emoji.scene import COLOURS, COUNTS, EQUAL_SHARES, Cell, Colour, Kind, Scene, Shares, cells_of
-from cogview.emoji.things import SPRITE_PIXELS, EmojiFiles, Thing, draw_sprites, read_things
+from cogview.emoji.keyed_random import KeyedRandom
+from cogview.emoji.scene import COLOURS, COUNTS, EQUAL_WEIGHTS, Cell, Colour, Scene, SceneKind, SceneWeights, cells_of
+from cogview.emoji.things import SPRITE_PIXELS, EmojiFiles, EmojiObject, draw_sprites, read_things
 from cogview.errors import InputError
 from cogview.files import atomic_write, read_json, write_json
 
@@ -53,7 +53,7 @@ class WorldSettings:
             raise ValueError(f"sizes must be numbers from 0.25 to 1.25, got {list(self.sizes)}")
 
 
-class World:
+class EmojiWorld:
     """The things that may appear, their pictures, and how scenes of them are drawn and described.
 
     ``candidates`` are all the things whose pictures are known, ``sprites`` those pictures: uint8
@@ -64,7 +64,7 @@ class World:
     def __init__(
         self,
         settings: WorldSettings,
-        candidates: Sequence[Thing],
+        candidates: Sequence[EmojiObject],
         sprites: np.ndarray,
         colours: Sequence[Colour] = COLOURS,
     ) -> None:
@@ -84,31 +84,31 @@ class World:
         self._scaled: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
     @staticmethod
-    def create(settings: WorldSettings, files: EmojiFiles | None = None) -> World:
+    def create(settings: WorldSettings, files: EmojiFiles | None = None) -> EmojiWorld:
         """A world of the font's emoji; a missing file is an InputError naming the package that brings it."""
         files = files or EmojiFiles()
         candidates = read_things(files)
-        return World(settings, candidates, draw_sprites(candidates, files.font))
+        return EmojiWorld(settings, candidates, draw_sprites(candidates, files.font))
 
-    def sample(self, seed: int, index: int, held_out: bool = False, shares: Shares = EQUAL_SHARES) -> Scene:
+    def sample(self, seed: int, index: int, held_out: bool = False, shares: SceneWeights = EQUAL_WEIGHTS) -> Scene:
         """Scene ``index`` of ``seed``, with ``Scene.held_out`` as asked: a function of its arguments alone."""
-        draws = Draws("scene", seed, index, held_out)
+        draws = KeyedRandom("scene", seed, index, held_out)
         while True:
             scene = self._draw_scene(draws, shares)
             if scene.held_out == held_out:
                 return scene
 
-    def _draw_scene(self, draws: Draws, shares: Shares) -> Scene:
+    def _draw_scene(self, draws: KeyedRandom, shares: SceneWeights) -> Scene:
         colour = draws.pick(self.colours)
-        first = draws.below(len(self.things))
-        lot = draws.below(shares.one + shares.many + shares.pair)
+        first = draws.randbelow(len(self.things))
+        lot = draws.randbelow(shares.one + shares.many + shares.pair)
         if lot < shares.one:
             return Scene(colour=colour, kind="one", things=(self.things[first],))
         if lot < shares.one + shares.many:
             return Scene(colour=colour, kind="many", things=(self.things[first],), count=draws.pick(COUNTS))
-        second = draws.below(len(self.things) - 1)
+        second = draws.randbelow(len(self.things) - 1)
         second += second >= first  # any thing but the first
-        kind: Kind = "beside" if draws.below(2) else "above"
+        kind: SceneKind = "beside" if draws.randbelow(2) else "above"
         return Scene(colour=colour, kind=kind, things=(self.things[first], self.things[second]))
 
     def render(self, scene: Scene, placement_seed: int = 0, scale: float = 1) -> np.ndarray:
@@ -119,7 +119,7 @@ class World:
         canvas = round(self.settings.canvas * scale)
         image = np.empty((canvas, canvas, 3), dtype=np.uint8)
         image[:] = scene.colour.rgb
-        draws = Draws("placement", placement_seed, scene.meaning)
+        draws = KeyedRandom("placement", placement_seed, scene.meaning)
         for thing, cell in zip(scene.shown, cells_of(scene), strict=True):
             x, y, side = (round(length * scale) for length in self._place(cell, draws))
             colour, keep = self.scaled_sprite(thing, side)
@@ -132,13 +132,13 @@ class World:
 
         Without ``complete``, one caption in ten says nothing about the background.
         """
-        return write_caption(scene, Draws("caption", seed, scene.meaning), complete=complete)
+        return write_caption(scene, KeyedRandom("caption", seed, scene.meaning), complete=complete)
 
-    def _place(self, cell: Cell, draws: Draws) -> tuple[int, int, int]:
+    def _place(self, cell: Cell, draws: KeyedRandom) -> tuple[int, int, int]:
         """Left, top and side in pixels of a sprite in its cell; the grid place at jitter 0 and size 1."""
         side = self._side(cell, draws.pick(self.settings.sizes))
         jitter = self.settings.jitter
-        dx, dy = (draws.below(2 * jitter + 1) - jitter for _ in range(2))
+        dx, dy = (draws.randbelow(2 * jitter + 1) - jitter for _ in range(2))
         x, y = self._shifted(cell, side, dx, dy)
         return x, y, side
 
@@ -166,7 +166,7 @@ class World:
         x, y = cell.x * eighth + margin + dx, cell.y * eighth + margin + dy
         return min(max(x, left), right - side), min(max(y, top), bottom - side)
 
-    def scaled_sprite(self, thing: Thing, side: int) -> tuple[np.ndarray, np.ndarray]:
+    def scaled_sprite(self, thing: EmojiObject, side: int) -> tuple[np.ndarray, np.ndarray]:
         """``thing`` at ``side`` pixels: (colour, keep), both float32.
 
         ``colour`` (S, S, 3) in [0, 255] is already multiplied by the alpha, ``keep`` (S, S, 1) in [0, 1] is how
@@ -197,10 +197,10 @@ class World:
         with atomic_write(folder / "sprites.npz", per_process=True) as path, path.open("wb") as file:
             np.savez_compressed(file, sprites=self.sprites)
         # Last: a folder with world.json is complete.
-        write_json(folder / "world.json", to_plain(description), indent=1, per_process=True)
+        write_json(folder / "world.json", to_mapping(description), indent=1, per_process=True)
 
     @staticmethod
-    def load(folder: Path) -> World:
+    def load(folder: Path) -> EmojiWorld:
         """The world that ``save`` wrote."""
         for name in ("world.json", "sprites.npz"):
             if not (folder / name).is_file():
@@ -211,10 +211,10 @@ class World:
                 f"{folder}/world.json has format version {plain.get('format_version')}, expected {FORMAT_VERSION}; "
                 f"make the world again with: cogview scenes RECIPE"
             )
-        description = build(_Description, plain, f"{folder}/world.json")
+        description = from_mapping(_Description, plain, f"{folder}/world.json")
         with np.load(folder / "sprites.npz", allow_pickle=False) as arrays:
             sprites = arrays["sprites"]
-        return World(description.settings, description.candidates, sprites, description.colours)
+        return EmojiWorld(description.settings, description.candidates, sprites, description.colours)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,4 +224,4 @@ class _Description:
     format_version: int
     settings: WorldSettings
     colours: tuple[Colour, ...]
-    candidates: tuple[Thing, ...]
+    candidates: tuple[EmojiObject, ...]

@@ -10,13 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from cogview import __version__
-from cogview.config_io import to_plain
+from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.scenes import SceneGrader, format_accuracy, held_out_scenes, summarize
 from cogview.emoji.scene import Scene
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.generation.sampling import Sampling
-from cogview.pipeline.cogview import CogView, Wish
+from cogview.pipeline.cogview import CogView, GenerationRequest
 from cogview.training.vqvae_trainer import held_out_batches
 from cogview.vqvae.codec import reconstruct
 from cogview.vqvae.model import PIXELS_PER_CODE
@@ -34,7 +34,7 @@ def draw_captions(
     with tqdm(total=len(captions), unit="picture", desc=label, disable=None) as bar:
         for first in range(0, len(captions), batch_size):
             chunk = [
-                Wish(prompt=caption, seed=seed + number)
+                GenerationRequest(prompt=caption, seed=seed + number)
                 for number, caption in enumerate(captions[first : first + batch_size], start=first)
             ]
             pictures += [np.asarray(picture) for picture in model.draw(chunk, sampling)]
@@ -44,7 +44,7 @@ def draw_captions(
 
 def evaluate_scenes(
     model: CogView,
-    world: World,
+    world: EmojiWorld,
     *,
     count: int,
     seed: int,
@@ -66,7 +66,7 @@ def evaluate_scenes(
     restored = reconstruct(model.image_tokenizer, true, batch_size)
     drawn = draw_captions(model, captions, seed, sampling, batch_size, "drawing")
     report = {
-        "protocol": describe(model, world, captions, seed, sampling=to_plain(sampling)),
+        "protocol": describe(model, world, captions, seed, sampling=to_mapping(sampling)),
         "drawn": _grade(grader, drawn, scenes, "grading pictures"),
         "ceiling_reconstructions": _grade(grader, list(restored), scenes, "grading reconstructions"),
         "ceiling_true_scenes": _grade(grader, list(true), scenes, "grading true scenes"),
@@ -79,7 +79,7 @@ def evaluate_scenes(
 
 
 def choose_sampling(
-    model: CogView, world: World, settings: Sequence[Sampling], *, count: int, batch_size: int
+    model: CogView, world: EmojiWorld, settings: Sequence[Sampling], *, count: int, batch_size: int
 ) -> list[tuple[Sampling, dict[str, Any]]]:
     """Each of ``settings`` with its grades on tuning captions, best first.
 
@@ -106,7 +106,7 @@ def choose_sampling(
     return [best, *(result for result in results if result is not best)]
 
 
-def check_world(model: CogView, world: World) -> None:
+def check_world(model: CogView, world: EmojiWorld) -> None:
     """InputError unless the model knows exactly the things of ``world`` and draws at its size."""
     side = model.model.config.grid * PIXELS_PER_CODE
     if side != world.settings.canvas:
@@ -118,7 +118,9 @@ def check_world(model: CogView, world: World) -> None:
         )
 
 
-def describe(model: CogView, world: World, captions: Sequence[str], seed: int, **settings: object) -> dict[str, Any]:
+def describe(
+    model: CogView, world: EmojiWorld, captions: Sequence[str], seed: int, **settings: object
+) -> dict[str, Any]:
     """How a report was made: the same captions have the same sum, wherever they were written."""
     return {
         "captions": len(captions),
@@ -126,7 +128,7 @@ def describe(model: CogView, world: World, captions: Sequence[str], seed: int, *
         "seed": seed,
         "things": len(world.things),
         "candidates": len(world.candidates),
-        "world": to_plain(world.settings),
+        "world": to_mapping(world.settings),
         "model": model.name,
         **settings,
         "cogview": __version__,

@@ -12,14 +12,14 @@ from torch import Tensor
 from cogview.kernels.attention import attention_bias
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.layouts import Batch
+from cogview.tokenizers.layouts import SequenceBatch
 
 # From this share of all keys and values on, beginnings that rows have in common are kept once for all of them. That
 # takes more operations than looking at a copy for each row.
-SHARED_FROM = 0.2
+MIN_SHARED_FRACTION = 0.2
 
 
-class Tapes:
+class DecodingState:
     """Rows that are read from left to right, all to the same column.
 
     What stands before the first blank of any row is its beginning. Rows whose beginnings are equal read them once, as
@@ -30,11 +30,11 @@ class Tapes:
     def __init__(
         self,
         transformer: Transformer,
-        batch: Batch,
+        batch: SequenceBatch,
         bias_BT: np.ndarray | None,
         *,
         int8: bool = False,
-        may_share: bool = True,
+        share_prefix: bool = True,
     ) -> None:
         weight = transformer.embedding.weight
         device, dtype = weight.device, weight.dtype
@@ -50,16 +50,18 @@ class Tapes:
             self._key_bias_BT = torch.from_numpy(key_bias_BT).to(device, dtype)
 
         marks = [0] * num_rows if bias_BT is None else [row.tobytes() for row in bias_BT]
-        self._first_blank, beginnings = beginnings_of(batch, marks)
+        self._first_blank, beginnings = group_by_prefix(batch, marks)
         num_firsts = 1 + max(beginnings)
         # Rows by which the beginnings are read, and the beginning of each row; None where every row has its own.
-        self._firsts_P: Tensor | None = None
-        self._beginnings_B: Tensor | None = None
+        self._prefix_rows_P: Tensor | None = None
+        self._prefixes_B: Tensor | None = None
         shared = False
         if self._first_blank and num_firsts < num_rows:
-            self._firsts_P = torch.tensor([beginnings.index(number) for number in range(num_firsts)], device=device)
-            self._beginnings_B = torch.tensor(beginnings, device=device)
-            shared = may_share and pays_to_share(batch, self._first_blank, num_firsts)
+            self._prefix_rows_P = torch.tensor(
+                [beginnings.index(number) for number in range(num_firsts)], device=device
+            )
+            self._prefixes_B = torch.tensor(beginnings, device=device)
+            shared = share_prefix and worth_sharing_prefix(batch, self._first_blank, num_firsts)
         self.cache = KVCache(
             transformer.config,
             num_rows,
@@ -67,16 +69,16 @@ class Tapes:
             device,
             dtype,
             int8=int8,
-            beginnings=self._beginnings_B if shared else None,
-            beginning_length=self._first_blank if shared else 0,
+            prefixes=self._prefixes_B if shared else None,
+            prefix_length=self._first_blank if shared else 0,
         )
 
-    def read_until(self, column: int) -> Tensor:
+    def forward_to(self, column: int) -> Tensor:
         """Hidden states (B, D) from which column ``column`` is told: all columns before it have been read."""
         new = slice(self.cache.length, column)
         rows: Tensor | slice = slice(None)
-        if new.start == 0 and self._firsts_P is not None:
-            rows = self._firsts_P
+        if new.start == 0 and self._prefix_rows_P is not None:
+            rows = self._prefix_rows_P
         hidden_BTD = self.transformer.hidden(
             self.ids_BT[rows, new],
             self.positions_BT[rows, new],
@@ -85,12 +87,12 @@ class Tapes:
         )
         if isinstance(rows, slice):
             return hidden_BTD[:, -1].clone()  # a view would keep all of what was read
-        assert self._beginnings_B is not None
-        if self.cache.beginning is None:
-            self.cache.select(self._beginnings_B)
-        return hidden_BTD[self._beginnings_B, -1]
+        assert self._prefixes_B is not None
+        if self.cache.prefix is None:
+            self.cache.select(self._prefixes_B)
+        return hidden_BTD[self._prefixes_B, -1]
 
-    def read(self, columns_BT: Tensor, keys: int, start: int | None) -> Tensor:
+    def forward_columns(self, columns_BT: Tensor, keys: int, start: int | None) -> Tensor:
         """Hidden states (B, T, D) of T columns in a row, which look at the first ``keys`` columns.
 
         ``start`` is where they begin, if that is the same for all rows. What was read there or behind is forgotten.
@@ -100,7 +102,7 @@ class Tapes:
         if start is not None:
             bias_B1TS = self._bias(slice(None), slice(start, keys))
         else:
-            self.cache.places_BT = columns_BT
+            self.cache.write_positions_BT = columns_BT
             bias_B1TS = attention_bias(self._key_bias(slice(None), keys), columns_BT)
         self.cache.length = keys - num_new
         hidden_BTD = self.transformer.hidden(
@@ -109,7 +111,7 @@ class Tapes:
             bias_B1TS=bias_B1TS,
             cache=self.cache,
         )
-        self.cache.places_BT = None
+        self.cache.write_positions_BT = None
         return hidden_BTD
 
     def _key_bias(self, rows: Tensor | slice, end: int) -> Tensor:
@@ -138,21 +140,21 @@ class Tapes:
         self.cache.select(rows, since=self._first_blank)
 
 
-def beginnings_of(batch: Batch, marks: Sequence[object]) -> tuple[int, list[int]]:
+def group_by_prefix(batch: SequenceBatch, prefix_keys: Sequence[object]) -> tuple[int, list[int]]:
     """The column of the first blank of any row, and for each row the number, from 0, of what it has before that.
 
     Rows with different ``marks`` begin differently.
     """
     first = int(batch.blanks.any(axis=0).argmax())
     known: dict[object, int] = {}
-    looks = zip(marks, batch.starts.tolist(), batch.ids[:, :first], batch.positions[:, :first], strict=True)
+    looks = zip(prefix_keys, batch.starts.tolist(), batch.ids[:, :first], batch.positions[:, :first], strict=True)
     return first, [
         known.setdefault((mark, start, ids.tobytes(), positions.tobytes()), len(known))
         for mark, start, ids, positions in looks
     ]
 
 
-def pays_to_share(batch: Batch, length: int, num_beginnings: int) -> bool:
+def worth_sharing_prefix(batch: SequenceBatch, length: int, num_prefixes: int) -> bool:
     """Whether to keep so many beginnings of ``length`` columns once each, and no copy of one for each row."""
     num_rows, num_columns = batch.ids.shape
-    return 0 < length * (num_rows - num_beginnings) >= SHARED_FROM * num_rows * num_columns
+    return 0 < length * (num_rows - num_prefixes) >= MIN_SHARED_FRACTION * num_rows * num_columns

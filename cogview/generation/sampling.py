@@ -21,7 +21,7 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_A = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_B = 0x94D049BB133111EB - (1 << 64)
 MAX_SEED = 2**63 - 1
-TIES = 24  # so many more than top-k are looked at, in case that they are equal to the last of them
+TIE_MARGIN = 24  # so many more than top-k are looked at, in case that they are equal to the last of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,9 +87,9 @@ def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     return logits_BV
 
 
-def noise_keys(seeds: Tensor, images: Tensor, places: Tensor) -> Tensor:
+def noise_keys(seeds: Tensor, images: Tensor, positions: Tensor) -> Tensor:
     """int64 keys of the noise at each place, from int64 tensors that broadcast."""
-    return _mix(_mix(_mix(seeds) ^ images) ^ places)
+    return _mix(_mix(_mix(seeds) ^ images) ^ positions)
 
 
 def keyed_gumbel(keys_B: Tensor, ids: range) -> Tensor:
@@ -101,22 +101,22 @@ def keyed_gumbel(keys_B: Tensor, ids: range) -> Tensor:
     return _gumbel(keys_B.unsqueeze(1) ^ _mixed_ids(ids.start, ids.stop, keys_B.device))
 
 
-def draw(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) -> Tensor:
+def sample(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) -> Tensor:
     """The index (B,) in ``ids`` of one id per row: argmax of the filtered logits (B, V) and the noise of their keys.
 
     On a CPU noise is made for the ids alone that top-k keeps, on other devices for all: a CPU minds the work, and the
     others the order to do less. The result is the same.
     """
-    if logits_BV.device.type == "cpu" and 0 < sampling.top_k < logits_BV.shape[1] - TIES:
-        chosen_B = _draw_among_few(logits_BV, keys_B, ids, sampling)
+    if logits_BV.device.type == "cpu" and 0 < sampling.top_k < logits_BV.shape[1] - TIE_MARGIN:
+        chosen_B = _sample_top_k(logits_BV, keys_B, ids, sampling)
         if chosen_B is not None:
             return chosen_B
     return (filter_logits(logits_BV, sampling) + keyed_gumbel(keys_B, ids)).argmax(dim=-1)
 
 
-def _draw_among_few(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) -> Tensor | None:
+def _sample_top_k(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) -> Tensor | None:
     """``draw`` among the largest logits; None where too many are equal to know which those are."""
-    top = (logits_BV.float() / sampling.temperature).topk(sampling.top_k + TIES, dim=-1)
+    top = (logits_BV.float() / sampling.temperature).topk(sampling.top_k + TIE_MARGIN, dim=-1)
     kept_BC = top.values
     least_B1 = kept_BC[:, sampling.top_k - 1 : sampling.top_k]
     if (kept_BC[:, -1:] == least_B1).any():

@@ -18,7 +18,7 @@ from cogview.errors import InputError
 from cogview.files import atomic_write
 
 if TYPE_CHECKING:
-    from cogview.pipeline.cogview import Picture
+    from cogview.pipeline.cogview import GeneratedImage
 
 GREY = 128  # of what is not drawn yet
 NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for the whole name
@@ -29,7 +29,7 @@ _SETTINGS = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # o
 # Figures of a drawing that may differ between two runs that draw the same picture.
 _NOT_IDENTITY = ("log_probability", "score", "score_per_piece", "cogview")
 # What drew the pictures of older files, which do not say so.
-_UNSAID = {"guidance": "1.0", "text_attention": "1.0"}
+_DEFAULTS_OF_OLD_FILES = {"guidance": "1.0", "text_attention": "1.0"}
 
 
 def safe_name(text: str) -> str:
@@ -46,7 +46,7 @@ def safe_name(text: str) -> str:
     return f"_{name}" if not name or _WINDOWS_DEVICE.match(name) else name
 
 
-def picture_texts(picture: Picture, model: str) -> dict[str, str]:
+def image_metadata(picture: GeneratedImage, model: str) -> dict[str, str]:
     """The text chunks of one picture: what to ask for to get it again, its codes in raster order, and its score."""
     texts = {
         "prompt": picture.prompt,
@@ -63,7 +63,7 @@ def picture_texts(picture: Picture, model: str) -> dict[str, str]:
     return texts
 
 
-def sheet_texts(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def sheet_metadata(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
     """The text chunks of a sheet of pictures with the chunks ``parts``.
 
     ``prompt`` has a line per prompt, ``score`` and ``score_per_piece`` a number per picture where all have one.
@@ -86,7 +86,7 @@ def save_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> Path:
     Anything else is left alone, and the name continues with _2, _3, … The file is whole or absent, never half-written.
     """
     target, number = path, 1
-    while target.exists() and not _is_same(read_texts(target), texts):
+    while target.exists() and not _is_same(read_metadata(target), texts):
         number += 1
         target = path.with_name(f"{path.stem}_{number}{path.suffix}")
     write_png(target, image, texts)
@@ -107,14 +107,14 @@ def preview_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.preview.png")
 
 
-def greyed(pixels: np.ndarray, hidden: np.ndarray) -> Image.Image:
+def mask_undecoded(pixels: np.ndarray, hidden: np.ndarray) -> Image.Image:
     """``pixels`` (H, W, 3) uint8, plain grey where ``hidden`` (G, G) is true."""
     size = pixels.shape[0] // hidden.shape[0]
     covered = hidden.repeat(size, axis=0).repeat(size, axis=1)
     return Image.fromarray(np.where(covered[..., None], np.uint8(GREY), pixels))
 
 
-def read_texts(path: Path) -> dict[str, str]:
+def read_metadata(path: Path) -> dict[str, str]:
     """The text chunks of a PNG; empty for any other file."""
     try:
         with Image.open(path) as image:
@@ -136,4 +136,6 @@ def prepare_folder(folder: Path) -> None:
 
 
 def _is_same(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
-    return all(old.get(key, _UNSAID.get(key)) == value for key, value in new.items() if key not in _NOT_IDENTITY)
+    return all(
+        old.get(key, _DEFAULTS_OF_OLD_FILES.get(key)) == value for key, value in new.items() if key not in _NOT_IDENTITY
+    )

@@ -15,7 +15,7 @@ from typing import Any
 from cogview.errors import InputError
 from cogview.files import atomic_write, json_line
 from cogview.formatting import plural
-from cogview.jobs.locks import Claims
+from cogview.jobs.locks import JobLocks
 
 FORMAT_VERSION = 1
 BLOCK = 1 << 16  # bytes of weights that a fingerprint reads at each of
@@ -31,7 +31,7 @@ class DiskFull(InputError):
     """There is no space left for a result."""
 
 
-class Ledger:
+class JobJournal:
     """What of a job is done, in a file that several processes append to.
 
     ``header`` is what the job is, ``done`` the facts of each result by its id: those of this process, and those of
@@ -40,8 +40,8 @@ class Ledger:
 
     @classmethod
     def open(
-        cls, path: Path, header: Mapping[str, Any], *, claims: Claims, resume: bool, adopt: Collection[str] = ()
-    ) -> Ledger:
+        cls, path: Path, header: Mapping[str, Any], *, locks: JobLocks, resume: bool, inherit_keys: Collection[str] = ()
+    ) -> JobJournal:
         """Make the ledger, or go on with it if ``resume`` or if another process is at work with it.
 
         ``header`` holds what must stay the same, as JSON can hold it. The values of the keys in ``adopt`` are taken
@@ -49,31 +49,31 @@ class Ledger:
         no ledger, and for one that is there without ``resume``.
         """
         header = json.loads(json.dumps(header))
-        with claims.door():
+        with locks.exclusive():
             if not path.exists():
                 with atomic_write(path) as temporary:
                     temporary.write_bytes(json_line({_VERSION_KEY: FORMAT_VERSION, **header}))
             elif not resume:
-                refuse_old(path, claims)
-            ledger = cls(path, claims)
+                refuse_existing(path, locks)
+            ledger = cls(path, locks)
             for key in {**header, **ledger.header}:
                 was, now = (f"{key} {_told(of[key])}" if key in of else f"no {key}" for of in (ledger.header, header))
-                if was != now and not (key in adopt and key in ledger.header):
+                if was != now and not (key in inherit_keys and key in ledger.header):
                     ledger.close()
                     raise InputError(
                         f"{path} was made with {was}, now with {now}: give the same, or choose another output folder"
                     )
-            claims.join()  # not before: of two that start at once with an old ledger, none shall take it for new
+            locks.register()  # not before: of two that start at once with an old ledger, none shall take it for new
         return ledger
 
-    def __init__(self, path: Path, claims: Claims) -> None:
+    def __init__(self, path: Path, locks: JobLocks) -> None:
         """Of a file that is there; InputError if it is no ledger."""
         self.path = path
         with path.open("rb") as file:
             first = file.readline()
         self.header = _read_header(first, path)
         self.done: dict[str, dict[str, Any]] = {}
-        self._claims = claims
+        self._locks = locks
         self._num_bytes, self._num_lines = len(first), 1  # that have been read: whole lines
         self._file = os.open(path, os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0))  # Windows has O_BINARY
         self.refresh()
@@ -81,7 +81,7 @@ class Ledger:
     def record(self, name: str, /, **facts: Any) -> None:
         """Append that the result with the id ``name`` is there; DiskFull, and no trace in the file, if it cannot be."""
         line = json_line({"id": name, **facts})
-        with self._claims.door(), self.telling_full_disk():
+        with self._locks.exclusive(), self.translating_disk_full():
             before = os.lseek(self._file, 0, os.SEEK_END)
             os.lseek(self._file, before - 1, os.SEEK_SET)
             if os.read(self._file, 1) != b"\n":
@@ -103,13 +103,13 @@ class Ledger:
         *lines, rest = content.split(b"\n")
         for line in lines:
             self._num_lines += 1
-            if not self._take(line) and line.strip():
+            if not self._parse(line) and line.strip():
                 log.warning("line %d of %s is broken and counts for nothing", self._num_lines, self.path)
         self._num_bytes += len(content) - len(rest)
-        self._take(rest)  # whole but for its end, or cut short: what it says is lost, and done again
+        self._parse(rest)  # whole but for its end, or cut short: what it says is lost, and done again
 
     @contextmanager
-    def telling_full_disk(self) -> Iterator[None]:
+    def translating_disk_full(self) -> Iterator[None]:
         """Within, an error of the system that the disk is full becomes DiskFull."""
         try:
             yield
@@ -123,7 +123,7 @@ class Ledger:
         """Close the file; ``header`` and ``done`` stay."""
         os.close(self._file)
 
-    def _take(self, line: bytes) -> bool:
+    def _parse(self, line: bytes) -> bool:
         """Note what a line says; False if it says nothing."""
         try:
             found = json.loads(line)
@@ -133,9 +133,9 @@ class Ledger:
         return True
 
 
-def refuse_old(path: Path, claims: Claims) -> None:
+def refuse_existing(path: Path, claims: JobLocks) -> None:
     """InputError if there is a ledger and no other process is at work with it."""
-    if path.exists() and not claims.someone_alive():
+    if path.exists() and not claims.has_live_peers():
         raise InputError(
             f"{path} is there from an earlier run: go on with it by --resume, or choose another output folder"
         )

@@ -19,7 +19,7 @@ except ImportError:  # on Windows
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
-    from cogview.jobs.journal import Ledger
+    from cogview.jobs.journal import JobJournal
 
 POLL_SECONDS = 1.0  # between two looks at what other processes have claimed
 
@@ -31,7 +31,7 @@ _DOOR = 2**30  # beyond every claim; held by the one process that makes the ledg
 log = logging.getLogger(__name__)
 
 
-class Claims:
+class JobLocks:
     """Which process works at what, as locks on bytes of ``LEDGER.lock``; the system lets go of them when one dies.
 
     Such locks belong to a process, and closing any descriptor of the file drops them all: have one ``Claims`` of a
@@ -45,20 +45,20 @@ class Claims:
         if fcntl is not None:
             self._file = os.open(ledger.with_name(f"{ledger.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                with self.door():
+                with self.exclusive():
                     pass
             except OSError:
                 self.close()
-        if self._file is None and place()[1] > 1:
+        if self._file is None and rank_and_world_size()[1] > 1:
             log.warning("%s cannot be locked here, so each process does the whole job: start one", ledger)
 
-    def join(self) -> None:
+    def register(self) -> None:
         """Be one of the processes at work, until ``close`` or death."""
         self._joined = True
         if self._file is not None:
             fcntl.lockf(self._file, fcntl.LOCK_SH, 1, _ALIVE)
 
-    def someone_alive(self) -> bool:
+    def has_live_peers(self) -> bool:
         """Whether another process has joined."""
         if self._file is None:
             return False
@@ -76,7 +76,7 @@ class Claims:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _FIRST + number)
 
     @contextmanager
-    def door(self) -> Iterator[None]:
+    def exclusive(self) -> Iterator[None]:
         """Within, this process alone changes the ledger; it waits for its turn."""
         if self._file is None:
             yield
@@ -104,10 +104,10 @@ class Claims:
         return True
 
 
-def run(
+def run_chunks(
     chunks: Sequence[Sequence[str]],
-    ledger: Ledger,
-    claims: Claims,
+    ledger: JobJournal,
+    claims: JobLocks,
     work: Callable[[int, Sequence[str]], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -117,7 +117,7 @@ def run(
     w in the environment it begins at chunk r / w of all. Returns when every chunk is done, also those that other
     processes have claimed (if one of them dies, its chunk is taken over), or as soon as ``stop()`` is true.
     """
-    rank, size = place()
+    rank, size = rank_and_world_size()
     first = rank * len(chunks) // size
     todo = [*range(first, len(chunks)), *range(first)]
 
@@ -137,7 +137,7 @@ def run(
             try:
                 ledger.refresh()  # whoever had the claim before may have recorded something
                 if names := missing(number):
-                    with ledger.telling_full_disk():
+                    with ledger.translating_disk_full():
                         work(number, names)
             finally:
                 claims.release(number)
@@ -148,7 +148,7 @@ def run(
         time.sleep(POLL_SECONDS)
 
 
-def place() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """RANK and WORLD_SIZE of the environment: this process's number, from 0, among how many."""
     rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):

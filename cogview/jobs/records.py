@@ -30,7 +30,7 @@ _SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # o
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class JobRecord:
     """One line of a job; None where the line does not say. ValueError for what no model could do.
 
     ``number`` is that of its first line in the file, from 1; ``image`` is found from the current folder.
@@ -79,7 +79,7 @@ class Line:
 
 
 _KINDS: dict[str, type] = {
-    name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(Line).items() if name != "number"
+    name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(JobRecord).items() if name != "number"
 }
 _KIND_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number"}
 
@@ -87,7 +87,7 @@ _KIND_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a numbe
 _Found = Iterator[tuple[int, Mapping[str, Any] | str]]
 
 
-def read_job(source: str) -> tuple[list[Line], list[str]]:
+def read_job(source: str) -> tuple[list[JobRecord], list[str]]:
     """The good lines of a job file, and a problem, beginning with ``line NUMBER:``, for each of the others.
 
     The suffix tells the format: .txt, none, or ``-`` (standard input) a prompt per line; .csv and .tsv a row of column
@@ -100,7 +100,7 @@ def read_job(source: str) -> tuple[list[Line], list[str]]:
         raise InputError(f'{source}: the suffix "{suffix}" is unknown; known: {known}')
     find, expected = _FORMATS[suffix]
     where = name_of(source)
-    lines: dict[str, Line] = {}
+    lines: dict[str, JobRecord] = {}
     problems: list[str] = []
     try:
         for number, found in find(read_text(source)):
@@ -123,7 +123,7 @@ def read_job(source: str) -> tuple[list[Line], list[str]]:
     return list(lines.values()), problems
 
 
-def digest(lines: Sequence[Line], source: str) -> str:
+def digest(lines: Sequence[JobRecord], source: str) -> str:
     """SHA-256 of what ``lines`` ask for, whatever the format of ``source`` and the folder that it is named from."""
     plain = []
     for line in lines:
@@ -244,7 +244,7 @@ def _number(column: str, cell: str) -> Any:
         return cell
 
 
-def _line(number: int, found: Mapping[str, Any], folder: Path) -> Line:
+def _line(number: int, found: Mapping[str, Any], folder: Path) -> JobRecord:
     """ValueError says what is wrong."""
     values: dict[str, Any] = {}
     for key, value in found.items():
@@ -252,7 +252,7 @@ def _line(number: int, found: Mapping[str, Any], folder: Path) -> Line:
             raise ValueError(_unknown(key))
         if (converted := _convert(key, value)) is not None:
             values[key] = folder / converted if key == "image" else converted
-    return Line(number=number, **values)
+    return JobRecord(number=number, **values)
 
 
 def _convert(key: str, value: Any) -> Any:

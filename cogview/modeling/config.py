@@ -37,7 +37,7 @@ class TransformerConfig:
     dropout: float = 0.1  # in training: on embeddings and on both branches of a layer
     # What the norms on branch outputs are initialised with. At the released 1, each branch adds unit variance to
     # embeddings of 0.02, so that a token's identity is all but lost behind the first one until training digs it out.
-    branch_gain: float = 1.0
+    branch_norm_init: float = 1.0
     # Learned positions begin as sinusoids, alike where they are near, and not as noise, from which attention has to
     # find out first which positions are neighbours; until then a word like 左边 belongs to no name.
     sinusoidal_positions: bool = False
@@ -79,7 +79,7 @@ def preset(
     vocabulary_size: int,
     max_positions: int = 1089,
     dropout: float = 0.1,
-    branch_gain: float = 1.0,
+    branch_norm_init: float = 1.0,
     sinusoidal_positions: bool = False,
 ) -> TransformerConfig:
     """The config of a preset for a vocabulary; raises ValueError with the known names."""
@@ -93,6 +93,6 @@ def preset(
         vocabulary_size=vocabulary_size,
         max_positions=max_positions,
         dropout=dropout,
-        branch_gain=branch_gain,
+        branch_norm_init=branch_norm_init,
         sinusoidal_positions=sinusoidal_positions,
     )

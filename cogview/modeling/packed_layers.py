@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
-from cogview.kernels.linear import linear_packed, pack
+from cogview.kernels.linear import linear_prepacked, prepack
 from cogview.modeling.config import LAYER_PARTS
 from cogview.modeling.kv_cache import KVCache
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from cogview.modeling.transformer import Transformer
 
 
-class Packed:
+class PrepackedWeight:
     """A weight in the order that a CPU multiplies fastest, made at its first use and anew when it has changed."""
 
     def __init__(self) -> None:
         self._made_of: tuple[int, int] | None = None
         self._packed: Tensor | None = None
 
-    def __reduce__(self) -> tuple[type[Packed], tuple[()]]:
+    def __reduce__(self) -> tuple[type[PrepackedWeight], tuple[()]]:
         """A copy makes its own: what MKL packs can be neither copied nor stored."""
-        return Packed, ()
+        return PrepackedWeight, ()
 
     @property
     def is_made(self) -> bool:
@@ -43,40 +43,42 @@ class Packed:
         version = 0 if weight_NK.is_inference() else weight_NK._version  # tensors of inference mode count none
         now = (weight_NK.data_ptr(), version)
         if self._packed is None or now != self._made_of:
-            self._made_of, self._packed = now, pack(weight_NK)
+            self._made_of, self._packed = now, prepack(weight_NK)
         return self._packed
 
 
-Projection: TypeAlias = tuple[dict[str, Tensor], Packed]
+Projection: TypeAlias = tuple[dict[str, Tensor], PrepackedWeight]
 
 
-class LeanLayers:
+class PackedLayers:
     """The layers of ``transformer``, whose weights may change, in value or altogether."""
 
     def __init__(self, transformer: Transformer) -> None:
         self.num_heads, self.width = transformer.config.num_heads, transformer.config.width
         self.layers: list[tuple[Any, ...]] = []  # for each norm and projection its parameters by name, in their order
-        self.packed: list[Packed] = []
-        self.heads: dict[range, Packed] = {}  # rows of the embedding that ids were told by
+        self.packed: list[PrepackedWeight] = []
+        self.output_weights: dict[range, PrepackedWeight] = {}  # rows of the embedding that ids were told by
         for layer in transformer.layers:
             parts: list[Any] = []
             for part in map(layer.get_submodule, LAYER_PARTS):
                 if isinstance(part, nn.Linear):
-                    self.packed.append(Packed())
+                    self.packed.append(PrepackedWeight())
                     parts.append((part._parameters, self.packed[-1]))
                 else:
                     parts.append(part._parameters)
             self.layers.append(tuple(parts))
 
-    def bytes_to_pack(self, *told: range) -> int:
+    def prepack_bytes(self, *told: range) -> int:
         """What the copies will take that are not made yet; ``told`` are the ids that ``head`` will be asked for."""
         width = self.width
         projections = 0 if self.packed[-1].is_made else 12 * width**2 * len(self.layers)  # all are made, or none
-        return 4 * (projections + width * sum(len(ids) for ids in told if ids not in self.heads))
+        return 4 * (projections + width * sum(len(ids) for ids in told if ids not in self.output_weights))
 
     def head(self, hidden: Tensor, weight_VD: Tensor, ids: range) -> Tensor:
         """Logits (..., V) by the rows ``ids`` of the embedding, which are ``weight_VD``."""
-        return linear_packed(hidden, self.heads.setdefault(ids, Packed()).of(weight_VD), weight_VD, None)
+        return linear_prepacked(
+            hidden, self.output_weights.setdefault(ids, PrepackedWeight()).of(weight_VD), weight_VD, None
+        )
 
     def __call__(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None) -> Tensor:
         """What ``Transformer.hidden`` has before its last norm: the layers' output, (B, T, D)."""
@@ -116,7 +118,7 @@ def _expanded(x_ND: Tensor, to_inner: Projection, from_inner: Projection) -> Ten
 def _project(x_ND: Tensor, linear: Projection) -> Tensor:
     parameters, packed = linear
     weight = parameters["weight"]
-    return linear_packed(x_ND, packed.of(weight), weight, parameters["bias"])
+    return linear_prepacked(x_ND, packed.of(weight), weight, parameters["bias"])
 
 
 def _normalize(x_ND: Tensor, norm: dict[str, Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from cogview.kernels.linear import (
     dequantize_int4,
     dequantize_int8,
     group_of,
-    linear_int4_ordered,
+    linear_int4_packed,
     linear_int4_reference,
     linear_int8,
     quantize_int4,
@@ -24,13 +24,13 @@ from cogview.kernels.linear import (
 )
 from cogview.modeling.config import PROJECTIONS
 
-FewBits: TypeAlias = Literal["int8", "int4"]
-FEW_BITS: tuple[FewBits, ...] = get_args(FewBits)
+Quantization: TypeAlias = Literal["int8", "int4"]
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 
-def few_bits_named(name: str | None) -> FewBits | None:
+def parse_quantization(name: str | None) -> Quantization | None:
     """int8 or int4 if ``name`` is one of them."""
-    return next((known for known in FEW_BITS if known == name), None)
+    return next((known for known in QUANTIZATIONS if known == name), None)
 
 
 class Int8Linear(nn.Module):
@@ -67,41 +67,43 @@ class Int4Linear(nn.Module):
         self.register_buffer("weight", torch.zeros(num_outputs, num_inputs // 2, dtype=torch.uint8))
         self.register_buffer("scale_zero", torch.zeros(groups, num_outputs, 2, dtype=torch.bfloat16))
         self.register_buffer("bias", torch.zeros(num_outputs))
-        self.ordered = False
+        self.cpu_packed = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., N) in the dtype of ``x`` (..., K)."""
-        compute = linear_int4_ordered if self.ordered else linear_int4_reference
+        compute = linear_int4_packed if self.cpu_packed else linear_int4_reference
         return compute(x, self.weight, self.scale_zero, self.bias)
 
 
-_LAYERS: dict[FewBits, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
+_LAYERS: dict[Quantization, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
-def use_few_bits(transformer: nn.Module, few_bits: FewBits) -> None:
+def swap_quantized_linears(transformer: nn.Module, quantization: Quantization) -> None:
     """Put layers of ``few_bits`` in the place of the projections, without weights yet; call it on the meta device."""
     for name, module in list(transformer.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(tuple(PROJECTIONS)):
-            transformer.set_submodule(name, _LAYERS[few_bits](module.in_features, module.out_features))
+            transformer.set_submodule(name, _LAYERS[quantization](module.in_features, module.out_features))
 
 
-def is_rounded(name: str) -> bool:
+def is_quantized(name: str) -> bool:
     """Whether the weight ``name`` of a transformer is one of those that are held in few bits."""
     return name.endswith(tuple(f"{projection}.weight" for projection in PROJECTIONS))
 
 
-def round_weight(name: str, weight_NK: Tensor, few_bits: FewBits, rounded: Tensor | None = None) -> dict[str, Tensor]:
+def quantize_weight(
+    name: str, weight_NK: Tensor, quantization: Quantization, rounded: Tensor | None = None
+) -> dict[str, Tensor]:
     """The two tensors that stand for the weight ``name``, by their names; the first is ``rounded`` if it is given."""
-    quantize = quantize_int8 if few_bits == "int8" else quantize_int4
-    return dict(zip(parts_of(name, few_bits), quantize(weight_NK, rounded), strict=True))
+    quantize = quantize_int8 if quantization == "int8" else quantize_int4
+    return dict(zip(quantized_names(name, quantization), quantize(weight_NK, rounded), strict=True))
 
 
-def parts_of(name: str, few_bits: FewBits) -> tuple[str, str]:
+def quantized_names(name: str, quantization: Quantization) -> tuple[str, str]:
     """The names of the two tensors that stand for the weight ``name``."""
     prefix = name.removesuffix("weight")
-    return name, f"{prefix}scale" if few_bits == "int8" else f"{prefix}scale_zero"
+    return name, f"{prefix}scale" if quantization == "int8" else f"{prefix}scale_zero"
 
 
-def restore_weight(weight: Tensor, scale: Tensor, few_bits: FewBits) -> Tensor:
+def dequantize_weight(weight: Tensor, scale: Tensor, quantization: Quantization) -> Tensor:
     """The float32 weight (N, K) that two tensors stand for."""
-    return dequantize_int8(weight, scale) if few_bits == "int8" else dequantize_int4(weight, scale)
+    return dequantize_int8(weight, scale) if quantization == "int8" else dequantize_int4(weight, scale)

@@ -22,10 +22,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from cogview.kernels.attention import attention
 from cogview.kernels.gelu import bias_gelu, bias_gelu_is_fused
 from cogview.kernels.layer_norm import pb_relax_layer_norm, sandwich_layer_norm
-from cogview.kernels.linear import linear, packs
+from cogview.kernels.linear import can_prepack, linear
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.kv_cache import KVCache
-from cogview.modeling.packed_layers import LeanLayers
+from cogview.modeling.packed_layers import PackedLayers
 
 # What training keeps of a layer for its backward: all, the results of matrix products and attention (the rest of the
 # layer is computed again, which is cheap), or its input alone (the whole layer is computed again).
@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.lean: LeanLayers | None = None
+        self.packed_layers: PackedLayers | None = None
         self.checkpointing: Checkpointing = "none"
         self.apply(self._initialize)
         if config.sinusoidal_positions:
@@ -68,7 +68,7 @@ class Transformer(nn.Module):
             nn.init.zeros_(module.bias)
         if isinstance(module, Layer):  # apply() comes here after the children
             for norm in (module.attention_output_norm, module.mlp_output_norm):
-                nn.init.constant_(norm.weight, self.config.branch_gain)
+                nn.init.constant_(norm.weight, self.config.branch_norm_init)
             for projection in (module.attention.output, module.mlp.output):
                 nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * self.config.num_layers))
 
@@ -109,8 +109,13 @@ class Transformer(nn.Module):
             x_BTD = self.dropout(self.embedding(ids_BT).float() + self.positions(positions_BT).float())
         else:
             x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
-        if self.lean is not None and not autocast and not torch.is_grad_enabled() and packs(self.embedding.weight):
-            x_BTD = self.lean(x_BTD, bias_B1TS, cache)
+        if (
+            self.packed_layers is not None
+            and not autocast
+            and not torch.is_grad_enabled()
+            and can_prepack(self.embedding.weight)
+        ):
+            x_BTD = self.packed_layers(x_BTD, bias_B1TS, cache)
         else:
             for number, layer in enumerate(self.layers):
                 if self.checkpointing == "none" or not torch.is_grad_enabled():
@@ -136,21 +141,21 @@ class Transformer(nn.Module):
     def head(self, hidden: Tensor, ids: range | None = None) -> Tensor:
         """Float32 logits (..., V) of hidden states (..., D), for all ids or for a range of them."""
         weight = self.embedding.weight if ids is None else self.embedding.weight[ids.start : ids.stop]
-        if self.lean is None or ids is None or torch.is_grad_enabled() or not packs(weight):
+        if self.packed_layers is None or ids is None or torch.is_grad_enabled() or not can_prepack(weight):
             return F.linear(hidden, weight).float()
-        return self.lean.head(hidden, weight, ids)
+        return self.packed_layers.head(hidden, weight, ids)
 
-    def pack(self) -> None:
+    def prepack(self) -> None:
         """Prepare to generate on a CPU in float32: keep a second copy of all that is multiplied, in MKL's order.
 
         Elsewhere, and without MKL, there is nothing to prepare. Gradients, and so training, use the weights themselves.
         """
-        if packs(self.embedding.weight):
-            self.lean = LeanLayers(self)
+        if can_prepack(self.embedding.weight):
+            self.packed_layers = PackedLayers(self)
 
-    def bytes_to_pack(self, *told: range) -> int:
+    def prepack_bytes(self, *told: range) -> int:
         """What that will take and does not yet; ``told`` are the ids that ``head`` will be asked for."""
-        return 0 if self.lean is None else self.lean.bytes_to_pack(*told)
+        return 0 if self.packed_layers is None else self.packed_layers.prepack_bytes(*told)
 
 
 def _keep_products(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:

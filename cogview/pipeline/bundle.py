@@ -18,7 +18,7 @@ import torch
 from cogview.checkpoints.checkpoint import check_folder, load_model, load_transformer
 from cogview.checkpoints.precision import Precision, converted_specs
 from cogview.checkpoints.safetensors_io import WeightsFile
-from cogview.device import Placement, available_memory
+from cogview.device import DevicePlacement, available_memory
 from cogview.errors import InputError
 from cogview.modeling.transformer import Transformer
 
@@ -32,13 +32,13 @@ class Bundle:
     ``model`` has the tokenizers, and a config with all tasks. InputError if the folders do not share their tokenizers.
     """
 
-    def __init__(self, folders: Mapping[str, Path], placement: Placement) -> None:
+    def __init__(self, folders: Mapping[str, Path], placement: DevicePlacement) -> None:
         self.placement = placement
         self.folders = dict(folders)
         self.configs = {task: check_folder(folder) for task, folder in folders.items()}
         first = next(iter(folders))
         for task, config in self.configs.items():
-            shared = ("vocabulary", "grid", "codebook_sha256", "text_space", "max_text")
+            shared = ("vocabulary", "grid", "codebook_sha256", "text_positions", "max_text")
             unlike = [name for name in shared if getattr(config, name) != getattr(self.configs[first], name)]
             if (folders[task] / "text.model").read_bytes() != (folders[first] / "text.model").read_bytes():
                 unlike.append("text.model")
@@ -46,7 +46,7 @@ class Bundle:
                 raise InputError(f"{folders[task]} and {folders[first]} make no bundle: they differ in {unlike[0]}")
             if task not in config.tasks:
                 raise InputError(f"{folders[task]} was not trained for the task {task!r}: {', '.join(config.tasks)}")
-        model = load_model(folders[first], placement.device, placement.dtype, without_weights=True)
+        model = load_model(folders[first], placement.device, placement.dtype, meta_only=True)
         captions = self.configs.get("caption", model.config)
         config = replace(
             model.config,
@@ -63,7 +63,7 @@ class Bundle:
         if folder not in self._loaded:
             placement = self.placement
             weights = WeightsFile(folder / "model.safetensors")
-            specs = converted_specs(weights, Precision(placement.dtype, placement.few_bits))
+            specs = converted_specs(weights, Precision(placement.dtype, placement.quantization))
             needed = HEADROOM * sum(spec.num_bytes for spec in specs.values())
             while self._loaded and available_memory(placement.device) < needed:
                 oldest = next(iter(self._loaded))
@@ -73,6 +73,6 @@ class Bundle:
                 if placement.device.type == "cuda":
                     torch.cuda.empty_cache()
             log.info("loading %s for the task %s", folder.name, task)
-            self._loaded[folder] = load_transformer(folder, placement.device, placement.dtype, placement.few_bits)
+            self._loaded[folder] = load_transformer(folder, placement.device, placement.dtype, placement.quantization)
         self._loaded.move_to_end(folder)
         return self._loaded[folder]

@@ -15,33 +15,39 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cogview.checkpoints.adapter import FEW_BITS_MESSAGE, Adapter, has_adapter, merge_adapter
+from cogview.checkpoints.adapter import QUANTIZED_MESSAGE, Adapter, has_adapter, merge_adapter
 from cogview.checkpoints.checkpoint import Model, ModelConfig, check_folder, load_model
-from cogview.checkpoints.precision import stored_few_bits
-from cogview.checkpoints.registry import find_checkpoint, find_parts, known_models
+from cogview.checkpoints.precision import stored_quantization
+from cogview.checkpoints.registry import load_registry, resolve_bundle, resolve_checkpoint
 from cogview.checkpoints.safetensors_io import WeightsFile
-from cogview.device import Placement, choose_placement
+from cogview.device import DevicePlacement, choose_placement
 from cogview.errors import InputError
 from cogview.formatting import shorten
-from cogview.generation.decode import fill, score, search
+from cogview.generation.decode import beam_search, decode, score
 from cogview.generation.sampling import GREEDY, MAX_SEED, Sampling
-from cogview.generation.speculative import most_columns, steps_are_captured
-from cogview.generation.token_sampler import Filled, Job, Moment, Stopped, permitted_ids
+from cogview.generation.speculative import max_window, uses_cuda_graphs
+from cogview.generation.token_sampler import (
+    DecodingProgress,
+    DecodingRequest,
+    DecodingResult,
+    DecodingStopped,
+    candidate_ids,
+)
 from cogview.image_io.reading import fit
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.bundle import Bundle
-from cogview.planning.batches import Planner
-from cogview.planning.inference import fill_bytes, picture_bytes, score_bytes, search_bytes, smaller_dtypes
-from cogview.tokenizers.layouts import Arranged, Layout, Window, upscale_steps
+from cogview.planning.batches import BatchPlanner
+from cogview.planning.inference import beam_search_bytes, decode_bytes, image_bytes, score_bytes, smaller_formats
+from cogview.tokenizers.layouts import Layout, TokenSequence, Window, upscale_steps
 from cogview.tokenizers.text import TextTokenizer
-from cogview.tokenizers.vocabulary import Kind, Vocabulary
+from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 from cogview.vqvae.codec import to_float, to_uint8
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE
 
-LEAST_BEAMS = 4
+MIN_BEAMS = 4
 KV_DTYPES = ("auto", "int8")
 SHOWN = 20  # characters of a prompt in a message
-MANY_BYTES = 0.3  # share of a prompt spelt in bytes from which on a model hardly knows its characters
+BYTE_FALLBACK_WARNING = 0.3  # share of a prompt spelt in bytes from which on a model hardly knows its characters
 
 T = TypeVar("T")
 
@@ -71,7 +77,7 @@ class Score:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Wish:
+class GenerationRequest:
     """One picture to draw or caption to write. ``index`` is its number among those of a prompt or an image: noise is
     keyed by (seed, index).
 
@@ -88,20 +94,20 @@ class Wish:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
+class GenerationProgress:
     """Where the drawing of some wishes stands, for who watches it: after every line of codes or so."""
 
-    wishes: tuple[Wish, ...]  # that are being done at this time
-    drawn: int  # codes or pieces since the last time, of all of them together
+    requests: tuple[GenerationRequest, ...]  # that are being done at this time
+    num_new: int  # codes or pieces since the last time, of all of them together
     done: int  # of the blanks of the longest
     total: int
     codes: Callable[[], list[np.ma.MaskedArray]]  # (G, G) of each picture so far, masked where nothing is drawn
 
 
-Watch: TypeAlias = Callable[[Progress], object]
+ProgressCallback: TypeAlias = Callable[[GenerationProgress], object]
 
 
-class Picture(Image.Image):
+class GeneratedImage(Image.Image):
     """A PIL image that carries how it was drawn."""
 
     prompt: str
@@ -114,8 +120,14 @@ class Picture(Image.Image):
 
     @classmethod
     def of(
-        cls, pixels: np.ndarray, *, wish: Wish, codes: np.ndarray, log_probability: float, sampling: Sampling
-    ) -> Picture:
+        cls,
+        pixels: np.ndarray,
+        *,
+        wish: GenerationRequest,
+        codes: np.ndarray,
+        log_probability: float,
+        sampling: Sampling,
+    ) -> GeneratedImage:
         """A picture from (H, W, 3) uint8 ``pixels``."""
         picture = Image.fromarray(pixels)
         picture.__class__ = cls  # Pillow has no constructor for subclasses
@@ -132,7 +144,7 @@ class CogView:
     ``text_tokenizer`` text, and ``vocabulary`` has the offsets and command ids.
     """
 
-    def __init__(self, model: Model, placement: Placement, name: str, bundle: Bundle | None = None) -> None:
+    def __init__(self, model: Model, placement: DevicePlacement, name: str, bundle: Bundle | None = None) -> None:
         """With a ``bundle``, the transformer of ``model`` is a shape: each task has one of its own."""
         self.model = model
         self.placement = placement
@@ -142,8 +154,8 @@ class CogView:
         self.int8_cache = False  # whether keys and values are kept in int8
         self.parallel: int | None = None  # the most codes to guess at one go, 1 for none, None for what pays
         # An adapter that is being learnt stands in front of weights, which packed ones would not see.
-        if bundle is None and placement.few_bits is None and not has_adapter(model.transformer):
-            model.transformer.pack()
+        if bundle is None and placement.quantization is None and not has_adapter(model.transformer):
+            model.transformer.prepack()
 
     @classmethod
     def from_pretrained(
@@ -164,23 +176,23 @@ class CogView:
         """
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv-dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
-        parts = find_parts(str(name))
-        folder = next(iter(parts.values())) if parts else find_checkpoint(str(name))
+        parts = resolve_bundle(str(name))
+        folder = next(iter(parts.values())) if parts else resolve_checkpoint(str(name))
         count = check_folder(folder).transformer.num_parameters
-        stored = stored_few_bits(WeightsFile(folder / "model.safetensors").specs)
+        stored = stored_quantization(WeightsFile(folder / "model.safetensors").specs)
         placement = choose_placement(device, dtype, stored=stored, num_parameters=count)
         if adapter is not None:  # before the weights are read, which may take minutes
             if parts:
-                rows = ", ".join(known_models()[str(name)].models)
+                rows = ", ".join(load_registry()[str(name)].models)
                 raise InputError(f"{name} stands for several models, an adapter belongs to one: name one of {rows}")
             Adapter(adapter).check_model(check_folder(folder), str(name))
-            if placement.few_bits is not None:
-                raise InputError(FEW_BITS_MESSAGE)
+            if placement.quantization is not None:
+                raise InputError(QUANTIZED_MESSAGE)
         if parts:
             bundle = Bundle(parts, placement)
             opened = cls(bundle.model, placement, str(name), bundle)
         else:
-            model = load_model(folder, placement.device, placement.dtype, placement.few_bits)
+            model = load_model(folder, placement.device, placement.dtype, placement.quantization)
             if adapter is not None:
                 merge_adapter(model.transformer, adapter)
             opened = cls(model, placement, str(name))
@@ -243,7 +255,7 @@ class CogView:
     def require_task(self, task: str) -> None:
         """InputError unless the weights were trained for ``task``: "generate", "caption", "upscale" or "low_level"."""
         if task not in self.model.config.tasks:
-            if self.bundle is not None and (part := known_models()[self.name].parts.get(task)):
+            if self.bundle is not None and (part := load_registry()[self.name].parts.get(task)):
                 raise InputError(
                     f"the task {task!r} of {self.name} needs {part}, which is not on this machine: "
                     f"cogview download {part}"
@@ -251,7 +263,7 @@ class CogView:
             known = ", ".join(self.model.config.tasks)
             raise InputError(f"{self.name} was not trained for the task {task!r}; its tasks are: {known}")
 
-    def problem_with(self, prompt: str) -> str | None:
+    def prompt_problem(self, prompt: str) -> str | None:
         """Why ``prompt`` cannot be drawn, in one line, or None if it can."""
         if not prompt.strip():
             return "the prompt is empty; say what to draw, for example 一个红苹果"
@@ -266,10 +278,10 @@ class CogView:
             )
         return None
 
-    def warning_about(self, prompt: str) -> str | None:
+    def prompt_warning(self, prompt: str) -> str | None:
         """A line about a prompt with characters that the model hardly knows, or None."""
         share = self.text_tokenizer.byte_share(prompt)
-        if share < MANY_BYTES:
+        if share < BYTE_FALLBACK_WARNING:
             return None
         return (
             f"{share:.0%} of the prompt “{shorten(prompt, SHOWN)}” is spelt in bytes: the model hardly knows its "
@@ -289,7 +301,7 @@ class CogView:
         guidance: float | None = None,
         text_attention: float | None = None,
         batch_size: int | None = None,
-    ) -> list[Picture]:
+    ) -> list[GeneratedImage]:
         """Draw ``n`` pictures of each prompt, prompt by prompt; see ``iterate``.
 
         With ``keep`` only so many of each prompt come back, those whose captions the prompt is most likely to be
@@ -300,13 +312,13 @@ class CogView:
             raise InputError(f"of {n} pictures of a prompt 1 to {n} can be kept, got {keep}")
         if keep is not None:
             self.require_task("caption")
-        pictures = list(self.iterate(prompts, n=n, seed=seed, sampling=sampling, batch_size=batch_size))
+        pictures = list(self.generate_iter(prompts, n=n, seed=seed, sampling=sampling, batch_size=batch_size))
         if keep is None:
             return pictures
         groups = [pictures[first : first + n] for first in range(0, len(pictures), n)]
         return [picture for group in groups for picture in self.rerank(group, batch_size=batch_size)[:keep]]
 
-    def iterate(
+    def generate_iter(
         self,
         prompts: str | Sequence[str],
         *,
@@ -314,8 +326,8 @@ class CogView:
         seed: int | None = None,
         sampling: Sampling | None = None,
         batch_size: int | None = None,
-        watch: Watch | None = None,
-    ) -> Iterator[Picture]:
+        callback: ProgressCallback | None = None,
+    ) -> Iterator[GeneratedImage]:
         """Like ``generate``, but yields pictures as batches are done.
 
         Picture i of a prompt depends on the prompt, the seed, i and the sampling settings, and not on the batch.
@@ -326,20 +338,25 @@ class CogView:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         _require_positive(n, "the number of pictures")
         self._check_prompts(prompts)
-        seed = checked_seed(seed)
+        seed = resolve_seed(seed)
         wishes = [
-            Wish(prompt=prompt, seed=seed, index=index, sampling=sampling) for prompt in prompts for index in range(n)
+            GenerationRequest(prompt=prompt, seed=seed, index=index, sampling=sampling)
+            for prompt in prompts
+            for index in range(n)
         ]
-        for picture in self.make(wishes, batch_size=batch_size, watch=watch):
-            assert isinstance(picture, Picture)
+        for picture in self.run(wishes, batch_size=batch_size, callback=callback):
+            assert isinstance(picture, GeneratedImage)
             yield picture
 
     def draw(
-        self, wishes: Sequence[Wish], sampling: Sampling | None = None, watch: Watch | None = None
-    ) -> list[Picture]:
+        self,
+        requests: Sequence[GenerationRequest],
+        sampling: Sampling | None = None,
+        callback: ProgressCallback | None = None,
+    ) -> list[GeneratedImage]:
         """Draw pictures, each with a prompt, seed and number of its own; ``sampling`` is for those without."""
-        wishes = [wish if wish.sampling else replace(wish, sampling=sampling) for wish in wishes]
-        return [picture for picture in self.make(wishes, watch=watch) if isinstance(picture, Picture)]
+        requests = [wish if wish.sampling else replace(wish, sampling=sampling) for wish in requests]
+        return [picture for picture in self.run(requests, callback=callback) if isinstance(picture, GeneratedImage)]
 
     def complete(
         self,
@@ -355,8 +372,8 @@ class CogView:
         guidance: float | None = None,
         text_attention: float | None = None,
         batch_size: int | None = None,
-        watch: Watch | None = None,
-    ) -> list[Picture]:
+        callback: ProgressCallback | None = None,
+    ) -> list[GeneratedImage]:
         """Keep the first ``rows`` rows of codes of each image and draw the others, ``n`` times each, image by image.
 
         ``prompts`` is one text for all images or one for each. Raises InputError for ``rows`` outside 0 to G - 1.
@@ -368,13 +385,17 @@ class CogView:
         texts = _one_each(prompts, images, "prompt")
         self._check_prompts(texts)
         sampling = self.sampling(temperature, top_k, top_p, guidance, text_attention)
-        seed = checked_seed(seed)
+        seed = resolve_seed(seed)
         wishes = [
-            Wish(prompt=text, seed=seed, index=index, codes=codes[:rows], sampling=sampling)
-            for text, codes in zip(texts, self.codes_of(images), strict=True)
+            GenerationRequest(prompt=text, seed=seed, index=index, codes=codes[:rows], sampling=sampling)
+            for text, codes in zip(texts, self.encode_images(images), strict=True)
             for index in range(n)
         ]
-        return [made for made in self.make(wishes, batch_size=batch_size, watch=watch) if isinstance(made, Picture)]
+        return [
+            made
+            for made in self.run(wishes, batch_size=batch_size, callback=callback)
+            if isinstance(made, GeneratedImage)
+        ]
 
     def upscale(
         self,
@@ -389,8 +410,8 @@ class CogView:
         text_attention: float | None = None,
         low_level: bool = False,
         batch_size: int | None = None,
-        watch: Watch | None = None,
-    ) -> list[Picture]:
+        callback: ProgressCallback | None = None,
+    ) -> list[GeneratedImage]:
         """Draw each image at twice its side, in the space of codes: 2G x 2G from G x G, in nine windows.
 
         ``texts`` is one text for all images or one for each. ``low_level`` draws G x G codes from an image of half
@@ -402,37 +423,50 @@ class CogView:
         texts = _one_each(texts, images, "text")
         self._check_prompts(texts)
         sampling = self.sampling(temperature, top_k, top_p, guidance, text_attention, task)
-        seed = checked_seed(seed)
+        seed = resolve_seed(seed)
         grid = self.model.config.grid
         # A picture of ours keeps its number, so that several of one prompt do not share their noise.
         wishes = [
-            Wish(prompt=text, seed=seed, index=getattr(image, "index", 0), task=task, codes=codes, sampling=sampling)
+            GenerationRequest(
+                prompt=text, seed=seed, index=getattr(image, "index", 0), task=task, codes=codes, sampling=sampling
+            )
             for text, image, codes in zip(
-                texts, images, self.codes_of(images, grid // 2 if low_level else grid), strict=True
+                texts, images, self.encode_images(images, grid // 2 if low_level else grid), strict=True
             )
         ]
-        return [made for made in self.make(wishes, batch_size=batch_size, watch=watch) if isinstance(made, Picture)]
+        return [
+            made
+            for made in self.run(wishes, batch_size=batch_size, callback=callback)
+            if isinstance(made, GeneratedImage)
+        ]
 
-    def make(
-        self, wishes: Sequence[Wish], *, batch_size: int | None = None, watch: Watch | None = None
-    ) -> Iterator[Picture | Caption]:
+    def run(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        batch_size: int | None = None,
+        callback: ProgressCallback | None = None,
+    ) -> Iterator[GeneratedImage | Caption]:
         """What is wished for, in order, as batches are done; different tasks share them.
 
         Prompts are taken to be checked. See ``iterate`` for ``batch_size`` and ``watch``.
         """
-        wishes = self._ready(wishes)
+        requests = self._resolve_requests(requests)
         planner = self._planner(batch_size)
-        with suppress(Stopped):
+        with suppress(DecodingStopped):
             yield from planner.run(
-                wishes, self._wishes_bytes, lambda chunk: self._make_together(chunk, planner, watch), _named(wishes)
+                requests,
+                self._requests_bytes,
+                lambda chunk: self._run_batch(chunk, planner, callback),
+                _named(requests),
             )
 
-    def plan(self, wishes: Sequence[Wish], *, batch_size: int | None = None) -> list[int]:
+    def batch_sizes(self, requests: Sequence[GenerationRequest], *, batch_size: int | None = None) -> list[int]:
         """How many of ``wishes`` ``make`` would do at a time now: even parts, in order."""
-        wishes = self._ready(wishes)
-        return self._planner(batch_size).chunks(wishes, self._wishes_bytes, _named(wishes))
+        requests = self._resolve_requests(requests)
+        return self._planner(batch_size).chunks(requests, self._requests_bytes, _named(requests))
 
-    def _ready(self, wishes: Sequence[Wish]) -> list[Wish]:
+    def _resolve_requests(self, wishes: Sequence[GenerationRequest]) -> list[GenerationRequest]:
         """The same, each with its sampling; InputError for what the weights were not trained for."""
         for task in dict.fromkeys(wish.task for wish in wishes):
             self.require_task(task)
@@ -443,21 +477,25 @@ class CogView:
             self._check_guidance(sampling, task)
         return ready
 
-    def _planner(self, batch_size: int | None) -> Planner:
+    def _planner(self, batch_size: int | None) -> BatchPlanner:
         config, place = self.model.config, self.placement
-        remedies = partial(smaller_dtypes, config.transformer, config.vocabulary, place.numbers, place.device.type)
-        return Planner(place.device, batch_size, remedies)
+        remedies = partial(
+            smaller_formats, config.transformer, config.vocabulary, place.weight_format, place.device.type
+        )
+        return BatchPlanner(place.device, batch_size, remedies)
 
-    def _wishes_bytes(self, wishes: Sequence[Wish]) -> int:
-        return self._fill_bytes([next(self._steps(wish))[0] for wish in wishes])
+    def _requests_bytes(self, wishes: Sequence[GenerationRequest]) -> int:
+        return self._decode_bytes([next(self._single_step_program(wish))[0] for wish in wishes])
 
-    def _make_together(self, wishes: Sequence[Wish], planner: Planner, watch: Watch | None) -> list[Picture | Caption]:
+    def _run_batch(
+        self, wishes: Sequence[GenerationRequest], planner: BatchPlanner, watch: ProgressCallback | None
+    ) -> list[GeneratedImage | Caption]:
         """All of ``wishes`` side by side, window by window where they take several."""
-        steps = [self._steps(wish) for wish in wishes]
+        steps = [self._single_step_program(wish) for wish in wishes]
         waiting = {index: next(one) for index, one in enumerate(steps)}
         done: dict[int, tuple[np.ndarray, float]] = {}
         while waiting:
-            filled: dict[int, list[Filled]] = {index: [] for index in waiting}
+            filled: dict[int, list[DecodingResult]] = {index: [] for index in waiting}
             transformers = [self._transformer(wishes[index].task) for index in waiting]
             for transformer in dict.fromkeys(transformers):
                 jobs = [
@@ -468,8 +506,8 @@ class CogView:
                 ]
                 found = planner.run(
                     jobs,
-                    lambda some: self._fill_bytes([job for _, job in some]),
-                    partial(self._fill, transformer, wishes, watch),
+                    lambda some: self._decode_bytes([job for _, job in some]),
+                    partial(self._decode, transformer, wishes, watch),
                     _named([wishes[index] for index, _ in jobs]),
                 )
                 for (index, _), one in zip(jobs, found, strict=True):
@@ -480,18 +518,18 @@ class CogView:
                 except StopIteration as end:
                     del waiting[index]
                     done[index] = end.value
-        return self._finished(wishes, [done[index] for index in range(len(wishes))], planner)
+        return self._build_results(wishes, [done[index] for index in range(len(wishes))], planner)
 
-    def _fill(
+    def _decode(
         self,
         transformer: Transformer,
-        wishes: Sequence[Wish],
-        watch: Watch | None,
-        jobs: Sequence[tuple[int, Job]],
-    ) -> list[Filled]:
+        wishes: Sequence[GenerationRequest],
+        watch: ProgressCallback | None,
+        jobs: Sequence[tuple[int, DecodingRequest]],
+    ) -> list[DecodingResult]:
         counted = 0
 
-        def look(moment: Moment) -> object:
+        def look(moment: DecodingProgress) -> object:
             nonlocal counted
             grid = self.model.config.grid
             if moment.done // grid == counted // grid and moment.done < moment.total:
@@ -499,53 +537,54 @@ class CogView:
             drawn, counted = moment.done - counted, moment.done
             assert watch is not None
             return watch(
-                Progress(
-                    wishes=tuple(wishes[index] for index, _ in jobs),
-                    drawn=drawn * len(jobs),
+                GenerationProgress(
+                    requests=tuple(wishes[index] for index, _ in jobs),
+                    num_new=drawn * len(jobs),
                     done=moment.done,
                     total=moment.total,
                     codes=lambda: [
-                        self._codes_so_far(job.row, ids) for (_, job), ids in zip(jobs, moment.rows(), strict=True)
+                        self._codes_so_far(job.sequence, ids)
+                        for (_, job), ids in zip(jobs, moment.sequences(), strict=True)
                     ],
                 )
             )
 
-        return fill(
+        return decode(
             transformer,
             self.vocabulary,
             [job for _, job in jobs],
             look if watch is not None else None,
             int8_cache=self.int8_cache,
-            parallel=self.parallel,
+            speculative=self.parallel,
         )
 
-    def _codes_so_far(self, row: Arranged, ids: np.ndarray) -> np.ma.MaskedArray:
+    def _codes_so_far(self, row: TokenSequence, ids: np.ndarray) -> np.ma.MaskedArray:
         """(G, G) codes of the image of a row, masked where nothing is drawn yet."""
         grid, span = self.model.config.grid, row.spans["image"]
         codes = np.ma.masked_all(grid * grid, dtype=np.int64)
         codes[: span.stop - span.start] = np.ma.masked_equal(ids[span], self.vocabulary.pad)
         return codes.reshape(grid, grid)
 
-    def _finished(
-        self, wishes: Sequence[Wish], done: Sequence[tuple[np.ndarray, float]], planner: Planner
-    ) -> list[Picture | Caption]:
+    def _build_results(
+        self, wishes: Sequence[GenerationRequest], done: Sequence[tuple[np.ndarray, float]], planner: BatchPlanner
+    ) -> list[GeneratedImage | Caption]:
         """Pictures from codes, in as large parts as memory holds, and captions from pieces."""
-        made: list[Picture | Caption | None] = [None] * len(wishes)
+        made: list[GeneratedImage | Caption | None] = [None] * len(wishes)
         sides = {index: len(ids) for index, (ids, _) in enumerate(done) if wishes[index].task != "caption"}
         for side in dict.fromkeys(sides.values()):
             members = [index for index, own in sides.items() if own == side]
-            each = picture_bytes(self.image_tokenizer.config, side, decoding=True)
+            each = image_bytes(self.image_tokenizer.config, side, decoding=True)
             pixels = planner.run(
                 members,
                 partial(_times, each),
-                lambda some: list(self.pixels(np.stack([done[index][0] for index in some]))),
+                lambda some: list(self.decode_images(np.stack([done[index][0] for index in some]))),
                 "decoding pixels",
             )
             for index, own in zip(members, pixels, strict=True):
                 codes, log_probability = done[index]
                 wish = wishes[index]
                 assert wish.sampling is not None
-                made[index] = Picture.of(
+                made[index] = GeneratedImage.of(
                     own, wish=wish, codes=codes, log_probability=log_probability, sampling=wish.sampling
                 )
         for index, (ids, log_probability) in enumerate(done):
@@ -553,7 +592,9 @@ class CogView:
                 made[index] = self._caption(ids, log_probability, wishes[index])
         return [one for one in made if one is not None]
 
-    def _steps(self, wish: Wish) -> Generator[list[Job], list[Filled], tuple[np.ndarray, float]]:
+    def _single_step_program(
+        self, wish: GenerationRequest
+    ) -> Generator[list[DecodingRequest], list[DecodingResult], tuple[np.ndarray, float]]:
         """The jobs of a wish, those that are free of each other together.
 
         It is sent what they were filled with, and returns the codes of the picture or the ids of the caption, and their
@@ -562,25 +603,25 @@ class CogView:
         config, layout = self.model.config, self.model.config.layouts[wish.task]
         if wish.task == "caption":
             assert wish.codes is not None
-            row = layout.arrange(self.vocabulary, image=wish.codes, max_text=config.caption_space)
+            row = layout.arrange(self.vocabulary, image=wish.codes, max_text=config.caption_positions)
             (filled,) = yield [self._job(wish, row)]
             return filled.ids[row.spans["text"]], filled.log_probability
         text, grid = self.text_tokenizer.encode(wish.prompt), config.grid
         if wish.task == "upscale":
-            return (yield from self._nine_windows(wish, text))
+            return (yield from self._windowed_upscale_program(wish, text))
         given = np.empty((0, grid), dtype=np.int64) if wish.codes is None else wish.codes
         name = "small" if wish.task == "low_level" else "image"
 
-        def arrange(text: Sequence[int]) -> Arranged:
+        def arrange(text: Sequence[int]) -> TokenSequence:
             return layout.arrange(self.vocabulary, **{"text": text, name: given})  # type: ignore[arg-type]
 
         row = arrange(text)
-        (filled,) = yield [self._job(wish, row, unguided=arrange(()) if _guided(wish) else None)]
+        (filled,) = yield [self._job(wish, row, unconditional=arrange(()) if _guided(wish) else None)]
         return filled.ids[row.spans["image"]].reshape(grid, grid), filled.log_probability
 
-    def _nine_windows(
-        self, wish: Wish, text: Sequence[int]
-    ) -> Generator[list[Job], list[Filled], tuple[np.ndarray, float]]:
+    def _windowed_upscale_program(
+        self, wish: GenerationRequest, text: Sequence[int]
+    ) -> Generator[list[DecodingRequest], list[DecodingResult], tuple[np.ndarray, float]]:
         """Codes (2G, 2G) of the image whose codes are given, and their log-probability."""
         small = wish.codes
         assert small is not None
@@ -596,40 +637,42 @@ class CogView:
                 rows, columns = window.target
                 whole = (slice(rows.start, rows.start + grid), columns)
 
-                def arrange(text: Sequence[int], window: Window = window, whole: Any = whole) -> Arranged:
+                def arrange(text: Sequence[int], window: Window = window, whole: Any = whole) -> TokenSequence:
                     row = layout.arrange(self.vocabulary, text=text, small=small[window.source], image=codes[whole])
-                    return row.cut(row.spans["image"].start + window.lines * grid)
+                    return row.truncate(row.spans["image"].start + window.lines * grid)
 
                 row = arrange(text)
                 keys = np.zeros(len(row), dtype=np.int64)
                 keys[row.spans["image"]] = places[whole][: window.lines].reshape(-1)
-                jobs.append(self._job(wish, row, places=keys, unguided=arrange(()) if _guided(wish) else None))
+                jobs.append(
+                    self._job(wish, row, noise_positions=keys, unconditional=arrange(()) if _guided(wish) else None)
+                )
             filled = yield jobs
             for window, job, one in zip(together, jobs, filled, strict=True):
-                codes[window.target] = one.ids[job.row.spans["image"]].reshape(window.lines, grid)
+                codes[window.target] = one.ids[job.sequence.spans["image"]].reshape(window.lines, grid)
                 total += one.log_probability
         return codes.filled(), total
 
-    def _job(self, wish: Wish, row: Arranged, **rest: Any) -> Job:
+    def _job(self, wish: GenerationRequest, row: TokenSequence, **rest: Any) -> DecodingRequest:
         assert wish.sampling is not None
-        return Job(row=row, seed=wish.seed, image=wish.index, sampling=wish.sampling, **rest)
+        return DecodingRequest(sequence=row, seed=wish.seed, image=wish.index, sampling=wish.sampling, **rest)
 
-    def _told(self, row: Arranged) -> range:
+    def _candidate_ids(self, row: TokenSequence) -> range:
         """The ids that the last blank of a row may take."""
-        return permitted_ids(self.vocabulary, Kind(row.kinds[row.blanks][-1]), row.stop)
+        return candidate_ids(self.vocabulary, TokenKind(row.kinds[row.blanks][-1]), row.stop)
 
-    def _fill_bytes(self, jobs: Sequence[Job]) -> int:
+    def _decode_bytes(self, jobs: Sequence[DecodingRequest]) -> int:
         transformer, device = self.model.transformer, self.placement.device
-        most = self.parallel or most_columns(device, len(jobs), packed=transformer.lean is not None)
-        told = {self._told(job.row) for job in jobs}
-        return transformer.bytes_to_pack(*told) + fill_bytes(
+        most = self.parallel or max_window(device, len(jobs), packed=transformer.packed_layers is not None)
+        told = {self._candidate_ids(job.sequence) for job in jobs}
+        return transformer.prepack_bytes(*told) + decode_bytes(
             self.model.config.transformer,
             self.vocabulary,
             jobs,
-            dtype=self.placement.numbers,
+            dtype=self.placement.weight_format,
             device_type=device.type,
             int8_cache=self.int8_cache,
-            parallel=most if most > 1 or steps_are_captured(device) else None,
+            parallel=most if most > 1 or uses_cuda_graphs(device) else None,
         )
 
     def caption(
@@ -664,39 +707,41 @@ class CogView:
             sampling = GREEDY if method == "greedy" else Sampling(**{"top_k": 0, **given})  # type: ignore[arg-type]
         except ValueError as error:
             raise InputError(str(error)) from None
-        seed = checked_seed(seed)
+        seed = resolve_seed(seed)
         wishes = [
-            Wish(seed=seed, index=index, task="caption", codes=codes, sampling=sampling)
-            for codes in self.codes_of(images)
+            GenerationRequest(seed=seed, index=index, task="caption", codes=codes, sampling=sampling)
+            for codes in self.encode_images(images)
             for index in range(n)
         ]
         if method == "beam":
             return self._search_captions(wishes[::n], n, batch_size)
-        made = [made for made in self.make(wishes, batch_size=batch_size) if isinstance(made, Caption)]
+        made = [made for made in self.run(wishes, batch_size=batch_size) if isinstance(made, Caption)]
         return [made[first : first + n] for first in range(0, len(made), n)]
 
-    def _search_captions(self, wishes: Sequence[Wish], n: int, batch_size: int | None) -> list[list[Caption]]:
+    def _search_captions(
+        self, wishes: Sequence[GenerationRequest], n: int, batch_size: int | None
+    ) -> list[list[Caption]]:
         """The ``n`` most probable captions of each image."""
-        beams = max(n, LEAST_BEAMS)
+        beams = max(n, MIN_BEAMS)
         planner = self._planner(batch_size)
-        rows = [job.row for wish in wishes for job in next(self._steps(wish))]
+        rows = [job.sequence for wish in wishes for job in next(self._single_step_program(wish))]
         transformer = self._transformer("caption")
 
-        def beams_bytes(some: Sequence[Arranged]) -> int:
+        def beams_bytes(some: Sequence[TokenSequence]) -> int:
             place = self.placement
-            return transformer.bytes_to_pack(self._told(some[0])) + search_bytes(
+            return transformer.prepack_bytes(self._candidate_ids(some[0])) + beam_search_bytes(
                 self.model.config.transformer,
                 self.vocabulary,
                 some,
                 beams,
-                dtype=place.numbers,
+                dtype=place.weight_format,
                 device_type=place.device.type,
             )
 
         found = planner.run(
             rows,
             beams_bytes,
-            lambda some: search(transformer, self.vocabulary, some, beams),
+            lambda some: beam_search(transformer, self.vocabulary, some, beams),
             f"captions by {beams} beams",
         )
         return [
@@ -707,7 +752,7 @@ class CogView:
             for wish, row, ones in zip(wishes, rows, found, strict=True)
         ]
 
-    def _caption(self, text: np.ndarray, log_probability: float, wish: Wish) -> Caption:
+    def _caption(self, text: np.ndarray, log_probability: float, wish: GenerationRequest) -> Caption:
         ends = np.flatnonzero(~np.isin(text, self.vocabulary.text))
         pieces = text[: ends[0] if len(ends) else None] - self.vocabulary.text.start
         return Caption(
@@ -731,17 +776,17 @@ class CogView:
         layout: Layout = self.model.config.layouts["score"]
         rows = [
             layout.arrange(self.vocabulary, image=codes, text=self.text_tokenizer.encode(text))
-            for codes, text in zip(self.codes_of(images), texts, strict=True)
+            for codes, text in zip(self.encode_images(images), texts, strict=True)
         ]
         transformer = self._transformer("caption")
 
-        def rows_bytes(some: Sequence[Arranged]) -> int:
+        def rows_bytes(some: Sequence[TokenSequence]) -> int:
             told = range(self.vocabulary.text.start, self.vocabulary.padded_size)
-            return transformer.bytes_to_pack(told) + score_bytes(
+            return transformer.prepack_bytes(told) + score_bytes(
                 self.model.config.transformer,
                 self.vocabulary,
                 some,
-                dtype=self.placement.numbers,
+                dtype=self.placement.weight_format,
                 device_type=self.placement.device.type,
             )
 
@@ -751,14 +796,14 @@ class CogView:
         lengths = [row.spans["text"].stop - row.spans["text"].start for row in rows]
         return [Score(log_probability=total, num_pieces=length) for total, length in zip(sums, lengths, strict=True)]
 
-    def rerank(self, pictures: Sequence[Picture], *, batch_size: int | None = None) -> list[Picture]:
+    def rerank(self, pictures: Sequence[GeneratedImage], *, batch_size: int | None = None) -> list[GeneratedImage]:
         """``pictures`` by how probable their prompts are as captions of them, the best first; they carry the scores."""
         scores = self.score(pictures, [picture.prompt for picture in pictures], batch_size=batch_size)
         for picture, own in zip(pictures, scores, strict=True):
             picture.score = own
         return sorted(pictures, key=lambda picture: -picture.score.log_probability if picture.score else 0.0)
 
-    def codes_of(
+    def encode_images(
         self, images: Sequence[Image.Image], grid: int | None = None, batch_size: int | None = None
     ) -> np.ndarray:
         """(B, grid, grid) int64 codes of images; ``grid`` is the model's own where it is not given.
@@ -781,7 +826,7 @@ class CogView:
             with torch.inference_mode():
                 return list(self.image_tokenizer.encode(images_N3HW).cpu().numpy())
 
-        each = picture_bytes(self.image_tokenizer.config, side, decoding=False)
+        each = image_bytes(self.image_tokenizer.config, side, decoding=False)
         found = self._planner(batch_size).run(
             others,
             partial(_times, each),
@@ -792,7 +837,7 @@ class CogView:
             codes[index] = own
         return codes
 
-    def pixels(self, codes: np.ndarray) -> np.ndarray:
+    def decode_images(self, codes: np.ndarray) -> np.ndarray:
         """(B, 8G, 8G, 3) uint8 pictures of (B, G, G) codes, for any G."""
         return to_uint8(self.image_tokenizer.decode(torch.from_numpy(codes).to(self.placement.device)))
 
@@ -805,18 +850,18 @@ class CogView:
 
     def _check_prompts(self, prompts: Sequence[str]) -> None:
         for prompt in prompts:
-            if (problem := self.problem_with(prompt)) is not None:
+            if (problem := self.prompt_problem(prompt)) is not None:
                 raise InputError(problem)
 
     def _check_guidance(self, sampling: Sampling, task: str) -> None:
-        if sampling.guidance != 1 and not self._config(task).caption_drop:
+        if sampling.guidance != 1 and not self._config(task).caption_dropout:
             raise InputError(
                 f"{self.name} was trained without leaving captions out, so it cannot be guided: guidance must be 1, "
                 f"got {sampling.guidance:g}; try text attention instead"
             )
 
 
-def checked_seed(seed: int | None) -> int:
+def resolve_seed(seed: int | None) -> int:
     """``seed``, or a new one; InputError outside 0 … 2**63 - 1."""
     if seed is None:
         return secrets.randbelow(2**31)
@@ -829,11 +874,11 @@ def _times(each: int, some: Sequence[object]) -> int:
     return each * len(some)
 
 
-def _guided(wish: Wish) -> bool:
+def _guided(wish: GenerationRequest) -> bool:
     return wish.sampling is not None and wish.sampling.guidance != 1
 
 
-def _named(wishes: Sequence[Wish]) -> str:
+def _named(wishes: Sequence[GenerationRequest]) -> str:
     """What a batch of wishes is, in words."""
     names = {"generate": "drawing", "caption": "captions", "upscale": "upscaling", "low_level": "upscaling"}
     return " and ".join(dict.fromkeys(names[wish.task] for wish in wishes))

@@ -17,12 +17,12 @@ from typing import TypeVar
 
 import torch
 
-from cogview.device import available_memory, ran_out
+from cogview.device import available_memory, is_out_of_memory
 from cogview.errors import InputError
 from cogview.formatting import format_gigabytes
 
 # With more rows at a time the first one comes later, for little; where that begins is assumed.
-MOST_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
+MAX_ROWS = {"cpu": 64, "cuda": 256, "mps": 64}
 # What is left free: of what there is, and at least so many bytes: scratch of a CPU's matrix products, and on a GPU what
 # its allocator rounds up.
 BATCH_MARGIN = 0.02
@@ -31,10 +31,10 @@ MIN_FREE_BYTES = {"cpu": 8_000_000, "cuda": 256_000_000, "mps": 256_000_000}
 # (scripts/benchmarks/planned_batch.py). From so many bytes on they get pages of their own, and beyond so many free ones
 # at its end the heap shrinks. Where less than SCARCE is there, still smaller ones get theirs: that takes a tenth more
 # time, but the gaps differ from run to run by no more than a megabyte then, and not by ten.
-OWN_PAGES_FROM = 4 << 20
-OWN_PAGES_FROM_IF_SCARCE = 1 << 20
-HEAP_SHRINKS_FROM = 4 << 20
-SCARCE = 1_000_000_000
+MMAP_THRESHOLD = 4 << 20
+MMAP_THRESHOLD_LOW_MEMORY = 1 << 20
+TRIM_THRESHOLD = 4 << 20
+LOW_MEMORY = 1_000_000_000
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-class Planner:
+class BatchPlanner:
     """Splits work for one device.
 
     ``ceiling`` is the most items at a time, None for as many as pay. ``remedies`` says, for a message, with which
@@ -52,25 +52,25 @@ class Planner:
     def __init__(
         self,
         device: torch.device,
-        ceiling: int | None = None,
-        remedies: Callable[[float], Sequence[str]] = lambda missing: (),
+        max_batch_size: int | None = None,
+        suggestions: Callable[[float], Sequence[str]] = lambda missing: (),
     ) -> None:
-        if ceiling is not None and ceiling < 1:
-            raise InputError(f"the batch size must be at least 1, got {ceiling}")
+        if max_batch_size is not None and max_batch_size < 1:
+            raise InputError(f"the batch size must be at least 1, got {max_batch_size}")
         self.device = device
-        self.ceiling = MOST_ROWS[device.type] if ceiling is None else ceiling
-        self.remedies = remedies
+        self.max_batch_size = MAX_ROWS[device.type] if max_batch_size is None else max_batch_size
+        self.suggestions = suggestions
         if device.type == "cpu":
-            scarce = available_memory(device) < SCARCE
-            _glibc("mallopt", M_MMAP_THRESHOLD, OWN_PAGES_FROM_IF_SCARCE if scarce else OWN_PAGES_FROM)
-            _glibc("mallopt", M_TRIM_THRESHOLD, HEAP_SHRINKS_FROM)
+            scarce = available_memory(device) < LOW_MEMORY
+            _glibc("mallopt", M_MMAP_THRESHOLD, MMAP_THRESHOLD_LOW_MEMORY if scarce else MMAP_THRESHOLD)
+            _glibc("mallopt", M_TRIM_THRESHOLD, TRIM_THRESHOLD)
         self._failed: dict[str, int] = {}  # how many at a time were too many, for each kind of work
         self._budget: float | None = None  # of the work in progress, whose own parts share it
-        self._told: set[tuple[str, int]] = set()
+        self._logged: set[tuple[str, int]] = set()
 
     def free(self) -> float:
         """Bytes that work may take."""
-        _let_go(self.device)
+        release_cached_memory(self.device)
         there = available_memory(self.device)
         return there - max(BATCH_MARGIN * there, MIN_FREE_BYTES[self.device.type])
 
@@ -99,7 +99,7 @@ class Planner:
                 part = items[done : done + size]
                 if number and bytes_of(part) > free:  # its items are larger than the first ones
                     break
-                results = self._try(part, work, free)
+                results = self._attempt(part, work, free)
                 if results is None:  # the error's traceback is gone by now, and what it held with it
                     gc.collect()
                     free = self.free()
@@ -108,7 +108,7 @@ class Planner:
                         raise InputError(
                             f"{what}: {self.device} ran out of memory with one at a time, which takes "
                             f"{format_gigabytes(needed, 2)} of {format_gigabytes(free, 2)} free; what would help: "
-                            f"{self._would_help(needed - free)}"
+                            f"{self._suggest(needed - free)}"
                         )
                     self._failed[what] = size
                     log.warning("%s: out of memory with %d at a time; going on with less", what, size)
@@ -119,7 +119,7 @@ class Planner:
     def _chunks(
         self, items: Sequence[Item], bytes_of: Callable[[Sequence[Item]], int], what: str, free: float
     ) -> list[int]:
-        ceiling = min(self.ceiling, self._failed.get(what, 2 * self.ceiling) // 2)
+        ceiling = min(self.max_batch_size, self._failed.get(what, 2 * self.max_batch_size) // 2)
         most = min(len(items), ceiling)
         fits, too_many = 0, most + 1
         while too_many - fits > 1:
@@ -132,18 +132,18 @@ class Planner:
             needed = bytes_of(items[:1])
             raise InputError(
                 f"{what}: one at a time takes {format_gigabytes(needed, 2)} and {self.device} has "
-                f"{format_gigabytes(max(free, 0), 2)} free; what would help: {self._would_help(needed - free)}"
+                f"{format_gigabytes(max(free, 0), 2)} free; what would help: {self._suggest(needed - free)}"
             )
         parts = -(-len(items) // fits)
         sizes = [len(items) // parts + (number < len(items) % parts) for number in range(parts)]
-        if (what, sizes[0]) not in self._told:
-            self._told.add((what, sizes[0]))
+        if (what, sizes[0]) not in self._logged:
+            self._logged.add((what, sizes[0]))
             why = "memory" if fits < most else "the ceiling" if most < len(items) else "all at once"
             needed, told = bytes_of(items[: sizes[0]]), "%s: %d at a time of %d (%s); %s of %s free"
             log.info(told, what, sizes[0], len(items), why, format_gigabytes(needed, 2), format_gigabytes(free, 2))
         return sizes
 
-    def _try(
+    def _attempt(
         self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]], free: float
     ) -> Sequence[Result] | None:
         """None where the device ran out."""
@@ -151,17 +151,17 @@ class Planner:
         try:
             return work(items)
         except (MemoryError, RuntimeError) as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
         finally:
             self._budget = outer
         return None
 
-    def _would_help(self, missing: float) -> str:
-        return " or ".join([*self.remedies(max(missing, 0)), "closing other programs"])
+    def _suggest(self, missing: float) -> str:
+        return " or ".join([*self.suggestions(max(missing, 0)), "closing other programs"])
 
 
-def _let_go(device: torch.device) -> None:
+def release_cached_memory(device: torch.device) -> None:
     """Give back what nobody uses: to the system on a CPU, where glibc keeps it, or to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

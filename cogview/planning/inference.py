@@ -30,29 +30,29 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogview.checkpoints.checkpoint import ModelConfig
 from cogview.device import DTYPE_BYTES
 from cogview.errors import InputError
-from cogview.generation.decoding_state import beginnings_of, pays_to_share
-from cogview.generation.sampling import TIES, Sampling
-from cogview.generation.token_sampler import Job, permitted_ids
+from cogview.generation.decoding_state import group_by_prefix, worth_sharing_prefix
+from cogview.generation.sampling import TIE_MARGIN, Sampling
+from cogview.generation.token_sampler import DecodingRequest, candidate_ids
 from cogview.kernels.linear import (
     DENSE_BLOCK,
     MANY_ROWS_HALF,
     MANY_ROWS_INT8,
     PACKED_AT_ONCE,
+    can_prepack,
     group_of,
-    kernels_run_on,
+    has_native_kernels,
     linear,
-    packs,
 )
 from cogview.modeling.config import PROJECTIONS, TransformerConfig
-from cogview.tokenizers.layouts import Arranged, pad_left, upscale_windows
-from cogview.tokenizers.vocabulary import Kind, Vocabulary
+from cogview.tokenizers.layouts import TokenSequence, pad_left, upscale_windows
+from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 
 TASKS = ("generate", "caption", "upscale", "low_level", "score")
 
 # Bytes of an activation. Where only the weights of the layers are quantized, all else is in half precision.
 ACTIVATION_BYTES = {**DTYPE_BYTES, "int8": 2, "int4": 2}
-SMALLER_DTYPES = ("bfloat16", "int8", "int4")  # what else to offer where something does not fit
+SMALLER_FORMATS = ("bfloat16", "int8", "int4")  # what else to offer where something does not fit
 
 # Bytes besides tensors: Python, PyTorch and what it loads while it works. On a CPU the peak of `cogview generate -n 1`
 # (resident memory, PyTorch 2.13 for CPUs on Linux) less its tensors. On a GPU the context, its kernels and the
@@ -72,15 +72,15 @@ ATTENTION_WIDTHS = 7
 # the maximum, times alpha, and after the softmax.
 RELAXED_SCORES = 4
 # Bytes of each place of a batch: ids, positions and keys of its noise as int64, and what is kept of it in numpy.
-PLACE_BYTES = 40
+POSITION_BYTES = 40
 # Bytes for each id that a blank may take. Among the few that top-k keeps, on a CPU: the logit, and that over the
 # temperature or its logarithm of probability. Among all: those two, and the four int64 temporaries of the noise, which
 # is more than top-p takes. Guidance keeps the logits without the text, and those of both together.
-FEW_BYTES = 8
-KEPT_BYTES = 12  # for each that is kept: its logit and its number
-DRAWING_BYTES = 40
+TOP_K_BYTES = 8
+FILTERED_BYTES = 12  # for each that is kept: its logit and its number
+SAMPLING_BYTES = 40
 GUIDANCE_BYTES = 8
-SEARCHING_BYTES = 20  # a logit, its logarithm of probability in float64, and the sum with that of what stands before
+BEAM_SEARCH_BYTES = 20  # a logit, its logarithm of probability in float64, and the sum with that of what stands before
 SCORING_BYTES = 8  # logits and their logarithms of probability
 # Copies of a block of weights while it is unpacked or converted to be multiplied (kernels/linear.py), and how often a
 # number of such a copy is written or read until it is multiplied. int4 is taken apart in bytes before that.
@@ -89,28 +89,28 @@ UNPACKED_PASSES = {"int8": 4, "int4": 8, "bfloat16": 2, "float16": 2}
 UNPACKED_BYTES_BEFORE = {"int4": 9}
 # Float32 maps of its widest stage that a VQ-VAE has at once: both sides of a ReLU, or the input of a residual block and
 # both sides of a step in it.
-MAPS = {"released": 2, "residual": 3}
+FEATURE_MAP_COPIES = {"released": 2, "residual": 3}
 PIXEL_COPIES = 3  # pictures as float32 that are there while they are brought to their range
 
 # Of the time. A step of decoding reads at this share of what a plain sum over memory reads (0.5 to 0.7 is usual).
-SHARE = 0.6
+BANDWIDTH_EFFICIENCY = 0.6
 OPERATIONS_PER_LAYER = 50  # kernels that PyTorch starts for one layer, most of them in the four norms
 SECONDS_PER_OPERATION = 8e-6  # to start one from Python
-DRAWING_TRAFFIC = 400  # bytes moved per id and row to make noise and to draw: about 25 passes over int64 and float64
+SAMPLING_TRAFFIC = 400  # bytes moved per id and row to make noise and to draw: about 25 passes over int64 and float64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Read:
+class ForwardPass:
     """New columns that go through the layers at one go, and what is told from them."""
 
-    new: int
-    so_far: int  # columns, the new ones included
-    ids: int  # that may stand in the next place
-    places: int = 1  # for which logits are computed
+    new_positions: int
+    total_positions: int  # columns, the new ones included
+    output_ids: int  # that may stand in the next place
+    output_positions: int = 1  # for which logits are computed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class InferenceEstimate:
     """The memory of a job in bytes, and the reads that make up its time."""
 
     transformer: TransformerConfig
@@ -120,9 +120,9 @@ class Plan:
     device_type: str  # cpu, cuda or mps
     rows: int  # held at once
     guided: bool  # every row goes through the layers twice, with its text and without
-    reads: tuple[Read, ...]
-    columns: int  # of a row, up to its last blank
-    picture_side: int  # codes on a side of what goes through the VQ-VAE
+    forward_passes: tuple[ForwardPass, ...]
+    sequence_length: int  # of a row, up to its last blank
+    image_side: int  # codes on a side of what goes through the VQ-VAE
     decodes: bool  # it goes through the decoder, and not the encoder
 
     # Whatever the rows:
@@ -136,7 +136,7 @@ class Plan:
     kv_cache: int
     activations: int  # where most columns are read at one go
     logits: int  # of one column, with the noise
-    pictures: int  # decoding or encoding in the VQ-VAE
+    images: int  # decoding or encoding in the VQ-VAE
 
     @property
     def constant(self) -> int:
@@ -146,7 +146,7 @@ class Plan:
     @property
     def per_row(self) -> int:
         """Bytes that each row adds at the peak."""
-        return max(self.kv_cache + max(self.activations, self.logits), self.pictures)
+        return max(self.kv_cache + max(self.activations, self.logits), self.images)
 
     @property
     def total(self) -> int:
@@ -157,24 +157,26 @@ class Plan:
         """How many rows fit in ``free_bytes``, which hold the weights too; 0 where not even one does."""
         return max(0, int((free_bytes - self.constant) // self.per_row))
 
-    def flops(self, read: Read) -> float:
+    def flops(self, read: ForwardPass) -> float:
         """Floating-point operations of a read; a product and its addition are two."""
         width = self.transformer.width
-        pairs = read.new * (read.so_far - (read.new - 1) / 2)  # of a query and a key that it may look at
-        layers = self.transformer.num_layers * (24 * width**2 * read.new + 4 * width * pairs)
-        return self.rows * (1 + self.guided) * (layers + 2 * width * read.ids * read.places)
+        pairs = read.new_positions * (
+            read.total_positions - (read.new_positions - 1) / 2
+        )  # of a query and a key that it may look at
+        layers = self.transformer.num_layers * (24 * width**2 * read.new_positions + 4 * width * pairs)
+        return self.rows * (1 + self.guided) * (layers + 2 * width * read.output_ids * read.output_positions)
 
-    def unpacks(self, read: Read) -> bool:
+    def unpacks(self, read: ForwardPass) -> bool:
         """Whether weights are unpacked or converted before they are multiplied, as ``kernels/linear.py`` decides.
 
         A CPU is taken for one that has no products in 16 bits.
         """
         if not _may_unpack(self.dtype, self.device_type):
             return False
-        sharing = self.rows * (1 + self.guided) * read.new
+        sharing = self.rows * (1 + self.guided) * read.new_positions
         if self.dtype in ("bfloat16", "float16"):
             return sharing >= MANY_ROWS_HALF
-        return sharing >= MANY_ROWS_INT8 or not kernels_run_on(torch.device(self.device_type))
+        return sharing >= MANY_ROWS_INT8 or not has_native_kernels(torch.device(self.device_type))
 
     @property
     def unpacking_traffic(self) -> int:
@@ -182,34 +184,34 @@ class Plan:
         passes = UNPACKED_PASSES[self.dtype] * _multiplied_size(self.device_type)
         return UNPACKED_BYTES_BEFORE.get(self.dtype, 0) + passes
 
-    def traffic(self, read: Read) -> int:
+    def traffic(self, read: ForwardPass) -> int:
         """Bytes that a read moves: weights, keys and values so far, and what drawing makes."""
         copies = 1 + self.guided
-        weights = self.layers + read.ids * self.transformer.width * ACTIVATION_BYTES[self.dtype]
+        weights = self.layers + read.output_ids * self.transformer.width * ACTIVATION_BYTES[self.dtype]
         if self.unpacks(read):
             weights += self.unpacking_traffic * self.transformer.num_layers * 12 * self.transformer.width**2
-        kept = copies * read.so_far * position_bytes(self.transformer, self.dtype)
-        drawing = 0 if self.task == "score" else DRAWING_TRAFFIC * read.ids
+        kept = copies * read.total_positions * position_bytes(self.transformer, self.dtype)
+        drawing = 0 if self.task == "score" else SAMPLING_TRAFFIC * read.output_ids
         return weights + self.rows * (kept + drawing)
 
-    def read_seconds(self, read: Read, speed: Speed) -> float:
+    def forward_seconds(self, read: ForwardPass, speed: HardwareSpeed) -> float:
         """How long a read takes, where nothing else is at work."""
-        busy = max(self.flops(read) / speed.flops, self.traffic(read) / (SHARE * speed.bandwidth))
+        busy = max(self.flops(read) / speed.flops, self.traffic(read) / (BANDWIDTH_EFFICIENCY * speed.bandwidth))
         starting = OPERATIONS_PER_LAYER * self.transformer.num_layers * SECONDS_PER_OPERATION
         return max(busy, starting) if speed.starts_ahead else busy + starting
 
-    def seconds(self, speed: Speed) -> Seconds:
+    def seconds(self, speed: HardwareSpeed) -> TimeBreakdown:
         """How long all rows take together."""
-        picture = picture_flops(self.image_config, self.picture_side, decoding=self.decodes)
-        return Seconds(
-            given=sum(self.read_seconds(read, speed) for read in self.reads if read.new > 1),
-            steps=sum(self.read_seconds(read, speed) for read in self.reads if read.new == 1),
+        picture = image_flops(self.image_config, self.image_side, decoding=self.decodes)
+        return TimeBreakdown(
+            given=sum(self.forward_seconds(read, speed) for read in self.forward_passes if read.new_positions > 1),
+            steps=sum(self.forward_seconds(read, speed) for read in self.forward_passes if read.new_positions == 1),
             pictures=self.rows * picture / speed.flops,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speed:
+class HardwareSpeed:
     """What a device reads and multiplies."""
 
     bandwidth: float  # bytes a second
@@ -218,7 +220,7 @@ class Speed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seconds:
+class TimeBreakdown:
     """The time of a plan by what it goes into."""
 
     given: float  # reading columns that are given, many at one go
@@ -240,7 +242,7 @@ def estimate(
     dtype: str = "float32",
     device_type: str = "cpu",
     guided: bool = False,
-) -> Plan:
+) -> InferenceEstimate:
     """The plan of ``rows`` rows of a task at once, each with the longest text that there is space for.
 
     ``dtype`` is one of ``ACTIVATION_BYTES``, ``device_type`` one of ``OVERHEAD``. Captions are drawn or greedy ones; a
@@ -265,16 +267,23 @@ def estimate(
         row = _scored_row(config)
         words = range(config.vocabulary.text.start, config.vocabulary.padded_size)
         span = row.spans["text"]
-        reads = [Read(new=len(row), so_far=len(row), ids=len(words), places=span.stop - span.start)]
+        reads = [
+            ForwardPass(
+                new_positions=len(row),
+                total_positions=len(row),
+                output_ids=len(words),
+                output_positions=span.stop - span.start,
+            )
+        ]
         columns = len(row)
     else:
-        rows_to_fill = _rows_to_fill(config, task)
-        reads = [read for row in rows_to_fill for read in _reads_of(config.vocabulary, row)]
-        columns = 1 + max(read.so_far for read in reads)  # the last one is drawn and not read
+        rows_to_fill = _sequences_to_decode(config, task)
+        reads = [read for row in rows_to_fill for read in _forward_passes(config.vocabulary, row)]
+        columns = 1 + max(read.total_positions for read in reads)  # the last one is drawn and not read
     copies = 1 + guided
     sampling = _sampling_of(config, task)
     side = 2 * config.grid if task == "upscale" else config.grid
-    return Plan(
+    return InferenceEstimate(
         transformer=shape,
         image_config=image_config,
         task=task,
@@ -282,32 +291,32 @@ def estimate(
         device_type=device_type,
         rows=rows,
         guided=guided,
-        reads=tuple(reads),
-        columns=columns,
-        picture_side=side,
+        forward_passes=tuple(reads),
+        sequence_length=columns,
+        image_side=side,
         decodes=draws,
         layers=layer_bytes(shape, dtype),
         embedding=embedding_bytes(shape, dtype),
         image_tokenizer=image_tokenizer_bytes(image_config),
         workspace=workspace_bytes(shape, dtype, device_type),
         overhead=OVERHEAD[device_type],
-        packed=packed_bytes(shape, config.vocabulary, task) if packs_on(dtype, device_type) else 0,
+        packed=prepacked_bytes(shape, config.vocabulary, task) if uses_prepacking(dtype, device_type) else 0,
         kv_cache=0 if scores else copies * columns * position_bytes(shape, dtype),
-        activations=copies * max(_reading_bytes(shape, dtype, device_type, read, padded=not scores) for read in reads),
+        activations=copies * max(_forward_bytes(shape, dtype, device_type, read, padded=not scores) for read in reads),
         logits=max(
-            SCORING_BYTES * read.ids * read.places
+            SCORING_BYTES * read.output_ids * read.output_positions
             if scores
-            else drawing_bytes(sampling, read.ids, dtype, device_type, guided)
+            else sampling_bytes(sampling, read.output_ids, dtype, device_type, guided)
             for read in reads
         ),
-        pictures=picture_bytes(image_config, side, decoding=draws),
+        images=image_bytes(image_config, side, decoding=draws),
     )
 
 
-def fill_bytes(
+def decode_bytes(
     config: TransformerConfig,
     vocabulary: Vocabulary,
-    jobs: Sequence[Job],
+    jobs: Sequence[DecodingRequest],
     *,
     dtype: str,
     device_type: str,
@@ -319,28 +328,30 @@ def fill_bytes(
     ``parallel`` is the most codes of a picture that are told at one go, in windows (``parallel.py``); None where no
     windows are used.
     """
-    guided = [job for job in jobs if job.sampling.guidance != 1 and job.unguided is not None]
-    rows = [job.row for job in jobs] + [job.unguided for job in guided if job.unguided is not None]
+    guided = [job for job in jobs if job.sampling.guidance != 1 and job.unconditional is not None]
+    rows = [job.sequence for job in jobs] + [job.unconditional for job in guided if job.unconditional is not None]
     attentions = [job.sampling.text_attention for job in jobs] + [1.0] * len(guided)
-    if any(job.row.blanks[job.row.kinds == Kind.TEXT].any() for job in jobs):
+    if any(job.sequence.blanks[job.sequence.kinds == TokenKind.TEXT].any() for job in jobs):
         parallel = None
-    held, reading, told = _filling_bytes(config, vocabulary, rows, attentions, dtype, device_type, int8_cache, parallel)
+    held, reading, told = _decoding_bytes(
+        config, vocabulary, rows, attentions, dtype, device_type, int8_cache, parallel
+    )
     together: dict[tuple[Sampling, int], int] = {}
     for job in jobs:
-        kind = Kind(job.row.kinds[job.row.blanks][-1])
-        key = job.sampling, len(permitted_ids(vocabulary, kind, job.row.stop))
+        kind = TokenKind(job.sequence.kinds[job.sequence.blanks][-1])
+        key = job.sampling, len(candidate_ids(vocabulary, kind, job.sequence.stop))
         together[key] = together.get(key, 0) + 1
     drawing = 0
     for (sampling, ids), count in together.items():
-        each = drawing_bytes(sampling, ids, dtype, device_type, guided=sampling.guidance != 1)
+        each = sampling_bytes(sampling, ids, dtype, device_type, guided=sampling.guidance != 1)
         drawing = max(drawing, (parallel or 1) * count * each)
     return held + max(reading, told + drawing)
 
 
-def search_bytes(
+def beam_search_bytes(
     config: TransformerConfig,
     vocabulary: Vocabulary,
-    rows: Sequence[Arranged],
+    rows: Sequence[TokenSequence],
     beams: int,
     *,
     dtype: str,
@@ -349,55 +360,57 @@ def search_bytes(
 ) -> int:
     """What ``engine.search`` takes at its peak for ``rows``, besides the weights and their packed copy."""
     many = [row for row in rows for _ in range(beams)]
-    held, reading, _ = _filling_bytes(config, vocabulary, many, [1.0] * len(many), dtype, device_type, int8_cache)
-    return held + max(reading, SEARCHING_BYTES * len(many) * (vocabulary.size - vocabulary.text.start))
+    held, reading, _ = _decoding_bytes(config, vocabulary, many, [1.0] * len(many), dtype, device_type, int8_cache)
+    return held + max(reading, BEAM_SEARCH_BYTES * len(many) * (vocabulary.size - vocabulary.text.start))
 
 
 def score_bytes(
-    config: TransformerConfig, vocabulary: Vocabulary, rows: Sequence[Arranged], *, dtype: str, device_type: str
+    config: TransformerConfig, vocabulary: Vocabulary, rows: Sequence[TokenSequence], *, dtype: str, device_type: str
 ) -> int:
     """What ``engine.score`` takes at its peak for ``rows``, besides the weights and their packed copy."""
     longest, width = max(map(len, rows)), config.width * ACTIVATION_BYTES[dtype]
-    read = Read(new=longest, so_far=longest, ids=0)
+    read = ForwardPass(new_positions=longest, total_positions=longest, output_ids=0)
     pieces = sum(row.spans["text"].stop - row.spans["text"].start for row in rows)
-    reading = _reading_bytes(config, dtype, device_type, read, rows=len(rows), padded=False)
+    reading = _forward_bytes(config, dtype, device_type, read, rows=len(rows), padded=False)
     logits = SCORING_BYTES * pieces * (vocabulary.padded_size - vocabulary.text.start)
     told = (len(rows) * longest + pieces) * width + logits  # from hidden states of all, and those that tell a piece
-    return workspace_bytes(config, dtype, device_type) + len(rows) * longest * PLACE_BYTES + max(reading, told)
+    return workspace_bytes(config, dtype, device_type) + len(rows) * longest * POSITION_BYTES + max(reading, told)
 
 
-def smaller_dtypes(
+def smaller_formats(
     config: TransformerConfig, vocabulary: Vocabulary, dtype: str, device_type: str, missing: float
 ) -> list[str]:
     """Options with which the weights, and what is made of them, take ``missing`` bytes less than in ``dtype``."""
 
     def held(other: str) -> int:
-        packed = packed_bytes(config, vocabulary, "generate") if packs_on(other, device_type) else 0
+        packed = prepacked_bytes(config, vocabulary, "generate") if uses_prepacking(other, device_type) else 0
         embedding = embedding_bytes(config, other)
         return layer_bytes(config, other) + embedding + packed + workspace_bytes(config, other, device_type)
 
     found = []
-    for other in SMALLER_DTYPES[SMALLER_DTYPES.index(dtype) + 1 if dtype in SMALLER_DTYPES else 0 :]:
+    for other in SMALLER_FORMATS[SMALLER_FORMATS.index(dtype) + 1 if dtype in SMALLER_FORMATS else 0 :]:
         with suppress(InputError):  # not every width can be held in int4
             if held(dtype) - held(other) > missing:
                 found.append(f"--dtype {other}")
     return found
 
 
-def drawing_bytes(sampling: Sampling, ids: int, dtype: str, device_type: str, guided: bool) -> int:
+def sampling_bytes(sampling: Sampling, ids: int, dtype: str, device_type: str, guided: bool) -> int:
     """Bytes while one of so many ``ids`` is drawn."""
     # In half precision many logits are equal, and top-p looks at all of them to know which comes first.
     few = device_type == "cpu" and sampling.top_k > 0 and (sampling.top_p == 1 or dtype == "float32")
-    kept = KEPT_BYTES * (sampling.top_k + TIES) if few else 0
-    return ids * ((FEW_BYTES if few else DRAWING_BYTES) + GUIDANCE_BYTES * guided) + kept
+    kept = FILTERED_BYTES * (sampling.top_k + TIE_MARGIN) if few else 0
+    return ids * ((TOP_K_BYTES if few else SAMPLING_BYTES) + GUIDANCE_BYTES * guided) + kept
 
 
-def packs_on(dtype: str, device_type: str) -> bool:
+def uses_prepacking(dtype: str, device_type: str) -> bool:
     """Whether weights are kept a second time, in MKL's order (``Transformer.pack``)."""
-    return device_type == "cpu" and packs(torch.empty(0, dtype=torch.float32 if dtype == "float32" else torch.bfloat16))
+    return device_type == "cpu" and can_prepack(
+        torch.empty(0, dtype=torch.float32 if dtype == "float32" else torch.bfloat16)
+    )
 
 
-def packed_bytes(config: TransformerConfig, vocabulary: Vocabulary, task: str) -> int:
+def prepacked_bytes(config: TransformerConfig, vocabulary: Vocabulary, task: str) -> int:
     """Bytes of all that ``task`` multiplies, in the order of MKL: the projections, and the ids that are told."""
     told = (
         vocabulary.image if task not in ("caption", "score") else range(vocabulary.text.start, vocabulary.padded_size)
@@ -436,7 +449,7 @@ def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> 
 
     While a block is made, the one before it is still there.
     """
-    if packs_on(dtype, device_type):
+    if uses_prepacking(dtype, device_type):
         return PACKED_AT_ONCE * 4 * config.width * 4  # a copy of the widest input
     if not _may_unpack(dtype, device_type):
         return 0
@@ -463,30 +476,30 @@ def image_tokenizer_bytes(config: VQVAEConfig) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
-def picture_bytes(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
+def image_bytes(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
     """Bytes that a picture of ``side`` x ``side`` codes takes in the decoder or the encoder, at the peak."""
     half, quarter, eighth = config.channels
     # The released decoder has twice the sides of its encoder: half stands for the full side, and so on.
     scale = 2 if decoding and config.architecture == "released" else 1
     largest = max(half * 4**2, quarter * 2**2, eighth) * (scale * side) ** 2
-    return 4 * max(MAPS[config.architecture] * largest, PIXEL_COPIES * 3 * (PIXELS_PER_CODE * side) ** 2)
+    return 4 * max(FEATURE_MAP_COPIES[config.architecture] * largest, PIXEL_COPIES * 3 * (PIXELS_PER_CODE * side) ** 2)
 
 
 @functools.cache
-def picture_flops(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
+def image_flops(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
     """Floating-point operations that decode or encode a picture of ``side`` x ``side`` codes."""
     with torch.device("meta"), torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model = VQVAE(config)
         if decoding:
-            model.pixels(torch.empty(1, side, side, config.code_width))
+            model.decode_vectors(torch.empty(1, side, side, config.code_width))
         else:
-            model.vectors(torch.empty(1, 3, PIXELS_PER_CODE * side, PIXELS_PER_CODE * side))
+            model.encode_vectors(torch.empty(1, 3, PIXELS_PER_CODE * side, PIXELS_PER_CODE * side))
     compared = 0 if decoding else 2 * side**2 * config.num_codes * config.code_width
     return counter.get_total_flops() + compared
 
 
 @torch.inference_mode()
-def measure(device: torch.device, dtype: torch.dtype) -> Speed:
+def measure_hardware(device: torch.device, dtype: torch.dtype) -> HardwareSpeed:
     """Bandwidth of a sum over 256 MB, and the rate of a linear layer in ``dtype``; takes about a second.
 
     The best of several tries: whatever else the machine does can only make them slower.
@@ -499,7 +512,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Speed:
         matrix = torch.ones(size, size, device=device, dtype=dtype)
         elapsed = min(_timed(functools.partial(linear, matrix, matrix, matrix[0])) for _ in range(3))
         flops = max(flops, 2 * size**3 / elapsed)
-    return Speed(bandwidth=bandwidth, flops=flops, starts_ahead=device.type != "cpu")
+    return HardwareSpeed(bandwidth=bandwidth, flops=flops, starts_ahead=device.type != "cpu")
 
 
 def _timed(work: Callable[[], torch.Tensor]) -> float:
@@ -509,7 +522,7 @@ def _timed(work: Callable[[], torch.Tensor]) -> float:
     return time.perf_counter() - start
 
 
-def _rows_to_fill(config: ModelConfig, task: str) -> list[Arranged]:
+def _sequences_to_decode(config: ModelConfig, task: str) -> list[TokenSequence]:
     """The rows that one picture or caption takes, one after another: nine windows of an upscaled picture, else one.
 
     Texts and codes are zeros: only what is given and what is blank matters.
@@ -520,7 +533,7 @@ def _rows_to_fill(config: ModelConfig, task: str) -> list[Arranged]:
         return [table[task].arrange(vocabulary, text=text)]
     if task == "caption":
         image = np.zeros(grid**2, dtype=np.int64)
-        return [table[task].arrange(vocabulary, image=image, max_text=config.caption_space)]
+        return [table[task].arrange(vocabulary, image=image, max_text=config.caption_positions)]
     small = np.zeros((grid // 2) ** 2, dtype=np.int64)
     if task == "low_level":
         return [table[task].arrange(vocabulary, text=text, small=small)]
@@ -530,24 +543,24 @@ def _rows_to_fill(config: ModelConfig, task: str) -> list[Arranged]:
         lines, columns = window.target
         known = codes[lines.start : lines.start + grid, columns]
         row = table[task].arrange(vocabulary, text=text, small=small, image=known)
-        rows.append(row.cut(row.spans["image"].start + window.lines * grid))
+        rows.append(row.truncate(row.spans["image"].start + window.lines * grid))
         codes[lines, columns] = 0
     return rows
 
 
-def _scored_row(config: ModelConfig) -> Arranged:
+def _scored_row(config: ModelConfig) -> TokenSequence:
     image = np.zeros(config.grid**2, dtype=np.int64)
     return config.layouts["score"].arrange(config.vocabulary, image=image, text=[0] * config.max_text)
 
 
-def _reads_of(vocabulary: Vocabulary, row: Arranged) -> list[Read]:
+def _forward_passes(vocabulary: Vocabulary, row: TokenSequence) -> list[ForwardPass]:
     """What ``engine.fill`` reads before each blank of a row."""
     reads, done = [], 0
     for column in np.flatnonzero(row.blanks).tolist():
-        ids = vocabulary.permitted(Kind(row.kinds[column]))
+        ids = vocabulary.permitted(TokenKind(row.kinds[column]))
         if row.stop is not None:  # a text: commands, of which the stop is one, have logits too
             ids = range(ids.start, vocabulary.size)
-        reads.append(Read(new=column - done, so_far=column, ids=len(ids)))
+        reads.append(ForwardPass(new_positions=column - done, total_positions=column, output_ids=len(ids)))
         done = column
     return reads
 
@@ -557,10 +570,10 @@ def _sampling_of(config: ModelConfig, task: str) -> Sampling:
     return Sampling(top_k=0) if task == "caption" else config.sampling
 
 
-def _filling_bytes(
+def _decoding_bytes(
     config: TransformerConfig,
     vocabulary: Vocabulary,
-    rows: Sequence[Arranged],
+    rows: Sequence[TokenSequence],
     attentions: Sequence[float],
     dtype: str,
     device_type: str,
@@ -571,18 +584,18 @@ def _filling_bytes(
     batch = pad_left([row.until_last_blank() for row in rows], vocabulary.pad)
     num_rows, num_columns = batch.ids.shape
     blank_columns = np.flatnonzero(batch.blanks.any(axis=0)).tolist()
-    first, beginnings = beginnings_of(batch, attentions)
+    first, beginnings = group_by_prefix(batch, attentions)
     num_firsts = 1 + max(beginnings)
     saved = first * (num_rows - num_firsts)
-    shared = parallel is None and pays_to_share(batch, first, num_firsts)
+    shared = parallel is None and worth_sharing_prefix(batch, first, num_firsts)
     padded = bool(batch.starts.any()) or any(weight != 1 for weight in attentions)
 
     positions = num_rows * num_columns - shared * saved
-    held = positions * position_bytes(config, dtype, int8_cache=int8_cache) + num_rows * num_columns * PLACE_BYTES
+    held = positions * position_bytes(config, dtype, int8_cache=int8_cache) + num_rows * num_columns * POSITION_BYTES
 
     def reading(rows_read: int, new: int, so_far: int, shared: bool) -> int:
-        read = Read(new=new, so_far=so_far, ids=0)
-        return _reading_bytes(
+        read = ForwardPass(new_positions=new, total_positions=so_far, output_ids=0)
+        return _forward_bytes(
             config,
             dtype,
             device_type,
@@ -608,11 +621,11 @@ def _filling_bytes(
     return workspace_bytes(config, dtype, device_type) + held, most, told
 
 
-def _reading_bytes(
+def _forward_bytes(
     config: TransformerConfig,
     dtype: str,
     device_type: str,
-    read: Read,
+    read: ForwardPass,
     *,
     padded: bool,
     rows: int = 1,
@@ -625,24 +638,24 @@ def _reading_bytes(
     long they are.
     """
     size = ACTIVATION_BYTES[dtype]
-    width = rows * config.width * size * read.new  # of a tensor as wide as the model
-    widths = LAYER_WIDTHS - packs_on(dtype, device_type)  # lean layers do not keep what they were given
+    width = rows * config.width * size * read.new_positions  # of a tensor as wide as the model
+    widths = LAYER_WIDTHS - uses_prepacking(dtype, device_type)  # lean layers do not keep what they were given
     if device_type == "cpu" and _may_unpack(dtype, device_type):
         in_blocks = 4 * config.width > DENSE_BLOCK
         widths = UNPACKED_LAYER_WIDTHS_IN_BLOCKS if in_blocks else UNPACKED_LAYER_WIDTHS
 
-    scores = 4 * rows * config.num_heads * read.new * read.so_far
+    scores = 4 * rows * config.num_heads * read.new_positions * read.total_positions
     attending = ATTENTION_WIDTHS * width
     if int8_cache or beginning is not None:
         copied = 0
         if int8_cache:  # keys, and after them values, as numbers: those of beginnings, then those of the rows
             num_beginnings, length = beginning or (0, 0)
-            copied = max(num_beginnings * length, rows * (read.so_far - length)) * config.width * size
+            copied = max(num_beginnings * length, rows * (read.total_positions - length)) * config.width * size
         attending += max(RELAXED_SCORES * scores, 2 * scores + copied)
 
-    bias = (rows if padded else 1) * read.new * read.so_far
+    bias = (rows if padded else 1) * read.new_positions * read.total_positions
     alone = bias * max(size + 3, 2 * size + 1)  # while it is made: three times as booleans, or twice as numbers
-    if read.new == 1 or (read.new == read.so_far and not padded):
+    if read.new_positions == 1 or (read.new_positions == read.total_positions and not padded):
         bias = alone = 0
     return max(alone, bias * size + max(widths * width, attending))
 
@@ -655,7 +668,7 @@ def _projections(width: int) -> list[tuple[int, int]]:
 def _may_unpack(dtype: str, device_type: str) -> bool:
     """Whether weights are unpacked or converted to be multiplied, at least where many rows share a reading."""
     if dtype == "int4":
-        return not kernels_run_on(torch.device(device_type))
+        return not has_native_kernels(torch.device(device_type))
     return dtype == "int8" or (device_type == "cpu" and dtype in UNPACKED_COPIES)
 
 

@@ -36,7 +36,7 @@ from typing import Literal, get_args
 from cogview.device import DTYPE_BYTES
 from cogview.errors import InputError
 from cogview.formatting import format_gigabytes
-from cogview.kernels.attention import SHORT
+from cogview.kernels.attention import SHORT_KEYS
 from cogview.kernels.fused_linear_cross_entropy import CHUNK_BYTES, CHUNK_BYTES_GPU
 from cogview.modeling.config import PROJECTIONS, TransformerConfig, preset
 from cogview.modeling.transformer import Checkpointing
@@ -45,12 +45,12 @@ from cogview.planning.inference import OVERHEAD
 from cogview.tokenizers.vocabulary import Vocabulary
 
 Precision = Literal["float32", "bfloat16", "float16"]
-MODES: Sequence[Checkpointing] = get_args(Checkpointing)  # the least recomputation first
+CHECKPOINTING_MODES: Sequence[Checkpointing] = get_args(Checkpointing)  # the least recomputation first
 ENGINES = ("torch", "deepspeed")
 
 # Numbers of the residual stream (R x T x D) that keep a GPU at work: the inner projection of a layer then has as many
 # tiles (128 x 256) as fill some 130 processors twice. With fewer, rows are worth recomputing for.
-ENOUGH = 2_000_000
+MIN_GPU_WORK = 2_000_000
 MFU = 0.4  # share of a card's peak that training is taken to reach: assumed; 0.35 to 0.5 are reported of such models
 
 # Bytes of what autograd keeps of one layer, for each of R x T x D. Float32: what goes into the LayerNorms, scaled.
@@ -84,7 +84,7 @@ MAX_LIVE = 1_000_000_000  # gathered weights of stage 3
 # Of each card its dense peak, in FLOP/s: of tensor cores that add up in float32, and for float32 of its other cores,
 # since PyTorch does not use TF32 unless it is told to. From the vendors' data sheets and architecture papers. A key is
 # part of the name that PyTorch tells.
-DEVICES: Mapping[str, Mapping[str, float]] = {
+GPU_PEAK_FLOPS: Mapping[str, Mapping[str, float]] = {
     "V100-SXM2": {"float16": 125e12, "float32": 15.7e12},
     "V100-PCIE": {"float16": 112e12, "float32": 14e12},
     "T4": {"float16": 65e12, "float32": 8.1e12},
@@ -108,13 +108,13 @@ DEVICES: Mapping[str, Mapping[str, float]] = {
     "MI300X": {"float16": 1307e12, "bfloat16": 1307e12, "float32": 163.4e12},
 }
 # What makes another card of a name that goes on so, or a part of a card.
-OTHER_CARDS = r"(?! (Ti|SUPER|D|Ada|Laptop)\b)(?!.*\bMIG\b)"
+OTHER_GPU_NAMES = r"(?! (Ti|SUPER|D|Ada|Laptop)\b)(?!.*\bMIG\b)"
 
 
 def peak_flops(name: str, precision: str) -> float | None:
     """Dense FLOP/s of the card that PyTorch calls ``name``; None for an unknown card, or one without that precision."""
-    known = [key for key in DEVICES if re.search(rf"\b{key}\b{OTHER_CARDS}", name, re.IGNORECASE)]
-    return DEVICES[max(known, key=len)].get(precision) if known else None
+    known = [key for key in GPU_PEAK_FLOPS if re.search(rf"\b{key}\b{OTHER_GPU_NAMES}", name, re.IGNORECASE)]
+    return GPU_PEAK_FLOPS[max(known, key=len)].get(precision) if known else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,31 +126,31 @@ class TrainingJob:
 
     transformer: TransformerConfig
     length: int  # positions of a row
-    rows: int  # of one process at once
-    batch: int  # rows of a step, of all processes
+    micro_batch_size: int  # of one process at once
+    batch_size: int  # rows of a step, of all processes
     precision: Precision = "bfloat16"
     engine: Literal["torch", "deepspeed"] = "torch"
     zero: int = 0  # stage, DeepSpeed's
-    world: int = 1  # processes, one GPU each
+    world_size: int = 1  # processes, one GPU each
     offload: bool = False  # the optimizer's numbers are on the host
     checkpointing: Checkpointing = "none"
     trainable: int | None = None  # trained parameters; None: all
     device_type: str = "cuda"
 
     def __post_init__(self) -> None:
-        for name, known in (("precision", DTYPE_BYTES), ("engine", ENGINES), ("checkpointing", MODES)):
+        for name, known in (("precision", DTYPE_BYTES), ("engine", ENGINES), ("checkpointing", CHECKPOINTING_MODES)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} {getattr(self, name)!r} is unknown; known: {', '.join(known)}")
         if self.device_type not in OVERHEAD:
             raise InputError(f"device type {self.device_type!r} is unknown; known: {', '.join(OVERHEAD)}")
-        for name in ("length", "rows", "batch", "world"):
+        for name in ("length", "micro_batch_size", "batch_size", "world_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.batch % self.world:
-            raise InputError(f"a batch of {self.batch} rows does not divide among {self.world} processes")
-        if self.rows > self.own_rows:
+        if self.batch_size % self.world_size:
+            raise InputError(f"a batch of {self.batch_size} rows does not divide among {self.world_size} processes")
+        if self.micro_batch_size > self.local_batch_size:
             raise InputError(
-                f"{self.rows} rows at once are more than the {self.own_rows} of a process in a batch of {self.batch}"
+                f"{self.micro_batch_size} rows at once are more than the {self.local_batch_size} of a process in a batch of {self.batch_size}"
             )
         if self.engine == "torch" and (self.zero or self.offload):
             what = f"ZeRO stage {self.zero}" if self.zero else "offloading the optimizer"
@@ -161,14 +161,14 @@ class TrainingJob:
             raise InputError(f"the trained parameters must be at least 1, got {self.trainable}")
 
     @property
-    def own_rows(self) -> int:
+    def local_batch_size(self) -> int:
         """Rows of a step that one process computes."""
-        return self.batch // self.world
+        return self.batch_size // self.world_size
 
     @property
-    def parts(self) -> int:
+    def num_micro_batches(self) -> int:
         """How many times a process computes ``rows`` for a step."""
-        return -(-self.own_rows // self.rows)
+        return -(-self.local_batch_size // self.micro_batch_size)
 
     @property
     def number_bytes(self) -> int:
@@ -234,8 +234,8 @@ def _states(job: TrainingJob) -> tuple[int, int, int, int]:
     shape, size, trained = job.transformer, job.number_bytes, job.trained
     if job.engine == "torch":
         return 4 * job.parameters + shape.num_layers * _converted(job), 4 * trained, 8 * trained, 0
-    share = -(-trained // job.world)
-    weights = size * (job.parameters if job.zero < 3 else -(-job.parameters // job.world))
+    share = -(-trained // job.world_size)
+    weights = size * (job.parameters if job.zero < 3 else -(-job.parameters // job.world_size))
     gradients = 4 * (share if job.zero > 1 else trained) + (size * trained if _keeps_half_gradients(job) else 0)
     if not job.offload:
         return weights, gradients, 12 * share, 0
@@ -281,7 +281,7 @@ def layer_activations(
     products and of attention. On a CPU rows of up to 128 positions keep their scores as well.
     """
     size = DTYPE_BYTES[precision]
-    scores = shape.num_heads * length if device_type == "cpu" and length <= SHORT else 0  # of each position
+    scores = shape.num_heads * length if device_type == "cpu" and length <= SHORT_KEYS else 0  # of each position
     if checkpointing == "full":
         each = 4 * shape.width
     elif checkpointing == "selective":
@@ -305,13 +305,13 @@ def _activations(job: TrainingJob) -> int:
     def kept(mode: Checkpointing) -> int:
         return layer_activations(shape, job.length, job.precision, job.device_type, mode)
 
-    at_work = job.rows * BACKWARD[size] * place + GRADIENT * shape.width**2
+    at_work = job.micro_batch_size * BACKWARD[size] * place + GRADIENT * shape.width**2
     gone = _loss_at_work(job)
     if job.checkpointing != "none":
         recomputed = kept("none") - (kept(job.checkpointing) - 4 * place)
-        at_work += job.rows * recomputed
+        at_work += job.micro_batch_size * recomputed
         gone += (shape.num_layers - 1) * _converted(job)
-    held = job.rows * (shape.num_layers * kept(job.checkpointing) + ENDS * place)
+    held = job.micro_batch_size * (shape.num_layers * kept(job.checkpointing) + ENDS * place)
     return held + max(0, at_work - gone)
 
 
@@ -319,7 +319,7 @@ def _logits(job: TrainingJob) -> int:
     """Bytes of the sliced loss: what it has at work, and the gradients of hidden states and embedding, float32."""
     shape = job.transformer
     embedding = 4 * shape.vocabulary_size * shape.width if job.trainable is None else 0
-    return 4 * job.rows * job.length * shape.width + embedding + _loss_at_work(job)
+    return 4 * job.micro_batch_size * job.length * shape.width + embedding + _loss_at_work(job)
 
 
 def _loss_at_work(job: TrainingJob) -> int:
@@ -330,14 +330,14 @@ def _loss_at_work(job: TrainingJob) -> int:
     """
     shape, size = job.transformer, job.number_bytes
     most = CHUNK_BYTES.get(job.device_type, CHUNK_BYTES_GPU)
-    chunk = min(most, size * job.rows * job.length * shape.vocabulary_size)
+    chunk = min(most, size * job.micro_batch_size * job.length * shape.vocabulary_size)
     copies = LOGIT_COPIES[size] if job.device_type == "cpu" else 1
     rows = size * shape.vocabulary_size * shape.width if size < 4 else 0
     product = rows if job.trainable is None else 0
     return chunk + (rows if job.engine == "torch" else 0) + max(copies * chunk * 4 // size, product)
 
 
-def suggest(
+def choose_micro_batch(
     job: TrainingJob, free_bytes: float, checkpointing: Checkpointing | None = None, rows: int | None = None
 ) -> tuple[int, Checkpointing]:
     """How many rows to compute at once, and what to recompute, so that ``job`` fits in ``free_bytes``.
@@ -347,15 +347,15 @@ def suggest(
     and ``rows`` are taken where they are given; those of ``job`` do not count. InputError where weights and what
     belongs to them do not fit by themselves; where they do, but no row, the most recomputation is worth a try.
     """
-    modes = MODES if checkpointing is None else (checkpointing,)
+    modes = CHECKPOINTING_MODES if checkpointing is None else (checkpointing,)
     found: list[tuple[int, Checkpointing]] = []
     for mode in modes:
-        own = replace(job, rows=rows or 1, checkpointing=mode)
+        own = replace(job, micro_batch_size=rows or 1, checkpointing=mode)
         if rows is not None:
             most, enough = rows if fits(own, free_bytes) else 0, True
         else:
-            most = largest_rows(own, free_bytes)
-            enough = most == job.own_rows or most * job.length * job.transformer.width >= ENOUGH
+            most = max_micro_batch(own, free_bytes)
+            enough = most == job.local_batch_size or most * job.length * job.transformer.width >= MIN_GPU_WORK
         if most and enough:
             return most, mode
         found += [(most, mode)] if most else []
@@ -376,9 +376,16 @@ def fits(job: TrainingJob, free_bytes: float) -> bool:
     return training_memory(job).total <= (1 - ESTIMATE_MARGIN) * free_bytes
 
 
-def largest_rows(job: TrainingJob, free_bytes: float) -> int:
+def max_micro_batch(job: TrainingJob, free_bytes: float) -> int:
     """The largest divisor of a process's share of the batch that fits at once; 0 where not even 1 does."""
-    return next((rows for rows in divisors(job.own_rows)[::-1] if fits(replace(job, rows=rows), free_bytes)), 0)
+    return next(
+        (
+            rows
+            for rows in divisors(job.local_batch_size)[::-1]
+            if fits(replace(job, micro_batch_size=rows), free_bytes)
+        ),
+        0,
+    )
 
 
 def divisors(count: int) -> list[int]:
@@ -433,7 +440,12 @@ def training_time(job: TrainingJob, tokens: float, flops_per_second: float, mfu:
         _flops_per_token(job.transformer, job.length, job.transformer.vocabulary_size, recomputed=recomputed)
         for recomputed in (False, job.checkpointing == "full")
     )
-    return tokens * flops_per_token(job.transformer, job.length) * (done / once) / (job.world * flops_per_second * mfu)
+    return (
+        tokens
+        * flops_per_token(job.transformer, job.length)
+        * (done / once)
+        / (job.world_size * flops_per_second * mfu)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -473,8 +485,8 @@ def preset_job(name: str, *, world: int = 1) -> TrainingJob:
     return TrainingJob(
         transformer=shape,
         length=shape.max_positions,
-        rows=1,
-        batch=own.batch,
-        world=world,
+        micro_batch_size=1,
+        batch_size=own.batch,
+        world_size=world,
         checkpointing=own.checkpointing,
     )

@@ -9,18 +9,18 @@ from cogview.data.mixture import (
     MixedStore,
     Mixture,
     Phase,
-    StoreWatch,
+    StoreWatcher,
     append_phase,
     check_same_start,
     read_phases,
 )
 from cogview.data.store import TokenStore
 from cogview.errors import InputError
-from cogview.training.distributed import World, tell
-from cogview.training.examples import Batch, Lectures, LessonMaker
+from cogview.training.distributed import DistributedContext, log_main
+from cogview.training.examples import ExampleBuilder, StepDataset, TrainingBatch
 
 
-class Supply:
+class TrainingDataLoader:
     """What the loop asks for batches.
 
     ``stores``, by the names that the recipe has for them, are mixed by ``shares``. The file ``ledger`` says which
@@ -31,24 +31,24 @@ class Supply:
     def __init__(
         self,
         stores: Mapping[str, TokenStore],
-        shares: Sequence[float],
-        ledger: Path,
-        maker: LessonMaker,
-        world: World,
+        weights: Sequence[float],
+        phases_file: Path,
+        builder: ExampleBuilder,
+        world: DistributedContext,
         *,
-        watch: StoreWatch | None = None,
+        watcher: StoreWatcher | None = None,
         open_store: Callable[[str], TokenStore] = TokenStore,
         num_threads: int = 1,
-        micro_batch: int = 0,
+        micro_batch_size: int = 0,
     ) -> None:
-        self.maker = maker
+        self.builder = builder
         self.world = world
-        self.ledger = ledger
-        self.watch = watch
+        self.phases_file = phases_file
+        self.watcher = watcher
         self.open_store = open_store
         self.num_threads = num_threads
-        self.micro_batch = micro_batch
-        size = maker.settings.batch_size
+        self.micro_batch_size = micro_batch_size
+        size = builder.settings.batch_size
         if size % world.size:
             near = size - size % world.size
             raise InputError(
@@ -57,7 +57,7 @@ class Supply:
             )
         self._store = MixedStore(list(stores.values()))
         self._first = Phase(
-            first_sample=0, names=tuple(stores), shares=tuple(shares), sizes=tuple(map(len, stores.values()))
+            first_sample=0, names=tuple(stores), weights=tuple(weights), sizes=tuple(map(len, stores.values()))
         )
         self._phases: list[Phase] = []
 
@@ -71,56 +71,56 @@ class Supply:
         """Rows of all of them."""
         return sum((self._phases[-1] if self._phases else self._first).sizes)
 
-    def batches(self, step: int) -> Iterator[Batch]:
+    def batches(self, step: int) -> Iterator[TrainingBatch]:
         """Those of ``step`` and all after it, of the rows of this process."""
         if not self._phases:
-            self._take(self.world.on_first(lambda: self._begin(step)))
-        lectures = Lectures(
+            self._apply_phases(self.world.run_on_main(lambda: self._initial_phases(step)))
+        lectures = StepDataset(
             self._store,
-            Mixture(self._phases, self.maker.settings.seed),
-            self.maker,
+            Mixture(self._phases, self.builder.settings.seed),
+            self.builder,
             self.world,
-            shares=self.num_threads,
-            micro_batch=self.micro_batch,
+            num_shards=self.num_threads,
+            micro_batch_size=self.micro_batch_size,
         )
         return lectures.from_step(step)
 
-    def renew(self, step: int) -> bool:
+    def refresh(self, step: int) -> bool:
         """Whether new stores have come, which are mixed in from ``step`` on."""
-        watch = self.watch
+        watch = self.watcher
         if watch is None:
             return False
         last = self._phases[-1]
 
         def look() -> Phase | None:
             found = {str(store.path): len(store) for store in watch.new_stores(last.names)}
-            first_sample = step * self.maker.settings.batch_size
+            first_sample = step * self.builder.settings.batch_size
             if not found or first_sample <= last.first_sample:  # what a resumed run repeats is planned already
                 return None
             phase = last.with_stores(first_sample, found)
-            append_phase(self.ledger, phase)
+            append_phase(self.phases_file, phase)
             return phase
 
-        phase = self.world.on_first(look)
+        phase = self.world.run_on_main(look)
         if phase is None:
             return False
-        self._take([*self._phases, phase])
+        self._apply_phases([*self._phases, phase])
         for name in phase.names[len(last.names) :]:
-            tell(f"\nfrom step {step} on {name} is mixed in", self.world)
+            log_main(f"\nfrom step {step} on {name} is mixed in", self.world)
         return True
 
-    def _begin(self, step: int) -> list[Phase]:
+    def _initial_phases(self, step: int) -> list[Phase]:
         """The phases of the run: those in its ledger, or of a new one that is written."""
-        if step == 0 and self.ledger.exists():
-            self.ledger.unlink()  # of a run that never saved itself
-        phases = read_phases(self.ledger)
+        if step == 0 and self.phases_file.exists():
+            self.phases_file.unlink()  # of a run that never saved itself
+        phases = read_phases(self.phases_file)
         if not phases:
-            append_phase(self.ledger, self._first)
+            append_phase(self.phases_file, self._first)
             return [self._first]
         check_same_start(phases, self._first)
         return phases
 
-    def _take(self, phases: list[Phase]) -> None:
+    def _apply_phases(self, phases: list[Phase]) -> None:
         """Go by ``phases``, opening what stores they have beyond those that are open."""
         for name in phases[-1].names[len(self._store.stores) :]:
             self._store = self._store.with_store(self.open_store(name))

@@ -19,13 +19,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from cogview.device import choose_placement, take_local_gpu
-from cogview.errors import InputError, ToldElsewhere
+from cogview.device import choose_placement, use_local_rank_gpu
+from cogview.errors import InputError, ReportedByPeer
 
 T = TypeVar("T")
 
 # What gloo and NCCL say of it.
-LOST = (
+PEER_FAILURE_MESSAGES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
@@ -37,7 +37,7 @@ TIMEOUT = timedelta(minutes=30)  # of a collective: one process may write a larg
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """This process among all that train together, and its device."""
 
     device: torch.device
@@ -45,28 +45,28 @@ class World:
     size: int = 1
 
     @property
-    def is_first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the process that writes files and speaks."""
         return self.rank == 0
 
-    def sum(self, numbers: np.ndarray) -> np.ndarray:
+    def all_reduce_sum(self, numbers: np.ndarray) -> np.ndarray:
         """The sums over all processes, in the order of their ranks; the input stays as it is."""
         return self._gathered(numbers).sum(axis=0)
 
-    def max(self, number: float) -> float:
+    def all_reduce_max(self, number: float) -> float:
         """The largest of all processes."""
         return float(self._gathered(np.array([number], dtype=np.float64)).max())
 
-    def any(self, flag: bool) -> bool:
+    def all_reduce_any(self, flag: bool) -> bool:
         """Whether it is so for any process."""
-        return self.max(float(flag)) > 0
+        return self.all_reduce_max(float(flag)) > 0
 
-    def share(self, count: int) -> slice:
+    def local_slice(self, count: int) -> slice:
         """Which of ``count`` rows, that divide among all, are this process's."""
         own = count // self.size
         return slice(self.rank * own, (self.rank + 1) * own)
 
-    def together(self, work: Callable[[], T]) -> T:
+    def run_everywhere(self, work: Callable[[], T]) -> T:
         """What ``work`` returns in this process; where any fails with InputError, all stop and one of them tells."""
         error: InputError | OSError | None = None
         try:
@@ -78,31 +78,31 @@ class World:
             return result
         teller = int(failed.argmax())
         if error is None or teller != self.rank:
-            raise ToldElsewhere(f"process {teller} stopped")
+            raise ReportedByPeer(f"process {teller} stopped")
         if teller:
             raise InputError(f"process {teller} of {self.size}: {error}")
         raise error
 
-    def on_first(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """What ``work`` returns in the first process, for all; where it fails there with InputError, all stop."""
         if self.size == 1:
             return work()
         said: list[Any] = [None, None]
-        if self.is_first:
+        if self.is_main_process:
             try:
                 said[0] = work()
             except (InputError, OSError) as error:
                 said[1] = error
         dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
         if said[1] is not None:
-            raise said[1] if self.is_first else ToldElsewhere(str(said[1]))
+            raise said[1] if self.is_main_process else ReportedByPeer(str(said[1]))
         result: T = said[0]
         return result
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all processes are here."""
         if self.size > 1:
-            self.any(False)
+            self.all_reduce_any(False)
 
     def _gathered(self, numbers: np.ndarray) -> np.ndarray:
         """(size, …): the numbers of each process."""
@@ -114,7 +114,7 @@ class World:
         return torch.stack(parts).numpy()
 
 
-def join_world(device: str = "auto", *, needs_group: bool = False) -> World:
+def init_distributed(device: str = "auto", *, needs_group: bool = False) -> DistributedContext:
     """Take this process's place among those that were started together, by the variables RANK, WORLD_SIZE, LOCAL_RANK.
 
     ``needs_group``: an engine wants a process group even for one process. InputError where the variables do not fit
@@ -137,22 +137,22 @@ def join_world(device: str = "auto", *, needs_group: bool = False) -> World:
                 f"{here} processes were started on this machine, which has {gpus} GPUs; expected one for each: "
                 f"torchrun --nproc-per-node {gpus}"
             )
-        take_local_gpu()
+        use_local_rank_gpu()
     chosen = choose_placement(device, "float32").device
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device(chosen.type, torch.cuda.current_device())
     if size > 1 or needs_group:
         _start_group(chosen, rank, size)
-    return World(chosen, rank, size)
+    return DistributedContext(chosen, rank, size)
 
 
-def leave_world() -> None:
+def destroy_distributed() -> None:
     """Close the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def end_process(status: int) -> None:
+def exit_process(status: int) -> None:
     """End one of several processes with ``status``, all its work done; a process that is alone just goes on.
 
     Threads of process groups that DeepSpeed and DistributedDataParallel still hold at the interpreter's end abort it
@@ -201,13 +201,13 @@ def _number(name: str, default: int) -> int:
     return int(given)
 
 
-def lost_another(error: RuntimeError) -> bool:
+def is_peer_failure(error: RuntimeError) -> bool:
     """Whether ``error`` is what a collective says when another process has ended or cannot be reached."""
     said = str(error)
-    return dist.is_initialized() and any(word in said for word in LOST)
+    return dist.is_initialized() and any(word in said for word in PEER_FAILURE_MESSAGES)
 
 
-def tell(message: str, world: World) -> None:
+def log_main(message: str, world: DistributedContext) -> None:
     """A line on stderr, from the first process alone."""
-    if world.is_first:
+    if world.is_main_process:
         print(message, file=sys.stderr)

@@ -23,7 +23,7 @@ import yaml
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from cogview.errors import InputError, ToldElsewhere
+from cogview.errors import InputError, ReportedByPeer
 from cogview.files import (
     append_json_line,
     atomic_folder,
@@ -35,7 +35,7 @@ from cogview.files import (
     write_json,
 )
 from cogview.signals import GracefulStop
-from cogview.training.distributed import World, lost_another, tell
+from cogview.training.distributed import DistributedContext, is_peer_failure, log_main
 from cogview.training.run_record import BEST_FILE
 
 Batch = TypeVar("Batch")
@@ -64,7 +64,7 @@ class Trainer(ABC, Generic[Batch]):
     def evaluate(self, step: int, folder: Path) -> Mapping[str, float]:
         """Held-out figures; sample sheets go into ``folder``. The lowest ``held_out_loss`` is the best checkpoint."""
 
-    def rates(self, tokens_per_second: float) -> Mapping[str, float]:
+    def throughput_metrics(self, tokens_per_second: float) -> Mapping[str, float]:
         """More figures that follow from how fast training is, and what it takes."""
         return {}
 
@@ -85,7 +85,7 @@ class RunSettings:
             raise ValueError("save_every and evaluate_every must not be negative")
 
 
-class Run:
+class RunFolder:
     """The folder of a run: ``recipe.yaml``, ``metrics.jsonl``, TensorBoard events, ``samples/``, ``checkpoints/``.
 
     The train command adds ``environment.jsonl``, ``stores.jsonl``, ``curves.png``, and ``nonfinite/`` where need be.
@@ -95,7 +95,7 @@ class Run:
         self.folder = folder
         self.writes = writes  # whether this process is the one that does
         self._writer: Any = None
-        self._saving: _Saving | None = None
+        self._saving: BackgroundSave | None = None
 
     @property
     def samples(self) -> Path:
@@ -111,7 +111,7 @@ class Run:
         """Every whole checkpoint, oldest first."""
         return sorted((self.folder / "checkpoints").glob("step-*"))
 
-    def path_of(self, step: int) -> Path:
+    def checkpoint_path(self, step: int) -> Path:
         """The checkpoint of a step, whether it is there or not."""
         return self.folder / "checkpoints" / f"step-{step:08d}"
 
@@ -128,10 +128,10 @@ class Run:
         (self.folder / "recipe.yaml").write_text(
             yaml.safe_dump(dict(recipe), allow_unicode=True, sort_keys=False), encoding="utf-8"
         )
-        self._forget_after(step_of(found[-1]) if found else 0)
+        self._truncate_metrics(step_of(found[-1]) if found else 0)
         return found[-1] if found else None
 
-    def _forget_after(self, step: int) -> None:
+    def _truncate_metrics(self, step: int) -> None:
         """Drop metrics of steps that a resumed run will repeat."""
         path = self.metrics
         if not path.exists():
@@ -140,11 +140,11 @@ class Run:
         with atomic_write(path) as temporary:
             temporary.write_bytes(b"".join(kept))
 
-    def log(self, step: int, figures: Mapping[str, float]) -> None:
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one JSON line and the same figures to TensorBoard; ``step`` counts finished steps."""
         if not self.writes:
             return
-        record = {"step": step, **{name: float(f"{value:.6g}") for name, value in figures.items()}}
+        record = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
         append_json_line(self.metrics, record)
         if self._writer is None:
             try:
@@ -155,7 +155,7 @@ class Run:
             else:
                 self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step)
         if self._writer:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 self._writer.add_scalar(name, value, step)
             self._writer.flush()
 
@@ -164,11 +164,11 @@ class Run:
 
         ``write`` is None in processes that do not write. The last ``keep`` checkpoints stay, and the best.
         """
-        target = self.path_of(step)
+        target = self.checkpoint_path(step)
         self.finish_saving()
         if write is None or target.exists():
             return target
-        self._saving = _Saving(partial(self._write, target, write, keep))
+        self._saving = BackgroundSave(partial(self._write, target, write, keep))
         return target
 
     def finish_saving(self) -> None:
@@ -200,7 +200,7 @@ class Run:
         found: dict[str, Any] = read_json(path)
         return found
 
-    def note_held_out(self, step: int, figures: Mapping[str, float]) -> bool:
+    def record_best(self, step: int, figures: Mapping[str, float]) -> bool:
         """Note a ``held_out_loss`` if it is the lowest yet; whether it is."""
         loss, best = figures.get("held_out_loss"), self.best()
         if loss is None or (best is not None and best["step"] < step and best["held_out_loss"] <= loss):
@@ -217,7 +217,7 @@ class Run:
             self._writer.close()
 
 
-class _Saving:
+class BackgroundSave:
     """Work in a thread of its own, and how it ended."""
 
     def __init__(self, work: Callable[[], None]) -> None:
@@ -246,14 +246,14 @@ def step_of(checkpoint: Path) -> int:
 def run_loop(
     trainer: Trainer[Batch],
     batches: Callable[[int], Iterator[Batch]],
-    run: Run,
+    run: RunFolder,
     settings: RunSettings,
     *,
     recipe: Mapping[str, Any],
     steps: int,
     batch_size: int,
     resume: bool,
-    world: World | None = None,
+    world: DistributedContext | None = None,
     renew: Callable[[int], bool] | None = None,
     started: Callable[[Path | None], None] | None = None,
 ) -> int:
@@ -263,26 +263,26 @@ def run_loop(
     where it stood. ``renew(k)`` is asked from time to time whether the batches from step k on are others than before.
     ``started`` is called in the first process with the checkpoint that the run goes on from, or None.
     """
-    world = world or World(torch.device("cpu"))
-    checkpoint = world.on_first(lambda: run.start(recipe, resume))
-    if started is not None and world.is_first:
+    world = world or DistributedContext(torch.device("cpu"))
+    checkpoint = world.run_on_main(lambda: run.start(recipe, resume))
+    if started is not None and world.is_main_process:
         started(checkpoint)
     done = 0
     if checkpoint is not None:
         try:
             trainer.load(checkpoint)
-        except ToldElsewhere:
+        except ReportedByPeer:
             raise
         except (RuntimeError, ValueError) as error:  # sizes that differ
             reason = " ".join(str(error).split())[:300]
             message = f"{checkpoint} does not fit the recipe, go back to its settings or remove {run.folder}: {reason}"
             raise InputError(message) from None
         done = step_of(checkpoint)
-        tell(f"resuming {run.folder} after step {done}", world)
+        log_main(f"resuming {run.folder} after step {done}", world)
     try:
         return _train(trainer, batches, run, settings, steps, batch_size, done, world, renew)
     except RuntimeError as error:
-        if not lost_another(error):
+        if not is_peer_failure(error):
             raise
         run.close()
         last = run.checkpoints()
@@ -296,26 +296,26 @@ def run_loop(
 def _train(
     trainer: Trainer[Batch],
     batches: Callable[[int], Iterator[Batch]],
-    run: Run,
+    run: RunFolder,
     settings: RunSettings,
     steps: int,
     batch_size: int,
     done: int,
-    world: World,
+    world: DistributedContext,
     renew: Callable[[int], bool] | None,
 ) -> int:
     """The loop itself, after ``done`` steps."""
-    meter = _Meter(batch_size)
+    meter = ThroughputMeter(batch_size)
     stopped = False
-    disable = None if world.is_first else True
-    message = "stopping after this step (once more: at once, without saving)" if world.is_first else None
+    disable = None if world.is_main_process else True
+    message = "stopping after this step (once more: at once, without saving)" if world.is_main_process else None
     with (
         GracefulStop(message) as stop,
         tqdm(total=steps, initial=done, unit="step", disable=disable, dynamic_ncols=True) as bar,
     ):
         stream = batches(done)
         while done < steps:
-            stopped = world.any(stop.requested())
+            stopped = world.all_reduce_any(stop.requested())
             if stopped:
                 break
             began = time.perf_counter()
@@ -326,15 +326,15 @@ def _train(
             except InputError as error:  # none of the processes can go on; what was learnt before is kept
                 run.save(done, trainer.snapshot(), settings.keep)
                 run.close()
-                if world.is_first:
+                if world.is_main_process:
                     raise
-                raise ToldElsewhere(str(error)) from None
+                raise ReportedByPeer(str(error)) from None
             done += 1
             meter.add(figures, waited)
             bar.update()
             if done % settings.log_every == 0 or done == steps:
                 means = meter.means()
-                means |= trainer.rates(means.get("tokens_per_second", 0.0))
+                means |= trainer.throughput_metrics(means.get("tokens_per_second", 0.0))
                 run.log(done, means)
                 bar.set_postfix({name: f"{means[name]:.3g}" for name in list(means)[:3]})
                 if renew is not None and renew(done):
@@ -344,27 +344,27 @@ def _train(
                 with meter.paused():
                     held_out = trainer.evaluate(done, run.samples)
                     run.log(done, held_out)
-                    best = world.on_first(partial(run.note_held_out, done, held_out))
+                    best = world.run_on_main(partial(run.record_best, done, held_out))
             if _due(done, settings.save_every) or best:
                 with meter.paused():
                     run.save(done, trainer.snapshot(), settings.keep)
-        path = run.path_of(done)
+        path = run.checkpoint_path(done)
         run.finish_saving()
-        if not world.on_first(path.exists):  # it was not saved just now
+        if not world.run_on_main(path.exists):  # it was not saved just now
             path = run.save(done, trainer.snapshot(), settings.keep)
     run.close()
-    world.wait()
+    world.barrier()
     if not path.exists():
-        tell(f"step {done} of {steps} could not be saved; make room and go on with --resume auto", world)
+        log_main(f"step {done} of {steps} could not be saved; make room and go on with --resume auto", world)
         return 1
     if stopped:
-        tell(f"stopped after step {done} of {steps}, saved in {path}; go on with --resume auto", world)
+        log_main(f"stopped after step {done} of {steps}, saved in {path}; go on with --resume auto", world)
         return 128 + (stop.number or signal.SIGTERM)
-    tell(f"{steps} steps done, saved in {path}", world)
+    log_main(f"{steps} steps done, saved in {path}", world)
     return 0
 
 
-class _Meter:
+class ThroughputMeter:
     """Means of the figures of steps, and how fast they were, without what is done between them."""
 
     def __init__(self, batch_size: int) -> None:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from cogview.files import write_json
 from cogview.modeling.transformer import Transformer
-from cogview.training.engines.torch_engine import Engine, Prepared
-from cogview.training.examples import Batch
+from cogview.training.engines.torch_engine import DeviceMicroBatch, Engine
+from cogview.training.examples import TrainingBatch
 
 
 @contextmanager
@@ -40,7 +40,7 @@ def activation_maxima(transformer: Transformer) -> Iterator[dict[str, float]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class NonFiniteReport:
     """The first tensor with a number that is not finite: in the weights, going forward or going back."""
 
     phase: str  # weights, forward or backward
@@ -54,59 +54,63 @@ class Finding:
         return f"{where}, {self.tensor} ({self.phase}; {self.share:.2%} of it, the rest is up to {self.largest:.3g})"
 
 
-def first_nonfinite(engine: Engine, shares: Sequence[Sequence[Prepared]], seed: int) -> Finding | None:
+def first_nonfinite(engine: Engine, shares: Sequence[Sequence[DeviceMicroBatch]], seed: int) -> NonFiniteReport | None:
     """Where a step with ``seed`` meets its first number that is not finite, or None: for all processes at once.
 
     Weights are looked at first, then the way forward, then (but in ZeRO stage 3, where gradients are not there to be
     looked at) the way back. The gradients that an engine adds up are left as they are.
     """
-    transformer = engine.learner.transformer
-    found: list[Finding] = []
+    transformer = engine.model.transformer
+    found: list[NonFiniteReport] = []
     for name, parameter in transformer.named_parameters():
         if parameter.numel() and not found:
             module, _, tensor = name.rpartition(".")
-            _look("weights", module, tensor, parameter.detach(), found)
+            _check_finite("weights", module, tensor, parameter.detach(), found)
     names = {module: name for name, module in transformer.named_modules() if name}
 
     def forward(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not found:
-            _look("forward", names[module], "output", output.detach(), found)
+            _check_finite("forward", names[module], "output", output.detach(), found)
 
     with _hooks(names, forward):
         torch.manual_seed(seed)
-        engine.compute(shares, learn=False)
+        engine.accumulate_gradients(shares, learn=False)
     if not found and all(parameter.numel() for parameter in transformer.parameters()):
-        _look_back(engine, shares, names, seed, found)
+        _check_backward(engine, shares, names, seed, found)
     return found[0] if found else None
 
 
-def _look_back(
-    engine: Engine, shares: Sequence[Sequence[Prepared]], names: dict[nn.Module, str], seed: int, found: list[Finding]
+def _check_backward(
+    engine: Engine,
+    shares: Sequence[Sequence[DeviceMicroBatch]],
+    names: dict[nn.Module, str],
+    seed: int,
+    found: list[NonFiniteReport],
 ) -> None:
     """Look at the gradients of the outputs of all modules, from the loss on."""
 
     def watch(module: nn.Module, _: Any, output: Any) -> None:
         def look(gradient: Tensor) -> None:
             if not found:
-                _look("backward", names[module], "gradient of the output", gradient, found)
+                _check_finite("backward", names[module], "gradient of the output", gradient, found)
 
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(look)
 
-    parameters = [parameter for parameter in engine.learner.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]
     with _hooks(names, watch):
         torch.manual_seed(seed)
         for part in (part for share in shares for part in share):
             with torch.enable_grad():
-                total, _ = engine.learner(part.ids, part.positions, part.targets)
+                total, _ = engine.model(part.ids, part.positions, part.targets)
                 if not found:
-                    _look("forward", "", "value", total.detach(), found)
+                    _check_finite("forward", "", "value", total.detach(), found)
                 gradients = torch.autograd.grad(total * engine.loss_scale, parameters, allow_unused=True)
-            own = {id(parameter): name for name, parameter in engine.learner.transformer.named_parameters()}
+            own = {id(parameter): name for name, parameter in engine.model.transformer.named_parameters()}
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None and not found:
                     module, _, tensor = own[id(parameter)].rpartition(".")
-                    _look("backward", module, f"gradient of the {tensor}", gradient, found)
+                    _check_finite("backward", module, f"gradient of the {tensor}", gradient, found)
 
 
 @contextmanager
@@ -119,13 +123,13 @@ def _hooks(modules: dict[nn.Module, str], hook: Callable[[nn.Module, Any, Any], 
             handle.remove()
 
 
-def _look(phase: str, module: str, tensor: str, values: Tensor, found: list[Finding]) -> None:
+def _check_finite(phase: str, module: str, tensor: str, values: Tensor, found: list[NonFiniteReport]) -> None:
     finite = torch.isfinite(values)
     if finite.all():
         return
     rest = values[finite].abs().float()
     found.append(
-        Finding(
+        NonFiniteReport(
             phase=phase,
             module=module,
             tensor=tensor,
@@ -135,7 +139,9 @@ def _look(phase: str, module: str, tensor: str, values: Tensor, found: list[Find
     )
 
 
-def write_dump(folder: Path, batch: Batch, finding: Finding | None, *, rank: int, processes: int, seed: int) -> None:
+def write_dump(
+    folder: Path, batch: TrainingBatch, finding: NonFiniteReport | None, *, rank: int, processes: int, seed: int
+) -> None:
     """Keep in ``folder`` what process ``rank`` did in a step: its rows, their numbers, and what was found there."""
     folder.mkdir(parents=True, exist_ok=True)
     rows: Any = {name: np.asarray(values) for name, values in batch.rows.items()}

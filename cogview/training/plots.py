@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.errors import InputError
-from cogview.training.run_record import RunRecord, Series, columns_of, names_apart, read_run
+from cogview.training.run_record import MetricSeries, RunRecord, columns_of, names_apart, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,15 +26,15 @@ COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#1
 LAYER = re.compile(r"activation_max_(?:(embedding)|layer_(\d+))$")
 
 
-def leave_curves(folder: Path) -> None:
+def save_run_plots(folder: Path) -> None:
     """``curves.png`` in a run folder, as training leaves it at its end; what hinders that is one line on stderr."""
     try:
-        draw_curves([read_run(folder)], folder / "curves.png")
+        plot_runs([read_run(folder)], folder / "curves.png")
     except Exception as error:  # what was trained is saved by now: a drawing is not to make the run fail
         print(f"no curves.png: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def draw_curves(records: Sequence[RunRecord], path: Path) -> None:
+def plot_runs(records: Sequence[RunRecord], path: Path) -> None:
     """Draw the curves of runs over each other into ``path`` (.png, .pdf or .svg), 1200 pixels wide.
 
     A panel for each loss, then learning rate, gradient norm, speed, waiting for data, and for each run the largest
@@ -43,8 +43,8 @@ def draw_curves(records: Sequence[RunRecord], path: Path) -> None:
     if path.suffix.lower() not in PICTURES:
         raise InputError(f"{path} is not named like a picture: expected a name that ends in {', '.join(PICTURES)}")
     panels = [
-        *_judged_panels(records),
-        *_plain_panels(records),
+        *_loss_panels(records),
+        *_training_panels(records),
         *_activation_panels(records),
     ]
     if not panels:
@@ -84,7 +84,7 @@ def draw_curves(records: Sequence[RunRecord], path: Path) -> None:
 Panel = tuple[str, Callable[["Axes"], None]]  # its title, and what draws it
 
 
-def _judged_panels(records: Sequence[RunRecord]) -> list[Panel]:
+def _loss_panels(records: Sequence[RunRecord]) -> list[Panel]:
     """Losses, the whole one first, and what else was measured on held-out rows."""
     names = dict.fromkeys(name for record in records for name in record.training)
     judged = dict.fromkeys(name for record in records for name in record.held_out)
@@ -115,7 +115,7 @@ def _draw_judged(records: Sequence[RunRecord], name: str, axes: Axes) -> None:
         _leave_out_the_beginning(axes, lines)
 
 
-def _leave_out_the_beginning(axes: Axes, lines: Sequence[Series]) -> None:
+def _leave_out_the_beginning(axes: Axes, lines: Sequence[MetricSeries]) -> None:
     """Let what a loss falls from in its first steps run out of the panel, which would leave no room for the rest."""
     values = [
         value
@@ -130,7 +130,7 @@ def _leave_out_the_beginning(axes: Axes, lines: Sequence[Series]) -> None:
     axes.set_ylim(low - room, high + room)
 
 
-def _plain_panels(records: Sequence[RunRecord]) -> list[Panel]:
+def _training_panels(records: Sequence[RunRecord]) -> list[Panel]:
     """What training says of its course and speed."""
     names = {name for record in records for name in record.training}
     speed = "tokens_per_second" if "tokens_per_second" in names else "samples_per_second"
@@ -187,7 +187,7 @@ def _draw_gradient_norm(records: Sequence[RunRecord], axes: Axes) -> None:
 
 def _activation_panels(records: Sequence[RunRecord]) -> list[Panel]:
     """A map for each run, in the same colours."""
-    names = [""] if len(records) == 1 else [f": {name}" for name in _english(records)]
+    names = [""] if len(records) == 1 else [f": {name}" for name in _ascii_names(records)]
     depths = [_by_depth(record) for record in records]
     known = [
         value
@@ -206,7 +206,7 @@ def _activation_panels(records: Sequence[RunRecord]) -> list[Panel]:
     ]
 
 
-def _by_depth(record: RunRecord) -> dict[int, Series]:
+def _by_depth(record: RunRecord) -> dict[int, MetricSeries]:
     """The largest activations behind the embedding, 0, and behind each layer, from 1."""
     found = {}
     for name, series in record.training.items():
@@ -215,7 +215,7 @@ def _by_depth(record: RunRecord) -> dict[int, Series]:
     return found
 
 
-def _draw_activations(depths: Mapping[int, Series], limits: tuple[float, float], axes: Axes) -> None:
+def _draw_activations(depths: Mapping[int, MetricSeries], limits: tuple[float, float], axes: Axes) -> None:
     import numpy as np
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
@@ -246,7 +246,7 @@ def _add_legend(figure: Any, records: Sequence[RunRecord]) -> None:
     handles = [Line2D([], [], color=_colour(number), linewidth=3) for number in range(len(records))]
     texts = [
         f"{name}, {record.state} at step {record.done}{'' if record.planned is None else f' of {record.planned}'}"
-        for name, record in zip(_english(records), records, strict=True)
+        for name, record in zip(_ascii_names(records), records, strict=True)
     ]
     meanings = {
         "training": (Line2D([], [], color="grey", linewidth=0.8), any(record.training for record in records)),
@@ -266,12 +266,12 @@ def _add_legend(figure: Any, records: Sequence[RunRecord]) -> None:
         shown.set_text(text)  # and begin with _, which would leave it out above
 
 
-def _english(records: Sequence[RunRecord]) -> list[str]:
+def _ascii_names(records: Sequence[RunRecord]) -> list[str]:
     """Names that the font of the picture has all characters for."""
     return [name if name.isascii() else f"run {number}" for number, name in enumerate(names_apart(records), start=1)]
 
 
-def _all_series(record: RunRecord) -> list[Series]:
+def _all_series(record: RunRecord) -> list[MetricSeries]:
     return [*record.training.values(), *record.held_out.values()]
 
 

@@ -171,7 +171,7 @@ def _cpu_threads() -> int:
 
 
 @dataclass(frozen=True)
-class Series:
+class MetricSeries:
     """A figure by the number of finished steps, which rises."""
 
     steps: tuple[int, ...]
@@ -204,8 +204,8 @@ class RunRecord:
     planned: int | None  # steps; None where the settings do not say
     state: State
     settings: Mapping[str, Any]
-    training: Mapping[str, Series]  # in the order in which metrics.jsonl names them
-    held_out: Mapping[str, Series]  # by their names without ``held_out_``
+    training: Mapping[str, MetricSeries]  # in the order in which metrics.jsonl names them
+    held_out: Mapping[str, MetricSeries]  # by their names without ``held_out_``
     checkpoints: tuple[Path, ...]  # oldest first
     best: Best | None
     environments: tuple[Mapping[str, Any], ...]  # of each start, as ``write_environment`` has them
@@ -269,7 +269,7 @@ def read_run(folder: Path) -> RunRecord:
             f"{folder}{missing} is no run: expected recipe.yaml and metrics.jsonl, as cogview train has them"
         )
     settings = read_recipe(folder / "recipe.yaml")
-    figures = _read_figures(folder / "metrics.jsonl")
+    figures = _read_metrics(folder / "metrics.jsonl")
     training = {name: series for name, series in figures.items() if not name.startswith(HELD_OUT)}
     checkpoints = _read_checkpoints(folder / "checkpoints")
     done = max(
@@ -290,7 +290,7 @@ def read_run(folder: Path) -> RunRecord:
     )
 
 
-def _read_figures(path: Path) -> dict[str, Series]:
+def _read_metrics(path: Path) -> dict[str, MetricSeries]:
     """All figures of ``metrics.jsonl``; of a step that was told twice, as after a restart, the later one counts."""
     told: dict[str, dict[int, float]] = {}
     for record in read_json_lines(path):
@@ -301,7 +301,7 @@ def _read_figures(path: Path) -> dict[str, Series]:
             if isinstance(value, int | float):
                 told.setdefault(name, {})[step] = float(value)
     ordered = {name: sorted(values.items()) for name, values in told.items()}
-    return {name: Series(*map(tuple, zip(*pairs, strict=True))) for name, pairs in ordered.items()}
+    return {name: MetricSeries(*map(tuple, zip(*pairs, strict=True))) for name, pairs in ordered.items()}
 
 
 def _read_checkpoints(folder: Path) -> dict[int, Path]:
@@ -321,7 +321,9 @@ def _read_best(path: Path) -> Best | None:
     return None
 
 
-def _state(folder: Path, done: int, planned: float | None, paces: Series | None, settings: Mapping[str, Any]) -> State:
+def _state(
+    folder: Path, done: int, planned: float | None, paces: MetricSeries | None, settings: Mapping[str, Any]
+) -> State:
     if planned is not None and done >= planned:
         return "finished"
     files = [path for path in (folder / "metrics.jsonl", folder / "recipe.yaml") if path.is_file()]
@@ -340,7 +342,7 @@ def _number_in(settings: Mapping[str, Any], *keys: str) -> float | None:
     return found if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
-def columns_of(series: Series) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def columns_of(series: MetricSeries) -> tuple[tuple[int, ...], tuple[float, ...]]:
     return series.steps, series.values
 
 
@@ -364,7 +366,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     return [key for key in keys if any(key not in own or own[key] != settings[0].get(key) for own in settings)]
 
 
-def common_steps(series: Sequence[Series | None], most: int) -> list[int]:
+def common_steps(series: Sequence[MetricSeries | None], most: int) -> list[int]:
     """Steps at which all have a value: the last, and others at even distances before it, ``most`` in all."""
     if not series or any(own is None for own in series):
         return []

@@ -22,7 +22,7 @@ class TransformerTraining:
     # Rows that a process computes at once: its share of a batch is computed in as many parts as that takes, or more
     # where lengths differ much, so the batch stays what it is with any number of processes. 0: as many as fit, on a
     # CPU all.
-    micro_batch: int = 0
+    micro_batch_size: int = 0
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
     warmup_steps: int = 200
@@ -35,39 +35,41 @@ class TransformerTraining:
     # look of the thing at once. A store that says which name stands where (``named``) lets a drawing tell the name too,
     # and a description while it still reads the codes.
     name_loss_weight: float = 0.0
-    caption_drop: float = 0.1  # share of captions left out, so that guidance is possible later
+    caption_dropout: float = 0.1  # share of captions left out, so that guidance is possible later
     # Once the first codes of a thing are known the others follow from them, so the text, and in upscaling the small
     # picture, is asked at one or two places alone, and learnt slowly. Two remedies, for rows that draw a picture: a
     # share that sees [MASK] in place of every code, and one that sees it at a share of the places drawn per row. Where
-    # every code is hidden each is told from text and place alone, so ``hidden_places`` of them, drawn per row, do for
+    # every code is hidden each is told from text and place alone, so ``full_mask_targets`` of them, drawn per row, do for
     # a cheaper row (0: all).
-    hidden_rows: float = 0.0
-    hidden_places: int = 0
-    masked_rows: float = 0.0
+    full_mask_rate: float = 0.0
+    full_mask_targets: int = 0
+    partial_mask_rate: float = 0.0
     # Where a loss or a gradient is not finite, the step is skipped in either case. ``stop`` then ends the run, ``skip``
     # goes on; float16 goes on with a smaller loss scale, for which such steps are usual, unless the loss itself is not
     # finite. The first one is looked into, and what is needed to see it again is kept.
     nonfinite: Literal["skip", "stop"] = "stop"
     seed: int = 0
-    workers: int = 0  # processes that read the store and arrange its rows
+    num_workers: int = 0  # processes that read the store and arrange its rows
 
     def __post_init__(self) -> None:
         if not 0 < self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps must be from 1 to steps - 1 ({self.steps - 1}), got {self.warmup_steps}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.micro_batch < 0 or self.workers < 0:
-            raise ValueError(f"micro_batch and workers must not be negative, got {self.micro_batch} and {self.workers}")
-        for name in ("caption_drop", "hidden_rows", "masked_rows"):
+        if self.micro_batch_size < 0 or self.num_workers < 0:
+            raise ValueError(
+                f"micro_batch_size and num_workers must not be negative, got {self.micro_batch_size} and {self.num_workers}"
+            )
+        for name in ("caption_dropout", "full_mask_rate", "partial_mask_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
-        if self.hidden_rows + self.masked_rows > 1:
+        if self.full_mask_rate + self.partial_mask_rate > 1:
             raise ValueError(
-                f"hidden_rows {self.hidden_rows} and masked_rows {self.masked_rows} are shares of all rows: their sum "
+                f"full_mask_rate {self.full_mask_rate} and partial_mask_rate {self.partial_mask_rate} are shares of all rows: their sum "
                 "must not be above 1"
             )
-        if self.hidden_places < 0:
-            raise ValueError(f"hidden_places must be 0 (all) or more, got {self.hidden_places}")
+        if self.full_mask_targets < 0:
+            raise ValueError(f"full_mask_targets must be 0 (all) or more, got {self.full_mask_targets}")
         for task, share in self.tasks.items():
             if task not in TASKS:
                 raise ValueError(f"task {task!r} is unknown; known: {', '.join(TASKS)}")

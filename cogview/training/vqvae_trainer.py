@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cogview.checkpoints.image_tokenizer import save_image_tokenizer
-from cogview.emoji.keyed_random import Draws
-from cogview.emoji.world import World
+from cogview.emoji.keyed_random import KeyedRandom
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.signals import worker_init
 from cogview.training.loop import Trainer, Writer
 from cogview.vqvae.codec import reconstruct, to_float
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
-from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae
+from cogview.vqvae.training import VQVAETrainer, VQVAETrainingSettings, evaluate_vqvae
 
 HELD_OUT_IMAGES = 2048
 
@@ -33,7 +33,7 @@ class SceneImages(Dataset[Tensor]):
     shown, cut out on the grid of codes.
     """
 
-    def __init__(self, world: World, seed: int, *, scales: Sequence[int] = (1,), held_out: bool = False) -> None:
+    def __init__(self, world: EmojiWorld, seed: int, *, scales: Sequence[int] = (1,), held_out: bool = False) -> None:
         self.world = world
         self.seed = seed
         self.scales = scales
@@ -42,13 +42,13 @@ class SceneImages(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         scene = self.world.sample(self.seed, index, held_out=self.held_out)
         scale, canvas = self.scales[index % len(self.scales)], self.world.settings.canvas
-        draws = Draws("part", self.seed, index, self.held_out)
-        top, left = (PIXELS_PER_CODE * draws.below((scale - 1) * canvas // PIXELS_PER_CODE + 1) for _ in range(2))
+        draws = KeyedRandom("part", self.seed, index, self.held_out)
+        top, left = (PIXELS_PER_CODE * draws.randbelow((scale - 1) * canvas // PIXELS_PER_CODE + 1) for _ in range(2))
         return to_float(self.world.render(scene, index, scale)[top : top + canvas, left : left + canvas])
 
 
 def scene_batches(
-    world: World, seed: int, batch_size: int, first: int, last: int, workers: int, scales: Sequence[int] = (1,)
+    world: EmojiWorld, seed: int, batch_size: int, first: int, last: int, workers: int, scales: Sequence[int] = (1,)
 ) -> Iterator[Tensor]:
     """Batches number ``first`` to ``last`` of a world's pictures, (B, 3, H, W)."""
     loader = DataLoader(
@@ -62,29 +62,29 @@ def scene_batches(
 
 
 def held_out_batches(
-    world: World, scales: Sequence[int] = (1,), count: int = HELD_OUT_IMAGES, batch_size: int = 64
+    world: EmojiWorld, scales: Sequence[int] = (1,), count: int = HELD_OUT_IMAGES, batch_size: int = 64
 ) -> Iterator[Tensor]:
     """Pictures of held-out scenes, which no training ever sees."""
     images = SceneImages(world, seed=1, scales=scales, held_out=True)
     return iter(DataLoader(images, batch_size=batch_size, sampler=range(count)))
 
 
-class ImageTokenizerRun(Trainer[Tensor]):
+class VQVAERun(Trainer[Tensor]):
     """The VQ-VAE's trainer as the shared loop wants it."""
 
     def __init__(
         self,
-        world: World,
+        world: EmojiWorld,
         config: VQVAEConfig,
-        settings: VQVAETraining,
+        settings: VQVAETrainingSettings,
         device: torch.device,
         autocast: torch.dtype | None,
         scales: Sequence[int] = (1,),
-        start_from: VQVAE | None = None,
+        init_from: VQVAE | None = None,
     ) -> None:
         self.world = world
         self.scales = scales
-        self.trainer = VQVAETrainer(config, settings, device, autocast, start_from)
+        self.trainer = VQVAETrainer(config, settings, device, autocast, init_from)
 
     def step(self, step: int, batch: Tensor) -> dict[str, float]:
         """One training step."""
@@ -115,7 +115,7 @@ class ImageTokenizerRun(Trainer[Tensor]):
         return {f"held_out_{name}": value for name, value in figures.items()}
 
 
-def reconstruction_sheet(model: VQVAE, world: World, count: int = 12) -> Image.Image:
+def reconstruction_sheet(model: VQVAE, world: EmojiWorld, count: int = 12) -> Image.Image:
     """Held-out scenes in the upper row, what the VQ-VAE makes of them in the lower, at twice their size."""
     pixels = [world.render(world.sample(1, index, held_out=True), index) for index in range(count)]
     return contact_sheet([*pixels, *reconstruct(model, np.stack(pixels))], columns=count, scale=2)

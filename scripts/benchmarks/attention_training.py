@@ -15,7 +15,7 @@ import time
 import torch
 
 from cogview.device import DTYPES
-from cogview.kernels.attention import SHORT, attention_reference, attention_torch
+from cogview.kernels.attention import SHORT_KEYS, attention_reference, attention_torch
 
 SHAPES = [(16, 6, 84, 64), (32, 6, 84, 64), (8, 8, 256, 64), (4, 8, 512, 64), (1, 16, 1088, 64)]  # B, H, T, K
 
@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16", help="(default: bfloat16)")
     dtype = DTYPES[parser.parse_args().dtype]
-    print(f"{dtype}, {torch.get_num_threads()} threads; training takes the reference up to {SHORT} keys")
+    print(f"{dtype}, {torch.get_num_threads()} threads; training takes the reference up to {SHORT_KEYS} keys")
     print("| B, H, T, K | reference ms | torch ms | torch / reference |\n|---|---|---|---|")
     for shape in SHAPES:
         pairs = [

@@ -22,8 +22,8 @@ import torch
 from torch.nn import functional as F
 
 from cogview.device import flush_denormals
-from cogview.emoji.scene import Shares
-from cogview.emoji.world import World
+from cogview.emoji.scene import SceneWeights
+from cogview.emoji.world import EmojiWorld
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
@@ -49,9 +49,9 @@ def main() -> int:
     flush_denormals()
     torch.manual_seed(0)
 
-    world = World.load(args.world)
-    world = World(replace(world.settings, things=THINGS), world.candidates, world.sprites, world.colours)
-    pairs = Shares(one=0, many=0, pair=1)
+    world = EmojiWorld.load(args.world)
+    world = EmojiWorld(replace(world.settings, things=THINGS), world.candidates, world.sprites, world.colours)
+    pairs = SceneWeights(one=0, many=0, pair=1)
     scenes = [world.sample(5, number, shares=pairs) for number in range(args.captions + TESTED)]
     captions = [world.caption(scene, number) for number, scene in enumerate(scenes)]
     plain = np.array([PLAIN.match(caption) is not None for caption in captions])
@@ -78,7 +78,7 @@ def main() -> int:
             vocabulary_size=end + 1,
             max_positions=LONGEST + 2 + 64,
             dropout=0.0,
-            branch_gain=0.05,
+            branch_norm_init=0.05,
             sinusoidal_positions=args.sinusoidal,
         )
     )

@@ -45,10 +45,10 @@ from cogview.checkpoints.checkpoint import Model, ModelConfig
 from cogview.cli.main import run_safely
 from cogview.cli.options import DEFAULT_MODEL, require_positive
 from cogview.device import choose_placement
-from cogview.generation.decode import fill, score
-from cogview.generation.token_sampler import Job
+from cogview.generation.decode import decode, score
+from cogview.generation.token_sampler import DecodingRequest
 from cogview.pipeline.cogview import CogView
-from cogview.tokenizers.layouts import Arranged, pad_right
+from cogview.tokenizers.layouts import TokenSequence, pad_right
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
@@ -114,22 +114,22 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def jobs_of(model: CogView, count: int) -> list[Job]:
+def jobs_of(model: CogView, count: int) -> list[DecodingRequest]:
     """So many pictures of the prompt, drawn in the model's own way."""
     config = model.model.config
     row = config.layouts["generate"].arrange(model.vocabulary, text=model.text_tokenizer.encode(PROMPT))
-    return [Job(row=row, seed=SEED, image=image, sampling=config.sampling) for image in range(count)]
+    return [DecodingRequest(sequence=row, seed=SEED, image=image, sampling=config.sampling) for image in range(count)]
 
 
-def draw_together(model: CogView, jobs: Sequence[Job], parallel: int | None = None) -> np.ndarray:
+def draw_together(model: CogView, jobs: Sequence[DecodingRequest], parallel: int | None = None) -> np.ndarray:
     """Codes (B, G * G) of all jobs, drawn in one batch."""
     if model.name == RANDOM:
         parallel = 1  # one code after the other; compare_released.py says why
-    filled = fill(model.transformer, model.vocabulary, jobs, parallel=parallel)
-    return np.stack([one.ids[job.row.spans["image"]] for one, job in zip(filled, jobs, strict=True)])
+    filled = decode(model.transformer, model.vocabulary, jobs, speculative=parallel)
+    return np.stack([one.ids[job.sequence.spans["image"]] for one, job in zip(filled, jobs, strict=True)])
 
 
-def draw_one_by_one(model: CogView, jobs: Sequence[Job], parallel: int | None) -> np.ndarray:
+def draw_one_by_one(model: CogView, jobs: Sequence[DecodingRequest], parallel: int | None) -> np.ndarray:
     """The same in a run for each."""
     return np.concatenate([draw_together(model, [job], parallel) for job in jobs])
 
@@ -158,13 +158,13 @@ def score_everything(model: CogView, codes: np.ndarray) -> list[float]:
     return totals
 
 
-def scored_rows(model: CogView, codes: np.ndarray) -> list[Arranged]:
+def scored_rows(model: CogView, codes: np.ndarray) -> list[TokenSequence]:
     """Each picture with the prompt behind it."""
     layout, pieces = model.model.config.layouts["score"], model.text_tokenizer.encode(PROMPT)
     return [layout.arrange(model.vocabulary, image=own, text=pieces) for own in codes]
 
 
-def check_same_scores(model: CogView, jobs: Sequence[Job]) -> None:
+def check_same_scores(model: CogView, jobs: Sequence[DecodingRequest]) -> None:
     """Both sides draw the same pictures and score them alike."""
     codes = draw_together(model, jobs)
     for parallel in (1, None):

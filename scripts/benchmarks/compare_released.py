@@ -33,16 +33,16 @@ from released_algorithm import choose, draw, no_memory, read
 
 from cogview.cli.main import Parser, run_safely
 from cogview.cli.options import require_positive
-from cogview.device import DTYPES, Placement, choose_placement
+from cogview.device import DTYPES, DevicePlacement, choose_placement
 from cogview.errors import InputError
 from cogview.files import write_json
-from cogview.generation.decode import fill
+from cogview.generation.decode import decode
 from cogview.generation.sampling import GREEDY, Sampling
-from cogview.generation.token_sampler import Job
+from cogview.generation.token_sampler import DecodingRequest
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
-from cogview.tokenizers.layouts import Arranged, layouts
+from cogview.tokenizers.layouts import TokenSequence, layouts
 from cogview.tokenizers.vocabulary import Vocabulary
 
 SEED = 0
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     subject = random_subject(args) if args.model == RANDOM else trained_subject(args, parser)
     placement, row = subject.placement, subject.row
     checked = check_same_codes(subject)
-    subject.transformer.to(placement.dtype).pack()
+    subject.transformer.to(placement.dtype).prepack()
 
     num_codes = int(row.blanks.sum())
     every_step = args.whole or args.model != RANDOM
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def strata(row: Arranged, every: int) -> dict[str, int]:
+def strata(row: TokenSequence, every: int) -> dict[str, int]:
     """For each step that is timed, by its column, how many it stands for; the first one reads the prompt."""
     first, *others = np.flatnonzero(row.blanks).tolist()
     groups = [others[start : start + every] for start in range(0, len(others), every)]
@@ -129,8 +129,8 @@ class Subject:
     """What both sides draw: the picture of ``row``, by a transformer that is to be on ``placement``."""
 
     transformer: Transformer
-    placement: Placement
-    row: Arranged
+    placement: DevicePlacement
+    row: TokenSequence
     vocabulary: Vocabulary = VOCABULARY
     sampling: Sampling = SAMPLING
     parallel: int | None = 1  # codes that ours guesses at one go; None for as many as pay
@@ -164,8 +164,11 @@ def trained_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 def ours_whole(subject: Subject, batch: int) -> Parts:
     """Seconds of a batch of whole images by our engine."""
-    jobs = [Job(row=subject.row, seed=SEED, image=image, sampling=subject.sampling) for image in range(batch)]
-    work = partial(fill, subject.transformer, subject.vocabulary, jobs, parallel=subject.parallel)
+    jobs = [
+        DecodingRequest(sequence=subject.row, seed=SEED, image=image, sampling=subject.sampling)
+        for image in range(batch)
+    ]
+    work = partial(decode, subject.transformer, subject.vocabulary, jobs, speculative=subject.parallel)
     return {"all": seconds_of(subject.placement, work)}
 
 
@@ -217,12 +220,12 @@ def check_same_codes(subject: Subject) -> int:
     """
     row, vocabulary, transformer = subject.row, subject.vocabulary, subject.transformer
     first = row.spans["image"].start
-    row = row.cut(first + min(CHECKED, row.spans["image"].stop - first))
+    row = row.truncate(first + min(CHECKED, row.spans["image"].stop - first))
     noise = np.random.default_rng(SEED)
     given_T = row.blanks & (noise.random(len(row)) < 0.5)
     codes_T = noise.integers(vocabulary.image.start, vocabulary.image.stop, len(row))
     row = replace(row, ids=np.where(given_T, codes_T, row.ids), blanks=row.blanks & ~given_T)
-    (own,) = fill(transformer, vocabulary, [Job(row=row, seed=SEED, sampling=GREEDY)])
+    (own,) = decode(transformer, vocabulary, [DecodingRequest(sequence=row, seed=SEED, sampling=GREEDY)])
     theirs = draw(transformer, vocabulary, row, 2, GREEDY, torch.Generator(transformer.embedding.weight.device))
     assert (theirs == own.ids).all(), "the released algorithm and ours chose different codes"
     return int(row.blanks.sum())
@@ -302,7 +305,7 @@ def sharpen(transformer: Transformer) -> None:
             parameter.mul_(8)
 
 
-def seconds_of(placement: Placement, work: Callable[[], object]) -> float:
+def seconds_of(placement: DevicePlacement, work: Callable[[], object]) -> float:
     """Wall seconds of ``work``, until its device is done."""
     on_gpu = placement.device.type == "cuda"
     if on_gpu:
@@ -332,7 +335,7 @@ def describe(config: TransformerConfig, grid: int) -> str:
     return f"{config.num_layers} layers of width {config.width}, {config.vocabulary_size} ids, {grid * grid} codes"
 
 
-def describe_placement(placement: Placement) -> str:
+def describe_placement(placement: DevicePlacement) -> str:
     """Device and dtype in words."""
     known = facts(placement)
     return f"{known['dtype']} on {known['device']}" + (
@@ -340,7 +343,7 @@ def describe_placement(placement: Placement) -> str:
     )
 
 
-def facts(placement: Placement) -> dict[str, Any]:
+def facts(placement: DevicePlacement) -> dict[str, Any]:
     """Where it was measured."""
     on_gpu = placement.device.type == "cuda"
     return {

@@ -45,7 +45,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
-from cogview.device import Placement, choose_placement
+from cogview.device import DevicePlacement, choose_placement
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
 from cogview.tokenizers.layouts import layouts
@@ -85,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(
             f"--tokens must be from 1 to {most}, what an image and the positions have room for; got {count}"
         )
-    row = row.cut(first + count)
+    row = row.truncate(first + count)
 
     gpt2 = make_gpt2(config, placement)
     prompt_BT = torch.from_numpy(row.ids[:first]).to(placement.device).expand(args.batch, -1)
     transformer = random_transformer(config, placement.device).to(placement.dtype)
-    transformer.pack()
+    transformer.prepack()
 
     def theirs(mode: str) -> Parts:
         try:
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def make_gpt2(config: TransformerConfig, placement: Placement) -> Any:
+def make_gpt2(config: TransformerConfig, placement: DevicePlacement) -> Any:
     """A GPT-2 of the same shape with random weights; InputError where transformers is not installed."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel

@@ -36,7 +36,7 @@ from released_algorithm import draw
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
 from cogview.generation.sampling import GREEDY, Sampling
-from cogview.pipeline.cogview import CogView, Picture, Wish
+from cogview.pipeline.cogview import CogView, GeneratedImage, GenerationRequest
 from cogview.tokenizers.layouts import upscale_windows
 
 PROMPTS = ("一个红苹果", "蓝色背景上的三只狐狸", "一辆汽车", "狗在猫的左边")
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     check_arguments(args)
     require_positive("--images", args.images)
     exact = open_model(args, parser, "upscale", "float32")
-    wishes = [Wish(prompt=PROMPTS[i % len(PROMPTS)], seed=SEED, index=i) for i in range(args.images)]
+    wishes = [GenerationRequest(prompt=PROMPTS[i % len(PROMPTS)], seed=SEED, index=i) for i in range(args.images)]
     pictures = exact.draw(wishes, exact.sampling())
     same = count_same(exact, pictures)
     assert same >= SAME_AT_LEAST * len(pictures), f"greedily, {same} of {len(pictures)} pictures had the same codes"
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def upscale_together(model: CogView, pictures: Sequence[Picture], sampling: Sampling) -> list[np.ndarray]:
+def upscale_together(model: CogView, pictures: Sequence[GeneratedImage], sampling: Sampling) -> list[np.ndarray]:
     """Codes (2G, 2G) of each picture by our pipeline, all in one batch."""
     enlarged = model.upscale(
         pictures,
@@ -113,7 +113,7 @@ def upscale_together(model: CogView, pictures: Sequence[Picture], sampling: Samp
     return [picture.codes for picture in enlarged]
 
 
-def upscale_one_by_one(model: CogView, pictures: Sequence[Picture], sampling: Sampling) -> list[np.ndarray]:
+def upscale_one_by_one(model: CogView, pictures: Sequence[GeneratedImage], sampling: Sampling) -> list[np.ndarray]:
     """The same by the released algorithm, picture by picture and window by window."""
     grid, layout = model.model.config.grid, model.model.config.layouts["upscale"]
     noise = torch.Generator(model.placement.device).manual_seed(SEED)
@@ -126,15 +126,15 @@ def upscale_one_by_one(model: CogView, pictures: Sequence[Picture], sampling: Sa
             known = codes[rows.start : rows.start + grid, columns]
             row = layout.arrange(model.vocabulary, text=pieces, small=picture.codes[window.source], image=known)
             image = row.spans["image"]
-            row = row.cut(image.start + window.lines * grid)
+            row = row.truncate(image.start + window.lines * grid)
             (ids,) = draw(model.transformer, model.vocabulary, row, 1, sampling, noise)
             codes[rows, columns] = ids[image].reshape(window.lines, grid)
-        model.pixels(codes.filled()[None])
+        model.decode_images(codes.filled()[None])
         found.append(codes.filled())
     return found
 
 
-def count_same(model: CogView, pictures: Sequence[Picture]) -> int:
+def count_same(model: CogView, pictures: Sequence[GeneratedImage]) -> int:
     """How many pictures both sides enlarge to the same codes when they draw greedily."""
     ours, theirs = (upscale(model, pictures, GREEDY) for upscale in (upscale_together, upscale_one_by_one))
     return sum(np.array_equal(own, other) for own, other in zip(ours, theirs, strict=True))

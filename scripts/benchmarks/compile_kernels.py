@@ -70,7 +70,7 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
 
     launch.check_floats = lambda name, tensor: None  # type: ignore[assignment]  # nothing will run on this CPU
     from cogview.kernels.attention_triton import attention_triton
-    from cogview.kernels.decode_attention import Beginning
+    from cogview.kernels.decode_attention import SharedPrefix
     from cogview.kernels.decode_attention_triton import decode_attention_triton
     from cogview.kernels.fused_linear_cross_entropy_triton import losses_in_place
     from cogview.kernels.gelu_triton import bias_gelu_triton
@@ -91,11 +91,11 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "attention", attend
     yield "attention, heads of 128", lambda: attend(size=128)
     yield "attention, odd length", lambda: attend(length=257)
-    yield "attention, limits", lambda: attend(starts_B=whole)
+    yield "attention, limits", lambda: attend(left_padding_B=whole)
     yield "attention, bias", lambda: attend(bias_B1TS=numbers(2, 1, 256, 256))
     yield "attention, dropout", lambda: attend(dropout=0.1, seed=1)
     if dtype == torch.float16:
-        yield "attention, float16 accumulators", lambda: attend(accumulate="float16")
+        yield "attention, float16 accumulators", lambda: attend(accumulate_dtype="float16")
 
     def decode(num_queries: int, rounded: bool, shared: bool) -> None:
         q = numbers(4, 2, num_queries, 64)
@@ -105,10 +105,10 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
         if shared:
             first = [tensor[:1] for tensor in kept]
             members, slots = torch.arange(4).view(1, 4), torch.arange(4)
-            beginning = Beginning(
+            beginning = SharedPrefix(
                 *first, members, slots, scales=None if scales is None else (scales[0][:1], scales[1][:1])
             )
-        decode_attention_triton(q, *kept, scales=scales, beginning=beginning)
+        decode_attention_triton(q, *kept, scales=scales, prefix=beginning)
 
     for num_queries in (1, 16):
         for rounded in (False, True):

@@ -29,28 +29,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cogview.device import DTYPES
-from cogview.kernels.fused_linear_cross_entropy import Targets, sliced_cross_entropy, sliced_cross_entropy_reference
+from cogview.kernels.fused_linear_cross_entropy import (
+    LossTargets,
+    fused_linear_cross_entropy,
+    fused_linear_cross_entropy_reference,
+)
 from cogview.tokenizers.vocabulary import Vocabulary
 
 PLACES, WIDTH = 2048, 512
 TEXT_WEIGHT = 0.1
 
 
-def own_logits(hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[Targets]) -> tuple[Tensor, list[Tensor]]:
+def own_logits(hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[LossTargets]) -> tuple[Tensor, list[Tensor]]:
     """Logits of all places of a kind among its own ids, and PyTorch's loss of them."""
     total, losses = hidden_ND.new_zeros((), dtype=torch.float32), []
     for own in targets:
-        logits_MI = F.linear(hidden_ND[own.places_M], embedding_VD[own.ids.start : own.ids.stop]).float()
+        logits_MI = F.linear(hidden_ND[own.positions_M], embedding_VD[own.ids.start : own.ids.stop]).float()
         losses_M = F.cross_entropy(logits_MI, own.targets_M - own.ids.start, reduction="none")
         total = total + (losses_M * own.weights_M).sum()
         losses.append(losses_M.detach())
     return total, losses
 
 
-WAYS: dict[str, Callable[[Tensor, Tensor, Sequence[Targets]], tuple[Tensor, list[Tensor]]]] = {
-    "all logits, masked": sliced_cross_entropy_reference,
+WAYS: dict[str, Callable[[Tensor, Tensor, Sequence[LossTargets]], tuple[Tensor, list[Tensor]]]] = {
+    "all logits, masked": fused_linear_cross_entropy_reference,
     "each kind's own": own_logits,
-    "slices": sliced_cross_entropy,
+    "slices": fused_linear_cross_entropy,
 }
 
 
@@ -94,7 +98,7 @@ def measure(way: str, device: torch.device, dtype: torch.dtype, gradients: Path)
         places_M = places[chosen]
         targets_M = torch.randint(ids.start, ids.stop, places_M.shape, generator=generator)
         weights_M = torch.full(places_M.shape, weight / len(places_M))
-        targets.append(Targets(ids, *(x.to(device) for x in (places_M, targets_M, weights_M))))
+        targets.append(LossTargets(ids, *(x.to(device) for x in (places_M, targets_M, weights_M))))
 
     def run() -> float:
         hidden_ND.grad = embedding_VD.grad = None

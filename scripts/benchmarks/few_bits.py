@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cogview.emoji.evaluation.scenes import SceneGrader, format_accuracy, held_out_scenes, summarize
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import check_world, draw_captions
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import pad_right
@@ -53,7 +53,7 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=500, help="captions to draw (default: 500)")
     parser.add_argument("--rows", type=int, default=100, help="scenes whose codes are told (default: 100)")
     args = parser.parse_args()
-    world = World.load(args.world)
+    world = EmojiWorld.load(args.world)
     asked = held_out_scenes(world, max(args.n, args.rows))
     scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
     grader = SceneGrader(world)

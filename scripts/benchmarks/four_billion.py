@@ -47,11 +47,11 @@ def make(folder: Path, preset_name: str) -> int:
     from cogview.checkpoints.checkpoint import Model, ModelConfig, save_model
     from cogview.checkpoints.image_tokenizer import codebook_hash
     from cogview.checkpoints.precision import Precision
-    from cogview.checkpoints.safetensors_io import Spec, WeightsWriter
+    from cogview.checkpoints.safetensors_io import TensorSpec, WeightsWriter
     from cogview.checkpoints.v1_convert import convert_folder
     from cogview.device import DTYPES
     from cogview.modeling.config import preset
-    from cogview.modeling.quantization import few_bits_named
+    from cogview.modeling.quantization import parse_quantization
     from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.text import TextTokenizer
     from cogview.tokenizers.vocabulary import Vocabulary
@@ -72,7 +72,7 @@ def make(folder: Path, preset_name: str) -> int:
     )
     with torch.device("meta"):
         transformer = Transformer(shape)
-    specs = {name: Spec(torch.float16, tuple(t.shape)) for name, t in transformer.state_dict().items()}
+    specs = {name: TensorSpec(torch.float16, tuple(t.shape)) for name, t in transformer.state_dict().items()}
     first = folder / "float16"
     # Everything but the transformer by the ordinary way, with a tiny one in its place.
     tiny = preset("5m", vocabulary.padded_size)
@@ -93,7 +93,7 @@ def make(folder: Path, preset_name: str) -> int:
     for form, dtype in FORMS.items():
         if dtype is not None:
             shutil.rmtree(folder / form, ignore_errors=True)
-            convert_folder(first, folder / form, precision=Precision(DTYPES["bfloat16"], few_bits_named(dtype)))
+            convert_folder(first, folder / form, precision=Precision(DTYPES["bfloat16"], parse_quantization(dtype)))
         print(folder / form, flush=True)
     return 0
 
@@ -148,8 +148,8 @@ def one_run(folder: Path, device: str, dtype: str, tokens: int) -> int:
     import numpy as np
     import torch
 
-    from cogview.generation.decode import fill
-    from cogview.generation.token_sampler import Job, Moment, Stopped
+    from cogview.generation.decode import decode
+    from cogview.generation.token_sampler import DecodingProgress, DecodingRequest, DecodingStopped
     from cogview.pipeline.cogview import CogView
 
     imported = time.perf_counter()
@@ -163,16 +163,16 @@ def one_run(folder: Path, device: str, dtype: str, tokens: int) -> int:
     linear += 8192 * model.transformer.config.width * 2  # the head over the image codes
     times: list[float] = []
 
-    def watch(moment: Moment) -> bool:
+    def watch(moment: DecodingProgress) -> bool:
         times.append(time.perf_counter())
         return moment.done <= tokens
 
     text = model.text_tokenizer.encode(PROMPT)
     nothing = np.empty((0, model.model.config.grid), dtype=np.int64)
     row = model.model.config.layouts["generate"].arrange(model.vocabulary, text=text, image=nothing)
-    with contextlib.suppress(Stopped):
-        job = Job(row=row, seed=1, sampling=model.sampling())
-        fill(model.transformer, model.vocabulary, [job], watch, parallel=1)
+    with contextlib.suppress(DecodingStopped):
+        job = DecodingRequest(sequence=row, seed=1, sampling=model.sampling())
+        decode(model.transformer, model.vocabulary, [job], watch, speculative=1)
     steps = [later - earlier for earlier, later in itertools.pairwise(times[1:])]
     at_end = memory()
     probe = read_probe(torch, model.placement.device)

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 
 from cogview.device import DTYPES
 from cogview.kernels.attention import attention_reference
-from cogview.kernels.decode_attention import Beginning, decode_attention_reference, quantize_per_position
-from cogview.kernels.fused_linear_cross_entropy import Targets, sliced_cross_entropy
+from cogview.kernels.decode_attention import SharedPrefix, decode_attention_reference, quantize_per_position
+from cogview.kernels.fused_linear_cross_entropy import LossTargets, fused_linear_cross_entropy
 from cogview.kernels.gelu import bias_gelu_reference
 from cogview.kernels.layer_norm import sandwich_layer_norm_reference
 from cogview.kernels.window_attention import window_attention_reference, window_attention_torch
@@ -223,7 +223,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
                     name="attention, float16 accumulators",
                     shape=f"{rows} x {heads} x {length} x {SIZE}",
                     inputs=[numbers(rows, heads, length, SIZE) for _ in range(3)],
-                    ours=lambda q, k, v: attention_triton(q, k, v, accumulate="float16"),
+                    ours=lambda q, k, v: attention_triton(q, k, v, accumulate_dtype="float16"),
                     reference=attention_reference,
                     learns=learns,
                     flops=2 * rows * heads * length**2 * SIZE * (3.5 if learns else 1),
@@ -268,8 +268,8 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
     def after_one(run: Callable[..., Any]) -> Callable[..., Any]:
         def decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            beginning = Beginning(*(x.to(q.dtype) for x in kept), members.view(1, rows), members)
-            return run(q, k, v, beginning=beginning)
+            beginning = SharedPrefix(*(x.to(q.dtype) for x in kept), members.view(1, rows), members)
+            return run(q, k, v, prefix=beginning)
 
         return decode
 
@@ -335,7 +335,9 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
     places, ids, rows_of_all = (8 * 1088, 8192, 58_240) if real else (9, 32, 96)
     targets = torch.randint(0, ids, (places,), device=device)
-    told = Targets(range(ids), torch.arange(places, device=device), targets, torch.ones(places, device=device) / places)
+    told = LossTargets(
+        range(ids), torch.arange(places, device=device), targets, torch.ones(places, device=device) / places
+    )
 
     def by_slice(hidden: Tensor, embedding: Tensor) -> Tensor:
         return F.cross_entropy((hidden @ embedding[:ids].T).float(), targets)
@@ -344,7 +346,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         name="sliced_cross_entropy",
         shape=f"{places} x {width}, {ids} of {rows_of_all}",
         inputs=[numbers(places, width), 0.02 * numbers(rows_of_all, width)],
-        ours=lambda hidden, embedding: sliced_cross_entropy(hidden, embedding, [told])[0],
+        ours=lambda hidden, embedding: fused_linear_cross_entropy(hidden, embedding, [told])[0],
         reference=by_slice,
         learns=True,
         flops=6 * places * width * ids,

@@ -17,7 +17,7 @@ import torch
 from cogview.data.store import TokenStore
 from cogview.device import flush_denormals
 from cogview.pipeline.cogview import CogView
-from cogview.training.distributed import World
+from cogview.training.distributed import DistributedContext
 from cogview.training.settings import TransformerTraining
 from cogview.training.trainer import TransformerTrainer
 
@@ -36,7 +36,7 @@ def main() -> int:
         settings = TransformerTraining(
             steps=2, warmup_steps=1, batch_size=24, name_loss_weight=1.0, tasks=dict.fromkeys(model.config.tasks, 1.0)
         )
-        trainer = TransformerTrainer(model, settings, World(torch.device("cpu")))
+        trainer = TransformerTrainer(model, settings, DistributedContext(torch.device("cpu")))
         trainer.transformer.eval()
         for task in model.config.tasks:
             for hidden in (False, True) if task != "caption" else (False,):

@@ -21,12 +21,12 @@ from cogview.checkpoints.checkpoint import Model
 from cogview.device import flush_denormals
 from cogview.emoji.evaluation.scenes import held_out_scenes
 from cogview.emoji.scene import Scene
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 from cogview.pipeline.cogview import CogView
 from cogview.vqvae.codec import to_float
 
 
-def codes_of(model: Model, world: World, scene: Scene) -> np.ndarray:
+def codes_of(model: Model, world: EmojiWorld, scene: Scene) -> np.ndarray:
     """The codes of a scene's picture, (G * G,)."""
     pixels = to_float(world.render(scene))[None]
     return model.image_tokenizer.encode(pixels).flatten().numpy()
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=200, help="held-out scenes (default: 200)")
     args = parser.parse_args()
     flush_denormals()
-    world = World.load(args.world)
+    world = EmojiWorld.load(args.world)
     asked = held_out_scenes(world, args.n, seed=11)
     for name in args.models:
         model = CogView.from_pretrained(name, device="cpu").model

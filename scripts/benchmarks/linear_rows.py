@@ -20,11 +20,11 @@ from torch.nn import functional as F
 
 from cogview.kernels.linear import (
     linear,
-    linear_int4_ordered,
+    linear_int4_packed,
     linear_int8_reference,
-    linear_packed,
-    order_int4_for_cpu,
-    pack,
+    linear_prepacked,
+    pack_int4_for_cpu,
+    prepack,
     quantize_int4,
     quantize_int8,
 )
@@ -44,22 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     outputs, inputs = map(int, args.shape.split("x"))
     weights = [torch.randn(outputs, inputs) * 0.02 for _ in range(args.copies)]
-    packed = list(map(pack, weights))
+    packed = list(map(prepack, weights))
     halves = [weight.bfloat16() for weight in weights]
     int8 = [quantize_int8(weight) for weight in weights]
-    int4 = [(order_int4_for_cpu(steps), scale) for steps, scale in map(quantize_int4, weights)]
+    int4 = [(pack_int4_for_cpu(steps), scale) for steps, scale in map(quantize_int4, weights)]
     bias = torch.zeros(outputs, dtype=torch.bfloat16)
 
     def ways(x: Tensor) -> dict[str, Callable[[int], Tensor]]:
         half = x.bfloat16()
         return {
             "float32": lambda i: F.linear(x, weights[i]),
-            "float32 packed": lambda i: linear_packed(x, packed[i], weights[i], None),
+            "float32 packed": lambda i: linear_prepacked(x, packed[i], weights[i], None),
             "bfloat16": lambda i: F.linear(half, halves[i]),
             "bfloat16 in float32": lambda i: linear(half, halves[i], bias),
             "int8": lambda i: torch._weight_int8pack_mm(half, *int8[i]),
             "int8 unpacked": lambda i: linear_int8_reference(half, *int8[i], bias),
-            "int4": lambda i: linear_int4_ordered(half, *int4[i], bias),
+            "int4": lambda i: linear_int4_packed(half, *int4[i], bias),
         }
 
     print(f"# {outputs} x {inputs}, {torch.get_num_threads()} threads, milliseconds, median of {args.repeats}")

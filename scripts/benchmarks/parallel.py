@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogview.pipeline.cogview import CogView, Picture, Wish
+from cogview.pipeline.cogview import CogView, GeneratedImage, GenerationRequest
 
 THINGS = ("狐狸", "红苹果", "足球", "猫", "企鹅", "蓝色汽车")
 COLOURS = ("蓝色", "黄色", "紫色", "绿色", "粉色")
@@ -70,13 +70,13 @@ def compare(model: CogView, task: str, batch: int, most: int | None, repeats: in
     ratios, forwards, one_by_one, different, codes = [], 0, 0, 0, 0
     for repeat in range(repeats + 1):  # the first warms up
         wishes = [
-            Wish(prompt=PROMPTS[(repeat * batch + number) % len(PROMPTS)], seed=repeat, index=number)
+            GenerationRequest(prompt=PROMPTS[(repeat * batch + number) % len(PROMPTS)], seed=repeat, index=number)
             for number in range(batch)
         ]
         if task == "upscale":
             small = model.draw(wishes)
             wishes = [
-                Wish(prompt=wish.prompt, seed=wish.seed, index=wish.index, task=task, codes=picture.codes)
+                GenerationRequest(prompt=wish.prompt, seed=wish.seed, index=wish.index, task=task, codes=picture.codes)
                 for wish, picture in zip(wishes, small, strict=True)
             ]
         plain, plain_forwards, plain_seconds = drawn(model, wishes, 1)
@@ -96,7 +96,7 @@ def compare(model: CogView, task: str, batch: int, most: int | None, repeats: in
     }
 
 
-def drawn(model: CogView, wishes: Sequence[Wish], most: int | None) -> tuple[np.ndarray, int, float]:
+def drawn(model: CogView, wishes: Sequence[GenerationRequest], most: int | None) -> tuple[np.ndarray, int, float]:
     """Codes, forwards through the transformer, and seconds."""
     count = 0
     transformer = model._transformer(wishes[0].task)
@@ -108,7 +108,7 @@ def drawn(model: CogView, wishes: Sequence[Wish], most: int | None) -> tuple[np.
     hook = transformer.final_norm.register_forward_hook(counted)
     model.parallel = most
     start = time.perf_counter()
-    pictures = [made for made in model.make(wishes, batch_size=10_000) if isinstance(made, Picture)]
+    pictures = [made for made in model.run(wishes, batch_size=10_000) if isinstance(made, GeneratedImage)]
     seconds = time.perf_counter() - start
     hook.remove()
     return np.stack([picture.codes for picture in pictures]), count, seconds

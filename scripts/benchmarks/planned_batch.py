@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogview.device import available_memory, ran_out
-from cogview.pipeline.cogview import CogView, Wish
+from cogview.device import available_memory, is_out_of_memory
+from cogview.pipeline.cogview import CogView, GenerationRequest
 from cogview.planning import batches as planning
 
 GROUPS = Path("/sys/fs/cgroup/memory")
@@ -135,7 +135,7 @@ def _child(
     try:
         pipe.send(draw(args, limit, count))
     except (MemoryError, RuntimeError) as error:
-        memory = ran_out(error)
+        memory = is_out_of_memory(error)
         pipe.send({} if memory else {"error": str(error)})
 
 
@@ -145,26 +145,26 @@ def draw(args: argparse.Namespace, limit: int, count: int | None) -> dict[str, A
     device, grid = model.placement.device, model.model.config.grid
     given = np.random.default_rng(0).integers(0, 1024, (args.most, grid - 1, grid))
     wishes = [
-        Wish(prompt=PROMPT, seed=1, index=index, codes=codes, sampling=model.sampling())
+        GenerationRequest(prompt=PROMPT, seed=1, index=index, codes=codes, sampling=model.sampling())
         for index, codes in enumerate(given)
     ]
     planning.MIN_FREE_BYTES["cuda"] = 0  # the limit is PyTorch's own, and leaves the rest of the card alone
     if count is None:
         count = _planned(model, wishes)
     before = limit - available_memory(device)
-    needed = model._wishes_bytes(wishes[:count])
+    needed = model._requests_bytes(wishes[:count])
     planning.available_memory = lambda device: 2**60  # as if everything fitted
-    planning.Planner._try = lambda self, items, work, free: work(items)  # type: ignore[method-assign]  # and once only
-    made = list(model.make(wishes[:count], batch_size=args.most))
+    planning.BatchPlanner._attempt = lambda self, items, work, free: work(items)  # type: ignore[method-assign]  # and once only
+    made = list(model.run(wishes[:count], batch_size=args.most))
     assert len(made) == count
     return {"count": count, "predicted": before + needed, "seen": _peak(device)}
 
 
-def _planned(model: CogView, wishes: Sequence[Wish]) -> int:
+def _planned(model: CogView, wishes: Sequence[GenerationRequest]) -> int:
     """The most that are planned at once; fewer at a time may be planned of more, in even parts."""
-    fits = model.plan(wishes, batch_size=len(wishes))[0]
+    fits = model.batch_sizes(wishes, batch_size=len(wishes))[0]
     for count in range(fits, 2 * fits):
-        if model.plan(wishes[: count + 1], batch_size=len(wishes))[0] <= count:
+        if model.batch_sizes(wishes[: count + 1], batch_size=len(wishes))[0] <= count:
             return count
     return 2 * fits
 

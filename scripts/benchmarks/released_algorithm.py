@@ -20,15 +20,15 @@ from torch import Tensor
 from cogview.generation.sampling import Sampling, keep_top_k
 from cogview.kernels.attention import attention
 from cogview.modeling.transformer import Layer, Transformer
-from cogview.tokenizers.layouts import Arranged
-from cogview.tokenizers.vocabulary import Kind, Vocabulary
+from cogview.tokenizers.layouts import TokenSequence
+from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
 
 @torch.inference_mode()
 def draw(
     transformer: Transformer,
     vocabulary: Vocabulary,
-    row: Arranged,
+    row: TokenSequence,
     count: int,
     sampling: Sampling,
     generator: torch.Generator,
@@ -46,7 +46,7 @@ def draw(
         if done == 1:
             ids_BT, logits_BV = ids_BT.repeat(count, 1), logits_BV.repeat(count, 1)
             memory = [inputs_BSD.repeat(count, 1, 1) for inputs_BSD in memory]
-        permitted = vocabulary.permitted(Kind(row.kinds[column]))
+        permitted = vocabulary.permitted(TokenKind(row.kinds[column]))
         ids_BT[:, column] = choose(logits_BV, permitted, sampling, generator)
         if on_column is not None:
             on_column(done, len(columns))

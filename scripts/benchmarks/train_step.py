@@ -53,15 +53,15 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     import torch
 
     from cogview.device import DTYPES, peak_memory
-    from cogview.kernels.fused_linear_cross_entropy import Targets
+    from cogview.kernels.fused_linear_cross_entropy import LossTargets
     from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.vocabulary import Vocabulary
-    from cogview.training.distributed import join_world, leave_world
-    from cogview.training.engines.torch_engine import Learner, Prepared, open_engine
+    from cogview.training.distributed import destroy_distributed, init_distributed
+    from cogview.training.engines.torch_engine import DeviceMicroBatch, TransformerWithLoss, open_engine
     from cogview.training.settings import EngineSettings, TransformerTraining
 
     deepspeed = job["engine"] != "torch"
-    world = join_world(job["device"], needs_group=deepspeed)
+    world = init_distributed(job["device"], needs_group=deepspeed)
     vocabulary = Vocabulary()
     length, rows = job["length"], job["rows"]
     shape = shape_of(job)
@@ -78,10 +78,10 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     )
     training = TransformerTraining(steps=1000, warmup_steps=999, batch_size=rows * world.size)
     threads = 1 if world.size > 1 or world.device.type != "cpu" else None
-    engine = open_engine(Learner(transformer, dtype), training, settings, world, num_threads=threads)
+    engine = open_engine(TransformerWithLoss(transformer, dtype), training, settings, world, num_threads=threads)
     generator = torch.Generator().manual_seed(world.rank)
 
-    def part(count: int) -> Prepared:
+    def part(count: int) -> DeviceMicroBatch:
         ids = torch.randint(0, vocabulary.num_image_codes, (count, length + 1), generator=generator)
         text = torch.randint(vocabulary.text.start, vocabulary.text.stop, (count, TEXT), generator=generator)
         ids[:, :TEXT] = text
@@ -89,16 +89,16 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         places = torch.arange(count * length, device=world.device).view(count, length)
         kinds = ((vocabulary.text, places[:, : TEXT - 1], 0.1), (vocabulary.image, places[:, TEXT:], 1.0))
         targets = [
-            Targets(
+            LossTargets(
                 ids=kind,
-                places_M=own.reshape(-1),
+                positions_M=own.reshape(-1),
                 targets_M=ids[:, 1:].reshape(-1)[own.reshape(-1)],
                 weights_M=torch.full((own.numel(),), weight / own.numel(), device=world.device),
             )
             for kind, own, weight in kinds
         ]
         positions = torch.arange(length, device=world.device).expand(count, length)
-        return Prepared(ids=ids[:, :-1].contiguous(), positions=positions, targets=targets)
+        return DeviceMicroBatch(ids=ids[:, :-1].contiguous(), positions=positions, targets=targets)
 
     shares = min(engine.num_threads, rows)
     counts = [rows // shares + (number < rows % shares) for number in range(shares)]
@@ -107,10 +107,10 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     times = []
     for step in range(job["steps"] + job["warmup"]):
         parts = [[part(count)] for count in counts]
-        world.wait()
+        world.barrier()
         began = time.perf_counter()
-        engine.compute(parts, learn=True)
-        engine.update(training.learning_rate_at(step))
+        engine.accumulate_gradients(parts, learn=True)
+        engine.optimizer_step(training.learning_rate_at(step))
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
@@ -121,7 +121,7 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         "rank": float(world.rank),
     }
     engine.close()
-    leave_world()
+    destroy_distributed()
     return result
 
 
@@ -200,7 +200,7 @@ def main() -> None:
     import torch
 
     from cogview.device import DTYPES, choose_placement
-    from cogview.planning.inference import measure as measure_device
+    from cogview.planning.inference import measure_hardware as measure_device
     from cogview.planning.training import flops_per_token, peak_flops
 
     shared = {

@@ -49,7 +49,7 @@ def deepspeed_rows() -> Iterator[dict[str, Any]]:
 
     base = preset_job("4b")
     for world, zero, offload in itertools.product(GPUS, (1, 2, 3), (False, True)):
-        job = replace(base, engine="deepspeed", zero=zero, offload=offload, world=world)
+        job = replace(base, engine="deepspeed", zero=zero, offload=offload, world_size=world)
         memory, count = training_memory(job), job.parameters
         on_node = min(world, PER_NODE)
         row: dict[str, Any] = {
@@ -158,10 +158,10 @@ def step_rows() -> Iterator[dict[str, Any]]:
     import torch
 
     from cogview.modeling.config import TransformerConfig
-    from cogview.planning.training import MODES, TrainingJob, training_memory
+    from cogview.planning.training import CHECKPOINTING_MODES, TrainingJob, training_memory
 
     for (name, (layers, width, heads, length, rows)), dtype, mode in itertools.product(
-        SHAPES.items(), (torch.bfloat16, None), MODES
+        SHAPES.items(), (torch.bfloat16, None), CHECKPOINTING_MODES
     ):
         shape = TransformerConfig(
             num_layers=layers, width=width, num_heads=heads, vocabulary_size=VOCABULARY, max_positions=length
@@ -169,8 +169,8 @@ def step_rows() -> Iterator[dict[str, Any]]:
         job = TrainingJob(
             transformer=shape,
             length=length,
-            rows=rows,
-            batch=rows,
+            micro_batch_size=rows,
+            batch_size=rows,
             precision="float32" if dtype is None else "bfloat16",
             checkpointing=mode,
             device_type="cpu",
@@ -193,19 +193,19 @@ def step_bytes(job: TrainingJob, dtype: torch.dtype | None) -> tuple[int, int]:
     """Bytes of weights, gradients and optimizer after a step of ``job``, and at the peak of the one that follows."""
     import torch
 
-    from cogview.kernels.fused_linear_cross_entropy import Targets
+    from cogview.kernels.fused_linear_cross_entropy import LossTargets
     from cogview.modeling.transformer import Transformer
-    from cogview.training.engines.torch_engine import Learner
+    from cogview.training.engines.torch_engine import TransformerWithLoss
 
     torch.manual_seed(0)
     transformer = Transformer(job.transformer).train()
     transformer.checkpointing = job.checkpointing
-    learner = Learner(transformer, dtype)
+    learner = TransformerWithLoss(transformer, dtype)
     optimizer = torch.optim.AdamW(transformer.parameters(), fused=True)
-    ids = torch.randint(0, VOCABULARY, (job.rows, job.length))
+    ids = torch.randint(0, VOCABULARY, (job.micro_batch_size, job.length))
     places = torch.arange(ids.numel())
     weights = torch.full(places.shape, 1 / len(places))
-    targets = [Targets(ids=range(VOCABULARY), places_M=places, targets_M=ids.flatten(), weights_M=weights)]
+    targets = [LossTargets(ids=range(VOCABULARY), positions_M=places, targets_M=ids.flatten(), weights_M=weights)]
     positions = torch.arange(job.length).expand_as(ids)
 
     def step() -> None:
@@ -246,42 +246,44 @@ def held_row(stage: str) -> dict[str, Any]:
     """What this process of two holds, in bytes for each parameter."""
     import torch
 
-    from cogview.kernels.fused_linear_cross_entropy import Targets
+    from cogview.kernels.fused_linear_cross_entropy import LossTargets
     from cogview.modeling.config import TransformerConfig
     from cogview.modeling.transformer import Transformer
     from cogview.planning.training import TrainingJob, training_memory
-    from cogview.training.distributed import join_world
-    from cogview.training.engines.torch_engine import Learner, Prepared, open_engine
+    from cogview.training.distributed import init_distributed
+    from cogview.training.engines.torch_engine import DeviceMicroBatch, TransformerWithLoss, open_engine
     from cogview.training.settings import EngineSettings, TransformerTraining
 
     zero, offload, length = int(stage[0]), stage.endswith("+"), 16
-    world = join_world("cpu")
+    world = init_distributed("cpu")
     shape = TransformerConfig(
         num_layers=4, width=512, num_heads=8, vocabulary_size=VOCABULARY, max_positions=length, dropout=0
     )
     settings = TransformerTraining(steps=10, warmup_steps=1)
-    learner = Learner(Transformer(shape), torch.bfloat16)
+    learner = TransformerWithLoss(Transformer(shape), torch.bfloat16)
     config = {"zero_optimization": {"reduce_bucket_size": 100_000}}
     own = EngineSettings(name="deepspeed", zero=zero, offload=offload, config=config)
     engine = open_engine(learner, settings, own, world)
     ids = torch.zeros(1, length, dtype=torch.int64)
-    told = Targets(ids=range(VOCABULARY), places_M=torch.arange(length), targets_M=ids[0], weights_M=torch.ones(length))
-    part = Prepared(ids=ids, positions=torch.arange(length).unsqueeze(0), targets=[told])
+    told = LossTargets(
+        ids=range(VOCABULARY), positions_M=torch.arange(length), targets_M=ids[0], weights_M=torch.ones(length)
+    )
+    part = DeviceMicroBatch(ids=ids, positions=torch.arange(length).unsqueeze(0), targets=[told])
 
-    engine.compute([[part]], learn=True)
-    engine.update(1e-3)
+    engine.accumulate_gradients([[part]], learn=True)
+    engine.optimizer_step(1e-3)
     after = bytes_of_tensors()
-    engine.compute([[part]], learn=True)
+    engine.accumulate_gradients([[part]], learn=True)
     adding = bytes_of_tensors()
-    engine.update(1e-3)
+    engine.optimizer_step(1e-3)
     job = TrainingJob(
         transformer=shape,
         length=length,
-        rows=1,
-        batch=2,
+        micro_batch_size=1,
+        batch_size=2,
         engine="deepspeed",
         zero=zero,
-        world=2,
+        world_size=2,
         offload=offload,
         device_type="cpu",
     )

@@ -29,7 +29,7 @@ def measure(way: str, steps: int) -> None:
     from cogview.data.store import pad_text
     from cogview.device import flush_denormals, training_dtype
     from cogview.pipeline.cogview import CogView
-    from cogview.training.distributed import World
+    from cogview.training.distributed import DistributedContext
     from cogview.training.settings import TransformerTraining
     from cogview.training.trainer import TransformerTrainer
 
@@ -42,9 +42,13 @@ def measure(way: str, steps: int) -> None:
         "text": pad_text([model.text_tokenizer.encode(prompt) for prompt in prompts], model.model.config.max_text),
         "image": np.stack([picture.codes.reshape(-1) for picture in pictures]).astype(np.uint16),
     }
-    settings = TransformerTraining(steps=1000, batch_size=ROWS, warmup_steps=999, hidden_rows=0.6, hidden_places=8)
+    settings = TransformerTraining(
+        steps=1000, batch_size=ROWS, warmup_steps=999, full_mask_rate=0.6, full_mask_targets=8
+    )
     cpu, num_threads = torch.device("cpu"), 1 if way == "all threads on every product" else None
-    trainer = TransformerTrainer(model.model, settings, World(cpu), training_dtype(cpu), num_threads=num_threads)
+    trainer = TransformerTrainer(
+        model.model, settings, DistributedContext(cpu), training_dtype(cpu), num_threads=num_threads
+    )
     times = []
     for step in range(steps):
         start = time.perf_counter()

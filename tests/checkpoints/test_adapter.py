@@ -18,7 +18,7 @@ from cogview.checkpoints.adapter import (
     PREFIX,
     WEIGHTS_FILE,
     Adapter,
-    Base,
+    BaseModelInfo,
     LoraSettings,
     add_lora,
     has_adapter,
@@ -41,7 +41,7 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["atte
 @pytest.fixture(scope="module")
 def base(tiny_checkpoint):
     """What an adapter says of the tiny model."""
-    return Base.of("tiny", read_config(tiny_checkpoint))
+    return BaseModelInfo.of("tiny", read_config(tiny_checkpoint))
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def logits(transformer):
 def test_an_adapter_begins_without_effect_and_is_all_that_learns(transformer, tiny_checkpoint):
     pytest.importorskip("peft")
     before = logits(transformer)
-    transformer.pack()
+    transformer.prepack()
     add_lora(transformer, LoraSettings(rank=2, targets=("mlp.input", "attention.query_key_value")))
     assert torch.equal(logits(transformer), before)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_merged_it_computes_the_same(learnt, transformer, tiny_checkpoint):
 
 def test_taken_out_again_it_leaves_the_model(learnt, transformer, tiny_checkpoint):
     _, _, folder = learnt
-    transformer.pack()
+    transformer.prepack()
     before = logits(transformer)
     merge_adapter(transformer, folder)
     assert not torch.allclose(logits(transformer), before)
@@ -244,7 +244,7 @@ def test_a_model_that_learns_an_adapter_draws_with_it(tiny_checkpoint, learnt):
     merged = CogView.from_pretrained(tiny_checkpoint, device="cpu", adapter=folder)
     parts = vars(merged.model) | {"transformer": adapted}
     learning = CogView(type(merged.model)(**parts), merged.placement, "training")
-    assert (has_adapter(adapted), adapted.lean) == (True, None)
+    assert (has_adapter(adapted), adapted.packed_layers) == (True, None)
     (one,), (other,) = (model.generate(FOX, seed=7, top_k=1) for model in (learning, merged))
     assert one.log_probability == pytest.approx(other.log_probability, rel=1e-4)
 

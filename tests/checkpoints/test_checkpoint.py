@@ -116,7 +116,7 @@ def test_config_is_written_whole(model, tmp_path):
         model.config,
         tasks=("generate", "caption"),
         caption_stop=False,
-        caption_drop=0.1,
+        caption_dropout=0.1,
         sampling=Sampling(temperature=0.8, top_k=50, top_p=0.9),
     )
     save_model(tmp_path, dataclasses.replace(model, config=config))

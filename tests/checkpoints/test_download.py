@@ -20,7 +20,7 @@ import pytest
 
 from cogview import __version__
 from cogview.checkpoints.download import PartialDownload, download, received
-from cogview.checkpoints.registry import KnownFile
+from cogview.checkpoints.registry import FileEntry
 from cogview.errors import InputError
 
 CONTENT = random.Random(0).randbytes(400_000)
@@ -123,7 +123,7 @@ def serve(monkeypatch):
 
 
 def known(urls, **facts):
-    return KnownFile(name=NAME, urls=urls, page=PAGE, **facts)
+    return FileEntry(name=NAME, urls=urls, page=PAGE, **facts)
 
 
 def error_of(file, folder, **settings):

@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 
-from cogview.checkpoints.precision import Memory, Precision, cast, convert, converted_specs, stored_few_bits
-from cogview.checkpoints.safetensors_io import Spec
+from cogview.checkpoints.precision import Precision, TensorArena, cast, convert, converted_specs, stored_quantization
+from cogview.checkpoints.safetensors_io import TensorSpec
 from cogview.errors import InputError
-from cogview.modeling.quantization import restore_weight, round_weight
+from cogview.modeling.quantization import dequantize_weight, quantize_weight
 
 PROJECTION = "layers.0.mlp.input.weight"
 FEW = ("int8", "int4")
@@ -20,7 +20,7 @@ class Tensors:
 
     def __init__(self, tensors):
         self.tensors = tensors
-        self.specs = {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self.specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
         self.kept = []
         self.most = 0
         self._read = weakref.WeakSet()
@@ -51,7 +51,7 @@ def plain(dtype=torch.float32):
 
 def stored(few_bits):
     tensors = plain(torch.float16)
-    return tensors | round_weight(PROJECTION, tensors[PROJECTION], few_bits)
+    return tensors | quantize_weight(PROJECTION, tensors[PROJECTION], few_bits)
 
 
 def converted(tensors, precision, **settings):
@@ -59,7 +59,7 @@ def converted(tensors, precision, **settings):
     weights = Tensors(tensors)
     specs = converted_specs(weights, precision)
     result = dict(convert(weights, precision, **settings))
-    assert {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in result.items()} == specs
+    assert {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in result.items()} == specs
     return result
 
 
@@ -73,7 +73,7 @@ def assert_same(found, expected):
 @pytest.fixture(params=[False, True], ids=["anywhere", "memory"])
 def memory(request):
     """None, or memory for what is converted."""
-    return Memory() if request.param else None
+    return TensorArena() if request.param else None
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
@@ -90,13 +90,13 @@ def test_projections_alone_are_rounded(few_bits, dtype, memory):
     tensors = plain()
     others = {name: tensor.to(dtype or torch.float32) for name, tensor in tensors.items() if name != PROJECTION}
     found = converted(tensors, Precision(dtype, few_bits), memory=memory)
-    assert_same(found, others | round_weight(PROJECTION, tensors[PROJECTION], few_bits))
+    assert_same(found, others | quantize_weight(PROJECTION, tensors[PROJECTION], few_bits))
 
 
 @pytest.mark.parametrize("few_bits", FEW)
 def test_stored_in_few_bits_they_stay_so(few_bits, memory):
     tensors = stored(few_bits)
-    assert stored_few_bits(Tensors(tensors).specs) == few_bits
+    assert stored_quantization(Tensors(tensors).specs) == few_bits
     assert_same(converted(tensors, Precision(None, few_bits), memory=memory), tensors)
     floats = ("embedding.weight", "layers.0.mlp.input.bias", "layers.0.mlp_norm.weight")
     wide = {name: tensor.float() if name in floats else tensor for name, tensor in tensors.items()}
@@ -109,7 +109,7 @@ def test_stored_in_few_bits_they_stay_so(few_bits, memory):
 def test_stored_in_few_bits_they_can_be_restored(few_bits, dtype, memory):
     tensors = stored(few_bits)
     scale = tensors[next(name for name in tensors if "scale" in name)]
-    restored = restore_weight(tensors[PROJECTION], scale, few_bits)
+    restored = dequantize_weight(tensors[PROJECTION], scale, few_bits)
     expected = {name: tensor.to(dtype or torch.float16) for name, tensor in plain(torch.float16).items()}
     expected[PROJECTION] = restored.to(dtype or torch.float32)
     assert_same(converted(tensors, Precision(dtype), memory=memory), expected)
@@ -162,17 +162,17 @@ def test_names_of_precisions():
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(Memory, "BLOCK", 1 << 12)
+    monkeypatch.setattr(TensorArena, "BLOCK", 1 << 12)
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_tensors_do_not_overlap():
-    generator, memory, placed = torch.Generator().manual_seed(0), Memory(), []
+    generator, memory, placed = torch.Generator().manual_seed(0), TensorArena(), []
     shapes = [(), (0,), (1,), (7, 3), (64,), (65,), (300, 1), (2, 0, 3), (2000,), (1,)]
     for dtype in (torch.int8, torch.float32, torch.bfloat16, torch.int64, torch.uint8):
         for shape in shapes:
             original = torch.randint(0, 100, shape, generator=generator).to(dtype)
-            placed.append((memory.place(original), original))
+            placed.append((memory.copy_in(original), original))
     for tensor, original in placed:
         assert tensor.dtype == original.dtype
         assert tensor.is_contiguous()
@@ -181,17 +181,20 @@ def test_tensors_do_not_overlap():
 
 
 def test_many_small_tensors_share_a_block(small_blocks):
-    memory = Memory()
-    first, *others = [memory.room(Spec(torch.bfloat16, (33,))) for _ in range(4096 // 128)]
+    memory = TensorArena()
+    first, *others = [memory.allocate(TensorSpec(torch.bfloat16, (33,))) for _ in range(4096 // 128)]
     assert {tensor.untyped_storage().data_ptr() for tensor in others} == {first.untyped_storage().data_ptr()}
-    assert memory.room(Spec(torch.bfloat16, (1,))).untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+    assert (
+        memory.allocate(TensorSpec(torch.bfloat16, (1,))).untyped_storage().data_ptr()
+        != first.untyped_storage().data_ptr()
+    )
 
 
 def test_a_large_tensor_has_memory_of_its_own(small_blocks):
-    memory = Memory()
-    small = [memory.room(Spec(torch.int8, (64,)))]
-    large = memory.room(Spec(torch.int8, (1025,)))
-    small.append(memory.room(Spec(torch.int8, (64,))))
+    memory = TensorArena()
+    small = [memory.allocate(TensorSpec(torch.int8, (64,)))]
+    large = memory.allocate(TensorSpec(torch.int8, (1025,)))
+    small.append(memory.allocate(TensorSpec(torch.int8, (64,))))
     assert large.untyped_storage().nbytes() == 1025
     assert small[1].data_ptr() == small[0].data_ptr() + 64
 
@@ -207,7 +210,7 @@ def test_a_large_tensor_has_memory_of_its_own(small_blocks):
     ],
 )
 def test_what_is_converted_goes_into_one_block(tensors, precision):
-    result = converted(tensors, precision, memory=Memory())
+    result = converted(tensors, precision, memory=TensorArena())
     assert len({tensor.untyped_storage().data_ptr() for tensor in result.values()}) == 1
 
 
@@ -228,7 +231,7 @@ def test_few_tensors_of_the_file_are_there_at_once(make, precision):
     tensors = make()
     names = [name.replace("layers.0", f"layers.{number}") for number in range(20) for name in tensors]
     weights = Tensors({name: tensors[re.sub(r"\d+", "0", name)] for name in names})
-    for _ in convert(weights, precision, memory=Memory()):
+    for _ in convert(weights, precision, memory=TensorArena()):
         pass
     assert 0 < weights.most <= 4
 

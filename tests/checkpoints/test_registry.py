@@ -9,7 +9,13 @@ import yaml
 
 from cogview.checkpoints import registry
 from cogview.checkpoints.checkpoint import read_config
-from cogview.checkpoints.registry import converted_folder, find_checkpoint, find_parts, home, known_models
+from cogview.checkpoints.registry import (
+    cache_folder,
+    converted_folder,
+    load_registry,
+    resolve_bundle,
+    resolve_checkpoint,
+)
 from cogview.errors import InputError
 from cogview.files import file_sha256
 
@@ -58,19 +64,19 @@ def write_rows(package, rows):
 
 
 def test_known_model_is_found_and_whole(package, tiny_checkpoint):
-    assert find_checkpoint("cogview-tiny") == package / "models" / "tiny"
-    assert known_models()["cogview-tiny"].licence == "Apache-2.0"
-    assert read_config(find_checkpoint("cogview-tiny")) == read_config(tiny_checkpoint)
+    assert resolve_checkpoint("cogview-tiny") == package / "models" / "tiny"
+    assert load_registry()["cogview-tiny"].licence == "Apache-2.0"
+    assert read_config(resolve_checkpoint("cogview-tiny")) == read_config(tiny_checkpoint)
 
 
 def test_folder_is_found_by_its_path(package, tiny_checkpoint):
-    assert find_checkpoint(str(tiny_checkpoint)) == tiny_checkpoint
+    assert resolve_checkpoint(str(tiny_checkpoint)) == tiny_checkpoint
 
 
 @pytest.mark.parametrize("name", ["cogview-tyni", "/no/such/folder", "红苹果"])
 def test_unknown_name_lists_the_known(package, name):
     with pytest.raises(InputError) as caught:
-        find_checkpoint(name)
+        resolve_checkpoint(name)
     assert str(caught.value) == (
         f'checkpoint "{name}" is unknown; known: cogview-tiny, cogview-lost, or the path of a checkpoint folder'
     )
@@ -85,7 +91,7 @@ def test_changed_weights_are_refused(package):
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last ^ 1]))
     with pytest.raises(InputError) as caught:
-        find_checkpoint("cogview-tiny")
+        resolve_checkpoint("cogview-tiny")
     assert str(caught.value) == (
         f"{weights} is damaged or was changed: its SHA-256 is {file_sha256(weights)[:12]}…, expected {expected[:12]}…; "
         "install cogview again"
@@ -94,7 +100,7 @@ def test_changed_weights_are_refused(package):
 
 def test_missing_file_of_a_known_model(package):
     with pytest.raises(InputError, match=r"lost is incomplete: config.json is missing"):
-        find_checkpoint("cogview-lost")
+        resolve_checkpoint("cogview-lost")
 
 
 def test_row_with_a_mistake_is_named(package):
@@ -114,56 +120,56 @@ def test_row_with_a_mistake_is_named(package):
     ]:
         write_rows(package, {"cogview-odd": row})
         with pytest.raises(InputError) as caught:
-            known_models()
+            load_registry()
         assert str(caught.value).startswith("checkpoints.yaml, cogview-odd")
         assert str(caught.value).endswith(message)
 
 
 def test_empty_registry_knows_nothing(package):
     (package / "checkpoints.yaml").write_text("# nothing yet\n", encoding="utf-8")
-    assert known_models() == {}
+    assert load_registry() == {}
 
 
 def test_home_is_chosen_by_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("COGVIEW_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert home() == tmp_path / ".cache" / "cogview"
+    assert cache_folder() == tmp_path / ".cache" / "cogview"
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert home() == Path("/cache/cogview")
+    assert cache_folder() == Path("/cache/cogview")
     monkeypatch.setenv("COGVIEW_HOME", "~/models")
-    assert home() == tmp_path / "models"
+    assert cache_folder() == tmp_path / "models"
 
 
 def test_released_model_is_found_once_it_is_converted(released, tiny_checkpoint):
     with pytest.raises(InputError) as caught:
-        find_checkpoint("draws")
+        resolve_checkpoint("draws")
     assert str(caught.value) == (
         "draws is known, but not on this machine: cogview download draws, or, with its files at hand: "
         "cogview convert draws.tar --image-tokenizer image.pt --text-model text.model"
     )
     folder = convert("draws", tiny_checkpoint)
-    assert find_checkpoint("draws") == folder
-    assert find_parts("draws") == {}
+    assert resolve_checkpoint("draws") == folder
+    assert resolve_bundle("draws") == {}
 
 
 def test_bundle_is_what_is_here_of_its_models(released, tiny_checkpoint):
     with pytest.raises(InputError) as caught:
-        find_parts("both")
+        resolve_bundle("both")
     assert str(caught.value) == (
         "both is known, but none of its models (draws, enlarges) is on this machine: cogview download both"
     )
     enlarges = convert("enlarges", tiny_checkpoint)
-    assert find_parts("both") == {"upscale": enlarges, "low_level": enlarges}
+    assert resolve_bundle("both") == {"upscale": enlarges, "low_level": enlarges}
     draws = convert("draws", tiny_checkpoint)
-    assert find_parts("both") == {"generate": draws, "upscale": enlarges, "low_level": enlarges}
+    assert resolve_bundle("both") == {"generate": draws, "upscale": enlarges, "low_level": enlarges}
     with pytest.raises(InputError, match=r"^both stands for several models: name one of draws, enlarges$"):
-        find_checkpoint("both")
+        resolve_checkpoint("both")
 
 
 @pytest.mark.parametrize("name", ["cogview-tiny", "/no/such/folder", "红苹果"])
 def test_only_bundles_have_parts(released, name):
-    assert find_parts(name) == {}
+    assert resolve_bundle(name) == {}
 
 
 @pytest.mark.parametrize(
@@ -181,7 +187,7 @@ def test_released_checkpoint_has_to_be_converted(package, tmp_path, name):
     file.write_bytes(b"")
     path = file.parent if "/" in name else file
     with pytest.raises(InputError) as caught:
-        find_checkpoint(str(path))
+        resolve_checkpoint(str(path))
     quoted = f"'{path}'" if " " in str(path) else path
     assert str(caught.value) == (
         f"{path} is a released checkpoint, which has to be converted once: cogview convert {quoted} "
@@ -192,7 +198,7 @@ def test_released_checkpoint_has_to_be_converted(package, tmp_path, name):
 def test_an_image_tokenizer_belongs_to_a_transformer(package, small_release, tmp_path):
     path = small_release.write(tmp_path)["image_tokenizer"]
     with pytest.raises(InputError) as caught:
-        find_checkpoint(str(path))
+        resolve_checkpoint(str(path))
     assert str(caught.value) == (
         f"{path} is the image tokenizer of released checkpoints, which belongs behind --image-tokenizer: "
         f"cogview convert cogview-base.tar --image-tokenizer {path} --text-model cog-pretrain.model"
@@ -201,14 +207,14 @@ def test_an_image_tokenizer_belongs_to_a_transformer(package, small_release, tmp
 
 def test_embedded_models_of_this_package_are_whole():
     """Every row that ships inside: its folder is there, its files have the sums that the row states, and its tasks."""
-    rows = {name: row for name, row in known_models().items() if row.embedded}
+    rows = {name: row for name, row in load_registry().items() if row.embedded}
     assert rows
     for name, row in rows.items():
-        assert read_config(find_checkpoint(name)).tasks == row.tasks
+        assert read_config(resolve_checkpoint(name)).tasks == row.tasks
 
 
 def test_released_models_share_their_tokenizers_and_make_up_the_bundle():
-    known = known_models()
+    known = load_registry()
     bundle = known["cogview-released"]
     assert bundle.models == ("cogview-base", "cogview-caption", "cogview-sr")
     assert bundle.tasks == ("generate", "caption", "upscale", "low_level")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogview.checkpoints.safetensors_io import Spec, WeightsFile, WeightsWriter, difference
+from cogview.checkpoints.safetensors_io import TensorSpec, WeightsFile, WeightsWriter, describe_mismatch
 from cogview.errors import InputError
 
 DTYPES = [
@@ -43,7 +43,7 @@ def some_tensors():
 
 
 def specs_of(tensors):
-    return {name: Spec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    return {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def write(path, tensors):
@@ -137,14 +137,14 @@ def test_missing_tensors_are_told(tmp_path):
 
 
 def test_another_error_is_not_hidden_by_missing_tensors(tmp_path):
-    with pytest.raises(KeyboardInterrupt), WeightsWriter(tmp_path / "weights", {"a": Spec(torch.int8, (2,))}):
+    with pytest.raises(KeyboardInterrupt), WeightsWriter(tmp_path / "weights", {"a": TensorSpec(torch.int8, (2,))}):
         raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.bfloat16), torch.zeros(6)])
 def test_another_dtype_or_shape_is_an_error(tmp_path, tensor):
-    writer = WeightsWriter(tmp_path / "weights", {"a": Spec(torch.float32, (3, 2))})
-    with pytest.raises(ValueError, match=r"^a is torch\.\w+ \(.*\), announced was Spec\(dtype=torch.float32"):
+    writer = WeightsWriter(tmp_path / "weights", {"a": TensorSpec(torch.float32, (3, 2))})
+    with pytest.raises(ValueError, match=r"^a is torch\.\w+ \(.*\), announced was TensorSpec\(dtype=torch.float32"):
         writer.write("a", tensor)
     writer.write("a", torch.zeros(3, 2))
     with writer:
@@ -153,10 +153,10 @@ def test_another_dtype_or_shape_is_an_error(tmp_path, tensor):
 
 def test_names_and_shapes_are_compared():
     wanted = {"a": (2, 3), "b": (4,)}
-    assert difference(wanted, dict(reversed(wanted.items()))) is None
-    assert difference(wanted, {"a": (2, 3)}) == "b is missing"
-    assert difference(wanted, {"a": (3, 2), "b": (4,)}) == "a has the shape [3, 2], expected [2, 3]"
-    assert difference(wanted, {**wanted, "c": (1,)}) == "c is unknown"
+    assert describe_mismatch(wanted, dict(reversed(wanted.items()))) is None
+    assert describe_mismatch(wanted, {"a": (2, 3)}) == "b is missing"
+    assert describe_mismatch(wanted, {"a": (3, 2), "b": (4,)}) == "a has the shape [3, 2], expected [2, 3]"
+    assert describe_mismatch(wanted, {**wanted, "c": (1,)}) == "c is unknown"
 
 
 # --- files that are not whole -------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_a_file_is_mapped_while_a_tensor_of_it_is_there(tmp_path):
         return sum(line.endswith(str(path)) for line in Path("/proc/self/maps").read_text().splitlines())
 
     file = WeightsFile(path)
-    file.fetch()
+    file.prefetch()
     assert mappings() == 0
     for name in ("a", "b"):
         tensor = file.read(name)

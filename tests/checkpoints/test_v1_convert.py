@@ -21,23 +21,23 @@ from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.pickles import StoredTensor, write_pickle
 from cogview.checkpoints.precision import Precision
 from cogview.checkpoints.safetensors_io import WeightsWriter
-from cogview.checkpoints.v1_convert import ALL_TASKS, convert_folder, export_released, import_released, tasks_by_name
-from cogview.checkpoints.v1_format import ReleasedTransformer, released_name
+from cogview.checkpoints.v1_convert import ALL_TASKS, convert_folder, export_v1, import_v1, tasks_by_name
+from cogview.checkpoints.v1_format import V1Transformer, v1_name
 from cogview.errors import InputError
 from cogview.modeling.config import preset
-from cogview.modeling.quantization import is_rounded, restore_weight, round_weight
+from cogview.modeling.quantization import dequantize_weight, is_quantized, quantize_weight
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
 
 TRACKER = "latest_checkpointed_iteration.txt"
-INT8, INT4 = Precision(few_bits="int8"), Precision(few_bits="int4")
+INT8, INT4 = Precision(quantization="int8"), Precision(quantization="int4")
 WEIGHTS = ("model.safetensors", "image/model.safetensors")
 
 
 def convert(files, output, **settings):
     """``import_released`` with what most tests want; returns the folder."""
     settings = {"tasks": ALL_TASKS, "precision": Precision(), "num_heads": 4} | settings
-    import_released(**files, output=output, **settings)
+    import_v1(**files, output=output, **settings)
     return output
 
 
@@ -96,7 +96,7 @@ def error_of(call, place):
 @pytest.mark.parametrize(("shards", "shards_back"), [(1, 1), (2, 2), (2, 1)])
 def test_there_and_back(small_release, tmp_path, half, shards, shards_back):
     files = small_release.write(tmp_path / "released", half=half, shards=shards)
-    export_released(convert(files, tmp_path / "ours", verify=True), tmp_path / "back", shards=shards_back, verify=True)
+    export_v1(convert(files, tmp_path / "ours", verify=True), tmp_path / "back", shards=shards_back, verify=True)
 
     same = small_release.write(tmp_path / "expected", half=half, shards=shards_back)
     expected = states(same["source"])
@@ -113,7 +113,7 @@ def test_there_and_back(small_release, tmp_path, half, shards, shards_back):
 
 def test_what_was_exported_holds_its_tensors_once(folder, tmp_path):
     """A mapped file is one block of memory, which must not go into the pickle with each tensor that lies in it."""
-    export_released(folder, tmp_path / "back")
+    export_v1(folder, tmp_path / "back")
     size = sum(tensor.numel() for tensor in weights_of(folder).values()) * 4
     assert (tmp_path / "back" / "1" / "mp_rank_00_model_states.pt").stat().st_size < 1.1 * size + 20_000
 
@@ -124,7 +124,7 @@ def test_averages_that_a_model_does_not_carry_are_made_up(folder, tmp_path):
     image = load_file(ours / "image" / "model.safetensors")
     del image["quantizer.use"], image["quantizer.total"]
     save_file(image, ours / "image" / "model.safetensors")
-    export_released(ours, tmp_path / "back", verify=True)
+    export_v1(ours, tmp_path / "back", verify=True)
     state = states(tmp_path / "back")["vqvae_hard_biggerset_011.pt"]
     assert state["quantize_t.cluster_size"].tolist() == [1.0] * 16
     assert torch.equal(state["quantize_t.embed_avg"], state["quantize_t.embed"])
@@ -159,7 +159,7 @@ def test_the_config(folder):
     assert (config.vocabulary.num_image_codes, config.vocabulary.num_text_pieces) == (16, 77)
     assert (config.grid, config.tasks, config.caption_stop, config.max_caption) == (32, ALL_TASKS, False, 20)
     assert config.max_text == 1089 - 1024 - 4  # beside the codes and four commands
-    assert config.caption_drop == 0
+    assert config.caption_dropout == 0
 
 
 def test_more_than_weights_in_the_file(small_release, folder, tmp_path):
@@ -216,7 +216,7 @@ def test_four_billion_parameters(released_shapes, tmp_path, monkeypatch):
     shapes = released_shapes(num_layers=48, width=2560, num_rows=58_240)
     with torch.device("meta"):
         ours = Transformer(preset("4b", 58_240)).state_dict()
-    assert {released_name(name): tuple(tensor.shape) for name, tensor in ours.items()} == shapes
+    assert {v1_name(name): tuple(tensor.shape) for name, tensor in ours.items()} == shapes
     assert len(shapes) == len(ours)
 
     one = torch.zeros(1, dtype=torch.half)  # the file of all of them holds two bytes
@@ -224,7 +224,7 @@ def test_four_billion_parameters(released_shapes, tmp_path, monkeypatch):
     torch.save({"module": {name: one.expand(shape) for name, shape in shapes.items()}}, path)
     assert path.stat().st_size < 1e6
     monkeypatch.delattr(StoredTensor, "read")
-    with ReleasedTransformer(path) as transformer:
+    with V1Transformer(path) as transformer:
         assert transformer.config == preset("4b", 58_240)
         assert (transformer.config.num_heads, transformer.config.num_parameters) == (40, 3_928_849_920)
         assert sum(spec.num_bytes for spec in transformer.specs.values()) == 2 * 3_928_849_920
@@ -240,8 +240,8 @@ def converted(weights, precision):
     """What each tensor becomes, one by one."""
     result = {}
     for name, tensor in weights.items():
-        if precision.few_bits is not None and is_rounded(name):
-            result |= round_weight(name, tensor, precision.few_bits)
+        if precision.quantization is not None and is_quantized(name):
+            result |= quantize_weight(name, tensor, precision.quantization)
         else:
             result[name] = tensor.to(precision.dtype or tensor.dtype)
     return result
@@ -272,9 +272,9 @@ def test_rounded_weights_are_restored(folder, tmp_path, precision):
     """A folder of rounded weights opens as it is, and turns back into the numbers they stand for."""
     convert_folder(folder, tmp_path / "rounded", precision=precision)
     convert_folder(tmp_path / "rounded", tmp_path / "restored", precision=Precision(torch.float32))
-    weights, few_bits = weights_of(folder), precision.few_bits
-    for name in filter(is_rounded, weights):
-        weights[name] = restore_weight(*round_weight(name, weights[name], few_bits).values(), few_bits)
+    weights, few_bits = weights_of(folder), precision.quantization
+    for name in filter(is_quantized, weights):
+        weights[name] = dequantize_weight(*quantize_weight(name, weights[name], few_bits).values(), few_bits)
     assert_equal(weights_of(tmp_path / "restored"), weights)
 
     ids, logits = torch.arange(60)[None], []
@@ -293,7 +293,7 @@ def test_rounded_weights_go_nowhere_else(folder, tmp_path):
             "the weights are stored as int8, which cannot be turned into int4",
         ),
         (
-            lambda: export_released(tmp_path / "int8", tmp_path / "x"),
+            lambda: export_v1(tmp_path / "int8", tmp_path / "x"),
             f"{tmp_path / 'int8'} holds int8 weights, which the release cannot read: export the folder they came from",
         ),
     ]:
@@ -359,7 +359,7 @@ def test_verify_finds_a_changed_bit_in_an_export(folder, tmp_path, monkeypatch, 
 
     for module in (conversion, released):
         monkeypatch.setattr(module, "write_pickle", write_badly)
-    message = error_of(lambda: export_released(folder, tmp_path / "x", shards=2, verify=True), tmp_path)
+    message = error_of(lambda: export_v1(folder, tmp_path / "x", shards=2, verify=True), tmp_path)
     assert message == f"{tmp_path / 'x'} does not hold what was written: {ours} differs; is the disk sound?"
 
 
@@ -369,7 +369,7 @@ def test_what_is_no_number_is_equal_to_itself(small_release, tmp_path):
         small_release, transformer={**small_release.transformer, "transformer.final_layernorm.bias": bias}
     )
     ours = convert(release.write(tmp_path), tmp_path / "ours", verify=True)
-    export_released(ours, tmp_path / "back", verify=True)
+    export_v1(ours, tmp_path / "back", verify=True)
     got = states(tmp_path / "back")["mp_rank_00_model_states.pt"]["transformer.final_layernorm.bias"]
     assert_equal({"bias": got}, {"bias": bias})
 
@@ -579,14 +579,14 @@ def test_a_width_that_tells_no_heads(released_shapes, files, tmp_path):
 
 
 def test_what_cannot_be_exported(tiny_checkpoint, folder, tmp_path):
-    message = error_of(lambda: export_released(tiny_checkpoint, tmp_path / "x"), tmp_path)
+    message = error_of(lambda: export_v1(tiny_checkpoint, tmp_path / "x"), tmp_path)
     assert message == (
         f"{tiny_checkpoint} cannot be written in the released layout: the released code has no layers for an image "
         "tokenizer of the architecture 'residual'"
     )
-    message = error_of(lambda: export_released(folder, tmp_path / "x", shards=3), tmp_path)
+    message = error_of(lambda: export_v1(folder, tmp_path / "x", shards=3), tmp_path)
     assert message == "4 heads do not divide into 3 shards"
-    message = error_of(lambda: export_released(tmp_path, tmp_path / "x"), tmp_path)
+    message = error_of(lambda: export_v1(tmp_path, tmp_path / "x"), tmp_path)
     assert message == f"{tmp_path} is no checkpoint folder: config.json is missing"
 
 
@@ -598,7 +598,7 @@ def every_way(files, folder, output):
     return [
         lambda: convert(files, output),
         lambda: convert_folder(folder, output, precision=INT8),
-        lambda: export_released(folder, output),
+        lambda: export_v1(folder, output),
     ]
 
 

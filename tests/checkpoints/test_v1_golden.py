@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from cogview.checkpoints.precision import Precision
 from cogview.checkpoints.safetensors_io import WeightsFile
-from cogview.checkpoints.v1_convert import ALL_TASKS, import_released
+from cogview.checkpoints.v1_convert import ALL_TASKS, import_v1
 from cogview.pipeline.cogview import CogView
 
 PROMPT = "一只可爱的小猫坐在窗台上"
@@ -37,7 +37,7 @@ def convert(golden_release, tmp_path_factory):
     def convert(**layout):
         folder = tmp_path_factory.mktemp("released")
         files = golden_release.write(folder, **layout)
-        import_released(**files, output=folder / "ours", tasks=ALL_TASKS, precision=Precision(), num_heads=4)
+        import_v1(**files, output=folder / "ours", tasks=ALL_TASKS, precision=Precision(), num_heads=4)
         return folder / "ours"
 
     return convert
@@ -134,7 +134,7 @@ def test_codes_of_an_image(model, golden):
 def test_image_of_codes(model, golden):
     codes, vqvae = torch.from_numpy(golden["codes"]), model.image_tokenizer
     with torch.inference_mode():
-        pixels = vqvae.pixels(vqvae.quantizer.vectors_of(codes))
+        pixels = vqvae.decode_vectors(vqvae.quantizer.lookup(codes))
     assert_near(pixels[:, :, ::3, ::3], golden["decoded"], atol=1e-5)
     assert torch.equal(vqvae.decode(codes), pixels.clamp(0, 1))  # the release leaves values outside [0, 1]
 

@@ -38,7 +38,7 @@ def drawing_checkpoint(tiny_checkpoint, tmp_path_factory):
     """The tiny model as if it had been trained to draw and nothing else, and always with captions."""
     folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("drawing") / "drawing")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"tasks": ["generate"], "caption_drop": 0.0}
+    config |= {"tasks": ["generate"], "caption_dropout": 0.0}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cogview.checkpoints.adapter import PREFIX, Base, LoraSettings, save_adapter
+from cogview.checkpoints.adapter import PREFIX, BaseModelInfo, LoraSettings, save_adapter
 from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.precision import Precision
 from cogview.checkpoints.v1_convert import convert_folder
 from cogview.cli.main import main
-from cogview.image_io.png import read_texts
+from cogview.image_io.png import read_metadata
 from cogview.modeling.transformer import Transformer
 
 FOX = "一只狐狸"
@@ -34,7 +34,7 @@ def adapter(tiny_checkpoint, tmp_path_factory):
                 weights[f"{name}.lora_{part}.default.weight"] = torch.randn(shape, generator=generator) / 5
     folder = tmp_path_factory.mktemp("adapters") / "foxes"
     settings = LoraSettings(rank=4, alpha=8.0, targets=TARGETS)
-    save_adapter(folder, transformer, settings, Base.of("tiny", config), weights)
+    save_adapter(folder, transformer, settings, BaseModelInfo.of("tiny", config), weights)
     return folder
 
 
@@ -61,7 +61,7 @@ def test_merged_by_an_option_or_in_a_folder_it_draws_the_same(run, run_command, 
     }.items():
         status, (path,), err = run_command("generate", FOX, "--seed", "7", "-o", name, *options)
         assert status == 0
-        drawn[name] = read_texts(tmp_path / path)
+        drawn[name] = read_metadata(tmp_path / path)
         if name == "option":
             assert err.startswith(f"{tiny_checkpoint} + {adapter} on cpu")
     assert drawn["option"]["codes"] == drawn["folder"]["codes"] != drawn["without"]["codes"]
@@ -122,7 +122,7 @@ def test_info(run, adapter, tiny_checkpoint, tmp_path):
 
 def test_mistakes_are_one_line_and_status_2(run, tiny_checkpoint, adapter, tmp_path):
     (tmp_path / "there").mkdir()
-    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(few_bits="int8"))
+    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(quantization="int8"))
     for arguments, words in (
         (("merge", tiny_checkpoint, adapter, "-o", "there"), "there is there already: remove it, or choose another"),
         (("merge", "cogview-bse", adapter, "-o", "out"), 'checkpoint "cogview-bse" is unknown'),
@@ -179,7 +179,7 @@ def test_the_released_command_line_takes_an_adapter(tiny_checkpoint, adapter, tm
     (tmp_path / "lines.txt").write_text(f"{FOX}\n", encoding="utf-8")
     flags = ["--input-source", "lines.txt", "--load", str(tiny_checkpoint), "--batch-size", "1", "--device", "cpu"]
     assert generate_samples.main([*flags, "--adapter", str(adapter)]) == 0
-    assert read_texts(tmp_path / capsys.readouterr().out.strip())["model"] == f"{tiny_checkpoint} + {adapter}"
+    assert read_metadata(tmp_path / capsys.readouterr().out.strip())["model"] == f"{tiny_checkpoint} + {adapter}"
 
 
 def test_merging_needs_no_peft(run, tiny_checkpoint, adapter, monkeypatch):

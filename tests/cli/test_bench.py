@@ -12,33 +12,33 @@ import torch
 
 from cogview.benchmark import measure as bench
 from cogview.benchmark.measure import (
+    BenchmarkResult,
+    BenchmarkTarget,
     Failed,
-    Figures,
-    Measured,
-    Seconds,
-    Subject,
-    least_seconds,
-    measure_apart,
+    Measurement,
+    RequestTiming,
+    measure_in_subprocess,
     measure_requests,
+    roofline_seconds,
 )
 from cogview.cli.bench import random_config
 from cogview.cli.estimate import open_configs
 from cogview.cli.main import main
 from cogview.device import choose_placement, peak_process_memory
 from cogview.errors import InputError
-from cogview.generation.decode import fill
+from cogview.generation.decode import decode
 from cogview.generation.sampling import Sampling
-from cogview.planning.inference import Speed, estimate, layer_bytes
+from cogview.planning.inference import HardwareSpeed, estimate, layer_bytes
 from cogview.vqvae.model import VQVAEConfig
 
 COLUMNS = ["batch", "first picture, s", "s/picture", "pictures/s", "tokens/s", "roofline", "predicted", "seen"]
-SPEED = Speed(bandwidth=1e9, flops=1e10, starts_ahead=False)
+SPEED = HardwareSpeed(bandwidth=1e9, flops=1e10, starts_ahead=False)
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_probed(monkeypatch):
     """The real one takes a second, and 256 MB."""
-    monkeypatch.setattr("cogview.planning.inference.measure", lambda device, dtype: SPEED)
+    monkeypatch.setattr("cogview.planning.inference.measure_hardware", lambda device, dtype: SPEED)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def in_this_process(monkeypatch):
     def measure(subject, rows, *, codes, repeats, free):
         return measure_requests(subject, rows, codes=codes, repeats=repeats, free=free)
 
-    monkeypatch.setattr(bench, "measure_apart", measure)
+    monkeypatch.setattr(bench, "measure_in_subprocess", measure)
 
 
 @pytest.fixture
@@ -126,31 +126,33 @@ def test_a_size_by_its_name_and_a_shape_of_the_same_numbers():
 
 def test_what_is_extrapolated_takes_the_same_share(tiny_checkpoint):
     plan, steps = plan_of(tiny_checkpoint), 63
-    least = [least_seconds(plan, read, SPEED) for read in plan.reads[1:]]
+    least = [roofline_seconds(plan, read, SPEED) for read in plan.forward_passes[1:]]
     assert len(least) == steps
 
     def figures(codes):
         """Of a machine that takes twice the least time for all but the first code."""
         other_codes = 2 * sum(least[: codes - 1])
-        request = Seconds(first_code=3.0, other_codes=other_codes, pixels=4.0)
-        return Figures(plan=plan, speed=SPEED, codes=codes, measured=Measured(requests=(request,), peak=None))
+        request = RequestTiming(first_code=3.0, other_codes=other_codes, pixels=4.0)
+        return BenchmarkResult(
+            plan=plan, speed=SPEED, codes=codes, measured=Measurement(requests=(request,), peak=None)
+        )
 
     assert [figures(codes).share for codes in (2, 30, 64)] == pytest.approx([0.5] * 3)
-    assert figures(64).first_picture == pytest.approx([7 + 2 * sum(least)])
+    assert figures(64).first_image == pytest.approx([7 + 2 * sum(least)])
     assert figures(64).tokens_per_second == pytest.approx(2 * steps / (2 * sum(least)))
     for codes in (2, 30):
-        assert figures(codes).first_picture == pytest.approx(figures(64).first_picture)
-        assert figures(codes).pictures_per_second == pytest.approx(figures(64).pictures_per_second)
+        assert figures(codes).first_image == pytest.approx(figures(64).first_image)
+        assert figures(codes).images_per_second == pytest.approx(figures(64).images_per_second)
 
 
 def test_the_least_time_is_that_of_bytes_or_of_products(tiny_checkpoint):
     plan = plan_of(tiny_checkpoint, rows=3)
-    read = plan.reads[10]
+    read = plan.forward_passes[10]
     weights = 2 * (12 * 32**2 + 17 * 32) + 8192 * 32
-    kept = 3 * 2 * 2 * 32 * read.so_far
+    kept = 3 * 2 * 2 * 32 * read.total_positions
     moved, multiplied = 4 * (weights + kept), plan.flops(read)
-    assert least_seconds(plan, read, replace(SPEED, bandwidth=5.0, flops=1e30)) == pytest.approx(moved / 5)
-    assert least_seconds(plan, read, replace(SPEED, bandwidth=1e30, flops=5.0)) == pytest.approx(multiplied / 5)
+    assert roofline_seconds(plan, read, replace(SPEED, bandwidth=5.0, flops=1e30)) == pytest.approx(moved / 5)
+    assert roofline_seconds(plan, read, replace(SPEED, bandwidth=1e30, flops=5.0)) == pytest.approx(multiplied / 5)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +164,11 @@ def test_random_weights_are_not_guessed_from(arguments, guessed, tiny_checkpoint
     """They are easier to guess than any others, and what is measured would be better than what anyone gets."""
     asked = []
 
-    def draw(transformer, vocabulary, jobs, watch=None, *, parallel=None):
-        asked.append(parallel)
-        return fill(transformer, vocabulary, jobs, watch, parallel=parallel)
+    def draw(transformer, vocabulary, jobs, watch=None, *, int8_cache=False, speculative=None):
+        asked.append(speculative)
+        return decode(transformer, vocabulary, jobs, watch, speculative=speculative)
 
-    monkeypatch.setattr(bench, "fill", draw)
+    monkeypatch.setattr(bench, "decode", draw)
     chosen = arguments if "--random" in arguments else ("--model", str(tiny_checkpoint), *arguments)
     assert main(["bench", *chosen, "--codes", "4", "--batch", "1", "--repeats", "1", "--device", "cpu"]) == 0
     assert set(asked) == {guessed}
@@ -175,10 +177,10 @@ def test_random_weights_are_not_guessed_from(arguments, guessed, tiny_checkpoint
 
 def test_guided_rows_are_drawn_with_their_twins(tiny_checkpoint, tiny_model):
     config = replace(tiny_model.model.config, sampling=Sampling(guidance=3.0))
-    jobs = bench.make_jobs(config, rows=2, codes=5)
-    filled = fill(tiny_model.transformer, tiny_model.vocabulary, jobs)
-    assert [len(row.ids) for row in filled] == [len(job.row) for job in jobs]
-    assert len({tuple(job.row.ids) for job in jobs}) == 2  # texts of their own: nothing can be shared
+    jobs = bench.make_requests(config, rows=2, codes=5)
+    filled = decode(tiny_model.transformer, tiny_model.vocabulary, jobs)
+    assert [len(row.ids) for row in filled] == [len(job.sequence) for job in jobs]
+    assert len({tuple(job.sequence.ids) for job in jobs}) == 2  # texts of their own: nothing can be shared
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
@@ -190,8 +192,10 @@ def test_random_weights_are_held_as_asked_and_draw(dtype, small_pictures):
     layers = {name: tensor for name, tensor in weights.items() if name.startswith("layers.")}
     assert sum(tensor.nbytes for tensor in layers.values()) == layer_bytes(config.transformer, dtype)
     assert len({tensor.data_ptr() for tensor in layers.values()}) == len(layers)  # each has to be read
-    jobs = bench.make_jobs(config, rows=2, codes=3)
-    assert all(torch.isfinite(torch.tensor(row.log_probability)) for row in fill(transformer, config.vocabulary, jobs))
+    jobs = bench.make_requests(config, rows=2, codes=3)
+    assert all(
+        torch.isfinite(torch.tensor(row.log_probability)) for row in decode(transformer, config.vocabulary, jobs)
+    )
 
 
 def test_a_batch_that_does_not_fit_is_not_tried(tiny_checkpoint, monkeypatch, tmp_path, capsys):
@@ -201,7 +205,7 @@ def test_a_batch_that_does_not_fit_is_not_tried(tiny_checkpoint, monkeypatch, tm
         raise AssertionError("a batch was tried")
 
     monkeypatch.setattr("cogview.device.available_memory", lambda device: free)
-    monkeypatch.setattr(bench, "measure_apart", tried)
+    monkeypatch.setattr(bench, "measure_in_subprocess", tried)
     path = tmp_path / "bench.json"
     arguments = ["--model", str(tiny_checkpoint), "--device", "cpu", "--dtype", "float32", "--batch", "2"]
     assert main(["bench", *arguments, "--json", str(path)]) == 0
@@ -211,14 +215,14 @@ def test_a_batch_that_does_not_fit_is_not_tried(tiny_checkpoint, monkeypatch, tm
 
 
 def test_a_batch_that_fails_leaves_the_others(tiny_checkpoint, monkeypatch, capsys):
-    request = Seconds(first_code=1.0, other_codes=2.0, pixels=3.0)
+    request = RequestTiming(first_code=1.0, other_codes=2.0, pixels=3.0)
 
     def measure(subject, rows, **_):
         if rows == 1:
             raise Failed("out of memory")
-        return Measured(requests=(request, request), peak=None)
+        return Measurement(requests=(request, request), peak=None)
 
-    monkeypatch.setattr(bench, "measure_apart", measure)
+    monkeypatch.setattr(bench, "measure_in_subprocess", measure)
     assert main(["bench", "--model", str(tiny_checkpoint), "--device", "cpu", "--batch", "1,2"]) == 1
     first, second = capsys.readouterr().out.splitlines()[-2:]
     assert first.startswith("    1  failed: out of memory; ")
@@ -228,14 +232,14 @@ def test_a_batch_that_fails_leaves_the_others(tiny_checkpoint, monkeypatch, caps
 
 def subject_of(folder):
     config, image_config, _ = open_configs(str(folder))
-    return Subject(config=config, image_config=image_config, placement=choose_placement("cpu"), folder=folder)
+    return BenchmarkTarget(config=config, image_config=image_config, placement=choose_placement("cpu"), folder=folder)
 
 
 def test_the_peak_is_that_of_a_process_of_its_own(tiny_checkpoint):
     """The kernel's own figure of a process (ru_maxrss) begins with what its parent had."""
     ballast = np.ones(50_000_000)
     own = peak_process_memory(torch.device("cpu"), free_before=0)
-    measured = measure_apart(subject_of(tiny_checkpoint), 1, codes=2, repeats=3, free=0)
+    measured = measure_in_subprocess(subject_of(tiny_checkpoint), 1, codes=2, repeats=3, free=0)
     assert len(measured.requests) == 3
     assert measured.peak < own - ballast.nbytes / 2
 
@@ -249,10 +253,10 @@ class Deadly:
 
 def test_what_ends_a_process_is_told(tiny_checkpoint, tmp_path):
     with pytest.raises(Failed, match="its process ended with status 9 "):
-        measure_apart(Deadly(), 1, codes=2, repeats=1, free=0)
+        measure_in_subprocess(Deadly(), 1, codes=2, repeats=1, free=0)
     subject = replace(subject_of(tiny_checkpoint), folder=tmp_path / "gone")
     with pytest.raises(InputError, match="gone is no checkpoint folder"):
-        measure_apart(subject, 1, codes=2, repeats=1, free=0)
+        measure_in_subprocess(subject, 1, codes=2, repeats=1, free=0)
 
 
 def test_json_is_there_whole_or_not_at_all(tiny_checkpoint, in_this_process, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview.image_io.png import read_texts
+from cogview.image_io.png import read_metadata
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
@@ -23,7 +23,7 @@ def complete(run_command):
 
 
 def codes(path):
-    return np.array(read_texts(path)["codes"].split(), dtype=int).reshape(8, 8)
+    return np.array(read_metadata(path)["codes"].split(), dtype=int).reshape(8, 8)
 
 
 def test_the_upper_rows_stay(complete, save_image, tiny_model):
@@ -37,9 +37,9 @@ def test_the_upper_rows_stay(complete, save_image, tiny_model):
     )
     for file, picture in zip(files, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
-        np.testing.assert_array_equal(codes(file)[:5], tiny_model.codes_of([image])[0, :5])
+        np.testing.assert_array_equal(codes(file)[:5], tiny_model.encode_images([image])[0, :5])
     assert (codes(files[0])[5:] != codes(files[1])[5:]).any()
-    texts = read_texts(files[1])
+    texts = read_metadata(files[1])
     assert (texts["prompt"], texts["seed"], texts["index"]) == (FOX, "7", "1")
     assert (texts["task"], texts["source"], texts["rows"]) == ("complete", "狐狸.png", "5")
     assert (texts["temperature"], texts["guidance"], texts["text_attention"]) == ("0.7", "2.0", "1.5")

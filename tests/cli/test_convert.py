@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from cogview.checkpoints.checkpoint import read_config
-from cogview.checkpoints.registry import find_checkpoint, find_parts
+from cogview.checkpoints.registry import resolve_bundle, resolve_checkpoint
 from cogview.cli.main import main
 
 VOCABULARY_NOTE = (
@@ -93,9 +93,9 @@ def test_a_published_name_goes_where_it_is_found(run, files, tmp_path):
         assert (status, out) == (0, [str(tmp_path / "home" / "models" / name)])
         assert err[0] == VOCABULARY_NOTE
         assert len(err) == 2
-        assert find_checkpoint(name) == tmp_path / "home" / "models" / name
-        assert read_config(find_checkpoint(name)).tasks == tasks
-    assert list(find_parts("cogview-released")) == ["generate", "upscale", "low_level"]
+        assert resolve_checkpoint(name) == tmp_path / "home" / "models" / name
+        assert read_config(resolve_checkpoint(name)).tasks == tasks
+    assert list(resolve_bundle("cogview-released")) == ["generate", "upscale", "low_level"]
 
 
 @pytest.mark.parametrize(

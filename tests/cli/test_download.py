@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cogview.checkpoints.checkpoint import read_config
-from cogview.checkpoints.registry import KnownFile, KnownModel, converted_folder, find_parts, is_converted
+from cogview.checkpoints.registry import FileEntry, ModelEntry, converted_folder, is_converted, resolve_bundle
 from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.cli.main import main
 
@@ -51,19 +51,19 @@ def server(tmp_path, monkeypatch):
 
     def file(name):
         url = f"http://127.0.0.1:{server.server_port}/{name}"
-        return KnownFile(name=name, urls=(url,), page="https://example.org/weights")
+        return FileEntry(name=name, urls=(url,), page="https://example.org/weights")
 
     def released(transformer, task):
         names = {"transformer": transformer, "image_tokenizer": "image.pt", "text_model": "text.model"}
-        return KnownModel(about="", licence="", tasks=(task,), files={role: file(name) for role, name in names.items()})
+        return ModelEntry(about="", licence="", tasks=(task,), files={role: file(name) for role, name in names.items()})
 
     rows = {
-        "tiny": KnownModel(about="", licence="", embedded="models/tiny"),
+        "tiny": ModelEntry(about="", licence="", embedded="models/tiny"),
         "draws": released("draws.tar", "generate"),
         "describes": released("describes.tar", "caption"),
-        "both": KnownModel(about="", licence="", parts={"generate": "draws", "caption": "describes"}),
+        "both": ModelEntry(about="", licence="", parts={"generate": "draws", "caption": "describes"}),
     }
-    monkeypatch.setattr("cogview.checkpoints.registry.known_models", lambda: rows)
+    monkeypatch.setattr("cogview.checkpoints.registry.load_registry", lambda: rows)
     monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
     yield server
     server.shutdown()
@@ -151,7 +151,7 @@ def test_what_is_fetched_is_converted(server, real_files, capsys):
     asked = len(server.asked)
     assert main(["download", "both"]) == 0
     assert len(server.asked) == asked
-    assert find_parts("both") == {"generate": folders["draws"], "caption": folders["describes"]}
+    assert resolve_bundle("both") == {"generate": folders["draws"], "caption": folders["describes"]}
 
 
 def test_files_that_are_here_already_are_converted(server, real_files, capsys):

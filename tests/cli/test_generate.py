@@ -15,7 +15,7 @@ import cogview.image_io.png
 import cogview.pipeline.cogview
 from cogview import __version__
 from cogview.cli.main import main
-from cogview.image_io.png import read_texts
+from cogview.image_io.png import read_metadata
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
@@ -41,7 +41,7 @@ class Terminal(io.StringIO):
 
 
 def codes(path):
-    return read_texts(path)["codes"]
+    return read_metadata(path)["codes"]
 
 
 def test_pictures_of_several_prompts(generate, tiny_model):
@@ -57,7 +57,7 @@ def test_pictures_of_several_prompts(generate, tiny_model):
 
 def test_chunks_say_how_to_draw_it_again(generate, tiny_checkpoint, tiny_model):
     _, [file], _ = generate(FOX, "--seed", "7", "--temperature", "0.7", "--top-k", "50", "--top-p", "0.9")
-    texts = read_texts(file)
+    texts = read_metadata(file)
     picture = tiny_model.generate(FOX, seed=7, temperature=0.7, top_k=50, top_p=0.9)[0]
     assert float(texts.pop("log_probability")) == pytest.approx(picture.log_probability)
     assert np.array_equal(np.array(texts.pop("codes").split(), dtype=int).reshape(8, 8), picture.codes)
@@ -77,7 +77,7 @@ def test_chunks_say_how_to_draw_it_again(generate, tiny_checkpoint, tiny_model):
 
 def test_guidance_and_text_attention(generate, tiny_model):
     _, [file], _ = generate(FOX, "--seed", "7", "--guidance", "3", "--text-attention", "1.5")
-    texts = read_texts(file)
+    texts = read_metadata(file)
     assert (texts["guidance"], texts["text_attention"]) == ("3.0", "1.5")
     picture = tiny_model.generate(FOX, seed=7, guidance=3.0, text_attention=1.5)[0]
     assert texts["codes"] == " ".join(map(str, picture.codes.flat))
@@ -97,17 +97,20 @@ def test_the_best_are_kept(generate, tiny_model):
     ]
     drawn = {file.name: codes(file) for file in every}
     for file, picture in zip(files[:-1], expected, strict=True):
-        texts = read_texts(file)
+        texts = read_metadata(file)
         assert float(texts["score"]) == pytest.approx(picture.score.log_probability, abs=1e-3)
         assert float(texts["score_per_piece"]) == pytest.approx(picture.score.per_piece, abs=1e-3)
         assert texts["codes"] == drawn[file.name]
     assert Image.open(files[-1]).size == (2 * 68 + 4, 2 * 68 + 4)
-    assert read_texts(files[-1])["score"] == " ".join(read_texts(file)["score"] for file in files[:-1])
+    assert read_metadata(files[-1])["score"] == " ".join(read_metadata(file)["score"] for file in files[:-1])
 
 
 def test_a_prompt_given_twice_is_ranked_twice(generate):
     _, files, _ = generate(FOX, FOX, "-n", "2", "--keep", "1", "--seed", "7")
-    assert [read_texts(file)["index"] in pair for file, pair in zip(files, ("01", "23"), strict=True)] == [True, True]
+    assert [read_metadata(file)["index"] in pair for file, pair in zip(files, ("01", "23"), strict=True)] == [
+        True,
+        True,
+    ]
 
 
 def test_pictures_at_twice_their_side_as_well(generate, tiny_model):
@@ -118,14 +121,14 @@ def test_pictures_at_twice_their_side_as_well(generate, tiny_model):
     [large] = tiny_model.upscale([small], FOX, seed=7, top_k=50)
     np.testing.assert_array_equal(np.asarray(Image.open(files[1])), np.asarray(large))
     assert Image.open(files[1]).size == (128, 128)
-    texts = read_texts(files[1])
+    texts = read_metadata(files[1])
     assert (texts["prompt"], texts["task"], texts["source"]) == (FOX, "upscale", files[0].name)
     assert err.endswith("drawing 2 pictures\nupscaling 1 picture\n")
 
 
 def test_the_models_own_settings_are_the_default(generate):
     _, [file], _ = generate(FOX, "--seed", "7")
-    texts = read_texts(file)
+    texts = read_metadata(file)
     assert (texts["temperature"], texts["top_k"], texts["top_p"]) == ("0.9", "100", "1.0")
 
 
@@ -214,7 +217,7 @@ def test_previews(generate, monkeypatch, tiny_model, seconds):
 
 
 def test_previews_do_not_outlive_an_interruption(generate, monkeypatch):
-    fill = cogview.pipeline.cogview.fill
+    fill = cogview.pipeline.cogview.decode
 
     def interrupted_fill(transformer, vocabulary, jobs, watch, **settings):
         def look(moment):
@@ -237,14 +240,14 @@ def test_a_second_run_writes_the_same_and_overwrites_nothing_else(generate):
     _, [warmer], _ = generate(FOX, "--seed", "7", "--temperature", "1.5")
     assert same == first == Path("outputs", f"{FOX}-seed7-0.png")
     assert warmer == Path("outputs", f"{FOX}-seed7-0_2.png")
-    assert read_texts(first)["temperature"] == "0.9"
+    assert read_metadata(first)["temperature"] == "0.9"
 
 
 def test_prompts_with_one_name_get_files_of_their_own(generate):
     prompts = ["狐狸/狗", "狐狸?狗", "狐狸/狗"]
     _, files, _ = generate(*prompts, "--seed", "7")
     assert [file.name for file in files] == ["狐狸_狗-seed7-0.png", "狐狸_狗-seed7-0_2.png", "狐狸_狗-seed7-1.png"]
-    assert [read_texts(file)["prompt"] for file in files] == prompts
+    assert [read_metadata(file)["prompt"] for file in files] == prompts
 
 
 def test_a_prompt_given_twice_gets_further_pictures(generate):
@@ -261,12 +264,12 @@ def test_a_contact_sheet(generate):
     assert sheet.size == (3 * 68 + 4, 2 * 68 + 4)
     tile = np.asarray(sheet)[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second prompt, second picture
     np.testing.assert_array_equal(tile, np.asarray(Image.open(files[4])))
-    assert read_texts(files[-1])["prompt"] == f"{FOX}\n{DOG}"
+    assert read_metadata(files[-1])["prompt"] == f"{FOX}\n{DOG}"
 
 
 def test_options_between_prompts(generate):
     _, files, _ = generate(FOX, "--seed", "7", DOG)
-    assert [read_texts(file)["prompt"] for file in files] == [FOX, DOG]
+    assert [read_metadata(file)["prompt"] for file in files] == [FOX, DOG]
 
 
 def test_it_asks_on_a_terminal(generate, monkeypatch):
@@ -286,7 +289,7 @@ def test_it_asks_until_the_end_of_input(generate, monkeypatch):
 
 def test_a_seed_is_chosen_and_told(generate):
     _, [file], err = generate(FOX)
-    assert f"seed {read_texts(file)['seed']}\n" in err
+    assert f"seed {read_metadata(file)['seed']}\n" in err
 
 
 def test_prompts_that_cannot_be_drawn_do_not_stop_the_others(generate):
@@ -376,7 +379,7 @@ def test_a_model_that_is_not_known(tmp_path, capsys):
 
 
 def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_model):
-    fill, calls = cogview.pipeline.cogview.fill, []
+    fill, calls = cogview.pipeline.cogview.decode, []
 
     def interrupted_fill(*arguments, **settings):
         calls.append(1)

@@ -59,7 +59,7 @@ def test_released_datasets_become_a_store(tiny_checkpoint, pieces, tmp_path, mon
     assert capsys.readouterr().out == "store: 8 rows\n"
     store = TokenStore("store")
     config, text_tokenizer = read_config(tiny_checkpoint), TextTokenizer.load(tiny_checkpoint / "text.model")
-    store.require(
+    store.check_compatible(
         codebook_sha256=codebook_hash(load_image_tokenizer(tiny_checkpoint / "image")),
         num_image_codes=8192,
         num_text_pieces=text_tokenizer.size,
@@ -135,7 +135,7 @@ def test_training_on_a_released_dataset_and_on_its_import_is_the_same(recipe, pi
 
     def train(store, held_out):
         shutil.rmtree(tmp_path / "work" / "transformer-run", ignore_errors=True)
-        places = [f"store={tmp_path / store}", f"held_out_store={tmp_path / held_out}"]
+        places = [f"store={tmp_path / store}", f"validation_store={tmp_path / held_out}"]
         assert main(["train", str(recipe), *places, "--device", "cpu"]) == 0
         run = tmp_path / "work" / "transformer-run"
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -159,7 +159,7 @@ def test_stores_that_do_not_suit_each_other(recipe, tiny_checkpoint, pieces, tmp
     arguments = ["import-data", str(tmp_path / "data.bin"), "--model", str(tiny_checkpoint), "-o", str(tmp_path / "s")]
     assert main(arguments) == 0  # with room for 20 pieces, where a .bin file has 64
     capsys.readouterr()
-    assert main(["train", str(recipe), f"store={tmp_path / 's'}", f"held_out_store={tmp_path / 'data.bin'}"]) == 2
+    assert main(["train", str(recipe), f"store={tmp_path / 's'}", f"validation_store={tmp_path / 'data.bin'}"]) == 2
     assert f"data.bin has texts of up to 64 pieces, {tmp_path / 's'} of up to 20: make both" in one_line(capsys)
     assert main(["train", str(recipe), f"store={tmp_path / 's'}"]) == 2
-    assert "store and held_out_store belong together: give both, or neither" in one_line(capsys)
+    assert "store and validation_store belong together: give both, or neither" in one_line(capsys)

@@ -7,9 +7,9 @@ import tarfile
 import pytest
 
 from cogview.checkpoints.precision import Precision
-from cogview.checkpoints.registry import KnownModel, converted_folder
+from cogview.checkpoints.registry import ModelEntry, converted_folder
 from cogview.checkpoints.safetensors_io import WeightsFile
-from cogview.checkpoints.v1_convert import convert_folder, import_released
+from cogview.checkpoints.v1_convert import convert_folder, import_v1
 from cogview.cli.main import main
 
 
@@ -67,7 +67,7 @@ def test_the_parameters_are_those_of_the_model(tiny_checkpoint, tiny_model, caps
     ],
 )
 def test_weights_in_few_bits(tiny_checkpoint, tmp_path, few_bits, words, capsys):
-    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(few_bits=few_bits))
+    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(quantization=few_bits))
     assert facts_of(capsys, tmp_path / "rounded")[0]["weights"] == words
 
 
@@ -136,7 +136,7 @@ def test_released_tokenizers(small_release, tmp_path, capsys):
 def test_a_bundle_and_which_of_its_models_are_here(small_release, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
     files = small_release.write(tmp_path)
-    import_released(**files, output=converted_folder("cogview-sr"), tasks=["upscale"], precision=Precision())
+    import_v1(**files, output=converted_folder("cogview-sr"), tasks=["upscale"], precision=Precision())
     facts, lines = facts_of(capsys, "cogview-released")
     assert facts["tasks"] == "generate, caption, upscale, low_level"
     assert [facts["parts"], *lines] == [
@@ -153,9 +153,9 @@ def test_things_are_listed(tiny_checkpoint, capsys):
 
 
 def test_known_models(tiny_checkpoint, monkeypatch, capsys):
-    row = KnownModel(embedded="models/tiny", about="draws foxes", licence="Apache-2.0", sha256={})
-    monkeypatch.setattr("cogview.checkpoints.registry.known_models", lambda: {"tiny": row})
-    monkeypatch.setattr("cogview.checkpoints.registry.find_checkpoint", lambda name: tiny_checkpoint)
+    row = ModelEntry(embedded="models/tiny", about="draws foxes", licence="Apache-2.0", sha256={})
+    monkeypatch.setattr("cogview.checkpoints.registry.load_registry", lambda: {"tiny": row})
+    monkeypatch.setattr("cogview.checkpoints.registry.resolve_checkpoint", lambda name: tiny_checkpoint)
     assert main(["info"]) == 0
     printed = capsys.readouterr()
     assert printed.out == "tiny: draws foxes\n"

@@ -18,7 +18,7 @@ from PIL import Image
 
 import cogview.pipeline.cogview
 from cogview.cli.main import main
-from cogview.image_io.png import read_texts
+from cogview.image_io.png import read_metadata
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 LINES = (
@@ -119,7 +119,7 @@ def pictures(folder):
 
 
 def codes(path):
-    return read_texts(path)["codes"].split()
+    return read_metadata(path)["codes"].split()
 
 
 def expected_codes(picture):
@@ -168,7 +168,7 @@ def test_lines_of_all_tasks(whole, tiny_model, monkeypatch):
         assert codes(Path("out", records[name]["path"])) == expected_codes(picture)
         assert records[name]["log_probability"] == pytest.approx(picture.log_probability, rel=1e-4)
         assert (records[name]["index"], records[name]["seed"]) == (picture.index, picture.seed)
-    texts = read_texts("out/a-rows5-seed7-1.png")
+    texts = read_metadata("out/a-rows5-seed7-1.png")
     assert (texts["task"], texts["source"], texts["rows"], texts["prompt"]) == ("complete", "a.png", "5", FOX)
     said = [json.loads(line) for line in printed if line.startswith("{")]
     [[caption]] = tiny_model.caption([first])
@@ -217,7 +217,7 @@ def test_half_a_chunk_is_drawn_in_its_old_batches(generate, job, whole, monkeypa
         made.append(len(arguments[2]))
         return original(*arguments, **settings)
 
-    original = cogview.pipeline.cogview.fill
+    original = cogview.pipeline.cogview.decode
     monkeypatch.setattr(cogview.pipeline.cogview, "fill", fill)
     status, printed, _ = generate("--input", "job.jsonl", "-o", "out", "--resume")
     assert status == 0
@@ -252,7 +252,7 @@ def test_processes_share_a_job(generate, prompts, start):
     ],
 )
 def test_an_interruption_finishes_a_chunk_and_a_second_stops(generate, prompts, monkeypatch, signals, done, told):
-    fill, calls = cogview.pipeline.cogview.fill, []
+    fill, calls = cogview.pipeline.cogview.decode, []
 
     def interrupted_fill(*arguments, **settings):
         calls.append(1)
@@ -296,7 +296,7 @@ def test_the_best_are_kept_enlarged_and_laid_on_a_sheet(generate, tiny_model):
         assert records[f"{name}/up"]["path"] == f"{small.prompt}-seed7-{small.index}-up.png"
     large = Path("outputs", records["line 2/0/up"]["path"])
     assert codes(large) == expected_codes(tiny_model.upscale(best[1:], "狐狸", seed=7, top_k=50)[0])
-    assert read_texts(large)["source"] == records["line 2/0"]["path"]
+    assert read_metadata(large)["source"] == records["line 2/0"]["path"]
     assert printed[-1] == "outputs/grid-seed7.png"
     sheet = np.asarray(Image.open(printed[-1]))
     assert sheet.shape == (2 * 68 + 4, 68 + 4, 3)

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from cogview.checkpoints.registry import KnownFile, KnownModel
+from cogview.checkpoints.registry import FileEntry, ModelEntry
 from cogview.cli.main import main
 
 BASE = "not here: cogview download cogview-base"
@@ -105,10 +105,10 @@ def test_a_bundle_by_its_models(home, tiny_checkpoint, capsys):
 
 
 def test_names_in_chinese_stay_as_they_are(home, monkeypatch, capsys):
-    file = KnownFile(name="模型.tar", urls=(), page="https://example.org")
+    file = FileEntry(name="模型.tar", urls=(), page="https://example.org")
     files = dict.fromkeys(("transformer", "image_tokenizer", "text_model"), file)
-    row = KnownModel(about="画狐狸", licence="Apache-2.0", tasks=("generate",), files=files)
-    monkeypatch.setattr("cogview.checkpoints.registry.known_models", lambda: {"狐狸": row})
+    row = ModelEntry(about="画狐狸", licence="Apache-2.0", tasks=("generate",), files=files)
+    monkeypatch.setattr("cogview.checkpoints.registry.load_registry", lambda: {"狐狸": row})
     assert as_json(capsys, "狐狸")["about"] == "画狐狸"
     assert on_disk(capsys, "狐狸") == "not here: cogview download 狐狸"
 

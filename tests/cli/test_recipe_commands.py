@@ -27,7 +27,7 @@ from cogview.evaluation import harness as protocol
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
 from cogview.training import vqvae_trainer as image_tokenizer
-from cogview.training.loop import Run, step_of
+from cogview.training.loop import RunFolder, step_of
 from cogview.training.trainer import TransformerTrainer
 from cogview.training.vqvae_trainer import held_out_batches
 
@@ -125,7 +125,7 @@ def test_every_step_leaves_its_result_where_the_next_looks_for_it(finished, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(TransformerTrainer, "step", interrupted)
         assert main(["train", recipe, *place]) == 128 + signal.SIGTERM
-    assert [step_of(path) for path in Run(work / "transformer-run").checkpoints()] == [2, 4]
+    assert [step_of(path) for path in RunFolder(work / "transformer-run").checkpoints()] == [2, 4]
     assert main(["train", recipe, *place, "--resume", "auto"]) == 0
     whole = tmp_path / "whole"
     shutil.copytree(finished / "work", whole)
@@ -206,14 +206,14 @@ def test_the_image_tokenizer_may_go_on_from_another_with_larger_scenes(work, tmp
     shutil.rmtree(work / "image-run")
     recipe = write_recipe(tmp_path)
     still = ["training.learning_rate=0.0", "training.final_learning_rate=0.0", "training.decay=1.0"]
-    assert main(["train-image", recipe, *still, f"start_from={start}", "scales=[1, 2]"]) == 0
+    assert main(["train-image", recipe, *still, f"init_from={start}", "scales=[1, 2]"]) == 0
     begun, trained = (load_file(folder / "model.safetensors") for folder in (start, work / "image"))
     assert all(torch.equal(trained[name], begun[name]) for name in begun if name != "quantizer.codebook")
     torch.testing.assert_close(trained["quantizer.codebook"], begun["quantizer.codebook"])
 
     capsys.readouterr()
-    assert main(["train-image", recipe, f"start_from={start}", "model.code_width=5"]) == 2
-    assert f"start_from: {start} has another shape than this recipe; expected " in one_line(capsys)
+    assert main(["train-image", recipe, f"init_from={start}", "model.code_width=5"]) == 2
+    assert f"init_from: {start} has another shape than this recipe; expected " in one_line(capsys)
 
 
 def test_overrides_change_their_section_alone(work, tmp_path):
@@ -223,7 +223,7 @@ def test_overrides_change_their_section_alone(work, tmp_path):
     plain = yaml.safe_load((work / "transformer-run" / "recipe.yaml").read_text(encoding="utf-8"))
     assert (plain["training"]["steps"], plain["run"]["keep"], plain["training"]["learning_rate"]) == (4, 1, 2e-4)
     assert plain["training"]["batch_size"] == 4
-    assert [step_of(path) for path in Run(work / "transformer-run").checkpoints()] == [4]
+    assert [step_of(path) for path in RunFolder(work / "transformer-run").checkpoints()] == [4]
 
 
 def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys):
@@ -243,7 +243,7 @@ def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys
         *("held_out_generate_image_loss", "held_out_generate_text_loss", "held_out_caption_text_loss"),
         *("held_out_upscale_image_loss", "held_out_low_level_image_loss", "held_out_loss"),
     }
-    model = CogView.from_pretrained(Run(work / "transformer-run").checkpoints()[-1], device="cpu")
+    model = CogView.from_pretrained(RunFolder(work / "transformer-run").checkpoints()[-1], device="cpu")
     assert set(model.model.config.tasks) == set(mixture)
     pictures = model.generate("一个红苹果", n=3, keep=2, seed=1)  # and all tasks have their figures in the card:
     capsys.readouterr()
@@ -272,14 +272,14 @@ def test_a_store_that_lacks_what_a_task_needs(work, tmp_path, capsys):
 def test_training_may_start_from_another_model(work, tmp_path, capsys, monkeypatch):
     place = ["--work", str(work), "--device", "cpu"]
     assert main(["train", write_recipe(tmp_path), *place, "training.steps=4", "dropout=0.0"]) == 0
-    (first,) = Run(work / "transformer-run").checkpoints()[-1:]
+    (first,) = RunFolder(work / "transformer-run").checkpoints()[-1:]
     start = first.rename(tmp_path / "start")
     shutil.rmtree(work / "transformer-run")
 
     # With a learning rate of nothing, what is trained is what it started from.
-    still = ["training.learning_rate=0.0", "training.final_learning_rate=0.0", "branch_gain=0.5"]
-    assert main(["train", write_recipe(tmp_path), *place, *still, f"start_from={start}"]) == 0
-    last = Run(work / "transformer-run").checkpoints()[-1]
+    still = ["training.learning_rate=0.0", "training.final_learning_rate=0.0", "branch_norm_init=0.5"]
+    assert main(["train", write_recipe(tmp_path), *place, *still, f"init_from={start}"]) == 0
+    last = RunFolder(work / "transformer-run").checkpoints()[-1]
     weights, begun = (load_file(folder / "model.safetensors") for folder in (last, start))
     used = read_config(start).vocabulary.size  # the rows behind it are never read
     weights["embedding.weight"], begun["embedding.weight"] = (
@@ -297,18 +297,18 @@ def test_training_may_start_from_another_model(work, tmp_path, capsys, monkeypat
     assert torch.equal(positions[120:128], begun["positions.weight"][104:112])
     shutil.rmtree(work / "transformer-run")
     monkeypatch.setitem(config.PRESETS, "other", (1, 48, 2))
-    assert main(["train", write_recipe(tmp_path), *place, "preset=other", f"start_from={start}"]) == 2
-    assert f"start_from: {start} has another shape than this recipe" in one_line(capsys)
-    assert main(["train", write_recipe(tmp_path), *place, "start_from=没有"]) == 2
+    assert main(["train", write_recipe(tmp_path), *place, "preset=other", f"init_from={start}"]) == 2
+    assert f"init_from: {start} has another shape than this recipe" in one_line(capsys)
+    assert main(["train", write_recipe(tmp_path), *place, "init_from=没有"]) == 2
     assert "没有" in one_line(capsys)
 
     # Codes that look another way are no obstacle, and the user is told.
     for name in ("image-run", "store", "held-out-store"):
         shutil.rmtree(work / name)
-    assert main(["train-image", write_recipe(tmp_path), "--work", str(work), f"start_from={start}"]) == 0
+    assert main(["train-image", write_recipe(tmp_path), "--work", str(work), f"init_from={start}"]) == 0
     assert main(["encode", write_recipe(tmp_path), "--work", str(work)]) == 0
     capsys.readouterr()
-    assert main(["train", write_recipe(tmp_path), *place, *still, f"start_from={start}"]) == 0
+    assert main(["train", write_recipe(tmp_path), *place, *still, f"init_from={start}"]) == 0
     assert f"note: {start} was trained on another codebook" in capsys.readouterr().err
 
 
@@ -317,7 +317,7 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
     from cogview.cli.package import PackageSettings
     from cogview.cli.recipes import Recipe
     from cogview.cli.train import TransformerSettings
-    from cogview.cli.train_image import ImageSettings
+    from cogview.cli.train_image import VQVAERecipe
     from cogview.cli.train_text import TextSettings
     from cogview.config_io import read_recipe
     from cogview.emoji.encode import EncodeSettings
@@ -332,10 +332,10 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
     world = recipe.settings(WorldSettings, "scenes")
     encode = recipe.settings(EncodeSettings, "encode")
     recipe.settings(TextSettings, "text")
-    recipe.settings(ImageSettings, "image")
+    recipe.settings(VQVAERecipe, "image")
     assert (ROOT / recipe.settings(PackageSettings, "package").card).is_file()
     assert set(recipe.sections) == {"work", "scenes", "text", "image", "encode", "transformer", "package"}
-    needed = layouts(world.canvas // 8)["generate"].num_positions(encode.text_width)
+    needed = layouts(world.canvas // 8)["generate"].max_position(encode.text_width)
     assert needed <= transformer.max_positions
 
 
@@ -343,9 +343,9 @@ def test_an_adapter_is_learnt_beside_a_model_and_goes_on_after_a_restart(work, t
     pytest.importorskip("peft")
     recipe, place = write_recipe(tmp_path), ["--work", str(work), "--device", "cpu"]
     assert main(["train", recipe, *place]) == 0
-    base = Run(work / "transformer-run").checkpoints()[-1].rename(tmp_path / "base")
+    base = RunFolder(work / "transformer-run").checkpoints()[-1].rename(tmp_path / "base")
     shutil.rmtree(work / "transformer-run")
-    learn = [*place, "training.learning_rate=0.01", "lora={rank: 2, dropout: 0.1}", f"start_from={base}"]
+    learn = [*place, "training.learning_rate=0.01", "lora={rank: 2, dropout: 0.1}", f"init_from={base}"]
     assert main(["train", recipe, *learn]) == 0
     whole = (work / "transformer-run").rename(tmp_path / "whole")
 
@@ -377,7 +377,7 @@ def test_an_adapter_is_learnt_beside_a_model_and_goes_on_after_a_restart(work, t
     assert not np.array_equal(*codes)
     capsys.readouterr()
     assert main(["train", recipe, *place, "lora={rank: 2}"]) == 2
-    assert "lora learns an adapter of a model: name it in start_from" in one_line(capsys)
+    assert "lora learns an adapter of a model: name it in init_from" in one_line(capsys)
     assert main(["train", recipe, *learn, "lora={rank: 4}", "--resume", "auto"]) == 2
     assert "does not fit the recipe, go back to its settings or remove" in one_line(capsys)
 
@@ -553,7 +553,7 @@ def test_rows_of_another_image_tokenizer_are_not_trained_on(work, tmp_path, caps
         ),
         ("engine={name: deepspeed, zero: 3, compile: true}", "compile does not go with zero: 3, whose weights have no"),
         ("engine={offload: true}", "offload and config are DeepSpeed's: set name: deepspeed"),
-        ("new_stores=nowhere", "there is no folder nowhere to look for new stores in: make it, or watch none"),
+        ("watch_folder=nowhere", "there is no folder nowhere to look for new stores in: make it, or watch none"),
         ("training.nonfinite=ignore", 'nonfinite: expected one of skip, stop, got "ignore"'),
         ("training.warmup_stps=3", '"warmup_stps" is unknown; did you mean "warmup_steps"?'),
         ("preset", 'override "preset" is not understood: write it as key=value'),

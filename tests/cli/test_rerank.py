@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cogview.cli.inputs import Query
+from cogview.cli.inputs import TextImageQuery
 from cogview.cli.rerank import Ranking
 from cogview.pipeline.cogview import Score
 
@@ -134,7 +134,7 @@ def test_an_empty_prompt(rerank, save_image, no_image_is_read):
 
 def test_ranks_and_order_of_planted_scores():
     scores = [Score(log_probability=value, num_pieces=4) if value else None for value in (-2.0, None, -1.0, -2.0)]
-    query = Query.parse("狐狸\ta.png\tb.png\tc.png\td.png")
+    query = TextImageQuery.parse("狐狸\ta.png\tb.png\tc.png\td.png")
     ranking = Ranking(query=query, scores=scores, errors=[None, "b.png is broken", None, None], refused=False)
     assert ranking.order == [2, 0, 3]  # equal ones as they were given
     images = ranking.as_json()["images"]

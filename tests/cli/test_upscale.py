@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview.image_io.png import read_texts
+from cogview.image_io.png import read_metadata
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
@@ -24,7 +24,7 @@ def upscale(run_command):
 
 
 def codes(path):
-    return np.array(read_texts(path)["codes"].split(), dtype=int)
+    return np.array(read_metadata(path)["codes"].split(), dtype=int)
 
 
 def test_an_image_at_twice_its_side(upscale, save_image, tiny_model):
@@ -38,7 +38,7 @@ def test_an_image_at_twice_its_side(upscale, save_image, tiny_model):
     assert np.asarray(Image.open(files[0])).shape == (128, 128, 3)
     np.testing.assert_array_equal(np.asarray(Image.open(files[0])), np.asarray(expected))
     np.testing.assert_array_equal(codes(files[0]), expected.codes.flat)
-    texts = read_texts(files[0])
+    texts = read_metadata(files[0])
     assert (texts["prompt"], texts["seed"], texts["task"], texts["source"]) == (FOX, "7", "upscale", "狐狸?.png")
     assert (texts["temperature"], texts["top_k"], texts["top_p"]) == ("0.7", "50", "0.9")
     assert (texts["guidance"], texts["text_attention"]) == ("2.0", "1.5")
@@ -75,7 +75,7 @@ def test_a_file_of_texts_and_images(upscale, save_image):
     status, files, err = upscale("--input", "input.txt", "--seed", "7", "--low-level")
     assert status == 2
     assert files == [Path("outputs/x-up-seed7.png"), Path("outputs/x-up-seed7_2.png")]
-    assert [read_texts(file)["prompt"] for file in files] == [FOX, DOG]
+    assert [read_metadata(file)["prompt"] for file in files] == [FOX, DOG]
     assert [line for line in err.splitlines() if line.startswith("skipped: ")] == [
         "skipped: “no image here” comes with 0 images; expected TEXT<TAB>IMAGE",
         f"skipped: “{FOX}” comes with 2 images; expected TEXT<TAB>IMAGE",

@@ -14,18 +14,18 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from cogview.data.mixture import (
-    LEDGER_FILE,
+    PHASES_FILE,
     MixedStore,
     Mixture,
     Phase,
-    StoreWatch,
+    StoreWatcher,
     append_phase,
     check_phases,
     check_same_start,
     read_phases,
 )
 from cogview.data.sampling_order import sample_index
-from cogview.data.store import ABSENT, StoreHeader, StoreWriter, TokenStore, pad_text
+from cogview.data.store import NO_TOKEN, StoreHeader, StoreWriter, TokenStore, pad_text
 from cogview.errors import InputError
 from cogview.tokenizers.vocabulary import Vocabulary
 
@@ -40,9 +40,9 @@ HEADER = StoreHeader(
 )
 
 # Shares and sizes of one, two and five stores.
-ONE = Phase(first_sample=0, names=("动物",), shares=(1.0,), sizes=(10,))
-TWO = Phase(first_sample=0, names=("动物", "食物"), shares=(3.0, 1.0), sizes=(10, 7))
-FIVE = Phase(first_sample=0, names=tuple("猫狗鸟鱼马"), shares=(0.1, 2.0, 0.7, 1.0, 0.3), sizes=(3, 50, 1, 20, 7))
+ONE = Phase(first_sample=0, names=("动物",), weights=(1.0,), sizes=(10,))
+TWO = Phase(first_sample=0, names=("动物", "食物"), weights=(3.0, 1.0), sizes=(10, 7))
+FIVE = Phase(first_sample=0, names=tuple("猫狗鸟鱼马"), weights=(0.1, 2.0, 0.7, 1.0, 0.3), sizes=(3, 50, 1, 20, 7))
 
 
 def grown():
@@ -112,7 +112,7 @@ def test_what_a_counting_reader_would_read_is_read():
         if sample == phase.first_sample:
             passed = [0] * len(phase.names)
         for store in range(len(phase.names)):
-            share = round(phase.shares[store] / sum(phase.shares[store:]) * whole)
+            share = round(phase.weights[store] / sum(phase.weights[store:]) * whole)
             passed[store] += 1
             if passed[store] * share // whole > (passed[store] - 1) * share // whole:
                 break
@@ -149,12 +149,12 @@ def test_a_sample_alone_is_the_same_as_among_others():
 
 
 @pytest.mark.parametrize(
-    "shares", [(1, 1), (3, 1), (1, 3), (1, 1, 1), (5, 2, 1, 1), FIVE.shares, (0.001, 1), (1, 0.001), (1,) * 8]
+    "shares", [(1, 1), (3, 1), (1, 3), (1, 1, 1), (5, 2, 1, 1), FIVE.weights, (0.001, 1), (1, 0.001), (1,) * 8]
 )
 def test_shares_are_kept_at_every_sample(shares):
     count = len(shares)
     names = tuple(f"store{number}" for number in range(count))
-    phase = Phase(first_sample=0, names=names, shares=shares, sizes=(100,) * count)
+    phase = Phase(first_sample=0, names=names, weights=shares, sizes=(100,) * count)
     stores, _ = Mixture([phase], seed=0).locate(np.arange(20000))
     for store, share in enumerate(shares):
         had = np.cumsum(stores == store)
@@ -172,13 +172,13 @@ def test_stores_are_interleaved():
 @pytest.mark.parametrize(("shares", "expected"), [((1.0, 1e12), [1, 1, 1, 0, 1, 0]), ((1e12, 1.0), [1, 0, 0, 0, 1, 0])])
 def test_a_store_with_next_to_no_share_is_read_all_the_same(shares, expected):
     """A split takes 1 in 2^24 samples at least; a share that came out as 0 would never be read."""
-    phase = Phase(first_sample=0, names=("大", "小"), shares=shares, sizes=(5, 5))
+    phase = Phase(first_sample=0, names=("大", "小"), weights=shares, sizes=(5, 5))
     stores, _ = Mixture([phase], seed=0).locate(np.array([0, 1, 2**24 - 2, 2**24 - 1, 2**24, 2**25 - 1]))
     assert stores.tolist() == expected
 
 
 def test_stores_of_one_size_have_orders_of_their_own():
-    phase = Phase(first_sample=0, names=("一", "二", "三"), shares=(1, 1, 1), sizes=(1000, 1000, 1000))
+    phase = Phase(first_sample=0, names=("一", "二", "三"), weights=(1, 1, 1), sizes=(1000, 1000, 1000))
     stores, rows = Mixture([phase], seed=0).locate(np.arange(3000))
     orders = [rows[stores == store] for store in range(3)]
     for first, second in [(0, 1), (0, 2), (1, 2)]:
@@ -196,12 +196,12 @@ def test_mixtures_that_make_no_sense():
 
 
 def test_each_row_of_a_new_store_is_as_likely_as_one_of_the_others():
-    before = Phase(first_sample=0, names=("动物", "食物"), shares=(0.5, 1.5), sizes=(100, 300))
+    before = Phase(first_sample=0, names=("动物", "食物"), weights=(0.5, 1.5), sizes=(100, 300))
     after = before.with_stores(800, {"植物": 200, "天气": 400})
     assert after == Phase(
         first_sample=800,
         names=("动物", "食物", "植物", "天气"),
-        shares=(0.5, 1.5, 1.0, 2.0),
+        weights=(0.5, 1.5, 1.0, 2.0),
         sizes=(100, 300, 200, 400),
     )
     stores, _ = Mixture([before, after], seed=0).locate(np.arange(800, 10800))
@@ -234,7 +234,7 @@ def test_stores_that_cannot_be_mixed(change, message):
 
 def test_phases_that_only_a_mistake_of_ours_makes():
     with pytest.raises(ValueError, match="2 stores have 1 shares and 2 sizes"):
-        replace(TWO, shares=(1.0,))
+        replace(TWO, weights=(1.0,))
     with pytest.raises(ValueError, match="numbered from 0, got -1"):
         replace(TWO, first_sample=-1)
 
@@ -284,7 +284,7 @@ def assert_same(read, expected):
 def by_hand(stores, numbers, rows):
     """The rows one by one, texts filled up to 6."""
     found = [stores[number][int(row)] for number, row in zip(numbers, rows, strict=True)]
-    texts = [np.pad(row["text"], (0, 6 - len(row["text"])), constant_values=ABSENT) for row in found]
+    texts = [np.pad(row["text"], (0, 6 - len(row["text"])), constant_values=NO_TOKEN) for row in found]
     return {"text": np.stack(texts), "image": np.stack([row["image"] for row in found])}
 
 
@@ -338,7 +338,7 @@ pickle.dump(store.read(*mixture.locate(samples)), sys.stdout.buffer)
 
 def test_another_process_reads_the_same_from_a_pickle(three):
     """What a worker that is started by spawn does."""
-    phase = Phase(first_sample=0, names=tuple("一二三"), shares=(1, 1, 2), sizes=(50, 30, 40))
+    phase = Phase(first_sample=0, names=tuple("一二三"), weights=(1, 1, 2), sizes=(50, 30, 40))
     mixed, mixture, samples = MixedStore(three), Mixture([phase], seed=0), np.arange(200)
     expected = mixed.read(*mixture.locate(samples))  # the stores are open in this process
     sent = pickle.dumps((mixed, mixture, samples))
@@ -347,7 +347,7 @@ def test_another_process_reads_the_same_from_a_pickle(three):
 
 
 def test_forked_workers_read_what_one_process_reads(three):
-    phase = Phase(first_sample=0, names=tuple("一二三"), shares=(1, 1, 2), sizes=(50, 30, 40))
+    phase = Phase(first_sample=0, names=tuple("一二三"), weights=(1, 1, 2), sizes=(50, 30, 40))
     lessons = Lessons(MixedStore(three), Mixture([phase], seed=0))
     expected = [lessons[step] for step in range(12)]
     loader = DataLoader(
@@ -404,7 +404,7 @@ def test_no_stores_at_all():
 
 def test_a_store_may_grow_but_not_shrink(three):
     mixed = MixedStore(three)
-    phase = Phase(first_sample=0, names=("动物", "食物", "植物"), shares=(1, 1, 1), sizes=(40, 30, 40))
+    phase = Phase(first_sample=0, names=("动物", "食物", "植物"), weights=(1, 1, 1), sizes=(40, 30, 40))
     mixed.check_sizes(phase)
     with pytest.raises(InputError, match="植物 has 40 rows, the run began to read 41: bring them back, or begin"):
         mixed.check_sizes(replace(phase, sizes=(40, 30, 41)))
@@ -430,7 +430,7 @@ def found(watch, known=()):
 
 
 def test_new_stores_are_found_by_name(tmp_path, capsys):
-    watch = StoreWatch(tmp_path, HEADER, ["generate"])
+    watch = StoreWatcher(tmp_path, HEADER, ["generate"])
     assert found(watch) == []
     make_store(tmp_path / "b", 3)
     make_store(tmp_path / "a", 4, replace(HEADER, fields={"text": 2, "image": 16}))
@@ -452,14 +452,14 @@ def test_a_store_is_known_by_any_of_its_paths(tmp_path, monkeypatch):
     (tmp_path / "new").mkdir()
     for name in ("link", "second"):
         (tmp_path / "new" / name).symlink_to(tmp_path / "elsewhere")
-    watch = StoreWatch(tmp_path / "new", HEADER)
+    watch = StoreWatcher(tmp_path / "new", HEADER)
     assert found(watch) == [("link", 3)]  # and not twice
     monkeypatch.chdir(tmp_path)
     assert found(watch, ["elsewhere"]) == []
 
 
 def test_what_is_no_whole_store_is_left_for_later(tmp_path, capsys):
-    watch = StoreWatch(tmp_path, HEADER)
+    watch = StoreWatcher(tmp_path, HEADER)
     make_store(tmp_path / "empty", 0)
     whole = (make_store(tmp_path / ".whole", 60).path / "data.mdb").read_bytes()
     (tmp_path / "copied").mkdir()
@@ -491,7 +491,7 @@ with StoreWriter(path, StoreHeader.from_json(header), resume=True) as writer:
 @pytest.mark.parametrize("ends", ["by itself", "killed"])
 def test_a_store_that_is_being_written_is_left_for_later(tmp_path, ends):
     """Its rows can be read at any time, but not all are there yet."""
-    watch = StoreWatch(tmp_path, HEADER)
+    watch = StoreWatcher(tmp_path, HEADER)
     process = subprocess.Popen(
         [sys.executable, "-c", WRITE_SLOWLY, tmp_path / "store", HEADER.to_json()],
         stdin=subprocess.PIPE,
@@ -522,7 +522,7 @@ def test_a_store_that_is_being_written_is_left_for_later(tmp_path, ends):
     ],
 )
 def test_a_store_that_does_not_fit_is_told_once(tmp_path, capsys, change, message):
-    watch = StoreWatch(tmp_path, HEADER, ["generate", "caption"])
+    watch = StoreWatcher(tmp_path, HEADER, ["generate", "caption"])
     make_store(tmp_path / "fits", 3)
     make_store(tmp_path / "other", 3, replace(HEADER, **change))
     for _ in range(3):
@@ -530,7 +530,7 @@ def test_a_store_that_does_not_fit_is_told_once(tmp_path, capsys, change, messag
     os.rename(tmp_path / "other", tmp_path / ".other")
     make_store(tmp_path / "other", 3)  # too late
     assert found(watch) == [("fits", 3)]
-    assert StoreWatch(tmp_path, HEADER).new_stores([])[-1].path.name == "other"  # in time for the next run
+    assert StoreWatcher(tmp_path, HEADER).new_stores([])[-1].path.name == "other"  # in time for the next run
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
@@ -539,7 +539,7 @@ def test_a_store_that_does_not_fit_is_told_once(tmp_path, capsys, change, messag
 
 def test_released_datasets_are_stores_too(tmp_path, capsys):
     header = replace(HEADER, fields={"text": 64, "image": 64}, grid=8)
-    watch = StoreWatch(tmp_path, header, ["generate"])
+    watch = StoreWatcher(tmp_path, header, ["generate"])
     released_dataset(tmp_path / "released", [[5, 6], []])
     released_dataset(tmp_path / "wrong", [[3000], [3000]])  # of a larger text model
     assert found(watch) == [("released", 2)]
@@ -549,9 +549,9 @@ def test_released_datasets_are_stores_too(tmp_path, capsys):
 
 def test_a_watched_folder_that_is_missing(tmp_path, capsys):
     with pytest.raises(InputError, match=r"no folder .*new to look for new stores in: make it, or watch none"):
-        StoreWatch(tmp_path / "new", HEADER)
+        StoreWatcher(tmp_path / "new", HEADER)
     (tmp_path / "new").mkdir()
-    watch = StoreWatch(tmp_path / "new", HEADER)
+    watch = StoreWatcher(tmp_path / "new", HEADER)
     os.rename(tmp_path / "new", tmp_path / "away")
     assert found(watch) == found(watch) == []  # no reason to end a run that goes on without
     err = capsys.readouterr().err
@@ -567,14 +567,14 @@ def test_a_watched_folder_that_is_missing(tmp_path, capsys):
 @pytest.fixture
 def ledger(tmp_path):
     for phase in grown():
-        append_phase(tmp_path / LEDGER_FILE, phase)
-    return tmp_path / LEDGER_FILE
+        append_phase(tmp_path / PHASES_FILE, phase)
+    return tmp_path / PHASES_FILE
 
 
 def test_what_is_appended_is_read(tmp_path, ledger):
     assert read_phases(tmp_path / "nothing") == []
     assert read_phases(ledger) == grown()
-    assert [path.name for path in tmp_path.iterdir()] == [LEDGER_FILE]
+    assert [path.name for path in tmp_path.iterdir()] == [PHASES_FILE]
     first = json.loads(ledger.read_text(encoding="utf-8").splitlines()[0])
     assert first == {
         "first_sample": 0,
@@ -584,9 +584,9 @@ def test_what_is_appended_is_read(tmp_path, ledger):
 
 def test_names_may_have_any_characters(tmp_path):
     names = ('新"行"\n二', "a\u2028b", os.fsdecode(b"\xff\xfe"), "\\")
-    phase = Phase(first_sample=0, names=names, shares=(1 / 3, 1e-9, 2, 1), sizes=(1, 2, 3, 4))
-    append_phase(tmp_path / LEDGER_FILE, phase)
-    assert read_phases(tmp_path / LEDGER_FILE) == [phase]
+    phase = Phase(first_sample=0, names=names, weights=(1 / 3, 1e-9, 2, 1), sizes=(1, 2, 3, 4))
+    append_phase(tmp_path / PHASES_FILE, phase)
+    assert read_phases(tmp_path / PHASES_FILE) == [phase]
 
 
 def test_a_line_that_was_cut_short_is_ignored_and_overwritten(ledger):
@@ -625,7 +625,7 @@ def test_a_kill_while_appending_loses_nothing(ledger, moment):
     further = grown()[-1].with_stores(9500, {"湖": 6})
     append_phase(ledger, further)
     assert read_phases(ledger) == [*grown(), further]
-    assert [path.name for path in ledger.parent.iterdir()] == [LEDGER_FILE]
+    assert [path.name for path in ledger.parent.iterdir()] == [PHASES_FILE]
 
 
 @pytest.mark.parametrize(
@@ -659,15 +659,15 @@ def test_a_phase_that_does_not_go_on_is_not_appended(ledger):
 def test_a_run_begins_again_with_the_stores_it_had():
     check_same_start([], TWO)
     check_same_start(grown(), TWO)
-    check_same_start(grown(), replace(TWO, shares=(6.0, 2.0)))  # only how they compare counts
+    check_same_start(grown(), replace(TWO, weights=(6.0, 2.0)))  # only how they compare counts
     check_same_start(grown(), replace(TWO, sizes=(10, 70)))  # a store may grow
 
 
 def test_shares_by_size_may_grow_with_the_sizes():
-    began = replace(TWO, shares=(10.0, 7.0))
-    check_same_start([began], replace(TWO, shares=(10.0, 70.0), sizes=(10, 70)))
+    began = replace(TWO, weights=(10.0, 7.0))
+    check_same_start([began], replace(TWO, weights=(10.0, 70.0), sizes=(10, 70)))
     with pytest.raises(InputError, match=r"a share of 0\.588235 of all samples for 动物, now it is 0.125: resume with"):
-        check_same_start([began], replace(TWO, shares=(10.0, 70.0)))
+        check_same_start([began], replace(TWO, weights=(10.0, 70.0)))
 
 
 @pytest.mark.parametrize(
@@ -685,7 +685,7 @@ def test_shares_by_size_may_grow_with_the_sizes():
         ),
         (replace(TWO, sizes=(9, 7)), "动物 has 9 rows, the run began to read 10: bring them back"),
         (
-            replace(TWO, shares=(1.0, 1.0)),
+            replace(TWO, weights=(1.0, 1.0)),
             "a share of 0.75 of all samples for 动物, now it is 0.5: resume with the shares",
         ),
     ],

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from cogview.data import store as store_module
 from cogview.data.sampling_order import sample_index
-from cogview.data.store import ABSENT, StoreHeader, StoreWriter, TokenStore, as_tensors, pad_text, text_lengths
+from cogview.data.store import NO_TOKEN, StoreHeader, StoreWriter, TokenStore, as_tensors, pad_text, text_lengths
 from cogview.errors import InputError
 
 HEADER = StoreHeader(
@@ -85,7 +85,7 @@ def test_read_rows_are_the_callers_own(written):
 
 def test_pad_text_marks_what_is_absent():
     text = pad_text([[5, 6], [], [1, 2, 3]], 3)
-    assert text.tolist() == [[5, 6, ABSENT], [ABSENT] * 3, [1, 2, 3]]
+    assert text.tolist() == [[5, 6, NO_TOKEN], [NO_TOKEN] * 3, [1, 2, 3]]
     assert text_lengths(text).tolist() == [2, 0, 3]
     with pytest.raises(InputError, match=r"text 1 has 4 pieces, the store has room for 3: widen"):
         pad_text([[], [1, 2, 3, 4]], 3)
@@ -166,10 +166,10 @@ def test_writing_where_a_file_stands(tmp_path):
         ({"image": np.zeros((3, 16), int)}, r'"image" has shape \(3, 16\), expected \(2, 16\)'),
         ({"image": np.zeros((2, 16))}, r'"image" holds float64, expected integers'),
         ({"image": np.full((2, 16), 8192)}, r'"image" holds 8192, expected ids in 0…8191'),
-        ({"image": np.full((2, 16), ABSENT)}, r'"image" holds 65535, expected ids in 0…8191'),
+        ({"image": np.full((2, 16), NO_TOKEN)}, r'"image" holds 65535, expected ids in 0…8191'),
         ({"image": np.full((2, 16), -1)}, r'"image" holds -1, expected'),
         ({"text": np.full((2, 6), 2000)}, r'"text" holds 2000, expected ids in 0…1999'),
-        ({"text": np.array([[1, ABSENT, 1, 1, 1, 1]] * 2)}, r"absent pieces come last"),
+        ({"text": np.array([[1, NO_TOKEN, 1, 1, 1, 1]] * 2)}, r"absent pieces come last"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused_whole(tmp_path, change, message):
@@ -263,8 +263,8 @@ def test_headers_that_make_no_sense(change, message):
 
 def test_require_says_both_sides_and_the_remedy(written):
     store = TokenStore(written[0])
-    store.require()
-    store.require(
+    store.check_compatible()
+    store.check_compatible(
         codebook_sha256="c0de" * 16,
         text_sha256="7e47" * 16,
         num_image_codes=8192,
@@ -273,11 +273,11 @@ def test_require_says_both_sides_and_the_remedy(written):
         layout="generate",
     )
     with pytest.raises(InputError, match=r"with codebook_sha256 c0dec0de.*, but beefbeef.* needed here: encode"):
-        store.require(codebook_sha256="beef" * 16)
+        store.check_compatible(codebook_sha256="beef" * 16)
     with pytest.raises(InputError, match=r"num_text_pieces 2000, but 50000 is needed here"):
-        store.require(num_text_pieces=50000)
+        store.check_compatible(num_text_pieces=50000)
     with pytest.raises(InputError, match=r'feeds generate, but "caption" is needed here'):
-        store.require(layout="caption")
+        store.check_compatible(layout="caption")
 
 
 def test_one_path_can_be_open_many_times(written, tmp_path):

@@ -11,8 +11,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from cogview.data import v1_datasets as released
-from cogview.data.store import ABSENT, StoreWriter, TokenStore, as_tensors, pad_text
-from cogview.data.v1_datasets import BadRow, ReleasedRows, RowUnpickler, import_released, open_rows
+from cogview.data.store import NO_TOKEN, StoreWriter, TokenStore, as_tensors, pad_text
+from cogview.data.v1_datasets import InvalidRow, RowUnpickler, V1Dataset, import_dataset, open_dataset
 from cogview.errors import InputError
 from cogview.tokenizers.vocabulary import Vocabulary
 
@@ -71,7 +71,7 @@ def write_bin(path, texts, codes):
 
 
 def open_released(path, **changes):
-    return ReleasedRows(path, **{**MADE_WITH, **changes})
+    return V1Dataset(path, **{**MADE_WITH, **changes})
 
 
 # What is there is read
@@ -128,7 +128,7 @@ def test_absent_ids_of_a_bin_file_are_dropped_wherever_they_stand(tmp_path):
     ids[0, [3, 10, 63]] = [8192, 8193, 58191]
     ids[0, 64:] = codes
     ids.tofile(tmp_path / "data.bin")
-    assert open_released(tmp_path / "data.bin", grid=8)[0]["text"].tolist() == [0, 1, 49999] + [ABSENT] * 61
+    assert open_released(tmp_path / "data.bin", grid=8)[0]["text"].tolist() == [0, 1, 49999] + [NO_TOKEN] * 61
 
 
 def test_room_for_text_is_a_setting(tmp_path):
@@ -138,11 +138,11 @@ def test_room_for_text_is_a_setting(tmp_path):
     assert_same(open_released(path, text_width=70).read(range(3)), expected_of(texts, codes, 70))
     narrow = open_released(path, text_width=20)
     assert_same(narrow.read([0, 1]), expected_of(texts[:2], codes[:2], 20))
-    with pytest.raises(BadRow, match=r"row 2 of .* has a text of 70 pieces, there is room for 20; `cogview import"):
+    with pytest.raises(InvalidRow, match=r"row 2 of .* has a text of 70 pieces, there is room for 20; `cogview import"):
         narrow.read(range(3))
     short = write_bin(tmp_path / "data.bin", texts[:2], codes[:2])
     assert_same(open_released(short, text_width=20, grid=8).read([0, 1]), expected_of(texts[:2], codes[:2], 20))
-    with pytest.raises(BadRow, match=r"row 1 of .* has a text of 20 pieces, there is room for 19;"):
+    with pytest.raises(InvalidRow, match=r"row 1 of .* has a text of 20 pieces, there is room for 19;"):
         open_released(short, text_width=19, grid=8).read([0, 1])
 
 
@@ -152,7 +152,7 @@ def test_other_sizes_of_the_vocabulary_move_the_ids(tmp_path):
     commands = [vocabulary.command(name) for name in ("[ROI1]", "[TINY]", "[BOI1]", "[EOI1]")]
     row = np.array([commands[0], 40, 339, *commands[1:3], *[39] * 64, commands[3]])
     read = open_released(write_lmdb(tmp_path / "data", [row]), **sizes)[0]
-    assert read["text"][:3].tolist() == [0, 299, ABSENT]
+    assert read["text"][:3].tolist() == [0, 299, NO_TOKEN]
     assert read["image"].tolist() == [39] * 64
 
 
@@ -176,10 +176,10 @@ def test_what_a_path_holds_is_seen_by_looking(tmp_path):
     texts, codes = some_rows(3)
     pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
     dataset = open_released(write_lmdb(tmp_path / "data", pairs))
-    import_released(tmp_path / "store", [dataset])
+    import_dataset(tmp_path / "store", [dataset])
     large = write_bin(tmp_path / "data.bin", *some_rows(2, grid=32))
-    kinds = [type(open_rows(path, **MADE_WITH)) for path in (tmp_path / "data", tmp_path / "store", large)]
-    assert kinds == [ReleasedRows, TokenStore, ReleasedRows]
+    kinds = [type(open_dataset(path, **MADE_WITH)) for path in (tmp_path / "data", tmp_path / "store", large)]
+    assert kinds == [V1Dataset, TokenStore, V1Dataset]
     with pytest.raises(InputError, match="is a released dataset, not a token store: make one of it with `cogview imp"):
         TokenStore(tmp_path / "data")
     with pytest.raises(InputError, match="is a token store already, not a released dataset"):
@@ -213,7 +213,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypat
     with pytest.raises(InputError, match=f"row 1 of data asks to run {name}, which no row of ids needs: the data"):
         store.read([0, 1])
     with pytest.raises(InputError, match="the dataset is refused"):  # it is no row to leave out either
-        import_released(tmp_path / "store", [store], skip_bad=True)
+        import_dataset(tmp_path / "store", [store], skip_bad=True)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     pickle.loads(pickle.dumps(harm, protocol))  # or the test would show nothing
     assert len(list(tmp_path.iterdir())) == 2
@@ -224,7 +224,9 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypat
     ("array", "name"), [(np.array([None, 5]), "O8"), (np.array(["狐狸"]), "U2"), (np.zeros(2, dtype="i4,i4"), "V8")]
 )
 def test_arrays_of_anything_but_whole_numbers_are_refused(tmp_path, array, name, protocol):
-    with pytest.raises(BadRow, match=rf"row 0 of .* cannot be read: it holds an array of {name}, expected whole num"):
+    with pytest.raises(
+        InvalidRow, match=rf"row 0 of .* cannot be read: it holds an array of {name}, expected whole num"
+    ):
         open_released(write_lmdb(tmp_path / "data", [(array, np.arange(64))], protocol))
 
 
@@ -263,14 +265,14 @@ TEXT, CODES = np.array([8192, 9000]), np.arange(64)
 )
 def test_rows_that_cannot_be_used(tmp_path, row, reason):
     store = open_released(write_lmdb(tmp_path / "data", [(TEXT, CODES), row]))
-    assert store.read([0])["text"][0, :3].tolist() == [0, 808, ABSENT]
-    with pytest.raises(BadRow, match=f"row 1 of .*data {reason}"):
+    assert store.read([0])["text"][0, :3].tolist() == [0, 808, NO_TOKEN]
+    with pytest.raises(InvalidRow, match=f"row 1 of .*data {reason}"):
         store.read([0, 1])
 
 
 def test_a_row_that_is_missing(tmp_path):
     store = open_released(write_lmdb(tmp_path / "data", [(TEXT, CODES)], length=b"2"))
-    with pytest.raises(BadRow, match=r"row 1 of .* is missing; "):
+    with pytest.raises(InvalidRow, match=r"row 1 of .* is missing; "):
         store.read([1])
     with pytest.raises(IndexError, match=r"row 2 of .*, which has the rows 0…1"):
         store.read([2])
@@ -290,7 +292,7 @@ def test_numbers_of_a_bin_file_that_are_no_ids(tmp_path, dtype, row, message):
     ids[1, 70] = 8192
     ids.astype(dtype).tofile(tmp_path / "data.bin")
     store = open_released(tmp_path / "data.bin", grid=8)
-    with pytest.raises(BadRow, match=rf"row {row} of .*data.bin {message} \(all as little-endian int32\); "):
+    with pytest.raises(InvalidRow, match=rf"row {row} of .*data.bin {message} \(all as little-endian int32\); "):
         store.read([0, 1])
 
 
@@ -325,13 +327,13 @@ def test_a_store_of_several_datasets_has_their_rows_in_order(tmp_path, monkeypat
         open_released(write_lmdb(tmp_path / "one", pairs)),
         open_released(write_bin(tmp_path / "two.bin", *second), grid=8),
     ]
-    made = import_released(tmp_path / "made" / "store", sources)
-    assert (made.rows, made.left_out) == (19, 0)
+    made = import_dataset(tmp_path / "made" / "store", sources)
+    assert (made.rows, made.skipped) == (19, 0)
     store = TokenStore(tmp_path / "made" / "store")
     assert_same(store.read(range(19)), expected_of([*first[0], *second[0]], np.concatenate([first[1], second[1]])))
     assert store.header.provenance == {"released": ["one", "two.bin"], "rows": [12, 7]}
     assert store.header.layouts == ("generate", "caption")
-    store.require(**MADE_WITH, grid=8)
+    store.check_compatible(**MADE_WITH, grid=8)
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["store"]
 
 
@@ -355,12 +357,12 @@ def test_an_interrupted_import_goes_on(tmp_path, monkeypatch, bad):
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "append", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            import_released(tmp_path / "store", [source], skip_bad=True)
+            import_dataset(tmp_path / "store", [source], skip_bad=True)
     assert not (tmp_path / "store").exists()
     written = []
     monkeypatch.setattr(StoreWriter, "append", lambda self, rows: written.append(append(self, rows)))
-    made = import_released(tmp_path / "store", [source], skip_bad=True)
-    assert (made.rows, made.left_out) == (20 - len(bad), len(bad))
+    made = import_dataset(tmp_path / "store", [source], skip_bad=True)
+    assert (made.rows, made.skipped) == (20 - len(bad), len(bad))
     assert len(written) == 2  # of five: three were there
     assert_same(TokenStore(tmp_path / "store").read(range(made.rows)), expected)
 
@@ -369,11 +371,11 @@ def test_a_bad_row_stops_the_import_or_is_left_out(tmp_path):
     texts, codes = some_rows(3)
     pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
     source = open_released(write_lmdb(tmp_path / "data", [(texts[0], codes[0]), *pairs]))
-    with pytest.raises(BadRow, match=r"row 0 of .* in its text, expected 8192…58191"):
-        import_released(tmp_path / "store", [source])
+    with pytest.raises(InvalidRow, match=r"row 0 of .* in its text, expected 8192…58191"):
+        import_dataset(tmp_path / "store", [source])
     assert [path.name for path in tmp_path.iterdir()] == ["data"]  # nothing was made, nothing is kept
-    made = import_released(tmp_path / "store", [source], skip_bad=True)
-    assert (made.rows, made.left_out) == (3, 1)
+    made = import_dataset(tmp_path / "store", [source], skip_bad=True)
+    assert (made.rows, made.skipped) == (3, 1)
     assert made.first_error.endswith(", expected 8192…58191")  # and no word of what was done
     assert_same(TokenStore(tmp_path / "store").read(range(3)), expected_of(texts, codes))
 
@@ -384,11 +386,11 @@ def test_mistakes_of_an_import(tmp_path):
     small = open_released(write_lmdb(tmp_path / "small", pairs))
     large = open_released(write_bin(tmp_path / "large.bin", *some_rows(2, grid=32)))
     with pytest.raises(InputError, match=r"large.bin has 32 x 32 codes a row, .*small has 8 x 8: import them into st"):
-        import_released(tmp_path / "store", [small, large])
+        import_dataset(tmp_path / "store", [small, large])
     wrong = open_released(write_bin(tmp_path / "wrong.bin", texts, codes), grid=8)
     shutil.copyfile(write_bin(tmp_path / "w", [texts[0] - 60000] * 2, codes), tmp_path / "wrong.bin")
     with pytest.raises(InputError, match=r"none of the 2 rows can be used; the first: row 0 of .*wrong.bin holds "):
-        import_released(tmp_path / "store", [wrong], skip_bad=True)
+        import_dataset(tmp_path / "store", [wrong], skip_bad=True)
     (tmp_path / "store").mkdir()
     with pytest.raises(InputError, match="store is already there: remove it, or choose another name"):
-        import_released(tmp_path / "store", [small])
+        import_dataset(tmp_path / "store", [small])

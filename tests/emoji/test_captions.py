@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from cogview.emoji.captions import CaptionReader, Facts
+from cogview.emoji.captions import CaptionReader, ParsedCaption
 from cogview.emoji.name_search import find_names, nearest_names
 from cogview.emoji.scene import COLOURS, Colour, Scene
-from cogview.emoji.things import EmojiFiles, Thing, read_things
-from cogview.emoji.world import World, WorldSettings
+from cogview.emoji.things import EmojiFiles, EmojiObject, read_things
+from cogview.emoji.world import EmojiWorld, WorldSettings
 
-MakeWorld = Callable[..., World]
+MakeWorld = Callable[..., EmojiWorld]
 SEEDS = range(600)
 WHITE, BLUE, PINK = COLOURS[10], COLOURS[5], COLOURS[7]
 
 
-def captions(world: World, scene: Scene, complete: bool = True) -> list[str]:
+def captions(world: EmojiWorld, scene: Scene, complete: bool = True) -> list[str]:
     return [world.caption(scene, seed, complete) for seed in SEEDS]
 
 
@@ -122,16 +122,16 @@ def test_nearest_names_come_by_what_they_share() -> None:
     assert nearest_names("xyz", names) == []
 
 
-def world_of(things: Sequence[Thing]) -> World:
+def world_of(things: Sequence[EmojiObject]) -> EmojiWorld:
     """A world for its words alone: its pictures are empty."""
-    return World(WorldSettings(), things, np.zeros((len(things), 128, 128, 4), dtype=np.uint8))
+    return EmojiWorld(WorldSettings(), things, np.zeros((len(things), 128, 128, 4), dtype=np.uint8))
 
 
-def facts(scene: Scene, caption: str) -> Facts:
+def facts(scene: Scene, caption: str) -> ParsedCaption:
     """What ``caption`` says of ``scene`` where every name means one thing."""
     colour = scene.colour if "背景" in caption else None
     things = tuple(frozenset([thing.emoji]) for thing in scene.things)
-    return Facts(colour=colour, kind=scene.kind, count=scene.count, things=things)
+    return ParsedCaption(colour=colour, kind=scene.kind, count=scene.count, things=things)
 
 
 @pytest.mark.parametrize("complete", [True, False])
@@ -143,7 +143,7 @@ def test_reading_undoes_writing(make_tiny_world: MakeWorld, complete: bool) -> N
         scene = world.sample(3, index)
         for seed in range(6):
             caption = world.caption(scene, seed, complete)
-            assert reader.readings(caption) == (facts(scene, caption),), caption
+            assert reader.parses(caption) == (facts(scene, caption),), caption
             silent += "背景" not in caption
     assert silent == 0 if complete else silent > 100
 
@@ -162,22 +162,22 @@ def test_captions_are_read_after_a_text_tokenizer_too(make_tiny_world: MakeWorld
 
 
 DOGS = (
-    Thing(emoji="🐕", name="狗", synonyms=("小狗",), measures=("只", "条")),
-    Thing(emoji="🐶", name="狗头", synonyms=("小狗", "狗"), measures=("个",)),
-    Thing(emoji="🐩", name="贵宾犬", synonyms=("小狗",), measures=("只", "个")),
-    Thing(emoji="🌭", name="热狗", measures=("根", "个")),
+    EmojiObject(emoji="🐕", name="狗", synonyms=("小狗",), measures=("只", "条")),
+    EmojiObject(emoji="🐶", name="狗头", synonyms=("小狗", "狗"), measures=("个",)),
+    EmojiObject(emoji="🐩", name="贵宾犬", synonyms=("小狗",), measures=("只", "个")),
+    EmojiObject(emoji="🌭", name="热狗", measures=("根", "个")),
 )
 APPLES = (
-    Thing(emoji="🍎", name="红苹果", synonyms=("苹果",)),
-    Thing(emoji="🍏", name="青苹果", synonyms=("苹果", "Ｔ恤")),
-    Thing(emoji="👕", name="T恤", measures=("件", "个")),
-    Thing(emoji="📕", name="红色的书", synonyms=("书",), measures=("本", "个")),
-    Thing(emoji="📖", name="打开的书", synonyms=("书",), measures=("本", "个")),
+    EmojiObject(emoji="🍎", name="红苹果", synonyms=("苹果",)),
+    EmojiObject(emoji="🍏", name="青苹果", synonyms=("苹果", "Ｔ恤")),
+    EmojiObject(emoji="👕", name="T恤", measures=("件", "个")),
+    EmojiObject(emoji="📕", name="红色的书", synonyms=("书",), measures=("本", "个")),
+    EmojiObject(emoji="📖", name="打开的书", synonyms=("书",), measures=("本", "个")),
 )
 
 
 @pytest.mark.parametrize("things", [DOGS, APPLES])
-def test_a_name_of_several_things_is_read_as_all_of_them(things: tuple[Thing, ...]) -> None:
+def test_a_name_of_several_things_is_read_as_all_of_them(things: tuple[EmojiObject, ...]) -> None:
     world = world_of(things)
     reader = CaptionReader(things)
     seen = set()
@@ -185,7 +185,7 @@ def test_a_name_of_several_things_is_read_as_all_of_them(things: tuple[Thing, ..
         scene = world.sample(0, index)
         for seed in range(6):
             caption = world.caption(scene, seed, complete=True)
-            (said,) = reader.readings(caption)
+            (said,) = reader.parses(caption)
             assert (said.colour, said.kind, said.count) == (scene.colour, scene.kind, scene.count)
             assert all(thing.emoji in meant for thing, meant in zip(scene.things, said.things, strict=True)), caption
             seen |= set(said.things)
@@ -217,13 +217,13 @@ def test_a_name_of_several_things_is_read_as_all_of_them(things: tuple[Thing, ..
 def test_sentences_that_people_write(
     make_tiny_world: MakeWorld, text: str, colour: Colour | None, kind: str, count: int, things: str
 ) -> None:
-    expected = Facts(
+    expected = ParsedCaption(
         colour=colour,
         kind=kind,  # type: ignore[arg-type]
         count=count,
         things=tuple(frozenset([emoji]) for emoji in things),
     )
-    assert CaptionReader(make_tiny_world().things).readings(text) == (expected,)
+    assert CaptionReader(make_tiny_world().things).parses(text) == (expected,)
 
 
 @pytest.mark.parametrize(
@@ -268,20 +268,22 @@ def test_sentences_that_people_write(
 )
 def test_what_is_no_caption_is_not_read(make_tiny_world: MakeWorld, text: str) -> None:
     reader = CaptionReader(make_tiny_world().things)
-    assert reader.readings(text) == ()
+    assert reader.parses(text) == ()
     assert reader.read(text) is None
 
 
 def test_a_name_that_looks_like_a_count_has_two_readings() -> None:
-    beer = Thing(emoji="🍺", name="啤酒", measures=("杯", "个"))
-    beers = Thing(emoji="🍻", name="两杯啤酒", measures=("个",))
+    beer = EmojiObject(emoji="🍺", name="啤酒", measures=("杯", "个"))
+    beers = EmojiObject(emoji="🍻", name="两杯啤酒", measures=("个",))
     reader = CaptionReader((beer, beers))
-    one = Facts(colour=None, kind="one", count=1, things=(frozenset("🍻"),))
-    two = Facts(colour=None, kind="many", count=2, things=(frozenset("🍺"),))
-    assert reader.readings("两杯啤酒") == (one, two)
+    one = ParsedCaption(colour=None, kind="one", count=1, things=(frozenset("🍻"),))
+    two = ParsedCaption(colour=None, kind="many", count=2, things=(frozenset("🍺"),))
+    assert reader.parses("两杯啤酒") == (one, two)
     assert reader.read("两杯啤酒") == one
-    assert reader.readings("三个两杯啤酒") == (Facts(colour=None, kind="many", count=3, things=(frozenset("🍻"),)),)
-    assert len(reader.readings("两杯啤酒在啤酒的左边")) == 1  # a pair has one of each
+    assert reader.parses("三个两杯啤酒") == (
+        ParsedCaption(colour=None, kind="many", count=3, things=(frozenset("🍻"),)),
+    )
+    assert len(reader.parses("两杯啤酒在啤酒的左边")) == 1  # a pair has one of each
 
 
 def test_a_reader_of_no_things_or_other_colours_reads_no_others(make_tiny_world: MakeWorld) -> None:
@@ -290,7 +292,7 @@ def test_a_reader_of_no_things_or_other_colours_reads_no_others(make_tiny_world:
     gold = Colour(names=("金色",), rgb=(212, 175, 55))
     reader = CaptionReader(things, (gold,))
     assert reader.read("蓝色背景上的狐狸") is None
-    assert reader.read("金色背景上的狐狸") == Facts(colour=gold, kind="one", count=1, things=(frozenset("🦊"),))
+    assert reader.read("金色背景上的狐狸") == ParsedCaption(colour=gold, kind="one", count=1, things=(frozenset("🦊"),))
 
 
 @pytest.mark.skipif(
@@ -302,8 +304,10 @@ def test_captions_of_the_real_world_are_read() -> None:
     world, reader = world_of(things), CaptionReader(things)
     for thing in things:
         for name in thing.names:
-            assert Facts(colour=None, kind="one", count=1, things=(frozenset([thing.emoji]),)) in reader.readings(name)
+            assert ParsedCaption(colour=None, kind="one", count=1, things=(frozenset([thing.emoji]),)) in reader.parses(
+                name
+            )
     for index in range(1000):
         scene = world.sample(0, index)
         caption = world.caption(scene, index)
-        assert facts(scene, caption) in reader.readings(caption), caption
+        assert facts(scene, caption) in reader.parses(caption), caption

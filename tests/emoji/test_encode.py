@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from cogview.checkpoints.image_tokenizer import codebook_hash
-from cogview.data.store import ABSENT, StoreWriter, TokenStore
+from cogview.data.store import NO_TOKEN, StoreWriter, TokenStore
 from cogview.emoji.encode import EncodeSettings, encode_scenes, name_places
-from cogview.emoji.scene import KINDS, Shares
-from cogview.emoji.world import World
+from cogview.emoji.scene import SCENE_KINDS, SceneWeights
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 
 @pytest.fixture(scope="module")
-def world(make_tiny_world) -> World:
+def world(make_tiny_world) -> EmojiWorld:
     return make_tiny_world(jitter=2)
 
 
@@ -68,7 +68,7 @@ def test_a_row_is_the_codes_of_a_scene_and_the_pieces_of_its_caption(
         scene = world.sample(3, number, held_out=held_out)
         assert scene.held_out == held_out
         row = store[number]
-        pieces = row["text"][row["text"] != ABSENT].tolist()
+        pieces = row["text"][row["text"] != NO_TOKEN].tolist()
         assert text_tokenizer.decode(pieces) == unicodedata.normalize("NFKC", world.caption(scene, number))
         image = torch.from_numpy(world.render(scene, number)).permute(2, 0, 1)[None].float() / 255
         assert row["image"].tolist() == image_tokenizer.encode(image).flatten().tolist()
@@ -115,7 +115,7 @@ def test_the_name_of_what_stands_at_each_code(tmp_path, encode, world):
             assert piece in row["text"]
             assert tokenizer.decode([piece]) in thing.names
         seen.add(scene.kind)
-    assert seen == set(KINDS)
+    assert seen == set(SCENE_KINDS)
 
 
 def test_a_name_that_the_caption_does_not_hold_or_holds_twice_is_absent(world):
@@ -124,8 +124,8 @@ def test_a_name_that_the_caption_does_not_hold_or_holds_twice_is_absent(world):
     names = {left: frozenset({7, 8}), right: frozenset({9})}
     for pieces, expected in (
         ([1, 8, 2, 9], [8, 9]),
-        ([9, 1], [ABSENT, 9]),
-        ([7, 8], [ABSENT, ABSENT]),  # which of the two it is about cannot be known
+        ([9, 1], [NO_TOKEN, 9]),
+        ([7, 8], [NO_TOKEN, NO_TOKEN]),  # which of the two it is about cannot be known
     ):
         named = name_places(scene, pieces, names, grid=16).reshape(16, 16)
         assert [set(half.ravel().tolist()) for half in (named[:, :8], named[:, 8:])] == [{piece} for piece in expected]
@@ -139,7 +139,7 @@ def test_names_of_several_pieces_cannot_stand_for_things(tmp_path, encode):
 
 
 def test_shares_are_those_of_the_training_scenes_alone(tmp_path, encode):
-    pairs = Shares(one=0, many=0, pair=1)
+    pairs = SceneWeights(one=0, many=0, pair=1)
     trained, held_out = (
         encode(tmp_path / str(held_out), 12, held_out=held_out, shares=pairs) for held_out in (False, True)
     )
@@ -150,7 +150,7 @@ def test_shares_are_those_of_the_training_scenes_alone(tmp_path, encode):
     assert not np.array_equal(everything(trained)["image"], everything(encode(tmp_path / "plain", 12))["image"])
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 5}, {"workers": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{"batch_size": 5}, {"num_workers": 2}], ids=str)
 def test_the_rows_depend_neither_on_batches_nor_on_workers(tmp_path, encode, changes):
     alone, other = everything(encode(tmp_path / "a", 21)), everything(encode(tmp_path / "b", 21, **changes))
     assert all(np.array_equal(alone[name], other[name]) for name in alone)

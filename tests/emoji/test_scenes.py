@@ -9,16 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogview.config_io import build
-from cogview.emoji.keyed_random import Draws
-from cogview.emoji.scene import COLOURS, COUNTS, LAYOUTS, Kind, Scene, Shares, cells_of
-from cogview.emoji.world import World, WorldSettings
+from cogview.config_io import from_mapping
+from cogview.emoji.keyed_random import KeyedRandom
+from cogview.emoji.scene import COLOURS, COUNTS, LAYOUTS, Scene, SceneKind, SceneWeights, cells_of
+from cogview.emoji.world import EmojiWorld, WorldSettings
 from cogview.errors import InputError
 
-MakeWorld = Callable[..., World]
+MakeWorld = Callable[..., EmojiWorld]
 
 
-def all_scenes(world: World) -> list[Scene]:
+def all_scenes(world: EmojiWorld) -> list[Scene]:
     scenes = []
     for colour in world.colours:
         for thing in world.things:
@@ -32,9 +32,9 @@ def all_scenes(world: World) -> list[Scene]:
 
 def test_draws_are_the_same_for_ever() -> None:
     # Computed once with this code: a change of these numbers changes every training set and every held-out part.
-    draws = Draws("scene", 7, 0)
-    assert [draws.below(1000) for _ in range(10)] == [908, 25, 82, 431, 698, 390, 933, 215, 248, 648]
-    assert Draws("a").below(10**9) != Draws("b").below(10**9)
+    draws = KeyedRandom("scene", 7, 0)
+    assert [draws.randbelow(1000) for _ in range(10)] == [908, 25, 82, 431, 698, 390, 933, 215, 248, 648]
+    assert KeyedRandom("a").randbelow(10**9) != KeyedRandom("b").randbelow(10**9)
 
 
 def test_sampling_is_a_function_of_its_arguments(make_tiny_world: MakeWorld) -> None:
@@ -67,7 +67,7 @@ def test_a_third_of_the_scenes_is_of_each_family(make_tiny_world: MakeWorld) -> 
 
 def test_shares_of_the_families_can_be_asked_for(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
-    kinds = Counter(world.sample(0, index, shares=Shares(one=1, many=0, pair=3)).kind for index in range(2000))
+    kinds = Counter(world.sample(0, index, shares=SceneWeights(one=1, many=0, pair=3)).kind for index in range(2000))
     assert 440 < kinds["one"] < 560
     assert kinds["many"] == 0
     assert 700 < kinds["beside"] < 800
@@ -77,7 +77,7 @@ def test_shares_of_the_families_can_be_asked_for(make_tiny_world: MakeWorld) -> 
 @pytest.mark.parametrize("shares", [{"pair": -1}, {"one": 0, "many": 0, "pair": 0}], ids=str)
 def test_shares_that_mean_nothing(shares: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="shares must be 0 or more and one of them above 0"):
-        Shares(**shares)
+        SceneWeights(**shares)
 
 
 def test_only_the_first_things_are_sampled(make_tiny_world: MakeWorld) -> None:
@@ -107,7 +107,7 @@ def test_on_the_grid_a_thing_looks_the_same_wherever_it_stands(make_tiny_world: 
 
 
 @pytest.mark.parametrize("kind", ["one", "beside", "above"])
-def test_a_scene_at_another_scale_is_that_of_a_larger_world(make_tiny_world: MakeWorld, kind: Kind) -> None:
+def test_a_scene_at_another_scale_is_that_of_a_larger_world(make_tiny_world: MakeWorld, kind: SceneKind) -> None:
     small, large = make_tiny_world(canvas=64), make_tiny_world(canvas=128)
     scene = Scene(colour=COLOURS[5], kind=kind, things=small.things[: 1 if kind == "one" else 2])
     assert np.array_equal(small.render(scene, scale=2), large.render(scene))
@@ -157,7 +157,7 @@ def test_every_place_a_sprite_takes_is_listed(make_tiny_world: MakeWorld) -> Non
     for cells in LAYOUTS.values():
         for cell in cells:
             for seed in range(20):
-                x, y, side = world._place(cell, Draws(seed))
+                x, y, side = world._place(cell, KeyedRandom(seed))
                 assert side in world.sides_in(cell)
                 assert (x, y) in world.places_in(cell, side)
 
@@ -165,7 +165,7 @@ def test_every_place_a_sprite_takes_is_listed(make_tiny_world: MakeWorld) -> Non
 def test_a_saved_world_is_the_same_world(make_tiny_world: MakeWorld, tmp_path: Path) -> None:
     world = make_tiny_world(things=4, jitter=3, sizes=(0.5, 1.0))
     world.save(tmp_path / "world")
-    loaded = World.load(tmp_path / "world")
+    loaded = EmojiWorld.load(tmp_path / "world")
     assert (loaded.settings, loaded.candidates, loaded.things) == (world.settings, world.candidates, world.things)
     assert loaded.colours == world.colours
     for index in range(20):
@@ -189,12 +189,12 @@ def test_an_interrupted_save_leaves_nothing(
 
 def test_loading_what_is_no_world_says_so(make_tiny_world: MakeWorld, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"world\.json is missing; make it with: cogview scenes"):
-        World.load(tmp_path)
+        EmojiWorld.load(tmp_path)
     make_tiny_world().save(tmp_path)
     description = json.loads((tmp_path / "world.json").read_text(encoding="utf-8"))
     (tmp_path / "world.json").write_text(json.dumps({**description, "format_version": 99}), encoding="utf-8")
     with pytest.raises(InputError, match="format version 99, expected 1"):
-        World.load(tmp_path)
+        EmojiWorld.load(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_loading_what_is_no_world_says_so(make_tiny_world: MakeWorld, tmp_path: 
 )
 def test_settings_are_checked(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build(WorldSettings, settings, "scenes section")
+        from_mapping(WorldSettings, settings, "scenes section")
 
 
 def test_a_world_needs_its_things_and_sprites(make_tiny_world: MakeWorld) -> None:
@@ -219,7 +219,7 @@ def test_a_world_needs_its_things_and_sprites(make_tiny_world: MakeWorld) -> Non
         make_tiny_world(things=7)
     world = make_tiny_world()
     with pytest.raises(ValueError, match=r"6 things need uint8 sprites \(6, 128, 128, 4\)"):
-        World(world.settings, world.candidates, world.sprites[:5])
+        EmojiWorld(world.settings, world.candidates, world.sprites[:5])
 
 
 def test_scenes_that_make_no_sense_are_refused(make_tiny_world: MakeWorld) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cogview.checkpoints.checkpoint import NamedThing
-from cogview.config_io import to_plain
+from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.scenes import held_out_scenes
 from cogview.errors import InputError
 from cogview.evaluation import harness as protocol
@@ -110,7 +110,7 @@ def test_the_report_says_how_it_was_made(world):
         reports[seed], _ = evaluate_scenes(painter, world, count=4, seed=seed, sampling=sampling, batch_size=4)
     made = reports[0]["protocol"]
     assert (made["captions"], made["seed"], made["things"], made["candidates"]) == (4, 0, 6, 6)
-    assert made["sampling"] == to_plain(sampling)
+    assert made["sampling"] == to_mapping(sampling)
     assert made["model"] == "painter"
     assert made["world"]["canvas"] == 64
     assert made["captions_sha256"] != reports[1]["protocol"]["captions_sha256"]

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from cogview.generation.decode import fill, score, search
-from cogview.generation.decoding_state import Tapes
+from cogview.generation.decode import beam_search, decode, score
+from cogview.generation.decoding_state import DecodingState
 from cogview.generation.sampling import GREEDY, Sampling, filter_logits, keyed_gumbel, noise_keys
-from cogview.generation.token_sampler import Job, Stopped
+from cogview.generation.token_sampler import DecodingRequest, DecodingStopped
 from cogview.kernels.attention import attention_bias
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.layouts import layouts, pad_left
-from cogview.tokenizers.vocabulary import Kind, Vocabulary
+from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
 VOCABULARY = Vocabulary(num_image_codes=64, num_text_pieces=37)
 TABLE = layouts(8)
@@ -65,7 +65,7 @@ def caption_row(seed=0, max_text=6):
 
 
 def job_of(row, seed, image=0, sampling=SAMPLING, **rest):
-    return Job(row=row, seed=seed, image=image, sampling=sampling, **rest)
+    return DecodingRequest(sequence=row, seed=seed, image=image, sampling=sampling, **rest)
 
 
 def image_of(filled, row):
@@ -74,14 +74,14 @@ def image_of(filled, row):
 
 def fill_without_cache(transformer, one):
     """One row by full forwards, a place at a time: the ids, and the log p of each drawn one among the permitted."""
-    row, ids, log_p = one.row, torch.from_numpy(one.row.ids.copy()), {}
+    row, ids, log_p = one.sequence, torch.from_numpy(one.sequence.ids.copy()), {}
     positions = torch.from_numpy(row.positions)
     for place in np.flatnonzero(row.blanks).tolist():
-        kind = Kind(row.kinds[place])
+        kind = TokenKind(row.kinds[place])
         permitted = VOCABULARY.permitted(kind)
         with torch.no_grad():
             all_logits = transformer(ids[None, :place], positions[None, :place])[0, -1]
-        if kind == Kind.TEXT and row.stop is not None:
+        if kind == TokenKind.TEXT and row.stop is not None:
             permitted = range(permitted.start, VOCABULARY.size)
             commands = torch.arange(VOCABULARY.commands.start, VOCABULARY.size)
             all_logits[commands[commands != row.stop]] = -torch.inf
@@ -112,9 +112,9 @@ def test_triton_kernels_draw_the_same_codes(monkeypatch, int8_cache):
     drawn = []
     for name in ("torch", "triton"):
         monkeypatch.setenv("COGVIEW_KERNELS", name)
-        choose.cache_clear()
-        drawn.append([filled.ids.tolist() for filled in fill(transformer, VOCABULARY, jobs, int8_cache=int8_cache)])
-    choose.cache_clear()
+        select_backend.cache_clear()
+        drawn.append([filled.ids.tolist() for filled in decode(transformer, VOCABULARY, jobs, int8_cache=int8_cache)])
+    select_backend.cache_clear()
     assert drawn[0] == drawn[1]
 
 
@@ -127,12 +127,12 @@ def test_prompts_of_different_lengths_in_one_batch(transformer, sampling):
         job_of(row=draw_row(text), seed=seed, image=image, sampling=sampling)
         for text, seed, image in ((LONG, 7, 0), (SHORT, 7, 1), (LONG[:4], 8, 0))
     ]
-    together = fill(transformer, VOCABULARY, jobs)
+    together = decode(transformer, VOCABULARY, jobs)
     for job, filled in zip(jobs, together, strict=True):
-        (alone,) = fill(transformer, VOCABULARY, [job])
+        (alone,) = decode(transformer, VOCABULARY, [job])
         assert filled.ids.tolist() == alone.ids.tolist()
         assert filled.log_probability == pytest.approx(alone.log_probability, abs=1e-3)
-    assert len({tuple(image_of(filled, job.row)) for job, filled in zip(jobs, together, strict=True)}) == 3
+    assert len({tuple(image_of(filled, job.sequence)) for job, filled in zip(jobs, together, strict=True)}) == 3
 
 
 def test_different_tasks_in_one_batch(transformer):
@@ -151,9 +151,9 @@ def test_different_tasks_in_one_batch(transformer):
         job_of(row=row, seed=5, image=number, sampling=way)
         for number, (row, way) in enumerate(zip(rows, ways, strict=True))
     ]
-    together = fill(transformer, VOCABULARY, jobs)
+    together = decode(transformer, VOCABULARY, jobs)
     for job, filled in zip(jobs, together, strict=True):
-        (alone,) = fill(transformer, VOCABULARY, [job])
+        (alone,) = decode(transformer, VOCABULARY, [job])
         assert filled.ids.tolist() == alone.ids.tolist()
         assert filled.log_probability == pytest.approx(alone.log_probability, abs=1e-3)
         ids, log_p = fill_without_cache(transformer, job)
@@ -164,8 +164,8 @@ def test_different_tasks_in_one_batch(transformer):
 def test_picture_of_a_seed_is_the_same_in_any_batch(transformer):
     def pictures(keys):
         jobs = [job_of(row=draw_row(LONG), seed=seed, image=image) for seed, image in keys]
-        filled = fill(transformer, VOCABULARY, jobs)
-        return {key: image_of(row, job.row) for key, row, job in zip(keys, filled, jobs, strict=True)}
+        filled = decode(transformer, VOCABULARY, jobs)
+        return {key: image_of(row, job.sequence) for key, row, job in zip(keys, filled, jobs, strict=True)}
 
     all_of_them = pictures([(7, 0), (7, 1), (7, 2), (8, 0), (8, 1)])
     assert pictures([(7, 2)]) == {(7, 2): all_of_them[7, 2]}
@@ -181,7 +181,7 @@ def test_picture_of_a_seed_is_the_same_in_any_batch(transformer):
 def test_equals_full_forwards_without_a_cache(transformer, row, sampling):
     """Greedy decoding is an argmax loop; sampling adds the noise of (seed, image, place of the code, id)."""
     job = job_of(row=row, seed=11, image=2, sampling=sampling)
-    (filled,) = fill(transformer, VOCABULARY, [job])
+    (filled,) = decode(transformer, VOCABULARY, [job])
     ids, log_p = fill_without_cache(transformer, job)
     assert filled.ids.tolist() == ids
     assert filled.log_probability == pytest.approx(sum(log_p.values()), abs=1e-3)
@@ -189,7 +189,7 @@ def test_equals_full_forwards_without_a_cache(transformer, row, sampling):
 
 def test_greedy_is_an_argmax_loop(transformer):
     row = draw_row(SHORT)
-    (filled,) = fill(transformer, VOCABULARY, [job_of(row=row, seed=1, sampling=GREEDY)])
+    (filled,) = decode(transformer, VOCABULARY, [job_of(row=row, seed=1, sampling=GREEDY)])
     ids = torch.from_numpy(row.ids[: row.spans["image"].start])
     for _ in range(64):
         with torch.inference_mode():
@@ -200,7 +200,7 @@ def test_greedy_is_an_argmax_loop(transformer):
 def test_log_probability_is_that_of_one_full_forward(transformer):
     """Of the codes among image ids, before temperature and filters."""
     row = draw_row(LONG)
-    (filled,) = fill(transformer, VOCABULARY, [job_of(row=row, seed=3)])
+    (filled,) = decode(transformer, VOCABULARY, [job_of(row=row, seed=3)])
     ids, span = torch.from_numpy(filled.ids), row.spans["image"]
     with torch.inference_mode():
         logits = transformer(ids[None])[0, span.start - 1 : span.stop - 1, :64].double()
@@ -227,26 +227,26 @@ def forwards(transformer, monkeypatch):
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("shared_from", [0.0, 2.0])  # one copy of a beginning, or one for each row
 def test_a_beginning_is_read_once(transformer, forwards, monkeypatch, shared_from, int8):
-    monkeypatch.setattr("cogview.generation.decoding_state.SHARED_FROM", shared_from)
+    monkeypatch.setattr("cogview.generation.decoding_state.MIN_SHARED_FRACTION", shared_from)
     jobs = [
         job_of(row=caption_row(seed=seed), seed=7, image=image, sampling=Sampling(top_k=0))
         for seed, image in ((1, 0), (2, 0), (1, 1), (1, 2), (2, 1))
     ]
-    together = fill(transformer, VOCABULARY, jobs, int8_cache=int8)
+    together = decode(transformer, VOCABULARY, jobs, int8_cache=int8)
     assert forwards[:2] == [(2, 68), (5, 1)]  # two images, of which five captions are written
     for job, filled in zip(jobs, together, strict=True):
-        (alone,) = fill(transformer, VOCABULARY, [job], int8_cache=int8)
+        (alone,) = decode(transformer, VOCABULARY, [job], int8_cache=int8)
         assert filled.ids.tolist() == alone.ids.tolist()
         assert filled.log_probability == pytest.approx(alone.log_probability, abs=1e-3)
     assert len({tuple(filled.ids.tolist()) for filled in together}) == 5
 
 
 def test_one_copy_of_a_beginning_takes_less(transformer, monkeypatch):
-    batch = pad_left([caption_row(seed=1).cut(73)] * 8, VOCABULARY.pad)
+    batch = pad_left([caption_row(seed=1).truncate(73)] * 8, VOCABULARY.pad)
     sizes = []
     for shared_from in (0.0, 2.0):
-        monkeypatch.setattr("cogview.generation.decoding_state.SHARED_FROM", shared_from)
-        sizes.append(Tapes(transformer, batch, None).cache.num_bytes)
+        monkeypatch.setattr("cogview.generation.decoding_state.MIN_SHARED_FRACTION", shared_from)
+        sizes.append(DecodingState(transformer, batch, None).cache.num_bytes)
     assert sizes[0] * 8 * 73 == sizes[1] * (68 + 8 * (73 - 68))
 
 
@@ -254,10 +254,10 @@ def test_beginnings_that_only_look_alike_are_not_shared(transformer, forwards):
     """The same ids, but text that counts for more."""
     row = draw_row(LONG)
     jobs = [job_of(row=row, seed=7, sampling=Sampling(top_k=5, text_attention=weight)) for weight in (1.0, 4.0)]
-    together = fill(transformer, VOCABULARY, jobs, parallel=1)
+    together = decode(transformer, VOCABULARY, jobs, speculative=1)
     assert forwards[0][0] == 2
     for job, filled in zip(jobs, together, strict=True):
-        assert filled.ids.tolist() == fill(transformer, VOCABULARY, [job], parallel=1)[0].ids.tolist()
+        assert filled.ids.tolist() == decode(transformer, VOCABULARY, [job], speculative=1)[0].ids.tolist()
 
 
 # --- keys and values in int8 --------------------------------------------------------------------------------------
@@ -265,9 +265,9 @@ def test_beginnings_that_only_look_alike_are_not_shared(transformer, forwards):
 
 def test_rounded_keys_and_values_hardly_change_what_is_probable(transformer):
     job = job_of(row=draw_row(LONG), seed=7, sampling=GREEDY)
-    exact, rounded = (fill(transformer, VOCABULARY, [job], int8_cache=int8)[0] for int8 in (False, True))
+    exact, rounded = (decode(transformer, VOCABULARY, [job], int8_cache=int8)[0] for int8 in (False, True))
     # The first code is told from the prompt alone: the same in both unless rounding is wrong.
-    first = job.row.spans["image"].start
+    first = job.sequence.spans["image"].start
     assert exact.ids[first] == rounded.ids[first]
     assert exact.log_probability != rounded.log_probability
     assert rounded.log_probability == pytest.approx(exact.log_probability, rel=0.1)
@@ -279,25 +279,27 @@ def test_rounded_keys_and_values_hardly_change_what_is_probable(transformer):
 @pytest.mark.parametrize("pays", [0.0, 2.0])  # go on guessing though it does not pay, or give it up
 @pytest.mark.parametrize("most", [2, 3, 8, 64])
 def test_parallel_drawing_is_drawing_one_by_one(transformer, monkeypatch, most, pays):
-    monkeypatch.setattr("cogview.generation.speculative.PAYS", pays)
+    monkeypatch.setattr("cogview.generation.speculative.MIN_SPEEDUP", pays)
     rows = [
         draw_row(LONG),
         draw_row(SHORT),
         window_row(SHORT, seed=1),
         draw_row(SHORT, image=[5, None, 9, *[None] * 20, *range(30)]),
         draw_row(LONG[:2], image=range(64)),  # nothing to do
-        window_row(LONG, seed=3).cut(len(window_row(LONG)) - 1 - 24),  # five lines: others have text beside its codes
+        window_row(LONG, seed=3).truncate(
+            len(window_row(LONG)) - 1 - 24
+        ),  # five lines: others have text beside its codes
     ]
     ways = [SAMPLING, GREEDY, Sampling(top_k=0), Sampling(text_attention=3.0), SAMPLING, SAMPLING]
     jobs = [
         job_of(row=row, seed=5, image=number, sampling=way)
         for number, (row, way) in enumerate(zip(rows, ways, strict=True))
     ]
-    jobs.append(job_of(row=draw_row(LONG), seed=1, sampling=Sampling(guidance=2.0), unguided=draw_row([])))
-    one_by_one = fill(transformer, VOCABULARY, jobs, parallel=1)
-    together = fill(transformer, VOCABULARY, jobs, parallel=most)
+    jobs.append(job_of(row=draw_row(LONG), seed=1, sampling=Sampling(guidance=2.0), unconditional=draw_row([])))
+    one_by_one = decode(transformer, VOCABULARY, jobs, speculative=1)
+    together = decode(transformer, VOCABULARY, jobs, speculative=most)
     for job, expected, filled in zip(jobs, one_by_one, together, strict=True):
-        (alone,) = fill(transformer, VOCABULARY, [job], parallel=most)
+        (alone,) = decode(transformer, VOCABULARY, [job], speculative=most)
         assert filled.ids.tolist() == alone.ids.tolist() == expected.ids.tolist()
         assert filled.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
         assert alone.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
@@ -314,11 +316,11 @@ def test_codes_that_repeat_are_guessed_right():
     job, count = job_of(row=draw_row(SHORT, image=[9]), seed=1, sampling=GREEDY), []
     hidden = echo.hidden
     echo.hidden = lambda *rest, **named: (count.append(1), hidden(*rest, **named))[1]
-    (expected,) = fill(echo, VOCABULARY, [job], parallel=1)
-    assert set(image_of(expected, job.row)) == {9}
+    (expected,) = decode(echo, VOCABULARY, [job], speculative=1)
+    assert set(image_of(expected, job.sequence)) == {9}
     assert len(count) == 63
     count.clear()
-    (filled,) = fill(echo, VOCABULARY, [job], parallel=64)
+    (filled,) = decode(echo, VOCABULARY, [job], speculative=64)
     assert filled.ids.tolist() == expected.ids.tolist()
     assert len(count) <= 4  # the prompt; 16 codes, 32, and what is left
 
@@ -326,35 +328,35 @@ def test_codes_that_repeat_are_guessed_right():
 @pytest.mark.parametrize("parallel", [1, 8])
 def test_who_watches_sees_what_is_drawn_and_nothing_else(transformer, parallel):
     job = job_of(row=draw_row(SHORT), seed=5)
-    (filled,) = fill(transformer, VOCABULARY, [job], parallel=1)
-    start, seen = job.row.spans["image"].start, []
+    (filled,) = decode(transformer, VOCABULARY, [job], speculative=1)
+    start, seen = job.sequence.spans["image"].start, []
 
     def look(moment):
         seen.append(moment.done)
         assert moment.total == 64
-        (ids,) = moment.rows()
+        (ids,) = moment.sequences()
         assert ids.tolist()[: start + moment.done] == filled.ids.tolist()[: start + moment.done]
         assert (ids[start + moment.done : start + 64] == VOCABULARY.pad).all()
 
-    fill(transformer, VOCABULARY, [job], look, parallel=parallel)
+    decode(transformer, VOCABULARY, [job], look, speculative=parallel)
     assert seen == sorted(set(seen))
     assert seen[-1] == 64
 
 
 @pytest.mark.parametrize("parallel", [1, 8])
 def test_who_watches_may_stop(transformer, parallel):
-    with pytest.raises(Stopped):
-        fill(
+    with pytest.raises(DecodingStopped):
+        decode(
             transformer,
             VOCABULARY,
             [job_of(row=draw_row(SHORT), seed=5)],
             lambda moment: moment.done < 20,
-            parallel=parallel,
+            speculative=parallel,
         )
 
 
 def test_texts_are_not_guessed(transformer, forwards):
-    fill(transformer, VOCABULARY, [job_of(row=caption_row(), seed=1)], parallel=8)
+    decode(transformer, VOCABULARY, [job_of(row=caption_row(), seed=1)], speculative=8)
     assert {length for _, length in forwards} == {1, 68}
 
 
@@ -363,20 +365,20 @@ def test_steps_to_be_captured_are_the_same_steps(transformer, monkeypatch, paral
     """On CUDA each is replayed as a graph; here they are run as they are, from the same buffers."""
     monkeypatch.setattr("cogview.generation.speculative.BUCKET", 32)
     jobs = [
-        job_of(row=draw_row(LONG), seed=5, sampling=Sampling(guidance=2.0, top_k=9), unguided=draw_row([])),
+        job_of(row=draw_row(LONG), seed=5, sampling=Sampling(guidance=2.0, top_k=9), unconditional=draw_row([])),
         job_of(row=draw_row(SHORT, image=[5, None, 9, *[None] * 20, *range(30)]), seed=6),
         job_of(row=window_row(SHORT, seed=1), seed=7, sampling=Sampling(text_attention=3.0)),
     ]
     monkeypatch.setenv("COGVIEW_STEPS", "eager")
-    expected = fill(transformer, VOCABULARY, jobs, parallel=1)
+    expected = decode(transformer, VOCABULARY, jobs, speculative=1)
     monkeypatch.setenv("COGVIEW_STEPS", "captured")
-    found = fill(transformer, VOCABULARY, jobs, parallel=parallel)
+    found = decode(transformer, VOCABULARY, jobs, speculative=parallel)
     for one, other in zip(expected, found, strict=True):
         assert one.ids.tolist() == other.ids.tolist()
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
     monkeypatch.setenv("COGVIEW_STEPS", "compiled")
     with pytest.raises(ValueError, match="COGVIEW_STEPS='compiled' is unknown; known: eager, captured"):
-        fill(transformer, VOCABULARY, jobs)
+        decode(transformer, VOCABULARY, jobs)
 
 
 # --- blanks and what is given -------------------------------------------------------------------------------------
@@ -387,8 +389,8 @@ def test_blanks_take_only_the_ids_of_their_kind(transformer):
     endless = layouts(8, caption_stop=False)["caption"].arrange(VOCABULARY, image=np.arange(64), max_text=6)
     rows = [draw_row(LONG), endless]
     jobs = [job_of(row=row, seed=1, sampling=Sampling(top_k=0)) for row in rows]
-    for filled, row in zip(fill(transformer, VOCABULARY, jobs), rows, strict=True):
-        permitted = VOCABULARY.permitted(Kind(row.kinds[row.blanks][0]))
+    for filled, row in zip(decode(transformer, VOCABULARY, jobs), rows, strict=True):
+        permitted = VOCABULARY.permitted(TokenKind(row.kinds[row.blanks][0]))
         assert row.blanks.sum() == (64 if row is rows[0] else 6)
         assert all(token in permitted for token in filled.ids[row.blanks])
         assert len(set(filled.ids[row.blanks].tolist())) > 3
@@ -400,7 +402,7 @@ def test_blanks_take_only_the_ids_of_their_kind(transformer):
 def test_what_is_given_is_kept(transformer):
     for row in (window_row(LONG), draw_row(SHORT, image=[None, 5, None, *range(50)])):
         before = row.ids.copy()
-        (filled,) = fill(transformer, VOCABULARY, [job_of(row=row, seed=1)])
+        (filled,) = decode(transformer, VOCABULARY, [job_of(row=row, seed=1)])
         assert (filled.ids[~row.blanks] == row.ids[~row.blanks]).all()
         assert (filled.ids[row.blanks] != VOCABULARY.pad).all()
         assert (row.ids == before).all()  # the job's own row stays as it was
@@ -408,7 +410,7 @@ def test_what_is_given_is_kept(transformer):
 
 def test_known_codes_steer_what_follows(transformer):
     pictures = [
-        fill(transformer, VOCABULARY, [job_of(row=draw_row(SHORT, image=[code] * 8), seed=1)])[0].ids[-57:]
+        decode(transformer, VOCABULARY, [job_of(row=draw_row(SHORT, image=[code] * 8), seed=1)])[0].ids[-57:]
         for code in (0, 1)
     ]
     assert not np.array_equal(*pictures)
@@ -416,7 +418,7 @@ def test_known_codes_steer_what_follows(transformer):
 
 def test_row_without_blanks_comes_back_unchanged(transformer):
     row = draw_row(LONG, image=range(64))
-    (filled,) = fill(transformer, VOCABULARY, [job_of(row=row, seed=1)])
+    (filled,) = decode(transformer, VOCABULARY, [job_of(row=row, seed=1)])
     assert filled.ids.tolist() == row.ids.tolist()
     assert filled.ids is not row.ids
     assert filled.log_probability == 0
@@ -426,27 +428,27 @@ def test_row_may_end_at_its_last_blank(transformer):
     """Upscaling cuts a window at its last line."""
     row = window_row(LONG)
     end = row.spans["image"].stop - 16
-    jobs = [job_of(row=row.cut(end), seed=1), job_of(row=row, seed=1)]
-    cut, whole = fill(transformer, VOCABULARY, jobs)
+    jobs = [job_of(row=row.truncate(end), seed=1), job_of(row=row, seed=1)]
+    cut, whole = decode(transformer, VOCABULARY, jobs)
     assert cut.ids.tolist() == whole.ids[:end].tolist()
 
 
 def test_every_column_is_told(transformer):
     told = []
     row = draw_row(SHORT, image=[1] * 60)
-    fill(transformer, VOCABULARY, [job_of(row=row, seed=1)], lambda moment: told.append((moment.done, moment.total)))
+    decode(transformer, VOCABULARY, [job_of(row=row, seed=1)], lambda moment: told.append((moment.done, moment.total)))
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_bfloat16_model_draws(transformer):
     model = Transformer(transformer.config).to(torch.bfloat16).eval()
-    (filled,) = fill(model, VOCABULARY, [job_of(row=draw_row(LONG), seed=1)])
+    (filled,) = decode(model, VOCABULARY, [job_of(row=draw_row(LONG), seed=1)])
     assert np.isfinite(filled.log_probability)
 
 
 def test_no_rows_is_an_error(transformer):
     with pytest.raises(ValueError, match="a batch needs at least one row"):
-        fill(transformer, VOCABULARY, [])
+        decode(transformer, VOCABULARY, [])
 
 
 # --- texts that end -----------------------------------------------------------------------------------------------
@@ -474,8 +476,8 @@ def test_a_text_ends_at_its_stop(talker):
     ]
     stop = VOCABULARY.command("[SEP]")
     lengths = []
-    for job, filled in zip(jobs, fill(talker, VOCABULARY, jobs), strict=True):
-        text = text_of(filled, job.row)
+    for job, filled in zip(jobs, decode(talker, VOCABULARY, jobs), strict=True):
+        text = text_of(filled, job.sequence)
         lengths.append(text.index(stop) if stop in text else len(text))
         assert all(token in VOCABULARY.text for token in text[: lengths[-1]])
         assert text[lengths[-1] + 1 :] == [VOCABULARY.pad] * (7 - lengths[-1])
@@ -491,7 +493,7 @@ def test_a_batch_of_texts_is_left_when_all_are_over(talker):
     seen = []
     rows = [caption_row(seed, max_text=20) for seed in range(3)]
     jobs = [job_of(row=row, seed=0, sampling=Sampling(temperature=3.0, top_k=0)) for row in rows]
-    filled = fill(talker, VOCABULARY, jobs, lambda moment: seen.append((moment.done, moment.total)))
+    filled = decode(talker, VOCABULARY, jobs, lambda moment: seen.append((moment.done, moment.total)))
     longest = max(sum(token != VOCABULARY.pad for token in text_of(*pair)) for pair in zip(filled, rows, strict=True))
     assert seen[-1] == (longest, 20)
     assert longest < 20
@@ -502,24 +504,24 @@ def test_a_batch_of_texts_is_left_when_all_are_over(talker):
 
 def guided_job(scale, seed=4):
     row, unguided = draw_row(LONG, image=[3] * 40), draw_row([], image=[3] * 40)
-    return job_of(row=row, seed=seed, sampling=Sampling(top_k=0, guidance=scale), unguided=unguided)
+    return job_of(row=row, seed=seed, sampling=Sampling(top_k=0, guidance=scale), unconditional=unguided)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
 def test_guidance_draws_from_the_logits_with_and_without_text(transformer, scale):
     job = guided_job(scale)
-    ids, without = (torch.from_numpy(row.ids.copy()) for row in (job.row, job.unguided))
+    ids, without = (torch.from_numpy(row.ids.copy()) for row in (job.sequence, job.unconditional))
     apart = len(ids) - len(without)
     log_p = 0.0
-    for place in np.flatnonzero(job.row.blanks).tolist():
+    for place in np.flatnonzero(job.sequence.blanks).tolist():
         with torch.inference_mode():
             c = transformer(ids[None, :place])[0, -1, :64]
             u = transformer(without[None, : place - apart])[0, -1, :64]
-        key = [torch.tensor([value]) for value in (job.seed, 0, place - job.row.spans["image"].start)]
+        key = [torch.tensor([value]) for value in (job.seed, 0, place - job.sequence.spans["image"].start)]
         chosen = int((u + scale * (c - u) + keyed_gumbel(noise_keys(*key), range(64))).argmax())
         ids[place] = without[place - apart] = chosen
         log_p += c.double().log_softmax(dim=-1)[chosen].item()
-    (filled,) = fill(transformer, VOCABULARY, [job])
+    (filled,) = decode(transformer, VOCABULARY, [job])
     assert filled.ids.tolist() == ids.tolist()
     assert filled.log_probability == pytest.approx(log_p, abs=1e-3)
 
@@ -532,33 +534,33 @@ def test_guided_rows_beside_others(transformer):
         job_of(row=caption_row(), seed=2),
         job_of(row=draw_row(LONG), seed=3, sampling=Sampling(text_attention=3.0)),
     ]
-    together = fill(transformer, VOCABULARY, jobs)
+    together = decode(transformer, VOCABULARY, jobs)
     for job, filled in zip(jobs, together, strict=True):
-        (alone,) = fill(transformer, VOCABULARY, [job])
+        (alone,) = decode(transformer, VOCABULARY, [job])
         assert filled.ids.tolist() == alone.ids.tolist()
         assert filled.log_probability == pytest.approx(alone.log_probability, abs=1e-3)
 
 
 def test_guidance_of_nothing_is_the_model_itself(transformer):
     plain = job_of(row=draw_row(LONG), seed=4, sampling=Sampling(top_k=0))
-    same = job_of(row=draw_row(LONG), seed=4, sampling=Sampling(top_k=0, guidance=1.0), unguided=draw_row([]))
-    first, second = fill(transformer, VOCABULARY, [plain, same])
+    same = job_of(row=draw_row(LONG), seed=4, sampling=Sampling(top_k=0, guidance=1.0), unconditional=draw_row([]))
+    first, second = decode(transformer, VOCABULARY, [plain, same])
     assert first.ids.tolist() == second.ids.tolist()
 
 
 def test_guidance_needs_the_row_without_its_text(transformer):
     guided = Sampling(guidance=2.0)
     with pytest.raises(ValueError, match="guidance needs the row without its text as well"):
-        fill(transformer, VOCABULARY, [job_of(row=draw_row(LONG), seed=1, sampling=guided)])
+        decode(transformer, VOCABULARY, [job_of(row=draw_row(LONG), seed=1, sampling=guided)])
     other = draw_row([], image=[1] * 5)
     with pytest.raises(ValueError, match="must end in the same blanks"):
-        fill(transformer, VOCABULARY, [job_of(row=draw_row(LONG), seed=1, sampling=guided, unguided=other)])
+        decode(transformer, VOCABULARY, [job_of(row=draw_row(LONG), seed=1, sampling=guided, unconditional=other)])
 
 
 def test_text_attention_is_text_said_again(transformer):
     """Weight 2 of a text is what attention would see if every piece stood there twice at the same position."""
     row = draw_row(SHORT, image=[None] * 3 + [0] * 61)
-    (weighted,) = fill(
+    (weighted,) = decode(
         transformer, VOCABULARY, [job_of(row=row, seed=1, sampling=Sampling(top_k=1, text_attention=2.0))]
     )
     # By full forwards with the bias given by hand; the attention itself is tested with the kernels.
@@ -578,10 +580,14 @@ def test_noise_may_be_keyed_by_other_places(transformer):
     row = draw_row(SHORT)
     usual = np.zeros(len(row), dtype=np.int64)
     usual[row.spans["image"]] = np.arange(64)
-    first, same, other = fill(
+    first, same, other = decode(
         transformer,
         VOCABULARY,
-        [job_of(row=row, seed=1), job_of(row=row, seed=1, places=usual), job_of(row=row, seed=1, places=usual + 64)],
+        [
+            job_of(row=row, seed=1),
+            job_of(row=row, seed=1, noise_positions=usual),
+            job_of(row=row, seed=1, noise_positions=usual + 64),
+        ],
     )
     assert first.ids.tolist() == same.ids.tolist()
     assert first.ids.tolist() != other.ids.tolist()
@@ -612,7 +618,7 @@ def all_texts(model, row, length):
 
 def test_enough_beams_find_the_most_probable_texts(talker):
     rows = [caption_row(seed, max_text=2) for seed in (1, 2)]
-    found = search(talker, VOCABULARY, rows, beams=60)
+    found = beam_search(talker, VOCABULARY, rows, beams=60)
     for row, texts in zip(rows, found, strict=True):
         truth = sorted(all_texts(talker, row, 2).items(), key=lambda item: -item[1])[:8]
         for one, (text, log_p) in zip(texts, truth, strict=False):
@@ -624,27 +630,27 @@ def test_enough_beams_find_the_most_probable_texts(talker):
 
 def test_one_beam_is_greedy(talker):
     rows = [caption_row(seed, max_text=7) for seed in range(5)]
-    greedy = fill(talker, VOCABULARY, [job_of(row=row, seed=0, sampling=GREEDY) for row in rows])
-    for (found,), expected in zip(search(talker, VOCABULARY, rows, beams=1), greedy, strict=True):
+    greedy = decode(talker, VOCABULARY, [job_of(row=row, seed=0, sampling=GREEDY) for row in rows])
+    for (found,), expected in zip(beam_search(talker, VOCABULARY, rows, beams=1), greedy, strict=True):
         assert found.ids.tolist() == expected.ids.tolist()
         assert found.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
 
 
 def test_a_search_of_a_row_alone_is_that_in_a_batch(talker):
     rows = [caption_row(seed, max_text=6) for seed in range(3)]
-    for row, together in zip(rows, search(talker, VOCABULARY, rows, beams=5), strict=True):
-        (alone,) = search(talker, VOCABULARY, [row], beams=5)
+    for row, together in zip(rows, beam_search(talker, VOCABULARY, rows, beams=5), strict=True):
+        (alone,) = beam_search(talker, VOCABULARY, [row], beams=5)
         assert [one.ids.tolist() for one in together] == [one.ids.tolist() for one in alone]
 
 
 def test_what_cannot_be_searched(transformer):
     with pytest.raises(ValueError, match="blanks are texts of one length at their ends"):
-        search(transformer, VOCABULARY, [draw_row(SHORT)], beams=2)
+        beam_search(transformer, VOCABULARY, [draw_row(SHORT)], beams=2)
     with pytest.raises(ValueError, match="at least one beam, got 0"):
-        search(transformer, VOCABULARY, [caption_row()], beams=0)
+        beam_search(transformer, VOCABULARY, [caption_row()], beams=0)
     endless = layouts(8, caption_stop=False)["caption"].arrange(VOCABULARY, image=np.arange(64), max_text=6)
     with pytest.raises(ValueError, match="the same stop"):
-        search(transformer, VOCABULARY, [caption_row(), endless], beams=2)
+        beam_search(transformer, VOCABULARY, [caption_row(), endless], beams=2)
 
 
 def test_scores_are_sums_of_log_p_over_the_text(transformer):

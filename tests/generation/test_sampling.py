@@ -10,12 +10,12 @@ import torch
 from cogview.generation.sampling import (
     MAX_SEED,
     Sampling,
-    draw,
     filter_logits,
     keep_top_k,
     keep_top_p,
     keyed_gumbel,
     noise_keys,
+    sample,
 )
 
 CUT = -math.inf
@@ -222,7 +222,7 @@ def test_neighbours_are_not_correlated(axis):
 def draws(logits_V, sampling, count=40_000, seed=1):
     """How often each id is drawn in ``count`` places."""
     keys = noise_keys(key(seed), key(0), torch.arange(count))
-    chosen = draw(logits_V.expand(count, -1), keys, range(len(logits_V)), sampling)
+    chosen = sample(logits_V.expand(count, -1), keys, range(len(logits_V)), sampling)
     return torch.bincount(chosen, minlength=len(logits_V)).double()
 
 
@@ -246,8 +246,8 @@ def test_draws_follow_the_filtered_softmax():
 def test_top_k_of_one_is_the_argmax_whatever_the_noise():
     logits = random_logits(50, 30)
     keys = noise_keys(torch.arange(50), torch.arange(50), torch.arange(50))
-    assert torch.equal(draw(logits, keys, range(30), Sampling(top_k=1)), logits.argmax(dim=-1))
-    assert not torch.equal(draw(logits, keys, range(30), Sampling(top_k=0)), logits.argmax(dim=-1))
+    assert torch.equal(sample(logits, keys, range(30), Sampling(top_k=1)), logits.argmax(dim=-1))
+    assert not torch.equal(sample(logits, keys, range(30), Sampling(top_k=0)), logits.argmax(dim=-1))
 
 
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
@@ -258,12 +258,12 @@ def test_noise_of_few_ids_draws_what_noise_of_all_does(top_k, top_p, dtype):
     logits = random_logits(300, 8192).to(dtype).float()
     keys, sampling = noise_keys(torch.arange(300), key(0), key(3)), Sampling(top_k=top_k, top_p=top_p, temperature=0.7)
     expected = (filter_logits(logits, sampling) + keyed_gumbel(keys, range(4, 8196))).argmax(dim=-1)
-    assert torch.equal(draw(logits, keys, range(4, 8196), sampling), expected)
+    assert torch.equal(sample(logits, keys, range(4, 8196), sampling), expected)
 
 
 def test_more_equal_logits_than_top_k_keeps():
     """All of them stay in the race, however many there are."""
     logits = torch.zeros(2000, 600)
     logits[:, :100] = 1.0
-    chosen = draw(logits, noise_keys(torch.arange(2000), key(0), key(0)), range(600), Sampling(top_k=3))
+    chosen = sample(logits, noise_keys(torch.arange(2000), key(0), key(0)), range(600), Sampling(top_k=3))
     assert chosen.unique().tolist() == list(range(100))

@@ -6,7 +6,15 @@ import pytest
 from PIL import Image
 
 from cogview.errors import InputError
-from cogview.image_io.png import NAME_BYTES, picture_texts, prepare_folder, read_texts, safe_name, save_png, sheet_texts
+from cogview.image_io.png import (
+    NAME_BYTES,
+    image_metadata,
+    prepare_folder,
+    read_metadata,
+    safe_name,
+    save_png,
+    sheet_metadata,
+)
 from cogview.pipeline.cogview import Score
 
 
@@ -49,7 +57,7 @@ def image(value=0):
 def test_text_chunks_come_back(tmp_path):
     texts = {"prompt": "一只🦊：“狐狸”\n第二行", "seed": "7", "codes": "1 2 3"}
     path = save_png(tmp_path / "a.png", image(), texts)
-    assert read_texts(path) == texts
+    assert read_metadata(path) == texts
 
 
 def test_the_same_picture_is_written_anew_and_another_beside_it(tmp_path):
@@ -57,7 +65,7 @@ def test_the_same_picture_is_written_anew_and_another_beside_it(tmp_path):
     texts = {"prompt": "狐狸", "codes": "1 2 3", "log_probability": "-1.5", "cogview": "0.1.0"}
     assert save_png(path, image(1), texts) == path
     assert save_png(path, image(2), {**texts, "log_probability": "-1.50001", "cogview": "0.2.0"}) == path
-    assert read_texts(path)["cogview"] == "0.2.0"
+    assert read_metadata(path)["cogview"] == "0.2.0"
     other, third = {**texts, "prompt": "狗"}, {**texts, "codes": "1 2 4"}
     assert save_png(path, image(3), other) == tmp_path / "a_2.png"
     assert save_png(path, image(4), third) == tmp_path / "a_3.png"
@@ -76,7 +84,7 @@ def test_pictures_of_older_versions_are_known_again(tmp_path):
     now = {**old, "guidance": "1.0", "text_attention": "1.0"}
     assert save_png(path, image(4), now) == path
     assert save_png(path, image(5), {**now, "score": "-2.5", "score_per_piece": "-0.5"}) == path  # no other picture
-    assert read_texts(path)["score"] == "-2.5"
+    assert read_metadata(path)["score"] == "-2.5"
 
 
 @pytest.mark.parametrize("content", [b"", b"notes of mine", b"\x89PNG\r\n\x1a\n broken"])
@@ -125,25 +133,25 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_texts_of_a_sheet_name_each_prompt_once_and_know_its_pictures(tiny_model):
     first, second = (
-        [picture_texts(picture, "tiny") for picture in tiny_model.generate(["一只狐狸", "两只狗"], n=2, seed=seed)]
+        [image_metadata(picture, "tiny") for picture in tiny_model.generate(["一只狐狸", "两只狗"], n=2, seed=seed)]
         for seed in (1, 2)
     )
-    assert sheet_texts(first)["prompt"] == "一只狐狸\n两只狗"
-    assert sheet_texts(first)["seed"] == "1"
-    assert sheet_texts(first)["codes_sha256"] != sheet_texts(second)["codes_sha256"]
+    assert sheet_metadata(first)["prompt"] == "一只狐狸\n两只狗"
+    assert sheet_metadata(first)["seed"] == "1"
+    assert sheet_metadata(first)["codes_sha256"] != sheet_metadata(second)["codes_sha256"]
 
 
 def test_texts_tell_settings_and_scores(tiny_model):
     first, second = tiny_model.generate("一只狐狸", n=2, seed=1, guidance=2.5, text_attention=1.5)
-    texts = picture_texts(first, "tiny")
+    texts = image_metadata(first, "tiny")
     assert (texts["guidance"], texts["text_attention"]) == ("2.5", "1.5")
     assert "score" not in texts
     first.score = Score(log_probability=-6.0, num_pieces=4)
-    scored = picture_texts(first, "tiny")
+    scored = image_metadata(first, "tiny")
     assert (scored["score"], scored["score_per_piece"]) == ("-6.0", "-1.5")
-    sheet = sheet_texts([scored, picture_texts(second, "tiny")])
+    sheet = sheet_metadata([scored, image_metadata(second, "tiny")])
     assert (sheet["guidance"], sheet["text_attention"]) == ("2.5", "1.5")
     assert "score" not in sheet  # not all have one
     second.score = Score(log_probability=-8.0, num_pieces=4)
-    sheet = sheet_texts([scored, picture_texts(second, "tiny")])
+    sheet = sheet_metadata([scored, image_metadata(second, "tiny")])
     assert (sheet["score"], sheet["score_per_piece"]) == ("-6.0 -8.0", "-1.5 -2.0")

@@ -9,8 +9,8 @@ import shutil
 import pytest
 
 from cogview.errors import InputError
-from cogview.jobs.journal import DiskFull, Ledger, fingerprint
-from cogview.jobs.locks import Claims
+from cogview.jobs.journal import DiskFull, JobJournal, fingerprint
+from cogview.jobs.locks import JobLocks
 
 HEADER = {"model": "cogview-emoji", "seed": 7, "sampling": {"top_k": 100, "temperature": 0.9}}
 
@@ -28,9 +28,9 @@ def open_ledger(path):
     def open_(header=HEADER, **settings):
         for thing in opened:
             thing.close()
-        claims = Claims(path)
+        claims = JobLocks(path)
         opened[:] = [claims]
-        ledger = Ledger.open(path, header, claims=claims, **{"resume": True} | settings)
+        ledger = JobJournal.open(path, header, locks=claims, **{"resume": True} | settings)
         opened.append(ledger)
         return ledger
 
@@ -62,7 +62,7 @@ def test_names_of_files_that_are_no_utf8(open_ledger):
 
 
 def test_others_are_read_on_asking(open_ledger, path):
-    ledger, other = open_ledger(), Ledger(path, Claims(path))
+    ledger, other = open_ledger(), JobJournal(path, JobLocks(path))
     other.record("狐狸", n=1)
     assert ledger.done == {}
     ledger.refresh()

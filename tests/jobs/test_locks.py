@@ -12,8 +12,8 @@ import pytest
 
 import cogview.jobs.locks
 from cogview.errors import InputError
-from cogview.jobs.journal import DiskFull, Ledger
-from cogview.jobs.locks import Claims, run
+from cogview.jobs.journal import DiskFull, JobJournal
+from cogview.jobs.locks import JobLocks, run_chunks
 
 pytestmark = pytest.mark.skipif(cogview.jobs.locks.fcntl is None, reason="one process shares no job")
 
@@ -89,14 +89,14 @@ def start_holder(tmp_path):
 def claims(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    claims = Claims(tmp_path / "job.ledger")
+    claims = JobLocks(tmp_path / "job.ledger")
     yield claims
     claims.close()
 
 
 @pytest.fixture
 def ledger(tmp_path, claims):
-    ledger = Ledger.open(tmp_path / "job.ledger", {"seed": 7}, claims=claims, resume=False)
+    ledger = JobJournal.open(tmp_path / "job.ledger", {"seed": 7}, locks=claims, resume=False)
     yield ledger
     ledger.close()
 
@@ -155,11 +155,11 @@ def test_where_nothing_can_be_locked(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cogview.jobs.locks, "fcntl", None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     path = tmp_path / "job.ledger"
-    claims = Claims(path)
-    ledger = Ledger.open(path, {}, claims=claims, resume=False)
-    assert not claims.someone_alive()
+    claims = JobLocks(path)
+    ledger = JobJournal.open(path, {}, locks=claims, resume=False)
+    assert not claims.has_live_peers()
     assert claims.try_claim(0)
-    run([["狐狸"], ["狗"]], ledger, claims, lambda number, names: [ledger.record(name) for name in names])
+    run_chunks([["狐狸"], ["狗"]], ledger, claims, lambda number, names: [ledger.record(name) for name in names])
     assert list(ledger.done) == ["狐狸", "狗"]
     assert [record.getMessage() for record in caplog.records] == [
         f"{path} cannot be locked here, so each process does the whole job: start one"
@@ -177,13 +177,13 @@ def test_what_is_done_is_not_done_again(ledger, claims):
     chunks = [["a", "b"], ["c", "d"], ["e"]]
     for name in ("b", "e"):
         ledger.record(name)
-    run(chunks, ledger, claims, work)
+    run_chunks(chunks, ledger, claims, work)
     assert calls == [(0, ["a"]), (1, ["c", "d"])]
 
 
 def test_what_is_not_recorded_is_tried_once_and_left_to_others(ledger, claims, start_holder):
     calls = []
-    run([[str(number)] for number in range(5)], ledger, claims, lambda number, names: calls.append(number))
+    run_chunks([[str(number)] for number in range(5)], ledger, claims, lambda number, names: calls.append(number))
     assert calls == [0, 1, 2, 3, 4]
     start_holder()  # which can claim 3
 
@@ -192,7 +192,7 @@ def test_each_rank_begins_elsewhere(ledger, claims, monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     calls = []
-    run([[str(number)] for number in range(7)], ledger, claims, lambda number, names: calls.append(number))
+    run_chunks([[str(number)] for number in range(7)], ledger, claims, lambda number, names: calls.append(number))
     assert calls == [4, 5, 6, 0, 1, 2, 3]
 
 
@@ -201,14 +201,14 @@ def test_a_rank_that_is_none(ledger, claims, monkeypatch, rank, size):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(InputError) as error:
-        run([["a"]], ledger, claims, lambda number, names: None)
+        run_chunks([["a"]], ledger, claims, lambda number, names: None)
     assert str(error.value) == (
         f'RANK "{rank}" and WORLD_SIZE "{size}" must be whole numbers, RANK from 0 to WORLD_SIZE - 1'
     )
 
 
 def test_it_stops_between_chunks(ledger, claims):
-    run(
+    run_chunks(
         [["a", "b"], ["c"]],
         ledger,
         claims,
@@ -224,7 +224,7 @@ def test_a_full_disk_met_by_the_work_is_told_as_well(ledger, claims):
         raise OSError(errno.ENOSPC, "No space left on device", "b.png")
 
     with pytest.raises(DiskFull, match=r"^the disk is full: 1 result is kept; --resume goes on when there is space$"):
-        run([["a", "b"]], ledger, claims, work)
+        run_chunks([["a", "b"]], ledger, claims, work)
 
 
 def test_the_chunk_of_a_process_that_dies_is_taken_over(ledger, claims, start_holder, monkeypatch):
@@ -239,7 +239,7 @@ def test_the_chunk_of_a_process_that_dies_is_taken_over(ledger, claims, start_ho
             holder.wait()
         return False
 
-    run([[str(number)] for number in range(5)], ledger, claims, lambda number, names: calls.append(number), stop)
+    run_chunks([[str(number)] for number in range(5)], ledger, claims, lambda number, names: calls.append(number), stop)
     assert calls == [0, 1, 2, 4, 3]
 
 
@@ -258,7 +258,7 @@ def test_it_waits_until_others_are_done(ledger, claims, start_holder, tmp_path, 
         assert number != 3
         ledger.record(*names)
 
-    run([[str(number)] for number in range(5)], ledger, claims, work, stop)
+    run_chunks([[str(number)] for number in range(5)], ledger, claims, work, stop)
     assert list(ledger.done) == ["0", "1", "2", "4", "3"]
 
 
@@ -273,7 +273,7 @@ def test_it_does_not_wait_for_what_is_done(ledger, claims, start_holder, tmp_pat
         with (tmp_path / "job.ledger").open("a") as file:
             file.write('{"id": "3"}\n')
 
-    run([["0"], ["1"], ["2"], ["3"], ["4"]], ledger, claims, work)
+    run_chunks([["0"], ["1"], ["2"], ["3"], ["4"]], ledger, claims, work)
 
 
 def test_whatever_is_killed_each_thing_is_made_once(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cogview.errors import InputError
-from cogview.jobs.records import Line, digest, read_job
+from cogview.jobs.records import JobRecord, digest, read_job
 
 FOX, DOG, APPLE = "一只狐狸", "蓝色背景上的三只狗", "一个红苹果"
 
@@ -28,14 +28,18 @@ def read(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["prompts.txt", "PROMPTS.TXT", "prompts"])
 def test_a_prompt_per_line(read, name):
     lines, problems = read(name, f"\ufeff{FOX}\r\n\r\n  {DOG}  \r{APPLE}")  # mark and line ends of several systems
-    assert lines == [Line(number=1, prompt=FOX), Line(number=3, prompt=DOG), Line(number=4, prompt=APPLE)]
+    assert lines == [
+        JobRecord(number=1, prompt=FOX),
+        JobRecord(number=3, prompt=DOG),
+        JobRecord(number=4, prompt=APPLE),
+    ]
     assert problems == []
     assert [line.key for line in lines] == ["line 1", "line 3", "line 4"]
 
 
 def test_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{FOX}\n\n{DOG}".encode())))
-    assert read_job("-") == ([Line(number=1, prompt=FOX), Line(number=3, prompt=DOG)], [])
+    assert read_job("-") == ([JobRecord(number=1, prompt=FOX), JobRecord(number=3, prompt=DOG)], [])
 
 
 @pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
@@ -51,7 +55,7 @@ def test_a_table(read, suffix, mark):
     lines, problems = read(f"工作/job.{suffix}", text)
     assert problems == []
     assert lines == [
-        Line(
+        JobRecord(
             number=2,
             id="狐狸",
             prompt=f"{FOX}{mark}\n在草地上",
@@ -62,8 +66,8 @@ def test_a_table(read, suffix, mark):
             top_p=1.0,
             guidance=3.0,
         ),
-        Line(number=5, id="7", prompt=APPLE, task="complete", image=Path("工作/画/苹果.png"), rows=4),
-        Line(number=6, task="caption", image=Path("/画/狗.png")),
+        JobRecord(number=5, id="7", prompt=APPLE, task="complete", image=Path("工作/画/苹果.png"), rows=4),
+        JobRecord(number=6, task="caption", image=Path("/画/狗.png")),
     ]
     assert [line.key for line in lines] == ["狐狸", "7", "line 6"]
 
@@ -76,8 +80,8 @@ def test_objects(read):
     )
     assert problems == []
     assert lines == [
-        Line(number=1, id="7", prompt=FOX, guidance=3.0, text_attention=1.5),
-        Line(number=3, task="upscale", prompt=DOG, image=Path("工作/../狗.png")),
+        JobRecord(number=1, id="7", prompt=FOX, guidance=3.0, text_attention=1.5),
+        JobRecord(number=3, task="upscale", prompt=DOG, image=Path("工作/../狗.png")),
     ]
     assert isinstance(lines[0].guidance, float)
 

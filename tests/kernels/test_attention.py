@@ -14,9 +14,9 @@ from cogview.kernels.attention import (
     attention_bias,
     attention_reference,
     attention_torch,
-    kept_weights,
+    dropout_mask,
 )
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 
 CPU = torch.device("cpu")
 BFLOAT16 = pytest.param(torch.bfloat16, 3e-2, id="bfloat16")
@@ -79,9 +79,9 @@ def expected_by_loops(q, k, v, starts=None, prefixes=None, lengths=None):
 def fresh_choice(monkeypatch):
     """The choice of implementation is remembered for the life of a process: forget it before and after."""
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
-    choose.cache_clear()
+    select_backend.cache_clear()
     yield monkeypatch
-    choose.cache_clear()
+    select_backend.cache_clear()
 
 
 @every
@@ -126,12 +126,12 @@ def test_what_is_padding_changes_nothing(implementation):
 
 
 LIMITS = {
-    "starts": {"starts_B": [0, 130]},
-    "prefixes": {"prefixes_B": [100, 0]},
-    "no_prefix_and_all": {"prefixes_B": [0, 131]},
+    "starts": {"left_padding_B": [0, 130]},
+    "prefixes": {"prefix_lengths_B": [100, 0]},
+    "no_prefix_and_all": {"prefix_lengths_B": [0, 131]},
     "lengths": {"lengths_B": [70, 131]},
-    "all": {"starts_B": [3, 66], "prefixes_B": [70, 68], "lengths_B": [100, 129]},
-    "one_key": {"starts_B": [5, 7], "lengths_B": [6, 8]},
+    "all": {"left_padding_B": [3, 66], "prefix_lengths_B": [70, 68], "lengths_B": [100, 129]},
+    "one_key": {"left_padding_B": [5, 7], "lengths_B": [6, 8]},
 }
 
 
@@ -142,7 +142,9 @@ LIMITS = {
 def test_a_row_sees_its_prefix_and_none_of_its_padding(implementation, limits, num_queries, dtype, atol):
     q, k, v = random_qkv(num_queries, 131, dtype, heads=1)
     limits = {name: torch.tensor(numbers) for name, numbers in limits.items()}
-    expected = expected_by_loops(q, k, v, *(limits.get(name) for name in ("starts_B", "prefixes_B", "lengths_B")))
+    expected = expected_by_loops(
+        q, k, v, *(limits.get(name) for name in ("left_padding_B", "prefix_lengths_B", "lengths_B"))
+    )
     torch.testing.assert_close(implementation(q, k, v, **limits).double(), expected, atol=atol, rtol=0)
 
 
@@ -278,7 +280,7 @@ def test_dropout_is_a_function_of_seed_and_place(implementation):
     left = implementation(q, k, v, dropout=0.25, seed=7)
     seen = torch.ones(64, 64).tril()
     kept = (left > 0) * seen
-    assert torch.equal(left > 0, kept_weights(left.shape, 0.25, 7, CPU) * seen > 0)
+    assert torch.equal(left > 0, dropout_mask(left.shape, 0.25, 7, CPU) * seen > 0)
     assert kept.sum() / (4 * seen.sum()) == pytest.approx(0.75, abs=0.02)
     expected = kept / 0.75 / torch.arange(1, 65).view(64, 1)
     torch.testing.assert_close(left, expected, atol=1e-6, rtol=0)
@@ -306,9 +308,9 @@ def test_scores_of_a_million_added_up_in_float16(sign):
     k = sign * torch.full((1, 1, 70, 64), 352.0, dtype=torch.float16)  # 64 * 352**2 / 8 is 991,232
     k[:, :, 1::2] *= 0.5
     v = torch.randn(1, 1, 70, 64, generator=generator).half()
-    assert attention_triton(q, k, v, accumulate="float16", relaxed=False).isnan().any()
+    assert attention_triton(q, k, v, accumulate_dtype="float16", relaxed=False).isnan().any()
     inputs = [tensor.requires_grad_() for tensor in (q, k, v)]
-    result = attention_triton(*inputs, accumulate="float16")
+    result = attention_triton(*inputs, accumulate_dtype="float16")
     torch.testing.assert_close(result.double(), expected_by_loops(q, k, v), atol=4e-3, rtol=0)
     for gradient in torch.autograd.grad(result.sum(), inputs):
         assert gradient.isfinite().all()
@@ -317,7 +319,7 @@ def test_scores_of_a_million_added_up_in_float16(sign):
 @needs_triton
 def test_added_up_in_float16_within_half_precision():
     q, k, v = random_qkv(131, 131, torch.float16, size=64)
-    result = attention_triton(q, k, v, accumulate="float16")
+    result = attention_triton(q, k, v, accumulate_dtype="float16")
     torch.testing.assert_close(result.double(), expected_by_loops(q, k, v), atol=1e-2, rtol=0)
 
 
@@ -363,23 +365,34 @@ def test_the_operation_is_one_that_pytorch_can_trace_compile_and_run_twice(devic
             r"v_BHSK must be torch.float32 on cpu as q is, got .* meta",
         ),
         ({"q_BHTK": torch.zeros(2, 2, 10, 16)}, "10 queries cannot be the last of 9 keys"),
-        ({"starts_B": torch.tensor([0, 9])}, r"starts_B must be from 0 to 8, got \[0, 9\]"),
-        ({"prefixes_B": torch.tensor([-1, 9])}, r"prefixes_B must be from 0 to 9, got \[-1, 9\]"),
+        ({"left_padding_B": torch.tensor([0, 9])}, r"left_padding_B must be from 0 to 8, got \[0, 9\]"),
+        ({"prefix_lengths_B": torch.tensor([-1, 9])}, r"prefix_lengths_B must be from 0 to 9, got \[-1, 9\]"),
         ({"lengths_B": torch.tensor([10, 9])}, r"lengths_B must be from 0 to 9, got \[10, 9\]"),
-        ({"starts_B": torch.tensor([0])}, r"starts_B must be int64 \(2,\) on cpu, got torch.int64 \(1,\)"),
-        ({"starts_B": torch.tensor([0.0, 1.0])}, r"starts_B must be int64 \(2,\) on cpu, got torch.float32"),
+        ({"left_padding_B": torch.tensor([0])}, r"left_padding_B must be int64 \(2,\) on cpu, got torch.int64 \(1,\)"),
+        (
+            {"left_padding_B": torch.tensor([0.0, 1.0])},
+            r"left_padding_B must be int64 \(2,\) on cpu, got torch.float32",
+        ),
         ({"bias_B1TS": torch.zeros(2, 1, 7, 8), "dropout": 0.5}, r"bias_B1TS must be \(2 or 1, 1, 7 or 1, 9\) on cpu"),
         (
-            {"bias_B1TS": torch.zeros(2, 1, 7, 9), "starts_B": torch.tensor([0, 0])},
-            "starts_B and bias_B1TS were both given",
+            {"bias_B1TS": torch.zeros(2, 1, 7, 9), "left_padding_B": torch.tensor([0, 0])},
+            "left_padding_B and bias_B1TS were both given",
         ),
         ({"dropout": 1.0}, "dropout must be from 0 to below 1, got 1.0"),
-        ({"dropout": 0.1, "accumulate": "bfloat16"}, "accumulate must be float32 or float16, got 'bfloat16'"),
-        ({"dropout": 0.1, "accumulate": "float16"}, "accumulate=float16 is for float16, got q_BHTK in torch.float32"),
+        (
+            {"dropout": 0.1, "accumulate_dtype": "bfloat16"},
+            "accumulate_dtype must be float32 or float16, got 'bfloat16'",
+        ),
+        (
+            {"dropout": 0.1, "accumulate_dtype": "float16"},
+            "accumulate_dtype=float16 is for float16, got q_BHTK in torch.float32",
+        ),
     ],
 )
 def test_what_does_not_fit_is_an_error(implementation, changed, message):
-    if implementation is attention and not {"starts_B", "prefixes_B", "lengths_B", "dropout"} & set(changed):
+    if implementation is attention and not {"left_padding_B", "prefix_lengths_B", "lengths_B", "dropout"} & set(
+        changed
+    ):
         changed = changed | {"dropout": 0.1}  # else PyTorch checks
     q, k, v = random_qkv(7, 9)
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,6 @@
 """Attention of new positions against a cache: reference and kernels against float64, alike."""
 
-# B batch, H heads, T new positions (queries), S positions of a row's own, C of a beginning, K size of a head
+# B batch, H heads, T new positions (queries), S positions of a row's own, C of a prefix, K size of a head
 
 import math
 from dataclasses import fields, replace
@@ -11,19 +11,19 @@ import torch
 
 from cogview.kernels.attention import attention_bias, attention_reference
 from cogview.kernels.decode_attention import (
-    Beginning,
+    SharedPrefix,
     decode_attention,
     decode_attention_reference,
     quantize_per_position,
 )
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 
 
 def on_device(x):
     """``x`` on the GPU if there is one."""
     if not torch.cuda.is_available():
         return x
-    if isinstance(x, Beginning):
+    if isinstance(x, SharedPrefix):
         return replace(x, **{field.name: on_device(getattr(x, field.name)) for field in fields(x)})
     if isinstance(x, tuple):
         return tuple(map(on_device, x))
@@ -67,29 +67,29 @@ def given(num_queries, own_keys, dtype=torch.float32, *, shared=0, int8=False, s
     if shared:
         (shared_keys, shared_values), shared_scales = stored(2, shared, dtype, size, generator, int8, room)
         members, slots = torch.tensor([[1, 0], [0, 2]]), torch.tensor([2, 0, 3])
-        settings["beginning"] = Beginning(shared_keys, shared_values, members, slots, shared_scales)
+        settings["prefix"] = SharedPrefix(shared_keys, shared_values, members, slots, shared_scales)
     return (qkv.permute(2, 0, 3, 1, 4)[0], keys, values), settings
 
 
-def whole(inputs, scales=None, beginning=None):
+def whole(inputs, scales=None, prefix=None):
     """Keys and values of all C + S positions of each row in float64."""
     found = []
     for index in range(2):
         own = inputs[1 + index].double()
         if scales is not None:
             own = own * scales[index].double()
-        if beginning is not None:
-            start = (beginning.keys_PHCK, beginning.values_PHCK)[index].double()
-            if beginning.scales is not None:
-                start = start * beginning.scales[index].double()
+        if prefix is not None:
+            start = (prefix.keys_PHCK, prefix.values_PHCK)[index].double()
+            if prefix.scales is not None:
+                start = start * prefix.scales[index].double()
             own = torch.cat([start[BEGINNINGS], own], dim=2)
         found.append(own)
     return found
 
 
-def expected_by_loops(inputs, bias=None, *, scales=None, lengths_B=None, beginning=None):
+def expected_by_loops(inputs, bias=None, *, scales=None, lengths_B=None, prefix=None):
     """Plain softmax attention in float64, a query at a time, over the keys that it sees."""
-    q, (k, v) = inputs[0].double(), whole(inputs, scales, beginning)
+    q, (k, v) = inputs[0].double(), whole(inputs, scales, prefix)
     out = torch.zeros_like(q)
     for row in range(len(q)):
         end = k.shape[2] if lengths_B is None else k.shape[2] - inputs[1].shape[2] + int(lengths_B[row])
@@ -248,8 +248,8 @@ def test_rows_that_share_a_beginning_are_rows_with_a_copy_of_it(implementation):
     q, own_k, own_v = (torch.randn(5, 2, n, 16, generator=generator) for n in (2, 4, 4))
     k, v = (torch.cat([shared[beginnings], own], dim=2) for shared, own in ((keys, own_k), (values, own_v)))
     members = torch.tensor([[1, 0, 0], [0, 2, 3], [4, 0, 0]])
-    beginning = Beginning(keys, values, members, torch.tensor([3, 0, 4, 5, 6]))
-    result = implementation(q, own_k, own_v, beginning=beginning)
+    prefix = SharedPrefix(keys, values, members, torch.tensor([3, 0, 4, 5, 6]))
+    result = implementation(q, own_k, own_v, prefix=prefix)
     torch.testing.assert_close(result, attention_reference(q, k, v), atol=2e-6, rtol=0)
 
 
@@ -275,8 +275,8 @@ def test_pytorch_may_compile_it():
     from cogview.kernels.decode_attention_triton import _attend
 
     inputs, settings = given(1, 4, shared=3, int8=True, room=0)
-    beginning, bias = settings["beginning"], torch.zeros(3, 1, 1, 7)
-    stored = (beginning.keys_PHCK, beginning.values_PHCK, *beginning.scales, beginning.members_PN, beginning.slots_B)
+    prefix, bias = settings["prefix"], torch.zeros(3, 1, 1, 7)
+    stored = (prefix.keys_PHCK, prefix.values_PHCK, *prefix.scales, prefix.rows_PN, prefix.slots_B)
     everything = (*inputs, bias, *settings["scales"], torch.tensor([4, 2, 3]), *stored)
     torch.library.opcheck(_attend, (*map(on_device, everything), 1))
 
@@ -289,9 +289,9 @@ def test_the_choice_is_that_of_the_environment(monkeypatch, forced):
     monkeypatch.setenv("COGVIEW_KERNELS", forced)
     called = []
     monkeypatch.setattr(kernels, "_attend", lambda *inputs: called.append(inputs))
-    choose.cache_clear()
+    select_backend.cache_clear()
     decode_attention(*map(on_device, given(1, 3)[0]))
-    choose.cache_clear()
+    select_backend.cache_clear()
     assert len(called) == (forced == "triton")
 
 
@@ -300,7 +300,7 @@ SCALE = torch.ones(2, 2, 3, 1)
 
 
 def begun(**changes):
-    return replace(given(1, 3, shared=4)[1]["beginning"], **changes)
+    return replace(given(1, 3, shared=4)[1]["prefix"], **changes)
 
 
 @both
@@ -332,17 +332,17 @@ def test_what_does_not_fit_is_an_error(implementation, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"values_PHCK": torch.zeros(2, 2, 5, 16)}, r"beginning.values_PHCK must have the shape \(2, 2, 4, 16\)"),
-        ({"scales": (SCALE, SCALE)}, "beginning.keys_PHCK must be torch.int8"),
-        ({"members_PN": torch.tensor([[1, 0], [0, 3]])}, r"beginning.members_PN must be from 0 to 2, got \[\[1, 0\]"),
-        ({"slots_B": torch.tensor([2, 0, 4])}, r"beginning.slots_B must be from 0 to 3, got \[2, 0, 4\]"),
-        ({"slots_B": torch.tensor([2, 0])}, r"beginning.slots_B must be int64 \(3,\)"),
+        ({"values_PHCK": torch.zeros(2, 2, 5, 16)}, r"prefix.values_PHCK must have the shape \(2, 2, 4, 16\)"),
+        ({"scales": (SCALE, SCALE)}, "prefix.keys_PHCK must be torch.int8"),
+        ({"rows_PN": torch.tensor([[1, 0], [0, 3]])}, r"prefix.rows_PN must be from 0 to 2, got \[\[1, 0\]"),
+        ({"slots_B": torch.tensor([2, 0, 4])}, r"prefix.slots_B must be from 0 to 3, got \[2, 0, 4\]"),
+        ({"slots_B": torch.tensor([2, 0])}, r"prefix.slots_B must be int64 \(3,\)"),
     ],
 )
 def test_a_beginning_that_does_not_fit_is_an_error(changes, message):
     inputs, _ = given(1, 3, shared=4)
     with pytest.raises(ValueError, match=message):
-        decode_attention(*inputs, beginning=begun(**changes))
+        decode_attention(*inputs, prefix=begun(**changes))
 
 
 def test_lengths_beyond_the_positions_are_an_error():

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from cogview.kernels.attention import attention
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
     """What was chosen is remembered for the life of a process."""
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
-    choose.cache_clear()
+    select_backend.cache_clear()
     yield
-    choose.cache_clear()
+    select_backend.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -33,28 +33,28 @@ def test_choice_can_be_forced_and_is_logged_once(monkeypatch, caplog, forced, kn
     if forced is not None:
         monkeypatch.setenv("COGVIEW_KERNELS", forced)
     with caplog.at_level(logging.INFO):
-        assert choose("sums", "cuda", known, usual) == chosen
-        assert choose("sums", "cuda", known, usual) == chosen
+        assert select_backend("sums", "cuda", known, usual) == chosen
+        assert select_backend("sums", "cuda", known, usual) == chosen
     assert [record.getMessage() for record in caplog.records] == [logged]
 
 
 def test_triton_is_chosen_where_it_can_run(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("COGVIEW_KERNELS", "triton")
-    assert choose("sums", "cuda") == "triton"
+    assert select_backend("sums", "cuda") == "triton"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert choose("sums", "cpu") == "triton"
-    choose.cache_clear()
+    assert select_backend("sums", "cpu") == "triton"
+    select_backend.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="COGVIEW_KERNELS=triton needs a GPU; TRITON_INTERPRET=1 interprets"):
-        choose("sums", "cpu")
+        select_backend("sums", "cpu")
 
 
 def test_triton_that_is_missing_is_named(monkeypatch):
     monkeypatch.setenv("COGVIEW_KERNELS", "triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="COGVIEW_KERNELS=triton, but triton is not installed: pip install triton"):
-        choose("sums", "cuda")
+        select_backend("sums", "cuda")
 
 
 def test_unknown_choice_is_an_error(monkeypatch):

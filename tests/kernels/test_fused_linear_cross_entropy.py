@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cogview.kernels import fused_linear_cross_entropy as module
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 from cogview.kernels.fused_linear_cross_entropy import (
-    Targets,
+    LossTargets,
+    fused_linear_cross_entropy,
+    fused_linear_cross_entropy_reference,
     losses_in_place_torch,
-    sliced_cross_entropy,
-    sliced_cross_entropy_reference,
 )
 
 FORMS = ("reference", "torch", "triton")
@@ -31,11 +31,11 @@ def force(monkeypatch):
         if form == "triton":
             pytest.importorskip("triton")
         monkeypatch.setenv("COGVIEW_KERNELS", form)
-        choose.cache_clear()
+        select_backend.cache_clear()
 
-    choose.cache_clear()
+    select_backend.cache_clear()
     yield force_form
-    choose.cache_clear()
+    select_backend.cache_clear()
 
 
 def random_inputs(device, dtype=torch.float32, num_places=65, width=24, num_rows=60):
@@ -55,7 +55,7 @@ def random_targets(device, num_places=65, ids=(range(17), range(20, 59))):
         targets_M2 = torch.randint(among.start, among.stop, (len(places_M), 2), generator=generator)
         weights_M = torch.rand(len(places_M), generator=generator)
         weights_M[-1] *= 1 - number
-        found.append(Targets(among, *(x.to(device) for x in (places_M, targets_M2[:, 1], weights_M))))
+        found.append(LossTargets(among, *(x.to(device) for x in (places_M, targets_M2[:, 1], weights_M))))
     return found
 
 
@@ -65,7 +65,7 @@ def expected_by_loops(hidden_ND, embedding_VD, targets):
     total, losses = torch.zeros((), dtype=torch.float64, device=hidden_ND.device), []
     for own in targets:
         rows_ID, own_losses = embedding_VD[own.ids.start : own.ids.stop], []
-        for place, target in zip(own.places_M.tolist(), own.targets_M.tolist(), strict=True):
+        for place, target in zip(own.positions_M.tolist(), own.targets_M.tolist(), strict=True):
             own_losses.append(-(rows_ID @ hidden_ND[place]).log_softmax(dim=0)[target - own.ids.start])
         losses.append(torch.stack(own_losses))
         total = total + (losses[-1] * own.weights_M).sum()
@@ -75,7 +75,7 @@ def expected_by_loops(hidden_ND, embedding_VD, targets):
 def learnt(hidden_ND, embedding_VD, targets, scale=1.0):
     """The same from ``sliced_cross_entropy``, with gradients of ``scale`` times the total."""
     hidden_ND, embedding_VD = (x.detach().requires_grad_() for x in (hidden_ND, embedding_VD))
-    total, losses = sliced_cross_entropy(hidden_ND, embedding_VD, targets)
+    total, losses = fused_linear_cross_entropy(hidden_ND, embedding_VD, targets)
     return total, losses, torch.autograd.grad(scale * total, (hidden_ND, embedding_VD))
 
 
@@ -157,13 +157,13 @@ def test_what_memory_held_before_does_not_count(dtype, num_ids, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(203, 32, generator=generator).to(dtype).requires_grad_()
     embedding = torch.randn(300, 32, generator=generator).to(dtype).requires_grad_()
-    targets = Targets(
+    targets = LossTargets(
         ids=range(7, 7 + num_ids),
-        places_M=torch.arange(64),
+        positions_M=torch.arange(64),
         targets_M=torch.full((64,), 9),
         weights_M=torch.full((64,), 1 / 64),
     )
-    total, _ = sliced_cross_entropy(hidden, embedding, [targets])
+    total, _ = fused_linear_cross_entropy(hidden, embedding, [targets])
     total.backward()
     for number in (total, hidden.grad, embedding.grad):
         assert torch.isfinite(number).all()
@@ -177,7 +177,7 @@ def test_autocast_gives_what_it_gives_to_head_and_cross_entropy(force, device, f
         pytest.skip("Triton's interpreter computes bfloat16 wrongly")
     inputs, targets = random_inputs(device), random_targets(device)
     results = []
-    for way in (sliced_cross_entropy_reference, sliced_cross_entropy):
+    for way in (fused_linear_cross_entropy_reference, fused_linear_cross_entropy):
         leaves = [x.detach().requires_grad_() for x in inputs]
         with torch.autocast(device.type, dtype):
             total, losses = way(*leaves, targets)
@@ -199,7 +199,7 @@ def test_one_gradient_alone(force, device, form, asked):
     targets = random_targets(device)
     leaves = [x.requires_grad_(asks) for x, asks in zip(random_inputs(device), asked, strict=True)]
     both = learnt(*leaves, targets)[2]
-    total, _ = sliced_cross_entropy(*leaves, targets)
+    total, _ = fused_linear_cross_entropy(*leaves, targets)
     total.backward()
     for leaf, expected, asks in zip(leaves, both, asked, strict=True):
         assert torch.equal(leaf.grad, expected) if asks else leaf.grad is None
@@ -210,10 +210,10 @@ def test_without_gradients_there_are_the_same_losses(force, device, form):
     force(form)
     inputs, targets = random_inputs(device), random_targets(device)
     expected_total, expected_losses, _ = learnt(*inputs, targets)
-    total, losses = sliced_cross_entropy(*inputs, targets)  # none asks for a gradient
+    total, losses = fused_linear_cross_entropy(*inputs, targets)  # none asks for a gradient
     assert not total.requires_grad
     with torch.no_grad():
-        again, _ = sliced_cross_entropy(inputs[0].requires_grad_(), inputs[1], targets)
+        again, _ = fused_linear_cross_entropy(inputs[0].requires_grad_(), inputs[1], targets)
     assert not again.requires_grad
     assert total == expected_total == again
     assert all(map(torch.equal, losses, expected_losses))
@@ -231,9 +231,9 @@ def test_without_gradients_none_are_computed(force, device, monkeypatch):
     hidden_ND, embedding_VD = random_inputs(device)
     hidden_ND.requires_grad_()
     with torch.no_grad():
-        sliced_cross_entropy(hidden_ND, embedding_VD, random_targets(device))
+        fused_linear_cross_entropy(hidden_ND, embedding_VD, random_targets(device))
     assert written == [False, False]
-    sliced_cross_entropy(hidden_ND, embedding_VD, random_targets(device))
+    fused_linear_cross_entropy(hidden_ND, embedding_VD, random_targets(device))
     assert written == [False, False, True, True]
 
 
@@ -250,11 +250,11 @@ def test_a_second_backward_is_an_error(force, device):
     """The gradients are scaled where they are; to scale them again would be silently wrong."""
     force("torch")
     hidden_ND, embedding_VD = random_inputs(device)
-    total, _ = sliced_cross_entropy(hidden_ND.requires_grad_(), embedding_VD, random_targets(device))
+    total, _ = fused_linear_cross_entropy(hidden_ND.requires_grad_(), embedding_VD, random_targets(device))
     (2 * total).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
-    total, _ = sliced_cross_entropy(hidden_ND, embedding_VD, random_targets(device))
+    total, _ = fused_linear_cross_entropy(hidden_ND, embedding_VD, random_targets(device))
     (gradient,) = torch.autograd.grad(total**2, hidden_ND, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
@@ -264,7 +264,7 @@ def test_a_second_backward_is_an_error(force, device):
 def test_kinds_may_be_empty_and_places_come_twice(force, device, form):
     force(form)
     inputs, targets = random_inputs(device), random_targets(device)
-    none = Targets(range(3), *(x[:0] for x in (targets[0].places_M, targets[0].targets_M, targets[0].weights_M)))
+    none = LossTargets(range(3), *(x[:0] for x in (targets[0].positions_M, targets[0].targets_M, targets[0].weights_M)))
     total, losses, gradients = learnt(*inputs, [none, targets[0], targets[0]])
     assert losses[0].shape == (0,)
     expected_total, _, expected_gradients = expected_by_loops(*inputs, [targets[0]])
@@ -282,7 +282,7 @@ def test_logits_of_a_million_do_not_overflow(force, device, form):
     hidden_ND = torch.tensor([[1024.0], [-1024.0]], device=device)
     embedding_VD = torch.tensor([[1024.0], [1024.0], [1023.0], [-1024.0]], device=device)
     both = torch.tensor([0, 1], device=device)
-    targets = [Targets(range(4), both, torch.tensor([0, 2], device=device), torch.ones(2, device=device))]
+    targets = [LossTargets(range(4), both, torch.tensor([0, 2], device=device), torch.ones(2, device=device))]
     _, losses, gradients = learnt(hidden_ND, embedding_VD, targets)
     torch.testing.assert_close(losses[0].tolist(), [0.6931472, 2.0**21 - 1024], atol=1e-6, rtol=1e-7)
     assert all(gradient.isfinite().all() for gradient in gradients)
@@ -304,7 +304,7 @@ def test_torch_compile_and_checkpointing_go_through_it(force, device):
     _, _, expected = learnt(*inputs, targets)
 
     def total(hidden_ND, embedding_VD):
-        return sliced_cross_entropy(hidden_ND * 1.0, embedding_VD, targets)[0]
+        return fused_linear_cross_entropy(hidden_ND * 1.0, embedding_VD, targets)[0]
 
     compiled = torch.compile(total, backend="aot_eager")
     for way in (compiled, lambda *leaves: checkpoint(total, *leaves, use_reentrant=False)):
@@ -430,11 +430,11 @@ def test_what_the_kernel_cannot_take(changes, message):
         ({"ids": range(20, 59, 3)}, r"targets\[1\].ids must be a range of 1 to 60 rows.*got range\(20, 59, 3\)"),
         ({"targets_M": torch.tensor([20, 59])}, r"targets\[1\].targets_M must be from 20 to 58, got 59"),
         ({"targets_M": torch.tensor([19, 20])}, r"targets\[1\].targets_M must be from 20 to 58, got 19"),
-        ({"places_M": torch.tensor([65, 0])}, r"targets\[1\].places_M must be from 0 to 64, got 65"),
-        ({"places_M": torch.tensor([0, -1])}, r"targets\[1\].places_M must be from 0 to 64, got -1"),
+        ({"places_M": torch.tensor([65, 0])}, r"targets\[1\].positions_M must be from 0 to 64, got 65"),
+        ({"places_M": torch.tensor([0, -1])}, r"targets\[1\].positions_M must be from 0 to 64, got -1"),
         (
             {"places_M": torch.tensor([0, 1], dtype=torch.int32)},
-            r"targets\[1\].places_M must be torch.int64 \(2,\) on cpu, got torch.int32 \(2,\) on cpu",
+            r"targets\[1\].positions_M must be torch.int64 \(2,\) on cpu, got torch.int32 \(2,\) on cpu",
         ),
         ({"targets_M": torch.tensor([30])}, r"targets\[1\].targets_M must be torch.int64 \(2,\) .*int64 \(1,\) on cpu"),
         ({"weights_M": torch.ones(2).double()}, r"targets\[1\].weights_M must be torch.float32 .* got torch.float64"),
@@ -446,10 +446,10 @@ def test_targets_that_do_not_fit(force, form, changes, message):
         pytest.skip("tensors on a CPU")
     force(form)
     cpu = torch.device("cpu")
-    good = Targets(range(20, 59), torch.tensor([3, 4]), torch.tensor([30, 31]), torch.ones(2))
+    good = LossTargets(range(20, 59), torch.tensor([3, 4]), torch.tensor([30, 31]), torch.ones(2))
     wrong = dataclasses.replace(good, **changes)
     with pytest.raises(ValueError, match=message):
-        sliced_cross_entropy(*random_inputs(cpu), [good, wrong])
+        fused_linear_cross_entropy(*random_inputs(cpu), [good, wrong])
 
 
 @pytest.mark.parametrize(
@@ -472,4 +472,4 @@ def test_targets_that_do_not_fit(force, form, changes, message):
 def test_matrices_that_do_not_fit(force, hidden_ND, embedding_VD, message):
     force("torch")
     with pytest.raises(ValueError, match=message):
-        sliced_cross_entropy(hidden_ND, embedding_VD, [])
+        fused_linear_cross_entropy(hidden_ND, embedding_VD, [])

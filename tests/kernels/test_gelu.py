@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 from cogview.kernels.gelu import bias_gelu, bias_gelu_reference
 from cogview.modeling.config import TransformerConfig
-from cogview.modeling.quantization import round_weight, use_few_bits
+from cogview.modeling.quantization import quantize_weight, swap_quantized_linears
 from cogview.modeling.transformer import MLP
 
 HALF, SINGLE = torch.float16, torch.float32
@@ -38,9 +38,9 @@ def gelu(request):
 def forget_choices(monkeypatch):
     """What was chosen is remembered for the life of a process: forget it before and after."""
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
-    choose.cache_clear()
+    select_backend.cache_clear()
     yield monkeypatch
-    choose.cache_clear()
+    select_backend.cache_clear()
 
 
 def spelt_out(x, bias):
@@ -139,14 +139,14 @@ def test_mlp_of_rounded_weights_adds_its_bias_itself(forget_choices, few_bits):
     )
     weights = {name: 0.1 * random(*tensor.shape, seed=3) for name, tensor in layer.state_dict().items()}
     for name in ("mlp.input.weight", "mlp.output.weight"):
-        weights |= round_weight(name, weights[name], few_bits)
-    use_few_bits(layer, few_bits)
+        weights |= quantize_weight(name, weights[name], few_bits)
+    swap_quantized_linears(layer, few_bits)
     layer.load_state_dict(weights)
     x = random(2, 5, 64)
     expected = layer["mlp"](x)
     kernel()
     forget_choices.setenv("COGVIEW_KERNELS", "triton")
-    choose.cache_clear()
+    select_backend.cache_clear()
     torch.testing.assert_close(layer["mlp"](x), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from cogview.kernels.attention import attention_reference
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 from cogview.kernels.layer_norm import (
     SMALLEST,
     pb_relax_layer_norm,
@@ -62,9 +62,9 @@ def sandwich(implementation):
 def forget_choices(monkeypatch):
     """What was chosen is remembered for the life of a process: forget it before and after."""
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
-    choose.cache_clear()
+    select_backend.cache_clear()
     yield monkeypatch
-    choose.cache_clear()
+    select_backend.cache_clear()
 
 
 @pytest.fixture
@@ -370,7 +370,7 @@ def test_transformer_of_kernels_is_that_of_references(forget_choices, caplog, de
 
     expected = run()
     forget_choices.setenv("COGVIEW_KERNELS", "triton")
-    choose.cache_clear()
+    select_backend.cache_clear()
     with caplog.at_level(logging.INFO):
         got = run()
     for name in ("pb_relax_layer_norm", "sandwich_layer_norm", "bias_gelu"):

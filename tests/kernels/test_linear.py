@@ -12,19 +12,19 @@ from cogview.kernels.linear import (
     DENSE_BLOCK,
     MANY_ROWS_HALF,
     MANY_ROWS_INT8,
+    can_prepack,
     dequantize_int4,
     dequantize_int8,
     group_of,
     linear,
-    linear_int4_ordered,
+    linear_int4_packed,
     linear_int4_reference,
     linear_int8,
     linear_int8_reference,
-    linear_packed,
-    order_int4_for_cpu,
-    pack,
+    linear_prepacked,
     pack_int4,
-    packs,
+    pack_int4_for_cpu,
+    prepack,
     quantize_int4,
     quantize_int8,
     unpack_int4,
@@ -215,7 +215,7 @@ def test_int8_layer_is_that_of_its_weights(num_rows, num_inputs, dtype):
 def test_int4_layer_is_that_of_its_weights(num_rows, num_inputs, dtype):
     packed, scale_zero_GN2, weight_NK = exact_int4(num_inputs)
     x, bias_N = exact_input(num_rows, num_inputs).to(dtype), exact_input(NUM_OUTPUTS)
-    result = linear_int4_ordered(x, order_int4_for_cpu(packed), scale_zero_GN2, bias_N.to(dtype))
+    result = linear_int4_packed(x, pack_int4_for_cpu(packed), scale_zero_GN2, bias_N.to(dtype))
     assert result.dtype == dtype
     assert_within(result, x, weight_NK, bias_N)
     assert_within(linear_int4_reference(x, packed, scale_zero_GN2, bias_N.to(dtype)), x, weight_NK, bias_N)
@@ -230,7 +230,7 @@ def test_kernels_equal_their_references_up_to_bfloat16(dtype):
     for result, reference, restored_NK in [
         (linear_int8(x, *int8, bias_N), linear_int8_reference(x, *int8, bias_N), dequantize_int8(*int8)),
         (
-            linear_int4_ordered(x, order_int4_for_cpu(packed), scale_zero_GN2, bias_N),
+            linear_int4_packed(x, pack_int4_for_cpu(packed), scale_zero_GN2, bias_N),
             linear_int4_reference(x, packed, scale_zero_GN2, bias_N),
             dequantize_int4(packed, scale_zero_GN2),
         ),
@@ -254,11 +254,11 @@ def test_references_of_a_cpu_that_multiplies_in_bfloat16(monkeypatch):
 def test_rows_may_come_in_any_shape(shape):
     x, bias_N = random(*shape), random(NUM_OUTPUTS, seed=2)
     int8, (packed, scale_zero_GN2) = quantize_int8(odd_weights(64)), quantize_int4(odd_weights(64))
-    ordered = order_int4_for_cpu(packed)
+    ordered = pack_int4_for_cpu(packed)
     for compute in (
         lambda rows: linear_int8(rows, *int8, bias_N),
         lambda rows: linear_int8_reference(rows, *int8, bias_N),
-        lambda rows: linear_int4_ordered(rows, ordered, scale_zero_GN2, bias_N),
+        lambda rows: linear_int4_packed(rows, ordered, scale_zero_GN2, bias_N),
         lambda rows: linear_int4_reference(rows, packed, scale_zero_GN2, bias_N),
         lambda rows: linear(rows.bfloat16(), odd_weights(64).bfloat16(), bias_N.bfloat16()),
     ):
@@ -268,13 +268,13 @@ def test_rows_may_come_in_any_shape(shape):
 def test_rows_that_do_not_lie_together():
     int8, bias_N = quantize_int8(odd_weights(64)), random(NUM_OUTPUTS, seed=2)
     packed, scale_zero_GN2 = quantize_int4(odd_weights(64))
-    ordered = order_int4_for_cpu(packed)
+    ordered = pack_int4_for_cpu(packed)
     for x in (random(64, 6).bfloat16().T, random(12, 64).bfloat16()[::2]):
         whole = x.contiguous()
         assert torch.equal(linear_int8(x, *int8, bias_N), linear_int8(whole, *int8, bias_N))
         assert torch.equal(
-            linear_int4_ordered(x, ordered, scale_zero_GN2, bias_N),
-            linear_int4_ordered(whole, ordered, scale_zero_GN2, bias_N),
+            linear_int4_packed(x, ordered, scale_zero_GN2, bias_N),
+            linear_int4_packed(whole, ordered, scale_zero_GN2, bias_N),
         )
 
 
@@ -308,7 +308,7 @@ def test_references_can_be_forced(monkeypatch):
         linear_int8(x, *int8, bias_N)
     monkeypatch.setenv("COGVIEW_KERNELS", "reference")
     assert torch.equal(linear_int8(x, *int8, bias_N), linear_int8_reference(x, *int8, bias_N))
-    assert not module.kernels_run_on(torch.device("cpu"))
+    assert not module.has_native_kernels(torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("no_int8_kernel")
@@ -320,16 +320,16 @@ def test_many_rows_share_one_reading():
 
 
 def test_kernels_are_for_cpus():
-    assert module.kernels_run_on(torch.device("cpu"))
-    assert not module.kernels_run_on(torch.device("cuda"))
-    assert not module.kernels_run_on(torch.device("meta"))
+    assert module.has_native_kernels(torch.device("cpu"))
+    assert not module.has_native_kernels(torch.device("cuda"))
+    assert not module.has_native_kernels(torch.device("meta"))
 
 
 @pytest.mark.parametrize("num_outputs", [16, 64, 4 * BLOCK, 4 * BLOCK + 16, 8 * BLOCK + 80])
 def test_ordered_in_blocks_is_ordered_whole(num_outputs):
     packed = integers(0, 256, num_outputs, 48).to(torch.uint8)
     whole = torch._convert_weight_to_int4pack_for_cpu(unpack_int4(packed).int(), 1)
-    assert torch.equal(order_int4_for_cpu(packed), whole)
+    assert torch.equal(pack_int4_for_cpu(packed), whole)
 
 
 # --- weights as they are ------------------------------------------------------------------------------------------
@@ -391,7 +391,7 @@ def test_packed_weights_are_the_weights(num_rows, num_outputs, num_inputs, biase
     )
     bias = torch.randn(num_outputs, generator=generator) if biased else None
     with torch.inference_mode():
-        result = linear_packed(x, pack(weight), weight, bias)
+        result = linear_prepacked(x, prepack(weight), weight, bias)
     expected = x.double() @ weight.double().T + (0 if bias is None else bias.double())
     torch.testing.assert_close(result.double(), expected, atol=1e-4, rtol=0)
 
@@ -401,12 +401,12 @@ def test_a_row_is_the_same_whatever_other_rows_there_are():
     """Bit for bit: so a picture does not depend on its batch, nor on how many codes are guessed."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(64, 96, generator=generator), torch.randn(288, 96, generator=generator)
-    packed = pack(weight)
+    packed = prepack(weight)
     with torch.inference_mode():
-        together = linear_packed(x, packed, weight, None)
+        together = linear_prepacked(x, packed, weight, None)
         for count in (1, 2, 3, 16, 33):
-            assert torch.equal(linear_packed(x[:count], packed, weight, None), together[:count])
-        assert torch.equal(linear_packed(x.view(4, 16, 96), packed, weight, None), together.view(4, 16, 288))
+            assert torch.equal(linear_prepacked(x[:count], packed, weight, None), together[:count])
+        assert torch.equal(linear_prepacked(x.view(4, 16, 96), packed, weight, None), together.view(4, 16, 288))
 
 
 @with_mkl
@@ -414,15 +414,15 @@ def test_many_rows_are_multiplied_a_part_at_a_time(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(3, 20, 96, generator=generator), torch.randn(32, 96, generator=generator)
     with torch.inference_mode():
-        whole = linear_packed(x, pack(weight), weight, weight[:, 0].contiguous())
+        whole = linear_prepacked(x, prepack(weight), weight, weight[:, 0].contiguous())
         monkeypatch.setattr(module, "PACKED_AT_ONCE", 7)
-        assert torch.equal(linear_packed(x, pack(weight), weight, weight[:, 0].contiguous()), whole)
+        assert torch.equal(linear_prepacked(x, prepack(weight), weight, weight[:, 0].contiguous()), whole)
 
 
 @with_mkl
 def test_what_packs(monkeypatch):
-    assert packs(torch.zeros(4, 4))
-    assert not packs(torch.zeros(4, 4, dtype=torch.bfloat16))
-    assert not packs(torch.zeros(4, 4, device="meta"))
+    assert can_prepack(torch.zeros(4, 4))
+    assert not can_prepack(torch.zeros(4, 4, dtype=torch.bfloat16))
+    assert not can_prepack(torch.zeros(4, 4, device="meta"))
     monkeypatch.setenv("COGVIEW_KERNELS", "reference")
-    assert not packs(torch.zeros(4, 4))
+    assert not can_prepack(torch.zeros(4, 4))

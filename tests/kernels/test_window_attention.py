@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 from cogview.kernels.window_attention import (
     BLOCK,
     sampled_pivots,
@@ -270,11 +270,11 @@ def test_choice(forced, monkeypatch, device):
     used = dict(zip(("reference", "torch", "triton"), IMPLEMENTATIONS, strict=True))[forced or "torch"]
     case = CASES["neighbourhood"]
     q, k, v, _ = random_inputs(case, device)
-    choose.cache_clear()
+    select_backend.cache_clear()
     try:
         result = window_attention(q, k, v, **case.keywords(device))
     finally:
-        choose.cache_clear()
+        select_backend.cache_clear()
     assert torch.equal(result, used(q, k, v, **case.keywords(device)))
 
 

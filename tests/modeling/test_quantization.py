@@ -12,18 +12,18 @@ import torch
 from cogview.checkpoints.checkpoint import Model, load_model, load_transformer, save_model
 from cogview.checkpoints.precision import Precision, convert, converted_specs
 from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
-from cogview.device import Placement
+from cogview.device import DevicePlacement
 from cogview.errors import InputError
-from cogview.kernels.linear import order_int4_for_cpu
+from cogview.kernels.linear import pack_int4_for_cpu
 from cogview.modeling.quantization import (
-    FEW_BITS,
+    QUANTIZATIONS,
     Int4Linear,
     Int8Linear,
-    is_rounded,
-    parts_of,
-    restore_weight,
-    round_weight,
-    use_few_bits,
+    dequantize_weight,
+    is_quantized,
+    quantize_weight,
+    quantized_names,
+    swap_quantized_linears,
 )
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
@@ -52,7 +52,7 @@ def folder(tiny_checkpoint, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=FEW_BITS)
+@pytest.fixture(scope="module", params=QUANTIZATIONS)
 def few_bits(request):
     return request.param
 
@@ -89,8 +89,8 @@ def restored(folder, few_bits):
     transformer = load_transformer(folder, CPU, torch.float32)
     weights = {}
     for name, tensor in transformer.state_dict().items():
-        parts = round_weight(name, tensor, few_bits) if is_rounded(name) else {}
-        weights[name] = restore_weight(*parts.values(), few_bits) if parts else tensor
+        parts = quantize_weight(name, tensor, few_bits) if is_quantized(name) else {}
+        weights[name] = dequantize_weight(*parts.values(), few_bits) if parts else tensor
     transformer.load_state_dict(weights, assign=True)
     return transformer
 
@@ -112,8 +112,8 @@ def test_projections_alone_are_in_few_bits(folder, few_bits):
         for number in (0, 1)
         for part in ("attention.query_key_value", "attention.output", "mlp.input", "mlp.output")
     ]
-    assert {f"{name}.weight" for name in projections} == {name for name in plain if is_rounded(name)}
-    parts = {part for name in plain if is_rounded(name) for part in parts_of(name, few_bits)}
+    assert {f"{name}.weight" for name in projections} == {name for name in plain if is_quantized(name)}
+    parts = {part for name in plain if is_quantized(name) for part in quantized_names(name, few_bits)}
     state = transformer.state_dict()
     assert state.keys() == plain.keys() | parts
     for name in state.keys() - parts:
@@ -123,10 +123,10 @@ def test_projections_alone_are_in_few_bits(folder, few_bits):
 
 def test_rounded_weights_are_those_of_the_kernels(folder, few_bits):
     plain, state = state_of(folder), state_of(folder, few_bits=few_bits)
-    for name in filter(is_rounded, plain):
-        weight, scale = round_weight(name, plain[name], few_bits).values()
-        first, second = parts_of(name, few_bits)
-        assert torch.equal(state[first], order_int4_for_cpu(weight) if few_bits == "int4" else weight)
+    for name in filter(is_quantized, plain):
+        weight, scale = quantize_weight(name, plain[name], few_bits).values()
+        first, second = quantized_names(name, few_bits)
+        assert torch.equal(state[first], pack_int4_for_cpu(weight) if few_bits == "int4" else weight)
         assert torch.equal(state[second], scale)
 
 
@@ -134,7 +134,7 @@ def test_layers_without_weights_take_no_memory(folder, few_bits):
     config = load_transformer(folder, CPU, torch.float32).config
     with torch.device("meta"):
         transformer = Transformer(config)
-        use_few_bits(transformer, few_bits)
+        swap_quantized_linears(transformer, few_bits)
     shapes = {name: (tensor.dtype, tensor.shape) for name, tensor in transformer.state_dict().items()}
     loaded = state_of(folder, few_bits=few_bits)
     assert all(tensor.is_meta for tensor in transformer.state_dict().values())
@@ -175,7 +175,7 @@ def test_stored_is_what_is_rounded_while_loading(folder, stored, few_bits, kerne
 
 def test_stored_takes_the_room_that_it_says(folder, stored, few_bits):
     sizes = [(path / "model.safetensors").stat().st_size for path in (folder, stored)]
-    weights = sum(tensor.nbytes for name, tensor in state_of(folder).items() if is_rounded(name))
+    weights = sum(tensor.nbytes for name, tensor in state_of(folder).items() if is_quantized(name))
     kept = {"int8": 1 / 4, "int4": 1 / 8}[few_bits]
     assert sizes[0] - sizes[1] == pytest.approx((1 - kept) * weights, rel=0.05)
 
@@ -187,7 +187,7 @@ def test_stored_can_be_opened_as_ordinary_numbers(folder, stored, few_bits, dtyp
 
 
 def test_stored_in_one_and_asked_for_in_the_other(stored, few_bits):
-    other = next(name for name in FEW_BITS if name != few_bits)
+    other = next(name for name in QUANTIZATIONS if name != few_bits)
     with pytest.raises(InputError) as caught:
         CogView.from_pretrained(stored, device="cpu", dtype=other)
     assert str(caught.value) == (
@@ -198,7 +198,7 @@ def test_stored_in_one_and_asked_for_in_the_other(stored, few_bits):
 def test_a_scale_that_is_missing_is_named(stored, few_bits, tmp_path):
     folder = shutil.copytree(stored, tmp_path / "model")
     weights = WeightsFile(folder / "model.safetensors")
-    name = parts_of("layers.1.mlp.output.weight", few_bits)[1]
+    name = quantized_names("layers.1.mlp.output.weight", few_bits)[1]
     with WeightsWriter(tmp_path / "new", {key: spec for key, spec in weights.specs.items() if key != name}) as writer:
         for key in weights.specs.keys() - {name}:
             writer.write(key, weights.read(key))
@@ -265,7 +265,7 @@ def test_stored_in_few_bits_it_draws_the_same(tiny_checkpoint, few_bits, tmp_pat
 def test_a_picture_does_not_depend_on_its_batch(tiny_checkpoint, few_bits, monkeypatch):
     """With activations in float32: at half precision two codes of nearly one probability may change places."""
     monkeypatch.setenv("COGVIEW_KERNELS", "reference")
-    placement = Placement(CPU, torch.float32, "as asked", few_bits)
+    placement = DevicePlacement(CPU, torch.float32, "as asked", few_bits)
     model = CogView(load_model(tiny_checkpoint, CPU, torch.float32, few_bits), placement, "tiny")
     together = codes_of(model.generate(PROMPTS, seed=7))
     for batch_size in (1, 2):

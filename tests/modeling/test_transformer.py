@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from cogview.kernels.attention import attention_bias
-from cogview.kernels.dispatch import choose
+from cogview.kernels.dispatch import select_backend
 from cogview.modeling.config import PRESETS, TransformerConfig, preset
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
@@ -106,10 +106,10 @@ def test_sinusoidal_positions_are_alike_where_they_are_near():
 def test_branch_gain_lets_the_tokens_through():
     """At the released gain of 1 a fresh residual stream is nearly all branch output; at 0.05 much of it is tokens."""
 
-    def share_of_tokens(branch_gain: float) -> float:
+    def share_of_tokens(branch_norm_init: float) -> float:
         torch.manual_seed(0)
         shape = {"num_layers": 4, "width": 64, "num_heads": 4, "vocabulary_size": 128, "max_positions": 32}
-        model = Transformer(TransformerConfig(**shape, dropout=0.0, branch_gain=branch_gain))
+        model = Transformer(TransformerConfig(**shape, dropout=0.0, branch_norm_init=branch_norm_init))
         stream: list[torch.Tensor] = []
         model.final_norm.register_forward_pre_hook(lambda _, inputs: stream.append(inputs[0]))
         ids = random_ids(2, 32) % 128
@@ -122,7 +122,7 @@ def test_branch_gain_lets_the_tokens_through():
     norms = [
         module.weight
         for name, module in Transformer(
-            TransformerConfig(num_layers=1, width=8, num_heads=2, vocabulary_size=8, branch_gain=0.05)
+            TransformerConfig(num_layers=1, width=8, num_heads=2, vocabulary_size=8, branch_norm_init=0.05)
         ).named_modules()
         if "norm" in name
     ]
@@ -296,10 +296,10 @@ def test_all_kernels_give_the_same_logits_and_gradients(monkeypatch, name, padde
     found = []
     for forced in ("torch", name):
         monkeypatch.setenv("COGVIEW_KERNELS", forced)
-        choose.cache_clear()
+        select_backend.cache_clear()
         logits = transformer.head(transformer.hidden(ids, bias_B1TS=bias))[:, first:]
         found.append((logits, torch.autograd.grad(logits.softmax(dim=-1)[..., ::7].sum(), parameters)))
-    choose.cache_clear()
+    select_backend.cache_clear()
     close(found[1][0], found[0][0], atol=1e-4)
     for own, other in zip(found[1][1], found[0][1], strict=True):
         close(own, other, atol=1e-4)
@@ -313,11 +313,13 @@ def test_an_outlier_in_half_precision_moves_no_other_token(monkeypatch, name):
     Triton's kernels add up in float16 here. The released PB-relax took one maximum over all tokens, so that all moved.
     """
     monkeypatch.setenv("COGVIEW_KERNELS", name)
-    choose.cache_clear()
+    select_backend.cache_clear()
     if name == "triton":
         from cogview.kernels.attention_triton import attention_triton
 
-        monkeypatch.setattr("cogview.modeling.transformer.attention", partial(attention_triton, accumulate="float16"))
+        monkeypatch.setattr(
+            "cogview.modeling.transformer.attention", partial(attention_triton, accumulate_dtype="float16")
+        )
     transformer = lively(replace(TINY, num_layers=4, width=64)).half()
     ids = random_ids(2, 12)
     ids[ids == 5] = 6
@@ -326,7 +328,7 @@ def test_an_outlier_in_half_precision_moves_no_other_token(monkeypatch, name):
         before = transformer.hidden(ids)
         transformer.embedding.weight[5, 3] = 1e4
         after = transformer.hidden(ids)
-    choose.cache_clear()
+    select_backend.cache_clear()
     assert after.isfinite().all()
     assert torch.equal(after[1], before[1])
     assert torch.equal(after[0, :7], before[0, :7])
@@ -338,17 +340,17 @@ def test_an_outlier_in_half_precision_moves_no_other_token(monkeypatch, name):
 
 def test_cache_stores_in_place(transformer):
     cache = KVCache(TINY, 2, 10, CPU, torch.float32)
-    where = cache.stored.data_ptr()
-    assert cache.stored.shape == (2, 2, 2, 4, 10, 8)
+    where = cache.keys_values.data_ptr()
+    assert cache.keys_values.shape == (2, 2, 2, 4, 10, 8)
     ids = random_ids(2, 10)
     with torch.inference_mode():
         transformer.hidden(ids[:, :4], cache=cache)
-        first = cache.stored[..., :4, :].clone()
+        first = cache.keys_values[..., :4, :].clone()
         assert first.abs().amin() > 0
-        assert not cache.stored[..., 4:, :].any()
+        assert not cache.keys_values[..., 4:, :].any()
         transformer.hidden(ids[:, 4:], cache=cache)
-    assert torch.equal(cache.stored[..., :4, :], first)
-    assert cache.stored.data_ptr() == where
+    assert torch.equal(cache.keys_values[..., :4, :], first)
+    assert cache.keys_values.data_ptr() == where
 
 
 def test_full_cache_says_so(transformer):
@@ -369,7 +371,7 @@ with_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="thi
 def test_packed_weights_give_the_same_logits(chunks):
     """By another path than the modules', with a cache or without."""
     packed, ids = lively(TINY), random_ids(3, 20)
-    packed.pack()
+    packed.prepack()
     bias = padding(torch.tensor([0, 4, 9]), torch.arange(20).expand(3, -1)) if chunks is None else None
     with torch.inference_mode():
         cache = KVCache(TINY, 3, 20, CPU, torch.float32)
@@ -383,7 +385,7 @@ def test_packed_weights_give_the_same_logits(chunks):
 def test_weights_that_change_are_packed_anew():
     """A picture that training shows is drawn by the weights of that step."""
     packed, plain, ids = lively(TINY), lively(TINY), random_ids(1, 9)
-    packed.pack()
+    packed.prepack()
     with torch.no_grad():
         before = packed.head(packed.hidden(ids), range(64))
     for model in (packed, plain):
@@ -399,7 +401,7 @@ def test_weights_that_change_are_packed_anew():
 @with_mkl
 def test_packed_weights_can_be_copied_and_moved():
     packed, ids = lively(TINY), random_ids(1, 9)
-    packed.pack()
+    packed.prepack()
     with torch.no_grad():
         expected = packed.hidden(ids)
         copied = copy.deepcopy(packed)
@@ -413,7 +415,7 @@ def test_packed_weights_can_be_copied_and_moved():
 @with_mkl
 def test_packed_weights_can_be_trained_and_saved():
     packed, plain, ids = lively(TINY), lively(TINY), random_ids(2, 9)
-    packed.pack()
+    packed.prepack()
     for model in (packed, plain):
         model(ids).square().mean().backward()
     for one, other in zip(packed.parameters(), plain.parameters(), strict=True):

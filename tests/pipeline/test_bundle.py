@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 FOX = "蓝色背景上的一只狐狸"
 # What each of them was trained for, and in what it differs from the others.
 PARTS = {
-    "draws": {"tasks": ("generate",), "caption_drop": 0.0},
+    "draws": {"tasks": ("generate",), "caption_dropout": 0.0},
     "describes": {"tasks": ("caption",), "caption_stop": False, "max_caption": 5},
     "enlarges": {"tasks": ("upscale", "low_level"), "sampling": Sampling(temperature=0.5, top_k=7)},
 }
@@ -285,7 +285,7 @@ def test_a_part_that_does_not_draw(parts):
     assert len(bundle.caption([Image.new("RGB", (64, 64), "red")])) == 1
 
 
-@pytest.mark.parametrize(("name", "value"), [("codebook_sha256", "0" * 64), ("max_text", 19), ("text_space", 20)])
+@pytest.mark.parametrize(("name", "value"), [("codebook_sha256", "0" * 64), ("max_text", 19), ("text_positions", 20)])
 def test_parts_that_differ_make_no_bundle(parts, name, value):
     change_config(parts["enlarges"], **{name: value})
     assert error_of() == f"{parts['enlarges']} and {parts['draws']} make no bundle: they differ in {name}"

@@ -12,7 +12,7 @@ from cogview.checkpoints.checkpoint import Model
 from cogview.errors import InputError
 from cogview.generation.sampling import GREEDY, MAX_SEED, Sampling
 from cogview.pipeline import cogview as pipeline
-from cogview.pipeline.cogview import Caption, CogView, Wish
+from cogview.pipeline.cogview import Caption, CogView, GenerationRequest
 
 # Of different lengths, so that a batch of them is padded.
 PROMPTS = ["狐狸", "一只狐狸在汽车的左边", "蓝色背景上的三只狗"]
@@ -83,7 +83,7 @@ def test_a_picture_does_not_depend_on_its_batch(tiny_model, batch_size):
 
 def test_a_picture_does_not_depend_on_how_many_are_asked_for(tiny_model):
     wanted = tiny_model.generate(PROMPTS[1], n=3, seed=7)[2]
-    mixed = [Wish(prompt=PROMPTS[0], seed=1), Wish(prompt=PROMPTS[1], seed=7, index=2)]
+    mixed = [GenerationRequest(prompt=PROMPTS[0], seed=1), GenerationRequest(prompt=PROMPTS[1], seed=7, index=2)]
     drawn = tiny_model.draw(mixed, tiny_model.sampling())[1]
     np.testing.assert_array_equal(drawn.codes, wanted.codes)
 
@@ -138,15 +138,15 @@ def test_every_line_of_codes_is_shown(tiny_model, monkeypatch):
     shown = []
 
     def look(progress):
-        assert [wish.prompt for wish in progress.wishes] == PROMPTS[len(shown) // 8 * 2 :][:2]
-        shown.append((progress.done, progress.total, progress.drawn))
+        assert [wish.prompt for wish in progress.requests] == PROMPTS[len(shown) // 8 * 2 :][:2]
+        shown.append((progress.done, progress.total, progress.num_new))
         for codes in progress.codes():
             assert codes.shape == (8, 8)
             lines = progress.done // 8
             assert not codes.mask[:lines].any()
             assert codes.mask[lines:].all()
 
-    pictures = list(tiny_model.iterate(PROMPTS, seed=7, batch_size=2, watch=look))
+    pictures = list(tiny_model.generate_iter(PROMPTS, seed=7, batch_size=2, callback=look))
     assert shown == [(8 * n, 64, 16) for n in range(1, 9)] + [(8 * n, 64, 8) for n in range(1, 9)]
     assert len(pictures) == 3
 
@@ -159,7 +159,7 @@ def test_codes_so_far_are_those_of_the_picture(tiny_model, monkeypatch):
         if progress.done == 32:
             halves.extend(progress.codes())
 
-    pictures = tiny_model.draw([Wish(prompt=prompt, seed=7) for prompt in PROMPTS], watch=look)
+    pictures = tiny_model.draw([GenerationRequest(prompt=prompt, seed=7) for prompt in PROMPTS], callback=look)
     np.testing.assert_array_equal(np.stack(halves)[:, :4], codes_of(pictures)[:, :4])
     np.testing.assert_array_equal(codes_of(pictures), codes_of(tiny_model.generate(PROMPTS, seed=7)))
 
@@ -173,7 +173,7 @@ def test_who_watches_may_stop(tiny_model, monkeypatch):
         calls.append(progress.done)
         return len(calls) < 10  # in the second batch
 
-    had = list(tiny_model.iterate(PROMPTS, seed=7, batch_size=2, watch=look))
+    had = list(tiny_model.generate_iter(PROMPTS, seed=7, batch_size=2, callback=look))
     np.testing.assert_array_equal(codes_of(had), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
     assert calls == [8, 16, 24, 32, 40, 48, 56, 64, 8, 16]
 
@@ -188,7 +188,7 @@ def test_pictures_before_an_interruption_are_had(tiny_model):
             raise KeyboardInterrupt
 
     had = []
-    drawing = tiny_model.iterate(PROMPTS, seed=7, batch_size=2, watch=interrupt)
+    drawing = tiny_model.generate_iter(PROMPTS, seed=7, batch_size=2, callback=interrupt)
     with pytest.raises(KeyboardInterrupt):
         had.extend(drawing)
     np.testing.assert_array_equal(codes_of(had), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
@@ -210,18 +210,18 @@ def test_half_precision_draws(tiny_checkpoint):
     ],
 )
 def test_prompts_that_cannot_be_drawn(tiny_model, prompt, problem):
-    assert problem in tiny_model.problem_with(prompt)
+    assert problem in tiny_model.prompt_problem(prompt)
     with pytest.raises(InputError) as caught:
         tiny_model.generate(["狐狸", prompt], seed=7)
-    assert str(caught.value) == tiny_model.problem_with(prompt)
+    assert str(caught.value) == tiny_model.prompt_problem(prompt)
 
 
 def test_prompts_that_can_be_drawn(tiny_model):
-    assert tiny_model.problem_with("狐狸") is None
-    assert tiny_model.problem_with("蓝色背景上的三只狐狸" * 2) is None  # 20 pieces
-    assert tiny_model.warning_about("狐狸") is None
+    assert tiny_model.prompt_problem("狐狸") is None
+    assert tiny_model.prompt_problem("蓝色背景上的三只狐狸" * 2) is None  # 20 pieces
+    assert tiny_model.prompt_warning("狐狸") is None
     assert (
-        tiny_model.warning_about("龘")
+        tiny_model.prompt_warning("龘")
         == "100% of the prompt “龘” is spelt in bytes: the model hardly knows its characters"
     )
 
@@ -348,8 +348,10 @@ def test_an_upscaled_picture_does_not_depend_on_its_batch(tiny_model):
 
 
 def test_windows_that_are_free_of_each_other_are_drawn_side_by_side(tiny_model, monkeypatch):
-    counts, fill = [], pipeline.fill
-    monkeypatch.setattr(pipeline, "fill", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1])
+    counts, fill = [], pipeline.decode
+    monkeypatch.setattr(
+        pipeline, "decode", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1]
+    )
     pictures = tiny_model.generate(PROMPTS, seed=7)
     counts.clear()
     tiny_model.upscale(pictures, PROMPTS, seed=3)
@@ -360,20 +362,22 @@ def test_different_tasks_in_one_batch(tiny_model, monkeypatch):
     small = tiny_model.generate("狐狸", seed=7)[0].codes
     sampling = Sampling(temperature=0.7, top_k=9)
     wishes = [
-        Wish(prompt="一只狗", seed=1),
-        Wish(task="caption", seed=1, codes=small, sampling=GREEDY),
-        Wish(prompt="狐狸", seed=2, task="upscale", codes=small),
-        Wish(prompt="一只狗", seed=1, index=1, codes=small[:3], sampling=sampling),
-        Wish(prompt="狐狸", seed=3, task="low_level", codes=small[:4, :4]),
+        GenerationRequest(prompt="一只狗", seed=1),
+        GenerationRequest(task="caption", seed=1, codes=small, sampling=GREEDY),
+        GenerationRequest(prompt="狐狸", seed=2, task="upscale", codes=small),
+        GenerationRequest(prompt="一只狗", seed=1, index=1, codes=small[:3], sampling=sampling),
+        GenerationRequest(prompt="狐狸", seed=3, task="low_level", codes=small[:4, :4]),
     ]
-    counts, fill = [], pipeline.fill
-    monkeypatch.setattr(pipeline, "fill", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1])
-    together = list(tiny_model.make(wishes))
+    counts, fill = [], pipeline.decode
+    monkeypatch.setattr(
+        pipeline, "decode", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1]
+    )
+    together = list(tiny_model.run(wishes))
     assert counts == [5, 1, 2, 2, 1, 1, 1]
-    assert tiny_model.plan(wishes) == [5]
-    assert sum(tiny_model.plan(wishes, batch_size=3)) == 5
+    assert tiny_model.batch_sizes(wishes) == [5]
+    assert sum(tiny_model.batch_sizes(wishes, batch_size=3)) == 5
     for wish, made in zip(wishes, together, strict=True):
-        (alone,) = tiny_model.make([wish])
+        (alone,) = tiny_model.run([wish])
         if isinstance(made, Caption):
             assert made.text == alone.text
         else:
@@ -477,7 +481,7 @@ def test_guidance_needs_weights_that_know_pictures_without_captions(tiny_model):
     )
     assert (plain != guided).any()
     assert (plain != attentive).any()
-    parts = vars(tiny_model.model) | {"config": replace(tiny_model.model.config, caption_drop=0.0)}
+    parts = vars(tiny_model.model) | {"config": replace(tiny_model.model.config, caption_dropout=0.0)}
     model = CogView(Model(**parts), tiny_model.placement, "plain")
     with pytest.raises(InputError, match=r"plain was trained without leaving captions out.*guidance must be 1, got 2"):
         model.generate("狐狸", seed=7, guidance=2.0)

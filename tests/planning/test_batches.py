@@ -8,7 +8,7 @@ import torch
 
 from cogview.errors import InputError
 from cogview.planning import batches as planning
-from cogview.planning.batches import Planner
+from cogview.planning.batches import BatchPlanner
 
 CPU = torch.device("cpu")
 FAILURES = [
@@ -23,7 +23,7 @@ def free(monkeypatch):
     """A function that says how many bytes work may take from now on."""
 
     def say(count: float) -> None:
-        monkeypatch.setattr(Planner, "free", lambda self: count)
+        monkeypatch.setattr(BatchPlanner, "free", lambda self: count)
 
     say(32)
     return say
@@ -46,7 +46,7 @@ def double(items):
     ],
 )
 def test_parts_are_even_and_fit(count, ceiling, sizes):
-    assert Planner(CPU, ceiling).chunks(range(count), len, "drawing") == sizes
+    assert BatchPlanner(CPU, ceiling).chunks(range(count), len, "drawing") == sizes
 
 
 @pytest.mark.usefixtures("free")
@@ -57,9 +57,9 @@ def test_results_come_in_order():
         done.append(len(items))
         return double(items)
 
-    assert list(Planner(CPU).run(range(33), len, work, "drawing")) == double(range(33))
+    assert list(BatchPlanner(CPU).run(range(33), len, work, "drawing")) == double(range(33))
     assert done == [17, 16]
-    assert list(Planner(CPU).run([], len, work, "drawing")) == []
+    assert list(BatchPlanner(CPU).run([], len, work, "drawing")) == []
 
 
 @pytest.mark.usefixtures("free")
@@ -71,7 +71,7 @@ def test_later_items_may_be_larger_than_the_first():
         return double(items)
 
     items = [1] * 32 + [8] * 32
-    assert list(Planner(CPU).run(items, sum, work, "scoring")) == double(items)
+    assert list(BatchPlanner(CPU).run(items, sum, work, "scoring")) == double(items)
     assert max(done) <= 32
 
 
@@ -87,7 +87,7 @@ def test_a_device_that_runs_out_gives_the_same_results(seed, free):
         finished.extend(items)
         return double(items)
 
-    assert list(Planner(CPU).run(range(100), len, work, "drawing")) == double(range(100))
+    assert list(BatchPlanner(CPU).run(range(100), len, work, "drawing")) == double(range(100))
     assert finished == list(range(100))
 
 
@@ -101,7 +101,7 @@ def test_what_failed_is_done_again_in_halves(caplog):
             raise FAILURES[0]
         return double(items)
 
-    planner = Planner(CPU)
+    planner = BatchPlanner(CPU)
     assert list(planner.run(range(32), len, work, "drawing")) == double(range(32))
     assert sizes == [32, 16, *[8] * 4]
     assert [record.message for record in caplog.records] == [
@@ -113,7 +113,7 @@ def test_what_failed_is_done_again_in_halves(caplog):
 
 def test_work_within_work_is_planned_once(free):
     """What the outer part has made by then is not taken off what the inner one may take."""
-    planner, sizes = Planner(CPU), []
+    planner, sizes = BatchPlanner(CPU), []
 
     def inner(items):
         sizes.append(len(items))
@@ -133,7 +133,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        list(Planner(CPU).run(range(3), len, work, "drawing"))
+        list(BatchPlanner(CPU).run(range(3), len, work, "drawing"))
 
 
 def test_nothing_fits(free):
@@ -145,7 +145,7 @@ def test_nothing_fits(free):
         return ["--dtype int8"]
 
     with pytest.raises(InputError) as caught:
-        Planner(CPU, None, remedies).chunks([3e9], sum, "drawing")
+        BatchPlanner(CPU, None, remedies).chunks([3e9], sum, "drawing")
     assert str(caught.value) == (
         "drawing: one at a time takes 3.00 GB and cpu has 2.00 GB free; what would help: --dtype int8 or closing other "
         "programs"
@@ -160,7 +160,7 @@ def test_one_at_a_time_runs_out(free):
         raise FAILURES[1]
 
     with pytest.raises(InputError) as caught:
-        list(Planner(CPU).run([1e9], sum, work, "scoring"))
+        list(BatchPlanner(CPU).run([1e9], sum, work, "scoring"))
     assert str(caught.value) == (
         "scoring: cpu ran out of memory with one at a time, which takes 1.00 GB of 2.00 GB free; what would help: "
         "closing other programs"
@@ -169,13 +169,13 @@ def test_one_at_a_time_runs_out(free):
 
 def test_a_ceiling_below_one():
     with pytest.raises(InputError, match="the batch size must be at least 1, got 0"):
-        Planner(CPU, 0)
+        BatchPlanner(CPU, 0)
 
 
 def test_a_plan_is_told_once(free, caplog):
     caplog.set_level(logging.INFO, logger="cogview.planning.batches")
     free(32e9)
-    planner = Planner(CPU)
+    planner = BatchPlanner(CPU)
     for _ in range(2):
         planner.chunks([1e9] * 33, sum, "drawing")
     assert [record.message for record in caplog.records] == [
@@ -185,6 +185,6 @@ def test_a_plan_is_told_once(free, caplog):
 
 def test_some_memory_stays_free(monkeypatch):
     monkeypatch.setattr(planning, "available_memory", lambda device: 10**10)
-    assert Planner(CPU).free() == 10**10 * (1 - planning.BATCH_MARGIN)
+    assert BatchPlanner(CPU).free() == 10**10 * (1 - planning.BATCH_MARGIN)
     monkeypatch.setattr(planning, "available_memory", lambda device: 10**8)
-    assert Planner(CPU).free() == 10**8 - planning.MIN_FREE_BYTES["cpu"]
+    assert BatchPlanner(CPU).free() == 10**8 - planning.MIN_FREE_BYTES["cpu"]

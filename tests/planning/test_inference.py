@@ -13,31 +13,31 @@ from torch.utils._pytree import tree_leaves
 from cogview.checkpoints.checkpoint import ModelConfig
 from cogview.device import _available_on_host, available_memory
 from cogview.errors import InputError
-from cogview.generation.decode import fill, score, search
+from cogview.generation.decode import beam_search, decode, score
 from cogview.generation.sampling import Sampling
-from cogview.generation.token_sampler import Job
+from cogview.generation.token_sampler import DecodingRequest
 from cogview.kernels.linear import MANY_ROWS_HALF, MANY_ROWS_INT8
 from cogview.modeling.config import TransformerConfig, preset
 from cogview.modeling.kv_cache import KVCache
-from cogview.modeling.quantization import Int4Linear, Int8Linear, use_few_bits
+from cogview.modeling.quantization import Int4Linear, Int8Linear, swap_quantized_linears
 from cogview.modeling.transformer import Transformer
 from cogview.planning.inference import (
-    DRAWING_TRAFFIC,
-    SHARE,
+    BANDWIDTH_EFFICIENCY,
+    SAMPLING_TRAFFIC,
     TASKS,
-    Read,
-    Speed,
-    _reading_bytes,
+    ForwardPass,
+    HardwareSpeed,
+    _forward_bytes,
+    beam_search_bytes,
+    decode_bytes,
     estimate,
-    fill_bytes,
+    image_bytes,
+    image_flops,
     layer_bytes,
-    measure,
-    picture_bytes,
-    picture_flops,
+    measure_hardware,
     position_bytes,
     score_bytes,
-    search_bytes,
-    smaller_dtypes,
+    smaller_formats,
     workspace_bytes,
 )
 from cogview.tokenizers.layouts import layouts, upscale_windows
@@ -105,7 +105,7 @@ def test_weights_in_few_bits_are_those_of_the_model(few_bits, width):
     shape = replace(SHAPE, width=width)
     with torch.device("meta"):
         transformer = Transformer(shape)
-        use_few_bits(transformer, few_bits)
+        swap_quantized_linears(transformer, few_bits)
     transformer.to(torch.bfloat16)  # biases and norms; integers stay
     rounded = [module for module in transformer.modules() if isinstance(module, Int8Linear | Int4Linear)]
     assert len(rounded) == 4 * shape.num_layers
@@ -116,7 +116,7 @@ def test_weights_in_few_bits_are_those_of_the_model(few_bits, width):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_cache_is_the_engines(dtype):
     plan = plan_of(rows=3, dtype=dtype)
-    cache = KVCache(SHAPE, plan.rows, plan.columns, torch.device("cpu"), getattr(torch, dtype))
+    cache = KVCache(SHAPE, plan.rows, plan.sequence_length, torch.device("cpu"), getattr(torch, dtype))
     assert plan.rows * plan.kv_cache == cache.num_bytes
     assert plan_of(rows=3, dtype=dtype, guided=True).kv_cache == 2 * plan.kv_cache
 
@@ -124,30 +124,32 @@ def test_the_cache_is_the_engines(dtype):
 def test_rows_are_those_of_the_layouts():
     config = config_of()
     table = config.layouts
-    assert plan_of(task="generate").columns == table["generate"].length(20) - 1  # [EOI1] is not drawn
-    assert plan_of(task="low_level").columns == table["low_level"].length(20) - 1
-    assert plan_of(task="upscale").columns == table["upscale"].length(20) - 1
-    assert plan_of(task="caption").columns == table["caption"].length(20) - 1  # nor what ends the longest
-    assert plan_of(task="score").columns == table["score"].length(20)
+    assert plan_of(task="generate").sequence_length == table["generate"].length(20) - 1  # [EOI1] is not drawn
+    assert plan_of(task="low_level").sequence_length == table["low_level"].length(20) - 1
+    assert plan_of(task="upscale").sequence_length == table["upscale"].length(20) - 1
+    assert plan_of(task="caption").sequence_length == table["caption"].length(20) - 1  # nor what ends the longest
+    assert plan_of(task="score").sequence_length == table["score"].length(20)
     assert plan_of(task="score").kv_cache == 0
 
 
 def test_captions_have_a_room_of_their_own():
     config = config_of(max_caption=5)
-    assert plan_of(config, task="caption").columns == config.layouts["caption"].length(5) - 1
+    assert plan_of(config, task="caption").sequence_length == config.layouts["caption"].length(5) - 1
 
 
 def test_an_upscaled_picture_is_nine_windows():
-    drawn = [read for read in plan_of(task="upscale").reads if read.ids]
+    drawn = [read for read in plan_of(task="upscale").forward_passes if read.output_ids]
     assert len(drawn) == (2 * 8) ** 2  # every code of the large picture once
-    assert sum(read.so_far == read.new for read in drawn) == len(upscale_windows(8))  # each is read from its beginning
+    assert sum(read.total_positions == read.new_positions for read in drawn) == len(
+        upscale_windows(8)
+    )  # each is read from its beginning
 
 
 @pytest.fixture
 def plain_cpu(monkeypatch):
     """A CPU without products in 16 bits, whose MKL makes no copies: what PyTorch allocates is all there is."""
     monkeypatch.setattr("cogview.kernels.linear.cpu_multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr("cogview.planning.inference.packs", lambda weight: False)
+    monkeypatch.setattr("cogview.planning.inference.can_prepack", lambda weight: False)
 
 
 def row_of(config: ModelConfig, task: str, number: int = 0, text: int = 20, known: slice | None = None):
@@ -177,9 +179,9 @@ def test_as_much_is_alive_as_the_plan_says(task, guided, dtype, num_codes):
     sampling = Sampling(top_k=0, guidance=3 if guided else 1)
     arranged = [row_of(config, task, number, text=19 + number % 2) for number in range(2 * rows)]
     twins = zip(arranged[:rows], arranged[rows:], strict=True)
-    jobs = [Job(row=row, seed=0, sampling=sampling, unguided=twin) for row, twin in twins]
+    jobs = [DecodingRequest(sequence=row, seed=0, sampling=sampling, unconditional=twin) for row, twin in twins]
     with Alive(transformer.parameters()) as alive:
-        fill(transformer, config.vocabulary, jobs)
+        decode(transformer, config.vocabulary, jobs)
     plan = plan_of(config, task=task, rows=rows, dtype=dtype, guided=guided)
     said = plan.workspace + rows * (plan.kv_cache + max(plan.activations, plan.logits))
     assert said == pytest.approx(alive.most, rel=0.14 if guided else 0.12)
@@ -212,11 +214,14 @@ def test_as_much_is_alive_as_given_jobs_are_said_to_take(
     config, rows = config_of(num_codes), 16
     transformer = Transformer(config.transformer).eval().to(getattr(torch, dtype))
     arranged = [row_of(config, task, number % different, known=known) for number in range(rows)]
-    jobs = [Job(row=row, seed=0, image=index, sampling=sampling, unguided=row) for index, row in enumerate(arranged)]
+    jobs = [
+        DecodingRequest(sequence=row, seed=0, image=index, sampling=sampling, unconditional=row)
+        for index, row in enumerate(arranged)
+    ]
     with Alive(transformer.parameters()) as alive:
-        fill(transformer, config.vocabulary, jobs, int8_cache=int8_cache)
+        decode(transformer, config.vocabulary, jobs, int8_cache=int8_cache)
     settings = {"dtype": dtype, "device_type": "cpu", "int8_cache": int8_cache}
-    said = fill_bytes(config.transformer, config.vocabulary, jobs, **settings)
+    said = decode_bytes(config.transformer, config.vocabulary, jobs, **settings)
     workspace = workspace_bytes(config.transformer, dtype, "cpu")  # may not be there while the layers have most
     assert 0.95 * alive.most <= said <= 1.1 * alive.most + workspace
 
@@ -229,7 +234,7 @@ def test_lean_layers_hold_no_more_than_the_modules():
     most = []
     for pack in (False, True):
         if pack:
-            transformer.pack()
+            transformer.prepack()
             transformer.hidden(ids_BT)  # makes the copies that are kept
         with Alive(transformer.parameters()) as alive:
             transformer.hidden(ids_BT)
@@ -241,13 +246,16 @@ def test_lean_layers_hold_no_more_than_the_modules():
 def test_codes_told_in_windows_take_what_is_said():
     config, rows = config_of(8192), 4
     transformer = Transformer(config.transformer).eval()
-    jobs = [Job(row=row_of(config, "generate"), seed=0, image=index, sampling=Sampling()) for index in range(rows)]
+    jobs = [
+        DecodingRequest(sequence=row_of(config, "generate"), seed=0, image=index, sampling=Sampling())
+        for index in range(rows)
+    ]
     with Alive(transformer.parameters()) as alive:
-        fill(transformer, config.vocabulary, jobs, parallel=16)
+        decode(transformer, config.vocabulary, jobs, speculative=16)
     settings = {"dtype": "float32", "device_type": "cpu"}
-    said = fill_bytes(config.transformer, config.vocabulary, jobs, parallel=16, **settings)
+    said = decode_bytes(config.transformer, config.vocabulary, jobs, parallel=16, **settings)
     assert 0.95 * alive.most <= said <= 1.1 * alive.most
-    assert said > 2 * fill_bytes(config.transformer, config.vocabulary, jobs, **settings)
+    assert said > 2 * decode_bytes(config.transformer, config.vocabulary, jobs, **settings)
 
 
 @pytest.mark.usefixtures("plain_cpu")
@@ -258,8 +266,8 @@ def test_as_much_is_alive_while_captions_are_searched(images, beams, dtype):
     transformer = Transformer(config.transformer).eval().to(getattr(torch, dtype))
     rows = [row_of(config, "caption", number) for number in range(images)]
     with Alive(transformer.parameters()) as alive:
-        search(transformer, config.vocabulary, rows, beams)
-    said = search_bytes(config.transformer, config.vocabulary, rows, beams, dtype=dtype, device_type="cpu")
+        beam_search(transformer, config.vocabulary, rows, beams)
+    said = beam_search_bytes(config.transformer, config.vocabulary, rows, beams, dtype=dtype, device_type="cpu")
     assert 0.95 * alive.most <= said <= 1.1 * alive.most + workspace_bytes(config.transformer, dtype, "cpu")
 
 
@@ -281,13 +289,17 @@ def test_as_much_is_alive_while_a_text_is_scored(dtype):
 def test_what_is_packed_is_counted_until_it_is_there():
     config = config_of()
     transformer, codes = Transformer(config.transformer).eval(), config.vocabulary.image
-    assert transformer.bytes_to_pack(codes) == 0  # it is not used so
-    transformer.pack()
+    assert transformer.prepack_bytes(codes) == 0  # it is not used so
+    transformer.prepack()
     plan = plan_of(config)
-    assert plan.packed == transformer.bytes_to_pack(codes)
+    assert plan.packed == transformer.prepack_bytes(codes)
     assert plan_of(config, dtype="bfloat16").packed == plan_of(config, device_type="cuda").packed == 0
-    fill(transformer, config.vocabulary, [Job(row=row_of(config, "generate"), seed=0, sampling=Sampling())])
-    assert transformer.bytes_to_pack(codes) == 0
+    decode(
+        transformer,
+        config.vocabulary,
+        [DecodingRequest(sequence=row_of(config, "generate"), seed=0, sampling=Sampling())],
+    )
+    assert transformer.prepack_bytes(codes) == 0
 
 
 @pytest.mark.usefixtures("plain_cpu")
@@ -299,16 +311,16 @@ def test_wide_layers_are_multiplied_a_block_of_weights_at_a_time(dtype):
     with torch.device("meta"):
         layers = Transformer(shape).layers
         if dtype in ("int8", "int4"):
-            use_few_bits(layers, dtype)
+            swap_quantized_linears(layers, dtype)
     layers.to_empty(device="cpu").to(held)
     for module in layers.modules():
         if isinstance(module, Int4Linear):
-            module.ordered = True
+            module.cpu_packed = True
     x = torch.zeros(1, 50, shape.width, dtype=held)
     with Alive([*layers.parameters(), *layers.buffers(), x]) as alive, torch.inference_mode():
         layers[0](x, None, None, 0)
-    read = Read(new=50, so_far=50, ids=1)
-    activations = _reading_bytes(shape, dtype, "cpu", read, padded=False)
+    read = ForwardPass(new_positions=50, total_positions=50, output_ids=1)
+    activations = _forward_bytes(shape, dtype, "cpu", read, padded=False)
     workspace = workspace_bytes(shape, dtype, "cpu")
     assert max(activations, workspace) <= x.nbytes + alive.most <= activations + workspace
 
@@ -322,7 +334,7 @@ def test_pictures_take_what_the_vqvae_has_alive(image, decoding):
             model.decode(torch.zeros(2, 8, 8, dtype=torch.int64))
         else:
             model.encode(torch.zeros(2, 3, 64, 64))
-    assert 2 * picture_bytes(image, 8, decoding=decoding) == pytest.approx(alive.most, rel=0.05)
+    assert 2 * image_bytes(image, 8, decoding=decoding) == pytest.approx(alive.most, rel=0.05)
 
 
 def test_the_four_billion_parameters():
@@ -334,10 +346,10 @@ def test_the_four_billion_parameters():
     plan = estimate(config, VQVAEConfig.released(), task="generate", rows=1, dtype="float16", device_type="cuda")
     assert plan.layers + plan.embedding == 2 * 3_928_849_920
     assert position_bytes(shape, "float16") == 491_520
-    assert plan.columns == 1088
-    step = plan.reads[-1]
-    assert (step.new, step.so_far, step.ids) == (1, 1087, 8192)
-    weights = plan.traffic(step) - 1087 * 491_520 - 8192 * DRAWING_TRAFFIC
+    assert plan.sequence_length == 1088
+    step = plan.forward_passes[-1]
+    assert (step.new_positions, step.total_positions, step.output_ids) == (1, 1087, 8192)
+    weights = plan.traffic(step) - 1087 * 491_520 - 8192 * SAMPLING_TRAFFIC
     assert weights / 1e9 == pytest.approx(7.60, abs=0.005)
     without_context = plan.flops(step) - 4 * 48 * 2560 * 1087
     assert without_context / 1e9 == pytest.approx(2 * 3.776_5 + 0.0419, abs=0.01)
@@ -348,7 +360,7 @@ def test_more_rows_take_more(task):
     plans = [plan_of(task=task, rows=rows) for rows in (1, 2, 7)]
     assert plans[0].total < plans[1].total < plans[2].total
     assert plans[2].total == plans[0].constant + 7 * plans[0].per_row
-    speed = Speed(bandwidth=1e9, flops=1e9, starts_ahead=False)
+    speed = HardwareSpeed(bandwidth=1e9, flops=1e9, starts_ahead=False)
     seconds = [plan.seconds(speed).total for plan in plans]
     assert seconds[0] < seconds[1] < seconds[2]
     assert plans[2].seconds(speed).total < 7 * seconds[0]  # weights are read once for all rows
@@ -373,28 +385,28 @@ def test_fewer_bits_take_less():
 
 def test_a_step_takes_the_longest_of_what_it_does():
     plan = plan_of()
-    step = plan.reads[-1]
-    slow_memory = Speed(bandwidth=1e6, flops=1e15, starts_ahead=True)
-    assert plan.read_seconds(step, slow_memory) == pytest.approx(plan.traffic(step) / (SHARE * 1e6))
-    slow_products = Speed(bandwidth=1e15, flops=1e6, starts_ahead=True)
-    assert plan.read_seconds(step, slow_products) == pytest.approx(plan.flops(step) / 1e6)
-    fast = Speed(bandwidth=1e18, flops=1e18, starts_ahead=True)
-    starting = plan.read_seconds(step, fast)
+    step = plan.forward_passes[-1]
+    slow_memory = HardwareSpeed(bandwidth=1e6, flops=1e15, starts_ahead=True)
+    assert plan.forward_seconds(step, slow_memory) == pytest.approx(plan.traffic(step) / (BANDWIDTH_EFFICIENCY * 1e6))
+    slow_products = HardwareSpeed(bandwidth=1e15, flops=1e6, starts_ahead=True)
+    assert plan.forward_seconds(step, slow_products) == pytest.approx(plan.flops(step) / 1e6)
+    fast = HardwareSpeed(bandwidth=1e18, flops=1e18, starts_ahead=True)
+    starting = plan.forward_seconds(step, fast)
     assert starting > 0
-    assert plan.read_seconds(step, replace(slow_products, starts_ahead=False)) == pytest.approx(
+    assert plan.forward_seconds(step, replace(slow_products, starts_ahead=False)) == pytest.approx(
         plan.flops(step) / 1e6 + starting
     )
 
 
 def test_weights_that_are_unpacked_at_every_step_take_their_time():
     on_cpu, on_card = (plan_of(dtype="int4", device_type=device) for device in ("cpu", "cuda"))
-    step = on_cpu.reads[-1]
+    step = on_cpu.forward_passes[-1]
     assert not on_cpu.unpacks(step)
     assert on_card.unpacks(step)
     assert on_card.traffic(step) > on_cpu.traffic(step)
     for dtype, many in (("int8", MANY_ROWS_INT8), ("bfloat16", MANY_ROWS_HALF)):
         assert [plan_of(dtype=dtype, rows=rows).unpacks(step) for rows in (many - 1, many)] == [False, True]
-        assert plan_of(dtype=dtype).unpacks(replace(step, new=many))  # as many columns of one row do
+        assert plan_of(dtype=dtype).unpacks(replace(step, new_positions=many))  # as many columns of one row do
         fewer, many_rows = (plan_of(dtype=dtype, rows=rows) for rows in (many - 1, many))
         assert many_rows.traffic(step) > 1.2 * fewer.traffic(step)
     assert not plan_of(dtype="float32", rows=100).unpacks(step)
@@ -403,10 +415,10 @@ def test_weights_that_are_unpacked_at_every_step_take_their_time():
 def test_operations_of_the_vqvae():
     config = replace(VQVAEConfig.released(), channels=(6, 5, 4), code_width=3)
     taps = 2 * 16 * (3 * 4 * 8**2 + 4 * 5 * 16**2 + 5 * 6 * 32**2) + 2 * 6 * 3 * 64**2
-    assert picture_flops(config, 8, decoding=True) == taps
-    assert picture_flops(config, 16, decoding=True) == 4 * taps
+    assert image_flops(config, 8, decoding=True) == taps
+    assert image_flops(config, 16, decoding=True) == 4 * taps
     taps = 2 * 16 * (3 * 6 * 32**2 + 6 * 5 * 16**2 + 5 * 4 * 8**2) + 2 * 4 * 3 * 8**2
-    assert picture_flops(config, 8, decoding=False) == taps + 2 * 8192 * 3 * 8**2
+    assert image_flops(config, 8, decoding=False) == taps + 2 * 8192 * 3 * 8**2
 
 
 @pytest.mark.parametrize(
@@ -434,7 +446,7 @@ def test_widths_that_int4_cannot_group():
 
 
 def test_this_machine_is_measured():
-    speed = measure(torch.device("cpu"), torch.float32)
+    speed = measure_hardware(torch.device("cpu"), torch.float32)
     assert speed.bandwidth > 0
     assert speed.flops > 0
     assert not speed.starts_ahead
@@ -489,9 +501,9 @@ def test_all_there_is_where_a_system_does_not_say_what_is_free(tmp_path):
 def test_options_that_save_enough():
     shape, vocabulary = config_of().transformer, config_of().vocabulary
     saved = {dtype: layer_bytes(shape, "float32") - layer_bytes(shape, dtype) for dtype in ("bfloat16", "int8", "int4")}
-    offered = partial(smaller_dtypes, shape, vocabulary, "float32", "cuda")
+    offered = partial(smaller_formats, shape, vocabulary, "float32", "cuda")
     assert offered(0) == ["--dtype bfloat16", "--dtype int8", "--dtype int4"]
     assert offered(2 * saved["int4"]) == []
-    assert smaller_dtypes(shape, vocabulary, "int8", "cuda", 0) == ["--dtype int4"]
+    assert smaller_formats(shape, vocabulary, "int8", "cuda", 0) == ["--dtype int4"]
     narrow = replace(shape, width=48)  # that int4 cannot group
-    assert smaller_dtypes(narrow, vocabulary, "float32", "cuda", 0) == ["--dtype bfloat16", "--dtype int8"]
+    assert smaller_formats(narrow, vocabulary, "float32", "cuda", 0) == ["--dtype bfloat16", "--dtype int8"]

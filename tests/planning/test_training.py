@@ -6,27 +6,27 @@ import pytest
 import torch
 
 from cogview.errors import InputError
-from cogview.kernels.fused_linear_cross_entropy import Targets
+from cogview.kernels.fused_linear_cross_entropy import LossTargets
 from cogview.modeling.config import TransformerConfig, preset
 from cogview.modeling.transformer import Transformer
 from cogview.planning.training import (
-    MODES,
+    CHECKPOINTING_MODES,
     TRAINING_PRESETS,
     TrainingJob,
+    choose_micro_batch,
     divisors,
     fits,
     flops_per_token,
-    largest_rows,
     layer_activations,
     lora_parameters,
+    max_micro_batch,
     multiplied_flops_per_token,
     peak_flops,
     preset_job,
-    suggest,
     training_memory,
     training_time,
 )
-from cogview.training.engines.torch_engine import Learner
+from cogview.training.engines.torch_engine import TransformerWithLoss
 
 FOUR_BILLION = preset_job("4b")
 
@@ -73,17 +73,19 @@ def test_a_layer_keeps_what_autograd_saves(length, dtype, dropout, monkeypatch):
     assert rows * layer_activations(shape, length, precision, "cpu") == seen
 
 
-@pytest.mark.parametrize("checkpointing", MODES)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
 def test_a_step_allocates_what_is_predicted(checkpointing, dtype):
     shape, rows = small(150, num_layers=6), 4
     transformer = Transformer(shape).train()
     transformer.checkpointing = checkpointing
-    learner = Learner(transformer, dtype)
+    learner = TransformerWithLoss(transformer, dtype)
     optimizer = torch.optim.AdamW(transformer.parameters())
     ids = torch.zeros(rows, shape.max_positions, dtype=torch.int64)
     places = torch.arange(ids.numel())
-    targets = [Targets(ids=range(512), places_M=places, targets_M=ids.flatten(), weights_M=torch.ones(len(places)))]
+    targets = [
+        LossTargets(ids=range(512), positions_M=places, targets_M=ids.flatten(), weights_M=torch.ones(len(places)))
+    ]
 
     def step() -> None:
         learner(ids, ids, targets)[0].backward()
@@ -102,8 +104,8 @@ def test_a_step_allocates_what_is_predicted(checkpointing, dtype):
         TrainingJob(
             transformer=shape,
             length=shape.max_positions,
-            rows=rows,
-            batch=rows,
+            micro_batch_size=rows,
+            batch_size=rows,
             precision="float32" if dtype is None else "bfloat16",
             checkpointing=checkpointing,
             device_type="cpu",
@@ -122,7 +124,7 @@ def test_deepspeed_estimates_the_same(world, offload):
 
     count = FOUR_BILLION.parameters
     nodes = {"num_gpus_per_node": min(8, world), "num_nodes": -(-world // 8), "additional_buffer_factor": 1}
-    job = replace(FOUR_BILLION, engine="deepspeed", world=world, offload=offload, zero=3)
+    job = replace(FOUR_BILLION, engine="deepspeed", world_size=world, offload=offload, zero=3)
     host, gpu, _ = third(count, 0, cpu_offload=offload, cpu_offload_params=False, **nodes)
     assert training_memory(job).states == pytest.approx(gpu, rel=0.001)
     if offload:  # a node's, without the second gradient of each process
@@ -137,7 +139,7 @@ def test_deepspeed_estimates_the_same(world, offload):
 
 
 def test_each_stage_divides_more():
-    job = replace(FOUR_BILLION, engine="deepspeed", zero=1, world=8)
+    job = replace(FOUR_BILLION, engine="deepspeed", zero=1, world_size=8)
     first, second, third = (training_memory(replace(job, zero=stage)) for stage in (1, 2, 3))
     count = job.parameters
     assert (first.weights, first.gradients, first.optimizer) == (2 * count, 6 * count, 12 * count // 8)
@@ -149,8 +151,8 @@ def test_each_stage_divides_more():
 
 
 def test_offloading_moves_the_optimizer_to_the_host():
-    here = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world=8))
-    away = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world=8, offload=True))
+    here = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world_size=8))
+    away = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world_size=8, offload=True))
     assert (here.host, away.optimizer) == (0, 0)
     assert away.host > here.optimizer
     assert away.total < here.total
@@ -176,7 +178,7 @@ def test_an_adapter_has_few_gradients():
 
 
 def test_what_is_computed_again_is_not_kept():
-    jobs = [replace(FOUR_BILLION, checkpointing=mode, rows=4) for mode in MODES]
+    jobs = [replace(FOUR_BILLION, checkpointing=mode, micro_batch_size=4) for mode in CHECKPOINTING_MODES]
     none, selective, full = (training_memory(job).activations for job in jobs)
     assert none > 1.5 * selective > 3 * full
     shape = FOUR_BILLION.transformer
@@ -203,10 +205,10 @@ def test_operations_of_a_position():
 
 
 def test_the_time_of_the_papers_run():
-    job = replace(FOUR_BILLION, world=512, checkpointing="none")
+    job = replace(FOUR_BILLION, world_size=512, checkpointing="none")
     days = training_time(job, TRAINING_PRESETS["4b"].tokens, 989e12, 0.46) / 86400
     assert days == pytest.approx(1.17, abs=0.01)
-    assert training_time(replace(job, world=256), 1e9, 989e12) == 2 * training_time(job, 1e9, 989e12)
+    assert training_time(replace(job, world_size=256), 1e9, 989e12) == 2 * training_time(job, 1e9, 989e12)
     longer = training_time(replace(job, checkpointing="full"), 1e9, 989e12) / training_time(job, 1e9, 989e12)
     assert 1.3 < longer < 4 / 3
     with pytest.raises(InputError, match="mfu must be above 0 and at most 1, got 40"):
@@ -238,33 +240,33 @@ def test_the_peak_of_a_card_by_its_name(name, precision, expected):
 
 
 def test_rows_and_recomputation_are_suggested():
-    eight = replace(FOUR_BILLION, engine="deepspeed", zero=2, world=8)
-    assert suggest(eight, 80e9) == (8, "none")
-    assert suggest(eight, 80e9, "full") == (64, "full")
-    assert suggest(eight, 80e9, rows=16) == (16, "selective")
+    eight = replace(FOUR_BILLION, engine="deepspeed", zero=2, world_size=8)
+    assert choose_micro_batch(eight, 80e9) == (8, "none")
+    assert choose_micro_batch(eight, 80e9, "full") == (64, "full")
+    assert choose_micro_batch(eight, 80e9, rows=16) == (16, "selective")
     for free in (21e9, 24e9, 40e9, 80e9):
-        rows, mode = suggest(eight, free)
-        chosen = replace(eight, rows=rows, checkpointing=mode)
+        rows, mode = choose_micro_batch(eight, free)
+        chosen = replace(eight, micro_batch_size=rows, checkpointing=mode)
         assert fits(chosen, free)
-        assert eight.own_rows % rows == 0
-        larger = [number for number in divisors(eight.own_rows) if number > rows]
-        assert not larger or not fits(replace(chosen, rows=larger[0]), free)
+        assert eight.local_batch_size % rows == 0
+        larger = [number for number in divisors(eight.local_batch_size) if number > rows]
+        assert not larger or not fits(replace(chosen, micro_batch_size=larger[0]), free)
 
 
 def test_few_rows_of_a_narrow_model_are_worth_recomputing_for():
     job = preset_job("100m")
     free = 5.4e9
-    rows = [largest_rows(replace(job, checkpointing=mode), free) for mode in MODES]
+    rows = [max_micro_batch(replace(job, checkpointing=mode), free) for mode in CHECKPOINTING_MODES]
     assert rows[0] >= 1
     assert rows[0] < rows[1]
-    assert suggest(job, free) == (rows[1], "selective")
+    assert choose_micro_batch(job, free) == (rows[1], "selective")
 
 
 def test_what_cannot_fit_is_said():
     with pytest.raises(InputError, match=r"training takes 70\.4 GB .* of which 24\.0 GB are free: .*offload") as error:
-        suggest(FOUR_BILLION, 24e9)
+        choose_micro_batch(FOUR_BILLION, 24e9)
     assert "\n" not in str(error.value)
-    assert suggest(FOUR_BILLION, 71e9) == (1, "full")  # perhaps
+    assert choose_micro_batch(FOUR_BILLION, 71e9) == (1, "full")  # perhaps
 
 
 def test_every_preset_fits_its_card():
@@ -287,9 +289,12 @@ def test_every_preset_fits_its_card():
         ({"engine": "fsdp"}, "engine 'fsdp' is unknown; known: torch, deepspeed"),
         ({"checkpointing": "all"}, "checkpointing 'all' is unknown; known: none, selective, full"),
         ({"device_type": "tpu"}, "device type 'tpu' is unknown"),
-        ({"rows": 0}, "rows must be at least 1, got 0"),
-        ({"batch": 10, "world": 4}, "a batch of 10 rows does not divide among 4 processes"),
-        ({"batch": 8, "world": 4, "rows": 4}, "4 rows at once are more than the 2 of a process in a batch of 8"),
+        ({"micro_batch_size": 0}, "micro_batch_size must be at least 1, got 0"),
+        ({"batch_size": 10, "world_size": 4}, "a batch of 10 rows does not divide among 4 processes"),
+        (
+            {"batch_size": 8, "world_size": 4, "micro_batch_size": 4},
+            "4 rows at once are more than the 2 of a process in a batch of 8",
+        ),
         ({"zero": 2}, "ZeRO stage 2 needs the engine deepspeed, got torch"),
         ({"offload": True}, "offloading the optimizer needs the engine deepspeed, got torch"),
         ({"engine": "deepspeed", "zero": 4}, "zero must be 1, 2 or 3 with the engine deepspeed, got 4"),
@@ -298,6 +303,6 @@ def test_every_preset_fits_its_card():
     ],
 )
 def test_what_cannot_be_trained(changes, message):
-    job = {"transformer": preset("5m", 512), "length": 64, "rows": 1, "batch": 8}
+    job = {"transformer": preset("5m", 512), "length": 64, "micro_batch_size": 1, "batch_size": 8}
     with pytest.raises(InputError, match=message):
         TrainingJob(**{**job, **changes})

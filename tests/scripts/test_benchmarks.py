@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from cogview.generation.decode import fill
+from cogview.generation.decode import decode
 from cogview.generation.sampling import GREEDY, Sampling
-from cogview.generation.token_sampler import Job
+from cogview.generation.token_sampler import DecodingRequest
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import layouts
 
@@ -74,7 +74,7 @@ def test_the_released_algorithm_draws_what_the_engine_draws(load_benchmark, tiny
             torch.Generator(),
             lambda *progress, seen=seen: seen.append(progress),
         )
-        (ours,) = fill(transformer, vocabulary, [Job(row=row, seed=0, sampling=GREEDY)])
+        (ours,) = decode(transformer, vocabulary, [DecodingRequest(sequence=row, seed=0, sampling=GREEDY)])
         assert np.array_equal(drawn, np.stack([ours.ids, ours.ids]))
         assert len(set(drawn[0][row.blanks])) >= 10
         assert seen == [(done, row.blanks.sum()) for done in range(1, row.blanks.sum() + 1)]

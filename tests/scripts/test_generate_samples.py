@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cogview.cli.main import main as cogview
-from cogview.image_io.png import read_texts
+from cogview.image_io.png import read_metadata
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
@@ -40,7 +40,7 @@ def test_it_draws_what_cogview_generate_draws(samples, tiny_checkpoint, capsys):
     assert cogview(["generate", "--input", "input.txt", "-n", "3", "--model", str(tiny_checkpoint), *settings]) == 0
     ours = [Path(line) for line in capsys.readouterr().out.splitlines()]
     for file, own in zip(files, ours, strict=True):
-        assert read_texts(file)["codes"] == read_texts(own)["codes"]
+        assert read_metadata(file)["codes"] == read_metadata(own)["codes"]
         np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(own)))
 
 
@@ -53,7 +53,7 @@ def test_the_command_line_of_the_release(samples, v1_flags):
     )
     assert status == 0
     assert len(files) == 8
-    texts = read_texts(files[0])
+    texts = read_metadata(files[0])
     assert (texts["seed"], texts["temperature"], texts["top_k"], texts["top_p"]) == ("1234", "1.0", "200", "1.0")
     assert "note: not needed, and ignored: --deepspeed, --model-parallel-size, --num-layers" in err
     assert "note: pretrained/vqvae/vqvae_hard_biggerset_011.pt is ignored: " in err
@@ -89,8 +89,8 @@ def test_ids_name_folders(samples):
         f"samples/{name}.png" for name in ("0017/0", "0017/1", "up/0", "up/1", "0017/2", "0017/3")
     ]
     assert "skipped: the line “no id here” has no id; expected ID<TAB> before the query\n" in err
-    assert [read_texts(file)["prompt"] for file in files] == [FOX, FOX, DOG, DOG, FOX, FOX]
-    assert len({read_texts(file)["codes"] for file in files}) == 6
+    assert [read_metadata(file)["prompt"] for file in files] == [FOX, FOX, DOG, DOG, FOX, FOX]
+    assert len({read_metadata(file)["codes"] for file in files}) == 6
 
 
 def test_debug_adds_one_picture_per_prompt(samples):
@@ -100,7 +100,7 @@ def test_debug_adds_one_picture_per_prompt(samples):
     sheet = np.asarray(Image.open(sheets[1]))
     assert sheet.shape == (68 + 4, 3 * 68 + 4, 3)
     np.testing.assert_array_equal(sheet[4:68, 4 + 68 : 68 + 68], np.asarray(Image.open(f"samples/{DOG}/1.png")))
-    assert read_texts(sheets[1])["prompt"] == DOG
+    assert read_metadata(sheets[1])["prompt"] == DOG
 
 
 def test_it_asks(samples, monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview.image_io.png import read_texts
+from cogview.image_io.png import read_metadata
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 LOW_LEVEL = ("--generation-task", "low-level super-resolution")
@@ -48,7 +48,7 @@ def test_ids_name_folders_and_wrong_lines_stop_nothing(enlarge, save_image):
     status, files, err = enlarge(*LOW_LEVEL, "--input-source", "input.txt", "--with-id")
     assert status == 2
     assert files == [Path("samples", folder, "a-up-seed1234.png") for folder in ("0017", "up")]
-    assert [read_texts(file)["prompt"] for file in files] == [FOX, DOG]
+    assert [read_metadata(file)["prompt"] for file in files] == [FOX, DOG]
     assert [line for line in err.splitlines() if line.startswith("skipped: ")] == [
         "skipped: the line “no id” has no id; expected ID<TAB> before the query",
         f"skipped: “{FOX}” comes with 0 images; expected TEXT<TAB>IMAGE",

@@ -8,8 +8,8 @@ compared when this was written. Here stand the ids of texts and commands; the co
 import numpy as np
 import pytest
 
-from cogview.tokenizers.layouts import Arranged, layouts, pad_left, pad_right, upscale_steps, upscale_windows
-from cogview.tokenizers.vocabulary import GRID_COMMANDS, Kind, Vocabulary
+from cogview.tokenizers.layouts import TokenSequence, layouts, pad_left, pad_right, upscale_steps, upscale_windows
+from cogview.tokenizers.vocabulary import GRID_COMMANDS, TokenKind, Vocabulary
 
 RELEASED = Vocabulary()
 CAT_ON_SILL = [15955, 32637, 44506, 3500, 44893, 9388]  # 一只可爱的小猫坐在窗台上, in released pieces
@@ -22,15 +22,15 @@ def codes(side: int, num_codes: int = 8192) -> np.ndarray:
     return np.arange(side * side) * 37 % num_codes
 
 
-def tiny(name: str, **values) -> Arranged:
+def tiny(name: str, **values) -> TokenSequence:
     return layouts(8)[name].arrange(SMALL, **values)
 
 
-def words(row: Arranged) -> list[str]:
+def words(row: TokenSequence) -> list[str]:
     """The row as a reader sees it, an image shortened to its number of codes."""
     spelt, previous = [], None
     for token, kind, blank in zip(row.ids, row.kinds, row.blanks, strict=True):
-        if kind == Kind.IMAGE:
+        if kind == TokenKind.IMAGE:
             count = spelt.pop()[1] + 1 if previous == (kind, blank) else 1
             spelt.append(("?" if blank else "c", count))
         else:
@@ -77,7 +77,7 @@ def test_released_training_length():
     for name in ("generate", "score"):
         layout = layouts(32)[name]
         assert layout.longest_text(1089) == 61
-        assert layout.length(61) == layout.num_positions(61) == 1089
+        assert layout.length(61) == layout.max_position(61) == 1089
 
 
 # --- what every row promises --------------------------------------------------------------------------------------
@@ -105,13 +105,13 @@ def test_a_row_is_consistent(grid, name):
     values = {"text": RED_APPLE, "image": codes(grid, 64), "small": codes(grid // 2, 64)}
     known = layout.arrange(SMALL, **{n: v for n, v in values.items() if n != "small" or name == "upscale"})
     assert len(known) == layout.length(3)
-    assert known.positions.max() + 1 == layout.num_positions(3)
-    assert layout.num_positions(layout.longest_text(5000)) == 5000
+    assert known.positions.max() + 1 == layout.max_position(3)
+    assert layout.max_position(layout.longest_text(5000)) == 5000
     assert not known.blanks.any()
     assert not known.loss[0]  # nothing comes before it
     for token, kind, loss in zip(known.ids, known.kinds, known.loss, strict=True):
-        assert token in SMALL.permitted(Kind(kind)) or (token == known.stop and kind == Kind.TEXT)
-        assert not (loss and kind == Kind.COMMAND)
+        assert token in SMALL.permitted(TokenKind(kind)) or (token == known.stop and kind == TokenKind.TEXT)
+        assert not (loss and kind == TokenKind.COMMAND)
     offsets = {"text": SMALL.text.start, "image": 0, "small": 0}
     for element, span in known.spans.items():
         assert (known.ids[span] - offsets[element]).tolist() == list(values[element])
@@ -127,7 +127,9 @@ def test_what_is_learnt():
         "upscale": tiny("upscale", text=RED_APPLE, small=image[:16], image=image),
     }
     counts = {
-        name: [int(((row.kinds == kind) & row.loss).sum()) for kind in (Kind.TEXT, Kind.IMAGE, Kind.COMMAND)]
+        name: [
+            int(((row.kinds == kind) & row.loss).sum()) for kind in (TokenKind.TEXT, TokenKind.IMAGE, TokenKind.COMMAND)
+        ]
         for name, row in learnt.items()
     }
     assert counts == {"generate": [3, 64, 0], "caption": [4, 0, 0], "score": [3, 0, 0], "upscale": [0, 64, 0]}
@@ -138,7 +140,7 @@ def test_a_stop_ends_captions():
     row = tiny("caption", image=codes(8, 64), text=RED_APPLE)
     assert row.stop == row.ids[-1] == SMALL.command("[SEP]")
     assert row.loss[-1]
-    assert row.kinds[-1] == Kind.TEXT
+    assert row.kinds[-1] == TokenKind.TEXT
     without = layouts(8, caption_stop=False)["caption"].arrange(SMALL, image=codes(8, 64), text=RED_APPLE)
     assert without.ids.tolist() == row.ids[:-1].tolist()
     assert tiny("generate", text=RED_APPLE).stop is None
@@ -152,7 +154,7 @@ def test_blanks_hold_pad_and_nothing_else_does():
     row = tiny("generate", text=RED_APPLE)
     assert np.flatnonzero(row.blanks).tolist() == list(range(6, 70))
     assert (row.ids == SMALL.pad).tolist() == row.blanks.tolist()
-    assert (row.kinds[row.blanks] == Kind.IMAGE).all()
+    assert (row.kinds[row.blanks] == TokenKind.IMAGE).all()
 
 
 @pytest.mark.parametrize("as_given", ["nones", "masked", "masked lines"])
@@ -192,14 +194,14 @@ def test_codes_may_be_of_any_integer_type_and_shape():
 def test_space_for_text_after_a_restart_is_that_of_its_own_part():
     layout = layouts(32)["upscale"]
     assert layout.length(55) == 1344  # places
-    assert layout.num_positions(55) == 1029  # positions: [ROI2] and what follows it, whatever the text
-    assert layout.num_positions(829) == 1089
+    assert layout.max_position(55) == 1029  # positions: [ROI2] and what follows it, whatever the text
+    assert layout.max_position(829) == 1089
     assert layout.longest_text(1089) == 829
 
 
 @pytest.mark.parametrize("name", ["generate", "upscale"])
 def test_with_a_text_space_a_code_has_one_position_whatever_the_text(name):
-    layout = layouts(8, text_space=20)[name]
+    layout = layouts(8, text_positions=20)[name]
     values = {"small": [0] * 16} if name == "upscale" else {}
     rows = [layout.arrange(SMALL, text=text, **values) for text in ([], RED_APPLE, [5] * 20)]
     for span in rows[0].spans.keys() - {"text"}:
@@ -210,21 +212,21 @@ def test_with_a_text_space_a_code_has_one_position_whatever_the_text(name):
     full, plain = rows[2], layouts(8)[name].arrange(SMALL, text=[5] * 20, **values)
     assert (full.positions == plain.positions).all()
     assert [len(row) for row in rows] == [layout.length(0), layout.length(3), layout.length(20)]
-    assert layout.num_positions(3) == max(row.positions.max() for row in rows) + 1
-    assert layout.longest_text(layout.num_positions(0)) == 20
+    assert layout.max_position(3) == max(row.positions.max() for row in rows) + 1
+    assert layout.longest_text(layout.max_position(0)) == 20
     with pytest.raises(ValueError, match=f"layout '{name}': 'text' has 21 pieces, there is space for 20"):
         layout.arrange(SMALL, text=[5] * 21, **values)
 
 
 def test_a_text_space_changes_no_caption():
-    spaced = layouts(8, text_space=20)["caption"].arrange(SMALL, image=codes(8, 64), max_text=9)
+    spaced = layouts(8, text_positions=20)["caption"].arrange(SMALL, image=codes(8, 64), max_text=9)
     assert (spaced.positions == tiny("caption", image=codes(8, 64), max_text=9).positions).all()
 
 
 def test_cut():
     row = tiny("upscale", text=RED_APPLE, small=codes(4, 64))
     start = row.spans["image"].start
-    window = row.cut(start + 5 * 8)
+    window = row.truncate(start + 5 * 8)
     assert len(window) == start + 40
     assert window.spans["image"] == slice(start, start + 40)
     assert window.spans["small"] == row.spans["small"]
@@ -289,7 +291,7 @@ def test_padding_changes_no_row():
             for name in ("ids", "positions", "kinds", "blanks", "loss"):
                 assert getattr(batch, name)[b][inside].tolist() == getattr(row, name).tolist()
             assert (batch.ids[b][~inside] == SMALL.pad).all()
-            assert (batch.kinds[b][~inside] == Kind.COMMAND).all()
+            assert (batch.kinds[b][~inside] == TokenKind.COMMAND).all()
             assert not (batch.blanks[b] | batch.loss[b] | (batch.positions[b] != 0))[~inside].any()
     left, right = pad_left(rows, SMALL.pad), pad_right(rows, SMALL.pad, 90)
     assert (left.ends == longest).all()
@@ -315,7 +317,7 @@ def draw(grid: int, windows) -> np.ndarray:
     small = codes(grid, 64).reshape(grid, grid)
     for window in windows:
         row = layout.arrange(SMALL, text=RED_APPLE, small=small[window.source], image=canvas[window.target])
-        row = row.cut(row.spans["image"].start + window.lines * grid)
+        row = row.truncate(row.spans["image"].start + window.lines * grid)
         drawn = np.where(row.blanks, 3 * window.row + window.column, row.ids)[row.spans["image"]]
         assert row.blanks.any()
         canvas[window.target] = drawn.reshape(window.lines, grid)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cogview.tokenizers.vocabulary import COMMANDS, GRID_COMMANDS, Kind, Vocabulary
+from cogview.tokenizers.vocabulary import COMMANDS, GRID_COMMANDS, TokenKind, Vocabulary
 
 
 def test_released_numbers():
@@ -35,9 +35,9 @@ def test_a_full_multiple_gets_no_padding():
 
 def test_each_kind_permits_its_own_ids():
     vocabulary = Vocabulary(num_image_codes=64, num_text_pieces=300)
-    assert vocabulary.permitted(Kind.IMAGE) == vocabulary.image
-    assert vocabulary.permitted(Kind.TEXT) == vocabulary.text
-    assert vocabulary.permitted(Kind.COMMAND) == vocabulary.commands
+    assert vocabulary.permitted(TokenKind.IMAGE) == vocabulary.image
+    assert vocabulary.permitted(TokenKind.TEXT) == vocabulary.text
+    assert vocabulary.permitted(TokenKind.COMMAND) == vocabulary.commands
 
 
 def test_every_grid_has_a_command():

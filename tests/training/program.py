@@ -22,32 +22,32 @@ from cogview.cli.main import run_safely
 from cogview.data.store import TokenStore
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
-from cogview.training.data_loader import Supply
-from cogview.training.distributed import World, end_process, join_world, leave_world
-from cogview.training.examples import Batch
-from cogview.training.loop import Run, RunSettings, run_loop
+from cogview.training.data_loader import TrainingDataLoader
+from cogview.training.distributed import DistributedContext, destroy_distributed, exit_process, init_distributed
+from cogview.training.examples import TrainingBatch
+from cogview.training.loop import RunFolder, RunSettings, run_loop
 from cogview.training.settings import EngineSettings, TransformerTraining
 from cogview.training.trainer import TransformerTrainer
 
 BATCH = 12  # which 1, 2 and 3 processes share
 
 
-def run_job(folder: Path, job: dict[str, Any], world: World) -> int:
+def run_job(folder: Path, job: dict[str, Any], world: DistributedContext) -> int:
     """One run, or a part of it."""
     settings = TransformerTraining(
         steps=job.get("steps", 50),
         batch_size=BATCH,
-        micro_batch=job.get("micro_batch", 3),
+        micro_batch_size=job.get("micro_batch_size", 3),
         warmup_steps=5,
         learning_rate=1e-3,
         tasks={"generate": 2.0, "caption": 1.0},
         nonfinite=job.get("nonfinite", "stop"),
     )
     model = new_model(folder / "model", job.get("dropout", 0.0))
-    run = Run(folder / job["name"], world.is_first)
+    run = RunFolder(folder / job["name"], world.is_main_process)
 
     class Recorded(TransformerTrainer):
-        def step(self, step: int, batch: Batch) -> dict[str, float]:
+        def step(self, step: int, batch: TrainingBatch) -> dict[str, float]:
             if job.get("die") == [world.rank, step]:
                 os.kill(os.getpid(), signal.SIGKILL)
             figures = super().step(step, batch)
@@ -65,13 +65,13 @@ def run_job(folder: Path, job: dict[str, Any], world: World) -> int:
         num_threads=1,
         draw_sheet=draw_sheet,
     )
-    supply = Supply(
+    supply = TrainingDataLoader(
         {"store": TokenStore(folder / "store")},
         [1.0],
         run.folder / "stores.jsonl",
-        trainer.maker,
+        trainer.builder,
         world,
-        micro_batch=settings.micro_batch,
+        micro_batch_size=settings.micro_batch_size,
     )
     try:
         return run_loop(
@@ -119,12 +119,12 @@ def main() -> int:
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     np.seterr(all="ignore")
-    world = join_world("cpu", needs_group=any(job.get("engine", {}).get("name") == "deepspeed" for job in jobs))
+    world = init_distributed("cpu", needs_group=any(job.get("engine", {}).get("name") == "deepspeed" for job in jobs))
     try:
         status = next(filter(None, (run_job(folder, job, world) for job in jobs)), 0)
     finally:
-        leave_world()
-    end_process(status)
+        destroy_distributed()
+    exit_process(status)
     return status
 
 

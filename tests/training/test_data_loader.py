@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from cogview.checkpoints.checkpoint import ModelConfig, read_config
-from cogview.data.mixture import StoreWatch, read_phases
+from cogview.data.mixture import StoreWatcher, read_phases
 from cogview.data.store import StoreHeader, StoreWriter, TokenStore
 from cogview.errors import InputError
-from cogview.training.data_loader import Supply
-from cogview.training.distributed import World
-from cogview.training.examples import LessonMaker
+from cogview.training.data_loader import TrainingDataLoader
+from cogview.training.distributed import DistributedContext
+from cogview.training.examples import ExampleBuilder
 from cogview.training.settings import TransformerTraining
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistributedContext(torch.device("cpu"))
 BATCH = 6
 
 
@@ -48,11 +48,15 @@ def write_store(path: Path, config: ModelConfig, count: int) -> TokenStore:
     return TokenStore(path)
 
 
-def supply(folder: Path, config: ModelConfig, shares: tuple[float, ...] = (1.0, 2.0), world: World = ALONE) -> Supply:
+def supply(
+    folder: Path, config: ModelConfig, shares: tuple[float, ...] = (1.0, 2.0), world: DistributedContext = ALONE
+) -> TrainingDataLoader:
     stores = {str(folder / name): TokenStore(folder / name) for name in ("first", "second")}
     settings = TransformerTraining(steps=40, warmup_steps=1, batch_size=BATCH, seed=5)
-    watch = StoreWatch(folder / "coming", next(iter(stores.values())).header, ["generate"])
-    return Supply(stores, shares, folder / "stores.jsonl", LessonMaker(config, settings), world, watch=watch)
+    watch = StoreWatcher(folder / "coming", next(iter(stores.values())).header, ["generate"])
+    return TrainingDataLoader(
+        stores, shares, folder / "stores.jsonl", ExampleBuilder(config, settings), world, watcher=watch
+    )
 
 
 @pytest.fixture
@@ -79,15 +83,15 @@ def test_stores_are_mixed_by_their_shares(folder, config):
 def test_a_store_that_comes_is_mixed_in_from_then_on_and_a_resumed_run_repeats_it(folder, config, capsys):
     first = supply(folder, config)
     before = samples(first.batches(0), 5)
-    assert not first.renew(5)
+    assert not first.refresh(5)
     write_store(folder / "aside", config, 48).close()
     shutil.move(folder / "aside", folder / "coming" / "third")
-    assert first.renew(5)
+    assert first.refresh(5)
     name = folder / "coming" / "third"
     assert capsys.readouterr().err == f"\nfrom step 5 on {name} is mixed in\n"
     assert first.names[-1] == str(name)
     assert first.num_rows == 10 + 14 + 48
-    assert not first.renew(6)  # it is known
+    assert not first.refresh(6)  # it is known
     after = samples(first.batches(5), 35)
     counts = np.bincount(np.concatenate(after)[:, 1])
     assert counts[2] == pytest.approx(35 * BATCH * 48 / 72, abs=2)  # each of its rows is as likely as one of the others
@@ -95,14 +99,14 @@ def test_a_store_that_comes_is_mixed_in_from_then_on_and_a_resumed_run_repeats_i
 
     resumed = supply(folder, config)
     assert samples(resumed.batches(2), 38) == [*before[2:], *after]
-    assert not resumed.renew(3)  # the step at which it comes is planned already
+    assert not resumed.refresh(3)  # the step at which it comes is planned already
 
 
 def test_a_run_that_never_saved_itself_begins_anew(folder, config):
     first = supply(folder, config)
     first.batches(0)
     write_store(folder / "coming" / "third", config, 48).close()
-    assert first.renew(1)
+    assert first.refresh(1)
     again = supply(folder, config)
     assert set(np.concatenate(samples(again.batches(0), 20))[:, 1]) == {0, 1}
 
@@ -124,5 +128,5 @@ def test_other_stores_or_shares_than_a_run_began_with_are_refused(folder, config
 @pytest.mark.parametrize(("size", "remedy"), [(4, "4 or 8"), (5, "5 or 10"), (7, "7 or 7")])
 def test_a_batch_that_does_not_divide_among_the_processes(folder, config, size, remedy):
     with pytest.raises(InputError) as caught:
-        supply(folder, config, world=World(ALONE.device, 0, size))
+        supply(folder, config, world=DistributedContext(ALONE.device, 0, size))
     assert str(caught.value) == f"batch_size 6 does not divide among {size} processes; {remedy} would"

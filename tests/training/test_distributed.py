@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from cogview.errors import InputError, ToldElsewhere
+from cogview.errors import InputError, ReportedByPeer
 from cogview.training import distributed
-from cogview.training.distributed import World, join_world, lost_another
+from cogview.training.distributed import DistributedContext, init_distributed, is_peer_failure
 
 CPU = torch.device("cpu")
 
@@ -19,14 +19,14 @@ def alone(monkeypatch):
 
 
 def test_a_process_alone_needs_no_group():
-    world = join_world("cpu")
+    world = init_distributed("cpu")
     assert (world.rank, world.size, world.device) == (0, 1, CPU)
-    assert world.is_first
-    assert world.sum(np.array([1.5, 2.0])).tolist() == [1.5, 2.0]
-    assert world.max(3.0) == 3.0
-    assert not world.any(False)
-    assert world.on_first(lambda: "done") == world.together(lambda: "done") == "done"
-    assert world.share(8) == slice(0, 8)
+    assert world.is_main_process
+    assert world.all_reduce_sum(np.array([1.5, 2.0])).tolist() == [1.5, 2.0]
+    assert world.all_reduce_max(3.0) == 3.0
+    assert not world.all_reduce_any(False)
+    assert world.run_on_main(lambda: "done") == world.run_everywhere(lambda: "done") == "done"
+    assert world.local_slice(8) == slice(0, 8)
     assert not torch.distributed.is_initialized()
 
 
@@ -48,7 +48,7 @@ def test_variables_that_do_not_fit(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
-        join_world("cpu")
+        init_distributed("cpu")
 
 
 def test_more_processes_than_gpus(monkeypatch):
@@ -57,14 +57,14 @@ def test_more_processes_than_gpus(monkeypatch):
     for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError) as caught:
-        join_world("auto")
+        init_distributed("auto")
     assert str(caught.value) == (
         "8 processes were started on this machine, which has 2 GPUs; expected one for each: torchrun --nproc-per-node 2"
     )
     with pytest.raises(
         InputError, match="so each takes the GPU of its LOCAL_RANK; expected --device auto, cpu or cuda, got"
     ):
-        join_world("cuda:1")
+        init_distributed("cuda:1")
 
 
 def test_a_group_that_cannot_be_reached_names_the_address(monkeypatch):
@@ -76,7 +76,7 @@ def test_a_group_that_cannot_be_reached_names_the_address(monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError) as caught:
-        join_world("cpu")
+        init_distributed("cpu")
     assert str(caught.value) == (
         "process 1 of 2 cannot reach the others at 10.0.0.9:29500: The client socket has timed out; is the port open, "
         "and is it the first node's address?"
@@ -91,27 +91,29 @@ def failing() -> None:
     ("rank", "failed", "error", "message"),
     [
         (0, [1, 1, 1], InputError, "there is no store"),
-        (1, [1, 1, 1], ToldElsewhere, "process 0 stopped"),
+        (1, [1, 1, 1], ReportedByPeer, "process 0 stopped"),
         (2, [0, 0, 1], InputError, "process 2 of 3: there is no store"),
     ],
 )
 def test_of_processes_that_fail_one_tells(monkeypatch, rank, failed, error, message):
-    monkeypatch.setattr(World, "_gathered", lambda self, numbers: np.array(failed)[:, None])
+    monkeypatch.setattr(DistributedContext, "_gathered", lambda self, numbers: np.array(failed)[:, None])
     with pytest.raises(InputError) as caught:
-        World(CPU, rank, 3).together(failing)
+        DistributedContext(CPU, rank, 3).run_everywhere(failing)
     assert type(caught.value) is error
     assert str(caught.value) == message
 
 
 def test_one_that_did_not_fail_stops_in_silence(monkeypatch):
-    monkeypatch.setattr(World, "_gathered", lambda self, numbers: np.array([[0], [1]]))
-    with pytest.raises(ToldElsewhere):
-        World(CPU, 0, 2).together(lambda: "done")
+    monkeypatch.setattr(DistributedContext, "_gathered", lambda self, numbers: np.array([[0], [1]]))
+    with pytest.raises(ReportedByPeer):
+        DistributedContext(CPU, 0, 2).run_everywhere(lambda: "done")
 
 
 def test_what_says_that_another_process_is_gone(monkeypatch):
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
-    assert lost_another(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29616."))
-    assert not lost_another(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert is_peer_failure(
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29616.")
+    )
+    assert not is_peer_failure(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
-    assert not lost_another(RuntimeError("Connection closed by peer"))
+    assert not is_peer_failure(RuntimeError("Connection closed by peer"))

@@ -8,25 +8,27 @@ import torch
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
-from cogview.training.distributed import World
+from cogview.training.distributed import DistributedContext
 from cogview.training.engines.deepspeed_engine import configuration
-from cogview.training.engines.torch_engine import Learner, open_engine, parameter_groups
+from cogview.training.engines.torch_engine import TransformerWithLoss, open_engine, parameter_groups
 from cogview.training.settings import EngineSettings, TransformerTraining
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistributedContext(torch.device("cpu"))
 SETTINGS = TransformerTraining(steps=10, warmup_steps=1, clip_norm=0.7)
 
 
-def learner(dtype: torch.dtype | None = None) -> Learner:
+def learner(dtype: torch.dtype | None = None) -> TransformerWithLoss:
     shape = TransformerConfig(num_layers=1, width=16, num_heads=2, vocabulary_size=64, max_positions=8)
-    return Learner(Transformer(shape), dtype)
+    return TransformerWithLoss(Transformer(shape), dtype)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(("dtype", "section"), [(None, None), (torch.bfloat16, "bf16"), (torch.float16, "fp16")])
 def test_deepspeed_is_told_what_it_would_decide_by_itself(stage, dtype, section):
     """Its defaults of clipping and of overflowing gradients have changed between versions."""
-    config = configuration(SETTINGS, EngineSettings(name="deepspeed", zero=stage), World(ALONE.device, 1, 4), dtype)
+    config = configuration(
+        SETTINGS, EngineSettings(name="deepspeed", zero=stage), DistributedContext(ALONE.device, 1, 4), dtype
+    )
     assert config["gradient_clipping"] == 0.7
     assert config["managed_gradient_accumulation"] is False
     assert config["zero_optimization"]["stage"] == stage

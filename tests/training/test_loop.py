@@ -16,7 +16,7 @@ import pytest
 import cogview
 from cogview.data.sampling_order import sample_index
 from cogview.errors import InputError
-from cogview.training.loop import Run, RunSettings, Trainer, Writer, run_loop, step_of
+from cogview.training.loop import RunFolder, RunSettings, Trainer, Writer, run_loop, step_of
 
 STEPS, SAVE_EVERY, BATCH, ROWS = 40, 6, 4, 37
 
@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_without_a_lost_or_repeated_sample(tmp_path, number
     errors = process.communicate(timeout=60)[1]
     before = seen(tmp_path)
     assert 15 <= len(before) < STEPS
-    checkpoint = Run(tmp_path / "run").checkpoints()[-1]
+    checkpoint = RunFolder(tmp_path / "run").checkpoints()[-1]
     if number == signal.SIGKILL:
         assert process.returncode == -signal.SIGKILL
         assert step_of(checkpoint) % SAVE_EVERY == 0
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_without_a_lost_or_repeated_sample(tmp_path, number
     assert kept == list(batches.items())
     assert before == list(batches.items())[: len(before)]  # what a hard kill makes a run repeat is the very same
 
-    last = Run(tmp_path / "run").checkpoints()[-1]
+    last = RunFolder(tmp_path / "run").checkpoints()[-1]
     assert step_of(last) == STEPS
     assert int((last / "second").read_text()) == state
     training = [record for record in records(tmp_path) if "state" in record]
@@ -166,7 +166,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
     errors = process.communicate(timeout=20)[1]
     assert process.returncode == 130
     assert "program: interrupted" in errors
-    assert Run(tmp_path / "run").checkpoints() == []
+    assert RunFolder(tmp_path / "run").checkpoints() == []
 
 
 class Counter(Trainer[int]):
@@ -208,7 +208,7 @@ def count_from(first: int) -> Iterator[int]:
     return iter(range(first, 1000))
 
 
-def loop(run: Run, trainer: Counter, *, steps: int = 10, resume: bool = False, **settings: int) -> int:
+def loop(run: RunFolder, trainer: Counter, *, steps: int = 10, resume: bool = False, **settings: int) -> int:
     settings = {"log_every": 1, "save_every": 3, "evaluate_every": 4, **settings}
     return run_loop(
         trainer,
@@ -222,12 +222,12 @@ def loop(run: Run, trainer: Counter, *, steps: int = 10, resume: bool = False, *
     )
 
 
-def names(run: Run) -> list[str]:
+def names(run: RunFolder) -> list[str]:
     return sorted(path.name for path in (run.folder / "checkpoints").iterdir())
 
 
 def test_a_run_writes_its_folder(tmp_path):
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     assert loop(run, Counter(), keep=10) == 0
     assert names(run) == [f"step-{step:08d}" for step in (3, 6, 9, 10)]  # nothing is said of a best one
     assert sorted(path.name for path in run.samples.iterdir()) == [f"step-{s:08d}.txt" for s in (4, 8, 10)]
@@ -239,13 +239,13 @@ def test_a_run_writes_its_folder(tmp_path):
 
 
 def test_only_the_last_checkpoints_are_kept(tmp_path):
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     loop(run, Counter(), keep=2)
     assert names(run) == ["step-00000009", "step-00000010"]
 
 
 def test_figures_are_means_over_the_steps_since_the_last_line(tmp_path):
-    loop(Run(tmp_path / "run"), Counter(), log_every=4, evaluate_every=0)
+    loop(RunFolder(tmp_path / "run"), Counter(), log_every=4, evaluate_every=0)
     assert [(record["step"], record.get("loss")) for record in records(tmp_path)] == [
         (4, 1.5),
         (8, 5.5),
@@ -255,7 +255,7 @@ def test_figures_are_means_over_the_steps_since_the_last_line(tmp_path):
 
 
 def test_small_figures_keep_their_digits(tmp_path):
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     run.start({}, resume=False)
     run.log(1, {"learning_rate": 1.2345678e-6, "loss": 3.14159265})
     run.close()
@@ -263,7 +263,7 @@ def test_small_figures_keep_their_digits(tmp_path):
 
 
 def test_a_run_is_never_begun_over_another(tmp_path):
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     loop(run, Counter())
     metrics = (tmp_path / "metrics.jsonl").read_text()
     with pytest.raises(InputError, match="already holds a run at step-00000010; go on with --resume auto, or remove"):
@@ -273,27 +273,27 @@ def test_a_run_is_never_begun_over_another(tmp_path):
 
 
 def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path):
-    loop(Run(tmp_path), Counter())
+    loop(RunFolder(tmp_path), Counter())
     metrics = (tmp_path / "metrics.jsonl").read_text()
     trainer = Counter()
-    assert loop(Run(tmp_path), trainer, resume=True) == 0
+    assert loop(RunFolder(tmp_path), trainer, resume=True) == 0
     assert trainer.count == 10
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
 
 
 def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path):
-    loop(Run(tmp_path / "run"), Counter())
-    assert loop(Run(tmp_path / "run"), Counter(), steps=14, resume=True) == 0
+    loop(RunFolder(tmp_path / "run"), Counter())
+    assert loop(RunFolder(tmp_path / "run"), Counter(), steps=14, resume=True) == 0
     assert [record["step"] for record in records(tmp_path) if "loss" in record] == list(range(1, 15))
 
 
 def test_resuming_where_there_is_nothing_begins(tmp_path):
-    assert loop(Run(tmp_path), Counter(), resume=True) == 0
+    assert loop(RunFolder(tmp_path), Counter(), resume=True) == 0
 
 
 @pytest.mark.parametrize("at", [3, 6])
 def test_a_checkpoint_that_could_not_be_written_is_absent_and_training_goes_on(tmp_path, at, capsys):
-    run, trainer = Run(tmp_path), Counter("save", at)
+    run, trainer = RunFolder(tmp_path), Counter("save", at)
     assert loop(run, trainer) == 1
     assert trainer.count == 10
     assert names(run) == [f"step-{step:08d}" for step in range(3, at, 3)]
@@ -307,7 +307,7 @@ def test_a_checkpoint_that_could_not_be_written_is_absent_and_training_goes_on(t
 
 def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
     """The writing waits for a later step, which must not wait for it; and holds what was there when it began."""
-    run, later = Run(tmp_path), threading.Event()
+    run, later = RunFolder(tmp_path), threading.Event()
 
     class Slow(Counter):
         def step(self, step: int, batch: int) -> dict[str, float]:
@@ -333,14 +333,14 @@ def test_the_best_checkpoint_stays(tmp_path):
         def evaluate(self, step: int, folder: Path) -> dict[str, float]:
             return {"held_out_loss": {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 3.0}[step]}
 
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     loop(run, Judged(), evaluate_every=2, keep=1)
     assert run.best() == {"step": 4, "held_out_loss": 3.0}
     assert names(run) == ["best.json", "step-00000004", "step-00000010"]
 
 
 def test_what_a_kill_left_half_written_is_removed_and_never_resumed(tmp_path):
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     with pytest.raises(InputError, match="not finite"):
         loop(run, Counter("step", 8))
     half = run.folder / "checkpoints" / ".writing-step-00000009"
@@ -355,14 +355,14 @@ def test_what_a_kill_left_half_written_is_removed_and_never_resumed(tmp_path):
 
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
-    loop(Run(tmp_path), Counter(), steps=3)
+    loop(RunFolder(tmp_path), Counter(), steps=3)
     with pytest.raises(InputError, match=r"does not fit the recipe, go back to its settings or remove .* mismatch"):
-        loop(Run(tmp_path), Counter("load"), steps=6, resume=True)
+        loop(RunFolder(tmp_path), Counter("load"), steps=6, resume=True)
 
 
 def test_signals_are_left_as_they_were(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    loop(Run(tmp_path), Counter())
+    loop(RunFolder(tmp_path), Counter())
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -373,8 +373,8 @@ def test_a_signal_in_the_last_step_does_not_make_a_finished_run_a_stopped_one(tm
                 os.kill(os.getpid(), signal.SIGTERM)
             return super().step(step, batch)
 
-    assert loop(Run(tmp_path), Interrupted()) == 0
-    assert step_of(Run(tmp_path).checkpoints()[-1]) == 10
+    assert loop(RunFolder(tmp_path), Interrupted()) == 0
+    assert step_of(RunFolder(tmp_path).checkpoints()[-1]) == 10
 
 
 @pytest.mark.parametrize(

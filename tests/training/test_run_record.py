@@ -16,8 +16,8 @@ from PIL import Image
 
 from cogview import __version__
 from cogview.errors import InputError
-from cogview.training.loop import Run
-from cogview.training.plots import draw_curves, leave_curves
+from cogview.training.loop import RunFolder
+from cogview.training.plots import plot_runs, save_run_plots
 from cogview.training.run_record import (
     common_steps,
     differing,
@@ -37,7 +37,7 @@ SETTINGS = {
 
 def plant(folder: Path, steps: int = 100, **changes) -> Path:
     """A run as training leaves it: a line each 10 steps, of 4 steps a second; judged each 50 steps."""
-    run = Run(folder)
+    run = RunFolder(folder)
     run._writer = False  # no TensorBoard
     run.start({**SETTINGS, "training": {**SETTINGS["training"], **changes}}, resume=True)
     for step in range(10, steps + 1, 10):
@@ -60,7 +60,7 @@ def plant(folder: Path, steps: int = 100, **changes) -> Path:
         if step % 50 == 0:
             held_out = {"held_out_loss": 4.5 + 0.01 * (step - 50), "held_out_generate_image_loss": 5.0}
             run.log(step, held_out)
-            run.note_held_out(step, held_out)
+            run.record_best(step, held_out)
             run.save(step, lambda folder: None, keep=5)
     run.close()
     return folder
@@ -124,12 +124,12 @@ def test_a_slow_run_may_be_quiet_for_longer(tmp_path):
 
 
 def test_a_run_that_has_just_begun(tmp_path):
-    Run(tmp_path / "run").start({}, resume=False)
+    RunFolder(tmp_path / "run").start({}, resume=False)
     record = read_run(tmp_path / "run")
     assert (record.done, record.planned, record.state, record.seconds) == (0, None, "running", None)
     assert (record.training, record.checkpoints, record.best) == ({}, (), None)
     with pytest.raises(InputError, match=r"no metrics yet in .*run$"):
-        draw_curves([record], tmp_path / "curves.png")
+        plot_runs([record], tmp_path / "curves.png")
 
 
 def test_a_folder_that_is_no_run(tmp_path):
@@ -142,7 +142,7 @@ def test_a_folder_that_is_no_run(tmp_path):
 def test_runs_are_found_at_and_below_folders(tmp_path):
     names = ["b/image-run", "b/transformer-run", "a"]
     for name in names:
-        Run(tmp_path / name).start({}, resume=False)
+        RunFolder(tmp_path / name).start({}, resume=False)
     (tmp_path / "b" / ".aside").mkdir()
     (tmp_path / "b" / "around").symlink_to(tmp_path)
     expected = [tmp_path / name for name in ("a", "b/image-run", "b/transformer-run")]
@@ -196,7 +196,7 @@ def test_curves_are_drawn(tmp_path, count):
     pytest.importorskip("matplotlib")
     records = [read_run(plant(tmp_path / f"红苹果$_{number}", steps=50 * number)) for number in (1, 2)][:count]
     path = tmp_path / "pictures" / "curves.png"
-    draw_curves(records, path)
+    plot_runs(records, path)
     with Image.open(path) as image:
         assert image.width == 1200
         assert 700 < image.height < 1600
@@ -207,7 +207,7 @@ def test_panels_and_legend_say_what_was_planted(tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     drawn = []
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: drawn.append(self))
-    draw_curves([read_run(plant(tmp_path / name)) for name in ("_a", "$b$")], tmp_path / "curves.png")
+    plot_runs([read_run(plant(tmp_path / name)) for name in ("_a", "$b$")], tmp_path / "curves.png")
     panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes}
     names = [f"{tmp_path.name}/{name}" for name in ("_a", "$b$")]
     assert [title for title in panels if title] == [
@@ -234,32 +234,32 @@ def test_odd_figures_are_drawn_without_a_word(tmp_path):
     pytest.importorskip("matplotlib")
     whole = plant(tmp_path / "狐狸")
     short = tmp_path / "_苹果"
-    Run(short).start({}, resume=False)
+    RunFolder(short).start({}, resume=False)
     line = {"step": 7, "loss": float("nan"), "gradient_norm": float("inf"), "activation_max_layer_00": float("inf")}
     (short / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     for folders in ([short], [short, whole]):
-        draw_curves([read_run(folder) for folder in folders], tmp_path / "curves.png")
+        plot_runs([read_run(folder) for folder in folders], tmp_path / "curves.png")
         assert colours(tmp_path / "curves.png") > 10
 
 
 def test_an_image_run_shows_its_psnr(tmp_path):
     """Beside the loss what was judged on held-out scenes, but for their number, which stays the same."""
     pytest.importorskip("matplotlib")
-    from cogview.training.plots import _judged_panels
+    from cogview.training.plots import _loss_panels
 
-    Run(tmp_path).start({}, resume=False)
+    RunFolder(tmp_path).start({}, resume=False)
     lines = [
         {"step": 10, "loss": 1.0, "psnr": 20.0, "alive": 0.5},
         {"step": 10, "held_out_psnr": 19.0, "held_out_codes_used": 0.5, "held_out_images": 8},
         {"step": 20, "held_out_psnr": 20.0, "held_out_codes_used": 0.6, "held_out_images": 8},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [title for title, _ in _judged_panels([read_run(tmp_path)])] == ["loss", "psnr", "codes used"]
+    assert [title for title, _ in _loss_panels([read_run(tmp_path)])] == ["loss", "psnr", "codes used"]
 
 
 def test_only_pictures_are_drawn(tmp_path):
     with pytest.raises(InputError, match=r"curves.txt is not named like a picture: expected a name that ends in .png"):
-        draw_curves([read_run(plant(tmp_path / "run", steps=10))], tmp_path / "curves.txt")
+        plot_runs([read_run(plant(tmp_path / "run", steps=10))], tmp_path / "curves.txt")
 
 
 def test_without_matplotlib_training_ends_with_one_line(tmp_path, monkeypatch, capsys):
@@ -273,12 +273,12 @@ def test_without_matplotlib_training_ends_with_one_line(tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", absent)
-        leave_curves(folder)
+        save_run_plots(folder)
     message = "no curves.png: curves need matplotlib, which is missing: pip install 'cogview[train]' brings it\n"
     assert capsys.readouterr().err == message
     assert not (folder / "curves.png").exists()
     pytest.importorskip("matplotlib")
-    leave_curves(folder)
+    save_run_plots(folder)
     assert capsys.readouterr().err == ""
     assert (folder / "curves.png").is_file()
 

@@ -18,22 +18,22 @@ from cogview.checkpoints.checkpoint import Model, ModelConfig
 from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.data.mixture import MixedStore, Mixture, Phase
 from cogview.data.sampling_order import sample_index
-from cogview.data.store import ABSENT, StoreHeader, StoreWriter, TokenStore, pad_text
+from cogview.data.store import NO_TOKEN, StoreHeader, StoreWriter, TokenStore, pad_text
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training import trainer as transformer
-from cogview.training.data_loader import Supply
-from cogview.training.distributed import World
-from cogview.training.examples import Batch, Choices, Lectures, LessonMaker, _asked
-from cogview.training.replay import replay
+from cogview.training.data_loader import TrainingDataLoader
+from cogview.training.distributed import DistributedContext
+from cogview.training.examples import ExampleBuilder, RowPlan, StepDataset, TrainingBatch, _select_targets
+from cogview.training.replay import replay_dump
 from cogview.training.settings import EngineSettings, TransformerTraining
-from cogview.training.trainer import NonFiniteError, TransformerTrainer, Watching
+from cogview.training.trainer import MonitorSettings, NonFiniteError, TransformerTrainer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
-ALONE = World(torch.device("cpu"))
+ALONE = DistributedContext(torch.device("cpu"))
 CODES, GRID = 32, 8
 CAPTIONS = ("一个红苹果", "蓝色背景上的三只狐狸", "汽车的左边是一条鱼", "打开的书上面有两只狗")
 
@@ -73,7 +73,7 @@ def new_model(seed: int = 0, dropout: float = 0.0) -> Model:
 
 
 def settings(**changes) -> TransformerTraining:
-    return TransformerTraining(**{"steps": 100, "batch_size": 8, "warmup_steps": 2, "caption_drop": 0.0, **changes})
+    return TransformerTraining(**{"steps": 100, "batch_size": 8, "warmup_steps": 2, "caption_dropout": 0.0, **changes})
 
 
 def trainer(model: Model | None = None, **changes) -> TransformerTrainer:
@@ -97,15 +97,15 @@ def rows(step: int = 0, size: int = 8, *, equal: bool = False) -> dict[str, np.n
     }
 
 
-def plan(count: int = 8, *, task: str = "generate", keep: bool | np.ndarray = True, hide: bool = False) -> Choices:
+def plan(count: int = 8, *, task: str = "generate", keep: bool | np.ndarray = True, hide: bool = False) -> RowPlan:
     """Every row for one task, every code hidden or none; windows in their order."""
-    return Choices(
+    return RowPlan(
         tasks=[task] * count,
-        keep=np.broadcast_to(keep, count),
-        hide=np.full((count, GRID**2), hide),
-        ask=np.full(count, GRID**2),
-        lots=np.ones((count, GRID**2)),
-        windows=np.arange(count) % 9,
+        keep_caption=np.broadcast_to(keep, count),
+        mask_codes=np.full((count, GRID**2), hide),
+        num_targets=np.full(count, GRID**2),
+        target_priority=np.ones((count, GRID**2)),
+        window=np.arange(count) % 9,
     )
 
 
@@ -117,16 +117,16 @@ def only(places: Sequence[int]) -> np.ndarray:
 
 
 def losses(
-    subject: TransformerTrainer, given: dict[str, np.ndarray], choices: Choices | None = None
+    subject: TransformerTrainer, given: dict[str, np.ndarray], choices: RowPlan | None = None
 ) -> dict[str, float]:
-    batch = subject.maker.batch(0, given, choices or plan(len(given["image"])))
+    batch = subject.builder.build_batch(0, given, choices or plan(len(given["image"])))
     figures = subject.losses(batch)
-    assert figures.pop("tokens") == batch.tokens
+    assert figures.pop("tokens") == batch.num_tokens
     return figures
 
 
 def test_steps_equal_half_of_them_and_the_rest_after_a_restart(tmp_path):
-    changes = {"caption_drop": 0.5, "hidden_rows": 0.5, "micro_batch": 4, "steps": 6, "tasks": MIXTURE}
+    changes = {"caption_dropout": 0.5, "full_mask_rate": 0.5, "micro_batch_size": 4, "steps": 6, "tasks": MIXTURE}
     whole = trainer(new_model(dropout=0.2), **changes)
     figures = [take(whole, step, wide_rows(step)) for step in range(6)]
 
@@ -152,7 +152,7 @@ def test_losses_are_the_cross_entropy_of_each_kind_of_id_among_its_own(tmp_path)
     given = rows(size=3)
     image_losses, text_losses = [], []
     for text, image in zip(given["text"], given["image"], strict=True):
-        pieces = [int(piece) for piece in text if piece != ABSENT]
+        pieces = [int(piece) for piece in text if piece != NO_TOKEN]
         command = vocabulary.command
         sequence = [
             command("[ROI1]"),
@@ -170,7 +170,7 @@ def test_losses_are_the_cross_entropy_of_each_kind_of_id_among_its_own(tmp_path)
             elif len(pieces) + 3 <= place + 1 < len(pieces) + 3 + GRID**2:
                 image_losses.append(-logits_TV[place, :CODES].log_softmax(dim=0)[target].item())
     assert len(image_losses) == 3 * GRID**2
-    assert len(text_losses) == (given["text"] != ABSENT).sum()
+    assert len(text_losses) == (given["text"] != NO_TOKEN).sum()
     figures = losses(subject, given)
     assert figures["generate_image_loss"] == pytest.approx(np.mean(image_losses), abs=1e-5)
     assert figures["generate_text_loss"] == pytest.approx(np.mean(text_losses), abs=1e-5)
@@ -195,9 +195,12 @@ def gradients(subject: TransformerTrainer, given: dict[str, np.ndarray], monkeyp
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, monkeypatch):
     """Whatever the lengths and tasks of its rows."""
-    given, changes = wide_rows(), {"tasks": MIXTURE, "caption_drop": 0.3, "hidden_rows": 0.5, "hidden_places": 9}
+    given, changes = (
+        wide_rows(),
+        {"tasks": MIXTURE, "caption_dropout": 0.3, "full_mask_rate": 0.5, "full_mask_targets": 9},
+    )
     whole = gradients(trainer(**changes), given, monkeypatch)
-    in_parts = gradients(trainer(micro_batch=16 // parts, **changes), given, monkeypatch)
+    in_parts = gradients(trainer(micro_batch_size=16 // parts, **changes), given, monkeypatch)
     assert max(gradient.abs().max() for gradient in whole.values()) > 1e-3
     for name, gradient in whole.items():
         torch.testing.assert_close(in_parts[name], gradient, atol=1e-6, rtol=1e-4)
@@ -205,7 +208,10 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(parts, monkeypatch):
 
 @pytest.mark.parametrize("threads", [2, 3, 20])
 def test_threads_share_the_rows_of_a_step(threads, monkeypatch):
-    given, changes = wide_rows(), {"tasks": MIXTURE, "caption_drop": 0.3, "hidden_rows": 0.5, "micro_batch": 4}
+    given, changes = (
+        wide_rows(),
+        {"tasks": MIXTURE, "caption_dropout": 0.3, "full_mask_rate": 0.5, "micro_batch_size": 4},
+    )
 
     def subject(num_threads: int) -> TransformerTrainer:
         return TransformerTrainer(new_model(), settings(**changes), ALONE, num_threads=num_threads)
@@ -231,13 +237,13 @@ def test_training_memorises_eight_rows():
 
 
 def test_a_caption_that_is_left_out_is_an_empty_text():
-    subject, given = trainer(caption_drop=1.0), rows(size=2)
-    first, second = subject.maker.arrange(given, plan(2, keep=np.array([False, True])))
+    subject, given = trainer(caption_dropout=1.0), rows(size=2)
+    first, second = subject.builder.build(given, plan(2, keep=np.array([False, True])))
     command = subject.model.config.vocabulary.command
     bare = [command("[ROI1]"), command("[TINY]"), command("[BOI1]"), *given["image"][0].tolist()]
     assert first.inputs.tolist() == bare[:-1]
     assert first.targets.tolist() == bare[1:]
-    assert len(second) == len(bare) - 1 + (given["text"][1] != ABSENT).sum()
+    assert len(second) == len(bare) - 1 + (given["text"][1] != NO_TOKEN).sum()
 
     figures = take(subject, 0, given)  # drops both
     assert "generate_text_loss" not in figures
@@ -246,8 +252,10 @@ def test_a_caption_that_is_left_out_is_an_empty_text():
 
 
 def test_left_out_captions_are_a_share_that_seed_and_step_decide():
-    subject, other = trainer(caption_drop=0.25), trainer(caption_drop=0.25, seed=1)
-    kept = [subject.maker.choices(step, 400, 64).keep for step in (0, 1, 0)] + [other.maker.choices(0, 400, 64).keep]
+    subject, other = trainer(caption_dropout=0.25), trainer(caption_dropout=0.25, seed=1)
+    kept = [subject.builder.plan_rows(step, 400, 64).keep_caption for step in (0, 1, 0)] + [
+        other.builder.plan_rows(0, 400, 64).keep_caption
+    ]
     assert all(0.18 < 1 - keep.mean() < 0.32 for keep in kept)
     assert (kept[0] == kept[2]).all()
     assert (kept[0] != kept[1]).any()
@@ -256,21 +264,21 @@ def test_left_out_captions_are_a_share_that_seed_and_step_decide():
 
 def test_hidden_codes_are_a_share_that_seed_and_step_decide():
     """Rows of one share hide every code, those of another some of them; captions left out hide none."""
-    subject = trainer(hidden_rows=0.3, masked_rows=0.2, hidden_places=5, caption_drop=0.2)
-    choices, again = subject.maker.choices(3, 4000, 64), subject.maker.choices(3, 4000, 64)
+    subject = trainer(full_mask_rate=0.3, partial_mask_rate=0.2, full_mask_targets=5, caption_dropout=0.2)
+    choices, again = subject.builder.plan_rows(3, 4000, 64), subject.builder.plan_rows(3, 4000, 64)
     for name in ("keep", "hide", "ask", "lots"):
         assert (getattr(again, name) == getattr(choices, name)).all()
-        assert (getattr(subject.maker.choices(4, 4000, 64), name) != getattr(choices, name)).any()
-    share = choices.hide.mean(axis=1)
-    assert not choices.hide[~choices.keep].any()
-    asked = choices.ask
-    assert (asked[choices.keep] == 5).mean() == pytest.approx(0.3, abs=0.03)
+        assert (getattr(subject.builder.plan_rows(4, 4000, 64), name) != getattr(choices, name)).any()
+    share = choices.mask_codes.mean(axis=1)
+    assert not choices.mask_codes[~choices.keep_caption].any()
+    asked = choices.num_targets
+    assert (asked[choices.keep_caption] == 5).mean() == pytest.approx(0.3, abs=0.03)
     some = (share > 0) & (asked == 64)
-    assert some[choices.keep].mean() == pytest.approx(0.2, abs=0.03)
+    assert some[choices.keep_caption].mean() == pytest.approx(0.2, abs=0.03)
     assert share[some].mean() == pytest.approx(0.5, abs=0.05)
     assert set(asked.tolist()) == {5, 64}
     assert (share[asked == 5] == 1).all()
-    assert not trainer(caption_drop=0.2).maker.choices(3, 4000, 64).hide.any()
+    assert not trainer(caption_dropout=0.2).builder.plan_rows(3, 4000, 64).mask_codes.any()
 
 
 def test_a_hidden_code_is_told_as_well_without_its_neighbours():
@@ -280,7 +288,7 @@ def test_a_hidden_code_is_told_as_well_without_its_neighbours():
     few = replace(whole, ask=np.full(3, 4), lots=only([0, 7, 8, 63]))
     mask = subject.model.config.vocabulary.command("[MASK]")
     for long, short, image in zip(
-        subject.maker.arrange(given, whole), subject.maker.arrange(given, few), given["image"], strict=True
+        subject.builder.build(given, whole), subject.builder.build(given, few), given["image"], strict=True
     ):
         start = len(long) - 63  # the place that tells the first code
         kept = [*range(start), *(start - 1 + place for place in (7, 8, 63))]
@@ -294,14 +302,14 @@ def test_places_of_a_plain_background_are_asked_less_often():
     """Sixty places hold one code, four another each: the first to be asked for is each of the five equally often."""
     random, codes = np.random.default_rng(0), np.full(64, 8)
     codes[[3, 20, 41, 63]] = [1, 2, 3, 4]
-    first = [int(codes[_asked(codes, random.exponential(size=64), 1)].item()) for _ in range(4000)]
+    first = [int(codes[_select_targets(codes, random.exponential(size=64), 1)].item()) for _ in range(4000)]
     assert sorted(set(first)) == [1, 2, 3, 4, 8]
     assert all(first.count(code) / 4000 == pytest.approx(0.2, abs=0.03) for code in set(first))
-    places = np.array([_asked(codes, random.exponential(size=64), 10) for _ in range(4000)])
+    places = np.array([_select_targets(codes, random.exponential(size=64), 10) for _ in range(4000)])
     assert (places.sum(axis=1) == 10).all()
     background = places.mean(axis=0)[codes == 8]
     assert background.max() - background.min() < 0.05  # every place of it has its turn
-    assert _asked(codes, random.exponential(size=64), 64).all()
+    assert _select_targets(codes, random.exponential(size=64), 64).all()
 
 
 def test_a_hidden_code_is_learnt_but_not_seen():
@@ -311,11 +319,11 @@ def test_a_hidden_code_is_learnt_but_not_seen():
     changed["image"][:, 0] = (changed["image"][:, 0] + 1) % CODES  # the first code is also a target: compare the others
 
     def loss_of_the_rest(content: dict[str, np.ndarray], *, hide: bool) -> float:
-        lessons = subject.maker.arrange(content, plan(hide=hide))
+        lessons = subject.builder.build(content, plan(hide=hide))
         for lesson in lessons:
-            lesson.learnt[-(GRID**2)] = False
-        empty = Batch.of(0, content, np.empty((8, 3)), subject.maker.keys)
-        return subject.losses(subject.maker.divided(empty, lessons))["generate_image_loss"]
+            lesson.trained[-(GRID**2)] = False
+        empty = TrainingBatch.of(0, content, np.empty((8, 3)), subject.builder.keys)
+        return subject.losses(subject.builder.split_into_micro_batches(empty, lessons))["generate_image_loss"]
 
     subject.transformer.eval()
     hidden = [loss_of_the_rest(content, hide=True) for content in (given, changed)]
@@ -339,7 +347,7 @@ def test_the_name_of_the_thing_at_a_code_is_told_where_the_store_has_it(task):
     assert losses(subject, given, plan(3, task=task)) == losses(
         trainer(tasks={task: 1.0}), given, plan(3, task=task)
     )  # there are no names yet
-    named = np.full((3, GRID**2), ABSENT, dtype=np.uint16)
+    named = np.full((3, GRID**2), NO_TOKEN, dtype=np.uint16)
     named[0, :10], named[1, 30:] = 7, 9
     named[2] = 3  # a row whose caption is left out
     given["named"] = named
@@ -349,7 +357,7 @@ def test_the_name_of_the_thing_at_a_code_is_told_where_the_store_has_it(task):
     choices = plan(3, task=task, keep=np.array([True, True, False]))
     figures = losses(subject, given, choices)
     told, vocabulary = [], subject.model.config.vocabulary
-    for index, lesson in enumerate(subject.maker.arrange(given, choices)):
+    for index, lesson in enumerate(subject.builder.build(given, choices)):
         with torch.no_grad():
             logits_TV = subject.transformer(
                 torch.from_numpy(lesson.inputs)[None], torch.from_numpy(lesson.positions)[None]
@@ -357,7 +365,7 @@ def test_the_name_of_the_thing_at_a_code_is_told_where_the_store_has_it(task):
         # A drawing tells the name with the code, a description once it has seen the code.
         image = np.flatnonzero((lesson.inputs if task == "caption" else lesson.targets) < CODES)
         for place, name in zip(image, named[index].tolist(), strict=True):
-            if name != ABSENT and choices.keep[index]:
+            if name != NO_TOKEN and choices.keep_caption[index]:
                 among = logits_TV[place, vocabulary.text.start : vocabulary.text.stop]
                 told.append(-among.log_softmax(dim=0)[name].item())
     assert len(told) == 10 + 34
@@ -368,10 +376,10 @@ def test_the_name_of_the_thing_at_a_code_is_told_where_the_store_has_it(task):
 
 def test_names_are_told_at_the_places_that_are_asked_alone():
     subject, given = trainer(name_loss_weight=0.25), rows(size=3)
-    given["named"] = np.full((3, GRID**2), ABSENT, dtype=np.uint16)
+    given["named"] = np.full((3, GRID**2), NO_TOKEN, dtype=np.uint16)
     given["named"][0, :10], given["named"][1, 30:], given["named"][2] = 7, 9, 3
     asked = replace(plan(3, hide=True), ask=np.full(3, 22), lots=only(range(0, GRID**2, 3)))
-    for lesson, expected in zip(subject.maker.arrange(given, asked), (4, 12, 22), strict=True):
+    for lesson, expected in zip(subject.builder.build(given, asked), (4, 12, 22), strict=True):
         assert (lesson.names >= 0).sum() == expected
 
 
@@ -386,20 +394,20 @@ def wide_rows(step: int = 0, size: int = 16) -> dict[str, np.ndarray]:
 
 
 def test_the_tasks_of_a_step_are_shares_that_seed_and_step_decide():
-    subject = trainer(tasks=MIXTURE, caption_drop=0.5, hidden_rows=1.0)
-    choices = subject.maker.choices(3, 5000, 64)
+    subject = trainer(tasks=MIXTURE, caption_dropout=0.5, full_mask_rate=1.0)
+    choices = subject.builder.plan_rows(3, 5000, 64)
     tasks = np.array(choices.tasks)
     for task, share in MIXTURE.items():
         assert (tasks == task).mean() == pytest.approx(share / 5, abs=0.03)
-    assert choices.keep[tasks == "caption"].all()  # there is nothing to leave out
-    assert choices.keep[tasks == "upscale"].mean() == pytest.approx(0.5, abs=0.06)
-    assert not choices.hide[tasks == "caption"].any()
-    assert choices.hide[(tasks != "caption") & choices.keep].all()
-    assert set(choices.windows.tolist()) == set(range(9))
-    again = subject.maker.choices(3, 5000, 64)
+    assert choices.keep_caption[tasks == "caption"].all()  # there is nothing to leave out
+    assert choices.keep_caption[tasks == "upscale"].mean() == pytest.approx(0.5, abs=0.06)
+    assert not choices.mask_codes[tasks == "caption"].any()
+    assert choices.mask_codes[(tasks != "caption") & choices.keep_caption].all()
+    assert set(choices.window.tolist()) == set(range(9))
+    again = subject.builder.plan_rows(3, 5000, 64)
     assert again.tasks == choices.tasks
-    assert (again.windows == choices.windows).all()
-    assert subject.maker.choices(4, 5000, 64).tasks != choices.tasks
+    assert (again.window == choices.window).all()
+    assert subject.builder.plan_rows(4, 5000, 64).tasks != choices.tasks
 
 
 def test_a_row_of_each_task():
@@ -407,16 +415,16 @@ def test_a_row_of_each_task():
     subject, given = trainer(tasks=MIXTURE), wide_rows(size=9)
     command = subject.model.config.vocabulary.command
     for index in range(9):
-        text = [CODES + int(piece) for piece in given["text"][index] if piece != ABSENT]
+        text = [CODES + int(piece) for piece in given["text"][index] if piece != NO_TOKEN]
         image, large = given["image"][index].reshape(8, 8), given["large"][index].reshape(16, 16)
 
-        lesson = subject.maker.arrange(given, plan(9, task="caption"))[index]
+        lesson = subject.builder.build(given, plan(9, task="caption"))[index]
         before = [command("[TINY]"), command("[BOI1]"), *image.flat, command("[EOI1]"), command("[ROI1]")]
         sequence = [*before, *text, command("[SEP]")]
         assert lesson.inputs.tolist() == sequence[:-1]
         assert lesson.targets.tolist() == sequence[1:]
         assert lesson.positions.tolist() == list(range(len(sequence) - 1))
-        assert lesson.learnt.tolist() == [False] * (len(before) - 1) + [True] * (len(text) + 1)
+        assert lesson.trained.tolist() == [False] * (len(before) - 1) + [True] * (len(text) + 1)
 
         # Window ``index`` of the released order, and the crop that it covers.
         row, column = [(0, 0), (0, 1), (0, 2), (1, 1), (1, 0), (1, 2), (2, 0), (2, 1), (2, 2)][index]
@@ -424,16 +432,16 @@ def test_a_row_of_each_task():
         window = large[4 * row : 4 * row + 8, 4 * column : 4 * column + 8]
         small = given["small"][index].reshape(4, 4)
         for task, condition, target in (("upscale", crop, window), ("low_level", small, image)):
-            lesson = subject.maker.arrange(given, plan(9, task=task))[index]
+            lesson = subject.builder.build(given, plan(9, task=task))[index]
             first = [command("[ROI1]"), *text, command("[TINY]"), command("[BOI1]"), *condition.flat, command("[EOI1]")]
             start = [command(name) for name in ("[ROI2]", "[POS0]", "[TINY]", "[BOI2]")]
             sequence = [*first, *start, *target.flat]
             assert lesson.inputs.tolist() == sequence[:-1]
             assert lesson.targets.tolist() == sequence[1:]
             assert lesson.positions.tolist() == [*range(len(first)), *range(4 + 63)]
-            assert lesson.targets[lesson.learnt].tolist() == target.reshape(-1).tolist()
+            assert lesson.targets[lesson.trained].tolist() == target.reshape(-1).tolist()
 
-            hidden = subject.maker.arrange(given, plan(9, task=task, hide=True))[index]  # but for the small picture
+            hidden = subject.builder.build(given, plan(9, task=task, hide=True))[index]  # but for the small picture
             assert hidden.inputs.tolist() == [*first, *start, *[command("[MASK]")] * 63]
             assert hidden.targets.tolist() == sequence[1:]
 
@@ -441,20 +449,20 @@ def test_a_row_of_each_task():
 def test_a_task_counts_as_its_share_of_the_rows():
     subject, given = trainer(tasks=MIXTURE, text_loss_weight=0.25), wide_rows()
     subject.transformer.eval()
-    choices = subject.maker.choices(5, 16, 64)
+    choices = subject.builder.plan_rows(5, 16, 64)
     assert set(choices.tasks) == set(MIXTURE)
     figures = losses(subject, given, choices)
     expected = 0.0
     for task in MIXTURE:
         members = [index for index, other in enumerate(choices.tasks) if other == task]
         own = {name: values[members] for name, values in given.items()}
-        part = Choices(
+        part = RowPlan(
             tasks=[task] * len(members),
-            keep=choices.keep[members],
-            hide=choices.hide[members],
-            ask=choices.ask[members],
-            lots=choices.lots[members],
-            windows=choices.windows[members],
+            keep_caption=choices.keep_caption[members],
+            mask_codes=choices.mask_codes[members],
+            num_targets=choices.num_targets[members],
+            target_priority=choices.target_priority[members],
+            window=choices.window[members],
         )
         alone = losses(subject, own, part)  # rows of one task, without the padding that longer ones ask for
         for name, value in alone.items():
@@ -567,7 +575,9 @@ def test_a_run_of_steps_that_are_not_finite_ends(monkeypatch):
 
 
 def test_what_is_needed_to_see_it_again_is_kept(tmp_path):
-    subject = TransformerTrainer(spoilt().model, settings(), ALONE, watching=Watching(dumps=tmp_path), num_threads=1)
+    subject = TransformerTrainer(
+        spoilt().model, settings(), ALONE, monitor=MonitorSettings(dumps=tmp_path), num_threads=1
+    )
     with pytest.raises(NonFiniteError, match="look again with: cogview doctor --dump"):
         take(subject, 3, rows())
     folder = tmp_path / "step-00000003"
@@ -578,19 +588,19 @@ def test_what_is_needed_to_see_it_again_is_kept(tmp_path):
         assert all(np.array_equal(kept[name], values) for name, values in rows().items())
     weights = load_file(folder / "model" / "model.safetensors")
     assert torch.equal(weights["layers.1.mlp.input.weight"][3], torch.full((32,), 1e38))
-    kept, now = replay(folder, "cpu")
+    kept, now = replay_dump(folder, "cpu")
     assert kept == ("ok", "kept", f"step 3, process 0: {report['found']}")
     assert now == ("problem", "now", f"in float32 on cpu: first not finite in {report['found']}")
     for path in folder.glob("report-*"):
         path.unlink()
     with pytest.raises(InputError, match="is no dump of a step: expected RUN/nonfinite/step-"):
-        list(replay(folder, "cpu"))
+        list(replay_dump(folder, "cpu"))
 
 
 def test_float16_scales_the_loss_and_leaves_out_what_overflows():
     """A loss scale that overflows halves until it does not; what is learnt then is what float32 learns."""
     halved, exact = TransformerTrainer(new_model(), settings(), ALONE, torch.float16, num_threads=1), trainer()
-    halved.engine.load(replace(halved.engine.state(), loss_scale=2.0**40))
+    halved.engine.load_state(replace(halved.engine.export_state(), loss_scale=2.0**40))
     scales, skipped = [], []
     for number in range(40):
         figures = take(halved, number, rows())
@@ -615,7 +625,7 @@ def test_float16_goes_on_with_its_loss_scale(tmp_path):
 
     whole, first, second = subject(), subject(), subject()
     for each in (whole, first):
-        each.engine.load(replace(each.engine.state(), loss_scale=2.0**30))
+        each.engine.load_state(replace(each.engine.export_state(), loss_scale=2.0**30))
     figures = [take(whole, number, rows(number)) for number in range(16)]
     assert figures[7]["skipped_steps"] > 0
     for number in range(8):
@@ -626,7 +636,7 @@ def test_float16_goes_on_with_its_loss_scale(tmp_path):
 
 
 def test_activations_are_looked_at_by_depth():
-    subject = TransformerTrainer(new_model(), settings(), ALONE, watching=Watching(every=3))
+    subject = TransformerTrainer(new_model(), settings(), ALONE, monitor=MonitorSettings(every=3))
     seen = []
     subject.transformer.layers[1].register_forward_hook(lambda module, given, output: seen.append(output.abs().max()))
     figures = [take(subject, number, rows()) for number in range(3)]
@@ -684,14 +694,16 @@ def write_store(path: Path, count: int) -> TokenStore:
     return TokenStore(path)
 
 
-def supply(store: TokenStore, chosen: TransformerTraining, ledger: Path) -> Supply:
-    return Supply({str(store.path): store}, [1.0], ledger, LessonMaker(new_model().config, chosen), ALONE)
+def supply(store: TokenStore, chosen: TransformerTraining, ledger: Path) -> TrainingDataLoader:
+    return TrainingDataLoader(
+        {str(store.path): store}, [1.0], ledger, ExampleBuilder(new_model().config, chosen), ALONE
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_the_rows_of_a_step_are_a_function_of_seed_and_step(tmp_path, workers):
     store = write_store(tmp_path, 21)
-    chosen = settings(steps=7, seed=3, workers=workers)
+    chosen = settings(steps=7, seed=3, num_workers=workers)
     given = list(supply(store, chosen, tmp_path / "stores.jsonl").batches(0))
     assert len(given) == 7
     for number, batch in enumerate(given):
@@ -709,26 +721,30 @@ def test_the_rows_of_a_step_are_a_function_of_seed_and_step(tmp_path, workers):
 @pytest.mark.parametrize("size", [2, 4])
 def test_processes_share_the_rows_of_a_step_and_what_chance_decides(tmp_path, size):
     store = write_store(tmp_path, 21)
-    chosen = settings(steps=3, seed=3, caption_drop=0.5, hidden_rows=0.5)
-    mixture = Mixture([Phase(first_sample=0, names=("store",), shares=(1.0,), sizes=(21,))], 3)
-    maker = LessonMaker(new_model().config, chosen)
+    chosen = settings(steps=3, seed=3, caption_dropout=0.5, full_mask_rate=0.5)
+    mixture = Mixture([Phase(first_sample=0, names=("store",), weights=(1.0,), sizes=(21,))], 3)
+    maker = ExampleBuilder(new_model().config, chosen)
 
-    def share(rank: int, world_size: int) -> list[Batch]:
-        return list(Lectures(MixedStore([store]), mixture, maker, World(ALONE.device, rank, world_size)).from_step(1))
+    def share(rank: int, world_size: int) -> list[TrainingBatch]:
+        return list(
+            StepDataset(
+                MixedStore([store]), mixture, maker, DistributedContext(ALONE.device, rank, world_size)
+            ).from_step(1)
+        )
 
     whole, shares = share(0, 1), [share(rank, size) for rank in range(size)]
     for number, batch in enumerate(whole):
         own = [share[number] for share in shares]
         assert np.array_equal(np.concatenate([part.samples for part in own]), batch.samples)
-        assert np.array_equal(sum(part.places for part in own), batch.places)
-        assert sum(part.tokens for part in own) == batch.tokens
+        assert np.array_equal(sum(part.target_counts for part in own), batch.target_counts)
+        assert sum(part.num_tokens for part in own) == batch.num_tokens
         assert read_of(own) == read_of([batch])
 
 
-def read_of(batches: Sequence[Batch]) -> list[list[int]]:
+def read_of(batches: Sequence[TrainingBatch]) -> list[list[int]]:
     """All rows that are read, without their padding, in one order."""
     pad = new_model().config.vocabulary.pad
-    lines = [line.tolist() for each in batches for part in each.shares[0] for line in part.inputs]
+    lines = [line.tolist() for each in batches for part in each.thread_shards[0] for line in part.inputs]
     return sorted([code for code in line if code != pad] for line in lines)
 
 
@@ -737,9 +753,9 @@ def test_evaluation_gives_the_losses_of_the_held_out_rows_and_a_sheet(tmp_path):
     sheets = []
     subject = TransformerTrainer(
         new_model(dropout=0.5),
-        settings(caption_drop=0.9),
+        settings(caption_dropout=0.9),
         ALONE,
-        held_out=store,
+        validation_store=store,
         draw_sheet=lambda model, path: sheets.append((model, path)),
     )
     take(subject, 0, rows())  # leaves it in training mode, with dropout
@@ -758,10 +774,10 @@ def test_evaluation_gives_the_losses_of_the_held_out_rows_and_a_sheet(tmp_path):
     [
         ({"warmup_steps": 100}, r"warmup_steps must be from 1 to steps - 1 \(99\), got 100"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"micro_batch": -1}, "micro_batch and workers must not be negative, got -1 and 0"),
-        ({"hidden_rows": 0.7, "masked_rows": 0.4}, "are shares of all rows: their sum must not be above 1"),
-        ({"hidden_places": -1}, "hidden_places must be 0"),
-        ({"caption_drop": 1.5}, r"caption_drop must be in \[0, 1\], got 1.5"),
+        ({"micro_batch_size": -1}, "micro_batch_size and num_workers must not be negative, got -1 and 0"),
+        ({"full_mask_rate": 0.7, "partial_mask_rate": 0.4}, "are shares of all rows: their sum must not be above 1"),
+        ({"full_mask_targets": -1}, "full_mask_targets must be 0"),
+        ({"caption_dropout": 1.5}, r"caption_dropout must be in \[0, 1\], got 1.5"),
         ({"tasks": {"draw": 1.0}}, "task 'draw' is unknown; known: generate, caption, upscale, low_level"),
         ({"tasks": {"generate": 0}}, "the share of task 'generate' must be above 0, got 0"),
         ({"tasks": {}}, "there must be a task to train for"),

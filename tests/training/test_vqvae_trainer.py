@@ -12,19 +12,19 @@ from PIL import Image
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.errors import InputError
 from cogview.training import vqvae_trainer as module
-from cogview.training.loop import Run, RunSettings, run_loop
+from cogview.training.loop import RunFolder, RunSettings, run_loop
 from cogview.training.vqvae_trainer import (
-    ImageTokenizerRun,
     SceneImages,
+    VQVAERun,
     held_out_batches,
     scene_batches,
 )
 from cogview.vqvae.codec import to_float
 from cogview.vqvae.model import VQVAEConfig
-from cogview.vqvae.training import VQVAETraining
+from cogview.vqvae.training import VQVAETrainingSettings
 
 CONFIG = VQVAEConfig(channels=(4, 8, 8), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1), num_codes=16, code_width=4)
-TRAINING = VQVAETraining(steps=8, batch_size=2, warmup_steps=3, revive_every=2, revive_below=0.3, decay=0.5)
+TRAINING = VQVAETrainingSettings(steps=8, batch_size=2, warmup_steps=3, revive_every=2, revive_below=0.3, decay=0.5)
 CPU = torch.device("cpu")
 
 
@@ -55,12 +55,12 @@ def test_held_out_pictures_are_of_held_out_scenes(make_tiny_world):
     assert torch.equal(SceneImages(world, 1, held_out=True)[3], images[3])
 
 
-def train(world, folder, last: int, resume: bool = False) -> ImageTokenizerRun:
-    subject = ImageTokenizerRun(world, CONFIG, TRAINING, CPU, None)
+def train(world, folder, last: int, resume: bool = False) -> VQVAERun:
+    subject = VQVAERun(world, CONFIG, TRAINING, CPU, None)
     status = run_loop(
         subject,
         lambda step: scene_batches(world, 0, TRAINING.batch_size, step, TRAINING.steps, 0),
-        Run(folder),
+        RunFolder(folder),
         RunSettings(log_every=1, save_every=2, evaluate_every=4),
         recipe={},
         steps=last,
@@ -81,14 +81,14 @@ def test_a_resumed_run_equals_one_that_never_stopped(make_tiny_world, tmp_path, 
         assert torch.equal(tensor, second.trainer.model.state_dict()[name]), name
     assert torch.equal(whole.trainer.model.quantizer.use, second.trainer.model.quantizer.use)
 
-    stored = load_image_tokenizer(Run(tmp_path / "halves").checkpoints()[-1] / "image")
+    stored = load_image_tokenizer(RunFolder(tmp_path / "halves").checkpoints()[-1] / "image")
     images = next(held_out_batches(world, count=4))
     assert torch.equal(stored.encode(images), whole.trainer.model.eval().encode(images))
     assert stored.config == CONFIG
 
 
 def test_evaluation_gives_held_out_figures_and_a_sheet(make_tiny_world, tmp_path, few_held_out):
-    subject = ImageTokenizerRun(make_tiny_world(), CONFIG, TRAINING, CPU, None)
+    subject = VQVAERun(make_tiny_world(), CONFIG, TRAINING, CPU, None)
     figures = subject.evaluate(3, tmp_path)
     assert set(figures) == {f"held_out_{name}" for name in ("psnr", "codes_used", "perplexity", "images")}
     assert figures["held_out_images"] == 6
@@ -97,7 +97,7 @@ def test_evaluation_gives_held_out_figures_and_a_sheet(make_tiny_world, tmp_path
 
 
 def test_a_gradient_that_is_not_finite_is_one_line_for_the_user(make_tiny_world):
-    subject = ImageTokenizerRun(make_tiny_world(), CONFIG, TRAINING, CPU, None)
+    subject = VQVAERun(make_tiny_world(), CONFIG, TRAINING, CPU, None)
     with pytest.raises(InputError, match="gradient of step 2 is not finite"):
         subject.step(2, torch.full((1, 3, 64, 64), math.nan))
 

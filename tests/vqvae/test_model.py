@@ -5,7 +5,7 @@
 import pytest
 import torch
 
-from cogview.vqvae.model import RELEASED_MEAN, RELEASED_STD, VQVAE, VQVAEConfig
+from cogview.vqvae.model import V1_MEAN, V1_STD, VQVAE, VQVAEConfig
 
 RESIDUAL = VQVAEConfig(channels=(8, 16, 24), encoder_blocks=(0, 0, 2), num_codes=50, code_width=4)
 RELEASED = VQVAEConfig(
@@ -14,8 +14,8 @@ RELEASED = VQVAEConfig(
     num_codes=50,
     code_width=6,
     normalize_codes=False,
-    mean=RELEASED_MEAN,
-    std=RELEASED_STD,
+    mean=V1_MEAN,
+    std=V1_STD,
 )
 
 
@@ -24,8 +24,8 @@ def make(config: VQVAEConfig) -> VQVAE:
     torch.manual_seed(0)
     model = VQVAE(config).eval()
     with torch.inference_mode():
-        outputs = model.vectors(noise(4, 3, 64, 64)).reshape(-1, config.code_width)
-    model.quantizer.start_from(outputs, torch.Generator().manual_seed(0))
+        outputs = model.encode_vectors(noise(4, 3, 64, 64)).reshape(-1, config.code_width)
+    model.quantizer.initialize_from(outputs, torch.Generator().manual_seed(0))
     return model
 
 
@@ -47,7 +47,7 @@ def test_shapes_and_ranges(config):
     assert images.min() >= 0
     assert images.max() <= 1
     # The range is the clamp's doing: far-out vectors leave it on both sides before.
-    wild = model.pixels(1e4 * model.quantizer.vectors_of(codes))
+    wild = model.decode_vectors(1e4 * model.quantizer.lookup(codes))
     assert wild.min() < 0
     assert wild.max() > 1
 
@@ -76,25 +76,25 @@ def test_a_training_forward_decodes_the_chosen_codes_and_passes_the_gradient_str
 def test_a_forward_without_quantization_decodes_the_vectors_themselves():
     model, images = make(RESIDUAL), noise(2, 3, 16, 16)
     output = model(images, quantize=False)
-    torch.testing.assert_close(output.images, model.pixels(model.vectors(images)))
+    torch.testing.assert_close(output.images, model.decode_vectors(model.encode_vectors(images)))
     assert torch.equal(output.codes, torch.zeros(2, 2, 2, dtype=torch.long))
 
 
 def test_a_code_of_the_residual_encoder_sees_its_own_patch_and_two_pixels_around():
     """What a thing's codes are must not depend on what stands elsewhere in the picture."""
     model, image = make(RESIDUAL), noise(1, 3, 64, 64)
-    before = model.vectors(image)[0]
+    before = model.encode_vectors(image)[0]
     outside = torch.ones(64, 64, dtype=torch.bool)
     outside[3 * 8 - 2 : 4 * 8 + 2, 4 * 8 - 2 : 5 * 8 + 2] = False
     changed = torch.where(outside, 1 - image, image)
-    after = model.vectors(changed)[0]
+    after = model.encode_vectors(changed)[0]
     torch.testing.assert_close(after[3, 4], before[3, 4], atol=1e-6, rtol=0)
     assert (after - before).abs().amax(dim=-1).gt(1e-3).sum() == 63
 
     for row, column, seen in [(3 * 8, 4 * 8, True), (3 * 8 - 2, 4 * 8, True), (3 * 8 - 3, 4 * 8, False)]:
         one = image.clone()
         one[..., row, column] = 1 - one[..., row, column]
-        moved = (model.vectors(one)[0, 3, 4] - before[3, 4]).abs().max() > 1e-6
+        moved = (model.encode_vectors(one)[0, 3, 4] - before[3, 4]).abs().max() > 1e-6
         assert moved == seen, (row, column)
 
 
@@ -127,11 +127,11 @@ def test_released_layers_have_the_names_and_shapes_of_the_released_weights():
 
 def test_released_pixels_are_normalised_by_the_released_mean_and_std():
     model, image = make(RELEASED), noise(1, 3, 16, 16)
-    mean, std = torch.tensor(RELEASED_MEAN).view(3, 1, 1), torch.tensor(RELEASED_STD).view(3, 1, 1)
+    mean, std = torch.tensor(V1_MEAN).view(3, 1, 1), torch.tensor(V1_STD).view(3, 1, 1)
     vectors = model.encoder((image - mean) / std).permute(0, 2, 3, 1)
-    torch.testing.assert_close(model.vectors(image), vectors)
+    torch.testing.assert_close(model.encode_vectors(image), vectors)
     decoded = model.decoder(vectors.permute(0, 3, 1, 2)) * std + mean
-    torch.testing.assert_close(model.pixels(vectors), decoded)
+    torch.testing.assert_close(model.decode_vectors(vectors), decoded)
 
 
 def test_a_stored_model_holds_no_state_of_its_training():

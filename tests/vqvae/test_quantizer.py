@@ -30,7 +30,7 @@ def make(num_codes: int, width: int, *, normalize: bool = False) -> Quantizer:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_nearest_is_what_float64_finds_by_trying_every_code(count, normalize):
     quantizer = make(300, 6, normalize=normalize)
-    vectors = quantizer.project(torch.randn(count, 6, generator=seeded(1)))
+    vectors = quantizer.normalized(torch.randn(count, 6, generator=seeded(1)))
     distances_NK = (vectors.double()[:, None] - quantizer.codebook.double()).square().sum(dim=-1)
     assert torch.equal(quantizer.nearest(vectors), distances_NK.argmin(dim=1))
 
@@ -38,7 +38,7 @@ def test_nearest_is_what_float64_finds_by_trying_every_code(count, normalize):
 def test_nearest_keeps_the_shape_and_finds_a_code_for_itself():
     quantizer = make(40, 5)
     codes = torch.randint(40, (2, 3, 4), generator=seeded())
-    assert torch.equal(quantizer.nearest(quantizer.vectors_of(codes)), codes)
+    assert torch.equal(quantizer.nearest(quantizer.lookup(codes)), codes)
 
 
 def test_nearest_never_holds_a_table_of_all_vectors_by_all_codes(monkeypatch):
@@ -83,7 +83,7 @@ def test_update_moves_the_averages_as_computed_by_hand():
 
 def test_update_keeps_normalised_codes_on_the_sphere():
     quantizer = make(20, 4, normalize=True)
-    vectors = quantizer.project(torch.randn(500, 4, generator=seeded(1)))
+    vectors = quantizer.normalized(torch.randn(500, 4, generator=seeded(1)))
     for _ in range(5):
         quantizer.update(vectors, quantizer.nearest(vectors), decay=0.5)
     torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(20))
@@ -139,7 +139,7 @@ def test_start_from_gives_every_code_a_vector_of_its_own():
     """Nine of ten vectors are one flat background; a plain random choice would put nine of ten codes there."""
     quantizer = make(50, 3)
     vectors = torch.cat([torch.full((900, 3), 0.25), torch.randn(100, 3, generator=seeded())])
-    quantizer.start_from(vectors, seeded())
+    quantizer.initialize_from(vectors, seeded())
     assert len(torch.unique(quantizer.codebook, dim=0)) == 50
     assert torch.cdist(quantizer.codebook, vectors).amin(dim=1).max() < 1e-3  # each is an encoder output
     assert torch.equal(quantizer.use, torch.ones(50))
@@ -149,7 +149,7 @@ def test_start_from_gives_every_code_a_vector_of_its_own():
 def test_start_from_fewer_vectors_than_codes_uses_them_all():
     quantizer = make(50, 3)
     vectors = torch.cat([torch.full((900, 3), 0.25), torch.randn(20, 3, generator=seeded())])
-    quantizer.start_from(vectors, seeded())
+    quantizer.initialize_from(vectors, seeded())
     assert len(torch.unique(quantizer.codebook, dim=0)) == 21
 
 
@@ -160,7 +160,7 @@ def test_revive_puts_dead_codes_on_badly_served_vectors_and_leaves_the_others():
     quantizer.total.copy_(quantizer.codebook * quantizer.use.unsqueeze(1))
     well_served = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).repeat(100, 1)
     badly_served = torch.tensor([[-8.0, 3.0], [2.0, 9.0]])
-    assert quantizer.revive(torch.cat([well_served, badly_served]), 0.01, seeded()) == 2
+    assert quantizer.restart_dead_codes(torch.cat([well_served, badly_served]), 0.01, seeded()) == 2
     assert torch.equal(quantizer.codebook[:2], torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
     assert sorted(quantizer.codebook[2:].tolist()) == badly_served.tolist()
     torch.testing.assert_close(quantizer.use, torch.tensor([5.0, 5.0, 0.02, 0.02]))
@@ -170,9 +170,11 @@ def test_revive_puts_dead_codes_on_badly_served_vectors_and_leaves_the_others():
 def test_revive_has_nothing_to_do_where_all_is_well_served_or_no_code_is_dead():
     quantizer = make(3, 2)
     before = quantizer.codebook.clone()
-    assert quantizer.revive(quantizer.codebook.repeat(4, 1), 0.01, seeded()) == 0  # all dead, all vectors exact
+    assert (
+        quantizer.restart_dead_codes(quantizer.codebook.repeat(4, 1), 0.01, seeded()) == 0
+    )  # all dead, all vectors exact
     quantizer.use.fill_(1.0)
-    assert quantizer.revive(torch.randn(20, 2, generator=seeded(1)), 0.01, seeded()) == 0
+    assert quantizer.restart_dead_codes(torch.randn(20, 2, generator=seeded(1)), 0.01, seeded()) == 0
     assert torch.equal(quantizer.codebook, before)
 
 
@@ -187,18 +189,18 @@ def test_the_measures_keep_a_codebook_in_use_that_collapses_without_them(normali
         chosen[:256] = clusters[0]
         drift = torch.zeros(8)
         drift[0] = -3 * step / 150  # the encoder learns too
-        return quantizer.project(chosen + drift + 0.01 * torch.randn(512, 8, generator=generator))
+        return quantizer.normalized(chosen + drift + 0.01 * torch.randn(512, 8, generator=generator))
 
     used = {}
     for measures in (True, False):
         quantizer = make(256, 8, normalize=normalize)
         if measures:
-            quantizer.start_from(torch.cat([batch(0) for _ in range(4)]), generator)
+            quantizer.initialize_from(torch.cat([batch(0) for _ in range(4)]), generator)
         for step in range(150):
             vectors = batch(step)
             quantizer.update(vectors, quantizer.nearest(vectors), 0.9)
             if measures and step % 5 == 0:
-                quantizer.revive(vectors, 0.05, generator)
+                quantizer.restart_dead_codes(vectors, 0.05, generator)
         seen = torch.cat([quantizer.nearest(batch(150)) for _ in range(20)])
         used[measures] = len(seen.unique()) / 256
     assert used[True] > 0.9

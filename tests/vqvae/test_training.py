@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from cogview.vqvae.model import VQVAE, VQVAEConfig
-from cogview.vqvae.training import VQVAETrainer, VQVAETraining, evaluate_vqvae, reconstruction_loss
+from cogview.vqvae.training import VQVAETrainer, VQVAETrainingSettings, evaluate_vqvae, reconstruction_loss
 
 CONFIG = VQVAEConfig(
     channels=(8, 16, 16), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 1, 1), num_codes=32, code_width=4
 )
-SETTINGS = VQVAETraining(steps=12, batch_size=4, warmup_steps=4, revive_every=3, revive_below=0.2, decay=0.5)
+SETTINGS = VQVAETrainingSettings(steps=12, batch_size=4, warmup_steps=4, revive_every=3, revive_below=0.2, decay=0.5)
 CPU = torch.device("cpu")
 
 
@@ -42,7 +42,9 @@ def test_steps_equal_half_of_them_and_the_rest_after_a_restart(half):
     torch.save(first.state(), file)
     file.seek(0)
     torch.manual_seed(99)
-    second = VQVAETrainer(CONFIG, VQVAETraining(**{**vars(SETTINGS), "seed": 5}), CPU)  # other weights to begin with
+    second = VQVAETrainer(
+        CONFIG, VQVAETrainingSettings(**{**vars(SETTINGS), "seed": 5}), CPU
+    )  # other weights to begin with
     second.settings = SETTINGS
     second.load(torch.load(file, weights_only=True))
     assert run(second, half, 12) == figures[half:]
@@ -69,7 +71,9 @@ def test_training_learns_the_pictures_and_uses_the_codes():
     config = VQVAEConfig(
         channels=(16, 32, 32), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 1, 1), num_codes=32, code_width=8
     )
-    settings = VQVAETraining(steps=200, batch_size=8, warmup_steps=75, revive_every=5, learning_rate=5e-3, decay=0.9)
+    settings = VQVAETrainingSettings(
+        steps=200, batch_size=8, warmup_steps=75, revive_every=5, learning_rate=5e-3, decay=0.9
+    )
     trainer = VQVAETrainer(config, settings, CPU)
     for step in range(200):
         trainer.step(step, pictures(0, 8))
@@ -146,15 +150,17 @@ def test_figures_of_no_pictures():
 )
 def test_wrong_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        VQVAETraining(**settings)
+        VQVAETrainingSettings(**settings)
 
 
 def test_a_model_to_start_from_is_trained_with_its_codebook_from_the_first_step():
     first = VQVAETrainer(CONFIG, SETTINGS, CPU)
     run(first, 0, 12)
     codebook, codes = first.model.quantizer.codebook.clone(), first.model.encode(pictures(0))
-    settings = VQVAETraining(**{**vars(SETTINGS), "learning_rate": 0.0, "final_learning_rate": 0.0, "decay": 1.0})
-    second = VQVAETrainer(CONFIG, settings, CPU, start_from=first.model)
+    settings = VQVAETrainingSettings(
+        **{**vars(SETTINGS), "learning_rate": 0.0, "final_learning_rate": 0.0, "decay": 1.0}
+    )
+    second = VQVAETrainer(CONFIG, settings, CPU, init_from=first.model)
     assert torch.equal(second.model.quantizer.codebook, codebook)
     figures = run(second, 0, 2)
     assert figures[0]["commitment"] > 0

@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cogview.emoji.captions import CaptionReader, Facts
+from cogview.emoji.captions import CaptionReader, ParsedCaption
 from cogview.emoji.evaluation.scenes import accuracy, format_accuracy, held_out_scenes
 from cogview.emoji.scene import Scene
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import PARTS, check_world, describe
 from cogview.pipeline.cogview import Caption, CogView
 from cogview.vqvae.codec import reconstruct
@@ -38,7 +38,7 @@ class CaptionGrade:
     """
 
     scene: Scene
-    said: Facts | None
+    parsed: ParsedCaption | None
     colour: bool
     object: bool
     count: bool | None
@@ -49,11 +49,13 @@ class CaptionGrade:
         """True when nothing that was asked is wrong, nor a single thing said to be several."""
         parts = (self.colour, self.object, self.count, self.relation)
         return (
-            self.said is not None and self.said.count == self.scene.count and all(part is not False for part in parts)
+            self.parsed is not None
+            and self.parsed.count == self.scene.count
+            and all(part is not False for part in parts)
         )
 
 
-def evaluate_captions(model: CogView, world: World, *, count: int, seed: int, batch_size: int) -> dict[str, Any]:
+def evaluate_captions(model: CogView, world: EmojiWorld, *, count: int, seed: int, batch_size: int) -> dict[str, Any]:
     """Grade the model's most probable captions (greedy) of ``count`` held-out scenes; the report, as plain data.
 
     Captions are written of the true pictures of the scenes and of their VQ-VAE reconstructions. ``captions`` holds them
@@ -79,7 +81,7 @@ def evaluate_captions(model: CogView, world: World, *, count: int, seed: int, ba
             row[key] = {
                 "caption": one.text,
                 "log_probability": one.log_probability,
-                "readable": grade.said is not None,
+                "readable": grade.parsed is not None,
                 "right": grade.everything,
             }
     report["captions"] = rows
@@ -88,15 +90,15 @@ def evaluate_captions(model: CogView, world: World, *, count: int, seed: int, ba
 
 def grade_caption(reader: CaptionReader, text: str, scene: Scene) -> CaptionGrade:
     """Compare what ``text`` says with ``scene``; of several readings the one that is most nearly right counts."""
-    grades = [_judge(said, scene) for said in reader.readings(text)]
+    grades = [_judge(said, scene) for said in reader.parses(text)]
     if not grades:
         count = False if scene.kind == "many" else None
         relation = False if len(scene.things) == 2 else None
-        return CaptionGrade(scene=scene, said=None, colour=False, object=False, count=count, relation=relation)
+        return CaptionGrade(scene=scene, parsed=None, colour=False, object=False, count=count, relation=relation)
     return max(grades, key=lambda grade: (grade.everything, sum(getattr(grade, part) is True for part in PARTS)))
 
 
-def summarize_captions(grades: Sequence[CaptionGrade], world: World, num_confusions: int = 10) -> dict[str, Any]:
+def summarize_captions(grades: Sequence[CaptionGrade], world: EmojiWorld, num_confusions: int = 10) -> dict[str, Any]:
     """Accuracies with 95% intervals, how many captions cannot be read, and the commonest mistakes, as plain data.
 
     The mistakes are of the captions that can be read; ``said`` is "" for a background that is not mentioned.
@@ -105,7 +107,7 @@ def summarize_captions(grades: Sequence[CaptionGrade], world: World, num_confusi
     for part in PARTS:
         asked = [verdict for verdict in (getattr(grade, part) for grade in grades) if verdict is not None]
         summary[part] = accuracy(sum(asked), len(asked))
-    summary["unreadable"] = sum(grade.said is None for grade in grades)
+    summary["unreadable"] = sum(grade.parsed is None for grade in grades)
     mistakes = Counter(pair for grade in grades for pair in _confusions(grade, world))
     summary["confusions"] = [
         {"shown": shown, "said": said, "times": times} for (shown, said), times in mistakes.most_common(num_confusions)
@@ -135,7 +137,7 @@ def _write_captions(model: CogView, pictures: np.ndarray, batch_size: int, label
     return captions
 
 
-def _judge(said: Facts, scene: Scene) -> CaptionGrade:
+def _judge(said: ParsedCaption, scene: Scene) -> CaptionGrade:
     shown = [thing.emoji for thing in scene.things]
     in_place = _all_named(shown, said.things)
     count = relation = None
@@ -146,7 +148,7 @@ def _judge(said: Facts, scene: Scene) -> CaptionGrade:
         named = in_place or _all_named(shown[::-1], said.things)
         relation = said.kind == scene.kind and in_place
     colour = said.colour is not None and said.colour.name == scene.colour.name
-    return CaptionGrade(scene=scene, said=said, colour=colour, object=named, count=count, relation=relation)
+    return CaptionGrade(scene=scene, parsed=said, colour=colour, object=named, count=count, relation=relation)
 
 
 def _all_named(shown: Sequence[str], named: Sequence[frozenset[str]]) -> bool:
@@ -154,9 +156,9 @@ def _all_named(shown: Sequence[str], named: Sequence[frozenset[str]]) -> bool:
     return len(shown) == len(named) and all(emoji in meant for emoji, meant in zip(shown, named, strict=True))
 
 
-def _confusions(grade: CaptionGrade, world: World) -> list[tuple[str, str]]:
+def _confusions(grade: CaptionGrade, world: EmojiWorld) -> list[tuple[str, str]]:
     """(shown, said) of what is wrong: colours, and things where it is plain which was meant to be which."""
-    scene, said = grade.scene, grade.said
+    scene, said = grade.scene, grade.parsed
     if said is None:
         return []
     pairs = []

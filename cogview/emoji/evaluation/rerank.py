@@ -14,19 +14,19 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from cogview.config_io import to_plain
+from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.scenes import SceneGrader, accuracy, format_accuracy, held_out_scenes
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import check_world, describe
 from cogview.generation.sampling import Sampling
-from cogview.pipeline.cogview import CogView, Wish
+from cogview.pipeline.cogview import CogView, GenerationRequest
 
 SIZES = (1, 2, 4, 8, 16)
 
 
 def evaluate_rerank(
     model: CogView,
-    world: World,
+    world: EmojiWorld,
     *,
     captions: int,
     candidates: int = 16,
@@ -44,7 +44,7 @@ def evaluate_rerank(
     asked = held_out_scenes(world, captions, seed)
     grader = SceneGrader(world)
     wishes = [
-        Wish(prompt=caption, seed=seed + number, index=index)
+        GenerationRequest(prompt=caption, seed=seed + number, index=index)
         for number, (_, caption) in enumerate(asked)
         for index in range(candidates)
     ]
@@ -75,7 +75,7 @@ def evaluate_rerank(
             [caption for _, caption in asked],
             seed,
             pictures_of_each=candidates,
-            sampling=to_plain(sampling),
+            sampling=to_mapping(sampling),
         ),
         "best_of": rows,
     }

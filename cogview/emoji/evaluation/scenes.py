@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from cogview.emoji.scene import LAYOUTS, Cell, Colour, Scene
-from cogview.emoji.things import Thing
-from cogview.emoji.world import World
+from cogview.emoji.things import EmojiObject
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 
 _COLOURS_TRIED = 4  # backgrounds worth explaining the whole picture with, at most ...
@@ -32,7 +32,7 @@ _SHORTLIST = 24  # sprites per cell that the search at full resolution looks at 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sight:
+class Explanation:
     """What the grader sees: the background, the arrangement (a key of LAYOUTS, or "empty"), the things in its cells.
 
     ``error`` is the mean squared difference, in RGB bytes, between the picture and this explanation of it.
@@ -40,12 +40,12 @@ class Sight:
 
     colour: Colour
     layout: str
-    things: tuple[Thing, ...]
+    things: tuple[EmojiObject, ...]
     error: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grade:
+class SceneGrade:
     """Which parts of ``scene`` a picture got right; None for what the scene does not ask.
 
     ``object``: for one thing, that exactly one thing is seen and it is the right one; for several of one, that more
@@ -55,7 +55,7 @@ class Grade:
     """
 
     scene: Scene
-    seen: Sight
+    explanation: Explanation
     colour: bool
     object: bool
     count: bool | None
@@ -70,15 +70,15 @@ class Grade:
 class SceneGrader:
     """Grades pictures of one world. It keeps the scaled sprites, so one grader serves many pictures."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: EmojiWorld) -> None:
         self.world = world
-        self._banks: dict[tuple[int, int], _Bank] = {}
+        self._banks: dict[tuple[int, int], _SpriteBank] = {}
 
-    def grade(self, image: np.ndarray, scene: Scene) -> Grade:
+    def grade(self, image: np.ndarray, scene: Scene) -> SceneGrade:
         """Grade ``image``, uint8 (H, W, 3) of the world's canvas, as a picture of ``scene``."""
-        return judge(self.see(image), scene)
+        return grade_explanation(self.explain(image), scene)
 
-    def see(self, image: np.ndarray) -> Sight:
+    def explain(self, image: np.ndarray) -> Explanation:
         """The explanation of ``image`` with the least squared error."""
         canvas = self.world.settings.canvas
         if image.shape != (canvas, canvas, 3) or image.dtype != np.uint8:
@@ -97,7 +97,7 @@ class SceneGrader:
         order = np.argsort(-votes)[:_COLOURS_TRIED]
         return [self.world.colours[index] for index in order if votes[index] >= _LEAST_VOTES * votes[order[0]]]
 
-    def _explain(self, pixels: np.ndarray, colour: Colour) -> Sight:
+    def _explain(self, pixels: np.ndarray, colour: Colour) -> Explanation:
         """The arrangement of sprites on ``colour`` that leaves the least squared error."""
         residual = pixels - np.array(colour.rgb, dtype=np.float32)
         power = float((residual**2).sum())
@@ -105,9 +105,9 @@ class SceneGrader:
         gains = {name: sum(found[cell][0] for cell in cells) for name, cells in LAYOUTS.items()}
         layout = max(gains, key=lambda name: gains[name])
         if gains[layout] < _LEAST_GAIN * pixels.size:
-            return Sight(colour=colour, layout="empty", things=(), error=power / pixels.size)
+            return Explanation(colour=colour, layout="empty", things=(), error=power / pixels.size)
         things = tuple(self.world.candidates[found[cell][1]] for cell in LAYOUTS[layout])
-        return Sight(colour=colour, layout=layout, things=things, error=(power - gains[layout]) / pixels.size)
+        return Explanation(colour=colour, layout=layout, things=things, error=(power - gains[layout]) / pixels.size)
 
     def _best_sprite(self, residual: np.ndarray, cell: Cell, colour: Colour) -> tuple[float, int]:
         """(gain, candidate) of the sprite that lowers the squared error in ``cell`` most, and by how much."""
@@ -152,11 +152,11 @@ class SceneGrader:
             best = max(best, (float(gains.max(initial=-math.inf)), candidate))
         return best
 
-    def _bank(self, side: int, factor: int) -> _Bank:
+    def _bank(self, side: int, factor: int) -> _SpriteBank:
         """All candidates at ``side`` pixels of the canvas, for a picture reduced ``factor`` times."""
         if (side, factor) not in self._banks:
             scaled = [self.world.scaled_sprite(thing, max(1, round(side / factor))) for thing in self.world.candidates]
-            self._banks[side, factor] = _Bank(
+            self._banks[side, factor] = _SpriteBank(
                 colour=np.stack([colour.reshape(-1) for colour, _ in scaled]),
                 alpha=np.stack([1 - keep.reshape(-1) for _, keep in scaled]),
             )
@@ -164,7 +164,7 @@ class SceneGrader:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bank:
+class _SpriteBank:
     """All candidate sprites at one size: ``colour`` (N, D) times alpha, in [0, 255]; ``alpha`` (N, S * S) in [0, 1].
 
     Drawn on a background b, a sprite changes it by p = colour - alpha * b. It lowers the squared error of a
@@ -196,7 +196,7 @@ class _Bank:
         )
 
 
-def judge(seen: Sight, scene: Scene) -> Grade:
+def grade_explanation(seen: Explanation, scene: Scene) -> SceneGrade:
     """Compare what was seen with what was asked; ``Grade`` says how strictly."""
     seen_emoji = [thing.emoji for thing in seen.things]
     asked = [thing.emoji for thing in scene.things]
@@ -210,10 +210,10 @@ def judge(seen: Sight, scene: Scene) -> Grade:
         right = set(asked) <= set(seen_emoji)
         relation = seen.layout == scene.kind and seen_emoji == asked
     colour = seen.colour.name == scene.colour.name
-    return Grade(scene=scene, seen=seen, colour=colour, object=right, count=count, relation=relation)
+    return SceneGrade(scene=scene, explanation=seen, colour=colour, object=right, count=count, relation=relation)
 
 
-def summarize(grades: Sequence[Grade], num_confusions: int = 10) -> dict[str, Any]:
+def summarize(grades: Sequence[SceneGrade], num_confusions: int = 10) -> dict[str, Any]:
     """Accuracies with 95% intervals, and the commonest mistakes, as plain data.
 
     ``colour``, ``object``, ``count``, ``relation`` and ``everything`` hold ``right``, ``of``, ``accuracy`` and the
@@ -239,7 +239,7 @@ def wilson_interval(right: int, of: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def held_out_scenes(world: World, count: int, seed: int = 0) -> list[tuple[Scene, str]]:
+def held_out_scenes(world: EmojiWorld, count: int, seed: int = 0) -> list[tuple[Scene, str]]:
     """``count`` different scenes whose meanings are never trained on, each with a complete caption."""
     chosen: dict[str, Scene] = {}
     for index in range(20 * count):
@@ -267,17 +267,17 @@ def format_accuracy(figure: dict[str, Any]) -> str:
     return f"{figure['accuracy']:.1%} ({figure['low']:.1%}–{figure['high']:.1%})"
 
 
-def _confusions(grade: Grade) -> list[tuple[str, str]]:
+def _confusions(grade: SceneGrade) -> list[tuple[str, str]]:
     """(asked, seen) of what is wrong: colours, and things where it is plain which was meant to be which."""
     pairs = []
     if not grade.colour:
-        pairs.append((grade.scene.colour.name, grade.seen.colour.name))
-    asked, seen = grade.scene.things, grade.seen.things
+        pairs.append((grade.scene.colour.name, grade.explanation.colour.name))
+    asked, seen = grade.scene.things, grade.explanation.things
     if not seen:
         pairs.extend((thing.name, "") for thing in asked)
     elif len(asked) == 1 and not grade.object:
         pairs.append((asked[0].name, Counter(thing.name for thing in seen).most_common(1)[0][0]))
-    elif grade.seen.layout == grade.scene.kind and not grade.object:
+    elif grade.explanation.layout == grade.scene.kind and not grade.object:
         pairs.extend((a.name, s.name) for a, s in zip(asked, seen, strict=True) if a.emoji != s.emoji)
     return pairs
 

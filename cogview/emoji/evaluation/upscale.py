@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cogview.config_io import to_plain
+from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.scenes import held_out_scenes
-from cogview.emoji.world import World
+from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import check_world, describe
 from cogview.generation.sampling import Sampling
 from cogview.pipeline.cogview import CogView
@@ -40,7 +40,7 @@ TITLES = {
 
 
 def evaluate_upscale(
-    model: CogView, world: World, *, count: int, seed: int, sampling: Sampling, batch_size: int
+    model: CogView, world: EmojiWorld, *, count: int, seed: int, sampling: Sampling, batch_size: int
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
     """Enlarge ``count`` held-out scenes to twice their side; the report, and pictures for a sheet.
 
@@ -54,7 +54,7 @@ def evaluate_upscale(
     small = [Image.fromarray(world.render(scene, number)) for number, (scene, _) in enumerate(asked)]
     true = np.stack([world.render(scene, number, scale=2) for number, (scene, _) in enumerate(asked)])
     batches = [slice(first, first + batch_size) for first in range(0, count, batch_size)]
-    decoded = np.concatenate([model.pixels(model.codes_of(small[batch])) for batch in batches])
+    decoded = np.concatenate([model.decode_images(model.encode_images(small[batch])) for batch in batches])
     grid, side = model.model.config.grid, true.shape[1]
     windows = len(batches) * len(upscale_windows(grid))
     with tqdm(total=windows, unit="window", desc="enlarging", disable=None) as bar:
@@ -63,7 +63,7 @@ def evaluate_upscale(
             captions,
             seed=seed,
             batch_size=batch_size,
-            watch=lambda progress: bar.update(progress.done == progress.total),
+            callback=lambda progress: bar.update(progress.done == progress.total),
             **asdict(sampling),
         )
 
@@ -75,11 +75,11 @@ def evaluate_upscale(
     }
     figures = {name: _figures(pictures, true, decoded) for name, pictures in large.items()}
     gains = {name: figures["ours"][name] - figures["bicubic"][name] for name in ("psnr", "ssim")}
-    near = near_borders(grid)
+    near = border_mask(grid)
     seams = {name: _errors_near_and_far(large[name], true, near) for name in ("ours", "vq_ceiling")}
-    expected = spread_alike(seams["ours"], seams["vq_ceiling"], near.mean())
+    expected = expected_under_reference(seams["ours"], seams["vq_ceiling"], near.mean())
     report = {
-        "protocol": describe(model, world, captions, seed, sampling=to_plain(sampling)),
+        "protocol": describe(model, world, captions, seed, sampling=to_mapping(sampling)),
         "large_pictures": {
             name: {figure: _mean(values) for figure, values in own.items()} for name, own in figures.items()
         },
@@ -138,7 +138,7 @@ def window_owners(grid: int) -> np.ndarray:
     return owners
 
 
-def near_borders(grid: int) -> np.ndarray:
+def border_mask(grid: int) -> np.ndarray:
     """The 4 pixels on either side of every border between codes of different windows: (16G, 16G) bool."""
     owners = window_owners(grid).repeat(PIXELS_PER_CODE, axis=0).repeat(PIXELS_PER_CODE, axis=1)
     near = np.zeros(owners.shape, dtype=bool)
@@ -149,7 +149,7 @@ def near_borders(grid: int) -> np.ndarray:
     return near
 
 
-def spread_alike(errors_2N: np.ndarray, reference_2N: np.ndarray, share_near: float) -> np.ndarray:
+def expected_under_reference(errors_2N: np.ndarray, reference_2N: np.ndarray, share_near: float) -> np.ndarray:
     """The errors near and elsewhere, (2, N), if each picture's whole error lay in it as the reference's lies.
 
     What stands at a border, the middle of a picture above all, is harder to draw than its margin, and more so in some

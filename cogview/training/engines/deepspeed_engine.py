@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from cogview.errors import InputError
 from cogview.modeling.transformer import Transformer
 from cogview.planning.training import REDUCE_BUCKET
-from cogview.training.distributed import World
+from cogview.training.distributed import DistributedContext
 from cogview.training.engines.torch_engine import (
-    FIRST_SCALE,
-    LEAST_SCALE,
-    MOMENTS,
-    SCALE_WINDOW,
+    ADAM_MOMENTS,
+    INITIAL_LOSS_SCALE,
+    LOSS_SCALE_WINDOW,
+    MIN_LOSS_SCALE,
+    DeviceMicroBatch,
     Engine,
-    Learner,
-    Prepared,
+    StepResult,
     TrainingState,
-    Update,
+    TransformerWithLoss,
     compile_layers,
-    copied,
     make_optimizer,
+    to_cpu_float32,
 )
 from cogview.training.settings import EngineSettings, TransformerTraining
 
@@ -42,17 +42,23 @@ from cogview.training.settings import EngineSettings, TransformerTraining
 class DeepSpeedEngine(Engine):
     """A DeepSpeed engine around ``learner``: weights in the dtype of its products, masters and moments in float32."""
 
-    def __init__(self, learner: Learner, settings: TransformerTraining, engine: EngineSettings, world: World) -> None:
-        deepspeed = world.together(lambda: import_deepspeed(learner.dtype, world.device))
-        self.learner = learner
-        self.world = world
+    def __init__(
+        self,
+        learner: TransformerWithLoss,
+        settings: TransformerTraining,
+        engine: EngineSettings,
+        world: DistributedContext,
+    ) -> None:
+        deepspeed = world.run_everywhere(lambda: import_deepspeed(learner.dtype, world.device))
+        self.model = learner
+        self.context = world
         self.stage = engine.zero
-        self._trained = learner.trained()
+        self._trained = learner.trained_parameters()
         if engine.compile:
             compile_layers(learner.transformer)
         shapes = [parameter.shape for parameter in self._trained.values()]
         self._shell = _without_weights(learner.transformer) if engine.zero == 3 else None
-        first = {name: copied(parameter) for name, parameter in self._trained.items()}
+        first = {name: to_cpu_float32(parameter) for name, parameter in self._trained.items()}
         self._engine, *_ = deepspeed.initialize(
             model=learner,
             optimizer=make_optimizer(learner, settings),
@@ -75,21 +81,21 @@ class DeepSpeedEngine(Engine):
         """See ``Engine.loss_scale``."""
         return 1.0 if self._scale is None else float(self._scale.cur_scale)
 
-    def compute(self, shares: Sequence[Sequence[Prepared]], *, learn: bool) -> Tensor:
+    def accumulate_gradients(self, shares: Sequence[Sequence[DeviceMicroBatch]], *, learn: bool) -> Tensor:
         """See ``Engine.compute``. Every process computes as many parts, since weights and gradients travel in each."""
         parts = [part for share in shares for part in share]
-        missing = int(self.world.max(len(parts))) - len(parts)
+        missing = int(self.context.all_reduce_max(len(parts))) - len(parts)
         parts += [parts[-1].without_targets()] * missing
         sums = torch.zeros((), dtype=torch.float64)
         for part in parts:
             with torch.set_grad_enabled(learn):
                 total, own = self._engine(part.ids, part.positions, part.targets)
             if learn:  # DeepSpeed takes the mean over processes, and the sum is wanted
-                self._engine.backward(total * self.world.size)
+                self._engine.backward(total * self.context.size)
             sums = sums + own.cpu().double()
         return sums
 
-    def update(self, learning_rate: float) -> Update:
+    def optimizer_step(self, learning_rate: float) -> StepResult:
         """See ``Engine.update``."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -98,25 +104,29 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
         skipped = self._engine.skipped_steps > before
         norm = self._engine.get_global_grad_norm()
-        return Update(
+        return StepResult(
             gradient_norm=math.inf if skipped or norm is None else float(norm), skipped=skipped, loss_scale=scale
         )
 
-    def state(self) -> TrainingState | None:
+    def export_state(self) -> TrainingState | None:
         """See ``Engine.state``. One parameter after another is gathered, and kept by the first process alone."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         weights: dict[str, Tensor] = {}
-        moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+        moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in ADAM_MOMENTS}
         updates = self._updates
         for name, parameter in self._trained.items():
             for kept, whole in (
                 (weights, safe_get_full_fp32_param(parameter)),
-                *((moments[moment], safe_get_full_optimizer_state(parameter, moment)) for moment in MOMENTS if updates),
+                *(
+                    (moments[moment], safe_get_full_optimizer_state(parameter, moment))
+                    for moment in ADAM_MOMENTS
+                    if updates
+                ),
             ):
-                if self.world.is_first:
-                    kept[name] = copied(whole)
-        if not self.world.is_first:
+                if self.context.is_main_process:
+                    kept[name] = to_cpu_float32(whole)
+        if not self.context.is_main_process:
             return None
         return TrainingState(
             weights=weights,
@@ -133,7 +143,7 @@ class DeepSpeedEngine(Engine):
         return max(steps, default=0)
 
     @torch.no_grad()
-    def load(self, state: TrainingState) -> None:
+    def load_state(self, state: TrainingState) -> None:
         """See ``Engine.load``."""
         for adam in self._basic.state.values():
             adam["step"].fill_(state.updates)
@@ -141,7 +151,7 @@ class DeepSpeedEngine(Engine):
             with self._whole([parameter], writing=True):
                 parameter.copy_(state.weights[name])
             self._set(parameter, state.weights[name])
-            for moment in MOMENTS if state.moments else ():
+            for moment in ADAM_MOMENTS if state.moments else ():
                 self._set(parameter, state.moments[moment][name], moment)
         if self._scale is not None:
             self._scale.cur_scale = state.loss_scale
@@ -158,7 +168,7 @@ class DeepSpeedEngine(Engine):
         for masters in flat if self.stage < 3 else zero.fp32_partitioned_groups_flat:
             self._basic.state[masters] = {
                 "step": torch.zeros((), device=masters.device),
-                **{moment: torch.zeros_like(masters) for moment in MOMENTS},
+                **{moment: torch.zeros_like(masters) for moment in ADAM_MOMENTS},
             }
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
@@ -167,7 +177,7 @@ class DeepSpeedEngine(Engine):
         """Set this process's part of the master of ``parameter``, or of its ``moment``, from the whole ``value``."""
         from deepspeed import utils
 
-        value = value.to(self.world.device)
+        value = value.to(self.context.device)
         if self.stage < 3:
             if moment is None:
                 utils.safe_set_full_fp32_param(parameter, value)
@@ -176,9 +186,9 @@ class DeepSpeedEngine(Engine):
             return
         # Its setter of whole tensors leaves out that the last process's part is filled up with zeros.
         part = utils.safe_get_local_fp32_param(parameter).numel()
-        flat = torch.zeros(part * self.world.size, device=value.device)
+        flat = torch.zeros(part * self.context.size, device=value.device)
         flat[: value.numel()] = value.flatten()
-        own = flat[self.world.rank * part :][:part]
+        own = flat[self.context.rank * part :][:part]
         if moment is None:
             utils.safe_set_local_fp32_param(parameter, own)
         else:
@@ -189,11 +199,11 @@ class DeepSpeedEngine(Engine):
         if self._shell is None:
             return super().whole_transformer()
         weights: dict[str, Tensor] = {}
-        for name, parameter in self.learner.transformer.named_parameters():
+        for name, parameter in self.model.transformer.named_parameters():
             with self._whole([parameter]):
-                if self.world.is_first:
+                if self.context.is_main_process:
                     weights[name] = parameter.detach().clone()
-        if not self.world.is_first:
+        if not self.context.is_main_process:
             return None
         whole = copy.deepcopy(self._shell)
         whole.load_state_dict(weights, assign=True)
@@ -218,7 +228,7 @@ class DeepSpeedEngine(Engine):
 def configuration(
     settings: TransformerTraining,
     engine: EngineSettings,
-    world: World,
+    world: DistributedContext,
     dtype: torch.dtype | None,
     trained: int = REDUCE_BUCKET,
 ) -> dict[str, Any]:
@@ -253,10 +263,10 @@ def configuration(
         config["fp16"] = {
             "enabled": True,
             "loss_scale": 0,
-            "initial_scale_power": int(math.log2(FIRST_SCALE)),
-            "loss_scale_window": SCALE_WINDOW,
+            "initial_scale_power": int(math.log2(INITIAL_LOSS_SCALE)),
+            "loss_scale_window": LOSS_SCALE_WINDOW,
             "hysteresis": 1,
-            "min_loss_scale": LEAST_SCALE,
+            "min_loss_scale": MIN_LOSS_SCALE,
         }
     for key, value in engine.config.items():
         ours = config.get(key)

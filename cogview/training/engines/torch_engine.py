@@ -20,35 +20,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from cogview.kernels.fused_linear_cross_entropy import Targets, sliced_cross_entropy
+from cogview.kernels.fused_linear_cross_entropy import LossTargets, fused_linear_cross_entropy
 from cogview.modeling.transformer import Transformer
-from cogview.training.distributed import World
+from cogview.training.distributed import DistributedContext
 from cogview.training.settings import EngineSettings, TransformerTraining
 
 # Loss scales of float16: where they begin, after how many good steps they double, and below which there is no use.
-FIRST_SCALE, SCALE_WINDOW, LEAST_SCALE = 2.0**16, 400, 1.0
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch and DeepSpeed name them
+INITIAL_LOSS_SCALE, LOSS_SCALE_WINDOW, MIN_LOSS_SCALE = 2.0**16, 400, 1.0
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, as torch and DeepSpeed name them
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Prepared:
+class DeviceMicroBatch:
     """A part of a step on the device. ``targets`` has one entry for each of K kinds of what is told."""
 
     ids: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64
-    targets: Sequence[Targets]
+    targets: Sequence[LossTargets]
 
-    def without_targets(self) -> Prepared:
+    def without_targets(self) -> DeviceMicroBatch:
         """The same rows, of which nothing is learnt: what a process computes while others have more parts."""
         nothing = [
-            Targets(ids=own.ids, places_M=own.places_M[:0], targets_M=own.targets_M[:0], weights_M=own.weights_M[:0])
+            LossTargets(
+                ids=own.ids, positions_M=own.positions_M[:0], targets_M=own.targets_M[:0], weights_M=own.weights_M[:0]
+            )
             for own in self.targets
         ]
         return replace(self, targets=nothing)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Update:
+class StepResult:
     """How an update went. ``gradient_norm`` is that before clipping; the update was left out if it is not finite."""
 
     gradient_norm: float
@@ -67,7 +69,7 @@ class TrainingState:
     good_steps: int  # since the loss scale last changed
 
 
-class Learner(nn.Module):
+class TransformerWithLoss(nn.Module):
     """The transformer with its loss, as one module: what engines wrap.
 
     ``dtype`` is what products are computed in (autocast), None for that of the weights; norms, the residual stream,
@@ -79,18 +81,18 @@ class Learner(nn.Module):
         self.transformer = transformer
         self.dtype = dtype
 
-    def forward(self, ids: Tensor, positions: Tensor, targets: Sequence[Targets]) -> tuple[Tensor, Tensor]:
+    def forward(self, ids: Tensor, positions: Tensor, targets: Sequence[LossTargets]) -> tuple[Tensor, Tensor]:
         """The weighted sum of all losses, and the sums (K,) of those of each kind, unweighted and detached."""
         with torch.autocast(ids.device.type, self.dtype, enabled=self.dtype is not None):
             hidden_BTD = self.transformer.hidden(ids, positions)
             weight = self.transformer.embedding.weight
-            total, losses = sliced_cross_entropy(hidden_BTD.flatten(0, 1), weight, targets)
+            total, losses = fused_linear_cross_entropy(hidden_BTD.flatten(0, 1), weight, targets)
         # In float32 the sum of thousands would be off by more than what processes differ by.
         exact = torch.float32 if ids.device.type == "mps" else torch.float64
         sums = [losses_M.sum(dtype=exact) for losses_M in losses]
         return total, torch.stack(sums) if sums else total.new_zeros(0)
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that are learnt, by their names in the transformer."""
         return {name: parameter for name, parameter in self.transformer.named_parameters() if parameter.requires_grad}
 
@@ -102,8 +104,8 @@ class Engine(ABC):
     processes.
     """
 
-    learner: Learner
-    world: World
+    model: TransformerWithLoss
+    context: DistributedContext
     num_threads = 1  # shares of parts that ``compute`` takes at once
 
     @property
@@ -112,40 +114,40 @@ class Engine(ABC):
         """What the loss is multiplied by, so that small gradients stay in half precision."""
 
     @abstractmethod
-    def compute(self, shares: Sequence[Sequence[Prepared]], *, learn: bool) -> Tensor:
+    def accumulate_gradients(self, shares: Sequence[Sequence[DeviceMicroBatch]], *, learn: bool) -> Tensor:
         """The sums (K,) of this process's losses, float64 on the CPU; with ``learn`` gradients are added up."""
 
     @abstractmethod
-    def update(self, learning_rate: float) -> Update:
+    def optimizer_step(self, learning_rate: float) -> StepResult:
         """Clip the gradients, make one update and forget them; where they are not finite they are only forgotten."""
 
     @abstractmethod
-    def state(self) -> TrainingState | None:
+    def export_state(self) -> TrainingState | None:
         """The state, its tensors copied, in the first process; None in the others."""
 
     @abstractmethod
-    def load(self, state: TrainingState) -> None:
+    def load_state(self, state: TrainingState) -> None:
         """Take up a state; every process gets all of it."""
 
     def whole_transformer(self) -> Transformer | None:
         """One with all its weights, to draw with, in the first process; None in the others."""
-        return self.learner.transformer if self.world.is_first else None
+        return self.model.transformer if self.context.is_main_process else None
 
     @abstractmethod
     def close(self) -> None:
         """Let go of what the engine holds."""
 
 
-def parameter_groups(learner: Learner, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(learner: TransformerWithLoss, weight_decay: float) -> list[dict[str, object]]:
     """What is trained, for AdamW: matrices decay, biases and norms do not."""
-    trained = list(learner.trained().values())
+    trained = list(learner.trained_parameters().values())
     matrices = [parameter for parameter in trained if parameter.dim() > 1]
     vectors = [parameter for parameter in trained if parameter.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def make_optimizer(learner: Learner, settings: TransformerTraining) -> torch.optim.AdamW:
+def make_optimizer(learner: TransformerWithLoss, settings: TransformerTraining) -> torch.optim.AdamW:
     """AdamW as the settings have it; PyTorch's fused one, which goes over memory once."""
     return torch.optim.AdamW(
         parameter_groups(learner, settings.weight_decay), lr=settings.learning_rate, betas=settings.betas, fused=True
@@ -167,16 +169,16 @@ class TorchEngine(Engine):
 
     def __init__(
         self,
-        learner: Learner,
+        learner: TransformerWithLoss,
         settings: TransformerTraining,
         engine: EngineSettings,
-        world: World,
+        world: DistributedContext,
         num_threads: int | None = None,
     ) -> None:
-        self.learner = learner
-        self.world = world
+        self.model = learner
+        self.context = world
         self.settings = settings
-        self._trained = learner.trained()
+        self._trained = learner.trained_parameters()
         self._parameters = list(self._trained.values())
         if engine.compile:
             compile_layers(learner.transformer)
@@ -195,8 +197,8 @@ class TorchEngine(Engine):
         self.optimizer = make_optimizer(learner, settings)
         self._scaler = torch.amp.GradScaler(
             world.device.type,
-            init_scale=FIRST_SCALE,
-            growth_interval=SCALE_WINDOW,
+            init_scale=INITIAL_LOSS_SCALE,
+            growth_interval=LOSS_SCALE_WINDOW,
             enabled=learner.dtype == torch.float16,
         )
         self._scaler.scale(torch.zeros((), device=world.device))  # sets itself up, before threads ask it to
@@ -207,7 +209,7 @@ class TorchEngine(Engine):
         """See ``Engine.loss_scale``."""
         return self._scaler.get_scale()
 
-    def compute(self, shares: Sequence[Sequence[Prepared]], *, learn: bool) -> Tensor:
+    def accumulate_gradients(self, shares: Sequence[Sequence[DeviceMicroBatch]], *, learn: bool) -> Tensor:
         """See ``Engine.compute``."""
         if self.num_threads == 1:
             return sum(
@@ -220,24 +222,24 @@ class TorchEngine(Engine):
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return sum((sums for sums, _ in done), torch.zeros((), dtype=torch.float64))
 
-    def _learn(self, part: Prepared, *, last: bool, learn: bool) -> Tensor:
+    def _learn(self, part: DeviceMicroBatch, *, last: bool, learn: bool) -> Tensor:
         """The sums (K,) of the losses of one part; with ``learn`` its gradients are added to the others."""
         if not learn:
             with torch.no_grad():
-                return self.learner(part.ids, part.positions, part.targets)[1].cpu().double()
+                return self.model(part.ids, part.positions, part.targets)[1].cpu().double()
         apart = isinstance(self._module, DistributedDataParallel) and not last
         with self._module.no_sync() if apart else nullcontext():  # type: ignore[operator]
             total, sums = self._module(part.ids, part.positions, part.targets)
             # Processes take the mean of their gradients, and the sum is wanted.
-            self._scaler.scale(total * self.world.size).backward()
+            self._scaler.scale(total * self.context.size).backward()
         return sums.cpu().double()
 
-    def _share(self, parts: Sequence[Prepared], *, learn: bool) -> tuple[Tensor, list[Tensor]]:
+    def _share(self, parts: Sequence[DeviceMicroBatch], *, learn: bool) -> tuple[Tensor, list[Tensor]]:
         """What one thread computes: the sums of its losses, and its gradients."""
         sums, gradients = torch.zeros((), dtype=torch.float64), list[Tensor]()
         with torch.set_grad_enabled(learn):
             for part in parts:
-                total, own_sums = self.learner(part.ids, part.positions, part.targets)
+                total, own_sums = self.model(part.ids, part.positions, part.targets)
                 sums = sums + own_sums.double()
                 if learn:
                     own = torch.autograd.grad(self._scaler.scale(total), self._parameters, materialize_grads=True)
@@ -248,7 +250,7 @@ class TorchEngine(Engine):
                     )
         return sums, gradients
 
-    def update(self, learning_rate: float) -> Update:
+    def optimizer_step(self, learning_rate: float) -> StepResult:
         """See ``Engine.update``."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -261,19 +263,19 @@ class TorchEngine(Engine):
             self._scaler.update()
         self._updates += not skipped
         self.optimizer.zero_grad(set_to_none=True)
-        return Update(gradient_norm=norm, skipped=skipped, loss_scale=scale)
+        return StepResult(gradient_norm=norm, skipped=skipped, loss_scale=scale)
 
-    def state(self) -> TrainingState | None:
+    def export_state(self) -> TrainingState | None:
         """See ``Engine.state``."""
-        if not self.world.is_first:
+        if not self.context.is_main_process:
             return None
         moments: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
         for name, parameter in self._trained.items():
-            for moment in MOMENTS if parameter in self.optimizer.state else ():
-                moments[moment][name] = copied(self.optimizer.state[parameter][moment])
+            for moment in ADAM_MOMENTS if parameter in self.optimizer.state else ():
+                moments[moment][name] = to_cpu_float32(self.optimizer.state[parameter][moment])
         scaling = self._scaler.state_dict()
         return TrainingState(
-            weights={name: copied(parameter) for name, parameter in self._trained.items()},
+            weights={name: to_cpu_float32(parameter) for name, parameter in self._trained.items()},
             moments=dict(moments),
             updates=self._updates,
             loss_scale=float(scaling.get("scale", 1.0)),
@@ -281,36 +283,36 @@ class TorchEngine(Engine):
         )
 
     @torch.no_grad()
-    def load(self, state: TrainingState) -> None:
+    def load_state(self, state: TrainingState) -> None:
         """See ``Engine.load``."""
         for name, parameter in self._trained.items():
             parameter.copy_(state.weights[name])
             if state.moments:
                 self.optimizer.state[parameter] = {
                     "step": torch.tensor(float(state.updates), device=parameter.device),
-                    **{moment: state.moments[moment][name].to(parameter.device, copy=True) for moment in MOMENTS},
+                    **{moment: state.moments[moment][name].to(parameter.device, copy=True) for moment in ADAM_MOMENTS},
                 }
         self._updates = state.updates
         if self._scaler.is_enabled():
             scaling = self._scaler.state_dict()
             self._scaler.load_state_dict({**scaling, "scale": state.loss_scale, "_growth_tracker": state.good_steps})
-            self._scaler.scale(torch.zeros((), device=self.world.device))
+            self._scaler.scale(torch.zeros((), device=self.context.device))
 
     def close(self) -> None:
         """See ``Engine.close``."""
         self._threads.shutdown()
 
 
-def copied(tensor: Tensor) -> Tensor:
+def to_cpu_float32(tensor: Tensor) -> Tensor:
     """A float32 copy on the CPU, which later updates leave alone."""
     return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
 def open_engine(
-    learner: Learner,
+    learner: TransformerWithLoss,
     settings: TransformerTraining,
     engine: EngineSettings,
-    world: World,
+    world: DistributedContext,
     num_threads: int | None = None,
 ) -> Engine:
     """The engine that the settings name, with ``learner`` on the device of ``world``."""

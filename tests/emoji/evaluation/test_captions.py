@@ -21,8 +21,8 @@ from cogview.emoji.evaluation.captions import (
 )
 from cogview.emoji.evaluation.scenes import accuracy, held_out_scenes
 from cogview.emoji.scene import COLOURS, Scene
-from cogview.emoji.things import Thing
-from cogview.emoji.world import World
+from cogview.emoji.things import EmojiObject
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 
 WHITE, BLUE = COLOURS[10], COLOURS[5]
@@ -52,7 +52,7 @@ class Teller:
 
     name = "teller"
 
-    def __init__(self, world: World, count: int, seed: int, tell: Any, tell_restored: Any) -> None:
+    def __init__(self, world: EmojiWorld, count: int, seed: int, tell: Any, tell_restored: Any) -> None:
         self.model = SimpleNamespace(
             config=SimpleNamespace(grid=8), things=tuple(NamedThing(name=thing.name) for thing in world.things)
         )
@@ -75,7 +75,7 @@ class Teller:
 
 
 @pytest.fixture
-def world(make_tiny_world: Callable[..., World]) -> World:
+def world(make_tiny_world: Callable[..., EmojiWorld]) -> EmojiWorld:
     return make_tiny_world()
 
 
@@ -84,7 +84,7 @@ def parts(reader: CaptionReader, text: str, scene: Scene) -> tuple[bool, bool, b
     return grade.colour, grade.object, grade.count, grade.relation, grade.everything
 
 
-def test_each_planted_fault_of_one_thing_is_noticed(world: World) -> None:
+def test_each_planted_fault_of_one_thing_is_noticed(world: EmojiWorld) -> None:
     reader = CaptionReader(world.candidates)
     scene = Scene(colour=BLUE, kind="one", things=(world.things[1],))
     assert parts(reader, "蓝色背景上的一只狐狸", scene) == (True, True, None, None, True)
@@ -97,7 +97,7 @@ def test_each_planted_fault_of_one_thing_is_noticed(world: World) -> None:
     assert parts(reader, "蓝色的狐狸", scene) == (False, False, None, None, False)
 
 
-def test_each_planted_fault_of_several_things_is_noticed(world: World) -> None:
+def test_each_planted_fault_of_several_things_is_noticed(world: EmojiWorld) -> None:
     reader = CaptionReader(world.candidates)
     scene = Scene(colour=BLUE, kind="many", things=(world.things[1],), count=3)
     assert parts(reader, "蓝色背景上的三只狐狸", scene) == (True, True, True, None, True)
@@ -109,7 +109,7 @@ def test_each_planted_fault_of_several_things_is_noticed(world: World) -> None:
     assert parts(reader, "蓝色背景上的五只狐狸", scene) == (False, False, False, None, False)
 
 
-def test_each_planted_fault_of_a_pair_is_noticed(world: World) -> None:
+def test_each_planted_fault_of_a_pair_is_noticed(world: EmojiWorld) -> None:
     reader = CaptionReader(world.candidates)
     scene = Scene(colour=BLUE, kind="beside", things=(world.things[1], world.things[0]))
     assert parts(reader, "左边是狐狸，右边是苹果，蓝色背景", scene) == (True, True, None, True, True)
@@ -124,9 +124,9 @@ def test_each_planted_fault_of_a_pair_is_noticed(world: World) -> None:
 
 
 def test_a_name_or_text_that_may_mean_what_is_shown_is_right() -> None:
-    beer = Thing(emoji="🍺", name="啤酒", measures=("杯", "个"))
-    beers = Thing(emoji="🍻", name="两杯啤酒", synonyms=("干杯",))
-    dog, dog_face = Thing(emoji="🐕", name="狗"), Thing(emoji="🐶", name="狗头", synonyms=("狗",))
+    beer = EmojiObject(emoji="🍺", name="啤酒", measures=("杯", "个"))
+    beers = EmojiObject(emoji="🍻", name="两杯啤酒", synonyms=("干杯",))
+    dog, dog_face = EmojiObject(emoji="🐕", name="狗"), EmojiObject(emoji="🐶", name="狗头", synonyms=("狗",))
     reader = CaptionReader((beer, beers, dog, dog_face))
     two = Scene(colour=BLUE, kind="many", things=(beer,), count=2)
     one = Scene(colour=BLUE, kind="one", things=(beers,))
@@ -140,7 +140,7 @@ def test_a_name_or_text_that_may_mean_what_is_shown_is_right() -> None:
     assert not grade_caption(reader, "狗头在狗头上面，蓝色背景", pair).object
 
 
-def test_the_summary_counts_and_names_confusions(world: World) -> None:
+def test_the_summary_counts_and_names_confusions(world: EmojiWorld) -> None:
     reader = CaptionReader(world.candidates)
     apple, fox = world.things[:2]
     one = Scene(colour=BLUE, kind="one", things=(fox,))
@@ -195,7 +195,9 @@ def swapped(scene: Scene) -> Scene:
         (swapped, {"relation": ("beside", "above")}),
     ],
 )
-def test_figures_of_planted_captions_are_exact(world: World, fault: Any, wrong: dict[str, tuple[str, ...]]) -> None:
+def test_figures_of_planted_captions_are_exact(
+    world: EmojiWorld, fault: Any, wrong: dict[str, tuple[str, ...]]
+) -> None:
     """The captions of every third scene have one fault, and all captions of reconstructions are nonsense."""
 
     def tell(number: int, scene: Scene) -> str:
@@ -224,7 +226,7 @@ def test_figures_of_planted_captions_are_exact(world: World, fault: Any, wrong: 
     assert report["reconstructions"]["confusions"] == []
 
 
-def test_the_captions_stand_beside_right_ones(world: World) -> None:
+def test_the_captions_stand_beside_right_ones(world: EmojiWorld) -> None:
     def tell(number: int, scene: Scene) -> str:
         return world.caption(scene if number else wrong_colour(scene), number, complete=True)
 
@@ -246,7 +248,7 @@ def test_the_captions_stand_beside_right_ones(world: World) -> None:
     ]
 
 
-def test_the_report_says_how_it_was_made(world: World) -> None:
+def test_the_report_says_how_it_was_made(world: EmojiWorld) -> None:
     made = {}
     for seed in (0, 1):
         teller = Teller(world, 4, seed, lambda number, scene: "狐狸", lambda number, scene: "狐狸")
@@ -256,7 +258,9 @@ def test_the_report_says_how_it_was_made(world: World) -> None:
     assert made[0]["captions_sha256"] != made[1]["captions_sha256"]
 
 
-def test_a_model_is_graded_in_its_own_world_alone(make_tiny_world: Callable[..., World], world: World) -> None:
+def test_a_model_is_graded_in_its_own_world_alone(
+    make_tiny_world: Callable[..., EmojiWorld], world: EmojiWorld
+) -> None:
     teller = Teller(world, 1, 0, lambda number, scene: "", lambda number, scene: "")
     with pytest.raises(InputError, match="draws 64 pixels, the world has 128: use its own recipe"):
         evaluate_captions(teller, make_tiny_world(canvas=128), count=1, seed=0, batch_size=1)  # type: ignore[arg-type]

@@ -7,13 +7,20 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from cogview.emoji.evaluation.scenes import SceneGrader, Sight, held_out_scenes, judge, summarize, wilson_interval
+from cogview.emoji.evaluation.scenes import (
+    Explanation,
+    SceneGrader,
+    grade_explanation,
+    held_out_scenes,
+    summarize,
+    wilson_interval,
+)
 from cogview.emoji.scene import COLOURS, Scene
 from cogview.emoji.things import EmojiFiles
-from cogview.emoji.world import World, WorldSettings
+from cogview.emoji.world import EmojiWorld, WorldSettings
 from cogview.errors import InputError
 
-MakeWorld = Callable[..., World]
+MakeWorld = Callable[..., EmojiWorld]
 BLUE, WHITE = COLOURS[5], COLOURS[10]
 
 
@@ -74,11 +81,11 @@ def test_an_empty_picture_shows_nothing(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
     image = np.full((64, 64, 3), BLUE.rgb, dtype=np.uint8)
     image += np.random.default_rng(0).integers(0, 12, image.shape, dtype=np.uint8)
-    seen = SceneGrader(world).see(image)
+    seen = SceneGrader(world).explain(image)
     assert (seen.colour, seen.layout, seen.things) == (BLUE, "empty", ())
-    grade = judge(seen, Scene(colour=BLUE, kind="beside", things=world.things[:2]))
+    grade = grade_explanation(seen, Scene(colour=BLUE, kind="beside", things=world.things[:2]))
     assert (grade.colour, grade.object, grade.relation) == (True, False, False)
-    assert judge(seen, Scene(colour=BLUE, kind="many", things=world.things[:1], count=2)).object is False
+    assert grade_explanation(seen, Scene(colour=BLUE, kind="many", things=world.things[:1], count=2)).object is False
 
 
 def test_the_error_is_the_distance_to_the_explanation(make_tiny_world: MakeWorld) -> None:
@@ -86,26 +93,26 @@ def test_the_error_is_the_distance_to_the_explanation(make_tiny_world: MakeWorld
     scene = Scene(colour=WHITE, kind="beside", things=world.things[2:4])
     image = world.render(scene)
     grader = SceneGrader(world)
-    assert grader.see(image).error < 0.5  # rounding to bytes
+    assert grader.explain(image).error < 0.5  # rounding to bytes
     image[:, :, 1] -= np.minimum(image[:, :, 1], 9)
     exact = np.square(image.astype(float) - world.render(scene)).mean()
-    assert grader.see(image).error == pytest.approx(exact, rel=0.05)
+    assert grader.explain(image).error == pytest.approx(exact, rel=0.05)
 
 
 def test_half_of_the_things_are_no_majority(make_tiny_world: MakeWorld) -> None:
     fox, dog = make_tiny_world().things[1:3]
     four = Scene(colour=BLUE, kind="many", things=(fox,), count=4)
 
-    def seen(*things: object) -> Sight:
-        return Sight(colour=BLUE, layout="four", things=things, error=0.0)  # type: ignore[arg-type]
+    def seen(*things: object) -> Explanation:
+        return Explanation(colour=BLUE, layout="four", things=things, error=0.0)  # type: ignore[arg-type]
 
-    assert judge(seen(fox, fox, dog, fox), four).object
-    assert not judge(seen(fox, fox, dog, dog), four).object
+    assert grade_explanation(seen(fox, fox, dog, fox), four).object
+    assert not grade_explanation(seen(fox, fox, dog, dog), four).object
 
 
 def test_a_picture_of_another_size_is_refused(make_tiny_world: MakeWorld) -> None:
     with pytest.raises(InputError, match=r"needs uint8 \(64, 64, 3\), got uint8 \(32, 32, 3\)"):
-        SceneGrader(make_tiny_world()).see(np.zeros((32, 32, 3), dtype=np.uint8))
+        SceneGrader(make_tiny_world()).explain(np.zeros((32, 32, 3), dtype=np.uint8))
 
 
 def test_the_summary_counts_and_names_confusions(make_tiny_world: MakeWorld) -> None:
@@ -150,7 +157,7 @@ def test_held_out_scenes_differ_and_say_everything(make_tiny_world: MakeWorld) -
     reason="needs the Debian packages fonts-noto-color-emoji, unicode-cldr-core and unicode-data",
 )
 def test_true_pictures_of_the_real_world_are_right_among_all_candidates() -> None:
-    world = World.create(WorldSettings(things=400))
+    world = EmojiWorld.create(WorldSettings(things=400))
     grader = SceneGrader(world)
     grades = [grader.grade(world.render(scene), scene) for scene, _ in held_out_scenes(world, 60)]
     assert all(grade.everything for grade in grades)

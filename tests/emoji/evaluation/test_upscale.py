@@ -13,11 +13,11 @@ from PIL import Image
 from cogview.checkpoints.checkpoint import NamedThing
 from cogview.emoji.evaluation.scenes import held_out_scenes
 from cogview.emoji.evaluation.upscale import (
+    border_mask,
     evaluate_upscale,
+    expected_under_reference,
     format_upscale_report,
-    near_borders,
     psnr,
-    spread_alike,
     ssim,
     window_owners,
 )
@@ -154,7 +154,7 @@ def test_each_code_belongs_to_the_first_window_that_reaches_it():
 
 @pytest.mark.parametrize("grid", [8, 16, 32])
 def test_near_a_border_are_four_pixels_on_either_side(grid):
-    owners, near = window_owners(grid), near_borders(grid)
+    owners, near = window_owners(grid), border_mask(grid)
     assert near.shape == (16 * grid, 16 * grid)
     last = 2 * grid - 1
     for y in range(2 * grid):
@@ -169,7 +169,7 @@ def test_near_a_border_are_four_pixels_on_either_side(grid):
 
 
 def test_borders_of_the_smallest_grid_counted_by_hand():
-    near = near_borders(8)
+    near = border_mask(8)
     # Along the top line: borders before columns 8 and 12 of codes, at pixels 64 and 96.
     assert np.flatnonzero(near[0]).tolist() == [*range(60, 68), *range(92, 100)]
     # Down the left edge: borders before lines 5 and 12, at pixels 40 and 96.
@@ -182,7 +182,7 @@ def test_borders_of_the_smallest_grid_counted_by_hand():
 
 
 def test_planted_errors_come_out_as_planted(world):
-    near = near_borders(8)[:, :, None]
+    near = border_mask(8)[:, :, None]
     model = Enlarger(world, lambda picture: off_by(picture, np.where(near, 6, 3)))
     report, pictures = evaluate(model, world)
 
@@ -223,11 +223,11 @@ def test_planted_errors_come_out_as_planted(world):
 def test_pictures_that_are_harder_where_windows_meet_are_no_seams():
     reference = np.array([[20.0, 1.0], [10.0, 2.0]])  # near and elsewhere, of two pictures
     ours = reference * [5.0, 1.0]  # the first is drawn worse, and no worse near borders
-    np.testing.assert_allclose(spread_alike(ours, reference, 0.3), ours)
+    np.testing.assert_allclose(expected_under_reference(ours, reference, 0.3), ours)
     seam = ours * [[1.5], [1.0]]
-    near, elsewhere = seam.sum(axis=1) / spread_alike(seam, reference, 0.3).sum(axis=1)
+    near, elsewhere = seam.sum(axis=1) / expected_under_reference(seam, reference, 0.3).sum(axis=1)
     assert near / elsewhere == pytest.approx(1.5, rel=0.05)
-    np.testing.assert_allclose([0.3, 0.7] @ spread_alike(seam, reference, 0.3), [0.3, 0.7] @ seam)
+    np.testing.assert_allclose([0.3, 0.7] @ expected_under_reference(seam, reference, 0.3), [0.3, 0.7] @ seam)
 
 
 def test_a_picture_reduced_again_is_compared_with_the_decoded_codes(world):
