@@ -163,12 +163,14 @@ def run_command(arguments: Sequence[str]) -> tuple[int, str, str]:
     """Run a command in this process; return its status, stdout and stderr."""
     from cogview.cli.main import main
 
-    out, err = io.StringIO(), io.StringIO()
-    logging.getLogger().handlers.clear()  # they hold the stderr of an earlier command
+    out, err, root = io.StringIO(), io.StringIO(), logging.getLogger()
+    handlers, root.handlers[:] = root.handlers[:], []  # the command shall log to the stderr that is captured
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             status = main(list(arguments))
         except SystemExit as stop:
             status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        finally:
+            root.handlers[:] = handlers
     return status, out.getvalue(), err.getvalue()

@@ -1,0 +1,87 @@
+"""The portable results of ``scripts/benchmarks/frozen.py`` against golden values, and the comparison itself.
+
+``golden/frozen.json`` was written with the library of commit ec4ce5b by the command in its field ``origin``. Results
+that depend on the processor are not in it: record and compare these with the script.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden" / "frozen.json"
+BENCHMARKS = Path(__file__).parents[1] / "scripts" / "benchmarks"
+ITEMS = ("estimate", "journal.portable", "stores.imported", "stores.encoded-text")
+
+
+@pytest.fixture
+def frozen(monkeypatch):
+    """The script, imported as from its own folder."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the script sets them
+        monkeypatch.setenv(variable, "1")
+    loaded = set(sys.modules)
+    yield importlib.import_module("frozen")
+    for name in set(sys.modules) - loaded:
+        if name.startswith("frozen"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def values(frozen):
+    """The module of readers and of the comparison."""
+    return sys.modules["frozen_values"]
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_frozen_item_equals_its_golden_value(name, frozen, capsys):
+    status = frozen.main(["--compare", str(GOLDEN), "--only", name])
+    assert (status, capsys.readouterr().out) == (0, "1 of 1 items equal (0 machine, 1 portable)\n")
+
+
+def test_golden_file_holds_each_portable_item_that_is_quick():
+    assert tuple(json.loads(GOLDEN.read_text("utf-8"))["items"]) == ITEMS
+
+
+def test_compare_names_the_value_that_differs(frozen, tmp_path, capsys):
+    """A golden value that is changed must fail, and the line must say where."""
+    golden = json.loads(GOLDEN.read_text("utf-8"))
+    golden["items"]["stores.imported"]["values"]["lmdb"]["fields"]["image"] = "0000"
+    changed = tmp_path / "changed.json"
+    changed.write_text(json.dumps(golden), encoding="utf-8")
+    assert frozen.main(["--compare", str(changed), "--only", "stores.imported"]) == 1
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("differs  stores.imported [portable]: 1 of ")
+    assert "lmdb/fields/image: 0000 -> 5ff5278edd883c24" in line
+
+
+def test_record_reports_a_command_that_fails(frozen, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(frozen, "ESTIMATES", ("--model nonsense --device cpu:1GB",))
+    assert frozen.main(["--compare", str(GOLDEN), "--only", "estimate"]) == 1
+    assert "new failed" in capsys.readouterr().out
+    assert frozen.main(["--write", str(tmp_path / "new.json"), "--only", "estimate"]) == 1
+    assert "ended with status 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("now", "line"),
+    [
+        ({"loss": {"1": 2.0, "2": 3.0}}, None),
+        ({"loss": {"1": 2.0, "2": 3.000001}}, "by rounding alone, at most 3.3e-07 relative"),
+        ({"loss": {"1": 2.0, "2": 4.0}}, "1 of 2 values changed; loss/2: 3.0 -> 4.0"),
+        ({"loss": {"1": 2.0}}, "1 missing; missing loss/2"),
+        ({"loss": {"1": 2.0, "2": 3.0, "3": 1.0}}, "1 new; new loss/3"),
+        ({"loss": {"1": 2.0, "2": "3.0"}}, "loss/2: 3.0 -> 3.0"),
+    ],
+)
+def test_difference_describes_what_changed(values, now, line):
+    found = values.difference({"loss": {"1": 2.0, "2": 3.0}}, now)
+    assert found is None if line is None else line in found
+
+
+def test_former_translates_renamed_keys_at_any_depth(values):
+    content = {"transformer": [{"branch_norm_init": 0.05}], "validation_loss": 1.5}
+    assert values.former(content) == {"transformer": [{"branch_gain": 0.05}], "held_out_loss": 1.5}
+    assert values.former_name("layers.0.query.scales_and_zeros") == "layers.0.query.scale_zero"
