@@ -62,7 +62,7 @@ def reconstruction_loss(images: Tensor, targets: Tensor, gradient_difference_wei
 class VQVAETrainer:
     """Holds the model, its optimizer and the codebook's schedule; ``step`` is a function of (state, batch, step).
 
-    A model to ``start_from`` keeps its codebook, so that there is nothing to warm up but the learning rate.
+    A model given as ``init_from`` keeps its codebook, so that there is nothing to warm up but the learning rate.
     """
 
     def __init__(
@@ -71,16 +71,16 @@ class VQVAETrainer:
         settings: VQVAETrainingSettings,
         device: torch.device,
         autocast: torch.dtype | None = None,
-        start_from: VQVAE | None = None,
+        init_from: VQVAE | None = None,
     ) -> None:
         torch.manual_seed(settings.seed)
-        self.started = start_from is not None
+        self.started = init_from is not None
         self.settings = settings
         self.device = device
         self.autocast = autocast
-        self.model = (start_from or VQVAE(config)).to(device)
-        if start_from is not None:
-            self.model.quantizer.reset_codebook(start_from.quantizer.codebook)
+        self.model = (init_from or VQVAE(config)).to(device)
+        if init_from is not None:
+            self.model.quantizer.reset_codebook(init_from.quantizer.codebook)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=settings.learning_rate,

@@ -141,7 +141,7 @@ def test_names_of_several_pieces_cannot_stand_for_things(tmp_path, encode):
 def test_shares_are_those_of_the_training_scenes_alone(tmp_path, encode):
     pairs = SceneWeights(one=0, many=0, pair=1)
     trained, held_out = (
-        encode(tmp_path / str(held_out), 12, held_out=held_out, shares=pairs) for held_out in (False, True)
+        encode(tmp_path / str(held_out), 12, held_out=held_out, weights=pairs) for held_out in (False, True)
     )
     assert trained.header.provenance["shares"] == {"one": 0, "many": 0, "pair": 1}
     assert held_out.header.provenance["shares"] == {"one": 1, "many": 1, "pair": 1}

@@ -102,7 +102,7 @@ for vectors in given["vectors"]:
     half = vectors.chunk(2)[rank]
     quantizer.update(half, quantizer.nearest(half), 0.9)
 updated = quantizer.codebook.clone()
-revived = quantizer.revive(half, 0.05, torch.Generator().manual_seed(0))
+revived = quantizer.restart_dead_codes(half, 0.05, torch.Generator().manual_seed(0))
 state = {"updated": updated, "use": quantizer.use, "revived": revived, "codebook": quantizer.codebook}
 torch.save(state, f"{folder}/{rank}.pt")
 dist.destroy_process_group()

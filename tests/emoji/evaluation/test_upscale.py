@@ -70,18 +70,18 @@ class Enlarger:
         if task not in self.tasks:
             raise InputError(f"enlarger was not trained for the task {task!r}")
 
-    def codes_of(self, images):
+    def encode_images(self, images):
         numbers = [next(n for n, own in enumerate(self.small) if np.array_equal(own, image)) for image in images]
         return np.broadcast_to(np.array(numbers)[:, None, None], (len(images), 8, 8))
 
-    def pixels(self, codes):
+    def decode_images(self, codes):
         return off_by(self.small[codes[:, 0, 0]], 2)
 
-    def upscale(self, images, texts, *, watch, **settings):
+    def upscale(self, images, texts, *, callback, **settings):
         assert [np.array_equal(image, own) for image, own in zip(images, self.small, strict=True)] == [True] * COUNT
         assert texts == self.captions
-        watch(SimpleNamespace(done=1, total=2))
-        watch(SimpleNamespace(done=2, total=2))
+        callback(SimpleNamespace(done=1, total=2))
+        callback(SimpleNamespace(done=2, total=2))
         self.calls.append(settings)
         return [Image.fromarray(picture) for picture in self.enlarged]
 
