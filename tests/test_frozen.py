@@ -84,4 +84,5 @@ def test_difference_describes_what_changed(values, now, line):
 def test_former_translates_renamed_keys_at_any_depth(values):
     content = {"transformer": [{"branch_norm_init": 0.05}], "validation_loss": 1.5}
     assert values.former(content) == {"transformer": [{"branch_gain": 0.05}], "held_out_loss": 1.5}
+    assert values.former({"job": {"world_size": 8}, "world_size": 8}) == {"job": {"world": 8}, "world_size": 8}
     assert values.former_name("layers.0.query.scales_and_zeros") == "layers.0.query.scale_zero"

@@ -18,17 +18,18 @@ ROUNDING = 1e-4  # largest relative difference that counts as rounding
 SHOWN = 3  # values of a differing item that are printed
 
 # Present name -> name at the time of the baseline, for keys of JSON output and files, and for parts of tensor names.
+# PARENT/KEY is a key within the value of another one, where the key alone means something else elsewhere.
 FORMER_NAMES = {
     "branch_norm_init": "branch_gain",
     "caption_dropout": "caption_drop",
-    "full_mask_rate": "hidden_rows",
-    "full_mask_targets": "hidden_places",
-    "partial_mask_rate": "masked_rows",
-    "micro_batch_size": "micro_batch",
+    "text_positions": "text_space",
     "scales_and_zeros": "scale_zero",
     "cpu_packed": "ordered",
     "ema_cluster_size": "use",
     "ema_sum": "total",
+    "job/micro_batch_size": "rows",
+    "job/batch_size": "batch",
+    "job/world_size": "world",
 }
 FORMER_PREFIXES = {"validation_": "held_out_"}  # of metrics
 
@@ -39,15 +40,17 @@ _MEASURED = re.compile(r"per_second|wait|memory|mfu|seconds|time|utili[sz]ation|
 # Readers of what the toolkit writes
 
 
-def former(content: Any) -> Any:
-    """Return JSON content with every key under its former name."""
+def former(content: Any, parent: str = "") -> Any:
+    """Return JSON content, the value of the key ``parent``, with every key under its former name."""
     if isinstance(content, dict):
-        return {former_name(key): former(value) for key, value in content.items()}
-    return [former(value) for value in content] if isinstance(content, list) else content
+        return {former_name(key, parent): former(value, key) for key, value in content.items()}
+    return [former(value, parent) for value in content] if isinstance(content, list) else content
 
 
-def former_name(name: str) -> str:
-    """Return the former name of a key, a metric or a tensor."""
+def former_name(name: str, parent: str = "") -> str:
+    """Return the former name of a key within the value of ``parent``, of a metric or of a tensor."""
+    if f"{parent}/{name}" in FORMER_NAMES:
+        return FORMER_NAMES[f"{parent}/{name}"]
     for prefix, before in FORMER_PREFIXES.items():
         if name.startswith(prefix):
             name = before + name[len(prefix) :]
