@@ -79,7 +79,7 @@ def fused_linear_cross_entropy(
     tensor that has been modified. ValueError for inputs that do not fit; on a GPU ids and places are not looked at,
     which would wait for it. ``COGVIEW_KERNELS=reference|torch|triton`` forces a form.
     """
-    name = select_backend("sliced_cross_entropy", hidden_ND.device.type, available=("reference", "torch", "triton"))
+    name = select_backend("fused_linear_cross_entropy", hidden_ND.device.type, available=("reference", "torch", "triton"))
     if name == "reference":
         return fused_linear_cross_entropy_reference(hidden_ND, embedding_VD, targets)
     _check(hidden_ND, embedding_VD, targets)
@@ -239,7 +239,7 @@ def _check_targets(name: str, own: LossTargets, hidden_ND: Tensor, num_rows: int
         raise ValueError(f"{name}.ids must be a range of 1 to {num_rows} rows of the embedding, got {own.ids}")
     shape = (own.positions_M.numel(),)
     for part, values, dtype in (
-        ("places_M", own.positions_M, torch.int64),
+        ("positions_M", own.positions_M, torch.int64),
         ("targets_M", own.targets_M, torch.int64),
         ("weights_M", own.weights_M, torch.float32),
     ):
@@ -251,7 +251,7 @@ def _check_targets(name: str, own: LossTargets, hidden_ND: Tensor, num_rows: int
     if hidden_ND.device.type != "cpu":
         return
     for part, values, permitted in (
-        ("places_M", own.positions_M, range(len(hidden_ND))),
+        ("positions_M", own.positions_M, range(len(hidden_ND))),
         ("targets_M", own.targets_M, own.ids),
     ):
         wrong = values[(values < permitted.start) | (values >= permitted.stop)]

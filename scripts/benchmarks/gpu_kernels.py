@@ -343,7 +343,7 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
         return F.cross_entropy((hidden @ embedding[:ids].T).float(), targets)
 
     yield Case(
-        name="sliced_cross_entropy",
+        name="fused_linear_cross_entropy",
         shape=f"{places} x {width}, {ids} of {rows_of_all}",
         inputs=[numbers(places, width), 0.02 * numbers(rows_of_all, width)],
         ours=lambda hidden, embedding: fused_linear_cross_entropy(hidden, embedding, [told])[0],

@@ -73,7 +73,7 @@ def expected_by_loops(hidden_ND, embedding_VD, targets):
 
 
 def learnt(hidden_ND, embedding_VD, targets, scale=1.0):
-    """The same from ``sliced_cross_entropy``, with gradients of ``scale`` times the total."""
+    """The same from ``fused_linear_cross_entropy``, with gradients of ``scale`` times the total."""
     hidden_ND, embedding_VD = (x.detach().requires_grad_() for x in (hidden_ND, embedding_VD))
     total, losses = fused_linear_cross_entropy(hidden_ND, embedding_VD, targets)
     return total, losses, torch.autograd.grad(scale * total, (hidden_ND, embedding_VD))
@@ -430,10 +430,10 @@ def test_what_the_kernel_cannot_take(changes, message):
         ({"ids": range(20, 59, 3)}, r"targets\[1\].ids must be a range of 1 to 60 rows.*got range\(20, 59, 3\)"),
         ({"targets_M": torch.tensor([20, 59])}, r"targets\[1\].targets_M must be from 20 to 58, got 59"),
         ({"targets_M": torch.tensor([19, 20])}, r"targets\[1\].targets_M must be from 20 to 58, got 19"),
-        ({"places_M": torch.tensor([65, 0])}, r"targets\[1\].positions_M must be from 0 to 64, got 65"),
-        ({"places_M": torch.tensor([0, -1])}, r"targets\[1\].positions_M must be from 0 to 64, got -1"),
+        ({"positions_M": torch.tensor([65, 0])}, r"targets\[1\].positions_M must be from 0 to 64, got 65"),
+        ({"positions_M": torch.tensor([0, -1])}, r"targets\[1\].positions_M must be from 0 to 64, got -1"),
         (
-            {"places_M": torch.tensor([0, 1], dtype=torch.int32)},
+            {"positions_M": torch.tensor([0, 1], dtype=torch.int32)},
             r"targets\[1\].positions_M must be torch.int64 \(2,\) on cpu, got torch.int32 \(2,\) on cpu",
         ),
         ({"targets_M": torch.tensor([30])}, r"targets\[1\].targets_M must be torch.int64 \(2,\) .*int64 \(1,\) on cpu"),

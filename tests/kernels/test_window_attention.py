@@ -22,7 +22,7 @@ from cogview.kernels.window_attention import (
 
 triton = pytest.importorskip("triton", reason="the Triton kernel is one of the implementations")
 
-from cogview.kernels import window_attention_triton  # noqa: E402
+from cogview.kernels.window_attention_triton import window_attention_triton  # noqa: E402
 
 IMPLEMENTATIONS = [window_attention_reference, window_attention_torch, window_attention_triton]
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

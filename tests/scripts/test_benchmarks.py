@@ -234,7 +234,7 @@ def test_every_kernel_is_checked_by_the_script_for_gpus(load_benchmark, tmp_path
     assert load_benchmark("gpu_kernels").main(["--device", "cpu", "--dtype", "float32", "--json", str(file)]) == 0
     figures = json.loads(file.read_text())["kernels"]
     names = {"attention", "decode_attention", "window_attention", "sandwich_layer_norm", "bias_gelu"}
-    assert {*names, "sliced_cross_entropy"} <= {figure["name"] for figure in figures}
+    assert {*names, "fused_linear_cross_entropy"} <= {figure["name"] for figure in figures}
     assert all(figure["right"] and figure["error"] is not None for figure in figures)
     assert capsys.readouterr().out.count("\n|") == 2 + len(figures)
 
