@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from cogview.checkpoints.checkpoint import ModelConfig, check_folder
 from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.precision import stored_quantization
-from cogview.checkpoints.registry import load_registry
+from cogview.checkpoints.registry import load_registry, resolve_adapter
 from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
@@ -141,7 +141,7 @@ class BaseModelInfo:
 
 
 class Adapter:
-    """An adapter's folder, its weights still in their file; InputError unless it can be understood.
+    """An adapter's folder, or owner/name on the Hub; its weights stay in their file; InputError if it is not valid.
 
     ``settings`` are its own; an adapter of rank-stabilised LoRA (arXiv:2312.03732, scale alpha / sqrt(R)) has the alpha
     that gives the same scale. ``base`` is None where another program wrote the folder. ``projections`` are the names of
@@ -149,7 +149,7 @@ class Adapter:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = resolve_adapter(folder)
         if not self.folder.is_dir():
             raise InputError(
                 f"there is no adapter at {folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"

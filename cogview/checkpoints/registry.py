@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from cogview.checkpoints.hub import fetch_adapter, fetch_checkpoint, is_hub_name
 from cogview.config_io import from_mapping
 from cogview.errors import InputError
 
@@ -72,16 +73,31 @@ def load_registry() -> dict[str, ModelEntry]:
     return {name: from_mapping(ModelEntry, row, where=f"checkpoints.yaml, {name}") for name, row in rows.items()}
 
 
-def resolve_checkpoint(name: str) -> Path:
-    """The checkpoint folder of a known model, or ``name`` itself where that is a folder.
+def resolve_checkpoint(name: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
+    """Return the folder of a checkpoint, fetched from the Hugging Face Hub if needed.
 
-    The files of a model inside the package are verified. Raises InputError for a known model that is not on this
-    machine, a bundle (see ``find_parts``), released weights that were not converted, and an unknown name.
+    Args:
+        name: A checkpoint folder, a model of the registry, or owner/name of a model on the Hub; the first that exists.
+            The files of a model inside the package are verified.
+        revision: Of a model on the Hub: a branch, a tag or a commit.
+        cache_dir: For models of the Hub; the cache of ``huggingface_hub`` by default.
+
+    Returns:
+        The checkpoint folder.
+
+    Raises:
+        InputError: The name is unknown, a bundle (see ``resolve_bundle``) or a CogView v1 checkpoint that is not
+            converted; the model is not on this machine or cannot be fetched; a revision was given for another model
+            than one of the Hub.
     """
     known = load_registry()
-    row = known.get(name)
+    row = None if _is_checkpoint(Path(name)) else known.get(name)
+    if revision is not None and (row is not None or Path(name).exists() or not is_hub_name(name)):
+        raise InputError(
+            f"the revision {revision} applies to models of the Hugging Face Hub (owner/name), not to {name}"
+        )
     if row is None:
-        return _find_folder(name, known)
+        return _find_folder(name, known, revision, cache_dir)
     if row.embedded:
         from cogview.checkpoints.checkpoint import verify_files
 
@@ -104,7 +120,7 @@ def resolve_bundle(name: str) -> dict[str, Path]:
 
     Raises InputError for a bundle none of whose models is here.
     """
-    row = load_registry().get(name)
+    row = None if _is_checkpoint(Path(name)) else load_registry().get(name)
     if row is None or not row.parts:
         return {}
     found = {task: converted_folder(part) for task, part in row.parts.items() if is_converted(part)}
@@ -114,6 +130,12 @@ def resolve_bundle(name: str) -> dict[str, Path]:
             f"cogview download {name}"
         )
     return found
+
+
+def resolve_adapter(name: str | Path) -> Path:
+    """Return the folder of an adapter: ``name`` itself, or, for owner/name, that of the Hub in the cache."""
+    path = Path(name)
+    return fetch_adapter(path.as_posix()) if is_hub_name(path.as_posix()) and not path.exists() else path
 
 
 def cache_folder() -> Path:
@@ -159,7 +181,15 @@ def convert_command(files: Mapping[str, str | Path]) -> str:
     return f"cogview convert {transformer} --image-tokenizer {image_tokenizer} --text-model {text_model}"
 
 
-def _find_folder(name: str, known: Mapping[str, ModelEntry]) -> Path:
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether ``path`` is a checkpoint folder, which wins over a known name."""
+    return (path / "config.json").is_file()
+
+
+def _find_folder(
+    name: str, known: Mapping[str, ModelEntry], revision: str | None, cache_dir: str | Path | None
+) -> Path:
+    """Return the local folder ``name``, or that of a model on the Hub in the cache."""
     path = Path(name)
     if is_v1(path):
         if _is_image_tokenizer(path):
@@ -172,7 +202,12 @@ def _find_folder(name: str, known: Mapping[str, ModelEntry]) -> Path:
         )
     if path.is_dir():
         return path
-    raise InputError(f'checkpoint "{name}" is unknown; known: {", ".join(known)}, or the path of a checkpoint folder')
+    if is_hub_name(name):
+        return fetch_checkpoint(name, revision=revision, cache_dir=cache_dir)
+    raise InputError(
+        f'checkpoint "{name}" is unknown; known: {", ".join(known)}, the path of a checkpoint folder, or owner/name on '
+        "the Hugging Face Hub"
+    )
 
 
 def _is_image_tokenizer(path: Path) -> bool:

@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
             dtype=args.dtype,
             kv_dtype=args.kv_dtype,
             adapter=args.adapter,
+            revision=args.revision,
         )
         described = describe(model, images, paths, settings, at_a_time)
         done = 0

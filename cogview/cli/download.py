@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogview.cli.options import add_revision_argument
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.description = (
-        "Fetch the files of a released model, print their paths, and convert them into a checkpoint folder. What is "
-        "there already is not fetched again, and a download that was interrupted goes on where it stopped."
+        "Fetch the files of a CogView v1 model, print their paths, and convert them into a checkpoint folder; or fetch "
+        "a model of the Hugging Face Hub. Existing files are not fetched again, and an interrupted download resumes."
     )
-    parser.add_argument("name", metavar="NAME", help="a model's name; cogview models lists them")
+    parser.add_argument(
+        "name", metavar="NAME", help="a name that cogview models lists, or owner/name on the Hugging Face Hub"
+    )
+    add_revision_argument(parser)
     parser.add_argument(
         "-o",
         "--output",
@@ -35,10 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Fetch every file that can be had, and convert what is complete; status 2 if anything could not be done."""
     from cogview.checkpoints.download import download
+    from cogview.checkpoints.hub import fetch_checkpoint, is_hub_name
     from cogview.checkpoints.registry import converted_folder, downloads_folder, is_converted, load_registry
 
     known = load_registry()
     row = known.get(args.name)
+    if row is None and is_hub_name(args.name):
+        if args.output is not None:
+            raise InputError("-o applies to CogView v1 models; HF_HUB_CACHE sets the folder for models of the Hub")
+        print(fetch_checkpoint(args.name, revision=args.revision))
+        return 0
+    if args.revision is not None:
+        raise InputError(f"--revision applies to models of the Hugging Face Hub (owner/name), not to {args.name}")
     if row is None:
         raise InputError(f'model "{args.name}" is unknown; known: {", ".join(known)}')
     if row.embedded:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cogview.cli.options import add_revision_argument
 from cogview.errors import InputError
 from cogview.formatting import format_bytes
 
@@ -32,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         metavar="MODEL",
         help="a model's name or folder, or a released transformer (.tar, .pt or its folder), image tokenizer (.pt) or "
-        "text model (.model); without one, the known models are listed",
+        "text model (.model), or owner/name on the Hugging Face Hub; without one, the known models are listed",
     )
+    add_revision_argument(parser)
     parser.add_argument(
         "--things", action="store_true", help="list what the model can draw: emoji, name and synonyms, split by tabs"
     )
@@ -55,13 +57,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     bundle, path = known.get(args.model), Path(args.model)
     if args.things:
-        lines = things_lines(resolve_checkpoint(args.model))
+        lines = things_lines(resolve_checkpoint(args.model, revision=args.revision))
     elif bundle is not None and bundle.parts and not args.hashes:
         lines = bundle_lines(args.model, bundle)
     elif args.model not in known and (path.is_file() or is_v1(path)):
         lines = table(released_facts(path), path, hashes=args.hashes)
     else:
-        folder = resolve_checkpoint(args.model)
+        folder = resolve_checkpoint(args.model, revision=args.revision)
         lines = table(model_facts(folder, args.model), folder, hashes=args.hashes)
     print("\n".join(lines))
     return 0

@@ -127,7 +127,7 @@ class JobRunner:
         from cogview.checkpoints.registry import resolve_checkpoint
 
         easel, model = self.easel, self.model
-        folders = model.bundle.folders.values() if model.bundle else [resolve_checkpoint(model.name)]
+        folders = model.bundle.folders.values() if model.bundle else [model.folder or resolve_checkpoint(model.name)]
         prints = [fingerprint(folder) for folder in folders]
         if model.adapter is not None:
             prints.append(Adapter(model.adapter).sha256())

@@ -13,10 +13,14 @@ SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # as
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, batch: str) -> None:
-    """--model, --adapter, --device, --dtype, --kv-dtype, and --max-inference-batch-size, the most ``batch``."""
+    """--model, --revision, --adapter, --device, --dtype, --kv-dtype, and --max-inference-batch-size (``batch``)."""
     parser.add_argument(
-        "--model", default=DEFAULT_MODEL, metavar="NAME_OR_FOLDER", help="cogview models lists the names"
+        "--model",
+        default=DEFAULT_MODEL,
+        metavar="NAME_OR_FOLDER",
+        help="a name that cogview models lists, a checkpoint folder, or owner/name on the Hugging Face Hub",
     )
+    add_revision_argument(parser)
     add_adapter_argument(parser)
     add_ceiling_argument(parser, batch)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
@@ -33,13 +37,20 @@ def add_model_arguments(parser: argparse.ArgumentParser, batch: str) -> None:
     )
 
 
+def add_revision_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --revision."""
+    parser.add_argument(
+        "--revision", metavar="REV", help="branch, tag or commit of a model on the Hugging Face Hub (default: main)"
+    )
+
+
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
     """--adapter."""
     parser.add_argument(
         "--adapter",
         type=Path,
         metavar="FOLDER",
-        help="a LoRA adapter of the model, added into its weights as it is opened (cogview adapter)",
+        help="a LoRA adapter to merge into the weights: a folder, or owner/name on the Hugging Face Hub",
     )
 
 

@@ -37,7 +37,14 @@ def run(args: argparse.Namespace) -> int:
     at_a_time = parse_max_batch_size(args)
     images = ImageReader()
     queries = read_queries(args, images, LINE)
-    model = open_scorer(args.model, device=args.device, dtype=args.dtype, kv_dtype=args.kv_dtype, adapter=args.adapter)
+    model = open_scorer(
+        args.model,
+        device=args.device,
+        dtype=args.dtype,
+        kv_dtype=args.kv_dtype,
+        adapter=args.adapter,
+        revision=args.revision,
+    )
     lines = LineWriter()
     rankings = []
     for ranking in rank(model, images, queries, at_a_time):

@@ -30,11 +30,14 @@ def open_model(
     dtype: str = "auto",
     kv_dtype: str = "auto",
     adapter: Path | None = None,
+    revision: str | None = None,
 ) -> CogView:
     """A model by name or folder, with an adapter or without; InputError unless it was trained for ``tasks``."""
     from cogview.pipeline.cogview import CogView
 
-    model = CogView.from_pretrained(name, device=device, dtype=dtype, kv_dtype=kv_dtype, adapter=adapter)
+    model = CogView.from_pretrained(
+        name, device=device, dtype=dtype, kv_dtype=kv_dtype, adapter=adapter, revision=revision
+    )
     for task in tasks:
         model.require_task(task)
     return model
@@ -124,13 +127,16 @@ class GenerationSession:
         dtype: str = "auto",
         kv_dtype: str = "auto",
         adapter: Path | None = None,
+        revision: str | None = None,
         preview: bool = False,
     ) -> GenerationSession:
         """Load a model that was trained for ``tasks``; ``settings`` go before its own sampling."""
         from cogview.pipeline.cogview import resolve_seed
 
         seed = resolve_seed(seed)
-        opened = open_model(model, tasks=tasks, device=device, dtype=dtype, kv_dtype=kv_dtype, adapter=adapter)
+        opened = open_model(
+            model, tasks=tasks, device=device, dtype=dtype, kv_dtype=kv_dtype, adapter=adapter, revision=revision
+        )
         return cls(opened, settings, seed, tasks=tasks, ceiling=ceiling, preview=preview)
 
     def print_header(self) -> None:
@@ -263,6 +269,7 @@ def open_session(args: argparse.Namespace, tasks: Sequence[str]) -> GenerationSe
         dtype=args.dtype,
         kv_dtype=args.kv_dtype,
         adapter=args.adapter,
+        revision=args.revision,
         preview=getattr(args, "preview", False),
     )
     easel.model.parallel = most

@@ -150,6 +150,7 @@ class CogView:
         self.placement = placement
         self.name = name
         self.bundle = bundle
+        self.folder: Path | None = None  # the checkpoint folder, unless it is a bundle
         self.adapter: Path | None = None  # the folder of that which was merged when the model was opened
         self.int8_cache = False  # whether keys and values are kept in int8
         self.parallel: int | None = None  # the most codes to guess at one go, 1 for none, None for what pays
@@ -166,18 +167,35 @@ class CogView:
         dtype: str = "auto",
         kv_dtype: str = "auto",
         adapter: str | Path | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> CogView:
-        """Open a model or a bundle of checkpoints.yaml by name, or a checkpoint folder by path.
+        """Open a model.
 
-        ``device`` is auto, cpu, cuda, cuda:N or mps, ``dtype`` auto, float32, bfloat16, float16, int8 or int4, and
-        ``kv_dtype``, in which keys and values are kept, auto (as ``dtype`` computes) or int8. ``adapter`` is the folder
-        of a LoRA adapter that is added into the weights (``adapters.py``). Raises InputError for an unknown name, for a
-        folder that is incomplete or damaged, and for an adapter of another model.
+        Args:
+            name: A checkpoint folder, a model or bundle that ``cogview models`` lists, or owner/name of a model on the
+                Hugging Face Hub; the first that exists.
+            device: auto, cpu, cuda, cuda:N or mps.
+            dtype: auto, float32, bfloat16, float16, int8 or int4.
+            kv_dtype: The format of keys and values: auto (as ``dtype`` computes) or int8.
+            adapter: A LoRA adapter to merge into the weights: its folder, or owner/name on the Hub.
+            revision: Of a model on the Hub: a branch, a tag or a commit.
+            cache_dir: For models of the Hub; the cache of ``huggingface_hub`` by default.
+
+        Returns:
+            The model, ready to generate.
+
+        Raises:
+            InputError: The name is unknown, the model cannot be fetched, its folder is incomplete or damaged, or the
+                adapter belongs to another model.
         """
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv-dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
-        parts = resolve_bundle(str(name))
-        folder = next(iter(parts.values())) if parts else resolve_checkpoint(str(name))
+        parts = resolve_bundle(str(name)) if revision is None else {}
+        if parts:
+            folder = next(iter(parts.values()))
+        else:
+            folder = resolve_checkpoint(str(name), revision=revision, cache_dir=cache_dir)
         count = check_folder(folder).transformer.num_parameters
         stored = stored_quantization(WeightsFile(folder / "model.safetensors").specs)
         placement = choose_placement(device, dtype, stored=stored, num_parameters=count)
@@ -197,6 +215,7 @@ class CogView:
                 merge_adapter(model.transformer, adapter)
             opened = cls(model, placement, str(name))
             opened.adapter = None if adapter is None else Path(adapter)
+            opened.folder = folder
         opened.int8_cache = kv_dtype == "int8"
         return opened
 

@@ -13,10 +13,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
-from cogview import __version__
+from cogview import CogView, __version__
+from cogview.checkpoints import registry
+from cogview.checkpoints.adapter import BaseModelInfo, LoraSettings, add_lora, save_adapter
+from cogview.checkpoints.checkpoint import load_model, read_config
 from cogview.checkpoints.hub import fetch_adapter, fetch_checkpoint, is_hub_name, push_folder
+from cogview.checkpoints.registry import ModelEntry, resolve_checkpoint
 from cogview.cli.main import main
 from cogview.errors import InputError
 
@@ -537,3 +542,119 @@ def test_push_command_prints_the_address_or_one_line(hub, folder, monkeypatch, c
     (folder / "text.model").unlink()
     assert main(["push", str(folder), NAME]) == 2
     assert capsys.readouterr().err == f"cogview push: the checkpoint {folder} is incomplete: text.model is missing\n"
+
+
+def test_from_pretrained_opens_a_model_of_the_hub(hub, folder, tiny_model):
+    """The images are those of the folder, and the model goes by its name on the Hub."""
+    hub.add(NAME, folder)
+    model = CogView.from_pretrained(NAME, device="cpu", revision="main")
+    assert model.name == NAME
+    [image], [expected] = (opened.generate("一只狐狸", seed=3) for opened in (model, tiny_model))
+    assert (image.codes == expected.codes).all()
+
+
+def test_resolve_checkpoint_prefers_local_folders_and_known_names(hub, folder, tmp_path, monkeypatch):
+    """A local folder wins over a known name and over the Hub; a known name over the Hub."""
+    hub.add(NAME, folder)
+    monkeypatch.chdir(tmp_path)
+    entry = ModelEntry(about="", licence="", embedded="models/cogview-emoji")
+    monkeypatch.setattr(registry, "load_registry", lambda: {NAME: entry, "fox": entry})
+    (tmp_path / "fox").mkdir()  # a folder, but no checkpoint
+    for name in (NAME, "fox"):
+        assert resolve_checkpoint(name).name == "cogview-emoji"
+    shutil.copytree(folder, tmp_path / NAME)
+    shutil.copytree(folder, tmp_path / "fox", dirs_exist_ok=True)
+    for name in (NAME, "fox"):
+        assert resolve_checkpoint(name) == Path(name)
+    assert hub.requests == []
+    (tmp_path / "studio" / "wolf").mkdir()
+    assert resolve_checkpoint("studio/wolf") == Path("studio/wolf")
+    monkeypatch.setattr(registry, "load_registry", dict)
+    shutil.rmtree(tmp_path / NAME)
+    assert resolve_checkpoint(NAME).is_relative_to(constants.HF_HUB_CACHE)
+
+
+def test_resolve_checkpoint_refuses_a_revision_of_other_models(hub, folder):
+    for name in ("cogview-emoji", str(folder), "cogview-released", "fox"):
+        message = error_of(resolve_checkpoint, name, revision="v1")
+        assert message == f"the revision v1 applies to models of the Hugging Face Hub (owner/name), not to {name}"
+    assert "the revision v1 applies to" in error_of(CogView.from_pretrained, "cogview-released", revision="v1")
+
+
+def test_adapter_is_pushed_and_merged_from_the_hub(hub, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    adapter = tmp_path / "adapter"
+    config = read_config(folder)
+    transformer = load_model(folder, torch.device("cpu"), torch.float32).transformer
+    settings = LoraSettings(rank=2, targets=("mlp.output",))
+    add_lora(transformer, settings)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if ".lora_B" in name:
+                parameter.normal_(generator=generator)
+    save_adapter(adapter, transformer, settings, BaseModelInfo.of("fox", config))
+    push_folder(adapter, "studio/ink")
+    assert sorted(hub.repos["studio/ink"]["main"]) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "cogview.json",
+    ]
+    local, fetched = (CogView.from_pretrained(folder, device="cpu", adapter=name) for name in (adapter, "studio/ink"))
+    assert fetched.label == f"{folder} + studio/ink"
+    weights = local.transformer.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in fetched.transformer.state_dict().items())
+
+
+def test_commands_open_a_model_of_the_hub(hub, folder, tmp_path, capsys):
+    hub.add(NAME, folder)
+    hub.add(NAME, folder, branch="next")
+    options = ["--model", NAME, "--revision", "next", "--device", "cpu"]
+    assert main(["generate", "一只狐狸", *options, "--seed", "1", "-o", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr()
+    [path] = printed.out.splitlines()
+    assert printed.err.startswith(f"{NAME} on cpu")
+    assert main(["caption", path, *options]) == 0
+    assert main(["rerank", "--prompt", "一只狐狸", path, *options]) == 0
+    capsys.readouterr()
+    assert main(["info", NAME]) == 0
+    assert f"{NAME}\n" in capsys.readouterr().out
+    assert main(["download", NAME, "--revision", "next"]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_relative_to(constants.HF_HUB_CACHE)
+
+
+def test_job_of_a_hub_model_resumes_with_the_same_weights(hub, folder, tmp_path, capsys):
+    """The journal holds a fingerprint of the revision that was opened, not of the branch main."""
+    hub.add(NAME, folder, branch="next")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("一只狐狸\n")
+    job = ["generate", "--input", str(prompts), "--model", NAME, "--revision", "next", "--device", "cpu"]
+    job += ["--seed", "1", "-o", str(tmp_path / "out")]
+    assert main(job) == 0
+    assert main([*job, "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["info", "studio/wolf"], "studio/wolf is neither a local folder nor a model at "),
+        (["generate", "一只狐狸", "--model", "studio/wolf"], "studio/wolf is neither a local folder nor a model at "),
+        (["info", NAME, "--revision", "v9"], f"{NAME} has no revision 'v9'"),
+        (["info", "cogview-emoji", "--revision", "v9"], "the revision v9 applies to models of the Hugging Face Hub"),
+        (["download", "cogview-base", "--revision", "v9"], "--revision applies to models of the Hugging Face Hub"),
+        (["download", NAME, "-o", "out"], "-o applies to CogView v1 models; HF_HUB_CACHE sets the folder"),
+        (["generate", "一只狐狸", "--adapter", "studio/ink"], "studio/ink is neither a local folder nor a model at "),
+    ],
+)
+def test_commands_report_mistakes_in_one_line(hub, folder, capsys, arguments, message):
+    hub.add(NAME, folder)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"cogview {arguments[0]}: {message}")
+
+
+def test_command_reports_a_damaged_model_of_the_hub_in_one_line(hub, folder, capsys):
+    (folder / "text.model").unlink()
+    hub.add(NAME, folder)
+    assert main(["generate", "一只狐狸", "--model", NAME]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(" is incomplete: text.model is missing")

@@ -78,7 +78,8 @@ def test_unknown_name_lists_the_known(package, name):
     with pytest.raises(InputError) as caught:
         resolve_checkpoint(name)
     assert str(caught.value) == (
-        f'checkpoint "{name}" is unknown; known: cogview-tiny, cogview-lost, or the path of a checkpoint folder'
+        f'checkpoint "{name}" is unknown; known: cogview-tiny, cogview-lost, the path of a checkpoint folder, or '
+        "owner/name on the Hugging Face Hub"
     )
 
 

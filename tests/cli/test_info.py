@@ -155,7 +155,7 @@ def test_things_are_listed(tiny_checkpoint, capsys):
 def test_known_models(tiny_checkpoint, monkeypatch, capsys):
     row = ModelEntry(embedded="models/tiny", about="draws foxes", licence="Apache-2.0", sha256={})
     monkeypatch.setattr("cogview.checkpoints.registry.load_registry", lambda: {"tiny": row})
-    monkeypatch.setattr("cogview.checkpoints.registry.resolve_checkpoint", lambda name: tiny_checkpoint)
+    monkeypatch.setattr("cogview.checkpoints.registry.resolve_checkpoint", lambda name, revision: tiny_checkpoint)
     assert main(["info"]) == 0
     printed = capsys.readouterr()
     assert printed.out == "tiny: draws foxes\n"
