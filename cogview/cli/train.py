@@ -20,8 +20,9 @@ from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_arguments, open_recipe
 from cogview.config_io import to_mapping
-from cogview.data.mixture import PHASES_FILE, StoreWatcher
+from cogview.data.phases import PHASES_FILE
 from cogview.data.store import NO_TOKEN, TokenStore
+from cogview.data.store_watcher import StoreWatcher
 from cogview.data.v1_datasets import open_dataset
 from cogview.device import DevicePlacement, available_memory, flush_denormals, precision_name, training_dtype
 from cogview.emoji.world import EmojiWorld as EmojiWorld

@@ -1,7 +1,7 @@
 """The order of training samples, as a function of a seed and a step.
 
 Sample ``k`` of a run is row ``k % size`` of epoch ``k // size``, sent through a permutation keyed by the seed and the
-epoch. Nothing is stored or shuffled, so resuming a run is one integer, at any number of processes.
+epoch. Nothing is stored or shuffled, so the state to resume from is one integer, with any number of processes.
 """
 
 from __future__ import annotations
@@ -14,9 +14,20 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 def sample_index(seed: int, k: int | np.ndarray, size: int) -> np.ndarray:
-    """Row of a store of ``size`` rows that sample ``k`` of the run with ``seed`` reads; int64, in the shape of ``k``.
+    """Return the row that a sample of a run reads.
 
-    Every ``size`` consecutive ``k`` from a multiple of ``size`` on are an epoch, which has each row exactly once.
+    Every ``size`` consecutive samples from a multiple of ``size`` on form an epoch, which has each row exactly once.
+
+    Args:
+        seed: seed of the order.
+        k: sample numbers, from 0; any shape.
+        size: number of rows of the store, at least 1.
+
+    Returns:
+        int64 array of rows in [0, size), in the shape of ``k``.
+
+    Raises:
+        ValueError: if ``size`` is below 1 or a sample number is negative.
     """
     if size < 1:
         raise ValueError(f"there are {size} rows to sample from, at least 1 is needed")
@@ -36,10 +47,9 @@ def sample_index(seed: int, k: int | np.ndarray, size: int) -> np.ndarray:
 
 
 def _feistel(number: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
-    """A permutation of 0…2^bits-1 for every key; both arrays are uint64 of one shape.
+    """Apply a permutation of 0…2^bits-1 keyed by ``key``; both arrays are uint64 of one shape.
 
-    Each round changes one half by a function of the other, which a second time would undo: so every round, whatever
-    its function, loses nothing.
+    Each round changes one half by a function of the other half and is its own inverse, whatever that function is.
     """
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
@@ -55,7 +65,7 @@ def _feistel(number: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _mix(number: np.ndarray) -> np.ndarray:
-    """The scrambling step of SplitMix64 (Steele, Lea and Flood, 2014), on uint64 modulo 2^64.
+    """Apply the scrambling step of SplitMix64 (Steele, Lea and Flood, 2014), on uint64 modulo 2^64.
 
     ``generation.sampling`` has it for int64 tensors; torch has few operations for uint64.
     """

@@ -1,11 +1,11 @@
-"""The token store: rows of text pieces and image codes on disk, ready for training.
+"""Token stores: rows of text pieces and image codes on disk, ready for training.
 
 A store is an LMDB folder. Its main table holds two keys, ``header`` (JSON, :class:`StoreHeader`) and ``count``
-(decimal); its table ``rows`` holds one value per row, under the row's number as eight big-endian bytes. A value is
-the row's fields, one after the other in the order of the header, as little-endian uint16. Nothing is pickled, so a
-store from elsewhere cannot run code, and a row of 24 pieces and 64 codes takes 176 bytes.
+(decimal); its table ``rows`` holds one value per row, under the row's number as eight big-endian bytes. A value
+holds the row's fields in the order of the header as little-endian uint16. Nothing is pickled, so a foreign store cannot
+run code, and a row of 24 pieces and 64 codes takes 176 bytes.
 
-Reading maps the file into memory. The pages count as cache, shared by every worker, not as memory of each of them.
+Reading maps the file into memory. The pages count as cache shared by all workers, not as memory of each.
 """
 
 # N rows, W width of a field
@@ -33,24 +33,23 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 NO_TOKEN = 0xFFFF  # fills a text field behind its last piece
 TEXT_FIELD = "text"
-ROWS_PER_TRANSACTION = 16384
 DATA_FILE = "data.mdb"
 
 _HEADER_KEY = b"header"
 _COUNT_KEY = b"count"
-_RELEASED_COUNT_KEY = b"length"  # of a released dataset (cogview.data.v1_datasets)
+_V1_COUNT_KEY = b"length"  # of a CogView v1 dataset (cogview.data.v1_datasets)
 _ROWS_TABLE = b"rows"
 _ON_DISK = np.dtype("<u2")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreHeader:
-    """What the rows of a store are, and what they were made with.
+    """Contents and origin of a store's rows.
 
-    ``fields`` maps a field to its width, in the order of the row. The field ``text`` holds piece ids of the text
-    model, without the offset they have in the vocabulary, and ``ABSENT`` behind the last; every other field holds
-    image codes. ``layouts`` names the tasks the rows can feed. ``provenance`` is free, as long as JSON can hold it
-    and it stays the same when a writing is resumed.
+    ``fields`` maps each field to its width, in the order of the row. The field ``text`` holds piece ids of the text
+    model, without their offset in the vocabulary, and ``NO_TOKEN`` after the last piece; every other field holds image
+    codes. ``layouts`` lists the tasks that the rows can feed. ``provenance`` is free JSON that must stay the same when
+    writing is resumed.
     """
 
     fields: dict[str, int]
@@ -76,15 +75,20 @@ class StoreHeader:
 
     @property
     def row_width(self) -> int:
-        """Ids in a row, all fields together."""
+        """Number of ids in a row, over all fields."""
         return sum(self.fields.values())
 
     def to_json(self) -> str:
+        """Return the header as JSON."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @staticmethod
     def from_json(text: str) -> StoreHeader:
-        """Read ``to_json`` back; a newer format or a header that is none raises ValueError."""
+        """Parse a header written by ``to_json``.
+
+        Raises:
+            ValueError: if the format is newer or the header is invalid.
+        """
         mapping = json.loads(text)
         if not isinstance(mapping, dict):
             raise ValueError("its header is not a JSON object")
@@ -97,145 +101,39 @@ class StoreHeader:
         return StoreHeader(**{**mapping, "layouts": tuple(mapping["layouts"])})
 
 
-def pad_text(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    """Piece ids of N texts as a (N, ``width``) uint16 array, ``ABSENT`` behind the last piece of each."""
-    text_NW = np.full((len(rows), width), NO_TOKEN, dtype=np.uint16)
-    for row, ids in enumerate(rows):
-        if len(ids) > width:
-            raise InputError(f"text {row} has {len(ids)} pieces, the store has room for {width}: widen its text field")
-        text_NW[row, : len(ids)] = ids
-    return text_NW
-
-
 def text_lengths(text_NW: np.ndarray) -> np.ndarray:
-    """How many pieces each row of a text field holds: (N,) int64."""
+    """Return the number of pieces in each row of a text field: (N,) int64."""
     return (text_NW != NO_TOKEN).sum(axis=-1)
 
 
 def as_tensors(rows: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Rows from ``TokenStore.read`` as int64 tensors; the ``collate_fn`` of a DataLoader over a store."""
+    """Convert rows from ``TokenStore.read`` to int64 tensors; the ``collate_fn`` of a DataLoader over a store."""
     import torch
 
     return {name: torch.from_numpy(ids.astype(np.int64)) for name, ids in rows.items()}
 
 
-class StoreWriter:
-    """Writes a store; a context manager.
-
-    Rows and their count are committed together, ``ROWS_PER_TRANSACTION`` at a time: after a crash or a full disk the
-    store holds ``count`` whole rows and can be read. ``resume=True`` goes on with such a store (or begins one where
-    there is none); the caller continues with row ``count``. ``map_size`` is where the file's limit starts, in bytes;
-    it doubles as needed. A store must not be read while it is written.
-    """
-
-    def __init__(self, path: str | Path, header: StoreHeader, *, resume: bool = False, map_size: int = 2**26) -> None:
-        import lmdb
-
-        self.path = Path(path)
-        self.header = header
-        if (self.path / DATA_FILE).exists() and not resume:
-            raise InputError(f"{self.path} already holds a store: remove it, or resume the writing")
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._environment = lmdb.open(str(self.path), map_size=map_size, max_dbs=1)
-        except (OSError, lmdb.Error) as error:
-            raise InputError(f"cannot write a store to {self.path}: {error}") from error
-        try:
-            if self._environment.stat()["entries"]:
-                _check_whole(self.path, self._environment)
-                stored, self._count = _read_header(self.path, self._environment)
-                _check_same_header(self.path, stored, header)
-            else:
-                self._count = 0
-            self._commit([])
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def count(self) -> int:
-        """Rows committed so far, those of an earlier writing included."""
-        return self._count
-
-    def append(self, rows: Mapping[str, np.ndarray]) -> None:
-        """Append and commit N rows: for every field of the header an (N, width) array of integers.
-
-        Many rows at once are quicker: every commit waits for the disk.
-        """
-        packed_NW = self._pack(rows)
-        width = self.header.row_width * _ON_DISK.itemsize
-        for start in range(0, len(packed_NW), ROWS_PER_TRANSACTION):
-            chunk = packed_NW[start : start + ROWS_PER_TRANSACTION].tobytes()
-            self._commit([chunk[at : at + width] for at in range(0, len(chunk), width)])
-
-    def close(self) -> None:
-        self._environment.close()
-
-    def __enter__(self) -> StoreWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _pack(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
-        header = self.header
-        if set(rows) != set(header.fields):
-            raise InputError(f"the rows have the fields {sorted(rows)}, the store has {sorted(header.fields)}")
-        num_rows = len(next(iter(rows.values())))
-        for name, width in header.fields.items():
-            ids_NW = rows[name]
-            if ids_NW.shape != (num_rows, width):
-                raise InputError(f'field "{name}" has shape {ids_NW.shape}, expected {(num_rows, width)}')
-            if not np.issubdtype(ids_NW.dtype, np.integer):
-                raise InputError(f'field "{name}" holds {ids_NW.dtype}, expected integers')
-            is_text = name == TEXT_FIELD
-            limit = header.num_text_pieces if is_text else header.num_image_codes
-            absent_NW = ids_NW == NO_TOKEN if is_text else np.zeros_like(ids_NW, dtype=bool)
-            wrong = ids_NW[~absent_NW & ((ids_NW < 0) | (ids_NW >= limit))]
-            if wrong.size:
-                raise InputError(f'field "{name}" holds {wrong[0]}, expected ids in 0…{limit - 1}')
-            if (absent_NW[:, :-1] & ~absent_NW[:, 1:]).any():
-                raise InputError(f'field "{name}" has a piece behind an absent one: absent pieces come last')
-        return np.concatenate([rows[name].astype(_ON_DISK) for name in header.fields], axis=1)
-
-    def _commit(self, values: Sequence[bytes]) -> None:
-        """Append ``values`` in one transaction, with the new count and, in an empty store, the header and the table."""
-        import lmdb
-
-        end = self._count + len(values)
-        keys = _keys(np.arange(self._count, end))
-        while True:
-            try:
-                with self._environment.begin(write=True) as transaction:
-                    if self._count == 0:
-                        transaction.put(_HEADER_KEY, self.header.to_json().encode())
-                    table = self._environment.open_db(_ROWS_TABLE, txn=transaction)
-                    with transaction.cursor(table) as cursor:
-                        cursor.putmulti(zip(keys, values, strict=True), append=True)
-                    transaction.put(_COUNT_KEY, b"%d" % end)
-                break
-            except lmdb.MapFullError:  # the transaction is undone, nothing is lost
-                self._environment.set_mapsize(2 * self._environment.info()["map_size"])
-        self._count = end
-
-
 class TokenStore:
-    """Reads a store. ``store[i]`` is a row, ``store.read(indices)`` many; ``len``, ``header`` and ``path`` as named.
+    """Read a token store: ``store[i]`` is a row, ``store.read(indices)`` reads many.
 
-    The file is opened on first use in each process, so a store can be pickled, and handed to the workers of a
-    DataLoader started by fork or by spawn. ``DataLoader(store, batch_sampler=…, collate_fn=as_tensors)`` reads whole
-    batches. Several stores on one path share one open file, which goes when the last is closed or forgotten.
+    The file is opened on first use in each process, so a store can be pickled and sent to the workers of a DataLoader
+    started by fork or spawn. ``DataLoader(store, batch_sampler=…, collate_fn=as_tensors)`` reads whole batches. Several
+    stores on one path share one open file, which is closed with the last of them.
+
+    Args:
+        path: folder of the store.
+
+    Raises:
+        InputError: if there is no store, it is damaged, or it is a CogView v1 dataset.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._opened: OpenEnvironment | None = None
         opened = self._open()
-        if opened.is_released:
+        if opened.is_v1:
             raise InputError(
-                f"{self.path} is a released dataset, not a token store: make one of it with `cogview import-data`"
+                f"{self.path} is a CogView v1 dataset, not a token store: convert it with `cogview import-data`"
             )
         self.header = opened.header
         self._count = opened.count
@@ -245,11 +143,22 @@ class TokenStore:
         return self._count
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """Row ``index`` as {field: (width,) uint16 array}; IndexError outside 0…len-1."""
+        """Return row ``index`` as {field: (width,) uint16 array}; raise IndexError outside 0…len-1."""
         return {name: ids_NW[0] for name, ids_NW in self.read([index]).items()}
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Rows ``indices``, in that order, as {field: (N, width) uint16 array}, the caller's own."""
+        """Read rows.
+
+        Args:
+            indices: N row numbers, in any order.
+
+        Returns:
+            {field: (N, width) uint16 array} in the order of ``indices``, new arrays.
+
+        Raises:
+            IndexError: if a row does not exist.
+            InputError: if the store is damaged.
+        """
         wanted = self._existing(indices)
         opened = self._open()
         with opened.environment.begin(opened.rows) as transaction:
@@ -260,7 +169,7 @@ class TokenStore:
         parts = np.split(ids_NW, self._splits, axis=1)
         return {name: part.astype(np.uint16) for name, part in zip(self.header.fields, parts, strict=True)}
 
-    __getitems__ = read  # what a DataLoader calls with the indices of a batch
+    __getitems__ = read  # DataLoader calls this with the indices of a batch
 
     def check_compatible(
         self,
@@ -272,7 +181,11 @@ class TokenStore:
         grid: int | None = None,
         layout: str | None = None,
     ) -> None:
-        """Raise InputError unless the store was made with what is given (None: anything will do)."""
+        """Check that the store was made with the given tokenizers and feeds a task; None matches anything.
+
+        Raises:
+            InputError: if a checksum, size or task differs.
+        """
         expected = {
             "codebook_sha256": codebook_sha256,
             "text_sha256": text_sha256,
@@ -294,7 +207,7 @@ class TokenStore:
             )
 
     def close(self) -> None:
-        """Let go of the file; a later read opens it again."""
+        """Close the file; a later read opens it again."""
         self._opened = None
 
     def __enter__(self) -> TokenStore:
@@ -309,7 +222,7 @@ class TokenStore:
         return {**self.__dict__, "_opened": None}
 
     def _existing(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
-        """``indices`` as (N,) int64; IndexError unless there are such rows."""
+        """Return ``indices`` as (N,) int64; raise IndexError if a row does not exist."""
         wanted = np.asarray(indices, dtype=np.int64)
         outside = wanted[(wanted < 0) | (wanted >= self._count)]
         if outside.size:
@@ -323,9 +236,9 @@ class TokenStore:
 
 
 class OpenEnvironment:
-    """An LMDB folder as one process has it open: a token store, or a released dataset.
+    """An LMDB folder opened by one process: a token store or a CogView v1 dataset.
 
-    A store has a ``header``, a table ``rows`` and a ``count``; of a released dataset the ``count`` alone is known.
+    A store has a ``header``, a table ``rows`` and a ``count``; a v1 dataset has only a ``count``.
     """
 
     header: StoreHeader
@@ -340,7 +253,7 @@ class OpenEnvironment:
         if not (path / DATA_FILE).is_file():
             raise InputError(f"{path} is not a token store: it has no {DATA_FILE}")
         try:
-            # Rows are read in random order, so reading ahead would mostly fetch pages that are evicted unused.
+            # Rows are read in random order, so read-ahead would mostly fetch pages that are evicted unused.
             self.environment: lmdb.Environment = lmdb.open(
                 str(path), create=False, readonly=True, lock=False, readahead=False, max_dbs=1
             )
@@ -349,26 +262,26 @@ class OpenEnvironment:
         try:
             _check_whole(path, self.environment)
             with self.environment.begin() as transaction:
-                released_count = transaction.get(_RELEASED_COUNT_KEY)
-            self.is_released = released_count is not None
-            if released_count is None:
+                v1_count = transaction.get(_V1_COUNT_KEY)
+            self.is_v1 = v1_count is not None
+            if v1_count is None:
                 self.header, self.count = _read_header(path, self.environment)
                 self.rows = self.environment.open_db(_ROWS_TABLE, create=False)
-            elif released_count.isdigit():
-                self.count = int(released_count)
+            elif v1_count.isdigit():
+                self.count = int(v1_count)
             else:
-                raise InputError(f"{path} has the length {_shown(released_count)}, expected a number: copy it again")
+                raise InputError(f"{path} has the length {_shown(v1_count)}, expected a number: copy it again")
         except BaseException:
             self.environment.close()
             raise
 
 
-# LMDB refuses to open a path twice in a process, hence one table for all. It keeps nothing alive by itself.
+# LMDB refuses to open a path twice in a process, hence one table of weak references for all stores.
 _OPENED: WeakValueDictionary[str, OpenEnvironment] = WeakValueDictionary()
 
 
 def open_environment(path: Path) -> OpenEnvironment:
-    """The LMDB folder ``path`` as this process has it open; InputError where it cannot be read."""
+    """Return this process's open environment of ``path``; raise InputError if it is not readable."""
     key = os.path.realpath(path)
     opened = _OPENED.get(key)
     if opened is not None and opened.process != os.getpid():
@@ -391,7 +304,7 @@ def _read_header(path: Path, environment: lmdb.Environment) -> tuple[StoreHeader
         header, count = transaction.get(_HEADER_KEY), transaction.get(_COUNT_KEY)
     if header is None or count is None:
         raise InputError(
-            f"{path} is an LMDB, but not a token store: it has no header (nor a released dataset: it has no length)"
+            f"{path} is an LMDB, but not a token store: it has no header (nor a CogView v1 dataset: it has no length)"
         )
     try:
         return StoreHeader.from_json(header.decode()), int(count)
@@ -404,16 +317,6 @@ def _keys(indices: np.ndarray) -> list[bytes]:
     return [packed[at : at + 8] for at in range(0, len(packed), 8)]
 
 
-def _check_same_header(path: Path, stored: StoreHeader, given: StoreHeader) -> None:
-    before, now = asdict(stored), asdict(StoreHeader.from_json(given.to_json()))
-    for name, value in now.items():
-        if before[name] != value:
-            raise InputError(
-                f"{path} was begun with {name} {_shown(before[name])}, now it is {_shown(value)}: "
-                "remove the store, or resume with the settings it was begun with"
-            )
-
-
 def _shown(value: object) -> str:
-    """A value of a header in a message: a checksum is cut."""
+    """Return a header's value for a message; shorten checksums."""
     return shorten(str(value), 60, keep=16)

@@ -27,7 +27,8 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
-from cogview.data.store import DATA_FILE, NO_TOKEN, StoreHeader, StoreWriter, TokenStore, open_environment
+from cogview.data.store import DATA_FILE, NO_TOKEN, StoreHeader, TokenStore, open_environment
+from cogview.data.store_writer import StoreWriter
 from cogview.errors import InputError
 from cogview.tokenizers.vocabulary import GRID_COMMANDS, Vocabulary
 
@@ -157,7 +158,7 @@ class V1Dataset(TokenStore):
         self._is_bin = _names_a_bin(self.path)
         if not (self.path if self._is_bin else self.path / DATA_FILE).is_file():
             raise InputError(f"there is no released dataset at {self.path}: expected an LMDB folder or a .bin file")
-        if not self._is_bin and not self._open().is_released:
+        if not self._is_bin and not self._open().is_v1:
             raise InputError(f"{self.path} is a token store already, not a released dataset")
         self._count = len(self._map_bin()) if self._is_bin else self._open().count
         if not self._count:
@@ -316,7 +317,7 @@ def open_dataset(
     The tokenizers that are given are believed of a released dataset. A store knows its own: see ``require``.
     """
     path = Path(path)
-    if not _names_a_bin(path) and not open_environment(path).is_released:
+    if not _names_a_bin(path) and not open_environment(path).is_v1:
         return TokenStore(path)
     return V1Dataset(
         path,

@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.config_io import to_mapping
-from cogview.data.store import NO_TOKEN, StoreHeader, StoreWriter, pad_text
+from cogview.data.store import NO_TOKEN, StoreHeader
+from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.emoji.scene import EQUAL_WEIGHTS, Scene, SceneWeights, cells_of
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError

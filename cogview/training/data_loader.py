@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from cogview.data.mixture import (
-    MixedStore,
-    Mixture,
-    Phase,
-    StoreWatcher,
-    append_phase,
-    check_same_start,
-    read_phases,
-)
+from cogview.data.mixture import MixedStore, Mixture
+from cogview.data.phases import Phase, append_phase, check_same_start, read_phases
 from cogview.data.store import TokenStore
+from cogview.data.store_watcher import StoreWatcher
 from cogview.errors import InputError
 from cogview.training.distributed import DistributedContext, log_main
 from cogview.training.examples import ExampleBuilder, StepDataset, TrainingBatch

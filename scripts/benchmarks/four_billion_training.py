@@ -33,7 +33,8 @@ def make(folder: Path) -> None:
 
     from cogview.checkpoints.checkpoint import Model, ModelConfig, save_model
     from cogview.checkpoints.image_tokenizer import codebook_hash
-    from cogview.data.store import StoreHeader, StoreWriter
+    from cogview.data.store import StoreHeader
+    from cogview.data.store_writer import StoreWriter
     from cogview.modeling.config import TransformerConfig
     from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.text import TextTokenizer

@@ -26,7 +26,7 @@ def measure(way: str, steps: int) -> None:
     import numpy as np
     import torch
 
-    from cogview.data.store import pad_text
+    from cogview.data.store_writer import pad_text
     from cogview.device import flush_denormals, training_dtype
     from cogview.pipeline.cogview import CogView
     from cogview.training.distributed import DistributedContext

@@ -21,7 +21,8 @@ from cogview.checkpoints.checkpoint import read_config
 from cogview.cli import doctor
 from cogview.cli import evaluate as evaluate_command
 from cogview.cli.main import main
-from cogview.data.store import StoreWriter, TokenStore
+from cogview.data.store import TokenStore
+from cogview.data.store_writer import StoreWriter
 from cogview.emoji.things import EmojiFiles
 from cogview.evaluation import harness as protocol
 from cogview.modeling import config

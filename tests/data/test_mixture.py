@@ -13,19 +13,12 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from cogview.data.mixture import (
-    PHASES_FILE,
-    MixedStore,
-    Mixture,
-    Phase,
-    StoreWatcher,
-    append_phase,
-    check_phases,
-    check_same_start,
-    read_phases,
-)
+from cogview.data.mixture import MixedStore, Mixture
+from cogview.data.phases import PHASES_FILE, Phase, append_phase, check_phases, check_same_start, read_phases
 from cogview.data.sampling_order import sample_index
-from cogview.data.store import NO_TOKEN, StoreHeader, StoreWriter, TokenStore, pad_text
+from cogview.data.store import NO_TOKEN, StoreHeader, TokenStore
+from cogview.data.store_watcher import StoreWatcher
+from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
 from cogview.tokenizers.vocabulary import Vocabulary
 
@@ -220,11 +213,11 @@ def test_phases_survive_json(phase):
     ("change", "message"),
     [
         ({"names": ("动物", "动物")}, "the store 动物 is given twice: give it once, with the share of both"),
-        ({"shares": (1.0, 0.0)}, "the share of 食物 is 0.0, expected a number above 0"),
-        ({"shares": (float("nan"), 1.0)}, "the share of 动物 is nan, expected"),
-        ({"shares": (float("inf"), 1.0)}, "the share of 动物 is inf, expected"),
+        ({"weights": (1.0, 0.0)}, "the share of 食物 is 0.0, expected a number above 0"),
+        ({"weights": (float("nan"), 1.0)}, "the share of 动物 is nan, expected"),
+        ({"weights": (float("inf"), 1.0)}, "the share of 动物 is inf, expected"),
         ({"sizes": (10, 0)}, "食物 has no rows: leave it out, or encode some first"),
-        ({"names": (), "shares": (), "sizes": ()}, "there are no stores to train on, expected at least one"),
+        ({"names": (), "weights": (), "sizes": ()}, "there are no stores to train on, expected at least one"),
     ],
 )
 def test_stores_that_cannot_be_mixed(change, message):
@@ -233,7 +226,7 @@ def test_stores_that_cannot_be_mixed(change, message):
 
 
 def test_phases_that_only_a_mistake_of_ours_makes():
-    with pytest.raises(ValueError, match="2 stores have 1 shares and 2 sizes"):
+    with pytest.raises(ValueError, match="2 stores have 1 weights and 2 sizes"):
         replace(TWO, weights=(1.0,))
     with pytest.raises(ValueError, match="numbered from 0, got -1"):
         replace(TWO, first_sample=-1)
@@ -477,7 +470,8 @@ def test_what_is_no_whole_store_is_left_for_later(tmp_path, capsys):
 WRITE_SLOWLY = """
 import sys
 import numpy as np
-from cogview.data.store import StoreHeader, StoreWriter, pad_text
+from cogview.data.store import StoreHeader
+from cogview.data.store_writer import StoreWriter, pad_text
 
 path, header = sys.argv[1:]
 with StoreWriter(path, StoreHeader.from_json(header), resume=True) as writer:
@@ -534,7 +528,7 @@ def test_a_store_that_does_not_fit_is_told_once(tmp_path, capsys, change, messag
     out, err = capsys.readouterr()
     assert out == ""
     assert err.count("\n") == 1
-    assert err.startswith(f"a new store does not fit and is left out: {tmp_path / 'other'} {message}")
+    assert err.startswith(f"a new store does not fit and is skipped: {tmp_path / 'other'} {message}")
 
 
 def test_released_datasets_are_stores_too(tmp_path, capsys):
@@ -544,7 +538,7 @@ def test_released_datasets_are_stores_too(tmp_path, capsys):
     released_dataset(tmp_path / "wrong", [[3000], [3000]])  # of a larger text model
     assert found(watch) == [("released", 2)]
     assert found(watch) == [("released", 2)]
-    assert capsys.readouterr().err.count("a new store does not fit and is left out: row 0 of") == 1
+    assert capsys.readouterr().err.count("a new store does not fit and is skipped: row 0 of") == 1
 
 
 def test_a_watched_folder_that_is_missing(tmp_path, capsys):
@@ -555,7 +549,7 @@ def test_a_watched_folder_that_is_missing(tmp_path, capsys):
     os.rename(tmp_path / "new", tmp_path / "away")
     assert found(watch) == found(watch) == []  # no reason to end a run that goes on without
     err = capsys.readouterr().err
-    assert err == f"no new stores: {tmp_path / 'new'} cannot be read any more (No such file or directory)\n"
+    assert err == f"no new stores: {tmp_path / 'new'} is no longer readable (No such file or directory)\n"
     os.rename(tmp_path / "away", tmp_path / "new")
     make_store(tmp_path / "new" / "a", 1)
     assert found(watch) == [("a", 1)]
@@ -608,7 +602,7 @@ def test_a_line_that_was_cut_short_is_ignored_and_overwritten(ledger):
 APPEND_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from cogview.data.mixture import append_phase, read_phases
+from cogview.data.phases import append_phase, read_phases
 
 ledger = Path(sys.argv[1])
 moment = sys.argv[2]

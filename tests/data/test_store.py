@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from cogview.data import store as store_module
+from cogview.data import store_writer
 from cogview.data.sampling_order import sample_index
-from cogview.data.store import NO_TOKEN, StoreHeader, StoreWriter, TokenStore, as_tensors, pad_text, text_lengths
+from cogview.data.store import NO_TOKEN, StoreHeader, TokenStore, as_tensors, text_lengths
+from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
 
 HEADER = StoreHeader(
@@ -92,7 +93,7 @@ def test_pad_text_marks_what_is_absent():
 
 
 def test_a_store_outgrows_its_first_map(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_module, "ROWS_PER_TRANSACTION", 300)
+    monkeypatch.setattr(store_writer, "ROWS_PER_TRANSACTION", 300)
     rows = some_rows(5000)
     with StoreWriter(tmp_path / "store", HEADER, map_size=2**15) as writer:  # 32 KiB for 220 kB of ids
         for start in range(0, 5000, 1000):
@@ -104,7 +105,8 @@ def test_a_store_outgrows_its_first_map(tmp_path, monkeypatch):
 WRITE_AND_DIE = """
 import os, signal, sys
 import numpy as np
-from cogview.data.store import StoreHeader, StoreWriter
+from cogview.data.store import StoreHeader
+from cogview.data.store_writer import StoreWriter
 
 path, header = sys.argv[1:]
 with np.load(f"{path}.npz") as rows, StoreWriter(path, StoreHeader.from_json(header)) as writer:
@@ -140,7 +142,7 @@ def test_resuming_where_nothing_is_begins(tmp_path):
 def test_resuming_with_other_settings_is_refused(written):
     path, rows = written
     other = replace(HEADER, codebook_sha256="beef" * 16)
-    with pytest.raises(InputError, match=r"begun with codebook_sha256 c0dec0dec0dec0de…, now it is beef.*remove"):
+    with pytest.raises(InputError, match=r"started with codebook_sha256 c0dec0dec0dec0de…, now it is beef.*remove"):
         StoreWriter(path, other, resume=True)
     with StoreWriter(path, replace(HEADER, layouts=("generate",)), resume=True) as writer:  # equal is not "other"
         assert writer.count == 500
@@ -169,7 +171,7 @@ def test_writing_where_a_file_stands(tmp_path):
         ({"image": np.full((2, 16), NO_TOKEN)}, r'"image" holds 65535, expected ids in 0…8191'),
         ({"image": np.full((2, 16), -1)}, r'"image" holds -1, expected'),
         ({"text": np.full((2, 6), 2000)}, r'"text" holds 2000, expected ids in 0…1999'),
-        ({"text": np.array([[1, NO_TOKEN, 1, 1, 1, 1]] * 2)}, r"absent pieces come last"),
+        ({"text": np.array([[1, NO_TOKEN, 1, 1, 1, 1]] * 2)}, r"padding comes last"),
     ],
 )
 def test_rows_that_do_not_fit_are_refused_whole(tmp_path, change, message):

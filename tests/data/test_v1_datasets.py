@@ -11,7 +11,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from cogview.data import v1_datasets as released
-from cogview.data.store import NO_TOKEN, StoreWriter, TokenStore, as_tensors, pad_text
+from cogview.data.store import NO_TOKEN, TokenStore, as_tensors
+from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.data.v1_datasets import InvalidRow, RowUnpickler, V1Dataset, import_dataset, open_dataset
 from cogview.errors import InputError
 from cogview.tokenizers.vocabulary import Vocabulary
@@ -180,7 +181,7 @@ def test_what_a_path_holds_is_seen_by_looking(tmp_path):
     large = write_bin(tmp_path / "data.bin", *some_rows(2, grid=32))
     kinds = [type(open_dataset(path, **MADE_WITH)) for path in (tmp_path / "data", tmp_path / "store", large)]
     assert kinds == [V1Dataset, TokenStore, V1Dataset]
-    with pytest.raises(InputError, match="is a released dataset, not a token store: make one of it with `cogview imp"):
+    with pytest.raises(InputError, match="is a CogView v1 dataset, not a token store: convert it with `cogview imp"):
         TokenStore(tmp_path / "data")
     with pytest.raises(InputError, match="is a token store already, not a released dataset"):
         open_released(tmp_path / "store")

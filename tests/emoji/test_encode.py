@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cogview.checkpoints.image_tokenizer import codebook_hash
-from cogview.data.store import NO_TOKEN, StoreWriter, TokenStore
+from cogview.data.store import NO_TOKEN, TokenStore
+from cogview.data.store_writer import StoreWriter
 from cogview.emoji.encode import EncodeSettings, encode_scenes, name_places
 from cogview.emoji.scene import SCENE_KINDS, SceneWeights
 from cogview.emoji.world import EmojiWorld

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from cogview.checkpoints.checkpoint import ModelConfig, read_config
-from cogview.data.mixture import StoreWatcher, read_phases
-from cogview.data.store import StoreHeader, StoreWriter, TokenStore
+from cogview.data.phases import read_phases
+from cogview.data.store import StoreHeader, TokenStore
+from cogview.data.store_watcher import StoreWatcher
+from cogview.data.store_writer import StoreWriter
 from cogview.errors import InputError
 from cogview.training.data_loader import TrainingDataLoader
 from cogview.training.distributed import DistributedContext

@@ -19,7 +19,8 @@ import pytest
 
 import cogview
 from cogview.checkpoints.checkpoint import read_config
-from cogview.data.store import StoreHeader, StoreWriter
+from cogview.data.store import StoreHeader
+from cogview.data.store_writer import StoreWriter
 from cogview.pipeline.cogview import CogView
 
 STEPS = 50

@@ -16,9 +16,11 @@ from safetensors.torch import load_file
 
 from cogview.checkpoints.checkpoint import Model, ModelConfig
 from cogview.checkpoints.image_tokenizer import codebook_hash
-from cogview.data.mixture import MixedStore, Mixture, Phase
+from cogview.data.mixture import MixedStore, Mixture
+from cogview.data.phases import Phase
 from cogview.data.sampling_order import sample_index
-from cogview.data.store import NO_TOKEN, StoreHeader, StoreWriter, TokenStore, pad_text
+from cogview.data.store import NO_TOKEN, StoreHeader, TokenStore
+from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer

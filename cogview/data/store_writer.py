@@ -1,0 +1,178 @@
+"""Write token stores (the format is described in ``store.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from cogview.data.store import (
+    _COUNT_KEY,
+    _HEADER_KEY,
+    _ON_DISK,
+    _ROWS_TABLE,
+    DATA_FILE,
+    NO_TOKEN,
+    TEXT_FIELD,
+    StoreHeader,
+    _check_whole,
+    _keys,
+    _read_header,
+    _shown,
+)
+from cogview.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+
+ROWS_PER_TRANSACTION = 16384
+
+
+def pad_text(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Pad the piece ids of texts to one width.
+
+    Args:
+        rows: N sequences of piece ids.
+        width: width of the text field.
+
+    Returns:
+        (N, width) uint16 array, filled with ``NO_TOKEN`` after the last piece of each text.
+
+    Raises:
+        InputError: if a text has more than ``width`` pieces.
+    """
+    text_NW = np.full((len(rows), width), NO_TOKEN, dtype=np.uint16)
+    for row, ids in enumerate(rows):
+        if len(ids) > width:
+            raise InputError(f"text {row} has {len(ids)} pieces, the store has room for {width}: widen its text field")
+        text_NW[row, : len(ids)] = ids
+    return text_NW
+
+
+class StoreWriter:
+    """Write a token store; a context manager.
+
+    Rows and their count are committed together, ``ROWS_PER_TRANSACTION`` at a time: after a crash or a full disk the
+    store holds ``count`` whole rows and is readable. A store must not be read while it is written.
+
+    Args:
+        path: folder of the store.
+        header: header of the store.
+        resume: continue a partly written store, or begin one if there is none; the caller continues with row ``count``.
+        map_size: initial limit of the file in bytes; it doubles when needed.
+
+    Raises:
+        InputError: if the folder holds a store and ``resume`` is False, if its header differs or it is not writable.
+    """
+
+    def __init__(self, path: str | Path, header: StoreHeader, *, resume: bool = False, map_size: int = 2**26) -> None:
+        import lmdb
+
+        self.path = Path(path)
+        self.header = header
+        if (self.path / DATA_FILE).exists() and not resume:
+            raise InputError(f"{self.path} already holds a store: remove it, or resume the writing")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._environment = lmdb.open(str(self.path), map_size=map_size, max_dbs=1)
+        except (OSError, lmdb.Error) as error:
+            raise InputError(f"cannot write a store to {self.path}: {error}") from error
+        try:
+            if self._environment.stat()["entries"]:
+                _check_whole(self.path, self._environment)
+                stored, self._count = _read_header(self.path, self._environment)
+                _check_same_header(self.path, stored, header)
+            else:
+                self._count = 0
+            self._commit([])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def count(self) -> int:
+        """Number of rows committed so far, earlier runs included."""
+        return self._count
+
+    def append(self, rows: Mapping[str, np.ndarray]) -> None:
+        """Append and commit rows. Many rows per call are faster, since every commit waits for the disk.
+
+        Args:
+            rows: an (N, width) integer array for every field of the header.
+
+        Raises:
+            InputError: if fields, shapes, dtypes or ids do not match the header.
+        """
+        packed_NW = self._pack(rows)
+        width = self.header.row_width * _ON_DISK.itemsize
+        for start in range(0, len(packed_NW), ROWS_PER_TRANSACTION):
+            chunk = packed_NW[start : start + ROWS_PER_TRANSACTION].tobytes()
+            self._commit([chunk[at : at + width] for at in range(0, len(chunk), width)])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._environment.close()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _pack(self, rows: Mapping[str, np.ndarray]) -> np.ndarray:
+        header = self.header
+        if set(rows) != set(header.fields):
+            raise InputError(f"the rows have the fields {sorted(rows)}, the store has {sorted(header.fields)}")
+        num_rows = len(next(iter(rows.values())))
+        for name, width in header.fields.items():
+            ids_NW = rows[name]
+            if ids_NW.shape != (num_rows, width):
+                raise InputError(f'field "{name}" has shape {ids_NW.shape}, expected {(num_rows, width)}')
+            if not np.issubdtype(ids_NW.dtype, np.integer):
+                raise InputError(f'field "{name}" holds {ids_NW.dtype}, expected integers')
+            is_text = name == TEXT_FIELD
+            limit = header.num_text_pieces if is_text else header.num_image_codes
+            absent_NW = ids_NW == NO_TOKEN if is_text else np.zeros_like(ids_NW, dtype=bool)
+            wrong = ids_NW[~absent_NW & ((ids_NW < 0) | (ids_NW >= limit))]
+            if wrong.size:
+                raise InputError(f'field "{name}" holds {wrong[0]}, expected ids in 0…{limit - 1}')
+            if (absent_NW[:, :-1] & ~absent_NW[:, 1:]).any():
+                raise InputError(f'field "{name}" has a piece after padding; padding comes last')
+        return np.concatenate([rows[name].astype(_ON_DISK) for name in header.fields], axis=1)
+
+    def _commit(self, values: Sequence[bytes]) -> None:
+        """Append ``values`` in one transaction with the new count; in an empty store, write header and table too."""
+        import lmdb
+
+        end = self._count + len(values)
+        keys = _keys(np.arange(self._count, end))
+        while True:
+            try:
+                with self._environment.begin(write=True) as transaction:
+                    if self._count == 0:
+                        transaction.put(_HEADER_KEY, self.header.to_json().encode())
+                    table = self._environment.open_db(_ROWS_TABLE, txn=transaction)
+                    with transaction.cursor(table) as cursor:
+                        cursor.putmulti(zip(keys, values, strict=True), append=True)
+                    transaction.put(_COUNT_KEY, b"%d" % end)
+                break
+            except lmdb.MapFullError:  # the transaction is undone, nothing is lost
+                self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+        self._count = end
+
+
+def _check_same_header(path: Path, stored: StoreHeader, given: StoreHeader) -> None:
+    before, now = asdict(stored), asdict(StoreHeader.from_json(given.to_json()))
+    for name, value in now.items():
+        if before[name] != value:
+            raise InputError(
+                f"{path} was started with {name} {_shown(before[name])}, now it is {_shown(value)}: "
+                "remove the store, or resume with the settings it was started with"
+            )
