@@ -223,7 +223,7 @@ def _describe(response: HTTPResponse, url: str, file: FileEntry) -> tuple[int, R
 
 
 def _read(response: HTTPResponse) -> bytes:
-    """Read a block of at most 256 KiB; empty at the end, and where the connection was closed."""
+    """Read a block of up to 256 KiB; empty at the end and after a closed connection."""
     try:
         return response.read1(1 << 18)
     except (OSError, HTTPException) as error:

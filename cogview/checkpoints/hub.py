@@ -16,7 +16,7 @@ from cogview import __version__
 from cogview.errors import InputError
 from cogview.files import read_json
 
-# The files of a folder that are fetched and pushed: never a pickle, nor what else lies beside them.
+# The files that are fetched and pushed. Pickles and training states are not among them.
 CHECKPOINT_FILES = (
     "config.json",
     "model.safetensors",
@@ -139,7 +139,7 @@ def _files_to_push(folder: Path) -> list[str]:
 def _fetch_config(
     name: str, file: str, kind: str, revision: str | None, cache_dir: str | Path | None
 ) -> tuple[str, Path]:
-    """Fetch the one file that tells the kind of a repository; return the commit and the file."""
+    """Fetch the config, which shows the kind of a repository; return the commit and the path of the config."""
     folder = _fetch_files(name, (file,), revision, cache_dir, hide_progress=True)
     if not (folder / file).is_file():
         raise InputError(f"{name} is no {kind}: it has no {file}")

@@ -441,7 +441,7 @@ def test_fetch_adapter_fetches_the_files_of_an_adapter_alone(hub, tmp_path):
 
 
 def test_fetch_checkpoint_follows_the_environment_of_huggingface_hub(hub, folder, tmp_path):
-    """In a process of its own, where the variables are read as users set them."""
+    """A separate process reads the variables as users set them."""
     hub.add(NAME, folder)
     hub.closed.add(NAME)
     code = (
@@ -467,7 +467,7 @@ def test_fetch_checkpoint_follows_the_environment_of_huggingface_hub(hub, folder
 
 
 def test_push_folder_creates_the_repository_and_uploads_the_files(hub, folder, monkeypatch):
-    """What was pushed is fetched as it was; the card stays as it is, with its images."""
+    """A pushed folder is fetched unchanged, its card included; the card's images are pushed as well."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     address = push_folder(folder, NAME)
     files = hub.repos[NAME]["main"]
