@@ -232,8 +232,8 @@ def test_download_resumes_when_the_process_was_stopped(serve, tmp_path, number):
     (url,) = serve(resource)
     code = (
         "import sys, pathlib\nfrom cogview.checkpoints.download import download\n"
-        "from cogview.checkpoints.registry import KnownFile\n"
-        "file = KnownFile(name=sys.argv[1], urls=(sys.argv[2],), page='')\n"
+        "from cogview.checkpoints.registry import FileEntry\n"
+        "file = FileEntry(name=sys.argv[1], urls=(sys.argv[2],), page='')\n"
         "download(file, pathlib.Path(sys.argv[3]))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code, NAME, url, str(tmp_path)], stderr=subprocess.DEVNULL)
