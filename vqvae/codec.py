@@ -1,13 +1,39 @@
-"""Images between uint8 pixels and the numbers that the VQ-VAE reads and writes."""
+"""Protocols of image tokenizers, and images between uint8 pixels and the floats that they take."""
 
-# N images, H height, W width
+# N images, H height, W width, K number of codes, D width of a code
 from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cogview.vqvae.model import VQVAE
+
+class ImageDecoder(Protocol):
+    """A model that turns a grid of codes into an image."""
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels on each side of the square that one code stands for."""
+        ...
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Return the (N, 3, H, W) images in [0, 1] of (N, H / downsampling, W / downsampling) int64 codes."""
+        ...
+
+
+class ImageTokenizer(ImageDecoder, Protocol):
+    """A model that turns images into codes of a codebook, and codes into images; ``VQVAE`` is one."""
+
+    @property
+    def codebook(self) -> Tensor:
+        """The (K, D) float32 code vectors, on the device of the model."""
+        ...
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the (N, H / downsampling, W / downsampling) int64 codes of (N, 3, H, W) images in [0, 1]."""
+        ...
 
 
 def to_float(pixels: np.ndarray | Tensor, device: torch.device | None = None) -> Tensor:
@@ -15,7 +41,7 @@ def to_float(pixels: np.ndarray | Tensor, device: torch.device | None = None) ->
 
     Args:
         pixels: uint8 RGB (..., H, W, 3).
-        device: Where the result shall be; by default where ``pixels`` are.
+        device: Device of the result; by default that of ``pixels``.
     """
     moved = torch.as_tensor(pixels).to(device=device).movedim(-1, -3)
     return moved.float() / 255
@@ -26,17 +52,17 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return (images * 255).round().byte().movedim(-3, -1).cpu().numpy()
 
 
-def reconstruct(model: VQVAE, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
-    """Encode images to codes and decode them again.
+def reconstruct(model: ImageTokenizer, pixels: np.ndarray, batch_size: int = 64) -> np.ndarray:
+    """Encode images to codes and decode the codes.
 
     Args:
-        model: The VQ-VAE.
+        model: The image tokenizer.
         pixels: uint8 RGB (N, H, W, 3).
-        batch_size: Images that go through the model at once.
+        batch_size: Images in one forward pass.
 
     Returns:
-        The images that it makes of them, in the form of ``pixels``.
+        The decoded images in the shape and dtype of ``pixels``.
     """
-    device = next(model.parameters()).device
+    device = model.codebook.device
     batches = torch.from_numpy(pixels).split(batch_size)
     return np.concatenate([to_uint8(model.decode(model.encode(to_float(batch, device)))) for batch in batches])

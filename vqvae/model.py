@@ -2,14 +2,14 @@
 
 Two architectures share the quantizer and the interface:
 
-* ``released``: CogView's own (arXiv:2105.13290), three 4x4 stride-2 convolutions and their transposes, codes of
+* ``released``: that of CogView v1 (arXiv:2105.13290), three 4x4 stride-2 convolutions and their transposes, codes of
   width 256, no residual blocks.
-* ``residual``: ours. Residual blocks at three scales and narrow, l2-normalised codes, which keep the whole
-  codebook in use (see ``quantizer.py``). Its encoder sees little beyond a code's own patch, so that a thing keeps its
-  codes wherever it stands on the grid, which is what a transformer learns from; its decoder sees further and
-  smooths the seams.
+* ``residual``: the default. Residual blocks at three scales and narrow, l2-normalized codes keep the whole codebook in
+  use (see ``quantizer.py``). The encoder's receptive field is little more than the patch of a code. An object therefore
+  has the same codes anywhere on the grid, which is what a transformer learns from. The decoder's receptive field is
+  wider and smooths the seams.
 
-Both take 8x8 pixels to one code.
+Both encode 8x8 pixels as one code.
 """
 
 # B batch, C channels, H W pixels, h w codes (H/8, W/8), D width of a code
@@ -31,15 +31,30 @@ V1_STD = (0.30379, 0.32279, 0.32800)
 
 @dataclass(frozen=True, kw_only=True)
 class VQVAEConfig:
-    """Shape of a VQ-VAE. The defaults are ours; ``VQVAEConfig.released()`` is CogView's."""
+    """Shape of a VQ-VAE.
+
+    Args:
+        architecture: ``residual`` or ``released``.
+        channels: Channels at 1/2, 1/4 and 1/8 of the image's side.
+        encoder_blocks: Residual blocks of the encoder at the same three scales.
+        decoder_blocks: Residual blocks of the decoder at the same three scales.
+        num_codes: Size of the codebook.
+        code_width: Width of a code vector.
+        normalize_codes: Scale codes and encoder outputs to length 1.
+        mean: Mean of the RGB channels, subtracted before encoding.
+        std: Standard deviation of the RGB channels.
+
+    Raises:
+        ValueError: The architecture is unknown, a tuple has not three entries, or a size is below 1.
+    """
 
     architecture: str = "residual"
-    channels: tuple[int, ...] = (32, 128, 256)  # at 1/2, 1/4 and 1/8 of the image's side
+    channels: tuple[int, ...] = (32, 128, 256)
     encoder_blocks: tuple[int, ...] = (0, 0, 3)
     decoder_blocks: tuple[int, ...] = (1, 1, 2)
     num_codes: int = 8192
     code_width: int = 16
-    normalize_codes: bool = True  # codes and encoder outputs live on the unit sphere
+    normalize_codes: bool = True
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
@@ -53,7 +68,7 @@ class VQVAEConfig:
 
     @classmethod
     def released(cls) -> VQVAEConfig:
-        """CogView's ``vqvae_hard_biggerset_011``: 8192 codes of width 256, not normalised."""
+        """Return the shape of ``vqvae_hard_biggerset_011`` of CogView v1: 8192 codes of width 256, not normalized."""
         return cls(
             architecture="released",
             channels=(512, 512, 512),
@@ -65,18 +80,29 @@ class VQVAEConfig:
             std=V1_STD,
         )
 
+    @property
+    def downsampling(self) -> int:
+        """Pixels on each side of the square that one code stands for."""
+        return PIXELS_PER_CODE
+
 
 class Reconstruction(NamedTuple):
-    """What one training forward yields."""
+    """Outputs of one forward pass in training."""
 
     images: Tensor  # (B, 3, H, W), [0, 1] but not clamped
     vectors: Tensor  # (B, h, w, D) encoder outputs, float32
     codes: Tensor  # (B, h, w) int64; all zero while quantization is off
-    quantized: Tensor  # (B, h, w, D) the chosen code vectors, no gradient
+    quantized: Tensor  # (B, h, w, D) the nearest code vectors, no gradient
 
 
 class VQVAE(nn.Module):
-    """Image <-> codes. Images are RGB in [0, 1], (B, 3, H, W), sides divisible by 8."""
+    """Encode images to codes and decode codes to images; an ``ImageTokenizer``.
+
+    Images are RGB in [0, 1], (B, 3, H, W), with sides divisible by ``downsampling``.
+
+    Args:
+        config: Shape of the networks and of the codebook.
+    """
 
     mean: Tensor
     std: Tensor
@@ -90,33 +116,55 @@ class VQVAE(nn.Module):
         self.register_buffer("mean", torch.tensor(config.mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(3, 1, 1), persistent=False)
 
+    @property
+    def downsampling(self) -> int:
+        """Pixels on each side of the square that one code stands for."""
+        return self.config.downsampling
+
+    @property
+    def codebook(self) -> Tensor:
+        """The (K, D) float32 code vectors."""
+        return self.quantizer.codebook
+
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """The (B, h, w) int64 codes of (B, 3, H, W) images in [0, 1]."""
+        """Return the (B, h, w) int64 codes of (B, 3, H, W) images in [0, 1]."""
         return self.quantizer.nearest(self.encode_vectors(images))
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """The (B, 3, H, W) images, clamped to [0, 1], of (B, h, w) codes."""
+        """Return the (B, 3, H, W) images, clamped to [0, 1], of (B, h, w) codes."""
         return self.decode_vectors(self.quantizer.lookup(codes)).clamp(0, 1)
 
     def encode_vectors(self, images: Tensor) -> Tensor:
-        """The encoder's float32 outputs (B, h, w, D), normalised if the config says so."""
+        """Return the encoder's float32 outputs (B, h, w, D), normalized if the config requires it.
+
+        Args:
+            images: RGB in [0, 1], (B, 3, H, W).
+
+        Raises:
+            ValueError: The shape is another, or a side is not divisible by ``downsampling``.
+        """
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (batch, 3, height, width), got {tuple(images.shape)}")
-        if images.shape[2] % PIXELS_PER_CODE or images.shape[3] % PIXELS_PER_CODE:
-            raise ValueError(f"image sides must be divisible by {PIXELS_PER_CODE}, got {tuple(images.shape[2:])}")
+        if images.shape[2] % self.downsampling or images.shape[3] % self.downsampling:
+            raise ValueError(f"image sides must be divisible by {self.downsampling}, got {tuple(images.shape[2:])}")
         normalized = (images - self.mean) / self.std
         outputs = self.encoder(normalized.contiguous(memory_format=torch.channels_last))
         return self.quantizer.normalized(outputs.permute(0, 2, 3, 1).float())
 
     def decode_vectors(self, vectors: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in about [0, 1] from code vectors (B, h, w, D)."""
+        """Return images (B, 3, H, W) in about [0, 1] of code vectors (B, h, w, D)."""
         channels_first = vectors.permute(0, 3, 1, 2)  # a channels-last view, which convolutions keep
         return self.decoder(channels_first).float() * self.std + self.mean
 
     def forward(self, images: Tensor, *, quantize: bool = True) -> Reconstruction:
-        """Encode, quantize with a straight-through gradient (unless ``quantize`` is off), decode."""
+        """Encode, quantize with a straight-through gradient, and decode.
+
+        Args:
+            images: RGB in [0, 1], (B, 3, H, W).
+            quantize: Quantize the encoder's outputs; without it the model is a plain autoencoder.
+        """
         vectors = self.encode_vectors(images)
         if not quantize:
             codes = torch.zeros(vectors.shape[:3], dtype=torch.long, device=vectors.device)
@@ -128,7 +176,7 @@ class VQVAE(nn.Module):
 
 
 def _released_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
-    """CogView's networks; the indices 0, 2, 4, 6 of the layers are those of the released weights."""
+    """Return the networks of CogView v1; layers keep the indices 0, 2, 4, 6 of the released weights."""
     first, second, third = config.channels
     encoder = nn.Sequential(
         nn.Conv2d(3, first, 4, 2, 1),
@@ -152,7 +200,7 @@ def _released_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
 
 
 def _residual_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
-    """Ours: pixel-unshuffle to 1/2, then two stride-2 stages; the decoder mirrors it with pixel-shuffle."""
+    """Return an encoder of a pixel-unshuffle and two stride-2 stages, and its mirrored decoder."""
     half, quarter, eighth = config.channels
     encoder = nn.Sequential(
         nn.PixelUnshuffle(2),
@@ -161,7 +209,7 @@ def _residual_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
         nn.Conv2d(half, quarter, 2, 2),
         *(ResidualBlock(quarter, 3) for _ in range(config.encoder_blocks[1])),
         nn.Conv2d(quarter, eighth, 2, 2),
-        *(ResidualBlock(eighth, 1) for _ in range(config.encoder_blocks[2])),  # 1x1: a code sees its own patch
+        *(ResidualBlock(eighth, 1) for _ in range(config.encoder_blocks[2])),  # 1x1: no other patch has an effect
         ChannelNorm(eighth),
         nn.Conv2d(eighth, config.code_width, 1),
     )
@@ -183,9 +231,9 @@ def _residual_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
 
 
 class ChannelNorm(nn.Module):
-    """LayerNorm over the channels of each place of a (B, C, H, W) map.
+    """LayerNorm over the channels of each position of a (B, C, H, W) map.
 
-    Unlike GroupNorm it does not mix places, so what stands elsewhere in the picture cannot change a code.
+    Unlike GroupNorm it does not mix positions, so other parts of the image cannot change a code.
     """
 
     def __init__(self, channels: int) -> None:
@@ -194,13 +242,13 @@ class ChannelNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The normalised map, channels last in memory."""
+        """Return the normalized map, channels last in memory."""
         last = x.permute(0, 2, 3, 1)
         return F.layer_norm(last, last.shape[-1:], self.weight, self.bias).permute(0, 3, 1, 2).to(x.dtype)
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(conv(silu(norm(x))))), with ``kernel`` 1 or 3."""
+    """Residual block x + conv(silu(conv(silu(norm(x))))), with ``kernel`` 1 or 3."""
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
@@ -209,5 +257,5 @@ class ResidualBlock(nn.Module):
         self.second = nn.Conv2d(channels, channels, kernel, padding=kernel // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as ``x``."""
+        """Return the block's output in the shape of ``x``."""
         return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))

@@ -1,9 +1,8 @@
 """The codebook: nearest code, exponential moving averages, and the measures that keep every code in use.
 
-A codebook that starts from noise and is only ever moved towards its own assignments collapses: most codes are never
-chosen, so never move. Three measures prevent it: the codebook starts from encoder outputs, averages follow the
-assignments (van den Oord et al., arXiv:1711.00937, appendix A), and a code that has fallen out of use is placed on an
-encoder output that is badly served today.
+A codebook that starts from noise and only follows its assignments collapses: most codes are never assigned and never
+move. Three measures prevent it. The codebook starts from encoder outputs. Moving averages follow the assignments (van
+den Oord et al., arXiv:1711.00937, appendix A). A code out of use is moved onto an encoder output far from its code.
 """
 
 # N vectors, D width of a code, K number of codes
@@ -14,41 +13,50 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-CHUNK = (
-    256  # vectors compared at a time: their products with 8192 codes stay in the cache, an (N, K) table has no bound
-)
+# Vectors compared at a time: their products with 8192 codes stay in the cache; an (N, K) table has no bound.
+CHUNK = 256
+# Names of the averages in the state of earlier runs and in earlier conversions of CogView v1, with their names now.
+RENAMED_AVERAGES = {"use": "ema_cluster_size", "total": "ema_sum"}
 
 
 class Quantizer(nn.Module):
-    """``codebook`` is (K, D), float32. With ``normalize``, codes and vectors have length 1."""
+    """Nearest-code quantizer whose codebook follows moving averages.
+
+    ``codebook`` is (K, D), float32.
+
+    Args:
+        num_codes: Size K of the codebook.
+        width: Width D of a code.
+        normalize: Scale codes and vectors to length 1.
+    """
 
     codebook: Tensor
-    use: Tensor
-    total: Tensor
+    ema_cluster_size: Tensor
+    ema_sum: Tensor
 
     def __init__(self, num_codes: int, width: int, *, normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
         self.register_buffer("codebook", self.normalized(torch.randn(num_codes, width)))
-        # Averages of how often a code is chosen per update, and of the sum of the vectors that chose it.
-        # They belong to training alone, so a stored model does not carry them.
-        self.register_buffer("use", torch.zeros(num_codes), persistent=False)
-        self.register_buffer("total", torch.zeros(num_codes, width), persistent=False)
+        # Averages of the assignments of a code per update, and of the sum of its vectors.
+        # Only training needs them, so a stored model does not carry them.
+        self.register_buffer("ema_cluster_size", torch.zeros(num_codes), persistent=False)
+        self.register_buffer("ema_sum", torch.zeros(num_codes, width), persistent=False)
 
     def normalized(self, vectors: Tensor) -> Tensor:
-        """``vectors`` (..., D), scaled to length 1 if this codebook lives on the sphere."""
+        """Return ``vectors`` (..., D), scaled to length 1 if the codebook is normalized."""
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
     def nearest(self, vectors: Tensor) -> Tensor:
-        """For (..., D) vectors the int64 index (...) of the nearest code by squared distance."""
+        """Return the int64 index (...) of the nearest code, by squared distance, of (..., D) vectors."""
         return self._nearest_with_distance(vectors)[0]
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """The (..., D) code vectors of (...) codes."""
+        """Return the (..., D) code vectors of (...) codes."""
         return F.embedding(codes, self.codebook)
 
     def _nearest_with_distance(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
-        """Indices (...) and squared distances (...)."""
+        """Return indices (...) and squared distances (...) of the nearest codes."""
         flat_ND = vectors.reshape(-1, vectors.shape[-1]).float()
         half_length_K = self.codebook.square().sum(dim=1) / 2
         codes, distances = [], []
@@ -62,10 +70,14 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def initialize_from(self, vectors: Tensor, generator: torch.Generator) -> None:
-        """Put every code on an encoder output; ``vectors`` (N, D), N of any size.
+        """Put every code on an encoder output.
 
-        Half the patches of a flat background are the same vector, so a plain random choice would put half the
-        codes on one point: only distinct vectors are drawn from, and none is used twice while there are others.
+        Half the patches of a flat background are the same vector, and a plain random choice would put half the codes
+        on one point. Codes are therefore drawn from distinct vectors; a vector repeats only when none is left.
+
+        Args:
+            vectors: Encoder outputs (N, D), N of any size.
+            generator: Source of the random choice, on the CPU.
         """
         source = torch.unique(vectors.float().round(decimals=3), dim=0)
         order = torch.randperm(len(source), generator=generator)[: len(self.codebook)]
@@ -78,38 +90,52 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def reset_codebook(self, codes: Tensor) -> None:
-        """Make ``codes`` (K, D) the codebook, each as if it had been chosen once per update so far."""
+        """Replace the codebook by ``codes`` (K, D), with averages of one assignment per update for each."""
         self.codebook.copy_(codes)
-        self.use.fill_(1.0)
-        self.total.copy_(self.codebook)
+        self.ema_cluster_size.fill_(1.0)
+        self.ema_sum.copy_(self.codebook)
 
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor, decay: float) -> None:
-        """Move the codes towards the vectors (..., D) that chose them; statistics are summed over all processes."""
+        """Move the codes towards their vectors; statistics are summed over all processes.
+
+        Args:
+            vectors: Encoder outputs (..., D).
+            codes: Their nearest codes (...).
+            decay: Decay of the moving averages, in [0, 1].
+        """
         flat_ND, codes_N = vectors.reshape(-1, vectors.shape[-1]).float(), codes.reshape(-1)
-        use = torch.bincount(codes_N, minlength=len(self.codebook)).float()
-        total = torch.zeros_like(self.total).index_add_(0, codes_N, flat_ND)
+        cluster_size = torch.bincount(codes_N, minlength=len(self.codebook)).float()
+        cluster_sum = torch.zeros_like(self.ema_sum).index_add_(0, codes_N, flat_ND)
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(use)
-            dist.all_reduce(total)
-        self.use.lerp_(use, 1 - decay)
-        self.total.lerp_(total, 1 - decay)
-        alive = self.use > 1e-4
-        moved = self.normalized(self.total / self.use.clamp_min(1e-4).unsqueeze(1))
+            dist.all_reduce(cluster_size)
+            dist.all_reduce(cluster_sum)
+        self.ema_cluster_size.lerp_(cluster_size, 1 - decay)
+        self.ema_sum.lerp_(cluster_sum, 1 - decay)
+        alive = self.ema_cluster_size > 1e-4
+        moved = self.normalized(self.ema_sum / self.ema_cluster_size.clamp_min(1e-4).unsqueeze(1))
         self.codebook.copy_(torch.where(alive.unsqueeze(1), moved, self.codebook))
 
     @torch.no_grad()
     def restart_dead_codes(self, vectors: Tensor, threshold: float, generator: torch.Generator) -> int:
-        """Move codes used less than ``threshold`` times per update onto badly served vectors; return how many.
+        """Move codes out of use onto vectors far from their codes.
 
-        A vector is drawn with a probability proportional to its squared distance from its code, as k-means++ does
-        (Arthur and Vassilvitskii, 2007), so that new codes go where they help.
+        A vector is drawn with a probability proportional to its squared distance from its code, as in k-means++
+        (Arthur and Vassilvitskii, 2007), so that a new code lowers the error.
+
+        Args:
+            vectors: Encoder outputs (..., D) of one batch.
+            threshold: Average assignments per update below which a code is out of use.
+            generator: Source of the random choice, on the CPU.
+
+        Returns:
+            The number of codes that were moved.
         """
-        dead = (self.use < threshold).nonzero().flatten()
+        dead = (self.ema_cluster_size < threshold).nonzero().flatten()
         flat_ND = vectors.reshape(-1, vectors.shape[-1]).float()
         _, distances = self._nearest_with_distance(flat_ND)
         wanted = min(len(dead), int((distances > 1e-6).sum()))
-        if dist.is_available() and dist.is_initialized():  # rank 0 decides, so that all keep one codebook
+        if dist.is_available() and dist.is_initialized():  # rank 0 decides, so that all have one codebook
             count = torch.tensor(wanted, device=flat_ND.device)
             dist.broadcast(count, 0)
             wanted = int(count)
@@ -119,13 +145,13 @@ class Quantizer(nn.Module):
         picks = torch.multinomial(distances.cpu(), min(wanted, len(flat_ND)), generator=generator).to(flat_ND.device)
         dead = dead[: len(picks)]
         self.codebook[dead] = flat_ND[picks]
-        self.use[dead] = 2 * threshold  # a fair chance to be chosen before it is judged again
-        self.total[dead] = flat_ND[picks] * 2 * threshold
+        self.ema_cluster_size[dead] = 2 * threshold  # several updates pass before the code may count as dead again
+        self.ema_sum[dead] = flat_ND[picks] * 2 * threshold
         self._broadcast()
         return len(picks)
 
     def _broadcast(self) -> None:
-        """Give every process the codebook of process 0, whose vectors they did not see."""
+        """Broadcast the codebook and averages of process 0, which alone has seen its vectors."""
         if dist.is_available() and dist.is_initialized():
-            for buffer in (self.codebook, self.use, self.total):
+            for buffer in (self.codebook, self.ema_cluster_size, self.ema_sum):
                 dist.broadcast(buffer, 0)

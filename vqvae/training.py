@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from cogview.vqvae.lr_schedule import warmup_cosine
 from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.quantizer import RENAMED_AVERAGES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,7 @@ class VQVAETrainer:
             "loss": loss.item(),
             "commitment": commitment.item(),
             "psnr": -10 * math.log10(max(mse.item(), 1e-10)),
-            "alive": (quantizer.use > settings.revive_below).float().mean().item() if quantize else 0.0,
+            "alive": (quantizer.ema_cluster_size > settings.revive_below).float().mean().item() if quantize else 0.0,
             "revived": float(revived),
             "gradient_norm": norm.item(),
             "learning_rate": self.learning_rate(step),
@@ -157,8 +158,8 @@ class VQVAETrainer:
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "use": quantizer.use,
-            "total": quantizer.total,
+            "ema_cluster_size": quantizer.ema_cluster_size,
+            "ema_sum": quantizer.ema_sum,
             "recent": list(self._recent),
         }
 
@@ -166,8 +167,8 @@ class VQVAETrainer:
         """Take up what ``state`` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.model.quantizer.use.copy_(state["use"])
-        self.model.quantizer.total.copy_(state["total"])
+        for old, name in RENAMED_AVERAGES.items():
+            self.model.quantizer.get_buffer(name).copy_(state[name] if name in state else state[old])
         self._recent = [tensor.to(self.device) for tensor in state["recent"]]
 
 

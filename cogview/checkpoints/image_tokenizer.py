@@ -13,6 +13,7 @@ from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import atomic_write, read_json, write_json
 from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.quantizer import RENAMED_AVERAGES
 
 CODEBOOK = "quantizer.codebook"
 
@@ -60,6 +61,12 @@ def read_image_config(folder: Path) -> VQVAEConfig:
     return from_mapping(VQVAEConfig, read_json(config_file), where=str(config_file))
 
 
+def read_image_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of ``model.safetensors`` of an image tokenizer; averages under former names get theirs now."""
+    names = {f"quantizer.{old}": f"quantizer.{name}" for old, name in RENAMED_AVERAGES.items()}
+    return {names.get(name, name): tensor for name, tensor in load_file(file).items()}
+
+
 def load_image_tokenizer(folder: Path) -> VQVAE:
     """Read a folder written by ``save_image_tokenizer``; weights become float32, on the CPU, ready to use.
 
@@ -68,10 +75,10 @@ def load_image_tokenizer(folder: Path) -> VQVAE:
     model = VQVAE(read_image_config(folder))
     weights_file = folder / "model.safetensors"
     try:
-        weights = {name: tensor.float() for name, tensor in load_file(weights_file).items()}
-        for name, buffer in (("use", model.quantizer.use), ("total", model.quantizer.total)):
+        weights = {name: tensor.float() for name, tensor in read_image_weights(weights_file).items()}
+        for name in RENAMED_AVERAGES.values():
             if (average := weights.pop(f"quantizer.{name}", None)) is not None:
-                buffer.copy_(average)
+                model.quantizer.get_buffer(name).copy_(average)
         model.load_state_dict(weights)
     except SafetensorError as error:
         raise InputError(f"{weights_file} is damaged: {str(error).splitlines()[0]}") from None

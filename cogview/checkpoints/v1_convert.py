@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from cogview.checkpoints.checkpoint import ModelConfig, read_config
-from cogview.checkpoints.image_tokenizer import hash_of_codebook, read_image_config
+from cogview.checkpoints.image_tokenizer import hash_of_codebook, read_image_config, read_image_weights
 from cogview.checkpoints.pickles import write_pickle
 from cogview.checkpoints.precision import Precision, TensorSource, convert, converted_specs, stored_quantization
 from cogview.checkpoints.registry import V1_FILES
@@ -130,7 +130,7 @@ def export_v1(source: Path, output: Path, *, shards: int = 1, verify: bool = Fal
         if shards < 1 or count % shards:
             raise InputError(f"{count} {what} do not divide into {shards} shards")
     image_config = read_image_config(source / "image")
-    image_weights = load_file(source / "image" / "model.safetensors")
+    image_weights = read_image_weights(source / "image" / "model.safetensors")
     try:
         image = v1_vqvae_tensors(image_config, image_weights)
     except InputError as error:

@@ -48,7 +48,7 @@ _INNER = {
     "mlp.output": "mlp.dense_4h_to_h",
     "mlp_output_norm": "fourth_layernorm",
 }
-_AVERAGES = {"quantize_t.cluster_size": "quantizer.use", "quantize_t.embed_avg": "quantizer.total"}
+_AVERAGES = {"quantize_t.cluster_size": "quantizer.ema_cluster_size", "quantize_t.embed_avg": "quantizer.ema_sum"}
 
 
 def v1_name(name: str) -> str:
@@ -256,8 +256,8 @@ def v1_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -> dict
         )
     weights = dict(weights)
     codebook = weights["quantizer.codebook"]
-    weights.setdefault("quantizer.use", torch.ones(len(codebook)))
-    weights.setdefault("quantizer.total", codebook)
+    weights.setdefault("quantizer.ema_cluster_size", torch.ones(len(codebook)))
+    weights.setdefault("quantizer.ema_sum", codebook)
     theirs = {ours: name for name, ours in _AVERAGES.items()} | {"quantizer.codebook": "quantize_t.embed"}
     tensors = {}
     for ours, tensor in weights.items():

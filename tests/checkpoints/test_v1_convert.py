@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from cogview.checkpoints import v1_convert as conversion
 from cogview.checkpoints import v1_format as released
 from cogview.checkpoints.checkpoint import read_config
+from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.checkpoints.pickles import StoredTensor, write_pickle
 from cogview.checkpoints.precision import Precision
 from cogview.checkpoints.safetensors_io import WeightsWriter
@@ -28,6 +29,7 @@ from cogview.modeling.config import preset
 from cogview.modeling.quantization import dequantize_weight, is_quantized, quantize_weight
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
+from cogview.vqvae.quantizer import RENAMED_AVERAGES
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INT8, INT4 = Precision(quantization="int8"), Precision(quantization="int4")
@@ -122,12 +124,30 @@ def test_averages_that_a_model_does_not_carry_are_made_up(folder, tmp_path):
     """As if every code had been chosen once; a tokenizer that we trained has none."""
     ours = shutil.copytree(folder, tmp_path / "ours")
     image = load_file(ours / "image" / "model.safetensors")
-    del image["quantizer.use"], image["quantizer.total"]
+    del image["quantizer.ema_cluster_size"], image["quantizer.ema_sum"]
     save_file(image, ours / "image" / "model.safetensors")
     export_v1(ours, tmp_path / "back", verify=True)
     state = states(tmp_path / "back")["vqvae_hard_biggerset_011.pt"]
     assert state["quantize_t.cluster_size"].tolist() == [1.0] * 16
     assert torch.equal(state["quantize_t.embed_avg"], state["quantize_t.embed"])
+
+
+def test_v1_convert_reads_former_names_of_the_averages(folder, tmp_path):
+    """A folder that an earlier version converted opens with its averages and can be exported."""
+    former = shutil.copytree(folder, tmp_path / "former")
+    path = former / "image" / "model.safetensors"
+    image = load_file(path)
+    for old, name in RENAMED_AVERAGES.items():
+        image[f"quantizer.{old}"] = image.pop(f"quantizer.{name}")
+    save_file(image, path)
+    now, then = (load_image_tokenizer(each / "image").quantizer for each in (folder, former))
+    assert now.ema_sum.any()
+    for name in RENAMED_AVERAGES.values():
+        assert torch.equal(now.get_buffer(name), then.get_buffer(name)), name
+    for source in (folder, former):
+        export_v1(source, tmp_path / f"back-{source.name}", verify=True)
+    exported = [states(tmp_path / f"back-{source.name}")["vqvae_hard_biggerset_011.pt"] for source in (folder, former)]
+    assert_equal(*exported)
 
 
 def test_sources(small_release, files, folder, tmp_path):

@@ -79,7 +79,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(make_tiny_world, tmp_path, 
     second = train(world, tmp_path / "halves", 8, resume=True)
     for name, tensor in whole.trainer.model.state_dict().items():
         assert torch.equal(tensor, second.trainer.model.state_dict()[name]), name
-    assert torch.equal(whole.trainer.model.quantizer.use, second.trainer.model.quantizer.use)
+    assert torch.equal(whole.trainer.model.quantizer.ema_cluster_size, second.trainer.model.quantizer.ema_cluster_size)
 
     stored = load_image_tokenizer(RunFolder(tmp_path / "halves").checkpoints()[-1] / "image")
     images = next(held_out_batches(world, count=4))

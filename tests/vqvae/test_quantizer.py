@@ -71,12 +71,14 @@ def test_autocast_does_not_round_the_choice():
 def test_update_moves_the_averages_as_computed_by_hand():
     quantizer = make(3, 2)
     quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [4.0, 0.0], [9.0, 9.0]]))
-    quantizer.use.copy_(torch.tensor([1.0, 2.0, 0.0]))
-    quantizer.total.copy_(torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 0.0]]))
+    quantizer.ema_cluster_size.copy_(torch.tensor([1.0, 2.0, 0.0]))
+    quantizer.ema_sum.copy_(torch.tensor([[0.0, 0.0], [8.0, 0.0], [0.0, 0.0]]))
     # Code 0 is chosen by (1, 1) and (3, 1), code 1 by (4, 2), code 2 by nobody.
     quantizer.update(torch.tensor([[1.0, 1.0], [4.0, 2.0], [3.0, 1.0]]), torch.tensor([0, 1, 0]), decay=0.75)
-    torch.testing.assert_close(quantizer.use, torch.tensor([0.75 * 1 + 0.25 * 2, 0.75 * 2 + 0.25 * 1, 0.0]))
-    torch.testing.assert_close(quantizer.total, torch.tensor([[1.0, 0.5], [7.0, 0.5], [0.0, 0.0]]))
+    torch.testing.assert_close(
+        quantizer.ema_cluster_size, torch.tensor([0.75 * 1 + 0.25 * 2, 0.75 * 2 + 0.25 * 1, 0.0])
+    )
+    torch.testing.assert_close(quantizer.ema_sum, torch.tensor([[1.0, 0.5], [7.0, 0.5], [0.0, 0.0]]))
     expected = torch.tensor([[1.0 / 1.25, 0.5 / 1.25], [7.0 / 1.75, 0.5 / 1.75], [9.0, 9.0]])
     torch.testing.assert_close(quantizer.codebook, expected)
 
@@ -103,7 +105,8 @@ for vectors in given["vectors"]:
     quantizer.update(half, quantizer.nearest(half), 0.9)
 updated = quantizer.codebook.clone()
 revived = quantizer.restart_dead_codes(half, 0.05, torch.Generator().manual_seed(0))
-state = {"updated": updated, "use": quantizer.use, "revived": revived, "codebook": quantizer.codebook}
+state = {"updated": updated, "revived": revived}
+state |= {"ema_cluster_size": quantizer.ema_cluster_size, "codebook": quantizer.codebook}
 torch.save(state, f"{folder}/{rank}.pt")
 dist.destroy_process_group()
 """
@@ -131,7 +134,7 @@ def test_two_processes_with_half_a_batch_each_are_one_process(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(first["updated"], alone.codebook)
     assert first["revived"] == second["revived"] > 0
-    for name in ("updated", "use", "codebook"):
+    for name in ("updated", "ema_cluster_size", "codebook"):
         assert torch.equal(first[name], second[name]), name
 
 
@@ -142,8 +145,8 @@ def test_start_from_gives_every_code_a_vector_of_its_own():
     quantizer.initialize_from(vectors, seeded())
     assert len(torch.unique(quantizer.codebook, dim=0)) == 50
     assert torch.cdist(quantizer.codebook, vectors).amin(dim=1).max() < 1e-3  # each is an encoder output
-    assert torch.equal(quantizer.use, torch.ones(50))
-    assert torch.equal(quantizer.total, quantizer.codebook)
+    assert torch.equal(quantizer.ema_cluster_size, torch.ones(50))
+    assert torch.equal(quantizer.ema_sum, quantizer.codebook)
 
 
 def test_start_from_fewer_vectors_than_codes_uses_them_all():
@@ -156,15 +159,15 @@ def test_start_from_fewer_vectors_than_codes_uses_them_all():
 def test_revive_puts_dead_codes_on_badly_served_vectors_and_leaves_the_others():
     quantizer = make(4, 2)
     quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [50.0, 0.0], [60.0, 0.0]]))
-    quantizer.use.copy_(torch.tensor([5.0, 5.0, 0.001, 0.0]))
-    quantizer.total.copy_(quantizer.codebook * quantizer.use.unsqueeze(1))
+    quantizer.ema_cluster_size.copy_(torch.tensor([5.0, 5.0, 0.001, 0.0]))
+    quantizer.ema_sum.copy_(quantizer.codebook * quantizer.ema_cluster_size.unsqueeze(1))
     well_served = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).repeat(100, 1)
     badly_served = torch.tensor([[-8.0, 3.0], [2.0, 9.0]])
     assert quantizer.restart_dead_codes(torch.cat([well_served, badly_served]), 0.01, seeded()) == 2
     assert torch.equal(quantizer.codebook[:2], torch.tensor([[0.0, 0.0], [1.0, 0.0]]))
     assert sorted(quantizer.codebook[2:].tolist()) == badly_served.tolist()
-    torch.testing.assert_close(quantizer.use, torch.tensor([5.0, 5.0, 0.02, 0.02]))
-    torch.testing.assert_close(quantizer.total[2:], quantizer.codebook[2:] * 0.02)
+    torch.testing.assert_close(quantizer.ema_cluster_size, torch.tensor([5.0, 5.0, 0.02, 0.02]))
+    torch.testing.assert_close(quantizer.ema_sum[2:], quantizer.codebook[2:] * 0.02)
 
 
 def test_revive_has_nothing_to_do_where_all_is_well_served_or_no_code_is_dead():
@@ -173,7 +176,7 @@ def test_revive_has_nothing_to_do_where_all_is_well_served_or_no_code_is_dead():
     assert (
         quantizer.restart_dead_codes(quantizer.codebook.repeat(4, 1), 0.01, seeded()) == 0
     )  # all dead, all vectors exact
-    quantizer.use.fill_(1.0)
+    quantizer.ema_cluster_size.fill_(1.0)
     assert quantizer.restart_dead_codes(torch.randn(20, 2, generator=seeded(1)), 0.01, seeded()) == 0
     assert torch.equal(quantizer.codebook, before)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.quantizer import RENAMED_AVERAGES
 from cogview.vqvae.training import VQVAETrainer, VQVAETrainingSettings, evaluate_vqvae, reconstruction_loss
 
 CONFIG = VQVAEConfig(
@@ -50,8 +51,21 @@ def test_steps_equal_half_of_them_and_the_rest_after_a_restart(half):
     assert run(second, half, 12) == figures[half:]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
-    assert torch.equal(whole.model.quantizer.use, second.model.quantizer.use)
-    assert torch.equal(whole.model.quantizer.total, second.model.quantizer.total)
+    assert torch.equal(whole.model.quantizer.ema_cluster_size, second.model.quantizer.ema_cluster_size)
+    assert torch.equal(whole.model.quantizer.ema_sum, second.model.quantizer.ema_sum)
+
+
+def test_vqvae_trainer_loads_former_names_of_the_averages():
+    """The state of a run that an earlier version began."""
+    first, second = VQVAETrainer(CONFIG, SETTINGS, CPU), VQVAETrainer(CONFIG, SETTINGS, CPU)
+    run(first, 0, 6)
+    state = first.state()
+    for old, name in RENAMED_AVERAGES.items():
+        state[old] = state.pop(name)
+    second.load(state)
+    assert first.model.quantizer.ema_sum.any()
+    for name in RENAMED_AVERAGES.values():
+        assert torch.equal(second.model.quantizer.get_buffer(name), first.model.quantizer.get_buffer(name)), name
 
 
 def test_the_codebook_starts_after_the_warm_up_from_its_last_outputs():
