@@ -1,187 +1,142 @@
-"""The table of tasks: how text, image codes and commands stand in one sequence.
+"""Layouts: a task's row of the table at one grid, which ``Layout.arrange`` fills with values.
 
-A task is a row: what is given, what is blank, which ids a blank may take, where positions restart, where loss counts.
-Training, generation, scoring and the tests all derive from the row, which ``Layout.arrange`` fills with values.
-The rows are those of the released CogView v1 (arXiv:2105.13290), for any code grid.
+The result, a ``TokenSequence``, says at each index which id stands there, at which position, of which kind, whether it
+is blank and whether training learns it. Training, generation, scoring and memory planning all start from it.
 """
 
-# T places of a sequence, B rows of a batch, G codes on a side of an image
-
+# T indices of a sequence, G codes on a side of an image
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Final, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cogview.tokenizers.tasks import GRID, TASKS, Blank, Element, ImageElement, RestartPositions, TextElement
 from cogview.tokenizers.vocabulary import GRID_COMMANDS, TokenKind, Vocabulary
 
 Values: TypeAlias = Sequence[int | None] | NDArray[Any]
 
 
-@dataclass(frozen=True)
-class Text:
-    """Text pieces, as many as there are. ``loss``: whether training learns to write them."""
-
-    name: str
-    loss: bool = False
-
-    kind = TokenKind.TEXT
-
-
-@dataclass(frozen=True)
-class Image:
-    """An image of ``side`` x ``side`` codes in raster order. ``loss``: whether training learns to draw it."""
-
-    name: str
-    side: int
-    loss: bool = False
-
-    kind = TokenKind.IMAGE
-
-
-@dataclass(frozen=True)
-class Blank:
-    """What is unknown, wholly or in places, when the row is generated; training knows it.
-
-    ``stop`` is the command that ends a blank text: training learns it after the last piece, and a generated text
-    is over where it is drawn.
-    """
-
-    content: Text | Image
-    stop: str | None = None
-
-
-@dataclass(frozen=True)
-class RestartPositions:
-    """Positions count from 0 again at the next place."""
-
-
-RESTART_POSITIONS: Final = RestartPositions()
-
-Element: TypeAlias = str | Text | Image | Blank | RestartPositions  # a str is a command
-
-
 def layouts(grid: int, *, caption_stop: bool = True, text_positions: int | None = None) -> dict[str, Layout]:
-    """The table for images of ``grid`` x ``grid`` codes.
+    """Return the layout of each task that has one, for images of ``grid`` x ``grid`` codes.
 
-    ``generate`` draws a text, ``caption`` describes an image, ``score`` says how probable a text is given an image,
-    and two tasks draw ``image`` after ``small``, which has half its side: ``upscale`` one window of a larger image from
-    the crop that it covers (``upscale_windows``), ``low_level`` a whole image from a small one.
+    Args:
+        grid: G. The command that announces it stands before every image of a sequence, even a smaller one: so does
+            CogView v1.
+        caption_stop: Whether captions end in a stop token. The weights of CogView v1 never learnt to.
+        text_positions: Positions that a given text takes, whatever its length, so that every code of an image has one
+            position. None: positions go on where the text ends, as in CogView v1.
 
-    ``caption_stop``: whether captions end in ``[SEP]``. Those that we train do; the released weights never learnt to.
-    ``text_space``: how many positions a given text takes, whatever its length, so that every code of an image has a
-    position of its own. In the released rows (None) positions go on where the text ends.
+    Returns:
+        Layouts by the names of their tasks.
+
+    Raises:
+        ValueError: If no command announces an image of that grid.
     """
     if grid not in GRID_COMMANDS:
         raise ValueError(f"no layouts for a grid of {grid} codes; known: {', '.join(map(str, GRID_COMMANDS))}")
-    size = GRID_COMMANDS[grid]  # announces every image of a row, even the small one: so it was released
-    image, small = Image("image", grid), Image("small", grid // 2)
-    drawn = replace(image, loss=True)
-    text, written = Text("text"), Text("text", loss=True)
-    caption = Blank(written, stop="[SEP]" if caption_stop else None)
 
-    enlarged = (
-        *("[ROI1]", text, size, "[BOI1]", small, "[EOI1]", RESTART_POSITIONS),
-        *("[ROI2]", "[POS0]", size, "[BOI2]", Blank(drawn), "[EOI2]"),
-    )
-    rows: dict[str, tuple[Element, ...]] = {
-        "generate": ("[ROI1]", written, size, "[BOI1]", Blank(drawn), "[EOI1]"),
-        "caption": (size, "[BOI1]", image, "[EOI1]", "[ROI1]", caption),
-        "score": (size, "[BOI1]", image, "[EOI1]", "[ROI1]", written),
-        "upscale": enlarged,
-        "low_level": enlarged,
+    def at_grid(element: Element) -> Element:
+        if isinstance(element, Blank) and not caption_stop:
+            return replace(element, stop=None)
+        return GRID_COMMANDS[grid] if element == GRID else element
+
+    return {
+        name: Layout(name=name, elements=tuple(map(at_grid, task.layout)), grid=grid, text_positions=text_positions)
+        for name, task in TASKS.items()
+        if task.layout
     }
-    return {name: Layout(name=name, row=row, text_positions=text_positions) for name, row in rows.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One row of the table."""
+    """How the sequence of one task is laid out at one grid."""
 
     name: str
-    row: tuple[Element, ...]
+    elements: tuple[Element, ...]
+    grid: int
     text_positions: int | None = None  # positions that a given text takes; None: as many as it has pieces
 
     def arrange(self, vocabulary: Vocabulary, *, max_text: int | None = None, **values: Values) -> TokenSequence:
-        """Fill the row with values, named after its elements: piece ids for a text, codes for an image.
+        """Fill the layout with values.
 
-        Both count from 0; the vocabulary's offsets are added here. Images are flat or two-dimensional. A blank element
-        may be missing, shorter than its space, hold None where a value is unknown, or be a masked array: those places
-        are blank. ``max_text`` is the space for a blank text; without it, the text given is all there is.
+        Args:
+            vocabulary: Gives the ids of commands, and the offsets of pieces and codes.
+            max_text: Indices for a blank text. Without it, the text given is complete.
+            **values: Piece ids of a text, or codes of an image (flat or two-dimensional), by the name of the element.
+                Both count from 0. Values of a blank element may be missing, shorter than its space, hold None where
+                one is unknown, or be a masked array: those indices are blank.
 
-        Raises ValueError naming the layout and the element for whatever doesn't fit.
+        Returns:
+            The sequence.
+
+        Raises:
+            ValueError: If values are missing, too many, out of range or of no element. The message names the layout
+                and the element.
         """
         contents = self._contents()
         for name in values.keys() - contents.keys():
             raise ValueError(f"layout {self.name!r} has no element {name!r}; it has {', '.join(contents)}")
-        if max_text is not None and not any(isinstance(e, Blank) and isinstance(e.content, Text) for e in self.row):
+        if max_text is not None and not any(
+            isinstance(e, Blank) and isinstance(e.content, TextElement) for e in self.elements
+        ):
             raise ValueError(f"layout {self.name!r} has no blank text for max_text={max_text} to bound")
 
-        parts: list[_Part] = []
-        positions: list[NDArray[np.int64]] = []
-        spans: dict[str, slice] = {}
+        segments: list[_Segment] = []
         position, end, stop = 0, 0, None
-        for element in self.row:
+        spans: dict[str, slice] = {}
+        for element in self.elements:
             if isinstance(element, RestartPositions):
                 position = 0
             elif isinstance(element, str):
-                parts.append(_Part.of_command(vocabulary.command(element), TokenKind.COMMAND, loss=False))
-                positions.append(np.arange(position, position + 1))
+                segments.append(_Segment.of_command(vocabulary.command(element), position))
                 position, end = position + 1, end + 1
             else:
-                blank = isinstance(element, Blank)
                 content = element.content if isinstance(element, Blank) else element
-                parts.append(self._fill(content, values.get(content.name), blank, max_text, vocabulary))
-                length = len(parts[-1].ids)
-                positions.append(np.arange(position, position + length))
+                given = values.get(content.name)
+                segments.append(self._fill(element, given, max_text, vocabulary, position))
+                length = len(segments[-1].ids)
                 spans[content.name] = slice(end, end + length)
-                position, end = position + self._element_positions(element, length), end + length
-                if isinstance(element, Blank) and element.stop:
+                position, end = position + self._positions_of(element, length), end + length
+                if isinstance(element, Blank) and element.stop:  # sampled and learnt as text is
                     stop = vocabulary.command(element.stop)
-                    parts.append(
-                        _Part.of_command(stop, TokenKind.TEXT, loss=content.loss)
-                    )  # drawn and learnt as text is
-                    positions.append(np.arange(position, position + 1))
+                    segments.append(_Segment.of_command(stop, position, TokenKind.TEXT, loss=content.loss))
                     position, end = position + 1, end + 1
-
-        return TokenSequence(
-            ids=np.concatenate([part.ids for part in parts]),
-            positions=np.concatenate(positions),
-            kinds=np.concatenate([np.full(len(part.ids), part.kind, dtype=np.int8) for part in parts]),
-            blanks=np.concatenate([part.blanks for part in parts]),
-            loss=np.concatenate([np.full(len(part.ids), part.loss) for part in parts]),
-            spans=spans,
-            stop=stop,
-        )
+        return _concatenate(segments, spans, stop)
 
     def length(self, text_length: int) -> int:
-        """How many places the row has with a text of ``text_length`` pieces."""
+        """Return the length of a sequence whose text has ``text_length`` pieces."""
         return sum(replace(self, text_positions=None)._section_positions(text_length))
 
     def max_position(self, text_length: int) -> int:
-        """How many positions the model must know for that: fewer than the places where the row restarts."""
+        """Return the positions that the model must know for that: fewer than tokens, where positions restart."""
         return max(self._section_positions(text_length))
 
     def longest_text(self, max_positions: int) -> int:
-        """The longest text, in pieces, that keeps the row within ``max_positions``; ValueError if no text fits."""
-        bare, with_piece = self._section_positions(0), self._section_positions(1)
-        if max(bare) > max_positions:
+        """Return the length of the longest text, in pieces, that keeps the sequence within ``max_positions``.
+
+        Raises:
+            ValueError: If not even an empty text fits.
+        """
+        empty, with_piece = self._section_positions(0), self._section_positions(1)
+        if max(empty) > max_positions:
             raise ValueError(
-                f"layout {self.name!r} needs {max(bare)} positions without any text, there are {max_positions}"
+                f"layout {self.name!r} needs {max(empty)} positions without any text, there are {max_positions}"
             )
-        grows = [max_positions - a for a, b in zip(bare, with_piece, strict=True) if a < b]
-        return min(grows) if grows else self.text_positions or 0
+        growing = [max_positions - a for a, b in zip(empty, with_piece, strict=True) if a < b]
+        return min(growing) if growing else self.text_positions or 0
 
-    def _contents(self) -> dict[str, Text | Image]:
-        contents = [e.content if isinstance(e, Blank) else e for e in self.row if isinstance(e, Text | Image | Blank)]
-        return {content.name: content for content in contents}
+    def _contents(self) -> dict[str, TextElement | ImageElement]:
+        """Return the texts and images by name."""
+        found = [element.content if isinstance(element, Blank) else element for element in self.elements]
+        return {one.name: one for one in found if isinstance(one, TextElement | ImageElement)}
 
-    def _element_positions(self, element: Element, length: int) -> int:
-        """How many positions a text or image of ``length`` places takes."""
-        if not isinstance(element, Text) or self.text_positions is None:
+    def _positions_of(self, element: Element, length: int) -> int:
+        """Return the positions that a text or image of ``length`` tokens takes."""
+        if not isinstance(element, TextElement) or self.text_positions is None:
             return length
         if length > self.text_positions:
             raise ValueError(
@@ -190,16 +145,16 @@ class Layout:
         return self.text_positions
 
     def _section_positions(self, text_length: int) -> list[int]:
-        """Positions before the first restart, between restarts, and after the last."""
+        """Return the positions before the first restart, between restarts, and after the last."""
         lengths = [0]
-        for element in self.row:
+        for element in self.elements:
             content = element.content if isinstance(element, Blank) else element
             if isinstance(content, RestartPositions):
                 lengths.append(0)
-            elif isinstance(content, Text):
-                lengths[-1] += self._element_positions(element, text_length)
-            elif isinstance(content, Image):
-                lengths[-1] += content.side**2
+            elif isinstance(content, TextElement):
+                lengths[-1] += self._positions_of(element, text_length)
+            elif isinstance(content, ImageElement):
+                lengths[-1] += content.side(self.grid) ** 2
             else:
                 lengths[-1] += 1
             if isinstance(element, Blank) and element.stop:
@@ -207,152 +162,116 @@ class Layout:
         return lengths
 
     def _fill(
-        self, content: Text | Image, values: Values | None, blank: bool, max_text: int | None, vocabulary: Vocabulary
-    ) -> _Part:
-        """The places of one text or image."""
+        self,
+        element: TextElement | ImageElement | Blank,
+        values: Values | None,
+        max_text: int | None,
+        vocabulary: Vocabulary,
+        position: int,
+    ) -> _Segment:
+        """Return the tokens of one text or image, which begins at ``position``."""
+        blank = isinstance(element, Blank)
+        content = element.content if isinstance(element, Blank) else element
         where = f"layout {self.name!r}: {content.name!r}"
-        known, unknown = _numbers([] if values is None else values, where)
-        space = content.side**2 if isinstance(content, Image) else max_text if blank else None
-        unit = "codes" if isinstance(content, Image) else "pieces"
-
+        is_image = isinstance(content, ImageElement)
+        space = content.side(self.grid) ** 2 if isinstance(content, ImageElement) else max_text if blank else None
+        unit = "codes" if is_image else "pieces"
         if values is None and (not blank or space is None):
             remedy = " or max_text" if blank else ""
             raise ValueError(f"{where} is missing: expected {'' if space is None else f'{space} '}{unit}{remedy}")
-        if not blank and (unknown.any() or (space is not None and len(known) < space)):
-            expected = len(known) if space is None else space
-            raise ValueError(f"{where} must be known in full: got {(~unknown).sum()} {unit}, expected {expected}")
-        if space is not None and len(known) > space:
-            raise ValueError(f"{where} has {len(known)} {unit}, there is space for {space}")
-        permitted = vocabulary.permitted(content.kind)
-        outside = ~unknown & ((known < 0) | (known >= len(permitted)))
-        if outside.any():
-            at = int(outside.argmax())
-            raise ValueError(f"{where} holds {known[at]} at {at}, expected {unit} from 0 to {len(permitted) - 1}")
 
+        known, unknown = _flatten([] if values is None else values, where)
+        permitted = vocabulary.permitted(content.kind)
+        _check_values(known, unknown, len(permitted), space, unit, where, blank=blank)
         length = len(known) if space is None else space
         ids = np.full(length, vocabulary.pad, dtype=np.int64)
         blanks = np.ones(length, dtype=bool)
         ids[: len(known)] = np.where(unknown, vocabulary.pad, known + permitted.start)
         blanks[: len(known)] = unknown
-        return _Part(ids=ids, blanks=blanks, kind=content.kind, loss=content.loss)
+        return _Segment(ids=ids, blanks=blanks, kind=content.kind, loss=content.loss, position=position)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenSequence:
-    """A row filled with values. Arrays are (T,), one entry per place."""
+    """A layout filled with values. Arrays are (T,), one entry per token."""
 
     ids: NDArray[np.int64]  # [PAD] where blank
     positions: NDArray[np.int64]
-    kinds: NDArray[np.int8]  # Kind of each place; ``Vocabulary.permitted`` says which ids it may take
+    kinds: NDArray[np.int8]  # TokenKind; ``Vocabulary.permitted`` has the ids that a token of a kind may take
     blanks: NDArray[np.bool_]  # to be generated
-    loss: NDArray[np.bool_]  # learnt in training: the loss of predicting this place from those before it
-    spans: Mapping[str, slice]  # where each text or image lies
-    stop: int | None = None  # an id that blank text may take besides pieces, and which ends it
+    loss: NDArray[np.bool_]  # learnt in training: the loss of predicting this token from those before it counts
+    spans: Mapping[str, slice]  # indices of each text or image
+    stop: int | None = None  # id that a blank text may take besides pieces, and that ends it
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def truncate(self, length: int) -> TokenSequence:
-        """The first ``length`` places, for example those of an upscaling window up to its last line."""
+        """Return the first ``length`` tokens, for example those of an upscaling window up to its last line."""
         arrays = {f.name: getattr(self, f.name)[:length] for f in fields(self) if f.name not in ("spans", "stop")}
         spans = {name: slice(min(s.start, length), min(s.stop, length)) for name, s in self.spans.items()}
         return replace(self, spans=spans, **arrays)
 
     def until_last_blank(self) -> TokenSequence:
-        """The row up to its last blank, all that has to be read to fill it; its first place where it has none."""
+        """Return the sequence up to its last blank, or its first token if it has none: the model reads no further."""
         return self.truncate(int(np.flatnonzero(self.blanks)[-1]) + 1 if self.blanks.any() else 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class SequenceBatch:
-    """Rows of different lengths, padded to one. Arrays are (B, T) unless said; padding is no blank and has no loss."""
-
-    ids: NDArray[np.int64]
-    positions: NDArray[np.int64]  # 0 in padding
-    kinds: NDArray[np.int8]  # COMMAND in padding
-    blanks: NDArray[np.bool_]
-    loss: NDArray[np.bool_]
-    starts: NDArray[np.int64]  # (B,) where each row begins: the padding on its left
-    ends: NDArray[np.int64]  # (B,) where each row ends: what follows is padding
-
-
-def pad_left(rows: Sequence[TokenSequence], pad_id: int) -> SequenceBatch:
-    """A batch whose rows all end at the last place, for generation."""
-    return _pad(rows, pad_id, length=None, on_left=True)
-
-
-def pad_right(rows: Sequence[TokenSequence], pad_id: int, length: int | None = None) -> SequenceBatch:
-    """A batch whose rows all begin at the first place, for training; ``length`` fixes T, else the longest row does."""
-    return _pad(rows, pad_id, length=length, on_left=False)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Window:
-    """One step of upscaling G x G codes to 2G x 2G: a G x G window of the larger image, at half-window steps.
-
-    Codes already known in the window are given; the others of its first ``lines`` lines are drawn, in raster order.
-    """
-
-    row: int  # 0, 1, 2 from above
-    column: int  # 0, 1, 2 from the left
-    lines: int
-    grid: int
-
-    @property
-    def source(self) -> tuple[slice, slice]:
-        """The (G/2, G/2) crop of the G x G codes that conditions the window."""
-        side = self.grid // 2
-        top, left = self.row * side // 2, self.column * side // 2
-        return slice(top, top + side), slice(left, left + side)
-
-    @property
-    def target(self) -> tuple[slice, slice]:
-        """The (lines, G) part of the 2G x 2G codes that is complete after this window."""
-        top, left = self.row * self.grid // 2, self.column * self.grid // 2
-        return slice(top, top + self.lines), slice(left, left + self.grid)
-
-
-def upscale_windows(grid: int) -> list[Window]:
-    """The nine windows that upscale ``grid`` x ``grid`` codes, in the released order.
-
-    Lines stop short of a window's end where a later window sees further down: at 18 and 30 of 32, and in proportion.
-    """
-    if grid not in GRID_COMMANDS:
-        raise ValueError(f"no windows for a grid of {grid} codes; known: {', '.join(map(str, GRID_COMMANDS))}")
-    first, middle, last = grid // 2 + -(-grid // 16), grid - grid // 16, grid
-    order = (
-        *((0, 0, first), (0, 1, middle), (0, 2, middle)),
-        *((1, 1, middle), (1, 0, middle), (1, 2, middle)),
-        *((2, 0, last), (2, 1, last), (2, 2, last)),
-    )
-    return [Window(row=row, column=column, lines=lines, grid=grid) for row, column, lines in order]
-
-
-def upscale_steps(grid: int) -> list[list[Window]]:
-    """``upscale_windows``, those together that may be drawn side by side.
-
-    Neither of (0,2) and (1,1) sees what the other draws, nor of (1,0) and (1,2).
-    """
-    windows = upscale_windows(grid)
-    return [*([window] for window in windows[:2]), windows[2:4], windows[4:6], *([window] for window in windows[6:])]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Part:
-    """A run of places of one kind."""
+class _Segment:
+    """Consecutive tokens of one kind."""
 
     ids: NDArray[np.int64]
     blanks: NDArray[np.bool_]
     kind: TokenKind
     loss: bool
+    position: int  # of the first
 
     @classmethod
-    def of_command(cls, token: int, kind: TokenKind, *, loss: bool) -> _Part:
-        return cls(ids=np.array([token]), blanks=np.array([False]), kind=kind, loss=loss)
+    def of_command(
+        cls, token: int, position: int, kind: TokenKind = TokenKind.COMMAND, *, loss: bool = False
+    ) -> _Segment:
+        """Return a segment of one known token."""
+        return cls(ids=np.array([token]), blanks=np.array([False]), kind=kind, loss=loss, position=position)
 
 
-def _numbers(values: Values, where: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Values as flat numbers, and which of them are unknown (None, or masked)."""
+def _concatenate(segments: Sequence[_Segment], spans: Mapping[str, slice], stop: int | None) -> TokenSequence:
+    """Return the sequence of ``segments``."""
+    return TokenSequence(
+        ids=np.concatenate([one.ids for one in segments]),
+        positions=np.concatenate([np.arange(one.position, one.position + len(one.ids)) for one in segments]),
+        kinds=np.concatenate([np.full(len(one.ids), one.kind, dtype=np.int8) for one in segments]),
+        blanks=np.concatenate([one.blanks for one in segments]),
+        loss=np.concatenate([np.full(len(one.ids), one.loss) for one in segments]),
+        spans=spans,
+        stop=stop,
+    )
+
+
+def _check_values(
+    known: NDArray[np.int64],
+    unknown: NDArray[np.bool_],
+    num_permitted: int,
+    space: int | None,
+    unit: str,
+    where: str,
+    *,
+    blank: bool,
+) -> None:
+    """Raise ValueError unless values fit their element."""
+    if not blank and (unknown.any() or (space is not None and len(known) < space)):
+        expected = len(known) if space is None else space
+        raise ValueError(f"{where} must be known in full: got {(~unknown).sum()} {unit}, expected {expected}")
+    if space is not None and len(known) > space:
+        raise ValueError(f"{where} has {len(known)} {unit}, there is space for {space}")
+    outside = ~unknown & ((known < 0) | (known >= num_permitted))
+    if outside.any():
+        index = int(outside.argmax())
+        raise ValueError(f"{where} holds {known[index]} at {index}, expected {unit} from 0 to {num_permitted - 1}")
+
+
+def _flatten(values: Values, where: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return values as a flat array, and which of them are unknown (None, or masked)."""
     try:
         flat = np.asarray(values).reshape(-1)
     except ValueError:  # lines of different lengths
@@ -370,27 +289,3 @@ def _numbers(values: Values, where: str) -> tuple[NDArray[np.int64], NDArray[np.
     numbers = np.zeros(len(flat), dtype=np.int64)
     numbers[~unknown] = flat[~unknown].astype(np.int64)
     return numbers, unknown
-
-
-def _pad(rows: Sequence[TokenSequence], pad_id: int, *, length: int | None, on_left: bool) -> SequenceBatch:
-    if not rows:
-        raise ValueError("a batch needs at least one row")
-    longest = max(map(len, rows))
-    if length is not None and longest > length:
-        raise ValueError(f"a row of {longest} places doesn't fit a batch of length {length}")
-    shape = (len(rows), longest if length is None else length)
-    starts = np.array([shape[1] - len(row) if on_left else 0 for row in rows])
-    ends = starts + np.array([len(row) for row in rows])
-    batch = SequenceBatch(
-        ids=np.full(shape, pad_id, dtype=np.int64),
-        positions=np.zeros(shape, dtype=np.int64),
-        kinds=np.full(shape, TokenKind.COMMAND, dtype=np.int8),
-        blanks=np.zeros(shape, dtype=bool),
-        loss=np.zeros(shape, dtype=bool),
-        starts=starts,
-        ends=ends,
-    )
-    for name in ("ids", "positions", "kinds", "blanks", "loss"):
-        for b, row in enumerate(rows):
-            getattr(batch, name)[b, starts[b] : ends[b]] = getattr(row, name)
-    return batch

@@ -31,7 +31,8 @@ from cogview.generation.token_sampler import (
     special_token_mask,
 )
 from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.layouts import SequenceBatch, TokenSequence, pad_left, pad_right
+from cogview.tokenizers.batching import SequenceBatch, pad_left, pad_right
+from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from cogview.kernels.attention import attention_bias
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.layouts import SequenceBatch
+from cogview.tokenizers.batching import SequenceBatch
 
 # From this share of all keys and values on, beginnings that rows have in common are kept once for all of them. That
 # takes more operations than looking at a copy for each row.

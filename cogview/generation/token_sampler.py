@@ -13,7 +13,8 @@ from torch import Tensor
 from cogview.device import float64_of
 from cogview.generation.sampling import Sampling, noise_keys, sample
 from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.layouts import SequenceBatch, TokenSequence
+from cogview.tokenizers.batching import SequenceBatch
+from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
 

@@ -38,9 +38,10 @@ from cogview.modeling.transformer import Transformer
 from cogview.pipeline.bundle import Bundle
 from cogview.planning.batches import BatchPlanner
 from cogview.planning.inference import beam_search_bytes, decode_bytes, image_bytes, score_bytes, smaller_formats
-from cogview.tokenizers.layouts import Layout, TokenSequence, Window, upscale_steps
+from cogview.tokenizers.layouts import Layout, TokenSequence
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
+from cogview.tokenizers.windows import Window, upscale_steps
 from cogview.vqvae.codec import to_float, to_uint8
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE
 

@@ -44,8 +44,10 @@ from cogview.kernels.linear import (
     linear,
 )
 from cogview.modeling.config import PROJECTIONS, TransformerConfig
-from cogview.tokenizers.layouts import TokenSequence, pad_left, upscale_windows
+from cogview.tokenizers.batching import pad_left
+from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
+from cogview.tokenizers.windows import upscale_windows
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
 
 TASKS = ("generate", "caption", "upscale", "low_level", "score")

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.signals import worker_init
-from cogview.tokenizers.layouts import TokenSequence, upscale_windows
+from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind
+from cogview.tokenizers.windows import upscale_windows
 from cogview.training.distributed import DistributedContext
 from cogview.training.settings import TransformerTraining
 

@@ -48,7 +48,8 @@ from cogview.device import choose_placement
 from cogview.generation.decode import decode, score
 from cogview.generation.token_sampler import DecodingRequest
 from cogview.pipeline.cogview import CogView
-from cogview.tokenizers.layouts import TokenSequence, pad_right
+from cogview.tokenizers.batching import pad_right
+from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 

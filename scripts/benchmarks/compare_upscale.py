@@ -37,7 +37,7 @@ from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
 from cogview.generation.sampling import GREEDY, Sampling
 from cogview.pipeline.cogview import CogView, GeneratedImage, GenerationRequest
-from cogview.tokenizers.layouts import upscale_windows
+from cogview.tokenizers.windows import upscale_windows
 
 PROMPTS = ("一个红苹果", "蓝色背景上的三只狐狸", "一辆汽车", "狗在猫的左边")
 # Of pictures drawn greedily. Where two codes are equally probable up to rounding, a picture may go two ways.

@@ -20,7 +20,7 @@ from cogview.emoji.evaluation.scenes import SceneGrader, format_accuracy, held_o
 from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import check_world, draw_captions
 from cogview.pipeline.cogview import CogView
-from cogview.tokenizers.layouts import pad_right
+from cogview.tokenizers.batching import pad_right
 from cogview.vqvae.codec import to_float
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")

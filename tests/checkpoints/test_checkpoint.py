@@ -121,7 +121,7 @@ def test_config_is_written_whole(model, tmp_path):
     )
     save_model(tmp_path, dataclasses.replace(model, config=config))
     assert read_config(tmp_path) == config
-    assert config.layouts["caption"].row[-1].stop is None
+    assert config.layouts["caption"].elements[-1].stop is None
 
 
 def test_image_tokenizer_has_a_folder_of_its_own(model, tmp_path):
@@ -271,7 +271,7 @@ def test_text_model_of_another_size(folder, model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ["generate", "dance"]}, "task 'dance' is unknown; known: generate, caption, score, upscale"),
+        ({"tasks": ["generate", "dance"]}, "task 'dance' is unknown; known: generate, caption, upscale, low_level, score"),
         ({"grid": 9}, "no layouts for a grid of 9 codes; known: 8, 16, 32, 64"),
         ({"transformer__vocabulary_size": 128}, "rows, the transformer 128"),
         ({"transformer__num_heads": 5}, "transformer: width 32 does not divide into 5 heads"),

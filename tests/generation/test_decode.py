@@ -14,7 +14,8 @@ from cogview.kernels.attention import attention_bias
 from cogview.kernels.dispatch import select_backend
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.layouts import layouts, pad_left
+from cogview.tokenizers.batching import pad_left
+from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
 VOCABULARY = Vocabulary(num_image_codes=64, num_text_pieces=37)

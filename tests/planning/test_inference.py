@@ -40,8 +40,9 @@ from cogview.planning.inference import (
     smaller_formats,
     workspace_bytes,
 )
-from cogview.tokenizers.layouts import layouts, upscale_windows
+from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.tokenizers.windows import upscale_windows
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 IMAGE = VQVAEConfig(channels=(8, 8, 16), num_codes=300, code_width=4)

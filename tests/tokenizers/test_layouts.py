@@ -8,8 +8,10 @@ compared when this was written. Here stand the ids of texts and commands; the co
 import numpy as np
 import pytest
 
-from cogview.tokenizers.layouts import TokenSequence, layouts, pad_left, pad_right, upscale_steps, upscale_windows
+from cogview.tokenizers.batching import pad_left, pad_right
+from cogview.tokenizers.layouts import TokenSequence, layouts
 from cogview.tokenizers.vocabulary import GRID_COMMANDS, TokenKind, Vocabulary
+from cogview.tokenizers.windows import upscale_steps, upscale_windows
 
 RELEASED = Vocabulary()
 CAT_ON_SILL = [15955, 32637, 44506, 3500, 44893, 9388]  # 一只可爱的小猫坐在窗台上, in released pieces
@@ -303,7 +305,7 @@ def test_padding_changes_no_row():
 def test_errors_of_batches():
     with pytest.raises(ValueError, match="a batch needs at least one row"):
         pad_left([], SMALL.pad)
-    with pytest.raises(ValueError, match="a row of 71 places doesn't fit a batch of length 70"):
+    with pytest.raises(ValueError, match="a sequence of 71 tokens does not fit a batch of length 70"):
         pad_right([tiny("generate", text=RED_APPLE)], SMALL.pad, 70)
 
 

@@ -24,7 +24,7 @@ from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import check_world, describe
 from cogview.generation.sampling import Sampling
 from cogview.pipeline.cogview import CogView
-from cogview.tokenizers.layouts import upscale_windows
+from cogview.tokenizers.windows import upscale_windows
 from cogview.vqvae.codec import reconstruct
 from cogview.vqvae.model import PIXELS_PER_CODE
 

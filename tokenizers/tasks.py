@@ -1,0 +1,305 @@
+"""The table of tasks: one row for each thing that the model can do.
+
+A row says how text, image codes and commands stand in one sequence, what a request and a training row must bring, and
+what comes out. Layouts, loss masks, training examples, memory plans, job files and commands are derived from it. A new
+task is a row of its own, added by ``register_task``. The layouts are those of CogView v1 (arXiv:2105.13290).
+"""
+
+# G codes on a side of the model's images
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final, Literal, TypeAlias
+
+from cogview.tokenizers.vocabulary import TokenKind
+
+GRID: Final = "[GRID]"  # in a layout: the command that announces the model's grid, such as [BASE] for 32 x 32 codes
+
+
+@dataclass(frozen=True)
+class TextElement:
+    """Text pieces of any number.
+
+    Attributes:
+        name: Name of its values, in ``Layout.arrange`` and in the rows of a store.
+        loss: Whether training learns to write them.
+    """
+
+    name: str
+    loss: bool = False
+
+    kind = TokenKind.TEXT
+
+    @property
+    def field(self) -> str:
+        """Field of a store's row that holds the pieces."""
+        return self.name
+
+
+@dataclass(frozen=True)
+class ImageElement:
+    """A square of image codes in raster order.
+
+    Attributes:
+        name: Name of its values in ``Layout.arrange``.
+        scale: Its side over G.
+        loss: Whether training learns to generate it.
+        stored: Field of a store's row that holds the codes, by default ``name``. In a windowed task, the field holds
+            the whole image, and the element is the part of it that belongs to a window.
+    """
+
+    name: str
+    scale: float = 1.0
+    loss: bool = False
+    stored: str = ""
+
+    kind = TokenKind.IMAGE
+
+    @property
+    def field(self) -> str:
+        """Field of a store's row that holds the codes."""
+        return self.stored or self.name
+
+    def side(self, grid: int) -> int:
+        """Return the codes on its side for images of ``grid`` x ``grid`` codes."""
+        return round(self.scale * grid)
+
+
+@dataclass(frozen=True)
+class Blank:
+    """An element that is unknown, wholly or in part, when a sequence is generated. Training knows it.
+
+    Attributes:
+        content: The text or image.
+        stop: Command that ends a blank text: training learns it after the last piece, and a generated text ends there.
+    """
+
+    content: TextElement | ImageElement
+    stop: str | None = None
+
+
+@dataclass(frozen=True)
+class RestartPositions:
+    """A mark in a layout: positions count from 0 again at the next index."""
+
+
+RESTART_POSITIONS: Final = RestartPositions()
+
+Element: TypeAlias = str | TextElement | ImageElement | Blank | RestartPositions  # a str is a command
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One row of the table.
+
+    Attributes:
+        name: Name in recipes, configs, job files and messages.
+        layout: Elements of its sequence. Empty: that of ``trained_as``.
+        inputs: Keys that a request must bring, as job files name them: ``prompt``, ``image``, ``rows``.
+        output: Whether an image or a text comes out.
+        activity: Present participle for progress bars and logs, such as ``upscaling``.
+        trained_as: Task whose weights do this one. Empty: its own, so that training and configs know it by name.
+        windowed: Whether the output is twice as large as the given image and generated in nine overlapping windows
+            (``windows.upscale_windows``). The layout is that of one window.
+        command: Command of ``cogview`` that does it, with its flags.
+        in_jobs: Whether job files may name it.
+        v1_model: Published model of CogView v1 that was trained for it: ``base``, ``caption`` or ``sr``.
+    """
+
+    name: str
+    layout: tuple[Element, ...] = ()
+    inputs: tuple[str, ...]
+    output: Literal["image", "text"]
+    activity: str
+    trained_as: str = ""
+    windowed: bool = False
+    command: str = ""
+    in_jobs: bool = True
+    v1_model: str = ""
+
+    @property
+    def weights(self) -> str:
+        """Name of the task whose weights do this one."""
+        return self.trained_as or self.name
+
+    @property
+    def contents(self) -> dict[str, TextElement | ImageElement]:
+        """Texts and images of the layout by name, in its order."""
+        found = [element.content if isinstance(element, Blank) else element for element in self.elements]
+        return {one.name: one for one in found if isinstance(one, TextElement | ImageElement)}
+
+    @property
+    def elements(self) -> tuple[Element, ...]:
+        """The layout, or that of the task whose weights do this one."""
+        return self.layout or TASKS[self.trained_as].layout
+
+    @property
+    def given_image(self) -> ImageElement | None:
+        """The image that a request gives: the known one, else the blank one, whose first rows may be given."""
+        blank = {element.content.name for element in self.elements if isinstance(element, Blank)}
+        images = [one for one in self.contents.values() if isinstance(one, ImageElement)]
+        return next((one for one in images if one.name not in blank), images[0] if images else None)
+
+    @property
+    def input_scale(self) -> float:
+        """Side of the given image over G. In a windowed task a window reads half of its side."""
+        image = self.given_image
+        return 0.0 if image is None else image.scale * (2 if self.windowed else 1)
+
+    @property
+    def output_scale(self) -> float:
+        """Side of the generated image over G; 0 for a text."""
+        if self.output == "text":
+            return 0.0
+        blank = next(element.content for element in self.elements if isinstance(element, Blank))
+        return (blank.scale if isinstance(blank, ImageElement) else 0.0) * (2 if self.windowed else 1)
+
+    @property
+    def store_fields(self) -> tuple[str, ...]:
+        """Fields that a training row must hold, in the order of the layout."""
+        return tuple(content.field for content in self.contents.values())
+
+
+_TEXT, _LEARNT_TEXT = TextElement("text"), TextElement("text", loss=True)
+_UPSCALE_HEAD: Final[tuple[Element, ...]] = ("[ROI1]", _TEXT, GRID, "[BOI1]")
+_UPSCALE_MIDDLE: Final[tuple[Element, ...]] = ("[EOI1]", RESTART_POSITIONS, "[ROI2]", "[POS0]", GRID, "[BOI2]")
+
+_ROWS = (
+    Task(
+        name="generate",
+        layout=("[ROI1]", _LEARNT_TEXT, GRID, "[BOI1]", Blank(ImageElement("image", loss=True)), "[EOI1]"),
+        inputs=("prompt",),
+        output="image",
+        activity="generating",
+        command="generate",
+        v1_model="base",
+    ),
+    Task(  # the first rows of the image are given
+        name="complete",
+        inputs=("prompt", "image", "rows"),
+        output="image",
+        activity="completing",
+        trained_as="generate",
+        command="complete",
+    ),
+    Task(
+        name="caption",
+        layout=(GRID, "[BOI1]", ImageElement("image"), "[EOI1]", "[ROI1]", Blank(_LEARNT_TEXT, stop="[SEP]")),
+        inputs=("image",),
+        output="text",
+        activity="captioning",
+        command="caption",
+        v1_model="caption",
+    ),
+    Task(
+        name="upscale",
+        layout=(
+            *_UPSCALE_HEAD,
+            ImageElement("small", scale=0.5, stored="image"),
+            *_UPSCALE_MIDDLE,
+            Blank(ImageElement("image", loss=True, stored="large")),
+            "[EOI2]",
+        ),
+        inputs=("prompt", "image"),
+        output="image",
+        activity="upscaling",
+        windowed=True,
+        command="upscale",
+        v1_model="sr",
+    ),
+    Task(  # one window: G x G codes from an image of half the side; the name is that of CogView v1
+        name="low_level",
+        layout=(
+            *_UPSCALE_HEAD,
+            ImageElement("small", scale=0.5),
+            *_UPSCALE_MIDDLE,
+            Blank(ImageElement("image", loss=True)),
+            "[EOI2]",
+        ),
+        inputs=("prompt", "image"),
+        output="image",
+        activity="upscaling",
+        command="upscale --low-level",
+        in_jobs=False,
+        v1_model="sr",
+    ),
+    Task(  # nothing is blank: the text is given and scored
+        name="score",
+        layout=(GRID, "[BOI1]", ImageElement("image"), "[EOI1]", "[ROI1]", _LEARNT_TEXT),
+        inputs=("prompt", "image"),
+        output="text",
+        activity="scoring",
+        trained_as="caption",
+        command="rerank",
+        in_jobs=False,
+    ),
+)
+
+TASKS: Final[dict[str, Task]] = {task.name: task for task in _ROWS}
+
+
+def register_task(task: Task) -> None:
+    """Add a row to the table, for this process and from now on.
+
+    Args:
+        task: The row. Its layout may use any commands of the vocabulary.
+
+    Raises:
+        ValueError: If a task of that name is registered, or ``trained_as`` names none.
+    """
+    if task.name in TASKS:
+        raise ValueError(f"task {task.name!r} is registered already; known: {', '.join(TASKS)}")
+    if task.trained_as and task.trained_as not in TASKS:
+        raise ValueError(
+            f"task {task.name!r} is trained as {task.trained_as!r}, which is unknown; known: {', '.join(TASKS)}"
+        )
+    if not task.layout and not task.trained_as:
+        raise ValueError(f"task {task.name!r} needs a layout, or trained_as with the name of a task that has one")
+    TASKS[task.name] = task
+
+
+@contextmanager
+def registered(task: Task) -> Iterator[Task]:
+    """Register ``task`` within a ``with`` block.
+
+    Args:
+        task: The row.
+
+    Yields:
+        The row.
+
+    Raises:
+        ValueError: As ``register_task`` does.
+    """
+    register_task(task)
+    try:
+        yield task
+    finally:
+        del TASKS[task.name]
+
+
+def trained_tasks() -> tuple[str, ...]:
+    """Return the names of the tasks that weights can be trained for."""
+    return tuple(name for name, task in TASKS.items() if not task.trained_as)
+
+
+def planned_tasks() -> tuple[str, ...]:
+    """Return the names of the tasks that have a layout of their own."""
+    return tuple(name for name, task in TASKS.items() if task.layout)
+
+
+def job_tasks() -> dict[str, Task]:
+    """Return the tasks that job files may name."""
+    return {name: task for name, task in TASKS.items() if task.in_jobs}
+
+
+def tasks_of_store(fields: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the tasks that rows with ``fields`` can train."""
+    return tuple(name for name in trained_tasks() if set(TASKS[name].store_fields) <= set(fields))
+
+
+def commands_of(name: str) -> tuple[str, ...]:
+    """Return the commands that weights trained for the task ``name`` can do."""
+    return tuple(task.command for task in TASKS.values() if task.weights == name and task.command)
