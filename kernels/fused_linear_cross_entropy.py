@@ -79,7 +79,9 @@ def fused_linear_cross_entropy(
     tensor that has been modified. ValueError for inputs that do not fit; on a GPU ids and places are not looked at,
     which would wait for it. ``COGVIEW_KERNELS=reference|torch|triton`` forces a form.
     """
-    name = select_backend("fused_linear_cross_entropy", hidden_ND.device.type, available=("reference", "torch", "triton"))
+    name = select_backend(
+        "fused_linear_cross_entropy", hidden_ND.device.type, available=("reference", "torch", "triton")
+    )
     if name == "reference":
         return fused_linear_cross_entropy_reference(hidden_ND, embedding_VD, targets)
     _check(hidden_ND, embedding_VD, targets)

@@ -64,10 +64,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Tests share it: copy it before changing anything in it.
     """
-    from cogview.checkpoints.checkpoint import Model, ModelConfig, NamedThing, save_model
+    from cogview.checkpoints.checkpoint import Model, NamedThing, save_model
     from cogview.checkpoints.image_tokenizer import codebook_hash
-    from cogview.generation.sampling import Sampling
-    from cogview.modeling.config import TransformerConfig
+    from cogview.modeling.config import ModelConfig, Sampling, TransformerConfig
     from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
     from cogview.tokenizers.vocabulary import Vocabulary

@@ -1,9 +1,7 @@
-"""LoRA adapters (arXiv:2106.09685): a little to learn beside a model whose weights stay as they are.
+"""Adapter folders in PEFT's format: reading, checking, writing, and merging into a model.
 
-A projection W of a layer becomes W + scale * B A, with A (R, K) and B (N, R) of a small rank R. PEFT trains such
-adapters; an adapter is a folder in PEFT's own format, ``adapter_config.json`` and ``adapter_model.safetensors``, and
-``cogview.json`` beside them says which model it belongs to. To generate, an adapter is added into the weights, which
-needs no PEFT, costs nothing per token, and can be taken out again.
+An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``, as PEFT writes them, and
+``cogview.json``, which identifies the base model. ``cogview.modeling.lora`` has the layers and the arithmetic.
 """
 
 # N outputs, K inputs, R rank
@@ -15,14 +13,13 @@ import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cogview.checkpoints.checkpoint import ModelConfig, check_folder
+from cogview.checkpoints.checkpoint import check_folder
 from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.precision import stored_quantization
 from cogview.checkpoints.registry import load_registry, resolve_adapter
@@ -30,14 +27,21 @@ from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import new_folder, read_json, write_json
-from cogview.modeling.config import PROJECTIONS, TransformerConfig
+from cogview.modeling.config import PROJECTIONS, ModelConfig, TransformerConfig
+from cogview.modeling.lora import (
+    LoraSettings,
+    add_lora,
+    has_adapter,
+    lora_parameters,
+    merged_weight,
+    require_float_weights,
+)
 from cogview.modeling.transformer import Transformer
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "cogview.json"
 PREFIX = "base_model.model."  # of every name in PEFT's files
-BLOCK = 1024  # rows of a weight added to at a time, so that what is made on the way in float32 stays small
 
 # Settings of PEFT's LoRA that change nothing in what an adapter computes once it is learnt, or that are looked at
 # below. Any other that is set would need another formula.
@@ -73,42 +77,6 @@ _SUPPORTED_PEFT_KEYS = frozenset(
 )
 # How A and B may have begun. Others, such as PiSSA, change the weights of the model itself.
 _SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-
-QUANTIZED_MESSAGE = (
-    "weights that are rounded to few bits cannot take an adapter: cogview adapter merge MODEL ADAPTER -o OUT first, "
-    "then open OUT with --dtype int8 or int4"
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """What of a model an adapter changes, and how. ``scale`` is what B A is multiplied by."""
-
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0  # in training: on what A is given
-    targets: tuple[str, ...] = tuple(PROJECTIONS)  # projections of every layer
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"the rank of an adapter must be at least 1, got {self.rank}")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be above 0, got {self.alpha}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if not self.targets:
-            raise ValueError(f"targets must name at least one of {', '.join(PROJECTIONS)}")
-        for target in self.targets:
-            if target not in PROJECTIONS:
-                near = get_close_matches(target, PROJECTIONS, n=1)
-                advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(PROJECTIONS)}"
-                raise ValueError(f'the target "{target}" is unknown; {advice}')
-
-    @property
-    def scale(self) -> float:
-        """alpha / R."""
-        return self.alpha / self.rank
-
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelInfo:
@@ -265,11 +233,8 @@ class Adapter:
 
     def apply_to(self, name: str, weight_NK: Tensor, sign: int) -> Tensor:
         """``weight`` of the projection ``name`` + sign * scale * B A: computed in float32, in the dtype it has."""
-        first, second = (self._read(name, part).to(weight_NK.device, torch.float32) for part in "AB")
-        result_NK = torch.empty_like(weight_NK)
-        for rows, own, result in zip(*(tensor.split(BLOCK) for tensor in (weight_NK, second, result_NK)), strict=True):
-            result.copy_(torch.addmm(rows.float(), own, first, alpha=sign * self.settings.scale))
-        return result_NK
+        a_RK, b_NR = (self._read(name, part) for part in "AB")
+        return merged_weight(weight_NK, a_RK, b_NR, sign * self.settings.scale)
 
     def sha256(self) -> str:
         """Of what it computes: its settings and weights."""
@@ -295,33 +260,6 @@ class Adapter:
         return self._file.read(f"{PREFIX}{name}.lora_{part}.weight", keep=True)
 
 
-def add_lora(transformer: Transformer, settings: LoraSettings) -> None:
-    """Put an adapter that changes nothing yet (B = 0) into ``transformer``; its parameters alone are learnt.
-
-    A begins with random numbers of torch's global generator. Call it before the optimizer is made. Needs PEFT.
-    """
-    peft = _peft()
-    if has_adapter(transformer):
-        raise InputError("the transformer has an adapter already: one at a time can be learnt")
-    _require_numbers(transformer)
-    transformer.packed_layers = None  # it holds the weights that the adapter is about to stand in front of
-    config = peft.LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
-        bias="none",
-    )
-    peft.inject_adapter_in_model(config, transformer)
-    for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
-
-
-def has_adapter(transformer: nn.Module) -> bool:
-    """Whether ``add_lora`` was here. Such a transformer must not be packed: its projections are not read alone."""
-    return any(".lora_" in name for name, _ in transformer.named_parameters())
-
-
 def save_adapter(
     folder: Path,
     transformer: Transformer,
@@ -334,7 +272,7 @@ def save_adapter(
     ``weights``: those to store instead of the transformer's, by the same names (of its parameters).
     """
     if weights is None:
-        weights = {name: tensor for name, tensor in transformer.named_parameters() if ".lora_" in name}
+        weights = lora_parameters(transformer)
     folder.mkdir(parents=True, exist_ok=True)
     stored = {
         PREFIX + name.replace(".default.weight", ".weight"): tensor.detach().cpu().contiguous()
@@ -365,7 +303,7 @@ def load_adapter(transformer: Transformer, folder: str | Path) -> LoraSettings:
     adapter.check(transformer.config)
     if not has_adapter(transformer):
         add_lora(transformer, adapter.settings)
-    own = {name: parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
+    own = lora_parameters(transformer)
     weights = adapter.weights()
     for name, parameter in own.items():
         if name not in weights or weights[name].shape != parameter.shape:
@@ -399,7 +337,7 @@ def _add(transformer: Transformer, adapter: Adapter, sign: int) -> None:
     if has_adapter(transformer):
         raise InputError("the transformer has an adapter that is being learnt: save it, and merge it into a fresh one")
     adapter.check(transformer.config)
-    _require_numbers(transformer)
+    require_float_weights(transformer)
     for name in adapter.projections:
         weight = transformer.get_parameter(f"{name}.weight")
         weight.copy_(adapter.apply_to(name, weight, sign))  # in place, so that what was packed of it is packed anew
@@ -453,20 +391,6 @@ def _update_model_card(path: Path, adapter: Adapter, sign: int) -> tuple[str, st
         f"{card}\nWithout {called}, which was taken out.\n",
         f"the card does not say that {called} was ever merged into this model",
     )
-
-
-def _require_numbers(transformer: Transformer) -> None:
-    """InputError for weights in few bits, to which nothing can be added."""
-    if any(not parameter.is_floating_point() for parameter in transformer.state_dict().values()):
-        raise InputError(QUANTIZED_MESSAGE)
-
-
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise InputError("adapters are learnt with PEFT, which is missing: pip install 'cogview[lora]'") from None
-    return peft
 
 
 def _read_object(path: Path) -> dict[str, Any]:

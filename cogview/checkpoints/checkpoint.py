@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,69 +19,14 @@ from cogview.checkpoints.safetensors_io import WeightsFile, describe_mismatch
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import file_sha256, read_json, write_json
-from cogview.generation.sampling import Sampling
 from cogview.kernels.linear import has_native_kernels, pack_int4_for_cpu
-from cogview.modeling.config import TransformerConfig
+from cogview.modeling.config import FORMAT_VERSION, ModelConfig
 from cogview.modeling.quantization import Int4Linear, Int8Linear, Quantization, is_quantized, swap_quantized_linears
 from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.layouts import Layout, layouts
 from cogview.tokenizers.text import TextTokenizer
-from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.vqvae.model import VQVAE
 
-FORMAT_VERSION = 1
 LARGE = 10**9  # bytes of weights from which on loading shows a bar
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """All that ``config.json`` holds."""
-
-    transformer: TransformerConfig
-    vocabulary: Vocabulary
-    grid: int  # codes on a side of an image
-    tasks: tuple[str, ...]  # rows of the layout table that training saw
-    max_text: int  # pieces in the longest text that fits
-    caption_stop: bool = True  # captions end in [SEP]
-    max_caption: int | None = None  # pieces that a caption has room for; None: as many as ``max_text``
-    text_positions: int | None = None  # positions of a given text, whatever its length; None: as many as it has pieces
-    caption_dropout: float = 0.0  # share of captions left out in training, for guidance
-    codebook_sha256: str = ""
-    sampling: Sampling = field(default_factory=Sampling)  # what suits this model, where nothing else is asked for
-    format_version: int = FORMAT_VERSION
-
-    def __post_init__(self) -> None:
-        table = self.layouts
-        unknown = [task for task in self.tasks if task not in table]
-        if unknown:
-            raise ValueError(f"task {unknown[0]!r} is unknown; known: {', '.join(table)}")
-        for task in self.tasks:
-            needed = table[task].max_position(self.max_text)
-            if needed > self.transformer.max_positions:
-                raise ValueError(
-                    f"task {task!r} with {self.max_text} pieces of text needs {needed} positions, the transformer has "
-                    f"{self.transformer.max_positions}"
-                )
-        if self.vocabulary.padded_size != self.transformer.vocabulary_size:
-            raise ValueError(
-                f"the vocabulary has {self.vocabulary.padded_size} rows, the transformer "
-                f"{self.transformer.vocabulary_size}"
-            )
-
-    @property
-    def caption_positions(self) -> int:
-        """Pieces that a caption has room for."""
-        longest = self.layouts["caption"].longest_text(self.transformer.max_positions)
-        return min(self.max_caption or self.max_text, longest)
-
-    def longest_row(self, tasks: Sequence[str] | None = None) -> int:
-        """Return the positions of the longest row of ``tasks``, by default of all that training saw."""
-        return max(self.layouts[task].length(self.max_text) for task in (self.tasks if tasks is None else tasks))
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        """The layout table at this model's grid."""
-        return layouts(self.grid, caption_stop=self.caption_stop, text_positions=self.text_positions)
 
 
 @dataclass(frozen=True, kw_only=True)

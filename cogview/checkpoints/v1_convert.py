@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cogview.checkpoints.checkpoint import ModelConfig, read_config
+from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.image_tokenizer import hash_of_codebook, read_image_config, read_image_weights
 from cogview.checkpoints.pickles import write_pickle
 from cogview.checkpoints.precision import Precision, TensorSource, convert, converted_specs, stored_quantization
@@ -30,7 +30,7 @@ from cogview.checkpoints.v1_format import (
 from cogview.config_io import to_mapping
 from cogview.errors import InputError
 from cogview.files import new_folder, write_json
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import ModelConfig, Sampling
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary

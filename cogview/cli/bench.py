@@ -19,7 +19,7 @@ from cogview.planning import ESTIMATE_MARGIN
 
 if TYPE_CHECKING:
     from cogview.benchmark.measure import BenchmarkResult, BenchmarkTarget
-    from cogview.checkpoints.checkpoint import ModelConfig
+    from cogview.modeling.config import ModelConfig
     from cogview.planning.inference import HardwareSpeed, InferenceEstimate
 
 # Columns of the table, their widths, and what --help says of them.

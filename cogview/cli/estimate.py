@@ -17,8 +17,8 @@ from cogview.formatting import format_bytes, format_duration, plural
 from cogview.planning import ESTIMATE_MARGIN
 
 if TYPE_CHECKING:
-    from cogview.checkpoints.checkpoint import ModelConfig
     from cogview.device import DevicePlacement
+    from cogview.modeling.config import ModelConfig
     from cogview.modeling.quantization import Quantization
     from cogview.planning.inference import HardwareSpeed, InferenceEstimate
     from cogview.vqvae.model import VQVAEConfig
@@ -204,9 +204,8 @@ def open_configs(name: str) -> tuple[ModelConfig, VQVAEConfig, Quantization | No
 
 def preset_config(name: str) -> ModelConfig:
     """A preset of ``cogview/modeling/config.py`` with what the released models have."""
-    from cogview.checkpoints.checkpoint import ModelConfig
     from cogview.checkpoints.v1_convert import ALL_TASKS, V1_CAPTION, V1_GRID
-    from cogview.modeling.config import preset
+    from cogview.modeling.config import ModelConfig, preset
     from cogview.tokenizers.layouts import layouts
     from cogview.tokenizers.vocabulary import Vocabulary
 

@@ -18,8 +18,8 @@ from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.evaluation.harness import choose_sampling, evaluate_scenes, format_report
 from cogview.files import json_line, read_json, write_json
-from cogview.generation.sampling import Sampling
 from cogview.image_io.contact_sheet import contact_sheet
+from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView, resolve_seed
 from cogview.training.loop import RunFolder
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from cogview.generation.sampling import Sampling
+    from cogview.modeling.config import Sampling
     from cogview.pipeline.cogview import GeneratedImage, GenerationRequest
 
 MOST_ON_SHEET = 1000  # pictures
@@ -231,7 +231,7 @@ class JobRunner:
 
     def _resolve(self, line: JobRecord) -> ResolvedRecord:
         """ValueError says why a line cannot be done."""
-        from cogview.generation.sampling import GREEDY, Sampling
+        from cogview.modeling.config import GREEDY, Sampling
 
         task = _weights_of(line)
         self.model.require_task(task)

@@ -15,7 +15,7 @@ from cogview.cli.recipes import add_recipe_arguments, open_recipe
 from cogview.config_io import from_mapping
 from cogview.errors import InputError
 from cogview.files import atomic_folder, file_sha256
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogview.checkpoints.adapter import Adapter, BaseModelInfo, LoraSettings, add_lora, save_adapter
-from cogview.checkpoints.checkpoint import Model, ModelConfig, NamedThing, load_model
+from cogview.checkpoints.adapter import Adapter, BaseModelInfo, save_adapter
+from cogview.checkpoints.checkpoint import Model, NamedThing, load_model
 from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.cli.recipes import Recipe, add_recipe_arguments, add_training_arguments, open_recipe
@@ -27,9 +27,10 @@ from cogview.data.v1_datasets import open_dataset
 from cogview.device import DevicePlacement, available_memory, flush_denormals, precision_name, training_dtype
 from cogview.emoji.world import EmojiWorld as EmojiWorld
 from cogview.errors import InputError, ReportedByPeer
-from cogview.generation.sampling import Sampling
 from cogview.image_io.contact_sheet import contact_sheet
-from cogview.modeling.config import preset
+from cogview.modeling.config import ModelConfig, Sampling, preset
+from cogview.modeling.initialization import load_weights
+from cogview.modeling.lora import LoraSettings, add_lora
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
 from cogview.planning.inference import measure_hardware
@@ -241,7 +242,13 @@ def open_all(recipe: Recipe, settings: TransformerSettings) -> tuple[Model, dict
     stores, held_out = open_stores(recipe, settings, image_tokenizer, text_tokenizer)
     model = new_model(recipe, settings, next(iter(stores.values())), image_tokenizer, text_tokenizer)
     if settings.init_from is not None:
-        load_weights(model, settings.init_from)
+        source = load_model(resolve_checkpoint(settings.init_from), torch.device("cpu"), torch.float32)
+        load_weights(model, source, settings.init_from)
+        if model.config.codebook_sha256 != source.config.codebook_sha256:
+            print(
+                f"note: {settings.init_from} was trained on another codebook; what the codes look like is learnt anew",
+                file=sys.stderr,
+            )
     if settings.lora is not None:
         add_lora(model.transformer, settings.lora)
     return model, stores, held_out
@@ -437,62 +444,6 @@ def new_model(
         text_tokenizer=text_tokenizer,
         things=named_things(recipe.world),
     )
-
-
-def load_weights(model: Model, name: str) -> None:
-    """Begin with the weights of the model ``name``: the same layers and number of codes, where tokenizers may differ.
-
-    Pieces that both have keep their embeddings; a new one begins as the mean of the pieces it was spelt in before.
-    Codes keep the embeddings of their numbers, which serves where the image tokenizer went on from the other's, too.
-    Positions that the model has and the other has not begin by the rule of ``continued_positions``.
-    """
-    other = load_model(resolve_checkpoint(name), torch.device("cpu"), torch.float32)
-    shape, other_shape = (
-        (
-            replace(
-                config.transformer,
-                dropout=0.0,
-                branch_norm_init=1.0,
-                sinusoidal_positions=False,
-                vocabulary_size=1,
-                max_positions=1,
-            ),
-            config.vocabulary.num_image_codes,
-        )
-        for config in (model.config, other.config)
-    )
-    if shape != other_shape:
-        raise InputError(f"init_from: {name} has another shape than this recipe; its weights mean nothing here")
-    if model.config.codebook_sha256 != other.config.codebook_sha256:
-        print(f"note: {name} was trained on another codebook; what the codes look like is learnt anew", file=sys.stderr)
-    weights = other.transformer.state_dict()
-    old_rows, rows = weights["embedding.weight"], model.transformer.embedding.weight.detach().clone()
-    old, new = other.config.vocabulary, model.config.vocabulary
-    for ids, old_ids in ((new.image, old.image), (new.commands, old.commands)):
-        rows[ids.start : ids.stop] = old_rows[old_ids.start : old_ids.stop]
-    old_pieces = {piece: number for number, piece in enumerate(other.text_tokenizer.pieces)}
-    for number, piece in enumerate(model.text_tokenizer.pieces):
-        same = old_pieces.get(piece)
-        spelt = [same] if same is not None else other.text_tokenizer.encode(piece)
-        rows[new.text[number]] = old_rows[[old.text[i] for i in spelt]].mean(dim=0)
-    positions = continued_positions(
-        weights["positions.weight"], model.config.transformer.max_positions, model.config.grid
-    )
-    model.transformer.load_state_dict({**weights, "embedding.weight": rows, "positions.weight": positions})
-
-
-def continued_positions(positions: Tensor, count: int, grid: int) -> Tensor:
-    """The first ``count`` of learned ``positions`` (P, D), or those and new ones behind them, (``count``, D).
-
-    A new position begins as a copy of the last one that there is whole rows of codes (``grid``) before it: for a code
-    that is the place above it, in the same column.
-    """
-    old = len(positions)
-    lines_back = [max(0, -(-(place - old + 1) // grid)) for place in range(count)]
-    places = [place - grid * back for place, back in enumerate(lines_back)]
-    if min(places, default=0) < 0:
-        raise InputError(f"{old} positions are too few to go on from: expected at least {grid}, a row of codes")
-    return positions[places].clone()
 
 
 def named_things(world: Path) -> tuple[NamedThing, ...]:

@@ -15,7 +15,7 @@ from cogview.emoji.evaluation.scenes import SceneGrader, format_accuracy, held_o
 from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView, GenerationRequest
 from cogview.training.vqvae_trainer import held_out_batches
 from cogview.vqvae.codec import reconstruct

@@ -9,11 +9,11 @@ after a retry, and on any schedule of decoding.
 from __future__ import annotations
 
 import functools
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cogview.modeling.config import Sampling
 
 # SplitMix64 (Steele, Lea and Flood, 2014), as int64: products wrap around, right shifts are masked to be logical.
 # ``data.sampling_order`` has its scrambling step for numpy's uint64.
@@ -22,38 +22,6 @@ _MIX_A = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_B = 0x94D049BB133111EB - (1 << 64)
 MAX_SEED = 2**63 - 1
 TIE_MARGIN = 24  # so many more than top-k are looked at, in case that they are equal to the last of them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How to draw. ``top_k`` 0 and ``top_p`` 1 keep every id.
-
-    ``guidance`` S draws from u + S (c - u), c and u being the logits with and without the text (classifier-free
-    guidance, arXiv:2207.12598): 1 is none, and more needs weights that were trained with captions left out.
-    ``text_attention`` w has every place look at the given text w times as much (CogView2, arXiv:2204.14217): 1 is none,
-    and any weights will do.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 200
-    top_p: float = 1.0
-    guidance: float = 1.0
-    text_attention: float = 1.0
-
-    def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature}; for greedy decoding use top_k 1")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (0 keeps every id), got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance must be a number from 0 on (1: none), got {self.guidance}")
-        if not 0 < self.text_attention < math.inf:
-            raise ValueError(f"text_attention must be a number above 0 (1: none), got {self.text_attention}")
-
-
-GREEDY = Sampling(top_k=1)
 
 
 def keep_top_k(logits_BV: Tensor, k: int) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from cogview.device import float64_of
-from cogview.generation.sampling import Sampling, noise_keys, sample
+from cogview.generation.sampling import noise_keys, sample
+from cogview.modeling.config import Sampling
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import SequenceBatch
 from cogview.tokenizers.layouts import TokenSequence

@@ -66,7 +66,8 @@ class JobRecord:
             raise ValueError(f"rows must be at least 0, got {self.rows}")
         sampling = {key: value for key in _SAMPLING if (value := getattr(self, key)) is not None}
         if sampling or self.seed is not None:
-            from cogview.generation.sampling import MAX_SEED, Sampling
+            from cogview.generation.sampling import MAX_SEED
+            from cogview.modeling.config import Sampling
 
             Sampling(**sampling)
             if self.seed is not None and not 0 <= self.seed <= MAX_SEED:

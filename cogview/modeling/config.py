@@ -1,9 +1,18 @@
-"""Settings of the transformer, and presets from the small ones to four billion parameters."""
+"""Settings of a model: the transformer's shape and presets, default sampling, and the contents of ``config.json``.
+
+This module imports no torch, so that commands can read settings at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from cogview.tokenizers.layouts import Layout, layouts
+from cogview.tokenizers.vocabulary import Vocabulary
+
+FORMAT_VERSION = 1  # of ``config.json``
 
 # The projections of a layer by their names in it, with outputs and inputs in multiples of the model's width.
 PROJECTIONS: Mapping[str, tuple[int, int]] = {
@@ -23,11 +32,26 @@ LAYER_PARTS = (
     "mlp.output",
     "mlp_output_norm",
 )
+# Presets from the smallest to that of CogView: layers, width, heads. The name gives the parameters of the layers.
+PRESETS: dict[str, tuple[int, int, int]] = {
+    "5m": (6, 256, 8),
+    "20m": (10, 416, 8),
+    "100m": (12, 832, 13),
+    "300m": (24, 1024, 16),
+    "1b": (24, 1792, 28),
+    "4b": (48, 2560, 40),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """Shape of the transformer. CogView's has 48 layers of width 2560 with 40 heads."""
+    """Shape and initialization of a transformer.
+
+    CogView's has 48 layers of width 2560 with 40 heads (arXiv:2105.13290, section 2.2).
+
+    Raises:
+        ValueError: A size is below 1, the width is no multiple of the heads, or the dropout is outside [0, 1).
+    """
 
     num_layers: int
     width: int
@@ -35,11 +59,11 @@ class TransformerConfig:
     vocabulary_size: int  # padded: the rows of the embedding
     max_positions: int = 1089
     dropout: float = 0.1  # in training: on embeddings and on both branches of a layer
-    # What the norms on branch outputs are initialised with. At the released 1, each branch adds unit variance to
-    # embeddings of 0.02, so that a token's identity is all but lost behind the first one until training digs it out.
+    # Initial gain of the norms on branch outputs. At the released 1, each branch adds unit variance to embeddings of
+    # standard deviation 0.02: the first branch nearly hides the identity of a token until training recovers it.
     branch_norm_init: float = 1.0
-    # Learned positions begin as sinusoids, alike where they are near, and not as noise, from which attention has to
-    # find out first which positions are neighbours; until then a word like 左边 belongs to no name.
+    # Learned positions start as sinusoids, which are similar where positions are near. From noise, attention first has
+    # to learn which positions are neighbours; until then a word like 左边 is attached to no object.
     sinusoidal_positions: bool = False
 
     def __post_init__(self) -> None:
@@ -53,25 +77,14 @@ class TransformerConfig:
 
     @property
     def head_size(self) -> int:
-        """Width of one head."""
+        """Width of one attention head."""
         return self.width // self.num_heads
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of the model, tied embedding counted once."""
+        """Number of parameters, with the tied embedding counted once."""
         layer = 12 * self.width**2 + 17 * self.width
         return self.num_layers * layer + 2 * self.width + (self.vocabulary_size + self.max_positions) * self.width
-
-
-# layers, width, heads; the name says the parameters of the layers, roughly
-PRESETS: dict[str, tuple[int, int, int]] = {
-    "5m": (6, 256, 8),
-    "20m": (10, 416, 8),
-    "100m": (12, 832, 13),
-    "300m": (24, 1024, 16),
-    "1b": (24, 1792, 28),
-    "4b": (48, 2560, 40),
-}
 
 
 def preset(
@@ -82,7 +95,19 @@ def preset(
     branch_norm_init: float = 1.0,
     sinusoidal_positions: bool = False,
 ) -> TransformerConfig:
-    """The config of a preset for a vocabulary; raises ValueError with the known names."""
+    """Return the configuration of a preset for a vocabulary.
+
+    Args:
+        name: A key of ``PRESETS``, such as ``"20m"``.
+        vocabulary_size: Rows of the embedding, padding included.
+        max_positions: Number of learned positions.
+        dropout: Dropout rate of training, in [0, 1).
+        branch_norm_init: Initial gain of the norms on branch outputs.
+        sinusoidal_positions: Initialize the learned positions as sinusoids.
+
+    Raises:
+        ValueError: The preset is unknown; the message lists the known ones.
+    """
     if name not in PRESETS:
         raise ValueError(f"preset {name!r} is unknown; known: {', '.join(PRESETS)}")
     num_layers, width, num_heads = PRESETS[name]
@@ -96,3 +121,99 @@ def preset(
         branch_norm_init=branch_norm_init,
         sinusoidal_positions=sinusoidal_positions,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Settings of sampling; ``GREEDY`` always takes the most probable id.
+
+    Attributes:
+        temperature: Divisor of the logits, above 0; lower is more deterministic.
+        top_k: Sample from the K most probable ids; 0 keeps every id.
+        top_p: Sample from the smallest set of ids whose probabilities sum to P, in (0, 1]; 1 keeps every id
+            (nucleus sampling, arXiv:1904.09751).
+        guidance: Scale S of classifier-free guidance (arXiv:2207.12598): the logits are u + S (c - u), with c and u
+            the logits with and without the text. 1 disables it; other values need a model trained with caption dropout.
+        text_attention: Factor W, above 0, of the attention weights of the given text
+            (CogView2, arXiv:2204.14217); 1 disables it. It needs no special training.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 200
+    top_p: float = 1.0
+    guidance: float = 1.0
+    text_attention: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}; for greedy decoding use top_k 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (0 keeps every id), got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance must be a number from 0 on (1: none), got {self.guidance}")
+        if not 0 < self.text_attention < math.inf:
+            raise ValueError(f"text_attention must be a number above 0 (1: none), got {self.text_attention}")
+
+
+GREEDY = Sampling(top_k=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Contents of the ``config.json`` of a checkpoint.
+
+    Raises:
+        ValueError: A task is unknown or needs more positions than there are, or the vocabulary does not match the
+            transformer.
+    """
+
+    transformer: TransformerConfig
+    vocabulary: Vocabulary
+    grid: int  # image codes per side of an image
+    tasks: tuple[str, ...]  # rows of the layout table that the model was trained on
+    max_text: int  # text tokens of the longest text
+    caption_stop: bool = True  # captions end in [SEP]
+    max_caption: int | None = None  # text tokens of the longest caption; None: ``max_text``
+    text_positions: int | None = None  # positions reserved for a given text; None: as many as it has tokens
+    caption_dropout: float = 0.0  # fraction of captions left out in training, for guidance
+    codebook_sha256: str = ""
+    sampling: Sampling = field(default_factory=Sampling)  # recommended defaults of this model
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        table = self.layouts
+        unknown = [task for task in self.tasks if task not in table]
+        if unknown:
+            raise ValueError(f"task {unknown[0]!r} is unknown; known: {', '.join(table)}")
+        for task in self.tasks:
+            needed = table[task].max_position(self.max_text)
+            if needed > self.transformer.max_positions:
+                raise ValueError(
+                    f"task {task!r} with {self.max_text} pieces of text needs {needed} positions, the transformer has "
+                    f"{self.transformer.max_positions}"
+                )
+        if self.vocabulary.padded_size != self.transformer.vocabulary_size:
+            raise ValueError(
+                f"the vocabulary has {self.vocabulary.padded_size} rows, the transformer "
+                f"{self.transformer.vocabulary_size}"
+            )
+
+    @property
+    def caption_positions(self) -> int:
+        """Number of text tokens that a caption may have."""
+        longest = self.layouts["caption"].longest_text(self.transformer.max_positions)
+        return min(self.max_caption or self.max_text, longest)
+
+    def longest_row(self, tasks: Sequence[str] | None = None) -> int:
+        """Return the length of the longest sequence of ``tasks`` (default: all trained tasks), in tokens."""
+        return max(self.layouts[task].length(self.max_text) for task in (self.tasks if tasks is None else tasks))
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """Layout table at this model's grid, by task."""
+        return layouts(self.grid, caption_stop=self.caption_stop, text_positions=self.text_positions)

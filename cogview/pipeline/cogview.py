@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cogview.checkpoints.adapter import QUANTIZED_MESSAGE, Adapter, has_adapter, merge_adapter
-from cogview.checkpoints.checkpoint import Model, ModelConfig, check_folder, load_model
+from cogview.checkpoints.adapter import Adapter, merge_adapter
+from cogview.checkpoints.checkpoint import Model, check_folder, load_model
 from cogview.checkpoints.precision import stored_quantization
 from cogview.checkpoints.registry import load_registry, resolve_bundle, resolve_checkpoint
 from cogview.checkpoints.safetensors_io import WeightsFile
@@ -24,7 +24,7 @@ from cogview.device import DevicePlacement, choose_placement
 from cogview.errors import InputError
 from cogview.formatting import shorten
 from cogview.generation.decode import beam_search, decode, score
-from cogview.generation.sampling import GREEDY, MAX_SEED, Sampling
+from cogview.generation.sampling import MAX_SEED
 from cogview.generation.speculative import max_window, uses_cuda_graphs
 from cogview.generation.token_sampler import (
     DecodingProgress,
@@ -34,6 +34,8 @@ from cogview.generation.token_sampler import (
     candidate_ids,
 )
 from cogview.image_io.reading import fit
+from cogview.modeling.config import GREEDY, ModelConfig, Sampling
+from cogview.modeling.lora import QUANTIZED_MESSAGE, has_adapter
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.bundle import Bundle
 from cogview.planning.batches import BatchPlanner

@@ -27,11 +27,10 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cogview.checkpoints.checkpoint import ModelConfig
 from cogview.device import DTYPE_BYTES
 from cogview.errors import InputError
 from cogview.generation.decoding_state import group_by_prefix, worth_sharing_prefix
-from cogview.generation.sampling import TIE_MARGIN, Sampling
+from cogview.generation.sampling import TIE_MARGIN
 from cogview.generation.token_sampler import DecodingRequest, candidate_ids
 from cogview.kernels.linear import (
     DENSE_BLOCK,
@@ -43,7 +42,7 @@ from cogview.kernels.linear import (
     has_native_kernels,
     linear,
 )
-from cogview.modeling.config import PROJECTIONS, TransformerConfig
+from cogview.modeling.config import PROJECTIONS, ModelConfig, Sampling, TransformerConfig
 from cogview.tokenizers.batching import pad_left
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary

@@ -26,8 +26,8 @@ from cogview.training.distributed import DistributedContext
 from cogview.training.settings import TransformerTraining
 
 if TYPE_CHECKING:
-    from cogview.checkpoints.checkpoint import ModelConfig
     from cogview.data.mixture import MixedStore, Mixture
+    from cogview.modeling.config import ModelConfig
 
 # Of a store, uint16: "text" (B, W) and "image" (B, G * G), and for upscaling "large" (B, 4 * G * G) or "small"
 # (B, G * G / 4), codes of the same scene at twice or half the side. "named" (B, G * G) is the piece of the text that

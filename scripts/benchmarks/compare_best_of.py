@@ -41,12 +41,13 @@ from compare_released import (
 )
 from four_billion import text_model
 
-from cogview.checkpoints.checkpoint import Model, ModelConfig
+from cogview.checkpoints.checkpoint import Model
 from cogview.cli.main import run_safely
 from cogview.cli.options import DEFAULT_MODEL, require_positive
 from cogview.device import choose_placement
 from cogview.generation.decode import decode, score
 from cogview.generation.token_sampler import DecodingRequest
+from cogview.modeling.config import ModelConfig
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.batching import pad_right
 from cogview.tokenizers.layouts import TokenSequence

@@ -44,13 +44,13 @@ def make(folder: Path, preset_name: str) -> int:
     """Write the model in float16, and convert it to the other stored forms."""
     import torch
 
-    from cogview.checkpoints.checkpoint import Model, ModelConfig, save_model
+    from cogview.checkpoints.checkpoint import Model, save_model
     from cogview.checkpoints.image_tokenizer import codebook_hash
     from cogview.checkpoints.precision import Precision
     from cogview.checkpoints.safetensors_io import TensorSpec, WeightsWriter
     from cogview.checkpoints.v1_convert import convert_folder
     from cogview.device import DTYPES
-    from cogview.modeling.config import preset
+    from cogview.modeling.config import ModelConfig, preset
     from cogview.modeling.quantization import parse_quantization
     from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.text import TextTokenizer

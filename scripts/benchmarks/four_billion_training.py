@@ -31,11 +31,11 @@ def make(folder: Path) -> None:
     import numpy as np
     import torch
 
-    from cogview.checkpoints.checkpoint import Model, ModelConfig, save_model
+    from cogview.checkpoints.checkpoint import Model, save_model
     from cogview.checkpoints.image_tokenizer import codebook_hash
     from cogview.data.store import StoreHeader
     from cogview.data.store_writer import StoreWriter
-    from cogview.modeling.config import TransformerConfig
+    from cogview.modeling.config import ModelConfig, TransformerConfig
     from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.text import TextTokenizer
     from cogview.tokenizers.vocabulary import Vocabulary

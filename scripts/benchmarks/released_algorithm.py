@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cogview.generation.sampling import Sampling, keep_top_k
+from cogview.generation.sampling import keep_top_k
 from cogview.kernels.attention import attention
+from cogview.modeling.config import Sampling
 from cogview.modeling.transformer import Layer, Transformer
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary

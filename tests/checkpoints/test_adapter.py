@@ -19,9 +19,6 @@ from cogview.checkpoints.adapter import (
     WEIGHTS_FILE,
     Adapter,
     BaseModelInfo,
-    LoraSettings,
-    add_lora,
-    has_adapter,
     load_adapter,
     merge_adapter,
     save_adapter,
@@ -29,6 +26,7 @@ from cogview.checkpoints.adapter import (
 )
 from cogview.checkpoints.checkpoint import load_transformer, read_config
 from cogview.errors import InputError
+from cogview.modeling.lora import LoraSettings, add_lora, has_adapter
 from cogview.modeling.transformer import MLP, Transformer
 from cogview.pipeline.cogview import CogView
 
@@ -124,7 +122,7 @@ def test_an_adapter_begins_without_effect_and_is_all_that_learns(transformer, ti
         for target in ("mlp.input", "attention.query_key_value")
         for part in "AB"
     }
-    with one_line("has an adapter already: one at a time"):
+    with one_line("has an adapter already: only one can be trained at a time"):
         add_lora(transformer, LoraSettings())
 
 

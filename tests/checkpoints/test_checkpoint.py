@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogview.checkpoints.checkpoint import (
-    FORMAT_VERSION,
     NamedThing,
     load_model,
     read_config,
@@ -21,7 +20,7 @@ from cogview.checkpoints.checkpoint import (
 from cogview.checkpoints.image_tokenizer import codebook_hash, load_image_tokenizer, save_image_tokenizer
 from cogview.errors import InputError
 from cogview.files import file_sha256
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import FORMAT_VERSION, Sampling
 from cogview.tokenizers.text import train_text_tokenizer
 
 CPU = torch.device("cpu")

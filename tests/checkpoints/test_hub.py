@@ -18,12 +18,13 @@ from huggingface_hub import constants
 
 from cogview import CogView, __version__
 from cogview.checkpoints import registry
-from cogview.checkpoints.adapter import BaseModelInfo, LoraSettings, add_lora, save_adapter
+from cogview.checkpoints.adapter import BaseModelInfo, save_adapter
 from cogview.checkpoints.checkpoint import load_model, read_config
 from cogview.checkpoints.hub import fetch_adapter, fetch_checkpoint, is_hub_name, push_folder
 from cogview.checkpoints.registry import ModelEntry, resolve_checkpoint
 from cogview.cli.main import main
 from cogview.errors import InputError
+from cogview.modeling.lora import LoraSettings, add_lora
 
 NAME = "studio/fox"
 TOKEN = "hf_secret"

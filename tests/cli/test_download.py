@@ -188,5 +188,7 @@ def test_mistakes_are_one_line(server, capsys):
 
 
 def test_help(capsys):
-    assert main(["download", "--help"]) == 0
+    with pytest.raises(SystemExit) as exit_:
+        main(["download", "--help"])
+    assert exit_.value.code == 0
     assert "--no-convert" in capsys.readouterr().out

@@ -162,7 +162,9 @@ def test_without_the_usual_folder(tmp_path, monkeypatch, capsys):
 
 
 def test_help(capsys):
-    assert main(["runs", "--help"]) == 0
+    with pytest.raises(SystemExit) as exit_:
+        main(["runs", "--help"])
+    assert exit_.value.code == 0
     assert "--compare" in capsys.readouterr().out
 
 

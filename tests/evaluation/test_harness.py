@@ -23,7 +23,7 @@ from cogview.evaluation.harness import (
     evaluate_scenes,
     format_report,
 )
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.training.vqvae_trainer import held_out_batches
 from cogview.vqvae.model import VQVAE, VQVAEConfig

@@ -8,11 +8,11 @@ import torch
 
 from cogview.generation.decode import beam_search, decode, score
 from cogview.generation.decoding_state import DecodingState
-from cogview.generation.sampling import GREEDY, Sampling, filter_logits, keyed_gumbel, noise_keys
+from cogview.generation.sampling import filter_logits, keyed_gumbel, noise_keys
 from cogview.generation.token_sampler import DecodingRequest, DecodingStopped
 from cogview.kernels.attention import attention_bias
 from cogview.kernels.dispatch import select_backend
-from cogview.modeling.config import TransformerConfig
+from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import pad_left
 from cogview.tokenizers.layouts import layouts

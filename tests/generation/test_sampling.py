@@ -9,7 +9,6 @@ import torch
 
 from cogview.generation.sampling import (
     MAX_SEED,
-    Sampling,
     filter_logits,
     keep_top_k,
     keep_top_p,
@@ -17,6 +16,7 @@ from cogview.generation.sampling import (
     noise_keys,
     sample,
 )
+from cogview.modeling.config import Sampling
 
 CUT = -math.inf
 

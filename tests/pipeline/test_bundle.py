@@ -15,7 +15,7 @@ from cogview.checkpoints import registry
 from cogview.checkpoints.checkpoint import load_model, load_transformer, save_model
 from cogview.checkpoints.registry import converted_folder
 from cogview.errors import InputError
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import Sampling
 from cogview.modeling.quantization import Int8Linear
 from cogview.pipeline import bundle as module
 from cogview.pipeline.cogview import CogView

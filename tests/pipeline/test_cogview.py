@@ -10,7 +10,8 @@ from PIL import Image
 import cogview
 from cogview.checkpoints.checkpoint import Model
 from cogview.errors import InputError
-from cogview.generation.sampling import GREEDY, MAX_SEED, Sampling
+from cogview.generation.sampling import MAX_SEED
+from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline import cogview as pipeline
 from cogview.pipeline.cogview import Caption, CogView, GenerationRequest
 

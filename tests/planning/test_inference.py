@@ -10,14 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cogview.checkpoints.checkpoint import ModelConfig
 from cogview.device import _available_on_host, available_memory
 from cogview.errors import InputError
 from cogview.generation.decode import beam_search, decode, score
-from cogview.generation.sampling import Sampling
 from cogview.generation.token_sampler import DecodingRequest
 from cogview.kernels.linear import MANY_ROWS_HALF, MANY_ROWS_INT8
-from cogview.modeling.config import TransformerConfig, preset
+from cogview.modeling.config import ModelConfig, Sampling, TransformerConfig, preset
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.quantization import Int4Linear, Int8Linear, swap_quantized_linears
 from cogview.modeling.transformer import Transformer

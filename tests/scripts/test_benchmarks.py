@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from cogview.generation.decode import decode
-from cogview.generation.sampling import GREEDY, Sampling
 from cogview.generation.token_sampler import DecodingRequest
+from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import layouts
 

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from cogview.checkpoints.checkpoint import ModelConfig, read_config
+from cogview.checkpoints.checkpoint import read_config
 from cogview.data.phases import read_phases
 from cogview.data.store import StoreHeader, TokenStore
 from cogview.data.store_watcher import StoreWatcher
 from cogview.data.store_writer import StoreWriter
 from cogview.errors import InputError
+from cogview.modeling.config import ModelConfig
 from cogview.training.data_loader import TrainingDataLoader
 from cogview.training.distributed import DistributedContext
 from cogview.training.examples import ExampleBuilder

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogview.checkpoints.checkpoint import Model, ModelConfig
+from cogview.checkpoints.checkpoint import Model
 from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.data.mixture import MixedStore, Mixture
 from cogview.data.phases import Phase
@@ -22,7 +22,7 @@ from cogview.data.sampling_order import sample_index
 from cogview.data.store import NO_TOKEN, StoreHeader, TokenStore
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
-from cogview.modeling.config import TransformerConfig
+from cogview.modeling.config import ModelConfig, TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cogview.tokenizers.vocabulary import Vocabulary

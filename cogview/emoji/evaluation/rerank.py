@@ -18,7 +18,7 @@ from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.scenes import SceneGrader, accuracy, format_accuracy, held_out_scenes
 from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import check_world, describe
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView, GenerationRequest
 
 SIZES = (1, 2, 4, 8, 16)

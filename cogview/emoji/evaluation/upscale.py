@@ -22,7 +22,7 @@ from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.scenes import held_out_scenes
 from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import check_world, describe
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.windows import upscale_windows
 from cogview.vqvae.codec import reconstruct

@@ -12,7 +12,7 @@ from cogview.checkpoints.checkpoint import NamedThing
 from cogview.emoji.evaluation.rerank import best_of, evaluate_rerank, format_rerank_report
 from cogview.emoji.evaluation.scenes import held_out_scenes, wilson_interval
 from cogview.errors import InputError
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import Sampling
 
 
 class Painter:

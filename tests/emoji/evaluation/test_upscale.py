@@ -22,7 +22,7 @@ from cogview.emoji.evaluation.upscale import (
     window_owners,
 )
 from cogview.errors import InputError
-from cogview.generation.sampling import Sampling
+from cogview.modeling.config import Sampling
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 COUNT, SEED = 5, 11

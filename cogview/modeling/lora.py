@@ -1,0 +1,138 @@
+"""Low-rank adapters in a transformer: settings, injection, and the arithmetic of merging (LoRA, arXiv:2106.09685).
+
+A projection W of a layer becomes W + scale * B A, with A (R, K) and B (N, R) of a small rank R. PEFT trains A and B.
+For generation the product is merged into W, which needs no PEFT and adds no cost per token. The files of an adapter are
+the concern of ``cogview.checkpoints.adapter``.
+"""
+
+# N outputs, K inputs, R rank
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cogview.errors import InputError
+from cogview.modeling.config import PROJECTIONS
+from cogview.modeling.transformer import Transformer
+
+ROWS_PER_STEP = 1024  # rows of a weight that are merged at a time: bounds the float32 copies
+QUANTIZED_MESSAGE = (
+    "quantized weights cannot take an adapter: cogview adapter merge MODEL ADAPTER -o OUT first, "
+    "then open OUT with --dtype int8 or int4"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Rank, scale and target projections of an adapter.
+
+    Attributes:
+        rank: Rank R of the product B A, at least 1.
+        alpha: Numerator of ``scale``, above 0.
+        dropout: Dropout rate on the inputs of A in training, in [0, 1).
+        targets: Projections that are adapted in every layer; keys of ``PROJECTIONS``.
+
+    Raises:
+        ValueError: A setting is outside its range, or a target is unknown.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = tuple(PROJECTIONS)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"the rank of an adapter must be at least 1, got {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be above 0, got {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if not self.targets:
+            raise ValueError(f"targets must name at least one of {', '.join(PROJECTIONS)}")
+        for target in self.targets:
+            if target not in PROJECTIONS:
+                near = get_close_matches(target, PROJECTIONS, n=1)
+                advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(PROJECTIONS)}"
+                raise ValueError(f'the target "{target}" is unknown; {advice}')
+
+    @property
+    def scale(self) -> float:
+        """Factor of B A: alpha / R."""
+        return self.alpha / self.rank
+
+
+def add_lora(transformer: Transformer, settings: LoraSettings) -> None:
+    """Inject trainable LoRA layers into ``transformer`` in place, and freeze all other parameters.
+
+    The adapter changes nothing at first (B = 0); A is drawn from torch's global generator. Call this before the
+    optimizer is built.
+
+    Args:
+        transformer: Model with floating-point weights and without LoRA layers.
+        settings: Rank, scale, dropout and targets.
+
+    Raises:
+        InputError: PEFT is missing, the weights are quantized, or LoRA layers are injected already.
+    """
+    peft = _import_peft()
+    if has_adapter(transformer):
+        raise InputError("the transformer has an adapter already: only one can be trained at a time")
+    require_float_weights(transformer)
+    transformer.packed_layers = None  # packed copies would bypass the LoRA layers
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+        bias="none",
+    )
+    peft.inject_adapter_in_model(config, transformer)
+    for name, parameter in transformer.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
+
+
+def has_adapter(transformer: nn.Module) -> bool:
+    """Return whether LoRA layers are injected; such a transformer must not be prepacked."""
+    return any(".lora_" in name for name, _ in transformer.named_parameters())
+
+
+def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the injected A and B by their parameter names."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
+
+
+def merged_weight(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, factor: float) -> Tensor:
+    """Return ``weight_NK + factor * B A``, computed in float32, in the dtype of the weight.
+
+    Args:
+        weight_NK: Weight of a projection, of any floating-point dtype; it is not changed.
+        a_RK: Matrix A.
+        b_NR: Matrix B.
+        factor: The adapter's scale; its negative takes a merged adapter out again, up to rounding.
+    """
+    a_RK, b_NR = (matrix.to(weight_NK.device, torch.float32) for matrix in (a_RK, b_NR))
+    merged_NK = torch.empty_like(weight_NK)
+    parts = (tensor.split(ROWS_PER_STEP) for tensor in (weight_NK, b_NR, merged_NK))
+    for rows, b_rows, merged_rows in zip(*parts, strict=True):
+        merged_rows.copy_(torch.addmm(rows.float(), b_rows, a_RK, alpha=factor))
+    return merged_NK
+
+
+def require_float_weights(transformer: Transformer) -> None:
+    """Raise InputError for quantized weights, into which no adapter can be merged."""
+    if any(not tensor.is_floating_point() for tensor in transformer.state_dict().values()):
+        raise InputError(QUANTIZED_MESSAGE)
+
+
+def _import_peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InputError("adapters are trained with PEFT, which is missing: pip install 'cogview[lora]'") from None
+    return peft
