@@ -76,7 +76,7 @@ def test_parts_add_up_and_rows_are_the_most_that_fit(capsys):
     memory, job = found["memory"], found["job"]
     assert memory["total"] == sum(count for part, count in memory.items() if part not in ("host", "total"))
     assert found["fits"] is True
-    assert (job["rows"], job["checkpointing"]) == (found["largest_rows"], "selective")
+    assert (job["micro_batch_size"], job["checkpointing"]) == (found["largest_rows"], "selective")
     assert (found["parameters"], found["trained"]) == (3928849920, 3928849920)
     assert found["flops_per_token"] == pytest.approx(24.35e9, rel=1e-3)
     assert found["assumed"]["flops"] == {"value": 989e12, "is": "assumed: H100"}
@@ -111,7 +111,7 @@ def test_not_fitting_is_an_answer_and_what_is_offered_fits(capsys, arguments):
         kept = [*arguments]
         for new in [word for word in option.split() if word.startswith("--") and word in kept]:
             del kept[kept.index(new) : kept.index(new) + 1 + (new != "--offload")]
-        rows = () if "--rows" in (*kept, *option.split()) else ("--rows", str(found["job"]["rows"]))
+        rows = () if "--rows" in (*kept, *option.split()) else ("--rows", str(found["job"]["micro_batch_size"]))
         mode = (
             () if "--checkpointing" in (*kept, *option.split()) else ("--checkpointing", found["job"]["checkpointing"])
         )
@@ -136,7 +136,7 @@ def test_an_adapter(capsys):
 def test_a_folder_on_a_processor_that_is_here(tiny_checkpoint, capsys):
     arguments = ("--model", str(tiny_checkpoint), "--device", "cpu", "--flops", "0.1", "--precision", "float32")
     found = report(capsys, *arguments)
-    assert (found["job"]["batch"], found["job"]["device_type"]) == (32, "cpu")
+    assert (found["job"]["batch_size"], found["job"]["device_type"]) == (32, "cpu")
     assert found["tokens"] == 20 * found["parameters"]
     assert found["assumed"]["flops"] == {"value": 0.1e12, "is": "given"}
     longer = report(capsys, *arguments, "--tokens", "1e9", "--batch", "64", "--length", "20")
