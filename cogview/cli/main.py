@@ -1,128 +1,219 @@
-"""``cogview <command>``: parse, call the library, print.
+"""The command ``cogview``: parse the command line, call the library, print the result.
 
-A user's mistake is one line on stderr and status 2. Results go to stdout, progress and notes to stderr. Where a list
-holds a few files that cannot be read, the others are done, those are named at the end, and the status is 1.
+Results go to stdout; progress and notes go to stderr. A mistake on the command line or in an input is one line on
+stderr, with exit status 2. Where some files of a list cannot be read, the others are processed, the failures are listed
+at the end, and the status is 1.
+
+How to write a command
+----------------------
+A command is a module of ``cogview.cli`` with a ``click`` command named ``command``, and a row of ``COMMANDS``::
+
+    @click.command(cls=Command)
+    @argument("prompts", nargs=-1, metavar="PROMPT", help="text to generate an image from")
+    @click.option("-n", type=click.IntRange(min=1), default=1, metavar="COUNT", help="images per prompt")
+    @model_options("images")  # passes one argument, model: ModelOptions
+    def command(prompts: tuple[str, ...], n: int, model: ModelOptions) -> int:
+        \"\"\"Generate images from text.\"\"\"
+        from cogview.pipeline.cogview import CogView  # torch: imported where it is used, never by the module
+
+* The docstring is the text of ``--help``; the row of ``COMMANDS`` is the line in ``cogview --help``.
+* The function returns the exit status. It raises ``InputError`` or ``click.UsageError``, never ``SystemExit``.
+* Ranges and choices are types of ``click``. Help texts start in lower case, name the unit, and leave the default to
+  ``click``; ``show_default="text"`` describes a default that is computed.
+* ``cogview.cli.options`` has the options that several commands share. ``option_group`` passes several options as one
+  dataclass, so that the function has few arguments.
+* Options and arguments may be mixed in any order. ``overrides_argument`` takes KEY=VALUE of a recipe.
+* A former spelling of an option stays as a second name: ``click.option("--speculative", "--parallel", …)``.
+
+A module with ``add_arguments(parser)`` and ``run(args)`` in place of ``command`` still runs through ``argparse``.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any
+
+import click
 
 from cogview import __version__
+from cogview.cli.argparse_bridge import HelpFormatter, Parser, bridge  # noqa: F401
 from cogview.cli.progress import log_batch_plans
 from cogview.errors import InputError, ReportedByPeer
 
-# Command, its module in cogview.cli (with add_arguments(parser) and run(args) -> int), and its line of help.
+# Command, its module in cogview.cli, and its line of help.
 COMMANDS = {
-    "generate": ("generate", "draw pictures from text"),
-    "complete": ("complete", "keep the upper part of an image and draw the rest"),
-    "upscale": ("upscale", "draw images at twice their side"),
-    "caption": ("caption", "describe images"),
+    "generate": ("generate", "generate images from text"),
+    "complete": ("complete", "keep the upper part of an image and generate the rest"),
+    "upscale": ("upscale", "generate images at twice their side"),
+    "caption": ("caption", "caption images"),
     "rerank": ("rerank", "rank images by how well a text describes them"),
-    "info": ("info", "what a model is, was trained on and can do"),
-    "estimate": ("estimate", "how much memory and time a job takes"),
-    "bench": ("bench", "how fast a model draws here, and how fast it could"),
-    "convert": ("convert", "convert released weights into a checkpoint folder, or back"),
-    "models": ("models", "the known models, and which of them are on this machine"),
-    "download": ("download", "fetch the files of a released model"),
+    "info": ("info", "describe a model: its tasks, its training and its files"),
+    "estimate": ("estimate", "estimate the memory and time of a job"),
+    "bench": ("bench", "benchmark generation against the limits of the hardware"),
+    "convert": ("convert", "convert weights of CogView v1 into a checkpoint folder, or back"),
+    "models": ("models", "list the known models and which of them are on this machine"),
+    "download": ("download", "download the files of a CogView v1 model"),
     "push": ("push", "publish a checkpoint folder on the Hugging Face Hub"),
-    "scenes": ("scenes", "recipe step 1: make the emoji world"),
+    "scenes": ("scenes", "recipe step 1: create the emoji world"),
     "train-text": ("train_text", "recipe step 2: train the text tokenizer"),
     "train-image": ("train_image", "recipe step 3: train the VQ-VAE"),
     "encode": ("encode", "recipe step 4: encode scenes into a token store"),
     "train": ("train", "recipe step 5: train the transformer"),
-    "eval": ("evaluate", "recipe step 6: grade what a model draws"),
-    "package": ("package", "recipe step 7: make a checkpoint folder to publish"),
-    "adapter": ("adapter", "merge a LoRA adapter into a model, or take it out again"),
+    "eval": ("evaluate", "recipe step 6: evaluate the model"),
+    "package": ("package", "recipe step 7: package the model as a checkpoint folder"),
+    "adapter": ("adapter", "merge a LoRA adapter into a model, or remove it again"),
     "runs": ("runs", "list and compare training runs"),
-    "doctor": ("doctor", "what is wrong with this machine, or with a recipe on it"),
-    "import-data": ("import_data", "make a token store of datasets of the released CogView"),
+    "doctor": ("doctor", "check this machine and, optionally, a recipe"),
+    "import-data": ("import_data", "import datasets of CogView v1 into a token store"),
 }
+COMPLETION_VARIABLE = "_COGVIEW_COMPLETE"  # set by the script that `_COGVIEW_COMPLETE=bash_source cogview` prints
 
 
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage of every option."""
+class LazyGroup(click.Group):
+    """A group that imports the module of a command only to run it or to print its help."""
 
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help\n")
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of all commands in the order of ``COMMANDS``."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"cogview.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command | None = getattr(module, "command", None)
+        return bridge(cmd_name, COMMANDS[cmd_name][1], module) if command is None else command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of ``args``; for an unknown name, suggest one that is spelled like it."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f'no command "{args[0]}"' + (f'; did you mean "{near[0]}"?' if near else ""))
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
 
 
-def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """The parser; only the arguments of ``command`` are filled in, so that ``--help`` imports little."""
-    parser = Parser(
-        prog="cogview",
-        description="Draw pictures from Chinese text, enlarge, describe and rank them, and train the models.",
-    )
-    parser.add_argument("--version", action="version", version=f"cogview {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, (module, line) in COMMANDS.items():
-        subparser = commands.add_parser(
-            name, help=line, description=line[0].upper() + line[1:] + ".", formatter_class=HelpFormatter
-        )
-        if name == command:
-            importlib.import_module(f"cogview.cli.{module}").add_arguments(subparser)
-    return parser
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but no "(default: None)"."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
-            return action.help
-        return super()._get_help_string(action)
+@click.group(
+    cls=LazyGroup,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+)
+@click.version_option(__version__, message="cogview %(version)s")
+def cli() -> None:
+    """Generate images from Chinese text, upscale, caption and rank them, and train the models."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status."""
+    """Run one command.
+
+    Args:
+        argv: The command line without the program's name; that of the process by default.
+
+    Returns:
+        The exit status: 0, 1 if some inputs failed, 2 for a mistake, 130 after Ctrl-C.
+    """
     given = sys.argv[1:] if argv is None else argv
-    # DeepSpeed's launcher puts this before everything else; the variable LOCAL_RANK says it too.
+    # DeepSpeed's launcher puts this before everything else; the variable LOCAL_RANK holds it too.
     arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
-    command = next((argument for argument in arguments if argument in COMMANDS), None)
-    parser = build_parser(command)
-    args, rest = parser.parse_known_args(arguments)
-    if rest:
-        # argparse takes one run of positional arguments; more of them, or KEY=VALUE of a recipe, may follow an option.
-        several = next((name for name in ("prompts", "images", "sources") if hasattr(args, name)), None)
-        if several is not None and not any(word.startswith("-") for word in rest):
-            getattr(args, several).extend(rest)
-        elif hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
-            args.overrides += rest
-        else:
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    module = importlib.import_module(f"cogview.cli.{COMMANDS[args.command][0]}")
-    return run_safely(lambda: module.run(args), f"cogview {args.command}")
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if instruction := os.environ.get(COMPLETION_VARIABLE):
+        from click.shell_completion import shell_complete
+
+        return shell_complete(cli, {}, "cogview", COMPLETION_VARIABLE, instruction)
+
+    def run() -> int:
+        with cli.make_context("cogview", arguments) as context:
+            return int(cli.invoke(context) or 0)
+
+    return run_safely(run, f"cogview {command}" if command in COMMANDS else "cogview")
 
 
 def run_safely(run: Callable[[], int], name: str) -> int:
-    """``run()``, with a user's mistakes as one line on stderr and status 2, and Ctrl-C as status 130."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character is no reason to stop
-            stream.reconfigure(errors="backslashreplace")
+    """Run a command and turn expected errors into one line on stderr.
+
+    Args:
+        run: The command; it returns the exit status.
+        name: The name of the program or command, which the line starts with.
+
+    Returns:
+        The status of ``run``; 2 for a mistake of the user, 130 after Ctrl-C, 1 if the reader of stdout is gone.
+    """
+    _prepare_streams()
     logging.basicConfig(level=os.environ.get("COGVIEW_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
     try:
         with log_batch_plans():
-            return run()
+            status = run()
+        sys.stdout.flush()
+        return status
+    except click.exceptions.Exit as done:  # of --help and --version
+        return done.exit_code
+    except click.UsageError as error:
+        path = error.ctx.command_path if error.ctx is not None else name
+        return _report(path, f"{_message_of(error)}; see {path} --help")
     except ReportedByPeer:
         return 2
     except (InputError, OSError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        if isinstance(error, BrokenPipeError) and _is_stdout_closed():  # as in `cogview models | head -1`
+            return 1
+        return _report(name, str(error))
     except ValueError as error:
         from cogview.kernels.dispatch import ForcedKernelsError  # with PyTorch, which has been imported by then
 
         if not isinstance(error, ForcedKernelsError):
             raise
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        return _report(name, str(error))
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; what was finished is kept", file=sys.stderr)
+        print(f"{name}: interrupted; finished results are kept", file=sys.stderr)
         return 130
+
+
+def _prepare_streams() -> None:
+    """Replace closed streams, and let a terminal that lacks a character show an escape in its stead."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:  # closed by the shell, as in `cogview models >&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_stdout_closed() -> bool:
+    """Return whether nobody reads stdout any more; what is still buffered is then discarded."""
+    import select
+
+    if not hasattr(select, "poll"):  # on Windows
+        return False
+    poll = select.poll()
+    try:
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # not a file, as in tests
+        return False
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter would fail again at exit
+    return True
+
+
+def _message_of(error: click.UsageError) -> str:
+    """Return the message of ``click`` as the middle of a line: in lower case, without a full stop."""
+    message = error.format_message().strip()
+    return f"{message[:1].lower()}{message[1:]}".rstrip(".")
+
+
+def _report(name: str, message: str) -> int:
+    """Print one line on stderr; return the status of a mistake."""
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return 2

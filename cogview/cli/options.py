@@ -1,147 +1,325 @@
-"""Arguments that commands of the four tasks have in common."""
+"""Options that several commands share, and the click classes behind every command.
+
+Only ``click`` and the standard library are imported here, so that ``--help`` is printed at once.
+"""
 
 from __future__ import annotations
 
-import argparse
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import click
+
+from cogview.cli.argparse_bridge import (  # noqa: F401  until every command is ported
+    SAMPLING,
+    add_adapter_argument,
+    add_ceiling_argument,
+    add_drawing_arguments,
+    add_model_arguments,
+    add_parallel_argument,
+    add_query_arguments,
+    add_revision_argument,
+    add_sampling_arguments,
+    add_seed_argument,
+    parse_max_batch_size,
+    parse_speculative,
+    sampling_settings,
+)
 from cogview.errors import InputError
 
 DEFAULT_MODEL = "cogview-emoji"
-SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # as ``CogView.sampling`` names them
+DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
+KV_DTYPES = ("auto", "int8")
+MODEL_HELP = "a name listed by cogview models, a checkpoint folder, or owner/name on the Hugging Face Hub"
+MODEL_DEFAULT = "set by the model"  # of sampling options
+FILE = click.Path(path_type=Path)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Function], Function]
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, batch: str) -> None:
-    """--model, --revision, --adapter, --device, --dtype, --kv-dtype, and --max-inference-batch-size (``batch``)."""
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        metavar="NAME_OR_FOLDER",
-        help="a name that cogview models lists, a checkpoint folder, or owner/name on the Hugging Face Hub",
+class Command(click.Command):
+    """A command whose help also describes its arguments, in a section above the options."""
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write nothing: versions of click before 8.5 do not call this, so ``format_options`` does the work."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections of arguments and of options."""
+        rows = [(item.make_metavar(ctx), item.help or "") for item in self.params if isinstance(item, Argument)]
+        if rows:
+            with formatter.section("Arguments"):
+                formatter.write_dl(rows)
+        super().format_options(ctx, formatter)
+
+
+class Argument(click.Argument):
+    """A positional argument with a help text."""
+
+    def __init__(self, declarations: list[str], *, help: str, **settings: Any) -> None:
+        """Keep ``help``, which versions of click before 8.5 do not take."""
+        super().__init__(declarations, **settings)
+        self.help: str | None = help
+
+
+class WordOrCount(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
+    """A whole number from 1 on, or one of some words that stand for a value."""
+
+    name = "count"
+
+    def __init__(self, words: Mapping[str, int | None]) -> None:
+        """Accept ``words`` besides numbers."""
+        self.words = words
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Return the number, or the value of the word."""
+        if not isinstance(value, str):
+            return int(value)
+        if value in self.words:
+            return self.words[value]
+        if not value.isdecimal() or int(value) < 1:
+            self.fail(f'"{value}" is not {", ".join(self.words)} or a whole number from 1 on', param, ctx)
+        return int(value)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[click.shell_completion.CompletionItem]:
+        """Complete the words."""
+        return [click.shell_completion.CompletionItem(word) for word in self.words if word.startswith(incomplete)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """The model of a command, where it runs, and in which precision."""
+
+    model: str
+    revision: str | None
+    adapter: str | None
+    max_batch_size: int | None  # None: as many as fit into memory
+    device: str
+    dtype: str
+    kv_dtype: str
+
+
+def argument(*declarations: str, help: str, **settings: Any) -> Decorator[Function]:
+    """Return a decorator that adds an ``Argument``; ``settings`` are those of ``click.argument``."""
+    decorator: Decorator[Function] = click.argument(*declarations, cls=Argument, help=help, **settings)
+    return decorator
+
+
+def combine(*decorators: Decorator[Function]) -> Decorator[Function]:
+    """Return a decorator that applies ``decorators`` in the order in which their options appear in the help."""
+
+    def decorate(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def option_group(
+    build: Callable[..., Any], name: str, names: tuple[str, ...], *options: Decorator[Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return a decorator that adds ``options`` and passes them to the command as one argument.
+
+    Args:
+        build: Called with the values of the options by name; a dataclass, usually.
+        name: The argument of the command that receives the result.
+        names: The names of the options' values.
+        options: The options, as ``click.option`` returns them.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(**values: Any) -> Any:
+            values[name] = build(**{key: values.pop(key) for key in names})
+            return function(**values)
+
+        decorated: Callable[..., Any] = combine(*options)(call)
+        return decorated
+
+    return decorate
+
+
+def model_options(items: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options of ``ModelOptions``, passed as ``model``.
+
+    Args:
+        items: Plural noun of what a batch holds, such as ``images``.
+    """
+    names = tuple(field.name for field in fields(ModelOptions))
+    return option_group(
+        ModelOptions,
+        "model",
+        names,
+        model_option(),
+        revision_option(),
+        adapter_option(),
+        max_batch_size_option(items),
+        device_option(),
+        click.option(
+            "--dtype",
+            type=click.Choice(DTYPES),
+            default="auto",
+            help="format of the weights; int8 and int4 quantize them, which saves memory and bandwidth",
+        ),
+        click.option(
+            "--kv-dtype",
+            type=click.Choice(KV_DTYPES),
+            default="auto",
+            help="format of the KV cache: auto is the dtype of the computation, int8 halves the memory",
+        ),
     )
-    add_revision_argument(parser)
-    add_adapter_argument(parser)
-    add_ceiling_argument(parser, batch)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        help="auto, float32, bfloat16, float16, int8 or int4 (rounded weights: less memory, fewer bytes to read per "
-        "token)",
-    )
-    parser.add_argument(
-        "--kv-dtype",
-        default="auto",
-        help="how keys and values are kept: auto (as --dtype computes) or int8 (rounded: half the memory of 16 bits)",
-    )
 
 
-def add_revision_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --revision."""
-    parser.add_argument(
-        "--revision", metavar="REV", help="branch, tag or commit of a model on the Hugging Face Hub (default: main)"
+def model_option(**settings: Any) -> Decorator[Any]:
+    """Return ``--model``."""
+    settings = {"default": DEFAULT_MODEL, "help": MODEL_HELP, **settings}
+    return click.option("--model", metavar="NAME_OR_FOLDER", **settings)
+
+
+def revision_option() -> Decorator[Any]:
+    """Return ``--revision``."""
+    return click.option(
+        "--revision",
+        metavar="REV",
+        show_default="main",
+        help="branch, tag or commit of a model on the Hugging Face Hub",
     )
 
 
-def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
-    """--adapter."""
-    parser.add_argument(
+def adapter_option() -> Decorator[Any]:
+    """Return ``--adapter``."""
+    return click.option(
         "--adapter",
-        type=Path,
-        metavar="FOLDER",
-        help="a LoRA adapter to merge into the weights: a folder, or owner/name on the Hugging Face Hub",
+        metavar="NAME_OR_FOLDER",
+        help="LoRA adapter to merge into the weights: a folder, or owner/name on the Hugging Face Hub",
     )
 
 
-def add_ceiling_argument(parser: argparse.ArgumentParser, batch: str) -> None:
-    """--max-inference-batch-size, the most ``batch``."""
-    parser.add_argument(
+def device_option(**settings: Any) -> Decorator[Any]:
+    """Return ``--device``."""
+    settings = {"default": "auto", "help": "auto, cpu, cuda, cuda:N or mps", **settings}
+    return click.option("--device", metavar="DEVICE", **settings)
+
+
+def max_batch_size_option(items: str) -> Decorator[Any]:
+    """Return ``--max-inference-batch-size``, passed as ``max_batch_size``: None for auto."""
+    return click.option(
         "--max-inference-batch-size",
+        "max_batch_size",
+        type=WordOrCount({"auto": None}),
         default="auto",
         metavar="COUNT",
-        help=f"at most so many {batch} at a time; auto: as many as memory holds and pay",
+        help=f"maximum number of {items} in a batch; auto fits the batch to the free memory",
     )
 
 
-def parse_max_batch_size(args: argparse.Namespace) -> int | None:
-    """What ``add_ceiling_argument`` was given; None for auto. InputError for anything but a count."""
-    given = args.max_inference_batch_size
-    if given == "auto":
-        return None
-    if not given.isdecimal() or int(given) < 1:
-        raise InputError(f'--max-inference-batch-size must be auto or a whole number from 1 on, got "{given}"')
-    return int(given)
-
-
-def add_sampling_arguments(parser: argparse.ArgumentParser, ids: str, default: str) -> None:
-    """--temperature, --top-k and --top-p of a draw among ``ids``."""
-    parser.add_argument("--temperature", type=float, help=f"lower is surer, higher wilder (default: {default})")
-    parser.add_argument("--top-k", type=int, help=f"choose among so many {ids}, 0: all (default: {default})")
-    parser.add_argument(
-        "--top-p", type=float, help=f"choose among the likeliest {ids} of this share, 1: all (default: {default})"
-    )
-
-
-def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
-    """How codes of pictures are drawn, and the folder they go to."""
-    add_sampling_arguments(parser, "codes", "the model's own")
-    parser.add_argument(
-        "--guidance",
-        type=float,
-        metavar="S",
-        help="draw from u + S (c - u), what the model expects without and with the text; 1: no guidance; takes twice "
-        "the time, and weights that were trained with captions left out (default: the model's own)",
-    )
-    parser.add_argument(
-        "--text-attention",
-        type=float,
-        metavar="W",
-        help="look W times as much at the text, 1: as trained; costs nothing (default: the model's own)",
-    )
-    add_parallel_argument(parser)
-    parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), metavar="FOLDER", help="where files go")
-
-
-def add_parallel_argument(parser: argparse.ArgumentParser, default: str = "auto") -> None:
-    """--parallel, which ``parallel`` reads."""
-    parser.add_argument(
+def speculative_option() -> Decorator[Any]:
+    """Return ``--speculative``, formerly ``--parallel``: None for auto, 1 for off."""
+    return click.option(
+        "--speculative",
         "--parallel",
-        default=default,
+        "speculative",
+        type=WordOrCount({"auto": None, "off": 1}),
+        default="auto",
         metavar="COUNT",
-        help="guess at most so many codes of a picture at one go and keep those that hold; off: one after another; "
-        "auto: what pays; the pictures are the same",
+        help="maximum number of codes to draft per forward pass in speculative decoding, or off; the images are the "
+        "same",
     )
 
 
-def add_seed_argument(parser: argparse.ArgumentParser, same: str) -> None:
-    """--seed; ``same`` is what, with the same seed, gives the same result."""
-    parser.add_argument("--seed", type=int, help=f"the same seed, {same} (default: a new one, told)")
+def sampling_options(unit: str, *, image_options: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add the options of ``Sampling``, passed as ``settings``: a mapping of those that were given.
+
+    Args:
+        unit: Plural noun of the sampled tokens, such as ``codes``.
+        image_options: Whether to add guidance and text attention, which apply to images only.
+    """
+    options = {
+        "temperature": click.option(
+            "--temperature",
+            type=click.FloatRange(min=0, min_open=True),
+            show_default=MODEL_DEFAULT,
+            help="sampling temperature; lower is more deterministic",
+        ),
+        "top_k": click.option(
+            "--top-k",
+            type=click.IntRange(min=0),
+            metavar="K",
+            show_default=MODEL_DEFAULT,
+            help=f"sample from the K most probable {unit}; 0 disables",
+        ),
+        "top_p": click.option(
+            "--top-p",
+            type=click.FloatRange(min=0, max=1, min_open=True),
+            metavar="P",
+            show_default=MODEL_DEFAULT,
+            help=f"sample from the fewest {unit} whose probabilities sum to P; 1 disables",
+        ),
+    }
+    if image_options:
+        options["guidance"] = click.option(
+            "--guidance",
+            type=click.FloatRange(min=0),
+            metavar="S",
+            show_default=MODEL_DEFAULT,
+            help="scale of classifier-free guidance; 1 disables, other values double the time and need weights trained "
+            "with caption dropout",
+        )
+        options["text_attention"] = click.option(
+            "--text-attention",
+            type=click.FloatRange(min=0, min_open=True),
+            metavar="W",
+            show_default=MODEL_DEFAULT,
+            help="weight of the attention to the prompt; 1 is that of training",
+        )
+
+    def build(**values: Any) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if value is not None}
+
+    return option_group(build, "settings", tuple(options), *options.values())
 
 
-def add_query_arguments(parser: argparse.ArgumentParser, line: str) -> None:
-    """IMAGE… with one --prompt, or --input with a ``line`` for each text."""
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="files, folders or globs")
-    parser.add_argument("--prompt", metavar="TEXT", help="the text that belongs to every IMAGE")
-    parser.add_argument("--input", metavar="FILE", help=f"instead of both: UTF-8 lines {line}; - is standard input")
+def seed_option(same: str) -> Decorator[Any]:
+    """Return ``--seed``; ``same`` completes "the same seed, … give the same …"."""
+    return click.option("--seed", type=int, show_default="random, printed", help=f"random seed: the same seed, {same}")
 
 
-def parse_speculative(args: argparse.Namespace) -> int | None:
-    """What --parallel was given: None for auto, 1 for off. InputError for anything but these or a count."""
-    given = args.parallel
-    if given in ("auto", "off"):
-        return {"auto": None, "off": 1}[given]
-    if not given.isdecimal() or int(given) < 1:
-        raise InputError(f'--parallel must be auto, off or a whole number from 1 on, got "{given}"')
-    return int(given)
+def output_option(**settings: Any) -> Decorator[Any]:
+    """Return ``-o``/``--output``; by default the folder of generated images."""
+    settings = {"default": "outputs", "metavar": "FOLDER", "help": "folder for the results", **settings}
+    return click.option("-o", "--output", type=FILE, **settings)
 
 
-def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of the sampling arguments that were given."""
-    return {name: value for name in SAMPLING if (value := getattr(args, name, None)) is not None}
+def count_option(items: str) -> Decorator[Any]:
+    """Return ``-n``: the number of ``items``, such as "images per prompt"."""
+    return click.option("-n", type=click.IntRange(min=1), default=1, metavar="COUNT", help=f"number of {items}")
+
+
+def overrides_argument(section: str) -> Decorator[Any]:
+    """Return the argument ``overrides``: KEY=VALUE pairs that change a section of a recipe."""
+
+    def check(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+        for value in values:
+            if "=" not in value:
+                raise click.UsageError(f'"{value}" is not KEY=VALUE of the section {section}', ctx)
+        return values
+
+    return argument(
+        "overrides",
+        nargs=-1,
+        metavar="KEY=VALUE",
+        callback=check,
+        help=f"change of a setting in the section {section} of the recipe; inner keys with dots, as in a.b=1",
+    )
 
 
 def require_positive(name: str, value: int) -> None:
-    """InputError unless ``value`` is at least 1."""
+    """Raise InputError unless ``value`` is at least 1."""
     if value < 1:
         raise InputError(f"{name} must be at least 1, got {value}")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import click
+
+from cogview.cli.options import FILE, argument, option_group, overrides_argument
 from cogview.config_io import from_mapping, read_recipe, section
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer
@@ -86,6 +89,37 @@ class Recipe:
     def settings(self, kind: type[T], name: str) -> T:
         """Section ``name`` as the dataclass ``kind``."""
         return from_mapping(kind, self.section(name), where=f"section {name} of {self.path}")
+
+
+def recipe_options(section_name: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add RECIPE, overrides of the section that a command reads, and ``--work``; passed as ``recipe: Recipe``.
+
+    Args:
+        section_name: The section that KEY=VALUE arguments change; None for a command without them.
+    """
+
+    def build(path: Path, work: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
+        return open_recipe(argparse.Namespace(recipe=path, work=work, overrides=overrides))
+
+    options: list[Callable[..., Any]] = [
+        argument("path", type=FILE, metavar="RECIPE", help="recipe file, such as scripts/recipes/emoji-cpu.yaml"),
+        click.option("--work", type=FILE, metavar="FOLDER", show_default="set by the recipe", help="results folder"),
+    ]
+    names = ["path", "work"]
+    if section_name is not None:
+        options.insert(1, overrides_argument(section_name))
+        names.append("overrides")
+    return option_group(build, "recipe", tuple(names), *options)
+
+
+def resume_option() -> Callable[..., Any]:
+    """Return ``--resume`` of training: auto or never."""
+    return click.option(
+        "--resume",
+        type=click.Choice(["auto", "never"]),
+        default="never",
+        help="auto continues from the last checkpoint if there is one",
+    )
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, section_name: str | None) -> None:

@@ -137,8 +137,7 @@ def test_mistakes_are_one_line_and_status_2(run, tiny_checkpoint, adapter, tmp_p
         assert err.startswith("cogview adapter: ")
         assert words in err
     assert not (tmp_path / "out").exists()
-    with pytest.raises(SystemExit, match="2"):
-        run("adapter", "merge", tiny_checkpoint, adapter)
+    assert run("adapter", "merge", tiny_checkpoint, adapter)[0] == 2
 
 
 def test_a_bundle_takes_no_adapter(run, tiny_checkpoint, adapter, tmp_path, monkeypatch):

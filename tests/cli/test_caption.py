@@ -168,7 +168,7 @@ def test_an_interruption_keeps_the_lines_printed_and_the_file_of_yesterday(capti
     assert status == 130
     assert calls == [0, 1, 1, 1]  # settings are checked without an image
     assert [one["file"] for one in found] == ["0.png", "1.png"]
-    assert err.endswith("cogview caption: interrupted; what was finished is kept\n")
+    assert err.endswith("cogview caption: interrupted; finished results are kept\n")
     assert Path("captions.jsonl").read_text() == "of yesterday"
     assert sorted(os.listdir()) == ["0.png", "1.png", "2.png", "captions.jsonl"]
 

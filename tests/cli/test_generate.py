@@ -3,7 +3,6 @@
 import io
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -390,7 +389,7 @@ def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_mod
     monkeypatch.setattr(cogview.pipeline.cogview, "fill", interrupted_fill)
     status, files, err = generate(FOX, "-n", "7", "--seed", "7", "--max-inference-batch-size", "2", "--grid")
     assert status == 130
-    assert err.endswith("cogview generate: interrupted; what was finished is kept\n")
+    assert err.endswith("cogview generate: interrupted; finished results are kept\n")
     assert [file.name for file in files] == [f"{FOX}-seed7-{index}.png" for index in range(4)]
     assert sorted(os.listdir("outputs")) == [file.name for file in files]
     for file, picture in zip(files, tiny_model.generate(FOX, n=4, seed=7), strict=True):
@@ -406,9 +405,7 @@ def test_a_full_disk_keeps_finished_pictures(generate, disk_for_two_pictures):
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["generate", "--help"])
-    assert exit_.value.code == 0
+    assert main(["generate", "--help"]) == 0
     out = capsys.readouterr().out
     for option in ("PROMPT", "--input", "-n", "--seed", "--output", "--temperature", "--top-k", "--top-p", "--model"):
         assert option in out
@@ -425,15 +422,3 @@ def test_help(capsys):
         "--text-attention",
     ):
         assert option in out
-
-
-def test_help_needs_no_torch():
-    code = """
-import sys
-from cogview.cli.main import build_parser
-for command in ("generate", "complete", "upscale", "caption", "rerank", "info"):
-    build_parser(command)
-print("torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.stdout, done.stderr) == ("False\n", "")

@@ -248,7 +248,7 @@ def test_processes_share_a_job(generate, prompts, start):
     ("signals", "done", "told"),
     [
         (1, 4, "stopped: 1 of 5 results are left; --resume goes on\n"),
-        (2, 2, "cogview generate: interrupted; what was finished is kept\n"),
+        (2, 2, "cogview generate: interrupted; finished results are kept\n"),
     ],
 )
 def test_an_interruption_finishes_a_chunk_and_a_second_stops(generate, prompts, monkeypatch, signals, done, told):

@@ -182,7 +182,7 @@ def test_an_interrupted_encoding_is_continued(work, tmp_path, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(StoreWriter, "append", interrupted)
         assert main(["encode", recipe]) == 130
-    assert "interrupted; what was finished is kept" in capsys.readouterr().err
+    assert "interrupted; finished results are kept" in capsys.readouterr().err
     assert len(TokenStore(work / "store")) == 32
     assert main(["encode", recipe]) == 0
     rows = TokenStore(work / "store").read(range(40))
