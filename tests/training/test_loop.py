@@ -30,7 +30,7 @@ import numpy as np
 
 from cogview.cli.main import run_safely
 from cogview.data.sampling_order import sample_index
-from cogview.training.loop import Run, RunSettings, Trainer, run_loop
+from cogview.training.loop import RunFolder, RunSettings, Trainer, run_loop
 
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 STEPS, SAVE_EVERY, BATCH, ROWS = map(int, sys.argv[3:])
@@ -69,7 +69,7 @@ class Chain(Trainer):
 sys.exit(run_safely(lambda: run_loop(
     Chain(),
     lambda first: iter(sample_index(7, np.arange(STEPS * BATCH).reshape(STEPS, BATCH), ROWS).tolist()[first:]),
-    Run(folder / "run"),
+    RunFolder(folder / "run"),
     RunSettings(log_every=1, save_every=SAVE_EVERY, evaluate_every=10),
     recipe={"steps": STEPS},
     steps=STEPS,

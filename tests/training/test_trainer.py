@@ -268,7 +268,7 @@ def test_hidden_codes_are_a_share_that_seed_and_step_decide():
     """Rows of one share hide every code, those of another some of them; captions left out hide none."""
     subject = trainer(full_mask_rate=0.3, partial_mask_rate=0.2, full_mask_targets=5, caption_dropout=0.2)
     choices, again = subject.builder.plan_rows(3, 4000, 64), subject.builder.plan_rows(3, 4000, 64)
-    for name in ("keep", "hide", "ask", "lots"):
+    for name in ("keep_caption", "mask_codes", "num_targets", "target_priority"):
         assert (getattr(again, name) == getattr(choices, name)).all()
         assert (getattr(subject.builder.plan_rows(4, 4000, 64), name) != getattr(choices, name)).any()
     share = choices.mask_codes.mean(axis=1)
@@ -287,14 +287,14 @@ def test_a_hidden_code_is_told_as_well_without_its_neighbours():
     """Rows that leave out places ask for the same codes at the same positions as rows that do not."""
     subject, given = trainer(), rows(size=3)
     whole = plan(3, hide=True)
-    few = replace(whole, ask=np.full(3, 4), lots=only([0, 7, 8, 63]))
+    few = replace(whole, num_targets=np.full(3, 4), target_priority=only([0, 7, 8, 63]))
     mask = subject.model.config.vocabulary.command("[MASK]")
     for long, short, image in zip(
         subject.builder.build(given, whole), subject.builder.build(given, few), given["image"], strict=True
     ):
         start = len(long) - 63  # the place that tells the first code
         kept = [*range(start), *(start - 1 + place for place in (7, 8, 63))]
-        for name in ("inputs", "positions", "targets", "kinds", "learnt"):
+        for name in ("inputs", "positions", "targets", "kinds", "trained"):
             assert getattr(short, name).tolist() == getattr(long, name)[kept].tolist()
         assert short.targets[-4:].tolist() == image[[0, 7, 8, 63]].tolist()
         assert short.inputs[-3:].tolist() == [mask] * 3
@@ -380,7 +380,7 @@ def test_names_are_told_at_the_places_that_are_asked_alone():
     subject, given = trainer(name_loss_weight=0.25), rows(size=3)
     given["named"] = np.full((3, GRID**2), NO_TOKEN, dtype=np.uint16)
     given["named"][0, :10], given["named"][1, 30:], given["named"][2] = 7, 9, 3
-    asked = replace(plan(3, hide=True), ask=np.full(3, 22), lots=only(range(0, GRID**2, 3)))
+    asked = replace(plan(3, hide=True), num_targets=np.full(3, 22), target_priority=only(range(0, GRID**2, 3)))
     for lesson, expected in zip(subject.builder.build(given, asked), (4, 12, 22), strict=True):
         assert (lesson.names >= 0).sum() == expected
 
@@ -566,7 +566,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(capsys):
 
 
 def test_a_run_of_steps_that_are_not_finite_ends(monkeypatch):
-    monkeypatch.setattr(transformer, "MOST_SKIPPED", 2)
+    monkeypatch.setattr(transformer, "MAX_SKIPPED_IN_A_ROW", 2)
     subject = spoilt(nonfinite="skip")
     for number in range(2):
         take(subject, number, rows())
