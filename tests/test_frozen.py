@@ -57,6 +57,15 @@ def test_compare_names_the_value_that_differs(frozen, tmp_path, capsys):
     assert "lmdb/fields/image: 0000 -> 5ff5278edd883c24" in line
 
 
+def test_compare_refuses_a_file_of_another_format(frozen, tmp_path, capsys):
+    """Inputs of items differ between formats, so that results cannot be compared."""
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"format_version": 1, "items": {}}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="2"):
+        frozen.main(["--compare", str(old)])
+    assert "has format 1, this script compares 2" in capsys.readouterr().err
+
+
 def test_record_reports_a_command_that_fails(frozen, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(frozen, "ESTIMATES", ("--model nonsense --device cpu:1GB",))
     assert frozen.main(["--compare", str(GOLDEN), "--only", "estimate"]) == 1

@@ -39,20 +39,19 @@ from frozen_inputs import CPU, MODEL, PROMPTS, SEEDS, write_v1_datasets
 from frozen_values import compare, file_hash, former, image_of, read_checkpoint, read_metrics, read_run, read_store
 from frozen_workbench import Failure, Workbench, run_command
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of the recorded file: raised where the inputs of an item change
+
+VARIED = ("--temperature", "0.9", "--top-k", "100")  # more variety than the model's settings
 
 # Sampling settings of the generated images: options, and how many of SEEDS.
 VARIANTS: dict[str, tuple[tuple[str, ...], int]] = {
     "plain": ((), 4),
-    "guided": (("--guidance", "2"), 4),
+    "guided": (("--guidance", "2", *VARIED), 4),
     "top-p": (("--top-k", "0", "--top-p", "0.9", "--temperature", "1.1"), 4),
-    "int8-cache": (("--kv-dtype", "int8"), 4),
-    "parallel-off": (("--parallel", "off", "--temperature", "0.9", "--top-k", "100"), 4),
-    "parallel-auto": (
-        ("--parallel", "auto", "--temperature", "0.9", "--top-k", "100", "--max-inference-batch-size", "3"),
-        4,
-    ),
-    "parallel-8": (("--parallel", "8", "--max-inference-batch-size", "7"), 1),
+    "int8-cache": (("--kv-dtype", "int8", *VARIED), 4),
+    "parallel-off": (("--parallel", "off", *VARIED), 4),
+    "parallel-auto": (("--parallel", "auto", "--max-inference-batch-size", "3", *VARIED), 4),
+    "parallel-8": (("--parallel", "8", "--max-inference-batch-size", "7", *VARIED), 1),
     "text-attention": (("--text-attention", "1.5"), 1),
     "bfloat16": (("--dtype", "bfloat16"), 1),
     "int8-weights": (("--dtype", "int8"), 1),
@@ -200,7 +199,7 @@ def record_upscaling(bench: Workbench) -> Any:
     bench.run("upscale", *pictures[:3], "--prompt", PROMPTS[0], "--seed", "5", "-o", "upscaled", *CPU)
     lines = "".join(f"{prompt}\t{path}\n" for prompt, path in zip(PROMPTS, pictures[::2], strict=False))
     (bench.folder / "queries.tsv").write_text(lines, encoding="utf-8")
-    options = ("--input", "queries.tsv", "--guidance", "1.5", "--seed", "6", "-o", "upscaled-guided")
+    options = ("--input", "queries.tsv", "--guidance", "1.5", "--seed", "6", "-o", "upscaled-guided", *VARIED)
     bench.run("upscale", *options, *CPU)
     return {name: bench.images(name) for name in ("upscaled", "upscaled-guided")}
 
@@ -209,7 +208,7 @@ def record_upscaling(bench: Workbench) -> Any:
 def record_completion(bench: Workbench) -> Any:
     """Return completed images."""
     for rows in ("0", "4", "7"):
-        options = ("--rows", rows, "--prompt", PROMPTS[1], "-n", "2", "--seed", "9", "-o", "completed")
+        options = ("--rows", rows, "--prompt", PROMPTS[1], "-n", "2", "--seed", "9", "-o", "completed", *VARIED)
         bench.run("complete", *bench.pictures[:2], *options, *CPU)
     return bench.images("completed")
 
@@ -491,6 +490,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     target = (args.write or args.compare).resolve()
     expected = json.loads(target.read_text("utf-8")) if args.compare else {}
+    if args.compare and expected.get("format_version") != FORMAT_VERSION:
+        parser.error(
+            f"{args.compare} has format {expected.get('format_version')}, this script compares {FORMAT_VERSION}: "
+            "record it again, or take the script that recorded it"
+        )
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # the order of floating-point sums depends on them
         os.environ[variable] = "1"
     library, start, home = import_library(), time.perf_counter(), Path.cwd()
