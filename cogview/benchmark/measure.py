@@ -25,7 +25,7 @@ from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.device import DevicePlacement, is_out_of_memory, peak_process_memory
 from cogview.errors import InputError
 from cogview.generation.decode import decode
-from cogview.generation.token_sampler import DecodingProgress, DecodingRequest
+from cogview.generation.requests import DecodingProgress, DecodingRequest
 from cogview.kernels.linear import has_native_kernels
 from cogview.modeling.config import ModelConfig, TransformerConfig
 from cogview.modeling.quantization import Int4Linear, swap_quantized_linears

@@ -1,12 +1,11 @@
-"""Rows in, tokens out: fills the blanks of arranged rows, whatever task they come from.
+"""The decoding loop: sample the blanks of token sequences, whatever task they belong to.
 
-Rows of different lengths and tasks share a batch. Each is cut behind its last blank and padded on the left, so that
-all end at the same column; the columns are then read from left to right, those that are given in every row at one go.
-``fill`` draws one way to fill each row, ``search`` finds the most probable ways, and ``score`` says how probable
-what stands in a row is.
+Sequences of different lengths and tasks share a batch. Each is cut after its last blank and padded on the left, so that
+all end at the same column. The columns before the first blank are prefilled in one forward pass; the others are decoded
+from left to right. ``beam_search`` finds the most probable texts instead, and ``score`` evaluates a given text.
 """
 
-# B rows of a batch, R some of them, T columns, S columns so far, D width of the model, V ids to choose from, K beams
+# J requests, B rows of a batch: one per request, then the unconditional ones. T columns
 from __future__ import annotations
 
 import math
@@ -15,23 +14,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from cogview.device import float64_of
 from cogview.generation.decoding_state import DecodingState
+from cogview.generation.requests import DecodingCallback, DecodingRequest, DecodingResult, notify, restore_tail
 from cogview.generation.speculative import decode_speculatively, max_window, uses_cuda_graphs
-from cogview.generation.token_sampler import (
-    DecodingProgress,
-    DecodingRequest,
-    DecodingResult,
-    TokenSampler,
-    candidate_ids,
-    log_probability_of,
-    logits_of,
-    notify,
-    special_token_mask,
-)
+from cogview.generation.token_sampler import TokenSampler
 from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.batching import SequenceBatch, pad_left, pad_right
+from cogview.tokenizers.batching import SequenceBatch, pad_left
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
@@ -41,172 +31,102 @@ def decode(
     transformer: Transformer,
     vocabulary: Vocabulary,
     requests: Sequence[DecodingRequest],
-    callback: Callable[[DecodingProgress], object] | None = None,
+    callback: DecodingCallback | None = None,
     *,
     int8_cache: bool = False,
     speculative: int | None = None,
 ) -> list[DecodingResult]:
-    """Draw every blank of every row; the result of a row does not depend on its neighbours.
+    """Sample every blank of every request; a result does not depend on the other requests.
 
-    A text is over where its stop is drawn. ``watch`` is called as columns with blanks are done; where it returns False,
-    ``Stopped`` is raised. All rows are held in memory at once; ``int8_cache`` rounds their keys and values.
+    A text ends at its stop token. All rows are in memory at once: plan the batch size first.
 
-    ``parallel`` is the most codes of a picture that are guessed and told at one go, 1 for none; by default what pays.
-    The pictures are the same (``parallel.py``). Texts are written one piece after another.
+    Args:
+        transformer: Model that computes the logits.
+        vocabulary: Vocabulary of the ids.
+        requests: One or more requests.
+        callback: Function that is called after every decoded column; it may return False to stop.
+        int8_cache: Store keys and values in int8.
+        speculative: Maximal number of image codes per row that one forward pass verifies; 1 disables speculative
+            decoding, None chooses by device and batch size. The result is the same (``speculative.py``). Texts are
+            always decoded token by token.
+
+    Returns:
+        One result per request, in their order.
+
+    Raises:
+        DecodingStopped: The callback returned False.
+        ValueError: There are no requests, or a guided request has no matching unconditional sequence.
     """
-    guided = [index for index, job in enumerate(requests) if job.sampling.guidance != 1]
-    rows = [job.sequence.until_last_blank() for job in requests] + [
-        _unconditional_sequence(requests[index]).until_last_blank() for index in guided
-    ]
-    batch = pad_left(rows, vocabulary.pad)
+    guided = [index for index, request in enumerate(requests) if request.sampling.guidance != 1]
+    sequences = [request.sequence for request in requests]
+    sequences += [_unconditional_sequence(requests[index]) for index in guided]
+    batch = pad_left([sequence.until_last_blank() for sequence in sequences], vocabulary.pad)
     device = transformer.embedding.weight.device
-    pictures = bool(batch.blanks.any()) and bool((batch.kinds[batch.blanks] == TokenKind.IMAGE).all())
-    most = speculative or max_window(device, len(rows), packed=transformer.packed_layers is not None)
-    in_windows = pictures and (most > 1 or uses_cuda_graphs(device))
-    bias_BT = _text_bias(batch, [job.sampling.text_attention for job in requests])
-    tapes = DecodingState(transformer, batch, bias_BT, int8=int8_cache, share_prefix=not in_windows)
-    easels = TokenSampler(transformer, vocabulary, requests, batch, guided)
+    only_images = bool(batch.blanks.any()) and bool((batch.kinds[batch.blanks] == TokenKind.IMAGE).all())
+    window = speculative or max_window(device, len(sequences), packed=transformer.packed_layers is not None)
+    in_windows = only_images and (window > 1 or uses_cuda_graphs(device))
+    bias_BT = _text_bias(batch, [request.sampling.text_attention for request in requests])
+    state = DecodingState(transformer, batch, bias_BT, int8=int8_cache, share_prefix=not in_windows)
+    sampler = TokenSampler(transformer, vocabulary, requests, batch, guided)
 
-    def rows_so_far(next_J: np.ndarray) -> list[np.ndarray]:
-        """The ids of each job's row, drawn up to the column ``next_J`` of the batch."""
-        undrawn_JT = batch.blanks[: len(requests)] & (np.arange(batch.ids.shape[1]) >= next_J[:, None])
-        ids_JT = np.where(undrawn_JT, vocabulary.pad, tapes.ids_BT[: len(requests)].cpu().numpy())
+    def partial_sequences(next_J: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Return the ids of each request, decoded up to the column ``next_J`` of the batch."""
+        undecoded_JT = batch.blanks[: len(requests)] & (np.arange(batch.ids.shape[1]) >= next_J[:, None])
+        ids_JT = np.where(undecoded_JT, vocabulary.pad, state.ids_BT[: len(requests)].cpu().numpy())
         return [
-            _restore_tail(job.sequence, ids[start:])
-            for job, ids, start in zip(requests, ids_JT, batch.starts, strict=False)
+            restore_tail(request.sequence, ids[start:])
+            for request, ids, start in zip(requests, ids_JT, batch.starts, strict=False)
         ]
 
     if in_windows:
-        decode_speculatively(tapes, easels, most, callback, rows_so_far)
+        decode_speculatively(state, sampler, window, callback, partial_sequences)
     else:
-        _decode_sequentially(tapes, easels, callback, rows_so_far)
-    rows_filled = rows_so_far(np.full(len(requests), batch.ids.shape[1]))
+        _decode_sequentially(state, sampler, callback, partial_sequences)
+    decoded = partial_sequences(np.full(len(requests), batch.ids.shape[1]))
     return [
         DecodingResult(ids=ids, log_probability=log_probability)
-        for ids, log_probability in zip(rows_filled, easels.log_probability_J.tolist(), strict=True)
+        for ids, log_probability in zip(decoded, sampler.log_probability_J.tolist(), strict=True)
     ]
 
 
 def _decode_sequentially(
-    tapes: DecodingState,
-    easels: TokenSampler,
-    watch: Callable[[DecodingProgress], object] | None,
-    rows_so_far: Callable[[np.ndarray], list[np.ndarray]],
+    state: DecodingState,
+    sampler: TokenSampler,
+    callback: DecodingCallback | None,
+    partial_sequences: Callable[[NDArray[np.int64]], list[NDArray[np.int64]]],
 ) -> None:
-    """Read a column, tell the next."""
-    jobs = easels.requests
-    open_BT = easels.batch.blanks[: len(jobs)].copy()  # still to be drawn
-    columns = np.flatnonzero(open_BT.any(axis=0))
-    texts = any(job.sequence.stop is not None for job in jobs)
+    """Decode one column at a time."""
+    requests = sampler.requests
+    open_JT = sampler.batch.blanks[: len(requests)].copy()  # still to be sampled
+    columns = np.flatnonzero(open_JT.any(axis=0))
+    has_texts = any(request.sequence.stop is not None for request in requests)
     for done, column in enumerate(columns.tolist(), start=1):
-        if texts and not open_BT[:, column:].any():  # every text is over
+        if has_texts and not open_JT[:, column:].any():  # every text has ended
             break
-        hidden_BD = tapes.forward_to(column)
-        for easel in easels.groups_at(column, open_BT[:, column]):
-            ids_R = easel.sample(hidden_BD, easels.keys_JT[:, column], easels.log_probability_J)
-            easel.write_tokens(tapes.ids_BT, column, ids_R)
-            if easel.stop is not None:
-                over = easel.members[(ids_R == easel.stop).cpu().numpy()]
-                open_BT[over] &= np.arange(open_BT.shape[1]) <= column
-        if watch is not None:
-            notify(watch, done, len(columns), partial(rows_so_far, np.full(len(jobs), column + 1)))
+        hidden_BD = state.forward_to(column)
+        for group in sampler.groups_at(column, open_JT[:, column]):
+            ids_R = group.sample(hidden_BD, sampler.keys_JT[:, column], sampler.log_probability_J)
+            group.write_tokens(state.ids_BT, column, ids_R)
+            if group.stop is not None:
+                ended = group.members[(ids_R == group.stop).cpu().numpy()]
+                open_JT[ended] &= np.arange(open_JT.shape[1]) <= column
+        if callback is not None:
+            notify(callback, done, len(columns), partial(partial_sequences, np.full(len(requests), column + 1)))
 
 
-@torch.inference_mode()
-def beam_search(
-    transformer: Transformer, vocabulary: Vocabulary, rows: Sequence[TokenSequence], beams: int
-) -> list[list[DecodingResult]]:
-    """Beam search: for each row, whose blanks are the text at its end, the ``beams`` most probable texts found.
-
-    The most probable comes first; probabilities are those of whole texts, stop included, without any reward for length.
-    """
-    if beams < 1:
-        raise ValueError(f"a search needs at least one beam, got {beams}")
-    device = transformer.embedding.weight.device
-    batch = pad_left([row.until_last_blank() for row in rows for _ in range(beams)], vocabulary.pad)
-    columns = np.flatnonzero(batch.blanks.any(axis=0))
-    if not len(columns) or not batch.blanks[:, columns].all() or (batch.kinds[:, columns] != TokenKind.TEXT).any():
-        raise ValueError("a search needs rows whose blanks are texts of one length at their ends")
-    stop = rows[0].stop
-    if any(row.stop != stop for row in rows):
-        raise ValueError("a search needs rows whose texts have the same stop")
-
-    tapes = DecodingState(transformer, batch, None)
-    permitted = candidate_ids(vocabulary, TokenKind.TEXT, stop)
-    mask_V = special_token_mask(stop, permitted, vocabulary, device)
-    never = permitted.index(stop) if stop is not None else 0  # the choice of a text that is over
-    # All beams of a row are alike at first, and all but one are out of the race.
-    total_BK = torch.full((len(rows), beams), -torch.inf, dtype=float64_of(device), device=device)
-    total_BK[:, 0] = 0
-    over_BK = torch.zeros((len(rows), beams), dtype=torch.bool, device=device)
-    first_B1 = beams * torch.arange(len(rows), device=device).unsqueeze(1)
-    for column in columns.tolist():
-        logits_NV = logits_of(transformer, tapes.forward_to(column), permitted, mask_V)
-        log_p_BKV = logits_NV.to(total_BK.dtype).log_softmax(dim=-1).view(*total_BK.shape, -1)
-        log_p_BKV = log_p_BKV.masked_fill(over_BK.unsqueeze(-1), -torch.inf)
-        log_p_BKV[..., never] = torch.where(over_BK, 0.0, log_p_BKV[..., never])
-        total_BK, choice_BK = (total_BK.unsqueeze(-1) + log_p_BKV).flatten(1).topk(beams, dim=1)
-        parent_BK = choice_BK // len(permitted)
-        ids_BK = choice_BK % len(permitted) + permitted.start
-        was_over_BK = over_BK.gather(1, parent_BK)
-        tapes.select((first_B1 + parent_BK).flatten())
-        tapes.ids_BT[:, column] = ids_BK.masked_fill(was_over_BK, vocabulary.pad).flatten()
-        over_BK = was_over_BK | (ids_BK == stop) if stop is not None else was_over_BK
-        if over_BK.all():
-            break
-
-    found_BKT = tapes.ids_BT.view(*total_BK.shape, -1).cpu().numpy()
-    starts = batch.starts[::beams]
-    return [
-        [
-            DecodingResult(ids=_restore_tail(row, ids[start:]), log_probability=float(total))
-            for ids, total in zip(found_KT, totals, strict=True)
-            if total > -math.inf
-        ]
-        for row, start, found_KT, totals in zip(rows, starts, found_BKT, total_BK.tolist(), strict=True)
-    ]
+def _unconditional_sequence(request: DecodingRequest) -> TokenSequence:
+    """Return the unconditional sequence of a guided request; ValueError unless its blanks match."""
+    if request.unconditional is None:
+        raise ValueError("guidance needs the sequence without its text as well: set DecodingRequest.unconditional")
+    blanks = [one.until_last_blank().blanks[::-1] for one in (request.sequence, request.unconditional)]
+    shorter = min(map(len, blanks))
+    if not np.array_equal(blanks[0][:shorter], blanks[1][:shorter]) or any(b[shorter:].any() for b in blanks):
+        raise ValueError("a sequence and its unconditional sequence must end in the same blanks")
+    return request.unconditional
 
 
-@torch.inference_mode()
-def score(
-    transformer: Transformer, vocabulary: Vocabulary, rows: Sequence[TokenSequence], name: str = "text"
-) -> list[float]:
-    """log p of the text ``name`` of each row given all that stands before it, in nats: the sum over its pieces.
-
-    As in the release, pieces compete with each other and with commands, and not with image codes.
-    """
-    device = transformer.embedding.weight.device
-    batch = pad_right(rows, vocabulary.pad)
-    ids_BT = torch.from_numpy(batch.ids).to(device)
-    hidden_BTD = transformer.hidden(ids_BT, torch.from_numpy(batch.positions).to(device))
-    words = range(vocabulary.text.start, vocabulary.padded_size)
-    spans = [row.spans[name] for row in rows]
-    # One head for all texts: hidden states of the places before each piece, row after row.
-    before_ND = torch.cat([hidden_BTD[b, span.start - 1 : span.stop - 1] for b, span in enumerate(spans)])
-    pieces_N = torch.cat([ids_BT[b, span] for b, span in enumerate(spans)]) - words.start
-    log_p_N = log_probability_of(transformer.head(before_ND, words), pieces_N).double().cpu()
-    return [float(part.sum()) for part in log_p_N.split([span.stop - span.start for span in spans])]
-
-
-def _restore_tail(row: TokenSequence, ids: np.ndarray) -> np.ndarray:
-    """All ids of ``row``, those of its cut part filled."""
-    whole = row.ids.copy()
-    whole[: len(ids)] = ids
-    return whole
-
-
-def _unconditional_sequence(job: DecodingRequest) -> TokenSequence:
-    if job.unconditional is None:
-        raise ValueError("guidance needs the row without its text as well")
-    ends = [row.until_last_blank().blanks[::-1] for row in (job.sequence, job.unconditional)]
-    shorter = min(map(len, ends))
-    if not np.array_equal(ends[0][:shorter], ends[1][:shorter]) or any(end[shorter:].any() for end in ends):
-        raise ValueError("a row and its unguided twin must end in the same blanks")
-    return job.unconditional
-
-
-def _text_bias(batch: SequenceBatch, weights: Sequence[float]) -> np.ndarray | None:
-    """(B, T) float32: log w at the given text of the first rows, which have ``weights``; None where all are 1."""
+def _text_bias(batch: SequenceBatch, weights: Sequence[float]) -> NDArray[np.float32] | None:
+    """Return the attention bias (B, T): log w at the given text of the first rows; None if every weight is 1."""
     if all(weight == 1 for weight in weights):
         return None
     bias_BT = np.zeros(batch.ids.shape, dtype=np.float32)

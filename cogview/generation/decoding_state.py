@@ -1,12 +1,13 @@
-"""The rows of a batch as they are read and written, with the keys and values of what was read."""
+"""State of a batch while it is decoded: ids, positions, attention bias and KV cache, with shared prefixes."""
 
-# B rows of a batch, P rows that begin differently, T columns, C columns of a beginning, D width of the model
+# B rows of a batch, P distinct prefixes, T columns, C columns of a prefix, S columns so far, D width of the model
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cogview.kernels.attention import attention_bias
@@ -14,33 +15,46 @@ from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import SequenceBatch
 
-# From this share of all keys and values on, beginnings that rows have in common are kept once for all of them. That
-# takes more operations than looking at a copy for each row.
+# Prefixes are stored once if that saves at least this fraction of all keys and values. Attention to a shared prefix
+# takes more operations than attention to a copy per row.
 MIN_SHARED_FRACTION = 0.2
 
 
 class DecodingState:
-    """Rows that are read from left to right, all to the same column.
+    """Rows of one length that are decoded from left to right.
 
-    What stands before the first blank of any row is its beginning. Rows whose beginnings are equal read them once, as
-    one row: the candidates of one prompt, the captions of one image. ``bias_BT`` (float32) is added to the attention
-    scores of each place. Unless they ``may_share``, each row has a copy of its beginning.
+    The columns before the first blank of any row are the prefix. Rows with equal prefixes compute them once, as one
+    row: candidates of one prompt, or captions of one image.
+
+    Attributes:
+        ids_BT: Ids, int64; sampled ids are written here.
+        positions_BT: Indices of the learned positions, int64.
+        cache: Keys and values of the columns processed so far.
     """
 
     def __init__(
         self,
         transformer: Transformer,
         batch: SequenceBatch,
-        bias_BT: np.ndarray | None,
+        bias_BT: NDArray[np.float32] | None,
         *,
         int8: bool = False,
         share_prefix: bool = True,
     ) -> None:
+        """Allocate the state; nothing is computed yet.
+
+        Args:
+            transformer: Model that computes the hidden states.
+            batch: Rows, padded on the left.
+            bias_BT: Bias that is added to the attention scores of each column; None for 0.
+            int8: Store keys and values in int8.
+            share_prefix: Store equal prefixes once where that is worthwhile, instead of a copy per row.
+        """
         weight = transformer.embedding.weight
         device, dtype = weight.device, weight.dtype
         num_rows, num_columns = batch.ids.shape
         self.transformer = transformer
-        self.ids_BT = torch.tensor(batch.ids, device=device)  # a copy, to be written to
+        self.ids_BT = torch.tensor(batch.ids, device=device)  # a copy, since it is written to
         self.positions_BT = torch.from_numpy(batch.positions).to(device)
         self._last_start = int(batch.starts.max(initial=0))
         self._key_bias_BT: Tensor | None = None
@@ -49,19 +63,19 @@ class DecodingState:
             key_bias_BT[np.arange(num_columns) < batch.starts[:, None]] = -np.inf
             self._key_bias_BT = torch.from_numpy(key_bias_BT).to(device, dtype)
 
-        marks = [0] * num_rows if bias_BT is None else [row.tobytes() for row in bias_BT]
-        self._first_blank, beginnings = group_by_prefix(batch, marks)
-        num_firsts = 1 + max(beginnings)
-        # Rows by which the beginnings are read, and the beginning of each row; None where every row has its own.
+        prefix_keys = [0] * num_rows if bias_BT is None else [row.tobytes() for row in bias_BT]
+        self._first_blank, prefixes = group_by_prefix(batch, prefix_keys)
+        num_prefixes = 1 + max(prefixes)
+        # One row of each prefix, and the prefix of each row; None if all prefixes differ.
         self._prefix_rows_P: Tensor | None = None
         self._prefixes_B: Tensor | None = None
         shared = False
-        if self._first_blank and num_firsts < num_rows:
+        if self._first_blank and num_prefixes < num_rows:
             self._prefix_rows_P = torch.tensor(
-                [beginnings.index(number) for number in range(num_firsts)], device=device
+                [prefixes.index(number) for number in range(num_prefixes)], device=device
             )
-            self._prefixes_B = torch.tensor(beginnings, device=device)
-            shared = share_prefix and worth_sharing_prefix(batch, self._first_blank, num_firsts)
+            self._prefixes_B = torch.tensor(prefixes, device=device)
+            shared = share_prefix and worth_sharing_prefix(batch, self._first_blank, num_prefixes)
         self.cache = KVCache(
             transformer.config,
             num_rows,
@@ -74,7 +88,11 @@ class DecodingState:
         )
 
     def forward_to(self, column: int) -> Tensor:
-        """Hidden states (B, D) from which column ``column`` is told: all columns before it have been read."""
+        """Process all columns before ``column`` that are not in the cache yet.
+
+        Returns:
+            Hidden states (B, D) of the last column before ``column``, which predict it.
+        """
         new = slice(self.cache.length, column)
         rows: Tensor | slice = slice(None)
         if new.start == 0 and self._prefix_rows_P is not None:
@@ -86,25 +104,32 @@ class DecodingState:
             cache=self.cache,
         )
         if isinstance(rows, slice):
-            return hidden_BTD[:, -1].clone()  # a view would keep all of what was read
+            return hidden_BTD[:, -1].clone()  # a view would keep the hidden states of all columns alive
         assert self._prefixes_B is not None
         if self.cache.prefix is None:
             self.cache.select(self._prefixes_B)
         return hidden_BTD[self._prefixes_B, -1]
 
-    def forward_columns(self, columns_BT: Tensor, keys: int, start: int | None) -> Tensor:
-        """Hidden states (B, T, D) of T columns in a row, which look at the first ``keys`` columns.
+    def forward_columns(self, columns_BT: Tensor, num_keys: int, start: int | None) -> Tensor:
+        """Process T consecutive columns of each row; the cache forgets what it had from there on.
 
-        ``start`` is where they begin, if that is the same for all rows. What was read there or behind is forgotten.
-        Beginnings must not be shared.
+        Prefixes must not be shared.
+
+        Args:
+            columns_BT: Indices of the columns, int64; rows may be at different columns.
+            num_keys: Number of columns that attention reads, from the first.
+            start: First column, if it is the same for all rows.
+
+        Returns:
+            Hidden states (B, T, D).
         """
         num_new = columns_BT.shape[1]
         if start is not None:
-            bias_B1TS = self._bias(slice(None), slice(start, keys))
+            bias_B1TS = self._bias(slice(None), slice(start, num_keys))
         else:
             self.cache.write_positions_BT = columns_BT
-            bias_B1TS = attention_bias(self._key_bias(slice(None), keys), columns_BT)
-        self.cache.length = keys - num_new
+            bias_B1TS = attention_bias(self._key_bias(slice(None), num_keys), columns_BT)
+        self.cache.length = num_keys - num_new
         hidden_BTD = self.transformer.hidden(
             self.ids_BT.gather(1, columns_BT),
             self.positions_BT.gather(1, columns_BT),
@@ -114,14 +139,19 @@ class DecodingState:
         self.cache.write_positions_BT = None
         return hidden_BTD
 
+    def select(self, rows_B: Tensor) -> None:
+        """Replace row i by a copy of row ``rows_B[i]`` (int64), which must have the same prefix."""
+        self.ids_BT = self.ids_BT[rows_B]
+        self.cache.select(rows_B, since=self._first_blank)
+
     def _key_bias(self, rows: Tensor | slice, end: int) -> Tensor:
-        """(B, S), what is added to the scores of the first S columns, whoever asks."""
+        """Return the bias (B, S) of the first ``end`` columns as keys."""
         if self._key_bias_BT is None:
             return torch.zeros((len(self.ids_BT), end), device=self.ids_BT.device, dtype=self.cache.dtype)
         return self._key_bias_BT[rows, :end]
 
     def _bias(self, rows: Tensor | slice, new: slice) -> Tensor | None:
-        """What is added to the attention scores of the new columns (``kernels/attention.py``)."""
+        """Return the attention bias (B, 1, T, S) of the columns ``new``, or None if causal attention needs none."""
         num_new = new.stop - new.start
         if self._key_bias_BT is None:
             if num_new == 1 or new.start == 0:
@@ -134,27 +164,49 @@ class DecodingState:
         columns_BT = torch.arange(new.start, new.stop, device=key_bias_BS.device).expand(len(key_bias_BS), -1)
         return attention_bias(key_bias_BS, columns_BT)
 
-    def select(self, rows: Tensor) -> None:
-        """Row i becomes a copy of what row ``rows[i]``, which begins as it does, was."""
-        self.ids_BT = self.ids_BT[rows]
-        self.cache.select(rows, since=self._first_blank)
-
 
 def group_by_prefix(batch: SequenceBatch, prefix_keys: Sequence[object]) -> tuple[int, list[int]]:
-    """The column of the first blank of any row, and for each row the number, from 0, of what it has before that.
+    """Number the distinct prefixes of a batch.
 
-    Rows with different ``marks`` begin differently.
+    The prefix of a row is everything before the column of the first blank of any row: padding, ids and positions.
+
+    Example:
+        Three rows of a batch, ``_`` being a blank and ``.`` padding::
+
+            红 苹果 [BASE] _ _      prefix 0
+            .  狐狸 [BASE] _ _      prefix 1
+            红 苹果 [BASE] _ _      prefix 0
+
+        The first blank is in column 3, so ``group_by_prefix(batch, [0, 0, 0])`` returns ``(3, [0, 1, 0])``: two
+        prefixes of three columns are computed instead of three. With ``prefix_keys`` ``[0, 0, 9]`` the third row has a
+        prefix of its kind alone, and the result is ``(3, [0, 1, 2])``.
+
+    Args:
+        batch: Rows, padded on the left.
+        prefix_keys: One hashable value per row, such as its attention bias; rows with different keys never share.
+
+    Returns:
+        Column of the first blank, and for each row the number of its prefix, counted from 0 in order of appearance.
     """
-    first = int(batch.blanks.any(axis=0).argmax())
-    known: dict[object, int] = {}
-    looks = zip(prefix_keys, batch.starts.tolist(), batch.ids[:, :first], batch.positions[:, :first], strict=True)
-    return first, [
-        known.setdefault((mark, start, ids.tobytes(), positions.tobytes()), len(known))
-        for mark, start, ids, positions in looks
+    first_blank = int(batch.blanks.any(axis=0).argmax())
+    numbers: dict[object, int] = {}
+    rows = zip(
+        prefix_keys, batch.starts.tolist(), batch.ids[:, :first_blank], batch.positions[:, :first_blank], strict=True
+    )
+    return first_blank, [
+        numbers.setdefault((key, start, ids.tobytes(), positions.tobytes()), len(numbers))
+        for key, start, ids, positions in rows
     ]
 
 
 def worth_sharing_prefix(batch: SequenceBatch, length: int, num_prefixes: int) -> bool:
-    """Whether to keep so many beginnings of ``length`` columns once each, and no copy of one for each row."""
+    """Return whether to store each prefix once instead of once per row.
+
+    Args:
+        batch: Rows of the batch.
+        length: Columns of a prefix.
+        num_prefixes: Number of distinct prefixes.
+    """
     num_rows, num_columns = batch.ids.shape
-    return 0 < length * (num_rows - num_prefixes) >= MIN_SHARED_FRACTION * num_rows * num_columns
+    saved = length * (num_rows - num_prefixes)
+    return saved > 0 and bool(saved >= MIN_SHARED_FRACTION * num_rows * num_columns)

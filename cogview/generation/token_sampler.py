@@ -1,102 +1,78 @@
-"""How the blanks of a batch are drawn: which ids may stand there, by whose settings, with which noise."""
+"""Sampling of the next tokens of a batch: candidate ids, settings, guidance and noise of every blank."""
 
-# B rows of a batch, J jobs, R some of them, T columns, D width of the model, V ids to choose from
+# J requests, B rows of a batch: one per request, then the unconditional ones. R rows of a group, T columns, D width of
+# the model, V candidate ids
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cogview.device import float64_of
+from cogview.generation.requests import DecodingRequest
 from cogview.generation.sampling import noise_keys, sample
 from cogview.modeling.config import Sampling
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import SequenceBatch
-from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DecodingRequest:
-    """A row to fill. Its noise is keyed by ``seed``, ``image``, the number of the picture among those of a seed, and
-    for each place of the row by its entry in ``places`` (T,) int64: by default which code of its image, or piece of
-    its text, it is.
-
-    ``unguided`` is the same row without what guides it, its text: needed where ``sampling`` asks for guidance. It ends
-    as ``row`` does, with the same blanks.
-    """
-
-    sequence: TokenSequence
-    seed: int
-    sampling: Sampling
-    image: int = 0
-    noise_positions: np.ndarray | None = None
-    unconditional: TokenSequence | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecodingProgress:
-    """Where ``fill`` stands, for who watches it."""
-
-    done: int  # of the blanks of the row that has most
-    total: int
-    sequences: Callable[
-        [], list[np.ndarray]
-    ]  # the ids of each job's row as they are now, [PAD] where nothing is drawn yet
-
-
-class DecodingStopped(Exception):
-    """Who watched did not want to go on."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DecodingResult:
-    """A row without blanks, but for ``[PAD]`` behind the stop of a text."""
-
-    ids: np.ndarray  # (T,) int64, as long as the job's row
-    log_probability: float  # of the drawn ids: the sum of their log p among permitted ids, before guidance or filters
-
-
 class TokenSampler:
-    """How the blanks of a batch are drawn, column by column."""
+    """Sampling state of a batch: noise keys, log probabilities, and groups of rows that are sampled alike.
+
+    Attributes:
+        keys_JT: Noise keys, int64.
+        log_probability_J: Log probability of the ids sampled so far, in nats; updated by ``SamplingGroup.sample``.
+        request_of_row: Index (B,) of the request of each row.
+    """
 
     def __init__(
         self,
         transformer: Transformer,
         vocabulary: Vocabulary,
-        jobs: Sequence[DecodingRequest],
+        requests: Sequence[DecodingRequest],
         batch: SequenceBatch,
         guided: Sequence[int],
     ) -> None:
-        device = transformer.embedding.weight.device
-        self.transformer, self.vocabulary, self.requests, self.batch = transformer, vocabulary, jobs, batch
-        seeds_J1 = torch.tensor([[job.seed] for job in jobs], device=device)
-        images_J1 = torch.tensor([[job.image] for job in jobs], device=device)
-        self.keys_JT = noise_keys(seeds_J1, images_J1, torch.from_numpy(_noise_positions(jobs, batch)).to(device))
-        self.log_probability_J = torch.zeros(len(jobs), dtype=float64_of(device), device=device)
-        self._unconditional_B = np.full(len(jobs), -1)
-        self._unconditional_B[guided] = np.arange(len(jobs), len(jobs) + len(guided))
-        self.request_of_row = np.concatenate(
-            [np.arange(len(jobs)), np.array(guided, dtype=np.int64)]
-        )  # the job of each row
+        """Prepare to sample the blanks of ``batch``.
+
+        Args:
+            transformer: Model that computes the logits.
+            vocabulary: Vocabulary of the ids.
+            requests: The requests, J of them.
+            batch: Their sequences in the first J rows, then the unconditional sequences of the guided requests.
+            guided: Indices of the guided requests.
+        """
+        device, num_requests = transformer.embedding.weight.device, len(requests)
+        self.transformer, self.vocabulary, self.requests, self.batch = transformer, vocabulary, requests, batch
+        seeds_J1 = torch.tensor([[request.seed] for request in requests], device=device)
+        images_J1 = torch.tensor([[request.image] for request in requests], device=device)
+        positions_JT = torch.from_numpy(_noise_positions(requests, batch)).to(device)
+        self.keys_JT = noise_keys(seeds_J1, images_J1, positions_JT)
+        self.log_probability_J = torch.zeros(num_requests, dtype=float64_of(device), device=device)
+        self._unconditional_J = np.full(num_requests, -1)
+        self._unconditional_J[guided] = np.arange(num_requests, num_requests + len(guided))
+        self.request_of_row = np.concatenate([np.arange(num_requests), np.array(guided, dtype=np.int64)])
         self._groups: dict[bytes, list[SamplingGroup]] = {}
 
-    def groups_at(self, column: int, open_J: np.ndarray) -> list[SamplingGroup]:
-        """One for all rows whose ``column`` is to be drawn among the same ids in the same way."""
+    def groups_at(self, column: int, open_J: NDArray[np.bool_]) -> list[SamplingGroup]:
+        """Return the groups of the requests whose blank in ``column`` is still to be sampled (``open_J``)."""
         kinds_J = self.batch.kinds[: len(self.requests), column]
-        look = open_J.tobytes() + kinds_J.tobytes()
-        if look not in self._groups:  # mostly it is that of the column before
-            self._groups[look] = self._grouped(open_J, kinds_J)
-        return self._groups[look]
+        key = open_J.tobytes() + kinds_J.tobytes()
+        if key not in self._groups:  # usually equal to that of the column before
+            self._groups[key] = self._grouped(open_J, kinds_J)
+        return self._groups[key]
 
     def image_groups(self) -> list[SamplingGroup]:
-        """Those of all rows, where all blanks are codes."""
+        """Return the groups of all requests, for batches whose blanks are all image codes."""
         return self._grouped(np.ones(len(self.requests), dtype=bool), np.full(len(self.requests), TokenKind.IMAGE))
 
-    def _grouped(self, open_J: np.ndarray, kinds_J: np.ndarray) -> list[SamplingGroup]:
+    def _grouped(self, open_J: NDArray[np.bool_], kinds_J: NDArray[np.integer]) -> list[SamplingGroup]:
+        """Group the requests of ``open_J`` by kind, stop token and settings."""
         groups: dict[tuple[TokenKind, int | None, Sampling], list[int]] = {}
         for index in np.flatnonzero(open_J).tolist():
             kind = TokenKind(kinds_J[index])
@@ -104,62 +80,95 @@ class TokenSampler:
             groups.setdefault((kind, stop, self.requests[index].sampling), []).append(index)
         return [self._group(np.array(members), *key) for key, members in groups.items()]
 
-    def _group(self, members: np.ndarray, kind: TokenKind, stop: int | None, sampling: Sampling) -> SamplingGroup:
-        permitted = candidate_ids(self.vocabulary, kind, stop)
+    def _group(
+        self, members: NDArray[np.int64], kind: TokenKind, stop: int | None, sampling: Sampling
+    ) -> SamplingGroup:
+        """Return the group of the requests ``members``."""
+        candidates = candidate_ids(self.vocabulary, kind, stop)
         device = self.keys_JT.device
-        partners = self._unconditional_B[members] if sampling.guidance != 1 else None
+        unconditional = self._unconditional_J[members] if sampling.guidance != 1 else None
         return SamplingGroup(
             transformer=self.transformer,
             members=members,
-            # All rows, in order, need no picking.
+            # All rows in their order need no indexing.
             rows_R=torch.from_numpy(members).to(device) if len(members) < len(self.batch.ids) else None,
-            unconditional_R=None if partners is None else torch.from_numpy(partners).to(device),
-            candidates=permitted,
+            unconditional_R=None if unconditional is None else torch.from_numpy(unconditional).to(device),
+            candidates=candidates,
             stop=stop,
-            mask_V=special_token_mask(stop, permitted, self.vocabulary, device),
+            mask_V=special_token_mask(stop, candidates, self.vocabulary, device),
             sampling=sampling,
         )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SamplingGroup:
-    """Rows R of a batch that are drawn among the same ids in the same way."""
+    """Rows of a batch that are sampled from the same candidates with the same settings.
+
+    Attributes:
+        transformer: Model that computes the logits.
+        members: Indices (R,) of the requests.
+        rows_R: The same on the device; None for all rows of the batch.
+        unconditional_R: Unconditional row of each request; None without guidance.
+        candidates: Ids that the blanks may take.
+        stop: Id that ends a text; None for images.
+        mask_V: Candidates that are excluded; None if there are none.
+        sampling: Settings of sampling.
+    """
 
     transformer: Transformer
-    members: np.ndarray  # of the batch
-    rows_R: Tensor | None  # the same on the device; None for all
-    unconditional_R: Tensor | None  # the unguided twin of each, where there is guidance
+    members: NDArray[np.int64]
+    rows_R: Tensor | None
+    unconditional_R: Tensor | None
     candidates: range
     stop: int | None
     mask_V: Tensor | None
     sampling: Sampling
 
-    def sample(self, hidden_BD: Tensor, keys_B: Tensor, log_probability_J: Tensor) -> Tensor:
-        """The ids (R,) that follow; their log-probability is added to that of their rows."""
+    def sample(self, hidden_BD: Tensor, keys_J: Tensor, log_probability_J: Tensor) -> Tensor:
+        """Sample the next id of every row of the group, and add its log probability in place.
+
+        Args:
+            hidden_BD: Last hidden state of every row of the batch.
+            keys_J: Noise key of each request, int64.
+            log_probability_J: Sums of log probabilities, updated in place.
+
+        Returns:
+            Ids (R,), int64.
+        """
         rows_R = self.rows_R
-        without_RD = None if self.unconditional_R is None else hidden_BD[self.unconditional_R]
-        ids_R, log_p_R = self.sample_ids(
-            hidden_BD if rows_R is None else hidden_BD[rows_R], keys_B if rows_R is None else keys_B[rows_R], without_RD
-        )
+        unconditional_RD = None if self.unconditional_R is None else hidden_BD[self.unconditional_R]
+        hidden_RD, keys_R = (hidden_BD, keys_J) if rows_R is None else (hidden_BD[rows_R], keys_J[rows_R])
+        ids_R, log_p_R = self.sample_ids(hidden_RD, keys_R, unconditional_RD)
         if rows_R is None:
             log_probability_J += log_p_R
         else:
             log_probability_J.index_add_(0, rows_R, log_p_R.to(log_probability_J.dtype))
         return ids_R
 
-    def sample_ids(self, hidden_RD: Tensor, keys_R: Tensor, without_RD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The ids (R,) that follow and their log-probabilities; ``without_RD`` are the hidden states without text."""
-        logits_RV = wanted_RV = logits_of(self.transformer, hidden_RD, self.candidates, self.mask_V)
-        if without_RD is not None:
-            without_RV = logits_of(self.transformer, without_RD, self.candidates, self.mask_V)
-            wanted_RV = without_RV + self.sampling.guidance * (logits_RV - without_RV)
-            if self.mask_V is not None:
-                wanted_RV = wanted_RV.masked_fill(self.mask_V, -torch.inf)
-        chosen_R = sample(wanted_RV, keys_R, self.candidates, self.sampling)
+    def sample_ids(
+        self, hidden_RD: Tensor, keys_R: Tensor, unconditional_RD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sample one id per hidden state.
+
+        Args:
+            hidden_RD: Hidden states.
+            keys_R: Noise keys, int64.
+            unconditional_RD: Hidden states of the unconditional rows, for guidance.
+
+        Returns:
+            Ids (R,) int64, and their log probabilities (R,) float32 in nats, before guidance and filters.
+        """
+        logits_RV = guided_RV = logits_of(self.transformer, hidden_RD, self.candidates, self.mask_V)
+        if unconditional_RD is not None:
+            unconditional_RV = logits_of(self.transformer, unconditional_RD, self.candidates, self.mask_V)
+            guided_RV = unconditional_RV + self.sampling.guidance * (logits_RV - unconditional_RV)
+            if self.mask_V is not None:  # -inf minus -inf is not a number
+                guided_RV = guided_RV.masked_fill(self.mask_V, -torch.inf)
+        chosen_R = sample(guided_RV, keys_R, self.candidates, self.sampling)
         return chosen_R + self.candidates.start, log_probability_of(logits_RV, chosen_R)
 
     def write_tokens(self, ids_BT: Tensor, column: int, ids_R: Tensor) -> None:
-        """Put drawn ids where they belong."""
+        """Write sampled ids into ``column`` of ``ids_BT``, in the unconditional rows too."""
         if self.rows_R is None:
             ids_BT[:, column] = ids_R
         else:
@@ -168,49 +177,46 @@ class SamplingGroup:
             ids_BT[self.unconditional_R, column] = ids_R
 
 
-def notify(
-    callback: Callable[[DecodingProgress], object], done: int, total: int, sequences: Callable[[], list[np.ndarray]]
-) -> None:
-    """Call ``watch``; raises ``Stopped`` where it returns False."""
-    if callback(DecodingProgress(done=done, total=total, sequences=sequences)) is False:
-        raise DecodingStopped
-
-
 def candidate_ids(vocabulary: Vocabulary, kind: TokenKind, stop: int | None) -> range:
-    """The ids that a blank may take; with a ``stop``, commands too, of which ``logits_of`` leaves the stop alone."""
+    """Return the ids that a blank of ``kind`` may take.
+
+    With a stop token the range includes all special tokens, since it must be contiguous; ``special_token_mask``
+    excludes the others.
+    """
     permitted = vocabulary.permitted(kind)
     return permitted if stop is None else range(permitted.start, vocabulary.size)
 
 
 def special_token_mask(
-    stop: int | None, permitted: range, vocabulary: Vocabulary, device: torch.device
+    stop: int | None, candidates: range, vocabulary: Vocabulary, device: torch.device
 ) -> Tensor | None:
-    """(V,) bool: the commands among the permitted ids, without the one that ends a text; None where there are none."""
+    """Return a bool mask (V,) of the special tokens among ``candidates`` except ``stop``; None without a stop token."""
     if stop is None:
         return None
-    ids_V = torch.arange(permitted.start, permitted.stop, device=device)
+    ids_V = torch.arange(candidates.start, candidates.stop, device=device)
     return (ids_V >= vocabulary.commands.start) & (ids_V != stop)
 
 
-def logits_of(transformer: Transformer, hidden_RD: Tensor, permitted: range, mask_V: Tensor | None) -> Tensor:
-    """Float32 logits (R, V) of the permitted ids; -inf where the mask is."""
-    logits_RV = transformer.head(hidden_RD, permitted)
+def logits_of(transformer: Transformer, hidden_RD: Tensor, candidates: range, mask_V: Tensor | None) -> Tensor:
+    """Return float32 logits (R, V) of ``candidates``, -inf where ``mask_V`` is set."""
+    logits_RV = transformer.head(hidden_RD, candidates)
     return logits_RV if mask_V is None else logits_RV.masked_fill(mask_V, -torch.inf)
 
 
-def _noise_positions(jobs: Sequence[DecodingRequest], batch: SequenceBatch) -> np.ndarray:
-    """(B, T) int64: the key of each column's noise, which padding cannot change."""
-    places_BT = np.zeros((len(jobs), batch.ids.shape[1]), dtype=np.int64)
-    for index, job in enumerate(jobs):
-        start = int(batch.starts[index])
-        own = np.zeros(len(job.sequence), dtype=np.int64) if job.noise_positions is None else job.noise_positions
-        if job.noise_positions is None:
-            for span in job.sequence.spans.values():
-                own[span] = np.arange(span.stop - span.start)
-        places_BT[index, start:] = own[: places_BT.shape[1] - start]
-    return places_BT
-
-
 def log_probability_of(logits_RV: Tensor, chosen_R: Tensor) -> Tensor:
-    """log p (R,) of the chosen ids among all that were permitted."""
+    """Return log softmax (R,) at the indices ``chosen_R``, in nats."""
     return logits_RV.log_softmax(dim=-1).gather(1, chosen_R.unsqueeze(1)).squeeze(1)
+
+
+def _noise_positions(requests: Sequence[DecodingRequest], batch: SequenceBatch) -> NDArray[np.int64]:
+    """Return the position part (J, T) of the noise keys, which does not depend on padding."""
+    positions_JT = np.zeros((len(requests), batch.ids.shape[1]), dtype=np.int64)
+    for index, request in enumerate(requests):
+        positions = request.noise_positions
+        if positions is None:
+            positions = np.zeros(len(request.sequence), dtype=np.int64)
+            for span in request.sequence.spans.values():
+                positions[span] = np.arange(span.stop - span.start)
+        start = int(batch.starts[index])
+        positions_JT[index, start:] = positions[: positions_JT.shape[1] - start]
+    return positions_JT

@@ -23,16 +23,13 @@ from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.device import DevicePlacement, choose_placement
 from cogview.errors import InputError
 from cogview.formatting import shorten
-from cogview.generation.decode import beam_search, decode, score
+from cogview.generation.beam_search import beam_search
+from cogview.generation.decode import decode
+from cogview.generation.requests import DecodingProgress, DecodingRequest, DecodingResult, DecodingStopped
 from cogview.generation.sampling import MAX_SEED
+from cogview.generation.scoring import score
 from cogview.generation.speculative import max_window, uses_cuda_graphs
-from cogview.generation.token_sampler import (
-    DecodingProgress,
-    DecodingRequest,
-    DecodingResult,
-    DecodingStopped,
-    candidate_ids,
-)
+from cogview.generation.token_sampler import candidate_ids
 from cogview.image_io.reading import fit
 from cogview.modeling.config import GREEDY, ModelConfig, Sampling
 from cogview.modeling.lora import QUANTIZED_MESSAGE, has_adapter

@@ -30,8 +30,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from cogview.device import DTYPE_BYTES
 from cogview.errors import InputError
 from cogview.generation.decoding_state import group_by_prefix, worth_sharing_prefix
+from cogview.generation.requests import DecodingRequest
 from cogview.generation.sampling import TIE_MARGIN
-from cogview.generation.token_sampler import DecodingRequest, candidate_ids
+from cogview.generation.token_sampler import candidate_ids
 from cogview.kernels.linear import (
     DENSE_BLOCK,
     MANY_ROWS_HALF,

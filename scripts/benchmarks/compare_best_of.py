@@ -45,8 +45,9 @@ from cogview.checkpoints.checkpoint import Model
 from cogview.cli.main import run_safely
 from cogview.cli.options import DEFAULT_MODEL, require_positive
 from cogview.device import choose_placement
-from cogview.generation.decode import decode, score
-from cogview.generation.token_sampler import DecodingRequest
+from cogview.generation.decode import decode
+from cogview.generation.requests import DecodingRequest
+from cogview.generation.scoring import score
 from cogview.modeling.config import ModelConfig
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.batching import pad_right

@@ -37,7 +37,7 @@ from cogview.device import DTYPES, DevicePlacement, choose_placement
 from cogview.errors import InputError
 from cogview.files import write_json
 from cogview.generation.decode import decode
-from cogview.generation.token_sampler import DecodingRequest
+from cogview.generation.requests import DecodingRequest
 from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView

@@ -149,7 +149,7 @@ def one_run(folder: Path, device: str, dtype: str, tokens: int) -> int:
     import torch
 
     from cogview.generation.decode import decode
-    from cogview.generation.token_sampler import DecodingProgress, DecodingRequest, DecodingStopped
+    from cogview.generation.requests import DecodingProgress, DecodingRequest, DecodingStopped
     from cogview.pipeline.cogview import CogView
 
     imported = time.perf_counter()

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from cogview.generation.decode import beam_search, decode, score
+from cogview.generation.beam_search import beam_search
+from cogview.generation.decode import decode
 from cogview.generation.decoding_state import DecodingState
+from cogview.generation.requests import DecodingRequest, DecodingStopped
 from cogview.generation.sampling import filter_logits, keyed_gumbel, noise_keys
-from cogview.generation.token_sampler import DecodingRequest, DecodingStopped
+from cogview.generation.scoring import score
+from cogview.generation.speculative import uses_cuda_graphs
 from cogview.kernels.attention import attention_bias
 from cogview.kernels.dispatch import select_backend
 from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
@@ -370,16 +373,55 @@ def test_steps_to_be_captured_are_the_same_steps(transformer, monkeypatch, paral
         job_of(row=draw_row(SHORT, image=[5, None, 9, *[None] * 20, *range(30)]), seed=6),
         job_of(row=window_row(SHORT, seed=1), seed=7, sampling=Sampling(text_attention=3.0)),
     ]
-    monkeypatch.setenv("COGVIEW_STEPS", "eager")
+    monkeypatch.setenv("COGVIEW_CUDA_GRAPHS", "0")
     expected = decode(transformer, VOCABULARY, jobs, speculative=1)
-    monkeypatch.setenv("COGVIEW_STEPS", "captured")
+    monkeypatch.setenv("COGVIEW_CUDA_GRAPHS", "1")
     found = decode(transformer, VOCABULARY, jobs, speculative=parallel)
     for one, other in zip(expected, found, strict=True):
         assert one.ids.tolist() == other.ids.tolist()
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
-    monkeypatch.setenv("COGVIEW_STEPS", "compiled")
-    with pytest.raises(ValueError, match="COGVIEW_STEPS='compiled' is unknown; known: eager, captured"):
-        decode(transformer, VOCABULARY, jobs)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("COGVIEW_CUDA_GRAPHS", "0", False),
+        ("COGVIEW_CUDA_GRAPHS", "1", True),
+        ("COGVIEW_STEPS", "eager", False),
+        ("COGVIEW_STEPS", "captured", True),
+    ],
+)
+def test_uses_cuda_graphs_reads_both_variables(monkeypatch, variable, value, expected):
+    """Scripts that set the variable of earlier versions keep their meaning."""
+    monkeypatch.setenv(variable, value)
+    assert uses_cuda_graphs(torch.device("cpu")) is expected
+    assert uses_cuda_graphs(torch.device("cuda")) is expected
+
+
+def test_uses_cuda_graphs_prefers_the_new_variable(monkeypatch):
+    monkeypatch.setenv("COGVIEW_CUDA_GRAPHS", "0")
+    monkeypatch.setenv("COGVIEW_STEPS", "captured")
+    assert not uses_cuda_graphs(torch.device("cuda"))
+
+
+def test_uses_cuda_graphs_only_on_cuda_by_default(monkeypatch):
+    for variable in ("COGVIEW_CUDA_GRAPHS", "COGVIEW_STEPS"):
+        monkeypatch.delenv(variable, raising=False)
+    assert uses_cuda_graphs(torch.device("cuda"))
+    assert not uses_cuda_graphs(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("COGVIEW_CUDA_GRAPHS", "COGVIEW_CUDA_GRAPHS='compiled' is unknown; known: 0, 1"),
+        ("COGVIEW_STEPS", "COGVIEW_STEPS='compiled' is unknown; known: eager, captured"),
+    ],
+)
+def test_uses_cuda_graphs_rejects_other_values(monkeypatch, variable, message):
+    monkeypatch.setenv(variable, "compiled")
+    with pytest.raises(ValueError, match=message):
+        uses_cuda_graphs(torch.device("cpu"))
 
 
 # --- blanks and what is given -------------------------------------------------------------------------------------
@@ -551,7 +593,7 @@ def test_guidance_of_nothing_is_the_model_itself(transformer):
 
 def test_guidance_needs_the_row_without_its_text(transformer):
     guided = Sampling(guidance=2.0)
-    with pytest.raises(ValueError, match="guidance needs the row without its text as well"):
+    with pytest.raises(ValueError, match="guidance needs the sequence without its text as well"):
         decode(transformer, VOCABULARY, [job_of(row=draw_row(LONG), seed=1, sampling=guided)])
     other = draw_row([], image=[1] * 5)
     with pytest.raises(ValueError, match="must end in the same blanks"):
@@ -645,7 +687,7 @@ def test_a_search_of_a_row_alone_is_that_in_a_batch(talker):
 
 
 def test_what_cannot_be_searched(transformer):
-    with pytest.raises(ValueError, match="blanks are texts of one length at their ends"):
+    with pytest.raises(ValueError, match="end in blank texts of one length"):
         beam_search(transformer, VOCABULARY, [draw_row(SHORT)], beams=2)
     with pytest.raises(ValueError, match="at least one beam, got 0"):
         beam_search(transformer, VOCABULARY, [caption_row()], beams=0)

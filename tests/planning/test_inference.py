@@ -12,8 +12,10 @@ from torch.utils._pytree import tree_leaves
 
 from cogview.device import _available_on_host, available_memory
 from cogview.errors import InputError
-from cogview.generation.decode import beam_search, decode, score
-from cogview.generation.token_sampler import DecodingRequest
+from cogview.generation.beam_search import beam_search
+from cogview.generation.decode import decode
+from cogview.generation.requests import DecodingRequest
+from cogview.generation.scoring import score
 from cogview.kernels.linear import MANY_ROWS_HALF, MANY_ROWS_INT8
 from cogview.modeling.config import ModelConfig, Sampling, TransformerConfig, preset
 from cogview.modeling.kv_cache import KVCache

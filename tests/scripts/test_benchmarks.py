@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from cogview.generation.decode import decode
-from cogview.generation.token_sampler import DecodingRequest
+from cogview.generation.requests import DecodingRequest
 from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import layouts
