@@ -24,11 +24,13 @@ step() {  # NAME SECONDS COMMAND...
 step tests 300 python -m pytest -q tests/generation/test_decode.py tests/kernels tests/pipeline/test_cogview.py
 # CUDA graphs generate the same images as eager steps (float32); how much time they save.
 for graphs in 0 1; do
-    COGVIEW_CUDA_GRAPHS=$graphs step "draw-graphs-$graphs" 120 python -m cogview generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \
+    export COGVIEW_CUDA_GRAPHS=$graphs
+    step "generate-graphs-$graphs" 120 python -m cogview generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \
         --device cuda --dtype float32 -o "$out/pictures-graphs-$graphs"
-    COGVIEW_CUDA_GRAPHS=$graphs step "bench-4b-graphs-$graphs" 600 python -m cogview bench --random 4b --device cuda --batch 1,8,32 \
+    step "bench-4b-graphs-$graphs" 600 python -m cogview bench --random 4b --device cuda --batch 1,8,32 \
         --json "$out/bench-4b-graphs-$graphs.json"
 done
+unset COGVIEW_CUDA_GRAPHS
 for dtype in int8 int4; do
     step "bench-4b-$dtype" 600 python -m cogview bench --random 4b --device cuda --dtype $dtype --batch 1,8 \
         --json "$out/bench-4b-$dtype.json"
