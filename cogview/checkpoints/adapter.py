@@ -78,6 +78,7 @@ _SUPPORTED_PEFT_KEYS = frozenset(
 # How A and B may have begun. Others, such as PiSSA, change the weights of the model itself.
 _SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
+
 @dataclass(frozen=True, kw_only=True)
 class BaseModelInfo:
     """The model that an adapter was made for: its name or folder, the hash of its codebook, and its shape."""

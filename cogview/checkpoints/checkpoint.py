@@ -26,12 +26,12 @@ from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import VQVAE
 
-LARGE = 10**9  # bytes of weights from which on loading shows a bar
+LARGE = 10**9  # bytes of weights from which loading shows a progress bar
 
 
 @dataclass(frozen=True, kw_only=True)
 class NamedThing:
-    """A thing that a model of a closed world can draw: its name, and other names that mean it."""
+    """An object that a model of a closed world can draw: its name and synonyms."""
 
     name: str
     emoji: str = ""
@@ -40,7 +40,7 @@ class NamedThing:
 
 @dataclass(kw_only=True, eq=False)
 class Model:
-    """What a checkpoint folder holds, in memory."""
+    """Contents of a checkpoint folder in memory."""
 
     config: ModelConfig
     transformer: Transformer
@@ -53,15 +53,19 @@ class Model:
 def save_model(
     folder: Path, model: Model, dtype: torch.dtype = torch.float32, weights: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write ``model`` into ``folder``, which need not exist; weights are stored as ``dtype``.
+    """Write a model as a checkpoint folder.
 
-    ``weights``: those to store instead of the transformer's, by the same names. Those in few bits cannot be saved:
-    InputError.
+    Args:
+        folder: the folder; it may exist.
+        model: the model.
+        dtype: dtype to store weights in; the codebook stays float32.
+        weights: tensors to store instead of the transformer's, by the same names.
+
+    Raises:
+        InputError: if the model's weights are quantized.
     """
     if any(isinstance(module, Int8Linear | Int4Linear) for module in model.transformer.modules()):
-        raise InputError(
-            "weights that were rounded to few bits cannot be saved: copy or convert the folder they came from"
-        )
+        raise InputError("quantized weights cannot be saved: copy or convert the folder they came from")
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.transformer.state_dict() if weights is None else weights
     stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
@@ -76,7 +80,11 @@ def save_model(
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The config of a checkpoint folder, without its weights."""
+    """Read the config of a checkpoint folder without its weights.
+
+    Raises:
+        InputError: if the config is missing, invalid or of a newer format.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(f"{folder} is no checkpoint folder: config.json is missing")
@@ -84,7 +92,7 @@ def read_config(folder: Path) -> ModelConfig:
     version = plain.get("format_version") if isinstance(plain, dict) else None
     if not isinstance(version, int):
         raise InputError(f"{path} is no config of a checkpoint: it has no format_version")
-    if version > FORMAT_VERSION:  # before anything else: it may have settings that this version cannot name
+    if version > FORMAT_VERSION:  # before anything else: it may have settings that this version does not know
         raise InputError(
             f"{path} has format version {version}, this version reads up to {FORMAT_VERSION}; update cogview"
         )
@@ -92,7 +100,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def read_things(folder: Path) -> tuple[NamedThing, ...]:
-    """The things that a model of a closed world knows; empty for any other."""
+    """Read the objects that a model of a closed world knows; return nothing for other models."""
     path = folder / "things.json"
     if not path.is_file():
         return ()
@@ -107,10 +115,20 @@ def load_model(
     *,
     meta_only: bool = False,
 ) -> Model:
-    """Read a checkpoint folder; the transformer goes to ``device`` as ``dtype``, the VQ-VAE there in float32.
+    """Load a checkpoint folder.
 
-    With ``few_bits`` the projections of the transformer are rounded as they are read; ``without_weights`` it is on the
-    meta device, a shape. Raises InputError where a part is missing or does not belong to the others.
+    Args:
+        folder: the folder.
+        device: device of the transformer and the VQ-VAE.
+        dtype: dtype of the transformer; the VQ-VAE is float32.
+        quantization: quantize the projections while they are read.
+        meta_only: leave the transformer on the meta device, without weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: if a part is missing, damaged or does not belong to the others.
     """
     config = check_folder(folder)
     image_tokenizer = load_image_tokenizer(folder / "image")
@@ -146,7 +164,7 @@ def load_model(
 
 
 def check_folder(folder: Path) -> ModelConfig:
-    """The config of a checkpoint folder; InputError unless its files are there, which are not read."""
+    """Return the config of a checkpoint folder; raise InputError if a file is missing. No weight is read."""
     config = read_config(folder)
     for name in ("model.safetensors", "text.model"):
         if not (folder / name).is_file():
@@ -157,9 +175,21 @@ def check_folder(folder: Path) -> ModelConfig:
 def load_transformer(
     folder: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> Transformer:
-    """The transformer of a checkpoint folder, tensor by tensor, so that no second copy of it is held.
+    """Load the transformer of a checkpoint folder tensor by tensor, so that no second copy is held.
 
-    On a CPU, weights that are wanted as the file has them stay there, mapped into memory.
+    On a CPU, weights that need no conversion stay in the file, mapped into memory.
+
+    Args:
+        folder: the folder.
+        device: device of the weights.
+        dtype: dtype of the weights.
+        quantization: quantize the projections while they are read.
+
+    Returns:
+        The transformer in evaluation mode.
+
+    Raises:
+        InputError: if the file does not match the config.
     """
     config = check_folder(folder)
     path = folder / "model.safetensors"
@@ -199,7 +229,15 @@ def load_transformer(
 
 
 def verify_files(folder: Path, expected: Sequence[tuple[str, str]]) -> None:
-    """Compare files of ``folder`` with SHA-256 sums, given as (name, sum); InputError names the first that differs."""
+    """Compare files of a folder with their SHA-256 checksums.
+
+    Args:
+        folder: the folder.
+        expected: pairs of file name and checksum.
+
+    Raises:
+        InputError: for the first file that is missing or differs.
+    """
     for name, wanted in expected:
         path = folder / name
         if not path.is_file():

@@ -1,4 +1,4 @@
-"""The folder of an image tokenizer: ``config.json`` and ``model.safetensors``."""
+"""Read and write the folder of an image tokenizer: ``config.json`` and ``model.safetensors``."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ CODEBOOK = "quantizer.codebook"
 
 
 def codebook_hash(model: VQVAE) -> str:
-    """SHA-256 of the codebook as little-endian float16: what makes codes mean the same, in any stored precision."""
+    """Return the SHA-256 of the codebook as little-endian float16: it identifies the codes in any stored precision."""
     return hash_of_codebook(model.quantizer.codebook)
 
 
 def hash_of_codebook(codebook: torch.Tensor) -> str:
-    """``codebook_hash`` of the (K, D) codebook itself."""
+    """Return ``codebook_hash`` of a (K, D) codebook."""
     half = codebook.detach().to("cpu", torch.float16).contiguous()
     return hashlib.sha256(half.numpy().astype("<f2").tobytes()).hexdigest()
 
 
 def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.float32) -> None:
-    """Write ``model``, its weights as ``dtype``; the codebook, which codes stand for, stays float32."""
+    """Write an image tokenizer with weights as ``dtype``; the codebook stays float32."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().to("cpu", torch.float32 if name == CODEBOOK else dtype).contiguous()
@@ -41,9 +41,9 @@ def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.
 
 
 def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write a safetensors file that others may read as they may any new file; the library lets its owner alone.
+    """Write a safetensors file with the usual permissions of a new file.
 
-    An older file of that name is replaced and not written over: a model may still have it mapped into memory.
+    An existing file is replaced, not overwritten: a model may still have it mapped into memory.
     """
     with atomic_write(file) as temporary:
         temporary.touch()
@@ -53,7 +53,7 @@ def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 def read_image_config(folder: Path) -> VQVAEConfig:
-    """The config of an image tokenizer's folder, whose weights are there and are not read."""
+    """Read the config of an image tokenizer's folder; raise InputError if a file is missing. No weight is read."""
     config_file = folder / "config.json"
     for file in (config_file, folder / "model.safetensors"):
         if not file.is_file():
@@ -68,9 +68,12 @@ def read_image_weights(file: Path) -> dict[str, torch.Tensor]:
 
 
 def load_image_tokenizer(folder: Path) -> VQVAE:
-    """Read a folder written by ``save_image_tokenizer``; weights become float32, on the CPU, ready to use.
+    """Load a folder written by ``save_image_tokenizer`` as float32 on the CPU, in evaluation mode.
 
-    A tokenizer that was imported carries the averages of its training as well, with which training may go on.
+    An imported tokenizer carries the averages of its training as well, so that training can continue.
+
+    Raises:
+        InputError: if a file is missing, damaged or does not match the config.
     """
     model = VQVAE(read_image_config(folder))
     weights_file = folder / "model.safetensors"

@@ -1,10 +1,11 @@
-"""PyTorch files, read without executing anything, and written.
+"""Read PyTorch files without executing anything, and write them.
 
-A ``.pt`` file is a pickle, and a pickle may ask for any function to be called. The reader here knows a short list of
-names and builds inert things for them; a file that asks for more is refused before anything has happened. Tensors are
-not read with it: a :class:`StoredTensor` says where one lies, so the shapes of 8 GB are told in milliseconds, and a
-conversion holds one tensor at a time. Both layouts are understood, the zip archive (torch 1.6 and later) and the one
-before it, in a file of its own or inside a tar.
+A ``.pt`` file is a pickle, and a pickle may call any function. The reader here knows a short list of names and builds
+inert objects for them; a file that names anything else is refused before anything has run. ``torch.load`` with
+``weights_only=True`` does not serve: it reads whole tensors, and neither tensors in a tar nor the globals of old
+optimizers. Here a :class:`StoredTensor` points to its bytes, so that the shapes of 8 GB are known in milliseconds and a
+conversion holds one tensor at a time. Both layouts are read: the zip archive (torch 1.6 and later) and the older one,
+alone or inside a tar.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _DTYPES = {
     "Byte": torch.uint8,
     "Bool": torch.bool,
 }
-# What random states and old optimizers are made of. They are not needed: an inert object takes their place.
+# Parts of random states and old optimizers. They are not needed: an inert object replaces them.
 _IGNORED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy.core.multiarray", "scalar"),
@@ -48,7 +49,7 @@ _IGNORED = {
     ("_codecs", "encode"),
     ("collections", "defaultdict"),
     ("collections", "Counter"),
-    ("builtins", "dict"),  # what a defaultdict is filled with
+    ("builtins", "dict"),  # default of a defaultdict
     ("__builtin__", "dict"),
     ("torch", "device"),
 }
@@ -56,7 +57,7 @@ _IGNORED = {
 
 @dataclass(eq=False)
 class _Storage:
-    """The numbers that tensors of a file share. ``offset`` is known once the file has been read to its end."""
+    """Numbers that tensors of a file share. ``offset`` is known once the file has been read to its end."""
 
     dtype: torch.dtype
     key: str
@@ -76,16 +77,23 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype it is stored in."""
+        """Dtype of the stored numbers."""
         return self.storage.dtype
 
     @property
     def num_bytes(self) -> int:
-        """What it takes in memory."""
+        """Size in memory, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """The tensor, contiguous, in memory of its own; InputError if the file ends before it does."""
+        """Read the tensor.
+
+        Returns:
+            A contiguous tensor in new memory.
+
+        Raises:
+            InputError: if the file ends before the tensor does.
+        """
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -100,10 +108,17 @@ class StoredTensor:
 
 
 def read_pickle(file: IO[bytes], where: str) -> Any:
-    """What ``torch.save`` wrote, with :class:`StoredTensor` for tensors; ``file`` stays open and belongs to them.
+    """Read a file of ``torch.save``, with :class:`StoredTensor` for tensors.
 
-    ``where`` begins the message of every InputError: for a file that is cut short, is none of PyTorch's, or asks for
-    anything that could run code.
+    Args:
+        file: the open file; it must stay open as long as its tensors are read.
+        where: name of the file for messages.
+
+    Returns:
+        The content.
+
+    Raises:
+        InputError: if the file is cut short, is not PyTorch's, or names anything that could run code.
     """
     try:
         if zipfile.is_zipfile(file):
@@ -127,18 +142,18 @@ def read_pickle(file: IO[bytes], where: str) -> Any:
 
 
 def write_pickle(content: Any, path: Path) -> None:
-    """``torch.save``; OSError where the file cannot be written."""
+    """Write ``content`` by ``torch.save``; raise OSError if the file is not writable."""
     try:
         with path.open("wb") as file:
             torch.save(content, file)
     except RuntimeError as error:
-        if isinstance(error.__context__, OSError):  # torch tells what it stumbled over afterwards, not what went wrong
+        if isinstance(error.__context__, OSError):  # torch reports a consequence, the context holds the cause
             raise error.__context__ from None
         raise
 
 
 def tensors_of(content: Any) -> dict[str, StoredTensor]:
-    """The tensors of a mapping by name, others left out, without the ``module.`` that wrappers put before names."""
+    """Return the tensors of a mapping by name, without the prefix ``module.`` of wrappers; skip other values."""
     if not isinstance(content, dict):
         return {}
     found = {str(name): value for name, value in content.items() if isinstance(value, StoredTensor)}
@@ -148,11 +163,11 @@ def tensors_of(content: Any) -> dict[str, StoredTensor]:
 
 
 class _ForbiddenGlobal(Exception):
-    """Carries the name of what a pickle asked for."""
+    """Raised with the name of a global that a pickle must not use."""
 
 
 class _IgnoredObject(dict[Any, Any]):
-    """Stands for something that is not needed, whatever it is made from."""
+    """Placeholder for an object that is not needed."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__()
@@ -162,7 +177,7 @@ class _IgnoredObject(dict[Any, Any]):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds tensors that are not read, plain containers, and inert things; nothing else can be named."""
+    """Build unread tensors, plain containers and inert objects; refuse every other global."""
 
     def __init__(self, file: IO[bytes], data: IO[bytes]) -> None:
         super().__init__(file, encoding="utf-8")

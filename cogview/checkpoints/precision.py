@@ -1,4 +1,4 @@
-"""In which numbers weights are held, and how they get there from those of a file."""
+"""Convert the tensors of a file to the precision that a model computes in."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class TensorSource(Protocol):
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
-        """Dtype and shape of each."""
+        """Dtype and shape of each tensor."""
 
     def read(self, name: str, *, keep: bool = False) -> Tensor:
-        """One of them. ``keep``: it will be used as it is, and not only read once."""
+        """Read one tensor; with ``keep`` it will be used as it is, and not only read once."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """``dtype`` (None: as they are stored) for all weights but those that ``few_bits`` holds."""
+    """Dtype of all weights (None: as stored) but those that ``quantization`` covers."""
 
     dtype: torch.dtype | None = None
     quantization: Quantization | None = None
@@ -46,14 +46,18 @@ class Precision:
 
 
 def stored_quantization(specs: Mapping[str, TensorSpec]) -> Quantization | None:
-    """How the projections of a file are held, None if as ordinary numbers."""
+    """Return the quantization of a file's projections, or None if they are not quantized."""
     return next(
         (_STORED[spec.dtype] for name, spec in specs.items() if is_quantized(name) and spec.dtype in _STORED), None
     )
 
 
 def converted_specs(weights: TensorSource, precision: Precision) -> dict[str, TensorSpec]:
-    """What ``convert`` will yield; InputError where the weights cannot be held so."""
+    """Return the specs of the tensors that ``convert`` will yield.
+
+    Raises:
+        InputError: if the weights cannot be held in that precision.
+    """
     specs: dict[str, TensorSpec] = {}
     for name, sources in _conversion_plan(weights, precision):
         spec = weights.specs[name]
@@ -86,13 +90,23 @@ def convert(
     keep: bool = False,
     memory: TensorArena | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """All tensors as ``precision`` holds them, on ``device``, reading one at a time.
+    """Convert all tensors, reading one at a time.
 
-    With ``keep``, those that need no conversion may stay in their file, mapped into memory. The others are put into
-    ``memory``, if there is some.
+    Args:
+        weights: the source.
+        precision: the target precision.
+        device: device of the results.
+        keep: leave tensors that need no conversion in their file, mapped into memory.
+        memory: arena for the other tensors; None allocates each by itself.
+
+    Yields:
+        Names and tensors of the converted model.
+
+    Raises:
+        InputError: if the weights cannot be held in that precision.
     """
     stored, specs = stored_quantization(weights.specs), converted_specs(weights, precision)
-    place = memory.copy_in if memory is not None else lambda tensor: tensor
+    store = memory.copy_in if memory is not None else lambda tensor: tensor
 
     def read(name: str) -> Tensor:
         return weights.read(name).to(device)
@@ -102,14 +116,14 @@ def convert(
         if len(sources) == 2 and precision.quantization is None:
             assert stored is not None
             restored = dequantize_weight(read(sources[0]), read(sources[1]), stored)
-            yield name, place(restored.to(precision.dtype or torch.float32))
+            yield name, store(restored.to(precision.dtype or torch.float32))
         elif len(sources) == 2 or (precision.dtype in (None, spec.dtype) and not _to_quantize(name, precision)):
-            yield from ((part, weights.read(part, keep=True) if keep else place(read(part))) for part in sources)
+            yield from ((part, weights.read(part, keep=True) if keep else store(read(part))) for part in sources)
         elif _to_quantize(name, precision):
             assert precision.quantization is not None
             room = None if memory is None else memory.allocate(specs[name])
             for part, tensor in quantize_weight(name, read(name), precision.quantization, room).items():
-                yield part, tensor if part == name else place(tensor)
+                yield part, tensor if part == name else store(tensor)
         else:
             assert precision.dtype is not None
             room = None if memory is None else memory.allocate(specs[name])
@@ -117,10 +131,10 @@ def convert(
 
 
 class TensorArena:
-    """Memory for many tensors that stay, in large blocks.
+    """Memory for many long-lived tensors, in large blocks.
 
-    With blocks of its own for each, the system's allocator is left with holes between those that stay and those that
-    go: a tenth of the weights.
+    With an allocation for each, the system's allocator leaves holes between tensors that stay and tensors that go: a
+    tenth of the weights.
     """
 
     BLOCK = 1 << 28
@@ -130,7 +144,7 @@ class TensorArena:
         self._used = 0
 
     def allocate(self, spec: TensorSpec) -> Tensor:
-        """An uninitialised tensor."""
+        """Return an uninitialised tensor."""
         size = -(-spec.num_bytes // 64) * 64
         if size > self.BLOCK // 4:
             return torch.empty(spec.shape, dtype=spec.dtype)
@@ -141,14 +155,14 @@ class TensorArena:
         return part.view(spec.dtype).view(spec.shape)
 
     def copy_in(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` in here."""
+        """Return a copy of ``tensor`` in the arena."""
         return self.allocate(TensorSpec(tensor.dtype, tuple(tensor.shape))).copy_(tensor)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, result: Tensor | None = None) -> Tensor:
-    """``tensor`` as ``dtype``, in ``result`` if that is given.
+    """Return ``tensor`` as ``dtype``, written to ``result`` if that is given.
 
-    From float16 to bfloat16 by way of float32, which takes a CPU half the time.
+    float16 goes to bfloat16 by way of float32, which takes a CPU half the time.
     """
     result = torch.empty_like(tensor, dtype=dtype) if result is None else result
     if {tensor.dtype, dtype} != {torch.float16, torch.bfloat16} or tensor.device.type != "cpu":
@@ -164,7 +178,7 @@ def _to_quantize(name: str, precision: Precision) -> bool:
 
 
 def _conversion_plan(weights: TensorSource, precision: Precision) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each weight of the model, and the tensors of the file that it comes from."""
+    """Yield each weight of the model and the names of the file's tensors that it is made of."""
     stored = stored_quantization(weights.specs)
     if stored is not None and precision.quantization not in (None, stored):
         raise InputError(f"the weights are stored as {stored}, which cannot be turned into {precision.quantization}")

@@ -1,7 +1,6 @@
-"""Weights in files, one tensor at a time: however large a model is, no second copy of it is held.
+"""Read and write safetensors files one tensor at a time, so that no second copy of a model is held.
 
-The format is that of the safetensors library, which reads the files; it can only write tensors that are all in memory,
-so the writer is ours.
+The files are read by the safetensors library. It can only write tensors that are all in memory, hence this writer.
 """
 
 from __future__ import annotations
@@ -47,15 +46,21 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
-        """What it takes."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class WeightsFile:
-    """A safetensors file; InputError for one that is missing or damaged.
+    """A safetensors file. ``specs`` follows from its header alone.
 
-    ``specs`` is known from its head alone. ``read`` maps one tensor into memory and lets go of the file with it, so
-    that pages of tensors that have been converted do not count as ours.
+    ``read`` maps one tensor into memory and closes the file with it, so that pages of converted tensors do not count as
+    memory of this process.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: if the file is missing or damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,13 +79,18 @@ class WeightsFile:
 
     @property
     def num_bytes(self) -> int:
-        """What all tensors take."""
+        """Size of all tensors in bytes."""
         return sum(spec.num_bytes for spec in self.specs.values())
 
     def read(self, name: str, *, keep: bool = False) -> Tensor:
-        """The tensor ``name``, mapped from the file: whoever writes to it gets a copy of the page, not the file.
+        """Read a tensor, mapped from the file; writing to it copies the page and leaves the file unchanged.
 
-        With ``keep`` it shares one mapping with the others that are kept.
+        Args:
+            name: name of the tensor.
+            keep: share one mapping with all other kept tensors.
+
+        Returns:
+            The tensor.
         """
         if keep:
             self._kept = self._kept or self._open()
@@ -89,9 +99,9 @@ class WeightsFile:
             return file.get_tensor(name)
 
     def prefetch(self) -> None:
-        """Read the file in the background, so that it is in the system's cache when its pages are touched.
+        """Read the file in the background, so that its pages are in the system's cache when they are touched.
 
-        Touching them one by one has the disk wait for us in between; asking the system to read ahead helps less.
+        Touching them one by one waits for the disk in between; asking the system to read ahead helps less.
         """
         Thread(target=self._fetch, daemon=True).start()
 
@@ -109,10 +119,17 @@ class WeightsFile:
 
 
 class WeightsWriter:
-    """Writes a safetensors file of tensors whose ``specs`` are known; a context manager.
+    """Write a safetensors file of tensors whose specs are known; a context manager.
 
-    The space is claimed at once, so that a disk too small is told before the work. Tensors may come in any order, and
-    all of them must.
+    The space is reserved at once, so that a full disk shows before the work. Tensors may come in any order, and all of
+    them must come.
+
+    Args:
+        path: the file.
+        specs: dtype and shape of every tensor.
+
+    Raises:
+        OSError: if the disk is too small.
     """
 
     def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
@@ -142,7 +159,7 @@ class WeightsWriter:
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Put ``tensor`` in its place; ValueError unless it has the dtype and shape that were announced."""
+        """Write ``tensor``; raise ValueError unless it has the announced dtype and shape."""
         spec = self._specs[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {spec}")
@@ -164,7 +181,7 @@ class WeightsWriter:
 
 
 def describe_mismatch(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
-    """The first thing in which the tensors of a file are not those that are wanted, in words; None if they are."""
+    """Return the first difference between wanted and found names and shapes in words, or None if they match."""
     for name, shape in wanted.items():
         if name not in found:
             return f"{name} is missing"

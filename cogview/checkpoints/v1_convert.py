@@ -1,6 +1,6 @@
-"""From released files to a checkpoint folder and back, and from one precision to another.
+"""Convert CogView v1 files to a checkpoint folder and back, and weights between precisions.
 
-What is written appears whole or not at all, and one tensor at a time is in memory.
+Outputs are written completely or not at all, and one tensor at a time is in memory.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 
 V1_GRID = 32
-V1_CAPTION = 20  # pieces: the released captions have no stop, and the release draws so many
+V1_CAPTION = 20  # pieces: captions of CogView v1 have no stop token; its code samples this many
 V1_TASKS = {"base": ("generate",), "caption": ("caption",), "sr": ("upscale", "low_level")}
 ALL_TASKS = ("generate", "caption", "upscale", "low_level")
 
 
 def tasks_by_name(source: Path) -> tuple[str, ...] | None:
-    """What the published names say that weights were trained for; None if ``source`` has no such name."""
+    """Return the tasks of weights with a published name (``cogview-base``, …), or None for other names."""
     found = re.findall(r"cogview-(base|caption|sr)(?![a-z])", "/".join(source.absolute().parts[-3:]))
     return V1_TASKS[found[-1]] if found else None
 
@@ -58,10 +58,24 @@ def import_v1(
     num_heads: int | None = None,
     verify: bool = False,
 ) -> ModelConfig:
-    """Write released files as a checkpoint folder at ``output``, which must not be there yet; returns its config.
+    """Convert CogView v1 files into a checkpoint folder.
 
-    ``verify`` reads everything again and compares. Raises InputError for files that are damaged, incomplete, refused or
-    do not belong together, and where the disk is too small; then ``output`` does not exist.
+    Args:
+        source: the transformer: a folder, a ``.tar`` or a ``.pt`` file.
+        image_tokenizer: the ``.pt`` file of the VQ-VAE.
+        text_model: the SentencePiece model.
+        output: the new folder; it must not exist.
+        tasks: tasks that the weights were trained for.
+        precision: precision to store the transformer in.
+        num_heads: attention heads; None derives them.
+        verify: read everything back and compare bit for bit.
+
+    Returns:
+        The config of the new folder.
+
+    Raises:
+        InputError: if files are damaged, incomplete, refused or do not match, or the disk is too small. ``output`` does
+            not exist then.
     """
     try:
         text_tokenizer = TextTokenizer.load(text_model)
@@ -103,7 +117,17 @@ def import_v1(
 
 
 def convert_folder(source: Path, output: Path, *, precision: Precision, verify: bool = False) -> None:
-    """Write the checkpoint folder ``source`` again at ``output``, its transformer as ``precision``."""
+    """Copy a checkpoint folder with its transformer in another precision.
+
+    Args:
+        source: a checkpoint folder.
+        output: the new folder; it must not exist.
+        precision: precision to store the transformer in.
+        verify: read everything back and compare bit for bit.
+
+    Raises:
+        InputError: if the source is damaged, the conversion is impossible or the copy differs.
+    """
     read_config(source)
     weights = WeightsFile(source / "model.safetensors")
     others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
@@ -118,12 +142,22 @@ def convert_folder(source: Path, output: Path, *, precision: Precision, verify: 
 
 
 def export_v1(source: Path, output: Path, *, shards: int = 1, verify: bool = False) -> None:
-    """Write the checkpoint folder ``source`` in the released layout: the transformer's folder, a file per tokenizer."""
+    """Write a checkpoint folder in the layout of CogView v1: the transformer's folder and one file per tokenizer.
+
+    Args:
+        source: a checkpoint folder without quantized weights.
+        output: the new folder; it must not exist.
+        shards: number of model-parallel files.
+        verify: read everything back and compare bit for bit.
+
+    Raises:
+        InputError: if the weights are quantized, do not divide into ``shards``, or v1 lacks their architecture.
+    """
     config = read_config(source)
     weights = WeightsFile(source / "model.safetensors")
-    if (few_bits := stored_quantization(weights.specs)) is not None:
+    if (quantization := stored_quantization(weights.specs)) is not None:
         raise InputError(
-            f"{source} holds {few_bits} weights, which the release cannot read: export the folder they came from"
+            f"{source} holds {quantization} weights, which CogView v1 cannot read: export the folder they came from"
         )
     shape = config.transformer
     for count, what in ((shape.num_heads, "heads"), (shape.vocabulary_size, "word embeddings")):
@@ -134,7 +168,7 @@ def export_v1(source: Path, output: Path, *, shards: int = 1, verify: bool = Fal
     try:
         image = v1_vqvae_tensors(image_config, image_weights)
     except InputError as error:
-        raise InputError(f"{source} cannot be written in the released layout: {error}") from None
+        raise InputError(f"{source} cannot be written in the layout of CogView v1: {error}") from None
     with new_folder(output) as folder:
         mapped = {name: weights.read(name, keep=True) for name in weights.specs}
         write_v1_transformer(folder, mapped, shards)
@@ -163,7 +197,7 @@ def _write_weights(weights: TensorSource, precision: Precision, path: Path, veri
 
 
 def _compare(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor], where: Path) -> None:
-    """InputError unless all tensors are ``found`` bit for bit, for -0 equals 0 and NaN not even itself."""
+    """Raise InputError unless all tensors are equal bit for bit (-0 differs from 0, NaN equals itself)."""
     for name, tensor in expected.items():
         other = found[name]
         if (other.dtype, other.shape) != (tensor.dtype, tensor.shape) or not torch.equal(_bytes(other), _bytes(tensor)):
@@ -177,6 +211,6 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 def _card(source: Path, config: ModelConfig) -> str:
     return (
         f"# {source.name.removesuffix('.tar')}\n\n"
-        "Weights of the released CogView v1 (Ding et al., arXiv:2105.13290), converted by `cogview convert`.\n\n"
+        "Weights of CogView v1 (Ding et al., arXiv:2105.13290), converted by `cogview convert`.\n\n"
         f"Tasks: {', '.join(config.tasks)}. Licence: that of the published weights, see their publisher's page.\n"
     )

@@ -1,8 +1,8 @@
-"""The files of the released CogView v1, read and written.
+"""Read and write the files of CogView v1.
 
 A transformer is a folder, a ``.tar`` of it or one of its files: ``latest_checkpointed_iteration.txt`` with a number N
 (or ``release``), and ``N/mp_rank_00_model_states.pt``, one file per model-parallel shard. The image tokenizer is one
-``.pt`` file, the text tokenizer a SentencePiece model. Names and shapes of the release appear in this file alone.
+``.pt`` file, the text tokenizer a SentencePiece model. Names and shapes of CogView v1 appear only in this file.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from cogview.tokenizers.vocabulary import COMMANDS, Vocabulary
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
-HEAD_SIZE = 64  # of the released models; how many heads there are does not show in the weights
-ITERATION = 1  # a folder of ours does not count steps; the released scripts want a number above 0
+HEAD_SIZE = 64  # of all CogView v1 models; the weights do not show the number of heads
+ITERATION = 1  # our folders do not count steps; the scripts of CogView v1 want a number above 0
 _SHARD = re.compile(r"mp_rank_(\d+)_model_states\.pt")
 
-# Our name of each module of the transformer, and the released one.
+# Our name of each module of the transformer, and the name in CogView v1.
 _OUTER = {
     "embedding": "word_embeddings",
     "positions": "transformer.position_embeddings",
@@ -52,7 +52,7 @@ _AVERAGES = {"quantize_t.cluster_size": "quantizer.ema_cluster_size", "quantize_
 
 
 def v1_name(name: str) -> str:
-    """The released name of one of our transformer's tensors."""
+    """Return the CogView v1 name of a tensor of our transformer."""
     module, _, kind = name.rpartition(".")
     if module in _OUTER:
         return f"{_OUTER[module]}.{kind}"
@@ -61,7 +61,7 @@ def v1_name(name: str) -> str:
 
 
 def split_of(name: str) -> str:
-    """How shards share the tensor of a released ``name``: thirds, rows, columns or whole."""
+    """Return how model-parallel shards divide the tensor of a v1 name: thirds, rows, columns or whole."""
     if ".attention.query_key_value." in name:
         return "thirds"
     if name.startswith("word_embeddings") or ".mlp.dense_h_to_4h." in name:
@@ -72,7 +72,16 @@ def split_of(name: str) -> str:
 
 
 def split(name: str, tensor: Tensor, shards: int) -> list[Tensor]:
-    """The pieces of a tensor, by its released name, for each of ``shards`` model-parallel ranks."""
+    """Split a tensor for model-parallel ranks.
+
+    Args:
+        name: v1 name of the tensor, which decides the kind of split.
+        tensor: the whole tensor.
+        shards: number of ranks; it must divide the split dimension.
+
+    Returns:
+        One tensor per rank; the same tensor for each rank if the name is not split.
+    """
     kind = split_of(name)
     if kind == "whole":
         return [tensor] * shards
@@ -83,7 +92,7 @@ def split(name: str, tensor: Tensor, shards: int) -> list[Tensor]:
 
 
 def merge(name: str, pieces: list[Tensor]) -> Tensor:
-    """``split`` undone."""
+    """Merge the tensors of all ranks into one; the inverse of ``split``."""
     kind = split_of(name)
     if len(pieces) == 1 or kind == "whole":
         return pieces[0]
@@ -93,10 +102,16 @@ def merge(name: str, pieces: list[Tensor]) -> Tensor:
 
 
 class V1Transformer:
-    """The transformer of a released checkpoint under our names; a context manager that keeps its files open.
+    """Transformer of a CogView v1 checkpoint under our names; a context manager that keeps its files open.
 
-    ``specs`` and ``config`` are told by the shapes, without reading a tensor, and ``read`` reads one of them. Raises
-    InputError for what is no such checkpoint, is damaged or incomplete, or whose shards do not fit together.
+    ``specs`` and ``config`` follow from the shapes without reading a tensor; ``read`` reads one tensor.
+
+    Args:
+        source: a folder, a ``.tar`` or one ``.pt`` file.
+        num_heads: attention heads; None takes the checkpoint's own number, or heads of width 64.
+
+    Raises:
+        InputError: if the source is not such a checkpoint, is damaged or incomplete, or its shards do not match.
     """
 
     def __init__(self, source: Path, num_heads: int | None = None) -> None:
@@ -121,11 +136,11 @@ class V1Transformer:
 
     @property
     def num_shards(self) -> int:
-        """Model-parallel shards."""
+        """Number of model-parallel shards."""
         return len(self._shards)
 
     def read(self, name: str, *, keep: bool = False) -> Tensor:
-        """The tensor of ours called ``name``, merged from all shards, in memory of its own."""
+        """Read a tensor by our name, merged from all shards, into new memory."""
         theirs = v1_name(name)
         try:
             if split_of(theirs) == "whole":
@@ -136,9 +151,10 @@ class V1Transformer:
         return merged[: self.config.vocabulary_size] if name == "embedding.weight" else merged
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Leave out rows of the embedding behind those of ``vocabulary``, with which several shards were filled up.
+        """Drop rows of the embedding beyond ``vocabulary``, which pad it for several shards.
 
-        InputError if the embedding belongs to another vocabulary.
+        Raises:
+            InputError: if the embedding belongs to another vocabulary.
         """
         found, multiple = self.config.vocabulary_size, 128 * self.num_shards
         if found not in (vocabulary.padded_size, -(-vocabulary.size // multiple) * multiple):
@@ -189,7 +205,7 @@ class V1Transformer:
                 f"mp_rank_00 to mp_rank_{self.num_shards - 1:02d} are there"
             )
         if num_heads is None and width % HEAD_SIZE:
-            raise InputError(f"{self.source}: a width of {width} does not tell how many heads there are: give --heads")
+            raise InputError(f"{self.source}: a width of {width} does not determine the number of heads: give --heads")
         try:
             return TransformerConfig(
                 num_layers=len(layers),
@@ -202,7 +218,7 @@ class V1Transformer:
             raise InputError(f"{self.source}: {error}") from None
 
     def _specs(self) -> dict[str, TensorSpec]:
-        """What we call the tensors; InputError where they are not those of ``config``."""
+        """Return the specs of all tensors under our names; raise InputError if they do not match ``config``."""
         with torch.device("meta"):
             wanted = {name: tuple(tensor.shape) for name, tensor in Transformer(self.config).state_dict().items()}
         first = self._shards[0]
@@ -223,9 +239,16 @@ class V1Transformer:
 
 
 def read_v1_vqvae(path: Path) -> tuple[VQVAEConfig, dict[str, Tensor]]:
-    """Config and tensors, under our names, of a released image tokenizer; InputError for anything else.
+    """Read an image tokenizer of CogView v1.
 
-    The averages that its training kept beside the codebook come along, for whoever trains it on.
+    Args:
+        path: the ``.pt`` file.
+
+    Returns:
+        Its config, and its tensors under our names, including the averages of its training beside the codebook.
+
+    Raises:
+        InputError: if the file is not such a tokenizer, is damaged or cut short.
     """
     with _open(path) as file:
         tensors = tensors_of(_unwrapped(read_pickle(file, str(path))))
@@ -245,15 +268,15 @@ def read_v1_vqvae(path: Path) -> tuple[VQVAEConfig, dict[str, Tensor]]:
 
 
 def v1_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``read_released_vqvae`` undone: the released names and shapes.
+    """Return tensors of an image tokenizer under the names and shapes of CogView v1; the inverse of ``read_v1_vqvae``.
 
-    Averages that a model of ours does not carry are made as they would be if every code had been chosen once.
-    InputError for networks that the release has not.
+    Averages that a model of ours lacks are filled in as if every code had been chosen once.
+
+    Raises:
+        InputError: if the architecture does not exist in CogView v1.
     """
     if config.architecture != "released":
-        raise InputError(
-            f"the released code has no layers for an image tokenizer of the architecture {config.architecture!r}"
-        )
+        raise InputError(f"CogView v1 has no layers for an image tokenizer of the architecture {config.architecture!r}")
     weights = dict(weights)
     codebook = weights["quantizer.codebook"]
     weights.setdefault("quantizer.ema_cluster_size", torch.ones(len(codebook)))
@@ -267,7 +290,13 @@ def v1_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -> dict
 
 
 def write_v1_transformer(folder: Path, weights: Mapping[str, Tensor], shards: int) -> None:
-    """Write tensors under our names as a released checkpoint of ``shards`` model-parallel files into a new folder."""
+    """Write a CogView v1 checkpoint.
+
+    Args:
+        folder: a new folder.
+        weights: tensors under our names.
+        shards: number of model-parallel files.
+    """
     inner = folder / str(ITERATION)
     inner.mkdir(parents=True)
     for rank in range(shards):
@@ -280,21 +309,21 @@ def write_v1_transformer(folder: Path, weights: Mapping[str, Tensor], shards: in
 
 
 def is_v1_vqvae(path: Path) -> bool:
-    """Whether the ``.pt`` file holds an image tokenizer; InputError where it cannot be read."""
+    """Return whether a ``.pt`` file holds an image tokenizer of CogView v1; raise InputError if it is not readable."""
     with _open(path) as file:
         return "quantize_t.embed" in tensors_of(_unwrapped(read_pickle(file, str(path))))
 
 
 @dataclass
 class _Found:
-    """The shards of a source, in order, with the names to call them by."""
+    """Shards of a source, in order, with names for messages."""
 
     iteration: str
     shards: list[tuple[str, IO[bytes]]] = field(default_factory=list)
 
 
 def _find_shards(source: Path, stack: ExitStack) -> _Found:
-    """Open the shards that the tracker file points to; what is opened is closed with ``stack``."""
+    """Open the shards that the tracker file names; ``stack`` closes them."""
     entries, opened = _entries(source, stack)
     trackers = [name for name in entries if Path(name).name == TRACKER]
     if len(trackers) > 1:
@@ -303,40 +332,40 @@ def _find_shards(source: Path, stack: ExitStack) -> _Found:
         iteration = opened(trackers[0]).read().decode("utf-8", "replace").strip()
         if not re.fullmatch(r"\d+|release", iteration):
             raise InputError(f"{source}: {trackers[0]} holds {iteration[:40]!r}; expected a number or release")
-        place = Path(trackers[0]).parent / iteration
+        folder = Path(trackers[0]).parent / iteration
     else:
         folders = {Path(name).parent for name in entries if _SHARD.fullmatch(Path(name).name)}
         if len(folders) != 1:
             raise InputError(
-                f"{source} is no released checkpoint: expected {TRACKER} and mp_rank_00_model_states.pt below it"
+                f"{source} is no CogView v1 checkpoint: expected {TRACKER} and mp_rank_00_model_states.pt below it"
             )
-        place = folders.pop()
-        iteration = place.name or "unknown"
+        folder = folders.pop()
+        iteration = folder.name or "unknown"
     ranks = {
         int(found[1]): name
         for name in entries
-        if Path(name).parent == place and (found := _SHARD.fullmatch(Path(name).name))
+        if Path(name).parent == folder and (found := _SHARD.fullmatch(Path(name).name))
     }
     if not ranks:
-        raise InputError(f"{source} is incomplete: {place}/mp_rank_00_model_states.pt is missing")
+        raise InputError(f"{source} is incomplete: {folder}/mp_rank_00_model_states.pt is missing")
     missing = [rank for rank in range(max(ranks) + 1) if rank not in ranks]
     if missing:
-        raise InputError(f"{source} is incomplete: {place}/mp_rank_{missing[0]:02d}_model_states.pt is missing")
+        raise InputError(f"{source} is incomplete: {folder}/mp_rank_{missing[0]:02d}_model_states.pt is missing")
     return _Found(iteration, [(_called(source, ranks[rank]), opened(ranks[rank])) for rank in range(len(ranks))])
 
 
 def _called(source: Path, name: str) -> str:
-    """What messages call an entry of ``source``."""
+    """Return the name of an entry of ``source`` for messages."""
     return str(source / name) if source.is_dir() else f"{name} in {source}" if source.suffix == ".tar" else str(source)
 
 
 def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str], IO[bytes]]]:
-    """The names of all files in a folder or a tar, or of a file alone, and a function that opens one of them."""
+    """Return the names of all files in a folder, a tar or a single file, and a function that opens one of them."""
     if source.is_dir():
         names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
         return names, lambda name: stack.enter_context(_open(source / name))
     if not source.is_file():
-        raise InputError(f"there is no released checkpoint at {source}: expected a folder, a .tar or a .pt file")
+        raise InputError(f"there is no CogView v1 checkpoint at {source}: expected a folder, a .tar or a .pt file")
     if source.suffix != ".tar" and not tarfile.is_tarfile(source):
         name = source.name if _SHARD.fullmatch(source.name) else "mp_rank_00_model_states.pt"
         return [name], lambda _: stack.enter_context(_open(source))
@@ -362,7 +391,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _unwrapped(content: Any) -> Any:
-    """The mapping that holds the tensors: some files have them below a name."""
+    """Return the mapping that holds the tensors; some files nest it under a name."""
     for name in ("module", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             return content[name]
@@ -379,14 +408,14 @@ def _module_of(content: Any, name: str) -> dict[str, StoredTensor]:
 
 
 def _heads_in(content: Any) -> int | None:
-    """How many heads the settings say that some checkpoints carry."""
+    """Return the number of heads from the settings that some checkpoints carry, or None."""
     settings = content.get("args") if isinstance(content, dict) else None
     heads = getattr(settings, "num_attention_heads", None)
     return heads if isinstance(heads, int) and heads > 0 else None
 
 
 def _vqvae_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> VQVAEConfig:
-    """The config of a released image tokenizer by its shapes; InputError unless they are those of its networks."""
+    """Return the config of a v1 image tokenizer by its shapes; raise InputError for other networks."""
     width, codes = shapes["quantize_t.embed"]
     channels = tuple(shapes.get(f"enc_b.blocks.{index}.weight", (1,))[0] for index in (0, 2, 4))
     assert len(channels) == 3
@@ -409,5 +438,5 @@ def _our_vqvae_name(name: str) -> str:
 
 
 def _turned(name: str, tensor: Tensor) -> Tensor:
-    """Codes are columns in the release and rows with us; the others are as they are."""
+    """Transpose the codebook: codes are columns in CogView v1 and rows here; return other tensors unchanged."""
     return tensor.T.contiguous() if name in ("quantize_t.embed", "quantize_t.embed_avg") else tensor

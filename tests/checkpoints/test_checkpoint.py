@@ -270,7 +270,10 @@ def test_text_model_of_another_size(folder, model):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ["generate", "dance"]}, "task 'dance' is unknown; known: generate, caption, upscale, low_level, score"),
+        (
+            {"tasks": ["generate", "dance"]},
+            "task 'dance' is unknown; known: generate, caption, upscale, low_level, score",
+        ),
         ({"grid": 9}, "no layouts for a grid of 9 codes; known: 8, 16, 32, 64"),
         ({"transformer__vocabulary_size": 128}, "rows, the transformer 128"),
         ({"transformer__num_heads": 5}, "transformer: width 32 does not divide into 5 heads"),

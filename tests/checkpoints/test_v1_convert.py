@@ -314,7 +314,7 @@ def test_rounded_weights_go_nowhere_else(folder, tmp_path):
         ),
         (
             lambda: export_v1(tmp_path / "int8", tmp_path / "x"),
-            f"{tmp_path / 'int8'} holds int8 weights, which the release cannot read: export the folder they came from",
+            f"{tmp_path / 'int8'} holds int8 weights, which CogView v1 cannot read: export the folder they came from",
         ),
     ]:
         assert error_of(call, tmp_path) == message
@@ -481,7 +481,10 @@ def test_files_in_the_wrong_place(files, tmp_path):
         ({"text_model": shard}, f"{shard}: "),
         ({"text_model": tmp_path / "none"}, f"no text tokenizer at {tmp_path / 'none'}: expected a SentencePiece"),
         ({"image_tokenizer": tmp_path / "none"}, f"there is no file {tmp_path / 'none'}"),
-        ({"source": tmp_path / "none"}, f"there is no released checkpoint at {tmp_path / 'none'}: expected a folder, "),
+        (
+            {"source": tmp_path / "none"},
+            f"there is no CogView v1 checkpoint at {tmp_path / 'none'}: expected a folder, ",
+        ),
         ({"source": files["text_model"]}, f"{files['text_model']} is no PyTorch file, or is cut short or damaged ("),
     ]:
         assert error_of(lambda given=given: convert({**files, **given}, tmp_path / "x"), tmp_path).startswith(message)
@@ -561,7 +564,7 @@ def test_trackers(files, tmp_path):
     assert message == f"{source} is incomplete: 7/mp_rank_00_model_states.pt is missing"
     (tmp_path / "empty").mkdir()
     message = error_of(lambda: convert({**files, "source": tmp_path / "empty"}, tmp_path / "ours"), tmp_path)
-    assert message.startswith(f"{tmp_path / 'empty'} is no released checkpoint: expected {TRACKER} and mp_rank_00")
+    assert message.startswith(f"{tmp_path / 'empty'} is no CogView v1 checkpoint: expected {TRACKER} and mp_rank_00")
 
 
 def test_several_checkpoints(files, tmp_path):
@@ -592,7 +595,7 @@ def test_a_width_that_tells_no_heads(released_shapes, files, tmp_path):
     torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "narrow.pt")
     given = {**files, "source": tmp_path / "narrow.pt"}
     message = error_of(lambda: convert(given, tmp_path / "ours", num_heads=None), tmp_path)
-    assert message.endswith("a width of 48 does not tell how many heads there are: give --heads")
+    assert message.endswith("a width of 48 does not determine the number of heads: give --heads")
 
 
 # --- what cannot be exported --------------------------------------------------------------------------------------
@@ -601,7 +604,7 @@ def test_a_width_that_tells_no_heads(released_shapes, files, tmp_path):
 def test_what_cannot_be_exported(tiny_checkpoint, folder, tmp_path):
     message = error_of(lambda: export_v1(tiny_checkpoint, tmp_path / "x"), tmp_path)
     assert message == (
-        f"{tiny_checkpoint} cannot be written in the released layout: the released code has no layers for an image "
+        f"{tiny_checkpoint} cannot be written in the layout of CogView v1: CogView v1 has no layers for an image "
         "tokenizer of the architecture 'residual'"
     )
     message = error_of(lambda: export_v1(folder, tmp_path / "x", shards=3), tmp_path)

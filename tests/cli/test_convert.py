@@ -150,7 +150,7 @@ def test_mistakes_with_a_folder(run, tiny_checkpoint, tmp_path):
         (["--to", "released", "--shards", "3", "-o", "x"], "2 heads do not divide into 3 shards"),
         (
             ["--to", "released", "-o", "x"],
-            f"{folder} cannot be written in the released layout: the released code has no ",
+            f"{folder} cannot be written in the layout of CogView v1: CogView v1 has no ",
         ),
     ]:
         status, out, err = run(folder, *arguments, whole=True)

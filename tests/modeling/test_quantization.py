@@ -228,7 +228,7 @@ def test_rounded_weights_cannot_be_saved(folder, few_bits, tmp_path):
     with pytest.raises(InputError) as caught:
         save_model(tmp_path / "new", model)
     assert str(caught.value) == (
-        "weights that were rounded to few bits cannot be saved: copy or convert the folder they came from"
+        "quantized weights cannot be saved: copy or convert the folder they came from"
     )
     assert not any(tmp_path.iterdir())
 
