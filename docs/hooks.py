@@ -10,6 +10,7 @@ import os
 import posixpath
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -32,6 +33,7 @@ def on_startup(**_: object) -> None:
 
     ``kernels``, ``tokenizers`` and ``vqvae`` are links without ``__init__.py``, which the reader of docstrings ignores.
     """
+    sys.path.insert(0, str(ROOT))  # for the reference of commands, where cogview is not installed
     copy = ROOT / "build" / "api"
     shutil.rmtree(copy, ignore_errors=True)
     for folder, _, names in os.walk(ROOT / "cogview", followlinks=True):
