@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """Convert; an interrupted import is continued."""
     from cogview.checkpoints.checkpoint import read_config
     from cogview.checkpoints.registry import resolve_checkpoint
-    from cogview.data.v1_datasets import V1Dataset, import_dataset
+    from cogview.data.v1_datasets import V1Dataset
+    from cogview.data.v1_import import import_dataset
     from cogview.files import file_sha256
 
     folder = resolve_checkpoint(args.model)

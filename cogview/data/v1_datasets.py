@@ -1,12 +1,12 @@
-"""The datasets of the released CogView v1, read as they are and converted to token stores.
+"""Read the datasets of CogView v1 as they are.
 
-There are two formats. An LMDB folder has a value for each row, under its number in decimal, and their number under
-``length``. A value is a pickle: the ids of a whole sequence ``[ROI1] text [BASE] [BOI1] codes [EOI1]``, perhaps with
-``[PAD]`` behind it, or a pair of text ids and codes. A ``.bin`` file has 64 text ids, -1 where there is none, and
-1024 codes a row, all as little-endian int32. Ids are those of the vocabulary: a piece counts from the end of the codes.
+There are two formats. An LMDB folder holds a value for each row under its decimal number, and the number of rows under
+``length``. A value is a pickle (``v1_rows.py``): the ids of a sequence ``[ROI1] text [BASE] [BOI1] codes [EOI1]``,
+perhaps padded with ``[PAD]``, or a pair of text ids and codes. A ``.bin`` file holds 64 text ids, padded with -1, and
+1024 codes a row, all as little-endian int32. Ids are those of the vocabulary: pieces follow the codes.
 
-Neither format says which tokenizers its ids are of, and nothing here can find out: whoever opens a released dataset
-says so, and ids that these tokenizers cannot have made are all that is noticed.
+Neither format records the tokenizers of its ids, so the caller must name them. Only ids that these tokenizers cannot
+have made are noticed.
 """
 
 # N rows, W width of the text field, C codes of an image
@@ -15,127 +15,48 @@ from __future__ import annotations
 
 import io
 import math
-import os
 import pickle
-import re
-import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from cogview.data.store import DATA_FILE, NO_TOKEN, StoreHeader, TokenStore, open_environment
-from cogview.data.store_writer import StoreWriter
+from cogview.data.v1_rows import ForbiddenGlobal, RowUnpickler, numbers_of
 from cogview.errors import InputError
 from cogview.tokenizers.vocabulary import GRID_COMMANDS, Vocabulary
 
 TEXT_WIDTH = 64  # text ids in a row of a .bin file
 _BIN_ID = np.dtype("<i4")
-_ROWS_AT_A_TIME = 4096
-_ROWS_TO_LOOK_AT = 1000  # for the first that can be used
+_ROWS_TO_TRY = 1000  # to find the first usable one
 
 
 class InvalidRow(InputError):
-    """A row that cannot be used, while others may be; ``reason`` is the message without its remedy."""
+    """An unusable row, while others may be usable; ``reason`` is the message without the remedy."""
 
     def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
 
 
-# Reading pickles. numpy's own functions are never called: a pickle that is made to harm could have them take numbers
-# for addresses. What stands for them below does no more than put numbers together.
-
-
-class _Dtype:
-    """Stands for ``numpy.dtype``: numbers of up to 8 bytes."""
-
-    def __init__(self, name: str, *_: object) -> None:
-        if not re.fullmatch("[iu][1248]|f[248]", name):
-            raise pickle.UnpicklingError(f"it holds an array of {name}, expected whole numbers")
-        self.numpy = np.dtype(name)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        if state[1] == ">":
-            self.numpy = self.numpy.newbyteorder(">")
-
-
-class _Array:
-    """Stands for ``numpy.ndarray``; ``ids`` is the array once the pickle has filled it."""
-
-    def __init__(self, *_: object) -> None:
-        self.ids: np.ndarray = np.zeros(0, dtype=np.int64)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, dtype, is_fortran, content = state
-        self.fill(content, dtype, shape, "F" if is_fortran else "C")
-
-    def fill(self, content: Any, dtype: _Dtype, shape: tuple[int, ...], order: Any) -> None:
-        self.ids = np.frombuffer(content, dtype.numpy).reshape(shape, order=order)
-
-
-def _array_of_buffer(content: Any, dtype: _Dtype, shape: tuple[int, ...], order: str) -> _Array:
-    array = _Array()
-    array.fill(content, dtype, shape, order)
-    return array
-
-
-def _scalar(dtype: _Dtype, content: Any) -> int | float:
-    return np.frombuffer(content, dtype.numpy)[0].item()
-
-
-def _bytes_of_text(text: str, encoding: str) -> bytes:
-    return text.encode("latin-1")
-
-
-# What the pickles of numpy 1 and 2 in protocols 0 to 5 ask for, and what they are given.
-_SAFE_GLOBALS: Final[dict[tuple[str, str], Callable[..., object]]] = {
-    ("numpy", "dtype"): _Dtype,
-    ("numpy", "ndarray"): _Array,
-    ("_codecs", "encode"): _bytes_of_text,  # bytes, up to protocol 2
-    ("__builtin__", "bytes"): lambda: b"",  # empty ones
-    **{
-        (f"numpy.{core}.{name}", function): stand_in
-        for core in ("core", "_core")
-        for name, function, stand_in in (
-            ("multiarray", "_reconstruct", _Array),
-            ("multiarray", "scalar", _scalar),
-            ("numeric", "_frombuffer", _array_of_buffer),
-        )
-    },
-}
-
-
-class RowUnpickler(pickle.Unpickler):
-    """Reads the pickle of a row: arrays of numbers, numpy scalars, and what Python has without any import.
-
-    Arrays come as objects whose ``ids`` is the numpy array. A pickle that asks for anything else has nothing run for
-    it: ``Refused``.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What stands for ``module.name``."""
-        if (module, name) not in _SAFE_GLOBALS:
-            raise ForbiddenGlobal(f"asks to run {module}.{name}, which no row of ids needs")
-        return _SAFE_GLOBALS[module, name]
-
-
-class ForbiddenGlobal(pickle.UnpicklingError):
-    """A pickle that asks for more than a row of ids needs."""
-
-
 class V1Dataset(TokenStore):
-    """A released dataset, read as if it were a token store with the fields ``text`` (N, W) and ``image`` (N, C).
+    """A CogView v1 dataset, read as if it were a token store with the fields ``text`` (N, W) and ``image`` (N, C).
 
-    ``path`` is an LMDB folder or a ``.bin`` file, opened on first use in each process. The dataset cannot prove which
-    tokenizers made it: their sizes and hashes are taken from the caller, and ``require`` compares with nothing else.
-    ``text_width`` is the most pieces a text may have. ``grid`` is the side of the images of a ``.bin`` file; an LMDB
-    has that of its first row, and every other row must have it, too.
+    The file is opened on first use in each process. The dataset cannot prove which tokenizers made it: their sizes and
+    hashes come from the caller. All images have the grid of the first usable row.
 
-    Reading a row that cannot be used raises BadRow, and one that would run code InputError; both name the row.
+    Args:
+        path: an LMDB folder or a ``.bin`` file.
+        num_text_pieces: size of the text tokenizer.
+        num_image_codes: size of the codebook.
+        codebook_sha256: hash of the codebook.
+        text_sha256: hash of the text tokenizer.
+        text_width: maximum number of pieces of a text.
+        grid: side of the images in codes, for a ``.bin`` file.
+
+    Raises:
+        InputError: if there is no such dataset, it is empty, or its first rows are all unusable.
     """
 
     def __init__(
@@ -157,9 +78,9 @@ class V1Dataset(TokenStore):
         self._mapped: np.ndarray | None = None  # the rows of a .bin file
         self._is_bin = _names_a_bin(self.path)
         if not (self.path if self._is_bin else self.path / DATA_FILE).is_file():
-            raise InputError(f"there is no released dataset at {self.path}: expected an LMDB folder or a .bin file")
+            raise InputError(f"there is no CogView v1 dataset at {self.path}: expected an LMDB folder or a .bin file")
         if not self._is_bin and not self._open().is_v1:
-            raise InputError(f"{self.path} is a token store already, not a released dataset")
+            raise InputError(f"{self.path} is a token store already, not a CogView v1 dataset")
         self._count = len(self._map_bin()) if self._is_bin else self._open().count
         if not self._count:
             raise InputError(f"{self.path} has no rows")
@@ -177,7 +98,18 @@ class V1Dataset(TokenStore):
         )
 
     def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
-        """Rows ``indices``, in that order: uint16 arrays "text" (N, W), ABSENT behind the last piece, and "image"."""
+        """Read rows.
+
+        Args:
+            indices: N row numbers, in any order.
+
+        Returns:
+            uint16 arrays "text" (N, W), ``NO_TOKEN`` after the last piece, and "image" (N, C).
+
+        Raises:
+            InvalidRow: if a row is unusable.
+            InputError: if a row's pickle would run code.
+        """
         wanted = self._existing(indices)
         if self._is_bin:
             return self._read_bin(wanted)
@@ -194,7 +126,7 @@ class V1Dataset(TokenStore):
     __getitems__ = read
 
     def close(self) -> None:
-        """Let go of the file; a later read opens it again."""
+        """Close the file; a later read opens it again."""
         super().close()
         self._mapped = None
 
@@ -208,7 +140,7 @@ class V1Dataset(TokenStore):
     # .bin files
 
     def _map_bin(self) -> np.ndarray:
-        """All rows of the file, (N, 64 + C) int32, mapped into memory."""
+        """Return all rows of the file, (N, 64 + C) int32, mapped into memory."""
         if self._mapped is None:
             size, width = self.path.stat().st_size, TEXT_WIDTH + self._grid**2
             if size % (width * _BIN_ID.itemsize):
@@ -228,10 +160,10 @@ class V1Dataset(TokenStore):
         pieces = self._vocabulary.text
         wrong = np.concatenate([_outside(text, pieces) & present, _outside(codes, self._vocabulary.image)], axis=1)
         if wrong.any():
-            n, place = np.argwhere(wrong)[0]
-            expected = f"-1 or {_ends(pieces)}" if place < TEXT_WIDTH else _ends(self._vocabulary.image)
+            n, column = np.argwhere(wrong)[0]
+            expected = f"-1 or {_ends(pieces)}" if column < TEXT_WIDTH else _ends(self._vocabulary.image)
             raise self._bad(
-                wanted[n], f"holds {ids[n, place]} at {place}, expected {expected} there (all as little-endian int32)"
+                wanted[n], f"holds {ids[n, column]} at {column}, expected {expected} there (all as little-endian int32)"
             )
         lengths = present.sum(axis=1)
         if (long := lengths > self._text_width).any():
@@ -246,9 +178,9 @@ class V1Dataset(TokenStore):
     # LMDB folders
 
     def _first_grid(self) -> int:
-        """The side of the images of the first row that can be used; the first row's BadRow where many cannot be."""
+        """Return the side of the images of the first usable row; raise the first InvalidRow after many."""
         first_error = None
-        for index in range(min(self._count, _ROWS_TO_LOOK_AT)):
+        for index in range(min(self._count, _ROWS_TO_TRY)):
             try:
                 _, codes = self._parse_row(index, self._values([index])[0])
                 return math.isqrt(len(codes))
@@ -262,7 +194,7 @@ class V1Dataset(TokenStore):
             return [transaction.get(b"%d" % index) for index in indices]
 
     def _parse_row(self, index: int, value: bytes | None) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces and codes of a row, both counted from 0: (up to W,) and (C,) int64."""
+        """Return pieces and codes of a row, both counted from 0: (up to W,) and (C,) int64."""
         if value is None:
             raise self._bad(index, "is missing")
         try:
@@ -271,13 +203,13 @@ class V1Dataset(TokenStore):
             raise InputError(f"row {index} of {self.path} {error}: the dataset is refused") from None
         except pickle.UnpicklingError as error:
             raise self._bad(index, f"cannot be read: {error}") from None
-        except Exception as error:  # damaged pickles raise whatever their bytes happen to mean
+        except Exception as error:  # a damaged pickle may fail in any way
             raise self._bad(index, f"is no pickled row of ids ({type(error).__name__})") from None
         try:
             if isinstance(row, (list, tuple)) and len(row) == 2 and not any(isinstance(part, int) for part in row):
-                text, codes = map(_numbers, row)
+                text, codes = map(numbers_of, row)
             else:
-                text, codes = self._split_sequence(_numbers(row))
+                text, codes = self._split_sequence(numbers_of(row))
             if math.isqrt(len(codes)) not in GRID_COMMANDS or math.isqrt(len(codes)) ** 2 != len(codes):
                 raise ValueError(f"has {len(codes)} codes, expected {' or '.join(str(g * g) for g in GRID_COMMANDS)}")
             for ids, allowed, what in ((text, self._vocabulary.text, "text"), (codes, self._vocabulary.image, "codes")):
@@ -291,7 +223,7 @@ class V1Dataset(TokenStore):
         return text - self._vocabulary.text.start, codes
 
     def _split_sequence(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Text ids and codes of a whole sequence; ValueError where it is none of a text and its picture."""
+        """Return text ids and codes of a whole sequence; raise ValueError for any other sequence."""
         command = self._vocabulary.command
         filled = np.flatnonzero(ids != self._vocabulary.pad)
         ids = ids[: filled[-1] + 1] if filled.size else ids[:0]
@@ -312,9 +244,20 @@ class V1Dataset(TokenStore):
 def open_dataset(
     path: str | Path, *, num_image_codes: int, num_text_pieces: int, codebook_sha256: str, text_sha256: str
 ) -> TokenStore:
-    """The token store or released dataset at ``path``, whichever it is.
+    """Open the token store or CogView v1 dataset at a path.
 
-    The tokenizers that are given are believed of a released dataset. A store knows its own: see ``require``.
+    Args:
+        path: a token store, or a v1 dataset as an LMDB folder or ``.bin`` file.
+        num_image_codes: size of the codebook, believed for a v1 dataset.
+        num_text_pieces: size of the text tokenizer, believed for a v1 dataset.
+        codebook_sha256: hash of the codebook, believed for a v1 dataset.
+        text_sha256: hash of the text tokenizer, believed for a v1 dataset.
+
+    Returns:
+        The store. A token store knows its own tokenizers: see ``TokenStore.check_compatible``.
+
+    Raises:
+        InputError: if neither is there.
     """
     path = Path(path)
     if not _names_a_bin(path) and not open_environment(path).is_v1:
@@ -328,95 +271,8 @@ def open_dataset(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportReport:
-    """What an import made."""
-
-    rows: int
-    skipped: int
-    first_error: str  # why the first of those left out could not be used; empty if there is none
-
-
-def import_dataset(path: Path, sources: Sequence[V1Dataset], *, skip_bad: bool = False) -> ImportReport:
-    """Write the rows of ``sources``, one after the other, to a token store at ``path``.
-
-    The store is written beside ``path`` and takes its name when it is whole; an import that was interrupted is
-    continued. A row that cannot be used raises BadRow, or with ``skip_bad`` is left out.
-    """
-    first = sources[0]
-    for source in sources[1:]:
-        if source.header.grid != first.header.grid:
-            raise InputError(
-                f"{source.path} has {source.header.grid} x {source.header.grid} codes a row, {first.path} has "
-                f"{first.header.grid} x {first.header.grid}: import them into stores of their own"
-            )
-    if path.exists():
-        raise InputError(f"{path} is already there: remove it, or choose another name")
-    header = replace(
-        first.header,
-        provenance={
-            "released": [source.path.name for source in sources],
-            "rows": [len(source) for source in sources],
-        },
-    )
-    unfinished = path.with_name(f".{path.name}-importing")  # stays after a kill, and is continued
-    writer = StoreWriter(unfinished, header, resume=True)
-    # Rows of an earlier import are read again, not written: the store cannot tell how many were left out before them.
-    known, left_out, first_error = writer.count, 0, ""
-    try:
-        with writer, tqdm(total=sum(map(len, sources)), unit="row", desc=path.name, disable=None) as bar:
-            for source in sources:
-                for start in range(0, len(source), _ROWS_AT_A_TIME):
-                    numbers = range(start, min(start + _ROWS_AT_A_TIME, len(source)))
-                    rows, errors = _usable(source, numbers, skip_bad)
-                    left_out += len(errors)
-                    first_error = first_error or next(iter(errors), "")
-                    count = len(rows["image"])
-                    if count > known:
-                        writer.append({name: ids[known:] for name, ids in rows.items()})
-                    known = max(0, known - count)
-                    bar.update(len(numbers))
-        if not writer.count:
-            raise InputError(f"none of the {left_out} rows can be used; the first: {first_error}")
-    finally:
-        if not writer.count:  # nothing to go on with, and the header may be a mistake
-            shutil.rmtree(unfinished, ignore_errors=True)
-    os.replace(unfinished, path)
-    return ImportReport(rows=writer.count, skipped=left_out, first_error=first_error)
-
-
-def _usable(source: V1Dataset, numbers: range, skip_bad: bool) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Those of the rows ``numbers`` that can be used, and what is wrong with the others, if these may be skipped."""
-    try:
-        return source.read(numbers), []
-    except InvalidRow:
-        if not skip_bad:
-            raise
-    good, errors = [], []
-    for number in numbers:
-        try:
-            good.append(source.read([number]))
-        except InvalidRow as error:
-            errors.append(error.reason)
-    empty = source.read([])
-    return {name: np.concatenate([ids, *(row[name] for row in good)]) for name, ids in empty.items()}, errors
-
-
 def _names_a_bin(path: Path) -> bool:
     return path.suffix == ".bin" and not path.is_dir()
-
-
-def _numbers(value: object) -> np.ndarray:
-    """Whole numbers as a flat int64 array; ValueError for anything else."""
-    if not isinstance(value, (_Array, list, tuple)):
-        raise ValueError(f"holds {type(value).__name__} where an array of ids is expected")
-    ids = (value.ids if isinstance(value, _Array) else np.asarray(value)).ravel()
-    if ids.dtype.kind == "f":  # an empty array is one of floats in numpy, and so is what it is joined to
-        if (broken := ~((np.floor(ids) == ids) & (np.abs(ids) < 2**53))).any():
-            raise ValueError(f"holds {ids[broken.argmax()]}, expected whole numbers")
-    elif ids.dtype.kind not in "iu":
-        raise ValueError("holds a list of other things than ids")
-    return ids.astype(np.int64)
 
 
 def _outside(ids: np.ndarray, allowed: range) -> np.ndarray:

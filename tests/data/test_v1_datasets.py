@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from cogview.data import v1_datasets as released
+from cogview.data import v1_import
 from cogview.data.store import NO_TOKEN, TokenStore, as_tensors
 from cogview.data.store_writer import StoreWriter, pad_text
-from cogview.data.v1_datasets import InvalidRow, RowUnpickler, V1Dataset, import_dataset, open_dataset
+from cogview.data.v1_datasets import InvalidRow, V1Dataset, open_dataset
+from cogview.data.v1_import import import_dataset
+from cogview.data.v1_rows import RowUnpickler
 from cogview.errors import InputError
 from cogview.tokenizers.vocabulary import Vocabulary
 
@@ -183,7 +185,7 @@ def test_what_a_path_holds_is_seen_by_looking(tmp_path):
     assert kinds == [V1Dataset, TokenStore, V1Dataset]
     with pytest.raises(InputError, match="is a CogView v1 dataset, not a token store: convert it with `cogview imp"):
         TokenStore(tmp_path / "data")
-    with pytest.raises(InputError, match="is a token store already, not a released dataset"):
+    with pytest.raises(InputError, match="is a token store already, not a CogView v1 dataset"):
         open_released(tmp_path / "store")
 
 
@@ -301,7 +303,7 @@ def test_paths_that_hold_no_dataset(tmp_path):
     (tmp_path / "cut.bin").write_bytes(b"\0" * 5000)
     (tmp_path / "empty.bin").write_bytes(b"")
     (tmp_path / "data.npy").write_bytes(b"\0")
-    nothing = "there is no released dataset at .*: expected an LMDB folder or a .bin file"
+    nothing = "there is no CogView v1 dataset at .*: expected an LMDB folder or a .bin file"
     for path, message in [
         (tmp_path / "nowhere", nothing),
         (tmp_path / "nowhere.bin", nothing),
@@ -321,7 +323,7 @@ def test_paths_that_hold_no_dataset(tmp_path):
 
 
 def test_a_store_of_several_datasets_has_their_rows_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(released, "_ROWS_AT_A_TIME", 5)
+    monkeypatch.setattr(v1_import, "_ROWS_AT_A_TIME", 5)
     first, second = some_rows(12, seed=1), some_rows(7, seed=2)
     pairs = [(text + 8192, row) for text, row in zip(*first, strict=True)]
     sources = [
@@ -340,7 +342,7 @@ def test_a_store_of_several_datasets_has_their_rows_in_order(tmp_path, monkeypat
 
 @pytest.mark.parametrize("bad", [(), (0, 6, 13)])
 def test_an_interrupted_import_goes_on(tmp_path, monkeypatch, bad):
-    monkeypatch.setattr(released, "_ROWS_AT_A_TIME", 4)
+    monkeypatch.setattr(v1_import, "_ROWS_AT_A_TIME", 4)
     texts, codes = some_rows(20)
     pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
     for number in bad:

@@ -227,9 +227,7 @@ def test_rounded_weights_cannot_be_saved(folder, few_bits, tmp_path):
     model = load_model(folder, CPU, torch.float32, few_bits)
     with pytest.raises(InputError) as caught:
         save_model(tmp_path / "new", model)
-    assert str(caught.value) == (
-        "quantized weights cannot be saved: copy or convert the folder they came from"
-    )
+    assert str(caught.value) == ("quantized weights cannot be saved: copy or convert the folder they came from")
     assert not any(tmp_path.iterdir())
 
 
