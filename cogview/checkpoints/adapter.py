@@ -43,8 +43,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "cogview.json"
 PREFIX = "base_model.model."  # of every name in PEFT's files
 
-# Settings of PEFT's LoRA that change nothing in what an adapter computes once it is learnt, or that are looked at
-# below. Any other that is set would need another formula.
+# Settings of PEFT's LoRA that do not change the output of a trained adapter, or that are checked below. Any other
+# setting would need another formula.
 _SUPPORTED_PEFT_KEYS = frozenset(
     {
         "auto_mapping",
@@ -75,7 +75,7 @@ _SUPPORTED_PEFT_KEYS = frozenset(
         "use_rslora",
     }
 )
-# How A and B may have begun. Others, such as PiSSA, change the weights of the model itself.
+# Supported initial values of A and B. Others, such as PiSSA, change the weights of the model itself.
 _SUPPORTED_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -92,7 +92,7 @@ class BaseModelInfo:
 
     @classmethod
     def of(cls, name: str, config: ModelConfig) -> BaseModelInfo:
-        """That of a model."""
+        """Return the info of a model by its config."""
         shape = config.transformer
         return cls(
             name=name,
@@ -105,16 +105,21 @@ class BaseModelInfo:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Layers, width, heads and vocabulary."""
+        """Layers, width, heads and size of the vocabulary."""
         return self.num_layers, self.width, self.num_heads, self.vocabulary_size
 
 
 class Adapter:
-    """An adapter's folder, or owner/name on the Hub; its weights stay in their file; InputError if it is not valid.
+    """An adapter's folder; its weights stay in their file.
 
-    ``settings`` are its own; an adapter of rank-stabilised LoRA (arXiv:2312.03732, scale alpha / sqrt(R)) has the alpha
-    that gives the same scale. ``base`` is None where another program wrote the folder. ``projections`` are the names of
-    the projections it changes.
+    For rank-stabilised LoRA (arXiv:2312.03732, scale alpha / sqrt(R)), ``settings`` has the alpha of equal scale.
+    ``base`` is None if another program wrote the folder. ``projections`` names the changed projections.
+
+    Args:
+        folder: a folder, or ``owner/name`` on the Hugging Face Hub.
+
+    Raises:
+        InputError: if the folder is missing, incomplete or damaged, or its settings are not supported.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -145,7 +150,7 @@ class Adapter:
             raise InputError(f"{self.folder / CONFIG_FILE}: {error}") from None
 
     def _numbers(self, plain: Mapping[str, Any]) -> tuple[int, float, float]:
-        """Rank, alpha and dropout that PEFT's settings say."""
+        """Return rank, alpha and dropout of PEFT's settings."""
         path = self.folder / CONFIG_FILE
         if (kind := plain.get("peft_type")) != "LORA":
             raise InputError(f"{path}: the adapter is of the type {kind}, and only LORA can be used")
@@ -164,12 +169,12 @@ class Adapter:
         return rank, alpha * stabilised, dropout
 
     def _projections(self, rank: int) -> tuple[str, ...]:
-        """The names of what is changed; InputError unless each has its A and B, and there is nothing else."""
+        """Return the names of the changed projections; raise InputError for missing or unknown tensors."""
         path, specs = self.folder / WEIGHTS_FILE, self._file.specs
         names = dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in specs)
         for name in specs:
             if not name.startswith(PREFIX) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
-                raise InputError(f"{path} holds {name}, which is no part of a LoRA adapter of linear layers")
+                raise InputError(f"{path} holds {name}, which does not belong to a LoRA adapter of linear layers")
         if not names:
             raise InputError(f"{path} holds nothing")
         for name in names:
@@ -185,7 +190,14 @@ class Adapter:
         return tuple(names)
 
     def check(self, shape: TransformerConfig) -> None:
-        """InputError unless it fits a transformer of ``shape``."""
+        """Check that the adapter matches a transformer and that its weights are finite.
+
+        Args:
+            shape: config of the transformer.
+
+        Raises:
+            InputError: if it does not.
+        """
         wanted = (shape.num_layers, shape.width, shape.num_heads, shape.vocabulary_size)
         if self.base is not None and self.base.shape != wanted:
             words = "{} layers of width {} with {} heads and {} ids"
@@ -208,12 +220,20 @@ class Adapter:
                     f"{there[name][0]} x {there[name][1]} in this model"
                 )
 
-        for name, tensor in self.weights().items():  # now, for a merge must not stop halfway
+        for name, tensor in self.weights().items():  # here, because a merge must not stop halfway
             if not tensor.isfinite().all():
                 raise InputError(f"the adapter {self.folder} cannot be used: {name} has numbers that are not finite")
 
     def check_model(self, config: ModelConfig, name: str) -> None:
-        """InputError unless it belongs to a model of that config and name; two known names are two models."""
+        """Check that the adapter belongs to a model; two known names are two models.
+
+        Args:
+            config: config of the model.
+            name: name or folder of the model.
+
+        Raises:
+            InputError: if shape, codebook or known name differ.
+        """
         self.check(config.transformer)
         if self.base is None:
             return
@@ -227,18 +247,27 @@ class Adapter:
             raise InputError(f"the adapter {self.folder} was made for {self.base.name}, not for {name}")
 
     def weights(self) -> dict[str, Tensor]:
-        """A and B by the names that ``add_lora`` gives the parameters, mapped from the file."""
+        """Return A and B by the parameter names of ``add_lora``, mapped from the file."""
         return {
             f"{name}.lora_{part}.default.weight": self._read(name, part) for name in self.projections for part in "AB"
         }
 
     def apply_to(self, name: str, weight_NK: Tensor, sign: int) -> Tensor:
-        """``weight`` of the projection ``name`` + sign * scale * B A: computed in float32, in the dtype it has."""
+        """Return a projection's weight with the adapter added or removed: W + sign * scale * B A (arXiv:2106.09685).
+
+        Args:
+            name: name of the projection.
+            weight_NK: its weight (N, K).
+            sign: 1 to add the adapter, -1 to remove it.
+
+        Returns:
+            The sum (N, K), computed in float32, in the dtype of the weight.
+        """
         a_RK, b_NR = (self._read(name, part) for part in "AB")
         return merged_weight(weight_NK, a_RK, b_NR, sign * self.settings.scale)
 
     def sha256(self) -> str:
-        """Of what it computes: its settings and weights."""
+        """Return the SHA-256 of settings and weights."""
         digest = hashlib.sha256()
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             digest.update((self.folder / name).read_bytes())
@@ -246,12 +275,12 @@ class Adapter:
 
     @property
     def num_bytes(self) -> int:
-        """What its weights take."""
+        """Size of the weights in bytes."""
         return self._file.num_bytes
 
     @property
     def num_parameters(self) -> int:
-        """Numbers in A and B."""
+        """Number of elements of A and B."""
         return sum(math.prod(spec.shape) for spec in self._file.specs.values())
 
     def _spec(self, name: str, part: str) -> tuple[int, ...]:
@@ -268,9 +297,14 @@ def save_adapter(
     base: BaseModelInfo,
     weights: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write the adapter in ``transformer`` into ``folder``, which need not exist, as PEFT reads it.
+    """Write the adapter of a transformer in PEFT's format.
 
-    ``weights``: those to store instead of the transformer's, by the same names (of its parameters).
+    Args:
+        folder: the folder; it may exist.
+        transformer: transformer with LoRA layers.
+        settings: settings of the adapter.
+        base: the model that it was made for.
+        weights: tensors to store instead of the transformer's, by the same names.
     """
     if weights is None:
         weights = lora_parameters(transformer)
@@ -296,9 +330,17 @@ def save_adapter(
 
 @torch.no_grad()
 def load_adapter(transformer: Transformer, folder: str | Path) -> LoraSettings:
-    """Take up the adapter of ``folder`` to go on learning it; returns its settings.
+    """Load an adapter into a transformer to continue its training; inject LoRA layers if there are none.
 
-    ``transformer`` gets an adapter of these settings unless it has one. InputError where the two do not fit.
+    Args:
+        transformer: the transformer.
+        folder: the adapter.
+
+    Returns:
+        The settings of the adapter.
+
+    Raises:
+        InputError: if adapter and transformer do not match.
     """
     adapter = Adapter(folder)
     adapter.check(transformer.config)
@@ -311,24 +353,38 @@ def load_adapter(transformer: Transformer, folder: str | Path) -> LoraSettings:
             found = list(weights[name].shape) if name in weights else "nothing"
             raise InputError(f"the adapter {folder} has {found} for {name}, expected {list(parameter.shape)}")
     if extra := [name for name in weights if name not in own]:
-        raise InputError(f"the adapter {folder} has {extra[0]}, which is not learnt here: targets must be the same")
+        raise InputError(f"the adapter {folder} has {extra[0]}, which is not trained here: targets must be the same")
     for name, parameter in own.items():
         parameter.copy_(weights[name])
     return adapter.settings
 
 
 def merge_adapter(transformer: Transformer, folder: str | Path) -> None:
-    """Add the adapter of ``folder`` into the weights: W += scale * B A, in place, computed in float32.
+    """Add an adapter into the weights of a transformer in place: W += scale * B A, computed in float32.
 
-    Weights that are mapped from a file leave it as it is. InputError where adapter and transformer do not fit.
+    Weights that are mapped from a file leave the file unchanged.
+
+    Args:
+        transformer: the transformer.
+        folder: the adapter.
+
+    Raises:
+        InputError: if adapter and transformer do not match, or the weights are quantized.
     """
     _add(transformer, Adapter(folder), 1)
 
 
 def unmerge_adapter(transformer: Transformer, folder: str | Path) -> None:
-    """Take an adapter that was merged out again: W -= scale * B A.
+    """Remove a merged adapter from the weights of a transformer in place: W -= scale * B A.
 
-    The weights are those from before up to the rounding of their dtype, and not bit for bit.
+    The weights equal those before the merge up to the rounding of their dtype, not bit for bit.
+
+    Args:
+        transformer: the transformer.
+        folder: the adapter.
+
+    Raises:
+        InputError: if adapter and transformer do not match, or the weights are quantized.
     """
     _add(transformer, Adapter(folder), -1)
 
@@ -336,19 +392,32 @@ def unmerge_adapter(transformer: Transformer, folder: str | Path) -> None:
 @torch.no_grad()
 def _add(transformer: Transformer, adapter: Adapter, sign: int) -> None:
     if has_adapter(transformer):
-        raise InputError("the transformer has an adapter that is being learnt: save it, and merge it into a fresh one")
+        raise InputError("the transformer has an adapter in training: save it, and merge it into a fresh one")
     adapter.check(transformer.config)
     require_float_weights(transformer)
     for name in adapter.projections:
         weight = transformer.get_parameter(f"{name}.weight")
-        weight.copy_(adapter.apply_to(name, weight, sign))  # in place, so that what was packed of it is packed anew
+        weight.copy_(adapter.apply_to(name, weight, sign))  # in place, so that prepacked copies are renewed
 
 
 def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sign: int = 1) -> str | None:
-    """Write the model ``source``, known as ``name``, to ``output`` with ``adapter`` in it (sign 1) or out of it (-1).
+    """Write a copy of a checkpoint folder with an adapter merged or removed.
 
-    The weights keep their dtype, are read one at a time, and all appears whole or not at all. The card gets a line, or
-    loses it. Returns a note if the card speaks against it.
+    The weights keep their dtype and are read one at a time. The output appears completely or not at all. The model card
+    gains or loses a line.
+
+    Args:
+        source: the checkpoint folder.
+        adapter: the adapter.
+        output: the new folder; it must not exist.
+        name: name of the model, for messages and checks.
+        sign: 1 to merge the adapter, -1 to remove it.
+
+    Returns:
+        A note if the model card contradicts the operation, or None.
+
+    Raises:
+        InputError: if adapter and model do not match, or the weights are quantized.
     """
     config = check_folder(source)
     adapter.check_model(config, name)
@@ -377,7 +446,7 @@ def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sig
 
 
 def _update_model_card(path: Path, adapter: Adapter, sign: int) -> tuple[str, str | None]:
-    """The model card after an adapter was merged or taken out, and a note if it does not say what is expected."""
+    """Return the model card after the operation, and a note if it contradicts the operation."""
     card = path.read_text(encoding="utf-8") if path.is_file() else ""
     own = adapter.settings
     called = f"the LoRA adapter `{adapter.folder.resolve().name}` (rank {own.rank}, scale {own.scale:g}, SHA-256 "

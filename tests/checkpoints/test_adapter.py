@@ -302,7 +302,7 @@ def test_what_is_no_adapter_is_told(write_adapter, tmp_path):
             ({name: tensor for name, tensor in tensors.items() if name != first}, f"{first} is missing"),
             (
                 tensors | {f"{PREFIX}embedding.lora_embedding_A": torch.ones(2)},
-                "holds base_model.model.embedding.lora_embedding_A, which is no part of a LoRA adapter",
+                "holds base_model.model.embedding.lora_embedding_A, which does not belong to a LoRA adapter",
             ),
         ]
     ):
@@ -348,13 +348,13 @@ def test_learning_goes_on_with_the_same_projections(transformer, write_adapter, 
     large = write_adapter(tmp_path / "large", targets=("attention.output", "mlp.input"))
     wide = write_adapter(tmp_path / "wide", rank=8)
     load_adapter(transformer, small)
-    with one_line("has layers.0.mlp.input.lora_A.default.weight, which is not learnt here"):
+    with one_line("has layers.0.mlp.input.lora_A.default.weight, which is not trained here"):
         load_adapter(transformer, large)
     with pytest.raises(
         InputError, match=r"has \[8, 32\] for layers.0.attention.output.lora_A.default.weight, expected"
     ):
         load_adapter(transformer, wide)
-    with one_line("that is being learnt: save it, and merge it into a fresh one"):
+    with one_line("an adapter in training: save it, and merge it into a fresh one"):
         merge_adapter(transformer, small)
 
 
