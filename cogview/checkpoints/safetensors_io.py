@@ -94,9 +94,11 @@ class WeightsFile:
         """
         if keep:
             self._kept = self._kept or self._open()
-            return self._kept.get_tensor(name)
+            kept: Tensor = self._kept.get_tensor(name)
+            return kept
         with self._open() as file:
-            return file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
 
     def prefetch(self) -> None:
         """Read the file in the background, so that its pages are in the system's cache when they are touched.

@@ -61,7 +61,8 @@ def _feistel(number: np.ndarray, key: np.ndarray, bits: int) -> np.ndarray:
             low = low ^ (_mix(high ^ round_key) & low_mask)
         else:
             high = high ^ (_mix(low ^ round_key) & high_mask)
-    return (high << low_bits) | low
+    permuted: np.ndarray = (high << low_bits) | low
+    return permuted
 
 
 def _mix(number: np.ndarray) -> np.ndarray:
@@ -72,4 +73,5 @@ def _mix(number: np.ndarray) -> np.ndarray:
     number = number + np.uint64(_GOLDEN)
     number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return number ^ (number >> np.uint64(31))
+    mixed: np.ndarray = number ^ (number >> np.uint64(31))
+    return mixed

@@ -103,7 +103,8 @@ class StoreHeader:
 
 def text_lengths(text_NW: np.ndarray) -> np.ndarray:
     """Return the number of pieces in each row of a text field: (N,) int64."""
-    return (text_NW != NO_TOKEN).sum(axis=-1)
+    lengths: np.ndarray = (text_NW != NO_TOKEN).sum(axis=-1)
+    return lengths
 
 
 def as_tensors(rows: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

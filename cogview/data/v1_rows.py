@@ -48,7 +48,8 @@ def _array_of_buffer(content: Any, dtype: _Dtype, shape: tuple[int, ...], order:
 
 
 def _scalar(dtype: _Dtype, content: Any) -> int | float:
-    return np.frombuffer(content, dtype.numpy)[0].item()
+    number: int | float = np.frombuffer(content, dtype.numpy)[0].item()
+    return number
 
 
 def _bytes_of_text(text: str, encoding: str) -> bytes:
