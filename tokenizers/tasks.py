@@ -136,11 +136,22 @@ class Task:
         return self.layout or TASKS[self.trained_as].layout
 
     @property
+    def blank_name(self) -> str:
+        """Name of the text or image that is generated; empty where nothing is blank."""
+        return next((element.content.name for element in self.elements if isinstance(element, Blank)), "")
+
+    @property
+    def given_texts(self) -> tuple[str, ...]:
+        """Names of the texts that hold the prompt."""
+        return tuple(
+            name for name, one in self.contents.items() if isinstance(one, TextElement) and name != self.blank_name
+        )
+
+    @property
     def given_image(self) -> ImageElement | None:
         """The image that a request gives: the known one, else the blank one, whose first rows may be given."""
-        blank = {element.content.name for element in self.elements if isinstance(element, Blank)}
         images = [one for one in self.contents.values() if isinstance(one, ImageElement)]
-        return next((one for one in images if one.name not in blank), images[0] if images else None)
+        return next((one for one in images if one.name != self.blank_name), images[0] if images else None)
 
     @property
     def input_scale(self) -> float:
@@ -153,7 +164,7 @@ class Task:
         """Side of the generated image over G; 0 for a text."""
         if self.output == "text":
             return 0.0
-        blank = next(element.content for element in self.elements if isinstance(element, Blank))
+        blank = self.contents[self.blank_name]
         return (blank.scale if isinstance(blank, ImageElement) else 0.0) * (2 if self.windowed else 1)
 
     @property

@@ -22,7 +22,8 @@ from cogview.cli.session import open_model
 from cogview.cli.text_io import LineWriter
 
 if TYPE_CHECKING:
-    from cogview.pipeline.cogview import Caption, CogView
+    from cogview.pipeline.cogview import CogView
+    from cogview.pipeline.results import Caption
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from cogview.modeling.config import Sampling
-    from cogview.pipeline.cogview import GeneratedImage, GenerationRequest
+    from cogview.pipeline.requests import GenerationRequest
+    from cogview.pipeline.results import GeneratedImage
 
 MOST_ON_SHEET = 1000  # pictures
 STOPPING = "finishing this batch; press Ctrl-C again to stop at once"
@@ -151,7 +152,7 @@ class JobRunner:
 
         The same line twice goes on counting, as a larger n does.
         """
-        from cogview.pipeline.cogview import GenerationRequest
+        from cogview.pipeline.requests import GenerationRequest
 
         counts: Counter[tuple[Any, ...]] = Counter()
         taken: set[str] = set()
@@ -329,7 +330,7 @@ class JobRunner:
         bar: ProgressBar,
     ) -> None:
         """Upscale pictures of a chunk."""
-        from cogview.pipeline.cogview import GenerationRequest
+        from cogview.pipeline.requests import GenerationRequest
 
         wishes = [
             GenerationRequest(

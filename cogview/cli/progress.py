@@ -18,7 +18,9 @@ from cogview.formatting import plural
 if TYPE_CHECKING:
     import numpy as np
 
-    from cogview.pipeline.cogview import CogView, GenerationProgress, GenerationRequest
+    from cogview.pipeline.cogview import CogView
+    from cogview.pipeline.requests import GenerationRequest
+    from cogview.pipeline.results import GenerationProgress
 
 PREVIEW_SECONDS = 2.0  # at least, between two looks at a picture
 PREVIEW_SHARE = 0.1  # of the time may go into looking, beside the looks after each quarter

@@ -15,7 +15,8 @@ from cogview.cli.session import check_prompt, open_model
 from cogview.cli.text_io import LineWriter
 
 if TYPE_CHECKING:
-    from cogview.pipeline.cogview import CogView, Score
+    from cogview.pipeline.cogview import CogView
+    from cogview.pipeline.results import Score
 
 LINE = "TEXT<TAB>IMAGE<TAB>IMAGE…"
 

@@ -19,7 +19,9 @@ from cogview.cli.progress import Previews, ProgressBar
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from PIL import Image
 
-    from cogview.pipeline.cogview import CogView, GeneratedImage, GenerationRequest
+    from cogview.pipeline.cogview import CogView
+    from cogview.pipeline.requests import GenerationRequest
+    from cogview.pipeline.results import GeneratedImage
 
 
 def open_model(
@@ -159,7 +161,7 @@ class GenerationSession:
 
     def requests(self, prompt: str, n: int) -> list[GenerationRequest]:
         """The next ``n`` pictures of ``prompt``: asked again, it goes on counting."""
-        from cogview.pipeline.cogview import GenerationRequest
+        from cogview.pipeline.requests import GenerationRequest
 
         first = self._wished[prompt]
         self._wished[prompt] += n
@@ -203,7 +205,7 @@ class GenerationSession:
 
     def upscale(self, enlargements: Iterable[UpscaleInput], count: int, *, low_level: bool = False) -> int:
         """Draw up to ``count`` images at twice their side and save them; returns how many there were."""
-        from cogview.pipeline.cogview import GenerationRequest
+        from cogview.pipeline.requests import GenerationRequest
 
         task, side = ("low_level", self.grid // 2) if low_level else ("upscale", self.grid)
 

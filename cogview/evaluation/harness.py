@@ -16,7 +16,8 @@ from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.modeling.config import Sampling
-from cogview.pipeline.cogview import CogView, GenerationRequest
+from cogview.pipeline.cogview import CogView
+from cogview.pipeline.requests import GenerationRequest
 from cogview.training.vqvae_trainer import held_out_batches
 from cogview.vqvae.codec import reconstruct
 from cogview.vqvae.model import PIXELS_PER_CODE

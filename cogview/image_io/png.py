@@ -18,7 +18,7 @@ from cogview.errors import InputError
 from cogview.files import atomic_write
 
 if TYPE_CHECKING:
-    from cogview.pipeline.cogview import GeneratedImage
+    from cogview.pipeline.results import GeneratedImage
 
 GREY = 128  # of what is not drawn yet
 NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for the whole name

@@ -65,7 +65,6 @@ class BatchPlanner:
             _glibc("mallopt", M_MMAP_THRESHOLD, MMAP_THRESHOLD_LOW_MEMORY if scarce else MMAP_THRESHOLD)
             _glibc("mallopt", M_TRIM_THRESHOLD, TRIM_THRESHOLD)
         self._failed: dict[str, int] = {}  # how many at a time were too many, for each kind of work
-        self._budget: float | None = None  # of the work in progress, whose own parts share it
         self._logged: set[tuple[str, int]] = set()
 
     def free(self) -> float:
@@ -79,7 +78,33 @@ class BatchPlanner:
 
         InputError if not even one item fits.
         """
-        return self._chunks(items, bytes_of, what, self.free() if self._budget is None else self._budget)
+        return self._chunks(items, bytes_of, what, self.free())
+
+    def split(
+        self, items: Sequence[Item], bytes_of: Callable[[Sequence[Item]], int], what: str
+    ) -> Iterator[tuple[Sequence[Item], float]]:
+        """Yield consecutive parts of ``items`` that fit in memory, for work in several stages.
+
+        Args:
+            items: What is to be done, in order.
+            bytes_of: Bytes that a part takes; must not fall as the part grows.
+            what: Name of the work in messages.
+
+        Yields:
+            Each part with the bytes that were free when it was planned. A stage passes them to ``run``, which then
+            leaves whole what was planned as a whole.
+
+        Raises:
+            InputError: If not even one item fits.
+        """
+        done, free = 0, self.free()
+        while done < len(items):
+            for number, size in enumerate(self._chunks(items[done:], bytes_of, what, free)):
+                part = items[done : done + size]
+                if number and bytes_of(part) > free:  # its items are larger than the first ones
+                    break
+                yield part, free
+                done += size
 
     def run(
         self,
@@ -87,19 +112,31 @@ class BatchPlanner:
         bytes_of: Callable[[Sequence[Item]], int],
         work: Callable[[Sequence[Item]], Sequence[Result]],
         what: str,
+        *,
+        free_bytes: float | None = None,
     ) -> Iterator[Result]:
-        """``work`` on even parts of ``items`` that fit, one after another; the results of all items in order.
+        """Do ``work`` on even parts of ``items`` that fit, one after another.
 
-        ``work`` may run parts of itself: what fitted as a whole is not split again.
+        Args:
+            items: What is to be done, in order.
+            bytes_of: Bytes that a part takes; must not fall as the part grows.
+            work: Returns a result for each item of a part.
+            what: Name of the work in messages.
+            free_bytes: Bytes that a part may take, by default what is free now.
+
+        Yields:
+            The results of all items in order.
+
+        Raises:
+            InputError: If not even one item fits, or the device runs out of memory with one.
         """
-        done = 0
-        free = self.free() if self._budget is None else self._budget
+        done, free = 0, self.free() if free_bytes is None else free_bytes
         while done < len(items):
             for number, size in enumerate(self._chunks(items[done:], bytes_of, what, free)):
                 part = items[done : done + size]
                 if number and bytes_of(part) > free:  # its items are larger than the first ones
                     break
-                results = self._attempt(part, work, free)
+                results = self._attempt(part, work)
                 if results is None:  # the error's traceback is gone by now, and what it held with it
                     gc.collect()
                     free = self.free()
@@ -144,17 +181,14 @@ class BatchPlanner:
         return sizes
 
     def _attempt(
-        self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]], free: float
+        self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]
     ) -> Sequence[Result] | None:
-        """None where the device ran out."""
-        outer, self._budget = self._budget, free
+        """Return the results of ``work``, or None if the device ran out of memory."""
         try:
             return work(items)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        finally:
-            self._budget = outer
         return None
 
     def _suggest(self, missing: float) -> str:

@@ -35,8 +35,10 @@ from released_algorithm import draw
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
-from cogview.modeling.config import GREEDY, Sampling
-from cogview.pipeline.cogview import CogView, GeneratedImage, GenerationRequest
+from cogview.generation.sampling import GREEDY, Sampling
+from cogview.pipeline.cogview import CogView
+from cogview.pipeline.requests import GenerationRequest
+from cogview.pipeline.results import GeneratedImage
 from cogview.tokenizers.windows import upscale_windows
 
 PROMPTS = ("一个红苹果", "蓝色背景上的三只狐狸", "一辆汽车", "狗在猫的左边")

@@ -20,7 +20,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogview.pipeline.cogview import CogView, GeneratedImage, GenerationRequest
+from cogview.pipeline.cogview import CogView
+from cogview.pipeline.requests import GenerationRequest
+from cogview.pipeline.results import GeneratedImage
 
 THINGS = ("狐狸", "红苹果", "足球", "猫", "企鹅", "蓝色汽车")
 COLOURS = ("蓝色", "黄色", "紫色", "绿色", "粉色")

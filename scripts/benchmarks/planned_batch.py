@@ -31,7 +31,8 @@ import numpy as np
 import torch
 
 from cogview.device import available_memory, is_out_of_memory
-from cogview.pipeline.cogview import CogView, GenerationRequest
+from cogview.pipeline.cogview import CogView
+from cogview.pipeline.requests import GenerationRequest
 from cogview.planning import batches as planning
 
 GROUPS = Path("/sys/fs/cgroup/memory")

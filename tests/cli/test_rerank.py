@@ -7,7 +7,7 @@ import pytest
 
 from cogview.cli.inputs import TextImageQuery
 from cogview.cli.rerank import Ranking
-from cogview.pipeline.cogview import Score
+from cogview.pipeline.results import Score
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 

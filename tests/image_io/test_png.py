@@ -15,7 +15,7 @@ from cogview.image_io.png import (
     save_png,
     sheet_metadata,
 )
-from cogview.pipeline.cogview import Score
+from cogview.pipeline.results import Score
 
 
 @pytest.mark.parametrize(

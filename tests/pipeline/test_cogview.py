@@ -13,7 +13,9 @@ from cogview.errors import InputError
 from cogview.generation.sampling import MAX_SEED
 from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline import cogview as pipeline
-from cogview.pipeline.cogview import Caption, CogView, GenerationRequest
+from cogview.pipeline.cogview import CogView
+from cogview.pipeline.requests import GenerationRequest
+from cogview.pipeline.results import Caption
 
 # Of different lengths, so that a batch of them is padded.
 PROMPTS = ["狐狸", "一只狐狸在汽车的左边", "蓝色背景上的三只狗"]

@@ -111,20 +111,28 @@ def test_what_failed_is_done_again_in_halves(caplog):
     assert planner.chunks(range(32), len, "decoding pixels") == [32]  # another kind of work did not fail
 
 
-def test_work_within_work_is_planned_once(free):
-    """What the outer part has made by then is not taken off what the inner one may take."""
+def test_run_keeps_part_whole_when_given_free_bytes(free):
+    """A part that was planned as a whole stays one, although earlier stages have taken some of the memory by then."""
     planner, sizes = BatchPlanner(CPU), []
 
-    def inner(items):
+    def work(items):
         sizes.append(len(items))
         return double(items)
 
-    def outer(items):
+    done = []
+    for part, free_bytes in planner.split(range(33), len, "drawing"):
         free(8)
-        return list(planner.run(items, len, inner, "drawing"))
-
-    assert list(planner.run(range(33), len, outer, "drawing")) == double(range(33))
+        done += planner.run(part, len, work, "drawing", free_bytes=free_bytes)
+    assert done == double(range(33))
     assert sizes == [17, 16]
+
+
+@pytest.mark.usefixtures("free")
+def test_split_plans_again_when_later_items_are_larger():
+    """Items of 8 bytes after items of 1 make smaller parts."""
+    parts = [part for part, _ in BatchPlanner(CPU).split([1] * 32 + [8] * 32, sum, "scoring")]
+    assert [item for part in parts for item in part] == [1] * 32 + [8] * 32
+    assert max(map(sum, parts)) <= 32
 
 
 @pytest.mark.usefixtures("free")

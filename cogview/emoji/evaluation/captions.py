@@ -20,7 +20,8 @@ from cogview.emoji.evaluation.scenes import accuracy, format_accuracy, held_out_
 from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import PARTS, check_world, describe
-from cogview.pipeline.cogview import Caption, CogView
+from cogview.pipeline.cogview import CogView
+from cogview.pipeline.results import Caption
 from cogview.vqvae.codec import reconstruct
 
 COLUMNS = {"true_scenes": "true scenes", "reconstructions": "VQ-VAE's reconstructions"}

@@ -19,7 +19,8 @@ from cogview.emoji.evaluation.scenes import SceneGrader, accuracy, format_accura
 from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import check_world, describe
 from cogview.modeling.config import Sampling
-from cogview.pipeline.cogview import CogView, GenerationRequest
+from cogview.pipeline.cogview import CogView
+from cogview.pipeline.requests import GenerationRequest
 
 SIZES = (1, 2, 4, 8, 16)
 

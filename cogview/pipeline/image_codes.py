@@ -1,0 +1,94 @@
+"""Images to codes and back, as many at a time as memory holds."""
+
+# B images, G codes on a side of an image
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cogview.image_io.reading import fit
+from cogview.pipeline.context import PipelineContext
+from cogview.planning.batches import BatchPlanner
+from cogview.planning.inference import image_bytes
+from cogview.vqvae.codec import to_float, to_uint8
+
+
+def encode_images(
+    images: Sequence[Image.Image],
+    side: int,
+    context: PipelineContext,
+    planner: BatchPlanner,
+    on_note: Callable[[int, str], object] = lambda index, note: None,
+) -> np.ndarray:
+    """Return the codes of images.
+
+    A ``GeneratedImage`` gives the codes that it was generated with, if they have the wanted size. Any other image is
+    fitted to that size (``image_io.reading.fit``) and encoded.
+
+    Args:
+        images: Images of any size and mode.
+        side: Codes on a side.
+        context: The model.
+        planner: Splits the images into batches that fit in memory.
+        on_note: Called with the index of an image and how it was resized or cropped, for example "resized from
+            128 x 128 to 64 x 64".
+
+    Returns:
+        (B, side, side) int64 codes.
+    """
+    tokenizer, device = context.image_tokenizer, context.placement.device
+    codes = np.empty((len(images), side, side), dtype=np.int64)
+    fitted = []
+    for index, image in enumerate(images):
+        own = getattr(image, "codes", None)
+        if own is not None and own.shape == (side, side):
+            codes[index] = own
+            continue
+        pixels, note = fit(image, side * tokenizer.downsampling)
+        fitted.append((index, pixels))
+        if note is not None:
+            on_note(index, note)
+
+    def encode(batch: Sequence[tuple[int, np.ndarray]]) -> list[np.ndarray]:
+        images_B3HW = to_float(np.stack([pixels for _, pixels in batch]), device)
+        with torch.inference_mode():
+            return list(tokenizer.encode(images_B3HW).cpu().numpy())
+
+    bytes_per_image = image_bytes(tokenizer.config, side, decoding=False)
+    encoded = planner.run(fitted, partial(_total, bytes_per_image), encode, "encoding images")
+    for (index, _), own in zip(fitted, encoded, strict=True):
+        codes[index] = own
+    return codes
+
+
+def decode_images(codes: np.ndarray, context: PipelineContext) -> np.ndarray:
+    """Return the uint8 RGB images of (B, G, G) codes, for any G: (B, H, W, 3)."""
+    return to_uint8(context.image_tokenizer.decode(torch.from_numpy(codes).to(context.placement.device)))
+
+
+def decode_all_images(
+    codes: Sequence[np.ndarray], context: PipelineContext, planner: BatchPlanner, free_bytes: float
+) -> list[np.ndarray]:
+    """Return the uint8 RGB images (H, W, 3) of (G, G) codes of any sides, in batches of one side that fit in memory."""
+    images: dict[int, np.ndarray] = {}
+    for side in dict.fromkeys(map(len, codes)):
+        members = [index for index, own in enumerate(codes) if len(own) == side]
+        bytes_per_image = image_bytes(context.image_tokenizer.config, side, decoding=True)
+        decoded = planner.run(
+            members,
+            partial(_total, bytes_per_image),
+            lambda batch: list(decode_images(np.stack([codes[index] for index in batch]), context)),
+            "decoding pixels",
+            free_bytes=free_bytes,
+        )
+        images |= zip(members, decoded, strict=True)
+    return [images[index] for index in range(len(codes))]
+
+
+def _total(bytes_each: int, items: Sequence[object]) -> int:
+    """Return the bytes of items that take the same each."""
+    return bytes_each * len(items)

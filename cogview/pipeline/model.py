@@ -1,0 +1,328 @@
+"""A loaded model: opening it, checking prompts and settings, and images to codes and back."""
+
+# B images, G codes on a side of an image
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from cogview.checkpoints.adapter import Adapter, merge_adapter
+from cogview.checkpoints.checkpoint import Model, NamedThing, check_folder, load_model
+from cogview.checkpoints.precision import stored_quantization
+from cogview.checkpoints.registry import load_registry, resolve_bundle, resolve_checkpoint
+from cogview.checkpoints.safetensors_io import WeightsFile
+from cogview.device import DevicePlacement, choose_placement
+from cogview.errors import InputError
+from cogview.formatting import shorten
+from cogview.image_io.reading import fit
+from cogview.modeling.config import ModelConfig, Sampling
+from cogview.modeling.lora import QUANTIZED_MESSAGE, has_adapter
+from cogview.modeling.transformer import Transformer
+from cogview.pipeline import image_codes
+from cogview.pipeline.bundle import Bundle
+from cogview.pipeline.context import PipelineContext
+from cogview.pipeline.requests import MAX_SHOWN, Prompt, tokenize_prompt
+from cogview.tokenizers.tasks import TASKS
+from cogview.tokenizers.text import TextTokenizer
+from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.vqvae.model import VQVAE
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+KV_DTYPES = ("auto", "int8")
+BYTE_FALLBACK_WARNING = 0.3  # share of a prompt spelt in bytes from which on a model hardly knows its characters
+SAMPLING_NAMES = tuple(setting.name for setting in fields(Sampling))
+
+
+class LoadedModel:
+    """One set of weights, or a bundle of several, with its tokenizers.
+
+    Args:
+        model: What a checkpoint holds.
+        placement: Device and number format.
+        name: Name of the weights, for messages and metadata.
+        bundle: Transformers by task. The one of ``model`` then has no weights.
+
+    Attributes:
+        adapter: Folder of the adapter that was merged when the model was opened, or None.
+        int8_cache: Whether keys and values are kept in int8.
+        speculative: Codes to draft per forward pass; 1: none, None: as many as pay.
+    """
+
+    def __init__(self, model: Model, placement: DevicePlacement, name: str, bundle: Bundle | None = None) -> None:
+        self.model = model
+        self.placement = placement
+        self.name = name
+        self.bundle = bundle
+        self.adapter: Path | None = None
+        self.int8_cache = False
+        self.speculative: int | None = None
+        # An adapter in training stands in front of the weights, which prepacked ones would hide from it.
+        if bundle is None and placement.quantization is None and not has_adapter(model.transformer):
+            model.transformer.prepack()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path = "cogview-emoji",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        kv_dtype: str = "auto",
+        adapter: str | Path | None = None,
+    ) -> Self:
+        """Open a model.
+
+        Args:
+            name: Name of a model or bundle in checkpoints.yaml, or path of a checkpoint folder.
+            device: auto, cpu, cuda, cuda:N or mps.
+            dtype: auto, float32, bfloat16, float16, int8 or int4.
+            kv_dtype: Format of keys and values: auto (as ``dtype`` computes) or int8.
+            adapter: Folder of a LoRA adapter to merge into the weights.
+
+        Returns:
+            The model, ready to generate.
+
+        Raises:
+            InputError: If the name is unknown, the folder incomplete or damaged, or the adapter that of another model.
+        """
+        if kv_dtype not in KV_DTYPES:
+            raise InputError(f"kv-dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
+        parts = resolve_bundle(str(name))
+        folder = next(iter(parts.values())) if parts else resolve_checkpoint(str(name))
+        count = check_folder(folder).transformer.num_parameters
+        stored = stored_quantization(WeightsFile(folder / "model.safetensors").specs)
+        placement = choose_placement(device, dtype, stored=stored, num_parameters=count)
+        if adapter is not None:  # before the weights are read, which may take minutes
+            if parts:
+                rows = ", ".join(load_registry()[str(name)].models)
+                raise InputError(f"{name} is a bundle of models, an adapter belongs to one: name one of {rows}")
+            Adapter(adapter).check_model(check_folder(folder), str(name))
+            if placement.quantization is not None:
+                raise InputError(QUANTIZED_MESSAGE)
+        if parts:
+            bundle = Bundle(parts, placement)
+            opened = cls(bundle.model, placement, str(name), bundle)
+        else:
+            model = load_model(folder, placement.device, placement.dtype, placement.quantization)
+            if adapter is not None:
+                merge_adapter(model.transformer, adapter)
+            opened = cls(model, placement, str(name))
+            opened.adapter = None if adapter is None else Path(adapter)
+        opened.int8_cache = kv_dtype == "int8"
+        return opened
+
+    @property
+    def label(self) -> str:
+        """Name of the weights, with the folder of the adapter if there is one."""
+        return self.name if self.adapter is None else f"{self.name} + {self.adapter}"
+
+    @property
+    def config(self) -> ModelConfig:
+        """Config of the model; that of a bundle has all its tasks."""
+        return self.model.config
+
+    @property
+    def transformer(self) -> Transformer:
+        """The transformer; in a bundle that of its first task."""
+        return self.transformer_for(self.config.tasks[0])
+
+    @property
+    def image_tokenizer(self) -> VQVAE:
+        """The VQ-VAE: images to codes and back."""
+        return self.model.image_tokenizer
+
+    @property
+    def text_tokenizer(self) -> TextTokenizer:
+        """The SentencePiece model: text to piece ids, counted from 0, and back."""
+        return self.model.text_tokenizer
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Offsets of codes, pieces and commands among the ids."""
+        return self.config.vocabulary
+
+    @property
+    def things(self) -> tuple[NamedThing, ...]:
+        """Objects that a model of a closed world can draw; empty for any other."""
+        return self.model.things
+
+    def transformer_for(self, task: str) -> Transformer:
+        """Return the transformer for ``task``, loaded if it was not."""
+        return self.model.transformer if self.bundle is None else self.bundle.transformer(task)
+
+    @property
+    def context(self) -> PipelineContext:
+        """The model and its settings as they are now, for the functions of the pipeline."""
+        return PipelineContext(
+            config=self.config,
+            text_tokenizer=self.text_tokenizer,
+            image_tokenizer=self.image_tokenizer,
+            transformer_for=self.transformer_for,
+            planned_transformer=self.model.transformer,
+            placement=self.placement,
+            int8_cache=self.int8_cache,
+            speculative=self.speculative,
+        )
+
+    def require_task(self, task: str) -> None:
+        """Check that the weights were trained for a task.
+
+        Args:
+            task: Name of a task, for example ``upscale``.
+
+        Raises:
+            InputError: If they were not, or the part of a bundle that does it is not on this machine.
+        """
+        if task in self.config.tasks:
+            return
+        if self.bundle is not None and (part := load_registry()[self.name].parts.get(task)):
+            raise InputError(
+                f"the task {task!r} of {self.name} needs {part}, which is not on this machine: cogview download {part}"
+            )
+        known = ", ".join(self.config.tasks)
+        raise InputError(f"{self.name} was not trained for the task {task!r}; its tasks are: {known}")
+
+    def sampling(self, base: Sampling | None = None, *, task: str = "generate", **overrides: float | None) -> Sampling:
+        """Return sampling settings, completed by those of the model and checked.
+
+        Args:
+            base: Settings to start from; None: those of the model for ``task``.
+            task: Task that they are for.
+            **overrides: Fields of ``Sampling`` to replace; None is ignored.
+
+        Raises:
+            InputError: If a value is out of range, or guidance is wanted of weights that cannot be guided.
+            TypeError: If ``Sampling`` has no such field.
+        """
+        return self._resolve_sampling(base, overrides, task)
+
+    def prompt_problem(self, prompt: str) -> str | None:
+        """Return why ``prompt`` cannot be used, in one line, or None if it can."""
+        try:
+            self.tokenize([prompt])
+        except InputError as error:
+            return str(error)
+        return None
+
+    def prompt_warning(self, prompt: str) -> str | None:
+        """Return a line about a prompt with characters that the model hardly knows, or None."""
+        share = self.text_tokenizer.byte_share(prompt)
+        if share < BYTE_FALLBACK_WARNING:
+            return None
+        return (
+            f"{share:.0%} of the prompt “{shorten(prompt, MAX_SHOWN)}” is spelt in bytes: the model hardly knows its "
+            "characters"
+        )
+
+    def tokenize(self, prompts: Sequence[str]) -> list[Prompt]:
+        """Return prompts with their piece ids.
+
+        Raises:
+            InputError: If one is empty, not UTF-8 or too long.
+        """
+        return [tokenize_prompt(prompt, self.text_tokenizer, self.config.max_text) for prompt in prompts]
+
+    def image_size(self, task: str = "generate") -> int:
+        """Return the side in pixels of the images that ``task`` is given."""
+        return self._given_side(task) * self.image_tokenizer.downsampling
+
+    def fit_image(self, image: Image.Image, *, task: str = "generate") -> tuple[Image.Image, str | None]:
+        """Resize and crop an image to the size that ``task`` is given.
+
+        Args:
+            image: Image of any size and mode.
+            task: Name of a task.
+
+        Returns:
+            The RGB image, and a note such as "resized from 128 x 128 to 64 x 64", or None if it had that size.
+
+        Raises:
+            InputError: If the image has no pixels.
+        """
+        pixels, note = fit(image, self.image_size(task))
+        return Image.fromarray(pixels), note
+
+    def encode_images(
+        self,
+        images: Sequence[Image.Image],
+        *,
+        task: str = "generate",
+        batch_size: int | None = None,
+        on_note: Callable[[int, str], object] = lambda index, note: None,
+    ) -> np.ndarray:
+        """Return the codes of images, fitted to the size that ``task`` is given.
+
+        A ``GeneratedImage`` of that size gives the codes that it was generated with.
+
+        Args:
+            images: Images of any size and mode.
+            task: Name of a task.
+            batch_size: Maximum number of images at a time; None: as many as memory holds and pay.
+            on_note: Called with the index of an image and the note of ``fit_image``.
+
+        Returns:
+            (B, G, G) int64 codes.
+
+        Raises:
+            InputError: If an image has no pixels.
+        """
+        context = self.context
+        side = self._given_side(task)
+        return image_codes.encode_images(images, side, context, context.planner(batch_size), on_note)
+
+    def decode_images(self, codes: np.ndarray) -> np.ndarray:
+        """Return the uint8 RGB images (B, H, W, 3) of (B, G, G) codes, for any G."""
+        return image_codes.decode_images(codes, self.context)
+
+    def _given_side(self, task: str) -> int:
+        """Return the codes on a side of the images that ``task`` is given."""
+        return round(TASKS[task].input_scale * self.config.grid)
+
+    def _config(self, task: str) -> ModelConfig:
+        """Return the config of the weights that do ``task``."""
+        return self.config if self.bundle is None else self.bundle.configs.get(task, self.config)
+
+    def _resolve_sampling(self, base: Sampling | None, overrides: dict[str, float | None], task: str) -> Sampling:
+        """Return sampling settings as ``sampling`` does."""
+        sampling = override_sampling(base or self._config(task).sampling, overrides)
+        self._check_guidance(sampling, task)
+        return sampling
+
+    def _check_guidance(self, sampling: Sampling, task: str) -> None:
+        """Raise InputError for guidance by weights that never saw an image without its caption."""
+        if sampling.guidance != 1 and not self._config(task).caption_dropout:
+            raise InputError(
+                f"{self.name} was trained without caption dropout, so it cannot be guided: guidance must be 1, "
+                f"got {sampling.guidance:g}; try text attention instead"
+            )
+
+
+def override_sampling(base: Sampling, overrides: dict[str, float | None]) -> Sampling:
+    """Return ``base`` with the fields that are given.
+
+    Args:
+        base: Settings to start from.
+        overrides: Values by the names of fields; None is ignored.
+
+    Raises:
+        InputError: If a value is out of range.
+        TypeError: If ``Sampling`` has no such field.
+    """
+    for name in overrides:
+        if name not in SAMPLING_NAMES:
+            near = get_close_matches(name, SAMPLING_NAMES, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SAMPLING_NAMES)}"
+            raise TypeError(f"{name!r} is no sampling setting; {remedy}")
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    try:
+        return replace(base, **given)
+    except ValueError as error:
+        raise InputError(str(error)) from None

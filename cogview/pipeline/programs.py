@@ -1,0 +1,221 @@
+"""Decoding programs: a request as one or several decoding steps, which share batches with those of other requests.
+
+A program says which sequences are pending and is advanced by their results. Its first pending sequences also serve
+memory planning, so that a prompt is tokenized and arranged once.
+"""
+
+# G codes on a side of an image, T tokens of a sequence
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from cogview.generation.token_sampler import DecodingRequest, DecodingResult
+from cogview.pipeline.context import PipelineContext
+from cogview.pipeline.requests import GenerationRequest
+from cogview.tokenizers.layouts import TokenSequence
+from cogview.tokenizers.tasks import TASKS, Task
+from cogview.tokenizers.windows import Window, upscale_steps
+
+
+class DecodingProgram(Protocol):
+    """A request as a sequence of decoding steps.
+
+    Attributes:
+        request: The request, with its sampling settings.
+        output: Once nothing is pending: the codes (H, W) of an image, or the ids (T,) of a text with its stop.
+        log_probability: Log-probability of all that was sampled, in nats.
+    """
+
+    request: GenerationRequest
+    output: np.ndarray
+    log_probability: float
+
+    def pending(self) -> Sequence[DecodingRequest]:
+        """Return the decoding requests of the next step, which are independent of each other; none at the end."""
+        ...
+
+    def advance(self, results: Sequence[DecodingResult]) -> None:
+        """Take the results of the pending requests, in their order, and go on to the next step."""
+        ...
+
+
+class SingleStepProgram:
+    """A request whose blanks are filled in one step; a ``DecodingProgram``."""
+
+    output: np.ndarray
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        sequence: TokenSequence,
+        unconditional: TokenSequence | None,
+        output_shape: tuple[int, ...],
+    ) -> None:
+        """Start with the arranged sequence.
+
+        Args:
+            request: The request, with its sampling settings.
+            sequence: Its sequence, with blanks.
+            unconditional: The same without text, for guidance.
+            output_shape: Shape of what comes out: two sides of an image, or (-1,) for a text.
+        """
+        self.request = request
+        self.log_probability = 0.0
+        self._shape = output_shape
+        self._pending = [_decoding_request(request, sequence, unconditional)]
+
+    def pending(self) -> Sequence[DecodingRequest]:
+        """Return the one decoding request, or none once it is done."""
+        return self._pending
+
+    def advance(self, results: Sequence[DecodingResult]) -> None:
+        """Take the result of the decoding request."""
+        (step,), (result,) = self._pending, results
+        span = step.sequence.spans[TASKS[self.request.task].blank_name]
+        self.log_probability = result.log_probability
+        self.output = result.ids[span].reshape(self._shape)
+        self._pending = []
+
+
+class WindowedUpscaleProgram:
+    """Upscaling of (G, G) codes to (2G, 2G) in nine windows; a ``DecodingProgram``.
+
+    A window is generated from the crop of the small image that it covers, and from the codes that earlier windows have
+    generated in it. Two pairs of windows are pending together.
+    """
+
+    output: np.ndarray
+
+    def __init__(self, request: GenerationRequest, context: PipelineContext, prompt_ids: Sequence[int]) -> None:
+        """Start with the first window.
+
+        Args:
+            request: The request, with its sampling settings and the (G, G) codes.
+            context: The model.
+            prompt_ids: Piece ids of the prompt.
+        """
+        if request.codes is None:
+            raise ValueError(f"a request of the task {request.task!r} needs the codes of an image")
+        self.request = request
+        self.log_probability = 0.0
+        self._codes = request.codes
+        self._prompt_ids = prompt_ids
+        self._task = TASKS[request.task]
+        self._layout, self._vocabulary = context.config.layouts[self._task.weights], context.vocabulary
+        self._grid = grid = context.config.grid
+        self._large = np.ma.array(np.zeros((2 * grid, 2 * grid), dtype=np.int64), mask=True)
+        # Index of a code in the large image, behind those of the small one, whose noise is not used again.
+        self._noise_positions = grid**2 + np.arange(4 * grid**2).reshape(2 * grid, 2 * grid)
+        self._steps = upscale_steps(grid)
+        self._pending = self._arrange_step()
+
+    def pending(self) -> Sequence[DecodingRequest]:
+        """Return the decoding requests of the windows that come next."""
+        return self._pending
+
+    def advance(self, results: Sequence[DecodingResult]) -> None:
+        """Take the codes of the windows that were pending."""
+        for window, step, result in zip(self._steps.pop(0), self._pending, results, strict=True):
+            codes = result.ids[step.sequence.spans[self._task.blank_name]]
+            self._large[window.target] = codes.reshape(window.lines, self._grid)
+            self.log_probability += result.log_probability
+        self._pending = self._arrange_step()
+        if not self._steps:
+            self.output = self._large.filled()
+
+    def _arrange_step(self) -> list[DecodingRequest]:
+        """Return the decoding requests of the first windows of ``self._steps``."""
+        if not self._steps:
+            return []
+        requests = []
+        for window in self._steps[0]:
+            sequence = self._arrange(window, self._prompt_ids)
+            positions = np.zeros(len(sequence), dtype=np.int64)
+            positions[sequence.spans[self._task.blank_name]] = self._noise_positions[window.target].reshape(-1)
+            unconditional = self._arrange(window, ()) if is_guided(self.request) else None
+            requests.append(_decoding_request(self.request, sequence, unconditional, positions))
+        return requests
+
+    def _arrange(self, window: Window, prompt_ids: Sequence[int]) -> TokenSequence:
+        """Return the sequence of a window up to its last line."""
+        blank = self._task.blank_name
+        values = given_values(self._task, prompt_ids, self._codes[window.source]) | {blank: self._large[window.area]}
+        sequence = self._layout.arrange(self._vocabulary, **values)
+        return sequence.truncate(sequence.spans[blank].start + window.lines * self._grid)
+
+
+class ProgramBuilder:
+    """Builds the programs of requests; what consecutive requests share is tokenized and arranged once.
+
+    Args:
+        context: The model.
+    """
+
+    def __init__(self, context: PipelineContext) -> None:
+        self._context = context
+        self._layouts = context.config.layouts
+        self._prompt: tuple[str, Sequence[int]] = ("", ())
+        self._arranged: tuple[object, tuple[TokenSequence, TokenSequence | None]] | None = None
+
+    def build(self, request: GenerationRequest) -> DecodingProgram:
+        """Return the program of ``request``.
+
+        Raises:
+            ValueError: If the request lacks codes that its task needs.
+        """
+        task = TASKS[request.task]
+        prompt_ids = self._prompt_ids(request) if "prompt" in task.inputs else ()
+        if task.windowed:
+            return WindowedUpscaleProgram(request, self._context, prompt_ids)
+        key = (task.name, prompt_ids, id(request.codes), is_guided(request))
+        if self._arranged is None or self._arranged[0] != key:
+            unconditional = self._arrange(task, (), request.codes) if is_guided(request) else None
+            self._arranged = key, (self._arrange(task, prompt_ids, request.codes), unconditional)
+        side = round(task.output_scale * self._context.config.grid)
+        return SingleStepProgram(request, *self._arranged[1], (side, side) if task.output == "image" else (-1,))
+
+    def _prompt_ids(self, request: GenerationRequest) -> Sequence[int]:
+        """Return the piece ids of the prompt; consecutive requests of one prompt are tokenized once."""
+        if request.prompt_ids is not None:
+            return request.prompt_ids
+        if self._prompt[0] != request.prompt:
+            self._prompt = request.prompt, tuple(self._context.text_tokenizer.encode(request.prompt))
+        return self._prompt[1]
+
+    def _arrange(self, task: Task, prompt_ids: Sequence[int], codes: np.ndarray | None) -> TokenSequence:
+        """Return the sequence of a task with what is given."""
+        max_text = self._context.config.caption_positions if task.output == "text" else None
+        values = given_values(task, prompt_ids, codes)
+        return self._layouts[task.weights].arrange(self._context.vocabulary, max_text=max_text, **values)
+
+
+def given_values(task: Task, prompt_ids: Sequence[int], codes: np.ndarray | None) -> dict[str, Any]:
+    """Return what a request gives, by the elements of the layout: piece ids for its texts, codes for its image."""
+    values: dict[str, Any] = dict.fromkeys(task.given_texts, prompt_ids)
+    return values if codes is None or task.given_image is None else values | {task.given_image.name: codes}
+
+
+def is_guided(request: GenerationRequest) -> bool:
+    """Return whether a request uses classifier-free guidance, which decodes its sequence without text as well."""
+    return request.sampling is not None and request.sampling.guidance != 1
+
+
+def _decoding_request(
+    request: GenerationRequest,
+    sequence: TokenSequence,
+    unconditional: TokenSequence | None,
+    noise_positions: np.ndarray | None = None,
+) -> DecodingRequest:
+    """Return one decoding step of ``request``."""
+    assert request.sampling is not None
+    return DecodingRequest(
+        sequence=sequence,
+        unconditional=unconditional,
+        seed=request.seed,
+        image=request.index,
+        noise_positions=noise_positions,
+        sampling=request.sampling,
+    )

@@ -1,0 +1,133 @@
+"""Generation requests, and the functions that build them from prompts, images and codes."""
+
+# B images, G codes on a side of an image
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from cogview.errors import InputError
+from cogview.formatting import shorten
+from cogview.modeling.config import Sampling
+from cogview.tokenizers.text import TextTokenizer
+
+MAX_SHOWN = 20  # characters of a prompt in a message
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text and its piece ids, which are computed once."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class GenerationRequest:
+    """One image to generate or caption to write.
+
+    Attributes:
+        prompt: The text; empty for a caption.
+        seed: Seed of the noise, from 0 to 2**63 - 1. Noise is keyed by (seed, index).
+        index: Number of the image among those of its prompt, or of the caption among those of its image.
+        task: Name of a task (``tokenizers/tasks.py``).
+        codes: Codes that are given. To ``generate``: the first rows (R, G) of the image, if any. To ``upscale`` and
+            ``caption``: those (G, G) of the image. To ``low_level``: those (G/2, G/2) of the small image.
+        sampling: None: the settings of the model for the task.
+        prompt_ids: Piece ids of the prompt; None: the prompt is tokenized when the request runs.
+    """
+
+    prompt: str = ""
+    seed: int
+    index: int = 0
+    task: str = "generate"
+    codes: np.ndarray | None = None
+    sampling: Sampling | None = None
+    prompt_ids: tuple[int, ...] | None = None
+
+
+def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int) -> Prompt:
+    """Return a prompt with its piece ids.
+
+    Args:
+        text: The prompt.
+        tokenizer: Splits it.
+        max_text: Pieces that fit.
+
+    Raises:
+        InputError: If the text is empty, not UTF-8 or too long.
+    """
+    if not text.strip():
+        raise InputError("the prompt is empty; say what to draw, for example 一个红苹果")
+    try:
+        ids = tokenizer.encode(text)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if len(ids) > max_text:
+        raise InputError(
+            f"the prompt “{shorten(text, MAX_SHOWN)}” is {len(ids)} pieces long, {max_text} fit; shorten it"
+        )
+    return Prompt(text, tuple(ids))
+
+
+def text_to_image_requests(
+    prompts: Sequence[Prompt], *, n: int, seed: int, sampling: Sampling | None
+) -> list[GenerationRequest]:
+    """Return requests for ``n`` images of each prompt, prompt by prompt."""
+    return [
+        GenerationRequest(prompt=prompt.text, prompt_ids=prompt.ids, seed=seed, index=index, sampling=sampling)
+        for prompt in prompts
+        for index in range(n)
+    ]
+
+
+def completion_requests(
+    prompts: Sequence[Prompt], codes_BGG: np.ndarray, *, rows: int, n: int, seed: int, sampling: Sampling
+) -> list[GenerationRequest]:
+    """Return requests for ``n`` completions of each image, of which the first ``rows`` rows of codes are kept."""
+    return [
+        GenerationRequest(
+            prompt=prompt.text, prompt_ids=prompt.ids, seed=seed, index=index, codes=codes[:rows], sampling=sampling
+        )
+        for prompt, codes in zip(prompts, codes_BGG, strict=True)
+        for index in range(n)
+    ]
+
+
+def upscale_requests(
+    prompts: Sequence[Prompt],
+    images: Sequence[Image.Image],
+    codes_BGG: np.ndarray,
+    *,
+    task: str,
+    seed: int,
+    sampling: Sampling,
+) -> list[GenerationRequest]:
+    """Return a request to upscale each image.
+
+    A ``GeneratedImage`` keeps its index, so that several images of one prompt do not share their noise.
+    """
+    return [
+        GenerationRequest(
+            prompt=prompt.text,
+            prompt_ids=prompt.ids,
+            seed=seed,
+            index=getattr(image, "index", 0),
+            task=task,
+            codes=codes,
+            sampling=sampling,
+        )
+        for prompt, image, codes in zip(prompts, images, codes_BGG, strict=True)
+    ]
+
+
+def caption_requests(codes_BGG: np.ndarray, *, n: int, seed: int, sampling: Sampling) -> list[GenerationRequest]:
+    """Return requests for ``n`` captions of each image, image by image."""
+    return [
+        GenerationRequest(seed=seed, index=index, task="caption", codes=codes, sampling=sampling)
+        for codes in codes_BGG
+        for index in range(n)
+    ]

@@ -1,0 +1,148 @@
+"""What generation returns: images, captions and scores, and the progress on the way."""
+
+# G codes on a side of an image
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import TypeAlias
+
+import numpy as np
+from PIL import Image
+
+from cogview import __version__
+from cogview.modeling.config import Sampling
+from cogview.pipeline.requests import GenerationRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caption:
+    """A text that the model wrote about an image.
+
+    Attributes:
+        text: The caption.
+        log_probability: Log-probability of the whole text and its stop, in nats.
+        num_pieces: Pieces of the text, without the stop.
+        seed: Seed of the noise.
+        index: Number of the caption among those of its image.
+    """
+
+    text: str
+    log_probability: float
+    num_pieces: int
+    seed: int
+    index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How probable a text is as the caption of an image.
+
+    Attributes:
+        log_probability: Sum over the pieces of log p(piece | image, pieces before), in nats.
+        num_pieces: Pieces of the text.
+    """
+
+    log_probability: float
+    num_pieces: int
+
+    @property
+    def per_piece(self) -> float:
+        """Mean log-probability of a piece, in nats."""
+        return self.log_probability / self.num_pieces
+
+
+class GeneratedImage(Image.Image):
+    """A PIL image that carries how it was generated.
+
+    Attributes:
+        prompt: The text.
+        seed: Seed of the noise, which is keyed by (seed, index).
+        index: Number of the image among those of its prompt.
+        codes: (G, G) int64 codes of the image, or (2G, 2G) after upscaling.
+        log_probability: Log-probability of the sampled codes before guidance and filters, in nats.
+        sampling: Settings that it was sampled with.
+        score: Score of its prompt as a caption, once it was computed.
+    """
+
+    prompt: str
+    seed: int
+    index: int
+    codes: np.ndarray
+    log_probability: float
+    sampling: Sampling
+    score: Score | None = None
+
+    @classmethod
+    def from_pixels(
+        cls, pixels: np.ndarray, request: GenerationRequest, codes: np.ndarray, log_probability: float
+    ) -> GeneratedImage:
+        """Return an image of (H, W, 3) uint8 RGB ``pixels`` with the facts of its request.
+
+        Args:
+            pixels: The decoded codes.
+            request: What was asked for, with its sampling settings.
+            codes: The codes.
+            log_probability: Their log-probability, in nats.
+        """
+        assert request.sampling is not None
+        image = Image.fromarray(pixels)
+        image.__class__ = cls  # Pillow has no constructor for subclasses
+        assert isinstance(image, cls)
+        image.prompt, image.seed, image.index = request.prompt, request.seed, request.index
+        image.codes, image.log_probability, image.sampling = codes, log_probability, request.sampling
+        return image
+
+    def metadata(self, model: str) -> dict[str, str]:
+        """Return the text chunks of its PNG file: all that is needed to generate it again, its codes and its score.
+
+        Args:
+            model: Name of the weights.
+        """
+        texts = {
+            "prompt": self.prompt,
+            "seed": str(self.seed),
+            "index": str(self.index),
+            "model": model,
+            **{name: str(value) for name, value in asdict(self.sampling).items()},
+            "codes": " ".join(map(str, self.codes.flat)),  # in raster order
+            "log_probability": str(self.log_probability),
+            "cogview": __version__,
+        }
+        if self.score is not None:
+            texts |= {"score": str(self.score.log_probability), "score_per_piece": str(self.score.per_piece)}
+        return texts
+
+
+def only_images(results: Iterable[GeneratedImage | Caption]) -> Iterator[GeneratedImage]:
+    """Yield ``results``, all of which are images.
+
+    Raises:
+        TypeError: If one is a caption.
+    """
+    for result in results:
+        if not isinstance(result, GeneratedImage):
+            raise TypeError(f"expected images only, got the caption {result.text!r}")
+        yield result
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationProgress:
+    """Progress of a batch, passed to the callback after every line of codes.
+
+    Attributes:
+        requests: Requests of the batch.
+        num_new: Codes and pieces sampled since the last call, summed over the batch.
+        done: Blanks filled in the request that has the largest number of them.
+        total: Blanks of that request.
+        codes: Returns the (G, G) codes of each image so far, masked where none is sampled yet.
+    """
+
+    requests: tuple[GenerationRequest, ...]
+    num_new: int
+    done: int
+    total: int
+    codes: Callable[[], list[np.ma.MaskedArray]]
+
+
+ProgressCallback: TypeAlias = Callable[[GenerationProgress], object]  # returns False to stop
