@@ -130,7 +130,7 @@ def completion(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) 
     half[len(half) // 2 :] = GREY
     tiles = [Tile(np.asarray(picture), ("picture",)), Tile(half, ("given",))]
     for text in COMPLETED:
-        (completed,) = model.complete([picture], f"蓝色背景上的{text}", rows=model.model.config.grid // 2, seed=7)
+        (completed,) = model.complete([picture], f"蓝色背景上的{text}", rows=model.config.grid // 2, seed=7)
         tiles.append(Tile(np.asarray(completed), (f"蓝色背景上的{text}",)))
     return sheet(tiles, len(tiles), font)
 

@@ -211,7 +211,7 @@ def make_requests(config: ModelConfig, rows: int, codes: int) -> list[DecodingRe
 
 def generate_once(model: CogView, jobs: Sequence[DecodingRequest], codes: int, parallel: int | None) -> RequestTiming:
     """One request, timed. The pixels are those of whole pictures, the codes that are not drawn being 0."""
-    grid = model.model.config.grid
+    grid = model.config.grid
     first = start = time.perf_counter()
 
     def watch(moment: DecodingProgress) -> None:

@@ -98,9 +98,7 @@ def describe(
     """
     from tqdm import tqdm
 
-    from cogview.vqvae.model import PIXELS_PER_CODE
-
-    read = images.read_all(paths, PIXELS_PER_CODE * model.model.config.grid)
+    read = images.read_all(paths, model.image_size())
     with tqdm(total=len(paths), unit="image", desc="describing", disable=None, leave=False) as bar:
         for batch in batches(read, ceiling or READ_AT_A_TIME):
             captions = model.caption([image for _, image in batch], batch_size=ceiling, **settings)

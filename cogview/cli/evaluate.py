@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     recipe = open_recipe(args)
     world = EmojiWorld.load(recipe.world)
     model = CogView.from_pretrained(args.model or last_checkpoint(recipe), device=args.device)
-    sampling = model.sampling(args.temperature, args.top_k, args.top_p)
+    sampling = model.sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
     output = args.output or recipe.work / "report"
     output.mkdir(parents=True, exist_ok=True)
     if args.measure == "scenes":

@@ -110,7 +110,7 @@ class JobRunner:
         self.sampling = {
             task: self.model.sampling(**easel.settings, task=task)
             for task in dict.fromkeys([*map(_weights_of, lines), *easel.sampling])
-            if task != "caption" and task in self.model.model.config.tasks
+            if task != "caption" and task in self.model.config.tasks
         }
         for line in lines:
             try:
@@ -391,7 +391,7 @@ class JobRunner:
         """How many codes, or pieces at most, are drawn for one result of a group."""
         line, grid = group.resolved.record, self.easel.grid
         if line.task == "caption":
-            return self.model.model.config.caption_positions
+            return self.model.config.caption_positions
         each = (2 * grid) ** 2 if line.task == "upscale" else (grid - (line.rows or 0)) * grid
         enlarged = (2 * grid) ** 2 * len(group.upscaled)
         return (each * len(group.requests) + enlarged) // len(group.names)

@@ -116,9 +116,7 @@ def rank(
     Batches go across queries, and a query comes out when all its images are done. InputError if there are images and
     none can be read.
     """
-    from cogview.vqvae.model import PIXELS_PER_CODE
-
-    side = PIXELS_PER_CODE * model.model.config.grid
+    side = model.image_size()
     for query in queries:
         if not query.paths:
             print(f"skipped: “{query.prompt}” comes without an image; expected {LINE}", file=sys.stderr)

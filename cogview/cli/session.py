@@ -61,7 +61,7 @@ def unknown_things(model: CogView, prompt: str) -> str | None:
     from cogview.emoji.name_search import find_names, nearest_names
 
     text = unicodedata.normalize("NFKC", prompt)
-    names = [name for thing in model.model.things for name in (thing.name, *thing.synonyms)]
+    names = [name for thing in model.things for name in (thing.name, *thing.synonyms)]
     if not names or find_names(text, names):
         return None
     near = nearest_names(text, names)
@@ -148,7 +148,7 @@ class GenerationSession:
     @property
     def grid(self) -> int:
         """Codes on a side of the model's pictures."""
-        return self.model.model.config.grid
+        return self.model.config.grid
 
     @property
     def read_at_a_time(self) -> int:
@@ -211,7 +211,7 @@ class GenerationSession:
 
         def parts() -> Iterator[list[ImageOutput]]:
             for some in batches(enlargements, self.read_at_a_time):
-                codes = self.model.encode_images([one.image for one in some], side)
+                codes = self.model.encode_images([one.image for one in some], task=task)
                 yield [
                     ImageOutput(
                         # A picture of ours keeps its number, so that several of one prompt do not share their noise.
@@ -239,10 +239,10 @@ class GenerationSession:
         """Write a picture, with ``about`` among its text chunks, and print its path, which it returns."""
         from tqdm import tqdm
 
-        from cogview.image_io.png import image_metadata, save_png
+        from cogview.image_io.png import save_png
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        path = save_png(path, picture, image_metadata(picture, self.model.label) | about)
+        path = save_png(path, picture, picture.metadata(self.model.label) | about)
         tqdm.write(str(path), file=sys.stdout)  # beside a progress bar, if there is one
         return path
 
@@ -251,10 +251,10 @@ class GenerationSession:
         import numpy as np
 
         from cogview.image_io.contact_sheet import contact_sheet
-        from cogview.image_io.png import image_metadata, save_png, sheet_metadata
+        from cogview.image_io.png import save_png, sheet_metadata
 
         sheet = contact_sheet([np.asarray(picture) for picture in pictures], columns=columns)
-        texts = sheet_metadata([image_metadata(picture, self.model.label) for picture in pictures])
+        texts = sheet_metadata([picture.metadata(self.model.label) for picture in pictures])
         print(save_png(path, sheet, texts))
 
 
@@ -274,5 +274,5 @@ def open_session(args: argparse.Namespace, tasks: Sequence[str]) -> GenerationSe
         revision=args.revision,
         preview=getattr(args, "preview", False),
     )
-    easel.model.parallel = most
+    easel.model.speculative = most
     return easel

@@ -35,10 +35,10 @@ def draw_captions(
     with tqdm(total=len(captions), unit="picture", desc=label, disable=None) as bar:
         for first in range(0, len(captions), batch_size):
             chunk = [
-                GenerationRequest(prompt=caption, seed=seed + number)
+                GenerationRequest(prompt=caption, seed=seed + number, sampling=sampling)
                 for number, caption in enumerate(captions[first : first + batch_size], start=first)
             ]
-            pictures += [np.asarray(picture) for picture in model.draw(chunk, sampling)]
+            pictures += [np.asarray(picture) for picture in model.run(chunk)]
             bar.update(len(chunk))
     return pictures
 
@@ -109,10 +109,10 @@ def choose_sampling(
 
 def check_world(model: CogView, world: EmojiWorld) -> None:
     """InputError unless the model knows exactly the things of ``world`` and draws at its size."""
-    side = model.model.config.grid * PIXELS_PER_CODE
+    side = model.config.grid * PIXELS_PER_CODE
     if side != world.settings.canvas:
         raise InputError(f"{model.name} draws {side} pixels, the world has {world.settings.canvas}: use its own recipe")
-    known = {thing.name for thing in model.model.things}
+    known = {thing.name for thing in model.things}
     if known and known != {thing.name for thing in world.things}:
         raise InputError(
             f"{model.name} knows {len(known)} things, not the {len(world.things)} of this world: use its own recipe"

@@ -8,17 +8,12 @@ import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from cogview import __version__
 from cogview.errors import InputError
 from cogview.files import atomic_write
-
-if TYPE_CHECKING:
-    from cogview.pipeline.results import GeneratedImage
 
 GREY = 128  # of what is not drawn yet
 NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for the whole name
@@ -44,23 +39,6 @@ def safe_name(text: str) -> str:
     name = _UNSAFE.sub("_", "".join(visible)).lstrip("_.-~")
     name = name.encode("utf-8", "ignore")[:NAME_BYTES].decode("utf-8", "ignore").rstrip("_.")
     return f"_{name}" if not name or _WINDOWS_DEVICE.match(name) else name
-
-
-def image_metadata(picture: GeneratedImage, model: str) -> dict[str, str]:
-    """The text chunks of one picture: what to ask for to get it again, its codes in raster order, and its score."""
-    texts = {
-        "prompt": picture.prompt,
-        "seed": str(picture.seed),
-        "index": str(picture.index),
-        "model": model,
-        **{name: str(getattr(picture.sampling, name)) for name in _SETTINGS},
-        "codes": " ".join(map(str, picture.codes.flat)),
-        "log_probability": str(picture.log_probability),
-        "cogview": __version__,
-    }
-    if picture.score is not None:
-        texts |= {"score": str(picture.score.log_probability), "score_per_piece": str(picture.score.per_piece)}
-    return texts
 
 
 def sheet_metadata(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:

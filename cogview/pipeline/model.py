@@ -51,6 +51,7 @@ class LoadedModel:
         bundle: Transformers by task. The one of ``model`` then has no weights.
 
     Attributes:
+        folder: Checkpoint folder, or None for a bundle.
         adapter: Folder of the adapter that was merged when the model was opened, or None.
         int8_cache: Whether keys and values are kept in int8.
         speculative: Codes to draft per forward pass; 1: none, None: as many as pay.
@@ -61,6 +62,7 @@ class LoadedModel:
         self.placement = placement
         self.name = name
         self.bundle = bundle
+        self.folder: Path | None = None
         self.adapter: Path | None = None
         self.int8_cache = False
         self.speculative: int | None = None
@@ -77,26 +79,35 @@ class LoadedModel:
         dtype: str = "auto",
         kv_dtype: str = "auto",
         adapter: str | Path | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> Self:
         """Open a model.
 
         Args:
-            name: Name of a model or bundle in checkpoints.yaml, or path of a checkpoint folder.
+            name: A checkpoint folder, a model or bundle that ``cogview models`` lists, or owner/name of a model on the
+                Hugging Face Hub; the first that exists.
             device: auto, cpu, cuda, cuda:N or mps.
             dtype: auto, float32, bfloat16, float16, int8 or int4.
-            kv_dtype: Format of keys and values: auto (as ``dtype`` computes) or int8.
-            adapter: Folder of a LoRA adapter to merge into the weights.
+            kv_dtype: The format of keys and values: auto (as ``dtype`` computes) or int8.
+            adapter: A LoRA adapter to merge into the weights: its folder, or owner/name on the Hub.
+            revision: Of a model on the Hub: a branch, a tag or a commit.
+            cache_dir: For models of the Hub; the cache of ``huggingface_hub`` by default.
 
         Returns:
             The model, ready to generate.
 
         Raises:
-            InputError: If the name is unknown, the folder incomplete or damaged, or the adapter that of another model.
+            InputError: If the name is unknown, the model cannot be fetched, its folder is incomplete or damaged, or
+                the adapter belongs to another model.
         """
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv-dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
-        parts = resolve_bundle(str(name))
-        folder = next(iter(parts.values())) if parts else resolve_checkpoint(str(name))
+        parts = resolve_bundle(str(name)) if revision is None else {}
+        if parts:
+            folder = next(iter(parts.values()))
+        else:
+            folder = resolve_checkpoint(str(name), revision=revision, cache_dir=cache_dir)
         count = check_folder(folder).transformer.num_parameters
         stored = stored_quantization(WeightsFile(folder / "model.safetensors").specs)
         placement = choose_placement(device, dtype, stored=stored, num_parameters=count)
@@ -116,6 +127,7 @@ class LoadedModel:
                 merge_adapter(model.transformer, adapter)
             opened = cls(model, placement, str(name))
             opened.adapter = None if adapter is None else Path(adapter)
+            opened.folder = folder
         opened.int8_cache = kv_dtype == "int8"
         return opened
 

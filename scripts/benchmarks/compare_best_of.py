@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         seconds = [f"{each:.3f}" for each in (parts["draw"], parts["score"], totals[side])]
         rows.append([side, *seconds, f"{ratios[side]:.1f}" if side in ratios else ""])
     lines = [
-        f"weights {model.name}: {describe(model.model.config.transformer, model.model.config.grid)}; "
+        f"weights {model.name}: {describe(model.config.transformer, model.config.grid)}; "
         f"{describe_placement(place)}; medians of {args.repeats} runs",
         f"best of {args.n}; scoring takes {share:.1%} of our time",
     ]
@@ -119,7 +119,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def jobs_of(model: CogView, count: int) -> list[DecodingRequest]:
     """So many pictures of the prompt, drawn in the model's own way."""
-    config = model.model.config
+    config = model.config
     row = config.layouts["generate"].arrange(model.vocabulary, text=model.text_tokenizer.encode(PROMPT))
     return [DecodingRequest(sequence=row, seed=SEED, image=image, sampling=config.sampling) for image in range(count)]
 
@@ -163,7 +163,7 @@ def score_everything(model: CogView, codes: np.ndarray) -> list[float]:
 
 def scored_rows(model: CogView, codes: np.ndarray) -> list[TokenSequence]:
     """Each picture with the prompt behind it."""
-    layout, pieces = model.model.config.layouts["score"], model.text_tokenizer.encode(PROMPT)
+    layout, pieces = model.config.layouts["score"], model.text_tokenizer.encode(PROMPT)
     return [layout.arrange(model.vocabulary, image=own, text=pieces) for own in codes]
 
 

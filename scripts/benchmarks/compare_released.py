@@ -150,7 +150,7 @@ def random_subject(args: argparse.Namespace) -> Subject:
 def trained_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Subject:
     """The model of that name in float32, with settings of its own as far as the release has them."""
     model = trained_model(args, parser, "float32", "generate")
-    config = model.model.config
+    config = model.config
     return Subject(
         transformer=model.transformer,
         placement=choose_placement(args.device, args.dtype, num_parameters=config.transformer.num_parameters),

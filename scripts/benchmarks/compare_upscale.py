@@ -38,7 +38,7 @@ from cogview.cli.options import require_positive
 from cogview.generation.sampling import GREEDY, Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
-from cogview.pipeline.results import GeneratedImage
+from cogview.pipeline.results import GeneratedImage, only_images
 from cogview.tokenizers.windows import upscale_windows
 
 PROMPTS = ("一个红苹果", "蓝色背景上的三只狐狸", "一辆汽车", "狗在猫的左边")
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     require_positive("--images", args.images)
     exact = open_model(args, parser, "upscale", "float32")
     wishes = [GenerationRequest(prompt=PROMPTS[i % len(PROMPTS)], seed=SEED, index=i) for i in range(args.images)]
-    pictures = exact.draw(wishes, exact.sampling())
+    pictures = list(only_images(exact.run(wishes)))
     same = count_same(exact, pictures)
     assert same >= SAME_AT_LEAST * len(pictures), f"greedily, {same} of {len(pictures)} pictures had the same codes"
 
     model = open_model(args, parser, "upscale", args.dtype)
-    place, config = model.placement, model.model.config
+    place, config = model.placement, model.config
 
     def ours() -> Parts:
         return {"all": seconds_of(place, partial(upscale_together, model, pictures, config.sampling))}
@@ -117,7 +117,7 @@ def upscale_together(model: CogView, pictures: Sequence[GeneratedImage], samplin
 
 def upscale_one_by_one(model: CogView, pictures: Sequence[GeneratedImage], sampling: Sampling) -> list[np.ndarray]:
     """The same by the released algorithm, picture by picture and window by window."""
-    grid, layout = model.model.config.grid, model.model.config.layouts["upscale"]
+    grid, layout = model.config.grid, model.config.layouts["upscale"]
     noise = torch.Generator(model.placement.device).manual_seed(SEED)
     found = []
     for picture in pictures:

@@ -29,7 +29,7 @@ DTYPES = ("float32", "bfloat16", "int8", "int4")
 @torch.inference_mode()
 def code_log_probs(model: CogView, captions: list[str], codes: np.ndarray, batch_size: int = 50) -> torch.Tensor:
     """log p of every code at every place: float32 (rows, G * G, 8192)."""
-    layout, vocabulary = model.model.config.layouts["generate"], model.vocabulary
+    layout, vocabulary = model.config.layouts["generate"], model.vocabulary
     rows = [
         layout.arrange(vocabulary, text=model.text_tokenizer.encode(caption), image=own)
         for caption, own in zip(captions, codes, strict=True)
@@ -77,7 +77,7 @@ def main() -> int:
                 cells[2] = f"{(q.argmax(dim=-1) == log_p.argmax(dim=-1)).float().mean().item():.2%}"
         if dtype == "float32":
             cells[2] = ""
-        sampling = model.model.config.sampling
+        sampling = model.config.sampling
         drawn = draw_captions(model, captions[: args.n], 0, sampling, 50, f"drawing in {dtype}")
         grades = summarize([grader.grade(picture, scene) for picture, scene in zip(drawn, scenes, strict=False)])
         print(f"| {dtype} | {' | '.join(cells)} | {format_accuracy(grades['everything'])} |", flush=True)

@@ -168,8 +168,8 @@ def one_run(folder: Path, device: str, dtype: str, tokens: int) -> int:
         return moment.done <= tokens
 
     text = model.text_tokenizer.encode(PROMPT)
-    nothing = np.empty((0, model.model.config.grid), dtype=np.int64)
-    row = model.model.config.layouts["generate"].arrange(model.vocabulary, text=text, image=nothing)
+    nothing = np.empty((0, model.config.grid), dtype=np.int64)
+    row = model.config.layouts["generate"].arrange(model.vocabulary, text=text, image=nothing)
     with contextlib.suppress(DecodingStopped):
         job = DecodingRequest(sequence=row, seed=1, sampling=model.sampling())
         decode(model.transformer, model.vocabulary, [job], watch, speculative=1)

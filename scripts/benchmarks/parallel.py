@@ -22,7 +22,7 @@ import torch
 
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
-from cogview.pipeline.results import GeneratedImage
+from cogview.pipeline.results import GeneratedImage, only_images
 
 THINGS = ("狐狸", "红苹果", "足球", "猫", "企鹅", "蓝色汽车")
 COLOURS = ("蓝色", "黄色", "紫色", "绿色", "粉色")
@@ -76,7 +76,7 @@ def compare(model: CogView, task: str, batch: int, most: int | None, repeats: in
             for number in range(batch)
         ]
         if task == "upscale":
-            small = model.draw(wishes)
+            small = list(only_images(model.run(wishes)))
             wishes = [
                 GenerationRequest(prompt=wish.prompt, seed=wish.seed, index=wish.index, task=task, codes=picture.codes)
                 for wish, picture in zip(wishes, small, strict=True)
@@ -101,14 +101,14 @@ def compare(model: CogView, task: str, batch: int, most: int | None, repeats: in
 def drawn(model: CogView, wishes: Sequence[GenerationRequest], most: int | None) -> tuple[np.ndarray, int, float]:
     """Codes, forwards through the transformer, and seconds."""
     count = 0
-    transformer = model._transformer(wishes[0].task)
+    transformer = model.transformer_for(wishes[0].task)
 
     def counted(*_: object) -> None:
         nonlocal count
         count += 1
 
     hook = transformer.final_norm.register_forward_hook(counted)
-    model.parallel = most
+    model.speculative = most
     start = time.perf_counter()
     pictures = [made for made in model.run(wishes, batch_size=10_000) if isinstance(made, GeneratedImage)]
     seconds = time.perf_counter() - start

@@ -143,7 +143,7 @@ def _child(
 def draw(args: argparse.Namespace, limit: int, count: int | None) -> dict[str, Any]:
     """Draw a batch; how many it was, the peak that was predicted, and the one that was seen, in bytes."""
     model = CogView.from_pretrained(device=args.device, dtype=args.dtype)
-    device, grid = model.placement.device, model.model.config.grid
+    device, grid = model.placement.device, model.config.grid
     given = np.random.default_rng(0).integers(0, 1024, (args.most, grid - 1, grid))
     wishes = [
         GenerationRequest(prompt=PROMPT, seed=1, index=index, codes=codes, sampling=model.sampling())

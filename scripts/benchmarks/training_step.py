@@ -36,10 +36,10 @@ def measure(way: str, steps: int) -> None:
     if way != "denormals kept":
         flush_denormals()
     model = CogView.from_pretrained("cogview-emoji", device="cpu")
-    prompts = [thing.name for thing in model.model.things[:ROWS]]
+    prompts = [thing.name for thing in model.things[:ROWS]]
     pictures = model.generate(prompts, seed=0)
     rows = {
-        "text": pad_text([model.text_tokenizer.encode(prompt) for prompt in prompts], model.model.config.max_text),
+        "text": pad_text([model.text_tokenizer.encode(prompt) for prompt in prompts], model.config.max_text),
         "image": np.stack([picture.codes.reshape(-1) for picture in pictures]).astype(np.uint16),
     }
     settings = TransformerTraining(

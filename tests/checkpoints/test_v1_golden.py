@@ -94,7 +94,7 @@ def test_logits_of_super_resolution(model, golden):
 def test_scores_of_post_selection(model, golden):
     """Two images with the text 一只猫, two pieces long: log p of the text, among text and commands alone."""
     rows = golden["score_tokens"]
-    layout, text = model.model.config.layouts["score"], model.text_tokenizer.encode("一只猫")
+    layout, text = model.config.layouts["score"], model.text_tokenizer.encode("一只猫")
     for row in rows:
         assert layout.arrange(model.vocabulary, image=row[2:1026], text=text).ids.tolist() == row.tolist()
     scores = model.score([image_of(row[2:1026]) for row in rows], "一只猫")

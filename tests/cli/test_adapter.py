@@ -141,10 +141,10 @@ def test_mistakes_are_one_line_and_status_2(run, tiny_checkpoint, adapter, tmp_p
 
 
 def test_a_bundle_takes_no_adapter(run, tiny_checkpoint, adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("cogview.pipeline.cogview.find_parts", lambda name: {"generate": tiny_checkpoint})
+    monkeypatch.setattr("cogview.pipeline.model.resolve_bundle", lambda name: {"generate": tiny_checkpoint})
     status, _, err = run("generate", FOX, "--model", "cogview-released", "--adapter", adapter, "--device", "cpu")
     assert (status, err.count("\n")) == (2, 1)
-    assert "cogview-released stands for several models, an adapter belongs to one: name one of cogview-base, " in err
+    assert "cogview-released is a bundle of models, an adapter belongs to one: name one of cogview-base, " in err
 
 
 def test_every_task_takes_an_adapter(run_command, adapter, save_image):

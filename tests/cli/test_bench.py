@@ -176,7 +176,7 @@ def test_random_weights_are_not_guessed_from(arguments, guessed, tiny_checkpoint
 
 
 def test_guided_rows_are_drawn_with_their_twins(tiny_checkpoint, tiny_model):
-    config = replace(tiny_model.model.config, sampling=Sampling(guidance=3.0))
+    config = replace(tiny_model.config, sampling=Sampling(guidance=3.0))
     jobs = bench.make_requests(config, rows=2, codes=5)
     filled = decode(tiny_model.transformer, tiny_model.vocabulary, jobs)
     assert [len(row.ids) for row in filled] == [len(job.sequence) for job in jobs]

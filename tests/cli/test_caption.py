@@ -186,8 +186,8 @@ def test_an_interruption_keeps_the_lines_printed_and_the_file_of_yesterday(capti
             ["-n", "2", "--method", "greedy"],
             "greedy captions are always the same: 2 were asked for, use sample ",
         ),
-        (["--temperature", "0.5"], "temperature can be set for drawn captions alone: use the method sample"),
-        (["-n", "2", "--top-k", "5"], "top_k can be set for drawn captions alone: use the method sample"),
+        (["--temperature", "0.5"], "temperature can be set for sampled captions alone: use the method sample"),
+        (["-n", "2", "--top-k", "5"], "top_k can be set for sampled captions alone: use the method sample"),
         (
             ["--method", "sample", "--temperature", "0"],
             "temperature must be above 0, got 0.0; for greedy decoding ",

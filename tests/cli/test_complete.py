@@ -149,5 +149,5 @@ def test_guidance_needs_captions_left_out_in_training(complete, save_image, draw
     arguments = ("a.png", "--rows", "4", "--prompt", FOX, "--guidance", "2", "--model", str(drawing_checkpoint))
     status, files, err = complete(*arguments)
     assert (status, files) == (2, [])
-    assert err.startswith(f"cogview complete: {drawing_checkpoint} was trained without leaving captions out, so it ")
+    assert err.startswith(f"cogview complete: {drawing_checkpoint} was trained without caption dropout, so it ")
     assert err.count("\n") == 1

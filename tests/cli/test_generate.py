@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import cogview.image_io.png
-import cogview.pipeline.cogview
+import cogview.pipeline.runner
 from cogview import __version__
 from cogview.cli.main import main
 from cogview.image_io.png import read_metadata
@@ -155,7 +155,7 @@ def test_a_line_says_what_was_planned(tiny_checkpoint, tmp_path, capsys, ceiling
     command = ["generate", FOX, "-n", "3", "--model", str(tiny_checkpoint), "--device", "cpu", "-o", str(tmp_path)]
     main([*command, "--max-inference-batch-size", ceiling])
     [told] = [line for line in capsys.readouterr().err.splitlines() if " at a time of " in line]
-    assert told.startswith(f"drawing: {plan}; ")
+    assert told.startswith(f"generating: {plan}; ")
     assert told.endswith(" GB free")
 
 
@@ -216,7 +216,7 @@ def test_previews(generate, monkeypatch, tiny_model, seconds):
 
 
 def test_previews_do_not_outlive_an_interruption(generate, monkeypatch):
-    fill = cogview.pipeline.cogview.decode
+    fill = cogview.pipeline.runner.decode
 
     def interrupted_fill(transformer, vocabulary, jobs, watch, **settings):
         def look(moment):
@@ -228,7 +228,7 @@ def test_previews_do_not_outlive_an_interruption(generate, monkeypatch):
 
         return fill(transformer, vocabulary, jobs, look, **settings)
 
-    monkeypatch.setattr(cogview.pipeline.cogview, "fill", interrupted_fill)
+    monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_fill)
     assert generate(FOX, "--seed", "7", "--preview")[0] == 130
     assert os.listdir("outputs") == []
 
@@ -354,7 +354,7 @@ def test_mistakes_are_one_line(generate, monkeypatch, arguments, message):
     [
         (["--keep", "1"], "was not trained for the task 'caption'; its tasks are: generate"),
         (["--upscale"], "was not trained for the task 'upscale'; its tasks are: generate"),
-        (["--guidance", "2"], "was trained without leaving captions out, so it cannot be guided: guidance must be 1, "),
+        (["--guidance", "2"], "was trained without caption dropout, so it cannot be guided: guidance must be 1, "),
     ],
 )
 def test_weights_that_were_not_trained_for_it(drawing_checkpoint, tmp_path, capsys, arguments, message):
@@ -378,7 +378,7 @@ def test_a_model_that_is_not_known(tmp_path, capsys):
 
 
 def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_model):
-    fill, calls = cogview.pipeline.cogview.decode, []
+    fill, calls = cogview.pipeline.runner.decode, []
 
     def interrupted_fill(*arguments, **settings):
         calls.append(1)
@@ -386,7 +386,7 @@ def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_mod
             raise KeyboardInterrupt
         return fill(*arguments, **settings)
 
-    monkeypatch.setattr(cogview.pipeline.cogview, "fill", interrupted_fill)
+    monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_fill)
     status, files, err = generate(FOX, "-n", "7", "--seed", "7", "--max-inference-batch-size", "2", "--grid")
     assert status == 130
     assert err.endswith("cogview generate: interrupted; finished results are kept\n")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cogview.pipeline.cogview
+import cogview.pipeline.runner
 from cogview.cli.main import main
 from cogview.image_io.png import read_metadata
 
@@ -217,8 +217,8 @@ def test_half_a_chunk_is_drawn_in_its_old_batches(generate, job, whole, monkeypa
         made.append(len(arguments[2]))
         return original(*arguments, **settings)
 
-    original = cogview.pipeline.cogview.decode
-    monkeypatch.setattr(cogview.pipeline.cogview, "fill", fill)
+    original = cogview.pipeline.runner.decode
+    monkeypatch.setattr(cogview.pipeline.runner, "decode", fill)
     status, printed, _ = generate("--input", "job.jsonl", "-o", "out", "--resume")
     assert status == 0
     assert printed == [f"out/{records[name]['path']}" for name in ("line 1/1", "line 11/1", "line 12/0")]
@@ -252,7 +252,7 @@ def test_processes_share_a_job(generate, prompts, start):
     ],
 )
 def test_an_interruption_finishes_a_chunk_and_a_second_stops(generate, prompts, monkeypatch, signals, done, told):
-    fill, calls = cogview.pipeline.cogview.decode, []
+    fill, calls = cogview.pipeline.runner.decode, []
 
     def interrupted_fill(*arguments, **settings):
         calls.append(1)
@@ -261,7 +261,7 @@ def test_an_interruption_finishes_a_chunk_and_a_second_stops(generate, prompts, 
                 os.kill(os.getpid(), signal.SIGINT)
         return fill(*arguments, **settings)
 
-    monkeypatch.setattr(cogview.pipeline.cogview, "fill", interrupted_fill)
+    monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_fill)
     status, printed, err = generate(*prompts)
     assert (status, len(printed), len(ledger("out", "prompts")[1])) == (130, done, done)
     assert err.endswith(told)

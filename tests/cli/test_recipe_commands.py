@@ -159,7 +159,7 @@ def test_every_step_leaves_its_result_where_the_next_looks_for_it(finished, tmp_
     assert table.strip() in (packaged / "README.md").read_text(encoding="utf-8")
     assert not (packaged / "trainer.pt").exists()
     model = CogView.from_pretrained(packaged, device="cpu")
-    assert {thing.name for thing in model.model.things} == {"红苹果", "狐狸", "狗", "汽车", "打开的书", "鱼"}
+    assert {thing.name for thing in model.things} == {"红苹果", "狐狸", "狗", "汽车", "打开的书", "鱼"}
     assert model.sampling().temperature == tried[0]["sampling"]["temperature"]
     picture = model.generate("蓝色背景上的三只狐狸", seed=3)[0]
     assert picture.size == (64, 64)
@@ -245,7 +245,7 @@ def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys
         *("held_out_upscale_image_loss", "held_out_low_level_image_loss", "held_out_loss"),
     }
     model = CogView.from_pretrained(RunFolder(work / "transformer-run").checkpoints()[-1], device="cpu")
-    assert set(model.model.config.tasks) == set(mixture)
+    assert set(model.config.tasks) == set(mixture)
     pictures = model.generate("一个红苹果", n=3, keep=2, seed=1)  # and all tasks have their figures in the card:
     capsys.readouterr()
     assert main(["package", recipe]) == 2

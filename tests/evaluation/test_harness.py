@@ -51,20 +51,19 @@ class Painter:
     name = "painter"
 
     def __init__(self, world, count, seed, knows, *, grey: bool = False) -> None:
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(grid=8), things=tuple(NamedThing(name=thing.name) for thing in world.things)
-        )
+        self.config = SimpleNamespace(grid=8)
+        self.things = tuple(NamedThing(name=thing.name) for thing in world.things)
         self.image_tokenizer = Mirror(grey=grey)
         self.knows = knows
         asked = held_out_scenes(world, count, seed)
         self.pictures = {caption: (i, world.render(scene, i)) for i, (scene, caption) in enumerate(asked)}
         self.batches: list[int] = []
 
-    def draw(self, wishes, sampling):
+    def run(self, wishes):
         self.batches.append(len(wishes))
         for wish in wishes:
             number, picture = self.pictures[wish.prompt]
-            yield picture if self.knows(number, sampling) else np.full_like(picture, 160)
+            yield picture if self.knows(number, wish.sampling) else np.full_like(picture, 160)
 
 
 @pytest.fixture
@@ -151,7 +150,7 @@ def test_a_model_is_graded_in_its_own_world_alone(make_tiny_world, tiny_model):
     world = make_tiny_world(things=3)
     named = tuple(NamedThing(name=thing.name) for thing in world.things)
     model = CogView(tiny_model.model, tiny_model.placement, "tiny")
-    model.model = SimpleNamespace(config=tiny_model.model.config, things=named)
+    model.model = SimpleNamespace(config=tiny_model.config, things=named)
     check_world(model, world)
     model.model.things = (*named[:2], replace(named[2], name="河马"))
     with pytest.raises(InputError, match="knows 3 things, not the 3 of this world"):

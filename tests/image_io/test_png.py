@@ -8,7 +8,6 @@ from PIL import Image
 from cogview.errors import InputError
 from cogview.image_io.png import (
     NAME_BYTES,
-    image_metadata,
     prepare_folder,
     read_metadata,
     safe_name,
@@ -133,7 +132,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_texts_of_a_sheet_name_each_prompt_once_and_know_its_pictures(tiny_model):
     first, second = (
-        [image_metadata(picture, "tiny") for picture in tiny_model.generate(["一只狐狸", "两只狗"], n=2, seed=seed)]
+        [picture.metadata("tiny") for picture in tiny_model.generate(["一只狐狸", "两只狗"], n=2, seed=seed)]
         for seed in (1, 2)
     )
     assert sheet_metadata(first)["prompt"] == "一只狐狸\n两只狗"
@@ -143,15 +142,15 @@ def test_texts_of_a_sheet_name_each_prompt_once_and_know_its_pictures(tiny_model
 
 def test_texts_tell_settings_and_scores(tiny_model):
     first, second = tiny_model.generate("一只狐狸", n=2, seed=1, guidance=2.5, text_attention=1.5)
-    texts = image_metadata(first, "tiny")
+    texts = first.metadata("tiny")
     assert (texts["guidance"], texts["text_attention"]) == ("2.5", "1.5")
     assert "score" not in texts
     first.score = Score(log_probability=-6.0, num_pieces=4)
-    scored = image_metadata(first, "tiny")
+    scored = first.metadata("tiny")
     assert (scored["score"], scored["score_per_piece"]) == ("-6.0", "-1.5")
-    sheet = sheet_metadata([scored, image_metadata(second, "tiny")])
+    sheet = sheet_metadata([scored, second.metadata("tiny")])
     assert (sheet["guidance"], sheet["text_attention"]) == ("2.5", "1.5")
     assert "score" not in sheet  # not all have one
     second.score = Score(log_probability=-8.0, num_pieces=4)
-    sheet = sheet_metadata([scored, image_metadata(second, "tiny")])
+    sheet = sheet_metadata([scored, second.metadata("tiny")])
     assert (sheet["score"], sheet["score_per_piece"]) == ("-6.0 -8.0", "-1.5 -2.0")

@@ -12,7 +12,7 @@ from cogview.checkpoints.checkpoint import Model
 from cogview.errors import InputError
 from cogview.generation.sampling import MAX_SEED
 from cogview.modeling.config import GREEDY, Sampling
-from cogview.pipeline import cogview as pipeline
+from cogview.pipeline import runner
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import Caption
@@ -28,7 +28,7 @@ def codes_of(pictures):
 
 def rows_of(model, pictures):
     """Each picture's whole row of ids, its positions, and where the codes lie."""
-    layout = model.model.config.layouts["generate"]
+    layout = model.config.layouts["generate"]
     for picture in pictures:
         text = model.text_tokenizer.encode(picture.prompt)
         row = layout.arrange(model.vocabulary, text=text, image=picture.codes)
@@ -87,7 +87,7 @@ def test_a_picture_does_not_depend_on_its_batch(tiny_model, batch_size):
 def test_a_picture_does_not_depend_on_how_many_are_asked_for(tiny_model):
     wanted = tiny_model.generate(PROMPTS[1], n=3, seed=7)[2]
     mixed = [GenerationRequest(prompt=PROMPTS[0], seed=1), GenerationRequest(prompt=PROMPTS[1], seed=7, index=2)]
-    drawn = tiny_model.draw(mixed, tiny_model.sampling())[1]
+    drawn = list(tiny_model.run(mixed))[1]
     np.testing.assert_array_equal(drawn.codes, wanted.codes)
 
 
@@ -123,7 +123,7 @@ def test_cached_decoding_is_a_full_forward(tiny_model):
 
 
 def test_settings_not_given_are_the_models_own(tiny_model):
-    own = tiny_model.model.config.sampling
+    own = tiny_model.config.sampling
     assert tiny_model.sampling() == own
     assert tiny_model.sampling(top_k=0) == replace(own, top_k=0)
     assert tiny_model.generate("狐狸", seed=1)[0].sampling == own
@@ -137,7 +137,7 @@ def test_a_seed_is_chosen_and_told(tiny_model):
 
 
 def test_every_line_of_codes_is_shown(tiny_model, monkeypatch):
-    monkeypatch.setattr(tiny_model, "parallel", 1)  # guessed codes come several at a time
+    monkeypatch.setattr(tiny_model, "speculative", 1)  # guessed codes come several at a time
     shown = []
 
     def look(progress):
@@ -155,21 +155,21 @@ def test_every_line_of_codes_is_shown(tiny_model, monkeypatch):
 
 
 def test_codes_so_far_are_those_of_the_picture(tiny_model, monkeypatch):
-    monkeypatch.setattr(tiny_model, "parallel", 1)
+    monkeypatch.setattr(tiny_model, "speculative", 1)
     halves = []
 
     def look(progress):
         if progress.done == 32:
             halves.extend(progress.codes())
 
-    pictures = tiny_model.draw([GenerationRequest(prompt=prompt, seed=7) for prompt in PROMPTS], callback=look)
+    pictures = list(tiny_model.run([GenerationRequest(prompt=prompt, seed=7) for prompt in PROMPTS], callback=look))
     np.testing.assert_array_equal(np.stack(halves)[:, :4], codes_of(pictures)[:, :4])
     np.testing.assert_array_equal(codes_of(pictures), codes_of(tiny_model.generate(PROMPTS, seed=7)))
 
 
 def test_who_watches_may_stop(tiny_model, monkeypatch):
     """What was finished is had, and nothing more is drawn."""
-    monkeypatch.setattr(tiny_model, "parallel", 1)
+    monkeypatch.setattr(tiny_model, "speculative", 1)
     calls = []
 
     def look(progress):
@@ -232,7 +232,7 @@ def test_prompts_that_can_be_drawn(tiny_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n": 0}, "number of pictures must be at least 1, got 0"),
+        ({"n": 0}, "number of images must be at least 1, got 0"),
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
         ({"seed": -1}, "seed must be from 0 to 9223372036854775807, got -1"),
         ({"seed": 2**63}, "seed must be from 0 to"),
@@ -247,7 +247,7 @@ def test_settings_that_cannot_be(tiny_model, settings, message):
 
 
 def test_a_model_that_was_not_trained_to_draw(tiny_model):
-    parts = vars(tiny_model.model) | {"config": replace(tiny_model.model.config, tasks=("caption",))}
+    parts = vars(tiny_model.model) | {"config": replace(tiny_model.config, tasks=("caption",))}
     model = CogView(Model(**parts), tiny_model.placement, "teller")
     with pytest.raises(InputError, match="teller was not trained for the task 'generate'; its tasks are: caption"):
         model.generate("狐狸", seed=7)
@@ -351,9 +351,9 @@ def test_an_upscaled_picture_does_not_depend_on_its_batch(tiny_model):
 
 
 def test_windows_that_are_free_of_each_other_are_drawn_side_by_side(tiny_model, monkeypatch):
-    counts, fill = [], pipeline.decode
+    counts, decode = [], runner.decode
     monkeypatch.setattr(
-        pipeline, "decode", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1]
+        runner, "decode", lambda *rest, **named: (counts.append(len(rest[2])), decode(*rest, **named))[1]
     )
     pictures = tiny_model.generate(PROMPTS, seed=7)
     counts.clear()
@@ -371,9 +371,9 @@ def test_different_tasks_in_one_batch(tiny_model, monkeypatch):
         GenerationRequest(prompt="一只狗", seed=1, index=1, codes=small[:3], sampling=sampling),
         GenerationRequest(prompt="狐狸", seed=3, task="low_level", codes=small[:4, :4]),
     ]
-    counts, fill = [], pipeline.decode
+    counts, decode = [], runner.decode
     monkeypatch.setattr(
-        pipeline, "decode", lambda *rest, **named: (counts.append(len(rest[2])), fill(*rest, **named))[1]
+        runner, "decode", lambda *rest, **named: (counts.append(len(rest[2])), decode(*rest, **named))[1]
     )
     together = list(tiny_model.run(wishes))
     assert counts == [5, 1, 2, 2, 1, 1, 1]
@@ -394,7 +394,7 @@ def test_different_tasks_in_one_batch(tiny_model, monkeypatch):
 @pytest.mark.parametrize("parallel", [1, 5])
 def test_guesses_and_rounded_keys_are_settings_of_a_model(tiny_model, monkeypatch, parallel):
     expected = codes_of(tiny_model.generate(PROMPTS, seed=7))
-    monkeypatch.setattr(tiny_model, "parallel", parallel)
+    monkeypatch.setattr(tiny_model, "speculative", parallel)
     np.testing.assert_array_equal(codes_of(tiny_model.generate(PROMPTS, seed=7)), expected)
     monkeypatch.setattr(tiny_model, "int8_cache", True)
     rounded = codes_of(tiny_model.generate(PROMPTS, seed=7))
@@ -425,7 +425,7 @@ def test_captions_do_not_depend_on_their_batch(tiny_model):
 
 def test_a_caption_is_as_probable_as_the_score_of_its_text_and_stop(tiny_model):
     picture = tiny_model.generate("狐狸", seed=7)[0]
-    table, vocabulary = tiny_model.model.config.layouts, tiny_model.vocabulary
+    table, vocabulary = tiny_model.config.layouts, tiny_model.vocabulary
     for caption in tiny_model.caption([picture], method="beam", n=3)[0]:
         pieces = tiny_model.text_tokenizer.encode(caption.text)
         if len(pieces) != caption.num_pieces:  # a random model spells what the tokenizer would spell otherwise
@@ -447,7 +447,7 @@ def test_a_caption_is_as_probable_as_the_score_of_its_text_and_stop(tiny_model):
         ({"n": 0}, "number of captions must be at least 1, got 0"),
         ({"n": 2}, "greedy captions are always the same: 2 were asked for, use sample or beam"),
         ({"method": "best"}, "method 'best' is unknown; known: greedy, sample, beam"),
-        ({"top_k": 3}, "top_k can be set for drawn captions alone"),
+        ({"top_k": 3}, "top_k can be set for sampled captions alone"),
         ({"method": "sample", "temperature": 0.0}, "temperature must be above 0"),
     ],
 )
@@ -465,7 +465,7 @@ def test_the_best_pictures_are_those_their_prompt_describes_best(tiny_model):
         best = sorted(range(6), key=lambda index: -scores[index])[:2]
         assert [picture.index for picture in kept[2 * number : 2 * number + 2]] == best
         assert kept[2 * number].score.log_probability == pytest.approx(max(scores), abs=1e-3)
-    with pytest.raises(InputError, match="of 3 pictures of a prompt 1 to 3 can be kept, got 4"):
+    with pytest.raises(InputError, match="keep must be from 1 to 3, the images of a prompt, got 4"):
         tiny_model.generate("狗", n=3, keep=4)
 
 
@@ -484,8 +484,8 @@ def test_guidance_needs_weights_that_know_pictures_without_captions(tiny_model):
     )
     assert (plain != guided).any()
     assert (plain != attentive).any()
-    parts = vars(tiny_model.model) | {"config": replace(tiny_model.model.config, caption_dropout=0.0)}
+    parts = vars(tiny_model.model) | {"config": replace(tiny_model.config, caption_dropout=0.0)}
     model = CogView(Model(**parts), tiny_model.placement, "plain")
-    with pytest.raises(InputError, match=r"plain was trained without leaving captions out.*guidance must be 1, got 2"):
+    with pytest.raises(InputError, match=r"plain was trained without caption dropout.*guidance must be 1, got 2"):
         model.generate("狐狸", seed=7, guidance=2.0)
     assert model.generate("狐狸", seed=7, text_attention=2.0)[0].size == (64, 64)

@@ -21,6 +21,7 @@ from cogview.evaluation.harness import check_world, describe
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
+from cogview.pipeline.results import only_images
 
 SIZES = (1, 2, 4, 8, 16)
 
@@ -45,7 +46,7 @@ def evaluate_rerank(
     asked = held_out_scenes(world, captions, seed)
     grader = SceneGrader(world)
     wishes = [
-        GenerationRequest(prompt=caption, seed=seed + number, index=index)
+        GenerationRequest(prompt=caption, seed=seed + number, index=index, sampling=sampling)
         for number, (_, caption) in enumerate(asked)
         for index in range(candidates)
     ]
@@ -55,7 +56,7 @@ def evaluate_rerank(
     with tqdm(total=len(wishes), unit="picture", desc="drawing, scoring and grading", disable=None) as bar:
         for first in range(0, len(wishes), batch_size):
             chunk = wishes[first : first + batch_size]
-            pictures = list(model.draw(chunk, sampling))
+            pictures = list(only_images(model.run(chunk)))
             scored = model.score(pictures, [wish.prompt for wish in chunk], batch_size=batch_size)
             scores += [score.log_probability for score in scored]
             likelihoods += [picture.log_probability for picture in pictures]

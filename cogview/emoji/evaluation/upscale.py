@@ -55,7 +55,7 @@ def evaluate_upscale(
     true = np.stack([world.render(scene, number, scale=2) for number, (scene, _) in enumerate(asked)])
     batches = [slice(first, first + batch_size) for first in range(0, count, batch_size)]
     decoded = np.concatenate([model.decode_images(model.encode_images(small[batch])) for batch in batches])
-    grid, side = model.model.config.grid, true.shape[1]
+    grid, side = model.config.grid, true.shape[1]
     windows = len(batches) * len(upscale_windows(grid))
     with tqdm(total=windows, unit="window", desc="enlarging", disable=None) as bar:
         ours = model.upscale(

@@ -53,9 +53,8 @@ class Teller:
     name = "teller"
 
     def __init__(self, world: EmojiWorld, count: int, seed: int, tell: Any, tell_restored: Any) -> None:
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(grid=8), things=tuple(NamedThing(name=thing.name) for thing in world.things)
-        )
+        self.config = SimpleNamespace(grid=8)
+        self.things = tuple(NamedThing(name=thing.name) for thing in world.things)
         self.image_tokenizer = Repainter()
         self.captions: dict[bytes, str] = {}
         self.batches: list[int] = []

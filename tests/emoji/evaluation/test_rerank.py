@@ -13,6 +13,7 @@ from cogview.emoji.evaluation.rerank import best_of, evaluate_rerank, format_rer
 from cogview.emoji.evaluation.scenes import held_out_scenes, wilson_interval
 from cogview.errors import InputError
 from cogview.modeling.config import Sampling
+from cogview.pipeline.results import GeneratedImage
 
 
 class Painter:
@@ -21,9 +22,8 @@ class Painter:
     name = "painter"
 
     def __init__(self, world, seed, right_CN, scores_CN, tasks=("generate", "caption"), likelihoods_CN=None) -> None:
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(grid=8), things=tuple(NamedThing(name=thing.name) for thing in world.things)
-        )
+        self.config = SimpleNamespace(grid=8)
+        self.things = tuple(NamedThing(name=thing.name) for thing in world.things)
         asked = held_out_scenes(world, len(right_CN), seed)
         self.pictures = {caption: (number, world.render(scene)) for number, (scene, caption) in enumerate(asked)}
         self.right_CN, self.scores_CN, self.tasks = right_CN, scores_CN, tasks
@@ -35,13 +35,14 @@ class Painter:
         if task not in self.tasks:
             raise InputError(f"painter was not trained for the task {task!r}")
 
-    def draw(self, wishes, sampling):
+    def run(self, wishes):
         self.batches.append(len(wishes))
         for wish in wishes:
             number, pixels = self.pictures[wish.prompt]
             self.drawn.append((number, wish.seed, wish.index))
-            picture = Image.fromarray(pixels if self.right_CN[number, wish.index] else np.full_like(pixels, 160))
-            picture.wish, picture.log_probability = wish, self.likelihoods_CN[number, wish.index]
+            shown = pixels if self.right_CN[number, wish.index] else np.full_like(pixels, 160)
+            picture = GeneratedImage.from_pixels(shown, wish, np.empty(0), self.likelihoods_CN[number, wish.index])
+            picture.wish = wish
             yield picture
 
     def score(self, images, texts, *, batch_size):

@@ -54,9 +54,8 @@ class Enlarger:
     name = "enlarger"
 
     def __init__(self, world, enlarge, *, tasks=("upscale",)) -> None:
-        self.model = SimpleNamespace(
-            config=SimpleNamespace(grid=8), things=tuple(NamedThing(name=thing.name) for thing in world.things)
-        )
+        self.config = SimpleNamespace(grid=8)
+        self.things = tuple(NamedThing(name=thing.name) for thing in world.things)
         self.image_tokenizer = Mirror()
         self.tasks = tasks
         asked = held_out_scenes(world, COUNT, SEED)
