@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from cogview.generation.token_sampler import DecodingRequest, DecodingResult
+from cogview.generation.requests import DecodingRequest, DecodingResult
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.requests import GenerationRequest
 from cogview.tokenizers.layouts import TokenSequence

@@ -13,15 +13,12 @@ from functools import partial
 
 import numpy as np
 
-from cogview.generation.decode import beam_search, decode, score
+from cogview.generation.beam_search import beam_search
+from cogview.generation.decode import decode
+from cogview.generation.requests import DecodingProgress, DecodingRequest, DecodingResult, DecodingStopped
+from cogview.generation.scoring import score
 from cogview.generation.speculative import max_window, uses_cuda_graphs
-from cogview.generation.token_sampler import (
-    DecodingProgress,
-    DecodingRequest,
-    DecodingResult,
-    DecodingStopped,
-    candidate_ids,
-)
+from cogview.generation.token_sampler import candidate_ids
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.image_codes import decode_all_images
