@@ -96,11 +96,11 @@ def unpack_int4(packed: Tensor) -> Tensor:
     return ((wide | (wide << 4)) & 0x0F0F).view(torch.uint8)
 
 
-def dequantize_int4(packed: Tensor, scale_zero_GN2: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize_int4(packed: Tensor, scales_and_zeros_GN2: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weights (N, K) that they stand for."""
-    num_groups, num_outputs, _ = scale_zero_GN2.shape
+    num_groups, num_outputs, _ = scales_and_zeros_GN2.shape
     steps_NGg = unpack_int4(packed).view(num_outputs, num_groups, -1).to(dtype) - 8
-    scale_NG, zero_NG = scale_zero_GN2.to(dtype).permute(2, 1, 0)
+    scale_NG, zero_NG = scales_and_zeros_GN2.to(dtype).permute(2, 1, 0)
     return (steps_NGg * scale_NG.unsqueeze(2) + zero_NG.unsqueeze(2)).flatten(1)
 
 
@@ -111,10 +111,10 @@ def linear_int8_reference(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias
     return _dequantized_matmul(x, (dequantize_int8(*part, dtype) for part in parts), bias_N)
 
 
-def linear_int4_reference(x: Tensor, packed: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor) -> Tensor:
+def linear_int4_reference(x: Tensor, packed: Tensor, scales_and_zeros_GN2: Tensor, bias_N: Tensor) -> Tensor:
     """x W^T + b for W in int4: (..., N) in the dtype of ``x`` (..., K)."""
     block, dtype = _compute_plan(x)
-    parts = zip(packed.split(block), scale_zero_GN2.split(block, dim=1), strict=True)
+    parts = zip(packed.split(block), scales_and_zeros_GN2.split(block, dim=1), strict=True)
     return _dequantized_matmul(x, (dequantize_int4(*part, dtype) for part in parts), bias_N)
 
 
@@ -137,11 +137,11 @@ def pack_int4_for_cpu(packed: Tensor) -> Tensor:
     return result
 
 
-def linear_int4_packed(x: Tensor, ordered: Tensor, scale_zero_GN2: Tensor, bias_N: Tensor) -> Tensor:
+def linear_int4_packed(x: Tensor, ordered: Tensor, scales_and_zeros_GN2: Tensor, bias_N: Tensor) -> Tensor:
     """``linear_int4_reference`` for weights in the order of ``order_int4_for_cpu``, up to the rounding of bfloat16."""
     rows_MK = x.reshape(-1, x.shape[-1])
-    group = x.shape[-1] // len(scale_zero_GN2)
-    product_MN = torch._weight_int4pack_mm_for_cpu(rows_MK.bfloat16().contiguous(), ordered, group, scale_zero_GN2)
+    group = x.shape[-1] // len(scales_and_zeros_GN2)
+    product_MN = torch._weight_int4pack_mm_for_cpu(rows_MK.bfloat16().contiguous(), ordered, group, scales_and_zeros_GN2)
     return (product_MN + bias_N).to(x.dtype).view(*x.shape[:-1], -1)
 
 

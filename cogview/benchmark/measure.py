@@ -261,7 +261,7 @@ def random_transformer(config: TransformerConfig, placement: DevicePlacement) ->
             tensor.random_(-127, 128) if dtype == torch.int8 else tensor.random_(0, 256)
         elif name.endswith("scale"):
             tensor.fill_(INIT_STD / 73)  # 73: the deviation of numbers from -127 to 127
-        elif name.endswith("scale_zero"):
+        elif name.endswith("scales_and_zeros"):
             tensor[..., 0], tensor[..., 1] = INIT_STD / 4.6, 0  # 4.6: that of numbers from 0 to 15
         elif tensor.dim() == 1:
             tensor.fill_(float(name.endswith("norm.weight")))

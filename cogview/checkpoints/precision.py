@@ -190,5 +190,5 @@ def _conversion_plan(weights: TensorSource, precision: Precision) -> Iterator[tu
             if scale not in weights.specs:
                 raise InputError(f"{scale} is missing")
             yield name, parts
-        elif not name.endswith(("scale", "scale_zero")):
+        elif not name.endswith(("scale", "scales_and_zeros")):
             yield name, (name,)

@@ -35,6 +35,8 @@ _CODES = {  # dtypes by their names in the format
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _CODES.items()}
+# Last parts of tensor names in files of earlier versions, and their present names.
+RENAMED_TENSORS = {"scale_zero": "scales_and_zeros"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class WeightsFile:
         self.path = path
         self._kept: safe_open | None = None
         with self._open() as file:
-            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+            self._stored_names = {_present_name(name): name for name in file.keys()}  # noqa: SIM118  no mapping
+            parts = {name: file.get_slice(stored) for name, stored in self._stored_names.items()}
             for name, part in parts.items():
                 if part.get_dtype() not in _CODES:
                     raise InputError(f"{path} holds {name} as {part.get_dtype()}; known: {', '.join(_CODES)}")
@@ -94,10 +97,10 @@ class WeightsFile:
         """
         if keep:
             self._kept = self._kept or self._open()
-            kept: Tensor = self._kept.get_tensor(name)
+            kept: Tensor = self._kept.get_tensor(self._stored_names[name])
             return kept
         with self._open() as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self._stored_names[name])
         return tensor
 
     def prefetch(self) -> None:
@@ -180,6 +183,12 @@ class WeightsWriter:
             raise ValueError(
                 f"{len(self._offsets)} tensors were announced and not written: {next(iter(self._offsets))}"
             )
+
+
+def _present_name(name: str) -> str:
+    """Return the present name of a tensor that a file stores as ``name``."""
+    head, dot, last = name.rpartition(".")
+    return f"{head}{dot}{RENAMED_TENSORS.get(last, last)}"
 
 
 def describe_mismatch(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -1,6 +1,7 @@
-"""Keys and values of what has been read, stored once and in place."""
+"""KV cache: keys and values of the processed positions, stored once and in place."""
 
-# B batch, T new positions, S positions in all, L layers, H heads, K size of a head, P beginnings, C their positions
+# B rows, T new positions, S positions in all, L layers, H heads, K size of a head, P prefixes of C positions, N rows
+# of a prefix (at most)
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,14 +15,20 @@ from cogview.modeling.config import TransformerConfig
 
 
 class KVCache:
-    """Keys and values of the positions seen so far.
+    """Keys and values of the positions processed so far.
 
-    ``stored`` is (L, 2, B, H, S, K), keys and values, allocated once; the first ``length`` of S are filled. The
-    transformer lets every layer ``attend`` with T new positions, then ``advance(T)`` makes them part of the past. With
-    ``int8`` they are rounded, each position of each head with a scale of its own, which are in ``scales``.
+    A forward pass calls ``attend`` in every layer with T new positions, then ``advance(T)`` makes them part of the
+    past. Rows with a common prefix store it once, in ``prefix``: a cache of P rows that is filled first.
 
-    ``beginnings`` (B,), where given, says which of P beginnings of ``beginning_length`` positions each row has. These
-    are stored once and read first, as a batch of P rows.
+    Attributes:
+        keys_values: (L, 2, B, H, S, K): keys and values, allocated once; without the prefix. The first ``length`` of S
+            are filled.
+        scales: (L, 2, B, H, S, 1), one scale per position and head; None unless keys and values are int8.
+        dtype: Dtype of the queries.
+        length: Number of processed positions, prefix included.
+        max_length: Number of positions that fit, prefix included.
+        write_positions_BT: Positions at which the next ``attend`` stores, int64; None to append.
+        prefix: Cache of the prefixes; None if rows share none.
     """
 
     def __init__(
@@ -36,9 +43,20 @@ class KVCache:
         prefixes: Tensor | None = None,
         prefix_length: int = 0,
     ) -> None:
-        own_length = max_length - prefix_length
-        shape = (config.num_layers, 2, batch_size, config.num_heads, own_length, config.head_size)
-        # Written to at once: a CPU would else hand out memory as it is filled, to whoever asks in the meantime.
+        """Allocate the cache.
+
+        Args:
+            config: Shape of the transformer.
+            batch_size: Number of rows.
+            max_length: Number of positions, prefix included.
+            device: Device of the cache.
+            dtype: Dtype of the queries, and of keys and values unless ``int8``.
+            int8: Quantize keys and values, with a scale per position and head.
+            prefixes: Number of the prefix of each row, (B,) int64 from 0 to P - 1; None if rows share none.
+            prefix_length: Number of positions C of every prefix.
+        """
+        shape = (config.num_layers, 2, batch_size, config.num_heads, max_length - prefix_length, config.head_size)
+        # Written to at once: a CPU otherwise assigns the pages as they are filled, when they may be taken.
         self.keys_values = torch.empty(shape, device=device, dtype=torch.int8 if int8 else dtype).zero_()
         self.scales = torch.empty((*shape[:-1], 1), device=device, dtype=dtype).zero_() if int8 else None
         self._layers = list(self.keys_values)
@@ -46,9 +64,7 @@ class KVCache:
         self.dtype = dtype
         self.length = 0
         self.max_length = max_length
-        self.write_positions_BT: Tensor | None = (
-            None  # where the new positions of each row go, if not behind the filled ones
-        )
+        self.write_positions_BT: Tensor | None = None
         self.prefix: KVCache | None = None
         if prefixes is not None:
             self._prefix_rows_PN, self._prefix_slots_B = _grouped(prefixes.tolist(), device)
@@ -56,61 +72,72 @@ class KVCache:
 
     @property
     def num_bytes(self) -> int:
-        """Of all that is stored."""
-        own = self.keys_values.nbytes + (0 if self.scales is None else self.scales.nbytes)
-        return own + (0 if self.prefix is None else self.prefix.num_bytes)
+        """Size of keys, values and scales, in bytes."""
+        scales_bytes = 0 if self.scales is None else self.scales.nbytes
+        return self.keys_values.nbytes + scales_bytes + (0 if self.prefix is None else self.prefix.num_bytes)
 
     def attend(self, layer: int, q_BHTK: Tensor, kv_2BHTK: Tensor, bias_B1TS: Tensor | None) -> Tensor:
-        """Store keys and values of T new positions of ``layer``; returns what their queries find, (B, H, T, K).
+        """Store keys and values of T new positions of a layer, and attend to all positions so far.
 
-        There may be fewer rows than B, as long as nothing but these has been read.
+        There may be fewer rows than B while only these are processed, as in the prefill of prefixes.
+
+        Args:
+            layer: Index of the layer.
+            q_BHTK: Queries of the new positions.
+            kv_2BHTK: Their keys and values.
+            bias_B1TS: Bias that is added to the attention scores; None for causal attention.
+
+        Returns:
+            Attention output (B, H, T, K).
+
+        Raises:
+            ValueError: The positions do not fit.
         """
-        rows, _, length, _ = q_BHTK.shape
-        end = self.length + length
+        num_rows, _, num_new, _ = q_BHTK.shape
+        end = self.length + num_new
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} positions, {end} are needed")
-        if self._is_plain and self.write_positions_BT is None:  # the usual case, started with the fewest operations
+        if self._is_plain and self.write_positions_BT is None:  # the common case, with the fewest operations
             layer_2BHSK = self._layers[layer]
-            if rows < layer_2BHSK.shape[1]:
-                layer_2BHSK = layer_2BHSK[:, :rows]
-            layer_2BHSK.narrow(3, self.length, length).copy_(kv_2BHTK)
+            if num_rows < layer_2BHSK.shape[1]:
+                layer_2BHSK = layer_2BHSK[:, :num_rows]
+            layer_2BHSK.narrow(3, self.length, num_new).copy_(kv_2BHTK)
             keys, values = layer_2BHSK.narrow(3, 0, end).unbind(0)
             return attention(q_BHTK, keys, values, bias_B1TS)
-        skipped = 0
+        prefix_length = 0
         if self.prefix is not None:
-            skipped = self.prefix.max_length
-            if end <= skipped:
+            prefix_length = self.prefix.max_length
+            if end <= prefix_length:
                 return self.prefix.attend(layer, q_BHTK, kv_2BHTK, bias_B1TS)
-        self._store(layer, kv_2BHTK, slice(self.length - skipped, end - skipped))
-        keys, values = self.keys_values[layer, :, :rows, :, : end - skipped]
+        self._store(layer, kv_2BHTK, slice(self.length - prefix_length, end - prefix_length))
+        keys, values = self.keys_values[layer, :, :num_rows, :, : end - prefix_length]
         if self._is_plain:
             return attention(q_BHTK, keys, values, bias_B1TS)
         scales = None
         if self.scales is not None:
-            key_scales, value_scales = self.scales[layer, :, :rows, :, : end - skipped]
+            key_scales, value_scales = self.scales[layer, :, :num_rows, :, : end - prefix_length]
             scales = (key_scales, value_scales)
-        beginning = (
-            None
-            if self.prefix is None
-            else self.prefix._shared_prefix(layer, self._prefix_rows_PN, self._prefix_slots_B)
-        )
-        return decode_attention(q_BHTK, keys, values, bias_B1TS, scales=scales, prefix=beginning)
+        prefix = None
+        if self.prefix is not None:
+            prefix = self.prefix._shared_prefix(layer, self._prefix_rows_PN, self._prefix_slots_B)
+        return decode_attention(q_BHTK, keys, values, bias_B1TS, scales=scales, prefix=prefix)
 
     def advance(self, count: int) -> None:
-        """The last ``count`` positions given to every layer are now past."""
+        """Make the last ``count`` positions given to every layer part of the past."""
         self.length += count
         if self.prefix is not None and self.length <= self.prefix.max_length:
             self.prefix.advance(count)
 
-    def select(self, rows: Tensor, since: int = 0) -> None:
-        """Row i becomes a copy of what row ``rows[i]`` (int64) was, from position ``since`` on."""
-        skipped = 0 if self.prefix is None else self.prefix.max_length
-        filled = slice(max(since - skipped, 0), self.length - skipped)
+    def select(self, rows_B: Tensor, since: int = 0) -> None:
+        """Replace row i by a copy of row ``rows_B[i]`` (int64), from position ``since`` on."""
+        prefix_length = 0 if self.prefix is None else self.prefix.max_length
+        filled = slice(max(since - prefix_length, 0), self.length - prefix_length)
         for tensor in (self.keys_values, self.scales):
             for layer_2BHSK in tensor if tensor is not None else ():
-                layer_2BHSK[:, : len(rows), :, filled] = layer_2BHSK[:, rows, :, filled]
+                layer_2BHSK[:, : len(rows_B), :, filled] = layer_2BHSK[:, rows_B, :, filled]
 
     def _store(self, layer: int, kv_2BHTK: Tensor, new: slice) -> None:
+        """Store new keys and values at ``new``, or at ``write_positions_BT``."""
         parts = quantize_per_position(kv_2BHTK) if self.scales is not None else (kv_2BHTK,)
         for tensor, part_2BHTK in zip((self.keys_values, self.scales), parts, strict=False):
             assert tensor is not None
@@ -121,19 +148,19 @@ class KVCache:
                 rows_B1 = torch.arange(part_2BHTK.shape[1], device=tensor.device).unsqueeze(1)
                 layer_2BHSK.transpose(2, 3)[:, rows_B1, self.write_positions_BT] = part_2BHTK.transpose(2, 3)
 
-    def _shared_prefix(self, layer: int, members_PN: Tensor, slots_B: Tensor) -> SharedPrefix:
-        """All that is stored of ``layer``, for rows that have it in common."""
+    def _shared_prefix(self, layer: int, prefix_rows_PN: Tensor, prefix_slots_B: Tensor) -> SharedPrefix:
+        """Return everything stored of ``layer``, for the rows that share it."""
         keys, values = self.keys_values[layer]
         scales = None if self.scales is None else (self.scales[layer, 0], self.scales[layer, 1])
-        return SharedPrefix(keys, values, members_PN, slots_B, scales)
+        return SharedPrefix(keys, values, prefix_rows_PN, prefix_slots_B, scales)
 
 
-def _grouped(beginnings: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(P, N) the rows that have each beginning, the first of all where there are fewer; (B,) where each row stands."""
-    members: list[list[int]] = [[] for _ in range(max(beginnings) + 1)]
-    for row, beginning in enumerate(beginnings):
-        members[beginning].append(row)
-    most = max(map(len, members))
-    slots = [beginning * most + members[beginning].index(row) for row, beginning in enumerate(beginnings)]
-    filled = [rows + [0] * (most - len(rows)) for rows in members]
+def _grouped(prefixes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the rows of each prefix (P, N), filled up with row 0, and the slot (B,) of each row in it, flattened."""
+    rows_of: list[list[int]] = [[] for _ in range(max(prefixes) + 1)]
+    for row, prefix in enumerate(prefixes):
+        rows_of[prefix].append(row)
+    num_slots = max(map(len, rows_of))
+    slots = [prefix * num_slots + rows_of[prefix].index(row) for row, prefix in enumerate(prefixes)]
+    filled = [rows + [0] * (num_slots - len(rows)) for rows in rows_of]
     return torch.tensor(filled, device=device), torch.tensor(slots, device=device)

@@ -118,7 +118,7 @@ def merged_weight(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, factor: float) 
     """
     a_RK, b_NR = (matrix.to(weight_NK.device, torch.float32) for matrix in (a_RK, b_NR))
     merged_NK = torch.empty_like(weight_NK)
-    parts = (tensor.split(ROWS_PER_STEP) for tensor in (weight_NK, b_NR, merged_NK))
+    parts = (torch.split(tensor, ROWS_PER_STEP) for tensor in (weight_NK, b_NR, merged_NK))
     for rows, b_rows, merged_rows in zip(*parts, strict=True):
         merged_rows.copy_(torch.addmm(rows.float(), b_rows, a_RK, alpha=factor))
     return merged_NK

@@ -1,10 +1,10 @@
-"""The layers of a transformer as a plain run of operations, for a CPU that generates.
+"""The layers of a transformer without module overhead and with prepacked weights, for generation on a CPU.
 
-A small model takes a good part of its time for each code to go through modules and their attributes. Here everything
-is looked up once; what is computed is what the modules compute, and ``transformer.py`` is the specification.
+A small model spends a considerable part of the time of each code in module calls and attribute lookups. Here everything
+is looked up once. The computation is that of the modules; ``transformer.py`` is the specification.
 """
 
-# B batch, T new positions, N = B T, S positions in all, D width, H heads, K size of a head
+# B batch, T new positions, N = B T, S positions in all, D width, E = 3 D, H heads, K size of a head, V output ids
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,27 +23,29 @@ if TYPE_CHECKING:
 
 
 class PrepackedWeight:
-    """A weight in the order that a CPU multiplies fastest, made at its first use and anew when it has changed."""
+    """A weight in MKL's packed order, packed at first use and again after a change.
+
+    A copy packs anew: packed weights can be neither copied nor stored.
+    """
 
     def __init__(self) -> None:
-        self._made_of: tuple[int, int] | None = None
+        self._version: tuple[int, int] | None = None
         self._packed: Tensor | None = None
 
     def __reduce__(self) -> tuple[type[PrepackedWeight], tuple[()]]:
-        """A copy makes its own: what MKL packs can be neither copied nor stored."""
         return PrepackedWeight, ()
 
     @property
     def is_made(self) -> bool:
-        """Whether it takes memory yet."""
+        """Whether the packed weight exists and takes memory."""
         return self._packed is not None
 
     def of(self, weight_NK: Tensor) -> Tensor:
-        """``pack(weight_NK)``."""
-        version = 0 if weight_NK.is_inference() else weight_NK._version  # tensors of inference mode count none
-        now = (weight_NK.data_ptr(), version)
-        if self._packed is None or now != self._made_of:
-            self._made_of, self._packed = now, prepack(weight_NK)
+        """Return the packed form of ``weight_NK``, which must be the same parameter in every call."""
+        count = 0 if weight_NK.is_inference() else weight_NK._version  # inference tensors have no version counter
+        version = (weight_NK.data_ptr(), count)
+        if self._packed is None or version != self._version:
+            self._version, self._packed = version, prepack(weight_NK)
         return self._packed
 
 
@@ -51,13 +53,18 @@ Projection: TypeAlias = tuple[dict[str, Tensor], PrepackedWeight]
 
 
 class PackedLayers:
-    """The layers of ``transformer``, whose weights may change, in value or altogether."""
+    """Layers and output embedding of a transformer, whose weights may be changed or replaced later.
+
+    Attributes:
+        packed: Prepacked weights of all projections.
+        output_weights: Prepacked rows of the embedding, by the range of ids.
+    """
 
     def __init__(self, transformer: Transformer) -> None:
         self.num_heads, self.width = transformer.config.num_heads, transformer.config.width
-        self.layers: list[tuple[Any, ...]] = []  # for each norm and projection its parameters by name, in their order
+        self.layers: list[tuple[Any, ...]] = []  # parameters of each norm and projection, in the order of LAYER_PARTS
         self.packed: list[PrepackedWeight] = []
-        self.output_weights: dict[range, PrepackedWeight] = {}  # rows of the embedding that ids were told by
+        self.output_weights: dict[range, PrepackedWeight] = {}
         for layer in transformer.layers:
             parts: list[Any] = []
             for part in map(layer.get_submodule, LAYER_PARTS):
@@ -68,30 +75,33 @@ class PackedLayers:
                     parts.append(part._parameters)
             self.layers.append(tuple(parts))
 
-    def prepack_bytes(self, *told: range) -> int:
-        """What the copies will take that are not made yet; ``told`` are the ids that ``head`` will be asked for."""
+    def prepack_bytes(self, *output_ids: range) -> int:
+        """Return the bytes of the packed weights that do not exist yet.
+
+        Args:
+            *output_ids: Ranges of ids whose logits will be computed.
+        """
         width = self.width
-        projections = 0 if self.packed[-1].is_made else 12 * width**2 * len(self.layers)  # all are made, or none
-        return 4 * (projections + width * sum(len(ids) for ids in told if ids not in self.output_weights))
+        projections = 0 if self.packed[-1].is_made else 12 * width**2 * len(self.layers)  # all are packed, or none
+        return 4 * (projections + width * sum(len(ids) for ids in output_ids if ids not in self.output_weights))
 
     def head(self, hidden: Tensor, weight_VD: Tensor, ids: range) -> Tensor:
-        """Logits (..., V) by the rows ``ids`` of the embedding, which are ``weight_VD``."""
-        return linear_prepacked(
-            hidden, self.output_weights.setdefault(ids, PrepackedWeight()).of(weight_VD), weight_VD, None
-        )
+        """Return logits (..., V) of ``ids``, whose rows of the embedding are ``weight_VD``."""
+        packed = self.output_weights.setdefault(ids, PrepackedWeight())
+        return linear_prepacked(hidden, packed.of(weight_VD), weight_VD, None)
 
     def __call__(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None) -> Tensor:
-        """What ``Transformer.hidden`` has before its last norm: the layers' output, (B, T, D)."""
+        """Return the output (B, T, D) of the last layer, before the final norm."""
         shape, x_ND = x_BTD.shape, x_BTD.reshape(-1, self.width)
-        # In functions of their own, what attention and MLP have in between is freed when they are done.
+        # Attention and MLP are separate functions so that their intermediate tensors are freed early.
         for number, (norm1, to_qkv, to_out, norm2, norm3, to_inner, from_inner, norm4) in enumerate(self.layers):
-            mixed_ND = self._attended(number, _normalize(x_ND, norm1), shape, to_qkv, to_out, bias_B1TS, cache)
-            x_ND = x_ND + _normalize(mixed_ND, norm2)
-            del mixed_ND
-            x_ND = x_ND + _normalize(_expanded(_normalize(x_ND, norm3), to_inner, from_inner), norm4)
+            attended_ND = self._attention(number, _normalize(x_ND, norm1), shape, to_qkv, to_out, bias_B1TS, cache)
+            x_ND = x_ND + _normalize(attended_ND, norm2)
+            del attended_ND
+            x_ND = x_ND + _normalize(_mlp(_normalize(x_ND, norm3), to_inner, from_inner), norm4)
         return x_ND.view(shape)
 
-    def _attended(
+    def _attention(
         self,
         number: int,
         x_ND: Tensor,
@@ -101,6 +111,7 @@ class PackedLayers:
         bias_B1TS: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
+        """Return the attention branch (N, D) of a layer."""
         batch, length, width = shape
         qkv_NE = _project(x_ND, to_qkv)
         qkv_3BHTK = qkv_NE.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
@@ -111,15 +122,18 @@ class PackedLayers:
         return _project(mixed_BHTK.transpose(1, 2).reshape(-1, width), to_out)
 
 
-def _expanded(x_ND: Tensor, to_inner: Projection, from_inner: Projection) -> Tensor:
+def _mlp(x_ND: Tensor, to_inner: Projection, from_inner: Projection) -> Tensor:
+    """Return the MLP branch (N, D) of a layer."""
     return _project(F.gelu(_project(x_ND, to_inner), approximate="tanh"), from_inner)
 
 
 def _project(x_ND: Tensor, linear: Projection) -> Tensor:
+    """Apply a linear layer with its prepacked weight."""
     parameters, packed = linear
     weight = parameters["weight"]
     return linear_prepacked(x_ND, packed.of(weight), weight, parameters["bias"])
 
 
 def _normalize(x_ND: Tensor, norm: dict[str, Tensor]) -> Tensor:
+    """Apply a PB-relax LayerNorm."""
     return pb_relax_layer_norm(x_ND, norm["weight"], norm["bias"])

@@ -1,7 +1,7 @@
-"""Linear layers in few bits, and which weights of a transformer they hold.
+"""Quantized linear layers, and the weights of a transformer that they hold.
 
-The four projections of every layer are 96% of the 4-billion-parameter model and are read whole for every token; they
-alone are rounded. Embeddings, norms and biases stay as they are.
+The four projections of every layer are 96% of the 4-billion-parameter model and are read whole for every token; only
+they are quantized. Embeddings, norms and biases keep their dtype. ``cogview.kernels.linear`` has the arithmetic.
 """
 
 # N outputs, K inputs, G inputs that share a scale
@@ -29,12 +29,18 @@ QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 
 def parse_quantization(name: str | None) -> Quantization | None:
-    """int8 or int4 if ``name`` is one of them."""
+    """Return ``name`` if it is a quantization, None for any other dtype."""
     return next((known for known in QUANTIZATIONS if known == name), None)
 
 
 class Int8Linear(nn.Module):
-    """x W^T + b with W in int8: ``weight`` (N, K), ``scale`` (N,) bfloat16, ``bias`` (N,)."""
+    """Linear layer x W^T + b with an int8 weight.
+
+    Attributes:
+        weight: (N, K) int8.
+        scale: (N,) bfloat16, one per output.
+        bias: (N,) of the model's dtype.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -47,63 +53,78 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", torch.zeros(num_outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., N) in the dtype of ``x`` (..., K)."""
+        """Return the outputs (..., N) in the dtype of ``x`` (..., K)."""
         return linear_int8(x, self.weight, self.scale, self.bias)
 
 
 class Int4Linear(nn.Module):
-    """x W^T + b with W in int4: ``weight`` (N, K / 2) uint8, ``scale_zero`` (K / G, N, 2) bfloat16, ``bias`` (N,).
+    """Linear layer x W^T + b with an int4 weight.
 
-    ``ordered``: the bytes of ``weight`` lie as this processor's kernel wants them (``order_int4_for_cpu``).
+    Attributes:
+        weight: (N, K / 2) uint8, two values per byte.
+        scales_and_zeros: (K / G, N, 2) bfloat16: scale and zero point of each group of inputs.
+        bias: (N,) of the model's dtype.
+        cpu_packed: Whether the bytes of ``weight`` are in the order of this processor's kernel
+            (``pack_int4_for_cpu``).
     """
 
     weight: Tensor
-    scale_zero: Tensor
+    scales_and_zeros: Tensor
     bias: Tensor
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__()
         groups = num_inputs // group_of(num_inputs)
         self.register_buffer("weight", torch.zeros(num_outputs, num_inputs // 2, dtype=torch.uint8))
-        self.register_buffer("scale_zero", torch.zeros(groups, num_outputs, 2, dtype=torch.bfloat16))
+        self.register_buffer("scales_and_zeros", torch.zeros(groups, num_outputs, 2, dtype=torch.bfloat16))
         self.register_buffer("bias", torch.zeros(num_outputs))
         self.cpu_packed = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., N) in the dtype of ``x`` (..., K)."""
+        """Return the outputs (..., N) in the dtype of ``x`` (..., K)."""
         compute = linear_int4_packed if self.cpu_packed else linear_int4_reference
-        return compute(x, self.weight, self.scale_zero, self.bias)
+        return compute(x, self.weight, self.scales_and_zeros, self.bias)
 
 
 _LAYERS: dict[Quantization, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8Linear, "int4": Int4Linear}
 
 
 def swap_quantized_linears(transformer: nn.Module, quantization: Quantization) -> None:
-    """Put layers of ``few_bits`` in the place of the projections, without weights yet; call it on the meta device."""
+    """Replace the projections of ``transformer`` by quantized layers without weights; call it on the meta device."""
     for name, module in list(transformer.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(tuple(PROJECTIONS)):
             transformer.set_submodule(name, _LAYERS[quantization](module.in_features, module.out_features))
 
 
 def is_quantized(name: str) -> bool:
-    """Whether the weight ``name`` of a transformer is one of those that are held in few bits."""
+    """Return whether the weight ``name`` of a transformer is among those that a quantization covers."""
     return name.endswith(tuple(f"{projection}.weight" for projection in PROJECTIONS))
 
 
 def quantize_weight(
-    name: str, weight_NK: Tensor, quantization: Quantization, rounded: Tensor | None = None
+    name: str, weight_NK: Tensor, quantization: Quantization, out: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """The two tensors that stand for the weight ``name``, by their names; the first is ``rounded`` if it is given."""
+    """Quantize a weight.
+
+    Args:
+        name: Parameter name of the weight.
+        weight_NK: Floating-point weight.
+        quantization: Format of the result.
+        out: Tensor that receives the quantized values.
+
+    Returns:
+        The quantized weight and its scales, by their names (``quantized_names``).
+    """
     quantize = quantize_int8 if quantization == "int8" else quantize_int4
-    return dict(zip(quantized_names(name, quantization), quantize(weight_NK, rounded), strict=True))
+    return dict(zip(quantized_names(name, quantization), quantize(weight_NK, out), strict=True))
 
 
 def quantized_names(name: str, quantization: Quantization) -> tuple[str, str]:
-    """The names of the two tensors that stand for the weight ``name``."""
+    """Return the names of the two tensors that represent the weight ``name``: quantized values and scales."""
     prefix = name.removesuffix("weight")
-    return name, f"{prefix}scale" if quantization == "int8" else f"{prefix}scale_zero"
+    return name, f"{prefix}scale" if quantization == "int8" else f"{prefix}scales_and_zeros"
 
 
 def dequantize_weight(weight: Tensor, scale: Tensor, quantization: Quantization) -> Tensor:
-    """The float32 weight (N, K) that two tensors stand for."""
+    """Return the float32 weight (N, K) of quantized values and their scales."""
     return dequantize_int8(weight, scale) if quantization == "int8" else dequantize_int4(weight, scale)

@@ -1,17 +1,19 @@
-"""The transformer: GPT with two things that keep half precision stable (CogView, arXiv:2105.13290, section 2.4).
+"""The transformer: GPT with two changes that stabilize half precision (CogView, arXiv:2105.13290, section 2.4).
 
-* Sandwich-LN: each branch of a layer has a LayerNorm before it and another on its output, so that no branch adds more
-  to the residual stream than its norm allows:  x = x + LN3(attention(LN1(x)));  x = x + LN4(mlp(LN2(x))).
+* Sandwich-LN: each branch of a layer has a LayerNorm before it and another on its output, which bounds what the branch
+  adds to the residual stream:  x = x + LN3(attention(LN1(x)));  x = x + LN4(mlp(LN2(x))).
 * PB-relax: attention scores and LayerNorm inputs are scaled down before the operation that would overflow
   (``kernels/attention.py``, ``kernels/layer_norm.py``).
 
-Positions are learned and absolute, the embedding is tied to the output, GELU is the tanh form, everything has biases.
+Positions are learned and absolute, the embedding is tied to the output, GELU is the tanh form, every linear layer and
+norm has a bias.
 """
 
 # B batch, T new positions, S positions in all, D width, H heads, K size of a head, V vocabulary (or a slice of it)
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,23 +29,28 @@ from cogview.modeling.config import TransformerConfig
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.packed_layers import PackedLayers
 
-# What training keeps of a layer for its backward: all, the results of matrix products and attention (the rest of the
-# layer is computed again, which is cheap), or its input alone (the whole layer is computed again).
+# Activations of a layer that are kept for the backward pass: all; the results of matrix products and attention, since
+# the rest is cheap to recompute; or the input alone, from which the whole layer is recomputed.
 Checkpointing = Literal["none", "selective", "full"]
 
 INIT_STD = 0.02
-# Of a model whose positions begin as sinusoids: their amplitude, the range of their wavelengths in positions, and the
-# token embeddings beside them.
+# Initialization with sinusoidal positions: amplitude, shortest and longest wavelength in positions, and the standard
+# deviation of the token embeddings.
 SINUSOID_AMPLITUDE = 0.1
 SINUSOID_WAVELENGTHS = (4.0, 1200.0)
 SINUSOID_EMBEDDING_STD = 0.05
 
 
 class Transformer(nn.Module):
-    """Ids in, logits out.
+    """The transformer: token ids to logits.
 
-    ``transformer(ids)`` gives float32 logits (B, T, V) over the padded vocabulary. ``hidden`` stops before the
-    output embedding and ``head`` multiplies by the rows that are wanted: all that generation and training need.
+    Generation and training call ``hidden``, which stops before the output embedding, and ``head``, which computes the
+    logits of a range of ids.
+
+    Attributes:
+        config: Shape and initialization.
+        packed_layers: Layers with prepacked weights, once ``prepack`` was called on a CPU.
+        checkpointing: Activation checkpointing of training.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -58,23 +65,23 @@ class Transformer(nn.Module):
         self.checkpointing: Checkpointing = "none"
         self.apply(self._initialize)
         if config.sinusoidal_positions:
-            self._begin_with_sinusoids()
+            self._initialize_sinusoids()
 
     def _initialize(self, module: nn.Module) -> None:
-        """N(0, 0.02); output projections of a branch N(0, 0.02 / sqrt(2 layers)); biases 0."""
+        """Draw weights from N(0, 0.02), branch output projections from N(0, 0.02 / sqrt(2 layers)); zero the biases."""
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=INIT_STD)
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
-        if isinstance(module, Layer):  # apply() comes here after the children
+        if isinstance(module, Layer):  # apply() visits children first
             for norm in (module.attention_output_norm, module.mlp_output_norm):
                 nn.init.constant_(norm.weight, self.config.branch_norm_init)
             for projection in (module.attention.output, module.mlp.output):
                 nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * self.config.num_layers))
 
     @torch.no_grad()
-    def _begin_with_sinusoids(self) -> None:
-        """Positions as sines and cosines of wavelengths in geometric order (arXiv:1706.03762, section 3.5)."""
+    def _initialize_sinusoids(self) -> None:
+        """Set positions to sines and cosines with geometric wavelengths (arXiv:1706.03762, section 3.5)."""
         nn.init.normal_(self.embedding.weight, std=SINUSOID_EMBEDDING_STD)
         shortest, longest = SINUSOID_WAVELENGTHS
         wavelengths = shortest * (longest / shortest) ** torch.linspace(0, 1, self.config.width // 2)
@@ -83,7 +90,15 @@ class Transformer(nn.Module):
         self.positions.weight[:, : sinusoids.shape[1]] = SINUSOID_AMPLITUDE * sinusoids
 
     def forward(self, ids_BT: Tensor, positions_BT: Tensor | None = None) -> Tensor:
-        """Float32 logits (B, T, V) of the id that follows each of ``ids_BT`` (int64)."""
+        """Return the logits of the next id at every position.
+
+        Args:
+            ids_BT: Ids, int64.
+            positions_BT: Indices of the learned positions, int64; counted from 0 by default.
+
+        Returns:
+            Logits (B, T, V) over the padded vocabulary, float32.
+        """
         return self.head(self.hidden(ids_BT, positions_BT))
 
     def hidden(
@@ -94,18 +109,23 @@ class Transformer(nn.Module):
         bias_B1TS: Tensor | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """The normalised output of the last layer, (B, T, D).
+        """Return the normalized output of the last layer.
 
-        ``positions_BT`` (default: counted from 0, or from the cache's length) index the learned positions.
-        ``bias_B1TS`` is added to the attention scores of the S positions so far, and says where each of the new ones
-        may look (``kernels/attention.py``); without it they look at all before them. With a ``cache`` the ids continue
-        what it holds, and are stored in it.
+        Args:
+            ids_BT: Ids of the new positions, int64.
+            positions_BT: Indices of the learned positions, int64; by default counted from the cache's length, or 0.
+            bias_B1TS: Bias that is added to the attention scores of the S positions so far, -inf where a query may not
+                attend (``attention_bias`` in ``kernels/attention.py``); None for causal attention.
+            cache: Keys and values of the past; the new positions are appended to it.
+
+        Returns:
+            Hidden states (B, T, D).
         """
         past = cache.length if cache is not None else 0
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         autocast = torch.is_autocast_enabled(ids_BT.device.type)
-        if autocast:  # the residual stream is float32, whatever the weights are
+        if autocast:  # the residual stream is float32, whatever the dtype of the weights
             x_BTD = self.dropout(self.embedding(ids_BT).float() + self.positions(positions_BT).float())
         else:
             x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
@@ -121,51 +141,67 @@ class Transformer(nn.Module):
                 if self.checkpointing == "none" or not torch.is_grad_enabled():
                     x_BTD = layer(x_BTD, bias_B1TS, cache, number)
                 else:
-                    x_BTD = self._recomputed(layer, x_BTD, bias_B1TS, cache, number)
+                    x_BTD = self._checkpointed(layer, x_BTD, bias_B1TS, cache, number)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
-        return self.final_norm(x_BTD)
+        normalized_BTD: Tensor = self.final_norm(x_BTD)
+        return normalized_BTD
 
-    def _recomputed(
+    def _checkpointed(
         self, layer: nn.Module, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int
     ) -> Tensor:
-        """What ``layer`` makes of ``x_BTD``, of which the backward gets no more than ``checkpointing`` says."""
+        """Run ``layer`` with activation checkpointing."""
         if self.checkpointing == "full":
-            return checkpoint(layer, x_BTD, bias_B1TS, cache, number, use_reentrant=False)
-        return checkpoint(
+            full: Tensor = checkpoint(layer, x_BTD, bias_B1TS, cache, number, use_reentrant=False)
+            return full
+        selective: Tensor = checkpoint(
             *(layer, x_BTD, bias_B1TS, cache, number),
             use_reentrant=False,
-            context_fn=lambda: create_selective_checkpoint_contexts(_keep_products),
+            context_fn=partial(create_selective_checkpoint_contexts, _keep_products),
         )
+        return selective
 
     def head(self, hidden: Tensor, ids: range | None = None) -> Tensor:
-        """Float32 logits (..., V) of hidden states (..., D), for all ids or for a range of them."""
+        """Return logits of hidden states.
+
+        Args:
+            hidden: Hidden states (..., D).
+            ids: Ids whose logits are computed, V of them; None for the whole padded vocabulary.
+
+        Returns:
+            Logits (..., V), float32.
+        """
         weight = self.embedding.weight if ids is None else self.embedding.weight[ids.start : ids.stop]
         if self.packed_layers is None or ids is None or torch.is_grad_enabled() or not can_prepack(weight):
             return F.linear(hidden, weight).float()
         return self.packed_layers.head(hidden, weight, ids)
 
     def prepack(self) -> None:
-        """Prepare to generate on a CPU in float32: keep a second copy of all that is multiplied, in MKL's order.
+        """Prepare generation on a CPU in float32: multiply by a second copy of the weights, in MKL's packed order.
 
-        Elsewhere, and without MKL, there is nothing to prepare. Gradients, and so training, use the weights themselves.
+        The copies are made at first use. On other devices, and without MKL, nothing changes. Training uses the weights
+        themselves.
         """
         if can_prepack(self.embedding.weight):
             self.packed_layers = PackedLayers(self)
 
-    def prepack_bytes(self, *told: range) -> int:
-        """What that will take and does not yet; ``told`` are the ids that ``head`` will be asked for."""
-        return 0 if self.packed_layers is None else self.packed_layers.prepack_bytes(*told)
+    def prepack_bytes(self, *output_ids: range) -> int:
+        """Return the bytes of the packed weights that do not exist yet; 0 unless ``prepack`` was called.
+
+        Args:
+            *output_ids: Ranges of ids that ``head`` will be called with.
+        """
+        return 0 if self.packed_layers is None else self.packed_layers.prepack_bytes(*output_ids)
 
 
 def _keep_products(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    """Of ``selective`` checkpointing: the results of products and of fused attention are kept, all else is not."""
+    """Save the results of matrix products and of fused attention, and recompute everything else."""
     name = str(operation)
-    kept = any(word in name for word in _PRODUCTS)
+    kept = any(product in name for product in _PRODUCTS)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# mm and addmm, linear where a device has it as one operation, baddbmm of attention's reference, and the fused forms.
+# Parts of operator names: matrix products, a linear layer that is one operator, attention's reference and fused forms.
 _PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "mkldnn", "scaled_dot_product")
 
 
@@ -182,7 +218,7 @@ class Layer(nn.Module):
         self.mlp_output_norm = LayerNorm(config.width)
 
     def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
-        """Same shape as ``x_BTD``; ``number`` is this layer's place in the cache."""
+        """Return the residual stream after this layer, whose index in the cache is ``number``."""
         attended = self.attention(self.attention_norm(x_BTD), bias_B1TS, cache, number)
         norm, mlp_norm = self.attention_output_norm, self.mlp_norm
         x_BTD, normed = sandwich_layer_norm(x_BTD, attended, norm.weight, norm.bias, mlp_norm.weight, mlp_norm.bias)
@@ -201,7 +237,7 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
-        """(B, T, D)."""
+        """Return the attention branch (B, T, D) of the layer ``number``."""
         batch, length, width = x_BTD.shape
         split = self.query_key_value(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
         qkv_3BHTK = split.permute(2, 0, 3, 1, 4)
@@ -209,11 +245,12 @@ class Attention(nn.Module):
             mixed_BHTK = cache.attend(number, qkv_3BHTK[0], qkv_3BHTK[1:], bias_B1TS)
         else:
             mixed_BHTK = attention(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], bias_B1TS)
-        return self.dropout(self.output(mixed_BHTK.transpose(1, 2).reshape(batch, length, width)))
+        branch_BTD: Tensor = self.dropout(self.output(mixed_BHTK.transpose(1, 2).reshape(batch, length, width)))
+        return branch_BTD
 
 
 class MLP(nn.Module):
-    """Two projections around a tanh-form GELU, four times as wide inside."""
+    """Two projections around a tanh-form GELU; the inner width is 4 D."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -222,21 +259,22 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape as ``x``."""
-        return self.dropout(self.output(self._expanded(x)))
+        """Return the MLP branch, in the shape of ``x``."""
+        branch: Tensor = self.dropout(self.output(self._inner(x)))
+        return branch
 
-    def _expanded(self, x: Tensor) -> Tensor:
-        """(..., 4 D); where a kernel adds the bias and bends at one go, the product comes without it."""
-        if isinstance(self.input, Linear) and bias_gelu_is_fused(x.device):  # rounded weights have a product of theirs
+    def _inner(self, x: Tensor) -> Tensor:
+        """Return the activations (..., 4 D); a fused kernel adds the bias, which the product then leaves out."""
+        if isinstance(self.input, Linear) and bias_gelu_is_fused(x.device):  # quantized layers are no ``Linear``
             return bias_gelu(F.linear(x, self.input.weight), self.input.bias)
         return F.gelu(self.input(x), approximate="tanh")
 
 
 class Linear(nn.Linear):
-    """x W^T + b by ``kernels/linear.py``."""
+    """Linear layer x W^T + b (``kernels/linear.py``)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., N) in the dtype of ``x`` (..., K)."""
+        """Return the outputs (..., N) in the dtype of ``x`` (..., K)."""
         return linear(x, self.weight, self.bias)
 
 
@@ -249,5 +287,5 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as ``x``."""
+        """Return the normalized ``x`` in its shape and dtype."""
         return pb_relax_layer_norm(x, self.weight, self.bias)

@@ -124,7 +124,7 @@ def test_few_bits_cannot_become_others(held, asked):
     assert str(caught.value) == f"the weights are stored as {held}, which cannot be turned into {asked}"
 
 
-@pytest.mark.parametrize(("few_bits", "name"), [("int8", "scale"), ("int4", "scale_zero")])
+@pytest.mark.parametrize(("few_bits", "name"), [("int8", "scale"), ("int4", "scales_and_zeros")])
 def test_a_scale_that_is_missing(few_bits, name):
     tensors = stored(few_bits)
     del tensors[PROJECTION.replace("weight", name)]

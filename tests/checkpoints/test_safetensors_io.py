@@ -81,6 +81,16 @@ def test_what_the_library_wrote_is_read(tmp_path):
     assert_same({name: file.read(name) for name in file.specs}, tensors)
 
 
+@pytest.mark.parametrize("keep", [False, True])
+def test_weights_file_reads_former_tensor_names_under_the_present_ones(tmp_path, keep):
+    """int4 checkpoints of earlier versions call scales and zero points ``scale_zero``."""
+    scales_and_zeros = torch.randn(1, 8, 2).bfloat16()
+    save_file({"layers.0.mlp.input.scale_zero": scales_and_zeros}, tmp_path / "old.safetensors")
+    file = WeightsFile(tmp_path / "old.safetensors")
+    assert list(file.specs) == ["layers.0.mlp.input.scales_and_zeros"]
+    assert torch.equal(file.read("layers.0.mlp.input.scales_and_zeros", keep=keep), scales_and_zeros)
+
+
 def test_tensors_may_come_in_any_order(tmp_path):
     tensors = some_tensors()
     expected = write(tmp_path / "weights", tensors).read_bytes()

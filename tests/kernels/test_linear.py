@@ -82,8 +82,8 @@ def exact_int4(num_inputs):
     scale_GN = 2.0 ** integers(-8, -2, num_inputs // group, NUM_OUTPUTS, seed=2)
     zero_GN = scale_GN * integers(-12, 13, num_inputs // group, NUM_OUTPUTS, seed=3)
     scale_NK, zero_NK = (part.double().T.repeat_interleave(group, dim=1) for part in (scale_GN, zero_GN))
-    scale_zero_GN2 = torch.stack([scale_GN, zero_GN], dim=2).bfloat16()
-    return pack_int4(steps_NK), scale_zero_GN2, (steps_NK.double() - 8) * scale_NK + zero_NK
+    scales_and_zeros_GN2 = torch.stack([scale_GN, zero_GN], dim=2).bfloat16()
+    return pack_int4(steps_NK), scales_and_zeros_GN2, (steps_NK.double() - 8) * scale_NK + zero_NK
 
 
 def exact_input(*shape):
@@ -130,15 +130,15 @@ def test_int4_is_off_by_half_a_step_and_the_rounding_of_scale_and_zero(num_input
     What lies beyond an end is off by as much, and half a step more where it is rounded towards it.
     """
     weight_NK, group = odd_weights(num_inputs), group_of(num_inputs)
-    packed, scale_zero_GN2 = quantize_int4(weight_NK)
-    assert (packed.dtype, scale_zero_GN2.dtype) == (torch.uint8, torch.bfloat16)
+    packed, scales_and_zeros_GN2 = quantize_int4(weight_NK)
+    assert (packed.dtype, scales_and_zeros_GN2.dtype) == (torch.uint8, torch.bfloat16)
     assert packed.shape == (NUM_OUTPUTS, num_inputs // 2)
-    assert scale_zero_GN2.shape == (num_inputs // group, NUM_OUTPUTS, 2)
+    assert scales_and_zeros_GN2.shape == (num_inputs // group, NUM_OUTPUTS, 2)
     groups = weight_NK.unflatten(1, (-1, group))
     low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
     unit = UNIT[torch.bfloat16]
     step, zero = (high - low) / 15 * (1 + unit), (low.abs() + 8 / 15 * (high - low)) * (1 + unit)
-    errors = (dequantize_int4(packed, scale_zero_GN2) - weight_NK).abs().unflatten(1, (-1, group))
+    errors = (dequantize_int4(packed, scales_and_zeros_GN2) - weight_NK).abs().unflatten(1, (-1, group))
     assert (errors <= 0.5001 * step + unit * (zero + high - low) + 1e-30).all()
 
 
@@ -158,8 +158,8 @@ def test_weights_that_were_rounded_are_met_exactly():
     assert torch.equal(again_NK, quantized_NK)
     assert torch.equal(again_N, scale_N)
 
-    packed, scale_zero_GN2, weight_NK = exact_int4(256)
-    assert torch.equal(dequantize_int4(packed, scale_zero_GN2), weight_NK.float())
+    packed, scales_and_zeros_GN2, weight_NK = exact_int4(256)
+    assert torch.equal(dequantize_int4(packed, scales_and_zeros_GN2), weight_NK.float())
     assert torch.equal(dequantize_int4(*quantize_int4(weight_NK.float())), weight_NK.float())
 
 
@@ -213,26 +213,26 @@ def test_int8_layer_is_that_of_its_weights(num_rows, num_inputs, dtype):
 @pytest.mark.parametrize("num_inputs", INPUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_int4_layer_is_that_of_its_weights(num_rows, num_inputs, dtype):
-    packed, scale_zero_GN2, weight_NK = exact_int4(num_inputs)
+    packed, scales_and_zeros_GN2, weight_NK = exact_int4(num_inputs)
     x, bias_N = exact_input(num_rows, num_inputs).to(dtype), exact_input(NUM_OUTPUTS)
-    result = linear_int4_packed(x, pack_int4_for_cpu(packed), scale_zero_GN2, bias_N.to(dtype))
+    result = linear_int4_packed(x, pack_int4_for_cpu(packed), scales_and_zeros_GN2, bias_N.to(dtype))
     assert result.dtype == dtype
     assert_within(result, x, weight_NK, bias_N)
-    assert_within(linear_int4_reference(x, packed, scale_zero_GN2, bias_N.to(dtype)), x, weight_NK, bias_N)
+    assert_within(linear_int4_reference(x, packed, scales_and_zeros_GN2, bias_N.to(dtype)), x, weight_NK, bias_N)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_kernels_equal_their_references_up_to_bfloat16(dtype):
     """For numbers as they come: inputs may be rounded to bfloat16 on the way, and weights of int4."""
     x, bias_N, weight_NK = random(7, 256).to(dtype), random(NUM_OUTPUTS, seed=2).to(dtype), odd_weights(256)
-    packed, scale_zero_GN2 = quantize_int4(weight_NK)
+    packed, scales_and_zeros_GN2 = quantize_int4(weight_NK)
     int8 = quantize_int8(weight_NK)
     for result, reference, restored_NK in [
         (linear_int8(x, *int8, bias_N), linear_int8_reference(x, *int8, bias_N), dequantize_int8(*int8)),
         (
-            linear_int4_packed(x, pack_int4_for_cpu(packed), scale_zero_GN2, bias_N),
-            linear_int4_reference(x, packed, scale_zero_GN2, bias_N),
-            dequantize_int4(packed, scale_zero_GN2),
+            linear_int4_packed(x, pack_int4_for_cpu(packed), scales_and_zeros_GN2, bias_N),
+            linear_int4_reference(x, packed, scales_and_zeros_GN2, bias_N),
+            dequantize_int4(packed, scales_and_zeros_GN2),
         ),
     ]:
         allowed = 2 * (x.double().abs() @ restored_NK.double().abs().T) + 3 * (reference.abs() + bias_N.abs())
@@ -253,13 +253,13 @@ def test_references_of_a_cpu_that_multiplies_in_bfloat16(monkeypatch):
 @pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (3, 13, 64), (2, 1, 5, 7, 64)])
 def test_rows_may_come_in_any_shape(shape):
     x, bias_N = random(*shape), random(NUM_OUTPUTS, seed=2)
-    int8, (packed, scale_zero_GN2) = quantize_int8(odd_weights(64)), quantize_int4(odd_weights(64))
+    int8, (packed, scales_and_zeros_GN2) = quantize_int8(odd_weights(64)), quantize_int4(odd_weights(64))
     ordered = pack_int4_for_cpu(packed)
     for compute in (
         lambda rows: linear_int8(rows, *int8, bias_N),
         lambda rows: linear_int8_reference(rows, *int8, bias_N),
-        lambda rows: linear_int4_packed(rows, ordered, scale_zero_GN2, bias_N),
-        lambda rows: linear_int4_reference(rows, packed, scale_zero_GN2, bias_N),
+        lambda rows: linear_int4_packed(rows, ordered, scales_and_zeros_GN2, bias_N),
+        lambda rows: linear_int4_reference(rows, packed, scales_and_zeros_GN2, bias_N),
         lambda rows: linear(rows.bfloat16(), odd_weights(64).bfloat16(), bias_N.bfloat16()),
     ):
         assert torch.equal(compute(x), compute(x.reshape(-1, 64)).view(*shape[:-1], NUM_OUTPUTS))
@@ -267,14 +267,14 @@ def test_rows_may_come_in_any_shape(shape):
 
 def test_rows_that_do_not_lie_together():
     int8, bias_N = quantize_int8(odd_weights(64)), random(NUM_OUTPUTS, seed=2)
-    packed, scale_zero_GN2 = quantize_int4(odd_weights(64))
+    packed, scales_and_zeros_GN2 = quantize_int4(odd_weights(64))
     ordered = pack_int4_for_cpu(packed)
     for x in (random(64, 6).bfloat16().T, random(12, 64).bfloat16()[::2]):
         whole = x.contiguous()
         assert torch.equal(linear_int8(x, *int8, bias_N), linear_int8(whole, *int8, bias_N))
         assert torch.equal(
-            linear_int4_packed(x, ordered, scale_zero_GN2, bias_N),
-            linear_int4_packed(whole, ordered, scale_zero_GN2, bias_N),
+            linear_int4_packed(x, ordered, scales_and_zeros_GN2, bias_N),
+            linear_int4_packed(whole, ordered, scales_and_zeros_GN2, bias_N),
         )
 
 
