@@ -1,0 +1,143 @@
+"""Speculative decoding gives what sequential decoding gives."""
+
+import pytest
+import torch
+from factories import (
+    LONG,
+    SAMPLING,
+    SHORT,
+    VOCABULARY,
+    caption_sequence,
+    codes_of,
+    generate_sequence,
+    request_for,
+    upscale_sequence,
+)
+
+from cogview.generation.decode import decode
+from cogview.generation.speculative import uses_cuda_graphs
+from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
+from cogview.modeling.transformer import Transformer
+
+
+@pytest.mark.parametrize("min_speedup", [0.0, 2.0])  # keep speculating although few drafts are accepted, or stop
+@pytest.mark.parametrize("max_window", [2, 3, 8, 64])
+def test_decode_speculatively_equals_sequential_decoding(transformer, monkeypatch, max_window, min_speedup):
+    monkeypatch.setattr("cogview.generation.speculative.MIN_SPEEDUP", min_speedup)
+    sequences = [
+        generate_sequence(LONG),
+        generate_sequence(SHORT),
+        upscale_sequence(SHORT, seed=1),
+        generate_sequence(SHORT, image=[5, None, 9, *[None] * 20, *range(30)]),
+        generate_sequence(LONG[:2], image=range(64)),  # no blanks
+        upscale_sequence(LONG, seed=3).truncate(
+            len(upscale_sequence(LONG)) - 1 - 24
+        ),  # five rows of codes: other sequences have text in the same columns
+    ]
+    samplings = [SAMPLING, GREEDY, Sampling(top_k=0), Sampling(text_attention=3.0), SAMPLING, SAMPLING]
+    requests = [
+        request_for(sequence, seed=5, image=number, sampling=sampling)
+        for number, (sequence, sampling) in enumerate(zip(sequences, samplings, strict=True))
+    ]
+    requests.append(
+        request_for(
+            generate_sequence(LONG), seed=1, sampling=Sampling(guidance=2.0), unconditional=generate_sequence([])
+        )
+    )
+    sequential = decode(transformer, VOCABULARY, requests, speculative=1)
+    batched = decode(transformer, VOCABULARY, requests, speculative=max_window)
+    for request, expected, result in zip(requests, sequential, batched, strict=True):
+        (alone,) = decode(transformer, VOCABULARY, [request], speculative=max_window)
+        assert result.ids.tolist() == alone.ids.tolist() == expected.ids.tolist()
+        assert result.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
+        assert alone.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
+
+
+def test_decode_speculatively_needs_few_forwards_when_codes_repeat():
+    """The first draft of a position is the last code: an image of one colour takes few forward passes."""
+    config = TransformerConfig(num_layers=1, width=32, num_heads=4, vocabulary_size=VOCABULARY.padded_size)
+    echo = Transformer(config).eval()
+    with torch.no_grad():  # layers that add nothing, and ids that are most probable after themselves
+        echo.embedding.weight.copy_(echo.embedding.weight.sign())
+        for parameter in (echo.positions.weight, *echo.layers.parameters()):
+            parameter.zero_()
+    request, forward_calls = request_for(generate_sequence(SHORT, image=[9]), seed=1, sampling=GREEDY), []
+    hidden = echo.hidden
+    echo.hidden = lambda *rest, **named: (forward_calls.append(1), hidden(*rest, **named))[1]
+    (expected,) = decode(echo, VOCABULARY, [request], speculative=1)
+    assert set(codes_of(expected, request.sequence)) == {9}
+    assert len(forward_calls) == 63
+    forward_calls.clear()
+    (result,) = decode(echo, VOCABULARY, [request], speculative=64)
+    assert result.ids.tolist() == expected.ids.tolist()
+    assert len(forward_calls) <= 4  # the prompt, then 16 codes, 32, and the rest
+
+
+def test_decode_decodes_texts_sequentially(transformer, forwards):
+    decode(transformer, VOCABULARY, [request_for(caption_sequence(), seed=1)], speculative=8)
+    assert {length for _, length in forwards} == {1, 68}
+
+
+@pytest.mark.parametrize("speculative", [1, 8])
+def test_decode_speculatively_is_the_same_when_cuda_graphs_are_forced(transformer, monkeypatch, speculative):
+    """On CUDA the steps are replayed as graphs; on a CPU the same steps run uncaptured on the same buffers."""
+    monkeypatch.setattr("cogview.generation.speculative.BUCKET", 32)
+    requests = [
+        request_for(
+            generate_sequence(LONG),
+            seed=5,
+            sampling=Sampling(guidance=2.0, top_k=9),
+            unconditional=generate_sequence([]),
+        ),
+        request_for(generate_sequence(SHORT, image=[5, None, 9, *[None] * 20, *range(30)]), seed=6),
+        request_for(upscale_sequence(SHORT, seed=1), seed=7, sampling=Sampling(text_attention=3.0)),
+    ]
+    monkeypatch.setenv("COGVIEW_CUDA_GRAPHS", "0")
+    expected = decode(transformer, VOCABULARY, requests, speculative=1)
+    monkeypatch.setenv("COGVIEW_CUDA_GRAPHS", "1")
+    found = decode(transformer, VOCABULARY, requests, speculative=speculative)
+    for one, other in zip(expected, found, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("COGVIEW_CUDA_GRAPHS", "0", False),
+        ("COGVIEW_CUDA_GRAPHS", "1", True),
+        ("COGVIEW_STEPS", "eager", False),
+        ("COGVIEW_STEPS", "captured", True),
+    ],
+)
+def test_uses_cuda_graphs_reads_both_variables(monkeypatch, variable, value, expected):
+    """Scripts that set the variable of earlier versions keep their meaning."""
+    monkeypatch.setenv(variable, value)
+    assert uses_cuda_graphs(torch.device("cpu")) is expected
+    assert uses_cuda_graphs(torch.device("cuda")) is expected
+
+
+def test_uses_cuda_graphs_prefers_the_new_variable(monkeypatch):
+    monkeypatch.setenv("COGVIEW_CUDA_GRAPHS", "0")
+    monkeypatch.setenv("COGVIEW_STEPS", "captured")
+    assert not uses_cuda_graphs(torch.device("cuda"))
+
+
+def test_uses_cuda_graphs_only_on_cuda_by_default(monkeypatch):
+    for variable in ("COGVIEW_CUDA_GRAPHS", "COGVIEW_STEPS"):
+        monkeypatch.delenv(variable, raising=False)
+    assert uses_cuda_graphs(torch.device("cuda"))
+    assert not uses_cuda_graphs(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "message"),
+    [
+        ("COGVIEW_CUDA_GRAPHS", "COGVIEW_CUDA_GRAPHS='compiled' is unknown; known: 0, 1"),
+        ("COGVIEW_STEPS", "COGVIEW_STEPS='compiled' is unknown; known: eager, captured"),
+    ],
+)
+def test_uses_cuda_graphs_rejects_other_values(monkeypatch, variable, message):
+    monkeypatch.setenv(variable, "compiled")
+    with pytest.raises(ValueError, match=message):
+        uses_cuda_graphs(torch.device("cpu"))
