@@ -35,7 +35,7 @@ from released_algorithm import draw
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
-from cogview.generation.sampling import GREEDY, Sampling
+from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import GeneratedImage, only_images
