@@ -17,7 +17,12 @@ def format_bytes(count: int) -> str:
 
 
 def format_gigabytes(count: float, decimals: int = 1) -> str:
-    """Return a number of bytes in GB, so that numbers beside each other compare at a glance."""
+    """Return a number of bytes in GB, so that adjacent numbers are easy to compare.
+
+    Args:
+        count: bytes.
+        decimals: digits after the point.
+    """
     return f"{count / 1e9:.{decimals}f} GB"
 
 
@@ -35,7 +40,12 @@ def format_duration(seconds: float) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Return ``count`` and ``noun``, with an s unless ``count`` is 1."""
+    """Return a count with its noun.
+
+    Args:
+        count: the number.
+        noun: the noun in the singular; it gets an s unless ``count`` is 1.
+    """
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 

@@ -1,9 +1,9 @@
-"""Text to piece ids and back, with SentencePiece (arXiv:1808.06226).
+"""Encode text as piece ids and decode it, with SentencePiece (arXiv:1808.06226).
 
-The tokenizers that ``train_text_tokenizer`` makes lose nothing but superfluous spaces: text is NFKC-normalised, so that
-full-width and half-width forms agree, and a character without a piece is spelt in its UTF-8 bytes. (U+2581, with which
-SentencePiece marks a space, reads as one.) The released ``cog-pretrain.model`` loads too; it has no bytes, and an
-unknown character becomes ``<unk>``.
+Tokenizers of ``train_text_tokenizer`` drop only superfluous spaces: text is NFKC-normalised, so that full-width and
+half-width forms agree, and a character without a piece is encoded as its UTF-8 bytes. (U+2581, SentencePiece's mark of
+a space, reads as a space.) CogView v1's ``cog-pretrain.model`` loads too; it has no byte pieces, and an unknown
+character becomes ``<unk>``.
 """
 
 from __future__ import annotations
@@ -14,14 +14,20 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-_MAX_LINE_BYTES = 1 << 20  # SentencePiece would skip lines over 4192 bytes without a word
+_MAX_LINE_BYTES = 1 << 20  # SentencePiece silently skips lines over 4192 bytes by default
 
 
 class TextTokenizer:
-    """A SentencePiece model. Ids are those of the pieces, from 0: the vocabulary adds its own offset."""
+    """A SentencePiece model. Ids count its pieces from 0; the vocabulary adds the offset.
+
+    Args:
+        model_bytes: content of a SentencePiece ``.model`` file.
+
+    Raises:
+        ValueError: if the content is not a SentencePiece model.
+    """
 
     def __init__(self, model_bytes: bytes) -> None:
-        """``model_bytes`` is the content of a SentencePiece ``.model`` file; anything else is a ValueError."""
         import sentencepiece
 
         self.model_bytes = model_bytes
@@ -32,12 +38,17 @@ class TextTokenizer:
                 f"{len(model_bytes)} bytes that are no SentencePiece model (a file cut short, or a Git LFS pointer?)"
             ) from None
         self.size: int = self._processor.vocab_size()
-        # Pieces that say a character is not in the model: its bytes, or <unk> where a model has no bytes.
+        # Pieces of characters that the model lacks: bytes, or <unk> in a model without bytes.
         self._foreign = {i for i in range(self.size) if self._processor.is_byte(i) or self._processor.is_unknown(i)}
 
     @classmethod
     def load(cls, path: str | Path) -> TextTokenizer:
-        """Read a ``.model`` file; FileNotFoundError or ValueError name the path."""
+        """Load a ``.model`` file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is not a SentencePiece model.
+        """
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no text tokenizer at {path}: expected a SentencePiece .model file")
@@ -50,7 +61,11 @@ class TextTokenizer:
         return type(self), (self.model_bytes,)  # loader workers get their own copy of the model
 
     def encode(self, text: str) -> list[int]:
-        """Piece ids of ``text``. Spaces at the ends and repeated ones are dropped, as training did."""
+        """Return the piece ids of a text. Leading, trailing and repeated spaces are dropped, as in training.
+
+        Raises:
+            ValueError: if the text holds bytes that are not UTF-8.
+        """
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
@@ -58,7 +73,11 @@ class TextTokenizer:
         return list(self._processor.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of piece ids; bytes that don't make a character come out as U+FFFD."""
+        """Return the text of piece ids; bytes that form no character become U+FFFD.
+
+        Raises:
+            ValueError: if an id is outside [0, size).
+        """
         for i in ids:
             if not 0 <= i < self.size:
                 raise ValueError(f"piece id {i} is outside 0 to {self.size - 1}")
@@ -70,7 +89,7 @@ class TextTokenizer:
         return [self._processor.id_to_piece(i) for i in range(self.size)]
 
     def byte_share(self, text: str) -> float:
-        """The share of the characters of ``text``, 0 to 1, that are spelt in bytes or become ``<unk>``."""
+        """Return the fraction of characters, 0 to 1, that are encoded as bytes or become ``<unk>``."""
         characters = len("".join(unicodedata.normalize("NFKC", text).split()))
         own = [self._processor.id_to_piece(i) for i in self.encode(text) if i not in self._foreign]
         spelt = sum(len(piece.replace("\u2581", "")) for piece in own)
@@ -80,16 +99,24 @@ class TextTokenizer:
 def train_text_tokenizer(
     lines: Iterable[str], *, size: int, coverage: float = 0.9995, max_piece_length: int = 4, words: Sequence[str] = ()
 ) -> bytes:
-    """Train a unigram SentencePiece model on ``lines`` and return its file; the same lines give the same bytes.
+    """Train a unigram SentencePiece model; the same lines give the same bytes.
 
-    ``size`` is the most pieces there may be: ``<unk>``, 256 bytes, the space, the characters of the corpus, then
-    longer pieces as far as the corpus has them.
-    ``coverage`` is the share of character occurrences that get pieces; the rarest beyond it are spelt in bytes.
-    ``max_piece_length`` is in characters. Chinese words seldom pass four, and longer pieces swallow whole phrases
-    of a corpus with few patterns, after which a new combination of the same words looks like nothing seen before.
-    ``words`` are one piece each wherever they stand, however long; where two overlap, the longer one.
+    The lines are held in memory.
 
-    The lines are held in memory. Raises ValueError for a corpus without text or a ``size`` that does not suit it.
+    Args:
+        lines: the corpus, one caption per line.
+        size: maximum number of pieces: ``<unk>``, 256 bytes, the space, the characters of the corpus, then longer pieces
+            as far as the corpus has them.
+        coverage: fraction of character occurrences, in (0, 1], that get pieces; rarer characters are encoded as bytes.
+        max_piece_length: in characters. Chinese words rarely exceed four; longer pieces swallow whole phrases of a corpus
+            with few patterns, after which a new combination of the same words looks unseen.
+        words: one piece each wherever they occur, of any length; where two overlap, the longer one wins.
+
+    Returns:
+        The content of the ``.model`` file.
+
+    Raises:
+        ValueError: if the corpus has no text, or ``size``, ``coverage`` or ``max_piece_length`` do not suit it.
     """
     import sentencepiece
 
@@ -110,7 +137,7 @@ def train_text_tokenizer(
             model_writer=model,
             model_type="unigram",
             vocab_size=size,
-            hard_vocab_limit=False,  # a small corpus may not have so many pieces
+            hard_vocab_limit=False,  # a small corpus may have fewer pieces
             character_coverage=coverage,
             max_sentencepiece_length=max_piece_length,
             user_defined_symbols=[unicodedata.normalize("NFKC", word) for word in dict.fromkeys(words)],
@@ -118,7 +145,7 @@ def train_text_tokenizer(
             normalization_rule_name="nfkc",
             add_dummy_prefix=False,
             byte_fallback=True,
-            required_chars="\u2581",  # the space; a corpus without any would else decode it as this mark itself
+            required_chars="\u2581",  # the space; a corpus without spaces would decode it as this mark
             unk_id=0,  # SentencePiece insists on it; the others are commands of our vocabulary
             bos_id=-1,
             eos_id=-1,
@@ -133,7 +160,7 @@ def train_text_tokenizer(
 
 
 def _explain(message: str, size: int) -> str:
-    """SentencePiece's reason for not training, as one line that says what to change."""
+    """Return SentencePiece's reason for not training as one line with a remedy."""
     if too_small := re.search(r"\d+ vs (\d+)", message):
         return (
             f"a text tokenizer of size {size} is too small for this corpus: at least {too_small[1]} "

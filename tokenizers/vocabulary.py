@@ -1,7 +1,6 @@
-"""The one vocabulary: image codes, then text pieces, then 27 commands.
+"""The vocabulary of a model: image codes, then text pieces, then 27 commands.
 
-The commands and their order are those of the released CogView v1, for which a vocabulary of 8192 codes and 50,000
-pieces has 58,219 ids, padded to 58,240.
+Commands and order are those of CogView v1, where 8192 codes and 50,000 pieces make 58,219 ids, padded to 58,240.
 """
 
 from __future__ import annotations
@@ -16,15 +15,15 @@ COMMANDS: Final = (
     *("[POS0]", "[POS1]", "[POS2]", "[POS3]", "[POS4]", "[POS5]", "[POS6]", "[POS7]", "[POS8]"),
 )
 
-# The command that announces an image of so many codes on a side.
+# The command that announces an image, by the number of codes on a side.
 GRID_COMMANDS: Final = {8: "[TINY]", 16: "[SMALL]", 32: "[BASE]", 64: "[BIG]"}
 
-# Rows of the embedding come in this multiple: matrix products like it, and it is the released one.
+# Rows of the embedding are padded to this multiple, as in CogView v1: matrix products are faster.
 _ROW_MULTIPLE = 128
 
 
 class TokenKind(IntEnum):
-    """What a place of a sequence holds."""
+    """Kind of the token at a position of a sequence."""
 
     COMMAND = 0
     TEXT = 1
@@ -33,7 +32,15 @@ class TokenKind(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Vocabulary:
-    """Where codes, pieces and commands lie among the ids. The defaults are the released sizes."""
+    """Ranges of the ids of codes, pieces and commands. The defaults are the sizes of CogView v1.
+
+    Args:
+        num_image_codes: size of the codebook, at least 1.
+        num_text_pieces: size of the text tokenizer, at least 1.
+
+    Raises:
+        ValueError: if a size is below 1.
+    """
 
     num_image_codes: int = 8192
     num_text_pieces: int = 50000
@@ -62,7 +69,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """How many ids mean something."""
+        """Number of ids in use."""
         return self.commands.stop
 
     @property
@@ -72,21 +79,29 @@ class Vocabulary:
 
     @property
     def pad(self) -> int:
-        """The id of ``[PAD]``, which also stands wherever nothing is known yet."""
+        """Id of ``[PAD]``, which also marks positions that are not known yet."""
         return self.command("[PAD]")
 
     def command(self, name: str) -> int:
-        """The id of a command such as ``"[BOI1]"``."""
+        """Return the id of a command such as ``"[BOI1]"``.
+
+        Raises:
+            ValueError: if there is no such command.
+        """
         if name not in COMMANDS:
             raise ValueError(f"command {name!r} is unknown; known: {' '.join(COMMANDS)}")
         return self.commands[COMMANDS.index(name)]
 
     def permitted(self, kind: TokenKind) -> range:
-        """The ids that a place of this kind may hold."""
+        """Return the ids that a position of this kind may hold."""
         return {TokenKind.COMMAND: self.commands, TokenKind.TEXT: self.text, TokenKind.IMAGE: self.image}[kind]
 
     def name(self, token: int) -> str:
-        """An id in words: ``"code 17"``, ``"piece 5"``, ``"[BOI1]"``, or ``"unused 58219"`` for padding rows."""
+        """Return an id in words: ``"code 17"``, ``"piece 5"``, ``"[BOI1]"``, or ``"unused 58219"`` for padding rows.
+
+        Raises:
+            ValueError: if the id is outside the vocabulary.
+        """
         if token in self.image:
             return f"code {token - self.image.start}"
         if token in self.text:

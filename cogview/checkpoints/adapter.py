@@ -92,7 +92,12 @@ class BaseModelInfo:
 
     @classmethod
     def of(cls, name: str, config: ModelConfig) -> BaseModelInfo:
-        """Return the info of a model by its config."""
+        """Return the info of a model.
+
+        Args:
+            name: name or folder of the model.
+            config: its config.
+        """
         shape = config.transformer
         return cls(
             name=name,

@@ -66,7 +66,15 @@ def download(file: FileEntry, folder: Path, *, delays: Sequence[float] = (1, 2, 
 
 
 def received(folder: Path, name: str) -> tuple[int, int] | None:
-    """Return (bytes received, size in bytes) of an interrupted download, or None if there is none."""
+    """Return the state of an interrupted download.
+
+    Args:
+        folder: folder that the file is downloaded to.
+        name: name of the file.
+
+    Returns:
+        Bytes received and size in bytes, or None if there is no interrupted download.
+    """
     partial = PartialDownload(folder / name)
     return (partial.received, partial.remote.size) if partial.remote.size else None
 
@@ -101,7 +109,12 @@ class PartialDownload:
                 self.received, self.remote = count, remote
 
     def append(self, remote: RemoteFile, response: HTTPResponse) -> None:
-        """Write the body of ``response`` behind the received bytes, with a progress bar."""
+        """Append the body of a response to the received bytes, with a progress bar.
+
+        Args:
+            remote: the file that the response belongs to.
+            response: the open response.
+        """
         from tqdm import tqdm
 
         self.remote = remote

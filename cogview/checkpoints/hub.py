@@ -69,7 +69,19 @@ def fetch_checkpoint(name: str, *, revision: str | None = None, cache_dir: str |
 
 
 def fetch_adapter(name: str, *, revision: str | None = None, cache_dir: str | Path | None = None) -> Path:
-    """Fetch a LoRA adapter from the Hub, or from the cache; arguments and errors as in ``fetch_checkpoint``."""
+    """Fetch a LoRA adapter from the Hub, or from the cache.
+
+    Args:
+        name: ``owner/name``.
+        revision: branch, tag or commit; None takes the main branch.
+        cache_dir: cache folder; None takes that of ``huggingface_hub``.
+
+    Returns:
+        The folder of the adapter in the cache.
+
+    Raises:
+        InputError: as ``fetch_checkpoint``.
+    """
     commit, _ = _fetch_config(name, "adapter_config.json", "LoRA adapter", revision, cache_dir)
     return _fetch_files(name, ADAPTER_FILES, commit, cache_dir)
 

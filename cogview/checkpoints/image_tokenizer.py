@@ -30,7 +30,13 @@ def hash_of_codebook(codebook: torch.Tensor) -> str:
 
 
 def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.float32) -> None:
-    """Write an image tokenizer with weights as ``dtype``; the codebook stays float32."""
+    """Write an image tokenizer.
+
+    Args:
+        folder: the folder; it may exist.
+        model: the VQ-VAE.
+        dtype: dtype of the weights; the codebook stays float32.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
         name: tensor.detach().to("cpu", torch.float32 if name == CODEBOOK else dtype).contiguous()
@@ -44,6 +50,10 @@ def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
     """Write a safetensors file with the usual permissions of a new file.
 
     An existing file is replaced, not overwritten: a model may still have it mapped into memory.
+
+    Args:
+        file: path of the file.
+        weights: contiguous tensors by name.
     """
     with atomic_write(file) as temporary:
         temporary.touch()

@@ -142,7 +142,15 @@ def read_pickle(file: IO[bytes], where: str) -> Any:
 
 
 def write_pickle(content: Any, path: Path) -> None:
-    """Write ``content`` by ``torch.save``; raise OSError if the file is not writable."""
+    """Write a file by ``torch.save``.
+
+    Args:
+        content: the object to write.
+        path: the file.
+
+    Raises:
+        OSError: if the file is not writable.
+    """
     try:
         with path.open("wb") as file:
             torch.save(content, file)

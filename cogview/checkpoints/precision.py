@@ -31,7 +31,15 @@ class TensorSource(Protocol):
         """Dtype and shape of each tensor."""
 
     def read(self, name: str, *, keep: bool = False) -> Tensor:
-        """Read one tensor; with ``keep`` it will be used as it is, and not only read once."""
+        """Read one tensor.
+
+        Args:
+            name: name of the tensor.
+            keep: the tensor will be used as it is, and not only read once.
+
+        Returns:
+            The tensor.
+        """
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,10 @@ def stored_quantization(specs: Mapping[str, TensorSpec]) -> Quantization | None:
 
 def converted_specs(weights: TensorSource, precision: Precision) -> dict[str, TensorSpec]:
     """Return the specs of the tensors that ``convert`` will yield.
+
+    Args:
+        weights: the source.
+        precision: the target precision.
 
     Raises:
         InputError: if the weights cannot be held in that precision.
@@ -160,9 +172,12 @@ class TensorArena:
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, result: Tensor | None = None) -> Tensor:
-    """Return ``tensor`` as ``dtype``, written to ``result`` if that is given.
+    """Return a tensor in another dtype. float16 goes to bfloat16 by way of float32, which takes a CPU half the time.
 
-    float16 goes to bfloat16 by way of float32, which takes a CPU half the time.
+    Args:
+        tensor: the tensor.
+        dtype: the new dtype.
+        result: tensor to write to; None allocates one.
     """
     result = torch.empty_like(tensor, dtype=dtype) if result is None else result
     if {tensor.dtype, dtype} != {torch.float16, torch.bfloat16} or tensor.device.type != "cpu":

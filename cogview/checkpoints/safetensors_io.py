@@ -164,7 +164,15 @@ class WeightsWriter:
             raise
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write ``tensor``; raise ValueError unless it has the announced dtype and shape."""
+        """Write a tensor.
+
+        Args:
+            name: name of the tensor; each is written once.
+            tensor: a tensor of the announced dtype and shape, on any device.
+
+        Raises:
+            ValueError: if dtype or shape differ from the specs.
+        """
         spec = self._specs[name]
         if tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name} is {tensor.dtype} {tuple(tensor.shape)}, announced was {spec}")
@@ -192,7 +200,15 @@ def _present_name(name: str) -> str:
 
 
 def describe_mismatch(wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Return the first difference between wanted and found names and shapes in words, or None if they match."""
+    """Compare names and shapes of tensors.
+
+    Args:
+        wanted: expected shapes by name.
+        found: shapes of the file by name.
+
+    Returns:
+        The first difference in words, or None if there is none.
+    """
     for name, shape in wanted.items():
         if name not in found:
             return f"{name} is missing"

@@ -92,7 +92,15 @@ def split(name: str, tensor: Tensor, shards: int) -> list[Tensor]:
 
 
 def merge(name: str, pieces: list[Tensor]) -> Tensor:
-    """Merge the tensors of all ranks into one; the inverse of ``split``."""
+    """Merge the tensors of all ranks into one; the inverse of ``split``.
+
+    Args:
+        name: v1 name of the tensor.
+        pieces: one tensor per rank.
+
+    Returns:
+        The whole tensor.
+    """
     kind = split_of(name)
     if len(pieces) == 1 or kind == "whole":
         return pieces[0]
@@ -140,7 +148,18 @@ class V1Transformer:
         return len(self._shards)
 
     def read(self, name: str, *, keep: bool = False) -> Tensor:
-        """Read a tensor by our name, merged from all shards, into new memory."""
+        """Read a tensor.
+
+        Args:
+            name: our name of the tensor.
+            keep: ignored; the tensor is always in new memory.
+
+        Returns:
+            The tensor, merged from all shards.
+
+        Raises:
+            InputError: if the file is damaged or cut short.
+        """
         theirs = v1_name(name)
         try:
             if split_of(theirs) == "whole":
@@ -271,6 +290,10 @@ def v1_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -> dict
     """Return tensors of an image tokenizer under the names and shapes of CogView v1; the inverse of ``read_v1_vqvae``.
 
     Averages that a model of ours lacks are filled in as if every code had been chosen once.
+
+    Args:
+        config: config of the image tokenizer.
+        weights: tensors under our names.
 
     Raises:
         InputError: if the architecture does not exist in CogView v1.

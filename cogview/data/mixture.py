@@ -188,7 +188,16 @@ class MixedStore:
 
 
 def check_fits(store: TokenStore, header: StoreHeader, whose: str) -> None:
-    """Raise InputError unless ``store`` matches ``header``, the header of ``whose``."""
+    """Check that a store can be mixed with the stores of a run.
+
+    Args:
+        store: the store.
+        header: header of the first store.
+        whose: name of the first store, for messages.
+
+    Raises:
+        InputError: if fields, grid, tokenizers or widths do not match.
+    """
     store.check_compatible(
         codebook_sha256=header.codebook_sha256,
         text_sha256=header.text_sha256,

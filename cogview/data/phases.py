@@ -129,6 +129,16 @@ def check_phases(phases: Sequence[Phase]) -> None:
 
 
 def check_size(name: str, before: int, now: int) -> None:
+    """Check that a store has not lost rows.
+
+    Args:
+        name: name of the store.
+        before: number of rows when it joined the run.
+        now: number of rows now.
+
+    Raises:
+        InputError: if there are fewer rows than before.
+    """
     if now < before:
         raise InputError(
             f"{name} has {now} rows, the run began to read {before}: bring them back, or begin another run"
@@ -170,9 +180,13 @@ def read_phases(path: Path) -> list[Phase]:
 
 
 def append_phase(path: Path, phase: Phase) -> None:
-    """Append ``phase`` to the file at ``path``, replacing a last line that was cut short.
+    """Append a phase to the file of a run, replacing a last line that was cut short.
 
     The file is replaced atomically, so that a kill leaves the old or the new file.
+
+    Args:
+        path: the file ``stores.jsonl`` of the run.
+        phase: the new phase.
 
     Raises:
         InputError: if ``phase`` does not continue the recorded phases.

@@ -184,6 +184,14 @@ class TokenStore:
     ) -> None:
         """Check that the store was made with the given tokenizers and feeds a task; None matches anything.
 
+        Args:
+            codebook_sha256: hash of the codebook.
+            text_sha256: hash of the text tokenizer.
+            num_image_codes: size of the codebook.
+            num_text_pieces: size of the text tokenizer.
+            grid: side of the images in codes.
+            layout: task that the rows must feed.
+
         Raises:
             InputError: if a checksum, size or task differs.
         """

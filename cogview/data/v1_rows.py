@@ -84,7 +84,15 @@ class RowUnpickler(pickle.Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the stand-in for ``module.name``."""
+        """Return the stand-in for a global of the pickle.
+
+        Args:
+            module: its module.
+            name: its name.
+
+        Raises:
+            ForbiddenGlobal: if there is no stand-in.
+        """
         if (module, name) not in _SAFE_GLOBALS:
             raise ForbiddenGlobal(f"asks to run {module}.{name}, which no row of ids needs")
         return _SAFE_GLOBALS[module, name]
