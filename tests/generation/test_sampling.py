@@ -1,6 +1,6 @@
-"""Filters with planted answers, and noise that is a function of its key."""
+"""Filters with known answers, and noise that is a function of its key."""
 
-# B batch (rows), V ids to choose from
+# B rows, V candidate ids
 
 import math
 
@@ -40,19 +40,19 @@ def key(*values):
 # --- filters ------------------------------------------------------------------------------------------------------
 
 
-def test_top_k_keeps_the_k_largest():
+def test_keep_top_k_keeps_the_k_largest():
     logits = torch.tensor([[1.0, 5.0, 3.0, 4.0], [9.0, 0.0, -1.0, 8.0]])
     assert keep_top_k(logits, 2).tolist() == [[CUT, 5.0, CUT, 4.0], [9.0, CUT, CUT, 8.0]]
 
 
-def test_top_k_keeps_ties_with_the_last():
+def test_keep_top_k_keeps_ties_with_the_smallest():
     logits = torch.tensor([[2.0, 1.0, 2.0, 3.0, 2.0]])
     assert kept(keep_top_k(logits, 1)) == [[3]]
     assert kept(keep_top_k(logits, 2)) == [[0, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("k", [5, 6, 10_000])
-def test_top_k_of_all_keeps_all_in_a_new_tensor(k):
+def test_keep_top_k_returns_a_new_tensor_when_k_covers_all_ids(k):
     logits = random_logits(2, 5)
     result = keep_top_k(logits, k)
     assert torch.equal(result, logits)
@@ -63,55 +63,55 @@ def test_top_k_of_all_keeps_all_in_a_new_tensor(k):
     ("p", "expected"),
     [(1e-6, [1]), (0.4, [1]), (0.5, [1]), (0.51, [1, 3]), (0.8, [1, 3]), (0.9, [0, 1, 3]), (1.0, [0, 1, 2, 3])],
 )
-def test_top_p_keeps_the_fewest_that_reach_p(p, expected):
+def test_keep_top_p_keeps_the_smallest_set_that_reaches_p(p, expected):
     probabilities = log_probs(0.125, 0.5, 0.0625, 0.3125)
     assert kept(keep_top_p(probabilities, p)) == [expected]
 
 
-def test_top_p_of_ties_keeps_only_as_many_as_are_needed():
-    """The first of them, so that the same logits always leave the same ids."""
+def test_keep_top_p_keeps_the_first_ids_when_all_are_equal():
+    """The first ids remain, so that equal logits always keep the same ids."""
     assert kept(keep_top_p(torch.zeros(1, 1024), 0.5)) == [list(range(512))]
 
 
-def test_kept_logits_keep_their_values():
+def test_filters_do_not_change_the_kept_logits():
     logits = random_logits(3, 50)
     for result in (keep_top_k(logits, 7), keep_top_p(logits, 0.7)):
         stays = result.isfinite()
         assert torch.equal(result[stays], logits[stays])
         assert (result[~stays] == CUT).all()
         assert 0 < stays.sum() < stays.numel()
-        least_kept = result.masked_fill(~stays, math.inf).amin(dim=-1)
-        assert (logits.masked_fill(stays, CUT).amax(dim=-1) <= least_kept).all()
+        smallest_kept = result.masked_fill(~stays, math.inf).amin(dim=-1)
+        assert (logits.masked_fill(stays, CUT).amax(dim=-1) <= smallest_kept).all()
 
 
-def test_filters_come_in_order_temperature_top_k_top_p():
+def test_filter_logits_applies_temperature_top_k_and_top_p_in_order():
     """Of 0.4 0.3 0.2 0.1, top-k 2 leaves 4/7 and 3/7: p = 0.5 is then reached by the first alone."""
     probabilities = log_probs(0.4, 0.3, 0.2, 0.1)
     assert kept(keep_top_p(probabilities, 0.5)) == [[0, 1]]
     assert kept(filter_logits(probabilities, Sampling(top_k=2, top_p=0.5))) == [[0]]
-    # twice as sharp: 16/30, 9/30, 4/30, 1/30
+    # at half the temperature: 16/30, 9/30, 4/30, 1/30
     sharp = filter_logits(probabilities, Sampling(temperature=0.5, top_k=0, top_p=0.83))
     assert kept(sharp) == [[0, 1]]
     torch.testing.assert_close(sharp[:, :2], probabilities[:, :2] / 0.5)
 
 
-def test_without_filters_only_the_temperature_acts():
+def test_filter_logits_only_scales_when_filters_are_disabled():
     logits = random_logits(2, 9)
     result = filter_logits(logits, Sampling(temperature=2.0, top_k=0, top_p=1.0))
     torch.testing.assert_close(result, logits / 2, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(top_k=3), Sampling(top_k=0, top_p=0.6), Sampling(temperature=0.7)])
-def test_filters_leave_their_input_alone_and_rows_apart(sampling):
+def test_filter_logits_keeps_its_input_and_treats_rows_separately(sampling):
     logits = random_logits(4, 40)
     before = logits.clone()
-    together = filter_logits(logits, sampling)
+    batched = filter_logits(logits, sampling)
     assert torch.equal(logits, before)
     for row in range(4):
-        assert torch.equal(filter_logits(logits[row : row + 1], sampling)[0], together[row])
+        assert torch.equal(filter_logits(logits[row : row + 1], sampling)[0], batched[row])
 
 
-def test_half_precision_logits_are_filtered_in_float32():
+def test_filter_logits_returns_float32_when_logits_are_float16():
     assert filter_logits(random_logits(1, 9).half(), Sampling()).dtype == torch.float32
 
 
@@ -126,12 +126,12 @@ def test_half_precision_logits_are_filtered_in_float32():
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(setting, message):
+def test_sampling_raises_value_error_when_a_setting_is_out_of_range(setting, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**setting)
 
 
-def test_filters_refuse_what_keeps_nothing():
+def test_filters_raise_value_error_when_nothing_would_remain():
     with pytest.raises(ValueError, match="top_k must be at least 1 here, got 0"):
         keep_top_k(random_logits(1, 3), 0)
     with pytest.raises(ValueError, match=r"top_p must be in \(0, 1\], got 0"):
@@ -150,100 +150,104 @@ def splitmix64(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def gumbel_of(seed: int, image: int, place: int, token: int) -> float:
+def gumbel_of(seed: int, image: int, position: int, token: int) -> float:
     """The noise of one id, without tensors."""
-    bits = splitmix64(splitmix64(splitmix64(splitmix64(seed) ^ image) ^ place) ^ splitmix64(token)) >> 12
+    bits = splitmix64(splitmix64(splitmix64(splitmix64(seed) ^ image) ^ position) ^ splitmix64(token)) >> 12
     return -math.log(-math.log((bits + 0.5) / 2**52))
 
 
-def test_the_mixer_is_splitmix64():
+def test_splitmix64_gives_the_published_first_output():
     assert splitmix64(0) == 0xE220A8397B1DCDAF  # the first output of the published generator for seed 0
 
 
 @pytest.mark.parametrize("seed", [0, 1, 7, 2**31, MAX_SEED])
-def test_noise_is_that_of_its_definition(seed):
+def test_keyed_gumbel_equals_its_definition_in_integers(seed):
     noise = keyed_gumbel(noise_keys(key(seed, seed), key(0, 3), key(1, 63)), range(5, 25))
     assert noise.dtype == torch.float32
-    expected = [[gumbel_of(seed, image, place, token) for token in range(5, 25)] for image, place in ((0, 1), (3, 63))]
+    expected = [
+        [gumbel_of(seed, image, position, token) for token in range(5, 25)] for image, position in ((0, 1), (3, 63))
+    ]
     torch.testing.assert_close(noise, torch.tensor(expected), atol=1e-6, rtol=1e-6)
 
 
-def test_noise_stays_what_it_is_across_versions():
-    """If this fails, every seed draws another picture. Values made by ``gumbel_of``."""
+def test_keyed_gumbel_is_the_same_across_versions():
+    """If this fails, every seed gives another image. The values come from ``gumbel_of``."""
     noise = keyed_gumbel(noise_keys(key(7), key(3), key(12)), range(4))
     torch.testing.assert_close(noise, torch.tensor([[0.7579, -0.043582, 1.849311, 0.383077]]), atol=1e-5, rtol=0)
 
 
-def test_noise_of_a_row_depends_on_its_key_alone():
+def test_keyed_gumbel_of_a_row_depends_on_its_key_alone():
     ids = range(8192)
     keys = noise_keys(key(7, 7, 8, 1), key(0, 3, 3, 0), key(5, 5, 5, 0))
-    own = noise_keys(key(7), key(3), key(5))
+    single_key = noise_keys(key(7), key(3), key(5))
     batch = keyed_gumbel(keys, ids)
-    alone = keyed_gumbel(own, ids)
+    alone = keyed_gumbel(single_key, ids)
     assert torch.equal(batch[1:2], alone)
     assert torch.equal(keyed_gumbel(keys.flip(0), ids).flip(0), batch)
-    assert torch.equal(keyed_gumbel(own, range(100, 200)), alone[:, 100:200])
+    assert torch.equal(keyed_gumbel(single_key, range(100, 200)), alone[:, 100:200])
 
 
 @pytest.mark.parametrize("other", [(8, 3, 5), (7, 4, 5), (7, 3, 6), (3, 7, 5), (5, 3, 7), (7, 5, 3)])
-def test_noise_differs_with_each_part_of_the_key(other):
-    """Nor do parts of the key stand in for each other."""
+def test_keyed_gumbel_differs_when_a_part_of_the_key_differs(other):
+    """Exchanged parts of a key give another key too."""
     noise = keyed_gumbel(noise_keys(key(7, other[0]), key(3, other[1]), key(5, other[2])), range(4096))
-    assert len(noise.unique()) > 8100  # nearly all of 8192: float32 has few values for so many draws near 0
+    assert len(noise.unique()) > 8100  # nearly all of 8192: float32 has few values near 0
     assert abs(torch.corrcoef(noise)[0, 1].item()) < 5 / math.sqrt(4096)
 
 
-def test_noise_is_standard_gumbel():
-    """Mean 0.5772 and variance pi**2/6 over a million draws; the distribution at five places."""
+def test_keyed_gumbel_is_standard_gumbel():
+    """Mean 0.5772 and variance pi**2/6 over a million values; the distribution function at five points."""
     count = 10_000
     noise = keyed_gumbel(noise_keys(key(7), key(0), torch.arange(count)), range(100))
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.577216, abs=5 * 1.2825 / 1e3)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, rel=0.015)
     for x in (-1.0, 0.0, 0.5, 2.0, 5.0):
-        below = math.exp(-math.exp(-x))
-        assert (noise <= x).float().mean().item() == pytest.approx(below, abs=5 * math.sqrt(below * (1 - below) / 1e6))
+        probability = math.exp(-math.exp(-x))
+        assert (noise <= x).float().mean().item() == pytest.approx(
+            probability, abs=5 * math.sqrt(probability * (1 - probability) / 1e6)
+        )
 
 
-@pytest.mark.parametrize("axis", ["seed", "image", "place", "id"])
-def test_neighbours_are_not_correlated(axis):
-    """Keys are small consecutive numbers, which a weak hash would let through."""
+@pytest.mark.parametrize("axis", ["seed", "image", "position", "id"])
+def test_keyed_gumbel_is_uncorrelated_between_neighbours(axis):
+    """Keys are small consecutive numbers, whose structure a weak hash would preserve."""
     counting, constant = torch.arange(20_000), torch.full((20_000,), 3)
-    keys = noise_keys(*(counting if axis == name else constant for name in ("seed", "image", "place")))
+    keys = noise_keys(*(counting if axis == name else constant for name in ("seed", "image", "position")))
     noise = keyed_gumbel(keys[:1], range(20_000))[0] if axis == "id" else keyed_gumbel(keys, range(1))[:, 0]
     for lag in (1, 2, 8, 64):
         correlation = torch.corrcoef(torch.stack([noise[:-lag], noise[lag:]]))[0, 1].item()
         assert abs(correlation) < 5 / math.sqrt(20_000), (axis, lag)
 
 
-# --- drawing ------------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------------------
 
 
-def draws(logits_V, sampling, count=40_000, seed=1):
-    """How often each id is drawn in ``count`` places."""
+def counts_of(logits_V, sampling, count=40_000, seed=1):
+    """Return how often each id is sampled at ``count`` positions."""
     keys = noise_keys(key(seed), key(0), torch.arange(count))
     chosen = sample(logits_V.expand(count, -1), keys, range(len(logits_V)), sampling)
     return torch.bincount(chosen, minlength=len(logits_V)).double()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_draws_follow_the_softmax(temperature):
+def test_sample_follows_the_softmax(temperature):
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5, 0.3, -2.0, 0.9])
     expected = (logits.double() / temperature).softmax(dim=-1) * 40_000
-    counts = draws(logits, Sampling(temperature=temperature, top_k=0))
+    counts = counts_of(logits, Sampling(temperature=temperature, top_k=0))
     chi_square = ((counts - expected).square() / expected).sum().item()
     assert chi_square < 24.3  # 7 degrees of freedom, one chance in a thousand; the keys are fixed
 
 
-def test_draws_follow_the_filtered_softmax():
+def test_sample_follows_the_filtered_softmax():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 1.5])
-    counts = draws(logits, Sampling(top_k=3))
+    counts = counts_of(logits, Sampling(top_k=3))
     assert counts[[2, 3]].sum() == 0
     expected = logits[[0, 1, 4]].double().softmax(dim=-1) * 40_000
     assert ((counts[[0, 1, 4]] - expected).square() / expected).sum().item() < 13.8  # 2 degrees of freedom
 
 
-def test_top_k_of_one_is_the_argmax_whatever_the_noise():
+def test_sample_is_the_argmax_when_top_k_is_1():
     logits = random_logits(50, 30)
     keys = noise_keys(torch.arange(50), torch.arange(50), torch.arange(50))
     assert torch.equal(sample(logits, keys, range(30), Sampling(top_k=1)), logits.argmax(dim=-1))
@@ -253,16 +257,16 @@ def test_top_k_of_one_is_the_argmax_whatever_the_noise():
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 @pytest.mark.parametrize("top_k", [1, 5, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16: many logits are equal
-def test_noise_of_few_ids_draws_what_noise_of_all_does(top_k, top_p, dtype):
-    """On a CPU the ids that top-k drops have no noise; by the definition all have."""
+def test_sample_is_the_same_with_noise_of_the_kept_ids_alone(top_k, top_p, dtype):
+    """On a CPU the ids that top-k drops get no noise; by the definition all do."""
     logits = random_logits(300, 8192).to(dtype).float()
     keys, sampling = noise_keys(torch.arange(300), key(0), key(3)), Sampling(top_k=top_k, top_p=top_p, temperature=0.7)
     expected = (filter_logits(logits, sampling) + keyed_gumbel(keys, range(4, 8196))).argmax(dim=-1)
     assert torch.equal(sample(logits, keys, range(4, 8196), sampling), expected)
 
 
-def test_more_equal_logits_than_top_k_keeps():
-    """All of them stay in the race, however many there are."""
+def test_sample_includes_all_ties_when_there_are_more_than_top_k():
+    """Each of the tied ids can be sampled."""
     logits = torch.zeros(2000, 600)
     logits[:, :100] = 1.0
     chosen = sample(logits, noise_keys(torch.arange(2000), key(0), key(0)), range(600), Sampling(top_k=3))

@@ -1,4 +1,4 @@
-"""Settings of the transformer: what is refused, and parameters counted without making them."""
+"""Settings of the transformer: ranges, presets, and the number of parameters."""
 
 import pytest
 from torch import nn
@@ -22,23 +22,23 @@ TINY = {"num_layers": 2, "width": 32, "num_heads": 4, "vocabulary_size": 128}
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(setting, message):
+def test_transformer_config_raises_value_error_when_a_setting_is_out_of_range(setting, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**{**TINY, **setting})
 
 
-def test_head_size():
+def test_transformer_config_head_size_is_width_per_head():
     assert TransformerConfig(**TINY).head_size == 8
 
 
-def test_released_model_has_its_published_number_of_parameters():
+def test_preset_4b_has_the_published_number_of_parameters():
     """48 layers of width 2560, 58,240 ids, 1089 positions."""
     config = preset("4b", vocabulary_size=58_240)
     assert (config.num_layers, config.width, config.num_heads) == (48, 2560, 40)
     assert config.num_parameters == 3_928_849_920
 
 
-def test_presets_grow_and_are_what_their_names_say():
+def test_presets_grow_and_match_their_names():
     sizes = []
     for name in PRESETS:
         config = preset(name, vocabulary_size=128, max_positions=16)
@@ -49,18 +49,18 @@ def test_presets_grow_and_are_what_their_names_say():
     assert sizes == sorted(sizes)
 
 
-def test_preset_takes_the_rest_of_the_settings():
+def test_preset_passes_the_other_settings_on():
     config = preset("5m", vocabulary_size=9216, max_positions=128, dropout=0.0)
     assert (config.vocabulary_size, config.max_positions, config.dropout) == (9216, 128, 0.0)
 
 
-def test_unknown_preset_lists_the_known():
+def test_preset_lists_the_known_names_when_unknown():
     with pytest.raises(ValueError, match="preset '5b' is unknown; known: 5m, 20m, 100m, 300m, 1b, 4b"):
         preset("5b", vocabulary_size=128)
 
 
 def test_projections_are_the_linear_layers_of_the_transformer():
-    """The table is what adapters, quantization and estimates know of a layer."""
+    """Adapters, quantization and estimates rely on this table."""
     config = TransformerConfig(**TINY)
     layer = Transformer(config).layers[1]
     found = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}

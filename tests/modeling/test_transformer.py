@@ -1,4 +1,4 @@
-"""The transformer: its size, its start, and that every way of running it gives the same logits."""
+"""The transformer: parameters, initialization, and equal logits whichever way it runs."""
 
 # B batch, T positions, D width, V vocabulary
 
@@ -23,8 +23,8 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs tri
 TINY = TransformerConfig(num_layers=2, width=32, num_heads=4, vocabulary_size=128, max_positions=48)
 
 
-def lively(config: TransformerConfig) -> Transformer:
-    """A model with weights well above those of a fresh one, so that every place matters to every later one."""
+def random_transformer(config: TransformerConfig) -> Transformer:
+    """Return a model with weights well above fresh ones, so that every position affects every later one."""
     generator = torch.Generator().manual_seed(0)
     transformer = Transformer(config).eval()
     with torch.no_grad():
@@ -36,29 +36,29 @@ def lively(config: TransformerConfig) -> Transformer:
 
 @pytest.fixture(scope="module")
 def transformer() -> Transformer:
-    return lively(TINY)
+    return random_transformer(TINY)
 
 
 def random_ids(*shape, seed=0):
     return torch.randint(0, TINY.vocabulary_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
-def padding(starts, places):
-    """The bias of queries at ``places`` (B, T) of rows that begin at ``starts``."""
-    num_keys = int(places.max()) + 1
+def padding(starts, columns):
+    """Return the bias of queries at ``columns`` (B, T) of rows that begin at ``starts``."""
+    num_keys = int(columns.max()) + 1
     key_bias = torch.zeros(len(starts), num_keys).masked_fill(torch.arange(num_keys) < starts[:, None], -torch.inf)
-    return attention_bias(key_bias, places)
+    return attention_bias(key_bias, columns)
 
 
 def close(got, expected, atol=2e-5):
     torch.testing.assert_close(got, expected, atol=atol, rtol=0)
 
 
-# --- size and start -----------------------------------------------------------------------------------------------
+# --- initialization -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_parameters_are_as_many_as_the_config_says(name):
+def test_transformer_has_as_many_parameters_as_its_config(name):
     config = preset(name, vocabulary_size=58_240)
     with torch.device("meta"):
         transformer = Transformer(config)
@@ -67,7 +67,7 @@ def test_parameters_are_as_many_as_the_config_says(name):
         assert config.num_parameters == 3_928_849_920  # the released model
 
 
-def test_fresh_weights_have_the_released_statistics():
+def test_transformer_initializes_weights_with_the_published_deviations():
     torch.manual_seed(0)
     transformer = Transformer(
         TransformerConfig(num_layers=3, width=256, num_heads=4, vocabulary_size=512, max_positions=256)
@@ -86,16 +86,16 @@ def test_fresh_weights_have_the_released_statistics():
     assert len(names) == 6  # the attention's and the MLP's of each layer
 
 
-def test_sinusoidal_positions_are_alike_where_they_are_near():
-    """By how much they differ depends on the distance alone; as noise, all differ alike."""
+def test_sinusoidal_positions_are_more_similar_when_nearer():
+    """Their similarity depends on the distance alone; random positions are all equally dissimilar."""
     torch.manual_seed(0)
     shape = {"num_layers": 1, "width": 64, "num_heads": 2, "vocabulary_size": 50, "max_positions": 90}
-    likeness = []
+    similarities = []
     for sinusoidal in (True, False):
         rows = Transformer(TransformerConfig(**shape, sinusoidal_positions=sinusoidal)).positions.weight.detach()
         cosines = F.normalize(rows, dim=1) @ F.normalize(rows, dim=1).T
-        likeness.append([cosines.diagonal(offset=distance) for distance in (1, 2, 4, 12)])
-    sinusoids, noise = likeness
+        similarities.append([cosines.diagonal(offset=distance) for distance in (1, 2, 4, 12)])
+    sinusoids, noise = similarities
     means = [cosines.mean().item() for cosines in sinusoids]
     assert means == sorted(means, reverse=True)
     assert means[0] > 0.8
@@ -103,10 +103,10 @@ def test_sinusoidal_positions_are_alike_where_they_are_near():
     assert all(cosines.mean().abs() < 0.1 for cosines in noise)
 
 
-def test_branch_gain_lets_the_tokens_through():
-    """At the released gain of 1 a fresh residual stream is nearly all branch output; at 0.05 much of it is tokens."""
+def test_branch_norm_init_keeps_tokens_visible_when_small():
+    """At the released gain of 1 a fresh residual stream is nearly all branch output; at 0.05 tokens remain visible."""
 
-    def share_of_tokens(branch_norm_init: float) -> float:
+    def token_fraction(branch_norm_init: float) -> float:
         torch.manual_seed(0)
         shape = {"num_layers": 4, "width": 64, "num_heads": 4, "vocabulary_size": 128, "max_positions": 32}
         model = Transformer(TransformerConfig(**shape, dropout=0.0, branch_norm_init=branch_norm_init))
@@ -117,8 +117,8 @@ def test_branch_gain_lets_the_tokens_through():
         tokens = model.embedding(ids) + model.positions(torch.arange(32))
         return float(tokens.detach().norm() / stream[0].detach().norm())
 
-    assert share_of_tokens(1.0) < 0.02
-    assert share_of_tokens(0.05) > 0.15
+    assert token_fraction(1.0) < 0.02
+    assert token_fraction(0.05) > 0.15
     norms = [
         module.weight
         for name, module in Transformer(
@@ -129,8 +129,8 @@ def test_branch_gain_lets_the_tokens_through():
     assert [weight[0].item() for weight in norms] == pytest.approx([1, 0.05, 1, 0.05, 1])
 
 
-def test_fresh_model_knows_nothing():
-    """Its loss is that of guessing."""
+def test_transformer_loss_is_that_of_guessing_when_fresh():
+    """Its loss is the logarithm of the vocabulary size."""
     torch.manual_seed(0)
     transformer = Transformer(TINY).eval()
     ids = random_ids(4, 33)
@@ -141,7 +141,7 @@ def test_fresh_model_knows_nothing():
 # --- structure ----------------------------------------------------------------------------------------------------
 
 
-def test_layer_is_a_sandwich(transformer):
+def test_layer_computes_sandwich_layer_norm(transformer):
     """x + LN3(attention(LN1(x))), then x + LN4(mlp(LN2(x)))."""
     layer, x = transformer.layers[0], torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
@@ -153,9 +153,9 @@ def test_layer_is_a_sandwich(transformer):
 
 
 @pytest.mark.parametrize("branch", ["attention", "mlp"])
-def test_branch_vanishes_with_its_output_norm(branch):
-    """No branch adds more to the stream than the norm on its output allows: with that norm at 0, nothing."""
-    transformer, ids = lively(TINY), random_ids(1, 9)
+def test_layer_ignores_a_branch_when_its_output_norm_is_zero(branch):
+    """A branch adds to the residual stream only through the norm on its output."""
+    transformer, ids = random_transformer(TINY), random_ids(1, 9)
     with torch.inference_mode():
         for layer in transformer.layers:
             norm = getattr(layer, f"{branch}_output_norm")
@@ -168,8 +168,12 @@ def test_branch_vanishes_with_its_output_norm(branch):
         close(transformer(ids), before, atol=0)
 
 
-def test_without_branches_only_embeddings_and_the_final_norm_remain():
-    transformer, ids, positions = lively(TINY), random_ids(2, 5), torch.tensor([[0, 1, 2, 0, 1], [7, 8, 9, 10, 47]])
+def test_transformer_is_embeddings_and_final_norm_when_branches_are_zero():
+    transformer, ids, positions = (
+        random_transformer(TINY),
+        random_ids(2, 5),
+        torch.tensor([[0, 1, 2, 0, 1], [7, 8, 9, 10, 47]]),
+    )
     with torch.inference_mode():
         for layer in transformer.layers:
             for norm in (layer.attention_output_norm, layer.mlp_output_norm):
@@ -178,7 +182,7 @@ def test_without_branches_only_embeddings_and_the_final_norm_remain():
         x = transformer.embedding.weight[ids] + transformer.positions.weight[positions]
         norm = transformer.final_norm
         expected = F.layer_norm(x, (32,), norm.weight, norm.bias) @ transformer.embedding.weight.T
-        close(transformer(ids, positions), expected, atol=2e-3)  # epsilon is another one in the relaxed norm
+        close(transformer(ids, positions), expected, atol=2e-3)  # epsilon differs in the relaxed norm
 
 
 def test_head_of_a_range_is_a_slice_of_all_logits(transformer):
@@ -190,27 +194,27 @@ def test_head_of_a_range_is_a_slice_of_all_logits(transformer):
         close(transformer(random_ids(2, 5)), logits, atol=0)
 
 
-def test_half_precision_model_has_float32_logits():
-    transformer = lively(TINY).to(torch.bfloat16)
+def test_head_returns_float32_when_the_model_is_bfloat16():
+    transformer = random_transformer(TINY).to(torch.bfloat16)
     with torch.inference_mode():
         assert transformer(random_ids(1, 4)).dtype == torch.float32
         assert transformer.hidden(random_ids(1, 4)).dtype == torch.bfloat16
 
 
-def test_float16_model_is_near_the_float32_one(transformer):
+def test_transformer_is_near_float32_when_the_model_is_float16(transformer):
     with torch.inference_mode():
-        close(lively(TINY).half()(random_ids(2, 20)), transformer(random_ids(2, 20)), atol=0.1)
+        close(random_transformer(TINY).half()(random_ids(2, 20)), transformer(random_ids(2, 20)), atol=0.1)
 
 
-def test_dropout_is_for_training_alone(transformer):
+def test_dropout_acts_only_in_training(transformer):
     ids = random_ids(1, 6)
     assert torch.equal(transformer(ids), transformer(ids))
-    training = lively(TINY).train()
+    training = random_transformer(TINY).train()
     assert not torch.equal(training(ids), training(ids))
 
 
-def test_dropout_falls_on_the_embeddings_and_on_both_branches():
-    transformer = lively(TINY).train()
+def test_dropout_acts_on_embeddings_and_both_branches():
+    transformer = random_transformer(TINY).train()
     dropped = []
     for name, module in transformer.named_modules():
         if isinstance(module, torch.nn.Dropout):
@@ -227,18 +231,18 @@ def test_dropout_falls_on_the_embeddings_and_on_both_branches():
 # --- equalities ---------------------------------------------------------------------------------------------------
 
 
-def test_later_ids_change_no_earlier_logit(transformer):
+def test_transformer_is_causal(transformer):
     ids = random_ids(2, 12)
     changed = ids.clone()
     changed[:, 7] = (changed[:, 7] + 1) % 128
     with torch.inference_mode():
         before, after = transformer(ids), transformer(changed)
     close(after[:, :7], before[:, :7], atol=0)
-    assert (after[:, 7:] - before[:, 7:]).abs().amax(dim=-1).min() > 1e-2  # and every later one
+    assert (after[:, 7:] - before[:, 7:]).abs().amax(dim=-1).min() > 1e-2  # every later logit changes
 
 
 @pytest.mark.parametrize("chunks", [(20,), (1,) * 20, (7, 1, 1, 4, 7), (19, 1), (1, 19)])
-def test_cached_decoding_is_the_full_forward(transformer, chunks):
+def test_hidden_equals_the_full_forward_when_cached(transformer, chunks):
     ids = random_ids(3, 20)
     cache = KVCache(TINY, 3, 20, CPU, torch.float32)
     with torch.inference_mode():
@@ -248,8 +252,8 @@ def test_cached_decoding_is_the_full_forward(transformer, chunks):
 
 
 @pytest.mark.parametrize("chunks", [(20,), (1,) * 20, (5, 1, 8, 6)])
-def test_left_padded_batch_is_its_rows_alone(transformer, chunks):
-    """With a cache or without; the last row's padding reaches past the first chunk."""
+def test_hidden_does_not_depend_on_left_padding(transformer, chunks):
+    """With a cache or without; the padding of the last row reaches past the first chunk."""
     lengths = (20, 13, 4)
     rows = [random_ids(1, length, seed=length) for length in lengths]
     starts = torch.tensor([20 - length for length in lengths])
@@ -260,18 +264,18 @@ def test_left_padded_batch_is_its_rows_alone(transformer, chunks):
     cache = KVCache(TINY, 3, 20, CPU, torch.float32) if len(chunks) > 1 else None
     with torch.inference_mode():
         parts = [
-            transformer.hidden(part, part_positions, bias_B1TS=padding(starts, places), cache=cache)
-            for part, part_positions, places in zip(
+            transformer.hidden(part, part_positions, bias_B1TS=padding(starts, columns), cache=cache)
+            for part, part_positions, columns in zip(
                 *(x.split(chunks, dim=1) for x in (ids, positions, torch.arange(20).expand(3, -1))), strict=True
             )
         ]
         batch = torch.cat(parts, dim=1)
-        assert batch.isfinite().all()  # padding means nothing, but it must not poison
+        assert batch.isfinite().all()  # padding has no meaning, but must not spread nan
         for row, start in enumerate(starts.tolist()):
             close(batch[row, start:], transformer.hidden(rows[row])[0])
 
 
-def test_positions_may_restart(transformer):
+def test_hidden_accepts_positions_that_restart(transformer):
     ids = random_ids(1, 10)
     restarting = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
     cache = KVCache(TINY, 1, 10, CPU, torch.float32)
@@ -288,8 +292,8 @@ def test_positions_may_restart(transformer):
 
 @pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("padded", [False, True])
-def test_all_kernels_give_the_same_logits_and_gradients(monkeypatch, name, padded):
-    transformer = lively(replace(TINY, width=64))
+def test_transformer_gives_the_same_logits_and_gradients_with_all_kernels(monkeypatch, name, padded):
+    transformer = random_transformer(replace(TINY, width=64))
     ids = random_ids(2, 20)
     bias = padding(torch.tensor([0, 6]), torch.arange(20).expand(2, -1)) if padded else None
     first, parameters = 6 if padded else 0, list(transformer.parameters())
@@ -307,10 +311,10 @@ def test_all_kernels_give_the_same_logits_and_gradients(monkeypatch, name, padde
 
 @needs_triton
 @pytest.mark.parametrize("name", ["reference", "torch", "triton"])
-def test_an_outlier_in_half_precision_moves_no_other_token(monkeypatch, name):
-    """10,000 in a channel of one token: nothing overflows, nothing before it and no other row changes in a single bit.
+def test_hidden_confines_an_outlier_to_later_tokens_when_float16(monkeypatch, name):
+    """10,000 in a channel of one token: nothing overflows, and no earlier token and no other row changes in any bit.
 
-    Triton's kernels add up in float16 here. The released PB-relax took one maximum over all tokens, so that all moved.
+    Triton's kernels accumulate in float16 here. The released PB-relax takes one maximum over all tokens.
     """
     monkeypatch.setenv("COGVIEW_KERNELS", name)
     select_backend.cache_clear()
@@ -320,10 +324,10 @@ def test_an_outlier_in_half_precision_moves_no_other_token(monkeypatch, name):
         monkeypatch.setattr(
             "cogview.modeling.transformer.attention", partial(attention_triton, accumulate_dtype="float16")
         )
-    transformer = lively(replace(TINY, num_layers=4, width=64)).half()
+    transformer = random_transformer(replace(TINY, num_layers=4, width=64)).half()
     ids = random_ids(2, 12)
     ids[ids == 5] = 6
-    ids[0, 7] = 5  # stands nowhere else
+    ids[0, 7] = 5  # occurs nowhere else
     with torch.no_grad():
         before = transformer.hidden(ids)
         transformer.embedding.weight[5, 3] = 1e4
@@ -338,7 +342,7 @@ def test_an_outlier_in_half_precision_moves_no_other_token(monkeypatch, name):
 # --- the cache ----------------------------------------------------------------------------------------------------
 
 
-def test_cache_stores_in_place(transformer):
+def test_kv_cache_stores_in_place(transformer):
     cache = KVCache(TINY, 2, 10, CPU, torch.float32)
     where = cache.keys_values.data_ptr()
     assert cache.keys_values.shape == (2, 2, 2, 4, 10, 8)
@@ -353,7 +357,7 @@ def test_cache_stores_in_place(transformer):
     assert cache.keys_values.data_ptr() == where
 
 
-def test_full_cache_says_so(transformer):
+def test_kv_cache_raises_value_error_when_full(transformer):
     cache = KVCache(TINY, 1, 5, CPU, torch.float32)
     with torch.inference_mode():
         transformer.hidden(random_ids(1, 4), cache=cache)
@@ -368,23 +372,23 @@ with_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="thi
 
 @with_mkl
 @pytest.mark.parametrize("chunks", [None, (20,), (1,) * 20, (5, 1, 8, 6)])
-def test_packed_weights_give_the_same_logits(chunks):
-    """By another path than the modules', with a cache or without."""
-    packed, ids = lively(TINY), random_ids(3, 20)
+def test_packed_layers_give_the_same_logits(chunks):
+    """They bypass the modules, with a cache or without."""
+    packed, ids = random_transformer(TINY), random_ids(3, 20)
     packed.prepack()
     bias = padding(torch.tensor([0, 4, 9]), torch.arange(20).expand(3, -1)) if chunks is None else None
     with torch.inference_mode():
         cache = KVCache(TINY, 3, 20, CPU, torch.float32)
         parts = [packed.hidden(part, cache=cache) for part in ids.split(chunks, dim=1)] if chunks else []
         hidden = torch.cat(parts, dim=1) if chunks else packed.hidden(ids, bias_B1TS=bias)
-        close(hidden, lively(TINY).hidden(ids, bias_B1TS=bias))
-        close(packed.head(hidden, range(5, 77)), lively(TINY).head(hidden, range(5, 77)), atol=1e-4)
+        close(hidden, random_transformer(TINY).hidden(ids, bias_B1TS=bias))
+        close(packed.head(hidden, range(5, 77)), random_transformer(TINY).head(hidden, range(5, 77)), atol=1e-4)
 
 
 @with_mkl
-def test_weights_that_change_are_packed_anew():
-    """A picture that training shows is drawn by the weights of that step."""
-    packed, plain, ids = lively(TINY), lively(TINY), random_ids(1, 9)
+def test_packed_layers_pack_again_when_weights_change():
+    """Sample images during training use the weights of that step."""
+    packed, plain, ids = random_transformer(TINY), random_transformer(TINY), random_ids(1, 9)
     packed.prepack()
     with torch.no_grad():
         before = packed.head(packed.hidden(ids), range(64))
@@ -399,8 +403,8 @@ def test_weights_that_change_are_packed_anew():
 
 
 @with_mkl
-def test_packed_weights_can_be_copied_and_moved():
-    packed, ids = lively(TINY), random_ids(1, 9)
+def test_packed_layers_survive_copies_and_conversions():
+    packed, ids = random_transformer(TINY), random_ids(1, 9)
     packed.prepack()
     with torch.no_grad():
         expected = packed.hidden(ids)
@@ -413,8 +417,8 @@ def test_packed_weights_can_be_copied_and_moved():
 
 
 @with_mkl
-def test_packed_weights_can_be_trained_and_saved():
-    packed, plain, ids = lively(TINY), lively(TINY), random_ids(2, 9)
+def test_packed_layers_leave_gradients_and_state_unchanged():
+    packed, plain, ids = random_transformer(TINY), random_transformer(TINY), random_ids(2, 9)
     packed.prepack()
     for model in (packed, plain):
         model(ids).square().mean().backward()
