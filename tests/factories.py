@@ -1,18 +1,91 @@
-"""Small vocabularies, sequences, requests and transformers that several tests build."""
+"""Small vocabularies, sequences, requests and models that several tests build.
+
+Weights are random and depend on the seed alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
+from cogview.checkpoints.checkpoint import Model
+from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.generation.requests import DecodingRequest
-from cogview.modeling.config import Sampling, TransformerConfig
+from cogview.modeling.config import ModelConfig, Sampling, TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 VOCABULARY = Vocabulary(num_image_codes=64, num_text_pieces=37)
 TABLE = layouts(8)
 SAMPLING = Sampling(temperature=1.2, top_k=20, top_p=0.95)
 SHORT, LONG = [7], [3, 1, 4, 1, 5, 9, 2, 6, 5, 35]  # text tokens
+TINY_VQVAE = VQVAEConfig(channels=(8, 8, 16), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1), code_width=4)
+
+
+@functools.cache
+def tiny_text_tokenizer(captions: tuple[str, ...], size: int, **settings: Any) -> TextTokenizer:
+    """Return a text tokenizer trained on ``captions``, with at most ``size`` pieces."""
+    return TextTokenizer(train_text_tokenizer(captions, size=size, **settings))
+
+
+def tiny_transformer_config(vocabulary: Vocabulary, **changes: Any) -> TransformerConfig:
+    """Return a shape of 2 layers, width 32, 2 heads and 96 positions without dropout, with ``changes``."""
+    shape = {"num_layers": 2, "width": 32, "num_heads": 2, "max_positions": 96, "dropout": 0.0, **changes}
+    return TransformerConfig(vocabulary_size=vocabulary.padded_size, **shape)
+
+
+def tiny_model(
+    text_tokenizer: TextTokenizer,
+    *,
+    vqvae: VQVAEConfig = TINY_VQVAE,
+    shape: dict[str, Any] | None = None,
+    seed: int = 0,
+    vqvae_seed: int | None = None,
+    things: Sequence[Any] = (),
+    card: str = "",
+    **config: Any,
+) -> Model:
+    """Return a whole model with random weights: 8 x 8 codes and all four tasks.
+
+    Args:
+        text_tokenizer: Its size determines the vocabulary.
+        vqvae: Shape of the image tokenizer; its number of codes determines the vocabulary.
+        shape: Changes to the shape of the transformer (`tiny_transformer_config`).
+        seed: Seed of the transformer, and of the image tokenizer without ``vqvae_seed``.
+        vqvae_seed: Seed of the image tokenizer, for models of several seeds that share one.
+        things: Objects that the model can draw.
+        card: Text of the model card.
+        config: Changes to the `ModelConfig`.
+    """
+    vocabulary = Vocabulary(num_image_codes=vqvae.num_codes, num_text_pieces=text_tokenizer.size)
+    transformer_config = tiny_transformer_config(vocabulary, **(shape or {}))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = Transformer(transformer_config)
+        if vqvae_seed is not None:
+            torch.manual_seed(vqvae_seed)
+        image_tokenizer = VQVAE(vqvae)
+    settings = {
+        "grid": 8,
+        "tasks": ("generate", "caption", "upscale", "low_level"),
+        "codebook_sha256": codebook_hash(image_tokenizer),
+        **config,
+    }
+    return Model(
+        config=ModelConfig(transformer=transformer_config, vocabulary=vocabulary, **settings),
+        transformer=transformer,
+        image_tokenizer=image_tokenizer,
+        text_tokenizer=text_tokenizer,
+        things=tuple(things),
+        card=card,
+    )
 
 
 def random_transformer(width: int = 32) -> Transformer:
@@ -21,10 +94,7 @@ def random_transformer(width: int = 32) -> Transformer:
     The embedding is smaller: tied to the output, it would make the model repeat the last id.
     """
     generator = torch.Generator().manual_seed(0)
-    config = TransformerConfig(
-        num_layers=2, width=width, num_heads=4, vocabulary_size=VOCABULARY.padded_size, max_positions=96
-    )
-    transformer = Transformer(config).eval()
+    transformer = Transformer(tiny_transformer_config(VOCABULARY, width=width, num_heads=4)).eval()
     with torch.no_grad():
         for parameter in transformer.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -30,6 +30,7 @@ from cogview.modeling.quantization import dequantize_weight, is_quantized, quant
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
 from cogview.vqvae.quantizer import RENAMED_AVERAGES
+from tests.v1_release import transformer_shapes
 
 TRACKER = "latest_checkpointed_iteration.txt"
 INT8, INT4 = Precision(quantization="int8"), Precision(quantization="int4")
@@ -37,7 +38,7 @@ WEIGHTS = ("model.safetensors", "image/model.safetensors")
 
 
 def convert(files, output, **settings):
-    """``import_released`` with what most tests want; returns the folder."""
+    """``import_v1`` with what most tests want; returns the folder."""
     settings = {"tasks": ALL_TASKS, "precision": Precision(), "num_heads": 4} | settings
     import_v1(**files, output=output, **settings)
     return output
@@ -231,9 +232,9 @@ def test_tasks_by_the_published_names(tmp_path, path, tasks):
 # --- the full size ------------------------------------------------------------------------------------------------
 
 
-def test_four_billion_parameters(released_shapes, tmp_path, monkeypatch):
+def test_four_billion_parameters(tmp_path, monkeypatch):
     """Names and shapes are those of the release, and are known without reading a tensor."""
-    shapes = released_shapes(num_layers=48, width=2560, num_rows=58_240)
+    shapes = transformer_shapes(num_layers=48, width=2560, num_rows=58_240)
     with torch.device("meta"):
         ours = Transformer(preset("4b", 58_240)).state_dict()
     assert {v1_name(name): tuple(tensor.shape) for name, tensor in ours.items()} == shapes
@@ -590,8 +591,8 @@ def test_settings(files, tmp_path, settings, message):
     assert got.startswith(f"{files['source']}: {message}")
 
 
-def test_a_width_that_tells_no_heads(released_shapes, files, tmp_path):
-    shapes = released_shapes(num_layers=1, width=48, num_rows=128)
+def test_a_width_that_tells_no_heads(files, tmp_path):
+    shapes = transformer_shapes(num_layers=1, width=48, num_rows=128)
     torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "narrow.pt")
     given = {**files, "source": tmp_path / "narrow.pt"}
     message = error_of(lambda: convert(given, tmp_path / "ours", num_heads=None), tmp_path)

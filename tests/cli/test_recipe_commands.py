@@ -23,7 +23,6 @@ from cogview.cli import evaluate as evaluate_command
 from cogview.cli.main import main
 from cogview.data.store import TokenStore
 from cogview.data.store_writer import StoreWriter
-from cogview.emoji.things import EmojiFiles
 from cogview.evaluation import harness as protocol
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
@@ -189,9 +188,7 @@ def test_an_interrupted_encoding_is_continued(work, tmp_path, monkeypatch, capsy
     assert all(np.array_equal(rows[name], expected[name]) for name in rows)
 
 
-@pytest.mark.skipif(
-    not EmojiFiles().font.is_file(), reason="the Noto Color Emoji font is missing (apt install fonts-noto-color-emoji)"
-)
+@pytest.mark.font
 def test_a_world_of_the_real_font(tmp_path, capsys):
     assert main(["scenes", write_recipe(tmp_path)]) == 0
     output = capsys.readouterr()

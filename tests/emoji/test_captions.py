@@ -295,10 +295,7 @@ def test_a_reader_of_no_things_or_other_colours_reads_no_others(make_tiny_world:
     assert reader.read("金色背景上的狐狸") == ParsedCaption(colour=gold, kind="one", count=1, things=(frozenset("🦊"),))
 
 
-@pytest.mark.skipif(
-    not all(path.is_file() for path in (EmojiFiles().font, *EmojiFiles().annotations, EmojiFiles().emoji_test)),
-    reason="needs the Debian packages fonts-noto-color-emoji, unicode-cldr-core and unicode-data",
-)
+@pytest.mark.font
 def test_captions_of_the_real_world_are_read() -> None:
     things = read_things(EmojiFiles())
     world, reader = world_of(things), CaptionReader(things)

@@ -8,10 +8,6 @@ from cogview.emoji.things import COMMON, EmojiFiles, draw_sprites, read_things
 from cogview.errors import InputError
 
 DEBIAN = EmojiFiles()
-needs_debian_files = pytest.mark.skipif(
-    not all(path.is_file() for path in (DEBIAN.font, *DEBIAN.annotations, DEBIAN.emoji_test)),
-    reason="needs the Debian packages fonts-noto-color-emoji, unicode-cldr-core and unicode-data",
-)
 
 ANNOTATIONS = """<?xml version="1.0" encoding="UTF-8"?>
 <ldml><annotations>
@@ -98,7 +94,7 @@ def test_files_without_a_common_emoji_are_refused(planted: EmojiFiles) -> None:
         read_things(planted)
 
 
-@needs_debian_files
+@pytest.mark.font
 def test_debian_things_have_names_and_pictures_of_their_own() -> None:
     things = read_things(DEBIAN)
     assert len(things) >= 800  # 836 with the files of Debian 12

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from factories import VOCABULARY, random_transformer
 
 from cogview.modeling.transformer import Transformer
+from tests.factories import VOCABULARY, random_transformer
 
 
 @pytest.fixture(scope="session")

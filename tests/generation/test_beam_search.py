@@ -3,7 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from factories import (
+
+from cogview.generation.beam_search import beam_search
+from cogview.generation.decode import decode
+from cogview.modeling.config import GREEDY
+from cogview.tokenizers.layouts import layouts
+from tests.factories import (
     SHORT,
     VOCABULARY,
     caption_sequence,
@@ -11,11 +16,6 @@ from factories import (
     request_for,
     text_ids_of,
 )
-
-from cogview.generation.beam_search import beam_search
-from cogview.generation.decode import decode
-from cogview.modeling.config import GREEDY
-from cogview.tokenizers.layouts import layouts
 
 
 def all_texts(model, sequence, length):

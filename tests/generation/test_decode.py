@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from factories import (
+
+from cogview.generation.decode import decode
+from cogview.generation.requests import DecodingStopped
+from cogview.generation.sampling import filter_logits, keyed_gumbel, noise_keys
+from cogview.kernels.attention import attention_bias
+from cogview.kernels.dispatch import select_backend
+from cogview.modeling.config import GREEDY, Sampling
+from cogview.modeling.transformer import Transformer
+from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.vocabulary import TokenKind
+from tests.factories import (
     LONG,
     SAMPLING,
     SHORT,
@@ -16,16 +26,6 @@ from factories import (
     text_ids_of,
     upscale_sequence,
 )
-
-from cogview.generation.decode import decode
-from cogview.generation.requests import DecodingStopped
-from cogview.generation.sampling import filter_logits, keyed_gumbel, noise_keys
-from cogview.kernels.attention import attention_bias
-from cogview.kernels.dispatch import select_backend
-from cogview.modeling.config import GREEDY, Sampling
-from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.layouts import layouts
-from cogview.tokenizers.vocabulary import TokenKind
 
 
 def decode_without_cache(transformer, one):

@@ -1,7 +1,12 @@
 """Shared prefixes: computed once, stored once, and without effect on the result."""
 
 import pytest
-from factories import (
+
+from cogview.generation.decode import decode
+from cogview.generation.decoding_state import DecodingState, group_by_prefix, worth_sharing_prefix
+from cogview.modeling.config import Sampling
+from cogview.tokenizers.batching import pad_left
+from tests.factories import (
     LONG,
     SHORT,
     VOCABULARY,
@@ -9,11 +14,6 @@ from factories import (
     generate_sequence,
     request_for,
 )
-
-from cogview.generation.decode import decode
-from cogview.generation.decoding_state import DecodingState, group_by_prefix, worth_sharing_prefix
-from cogview.modeling.config import Sampling
-from cogview.tokenizers.batching import pad_left
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from factories import (
+
+from cogview.generation.scoring import score
+from tests.factories import (
     LONG,
     SHORT,
     TABLE,
     VOCABULARY,
 )
-
-from cogview.generation.scoring import score
 
 
 def test_score_sums_log_probabilities_over_the_text(transformer):

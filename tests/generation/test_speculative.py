@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from factories import (
+
+from cogview.generation.decode import decode
+from cogview.generation.speculative import uses_cuda_graphs
+from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
+from cogview.modeling.transformer import Transformer
+from tests.factories import (
     LONG,
     SAMPLING,
     SHORT,
@@ -13,11 +18,6 @@ from factories import (
     request_for,
     upscale_sequence,
 )
-
-from cogview.generation.decode import decode
-from cogview.generation.speculative import uses_cuda_graphs
-from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
-from cogview.modeling.transformer import Transformer
 
 
 @pytest.mark.parametrize("min_speedup", [0.0, 2.0])  # keep speculating although few drafts are accepted, or stop

@@ -145,9 +145,7 @@ def test_settings_are_those_of_the_task(parts):
     assert bundle.sampling().temperature == 0.9
     assert bundle.sampling(task="upscale") == bundle.sampling(task="low_level") == PARTS["enlarges"]["sampling"]
     assert bundle.sampling(top_k=3, task="upscale") == Sampling(temperature=0.5, top_k=3)
-    with pytest.raises(
-        InputError, match=r"^cogview-bundle was trained without caption dropout, so it cannot be g"
-    ):
+    with pytest.raises(InputError, match=r"^cogview-bundle was trained without caption dropout, so it cannot be g"):
         bundle.sampling(guidance=2)
     assert bundle.sampling(guidance=2, task="upscale").guidance == 2
 

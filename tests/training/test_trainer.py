@@ -2,7 +2,6 @@
 
 # B rows, T places of a row, V ids of a kind
 
-import functools
 import json
 import math
 from collections.abc import Sequence
@@ -22,10 +21,8 @@ from cogview.data.sampling_order import sample_index
 from cogview.data.store import NO_TOKEN, StoreHeader, TokenStore
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
-from cogview.modeling.config import ModelConfig, TransformerConfig
-from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
-from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.modeling.config import ModelConfig
+from cogview.tokenizers.text import TextTokenizer
 from cogview.training import trainer as transformer
 from cogview.training.data_loader import TrainingDataLoader
 from cogview.training.distributed import DistributedContext
@@ -33,45 +30,23 @@ from cogview.training.examples import ExampleBuilder, RowPlan, StepDataset, Trai
 from cogview.training.replay import replay_dump
 from cogview.training.settings import EngineSettings, TransformerTraining
 from cogview.training.trainer import MonitorSettings, NonFiniteError, TransformerTrainer
-from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.model import VQVAEConfig
+from tests.factories import tiny_model, tiny_text_tokenizer
 
 ALONE = DistributedContext(torch.device("cpu"))
 CODES, GRID = 32, 8
 CAPTIONS = ("一个红苹果", "蓝色背景上的三只狐狸", "汽车的左边是一条鱼", "打开的书上面有两只狗")
 
 
-@functools.cache
 def text_tokenizer() -> TextTokenizer:
-    return TextTokenizer(train_text_tokenizer(CAPTIONS, size=400, coverage=1.0))
+    return tiny_text_tokenizer(CAPTIONS, 400, coverage=1.0)
 
 
 def new_model(seed: int = 0, dropout: float = 0.0) -> Model:
-    torch.manual_seed(1)
-    image_tokenizer = VQVAE(VQVAEConfig(channels=(4, 4, 8), encoder_blocks=(0, 0, 0), num_codes=CODES, code_width=4))
-    vocabulary = Vocabulary(num_image_codes=CODES, num_text_pieces=text_tokenizer().size)
-    shape = TransformerConfig(
-        num_layers=2,
-        width=32,
-        num_heads=2,
-        vocabulary_size=vocabulary.padded_size,
-        max_positions=100,
-        dropout=dropout,
-    )
-    torch.manual_seed(seed)
-    config = ModelConfig(
-        transformer=shape,
-        vocabulary=vocabulary,
-        grid=GRID,
-        tasks=("generate", "caption", "upscale", "low_level"),
-        max_text=30,
-        codebook_sha256=codebook_hash(image_tokenizer),
-    )
-    return Model(
-        config=config,
-        transformer=Transformer(shape),
-        image_tokenizer=image_tokenizer,
-        text_tokenizer=text_tokenizer(),
-    )
+    """Return a tiny model; models of every seed share the image tokenizer."""
+    vqvae = VQVAEConfig(channels=(4, 4, 8), encoder_blocks=(0, 0, 0), num_codes=CODES, code_width=4)
+    shape = {"max_positions": 100, "dropout": dropout}
+    return tiny_model(text_tokenizer(), vqvae=vqvae, shape=shape, seed=seed, vqvae_seed=1, max_text=30)
 
 
 def settings(**changes) -> TransformerTraining:

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cogview.checkpoints.checkpoint import NamedThing
 from cogview.emoji.evaluation.rerank import best_of, evaluate_rerank, format_rerank_report

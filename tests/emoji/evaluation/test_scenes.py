@@ -16,7 +16,6 @@ from cogview.emoji.evaluation.scenes import (
     wilson_interval,
 )
 from cogview.emoji.scene import COLOURS, Scene
-from cogview.emoji.things import EmojiFiles
 from cogview.emoji.world import EmojiWorld, WorldSettings
 from cogview.errors import InputError
 
@@ -152,10 +151,7 @@ def test_held_out_scenes_differ_and_say_everything(make_tiny_world: MakeWorld) -
         held_out_scenes(world, 1000)
 
 
-@pytest.mark.skipif(
-    not all(path.is_file() for path in (EmojiFiles().font, *EmojiFiles().annotations, EmojiFiles().emoji_test)),
-    reason="needs the Debian packages fonts-noto-color-emoji, unicode-cldr-core and unicode-data",
-)
+@pytest.mark.font
 def test_true_pictures_of_the_real_world_are_right_among_all_candidates() -> None:
     world = EmojiWorld.create(WorldSettings(things=400))
     grader = SceneGrader(world)
