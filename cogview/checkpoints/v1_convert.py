@@ -6,6 +6,7 @@ Outputs are written completely or not at all, and one tensor at a time is in mem
 from __future__ import annotations
 
 import filecmp
+import itertools
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -32,13 +33,17 @@ from cogview.errors import InputError
 from cogview.files import new_folder, write_json
 from cogview.modeling.config import ModelConfig, Sampling
 from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 
 V1_GRID = 32
 V1_CAPTION = 20  # pieces: captions of CogView v1 have no stop token; its code samples this many
-V1_TASKS = {"base": ("generate",), "caption": ("caption",), "sr": ("upscale", "low_level")}
-ALL_TASKS = ("generate", "caption", "upscale", "low_level")
+# Tasks of the published models, by the names of the models.
+V1_TASKS = {
+    model: tuple(name for name, task in TASKS.items() if task.v1_model == model) for model in ("base", "caption", "sr")
+}
+ALL_TASKS = tuple(itertools.chain.from_iterable(V1_TASKS.values()))
 
 
 def tasks_by_name(source: Path) -> tuple[str, ...] | None:

@@ -11,19 +11,12 @@ from typing import TYPE_CHECKING
 from cogview.cli.options import add_revision_argument
 from cogview.errors import InputError
 from cogview.formatting import format_bytes
+from cogview.tokenizers.tasks import commands_of
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.registry import ModelEntry
     from cogview.checkpoints.safetensors_io import TensorSpec
     from cogview.modeling.config import TransformerConfig
-
-# The commands that ask for each task.
-COMMANDS_OF_TASKS = {
-    "generate": ("generate", "complete"),
-    "caption": ("caption", "rerank"),
-    "upscale": ("upscale",),
-    "low_level": ("upscale --low-level",),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +76,7 @@ def model_facts(folder: Path, name: str) -> dict[str, str]:
     facts |= {
         "tasks": ", ".join(config.tasks),
         "commands": ", ".join(
-            f"cogview {command}" for task in config.tasks for command in COMMANDS_OF_TASKS.get(task, ())
+            f"cogview {command}" for task in config.tasks for command in commands_of(task)
         ),
         "pictures": f"{8 * config.grid} x {8 * config.grid} pixels from {config.grid} x {config.grid} codes",
         "transformer": _shape(config.transformer),

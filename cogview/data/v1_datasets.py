@@ -25,6 +25,7 @@ import numpy as np
 from cogview.data.store import DATA_FILE, NO_TOKEN, StoreHeader, TokenStore, open_environment
 from cogview.data.v1_rows import ForbiddenGlobal, RowUnpickler, numbers_of
 from cogview.errors import InputError
+from cogview.tokenizers.tasks import tasks_of_store
 from cogview.tokenizers.vocabulary import GRID_COMMANDS, Vocabulary
 
 TEXT_WIDTH = 64  # text ids in a row of a .bin file
@@ -91,7 +92,7 @@ class V1Dataset(TokenStore):
             grid=self._grid,
             num_image_codes=num_image_codes,
             num_text_pieces=num_text_pieces,
-            layouts=("generate", "caption"),
+            layouts=tasks_of_store({"text", "image"}),
             codebook_sha256=codebook_sha256,
             text_sha256=text_sha256,
             provenance={"released": self.path.name},

@@ -17,14 +17,8 @@ from typing import Any, get_args, get_type_hints
 
 from cogview.errors import InputError
 from cogview.formatting import shorten
+from cogview.tokenizers.tasks import job_tasks
 
-# What a line must bring for its task.
-TASKS = {
-    "generate": ("prompt",),
-    "complete": ("prompt", "image", "rows"),
-    "upscale": ("prompt", "image"),
-    "caption": ("image",),
-}
 SHOWN = 40  # characters of a wrong value in a message
 _SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # of ``Sampling``
 
@@ -51,14 +45,15 @@ class JobRecord:
     text_attention: float | None = None
 
     def __post_init__(self) -> None:
-        if self.task not in TASKS:
-            raise ValueError(f'the task "{self.task}" is unknown; known: {", ".join(TASKS)}')
-        needed = TASKS[self.task]
+        tasks = job_tasks()
+        if self.task not in tasks:
+            raise ValueError(f'the task "{self.task}" is unknown; known: {", ".join(tasks)}')
+        needed = tasks[self.task].inputs
         if missing := [key for key in needed if getattr(self, key) is None]:
             raise ValueError(f"the task {self.task} needs {' and '.join(missing)}")
         for key in ("image", "rows"):  # else a forgotten task would draw something else without a word
             if getattr(self, key) is not None and key not in needed:
-                users = ", ".join(task for task, keys in TASKS.items() if key in keys)
+                users = ", ".join(name for name, task in tasks.items() if key in task.inputs)
                 raise ValueError(f"{key} means nothing for the task {self.task}; it belongs to: {users}")
         if self.n is not None and self.n < 1:
             raise ValueError(f"n must be at least 1, got {self.n}")

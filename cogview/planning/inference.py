@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,11 +47,10 @@ from cogview.kernels.linear import (
 from cogview.modeling.config import PROJECTIONS, ModelConfig, Sampling, TransformerConfig
 from cogview.tokenizers.batching import pad_left
 from cogview.tokenizers.layouts import TokenSequence
+from cogview.tokenizers.tasks import TASKS, ImageElement, planned_tasks
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 from cogview.tokenizers.windows import upscale_windows
 from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
-
-TASKS = ("generate", "caption", "upscale", "low_level", "score")
 
 # Bytes of an activation. Where only the weights of the layers are quantized, all else is in half precision.
 ACTIVATION_BYTES = {**DTYPE_BYTES, "int8": 2, "int4": 2}
@@ -251,10 +251,10 @@ def estimate(
     search holds a row for each beam. Raises InputError for an unknown task or dtype, a task that the model was not
     trained for, less than one row, and guidance where no picture is drawn.
     """
-    if task not in TASKS:
-        raise InputError(f"task {task!r} is unknown; known: {', '.join(TASKS)}")
-    draws = task not in ("caption", "score")
-    if (task if draws else "caption") not in config.tasks:
+    if task not in planned_tasks():
+        raise InputError(f"task {task!r} is unknown; known: {', '.join(planned_tasks())}")
+    draws = TASKS[task].output == "image"
+    if TASKS[task].weights not in config.tasks:
         raise InputError(f"the model was not trained for the task {task!r}; its tasks are: {', '.join(config.tasks)}")
     if dtype not in ACTIVATION_BYTES:
         raise InputError(f"dtype {dtype!r} is unknown; known: {', '.join(ACTIVATION_BYTES)}")
@@ -284,7 +284,7 @@ def estimate(
         columns = 1 + max(read.total_positions for read in reads)  # the last one is drawn and not read
     copies = 1 + guided
     sampling = _sampling_of(config, task)
-    side = 2 * config.grid if task == "upscale" else config.grid
+    side = round((TASKS[task].output_scale or TASKS[task].input_scale) * config.grid)
     return InferenceEstimate(
         transformer=shape,
         image_config=image_config,
@@ -415,7 +415,9 @@ def uses_prepacking(dtype: str, device_type: str) -> bool:
 def prepacked_bytes(config: TransformerConfig, vocabulary: Vocabulary, task: str) -> int:
     """Bytes of all that ``task`` multiplies, in the order of MKL: the projections, and the ids that are told."""
     told = (
-        vocabulary.image if task not in ("caption", "score") else range(vocabulary.text.start, vocabulary.padded_size)
+        vocabulary.image
+        if TASKS[task].output == "image"
+        else range(vocabulary.text.start, vocabulary.padded_size)
     )
     return 4 * config.width * (12 * config.width * config.num_layers + len(told))
 
@@ -529,24 +531,21 @@ def _sequences_to_decode(config: ModelConfig, task: str) -> list[TokenSequence]:
 
     Texts and codes are zeros: only what is given and what is blank matters.
     """
-    table, vocabulary, grid = config.layouts, config.vocabulary, config.grid
-    text = [0] * config.max_text
-    if task == "generate":
-        return [table[task].arrange(vocabulary, text=text)]
-    if task == "caption":
-        image = np.zeros(grid**2, dtype=np.int64)
-        return [table[task].arrange(vocabulary, image=image, max_text=config.caption_positions)]
-    small = np.zeros((grid // 2) ** 2, dtype=np.int64)
-    if task == "low_level":
-        return [table[task].arrange(vocabulary, text=text, small=small)]
+    task_row, layout, vocabulary, grid = TASKS[task], config.layouts[task], config.vocabulary, config.grid
+    given: dict[str, Any] = {}
+    for name, content in task_row.contents.items():
+        if name != task_row.blank_name:
+            size = content.side(grid) ** 2 if isinstance(content, ImageElement) else config.max_text
+            given[name] = np.zeros(size, dtype=np.int64)
+    if not task_row.windowed:
+        max_text = config.caption_positions if task_row.output == "text" else None
+        return [layout.arrange(vocabulary, max_text=max_text, **given)]
     rows = []
-    codes = np.ma.masked_all((2 * grid, 2 * grid), dtype=np.int64)  # masked until a window has drawn them
+    codes = np.ma.array(np.zeros((2 * grid, 2 * grid), dtype=np.int64), mask=True)  # until a window generates them
     for window in upscale_windows(grid):
-        lines, columns = window.target
-        known = codes[lines.start : lines.start + grid, columns]
-        row = table[task].arrange(vocabulary, text=text, small=small, image=known)
-        rows.append(row.truncate(row.spans["image"].start + window.lines * grid))
-        codes[lines, columns] = 0
+        row = layout.arrange(vocabulary, **given, **{task_row.blank_name: codes[window.area]})
+        rows.append(row.truncate(row.spans[task_row.blank_name].start + window.lines * grid))
+        codes[window.target] = 0
     return rows
 
 
@@ -569,7 +568,7 @@ def _forward_passes(vocabulary: Vocabulary, row: TokenSequence) -> list[ForwardP
 
 def _sampling_of(config: ModelConfig, task: str) -> Sampling:
     """How a task draws where nothing is said; captions may be drawn from all there is."""
-    return Sampling(top_k=0) if task == "caption" else config.sampling
+    return config.sampling if TASKS[task].output == "image" else Sampling(top_k=0)
 
 
 def _decoding_bytes(

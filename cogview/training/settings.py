@@ -6,11 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from cogview.tokenizers.tasks import trained_tasks
 from cogview.vqvae.lr_schedule import warmup_cosine
-
-# What training can be for. ``upscale`` draws one of the nine windows of the large image from the crop of the image that
-# it covers, ``low_level`` the image from the small one.
-TASKS = ("generate", "caption", "upscale", "low_level")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +68,12 @@ class TransformerTraining:
         if self.full_mask_targets < 0:
             raise ValueError(f"full_mask_targets must be 0 (all) or more, got {self.full_mask_targets}")
         for task, share in self.tasks.items():
-            if task not in TASKS:
-                raise ValueError(f"task {task!r} is unknown; known: {', '.join(TASKS)}")
+            if task not in trained_tasks():
+                raise ValueError(f"task {task!r} is unknown; known: {', '.join(trained_tasks())}")
             if not 0 < share < math.inf:
                 raise ValueError(f"the share of task {task!r} must be above 0, got {share}")
         if not self.tasks:
-            raise ValueError(f"there must be a task to train for; known: {', '.join(TASKS)}")
+            raise ValueError(f"there must be a task to train for; known: {', '.join(trained_tasks())}")
         for name in ("text_loss_weight", "name_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")

@@ -110,9 +110,9 @@ WRONG_OBJECTS = [
     ('{"task": "caption"}', "the task caption needs image"),
     (
         '{"prompt": "狗", "image": "狗.png"}',
-        "image means nothing for the task generate; it belongs to: complete, upscale, caption",
+        "image means nothing for the task generate; it belongs to: complete, caption, upscale",
     ),
-    ('{"prompt": "狗", "task": "画"}', 'the task "画" is unknown; known: generate, complete, upscale, caption'),
+    ('{"prompt": "狗", "task": "画"}', 'the task "画" is unknown; known: generate, complete, caption, upscale'),
     ('{"prompt": "狗", "n": 0}', "n must be at least 1, got 0"),
     (
         '{"prompt": "狗", "task": "complete", "image": "狗.png", "rows": -1}',

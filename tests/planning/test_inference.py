@@ -24,7 +24,6 @@ from cogview.modeling.transformer import Transformer
 from cogview.planning.inference import (
     BANDWIDTH_EFFICIENCY,
     SAMPLING_TRAFFIC,
-    TASKS,
     ForwardPass,
     HardwareSpeed,
     _forward_bytes,
@@ -41,6 +40,7 @@ from cogview.planning.inference import (
     workspace_bytes,
 )
 from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.tasks import planned_tasks
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.tokenizers.windows import upscale_windows
 from cogview.vqvae.model import VQVAE, VQVAEConfig
@@ -356,7 +356,7 @@ def test_the_four_billion_parameters():
     assert without_context / 1e9 == pytest.approx(2 * 3.776_5 + 0.0419, abs=0.01)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", planned_tasks())
 def test_more_rows_take_more(task):
     plans = [plan_of(task=task, rows=rows) for rows in (1, 2, 7)]
     assert plans[0].total < plans[1].total < plans[2].total
@@ -367,7 +367,7 @@ def test_more_rows_take_more(task):
     assert plans[2].seconds(speed).total < 7 * seconds[0]  # weights are read once for all rows
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", planned_tasks())
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_the_largest_rows_fit_and_one_more_does_not(task, dtype):
     plan = plan_of(task=task, dtype=dtype)
