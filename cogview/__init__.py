@@ -1,20 +1,60 @@
-"""CogView: one transformer that draws pictures from Chinese text, captions, enlarges and ranks them."""
+"""CogView: an autoregressive transformer that generates images from Chinese text, and captions, upscales and ranks them.
+
+The names of ``__all__`` are the public interface. They are imported when they are first used: torch takes seconds.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cogview.errors import InputError as InputError
+    from cogview.modeling.config import Sampling as Sampling
     from cogview.pipeline.cogview import CogView as CogView
+    from cogview.pipeline.requests import GenerationRequest as GenerationRequest
+    from cogview.pipeline.results import Caption as Caption
+    from cogview.pipeline.results import GeneratedImage as GeneratedImage
+    from cogview.pipeline.results import GenerationProgress as GenerationProgress
+    from cogview.pipeline.results import Score as Score
+    from cogview.tokenizers.tasks import Task as Task
+    from cogview.tokenizers.tasks import register_task as register_task
 
 __version__ = "0.1.0"
-__all__ = ["CogView"]
+__all__ = [
+    "Caption",
+    "CogView",
+    "GeneratedImage",
+    "GenerationProgress",
+    "GenerationRequest",
+    "InputError",
+    "Sampling",
+    "Score",
+    "Task",
+    "register_task",
+]
+
+_MODULES = {
+    "Caption": "cogview.pipeline.results",
+    "CogView": "cogview.pipeline.cogview",
+    "GeneratedImage": "cogview.pipeline.results",
+    "GenerationProgress": "cogview.pipeline.results",
+    "GenerationRequest": "cogview.pipeline.requests",
+    "InputError": "cogview.errors",
+    "Sampling": "cogview.modeling.config",
+    "Score": "cogview.pipeline.results",
+    "Task": "cogview.tokenizers.tasks",
+    "register_task": "cogview.tokenizers.tasks",
+}
 
 
 def __getattr__(name: str) -> Any:
-    # torch takes seconds to import, so it comes with the first use and not with the package.
-    if name == "CogView":
-        from cogview.pipeline.cogview import CogView
+    """Return a public name, imported now."""
+    if name not in _MODULES:
+        raise AttributeError(f"module 'cogview' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
 
-        return CogView
-    raise AttributeError(f"module 'cogview' has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    """Return the public names."""
+    return [*__all__, "__version__"]

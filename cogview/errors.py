@@ -1,13 +1,13 @@
-"""The one error that stands for a user's mistake."""
+"""Errors that stand for a mistake of the user."""
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used.
+    """A value that the user gave cannot be used.
 
-    The message is one line: what came, what was expected, the remedy. Commands print it and exit with
-    status 2; whoever calls the library catches it as a ``ValueError``. Any other exception is a bug of ours.
+    The message is one line: the value, what was expected, the remedy. Commands print it and exit with status 2.
+    Callers of the library catch it as a ``ValueError``. Any other exception is a bug of the toolkit.
     """
 
 
 class ReportedByPeer(InputError):
-    """A mistake that another process of the same run tells: this one stops with status 2 and says nothing."""
+    """An ``InputError`` that another process of the same run reports: this one exits with status 2, silently."""

@@ -7,7 +7,6 @@ import pytest
 import torch
 from PIL import Image
 
-import cogview
 from cogview.checkpoints.checkpoint import Model
 from cogview.errors import InputError
 from cogview.generation.sampling import MAX_SEED
@@ -264,12 +263,6 @@ def test_models_and_devices_that_are_not_there(tiny_checkpoint, tmp_path):
         CogView.from_pretrained(tiny_checkpoint, device="tpu5")
     with pytest.raises(InputError, match="dtype 'int3' is unknown; known: auto, float32"):
         CogView.from_pretrained(tiny_checkpoint, dtype="int3")
-
-
-def test_it_is_imported_from_the_top():
-    assert cogview.CogView is CogView
-    with pytest.raises(AttributeError, match="no attribute 'CogVlew'"):
-        _ = cogview.CogVlew
 
 
 # Completion
