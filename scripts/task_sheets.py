@@ -18,10 +18,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from cogview.cli.main import HelpFormatter, Parser, run_safely
-from cogview.emoji.evaluation.scenes import held_out_scenes
+from cogview.emoji.evaluation.scenes import check_world, held_out_scenes
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
-from cogview.evaluation.harness import check_world
 from cogview.pipeline.cogview import CogView
 
 FONT = Path("/usr/share/fonts/truetype/wqy/wqy-microhei.ttc")

@@ -62,11 +62,11 @@ def image_trained(recipe: Recipe) -> bool:
 def encoded(recipe: Recipe) -> bool:
     """Whether both stores have all their rows."""
     from cogview.data.store import TokenStore
-    from cogview.emoji.encode import EncodeSettings
+    from cogview.emoji.datasets import SceneEncodeSettings
 
     if not (recipe.store.is_dir() and recipe.held_out_store.is_dir()):
         return False
-    settings = recipe.settings(EncodeSettings, "encode")
+    settings = recipe.settings(SceneEncodeSettings, "encode")
     return (
         len(TokenStore(recipe.store)) >= settings.rows
         and len(TokenStore(recipe.held_out_store)) >= settings.held_out_rows

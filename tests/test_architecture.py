@@ -43,12 +43,6 @@ DATA_TABLES = ("cogview/emoji/things.py",)  # may be longer than other files, as
 KNOWN_OFFENDERS: dict[str, tuple[str, ...]] = {
     "import": (
         "cogview.device -> cogview.modeling.quantization",
-        "cogview.evaluation.harness -> cogview.emoji.evaluation.scenes",
-        "cogview.evaluation.harness -> cogview.emoji.scene",
-        "cogview.evaluation.harness -> cogview.emoji.world",
-        "cogview.evaluation.harness -> cogview.training.vqvae_trainer",
-        "cogview.training.vqvae_trainer -> cogview.emoji.keyed_random",
-        "cogview.training.vqvae_trainer -> cogview.emoji.world",
     ),
     "file": (
         "cogview/checkpoints/adapter.py",
@@ -63,7 +57,6 @@ KNOWN_OFFENDERS: dict[str, tuple[str, ...]] = {
     ),
     "function": (
         "cogview/cli/estimate_training.py:training_report",
-        "cogview/emoji/encode.py:encode_scenes",
         "cogview/planning/inference.py:estimate",
         "cogview/training/loop.py:_train",
     ),

@@ -3,6 +3,7 @@
 # N images, H height, W width, K number of codes, D width of a code
 from __future__ import annotations
 
+import hashlib
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +35,15 @@ class ImageTokenizer(ImageDecoder, Protocol):
     def encode(self, images: Tensor) -> Tensor:
         """Return the (N, H / downsampling, W / downsampling) int64 codes of (N, 3, H, W) images in [0, 1]."""
         ...
+
+
+def codebook_sha256(codebook: Tensor) -> str:
+    """Return the SHA-256 of a (K, D) codebook as little-endian float16, equal for any stored precision.
+
+    Two image tokenizers with one hash give codes the same meaning.
+    """
+    half = codebook.detach().to("cpu", torch.float16).contiguous()
+    return hashlib.sha256(half.numpy().astype("<f2").tobytes()).hexdigest()
 
 
 def to_float(pixels: np.ndarray | Tensor, device: torch.device | None = None) -> Tensor:

@@ -156,7 +156,8 @@ class VQVAE(nn.Module):
     def decode_vectors(self, vectors: Tensor) -> Tensor:
         """Return images (B, 3, H, W) in about [0, 1] of code vectors (B, h, w, D)."""
         channels_first = vectors.permute(0, 3, 1, 2)  # a channels-last view, which convolutions keep
-        return self.decoder(channels_first).float() * self.std + self.mean
+        images: Tensor = self.decoder(channels_first).float() * self.std + self.mean
+        return images
 
     def forward(self, images: Tensor, *, quantize: bool = True) -> Reconstruction:
         """Encode, quantize with a straight-through gradient, and decode.
@@ -258,4 +259,5 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's output in the shape of ``x``."""
-        return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
+        residual: Tensor = self.second(F.silu(self.first(F.silu(self.norm(x)))))
+        return x + residual

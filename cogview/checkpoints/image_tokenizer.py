@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import atomic_write, read_json, write_json
+from cogview.vqvae.codec import codebook_sha256
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 from cogview.vqvae.quantizer import RENAMED_AVERAGES
 
@@ -19,14 +19,8 @@ CODEBOOK = "quantizer.codebook"
 
 
 def codebook_hash(model: VQVAE) -> str:
-    """Return the SHA-256 of the codebook as little-endian float16: it identifies the codes in any stored precision."""
-    return hash_of_codebook(model.quantizer.codebook)
-
-
-def hash_of_codebook(codebook: torch.Tensor) -> str:
-    """Return ``codebook_hash`` of a (K, D) codebook."""
-    half = codebook.detach().to("cpu", torch.float16).contiguous()
-    return hashlib.sha256(half.numpy().astype("<f2").tobytes()).hexdigest()
+    """Return ``codebook_sha256`` of the codebook of ``model``."""
+    return codebook_sha256(model.codebook)
 
 
 def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.float32) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from cogview.checkpoints.checkpoint import read_config
-from cogview.checkpoints.image_tokenizer import hash_of_codebook, read_image_config, read_image_weights
+from cogview.checkpoints.image_tokenizer import read_image_config, read_image_weights
 from cogview.checkpoints.pickles import write_pickle
 from cogview.checkpoints.precision import Precision, TensorSource, convert, converted_specs, stored_quantization
 from cogview.checkpoints.registry import V1_FILES
@@ -36,6 +36,7 @@ from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.vqvae.codec import codebook_sha256
 
 V1_GRID = 32
 V1_CAPTION = 20  # pieces: captions of CogView v1 have no stop token; its code samples this many
@@ -100,7 +101,7 @@ def import_v1(
                 max_text=min(layout.longest_text(transformer.config.max_positions) for layout in table.values()),
                 caption_stop=False,
                 max_caption=V1_CAPTION,
-                codebook_sha256=hash_of_codebook(image_weights["quantizer.codebook"]),
+                codebook_sha256=codebook_sha256(image_weights["quantizer.codebook"]),
                 sampling=Sampling(temperature=1.0 if "generate" in tasks or "caption" in tasks else 1.02),
             )
         except ValueError as error:

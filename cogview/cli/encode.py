@@ -1,33 +1,32 @@
-"""``cogview encode``: scenes to token rows in an LMDB store."""
+"""``cogview encode``: encode scenes into a token store."""
 
 from __future__ import annotations
 
-import argparse
+import click
 
-from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.device import choose_placement
-from cogview.emoji.encode import EncodeSettings, encode_scenes
-from cogview.emoji.world import EmojiWorld
+from cogview.cli.options import Command, device_option
+from cogview.cli.recipes import Recipe, recipe_options
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    add_recipe_arguments(parser, "encode")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+@click.command(cls=Command)
+@recipe_options("encode")
+@device_option()
+def command(recipe: Recipe, device: str) -> int:
+    """Encode held-out and training scenes into token stores; an interrupted run is continued."""
+    from cogview.data.builders.encode import encode_dataset
+    from cogview.device import choose_placement
+    from cogview.emoji.datasets import SceneEncodeSettings
+    from cogview.emoji.world import EmojiWorld
 
-
-def run(args: argparse.Namespace) -> int:
-    """Encode the training scenes and the held-out ones; an interrupted run is continued."""
-    recipe = open_recipe(args)
-    settings = recipe.settings(EncodeSettings, "encode")
+    settings = recipe.settings(SceneEncodeSettings, "encode")
     world = EmojiWorld.load(recipe.world)
-    placement = choose_placement(args.device)
-    image_tokenizer = recipe.open_image_tokenizer().to(placement.device)
+    image_tokenizer = recipe.open_image_tokenizer().to(choose_placement(device).device)
     text_tokenizer = recipe.open_text_tokenizer()
-    for path, rows, held_out in (
-        (recipe.held_out_store, settings.held_out_rows, True),
-        (recipe.store, settings.rows, False),
+    held_out, training = (settings.dataset(world, held_out=split) for split in (True, False))
+    for path, scenes, rows in (
+        (recipe.held_out_store, held_out, settings.held_out_rows),
+        (recipe.store, training, settings.rows),
     ):
-        encode_scenes(path, world, text_tokenizer, image_tokenizer, settings, rows=rows, held_out=held_out)
+        encode_dataset(path, scenes, text_tokenizer, image_tokenizer, settings, rows=rows)
         print(path)
     return 0

@@ -1,59 +1,63 @@
-"""``cogview package``: a checkpoint folder to publish, in float16, with its model card."""
+"""``cogview package``: write a checkpoint folder to publish, in float16, with its model card."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
+import click
 
-from cogview.checkpoints.checkpoint import load_model, save_model
-from cogview.cli.evaluate import MEASURES, last_checkpoint, read_report
-from cogview.cli.recipes import add_recipe_arguments, open_recipe
-from cogview.config_io import from_mapping
+from cogview.cli.evaluate import MEASURE_NAMES, last_checkpoint, read_report
+from cogview.cli.options import Command, output_option
+from cogview.cli.recipes import Recipe, recipe_options
 from cogview.errors import InputError
-from cogview.files import atomic_folder, file_sha256
-from cogview.modeling.config import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackageSettings:
-    """The ``package`` section of a recipe."""
+    """The ``package`` section of a recipe.
 
-    card: str  # a Markdown file; {figures} stands for the tables of the reports, {things} for what the model knows
+    Args:
+        card: A Markdown file; ``{figures}`` is replaced by the tables of the reports, ``{things}`` by the objects.
+    """
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    add_recipe_arguments(parser, "package")
-    parser.add_argument("-o", "--output", type=Path, help="the folder to write (default: WORK/model)")
+    card: str
 
 
-def run(args: argparse.Namespace) -> int:
-    """Take the last checkpoint, the sampling settings that the grader chose, and the reports."""
-    recipe = open_recipe(args)
+@click.command(cls=Command)
+@recipe_options("package")
+@output_option(default=None, show_default="WORK/model", help="folder to write")
+def command(recipe: Recipe, output: Path | None) -> int:
+    """Package the last checkpoint with the sampling settings and tables of its reports."""
+    import torch
+
+    from cogview.checkpoints.checkpoint import load_model, save_model
+    from cogview.config_io import from_mapping
+    from cogview.emoji.evaluation.reports import MEASURES
+    from cogview.files import atomic_folder, file_sha256
+    from cogview.modeling.config import Sampling
+
     settings = recipe.settings(PackageSettings, "package")
-    reports = {measure: report for measure in MEASURES if (report := read_report(recipe, measure)) is not None}
+    reports = {name: report for name in MEASURE_NAMES if (report := read_report(recipe, name)) is not None}
     if "scenes" not in reports:
-        raise InputError(f"the model has no grades yet; grade it first: cogview eval scenes {recipe.path} --tune")
+        raise InputError(f"the model has no report yet; evaluate it first: cogview eval scenes {recipe.path} --tune")
     model = load_model(last_checkpoint(recipe), torch.device("cpu"), torch.float32)
     sampling = from_mapping(Sampling, reports["scenes"]["protocol"]["sampling"], where="the report on scenes")
     model.config = replace(model.config, sampling=sampling)
     things = "、".join(thing.emoji + thing.name for thing in model.things)
-    figures = "\n\n".join(
-        f"`cogview eval {measure}`, {report['protocol']['captions']} held-out scenes:\n\n{MEASURES[measure][1](report)}"
-        for measure, report in reports.items()
+    tables = "\n\n".join(
+        f"`cogview eval {name}`, {report['protocol']['captions']} held-out scenes:\n\n{MEASURES[name].format(report)}"
+        for name, report in reports.items()
     )
     card = Path(settings.card).read_text(encoding="utf-8")
-    model.card = card.replace("{figures}", figures).replace("{things}", things)
-    output = args.output or recipe.work / "model"
-    with atomic_folder(output, overwrite=True) as folder:
+    model.card = card.replace("{figures}", tables).replace("{things}", things)
+    target = output or recipe.work / "model"
+    with atomic_folder(target, overwrite=True) as folder:
         save_model(folder, model, torch.float16)
     print("for checkpoints.yaml:", file=sys.stderr)
-    for path in sorted(output.rglob("*")):
+    for path in sorted(target.rglob("*")):
         if path.is_file() and path.suffix != ".md":
-            print(f"    {path.relative_to(output).as_posix()}: {file_sha256(path)}", file=sys.stderr)
-    print(output)
+            print(f"    {path.relative_to(target).as_posix()}: {file_sha256(path)}", file=sys.stderr)
+    print(target)
     return 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from string import Formatter
 from typing import Any, Generic, TypeVar
 
-from cogview.emoji.keyed_random import KeyedRandom
+from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.scene import COLOURS, Colour, Scene, SceneKind
 from cogview.emoji.things import EmojiObject
 

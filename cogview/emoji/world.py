@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 
 from cogview.config_io import from_mapping, to_mapping
+from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.captions import write_caption
-from cogview.emoji.keyed_random import KeyedRandom
 from cogview.emoji.scene import COLOURS, COUNTS, EQUAL_WEIGHTS, Cell, Colour, Scene, SceneKind, SceneWeights, cells_of
 from cogview.emoji.things import SPRITE_PIXELS, EmojiFiles, EmojiObject, draw_sprites, read_things
 from cogview.errors import InputError

@@ -1,101 +1,276 @@
-"""Training the VQ-VAE on the scenes of a world."""
+"""Train a VQ-VAE on an image dataset.
 
+The schedule: a short warm-up as a plain autoencoder. The codebook then starts from the encoder outputs of the last
+batches. All later steps use straight-through gradients and moving averages, and restart codes out of use.
+"""
+
+# B batch, C channels, H W pixels, N vectors, D width of a code
 from __future__ import annotations
 
 import copy
+import math
+import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from cogview.checkpoints.image_tokenizer import save_image_tokenizer
-from cogview.emoji.keyed_random import KeyedRandom
-from cogview.emoji.world import EmojiWorld
+from cogview.checkpoints.image_tokenizer import load_image_tokenizer, save_image_tokenizer
+from cogview.checkpoints.registry import resolve_checkpoint
+from cogview.config_io import to_mapping
+from cogview.data.image_dataset import ImageDataset
+from cogview.data.keyed_random import KeyedRandom
+from cogview.data.sampling_order import sample_index
+from cogview.device import training_dtype
 from cogview.errors import InputError
+from cogview.files import atomic_folder
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.signals import worker_init
-from cogview.training.loop import Trainer, Writer
+from cogview.training.loop import RunFolder, RunSettings, Trainer, Writer, run_loop
 from cogview.vqvae.codec import reconstruct, to_float
-from cogview.vqvae.model import PIXELS_PER_CODE, VQVAE, VQVAEConfig
-from cogview.vqvae.training import VQVAETrainer, VQVAETrainingSettings, evaluate_vqvae
+from cogview.vqvae.lr_schedule import warmup_cosine
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.quantizer import RENAMED_AVERAGES
+from cogview.vqvae.training import VQVAETrainingSettings, evaluate_vqvae, reconstruction_loss
 
 HELD_OUT_IMAGES = 2048
+SHEET_IMAGES = 12
 
 
-class SceneImages(Dataset[Tensor]):
-    """Picture number i of a world as (3, H, W) float32 in [0, 1]; a function of (seed, i).
+@dataclass(frozen=True, kw_only=True)
+class VQVAERecipe:
+    """The ``image`` section of a recipe.
 
-    The pictures take the ``scales`` in turn. Of a scene drawn larger than the canvas a part of the canvas's size is
-    shown, cut out on the grid of codes.
+    Args:
+        training: Settings of the training steps.
+        model: Shape of the VQ-VAE.
+        scales: Scales of the training images, in turn; [1, 2] for a model that upscales.
+        init_from: Name or folder of an image tokenizer, or of a model with one, that initializes the weights.
+        run: Intervals of logging, saving and evaluation.
+        precision: ``auto``, or the dtype of autocast.
+        num_workers: Processes that render images; 0 renders in the main process.
+
+    Raises:
+        ValueError: ``scales`` is empty or holds a number below 1.
     """
 
-    def __init__(self, world: EmojiWorld, seed: int, *, scales: Sequence[int] = (1,), held_out: bool = False) -> None:
-        self.world = world
-        self.seed = seed
+    training: VQVAETrainingSettings
+    model: VQVAEConfig = field(default_factory=VQVAEConfig)
+    scales: tuple[int, ...] = (1,)
+    init_from: str | None = None
+    run: RunSettings = field(default_factory=RunSettings)
+    precision: str = "auto"
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.scales or min(self.scales) < 1:
+            raise ValueError(f"scales must be whole numbers from 1, got {list(self.scales)}")
+
+
+class TrainingImages(Dataset[Tensor]):
+    """Square images for a VQ-VAE, float32 (3, side, side) in [0, 1], in the order of training.
+
+    Positions take the ``scales`` in turn. An image that is rendered larger than the side is cropped at a random
+    position of the grid of codes, so that a crop has the codes of its part of the image.
+
+    Args:
+        dataset: The images. Unless it ``is_shuffled``, every epoch is a new permutation of it.
+        downsampling: Pixels on each side of the square that one code stands for.
+        scales: Scales of the images.
+        seed: Seed of the permutations; None keeps the order of the dataset.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, downsampling: int, scales: Sequence[int] = (1,), seed: int | None = None
+    ) -> None:
+        self.dataset = dataset
+        self.downsampling = downsampling
         self.scales = scales
-        self.held_out = held_out
+        self.seed = seed
 
-    def __getitem__(self, index: int) -> Tensor:
-        scene = self.world.sample(self.seed, index, held_out=self.held_out)
-        scale, canvas = self.scales[index % len(self.scales)], self.world.settings.canvas
-        draws = KeyedRandom("part", self.seed, index, self.held_out)
-        top, left = (PIXELS_PER_CODE * draws.randbelow((scale - 1) * canvas // PIXELS_PER_CODE + 1) for _ in range(2))
-        return to_float(self.world.render(scene, index, scale)[top : top + canvas, left : left + canvas])
+    def __getitem__(self, position: int) -> Tensor:
+        epoch, index = divmod(position, len(self.dataset))
+        if self.seed is not None and not self.dataset.is_shuffled:
+            index = int(sample_index(self.seed, position, len(self.dataset)))
+        example = self.dataset[index]
+        scale, side = self.scales[position % len(self.scales)], self.dataset.side
+        random = KeyedRandom("part", example.identity, *([epoch] if epoch else []))
+        steps = (scale - 1) * side // self.downsampling + 1
+        top, left = (self.downsampling * random.randbelow(steps) for _ in range(2))
+        return to_float(example.render(scale)[top : top + side, left : left + side])
 
 
-def scene_batches(
-    world: EmojiWorld, seed: int, batch_size: int, first: int, last: int, workers: int, scales: Sequence[int] = (1,)
+def training_batches(
+    images: TrainingImages, batch_size: int, first: int, last: int, num_workers: int = 0
 ) -> Iterator[Tensor]:
-    """Batches number ``first`` to ``last`` of a world's pictures, (B, 3, H, W)."""
+    """Return batches ``first`` to ``last`` - 1 of a training, each (B, 3, H, W)."""
     loader = DataLoader(
-        SceneImages(world, seed, scales=scales),
+        images,
         batch_size=batch_size,
         sampler=range(first * batch_size, last * batch_size),
-        num_workers=workers,
+        num_workers=num_workers,
         worker_init_fn=worker_init,
     )
     return iter(loader)
 
 
 def held_out_batches(
-    world: EmojiWorld, scales: Sequence[int] = (1,), count: int = HELD_OUT_IMAGES, batch_size: int = 64
+    dataset: ImageDataset,
+    downsampling: int,
+    scales: Sequence[int] = (1,),
+    count: int = HELD_OUT_IMAGES,
+    batch_size: int = 64,
 ) -> Iterator[Tensor]:
-    """Pictures of held-out scenes, which no training ever sees."""
-    images = SceneImages(world, seed=1, scales=scales, held_out=True)
-    return iter(DataLoader(images, batch_size=batch_size, sampler=range(count)))
+    """Return batches (B, 3, H, W) of the first ``count`` held-out images, fewer if the dataset is smaller."""
+    images = TrainingImages(dataset, downsampling, scales)
+    return iter(DataLoader(images, batch_size=batch_size, sampler=range(min(count, len(dataset)))))
 
 
-class VQVAERun(Trainer[Tensor]):
-    """The VQ-VAE's trainer as the shared loop wants it."""
+class VQVAETrainer(Trainer[Tensor]):
+    """Trainer of a VQ-VAE: the model, its optimizer and the schedule of the codebook.
+
+    ``step`` is a function of the state, the batch and the number of the step.
+
+    Args:
+        config: Shape of the model.
+        settings: Settings of the training steps.
+        device: Device of the model.
+        autocast: The dtype of autocast; None trains in float32.
+        init_from: Model to continue with. Its codebook is kept, so that only the learning rate warms up.
+        held_out: Held-out images, which ``evaluate`` needs.
+        scales: Scales of the held-out images.
+    """
 
     def __init__(
         self,
-        world: EmojiWorld,
         config: VQVAEConfig,
         settings: VQVAETrainingSettings,
         device: torch.device,
-        autocast: torch.dtype | None,
-        scales: Sequence[int] = (1,),
+        autocast: torch.dtype | None = None,
         init_from: VQVAE | None = None,
+        *,
+        held_out: ImageDataset | None = None,
+        scales: Sequence[int] = (1,),
     ) -> None:
-        self.world = world
+        torch.manual_seed(settings.seed)
+        self.is_initialized = init_from is not None
+        self.settings = settings
+        self.device = device
+        self.autocast = autocast
+        self.held_out = held_out
         self.scales = scales
-        self.trainer = VQVAETrainer(config, settings, device, autocast, init_from)
+        self.model = (init_from or VQVAE(config)).to(device)
+        if init_from is not None:
+            self.model.quantizer.reset_codebook(init_from.quantizer.codebook)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self._recent: list[Tensor] = []  # encoder outputs of the last warm-up batches
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step: a linear warm-up, then a cosine down to ``final_learning_rate``."""
+        return warmup_cosine(
+            step,
+            peak=self.settings.learning_rate,
+            final=self.settings.final_learning_rate,
+            warmup_steps=self.settings.warmup_steps,
+            steps=self.settings.steps,
+        )
 
     def step(self, step: int, batch: Tensor) -> dict[str, float]:
-        """One training step."""
-        try:
-            return self.trainer.step(step, batch)
-        except FloatingPointError as error:
-            raise InputError(str(error)) from None
+        """Train on one batch.
+
+        Args:
+            step: Number of the step, from 0.
+            batch: Images (B, 3, H, W) in [0, 1].
+
+        Returns:
+            The metrics to log.
+
+        Raises:
+            InputError: The gradient is not finite; the weights are unchanged.
+        """
+        settings, quantizer = self.settings, self.model.quantizer
+        # Everything random in a step depends on its number alone, so a resumed run repeats it.
+        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self.model.train()
+        images = batch.to(self.device, non_blocking=True)
+        quantize = self.is_initialized or step >= settings.warmup_steps
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            output = self.model(images, quantize=quantize)
+        loss = reconstruction_loss(output.images, images, settings.gradient_difference_weight)
+        commitment = F.mse_loss(output.vectors, output.quantized) * output.vectors.shape[-1]
+        (loss + settings.commitment * commitment).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        if not torch.isfinite(norm):
+            raise InputError(f"the gradient of step {step} is not finite; lower the learning rate, or resume earlier")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        vectors, codes = output.vectors.detach(), output.codes if quantize else None
+        revived = self._update_codebook(step, vectors, codes, generator)
+        mse = F.mse_loss(output.images.detach().clamp(0, 1), images)
+        in_use = quantizer.ema_cluster_size > settings.revive_below
+        return {
+            "loss": loss.item(),
+            "commitment": commitment.item(),
+            "psnr": -10 * math.log10(max(mse.item(), 1e-10)),
+            "alive": in_use.float().mean().item() if quantize else 0.0,
+            "revived": float(revived),
+            "gradient_norm": norm.item(),
+            "learning_rate": self.learning_rate(step),
+        }
+
+    def _update_codebook(self, step: int, vectors: Tensor, codes: Tensor | None, generator: torch.Generator) -> int:
+        """Update the codebook, or collect vectors (B, h, w, D) to start it from; return the number of restarts."""
+        settings, quantizer = self.settings, self.model.quantizer
+        if codes is not None:
+            quantizer.update(vectors, codes, settings.decay)
+            if step % settings.revive_every == 0:
+                return quantizer.restart_dead_codes(vectors, settings.revive_below, generator)
+            return 0
+        self._recent.append(vectors.reshape(-1, vectors.shape[-1]))
+        enough = 4 * len(quantizer.codebook)
+        while sum(map(len, self._recent[1:])) >= enough:
+            self._recent.pop(0)
+        if step == settings.warmup_steps - 1:
+            quantizer.initialize_from(torch.cat(self._recent), generator)
+            self._recent.clear()
+        return 0
+
+    def state(self) -> dict[str, Any]:
+        """Return everything that a resumed run needs, as tensors and plain values."""
+        quantizer = self.model.quantizer
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            **{name: quantizer.get_buffer(name) for name in RENAMED_AVERAGES.values()},
+            "recent": list(self._recent),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore a state, also one with the former names of the averages."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for old, name in RENAMED_AVERAGES.items():
+            self.model.quantizer.get_buffer(name).copy_(state[name] if name in state else state[old])
+        self._recent = [tensor.to(self.device) for tensor in state["recent"]]
 
     def snapshot(self) -> Writer:
-        """What writes the model folder, and ``trainer.pt``."""
-        model, state = copy.deepcopy((self.trainer.model, self.trainer.state()))
+        """Return a function that writes the image tokenizer and ``trainer.pt``."""
+        model, state = copy.deepcopy((self.model, self.state()))
 
         def write(folder: Path) -> None:
             save_image_tokenizer(folder / "image", model)
@@ -104,18 +279,90 @@ class VQVAERun(Trainer[Tensor]):
         return write
 
     def load(self, folder: Path) -> None:
-        """Take up ``trainer.pt``."""
-        self.trainer.load(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
+        """Restore ``trainer.pt`` of a checkpoint."""
+        self.load_state(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
 
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
-        """PSNR, usage and perplexity on held-out scenes, and a sheet of scenes above their reconstructions."""
-        model = self.trainer.model
-        figures = evaluate_vqvae(model, held_out_batches(self.world, self.scales))
-        reconstruction_sheet(model, self.world).save(folder / f"step-{step:08d}.png")
-        return {f"held_out_{name}": value for name, value in figures.items()}
+        """Return PSNR, usage and perplexity on held-out images; write a sheet of images and reconstructions."""
+        if self.held_out is None:
+            raise ValueError("evaluation needs held-out images; give held_out to the trainer")
+        metrics = evaluate_vqvae(self.model, held_out_batches(self.held_out, self.model.downsampling, self.scales))
+        reconstruction_sheet(self.model, self.held_out).save(folder / f"step-{step:08d}.png")
+        return {f"held_out_{name}": value for name, value in metrics.items()}
 
 
-def reconstruction_sheet(model: VQVAE, world: EmojiWorld, count: int = 12) -> Image.Image:
-    """Held-out scenes in the upper row, what the VQ-VAE makes of them in the lower, at twice their size."""
-    pixels = [world.render(world.sample(1, index, held_out=True), index) for index in range(count)]
-    return contact_sheet([*pixels, *reconstruct(model, np.stack(pixels))], columns=count, scale=2)
+def reconstruction_sheet(model: VQVAE, dataset: ImageDataset, count: int = SHEET_IMAGES) -> Image.Image:
+    """Return a sheet of images in the upper row and their reconstructions in the lower, at twice their size."""
+    pixels = [dataset[index].render(1) for index in range(min(count, len(dataset)))]
+    return contact_sheet([*pixels, *reconstruct(model, np.stack(pixels))], columns=len(pixels), scale=2)
+
+
+def train_vqvae(
+    recipe: VQVAERecipe,
+    training: ImageDataset,
+    held_out: ImageDataset,
+    run: RunFolder,
+    device: torch.device,
+    *,
+    resume: bool = False,
+) -> int:
+    """Train a VQ-VAE, with checkpoints and metrics in a run folder.
+
+    Args:
+        recipe: Settings of the run.
+        training: Images to train on.
+        held_out: Images to evaluate on.
+        run: Folder of the run.
+        device: Device to train on.
+        resume: Continue from the last checkpoint, if there is one.
+
+    Returns:
+        0, or the exit status of a run that was stopped.
+
+    Raises:
+        InputError: The run cannot begin or continue as the recipe requires.
+    """
+    initial = None if recipe.init_from is None else load_initial_vqvae(recipe.init_from, recipe.model)
+    settings, downsampling = recipe.training, recipe.model.downsampling
+    images = TrainingImages(training, downsampling, recipe.scales, settings.seed)
+    return run_loop(
+        VQVAETrainer(
+            recipe.model,
+            settings,
+            device,
+            training_dtype(device, recipe.precision),
+            initial,
+            held_out=held_out,
+            scales=recipe.scales,
+        ),
+        lambda step: training_batches(images, settings.batch_size, step, settings.steps, recipe.num_workers),
+        run,
+        recipe.run,
+        recipe=to_mapping(recipe),
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        resume=resume,
+    )
+
+
+def load_initial_vqvae(name: str, config: VQVAEConfig) -> VQVAE:
+    """Return an image tokenizer to continue with.
+
+    Args:
+        name: Name or folder of an image tokenizer, or of a model with one.
+        config: The expected shape.
+
+    Raises:
+        InputError: There is no such model, or its shape is another.
+    """
+    folder = resolve_checkpoint(name)
+    model = load_image_tokenizer(folder / "image" if (folder / "image").is_dir() else folder)
+    if model.config != config:
+        raise InputError(f"init_from: {name} has another shape than this recipe; expected {config}, got {model.config}")
+    return model
+
+
+def export_image_tokenizer(run: RunFolder, target: Path) -> None:
+    """Copy the image tokenizer of the last checkpoint of a run to ``target``, replacing an older one."""
+    with atomic_folder(target, overwrite=True) as folder:
+        shutil.copytree(run.checkpoints()[-1] / "image", folder, dirs_exist_ok=True)

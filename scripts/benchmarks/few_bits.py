@@ -16,9 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cogview.emoji.evaluation.scenes import SceneGrader, format_accuracy, held_out_scenes, summarize
+from cogview.emoji.evaluation.scenes import check_world, held_out_scenes, summarize_images
+from cogview.emoji.grader import SceneGrader
 from cogview.emoji.world import EmojiWorld
-from cogview.evaluation.harness import check_world, draw_captions
+from cogview.evaluation.harness import generate_images
+from cogview.evaluation.metrics import format_accuracy
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.batching import pad_right
 from cogview.vqvae.codec import to_float
@@ -78,8 +80,8 @@ def main() -> int:
         if dtype == "float32":
             cells[2] = ""
         sampling = model.config.sampling
-        drawn = draw_captions(model, captions[: args.n], 0, sampling, 50, f"drawing in {dtype}")
-        grades = summarize([grader.grade(picture, scene) for picture, scene in zip(drawn, scenes, strict=False)])
+        drawn = generate_images(model, captions[: args.n], 0, sampling, 50, f"drawing in {dtype}")
+        grades = summarize_images([grader.grade(picture, scene) for picture, scene in zip(drawn, scenes, strict=False)])
         print(f"| {dtype} | {' | '.join(cells)} | {format_accuracy(grades['everything'])} |", flush=True)
     return 0
 

@@ -30,7 +30,7 @@ def files(folder) -> list[str]:
 def test_rerank_leaves_its_report(recipe, tiny_checkpoint, tmp_path, capsys):
     assert evaluate("rerank", recipe, tiny_checkpoint, "--candidates", "3", "--top-k", "5", "--seed", "9") == 0
     output = capsys.readouterr()
-    assert output.out.startswith("| pictures of a caption |")
+    assert output.out.startswith("| images of a caption |")
     assert output.err.splitlines()[-1] == f"written to {tmp_path / 'work' / 'report'}"
     assert files(tmp_path / "work" / "report") == ["report-rerank.json"]
     report = json.loads((tmp_path / "work" / "report" / "report-rerank.json").read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def test_rerank_leaves_its_report(recipe, tiny_checkpoint, tmp_path, capsys):
 
 def test_upscale_leaves_its_report_and_a_sheet(recipe, tiny_checkpoint, tmp_path, capsys):
     assert evaluate("upscale", recipe, tiny_checkpoint, "-o", str(tmp_path / "here")) == 0
-    assert capsys.readouterr().out.startswith("| large picture |")
+    assert capsys.readouterr().out.startswith("| large image |")
     assert files(tmp_path / "here") == ["pictures-upscale.png", "report-upscale.json"]
     report = json.loads((tmp_path / "here" / "report-upscale.json").read_text(encoding="utf-8"))
     assert report["protocol"]["captions"] == 2

@@ -18,12 +18,11 @@ import yaml
 from safetensors.torch import load_file
 
 from cogview.checkpoints.checkpoint import read_config
-from cogview.cli import doctor
-from cogview.cli import evaluate as evaluate_command
+from cogview.cli import doctor, evaluate
 from cogview.cli.main import main
 from cogview.data.store import TokenStore
 from cogview.data.store_writer import StoreWriter
-from cogview.evaluation import harness as protocol
+from cogview.emoji.evaluation import reports, scenes
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
 from cogview.training import vqvae_trainer as image_tokenizer
@@ -39,9 +38,9 @@ RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 def small(monkeypatch):
     """A transformer, a tuning grid and figures of a size for tests."""
     monkeypatch.setitem(config.PRESETS, "tiny", (1, 32, 2))
-    monkeypatch.setattr(evaluate_command, "TUNED_TEMPERATURES", (0.1, 0.9))
-    monkeypatch.setattr(evaluate_command, "TUNED_TOP_K", (5,))
-    for module in (protocol, image_tokenizer):
+    monkeypatch.setattr(reports, "TUNED_TEMPERATURES", (0.1, 0.9))
+    monkeypatch.setattr(reports, "TUNED_TOP_K", (5,))
+    for module in (scenes, image_tokenizer):
         monkeypatch.setattr(module, "held_out_batches", partial(held_out_batches, count=8))
 
 
@@ -193,7 +192,7 @@ def test_a_world_of_the_real_font(tmp_path, capsys):
     assert main(["scenes", write_recipe(tmp_path)]) == 0
     output = capsys.readouterr()
     assert output.out.strip() == str(tmp_path / "work" / "world")
-    assert "6 things, 64 x 64 pixels" in output.err
+    assert "6 objects, 64 x 64 pixels" in output.err
     assert sorted(path.name for path in (tmp_path / "work" / "world").iterdir()) == [
         *("scenes.png", "sprites.npz", "world.json")
     ]
@@ -246,14 +245,14 @@ def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys
     pictures = model.generate("一个红苹果", n=3, keep=2, seed=1)  # and all tasks have their figures in the card:
     capsys.readouterr()
     assert main(["package", recipe]) == 2
-    assert "the model has no grades yet; grade it first: cogview eval scenes" in one_line(capsys)
+    assert "the model has no report yet; evaluate it first: cogview eval scenes" in one_line(capsys)
     for measure in ("scenes", "captions", "upscale"):
         assert main(["eval", measure, recipe, "-n", "3", "--device", "cpu"]) == 0
     assert main(["package", recipe]) == 0
     card = (work / "model" / "README.md").read_text(encoding="utf-8")
     assert "`cogview eval captions`, 3 held-out scenes:" in card
     assert "`cogview eval rerank`" not in card
-    assert "Over 3 held-out scenes, ours less bicubic is" in card
+    assert "Over 3 held-out scenes, upscaled less bicubic is" in card
     assert len(model.caption(pictures)) == 2
     assert [picture.size for picture in model.upscale(pictures, "一个红苹果", seed=1)] == [(128, 128)] * 2
 
@@ -315,12 +314,12 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
     from cogview.cli.package import PackageSettings
     from cogview.cli.recipes import Recipe
     from cogview.cli.train import TransformerSettings
-    from cogview.cli.train_image import VQVAERecipe
-    from cogview.cli.train_text import TextSettings
     from cogview.config_io import read_recipe
-    from cogview.emoji.encode import EncodeSettings
+    from cogview.emoji.datasets import SceneEncodeSettings
     from cogview.emoji.world import WorldSettings
     from cogview.tokenizers.layouts import layouts
+    from cogview.training.text_tokenizer import TextTokenizerRecipe
+    from cogview.training.vqvae_trainer import VQVAERecipe
 
     recipe = Recipe(path=path, sections=read_recipe(path), overrides=(), work=tmp_path)
     transformer = recipe.settings(TransformerSettings, "transformer")
@@ -328,8 +327,8 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
         assert transformer.tokenizers is not None
         return
     world = recipe.settings(WorldSettings, "scenes")
-    encode = recipe.settings(EncodeSettings, "encode")
-    recipe.settings(TextSettings, "text")
+    encode = recipe.settings(SceneEncodeSettings, "encode")
+    recipe.settings(TextTokenizerRecipe, "text")
     recipe.settings(VQVAERecipe, "image")
     assert (ROOT / recipe.settings(PackageSettings, "package").card).is_file()
     assert set(recipe.sections) == {"work", "scenes", "text", "image", "encode", "transformer", "package"}
@@ -575,11 +574,11 @@ def test_a_checkpoint_of_another_shape_is_not_resumed(work, tmp_path, capsys, mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "0"], "--captions and --batch-size must be at least 1, got 0 and 32"),
+        (["-n", "0"], "invalid value for '-n' / '--captions': 0 is not in the range x>=1"),
         (["--seed", "-1"], "the seed must be from 0"),
-        (["--temperature", "0"], "temperature must be above 0, got 0.0"),
+        (["--temperature", "0"], "invalid value for '--temperature': 0.0 is not in the range x>0"),
         (["--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known:'),
-        ([], "knows 4 things, not the 6 of this world: use its own recipe"),
+        ([], "knows 4 objects, not the 6 of this world: use the recipe of the model"),
         (["--device", "gpu"], "device 'gpu' is unknown"),
     ],
 )
@@ -592,16 +591,16 @@ def test_mistakes_in_grading(work, tmp_path, tiny_checkpoint, capsys, arguments,
 @pytest.mark.parametrize(
     ("measure", "arguments", "message"),
     [
-        ("captions", ["--tune"], "--tune has no meaning for captions, only for scenes; leave it out"),
-        ("rerank", ["--tune"], "--tune has no meaning for rerank"),
-        ("upscale", ["--tune"], "--tune has no meaning for upscale"),
-        ("scenes", ["--candidates", "4"], "--candidates has no meaning for scenes, only for rerank; leave it out"),
-        ("upscale", ["--candidates", "0"], "--candidates has no meaning for upscale"),
-        ("captions", ["--temperature", "0.5"], "--temperature has no meaning for captions, only for scenes, rerank, u"),
-        ("captions", ["--top-k", "0"], "--top-k has no meaning for captions"),
-        ("captions", ["--top-p", "0.9"], "--top-p has no meaning for captions"),
-        ("rerank", ["--candidates", "0"], "--candidates must be at least 1, got 0"),
-        ("rerank", ["-n", "0"], "--captions and --batch-size must be at least 1, got 0 and 32"),
+        ("captions", ["--tune"], "--tune has no effect on captions, only on scenes; leave it out"),
+        ("rerank", ["--tune"], "--tune has no effect on rerank"),
+        ("upscale", ["--tune"], "--tune has no effect on upscale"),
+        ("scenes", ["--candidates", "4"], "--candidates has no effect on scenes, only on rerank; leave it out"),
+        ("upscale", ["--candidates", "1"], "--candidates has no effect on upscale"),
+        ("captions", ["--temperature", "0.5"], "--temperature has no effect on captions, only on scenes, rerank, u"),
+        ("captions", ["--top-k", "0"], "--top-k has no effect on captions"),
+        ("captions", ["--top-p", "0.9"], "--top-p has no effect on captions"),
+        ("rerank", ["--candidates", "0"], "invalid value for '--candidates': 0 is not in the range x>=1"),
+        ("rerank", ["-n", "0"], "invalid value for '-n' / '--captions': 0 is not in the range x>=1"),
     ],
 )
 def test_an_option_that_a_measure_does_not_use_is_refused(tmp_path, capsys, measure, arguments, message):
@@ -614,7 +613,7 @@ def test_a_report_of_another_checkpoint_is_not_packaged(work, tmp_path, capsys):
     assert main(["train", recipe, "training.steps=3"]) == 0
     (work / "report").mkdir()
     accuracy = {"right": 1, "of": 1, "accuracy": 1.0, "low": 0.2, "high": 1.0}
-    grades = {part: accuracy for part in protocol.PARTS}
+    grades = {part: accuracy for part in scenes.PARTS}
     report = {name: grades for name in ("drawn", "ceiling_reconstructions", "ceiling_true_scenes")}
     report["image_tokenizer"] = {"things": 5, "images": 8.0, "psnr": 20.0, "codes_used": 0.5, "perplexity": 9.0}
     report["protocol"] = {"model": "work/transformer-run/checkpoints/step-00000002", "sampling": {}}
@@ -623,7 +622,7 @@ def test_a_report_of_another_checkpoint_is_not_packaged(work, tmp_path, capsys):
     assert main(["package", recipe]) == 2
     line = one_line(capsys)
     assert "step-00000002, not " in line
-    assert "step-00000003; grade that first: cogview eval scenes" in line
+    assert "step-00000003; evaluate that first: cogview eval scenes" in line
     assert not (work / "model").exists()
 
 
@@ -644,7 +643,7 @@ def steps_run(work: Path) -> list[tuple[str, int]]:
 
 def test_the_script_runs_what_is_missing_and_goes_on_where_it_stopped(script, work, tmp_path, capsys, monkeypatch):
     recipe, place = write_recipe(tmp_path), ["--device", "cpu"]
-    monkeypatch.setattr(evaluate_command, "CAPTIONS", 4)
+    monkeypatch.setattr(evaluate, "CAPTIONS", 4)
     step = TransformerTrainer.step
 
     def interrupted(self, number, batch):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cogview.config_io import from_mapping
-from cogview.emoji.keyed_random import KeyedRandom
+from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.scene import COLOURS, COUNTS, LAYOUTS, Scene, SceneKind, SceneWeights, cells_of
 from cogview.emoji.world import EmojiWorld, WorldSettings
 from cogview.errors import InputError

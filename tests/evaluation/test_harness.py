@@ -1,183 +1,94 @@
-"""The protocol of ``cogview eval scenes``: planted painters get the grades they deserve, ceilings stand beside them."""
+"""Generic evaluation: images of captions, graders of any reference, and the choice of sampling settings."""
 
-# B batch, H W pixels
-
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-from cogview.checkpoints.checkpoint import NamedThing
-from cogview.config_io import to_mapping
-from cogview.emoji.evaluation.scenes import held_out_scenes
-from cogview.errors import InputError
-from cogview.evaluation import harness as protocol
 from cogview.evaluation.harness import (
     TUNING_SEED,
-    check_world,
     choose_sampling,
-    draw_captions,
-    evaluate_scenes,
-    format_report,
+    describe_protocol,
+    generate_images,
+    grade_images,
 )
+from cogview.evaluation.metrics import accuracy
 from cogview.modeling.config import Sampling
-from cogview.pipeline.cogview import CogView
-from cogview.training.vqvae_trainer import held_out_batches
-from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+CAPTIONS = [f"第{number}张图片" for number in range(10)]
 
 
-class Mirror(VQVAE):
-    """An image tokenizer whose codes number the pictures it has seen: it restores them exactly, or all to grey."""
-
-    def __init__(self, *, grey: bool = False) -> None:
-        super().__init__(VQVAEConfig(channels=(4, 4, 4), num_codes=64))
-        self.grey = grey
-        self.seen = torch.empty(0)
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        self.seen = images
-        return torch.arange(len(images)).view(-1, 1, 1).expand(-1, 8, 8)
-
-    def decode(self, codes: torch.Tensor) -> torch.Tensor:
-        return torch.full_like(self.seen, 0.62) if self.grey else self.seen
+@dataclass
+class Brightness:
+    everything: bool
 
 
-class Painter:
-    """Draws a caption right where ``knows(number, sampling)``, and else leaves the canvas grey."""
+class BrightnessGrader:
+    """Grades an image right if its mean is above the reference."""
 
-    name = "painter"
-
-    def __init__(self, world, count, seed, knows, *, grey: bool = False) -> None:
-        self.config = SimpleNamespace(grid=8)
-        self.things = tuple(NamedThing(name=thing.name) for thing in world.things)
-        self.image_tokenizer = Mirror(grey=grey)
-        self.knows = knows
-        asked = held_out_scenes(world, count, seed)
-        self.pictures = {caption: (i, world.render(scene, i)) for i, (scene, caption) in enumerate(asked)}
-        self.batches: list[int] = []
-
-    def run(self, wishes):
-        self.batches.append(len(wishes))
-        for wish in wishes:
-            number, picture = self.pictures[wish.prompt]
-            yield picture if self.knows(number, wish.sampling) else np.full_like(picture, 160)
+    def grade(self, image, reference, /):
+        return Brightness(everything=bool(image.mean() > reference))
 
 
-@pytest.fixture
-def world(make_tiny_world):
-    return make_tiny_world()
+class Grey:
+    """Generates images that are as bright as the temperature and the number of the caption allow."""
+
+    name = "grey"
+
+    def __init__(self):
+        self.seeds = []
+
+    def run(self, requests):
+        for request in requests:
+            self.seeds.append(request.seed)
+            level = 200 if CAPTIONS.index(request.prompt) < 10 * request.sampling.temperature else 20
+            yield np.full((8, 8, 3), level, dtype=np.uint8)
 
 
-@pytest.fixture(autouse=True)
-def few_held_out(monkeypatch):
-    """The figures of the image tokenizer come from few pictures."""
-    monkeypatch.setattr(protocol, "held_out_batches", partial(held_out_batches, count=8))
+def summarize(images):
+    grades = grade_images(BrightnessGrader(), images, [100.0] * len(images), "grading")
+    return {"everything": accuracy(sum(grade.everything for grade in grades), len(grades))}
 
 
-def test_a_painter_who_knows_three_of_four_gets_that_grade(world):
-    painter = Painter(world, 24, 5, lambda number, sampling: number % 4)
-    report, pictures = evaluate_scenes(painter, world, count=24, seed=5, sampling=Sampling(), batch_size=10)
-    assert painter.batches == [10, 10, 4]
-    assert len(pictures) == 24
-    right = report["drawn"]["everything"]
-    assert (right["right"], right["of"]) == (18, 24)
-    assert right["low"] < 0.75 < right["high"]
-    asked = [report["drawn"][part]["of"] for part in ("colour", "object", "everything")]
-    assert asked == [24, 24, 24]
-    assert report["ceiling_true_scenes"]["everything"]["accuracy"] == 1
-    assert report["ceiling_reconstructions"]["everything"]["accuracy"] == 1
-    assert report["image_tokenizer"]["psnr"] == 100
-    assert report["image_tokenizer"]["images"] == 8
-
-
-def test_the_ceiling_of_a_tokenizer_that_loses_everything_is_low(world):
-    painter = Painter(world, 12, 0, lambda number, sampling: True, grey=True)
-    report, _ = evaluate_scenes(painter, world, count=12, seed=0, sampling=Sampling(), batch_size=5)
-    assert report["drawn"]["everything"]["accuracy"] == 1
-    assert report["ceiling_reconstructions"]["everything"]["accuracy"] == 0
-    assert report["ceiling_true_scenes"]["everything"]["accuracy"] == 1
-
-
-def test_the_report_says_how_it_was_made(world):
-    sampling = Sampling(temperature=0.5, top_k=7)
-    reports = {}
-    for seed in (0, 1):
-        painter = Painter(world, 4, seed, lambda number, sampling: True)
-        reports[seed], _ = evaluate_scenes(painter, world, count=4, seed=seed, sampling=sampling, batch_size=4)
-    made = reports[0]["protocol"]
-    assert (made["captions"], made["seed"], made["things"], made["candidates"]) == (4, 0, 6, 6)
-    assert made["sampling"] == to_mapping(sampling)
-    assert made["model"] == "painter"
-    assert made["world"]["canvas"] == 64
-    assert made["captions_sha256"] != reports[1]["protocol"]["captions_sha256"]
-
-
-def test_the_best_settings_come_first_and_are_chosen_on_captions_of_their_own(world):
-    painter = Painter(world, 10, TUNING_SEED, lambda number, sampling: number < 10 * sampling.temperature)
-    grid = [Sampling(temperature=temperature, top_k=20) for temperature in (0.3, 0.9, 0.5)]
-    results = choose_sampling(painter, world, grid, count=10, batch_size=4)
-    assert [sampling.temperature for sampling, _ in results] == [0.9, 0.5, 0.3]
-    assert [grades["everything"]["right"] for _, grades in results] == [9, 5, 3]
-
-
-def test_of_settings_that_cannot_be_told_apart_the_one_with_the_least_noise_is_best(world):
-    painter = Painter(world, 10, TUNING_SEED, lambda number, sampling: number < 10 * sampling.temperature)
-    grid = [Sampling(temperature=t, top_k=k) for t, k in ((0.9, 5), (0.8, 20), (0.8, 5), (0.7, 5), (0.3, 5))]
-    results = choose_sampling(painter, world, grid, count=10, batch_size=4)
-    # The 95% interval of 9 of 10 begins at 0.596: 7 of 10 lies in it, 3 does not.
-    assert [(tried.temperature, tried.top_k) for tried, _ in results][:2] == [(0.7, 5), (0.9, 5)]
-    assert results[-1][0].temperature == 0.3
-
-
-def test_pictures_do_not_depend_on_the_batch_and_no_two_share_their_noise(tiny_model):
+def test_generate_images_does_not_depend_on_the_batch_or_repeat_noise(tiny_model):
     captions = ["一只狐狸", "一只狐狸", "蓝色背景上的三只狗"]
-    one, all_at_once = (
-        draw_captions(tiny_model, captions, 40, Sampling(top_k=50), batch_size, "") for batch_size in (1, 3)
+    one, together = (
+        generate_images(tiny_model, captions, 40, Sampling(top_k=50), batch_size, "") for batch_size in (1, 3)
     )
-    assert all(np.array_equal(a, b) for a, b in zip(one, all_at_once, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(one, together, strict=True))
     assert not np.array_equal(one[0], one[1])
     assert np.array_equal(one[1], np.asarray(tiny_model.generate("一只狐狸", seed=41, temperature=1.0, top_k=50)[0]))
 
 
-def test_a_model_is_graded_in_its_own_world_alone(make_tiny_world, tiny_model):
-    with pytest.raises(InputError, match="draws 64 pixels, the world has 128: use its own recipe"):
-        check_world(tiny_model, make_tiny_world(canvas=128))
-    with pytest.raises(InputError, match="knows 4 things, not the 6 of this world: use its own recipe"):
-        check_world(tiny_model, make_tiny_world())
-    world = make_tiny_world(things=3)
-    named = tuple(NamedThing(name=thing.name) for thing in world.things)
-    model = CogView(tiny_model.model, tiny_model.placement, "tiny")
-    model.model = SimpleNamespace(config=tiny_model.config, things=named)
-    check_world(model, world)
-    model.model.things = (*named[:2], replace(named[2], name="河马"))
-    with pytest.raises(InputError, match="knows 3 things, not the 3 of this world"):
-        check_world(model, world)
+def test_grade_images_pairs_each_image_with_its_reference():
+    images = [np.full((4, 4, 3), level, dtype=np.uint8) for level in (10, 120, 250)]
+    grades = grade_images(BrightnessGrader(), images, [5.0, 200.0, 200.0], "grading")
+    assert [grade.everything for grade in grades] == [True, False, True]
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        grade_images(BrightnessGrader(), images, [5.0], "grading")
 
 
-def test_the_report_as_a_table():
-    sure = {"right": 9, "of": 10, "accuracy": 0.9, "low": 0.596, "high": 0.982}
-    none = {"right": 0, "of": 0, "accuracy": None, "low": None, "high": None}
-    grades = {"colour": sure, "object": sure, "count": none, "relation": sure, "everything": sure}
-    report = {
-        "drawn": grades,
-        "ceiling_reconstructions": grades,
-        "ceiling_true_scenes": grades,
-        "image_tokenizer": {
-            "scales": [1, 2],
-            "images": 2048.0,
-            "psnr": 26.6277,
-            "codes_used": 0.935,
-            "perplexity": 1796.2,
-        },
-    }
-    lines = format_report(report).splitlines()
-    assert lines[0] == "| right | pictures drawn | VQ-VAE's reconstructions | true scenes |"
-    assert lines[2] == "| colour (of 10) |" + 3 * " 90.0% (59.6%–98.2%) |"
-    assert lines[4] == "| count (of 0) | – | – | – |"
-    assert lines[-1] == (
-        "Image tokenizer on 2048 held-out scenes at scale 1 and 2: PSNR 26.63 dB, "
-        "93.5% of the codes used, perplexity 1796."
-    )
+def test_choose_sampling_orders_settings_by_accuracy():
+    model = Grey()
+    grid = [Sampling(temperature=temperature, top_k=20) for temperature in (0.2, 0.9, 0.3)]
+    results = choose_sampling(model, CAPTIONS, grid, summarize, batch_size=4)
+    assert [sampling.temperature for sampling, _ in results] == [0.9, 0.3, 0.2]
+    assert [summary["everything"]["right"] for _, summary in results] == [9, 3, 2]
+    assert model.seeds[:10] == [TUNING_SEED + number for number in range(10)]
+
+
+def test_choose_sampling_prefers_the_lowest_temperature_within_the_interval_of_the_best():
+    grid = [Sampling(temperature=t, top_k=k) for t, k in ((0.9, 5), (0.8, 5), (0.7, 20), (0.7, 5), (0.3, 5))]
+    results = choose_sampling(Grey(), CAPTIONS, grid, summarize, batch_size=10)
+    assert results[0][0] == Sampling(temperature=0.7, top_k=5)  # the interval of 9 of 10 begins at 0.596
+    assert results[-1][0].temperature == 0.3
+
+
+def test_describe_protocol_has_the_data_and_the_hash_of_the_captions():
+    model = SimpleNamespace(name="grey")
+    made = describe_protocol(model, CAPTIONS, 3, data={"folder": "照片"}, method="greedy")
+    assert list(made) == ["captions", "captions_sha256", "seed", "folder", "model", "method", "cogview"]
+    assert (made["captions"], made["seed"], made["model"], made["method"]) == (10, 3, "grey", "greedy")
+    other = describe_protocol(model, CAPTIONS[::-1], 3, data={})
+    assert other["captions_sha256"] != made["captions_sha256"]

@@ -1,65 +1,235 @@
-"""The VQ-VAE's run on the scenes of a world: its batches, its folder, exact resuming, its figures."""
+"""The VQ-VAE trainer: its images, the schedule of the codebook, exact resuming, its checkpoints and metrics."""
 
 # B batch, H W pixels
 
+import io
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
+from cogview.data.image_dataset import ImageExample
+from cogview.emoji.datasets import SceneDataset
 from cogview.errors import InputError
 from cogview.training import vqvae_trainer as module
 from cogview.training.loop import RunFolder, RunSettings, run_loop
 from cogview.training.vqvae_trainer import (
-    SceneImages,
-    VQVAERun,
+    TrainingImages,
+    VQVAERecipe,
+    VQVAETrainer,
+    export_image_tokenizer,
     held_out_batches,
-    scene_batches,
+    train_vqvae,
+    training_batches,
 )
 from cogview.vqvae.codec import to_float
 from cogview.vqvae.model import VQVAEConfig
-from cogview.vqvae.training import VQVAETrainingSettings
+from cogview.vqvae.quantizer import RENAMED_AVERAGES
+from cogview.vqvae.training import VQVAETrainingSettings, evaluate_vqvae
 
 CONFIG = VQVAEConfig(channels=(4, 8, 8), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1), num_codes=16, code_width=4)
 TRAINING = VQVAETrainingSettings(steps=8, batch_size=2, warmup_steps=3, revive_every=2, revive_below=0.3, decay=0.5)
 CPU = torch.device("cpu")
+STEP_CONFIG = VQVAEConfig(
+    channels=(8, 16, 16), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 1, 1), num_codes=32, code_width=4
+)
+STEP_SETTINGS = VQVAETrainingSettings(
+    steps=12, batch_size=4, warmup_steps=4, revive_every=3, revive_below=0.2, decay=0.5
+)
+
+
+def pictures(step: int, size: int = 4) -> torch.Tensor:
+    """Coloured squares on coloured grounds, a function of the step."""
+    generator = torch.Generator().manual_seed(step)
+    images = torch.rand(size, 3, 1, 1, generator=generator).expand(size, 3, 32, 32).clone()
+    images[:, :, 8:24, 8:24] = torch.rand(size, 3, 1, 1, generator=generator)
+    return images
+
+
+def run(trainer: VQVAETrainer, first: int, last: int) -> list[dict[str, float]]:
+    return [trainer.step(step, pictures(step)) for step in range(first, last)]
+
+
+@pytest.mark.parametrize("half", [3, 4, 7], ids=["in the warm-up", "where the codebook starts", "after it"])
+def test_vqvae_trainer_resumes_exactly(half):
+    whole = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
+    figures = run(whole, 0, 12)
+    assert sum(step["revived"] for step in figures) > 0  # randomness took part
+
+    first = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
+    run(first, 0, half)
+    file = io.BytesIO()
+    torch.save(first.state(), file)
+    file.seek(0)
+    torch.manual_seed(99)
+    second = VQVAETrainer(
+        STEP_CONFIG, VQVAETrainingSettings(**{**vars(STEP_SETTINGS), "seed": 5}), CPU
+    )  # other weights to begin with
+    second.settings = STEP_SETTINGS
+    second.load_state(torch.load(file, weights_only=True))
+    assert run(second, half, 12) == figures[half:]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    assert torch.equal(whole.model.quantizer.ema_cluster_size, second.model.quantizer.ema_cluster_size)
+    assert torch.equal(whole.model.quantizer.ema_sum, second.model.quantizer.ema_sum)
+
+
+def test_vqvae_trainer_loads_former_names_of_the_averages():
+    """The state of a run that an earlier version began."""
+    first, second = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU), VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
+    run(first, 0, 6)
+    state = first.state()
+    for old, name in RENAMED_AVERAGES.items():
+        state[old] = state.pop(name)
+    second.load_state(state)
+    assert first.model.quantizer.ema_sum.any()
+    for name in RENAMED_AVERAGES.values():
+        assert torch.equal(second.model.quantizer.get_buffer(name), first.model.quantizer.get_buffer(name)), name
+
+
+def test_vqvae_trainer_initializes_the_codebook_after_the_warm_up():
+    trainer = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
+    noise = trainer.model.quantizer.codebook.clone()
+    assert [figures["commitment"] for figures in run(trainer, 0, 3)] == [0, 0, 0]
+    assert torch.equal(trainer.model.quantizer.codebook, noise)
+    run(trainer, 3, 4)
+    codebook = trainer.model.quantizer.codebook
+    assert not torch.isclose(codebook, noise).all(dim=1).any()
+    torch.testing.assert_close(codebook.norm(dim=1), torch.ones(32))
+    assert trainer.state()["recent"] == []
+    assert run(trainer, 4, 5)[0]["commitment"] > 0
+
+
+def test_vqvae_trainer_learns_the_images_and_uses_the_codes():
+    config = VQVAEConfig(
+        channels=(16, 32, 32), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 1, 1), num_codes=32, code_width=8
+    )
+    settings = VQVAETrainingSettings(
+        steps=200, batch_size=8, warmup_steps=75, revive_every=5, learning_rate=5e-3, decay=0.9
+    )
+    trainer = VQVAETrainer(config, settings, CPU)
+    for step in range(200):
+        trainer.step(step, pictures(0, 8))
+    judged = evaluate_vqvae(trainer.model, [pictures(0, 8)])
+    assert judged["psnr"] > 25  # 10 at the start
+    assert judged["codes_used"] > 0.9
+
+
+def test_vqvae_trainer_learning_rate_warms_up_and_decays():
+    trainer = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
+    rates = [trainer.learning_rate(step) for step in range(13)]
+    assert rates[0] == pytest.approx(1e-3 / 4)
+    assert rates[3] == rates[4] == pytest.approx(1e-3)
+    assert rates[8] == pytest.approx((1e-3 + 1e-5) / 2)
+    assert rates[12] == pytest.approx(1e-5)
+    trainer.step(2, pictures(0))
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {rates[2]}
+
+
+def test_vqvae_trainer_keeps_the_weights_when_the_gradient_is_not_finite():
+    trainer = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    images = pictures(0)
+    images[0, 0, 0, 0] = math.inf
+    with pytest.raises(InputError, match="gradient of step 7 is not finite; lower the learning rate"):
+        trainer.step(7, images)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_vqvae_trainer_keeps_the_codebook_when_initialized_from_a_model():
+    first = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
+    run(first, 0, 12)
+    codebook, codes = first.model.quantizer.codebook.clone(), first.model.encode(pictures(0))
+    settings = VQVAETrainingSettings(
+        **{**vars(STEP_SETTINGS), "learning_rate": 0.0, "final_learning_rate": 0.0, "decay": 1.0}
+    )
+    second = VQVAETrainer(STEP_CONFIG, settings, CPU, init_from=first.model)
+    assert torch.equal(second.model.quantizer.codebook, codebook)
+    figures = run(second, 0, 2)
+    assert figures[0]["commitment"] > 0
+    assert figures[0]["alive"] == 1  # none is revived before it had a chance
+    assert torch.equal(second.model.encode(pictures(0)), codes)
 
 
 @pytest.fixture
 def few_held_out(monkeypatch):
-    """Judge on few pictures."""
+    """Evaluate on few images."""
     monkeypatch.setattr(module, "held_out_batches", partial(held_out_batches, count=6, batch_size=4))
 
 
-def test_batches_are_the_worlds_scenes_in_order_from_any_step(make_tiny_world):
+class PlainColours:
+    """Nine images of one colour each, of which the larger renditions have another colour in every code."""
+
+    side, names, is_shuffled, provenance = 16, (), False, {}
+
+    def __len__(self):
+        return 9
+
+    def __getitem__(self, index):
+        return ImageExample(identity=f"colour-{index}", captions=("颜色",), render=partial(self.render, index))
+
+    def render(self, index, scale):
+        pixels = np.full((round(16 * scale), round(16 * scale), 3), 20 * index, dtype=np.uint8)
+        if scale > 1:
+            blocks = np.arange((2 * scale) ** 2, dtype=np.uint8).reshape(2 * scale, 2 * scale)
+            pixels[:, :, 1] = blocks.repeat(8, axis=0).repeat(8, axis=1)
+        return pixels
+
+
+def test_training_images_are_a_generators_examples_in_order_from_any_step(make_tiny_world):
     world = make_tiny_world(jitter=3)
-    batches = list(scene_batches(world, seed=5, batch_size=3, first=0, last=4, workers=0))
+    images = TrainingImages(SceneDataset(world, 5), 8, seed=5)
+    batches = list(training_batches(images, 3, 0, 4))
     assert [tuple(batch.shape) for batch in batches] == [(3, 3, 64, 64)] * 4
     for number, image in enumerate(torch.cat(batches)):
         assert torch.equal(image, to_float(world.render(world.sample(5, number), number)))
-    resumed = list(scene_batches(world, seed=5, batch_size=3, first=2, last=4, workers=1))
+    resumed = list(training_batches(images, 3, 2, 4, num_workers=1))
     assert torch.equal(torch.cat(resumed), torch.cat(batches[2:]))
 
 
-def test_held_out_pictures_are_of_held_out_scenes(make_tiny_world):
+def test_training_images_shuffle_a_stored_dataset_anew_in_every_epoch():
+    images = TrainingImages(PlainColours(), 8, seed=3)
+    epochs = [[round(images[9 * epoch + i][0, 0, 0].item() * 255) // 20 for i in range(9)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(9)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    in_order = TrainingImages(PlainColours(), 8)
+    assert [round(in_order[i][0, 0, 0].item() * 255) // 20 for i in range(11)] == [*range(9), 0, 1]
+
+
+def test_training_images_crop_an_example_differently_in_another_epoch():
+    images = TrainingImages(PlainColours(), 8, scales=(2,))
+    corners = {round(images[9 * epoch + 4][1, 0, 0].item() * 255) for epoch in range(8)}
+    assert len(corners) > 3
+    assert all(corner % 4 < 3 and corner < 12 for corner in corners)  # a crop of two codes of the four on a side
+
+
+def test_held_out_batches_are_of_held_out_scenes(make_tiny_world):
     world = make_tiny_world()
-    images = torch.cat(list(held_out_batches(world, count=5, batch_size=2)))
+    scenes = SceneDataset(world, 1, held_out=True)
+    images = torch.cat(list(held_out_batches(scenes, 8, count=5, batch_size=2)))
     assert len(images) == 5
     for number, image in enumerate(images):
         scene = world.sample(1, number, held_out=True)
         assert scene.held_out
         assert torch.equal(image, to_float(world.render(scene, number)))
-    assert torch.equal(SceneImages(world, 1, held_out=True)[3], images[3])
+    assert torch.equal(TrainingImages(scenes, 8)[3], images[3])
 
 
-def train(world, folder, last: int, resume: bool = False) -> VQVAERun:
-    subject = VQVAERun(world, CONFIG, TRAINING, CPU, None)
+def test_held_out_batches_are_fewer_when_the_dataset_is_smaller():
+    assert [len(batch) for batch in held_out_batches(PlainColours(), 8, batch_size=6)] == [6, 3]
+
+
+def train(world, folder, last: int, resume: bool = False) -> VQVAETrainer:
+    trainer = VQVAETrainer(CONFIG, TRAINING, CPU, held_out=SceneDataset(world, 1, held_out=True))
+    images = TrainingImages(SceneDataset(world, 0), 8)
     status = run_loop(
-        subject,
-        lambda step: scene_batches(world, 0, TRAINING.batch_size, step, TRAINING.steps, 0),
+        trainer,
+        lambda step: training_batches(images, TRAINING.batch_size, step, TRAINING.steps),
         RunFolder(folder),
         RunSettings(log_every=1, save_every=2, evaluate_every=4),
         recipe={},
@@ -68,43 +238,54 @@ def train(world, folder, last: int, resume: bool = False) -> VQVAERun:
         resume=resume,
     )
     assert status == 0
-    return subject
+    return trainer
 
 
 @pytest.mark.parametrize("half", [2, 5])
-def test_a_resumed_run_equals_one_that_never_stopped(make_tiny_world, tmp_path, few_held_out, half):
+def test_vqvae_run_resumes_exactly(make_tiny_world, tmp_path, few_held_out, half):
     world = make_tiny_world()
     whole = train(world, tmp_path / "whole", 8)
     train(world, tmp_path / "halves", half)
     second = train(world, tmp_path / "halves", 8, resume=True)
-    for name, tensor in whole.trainer.model.state_dict().items():
-        assert torch.equal(tensor, second.trainer.model.state_dict()[name]), name
-    assert torch.equal(whole.trainer.model.quantizer.ema_cluster_size, second.trainer.model.quantizer.ema_cluster_size)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, second.model.state_dict()[name]), name
+    assert torch.equal(whole.model.quantizer.ema_cluster_size, second.model.quantizer.ema_cluster_size)
 
     stored = load_image_tokenizer(RunFolder(tmp_path / "halves").checkpoints()[-1] / "image")
-    images = next(held_out_batches(world, count=4))
-    assert torch.equal(stored.encode(images), whole.trainer.model.eval().encode(images))
+    images = next(held_out_batches(SceneDataset(world, 1, held_out=True), 8, count=4))
+    assert torch.equal(stored.encode(images), whole.model.eval().encode(images))
     assert stored.config == CONFIG
 
 
-def test_evaluation_gives_held_out_figures_and_a_sheet(make_tiny_world, tmp_path, few_held_out):
-    subject = VQVAERun(make_tiny_world(), CONFIG, TRAINING, CPU, None)
-    figures = subject.evaluate(3, tmp_path)
-    assert set(figures) == {f"held_out_{name}" for name in ("psnr", "codes_used", "perplexity", "images")}
-    assert figures["held_out_images"] == 6
+def test_train_vqvae_exports_the_trained_tokenizer(make_tiny_world, tmp_path, few_held_out):
+    world = make_tiny_world()
+    recipe = VQVAERecipe(training=TRAINING, model=CONFIG, scales=(1, 2), run=RunSettings(log_every=4))
+    run = RunFolder(tmp_path / "run")
+    scenes, held_out = SceneDataset(world, 0), SceneDataset(world, 1, held_out=True)
+    assert train_vqvae(recipe, scenes, held_out, run, CPU) == 0
+    export_image_tokenizer(run, tmp_path / "image")
+    (checkpoint,) = run.checkpoints()
+    trained = load_image_tokenizer(checkpoint / "image")
+    assert torch.equal(load_image_tokenizer(tmp_path / "image").codebook, trained.codebook)
+
+
+def test_vqvae_trainer_evaluates_on_held_out_images_and_writes_a_sheet(make_tiny_world, tmp_path, few_held_out):
+    trainer = VQVAETrainer(CONFIG, TRAINING, CPU, held_out=SceneDataset(make_tiny_world(), 1, held_out=True))
+    metrics = trainer.evaluate(3, tmp_path)
+    assert set(metrics) == {f"held_out_{name}" for name in ("psnr", "codes_used", "perplexity", "images")}
+    assert metrics["held_out_images"] == 6
     with Image.open(tmp_path / "step-00000003.png") as sheet:
         assert sheet.size == (12 * 132 + 4, 2 * 132 + 4)  # scenes above, reconstructions below
 
 
-def test_a_gradient_that_is_not_finite_is_one_line_for_the_user(make_tiny_world):
-    subject = VQVAERun(make_tiny_world(), CONFIG, TRAINING, CPU, None)
-    with pytest.raises(InputError, match="gradient of step 2 is not finite"):
-        subject.step(2, torch.full((1, 3, 64, 64), math.nan))
+def test_vqvae_trainer_evaluates_nothing_without_held_out_images(tmp_path):
+    with pytest.raises(ValueError, match="evaluation needs held-out images"):
+        VQVAETrainer(CONFIG, TRAINING, CPU).evaluate(3, tmp_path)
 
 
-def test_larger_scenes_are_shown_in_parts_on_the_grid_of_codes(make_tiny_world):
+def test_training_images_are_cropped_on_the_grid_of_codes_at_larger_scales(make_tiny_world):
     world = make_tiny_world()
-    images = SceneImages(world, 3, scales=(1, 2))
+    images = TrainingImages(SceneDataset(world, 3), 8, scales=(1, 2))
     corners = set()
     for number in range(24):
         scene, image = world.sample(3, number), images[number]
@@ -122,4 +303,10 @@ def test_larger_scenes_are_shown_in_parts_on_the_grid_of_codes(make_tiny_world):
         assert found
         corners |= found
     assert len(corners) > 9
-    assert torch.equal(next(scene_batches(world, 3, 24, 0, 1, 0, (1, 2)))[5], images[5])
+    assert torch.equal(next(training_batches(images, 24, 0, 1))[5], images[5])
+
+
+@pytest.mark.parametrize("scales", [(), (0, 1)])
+def test_vqvae_recipe_refuses_scales_below_one(scales):
+    with pytest.raises(ValueError, match="scales must be whole numbers from 1, got "):
+        VQVAERecipe(training=TRAINING, scales=scales)

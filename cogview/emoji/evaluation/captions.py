@@ -1,13 +1,13 @@
-"""The protocol of ``cogview eval captions``: does a caption name the right things, count, relation and colour?
+"""Protocol of ``cogview eval captions``: grade the objects, count, relation and colour that a caption names.
 
-Captions are read back with the grammar that scenes are described by, and so judged by what they say, whichever of
-the many ways of saying it a model chose.
+Captions are parsed by the grammar that describes scenes. They are therefore graded by their content, in any of the
+wordings of the grammar.
 """
 
+# N images, H, W image in pixels
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,20 @@ from PIL import Image
 from tqdm import tqdm
 
 from cogview.emoji.captions import CaptionReader, ParsedCaption
-from cogview.emoji.evaluation.scenes import accuracy, format_accuracy, held_out_scenes
-from cogview.emoji.scene import Scene
+from cogview.emoji.evaluation.scenes import (
+    MAX_CONFUSIONS,
+    PARTS,
+    check_world,
+    count_confusions,
+    describe,
+    format_parts,
+    held_out_scenes,
+    part_accuracies,
+)
+from cogview.emoji.grader import SceneGrade
+from cogview.emoji.scene import COLOURS, Colour, Scene
+from cogview.emoji.things import EmojiObject
 from cogview.emoji.world import EmojiWorld
-from cogview.evaluation.harness import PARTS, check_world, describe
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.results import Caption
 from cogview.vqvae.codec import reconstruct
@@ -28,39 +38,103 @@ COLUMNS = {"true_scenes": "true scenes", "reconstructions": "VQ-VAE's reconstruc
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaptionGrade:
-    """Which parts of ``scene`` a caption got right; None for what the scene does not ask.
+class CaptionGrade(SceneGrade):
+    """Grade of a caption; a name that several objects share counts for each of them.
 
-    ``said`` is what the caption says, None if it cannot be read; then all that was asked is wrong. ``colour``: the
-    background is named, and rightly. ``object``: for one thing and for several of one, that one thing is named and it
-    is the right one, whatever the count; for a pair, that both things are named, wherever. ``count``: for several of
-    one, that the number is right, whatever they are. ``relation``: for a pair, that it is told which way the things
-    stand, and each is in its place. A name that several things share counts for each of them.
+    ``colour``: the background is named, and correctly. ``object``: for one object and for several of one, a single
+    object is named and it is the right one, with any count; for a pair, both objects are named, in any order.
+    ``count``: the number is right, for any object. ``relation``: the relation is named, and each object is on its
+    side.
+
+    Args:
+        parsed: The content of the caption; None if it cannot be parsed, and then every part is wrong.
+        names: Names of the objects in ``parsed`` by emoji.
     """
 
-    scene: Scene
     parsed: ParsedCaption | None
-    colour: bool
-    object: bool
-    count: bool | None
-    relation: bool | None
+    names: Mapping[str, str]
 
     @property
     def everything(self) -> bool:
-        """True when nothing that was asked is wrong, nor a single thing said to be several."""
-        parts = (self.colour, self.object, self.count, self.relation)
-        return (
-            self.parsed is not None
-            and self.parsed.count == self.scene.count
-            and all(part is not False for part in parts)
+        """Whether no part is wrong, and the count is right for a single object too."""
+        return self.parsed is not None and self.parsed.count == self.scene.count and super().everything
+
+    def confusions(self) -> list[tuple[str, str]]:
+        """Return (asked, named) of a readable caption; ``named`` is "" for a background that is not mentioned."""
+        scene, parsed = self.scene, self.parsed
+        if parsed is None:
+            return []
+        pairs = [] if self.colour else [(scene.colour.name, parsed.colour.name if parsed.colour else "")]
+        same_arrangement = parsed.kind == scene.kind or len(scene.things) == len(parsed.things) == 1
+        if not self.object and same_arrangement:
+            for thing, meant in zip(scene.things, parsed.things, strict=True):
+                if thing.emoji not in meant:
+                    named = [name for emoji, name in self.names.items() if emoji in meant]
+                    pairs.append((thing.name, "/".join(named)))
+        return pairs
+
+
+class CaptionGrader:
+    """Grader of captions of scenes.
+
+    Args:
+        things: Objects that a caption may name.
+        colours: Backgrounds that a caption may name.
+    """
+
+    def __init__(self, things: Sequence[EmojiObject], colours: Sequence[Colour] = COLOURS) -> None:
+        self.reader = CaptionReader(things, colours)
+        self.names = {thing.emoji: thing.name for thing in things}
+
+    def grade(self, text: str, scene: Scene) -> CaptionGrade:
+        """Return the grade of a caption for a scene; of several readings, that of the best one."""
+        grades = [self._grade(parsed, scene) for parsed in self.reader.parses(text)]
+        if not grades:
+            return CaptionGrade(
+                scene=scene,
+                parsed=None,
+                names=self.names,
+                colour=False,
+                object=False,
+                count=False if scene.kind == "many" else None,
+                relation=False if len(scene.things) == 2 else None,
+            )
+        return max(grades, key=lambda grade: (grade.everything, sum(getattr(grade, part) is True for part in PARTS)))
+
+    def _grade(self, parsed: ParsedCaption, scene: Scene) -> CaptionGrade:
+        """Grade of one reading of a caption."""
+        shown = [thing.emoji for thing in scene.things]
+        in_order = _all_named(shown, parsed.things)
+        count = relation = None
+        if len(shown) == 1:
+            named = in_order
+            count = parsed.count == scene.count if scene.kind == "many" else None
+        else:
+            named = in_order or _all_named(shown[::-1], parsed.things)
+            relation = parsed.kind == scene.kind and in_order
+        return CaptionGrade(
+            scene=scene,
+            parsed=parsed,
+            names=self.names,
+            colour=parsed.colour is not None and parsed.colour.name == scene.colour.name,
+            object=named,
+            count=count,
+            relation=relation,
         )
 
 
 def evaluate_captions(model: CogView, world: EmojiWorld, *, count: int, seed: int, batch_size: int) -> dict[str, Any]:
-    """Grade the model's most probable captions (greedy) of ``count`` held-out scenes; the report, as plain data.
+    """Grade the greedy captions of held-out scenes and of their VQ-VAE reconstructions.
 
-    Captions are written of the true pictures of the scenes and of their VQ-VAE reconstructions. ``captions`` holds them
-    beside a caption that is right, a row for each scene.
+    Args:
+        model: The model.
+        world: The world of the model.
+        count: Number of scenes.
+        seed: Seed of the scenes.
+        batch_size: Images in a batch.
+
+    Returns:
+        The report as plain data; its key ``captions`` has a row per scene, with all captions and a right one.
     """
     model.require_task("caption")
     check_world(model, world)
@@ -68,20 +142,20 @@ def evaluate_captions(model: CogView, world: EmojiWorld, *, count: int, seed: in
     scenes, right_captions = [scene for scene, _ in asked], [caption for _, caption in asked]
     true = np.stack([world.render(scene, number) for number, scene in enumerate(scenes)])
     restored = reconstruct(model.image_tokenizer, true, batch_size)
-    reader = CaptionReader(world.candidates, world.colours)
+    grader = CaptionGrader(world.candidates, world.colours)
     report: dict[str, Any] = {"protocol": describe(model, world, right_captions, seed, method="greedy")}
     rows: list[dict[str, Any]] = [
         {"meaning": scene.meaning, "right_caption": caption}
         for scene, caption in zip(scenes, right_captions, strict=True)
     ]
-    for key, pictures in (("true_scenes", true), ("reconstructions", restored)):
-        captions = _write_captions(model, pictures, batch_size, f"captions of {COLUMNS[key]}")
-        grades = [grade_caption(reader, one.text, scene) for one, scene in zip(captions, scenes, strict=True)]
-        report[key] = summarize_captions(grades, world)
-        for row, one, grade in zip(rows, captions, grades, strict=True):
+    for key, images in (("true_scenes", true), ("reconstructions", restored)):
+        captions = _generate_captions(model, images, batch_size, f"captions of {COLUMNS[key]}")
+        grades = [grader.grade(caption.text, scene) for caption, scene in zip(captions, scenes, strict=True)]
+        report[key] = summarize_captions(grades)
+        for row, caption, grade in zip(rows, captions, grades, strict=True):
             row[key] = {
-                "caption": one.text,
-                "log_probability": one.log_probability,
+                "caption": caption.text,
+                "log_probability": caption.log_probability,
                 "readable": grade.parsed is not None,
                 "right": grade.everything,
             }
@@ -89,86 +163,34 @@ def evaluate_captions(model: CogView, world: EmojiWorld, *, count: int, seed: in
     return report
 
 
-def grade_caption(reader: CaptionReader, text: str, scene: Scene) -> CaptionGrade:
-    """Compare what ``text`` says with ``scene``; of several readings the one that is most nearly right counts."""
-    grades = [_judge(said, scene) for said in reader.parses(text)]
-    if not grades:
-        count = False if scene.kind == "many" else None
-        relation = False if len(scene.things) == 2 else None
-        return CaptionGrade(scene=scene, parsed=None, colour=False, object=False, count=count, relation=relation)
-    return max(grades, key=lambda grade: (grade.everything, sum(getattr(grade, part) is True for part in PARTS)))
+def summarize_captions(grades: Sequence[CaptionGrade], max_confusions: int = MAX_CONFUSIONS) -> dict[str, Any]:
+    """Return the accuracy of each part, the number of unreadable captions and the most frequent confusions."""
+    return {
+        "captions": len(grades),
+        **part_accuracies(grades),
+        "unreadable": sum(grade.parsed is None for grade in grades),
+        "confusions": count_confusions(grades, ("shown", "said"), max_confusions),
+    }
 
 
-def summarize_captions(grades: Sequence[CaptionGrade], world: EmojiWorld, num_confusions: int = 10) -> dict[str, Any]:
-    """Accuracies with 95% intervals, how many captions cannot be read, and the commonest mistakes, as plain data.
-
-    The mistakes are of the captions that can be read; ``said`` is "" for a background that is not mentioned.
-    """
-    summary: dict[str, Any] = {"captions": len(grades)}
-    for part in PARTS:
-        asked = [verdict for verdict in (getattr(grade, part) for grade in grades) if verdict is not None]
-        summary[part] = accuracy(sum(asked), len(asked))
-    summary["unreadable"] = sum(grade.parsed is None for grade in grades)
-    mistakes = Counter(pair for grade in grades for pair in _confusions(grade, world))
-    summary["confusions"] = [
-        {"shown": shown, "said": said, "times": times} for (shown, said), times in mistakes.most_common(num_confusions)
-    ]
-    return summary
-
-
-def format_caption_report(report: dict[str, Any]) -> str:
-    """A Markdown table: accuracies in percent with their 95% intervals."""
-    lines = ["| right | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "---|" * len(COLUMNS)]
-    for part in PARTS:
-        cells = [format_accuracy(report[key][part]) for key in COLUMNS]
-        lines.append(f"| {part} (of {report['true_scenes'][part]['of']}) | " + " | ".join(cells) + " |")
+def format_caption_report(report: Mapping[str, Any]) -> str:
+    """Return the report of ``evaluate_captions`` as Markdown."""
     unreadable = [f"{report[key]['unreadable']} of {title}" for key, title in COLUMNS.items()]
-    lines += ["", f"Captions that cannot be read, and count as wrong: {', '.join(unreadable)}."]
-    return "\n".join(lines)
+    note = f"Captions that cannot be read, and count as wrong: {', '.join(unreadable)}."
+    return "\n".join([*format_parts(report, COLUMNS), "", note])
 
 
-def _write_captions(model: CogView, pictures: np.ndarray, batch_size: int, label: str) -> list[Caption]:
-    """The model's most probable caption of each picture, uint8 (N, H, W, 3)."""
+def _generate_captions(model: CogView, images: np.ndarray, batch_size: int, label: str) -> list[Caption]:
+    """The most probable caption of each image, uint8 (N, H, W, 3)."""
     captions = []
-    with tqdm(total=len(pictures), unit="caption", desc=label, disable=None) as bar:
-        for first in range(0, len(pictures), batch_size):
-            chunk = [Image.fromarray(pixels) for pixels in pictures[first : first + batch_size]]
+    with tqdm(total=len(images), unit="caption", desc=label, disable=None) as bar:
+        for first in range(0, len(images), batch_size):
+            chunk = [Image.fromarray(pixels) for pixels in images[first : first + batch_size]]
             captions += [caption for (caption,) in model.caption(chunk, method="greedy", batch_size=batch_size)]
             bar.update(len(chunk))
     return captions
 
 
-def _judge(said: ParsedCaption, scene: Scene) -> CaptionGrade:
-    shown = [thing.emoji for thing in scene.things]
-    in_place = _all_named(shown, said.things)
-    count = relation = None
-    if len(shown) == 1:
-        named = in_place
-        count = said.count == scene.count if scene.kind == "many" else None
-    else:
-        named = in_place or _all_named(shown[::-1], said.things)
-        relation = said.kind == scene.kind and in_place
-    colour = said.colour is not None and said.colour.name == scene.colour.name
-    return CaptionGrade(scene=scene, parsed=said, colour=colour, object=named, count=count, relation=relation)
-
-
 def _all_named(shown: Sequence[str], named: Sequence[frozenset[str]]) -> bool:
-    """Whether the names may mean the emoji shown, each in its place and no more of them."""
+    """Whether the names may mean the emoji shown, in their order and no others."""
     return len(shown) == len(named) and all(emoji in meant for emoji, meant in zip(shown, named, strict=True))
-
-
-def _confusions(grade: CaptionGrade, world: EmojiWorld) -> list[tuple[str, str]]:
-    """(shown, said) of what is wrong: colours, and things where it is plain which was meant to be which."""
-    scene, said = grade.scene, grade.parsed
-    if said is None:
-        return []
-    pairs = []
-    if not grade.colour:
-        pairs.append((scene.colour.name, said.colour.name if said.colour else ""))
-    same_arrangement = said.kind == scene.kind or len(scene.things) == len(said.things) == 1
-    if not grade.object and same_arrangement:
-        for thing, meant in zip(scene.things, said.things, strict=True):
-            if thing.emoji not in meant:
-                names = [candidate.name for candidate in world.candidates if candidate.emoji in meant]
-                pairs.append((thing.name, "/".join(names)))
-    return pairs

@@ -1,23 +1,25 @@
-"""The protocol of ``cogview eval rerank``: is the picture that our score likes best of N better than any of the N?
+"""Protocol of ``cogview eval rerank``: measure the gain of reranking N images of a caption.
 
-The grader says which pictures are right and never sees a score; the score never sees a grade. Beside the score,
-log p(text | picture), stands what drawing knows for nothing: log p(picture | text).
+Scores and grades are independent of each other. The report compares two scores: log p(text | image), of reranking,
+and log p(image | text), which generation yields at no cost.
 """
 
-# C captions, N pictures of each
+# C captions, N images of each
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from cogview.config_io import to_mapping
-from cogview.emoji.evaluation.scenes import SceneGrader, accuracy, format_accuracy, held_out_scenes
+from cogview.emoji.evaluation.scenes import check_world, describe, held_out_scenes
+from cogview.emoji.grader import SceneGrader
+from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
-from cogview.evaluation.harness import check_world, describe
+from cogview.evaluation.metrics import best_of, format_accuracy
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
@@ -36,92 +38,71 @@ def evaluate_rerank(
     sampling: Sampling,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Draw ``candidates`` pictures of each of ``captions`` held-out captions, score and grade them; the report.
+    """Generate, score and grade several images of each of several held-out captions.
 
-    Picture i of caption number c has seed ``seed`` + c and index i, so that no two share noise.
+    Image i of caption number c has the seed ``seed`` + c and the index i, so that no two images share noise.
+
+    Args:
+        model: The model.
+        world: The world of the model.
+        captions: Number of captions.
+        candidates: Number of images of each caption.
+        seed: Seed of captions and images.
+        sampling: Sampling settings.
+        batch_size: Images in a batch.
+
+    Returns:
+        The report as plain data.
     """
-    for task in ("generate", "caption"):  # the score is a caption's probability
+    for task in ("generate", "caption"):  # the score is the probability of a caption
         model.require_task(task)
     check_world(model, world)
     asked = held_out_scenes(world, captions, seed)
-    grader = SceneGrader(world)
-    wishes = [
+    requests = [
         GenerationRequest(prompt=caption, seed=seed + number, index=index, sampling=sampling)
         for number, (_, caption) in enumerate(asked)
         for index in range(candidates)
     ]
+    scenes = [scene for scene, _ in asked for _ in range(candidates)]
+    measured = _grade_and_score(model, SceneGrader(world), requests, scenes, batch_size)
+    right_CN, scores_CN, likelihoods_CN = (np.reshape(values, (captions, candidates)) for values in measured)
+    sizes = [size for size in SIZES if size < candidates] + [candidates]
+    rows = best_of(right_CN, scores_CN, sizes)
+    for row, other in zip(rows, best_of(right_CN, likelihoods_CN, sizes), strict=True):
+        row["best_by_likelihood"] = other["best_by_score"]
+    made = {"pictures_of_each": candidates, "sampling": to_mapping(sampling)}
+    return {"protocol": describe(model, world, [caption for _, caption in asked], seed, **made), "best_of": rows}
+
+
+def _grade_and_score(
+    model: CogView,
+    grader: SceneGrader,
+    requests: Sequence[GenerationRequest],
+    scenes: Sequence[Scene],
+    batch_size: int,
+) -> tuple[list[bool], list[float], list[float]]:
+    """Verdict, log p(text | image) and log p(image | text) of an image for each request."""
     right: list[bool] = []
     scores: list[float] = []
     likelihoods: list[float] = []
-    with tqdm(total=len(wishes), unit="picture", desc="drawing, scoring and grading", disable=None) as bar:
-        for first in range(0, len(wishes), batch_size):
-            chunk = wishes[first : first + batch_size]
-            pictures = list(only_images(model.run(chunk)))
-            scored = model.score(pictures, [wish.prompt for wish in chunk], batch_size=batch_size)
+    with tqdm(total=len(requests), unit="image", desc="generating, scoring and grading", disable=None) as bar:
+        for first in range(0, len(requests), batch_size):
+            chunk = requests[first : first + batch_size]
+            images = list(only_images(model.run(chunk)))
+            scored = model.score(images, [request.prompt for request in chunk], batch_size=batch_size)
             scores += [score.log_probability for score in scored]
-            likelihoods += [picture.log_probability for picture in pictures]
-            for number, picture in enumerate(pictures, start=first):
-                scene, _ = asked[number // candidates]
-                right.append(grader.grade(np.asarray(picture), scene).everything)
+            likelihoods += [image.log_probability for image in images]
+            for image, scene in zip(images, scenes[first : first + batch_size], strict=True):
+                right.append(grader.grade(np.asarray(image), scene).everything)
             bar.update(len(chunk))
-    sizes = [size for size in SIZES if size < candidates] + [candidates]
-    shape = (captions, candidates)
-    grades = np.reshape(right, shape)
-    rows = best_of(grades, np.reshape(scores, shape), sizes)
-    for row, drawn in zip(rows, best_of(grades, np.reshape(likelihoods, shape), sizes), strict=True):
-        row["best_by_likelihood"] = drawn["best_by_score"]
-    return {
-        "protocol": describe(
-            model,
-            world,
-            [caption for _, caption in asked],
-            seed,
-            pictures_of_each=candidates,
-            sampling=to_mapping(sampling),
-        ),
-        "best_of": rows,
-    }
+    return right, scores, likelihoods
 
 
-def best_of(right_CN: np.ndarray, scores_CN: np.ndarray, sizes: Sequence[int]) -> list[dict[str, Any]]:
-    """What choosing by score gains among the first of each of ``sizes`` pictures of every caption.
-
-    ``right_CN`` is bool, ``scores_CN`` float; of equal scores the first wins. ``best_by_score`` is the share of
-    captions whose best picture by score is right, ``best_possible`` of those that have a right one at all, ``average``
-    the share of right pictures, and ``gap_closed`` how much of the way from the average to the best possible the score
-    goes: 0 is chance, below 0 worse than chance, None where there is no gap.
-    """
-    if right_CN.shape != scores_CN.shape or not 1 <= min(sizes) <= max(sizes) <= right_CN.shape[1]:
-        raise ValueError(
-            f"best of {list(sizes)} needs grades and scores of one shape (captions, pictures) with as many pictures, "
-            f"got {right_CN.shape} and {scores_CN.shape}"
-        )
-    rows = []
-    for size in sizes:
-        right, scores = right_CN[:, :size], scores_CN[:, :size]
-        chosen = right[np.arange(len(right)), scores.argmax(axis=1)]  # argmax: the first of equals
-        best = accuracy(int(chosen.sum()), len(right))
-        possible = accuracy(int(right.any(axis=1).sum()), len(right))
-        average = float(right.mean())
-        gap = possible["accuracy"] - average
-        rows.append(
-            {
-                "of": size,
-                "average": average,
-                "best_by_score": best,
-                "best_possible": possible,
-                "gap_closed": (best["accuracy"] - average) / gap if gap > 0 else None,
-            }
-        )
-    return rows
-
-
-def format_rerank_report(report: dict[str, Any]) -> str:
-    """A Markdown table: shares of pictures with everything right, with the 95% intervals of those over captions."""
-    made = report["protocol"]
+def format_rerank_report(report: Mapping[str, Any]) -> str:
+    """Return the report of ``evaluate_rerank`` as a Markdown table: accuracies with their 95% intervals."""
     lines = [
-        "| pictures of a caption | average | best by our score | best possible | of the gap closed "
-        "| best by log p(picture \\| text) |",
+        "| images of a caption | average | best by log p(text \\| image) | best possible | of the gap closed "
+        "| best by log p(image \\| text) |",
         "|---|---|---|---|---|---|",
     ]
     for row in report["best_of"]:
@@ -130,5 +111,5 @@ def format_rerank_report(report: dict[str, Any]) -> str:
             format_accuracy(row[name]) for name in ("best_by_score", "best_possible", "best_by_likelihood")
         )
         lines.append(f"| {row['of']} | {row['average']:.1%} | {best} | {possible} | {closed} | {likeliest} |")
-    lines += ["", f"Pictures with everything right, drawn of {made['captions']} held-out captions."]
+    lines += ["", f"Images with everything right, of {report['protocol']['captions']} held-out captions."]
     return "\n".join(lines)

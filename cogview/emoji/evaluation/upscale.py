@@ -1,15 +1,14 @@
-"""The protocol of ``cogview eval upscale``: how near to the true large picture, and do the windows leave seams?
+"""Protocol of ``cogview eval upscale``: measure the fidelity of upscaled images, and seams between windows.
 
-A large picture is judged beside bicubic enlargements, which any viewer makes for nothing, and beside what the VQ-VAE
-makes of the true large picture, which no choice of codes is expected to beat.
+The report compares upscaled images with bicubic enlargements, a lower bound, and with the VQ-VAE's reconstructions of
+the true large images, which no choice of codes is expected to exceed.
 """
 
-# N pictures, G codes on a side of a small picture, R resamples
+# N images, G codes on a side of a small image, R resamples
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -19,33 +18,39 @@ from PIL import Image
 from tqdm import tqdm
 
 from cogview.config_io import to_mapping
-from cogview.emoji.evaluation.scenes import held_out_scenes
+from cogview.emoji.evaluation.scenes import check_world, describe, held_out_scenes
 from cogview.emoji.world import EmojiWorld
-from cogview.evaluation.harness import check_world, describe
+from cogview.evaluation.metrics import bootstrap, psnr, ssim
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.windows import upscale_windows
 from cogview.vqvae.codec import reconstruct
-from cogview.vqvae.model import PIXELS_PER_CODE
 
-SEAM_PIXELS = PIXELS_PER_CODE // 2  # as far from a border as a seam is looked for, on either side
-RESAMPLES = 2000
-LEAST_MSE = 1e-10  # of values in [0, 1]: equal pictures have a PSNR of 100 dB
+SEAM_PIXELS = 4  # width of the strip on either side of a border in which a seam is measured
 TITLES = {
-    "ours": "ours",
+    "ours": "upscaled",
     "bicubic": "bicubic, of the decoded codes",
-    "bicubic_of_true": "bicubic, of the true small picture",
-    "vq_ceiling": "VQ-VAE's reconstruction of the true large picture",
+    "bicubic_of_true": "bicubic, of the true small image",
+    "vq_ceiling": "VQ-VAE's reconstruction of the true large image",
 }
 
 
 def evaluate_upscale(
     model: CogView, world: EmojiWorld, *, count: int, seed: int, sampling: Sampling, batch_size: int
 ) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """Enlarge ``count`` held-out scenes to twice their side; the report, and pictures for a sheet.
+    """Upscale held-out scenes to twice their side and measure the result.
 
-    The pictures come in fours, all of the large size: the decoded small codes with every pixel doubled, their bicubic
-    enlargement, ours, and the true large picture.
+    Args:
+        model: The model.
+        world: The world of the model.
+        count: Number of scenes.
+        seed: Seed of scenes and images.
+        sampling: Sampling settings.
+        batch_size: Images in a batch.
+
+    Returns:
+        The report as plain data, and images for a sheet. These come in fours of the large size: the decoded small
+        codes with every pixel doubled, their bicubic enlargement, the upscaled image, and the true large image.
     """
     model.require_task("upscale")
     check_world(model, world)
@@ -57,7 +62,7 @@ def evaluate_upscale(
     decoded = np.concatenate([model.decode_images(model.encode_images(small[batch])) for batch in batches])
     grid, side = model.config.grid, true.shape[1]
     windows = len(batches) * len(upscale_windows(grid))
-    with tqdm(total=windows, unit="window", desc="enlarging", disable=None) as bar:
+    with tqdm(total=windows, unit="window", desc="upscaling", disable=None) as bar:
         ours = model.upscale(
             small,
             captions,
@@ -68,67 +73,73 @@ def evaluate_upscale(
         )
 
     large = {
-        "ours": [np.asarray(picture) for picture in ours],
-        "bicubic": [_resized(picture, side, Image.Resampling.BICUBIC) for picture in decoded],
-        "bicubic_of_true": [_resized(np.asarray(picture), side, Image.Resampling.BICUBIC) for picture in small],
+        "ours": [np.asarray(image) for image in ours],
+        "bicubic": [_resized(image, side, Image.Resampling.BICUBIC) for image in decoded],
+        "bicubic_of_true": [_resized(np.asarray(image), side, Image.Resampling.BICUBIC) for image in small],
         "vq_ceiling": list(reconstruct(model.image_tokenizer, true, batch_size)),
     }
-    figures = {name: _figures(pictures, true, decoded) for name, pictures in large.items()}
-    gains = {name: figures["ours"][name] - figures["bicubic"][name] for name in ("psnr", "ssim")}
-    near = border_mask(grid)
-    seams = {name: _errors_near_and_far(large[name], true, near) for name in ("ours", "vq_ceiling")}
-    expected = expected_under_reference(seams["ours"], seams["vq_ceiling"], near.mean())
     report = {
         "protocol": describe(model, world, captions, seed, sampling=to_mapping(sampling)),
-        "large_pictures": {
-            name: {figure: _mean(values) for figure, values in own.items()} for name, own in figures.items()
-        },
-        "gain_over_bicubic": {name: _mean(values) for name, values in gains.items()},
-        "seam": {
-            **{name: _estimate(partial(_ratio, errors), count) for name, errors in seams.items()},
-            "quotient": _estimate(lambda rows: _ratio(seams["ours"], rows) / _ratio(expected, rows), count),
-        },
+        **measure_fidelity(large, true, decoded),
+        "seam": measure_seams(large, true, border_mask(grid, model.image_tokenizer.downsampling)),
     }
     doubled = decoded.repeat(2, axis=1).repeat(2, axis=2)
     fours = zip(doubled, large["bicubic"], large["ours"], true, strict=True)
-    return report, [picture for four in fours for picture in four]
+    return report, [image for four in fours for image in four]
 
 
-def psnr(picture: np.ndarray, other: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of two uint8 pictures of one shape; 100 where they are equal."""
-    mse = np.square((picture.astype(np.float64) - other) / 255).mean()
-    return -10 * math.log10(max(mse, LEAST_MSE))
+def measure_fidelity(large: Mapping[str, Sequence[np.ndarray]], true: np.ndarray, small: np.ndarray) -> dict[str, Any]:
+    """Return PSNR and SSIM of large images, and their gains over bicubic enlargements.
 
+    Args:
+        large: Large images by name, with ``ours`` and ``bicubic``; uint8 (H, W, 3) each.
+        true: The true large images, uint8 (N, H, W, 3).
+        small: The decoded small images, uint8 (N, H / 2, W / 2, 3).
 
-def ssim(picture: np.ndarray, other: np.ndarray) -> float:
-    """Structural similarity of two uint8 pictures (H, W, C), at most 1; the mean over their channels.
-
-    After Wang et al. (2004): Gaussian windows of 11 x 11 pixels with sigma 1.5, wherever one fits whole.
+    Returns:
+        ``large_pictures`` with the metrics of each name, and ``gain_over_bicubic``; means with 95% intervals.
     """
-    a, b = picture.astype(np.float64), other.astype(np.float64)
-    steady_mean, steady_variance = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    mean_a, mean_b = _blurred(a), _blurred(b)
-    variances = _blurred(a * a) - mean_a**2 + _blurred(b * b) - mean_b**2
-    covariance = _blurred(a * b) - mean_a * mean_b
-    luminance = (2 * mean_a * mean_b + steady_mean) / (mean_a**2 + mean_b**2 + steady_mean)
-    structure = (2 * covariance + steady_variance) / (variances + steady_variance)
-    return float((luminance * structure).mean())
+    metrics = {name: _measure(images, true, small) for name, images in large.items()}
+    gains = {name: metrics["ours"][name] - metrics["bicubic"][name] for name in ("psnr", "ssim")}
+    return {
+        "large_pictures": {
+            name: {metric: _mean(values) for metric, values in measured.items()} for name, measured in metrics.items()
+        },
+        "gain_over_bicubic": {name: _mean(values) for name, values in gains.items()},
+    }
 
 
-def _blurred(values: np.ndarray) -> np.ndarray:
-    """(H, W, C) seen through Gaussian windows: (H - 10, W - 10, C)."""
-    offsets = np.arange(-5, 6)
-    weights = np.exp(-0.5 * (offsets / 1.5) ** 2)
-    weights /= weights.sum()
-    for axis in (0, 1):
-        values = np.lib.stride_tricks.sliding_window_view(values, len(weights), axis=axis) @ weights
-    return values
+def measure_seams(
+    large: Mapping[str, Sequence[np.ndarray]], true: np.ndarray, near: np.ndarray
+) -> dict[str, dict[str, float]]:
+    """Return the error near window borders over that elsewhere.
+
+    Args:
+        large: Large images by name, with ``ours`` and ``vq_ceiling``; uint8 (H, W, 3) each.
+        true: The true large images, uint8 (N, H, W, 3).
+        near: Mask of the pixels near borders, bool (H, W).
+
+    Returns:
+        The ratio of ``ours`` and of ``vq_ceiling``, and ``quotient``, the ratio of ``ours`` over its expectation;
+        each with a 95% interval.
+    """
+    errors = {name: _errors_near_and_far(large[name], true, near) for name in ("ours", "vq_ceiling")}
+    expected = expected_under_reference(errors["ours"], errors["vq_ceiling"], near.mean())
+    return {
+        **{name: bootstrap(partial(_ratio, values), len(true)) for name, values in errors.items()},
+        "quotient": bootstrap(lambda rows: _ratio(errors["ours"], rows) / _ratio(expected, rows), len(true)),
+    }
 
 
 def window_owners(grid: int) -> np.ndarray:
-    """Which of ``upscale_windows(grid)`` draws each code of the large image: (2G, 2G) numbers from 0.
+    """Return the index of the window that generates each code of the large image, (2G, 2G).
 
-    It is the first whose target holds the code; later windows take the code as known.
+    Args:
+        grid: Codes on a side of the small image.
+
+    Returns:
+        For each code, the index in ``upscale_windows(grid)`` of the first window whose target has the code. Later
+        windows take the code as known.
     """
     owners = np.full((2 * grid, 2 * grid), -1)
     for number, window in enumerate(upscale_windows(grid)):
@@ -138,87 +149,98 @@ def window_owners(grid: int) -> np.ndarray:
     return owners
 
 
-def border_mask(grid: int) -> np.ndarray:
-    """The 4 pixels on either side of every border between codes of different windows: (16G, 16G) bool."""
-    owners = window_owners(grid).repeat(PIXELS_PER_CODE, axis=0).repeat(PIXELS_PER_CODE, axis=1)
+def border_mask(grid: int, downsampling: int) -> np.ndarray:
+    """Return a mask of the pixels within ``SEAM_PIXELS`` of a border between codes of different windows.
+
+    Args:
+        grid: Codes on a side of the small image.
+        downsampling: Pixels on each side of the square that one code stands for.
+
+    Returns:
+        bool, 2G * ``downsampling`` pixels on each side.
+    """
+    owners = window_owners(grid).repeat(downsampling, axis=0).repeat(downsampling, axis=1)
     near = np.zeros(owners.shape, dtype=bool)
-    for own, mask in ((owners, near), (owners.T, near.T)):  # down, then across
-        other = own[SEAM_PIXELS:] != own[:-SEAM_PIXELS]
+    for rows, mask in ((owners, near), (owners.T, near.T)):  # down, then across
+        other = rows[SEAM_PIXELS:] != rows[:-SEAM_PIXELS]
         mask[SEAM_PIXELS:] |= other
         mask[:-SEAM_PIXELS] |= other
     return near
 
 
 def expected_under_reference(errors_2N: np.ndarray, reference_2N: np.ndarray, share_near: float) -> np.ndarray:
-    """The errors near and elsewhere, (2, N), if each picture's whole error lay in it as the reference's lies.
+    """Return the errors that images would have if each error were distributed as that of the reference.
 
-    What stands at a border, the middle of a picture above all, is harder to draw than its margin, and more so in some
-    pictures than in others: a seam is what is left when that is allowed for. ``share_near`` is that of the pixels.
+    The middle of an image, where borders are, is harder to generate than its margin, and to a different extent in
+    every image. A seam is the error near borders in excess of this expectation.
+
+    Args:
+        errors_2N: Mean squared errors near borders and elsewhere, of N images.
+        reference_2N: The same errors of the reference, which has no windows.
+        share_near: Fraction of the pixels that are near borders.
+
+    Returns:
+        Expected errors near borders and elsewhere, (2, N).
     """
     weights = np.array([share_near, 1 - share_near])
-    return reference_2N * (weights @ errors_2N) / (weights @ reference_2N)
+    expected: np.ndarray = reference_2N * (weights @ errors_2N) / (weights @ reference_2N)
+    return expected
 
 
-def format_upscale_report(report: dict[str, Any]) -> str:
-    """A Markdown table and a line on seams; every figure with its 95% interval."""
+def format_upscale_report(report: Mapping[str, Any]) -> str:
+    """Return the report of ``evaluate_upscale`` as Markdown; every metric has its 95% interval."""
     lines = [
-        "| large picture | PSNR to the true one, dB | SSIM to the true one | PSNR, reduced, to the decoded codes, dB |",
+        "| large image | PSNR to the true one, dB | SSIM to the true one | PSNR, reduced, to the decoded codes, dB |",
         "|---|---|---|---|",
     ]
     for name, title in TITLES.items():
-        own = report["large_pictures"][name]
-        cells = [_interval(own["psnr"], 2), _interval(own["ssim"], 3), _interval(own["consistency"], 2)]
+        row = report["large_pictures"][name]
+        cells = [_interval(row["psnr"], 2), _interval(row["ssim"], 3), _interval(row["consistency"], 2)]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
     gain, seam = report["gain_over_bicubic"], report["seam"]
     lines += [
         "",
-        f"Over {report['protocol']['captions']} held-out scenes, ours less bicubic is {_interval(gain['psnr'], 2)} dB "
-        f"and {_interval(gain['ssim'], 3)} SSIM.",
+        f"Over {report['protocol']['captions']} held-out scenes, upscaled less bicubic is "
+        f"{_interval(gain['psnr'], 2)} dB and {_interval(gain['ssim'], 3)} SSIM.",
         f"Squared error within {SEAM_PIXELS} pixels of window borders over that elsewhere: "
         f"{_interval(seam['ours'], 3)}; "
         f"of the reconstruction, which has no windows: {_interval(seam['vq_ceiling'], 3)}; "
-        "over what it would be if each picture's error lay as the reconstruction's does: "
+        "over its expectation if each error were distributed as that of the reconstruction: "
         f"{_interval(seam['quotient'], 3)}.",
     ]
     return "\n".join(lines)
 
 
-def _figures(pictures: list[np.ndarray], true: np.ndarray, small: np.ndarray) -> dict[str, np.ndarray]:
-    """(N,) each: PSNR and SSIM to the true large pictures, and PSNR of the pictures reduced to the small ones."""
-    reduced = [_resized(picture, small.shape[1], Image.Resampling.BOX) for picture in pictures]
+def _measure(images: Sequence[np.ndarray], true: np.ndarray, small: np.ndarray) -> dict[str, np.ndarray]:
+    """(N,) each: PSNR and SSIM to the true large images, and PSNR of the reduced images to the small ones."""
+    reduced = [_resized(image, small.shape[1], Image.Resampling.BOX) for image in images]
     return {
-        "psnr": np.array([psnr(*pair) for pair in zip(pictures, true, strict=True)]),
-        "ssim": np.array([ssim(*pair) for pair in zip(pictures, true, strict=True)]),
+        "psnr": np.array([psnr(*pair) for pair in zip(images, true, strict=True)]),
+        "ssim": np.array([ssim(*pair) for pair in zip(images, true, strict=True)]),
         "consistency": np.array([psnr(*pair) for pair in zip(reduced, small, strict=True)]),
     }
 
 
-def _resized(picture: np.ndarray, side: int, how: Image.Resampling) -> np.ndarray:
-    return np.asarray(Image.fromarray(picture).resize((side, side), how))
+def _resized(image: np.ndarray, side: int, filter: Image.Resampling) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize((side, side), filter))
 
 
-def _errors_near_and_far(pictures: list[np.ndarray], true: np.ndarray, near: np.ndarray) -> np.ndarray:
-    """Mean squared errors of each picture in the pixels of the mask ``near``, and in the others: (2, N)."""
-    squared = [np.square(a.astype(np.float64) - b).mean(axis=-1) for a, b in zip(pictures, true, strict=True)]
-    return np.array([[own[near].mean() for own in squared], [own[~near].mean() for own in squared]])
+def _errors_near_and_far(images: Sequence[np.ndarray], true: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """Mean squared errors of each image in the pixels of the mask ``near``, and in the others: (2, N)."""
+    squared = [np.square(a.astype(np.float64) - b).mean(axis=-1) for a, b in zip(images, true, strict=True)]
+    return np.array([[errors[near].mean() for errors in squared], [errors[~near].mean() for errors in squared]])
 
 
 def _ratio(errors_2N: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Error near over error elsewhere, for one choice of pictures (N,) or many (R, N)."""
+    """Error near borders over error elsewhere, for one choice of images (N,) or many (R, N)."""
     near, elsewhere = errors_2N[:, rows].mean(axis=-1)
-    return near / elsewhere
+    ratio: np.ndarray = near / elsewhere
+    return ratio
 
 
 def _mean(values: np.ndarray) -> dict[str, float]:
-    return _estimate(lambda rows: values[rows].mean(axis=-1), len(values))
+    return bootstrap(lambda rows: values[rows].mean(axis=-1), len(values))
 
 
-def _estimate(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> dict[str, float]:
-    """A statistic of ``count`` pictures, and its 95% interval by the bootstrap: the pictures drawn anew, many times."""
-    resamples = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
-    low, high = np.percentile(statistic(resamples), [2.5, 97.5])
-    return {"value": float(statistic(np.arange(count))), "low": float(low), "high": float(high)}
-
-
-def _interval(figure: dict[str, float], digits: int) -> str:
-    return f"{figure['value']:.{digits}f} ({figure['low']:.{digits}f} to {figure['high']:.{digits}f})"
+def _interval(metric: Mapping[str, float], digits: int) -> str:
+    return f"{metric['value']:.{digits}f} ({metric['low']:.{digits}f} to {metric['high']:.{digits}f})"

@@ -1,4 +1,4 @@
-"""Chance as a function of a key."""
+"""Random numbers as a function of a key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ _Item = TypeVar("_Item")
 
 
 class KeyedRandom:
-    """Whole numbers from a hash of a key: the same on every machine and with every version of every library."""
+    """Random integers from a hash of a key, equal on every machine and with every version of every library.
+
+    Args:
+        key: Values whose strings, joined by ``/``, are the key.
+    """
 
     def __init__(self, *key: object) -> None:
         self._key = "/".join(map(str, key)).encode()
@@ -18,7 +22,7 @@ class KeyedRandom:
         self._words: list[int] = []
 
     def randbelow(self, end: int) -> int:
-        """A number from 0 to ``end`` - 1; the bias of the remainder is below ``end`` / 2**64."""
+        """Return an integer in [0, ``end``); the bias of the remainder is below ``end`` / 2**64."""
         if not self._words:
             digest = hashlib.blake2b(self._key, salt=self._block.to_bytes(16, "big")).digest()
             self._words = [int.from_bytes(digest[i : i + 8], "big") for i in range(0, 64, 8)]
@@ -26,9 +30,9 @@ class KeyedRandom:
         return self._words.pop() % end
 
     def pick(self, items: Sequence[_Item]) -> _Item:
-        """One of ``items``."""
+        """Return one of ``items``, all equally likely."""
         return items[self.randbelow(len(items))]
 
     def chance(self, percent: int) -> bool:
-        """True in ``percent`` of 100 cases."""
+        """Return True with a probability of ``percent`` / 100."""
         return self.randbelow(100) < percent

@@ -1,6 +1,5 @@
-"""Encoding scenes into a store: the rows, interruption and continuation, stores of other tokenizers."""
+"""Building a store: its rows, interruption and continuation, stores of other tokenizers."""
 
-import functools
 import hashlib
 import unicodedata
 from pathlib import Path
@@ -10,9 +9,11 @@ import pytest
 import torch
 
 from cogview.checkpoints.image_tokenizer import codebook_hash
+from cogview.data.builders.encode import EncodeSettings, encode_dataset, name_grid
+from cogview.data.image_dataset import ImageExample, NamedRegion
 from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.data.store_writer import StoreWriter
-from cogview.emoji.encode import EncodeSettings, encode_scenes, name_places
+from cogview.emoji.datasets import SceneEncodeSettings
 from cogview.emoji.scene import SCENE_KINDS, SceneWeights
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
@@ -48,8 +49,8 @@ def encode(world, text_tokenizer, image_tokenizer):
         text: TextTokenizer = text_tokenizer,
         **changes,
     ) -> TokenStore:
-        settings = EncodeSettings(**{"rows": rows, "batch_size": 8, **changes})
-        encode_scenes(path, world, text, vqvae, settings, rows=rows, held_out=held_out)
+        settings = SceneEncodeSettings(**{"rows": rows, "batch_size": 8, **changes})
+        encode_dataset(path, settings.dataset(world, held_out=held_out), text, vqvae, settings, rows=rows)
         return TokenStore(path)
 
     return run
@@ -119,22 +120,22 @@ def test_the_name_of_what_stands_at_each_code(tmp_path, encode, world):
     assert seen == set(SCENE_KINDS)
 
 
-def test_a_name_that_the_caption_does_not_hold_or_holds_twice_is_absent(world):
-    scene = next(scene for scene in map(functools.partial(world.sample, 0), range(99)) if scene.kind == "beside")
-    left, right = (thing.emoji for thing in scene.things)
-    names = {left: frozenset({7, 8}), right: frozenset({9})}
+def test_name_grid_is_empty_where_the_caption_has_no_name_of_an_object_or_two():
+    left = NamedRegion(names=("狗", "小狗"), box=(0, 0, 0.5, 1))
+    right = NamedRegion(names=("鱼",), box=(0.5, 0, 1, 1))
+    names = {"狗": 7, "小狗": 8, "鱼": 9}
     for pieces, expected in (
         ([1, 8, 2, 9], [8, 9]),
         ([9, 1], [NO_TOKEN, 9]),
         ([7, 8], [NO_TOKEN, NO_TOKEN]),  # which of the two it is about cannot be known
     ):
-        named = name_places(scene, pieces, names, grid=16).reshape(16, 16)
+        named = name_grid((left, right), pieces, names, grid=16).reshape(16, 16)
         assert [set(half.ravel().tolist()) for half in (named[:, :8], named[:, 8:])] == [{piece} for piece in expected]
 
 
 def test_names_of_several_pieces_cannot_stand_for_things(tmp_path, encode):
     with pytest.raises(
-        InputError, match=r"the name 红苹果 of a thing takes 3 pieces.*whole_names: true, or encode with named: false"
+        InputError, match=r"the name 红苹果 of an object takes 3 pieces.*whole_names: true, or encode with named: false"
     ):
         encode(tmp_path, 4, named=True)
 
@@ -187,7 +188,7 @@ def test_a_store_of_another_codebook_is_not_continued(tmp_path, encode, image_to
     encode(tmp_path, 4)
     other = VQVAE(image_tokenizer.config).eval()
     with pytest.raises(
-        InputError, match=r"was begun with codebook_sha256 .* now it is .*: remove the store, or resume"
+        InputError, match=r"was started with codebook_sha256 .* now it is .*: remove the store, or resume"
     ):
         encode(tmp_path, 8, vqvae=other)
     assert len(TokenStore(tmp_path)) == 4
@@ -201,4 +202,43 @@ def test_a_caption_longer_than_its_field_says_how_long(tmp_path, encode):
 @pytest.mark.parametrize("name", ["rows", "held_out_rows", "text_width", "batch_size"])
 def test_wrong_settings(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        EncodeSettings(**{"rows": 10, name: 0})
+        SceneEncodeSettings(**{"rows": 10, name: 0})
+
+
+class NumberedSquares:
+    """Three grey squares with one to three captions each."""
+
+    side, names, is_shuffled, provenance = 16, (), False, {}
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        pixels = np.full((32, 32, 3), 80 * index, dtype=np.uint8)
+        captions = ("一", "二", "三")[: index + 1]
+        return ImageExample.from_pixels(pixels, side=16, identity=str(index), captions=captions)
+
+
+def test_encode_dataset_repeats_examples_with_their_next_captions(tmp_path, text_tokenizer, image_tokenizer):
+    dataset = NumberedSquares()
+    encode_dataset(tmp_path, dataset, text_tokenizer, image_tokenizer, EncodeSettings(text_width=9, large=True), rows=8)
+    store = TokenStore(tmp_path)
+    texts = [text_tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in everything(store)["text"]]
+    assert texts == ["一", "一", "一", "一", "二", "二", "一", "一"]
+    assert store.header.fields == {"text": 9, "image": 4, "large": 16}
+    images = everything(store)["image"]
+    assert np.array_equal(images[:3], images[3:6])
+
+
+def test_encode_dataset_writes_a_row_per_example_by_default(tmp_path, text_tokenizer, image_tokenizer):
+    encode_dataset(tmp_path, NumberedSquares(), text_tokenizer, image_tokenizer, EncodeSettings())
+    assert len(TokenStore(tmp_path)) == 3
+
+
+def test_encode_dataset_refuses_sides_that_are_no_multiple_of_a_code(tmp_path, text_tokenizer, image_tokenizer):
+    class Odd(NumberedSquares):
+        side = 24
+
+    settings = EncodeSettings(small=True)
+    with pytest.raises(InputError, match="images of 12 pixels do not divide into codes of 8 pixels; choose a side"):
+        encode_dataset(tmp_path, Odd(), text_tokenizer, image_tokenizer, settings)

@@ -1,0 +1,1 @@
+"""Builders of token stores from images and captions."""

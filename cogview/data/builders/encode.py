@@ -1,0 +1,214 @@
+"""Build a token store from captioned images: render, encode by the image tokenizer, tokenize, and write."""
+
+# G codes on a side of the grid
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from cogview.data.image_dataset import ImageDataset, NamedRegion, caption_of
+from cogview.data.store import NO_TOKEN, StoreHeader
+from cogview.data.store_writer import StoreWriter, pad_text
+from cogview.errors import InputError
+from cogview.signals import worker_init
+from cogview.tokenizers.text import TextTokenizer
+from cogview.vqvae.codec import ImageTokenizer, codebook_sha256, to_float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """Settings of a store that is built from captioned images.
+
+    Args:
+        text_width: Text pieces in the longest caption.
+        large: Also store the codes of each image at twice the side, for the task upscale.
+        small: Also store the codes of each image at half the side, for the task low_level.
+        named: Also store, for each code, the piece of the caption that names the object there.
+        batch_size: Images encoded in one forward pass.
+        num_workers: Processes that render images; 0 renders in the main process.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    text_width: int = 48
+    large: bool = False
+    small: bool = False
+    named: bool = False
+    batch_size: int = 256
+    num_workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("text_width", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """Scale of the rendition of each image field of the store."""
+        return {"image": 1.0, **({"large": 2.0} if self.large else {}), **({"small": 0.5} if self.small else {})}
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Tasks that the store can feed."""
+        return (
+            "generate",
+            "caption",
+            *(("upscale",) if self.large else ()),
+            *(("low_level",) if self.small else ()),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Row:
+    """Renditions, text pieces and regions of one row, before encoding."""
+
+    images: Mapping[str, np.ndarray]  # uint8 (H, W, 3) by field
+    pieces: list[int]
+    regions: tuple[NamedRegion, ...]
+
+
+class _RenderedRows(Dataset[_Row]):
+    """Rows of a dataset, rendered and tokenized in the worker process."""
+
+    def __init__(self, dataset: ImageDataset, text_tokenizer: TextTokenizer, scales: Mapping[str, float]) -> None:
+        self.dataset = dataset
+        self.text_tokenizer = text_tokenizer
+        self.scales = scales
+
+    def __getitem__(self, row: int) -> _Row:
+        example, caption = caption_of(self.dataset, row)
+        images = {field: example.render(scale) for field, scale in self.scales.items()}
+        return _Row(images=images, pieces=self.text_tokenizer.encode(caption), regions=example.regions)
+
+
+def name_pieces(names: Sequence[str], text_tokenizer: TextTokenizer) -> dict[str, int]:
+    """Return the text piece of each name.
+
+    Raises:
+        InputError: A name takes several pieces.
+    """
+    pieces = {name: text_tokenizer.encode(name) for name in names}
+    for name, ids in pieces.items():
+        if len(ids) != 1:
+            raise InputError(
+                f"the name {name} of an object takes {len(ids)} pieces, expected one piece that stands for it; "
+                "train the text tokenizer with whole_names: true, or encode with named: false"
+            )
+    return {name: ids[0] for name, ids in pieces.items()}
+
+
+def name_grid(
+    regions: Sequence[NamedRegion], caption: Sequence[int], pieces: Mapping[str, int], grid: int
+) -> np.ndarray:
+    """Return, for each code of an image, the piece of its caption that names the object there.
+
+    Args:
+        regions: Named objects of the image.
+        caption: Piece ids of the caption.
+        pieces: Piece id of each name.
+        grid: Codes on a side of the image.
+
+    Returns:
+        uint16 (G * G,); ``NO_TOKEN`` outside the regions, and where the caption has no name of the object or several.
+    """
+    named = np.full((grid, grid), NO_TOKEN, dtype=np.uint16)
+    for region in regions:
+        present = {pieces[name] for name in region.names}.intersection(caption)
+        if len(present) == 1:
+            left, top, right, bottom = (int(edge * grid) for edge in region.box)
+            named[top:bottom, left:right] = next(iter(present))
+    return named.ravel()
+
+
+def store_header(
+    dataset: ImageDataset, text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer, settings: EncodeSettings
+) -> StoreHeader:
+    """Return the header of the store that ``encode_dataset`` writes.
+
+    Raises:
+        InputError: The side of the images is no multiple of the tokenizer's ``downsampling`` at every scale.
+    """
+    downsampling = image_tokenizer.downsampling
+    for scale in settings.scales.values():
+        if dataset.side * scale % downsampling:
+            raise InputError(
+                f"images of {dataset.side * scale:g} pixels do not divide into codes of {downsampling} pixels; "
+                f"choose a side that is a multiple of {downsampling} at every scale"
+            )
+    grid = dataset.side // downsampling
+    return StoreHeader(
+        fields={
+            "text": settings.text_width,
+            **{field: round(grid * scale) ** 2 for field, scale in settings.scales.items()},
+            **({"named": grid**2} if settings.named else {}),
+        },
+        grid=grid,
+        num_image_codes=len(image_tokenizer.codebook),
+        num_text_pieces=text_tokenizer.size,
+        layouts=settings.tasks,
+        codebook_sha256=codebook_sha256(image_tokenizer.codebook),
+        text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
+        provenance=dict(dataset.provenance),
+    )
+
+
+def encode_dataset(
+    path: Path,
+    dataset: ImageDataset,
+    text_tokenizer: TextTokenizer,
+    image_tokenizer: ImageTokenizer,
+    settings: EncodeSettings,
+    *,
+    rows: int | None = None,
+) -> None:
+    """Write rows of a dataset to a token store; a store that was interrupted is continued.
+
+    Args:
+        path: Folder of the store.
+        dataset: Captioned images.
+        text_tokenizer: Tokenizer of the captions.
+        image_tokenizer: Tokenizer of the images.
+        settings: Fields of the rows, and the size of batches.
+        rows: Number of rows, one per example by default. More rows repeat the examples with their next captions.
+
+    Raises:
+        InputError: The store was begun with other settings, a caption is longer than ``text_width``, or a name of
+            the dataset takes several pieces.
+    """
+    pieces = name_pieces(dataset.names, text_tokenizer) if settings.named else None
+    header = store_header(dataset, text_tokenizer, image_tokenizer, settings)
+    total = len(dataset) if rows is None else rows
+    device = image_tokenizer.codebook.device
+    with (
+        StoreWriter(path, header, resume=True) as writer,
+        tqdm(total=total, initial=writer.count, unit="image", desc=path.name, disable=None) as bar,
+    ):
+        for batch in _batches(_RenderedRows(dataset, text_tokenizer, settings.scales), writer.count, total, settings):
+            fields = {"text": pad_text([row.pieces for row in batch], settings.text_width)}
+            for field in settings.scales:
+                images = to_float(np.stack([row.images[field] for row in batch]), device)
+                fields[field] = image_tokenizer.encode(images).flatten(1).cpu().numpy()
+            if pieces is not None:
+                fields["named"] = np.stack([name_grid(row.regions, row.pieces, pieces, header.grid) for row in batch])
+            writer.append(fields)
+            bar.update(len(batch))
+
+
+def _batches(rows: _RenderedRows, first: int, end: int, settings: EncodeSettings) -> Iterator[list[_Row]]:
+    """Yield batches of rows ``first`` to ``end`` - 1."""
+    loader: DataLoader[_Row] = DataLoader(
+        rows,
+        batch_size=settings.batch_size,
+        sampler=range(first, end),
+        collate_fn=list,
+        num_workers=settings.num_workers,
+        worker_init_fn=worker_init,
+    )
+    return iter(loader)

@@ -1,0 +1,129 @@
+"""Protocol of captioned images, from which tokenizers are trained and token stores are built.
+
+An application implements :class:`ImageDataset` for one split of its images. The VQ-VAE trainer
+(``cogview.training.vqvae_trainer``), the text tokenizer (``cogview.training.text_tokenizer``) and the store builder
+(``cogview.data.builders.encode``) read nothing else. ``cogview.emoji.datasets`` is an implementation.
+"""
+
+# H, W image in pixels
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedRegion:
+    """Part of an image that shows one named object.
+
+    Args:
+        names: Names of the object in captions.
+        box: Left, top, right and bottom as fractions of the image's side, in [0, 1].
+    """
+
+    names: tuple[str, ...]
+    box: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ImageExample:
+    """One image of a dataset with its captions.
+
+    Args:
+        identity: Name of the example that no other example of the data has, and that is the same in every run.
+        captions: One caption or several.
+        render: Return the image at a scale of the dataset's ``side``, as uint8 RGB (side * scale, side * scale, 3).
+            All scales show the same content: 1 is the image itself, 2 a larger rendition for the task upscale, 0.5 a
+            smaller one for the task low_level.
+        regions: Where named objects are, for stores that supervise names; empty by default.
+    """
+
+    identity: str
+    captions: tuple[str, ...]
+    render: Callable[[float], np.ndarray]
+    regions: tuple[NamedRegion, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.captions:
+            raise ValueError(f"example {self.identity} has no caption, expected at least one")
+
+    @staticmethod
+    def from_pixels(pixels: np.ndarray, *, side: int, identity: str, captions: tuple[str, ...]) -> ImageExample:
+        """Return an example that is rendered by resizing a stored image.
+
+        Args:
+            pixels: uint8 RGB (H, H, 3); at least twice ``side`` where a larger rendition is needed.
+            side: Side of the image at scale 1, in pixels.
+            identity: As of the class.
+            captions: As of the class.
+
+        Raises:
+            ValueError: The image is not square uint8 RGB.
+        """
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape != (len(pixels), len(pixels), 3):
+            raise ValueError(f"example {identity} needs uint8 (H, H, 3), got {pixels.dtype} {pixels.shape}")
+
+        def render(scale: float) -> np.ndarray:
+            from PIL import Image
+
+            size = round(side * scale)
+            if len(pixels) == size:
+                return pixels
+            return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.LANCZOS))
+
+        return ImageExample(identity=identity, captions=captions, render=render)
+
+
+class ImageDataset(Protocol):
+    """One split of captioned square images; a second dataset holds the held-out split.
+
+    Example ``i`` must be a function of ``i`` alone, so that interrupted work can be resumed. Worker processes get a
+    pickled copy of the dataset.
+    """
+
+    @property
+    def side(self) -> int:
+        """Side of the images at scale 1, in pixels."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Every name that regions may have, and that may become a text piece; empty without regions."""
+        ...
+
+    @property
+    def is_shuffled(self) -> bool:
+        """Whether consecutive examples are independent, as those of a generator; others are shuffled for training."""
+        ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Description of the data for the header of a store, as plain JSON data."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        ...
+
+    def __getitem__(self, index: int) -> ImageExample:
+        """Return example ``index``, from 0 to ``len`` - 1."""
+        ...
+
+
+def caption_of(dataset: ImageDataset, row: int) -> tuple[ImageExample, str]:
+    """Return the example and caption of a row; rows beyond the examples pair them with their next captions.
+
+    Row r holds example r % len and its caption number r // len, modulo the number of its captions.
+    """
+    size = len(dataset)
+    example = dataset[row % size]
+    return example, example.captions[row // size % len(example.captions)]
+
+
+def captions(dataset: ImageDataset) -> Iterator[str]:
+    """Yield every caption of every example, in the order of the dataset."""
+    for index in range(len(dataset)):
+        yield from dataset[index].captions

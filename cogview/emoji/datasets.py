@@ -1,0 +1,114 @@
+"""Scenes of the emoji world as an ``ImageDataset``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from cogview.config_io import to_mapping
+from cogview.data.builders.encode import EncodeSettings
+from cogview.data.image_dataset import ImageExample, NamedRegion
+from cogview.emoji.scene import EQUAL_WEIGHTS, Cell, Scene, SceneWeights, cells_of
+from cogview.emoji.things import EmojiObject
+from cogview.emoji.world import EmojiWorld
+
+TEXT_SEED = 0  # of the captions that the text tokenizer is trained on
+HELD_OUT_SEED = 1  # of the held-out scenes that the VQ-VAE is evaluated on
+
+
+class SceneDataset:
+    """Endless scenes of one split of the emoji world; scene ``i`` is a function of (``seed``, ``i``).
+
+    Args:
+        world: The objects and their sprites.
+        seed: Seed of the scenes.
+        held_out: Yield the held-out scenes; otherwise those to train on.
+        weights: Frequencies of the kinds of scenes.
+    """
+
+    is_shuffled = True
+
+    def __init__(
+        self, world: EmojiWorld, seed: int, *, held_out: bool = False, weights: SceneWeights = EQUAL_WEIGHTS
+    ) -> None:
+        self.world = world
+        self.seed = seed
+        self.held_out = held_out
+        self.weights = weights
+
+    @property
+    def side(self) -> int:
+        """Side of the canvas in pixels."""
+        return self.world.settings.canvas
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Every name of every object."""
+        return [name for thing in self.world.things for name in thing.names]
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Settings of the world and of the scenes."""
+        return {
+            "scenes": to_mapping(self.world.settings),
+            "shares": to_mapping(self.weights),  # the name in stores that earlier versions have begun
+            "seed": self.seed,
+            "held_out": self.held_out,
+        }
+
+    def __len__(self) -> int:
+        """Number of scenes, which is without a practical limit."""
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> ImageExample:
+        """Return scene ``index`` as an example with one caption."""
+        scene = self.scene(index)
+        return ImageExample(
+            identity=f"{self.seed}/{index}/{self.held_out}",
+            captions=(self.world.caption(scene, index),),
+            render=partial(self.world.render, scene, index),
+            regions=tuple(_region(thing, cell) for thing, cell in zip(scene.shown, cells_of(scene), strict=True)),
+        )
+
+    def scene(self, index: int) -> Scene:
+        """Return scene ``index``."""
+        return self.world.sample(self.seed, index, self.held_out, self.weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneEncodeSettings(EncodeSettings):
+    """The ``encode`` section of a recipe.
+
+    Args:
+        rows: Number of training scenes.
+        held_out_rows: Number of held-out scenes.
+        weights: Frequencies of the kinds of training scenes; held-out scenes have equal ones.
+        seed: Seed of the scenes.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    rows: int
+    held_out_rows: int = 2048
+    weights: SceneWeights = EQUAL_WEIGHTS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("rows", "held_out_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def dataset(self, world: EmojiWorld, *, held_out: bool) -> SceneDataset:
+        """Return the scenes to encode for one split."""
+        return SceneDataset(world, self.seed, held_out=held_out, weights=EQUAL_WEIGHTS if held_out else self.weights)
+
+
+def _region(thing: EmojiObject, cell: Cell) -> NamedRegion:
+    """The area of a cell, which is in eighths of the canvas, with the names of its object."""
+    left, top, right, bottom = (edge / 8 for edge in cell.area)
+    return NamedRegion(names=thing.names, box=(left, top, right, bottom))

@@ -1,0 +1,154 @@
+"""Metrics of images and of graded samples, with their intervals."""
+
+# H, W image in pixels, C captions, N images of each, R resamples
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+MIN_MSE = 1e-10  # of values in [0, 1]: equal images have a PSNR of 100 dB
+RESAMPLES = 2000  # of the bootstrap
+
+
+def psnr(image: np.ndarray, other: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of two images in dB.
+
+    Args:
+        image: uint8 of any shape.
+        other: uint8 of the same shape.
+
+    Returns:
+        At most 100 dB, which is the value of equal images.
+    """
+    mse = np.square((image.astype(np.float64) - other) / 255).mean()
+    return -10 * math.log10(max(mse, MIN_MSE))
+
+
+def ssim(image: np.ndarray, other: np.ndarray) -> float:
+    """Return the structural similarity of two images, the mean over their channels.
+
+    As published by Wang et al. (IEEE TIP 13(4), 2004): Gaussian windows of 11 x 11 pixels with sigma 1.5, at all
+    positions where the whole window is inside the image.
+
+    Args:
+        image: uint8 (H, W, channels), with sides of at least 11.
+        other: uint8 of the same shape.
+
+    Returns:
+        At most 1, which is the value of equal images.
+    """
+    a, b = image.astype(np.float64), other.astype(np.float64)
+    steady_mean, steady_variance = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    mean_a, mean_b = _blurred(a), _blurred(b)
+    variances = _blurred(a * a) - mean_a**2 + _blurred(b * b) - mean_b**2
+    covariance = _blurred(a * b) - mean_a * mean_b
+    luminance = (2 * mean_a * mean_b + steady_mean) / (mean_a**2 + mean_b**2 + steady_mean)
+    structure = (2 * covariance + steady_variance) / (variances + steady_variance)
+    return float((luminance * structure).mean())
+
+
+def _blurred(values: np.ndarray) -> np.ndarray:
+    """Means (H - 10, W - 10, channels) of (H, W, channels) in Gaussian windows."""
+    offsets = np.arange(-5, 6)
+    weights = np.exp(-0.5 * (offsets / 1.5) ** 2)
+    weights /= weights.sum()
+    for axis in (0, 1):
+        values = np.lib.stride_tricks.sliding_window_view(values, len(weights), axis=axis) @ weights
+    return values
+
+
+def wilson_interval(right: int, of: int) -> tuple[float, float]:
+    """Return the 95% interval of a proportion, after Wilson (1927).
+
+    Unlike the normal approximation it is valid near 0 and 1.
+
+    Args:
+        right: Number of successes.
+        of: Number of trials, at least 1.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+    """
+    z = 1.959964
+    share = right / of
+    middle = (share + z * z / (2 * of)) / (1 + z * z / of)
+    half = z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of)) / (1 + z * z / of)
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def accuracy(right: int, of: int) -> dict[str, Any]:
+    """Return ``right``, ``of``, their ratio ``accuracy`` and its 95% interval ``low`` to ``high``.
+
+    The last three are None if ``of`` is 0.
+    """
+    if of == 0:
+        return {"right": 0, "of": 0, "accuracy": None, "low": None, "high": None}
+    low, high = wilson_interval(right, of)
+    return {"right": right, "of": of, "accuracy": right / of, "low": low, "high": high}
+
+
+def format_accuracy(result: dict[str, Any]) -> str:
+    """Return an ``accuracy`` in percent with its interval; a dash if ``of`` is 0."""
+    if not result["of"]:
+        return "–"
+    return f"{result['accuracy']:.1%} ({result['low']:.1%}–{result['high']:.1%})"
+
+
+def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> dict[str, float]:
+    """Return a statistic of ``count`` items and its 95% percentile interval by the bootstrap (Efron, 1979).
+
+    Args:
+        statistic: The statistic of a choice of items: indices (count,) give a scalar, (R, count) give (R,).
+        count: Number of items.
+
+    Returns:
+        ``value`` of all items, ``low`` and ``high``; equal calls give equal intervals.
+    """
+    resamples = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    low, high = np.percentile(statistic(resamples), [2.5, 97.5])
+    return {"value": float(statistic(np.arange(count))), "low": float(low), "high": float(high)}
+
+
+def best_of(right_CN: np.ndarray, scores_CN: np.ndarray, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure the gain of choosing, by a score, one of several images of a caption.
+
+    Args:
+        right_CN: Whether each of N images of C captions is right, bool.
+        scores_CN: Their scores, float; of equal scores the first wins.
+        sizes: Numbers of images to choose from: the first of the N.
+
+    Returns:
+        A row per size ``of``: ``average``, the fraction of right images; ``best_by_score``, the accuracy of the image
+        with the highest score; ``best_possible``, the accuracy of the best image; ``gap_closed``, the fraction of the
+        gap between average and best possible that the score closes. It is 0 for a random choice, and None without a
+        gap.
+
+    Raises:
+        ValueError: The shapes differ, or a size is outside 1 to N.
+    """
+    if right_CN.shape != scores_CN.shape or not 1 <= min(sizes) <= max(sizes) <= right_CN.shape[1]:
+        raise ValueError(
+            f"best of {list(sizes)} needs grades and scores of one shape (captions, pictures) with as many pictures, "
+            f"got {right_CN.shape} and {scores_CN.shape}"
+        )
+    rows = []
+    for size in sizes:
+        right, scores = right_CN[:, :size], scores_CN[:, :size]
+        chosen = right[np.arange(len(right)), scores.argmax(axis=1)]  # argmax: the first of equals
+        best = accuracy(int(chosen.sum()), len(right))
+        possible = accuracy(int(right.any(axis=1).sum()), len(right))
+        average = float(right.mean())
+        gap = possible["accuracy"] - average
+        rows.append(
+            {
+                "of": size,
+                "average": average,
+                "best_by_score": best,
+                "best_possible": possible,
+                "gap_closed": (best["accuracy"] - average) / gap if gap > 0 else None,
+            }
+        )
+    return rows
