@@ -9,6 +9,7 @@ setup(
         "cogview.checkpoints",
         "cogview.cli",
         "cogview.data",
+        "cogview.data.builders",
         "cogview.emoji",
         "cogview.emoji.evaluation",
         "cogview.evaluation",
@@ -24,5 +25,5 @@ setup(
         "cogview.training.engines",
         "cogview.vqvae",
     ],
-    package_data={"cogview": ["checkpoints.yaml", "py.typed", "models/*/*", "models/*/*/*"]},
+    package_data={"cogview": ["checkpoints.yaml", "emoji/things.yaml", "py.typed", "models/*/*", "models/*/*/*"]},
 )

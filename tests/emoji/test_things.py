@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cogview.emoji.things import COMMON, EmojiFiles, draw_sprites, read_things
+from cogview.emoji.things import EmojiFiles, draw_sprites, name_tables, read_things
 from cogview.errors import InputError
 
 DEBIAN = EmojiFiles()
@@ -57,7 +57,7 @@ def planted(tmp_path: Path) -> EmojiFiles:
 
 def test_things_come_from_the_five_groups_common_ones_first(planted: EmojiFiles) -> None:
     things = {thing.emoji: thing for thing in read_things(planted)}
-    # 🍎 leads COMMON; a smiley and an animal without a Chinese name stay out; variation selectors do not matter.
+    # 🍎 leads the common objects; a smiley and an animal without a Chinese name stay out; variation selectors do not matter.
     assert list(things) == ["🍎", "🦊", "☂️", "🪐", "🐻‍❄️", "☔"]
     assert things["🦊"].measures == ("只", "个")
     assert things["🦊"].group == "Animals & Nature"
@@ -100,7 +100,8 @@ def test_debian_things_have_names_and_pictures_of_their_own() -> None:
     assert len(things) >= 800  # 836 with the files of Debian 12
     names = [name for thing in things for name in thing.names]
     assert len(set(names)) == len(names)
-    assert [thing.emoji for thing in things[: len(COMMON.split())]] == COMMON.split()
+    common = list(name_tables().common)
+    assert [thing.emoji for thing in things[: len(common)]] == common
     fox = next(thing for thing in things if thing.emoji == "🦊")
     assert (fox.name, fox.measures[0]) == ("狐狸", "只")
 
