@@ -1,4 +1,4 @@
-"""CogView: an autoregressive transformer that generates images from Chinese text, and captions, upscales and ranks them.
+"""CogView: an autoregressive transformer that generates images from Chinese text, captions, upscales and ranks them.
 
 The names of ``__all__`` are the public interface. They are imported when they are first used: torch takes seconds.
 """
