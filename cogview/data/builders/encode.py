@@ -17,6 +17,7 @@ from cogview.data.store import NO_TOKEN, StoreHeader
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
 from cogview.signals import worker_init
+from cogview.tokenizers.tasks import tasks_of_store
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.codec import ImageTokenizer, codebook_sha256, to_float
 
@@ -57,12 +58,7 @@ class EncodeSettings:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks that the store can feed."""
-        return (
-            "generate",
-            "caption",
-            *(("upscale",) if self.large else ()),
-            *(("low_level",) if self.small else ()),
-        )
+        return tasks_of_store({"text", *self.scales})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
