@@ -20,8 +20,8 @@ from cogview.errors import InputError
 
 T = TypeVar("T")
 
-# Keys of recipes, checkpoints and overrides that were renamed: the old name is read as the new one. No dataclass that is
-# read from a file may have a field with an old name.
+# Renamed keys of recipes, checkpoints and overrides: the old name is read as the new one. No dataclass that is read
+# from a file may have a field with an old name.
 RENAMED_KEYS = {
     "branch_gain": "branch_norm_init",
     "caption_drop": "caption_dropout",
@@ -143,7 +143,7 @@ def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
 
 
 def _with_new_names(mapping: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
-    """Return ``mapping`` with the keys of ``RENAMED_KEYS`` under their new names; raise InputError if both are given."""
+    """Return ``mapping`` with old keys under their new names; raise InputError if both names are given."""
     renamed = {}
     for key, value in mapping.items():
         name = RENAMED_KEYS.get(key, key)

@@ -1,4 +1,4 @@
-"""The one place that decides where the model runs and in which numbers."""
+"""Devices: where a model runs, in which dtype or quantization, and how much memory is free there."""
 
 from __future__ import annotations
 
@@ -8,33 +8,36 @@ import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
 from cogview.errors import InputError
 from cogview.kernels.linear import cpu_multiplies_bfloat16
-from cogview.modeling.quantization import QUANTIZATIONS, Quantization, parse_quantization
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 TRAINING_PRECISIONS = tuple(DTYPES)
+Quantization: TypeAlias = Literal["int8", "int4"]  # of the weights of a transformer
+QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
 
 
 @dataclass(frozen=True)
 class DevicePlacement:
-    """A device, the dtype of weights and activations there, and why."""
+    """A device, the dtype of weights and activations on it, and the reason for the choice."""
 
     device: torch.device
     dtype: torch.dtype
     reason: str
-    quantization: Quantization | None = None  # how the projections of the transformer are held, if not as ``dtype``
+    quantization: Quantization | None = None  # of the projections of the transformer; None: they have ``dtype``
 
     @property
     def weight_format(self) -> str:
-        """The name of how weights are held: of a dtype, or of few bits."""
+        """Name of the quantization of the weights, or of their dtype."""
         return self.quantization or str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
+        """Return device, format and reason."""
         name = str(self.dtype).removeprefix("torch.")
         return f"{self.device}, {f'{self.quantization} with ' if self.quantization else ''}{name} ({self.reason})"
 
@@ -42,37 +45,53 @@ class DevicePlacement:
 def choose_placement(
     device: str = "auto", dtype: str = "auto", *, stored: Quantization | None = None, num_parameters: int = 0
 ) -> DevicePlacement:
-    """Choose a device and dtype; ``auto`` takes the best there is.
+    """Choose a device and a dtype.
 
-    CUDA runs in bfloat16 where the card has it in hardware (compute capability 8.0; ``is_bf16_supported`` also
-    says yes to cards that emulate it several times slower) and in float16 elsewhere, MPS in float16, a CPU in float32,
-    unless ``num_parameters`` would then take more than half of the memory there is: in bfloat16. Weights that are
-    ``stored`` in few bits stay so. int8 and int4 compute in a dtype of 16 bits.
+    CUDA uses bfloat16 if the GPU has it in hardware (compute capability 8.0 and above; ``is_bf16_supported`` is also
+    true for GPUs that emulate it several times slower), and float16 otherwise. MPS uses float16. A CPU uses float32, or
+    bfloat16 if float32 weights would take more than half of the free memory.
+
+    Args:
+        device: auto, cpu, cuda, cuda:N, mps, or the number of a GPU. auto prefers CUDA to MPS to a CPU.
+        dtype: auto, float32, bfloat16, float16, int8 or int4. auto keeps the quantization of the checkpoint.
+        stored: Quantization of the checkpoint's weights.
+        num_parameters: Parameters of the transformer; 0 if unknown.
+
+    Returns:
+        The placement. int8 and int4 compute in 16 bits.
+
+    Raises:
+        InputError: The device or dtype is unknown, or this machine has no such device.
     """
     chosen = _choose_device(device)
-    few_bits = stored if dtype == "auto" else parse_quantization(dtype)
-    if few_bits is not None:
+    quantization = stored if dtype == "auto" else parse_quantization(dtype)
+    if quantization is not None:
         half = torch.bfloat16 if chosen.type == "cpu" else _choose_dtype(chosen, 0).dtype
-        return DevicePlacement(chosen, half, "as stored" if dtype == "auto" else "as asked", few_bits)
+        return DevicePlacement(chosen, half, "as stored" if dtype == "auto" else "as requested", quantization)
     if dtype == "auto":
         return _choose_dtype(chosen, num_parameters)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; known: auto, {', '.join([*DTYPES, *QUANTIZATIONS])}")
-    return DevicePlacement(chosen, DTYPES[dtype], "as asked")
+    return DevicePlacement(chosen, DTYPES[dtype], "as requested")
+
+
+def parse_quantization(name: str | None) -> Quantization | None:
+    """Return ``name`` if it is a quantization, else None."""
+    return next((known for known in QUANTIZATIONS if known == name), None)
 
 
 def use_local_rank_gpu() -> None:
-    """Have ``auto`` and ``cuda`` mean a GPU of its own in each process that torchrun starts: that of its LOCAL_RANK."""
+    """Select the GPU with the number LOCAL_RANK for ``auto`` and ``cuda``, in a process started by torchrun."""
     local = os.environ.get("LOCAL_RANK", "")
     if local.isdecimal() and torch.cuda.is_available():
         torch.cuda.set_device(int(local) % torch.cuda.device_count())
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a process may still take on a device.
+    """Return the bytes that this process can still allocate on a device.
 
-    On a CPU the least of what the system has available and what control groups and the limits of the process (``ulimit
-    -d``, ``ulimit -v``) leave; all there is, where the system says none of these.
+    On a CPU it is the minimum of the memory available in the system and the headroom of control groups and process
+    limits (``ulimit -d``, ``ulimit -v``); the physical memory, if the system reports none of them.
     """
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -83,9 +102,9 @@ def available_memory(device: torch.device) -> int:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the peak of the bytes in tensors on a GPU; on other devices that of the process's resident memory.
+    """Return the peak of the bytes in tensors on a GPU, and of resident memory on other devices.
 
-    A number of training's metrics: 0 where the system does not know it.
+    Training logs it as a metric. It is 0 if the system does not report it.
     """
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
@@ -93,20 +112,20 @@ def peak_memory(device: torch.device) -> float:
 
 
 def peak_process_memory(device: torch.device, free_before: int) -> int | None:
-    """Return the peak of the bytes that this process had of a device, all that it needs there included.
+    """Return the peak of the bytes that this process held on a device, allocator and context included.
 
     Args:
-        device: The device to look at. On a CPU, resident memory counts, mapped files included.
-        free_before: Bytes that were free there before the process used the device. The context of a GPU, which
-            PyTorch does not count, is the difference to the bytes free now.
+        device: The device. On a CPU, resident memory counts, mapped files included.
+        free_before: Bytes that were free before the process used the device. The context of a GPU, which PyTorch does
+            not count, is computed from them and the bytes that are free now.
 
     Returns:
-        The bytes, or None where the system does not know them.
+        The bytes, or None if the system does not report them.
     """
     if device.type == "cuda":
         context = free_before - torch.cuda.mem_get_info(device)[0] - torch.cuda.memory_reserved(device)
         return torch.cuda.max_memory_reserved(device) + max(0, context)
-    if device.type == "mps":  # which keeps no peak, and seldom gives back what it has
+    if device.type == "mps":  # MPS records no peak, and rarely returns memory
         return torch.mps.driver_allocated_memory()
     return _peak_resident_memory()
 
@@ -117,15 +136,18 @@ def float64_of(device: torch.device) -> torch.dtype:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a device has no memory left; PyTorch's allocator for CPUs has no type for it."""
+    """Return whether ``error`` reports that a device is out of memory.
+
+    PyTorch's CPU allocator raises a plain RuntimeError.
+    """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def _peak_resident_memory() -> int | None:
-    """Return the peak of the bytes that this process had in memory; None where the system does not know it."""
-    with suppress(OSError):  # on Linux ru_maxrss begins with the peak of the parent
+    """Return the peak of this process's resident memory in bytes; None if the system does not report it."""
+    with suppress(OSError):  # on Linux ru_maxrss is inherited from the parent
         if found := re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text()):
             return 1024 * int(found[1])
     with suppress(ImportError):  # not on Windows
@@ -136,7 +158,7 @@ def _peak_resident_memory() -> int | None:
 
 
 def _available_on_host(root: Path) -> int:
-    """``root`` is where proc and sys are."""
+    """Return the bytes available on the host; ``root`` holds proc and sys."""
     with suppress(OSError):  # not Linux
         free = []
         if found := re.search(r"MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text()):
@@ -162,71 +184,82 @@ def _available_on_host(root: Path) -> int:
 
 
 def _ulimit_headroom(process: Path) -> list[int]:
-    """Bytes that a process may still take for data and in all, where it is limited."""
-    left = []
+    """Return the bytes left below each limit of a process, on data and on address space."""
+    headroom = []
     with suppress(OSError):
         limits, taken = (process / "limits").read_text(), (process / "status").read_text()
         for limit, count in (("Max data size", "VmData"), ("Max address space", "VmSize")):
-            most, now = re.search(rf"{limit} +(\d+)", limits), re.search(rf"{count}:\s*(\d+) kB", taken)
-            if most and now:
-                left.append(int(most[1]) - 1024 * int(now[1]))
-    return left
+            maximum, now = re.search(rf"{limit} +(\d+)", limits), re.search(rf"{count}:\s*(\d+) kB", taken)
+            if maximum and now:
+                headroom.append(int(maximum[1]) - 1024 * int(now[1]))
+    return headroom
 
 
 def _cgroup_headroom(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[int]:
-    """Bytes that a control group and those above it leave, where they have a limit and it is to be seen."""
-    own = mount / path.lstrip("/")
-    left = []
-    for folder in (own, *own.parents):
+    """Return the bytes left below the limits of a control group and its ancestors, as far as they are visible."""
+    group = mount / path.lstrip("/")
+    headroom = []
+    for folder in (group, *group.parents):
         if folder != mount and mount not in folder.parents:
             break
         with suppress(OSError, ValueError):  # no such file, or a limit of "max"
-            most = int((folder / limit).read_text())
-            # Files that were read and are not in use count as used, and give way.
+            maximum = int((folder / limit).read_text())
+            # The page cache of inactive files counts as used, but can be reclaimed.
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            left.append(most - int((folder / usage).read_text()) + int(stat.get(reclaimable, 0)))
-    return left
+            headroom.append(maximum - int((folder / usage).read_text()) + int(stat.get(reclaimable, 0)))
+    return headroom
 
 
 def _choose_dtype(chosen: torch.device, num_parameters: int) -> DevicePlacement:
+    """Return the placement of dtype auto."""
     if chosen.type == "cuda":
         if torch.cuda.get_device_capability(chosen)[0] >= 8:
-            return DevicePlacement(chosen, torch.bfloat16, "the card has bfloat16")
-        return DevicePlacement(chosen, torch.float16, "the card has no bfloat16")
+            return DevicePlacement(chosen, torch.bfloat16, "the GPU has bfloat16")
+        return DevicePlacement(chosen, torch.float16, "the GPU has no bfloat16")
     if chosen.type == "mps":
         return DevicePlacement(chosen, torch.float16, "Apple GPU")
-    needed, there = 4 * num_parameters, available_memory(chosen)
-    if needed > there / 2:
-        reason = f"float32 would take {needed / 1e9:.1f} GB of the {there / 1e9:.1f} GB there are"
+    needed, free = 4 * num_parameters, available_memory(chosen)
+    if needed > free / 2:
+        reason = f"float32 would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB of free memory"
         return DevicePlacement(chosen, torch.bfloat16, reason)
     return DevicePlacement(chosen, torch.float32, "no GPU is used")
 
 
 def _choose_device(name: str) -> torch.device:
+    """Return the device ``name``; raise InputError if it is unknown or absent."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    if name.isdigit():  # the released scripts number their GPUs
+    if name.isdigit():  # the scripts of CogView v1 number their GPUs
         name = f"cuda:{name}"
     if not re.fullmatch(r"cpu|cuda(:\d{1,2})?|mps", name):
         raise InputError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name} was asked for, but no CUDA device is to be seen; use --device cpu")
+        raise InputError(f"device {name} was requested, but PyTorch finds no CUDA device; use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} was asked for, but there are only {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        raise InputError(f"device {name} was requested, but this machine has {count} CUDA devices, numbered from 0")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device mps was asked for, but this machine has none; use --device cpu")
+        raise InputError("device mps was requested, but this machine has no MPS device; use --device cpu")
     return device
 
 
 def training_dtype(device: torch.device, precision: str = "auto") -> torch.dtype | None:
-    """What products are computed in during training, or None for plain float32.
+    """Return the dtype of products in training.
 
-    ``auto`` is bfloat16 where the hardware has it (of CUDA cards those of compute capability 8.0 and above;
-    ``is_bf16_supported`` says yes to others, which emulate it several times slower), float16 on CUDA cards that have
-    not, and float32 on a CPU that would have to emulate it.
+    Args:
+        device: The device. Its hardware decides ``auto``: bfloat16 if it has it (CUDA from compute capability 8.0;
+            ``is_bf16_supported`` is also true for GPUs that emulate it several times slower), otherwise float16 on
+            CUDA and float32 on a CPU.
+        precision: auto, float32, bfloat16 or float16.
+
+    Returns:
+        The dtype, or None for plain float32.
+
+    Raises:
+        InputError: The precision is unknown.
     """
     if precision != "auto":
         if precision not in TRAINING_PRECISIONS:
@@ -238,15 +271,14 @@ def training_dtype(device: torch.device, precision: str = "auto") -> torch.dtype
 
 
 def precision_name(dtype: torch.dtype | None) -> str:
-    """What ``training_dtype`` chose, as recipes name it."""
+    """Return the name of a dtype of ``training_dtype`` in recipes."""
     return "float32" if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def flush_denormals() -> None:
-    """Have this process treat numbers below 1e-38 as zero on a CPU. Call it before the first tensor is made.
+    """Make this process treat numbers below 1e-38 as zero on a CPU. Call it before the first tensor is created.
 
-    A model that has learnt something meets many, in softmaxes and their gradients, and a CPU takes far longer for each
-    (``scripts/benchmarks/training_step.py denormals``). The threads that share the work take the setting over when they
-    are started, which is why it comes first.
+    Trained models meet many denormals in softmaxes and their gradients, and a CPU is far slower on them
+    (``scripts/benchmarks/training_step.py denormals``). Worker threads inherit the setting when they start.
     """
     torch.set_flush_denormal(True)

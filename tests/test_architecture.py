@@ -42,22 +42,16 @@ DATA_TABLES: tuple[str, ...] = ()  # may be longer than other files, as Triton k
 
 KNOWN_OFFENDERS: dict[str, tuple[str, ...]] = {
     "import": (
-        "cogview.device -> cogview.modeling.quantization",
     ),
     "file": (
         "cogview/checkpoints/adapter.py",
         "cogview/checkpoints/v1_format.py",
-        "cogview/cli/estimate.py",
         "cogview/cli/job.py",
         "cogview/cli/train.py",
         "cogview/data/v1_datasets.py",
-        "cogview/planning/inference.py",
-        "cogview/planning/training.py",
         "cogview/training/trainer.py",
     ),
     "function": (
-        "cogview/cli/estimate_training.py:training_report",
-        "cogview/planning/inference.py:estimate",
         "cogview/training/loop.py:_train",
     ),
     "call": (

@@ -68,7 +68,7 @@ def test_apple_gpu():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_may_be_asked_for(dtype):
     placement = choose_placement("cpu", dtype)
-    assert str(placement) == f"cpu, {dtype} (as asked)"
+    assert str(placement) == f"cpu, {dtype} (as requested)"
     assert placement.dtype == getattr(torch, dtype)
 
 
@@ -80,9 +80,9 @@ def test_dtype_may_be_asked_for(dtype):
         ("", "device '' is unknown"),
         ("meta", "device 'meta' is unknown"),  # PyTorch knows it, but nothing can be computed there
         ("cuda:x", "device 'cuda:x' is unknown"),
-        ("cuda", "device cuda was asked for, but no CUDA device is to be seen; use --device cpu"),
-        ("0", "device cuda:0 was asked for, but no CUDA device is to be seen"),
-        ("mps", "device mps was asked for, but this machine has none; use --device cpu"),
+        ("cuda", "device cuda was requested, but PyTorch finds no CUDA device; use --device cpu"),
+        ("0", "device cuda:0 was requested, but PyTorch finds no CUDA device"),
+        ("mps", "device mps was requested, but this machine has no MPS device; use --device cpu"),
     ],
 )
 def test_devices_that_cannot_be_had(device, message):
@@ -92,7 +92,9 @@ def test_devices_that_cannot_be_had(device, message):
 
 def test_card_that_is_not_there(cards):
     cards(8, 0)
-    with pytest.raises(InputError, match="device cuda:2 was asked for, but there are only 2 CUDA devices"):
+    with pytest.raises(
+        InputError, match="device cuda:2 was requested, but this machine has 2 CUDA devices, numbered from 0"
+    ):
         choose_placement("cuda:2")
 
 
@@ -111,7 +113,7 @@ def test_unknown_dtype():
 def test_few_bits_on_a_cpu(few_bits):
     asked, stored = choose_placement("cpu", few_bits), choose_placement("cpu", stored=few_bits)
     assert (asked.quantization, asked.dtype) == (stored.quantization, stored.dtype) == (few_bits, torch.bfloat16)
-    assert str(asked) == f"cpu, {few_bits} with bfloat16 (as asked)"
+    assert str(asked) == f"cpu, {few_bits} with bfloat16 (as requested)"
     assert str(stored) == f"cpu, {few_bits} with bfloat16 (as stored)"
 
 
@@ -135,7 +137,7 @@ def test_few_bits_on_an_apple_gpu():
 def test_stored_in_few_bits_and_asked_for_in_another_dtype(dtype):
     placement = choose_placement("cpu", dtype, stored="int8")
     assert (placement.dtype, placement.quantization) == (getattr(torch, dtype), None)
-    assert str(placement) == f"cpu, {dtype} (as asked)"
+    assert str(placement) == f"cpu, {dtype} (as requested)"
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -153,8 +155,8 @@ def test_stored_in_one_and_asked_for_in_the_other():
     [
         (0, "cpu, float32 (no GPU is used)"),
         (10**9, "cpu, float32 (no GPU is used)"),  # half of it, not more
-        (10**9 + 1, "cpu, bfloat16 (float32 would take 4.0 GB of the 8.0 GB there are)"),
-        (4 * 10**9, "cpu, bfloat16 (float32 would take 16.0 GB of the 8.0 GB there are)"),
+        (10**9 + 1, "cpu, bfloat16 (float32 would take 4.0 GB of the 8.0 GB of free memory)"),
+        (4 * 10**9, "cpu, bfloat16 (float32 would take 16.0 GB of the 8.0 GB of free memory)"),
     ],
 )
 def test_a_cpu_with_little_memory_takes_bfloat16(monkeypatch, num_parameters, told):

@@ -1,1 +1,1 @@
-"""Generation measured against the hardware's limits."""
+"""Benchmark of generation against the limits of the hardware."""

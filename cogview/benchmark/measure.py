@@ -1,13 +1,12 @@
-"""How fast a model draws here, against the least time that the machine would need: what ``cogview bench`` measures.
+"""Measurements of ``cogview bench``: the time of generation, the roofline of the hardware, and the peak memory.
 
-Each batch size is measured in a process of its own, so that the peak of its memory is its own.
+Each batch size is measured in a subprocess, so that its peak memory contains nothing of other batches.
 """
 
-# B pictures of a batch, G codes on a side
+# B images of a batch, G codes on a side, N codes of an image
 from __future__ import annotations
 
 import multiprocessing
-import re
 import signal
 import sys
 import time
@@ -20,37 +19,35 @@ from statistics import median
 import numpy as np
 import torch
 
-from cogview.checkpoints.checkpoint import Model, load_model
-from cogview.checkpoints.registry import resolve_checkpoint
+from cogview.benchmark.random_weights import random_model
+from cogview.checkpoints.checkpoint import load_model
 from cogview.device import DevicePlacement, is_out_of_memory, peak_process_memory
 from cogview.errors import InputError
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingProgress, DecodingRequest
-from cogview.kernels.linear import has_native_kernels
-from cogview.modeling.config import ModelConfig, TransformerConfig
-from cogview.modeling.quantization import Int4Linear, swap_quantized_linears
-from cogview.modeling.transformer import INIT_STD, Transformer
+from cogview.modeling.config import ModelConfig
 from cogview.pipeline.cogview import CogView
-from cogview.planning.inference import ACTIVATION_BYTES, ForwardPass, HardwareSpeed, InferenceEstimate, position_bytes
+from cogview.planning.hardware import HardwareSpeed
+from cogview.planning.inference import InferenceEstimate
+from cogview.planning.model_memory import ACTIVATION_BYTES, ForwardPass, position_bytes
 from cogview.tokenizers.layouts import TokenSequence
-from cogview.tokenizers.text import TextTokenizer
-from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.model import VQVAEConfig
 
-TERMINATE_TIMEOUT = 5.0  # seconds for a process to end when it is told to
+TERMINATE_TIMEOUT = 5.0  # seconds between terminating and killing a subprocess
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkTarget:
-    """What is measured: the weights of a checkpoint folder, or random ones of a shape, and where they are."""
+    """The model to measure, by its checkpoint folder or with random weights, and its device."""
 
     config: ModelConfig
     image_config: VQVAEConfig
     placement: DevicePlacement
     folder: Path | None = None  # None: random weights
-    speculative: int | None = None  # codes that are guessed at one go (``engine.fill``)
+    speculative: int | None = None  # maximum of drafted codes per forward pass, as ``decode`` takes it
 
     def load(self) -> CogView:
-        """The model, in this process."""
+        """Load the model in this process."""
         place = self.placement
         if self.folder is None:
             return CogView(random_model(self.config, self.image_config, place), place, "random weights")
@@ -59,96 +56,115 @@ class BenchmarkTarget:
 
 @dataclass(frozen=True, kw_only=True)
 class RequestTiming:
-    """The time of one request, which draws a batch."""
+    """Seconds of one request, which generates a batch."""
 
-    first_code: float  # the texts are read, and the first code of each picture is drawn
+    first_code: float  # prefill of the texts, and the first code of each image
     other_codes: float
     pixels: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """What a process of its own found."""
+    """Results of a subprocess."""
 
     requests: tuple[RequestTiming, ...]
-    peak: int | None  # bytes, None where the system does not say
+    peak: int | None  # bytes; None if the system does not report them
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResult:
-    """A batch size in numbers. Of pictures that were drawn in part, the other codes take the same share of ``speed``.
+    """Metrics of a batch size.
 
-    ``codes`` is how many codes of each picture were drawn, 2 at least.
+    If only ``num_codes`` of an image were generated, the other codes are assumed to reach the same fraction of the
+    roofline.
     """
 
-    plan: InferenceEstimate
+    estimate: InferenceEstimate
     speed: HardwareSpeed
-    codes: int
+    num_codes: int  # generated codes of each image, 2 or more
     measured: Measurement
 
     @property
     def first_image(self) -> list[float]:
-        """Seconds of each request until there are pixels, which all pictures of a batch have at the same time."""
-        steps = _steps(self.plan)
-        larger = 1.0
-        if self.codes <= len(steps):
-            larger = self._least(steps) / self._least(steps[: self.codes - 1])
-        return [one.first_code + larger * one.other_codes + one.pixels for one in self.measured.requests]
+        """Seconds of each request from start to pixels; all images of a batch are complete at the same time."""
+        steps = _decoding_steps(self.estimate)
+        scale = 1.0
+        if self.num_codes <= len(steps):
+            scale = self._roofline(steps) / self._roofline(steps[: self.num_codes - 1])
+        return [one.first_code + scale * one.other_codes + one.pixels for one in self.measured.requests]
 
     @property
     def images_per_second(self) -> float:
-        """Of the median request."""
-        return self.plan.rows / median(self.first_image)
+        """Images of the batch over the seconds of the median request."""
+        return self.estimate.rows / median(self.first_image)
 
     @property
     def tokens_per_second(self) -> float:
-        """Codes of all pictures behind the first ones, over the median time that they took."""
-        return self.plan.rows * (self.codes - 1) / self._other_codes
+        """Codes of all images except the first ones, over their median time."""
+        return self.estimate.rows * (self.num_codes - 1) / self._other_codes
 
     @property
-    def share(self) -> float:
-        """The least time of the codes behind the first ones by ``speed``, over the median time that they took."""
-        return self._least(_steps(self.plan)[: self.codes - 1]) / self._other_codes
+    def roofline_fraction(self) -> float:
+        """Roofline time of the codes except the first ones, over their median time."""
+        return self._roofline(_decoding_steps(self.estimate)[: self.num_codes - 1]) / self._other_codes
 
     @property
     def _other_codes(self) -> float:
+        """Median seconds of the codes except the first ones."""
         return median(one.other_codes for one in self.measured.requests)
 
-    def _least(self, reads: Sequence[ForwardPass]) -> float:
-        return sum(roofline_seconds(self.plan, read, self.speed) for read in reads)
+    def _roofline(self, passes: Sequence[ForwardPass]) -> float:
+        """Return the roofline seconds of several forward passes."""
+        return sum(roofline_seconds(self.estimate, one, self.speed) for one in passes)
 
 
-class Failed(Exception):
-    """A batch could not be drawn; the message says why."""
+class MeasurementError(Exception):
+    """A batch could not be generated; the message has the reason."""
 
 
-def roofline_seconds(plan: InferenceEstimate, read: ForwardPass, speed: HardwareSpeed) -> float:
-    """The time of a read by the roofline: that of what it must move, or of its products, whichever is longer.
+def roofline_seconds(estimate: InferenceEstimate, forward_pass: ForwardPass, speed: HardwareSpeed) -> float:
+    """Return the minimum time of a forward pass on the hardware, in seconds.
 
-    Weights are moved once for all rows, and the keys and values so far of every row.
+    It is the longer of moving the bytes and of computing the products. Weights are moved once for all sequences, and
+    the KV cache of every sequence (roofline model: Williams et al., 2009, doi:10.1145/1498765.1498785).
     """
-    weights = plan.layers + read.output_ids * plan.transformer.width * ACTIVATION_BYTES[plan.dtype]
-    kept = plan.rows * (1 + plan.guided) * read.total_positions * position_bytes(plan.transformer, plan.dtype)
-    return max((weights + kept) / speed.bandwidth, plan.flops(read) / speed.flops)
+    shape, dtype = estimate.transformer, estimate.dtype
+    weights = estimate.layers + forward_pass.output_ids * shape.width * ACTIVATION_BYTES[dtype]
+    cache = estimate.rows * (1 + estimate.guided) * forward_pass.total_positions * position_bytes(shape, dtype)
+    return max((weights + cache) / speed.bandwidth, estimate.flops(forward_pass) / speed.flops)
 
 
-def measure_in_subprocess(subject: BenchmarkTarget, rows: int, *, codes: int, repeats: int, free: int) -> Measurement:
-    """``measure_requests`` in a fresh process. Raises ``Failed`` where its memory does not suffice, or it ends."""
+def measure_in_subprocess(
+    target: BenchmarkTarget, rows: int, *, num_codes: int, repeats: int, free_bytes: int
+) -> Measurement:
+    """Call ``measure_requests`` in a new process.
+
+    Args:
+        target: The model and its device.
+        rows: Images of the batch.
+        num_codes: Codes of each image to generate.
+        repeats: Timed requests.
+        free_bytes: Bytes that were free on the device before.
+
+    Raises:
+        MeasurementError: The process ran out of memory, or ended.
+        InputError: The model cannot be loaded.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_report, args=(sender, subject, rows, codes, repeats, free), daemon=True)
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C ends this process, and this one that
+    process = context.Process(target=_report, args=(sender, target, rows, num_codes, repeats, free_bytes), daemon=True)
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C ends this process, which ends that one
     try:
         process.start()
     finally:
         signal.signal(signal.SIGINT, handler)
-    sender.close()  # ours, so that the end of the process is the end of what comes
+    sender.close()  # this process's copy, so that the pipe closes when the subprocess ends
     try:
-        found = receiver.recv()
+        result: Measurement | Exception = receiver.recv()
     except EOFError:
         process.join()
-        raise Failed(
-            f"its process ended with status {process.exitcode} (-9: the system killed it, mostly for want of memory)"
+        raise MeasurementError(
+            f"its process ended with status {process.exitcode} (-9: killed by the system, usually out of memory)"
         ) from None
     except BaseException:
         process.terminate()
@@ -156,46 +172,55 @@ def measure_in_subprocess(subject: BenchmarkTarget, rows: int, *, codes: int, re
         process.kill()
         raise
     process.join()
-    if isinstance(found, Exception):
-        raise found
-    return found
+    if isinstance(result, Exception):
+        raise result
+    return result
 
 
-def _report(sender: Connection, subject: BenchmarkTarget, rows: int, codes: int, repeats: int, free: int) -> None:
-    """``measure_requests``, with what it returns or has to say against it sent to the parent."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # with the locks of progress bars released
-    found: Measurement | Exception
+def _report(
+    sender: Connection, target: BenchmarkTarget, rows: int, num_codes: int, repeats: int, free_bytes: int
+) -> None:
+    """Send the result of ``measure_requests``, or its error, to the parent."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # releases the locks of progress bars
+    result: Measurement | Exception
     try:
-        found = measure_requests(subject, rows, codes=codes, repeats=repeats, free=free)
+        result = measure_requests(target, rows, num_codes=num_codes, repeats=repeats, free_bytes=free_bytes)
     except InputError as error:
-        found = error
-    except (MemoryError, RuntimeError) as error:  # that of CUDA and that of the allocator for CPUs are RuntimeErrors
+        result = error
+    except (MemoryError, RuntimeError) as error:  # CUDA and the CPU allocator raise RuntimeErrors
         if not is_out_of_memory(error):
             raise
-        found = Failed("out of memory")
-    sender.send(found)
+        result = MeasurementError("out of memory")
+    sender.send(result)
 
 
-def measure_requests(subject: BenchmarkTarget, rows: int, *, codes: int, repeats: int, free: int) -> Measurement:
-    """Load the model and draw the first ``codes`` codes of ``rows`` pictures ``repeats`` times, and once before.
+def measure_requests(
+    target: BenchmarkTarget, rows: int, *, num_codes: int, repeats: int, free_bytes: int
+) -> Measurement:
+    """Load the model and generate codes of a batch, once to warm up and then ``repeats`` times.
 
-    ``free`` is how many bytes the device had free before this process used it.
+    Args:
+        target: The model and its device.
+        rows: Images of the batch.
+        num_codes: Codes of each image to generate.
+        repeats: Timed requests.
+        free_bytes: Bytes that were free on the device before this process used it.
     """
-    model = subject.load()
-    jobs = make_requests(subject.config, rows, codes)
-    generate_once(model, jobs, codes, subject.speculative)  # to warm up: what is made at the first use is made now
-    requests = tuple(generate_once(model, jobs, codes, subject.speculative) for _ in range(repeats))
-    return Measurement(requests=requests, peak=peak_process_memory(subject.placement.device, free))
+    model = target.load()
+    requests = make_requests(target.config, rows, num_codes)
+    time_request(model, requests, num_codes, target.speculative)  # creates everything that is created at first use
+    timings = tuple(time_request(model, requests, num_codes, target.speculative) for _ in range(repeats))
+    return Measurement(requests=timings, peak=peak_process_memory(target.placement.device, free_bytes))
 
 
-def make_requests(config: ModelConfig, rows: int, codes: int) -> list[DecodingRequest]:
-    """Rows that end behind their first ``codes`` codes, each with another text, of the greatest length there is."""
+def make_requests(config: ModelConfig, rows: int, num_codes: int) -> list[DecodingRequest]:
+    """Return requests with different random texts of the maximum length, each cut after ``num_codes`` codes."""
     layout, sampling = config.layouts["generate"], config.sampling
     texts = np.random.default_rng(0).integers(0, config.vocabulary.num_text_pieces, (rows, config.max_text))
 
     def arrange(text: Sequence[int]) -> TokenSequence:
-        row = layout.arrange(config.vocabulary, text=text)
-        return row.truncate(row.spans["image"].start + codes)
+        sequence = layout.arrange(config.vocabulary, text=text)
+        return sequence.truncate(sequence.spans["image"].start + num_codes)
 
     return [
         DecodingRequest(
@@ -209,77 +234,44 @@ def make_requests(config: ModelConfig, rows: int, codes: int) -> list[DecodingRe
     ]
 
 
-def generate_once(model: CogView, jobs: Sequence[DecodingRequest], codes: int, parallel: int | None) -> RequestTiming:
-    """One request, timed. The pixels are those of whole pictures, the codes that are not drawn being 0."""
+def time_request(
+    model: CogView, requests: Sequence[DecodingRequest], num_codes: int, speculative: int | None
+) -> RequestTiming:
+    """Generate a batch and return its times.
+
+    Args:
+        model: The model.
+        requests: The images of the batch.
+        num_codes: Codes of each image that ``requests`` generate. The image tokenizer decodes whole images, in which
+            the other codes are 0.
+        speculative: Maximum of drafted codes per forward pass, as ``decode`` takes it.
+    """
     grid = model.config.grid
     first = start = time.perf_counter()
 
-    def watch(moment: DecodingProgress) -> None:
+    def on_progress(progress: DecodingProgress) -> None:
         nonlocal first
-        if moment.done == 1:
-            _wait_for(model.placement.device)
+        if progress.done == 1:
+            _synchronize(model.placement.device)
             first = time.perf_counter()
 
-    filled = decode(model.transformer, model.vocabulary, jobs, watch, speculative=parallel)
-    drawn = time.perf_counter()
-    codes_BN = np.zeros((len(jobs), grid * grid), dtype=np.int64)
-    codes_BN[:, :codes] = [row.ids[job.sequence.spans["image"]] for row, job in zip(filled, jobs, strict=True)]
+    results = decode(model.transformer, model.vocabulary, requests, on_progress, speculative=speculative)
+    decoded = time.perf_counter()
+    codes_BN = np.zeros((len(requests), grid * grid), dtype=np.int64)
+    codes_BN[:, :num_codes] = [
+        result.ids[request.sequence.spans["image"]] for result, request in zip(results, requests, strict=True)
+    ]
     model.decode_images(codes_BN.reshape(-1, grid, grid))
-    return RequestTiming(first_code=first - start, other_codes=drawn - first, pixels=time.perf_counter() - drawn)
+    return RequestTiming(first_code=first - start, other_codes=decoded - first, pixels=time.perf_counter() - decoded)
 
 
-def random_model(config: ModelConfig, image_config: VQVAEConfig, placement: DevicePlacement) -> Model:
-    """A model of random weights."""
-    torch.manual_seed(0)
-    return Model(
-        config=config,
-        transformer=random_transformer(config.transformer, placement),
-        image_tokenizer=VQVAE(image_config).eval().to(placement.device),
-        # A model has one; rows are made of pieces here, and no text is read.
-        text_tokenizer=TextTokenizer.load(resolve_checkpoint("cogview-emoji") / "text.model"),
-    )
+def _decoding_steps(estimate: InferenceEstimate) -> list[ForwardPass]:
+    """Return the forward passes of an image after the prefill."""
+    return [one for one in estimate.forward_passes if one.new_positions == 1]
 
 
-def random_transformer(config: TransformerConfig, placement: DevicePlacement) -> Transformer:
-    """A transformer of random weights as ``placement`` holds them, in little more memory than they take.
-
-    Layers are alike: to draw four billion numbers takes a CPU a minute, to copy them a second.
-    """
-    with torch.device("meta"):
-        transformer = Transformer(config)
-        if placement.quantization is not None:
-            swap_quantized_linears(transformer, placement.quantization)
-    weights: dict[str, torch.Tensor] = {}
-    for name, shape in transformer.state_dict().items():
-        first = re.sub(r"^layers\.\d+\.", "layers.0.", name)
-        if first in weights:
-            weights[name] = weights[first].clone()
-            continue
-        dtype = placement.dtype if shape.dtype == torch.float32 else shape.dtype
-        tensor = weights[name] = torch.empty(shape.shape, dtype=dtype, device=placement.device)
-        if not dtype.is_floating_point:  # rounded weights
-            tensor.random_(-127, 128) if dtype == torch.int8 else tensor.random_(0, 256)
-        elif name.endswith("scale"):
-            tensor.fill_(INIT_STD / 73)  # 73: the deviation of numbers from -127 to 127
-        elif name.endswith("scales_and_zeros"):
-            tensor[..., 0], tensor[..., 1] = INIT_STD / 4.6, 0  # 4.6: that of numbers from 0 to 15
-        elif tensor.dim() == 1:
-            tensor.fill_(float(name.endswith("norm.weight")))
-        else:
-            tensor.normal_(std=INIT_STD)
-    transformer.load_state_dict(weights, strict=True, assign=True)
-    for module in transformer.modules():
-        if isinstance(module, Int4Linear):  # random bytes are as good in any order
-            module.cpu_packed = has_native_kernels(placement.device)
-    return transformer.eval()
-
-
-def _steps(plan: InferenceEstimate) -> list[ForwardPass]:
-    """The reads of a picture behind the first, which has the text."""
-    return [read for read in plan.forward_passes if read.new_positions == 1]
-
-
-def _wait_for(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

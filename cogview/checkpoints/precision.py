@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from cogview.checkpoints.safetensors_io import TensorSpec
+from cogview.device import Quantization
 from cogview.errors import InputError
 from cogview.kernels.linear import group_of
 from cogview.modeling.quantization import (
-    Quantization,
     dequantize_weight,
     is_quantized,
     quantize_weight,

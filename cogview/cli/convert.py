@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and print the new folder."""
     from cogview.checkpoints.precision import Precision
     from cogview.checkpoints.v1_convert import convert_folder, export_v1
-    from cogview.device import DTYPES
-    from cogview.modeling.quantization import QUANTIZATIONS, parse_quantization
+    from cogview.device import DTYPES, QUANTIZATIONS, parse_quantization
 
     source = args.source
     if not source.exists():

@@ -33,15 +33,15 @@ from cogview.modeling.initialization import load_weights
 from cogview.modeling.lora import LoraSettings, add_lora
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
-from cogview.planning.inference import measure_hardware
+from cogview.planning.gpus import peak_flops
+from cogview.planning.hardware import measure_hardware
 from cogview.planning.training import (
     TrainingJob,
     TrainingMemory,
     choose_micro_batch,
-    flops_per_token,
-    peak_flops,
     training_memory,
 )
+from cogview.planning.training_time import flops_per_token
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary

@@ -7,11 +7,10 @@ they are quantized. Embeddings, norms and biases keep their dtype. ``cogview.ker
 # N outputs, K inputs, G inputs that share a scale
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, get_args
-
 import torch
 from torch import Tensor, nn
 
+from cogview.device import Quantization
 from cogview.kernels.linear import (
     dequantize_int4,
     dequantize_int8,
@@ -23,14 +22,6 @@ from cogview.kernels.linear import (
     quantize_int8,
 )
 from cogview.modeling.config import PROJECTIONS
-
-Quantization: TypeAlias = Literal["int8", "int4"]
-QUANTIZATIONS: tuple[Quantization, ...] = get_args(Quantization)
-
-
-def parse_quantization(name: str | None) -> Quantization | None:
-    """Return ``name`` if it is a quantization, None for any other dtype."""
-    return next((known for known in QUANTIZATIONS if known == name), None)
 
 
 class Int8Linear(nn.Module):

@@ -10,7 +10,7 @@ from cogview.device import DevicePlacement
 from cogview.modeling.config import ModelConfig
 from cogview.modeling.transformer import Transformer
 from cogview.planning.batches import BatchPlanner
-from cogview.planning.inference import smaller_formats
+from cogview.planning.model_memory import smaller_formats
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.vqvae.model import VQVAE

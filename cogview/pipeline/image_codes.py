@@ -13,7 +13,7 @@ from PIL import Image
 from cogview.image_io.reading import fit
 from cogview.pipeline.context import PipelineContext
 from cogview.planning.batches import BatchPlanner
-from cogview.planning.inference import image_bytes
+from cogview.planning.model_memory import image_bytes
 from cogview.vqvae.codec import to_float, to_uint8
 
 

@@ -25,8 +25,8 @@ from cogview.pipeline.image_codes import decode_all_images
 from cogview.pipeline.programs import DecodingProgram, ProgramBuilder
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import Caption, GeneratedImage, GenerationProgress, ProgressCallback, Score
+from cogview.planning.batch_memory import beam_search_bytes, decode_bytes, score_bytes
 from cogview.planning.batches import BatchPlanner
-from cogview.planning.inference import beam_search_bytes, decode_bytes, score_bytes
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.tasks import TASKS, ImageElement
 from cogview.tokenizers.vocabulary import TokenKind
@@ -311,5 +311,5 @@ def _decoding_bytes(steps: Sequence[DecodingRequest], context: PipelineContext) 
         dtype=context.placement.weight_format,
         device_type=context.placement.device.type,
         int8_cache=context.int8_cache,
-        parallel=window if window > 1 or uses_cuda_graphs(device) else None,
+        max_window=window if window > 1 or uses_cuda_graphs(device) else None,
     )

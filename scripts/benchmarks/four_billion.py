@@ -49,9 +49,8 @@ def make(folder: Path, preset_name: str) -> int:
     from cogview.checkpoints.precision import Precision
     from cogview.checkpoints.safetensors_io import TensorSpec, WeightsWriter
     from cogview.checkpoints.v1_convert import convert_folder
-    from cogview.device import DTYPES
+    from cogview.device import DTYPES, parse_quantization
     from cogview.modeling.config import ModelConfig, preset
-    from cogview.modeling.quantization import parse_quantization
     from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.text import TextTokenizer
     from cogview.tokenizers.vocabulary import Vocabulary

@@ -30,6 +30,15 @@ FORMER_NAMES = {
     "job/micro_batch_size": "rows",
     "job/batch_size": "batch",
     "job/world_size": "world",
+    "assumed/bandwidth_efficiency": "share",
+    "assumed/margin": "spare",
+    "max_micro_batch_size": "largest_rows",
+    "max_rows": "largest_rows",
+    "memory/images": "pictures",
+    "seconds/decoding": "steps",
+    "seconds/images": "pictures",
+    "seconds/prefill": "given",
+    "suggestions": "would_fit",
 }
 FORMER_PREFIXES = {"validation_": "held_out_"}  # of metrics
 

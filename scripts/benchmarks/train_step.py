@@ -200,8 +200,9 @@ def main() -> None:
     import torch
 
     from cogview.device import DTYPES, choose_placement
-    from cogview.planning.inference import measure_hardware as measure_device
-    from cogview.planning.training import flops_per_token, peak_flops
+    from cogview.planning.gpus import peak_flops
+    from cogview.planning.hardware import measure_hardware
+    from cogview.planning.training_time import flops_per_token
 
     shared = {
         name: getattr(args, name) for name in ("processes", "rows", "length", "dropout", "steps", "warmup", "device")
@@ -228,7 +229,7 @@ def main() -> None:
     peaks = {
         precision: args.peak * 1e12
         if args.peak
-        else peak_flops(name, precision) or measure_device(device, DTYPES[precision]).flops
+        else peak_flops(name, precision) or measure_hardware(device, DTYPES[precision]).flops
         for precision in args.precisions
     }
     rows = []

@@ -45,7 +45,8 @@ def deepspeed_rows() -> Iterator[dict[str, Any]]:
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as third
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as second
 
-    from cogview.planning.training import preset_job, training_memory
+    from cogview.planning.training import training_memory
+    from cogview.planning.training_time import preset_job
 
     base = preset_job("4b")
     for world, zero, offload in itertools.product(GPUS, (1, 2, 3), (False, True)):

@@ -12,11 +12,10 @@ import torch
 from cogview.checkpoints.checkpoint import Model, load_model, load_transformer, save_model
 from cogview.checkpoints.precision import Precision, convert, converted_specs
 from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
-from cogview.device import DevicePlacement
+from cogview.device import QUANTIZATIONS, DevicePlacement
 from cogview.errors import InputError
 from cogview.kernels.linear import pack_int4_for_cpu
 from cogview.modeling.quantization import (
-    QUANTIZATIONS,
     Int4Linear,
     Int8Linear,
     dequantize_weight,
@@ -244,7 +243,7 @@ def codes_of(images):
 
 def test_quantized_model_runs_every_task(tiny_checkpoint, quantization):
     model = CogView.from_pretrained(tiny_checkpoint, device="cpu", dtype=quantization)
-    assert str(model.placement) == f"cpu, {quantization} with bfloat16 (as asked)"
+    assert str(model.placement) == f"cpu, {quantization} with bfloat16 (as requested)"
     images = model.generate(PROMPTS[:2], seed=7)
     assert all(np.asarray(image).std() > 0 for image in images)
     np.testing.assert_array_equal(codes_of(model.generate(PROMPTS[:2], seed=7)), codes_of(images))

@@ -158,7 +158,7 @@ def test_the_transformer_of_a_bundle_is_that_of_its_first_task(parts):
 
 def test_few_bits_of_every_part(parts, loaded):
     bundle = open_bundle(dtype="int8")
-    assert str(bundle.placement) == "cpu, int8 with bfloat16 (as asked)"
+    assert str(bundle.placement) == "cpu, int8 with bfloat16 (as requested)"
     picture = bundle.generate(FOX, seed=7)[0]
     bundle.score([picture], FOX)
     assert loaded == ["draws", "describes"]

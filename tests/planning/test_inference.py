@@ -21,21 +21,15 @@ from cogview.modeling.config import ModelConfig, Sampling, TransformerConfig, pr
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.quantization import Int4Linear, Int8Linear, swap_quantized_linears
 from cogview.modeling.transformer import Transformer
-from cogview.planning.inference import (
-    BANDWIDTH_EFFICIENCY,
-    SAMPLING_TRAFFIC,
+from cogview.planning.batch_memory import beam_search_bytes, decode_bytes, score_bytes
+from cogview.planning.hardware import HardwareSpeed, measure_hardware
+from cogview.planning.inference import BANDWIDTH_EFFICIENCY, SAMPLING_TRAFFIC, estimate_inference, image_flops
+from cogview.planning.model_memory import (
     ForwardPass,
-    HardwareSpeed,
-    _forward_bytes,
-    beam_search_bytes,
-    decode_bytes,
-    estimate,
+    forward_bytes,
     image_bytes,
-    image_flops,
     layer_bytes,
-    measure_hardware,
     position_bytes,
-    score_bytes,
     smaller_formats,
     workspace_bytes,
 )
@@ -60,7 +54,7 @@ def config_of(num_codes: int = 300, **settings: object) -> ModelConfig:
 
 def plan_of(config: ModelConfig | None = None, **settings: object):
     """An estimate, of drawing one picture where nothing else is said."""
-    return estimate(config or config_of(), IMAGE, **{"task": "generate", "rows": 1, **settings})
+    return estimate_inference(config or config_of(), IMAGE, **{"task": "generate", "rows": 1, **settings})
 
 
 class Alive(TorchDispatchMode):
@@ -150,7 +144,7 @@ def test_an_upscaled_picture_is_nine_windows():
 def plain_cpu(monkeypatch):
     """A CPU without products in 16 bits, whose MKL makes no copies: what PyTorch allocates is all there is."""
     monkeypatch.setattr("cogview.kernels.linear.cpu_multiplies_bfloat16", lambda: False)
-    monkeypatch.setattr("cogview.planning.inference.can_prepack", lambda weight: False)
+    monkeypatch.setattr("cogview.planning.model_memory.can_prepack", lambda weight: False)
 
 
 def row_of(config: ModelConfig, task: str, number: int = 0, text: int = 20, known: slice | None = None):
@@ -254,7 +248,7 @@ def test_codes_told_in_windows_take_what_is_said():
     with Alive(transformer.parameters()) as alive:
         decode(transformer, config.vocabulary, jobs, speculative=16)
     settings = {"dtype": "float32", "device_type": "cpu"}
-    said = decode_bytes(config.transformer, config.vocabulary, jobs, parallel=16, **settings)
+    said = decode_bytes(config.transformer, config.vocabulary, jobs, max_window=16, **settings)
     assert 0.95 * alive.most <= said <= 1.1 * alive.most
     assert said > 2 * decode_bytes(config.transformer, config.vocabulary, jobs, **settings)
 
@@ -321,7 +315,7 @@ def test_wide_layers_are_multiplied_a_block_of_weights_at_a_time(dtype):
     with Alive([*layers.parameters(), *layers.buffers(), x]) as alive, torch.inference_mode():
         layers[0](x, None, None, 0)
     read = ForwardPass(new_positions=50, total_positions=50, output_ids=1)
-    activations = _forward_bytes(shape, dtype, "cpu", read, padded=False)
+    activations = forward_bytes(shape, dtype, "cpu", read, padded=False)
     workspace = workspace_bytes(shape, dtype, "cpu")
     assert max(activations, workspace) <= x.nbytes + alive.most <= activations + workspace
 
@@ -344,7 +338,9 @@ def test_the_four_billion_parameters():
     table = layouts(32, caption_stop=False)
     text = table["generate"].longest_text(1089)
     config = ModelConfig(transformer=shape, vocabulary=vocabulary, grid=32, tasks=("generate",), max_text=text)
-    plan = estimate(config, VQVAEConfig.released(), task="generate", rows=1, dtype="float16", device_type="cuda")
+    plan = estimate_inference(
+        config, VQVAEConfig.released(), task="generate", rows=1, dtype="float16", device_type="cuda"
+    )
     assert plan.layers + plan.embedding == 2 * 3_928_849_920
     assert position_bytes(shape, "float16") == 491_520
     assert plan.sequence_length == 1088
@@ -369,13 +365,13 @@ def test_more_rows_take_more(task):
 
 @pytest.mark.parametrize("task", planned_tasks())
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_the_largest_rows_fit_and_one_more_does_not(task, dtype):
+def test_the_max_rows_fit_and_one_more_does_not(task, dtype):
     plan = plan_of(task=task, dtype=dtype)
     for free in (plan.constant + 3 * plan.per_row, plan.constant + 4 * plan.per_row - 1, 10**9):
-        rows = plan.largest_rows(free)
+        rows = plan.max_rows(free)
         assert plan_of(task=task, dtype=dtype, rows=rows).total <= free
         assert plan_of(task=task, dtype=dtype, rows=rows + 1).total > free
-    assert plan.largest_rows(plan.total - 1) == plan.largest_rows(0) == 0
+    assert plan.max_rows(plan.total - 1) == plan.max_rows(0) == 0
 
 
 def test_fewer_bits_take_less():
@@ -402,15 +398,15 @@ def test_a_step_takes_the_longest_of_what_it_does():
 def test_weights_that_are_unpacked_at_every_step_take_their_time():
     on_cpu, on_card = (plan_of(dtype="int4", device_type=device) for device in ("cpu", "cuda"))
     step = on_cpu.forward_passes[-1]
-    assert not on_cpu.unpacks(step)
-    assert on_card.unpacks(step)
+    assert not on_cpu.converts_weights(step)
+    assert on_card.converts_weights(step)
     assert on_card.traffic(step) > on_cpu.traffic(step)
     for dtype, many in (("int8", MANY_ROWS_INT8), ("bfloat16", MANY_ROWS_HALF)):
-        assert [plan_of(dtype=dtype, rows=rows).unpacks(step) for rows in (many - 1, many)] == [False, True]
-        assert plan_of(dtype=dtype).unpacks(replace(step, new_positions=many))  # as many columns of one row do
+        assert [plan_of(dtype=dtype, rows=rows).converts_weights(step) for rows in (many - 1, many)] == [False, True]
+        assert plan_of(dtype=dtype).converts_weights(replace(step, new_positions=many))  # as many columns of one row do
         fewer, many_rows = (plan_of(dtype=dtype, rows=rows) for rows in (many - 1, many))
         assert many_rows.traffic(step) > 1.2 * fewer.traffic(step)
-    assert not plan_of(dtype="float32", rows=100).unpacks(step)
+    assert not plan_of(dtype="float32", rows=100).converts_weights(step)
 
 
 def test_operations_of_the_vqvae():
@@ -428,7 +424,7 @@ def test_operations_of_the_vqvae():
         ({"task": "draw"}, "task 'draw' is unknown; known: generate, caption, upscale, low_level, score"),
         ({"dtype": "int7"}, "dtype 'int7' is unknown; known: float32, bfloat16, float16, int8, int4"),
         ({"rows": 0}, "the number of rows must be at least 1, got 0"),
-        ({"task": "caption", "guided": True}, "the task 'caption' draws no pictures"),
+        ({"task": "caption", "guided": True}, "the task 'caption' generates no images"),
     ],
 )
 def test_wrong_settings(settings, message):

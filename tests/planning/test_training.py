@@ -9,21 +9,23 @@ from cogview.errors import InputError
 from cogview.kernels.fused_linear_cross_entropy import LossTargets
 from cogview.modeling.config import TransformerConfig, preset
 from cogview.modeling.transformer import Transformer
+from cogview.planning.gpus import peak_flops
 from cogview.planning.training import (
     CHECKPOINTING_MODES,
-    TRAINING_PRESETS,
     TrainingJob,
     choose_micro_batch,
     divisors,
     fits,
-    flops_per_token,
     layer_activations,
     lora_parameters,
     max_micro_batch,
-    multiplied_flops_per_token,
-    peak_flops,
-    preset_job,
     training_memory,
+)
+from cogview.planning.training_time import (
+    TRAINING_PRESETS,
+    flops_per_token,
+    multiplied_flops_per_token,
+    preset_job,
     training_time,
 )
 from cogview.training.engines.torch_engine import TransformerWithLoss
@@ -243,7 +245,7 @@ def test_rows_and_recomputation_are_suggested():
     eight = replace(FOUR_BILLION, engine="deepspeed", zero=2, world_size=8)
     assert choose_micro_batch(eight, 80e9) == (8, "none")
     assert choose_micro_batch(eight, 80e9, "full") == (64, "full")
-    assert choose_micro_batch(eight, 80e9, rows=16) == (16, "selective")
+    assert choose_micro_batch(eight, 80e9, micro_batch_size=16) == (16, "selective")
     for free in (21e9, 24e9, 40e9, 80e9):
         rows, mode = choose_micro_batch(eight, free)
         chosen = replace(eight, micro_batch_size=rows, checkpointing=mode)
@@ -263,7 +265,7 @@ def test_few_rows_of_a_narrow_model_are_worth_recomputing_for():
 
 
 def test_what_cannot_fit_is_said():
-    with pytest.raises(InputError, match=r"training takes 70\.4 GB .* of which 24\.0 GB are free: .*offload") as error:
+    with pytest.raises(InputError, match=r"training takes 70\.4 GB .* but only 24\.0 GB are free: .*offload") as error:
         choose_micro_batch(FOUR_BILLION, 24e9)
     assert "\n" not in str(error.value)
     assert choose_micro_batch(FOUR_BILLION, 71e9) == (1, "full")  # perhaps
@@ -293,7 +295,7 @@ def test_every_preset_fits_its_card():
         ({"batch_size": 10, "world_size": 4}, "a batch of 10 rows does not divide among 4 processes"),
         (
             {"batch_size": 8, "world_size": 4, "micro_batch_size": 4},
-            "4 rows at once are more than the 2 of a process in a batch of 8",
+            "micro_batch_size must be at most 2, the rows of a process in a batch of 8, got 4",
         ),
         ({"zero": 2}, "ZeRO stage 2 needs the engine deepspeed, got torch"),
         ({"offload": True}, "offloading the optimizer needs the engine deepspeed, got torch"),
