@@ -155,8 +155,8 @@ def test_stored_in_one_and_asked_for_in_the_other():
     [
         (0, "cpu, float32 (no GPU is used)"),
         (10**9, "cpu, float32 (no GPU is used)"),  # half of it, not more
-        (10**9 + 1, "cpu, bfloat16 (float32 would take 4.0 GB of the 8.0 GB of free memory)"),
-        (4 * 10**9, "cpu, bfloat16 (float32 would take 16.0 GB of the 8.0 GB of free memory)"),
+        (10**9 + 1, "cpu, bfloat16 (float32 would take 4.0 GB of 8.0 GB of free memory)"),
+        (4 * 10**9, "cpu, bfloat16 (float32 would take 16.0 GB of 8.0 GB of free memory)"),
     ],
 )
 def test_a_cpu_with_little_memory_takes_bfloat16(monkeypatch, num_parameters, told):
@@ -169,14 +169,14 @@ def test_a_cpu_with_little_memory_takes_bfloat16(monkeypatch, num_parameters, to
 def test_memory_of_a_card_is_not_asked_for(cards, monkeypatch):
     cards(8, 0)
     monkeypatch.setattr(module, "available_memory", lambda device: 0)
-    assert choose_placement("cuda", num_parameters=10**12).reason == "the card has bfloat16"
+    assert choose_placement("cuda", num_parameters=10**12).reason == "the GPU has bfloat16"
 
 
 @pytest.mark.usefixtures("no_gpu")
 def test_a_model_of_which_little_fits_says_so(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda device: 10**6)
     model = CogView.from_pretrained(tiny_checkpoint)
-    assert model.placement.reason == "float32 would take 0.0 GB of the 0.0 GB there are"
+    assert model.placement.reason == "float32 would take 0.0 GB of 0.0 GB of free memory"
     assert model.transformer.embedding.weight.dtype == torch.bfloat16
 
 

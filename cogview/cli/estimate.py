@@ -79,81 +79,82 @@ def inference_options() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     )
 
 
+# By the fields of ``planning.training_reports.TrainingOptions``.
+TRAINING_OPTIONS = {
+    "gpus": click.option("--gpus", type=POSITIVE, metavar="COUNT", show_default="1", help="processes, one GPU each"),
+    "engine": click.option(
+        "--engine",
+        type=click.Choice(["torch", "deepspeed"]),
+        show_default="deepspeed with --zero or --offload, else torch",
+        help="training engine",
+    ),
+    "zero": click.option(
+        "--zero",
+        type=click.IntRange(0, 3),
+        metavar="STAGE",
+        help="ZeRO stage, sharded over GPUs: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too",
+    ),
+    "offload": click.option("--offload", is_flag=True, help="keep the optimizer in the memory of the host"),
+    "micro_batch_size": click.option(
+        "--micro-batch-size",
+        "--rows",
+        "micro_batch_size",
+        type=POSITIVE,
+        metavar="COUNT",
+        show_default="maximum that fits",
+        help="sequences that a GPU computes at once",
+    ),
+    "batch_size": click.option(
+        "--batch-size",
+        "--batch",
+        "batch_size",
+        type=POSITIVE,
+        metavar="COUNT",
+        show_default="by size, see the table",
+        help="sequences of a step, over all GPUs",
+    ),
+    "length": click.option(
+        "--length",
+        type=POSITIVE,
+        metavar="COUNT",
+        show_default="maximum of the model",
+        help="positions of a sequence",
+    ),
+    "precision": click.option(
+        "--precision",
+        type=click.Choice(["float32", "bfloat16", "float16"]),
+        show_default="as in training",
+        help="dtype of products",
+    ),
+    "checkpointing": click.option(
+        "--checkpointing",
+        type=click.Choice(["none", "selective", "full"]),
+        show_default="minimum that fits",
+        help="activations that the backward recomputes",
+    ),
+    "lora": click.option(
+        "--lora", type=POSITIVE, metavar="RANK", help="train an adapter of this rank instead of all weights"
+    ),
+    "mfu": click.option(
+        "--mfu",
+        type=FiniteRange(min=0, max=1, min_open=True),
+        metavar="FRACTION",
+        show_default="0.4, assumed",
+        help="model FLOP/s utilization: fraction of --flops that training reaches",
+    ),
+    "tokens": click.option(
+        "--tokens",
+        type=FiniteRange(min=1),
+        metavar="COUNT",
+        show_default="20 per parameter",
+        help="positions of all sequences of the run",
+    ),
+}
+
+
 def training_options() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Add the options of ``planning.training_reports.TrainingOptions``, passed as a mapping ``training``."""
-    options = {
-        "gpus": click.option(
-            "--gpus", type=POSITIVE, metavar="COUNT", show_default="1", help="processes, one GPU each"
-        ),
-        "engine": click.option(
-            "--engine",
-            type=click.Choice(["torch", "deepspeed"]),
-            show_default="deepspeed with --zero or --offload, else torch",
-            help="training engine",
-        ),
-        "zero": click.option(
-            "--zero",
-            type=click.IntRange(0, 3),
-            metavar="STAGE",
-            help="ZeRO stage, sharded over GPUs: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too",
-        ),
-        "offload": click.option("--offload", is_flag=True, help="keep the optimizer in the memory of the host"),
-        "micro_batch_size": click.option(
-            "--micro-batch-size",
-            "--rows",
-            "micro_batch_size",
-            type=POSITIVE,
-            metavar="COUNT",
-            show_default="maximum that fits",
-            help="sequences that a GPU computes at once",
-        ),
-        "batch_size": click.option(
-            "--batch-size",
-            "--batch",
-            "batch_size",
-            type=POSITIVE,
-            metavar="COUNT",
-            show_default="by size, see the table",
-            help="sequences of a step, over all GPUs",
-        ),
-        "length": click.option(
-            "--length",
-            type=POSITIVE,
-            metavar="COUNT",
-            show_default="maximum of the model",
-            help="positions of a sequence",
-        ),
-        "precision": click.option(
-            "--precision",
-            type=click.Choice(["float32", "bfloat16", "float16"]),
-            show_default="as in training",
-            help="dtype of products",
-        ),
-        "checkpointing": click.option(
-            "--checkpointing",
-            type=click.Choice(["none", "selective", "full"]),
-            show_default="minimum that fits",
-            help="activations that the backward recomputes",
-        ),
-        "lora": click.option(
-            "--lora", type=POSITIVE, metavar="RANK", help="train an adapter of this rank instead of all weights"
-        ),
-        "mfu": click.option(
-            "--mfu",
-            type=FiniteRange(min=0, max=1, min_open=True),
-            metavar="FRACTION",
-            show_default="0.4, assumed",
-            help="model FLOP/s utilization: fraction of --flops that training reaches",
-        ),
-        "tokens": click.option(
-            "--tokens",
-            type=FiniteRange(min=1),
-            metavar="COUNT",
-            show_default="20 per parameter",
-            help="positions of all sequences of the run",
-        ),
-    }
-    return option_group(dict, "training", tuple(options), *options.values())
+    """Add ``TRAINING_OPTIONS``, passed as a mapping ``training``."""
+    return option_group(dict, "training", tuple(TRAINING_OPTIONS), *TRAINING_OPTIONS.values())
 
 
 @click.command(cls=Command)
