@@ -41,8 +41,7 @@ MAX_ARGUMENTS = 8
 DATA_TABLES: tuple[str, ...] = ()  # may be longer than other files, as Triton kernels may
 
 KNOWN_OFFENDERS: dict[str, tuple[str, ...]] = {
-    "import": (
-    ),
+    "import": (),
     "file": (
         "cogview/checkpoints/adapter.py",
         "cogview/checkpoints/v1_format.py",
@@ -51,9 +50,7 @@ KNOWN_OFFENDERS: dict[str, tuple[str, ...]] = {
         "cogview/data/v1_datasets.py",
         "cogview/training/trainer.py",
     ),
-    "function": (
-        "cogview/training/loop.py:_train",
-    ),
+    "function": ("cogview/training/loop.py:_train",),
     "call": (
         "cogview/cli/options.py:model_options:option_group",
         "cogview/cli/session.py:open_session:GenerationSession.open",
