@@ -1,75 +1,66 @@
-"""``cogview complete``: keep the upper part of an image and draw the rest."""
+"""``cogview complete``: keep the upper part of an image and generate the rest."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
-from cogview.cli.inputs import ImageReader, batches
-from cogview.cli.options import (
-    add_drawing_arguments,
-    add_model_arguments,
-    add_seed_argument,
-    require_positive,
-)
-from cogview.cli.session import ImageOutput, open_session
+import click
+
+from cogview.cli.inputs import IMAGES_HELP, ImageReader, batches
+from cogview.cli.options import Command, SessionOptions, argument, count_option, output_option, session_options
+from cogview.cli.session import GenerationSession, ImageOutput
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.description = (
-        "Keep the upper rows of codes of an image, draw the others, and print the paths of the PNG files: "
-        "NAME-rowsROWS-seedSEED-NUMBER.png. A row is 8 pixels high. An image of another size than the model's pictures "
-        "is resized and cropped first. Images that cannot be read are named at the end, with status 1."
-    )
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files, folders or globs")
-    parser.add_argument("--rows", type=int, required=True, metavar="COUNT", help="rows of codes to keep, from above")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the whole picture shows")
-    parser.add_argument("-n", type=int, default=1, metavar="COUNT", help="pictures per image")
-    parser.add_argument("--grid", action="store_true", help="one contact sheet as well: a row per image")
-    add_seed_argument(parser, "image, prompt and number give the same picture")
-    add_drawing_arguments(parser)
-    add_model_arguments(parser, "pictures")
+@click.command(cls=Command)
+@argument("images", nargs=-1, required=True, metavar="IMAGE", help=IMAGES_HELP)
+@click.option("--rows", type=int, required=True, metavar="COUNT", help="rows of codes to keep, counted from the top")
+@click.option("--prompt", required=True, metavar="TEXT", help="text that describes the whole image")
+@count_option("images per IMAGE")
+@click.option("--grid", is_flag=True, help="also write a contact sheet with a row per IMAGE")
+@output_option()
+@session_options("images", "IMAGE, prompt and number of the image")
+def command(
+    images: tuple[str, ...], rows: int, prompt: str, n: int, grid: bool, output: Path, session: SessionOptions
+) -> int:
+    """Keep the upper rows of codes of images, generate the others, and print the paths of the PNG files.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Complete every image that can be read; status 1 if there was one that cannot."""
+    A file is named NAME-rowsROWS-seedSEED-NUMBER.png. A row of codes is 8 pixels high. An image of another size than
+    the model's images is resized and cropped first. Images that cannot be read are listed at the end, with status 1.
+    """
     from cogview.image_io.png import prepare_folder, safe_name
-    from cogview.vqvae.model import PIXELS_PER_CODE
 
-    require_positive("-n", args.n)
-    images = ImageReader()
-    paths = images.find(args.images)
-    prepare_folder(args.output)
-    easel = open_session(args, ["generate"])
-    easel.model.complete([], args.prompt, rows=args.rows)  # refuses wrong rows before an image is read
-    easel.print_header()
-    if not easel.check_prompt(args.prompt):
+    reader = ImageReader()
+    paths = reader.find(images)
+    prepare_folder(output)
+    opened = GenerationSession.open(session, ["generate"])
+    opened.model.complete([], prompt, rows=rows)  # a wrong number of rows is reported before an image is read
+    opened.print_header()
+    if not opened.check_prompt(prompt):
         return 2
-    wishes = easel.requests(args.prompt, args.n)
+    requests = opened.requests(prompt, n)
 
     def parts() -> Iterator[list[ImageOutput]]:
-        read = images.read_all(paths, PIXELS_PER_CODE * easel.grid)
-        for some in batches(read, easel.read_at_a_time):
-            codes = easel.model.encode_images([image for _, image in some])
+        for part in batches(reader.read_all(paths, opened.model), opened.read_at_a_time):
+            codes = opened.model.encode_images([image for _, image in part])
             yield [
                 ImageOutput(
-                    request=replace(wish, codes=own[: args.rows]),
-                    path=args.output / f"{safe_name(path.stem)}-rows{args.rows}-seed{easel.seed}-{wish.index}.png",
-                    metadata={"task": "complete", "source": path.name, "rows": str(args.rows)},
+                    request=replace(request, codes=given[:rows]),
+                    path=output / f"{safe_name(path.stem)}-rows{rows}-seed{opened.seed}-{request.index}.png",
+                    metadata={"task": "complete", "source": path.name, "rows": str(rows)},
                 )
-                for path, own in zip((paths[number] for number, _ in some), codes, strict=True)
-                for wish in wishes
+                for path, given in zip((paths[index] for index, _ in part), codes, strict=True)
+                for request in requests
             ]
 
     done, sheet = 0, []
-    codes = (easel.grid - args.rows) * easel.grid
-    for order, picture in easel.generate(parts(), "drawing", len(paths) * args.n, codes):
-        easel.save(order.path, picture, **order.metadata)
+    codes = (opened.grid - rows) * opened.grid
+    for target, image in opened.generate(parts(), "generating", len(paths) * n, codes):
+        opened.save(target.path, image, **target.metadata)
         done += 1
-        if args.grid:
-            sheet.append(picture)
+        if grid:
+            sheet.append(image)
     if sheet:
-        easel.save_sheet(args.output / f"grid-seed{easel.seed}.png", sheet, columns=args.n)
-    return images.report_failures(done)
+        opened.save_sheet(output / f"grid-seed{opened.seed}.png", sheet, columns=n)
+    return reader.report_failures(done)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,79 +10,103 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import click
+
+from cogview.cli.options import Decorator, argument, option_group
 from cogview.cli.text_io import read_lines
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-READ_AT_A_TIME = 64  # images, where nothing says how many
+    from cogview.pipeline.cogview import CogView
+
+IMAGES_HELP = "image files, folders or glob patterns"
+READ_AT_A_TIME = 64  # images in memory where no batch size limits them
 
 T = TypeVar("T")
 
 
 class ImageReader:
-    """The images of one command. One that cannot be read stops no other, and is told at the end."""
+    """Reader of the images of one command; images that cannot be read are skipped and listed at the end.
+
+    Attributes:
+        problems: Message of each image that cannot be read, in the order in which they were tried.
+    """
 
     def __init__(self) -> None:
-        self.problems: dict[Path, str] = {}  # of images that cannot be read, in the order they were tried
+        self.problems: dict[Path, str] = {}
         self._noted: set[Path] = set()
 
     def find(self, arguments: Sequence[str]) -> list[Path]:
-        """The files that names, folders and globs stand for; what stands for none keeps its place, with a problem.
+        """Return the files that names, folders and glob patterns stand for.
 
-        InputError if there is nothing else.
+        An argument that matches no file is returned as a path with a problem.
+
+        Raises:
+            InputError: No argument matches a file.
         """
         from cogview.image_io.reading import find_images
 
         paths: list[Path] = []
-        for argument in arguments:
+        for name in arguments:
             try:
-                paths += find_images([argument])
+                paths += find_images([name])
             except InputError as error:
-                self.problems[Path(argument)] = str(error)
-                paths.append(Path(argument))
+                self.problems[Path(name)] = str(error)
+                paths.append(Path(name))
         self.require_some(sum(path not in self.problems for path in paths))
         return paths
 
-    def read(self, path: Path, side: int) -> Image.Image | None:
-        """The image at ``path``, ``side`` x ``side`` pixels in RGB; None, and a problem, if there is none to be had.
+    def read(self, path: Path, model: CogView, task: str) -> Image.Image | None:
+        """Read an image and fit it to the size that ``task`` of ``model`` is given.
 
-        Says on stderr, once for each file, if that took more than reading.
+        Prints a note on stderr, once for each file, if the image was resized or cropped.
+
+        Returns:
+            The image; None, with a problem recorded, if it cannot be read.
         """
-        from PIL import Image
         from tqdm import tqdm
 
-        from cogview.image_io.reading import fit, read_image
+        from cogview.image_io.reading import read_image
 
         if path in self.problems:
             return None
         try:
-            pixels, note = fit(read_image(path), side)
+            image, note = model.fit_image(read_image(path), task=task)
         except InputError as error:
             self.problems[path] = str(error)
             return None
         if note is not None and path not in self._noted:
             self._noted.add(path)
             tqdm.write(f"note: {path}: {note}", file=sys.stderr)
-        return Image.fromarray(pixels)
+        return image
 
-    def read_all(self, paths: Sequence[Path], side: int) -> Iterator[tuple[int, Image.Image]]:
-        """Those of ``paths`` that can be read, each when it is its turn, with their numbers in the list."""
-        for number, path in enumerate(paths):
-            if (image := self.read(path, side)) is not None:
-                yield number, image
+    def read_all(
+        self, paths: Sequence[Path], model: CogView, task: str = "generate"
+    ) -> Iterator[tuple[int, Image.Image]]:
+        """Yield the index in ``paths`` and the image of each path that can be read; see ``read``."""
+        for index, path in enumerate(paths):
+            if (image := self.read(path, model, task)) is not None:
+                yield index, image
 
     def require_some(self, done: int) -> None:
-        """InputError if images could not be read and none was ``done``."""
+        """Raise InputError if images could not be read and none was processed (``done`` is 0)."""
         if self.problems and not done:
             first, count = next(iter(self.problems.values())), len(self.problems)
             raise InputError(first if count == 1 else f"none of {count} images can be read; the first: {first}")
 
     def report_failures(self, done: int) -> int:
-        """Name on stderr the images that could not be read; returns 1 if there were some beside the ``done``, else 0.
+        """Print the images that could not be read on stderr.
 
-        InputError if there were no others.
+        Args:
+            done: Number of images that were processed.
+
+        Returns:
+            The exit status: 1 if there were failures, else 0.
+
+        Raises:
+            InputError: All images failed.
         """
         self.require_some(done)
         for problem in self.problems.values():
@@ -99,24 +123,57 @@ class TextImageQuery:
 
     @classmethod
     def parse(cls, line: str) -> TextImageQuery:
-        """From TEXT<TAB>IMAGE<TAB>IMAGE…, with any number of images."""
+        """Parse TEXT<TAB>IMAGE<TAB>IMAGE…, with any number of images."""
         prompt, *names = (field.strip() for field in line.split("\t"))
         return cls(prompt=prompt, paths=tuple(map(Path, names)))
 
 
-def read_queries(args: argparse.Namespace, images: ImageReader, line: str) -> list[TextImageQuery]:
-    """What ``add_query_arguments`` was given: one query, or one for each ``line`` of the file."""
-    if args.input is not None:
-        if args.images or args.prompt is not None:
-            raise InputError("--input brings texts and images: give it alone, or --prompt TEXT and IMAGE…")
-        return [TextImageQuery.parse(text) for text in read_lines(args.input, f"lines {line}")]
-    if args.prompt is None or not args.images:
-        raise InputError(f"give --prompt TEXT and IMAGE…, or --input FILE with lines {line}")
-    return [TextImageQuery(prompt=args.prompt, paths=tuple(images.find(args.images)))]
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions:
+    """Texts and images of a command: IMAGE… with one ``--prompt``, or the lines of ``--input``."""
+
+    images: tuple[str, ...]
+    prompt: str | None
+    input: str | None
+    line: str  # form of a line of the file
+
+    def read(self, reader: ImageReader) -> list[TextImageQuery]:
+        """Return one query for the prompt, or one for each line of the file.
+
+        Raises:
+            InputError: Neither or both were given, no image matches, or the file cannot be read.
+        """
+        if self.input is not None:
+            if self.images or self.prompt is not None:
+                raise InputError("--input holds texts and images: give either --input or --prompt TEXT and IMAGE…")
+            return [TextImageQuery.parse(text) for text in read_lines(self.input, f"lines {self.line}")]
+        if self.prompt is None or not self.images:
+            raise InputError(f"give --prompt TEXT and IMAGE…, or --input FILE with lines {self.line}")
+        return [TextImageQuery(prompt=self.prompt, paths=tuple(reader.find(self.images)))]
+
+
+def query_options(line: str) -> Decorator:
+    """Add IMAGE…, ``--prompt`` and ``--input``, passed as ``queries: QueryOptions``.
+
+    Args:
+        line: Form of a line of the file, such as ``TEXT<TAB>IMAGE``.
+    """
+    return option_group(
+        functools.partial(QueryOptions, line=line),
+        "queries",
+        ("images", "prompt", "input"),
+        argument("images", nargs=-1, metavar="IMAGE", help=IMAGES_HELP),
+        click.option("--prompt", metavar="TEXT", help="text of every IMAGE"),
+        click.option(
+            "--input",
+            metavar="FILE",
+            help=f"UTF-8 file with lines {line}, in place of --prompt and IMAGE; - reads standard input",
+        ),
+    )
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """``items`` in lists of ``size``, the last of which may be shorter."""
+    """Yield ``items`` in lists of ``size``; the last one may be shorter."""
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch

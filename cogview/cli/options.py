@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias
 
 import click
 
@@ -37,8 +37,7 @@ MODEL_HELP = "a name listed by cogview models, a checkpoint folder, or owner/nam
 MODEL_DEFAULT = "set by the model"  # of sampling options
 FILE = click.Path(path_type=Path)
 
-Function = TypeVar("Function", bound=Callable[..., Any])
-Decorator = Callable[[Function], Function]
+Decorator: TypeAlias = Callable[[Any], Any]  # of a command's function
 
 
 class Command(click.Command):
@@ -59,9 +58,11 @@ class Command(click.Command):
 class Argument(click.Argument):
     """A positional argument with a help text."""
 
-    def __init__(self, declarations: list[str], *, help: str, **settings: Any) -> None:
-        """Keep ``help``, which versions of click before 8.5 do not take."""
-        super().__init__(declarations, **settings)
+    def __init__(self, declarations: list[str], *, help: str, metavar: str, **settings: Any) -> None:
+        """Keep ``help``, which versions of click before 8.5 do not take, and show repetition in ``metavar``."""
+        optional = not settings.get("required", settings.get("nargs") != -1 and "default" not in settings)
+        shown = f"[{metavar}]" if optional else metavar
+        super().__init__(declarations, metavar=f"{shown}..." if settings.get("nargs") == -1 else shown, **settings)
         self.help: str | None = help
 
 
@@ -95,25 +96,35 @@ class WordOrCount(click.ParamType):  # type: ignore[type-arg]  # generic since c
 class ModelOptions:
     """The model of a command, where it runs, and in which precision."""
 
-    model: str
-    revision: str | None
-    adapter: str | None
-    max_batch_size: int | None  # None: as many as fit into memory
-    device: str
-    dtype: str
-    kv_dtype: str
+    model: str = DEFAULT_MODEL
+    revision: str | None = None
+    adapter: str | None = None
+    max_batch_size: int | None = None  # None: as many as fit into memory
+    device: str = "auto"
+    dtype: str = "auto"
+    kv_dtype: str = "auto"
 
 
-def argument(*declarations: str, help: str, **settings: Any) -> Decorator[Function]:
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """The model of a generating command, and how it samples."""
+
+    model: ModelOptions
+    settings: Mapping[str, Any]  # of ``Sampling``; those that are not given are set by the model
+    seed: int | None = None  # None: random
+    speculative: int | None = None  # maximum number of codes to draft; 1: off, None: chosen by the model
+    preview: bool = False
+
+
+def argument(*declarations: str, help: str, **settings: Any) -> Decorator:
     """Return a decorator that adds an ``Argument``; ``settings`` are those of ``click.argument``."""
-    decorator: Decorator[Function] = click.argument(*declarations, cls=Argument, help=help, **settings)
-    return decorator
+    return click.argument(*declarations, cls=Argument, help=help, **settings)
 
 
-def combine(*decorators: Decorator[Function]) -> Decorator[Function]:
+def combine(*decorators: Decorator) -> Decorator:
     """Return a decorator that applies ``decorators`` in the order in which their options appear in the help."""
 
-    def decorate(function: Function) -> Function:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         for decorator in reversed(decorators):
             function = decorator(function)
         return function
@@ -121,9 +132,7 @@ def combine(*decorators: Decorator[Function]) -> Decorator[Function]:
     return decorate
 
 
-def option_group(
-    build: Callable[..., Any], name: str, names: tuple[str, ...], *options: Decorator[Any]
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def option_group(build: Callable[..., Any], name: str, names: tuple[str, ...], *options: Decorator) -> Decorator:
     """Return a decorator that adds ``options`` and passes them to the command as one argument.
 
     Args:
@@ -145,7 +154,7 @@ def option_group(
     return decorate
 
 
-def model_options(items: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def model_options(items: str) -> Decorator:
     """Add the options of ``ModelOptions``, passed as ``model``.
 
     Args:
@@ -176,13 +185,13 @@ def model_options(items: str) -> Callable[[Callable[..., Any]], Callable[..., An
     )
 
 
-def model_option(**settings: Any) -> Decorator[Any]:
+def model_option(**settings: Any) -> Decorator:
     """Return ``--model``."""
     settings = {"default": DEFAULT_MODEL, "help": MODEL_HELP, **settings}
     return click.option("--model", metavar="NAME_OR_FOLDER", **settings)
 
 
-def revision_option() -> Decorator[Any]:
+def revision_option() -> Decorator:
     """Return ``--revision``."""
     return click.option(
         "--revision",
@@ -192,7 +201,7 @@ def revision_option() -> Decorator[Any]:
     )
 
 
-def adapter_option() -> Decorator[Any]:
+def adapter_option() -> Decorator:
     """Return ``--adapter``."""
     return click.option(
         "--adapter",
@@ -201,13 +210,13 @@ def adapter_option() -> Decorator[Any]:
     )
 
 
-def device_option(**settings: Any) -> Decorator[Any]:
+def device_option(**settings: Any) -> Decorator:
     """Return ``--device``."""
     settings = {"default": "auto", "help": "auto, cpu, cuda, cuda:N or mps", **settings}
     return click.option("--device", metavar="DEVICE", **settings)
 
 
-def max_batch_size_option(items: str) -> Decorator[Any]:
+def max_batch_size_option(items: str) -> Decorator:
     """Return ``--max-inference-batch-size``, passed as ``max_batch_size``: None for auto."""
     return click.option(
         "--max-inference-batch-size",
@@ -219,7 +228,7 @@ def max_batch_size_option(items: str) -> Decorator[Any]:
     )
 
 
-def speculative_option() -> Decorator[Any]:
+def speculative_option() -> Decorator:
     """Return ``--speculative``, formerly ``--parallel``: None for auto, 1 for off."""
     return click.option(
         "--speculative",
@@ -233,33 +242,35 @@ def speculative_option() -> Decorator[Any]:
     )
 
 
-def sampling_options(unit: str, *, image_options: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def sampling_options(unit: str, *, image_options: bool, note: str = "") -> Decorator:
     """Add the options of ``Sampling``, passed as ``settings``: a mapping of those that were given.
 
     Args:
         unit: Plural noun of the sampled tokens, such as ``codes``.
         image_options: Whether to add guidance and text attention, which apply to images only.
+        note: Condition on which the options apply, appended to their help texts.
     """
     options = {
         "temperature": click.option(
             "--temperature",
             type=click.FloatRange(min=0, min_open=True),
+            metavar="T",
             show_default=MODEL_DEFAULT,
-            help="sampling temperature; lower is more deterministic",
+            help=f"sampling temperature{note}; lower is more deterministic",
         ),
         "top_k": click.option(
             "--top-k",
             type=click.IntRange(min=0),
             metavar="K",
             show_default=MODEL_DEFAULT,
-            help=f"sample from the K most probable {unit}; 0 disables",
+            help=f"sample from the K most probable {unit}{note}; 0 disables",
         ),
         "top_p": click.option(
             "--top-p",
             type=click.FloatRange(min=0, max=1, min_open=True),
             metavar="P",
             show_default=MODEL_DEFAULT,
-            help=f"sample from the fewest {unit} whose probabilities sum to P; 1 disables",
+            help=f"sample from the fewest {unit} whose probabilities sum to P{note}; 1 disables",
         ),
     }
     if image_options:
@@ -285,23 +296,47 @@ def sampling_options(unit: str, *, image_options: bool) -> Callable[[Callable[..
     return option_group(build, "settings", tuple(options), *options.values())
 
 
-def seed_option(same: str) -> Decorator[Any]:
-    """Return ``--seed``; ``same`` completes "the same seed, … give the same …"."""
-    return click.option("--seed", type=int, show_default="random, printed", help=f"random seed: the same seed, {same}")
+def session_options(items: str, same: str) -> Decorator:
+    """Add the options of ``SessionOptions``, passed as ``session``.
+
+    Args:
+        items: Plural noun of what a batch holds, such as ``images``.
+        same: What gives the same image with the same seed, such as "prompt and number".
+    """
+    return option_group(
+        SessionOptions,
+        "session",
+        ("model", "settings", "seed", "speculative"),
+        seed_option(same),
+        sampling_options("codes", image_options=True),
+        speculative_option(),
+        model_options(items),
+    )
 
 
-def output_option(**settings: Any) -> Decorator[Any]:
+def seed_option(same: str) -> Decorator:
+    """Return ``--seed``; ``same`` names what else must be equal for an equal result."""
+    return click.option(
+        "--seed",
+        type=int,
+        metavar="NUMBER",
+        show_default="random, printed",
+        help=f"random seed; the result is the same for the same seed, {same}",
+    )
+
+
+def output_option(**settings: Any) -> Decorator:
     """Return ``-o``/``--output``; by default the folder of generated images."""
     settings = {"default": "outputs", "metavar": "FOLDER", "help": "folder for the results", **settings}
     return click.option("-o", "--output", type=FILE, **settings)
 
 
-def count_option(items: str) -> Decorator[Any]:
+def count_option(items: str) -> Decorator:
     """Return ``-n``: the number of ``items``, such as "images per prompt"."""
     return click.option("-n", type=click.IntRange(min=1), default=1, metavar="COUNT", help=f"number of {items}")
 
 
-def overrides_argument(section: str) -> Decorator[Any]:
+def overrides_argument(section: str) -> Decorator:
     """Return the argument ``overrides``: KEY=VALUE pairs that change a section of a recipe."""
 
     def check(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:

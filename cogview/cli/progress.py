@@ -1,4 +1,4 @@
-"""What a command shows while it draws: how the work was planned, a bar, and previews."""
+"""Progress of a generating command on stderr: the planned batch sizes, a progress bar, and preview files."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from cogview.pipeline.requests import GenerationRequest
     from cogview.pipeline.results import GenerationProgress
 
-PREVIEW_SECONDS = 2.0  # at least, between two looks at a picture
-PREVIEW_SHARE = 0.1  # of the time may go into looking, beside the looks after each quarter
-AUXILIARY_STEPS = ("encoding images", "decoding pixels")  # told only where memory does not hold all of it
+PREVIEW_SECONDS = 2.0  # minimum between two previews of an image
+PREVIEW_SHARE = 0.1  # maximum share of the time that previews may take, besides those after each quarter
+AUXILIARY_STEPS = ("encoding images", "decoding pixels")  # logged only where they do not fit into one batch
 
 
 @contextmanager
 def log_batch_plans() -> Iterator[None]:
-    """Within, lines on stderr say how much is done at a time, and why; in the first of several processes only."""
+    """Print the planned batch sizes on stderr within the block; in the first of several processes only."""
     logger = logging.getLogger("cogview.planning.batches")
     handler, before = _PlanLogHandler(), (logger.level, logger.propagate)
-    if _is_first_process():
+    if is_first_process():
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
@@ -44,88 +44,101 @@ def log_batch_plans() -> Iterator[None]:
         logger.propagate = before[1]
 
 
-def _is_first_process() -> bool:
-    """Of several that share a job, one shows what is done."""
+def is_first_process() -> bool:
+    """Return whether this process shows the progress of all processes that share a job."""
     return os.environ.get("RANK", "0") == "0"
 
 
 class _PlanLogHandler(logging.Handler):
-    """Of the plans of a command tells the first, and later ones that do less at a time."""
+    """Print the first plan of a command, and later plans with smaller batches."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._least: dict[str, float] = {}
+        self._smallest: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         from tqdm import tqdm
 
         if record.levelno > logging.INFO or self._is_news(record):
-            tqdm.write(record.getMessage(), file=sys.stderr)  # beside a progress bar, if there is one
+            tqdm.write(record.getMessage(), file=sys.stderr)  # keeps a progress bar intact
 
     def _is_news(self, record: logging.LogRecord) -> bool:
         arguments: Any = record.args
-        what, size, count = arguments[:3]
+        step, size, count = str(arguments[0]), int(arguments[1]), int(arguments[2])
         if size == count:
-            news = not self._least and what not in AUXILIARY_STEPS
-            self._least |= {what: math.inf} if news else {}
+            news = not self._smallest and step not in AUXILIARY_STEPS
+            self._smallest |= {step: math.inf} if news else {}
             return news
-        news = size < self._least.get(what, math.inf)
-        self._least[what] = min(size, self._least.get(what, math.inf))
+        news = size < self._smallest.get(step, math.inf)
+        self._smallest[step] = min(size, self._smallest.get(step, math.inf))
         return news
 
 
 class ProgressBar:
-    """A bar on a terminal over ``count`` things that have ``codes`` in all; a line where there is no terminal."""
+    """A progress bar on a terminal; elsewhere one line at the start."""
 
     def __init__(
-        self, what: str, count: int, codes: int, *, noun: str = "picture", previews: Previews | None = None
+        self, activity: str, count: int, codes: int, *, noun: str = "image", previews: Previews | None = None
     ) -> None:
+        """Show the bar.
+
+        Args:
+            activity: The verb that the bar starts with, such as ``generating``.
+            count: Number of results.
+            codes: Number of tokens of all results, in which the bar advances.
+            noun: Singular noun of a result.
+            previews: Writer of preview files; None writes none.
+        """
         from tqdm import tqdm
 
-        first = _is_first_process()
+        first = is_first_process()
         if count and first and not sys.stderr.isatty():
-            print(f"{what} {plural(count, noun)}", file=sys.stderr)
-        form = "{desc}: {percentage:3.0f}%|{bar}| {rate_noinv_fmt}{postfix}, {remaining} left"
+            print(f"{activity} {plural(count, noun)}", file=sys.stderr)
         self._bar = tqdm(
-            total=codes, unit=" codes", desc=what, disable=None if first else True, leave=False, bar_format=form
+            total=codes,
+            unit=" codes",
+            desc=activity,
+            disable=None if first else True,
+            leave=False,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {rate_noinv_fmt}{postfix}, {remaining} left",
         )
         self._count, self._done, self._noun = count, 0, noun
         self._previews = previews
-        self._begun = time.monotonic()
+        self._start = time.monotonic()
 
     def expect(self, paths: Mapping[GenerationRequest, Path]) -> None:
-        """Where the pictures will be that are drawn from now on; of them there are previews."""
+        """Announce the next batch: its requests and the files of their images, for previews."""
         if self._previews is not None:
             self._previews.paths = dict(paths)
 
-    def watch(self, moment: GenerationProgress) -> None:
-        """For ``CogView.make``."""
-        # Captions that end early, and what memory did not hold and is done again, would count too much.
-        self._bar.update(min(moment.num_new, self._bar.total - self._bar.n))
-        self._tell()
+    def update(self, progress: GenerationProgress) -> None:
+        """Advance the bar; the callback for ``CogView.run``."""
+        # Captions that end early, and batches repeated with less memory, would otherwise pass 100%.
+        self._bar.update(min(progress.num_new, self._bar.total - self._bar.n))
+        self._show_rate()
         if self._previews is not None:
-            self._previews.watch(moment)
+            self._previews.update(progress)
 
-    def finished(self, wish: GenerationRequest) -> None:
-        """One more is written."""
+    def finished(self, request: GenerationRequest) -> None:
+        """Count one more saved result and remove its preview."""
         self._done += 1
-        self._tell()
+        self._show_rate()
         if self._previews is not None:
-            self._previews.remove(wish)
+            self._previews.remove(request)
 
     def set_progress(self, done: int, codes: int) -> None:
-        """So many are written, by whomever, with so many codes."""
+        """Set the number of results and tokens that all processes of a job have finished."""
         self._done = done
         if not self._bar.disable:
             self._bar.n = codes
-            self._tell()
+            self._show_rate()
             self._bar.refresh()
 
-    def _tell(self) -> None:
+    def _show_rate(self) -> None:
         if not self._bar.disable:
-            speed = self._count * self._bar.n / self._bar.total / max(1e-9, time.monotonic() - self._begun)
+            rate = self._count * self._bar.n / self._bar.total / max(1e-9, time.monotonic() - self._start)
             nouns = f"{self._noun}s"
-            self._bar.set_postfix_str(f"{self._done}/{self._count} {nouns}, {speed:.2g} {nouns}/s", refresh=False)
+            self._bar.set_postfix_str(f"{self._done}/{self._count} {nouns}, {rate:.2g} {nouns}/s", refresh=False)
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -135,51 +148,53 @@ class ProgressBar:
     ) -> None:
         self._bar.close()
         if self._previews is not None:
-            for wish in list(self._previews.paths):
-                self._previews.remove(wish)
+            for request in list(self._previews.paths):
+                self._previews.remove(request)
 
 
 class Previews:
-    """Files of pictures as far as they are drawn, grey where they are not yet: ``NAME.preview.png``.
+    """Preview files ``NAME.preview.png`` of unfinished images, grey where no code is decoded yet.
 
-    ``paths`` are the files that the pictures will be written into.
+    Attributes:
+        paths: The final file of each image of the current batch.
     """
 
     def __init__(self, model: CogView) -> None:
+        """Decode previews with the image tokenizer of ``model``."""
         self.paths: dict[GenerationRequest, Path] = {}
         self._model = model
-        self._lines = 0.0  # share of them that was drawn when it was looked at last
+        self._share = 0.0  # of the codes that were decoded at the last update
         self._due = 0.0
 
-    def watch(self, moment: GenerationProgress) -> None:
-        """Write them every few seconds, and after each quarter of the lines."""
-        share, before = moment.done / moment.total, self._lines
-        self._lines = share
+    def update(self, progress: GenerationProgress) -> None:
+        """Write the previews every few seconds, and after each quarter of the codes."""
+        share, before = progress.done / progress.total, self._share
+        self._share = share
         if share < before:  # another batch
             before = 0.0
         if share == 1 or (int(4 * share) == int(4 * before) and time.monotonic() < self._due):
             return
-        begun = time.monotonic()
-        for wish, codes in zip(moment.requests, moment.codes(), strict=True):
-            if (path := self.paths.get(wish)) is not None:
+        start = time.monotonic()
+        for request, codes in zip(progress.requests, progress.codes(), strict=True):
+            if (path := self.paths.get(request)) is not None:
                 self._write(path, codes)
-        took = time.monotonic() - begun
-        self._due = time.monotonic() + max(PREVIEW_SECONDS, took / PREVIEW_SHARE)
+        seconds = time.monotonic() - start
+        self._due = time.monotonic() + max(PREVIEW_SECONDS, seconds / PREVIEW_SHARE)
 
-    def remove(self, wish: GenerationRequest) -> None:
-        """Remove that of a picture which is written now."""
+    def remove(self, request: GenerationRequest) -> None:
+        """Delete the preview of an image that has been saved."""
         from cogview.image_io.png import preview_path
 
-        if (path := self.paths.pop(wish, None)) is not None:
+        if (path := self.paths.pop(request, None)) is not None:
             preview_path(path).unlink(missing_ok=True)
 
     def _write(self, path: Path, codes: np.ma.MaskedArray) -> None:
+        """Decode one image: a whole batch of pixels would not fit beside the batch that is generated."""
         import numpy as np
 
         from cogview.image_io.png import mask_undecoded, preview_path, write_png
 
-        drawn = codes.compressed()
-        # One at a time: what is drawn leaves memory for no batch of pixels.
-        pixels = self._model.decode_images(codes.filled(drawn[-1] if len(drawn) else 0)[None])[0]
+        known = codes.compressed()
+        pixels = self._model.decode_images(codes.filled(known[-1] if len(known) else 0)[None])[0]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_png(preview_path(path), mask_undecoded(pixels, np.ma.getmaskarray(codes)), {})

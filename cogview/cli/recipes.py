@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from cogview.cli.options import FILE, argument, option_group, overrides_argument
+from cogview.cli.options import FILE, Decorator, argument, option_group, overrides_argument
 from cogview.config_io import from_mapping, read_recipe, section
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer
@@ -91,7 +91,7 @@ class Recipe:
         return from_mapping(kind, self.section(name), where=f"section {name} of {self.path}")
 
 
-def recipe_options(section_name: str | None) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def recipe_options(section_name: str | None) -> Decorator:
     """Add RECIPE, overrides of the section that a command reads, and ``--work``; passed as ``recipe: Recipe``.
 
     Args:
@@ -101,7 +101,7 @@ def recipe_options(section_name: str | None) -> Callable[[Callable[..., Any]], C
     def build(path: Path, work: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
         return open_recipe(argparse.Namespace(recipe=path, work=work, overrides=overrides))
 
-    options: list[Callable[..., Any]] = [
+    options: list[Decorator] = [
         argument("path", type=FILE, metavar="RECIPE", help="recipe file, such as scripts/recipes/emoji-cpu.yaml"),
         click.option("--work", type=FILE, metavar="FOLDER", show_default="set by the recipe", help="results folder"),
     ]
@@ -112,7 +112,7 @@ def recipe_options(section_name: str | None) -> Callable[[Callable[..., Any]], C
     return option_group(build, "recipe", tuple(names), *options)
 
 
-def resume_option() -> Callable[..., Any]:
+def resume_option() -> Decorator:
     """Return ``--resume`` of training: auto or never."""
     return click.option(
         "--resume",

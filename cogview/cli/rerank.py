@@ -1,16 +1,17 @@
-"""``cogview rerank``: which image does a text describe best?"""
+"""``cogview rerank``: rank images by how well a text describes them."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cogview.cli.inputs import READ_AT_A_TIME, ImageReader, TextImageQuery, batches, read_queries
-from cogview.cli.options import add_model_arguments, add_query_arguments, parse_max_batch_size
+import click
+
+from cogview.cli.inputs import READ_AT_A_TIME, ImageReader, QueryOptions, TextImageQuery, batches, query_options
+from cogview.cli.options import Command, ModelOptions, model_options
 from cogview.cli.session import check_prompt, open_model
 from cogview.cli.text_io import LineWriter
 
@@ -21,70 +22,68 @@ if TYPE_CHECKING:
 LINE = "TEXT<TAB>IMAGE<TAB>IMAGE…"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.description = (
-        "Rank images by how likely a text is as the caption of each. Prints a line of JSON for each text, with its "
-        "images in the order given: file, score (log-probability of the text in nats, larger is better), per_piece and "
-        "rank; and a ranking to read on stderr. An image that cannot be read keeps its place, with an error in place "
-        "of a score, and is named at the end, with status 1."
-    )
-    add_query_arguments(parser, LINE)
-    add_model_arguments(parser, "images")
+@click.command(cls=Command)
+@query_options(LINE)
+@model_options("images")
+def command(queries: QueryOptions, model: ModelOptions) -> int:
+    """Rank images by the probability of a text as their caption.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Rank the images of every text; status 1 if there was one that cannot be read, 2 if a text was refused."""
-    at_a_time = parse_max_batch_size(args)
-    images = ImageReader()
-    queries = read_queries(args, images, LINE)
-    model = open_scorer(
-        args.model,
-        device=args.device,
-        dtype=args.dtype,
-        kv_dtype=args.kv_dtype,
-        adapter=args.adapter,
-        revision=args.revision,
-    )
+    Prints a line of JSON for each text, with its images in the given order: file, score (log-probability of the text in
+    nats; larger is better), per_piece and rank. A readable ranking goes to stderr. An image that cannot be read stays
+    in the list, with an error in place of a score, and is listed at the end, with status 1.
+    """
+    reader = ImageReader()
+    pairs = queries.read(reader)
+    scorer = load_scorer(model)
     lines = LineWriter()
     rankings = []
-    for ranking in rank(model, images, queries, at_a_time):
+    for ranking in rank_files(scorer, reader, pairs, model.max_batch_size):
         lines.write(json.dumps(ranking.as_json(), ensure_ascii=False))
         print("\n".join(ranking.as_text()), file=sys.stderr)
         rankings.append(ranking)
-    return finish(images, rankings)
+    return report_rankings(reader, rankings)
 
 
-def open_scorer(name: str, **opening: Any) -> CogView:
-    """A model for ``rank``, opened as ``open_model`` takes it. Says on stderr where it runs."""
-    model = open_model(name, tasks=["caption"], **opening)
+def load_scorer(options: ModelOptions) -> CogView:
+    """Load a model for ``rank_files``, and print a header on stderr; errors as in ``open_model``."""
+    model = open_model(options, ["caption"])
     print(f"{model.label} on {model.placement}", file=sys.stderr)
     return model
 
 
-def finish(images: ImageReader, rankings: Sequence[Ranking]) -> int:
-    """The exit status; images that cannot be read are named on stderr."""
-    status = images.report_failures(sum(len(ranking.order) for ranking in rankings))
+def report_rankings(reader: ImageReader, rankings: Sequence[Ranking]) -> int:
+    """Print the images that could not be read on stderr.
+
+    Returns:
+        The exit status: 1 if an image could not be read, 2 if a text was refused.
+
+    Raises:
+        InputError: No image could be read.
+    """
+    status = reader.report_failures(sum(len(ranking.order) for ranking in rankings))
     return 2 if any(ranking.refused for ranking in rankings) else status
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """The scores of one query's images, in their order; None, and an error, for an image that has none."""
+    """The scores of one query's images, in the given order.
+
+    An image without a score has None and an error.
+    """
 
     query: TextImageQuery
     scores: Sequence[Score | None]
     errors: Sequence[str | None]
-    refused: bool  # whether the text cannot be scored, or has no images
+    refused: bool  # the text cannot be scored, or has no images
 
     @property
     def order(self) -> list[int]:
-        """Numbers of the images that have a score, the best first; equal ones as they were given."""
+        """Indices of the images with a score, best first; equal scores keep the given order."""
         scored = [(-score.log_probability, number) for number, score in enumerate(self.scores) if score is not None]
         return [number for _, number in sorted(scored)]
 
     def as_json(self) -> dict[str, object]:
-        """Prompt and images, in the order given."""
+        """Return the prompt and its images, in the given order, as plain data."""
         ranks = {number: rank for rank, number in enumerate(self.order, start=1)}
         images = []
         for number, (path, score, error) in enumerate(zip(self.query.paths, self.scores, self.errors, strict=True)):
@@ -98,25 +97,35 @@ class Ranking:
         return {"prompt": self.query.prompt, "images": images}
 
     def as_text(self) -> list[str]:
-        """Lines to read: the prompt, and its images from the best down."""
+        """Return lines for a reader: the prompt, then its images from best to worst."""
         lines = [self.query.prompt]
         for rank, number in enumerate(self.order, start=1):
             score = self.scores[number]
             assert score is not None
-            figures = f"{score.log_probability:9.2f} ({score.per_piece:.2f} per piece)"
-            lines.append(f"{rank:3}. {figures}  {self.query.paths[number]}")
+            numbers = f"{score.log_probability:9.2f} ({score.per_piece:.2f} per piece)"
+            lines.append(f"{rank:3}. {numbers}  {self.query.paths[number]}")
         return lines
 
 
-def rank(
-    model: CogView, images: ImageReader, queries: Sequence[TextImageQuery], ceiling: int | None
+def rank_files(
+    model: CogView, reader: ImageReader, queries: Sequence[TextImageQuery], max_batch_size: int | None
 ) -> Iterator[Ranking]:
-    """Score the images of each query, at most ``ceiling`` at a time.
+    """Score the images of each query.
 
-    Batches go across queries, and a query comes out when all its images are done. InputError if there are images and
-    none can be read.
+    Batches extend across queries, and the ranking of a query follows when all its images have scores.
+
+    Args:
+        model: A model for the task "caption".
+        reader: The reader of the images.
+        queries: The texts and their images.
+        max_batch_size: Maximum number of images in a batch; None for as many as fit into memory.
+
+    Yields:
+        One ranking for each query, in order.
+
+    Raises:
+        InputError: There are images, and none can be read.
     """
-    side = model.image_size()
     for query in queries:
         if not query.paths:
             print(f"skipped: “{query.prompt}” comes without an image; expected {LINE}", file=sys.stderr)
@@ -124,13 +133,12 @@ def rank(
     problems = {prompt: None if check_prompt(model, prompt) else model.prompt_problem(prompt) for prompt in prompts}
 
     scores: list[list[Score | None]] = [[None] * len(query.paths) for query in queries]
-    places = [
-        (number, place)
+    slots = [  # (index of the query, index of the image in it) of each image to score
+        (number, index)
         for number, query in enumerate(queries)
-        for place in range(len(query.paths))
+        for index in range(len(query.paths))
         if problems[query.prompt] is None
     ]
-    paths = [queries[number].paths[place] for number, place in places]
 
     def ranking(number: int) -> Ranking:
         query = queries[number]
@@ -138,20 +146,21 @@ def rank(
         return Ranking(
             query=query,
             scores=scores[number],
-            errors=[problem or images.problems.get(path) for path in query.paths],
+            errors=[problem or reader.problems.get(path) for path in query.paths],
             refused=problem is not None or not query.paths,
         )
 
     complete = done = 0
-    for batch in batches(images.read_all(paths, side), ceiling or READ_AT_A_TIME):
-        texts = [queries[places[index][0]].prompt for index, _ in batch]
-        found = model.score([image for _, image in batch], texts, batch_size=ceiling)
-        for (index, _), score in zip(batch, found, strict=True):
-            number, place = places[index]
-            scores[number][place] = score
+    images = reader.read_all([queries[number].paths[index] for number, index in slots], model, task="score")
+    for batch in batches(images, max_batch_size or READ_AT_A_TIME):
+        texts = [queries[slots[position][0]].prompt for position, _ in batch]
+        found = model.score([image for _, image in batch], texts, batch_size=max_batch_size)
+        for (position, _), score in zip(batch, found, strict=True):
+            number, index = slots[position]
+            scores[number][index] = score
         done += len(batch)
-        begun = places[batch[-1][0]][0]  # further images of this query may follow
-        yield from map(ranking, range(complete, begun))
-        complete = begun
-    images.require_some(done)
+        unfinished = slots[batch[-1][0]][0]  # further images of this query may follow
+        yield from map(ranking, range(complete, unfinished))
+        complete = unfinished
+    reader.require_some(done)
     yield from map(ranking, range(complete, len(queries)))

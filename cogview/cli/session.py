@@ -1,8 +1,7 @@
-"""What commands do with a model: open it, check prompts, draw, and write the files of pictures."""
+"""The session of a generating command: its model, seed and sampling settings, and the image files it writes."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 import unicodedata
 from collections import Counter
@@ -10,11 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cogview.cli.inputs import READ_AT_A_TIME, batches
-from cogview.cli.options import parse_max_batch_size, parse_speculative, sampling_settings
+from cogview.cli.options import ModelOptions, SessionOptions
 from cogview.cli.progress import Previews, ProgressBar
+from cogview.tokenizers.tasks import TASKS
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from PIL import Image
@@ -24,21 +24,21 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.pipeline.results import GeneratedImage
 
 
-def open_model(
-    name: str,
-    *,
-    tasks: Sequence[str],
-    device: str,
-    dtype: str = "auto",
-    kv_dtype: str = "auto",
-    adapter: Path | None = None,
-    revision: str | None = None,
-) -> CogView:
-    """A model by name or folder, with an adapter or without; InputError unless it was trained for ``tasks``."""
+def open_model(options: ModelOptions, tasks: Sequence[str]) -> CogView:
+    """Load the model of a command.
+
+    Raises:
+        InputError: The model cannot be loaded, or was not trained for one of ``tasks``.
+    """
     from cogview.pipeline.cogview import CogView
 
     model = CogView.from_pretrained(
-        name, device=device, dtype=dtype, kv_dtype=kv_dtype, adapter=adapter, revision=revision
+        options.model,
+        revision=options.revision,
+        adapter=options.adapter,
+        device=options.device,
+        dtype=options.dtype,
+        kv_dtype=options.kv_dtype,
     )
     for task in tasks:
         model.require_task(task)
@@ -46,18 +46,18 @@ def open_model(
 
 
 def check_prompt(model: CogView, prompt: str) -> bool:
-    """Whether ``model`` can do anything with ``prompt``; tells on stderr why not, or what to expect of it."""
+    """Return whether ``model`` can use ``prompt``; print on stderr why not, or what to expect of it."""
     if (problem := model.prompt_problem(prompt)) is not None:
         print(f"skipped: {problem}", file=sys.stderr)
         return False
-    for remark in (model.prompt_warning(prompt), unknown_things(model, prompt)):
-        if remark is not None:
-            print(f"note: {remark}", file=sys.stderr)
+    for note in (model.prompt_warning(prompt), unknown_things(model, prompt)):
+        if note is not None:
+            print(f"note: {note}", file=sys.stderr)
     return True
 
 
 def unknown_things(model: CogView, prompt: str) -> str | None:
-    """A line about a prompt that names nothing a model of a closed world can draw, or None."""
+    """Return a note on a prompt that names no object of a closed-world model, with the nearest names; else None."""
     from cogview.emoji.name_search import find_names, nearest_names
 
     text = unicodedata.normalize("NFKC", prompt)
@@ -66,7 +66,7 @@ def unknown_things(model: CogView, prompt: str) -> str | None:
         return None
     near = nearest_names(text, names)
     return (
-        f"{model.name} knows nothing that “{prompt}” names; "
+        f"{model.name} was trained on nothing that “{prompt}” names; "
         + (f"the nearest names: {'、'.join(near)}; " if near else "")
         + f"all of them: cogview info {model.name} --things"
     )
@@ -74,7 +74,7 @@ def unknown_things(model: CogView, prompt: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOutput:
-    """A picture to draw, with its sampling, the file it is meant for, and what else its text chunks say."""
+    """A request and the file of its image, with metadata beyond what the image itself carries."""
 
     request: GenerationRequest
     path: Path
@@ -83,7 +83,7 @@ class ImageOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleInput:
-    """An image to upscale, the text that it shows, its name, and the file that the result is meant for."""
+    """An image to upscale, its prompt, the name of its file, and the file of the result."""
 
     image: Image.Image
     prompt: str
@@ -92,187 +92,174 @@ class UpscaleInput:
 
 
 class GenerationSession:
-    """One model, one seed and one set of settings: draws, writes the files, prints their paths.
+    """One model, one seed and one set of sampling settings; generates images, saves them and prints their paths.
 
-    ``ceiling`` is the most pictures at a time, None for as many as memory holds and pay. ``sampling`` has, by task, how
-    to draw.
+    Attributes:
+        model: The loaded model.
+        options: The options of the command.
+        sampling: Sampling settings by task.
+        seed: The seed of all images.
     """
 
-    def __init__(
-        self,
-        model: CogView,
-        settings: Mapping[str, Any],
-        seed: int,
-        *,
-        tasks: Sequence[str],
-        ceiling: int | None = None,
-        preview: bool = False,
-    ) -> None:
-        self.model = model
-        self.settings = settings
-        self.sampling = {task: model.sampling(**settings, task=task) for task in tasks if task != "caption"}
-        self.seed = seed
-        self.ceiling = ceiling
-        self.preview = preview
-        self._wished: Counter[str] = Counter()
+    def __init__(self, model: CogView, options: SessionOptions, tasks: Sequence[str]) -> None:
+        """Resolve the seed and the sampling settings of ``tasks``.
 
-    @classmethod
-    def open(
-        cls,
-        model: str,
-        *,
-        tasks: Sequence[str],
-        settings: Mapping[str, Any],
-        seed: int | None,
-        ceiling: int | None,
-        device: str,
-        dtype: str = "auto",
-        kv_dtype: str = "auto",
-        adapter: Path | None = None,
-        revision: str | None = None,
-        preview: bool = False,
-    ) -> GenerationSession:
-        """Load a model that was trained for ``tasks``; ``settings`` go before its own sampling."""
+        Raises:
+            InputError: A setting or the seed is out of range, or the model cannot be guided.
+        """
         from cogview.pipeline.cogview import resolve_seed
 
-        seed = resolve_seed(seed)
-        opened = open_model(
-            model, tasks=tasks, device=device, dtype=dtype, kv_dtype=kv_dtype, adapter=adapter, revision=revision
-        )
-        return cls(opened, settings, seed, tasks=tasks, ceiling=ceiling, preview=preview)
+        self.model = model
+        self.options = options
+        self.sampling = {task: model.sampling(**options.settings, task=task) for task in tasks if task != "caption"}
+        self.seed = resolve_seed(options.seed)
+        self._num_requested: Counter[str] = Counter()
+
+    @classmethod
+    def open(cls, options: SessionOptions, tasks: Sequence[str]) -> GenerationSession:
+        """Load a model that was trained for ``tasks``, and start a session with it; errors as in ``open_model``."""
+        from cogview.pipeline.cogview import resolve_seed
+
+        resolve_seed(options.seed)  # a wrong one is reported before the model is loaded
+        session = cls(open_model(options.model, tasks), options, tasks)
+        session.model.speculative = options.speculative
+        return session
 
     def print_header(self) -> None:
-        """Say on stderr where the model runs, and the seed."""
+        """Print the model, its device and the seed on stderr."""
         print(f"{self.model.label} on {self.model.placement}, seed {self.seed}", file=sys.stderr)
 
     @property
+    def max_batch_size(self) -> int | None:
+        """Maximum number of images in a batch; None for as many as fit into memory."""
+        return self.options.model.max_batch_size
+
+    @property
     def grid(self) -> int:
-        """Codes on a side of the model's pictures."""
+        """Number of codes on a side of an image."""
         return self.model.config.grid
 
     @property
     def read_at_a_time(self) -> int:
-        """Images to read before they are worked at."""
-        return self.ceiling or READ_AT_A_TIME
+        """Number of images to read before they are processed."""
+        return self.max_batch_size or READ_AT_A_TIME
 
     def check_prompt(self, prompt: str) -> bool:
-        """Whether ``prompt`` can be drawn; tells on stderr why not, or what to expect of it."""
+        """Return whether ``prompt`` can be used; print on stderr why not, or what to expect of it."""
         return check_prompt(self.model, prompt)
 
     def requests(self, prompt: str, n: int) -> list[GenerationRequest]:
-        """The next ``n`` pictures of ``prompt``: asked again, it goes on counting."""
+        """Return requests for the next ``n`` images of ``prompt``; repeated calls continue their numbers."""
         from cogview.pipeline.requests import GenerationRequest
 
-        first = self._wished[prompt]
-        self._wished[prompt] += n
+        first = self._num_requested[prompt]
+        self._num_requested[prompt] += n
         sampling = self.sampling["generate"]
         return [
             GenerationRequest(prompt=prompt, seed=self.seed, index=index, sampling=sampling)
             for index in range(first, first + n)
         ]
 
-    def bar(self, what: str, count: int, codes: int, **noun: str) -> ProgressBar:
-        """What shows how far the drawing of ``count`` pictures with ``codes`` in all is."""
-        return ProgressBar(what, count, codes, previews=Previews(self.model) if self.preview else None, **noun)
+    def progress_bar(self, activity: str, count: int, codes: int, *, noun: str = "image") -> ProgressBar:
+        """Return a progress bar over ``count`` results with ``codes`` tokens in all."""
+        previews = Previews(self.model) if self.options.preview else None
+        return ProgressBar(activity, count, codes, noun=noun, previews=previews)
 
     def generate(
-        self, parts: Iterable[Sequence[ImageOutput]], what: str, count: int, codes: int
+        self, parts: Iterable[Sequence[ImageOutput]], activity: str, count: int, codes: int
     ) -> Iterator[tuple[ImageOutput, GeneratedImage]]:
-        """Draw ``parts``, in all up to ``count`` pictures of ``codes`` each, as many at a time as fit.
+        """Generate images in batches as large as fit, and yield each as soon as its batch is done.
 
-        What comes out can be saved before more is drawn.
+        Args:
+            parts: Outputs in parts; the images of a part are generated together.
+            activity: The verb that the progress bar starts with.
+            count: Maximum number of images of all parts.
+            codes: Number of codes of one image.
         """
-        with self.bar(what, count, count * codes) as bar:
-            for orders in parts:
-                bar.expect({order.request: order.path for order in orders})
-                wishes = [order.request for order in orders]
-                made = self.model.run(wishes, batch_size=self.ceiling, callback=bar.watch)
-                for order, picture in zip(orders, made, strict=True):
-                    yield order, picture  # type: ignore[misc]  # no order is for a caption
-                    bar.finished(order.request)
+        with self.progress_bar(activity, count, count * codes) as bar:
+            for outputs in parts:
+                bar.expect({output.request: output.path for output in outputs})
+                requests = [output.request for output in outputs]
+                images = self.model.run(requests, batch_size=self.max_batch_size, callback=bar.update)
+                for output, image in zip(outputs, images, strict=True):
+                    yield output, image  # type: ignore[misc]  # no request is for a caption
+                    bar.finished(output.request)
 
     def best(
-        self, drawn: Iterator[tuple[ImageOutput, GeneratedImage]], n: int, keep: int
+        self, generated: Iterator[tuple[ImageOutput, GeneratedImage]], n: int, keep: int
     ) -> Iterator[tuple[ImageOutput, GeneratedImage]]:
-        """Of each ``n`` pictures in turn, which have one prompt, the ``keep`` whose captions it is likeliest to be.
+        """Yield the ``keep`` best of each ``n`` images, which share a prompt.
 
-        The best comes first; they carry their scores.
+        Images are ranked by log p(prompt | image), the best first, and carry their scores.
         """
-        while group := list(islice(drawn, n)):
-            orders = {picture.index: order for order, picture in group}
-            pictures = self.model.rerank([picture for _, picture in group], batch_size=self.ceiling)
-            yield from ((orders[picture.index], picture) for picture in pictures[:keep])
+        while group := list(islice(generated, n)):
+            outputs = {image.index: output for output, image in group}
+            images = self.model.rerank([image for _, image in group], batch_size=self.max_batch_size)
+            yield from ((outputs[image.index], image) for image in images[:keep])
 
-    def upscale(self, enlargements: Iterable[UpscaleInput], count: int, *, low_level: bool = False) -> int:
-        """Draw up to ``count`` images at twice their side and save them; returns how many there were."""
+    def upscale(self, inputs: Iterable[UpscaleInput], count: int, *, task: str = "upscale") -> int:
+        """Generate images at twice their side and save them.
+
+        Args:
+            inputs: The images.
+            count: Maximum number of images.
+            task: ``upscale``, or ``low_level`` for inputs of half the side of the model's images.
+
+        Returns:
+            The number of images.
+        """
         from cogview.pipeline.requests import GenerationRequest
 
-        task, side = ("low_level", self.grid // 2) if low_level else ("upscale", self.grid)
-
         def parts() -> Iterator[list[ImageOutput]]:
-            for some in batches(enlargements, self.read_at_a_time):
-                codes = self.model.encode_images([one.image for one in some], task=task)
+            for part in batches(inputs, self.read_at_a_time):
+                codes = self.model.encode_images([each.image for each in part], task=task)
                 yield [
                     ImageOutput(
-                        # A picture of ours keeps its number, so that several of one prompt do not share their noise.
+                        # A generated image keeps its index, so that images of one prompt do not share their noise.
                         request=GenerationRequest(
-                            prompt=one.prompt,
+                            prompt=each.prompt,
                             seed=self.seed,
-                            index=getattr(one.image, "index", 0),
+                            index=getattr(each.image, "index", 0),
                             task=task,
-                            codes=own,
+                            codes=given,
                             sampling=self.sampling[task],
                         ),
-                        path=one.path,
-                        metadata={"task": "upscale", "source": one.source},
+                        path=each.path,
+                        metadata={"task": "upscale", "source": each.source},
                     )
-                    for one, own in zip(some, codes, strict=True)
+                    for each, given in zip(part, codes, strict=True)
                 ]
 
-        done = 0
-        for order, picture in self.generate(parts(), "upscaling", count, (2 * side) ** 2):
-            self.save(order.path, picture, **order.metadata)
+        done, codes = 0, round(TASKS[task].output_scale * self.grid) ** 2
+        for output, image in self.generate(parts(), "upscaling", count, codes):
+            self.save(output.path, image, **output.metadata)
             done += 1
         return done
 
-    def save(self, path: Path, picture: GeneratedImage, **about: str) -> Path:
-        """Write a picture, with ``about`` among its text chunks, and print its path, which it returns."""
+    def save(self, path: Path, image: GeneratedImage, **metadata: str) -> Path:
+        """Save an image with its settings as text chunks, print its path, and return the path.
+
+        Args:
+            path: The file; a name that another image has is continued with _2, _3, ….
+            image: The image.
+            **metadata: Further text chunks.
+        """
         from tqdm import tqdm
 
         from cogview.image_io.png import save_png
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        path = save_png(path, picture, picture.metadata(self.model.label) | about)
-        tqdm.write(str(path), file=sys.stdout)  # beside a progress bar, if there is one
+        path = save_png(path, image, image.metadata(self.model.label) | metadata)
+        tqdm.write(str(path), file=sys.stdout)  # keeps a progress bar intact
         return path
 
-    def save_sheet(self, path: Path, pictures: Sequence[GeneratedImage], columns: int) -> None:
-        """Write a contact sheet and print its path."""
+    def save_sheet(self, path: Path, images: Sequence[GeneratedImage], columns: int) -> None:
+        """Save a contact sheet of ``images`` and print its path."""
         import numpy as np
 
         from cogview.image_io.contact_sheet import contact_sheet
         from cogview.image_io.png import save_png, sheet_metadata
 
-        sheet = contact_sheet([np.asarray(picture) for picture in pictures], columns=columns)
-        texts = sheet_metadata([picture.metadata(self.model.label) for picture in pictures])
-        print(save_png(path, sheet, texts))
-
-
-def open_session(args: argparse.Namespace, tasks: Sequence[str]) -> GenerationSession:
-    """The easel that the arguments of a command ask for: those of the model, of sampling, and the seed."""
-    most = parse_speculative(args)  # before the model is loaded
-    easel = GenerationSession.open(
-        args.model,
-        tasks=tasks,
-        settings=sampling_settings(args),
-        seed=args.seed,
-        ceiling=parse_max_batch_size(args),
-        device=args.device,
-        dtype=args.dtype,
-        kv_dtype=args.kv_dtype,
-        adapter=args.adapter,
-        revision=args.revision,
-        preview=getattr(args, "preview", False),
-    )
-    easel.model.speculative = most
-    return easel
+        sheet = contact_sheet([np.asarray(image) for image in images], columns=columns)
+        metadata = sheet_metadata([image.metadata(self.model.label) for image in images])
+        print(save_png(path, sheet, metadata))

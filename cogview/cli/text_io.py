@@ -1,4 +1,4 @@
-"""Lines of text that commands read, ask for and write."""
+"""Lines of text that commands read, prompt for and write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from cogview.jobs.records import name_of, numbered_lines, read_text
 
 
 def read_lines(source: str, expected: str = "a prompt per line") -> list[str]:
-    """The lines of a UTF-8 file, or of standard input for ``-``, without blank ones; InputError if there are none."""
+    """Return the lines of a UTF-8 file, without blank ones.
+
+    Args:
+        source: The file, or ``-`` for standard input.
+        expected: The content of a line, for the message of the error.
+
+    Raises:
+        InputError: The file cannot be read, is not UTF-8, or has no lines.
+    """
     lines = [line for _, line in numbered_lines(read_text(source))]
     if not lines:
         raise InputError(f"{name_of(source)} is empty: expected {expected}")
@@ -23,7 +31,7 @@ def read_lines(source: str, expected: str = "a prompt per line") -> list[str]:
 
 
 def prompt_lines(question: str) -> Iterator[str]:
-    """What is typed, line by line, until an empty line or the end of the input."""
+    """Print ``question`` and yield the lines that are typed, until an empty line or the end of the input."""
     with suppress(ImportError):  # not on Windows
         import readline  # noqa: F401  lets input() edit wide characters
     print(question, file=sys.stderr)
@@ -38,12 +46,17 @@ def prompt_lines(question: str) -> Iterator[str]:
 
 
 class LineWriter:
-    """Prints lines, and writes them into a file as well if there is a ``path``: it is there whole, or not at all.
+    """Print lines on stdout and, given a path, write them to a file as well.
 
-    A file of that name is replaced at the end; what goes wrong inside ``with`` leaves it as it was.
+    The file is complete or absent: it replaces an older one when the ``with`` block ends without an error.
     """
 
     def __init__(self, path: Path | None = None) -> None:
+        """Open the temporary file of ``path``.
+
+        Raises:
+            InputError: ``path`` is a folder, is named like an image, or lies in a folder that cannot be written.
+        """
         from cogview.image_io.png import prepare_folder
         from cogview.image_io.reading import IMAGE_SUFFIXES
 
@@ -51,22 +64,22 @@ class LineWriter:
         self._file: IO[str] | None = None
         if path is None:
             return
-        if path.suffix.lower() in IMAGE_SUFFIXES:  # as `-o *.png` makes it, and the picture would be lost
-            raise InputError(f"the lines would replace {path}, which is named like a picture; choose another name")
+        if path.suffix.lower() in IMAGE_SUFFIXES:  # as the shell makes of `-o *.png`: an image would be lost
+            raise InputError(f"the lines would replace {path}, which is named like an image; choose another name")
         if path.is_dir():
             raise InputError(f"the output {path} is a folder; expected the name of a file")
         prepare_folder(path.parent)
         self._stack = ExitStack()
         temporary = self._stack.enter_context(atomic_write(path))
-        # A file's name may hold bytes that are no UTF-8; as escapes they are valid JSON.
+        # A file name may hold bytes that are not UTF-8; as escapes they are valid JSON.
         self._file = temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")
         self._stack.enter_context(self._file)
 
     def write(self, line: str) -> None:
-        """One more line, at once."""
+        """Write one line at once."""
         from tqdm import tqdm
 
-        tqdm.write(line, file=sys.stdout)  # beside a progress bar, if there is one
+        tqdm.write(line, file=sys.stdout)  # keeps a progress bar intact
         sys.stdout.flush()
         if self._file is not None:
             self._file.write(line + "\n")

@@ -1,84 +1,86 @@
-"""``cogview upscale``: draw images at twice their side."""
+"""``cogview upscale``: generate images at twice their side."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cogview.cli.inputs import ImageReader, TextImageQuery, read_queries
-from cogview.cli.options import (
-    add_drawing_arguments,
-    add_model_arguments,
-    add_query_arguments,
-    add_seed_argument,
-)
-from cogview.cli.session import GenerationSession, UpscaleInput, open_session
+import click
+
+from cogview.cli.inputs import ImageReader, QueryOptions, TextImageQuery, query_options
+from cogview.cli.options import Command, SessionOptions, output_option, session_options
+from cogview.cli.session import GenerationSession, UpscaleInput
 
 LINE = "TEXT<TAB>IMAGE"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.description = (
-        "Draw images at twice their side, in nine overlapping windows of codes, and print the paths of the PNG files: "
-        "NAME-up-seedSEED.png. An image of another size than the model's pictures is resized and cropped first. "
-        "Images that cannot be read are named at the end, with status 1."
-    )
-    add_query_arguments(parser, LINE)
-    parser.add_argument(
-        "--low-level",
-        action="store_true",
-        help="from half the size of the model's pictures to that size, in a single window",
-    )
-    add_seed_argument(parser, "image and prompt give the same picture")
-    add_drawing_arguments(parser)
-    add_model_arguments(parser, "images")
+@click.command(cls=Command)
+@query_options(LINE)
+@click.option(
+    "--low-level",
+    is_flag=True,
+    help="upscale from half the size of the model's images to that size, in a single window",
+)
+@output_option()
+@session_options("images", "IMAGE and prompt")
+def command(queries: QueryOptions, low_level: bool, output: Path, session: SessionOptions) -> int:
+    """Generate images at twice their side and print the paths of the PNG files, NAME-up-seedSEED.png.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Upscale every image that can be read; status 1 if there was one that cannot, 2 if a prompt was refused."""
+    The codes are generated in nine overlapping windows. An image of another size than the model's images is resized and
+    cropped first. Images that cannot be read are listed at the end, with status 1.
+    """
     from cogview.image_io.png import prepare_folder
 
-    images = ImageReader()
-    queries = read_queries(args, images, LINE)
-    prepare_folder(args.output)
-    easel = open_session(args, ["low_level" if args.low_level else "upscale"])
-    easel.print_header()
-    if args.input is None:
-        queries = [TextImageQuery(prompt=query.prompt, paths=(path,)) for query in queries for path in query.paths]
-    return upscale_files(easel, images, [(query, args.output) for query in queries], low_level=args.low_level)
+    reader = ImageReader()
+    pairs = queries.read(reader)
+    prepare_folder(output)
+    opened = GenerationSession.open(session, ["low_level" if low_level else "upscale"])
+    opened.print_header()
+    if queries.input is None:
+        pairs = [TextImageQuery(prompt=query.prompt, paths=(path,)) for query in pairs for path in query.paths]
+    return upscale_files(opened, reader, [(query, output) for query in pairs], low_level=low_level)
 
 
 def upscale_files(
-    easel: GenerationSession,
-    images: ImageReader,
+    session: GenerationSession,
+    reader: ImageReader,
     queries: Sequence[tuple[TextImageQuery, Path]],
     *,
     low_level: bool = False,
 ) -> int:
-    """Upscale the one image of each query into the folder beside it; returns the exit status."""
+    """Upscale image files.
+
+    Args:
+        session: The session of a model for the task.
+        reader: The reader of the images.
+        queries: A query with one image, and the folder of the result, for each file.
+        low_level: Whether to start from half the size of the model's images.
+
+    Returns:
+        The exit status: 1 if an image could not be read, 2 if a query was skipped.
+    """
     from cogview.image_io.png import safe_name
-    from cogview.vqvae.model import PIXELS_PER_CODE
 
     refused = [query for query, _ in queries if len(query.paths) != 1]
     for query in refused:
         print(f"skipped: “{query.prompt}” comes with {len(query.paths)} images; expected {LINE}", file=sys.stderr)
     prompts = dict.fromkeys(query.prompt for query, _ in queries if query not in refused)
-    accepted = {prompt: easel.check_prompt(prompt) for prompt in prompts}
+    accepted = {prompt: session.check_prompt(prompt) for prompt in prompts}
     good = [(query, folder) for query, folder in queries if query not in refused and accepted[query.prompt]]
 
-    def enlargements() -> Iterator[UpscaleInput]:
-        side = PIXELS_PER_CODE * (easel.grid // 2 if low_level else easel.grid)
-        for number, image in images.read_all([query.paths[0] for query, _ in good], side):
-            query, folder = good[number]
+    task = "low_level" if low_level else "upscale"
+
+    def inputs() -> Iterator[UpscaleInput]:
+        paths = [query.paths[0] for query, _ in good]
+        for index, image in reader.read_all(paths, session.model, task=task):
+            query, folder = good[index]
             yield UpscaleInput(
                 image=image,
                 prompt=query.prompt,
                 source=query.paths[0].name,
-                path=folder / f"{safe_name(query.paths[0].stem)}-up-seed{easel.seed}.png",
+                path=folder / f"{safe_name(query.paths[0].stem)}-up-seed{session.seed}.png",
             )
 
-    status = images.report_failures(easel.upscale(enlargements(), len(good), low_level=low_level))
+    status = reader.report_failures(session.upscale(inputs(), len(good), task=task))
     return status if len(good) == len(queries) else 2

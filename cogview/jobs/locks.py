@@ -1,4 +1,4 @@
-"""How several processes share one job, and how it is stopped."""
+"""Locks between the processes of a job, and the loop in which they share its chunks."""
 
 from __future__ import annotations
 
@@ -21,79 +21,80 @@ from cogview.errors import InputError
 if TYPE_CHECKING:
     from cogview.jobs.journal import JobJournal
 
-POLL_SECONDS = 1.0  # between two looks at what other processes have claimed
+POLL_SECONDS = 1.0  # between two looks at the chunks that other processes have claimed
 
 # Bytes of the lock file, which need not exist to be locked.
-_ALIVE = 0  # held shared by every process of the job
-_FIRST = 1  # claim number i is byte 1 + i
-_DOOR = 2**30  # beyond every claim; held by the one process that makes the ledger or writes to it
+_ALIVE_BYTE = 0  # locked, shared, by every process of the job
+_FIRST_CLAIM_BYTE = 1  # claim number i locks byte 1 + i
+_JOURNAL_BYTE = 2**30  # beyond every claim; locked by the one process that creates the journal or writes to it
 
 log = logging.getLogger(__name__)
 
 
 class JobLocks:
-    """Which process works at what, as locks on bytes of ``LEDGER.lock``; the system lets go of them when one dies.
+    """Claims of the processes of a job, as locks on bytes of ``JOURNAL.lock``; the system releases those of the dead.
 
-    Such locks belong to a process, and closing any descriptor of the file drops them all: have one ``Claims`` of a
-    ledger in a process. Where there are none (Windows, some network folders), the process is taken to be alone.
+    Such locks belong to a process, and closing any descriptor of the file drops them all: create one ``JobLocks`` of a
+    journal in a process. Where locks are not supported (Windows, some network folders), the process works alone.
     """
 
-    def __init__(self, ledger: Path) -> None:
-        """Of the processes at work with ``ledger``, which need not exist yet; its folder must."""
+    def __init__(self, journal: Path) -> None:
+        """Open the lock file of ``journal``, which need not exist; its folder must."""
         self._joined = False
         self._file: int | None = None
         if fcntl is not None:
-            self._file = os.open(ledger.with_name(f"{ledger.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+            self._file = os.open(journal.with_name(f"{journal.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 with self.exclusive():
                     pass
             except OSError:
                 self.close()
         if self._file is None and rank_and_world_size()[1] > 1:
-            log.warning("%s cannot be locked here, so each process does the whole job: start one", ledger)
+            log.warning("%s cannot be locked here, so each process does the whole job: start one", journal)
 
     def register(self) -> None:
-        """Be one of the processes at work, until ``close`` or death."""
+        """Register this process as a live worker, until ``close`` or its end."""
         self._joined = True
         if self._file is not None:
-            fcntl.lockf(self._file, fcntl.LOCK_SH, 1, _ALIVE)
+            fcntl.lockf(self._file, fcntl.LOCK_SH, 1, _ALIVE_BYTE)
 
     def has_live_peers(self) -> bool:
-        """Whether another process has joined."""
+        """Return whether another process is registered."""
         if self._file is None:
             return False
-        alone = self._try_lock(_ALIVE)
-        fcntl.lockf(self._file, fcntl.LOCK_SH if self._joined else fcntl.LOCK_UN, 1, _ALIVE)
+        alone = self._try_lock(_ALIVE_BYTE)
+        fcntl.lockf(self._file, fcntl.LOCK_SH if self._joined else fcntl.LOCK_UN, 1, _ALIVE_BYTE)
         return not alone
 
     def try_claim(self, number: int) -> bool:
-        """Whether ``number`` is ours from now on; not if another process has it."""
-        return self._file is None or self._try_lock(_FIRST + number)
+        """Claim a chunk; return False if another process has claimed it."""
+        return self._file is None or self._try_lock(_FIRST_CLAIM_BYTE + number)
 
     def release(self, number: int) -> None:
-        """Let go of a claim."""
+        """Release the claim of a chunk."""
         if self._file is not None:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _FIRST + number)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _FIRST_CLAIM_BYTE + number)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Within, this process alone changes the ledger; it waits for its turn."""
+        """Give this process the only right to change the journal within the block, as soon as it is free."""
         if self._file is None:
             yield
             return
-        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _DOOR)
+        fcntl.lockf(self._file, fcntl.LOCK_EX, 1, _JOURNAL_BYTE)
         try:
             yield
         finally:
-            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _DOOR)
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, _JOURNAL_BYTE)
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release every lock."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def _try_lock(self, byte: int) -> bool:
+        """Lock a byte of the file; return False if another process holds it."""
         assert self._file is not None
         try:
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
@@ -106,23 +107,33 @@ class JobLocks:
 
 def run_chunks(
     chunks: Sequence[Sequence[str]],
-    ledger: JobJournal,
-    claims: JobLocks,
+    journal: JobJournal,
+    locks: JobLocks,
     work: Callable[[int, Sequence[str]], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Call ``work(number, ids)`` for each of ``chunks``, with those of its ids that are not in the ledger.
+    """Do the unfinished part of a job, together with other processes.
 
-    ``work`` records what it has done; an id that it does not record is left for another run. With RANK r of WORLD_SIZE
-    w in the environment it begins at chunk r / w of all. Returns when every chunk is done, also those that other
-    processes have claimed (if one of them dies, its chunk is taken over), or as soon as ``stop()`` is true.
+    Returns when every chunk is done, also those that other processes have claimed, or as soon as ``stop()`` is true.
+    The chunk of a process that dies is taken over. Rank r of w processes starts at chunk r / w of all.
+
+    Args:
+        chunks: Ids of the results of each chunk.
+        journal: The journal; a result that ``work`` does not record is left for another run.
+        locks: The locks of the job.
+        work: Called with the index of a chunk and its ids that are not in the journal.
+        stop: Called before each chunk.
+
+    Raises:
+        DiskFull: The disk has no space for a result.
+        InputError: RANK or WORLD_SIZE of the environment is wrong.
     """
     rank, size = rank_and_world_size()
     first = rank * len(chunks) // size
     todo = [*range(first, len(chunks)), *range(first)]
 
     def missing(number: int) -> list[str]:
-        return [name for name in chunks[number] if name not in ledger.done]
+        return [name for name in chunks[number] if name not in journal.done]
 
     while True:
         claimed = []
@@ -131,17 +142,17 @@ def run_chunks(
                 return
             if not missing(number):
                 continue
-            if not claims.try_claim(number):
+            if not locks.try_claim(number):
                 claimed.append(number)
                 continue
             try:
-                ledger.refresh()  # whoever had the claim before may have recorded something
+                journal.refresh()  # another process may have held the claim and recorded results
                 if names := missing(number):
-                    with ledger.translating_disk_full():
+                    with journal.translating_disk_full():
                         work(number, names)
             finally:
-                claims.release(number)
-        ledger.refresh()
+                locks.release(number)
+        journal.refresh()
         todo = [number for number in claimed if missing(number)]
         if not todo:
             return
@@ -149,7 +160,11 @@ def run_chunks(
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """RANK and WORLD_SIZE of the environment: this process's number, from 0, among how many."""
+    """Return RANK and WORLD_SIZE of the environment, by default 0 and 1.
+
+    Raises:
+        InputError: They are not whole numbers with 0 <= RANK < WORLD_SIZE.
+    """
     rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
         raise InputError(f'RANK "{rank}" and WORLD_SIZE "{size}" must be whole numbers, RANK from 0 to WORLD_SIZE - 1')

@@ -1,8 +1,9 @@
-"""Job files: a line for each thing to make, as plain text, CSV, TSV or JSON lines."""
+"""Job files: one line for each result to generate, as plain text, CSV, TSV or JSON lines."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -10,24 +11,29 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cogview.errors import InputError
 from cogview.formatting import shorten
-from cogview.tokenizers.tasks import job_tasks
+from cogview.tokenizers.tasks import TASKS, Task, job_tasks
 
 SHOWN = 40  # characters of a wrong value in a message
-_SAMPLING = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # of ``Sampling``
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobRecord:
-    """One line of a job; None where the line does not say. ValueError for what no model could do.
+    """One line of a job; None where the line sets nothing.
 
-    ``number`` is that of its first line in the file, from 1; ``image`` is found from the current folder.
+    Attributes:
+        number: Number of its first line in the file, from 1.
+        image: Path of the given image, relative to the current folder.
+        sampling: Values of ``Sampling`` that the line sets, by name.
+
+    Raises:
+        ValueError: The values do not fit the task, or are out of range.
     """
 
     number: int
@@ -38,11 +44,7 @@ class JobRecord:
     rows: int | None = None
     n: int | None = None
     seed: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    guidance: float | None = None
-    text_attention: float | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         tasks = job_tasks()
@@ -51,7 +53,7 @@ class JobRecord:
         needed = tasks[self.task].inputs
         if missing := [key for key in needed if getattr(self, key) is None]:
             raise ValueError(f"the task {self.task} needs {' and '.join(missing)}")
-        for key in ("image", "rows"):  # else a forgotten task would draw something else without a word
+        for key in ("image", "rows"):  # otherwise a line without its task would silently generate something else
             if getattr(self, key) is not None and key not in needed:
                 users = ", ".join(name for name, task in tasks.items() if key in task.inputs)
                 raise ValueError(f"{key} means nothing for the task {self.task}; it belongs to: {users}")
@@ -59,36 +61,57 @@ class JobRecord:
             raise ValueError(f"n must be at least 1, got {self.n}")
         if self.rows is not None and self.rows < 0:
             raise ValueError(f"rows must be at least 0, got {self.rows}")
-        sampling = {key: value for key in _SAMPLING if (value := getattr(self, key)) is not None}
-        if sampling or self.seed is not None:
+        if self.sampling or self.seed is not None:
             from cogview.generation.sampling import MAX_SEED
             from cogview.modeling.config import Sampling
 
-            Sampling(**sampling)
+            Sampling(**self.sampling)  # type: ignore[arg-type]  # top_k is an int
             if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
                 raise ValueError(f"the seed must be from 0 to {MAX_SEED}, got {self.seed}")
 
     @property
     def key(self) -> str:
-        """Its id, or else ``line NUMBER``: no two lines that ``read_job`` returns have the same."""
+        """The id, or else ``line NUMBER``; unique among the records of ``read_job``."""
         return self.id or f"line {self.number}"
 
+    @property
+    def row(self) -> Task:
+        """The row of its task in the table of tasks."""
+        return TASKS[self.task]
 
-_KINDS: dict[str, type] = {
-    name: (get_args(hint) or (hint,))[0] for name, hint in get_type_hints(JobRecord).items() if name != "number"
-}
-_KIND_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number"}
 
-# Line numbers, and what stands there by name, or what is wrong with it.
-_Found = Iterator[tuple[int, Mapping[str, Any] | str]]
+_TYPE_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number"}
+
+# Line numbers, each with the values of the line by name, or with the reason why it cannot be read.
+_Lines = Iterator[tuple[int, Mapping[str, Any] | str]]
+
+
+@functools.cache
+def _column_types() -> dict[str, type]:
+    """Return the type of each column: the fields of a record, then those of ``Sampling``."""
+    from cogview.modeling.config import Sampling
+
+    hints = get_type_hints(JobRecord)
+    columns = {
+        name: (get_args(hint) or (hint,))[0] for name, hint in hints.items() if name not in ("number", "sampling")
+    }
+    return columns | get_type_hints(Sampling)
 
 
 def read_job(source: str) -> tuple[list[JobRecord], list[str]]:
-    """The good lines of a job file, and a problem, beginning with ``line NUMBER:``, for each of the others.
+    """Read a job file.
 
-    The suffix tells the format: .txt, none, or ``-`` (standard input) a prompt per line; .csv and .tsv a row of column
-    names and a row per line; .jsonl an object per line. The encoding is UTF-8. InputError for a file that cannot be
-    read, an unknown column, and where there is no good line.
+    The suffix selects the format: .txt, none, or ``-`` (standard input) a prompt per line; .csv and .tsv a header and a
+    row per line; .jsonl an object per line. The encoding is UTF-8.
+
+    Args:
+        source: The file, or ``-`` for standard input.
+
+    Returns:
+        The valid records, and a problem that starts with ``line NUMBER:`` for each other line.
+
+    Raises:
+        InputError: The file cannot be read, names an unknown column, or has no valid line.
     """
     suffix = "" if source == "-" else Path(source).suffix.lower()
     if suffix not in _FORMATS:
@@ -96,82 +119,93 @@ def read_job(source: str) -> tuple[list[JobRecord], list[str]]:
         raise InputError(f'{source}: the suffix "{suffix}" is unknown; known: {known}')
     find, expected = _FORMATS[suffix]
     where = name_of(source)
-    lines: dict[str, JobRecord] = {}
+    records: dict[str, JobRecord] = {}
     problems: list[str] = []
     try:
         for number, found in find(read_text(source)):
             try:
                 if isinstance(found, str):
                     raise ValueError(found)
-                line = _line(number, found, _folder(source))
-                if line.key in lines:
-                    raise ValueError(f'the id "{line.key}" is that of line {lines[line.key].number} as well')
+                record = _build_record(number, found, _folder(source))
+                if record.key in records:
+                    raise ValueError(f'the id "{record.key}" is that of line {records[record.key].number} as well')
             except ValueError as error:
                 problems.append(f"line {number}: {' '.join(str(error).split())}")
             else:
-                lines[line.key] = line
-    except _HeadError as error:
+                records[record.key] = record
+    except _HeaderError as error:
         raise InputError(f"{where}: {error}") from None
-    if not lines and problems:
+    if not records and problems:
         raise InputError(f"{where} has no line that can be used; the first problem is in {problems[0]}")
-    if not lines:
+    if not records:
         raise InputError(f"{where} is empty: expected {expected}")
-    return list(lines.values()), problems
+    return list(records.values()), problems
 
 
-def digest(lines: Sequence[JobRecord], source: str) -> str:
-    """SHA-256 of what ``lines`` ask for, whatever the format of ``source`` and the folder that it is named from."""
+def digest(records: Sequence[JobRecord], source: str) -> str:
+    """Return the SHA-256 of the content of a job; it does not depend on the format and the folder of ``source``."""
     plain = []
-    for line in lines:
-        values = {key: value for key, value in vars(line).items() if value is not None}
-        if line.image is not None:
-            values["image"] = os.path.relpath(line.image, _folder(source))
+    for record in records:
+        values = {each.name: getattr(record, each.name) for each in fields(record) if each.name != "sampling"}
+        values = {key: value for key, value in (values | dict(record.sampling)).items() if value is not None}
+        if record.image is not None:
+            values["image"] = os.path.relpath(record.image, _folder(source))
         plain.append(values)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def read_text(source: str) -> str:
-    """The content of a UTF-8 file, or of standard input for ``-``; InputError where there is none."""
+    """Return the content of a UTF-8 file.
+
+    Args:
+        source: The file, or ``-`` for standard input.
+
+    Raises:
+        InputError: The file cannot be read or is not UTF-8.
+    """
     where = name_of(source)
     try:
         content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {where}: {error.strerror or error}") from None
     try:
-        return content.decode("utf-8-sig")  # Windows editors begin files with a mark
+        return content.decode("utf-8-sig")  # Windows editors start files with a byte-order mark
     except UnicodeDecodeError as error:
         raise InputError(f"{where} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank, without white space around them, and their numbers from 1."""
+    """Yield the number (from 1) and the stripped text of each line that is not blank."""
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
         if stripped := line.strip():
             yield number, stripped
 
 
 def name_of(source: str) -> str:
-    """``source`` in a message."""
+    """Return the name of ``source`` in messages."""
     return "standard input" if source == "-" else source
 
 
-class _HeadError(ValueError):
-    """The names of the columns cannot be used, and so no line can."""
+class _HeaderError(ValueError):
+    """Raised for wrong column names, which make every line useless."""
 
 
 def _folder(source: str) -> Path:
+    """Return the folder that paths in ``source`` are relative to."""
     return Path() if source == "-" else Path(source).parent
 
 
-def _prompts(text: str) -> _Found:
+def _prompts(text: str) -> _Lines:
+    """Parse a prompt per line."""
     for number, line in numbered_lines(text):
         yield number, {"prompt": line}
 
 
-def _objects(text: str) -> _Found:
+def _objects(text: str) -> _Lines:
+    """Parse a JSON object per line."""
     for number, line in numbered_lines(text):
         try:
-            found = json.loads(line, object_pairs_hook=_without_repeats)
+            found = json.loads(line, object_pairs_hook=_require_unique_keys)
         except json.JSONDecodeError as error:
             yield number, f"this is not JSON: {error.msg} (character {error.colno})"
         except RecursionError:
@@ -183,7 +217,8 @@ def _objects(text: str) -> _Found:
             yield number, found if isinstance(found, dict) else wrong
 
 
-def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def _require_unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; raise ValueError for a repeated key."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -191,17 +226,18 @@ def _without_repeats(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _table(text: str, delimiter: str) -> _Found:
+def _table(text: str, delimiter: str) -> _Lines:
+    """Parse a header and a row per line."""
     rows = _rows(text, delimiter)
     number, columns = next(rows, (1, []))
     if isinstance(columns, str):
-        raise _HeadError(f"line {number}: {columns}")
+        raise _HeaderError(f"line {number}: {columns}")
     columns = [column.strip() for column in columns]
-    for place, column in enumerate(columns):
-        if column not in _KINDS:
-            raise _HeadError(f"line {number} must name the columns: {_unknown(column)}")
-        if column in columns[:place]:
-            raise _HeadError(f'line {number} names the column "{column}" twice')
+    for index, column in enumerate(columns):
+        if column not in _column_types():
+            raise _HeaderError(f"line {number} must name the columns: {_unknown(column)}")
+        if column in columns[:index]:
+            raise _HeaderError(f'line {number} names the column "{column}" twice')
     for number, row in rows:
         if isinstance(row, str):
             yield number, row
@@ -210,11 +246,11 @@ def _table(text: str, delimiter: str) -> _Found:
             advice = f"a text that holds a {mark} belongs between quotation marks"
             yield number, f"{len(row)} columns, expected {len(columns)}; {advice}"
         else:
-            yield number, {column: _number(column, cell.strip()) for column, cell in zip(columns, row, strict=True)}
+            yield number, {column: _parse_cell(column, cell.strip()) for column, cell in zip(columns, row, strict=True)}
 
 
 def _rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """The rows that are not blank, or what is wrong with them, and the numbers of their first lines."""
+    """Yield the number of the first line of each row that is not blank, and its cells or the reason of an error."""
     lines = io.StringIO(text, newline="").readlines()
     start = 0
     while start < len(lines):
@@ -228,32 +264,35 @@ def _rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
             return
         except csv.Error as error:
             yield number, f"the quotation marks are not understood ({error})"
-            start = number  # a mark that is never closed must not swallow the lines below
+            start = number  # an unclosed quotation mark must not swallow the lines below
 
 
-def _number(column: str, cell: str) -> Any:
-    """A cell as the number that its column holds, where it is one, or else as it is; None for an empty one."""
-    kind = _KINDS[column]
+def _parse_cell(column: str, cell: str) -> Any:
+    """Return a cell as a number if its column holds numbers and it is one; None for an empty cell."""
+    kind = _column_types()[column]
     try:
         return kind(cell) if kind in (int, float) and cell else cell or None
     except ValueError:
         return cell
 
 
-def _line(number: int, found: Mapping[str, Any], folder: Path) -> JobRecord:
-    """ValueError says what is wrong."""
+def _build_record(number: int, found: Mapping[str, Any], folder: Path) -> JobRecord:
+    """Return the record of a line; raise ValueError with the reason if it is not valid."""
     values: dict[str, Any] = {}
+    sampling: dict[str, float] = {}
+    own = {each.name for each in fields(JobRecord)}
     for key, value in found.items():
-        if key not in _KINDS:
+        if key not in _column_types():
             raise ValueError(_unknown(key))
         if (converted := _convert(key, value)) is not None:
-            values[key] = folder / converted if key == "image" else converted
-    return JobRecord(number=number, **values)
+            target = values if key in own else sampling
+            target[key] = folder / converted if key == "image" else converted
+    return JobRecord(number=number, sampling=sampling, **values)
 
 
 def _convert(key: str, value: Any) -> Any:
-    """A value of JSON as what ``key`` holds; None for nothing and for blank text."""
-    kind = _KINDS[key]
+    """Return a JSON value as the type of the column ``key``; None for null and for blank text."""
+    kind = _column_types()[key]
     if key == "id" and type(value) is int:
         value = str(value)
     if kind is float and type(value) is int:
@@ -261,28 +300,29 @@ def _convert(key: str, value: Any) -> Any:
             value = float(value)
     if value is None or (type(value) is str and not value.strip()):
         return None
-    if type(value) is not (str if kind is Path else kind):  # not isinstance: True is no number here
+    if type(value) is not (str if kind is Path else kind):  # not isinstance: True is not a number here
         raise ValueError(
-            f"{key}: expected {_KIND_NAMES[kind]}, got {shorten(json.dumps(value, ensure_ascii=False), SHOWN)}"
+            f"{key}: expected {_TYPE_NAMES[kind]}, got {shorten(json.dumps(value, ensure_ascii=False), SHOWN)}"
         )
     if type(value) is str:
         if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in value):
-            raise ValueError(f"{key}: holds a character that is none (0, or half of a surrogate pair)")
+            raise ValueError(f"{key}: holds an invalid character (0, or half of a surrogate pair)")
         return value.strip()
     return value
 
 
 def _unknown(key: str) -> str:
-    near = get_close_matches(key, _KINDS, n=1)
+    """Return the message of an unknown column or key."""
+    near = get_close_matches(key, _column_types(), n=1)
     return f'"{shorten(key, SHOWN)}" is unknown; ' + (
-        f'did you mean "{near[0]}"?' if near else f"known: {', '.join(_KINDS)}"
+        f'did you mean "{near[0]}"?' if near else f"known: {', '.join(_column_types())}"
     )
 
 
-_FORMATS: dict[str, tuple[Callable[[str], _Found], str]] = {
+_FORMATS: dict[str, tuple[Callable[[str], _Lines], str]] = {
     "": (_prompts, "a prompt per line"),
     ".txt": (_prompts, "a prompt per line"),
-    ".csv": (lambda text: _table(text, ","), "a row of column names, and below it a row for each thing to make"),
-    ".tsv": (lambda text: _table(text, "\t"), "a row of column names, and below it a row for each thing to make"),
+    ".csv": (lambda text: _table(text, ","), "a header and a row for each result"),
+    ".tsv": (lambda text: _table(text, "\t"), "a header and a row for each result"),
     ".jsonl": (_objects, "a JSON object per line"),
 }

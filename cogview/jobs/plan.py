@@ -1,0 +1,322 @@
+"""The plan of a job: its records, resolved against a model, as work items with file names, in chunks.
+
+Everything here follows from the job file, the settings and the model alone. So every process of a job, before and after
+an interruption, divides the work in the same way and generates each result in the same batch.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogview.errors import InputError
+from cogview.jobs.journal import JobJournal, fingerprint
+from cogview.jobs.locks import JobLocks
+from cogview.jobs.records import JobRecord, digest, name_of
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cogview.modeling.config import Sampling
+    from cogview.pipeline.cogview import CogView
+    from cogview.pipeline.requests import GenerationRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Settings of a job beyond those of its records.
+
+    Attributes:
+        source: The job file.
+        output: Folder of the results.
+        n: Images per record that sets no n.
+        keep: Number of the best images to keep, ranked by log p(prompt | image); None keeps all.
+        upscale: Whether each image is also written at twice its side.
+        sampling: Values of ``Sampling`` by name, for records that do not set them.
+        seed: Seed of records that set none; None chooses one.
+        max_batch_size: Maximum number of requests in a batch; None for as many as fit into memory.
+        kv_dtype: Format of the KV cache that the model was loaded with.
+    """
+
+    source: str
+    output: Path
+    n: int = 1
+    keep: int | None = None
+    upscale: bool = False
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+    max_batch_size: int | None = None
+    kv_dtype: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRecord:
+    """A record that the model can do, with its number of results and its sampling settings."""
+
+    record: JobRecord
+    n: int
+    sampling: Sampling
+    upscale_sampling: Sampling | None = None  # None: the images are not upscaled
+
+    @property
+    def is_ranked_task(self) -> bool:
+        """Whether the images of the task are ranked, upscaled and laid on a contact sheet."""
+        return self.record.row.output == "image" and not self.record.row.windowed
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WorkItem:
+    """Results that are generated together: the best ``ids`` of ``requests``, whose images are not read yet."""
+
+    resolved: ResolvedRecord
+    requests: Sequence[GenerationRequest]
+    paths: Sequence[Path]  # of the images of ``requests``; none for captions
+    ids: Sequence[str]
+    upscaled: Sequence[str]  # ids of the upscaled images: one for each of ``ids``, or none
+
+    @property
+    def record(self) -> JobRecord:
+        """The record that asks for the results."""
+        return self.resolved.record
+
+    @property
+    def names(self) -> list[str]:
+        """The ids of all results."""
+        return [*self.ids, *self.upscaled]
+
+
+class JobPlan:
+    """The work of a job.
+
+    Attributes:
+        model: The model that does the job.
+        settings: The settings of the job.
+        grid: Number of codes on a side of the model's images.
+        seed: The seed of records without one; that of the journal once it is open.
+        problems: Reasons of the records that cannot be used.
+        resolved: The other records.
+    """
+
+    def __init__(
+        self, model: CogView, settings: JobSettings, records: Sequence[JobRecord], problems: Sequence[str] = ()
+    ) -> None:
+        """Check the records against the model.
+
+        Args:
+            model: The model, trained for the tasks of the settings.
+            settings: The settings of the job.
+            records: The records of the job file.
+            problems: Reasons of the lines that are not among the records.
+
+        Raises:
+            InputError: No record can be used, or a setting is wrong.
+        """
+        from cogview.pipeline.cogview import resolve_seed
+
+        self.model = model
+        self.settings = settings
+        self.grid = model.config.grid
+        self.seed = resolve_seed(settings.seed)
+        self.problems = list(problems)
+        self.resolved: list[ResolvedRecord] = []
+        self._records = records
+        tasks = [*(record.row.weights for record in records), *(["upscale"] if settings.upscale else [])]
+        self._sampling = {
+            task: model.sampling(**settings.sampling, task=task)
+            for task in dict.fromkeys(tasks)
+            if task != "caption" and task in model.config.tasks
+        }
+        for record in records:
+            try:
+                self.resolved.append(self._resolve(record))
+            except ValueError as error:
+                self.problems.append(f"line {record.number}: {error}")
+        if not self.resolved:
+            raise InputError(
+                f"{name_of(settings.source)} has no line that can be used; the first problem is in {self.problems[0]}"
+            )
+
+    def open_journal(self, path: Path, locks: JobLocks) -> JobJournal:
+        """Create the journal of the job, or continue that of an equal job.
+
+        The batch size and, where the settings give none, the seed are those of an existing journal.
+
+        Raises:
+            InputError: The journal is that of another job.
+        """
+        inherit = ["batch"] + ["seed"] * (self.settings.seed is None)
+        journal = JobJournal.open(path, self.header(), locks=locks, resume=True, inherit_keys=inherit)
+        self.seed = journal.header["seed"]
+        return journal
+
+    def header(self) -> dict[str, Any]:
+        """Return the settings that must be equal when the job is resumed, and the planned batch size."""
+        from cogview.checkpoints.adapter import Adapter
+        from cogview.checkpoints.registry import resolve_checkpoint
+
+        model, settings = self.model, self.settings
+        folders = model.bundle.folders.values() if model.bundle else [model.folder or resolve_checkpoint(model.name)]
+        prints = [fingerprint(folder) for folder in folders]
+        if model.adapter is not None:
+            prints.append(Adapter(model.adapter).sha256())
+        requests = [request for item in self.items() for request in item.requests]
+        return {
+            "job": digest(self._records, settings.source),
+            "model": model.name,
+            "weights": " ".join(dict.fromkeys(prints)),
+            "dtype": model.placement.weight_format,
+            "kv_dtype": settings.kv_dtype,
+            "device": model.placement.device.type,
+            "sampling": {task: asdict(sampling) for task, sampling in self._sampling.items()},
+            "seed": self.seed,
+            "n": settings.n,
+            "keep": settings.keep,
+            "upscale": settings.upscale,
+            "batch": max(model.batch_sizes(requests, batch_size=settings.max_batch_size)),
+        }
+
+    def items(self) -> list[WorkItem]:
+        """Return all results of the job, in order.
+
+        The given codes of the requests are placeholders. File names follow from the job alone. Equal records continue
+        the numbers of their images, as a larger n does.
+        """
+        counts: Counter[tuple[Any, ...]] = Counter()
+        taken: set[str] = set()
+        items = []
+        for resolved in self.resolved:
+            record = resolved.record
+            requests = self._requests(resolved, counts)
+            paths = [
+                self.settings.output / _unused_name(_stem(record), f"-seed{request.seed}-{request.index}.png", taken)
+                for request in requests
+                if record.row.output == "image"
+            ]
+            ids = [f"{record.key}/{number}" for number in range(resolved.n)]
+            upscaled = [f"{name}/up" for name in ids if resolved.upscale_sampling]
+            if self.is_ranked(resolved):
+                keep = slice(self.settings.keep)
+                items.append(
+                    WorkItem(resolved=resolved, requests=requests, paths=paths, ids=ids[keep], upscaled=upscaled[keep])
+                )
+                continue
+            for number in range(resolved.n):
+                one = slice(number, number + 1)
+                items.append(
+                    WorkItem(
+                        resolved=resolved,
+                        requests=requests[one],
+                        paths=paths[one],
+                        ids=ids[one],
+                        upscaled=upscaled[one],
+                    )
+                )
+        return items
+
+    def chunks(self, size: int) -> list[list[WorkItem]]:
+        """Return the work items in chunks of at most ``size`` requests; a larger item is a chunk of its own."""
+        chunks: list[list[WorkItem]] = []
+        free = 0
+        for item in self.items():
+            if not chunks or len(item.requests) > free:
+                chunks.append([])
+                free = size
+            chunks[-1].append(item)
+            free -= len(item.requests)
+        return chunks
+
+    def missing_codes(self, journal: JobJournal) -> dict[str, int]:
+        """Return the number of tokens of each result that is not in the journal, by its id."""
+        self.seed = journal.header["seed"]
+        return {name: self._num_codes(item) for item in self.items() for name in item.names if name not in journal.done}
+
+    def _resolve(self, record: JobRecord) -> ResolvedRecord:
+        """Check a record against the model; raise ValueError with the reason if it cannot be done."""
+        from cogview.modeling.config import GREEDY, Sampling
+
+        task = record.row.weights
+        self.model.require_task(task)
+        if task == "caption":
+            if unused := [name for name in ("guidance", "text_attention") if name in record.sampling]:
+                raise InputError(f"{' and '.join(unused)} cannot be set for captions")
+            n = record.n or 1
+            sampled = Sampling(**{"top_k": 0, **record.sampling})  # type: ignore[arg-type]  # top_k is an int
+            return ResolvedRecord(record=record, n=n, sampling=sampled if record.sampling or n > 1 else GREEDY)
+        assert record.prompt is not None
+        if (problem := self.model.prompt_problem(record.prompt)) is not None:
+            raise InputError(problem)
+        if record.rows is not None and record.rows >= self.grid:
+            raise InputError(f"the rows to keep must be from 0 to {self.grid - 1}, got {record.rows}")
+        sampling = {**self.settings.sampling, **record.sampling}
+        resolved = ResolvedRecord(
+            record=record, n=record.n or self.settings.n, sampling=self.model.sampling(**sampling, task=task)
+        )
+        if self.settings.upscale and resolved.is_ranked_task:
+            return replace(resolved, upscale_sampling=self.model.sampling(**sampling, task="upscale"))
+        return resolved
+
+    def _requests(self, resolved: ResolvedRecord, counts: Counter[tuple[Any, ...]]) -> list[GenerationRequest]:
+        """Return the requests of a record; ``counts`` has the number of images of equal records before it."""
+        from cogview.pipeline.requests import GenerationRequest
+
+        record = resolved.record
+        seed = self.seed if record.seed is None else record.seed
+        key = (record.task, record.prompt, record.image, record.rows, seed, resolved.sampling)
+        first, counts[key] = counts[key], counts[key] + resolved.n
+        codes = self._placeholder(record)
+        return [
+            GenerationRequest(
+                prompt=record.prompt or "",
+                seed=seed,
+                index=index,
+                task=record.row.weights,
+                codes=codes,
+                sampling=resolved.sampling,
+            )
+            for index in range(first, first + resolved.n)
+        ]
+
+    def _placeholder(self, record: JobRecord) -> np.ndarray | None:
+        """Return zeros in the shape of the codes that a record gives."""
+        import numpy as np
+
+        if record.image is None:
+            return None
+        return np.zeros((self.grid if record.rows is None else record.rows, self.grid), dtype=np.int64)
+
+    def _num_codes(self, item: WorkItem) -> int:
+        """Return the number of codes, or the maximum number of pieces, that are decoded for one result of an item."""
+        row = item.record.row
+        if row.output == "text":
+            return self.model.config.caption_positions
+        each = round(row.output_scale * self.grid) ** 2 - (item.record.rows or 0) * self.grid
+        upscaled = (2 * self.grid) ** 2 * len(item.upscaled)
+        return (each * len(item.requests) + upscaled) // len(item.names)
+
+    def is_ranked(self, resolved: ResolvedRecord) -> bool:
+        """Return whether only the best images of a record are kept."""
+        return self.settings.keep is not None and resolved.is_ranked_task
+
+
+def _stem(record: JobRecord) -> str:
+    """Return the start of the file names of a record's images."""
+    from cogview.image_io.png import safe_name
+
+    if record.id is not None:
+        return safe_name(record.id)
+    if record.image is None:
+        return safe_name(record.prompt or "")
+    return f"{safe_name(record.image.stem)}-{'up' if record.rows is None else f'rows{record.rows}'}"
+
+
+def _unused_name(stem: str, ending: str, taken: set[str]) -> str:
+    """Return a name that is not in ``taken``, and add it; case is ignored, as some file systems do."""
+    name, number = f"{stem}{ending}", 1
+    while name.casefold() in taken:
+        number += 1
+        name = f"{stem}_{number}{ending}"
+    taken.add(name.casefold())
+    return name

@@ -1,0 +1,255 @@
+"""Generate the results of a job and record each finished one in the journal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cogview.errors import InputError
+from cogview.jobs.journal import JobJournal
+from cogview.jobs.locks import JobLocks, run_chunks
+from cogview.jobs.plan import JobPlan, WorkItem
+from cogview.jobs.records import JobRecord
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from cogview.pipeline.requests import GenerationRequest
+    from cogview.pipeline.results import Caption, GeneratedImage, GenerationProgress
+
+
+class JobObserver:
+    """Receiver of the events of a job; each method does nothing by default."""
+
+    def skipped(self, reason: str) -> None:
+        """A record cannot be used."""
+
+    def noted(self, message: str) -> None:
+        """An image was resized or cropped."""
+
+    def batch(self, paths: Mapping[GenerationRequest, Path]) -> None:
+        """A batch starts; ``paths`` has the files of its images."""
+
+    def progress(self, progress: GenerationProgress) -> None:
+        """Tokens were decoded."""
+
+    def finished(self, request: GenerationRequest) -> None:
+        """A request is done."""
+
+    def recorded(self, num_results: int, num_codes: int) -> None:
+        """All processes together have recorded this number of the results that were missing at the start."""
+
+    def saved(self, path: Path) -> None:
+        """An image was saved."""
+
+    def captioned(self, caption: Caption, image: Path) -> None:
+        """A caption of an image file was generated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobReport:
+    """The state of a job after ``JobRunner.run``."""
+
+    count: int  # results of the whole job
+    missing: int  # of them not in the journal when the run started
+    left: int  # of them not in the journal now
+    skipped: int  # records that could not be used
+
+
+@dataclass(frozen=True, kw_only=True)
+class _UpscaleItem:
+    """A result to upscale: its work item, the id of the upscaled image, the image, and the file of the image."""
+
+    item: WorkItem
+    name: str
+    image: GeneratedImage
+    path: Path
+
+
+class JobRunner:
+    """A plan, and an observer of its run."""
+
+    def __init__(self, plan: JobPlan, observer: JobObserver | None = None) -> None:
+        """Prepare to run ``plan``; ``observer`` receives the events."""
+        self.plan = plan
+        self.model = plan.model
+        self._observer = observer or JobObserver()
+        self._unread: dict[JobRecord, str] = {}  # reasons of the records whose images cannot be read
+        self._noted: set[Path] = set()
+
+    def run(self, journal: JobJournal, locks: JobLocks, stop: Callable[[], bool] = lambda: False) -> JobReport:
+        """Generate the results that are not in the journal.
+
+        Args:
+            journal: The journal of the plan.
+            locks: The locks of the job.
+            stop: Called before each chunk; the run ends where it returns True.
+
+        Raises:
+            DiskFull: The disk has no space for a result; finished results are kept.
+        """
+        missing = self.plan.missing_codes(journal)
+        chunks = self.plan.chunks(journal.header["batch"])
+
+        def work(number: int, names: Sequence[str]) -> None:
+            self._run_chunk(chunks[number], set(names), journal)
+            there = [codes for name, codes in missing.items() if name in journal.done]
+            self._observer.recorded(len(there), sum(there))
+
+        names = [[name for item in chunk for name in item.names] for chunk in chunks]
+        run_chunks(names, journal, locks, work, stop)
+        return JobReport(
+            count=sum(map(len, names)),
+            missing=len(missing),
+            left=sum(name not in journal.done for chunk in names for name in chunk),
+            skipped=len(self.plan.problems) + len(self._unread),
+        )
+
+    def save_sheet(self, journal: JobJournal) -> Path | None:
+        """Lay the saved images of the job on a contact sheet; return its path, None without images."""
+        import numpy as np
+        from PIL import Image
+
+        from cogview.image_io.contact_sheet import contact_sheet
+        from cogview.image_io.png import read_metadata, save_png, sheet_metadata
+
+        names = [name for item in self.plan.items() if item.resolved.is_ranked_task for name in item.ids]
+        paths = [self.plan.settings.output / journal.done[name]["path"] for name in names if name in journal.done]
+        if not paths:
+            return None
+        images = []
+        for path in paths:
+            with Image.open(path) as image:
+                images.append(np.asarray(image))
+        sheet = contact_sheet(images, columns=self.plan.settings.keep or self.plan.settings.n)
+        metadata = sheet_metadata([read_metadata(path) for path in paths])
+        return save_png(self.plan.settings.output / f"grid-seed{self.plan.seed}.png", sheet, metadata)
+
+    def _read(self, record: JobRecord) -> Image.Image | None:
+        """Read the image of a record; None if it cannot be read."""
+        from cogview.image_io.reading import read_image
+
+        assert record.image is not None
+        if record in self._unread:
+            return None
+        try:
+            image, note = self.model.fit_image(read_image(record.image), task=record.row.weights)
+        except InputError as error:
+            self._unread[record] = str(error)
+            self._observer.skipped(f"line {record.number}: {error}")
+            return None
+        if note is not None and record.image not in self._noted:
+            self._noted.add(record.image)
+            self._observer.noted(f"{record.image}: {note}")
+        return image
+
+    def _run_chunk(self, chunk: Sequence[WorkItem], missing: set[str], journal: JobJournal) -> None:
+        """Generate a whole chunk, so that batches are always the same, and save the results in ``missing``."""
+        with_image = dict.fromkeys(item.record for item in chunk if item.record.image is not None)
+        images = {record: image for record in with_image if (image := self._read(record)) is not None}
+        chunk = [item for item in chunk if item.record in images or item.record not in with_image]
+        if not any(name in missing for item in chunk for name in item.names):
+            return
+        given = dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
+        requests = {
+            item: [
+                replace(request, codes=given[item.record][: item.record.rows]) if item.record in given else request
+                for request in item.requests
+            ]
+            for item in chunk
+        }
+        self._observer.batch(
+            {
+                request: path
+                for item, own in requests.items()
+                if item.resolved.is_ranked_task
+                for request, path in zip(own, item.paths, strict=True)
+            }
+        )
+        batch_size = min(journal.header["batch"], self.plan.settings.max_batch_size or journal.header["batch"])
+        results = self.model.run(
+            [request for own in requests.values() for request in own],
+            batch_size=batch_size,
+            callback=self._observer.progress,
+        )
+        small: list[_UpscaleItem] = []
+        for item, own in requests.items():
+            generated: list[Any] = list(islice(results, len(own)))
+            if self.plan.is_ranked(item.resolved):
+                generated = self.model.rerank(generated, batch_size=batch_size)
+            paths = dict(zip((request.index for request in own), item.paths, strict=False))
+            for number, (name, result) in enumerate(zip(item.ids, generated, strict=False)):  # the best of them
+                if name in missing:
+                    self._save(name, item.record, result, paths.get(result.index), journal)
+                if item.upscaled:
+                    path = self.plan.settings.output / journal.done[name]["path"]
+                    small.append(_UpscaleItem(item=item, name=item.upscaled[number], image=result, path=path))
+            for request in own:
+                self._observer.finished(request)
+        if small:
+            self._upscale(small, missing, journal, batch_size)
+
+    def _upscale(
+        self,
+        small: Sequence[_UpscaleItem],
+        missing: set[str],
+        journal: JobJournal,
+        batch_size: int,
+    ) -> None:
+        """Upscale images of a chunk, and save the results in ``missing``."""
+        from cogview.pipeline.requests import GenerationRequest
+
+        requests = [
+            GenerationRequest(
+                prompt=each.image.prompt,
+                seed=each.image.seed,
+                index=each.image.index,
+                task="upscale",
+                codes=each.image.codes,
+                sampling=each.item.resolved.upscale_sampling,
+            )
+            for each in small
+        ]
+        results = self.model.run(requests, batch_size=batch_size, callback=self._observer.progress)
+        for each, large in zip(small, results, strict=True):
+            if each.name in missing:
+                source = each.path.relative_to(self.plan.settings.output)
+                record = replace(each.item.record, task="upscale", image=source, rows=None)
+                self._save(each.name, record, large, each.path.with_name(f"{each.path.stem}-up.png"), journal)
+
+    def _save(self, name: str, record: JobRecord, result: Any, path: Path | None, journal: JobJournal) -> None:
+        """Save a result, then record it in the journal."""
+        from cogview.image_io.png import preview_path, save_png
+
+        facts: dict[str, Any] = {
+            "task": record.task,
+            "prompt": record.prompt,
+            "index": result.index,
+            "seed": result.seed,
+        }
+        if record.image is not None:
+            facts["image"] = str(record.image)
+        if path is None:
+            assert record.image is not None
+            facts["text"] = result.text
+            self._observer.captioned(result, record.image)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path = save_png(path, result, result.metadata(self.model.label) | _metadata(record))
+            self._observer.saved(path)
+            facts["path"] = path.relative_to(self.plan.settings.output).as_posix()
+            preview_path(path).unlink(missing_ok=True)  # of a process that was killed
+            if result.score is not None:
+                facts["score"] = result.score.log_probability
+        journal.record(name, **facts, log_probability=result.log_probability)
+
+
+def _metadata(record: JobRecord) -> dict[str, str]:
+    """Return the text chunks that the commands of the tasks add to those of every image."""
+    if record.image is None:
+        return {}
+    metadata = {"task": record.task, "source": record.image.name}
+    return metadata if record.rows is None else metadata | {"rows": str(record.rows)}
