@@ -1,55 +1,49 @@
-"""Describe images with the command line of the released CogView v1, as generate_samples.py does for image2text.
+"""Caption images with the command line of CogView v1, as generate_samples.py does for image2text.
 
 Paths of images come from a file, one per line, or are asked for; with --with-id a line is ID<TAB>PATH. The BATCH_SIZE
-captions of an image are drawn, as in the release, but end where the model ends them. They are printed as lines of JSON,
-which OUTPUT_PATH/captions.jsonl holds as well.
+captions of an image are sampled, as in CogView v1, but end at the stop token. They are printed as lines of JSON, which
+OUTPUT_PATH/captions.jsonl holds as well.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import v1_flags
 
-from cogview.cli.caption import caption_line, describe, open_describer
+from cogview.cli.caption import caption_files, caption_line, load_captioner
 from cogview.cli.inputs import ImageReader
 from cogview.cli.text_io import LineWriter
 from cogview.pipeline.cogview import resolve_seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit status."""
+    """Run; return the exit status."""
     return v1_flags.main(argv, program="caption_images.py", description=__doc__, tasks=TASKS)
 
 
-def run(args: argparse.Namespace, lines: list[str] | None) -> int:
-    """Describe every image that can be read; status 1 if there was one that cannot, 2 if there was a wrong line."""
-    settings = {
-        "method": "sample",
-        "n": args.batch_size,
-        "seed": resolve_seed(args.seed),
-        **v1_flags.sampling_settings(args),
-    }
-    with LineWriter(args.output_path / "captions.jsonl") as writer:
-        model = open_describer(args.load, settings, device=args.device, adapter=args.adapter)
+def run(flags: v1_flags.V1Flags, lines: list[str] | None) -> int:
+    """Caption every image that can be read; return status 1 if one cannot, 2 if a line was skipped."""
+    settings = {"method": "sample", "n": flags.batch_size, "seed": resolve_seed(flags.seed), **flags.settings}
+    with LineWriter(flags.output_path / "captions.jsonl") as writer:
+        model = load_captioner(flags.model, settings)
 
         def write_captions(lines: list[str]) -> int:
-            sources = [parts for line in lines if (parts := v1_flags.split_id(args, line)) is not None]
+            sources = [parts for line in lines if (parts := v1_flags.split_id(flags, line)) is not None]
             paths = [Path(path) for _, path in sources]
-            images, done = ImageReader(), 0
-            for number, captions in describe(model, images, paths, settings, args.ceiling):
-                name, path = sources[number]
+            reader, done = ImageReader(), 0
+            for index, captions in caption_files(model, reader, paths, settings, flags.max_batch_size):
+                name, path = sources[index]
                 about = {"file": path} if name is None else {"id": name, "file": path}
                 for caption in captions:
                     writer.write(caption_line(caption, **about))
                 done += 1
-            status = images.report_failures(done)
+            status = reader.report_failures(done)
             return status if len(sources) == len(lines) else 2
 
-        return v1_flags.answer(lines, "Which image shall I describe?", write_captions)
+        return v1_flags.process_lines(lines, "Which image shall I caption?", write_captions)
 
 
 TASKS: dict[str, v1_flags.Task] = {"image2text": run}

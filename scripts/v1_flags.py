@@ -1,158 +1,221 @@
-"""The command line of the released CogView v1, as all of its tasks share it."""
+"""The command line of CogView v1, which all of its scripts share."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import click
+
 from cogview.checkpoints.registry import is_v1
-from cogview.cli.main import HelpFormatter, Parser, run_safely
+from cogview.cli.main import run_command
 from cogview.cli.options import (
     DEFAULT_MODEL,
-    add_adapter_argument,
-    add_ceiling_argument,
-    parse_max_batch_size,
-    require_positive,
+    FILE,
+    Command,
+    ModelOptions,
+    SessionOptions,
+    adapter_option,
+    combine,
+    device_option,
+    max_batch_size_option,
 )
 from cogview.cli.session import GenerationSession
 from cogview.cli.text_io import prompt_lines, read_lines
 from cogview.errors import InputError
 from cogview.image_io.png import prepare_folder
 
-# A task: given the flags and the lines of the input, or None to ask for them, it returns the exit status.
-Task = Callable[[argparse.Namespace, list[str] | None], int]
-
-# Flags of the released scripts that say what a checkpoint folder says by itself. 0: they take no value.
+# Flags of CogView v1 about the shape of the model, which a checkpoint folder holds. False: the flag takes no value.
 NEEDLESS = {
-    "--deepspeed": 0,
-    "--fp16": 0,
-    "--model-parallel-size": 1,
-    "--num-layers": 1,
-    "--hidden-size": 1,
-    "--num-attention-heads": 1,
-    "--max-position-embeddings": 1,
-    "--max-position-embeddings-finetune": 1,
-    "--query-window": 1,
-    "--key-window-times": 1,
-    "--num-pivot": 1,
-    "--is-sparse": 1,
+    "--deepspeed": False,
+    "--fp16": False,
+    "--model-parallel-size": True,
+    "--num-layers": True,
+    "--hidden-size": True,
+    "--num-attention-heads": True,
+    "--max-position-embeddings": True,
+    "--max-position-embeddings-finetune": True,
+    "--query-window": True,
+    "--key-window-times": True,
+    "--num-pivot": True,
+    "--is-sparse": True,
 }
 
 
-def main(argv: Sequence[str] | None, *, program: str, description: str | None, tasks: Mapping[str, Task]) -> int:
-    """Run one of ``tasks``, by default the first; returns the exit status."""
-    args = build_parser(program, description, list(tasks)).parse_args(argv)
-    return run_safely(lambda: run(args, tasks), program)
+@dataclass(frozen=True, kw_only=True)
+class V1Flags:
+    """Values of the flags, under their names."""
+
+    generation_task: str
+    input_source: str
+    output_path: Path
+    batch_size: int
+    max_batch_size: int | None
+    with_id: bool
+    debug: bool
+    device: str
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    load: str
+    adapter: str | None
+    img_tokenizer_path: Path | None
+
+    @property
+    def model(self) -> ModelOptions:
+        """The model of the flags."""
+        return ModelOptions(
+            model=self.load, adapter=self.adapter, max_batch_size=self.max_batch_size, device=self.device
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The sampling settings that were given; CogView v1 disables top-p by 0."""
+        given = {"temperature": self.temperature, "top_k": self.top_k, "top_p": 1.0 if self.top_p == 0 else self.top_p}
+        return {name: value for name, value in given.items() if value is not None}
 
 
-def build_parser(program: str, description: str | None, tasks: Sequence[str]) -> argparse.ArgumentParser:
-    """The released flags."""
-    parser = Parser(
-        prog=program,
-        description=description,
-        formatter_class=HelpFormatter,
-        epilog=f"Accepted and not needed, for a checkpoint folder knows its own shape: {', '.join(NEEDLESS)}.",
-    )
-    parser.add_argument("--generation-task", default=tasks[0], metavar="TASK", help=f"one of: {', '.join(tasks)}")
-    parser.add_argument(
+# A task: it takes the flags and the lines of the input, None to ask for them, and returns the exit status.
+Task = Callable[[V1Flags, "list[str] | None"], int]
+
+FLAGS = (
+    click.option(
         "--input-source",
         default="interactive",
         metavar="PATH",
-        help="a file with one query per line, or interactive: asks until an empty line or “stop”",
+        help="file with one query per line, or interactive, which asks until an empty line or “stop”",
+    ),
+    click.option("--output-path", type=FILE, default="samples", metavar="PATH", help="folder for the results"),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=4,
+        metavar="COUNT",
+        help="number of images per prompt, or captions per image",
+    ),
+    max_batch_size_option("images"),
+    click.option("--with-id", is_flag=True, help="lines of the file start with ID<TAB>"),
+    click.option("--debug", is_flag=True, help="text2image: also write one concatenated image per prompt"),
+    device_option(help="auto, cpu, cuda, mps, or the number of a GPU"),
+    click.option("--temperature", type=float, metavar="T", show_default="set by the model"),
+    click.option("--top_k", type=int, metavar="K", show_default="set by the model", help="0 disables"),
+    click.option("--top_p", type=float, metavar="P", show_default="set by the model", help="0 or 1 disables"),
+    click.option("--seed", type=int, default=1234, metavar="NUMBER", help="random seed"),
+    click.option(
+        "--load", default=DEFAULT_MODEL, metavar="MODEL", help="name of a model (see cogview models) or its folder"
+    ),
+    adapter_option(),
+    click.option(
+        "--img-tokenizer-path",
+        type=FILE,
+        metavar="PATH",
+        help="ignored: a checkpoint folder holds its image tokenizer",
+    ),
+)
+
+
+def main(argv: Sequence[str] | None, *, program: str, description: str | None, tasks: Mapping[str, Task]) -> int:
+    """Run a script of CogView v1.
+
+    Args:
+        argv: The command line without the program's name; that of the process by default.
+        program: The name of the script.
+        description: Its help text.
+        tasks: Its tasks by the value of ``--generation-task``; the first one is the default.
+
+    Returns:
+        The exit status.
+    """
+    return run_command(build_command(description, tasks), argv, program)
+
+
+def build_command(description: str | None, tasks: Mapping[str, Task]) -> click.Command:
+    """Return the command with the flags of CogView v1."""
+    needless: list[str] = []
+
+    def note(ctx: click.Context, param: click.Parameter, value: object) -> None:
+        if value is not None and value is not False:
+            needless.append(param.opts[0])
+
+    @combine(
+        click.option(
+            "--generation-task", default=next(iter(tasks)), metavar="TASK", help=f"one of: {', '.join(tasks)}"
+        ),
+        *FLAGS,
+        *(
+            click.option(flag, is_flag=False, flag_value="", hidden=True, expose_value=False, callback=note)
+            if takes_value
+            else click.option(flag, is_flag=True, hidden=True, expose_value=False, callback=note)
+            for flag, takes_value in NEEDLESS.items()
+        ),
     )
-    parser.add_argument("--output-path", type=Path, default=Path("samples"), metavar="PATH", help="where results go")
-    parser.add_argument(
-        "--batch-size", type=int, default=4, metavar="COUNT", help="pictures per prompt, or captions per image"
-    )
-    add_ceiling_argument(parser, "pictures")
-    parser.add_argument("--with-id", action="store_true", help="lines of the file begin with ID<TAB>")
-    parser.add_argument("--debug", action="store_true", help="text2image: one concatenated picture per prompt as well")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, or the number of a GPU")
-    parser.add_argument("--temperature", type=float, help="(default: the model's own)")
-    parser.add_argument("--top_k", type=int, help="0 keeps everything (default: the model's own)")
-    parser.add_argument("--top_p", type=float, help="0 or 1 keeps everything (default: the model's own)")
-    parser.add_argument("--seed", type=int, default=1234, help="the same seed gives the same results")
-    parser.add_argument(
-        "--load", default=DEFAULT_MODEL, metavar="MODEL", help="a model's name (see cogview models) or its folder"
-    )
-    add_adapter_argument(parser)
-    parser.add_argument(
-        "--img-tokenizer-path", type=Path, metavar="PATH", help="ignored: a model's folder holds its image tokenizer"
-    )
-    for flag, values in NEEDLESS.items():
-        parser.add_argument(flag, nargs="?" if values else 0, dest="needless", action=Needless, help=argparse.SUPPRESS)
-    return parser
+    def call(**values: Any) -> int:
+        flags = V1Flags(**values)
+        return run(flags, tasks, needless)
+
+    epilog = f"Accepted and ignored, since a checkpoint folder holds the model's shape: {', '.join(NEEDLESS)}."
+    return click.command(cls=Command, help=description, epilog=epilog)(call)
 
 
-class Needless(argparse.Action):
-    """Collects the flags that were given, whatever their values."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: object, option: str | None = None
-    ) -> None:
-        namespace.needless = [*(namespace.needless or []), option]
-
-
-def run(args: argparse.Namespace, tasks: Mapping[str, Task]) -> int:
-    """Check the flags, read the input, and run the task."""
-    interactive = args.input_source == "interactive"
-    if args.generation_task not in tasks:
-        raise InputError(f"--generation-task {args.generation_task} is unknown; known: {', '.join(tasks)}")
-    if interactive and args.with_id:
-        raise InputError("--with-id needs a file of lines that begin with ID<TAB>: give it with --input-source")
-    require_positive("--batch-size", args.batch_size)
-    args.ceiling = parse_max_batch_size(args)
-    lines = None if interactive else read_lines(args.input_source, "a query per line")
-    prepare_folder(args.output_path)
-    if args.needless:
-        print(f"note: not needed, and ignored: {', '.join(args.needless)}", file=sys.stderr)
-    given = args.img_tokenizer_path
-    converted = not is_v1(Path(args.load))  # if it is not, opening it will say so
-    if given is not None and converted and given.resolve() != Path(args.load, "image").resolve():
-        print(f"note: {given} is ignored: {args.load} has an image tokenizer of its own", file=sys.stderr)
-    return tasks[args.generation_task](args, lines)
+def run(flags: V1Flags, tasks: Mapping[str, Task], needless: Sequence[str]) -> int:
+    """Check the flags, read the input, and run the task; ``needless`` holds the ignored flags that were given."""
+    interactive = flags.input_source == "interactive"
+    if flags.generation_task not in tasks:
+        raise InputError(f"--generation-task {flags.generation_task} is unknown; known: {', '.join(tasks)}")
+    if interactive and flags.with_id:
+        raise InputError("--with-id needs a file of lines that start with ID<TAB>: give it with --input-source")
+    lines = None if interactive else read_lines(flags.input_source, "a query per line")
+    prepare_folder(flags.output_path)
+    if needless:
+        print(f"note: not needed, and ignored: {', '.join(needless)}", file=sys.stderr)
+    given = flags.img_tokenizer_path
+    converted = not is_v1(Path(flags.load))  # weights of CogView v1 are refused when they are loaded
+    if given is not None and converted and given.resolve() != Path(flags.load, "image").resolve():
+        print(f"note: {given} is ignored: {flags.load} has its own image tokenizer", file=sys.stderr)
+    return tasks[flags.generation_task](flags, lines)
 
 
-def sampling_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Those of the sampling flags that were given; a top-p of 0 was the release's way to say none."""
-    given = {"temperature": args.temperature, "top_k": args.top_k, "top_p": 1.0 if args.top_p == 0 else args.top_p}
-    return {name: value for name, value in given.items() if value is not None}
+def open_session(flags: V1Flags, task: str) -> GenerationSession:
+    """Load the model for ``task``, and print a header on stderr."""
+    options = SessionOptions(model=flags.model, settings=flags.settings, seed=flags.seed)
+    session = GenerationSession.open(options, [task])
+    session.print_header()
+    return session
 
 
-def open_easel(args: argparse.Namespace, task: str) -> GenerationSession:
-    """The model, for drawing. Says on stderr where it runs."""
-    easel = GenerationSession.open(
-        args.load,
-        tasks=[task],
-        settings=sampling_settings(args),
-        seed=args.seed,
-        ceiling=args.ceiling,
-        device=args.device,
-        adapter=args.adapter,
-    )
-    easel.print_header()
-    return easel
+def process_lines(lines: list[str] | None, question: str, process: Callable[[list[str]], int]) -> int:
+    """Process the lines of a file together, or ask for lines and process each on its own.
 
+    Args:
+        lines: The lines; None asks for them.
+        question: The question.
+        process: Called with lines; it returns the exit status.
 
-def answer(lines: list[str] | None, question: str, do: Callable[[list[str]], int]) -> int:
-    """The status of ``do`` for all lines; or ask for lines and do one at a time, whatever becomes of the others."""
+    Returns:
+        The exit status: that of ``process`` for a file, else 0.
+    """
     if lines is not None:
-        return do(lines)
+        return process(lines)
     for line in takewhile(lambda line: line != "stop", prompt_lines(f"{question} (“stop” ends)")):
         try:
-            do([line])
+            process([line])
         except InputError as error:
             print(f"skipped: {error}", file=sys.stderr)
     return 0
 
 
-def split_id(args: argparse.Namespace, line: str) -> tuple[str | None, str] | None:
-    """The id of a line, None where lines have none, and the rest; None, and a word on stderr, if the id is missing."""
-    if not args.with_id:
+def split_id(flags: V1Flags, line: str) -> tuple[str | None, str] | None:
+    """Split the id off a line.
+
+    Returns:
+        The id, None where lines have none, and the rest; None, with a message on stderr, if the id is missing.
+    """
+    if not flags.with_id:
         return None, line
     name, tab, rest = line.partition("\t")
     if not tab:

@@ -71,6 +71,11 @@ COMMANDS = {
     "doctor": ("doctor", "check this machine and, optionally, a recipe"),
     "import-data": ("import_data", "import datasets of CogView v1 into a token store"),
 }
+CONTEXT_SETTINGS: dict[str, Any] = {
+    "help_option_names": ["-h", "--help"],
+    "show_default": True,
+    "max_content_width": 100,
+}
 COMPLETION_VARIABLE = "_COGVIEW_COMPLETE"  # set by the script that `_COGVIEW_COMPLETE=bash_source cogview` prints
 
 
@@ -109,7 +114,7 @@ class LazyGroup(click.Group):
 @click.group(
     cls=LazyGroup,
     no_args_is_help=False,
-    context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
+    context_settings=CONTEXT_SETTINGS,
 )
 @click.version_option(__version__, message="cogview %(version)s")
 def cli() -> None:
@@ -134,11 +139,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return shell_complete(cli, {}, "cogview", COMPLETION_VARIABLE, instruction)
 
-    def run() -> int:
-        with cli.make_context("cogview", arguments) as context:
-            return int(cli.invoke(context) or 0)
+    return run_command(cli, arguments, "cogview", f"cogview {command}" if command in COMMANDS else "cogview")
 
-    return run_safely(run, f"cogview {command}" if command in COMMANDS else "cogview")
+
+def run_command(command: click.Command, argv: Sequence[str] | None, program: str, name: str | None = None) -> int:
+    """Run a ``click`` command of this package or of a script.
+
+    Args:
+        command: The command; its function returns the exit status.
+        argv: The command line without the program's name; that of the process by default.
+        program: The name of the program in its help.
+        name: The name in messages about mistakes; ``program`` by default.
+
+    Returns:
+        The exit status.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+
+    def run() -> int:
+        with command.make_context(program, arguments, **CONTEXT_SETTINGS) as context:
+            return int(command.invoke(context) or 0)
+
+    return run_safely(run, name or program)
 
 
 def run_safely(run: Callable[[], int], name: str) -> int:

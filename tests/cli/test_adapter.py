@@ -52,7 +52,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_merged_by_an_option_or_in_a_folder_it_draws_the_same(run, run_command, tiny_checkpoint, adapter, tmp_path):
+def test_adapter_gives_equal_images_merged_on_load_or_in_a_folder(run, run_command, tiny_checkpoint, adapter, tmp_path):
     assert run("adapter", "merge", tiny_checkpoint, adapter, "-o", "merged") == (0, ["merged"], "")
     drawn = {}
     for name, options in {
@@ -69,7 +69,7 @@ def test_merged_by_an_option_or_in_a_folder_it_draws_the_same(run, run_command, 
     assert drawn["option"]["model"] == f"{tiny_checkpoint} + {adapter}"
 
 
-def test_a_merged_folder_is_whole_and_says_what_it_is(run, tiny_checkpoint, adapter, tmp_path):
+def test_adapter_merge_writes_a_complete_folder(run, tiny_checkpoint, adapter, tmp_path):
     run("adapter", "merge", tiny_checkpoint, adapter, "-o", "merged")
     names = sorted(path.relative_to(tiny_checkpoint) for path in tiny_checkpoint.rglob("*"))
     assert sorted(path.relative_to(tmp_path / "merged") for path in (tmp_path / "merged").rglob("*")) == names
@@ -88,13 +88,13 @@ def test_a_merged_folder_is_whole_and_says_what_it_is(run, tiny_checkpoint, adap
         torch.testing.assert_close(tensor, old[name], atol=1e-6, rtol=0)
 
 
-def test_weights_keep_their_dtype(run, tiny_checkpoint, adapter, tmp_path):
+def test_adapter_merge_keeps_the_dtype(run, tiny_checkpoint, adapter, tmp_path):
     convert_folder(tiny_checkpoint, tmp_path / "half", precision=Precision(torch.bfloat16))
     run("adapter", "merge", "half", adapter, "-o", "merged")
     assert {tensor.dtype for tensor in load_file("merged/model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_merged_twice_or_never_it_is_said(run, tiny_checkpoint, adapter):
+def test_adapter_reports_a_repeated_or_missing_merge(run, tiny_checkpoint, adapter):
     run("adapter", "merge", tiny_checkpoint, adapter, "-o", "once")
     _, _, err = run("adapter", "merge", "once", adapter, "-o", "twice")
     assert "note: the card says that the LoRA adapter `foxes`" in err
@@ -104,7 +104,7 @@ def test_merged_twice_or_never_it_is_said(run, tiny_checkpoint, adapter):
     assert "Without the LoRA adapter `foxes`" in Path("less/README.md").read_text(encoding="utf-8")
 
 
-def test_info(run, adapter, tiny_checkpoint, tmp_path):
+def test_adapter_info_prints_the_settings(run, adapter, tiny_checkpoint, tmp_path):
     status, lines, _ = run("adapter", "info", adapter)
     facts = dict(line.split(": ", 1) for line in lines)
     assert status == 0
@@ -121,7 +121,7 @@ def test_info(run, adapter, tiny_checkpoint, tmp_path):
     assert lines[0] == "base model: not said"
 
 
-def test_mistakes_are_one_line_and_status_2(run, tiny_checkpoint, adapter, tmp_path):
+def test_adapter_reports_mistakes_in_one_line(run, tiny_checkpoint, adapter, tmp_path):
     (tmp_path / "there").mkdir()
     convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(quantization="int8"))
     for arguments, words in (
@@ -140,14 +140,14 @@ def test_mistakes_are_one_line_and_status_2(run, tiny_checkpoint, adapter, tmp_p
     assert run("adapter", "merge", tiny_checkpoint, adapter)[0] == 2
 
 
-def test_a_bundle_takes_no_adapter(run, tiny_checkpoint, adapter, tmp_path, monkeypatch):
+def test_adapter_option_is_refused_for_a_bundle(run, tiny_checkpoint, adapter, tmp_path, monkeypatch):
     monkeypatch.setattr("cogview.pipeline.model.resolve_bundle", lambda name: {"generate": tiny_checkpoint})
     status, _, err = run("generate", FOX, "--model", "cogview-released", "--adapter", adapter, "--device", "cpu")
     assert (status, err.count("\n")) == (2, 1)
     assert "cogview-released is a bundle of models, an adapter belongs to one: name one of cogview-base, " in err
 
 
-def test_every_task_takes_an_adapter(run_command, adapter, save_image):
+def test_adapter_option_applies_to_every_task(run_command, adapter, save_image):
     save_image("fox.png")
     for command in (
         ["complete", "fox.png", "--prompt", FOX, "--rows", "7"],
@@ -162,7 +162,7 @@ def test_every_task_takes_an_adapter(run_command, adapter, save_image):
         assert (status, "there is no adapter at nowhere" in err) == (2, True)
 
 
-def test_a_job_goes_on_with_the_same_adapter_only(run_command, adapter, tmp_path):
+def test_adapter_option_must_be_equal_to_resume_a_job(run_command, adapter, tmp_path):
     (tmp_path / "job.txt").write_text(f"{FOX}\n", encoding="utf-8")
     job = ["generate", "--input", "job.txt", "--seed", "7"]
     assert run_command(*job, "--adapter", str(adapter))[0] == 0
@@ -171,7 +171,7 @@ def test_a_job_goes_on_with_the_same_adapter_only(run_command, adapter, tmp_path
     assert (status, "weights" in err) == (2, True)
 
 
-def test_the_released_command_line_takes_an_adapter(tiny_checkpoint, adapter, tmp_path, monkeypatch, capsys):
+def test_adapter_option_applies_to_the_v1_scripts(tiny_checkpoint, adapter, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
     import generate_samples
@@ -182,7 +182,7 @@ def test_the_released_command_line_takes_an_adapter(tiny_checkpoint, adapter, tm
     assert read_metadata(tmp_path / capsys.readouterr().out.strip())["model"] == f"{tiny_checkpoint} + {adapter}"
 
 
-def test_merging_needs_no_peft(run, tiny_checkpoint, adapter, monkeypatch):
+def test_adapter_merge_needs_no_peft(run, tiny_checkpoint, adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     assert run("adapter", "merge", tiny_checkpoint, adapter, "-o", "merged")[0] == 0
     assert all(name.startswith(PREFIX) for name in load_file(adapter / "adapter_model.safetensors"))

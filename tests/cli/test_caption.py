@@ -34,7 +34,7 @@ def as_objects(file, captions):
     ]
 
 
-def test_a_caption_of_each_image(caption, save_image, tiny_model):
+def test_caption_prints_a_caption_of_each_image(caption, save_image, tiny_model):
     images = [save_image(name, number) for number, name in enumerate(("狐狸.png", "b.png", "c.png"))]
     status, found, err = caption("狐狸.png", "b.png", "--seed", "7", "c.png")
     assert status == 0
@@ -48,7 +48,7 @@ def test_a_caption_of_each_image(caption, save_image, tiny_model):
     assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\n"
 
 
-def test_chinese_is_written_as_it_is(run_command, save_image, monkeypatch, tiny_model):
+def test_caption_prints_chinese_without_escapes(run_command, save_image, monkeypatch, tiny_model):
     save_image("狐狸.png")
     written = tiny_model.caption([Image.open("狐狸.png")], seed=7)[0][0]
     planted = type(written)(text="一只“狐狸”", log_probability=-1.5, num_pieces=4, seed=7, index=0)
@@ -69,19 +69,19 @@ def test_chinese_is_written_as_it_is(run_command, save_image, monkeypatch, tiny_
         ),
     ],
 )
-def test_alternatives(caption, save_image, tiny_model, arguments, settings):
+def test_caption_prints_several_captions_per_image(caption, save_image, tiny_model, arguments, settings):
     image = save_image("a.png")
     _, found, _ = caption("a.png", "--seed", "7", *arguments)
     assert found == as_objects("a.png", tiny_model.caption([image], n=3, seed=7, **settings)[0])
 
 
-def test_one_beam_caption(caption, save_image, tiny_model):
+def test_caption_beam_prints_one_caption(caption, save_image, tiny_model):
     image = save_image("a.png")
     _, found, _ = caption("a.png", "--seed", "7", "--method", "beam")
     assert found == as_objects("a.png", tiny_model.caption([image], seed=7, method="beam")[0])
 
 
-def test_folders_and_globs(caption, save_image):
+def test_caption_accepts_folders_and_globs(caption, save_image):
     for number, name in enumerate(("fotos/b.png", "fotos/a.jpg", "x1.png", "x2.webp")):
         save_image(name, number)
     Path("fotos/notes.txt").write_text("keine Bilder")
@@ -89,7 +89,7 @@ def test_folders_and_globs(caption, save_image):
     assert [one["file"] for one in found] == ["x1.png", "x2.webp", "fotos/a.jpg", "fotos/b.png"]
 
 
-def test_the_batch_size_changes_nothing(caption, save_image):
+def test_caption_gives_equal_captions_for_any_batch_size(caption, save_image):
     for number in range(3):
         save_image(f"{number}.png", number)
     arguments = ("*.png", "--seed", "7", "-n", "2", "--method", "sample")
@@ -98,13 +98,13 @@ def test_the_batch_size_changes_nothing(caption, save_image):
     assert [one["caption"] for one in together] == [one["caption"] for one in apart]
 
 
-def test_a_seed_is_chosen_and_told(caption, save_image):
+def test_caption_prints_the_random_seed(caption, save_image):
     save_image("a.png")
     _, [one], err = caption("a.png")
     assert f"seed {one['seed']}\n" in err
 
 
-def test_images_of_other_sizes_are_fitted_and_that_is_said_once(caption, save_image, tiny_model):
+def test_caption_notes_once_that_an_image_was_resized(caption, save_image, tiny_model):
     image = save_image("a.png", size=(100, 80))
     status, found, err = caption("a.png", "a.png", "--seed", "7")
     assert status == 0
@@ -112,7 +112,7 @@ def test_images_of_other_sizes_are_fitted_and_that_is_said_once(caption, save_im
     assert err.splitlines()[1:] == ["note: a.png: resized from 100 x 80 and cropped to 64 x 64"]
 
 
-def test_what_cannot_be_read_stops_nothing(caption, save_image):
+def test_caption_reports_unreadable_images_at_the_end(caption, save_image):
     save_image("a.png")
     save_image("b.png", 1)
     Path("text.png").write_text("no image")
@@ -130,7 +130,7 @@ def test_what_cannot_be_read_stops_nothing(caption, save_image):
     assert told[2] == "failed: image none.png does not exist"
 
 
-def test_nothing_that_can_be_read(caption):
+def test_caption_fails_when_no_image_can_be_read(caption):
     Path("text.png").write_text("no image")
     for arguments, message in [
         (["none.png"], "image none.png does not exist"),
@@ -142,7 +142,7 @@ def test_nothing_that_can_be_read(caption):
         assert os.listdir() == ["text.png"]
 
 
-def test_lines_go_to_a_file_as_well(run_command, save_image):
+def test_caption_output_also_writes_the_lines_to_a_file(run_command, save_image):
     save_image("a.png")
     Path("out").mkdir()
     Path("out/captions.jsonl").write_text("of yesterday")
@@ -151,7 +151,7 @@ def test_lines_go_to_a_file_as_well(run_command, save_image):
     assert os.listdir("out") == ["captions.jsonl"]
 
 
-def test_an_interruption_keeps_the_lines_printed_and_the_file_of_yesterday(caption, save_image, monkeypatch):
+def test_caption_keeps_the_old_output_file_after_an_interruption(caption, save_image, monkeypatch):
     for number in range(3):
         save_image(f"{number}.png", number)
     Path("captions.jsonl").write_text("of yesterday")
@@ -176,10 +176,10 @@ def test_an_interruption_keeps_the_lines_printed_and_the_file_of_yesterday(capti
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "0"], "-n must be at least 1, got 0"),
+        (["-n", "0"], "invalid value for '-n': 0 is not in the range x>=1"),
         (
             ["--max-inference-batch-size", "0"],
-            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+            "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",
         ),
         (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         (
@@ -190,17 +190,17 @@ def test_an_interruption_keeps_the_lines_printed_and_the_file_of_yesterday(capti
         (["-n", "2", "--top-k", "5"], "top_k can be set for sampled captions alone: use the method sample"),
         (
             ["--method", "sample", "--temperature", "0"],
-            "temperature must be above 0, got 0.0; for greedy decoding ",
+            "invalid value for '--temperature': 0.0 is not in the range x>0; see cogview caption --help",
         ),
-        (["--method", "sample", "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--method", "sample", "--top-p", "2"], "invalid value for '--top-p': 2.0 is not in the range 0<x<=1"),
         (["--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
-        (["--dtype", "int7"], "dtype 'int7' is unknown; known: "),
+        (["--dtype", "int7"], "invalid value for '--dtype': 'int7' is not one of 'auto', "),
         (["-o", "folder"], "the output folder is a folder; expected the name of a file"),
-        (["-o", "a.png"], "the lines would replace a.png, which is named like a picture; choose another name"),
+        (["-o", "a.png"], "the lines would replace a.png, which is named like an image; choose another name"),
         (["-o", "a.png/captions.jsonl"], "the output folder a.png cannot be written: "),
     ],
 )
-def test_mistakes_are_one_line(caption, save_image, no_image_is_read, arguments, message):
+def test_caption_reports_mistakes_in_one_line(caption, save_image, no_image_is_read, arguments, message):
     save_image("a.png")
     Path("folder").mkdir()
     status, found, err = caption("a.png", *arguments)
@@ -210,7 +210,7 @@ def test_mistakes_are_one_line(caption, save_image, no_image_is_read, arguments,
     assert sorted(os.listdir()) == ["a.png", "folder"]
 
 
-def test_images_that_are_not_there_are_one_line(caption):
+def test_caption_reports_missing_images_in_one_line(caption):
     Path("empty").mkdir()
     for argument, message in [
         ("empty", "the folder empty holds no image: "),
@@ -222,7 +222,7 @@ def test_images_that_are_not_there_are_one_line(caption):
         assert err.count("\n") == 1
 
 
-def test_weights_that_were_not_trained_to_describe(caption, save_image, drawing_checkpoint, no_image_is_read):
+def test_caption_rejects_a_model_without_the_task(caption, save_image, drawing_checkpoint, no_image_is_read):
     save_image("a.png")
     status, found, err = caption("a.png", "--model", str(drawing_checkpoint))
     assert (status, found) == (2, [])

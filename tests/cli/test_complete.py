@@ -26,7 +26,7 @@ def codes(path):
     return np.array(read_metadata(path)["codes"].split(), dtype=int).reshape(8, 8)
 
 
-def test_the_upper_rows_stay(complete, save_image, tiny_model):
+def test_complete_keeps_the_upper_rows(complete, save_image, tiny_model):
     image = save_image("狐狸.png")
     settings = ("--temperature", "0.7", "--top-k", "50", "--top-p", "0.9", "--guidance", "2", "--text-attention", "1.5")
     status, files, err = complete("狐狸.png", "--rows", "5", "--prompt", FOX, "-n", "2", "--seed", "7", *settings)
@@ -43,16 +43,16 @@ def test_the_upper_rows_stay(complete, save_image, tiny_model):
     assert (texts["prompt"], texts["seed"], texts["index"]) == (FOX, "7", "1")
     assert (texts["task"], texts["source"], texts["rows"]) == ("complete", "狐狸.png", "5")
     assert (texts["temperature"], texts["guidance"], texts["text_attention"]) == ("0.7", "2.0", "1.5")
-    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\ndrawing 2 pictures\n"
+    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\ngenerating 2 images\n"
 
 
-def test_without_rows_it_draws_what_generate_draws(complete, save_image, tiny_model):
+def test_complete_equals_generate_when_no_rows_are_kept(complete, save_image, tiny_model):
     save_image("a.png")
     _, [file], _ = complete("a.png", "--rows", "0", "--prompt", FOX, "--seed", "7")
     np.testing.assert_array_equal(codes(file), tiny_model.generate(FOX, seed=7)[0].codes)
 
 
-def test_several_images_a_contact_sheet_and_any_batch_size(complete, save_image):
+def test_complete_gives_equal_images_for_any_batch_size(complete, save_image):
     for number in range(3):
         save_image(f"{number}.png", number)
     arguments = ("*.png", "--rows", "6", "--prompt", DOG, "-n", "2", "--seed", "7", "--grid")
@@ -72,7 +72,7 @@ def test_several_images_a_contact_sheet_and_any_batch_size(complete, save_image)
             np.testing.assert_array_equal(codes(file), codes(other))
 
 
-def test_what_cannot_be_read_stops_nothing(complete, save_image):
+def test_complete_reports_unreadable_images_at_the_end(complete, save_image):
     save_image("a.png", size=(64, 80))
     Path("text.png").write_text("no image")
     status, files, err = complete("text.png", "a.png", "--rows", "7", "--prompt", FOX, "--seed", "7")
@@ -83,7 +83,7 @@ def test_what_cannot_be_read_stops_nothing(complete, save_image):
     ]
 
 
-def test_nothing_that_can_be_read(complete):
+def test_complete_fails_when_no_image_can_be_read(complete):
     status, files, err = complete("none.png", "--rows", "7", "--prompt", FOX, "--grid")
     assert (status, files) == (2, [])
     assert err.splitlines()[-1] == "cogview complete: image none.png does not exist"
@@ -96,7 +96,7 @@ def test_nothing_that_can_be_read(complete):
         (DOG * 3, "the prompt “蓝色背景上的三只狗蓝色背景上的三只狗蓝色…” is 27 pieces long, 20 fit; shorten it"),
     ],
 )
-def test_a_prompt_that_cannot_be_drawn(complete, save_image, no_image_is_read, prompt, message):
+def test_complete_skips_a_prompt_that_cannot_be_used(complete, save_image, no_image_is_read, prompt, message):
     save_image("a.png")
     status, files, err = complete("a.png", "--rows", "7", "--prompt", prompt)
     assert (status, files) == (2, [])
@@ -106,20 +106,20 @@ def test_a_prompt_that_cannot_be_drawn(complete, save_image, no_image_is_read, p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "0"], "-n must be at least 1, got 0"),
+        (["-n", "0"], "invalid value for '-n': 0 is not in the range x>=1"),
         (
             ["--max-inference-batch-size", "0"],
-            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+            "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",
         ),
         (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
-        (["--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
-        (["--guidance", "-1"], "guidance must be a number from 0 on (1: none), got -1.0"),
-        (["--text-attention", "0"], "text_attention must be a number above 0 (1: none), got 0.0"),
+        (["--top-p", "2"], "invalid value for '--top-p': 2.0 is not in the range 0<x<=1"),
+        (["--guidance", "-1"], "invalid value for '--guidance': -1.0 is not in the range x>=0"),
+        (["--text-attention", "0"], "invalid value for '--text-attention': 0.0 is not in the range x>0"),
         (["-o", "a.png"], "the output folder a.png cannot be written: File exists"),
         (["--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )
-def test_mistakes_are_one_line(complete, save_image, no_image_is_read, arguments, message):
+def test_complete_reports_mistakes_in_one_line(complete, save_image, no_image_is_read, arguments, message):
     save_image("a.png")
     status, files, err = complete("a.png", "--rows", "4", "--prompt", FOX, *arguments)
     assert (status, files) == (2, [])
@@ -128,7 +128,7 @@ def test_mistakes_are_one_line(complete, save_image, no_image_is_read, arguments
 
 
 @pytest.mark.parametrize("rows", ["-1", "8"])
-def test_rows_out_of_range(complete, save_image, no_image_is_read, rows):
+def test_complete_rejects_rows_out_of_range(complete, save_image, no_image_is_read, rows):
     save_image("a.png")
     status, files, err = complete("a.png", "--rows", rows, "--prompt", FOX)
     assert (status, files) == (2, [])
@@ -141,10 +141,12 @@ def test_complete_requires_rows_and_prompt(complete, missing):
     given = [word for pair in (("--rows", "4"), ("--prompt", FOX)) if pair[0] != missing for word in pair]
     status, _, err = complete("a.png", *given)
     assert status == 2
-    assert err.startswith(f"cogview complete: the following arguments are required: {missing}; ")
+    assert err.startswith(f"cogview complete: missing option '{missing}'; ")
 
 
-def test_guidance_needs_captions_left_out_in_training(complete, save_image, drawing_checkpoint, no_image_is_read):
+def test_complete_rejects_guidance_when_the_model_had_no_caption_dropout(
+    complete, save_image, drawing_checkpoint, no_image_is_read
+):
     save_image("a.png")
     arguments = ("a.png", "--rows", "4", "--prompt", FOX, "--guidance", "2", "--model", str(drawing_checkpoint))
     status, files, err = complete(*arguments)

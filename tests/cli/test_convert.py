@@ -41,7 +41,7 @@ def run(files, tmp_path, monkeypatch, capsys):
     return run
 
 
-def test_a_released_checkpoint(run, tmp_path):
+def test_convert_converts_a_v1_checkpoint(run, tmp_path):
     status, out, err = run("transformer", "-o", "ours", "--heads", "4", "--verify")
     assert (status, out) == (0, ["ours"])
     assert err == [
@@ -54,7 +54,7 @@ def test_a_released_checkpoint(run, tmp_path):
     assert read_config(tmp_path / "ours").transformer.num_heads == 4
 
 
-def test_there_and_back(run, files, tmp_path):
+def test_convert_converts_to_v1_and_back(run, files, tmp_path):
     run("transformer", "-o", "ours", "--heads", "4", "--tasks", "generate,caption")
     assert run("ours", "--to", "released", "--shards", "2", "-o", "back", "--verify", whole=True)[:2] == (0, ["back"])
     image, text = "back/vqvae_hard_biggerset_011.pt", "back/cog-pretrain.model"
@@ -65,7 +65,7 @@ def test_there_and_back(run, files, tmp_path):
     assert read_config(tmp_path / "ours").tasks == ("generate", "caption")
 
 
-def test_another_dtype(run, tmp_path):
+def test_convert_converts_to_another_dtype(run, tmp_path):
     run("transformer", "-o", "ours", "--tasks", "generate")
     status, out, err = run("ours", "--dtype", "int8", "-o", "int8", whole=True)
     assert (status, out, err) == (0, ["int8"], [])
@@ -80,7 +80,7 @@ def test_another_dtype(run, tmp_path):
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_published_name_goes_where_it_is_found(run, files, tmp_path):
+def test_convert_writes_a_published_model_into_the_cache(run, files, tmp_path):
     """And its name says what it was trained for."""
     with tarfile.open(tmp_path / "cogview-base.tar", "w") as archive:
         archive.add(files["source"], arcname="cogview-base")
@@ -116,7 +116,7 @@ def test_a_published_name_goes_where_it_is_found(run, files, tmp_path):
         ),
     ],
 )
-def test_mistakes_with_a_released_checkpoint(run, tmp_path, arguments, message):
+def test_convert_reports_mistakes_with_a_v1_checkpoint_in_one_line(run, tmp_path, arguments, message):
     before = sorted(tmp_path.iterdir())
     status, out, err = run(*arguments)
     assert (status, out) == (2, [])
@@ -130,7 +130,7 @@ def test_mistakes_with_a_released_checkpoint(run, tmp_path, arguments, message):
     ("arguments", "option"),
     [(["--text-model", "text.model"], "--image-tokenizer"), (["--image-tokenizer", "vqvae.pt"], "--text-model")],
 )
-def test_tokenizers_are_needed(run, arguments, option):
+def test_convert_requires_the_tokenizers(run, arguments, option):
     assert run("transformer", "-o", "x", *arguments, whole=True) == (
         2,
         [],
@@ -138,7 +138,7 @@ def test_tokenizers_are_needed(run, arguments, option):
     )
 
 
-def test_mistakes_with_a_folder(run, tiny_checkpoint, tmp_path):
+def test_convert_reports_mistakes_with_a_folder_in_one_line(run, tiny_checkpoint, tmp_path):
     folder = str(tiny_checkpoint)
     for arguments, message in [
         (["-o", "x"], f"{folder} is a checkpoint folder already: give --dtype or --to released"),
@@ -159,7 +159,7 @@ def test_mistakes_with_a_folder(run, tiny_checkpoint, tmp_path):
         assert not (tmp_path / "x").exists()
 
 
-def test_help(capsys):
+def test_convert_help_lists_every_option(capsys):
     assert main(["convert", "--help"]) == 0
     out = capsys.readouterr().out
     assert [option for option in ("--image-tokenizer", "--to", "--verify", "--shards") if option not in out] == []

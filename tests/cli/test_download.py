@@ -76,7 +76,7 @@ def convert_line(model, folder):
     return f"{model} has to be converted once: cogview convert {files}"
 
 
-def test_the_files_of_a_model_and_how_to_go_on(server, tmp_path, capsys):
+def test_download_prints_the_files_and_the_next_command(server, tmp_path, capsys):
     assert main(["download", "draws", "--no-convert"]) == 0
     printed = capsys.readouterr()
     folder = tmp_path / "home" / "files"
@@ -86,7 +86,7 @@ def test_the_files_of_a_model_and_how_to_go_on(server, tmp_path, capsys):
     assert printed.err.splitlines() == [convert_line("draws", folder)]
 
 
-def test_a_bundle_fetches_shared_files_once(server, tmp_path, capsys):
+def test_download_fetches_shared_files_of_a_bundle_once(server, tmp_path, capsys):
     folder = tmp_path / "我的模型"
     assert main(["download", "both", "-o", str(folder), "--parts", "2"]) == 0
     printed = capsys.readouterr()
@@ -100,7 +100,7 @@ def test_a_bundle_fetches_shared_files_once(server, tmp_path, capsys):
     assert len(server.asked) == fetched
 
 
-def test_what_can_be_had_is_fetched_and_the_rest_is_named(server, tmp_path, capsys):
+def test_download_reports_files_that_cannot_be_fetched(server, tmp_path, capsys):
     for name in ("draws.tar", "text.model"):
         (server.folder / name).unlink()
     assert main(["download", "both"]) == 2
@@ -116,7 +116,7 @@ def test_what_can_be_had_is_fetched_and_the_rest_is_named(server, tmp_path, caps
         )
 
 
-def test_a_model_that_is_converted_is_not_fetched_again(server, tiny_checkpoint, tmp_path, capsys):
+def test_download_skips_a_converted_model(server, tiny_checkpoint, tmp_path, capsys):
     shutil.copytree(tiny_checkpoint, converted_folder("draws"))
     assert main(["download", "draws"]) == 0
     printed = capsys.readouterr()
@@ -138,7 +138,7 @@ def real_files(server, small_release, tmp_path):
     shutil.copyfile(files["text_model"], server.folder / "text.model")
 
 
-def test_what_is_fetched_is_converted(server, real_files, capsys):
+def test_download_converts_the_fetched_files(server, real_files, capsys):
     assert main(["download", "both"]) == 0
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 4
@@ -154,14 +154,14 @@ def test_what_is_fetched_is_converted(server, real_files, capsys):
     assert resolve_bundle("both") == {"generate": folders["draws"], "caption": folders["describes"]}
 
 
-def test_files_that_are_here_already_are_converted(server, real_files, capsys):
+def test_download_converts_existing_files(server, real_files, capsys):
     assert main(["download", "draws", "--no-convert"]) == 0
     assert not is_converted("draws")
     assert main(["download", "draws"]) == 0
     assert is_converted("draws")
 
 
-def test_what_cannot_be_converted_is_named_and_kept(server, real_files, tmp_path, capsys):
+def test_download_keeps_files_that_cannot_be_converted(server, real_files, tmp_path, capsys):
     (server.folder / "draws.tar").write_bytes(CONTENTS["draws.tar"])
     assert main(["download", "both"]) == 2
     failed, done = capsys.readouterr().err.splitlines()
@@ -172,13 +172,13 @@ def test_what_cannot_be_converted_is_named_and_kept(server, real_files, tmp_path
     assert not converted_folder("draws").exists()
 
 
-def test_a_model_of_the_package_needs_no_download(server, capsys):
+def test_download_skips_the_embedded_model(server, capsys):
     assert main(["download", "tiny"]) == 0
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", "tiny comes with the package: there is nothing to download\n")
 
 
-def test_mistakes_are_one_line(server, capsys):
+def test_download_reports_mistakes_in_one_line(server, capsys):
     for arguments, message in [
         (["cogview-bse"], 'model "cogview-bse" is unknown; known: tiny, draws, describes, both'),
     ]:
@@ -187,6 +187,6 @@ def test_mistakes_are_one_line(server, capsys):
     assert server.asked == []
 
 
-def test_help(capsys):
+def test_download_help_lists_every_option(capsys):
     assert main(["download", "--help"]) == 0
     assert "--no-convert" in capsys.readouterr().out

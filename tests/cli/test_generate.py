@@ -16,6 +16,7 @@ from cogview import __version__
 from cogview.cli.main import main
 from cogview.image_io.png import read_metadata
 
+SEE = "; see cogview generate --help"
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
 
@@ -43,18 +44,18 @@ def codes(path):
     return read_metadata(path)["codes"]
 
 
-def test_pictures_of_several_prompts(generate, tiny_model):
+def test_generate_writes_the_images_of_several_prompts(generate, tiny_model):
     status, files, err = generate(FOX, DOG, "-n", "2", "--seed", "7", "-o", "画")
     assert status == 0
     assert files == [Path("画", f"{prompt}-seed7-{index}.png") for prompt in (FOX, DOG) for index in (0, 1)]
-    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\ndrawing 4 pictures\n"
+    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\ngenerating 4 images\n"
     expected = tiny_model.generate([FOX, DOG], n=2, seed=7)
     for file, picture in zip(files, expected, strict=True):
         np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
     assert sorted(os.listdir("画")) == sorted(file.name for file in files)
 
 
-def test_chunks_say_how_to_draw_it_again(generate, tiny_checkpoint, tiny_model):
+def test_generate_stores_the_settings_in_text_chunks(generate, tiny_checkpoint, tiny_model):
     _, [file], _ = generate(FOX, "--seed", "7", "--temperature", "0.7", "--top-k", "50", "--top-p", "0.9")
     texts = read_metadata(file)
     picture = tiny_model.generate(FOX, seed=7, temperature=0.7, top_k=50, top_p=0.9)[0]
@@ -74,7 +75,7 @@ def test_chunks_say_how_to_draw_it_again(generate, tiny_checkpoint, tiny_model):
     }
 
 
-def test_guidance_and_text_attention(generate, tiny_model):
+def test_generate_applies_guidance_and_text_attention(generate, tiny_model):
     _, [file], _ = generate(FOX, "--seed", "7", "--guidance", "3", "--text-attention", "1.5")
     texts = read_metadata(file)
     assert (texts["guidance"], texts["text_attention"]) == ("3.0", "1.5")
@@ -82,7 +83,7 @@ def test_guidance_and_text_attention(generate, tiny_model):
     assert texts["codes"] == " ".join(map(str, picture.codes.flat))
 
 
-def test_the_best_are_kept(generate, tiny_model):
+def test_generate_keep_writes_the_best_images(generate, tiny_model):
     """Nothing else is written, and what is written is drawn as ever, in whatever batches."""
     arguments = (FOX, DOG, "-n", "4", "--seed", "7")
     _, every, _ = generate(*arguments, "-o", "all")
@@ -104,7 +105,7 @@ def test_the_best_are_kept(generate, tiny_model):
     assert read_metadata(files[-1])["score"] == " ".join(read_metadata(file)["score"] for file in files[:-1])
 
 
-def test_a_prompt_given_twice_is_ranked_twice(generate):
+def test_generate_keep_ranks_a_repeated_prompt_separately(generate):
     _, files, _ = generate(FOX, FOX, "-n", "2", "--keep", "1", "--seed", "7")
     assert [read_metadata(file)["index"] in pair for file, pair in zip(files, ("01", "23"), strict=True)] == [
         True,
@@ -112,7 +113,7 @@ def test_a_prompt_given_twice_is_ranked_twice(generate):
     ]
 
 
-def test_pictures_at_twice_their_side_as_well(generate, tiny_model):
+def test_generate_upscale_also_writes_images_at_twice_their_side(generate, tiny_model):
     status, files, err = generate(FOX, "-n", "2", "--keep", "1", "--seed", "7", "--top-k", "50", "--upscale")
     assert status == 0
     [small] = tiny_model.generate(FOX, n=2, keep=1, seed=7, top_k=50)
@@ -122,16 +123,16 @@ def test_pictures_at_twice_their_side_as_well(generate, tiny_model):
     assert Image.open(files[1]).size == (128, 128)
     texts = read_metadata(files[1])
     assert (texts["prompt"], texts["task"], texts["source"]) == (FOX, "upscale", files[0].name)
-    assert err.endswith("drawing 2 pictures\nupscaling 1 picture\n")
+    assert err.endswith("generating 2 images\nupscaling 1 image\n")
 
 
-def test_the_models_own_settings_are_the_default(generate):
+def test_generate_defaults_to_the_settings_of_the_model(generate):
     _, [file], _ = generate(FOX, "--seed", "7")
     texts = read_metadata(file)
     assert (texts["temperature"], texts["top_k"], texts["top_p"]) == ("0.9", "100", "1.0")
 
 
-def test_the_batch_size_changes_nothing(generate):
+def test_generate_gives_equal_images_for_any_batch_size(generate):
     arguments = (FOX, DOG, "狐狸", "-n", "3", "--seed", "7")
     _, together, _ = generate(*arguments, "-o", "a")
     _, apart, _ = generate(*arguments, "-o", "b", "--max-inference-batch-size", "2")
@@ -140,18 +141,19 @@ def test_the_batch_size_changes_nothing(generate):
 
 
 @pytest.mark.parametrize("given", ["0", "-2", "1.5", "viele", ""])
-def test_the_ceiling_is_a_count(generate, given):
+def test_generate_rejects_a_batch_size_that_is_not_a_count(generate, given):
     assert generate(FOX, f"--max-inference-batch-size={given}") == (
         2,
         [],
-        f'cogview generate: --max-inference-batch-size must be auto or a whole number from 1 on, got "{given}"\n',
+        "cogview generate: invalid value for '--max-inference-batch-size': "
+        f'"{given}" is not auto or a whole number from 1 on{SEE}\n',
     )
 
 
 @pytest.mark.parametrize(
     ("ceiling", "plan"), [("auto", "3 at a time of 3 (all at once)"), ("2", "2 at a time of 3 (the ceiling)")]
 )
-def test_a_line_says_what_was_planned(tiny_checkpoint, tmp_path, capsys, ceiling, plan):
+def test_generate_logs_the_planned_batch_size(tiny_checkpoint, tmp_path, capsys, ceiling, plan):
     command = ["generate", FOX, "-n", "3", "--model", str(tiny_checkpoint), "--device", "cpu", "-o", str(tmp_path)]
     main([*command, "--max-inference-batch-size", ceiling])
     [told] = [line for line in capsys.readouterr().err.splitlines() if " at a time of " in line]
@@ -159,7 +161,7 @@ def test_a_line_says_what_was_planned(tiny_checkpoint, tmp_path, capsys, ceiling
     assert told.endswith(" GB free")
 
 
-def test_rounded_keys_and_values(generate, tiny_checkpoint):
+def test_generate_quantizes_the_kv_cache(generate, tiny_checkpoint):
     from cogview.pipeline.cogview import CogView
 
     _, [file], _ = generate(FOX, "--seed", "7", "--kv-dtype", "int8")
@@ -168,26 +170,26 @@ def test_rounded_keys_and_values(generate, tiny_checkpoint):
 
 
 @pytest.mark.parametrize("how", ["off", "auto", "5"])
-def test_guessed_codes_draw_the_same(generate, how):
+def test_generate_gives_equal_images_with_speculative_decoding(generate, how):
     _, [file], _ = generate(FOX, "--seed", "7", "--parallel", how, "-o", how)
     _, [expected], _ = generate(FOX, "--seed", "7", "-o", "plain")
     assert codes(file) == codes(expected)
 
 
-def test_a_bar_on_a_terminal(generate, monkeypatch):
+def test_generate_shows_a_progress_bar_on_a_terminal(generate, monkeypatch):
     """Pictures done, codes and pictures in a second, and the time that is left."""
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
     monkeypatch.setenv("COLUMNS", "150")
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
     generate(FOX, DOG, "--seed", "7", "--max-inference-batch-size", "1")
     drawn = screen.getvalue().split("\r")
-    found = [re.search(r"(\d+)%\|.*\| .* codes/s, (\d)/2 pictures, .* pictures/s, \S+ left", text) for text in drawn]
+    found = [re.search(r"(\d+)%\|.*\| .* codes/s, (\d)/2 images, .* images/s, \S+ left", text) for text in drawn]
     assert ("100", "1") in [match.groups() for match in found if match]
-    assert "drawing 2 pictures" not in screen.getvalue()
+    assert "generating 2 images" not in screen.getvalue()
 
 
 @pytest.mark.parametrize("seconds", [0.0, 3600.0])
-def test_previews(generate, monkeypatch, tiny_model, seconds):
+def test_generate_preview_shows_unfinished_images(generate, monkeypatch, tiny_model, seconds):
     """Of pictures that are being drawn, after each quarter at least, grey where nothing is drawn yet."""
     monkeypatch.setattr("cogview.cli.progress.PREVIEW_SECONDS", seconds)
     monkeypatch.setattr("cogview.cli.progress.PREVIEW_SHARE", 1e9)
@@ -215,7 +217,7 @@ def test_previews(generate, monkeypatch, tiny_model, seconds):
     assert len(seen) <= (8 if seconds else 14)
 
 
-def test_previews_do_not_outlive_an_interruption(generate, monkeypatch):
+def test_generate_preview_removes_files_after_an_interruption(generate, monkeypatch):
     fill = cogview.pipeline.runner.decode
 
     def interrupted_fill(transformer, vocabulary, jobs, watch, **settings):
@@ -233,7 +235,7 @@ def test_previews_do_not_outlive_an_interruption(generate, monkeypatch):
     assert os.listdir("outputs") == []
 
 
-def test_a_second_run_writes_the_same_and_overwrites_nothing_else(generate):
+def test_generate_overwrites_only_equal_images(generate):
     _, [first], _ = generate(FOX, "--seed", "7")
     _, [same], _ = generate(FOX, "--seed", "7")
     _, [warmer], _ = generate(FOX, "--seed", "7", "--temperature", "1.5")
@@ -242,20 +244,20 @@ def test_a_second_run_writes_the_same_and_overwrites_nothing_else(generate):
     assert read_metadata(first)["temperature"] == "0.9"
 
 
-def test_prompts_with_one_name_get_files_of_their_own(generate):
+def test_generate_numbers_files_of_prompts_with_equal_names(generate):
     prompts = ["狐狸/狗", "狐狸?狗", "狐狸/狗"]
     _, files, _ = generate(*prompts, "--seed", "7")
     assert [file.name for file in files] == ["狐狸_狗-seed7-0.png", "狐狸_狗-seed7-0_2.png", "狐狸_狗-seed7-1.png"]
     assert [read_metadata(file)["prompt"] for file in files] == prompts
 
 
-def test_a_prompt_given_twice_gets_further_pictures(generate):
+def test_generate_continues_the_numbers_of_a_repeated_prompt(generate):
     _, twice, _ = generate(FOX, FOX, "--seed", "7", "-o", "a")
     _, once, _ = generate(FOX, "-n", "2", "--seed", "7", "-o", "b")
     assert [codes(file) for file in twice] == [codes(file) for file in once]
 
 
-def test_a_contact_sheet(generate):
+def test_generate_grid_writes_a_contact_sheet(generate):
     status, files, _ = generate(FOX, DOG, "-n", "3", "--seed", "7", "--grid")
     assert status == 0
     assert files[-1] == Path("outputs/grid-seed7.png")
@@ -266,32 +268,32 @@ def test_a_contact_sheet(generate):
     assert read_metadata(files[-1])["prompt"] == f"{FOX}\n{DOG}"
 
 
-def test_options_between_prompts(generate):
+def test_generate_accepts_options_between_prompts(generate):
     _, files, _ = generate(FOX, "--seed", "7", DOG)
     assert [read_metadata(file)["prompt"] for file in files] == [FOX, DOG]
 
 
-def test_it_asks_on_a_terminal(generate, monkeypatch):
+def test_generate_asks_for_prompts_on_a_terminal(generate, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal(f"{FOX}\n{'长' * 50}\n{FOX}\n\n{DOG}\n"))
     status, files, err = generate("--seed", "7")
     assert status == 0
     assert [file.name for file in files] == [f"{FOX}-seed7-0.png", f"{FOX}-seed7-1.png"]
     assert err.count("seed 7") == 1  # the model was opened once
-    assert "What shall I draw? (an empty line ends)" in err
+    assert "What shall I generate? (an empty line ends)" in err
     assert "skipped: the prompt “长长长" in err
 
 
-def test_it_asks_until_the_end_of_input(generate, monkeypatch):
+def test_generate_asks_until_the_end_of_input(generate, monkeypatch):
     monkeypatch.setattr(sys, "stdin", Terminal(FOX))
     assert len(generate()[1]) == 1
 
 
-def test_a_seed_is_chosen_and_told(generate):
+def test_generate_prints_the_random_seed(generate):
     _, [file], err = generate(FOX)
     assert f"seed {read_metadata(file)['seed']}\n" in err
 
 
-def test_prompts_that_cannot_be_drawn_do_not_stop_the_others(generate):
+def test_generate_skips_prompts_that_cannot_be_used(generate):
     status, files, err = generate("", FOX, DOG * 3, "--seed", "7", "--grid")
     assert status == 2
     assert [file.name for file in files] == [f"{FOX}-seed7-0.png", "grid-seed7.png"]
@@ -301,18 +303,18 @@ def test_prompts_that_cannot_be_drawn_do_not_stop_the_others(generate):
     ]
 
 
-def test_nothing_that_can_be_drawn(generate):
+def test_generate_writes_nothing_when_all_prompts_are_skipped(generate):
     status, files, err = generate(DOG * 3, "--grid")
     assert (status, files) == (2, [])
     assert "drawing" not in err
 
 
-def test_notes_about_prompts(generate, tiny_checkpoint):
+def test_generate_notes_unknown_objects_and_characters(generate, tiny_checkpoint):
     _, files, err = generate(FOX, "两只狸子", "ａｂｃ汽车", "--seed", "7")
     assert len(files) == 3
     model = tiny_checkpoint
     assert [line for line in err.splitlines() if line.startswith("note: ") and "bytes" not in line] == [
-        f"note: {model} knows nothing that “两只狸子” names; the nearest names: 狐狸; all of them: "
+        f"note: {model} was trained on nothing that “两只狸子” names; the nearest names: 狐狸; all of them: "
         f"cogview info {model} --things"
     ]
     assert "of the prompt “ａｂｃ汽车” is spelt in bytes" in err
@@ -321,27 +323,33 @@ def test_notes_about_prompts(generate, tiny_checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([FOX, "-n", "0"], "-n must be at least 1, got 0"),
+        ([FOX, "-n", "0"], f"invalid value for '-n': 0 is not in the range x>=1{SEE}"),
         (
             [FOX, "--max-inference-batch-size", "-3"],
-            '--max-inference-batch-size must be auto or a whole number from 1 on, got "-3"',
+            f"invalid value for '--max-inference-batch-size': \"-3\" is not auto or a whole number from 1 on{SEE}",
         ),
         ([FOX, "--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
-        ([FOX, "--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use top_k 1"),
-        ([FOX, "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
-        ([FOX, "--top-k", "-1"], "top_k must be at least 0 (0 keeps every id), got -1"),
-        ([FOX, "--guidance", "-1"], "guidance must be a number from 0 on (1: none), got -1.0"),
-        ([FOX, "--text-attention", "0"], "text_attention must be a number above 0 (1: none), got 0.0"),
-        ([FOX, "--keep", "0"], "--keep must be from 1 to 1, the pictures drawn of a prompt (-n), got 0"),
-        ([FOX, "-n", "4", "--keep", "5"], "--keep must be from 1 to 4, the pictures drawn of a prompt (-n), got 5"),
-        ([FOX, "--resume"], "--resume goes on with a job: give its file by --input FILE"),
-        ([FOX, "--parallel", "0"], '--parallel must be auto, off or a whole number from 1 on, got "0"'),
-        ([FOX, "--kv-dtype", "int4"], "kv-dtype 'int4' is unknown; known: auto, int8"),
+        ([FOX, "--temperature", "0"], f"invalid value for '--temperature': 0.0 is not in the range x>0{SEE}"),
+        ([FOX, "--temperature", "nan"], "temperature must be above 0, got nan; for greedy decoding use top_k 1"),
+        ([FOX, "--top-p", "2"], f"invalid value for '--top-p': 2.0 is not in the range 0<x<=1{SEE}"),
+        ([FOX, "--top-k", "-1"], f"invalid value for '--top-k': -1 is not in the range x>=0{SEE}"),
+        ([FOX, "--top-k", "一些"], f"invalid value for '--top-k': '一些' is not a valid integer range{SEE}"),
+        ([FOX, "--guidance", "-1"], f"invalid value for '--guidance': -1.0 is not in the range x>=0{SEE}"),
+        ([FOX, "--text-attention", "0"], f"invalid value for '--text-attention': 0.0 is not in the range x>0{SEE}"),
+        ([FOX, "--keep", "0"], f"invalid value for '--keep': 0 is not in the range x>=1{SEE}"),
+        ([FOX, "-n", "4", "--keep", "5"], "--keep must be from 1 to 4, the images per prompt (-n), got 5"),
+        ([FOX, "--resume"], "--resume continues a job: give its file by --input FILE"),
+        (
+            [FOX, "--parallel", "0"],
+            "invalid value for '--speculative' / '--parallel': "
+            f'"0" is not auto, off or a whole number from 1 on{SEE}',
+        ),
+        ([FOX, "--kv-dtype", "int4"], f"invalid value for '--kv-dtype': 'int4' is not one of 'auto', 'int8'{SEE}"),
         ([FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: File exists; choose another"),
-        ([], 'no prompt was given; write it behind the command: cogview generate "一个红苹果"'),
+        ([], 'no prompt was given; write it after the command: cogview generate "一个红苹果"'),
     ],
 )
-def test_mistakes_are_one_line(generate, monkeypatch, arguments, message):
+def test_generate_reports_mistakes_in_one_line(generate, monkeypatch, arguments, message):
     Path("blank.txt").write_text("\n \n")
     monkeypatch.setattr(sys, "stdin", io.StringIO())
     status, files, err = generate(*arguments)
@@ -357,7 +365,7 @@ def test_mistakes_are_one_line(generate, monkeypatch, arguments, message):
         (["--guidance", "2"], "was trained without caption dropout, so it cannot be guided: guidance must be 1, "),
     ],
 )
-def test_weights_that_were_not_trained_for_it(drawing_checkpoint, tmp_path, capsys, arguments, message):
+def test_generate_rejects_a_model_without_the_task(drawing_checkpoint, tmp_path, capsys, arguments, message):
     command = ["generate", FOX, "--model", str(drawing_checkpoint), "--device", "cpu", "-o", str(tmp_path / "out")]
     assert main([*command, *arguments]) == 2
     err = capsys.readouterr().err
@@ -366,18 +374,18 @@ def test_weights_that_were_not_trained_for_it(drawing_checkpoint, tmp_path, caps
     assert os.listdir(tmp_path / "out") == []
 
 
-def test_the_output_folder_is_tried_before_the_model_is_opened(tmp_path, capsys):
+def test_generate_checks_the_output_folder_before_loading_the_model(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["generate", FOX, "--model", "没有", "-o", str(tmp_path / "file")]) == 2
     assert "file cannot be written: File exists" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_known(tmp_path, capsys):
+def test_generate_rejects_an_unknown_model(tmp_path, capsys):
     assert main(["generate", FOX, "--model", "cogview-bse", "-o", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith('cogview generate: checkpoint "cogview-bse" is unknown; known: ')
 
 
-def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_model):
+def test_generate_keeps_finished_images_after_an_interruption(generate, monkeypatch, tiny_model):
     fill, calls = cogview.pipeline.runner.decode, []
 
     def interrupted_fill(*arguments, **settings):
@@ -396,7 +404,7 @@ def test_an_interruption_keeps_finished_pictures(generate, monkeypatch, tiny_mod
         np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
 
 
-def test_a_full_disk_keeps_finished_pictures(generate, disk_for_two_pictures):
+def test_generate_keeps_finished_images_when_the_disk_is_full(generate, disk_for_two_pictures):
     status, files, err = generate(FOX, "-n", "4", "--seed", "7")
     assert status == 2
     assert err.endswith("cogview generate: [Errno 28] No space left on device\n")
@@ -404,7 +412,7 @@ def test_a_full_disk_keeps_finished_pictures(generate, disk_for_two_pictures):
     assert len(files) == 2
 
 
-def test_help(capsys):
+def test_generate_help_lists_every_option(capsys):
     assert main(["generate", "--help"]) == 0
     out = capsys.readouterr().out
     for option in ("PROMPT", "--input", "-n", "--seed", "--output", "--temperature", "--top-k", "--top-p", "--model"):

@@ -51,7 +51,7 @@ def one_line(capsys):
     return error
 
 
-def test_released_datasets_become_a_store(tiny_checkpoint, pieces, tmp_path, monkeypatch, capsys):
+def test_import_data_writes_a_store(tiny_checkpoint, pieces, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     codes = [write_bin("one.bin", pieces), write_lmdb("two", pieces[::-1], seed=1)]
     # A source may stand behind an option.
@@ -74,7 +74,7 @@ def test_released_datasets_become_a_store(tiny_checkpoint, pieces, tmp_path, mon
     np.testing.assert_array_equal(rows["image"], np.concatenate(codes))
 
 
-def test_rows_that_cannot_be_used_are_left_out_if_so_wished(tiny_checkpoint, pieces, tmp_path, capsys):
+def test_import_data_skip_bad_skips_invalid_rows(tiny_checkpoint, pieces, tmp_path, capsys):
     write_bin(tmp_path / "data.bin", [*pieces, range(21), [500]])
     arguments = ["import-data", str(tmp_path / "data.bin"), "--model", str(tiny_checkpoint), "-o", str(tmp_path / "s")]
     assert main(arguments) == 2
@@ -88,7 +88,7 @@ def test_rows_that_cannot_be_used_are_left_out_if_so_wished(tiny_checkpoint, pie
     assert f"{tmp_path / 's'} is already there: remove it" in one_line(capsys)
 
 
-def test_a_model_that_is_incomplete(tiny_checkpoint, pieces, tmp_path, capsys):
+def test_import_data_rejects_an_incomplete_model(tiny_checkpoint, pieces, tmp_path, capsys):
     write_bin(tmp_path / "data.bin", pieces)
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     (folder / "text.model").unlink()
@@ -96,7 +96,7 @@ def test_a_model_that_is_incomplete(tiny_checkpoint, pieces, tmp_path, capsys):
     assert f"the checkpoint {folder} is incomplete: text.model is missing" in one_line(capsys)
 
 
-def test_help(capsys):
+def test_import_data_help_lists_every_option(capsys):
     assert main(["import-data", "--help"]) == 0
     assert "--skip-bad" in capsys.readouterr().out
 
@@ -123,7 +123,7 @@ def recipe(tiny_checkpoint, tmp_path, monkeypatch):
     return path
 
 
-def test_training_on_a_released_dataset_and_on_its_import_is_the_same(recipe, pieces, tmp_path, capsys, monkeypatch):
+def test_import_data_gives_equal_training_from_a_dataset_and_its_import(recipe, pieces, tmp_path, capsys, monkeypatch):
     picture = Image.new("RGB", (256, 256))  # drawing the sample sheet would take longer than all the rest
     monkeypatch.setattr(
         "cogview.pipeline.cogview.CogView.generate", lambda self, captions, **_: [picture] * len(captions)
@@ -152,7 +152,7 @@ def test_training_on_a_released_dataset_and_on_its_import_is_the_same(recipe, pi
     assert direct == imported
 
 
-def test_stores_that_do_not_suit_each_other(recipe, tiny_checkpoint, pieces, tmp_path, capsys):
+def test_import_data_rejects_incompatible_stores(recipe, tiny_checkpoint, pieces, tmp_path, capsys):
     write_bin(tmp_path / "data.bin", pieces)
     arguments = ["import-data", str(tmp_path / "data.bin"), "--model", str(tiny_checkpoint), "-o", str(tmp_path / "s")]
     assert main(arguments) == 0  # with room for 20 pieces, where a .bin file has 64

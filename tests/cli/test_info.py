@@ -21,7 +21,7 @@ def facts_of(capsys, *arguments):
     return {key: value.strip() for key, value in facts.items()}, [line.strip() for line in lines if line[0] == " "]
 
 
-def test_a_folder_in_words(tiny_checkpoint, capsys):
+def test_info_describes_a_checkpoint_folder(tiny_checkpoint, capsys):
     facts, lines = facts_of(capsys, tiny_checkpoint)
     assert facts["tasks"] == "generate, caption, upscale, low_level"
     assert facts["commands"] == (
@@ -46,14 +46,14 @@ def test_a_folder_in_words(tiny_checkpoint, capsys):
     ]
 
 
-def test_a_model_that_only_draws(drawing_checkpoint, capsys):
+def test_info_describes_a_model_of_one_task(drawing_checkpoint, capsys):
     facts, _ = facts_of(capsys, drawing_checkpoint)
     assert facts["tasks"] == "generate"
     assert facts["commands"] == "cogview generate, cogview complete"
     assert facts["guidance"] == "not possible: no captions were left out in training"
 
 
-def test_the_parameters_are_those_of_the_model(tiny_checkpoint, tiny_model, capsys):
+def test_info_counts_the_parameters(tiny_checkpoint, tiny_model, capsys):
     main(["info", str(tiny_checkpoint)])
     count = sum(parameter.numel() for parameter in tiny_model.transformer.parameters())
     assert f"2 layers, width 32, 2 heads, {count:,} parameters" in capsys.readouterr().out
@@ -66,12 +66,12 @@ def test_the_parameters_are_those_of_the_model(tiny_checkpoint, tiny_model, caps
         ("int4", "int4, with scales in bfloat16; the rest float32"),
     ],
 )
-def test_weights_in_few_bits(tiny_checkpoint, tmp_path, few_bits, words, capsys):
+def test_info_describes_quantized_weights(tiny_checkpoint, tmp_path, few_bits, words, capsys):
     convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(quantization=few_bits))
     assert facts_of(capsys, tmp_path / "rounded")[0]["weights"] == words
 
 
-def test_weights_are_not_read(tiny_checkpoint, small_release, tmp_path, monkeypatch, capsys):
+def test_info_reads_no_weights(tiny_checkpoint, small_release, tmp_path, monkeypatch, capsys):
     def read(*_, **__):
         raise AssertionError("a tensor was read")
 
@@ -82,7 +82,7 @@ def test_weights_are_not_read(tiny_checkpoint, small_release, tmp_path, monkeypa
     facts_of(capsys, files["source"])
 
 
-def test_hashes_of_every_file(tiny_checkpoint, small_release, tmp_path, capsys):
+def test_info_hashes_prints_the_hash_of_every_file(tiny_checkpoint, small_release, tmp_path, capsys):
     _, lines = facts_of(capsys, tiny_checkpoint, "--hashes")
     for line in lines:
         sha256 = hashlib.sha256((tiny_checkpoint / line.split()[0]).read_bytes()).hexdigest()
@@ -93,7 +93,7 @@ def test_hashes_of_every_file(tiny_checkpoint, small_release, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_released_transformer(small_release, tmp_path, shards, capsys):
+def test_info_describes_a_v1_transformer(small_release, tmp_path, shards, capsys):
     source = small_release.write(tmp_path, half=True, shards=shards)["source"]
     facts, lines = facts_of(capsys, source)
     assert facts["tasks"] == "neither the weights nor the name tell: cogview convert --tasks says so"
@@ -108,7 +108,7 @@ def test_a_released_transformer(small_release, tmp_path, shards, capsys):
     assert [line.split()[0] for line in lines] == [*ranks, "latest_checkpointed_iteration.txt"]
 
 
-def test_a_released_archive_by_its_name(small_release, tmp_path, capsys):
+def test_info_knows_a_v1_archive_by_its_name(small_release, tmp_path, capsys):
     source = small_release.write(tmp_path, half=True)["source"]
     path = tmp_path / "cogview-sr.tar"
     with tarfile.open(path, "w") as archive:
@@ -119,7 +119,7 @@ def test_a_released_archive_by_its_name(small_release, tmp_path, capsys):
     assert (facts["file"].split(" (")[0], lines) == (str(path), [])
 
 
-def test_released_tokenizers(small_release, tmp_path, capsys):
+def test_info_describes_v1_tokenizers(small_release, tmp_path, capsys):
     files = small_release.write(tmp_path)
     facts, _ = facts_of(capsys, files["image_tokenizer"])
     assert facts["kind"] == "image tokenizer of the released CogView: --image-tokenizer of cogview convert"
@@ -133,7 +133,7 @@ def test_released_tokenizers(small_release, tmp_path, capsys):
     assert facts["pieces"] == "77"
 
 
-def test_a_bundle_and_which_of_its_models_are_here(small_release, tmp_path, monkeypatch, capsys):
+def test_info_describes_a_bundle(small_release, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
     files = small_release.write(tmp_path)
     import_v1(**files, output=converted_folder("cogview-sr"), tasks=["upscale"], precision=Precision())
@@ -147,12 +147,12 @@ def test_a_bundle_and_which_of_its_models_are_here(small_release, tmp_path, monk
     assert facts_of(capsys, "cogview-sr")[0]["tasks"] == "upscale"
 
 
-def test_things_are_listed(tiny_checkpoint, capsys):
+def test_info_things_lists_the_objects(tiny_checkpoint, capsys):
     assert main(["info", str(tiny_checkpoint), "--things"]) == 0
     assert capsys.readouterr().out == "🦊\t狐狸\n🐕\t狗\n🍎\t红苹果\t苹果\n🚗\t汽车\t轿车、小汽车\n"
 
 
-def test_known_models(tiny_checkpoint, monkeypatch, capsys):
+def test_info_lists_the_known_models(tiny_checkpoint, monkeypatch, capsys):
     row = ModelEntry(embedded="models/tiny", about="draws foxes", licence="Apache-2.0", sha256={})
     monkeypatch.setattr("cogview.checkpoints.registry.load_registry", lambda: {"tiny": row})
     monkeypatch.setattr("cogview.checkpoints.registry.resolve_checkpoint", lambda name, revision: tiny_checkpoint)
@@ -166,7 +166,7 @@ def test_known_models(tiny_checkpoint, monkeypatch, capsys):
     assert "Apache-2.0" in out
 
 
-def test_mistakes_are_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_info_reports_mistakes_in_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "open-world")
     (folder / "things.json").unlink()
@@ -195,6 +195,6 @@ def test_mistakes_are_one_line(tiny_checkpoint, tmp_path, monkeypatch, capsys):
         assert err.count("\n") == 1
 
 
-def test_help(capsys):
+def test_info_help_lists_every_option(capsys):
     assert main(["info", "--help"]) == 0
     assert "--things" in capsys.readouterr().out

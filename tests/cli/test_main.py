@@ -14,14 +14,14 @@ from cogview.errors import InputError
 from cogview.kernels.dispatch import ForcedKernelsError
 
 
-def test_every_command_has_its_module():
+def test_main_finds_the_module_of_every_command():
     for module, _ in COMMANDS.values():
         command = importlib.import_module(f"cogview.cli.{module}")
         assert isinstance(getattr(command, "command", None), click.Command) or callable(command.add_arguments)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help(command, capsys):
+def test_main_prints_help_of_every_command(command, capsys):
     assert main([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert out.lower().startswith(f"usage: cogview {command}")
@@ -41,12 +41,12 @@ print("torch" in sys.modules)
     assert (done.stdout.splitlines()[-1], done.stderr) == ("False", "")
 
 
-def test_what_a_launcher_adds_is_no_mistake(capsys):
+def test_main_ignores_the_local_rank_of_a_launcher(capsys):
     assert main(["--local_rank=1", "train", "--help"]) == 0
     assert main(["train", "--local_rank=1", "--help"]) == 0
 
 
-def test_help_and_version(capsys):
+def test_main_prints_help_and_version(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
     assert [command for command in COMMANDS if command not in out] == []
@@ -62,17 +62,17 @@ def test_help_and_version(capsys):
         (["genrate"], 'cogview: no command "genrate"; did you mean "generate"?; see cogview --help'),
         (
             ["generate", "狐狸", "-n", "many"],
-            "cogview generate: argument -n: invalid int value: 'many'; see cogview gen",
+            "cogview generate: invalid value for '-n': 'many' is not a valid integer range; see cogview generate --help",
         ),
         (
             ["generate", "狐狸", "--sed", "7", "--grid"],
-            "cogview generate: unrecognized arguments: --sed 7; see",
+            "cogview generate: no such option '--sed'. Did you mean '--seed'?; see cogview generate --help",
         ),
         (["info", "a", "b"], "cogview info: unrecognized arguments: b"),
         (["train", "recipe.yaml", "--device", "cpu", "steps"], "cogview train: unrecognized arguments: steps"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, capsys):
+def test_main_reports_mistakes_in_one_line(arguments, message, capsys):
     assert main(arguments) == 2
     err = capsys.readouterr().err
     assert err.startswith(message)
@@ -92,7 +92,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
         (KeyboardInterrupt(), 130, "cogview x: interrupted; finished results are kept\n"),
     ],
 )
-def test_what_goes_wrong_in_a_command(error, status, message, capsys):
+def test_main_turns_expected_errors_into_one_line(error, status, message, capsys):
     def fail():
         raise error
 
@@ -101,12 +101,12 @@ def test_what_goes_wrong_in_a_command(error, status, message, capsys):
 
 
 @pytest.mark.parametrize(("fail", "error"), [(lambda: 1 // 0, ZeroDivisionError), (lambda: int("一"), ValueError)])
-def test_our_own_errors_are_not_hidden(fail, error):
+def test_main_raises_unexpected_errors(fail, error):
     with pytest.raises(error):
         run_safely(fail, "cogview x")
 
 
-def test_a_terminal_without_chinese_stops_nothing(monkeypatch):
+def test_main_escapes_characters_that_a_terminal_lacks(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
     assert run_safely(lambda: print("狐狸") or 0, "cogview x") == 0

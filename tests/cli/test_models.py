@@ -38,7 +38,7 @@ def leave_part(files, name, size, count):
     (files / f"{name}.part.json").write_text(json.dumps(note), encoding="utf-8")
 
 
-def test_every_model_with_its_tasks_and_licence(home, capsys):
+def test_models_lists_tasks_and_licence_of_every_model(home, capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("cogview-emoji: draws, describes, ranks and enlarges")
@@ -52,7 +52,7 @@ def test_every_model_with_its_tasks_and_licence(home, capsys):
         assert line in out.splitlines()
 
 
-def test_a_model_of_the_package(home, capsys):
+def test_models_describes_the_embedded_model(home, capsys):
     assert on_disk(capsys, "cogview-emoji").startswith("comes with the package (2")
     row = as_json(capsys, "cogview-emoji")
     assert row["kind"] == "embedded"
@@ -60,7 +60,7 @@ def test_a_model_of_the_package(home, capsys):
     assert row["size"] > 20_000_000
 
 
-def test_a_released_model_file_by_file(home, tiny_checkpoint, capsys):
+def test_models_describes_the_files_of_a_v1_model(home, tiny_checkpoint, capsys):
     files = home / "files"
     assert on_disk(capsys, "cogview-base") == BASE
     assert as_json(capsys, "cogview-base")["folder"] is None
@@ -87,7 +87,7 @@ def test_a_released_model_file_by_file(home, tiny_checkpoint, capsys):
     assert state.endswith("); 2 of 3 files, 1.0 MB; part of cogview-base.tar: 31%")
 
 
-def test_a_bundle_by_its_models(home, tiny_checkpoint, capsys):
+def test_models_describes_the_models_of_a_bundle(home, tiny_checkpoint, capsys):
     assert on_disk(capsys, "cogview-released") == (
         "cogview-base is not here, cogview-caption is not here, cogview-sr is not here: "
         "cogview download cogview-released"
@@ -104,7 +104,7 @@ def test_a_bundle_by_its_models(home, tiny_checkpoint, capsys):
     assert on_disk(capsys, "cogview-released") == "cogview-base is here, cogview-caption is here, cogview-sr is here"
 
 
-def test_names_in_chinese_stay_as_they_are(home, monkeypatch, capsys):
+def test_models_prints_chinese_without_escapes(home, monkeypatch, capsys):
     file = FileEntry(name="模型.tar", urls=(), page="https://example.org")
     files = dict.fromkeys(("transformer", "image_tokenizer", "text_model"), file)
     row = ModelEntry(about="画狐狸", licence="Apache-2.0", tasks=("generate",), files=files)
@@ -113,6 +113,6 @@ def test_names_in_chinese_stay_as_they_are(home, monkeypatch, capsys):
     assert on_disk(capsys, "狐狸") == "not here: cogview download 狐狸"
 
 
-def test_help(capsys):
+def test_models_help_lists_every_option(capsys):
     assert main(["models", "--help"]) == 0
     assert "--json" in capsys.readouterr().out

@@ -36,7 +36,7 @@ def as_objects(files, scores):
     ]
 
 
-def test_images_of_one_text(rerank, save_image, tiny_model):
+def test_rerank_ranks_the_images_of_one_text(rerank, save_image, tiny_model):
     files = ["狐狸.png", "b.png", "c.png"]
     images = [save_image(file, number) for number, file in enumerate(files)]
     status, [found], err = rerank("--prompt", FOX, *files)
@@ -52,14 +52,14 @@ def test_images_of_one_text(rerank, save_image, tiny_model):
     assert f"({best_first[0][0].per_piece:.2f} per piece)" in told[2]
 
 
-def test_images_around_options_folders_and_globs(rerank, save_image):
+def test_rerank_accepts_images_around_options_folders_and_globs(rerank, save_image):
     for number, name in enumerate(("fotos/b.png", "fotos/a.png", "c.png", "d.png")):
         save_image(name, number)
     _, [found], _ = rerank("fotos", "--prompt", FOX, "c*")
     assert [image["file"] for image in found["images"]] == ["fotos/a.png", "fotos/b.png", "c.png"]
 
 
-def test_a_file_of_texts_and_images(rerank, save_image, tiny_model):
+def test_rerank_reads_texts_and_images_from_a_file(rerank, save_image, tiny_model):
     images = [save_image(f"{number}.png", number) for number in range(3)]
     lines = [f"{FOX}\t0.png\t1.png\t2.png", f" {DOG} \t 2.png\t0.png", f"{FOX}\t1.png"]
     Path("input.txt").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())  # as Windows writes it
@@ -73,7 +73,7 @@ def test_a_file_of_texts_and_images(rerank, save_image, tiny_model):
         assert (status, found) == (0, expected)
 
 
-def test_an_image_that_cannot_be_read_keeps_its_place(rerank, save_image, tiny_model):
+def test_rerank_lists_an_unreadable_image_with_an_error(rerank, save_image, tiny_model):
     images = [save_image("a.png", 0), save_image("b.png", 1)]
     Path("text.png").write_text("no image")
     Path("input.txt").write_text(f"{FOX}\ta.png\ttext.png\tb.png\n{DOG}\ttext.png\n{DOG}\tb.png\n", encoding="utf-8")
@@ -91,7 +91,7 @@ def test_an_image_that_cannot_be_read_keeps_its_place(rerank, save_image, tiny_m
     assert err.endswith(f"failed: {problem}\n")
 
 
-def test_a_name_that_stands_for_nothing_keeps_its_place_too(rerank, save_image):
+def test_rerank_lists_a_name_without_a_file_with_an_error(rerank, save_image):
     save_image("a.png")
     status, [found], _ = rerank("--prompt", FOX, "*.jpg", "a.png")
     assert status == 1
@@ -99,7 +99,7 @@ def test_a_name_that_stands_for_nothing_keeps_its_place_too(rerank, save_image):
     assert found["images"][0]["error"] == 'the pattern "*.jpg" matches no file'
 
 
-def test_nothing_that_can_be_read(rerank):
+def test_rerank_fails_when_no_image_can_be_read(rerank):
     Path("text.png").write_text("no image")
     Path("input.txt").write_text(f"{FOX}\ttext.png\tnone.png\n{DOG}\tnone.png\n", encoding="utf-8")
     status, found, err = rerank("--input", "input.txt")
@@ -110,7 +110,7 @@ def test_nothing_that_can_be_read(rerank):
     ]
 
 
-def test_texts_that_cannot_be_scored_keep_their_places(rerank, save_image):
+def test_rerank_lists_texts_that_cannot_be_scored(rerank, save_image):
     save_image("a.png")
     Path("input.txt").write_text(f"{DOG * 3}\ta.png\n{FOX}\ta.png\n{DOG}\n", encoding="utf-8")
     status, found, err = rerank("--input", "input.txt")
@@ -124,7 +124,7 @@ def test_texts_that_cannot_be_scored_keep_their_places(rerank, save_image):
     assert f"skipped: “{DOG}” comes without an image; expected TEXT<TAB>IMAGE<TAB>IMAGE…\n" in err
 
 
-def test_an_empty_prompt(rerank, save_image, no_image_is_read):
+def test_rerank_refuses_an_empty_prompt(rerank, save_image, no_image_is_read):
     save_image("a.png")
     status, [found], err = rerank("--prompt", " ", "a.png")
     assert status == 2
@@ -132,7 +132,7 @@ def test_an_empty_prompt(rerank, save_image, no_image_is_read):
     assert "skipped: the prompt is empty; say what to draw" in err
 
 
-def test_ranks_and_order_of_planted_scores():
+def test_rerank_orders_images_by_score():
     scores = [Score(log_probability=value, num_pieces=4) if value else None for value in (-2.0, None, -1.0, -2.0)]
     query = TextImageQuery.parse("狐狸\ta.png\tb.png\tc.png\td.png")
     ranking = Ranking(query=query, scores=scores, errors=[None, "b.png is broken", None, None], refused=False)
@@ -155,20 +155,23 @@ def test_ranks_and_order_of_planted_scores():
         (["a.png"], "give --prompt TEXT and IMAGE…, or --input FILE with lines TEXT<TAB>IMAGE<TAB>IMAGE…"),
         (["--prompt", FOX], "give --prompt TEXT and IMAGE…, or --input FILE with lines TEXT<TAB>IMAGE<TAB>IMAGE…"),
         ([], "give --prompt TEXT and IMAGE…, or --input FILE with lines TEXT<TAB>IMAGE<TAB>IMAGE…"),
-        (["--input", "blank.txt", "a.png"], "--input brings texts and images: give it alone, or --prompt TEXT and "),
-        (["--input", "blank.txt", "--prompt", FOX], "--input brings texts and images: give it alone, or --prompt "),
+        (
+            ["--input", "blank.txt", "a.png"],
+            "--input holds texts and images: give either --input or --prompt TEXT and ",
+        ),
+        (["--input", "blank.txt", "--prompt", FOX], "--input holds texts and images: give either --input or --prompt "),
         (["--input", "none.txt"], "cannot read none.txt: No such file or directory"),
         (["--input", "blank.txt"], "blank.txt is empty: expected lines TEXT<TAB>IMAGE<TAB>IMAGE…"),
         (["--prompt", FOX, "*.jpg"], 'the pattern "*.jpg" matches no file'),
         (
             ["--prompt", FOX, "a.png", "--max-inference-batch-size", "0"],
-            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+            "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",
         ),
         (["--prompt", FOX, "a.png", "--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
-        (["--prompt", FOX, "a.png", "--dtype", "int7"], "dtype 'int7' is unknown; known: "),
+        (["--prompt", FOX, "a.png", "--dtype", "int7"], "invalid value for '--dtype': 'int7' is not one of 'auto', "),
     ],
 )
-def test_mistakes_are_one_line(rerank, save_image, no_image_is_read, arguments, message):
+def test_rerank_reports_mistakes_in_one_line(rerank, save_image, no_image_is_read, arguments, message):
     save_image("a.png")
     Path("blank.txt").write_text("\n")
     status, found, err = rerank(*arguments)
@@ -177,7 +180,7 @@ def test_mistakes_are_one_line(rerank, save_image, no_image_is_read, arguments, 
     assert err.count("\n") == 1
 
 
-def test_weights_that_were_not_trained_to_describe(rerank, save_image, drawing_checkpoint, no_image_is_read):
+def test_rerank_rejects_a_model_without_the_task(rerank, save_image, drawing_checkpoint, no_image_is_read):
     save_image("a.png")
     status, found, err = rerank("--prompt", FOX, "a.png", "--model", str(drawing_checkpoint))
     assert (status, found) == (2, [])

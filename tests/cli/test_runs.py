@@ -44,7 +44,7 @@ def words(line: str) -> list[str]:
     return [cell.strip() for cell in line.split("  ") if cell.strip()]
 
 
-def test_a_table_of_all_runs(runs, capsys):
+def test_runs_prints_a_table(runs, capsys):
     assert main(["runs"]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -60,14 +60,14 @@ def test_a_table_of_all_runs(runs, capsys):
     assert first.index(b"20/40") == second.index(b"40/40")
 
 
-def test_folders_may_stand_before_and_behind_options(runs, capsys):
+def test_runs_accepts_folders_around_options(runs, capsys):
     for arguments in (["runs/b", "--json", "runs/红苹果"], ["--json", "runs/b", "runs/红苹果"]):
         assert main(["runs", *arguments]) == 0
         listed = json.loads(capsys.readouterr().out)
         assert [row["name"] for row in listed] == ["b/transformer-run", "红苹果/transformer-run"]
 
 
-def test_json_has_it_all(runs, capsys):
+def test_runs_json_prints_every_value(runs, capsys):
     with (runs / "runs" / "b" / "transformer-run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "loss": NaN}\n')
     assert main(["runs", "runs/b", "--json"]) == 0
@@ -83,7 +83,7 @@ def test_json_has_it_all(runs, capsys):
     assert row["hours"] == pytest.approx(5 / 3600)
 
 
-def test_two_runs_compared(runs, capsys):
+def test_runs_compare_prints_the_differences(runs, capsys):
     assert main(["runs", "runs/b", "runs/红苹果", "--compare"]) == 0
     blocks = [[words(line) for line in block.splitlines()] for block in capsys.readouterr().out.split("\n\n")]
     names = ["b/transformer-run", "红苹果/transformer-run"]
@@ -103,7 +103,7 @@ def test_two_runs_compared(runs, capsys):
     assert len(found["runs"]) == 2
 
 
-def test_runs_with_nothing_to_compare(tmp_path, capsys):
+def test_runs_compare_reports_runs_without_differences(tmp_path, capsys):
     folders = [str(plant(tmp_path / name)) for name in ("a", "b")]
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
     assert main(["runs", *folders, "--compare"]) == 0
@@ -111,7 +111,7 @@ def test_runs_with_nothing_to_compare(tmp_path, capsys):
     assert out.endswith("\n\ntheir settings are the same\n\ntheir losses have no step in common\n")
 
 
-def test_curves(runs, capsys):
+def test_runs_plot_writes_a_figure(runs, capsys):
     pytest.importorskip("matplotlib")
     assert main(["runs", "--plot", "curves.png"]) == 0
     out, err = capsys.readouterr()
@@ -122,14 +122,14 @@ def test_curves(runs, capsys):
         assert len(image.convert("RGB").getcolors(1 << 20)) > 10
 
 
-def test_a_folder_without_runs_says_so(tmp_path, capsys):
+def test_runs_reports_a_folder_without_runs(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 0
     assert capsys.readouterr() == ("", f"no runs in {tmp_path}\n")
     assert main(["runs", str(tmp_path), "--json"]) == 0
     assert capsys.readouterr() == ("[]\n", f"no runs in {tmp_path}\n")
 
 
-def test_a_run_that_cannot_be_read_is_named_at_the_end(runs, capsys):
+def test_runs_reports_unreadable_runs_at_the_end(runs, capsys):
     (runs / "runs" / "b" / "transformer-run" / "recipe.yaml").write_text("- a list\n")
     assert main(["runs"]) == 1
     out, err = capsys.readouterr()
@@ -146,7 +146,7 @@ def test_a_run_that_cannot_be_read_is_named_at_the_end(runs, capsys):
         (["runs", "--plot", "curves.doc"], "curves.doc is not named like a picture: expected a name that ends in .png"),
     ],
 )
-def test_mistakes_are_one_line(runs, arguments, message, capsys):
+def test_runs_reports_mistakes_in_one_line(runs, arguments, message, capsys):
     assert main(["runs", *arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -154,19 +154,19 @@ def test_mistakes_are_one_line(runs, arguments, message, capsys):
     assert err.count("\n") == 1
 
 
-def test_without_the_usual_folder(tmp_path, monkeypatch, capsys):
+def test_runs_requires_a_folder_when_the_default_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["runs"]) == 2
     err = capsys.readouterr().err
     assert err == "cogview runs: there is no folder runs here: name the folders of runs, cogview runs FOLDER …\n"
 
 
-def test_help(capsys):
+def test_runs_help_lists_every_option(capsys):
     assert main(["runs", "--help"]) == 0
     assert "--compare" in capsys.readouterr().out
 
 
-def test_speed_is_that_of_late(tmp_path, capsys):
+def test_runs_prints_the_recent_speed(tmp_path, capsys):
     folder = plant(tmp_path)
     paces = [1.0] * 30 + [50.0] * 9 + [2.0]
     lines = [{"step": step, "samples_per_second": pace} for step, pace in enumerate(paces, start=1)]

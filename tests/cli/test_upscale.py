@@ -27,7 +27,7 @@ def codes(path):
     return np.array(read_metadata(path)["codes"].split(), dtype=int)
 
 
-def test_an_image_at_twice_its_side(upscale, save_image, tiny_model):
+def test_upscale_doubles_the_side_of_an_image(upscale, save_image, tiny_model):
     image = save_image("fotos/狐狸?.png")
     settings = ("--temperature", "0.7", "--top-k", "50", "--top-p", "0.9", "--guidance", "2", "--text-attention", "1.5")
     status, files, err = upscale("fotos/狐狸?.png", "--prompt", FOX, "--seed", "7", "-o", "大", *settings)
@@ -42,10 +42,10 @@ def test_an_image_at_twice_its_side(upscale, save_image, tiny_model):
     assert (texts["prompt"], texts["seed"], texts["task"], texts["source"]) == (FOX, "7", "upscale", "狐狸?.png")
     assert (texts["temperature"], texts["top_k"], texts["top_p"]) == ("0.7", "50", "0.9")
     assert (texts["guidance"], texts["text_attention"]) == ("2.0", "1.5")
-    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\nupscaling 1 picture\n"
+    assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\nupscaling 1 image\n"
 
 
-def test_low_level(upscale, save_image, tiny_model):
+def test_upscale_low_level_starts_from_half_the_side(upscale, save_image, tiny_model):
     image = save_image("a.png", size=(32, 32))
     _, [file], err = upscale("a.png", "--prompt", FOX, "--seed", "7", "--low-level")
     [expected] = tiny_model.upscale([image], FOX, seed=7, low_level=True)
@@ -54,7 +54,7 @@ def test_low_level(upscale, save_image, tiny_model):
     assert "note:" not in err  # 32 x 32 is what it starts from
 
 
-def test_neither_the_batch_nor_an_unreadable_neighbour_changes_anything(upscale, save_image, tiny_model):
+def test_upscale_gives_equal_images_for_any_batch(upscale, save_image, tiny_model):
     images = [save_image(f"{number}.png", number, size=(32, 32)) for number in range(3)]
     Path("1.png").write_text("no image")
     arguments = ("0.png", "1.png", "2.png", "--prompt", FOX, "--seed", "7", "--low-level")
@@ -67,7 +67,7 @@ def test_neither_the_batch_nor_an_unreadable_neighbour_changes_anything(upscale,
             np.testing.assert_array_equal(codes(file), alone.codes.flat)
 
 
-def test_a_file_of_texts_and_images(upscale, save_image):
+def test_upscale_reads_texts_and_images_from_a_file(upscale, save_image):
     for name in ("a/x.png", "b/x.png", "y.png"):
         save_image(name, len(name), size=(32, 32))
     lines = [f"{FOX}\ta/x.png", f" {DOG} \tb/x.png ", "no image here", f"{FOX}\ty.png\ta/x.png", f"{DOG * 3}\ty.png"]
@@ -83,14 +83,14 @@ def test_a_file_of_texts_and_images(upscale, save_image):
     ]
 
 
-def test_a_second_run_writes_the_same(upscale, save_image):
+def test_upscale_overwrites_equal_images(upscale, save_image):
     save_image("a.png", size=(32, 32))
     arguments = ("a.png", "--prompt", FOX, "--seed", "7", "--low-level")
     assert upscale(*arguments)[1] == upscale(*arguments)[1] == [Path("outputs/a-up-seed7.png")]
     assert os.listdir("outputs") == ["a-up-seed7.png"]
 
 
-def test_what_cannot_be_read_stops_nothing(upscale, save_image):
+def test_upscale_reports_unreadable_images_at_the_end(upscale, save_image):
     save_image("fotos/a.png", size=(90, 60))
     Path("fotos/text.png").write_text("no image")
     status, files, err = upscale("none.png", "fotos", "--prompt", FOX, "--seed", "7", "--low-level")
@@ -102,7 +102,7 @@ def test_what_cannot_be_read_stops_nothing(upscale, save_image):
     ]
 
 
-def test_nothing_that_can_be_read(upscale):
+def test_upscale_fails_when_no_image_can_be_read(upscale):
     status, files, err = upscale("none.png", "--prompt", FOX)
     assert (status, files) == (2, [])
     assert err.splitlines()[-1] == "cogview upscale: image none.png does not exist"
@@ -116,7 +116,7 @@ def test_nothing_that_can_be_read(upscale):
         (DOG * 3, "the prompt “蓝色背景上的三只狗蓝色背景上的三只狗蓝色…” is 27 pieces long, 20 fit; shorten it"),
     ],
 )
-def test_a_prompt_that_cannot_be_drawn(upscale, save_image, no_image_is_read, prompt, message):
+def test_upscale_skips_a_prompt_that_cannot_be_used(upscale, save_image, no_image_is_read, prompt, message):
     save_image("a.png")
     status, files, err = upscale("a.png", "--prompt", prompt)
     assert (status, files) == (2, [])
@@ -127,25 +127,28 @@ def test_a_prompt_that_cannot_be_drawn(upscale, save_image, no_image_is_read, pr
     ("arguments", "message"),
     [
         ([], "give --prompt TEXT and IMAGE…, or --input FILE with lines TEXT<TAB>IMAGE"),
-        (["--prompt", FOX, "--input", "blank.txt"], "--input brings texts and images: give it alone, or --prompt "),
+        (["--prompt", FOX, "--input", "blank.txt"], "--input holds texts and images: give either --input or --prompt "),
         (
             ["--prompt", FOX, "--max-inference-batch-size", "0"],
-            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+            "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",
         ),
         (["--prompt", FOX, "--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         (
             ["--prompt", FOX, "--temperature", "0"],
-            "temperature must be above 0, got 0.0; for greedy decoding use ",
+            "invalid value for '--temperature': 0.0 is not in the range x>0; see cogview upscale --help",
         ),
-        (["--prompt", FOX, "--top-k", "-1"], "top_k must be at least 0 (0 keeps every id), got -1"),
-        (["--prompt", FOX, "--top-p", "2"], "top_p must be in (0, 1], got 2.0"),
-        (["--prompt", FOX, "--guidance", "-1"], "guidance must be a number from 0 on (1: none), got -1.0"),
-        (["--prompt", FOX, "--text-attention", "0"], "text_attention must be a number above 0 (1: none), got 0.0"),
+        (["--prompt", FOX, "--top-k", "-1"], "invalid value for '--top-k': -1 is not in the range x>=0"),
+        (["--prompt", FOX, "--top-p", "2"], "invalid value for '--top-p': 2.0 is not in the range 0<x<=1"),
+        (["--prompt", FOX, "--guidance", "-1"], "invalid value for '--guidance': -1.0 is not in the range x>=0"),
+        (
+            ["--prompt", FOX, "--text-attention", "0"],
+            "invalid value for '--text-attention': 0.0 is not in the range x>0",
+        ),
         (["--prompt", FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: File exists"),
         (["--prompt", FOX, "--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )
-def test_mistakes_are_one_line(upscale, save_image, no_image_is_read, arguments, message):
+def test_upscale_reports_mistakes_in_one_line(upscale, save_image, no_image_is_read, arguments, message):
     save_image("a.png")
     Path("blank.txt").write_text("\n")
     status, files, err = upscale("a.png", *arguments)
@@ -155,7 +158,7 @@ def test_mistakes_are_one_line(upscale, save_image, no_image_is_read, arguments,
 
 
 @pytest.mark.parametrize(("flags", "task"), [([], "upscale"), (["--low-level"], "low_level")])
-def test_weights_that_were_not_trained_to_upscale(
+def test_upscale_rejects_a_model_without_the_task(
     upscale, save_image, drawing_checkpoint, no_image_is_read, flags, task
 ):
     save_image("a.png")

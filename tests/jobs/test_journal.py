@@ -39,7 +39,7 @@ def open_ledger(path):
         thing.close()
 
 
-def test_what_is_recorded_is_done(open_ledger, path):
+def test_journal_returns_recorded_results(open_ledger, path):
     ledger = open_ledger(resume=False)
     assert (ledger.header, ledger.done) == (HEADER, {})
     ledger.record("狐狸", file="一只狐狸.png", log_probability=-1.5)
@@ -56,12 +56,12 @@ def test_what_is_recorded_is_done(open_ledger, path):
     assert sorted(os.listdir(path.parent)) == ["job.ledger", "job.ledger.lock"]
 
 
-def test_names_of_files_that_are_no_utf8(open_ledger):
+def test_journal_records_file_names_that_are_not_utf8(open_ledger):
     open_ledger().record("狗", file=os.fsdecode(b"\xb9\xb7.png"))
     assert os.fsencode(open_ledger().done["狗"]["file"]) == b"\xb9\xb7.png"
 
 
-def test_others_are_read_on_asking(open_ledger, path):
+def test_journal_refresh_reads_results_of_other_processes(open_ledger, path):
     ledger, other = open_ledger(), JobJournal(path, JobLocks(path))
     other.record("狐狸", n=1)
     assert ledger.done == {}
@@ -74,12 +74,12 @@ def test_others_are_read_on_asking(open_ledger, path):
     other.close()
 
 
-def test_an_earlier_run_is_not_taken_for_this_one(open_ledger, path):
+def test_journal_refuses_an_existing_file_without_resume(open_ledger, path):
     open_ledger()
     with pytest.raises(InputError) as error:
         open_ledger(resume=False)
     assert str(error.value) == (
-        f"{path} is there from an earlier run: go on with it by --resume, or choose another output folder"
+        f"{path} exists from an earlier run: continue it with --resume, or choose another output folder"
     )
 
 
@@ -96,7 +96,7 @@ def test_an_earlier_run_is_not_taken_for_this_one(open_ledger, path):
         ),
     ],
 )
-def test_another_job_is_refused(open_ledger, path, changed, was, now):
+def test_journal_refuses_another_job(open_ledger, path, changed, was, now):
     open_ledger()
     before = path.read_bytes()
     with pytest.raises(InputError) as error:
@@ -107,29 +107,29 @@ def test_another_job_is_refused(open_ledger, path, changed, was, now):
     assert path.read_bytes() == before
 
 
-def test_what_the_user_did_not_give_is_adopted(open_ledger):
+def test_journal_inherits_keys_of_an_existing_header(open_ledger):
     open_ledger()
-    assert open_ledger(HEADER | {"seed": 8}, adopt=["seed"]).header == HEADER
+    assert open_ledger(HEADER | {"seed": 8}, inherit_keys=["seed"]).header == HEADER
     with pytest.raises(InputError, match="made with no batch_size, now with batch_size 4"):
-        open_ledger(HEADER | {"batch_size": 4}, adopt=["batch_size"])
+        open_ledger(HEADER | {"batch_size": 4}, inherit_keys=["batch_size"])
 
 
 @pytest.mark.parametrize("content", ["", "一只狐狸\n", '["狗"]\n', '{"id": "狗"}\n'])
-def test_a_file_that_is_no_ledger(open_ledger, path, content):
+def test_journal_refuses_a_file_that_is_not_a_journal(open_ledger, path, content):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(InputError) as error:
         open_ledger()
-    assert str(error.value) == f"{path} is no ledger of a job; move it away, or choose another output folder"
+    assert str(error.value) == f"{path} is not the journal of a job; move it away, or choose another output folder"
     assert path.read_text(encoding="utf-8") == content
 
 
-def test_a_newer_format(open_ledger, path):
+def test_journal_refuses_a_newer_format(open_ledger, path):
     path.write_text('{"cogview_job": 2}\n')
     with pytest.raises(InputError, match="has format 2, this version of cogview knows 1: update cogview"):
         open_ledger()
 
 
-def test_a_line_cut_short_spoils_nothing(open_ledger, path, caplog):
+def test_journal_ignores_a_line_that_was_cut_off(open_ledger, path, caplog):
     """A power cut in the middle of a line: that result counts as not done, and those behind it as done."""
     open_ledger().record("狐狸")
     with path.open("ab") as file:
@@ -140,10 +140,10 @@ def test_a_line_cut_short_spoils_nothing(open_ledger, path, caplog):
     ledger.record("狗")
     ledger.record("苹果")
     assert list(open_ledger().done) == ["狐狸", "狗", "苹果"]
-    assert [record.getMessage() for record in caplog.records] == [f"line 3 of {path} is broken and counts for nothing"]
+    assert [record.getMessage() for record in caplog.records] == [f"line 3 of {path} is damaged and is ignored"]
 
 
-def test_a_last_line_that_lacks_only_its_end(open_ledger, path):
+def test_journal_accepts_a_last_line_without_newline(open_ledger, path):
     """As some editors leave it."""
     open_ledger().record("狐狸")
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
@@ -154,19 +154,19 @@ def test_a_last_line_that_lacks_only_its_end(open_ledger, path):
 
 
 @pytest.mark.parametrize("broken", [b"\0\0\0\0", b"[1]", b"7", b'{"file": "a.png"}', b'{"id": ["a"]}', b"\xb9\xb7"])
-def test_a_broken_line_in_the_middle(open_ledger, path, caplog, broken):
+def test_journal_ignores_a_damaged_line_with_a_warning(open_ledger, path, caplog, broken):
     open_ledger().record("狐狸")
     path.write_bytes(path.read_bytes() + b"\n" + broken + b'\n{"id": "a"}\n')
     with caplog.at_level(logging.WARNING):
         ledger = open_ledger()
         ledger.refresh()
     assert list(ledger.done) == ["狐狸", "a"]
-    assert [record.getMessage() for record in caplog.records] == [f"line 4 of {path} is broken and counts for nothing"]
+    assert [record.getMessage() for record in caplog.records] == [f"line 4 of {path} is damaged and is ignored"]
 
 
 @pytest.mark.parametrize(("code", "kind"), [(None, DiskFull), (errno.EDQUOT, DiskFull), (errno.EIO, OSError)])
 @pytest.mark.parametrize("torn", [False, True])
-def test_a_full_disk_leaves_whole_lines(open_ledger, path, monkeypatch, code, kind, torn):
+def test_journal_leaves_complete_lines_when_the_disk_is_full(open_ledger, path, monkeypatch, code, kind, torn):
     ledger = open_ledger()
     ledger.record("狐狸")
     if torn:
@@ -185,14 +185,14 @@ def test_a_full_disk_leaves_whole_lines(open_ledger, path, monkeypatch, code, ki
     with pytest.raises(kind) as error:
         ledger.record("狗")
     if kind is DiskFull:
-        assert str(error.value) == "the disk is full: 1 result is kept; --resume goes on when there is space"
+        assert str(error.value) == "the disk is full: 1 result is kept; --resume continues when there is space"
     assert path.read_bytes() == before
     fails = False
     ledger.record("狗")
     assert list(ledger.done) == list(open_ledger().done) == ["狐狸", "狗"]
 
 
-def test_a_ledger_that_cannot_be_made_is_not_there(open_ledger, path, monkeypatch):
+def test_journal_leaves_no_file_when_it_cannot_be_created(open_ledger, path, monkeypatch):
     def replace(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -203,7 +203,7 @@ def test_a_ledger_that_cannot_be_made_is_not_there(open_ledger, path, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["config.json", "text.model", "model.safetensors", "image/model.safetensors"])
-def test_the_fingerprint_is_of_the_files(tiny_checkpoint, tmp_path, name):
+def test_journal_fingerprint_depends_on_every_file(tiny_checkpoint, tmp_path, name):
     copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     assert fingerprint(copy) == fingerprint(tiny_checkpoint)
     content = bytearray((copy / name).read_bytes())
@@ -212,7 +212,7 @@ def test_the_fingerprint_is_of_the_files(tiny_checkpoint, tmp_path, name):
     assert fingerprint(copy) != fingerprint(tiny_checkpoint)
 
 
-def test_the_fingerprint_of_a_large_file_reads_its_size_its_header_and_blocks(tiny_checkpoint, tmp_path):
+def test_journal_fingerprint_of_a_large_file_covers_size_header_and_blocks(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     size, header = 1 << 30, 1 << 20  # holes, which take no place
 

@@ -24,12 +24,12 @@ CHUNKS = [[f"狐狸-{item}" for item in range(first, first + 5)] for first in ra
 WORKER = """
 import os, sys, time
 from pathlib import Path
-from cogview.jobs.locks import Claims, run
-from cogview.jobs.journal import Ledger
+from cogview.jobs.locks import JobLocks, run_chunks
+from cogview.jobs.journal import JobJournal
 
 folder, resume, seed, chunks = Path(sys.argv[1]), sys.argv[2] == "resume", int(sys.argv[3]), eval(sys.argv[4])
-claims = Claims(folder / "job.ledger")
-ledger = Ledger.open(folder / "job.ledger", {"seed": seed}, claims=claims, resume=resume, adopt=["seed"])
+locks = JobLocks(folder / "job.ledger")
+journal = JobJournal.open(folder / "job.ledger", {"seed": seed}, locks=locks, resume=resume, inherit_keys=["seed"])
 print("open", flush=True)
 sys.stdin.readline()
 
@@ -37,22 +37,22 @@ def work(number, names):
     for name in names:
         time.sleep(0.005)
         aside = folder / f".{name}.{os.getpid()}"
-        aside.write_text(f"{name} of seed {ledger.header['seed']} in chunk {number}")
+        aside.write_text(f"{name} of seed {journal.header['seed']} in chunk {number}")
         os.replace(aside, folder / f"{name}.txt")
-        ledger.record(name, by=os.getpid())
+        journal.record(name, by=os.getpid())
 
-run(chunks, ledger, claims, work)
-print(len(ledger.done))
+run_chunks(chunks, journal, locks, work)
+print(len(journal.done))
 """
 
 # A process that is at work with a ledger, claims number 3, and does nothing.
 HOLDER = """
 import sys
 from pathlib import Path
-from cogview.jobs.locks import Claims
-claims = Claims(Path(sys.argv[1]))
-claims.join()
-print(claims.try_claim(3), flush=True)
+from cogview.jobs.locks import JobLocks
+locks = JobLocks(Path(sys.argv[1]))
+locks.register()
+print(locks.try_claim(3), flush=True)
 sys.stdin.read()
 """
 
@@ -101,19 +101,19 @@ def ledger(tmp_path, claims):
     ledger.close()
 
 
-def test_a_claim_ends_with_its_process(claims, start_holder):
-    assert not claims.someone_alive()
+def test_locks_release_the_claim_of_a_dead_process(claims, start_holder):
+    assert not claims.has_live_peers()
     holder = start_holder()
-    assert claims.someone_alive()
+    assert claims.has_live_peers()
     assert not claims.try_claim(3)
     assert claims.try_claim(2)
     holder.kill()
     holder.wait()
-    assert not claims.someone_alive()
+    assert not claims.has_live_peers()
     assert claims.try_claim(3)
 
 
-def test_a_claim_can_be_released(claims, tmp_path):
+def test_locks_release_a_claim(claims, tmp_path):
     assert claims.try_claim(3)
     refused = start(HOLDER, tmp_path / "job.ledger")
     assert refused.communicate("")[0] == "False\n"
@@ -122,21 +122,21 @@ def test_a_claim_can_be_released(claims, tmp_path):
     assert accepted.communicate("")[0] == "True\n"
 
 
-def test_asking_who_is_alive_changes_nothing(claims, tmp_path):
-    code = "import sys; from pathlib import Path; from cogview.jobs.locks import Claims\n"
-    code += "print(Claims(Path(sys.argv[1])).someone_alive())"
+def test_locks_has_live_peers_changes_nothing(claims, tmp_path):
+    code = "import sys; from pathlib import Path; from cogview.jobs.locks import JobLocks\n"
+    code += "print(JobLocks(Path(sys.argv[1])).has_live_peers())"
 
     def others_see_us():
         return start(code, tmp_path / "job.ledger").communicate()[0] == "True\n"
 
-    claims.someone_alive()
+    claims.has_live_peers()
     assert not others_see_us()
-    claims.join()
-    claims.someone_alive()
+    claims.register()
+    claims.has_live_peers()
     assert others_see_us()
 
 
-def test_a_ledger_with_someone_at_work_is_joined(ledger, tmp_path):
+def test_locks_join_a_job_with_a_live_process(ledger, tmp_path):
     ledger.record("狐狸")
     joined = start(WORKER, tmp_path, "new", 8, [["狐狸", "狗"]])
     assert joined.communicate("\n") == ("open\n2\n", "")
@@ -145,13 +145,13 @@ def test_a_ledger_with_someone_at_work_is_joined(ledger, tmp_path):
     assert list(ledger.done) == ["狐狸", "狗"]
 
 
-def test_of_two_that_begin_at_once_none_takes_an_old_ledger_for_new(claims, tmp_path):
+def test_locks_refuse_an_old_journal_to_two_processes_that_start_at_once(claims, tmp_path):
     (tmp_path / "job.ledger").write_text('{"cogview_job": 1, "seed": 7}\n')
     other = start(WORKER, tmp_path, "new", 8, [["狐狸"]])  # while we have begun, and not yet opened it
-    assert "is there from an earlier run" in other.communicate()[1]
+    assert "exists from an earlier run" in other.communicate()[1]
 
 
-def test_where_nothing_can_be_locked(tmp_path, monkeypatch, caplog):
+def test_locks_are_optional_where_unsupported(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(cogview.jobs.locks, "fcntl", None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     path = tmp_path / "job.ledger"
@@ -166,7 +166,7 @@ def test_where_nothing_can_be_locked(tmp_path, monkeypatch, caplog):
     ]
 
 
-def test_what_is_done_is_not_done_again(ledger, claims):
+def test_locks_run_chunks_skips_recorded_results(ledger, claims):
     calls = []
 
     def work(number, names):
@@ -181,14 +181,14 @@ def test_what_is_done_is_not_done_again(ledger, claims):
     assert calls == [(0, ["a"]), (1, ["c", "d"])]
 
 
-def test_what_is_not_recorded_is_tried_once_and_left_to_others(ledger, claims, start_holder):
+def test_locks_run_chunks_releases_unrecorded_results(ledger, claims, start_holder):
     calls = []
     run_chunks([[str(number)] for number in range(5)], ledger, claims, lambda number, names: calls.append(number))
     assert calls == [0, 1, 2, 3, 4]
     start_holder()  # which can claim 3
 
 
-def test_each_rank_begins_elsewhere(ledger, claims, monkeypatch):
+def test_locks_run_chunks_starts_each_rank_elsewhere(ledger, claims, monkeypatch):
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "3")
     calls = []
@@ -197,7 +197,7 @@ def test_each_rank_begins_elsewhere(ledger, claims, monkeypatch):
 
 
 @pytest.mark.parametrize(("rank", "size"), [("eins", "2"), ("2", "2"), ("0", "0")])
-def test_a_rank_that_is_none(ledger, claims, monkeypatch, rank, size):
+def test_locks_run_chunks_rejects_a_wrong_rank(ledger, claims, monkeypatch, rank, size):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", size)
     with pytest.raises(InputError) as error:
@@ -207,7 +207,7 @@ def test_a_rank_that_is_none(ledger, claims, monkeypatch, rank, size):
     )
 
 
-def test_it_stops_between_chunks(ledger, claims):
+def test_locks_run_chunks_stops_between_chunks(ledger, claims):
     run_chunks(
         [["a", "b"], ["c"]],
         ledger,
@@ -218,16 +218,16 @@ def test_it_stops_between_chunks(ledger, claims):
     assert list(ledger.done) == ["a", "b"]
 
 
-def test_a_full_disk_met_by_the_work_is_told_as_well(ledger, claims):
+def test_locks_run_chunks_reports_a_full_disk_of_the_work(ledger, claims):
     def work(number, names):
         ledger.record("a")
         raise OSError(errno.ENOSPC, "No space left on device", "b.png")
 
-    with pytest.raises(DiskFull, match=r"^the disk is full: 1 result is kept; --resume goes on when there is space$"):
+    with pytest.raises(DiskFull, match=r"^the disk is full: 1 result is kept; --resume continues when there is space$"):
         run_chunks([["a", "b"]], ledger, claims, work)
 
 
-def test_the_chunk_of_a_process_that_dies_is_taken_over(ledger, claims, start_holder, monkeypatch):
+def test_locks_run_chunks_takes_over_the_chunk_of_a_dead_process(ledger, claims, start_holder, monkeypatch):
     holder, calls = start_holder(), []
     monkeypatch.setattr(cogview.jobs.locks, "POLL_SECONDS", 0.01)
     looks = iter(range(100))
@@ -243,7 +243,7 @@ def test_the_chunk_of_a_process_that_dies_is_taken_over(ledger, claims, start_ho
     assert calls == [0, 1, 2, 4, 3]
 
 
-def test_it_waits_until_others_are_done(ledger, claims, start_holder, tmp_path, monkeypatch):
+def test_locks_run_chunks_waits_for_other_processes(ledger, claims, start_holder, tmp_path, monkeypatch):
     start_holder()
     monkeypatch.setattr(cogview.jobs.locks, "POLL_SECONDS", 0.01)
     looks = iter(range(100))
@@ -262,7 +262,7 @@ def test_it_waits_until_others_are_done(ledger, claims, start_holder, tmp_path, 
     assert list(ledger.done) == ["0", "1", "2", "4", "3"]
 
 
-def test_it_does_not_wait_for_what_is_done(ledger, claims, start_holder, tmp_path, monkeypatch):
+def test_locks_run_chunks_does_not_wait_for_finished_chunks(ledger, claims, start_holder, tmp_path, monkeypatch):
     def sleep(seconds):
         raise AssertionError("it waits")
 
@@ -276,7 +276,7 @@ def test_it_does_not_wait_for_what_is_done(ledger, claims, start_holder, tmp_pat
     run_chunks([["0"], ["1"], ["2"], ["3"], ["4"]], ledger, claims, work)
 
 
-def test_whatever_is_killed_each_thing_is_made_once(tmp_path):
+def test_locks_make_each_result_once_when_processes_are_killed(tmp_path):
     """Three processes begin at once and die one after the other by kill -9; three others go on, one of which dies."""
     rng = random.Random(0)
     ledger = tmp_path / "job.ledger"

@@ -26,7 +26,7 @@ def read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["prompts.txt", "PROMPTS.TXT", "prompts"])
-def test_a_prompt_per_line(read, name):
+def test_read_job_reads_a_prompt_per_line(read, name):
     lines, problems = read(name, f"\ufeff{FOX}\r\n\r\n  {DOG}  \r{APPLE}")  # mark and line ends of several systems
     assert lines == [
         JobRecord(number=1, prompt=FOX),
@@ -37,13 +37,13 @@ def test_a_prompt_per_line(read, name):
     assert [line.key for line in lines] == ["line 1", "line 3", "line 4"]
 
 
-def test_standard_input(monkeypatch):
+def test_read_job_reads_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{FOX}\n\n{DOG}".encode())))
     assert read_job("-") == ([JobRecord(number=1, prompt=FOX), JobRecord(number=3, prompt=DOG)], [])
 
 
 @pytest.mark.parametrize(("suffix", "mark"), [("csv", ","), ("tsv", "\t")])
-def test_a_table(read, suffix, mark):
+def test_read_job_reads_a_table(read, suffix, mark):
     rows = [
         ["id", "prompt", "task", "image", "rows", "n", "seed", "temperature", "top_k", "top_p", "guidance"],
         ["狐狸", f' "{FOX}{mark}\n在草地上" '.strip(), "", "", "", "2", str(2**63 - 1), "0.7", "0", "1", "3"],
@@ -61,10 +61,7 @@ def test_a_table(read, suffix, mark):
             prompt=f"{FOX}{mark}\n在草地上",
             n=2,
             seed=2**63 - 1,
-            temperature=0.7,
-            top_k=0,
-            top_p=1.0,
-            guidance=3.0,
+            sampling={"temperature": 0.7, "top_k": 0, "top_p": 1.0, "guidance": 3.0},
         ),
         JobRecord(number=5, id="7", prompt=APPLE, task="complete", image=Path("工作/画/苹果.png"), rows=4),
         JobRecord(number=6, task="caption", image=Path("/画/狗.png")),
@@ -72,7 +69,7 @@ def test_a_table(read, suffix, mark):
     assert [line.key for line in lines] == ["狐狸", "7", "line 6"]
 
 
-def test_objects(read):
+def test_read_job_reads_json_lines(read):
     lines, problems = read(
         "工作/job.jsonl",
         f'\ufeff{{"id": 7, "prompt": "{FOX}", "guidance": 3, "text_attention": 1.5, "n": null}}\r\n\r\n'
@@ -80,10 +77,10 @@ def test_objects(read):
     )
     assert problems == []
     assert lines == [
-        JobRecord(number=1, id="7", prompt=FOX, guidance=3.0, text_attention=1.5),
+        JobRecord(number=1, id="7", prompt=FOX, sampling={"guidance": 3.0, "text_attention": 1.5}),
         JobRecord(number=3, task="upscale", prompt=DOG, image=Path("工作/../狗.png")),
     ]
-    assert isinstance(lines[0].guidance, float)
+    assert isinstance(lines[0].sampling["guidance"], float)
 
 
 WRONG_OBJECTS = [
@@ -102,7 +99,7 @@ WRONG_OBJECTS = [
     ('{"prompt": "狗", "guidance": "高"}', 'guidance: expected a number, got "高"'),
     ('{"prompt": "狗", "guidance": 1' + "0" * 400 + "}", "guidance: expected a number, got 1" + "0" * 39 + "…"),
     ('{"prompt": ["狗"]}', 'prompt: expected text, got ["狗"]'),
-    ('{"prompt": "\\ud83d"}', "prompt: holds a character that is none (0, or half of a surrogate pair)"),
+    ('{"prompt": "\\ud83d"}', "prompt: holds an invalid character (0, or half of a surrogate pair)"),
     ('{"n": 2}', "the task generate needs prompt"),
     ('{"prompt": " "}', "the task generate needs prompt"),
     ('{"prompt": "狗", "task": "complete"}', "the task complete needs image and rows"),
@@ -126,7 +123,7 @@ WRONG_OBJECTS = [
 
 
 @pytest.mark.parametrize(("wrong", "problem"), WRONG_OBJECTS)
-def test_a_broken_object_stops_no_other(read, wrong, problem):
+def test_read_job_skips_invalid_objects(read, wrong, problem):
     lines, problems = read("job.jsonl", f'{{"id": "一", "prompt": "{FOX}"}}\n{{"prompt": "{DOG}"}}\n{wrong}\n')
     assert [line.prompt for line in lines] == [FOX, DOG]
     assert len(problems) == 1
@@ -145,7 +142,7 @@ def test_a_broken_object_stops_no_other(read, wrong, problem):
         ('"狗,2', "the quotation marks are not understood (unexpected end of data)"),
     ],
 )
-def test_a_broken_row_stops_no_other(read, wrong, problem):
+def test_read_job_skips_invalid_rows(read, wrong, problem):
     last = DOG if "end of data" in problem else f'"{DOG}"'
     lines, problems = read("job.csv", f"prompt,n\n{FOX},\n{wrong}\n{APPLE},2\n{last},3\n")
     assert [(line.number, line.prompt) for line in lines] == [(2, FOX), (4, APPLE), (5, DOG)]
@@ -161,7 +158,7 @@ def test_a_broken_row_stops_no_other(read, wrong, problem):
         (
             "job.csv",
             "prompt\n\n",
-            "job.csv is empty: expected a row of column names, and below it a row for each thing to make",
+            "job.csv is empty: expected a header and a row for each result",
         ),
         (
             "job.xlsx",
@@ -182,18 +179,18 @@ def test_a_broken_row_stops_no_other(read, wrong, problem):
         ),
     ],
 )
-def test_a_file_that_is_no_job(read, name, content, message):
+def test_read_job_rejects_a_file_without_a_valid_line(read, name, content, message):
     with pytest.raises(InputError) as error:
         read(name, content)
     assert str(error.value) == message
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_read_job_rejects_a_missing_file(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*没有\.csv: No such file or directory"):
         read_job(str(tmp_path / "没有.csv"))
 
 
-def test_the_digest_is_of_what_is_asked_for(read, tmp_path, monkeypatch):
+def test_read_job_digest_depends_on_the_content_only(read, tmp_path, monkeypatch):
     def of(name, content):
         return digest(read(name, content)[0], name)
 

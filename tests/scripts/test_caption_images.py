@@ -23,7 +23,7 @@ def describe(run_script):
 
 
 @pytest.mark.parametrize("script", ["caption_images", "generate_samples"])
-def test_the_command_line_of_the_release(describe, v1_flags, save_image, tiny_model, script):
+def test_caption_images_accepts_the_command_line_of_v1(describe, v1_flags, save_image, tiny_model, script):
     """The flags of its scripts/image2text.sh, but for a file in place of questions."""
     images = [save_image("狐狸.png"), save_image("b.png", 1)]
     Path("input.txt").write_text("狐狸.png\n\nb.png\n", encoding="utf-8")
@@ -42,7 +42,7 @@ def test_the_command_line_of_the_release(describe, v1_flags, save_image, tiny_mo
     assert f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 1234\n" in err
 
 
-def test_ids_come_first(describe, save_image):
+def test_caption_images_prints_ids_first(describe, save_image):
     save_image("a.png")
     Path("input.txt").write_text("0017\ta.png\na.png\n", encoding="utf-8")
     status, [found], err = describe("--input-source", "input.txt", "--with-id", "--batch-size", "1")
@@ -51,7 +51,7 @@ def test_ids_come_first(describe, save_image):
     assert "skipped: the line “a.png” has no id; expected ID<TAB> before the query\n" in err
 
 
-def test_what_cannot_be_read_stops_nothing(describe, save_image):
+def test_caption_images_reports_unreadable_images_at_the_end(describe, save_image):
     save_image("a.png")
     Path("input.txt").write_text("none.png\na.png\n", encoding="utf-8")
     status, found, err = describe("--input-source", "input.txt", "--batch-size", "2")
@@ -59,7 +59,7 @@ def test_what_cannot_be_read_stops_nothing(describe, save_image):
     assert err.endswith("failed: image none.png does not exist\n")
 
 
-def test_nothing_that_can_be_read(describe):
+def test_caption_images_fails_when_no_image_can_be_read(describe):
     Path("input.txt").write_text("none.png\n")
     status, found, err = describe("--input-source", "input.txt")
     assert (status, found) == (2, [])
@@ -67,12 +67,12 @@ def test_nothing_that_can_be_read(describe):
     assert os.listdir("samples") == []
 
 
-def test_it_asks(describe, save_image, monkeypatch):
+def test_caption_images_asks_for_images(describe, save_image, monkeypatch):
     save_image("a.png")
     monkeypatch.setattr(sys, "stdin", io.StringIO("none.png\na.png\nstop\nb.png\n"))
     status, found, err = describe("--batch-size", "1")
     assert (status, [one["file"] for one in found]) == (0, ["a.png"])
-    assert "Which image shall I describe? (“stop” ends)" in err
+    assert "Which image shall I caption? (“stop” ends)" in err
     assert "skipped: image none.png does not exist\n" in err
 
 
@@ -82,10 +82,10 @@ def test_it_asks(describe, save_image, monkeypatch):
         (["--generation-task", "text2image"], "--generation-task text2image is unknown; known: image2text\n"),
         (["--input-source", "none.txt"], "cannot read none.txt: No such file or directory"),
         (["--input-source", "blank.txt"], "blank.txt is empty: expected a query per line"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--batch-size", "0"], "invalid value for '--batch-size': 0 is not in the range x>=1"),
         (
             ["--max-inference-batch-size", "0"],
-            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+            "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",
         ),
         (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         (["--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use top_k 1"),
@@ -93,7 +93,7 @@ def test_it_asks(describe, save_image, monkeypatch):
         (["--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )
-def test_mistakes_are_one_line(describe, arguments, message):
+def test_caption_images_reports_mistakes_in_one_line(describe, arguments, message):
     Path("blank.txt").write_text("\n")
     status, found, err = describe(*arguments)
     assert (status, found) == (2, [])

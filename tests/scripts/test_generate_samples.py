@@ -29,7 +29,7 @@ def samples(run_script):
     return run
 
 
-def test_it_draws_what_cogview_generate_draws(samples, tiny_checkpoint, capsys):
+def test_generate_samples_equals_cogview_generate(samples, tiny_checkpoint, capsys):
     status, files, _ = samples(
         *("--input-source", "input.txt", "--output-path", "out", "--batch-size", "3", "--seed", "7"),
         *("--temperature", "1.2", "--top_k", "50", "--top_p", "0.8", "--max-inference-batch-size", "2"),
@@ -44,7 +44,7 @@ def test_it_draws_what_cogview_generate_draws(samples, tiny_checkpoint, capsys):
         np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(Image.open(own)))
 
 
-def test_the_command_line_of_the_release(samples, v1_flags):
+def test_generate_samples_accepts_the_command_line_of_v1(samples, v1_flags):
     """The flags of its scripts/text2image.sh; a seed of 1234, and top-p 0 for none, are the release's too."""
     status, files, err = samples(
         *v1_flags[:-1],
@@ -59,12 +59,12 @@ def test_the_command_line_of_the_release(samples, v1_flags):
     assert "note: pretrained/vqvae/vqvae_hard_biggerset_011.pt is ignored: " in err
 
 
-def test_the_models_own_image_tokenizer_needs_no_note(samples, tiny_checkpoint):
+def test_generate_samples_accepts_the_image_tokenizer_of_the_model_without_a_note(samples, tiny_checkpoint):
     _, _, err = samples("--input-source", "input.txt", "--img-tokenizer-path", str(tiny_checkpoint / "image"))
     assert "ignored" not in err
 
 
-def test_weights_of_the_release_have_to_be_converted_first(samples, tmp_path):
+def test_generate_samples_rejects_weights_of_v1_that_are_not_converted(samples, tmp_path):
     """As the release was started: its folder behind --load, and its image tokenizer, of which no other word is said."""
     folder = tmp_path / "pretrained" / "cogview-base"
     folder.mkdir(parents=True)
@@ -80,7 +80,7 @@ def test_weights_of_the_release_have_to_be_converted_first(samples, tmp_path):
     )
 
 
-def test_ids_name_folders(samples):
+def test_generate_samples_names_folders_by_ids(samples):
     lines = [f"0017\t{FOX}", f"../up\t{DOG}", f"0017\t{FOX}", "no id here"]
     Path("input.txt").write_text("\n".join(lines), encoding="utf-8")
     status, files, err = samples("--input-source", "input.txt", "--with-id", "--batch-size", "2")
@@ -93,7 +93,7 @@ def test_ids_name_folders(samples):
     assert len({read_metadata(file)["codes"] for file in files}) == 6
 
 
-def test_debug_adds_one_picture_per_prompt(samples):
+def test_generate_samples_debug_writes_a_concatenated_image_per_prompt(samples):
     _, files, _ = samples("--input-source", "input.txt", "--debug", "--batch-size", "3", "--seed", "7")
     sheets = [file for file in files if file.name == "concat.png"]
     assert sheets == [Path("samples", prompt, "concat.png") for prompt in (FOX, DOG)]
@@ -103,17 +103,17 @@ def test_debug_adds_one_picture_per_prompt(samples):
     assert read_metadata(sheets[1])["prompt"] == DOG
 
 
-def test_it_asks(samples, monkeypatch):
+def test_generate_samples_asks_for_prompts(samples, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{FOX}\n{DOG}\nstop\n狐狸\n"))
     status, files, err = samples("--batch-size", "1", "--debug")
     assert status == 0
     assert [file.as_posix() for file in files] == [
         f"samples/{prompt}/{name}.png" for prompt in (FOX, DOG) for name in ("0", "concat")
     ]
-    assert "What shall I draw? (“stop” ends)" in err
+    assert "What shall I generate? (“stop” ends)" in err
 
 
-def test_prompts_that_cannot_be_drawn_do_not_stop_the_others(samples):
+def test_generate_samples_skips_prompts_that_cannot_be_used(samples):
     Path("input.txt").write_text(f"{DOG * 3}\n{FOX}\n", encoding="utf-8")
     status, files, err = samples("--input-source", "input.txt", "--batch-size", "1", "--debug")
     assert status == 2
@@ -129,11 +129,11 @@ def test_prompts_that_cannot_be_drawn_do_not_stop_the_others(samples):
             "--generation-task text2video is unknown; known: text2image, image2text, super-resolution, low-level "
             "super-resolution, post-selection\n",
         ),
-        (["--with-id"], "--with-id needs a file of lines that begin with ID<TAB>: give it with --input-source"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (["--with-id"], "--with-id needs a file of lines that start with ID<TAB>: give it with --input-source"),
+        (["--batch-size", "0"], "invalid value for '--batch-size': 0 is not in the range x>=1"),
         (
             ["--max-inference-batch-size", "0"],
-            '--max-inference-batch-size must be auto or a whole number from 1 on, got "0"',
+            "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",
         ),
         (["--input-source", "none.txt"], "cannot read none.txt: No such file or directory"),
         (
@@ -143,7 +143,7 @@ def test_prompts_that_cannot_be_drawn_do_not_stop_the_others(samples):
         (["--input-source", "input.txt", "--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown'),
     ],
 )
-def test_mistakes_are_one_line(samples, arguments, message):
+def test_generate_samples_reports_mistakes_in_one_line(samples, arguments, message):
     status, files, err = samples(*arguments)
     assert (status, files) == (2, [])
     assert err.startswith(f"generate_samples.py: {message}")
@@ -151,7 +151,7 @@ def test_mistakes_are_one_line(samples, arguments, message):
 
 
 @pytest.mark.parametrize("name", ["generate_samples.py", "caption_images.py", "super_resolution.py", "rerank.py"])
-def test_it_runs_as_a_file(name, tmp_path):
+def test_generate_samples_runs_as_a_file(name, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parent)}
     command = [sys.executable, str(SCRIPTS / name), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)

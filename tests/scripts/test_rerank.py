@@ -14,7 +14,7 @@ def numbers(line):
 
 
 @pytest.mark.parametrize("script", ["rerank", "generate_samples"])
-def test_the_command_line_of_the_release(run_script, v1_flags, save_image, tiny_model, script):
+def test_rerank_script_accepts_the_command_line_of_v1(run_script, v1_flags, save_image, tiny_model, script):
     """The flags of its scripts/post_selection.sh."""
     images = [save_image(f"{number}.png", number) for number in range(3)]
     lines = [f"{FOX}\t0.png\t1.png\t2.png", f"{DOG}\t2.png"]
@@ -30,7 +30,7 @@ def test_the_command_line_of_the_release(run_script, v1_flags, save_image, tiny_
     assert written == "".join(f"{line}\n" for line in printed)
 
 
-def test_scores_never_change_columns(run_script, save_image):
+def test_rerank_script_keeps_the_columns_of_scores(run_script, save_image):
     for number in range(2):
         save_image(f"{number}.png", number)
     lines = [f"{FOX}\t0.png\tnone.png\t1.png", f"{DOG}\tnone.png", f"{DOG * 3}\t0.png\t1.png", DOG, f"{DOG}\t1.png"]
@@ -49,14 +49,14 @@ def test_scores_never_change_columns(run_script, save_image):
     assert "is 27 pieces long, 20 fit; shorten it\n" in err
 
 
-def test_an_unreadable_image_is_status_1(run_script, save_image):
+def test_rerank_script_returns_1_for_an_unreadable_image(run_script, save_image):
     save_image("a.png")
     Path("input.txt").write_text(f"{FOX}\tnone.png\ta.png\n", encoding="utf-8")
     status, printed, _ = run_script("rerank", "--input-source", "input.txt")
     assert (status, len(printed)) == (1, 2)
 
 
-def test_ids_are_no_texts(run_script, save_image, tiny_model):
+def test_rerank_script_separates_ids_from_texts(run_script, save_image, tiny_model):
     image = save_image("a.png")
     Path("input.txt").write_text(f"0017\t{FOX}\ta.png\n", encoding="utf-8")
     status, printed, _ = run_script("rerank", "--input-source", "input.txt", "--with-id")
@@ -73,7 +73,7 @@ def test_ids_are_no_texts(run_script, save_image, tiny_model):
         (["--input-source", "input.txt", "--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )
-def test_mistakes_are_one_line(run_script, arguments, message):
+def test_rerank_script_reports_mistakes_in_one_line(run_script, arguments, message):
     Path("input.txt").write_text(f"{FOX}\tnone.png\n", encoding="utf-8")
     status, printed, err = run_script("rerank", *arguments)
     assert (status, printed) == (2, [])
@@ -81,7 +81,7 @@ def test_mistakes_are_one_line(run_script, arguments, message):
     assert err.count("\n") == 1
 
 
-def test_nothing_that_can_be_read(run_script):
+def test_rerank_script_fails_when_no_image_can_be_read(run_script):
     Path("input.txt").write_text(f"{FOX}\tnone.png\n", encoding="utf-8")
     status, printed, err = run_script("rerank", "--input-source", "input.txt")
     assert (status, printed) == (2, [])

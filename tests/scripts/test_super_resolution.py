@@ -27,7 +27,7 @@ def enlarge(run_script):
 
 @pytest.mark.parametrize("script", ["super_resolution", "generate_samples"])
 @pytest.mark.parametrize(("task", "side"), [("super-resolution", 64), ("low-level super-resolution", 32)])
-def test_the_command_line_of_the_release(enlarge, v1_flags, save_image, tiny_model, script, task, side):
+def test_super_resolution_accepts_the_command_line_of_v1(enlarge, v1_flags, save_image, tiny_model, script, task, side):
     """The flags of its scripts/super_resolution.sh and low_level_super_resolution.sh, but for a file of lines."""
     image = save_image("狐狸.png", size=(side, side))
     Path("input.txt").write_text(f"{FOX}\t狐狸.png\n", encoding="utf-8")
@@ -41,7 +41,7 @@ def test_the_command_line_of_the_release(enlarge, v1_flags, save_image, tiny_mod
     assert ": resized" not in err
 
 
-def test_ids_name_folders_and_wrong_lines_stop_nothing(enlarge, save_image):
+def test_super_resolution_names_folders_by_ids_and_skips_invalid_lines(enlarge, save_image):
     save_image("a.png", size=(32, 32))
     lines = [f"0017\t{FOX}\ta.png", f"../up\t{DOG}\ta.png", f"3\t{FOX}", "no id", f"4\t{DOG * 3}\ta.png"]
     Path("input.txt").write_text("\n".join(lines), encoding="utf-8")
@@ -56,7 +56,7 @@ def test_ids_name_folders_and_wrong_lines_stop_nothing(enlarge, save_image):
     ]
 
 
-def test_what_cannot_be_read_stops_nothing(enlarge, save_image):
+def test_super_resolution_reports_unreadable_images_at_the_end(enlarge, save_image):
     save_image("a.png", size=(32, 32))
     Path("input.txt").write_text(f"{FOX}\tnone.png\n{FOX}\ta.png\n", encoding="utf-8")
     status, files, err = enlarge(*LOW_LEVEL, "--input-source", "input.txt")
@@ -64,7 +64,7 @@ def test_what_cannot_be_read_stops_nothing(enlarge, save_image):
     assert err.endswith("failed: image none.png does not exist\n")
 
 
-def test_it_asks(enlarge, save_image, monkeypatch):
+def test_super_resolution_asks_for_texts_and_images(enlarge, save_image, monkeypatch):
     save_image("a.png", size=(32, 32))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{FOX}\tnone.png\n{DOG}\ta.png\nstop\n"))
     status, files, err = enlarge(*LOW_LEVEL)
@@ -85,7 +85,7 @@ def test_it_asks(enlarge, save_image, monkeypatch):
         (["--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )
-def test_mistakes_are_one_line(enlarge, arguments, message):
+def test_super_resolution_reports_mistakes_in_one_line(enlarge, arguments, message):
     status, files, err = enlarge(*arguments)
     assert (status, files) == (2, [])
     assert err.startswith(f"super_resolution.py: {message}")

@@ -126,10 +126,10 @@ def expected_codes(picture):
     return [str(code) for code in picture.codes.flat]
 
 
-def test_lines_of_all_tasks(whole, tiny_model, monkeypatch):
+def test_generate_job_runs_lines_of_all_tasks(whole, tiny_model, monkeypatch):
     monkeypatch.chdir(whole.folder)
     printed = whole.printed
-    assert whole.err.splitlines()[-1] == f"making {COUNT} results"
+    assert whole.err.splitlines()[-1] == f"generating {COUNT} results"
     header, records = ledger("out")
     assert (header["seed"], header["n"], header["batch"], header["model"]) == (7, 1, 4, tiny_model.name)
     assert [record.get("path") for record in records.values()] == [
@@ -177,7 +177,7 @@ def test_lines_of_all_tasks(whole, tiny_model, monkeypatch):
     assert [records[name]["text"] for name in ("line 3/0", "什么/0", "什么/1")] == [one["caption"] for one in said]
 
 
-def test_a_job_that_was_killed_goes_on_as_if_it_had_not(generate, job, start, whole):
+def test_generate_job_resumes_after_a_kill_with_equal_results(generate, job, start, whole):
     """The files are the same, bit for bit, and so is the set of records."""
     process = start(*JOB, "--preview")
     path = Path("out/job.ledger.jsonl")
@@ -192,7 +192,7 @@ def test_a_job_that_was_killed_goes_on_as_if_it_had_not(generate, job, start, wh
 
     status, printed, err = generate("--input", "job.jsonl", "-o", "out", "--resume")  # the seed and the rest are known
     assert status == 0
-    assert f"making {COUNT - there} results\n" in err
+    assert f"generating {COUNT - there} results\n" in err
     assert len(printed) == COUNT - there
     assert path.read_bytes().startswith(before)
     assert ledger("out") == ledger(whole.folder / "out")
@@ -200,10 +200,10 @@ def test_a_job_that_was_killed_goes_on_as_if_it_had_not(generate, job, start, wh
 
     status, printed, err = generate(*JOB, "--resume")
     assert (status, printed) == (0, [])
-    assert err.endswith(f"{COUNT} of {COUNT} results were there already\n")
+    assert err.endswith(f"{COUNT} of {COUNT} results exist already\n")
 
 
-def test_half_a_chunk_is_drawn_in_its_old_batches(generate, job, whole, monkeypatch):
+def test_generate_job_repeats_the_batches_of_a_partly_recorded_chunk(generate, job, whole, monkeypatch):
     """A file may be there that was not recorded; what is recorded is taken to be there."""
     shutil.copytree(whole.folder / "out", "out")
     header, records = ledger("out")
@@ -229,7 +229,7 @@ def test_half_a_chunk_is_drawn_in_its_old_batches(generate, job, whole, monkeypa
     assert pictures("out") == undisturbed
 
 
-def test_processes_share_a_job(generate, prompts, start):
+def test_generate_job_is_shared_by_several_processes(generate, prompts, start):
     """None is told of the others, to resume, or the seed; each thing is made once, and printed once."""
     processes = [start(*prompts, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
     outputs = [process.communicate(timeout=100) for process in processes]
@@ -247,11 +247,11 @@ def test_processes_share_a_job(generate, prompts, start):
 @pytest.mark.parametrize(
     ("signals", "done", "told"),
     [
-        (1, 4, "stopped: 1 of 5 results are left; --resume goes on\n"),
+        (1, 4, "stopped: 1 of 5 results are left; --resume continues\n"),
         (2, 2, "cogview generate: interrupted; finished results are kept\n"),
     ],
 )
-def test_an_interruption_finishes_a_chunk_and_a_second_stops(generate, prompts, monkeypatch, signals, done, told):
+def test_generate_job_finishes_the_chunk_on_the_first_interruption(generate, prompts, monkeypatch, signals, done, told):
     fill, calls = cogview.pipeline.runner.decode, []
 
     def interrupted_fill(*arguments, **settings):
@@ -269,16 +269,18 @@ def test_an_interruption_finishes_a_chunk_and_a_second_stops(generate, prompts, 
     assert (status, len(printed)) == (0, 5 - done)
 
 
-def test_a_full_disk_keeps_what_is_done(generate, prompts, monkeypatch, disk_for_two_pictures):
+def test_generate_job_keeps_finished_results_when_the_disk_is_full(
+    generate, prompts, monkeypatch, disk_for_two_pictures
+):
     status, printed, err = generate(*prompts)
     assert (status, len(printed)) == (2, 2)
     assert err.endswith(
-        "cogview generate: the disk is full: 2 results are kept; --resume goes on when there is space\n"
+        "cogview generate: the disk is full: 2 results are kept; --resume continues when there is space\n"
     )
     assert sorted(pictures("out")) == sorted(record["path"] for record in ledger("out", "prompts")[1].values())
 
 
-def test_the_best_are_kept_enlarged_and_laid_on_a_sheet(generate, tiny_model):
+def test_generate_job_ranks_upscales_and_writes_a_contact_sheet(generate, tiny_model):
     lines = [{"prompt": FOX}, {"prompt": "狐狸", "n": 1, "top_k": 50}]
     Path("job.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     arguments = ("--input", "job.jsonl", "--seed", "7", "-n", "2", "--keep", "1", "--upscale", "--grid")
@@ -311,7 +313,7 @@ def test_the_best_are_kept_enlarged_and_laid_on_a_sheet(generate, tiny_model):
     assert pictures("outputs") == before
 
 
-def test_a_picture_of_another_origin_is_not_overwritten(generate, save_image):
+def test_generate_job_overwrites_no_other_image(generate, save_image):
     Path("prompts.txt").write_text(f"{FOX}\n", encoding="utf-8")
     save_image(f"outputs/{FOX}-seed7-0.png")
     before = Path(f"outputs/{FOX}-seed7-0.png").read_bytes()
@@ -322,21 +324,21 @@ def test_a_picture_of_another_origin_is_not_overwritten(generate, save_image):
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "tsv"])
-def test_prompts_from_a_file(generate, suffix):
+def test_generate_job_reads_prompts_from_a_file(generate, suffix):
     head = "" if suffix == "txt" else "prompt\r\n"
     Path(f"prompts.{suffix}").write_bytes(f"\ufeff{head}{FOX}\r\n\r\n  {DOG}  \r\n".encode())  # as Windows writes it
     status, printed, _ = generate("--input", f"prompts.{suffix}", "--seed", "7")
     assert (status, printed) == (0, [f"outputs/{prompt}-seed7-0.png" for prompt in (FOX, DOG)])
 
 
-def test_prompts_from_standard_input(generate, monkeypatch):
+def test_generate_job_reads_prompts_from_standard_input(generate, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{FOX}\n{DOG}".encode())))
     _, printed, _ = generate("--input", "-", "--seed", "7")
     assert printed == [f"outputs/{prompt}-seed7-0.png" for prompt in (FOX, DOG)]
     assert len(ledger("outputs", "stdin")[1]) == 2
 
 
-def test_lines_that_cannot_be_done_stop_no_others(generate, save_image):
+def test_generate_job_skips_lines_that_cannot_be_used(generate, save_image):
     save_image("a.png")
     lines = [
         {"prompt": DOG * 3},
@@ -361,7 +363,7 @@ def test_lines_that_cannot_be_done_stop_no_others(generate, save_image):
         ]
 
 
-def test_tasks_that_the_model_was_not_trained_for(generate, job, drawing_checkpoint):
+def test_generate_job_skips_tasks_that_the_model_lacks(generate, job, drawing_checkpoint):
     status, printed, err = generate("--input", "job.jsonl", "--model", str(drawing_checkpoint))
     assert (status, len(printed)) == (2, 12)
     skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
@@ -369,13 +371,13 @@ def test_tasks_that_the_model_was_not_trained_for(generate, job, drawing_checkpo
     assert "was not trained for the task 'caption'" in skipped[0]
 
 
-def test_a_ledger_is_not_gone_on_with_by_chance(generate):
+def test_generate_job_resumes_only_an_equal_job(generate):
     Path("prompts.txt").write_text(f"{FOX}\n", encoding="utf-8")
     generate("--input", "prompts.txt", "--seed", "7")
     before = pictures("outputs")
     path = Path("outputs/prompts.ledger.jsonl")
     for arguments, message in [
-        ([], f"{path} is there from an earlier run: go on with it by --resume, or choose another output folder"),
+        ([], f"{path} exists from an earlier run: continue it with --resume, or choose another output folder"),
         (["--resume", "--seed", "8"], f"{path} was made with seed 7, now with seed 8: "),
         (["--resume", "-n", "2"], f"{path} was made with n 1, now with n 2: "),
         (["--resume", "--top-k", "9"], f"{path} was made with sampling "),
@@ -401,14 +403,14 @@ def test_a_ledger_is_not_gone_on_with_by_chance(generate):
             ["--input", "long.txt"],
             "long.txt has no line that can be used; the first problem is in line 1: the ",
         ),
-        ([FOX, "--input", "fox.txt"], "--input brings its own prompts: give it alone, or PROMPT…"),
-        (["--input", "fox.txt", "-n", "1001", "--grid"], "--grid makes one sheet of at most 1000 pictures, got 1001"),
-        (["--input", "fox.txt", "--keep", "2"], "--keep must be from 1 to 1, the pictures drawn of a prompt (-n), "),
-        (["--input", "fox.txt", "--temperature", "0"], "temperature must be above 0, got 0.0; "),
+        ([FOX, "--input", "fox.txt"], "--input holds the prompts: give either --input or PROMPT…"),
+        (["--input", "fox.txt", "-n", "1001", "--grid"], "--grid writes one sheet of at most 1000 images, got 1001"),
+        (["--input", "fox.txt", "--keep", "2"], "--keep must be from 1 to 1, the images per prompt (-n), "),
+        (["--input", "fox.txt", "--temperature", "nan"], "temperature must be above 0, got nan; "),
         (["--input", "fox.txt", "-o", "fox.txt"], "the output folder fox.txt cannot be written: "),
     ],
 )
-def test_mistakes_are_one_line(generate, arguments, message):
+def test_generate_job_reports_mistakes_in_one_line(generate, arguments, message):
     Path("a.png").touch()
     Path("gbk.txt").write_bytes("狐狸".encode("gbk"))
     Path("blank.txt").write_text("\n \n")
