@@ -62,7 +62,7 @@ def test_main_prints_help_and_version(capsys):
         (["genrate"], 'cogview: no command "genrate"; did you mean "generate"?; see cogview --help'),
         (
             ["generate", "狐狸", "-n", "many"],
-            "cogview generate: invalid value for '-n': 'many' is not a valid integer range; see cogview generate --help",
+            "cogview generate: invalid value for '-n': 'many' is not a valid integer range; see cogview",
         ),
         (
             ["generate", "狐狸", "--sed", "7", "--grid"],
