@@ -1,4 +1,4 @@
-"""Several stores as one: every row once an epoch of its store, shares as asked for, and a past that never changes."""
+"""Mixtures of stores: every row once per epoch of its store, exact shares, and earlier samples that never change."""
 
 import json
 import os
@@ -39,13 +39,13 @@ FIVE = Phase(first_sample=0, names=tuple("猫狗鸟鱼马"), weights=(0.1, 2.0, 
 
 
 def grown():
-    """Phases of a run to which stores come twice."""
+    """Return the phases of a run to which stores are added twice."""
     second = TWO.with_stores(101, {"植物": 30})
     return [TWO, second, second.with_stores(1000, {"天气": 4, "房子": 55})]
 
 
 def make_store(path, count, header=HEADER, seed=0):
-    """A store at ``path`` with ``count`` rows, whose first code is the row's number."""
+    """Write a store with ``count`` rows, whose first code is the number of the row."""
     rng = np.random.default_rng(seed)
     width = header.fields["text"]
     texts = [rng.integers(0, 2000, rng.integers(0, width + 1)).tolist() for _ in range(count)]
@@ -61,7 +61,7 @@ def make_store(path, count, header=HEADER, seed=0):
 
 @pytest.mark.parametrize("seed", [0, 7, 2**63])
 @pytest.mark.parametrize("size", [1, 10, 1000])
-def test_one_store_is_read_as_without_a_mixture(seed, size):
+def test_mixture_of_one_store_follows_sample_index(seed, size):
     samples = np.concatenate([np.arange(3 * size), [10**9, 10**12]])
     stores, rows = Mixture([replace(ONE, sizes=(size,))], seed).locate(samples)
     assert stores.dtype == rows.dtype == np.int64
@@ -70,7 +70,7 @@ def test_one_store_is_read_as_without_a_mixture(seed, size):
 
 
 @pytest.mark.parametrize("phases", [[ONE], [TWO], [FIVE], grown()], ids=["one", "two", "five", "grown"])
-def test_every_epoch_of_every_store_has_every_row_once(phases):
+def test_mixture_reads_every_row_once_in_each_epoch_of_a_store(phases):
     stores, rows = Mixture(phases, seed=5).locate(np.arange(4000))
     for store, size in enumerate(phases[-1].sizes):
         own = rows[stores == store]
@@ -80,7 +80,7 @@ def test_every_epoch_of_every_store_has_every_row_once(phases):
         assert len(set(own[len(epochs) * size :])) == len(own) % size  # the epoch under way has none twice
 
 
-def test_a_later_phase_changes_no_sample_before_it_and_goes_on_with_the_epochs():
+def test_mixture_keeps_earlier_samples_and_epochs_when_a_phase_is_added():
     samples = np.arange(3000)
     short, longer, whole = (Mixture(grown()[:count], seed=3).locate(samples) for count in (1, 2, 3))
     for part in (0, 1):
@@ -94,8 +94,8 @@ def test_a_later_phase_changes_no_sample_before_it_and_goes_on_with_the_epochs()
         np.testing.assert_array_equal(with_others, without[: len(with_others)])
 
 
-def test_what_a_counting_reader_would_read_is_read():
-    """The same by hand, with counters, one sample after the other."""
+def test_mixture_equals_a_reader_with_counters():
+    """Replay the mixture by hand, with counters, one sample after the other."""
     phases, whole = grown(), 2**24
     stores, rows = Mixture(phases, seed=11).locate(np.arange(2000))
     asked = [0] * 5
@@ -120,7 +120,7 @@ def test_what_a_counting_reader_would_read_is_read():
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_processes_together_read_what_one_reads(world_size):
+def test_mixture_reads_the_same_when_processes_share_a_batch(world_size):
     mixture, batch = Mixture(grown(), seed=1), 12
     share = batch // world_size
     for step in (0, 8, 83, 10**6):  # the second and third have a change of phases within
@@ -131,7 +131,7 @@ def test_processes_together_read_what_one_reads(world_size):
             np.testing.assert_array_equal(np.concatenate([own[part] for own in parts]), whole[part])
 
 
-def test_a_sample_alone_is_the_same_as_among_others():
+def test_mixture_locates_a_sample_alone_as_in_a_batch():
     mixture = Mixture(grown(), seed=4)
     samples = np.random.default_rng(0).integers(0, 3000, (5, 40))
     stores, rows = mixture.locate(samples)
@@ -144,7 +144,7 @@ def test_a_sample_alone_is_the_same_as_among_others():
 @pytest.mark.parametrize(
     "shares", [(1, 1), (3, 1), (1, 3), (1, 1, 1), (5, 2, 1, 1), FIVE.weights, (0.001, 1), (1, 0.001), (1,) * 8]
 )
-def test_shares_are_kept_at_every_sample(shares):
+def test_mixture_keeps_shares_at_every_sample(shares):
     count = len(shares)
     names = tuple(f"store{number}" for number in range(count))
     phase = Phase(first_sample=0, names=names, weights=shares, sizes=(100,) * count)
@@ -157,20 +157,20 @@ def test_shares_are_kept_at_every_sample(shares):
         assert np.abs(had - asked).max() <= splits + rounding
 
 
-def test_stores_are_interleaved():
+def test_mixture_interleaves_stores():
     stores, _ = Mixture([TWO], seed=0).locate(np.arange(4000))
     assert (np.sort(stores.reshape(-1, 4), axis=1) == [0, 0, 0, 1]).all()
 
 
 @pytest.mark.parametrize(("shares", "expected"), [((1.0, 1e12), [1, 1, 1, 0, 1, 0]), ((1e12, 1.0), [1, 0, 0, 0, 1, 0])])
-def test_a_store_with_next_to_no_share_is_read_all_the_same(shares, expected):
+def test_mixture_reads_a_store_when_its_share_is_tiny(shares, expected):
     """A split takes 1 in 2^24 samples at least; a share that came out as 0 would never be read."""
     phase = Phase(first_sample=0, names=("大", "小"), weights=shares, sizes=(5, 5))
     stores, _ = Mixture([phase], seed=0).locate(np.array([0, 1, 2**24 - 2, 2**24 - 1, 2**24, 2**25 - 1]))
     assert stores.tolist() == expected
 
 
-def test_stores_of_one_size_have_orders_of_their_own():
+def test_mixture_orders_stores_of_equal_size_differently():
     phase = Phase(first_sample=0, names=("一", "二", "三"), weights=(1, 1, 1), sizes=(1000, 1000, 1000))
     stores, rows = Mixture([phase], seed=0).locate(np.arange(3000))
     orders = [rows[stores == store] for store in range(3)]
@@ -178,7 +178,7 @@ def test_stores_of_one_size_have_orders_of_their_own():
         assert (orders[first][:990] == orders[second][:990]).sum() < 12  # 1 is to be expected
 
 
-def test_mixtures_that_make_no_sense():
+def test_mixture_rejects_no_phases_and_negative_samples():
     with pytest.raises(ValueError, match="at least one phase"):
         Mixture([], seed=0)
     with pytest.raises(ValueError, match="numbered from 0, got -2"):
@@ -188,7 +188,7 @@ def test_mixtures_that_make_no_sense():
 # Phases
 
 
-def test_each_row_of_a_new_store_is_as_likely_as_one_of_the_others():
+def test_with_stores_gives_rows_of_a_new_store_the_same_probability():
     before = Phase(first_sample=0, names=("动物", "食物"), weights=(0.5, 1.5), sizes=(100, 300))
     after = before.with_stores(800, {"植物": 200, "天气": 400})
     assert after == Phase(
@@ -202,7 +202,7 @@ def test_each_row_of_a_new_store_is_as_likely_as_one_of_the_others():
 
 
 @pytest.mark.parametrize("phase", [ONE, FIVE, *grown()])
-def test_phases_survive_json(phase):
+def test_phase_json_roundtrip(phase):
     text = phase.to_json()
     assert Phase.from_json(text) == phase
     assert "\n" not in text
@@ -220,12 +220,13 @@ def test_phases_survive_json(phase):
         ({"names": (), "weights": (), "sizes": ()}, "there are no stores to train on, expected at least one"),
     ],
 )
-def test_stores_that_cannot_be_mixed(change, message):
+def test_phase_rejects_unusable_stores(change, message):
     with pytest.raises(InputError, match=message):
         replace(TWO, **change)
 
 
-def test_phases_that_only_a_mistake_of_ours_makes():
+def test_phase_rejects_inconsistent_lengths_and_negative_starts():
+    """Such phases come from a bug of the caller, not from a user's mistake."""
     with pytest.raises(ValueError, match="2 stores have 1 weights and 2 sizes"):
         replace(TWO, weights=(1.0,))
     with pytest.raises(ValueError, match="numbered from 0, got -1"):
@@ -241,24 +242,24 @@ def test_phases_that_only_a_mistake_of_ours_makes():
         (replace(TWO, first_sample=9, sizes=(10, 8)), "does not go on with 食物 as it was before: expected the same"),
     ],
 )
-def test_phases_that_do_not_go_on(second, message):
+def test_check_phases_rejects_a_phase_that_changes_earlier_stores(second, message):
     with pytest.raises(InputError, match=message):
         check_phases([TWO, second])
     with pytest.raises(InputError, match=message):
         Mixture([TWO, second], seed=0)
 
 
-def test_the_first_phase_begins_the_run():
+def test_check_phases_requires_a_first_phase_at_sample_0():
     with pytest.raises(InputError, match="the first phase begins at sample 4, expected 0"):
         check_phases([replace(TWO, first_sample=4)])
 
 
-# The rows
+# Rows of several stores
 
 
 @pytest.fixture
-def three(tmp_path):
-    """Three stores, the second with less room for text."""
+def three_stores(tmp_path):
+    """Three stores; the second has a narrower text field."""
     narrow = replace(HEADER, fields={"image": 16, "text": 4})  # the order of the fields does not matter
     return [
         make_store(tmp_path / "动物", 50),
@@ -274,37 +275,37 @@ def assert_same(read, expected):
         np.testing.assert_array_equal(read[name], ids)
 
 
-def by_hand(stores, numbers, rows):
-    """The rows one by one, texts filled up to 6."""
+def read_one_by_one(stores, numbers, rows):
+    """Read rows one by one and pad texts to 6."""
     found = [stores[number][int(row)] for number, row in zip(numbers, rows, strict=True)]
     texts = [np.pad(row["text"], (0, 6 - len(row["text"])), constant_values=NO_TOKEN) for row in found]
     return {"text": np.stack(texts), "image": np.stack([row["image"] for row in found])}
 
 
-def test_rows_of_all_stores_come_in_the_order_they_are_asked_for(three):
-    mixed = MixedStore(three)
+def test_mixed_store_reads_rows_in_the_requested_order(three_stores):
+    mixed = MixedStore(three_stores)
     assert mixed.header == HEADER
     rng = np.random.default_rng(0)
     numbers = rng.integers(0, 3, 100)
     rows = rng.integers(0, 30, 100)
-    assert_same(mixed.read(numbers, rows), by_hand(three, numbers, rows))
+    assert_same(mixed.read(numbers, rows), read_one_by_one(three_stores, numbers, rows))
     again = mixed.read(numbers, rows)
-    again["image"][:] = 0  # the caller's own
-    assert_same(mixed.read(numbers, rows), by_hand(three, numbers, rows))
+    again["image"][:] = 0  # a copy
+    assert_same(mixed.read(numbers, rows), read_one_by_one(three_stores, numbers, rows))
     nothing = mixed.read(np.zeros(0, dtype=int), np.zeros(0, dtype=int))
     assert {name: ids.shape for name, ids in nothing.items()} == {"text": (0, 6), "image": (0, 16)}
 
 
-def test_one_store_mixed_is_that_store(three):
+def test_mixed_store_of_one_store_equals_that_store(three_stores):
     rows = np.array([3, 49, 0, 3])
-    assert_same(MixedStore(three[:1]).read(np.zeros(4, dtype=int), rows), three[0].read(rows))
+    assert_same(MixedStore(three_stores[:1]).read(np.zeros(4, dtype=int), rows), three_stores[0].read(rows))
 
 
-def test_a_store_more_leaves_the_numbers_of_the_others(three):
-    two = MixedStore(three[:2])
-    all_three = two.with_store(three[2])
+def test_with_store_keeps_the_numbers_of_earlier_stores(three_stores):
+    two = MixedStore(three_stores[:2])
+    all_three = two.with_store(three_stores[2])
     numbers, rows = np.array([1, 0, 2]), np.array([5, 6, 7])
-    assert_same(all_three.read(numbers, rows), by_hand(three, numbers, rows))
+    assert_same(all_three.read(numbers, rows), read_one_by_one(three_stores, numbers, rows))
     assert len(two.stores) == 2
     with pytest.raises(IndexError, match="store 2 of a mixture that has the stores 0…1"):
         two.read(numbers, rows)
@@ -312,7 +313,7 @@ def test_a_store_more_leaves_the_numbers_of_the_others(three):
         two.read(np.array([-1]), np.array([0]))
 
 
-class Lessons(Dataset):
+class BatchDataset(Dataset):
     """Batches of 10 samples."""
 
     def __init__(self, store, mixture):
@@ -329,22 +330,24 @@ pickle.dump(store.read(*mixture.locate(samples)), sys.stdout.buffer)
 """
 
 
-def test_another_process_reads_the_same_from_a_pickle(three):
-    """What a worker that is started by spawn does."""
+@pytest.mark.multiprocess
+def test_mixed_store_reads_the_same_when_unpickled_elsewhere(three_stores):
+    """A worker that is started by spawn gets its store this way."""
     phase = Phase(first_sample=0, names=tuple("一二三"), weights=(1, 1, 2), sizes=(50, 30, 40))
-    mixed, mixture, samples = MixedStore(three), Mixture([phase], seed=0), np.arange(200)
+    mixed, mixture, samples = MixedStore(three_stores), Mixture([phase], seed=0), np.arange(200)
     expected = mixed.read(*mixture.locate(samples))  # the stores are open in this process
     sent = pickle.dumps((mixed, mixture, samples))
     done = subprocess.run([sys.executable, "-c", READ_ELSEWHERE], input=sent, stdout=subprocess.PIPE, check=True)
     assert_same(pickle.loads(done.stdout), expected)
 
 
-def test_forked_workers_read_what_one_process_reads(three):
+@pytest.mark.multiprocess
+def test_mixed_store_reads_the_same_in_forked_workers(three_stores):
     phase = Phase(first_sample=0, names=tuple("一二三"), weights=(1, 1, 2), sizes=(50, 30, 40))
-    lessons = Lessons(MixedStore(three), Mixture([phase], seed=0))
-    expected = [lessons[step] for step in range(12)]
+    batches = BatchDataset(MixedStore(three_stores), Mixture([phase], seed=0))
+    expected = [batches[step] for step in range(12)]
     loader = DataLoader(
-        lessons,
+        batches,
         sampler=range(12),
         batch_size=None,
         collate_fn=lambda batch: batch,
@@ -372,7 +375,7 @@ def test_forked_workers_read_what_one_process_reads(three):
         ({"grid": 8, "fields": {"text": 6, "image": 64}}, r"other was made with grid 8, but 4 is needed"),
     ],
 )
-def test_stores_that_were_made_otherwise(tmp_path, change, message):
+def test_mixed_store_rejects_stores_with_other_settings(tmp_path, change, message):
     first = make_store(tmp_path / "first", 3)
     other = make_store(tmp_path / "other", 3, replace(HEADER, **change))
     with pytest.raises(InputError, match=message):
@@ -381,7 +384,7 @@ def test_stores_that_were_made_otherwise(tmp_path, change, message):
         MixedStore([first]).with_store(other)
 
 
-def test_fields_of_other_widths(tmp_path):
+def test_mixed_store_rejects_fields_of_other_widths(tmp_path):
     first, other = (
         make_store(tmp_path / name, 3, replace(HEADER, fields={**HEADER.fields, "large": width}))
         for name, width in (("first", 64), ("other", 4))
@@ -390,13 +393,13 @@ def test_fields_of_other_widths(tmp_path):
         MixedStore([first, other])
 
 
-def test_no_stores_at_all():
+def test_mixed_store_rejects_no_stores():
     with pytest.raises(InputError, match="there are no stores to train on"):
         MixedStore([])
 
 
-def test_a_store_may_grow_but_not_shrink(three):
-    mixed = MixedStore(three)
+def test_check_sizes_allows_a_store_to_grow_but_not_to_shrink(three_stores):
+    mixed = MixedStore(three_stores)
     phase = Phase(first_sample=0, names=("动物", "食物", "植物"), weights=(1, 1, 1), sizes=(40, 30, 40))
     mixed.check_sizes(phase)
     with pytest.raises(InputError, match="植物 has 40 rows, the run began to read 41: bring them back, or begin"):
@@ -406,8 +409,8 @@ def test_a_store_may_grow_but_not_shrink(three):
 # The watched folder
 
 
-def released_dataset(path, texts):
-    """A released dataset of whole sequences: of ``texts`` (piece ids) and 8 times 8 codes."""
+def write_v1_dataset(path, texts):
+    """Write a v1 dataset of whole sequences: ``texts`` (piece ids), each with 8 times 8 codes."""
     vocabulary = Vocabulary(num_image_codes=8192, num_text_pieces=2000)
     begin, base, begin_image, end_image = map(vocabulary.command, ("[ROI1]", "[TINY]", "[BOI1]", "[EOI1]"))
     with lmdb.open(str(path)) as environment, environment.begin(write=True) as transaction:
@@ -422,7 +425,7 @@ def found(watch, known=()):
     return [(store.path.name, len(store)) for store in watch.new_stores([str(name) for name in known])]
 
 
-def test_new_stores_are_found_by_name(tmp_path, capsys):
+def test_store_watcher_finds_new_stores_in_order_of_name(tmp_path, capsys):
     watch = StoreWatcher(tmp_path, HEADER, ["generate"])
     assert found(watch) == []
     make_store(tmp_path / "b", 3)
@@ -440,7 +443,7 @@ def test_new_stores_are_found_by_name(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_store_is_known_by_any_of_its_paths(tmp_path, monkeypatch):
+def test_store_watcher_recognizes_a_store_by_any_of_its_paths(tmp_path, monkeypatch):
     make_store(tmp_path / "elsewhere", 3)
     (tmp_path / "new").mkdir()
     for name in ("link", "second"):
@@ -451,7 +454,7 @@ def test_a_store_is_known_by_any_of_its_paths(tmp_path, monkeypatch):
     assert found(watch, ["elsewhere"]) == []
 
 
-def test_what_is_no_whole_store_is_left_for_later(tmp_path, capsys):
+def test_store_watcher_skips_incomplete_stores_until_they_are_whole(tmp_path, capsys):
     watch = StoreWatcher(tmp_path, HEADER)
     make_store(tmp_path / "empty", 0)
     whole = (make_store(tmp_path / ".whole", 60).path / "data.mdb").read_bytes()
@@ -481,9 +484,10 @@ with StoreWriter(path, StoreHeader.from_json(header), resume=True) as writer:
 """
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform == "win32", reason="needs the locks of POSIX")
 @pytest.mark.parametrize("ends", ["by itself", "killed"])
-def test_a_store_that_is_being_written_is_left_for_later(tmp_path, ends):
+def test_store_watcher_skips_a_store_while_it_is_written(tmp_path, ends):
     """Its rows can be read at any time, but not all are there yet."""
     watch = StoreWatcher(tmp_path, HEADER)
     process = subprocess.Popen(
@@ -515,7 +519,7 @@ def test_a_store_that_is_being_written_is_left_for_later(tmp_path, ends):
         ({"layouts": ("generate",)}, 'feeds generate, but "caption" is needed here'),
     ],
 )
-def test_a_store_that_does_not_fit_is_told_once(tmp_path, capsys, change, message):
+def test_store_watcher_reports_an_incompatible_store_once(tmp_path, capsys, change, message):
     watch = StoreWatcher(tmp_path, HEADER, ["generate", "caption"])
     make_store(tmp_path / "fits", 3)
     make_store(tmp_path / "other", 3, replace(HEADER, **change))
@@ -531,23 +535,24 @@ def test_a_store_that_does_not_fit_is_told_once(tmp_path, capsys, change, messag
     assert err.startswith(f"a new store does not fit and is skipped: {tmp_path / 'other'} {message}")
 
 
-def test_released_datasets_are_stores_too(tmp_path, capsys):
+def test_store_watcher_finds_v1_datasets(tmp_path, capsys):
     header = replace(HEADER, fields={"text": 64, "image": 64}, grid=8)
     watch = StoreWatcher(tmp_path, header, ["generate"])
-    released_dataset(tmp_path / "released", [[5, 6], []])
-    released_dataset(tmp_path / "wrong", [[3000], [3000]])  # of a larger text model
+    write_v1_dataset(tmp_path / "released", [[5, 6], []])
+    write_v1_dataset(tmp_path / "wrong", [[3000], [3000]])  # of a larger text model
     assert found(watch) == [("released", 2)]
     assert found(watch) == [("released", 2)]
     assert capsys.readouterr().err.count("a new store does not fit and is skipped: row 0 of") == 1
 
 
-def test_a_watched_folder_that_is_missing(tmp_path, capsys):
+def test_store_watcher_reports_a_missing_folder(tmp_path, capsys):
+    """Without the folder a run does not start; a run that has started goes on without it."""
     with pytest.raises(InputError, match=r"no folder .*new to look for new stores in: make it, or watch none"):
         StoreWatcher(tmp_path / "new", HEADER)
     (tmp_path / "new").mkdir()
     watch = StoreWatcher(tmp_path / "new", HEADER)
     os.rename(tmp_path / "new", tmp_path / "away")
-    assert found(watch) == found(watch) == []  # no reason to end a run that goes on without
+    assert found(watch) == found(watch) == []  # no reason to end a run
     err = capsys.readouterr().err
     assert err == f"no new stores: {tmp_path / 'new'} is no longer readable (No such file or directory)\n"
     os.rename(tmp_path / "away", tmp_path / "new")
@@ -565,7 +570,7 @@ def ledger(tmp_path):
     return tmp_path / PHASES_FILE
 
 
-def test_what_is_appended_is_read(tmp_path, ledger):
+def test_append_phase_roundtrips_through_read_phases(tmp_path, ledger):
     assert read_phases(tmp_path / "nothing") == []
     assert read_phases(ledger) == grown()
     assert [path.name for path in tmp_path.iterdir()] == [PHASES_FILE]
@@ -576,14 +581,14 @@ def test_what_is_appended_is_read(tmp_path, ledger):
     }
 
 
-def test_names_may_have_any_characters(tmp_path):
+def test_append_phase_keeps_names_of_any_characters(tmp_path):
     names = ('新"行"\n二', "a\u2028b", os.fsdecode(b"\xff\xfe"), "\\")
     phase = Phase(first_sample=0, names=names, weights=(1 / 3, 1e-9, 2, 1), sizes=(1, 2, 3, 4))
     append_phase(tmp_path / PHASES_FILE, phase)
     assert read_phases(tmp_path / PHASES_FILE) == [phase]
 
 
-def test_a_line_that_was_cut_short_is_ignored_and_overwritten(ledger):
+def test_append_phase_overwrites_a_truncated_last_line(ledger):
     *_, last = grown()
     content = ledger.read_bytes()
     whole = len(content) - len(last.to_json().encode()) - 1
@@ -611,8 +616,9 @@ append_phase(ledger, read_phases(ledger)[-1].with_stores(9000, {"海": 6}))
 """
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
-def test_a_kill_while_appending_loses_nothing(ledger, moment):
+def test_append_phase_loses_nothing_when_killed(ledger, moment):
     done = subprocess.run([sys.executable, "-c", APPEND_AND_DIE, ledger, moment], check=False)
     assert done.returncode == -signal.SIGKILL
     assert read_phases(ledger) == grown()
@@ -635,7 +641,7 @@ def test_a_kill_while_appending_loses_nothing(ledger, moment):
         (replace(ONE, first_sample=9).to_json(), "does not go on with 食物 as it was before"),
     ],
 )
-def test_a_ledger_that_cannot_be_used(ledger, line, message):
+def test_read_phases_reports_a_damaged_ledger(ledger, line, message):
     lines = ledger.read_text(encoding="utf-8").splitlines(keepends=True)
     ledger.write_text("".join([lines[0], line + "\n", *lines[2:]]), encoding="utf-8")
     with pytest.raises(InputError, match=message) as error:
@@ -643,21 +649,21 @@ def test_a_ledger_that_cannot_be_used(ledger, line, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_phase_that_does_not_go_on_is_not_appended(ledger):
+def test_append_phase_refuses_a_phase_in_the_past(ledger):
     content = ledger.read_bytes()
     with pytest.raises(InputError, match="begins at sample 700, the one before at 1000"):
         append_phase(ledger, grown()[-1].with_stores(700, {"山": 8}))
     assert ledger.read_bytes() == content
 
 
-def test_a_run_begins_again_with_the_stores_it_had():
+def test_check_same_start_accepts_equal_shares_and_grown_stores():
     check_same_start([], TWO)
     check_same_start(grown(), TWO)
     check_same_start(grown(), replace(TWO, weights=(6.0, 2.0)))  # only how they compare counts
     check_same_start(grown(), replace(TWO, sizes=(10, 70)))  # a store may grow
 
 
-def test_shares_by_size_may_grow_with_the_sizes():
+def test_check_same_start_accepts_shares_that_grow_with_sizes():
     began = replace(TWO, weights=(10.0, 7.0))
     check_same_start([began], replace(TWO, weights=(10.0, 70.0), sizes=(10, 70)))
     with pytest.raises(InputError, match=r"a share of 0\.588235 of all samples for 动物, now it is 0.125: resume with"):
@@ -684,6 +690,6 @@ def test_shares_by_size_may_grow_with_the_sizes():
         ),
     ],
 )
-def test_a_run_that_would_begin_otherwise_now(now, message):
+def test_check_same_start_rejects_other_stores_or_shares(now, message):
     with pytest.raises(InputError, match=message):
         check_same_start(grown(), now)

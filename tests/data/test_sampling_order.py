@@ -1,4 +1,4 @@
-"""The order of samples: every row once an epoch, the same for every number of processes, resumable by one integer."""
+"""The order of samples: every row once per epoch, equal for any number of processes, resumable by one integer."""
 
 import numpy as np
 import pytest
@@ -7,24 +7,24 @@ from cogview.data.sampling_order import sample_index
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 16, 17, 100, 1023, 1024, 65537])
-def test_every_epoch_has_every_row_once(size):
+def test_sample_index_has_every_row_once_in_each_epoch(size):
     for seed, epoch in [(0, 0), (0, 1), (7, 0), (2**63, 12345)]:
         rows = sample_index(seed, epoch * size + np.arange(size), size)
         assert rows.dtype == np.int64
         np.testing.assert_array_equal(np.sort(rows), np.arange(size))
 
 
-def test_epochs_and_seeds_differ():
+def test_sample_index_differs_between_epochs_and_seeds():
     size = 1000
     orders = [sample_index(seed, epoch * size + np.arange(size), size) for seed in range(5) for epoch in range(5)]
     for first in range(len(orders)):
         for second in range(first):
-            # Unrelated orders agree in 1 place on average, in 12 or more once in 10^9.
+            # Unrelated orders agree at 1 position on average, in 12 or more once in 10^9.
             assert (orders[first] == orders[second]).sum() < 12
 
 
-def test_every_row_comes_anywhere():
-    """Chi-squared of (place in the epoch, row) over 5000 epochs of 10 rows, and of neighbouring rows."""
+def test_sample_index_is_uniform():
+    """Compute chi-squared of (position in the epoch, row) and of neighbouring rows over 5000 epochs of 10 rows."""
     size, epochs = 10, 5000
     orders = sample_index(1, np.arange(size * epochs), size).reshape(epochs, size)
     counts = np.stack([(orders == row).sum(0) for row in range(size)])
@@ -37,15 +37,15 @@ def test_every_row_comes_anywhere():
 
 
 @pytest.mark.parametrize(("size", "orders"), [(2, 2), (3, 6), (4, 24)])
-def test_a_small_store_sees_every_order(size, orders):
+def test_sample_index_reaches_every_order_of_a_small_store(size, orders):
     rows = sample_index(0, np.arange(size * 1000), size).reshape(1000, size)
     seen, counts = np.unique(rows, axis=0, return_counts=True)
     assert len(seen) == orders
     assert counts.max() < 2 * counts.min() + 20
 
 
-def test_order_is_the_one_that_runs_were_started_with():
-    """Computed by the first version: a run begun then must resume in the same order."""
+def test_sample_index_equals_its_golden_values():
+    """Golden values of the first version: a run that was started with it must resume in the same order."""
     assert sample_index(0, np.arange(12), 10).tolist() == [3, 6, 7, 1, 5, 4, 8, 0, 9, 2, 6, 9]
     far = np.array([0, 1, 999_999, 1_000_000, 10**15])
     assert sample_index(42, far, 1_000_000).tolist() == [
@@ -57,13 +57,13 @@ def test_order_is_the_one_that_runs_were_started_with():
     ]
 
 
-def test_arrays_and_numbers_agree():
+def test_sample_index_of_an_array_equals_single_samples():
     many = sample_index(5, np.arange(60).reshape(3, 20), 7)
     assert many.shape == (3, 20)
     assert [int(sample_index(5, k, 7)) for k in range(60)] == many.ravel().tolist()
 
 
-def test_indices_that_make_no_sense():
+def test_sample_index_rejects_empty_stores_and_negative_samples():
     with pytest.raises(ValueError, match="at least 1 is needed"):
         sample_index(0, 0, 0)
     with pytest.raises(ValueError, match="numbered from 0, got -3"):

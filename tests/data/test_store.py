@@ -1,4 +1,4 @@
-"""The token store: what goes in comes out, in every kind of process, and an interruption loses nothing."""
+"""Token stores: rows are read as they were written, in any kind of process, and an interruption loses none."""
 
 import json
 import os
@@ -32,7 +32,7 @@ HEADER = StoreHeader(
 
 
 def some_rows(count, seed=0):
-    """``count`` rows, texts of 0 to 6 pieces."""
+    """Return ``count`` rows with texts of 0 to 6 pieces."""
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 2000, rng.integers(0, 7)).tolist() for _ in range(count)]
     return {"text": pad_text(texts, 6), "image": rng.integers(0, 8192, (count, 16)).astype(np.uint16)}
@@ -53,7 +53,7 @@ def written(tmp_path):
     return tmp_path / "store", rows
 
 
-def test_what_is_written_is_read(written):
+def test_token_store_reads_what_was_written(written):
     path, rows = written
     store = TokenStore(path)
     assert len(store) == 500
@@ -65,7 +65,7 @@ def test_what_is_written_is_read(written):
     assert_same(store.read([]), {name: ids[:0] for name, ids in rows.items()})
 
 
-def test_rows_lie_on_disk_as_documented(written):
+def test_token_store_layout_on_disk_equals_its_documentation(written):
     path, rows = written
     with lmdb.open(str(path), readonly=True, max_dbs=1) as environment:
         table = environment.open_db(b"rows", create=False)
@@ -77,14 +77,14 @@ def test_rows_lie_on_disk_as_documented(written):
     assert value == np.concatenate([rows["text"][300], rows["image"][300]]).astype("<u2").tobytes()
 
 
-def test_read_rows_are_the_callers_own(written):
+def test_token_store_read_returns_copies(written):
     path, rows = written
     store = TokenStore(path)
     store.read([3])["image"][:] = 0
     assert_same(store.read([3]), {name: ids[[3]] for name, ids in rows.items()})
 
 
-def test_pad_text_marks_what_is_absent():
+def test_pad_text_fills_with_no_token():
     text = pad_text([[5, 6], [], [1, 2, 3]], 3)
     assert text.tolist() == [[5, 6, NO_TOKEN], [NO_TOKEN] * 3, [1, 2, 3]]
     assert text_lengths(text).tolist() == [2, 0, 3]
@@ -92,7 +92,7 @@ def test_pad_text_marks_what_is_absent():
         pad_text([[], [1, 2, 3, 4]], 3)
 
 
-def test_a_store_outgrows_its_first_map(tmp_path, monkeypatch):
+def test_store_writer_enlarges_its_map(tmp_path, monkeypatch):
     monkeypatch.setattr(store_writer, "ROWS_PER_TRANSACTION", 300)
     rows = some_rows(5000)
     with StoreWriter(tmp_path / "store", HEADER, map_size=2**15) as writer:  # 32 KiB for 220 kB of ids
@@ -117,7 +117,8 @@ with np.load(f"{path}.npz") as rows, StoreWriter(path, StoreHeader.from_json(hea
 """
 
 
-def test_a_killed_writing_keeps_what_was_committed_and_goes_on(tmp_path):
+@pytest.mark.multiprocess
+def test_store_writer_resumes_after_the_last_commit_when_killed(tmp_path):
     path, rows = tmp_path / "store", some_rows(500)
     np.savez(f"{path}.npz", **rows)
     done = subprocess.run([sys.executable, "-c", WRITE_AND_DIE, path, HEADER.to_json()], check=False)
@@ -131,7 +132,7 @@ def test_a_killed_writing_keeps_what_was_committed_and_goes_on(tmp_path):
     assert_same(TokenStore(path).read(np.arange(500)), rows)
 
 
-def test_resuming_where_nothing_is_begins(tmp_path):
+def test_store_writer_starts_when_there_is_nothing_to_resume(tmp_path):
     with StoreWriter(tmp_path / "store", HEADER, resume=True) as writer:
         assert writer.count == 0
     store = TokenStore(tmp_path / "store")
@@ -139,7 +140,7 @@ def test_resuming_where_nothing_is_begins(tmp_path):
     assert store.header == HEADER
 
 
-def test_resuming_with_other_settings_is_refused(written):
+def test_store_writer_refuses_to_resume_with_other_settings(written):
     path, rows = written
     other = replace(HEADER, codebook_sha256="beef" * 16)
     with pytest.raises(InputError, match=r"started with codebook_sha256 c0dec0dec0dec0de…, now it is beef.*remove"):
@@ -149,12 +150,12 @@ def test_resuming_with_other_settings_is_refused(written):
     assert_same(TokenStore(path).read(np.arange(500)), rows)
 
 
-def test_an_existing_store_is_not_overwritten(written):
+def test_store_writer_refuses_an_existing_store(written):
     with pytest.raises(InputError, match="already holds a store: remove it, or resume"):
         StoreWriter(written[0], HEADER)
 
 
-def test_writing_where_a_file_stands(tmp_path):
+def test_store_writer_reports_a_path_that_is_a_file(tmp_path):
     (tmp_path / "store").write_text("a file")
     with pytest.raises(InputError, match="cannot write a store to"):
         StoreWriter(tmp_path / "store", HEADER)
@@ -174,7 +175,7 @@ def test_writing_where_a_file_stands(tmp_path):
         ({"text": np.array([[1, NO_TOKEN, 1, 1, 1, 1]] * 2)}, r"padding comes last"),
     ],
 )
-def test_rows_that_do_not_fit_are_refused_whole(tmp_path, change, message):
+def test_store_writer_writes_no_row_when_one_does_not_fit(tmp_path, change, message):
     rows = {"text": np.zeros((2, 6), int), "image": np.zeros((2, 16), int), **change}
     with StoreWriter(tmp_path / "store", HEADER) as writer:
         with pytest.raises(InputError, match=message):
@@ -183,24 +184,24 @@ def test_rows_that_do_not_fit_are_refused_whole(tmp_path, change, message):
 
 
 @pytest.mark.parametrize("index", [500, -1, 10**12])
-def test_a_row_outside_the_store(written, index):
+def test_token_store_rejects_row_numbers_out_of_range(written, index):
     with pytest.raises(IndexError, match=rf"row {index} of .*store, which has the rows 0…499"):
         TokenStore(written[0]).read([0, index])
 
 
-def test_a_store_iterates_like_a_list(written):
+def test_token_store_iterates_like_a_list(written):
     path, rows = written
     assert [row["image"][0] for row in TokenStore(path)] == rows["image"][:, 0].tolist()
 
 
-def test_a_missing_store_names_the_command(tmp_path):
+def test_token_store_names_the_command_when_it_is_missing(tmp_path):
     with pytest.raises(
         InputError, match=r"there is no token store at .*nowhere: make one with `cogview encode RECIPE`"
     ):
         TokenStore(tmp_path / "nowhere")
 
 
-def test_things_that_are_no_store(tmp_path):
+def test_token_store_rejects_other_files_and_databases(tmp_path):
     with pytest.raises(InputError, match=r"is not a token store: it has no data.mdb"):
         TokenStore(tmp_path)
     with lmdb.open(str(tmp_path / "other")) as environment, environment.begin(write=True) as transaction:
@@ -215,7 +216,7 @@ def test_things_that_are_no_store(tmp_path):
         TokenStore(tmp_path / "noise")
 
 
-def test_a_store_that_was_cut_off_is_not_read(written):
+def test_token_store_rejects_a_truncated_file(written):
     """Half a copied file used to end the process with SIGBUS."""
     data = written[0] / "data.mdb"
     os.truncate(data, data.stat().st_size // 2)
@@ -223,7 +224,7 @@ def test_a_store_that_was_cut_off_is_not_read(written):
         TokenStore(written[0])
 
 
-def test_a_store_with_missing_rows_is_damaged(written):
+def test_token_store_reports_damage_when_rows_are_missing(written):
     path, _ = written
     with lmdb.open(str(path), max_dbs=1) as environment, environment.begin(write=True) as transaction:
         transaction.delete((7).to_bytes(8, "big"), db=environment.open_db(b"rows", txn=transaction))
@@ -239,7 +240,7 @@ def test_a_store_with_missing_rows_is_damaged(written):
         ({"num_image_codes": 0}, "num_image_codes must be in 1…65535"),
     ],
 )
-def test_headers_that_cannot_be_read(written, change, message):
+def test_token_store_rejects_unreadable_headers(written, change, message):
     path, _ = written
     with lmdb.open(str(path), max_dbs=1) as environment, environment.begin(write=True) as transaction:
         header = json.loads(transaction.get(b"header"))
@@ -258,12 +259,12 @@ def test_headers_that_cannot_be_read(written, change, message):
         ({"num_text_pieces": 65536}, "num_text_pieces must be in 1…65535 to fit 16 bits, got 65536"),
     ],
 )
-def test_headers_that_make_no_sense(change, message):
+def test_store_header_rejects_invalid_values(change, message):
     with pytest.raises(ValueError, match=message):
         replace(HEADER, **change)
 
 
-def test_require_says_both_sides_and_the_remedy(written):
+def test_check_compatible_names_both_values_and_the_remedy(written):
     store = TokenStore(written[0])
     store.check_compatible()
     store.check_compatible(
@@ -282,7 +283,7 @@ def test_require_says_both_sides_and_the_remedy(written):
         store.check_compatible(layout="caption")
 
 
-def test_one_path_can_be_open_many_times(written, tmp_path):
+def test_token_store_can_be_opened_several_times(written, tmp_path):
     path, rows = written
     (tmp_path / "link").symlink_to(path)
     stores = [
@@ -301,8 +302,9 @@ def test_one_path_can_be_open_many_times(written, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker")  # more than the machine has cores
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_eight_workers_read_what_one_process_reads(written, method):
+@pytest.mark.multiprocess
+@pytest.mark.parametrize(("method", "num_workers"), [("fork", 8), ("spawn", 2)])  # a spawned worker imports torch
+def test_token_store_reads_the_same_in_workers(written, method, num_workers):
     path, _ = written
     store = TokenStore(path)
     other = TokenStore(path)
@@ -310,7 +312,7 @@ def test_eight_workers_read_what_one_process_reads(written, method):
     sampler = sample_index(3, np.arange(400).reshape(40, 10), len(store)).tolist()
     expected = [as_tensors(store.read(indices)) for indices in sampler]
     loader = DataLoader(
-        store, batch_sampler=sampler, collate_fn=as_tensors, num_workers=8, multiprocessing_context=method
+        store, batch_sampler=sampler, collate_fn=as_tensors, num_workers=num_workers, multiprocessing_context=method
     )
     batches = list(loader)
     assert len(batches) == 40

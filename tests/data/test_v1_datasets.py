@@ -1,4 +1,4 @@
-"""Datasets of the released CogView: their rows are read as they are, and no pickle runs anything."""
+"""Datasets of CogView v1: their rows are read unchanged, and no pickle runs code."""
 
 import io
 import os
@@ -32,7 +32,7 @@ ROI, BASE, TINY, BOI, EOI, PAD, ROI2 = map(
 
 
 def some_rows(count, grid=8, seed=0):
-    """Texts of 0 to 64 pieces, counted from 0, and codes (count, grid * grid)."""
+    """Return texts of 0 to 64 pieces (counted from 0), and codes (count, grid * grid)."""
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 50000, rng.integers(0, 65)) for _ in range(count)]
     return [*texts[:-1], np.arange(0)], rng.integers(0, 8192, (count, grid**2))
@@ -54,7 +54,7 @@ def sequence(text, codes, size=TINY, padding=0):
 
 
 def write_lmdb(path, rows, protocol=4, **changes):
-    """A released LMDB: pickles of ``rows``, bytes as they are; ``changes`` are other values of keys, None: no key."""
+    """Write an LMDB of pickled ``rows`` (bytes stay as they are); ``changes`` set other keys, None removes one."""
     values = {b"%d" % n: row if isinstance(row, bytes) else pickle.dumps(row, protocol) for n, row in enumerate(rows)}
     values = {**values, b"length": b"%d" % len(rows), **{key.encode(): value for key, value in changes.items()}}
     with lmdb.open(str(path), map_size=2**26) as environment, environment.begin(write=True) as transaction:
@@ -73,18 +73,18 @@ def write_bin(path, texts, codes):
     return path
 
 
-def open_released(path, **changes):
+def open_v1(path, **changes):
     return V1Dataset(path, **{**MADE_WITH, **changes})
 
 
-# What is there is read
+# Reading
 
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize(
     "form", ["sequence", "floats", "pair", "square pair", "list of a pair", "plain lists", "numpy scalars"]
 )
-def test_every_form_of_a_row_in_every_protocol(tmp_path, protocol, form):
+def test_v1_dataset_reads_every_form_of_row_in_every_pickle_protocol(tmp_path, protocol, form):
     texts, codes = some_rows(6)
     forms = {
         "sequence": lambda text, row: sequence(text, row, padding=3).astype(np.int32),
@@ -96,25 +96,25 @@ def test_every_form_of_a_row_in_every_protocol(tmp_path, protocol, form):
         "numpy scalars": lambda text, row: ([np.int64(piece + 8192) for piece in text], list(row.astype(np.uint16))),
     }
     rows = [forms[form](text, row) for text, row in zip(texts, codes, strict=True)]
-    store = open_released(write_lmdb(tmp_path / "data", rows, protocol))
+    store = open_v1(write_lmdb(tmp_path / "data", rows, protocol))
     assert len(store) == 6
     assert (store.header.grid, store.header.fields) == (8, {"text": 64, "image": 64})
     assert_same(store.read(range(6)), expected_of(texts, codes))
 
 
 @pytest.mark.parametrize(("core", "other"), [(b"numpy.core.", b"numpy._core."), (b"numpy._core.", b"numpy.core.")])
-def test_arrays_of_numpy_1_and_2(core, other):
+def test_row_unpickler_reads_arrays_of_numpy_1_and_2(core, other):
     """The module of numpy's functions was renamed in 2.0."""
     written = pickle.dumps(np.arange(5), protocol=2).replace(other, core)
     assert core + b"multiarray" in written
     assert RowUnpickler(io.BytesIO(written)).load().ids.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_a_bin_file(tmp_path):
+def test_v1_dataset_reads_a_bin_file(tmp_path):
     texts, codes = some_rows(7, grid=32)
     path = write_bin(tmp_path / "data.bin", texts, codes)
     assert path.stat().st_size == 7 * (64 + 1024) * 4
-    with open_released(path) as store:
+    with open_v1(path) as store:
         assert len(store) == 7
         assert (store.header.grid, store.header.fields) == (32, {"text": 64, "image": 1024})
         wanted = [6, 0, 3, 3]
@@ -124,49 +124,50 @@ def test_a_bin_file(tmp_path):
         assert_same(store.read([]), {name: ids[:0] for name, ids in expected.items()})
 
 
-def test_absent_ids_of_a_bin_file_are_dropped_wherever_they_stand(tmp_path):
-    """As the released reader does."""
+def test_v1_dataset_drops_absent_ids_of_a_bin_file(tmp_path):
+    """The published reader drops them at any position as well."""
     _, codes = some_rows(1)
     ids = np.full((1, 128), -1, dtype="<i4")
     ids[0, [3, 10, 63]] = [8192, 8193, 58191]
     ids[0, 64:] = codes
     ids.tofile(tmp_path / "data.bin")
-    assert open_released(tmp_path / "data.bin", grid=8)[0]["text"].tolist() == [0, 1, 49999] + [NO_TOKEN] * 61
+    assert open_v1(tmp_path / "data.bin", grid=8)[0]["text"].tolist() == [0, 1, 49999] + [NO_TOKEN] * 61
 
 
-def test_room_for_text_is_a_setting(tmp_path):
+def test_v1_dataset_follows_text_width(tmp_path):
     texts, codes = [np.arange(n) for n in (0, 20, 70)], some_rows(3)[1]
     pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
     path = write_lmdb(tmp_path / "data", pairs)
-    assert_same(open_released(path, text_width=70).read(range(3)), expected_of(texts, codes, 70))
-    narrow = open_released(path, text_width=20)
+    assert_same(open_v1(path, text_width=70).read(range(3)), expected_of(texts, codes, 70))
+    narrow = open_v1(path, text_width=20)
     assert_same(narrow.read([0, 1]), expected_of(texts[:2], codes[:2], 20))
     with pytest.raises(InvalidRow, match=r"row 2 of .* has a text of 70 pieces, there is room for 20; `cogview import"):
         narrow.read(range(3))
     short = write_bin(tmp_path / "data.bin", texts[:2], codes[:2])
-    assert_same(open_released(short, text_width=20, grid=8).read([0, 1]), expected_of(texts[:2], codes[:2], 20))
+    assert_same(open_v1(short, text_width=20, grid=8).read([0, 1]), expected_of(texts[:2], codes[:2], 20))
     with pytest.raises(InvalidRow, match=r"row 1 of .* has a text of 20 pieces, there is room for 19;"):
-        open_released(short, text_width=19, grid=8).read([0, 1])
+        open_v1(short, text_width=19, grid=8).read([0, 1])
 
 
-def test_other_sizes_of_the_vocabulary_move_the_ids(tmp_path):
+def test_v1_dataset_follows_the_sizes_of_the_vocabulary(tmp_path):
     sizes = {"num_image_codes": 40, "num_text_pieces": 300}
     vocabulary = Vocabulary(**sizes)
     commands = [vocabulary.command(name) for name in ("[ROI1]", "[TINY]", "[BOI1]", "[EOI1]")]
     row = np.array([commands[0], 40, 339, *commands[1:3], *[39] * 64, commands[3]])
-    read = open_released(write_lmdb(tmp_path / "data", [row]), **sizes)[0]
+    read = open_v1(write_lmdb(tmp_path / "data", [row]), **sizes)[0]
     assert read["text"][:3].tolist() == [0, 299, NO_TOKEN]
     assert read["image"].tolist() == [39] * 64
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("form", ["lmdb", "bin"])
-def test_workers_read_what_one_process_reads(tmp_path, form):
+def test_v1_dataset_reads_the_same_in_workers(tmp_path, form):
     texts, codes = some_rows(12)
     if form == "bin":
-        store = open_released(write_bin(tmp_path / "data.bin", texts, codes), grid=8)
+        store = open_v1(write_bin(tmp_path / "data.bin", texts, codes), grid=8)
     else:
         pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
-        store = open_released(write_lmdb(tmp_path / "data", pairs))
+        store = open_v1(write_lmdb(tmp_path / "data", pairs))
     store.read([0])  # open in the parent before the workers start
     loader = DataLoader(store, batch_size=5, collate_fn=as_tensors, num_workers=2, multiprocessing_context="fork")
     np.testing.assert_array_equal(np.concatenate([batch["image"].numpy() for batch in loader]), codes)
@@ -175,10 +176,10 @@ def test_workers_read_what_one_process_reads(tmp_path, form):
     assert_same(pickle.loads(sent).read(range(12)), expected_of(texts, codes))
 
 
-def test_what_a_path_holds_is_seen_by_looking(tmp_path):
+def test_open_dataset_recognizes_the_kind_of_dataset(tmp_path):
     texts, codes = some_rows(3)
     pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
-    dataset = open_released(write_lmdb(tmp_path / "data", pairs))
+    dataset = open_v1(write_lmdb(tmp_path / "data", pairs))
     import_dataset(tmp_path / "store", [dataset])
     large = write_bin(tmp_path / "data.bin", *some_rows(2, grid=32))
     kinds = [type(open_dataset(path, **MADE_WITH)) for path in (tmp_path / "data", tmp_path / "store", large)]
@@ -186,10 +187,10 @@ def test_what_a_path_holds_is_seen_by_looking(tmp_path):
     with pytest.raises(InputError, match="is a CogView v1 dataset, not a token store: convert it with `cogview imp"):
         TokenStore(tmp_path / "data")
     with pytest.raises(InputError, match="is a token store already, not a CogView v1 dataset"):
-        open_released(tmp_path / "store")
+        open_v1(tmp_path / "store")
 
 
-# No pickle runs anything
+# Pickles run no code
 
 
 class Harmful:
@@ -209,13 +210,13 @@ class Harmful:
         (Harmful(np.save, "ran", 0), "numpy.save"),
     ],
 )
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch, harm, name, protocol):
+def test_v1_dataset_refuses_pickles_that_run_code(tmp_path, monkeypatch, harm, name, protocol):
     monkeypatch.chdir(tmp_path)
     texts, codes = some_rows(2)
-    store = open_released(write_lmdb("data", [(texts[0] + 8192, codes[0]), (harm, codes[1])], protocol))
+    store = open_v1(write_lmdb("data", [(texts[0] + 8192, codes[0]), (harm, codes[1])], protocol))
     with pytest.raises(InputError, match=f"row 1 of data asks to run {name}, which no row of ids needs: the data"):
         store.read([0, 1])
-    with pytest.raises(InputError, match="the dataset is refused"):  # it is no row to leave out either
+    with pytest.raises(InputError, match="the dataset is refused"):  # skip_bad does not skip it
         import_dataset(tmp_path / "store", [store], skip_bad=True)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     pickle.loads(pickle.dumps(harm, protocol))  # or the test would show nothing
@@ -226,14 +227,14 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("array", "name"), [(np.array([None, 5]), "O8"), (np.array(["狐狸"]), "U2"), (np.zeros(2, dtype="i4,i4"), "V8")]
 )
-def test_arrays_of_anything_but_whole_numbers_are_refused(tmp_path, array, name, protocol):
+def test_v1_dataset_rejects_arrays_of_other_types_than_integers(tmp_path, array, name, protocol):
     with pytest.raises(
         InvalidRow, match=rf"row 0 of .* cannot be read: it holds an array of {name}, expected whole num"
     ):
-        open_released(write_lmdb(tmp_path / "data", [(array, np.arange(64))], protocol))
+        open_v1(write_lmdb(tmp_path / "data", [(array, np.arange(64))], protocol))
 
 
-# Rows that cannot be used
+# Invalid rows
 
 TEXT, CODES = np.array([8192, 9000]), np.arange(64)
 
@@ -266,15 +267,15 @@ TEXT, CODES = np.array([8192, 9000]), np.arange(64)
         (b"", r"is no pickled row of ids \(EOFError\);"),
     ],
 )
-def test_rows_that_cannot_be_used(tmp_path, row, reason):
-    store = open_released(write_lmdb(tmp_path / "data", [(TEXT, CODES), row]))
+def test_v1_dataset_names_the_row_and_the_reason_when_it_is_invalid(tmp_path, row, reason):
+    store = open_v1(write_lmdb(tmp_path / "data", [(TEXT, CODES), row]))
     assert store.read([0])["text"][0, :3].tolist() == [0, 808, NO_TOKEN]
     with pytest.raises(InvalidRow, match=f"row 1 of .*data {reason}"):
         store.read([0, 1])
 
 
-def test_a_row_that_is_missing(tmp_path):
-    store = open_released(write_lmdb(tmp_path / "data", [(TEXT, CODES)], length=b"2"))
+def test_v1_dataset_reports_a_missing_row(tmp_path):
+    store = open_v1(write_lmdb(tmp_path / "data", [(TEXT, CODES)], length=b"2"))
     with pytest.raises(InvalidRow, match=r"row 1 of .* is missing; "):
         store.read([1])
     with pytest.raises(IndexError, match=r"row 2 of .*, which has the rows 0…1"):
@@ -289,17 +290,17 @@ def test_a_row_that_is_missing(tmp_path):
         ("<i4", 1, "holds 8192 at 70, expected 0…8191 there"),
     ],
 )
-def test_numbers_of_a_bin_file_that_are_no_ids(tmp_path, dtype, row, message):
+def test_v1_dataset_reports_invalid_ids_of_a_bin_file(tmp_path, dtype, row, message):
     ids = np.zeros((2, 128), dtype=np.int64)
     ids[:, :64] = 8192
     ids[1, 70] = 8192
     ids.astype(dtype).tofile(tmp_path / "data.bin")
-    store = open_released(tmp_path / "data.bin", grid=8)
+    store = open_v1(tmp_path / "data.bin", grid=8)
     with pytest.raises(InvalidRow, match=rf"row {row} of .*data.bin {message} \(all as little-endian int32\); "):
         store.read([0, 1])
 
 
-def test_paths_that_hold_no_dataset(tmp_path):
+def test_v1_dataset_rejects_other_paths(tmp_path):
     (tmp_path / "cut.bin").write_bytes(b"\0" * 5000)
     (tmp_path / "empty.bin").write_bytes(b"")
     (tmp_path / "data.npy").write_bytes(b"\0")
@@ -316,19 +317,19 @@ def test_paths_that_hold_no_dataset(tmp_path):
         (write_lmdb(tmp_path / "odd", [], length=b"many"), "has the length b'many', expected a number"),
     ]:
         with pytest.raises(InputError, match=message):
-            open_released(path)
+            open_v1(path)
 
 
 # Conversion to a token store
 
 
-def test_a_store_of_several_datasets_has_their_rows_in_order(tmp_path, monkeypatch):
+def test_import_dataset_joins_datasets_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(v1_import, "_ROWS_AT_A_TIME", 5)
     first, second = some_rows(12, seed=1), some_rows(7, seed=2)
     pairs = [(text + 8192, row) for text, row in zip(*first, strict=True)]
     sources = [
-        open_released(write_lmdb(tmp_path / "one", pairs)),
-        open_released(write_bin(tmp_path / "two.bin", *second), grid=8),
+        open_v1(write_lmdb(tmp_path / "one", pairs)),
+        open_v1(write_bin(tmp_path / "two.bin", *second), grid=8),
     ]
     made = import_dataset(tmp_path / "made" / "store", sources)
     assert (made.rows, made.skipped) == (19, 0)
@@ -341,13 +342,13 @@ def test_a_store_of_several_datasets_has_their_rows_in_order(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("bad", [(), (0, 6, 13)])
-def test_an_interrupted_import_goes_on(tmp_path, monkeypatch, bad):
+def test_import_dataset_resumes_when_interrupted(tmp_path, monkeypatch, bad):
     monkeypatch.setattr(v1_import, "_ROWS_AT_A_TIME", 4)
     texts, codes = some_rows(20)
     pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
     for number in bad:
         pairs[number] = ("没有编码", codes[number])
-    source = open_released(write_lmdb(tmp_path / "data", pairs))
+    source = open_v1(write_lmdb(tmp_path / "data", pairs))
     kept = [number for number in range(20) if number not in bad]
     expected = expected_of([texts[number] for number in kept], codes[kept])
     append, calls = StoreWriter.append, []
@@ -370,27 +371,27 @@ def test_an_interrupted_import_goes_on(tmp_path, monkeypatch, bad):
     assert_same(TokenStore(tmp_path / "store").read(range(made.rows)), expected)
 
 
-def test_a_bad_row_stops_the_import_or_is_left_out(tmp_path):
+def test_import_dataset_stops_at_an_invalid_row_or_skips_it(tmp_path):
     texts, codes = some_rows(3)
     pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
-    source = open_released(write_lmdb(tmp_path / "data", [(texts[0], codes[0]), *pairs]))
+    source = open_v1(write_lmdb(tmp_path / "data", [(texts[0], codes[0]), *pairs]))
     with pytest.raises(InvalidRow, match=r"row 0 of .* in its text, expected 8192…58191"):
         import_dataset(tmp_path / "store", [source])
     assert [path.name for path in tmp_path.iterdir()] == ["data"]  # nothing was made, nothing is kept
     made = import_dataset(tmp_path / "store", [source], skip_bad=True)
     assert (made.rows, made.skipped) == (3, 1)
-    assert made.first_error.endswith(", expected 8192…58191")  # and no word of what was done
+    assert made.first_error.endswith(", expected 8192…58191")  # without the remedy
     assert_same(TokenStore(tmp_path / "store").read(range(3)), expected_of(texts, codes))
 
 
-def test_mistakes_of_an_import(tmp_path):
+def test_import_dataset_reports_mistakes(tmp_path):
     texts, codes = some_rows(2)
     pairs = [(text + 8192, row) for text, row in zip(texts, codes, strict=True)]
-    small = open_released(write_lmdb(tmp_path / "small", pairs))
-    large = open_released(write_bin(tmp_path / "large.bin", *some_rows(2, grid=32)))
+    small = open_v1(write_lmdb(tmp_path / "small", pairs))
+    large = open_v1(write_bin(tmp_path / "large.bin", *some_rows(2, grid=32)))
     with pytest.raises(InputError, match=r"large.bin has 32 x 32 codes a row, .*small has 8 x 8: import them into st"):
         import_dataset(tmp_path / "store", [small, large])
-    wrong = open_released(write_bin(tmp_path / "wrong.bin", texts, codes), grid=8)
+    wrong = open_v1(write_bin(tmp_path / "wrong.bin", texts, codes), grid=8)
     shutil.copyfile(write_bin(tmp_path / "w", [texts[0] - 60000] * 2, codes), tmp_path / "wrong.bin")
     with pytest.raises(InputError, match=r"none of the 2 rows can be used; the first: row 0 of .*wrong.bin holds "):
         import_dataset(tmp_path / "store", [wrong], skip_bad=True)
