@@ -1,4 +1,4 @@
-"""LoRA adapters: learnt beside a model, stored as PEFT does, merged into weights and taken out again."""
+"""LoRA adapters: trained beside a model, stored in the format of PEFT, merged and unmerged."""
 
 import copy
 import json
@@ -38,13 +38,13 @@ PLAIN = {"peft_type": "LORA", "r": 4, "lora_alpha": 12, "target_modules": ["atte
 
 @pytest.fixture(scope="module")
 def base(tiny_checkpoint):
-    """What an adapter says of the tiny model."""
+    """The description of the tiny model in its adapters."""
     return BaseModelInfo.of("tiny", read_config(tiny_checkpoint))
 
 
 @pytest.fixture
 def transformer(tiny_checkpoint):
-    """The tiny model's, its weights mapped from their file."""
+    """The transformer of the tiny model, its weights mapped from their file."""
     return load_transformer(tiny_checkpoint, CPU, torch.float32)
 
 
@@ -74,8 +74,8 @@ def write_adapter(tiny_checkpoint):
 
 
 @pytest.fixture(scope="module")
-def learnt(tiny_checkpoint, base, tmp_path_factory):
-    """A transformer with an adapter of all projections that two steps have changed; its settings; its folder."""
+def trained(tiny_checkpoint, base, tmp_path_factory):
+    """A transformer with a trained adapter of all projections; its settings; its folder."""
     pytest.importorskip("peft")
     transformer = load_transformer(tiny_checkpoint, CPU, torch.float32)
     settings = LoraSettings(rank=4, alpha=24.0)
@@ -94,7 +94,7 @@ def learnt(tiny_checkpoint, base, tmp_path_factory):
 
 @contextmanager
 def one_line(words):
-    """Expects an InputError of one line that holds ``words``."""
+    """Expect an InputError of one line that contains ``words``."""
     with pytest.raises(InputError, match=re.escape(words)) as caught:
         yield
     assert "\n" not in str(caught.value)
@@ -105,7 +105,7 @@ def logits(transformer):
     return transformer(IDS)
 
 
-def test_an_adapter_begins_without_effect_and_is_all_that_learns(transformer, tiny_checkpoint):
+def test_add_lora_starts_without_effect_and_trains_the_adapter_only(transformer, tiny_checkpoint):
     pytest.importorskip("peft")
     before = logits(transformer)
     transformer.prepack()
@@ -113,10 +113,10 @@ def test_an_adapter_begins_without_effect_and_is_all_that_learns(transformer, ti
     assert torch.equal(logits(transformer), before)
     with torch.no_grad():
         transformer.get_parameter("layers.1.mlp.input.lora_B.default.weight").fill_(0.1)
-    assert not torch.allclose(logits(transformer), before)  # what was packed, which knows no adapter, is not used
+    assert not torch.allclose(logits(transformer), before)  # the packed weights, which have no adapter, are not used
     transformer(IDS).sum().backward()
-    learnt = {name for name, parameter in transformer.named_parameters() if parameter.grad is not None}
-    assert learnt == {
+    trained = {name for name, parameter in transformer.named_parameters() if parameter.grad is not None}
+    assert trained == {
         f"layers.{layer}.{target}.lora_{part}.default.weight"
         for layer in (0, 1)
         for target in ("mlp.input", "attention.query_key_value")
@@ -126,8 +126,8 @@ def test_an_adapter_begins_without_effect_and_is_all_that_learns(transformer, ti
         add_lora(transformer, LoraSettings())
 
 
-def test_only_the_adapter_has_changed_by_learning(learnt, tiny_checkpoint):
-    transformer, _, _ = learnt
+def test_training_changes_the_adapter_only(trained, tiny_checkpoint):
+    transformer, _, _ = trained
     stored = load_file(tiny_checkpoint / "model.safetensors")
     own = {name.replace(".base_layer", ""): tensor for name, tensor in transformer.state_dict().items()}
     assert all(torch.equal(own[name], tensor) for name, tensor in stored.items())
@@ -137,9 +137,9 @@ def test_only_the_adapter_has_changed_by_learning(learnt, tiny_checkpoint):
     assert not torch.allclose(logits(transformer), logits(load_transformer(tiny_checkpoint, CPU, torch.float32)))
 
 
-def test_an_mlp_with_an_adapter_is_not_taken_for_one_without(learnt, monkeypatch):
-    # Where a kernel adds the bias and bends, the product is made of the weight alone: the adapter would be left out.
-    transformer, _, _ = learnt
+def test_mlp_applies_its_adapter_when_bias_and_gelu_are_fused(trained, monkeypatch):
+    """The fused kernel multiplies by the weight alone, so that it would skip the adapter."""
+    transformer, _, _ = trained
     mlp: MLP = transformer.layers[0].mlp
     x = torch.randn(3, 32, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -148,16 +148,16 @@ def test_an_mlp_with_an_adapter_is_not_taken_for_one_without(learnt, monkeypatch
         assert torch.equal(mlp(x), expected)
 
 
-def test_merged_it_computes_the_same(learnt, transformer, tiny_checkpoint):
-    adapted, _, folder = learnt
+def test_merge_adapter_keeps_the_logits(trained, transformer, tiny_checkpoint):
+    adapted, _, folder = trained
     file = (tiny_checkpoint / "model.safetensors").read_bytes()
     merge_adapter(transformer, folder)
     torch.testing.assert_close(logits(transformer), logits(adapted), atol=1e-5, rtol=0)
     assert (tiny_checkpoint / "model.safetensors").read_bytes() == file  # which the weights are mapped from
 
 
-def test_taken_out_again_it_leaves_the_model(learnt, transformer, tiny_checkpoint):
-    _, _, folder = learnt
+def test_unmerge_adapter_restores_the_model(trained, transformer, tiny_checkpoint):
+    _, _, folder = trained
     transformer.prepack()
     before = logits(transformer)
     merge_adapter(transformer, folder)
@@ -168,23 +168,23 @@ def test_taken_out_again_it_leaves_the_model(learnt, transformer, tiny_checkpoin
         torch.testing.assert_close(transformer.get_parameter(name), tensor, atol=1e-6, rtol=0)
 
 
-def test_what_is_saved_is_loaded(learnt, transformer, base, tmp_path):
-    adapted, settings, folder = learnt
+def test_save_adapter_roundtrips_through_load_adapter(trained, transformer, base, tmp_path):
+    adapted, settings, folder = trained
     assert load_adapter(transformer, folder) == settings
     assert torch.equal(logits(transformer), logits(adapted))
     assert all(p.requires_grad == (".lora_" in name) for name, p in transformer.named_parameters())
     assert Adapter(folder).base == base
     assert Adapter(folder).weights().keys() == {n for n, p in transformer.named_parameters() if p.requires_grad}
-    # Into one that learns already, as a resumed run does; and weights that lie elsewhere are stored instead.
+    # Load into a model in training, as a resumed run does, and store other weights than the model's.
     halved = {name: tensor.detach() / 2 for name, tensor in adapted.named_parameters() if ".lora_" in name}
     save_adapter(tmp_path / "half", adapted, settings, base, halved)
     load_adapter(transformer, tmp_path / "half")
     assert all(torch.equal(transformer.get_parameter(name), tensor) for name, tensor in halved.items())
 
 
-def test_peft_reads_our_folder(learnt, transformer):
+def test_save_adapter_writes_a_folder_that_peft_reads(trained, transformer):
     peft = pytest.importorskip("peft")
-    adapted, settings, folder = learnt
+    adapted, settings, folder = trained
     model = peft.PeftModel.from_pretrained(transformer, folder)
     assert torch.equal(logits(model), logits(adapted))
     config = model.peft_config["default"]
@@ -194,7 +194,7 @@ def test_peft_reads_our_folder(learnt, transformer):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_we_read_peft_s_folder(transformer, tiny_checkpoint, tmp_path, rslora):
+def test_load_adapter_reads_a_folder_of_peft(transformer, tiny_checkpoint, tmp_path, rslora):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, lora_alpha=12, use_rslora=rslora, target_modules=["mlp.output"], init_lora_weights=False
@@ -211,7 +211,7 @@ def test_we_read_peft_s_folder(transformer, tiny_checkpoint, tmp_path, rslora):
 
 @pytest.mark.parametrize(("settings", "scale"), [({}, 3.0), ({"use_rslora": True}, 6.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merging_is_its_formula_rounded_once(tiny_checkpoint, write_adapter, tmp_path, settings, scale, dtype):
+def test_merge_adapter_rounds_its_formula_once(tiny_checkpoint, write_adapter, tmp_path, settings, scale, dtype):
     folder = write_adapter(tmp_path / "adapter", dtype=torch.float16, **settings)
     transformer = load_transformer(tiny_checkpoint, CPU, dtype)
     before = copy.deepcopy(transformer.state_dict())
@@ -226,8 +226,8 @@ def test_merging_is_its_formula_rounded_once(tiny_checkpoint, write_adapter, tmp
         torch.testing.assert_close(weight, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-def test_opened_with_an_adapter_a_model_draws_as_with_merged_weights(tiny_checkpoint, tiny_model, learnt):
-    adapted, _, folder = learnt
+def test_from_pretrained_merges_the_adapter(tiny_checkpoint, tiny_model, trained):
+    adapted, _, folder = trained
     model = CogView.from_pretrained(tiny_checkpoint, device="cpu", adapter=folder)
     assert model.label == f"{tiny_checkpoint} + {folder}"
     torch.testing.assert_close(logits(model.transformer), logits(adapted), atol=1e-5, rtol=0)
@@ -236,9 +236,9 @@ def test_opened_with_an_adapter_a_model_draws_as_with_merged_weights(tiny_checkp
     assert (drawn.codes != without.codes).any()
 
 
-def test_a_model_that_learns_an_adapter_draws_with_it(tiny_checkpoint, learnt):
-    # Training draws sample sheets: packed weights would be those without the adapter.
-    adapted, _, folder = learnt
+def test_generate_applies_the_adapter_during_training(tiny_checkpoint, trained):
+    """Training generates sample sheets; packed weights would be those without the adapter."""
+    adapted, _, folder = trained
     merged = CogView.from_pretrained(tiny_checkpoint, device="cpu", adapter=folder)
     parts = vars(merged.model) | {"transformer": adapted}
     learning = CogView(type(merged.model)(**parts), merged.placement, "training")
@@ -247,7 +247,7 @@ def test_a_model_that_learns_an_adapter_draws_with_it(tiny_checkpoint, learnt):
     assert one.log_probability == pytest.approx(other.log_probability, rel=1e-4)
 
 
-def test_settings_are_checked():
+def test_lora_settings_reject_invalid_values():
     assert LoraSettings(rank=8, alpha=16.0).scale == 2.0
     for wrong, words in (
         ({"rank": 0}, "rank of an adapter must be at least 1, got 0"),
@@ -261,7 +261,7 @@ def test_settings_are_checked():
             LoraSettings(**wrong)
 
 
-def test_what_is_no_adapter_is_told(write_adapter, tmp_path):
+def test_adapter_reports_folders_that_are_no_adapter(write_adapter, tmp_path):
     def refused(folder, words):
         with one_line(words):
             Adapter(folder)
@@ -311,7 +311,7 @@ def test_what_is_no_adapter_is_told(write_adapter, tmp_path):
         refused(other, words)
 
 
-def test_an_adapter_of_another_model_is_refused(transformer, tiny_checkpoint, write_adapter, base, tmp_path):
+def test_check_model_refuses_an_adapter_of_another_model(transformer, tiny_checkpoint, write_adapter, base, tmp_path):
     config, plain = read_config(tiny_checkpoint), vars(base)
 
     def refused(folder, words, name="cogview-emoji"):
@@ -342,7 +342,7 @@ def test_an_adapter_of_another_model_is_refused(transformer, tiny_checkpoint, wr
     assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
 
 
-def test_learning_goes_on_with_the_same_projections(transformer, write_adapter, tmp_path):
+def test_load_adapter_refuses_other_projections(transformer, write_adapter, tmp_path):
     pytest.importorskip("peft")
     small = write_adapter(tmp_path / "small")
     large = write_adapter(tmp_path / "large", targets=("attention.output", "mlp.input"))
@@ -358,7 +358,7 @@ def test_learning_goes_on_with_the_same_projections(transformer, write_adapter, 
         merge_adapter(transformer, small)
 
 
-def test_rounded_weights_take_no_adapter(tiny_checkpoint, write_adapter, tmp_path):
+def test_merge_adapter_refuses_quantized_weights(tiny_checkpoint, write_adapter, tmp_path):
     folder = write_adapter(tmp_path / "adapter")
     remedy = "cogview adapter merge MODEL ADAPTER -o OUT first, then open OUT with --dtype int8 or int4"
     with one_line(remedy):
@@ -367,7 +367,7 @@ def test_rounded_weights_take_no_adapter(tiny_checkpoint, write_adapter, tmp_pat
         merge_adapter(load_transformer(tiny_checkpoint, CPU, torch.bfloat16, "int8"), folder)
 
 
-def test_without_peft_learning_names_the_extra(transformer, monkeypatch):
+def test_add_lora_names_the_extra_when_peft_is_missing(transformer, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with one_line("pip install 'cogview[lora]'"):
         add_lora(transformer, LoraSettings())

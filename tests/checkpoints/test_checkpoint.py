@@ -1,4 +1,4 @@
-"""A checkpoint is a folder: what was saved is what is loaded, and a folder that does not fit says why."""
+"""Checkpoint folders: they load as they were saved, and each kind of damage has its message."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def change_config(folder, **changes):
 
 
 def error_of(folder):
-    """The one line that loading a folder ends in."""
+    """Return the one-line message of loading a folder that must fail."""
     with pytest.raises(InputError) as caught:
         load_model(folder, CPU, torch.float32)
     message = str(caught.value)
@@ -59,10 +59,10 @@ def error_of(folder):
     return message
 
 
-# --- saved equals loaded ------------------------------------------------------------------------------------------
+# --- saved equals loaded --------------------------------------------------------------------------------------------
 
 
-def test_saved_equals_loaded(model, tmp_path):
+def test_load_model_equals_the_saved_model(model, tmp_path):
     save_model(tmp_path / "new" / "folder", model)
     loaded = load_model(tmp_path / "new" / "folder", CPU, torch.float32)
 
@@ -85,8 +85,8 @@ def test_saved_equals_loaded(model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_stored_in_half_precision_weights_are_rounded_once(model, tmp_path, dtype):
-    """And the codebook is not, so that codes go on meaning the same."""
+def test_save_model_rounds_weights_once_when_stored_in_half_precision(model, tmp_path, dtype):
+    """The codebook stays float32, so that codes keep their meaning."""
     save_model(tmp_path / "half", model, dtype=dtype)
     loaded = load_model(tmp_path / "half", CPU, torch.float32)
     for part in ("transformer", "image_tokenizer"):
@@ -104,13 +104,13 @@ def test_stored_in_half_precision_weights_are_rounded_once(model, tmp_path, dtyp
         assert file_sha256(tmp_path / "again" / file) == file_sha256(tmp_path / "half" / file)
 
 
-def test_transformer_is_loaded_in_the_dtype_asked_for(tiny_checkpoint):
+def test_load_model_converts_the_transformer_to_the_requested_dtype(tiny_checkpoint):
     loaded = load_model(tiny_checkpoint, CPU, torch.bfloat16)
     assert {p.dtype for p in loaded.transformer.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in loaded.image_tokenizer.parameters()} == {torch.float32}
 
 
-def test_config_is_written_whole(model, tmp_path):
+def test_save_model_writes_the_whole_config(model, tmp_path):
     config = dataclasses.replace(
         model.config,
         tasks=("generate", "caption"),
@@ -123,7 +123,7 @@ def test_config_is_written_whole(model, tmp_path):
     assert config.layouts["caption"].elements[-1].stop is None
 
 
-def test_image_tokenizer_has_a_folder_of_its_own(model, tmp_path):
+def test_save_image_tokenizer_roundtrip(model, tmp_path):
     save_image_tokenizer(tmp_path, model.image_tokenizer)
     loaded = load_image_tokenizer(tmp_path)
     assert loaded.config == model.image_tokenizer.config
@@ -137,27 +137,27 @@ def test_codebook_hash_changes_with_the_codebook(tiny_checkpoint):
     assert codebook_hash(tokenizer) != before
 
 
-def test_model_of_an_open_world_has_no_things(model, tmp_path):
+def test_read_things_is_empty_when_the_model_names_none(model, tmp_path):
     save_model(tmp_path, dataclasses.replace(model, things=(), card=""))
     assert read_things(tmp_path) == ()
     loaded = load_model(tmp_path, CPU, torch.float32)
     assert (loaded.things, loaded.card) == ((), "")
 
 
-def test_things_are_read_without_the_weights(model, tmp_path):
+def test_read_things_reads_no_weights(model, tmp_path):
     things = (NamedThing(name="狐狸"), NamedThing(name="红苹果", emoji="🍎", synonyms=("苹果", "蛇果")))
     save_model(tmp_path, dataclasses.replace(model, things=things))
     (tmp_path / "model.safetensors").unlink()
     assert read_things(tmp_path) == things
 
 
-def test_every_file_of_a_model_can_be_read_by_those_who_can_read_one(model, tmp_path):
+def test_save_model_gives_every_file_the_same_permissions(model, tmp_path):
     save_model(tmp_path, model)
     modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
     assert set(modes.values()) == {modes["config.json"]}
 
 
-def test_model_can_be_saved_where_it_was_loaded_from(folder):
+def test_save_model_replaces_the_folder_it_was_loaded_from(folder):
     """Loaded weights must not be a view of the file that is being replaced."""
     loaded = load_model(folder, CPU, torch.float32)
     expected = {name: tensor.clone() for name, tensor in loaded.transformer.state_dict().items()}
@@ -170,7 +170,7 @@ def test_model_can_be_saved_where_it_was_loaded_from(folder):
     assert all(torch.equal(loaded.transformer.state_dict()[name], tensor) for name, tensor in expected.items())
 
 
-# --- folders that are not whole -----------------------------------------------------------------------------------
+# --- incomplete folders ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,38 +183,38 @@ def test_model_can_be_saved_where_it_was_loaded_from(folder):
         ("image/model.safetensors", "{folder}/image is no image tokenizer: model.safetensors is missing"),
     ],
 )
-def test_missing_part(folder, part, message):
+def test_load_model_names_the_missing_file(folder, part, message):
     (folder / part).unlink()
     assert error_of(folder) == message.format(folder=folder)
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000])
-def test_weights_cut_short(folder, size):
+def test_load_model_reports_truncated_weights(folder, size):
     os.truncate(folder / "model.safetensors", size)
     assert error_of(folder).startswith(f"{folder}/model.safetensors is damaged: ")
 
 
 @pytest.mark.parametrize("size", [0, 5, 1000])
-def test_image_weights_cut_short(folder, size):
+def test_load_model_reports_truncated_image_weights(folder, size):
     os.truncate(folder / "image" / "model.safetensors", size)
     assert error_of(folder).startswith(f"{folder}/image/model.safetensors is damaged: ")
 
 
-def test_text_model_cut_short(folder):
+def test_load_model_reports_a_truncated_text_model(folder):
     os.truncate(folder / "text.model", 100)
     assert error_of(folder).startswith(f"{folder}/text.model: 100 bytes that are no SentencePiece model")
 
 
 @pytest.mark.parametrize("file", ["config.json", "image/config.json", "things.json"])
-def test_file_that_is_not_json(folder, file):
+def test_load_model_reports_invalid_json(folder, file):
     (folder / file).write_text('{"grid": 8', encoding="utf-8")
     assert error_of(folder).startswith(f"{folder}/{file} is not JSON: ")
 
 
-# --- parts that do not belong together ----------------------------------------------------------------------------
+# --- parts that do not belong together ------------------------------------------------------------------------------
 
 
-def test_weights_of_another_shape(folder):
+def test_load_model_reports_weights_of_another_shape(folder):
     change_config(folder, transformer__max_positions=97)
     message = error_of(folder)
     assert message.startswith(f"{folder}/model.safetensors does not hold the weights that config.json describes: ")
@@ -223,7 +223,7 @@ def test_weights_of_another_shape(folder):
 
 @pytest.mark.parametrize(("part", "name"), [("model", "final_norm.bias"), ("image/model", "quantizer.codebook")])
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
-def test_weights_of_other_names(folder, part, name, change):
+def test_load_model_reports_missing_and_unexpected_weights(folder, part, name, change):
     path = folder / f"{part}.safetensors"
     weights = load_file(path)
     if change == "missing":
@@ -238,7 +238,7 @@ def test_weights_of_other_names(folder, part, name, change):
     assert name in message
 
 
-def test_image_weights_of_another_shape(folder):
+def test_load_model_reports_image_weights_of_another_shape(folder):
     path = folder / "image" / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "num_codes": 4096}), encoding="utf-8")
@@ -247,7 +247,7 @@ def test_image_weights_of_another_shape(folder):
     assert "quantizer.codebook" in message
 
 
-def test_codebook_of_another_model(folder, model):
+def test_load_model_refuses_the_codebook_of_another_model(folder, model):
     """Its shapes fit, but every code would mean something else."""
     other = load_image_tokenizer(folder / "image")
     other.quantizer.codebook.mul_(-1)
@@ -259,7 +259,7 @@ def test_codebook_of_another_model(folder, model):
     )
 
 
-def test_text_model_of_another_size(folder, model):
+def test_load_model_refuses_a_text_model_of_another_size(folder, model):
     (folder / "text.model").write_bytes(train_text_tokenizer(CAPTIONS, size=290, max_piece_length=1))
     expected = model.config.vocabulary.num_text_pieces
     message = error_of(folder)
@@ -281,15 +281,15 @@ def test_text_model_of_another_size(folder, model):
         ({"grit": 8}, '"grit" is unknown; did you mean "grid"?'),
     ],
 )
-def test_config_that_makes_no_sense(folder, changes, message):
+def test_load_model_reports_an_invalid_config(folder, changes, message):
     change_config(folder, **changes)
     error = error_of(folder)
     assert error.startswith(f"{folder}/config.json")
     assert message in error
 
 
-def test_newer_format_asks_for_an_update(folder):
-    """Before it stumbles over settings that it cannot know."""
+def test_load_model_asks_for_an_update_when_the_format_is_newer(folder):
+    """The version is checked before settings that this version cannot know."""
     change_config(folder, format_version=FORMAT_VERSION + 1, holograms=True)
     assert error_of(folder) == (
         f"{folder}/config.json has format version {FORMAT_VERSION + 1}, this version reads up to {FORMAT_VERSION}; "
@@ -298,15 +298,15 @@ def test_newer_format_asks_for_an_update(folder):
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format_version": "1"}'])
-def test_json_that_is_no_config(folder, content):
+def test_load_model_reports_json_without_a_format_version(folder, content):
     (folder / "config.json").write_text(content, encoding="utf-8")
     assert error_of(folder) == f"{folder}/config.json is no config of a checkpoint: it has no format_version"
 
 
-# --- sums ---------------------------------------------------------------------------------------------------------
+# --- checksums ------------------------------------------------------------------------------------------------------
 
 
-def test_files_are_compared_with_their_sums(folder):
+def test_verify_files_compares_checksums(folder):
     sums = [(name, file_sha256(folder / name)) for name in ("text.model", "config.json")]
     verify_files(folder, sums)
     with pytest.raises(InputError, match="is incomplete: other is missing"):

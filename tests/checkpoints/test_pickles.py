@@ -1,4 +1,4 @@
-"""PyTorch files: both layouts give the tensors that were saved, and none of them runs anything."""
+"""PyTorch files: tensors of both layouts are read, and no file runs code."""
 
 import argparse
 import dataclasses
@@ -36,7 +36,7 @@ def layout(request):
 
 
 def saved(content, layout):
-    """What ``torch.save`` makes of ``content``."""
+    """Return the bytes that ``torch.save`` writes for ``content``."""
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=layout == "zip")
     return buffer.getvalue()
@@ -47,7 +47,7 @@ def read(data):
 
 
 def error_of(data):
-    """The one line that reading ``data`` ends in."""
+    """Return the one-line message of reading ``data``, which must fail."""
     with pytest.raises(InputError) as caught:
         read(data)
     message = str(caught.value)
@@ -65,18 +65,18 @@ def assert_read_as(stored, tensor):
     assert torch.equal(result, tensor)
 
 
-# --- what was saved is what is read -------------------------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_numbers_of_every_dtype(layout, dtype):
+def test_read_pickle_reads_every_dtype(layout, dtype):
     tensor = torch.randint(0, 100, (3, 7), generator=torch.Generator().manual_seed(0)).to(dtype)
     content = read(saved({"before": torch.zeros(5), "weight": tensor, "one": tensor[1, 2]}, layout))
     assert_read_as(content["weight"], tensor)
     assert_read_as(content["one"], tensor[1, 2])
 
 
-def test_views_share_their_numbers(layout):
+def test_read_pickle_reads_views_of_one_storage(layout):
     base = torch.arange(60.0).view(5, 12)
     views = {
         "base": base,
@@ -97,14 +97,14 @@ def test_views_share_their_numbers(layout):
     assert content["row"].storage is content["base"].storage
 
 
-def test_what_is_read_is_memory_of_its_own(layout):
+def test_stored_tensor_read_returns_a_copy(layout):
     content = read(saved({"whole": torch.ones(4), "again": torch.ones(4)}, layout))
     first = content["whole"].read()
     first.zero_()
     assert torch.equal(content["whole"].read(), torch.ones(4))
 
 
-def test_a_state_dict_and_what_lies_around_it(layout):
+def test_read_pickle_reads_a_state_dict_with_settings(layout):
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     with torch.no_grad():
         model[1].running_mean.fill_(3)
@@ -133,7 +133,7 @@ def test_a_state_dict_and_what_lies_around_it(layout):
     assert found["shape"] == (2, 3)
 
 
-def test_random_states_are_passed_over(layout):
+def test_read_pickle_skips_random_states(layout):
     states = {
         "random_rng_state": random.Random(0).getstate(),
         "np_rng_state": np.random.RandomState(0).get_state(),
@@ -149,8 +149,8 @@ def test_random_states_are_passed_over(layout):
     assert not isinstance(found["array"], np.ndarray)
 
 
-def test_states_of_older_versions_of_numpy(layout):
-    """Their modules have moved since; a file goes on naming the old ones."""
+def test_read_pickle_accepts_module_names_of_numpy_1_and_2(layout):
+    """The modules have moved in numpy 2; files keep the old names."""
     data = saved({"state": np.arange(3), "weight": torch.ones(2)}, layout)
     module = next(name for name in (b"numpy._core.multiarray", b"numpy.core.multiarray") if name in data)
     for other in (b"numpy.core.multiarray", b"numpy._core.multiarray"):
@@ -162,7 +162,7 @@ def test_states_of_older_versions_of_numpy(layout):
         assert_read_as(read(named)["weight"], torch.ones(2))
 
 
-def test_a_file_of_a_folder(layout, tmp_path):
+def test_read_pickle_reads_an_open_file(layout, tmp_path):
     tensor = torch.arange(6.0).view(2, 3)
     path = tmp_path / "权重.pt"
     path.write_bytes(saved({"weight": tensor}, layout))
@@ -170,8 +170,8 @@ def test_a_file_of_a_folder(layout, tmp_path):
         assert_read_as(read_pickle(file, str(path))["weight"], tensor)
 
 
-class Counted(io.BytesIO):
-    """Counts the bytes that are read of it."""
+class CountingFile(io.BytesIO):
+    """A file that counts the bytes read from it."""
 
     count = 0
 
@@ -191,9 +191,9 @@ class Counted(io.BytesIO):
         return length
 
 
-def test_tensors_are_not_read_before_they_are_asked_for(layout):
+def test_read_pickle_reads_tensors_lazily(layout):
     tensors = {name: torch.full((500_000,), float(number)) for number, name in enumerate(("a", "b"))}
-    file = Counted(saved(tensors, layout))
+    file = CountingFile(saved(tensors, layout))
     content = read_pickle(file, "weights.pt")
     assert 0 < file.count < 200_000  # a zip archive is searched for its end
     file.count = 0
@@ -201,7 +201,7 @@ def test_tensors_are_not_read_before_they_are_asked_for(layout):
     assert file.count == tensors["b"].nbytes
 
 
-def test_tensors_by_name():
+def test_tensors_of_removes_the_common_prefix():
     one, two = (torch.full((2,), value) for value in (1.0, 2.0))
     for content, names in [
         ({"a": one, "b.c": two, "step": 3}, ["a", "b.c"]),
@@ -214,11 +214,11 @@ def test_tensors_by_name():
         assert list(tensors_of(read(saved(content, "zip")))) == names
 
 
-# --- files that ask for code --------------------------------------------------------------------------------------
+# --- files that run code --------------------------------------------------------------------------------------------
 
 
 def call(module, name, *arguments):
-    """A pickle, without its ends, that calls a function."""
+    """Return a pickle, without its ends, that calls a function."""
     return f"c{module}\n{name}\n".encode() + pickle.dumps(arguments, 2)[2:-1] + b"R"
 
 
@@ -244,12 +244,12 @@ def pickle_of(data):
 
 
 def legacy(*pickles):
-    """The pickles of the older layout, the last of them replaced by those that are given."""
+    """Return pickles of the older layout, the last ones replaced by ``pickles``."""
     parts = [pickle.dumps(part, 2) for part in (MAGIC, VERSION, {"little_endian": True}, {}, [])]
     return b"".join([*parts[: 5 - len(pickles)], *pickles])
 
 
-PLACES = {
+POSITIONS = {
     "zip": lambda code: archive({"data.pkl": whole(code)}),
     "zip, below module": lambda code: archive({"data.pkl": whole(below_module(code))}),
     "legacy, magic": whole,
@@ -260,11 +260,11 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_code_is_refused_wherever_it_lies(place, tmp_path):
+@pytest.mark.parametrize("place", POSITIONS)
+def test_read_pickle_refuses_code_at_any_position(place, tmp_path):
     target = tmp_path / "made"
     code = call("os", "mkdir", str(target))
-    assert error_of(PLACES[place](code)) == (
+    assert error_of(POSITIONS[place](code)) == (
         "weights.pt asks for os.mkdir, which no checkpoint needs and which could run code: the file is refused"
     )
     assert not target.exists()
@@ -299,11 +299,11 @@ def test_code_is_refused_wherever_it_lies(place, tmp_path):
         ("weights", "make", ["{made}"]),
     ],
 )
-def test_no_other_name_is_known(layout, module, name, arguments, tmp_path):
+def test_read_pickle_refuses_every_other_global(layout, module, name, arguments, tmp_path):
     made = str(tmp_path / "made")
     filled = [one.format(made=made) if isinstance(one, str) else one for one in arguments]
     code = call(module, name, *filled)
-    message = error_of(PLACES["legacy" if layout == "legacy" else "zip, below module"](code))
+    message = error_of(POSITIONS["legacy" if layout == "legacy" else "zip, below module"](code))
     assert message.startswith(f"weights.pt asks for {module}.{name}, ")
     assert not any(tmp_path.iterdir())
 
@@ -320,11 +320,11 @@ def test_no_other_name_is_known(layout, module, name, arguments, tmp_path):
         (b"c__main__\nmain\n", "__main__.main"),  # named, not even called
     ],
 )
-def test_other_ways_to_name_a_function(layout, code, asked):
-    assert error_of(PLACES[layout](code)).startswith(f"weights.pt asks for {asked}, ")
+def test_read_pickle_refuses_every_opcode_that_names_a_function(layout, code, asked):
+    assert error_of(POSITIONS[layout](code)).startswith(f"weights.pt asks for {asked}, ")
 
 
-def test_an_object_with_a_way_of_its_own_to_be_built(layout):
+def test_read_pickle_refuses_objects_with_reduce(layout):
     class Trap:
         def __reduce__(self):
             return torch.hub.load, ("folder", "model")
@@ -333,17 +333,17 @@ def test_an_object_with_a_way_of_its_own_to_be_built(layout):
     assert error.startswith("weights.pt asks for torch.hub.load, ")
 
 
-# --- files that are not whole -------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------------------------
 
 
-def test_files_cut_short(layout):
+def test_read_pickle_reports_truncated_files(layout):
     data = saved({"module": OrderedDict(a=torch.arange(50.0), b=torch.ones(3, 3)), "step": 7}, layout)
     read(data)
     for length in {*range(0, len(data), 29), *range(len(data) - 60, len(data)), *range(60)}:
         error_of(data[:length])
 
 
-def test_a_file_that_is_cut_while_it_is_open(layout):
+def test_stored_tensor_read_reports_a_file_truncated_meanwhile(layout):
     file = io.BytesIO(saved({"weight": torch.zeros(2000)}, layout))
     stored = read_pickle(file, "weights.pt")["weight"]
     file.truncate(3000)
@@ -351,15 +351,15 @@ def test_a_file_that_is_cut_while_it_is_open(layout):
         stored.read()
 
 
-def test_a_tensor_beyond_its_numbers(layout):
+def test_stored_tensor_read_reports_a_tensor_beyond_its_storage(layout):
     stored = read(saved({"weight": torch.zeros(20)}, layout))["weight"]
     for changes in ({"shape": (21,)}, {"start": 1}, {"stride": (2,)}, {"shape": (1 << 50,)}):
         with pytest.raises(InputError, match=r"^the file is damaged: a tensor reaches beyond its numbers$"):
             dataclasses.replace(stored, **changes).read()
 
 
-def test_tensors_that_cannot_be():
-    """A pickle may say anything of a tensor; numbers before the first are those of another."""
+def test_read_pickle_reports_impossible_strides():
+    """A pickle may claim any offset; values before the first belong to another tensor."""
     for arguments in ((-1, (2,), (1,)), (0, (-2,), (1,)), (0, (2,), (-1,)), (0, (2,), (1, 1))):
         code = b"ctorch._utils\n_rebuild_tensor_v2\n("
         code += b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQ"
@@ -368,7 +368,7 @@ def test_tensors_that_cannot_be():
         assert "no tensor starts at" in error
 
 
-def test_numbers_that_are_missing_or_packed():
+def test_read_pickle_reports_missing_or_compressed_storage():
     data = saved({"weight": torch.zeros(2000)}, "zip")
     content, numbers = pickle_of(data), bytes(8000)
     assert read(archive({"data.pkl": content, "data/0": numbers}))["weight"].read().sum() == 0
@@ -379,8 +379,8 @@ def test_numbers_that_are_missing_or_packed():
         assert error_of(damaged) == "weights.pt: the file is damaged: the numbers of 0 are missing or packed"
 
 
-def test_numbers_beyond_the_end():
-    """As many as the archive's directory says, and it says too many."""
+def test_read_pickle_reports_storage_beyond_the_end():
+    """The archive's directory claims more bytes than the file has."""
     data = bytearray(saved({"weight": torch.zeros(2000)}, "zip"))
     entry = data.rindex(b"archive/data/0") - 46  # in the directory
     assert data[entry : entry + 4] == b"PK\x01\x02"
@@ -406,5 +406,5 @@ def test_numbers_beyond_the_end():
     ],
     ids=["empty", "page", "text", "zip without end", "dict", "numbers", "array", "zip", "unknown reference"],
 )
-def test_other_files(data, message):
+def test_read_pickle_reports_other_kinds_of_file(data, message):
     assert error_of(data).startswith(message)

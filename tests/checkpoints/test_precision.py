@@ -1,4 +1,4 @@
-"""Weights on their way from a file into a model: in which numbers, where in memory, and one at a time."""
+"""Conversion of weights between a file and a model: dtypes, quantization and memory."""
 
 import re
 import weakref
@@ -15,8 +15,8 @@ PROJECTION = "layers.0.mlp.input.weight"
 FEW = ("int8", "int4")
 
 
-class Tensors:
-    """Weights that can be read, each time as a new tensor; knows which were kept, and how many are still there."""
+class FakeWeights:
+    """Weights in memory that count how many of the tensors read are still alive."""
 
     def __init__(self, tensors):
         self.tensors = tensors
@@ -39,7 +39,7 @@ def random(*shape, seed=0):
 
 
 def plain(dtype=torch.float32):
-    """A projection, and what is not rounded: its bias, a norm, and an embedding."""
+    """Return a projection and tensors that are not quantized: its bias, a norm and an embedding."""
     return {
         "embedding.weight": random(40, 64).to(dtype),
         PROJECTION: random(48, 64, seed=1).to(dtype),
@@ -49,14 +49,14 @@ def plain(dtype=torch.float32):
     }
 
 
-def stored(few_bits):
+def stored(quantization):
     tensors = plain(torch.float16)
-    return tensors | quantize_weight(PROJECTION, tensors[PROJECTION], few_bits)
+    return tensors | quantize_weight(PROJECTION, tensors[PROJECTION], quantization)
 
 
 def converted(tensors, precision, **settings):
-    """What comes out, which is what was announced."""
-    weights = Tensors(tensors)
+    """Convert tensors and compare the result with the announced specs."""
+    weights = FakeWeights(tensors)
     specs = converted_specs(weights, precision)
     result = dict(convert(weights, precision, **settings))
     assert {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in result.items()} == specs
@@ -78,86 +78,86 @@ def memory(request):
 
 @pytest.mark.parametrize("source", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.float16, torch.bfloat16])
-def test_numbers_are_rounded_once(source, dtype, memory):
+def test_convert_rounds_once(source, dtype, memory):
     tensors = plain(source)
     found = converted(tensors, Precision(dtype), memory=memory)
     assert_same(found, {name: tensor.to(dtype or source) for name, tensor in tensors.items()})
 
 
-@pytest.mark.parametrize("few_bits", FEW)
+@pytest.mark.parametrize("quantization", FEW)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_projections_alone_are_rounded(few_bits, dtype, memory):
+def test_convert_quantizes_projections_only(quantization, dtype, memory):
     tensors = plain()
     others = {name: tensor.to(dtype or torch.float32) for name, tensor in tensors.items() if name != PROJECTION}
-    found = converted(tensors, Precision(dtype, few_bits), memory=memory)
-    assert_same(found, others | quantize_weight(PROJECTION, tensors[PROJECTION], few_bits))
+    found = converted(tensors, Precision(dtype, quantization), memory=memory)
+    assert_same(found, others | quantize_weight(PROJECTION, tensors[PROJECTION], quantization))
 
 
-@pytest.mark.parametrize("few_bits", FEW)
-def test_stored_in_few_bits_they_stay_so(few_bits, memory):
-    tensors = stored(few_bits)
-    assert stored_quantization(Tensors(tensors).specs) == few_bits
-    assert_same(converted(tensors, Precision(None, few_bits), memory=memory), tensors)
+@pytest.mark.parametrize("quantization", FEW)
+def test_convert_keeps_quantized_weights(quantization, memory):
+    tensors = stored(quantization)
+    assert stored_quantization(FakeWeights(tensors).specs) == quantization
+    assert_same(converted(tensors, Precision(None, quantization), memory=memory), tensors)
     floats = ("embedding.weight", "layers.0.mlp.input.bias", "layers.0.mlp_norm.weight")
     wide = {name: tensor.float() if name in floats else tensor for name, tensor in tensors.items()}
     wide["layers.0.mlp.input.other.weight"] = tensors["layers.0.mlp.input.other.weight"].float()
-    assert_same(converted(tensors, Precision(torch.float32, few_bits), memory=memory), wide)
+    assert_same(converted(tensors, Precision(torch.float32, quantization), memory=memory), wide)
 
 
-@pytest.mark.parametrize("few_bits", FEW)
+@pytest.mark.parametrize("quantization", FEW)
 @pytest.mark.parametrize("dtype", [None, torch.float32, torch.bfloat16])
-def test_stored_in_few_bits_they_can_be_restored(few_bits, dtype, memory):
-    tensors = stored(few_bits)
+def test_convert_dequantizes_quantized_weights(quantization, dtype, memory):
+    tensors = stored(quantization)
     scale = tensors[next(name for name in tensors if "scale" in name)]
-    restored = dequantize_weight(tensors[PROJECTION], scale, few_bits)
+    restored = dequantize_weight(tensors[PROJECTION], scale, quantization)
     expected = {name: tensor.to(dtype or torch.float16) for name, tensor in plain(torch.float16).items()}
     expected[PROJECTION] = restored.to(dtype or torch.float32)
     assert_same(converted(tensors, Precision(dtype), memory=memory), expected)
     error = (expected[PROJECTION].float() - plain()[PROJECTION]).abs().max()
-    assert 0 < error < (0.03 if few_bits == "int8" else 0.3)
+    assert 0 < error < (0.03 if quantization == "int8" else 0.3)
 
 
 @pytest.mark.parametrize(("held", "asked"), [FEW, FEW[::-1]])
-def test_few_bits_cannot_become_others(held, asked):
+def test_converted_specs_refuses_to_change_the_quantization(held, asked):
     with pytest.raises(InputError) as caught:
-        converted_specs(Tensors(stored(held)), Precision(torch.bfloat16, asked))
+        converted_specs(FakeWeights(stored(held)), Precision(torch.bfloat16, asked))
     assert str(caught.value) == f"the weights are stored as {held}, which cannot be turned into {asked}"
 
 
-@pytest.mark.parametrize(("few_bits", "name"), [("int8", "scale"), ("int4", "scales_and_zeros")])
-def test_a_scale_that_is_missing(few_bits, name):
-    tensors = stored(few_bits)
+@pytest.mark.parametrize(("quantization", "name"), [("int8", "scale"), ("int4", "scales_and_zeros")])
+def test_converted_specs_reports_a_missing_scale(quantization, name):
+    tensors = stored(quantization)
     del tensors[PROJECTION.replace("weight", name)]
-    for precision in (Precision(torch.float32), Precision(torch.bfloat16, few_bits)):
+    for precision in (Precision(torch.float32), Precision(torch.bfloat16, quantization)):
         with pytest.raises(InputError, match=rf"^layers\.0\.mlp\.input\.{name} is missing$"):
-            converted_specs(Tensors(tensors), precision)
+            converted_specs(FakeWeights(tensors), precision)
 
 
-def test_widths_that_int4_cannot_group():
+def test_converted_specs_reports_a_width_that_int4_cannot_group():
     with pytest.raises(InputError) as caught:
-        converted_specs(Tensors({PROJECTION: random(8, 40)}), Precision(None, "int4"))
+        converted_specs(FakeWeights({PROJECTION: random(8, 40)}), Precision(None, "int4"))
     assert str(caught.value) == (
         f"{PROJECTION} cannot be held in int4: int4 needs layers whose inputs are a multiple of 32, got 40"
     )
 
 
-def test_what_needs_no_conversion_may_stay_in_the_file():
-    weights = Tensors(plain() | {"layers.0.mlp_norm.weight": random(64).half()})
+def test_convert_keeps_tensors_mapped_when_nothing_changes():
+    weights = FakeWeights(plain() | {"layers.0.mlp_norm.weight": random(64).half()})
     dict(convert(weights, Precision(torch.float32), keep=True))
     assert set(weights.kept) == {*weights.specs} - {"layers.0.mlp_norm.weight"}
-    weights = Tensors(stored("int8"))
+    weights = FakeWeights(stored("int8"))
     dict(convert(weights, Precision(torch.float16, "int8"), keep=True))
     assert set(weights.kept) == {*weights.specs}
 
 
-def test_names_of_precisions():
+def test_precision_str_is_its_dtype_or_quantization():
     assert [str(precision) for precision in (Precision(torch.float16), Precision(torch.bfloat16, "int8"))] == [
         "float16",
         "int8",
     ]
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
+# --- memory ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def small_blocks(monkeypatch):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_tensors_do_not_overlap():
+def test_tensor_arena_tensors_do_not_overlap():
     generator, memory, placed = torch.Generator().manual_seed(0), TensorArena(), []
     shapes = [(), (0,), (1,), (7, 3), (64,), (65,), (300, 1), (2, 0, 3), (2000,), (1,)]
     for dtype in (torch.int8, torch.float32, torch.bfloat16, torch.int64, torch.uint8):
@@ -180,7 +180,7 @@ def test_tensors_do_not_overlap():
         assert tensor.numel() == 0 or tensor.data_ptr() % 64 == 0
 
 
-def test_many_small_tensors_share_a_block(small_blocks):
+def test_tensor_arena_puts_small_tensors_in_one_block(small_blocks):
     memory = TensorArena()
     first, *others = [memory.allocate(TensorSpec(torch.bfloat16, (33,))) for _ in range(4096 // 128)]
     assert {tensor.untyped_storage().data_ptr() for tensor in others} == {first.untyped_storage().data_ptr()}
@@ -190,7 +190,7 @@ def test_many_small_tensors_share_a_block(small_blocks):
     )
 
 
-def test_a_large_tensor_has_memory_of_its_own(small_blocks):
+def test_tensor_arena_allocates_large_tensors_alone(small_blocks):
     memory = TensorArena()
     small = [memory.allocate(TensorSpec(torch.int8, (64,)))]
     large = memory.allocate(TensorSpec(torch.int8, (1025,)))
@@ -209,7 +209,7 @@ def test_a_large_tensor_has_memory_of_its_own(small_blocks):
         (stored("int8"), Precision(torch.bfloat16)),
     ],
 )
-def test_what_is_converted_goes_into_one_block(tensors, precision):
+def test_convert_writes_into_one_block(tensors, precision):
     result = converted(tensors, precision, memory=TensorArena())
     assert len({tensor.untyped_storage().data_ptr() for tensor in result.values()}) == 1
 
@@ -226,11 +226,11 @@ def test_what_is_converted_goes_into_one_block(tensors, precision):
         (lambda: stored("int8"), Precision(torch.bfloat16, "int8")),
     ],
 )
-def test_few_tensors_of_the_file_are_there_at_once(make, precision):
-    """A weight and its scale, and the one before them: a second copy of a large model would not fit."""
+def test_convert_holds_few_source_tensors_at_a_time(make, precision):
+    """At most a weight, its scale and the ones before are in memory: a second copy of a large model would not fit."""
     tensors = make()
     names = [name.replace("layers.0", f"layers.{number}") for number in range(20) for name in tensors]
-    weights = Tensors({name: tensors[re.sub(r"\d+", "0", name)] for name in names})
+    weights = FakeWeights({name: tensors[re.sub(r"\d+", "0", name)] for name in names})
     for _ in convert(weights, precision, memory=TensorArena()):
         pass
     assert 0 < weights.most <= 4
@@ -238,12 +238,12 @@ def test_few_tensors_of_the_file_are_there_at_once(make, precision):
 
 @pytest.mark.parametrize("size", [0, 3, (1 << 18) + 5])
 @pytest.mark.parametrize(("source", "dtype"), [("float16", "bfloat16"), ("bfloat16", "float16")])
-def test_between_halves_is_rounded_as_ever(size, source, dtype):
+def test_cast_between_half_precisions_equals_to(size, source, dtype):
     numbers = (random(size) * torch.logspace(-6, 4, size)).to(getattr(torch, source))
     expected = numbers.to(getattr(torch, dtype))
     assert torch.equal(cast(numbers, getattr(torch, dtype)), expected)
     room = torch.empty_like(expected)
     assert cast(numbers, getattr(torch, dtype), room) is room
     assert torch.equal(room, expected)
-    if size > 2:  # rows that do not lie together
+    if size > 2:  # not contiguous
         assert torch.equal(cast(numbers[::2], getattr(torch, dtype)), expected[::2])

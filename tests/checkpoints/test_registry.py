@@ -1,4 +1,4 @@
-"""Known models, by name and by folder."""
+"""The registry of models, by name and by folder."""
 
 import os
 import shutil
@@ -38,8 +38,8 @@ def package(tiny_checkpoint, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def released(package, tmp_path, monkeypatch):
-    """Rows of two released models and of a bundle of both, none of them on this machine."""
+def v1_rows(package, tmp_path, monkeypatch):
+    """Rows of two v1 models and of a bundle of both, none of them on this machine."""
     page = "https://example.org/weights"
     shared = {
         "image_tokenizer": {"name": "image.pt", "urls": ["https://example.org/image.pt"], "page": page},
@@ -63,18 +63,18 @@ def write_rows(package, rows):
     (package / "checkpoints.yaml").write_text(yaml.safe_dump(rows, sort_keys=False), encoding="utf-8")
 
 
-def test_known_model_is_found_and_whole(package, tiny_checkpoint):
+def test_resolve_checkpoint_finds_an_embedded_model(package, tiny_checkpoint):
     assert resolve_checkpoint("cogview-tiny") == package / "models" / "tiny"
     assert load_registry()["cogview-tiny"].licence == "Apache-2.0"
     assert read_config(resolve_checkpoint("cogview-tiny")) == read_config(tiny_checkpoint)
 
 
-def test_folder_is_found_by_its_path(package, tiny_checkpoint):
+def test_resolve_checkpoint_finds_a_folder_by_path(package, tiny_checkpoint):
     assert resolve_checkpoint(str(tiny_checkpoint)) == tiny_checkpoint
 
 
 @pytest.mark.parametrize("name", ["cogview-tyni", "/no/such/folder", "红苹果"])
-def test_unknown_name_lists_the_known(package, name):
+def test_resolve_checkpoint_lists_known_names_when_the_name_is_unknown(package, name):
     with pytest.raises(InputError) as caught:
         resolve_checkpoint(name)
     assert str(caught.value) == (
@@ -83,7 +83,7 @@ def test_unknown_name_lists_the_known(package, name):
     )
 
 
-def test_changed_weights_are_refused(package):
+def test_resolve_checkpoint_refuses_changed_weights(package):
     weights = package / "models" / "tiny" / "model.safetensors"
     expected = file_sha256(weights)
     with weights.open("r+b") as file:  # one bit of the last byte
@@ -99,12 +99,12 @@ def test_changed_weights_are_refused(package):
     )
 
 
-def test_missing_file_of_a_known_model(package):
+def test_resolve_checkpoint_names_the_missing_file(package):
     with pytest.raises(InputError, match=r"lost is incomplete: config.json is missing"):
         resolve_checkpoint("cogview-lost")
 
 
-def test_row_with_a_mistake_is_named(package):
+def test_load_registry_names_the_row_with_a_mistake(package):
     page = "https://example.org"
     transformer = {"name": "x.tar", "urls": ["https://example.org/x.tar"], "page": page}
     for row, message in [
@@ -126,12 +126,12 @@ def test_row_with_a_mistake_is_named(package):
         assert str(caught.value).endswith(message)
 
 
-def test_empty_registry_knows_nothing(package):
+def test_load_registry_accepts_an_empty_file(package):
     (package / "checkpoints.yaml").write_text("# nothing yet\n", encoding="utf-8")
     assert load_registry() == {}
 
 
-def test_home_is_chosen_by_the_environment(tmp_path, monkeypatch):
+def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("COGVIEW_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -142,7 +142,7 @@ def test_home_is_chosen_by_the_environment(tmp_path, monkeypatch):
     assert cache_folder() == tmp_path / "models"
 
 
-def test_released_model_is_found_once_it_is_converted(released, tiny_checkpoint):
+def test_resolve_checkpoint_finds_a_v1_model_when_it_is_converted(v1_rows, tiny_checkpoint):
     with pytest.raises(InputError) as caught:
         resolve_checkpoint("draws")
     assert str(caught.value) == (
@@ -154,7 +154,7 @@ def test_released_model_is_found_once_it_is_converted(released, tiny_checkpoint)
     assert resolve_bundle("draws") == {}
 
 
-def test_bundle_is_what_is_here_of_its_models(released, tiny_checkpoint):
+def test_resolve_bundle_returns_the_models_on_this_machine(v1_rows, tiny_checkpoint):
     with pytest.raises(InputError) as caught:
         resolve_bundle("both")
     assert str(caught.value) == (
@@ -169,7 +169,7 @@ def test_bundle_is_what_is_here_of_its_models(released, tiny_checkpoint):
 
 
 @pytest.mark.parametrize("name", ["cogview-tiny", "/no/such/folder", "红苹果"])
-def test_only_bundles_have_parts(released, name):
+def test_resolve_bundle_is_empty_for_single_models(v1_rows, name):
     assert resolve_bundle(name) == {}
 
 
@@ -182,7 +182,7 @@ def test_only_bundles_have_parts(released, name):
         "我的 模型/mp_rank_00_model_states.pt",
     ],
 )
-def test_released_checkpoint_has_to_be_converted(package, tmp_path, name):
+def test_resolve_checkpoint_asks_to_convert_v1_files(package, tmp_path, name):
     file = tmp_path / name
     file.parent.mkdir(exist_ok=True)
     file.write_bytes(b"")
@@ -196,7 +196,7 @@ def test_released_checkpoint_has_to_be_converted(package, tmp_path, name):
     )
 
 
-def test_an_image_tokenizer_belongs_to_a_transformer(package, small_release, tmp_path):
+def test_resolve_checkpoint_explains_a_v1_image_tokenizer(package, small_release, tmp_path):
     path = small_release.write(tmp_path)["image_tokenizer"]
     with pytest.raises(InputError) as caught:
         resolve_checkpoint(str(path))
@@ -206,15 +206,15 @@ def test_an_image_tokenizer_belongs_to_a_transformer(package, small_release, tmp
     )
 
 
-def test_embedded_models_of_this_package_are_whole():
-    """Every row that ships inside: its folder is there, its files have the sums that the row states, and its tasks."""
+def test_embedded_models_of_the_package_are_complete():
+    """Each embedded row has a folder, files with the stated checksums, and the stated tasks."""
     rows = {name: row for name, row in load_registry().items() if row.embedded}
     assert rows
     for name, row in rows.items():
         assert read_config(resolve_checkpoint(name)).tasks == row.tasks
 
 
-def test_released_models_share_their_tokenizers_and_make_up_the_bundle():
+def test_v1_models_share_tokenizers_and_form_the_bundle():
     known = load_registry()
     bundle = known["cogview-released"]
     assert bundle.models == ("cogview-base", "cogview-caption", "cogview-sr")

@@ -1,4 +1,4 @@
-"""Files of weights: what is written is what the safetensors library reads, and nothing is held twice."""
+"""Files of weights: the safetensors library reads them, and no tensor is in memory twice."""
 
 import hashlib
 import json
@@ -28,7 +28,7 @@ DTYPES = [
 
 
 def some_tensors():
-    """Of every dtype and of odd sizes, one of them empty and one without axes."""
+    """Return tensors of every dtype and of odd sizes, one of them empty and one a scalar."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         f"layers.{number}.weight": torch.randint(0, 100, (number + 1, 3), generator=generator).to(dtype)
@@ -60,10 +60,10 @@ def assert_same(found, expected):
         assert torch.equal(found[name], tensor), name
 
 
-# --- written equals read ------------------------------------------------------------------------------------------
+# --- written equals read --------------------------------------------------------------------------------------------
 
 
-def test_the_library_reads_what_was_written(tmp_path):
+def test_weights_writer_writes_a_file_that_safetensors_reads(tmp_path):
     tensors = some_tensors()
     path = write(tmp_path / "weights", tensors)
     assert_same(load_file(path), tensors)
@@ -74,7 +74,7 @@ def test_the_library_reads_what_was_written(tmp_path):
     assert_same({name: file.read(name, keep=True) for name in file.specs}, tensors)
 
 
-def test_what_the_library_wrote_is_read(tmp_path):
+def test_weights_file_reads_a_file_of_safetensors(tmp_path):
     tensors = some_tensors()
     save_file(tensors, tmp_path / "weights", metadata={"format": "pt"})
     file = WeightsFile(tmp_path / "weights")
@@ -91,7 +91,7 @@ def test_weights_file_reads_former_tensor_names_under_the_present_ones(tmp_path,
     assert torch.equal(file.read("layers.0.mlp.input.scales_and_zeros", keep=keep), scales_and_zeros)
 
 
-def test_tensors_may_come_in_any_order(tmp_path):
+def test_weights_writer_accepts_tensors_in_any_order(tmp_path):
     tensors = some_tensors()
     expected = write(tmp_path / "weights", tensors).read_bytes()
     for seed in range(3):
@@ -103,7 +103,7 @@ def test_tensors_may_come_in_any_order(tmp_path):
         assert (tmp_path / "shuffled").read_bytes() == expected
 
 
-def test_tensors_need_not_lie_together(tmp_path):
+def test_weights_writer_writes_non_contiguous_tensors(tmp_path):
     tensors = {
         "transposed": torch.arange(12.0).view(3, 4).T,
         "every second": torch.arange(10)[::2],
@@ -112,7 +112,7 @@ def test_tensors_need_not_lie_together(tmp_path):
     assert_same(load_file(write(tmp_path / "weights", tensors)), tensors)
 
 
-def test_every_tensor_lies_where_it_can_be_mapped(tmp_path):
+def test_weights_writer_aligns_every_tensor(tmp_path):
     tensors = some_tensors()
     content = write(tmp_path / "weights", tensors).read_bytes()
     first = 8 + int.from_bytes(content[:8], "little")
@@ -120,7 +120,7 @@ def test_every_tensor_lies_where_it_can_be_mapped(tmp_path):
         assert (first + entry["data_offsets"][0]) % tensors[name].itemsize == 0
 
 
-def test_the_space_is_claimed_before_the_work(tmp_path):
+def test_weights_writer_allocates_the_file_in_advance(tmp_path):
     tensors = {"a": torch.zeros(1000), "b": torch.zeros(3, dtype=torch.int8)}
     with WeightsWriter(tmp_path / "weights", specs_of(tensors)) as writer:
         size = (tmp_path / "weights").stat().st_size
@@ -129,15 +129,15 @@ def test_the_space_is_claimed_before_the_work(tmp_path):
     assert size in (0, (tmp_path / "weights").stat().st_size)  # 0 where the system cannot claim it
 
 
-def test_no_weights_at_all(tmp_path):
+def test_weights_writer_writes_a_file_without_tensors(tmp_path):
     assert load_file(write(tmp_path / "weights", {})) == {}
     assert WeightsFile(tmp_path / "weights").specs == {}
 
 
-# --- what does not fit what was announced -------------------------------------------------------------------------
+# --- mismatches -----------------------------------------------------------------------------------------------------
 
 
-def test_missing_tensors_are_told(tmp_path):
+def test_weights_writer_reports_tensors_that_were_not_written(tmp_path):
     tensors = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(4)}
     with (
         pytest.raises(ValueError, match=r"^2 tensors were announced and not written: b$"),
@@ -146,13 +146,13 @@ def test_missing_tensors_are_told(tmp_path):
         writer.write("a", tensors["a"])
 
 
-def test_another_error_is_not_hidden_by_missing_tensors(tmp_path):
+def test_weights_writer_does_not_hide_another_error(tmp_path):
     with pytest.raises(KeyboardInterrupt), WeightsWriter(tmp_path / "weights", {"a": TensorSpec(torch.int8, (2,))}):
         raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, 3), torch.zeros(3, 2, dtype=torch.bfloat16), torch.zeros(6)])
-def test_another_dtype_or_shape_is_an_error(tmp_path, tensor):
+def test_weights_writer_rejects_another_dtype_or_shape(tmp_path, tensor):
     writer = WeightsWriter(tmp_path / "weights", {"a": TensorSpec(torch.float32, (3, 2))})
     with pytest.raises(ValueError, match=r"^a is torch\.\w+ \(.*\), announced was TensorSpec\(dtype=torch.float32"):
         writer.write("a", tensor)
@@ -161,7 +161,7 @@ def test_another_dtype_or_shape_is_an_error(tmp_path, tensor):
         pass
 
 
-def test_names_and_shapes_are_compared():
+def test_describe_mismatch_compares_names_and_shapes():
     wanted = {"a": (2, 3), "b": (4,)}
     assert describe_mismatch(wanted, dict(reversed(wanted.items()))) is None
     assert describe_mismatch(wanted, {"a": (2, 3)}) == "b is missing"
@@ -169,11 +169,11 @@ def test_names_and_shapes_are_compared():
     assert describe_mismatch(wanted, {**wanted, "c": (1,)}) == "c is unknown"
 
 
-# --- files that are not whole -------------------------------------------------------------------------------------
+# --- damaged files --------------------------------------------------------------------------------------------------
 
 
 def error_of(path):
-    """The one line that opening a file ends in."""
+    """Return the one-line message of opening a file, which must fail."""
     with pytest.raises(InputError) as caught:
         WeightsFile(path)
     message = str(caught.value)
@@ -181,12 +181,12 @@ def error_of(path):
     return message
 
 
-def test_missing_file(tmp_path):
+def test_weights_file_reports_a_missing_file(tmp_path):
     assert error_of(tmp_path / "none") == f"{tmp_path / 'none'} is missing"
     assert error_of(tmp_path) == f"{tmp_path} is missing"
 
 
-def test_files_cut_short(tmp_path):
+def test_weights_file_reports_truncated_files(tmp_path):
     path = write(tmp_path / "weights", some_tensors())
     for size in [*range(path.stat().st_size - 1, 8, -23), *range(8, -1, -1)]:
         os.truncate(path, size)
@@ -202,23 +202,23 @@ def test_files_cut_short(tmp_path):
         b"\xff" * 64,
     ],
 )
-def test_other_files(tmp_path, content):
+def test_weights_file_reports_other_kinds_of_file(tmp_path, content):
     (tmp_path / "weights").write_bytes(content)
     assert error_of(tmp_path / "weights").startswith(f"{tmp_path / 'weights'} is damaged: ")
 
 
-def test_numbers_of_another_kind(tmp_path):
+def test_weights_file_reports_unknown_dtypes(tmp_path):
     save_file({"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.float8_e5m2)}, tmp_path / "weights")
     assert error_of(tmp_path / "weights") == (
         f"{tmp_path / 'weights'} holds b as F8_E5M2; known: F64, F32, F16, BF16, I64, I32, I16, I8, U8, BOOL"
     )
 
 
-# --- mapped into memory -------------------------------------------------------------------------------------------
+# --- mapped into memory ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_writing_to_a_tensor_does_not_change_the_file(tmp_path, keep):
+def test_weights_file_is_unchanged_when_a_tensor_is_modified(tmp_path, keep):
     path = write(tmp_path / "weights", {"a": torch.ones(5000)})
     before = hashlib.sha256(path.read_bytes()).hexdigest()
     WeightsFile(path).read("a", keep=keep).zero_()
@@ -226,15 +226,15 @@ def test_writing_to_a_tensor_does_not_change_the_file(tmp_path, keep):
     assert torch.equal(WeightsFile(path).read("a"), torch.ones(5000))
 
 
-def test_a_tensor_outlives_its_file(tmp_path):
+def test_weights_file_read_outlives_the_deleted_file(tmp_path):
     path = write(tmp_path / "weights", {"a": torch.ones(5000)})
     tensor = WeightsFile(path).read("a", keep=True)
     path.unlink()
     assert torch.equal(tensor, torch.ones(5000))
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="this system does not tell what is mapped")
-def test_a_file_is_mapped_while_a_tensor_of_it_is_there(tmp_path):
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+def test_weights_file_is_mapped_only_while_a_tensor_is_alive(tmp_path):
     path = write(tmp_path / "weights", {"a": torch.ones(5000), "b": torch.ones(5000)})
 
     def mappings():

@@ -1,4 +1,4 @@
-"""Released files become a checkpoint folder and come back bit for bit; whatever is wrong with them is one line."""
+"""Conversion of v1 files to a folder and back, bit for bit, with one line for whatever is wrong with a file."""
 
 import dataclasses
 import errno
@@ -38,7 +38,7 @@ WEIGHTS = ("model.safetensors", "image/model.safetensors")
 
 
 def convert(files, output, **settings):
-    """``import_v1`` with what most tests want; returns the folder."""
+    """Run ``import_v1`` with common settings and return the folder."""
     settings = {"tasks": ALL_TASKS, "precision": Precision(), "num_heads": 4} | settings
     import_v1(**files, output=output, **settings)
     return output
@@ -46,24 +46,24 @@ def convert(files, output, **settings):
 
 @pytest.fixture(scope="session")
 def files(small_release, tmp_path_factory):
-    """The small model's files in float32, one shard. Tests share them."""
+    """The files of the small model in float32, one shard. Tests share them."""
     return small_release.write(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="session")
 def folder(files, tmp_path_factory):
-    """The checkpoint folder they become. Tests share it."""
+    """The checkpoint folder of ``files``. Tests share it."""
     return convert(files, tmp_path_factory.mktemp("small") / "ours")
 
 
 @pytest.fixture(scope="session")
 def half_folder(small_release, tmp_path_factory):
-    place = tmp_path_factory.mktemp("half")
-    return convert(small_release.write(place, half=True), place / "ours")
+    folder = tmp_path_factory.mktemp("half")
+    return convert(small_release.write(folder, half=True), folder / "ours")
 
 
 def states(folder):
-    """The tensors of each file of a released checkpoint that we wrote, as PyTorch reads them."""
+    """Return the tensors of each file of an exported v1 checkpoint, as PyTorch reads them."""
     paths = sorted(folder.rglob("*.pt"))
     contents = {path.name: torch.load(path, weights_only=True) for path in paths}
     return {name: content.get("module", content) for name, content in contents.items()}
@@ -74,7 +74,7 @@ def weights_of(folder):
 
 
 def assert_equal(got, expected):
-    """The same names, dtypes, shapes and bits."""
+    """Assert equal names, dtypes, shapes and bits."""
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
         assert got[name].dtype == tensor.dtype, name
@@ -82,22 +82,22 @@ def assert_equal(got, expected):
         assert torch.equal(got[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
-def error_of(call, place):
-    """The one line that ``call`` ends in; nothing in the folder ``place`` is new, hidden or not, and nothing lost."""
-    before = sorted(place.rglob("*"))
+def error_of(call, folder):
+    """Return the one-line message of ``call``, which must fail and leave ``folder`` unchanged."""
+    before = sorted(folder.rglob("*"))
     with pytest.raises(InputError) as caught:
         call()
-    assert sorted(place.rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-# --- there and back -----------------------------------------------------------------------------------------------
+# --- import and export ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize(("shards", "shards_back"), [(1, 1), (2, 2), (2, 1)])
-def test_there_and_back(small_release, tmp_path, half, shards, shards_back):
+def test_export_v1_restores_the_imported_files(small_release, tmp_path, half, shards, shards_back):
     files = small_release.write(tmp_path / "released", half=half, shards=shards)
     export_v1(convert(files, tmp_path / "ours", verify=True), tmp_path / "back", shards=shards_back, verify=True)
 
@@ -114,15 +114,15 @@ def test_there_and_back(small_release, tmp_path, half, shards, shards_back):
     assert (tmp_path / "back" / TRACKER).read_text() == "1"
 
 
-def test_what_was_exported_holds_its_tensors_once(folder, tmp_path):
-    """A mapped file is one block of memory, which must not go into the pickle with each tensor that lies in it."""
+def test_export_v1_stores_each_tensor_once(folder, tmp_path):
+    """A mapped file is one block of memory, which must not be pickled with each tensor in it."""
     export_v1(folder, tmp_path / "back")
     size = sum(tensor.numel() for tensor in weights_of(folder).values()) * 4
     assert (tmp_path / "back" / "1" / "mp_rank_00_model_states.pt").stat().st_size < 1.1 * size + 20_000
 
 
-def test_averages_that_a_model_does_not_carry_are_made_up(folder, tmp_path):
-    """As if every code had been chosen once; a tokenizer that we trained has none."""
+def test_export_v1_fills_missing_averages(folder, tmp_path):
+    """A tokenizer trained here has no averages: every code counts as chosen once."""
     ours = shutil.copytree(folder, tmp_path / "ours")
     image = load_file(ours / "image" / "model.safetensors")
     del image["quantizer.ema_cluster_size"], image["quantizer.ema_sum"]
@@ -133,7 +133,7 @@ def test_averages_that_a_model_does_not_carry_are_made_up(folder, tmp_path):
     assert torch.equal(state["quantize_t.embed_avg"], state["quantize_t.embed"])
 
 
-def test_v1_convert_reads_former_names_of_the_averages(folder, tmp_path):
+def test_export_v1_reads_former_names_of_the_averages(folder, tmp_path):
     """A folder that an earlier version converted opens with its averages and can be exported."""
     former = shutil.copytree(folder, tmp_path / "former")
     path = former / "image" / "model.safetensors"
@@ -151,8 +151,8 @@ def test_v1_convert_reads_former_names_of_the_averages(folder, tmp_path):
     assert_equal(*exported)
 
 
-def test_sources(small_release, files, folder, tmp_path):
-    """A folder, a tar of it by whatever name and a file of it are the same model, as old PyTorch wrote them too."""
+def test_import_v1_accepts_folders_archives_and_files(small_release, files, folder, tmp_path):
+    """A folder, a tar of it under any name and a single file are the same model, in layouts of old PyTorch as well."""
     sources = {"file": files["source"] / "50000" / "mp_rank_00_model_states.pt"}
     for name in ("cogview-x", ".", "some/where"):
         sources[name] = tmp_path / f"{len(sources)}.tar"
@@ -173,7 +173,7 @@ def test_sources(small_release, files, folder, tmp_path):
             assert (other / file).read_bytes() == (folder / file).read_bytes(), (name, file)
 
 
-def test_the_config(folder):
+def test_import_v1_writes_the_config(folder):
     config = read_config(folder)
     shape = config.transformer
     assert (shape.num_layers, shape.width, shape.num_heads, shape.max_positions) == (2, 64, 4, 1089)
@@ -183,8 +183,8 @@ def test_the_config(folder):
     assert config.caption_dropout == 0
 
 
-def test_more_than_weights_in_the_file(small_release, folder, tmp_path):
-    """Settings tell the heads, where the caller does not; states of random number generators do not matter."""
+def test_import_v1_reads_heads_from_settings_and_skips_random_states(small_release, folder, tmp_path):
+    """Settings give the number of heads when the caller does not; states of random generators are skipped."""
     extra = {
         "args": Namespace(num_attention_heads=8, fp16=True, dtype=torch.float16, save=None, device="cuda"),
         "random_rng_state": random.getstate(),
@@ -193,18 +193,18 @@ def test_more_than_weights_in_the_file(small_release, folder, tmp_path):
         "optimizer": {"loss_scale": np.float64(2.0**16), "names": {"a", "b"}},
     }
     files = small_release.write(tmp_path, extra=extra)
-    told = convert(files, tmp_path / "told", num_heads=None)
-    assert read_config(told).transformer.num_heads == 8
+    configured = convert(files, tmp_path / "configured", num_heads=None)
+    assert read_config(configured).transformer.num_heads == 8
     assert read_config(convert(files, tmp_path / "ours")).transformer.num_heads == 4
-    assert (told / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert (configured / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_heads_that_nothing_tells_are_64_wide(files, tmp_path):
+def test_import_v1_assumes_heads_of_width_64(files, tmp_path):
     assert read_config(convert(files, tmp_path / "ours", num_heads=None)).transformer.num_heads == 1
 
 
 @pytest.mark.parametrize("shards", [2, 4])
-def test_rows_that_filled_up_the_shards_are_left_out(small_release, folder, tmp_path, shards):
+def test_import_v1_drops_padding_rows_of_shards(small_release, folder, tmp_path, shards):
     rows = small_release.transformer["word_embeddings.weight"]
     filled = torch.cat([rows, torch.ones(128 * shards - len(rows), 64)])
     release = dataclasses.replace(
@@ -225,14 +225,14 @@ def test_rows_that_filled_up_the_shards_are_left_out(small_release, folder, tmp_
         ("model.tar", None),
     ],
 )
-def test_tasks_by_the_published_names(tmp_path, path, tasks):
+def test_tasks_by_name_knows_the_published_names(tmp_path, path, tasks):
     assert tasks_by_name(tmp_path / path) == tasks
 
 
-# --- the full size ------------------------------------------------------------------------------------------------
+# --- the full size --------------------------------------------------------------------------------------------------
 
 
-def test_four_billion_parameters(tmp_path, monkeypatch):
+def test_v1_transformer_reads_the_shapes_of_four_billion_parameters(tmp_path, monkeypatch):
     """Names and shapes are those of the release, and are known without reading a tensor."""
     shapes = transformer_shapes(num_layers=48, width=2560, num_rows=58_240)
     with torch.device("meta"):
@@ -254,11 +254,11 @@ def test_four_billion_parameters(tmp_path, monkeypatch):
         }
 
 
-# --- precision ----------------------------------------------------------------------------------------------------
+# --- precision ------------------------------------------------------------------------------------------------------
 
 
 def converted(weights, precision):
-    """What each tensor becomes, one by one."""
+    """Convert each tensor on its own."""
     result = {}
     for name, tensor in weights.items():
         if precision.quantization is not None and is_quantized(name):
@@ -274,8 +274,8 @@ def converted(weights, precision):
     [Precision(torch.float32), Precision(torch.bfloat16), Precision(torch.float16), INT8, INT4],
     ids=str,
 )
-def test_precisions(request, source, precision, small_release, tmp_path):
-    """From the released files and from a folder of ours: every tensor as if it had been alone."""
+def test_convert_folder_and_import_v1_convert_each_tensor(request, source, precision, small_release, tmp_path):
+    """Each tensor is converted as if it were alone, from v1 files and from a folder."""
     ours = request.getfixturevalue(source)
     expected = converted(weights_of(ours), precision)
     files = small_release.write(tmp_path / "released", half=source == "half_folder", shards=2)
@@ -289,8 +289,8 @@ def test_precisions(request, source, precision, small_release, tmp_path):
 
 
 @pytest.mark.parametrize("precision", [INT8, INT4], ids=str)
-def test_rounded_weights_are_restored(folder, tmp_path, precision):
-    """A folder of rounded weights opens as it is, and turns back into the numbers they stand for."""
+def test_convert_folder_dequantizes(folder, tmp_path, precision):
+    """A quantized folder opens as it is, and converts back to the dequantized weights."""
     convert_folder(folder, tmp_path / "rounded", precision=precision)
     convert_folder(tmp_path / "rounded", tmp_path / "restored", precision=Precision(torch.float32))
     weights, few_bits = weights_of(folder), precision.quantization
@@ -306,7 +306,7 @@ def test_rounded_weights_are_restored(folder, tmp_path, precision):
     torch.testing.assert_close(logits[0], logits[1])
 
 
-def test_rounded_weights_go_nowhere_else(folder, tmp_path):
+def test_convert_folder_and_export_v1_refuse_quantized_weights(folder, tmp_path):
     convert_folder(folder, tmp_path / "int8", precision=INT8)
     for call, message in [
         (
@@ -321,27 +321,27 @@ def test_rounded_weights_go_nowhere_else(folder, tmp_path):
         assert error_of(call, tmp_path) == message
 
 
-# --- verify -------------------------------------------------------------------------------------------------------
+# --- verify ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("changed", "file"), [("final_norm.bias", "model.safetensors"), ("encoder.0.bias", "image")], ids=["ours", "image"]
 )
-def test_verify_finds_a_changed_bit(files, tmp_path, monkeypatch, changed, file):
+def test_import_v1_verify_finds_a_changed_bit(files, tmp_path, monkeypatch, changed, file):
     change_a_bit(monkeypatch, changed)
     message = error_of(lambda: convert(files, tmp_path / "x", verify=True), tmp_path)
     assert message.endswith(f"{file} does not hold what was written: {changed} differs; is the disk sound?")
-    convert(files, tmp_path / "x")  # nobody has looked
+    convert(files, tmp_path / "x")  # without verify
 
 
-def test_verify_finds_a_changed_bit_in_another_precision(folder, tmp_path, monkeypatch):
+def test_convert_folder_verify_finds_a_changed_bit(folder, tmp_path, monkeypatch):
     change_a_bit(monkeypatch, "layers.1.mlp.input.scale")
     message = error_of(lambda: convert_folder(folder, tmp_path / "x", precision=INT8, verify=True), tmp_path)
     assert "layers.1.mlp.input.scale differs" in message
 
 
 def change_a_bit(monkeypatch, changed):
-    """The disk will change a bit of the tensor ``changed``."""
+    """Make writing change a bit of the tensor ``changed``."""
     write = WeightsWriter.write
 
     def write_badly(writer, name, tensor):
@@ -353,7 +353,7 @@ def change_a_bit(monkeypatch, changed):
     monkeypatch.setattr(WeightsWriter, "write", write_badly)
 
 
-def test_verify_finds_a_bad_copy(folder, tmp_path, monkeypatch):
+def test_convert_folder_verify_finds_a_bad_copy(folder, tmp_path, monkeypatch):
     copy = shutil.copyfile
 
     def copy_badly(source, target):
@@ -370,7 +370,7 @@ def test_verify_finds_a_bad_copy(folder, tmp_path, monkeypatch):
     ("theirs", "ours"),
     [("transformer.final_layernorm.bias", "final_norm.bias"), ("dec.blocks.6.bias", "decoder.6.bias")],
 )
-def test_verify_finds_a_changed_bit_in_an_export(folder, tmp_path, monkeypatch, theirs, ours):
+def test_export_v1_verify_finds_a_changed_bit(folder, tmp_path, monkeypatch, theirs, ours):
     def write_badly(content, path):
         for state in (content, content.get("module", {})):
             if theirs in state:
@@ -384,7 +384,7 @@ def test_verify_finds_a_changed_bit_in_an_export(folder, tmp_path, monkeypatch, 
     assert message == f"{tmp_path / 'x'} does not hold what was written: {ours} differs; is the disk sound?"
 
 
-def test_what_is_no_number_is_equal_to_itself(small_release, tmp_path):
+def test_verify_accepts_nan_and_negative_zero(small_release, tmp_path):
     bias = torch.tensor([float("nan"), -0.0, float("inf")] + [0.0] * 61)
     release = dataclasses.replace(
         small_release, transformer={**small_release.transformer, "transformer.final_layernorm.bias": bias}
@@ -395,12 +395,12 @@ def test_what_is_no_number_is_equal_to_itself(small_release, tmp_path):
     assert_equal({"bias": got}, {"bias": bias})
 
 
-# --- what is wrong with the files ---------------------------------------------------------------------------------
+# --- damaged and mixed files ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_files_that_are_cut_short(small_release, tmp_path, legacy):
-    """Wherever the download broke off: in the archive, in a transformer, in an image tokenizer."""
+def test_import_v1_reports_truncated_files(small_release, tmp_path, legacy):
+    """A download may break off in the archive, in a transformer or in an image tokenizer."""
     files = small_release.write(tmp_path, legacy=legacy, shards=2)
     archive = tmp_path / "whole.tar"
     with tarfile.open(archive, "w") as tar:
@@ -416,7 +416,7 @@ def test_files_that_are_cut_short(small_release, tmp_path, legacy):
         cut.unlink()
 
 
-def test_what_a_cut_file_says(small_release, tmp_path):
+def test_import_v1_explains_a_truncated_file(small_release, tmp_path):
     files = small_release.write(tmp_path, shards=2)
     with tarfile.open(tmp_path / "whole.tar", "w") as tar:
         tar.add(files["source"], arcname="model")
@@ -434,7 +434,7 @@ def test_what_a_cut_file_says(small_release, tmp_path):
 
 
 @pytest.mark.parametrize("missing", [0, 2, 3])
-def test_a_shard_is_missing(small_release, tmp_path, missing):
+def test_import_v1_names_the_missing_shard(small_release, tmp_path, missing):
     files = small_release.write(tmp_path, shards=4)
     (files["source"] / "50000" / f"mp_rank_{missing:02d}_model_states.pt").unlink()
     message = error_of(lambda: convert(files, tmp_path / "ours"), tmp_path)
@@ -443,7 +443,7 @@ def test_a_shard_is_missing(small_release, tmp_path, missing):
     assert expected in message
 
 
-def test_shards_of_different_models(small_release, tmp_path):
+def test_import_v1_refuses_shards_of_different_models(small_release, tmp_path):
     files = small_release.write(tmp_path, shards=2)
     first, second = sorted((files["source"] / "50000").iterdir())
     content = torch.load(second, weights_only=True)
@@ -459,7 +459,7 @@ def test_shards_of_different_models(small_release, tmp_path):
     assert message == f"{second} does not belong to {first}: only one of them has {name}"
 
 
-def test_a_tensor_that_does_not_belong_there(small_release, tmp_path):
+def test_import_v1_refuses_a_tensor_of_another_shape(small_release, tmp_path):
     weights = {**small_release.transformer, "transformer.final_layernorm.bias": torch.zeros(7)}
     files = dataclasses.replace(small_release, transformer=weights).write(tmp_path)
     message = error_of(lambda: convert(files, tmp_path / "ours"), tmp_path)
@@ -468,7 +468,7 @@ def test_a_tensor_that_does_not_belong_there(small_release, tmp_path):
     )
 
 
-def test_files_in_the_wrong_place(files, tmp_path):
+def test_import_v1_reports_files_in_the_wrong_argument(files, tmp_path):
     shard = files["source"] / "50000" / "mp_rank_00_model_states.pt"
     for given, message in [
         (
@@ -491,7 +491,7 @@ def test_files_in_the_wrong_place(files, tmp_path):
         assert error_of(lambda given=given: convert({**files, **given}, tmp_path / "x"), tmp_path).startswith(message)
 
 
-def test_parts_of_different_models(small_release, tiny_checkpoint, files, tmp_path):
+def test_import_v1_refuses_parts_of_different_models(small_release, tiny_checkpoint, files, tmp_path):
     image = {
         name: torch.cat([tensor] * 2, dim=-1) if name.startswith("quantize_t.") else tensor
         for name, tensor in small_release.image_tokenizer.items()
@@ -509,7 +509,7 @@ def test_parts_of_different_models(small_release, tiny_checkpoint, files, tmp_pa
         )
 
 
-def test_an_image_tokenizer_of_other_networks(small_release, tmp_path):
+def test_import_v1_refuses_an_image_tokenizer_of_another_architecture(small_release, tmp_path):
     image = {name: tensor for name, tensor in small_release.image_tokenizer.items() if name != "dec.blocks.4.bias"}
     files = dataclasses.replace(small_release, image_tokenizer=image).write(tmp_path)
     message = error_of(lambda: convert(files, tmp_path / "ours"), tmp_path)
@@ -517,7 +517,7 @@ def test_an_image_tokenizer_of_other_networks(small_release, tmp_path):
 
 
 class Call:
-    """What a pickle turns into a call."""
+    """An object that unpickles as a call."""
 
     def __init__(self, function, argument):
         self.call = function, (argument,)
@@ -528,7 +528,7 @@ class Call:
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize(("function", "asks_for"), [(os.system, "posix.system"), (exec, "__builtin__.exec")])
-def test_a_file_that_would_run_code_is_refused(small_release, files, tmp_path, function, asks_for, legacy):
+def test_import_v1_refuses_files_that_run_code(small_release, files, tmp_path, function, asks_for, legacy):
     proof = tmp_path / "proof"
     argument = f"touch '{proof}'" if function is os.system else f"open({str(proof)!r}, 'w').close()"
     shard = tmp_path / "mp_rank_00_model_states.pt"
@@ -551,10 +551,10 @@ def test_a_file_that_would_run_code_is_refused(small_release, files, tmp_path, f
         )
     assert not proof.exists()
     torch.load(image, weights_only=False)
-    assert proof.exists()  # so the file was one that runs code
+    assert proof.exists()  # the file does run code
 
 
-def test_trackers(files, tmp_path):
+def test_import_v1_reports_invalid_tracker_files(files, tmp_path):
     source = shutil.copytree(files["source"], tmp_path / "model")
     given = {**files, "source": source}
     (source / TRACKER).write_text("<html>\n")
@@ -568,7 +568,7 @@ def test_trackers(files, tmp_path):
     assert message.startswith(f"{tmp_path / 'empty'} is no CogView v1 checkpoint: expected {TRACKER} and mp_rank_00")
 
 
-def test_several_checkpoints(files, tmp_path):
+def test_import_v1_refuses_a_folder_of_several_checkpoints(files, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(files["source"], tmp_path / "models" / name)
     given = {**files, "source": tmp_path / "models"}
@@ -586,12 +586,12 @@ def test_several_checkpoints(files, tmp_path):
         ({"tasks": ("paint",)}, "task 'paint' is unknown; known: "),
     ],
 )
-def test_settings(files, tmp_path, settings, message):
+def test_import_v1_reports_invalid_settings(files, tmp_path, settings, message):
     got = error_of(lambda: convert(files, tmp_path / "ours", **settings), tmp_path)
     assert got.startswith(f"{files['source']}: {message}")
 
 
-def test_a_width_that_tells_no_heads(files, tmp_path):
+def test_import_v1_asks_for_the_heads_when_the_width_is_ambiguous(files, tmp_path):
     shapes = transformer_shapes(num_layers=1, width=48, num_rows=128)
     torch.save({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "narrow.pt")
     given = {**files, "source": tmp_path / "narrow.pt"}
@@ -599,10 +599,10 @@ def test_a_width_that_tells_no_heads(files, tmp_path):
     assert message.endswith("a width of 48 does not determine the number of heads: give --heads")
 
 
-# --- what cannot be exported --------------------------------------------------------------------------------------
+# --- what cannot be exported ----------------------------------------------------------------------------------------
 
 
-def test_what_cannot_be_exported(tiny_checkpoint, folder, tmp_path):
+def test_export_v1_reports_models_it_cannot_write(tiny_checkpoint, folder, tmp_path):
     message = error_of(lambda: export_v1(tiny_checkpoint, tmp_path / "x"), tmp_path)
     assert message == (
         f"{tiny_checkpoint} cannot be written in the layout of CogView v1: CogView v1 has no layers for an image "
@@ -614,11 +614,11 @@ def test_what_cannot_be_exported(tiny_checkpoint, folder, tmp_path):
     assert message == f"{tmp_path} is no checkpoint folder: config.json is missing"
 
 
-# --- where it is written ------------------------------------------------------------------------------------------
+# --- the output folder ----------------------------------------------------------------------------------------------
 
 
-def every_way(files, folder, output):
-    """The three things that write a folder, as calls."""
+def every_conversion(files, folder, output):
+    """Return calls of the three functions that write a folder."""
     return [
         lambda: convert(files, output),
         lambda: convert_folder(folder, output, precision=INT8),
@@ -626,17 +626,17 @@ def every_way(files, folder, output):
     ]
 
 
-def test_what_is_there_stays(files, folder, tmp_path):
+def test_conversions_refuse_an_existing_folder(files, folder, tmp_path):
     output = tmp_path / "ours"
     output.mkdir()
     (output / "notes.txt").write_text("重要")
-    for call in every_way(files, folder, output):
+    for call in every_conversion(files, folder, output):
         message = error_of(call, tmp_path)
         assert message == f"{output} is there already: remove it, or choose another folder with -o"
     assert (output / "notes.txt").read_text() == "重要"
 
 
-def test_rests_of_a_killed_conversion_do_not_matter(files, folder, tmp_path):
+def test_import_v1_removes_the_remains_of_a_killed_conversion(files, folder, tmp_path):
     (tmp_path / ".ours-writing").mkdir()
     (tmp_path / ".ours-writing" / "model.safetensors").write_bytes(b"half")
     convert(files, tmp_path / "ours")
@@ -644,12 +644,12 @@ def test_rests_of_a_killed_conversion_do_not_matter(files, folder, tmp_path):
     assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == sorted(path.name for path in folder.iterdir())
 
 
-def test_a_disk_that_says_at_once_that_it_is_full(files, folder, tmp_path, monkeypatch):
+def test_conversions_report_a_full_disk_before_writing(files, folder, tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    for call in every_way(files, folder, tmp_path / "ours")[:2]:
+    for call in every_conversion(files, folder, tmp_path / "ours")[:2]:
         message = error_of(call, tmp_path)
         assert message.startswith(f"there is no room for {tmp_path / 'ours'}: ")
         assert message.endswith(" GB are free there; nothing was written")
@@ -657,7 +657,7 @@ def test_a_disk_that_says_at_once_that_it_is_full(files, folder, tmp_path, monke
 
 @contextmanager
 def files_of_at_most(size):
-    """The system refuses to write files beyond ``size`` bytes, as it does when a disk is full."""
+    """Limit the size of files, as a full disk does."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -668,11 +668,11 @@ def files_of_at_most(size):
 
 @pytest.mark.parametrize("claimed", [True, False])
 @pytest.mark.parametrize("size", [1000, 500_000, 800_000])  # before, in and behind the transformer
-def test_a_disk_that_is_full_in_the_middle(files, folder, tmp_path, monkeypatch, size, claimed):
-    """Whether the space was claimed in advance, which not every system can, or not."""
+def test_conversions_report_a_disk_that_fills_up(files, folder, tmp_path, monkeypatch, size, claimed):
+    """The space may be allocated in advance or not, which not every system can."""
     if not claimed:
         monkeypatch.delattr(os, "posix_fallocate")
-    for call in every_way(files, folder, tmp_path / "ours"):
+    for call in every_conversion(files, folder, tmp_path / "ours"):
 
         def limited(call=call):
             with files_of_at_most(size):
@@ -681,13 +681,13 @@ def test_a_disk_that_is_full_in_the_middle(files, folder, tmp_path, monkeypatch,
         assert error_of(limited, tmp_path).startswith(f"there is no room for {tmp_path / 'ours'}: ")
 
 
-def test_interrupted(files, folder, tmp_path, monkeypatch):
+def test_conversions_leave_nothing_when_interrupted(files, folder, tmp_path, monkeypatch):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(WeightsWriter, "write", interrupt)
     monkeypatch.setattr(conversion, "write_pickle", interrupt)
-    for call in every_way(files, folder, tmp_path / "ours"):
+    for call in every_conversion(files, folder, tmp_path / "ours"):
         with pytest.raises(KeyboardInterrupt):
             call()
         assert list(tmp_path.iterdir()) == []
