@@ -1,4 +1,4 @@
-"""Recipes become settings: every mistake is named with its place, and what is written reads back the same."""
+"""Recipes become settings: messages name the position of each mistake, and written settings read back equal."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def recipe(tmp_path):
     return read_recipe(tmp_path / "tiny.yaml")
 
 
-def test_a_recipe_becomes_settings(recipe):
+def test_from_mapping_builds_settings_of_a_recipe(recipe):
     assert recipe["work"] == "runs/tiny"
     settings = from_mapping(Settings, section(recipe, "model"), WHERE)
     assert settings == Settings(
@@ -74,16 +74,16 @@ def test_a_recipe_becomes_settings(recipe):
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E4", "1.e+3", ".5e1", "-2e0", "+1.5e-8"])
-def test_numbers_with_an_exponent_are_numbers(text):
+def test_section_reads_numbers_with_an_exponent(text):
     assert section({"a": {}}, "a", [f"x={text}"]) == {"x": float(text)}
 
 
 @pytest.mark.parametrize("text", ["e4", "1e", "1e4x", "v1e4"])
-def test_other_words_with_an_e_are_words(text):
+def test_section_keeps_words_with_an_e_as_text(text):
     assert section({"a": {}}, "a", [f"x={text}"]) == {"x": text}
 
 
-def test_overrides_change_a_copy(recipe):
+def test_section_overrides_change_a_copy(recipe):
     changed = section(
         recipe,
         "model",
@@ -110,7 +110,7 @@ def test_overrides_change_a_copy(recipe):
     assert recipe["model"]["optimizer"]["rate"] == 3e-4
 
 
-def test_settings_survive_json():
+def test_from_mapping_roundtrips_through_json():
     settings = Settings(
         num_layers=3,
         checkpoint=12,
@@ -165,7 +165,7 @@ def test_settings_survive_json():
         ({"num_layers": 2, "width": 65}, f"{WHERE}: width 65 is no multiple of 8"),
     ],
 )
-def test_settings_that_cannot_be_built(mapping, message):
+def test_from_mapping_reports_invalid_settings(mapping, message):
     with pytest.raises(InputError) as caught:
         from_mapping(Settings, mapping, WHERE)
     assert str(caught.value).startswith(message)
@@ -175,13 +175,13 @@ def test_settings_that_cannot_be_built(mapping, message):
 @pytest.mark.parametrize(
     ("value", "expected"), [(3, 3), ("3", "3"), ("last", "last")], ids=["number", "digits", "word"]
 )
-def test_a_union_keeps_the_type_that_came(value, expected):
+def test_from_mapping_keeps_the_type_of_a_union_value(value, expected):
     built = from_mapping(Settings, {"num_layers": 1, "checkpoint": value}, WHERE).checkpoint
     assert built == expected
     assert type(built) is type(expected)
 
 
-def test_a_missing_recipe(tmp_path):
+def test_read_recipe_reports_a_missing_file(tmp_path):
     with pytest.raises(InputError, match=r"cannot read the recipe .*none\.yaml: .*No such file"):
         read_recipe(tmp_path / "none.yaml")
 
@@ -198,7 +198,7 @@ def test_a_missing_recipe(tmp_path):
         (b"model: \x07\n", r"bad\.yaml, .*special characters are not allowed"),
     ],
 )
-def test_recipes_that_cannot_be_read(tmp_path, content, message):
+def test_read_recipe_reports_invalid_files(tmp_path, content, message):
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
         read_recipe(tmp_path / "bad.yaml")
@@ -216,7 +216,7 @@ def test_recipes_that_cannot_be_read(tmp_path, content, message):
         ("model", ["dropout.rate=1"], 'override "dropout.rate=1": "dropout" holds 0.1, it has no settings inside'),
     ],
 )
-def test_sections_that_cannot_be_read(recipe, name, overrides, message):
+def test_section_reports_invalid_names_and_overrides(recipe, name, overrides, message):
     with pytest.raises(InputError) as caught:
         section(recipe, name, overrides)
     assert str(caught.value).startswith(message)

@@ -1,4 +1,4 @@
-"""Where the model runs, and in which numbers, on machines with and without GPUs."""
+"""Devices and dtypes chosen on machines with and without GPUs."""
 
 import pytest
 import torch
@@ -36,37 +36,39 @@ def apple(no_gpu, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_machine_without_gpu():
-    for asked in ("auto", "cpu"):
-        placement = choose_placement(asked)
+def test_choose_placement_uses_the_cpu_without_a_gpu():
+    for requested in ("auto", "cpu"):
+        placement = choose_placement(requested)
         assert (placement.device, placement.dtype) == (torch.device("cpu"), torch.float32)
     assert str(placement) == "cpu, float32 (no GPU is used)"
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), "float16"), ((8, 0), "bfloat16"), ((9, 0), "bfloat16")])
-def test_dtype_follows_the_card(cards, capability, dtype):
+def test_choose_placement_selects_the_dtype_of_the_gpu(cards, capability, dtype):
     cards(*capability)
     placement = choose_placement()
     assert (placement.device.type, placement.dtype) == ("cuda", getattr(torch, dtype))
     assert "bfloat16" in placement.reason
 
 
-@pytest.mark.parametrize(("asked", "device"), [("cuda", "cuda"), ("cuda:1", "cuda:1"), ("1", "cuda:1"), ("cpu", "cpu")])
-def test_device_may_be_asked_for(cards, asked, device):
+@pytest.mark.parametrize(
+    ("requested", "device"), [("cuda", "cuda"), ("cuda:1", "cuda:1"), ("1", "cuda:1"), ("cpu", "cpu")]
+)
+def test_choose_placement_uses_the_requested_device(cards, requested, device):
     cards(8, 0)
-    assert choose_placement(asked).device == torch.device(device)
+    assert choose_placement(name).device == torch.device(device)
 
 
 @pytest.mark.usefixtures("apple")
-def test_apple_gpu():
-    for asked in ("auto", "mps"):
-        placement = choose_placement(asked)
+def test_choose_placement_uses_an_apple_gpu():
+    for requested in ("auto", "mps"):
+        placement = choose_placement(requested)
         assert (placement.device, placement.dtype) == (torch.device("mps"), torch.float16)
 
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtype_may_be_asked_for(dtype):
+def test_choose_placement_uses_the_requested_dtype(dtype):
     placement = choose_placement("cpu", dtype)
     assert str(placement) == f"cpu, {dtype} (as requested)"
     assert placement.dtype == getattr(torch, dtype)
@@ -85,12 +87,12 @@ def test_dtype_may_be_asked_for(dtype):
         ("mps", "device mps was requested, but this machine has no MPS device; use --device cpu"),
     ],
 )
-def test_devices_that_cannot_be_had(device, message):
+def test_choose_placement_rejects_unavailable_devices(device, message):
     with pytest.raises(InputError, match=message):
         choose_placement(device)
 
 
-def test_card_that_is_not_there(cards):
+def test_choose_placement_rejects_a_missing_gpu(cards):
     cards(8, 0)
     with pytest.raises(
         InputError, match="device cuda:2 was requested, but this machine has 2 CUDA devices, numbered from 0"
@@ -99,7 +101,7 @@ def test_card_that_is_not_there(cards):
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_unknown_dtype():
+def test_choose_placement_rejects_an_unknown_dtype():
     with pytest.raises(InputError) as caught:
         choose_placement("cpu", "fp16")
     assert str(caught.value) == ("dtype 'fp16' is unknown; known: auto, float32, bfloat16, float16, int8, int4")
@@ -109,40 +111,44 @@ def test_unknown_dtype():
 
 
 @pytest.mark.usefixtures("no_gpu")
-@pytest.mark.parametrize("few_bits", ["int8", "int4"])
-def test_few_bits_on_a_cpu(few_bits):
-    asked, stored = choose_placement("cpu", few_bits), choose_placement("cpu", stored=few_bits)
-    assert (asked.quantization, asked.dtype) == (stored.quantization, stored.dtype) == (few_bits, torch.bfloat16)
-    assert str(asked) == f"cpu, {few_bits} with bfloat16 (as requested)"
-    assert str(stored) == f"cpu, {few_bits} with bfloat16 (as stored)"
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_choose_placement_computes_quantized_weights_in_bfloat16_on_a_cpu(quantization):
+    requested, stored = choose_placement("cpu", quantization), choose_placement("cpu", stored=quantization)
+    assert (
+        (requested.quantization, requested.dtype)
+        == (stored.quantization, stored.dtype)
+        == (quantization, torch.bfloat16)
+    )
+    assert str(requested) == f"cpu, {quantization} with bfloat16 (as requested)"
+    assert str(stored) == f"cpu, {quantization} with bfloat16 (as stored)"
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
-@pytest.mark.parametrize("few_bits", ["int8", "int4"])
-def test_few_bits_compute_in_what_the_card_has(cards, capability, dtype, few_bits):
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_choose_placement_computes_quantized_weights_in_the_dtype_of_the_gpu(cards, capability, dtype, quantization):
     cards(*capability)
-    for placement in (choose_placement("cuda:1", few_bits), choose_placement("cuda:1", stored=few_bits)):
-        assert (placement.device, placement.quantization) == (torch.device("cuda:1"), few_bits)
+    for placement in (choose_placement("cuda:1", quantization), choose_placement("cuda:1", stored=quantization)):
+        assert (placement.device, placement.quantization) == (torch.device("cuda:1"), quantization)
         assert placement.dtype == dtype
-    assert choose_placement("cpu", few_bits).dtype == torch.bfloat16
+    assert choose_placement("cpu", quantization).dtype == torch.bfloat16
 
 
 @pytest.mark.usefixtures("apple")
-def test_few_bits_on_an_apple_gpu():
+def test_choose_placement_computes_quantized_weights_in_float16_on_an_apple_gpu():
     assert choose_placement("mps", "int4").dtype == choose_placement(stored="int8").dtype == torch.float16
 
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_stored_in_few_bits_and_asked_for_in_another_dtype(dtype):
+def test_choose_placement_dequantizes_when_another_dtype_is_requested(dtype):
     placement = choose_placement("cpu", dtype, stored="int8")
     assert (placement.dtype, placement.quantization) == (getattr(torch, dtype), None)
     assert str(placement) == f"cpu, {dtype} (as requested)"
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_stored_in_one_and_asked_for_in_the_other():
-    """Whether that can be had is for the weights to say."""
+def test_choose_placement_accepts_a_quantization_other_than_the_stored_one():
+    """Loading the weights decides whether that is possible."""
     assert choose_placement("cpu", "int4", stored="int8").quantization == "int4"
 
 
@@ -151,7 +157,7 @@ def test_stored_in_one_and_asked_for_in_the_other():
 
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(
-    ("num_parameters", "told"),
+    ("num_parameters", "expected"),
     [
         (0, "cpu, float32 (no GPU is used)"),
         (10**9, "cpu, float32 (no GPU is used)"),  # half of it, not more
@@ -159,21 +165,21 @@ def test_stored_in_one_and_asked_for_in_the_other():
         (4 * 10**9, "cpu, bfloat16 (float32 would take 16.0 GB of 8.0 GB of free memory)"),
     ],
 )
-def test_a_cpu_with_little_memory_takes_bfloat16(monkeypatch, num_parameters, told):
+def test_choose_placement_selects_bfloat16_when_memory_is_scarce(monkeypatch, num_parameters, expected):
     monkeypatch.setattr(module, "available_memory", lambda device: 8 * 10**9)
-    assert str(choose_placement(num_parameters=num_parameters)) == told
+    assert str(choose_placement(num_parameters=num_parameters)) == expected
     assert choose_placement("cpu", "float32", num_parameters=num_parameters).dtype == torch.float32
     assert choose_placement(stored="int8", num_parameters=num_parameters).quantization == "int8"
 
 
-def test_memory_of_a_card_is_not_asked_for(cards, monkeypatch):
+def test_choose_placement_ignores_the_memory_of_a_gpu(cards, monkeypatch):
     cards(8, 0)
     monkeypatch.setattr(module, "available_memory", lambda device: 0)
     assert choose_placement("cuda", num_parameters=10**12).reason == "the GPU has bfloat16"
 
 
 @pytest.mark.usefixtures("no_gpu")
-def test_a_model_of_which_little_fits_says_so(tiny_checkpoint, monkeypatch):
+def test_from_pretrained_explains_bfloat16_when_memory_is_scarce(tiny_checkpoint, monkeypatch):
     monkeypatch.setattr(module, "available_memory", lambda device: 10**6)
     model = CogView.from_pretrained(tiny_checkpoint)
     assert model.placement.reason == "float32 would take 0.0 GB of 0.0 GB of free memory"
@@ -184,7 +190,7 @@ def test_a_model_of_which_little_fits_says_so(tiny_checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])
-def test_training_follows_the_card(cards, capability, expected):
+def test_training_dtype_follows_the_gpu(cards, capability, expected):
     cards(*capability)
     assert training_dtype(torch.device("cuda")) == expected
 
@@ -198,14 +204,14 @@ def test_training_follows_the_card(cards, capability, expected):
         (True, False, True, torch.bfloat16),
     ],
 )
-def test_training_follows_the_cpu(monkeypatch, has_onednn, has_avx512_bf16, has_amx, expected):
+def test_training_dtype_follows_the_cpu(monkeypatch, has_onednn, has_avx512_bf16, has_amx, expected):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: has_onednn)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx)
     assert training_dtype(torch.device("cpu")) == expected
 
 
-def test_training_precision_may_be_asked_for():
+def test_training_dtype_uses_the_requested_precision():
     cpu = torch.device("cpu")
     assert training_dtype(cpu, "float32") is None
     assert training_dtype(cpu, "bfloat16") == torch.bfloat16
@@ -216,7 +222,7 @@ def test_training_precision_may_be_asked_for():
 
 
 @pytest.mark.parametrize(("local", "chosen"), [("1", [1]), ("5", [1]), (None, []), ("-", [])])
-def test_each_process_of_a_machine_takes_a_gpu(cards, monkeypatch, local, chosen):
+def test_use_local_rank_gpu_selects_a_gpu_per_process(cards, monkeypatch, local, chosen):
     cards(8, 0)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if local is not None:
@@ -230,7 +236,7 @@ def test_each_process_of_a_machine_takes_a_gpu(cards, monkeypatch, local, chosen
 # --- peaks of memory ----------------------------------------------------------------------------------------------
 
 
-def test_peak_process_memory_of_a_gpu_counts_what_was_reserved_and_the_context(monkeypatch):
+def test_peak_process_memory_of_a_gpu_counts_reserved_memory_and_context(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4_000, 10_000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3_000)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 3_500)
@@ -242,7 +248,7 @@ def test_peak_memory_of_a_gpu_counts_tensors(monkeypatch):
     assert module.peak_memory(torch.device("cuda")) == 3_000
 
 
-def test_peak_memory_of_a_cpu_counts_what_the_process_holds():
+def test_peak_memory_of_a_cpu_counts_the_process():
     cpu, held = torch.device("cpu"), torch.ones(25_000_000)
     assert module.peak_memory(cpu) > held.nbytes
     assert module.peak_memory(cpu) == module.peak_process_memory(cpu, free_before=0)

@@ -1,4 +1,4 @@
-"""The model inside the package: whole, small, described, and able to do each of its tasks."""
+"""The model inside the package: its files, size and card, and each of its tasks."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ def model() -> CogView:
     return CogView.from_pretrained(NAME, device="cpu")
 
 
-def test_every_file_is_listed_with_its_sum(folder):
+def test_embedded_model_lists_every_file_with_its_checksum(folder):
     described = {"README.md", "samples.png", *(f"{task}.png" for task in SHEETS)}  # for people
     assert all((folder / name).is_file() for name in described)
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} - described
@@ -36,11 +36,11 @@ def test_every_file_is_listed_with_its_sum(folder):
         assert file_sha256(folder / name) == expected, name
 
 
-def test_it_fits_the_package(folder):
+def test_embedded_model_fits_the_package(folder):
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 40 * MEBIBYTE
 
 
-def test_the_card_names_everything_it_knows(folder):
+def test_embedded_model_card_names_every_object(folder):
     card = (folder / "README.md").read_text(encoding="utf-8")
     things = read_things(folder)
     assert len(things) >= 120
@@ -52,14 +52,14 @@ def test_the_card_names_everything_it_knows(folder):
 @pytest.mark.parametrize(
     ("colour", "rgb"), [("蓝色", (78, 128, 220)), ("黄色", (250, 216, 92)), ("黑色", (42, 44, 50))]
 )
-def test_it_draws_on_the_background_that_was_asked_for(model, colour, rgb):
+def test_embedded_model_generates_the_requested_background(model, colour, rgb):
     (picture,) = model.generate(f"{colour}背景上的三只狐狸", seed=7)
     assert picture.size == (64, 64)
     corners = np.asarray(picture)[[-1, -1], [0, -1]].astype(float)  # three things leave the lower corners free
     assert np.abs(corners - rgb).max() < 30
 
 
-def test_prompts_of_any_length_share_a_batch(model):
+def test_embedded_model_generates_the_same_in_a_mixed_batch(model):
     prompts = ["狐狸", "左边是一只狐狸，右边是一个红苹果，背景是绿色的"]
     together = model.generate(prompts, n=2, seed=3)
     alone = [picture for prompt in prompts for picture in model.generate(prompt, n=2, seed=3, batch_size=1)]
@@ -68,7 +68,7 @@ def test_prompts_of_any_length_share_a_batch(model):
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
 
 
-def test_it_says_what_it_drew(model):
+def test_embedded_model_captions_its_own_images(model):
     pictures = model.generate(["蓝色背景上的三只狐狸", "一个红苹果，黄色背景"], seed=7)
     foxes, apple = (captions[0].text for captions in model.caption(pictures))
     assert "狐狸" in foxes
@@ -78,7 +78,7 @@ def test_it_says_what_it_drew(model):
     assert "黄" in apple
 
 
-def test_the_right_text_scores_above_others(model):
+def test_embedded_model_scores_the_right_text_highest(model):
     pictures = model.generate("左边是狐狸，右边是红苹果，绿色背景", n=2, seed=7)
     texts = [
         "左边是狐狸，右边是红苹果，绿色背景",
@@ -89,7 +89,7 @@ def test_the_right_text_scores_above_others(model):
     assert all(good > other for others in wrong for good, other in zip(right, others, strict=True))
 
 
-def test_it_enlarges_a_picture_to_one_that_shows_the_same(model):
+def test_embedded_model_upscale_preserves_the_image(model):
     (small,) = model.generate("蓝色背景上的一只狐狸", seed=7)
     (large,) = model.upscale([small], small.prompt, seed=7)
     assert large.size == (128, 128)
@@ -97,9 +97,9 @@ def test_it_enlarges_a_picture_to_one_that_shows_the_same(model):
     assert np.sqrt(np.square(reduced - np.asarray(small)).mean()) < 20  # of 255: PSNR above 22 dB
 
 
-def test_it_goes_on_from_the_rows_that_are_kept(model):
+def test_embedded_model_completes_the_kept_rows(model):
     (picture,) = model.generate("蓝色背景上的一只狐狸", seed=7)
     (completed,) = model.complete([picture], "蓝色背景上的一只狐狸", rows=4, seed=8)
     assert np.array_equal(completed.codes[:4], picture.codes[:4])
     lower = [np.asarray(image)[40:].astype(float) for image in (picture, completed)]
-    assert np.sqrt(np.square(lower[0] - lower[1]).mean()) < 40  # the same thing's lower half, on the same blue
+    assert np.sqrt(np.square(lower[0] - lower[1]).mean()) < 40  # the lower half of the same object, on the same blue

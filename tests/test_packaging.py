@@ -1,4 +1,4 @@
-"""The ground plan: which folder may know which, and names that do not collide with those of other packages."""
+"""Packaging: links, package names that collide with no other package, and imports between folders."""
 
 import ast
 import importlib
@@ -48,19 +48,19 @@ def belongs_to(module, *packages):
 
 
 @pytest.mark.parametrize("name", [*GROUND_FLOOR, "checkpoints.yaml"])
-def test_cogview_links_to_what_lies_beside_it(name):
+def test_links_in_cogview_are_relative(name):
     link = ROOT / "cogview" / name
     assert link.is_symlink()
     assert os.readlink(link) == f"../{name}"  # relative, so that a clone anywhere works
     assert link.exists()
 
 
-def test_ground_floor_folders_are_no_packages_of_their_own():
+def test_ground_floor_folders_have_no_init_file():
     """With an ``__init__.py`` they would hide Hugging Face's ``tokenizers`` and ``kernels`` from the root."""
     assert [path for path in python_files(*GROUND_FLOOR) if path.name == "__init__.py"] == []
 
 
-def test_setup_names_every_package_and_no_other():
+def test_setup_names_exactly_the_packages():
     found = {
         ".".join(Path(parent).relative_to(ROOT).parts)
         for parent, _, names in os.walk(ROOT / "cogview", followlinks=True)
@@ -72,14 +72,14 @@ def test_setup_names_every_package_and_no_other():
 
 
 @pytest.mark.parametrize("folder", GROUND_FLOOR)
-def test_ground_floor_is_imported_below_cogview(folder):
+def test_ground_floor_modules_are_imported_below_cogview(folder):
     names = [path.stem for path in python_files(folder) if path.parent == ROOT / folder]
     for name in names:
         assert importlib.import_module(f"cogview.{folder}.{name}").__name__ == f"cogview.{folder}.{name}"
 
 
 @pytest.mark.parametrize("folder", GROUND_FLOOR)
-def test_a_package_of_the_same_name_wins_even_in_the_checkout(folder, tmp_path):
+def test_installed_packages_win_over_folders_of_the_same_name(folder, tmp_path):
     (tmp_path / folder).mkdir()
     (tmp_path / folder / "__init__.py").write_text("origin = 'elsewhere'")
     code = f"import sys; sys.path[:0] = {[str(ROOT), str(tmp_path)]}; import {folder}; print({folder}.origin)"
@@ -88,28 +88,28 @@ def test_a_package_of_the_same_name_wins_even_in_the_checkout(folder, tmp_path):
 
 
 @pytest.mark.parametrize("folder", GROUND_FLOOR)
-def test_ground_floor_knows_nothing_above_it(folder):
+def test_ground_floor_imports_nothing_above_it(folder):
     for path in python_files(folder):
         for module in imported_modules(path.read_text(encoding="utf-8")):
             inside = belongs_to(module, f"cogview.{folder}")
             assert inside or not belongs_to(module, "cogview", "scripts"), f"{path} imports {module}"
 
 
-def test_no_library_code_imports_a_script_or_a_folder_by_its_short_name():
+def test_library_imports_no_script_and_no_short_name():
     for path in python_files("cogview", *GROUND_FLOOR):
         for module in imported_modules(path.read_text(encoding="utf-8")):
             assert not belongs_to(module, "scripts", *GROUND_FLOOR), f"{path} imports {module}"
             assert not module.startswith("."), f"{path} has the relative import {module}"
 
 
-def test_imports_are_found_wherever_they_stand():
+def test_imported_modules_finds_nested_and_relative_imports():
     source = "import torch.nn as nn\ndef f():\n    from cogview import vqvae, cli\n    from ..data import store\n"
     assert list(imported_modules(source)) == ["torch.nn", "cogview.vqvae", "cogview.cli", "..data.store"]
     assert belongs_to("cogview.vqvae.model", "cogview.vqvae")
     assert not belongs_to("cogview.vqvae_tools", "cogview.vqvae")
 
 
-# A device is chosen in cogview/device.py, and files from elsewhere never run code.
+# Devices are chosen in cogview/device.py, and files from elsewhere never run code.
 FORBIDDEN = re.compile(
     r"""
     \.cuda\( | cuda:\d+(?!\d|GB) | (\.to\(|device=|torch\.device\()["']cuda
@@ -119,7 +119,7 @@ FORBIDDEN = re.compile(
 )
 
 
-def test_no_device_is_wired_in_and_no_pickle_is_run():
+def test_sources_contain_no_fixed_device_and_no_pickle_load():
     exempt = (ROOT / "cogview" / "device.py", ROOT / "scripts" / "benchmarks" / "frozen.py")  # asks for a missing GPU
     for path in python_files("cogview", "scripts", *GROUND_FLOOR):
         if path not in exempt:
@@ -138,7 +138,7 @@ def test_no_device_is_wired_in_and_no_pickle_is_run():
         "load(f, weights_only=False)",
     ],
 )
-def test_wired_in_devices_and_pickles_are_recognised(line):
+def test_forbidden_pattern_matches_devices_and_pickles(line):
     assert FORBIDDEN.search(line)
     assert not FORBIDDEN.search("x.to(device); torch.cuda.is_available(); load(f, weights_only=True)")
     assert not FORBIDDEN.search("such as cuda:24GB")  # a size, of a card that need not be there

@@ -55,7 +55,7 @@ def partly_known(model, name, **values):
     return layouts(8)[name].arrange(model.vocabulary, text=text, image=image, **values)
 
 
-def test_the_released_algorithm_draws_what_the_engine_draws(load_benchmark, tiny_model):
+def test_v1_generate_equals_greedy_decode(load_benchmark, tiny_model):
     draw = load_benchmark("released_algorithm").draw
     transformer, vocabulary = copy.deepcopy(tiny_model.transformer), tiny_model.vocabulary
     load_benchmark("compare_released").sharpen(transformer)  # else greedy codes would repeat, whatever was read
@@ -80,7 +80,7 @@ def test_the_released_algorithm_draws_what_the_engine_draws(load_benchmark, tiny
         assert seen == [(done, row.blanks.sum()) for done in range(1, row.blanks.sum() + 1)]
 
 
-def test_the_released_algorithm_expects_what_a_full_pass_expects(load_benchmark, tiny_model):
+def test_v1_forward_equals_a_full_forward_pass(load_benchmark, tiny_model):
     released = load_benchmark("released_algorithm")
     transformer, noise = tiny_model.transformer, torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, 8192, (1, 12), generator=noise)
@@ -93,7 +93,7 @@ def test_the_released_algorithm_expects_what_a_full_pass_expects(load_benchmark,
     assert [inputs_BSD.shape for inputs_BSD in memory] == [(1, 12, 32)] * 2
 
 
-def test_the_released_algorithm_chooses_among_the_most_probable_that_are_permitted(load_benchmark):
+def test_v1_sample_chooses_among_the_top_k_candidates(load_benchmark):
     logits_BV = torch.tensor([[9.0, 0.0, 3.0, 2.9, 1.0, 9.0]]).repeat(200, 1)
     noise = torch.Generator().manual_seed(0)
     chosen_B = load_benchmark("released_algorithm").choose(logits_BV, range(1, 5), Sampling(top_k=2), noise)
@@ -101,7 +101,7 @@ def test_the_released_algorithm_chooses_among_the_most_probable_that_are_permitt
     assert logits_BV[0, 0] == 9
 
 
-def test_the_timed_steps_stand_for_all(load_benchmark, tiny_model):
+def test_compare_v1_strata_cover_every_step(load_benchmark, tiny_model):
     row = layouts(8)["generate"].arrange(tiny_model.vocabulary, text=tiny_model.text_tokenizer.encode(PROMPT))
     start = row.spans["image"].start
     strides = load_benchmark("compare_released").strata(row, 32)
@@ -109,7 +109,7 @@ def test_the_timed_steps_stand_for_all(load_benchmark, tiny_model):
 
 
 @pytest.mark.parametrize(("way", "parts"), [((), 3), (("--whole",), 1)])
-def test_beside_the_release(run_benchmark, way, parts):
+def test_compare_v1_prints_the_ratio_of_times(run_benchmark, way, parts):
     table, found = run_benchmark("compare_released", *SHAPE, "--batches", "1", "3", *way)
     assert [row[0] for row in table[1:]] == ["1", "3"]
     for row, batch in zip(table[1:], found["rows"], strict=True):
@@ -118,14 +118,14 @@ def test_beside_the_release(run_benchmark, way, parts):
     assert (found["arguments"]["grid"], found["dtype"]) == (8, "float32")
 
 
-def test_beside_the_release_with_trained_weights(run_benchmark, monkeypatch, tiny_model):
+def test_compare_v1_runs_with_trained_weights(run_benchmark, monkeypatch, tiny_model):
     monkeypatch.setattr(CogView, "from_pretrained", lambda name, **placement: tiny_model)
     table, found = run_benchmark("compare_released", "--model", "tiny", "--batches", "2")
     assert [row[0] for row in table[1:]] == ["2"]
     assert [len(seconds["all"]) for seconds in found["rows"][0]["seconds"].values()] == [1, 1]
 
 
-def test_beside_transformers(run_benchmark):
+def test_compare_transformers_prints_every_mode(run_benchmark):
     pytest.importorskip("transformers", reason="transformers is what ours is compared with")
     modes = ["eager, dynamic", "sdpa, static"]
     table, found = run_benchmark("compare_transformers", *SHAPE, "--batch", "2", "--tokens", "5", "--modes", *modes)
@@ -138,19 +138,19 @@ def test_beside_transformers(run_benchmark):
     assert found["best"] in modes
 
 
-def test_the_best_of_some(run_benchmark):
+def test_compare_best_of_prints_each_method_with_random_weights(run_benchmark):
     table, found = run_benchmark("compare_best_of", "--model", "random", *SHAPE, "-n", "3")
     assert [row[0] for row in table[1:]] == ["one by one, nothing guessed", "ours"]
     assert 0 < found["score_share"] < 1
 
 
-def test_the_best_of_some_by_trained_weights(run_benchmark, tiny_checkpoint):
+def test_compare_best_of_prints_each_method_with_trained_weights(run_benchmark, tiny_checkpoint):
     table, found = run_benchmark("compare_best_of", "--model", str(tiny_checkpoint), "-n", "3")
     assert [row[0] for row in table[1:]] == ["one by one, nothing guessed", "one by one", "ours"]
     assert [row[4] for row in table[1:]] == [*(f"{ratio:.1f}" for ratio in found["ratios"].values()), ""]
 
 
-def test_both_ways_to_score_agree(load_benchmark, tiny_model):
+def test_compare_best_of_scores_equally_with_both_methods(load_benchmark, tiny_model):
     best_of = load_benchmark("compare_best_of")
     best_of.PROMPT = PROMPT
     best_of.MOST_LOGITS = 1  # one picture at a time
@@ -160,13 +160,13 @@ def test_both_ways_to_score_agree(load_benchmark, tiny_model):
     assert len(set(scores)) == 3
 
 
-def test_super_resolution(run_benchmark, tiny_checkpoint):
+def test_compare_upscale_counts_equal_images(run_benchmark, tiny_checkpoint):
     table, found = run_benchmark("compare_upscale", "--model", str(tiny_checkpoint), "--images", "2")
     assert [row[0] for row in table[1:]] == ["released algorithm, one at a time", "ours, in one batch"]
     assert found["same"] == found["images"] == 2
 
 
-def test_mistakes_are_one_line(load_benchmark, monkeypatch, tmp_path, capsys):
+def test_comparisons_report_mistakes_in_one_line(load_benchmark, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
     nowhere = tmp_path / "none" / "times.json"
     for name, arguments, message in [
@@ -193,7 +193,7 @@ def test_mistakes_are_one_line(load_benchmark, monkeypatch, tmp_path, capsys):
         assert err.count("\n") == 1
 
 
-def test_a_bundle_is_refused_in_one_line(load_benchmark, tiny_model, monkeypatch, capsys):
+def test_compare_best_of_refuses_a_bundle(load_benchmark, tiny_model, monkeypatch, capsys):
     compare = load_benchmark("compare_best_of")
     monkeypatch.setattr(tiny_model, "bundle", object())
     monkeypatch.setattr(CogView, "from_pretrained", lambda name, **placement: tiny_model)
@@ -204,7 +204,7 @@ def test_a_bundle_is_refused_in_one_line(load_benchmark, tiny_model, monkeypatch
     )
 
 
-def test_what_cannot_be_compiled_is_one_line(load_benchmark, monkeypatch, capsys):
+def test_compare_transformers_reports_a_failed_compilation_in_one_line(load_benchmark, monkeypatch, capsys):
     from torch._dynamo.exc import TorchDynamoException
 
     pytest.importorskip("transformers", reason="transformers is what ours is compared with")
@@ -221,14 +221,14 @@ def test_what_cannot_be_compiled_is_one_line(load_benchmark, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help(load_benchmark, capsys, name):
+def test_comparisons_print_help(load_benchmark, capsys, name):
     with pytest.raises(SystemExit) as exit_:
         load_benchmark(name).main(["--help"])
     assert exit_.value.code == 0
     assert "--json FILE" in capsys.readouterr().out
 
 
-def test_every_kernel_is_checked_by_the_script_for_gpus(load_benchmark, tmp_path, capsys):
+def test_gpu_kernels_checks_every_kernel(load_benchmark, tmp_path, capsys):
     pytest.importorskip("triton")
     file = tmp_path / "kernels.json"
     assert load_benchmark("gpu_kernels").main(["--device", "cpu", "--dtype", "float32", "--json", str(file)]) == 0
@@ -239,15 +239,15 @@ def test_every_kernel_is_checked_by_the_script_for_gpus(load_benchmark, tmp_path
     assert capsys.readouterr().out.count("\n|") == 2 + len(figures)
 
 
-def test_a_kernel_that_is_wrong_is_named(load_benchmark, monkeypatch, capsys):
+def test_gpu_kernels_names_a_wrong_kernel(load_benchmark, monkeypatch, capsys):
     pytest.importorskip("triton")
     monkeypatch.setattr("cogview.kernels.gelu_triton.bias_gelu_triton", lambda x, bias: 1.01 * (x + bias))
     assert load_benchmark("gpu_kernels").main(["--device", "cpu", "--dtype", "float32", "--only", "bias_gelu"]) == 1
     assert "wrong: bias_gelu" in capsys.readouterr().out
 
 
-def test_kernels_compile_without_a_gpu():
-    """In a process of its own, where Triton does not interpret."""
+def test_compile_kernels_works_without_a_gpu():
+    """The script runs in a separate process, where Triton does not interpret."""
     pytest.importorskip("triton")
     command = [sys.executable, str(BENCHMARKS / "compile_kernels.py"), "--capability", "80", "--dtype", "float16"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -29,7 +29,7 @@ def some_ids():
     return torch.randint(16, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-def test_every_part_gives_its_figures(stability, tmp_path, capsys):
+def test_stability_writes_the_metrics_of_every_part(stability, tmp_path, capsys):
     file = tmp_path / "figures.json"
     assert stability.main([*TINY, "--rates", "0.01", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
@@ -45,14 +45,14 @@ def test_every_part_gives_its_figures(stability, tmp_path, capsys):
     assert all(name in printed for name in ("ours / released", "times as large", "peak learning rate", "outlier borne"))
 
 
-def test_the_picture_is_drawn(stability, tmp_path):
+def test_stability_draws_the_plot(stability, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "stability.png"
     assert stability.main([*TINY, "--parts", "outliers", "injected", "--picture", str(file)]) == 0
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_outlier_in_the_last_token_moves_the_others_in_the_released_norm_alone(stability):
+def test_stability_norms_isolate_an_outlier_except_v1(stability):
     tokens = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
     grown = tokens.clone()
     grown[-1, 0] = 1e4
@@ -66,7 +66,7 @@ def test_an_outlier_in_the_last_token_moves_the_others_in_the_released_norm_alon
 
 
 @pytest.mark.parametrize(("form", "moves"), [("ours", False), ("pre-ln", False), ("released", True)])
-def test_in_the_whole_model_too(stability, form, moves):
+def test_stability_models_isolate_an_outlier_except_v1(stability, form, moves):
     model = stability.make_model(form, *SHAPE, seed=0)
     with torch.autocast("cpu", torch.float16):
         before = model.hidden(some_ids())
@@ -77,19 +77,19 @@ def test_in_the_whole_model_too(stability, form, moves):
     assert torch.isfinite(after).all()
 
 
-def test_beyond_half_precision_only_ours_stays_finite(stability):
+def test_stability_only_ours_stays_finite_beyond_half_precision(stability):
     for form in stability.FORMS:
         model = stability.make_model(form, *SHAPE, seed=0)
         with torch.autocast("cpu", torch.float16), stability.outlier_before(model, 1, -1, 1e6):
             assert torch.isfinite(model.hidden(some_ids())).all() == (form == "ours")
 
 
-def test_without_outliers_released_and_ours_are_the_same_function(stability):
+def test_stability_v1_and_ours_agree_without_outliers(stability):
     released, ours = (stability.make_model(form, *SHAPE, seed=0).double() for form in ("released", "ours"))
     torch.testing.assert_close(released(some_ids()), ours(some_ids()), rtol=0, atol=1e-3)
 
 
-def test_all_forms_begin_with_the_same_weights(stability):
+def test_stability_variants_start_with_equal_weights(stability):
     ours = stability.make_model("ours", *SHAPE, seed=5).state_dict()
     for form in ("pre-ln", "released"):
         own = stability.make_model(form, *SHAPE, seed=5).state_dict()
@@ -100,7 +100,7 @@ def test_all_forms_begin_with_the_same_weights(stability):
         assert all(torch.equal(own[name], ours[name]) for name in own)
 
 
-def test_streams_are_float16_but_for_ours(stability):
+def test_stability_residual_streams_are_float16_except_ours(stability):
     for form in stability.FORMS:
         model, seen = stability.make_model(form, *SHAPE, seed=0), []
         model.layers[-1].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].dtype))
@@ -109,7 +109,7 @@ def test_streams_are_float16_but_for_ours(stability):
         assert seen == [torch.float32 if form == "ours" else torch.float16]
 
 
-def test_products_of_float16_add_up_in_float32_on_a_cpu():
+def test_cpu_float16_products_accumulate_in_float32():
     terms = torch.ones(4, 4096, dtype=torch.float16)
     terms[:, 0] = 2048  # to which float16 cannot add 1
     ones = torch.ones(4096, 4, dtype=torch.float16)
@@ -117,7 +117,7 @@ def test_products_of_float16_add_up_in_float32_on_a_cpu():
     assert (F.linear(terms, ones.T.contiguous()) == 6144).all()
 
 
-def test_every_order_of_attention_is_attention(stability):
+def test_stability_attention_orders_equal_scaled_dot_product(stability):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, 3, 7, 8, generator=generator, dtype=torch.float64) for _ in range(3))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -125,14 +125,14 @@ def test_every_order_of_attention_is_attention(stability):
         torch.testing.assert_close(attend(q, k, v).double(), expected, rtol=0, atol=1e-5)
 
 
-def test_scores_overflow_where_they_must(stability):
+def test_stability_attention_limit_equals_the_overflow_of_float16(stability):
     limits = {order: stability.attention_limit(order, seed=0) for order in stability.ORDERS}
     for order, most in (("raw order", 65504 / 8), ("released order", 65504), ("PB-relax", 65504 * 32)):
         assert limits[order].right == pytest.approx(most, rel=0.01)
         assert limits[order].wrong is not None
 
 
-def test_a_limit_is_found_between_the_sizes_tried(stability):
+def test_stability_limit_of_bisects_between_sizes(stability):
     found = stability.limit_of(lambda size: 0.0 if size < 100 else 0.5, [1.0, 16.0, 256.0, 512.0])
     assert found.right < 100 <= found.wrong
     assert found.wrong / found.right < 1.01
@@ -141,14 +141,14 @@ def test_a_limit_is_found_between_the_sizes_tried(stability):
     assert stability.limit_of(lambda size: math.inf, [1.0, 2.0]).curve == [(1.0, None)]
 
 
-def test_what_is_to_be_learned_is_in_the_data(stability):
+def test_stability_batch_contains_its_targets(stability):
     table = torch.randperm(stability.CODES, generator=torch.Generator().manual_seed(3))
     ids, targets = stability.batch(table, torch.Generator().manual_seed(4))
     assert (targets[:, :2] == -100).all()
     assert torch.equal(targets[:, 2:], table[ids[:, 1:-1]])
 
 
-def test_a_run_is_the_same_again(stability):
+def test_stability_train_is_reproducible(stability):
     run = stability.Run("ours", SHAPE, seed=0, steps=6, rate=1e-2, outlier_from=3)
     assert stability.train(run) == stability.train(run)
 
@@ -158,14 +158,14 @@ def outcome(stability, losses, stopped=None, outlier_from=None):
     return stability.Outcome(run, losses, 0, stopped)
 
 
-def test_what_counts_as_failed(stability):
+def test_stability_outcome_explains_a_failure(stability):
     assert outcome(stability, [2.7] * 10 + [0.1] * 10).failure is None
     assert "guess" in outcome(stability, [0.1] * 10 + [2.8] * 10).failure
     assert "not finite" in outcome(stability, [0.1] * 19 + [None]).failure
     assert "step 20" in outcome(stability, [0.1] * 20, stopped=19).failure
 
 
-def test_what_outlier_a_training_bears(stability):
+def test_stability_outcome_finds_the_largest_tolerated_outlier(stability):
     run = outcome(stability, [1.0] * 10 + [1.1] * 5 + [2.5] * 20, outlier_from=10)
     assert run.outlier_borne == (run.run.outlier(14), run.run.outlier(15))
     run = outcome(stability, [1.0] * 10 + [1.1] * 5 + [None] * 20, outlier_from=10)
@@ -188,7 +188,7 @@ def test_what_outlier_a_training_bears(stability):
         (("--parts", "attention", "--picture", "here.png"), "--parts leaves out injected and outliers"),
     ],
 )
-def test_what_cannot_be_done_is_told_in_one_line(stability, tmp_path, monkeypatch, capsys, arguments, told):
+def test_stability_reports_mistakes_in_one_line(stability, tmp_path, monkeypatch, capsys, arguments, told):
     monkeypatch.chdir(tmp_path)
     assert stability.main(list(arguments)) == 2
     printed = capsys.readouterr()
@@ -198,11 +198,11 @@ def test_what_cannot_be_done_is_told_in_one_line(stability, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_matplotlib_names_the_extra(stability, monkeypatch, capsys):
+def test_stability_names_the_extra_when_matplotlib_is_missing(stability, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert stability.main(["--picture", "here.png"]) == 2
     assert "pip install 'cogview[train]'" in capsys.readouterr().err
 
 
-def test_ours_is_the_norm_of_the_toolkit(stability):
+def test_stability_ours_is_the_norm_of_the_toolkit(stability):
     assert stability.NORMS["ours"] is pb_relax_layer_norm
