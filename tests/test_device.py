@@ -51,10 +51,8 @@ def test_choose_placement_selects_the_dtype_of_the_gpu(cards, capability, dtype)
     assert "bfloat16" in placement.reason
 
 
-@pytest.mark.parametrize(
-    ("requested", "device"), [("cuda", "cuda"), ("cuda:1", "cuda:1"), ("1", "cuda:1"), ("cpu", "cpu")]
-)
-def test_choose_placement_uses_the_requested_device(cards, requested, device):
+@pytest.mark.parametrize(("name", "device"), [("cuda", "cuda"), ("cuda:1", "cuda:1"), ("1", "cuda:1"), ("cpu", "cpu")])
+def test_choose_placement_uses_the_requested_device(cards, name, device):
     cards(8, 0)
     assert choose_placement(name).device == torch.device(device)
 
