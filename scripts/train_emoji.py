@@ -21,9 +21,10 @@ from pathlib import Path
 
 from cogview.cli.main import HelpFormatter, Parser, run_safely
 from cogview.cli.main import main as cogview
-from cogview.cli.recipes import Recipe, open_recipe
+from cogview.cli.recipes import open_recipe
 from cogview.errors import InputError
 from cogview.files import read_json, write_json
+from cogview.training.recipe import Recipe
 
 # What is measured where so many tasks are trained, and how; sixteen pictures of each caption are reranked.
 MEASURES = (
@@ -75,8 +76,8 @@ def encoded(recipe: Recipe) -> bool:
 
 def trained(recipe: Recipe) -> bool:
     """Whether the transformer has made all its steps."""
-    from cogview.cli.train import TransformerSettings
-    from cogview.training.loop import RunFolder, step_of
+    from cogview.training.run_folder import RunFolder, step_of
+    from cogview.training.settings import TransformerSettings
 
     checkpoints = RunFolder(recipe.transformer_run).checkpoints()
     steps = recipe.settings(TransformerSettings, "transformer").training.steps
@@ -102,7 +103,7 @@ def packaged(recipe: Recipe) -> bool:
 
 def steps_of(recipe: Recipe) -> list[Step]:
     """The steps of a recipe, with a measure for each task that it trains."""
-    from cogview.cli.train import TransformerSettings
+    from cogview.training.settings import TransformerSettings
 
     tasks = recipe.settings(TransformerSettings, "transformer").training.tasks
     measures = [

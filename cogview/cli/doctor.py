@@ -20,8 +20,8 @@ from cogview.errors import InputError
 from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:
-    from cogview.cli.recipes import Recipe
-    from cogview.cli.train import TransformerSettings
+    from cogview.training.recipe import Recipe
+    from cogview.training.settings import TransformerSettings
 
 # Packages, what brings them, and the versions that this was tried with.
 PACKAGES = {
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 def examine(args: argparse.Namespace) -> Iterator[Diagnosis]:
     """All checks, one after the other."""
     from cogview.cli.recipes import open_recipe
-    from cogview.cli.train import TransformerSettings
+    from cogview.training.settings import TransformerSettings
 
     recipe, settings = None, None
     if args.recipe is not None:
@@ -283,9 +283,9 @@ def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -
     """The stores, and two steps with the recipe's shapes in a folder that is thrown away."""
     import torch
 
-    from cogview.cli.train import prepare
     from cogview.device import peak_memory
     from cogview.training.distributed import destroy_distributed, init_distributed
+    from cogview.training.setup import prepare
 
     world = init_distributed(device, needs_group=settings.engine.name == "deepspeed")
     try:

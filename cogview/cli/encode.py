@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from cogview.cli.options import Command, device_option
-from cogview.cli.recipes import Recipe, recipe_options
+from cogview.cli.recipes import recipe_options
+from cogview.training.recipe import Recipe
 
 
 @click.command(cls=Command)

@@ -20,8 +20,9 @@ from cogview.cli.options import (
     output_option,
     sampling_options,
 )
-from cogview.cli.recipes import Recipe, recipe_options
+from cogview.cli.recipes import recipe_options
 from cogview.errors import InputError
+from cogview.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from cogview.modeling.config import Sampling
@@ -177,7 +178,7 @@ def read_report(recipe: Recipe, measure: str) -> dict[str, Any] | None:
 
 def last_checkpoint(recipe: Recipe) -> Path:
     """Return the newest checkpoint of the recipe's transformer; InputError if there is none."""
-    from cogview.training.loop import RunFolder
+    from cogview.training.run_folder import RunFolder
 
     found = RunFolder(recipe.transformer_run).checkpoints()
     if not found:

@@ -75,9 +75,7 @@ def model_facts(folder: Path, name: str) -> dict[str, str]:
         facts |= {"about": row.about, "licence": row.licence}
     facts |= {
         "tasks": ", ".join(config.tasks),
-        "commands": ", ".join(
-            f"cogview {command}" for task in config.tasks for command in commands_of(task)
-        ),
+        "commands": ", ".join(f"cogview {command}" for task in config.tasks for command in commands_of(task)),
         "pictures": f"{8 * config.grid} x {8 * config.grid} pixels from {config.grid} x {config.grid} codes",
         "transformer": _shape(config.transformer),
         "weights": weights_in_words(WeightsFile(folder / "model.safetensors").specs),

@@ -10,8 +10,9 @@ import click
 
 from cogview.cli.evaluate import MEASURE_NAMES, last_checkpoint, read_report
 from cogview.cli.options import Command, output_option
-from cogview.cli.recipes import Recipe, recipe_options
+from cogview.cli.recipes import recipe_options
 from cogview.errors import InputError
+from cogview.training.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)

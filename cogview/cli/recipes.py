@@ -1,94 +1,15 @@
-"""What the commands of a recipe share: its file, its work folder, overrides, and where each step leaves its result."""
+"""Arguments and options that the commands of a recipe share."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
 
 from cogview.cli.options import FILE, Decorator, argument, option_group, overrides_argument
-from cogview.config_io import from_mapping, read_recipe, section
-from cogview.errors import InputError
-from cogview.tokenizers.text import TextTokenizer
-
-if TYPE_CHECKING:
-    from cogview.vqvae.model import VQVAE
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A recipe file. Every step finds what earlier steps made at a fixed place below ``work``."""
-
-    path: Path
-    sections: Mapping[str, Any]
-    overrides: tuple[str, ...]
-    work: Path
-
-    @property
-    def world(self) -> Path:
-        """The emoji world."""
-        return self.work / "world"
-
-    @property
-    def text_model(self) -> Path:
-        """The text tokenizer."""
-        return self.work / "text.model"
-
-    @property
-    def image_run(self) -> Path:
-        """The run folder of the VQ-VAE."""
-        return self.work / "image-run"
-
-    @property
-    def image_tokenizer(self) -> Path:
-        """The trained VQ-VAE."""
-        return self.work / "image"
-
-    @property
-    def store(self) -> Path:
-        """Token rows for training."""
-        return self.work / "store"
-
-    @property
-    def held_out_store(self) -> Path:
-        """Token rows of held-out scenes."""
-        return self.work / "held-out-store"
-
-    @property
-    def transformer_run(self) -> Path:
-        """The run folder of the transformer."""
-        return self.work / "transformer-run"
-
-    def open_text_tokenizer(self) -> TextTokenizer:
-        """The text tokenizer; InputError where there is none yet."""
-        try:
-            return TextTokenizer.load(self.text_model)
-        except (FileNotFoundError, ValueError) as error:
-            raise InputError(f"{error}; make it with: cogview train-text {self.path}") from None
-
-    def open_image_tokenizer(self) -> VQVAE:
-        """The trained VQ-VAE, on the CPU; InputError where there is none yet."""
-        from cogview.checkpoints.image_tokenizer import load_image_tokenizer
-
-        if not self.image_tokenizer.is_dir():
-            raise InputError(
-                f"there is no image tokenizer at {self.image_tokenizer}; make it with: cogview train-image {self.path}"
-            )
-        return load_image_tokenizer(self.image_tokenizer)
-
-    def section(self, name: str) -> dict[str, Any]:
-        """Section ``name`` as plain values, changed by the command line's ``key=value``."""
-        return section(self.sections, name, self.overrides)
-
-    def settings(self, kind: type[T], name: str) -> T:
-        """Section ``name`` as the dataclass ``kind``."""
-        return from_mapping(kind, self.section(name), where=f"section {name} of {self.path}")
+from cogview.training.recipe import Recipe
 
 
 def recipe_options(section_name: str | None) -> Decorator:
@@ -99,7 +20,7 @@ def recipe_options(section_name: str | None) -> Decorator:
     """
 
     def build(path: Path, work: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
-        return open_recipe(argparse.Namespace(recipe=path, work=work, overrides=overrides))
+        return Recipe.open(path, work, overrides)
 
     options: list[Decorator] = [
         argument("path", type=FILE, metavar="RECIPE", help="recipe file, such as scripts/recipes/emoji-cpu.yaml"),
@@ -147,9 +68,5 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe that the command line names."""
-    sections = read_recipe(args.recipe)
-    work = args.work or sections.get("work")
-    if not isinstance(work, str | Path):
-        raise InputError(f"{args.recipe} names no folder for its results: expected work: FOLDER, or give --work")
-    return Recipe(path=args.recipe, sections=sections, overrides=tuple(getattr(args, "overrides", ())), work=Path(work))
+    """Open the recipe that the command line names."""
+    return Recipe.open(args.recipe, args.work, tuple(getattr(args, "overrides", ())))

@@ -88,8 +88,10 @@ def describe(record: RunRecord) -> dict[str, Any]:
         "steps_planned": record.planned,
         "hours": None if record.seconds is None else record.seconds / 3600,
         "training": {name: series.last for name, series in record.training.items()},
-        "held_out": {name: series.last for name, series in record.held_out.items()},
-        "best": None if record.best is None else {"step": record.best.step, "held_out_loss": record.best.held_out_loss},
+        "held_out": {name: series.last for name, series in record.validation.items()},
+        "best": None
+        if record.best is None
+        else {"step": record.best.step, "held_out_loss": record.best.validation_loss},
         "checkpoints": [str(path) for path in record.checkpoints],
         "starts": len(record.environments),
         "environment": record.environment,
@@ -134,10 +136,10 @@ def compare(records: Sequence[RunRecord]) -> dict[str, Any]:
         for part, every in (("settings", settings), ("environment", starts))
     } | {
         "loss": _at_common_steps([record.training.get("loss") for record in records]),
-        "held_out_loss": _at_common_steps([record.held_out.get("loss") for record in records]),
+        "held_out_loss": _at_common_steps([record.validation.get("loss") for record in records]),
         "last": {
             "training": _last_in_common([record.training for record in records]),
-            "held_out": _last_in_common([record.held_out for record in records]),
+            "held_out": _last_in_common([record.validation for record in records]),
         },
     }
 
@@ -190,10 +192,10 @@ def _last_in_common(figures: Sequence[Mapping[str, MetricSeries]]) -> dict[str, 
 
 
 def _held_out(record: RunRecord) -> str:
-    series = record.held_out.get("loss")
+    series = record.validation.get("loss")
     if series is None:
         return "-"
-    best = "" if record.best is None else f" ({_loss(record.best.held_out_loss)} at {record.best.step})"
+    best = "" if record.best is None else f" ({_loss(record.best.validation_loss)} at {record.best.step})"
     return _loss(series.last) + best
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import click
 
 from cogview.cli.options import FILE, Command
-from cogview.cli.recipes import Recipe, recipe_options
+from cogview.cli.recipes import recipe_options
+from cogview.training.recipe import Recipe
 
 SHEET_SCENES = 48
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from cogview.cli.options import Command, device_option
-from cogview.cli.recipes import Recipe, recipe_options, resume_option
+from cogview.cli.recipes import recipe_options, resume_option
+from cogview.training.recipe import Recipe
 
 
 @click.command(cls=Command)
@@ -17,7 +18,7 @@ def command(recipe: Recipe, resume: str, device: str) -> int:
     from cogview.device import choose_placement, flush_denormals
     from cogview.emoji.datasets import HELD_OUT_SEED, SceneDataset
     from cogview.emoji.world import EmojiWorld
-    from cogview.training.loop import RunFolder
+    from cogview.training.run_folder import RunFolder
     from cogview.training.vqvae_trainer import VQVAERecipe, export_image_tokenizer, train_vqvae
 
     flush_denormals()

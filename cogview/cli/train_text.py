@@ -7,7 +7,8 @@ import sys
 import click
 
 from cogview.cli.options import Command
-from cogview.cli.recipes import Recipe, recipe_options
+from cogview.cli.recipes import recipe_options
+from cogview.training.recipe import Recipe
 
 
 @click.command(cls=Command)

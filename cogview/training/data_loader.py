@@ -1,112 +1,216 @@
-"""The batches of a run from its stores, to which new ones may come while it is going on."""
+"""Batches of a run from a mixture of token stores, to which new stores may be added during training."""
 
+# B rows
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
 
 from cogview.data.mixture import MixedStore, Mixture
 from cogview.data.phases import Phase, append_phase, check_same_start, read_phases
 from cogview.data.store import TokenStore
 from cogview.data.store_watcher import StoreWatcher
 from cogview.errors import InputError
+from cogview.signals import worker_init
 from cogview.training.distributed import DistributedContext, log_main
-from cogview.training.examples import ExampleBuilder, StepDataset, TrainingBatch
+from cogview.training.example_builder import ExampleBuilder
+from cogview.training.examples import TrainingBatch
+
+# A forked worker would keep all memory of this process, as it was then, and its connections.
+START_METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+PREFETCH_FACTOR = 4  # batches that each worker builds ahead of time
 
 
-class TrainingDataLoader:
-    """What the loop asks for batches.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingStores:
+    """The stores of a run.
 
-    ``stores``, by the names that the recipe has for them, are mixed by ``shares``. The file ``ledger`` says which
-    stores are mixed from which sample on, so that a resumed run repeats what it was, whatever stores there are by then.
-    ``watch`` looks for new ones, which ``open_store`` opens by name.
+    Attributes:
+        stores: Stores to train on, by the names that the recipe has for them.
+        weights: Their shares of the rows; 1 for a store that is missing here.
+        watcher: Finds new stores during training; None for a fixed mixture.
+        open_store: Opens a store by name, for those that the watcher has found.
+    """
+
+    stores: Mapping[str, TokenStore]
+    weights: Mapping[str, float] | None = None
+    watcher: StoreWatcher | None = None
+    open_store: Callable[[str], TokenStore] = TokenStore
+
+    def first_phase(self) -> Phase:
+        """Return the mixture of a new run."""
+        return Phase(
+            first_sample=0,
+            names=tuple(self.stores),
+            weights=tuple((self.weights or {}).get(name, 1.0) for name in self.stores),
+            sizes=tuple(map(len, self.stores.values())),
+        )
+
+
+class StepDataset(Dataset[TrainingBatch]):
+    """Map-style dataset of steps: item s is the batch of this process in step s.
+
+    It is a function of the seed, the phases of the mixture, and s.
     """
 
     def __init__(
         self,
-        stores: Mapping[str, TokenStore],
-        weights: Sequence[float],
+        store: MixedStore,
+        mixture: Mixture,
+        builder: ExampleBuilder,
+        context: DistributedContext,
+        num_shards: int = 1,
+    ) -> None:
+        """Combine stores and a builder.
+
+        Args:
+            store: The stores.
+            mixture: Which store and row each sample takes.
+            builder: Builds the batches.
+            context: This process among all.
+            num_shards: Number of threads that share a batch.
+        """
+        self.store = store
+        self.mixture = mixture
+        self.builder = builder
+        self.context = context
+        self.num_shards = num_shards
+
+    def __getitem__(self, step: int) -> TrainingBatch:
+        size = self.builder.settings.batch_size
+        local = self.context.local_slice(size)
+        samples = np.arange(step * size, (step + 1) * size)[local]
+        stores, numbers = self.mixture.locate(samples)
+        rows = self.store.read(stores, numbers)
+        # Decisions are drawn for all rows of the step, so that they do not depend on the number of processes.
+        plan = self.builder.plan_rows(step, size, rows["image"].shape[1]).select(local)
+        return self.builder.build_batch(
+            step, rows, plan, num_shards=self.num_shards, samples=np.stack([samples, stores, numbers], axis=1)
+        )
+
+    def from_step(self, step: int) -> Iterator[TrainingBatch]:
+        """Iterate over the batches from ``step`` on; workers, if there are any, build them ahead of time."""
+        num_workers = self.builder.settings.num_workers
+        return iter(
+            DataLoader[TrainingBatch](
+                self,
+                sampler=cast(Any, range(step, self.builder.settings.steps)),
+                batch_size=None,
+                collate_fn=cast(Any, _identity),
+                num_workers=num_workers,
+                prefetch_factor=PREFETCH_FACTOR if num_workers else None,
+                multiprocessing_context=START_METHOD if num_workers else None,
+                worker_init_fn=worker_init,
+            )
+        )
+
+
+def _identity(batch: TrainingBatch) -> TrainingBatch:
+    return batch
+
+
+class TrainingDataLoader:
+    """Batches from a mixture of stores, resumable and the same for any number of processes.
+
+    A file of phases records which stores are mixed from which sample on. A resumed run therefore repeats its samples,
+    whatever stores exist by then.
+    """
+
+    def __init__(
+        self,
+        sources: TrainingStores,
         phases_file: Path,
         builder: ExampleBuilder,
-        world: DistributedContext,
-        *,
-        watcher: StoreWatcher | None = None,
-        open_store: Callable[[str], TokenStore] = TokenStore,
+        context: DistributedContext,
         num_threads: int = 1,
-        micro_batch_size: int = 0,
     ) -> None:
-        self.builder = builder
-        self.world = world
+        """Load batches for one process.
+
+        Args:
+            sources: The stores.
+            phases_file: The file of phases in the run folder.
+            builder: Builds the batches.
+            context: This process among all.
+            num_threads: Number of threads that share a batch.
+
+        Raises:
+            InputError: The batch size does not divide among the processes.
+        """
+        self.sources = sources
         self.phases_file = phases_file
-        self.watcher = watcher
-        self.open_store = open_store
+        self.builder = builder
+        self.context = context
         self.num_threads = num_threads
-        self.micro_batch_size = micro_batch_size
         size = builder.settings.batch_size
-        if size % world.size:
-            near = size - size % world.size
+        if size % context.size:
+            near = size - size % context.size
             raise InputError(
-                f"batch_size {size} does not divide among {world.size} processes; {near or world.size} or "
-                f"{near + world.size} would"
+                f"batch_size {size} does not divide among {context.size} processes; {near or context.size} or "
+                f"{near + context.size} would"
             )
-        self._store = MixedStore(list(stores.values()))
-        self._first = Phase(
-            first_sample=0, names=tuple(stores), weights=tuple(weights), sizes=tuple(map(len, stores.values()))
-        )
+        self._store = MixedStore(list(sources.stores.values()))
+        self._first = sources.first_phase()
         self._phases: list[Phase] = []
 
     @property
+    def _last(self) -> Phase:
+        """The latest phase."""
+        return self._phases[-1] if self._phases else self._first
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """The stores that it has open."""
-        return self._phases[-1].names if self._phases else self._first.names
+        """Names of the open stores."""
+        return self._last.names
 
     @property
     def num_rows(self) -> int:
-        """Rows of all of them."""
-        return sum((self._phases[-1] if self._phases else self._first).sizes)
+        """Number of rows of all stores."""
+        return sum(self._last.sizes)
 
     def batches(self, step: int) -> Iterator[TrainingBatch]:
-        """Those of ``step`` and all after it, of the rows of this process."""
+        """Iterate over the batches of this process from ``step`` on.
+
+        Raises:
+            InputError: The recorded phases do not fit the stores.
+        """
         if not self._phases:
-            self._apply_phases(self.world.run_on_main(lambda: self._initial_phases(step)))
-        lectures = StepDataset(
-            self._store,
-            Mixture(self._phases, self.builder.settings.seed),
-            self.builder,
-            self.world,
-            num_shards=self.num_threads,
-            micro_batch_size=self.micro_batch_size,
-        )
-        return lectures.from_step(step)
+            self._apply_phases(self.context.run_on_main(lambda: self._initial_phases(step)))
+        mixture = Mixture(self._phases, self.builder.settings.seed)
+        return StepDataset(self._store, mixture, self.builder, self.context, self.num_threads).from_step(step)
 
     def refresh(self, step: int) -> bool:
-        """Whether new stores have come, which are mixed in from ``step`` on."""
-        watch = self.watcher
-        if watch is None:
+        """Add new stores to the mixture from ``step`` on; return whether there were any."""
+        watcher, last = self.sources.watcher, self._last
+        if watcher is None:
             return False
-        last = self._phases[-1]
 
         def look() -> Phase | None:
-            found = {str(store.path): len(store) for store in watch.new_stores(last.names)}
+            found = {str(store.path): len(store) for store in watcher.new_stores(last.names)}
             first_sample = step * self.builder.settings.batch_size
-            if not found or first_sample <= last.first_sample:  # what a resumed run repeats is planned already
+            if not found or first_sample <= last.first_sample:  # the phases of steps to repeat are recorded already
                 return None
             phase = last.with_stores(first_sample, found)
             append_phase(self.phases_file, phase)
             return phase
 
-        phase = self.world.run_on_main(look)
+        phase = self.context.run_on_main(look)
         if phase is None:
             return False
         self._apply_phases([*self._phases, phase])
         for name in phase.names[len(last.names) :]:
-            log_main(f"\nfrom step {step} on {name} is mixed in", self.world)
+            log_main(f"\nfrom step {step} on {name} is mixed in", self.context)
         return True
 
     def _initial_phases(self, step: int) -> list[Phase]:
-        """The phases of the run: those in its ledger, or of a new one that is written."""
+        """Return the recorded phases; for a new run, record the first one."""
         if step == 0 and self.phases_file.exists():
-            self.phases_file.unlink()  # of a run that never saved itself
+            self.phases_file.unlink()  # of a run that saved no checkpoint
         phases = read_phases(self.phases_file)
         if not phases:
             append_phase(self.phases_file, self._first)
@@ -115,13 +219,13 @@ class TrainingDataLoader:
         return phases
 
     def _apply_phases(self, phases: list[Phase]) -> None:
-        """Go by ``phases``, opening what stores they have beyond those that are open."""
+        """Use ``phases``, after opening the stores that only they name."""
         for name in phases[-1].names[len(self._store.stores) :]:
-            self._store = self._store.with_store(self.open_store(name))
+            self._store = self._store.with_store(self.sources.open_store(name))
         self._store.check_sizes(phases[-1])
         self._phases = phases
 
     def close(self) -> None:
-        """Let go of the stores' files."""
+        """Close the stores."""
         for store in self._store.stores:
             store.close()

@@ -1,8 +1,8 @@
-"""The processes that train together: who this one is, what they agree on, and what they add up.
+"""The processes that train together: ranks, collectives on small arrays, and errors that stop all of them.
 
-One process alone needs none of it. Several are started by torchrun, by DeepSpeed's launcher or by Slurm around either,
-which say in the environment who each is. Small numbers are exchanged by gloo, through the memory of the host, so that
-nothing waits for a GPU; gradients go by NCCL where there are GPUs.
+A single process needs none of it. Several are started by torchrun, by DeepSpeed's launcher, or by Slurm around either,
+which set ranks in the environment. Small arrays are exchanged by gloo in host memory, so that nothing waits for a GPU;
+gradients are exchanged by NCCL where there are GPUs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cogview.errors import InputError, ReportedByPeer
 
 T = TypeVar("T")
 
-# What gloo and NCCL say of it.
+# Parts of the messages of gloo and NCCL when another process is lost.
 PEER_FAILURE_MESSAGES = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -33,12 +33,18 @@ PEER_FAILURE_MESSAGES = (
     "NCCL",
     "ProcessGroup",
 )
-TIMEOUT = timedelta(minutes=30)  # of a collective: one process may write a large checkpoint meanwhile
+TIMEOUT = timedelta(minutes=30)  # of a collective, during which one process may write a large checkpoint
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process among all that train together, and its device."""
+    """This process among all that train together.
+
+    Attributes:
+        device: Device of this process.
+        rank: Index of this process.
+        size: Number of processes.
+    """
 
     device: torch.device
     rank: int = 0
@@ -46,28 +52,44 @@ class DistributedContext:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
     def all_reduce_sum(self, numbers: np.ndarray) -> np.ndarray:
-        """The sums over all processes, in the order of their ranks; the input stays as it is."""
-        return self._gathered(numbers).sum(axis=0)
+        """Return the sums over all processes, in a new array; they are added in the order of the ranks.
+
+        Args:
+            numbers: An array of the same shape and dtype in every process.
+        """
+        total: np.ndarray = self._gathered(numbers).sum(axis=0)
+        return total
 
     def all_reduce_max(self, number: float) -> float:
-        """The largest of all processes."""
+        """Return the maximum over all processes."""
         return float(self._gathered(np.array([number], dtype=np.float64)).max())
 
     def all_reduce_any(self, flag: bool) -> bool:
-        """Whether it is so for any process."""
+        """Return whether ``flag`` is true in any process."""
         return self.all_reduce_max(float(flag)) > 0
 
     def local_slice(self, count: int) -> slice:
-        """Which of ``count`` rows, that divide among all, are this process's."""
-        own = count // self.size
-        return slice(self.rank * own, (self.rank + 1) * own)
+        """Return the part of this process of ``count`` rows, which is a multiple of the number of processes."""
+        local = count // self.size
+        return slice(self.rank * local, (self.rank + 1) * local)
 
     def run_everywhere(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns in this process; where any fails with InputError, all stop and one of them tells."""
+        """Run ``work`` in every process; if it fails in any, stop all of them, and one reports.
+
+        Args:
+            work: Called without arguments.
+
+        Returns:
+            The result of this process.
+
+        Raises:
+            InputError: The first process in which ``work`` failed raises its error.
+            ReportedByPeer: All other processes raise this.
+        """
         error: InputError | OSError | None = None
         try:
             result = work()
@@ -76,49 +98,62 @@ class DistributedContext:
         failed = self._gathered(np.array([error is not None], dtype=np.int64))[:, 0]
         if not failed.any():
             return result
-        teller = int(failed.argmax())
-        if error is None or teller != self.rank:
-            raise ReportedByPeer(f"process {teller} stopped")
-        if teller:
-            raise InputError(f"process {teller} of {self.size}: {error}")
+        reporter = int(failed.argmax())
+        if error is None or reporter != self.rank:
+            raise ReportedByPeer(f"process {reporter} stopped")
+        if reporter:
+            raise InputError(f"process {reporter} of {self.size}: {error}")
         raise error
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns in the first process, for all; where it fails there with InputError, all stop."""
+        """Run ``work`` in the main process and return its result in every process.
+
+        Args:
+            work: Called without arguments; its result is pickled.
+
+        Raises:
+            InputError: ``work`` failed; raised in the main process.
+            ReportedByPeer: ``work`` failed; raised in the others.
+        """
         if self.size == 1:
             return work()
-        said: list[Any] = [None, None]
+        outcome: list[Any] = [None, None]  # result and error
         if self.is_main_process:
             try:
-                said[0] = work()
+                outcome[0] = work()
             except (InputError, OSError) as error:
-                said[1] = error
-        dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
-        if said[1] is not None:
-            raise said[1] if self.is_main_process else ReportedByPeer(str(said[1]))
-        result: T = said[0]
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise outcome[1] if self.is_main_process else ReportedByPeer(str(outcome[1]))
+        result: T = outcome[0]
         return result
 
     def barrier(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes have called this."""
         if self.size > 1:
             self.all_reduce_any(False)
 
     def _gathered(self, numbers: np.ndarray) -> np.ndarray:
-        """(size, …): the numbers of each process."""
+        """Return the numbers of all processes (size, …)."""
         if self.size == 1:
             return numbers[None]
-        own = torch.from_numpy(np.ascontiguousarray(numbers))
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(parts, own)  # by gloo: they are on the CPU
+        local = torch.from_numpy(np.ascontiguousarray(numbers))
+        parts = [torch.empty_like(local) for _ in range(self.size)]
+        dist.all_gather(parts, local)  # by gloo, since they are on the CPU
         return torch.stack(parts).numpy()
 
 
 def init_distributed(device: str = "auto", *, needs_group: bool = False) -> DistributedContext:
-    """Take this process's place among those that were started together, by the variables RANK, WORLD_SIZE, LOCAL_RANK.
+    """Join the processes that were started together, by the variables RANK, WORLD_SIZE and LOCAL_RANK.
 
-    ``needs_group``: an engine wants a process group even for one process. InputError where the variables do not fit
-    each other, or there are more processes on this machine than GPUs.
+    Args:
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+        needs_group: Create a process group even for one process.
+
+    Raises:
+        InputError: The variables contradict each other, there are more processes on this machine than GPUs, or the
+            other processes cannot be reached.
     """
     rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
     if not 0 <= rank < max(size, 1):
@@ -131,10 +166,10 @@ def init_distributed(device: str = "auto", *, needs_group: bool = False) -> Dist
             f"cuda, got {device}"
         )
     if device != "cpu" and torch.cuda.is_available():
-        here, gpus = _number("LOCAL_WORLD_SIZE", size), torch.cuda.device_count()
-        if here > gpus:
+        local_size, gpus = _number("LOCAL_WORLD_SIZE", size), torch.cuda.device_count()
+        if local_size > gpus:
             raise InputError(
-                f"{here} processes were started on this machine, which has {gpus} GPUs; expected one for each: "
+                f"{local_size} processes were started on this machine, which has {gpus} GPUs; expected one for each: "
                 f"torchrun --nproc-per-node {gpus}"
             )
         use_local_rank_gpu()
@@ -147,16 +182,16 @@ def init_distributed(device: str = "auto", *, needs_group: bool = False) -> Dist
 
 
 def destroy_distributed() -> None:
-    """Close the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def exit_process(status: int) -> None:
-    """End one of several processes with ``status``, all its work done; a process that is alone just goes on.
+    """Exit one of several processes with ``status`` after its work is done; a single process continues.
 
-    Threads of process groups that DeepSpeed and DistributedDataParallel still hold at the interpreter's end abort it
-    now and then ("terminate called without an active exception"), and a launcher would take that for a failure.
+    Threads of process groups that DeepSpeed and DistributedDataParallel still hold sometimes abort the interpreter at
+    its end ("terminate called without an active exception"). A launcher would report that as a failure.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -165,6 +200,7 @@ def exit_process(status: int) -> None:
 
 
 def _start_group(device: torch.device, rank: int, size: int) -> None:
+    """Create the process group."""
     if dist.is_initialized():
         return
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -188,13 +224,14 @@ def _start_group(device: torch.device, rank: int, size: int) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """Return a free TCP port of this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _number(name: str, default: int) -> int:
+    """Return an environment variable as a whole number."""
     given = os.environ.get(name, str(default))
     if not given.isdecimal():
         raise InputError(f"{name} is {given!r}, expected a whole number; start with torchrun")
@@ -202,12 +239,11 @@ def _number(name: str, default: int) -> int:
 
 
 def is_peer_failure(error: RuntimeError) -> bool:
-    """Whether ``error`` is what a collective says when another process has ended or cannot be reached."""
-    said = str(error)
-    return dist.is_initialized() and any(word in said for word in PEER_FAILURE_MESSAGES)
+    """Return whether ``error`` is that of a collective when another process has ended or cannot be reached."""
+    return dist.is_initialized() and any(part in str(error) for part in PEER_FAILURE_MESSAGES)
 
 
-def log_main(message: str, world: DistributedContext) -> None:
-    """A line on stderr, from the first process alone."""
-    if world.is_main_process:
+def log_main(message: str, context: DistributedContext) -> None:
+    """Print a line on stderr in the main process."""
+    if context.is_main_process:
         print(message, file=sys.stderr)

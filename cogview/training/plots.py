@@ -1,6 +1,6 @@
-"""The curves of runs as a picture: losses, speed and the largest activations, read by ``cogview.training.run_record``.
+"""Plots of runs: losses, throughput and activation maxima, read by ``cogview.training.run_record``.
 
-Nothing here needs PyTorch; matplotlib is imported where something is drawn.
+Nothing here needs PyTorch; matplotlib is imported when a figure is drawn.
 """
 
 from __future__ import annotations
@@ -21,27 +21,40 @@ if TYPE_CHECKING:
 
 PANEL = (4.0, 2.5)  # inches
 COLUMNS = 3  # of panels, at 100 pixels an inch: 1200 pixels
-PICTURES = (".png", ".pdf", ".svg")
+IMAGE_SUFFIXES = (".png", ".pdf", ".svg")
 COLOURS = ("#1f77b4", "#d95f02", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 LAYER = re.compile(r"activation_max_(?:(embedding)|layer_(\d+))$")
 
 
 def save_run_plots(folder: Path) -> None:
-    """``curves.png`` in a run folder, as training leaves it at its end; what hinders that is one line on stderr."""
+    """Write ``curves.png`` into a run folder; a failure is one line on stderr.
+
+    Args:
+        folder: The run folder.
+    """
     try:
         plot_runs([read_run(folder)], folder / "curves.png")
-    except Exception as error:  # what was trained is saved by now: a drawing is not to make the run fail
+    except Exception as error:  # the training is saved by now; a plot must not make the run fail
         print(f"no curves.png: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def plot_runs(records: Sequence[RunRecord], path: Path) -> None:
-    """Draw the curves of runs over each other into ``path`` (.png, .pdf or .svg), 1200 pixels wide.
+    """Draw the curves of runs over each other, 1200 pixels wide.
 
-    A panel for each loss, then learning rate, gradient norm, speed, waiting for data, and for each run the largest
-    activations by depth, where there are such figures. InputError where there is nothing to draw, or no matplotlib.
+    There is a panel for each loss, then for learning rate, gradient norm, throughput and time spent waiting for data,
+    and for each run one with activation maxima by depth. Panels without metrics are left out.
+
+    Args:
+        records: The runs.
+        path: Image to write: .png, .pdf or .svg.
+
+    Raises:
+        InputError: The name has another ending, there are no metrics, or matplotlib is missing.
     """
-    if path.suffix.lower() not in PICTURES:
-        raise InputError(f"{path} is not named like a picture: expected a name that ends in {', '.join(PICTURES)}")
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise InputError(
+            f"{path} is not the name of an image: expected a name that ends in {', '.join(IMAGE_SUFFIXES)}"
+        )
     panels = [
         *_loss_panels(records),
         *_training_panels(records),
@@ -59,7 +72,7 @@ def plot_runs(records: Sequence[RunRecord], path: Path) -> None:
     end = 1.02 * max(max(series.steps) for record in records for series in _all_series(record))
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # not as a user has them for other pictures
+        matplotlib.rcdefaults()  # a user's settings are for other figures
         matplotlib.rcParams.update(
             {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
         )
@@ -81,42 +94,43 @@ def plot_runs(records: Sequence[RunRecord], path: Path) -> None:
         figure.savefig(path)
 
 
-Panel = tuple[str, Callable[["Axes"], None]]  # its title, and what draws it
+Panel = tuple[str, Callable[["Axes"], None]]  # title, and the function that draws it
 
 
 def _loss_panels(records: Sequence[RunRecord]) -> list[Panel]:
-    """Losses, the whole one first, and what else was measured on held-out rows."""
+    """Return a panel for each loss, the weighted sum first, and for other validation metrics."""
     names = dict.fromkeys(name for record in records for name in record.training)
-    judged = dict.fromkeys(name for record in records for name in record.held_out)
-    shown = [name for name in names if name == "loss" or name.endswith("_loss") or name in judged]
-    for name in judged:
-        values = {value for record in records if name in record.held_out for value in record.held_out[name].values}
-        if name not in names and (name.endswith("loss") or len(values) > 1):  # how many were judged is no curve
+    validated = dict.fromkeys(name for record in records for name in record.validation)
+    shown = [name for name in names if name == "loss" or name.endswith("_loss") or name in validated]
+    for name in validated:
+        values = {value for record in records if name in record.validation for value in record.validation[name].values}
+        if name not in names and (name.endswith("loss") or len(values) > 1):  # a constant, such as a count, is no curve
             shown.append(name)
     shown.sort(key=lambda name: name != "loss")
-    return [(_in_words(name), partial(_draw_judged, records, name)) for name in shown]
+    return [(_in_words(name), partial(_draw_loss, records, name)) for name in shown]
 
 
-def _draw_judged(records: Sequence[RunRecord], name: str, axes: Axes) -> None:
+def _draw_loss(records: Sequence[RunRecord], name: str, axes: Axes) -> None:
+    """Draw a metric of training as a line and that of the validation data as dots."""
     lines = []
     for number, record in enumerate(records):
-        colour, held_out = _colour(number), record.held_out.get(name)
+        colour, validation = _colour(number), record.validation.get(name)
         if (series := record.training.get(name)) is not None:
             axes.plot(*columns_of(series), color=colour, linewidth=0.7, alpha=0.6)
             lines.append(series)
-        if held_out is not None:
-            axes.plot(*columns_of(held_out), ".:", color=colour, linewidth=0.8, markersize=5)
-            lines.append(held_out)
+        if validation is not None:
+            axes.plot(*columns_of(validation), ".:", color=colour, linewidth=0.8, markersize=5)
+            lines.append(validation)
         if name == "loss" and record.best is not None:
             axes.plot(
-                record.best.step, record.best.held_out_loss, "*", color=colour, markersize=11, markeredgecolor="k"
+                record.best.step, record.best.validation_loss, "*", color=colour, markersize=11, markeredgecolor="k"
             )
     if name.endswith("loss"):
-        _leave_out_the_beginning(axes, lines)
+        _crop_initial_fall(axes, lines)
 
 
-def _leave_out_the_beginning(axes: Axes, lines: Sequence[MetricSeries]) -> None:
-    """Let what a loss falls from in its first steps run out of the panel, which would leave no room for the rest."""
+def _crop_initial_fall(axes: Axes, lines: Sequence[MetricSeries]) -> None:
+    """Limit the panel to the values after the first 5 % of the steps, whose fall would flatten the rest."""
     values = [
         value
         for series in lines
@@ -131,20 +145,21 @@ def _leave_out_the_beginning(axes: Axes, lines: Sequence[MetricSeries]) -> None:
 
 
 def _training_panels(records: Sequence[RunRecord]) -> list[Panel]:
-    """What training says of its course and speed."""
+    """Return the panels of learning rate, gradient norm, loss scale, throughput and waiting."""
     names = {name for record in records for name in record.training}
-    speed = "tokens_per_second" if "tokens_per_second" in names else "samples_per_second"
+    throughput = "tokens_per_second" if "tokens_per_second" in names else "samples_per_second"
     panels: dict[str, Panel] = {
         "learning_rate": ("learning rate", partial(_draw_plain, records, "learning_rate")),
         "gradient_norm": ("gradient norm", partial(_draw_gradient_norm, records)),
         "loss_scale": ("loss scale", partial(_draw_plain, records, "loss_scale")),
-        speed: (_in_words(speed), partial(_draw_plain, records, speed)),
+        throughput: (_in_words(throughput), partial(_draw_plain, records, throughput)),
         "data_wait": ("time spent waiting for data", partial(_draw_plain, records, "data_wait")),
     }
     return [panel for name, panel in panels.items() if name in names]
 
 
 def _draw_plain(records: Sequence[RunRecord], name: str, axes: Axes) -> None:
+    """Draw a training metric as a line for each run."""
     from matplotlib.ticker import EngFormatter, PercentFormatter, StrMethodFormatter
 
     for number, record in enumerate(records):
@@ -163,7 +178,7 @@ def _draw_plain(records: Sequence[RunRecord], name: str, axes: Axes) -> None:
 
 
 def _draw_gradient_norm(records: Sequence[RunRecord], axes: Axes) -> None:
-    """Beside the norm a mark where steps were left out."""
+    """Draw the gradient norm, with marks where steps were skipped."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     for number, record in enumerate(records):
@@ -186,13 +201,13 @@ def _draw_gradient_norm(records: Sequence[RunRecord], axes: Axes) -> None:
 
 
 def _activation_panels(records: Sequence[RunRecord]) -> list[Panel]:
-    """A map for each run, in the same colours."""
+    """Return a panel with a map of activation maxima for each run, in a common colour scale."""
     names = [""] if len(records) == 1 else [f": {name}" for name in _ascii_names(records)]
     depths = [_by_depth(record) for record in records]
     known = [
         value
-        for own in depths
-        for series in own.values()
+        for maxima in depths
+        for series in maxima.values()
         for value in series.values
         if math.isfinite(value) and value > 0  # others have no logarithm
     ]
@@ -200,14 +215,14 @@ def _activation_panels(records: Sequence[RunRecord]) -> list[Panel]:
         return []
     limits = min(known), max(max(known), 1.01 * min(known))
     return [
-        (f"largest activation{name}", partial(_draw_activations, own, limits))
-        for name, own in zip(names, depths, strict=True)
-        if own
+        (f"largest activation{name}", partial(_draw_activations, maxima, limits))
+        for name, maxima in zip(names, depths, strict=True)
+        if maxima
     ]
 
 
 def _by_depth(record: RunRecord) -> dict[int, MetricSeries]:
-    """The largest activations behind the embedding, 0, and behind each layer, from 1."""
+    """Return the activation maxima by depth: 0 is the embedding, 1 the first layer."""
     found = {}
     for name, series in record.training.items():
         if match := LAYER.match(name):
@@ -216,6 +231,7 @@ def _by_depth(record: RunRecord) -> dict[int, MetricSeries]:
 
 
 def _draw_activations(depths: Mapping[int, MetricSeries], limits: tuple[float, float], axes: Axes) -> None:
+    """Draw activation maxima by depth and step as colours."""
     import numpy as np
     from matplotlib.colors import LogNorm
     from matplotlib.ticker import MaxNLocator
@@ -240,7 +256,7 @@ def _draw_activations(depths: Mapping[int, MetricSeries], limits: tuple[float, f
 
 
 def _add_legend(figure: Any, records: Sequence[RunRecord]) -> None:
-    """Which colour is which run, and what lines, dots and the star mean."""
+    """Add a legend of the runs' colours and of lines, dots and stars."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=_colour(number), linewidth=3) for number in range(len(records))]
@@ -250,7 +266,7 @@ def _add_legend(figure: Any, records: Sequence[RunRecord]) -> None:
     ]
     meanings = {
         "training": (Line2D([], [], color="grey", linewidth=0.8), any(record.training for record in records)),
-        "held out": (Line2D([], [], color="grey", marker=".", linestyle=":"), any(r.held_out for r in records)),
+        "validation": (Line2D([], [], color="grey", marker=".", linestyle=":"), any(r.validation for r in records)),
         "best": (
             Line2D([], [], color="grey", marker="*", markersize=11, linestyle=""),
             any(record.best for record in records),
@@ -263,21 +279,24 @@ def _add_legend(figure: Any, records: Sequence[RunRecord]) -> None:
     legend = figure.legend(handles, [" "] * len(handles), loc="outside upper left", ncols=4, frameon=False)
     for shown, text in zip(legend.get_texts(), texts, strict=True):
         shown.set_parse_math(False)  # a name may hold $
-        shown.set_text(text)  # and begin with _, which would leave it out above
+        shown.set_text(text)  # and start with _, which would hide the entry
 
 
 def _ascii_names(records: Sequence[RunRecord]) -> list[str]:
-    """Names that the font of the picture has all characters for."""
+    """Return names of the runs that the font can show: a number replaces a name that is not ASCII."""
     return [name if name.isascii() else f"run {number}" for number, name in enumerate(names_apart(records), start=1)]
 
 
 def _all_series(record: RunRecord) -> list[MetricSeries]:
-    return [*record.training.values(), *record.held_out.values()]
+    """Return the training and validation metrics of a run."""
+    return [*record.training.values(), *record.validation.values()]
 
 
-def _in_words(figure: str) -> str:
-    return figure.replace("_per_second", "/s").replace("_", " ")
+def _in_words(metric: str) -> str:
+    """Return a metric's name as a title."""
+    return metric.replace("_per_second", "/s").replace("_", " ")
 
 
 def _colour(number: int) -> str:
+    """Return the colour of a run."""
     return COLOURS[number % len(COLOURS)]

@@ -1,24 +1,51 @@
-"""The settings of training a transformer, as a recipe has them."""
+"""Settings of training a transformer: the section ``transformer`` of a recipe and its parts."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
+from cogview.modeling.config import Sampling, TransformerConfig, preset
+from cogview.modeling.lora import LoraSettings
 from cogview.tokenizers.tasks import trained_tasks
 from cogview.vqvae.lr_schedule import warmup_cosine
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerTraining:
-    """Settings of a run. A step is one update of the weights with ``batch_size`` rows."""
+    """Settings of the optimization. A step is one update of the weights with ``batch_size`` rows.
+
+    Attributes:
+        steps: Number of steps.
+        batch_size: Rows of a step, over all processes.
+        micro_batch_size: Maximum number of rows that a process computes at a time. The result does not depend on it.
+            0 takes as many as fit into memory; on a CPU, all.
+        learning_rate: Learning rate after the warm-up.
+        final_learning_rate: Learning rate of the last step.
+        warmup_steps: Steps in which the learning rate rises from 0.
+        betas: Decay rates of Adam's moments.
+        weight_decay: Decay of matrices in AdamW.
+        clip_norm: Maximum norm of the gradient.
+        tasks: Tasks, and their shares of the rows.
+        text_loss_weight: Weight of the loss of prompts, in [0, inf); that of captions is 1.
+        name_loss_weight: Weight of the loss of object names, in [0, inf).
+        caption_dropout: Fraction of prompts that are left out, for classifier-free guidance (arXiv:2207.12598).
+        full_mask_rate: Fraction of the rows that generate an image in which every code of the input is masked.
+        full_mask_targets: Number of codes that such a row predicts; 0 for all.
+        partial_mask_rate: Fraction of the rows that generate an image in which some codes are masked, at a rate that
+            is sampled uniformly for each row.
+        nonfinite: Whether to stop the run or only to skip the step if a loss or gradient is not finite.
+        seed: Seed of weights, order of rows, masks and dropout.
+        num_workers: Processes that read stores and build batches; 0 uses the training process.
+
+    Raises:
+        ValueError: A setting is outside its range, or a task is unknown.
+    """
 
     steps: int
     batch_size: int = 32
-    # Rows that a process computes at once: its share of a batch is computed in as many parts as that takes, or more
-    # where lengths differ much, so the batch stays what it is with any number of processes. 0: as many as fit, on a
-    # CPU all.
     micro_batch_size: int = 0
     learning_rate: float = 1e-3
     final_learning_rate: float = 1e-5
@@ -26,27 +53,25 @@ class TransformerTraining:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.04
     clip_norm: float = 1.0
-    tasks: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})  # and their shares of the rows
-    text_loss_weight: float = 0.1  # of the texts that pictures are drawn from; captions count in full
-    # Where a text names two things, which of them a place shows is learnt late from codes, which ask for it and for the
-    # look of the thing at once. A store that says which name stands where (``named``) lets a drawing tell the name too,
-    # and a description while it still reads the codes.
+    tasks: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})
+    text_loss_weight: float = 0.1
+    # With two objects in a caption, image-code loss alone learns slowly which object a position shows, since a code
+    # mixes identity with appearance. A store with the field ``named`` holds the name of the object at each code. The
+    # model then also predicts the name: before it sees the code when generating, after it when captioning.
     name_loss_weight: float = 0.0
-    caption_dropout: float = 0.1  # share of captions left out, so that guidance is possible later
-    # Once the first codes of a thing are known the others follow from them, so the text, and in upscaling the small
-    # picture, is asked at one or two places alone, and learnt slowly. Two remedies, for rows that draw a picture: a
-    # share that sees [MASK] in place of every code, and one that sees it at a share of the places drawn per row. Where
-    # every code is hidden each is told from text and place alone, so ``full_mask_targets`` of them, drawn per row, do for
-    # a cheaper row (0: all).
+    caption_dropout: float = 0.1
+    # The first codes of an object determine most of the others. Next-code loss therefore depends on the text, and in
+    # upscaling on the small image, at few positions only, and learns from them slowly. Masked input codes remove that
+    # shortcut. With full masking each code is predicted from text and position alone, so a few targets suffice and
+    # make the row cheaper.
     full_mask_rate: float = 0.0
     full_mask_targets: int = 0
     partial_mask_rate: float = 0.0
-    # Where a loss or a gradient is not finite, the step is skipped in either case. ``stop`` then ends the run, ``skip``
-    # goes on; float16 goes on with a smaller loss scale, for which such steps are usual, unless the loss itself is not
-    # finite. The first one is looked into, and what is needed to see it again is kept.
+    # float16 skips steps as a matter of course, with a smaller loss scale: "stop" concerns only steps whose loss is
+    # not finite there. The first step that is not finite is diagnosed and dumped in either case.
     nonfinite: Literal["skip", "stop"] = "stop"
     seed: int = 0
-    num_workers: int = 0  # processes that read the store and arrange its rows
+    num_workers: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.warmup_steps < self.steps:
@@ -55,31 +80,33 @@ class TransformerTraining:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.micro_batch_size < 0 or self.num_workers < 0:
             raise ValueError(
-                f"micro_batch_size and num_workers must not be negative, got {self.micro_batch_size} and {self.num_workers}"
+                f"micro_batch_size and num_workers must not be negative, got {self.micro_batch_size} and "
+                f"{self.num_workers}"
             )
         for name in ("caption_dropout", "full_mask_rate", "partial_mask_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
         if self.full_mask_rate + self.partial_mask_rate > 1:
             raise ValueError(
-                f"full_mask_rate {self.full_mask_rate} and partial_mask_rate {self.partial_mask_rate} are shares of all rows: their sum "
-                "must not be above 1"
+                f"full_mask_rate {self.full_mask_rate} and partial_mask_rate {self.partial_mask_rate} are shares of "
+                "all rows: their sum must not be above 1"
             )
         if self.full_mask_targets < 0:
             raise ValueError(f"full_mask_targets must be 0 (all) or more, got {self.full_mask_targets}")
+        known = trained_tasks()
         for task, share in self.tasks.items():
-            if task not in trained_tasks():
-                raise ValueError(f"task {task!r} is unknown; known: {', '.join(trained_tasks())}")
+            if task not in known:
+                raise ValueError(f"task {task!r} is unknown; known: {', '.join(known)}")
             if not 0 < share < math.inf:
                 raise ValueError(f"the share of task {task!r} must be above 0, got {share}")
         if not self.tasks:
-            raise ValueError(f"there must be a task to train for; known: {', '.join(trained_tasks())}")
+            raise ValueError(f"there must be a task to train for; known: {', '.join(known)}")
         for name in ("text_loss_weight", "name_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of a step: a linear warm-up, then a cosine down to ``final_learning_rate``."""
+        """Return the learning rate of a step: linear warm-up, then cosine decay to ``final_learning_rate``."""
         return warmup_cosine(
             step,
             peak=self.learning_rate,
@@ -91,19 +118,27 @@ class TransformerTraining:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
-    """What computes steps below the trainer.
+    """The engine that computes steps.
 
-    ``torch`` is one process, or several with the same weights each (DistributedDataParallel). ``deepspeed`` divides
-    among the processes what ``zero`` says: 1 the optimizer's numbers, 2 the gradients as well, 3 the weights as well
-    (ZeRO, arXiv:1910.02054). ``offload`` keeps the optimizer's numbers in the memory of the host.
+    Attributes:
+        name: ``torch`` (one process, or several with a copy of the weights each) or ``deepspeed`` (ZeRO).
+        zero: What DeepSpeed partitions among processes (arXiv:1910.02054): 1 the optimizer state, 2 the gradients as
+            well, 3 the weights as well. Stage 1 keeps whole gradients, in bfloat16 6 bytes per parameter.
+        offload: Keep the optimizer state in the memory of the host.
+        checkpointing: Activation checkpointing; ``auto`` is the mode with the least recomputation that fits.
+        compile: Compile each layer with ``torch.compile``.
+        config: Sections of DeepSpeed's configuration that override the engine's.
+
+    Raises:
+        ValueError: The settings contradict each other.
     """
 
     name: Literal["torch", "deepspeed"] = "torch"
-    zero: int = 2  # stage 1 keeps whole gradients, in bfloat16 6 bytes for each parameter
+    zero: int = 2
     offload: bool = False
-    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"  # auto: the least recomputation that fits
-    compile: bool = False  # each layer by torch.compile
-    config: dict[str, Any] = field(default_factory=dict)  # goes into DeepSpeed's configuration, over ours
+    checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
+    compile: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.name == "torch":
@@ -112,13 +147,121 @@ class EngineSettings:
             return
         if self.zero == 0:
             raise ValueError(
-                "zero: 0 divides nothing, and in bfloat16 DeepSpeed's stage 0 learns something else than stages 1 to "
-                "3: set name: torch, which does the same rightly"
+                "zero: 0 partitions nothing, and in bfloat16 DeepSpeed's stage 0 trains differently from stages 1 to "
+                "3: set name: torch, which computes the same correctly"
             )
         if self.zero not in (1, 2, 3):
             raise ValueError(f"zero must be 1, 2 or 3, got {self.zero}")
         if self.compile and self.zero == 3:
             raise ValueError(
-                "compile does not go with zero: 3, whose weights have no size while they are away: set zero: 2, or "
-                "compile: false"
+                "compile does not go with zero: 3, whose weights have no size while they are partitioned: set zero: 2, "
+                "or compile: false"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Intervals of a run, in steps.
+
+    Attributes:
+        log_every: Interval of logged metrics, at least 1.
+        save_every: Interval of checkpoints; 0 saves only at the end.
+        evaluate_every: Interval of evaluations; 0 evaluates only at the end.
+        keep: Number of recent checkpoints to keep besides the best one, at least 1.
+
+    Raises:
+        ValueError: A setting is outside its range.
+    """
+
+    log_every: int = 50
+    save_every: int = 500
+    evaluate_every: int = 1000
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        if self.log_every < 1 or self.keep < 1:
+            raise ValueError(f"log_every and keep must be at least 1, got {self.log_every} and {self.keep}")
+        if self.save_every < 0 or self.evaluate_every < 0:
+            raise ValueError("save_every and evaluate_every must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchitectureSettings:
+    """A preset of ``TransformerConfig`` and the fields of it that a recipe may change.
+
+    Attributes:
+        preset: Name of a preset, such as ``5m``.
+        num_layers: Number of layers; None for that of the preset. Few layers try out the recipe of a large model.
+        max_positions: See ``TransformerConfig``, as for the following.
+    """
+
+    preset: str = "5m"
+    num_layers: int | None = None
+    max_positions: int = 1089
+    dropout: float = 0.1
+    branch_norm_init: float = 1.0
+    sinusoidal_positions: bool = False
+
+    def transformer_config(self, vocabulary_size: int) -> TransformerConfig:
+        """Return the configuration for a vocabulary.
+
+        Args:
+            vocabulary_size: Rows of the embedding, padding included.
+
+        Raises:
+            ValueError: The preset is unknown, or a setting is outside its range.
+        """
+        changeable = {own.name for own in fields(ArchitectureSettings)} & {
+            one.name for one in fields(TransformerConfig)
+        }
+        changes = {name: getattr(self, name) for name in changeable if getattr(self, name) is not None}
+        return replace(preset(self.preset, vocabulary_size), **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerSettings(ArchitectureSettings):
+    """The section ``transformer`` of a recipe.
+
+    Attributes:
+        training: Settings of the optimization.
+        tokenizers: Model whose tokenizers to use, by name or folder; None for those that the recipe has trained.
+        init_from: Model whose weights to start from, by name or folder; None for random weights.
+        lora: Train only a LoRA adapter of ``init_from``.
+        engine: The engine that computes steps.
+        sampling: Sampling of the sample sheets, and the default of the model until it is packaged.
+        run: Intervals of logging, saving and evaluation.
+        precision: Dtype of matrix products: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        store: Token store, or dataset of CogView v1; None for the one that ``cogview encode`` has made.
+        stores: Several stores and their shares of the rows, instead of ``store``.
+        watch_folder: Folder whose new stores are added to the mixture during training, each of their rows as likely
+            as any other.
+        validation_store: Store of the evaluation; given together with ``store`` or ``stores``.
+
+    Raises:
+        ValueError: The settings contradict each other.
+    """
+
+    training: TransformerTraining
+    tokenizers: str | None = None
+    init_from: str | None = None
+    lora: LoraSettings | None = None
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    sampling: Sampling = field(default_factory=Sampling)
+    run: RunSettings = field(default_factory=RunSettings)
+    precision: str = "auto"
+    store: Path | None = None
+    stores: dict[str, float] | None = None
+    watch_folder: Path | None = None
+    validation_store: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.store is not None and self.stores is not None:
+            raise ValueError("store is one store and stores are several: give either")
+        if (self.store is None and self.stores is None) != (self.validation_store is None):
+            given = "store" if self.stores is None else "stores"
+            raise ValueError(f"{given} and validation_store belong together: give both, or neither")
+        for path, share in (self.stores or {}).items():
+            if not 0 < share < math.inf:
+                raise ValueError(f"the share of the store {path} must be above 0, got {share}")
+        if self.lora is not None and self.init_from is None:
+            raise ValueError("lora trains an adapter of a model: name it in init_from")

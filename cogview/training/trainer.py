@@ -1,167 +1,163 @@
-"""Training the transformer for a mixture of tasks, on any engine and any number of processes.
+"""The trainer of the transformer for a mixture of tasks, on any engine and any number of processes.
 
-A step is a function of the weights, the seed, the step's number and the rows of the store, which ``lessons.py``
-arranges. What is random in it is drawn from (seed, step), so that a resumed run repeats it.
+A step is a function of the weights, the seed, the index of the step and the rows of the store. Random numbers are drawn
+from (seed, step), so that a resumed run repeats them.
 """
 
-# B rows, T places of a row, K kinds of what is told
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from cogview.checkpoints.checkpoint import Model, read_config, save_model
-from cogview.checkpoints.image_tokenizer import write_weights
-from cogview.checkpoints.safetensors_io import describe_mismatch
-from cogview.config_io import to_mapping
 from cogview.data.store import TokenStore
-from cogview.device import peak_memory, precision_name
+from cogview.device import peak_memory
 from cogview.errors import InputError
-from cogview.files import read_json, write_json
-from cogview.kernels.fused_linear_cross_entropy import LossTargets
-from cogview.training.distributed import DistributedContext, log_main
-from cogview.training.engines.torch_engine import (
-    ADAM_MOMENTS,
-    MIN_LOSS_SCALE,
-    DeviceMicroBatch,
-    Engine,
-    TrainingState,
-    TransformerWithLoss,
-    open_engine,
+from cogview.training.engines.base import Engine, TrainingState
+from cogview.training.example_builder import ExampleBuilder
+from cogview.training.examples import Rows, TargetKind, TrainingBatch
+from cogview.training.loop import Trainer
+from cogview.training.nonfinite import NonFiniteGuard, activation_maxima
+from cogview.training.run_folder import Writer
+from cogview.training.settings import TransformerTraining
+from cogview.training.target_weighting import TargetWeighting
+from cogview.training.trainer_state import (
+    AdapterFiles,
+    StoredTensors,
+    read_state,
+    stored_state,
+    whole_shape,
+    write_state,
 )
-from cogview.training.examples import ExampleBuilder, LossKey, MicroBatch, TargetKind, TrainingBatch
-from cogview.training.loop import Trainer, Writer
-from cogview.training.nonfinite import NonFiniteReport, activation_maxima, first_nonfinite, write_dump
-from cogview.training.settings import EngineSettings, TransformerTraining
 
-EVALUATED_ROWS = 1024  # of the held-out store, for each task
-MAX_SKIPPED_IN_A_ROW = 50  # steps in a row: more, and nothing is being learnt
+EVALUATED_ROWS = 1024  # rows of the validation store for each task
 RANK_SEED_STRIDE = 1 << 40  # between the seeds of two processes
-
-# Of a checkpoint, beside the model: moments by "exp_avg.NAME", and all else that training goes on from.
-MOMENTS_FILE, STATE_FILE = "trainer.safetensors", "trainer.json"
-
-
-class NonFiniteError(InputError):
-    """Training has met a number that is not finite and was to stop there. The weights are those of the step before."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorSettings:
-    """What a run wants to know: how often activations are looked at, what the hardware could do, where dumps go."""
+    """Monitoring of a run.
 
-    every: int = 50  # steps
-    peak_flops: float | None = None  # of one process, dense, in the precision of the products
+    Attributes:
+        every: Interval of the activation maxima, in steps.
+        peak_flops: Dense peak of one process in the dtype of its matrix products, in FLOP/s; None if unknown.
+        flops_per_token: FLOPs of training on one token.
+        dumps: Folder of dumps of steps that are not finite; None keeps none.
+    """
+
+    every: int = 50
+    peak_flops: float | None = None
     flops_per_token: float = 0.0
-    dumps: Path | None = None  # None: nothing is kept of a step that is not finite
-
-
-@dataclass(frozen=True, kw_only=True)
-class AdapterFiles:
-    """How an adapter, where that is all that is learnt, is written to a checkpoint and read from it: by parameters."""
-
-    write: Callable[[Path, Mapping[str, Tensor]], None]
-    read: Callable[[Path], Mapping[str, Tensor]]
+    dumps: Path | None = None
 
 
 class TransformerTrainer(Trainer[TrainingBatch]):
-    """The transformer of ``model`` on an engine, and what a run asks of it.
+    """Trains the transformer of a model on an engine.
 
-    ``draw_sheet`` is called in the first process. Checkpoints hold the whole model, or with ``adapter`` that alone.
+    Checkpoints hold the whole model or, with ``adapter``, the adapter alone.
     """
 
     def __init__(
         self,
         model: Model,
         settings: TransformerTraining,
-        context: DistributedContext,
-        dtype: torch.dtype | None = None,
+        engine: Engine,
         *,
-        engine: EngineSettings | None = None,
         validation_store: TokenStore | None = None,
         draw_sheet: Callable[[Model, Path], None] | None = None,
         adapter: AdapterFiles | None = None,
         monitor: MonitorSettings | None = None,
-        num_threads: int | None = None,
     ) -> None:
+        """Train ``model``.
+
+        Args:
+            model: The model; ``engine`` updates its transformer.
+            settings: Settings of the optimization.
+            engine: Computes the steps.
+            validation_store: Rows of the evaluation; None evaluates no losses. The trainer closes it.
+            draw_sheet: Writes a sheet of samples of a model to a path, in the main process.
+            adapter: How to write and read the adapter, where only an adapter is trained.
+            monitor: Monitoring; the defaults if None.
+        """
         self.model = model
         self.settings = settings
-        self.context = context
-        self.dtype = dtype
+        self.engine = engine
+        self.context = engine.context
         self.validation_store = validation_store
         self.draw_sheet = draw_sheet
         self.adapter = adapter
         self.monitor = monitor or MonitorSettings()
         self.builder = ExampleBuilder(model.config, settings)
-        self.vocabulary = model.config.vocabulary
+        self.targets = TargetWeighting(model.config.vocabulary, settings, engine.context.device)
         self.transformer = model.transformer
-        self.engine_settings = engine or EngineSettings()
-        self.engine: Engine = open_engine(
-            TransformerWithLoss(model.transformer, dtype), settings, self.engine_settings, context, num_threads
+        self.guard = NonFiniteGuard(
+            engine,
+            settings,
+            to_device=self.targets.evenly_weighted,
+            snapshot=self.snapshot,
+            dumps=self.monitor.dumps,
+            can_replay=adapter is None,
         )
-        self.skipped = 0  # steps in all
-        self._skipped_in_a_row = 0
-        self._looked_into = False
 
-    @property
-    def num_threads(self) -> int:
-        """Shares that a batch is to come in."""
-        return self.engine.num_threads
-
-    def batch(self, step: int, rows: Mapping[str, np.ndarray]) -> TrainingBatch:
-        """``rows`` as the batch of ``step``, arranged by chance as training has it."""
-        choices = self.builder.plan_rows(step, *rows["image"].shape)
-        return self.builder.build_batch(
-            step, rows, choices, num_shards=self.num_threads, micro_batch_size=self.settings.micro_batch_size
-        )
+    def batch(self, step: int, rows: Rows) -> TrainingBatch:
+        """Build the batch of a step from all its rows, with the random decisions of training."""
+        plan = self.builder.plan_rows(step, *rows["image"].shape)
+        return self.builder.build_batch(step, rows, plan, num_shards=self.engine.num_threads)
 
     def step(self, step: int, batch: TrainingBatch) -> dict[str, float]:
-        """One update; returns the losses in nats per code and per piece, for each task apart."""
+        """Update the weights once.
+
+        Returns:
+            Losses in nats per target for each task and kind, and metrics of the step.
+
+        Raises:
+            NonFiniteError: The loss or a gradient is not finite, and the settings say to stop.
+        """
         seed = self._seed(step)
         torch.manual_seed(seed)
         self.transformer.train()
-        watched: AbstractContextManager[dict[str, float]] = nullcontext({})
+        monitor: AbstractContextManager[dict[str, float]] = nullcontext({})
         if (step + 1) % self.monitor.every == 0:
-            watched = activation_maxima(self.transformer)
-        with watched as activations:
-            figures = self.losses(batch, learn=True)
+            monitor = activation_maxima(self.transformer)
+        with monitor as activations:
+            metrics = self.losses(batch, learn=True)
         rate = self.settings.learning_rate_at(step)
-        update = self.engine.optimizer_step(rate)
-        self.skipped += update.skipped
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if update.skipped else 0
-        if update.skipped:
-            self._handle_skipped_step(batch, seed, figures, update.loss_scale)
-        if self.skipped:
-            figures["skipped_steps"] = float(self.skipped)
-        if self.dtype == torch.float16:
-            figures["loss_scale"] = update.loss_scale
-        norm = {} if update.skipped else {"gradient_norm": update.gradient_norm}
-        return {**figures, **norm, "learning_rate": rate, **activations}
+        result = self.engine.optimizer_step(rate)
+        self.guard.check(result, batch, seed, metrics)
+        if self.guard.skipped:
+            metrics["skipped_steps"] = float(self.guard.skipped)
+        if self.engine.model.dtype == torch.float16:
+            metrics["loss_scale"] = result.loss_scale
+        norm = {} if result.skipped else {"gradient_norm": result.gradient_norm}
+        return {**metrics, **norm, "learning_rate": rate, **activations}
 
     def throughput_metrics(self, tokens_per_second: float) -> dict[str, float]:
-        """Model FLOP/s utilisation, where the peak is known, and the most memory that was taken."""
-        figures = {}
+        """Return the peak of allocated memory and, if the peak FLOP/s are known, the model FLOPs utilization."""
+        metrics = {}
         if memory := peak_memory(self.context.device):
-            figures["memory_bytes"] = memory
+            metrics["memory_bytes"] = memory
         if self.monitor.peak_flops:
             peak = self.monitor.peak_flops * self.context.size
-            figures["mfu"] = tokens_per_second * self.monitor.flops_per_token / peak
-        return figures
+            metrics["mfu"] = tokens_per_second * self.monitor.flops_per_token / peak
+        return metrics
 
     def losses(self, batch: TrainingBatch, *, learn: bool = False) -> dict[str, float]:
-        """Mean cross-entropy of each task's image codes, text pieces and names, and ``loss``, the sum that is learnt.
+        """Compute the mean cross-entropy of each task and kind over all processes.
 
-        Each kind of id competes with its own kind alone. A task counts in ``loss`` as its share of the rows has it.
-        With ``learn`` gradients are added up. Means are those of all processes.
+        Each kind of id competes only with ids of its kind. A task counts in ``loss`` by its share of the rows.
+
+        Args:
+            batch: The batch of this process.
+            learn: Whether to accumulate gradients.
+
+        Returns:
+            ``loss``, the weighted sum that training minimizes; a loss such as ``generate_image_loss`` for each key with
+            targets; ``tokens``, the number of input tokens.
         """
         totals = self.context.all_reduce_sum(
             np.concatenate([batch.target_counts, batch.rows_by_task, [batch.num_tokens]])
@@ -170,278 +166,111 @@ class TransformerTrainer(Trainer[TrainingBatch]):
         counts = dict(zip(batch.keys, totals[:num_keys].tolist(), strict=True))
         rows_of = dict(zip(self.settings.tasks, totals[num_keys:-1].tolist(), strict=True))
         num_rows = sum(rows_of.values())
-        worth = {key: rows_of[key[0]] / num_rows * self._loss_weight(*key) for key, count in counts.items() if count}
-        weights = {key: worth[key] / counts[key] for key in worth}  # of one place
-        shares = [[self._to_device(part, weights) for part in share] for share in batch.thread_shards]
-        sums = dict(
-            zip(
-                worth,
-                self.context.all_reduce_sum(self.engine.accumulate_gradients(shares, learn=learn).numpy()).tolist(),
-                strict=True,
-            )
-        )
-        means = {key: total / counts[key] for key, total in sums.items()}
-        loss = sum((worth[key] * mean for key, mean in means.items()), 0.0)
+        weights = {
+            key: rows_of[key[0]] / num_rows * self.targets.loss_weight(*key) for key, count in counts.items() if count
+        }
+        shards = self.targets.to_device(batch, {key: weights[key] / counts[key] for key in weights})
+        local_sums = self.engine.accumulate_gradients(shards, learn=learn)
+        sums = self.context.all_reduce_sum(local_sums.numpy()).tolist()
+        means = {key: total / counts[key] for key, total in zip(weights, sums, strict=True)}
+        loss = sum((weights[key] * mean for key, mean in means.items()), 0.0)
         return {"loss": loss, **{_metric_name(*key): mean for key, mean in means.items()}, "tokens": float(totals[-1])}
 
-    def to_device(self, batch: TrainingBatch) -> list[list[DeviceMicroBatch]]:
-        """``batch`` on the device, where each kind of what this process is told counts as much as any other."""
-        weights = {key: 1 / count for key, count in zip(batch.keys, batch.target_counts.tolist(), strict=True) if count}
-        return [[self._to_device(part, weights) for part in share] for share in batch.thread_shards]
-
-    def _to_device(self, part: MicroBatch, weights: Mapping[LossKey, float]) -> DeviceMicroBatch:
-        """``part`` on the device, where one place of each of K kinds weighs so much."""
-        device = self.context.device
-        targets = []
-        for (task, told), weight in weights.items():
-            places, right = part.targets[task, told]
-            targets.append(
-                LossTargets(
-                    ids=self._competing_ids(told),
-                    positions_M=torch.from_numpy(places).to(device),
-                    targets_M=torch.from_numpy(right).to(device),
-                    weights_M=torch.full(places.shape, weight, dtype=torch.float32, device=device),
-                )
-            )
-        ids, positions = (torch.from_numpy(array).to(device) for array in (part.inputs, part.positions))
-        return DeviceMicroBatch(ids=ids, positions=positions, targets=targets)
-
-    def _competing_ids(self, told: TargetKind) -> range:
-        """The ids that compete where ``told`` is learnt."""
-        if told == TargetKind.IMAGE:
-            return self.vocabulary.image
-        # A text may end in a command, so commands compete with the pieces.
-        return (
-            self.vocabulary.text if told == TargetKind.NAME else range(self.vocabulary.text.start, self.vocabulary.size)
-        )
-
-    def _loss_weight(self, task: str, told: TargetKind) -> float:
-        if told == TargetKind.NAME:
-            return self.settings.name_loss_weight
-        return self.settings.text_loss_weight if (task, told) == ("generate", TargetKind.TEXT) else 1.0
-
     def _seed(self, step: int) -> int:
+        """Return the seed of dropout in a step of this process."""
         return self.settings.seed * 1_000_003 + step + self.context.rank * RANK_SEED_STRIDE
 
-    def _handle_skipped_step(
-        self, batch: TrainingBatch, seed: int, figures: dict[str, float], loss_scale: float
-    ) -> None:
-        """After a step that was left out: find out why if that is news; NonFiniteError if that is the end."""
-        step = batch.step
-        if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"step {step}: no gradient was finite in the last {self._skipped_in_a_row} steps; lower the learning "
-                "rate, or resume earlier"
-            )
-        if self.dtype == torch.float16 and math.isfinite(figures["loss"]) and loss_scale > MIN_LOSS_SCALE:
-            return  # too large a loss scale, which is now smaller
-        what = "gradient" if math.isfinite(figures["loss"]) else "loss"
-        message = f"step {step}: the {what} is not finite"
-        if not self._looked_into:
-            self._looked_into = True
-            message += self._diagnose_nonfinite(batch, seed)
-        if self.settings.nonfinite == "stop":
-            raise NonFiniteError(
-                f"{message}; lower the learning rate, resume earlier, or go on without such steps: nonfinite: skip"
-            )
-        log_main(f"{message}; skipped", self.context)
-        for name in [name for name, value in figures.items() if not math.isfinite(value)]:
-            del figures[name]
-
-    def _diagnose_nonfinite(self, batch: TrainingBatch, seed: int) -> str:
-        """What is said of the first step that is not finite; all that it takes to see it again is kept."""
-        finding = first_nonfinite(self.engine, self.to_device(batch), seed)
-        first = int(self.context.all_reduce_max(-1.0 if finding is None else self.context.size - self.context.rank))
-        said = [f" in process {self.context.size - first}" if first > 0 and self.context.size > 1 else ""]
-        if first > 0:
-            own = finding is not None and self.context.size - self.context.rank == first
-            rank = self.context.size - first
-            said.append(f", first in {self._from_rank(str(finding) if own else '', rank)}")
-        if self.monitor.dumps is not None:
-            said.append(self._write_dump(batch, seed, finding, self.monitor.dumps / f"step-{batch.step:08d}"))
-        return "".join(said)
-
-    def _write_dump(self, batch: TrainingBatch, seed: int, finding: NonFiniteReport | None, folder: Path) -> str:
-        """Write all that it takes to see a step again; what is to be said of it."""
-        rank, size = self.context.rank, self.context.size
-        write = self.snapshot()
-        try:
-            write_dump(folder, batch, finding, rank=rank, processes=size, seed=seed)
-            if write is not None:
-                write(folder / "model")
-                kept = {"training": to_mapping(self.settings), "dtype": precision_name(self.dtype)}
-                write_json(folder / "settings.json", kept)
-        except (OSError, SafetensorError) as error:  # a full disk, say
-            return f" (it could not be kept in {folder}: {error})"
-        look_again = f", look again with: cogview doctor --dump {folder}" if self.adapter is None else ""
-        return f"; the batch and the weights are kept in {folder}{look_again}"
-
-    def _from_rank(self, text: str, rank: int) -> str:
-        """``text`` of process ``rank``, for all."""
-        width = 512
-        own = np.zeros(width, dtype=np.int64)
-        if self.context.rank == rank:
-            encoded = text.encode()[:width]
-            own[: len(encoded)] = list(encoded)
-        return bytes(self.context.all_reduce_sum(own).tolist()).rstrip(b"\0").decode(errors="replace")
-
     def snapshot(self) -> Writer | None:
-        """What writes a checkpoint of now: a folder that opens by itself, with the trainer's state beside the model."""
+        """Capture the state; see ``Trainer.snapshot``."""
         state = self.engine.export_state()
         if state is None:
             return None
-        skipped, model = self.skipped, self.model
+        skipped, model = self.guard.skipped, self.model
 
         def write(folder: Path) -> None:
             if self.adapter is not None:
                 self.adapter.write(folder, state.weights)
             else:
                 save_model(folder, model, weights=state.weights)
-            moments = {
-                f"{moment}.{name}": value for moment, own in state.moments.items() for name, value in own.items()
-            }
-            write_weights(folder / MOMENTS_FILE, moments)
-            content = {
-                "engine": self.engine_settings.name,
-                "processes": self.context.size,
-                "updates": state.updates,
-                "loss_scale": state.loss_scale,
-                "good_steps": state.good_steps,
-                "skipped_steps": skipped,
-            }
-            write_json(folder / STATE_FILE, content)
+            write_state(folder, state, engine=self.engine.name, num_processes=self.context.size, skipped_steps=skipped)
 
         return write
 
     def load(self, folder: Path) -> None:
-        """Take up weights and optimizer from a checkpoint of any engine and any number of processes.
+        """Load weights and optimizer from a checkpoint of any engine and any number of processes.
 
-        InputError, in one process, where it belongs to other codes or has other shapes, or cannot be read there.
+        Raises:
+            InputError: The checkpoint cannot be read, was trained on another codebook, or has other shapes.
         """
-        state, skipped = self.context.run_everywhere(lambda: self._stored(folder))
+        state, skipped = self.context.run_everywhere(lambda: self._read_checkpoint(folder))
         self.engine.load_state(state)
-        self.skipped = skipped
+        self.guard.skipped = skipped
 
-    def _stored(self, folder: Path) -> tuple[TrainingState, int]:
-        """The state in a checkpoint, and the steps skipped by then; its tensors are read when they are asked for."""
+    def _read_checkpoint(self, folder: Path) -> tuple[TrainingState, int]:
+        """Return the state in a checkpoint and its number of skipped steps; tensors are read on access."""
         if self.adapter is None and read_config(folder).codebook_sha256 != self.model.config.codebook_sha256:
             raise InputError("it was trained on the codes of another image tokenizer")
-        content = read_state(folder)
-        wanted = {name: whole_shape(parameter) for name, parameter in self.engine.model.trained_parameters().items()}
-        weights: Mapping[str, Tensor]
+        expected = {name: whole_shape(value) for name, value in self.engine.model.trained_parameters().items()}
+        numbers = read_state(folder)
         weights = StoredTensors(folder / "model.safetensors") if self.adapter is None else self.adapter.read(folder)
-        moments = {moment: StoredTensors(folder / MOMENTS_FILE, f"{moment}.") for moment in ADAM_MOMENTS}
-        for stored in (weights, *(own for own in moments.values() if len(own))):
-            if problem := describe_mismatch(wanted, shapes_of(stored)):
-                raise InputError(problem)
-        state = TrainingState(
-            weights=weights,
-            moments=moments if all(map(len, moments.values())) else {},
-            updates=content["updates"],
-            loss_scale=content["loss_scale"],
-            good_steps=content["good_steps"],
-        )
-        return state, content["skipped_steps"]
+        return stored_state(folder, numbers, weights, expected), numbers["skipped_steps"]
 
     @torch.no_grad()
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
-        """Losses on the held-out store, and a sheet of pictures.
+        """Compute losses on the validation store and write a sheet of samples; see ``Trainer.evaluate``.
 
-        ``held_out_loss`` is what training minimises, of the tasks by their shares.
+        ``validation_loss`` is what training minimizes, averaged over the tasks by their shares.
         """
         self.transformer.eval()
-        figures: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         if self.validation_store is not None:
-            whole = sum(self.settings.tasks.values())
-            figures["held_out_loss"] = 0.0
+            total = sum(self.settings.tasks.values())
+            metrics["validation_loss"] = 0.0
             for task, share in self.settings.tasks.items():
                 losses = self.store_losses(self.validation_store, task, EVALUATED_ROWS)
-                figures["held_out_loss"] += share / whole * losses.pop("loss")
-                figures |= {f"held_out_{name}": value for name, value in losses.items()}
+                metrics["validation_loss"] += share / total * losses.pop("loss")
+                metrics |= {f"validation_{name}": value for name, value in losses.items()}
         if self.draw_sheet is not None:
             transformer = self.engine.whole_transformer()
             if transformer is not None:
-                own = transformer is self.transformer
-                model = self.model if own else replace(self.model, transformer=transformer)
+                is_copy = transformer is not self.transformer
+                model = replace(self.model, transformer=transformer) if is_copy else self.model
                 self.draw_sheet(model, folder / f"step-{step:08d}.png")
-                transformer.packed_layers = None  # weights in another order, which the next step makes old
+                transformer.packed_layers = None  # packed copies of the weights, which the next step changes
             self.context.barrier()
-        return figures
+        return metrics
 
-    def store_losses(self, store: TokenStore, task: str, count: int, *, hidden: bool = False) -> dict[str, float]:
-        """Mean losses of the first ``count`` rows of ``store``, all for ``task``; ``loss`` is what is learnt of them.
+    def store_losses(self, store: TokenStore, task: str, count: int, *, mask_all: bool = False) -> dict[str, float]:
+        """Compute mean losses of the first rows of a store.
 
-        With ``hidden`` every code of the image that is drawn is told without having seen another.
+        Args:
+            store: The store.
+            task: Task of all rows.
+            count: Number of rows.
+            mask_all: Mask every input code of the generated image, so that no code sees another.
+
+        Returns:
+            ``loss``, the weighted sum that training minimizes, and the losses by name.
         """
         count = min(len(store), count)
         sums: dict[str, float] = {}
         for start in range(0, count, self.settings.batch_size):
             numbers = np.arange(start, min(start + self.settings.batch_size, count))
-            own = numbers[self.context.rank :: self.context.size]
-            batch = self.builder.validation_batch(store, task, own if len(own) else numbers[:1], hidden=hidden)
-            batch = batch if len(own) else batch.as_padding()
+            local = numbers[self.context.rank :: self.context.size]
+            batch = self.builder.validation_batch(store, task, local if len(local) else numbers[:1], mask_all=mask_all)
+            batch = batch if len(local) else batch.as_padding()
             for name, loss in self.losses(batch).items():
                 sums[name] = sums.get(name, 0.0) + loss * len(numbers) / count
         del sums["tokens"]
         return sums
 
     def close(self) -> None:
-        """Let go of the engine, and of the held-out store's file."""
+        """Close the engine and the validation store."""
         self.engine.close()
         if self.validation_store is not None:
             self.validation_store.close()
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """Tensors of a safetensors file whose names begin with ``prefix``, by the rest; read when they are asked for."""
-
-    def __init__(self, path: Path, prefix: str = "") -> None:
-        self._prefix = prefix
-        try:
-            self._file = safe_open(path, "pt")
-            self._names = [name for name in self._file.keys() if name.startswith(prefix)]  # noqa: SIM118 it is no dict
-        except (SafetensorError, FileNotFoundError) as error:
-            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(self._prefix + name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of all tensors, which are not read."""
-        return {name.removeprefix(self._prefix): tuple(self._file.get_slice(name).get_shape()) for name in self._names}
-
-
-def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name; those in a file are not read for it."""
-    if isinstance(tensors, StoredTensors):
-        return tensors.shapes()
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """What training goes on from besides tensors; InputError where a folder holds a model alone."""
-    path = folder / STATE_FILE
-    if not path.is_file():
-        raise InputError(
-            f"{folder} holds a model but no state of a training to go on with ({STATE_FILE} is missing): begin from "
-            f"its weights with --init-from {folder}"
-        )
-    content: dict[str, Any] = read_json(path)
-    return content
-
-
-def whole_shape(parameter: torch.nn.Parameter) -> tuple[int, ...]:
-    """The shape of a parameter, which in ZeRO stage 3 it does not have itself."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _metric_name(task: str, told: TargetKind) -> str:
-    """The name of a loss in the metrics, such as ``generate_image_loss``."""
-    return f"{task}_{told.value}_loss"
+def _metric_name(task: str, kind: TargetKind) -> str:
+    """Return the name of a loss in the metrics, such as ``generate_image_loss``."""
+    return f"{task}_{kind.value}_loss"

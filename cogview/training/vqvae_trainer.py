@@ -33,7 +33,9 @@ from cogview.errors import InputError
 from cogview.files import atomic_folder
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.signals import worker_init
-from cogview.training.loop import RunFolder, RunSettings, Trainer, Writer, run_loop
+from cogview.training.loop import BatchSource, Trainer, run_loop
+from cogview.training.run_folder import RunFolder, Writer
+from cogview.training.settings import RunSettings
 from cogview.vqvae.codec import reconstruct, to_float
 from cogview.vqvae.lr_schedule import warmup_cosine
 from cogview.vqvae.model import VQVAE, VQVAEConfig
@@ -335,12 +337,16 @@ def train_vqvae(
             held_out=held_out,
             scales=recipe.scales,
         ),
-        lambda step: training_batches(images, settings.batch_size, step, settings.steps, recipe.num_workers),
+        BatchSource(
+            batches=lambda step: training_batches(
+                images, settings.batch_size, step, settings.steps, recipe.num_workers
+            ),
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+        ),
         run,
         recipe.run,
         recipe=to_mapping(recipe),
-        steps=settings.steps,
-        batch_size=settings.batch_size,
         resume=resume,
     )
 

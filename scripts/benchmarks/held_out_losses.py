@@ -18,7 +18,9 @@ from cogview.data.store import TokenStore
 from cogview.device import flush_denormals
 from cogview.pipeline.cogview import CogView
 from cogview.training.distributed import DistributedContext
-from cogview.training.settings import TransformerTraining
+from cogview.training.engines import open_engine
+from cogview.training.engines.base import TransformerWithLoss
+from cogview.training.settings import EngineSettings, TransformerTraining
 from cogview.training.trainer import TransformerTrainer
 
 
@@ -36,11 +38,17 @@ def main() -> int:
         settings = TransformerTraining(
             steps=2, warmup_steps=1, batch_size=24, name_loss_weight=1.0, tasks=dict.fromkeys(model.config.tasks, 1.0)
         )
-        trainer = TransformerTrainer(model, settings, DistributedContext(torch.device("cpu")))
+        engine = open_engine(
+            TransformerWithLoss(model.transformer, None),
+            settings,
+            EngineSettings(),
+            DistributedContext(torch.device("cpu")),
+        )
+        trainer = TransformerTrainer(model, settings, engine)
         trainer.transformer.eval()
         for task in model.config.tasks:
             for hidden in (False, True) if task != "caption" else (False,):
-                found = trainer.store_losses(store, task, args.n, hidden=hidden)
+                found = trainer.store_losses(store, task, args.n, mask_all=hidden)
                 figures = ", ".join(f"{figure} {loss:.3f}" for figure, loss in found.items() if figure != "loss")
                 print(f"{name}: {'hidden' if hidden else 'given'}: {figures}", flush=True)
     return 0

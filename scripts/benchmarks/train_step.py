@@ -57,7 +57,8 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
     from cogview.modeling.transformer import Transformer
     from cogview.tokenizers.vocabulary import Vocabulary
     from cogview.training.distributed import destroy_distributed, init_distributed
-    from cogview.training.engines.torch_engine import DeviceMicroBatch, TransformerWithLoss, open_engine
+    from cogview.training.engines import open_engine
+    from cogview.training.engines.base import DeviceMicroBatch, TransformerWithLoss
     from cogview.training.settings import EngineSettings, TransformerTraining
 
     deepspeed = job["engine"] != "torch"

@@ -196,7 +196,7 @@ def step_bytes(job: TrainingJob, dtype: torch.dtype | None) -> tuple[int, int]:
 
     from cogview.kernels.fused_linear_cross_entropy import LossTargets
     from cogview.modeling.transformer import Transformer
-    from cogview.training.engines.torch_engine import TransformerWithLoss
+    from cogview.training.engines.base import DeviceMicroBatch, TransformerWithLoss
 
     torch.manual_seed(0)
     transformer = Transformer(job.transformer).train()
@@ -210,7 +210,7 @@ def step_bytes(job: TrainingJob, dtype: torch.dtype | None) -> tuple[int, int]:
     positions = torch.arange(job.length).expand_as(ids)
 
     def step() -> None:
-        learner(ids, positions, targets)[0].backward()
+        learner(DeviceMicroBatch(ids=ids, positions=positions, targets=targets))[0].backward()
         optimizer.step()
 
     step()  # whose gradients stay: the next one is as a later part of a step
@@ -252,7 +252,8 @@ def held_row(stage: str) -> dict[str, Any]:
     from cogview.modeling.transformer import Transformer
     from cogview.planning.training import TrainingJob, training_memory
     from cogview.training.distributed import init_distributed
-    from cogview.training.engines.torch_engine import DeviceMicroBatch, TransformerWithLoss, open_engine
+    from cogview.training.engines import open_engine
+    from cogview.training.engines.base import DeviceMicroBatch, TransformerWithLoss
     from cogview.training.settings import EngineSettings, TransformerTraining
 
     zero, offload, length = int(stage[0]), stage.endswith("+"), 16

@@ -30,7 +30,9 @@ def measure(way: str, steps: int) -> None:
     from cogview.device import flush_denormals, training_dtype
     from cogview.pipeline.cogview import CogView
     from cogview.training.distributed import DistributedContext
-    from cogview.training.settings import TransformerTraining
+    from cogview.training.engines import open_engine
+    from cogview.training.engines.base import TransformerWithLoss
+    from cogview.training.settings import EngineSettings, TransformerTraining
     from cogview.training.trainer import TransformerTrainer
 
     if way != "denormals kept":
@@ -46,9 +48,9 @@ def measure(way: str, steps: int) -> None:
         steps=1000, batch_size=ROWS, warmup_steps=999, full_mask_rate=0.6, full_mask_targets=8
     )
     cpu, num_threads = torch.device("cpu"), 1 if way == "all threads on every product" else None
-    trainer = TransformerTrainer(
-        model.model, settings, DistributedContext(cpu), training_dtype(cpu), num_threads=num_threads
-    )
+    network = TransformerWithLoss(model.model.transformer, training_dtype(cpu))
+    engine = open_engine(network, settings, EngineSettings(), DistributedContext(cpu), num_threads)
+    trainer = TransformerTrainer(model.model, settings, engine)
     times = []
     for step in range(steps):
         start = time.perf_counter()

@@ -26,7 +26,7 @@ from cogview.emoji.evaluation import reports, scenes
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
 from cogview.training import vqvae_trainer as image_tokenizer
-from cogview.training.loop import RunFolder, step_of
+from cogview.training.run_folder import RunFolder, step_of
 from cogview.training.trainer import TransformerTrainer
 from cogview.training.vqvae_trainer import held_out_batches
 
@@ -312,12 +312,12 @@ def test_training_may_start_from_another_model(work, tmp_path, capsys, monkeypat
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
     from cogview.cli.package import PackageSettings
-    from cogview.cli.recipes import Recipe
-    from cogview.cli.train import TransformerSettings
     from cogview.config_io import read_recipe
     from cogview.emoji.datasets import SceneEncodeSettings
     from cogview.emoji.world import WorldSettings
     from cogview.tokenizers.layouts import layouts
+    from cogview.training.recipe import Recipe
+    from cogview.training.settings import TransformerSettings
     from cogview.training.text_tokenizer import TextTokenizerRecipe
     from cogview.training.vqvae_trainer import VQVAERecipe
 
@@ -374,7 +374,7 @@ def test_an_adapter_is_learnt_beside_a_model_and_goes_on_after_a_restart(work, t
     assert not np.array_equal(*codes)
     capsys.readouterr()
     assert main(["train", recipe, *place, "lora={rank: 2}"]) == 2
-    assert "lora learns an adapter of a model: name it in init_from" in one_line(capsys)
+    assert "lora trains an adapter of a model: name it in init_from" in one_line(capsys)
     assert main(["train", recipe, *learn, "lora={rank: 4}", "--resume", "auto"]) == 2
     assert "does not fit the recipe, go back to its settings or remove" in one_line(capsys)
 

@@ -143,7 +143,7 @@ def test_runs_reports_unreadable_runs_at_the_end(runs, capsys):
     [
         (["nothing"], "nothing does not exist: expected the folder of a run, or one with runs below it"),
         (["runs/b", "--compare"], "--compare needs two runs or more, one was found in runs/b"),
-        (["runs", "--plot", "curves.doc"], "curves.doc is not named like a picture: expected a name that ends in .png"),
+        (["runs", "--plot", "curves.doc"], "curves.doc is not the name of an image: expected a name that ends in .png"),
     ],
 )
 def test_runs_reports_mistakes_in_one_line(runs, arguments, message, capsys):

@@ -28,7 +28,7 @@ from cogview.planning.training_time import (
     preset_job,
     training_time,
 )
-from cogview.training.engines.torch_engine import TransformerWithLoss
+from cogview.training.engines.base import DeviceMicroBatch, TransformerWithLoss
 
 FOUR_BILLION = preset_job("4b")
 
@@ -90,7 +90,7 @@ def test_a_step_allocates_what_is_predicted(checkpointing, dtype):
     ]
 
     def step() -> None:
-        learner(ids, ids, targets)[0].backward()
+        learner(DeviceMicroBatch(ids=ids, positions=ids, targets=targets))[0].backward()
 
     step()
     optimizer.step()

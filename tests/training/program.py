@@ -22,17 +22,20 @@ from cogview.cli.main import run_safely
 from cogview.data.store import TokenStore
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
-from cogview.training.data_loader import TrainingDataLoader
+from cogview.training.data_loader import TrainingDataLoader, TrainingStores
 from cogview.training.distributed import DistributedContext, destroy_distributed, exit_process, init_distributed
+from cogview.training.engines import open_engine
+from cogview.training.engines.base import TransformerWithLoss
 from cogview.training.examples import TrainingBatch
-from cogview.training.loop import RunFolder, RunSettings, run_loop
-from cogview.training.settings import EngineSettings, TransformerTraining
+from cogview.training.loop import BatchSource, run_loop
+from cogview.training.run_folder import RunFolder
+from cogview.training.settings import EngineSettings, RunSettings, TransformerTraining
 from cogview.training.trainer import TransformerTrainer
 
 BATCH = 12  # which 1, 2 and 3 processes share
 
 
-def run_job(folder: Path, job: dict[str, Any], world: DistributedContext) -> int:
+def run_job(folder: Path, job: dict[str, Any], context: DistributedContext) -> int:
     """One run, or a part of it."""
     settings = TransformerTraining(
         steps=job.get("steps", 50),
@@ -44,46 +47,33 @@ def run_job(folder: Path, job: dict[str, Any], world: DistributedContext) -> int
         nonfinite=job.get("nonfinite", "stop"),
     )
     model = new_model(folder / "model", job.get("dropout", 0.0))
-    run = RunFolder(folder / job["name"], world.is_main_process)
+    run = RunFolder(folder / job["name"], context.is_main_process)
 
     class Recorded(TransformerTrainer):
         def step(self, step: int, batch: TrainingBatch) -> dict[str, float]:
-            if job.get("die") == [world.rank, step]:
+            if job.get("die") == [context.rank, step]:
                 os.kill(os.getpid(), signal.SIGKILL)
-            figures = super().step(step, batch)
-            line = {"step": step, "samples": batch.samples.tolist(), **figures}
-            with (folder / f"{job['name']}.{world.rank}").open("a") as file:
+            metrics = super().step(step, batch)
+            line = {"step": step, "samples": batch.samples.tolist(), **metrics}
+            with (folder / f"{job['name']}.{context.rank}").open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            return figures
+            return metrics
 
-    trainer = Recorded(
-        model,
-        settings,
-        world,
-        {"float32": None, "bfloat16": torch.bfloat16}[job.get("dtype", "float32")],
-        engine=EngineSettings(**job.get("engine", {})),
-        num_threads=1,
-        draw_sheet=draw_sheet,
-    )
-    supply = TrainingDataLoader(
-        {"store": TokenStore(folder / "store")},
-        [1.0],
-        run.folder / "stores.jsonl",
-        trainer.builder,
-        world,
-        micro_batch_size=settings.micro_batch_size,
-    )
+    dtype = {"float32": None, "bfloat16": torch.bfloat16}[job.get("dtype", "float32")]
+    network = TransformerWithLoss(model.transformer, dtype)
+    engine = open_engine(network, settings, EngineSettings(**job.get("engine", {})), context, num_threads=1)
+    trainer = Recorded(model, settings, engine, draw_sheet=draw_sheet)
+    stores = TrainingStores(stores={"store": TokenStore(folder / "store")})
+    loader = TrainingDataLoader(stores, run.folder / "stores.jsonl", trainer.builder, context)
     try:
         return run_loop(
             trainer,
-            supply.batches,
+            BatchSource(batches=loader.batches, steps=job.get("until", settings.steps), batch_size=BATCH),
             run,
             RunSettings(log_every=5, save_every=job.get("save_every", 0), evaluate_every=0),
             recipe={},
-            steps=job.get("until", settings.steps),
-            batch_size=BATCH,
             resume=job.get("resume", False),
-            world=world,
+            context=context,
         )
     finally:
         trainer.close()
@@ -119,9 +109,9 @@ def main() -> int:
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     np.seterr(all="ignore")
-    world = init_distributed("cpu", needs_group=any(job.get("engine", {}).get("name") == "deepspeed" for job in jobs))
+    context = init_distributed("cpu", needs_group=any(job.get("engine", {}).get("name") == "deepspeed" for job in jobs))
     try:
-        status = next(filter(None, (run_job(folder, job, world) for job in jobs)), 0)
+        status = next(filter(None, (run_job(folder, job, context) for job in jobs)), 0)
     finally:
         destroy_distributed()
     exit_process(status)

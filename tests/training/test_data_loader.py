@@ -14,9 +14,9 @@ from cogview.data.store_watcher import StoreWatcher
 from cogview.data.store_writer import StoreWriter
 from cogview.errors import InputError
 from cogview.modeling.config import ModelConfig
-from cogview.training.data_loader import TrainingDataLoader
+from cogview.training.data_loader import TrainingDataLoader, TrainingStores
 from cogview.training.distributed import DistributedContext
-from cogview.training.examples import ExampleBuilder
+from cogview.training.example_builder import ExampleBuilder
 from cogview.training.settings import TransformerTraining
 
 ALONE = DistributedContext(torch.device("cpu"))
@@ -57,9 +57,8 @@ def supply(
     stores = {str(folder / name): TokenStore(folder / name) for name in ("first", "second")}
     settings = TransformerTraining(steps=40, warmup_steps=1, batch_size=BATCH, seed=5)
     watch = StoreWatcher(folder / "coming", next(iter(stores.values())).header, ["generate"])
-    return TrainingDataLoader(
-        stores, shares, folder / "stores.jsonl", ExampleBuilder(config, settings), world, watcher=watch
-    )
+    sources = TrainingStores(stores=stores, weights=dict(zip(stores, shares, strict=True)), watcher=watch)
+    return TrainingDataLoader(sources, folder / "stores.jsonl", ExampleBuilder(config, settings), world)
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.training.distributed import DistributedContext
+from cogview.training.engines import open_engine
+from cogview.training.engines.base import TransformerWithLoss, parameter_groups
 from cogview.training.engines.deepspeed_engine import configuration
-from cogview.training.engines.torch_engine import TransformerWithLoss, open_engine, parameter_groups
 from cogview.training.settings import EngineSettings, TransformerTraining
 
 ALONE = DistributedContext(torch.device("cpu"))

@@ -16,7 +16,10 @@ import pytest
 import cogview
 from cogview.data.sampling_order import sample_index
 from cogview.errors import InputError
-from cogview.training.loop import RunFolder, RunSettings, Trainer, Writer, run_loop, step_of
+from cogview.training.loop import BatchSource, Trainer, run_loop
+from cogview.training.run_folder import RunFolder, Writer, step_of
+from cogview.training.run_record import Best
+from cogview.training.settings import RunSettings
 
 STEPS, SAVE_EVERY, BATCH, ROWS = 40, 6, 4, 37
 
@@ -30,7 +33,9 @@ import numpy as np
 
 from cogview.cli.main import run_safely
 from cogview.data.sampling_order import sample_index
-from cogview.training.loop import RunFolder, RunSettings, Trainer, run_loop
+from cogview.training.loop import BatchSource, Trainer, run_loop
+from cogview.training.run_folder import RunFolder
+from cogview.training.settings import RunSettings
 
 folder, pause = Path(sys.argv[1]), float(sys.argv[2])
 STEPS, SAVE_EVERY, BATCH, ROWS = map(int, sys.argv[3:])
@@ -63,17 +68,21 @@ class Chain(Trainer):
         assert self.state == int((folder / "second").read_text())
 
     def evaluate(self, step, folder):
-        return {"held_out": float(step)}
+        return {"validation": float(step)}
 
 
 sys.exit(run_safely(lambda: run_loop(
     Chain(),
-    lambda first: iter(sample_index(7, np.arange(STEPS * BATCH).reshape(STEPS, BATCH), ROWS).tolist()[first:]),
+    BatchSource(
+        batches=lambda first: iter(
+            sample_index(7, np.arange(STEPS * BATCH).reshape(STEPS, BATCH), ROWS).tolist()[first:]
+        ),
+        steps=STEPS,
+        batch_size=BATCH,
+    ),
     RunFolder(folder / "run"),
     RunSettings(log_every=1, save_every=SAVE_EVERY, evaluate_every=10),
     recipe={"steps": STEPS},
-    steps=STEPS,
-    batch_size=BATCH,
     resume=True,
 ), "program"))
 """
@@ -153,8 +162,8 @@ def test_a_killed_run_goes_on_without_a_lost_or_repeated_sample(tmp_path, number
     assert int((last / "second").read_text()) == state
     training = [record for record in records(tmp_path) if "state" in record]
     assert [record["step"] for record in training] == list(range(1, STEPS + 1))
-    held_out = [record["step"] for record in records(tmp_path) if "held_out" in record]
-    assert held_out == [10, 20, 30, 40]
+    validation = [record["step"] for record in records(tmp_path) if "validation" in record]
+    assert validation == [10, 20, 30, 40]
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
@@ -201,7 +210,7 @@ class Counter(Trainer[int]):
 
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
         (folder / f"step-{step:08d}.txt").write_text("a sheet")
-        return {"held_out": float(step)}
+        return {"validation": float(step)}
 
 
 def count_from(first: int) -> Iterator[int]:
@@ -212,12 +221,10 @@ def loop(run: RunFolder, trainer: Counter, *, steps: int = 10, resume: bool = Fa
     settings = {"log_every": 1, "save_every": 3, "evaluate_every": 4, **settings}
     return run_loop(
         trainer,
-        count_from,
+        BatchSource(batches=count_from, steps=steps, batch_size=2),
         run,
         RunSettings(**settings),
         recipe={"training": {"steps": steps}, "name": "红苹果"},
-        steps=steps,
-        batch_size=2,
         resume=resume,
     )
 
@@ -331,11 +338,11 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
 def test_the_best_checkpoint_stays(tmp_path):
     class Judged(Counter):
         def evaluate(self, step: int, folder: Path) -> dict[str, float]:
-            return {"held_out_loss": {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 3.0}[step]}
+            return {"validation_loss": {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 3.0}[step]}
 
     run = RunFolder(tmp_path)
     loop(run, Judged(), evaluate_every=2, keep=1)
-    assert run.best() == {"step": 4, "held_out_loss": 3.0}
+    assert run.best() == Best(4, 3.0)
     assert names(run) == ["best.json", "step-00000004", "step-00000010"]
 
 

@@ -16,16 +16,17 @@ from PIL import Image
 
 from cogview import __version__
 from cogview.errors import InputError
-from cogview.training.loop import RunFolder
+from cogview.training.environment import write_environment
 from cogview.training.plots import plot_runs, save_run_plots
+from cogview.training.run_folder import RunFolder
 from cogview.training.run_record import (
+    Best,
     common_steps,
     differing,
     find_runs,
     flat,
     names_apart,
     read_run,
-    write_environment,
 )
 
 SETTINGS = {
@@ -58,9 +59,9 @@ def plant(folder: Path, steps: int = 100, **changes) -> Path:
         }
         run.log(step, figures)
         if step % 50 == 0:
-            held_out = {"held_out_loss": 4.5 + 0.01 * (step - 50), "held_out_generate_image_loss": 5.0}
-            run.log(step, held_out)
-            run.record_best(step, held_out)
+            validation = {"validation_loss": 4.5 + 0.01 * (step - 50), "validation_generate_image_loss": 5.0}
+            run.log(step, validation)
+            run.record_best(step, validation)
             run.save(step, lambda folder: None, keep=5)
     run.close()
     return folder
@@ -84,12 +85,12 @@ def test_what_was_planted_comes_back(tmp_path):
     assert record.training["loss"].at(50) == 4.0
     assert record.training["loss"].at(55) is None
     assert list(record.training)[:3] == ["loss", "generate_image_loss", "caption_text_loss"]
-    assert {name: (series.steps, series.values) for name, series in record.held_out.items()} == {
+    assert {name: (series.steps, series.values) for name, series in record.validation.items()} == {
         "loss": ((50, 100), (4.5, 5.0)),
         "generate_image_loss": ((50, 100), (5.0, 5.0)),
     }
     assert [path.name for path in record.checkpoints] == ["step-00000050", "step-00000100"]
-    assert (record.best.step, record.best.held_out_loss) == (50, 4.5)
+    assert (record.best.step, record.best.validation_loss) == (50, 4.5)
     assert record.seconds == pytest.approx(25)  # 100 steps of 8 rows at 32 rows a second
     assert record.environment is None
 
@@ -215,16 +216,16 @@ def test_panels_and_legend_say_what_was_planted(tmp_path, monkeypatch):
         *("loss scale", "tokens/s", "time spent waiting for data"),
         *(f"largest activation: {name}" for name in names),
     ]
-    training, held_out, best = panels["loss"].lines[:3]
+    training, validation, best = panels["loss"].lines[:3]
     assert training.get_ydata() == pytest.approx([5 - 0.02 * step for step in range(10, 101, 10)])
-    assert held_out.get_xydata().tolist() == [[50, 4.5], [100, 5]]
+    assert validation.get_xydata().tolist() == [[50, 4.5], [100, 5]]
     assert best.get_xydata().tolist() == [[50, 4.5]]
     assert panels["gradient norm (x: steps skipped)"].lines[1].get_xdata() == [30]
     (cells,) = panels[f"largest activation: {names[1]}"].collections
     assert cells.get_array()[:, -1].tolist() == [0.5, 100, 200, 300]
     texts = drawn[0].legends[0].get_texts()
     state = "finished at step 100 of 100"
-    assert [text.get_text() for text in texts] == [*(f"{n}, {state}" for n in names), "training", "held out", "best"]
+    assert [text.get_text() for text in texts] == [*(f"{n}, {state}" for n in names), "training", "validation", "best"]
     assert not any(text.get_parse_math() for text in texts)
 
 
@@ -240,6 +241,26 @@ def test_odd_figures_are_drawn_without_a_word(tmp_path):
     for folders in ([short], [short, whole]):
         plot_runs([read_run(folder) for folder in folders], tmp_path / "curves.png")
         assert colours(tmp_path / "curves.png") > 10
+
+
+def test_read_run_knows_former_metric_names(tmp_path):
+    """Earlier versions wrote ``held_out_`` where ``validation_`` is written now, in metrics and in best.json."""
+    run = RunFolder(tmp_path)
+    run.start({"training": {"steps": 100}}, resume=False)
+    former = [{"step": 50, "held_out_loss": 4.5, "held_out_generate_image_loss": 5.0}]
+    present = [{"step": 100, "validation_loss": 4.0, "validation_generate_image_loss": 4.75}]
+    run.metrics.write_text("".join(json.dumps(line) + "\n" for line in former + present))
+    (tmp_path / "checkpoints" / "best.json").write_text('{"step": 50, "held_out_loss": 4.5}\n')
+    record = read_run(tmp_path)
+    assert record.training == {}
+    assert {name: series.values for name, series in record.validation.items()} == {
+        "loss": (4.5, 4.0),
+        "generate_image_loss": (5.0, 4.75),
+    }
+    assert record.best == run.best() == Best(50, 4.5)
+    assert not run.record_best(75, {"validation_loss": 4.6})
+    assert run.record_best(100, {"validation_loss": 4.0})
+    assert run.best() == Best(100, 4.0)
 
 
 def test_an_image_run_shows_its_psnr(tmp_path):
@@ -258,7 +279,7 @@ def test_an_image_run_shows_its_psnr(tmp_path):
 
 
 def test_only_pictures_are_drawn(tmp_path):
-    with pytest.raises(InputError, match=r"curves.txt is not named like a picture: expected a name that ends in .png"):
+    with pytest.raises(InputError, match=r"curves.txt is not the name of an image: expected a name that ends in .png"):
         plot_runs([read_run(plant(tmp_path / "run", steps=10))], tmp_path / "curves.txt")
 
 
@@ -345,10 +366,10 @@ def test_the_commit_of_a_recipe_and_whether_it_was_changed(tmp_path, monkeypatch
     assert start(tmp_path / "run", recipe_path=recipes / "notes.txt")["recipe_git"]["dirty"] is True
 
     # A package in the same checkout is not told twice; one that lies in somebody else's has no commit.
-    monkeypatch.setattr("cogview.training.run_record.PACKAGE_FILE", recipe)
+    monkeypatch.setattr("cogview.training.environment.PACKAGE_FILE", recipe)
     line = start(tmp_path / "run", recipe_path=recipe)
     assert (line["git"]["commit"], line["recipe_git"]) == (commit, None)
-    monkeypatch.setattr("cogview.training.run_record.PACKAGE_FILE", recipes / "notes.txt")
+    monkeypatch.setattr("cogview.training.environment.PACKAGE_FILE", recipes / "notes.txt")
     line = start(tmp_path / "run", recipe_path=recipe)
     assert (line["git"], line["recipe_git"]["commit"]) == (None, commit)
 
@@ -356,7 +377,7 @@ def test_the_commit_of_a_recipe_and_whether_it_was_changed(tmp_path, monkeypatch
 def test_nothing_that_fails_stops_a_run(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     monkeypatch.setattr("socket.gethostname", lambda: 1 / 0)
-    monkeypatch.setattr("cogview.training.run_record._device_names", lambda device: 1 / 0)
+    monkeypatch.setattr("cogview.training.environment._device_names", lambda device: 1 / 0)
     found = start(tmp_path, recipe_path=tmp_path / "missing.yaml")
     assert [found[name] for name in ("git", "recipe_git", "hostname", "device_names")] == [None] * 4
     assert found["recipe"] == str(tmp_path / "missing.yaml")

@@ -23,13 +23,17 @@ from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
 from cogview.modeling.config import ModelConfig
 from cogview.tokenizers.text import TextTokenizer
-from cogview.training import trainer as transformer
-from cogview.training.data_loader import TrainingDataLoader
+from cogview.training import nonfinite
+from cogview.training.data_loader import StepDataset, TrainingDataLoader, TrainingStores
 from cogview.training.distributed import DistributedContext
-from cogview.training.examples import ExampleBuilder, RowPlan, StepDataset, TrainingBatch, _select_targets
+from cogview.training.engines import open_engine
+from cogview.training.engines.base import TransformerWithLoss
+from cogview.training.example_builder import ExampleBuilder, _select_targets
+from cogview.training.examples import RowPlan, TrainingBatch
+from cogview.training.nonfinite import NonFiniteError
 from cogview.training.replay import replay_dump
 from cogview.training.settings import EngineSettings, TransformerTraining
-from cogview.training.trainer import MonitorSettings, NonFiniteError, TransformerTrainer
+from cogview.training.trainer import MonitorSettings, TransformerTrainer
 from cogview.vqvae.model import VQVAEConfig
 from tests.factories import tiny_model, tiny_text_tokenizer
 
@@ -54,7 +58,21 @@ def settings(**changes) -> TransformerTraining:
 
 
 def trainer(model: Model | None = None, **changes) -> TransformerTrainer:
-    return TransformerTrainer(model or new_model(), settings(**changes), ALONE)
+    return open_trainer(model or new_model(), settings(**changes))
+
+
+def open_trainer(
+    model: Model,
+    chosen: TransformerTraining,
+    dtype: torch.dtype | None = None,
+    *,
+    engine: EngineSettings | None = None,
+    num_threads: int | None = None,
+    **changes,
+) -> TransformerTrainer:
+    network = TransformerWithLoss(model.transformer, dtype)
+    opened = open_engine(network, chosen, engine or EngineSettings(), ALONE, num_threads)
+    return TransformerTrainer(model, chosen, opened, **changes)
 
 
 def take(subject: TransformerTrainer, number: int, given: dict[str, np.ndarray]) -> dict[str, float]:
@@ -191,7 +209,7 @@ def test_threads_share_the_rows_of_a_step(threads, monkeypatch):
     )
 
     def subject(num_threads: int) -> TransformerTrainer:
-        return TransformerTrainer(new_model(), settings(**changes), ALONE, num_threads=num_threads)
+        return open_trainer(new_model(), settings(**changes), num_threads=num_threads)
 
     alone = gradients(subject(1), given, monkeypatch)
     for name, gradient in gradients(subject(threads), given, monkeypatch).items():
@@ -460,7 +478,7 @@ def test_the_learning_rate_rises_then_falls_to_its_end():
     assert rates[3] == rates[4] == pytest.approx(1e-2)
     assert rates[12] == pytest.approx((1e-2 + 1e-4) / 2)
     assert rates[20] == pytest.approx(1e-4)
-    subject = TransformerTrainer(new_model(), chosen, ALONE)
+    subject = open_trainer(new_model(), chosen)
     assert take(subject, 1, rows())["learning_rate"] == rates[1]
     assert {group["lr"] for group in subject.engine.optimizer.param_groups} == {rates[1]}
 
@@ -541,7 +559,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(capsys):
 
 
 def test_a_run_of_steps_that_are_not_finite_ends(monkeypatch):
-    monkeypatch.setattr(transformer, "MAX_SKIPPED_IN_A_ROW", 2)
+    monkeypatch.setattr(nonfinite, "MAX_SKIPPED_IN_A_ROW", 2)
     subject = spoilt(nonfinite="skip")
     for number in range(2):
         take(subject, number, rows())
@@ -552,9 +570,7 @@ def test_a_run_of_steps_that_are_not_finite_ends(monkeypatch):
 
 
 def test_what_is_needed_to_see_it_again_is_kept(tmp_path):
-    subject = TransformerTrainer(
-        spoilt().model, settings(), ALONE, monitor=MonitorSettings(dumps=tmp_path), num_threads=1
-    )
+    subject = open_trainer(spoilt().model, settings(), monitor=MonitorSettings(dumps=tmp_path), num_threads=1)
     with pytest.raises(NonFiniteError, match="look again with: cogview doctor --dump"):
         take(subject, 3, rows())
     folder = tmp_path / "step-00000003"
@@ -576,7 +592,7 @@ def test_what_is_needed_to_see_it_again_is_kept(tmp_path):
 
 def test_float16_scales_the_loss_and_leaves_out_what_overflows():
     """A loss scale that overflows halves until it does not; what is learnt then is what float32 learns."""
-    halved, exact = TransformerTrainer(new_model(), settings(), ALONE, torch.float16, num_threads=1), trainer()
+    halved, exact = open_trainer(new_model(), settings(), torch.float16, num_threads=1), trainer()
     halved.engine.load_state(replace(halved.engine.export_state(), loss_scale=2.0**40))
     scales, skipped = [], []
     for number in range(40):
@@ -598,7 +614,7 @@ def test_float16_scales_the_loss_and_leaves_out_what_overflows():
 
 def test_float16_goes_on_with_its_loss_scale(tmp_path):
     def subject() -> TransformerTrainer:
-        return TransformerTrainer(new_model(), settings(), ALONE, torch.float16)
+        return open_trainer(new_model(), settings(), torch.float16)
 
     whole, first, second = subject(), subject(), subject()
     for each in (whole, first):
@@ -613,7 +629,7 @@ def test_float16_goes_on_with_its_loss_scale(tmp_path):
 
 
 def test_activations_are_looked_at_by_depth():
-    subject = TransformerTrainer(new_model(), settings(), ALONE, monitor=MonitorSettings(every=3))
+    subject = open_trainer(new_model(), settings(), monitor=MonitorSettings(every=3))
     seen = []
     subject.transformer.layers[1].register_forward_hook(lambda module, given, output: seen.append(output.abs().max()))
     figures = [take(subject, number, rows()) for number in range(3)]
@@ -628,9 +644,7 @@ def test_activations_are_looked_at_by_depth():
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_recomputation_changes_nothing(checkpointing, dtype):
     kept, again = (
-        TransformerTrainer(
-            new_model(dropout=0.1), settings(), ALONE, dtype, engine=EngineSettings(checkpointing=choice)
-        )
+        open_trainer(new_model(dropout=0.1), settings(), dtype, engine=EngineSettings(checkpointing=choice))
         for choice in ("none", checkpointing)
     )
     for number in range(2):
@@ -639,7 +653,7 @@ def test_recomputation_changes_nothing(checkpointing, dtype):
 
 def test_bfloat16_autocast_stays_near_float32():
     plain = trainer()
-    halved = TransformerTrainer(new_model(), settings(), ALONE, torch.bfloat16)
+    halved = open_trainer(new_model(), settings(), torch.bfloat16)
     exact, rounded = losses(plain, rows()), losses(halved, rows())
     for name, value in exact.items():
         assert value != rounded[name]
@@ -672,9 +686,8 @@ def write_store(path: Path, count: int) -> TokenStore:
 
 
 def supply(store: TokenStore, chosen: TransformerTraining, ledger: Path) -> TrainingDataLoader:
-    return TrainingDataLoader(
-        {str(store.path): store}, [1.0], ledger, ExampleBuilder(new_model().config, chosen), ALONE
-    )
+    stores = TrainingStores(stores={str(store.path): store})
+    return TrainingDataLoader(stores, ledger, ExampleBuilder(new_model().config, chosen), ALONE)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -728,10 +741,9 @@ def read_of(batches: Sequence[TrainingBatch]) -> list[list[int]]:
 def test_evaluation_gives_the_losses_of_the_held_out_rows_and_a_sheet(tmp_path):
     store = write_store(tmp_path / "store", 16)
     sheets = []
-    subject = TransformerTrainer(
+    subject = open_trainer(
         new_model(dropout=0.5),
         settings(caption_dropout=0.9),
-        ALONE,
         validation_store=store,
         draw_sheet=lambda model, path: sheets.append((model, path)),
     )
@@ -740,7 +752,7 @@ def test_evaluation_gives_the_losses_of_the_held_out_rows_and_a_sheet(tmp_path):
     assert figures == subject.evaluate(7, tmp_path)
     halves = [losses(subject, store.read(range(first, first + 8))) for first in (0, 8)]
     assert figures == {
-        f"held_out_{name}": pytest.approx(sum(half[name] for half in halves) / 2)
+        f"validation_{name}": pytest.approx(sum(half[name] for half in halves) / 2)
         for name in ("loss", "generate_image_loss", "generate_text_loss")
     }
     assert sheets == [(subject.model, tmp_path / "step-00000007.png")] * 2

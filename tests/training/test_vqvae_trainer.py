@@ -16,7 +16,9 @@ from cogview.data.image_dataset import ImageExample
 from cogview.emoji.datasets import SceneDataset
 from cogview.errors import InputError
 from cogview.training import vqvae_trainer as module
-from cogview.training.loop import RunFolder, RunSettings, run_loop
+from cogview.training.loop import BatchSource, run_loop
+from cogview.training.run_folder import RunFolder
+from cogview.training.settings import RunSettings
 from cogview.training.vqvae_trainer import (
     TrainingImages,
     VQVAERecipe,
@@ -229,12 +231,14 @@ def train(world, folder, last: int, resume: bool = False) -> VQVAETrainer:
     images = TrainingImages(SceneDataset(world, 0), 8)
     status = run_loop(
         trainer,
-        lambda step: training_batches(images, TRAINING.batch_size, step, TRAINING.steps),
+        BatchSource(
+            batches=lambda step: training_batches(images, TRAINING.batch_size, step, TRAINING.steps),
+            steps=last,
+            batch_size=TRAINING.batch_size,
+        ),
         RunFolder(folder),
         RunSettings(log_every=1, save_every=2, evaluate_every=4),
         recipe={},
-        steps=last,
-        batch_size=TRAINING.batch_size,
         resume=resume,
     )
     assert status == 0

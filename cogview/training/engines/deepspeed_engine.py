@@ -1,9 +1,9 @@
-"""DeepSpeed below the trainer: ZeRO stages 1 to 3 (arXiv:1910.02054), with the optimizer on the host where wanted.
+"""The engine of DeepSpeed: ZeRO stages 1 to 3 (arXiv:1910.02054), with the optimizer on the host on request.
 
-What DeepSpeed would decide by itself is said explicitly, since its defaults changed between versions: clipping, what
-happens to gradients that are not finite, and when gradients are reduced. A step that it skips is counted here, for it
-says nothing of it in bfloat16. Its own checkpoints belong to a stage and a number of processes; ours do not, and are
-read and written parameter by parameter through its access to whole tensors (``deepspeed.utils.safe_get_full_*``).
+Clipping, gradients that are not finite, and the time of reductions are configured explicitly, since DeepSpeed's
+defaults changed between versions. This engine counts skipped steps itself, since DeepSpeed does not report them in
+bfloat16. DeepSpeed's checkpoints belong to one stage and one number of processes. Those of this toolkit belong to none:
+parameters are read and written one by one through whole tensors (``deepspeed.utils.safe_get_full_*``).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cogview.errors import InputError
 from cogview.modeling.transformer import Transformer
 from cogview.planning.training import REDUCE_BUCKET
 from cogview.training.distributed import DistributedContext
-from cogview.training.engines.torch_engine import (
+from cogview.training.engines.base import (
     ADAM_MOMENTS,
     INITIAL_LOSS_SCALE,
     LOSS_SCALE_WINDOW,
@@ -40,63 +40,69 @@ from cogview.training.settings import EngineSettings, TransformerTraining
 
 
 class DeepSpeedEngine(Engine):
-    """A DeepSpeed engine around ``learner``: weights in the dtype of its products, masters and moments in float32."""
+    """A DeepSpeed engine: weights in the dtype of the products, master weights and moments in float32."""
+
+    name = "deepspeed"
 
     def __init__(
         self,
-        learner: TransformerWithLoss,
-        settings: TransformerTraining,
-        engine: EngineSettings,
-        world: DistributedContext,
+        model: TransformerWithLoss,
+        training: TransformerTraining,
+        settings: EngineSettings,
+        context: DistributedContext,
     ) -> None:
-        deepspeed = world.run_everywhere(lambda: import_deepspeed(learner.dtype, world.device))
-        self.model = learner
-        self.context = world
-        self.stage = engine.zero
-        self._trained = learner.trained_parameters()
-        if engine.compile:
-            compile_layers(learner.transformer)
-        shapes = [parameter.shape for parameter in self._trained.values()]
-        self._shell = _without_weights(learner.transformer) if engine.zero == 3 else None
-        first = {name: to_cpu_float32(parameter) for name, parameter in self._trained.items()}
+        """Initialize DeepSpeed around ``model``; see ``open_engine``."""
+        deepspeed = context.run_everywhere(lambda: import_deepspeed(model.dtype, context.device))
+        self.model = model
+        self.context = context
+        self.stage = settings.zero
+        self._trained = model.trained_parameters()
+        if settings.compile:
+            compile_layers(model.transformer)
+        num_trained = sum(math.prod(parameter.shape) for parameter in self._trained.values())
+        self._shell = _without_weights(model.transformer) if settings.zero == 3 else None
+        initial = {name: to_cpu_float32(parameter) for name, parameter in self._trained.items()}
         self._engine, *_ = deepspeed.initialize(
-            model=learner,
-            optimizer=make_optimizer(learner, settings),
-            config=configuration(settings, engine, world, learner.dtype, sum(map(math.prod, shapes))),
+            model=model,
+            optimizer=make_optimizer(model, training),
+            config=configuration(training, settings, context, model.dtype, num_trained),
             dist_init_required=False,
         )
-        self._scale = self._engine.optimizer.loss_scaler if learner.dtype == torch.float16 else None
-        self._make_moments()
-        for name, parameter in self._trained.items():  # the masters were made from what was rounded already
-            self._set(parameter, first[name])
+        self._scaler = self._engine.optimizer.loss_scaler if model.dtype == torch.float16 else None
+        self._allocate_moments()
+        for name, parameter in self._trained.items():  # DeepSpeed made the master weights from rounded ones
+            self._set(parameter, initial[name])
 
     @property
-    def _basic(self) -> torch.optim.Optimizer:
-        """The AdamW inside, whose parameters are what this process keeps of the float32 masters, flat."""
+    def _adam(self) -> torch.optim.Optimizer:
+        """The AdamW inside; its parameters are this process's flat partitions of the float32 master weights."""
         inner: torch.optim.Optimizer = self._engine.basic_optimizer
         return inner
 
     @property
     def loss_scale(self) -> float:
-        """See ``Engine.loss_scale``."""
-        return 1.0 if self._scale is None else float(self._scale.cur_scale)
+        """Factor of the loss; see ``Engine.loss_scale``."""
+        return 1.0 if self._scaler is None else float(self._scaler.cur_scale)
 
-    def accumulate_gradients(self, shares: Sequence[Sequence[DeviceMicroBatch]], *, learn: bool) -> Tensor:
-        """See ``Engine.compute``. Every process computes as many parts, since weights and gradients travel in each."""
-        parts = [part for share in shares for part in share]
+    def accumulate_gradients(self, shards: Sequence[Sequence[DeviceMicroBatch]], *, learn: bool) -> Tensor:
+        """Compute losses and gradients; see ``Engine.accumulate_gradients``.
+
+        All processes compute the same number of micro-batches, since each one exchanges weights and gradients.
+        """
+        parts = [part for shard in shards for part in shard]
         missing = int(self.context.all_reduce_max(len(parts))) - len(parts)
         parts += [parts[-1].without_targets()] * missing
         sums = torch.zeros((), dtype=torch.float64)
         for part in parts:
             with torch.set_grad_enabled(learn):
-                total, own = self._engine(part.ids, part.positions, part.targets)
-            if learn:  # DeepSpeed takes the mean over processes, and the sum is wanted
+                total, losses = self._engine(part)
+            if learn:  # DeepSpeed averages over processes; the sum is wanted
                 self._engine.backward(total * self.context.size)
-            sums = sums + own.cpu().double()
+            sums = sums + losses.cpu().double()
         return sums
 
     def optimizer_step(self, learning_rate: float) -> StepResult:
-        """See ``Engine.update``."""
+        """Update the weights; see ``Engine.optimizer_step``."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         scale = self.loss_scale
@@ -109,7 +115,10 @@ class DeepSpeedEngine(Engine):
         )
 
     def export_state(self) -> TrainingState | None:
-        """See ``Engine.state``. One parameter after another is gathered, and kept by the first process alone."""
+        """Return a copy of the state; see ``Engine.export_state``.
+
+        All processes gather one parameter after another; only the main process keeps it.
+        """
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         weights: dict[str, Tensor] = {}
@@ -133,19 +142,19 @@ class DeepSpeedEngine(Engine):
             moments=moments if updates else {},
             updates=updates,
             loss_scale=self.loss_scale,
-            good_steps=0 if self._scale is None else self._scale.cur_iter - self._scale.last_overflow_iter,
+            good_steps=0 if self._scaler is None else self._scaler.cur_iter - self._scaler.last_overflow_iter,
         )
 
     @property
     def _updates(self) -> int:
-        """How many updates Adam has made."""
-        steps = [int(state["step"]) for state in self._basic.state.values()]
+        """Number of updates that Adam has made."""
+        steps = [int(state["step"]) for state in self._adam.state.values()]
         return max(steps, default=0)
 
     @torch.no_grad()
     def load_state(self, state: TrainingState) -> None:
-        """See ``Engine.load``."""
-        for adam in self._basic.state.values():
+        """Load a state; see ``Engine.load_state``."""
+        for adam in self._adam.state.values():
             adam["step"].fill_(state.updates)
         for name, parameter in self._trained.items():
             with self._whole([parameter], writing=True):
@@ -153,20 +162,20 @@ class DeepSpeedEngine(Engine):
             self._set(parameter, state.weights[name])
             for moment in ADAM_MOMENTS if state.moments else ():
                 self._set(parameter, state.moments[moment][name], moment)
-        if self._scale is not None:
-            self._scale.cur_scale = state.loss_scale
-            self._scale.last_overflow_iter = self._scale.cur_iter - state.good_steps
+        if self._scaler is not None:
+            self._scaler.cur_scale = state.loss_scale
+            self._scaler.last_overflow_iter = self._scaler.cur_iter - state.good_steps
 
-    def _make_moments(self) -> None:
-        """Have Adam hold its moments, all 0, from the start, so that they can be told and set at any time.
+    def _allocate_moments(self) -> None:
+        """Allocate Adam's moments as zeros, so that they can be read and set before the first update.
 
-        DeepSpeed looks them up after the update of the first group of parameters, when those of the others are not
-        there yet, and never again.
+        DeepSpeed looks them up only once, after updating the first parameter group, when those of the other groups do
+        not exist yet.
         """
         zero = self._engine.optimizer
-        flat = [parameter for group in self._basic.param_groups for parameter in group["params"]]
+        flat = [parameter for group in self._adam.param_groups for parameter in group["params"]]
         for masters in flat if self.stage < 3 else zero.fp32_partitioned_groups_flat:
-            self._basic.state[masters] = {
+            self._adam.state[masters] = {
                 "step": torch.zeros((), device=masters.device),
                 **{moment: torch.zeros_like(masters) for moment in ADAM_MOMENTS},
             }
@@ -174,7 +183,7 @@ class DeepSpeedEngine(Engine):
             zero._lazy_init_hp_params_optimizer_state()
 
     def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None = None) -> None:
-        """Set this process's part of the master of ``parameter``, or of its ``moment``, from the whole ``value``."""
+        """Set this process's partition of the master weight of ``parameter``, or of its ``moment``, from ``value``."""
         from deepspeed import utils
 
         value = value.to(self.context.device)
@@ -184,18 +193,21 @@ class DeepSpeedEngine(Engine):
             else:
                 utils.safe_set_full_optimizer_state(parameter, value, moment)
             return
-        # Its setter of whole tensors leaves out that the last process's part is filled up with zeros.
+        # DeepSpeed's setter of whole tensors ignores that the last partition is padded with zeros.
         part = utils.safe_get_local_fp32_param(parameter).numel()
         flat = torch.zeros(part * self.context.size, device=value.device)
         flat[: value.numel()] = value.flatten()
-        own = flat[self.context.rank * part :][:part]
+        local = flat[self.context.rank * part :][:part]
         if moment is None:
-            utils.safe_set_local_fp32_param(parameter, own)
+            utils.safe_set_local_fp32_param(parameter, local)
         else:
-            utils.safe_set_local_optimizer_state(parameter, own, moment)
+            utils.safe_set_local_optimizer_state(parameter, local, moment)
 
     def whole_transformer(self) -> Transformer | None:
-        """See ``Engine.whole_transformer``. In stage 3 it is a copy, since weights leave as soon as they were used."""
+        """Return a transformer with all its weights; see ``Engine.whole_transformer``.
+
+        In stage 3 it is a copy, since DeepSpeed releases gathered weights after use.
+        """
         if self._shell is None:
             return super().whole_transformer()
         weights: dict[str, Tensor] = {}
@@ -211,7 +223,7 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def _whole(self, parameters: Sequence[nn.Parameter], *, writing: bool = False) -> Iterator[None]:
-        """Inside, ``parameters`` are whole; with ``writing`` all take over what the first process writes."""
+        """Gather ``parameters`` within the block; with ``writing``, broadcast what the main process writes to them."""
         if self.stage < 3:
             yield
             return
@@ -221,42 +233,50 @@ class DeepSpeedEngine(Engine):
             yield
 
     def close(self) -> None:
-        """See ``Engine.close``."""
+        """Release DeepSpeed's buffers and hooks."""
         self._engine.destroy()
 
 
 def configuration(
-    settings: TransformerTraining,
-    engine: EngineSettings,
-    world: DistributedContext,
+    training: TransformerTraining,
+    settings: EngineSettings,
+    context: DistributedContext,
     dtype: torch.dtype | None,
-    trained: int = REDUCE_BUCKET,
+    num_trained: int = REDUCE_BUCKET,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; what the recipe has in ``engine.config`` goes over it, section by section.
+    """Return DeepSpeed's configuration.
 
-    ``trained`` is how many parameters are learnt: buckets for their gradients need not be larger.
+    Args:
+        training: Settings of the optimizer.
+        settings: The engine's settings; the sections of ``settings.config`` override those of this function.
+        context: The processes that train together.
+        dtype: Dtype of matrix products; None for float32.
+        num_trained: Number of trained parameters; gradient buckets need not be larger.
     """
     config: dict[str, Any] = {
-        # The trainer says where a step ends: its parts are as many as the rows of the step ask for.
+        # The trainer decides where a step ends: the number of its micro-batches depends on the rows.
         "managed_gradient_accumulation": False,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "train_batch_size": world.size,
-        "gradient_clipping": settings.clip_norm,
+        "train_batch_size": context.size,
+        "gradient_clipping": training.clip_norm,
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,  # PyTorch's fused AdamW
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
-            "stage": engine.zero,
+            "stage": settings.zero,
             "contiguous_gradients": True,
-            "reduce_bucket_size": min(trained, REDUCE_BUCKET),
-            "overlap_comm": world.device.type == "cuda",
+            "reduce_bucket_size": min(num_trained, REDUCE_BUCKET),
+            "overlap_comm": context.device.type == "cuda",
         },
     }
-    if engine.offload:
-        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+    if settings.offload:
+        config["zero_optimization"]["offload_optimizer"] = {
+            "device": "cpu",
+            "pin_memory": context.device.type == "cuda",
+        }
     if dtype is not None:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}  # parts of a large batch are many
+        config["data_types"] = {"grad_accum_dtype": "fp32"}  # a large batch has many micro-batches
     if dtype == torch.bfloat16:
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if dtype == torch.float16:
@@ -268,14 +288,22 @@ def configuration(
             "hysteresis": 1,
             "min_loss_scale": MIN_LOSS_SCALE,
         }
-    for key, value in engine.config.items():
-        ours = config.get(key)
-        config[key] = {**ours, **value} if isinstance(ours, dict) and isinstance(value, dict) else value
+    for key, value in settings.config.items():
+        default = config.get(key)
+        config[key] = {**default, **value} if isinstance(default, dict) and isinstance(value, dict) else value
     return config
 
 
 def import_deepspeed(dtype: torch.dtype | None, device: torch.device) -> Any:
-    """The package; InputError where it is missing, or cannot compute in ``dtype`` on ``device``."""
+    """Return the package ``deepspeed``.
+
+    Args:
+        dtype: Dtype of matrix products; None for float32.
+        device: Device of this process.
+
+    Raises:
+        InputError: The package is missing, or cannot compute in ``dtype`` on ``device``.
+    """
     if dtype == torch.float16 and device.type == "cpu":
         raise InputError(
             "DeepSpeed has no float16 on a CPU: set precision: bfloat16 or float32, or name: torch in engine"
@@ -292,7 +320,7 @@ def import_deepspeed(dtype: torch.dtype | None, device: torch.device) -> Any:
 
 
 def _without_weights(transformer: Transformer) -> Transformer:
-    """A copy whose parameters take no memory."""
+    """Return a copy whose parameters are on the meta device."""
     empty = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
         for parameter in transformer.parameters()

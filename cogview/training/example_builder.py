@@ -1,0 +1,209 @@
+"""From rows of a store to training batches: layouts, masks, targets, and the split into micro-batches.
+
+A step sorts its examples by length and splits them into micro-batches, each padded to its longest example. Everything
+is a function of the seed and the step, so that any process can prepare its part ahead of time.
+"""
+
+# B rows, N codes of an image
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cogview.data.store import NO_TOKEN, TokenStore
+from cogview.modeling.config import ModelConfig
+from cogview.tokenizers.layouts import TokenSequence
+from cogview.tokenizers.tasks import TASKS, TextElement
+from cogview.tokenizers.windows import upscale_windows
+from cogview.training.examples import LossKey, MicroBatch, RowPlan, Rows, TargetKind, TrainingBatch, TrainingExample
+from cogview.training.settings import TransformerTraining
+
+MAX_LENGTH_RATIO = 1.5  # of the longest and the shortest example of a micro-batch
+NAMED_TASKS = ("generate", "caption")  # tasks that also predict the names of objects
+
+
+class ExampleBuilder:
+    """Builds training examples and batches from rows of a store. It can be sent to another process."""
+
+    def __init__(self, config: ModelConfig, settings: TransformerTraining) -> None:
+        """Build examples for the model of ``config``."""
+        self.settings = settings
+        self.vocabulary = config.vocabulary
+        self.grid = config.grid
+        self.layouts = config.layouts
+        self.tasks = dict(TASKS)  # a worker process does not know the tasks that were registered in this one
+        self.windows = upscale_windows(config.grid)
+        self.keys: tuple[LossKey, ...] = tuple((task, kind) for task in settings.tasks for kind in TargetKind)
+
+    def build_batch(
+        self, step: int, rows: Rows, plan: RowPlan, *, num_shards: int = 1, samples: np.ndarray | None = None
+    ) -> TrainingBatch:
+        """Build the batch of a step.
+
+        Args:
+            step: Index of the step.
+            rows: Rows of the store.
+            plan: Random decisions about them.
+            num_shards: Number of threads that share the batch; the split does not change the result.
+            samples: Where the rows come from; see ``TrainingBatch``.
+        """
+        examples = self.build(rows, plan)
+        if samples is None:
+            samples = np.full((len(examples), 3), -1)
+        return self.split_into_micro_batches(TrainingBatch.of(step, rows, samples, self.keys), examples, num_shards)
+
+    def split_into_micro_batches(
+        self, batch: TrainingBatch, examples: Sequence[TrainingExample], num_shards: int = 1
+    ) -> TrainingBatch:
+        """Return ``batch`` with ``examples`` split into shards and micro-batches."""
+        order, limit = sorted(examples, key=len), self.settings.micro_batch_size
+        shards = [order[first::num_shards] for first in range(min(num_shards, len(order)))]
+        return replace(
+            batch,
+            thread_shards=[
+                [
+                    MicroBatch.of(part, self.keys, self.vocabulary.pad)
+                    for part in _split_by_length(shard, limit or len(shard))
+                ]
+                for shard in shards
+            ],
+            target_counts=np.array(
+                [sum(int(one.target_mask(kind).sum()) for one in order if one.task == task) for task, kind in self.keys]
+            ),
+            rows_by_task=np.array([sum(one.task == task for one in order) for task in self.settings.tasks]),
+            num_tokens=sum(map(len, order)),
+        )
+
+    def validation_batch(
+        self, store: TokenStore, task: str, numbers: np.ndarray, *, mask_all: bool = False
+    ) -> TrainingBatch:
+        """Build a batch of validation rows, all of one task and with their captions.
+
+        Args:
+            store: The store.
+            task: The task.
+            numbers: Numbers of the rows.
+            mask_all: Mask every input code of the generated image.
+        """
+        rows = store.read(numbers)
+        codes = rows["image"].shape
+        plan = RowPlan(
+            tasks=[task] * len(numbers),
+            keep_caption=np.ones(len(numbers), dtype=bool),
+            mask_codes=np.full(codes, mask_all),
+            num_targets=np.full(len(numbers), codes[1]),
+            target_priority=np.ones(codes),
+            window=numbers % len(self.windows),
+        )
+        return self.build_batch(0, rows, plan)
+
+    def plan_rows(self, step: int, num_rows: int, num_codes: int) -> RowPlan:
+        """Draw the random decisions of a step: a function of the seed and the step.
+
+        Args:
+            step: Index of the step.
+            num_rows: Rows of the step, over all processes.
+            num_codes: Codes of an image.
+        """
+        settings = self.settings
+        random = np.random.default_rng([settings.seed, step])
+        shares = np.array(list(settings.tasks.values()))
+        tasks = random.choice(list(settings.tasks), size=num_rows, p=shares / shares.sum()).tolist()
+        writes_text = np.array([self.tasks[task].output == "text" for task in tasks])
+        keep = (random.random(num_rows) >= settings.caption_dropout) | writes_text
+        draw = np.where(keep & ~writes_text, random.random(num_rows), 1.0)
+        full = draw < settings.full_mask_rate
+        partial = ~full & (draw < settings.full_mask_rate + settings.partial_mask_rate)
+        mask_rate = np.where(full, 1.0, random.random(num_rows) * partial)
+        return RowPlan(
+            tasks=tasks,
+            keep_caption=keep,
+            mask_codes=random.random((num_rows, num_codes)) < mask_rate[:, None],
+            num_targets=np.where(full & (settings.full_mask_targets > 0), settings.full_mask_targets, num_codes),
+            target_priority=random.exponential(size=(num_rows, num_codes)),
+            window=random.integers(len(self.windows), size=num_rows),
+        )
+
+    def build(self, rows: Rows, plan: RowPlan) -> list[TrainingExample]:
+        """Build an example of each row; a caption that is not kept becomes empty.
+
+        Args:
+            rows: Rows of the store.
+            plan: Random decisions about them.
+        """
+        mask = self.vocabulary.command("[MASK]")
+        examples = []
+        for index, task in enumerate(plan.tasks):
+            row = {name: values[index] for name, values in rows.items()}
+            text = row["text"][row["text"] != NO_TOKEN] if plan.keep_caption[index] else row["text"][:0]
+            sequence = self.layout_row(task, text, row, int(plan.window[index]))
+            image, names = sequence.spans["image"], np.full(len(sequence), -1)
+            seen, read = sequence.ids.copy(), np.ones(len(sequence), dtype=bool)
+            if self.tasks[task].output == "image":
+                seen[image][plan.mask_codes[index]] = mask
+                # A code is predicted one position earlier. That of the first code is the image's command, which every
+                # row keeps, so the selection is shifted by one.
+                selected = _select_targets(
+                    sequence.ids[image], plan.target_priority[index], int(plan.num_targets[index])
+                )
+                read[image] = np.append(selected[1:], False)
+            names_known = task in NAMED_TASKS and plan.keep_caption[index] and "named" in row
+            if names_known and self.settings.name_loss_weight:
+                named = row["named"].astype(np.int64)
+                # Generation predicts a name before it sees the code, captioning after it has seen the code.
+                shift = int(self.tasks[task].output == "text")
+                names[image.start + shift : image.stop + shift] = np.where(
+                    named == NO_TOKEN, -1, self.vocabulary.text.start + named
+                )
+            examples.append(TrainingExample.of(task, sequence, seen, read, names))
+        return examples
+
+    def layout_row(self, task: str, text: np.ndarray, row: Rows, window: int) -> TokenSequence:
+        """Arrange one row of the store in the layout of a task.
+
+        Args:
+            task: The task.
+            text: Text tokens without padding.
+            row: The other fields of the row.
+            window: Index of the window, for windowed tasks.
+        """
+        values: dict[str, Any] = {}
+        for name, content in self.tasks[task].contents.items():
+            if isinstance(content, TextElement):
+                values[name] = text
+                continue
+            codes = row[content.field]
+            if self.tasks[task].windowed:  # the field holds the whole image
+                whole, side = codes.reshape(round(len(codes) ** 0.5), -1), content.side(self.grid)
+                crop = self.windows[window].source if len(whole) == self.grid else self.windows[window].target
+                top, left = (part.start for part in crop)
+                codes = whole[top : top + side, left : left + side]
+            values[name] = codes
+        return self.layouts[task].arrange(self.vocabulary, **values)
+
+
+def _select_targets(codes: np.ndarray, priority: np.ndarray, count: int) -> np.ndarray:
+    """Select ``count`` of the codes (N,) to predict: (N,) bool.
+
+    Each distinct code is equally likely to be selected first, however often it occurs. A plain background, which is
+    learned soon, therefore does not take half of the targets. For codes 8 8 8 3, the selection of one target is the 3
+    with probability 1/2.
+    """
+    if count >= len(codes):
+        return np.ones(len(codes), dtype=bool)
+    _, distinct, occurrences = np.unique(codes, return_inverse=True, return_counts=True)
+    selected = np.zeros(len(codes), dtype=bool)
+    selected[np.argsort(priority * occurrences[distinct], kind="stable")[:count]] = True
+    return selected
+
+
+def _split_by_length(examples: Sequence[TrainingExample], limit: int) -> Iterator[Sequence[TrainingExample]]:
+    """Yield runs of at most ``limit`` examples, sorted by length, of similar length within each run."""
+    first = 0
+    for end in range(1, len(examples) + 1):
+        if end == len(examples) or end - first == limit or len(examples[end]) > MAX_LENGTH_RATIO * len(examples[first]):
+            yield examples[first:end]
+            first = end

@@ -1,0 +1,126 @@
+"""A recipe: one YAML file with a section per step, and the work folder in which each step finds the earlier results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cogview.config_io import from_mapping, read_recipe, section
+from cogview.errors import InputError
+
+if TYPE_CHECKING:
+    from cogview.tokenizers.text import TextTokenizer
+    from cogview.vqvae.model import VQVAE
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe file with its overrides and its work folder.
+
+    Attributes:
+        path: The YAML file.
+        sections: Its content.
+        overrides: Changes ``key=value`` of the section that a command reads.
+        work: Folder of the results.
+    """
+
+    path: Path
+    sections: Mapping[str, Any]
+    overrides: tuple[str, ...]
+    work: Path
+
+    @classmethod
+    def open(cls, path: Path, work: Path | None = None, overrides: tuple[str, ...] = ()) -> Recipe:
+        """Read a recipe file.
+
+        Args:
+            path: The YAML file.
+            work: Folder of the results; that of the recipe if None.
+            overrides: Changes ``key=value`` of the section that a command reads.
+
+        Raises:
+            InputError: The file cannot be read, or no work folder is given.
+        """
+        sections = read_recipe(path)
+        folder = work or sections.get("work")
+        if not isinstance(folder, str | Path):
+            raise InputError(f"{path} names no folder for its results: expected work: FOLDER, or give --work")
+        return cls(path=path, sections=sections, overrides=overrides, work=Path(folder))
+
+    @property
+    def world(self) -> Path:
+        """Folder of the emoji world."""
+        return self.work / "world"
+
+    @property
+    def text_model(self) -> Path:
+        """File of the text tokenizer."""
+        return self.work / "text.model"
+
+    @property
+    def image_run(self) -> Path:
+        """Run folder of the VQ-VAE."""
+        return self.work / "image-run"
+
+    @property
+    def image_tokenizer(self) -> Path:
+        """Folder of the trained VQ-VAE."""
+        return self.work / "image"
+
+    @property
+    def store(self) -> Path:
+        """Token store of the training data."""
+        return self.work / "store"
+
+    @property
+    def held_out_store(self) -> Path:
+        """Token store of the validation data."""
+        return self.work / "held-out-store"
+
+    @property
+    def transformer_run(self) -> Path:
+        """Run folder of the transformer."""
+        return self.work / "transformer-run"
+
+    def open_text_tokenizer(self) -> TextTokenizer:
+        """Load the text tokenizer.
+
+        Raises:
+            InputError: It has not been trained yet.
+        """
+        from cogview.tokenizers.text import TextTokenizer
+
+        try:
+            return TextTokenizer.load(self.text_model)
+        except (FileNotFoundError, ValueError) as error:
+            raise InputError(f"{error}; make it with: cogview train-text {self.path}") from None
+
+    def open_image_tokenizer(self) -> VQVAE:
+        """Load the trained VQ-VAE on the CPU.
+
+        Raises:
+            InputError: It has not been trained yet.
+        """
+        from cogview.checkpoints.image_tokenizer import load_image_tokenizer
+
+        if not self.image_tokenizer.is_dir():
+            raise InputError(
+                f"there is no image tokenizer at {self.image_tokenizer}; make it with: cogview train-image {self.path}"
+            )
+        return load_image_tokenizer(self.image_tokenizer)
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Return section ``name`` as plain values, with the overrides."""
+        return section(self.sections, name, self.overrides)
+
+    def settings(self, kind: type[T], name: str) -> T:
+        """Return section ``name`` as the dataclass ``kind``.
+
+        Raises:
+            InputError: A key is unknown or missing, or a value is wrong.
+        """
+        return from_mapping(kind, self.section(name), where=f"section {name} of {self.path}")

@@ -1,0 +1,148 @@
+"""The state of a trainer in a checkpoint: ``trainer.safetensors`` and ``trainer.json`` beside the model.
+
+``trainer.safetensors`` holds Adam's moments as ``exp_avg.NAME`` and ``exp_avg_sq.NAME``, ``trainer.json`` the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from cogview.checkpoints.image_tokenizer import write_weights
+from cogview.checkpoints.safetensors_io import describe_mismatch
+from cogview.errors import InputError
+from cogview.files import read_json, write_json
+from cogview.training.engines.base import ADAM_MOMENTS, TrainingState
+
+MOMENTS_FILE, STATE_FILE = "trainer.safetensors", "trainer.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFiles:
+    """Reading and writing of an adapter, where only an adapter is trained.
+
+    Attributes:
+        write: Writes the adapter's weights, by parameter names, into a folder.
+        read: Reads them from a checkpoint.
+    """
+
+    write: Callable[[Path, Mapping[str, Tensor]], None]
+    read: Callable[[Path], Mapping[str, Tensor]]
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """Tensors of a safetensors file whose names start with a prefix; each is read when it is accessed."""
+
+    def __init__(self, path: Path, prefix: str = "") -> None:
+        """Open a file.
+
+        Args:
+            path: The safetensors file.
+            prefix: Start of the stored names, which the keys of this mapping omit.
+
+        Raises:
+            InputError: The file is missing or damaged.
+        """
+        self._prefix = prefix
+        try:
+            self._file: Any = safe_open(path, "pt")
+            self._names = [name for name in self._file.keys() if name.startswith(prefix)]  # noqa: SIM118 it is no dict
+        except (SafetensorError, FileNotFoundError) as error:
+            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file.get_tensor(self._prefix + name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes by name, without reading the tensors."""
+        return {name.removeprefix(self._prefix): tuple(self._file.get_slice(name).get_shape()) for name in self._names}
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return shapes by name; stored tensors are not read for it."""
+    if isinstance(tensors, StoredTensors):
+        return tensors.shapes()
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def whole_shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    """Return the shape of a parameter; in ZeRO stage 3 the local tensor is empty."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def write_state(folder: Path, state: TrainingState, *, engine: str, num_processes: int, skipped_steps: int) -> None:
+    """Write the moments and numbers of ``state`` into a checkpoint folder.
+
+    Args:
+        folder: The checkpoint.
+        state: The engine's state; its weights belong to the model and are not written.
+        engine: Name of the engine, for information.
+        num_processes: Number of processes, for information.
+        skipped_steps: Steps skipped so far.
+    """
+    moments = {f"{moment}.{name}": value for moment, values in state.moments.items() for name, value in values.items()}
+    write_weights(folder / MOMENTS_FILE, moments)
+    content = {
+        "engine": engine,
+        "processes": num_processes,
+        "updates": state.updates,
+        "loss_scale": state.loss_scale,
+        "good_steps": state.good_steps,
+        "skipped_steps": skipped_steps,
+    }
+    write_json(folder / STATE_FILE, content)
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the numbers of ``trainer.json``.
+
+    Raises:
+        InputError: The folder holds a model without the state of a training.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise InputError(
+            f"{folder} holds a model but no state of a training to go on with ({STATE_FILE} is missing): begin from "
+            f"its weights with --init-from {folder}"
+        )
+    content: dict[str, Any] = read_json(path)
+    return content
+
+
+def stored_state(
+    folder: Path, numbers: Mapping[str, Any], weights: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
+) -> TrainingState:
+    """Return the state in a checkpoint, whose tensors are read on access.
+
+    Args:
+        folder: The checkpoint.
+        numbers: Its numbers, from ``read_state``.
+        weights: Its trained weights by name, stored or in memory.
+        expected: Shapes of the trained parameters.
+
+    Raises:
+        InputError: The moments are missing or damaged, or shapes differ from ``expected``.
+    """
+    moments = {moment: StoredTensors(folder / MOMENTS_FILE, f"{moment}.") for moment in ADAM_MOMENTS}
+    for stored in (weights, *(values for values in moments.values() if len(values))):
+        if problem := describe_mismatch(expected, shapes_of(stored)):
+            raise InputError(problem)
+    return TrainingState(
+        weights=weights,
+        moments=moments if all(map(len, moments.values())) else {},
+        updates=numbers["updates"],
+        loss_scale=numbers["loss_scale"],
+        good_steps=numbers["good_steps"],
+    )
