@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -41,30 +40,6 @@ def resume_option() -> Decorator:
         default="never",
         help="auto continues from the last checkpoint if there is one",
     )
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser, section_name: str | None) -> None:
-    """RECIPE, and overrides of the section that the command reads, if there is one."""
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a YAML file, as scripts/recipes/emoji-cpu.yaml")
-    if section_name is not None:
-        parser.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="KEY=VALUE",
-            help=f"changes to the section {section_name} of the recipe; inner keys with dots",
-        )
-    parser.add_argument("--work", type=Path, help="folder of the results (default: the recipe's)")
-
-
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
-    """--resume and --device."""
-    parser.add_argument(
-        "--resume",
-        choices=["auto", "never"],
-        default="never",
-        help="auto: go on from the last checkpoint, or begin if there is none",
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
 
 
 def open_recipe(args: argparse.Namespace) -> Recipe:

@@ -249,7 +249,7 @@ def _check_backward(
                 _check_finite("backward", names[module], "gradient of the output", gradient, found)
 
         if isinstance(output, Tensor) and output.requires_grad:
-            output.register_hook(check)  # type: ignore[no-untyped-call]
+            output.register_hook(check)
 
     name_of = {id(parameter): name for name, parameter in engine.model.transformer.named_parameters()}
     parameters = [parameter for parameter in engine.model.parameters() if parameter.requires_grad]

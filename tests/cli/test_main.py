@@ -69,7 +69,10 @@ def test_main_prints_help_and_version(capsys):
             "cogview generate: no such option '--sed'. Did you mean '--seed'?; see cogview generate --help",
         ),
         (["info", "a", "b"], "cogview info: unrecognized arguments: b"),
-        (["train", "recipe.yaml", "--device", "cpu", "steps"], "cogview train: unrecognized arguments: steps"),
+        (
+            ["train", "recipe.yaml", "--device", "cpu", "steps"],
+            'cogview train: "steps" is not KEY=VALUE of the section transformer; see cogview train --help',
+        ),
     ],
 )
 def test_main_reports_mistakes_in_one_line(arguments, message, capsys):
