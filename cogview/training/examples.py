@@ -108,7 +108,9 @@ class TrainingExample:
         """Return the positions with a target of ``kind`` (T,), bool."""
         if kind == TargetKind.NAME:
             return self.names >= 0
-        return self.trained & (self.kinds == (TokenKind.IMAGE if kind == TargetKind.IMAGE else TokenKind.TEXT))
+        wanted = TokenKind.IMAGE if kind == TargetKind.IMAGE else TokenKind.TEXT
+        mask: np.ndarray = self.trained & (self.kinds == wanted)
+        return mask
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
