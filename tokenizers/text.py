@@ -105,10 +105,10 @@ def train_text_tokenizer(
 
     Args:
         lines: the corpus, one caption per line.
-        size: maximum number of pieces: ``<unk>``, 256 bytes, the space, the characters of the corpus, then longer pieces
+        size: maximum number of pieces: ``<unk>``, 256 bytes, the space, the characters of the corpus, then longer ones
             as far as the corpus has them.
         coverage: fraction of character occurrences, in (0, 1], that get pieces; rarer characters are encoded as bytes.
-        max_piece_length: in characters. Chinese words rarely exceed four; longer pieces swallow whole phrases of a corpus
+        max_piece_length: in characters. Chinese words rarely exceed four; longer pieces swallow phrases of a corpus
             with few patterns, after which a new combination of the same words looks unseen.
         words: one piece each wherever they occur, of any length; where two overlap, the longer one wins.
 
