@@ -42,7 +42,7 @@ def atomic_write(path: Path, *, per_process: bool = False) -> Iterator[Path]:
         temporary = temporary.with_name(f"{temporary.name}-{os.getpid()}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         with suppress(OSError):  # the error to report is the first one
             temporary.unlink()
@@ -68,7 +68,7 @@ def atomic_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield temporary
         if overwrite and path.exists():
             shutil.rmtree(path)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -102,7 +103,7 @@ def test_worker_init_ends_a_worker_whose_parent_was_killed():
 
 def _runs(number):
     try:
-        with open(f"/proc/{number}/stat") as file:
+        with Path(f"/proc/{number}/stat").open() as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False

@@ -6,7 +6,6 @@ An unfinished file is ``NAME.part``, described by ``NAME.part.json``; it gets it
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -169,7 +168,7 @@ def _fetch_from(url: str, file: FileEntry, partial: PartialDownload, timeout: fl
     if mismatch := _mismatch(file, partial.path):
         partial.discard()
         raise MirrorError(f"sent another file than expected: {mismatch}", permanent=not resumed)
-    os.replace(partial.path, partial.target)
+    partial.path.replace(partial.target)
     partial.discard()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -82,7 +81,7 @@ def import_dataset(path: Path, sources: Sequence[V1Dataset], *, skip_bad: bool =
     finally:
         if not writer.count:  # nothing to continue, and the header may be wrong
             shutil.rmtree(unfinished, ignore_errors=True)
-    os.replace(unfinished, path)
+    unfinished.replace(path)
     return ImportReport(rows=writer.count, skipped=skipped, first_error=first_error)
 
 

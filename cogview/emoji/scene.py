@@ -42,6 +42,7 @@ class Colour:
 
     @property
     def name(self) -> str:
+        """Usual name of the colour."""
         return self.names[0]
 
 

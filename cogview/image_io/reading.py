@@ -35,11 +35,11 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
     for argument in arguments:
         names = [argument]
         if glob.has_magic(argument) and not os.path.lexists(argument):
-            names = sorted(glob.glob(argument))
+            names = sorted(glob.glob(argument))  # noqa: PTH207  a pattern may be absolute
             if not names:
                 raise InputError(f'the pattern "{argument}" matches no file')
         for name in names:
-            images += _images_in(Path(name)) if os.path.isdir(name) else [Path(name)]
+            images += _images_in(Path(name)) if Path(name).is_dir() else [Path(name)]
     return images
 
 

@@ -122,10 +122,12 @@ class InferenceReport:
         """Return options with which the job would fit."""
         max_rows = self.estimate.max_rows(self.usable)
         options = [f"-n {max_rows}"] if max_rows else []
-        for estimate in self.smaller:
-            if rows := min(estimate.rows, estimate.max_rows(self.usable)):
-                options.append(f"--dtype {estimate.dtype}" + ("" if rows == estimate.rows else f" -n {rows}"))
-        return options
+        fitting = [(estimate, min(estimate.rows, estimate.max_rows(self.usable))) for estimate in self.smaller]
+        return options + [
+            f"--dtype {estimate.dtype}" + ("" if rows == estimate.rows else f" -n {rows}")
+            for estimate, rows in fitting
+            if rows
+        ]
 
     def memory_parts(self) -> list[MemoryPart]:
         """Return the parts of the memory that are not empty."""

@@ -205,11 +205,11 @@ class TrainingReport:
         """Return options with their changes of the job: none, recomputation, ZeRO, offloading, an adapter."""
         job = self.job
         changes: list[tuple[str, dict[str, Any]]] = [("", {})]
-        for mode in CHECKPOINTING_MODES[CHECKPOINTING_MODES.index(job.checkpointing) + 1 :]:
-            changes.append((f"--checkpointing {mode}", {"checkpointing": mode}))
-        for stage in range(job.zero + 1, 4):
-            if job.world_size > 1 or job.offload:
-                changes.append((f"--zero {stage}", {"engine": "deepspeed", "zero": stage}))
+        stronger = CHECKPOINTING_MODES[CHECKPOINTING_MODES.index(job.checkpointing) + 1 :]
+        changes += [(f"--checkpointing {mode}", {"checkpointing": mode}) for mode in stronger]
+        if job.world_size > 1 or job.offload:
+            stages = range(job.zero + 1, 4)
+            changes += [(f"--zero {stage}", {"engine": "deepspeed", "zero": stage}) for stage in stages]
         for stage in range(max(job.zero, 2), 4) if not job.offload and job.device_type != "cpu" else ():
             option = "--offload" if stage == job.zero else f"--zero {stage} --offload"
             changes.append((option, {"engine": "deepspeed", "zero": stage, "offload": True}))

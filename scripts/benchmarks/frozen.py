@@ -412,7 +412,7 @@ def compare_texts(expected: Mapping[str, Any], found: Mapping[str, Any]) -> int:
 def import_library() -> Path:
     """Import cogview from PYTHONPATH, or else from this checkout; return the folder that holds the package."""
     here = Path(__file__).resolve().parent
-    paths = [os.path.abspath(path) for path in sys.path]
+    paths = [str(Path(path).absolute()) for path in sys.path]
     sys.path[:] = [path for path in paths if path != str(here)] + [str(here)]  # other scripts hide no module
     try:
         import cogview

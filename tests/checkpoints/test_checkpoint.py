@@ -232,7 +232,7 @@ def test_load_model_reports_missing_and_unexpected_weights(folder, part, name, c
         name = "stranger"
         weights[name] = torch.zeros(1)
     save_file(weights, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    path.with_suffix(".new").replace(path)
     message = error_of(folder)
     assert message.startswith(f"{path} does not hold the weights that config.json describes: ")
     assert name in message

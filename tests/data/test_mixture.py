@@ -437,8 +437,8 @@ def test_store_watcher_finds_new_stores_in_order_of_name(tmp_path, capsys):
     assert found(watch) == [("a", 4), ("b", 3)]  # until they are known
     assert found(watch, [tmp_path / "a"]) == [("b", 3)]
     assert found(watch, [tmp_path / "a", tmp_path / "b"]) == []
-    os.rename(tmp_path / ".c", tmp_path / "c")
-    os.rename(make_store(tmp_path / ".ready", 6).path / "data.mdb", tmp_path / "d" / "data.mdb")
+    (tmp_path / ".c").rename(tmp_path / "c")
+    (make_store(tmp_path / ".ready", 6).path / "data.mdb").rename(tmp_path / "d" / "data.mdb")
     assert found(watch, [tmp_path / "a", tmp_path / "b"]) == [("c", 5), ("d", 6)]
     assert capsys.readouterr() == ("", "")
 
@@ -525,7 +525,7 @@ def test_store_watcher_reports_an_incompatible_store_once(tmp_path, capsys, chan
     make_store(tmp_path / "other", 3, replace(HEADER, **change))
     for _ in range(3):
         assert found(watch) == [("fits", 3)]
-    os.rename(tmp_path / "other", tmp_path / ".other")
+    (tmp_path / "other").rename(tmp_path / ".other")
     make_store(tmp_path / "other", 3)  # too late
     assert found(watch) == [("fits", 3)]
     assert StoreWatcher(tmp_path, HEADER).new_stores([])[-1].path.name == "other"  # in time for the next run
@@ -551,11 +551,11 @@ def test_store_watcher_reports_a_missing_folder(tmp_path, capsys):
         StoreWatcher(tmp_path / "new", HEADER)
     (tmp_path / "new").mkdir()
     watch = StoreWatcher(tmp_path / "new", HEADER)
-    os.rename(tmp_path / "new", tmp_path / "away")
+    (tmp_path / "new").rename(tmp_path / "away")
     assert found(watch) == found(watch) == []  # no reason to end a run
     err = capsys.readouterr().err
     assert err == f"no new stores: {tmp_path / 'new'} is no longer readable (No such file or directory)\n"
-    os.rename(tmp_path / "away", tmp_path / "new")
+    (tmp_path / "away").rename(tmp_path / "new")
     make_store(tmp_path / "new" / "a", 1)
     assert found(watch) == [("a", 1)]
 

@@ -57,7 +57,8 @@ def planted(tmp_path: Path) -> EmojiFiles:
 
 def test_things_come_from_the_five_groups_common_ones_first(planted: EmojiFiles) -> None:
     things = {thing.emoji: thing for thing in read_things(planted)}
-    # 🍎 leads the common objects; a smiley and an animal without a Chinese name stay out; variation selectors do not matter.
+    # 🍎 leads the common objects; a smiley and an animal without a Chinese name stay out; variation selectors do not
+    # matter.
     assert list(things) == ["🍎", "🦊", "☂️", "🪐", "🐻‍❄️", "☔"]
     assert things["🦊"].measures == ("只", "个")
     assert things["🦊"].group == "Animals & Nature"

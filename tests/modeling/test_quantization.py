@@ -1,7 +1,6 @@
 """A quantized model computes what its dequantized weights compute, stored or quantized at loading."""
 
 import dataclasses
-import os
 import shutil
 from pathlib import Path
 
@@ -68,7 +67,7 @@ def store(folder, target, precision):
     with WeightsWriter(target / "new", converted_specs(weights, precision)) as writer:
         for name, tensor in convert(weights, precision):
             writer.write(name, tensor)
-    os.replace(target / "new", target / "model.safetensors")
+    Path(target / "new").replace(target / "model.safetensors")
     return target
 
 
@@ -205,7 +204,7 @@ def test_load_transformer_names_a_missing_scale(stored, quantization, tmp_path):
     with WeightsWriter(tmp_path / "new", {key: spec for key, spec in weights.specs.items() if key != name}) as writer:
         for key in weights.specs.keys() - {name}:
             writer.write(key, weights.read(key))
-    os.replace(tmp_path / "new", folder / "model.safetensors")
+    Path(tmp_path / "new").replace(folder / "model.safetensors")
     for chosen in (quantization, None):
         with pytest.raises(InputError) as caught:
             load_transformer(folder, CPU, torch.float32, chosen)
