@@ -1,76 +1,90 @@
-"""``cogview adapter``: a LoRA adapter in words, merged into a model, or taken out again."""
+"""``cogview adapter``: merge a LoRA adapter into a model, remove it again, or describe it."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
+
+from cogview.cli.options import FILE, Command, Decorator, argument, combine
 from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.adapter import Adapter
 
-SIGNS = {"merge": 1, "unmerge": -1}
+
+@click.group()
+def command() -> None:
+    """Merge a LoRA adapter into a model, or remove it again.
+
+    Adapters have PEFT's format: adapter_config.json and adapter_model.safetensors. To try one, pass it to cogview
+    generate and the other commands by --adapter. A folder with a merged adapter needs no option and can be quantized.
+    """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.description = (
-        "LoRA adapters, in PEFT's format: adapter_config.json and adapter_model.safetensors. To try one, give it to "
-        "cogview generate and its kin by --adapter; merged into a folder it needs no option, and can be rounded to few "
-        "bits."
+def merge_options() -> Decorator:
+    """Add MODEL, ADAPTER and ``-o``."""
+    return combine(
+        argument("model", metavar="MODEL", help="name or folder of a model"),
+        argument("adapter", type=FILE, metavar="ADAPTER", help="folder of an adapter"),
+        click.option(
+            "-o", "--output", type=FILE, required=True, metavar="FOLDER", help="new checkpoint folder; must not exist"
+        ),
     )
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    lines = {
-        "merge": "write a model with an adapter in its weights, which keep their dtype, and print the new folder",
-        "unmerge": "the way back: the weights are those from before up to rounding, and not bit for bit",
-        "info": "what an adapter changes, how much, and of which model",
-    }
-    for action, line in lines.items():
-        subparser = actions.add_parser(
-            action, help=line, description=f"{line[0].upper()}{line[1:]}.", formatter_class=parser.formatter_class
-        )
-        if action != "info":
-            subparser.add_argument("model", metavar="MODEL", help="a model's name or folder")
-        subparser.add_argument("adapter", type=Path, metavar="ADAPTER", help="the folder of an adapter")
-        if action != "info":
-            subparser.add_argument(
-                "-o", "--output", type=Path, required=True, metavar="FOLDER", help="must not be there yet"
-            )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Do it, and print the new folder, or the facts."""
-    from cogview.checkpoints.adapter import Adapter, merge_folder
-    from cogview.checkpoints.registry import resolve_checkpoint
+@command.command(cls=Command)
+@merge_options()
+def merge(model: str, adapter: Path, output: Path) -> int:
+    """Write a model with an adapter merged into its weights, which keep their dtype, and print the folder."""
+    return write_merged(model, adapter, output, sign=1)
 
-    if args.action == "info":
-        print("\n".join(facts(Adapter(args.adapter))))
-        return 0
-    source, adapter = resolve_checkpoint(args.model), Adapter(args.adapter)
-    note = merge_folder(source, adapter, args.output, name=args.model, sign=SIGNS[args.action])
-    if note is not None:
-        print(f"note: {note}", file=sys.stderr)
-    print(args.output)
+
+@command.command(cls=Command)
+@merge_options()
+def unmerge(model: str, adapter: Path, output: Path) -> int:
+    """Write a model with an adapter removed from its weights, which equal the original ones up to rounding."""
+    return write_merged(model, adapter, output, sign=-1)
+
+
+@command.command(cls=Command)
+@argument("adapter", type=FILE, metavar="ADAPTER", help="folder of an adapter")
+def info(adapter: Path) -> int:
+    """Print the settings of an adapter and its base model."""
+    from cogview.checkpoints.adapter import Adapter
+
+    print("\n".join(adapter_lines(Adapter(adapter))))
     return 0
 
 
-def facts(adapter: Adapter) -> list[str]:
-    """An adapter in lines ``name: value``."""
-    own, base = adapter.settings, adapter.base
-    lines = {
-        "base model": (base.name if base is not None else adapter.base_name) or "not said",
-        "rank": f"{own.rank}",
-        "alpha": f"{own.alpha:g}, which scales by {own.scale:g}",
-        "targets": ", ".join(own.targets),
+def write_merged(model: str, adapter: Path, output: Path, *, sign: int) -> int:
+    """Merge an adapter into a model (``sign`` 1) or remove it (-1); print the new folder and return the status."""
+    from cogview.checkpoints.adapter import Adapter, merge_folder
+    from cogview.checkpoints.registry import resolve_checkpoint
+
+    note = merge_folder(resolve_checkpoint(model), Adapter(adapter), output, name=model, sign=sign)
+    if note is not None:
+        print(f"note: {note}", file=sys.stderr)
+    print(output)
+    return 0
+
+
+def adapter_lines(adapter: Adapter) -> list[str]:
+    """Return the facts of an adapter as lines ``name: value``."""
+    settings, base = adapter.settings, adapter.base
+    facts = {
+        "base model": (base.name if base is not None else adapter.base_name) or "unknown",
+        "rank": f"{settings.rank}",
+        "alpha": f"{settings.alpha:g}, which scales by {settings.scale:g}",
+        "targets": ", ".join(settings.targets),
         "projections": f"{len(adapter.projections)}",
         "parameters": f"{adapter.num_parameters:,} ({format_bytes(adapter.num_bytes)})",
     }
     if base is not None:
-        lines["shape"] = (
+        facts["shape"] = (
             f"{base.num_layers} layers, width {base.width}, {base.num_heads} heads, {base.vocabulary_size} ids"
         )
-        lines["codebook"] = base.codebook_sha256
-    return [f"{name}: {value}" for name, value in lines.items()]
+        facts["codebook"] = base.codebook_sha256
+    return [f"{name}: {value}" for name, value in facts.items()]

@@ -1,68 +1,62 @@
-"""``cogview download``: fetch the files of a released model."""
+"""``cogview download``: download the files of a CogView v1 model, or a model of the Hugging Face Hub."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogview.cli.options import add_revision_argument
+import click
+
+from cogview.cli.options import Command, argument, output_option, revision_option
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
     from cogview.checkpoints.registry import FileEntry, ModelEntry
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.description = (
-        "Fetch the files of a CogView v1 model, print their paths, and convert them into a checkpoint folder; or fetch "
-        "a model of the Hugging Face Hub. Existing files are not fetched again, and an interrupted download resumes."
-    )
-    parser.add_argument(
-        "name", metavar="NAME", help="a name that cogview models lists, or owner/name on the Hugging Face Hub"
-    )
-    add_revision_argument(parser)
-    parser.add_argument(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help="where files go, and are not converted (default: $COGVIEW_HOME/files, else ~/.cache/cogview/files)",
-    )
-    parser.add_argument("--no-convert", action="store_true", help="leave the files as they are")
-    parser.add_argument("--parts", type=int, help=argparse.SUPPRESS)  # of old command lines; one connection suffices
+@click.command(cls=Command)
+@argument("name", metavar="NAME", help="name listed by cogview models, or owner/name on the Hugging Face Hub")
+@revision_option()
+@output_option(
+    default=None,
+    show_default="$COGVIEW_HOME/files, else ~/.cache/cogview/files",
+    help="folder for the files, which are then not converted",
+)
+@click.option("--no-convert", is_flag=True, help="do not convert the files")
+@click.option("--parts", type=int, hidden=True, expose_value=False)  # of old command lines; one connection suffices
+def command(name: str, revision: str | None, output: Path | None, no_convert: bool) -> int:
+    """Download the files of a CogView v1 model, print their paths, and convert them into a checkpoint folder.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Fetch every file that can be had, and convert what is complete; status 2 if anything could not be done."""
+    For owner/name, download a model of the Hugging Face Hub and print its folder. Existing files are not downloaded
+    again, and an interrupted download resumes. The status is 2 if a file cannot be downloaded or converted.
+    """
     from cogview.checkpoints.download import download
     from cogview.checkpoints.hub import fetch_checkpoint, is_hub_name
     from cogview.checkpoints.registry import converted_folder, downloads_folder, is_converted, load_registry
 
     known = load_registry()
-    row = known.get(args.name)
-    if row is None and is_hub_name(args.name):
-        if args.output is not None:
+    row = known.get(name)
+    if row is None and is_hub_name(name):
+        if output is not None:
             raise InputError("-o applies to CogView v1 models; HF_HUB_CACHE sets the folder for models of the Hub")
-        print(fetch_checkpoint(args.name, revision=args.revision))
+        print(fetch_checkpoint(name, revision=revision))
         return 0
-    if args.revision is not None:
-        raise InputError(f"--revision applies to models of the Hugging Face Hub (owner/name), not to {args.name}")
+    if revision is not None:
+        raise InputError(f"--revision applies to models of the Hugging Face Hub (owner/name), not to {name}")
     if row is None:
-        raise InputError(f'model "{args.name}" is unknown; known: {", ".join(known)}')
+        raise InputError(f'model "{name}" is unknown; known: {", ".join(known)}')
     if row.embedded:
-        print(f"{args.name} comes with the package: there is nothing to download", file=sys.stderr)
+        print(f"{name} comes with the package: there is nothing to download", file=sys.stderr)
         return 0
-    folder = downloads_folder() if args.output is None else args.output
+    folder = downloads_folder() if output is None else output
     wanted: dict[str, FileEntry] = {}
-    for name in row.models or (args.name,):
-        if args.output is None and is_converted(name):
-            print(f"{name} is here already: {converted_folder(name)}", file=sys.stderr)
+    for model in row.models or (name,):
+        if output is None and is_converted(model):
+            print(f"{model} is converted already: {converted_folder(model)}", file=sys.stderr)
         else:
-            wanted |= {file.name: file for file in known[name].files.values()}
+            wanted |= {file.name: file for file in known[model].files.values()}
     status = 0
     for file in wanted.values():
         try:
@@ -70,14 +64,20 @@ def run(args: argparse.Namespace) -> int:
         except InputError as error:
             print(f"cogview download: {error}", file=sys.stderr)
             status = 2
-    convert = args.output is None and not args.no_convert
-    return max(status, after_download(args.name, {name: folder / name for name in wanted}, convert=convert))
+    convert = output is None and not no_convert
+    return max(status, convert_downloads(name, {file: folder / file for file in wanted}, convert=convert))
 
 
-def after_download(name: str, files: Mapping[str, Path], *, convert: bool) -> int:
-    """Convert each model of the row ``name`` whose files are there, or say how to; returns the exit status.
+def convert_downloads(name: str, files: Mapping[str, Path], *, convert: bool) -> int:
+    """Convert each model of the row ``name`` whose files are complete.
 
-    ``files`` has where each file belongs, by its name; not all of them need be there.
+    Args:
+        name: A name of the registry.
+        files: The path of each file by its name; a file may be missing.
+        convert: Whether to convert; otherwise the command that does is printed.
+
+    Returns:
+        The exit status: 2 if a model cannot be converted, else 0.
     """
     from cogview.checkpoints.registry import convert_command, load_registry
 
@@ -99,7 +99,7 @@ def after_download(name: str, files: Mapping[str, Path], *, convert: bool) -> in
 
 
 def _convert(name: str, row: ModelEntry, files: Mapping[str, Path]) -> Path:
-    """The checkpoint folder that is made of ``files``, given by role, in the precision that they have."""
+    """Convert ``files``, given by role, in their precision; return the checkpoint folder."""
     from cogview.checkpoints.precision import Precision
     from cogview.checkpoints.registry import converted_folder
     from cogview.checkpoints.v1_convert import import_v1

@@ -1,39 +1,39 @@
-"""``cogview models``: the models that are known by name, and which of them are on this machine."""
+"""``cogview models``: list the known models and which of them are on this machine."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
+
+from cogview.cli.options import Command
 
 if TYPE_CHECKING:
     from cogview.checkpoints.registry import ModelEntry
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.add_argument("--json", action="store_true", help="one JSON document: a list with all of it, sizes in bytes")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print; weights are not loaded."""
+@click.command(cls=Command)
+@click.option("--json", "as_json", is_flag=True, help="print a JSON list with every value, sizes in bytes")
+def command(as_json: bool) -> int:
+    """List the known models and which of them are on this machine. No weights are loaded."""
     from cogview.checkpoints.registry import load_registry
 
-    rows = [describe(name, row) for name, row in load_registry().items()]
-    if args.json:
+    rows = [describe_model(name, row) for name, row in load_registry().items()]
+    if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=2))
     else:
-        print("\n\n".join("\n".join(lines(row)) for row in rows))
+        print("\n\n".join("\n".join(model_lines(row)) for row in rows))
     return 0
 
 
-def describe(name: str, row: ModelEntry) -> dict[str, Any]:
-    """A row and what of it is on this machine, as plain values.
+def describe_model(name: str, row: ModelEntry) -> dict[str, Any]:
+    """Return a row of the registry and its files on this machine, as plain data.
 
-    ``folder`` is that of the model itself, None where it is not here, and ``size`` its bytes. ``files`` has those that
-    are downloaded or on the way: name, path, size, and ``received``, less than the size for a part of a file.
-    ``parts`` says for each task of a bundle which model does it and whether that one is here.
+    ``folder`` is the checkpoint folder, None if it is not on this machine, and ``size`` its bytes. ``files`` lists
+    complete and partial downloads: name, path, size and ``received``, both in bytes. ``parts`` has the model of each
+    task of a bundle and whether it is on this machine.
     """
     from cogview.checkpoints.download import received
     from cogview.checkpoints.registry import converted_folder, downloads_folder, embedded_folder, is_converted
@@ -61,13 +61,14 @@ def describe(name: str, row: ModelEntry) -> dict[str, Any]:
     }
 
 
-def lines(row: dict[str, Any]) -> list[str]:
-    """What ``describe`` found, in words."""
+def model_lines(row: dict[str, Any]) -> list[str]:
+    """Return the lines of a row of ``describe_model``."""
     facts = {"tasks": ", ".join(row["tasks"]), "licence": row["licence"], "on disk": _on_disk(row)}
     return [f"{row['name']}: {row['about']}", *(f"  {key + ':':<10}{value}" for key, value in facts.items())]
 
 
 def _on_disk(row: dict[str, Any]) -> str:
+    """Return the state of a model on this machine, and the command that downloads it."""
     from cogview.formatting import format_bytes
 
     if row["kind"] == "bundle":
@@ -91,4 +92,5 @@ def _on_disk(row: dict[str, Any]) -> str:
 
 
 def _bytes_in(folder: Path) -> int:
+    """Return the size of all files below a folder, in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

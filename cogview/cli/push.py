@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+import click
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the command."""
-    parser.description = (
-        "Check a checkpoint or adapter folder, push it to the Hugging Face Hub as one commit, and print the commit's "
-        "address. The repository and the branch are created if needed. Run hf auth login or set HF_TOKEN first."
-    )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="a checkpoint or adapter folder")
-    parser.add_argument("name", metavar="OWNER/NAME", help="the repository on the Hub")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--revision", metavar="BRANCH", help="the branch to push to (default: main)")
-    parser.add_argument("--commit-message", metavar="TEXT", help="(default: Upload FOLDER with cogview VERSION)")
+from cogview.cli.options import FILE, Command, argument
 
 
-def run(args: argparse.Namespace) -> int:
-    """Push and print the address of the commit."""
+@click.command(cls=Command)
+@argument("folder", type=FILE, metavar="FOLDER", help="checkpoint or adapter folder")
+@argument("name", metavar="OWNER/NAME", help="repository on the Hub")
+@click.option("--private", is_flag=True, help="make a new repository private")
+@click.option("--revision", metavar="BRANCH", show_default="main", help="branch to push to")
+@click.option(
+    "--commit-message", metavar="TEXT", show_default="Upload FOLDER with cogview VERSION", help="message of the commit"
+)
+def command(folder: Path, name: str, private: bool, revision: str | None, commit_message: str | None) -> int:
+    """Check a checkpoint or adapter folder, push it to the Hugging Face Hub as one commit, and print its address.
+
+    The repository and the branch are created if needed. Run hf auth login or set HF_TOKEN first.
+    """
     from cogview.checkpoints.hub import push_folder
 
-    address = push_folder(
-        args.folder,
-        args.name,
-        revision=args.revision,
-        private=args.private,
-        commit_message=args.commit_message,
-    )
-    print(address)
+    print(push_folder(folder, name, revision=revision, private=private, commit_message=commit_message))
     return 0

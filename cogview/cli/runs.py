@@ -1,8 +1,7 @@
-"""``cogview runs``: training runs in a table, how they differ, and their curves."""
+"""``cogview runs``: list and compare training runs."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -11,41 +10,41 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from cogview.cli.options import FILE, Command, argument
 from cogview.errors import InputError
 from cogview.formatting import aligned_columns
 
 if TYPE_CHECKING:
     from cogview.training.run_record import MetricSeries, RunRecord
 
-FOLDER = "runs"  # where recipes put their work
-MOST_ROWS = 12  # of steps to compare at
-RECENT = 10  # lines of metrics.jsonl that a speed is the median of
-# What differs at every start of a run, and says nothing.
-PASSING = ("time", "command", "resumed_from", "recipe")
+FOLDER = "runs"  # in which recipes put their work
+MAX_ROWS = 12  # steps at which losses are compared
+RECENT = 10  # lines of metrics.jsonl whose median is the printed speed
+PASSING = ("time", "command", "resumed_from", "recipe")  # keys that differ at every start of a run
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
-    parser.description = (
-        "List the training runs in folders and below them: steps, losses, speed, hours spent in steps, and whether a "
-        "run is finished, running or stopped. Nothing is changed, and a run may go on meanwhile."
-    )
-    parser.add_argument(
-        "sources", nargs="*", metavar="FOLDER", help=f"run folders, or folders with runs below them (default: {FOLDER})"
-    )
-    parser.add_argument(
-        "--compare", action="store_true", help="what differs in the settings of the runs, and their losses"
-    )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the curves of all of them: .png, .pdf or .svg")
-    parser.add_argument("--json", action="store_true", help="one JSON document with all of it")
+@click.command(cls=Command)
+@argument(
+    "sources",
+    nargs=-1,
+    type=FILE,
+    metavar="FOLDER",
+    help=f"run folder, or folder with runs below it; by default {FOLDER}",
+)
+@click.option("--compare", is_flag=True, help="print the settings that differ between the runs, and their losses")
+@click.option("--plot", type=FILE, metavar="FILE", help="plot the curves of all runs: .png, .pdf or .svg")
+@click.option("--json", "as_json", is_flag=True, help="print a JSON document with every value")
+def command(sources: tuple[Path, ...], compare: bool, plot: Path | None, as_json: bool) -> int:
+    """List the training runs in folders and below them: steps, losses, speed, hours spent in steps, and state.
 
-
-def run(args: argparse.Namespace) -> int:
-    """Print; a run that cannot be read is named at the end."""
+    Nothing is changed, and a run may continue meanwhile. Runs that cannot be read are listed at the end, with status 1.
+    """
     from cogview.training.run_record import find_runs, read_run
 
-    folders = [Path(name) for name in args.sources or [FOLDER]]
-    if not args.sources and not folders[0].is_dir():
+    folders = list(sources) or [Path(FOLDER)]
+    if not sources and not folders[0].is_dir():
         raise InputError(f"there is no folder {FOLDER} here: name the folders of runs, cogview runs FOLDER …")
     records, problems = [], []
     for folder in find_runs(folders):
@@ -53,33 +52,33 @@ def run(args: argparse.Namespace) -> int:
             records.append(read_run(folder))
         except InputError as error:
             problems.append(str(error))
-    if args.compare and len(records) < 2:
+    if compare and len(records) < 2:
         found = "one was" if records else "none was"
-        raise InputError(f"--compare needs two runs or more, {found} found in {_all(folders)}")
-    if args.plot is not None:
+        raise InputError(f"--compare needs two runs or more, {found} found in {_names(folders)}")
+    if plot is not None:
         from cogview.training.plots import plot_runs
 
-        plot_runs(records, args.plot)
-    if args.json:
-        document: Any = [describe(record) for record in records]
-        if args.compare:
-            document = {"runs": document, **compare(records)}
+        plot_runs(records, plot)
+    if as_json:
+        document: Any = [describe_run(record) for record in records]
+        if compare:
+            document = {"runs": document, **compare_runs(records)}
         print(json.dumps(_finite(document), ensure_ascii=False, indent=2))
     elif records:
-        print("\n".join(table_of(records)))
-        if args.compare:
+        print("\n".join(run_table(records)))
+        if compare:
             print("\n" + "\n".join(comparison_lines(records)))
     if not records and not problems:
-        print(f"no runs in {_all(folders)}", file=sys.stderr)
-    if args.plot is not None:
-        print(f"curves: {args.plot}", file=sys.stderr)
+        print(f"no runs in {_names(folders)}", file=sys.stderr)
+    if plot is not None:
+        print(f"curves: {plot}", file=sys.stderr)
     for problem in problems:
         print(f"cogview runs: {' '.join(problem.split())}", file=sys.stderr)
     return 1 if problems else 0
 
 
-def describe(record: RunRecord) -> dict[str, Any]:
-    """A run as plain values; of its figures the last ones, the others are in its metrics.jsonl."""
+def describe_run(record: RunRecord) -> dict[str, Any]:
+    """Return a run as plain data, with the last value of each metric; metrics.jsonl has the others."""
     return {
         "name": record.name,
         "folder": str(record.folder),
@@ -99,8 +98,8 @@ def describe(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def table_of(records: Sequence[RunRecord]) -> list[str]:
-    """A line for each run below a line of headings."""
+def run_table(records: Sequence[RunRecord]) -> list[str]:
+    """Return a header and a line for each run."""
     rows = [("run", "step", "loss", "held out (best at step)", "speed", "MFU", "hours", "state")]
     for record in records:
         loss, mfu = record.training.get("loss"), _recent(record.training.get("mfu"))
@@ -109,7 +108,7 @@ def table_of(records: Sequence[RunRecord]) -> list[str]:
                 str(record.folder),
                 f"{record.done}/{'?' if record.planned is None else record.planned}",
                 _loss(None if loss is None else loss.last),
-                _held_out(record),
+                _validation(record),
                 _speed(record),
                 "-" if mfu is None else f"{mfu:.1%}",
                 "-" if record.seconds is None else f"{record.seconds / 3600:.2f}",
@@ -119,10 +118,11 @@ def table_of(records: Sequence[RunRecord]) -> list[str]:
     return aligned_columns(rows, left=(0, 7))
 
 
-def compare(records: Sequence[RunRecord]) -> dict[str, Any]:
-    """What differs: ``settings`` and ``environment`` by key, a list with the value of each run; and losses by step.
+def compare_runs(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """Return the differences between runs as plain data.
 
-    A key that a run lacks is the word "-" there, as None is a value of settings.
+    ``settings`` and ``environment`` have the value of each run by key, "-" where a run lacks the key. ``loss`` and
+    ``held_out_loss`` have the value of each run by step, and ``last`` those of the last common step.
     """
     from cogview.training.run_record import differing, flat
 
@@ -145,14 +145,14 @@ def compare(records: Sequence[RunRecord]) -> dict[str, Any]:
 
 
 def comparison_lines(records: Sequence[RunRecord]) -> list[str]:
-    """``compare`` as tables, a column for each run."""
+    """Return the differences between runs as tables with a column for each run."""
     from cogview.training.run_record import names_apart
 
-    found, names = compare(records), names_apart(records)
+    found, names = compare_runs(records), names_apart(records)
     lines: list[str] = []
     for part, title, none in (
-        ("settings", "settings that differ", "their settings are the same"),
-        ("environment", "what they ran on, where it differs", ""),
+        ("settings", "settings that differ", "their settings are equal"),
+        ("environment", "environments that differ", ""),
     ):
         if found[part]:
             rows = [(title, *names), *((key, *map(_plain, values)) for key, values in found[part].items())]
@@ -163,7 +163,7 @@ def comparison_lines(records: Sequence[RunRecord]) -> list[str]:
         if found[part]:
             rows = [(title, *names), *((str(step), *map(_loss, values)) for step, values in found[part].items())]
             lines += [*aligned_columns(rows, left=()), ""]
-    for part, title in (("training", "losses at their last common step"), ("held_out", "on held-out rows")):
+    for part, title in (("training", "losses at the last common step"), ("held_out", "on held-out rows")):
         rows = [(f"{name} ({row['step']})", *map(_loss, row["values"])) for name, row in found["last"][part].items()]
         if rows:
             lines += [*aligned_columns([(title, *names), *rows], left=(0,)), ""]
@@ -173,25 +173,27 @@ def comparison_lines(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _at_common_steps(series: Sequence[MetricSeries | None]) -> dict[int, list[float | None]]:
+    """Return the values of each run at steps that all runs have."""
     from cogview.training.run_record import common_steps
 
-    return {step: [None if own is None else own.at(step) for own in series] for step in common_steps(series, MOST_ROWS)}
+    return {step: [None if own is None else own.at(step) for own in series] for step in common_steps(series, MAX_ROWS)}
 
 
-def _last_in_common(figures: Sequence[Mapping[str, MetricSeries]]) -> dict[str, dict[str, Any]]:
-    """Of each loss that all have, the last step that they share and the values there."""
+def _last_in_common(metrics: Sequence[Mapping[str, MetricSeries]]) -> dict[str, dict[str, Any]]:
+    """Return the last common step of each loss that all runs have, and the values there."""
     from cogview.training.run_record import common_steps
 
     found = {}
-    for name in figures[0]:
-        every = [own.get(name) for own in figures]
+    for name in metrics[0]:
+        every = [own.get(name) for own in metrics]
         if name.endswith("_loss") and (steps := common_steps(every, 1)):
             values = [None if own is None else own.at(steps[0]) for own in every]
             found[name] = {"step": steps[0], "values": values}
     return found
 
 
-def _held_out(record: RunRecord) -> str:
+def _validation(record: RunRecord) -> str:
+    """Return the last validation loss and the best one."""
     series = record.validation.get("loss")
     if series is None:
         return "-"
@@ -200,6 +202,7 @@ def _held_out(record: RunRecord) -> str:
 
 
 def _speed(record: RunRecord) -> str:
+    """Return the recent speed with its unit."""
     for name, unit in (("tokens_per_second", "tokens/s"), ("samples_per_second", "samples/s")):
         if (speed := _recent(record.training.get(name))) is not None:
             return f"{speed:,.0f} {unit}" if speed >= 100 else f"{speed:.3g} {unit}"
@@ -207,19 +210,22 @@ def _speed(record: RunRecord) -> str:
 
 
 def _recent(series: MetricSeries | None) -> float | None:
+    """Return the median of the last values."""
     return None if series is None else statistics.median(series.values[-RECENT:])
 
 
 def _loss(value: float | None) -> str:
+    """Return a loss with four digits; - for None."""
     return "-" if value is None else f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 else f"{value:.4g}"
 
 
 def _plain(value: Any) -> str:
+    """Return a setting as text."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _finite(value: Any) -> Any:
-    """``value`` without NaN and infinity, which JSON has not."""
+    """Return ``value`` with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
         return {key: _finite(own) for key, own in value.items()}
     if isinstance(value, list | tuple):
@@ -227,5 +233,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _all(folders: Sequence[Path]) -> str:
+def _names(folders: Sequence[Path]) -> str:
+    """Return the folders as a list in a message."""
     return ", ".join(map(str, folders))

@@ -118,7 +118,7 @@ def test_adapter_info_prints_the_settings(run, adapter, tiny_checkpoint, tmp_pat
     save_file(load_file(adapter / "adapter_model.safetensors"), other / "adapter_model.safetensors")
     (other / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 4}))
     _, lines, _ = run("adapter", "info", other)
-    assert lines[0] == "base model: not said"
+    assert lines[0] == "base model: unknown"
 
 
 def test_adapter_reports_mistakes_in_one_line(run, tiny_checkpoint, adapter, tmp_path):

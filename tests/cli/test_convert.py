@@ -12,8 +12,7 @@ from cogview.checkpoints.registry import resolve_bundle, resolve_checkpoint
 from cogview.cli.main import main
 
 VOCABULARY_NOTE = (
-    "note: 16 image codes and 77 text pieces, not the released 8192 and 50000: right only if the weights learnt with "
-    "them"
+    "note: 16 image codes and 77 text pieces, where CogView v1 has 8192 and 50000: use the tokenizers of the training"
 )
 
 
@@ -45,11 +44,11 @@ def test_convert_converts_a_v1_checkpoint(run, tmp_path):
     status, out, err = run("transformer", "-o", "ours", "--heads", "4", "--verify")
     assert (status, out) == (0, ["ours"])
     assert err == [
-        "note: neither the weights nor the name transformer tell what they were trained for: all tasks are allowed; "
-        "--tasks says otherwise",
+        "note: neither the weights nor the name transformer imply the tasks of training, so all tasks are "
+        "allowed; --tasks restricts them",
         VOCABULARY_NOTE,
         "2 layers, width 64, 4 heads, 178,496 parameters; tasks: generate, caption, upscale, low_level",
-        "verified: every tensor is what it was converted to",
+        "verified: every tensor equals its source",
     ]
     assert read_config(tmp_path / "ours").transformer.num_heads == 4
 
@@ -73,7 +72,7 @@ def test_convert_converts_to_another_dtype(run, tmp_path):
     assert (status, out) == (0, ["at once"])
     assert err == [
         VOCABULARY_NOTE,
-        "2 layers, width 64, 1 heads of 64 (--heads says otherwise), 178,496 parameters; tasks: generate",
+        "2 layers, width 64, 1 heads of 64 (set by --heads), 178,496 parameters; tasks: generate",
     ]
     weights, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("int8", "at once"))
     assert weights.keys() == expected.keys()
@@ -101,18 +100,18 @@ def test_convert_writes_a_published_model_into_the_cache(run, files, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none", "-o", "x"], "there is nothing at none: expected a released checkpoint or a checkpoint folder"),
+        (["none", "-o", "x"], "none does not exist: expected a checkpoint of CogView v1 or a checkpoint folder"),
         (
             ["transformer", "-o", "x", "--dtype", "float8"],
-            "dtype 'float8' is unknown; known: float32, bfloat16, float16, int8, int4",
+            "invalid value for '--dtype': 'float8' is not one of 'float32', 'bfloat16', 'float16', 'int8', 'int4'",
         ),
-        (["transformer"], "say where the result goes, for transformer is no published name: -o FOLDER"),
+        (["transformer"], "transformer is not a published name: give the new folder by -o FOLDER"),
         (["transformer", "-o", "vqvae.pt"], "vqvae.pt is there already: remove it, or choose another folder with -o"),
         (["transformer", "-o", "x", "--heads", "5"], "transformer: width 64 does not divide into 5 heads"),
         (["transformer", "-o", "x", "--tasks", "paint"], "transformer: task 'paint' is unknown; known: generate, "),
         (
             ["transformer", "-o", "x", "--to", "released"],
-            "--to released writes a checkpoint folder in the released layout, and transformer is none",
+            "--to released converts a checkpoint folder, and transformer is not one",
         ),
     ],
 )
@@ -134,15 +133,15 @@ def test_convert_requires_the_tokenizers(run, arguments, option):
     assert run("transformer", "-o", "x", *arguments, whole=True) == (
         2,
         [],
-        [f"cogview convert: a released checkpoint has no tokenizers of its own: give {option} FILE"],
+        [f"cogview convert: a checkpoint of CogView v1 holds no tokenizers: give {option} FILE"],
     )
 
 
 def test_convert_reports_mistakes_with_a_folder_in_one_line(run, tiny_checkpoint, tmp_path):
     folder = str(tiny_checkpoint)
     for arguments, message in [
-        (["-o", "x"], f"{folder} is a checkpoint folder already: give --dtype or --to released"),
-        (["--dtype", "int8"], f"say where the result goes, for {tiny_checkpoint.name} is no published name: -o FOLDER"),
+        (["-o", "x"], f"{folder} is a checkpoint folder already: give --dtype or --to v1"),
+        (["--dtype", "int8"], f"{tiny_checkpoint.name} is not a published name: give the new folder by -o FOLDER"),
         (
             ["--to", "released", "--dtype", "float16", "-o", "x"],
             "--to released keeps the dtype of the folder: convert it with --dtype first",

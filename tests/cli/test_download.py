@@ -120,7 +120,7 @@ def test_download_skips_a_converted_model(server, tiny_checkpoint, tmp_path, cap
     shutil.copytree(tiny_checkpoint, converted_folder("draws"))
     assert main(["download", "draws"]) == 0
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", f"draws is here already: {converted_folder('draws')}\n")
+    assert (printed.out, printed.err) == ("", f"draws is converted already: {converted_folder('draws')}\n")
     assert main(["download", "both", "--no-convert"]) == 0
     assert "/draws.tar" not in server.asked
     assert main(["download", "draws", "-o", str(tmp_path / "files")]) == 0  # the files themselves are asked for

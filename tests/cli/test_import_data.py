@@ -82,7 +82,7 @@ def test_import_data_skip_bad_skips_invalid_rows(tiny_checkpoint, pieces, tmp_pa
     assert main([*arguments, "--skip-bad"]) == 0
     output = capsys.readouterr()
     assert output.out == f"{tmp_path / 's'}: 4 rows\n"
-    assert f"rows left out: 2; the first: row 4 of {tmp_path / 'data.bin'} has a text of 21 pieces" in output.err
+    assert f"rows skipped: 2; the first: row 4 of {tmp_path / 'data.bin'} has a text of 21 pieces" in output.err
     assert len(TokenStore(tmp_path / "s")) == 4
     assert main(arguments) == 2
     assert f"{tmp_path / 's'} is already there: remove it" in one_line(capsys)

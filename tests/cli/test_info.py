@@ -28,10 +28,10 @@ def test_info_describes_a_checkpoint_folder(tiny_checkpoint, capsys):
         "cogview generate, cogview complete, cogview caption, cogview rerank, cogview upscale, "
         "cogview upscale --low-level"
     )
-    assert facts["pictures"] == "64 x 64 pixels from 8 x 8 codes"
-    assert facts["longest prompt"] == "20 pieces"
+    assert facts["images"] == "64 x 64 pixels from 8 x 8 codes"
+    assert facts["maximum prompt"] == "20 pieces"
     assert facts["sampling"] == "temperature 0.9, top-k 100, top-p off, guidance off, text attention off"
-    assert facts["guidance"] == "possible: 10% of the captions were left out in training"
+    assert facts["guidance"] == "possible: trained with 10% caption dropout"
     assert facts["things"].startswith("4, listed by: ")
     assert "8192 image codes" in facts["vocabulary"]
     assert facts["weights"] == "float32"
@@ -50,7 +50,7 @@ def test_info_describes_a_model_of_one_task(drawing_checkpoint, capsys):
     facts, _ = facts_of(capsys, drawing_checkpoint)
     assert facts["tasks"] == "generate"
     assert facts["commands"] == "cogview generate, cogview complete"
-    assert facts["guidance"] == "not possible: no captions were left out in training"
+    assert facts["guidance"] == "not possible: trained without caption dropout"
 
 
 def test_info_counts_the_parameters(tiny_checkpoint, tiny_model, capsys):
@@ -96,9 +96,9 @@ def test_info_hashes_prints_the_hash_of_every_file(tiny_checkpoint, small_releas
 def test_info_describes_a_v1_transformer(small_release, tmp_path, shards, capsys):
     source = small_release.write(tmp_path, half=True, shards=shards)["source"]
     facts, lines = facts_of(capsys, source)
-    assert facts["tasks"] == "neither the weights nor the name tell: cogview convert --tasks says so"
+    assert facts["tasks"] == "unknown: neither the weights nor the name imply them; cogview convert --tasks sets them"
     count = sum(tensor.numel() for tensor in small_release.transformer.values())
-    heads = "1 heads, each 64 wide, which no weight tells"
+    heads = "1 heads, each 64 wide (assumed)"
     assert facts["transformer"] == f"2 layers, width 64, {heads}, {count:,} parameters"
     assert (facts["weights"], facts["vocabulary"], facts["positions"]) == ("float16", "128 ids", "1089")
     assert (facts["shards"], facts["iteration"]) == (str(shards), "50000")
@@ -114,7 +114,7 @@ def test_info_knows_a_v1_archive_by_its_name(small_release, tmp_path, capsys):
     with tarfile.open(path, "w") as archive:
         archive.add(source, "cogview-sr")
     facts, lines = facts_of(capsys, path)
-    assert facts["tasks"] == "upscale, low_level, as its name says"
+    assert facts["tasks"] == "upscale, low_level, by its name"
     assert facts["to convert"].endswith(" --text-model cog-pretrain.model")  # its place is known
     assert (facts["file"].split(" (")[0], lines) == (str(path), [])
 
@@ -122,7 +122,7 @@ def test_info_knows_a_v1_archive_by_its_name(small_release, tmp_path, capsys):
 def test_info_describes_v1_tokenizers(small_release, tmp_path, capsys):
     files = small_release.write(tmp_path)
     facts, _ = facts_of(capsys, files["image_tokenizer"])
-    assert facts["kind"] == "image tokenizer of the released CogView: --image-tokenizer of cogview convert"
+    assert facts["kind"] == "image tokenizer of CogView v1: --image-tokenizer of cogview convert"
     assert facts["codes"] == "16, each 4 numbers wide"
     count = sum(t.numel() for name, t in small_release.image_tokenizer.items() if "quantize" not in name)
     channels = len(small_release.image_tokenizer["enc_b.blocks.0.weight"])
@@ -159,7 +159,7 @@ def test_info_lists_the_known_models(tiny_checkpoint, monkeypatch, capsys):
     assert main(["info"]) == 0
     printed = capsys.readouterr()
     assert printed.out == "tiny: draws foxes\n"
-    assert printed.err == "cogview models says which of them are on this machine\n"
+    assert printed.err == "cogview models shows which of them are on this machine\n"
     assert main(["info", "tiny"]) == 0
     out = capsys.readouterr().out
     assert "draws foxes" in out
@@ -180,7 +180,7 @@ def test_info_reports_mistakes_in_one_line(tiny_checkpoint, tmp_path, monkeypatc
         (["cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
         (["cogview-base"], "cogview-base is known, but not on this machine: cogview download cogview-base, or, "),
         ([f"{tmp_path}/empty"], f"{tmp_path}/empty is no checkpoint folder: config.json is missing"),
-        ([f"{tmp_path}/狐狸.txt"], f"{tmp_path}/狐狸.txt is no model: expected a name, a checkpoint folder, or a "),
+        ([f"{tmp_path}/狐狸.txt"], f"{tmp_path}/狐狸.txt is not a model: expected a name, a checkpoint folder, or a "),
         ([f"{tmp_path}/text.model"], f"{tmp_path}/text.model: 42 bytes that are no SentencePiece model"),
         ([f"{tmp_path}/weights.pt"], f"{tmp_path}/weights.pt is no PyTorch file, or is cut short or damaged"),
         ([str(damaged.parent)], f"{damaged} is damaged: "),

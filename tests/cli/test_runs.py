@@ -89,10 +89,10 @@ def test_runs_compare_prints_the_differences(runs, capsys):
     names = ["b/transformer-run", "红苹果/transformer-run"]
     assert blocks[1:] == [
         [["settings that differ", *names], ["training.learning_rate", "0.0005", "0.001"]],
-        [["what they ran on, where it differs", *names], ["versions.torch", "2.7", "2.6"]],
+        [["environments that differ", *names], ["versions.torch", "2.7", "2.6"]],
         [["loss at step", *names], ["10", "5.0000", "4.0000"], ["20", "4.0000", "3.0000"]],
         [["held-out loss at step", *names], ["20", "4.5000", "3.5000"]],
-        [["losses at their last common step", *names], ["generate_image_loss (20)", "5.0000", "4.0000"]],
+        [["losses at the last common step", *names], ["generate_image_loss (20)", "5.0000", "4.0000"]],
         [["on held-out rows", *names], ["generate_image_loss (20)", "5.5000", "4.5000"]],
     ]
     assert main(["runs", "runs/b", "runs/红苹果", "--compare", "--json"]) == 0
@@ -108,7 +108,7 @@ def test_runs_compare_reports_runs_without_differences(tmp_path, capsys):
     (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 7, "loss": 1.0}\n')
     assert main(["runs", *folders, "--compare"]) == 0
     out = capsys.readouterr().out
-    assert out.endswith("\n\ntheir settings are the same\n\ntheir losses have no step in common\n")
+    assert out.endswith("\n\ntheir settings are equal\n\ntheir losses have no step in common\n")
 
 
 def test_runs_plot_writes_a_figure(runs, capsys):
