@@ -17,8 +17,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from cogview import diagnostics
 from cogview.checkpoints.checkpoint import read_config
-from cogview.cli import doctor, evaluate
+from cogview.cli import evaluate
 from cogview.cli.main import main
 from cogview.data.store import TokenStore
 from cogview.data.store_writer import StoreWriter
@@ -383,12 +384,12 @@ def test_an_adapter_is_learnt_beside_a_model_and_goes_on_after_a_restart(work, t
 
 
 def findings(capsys) -> dict[str, dict[str, str]]:
-    """What the doctor has printed as JSON, by subject; the last of each."""
+    """Return the last finding of each subject, from the JSON that the command printed."""
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     return {line["subject"]: line for line in lines}
 
 
-def test_the_doctor_looks_at_the_machine_and_takes_two_steps_of_a_recipe(work, tmp_path, capsys):
+def test_doctor_checks_machine_and_computes_two_steps_of_recipe(work, tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     capsys.readouterr()
     before = sorted(path.name for path in work.iterdir())
@@ -397,29 +398,29 @@ def test_the_doctor_looks_at_the_machine_and_takes_two_steps_of_a_recipe(work, t
     assert {line["status"] for line in found.values()} <= {"ok", "note"}
     assert found["torch"]["text"] == torch.__version__
     assert re.fullmatch(
-        r"2 processes on this machine add up numbers by gloo, \d+\.\d\d GB/s each", found["processes"]["text"]
+        r"all-reduce over 2 processes on this machine by gloo: \d+\.\d\d GB/s each", found["processes"]["text"]
     )
     assert found["stores"]["text"] == "40 rows in 1, 0.6 epochs"
     assert "GB free at" in found["disk"]["text"]
-    assert re.search(r"s for 4 rows of up to 109, [\d,]+ tokens/s, loss \d", found["step"]["text"])
+    assert re.search(r"s for 4 rows of up to 109 tokens, [\d,]+ tokens/s, loss \d", found["step"]["text"])
     assert " predicted, " in found["memory"]["text"]
-    assert sorted(path.name for path in work.iterdir()) == before  # it leaves nothing
+    assert sorted(path.name for path in work.iterdir()) == before  # no file is left
 
 
-def test_the_doctor_names_what_is_wrong_and_the_remedy(work, tmp_path, capsys, monkeypatch):
+def test_doctor_names_problems_with_remedies(work, tmp_path, capsys, monkeypatch):
     shutil.rmtree(work / "store")
-    monkeypatch.setattr(doctor, "check_processes", lambda device, count: iter(()))
-    monkeypatch.setitem(doctor.PACKAGES, "torch", ("", (2, 6), (2, 7)))
-    monkeypatch.setitem(doctor.PACKAGES, "cogdata", ("train", None, None))
+    monkeypatch.setattr(diagnostics, "check_processes", lambda device, count: iter(()))
+    monkeypatch.setitem(diagnostics.PACKAGES, "torch", diagnostics.SupportedVersions("", (2, 6), (2, 7)))
+    monkeypatch.setitem(diagnostics.PACKAGES, "cogdata", diagnostics.SupportedVersions("train"))
     capsys.readouterr()
     assert main(["doctor", write_recipe(tmp_path), "--device", "cpu"]) == 1
-    told = capsys.readouterr().out.splitlines()
-    assert f"problem  torch         {torch.__version__}; tried with 2.6 to below 2.7: pip install 'cogview'" in told
-    assert "note     cogdata       is not installed, which not all need; pip install 'cogview[train]'" in told
-    assert told[-1].startswith(f"problem  training      there is no token store at {work / 'store'}: make one with")
+    lines = capsys.readouterr().out.splitlines()
+    assert f"problem  torch         {torch.__version__}; tested with 2.6 to below 2.7: pip install 'cogview'" in lines
+    assert "note     cogdata       is not installed; it is optional; pip install 'cogview[train]'" in lines
+    assert lines[-1].startswith(f"problem  training      there is no token store at {work / 'store'}: make one with")
 
 
-def test_the_doctor_looks_again_at_a_step_that_was_not_finite(work, tmp_path, capsys):
+def test_doctor_computes_nonfinite_step_again(work, tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     capsys.readouterr()
     overflow = ["training.learning_rate=1.0e+30", "training.clip_norm=1.0e+30", "--device", "cpu"]
@@ -437,14 +438,14 @@ def test_the_doctor_looks_again_at_a_step_that_was_not_finite(work, tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--processes", "0"], "invalid value for '--processes': 0 is not in the range x>=1"),
         (["--dump", "nowhere"], "nowhere is no dump of a step: expected RUN/nonfinite/step-…"),
-        (["{recipe}", "--dump", "nowhere"], "--dump holds the model and the rows it needs: give it without a RECIPE"),
+        (["{recipe}", "--dump", "nowhere"], "--dump has its own model and rows: omit RECIPE"),
         (["nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
         (["{recipe}", "engine.name=deepsped"], 'engine, name: expected one of torch, deepspeed, got "deepsped"'),
     ],
 )
-def test_mistakes_with_the_doctor(tmp_path, capsys, arguments, message):
+def test_doctor_reports_mistake_in_one_line(tmp_path, capsys, arguments, message):
     recipe = write_recipe(tmp_path)
     assert main(["doctor", *(word.format(recipe=recipe) for word in arguments)]) == 2
     assert message in one_line(capsys)
