@@ -38,12 +38,12 @@ from cogview.pipeline.results import Score
         ("", "_"),
     ],
 )
-def test_safe_names(text, name):
+def test_safe_name_is_valid_on_every_system(text, name):
     assert safe_name(text) == name
 
 
 @pytest.mark.parametrize("text", ["长" * 500, "🦊" * 500, "a" + "长" * 500, "x" * 500])
-def test_long_names_end_between_characters(text):
+def test_safe_name_cuts_between_characters(text):
     name = safe_name(text)
     assert text.startswith(name)
     assert NAME_BYTES - 4 < len(name.encode()) <= NAME_BYTES
@@ -53,13 +53,13 @@ def image(value=0):
     return Image.new("RGB", (8, 8), (value, value, value))
 
 
-def test_text_chunks_come_back(tmp_path):
+def test_read_metadata_returns_text_chunks(tmp_path):
     texts = {"prompt": "一只🦊：“狐狸”\n第二行", "seed": "7", "codes": "1 2 3"}
     path = save_png(tmp_path / "a.png", image(), texts)
     assert read_metadata(path) == texts
 
 
-def test_the_same_picture_is_written_anew_and_another_beside_it(tmp_path):
+def test_save_png_overwrites_same_image_only(tmp_path):
     path = tmp_path / "a.png"
     texts = {"prompt": "狐狸", "codes": "1 2 3", "log_probability": "-1.5", "cogview": "0.1.0"}
     assert save_png(path, image(1), texts) == path
@@ -73,7 +73,7 @@ def test_the_same_picture_is_written_anew_and_another_beside_it(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.png", "a_2.png", "a_3.png"]
 
 
-def test_pictures_of_older_versions_are_known_again(tmp_path):
+def test_save_png_recognizes_images_of_older_versions(tmp_path):
     """They were drawn without guidance and without weights on the text, and did not say so."""
     path = tmp_path / "a.png"
     old = {"prompt": "狐狸", "codes": "1 2 3", "top_p": "1.0"}
@@ -87,14 +87,14 @@ def test_pictures_of_older_versions_are_known_again(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"notes of mine", b"\x89PNG\r\n\x1a\n broken"])
-def test_files_of_other_origin_are_left_alone(tmp_path, content):
+def test_save_png_keeps_files_of_other_origin(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     assert save_png(tmp_path / "a.png", image(), {"prompt": "狐狸"}) == tmp_path / "a_2.png"
     assert (tmp_path / "a.png").read_bytes() == content
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_a_write_that_breaks_off_leaves_the_old_file_whole(tmp_path, monkeypatch, error):
+def test_write_png_is_atomic_when_interrupted(tmp_path, monkeypatch, error):
     path = save_png(tmp_path / "a.png", image(1), {"prompt": "狐狸"})
 
     def half_written(self, file, **_):
@@ -109,12 +109,12 @@ def test_a_write_that_breaks_off_leaves_the_old_file_whole(tmp_path, monkeypatch
     assert Image.open(path).getpixel((0, 0)) == (1, 1, 1)
 
 
-def test_a_folder_is_made_and_left_empty(tmp_path):
+def test_prepare_folder_leaves_folder_empty(tmp_path):
     prepare_folder(tmp_path / "新" / "文件夹")
     assert os.listdir(tmp_path / "新" / "文件夹") == []
 
 
-def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
+def test_prepare_folder_refuses_unwritable_folder(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(InputError, match=r"output folder .*file cannot be written: File exists; choose another"):
@@ -130,7 +130,7 @@ def test_folders_that_cannot_be_written(tmp_path, monkeypatch):
         prepare_folder(tmp_path)
 
 
-def test_texts_of_a_sheet_name_each_prompt_once_and_know_its_pictures(tiny_model):
+def test_sheet_metadata_lists_prompts_and_hashes_codes(tiny_model):
     first, second = (
         [picture.metadata("tiny") for picture in tiny_model.generate(["一只狐狸", "两只狗"], n=2, seed=seed)]
         for seed in (1, 2)
@@ -140,7 +140,7 @@ def test_texts_of_a_sheet_name_each_prompt_once_and_know_its_pictures(tiny_model
     assert sheet_metadata(first)["codes_sha256"] != sheet_metadata(second)["codes_sha256"]
 
 
-def test_texts_tell_settings_and_scores(tiny_model):
+def test_metadata_has_settings_and_scores(tiny_model):
     first, second = tiny_model.generate("一只狐狸", n=2, seed=1, guidance=2.5, text_attention=1.5)
     texts = first.metadata("tiny")
     assert (texts["guidance"], texts["text_attention"]) == ("2.5", "1.5")

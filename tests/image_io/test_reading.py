@@ -83,20 +83,20 @@ def message_of(function, *arguments):
         ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
     ],
 )
-def test_every_mode_becomes_rgb_on_white(tmp_path, mode, stored, expected):
+def test_read_image_converts_every_mode_to_rgb_on_white(tmp_path, mode, stored, expected):
     picture_of([[stored]], mode).save(tmp_path / "a.tif")
     assert pixels(read_image(tmp_path / "a.tif")) == [[expected]]
 
 
 @pytest.mark.parametrize("transparency", [2, b"\xff\xff\x00"])  # one colour of the palette, or an alpha for each
-def test_a_transparent_colour_of_a_palette_is_white(tmp_path, transparency):
+def test_read_image_whitens_transparent_palette_colour(tmp_path, transparency):
     image = picture_of([[0, 1, 2]], "P")
     image.putpalette([*RED, *GREEN, *BLUE])
     image.save(tmp_path / "a.png", transparency=transparency)
     assert pixels(read_image(tmp_path / "a.png")) == [[RED, GREEN, (255, 255, 255)]]
 
 
-def test_one_transparent_colour_of_an_image_without_alpha_is_white(tmp_path):
+def test_read_image_whitens_transparent_colour_without_alpha(tmp_path):
     picture_of([[RED, GREEN]]).save(tmp_path / "rgb.png", transparency=GREEN)
     picture_of([[7, 8]], "L").save(tmp_path / "grey.png", transparency=7)
     picture_of([[700, 800]], "I;16").save(tmp_path / "grey16.png", transparency=800)
@@ -122,25 +122,25 @@ def test_one_transparent_colour_of_an_image_without_alpha_is_white(tmp_path):
         ("F", ".tif", [0.0, 0.0, 0.0], [0, 0, 0]),
     ],
 )
-def test_greys_of_many_bits_are_scaled_and_not_clipped(tmp_path, mode, suffix, stored, expected):
+def test_read_image_scales_high_bit_depths(tmp_path, mode, suffix, stored, expected):
     path = tmp_path / f"a{suffix}"
     picture_of([stored], mode).save(path)
     assert greys(read_image(path)) == [expected]
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "bmp"])
-def test_formats_are_told_by_content_and_not_by_name(tmp_path, kind):
+def test_read_image_detects_format_by_content(tmp_path, kind):
     (tmp_path / "image.data").write_bytes(encoded(Image.new("RGB", (16, 8), (255, 255, 255)), kind))
     assert greys(read_image(tmp_path / "image.data")) == [[255] * 16] * 8
 
 
-def test_the_first_frame_of_several_is_read(tmp_path):
+def test_read_image_takes_first_frame(tmp_path):
     first, second = Image.new("RGB", (4, 4), RED), Image.new("RGB", (4, 4), BLUE)
     first.save(tmp_path / "a.webp", save_all=True, append_images=[second], lossless=True)
     assert pixels(read_image(tmp_path / "a.webp")) == [[RED] * 4] * 4
 
 
-def test_an_image_read_needs_its_file_no_more(tmp_path):
+def test_read_image_closes_file(tmp_path):
     path = tmp_path / "a.png"
     noise(8, 8).save(path)
     image = read_image(path)
@@ -162,7 +162,7 @@ def test_an_image_read_needs_its_file_no_more(tmp_path):
         (99, [[RED, GREEN, BLUE]]),
     ],
 )
-def test_the_orientation_of_exif_is_honoured_once(tmp_path, orientation, upright):
+def test_read_image_applies_exif_orientation_once(tmp_path, orientation, upright):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     picture_of([[RED, GREEN, BLUE]]).save(tmp_path / "a.png", exif=exif)
@@ -172,7 +172,7 @@ def test_the_orientation_of_exif_is_honoured_once(tmp_path, orientation, upright
     assert pixels(read_image(tmp_path / "again.png")) == upright
 
 
-def test_a_photo_held_upright(tmp_path):
+def test_read_image_turns_portrait_photo(tmp_path):
     photo = Image.new("L", (32, 16), 0)
     photo.paste(255, (16, 0, 32, 16))
     exif = Image.Exif()
@@ -183,7 +183,7 @@ def test_a_photo_held_upright(tmp_path):
 
 @pytest.mark.parametrize("exif", [b"", b"II", b"no TIFF at all", b"II*\0\x08\0\0\0\xff\xff"])
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
-def test_broken_exif_data_is_passed_over(tmp_path, exif, suffix, recwarn):
+def test_read_image_ignores_damaged_exif(tmp_path, exif, suffix, recwarn):
     path = tmp_path / f"a{suffix}"
     Image.new("RGB", (16, 8), (255, 255, 255)).save(path, exif=b"Exif\0\0" + exif)
     assert greys(read_image(path)) == [[255] * 16] * 8
@@ -193,7 +193,7 @@ def test_broken_exif_data_is_passed_over(tmp_path, exif, suffix, recwarn):
 # Reading: what cannot be used
 
 
-def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
+def test_read_image_refuses_unreadable_file(tmp_path, monkeypatch):
     path = tmp_path / "没有.png"
     assert message_of(read_image, path) == f"image {path} does not exist"
     assert message_of(read_image, tmp_path) == f"{tmp_path} is a folder, expected an image file"
@@ -210,13 +210,13 @@ def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
     "content",
     ["一只狐狸\n".encode() * 40, b"<!DOCTYPE html><html>404</html>", b"\0" * 500, b"RIFF\0\0\0\0WAVEfmt ", b"x"],
 )
-def test_files_that_are_no_images(tmp_path, content):
+def test_read_image_refuses_other_content(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
     assert message_of(read_image, path) == f"{path} is no image that can be read; expected PNG, JPEG or WebP"
 
 
-def test_an_empty_file(tmp_path):
+def test_read_image_refuses_empty_file(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(b"")
     assert message_of(read_image, path) == f"{path} is empty, expected an image"
@@ -224,7 +224,7 @@ def test_an_empty_file(tmp_path):
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "tiff"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
-def test_files_that_are_cut_off(tmp_path, kind, share, recwarn):
+def test_read_image_refuses_truncated_file(tmp_path, kind, share, recwarn):
     path = tmp_path / "a.png"
     whole = encoded(noise(64, 64), kind)
     path.write_bytes(whole[: max(20, int(len(whole) * share))])
@@ -234,7 +234,7 @@ def test_files_that_are_cut_off(tmp_path, kind, share, recwarn):
     assert not recwarn.list
 
 
-def test_damage_inside_a_file(tmp_path):
+def test_read_image_refuses_damaged_file(tmp_path):
     path = tmp_path / "a.png"
     whole = bytearray(encoded(noise(64, 64), "png"))
     whole[200:300] = bytes(100)
@@ -243,7 +243,7 @@ def test_damage_inside_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
-def test_an_image_without_pixels(tmp_path, size):
+def test_fit_refuses_image_without_pixels(tmp_path, size):
     path = tmp_path / "a.png"
     path.write_bytes(png_header(*size))
     damaged = f"{path} is cut off or damaged: its header does not give the size of an image"
@@ -252,7 +252,7 @@ def test_an_image_without_pixels(tmp_path, size):
     assert message_of(fit, Image.new("RGB", size), 8) == too_small
 
 
-def test_an_image_that_is_too_large_is_refused_by_its_header(tmp_path, recwarn):
+def test_read_image_refuses_large_image_by_header(tmp_path, recwarn):
     path = tmp_path / "a.png"
     path.write_bytes(png_header(20_000, 20_000))
     assert message_of(read_image, path) == (
@@ -264,7 +264,7 @@ def test_an_image_that_is_too_large_is_refused_by_its_header(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_our_limit_replaces_pillows_and_gives_it_back(tmp_path, monkeypatch, kind):
+def test_read_image_restores_limit_of_pillow(tmp_path, monkeypatch, kind):
     path = tmp_path / "a"
     path.write_bytes(encoded(Image.new("RGB", (12, 10), RED), kind))
     for pillows in (100, 10, None):  # Pillow would warn, raise, do nothing
@@ -279,7 +279,7 @@ def test_our_limit_replaces_pillows_and_gives_it_back(tmp_path, monkeypatch, kin
 
 
 @pytest.mark.parametrize("size", [(1, 1), (20_000, 20), (20, 20_000)])
-def test_sizes_at_the_edge_are_read_and_fitted(tmp_path, size):
+def test_fit_takes_extreme_sizes(tmp_path, size):
     path = tmp_path / "a.png"
     Image.new("RGB", size, RED).save(path)
     image = read_image(path)
@@ -315,25 +315,25 @@ def found(*arguments):
     return [str(path) for path in find_images(arguments)]
 
 
-def test_files_come_in_the_order_given_and_as_often(album):
+def test_find_images_keeps_order_and_repeats(album):
     assert found("b.png", "a.JPG", "b.png") == ["b.png", "a.JPG", "b.png"]
     assert found("notes.txt", ".hidden.png", "missing.png") == ["notes.txt", ".hidden.png", "missing.png"]
 
 
-def test_a_folder_gives_its_images_by_name(album):
+def test_find_images_sorts_images_of_folder(album):
     assert found(".") == ["10.jpeg", "C.webp", "a.JPG", "b.png"]
     assert found("below", "b.png", "名/") == ["below/d.png", "b.png", "名/狐狸.png"]
     assert found(str(album / "名")) == [f"{album}/名/狐狸.png"]
 
 
-def test_a_pattern_means_what_a_shell_makes_of_it(album):
+def test_find_images_expands_pattern_like_shell(album):
     assert found("[a1]*.*", "*.webp") == ["10.jpeg", "a.JPG", "C.webp"]
     assert found("?.*", "名/*") == ["C.webp", "a.JPG", "b.png", "名/狐狸.png"]
     assert found("belo*") == ["below/d.png"]
     assert found("n*") == ["notes.txt"]
 
 
-def test_a_name_with_the_signs_of_a_pattern_wins_over_the_pattern(album):
+def test_find_images_prefers_file_to_pattern(album):
     for name in ("[ab].png", "*.png", "a?"):
         Path(name).touch()
     assert found("[ab].png", "*.png", "a?") == ["[ab].png", "*.png", "a?"]
@@ -343,7 +343,7 @@ def test_a_name_with_the_signs_of_a_pattern_wins_over_the_pattern(album):
     assert found("x[[]1]/*") == ["x[1]/e.png"]
 
 
-def test_nothing_to_find(album, monkeypatch):
+def test_find_images_refuses_when_nothing_matches(album, monkeypatch):
     assert message_of(find_images, []) == (
         "no image was given; name files, folders, or patterns such as 'photos/*.png'"
     )
@@ -376,7 +376,7 @@ def thirds(width, height):
 
 
 @pytest.mark.parametrize(("width", "height"), [(192, 64), (64, 192)])
-def test_the_middle_is_kept_pixel_by_pixel(width, height):
+def test_fit_keeps_middle(width, height):
     pixels_HWC, note = fit(thirds(width, height), 64)
     assert np.array_equal(pixels_HWC, np.full((64, 64, 3), GREEN))
     assert note == f"cropped from {width} x {height} to 64 x 64"
@@ -384,7 +384,7 @@ def test_the_middle_is_kept_pixel_by_pixel(width, height):
 
 @pytest.mark.parametrize(("width", "height"), [(600, 400), (96, 64), (30, 20), (3000, 2000)])
 @pytest.mark.parametrize("upright", [False, True])
-def test_what_is_resized_keeps_its_place(width, height, upright):
+def test_fit_keeps_geometry(width, height, upright):
     # Of 3 : 2 the middle 2 is kept: a quarter is red, half is green, a quarter is blue.
     image = thirds(width, height)
     side = 64
@@ -401,7 +401,7 @@ def test_what_is_resized_keeps_its_place(width, height, upright):
     assert note == (cropped if side in (width, height) else resized)
 
 
-def test_an_image_of_the_right_size_keeps_every_pixel():
+def test_fit_leaves_image_of_right_size_unchanged():
     image = noise(64, 64)
     pixels_HWC, note = fit(image, 64)
     assert note is None
@@ -412,31 +412,31 @@ def test_an_image_of_the_right_size_keeps_every_pixel():
 
 
 @pytest.mark.parametrize(("size", "left", "top"), [((65, 64), 0, 0), ((67, 64), 1, 0), ((64, 80), 0, 8)])
-def test_a_crop_alone_keeps_every_pixel(size, left, top):
+def test_fit_crops_without_resampling(size, left, top):
     image = noise(*size)
     pixels_HWC, _ = fit(image, 64)
     assert np.array_equal(pixels_HWC, np.asarray(image)[top : top + 64, left : left + 64])
 
 
-def test_a_square_is_only_resized():
+def test_fit_only_resizes_square():
     assert fit(noise(128, 128), 64)[1] == "resized from 128 x 128 to 64 x 64"
     assert fit(noise(1, 1), 64)[1] == "resized from 1 x 1 to 64 x 64"
 
 
-def test_fitting_is_resizing_the_whole_and_cropping():
+def test_fit_equals_resize_and_crop():
     image = noise(150, 100)
     whole = np.asarray(image.resize((96, 64), Image.Resampling.LANCZOS))
     assert np.array_equal(fit(image, 64)[0], whole[:, 16:80])
 
 
-def test_a_great_reduction_is_near_the_exact_one():
+def test_fit_approximates_large_reduction():
     image = noise(40, 40).resize((1000, 1000), Image.Resampling.BICUBIC)
     exact = np.asarray(image.resize((16, 16), Image.Resampling.LANCZOS)).astype(int)
     assert np.abs(fit(image, 16)[0] - exact).max() <= 4  # of 255
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (1, 3)])
-def test_extreme_shapes_make_no_gigantic_image(monkeypatch, size):
+def test_fit_bounds_memory_for_extreme_shapes(monkeypatch, size):
     made = []
     resize = Image.Image.resize
 
@@ -455,5 +455,5 @@ def test_extreme_shapes_make_no_gigantic_image(monkeypatch, size):
 @pytest.mark.parametrize(
     ("mode", "white"), [("RGBA", (1, 2, 3, 0)), ("I;16", 65535), ("I;16B", 65535), ("YCbCr", (255, 128, 128)), ("1", 1)]
 )
-def test_an_image_of_any_mode_is_fitted(mode, white):
+def test_fit_takes_any_mode(mode, white):
     assert np.array_equal(fit(Image.new(mode, (9, 8), white), 4)[0], np.full((4, 4, 3), 255))

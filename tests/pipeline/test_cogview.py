@@ -34,7 +34,8 @@ def rows_of(model, pictures):
         yield torch.from_numpy(row.ids)[None], torch.from_numpy(row.positions)[None], row.spans["image"]
 
 
-def test_a_picture_carries_how_it_was_drawn(tiny_model):
+def test_generated_image_carries_its_request(tiny_model):
+    """Prompt, seed, index, sampling, codes and log-probability come with the image."""
     pictures = tiny_model.generate(PROMPTS, n=2, seed=7, temperature=0.8, top_p=0.9)
     assert [(p.prompt, p.seed, p.index) for p in pictures] == [(prompt, 7, i) for prompt in PROMPTS for i in (0, 1)]
     for picture in pictures:
@@ -46,7 +47,8 @@ def test_a_picture_carries_how_it_was_drawn(tiny_model):
         assert picture.resize((32, 32)).size == (32, 32)
 
 
-def test_its_pixels_are_its_codes(tiny_model):
+def test_generated_image_shows_its_codes(tiny_model):
+    """The pixels are those that the image tokenizer decodes from the codes."""
     picture = tiny_model.generate("狐狸", seed=7)[0]
     decoded = tiny_model.image_tokenizer.decode(torch.from_numpy(picture.codes)[None])[0]
     expected = (decoded.permute(1, 2, 0) * 255).round().numpy()
@@ -54,7 +56,8 @@ def test_its_pixels_are_its_codes(tiny_model):
     assert np.asarray(picture).std() > 0
 
 
-def test_the_same_seed_draws_the_same(tiny_model):
+def test_generate_is_reproducible_by_seed(tiny_model):
+    """The generator of torch does not matter."""
     first = tiny_model.generate(PROMPTS, n=2, seed=7)
     torch.manual_seed(99)  # the generator of torch has no say
     again = tiny_model.generate(PROMPTS, n=2, seed=7)
@@ -62,7 +65,8 @@ def test_the_same_seed_draws_the_same(tiny_model):
     assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
 
 
-def test_seed_number_and_prompt_each_make_another_picture(tiny_model):
+def test_generate_depends_on_seed_index_and_prompt(tiny_model):
+    """Each of the three changes the image."""
     codes = codes_of(
         tiny_model.generate("一只狐狸", n=2, seed=7)
         + tiny_model.generate("一只狐狸", seed=8)
@@ -72,7 +76,8 @@ def test_seed_number_and_prompt_each_make_another_picture(tiny_model):
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5])
-def test_a_picture_does_not_depend_on_its_batch(tiny_model, batch_size):
+def test_generate_is_independent_of_batch_size(tiny_model, batch_size):
+    """Codes are equal in any batch, log-probabilities nearly so."""
     together = tiny_model.generate(PROMPTS, n=3, seed=7, batch_size=16)
     apart = tiny_model.generate(PROMPTS, n=3, seed=7, batch_size=batch_size)
     np.testing.assert_array_equal(codes_of(together), codes_of(apart))
@@ -83,27 +88,31 @@ def test_a_picture_does_not_depend_on_its_batch(tiny_model, batch_size):
     )
 
 
-def test_a_picture_does_not_depend_on_how_many_are_asked_for(tiny_model):
+def test_run_is_independent_of_other_requests(tiny_model):
+    """Image 2 of a prompt is the same without images 0 and 1."""
     wanted = tiny_model.generate(PROMPTS[1], n=3, seed=7)[2]
     mixed = [GenerationRequest(prompt=PROMPTS[0], seed=1), GenerationRequest(prompt=PROMPTS[1], seed=7, index=2)]
     drawn = list(tiny_model.run(mixed))[1]
     np.testing.assert_array_equal(drawn.codes, wanted.codes)
 
 
-def test_prompts_spelt_alike_draw_alike(tiny_model):
+def test_generate_normalizes_width_of_characters(tiny_model):
+    """Full-width and half-width spellings of a prompt give one image."""
     pictures = tiny_model.generate(["A1,红苹果", "Ａ１，红苹果"], seed=7)
     np.testing.assert_array_equal(pictures[0].codes, pictures[1].codes)
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 5.0, "top_k": 0}, {"top_k": 0, "top_p": 0.3}])
-def test_codes_are_image_codes(tiny_model, settings):
+def test_generate_samples_image_codes_only(tiny_model, settings):
+    """No piece or command is sampled, whatever the settings."""
     codes = codes_of(tiny_model.generate(PROMPTS, n=4, seed=3, **settings))
     assert codes.min() >= 0
     assert codes.max() <= 8191
     assert len(np.unique(codes)) > 64
 
 
-def test_log_probability_is_that_of_a_full_forward(tiny_model):
+def test_log_probability_equals_full_forward(tiny_model):
+    """The filters of sampling do not change it."""
     pictures = tiny_model.generate(PROMPTS, n=2, seed=7, temperature=0.5, top_k=10)  # filters must not change it
     for picture, (ids, positions, image) in zip(pictures, rows_of(tiny_model, pictures), strict=True):
         with torch.inference_mode():
@@ -112,8 +121,8 @@ def test_log_probability_is_that_of_a_full_forward(tiny_model):
         assert picture.log_probability == pytest.approx(float(chosen.sum()), rel=1e-6)
 
 
-def test_cached_decoding_is_a_full_forward(tiny_model):
-    """With top-k 1 every code is the likeliest of a forward over all that comes before it."""
+def test_greedy_codes_equal_full_forward(tiny_model):
+    """With top-k 1 every code is the most probable of a forward pass over all that precedes it."""
     pictures = tiny_model.generate(PROMPTS, seed=7, top_k=1)
     for ids, positions, image in rows_of(tiny_model, pictures):
         with torch.inference_mode():
@@ -121,21 +130,24 @@ def test_cached_decoding_is_a_full_forward(tiny_model):
         torch.testing.assert_close(logits.argmax(dim=-1), ids[0, image])
 
 
-def test_settings_not_given_are_the_models_own(tiny_model):
+def test_sampling_defaults_to_settings_of_model(tiny_model):
+    """Settings that are not given come from the config."""
     own = tiny_model.config.sampling
     assert tiny_model.sampling() == own
     assert tiny_model.sampling(top_k=0) == replace(own, top_k=0)
     assert tiny_model.generate("狐狸", seed=1)[0].sampling == own
 
 
-def test_a_seed_is_chosen_and_told(tiny_model):
+def test_generate_chooses_seed_when_none_is_given(tiny_model):
+    """The image carries the seed, with which it can be generated again."""
     chosen = tiny_model.generate("狐狸")[0]
     again = tiny_model.generate("狐狸", seed=chosen.seed)[0]
     np.testing.assert_array_equal(chosen.codes, again.codes)
     assert tiny_model.generate("狐狸", seed=MAX_SEED)[0].seed == MAX_SEED
 
 
-def test_every_line_of_codes_is_shown(tiny_model, monkeypatch):
+def test_callback_is_called_after_every_line(tiny_model, monkeypatch):
+    """With the requests of the batch, and their codes masked from the line on that is next."""
     monkeypatch.setattr(tiny_model, "speculative", 1)  # guessed codes come several at a time
     shown = []
 
@@ -153,7 +165,8 @@ def test_every_line_of_codes_is_shown(tiny_model, monkeypatch):
     assert len(pictures) == 3
 
 
-def test_codes_so_far_are_those_of_the_picture(tiny_model, monkeypatch):
+def test_progress_codes_equal_final_codes(tiny_model, monkeypatch):
+    """Half-way, the codes so far are the first half of those of the image."""
     monkeypatch.setattr(tiny_model, "speculative", 1)
     halves = []
 
@@ -166,8 +179,8 @@ def test_codes_so_far_are_those_of_the_picture(tiny_model, monkeypatch):
     np.testing.assert_array_equal(codes_of(pictures), codes_of(tiny_model.generate(PROMPTS, seed=7)))
 
 
-def test_who_watches_may_stop(tiny_model, monkeypatch):
-    """What was finished is had, and nothing more is drawn."""
+def test_callback_stops_generation_when_it_returns_false(tiny_model, monkeypatch):
+    """Finished images are returned, and no more are generated."""
     monkeypatch.setattr(tiny_model, "speculative", 1)
     calls = []
 
@@ -180,7 +193,8 @@ def test_who_watches_may_stop(tiny_model, monkeypatch):
     assert calls == [8, 16, 24, 32, 40, 48, 56, 64, 8, 16]
 
 
-def test_pictures_before_an_interruption_are_had(tiny_model):
+def test_generate_iter_yields_before_interruption(tiny_model):
+    """Batches that were finished before Ctrl-C have been yielded."""
     calls = 0
 
     def interrupt(progress):
@@ -196,7 +210,8 @@ def test_pictures_before_an_interruption_are_had(tiny_model):
     np.testing.assert_array_equal(codes_of(had), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
 
 
-def test_half_precision_draws(tiny_checkpoint):
+def test_generate_works_in_bfloat16(tiny_checkpoint):
+    """Weights are bfloat16, codes are codes."""
     model = CogView.from_pretrained(tiny_checkpoint, device="cpu", dtype="bfloat16")
     assert model.transformer.embedding.weight.dtype == torch.bfloat16
     assert codes_of(model.generate(PROMPTS, seed=7)).max() <= 8191
@@ -211,14 +226,16 @@ def test_half_precision_draws(tiny_checkpoint):
         ("\udcbb\udca8", "holds bytes that are not UTF-8"),
     ],
 )
-def test_prompts_that_cannot_be_drawn(tiny_model, prompt, problem):
+def test_generate_refuses_prompt(tiny_model, prompt, problem):
+    """An empty, overlong or undecodable prompt is refused with the reason that prompt_problem gives."""
     assert problem in tiny_model.prompt_problem(prompt)
     with pytest.raises(InputError) as caught:
         tiny_model.generate(["狐狸", prompt], seed=7)
     assert str(caught.value) == tiny_model.prompt_problem(prompt)
 
 
-def test_prompts_that_can_be_drawn(tiny_model):
+def test_prompt_problem_is_none_when_prompt_fits(tiny_model):
+    """A prompt of unknown characters is usable, with a warning."""
     assert tiny_model.prompt_problem("狐狸") is None
     assert tiny_model.prompt_problem("蓝色背景上的三只狐狸" * 2) is None  # 20 pieces
     assert tiny_model.prompt_warning("狐狸") is None
@@ -240,19 +257,22 @@ def test_prompts_that_can_be_drawn(tiny_model):
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
     ],
 )
-def test_settings_that_cannot_be(tiny_model, settings, message):
+def test_generate_refuses_setting(tiny_model, settings, message):
+    """The message has the value and the range."""
     with pytest.raises(InputError, match=message):
         tiny_model.generate("狐狸", **settings)
 
 
-def test_a_model_that_was_not_trained_to_draw(tiny_model):
+def test_generate_refuses_untrained_task(tiny_model):
+    """The message lists the tasks of the model."""
     parts = vars(tiny_model.model) | {"config": replace(tiny_model.config, tasks=("caption",))}
     model = CogView(Model(**parts), tiny_model.placement, "teller")
     with pytest.raises(InputError, match="teller was not trained for the task 'generate'; its tasks are: caption"):
         model.generate("狐狸", seed=7)
 
 
-def test_models_and_devices_that_are_not_there(tiny_checkpoint, tmp_path):
+def test_from_pretrained_refuses_unknown_names(tiny_checkpoint, tmp_path):
+    """Of a model, a device or a dtype."""
     with pytest.raises(
         InputError, match=r'checkpoint "cogview-bse" is unknown; known: .*the path of a checkpoint folder'
     ):
@@ -268,7 +288,8 @@ def test_models_and_devices_that_are_not_there(tiny_checkpoint, tmp_path):
 # Completion
 
 
-def test_completion_keeps_rows_of_codes_and_draws_the_rest(tiny_model):
+def test_complete_keeps_rows_and_generates_others(tiny_model):
+    """Kept rows are equal, the others are new, in any batch."""
     images = tiny_model.generate(PROMPTS, seed=7)
     completed = tiny_model.complete(images, PROMPTS, rows=3, n=2, seed=8)
     assert [(p.prompt, p.seed, p.index) for p in completed] == [(prompt, 8, i) for prompt in PROMPTS for i in (0, 1)]
@@ -279,14 +300,16 @@ def test_completion_keeps_rows_of_codes_and_draws_the_rest(tiny_model):
     np.testing.assert_array_equal(codes_of(alone), codes_of(completed[2:4]))
 
 
-def test_completing_nothing_is_drawing(tiny_model):
+def test_complete_equals_generate_when_no_row_is_kept(tiny_model):
+    """No code of the image is given then."""
     drawn = tiny_model.generate("一只狐狸", n=2, seed=7)
     np.testing.assert_array_equal(
         codes_of(tiny_model.complete([Image.new("RGB", (9, 9))], "一只狐狸", rows=0, n=2, seed=7)), codes_of(drawn)
     )
 
 
-def test_an_image_from_elsewhere_is_fitted_and_encoded(tiny_model):
+def test_complete_fits_and_encodes_image(tiny_model):
+    """A photo is cropped to its middle and encoded."""
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 100, 3), dtype=np.uint8))
     pixels = torch.from_numpy(np.asarray(photo)[:, 18:82].copy()).permute(2, 0, 1)[None].float() / 255
     expected = tiny_model.image_tokenizer.encode(pixels)[0].numpy()
@@ -295,7 +318,8 @@ def test_an_image_from_elsewhere_is_fitted_and_encoded(tiny_model):
 
 
 @pytest.mark.parametrize("rows", [-1, 8, 100])
-def test_rows_that_cannot_be_kept(tiny_model, rows):
+def test_complete_refuses_rows(tiny_model, rows):
+    """At least one row must be left to generate."""
     with pytest.raises(InputError, match=f"rows to keep must be from 0 to 7 of 8, got {rows}"):
         tiny_model.complete([Image.new("RGB", (64, 64))], "狗", rows=rows)
 
@@ -325,14 +349,16 @@ def greedy_upscaling(model, codes, text):
     return large
 
 
-def test_upscaling_is_nine_windows(tiny_model):
+def test_upscale_equals_nine_windows_by_full_forward(tiny_model):
+    """Greedy codes are those of nine windows, each code by a full forward pass."""
     (picture,) = tiny_model.generate("一只狐狸", seed=7)
     (large,) = tiny_model.upscale([picture], "一只狐狸", seed=3, top_k=1)
     assert (large.size, large.codes.shape) == ((128, 128), (16, 16))
     np.testing.assert_array_equal(large.codes, greedy_upscaling(tiny_model, picture.codes, "一只狐狸"))
 
 
-def test_an_upscaled_picture_does_not_depend_on_its_batch(tiny_model):
+def test_upscale_is_independent_of_batch(tiny_model):
+    """Other images in the batch do not matter, the seed does."""
     pictures = tiny_model.generate(PROMPTS, seed=7)
     together = tiny_model.upscale(pictures, PROMPTS, seed=3)
     for number, prompt in enumerate(PROMPTS):
@@ -343,7 +369,8 @@ def test_an_upscaled_picture_does_not_depend_on_its_batch(tiny_model):
     assert (other[0].codes != together[0].codes).any()
 
 
-def test_windows_that_are_free_of_each_other_are_drawn_side_by_side(tiny_model, monkeypatch):
+def test_upscale_batches_independent_windows(tiny_model, monkeypatch):
+    """Seven decoding batches for nine windows of three images."""
     counts, decode = [], runner.decode
     monkeypatch.setattr(
         runner, "decode", lambda *rest, **named: (counts.append(len(rest[2])), decode(*rest, **named))[1]
@@ -354,7 +381,8 @@ def test_windows_that_are_free_of_each_other_are_drawn_side_by_side(tiny_model, 
     assert counts == [3, 3, 6, 6, 3, 3, 3]
 
 
-def test_different_tasks_in_one_batch(tiny_model, monkeypatch):
+def test_run_batches_different_tasks(tiny_model, monkeypatch):
+    """Five requests of four tasks share batches, and each gives what it gives alone."""
     small = tiny_model.generate("狐狸", seed=7)[0].codes
     sampling = Sampling(temperature=0.7, top_k=9)
     wishes = [
@@ -385,7 +413,8 @@ def test_different_tasks_in_one_batch(tiny_model, monkeypatch):
 
 
 @pytest.mark.parametrize("parallel", [1, 5])
-def test_guesses_and_rounded_keys_are_settings_of_a_model(tiny_model, monkeypatch, parallel):
+def test_speculative_and_int8_cache_are_settings_of_model(tiny_model, monkeypatch, parallel):
+    """Drafting codes does not change the result; an int8 cache changes logits slightly."""
     expected = codes_of(tiny_model.generate(PROMPTS, seed=7))
     monkeypatch.setattr(tiny_model, "speculative", parallel)
     np.testing.assert_array_equal(codes_of(tiny_model.generate(PROMPTS, seed=7)), expected)
@@ -395,7 +424,8 @@ def test_guesses_and_rounded_keys_are_settings_of_a_model(tiny_model, monkeypatc
     np.testing.assert_array_equal(codes_of(tiny_model.generate(PROMPTS, seed=7, batch_size=1)), rounded)
 
 
-def test_low_level_upscaling_is_one_window(tiny_model):
+def test_upscale_low_level_doubles_small_image(tiny_model):
+    """From half the side of the model's images to that side."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
     (picture,) = tiny_model.upscale([image], "狗", seed=3, low_level=True)
     assert (picture.size, picture.codes.shape) == ((64, 64), (8, 8))
@@ -404,7 +434,8 @@ def test_low_level_upscaling_is_one_window(tiny_model):
 # Captions and scores
 
 
-def test_captions_do_not_depend_on_their_batch(tiny_model):
+def test_caption_is_independent_of_batch(tiny_model):
+    """By every method."""
     pictures = tiny_model.generate(PROMPTS, seed=7)
     for settings in ({}, {"method": "beam", "n": 3}, {"method": "sample", "n": 3, "seed": 5}):
         together = tiny_model.caption(pictures, **settings)
@@ -416,7 +447,8 @@ def test_captions_do_not_depend_on_their_batch(tiny_model):
     assert beams == sorted(beams, reverse=True)
 
 
-def test_a_caption_is_as_probable_as_the_score_of_its_text_and_stop(tiny_model):
+def test_caption_log_probability_equals_full_forward(tiny_model):
+    """That of all pieces and the stop, among text ids."""
     picture = tiny_model.generate("狐狸", seed=7)[0]
     table, vocabulary = tiny_model.config.layouts, tiny_model.vocabulary
     for caption in tiny_model.caption([picture], method="beam", n=3)[0]:
@@ -444,12 +476,14 @@ def test_a_caption_is_as_probable_as_the_score_of_its_text_and_stop(tiny_model):
         ({"method": "sample", "temperature": 0.0}, "temperature must be above 0"),
     ],
 )
-def test_captions_that_cannot_be(tiny_model, settings, message):
+def test_caption_refuses_setting(tiny_model, settings, message):
+    """The message has the value and the remedy."""
     with pytest.raises(InputError, match=message):
         tiny_model.caption([Image.new("RGB", (64, 64))], **settings)
 
 
-def test_the_best_pictures_are_those_their_prompt_describes_best(tiny_model):
+def test_generate_keeps_best_by_score(tiny_model):
+    """keep returns the images whose prompts score best as their captions."""
     pictures = tiny_model.generate(PROMPTS[:2], n=6, seed=7)
     kept = tiny_model.generate(PROMPTS[:2], n=6, keep=2, seed=7)
     for number, prompt in enumerate(PROMPTS[:2]):
@@ -462,7 +496,8 @@ def test_the_best_pictures_are_those_their_prompt_describes_best(tiny_model):
         tiny_model.generate("狗", n=3, keep=4)
 
 
-def test_as_many_texts_as_images(tiny_model):
+def test_score_refuses_wrong_number_of_texts(tiny_model):
+    """One for all, or one for each."""
     with pytest.raises(InputError, match="2 images need one text or 2, got 3"):
         tiny_model.score([Image.new("RGB", (64, 64))] * 2, ["狗"] * 3)
 
@@ -470,7 +505,8 @@ def test_as_many_texts_as_images(tiny_model):
 # Guidance
 
 
-def test_guidance_needs_weights_that_know_pictures_without_captions(tiny_model):
+def test_guidance_requires_caption_dropout(tiny_model):
+    """Text attention works with any weights."""
     plain, guided, attentive = (
         tiny_model.generate("一只狐狸", seed=7, **settings)[0].codes
         for settings in ({}, {"guidance": 3.0}, {"text_attention": 4.0})
@@ -482,3 +518,86 @@ def test_guidance_needs_weights_that_know_pictures_without_captions(tiny_model):
     with pytest.raises(InputError, match=r"plain was trained without caption dropout.*guidance must be 1, got 2"):
         model.generate("狐狸", seed=7, guidance=2.0)
     assert model.generate("狐狸", seed=7, text_attention=2.0)[0].size == (64, 64)
+
+
+# Sampling settings
+
+
+def test_generate_takes_sampling_and_overrides(tiny_model):
+    """A keyword replaces a field of the given settings."""
+    (image,) = tiny_model.generate("狐狸", seed=7, sampling=Sampling(temperature=0.7, top_k=9), top_k=3)
+    assert image.sampling == Sampling(temperature=0.7, top_k=3)
+    (expected,) = tiny_model.generate("狐狸", seed=7, temperature=0.7, top_k=3)
+    np.testing.assert_array_equal(image.codes, expected.codes)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, **settings: model.generate("狐狸", **settings),
+        lambda model, **settings: model.generate_iter("狐狸", **settings),
+        lambda model, **settings: model.complete([], "狐狸", rows=1, **settings),
+        lambda model, **settings: model.upscale([], "狐狸", **settings),
+        lambda model, **settings: model.caption([], method="sample", **settings),
+        lambda model, **settings: model.sampling(**settings),
+    ],
+)
+def test_methods_refuse_unknown_setting(tiny_model, call):
+    """A misspelt keyword is no setting, and the message has the nearest one."""
+    with pytest.raises(TypeError, match="'temprature' is no sampling setting; did you mean 'temperature'"):
+        call(tiny_model, temprature=0.5)
+    with pytest.raises(InputError, match="top_k must be at least 0"):
+        call(tiny_model, top_k=-1)
+
+
+def test_caption_takes_sampling_when_sampled(tiny_model):
+    """Guidance has no meaning for captions."""
+    image = tiny_model.generate("狐狸", seed=7)[0]
+    settings = Sampling(temperature=0.5, top_k=5)
+    first, second = tiny_model.caption([image], method="sample", n=2, seed=3, sampling=settings)[0]
+    assert [first.index, second.index] == [0, 1]
+    (expected,) = tiny_model.caption([image], method="sample", seed=3, temperature=0.5, top_k=5)[0]
+    assert first.text == expected.text
+    with pytest.raises(InputError, match="guidance and text_attention cannot be set for captions"):
+        tiny_model.caption([image], method="sample", guidance=2)
+    with pytest.raises(InputError, match="sampling can be set for sampled captions alone"):
+        tiny_model.caption([image], sampling=settings)
+
+
+@pytest.mark.parametrize("task", ["complete", "upscale", "caption"])
+def test_every_method_calls_callback(tiny_model, monkeypatch, task):
+    """After every line of codes or so, with the requests of the batch."""
+    monkeypatch.setattr(tiny_model, "speculative", 1)
+    seen = []
+    image = tiny_model.generate("狐狸", seed=7)[0]
+    settings = {"seed": 7, "callback": lambda progress: seen.append((progress.requests[0].task, progress.codes()[0]))}
+    if task == "complete":
+        tiny_model.complete([image], "狐狸", rows=4, **settings)
+    elif task == "upscale":
+        tiny_model.upscale([image], "狐狸", **settings)
+    else:
+        tiny_model.caption([image], **settings)
+    assert {name for name, _ in seen} == {"generate" if task == "complete" else task}
+    assert all(codes.shape == (8, 8) for _, codes in seen)
+
+
+# Images
+
+
+def test_fit_image_notes_what_was_done(tiny_model):
+    """The size is that which the task is given."""
+    photo = Image.new("RGB", (100, 64), "red")
+    fitted, note = tiny_model.fit_image(photo)
+    assert (fitted.size, note) == ((64, 64), "cropped from 100 x 64 to 64 x 64")
+    assert tiny_model.fit_image(photo, task="low_level")[0].size == (32, 32)
+    assert tiny_model.fit_image(fitted) == (fitted, None)
+
+
+def test_encode_images_reports_notes(tiny_model):
+    """By the index of the image; codes of a generated image need no fitting."""
+    notes = []
+    images = [Image.new("RGB", (64, 64)), Image.new("RGB", (128, 128)), *tiny_model.generate("狐狸", seed=7)]
+    codes = tiny_model.encode_images(images, on_note=lambda index, note: notes.append((index, note)))
+    assert notes == [(1, "resized from 128 x 128 to 64 x 64")]
+    np.testing.assert_array_equal(codes[2], images[2].codes)
+    assert tiny_model.encode_images(images[:1], task="low_level").shape == (1, 4, 4)

@@ -1,4 +1,4 @@
-"""The table of tasks: the released sequences, what each row promises, batches, and the windows of upscaling.
+"""Layouts: the sequences of CogView v1, and what every sequence promises.
 
 Golden ids: sequences that the released CogView v1 code built with its own ``cog-pretrain.model`` (the ``t2i_tokens``,
 ``sr_tokens``, ``score_tokens`` and ``caption_tokens`` of its golden values); all 1034, 1294, 4 x 1030 and 1048 ids were
@@ -8,10 +8,8 @@ compared when this was written. Here stand the ids of texts and commands; the co
 import numpy as np
 import pytest
 
-from cogview.tokenizers.batching import pad_left, pad_right
 from cogview.tokenizers.layouts import TokenSequence, layouts
 from cogview.tokenizers.vocabulary import GRID_COMMANDS, TokenKind, Vocabulary
-from cogview.tokenizers.windows import upscale_steps, upscale_windows
 
 RELEASED = Vocabulary()
 CAT_ON_SILL = [15955, 32637, 44506, 3500, 44893, 9388]  # 一只可爱的小猫坐在窗台上, in released pieces
@@ -44,14 +42,14 @@ def words(row: TokenSequence) -> list[str]:
 # --- the released sequences ---------------------------------------------------------------------------------------
 
 
-def test_released_text_to_image():
+def test_generate_layout_equals_cogview_v1():
     row = layouts(32)["generate"].arrange(RELEASED, text=CAT_ON_SILL, image=codes(32))
     head = [58199, 24147, 40829, 52698, 11692, 53085, 17580, 58208, 58193]
     assert row.ids.tolist() == [*head, *codes(32), 58196]
     assert row.positions.tolist() == list(range(1034))
 
 
-def test_released_super_resolution():
+def test_upscale_layout_equals_cogview_v1():
     row = layouts(32)["upscale"].arrange(RELEASED, text=CAT_ON_SILL, small=codes(16), image=codes(32))
     head = [58199, 24147, 40829, 52698, 11692, 53085, 17580, 58208, 58193]
     middle = [58196, 58200, 58210, 58208, 58194]
@@ -61,13 +59,14 @@ def test_released_super_resolution():
     assert row.positions.tolist() == [*range(roi2), *range(1295 - roi2)]
 
 
-def test_released_post_selection():
+def test_score_layout_equals_cogview_v1():
     row = layouts(32)["score"].arrange(RELEASED, image=codes(32), text=A_CAT)
     assert row.ids.tolist() == [58208, 58193, *codes(32), 58196, 58199, 24147, 52698]
     assert np.flatnonzero(row.loss).tolist() == [1028, 1029]
 
 
-def test_released_captions_have_20_ids_and_no_stop():
+def test_caption_layout_equals_cogview_v1():
+    """20 ids, without a stop."""
     row = layouts(32, caption_stop=False)["caption"].arrange(RELEASED, image=codes(32), max_text=20)
     assert row.ids[:1028].tolist() == [58208, 58193, *codes(32), 58196, 58199]
     assert len(row) == 1048
@@ -75,7 +74,8 @@ def test_released_captions_have_20_ids_and_no_stop():
     assert row.stop is None
 
 
-def test_released_training_length():
+def test_longest_text_equals_cogview_v1():
+    """61 pieces in 1089 positions."""
     for name in ("generate", "score"):
         layout = layouts(32)[name]
         assert layout.longest_text(1089) == 61
@@ -85,7 +85,7 @@ def test_released_training_length():
 # --- what every row promises --------------------------------------------------------------------------------------
 
 
-def test_the_table_for_a_small_grid():
+def test_layouts_read_as_written_for_small_grid():
     image = codes(8, 64)
     text = ["piece 7", "piece 21", "piece 4"]
     assert words(tiny("generate", text=RED_APPLE)) == ["[ROI1]", *text, "[TINY]", "[BOI1]", "?x64", "[EOI1]"]
@@ -102,7 +102,8 @@ def test_the_table_for_a_small_grid():
 
 @pytest.mark.parametrize("grid", sorted(GRID_COMMANDS))
 @pytest.mark.parametrize("name", ["generate", "caption", "score", "upscale"])
-def test_a_row_is_consistent(grid, name):
+def test_arrange_is_consistent(grid, name):
+    """Length, positions, kinds, spans and ids of a complete sequence agree."""
     layout = layouts(grid)[name]
     values = {"text": RED_APPLE, "image": codes(grid, 64), "small": codes(grid // 2, 64)}
     known = layout.arrange(SMALL, **{n: v for n, v in values.items() if n != "small" or name == "upscale"})
@@ -120,7 +121,7 @@ def test_a_row_is_consistent(grid, name):
     assert SMALL.command(GRID_COMMANDS[grid]) in known.ids
 
 
-def test_what_is_learnt():
+def test_loss_counts_written_texts_and_generated_images():
     image = codes(8, 64)
     learnt = {
         "generate": tiny("generate", text=RED_APPLE, image=image),
@@ -138,7 +139,8 @@ def test_what_is_learnt():
     assert learnt["upscale"].loss[learnt["upscale"].spans["image"]].all()
 
 
-def test_a_stop_ends_captions():
+def test_stop_ends_caption():
+    """It is learnt as a piece of the text."""
     row = tiny("caption", image=codes(8, 64), text=RED_APPLE)
     assert row.stop == row.ids[-1] == SMALL.command("[SEP]")
     assert row.loss[-1]
@@ -148,11 +150,11 @@ def test_a_stop_ends_captions():
     assert tiny("generate", text=RED_APPLE).stop is None
 
 
-def test_a_dropped_caption_is_an_empty_text():
+def test_arrange_takes_empty_text():
     assert words(tiny("generate", text=[])) == ["[ROI1]", "[TINY]", "[BOI1]", "?x64", "[EOI1]"]
 
 
-def test_blanks_hold_pad_and_nothing_else_does():
+def test_blanks_hold_pad():
     row = tiny("generate", text=RED_APPLE)
     assert np.flatnonzero(row.blanks).tolist() == list(range(6, 70))
     assert (row.ids == SMALL.pad).tolist() == row.blanks.tolist()
@@ -160,7 +162,7 @@ def test_blanks_hold_pad_and_nothing_else_does():
 
 
 @pytest.mark.parametrize("as_given", ["nones", "masked", "masked lines"])
-def test_known_codes_may_lie_scattered(as_given):
+def test_arrange_takes_scattered_codes(as_given):
     """As in the windows of upscaling; a shorter value leaves the rest blank."""
     known = np.array([True, False, False, True] * 8)
     image = codes(8, 64)[:32]
@@ -175,17 +177,18 @@ def test_known_codes_may_lie_scattered(as_given):
     assert row.ids[span][:32].tolist() == np.where(known, image, SMALL.pad).tolist()
 
 
-def test_completing_gives_the_first_codes():
+def test_arrange_takes_first_codes():
     row = tiny("generate", text=RED_APPLE, image=[5, 6, 7])
     assert words(row)[-3:] == ["cx3", "?x61", "[EOI1]"]
 
 
-def test_the_beginning_of_a_caption_may_be_given():
+def test_arrange_takes_first_pieces_of_blank_text():
     row = tiny("caption", image=codes(8, 64), text=[7, 21], max_text=4)
     assert words(row)[-5:] == ["piece 7", "piece 21", "?", "?", "[SEP]"]
 
 
-def test_codes_may_be_of_any_integer_type_and_shape():
+def test_arrange_takes_any_integer_type_and_shape():
+    """And leaves the values as they are."""
     expected = tiny("generate", text=RED_APPLE, image=list(range(64))).ids.tolist()
     for image in (np.arange(64, dtype=np.uint16), np.arange(64).reshape(8, 8), np.arange(64).astype(object)):
         before = image.copy()
@@ -193,7 +196,8 @@ def test_codes_may_be_of_any_integer_type_and_shape():
         assert (image == before).all()
 
 
-def test_space_for_text_after_a_restart_is_that_of_its_own_part():
+def test_longest_text_counts_section_of_text_only():
+    """Positions restart behind the small image."""
     layout = layouts(32)["upscale"]
     assert layout.length(55) == 1344  # places
     assert layout.max_position(55) == 1029  # positions: [ROI2] and what follows it, whatever the text
@@ -202,7 +206,8 @@ def test_space_for_text_after_a_restart_is_that_of_its_own_part():
 
 
 @pytest.mark.parametrize("name", ["generate", "upscale"])
-def test_with_a_text_space_a_code_has_one_position_whatever_the_text(name):
+def test_text_positions_fix_position_of_codes(name):
+    """Whatever the length of the text."""
     layout = layouts(8, text_positions=20)[name]
     values = {"small": [0] * 16} if name == "upscale" else {}
     rows = [layout.arrange(SMALL, text=text, **values) for text in ([], RED_APPLE, [5] * 20)]
@@ -220,12 +225,12 @@ def test_with_a_text_space_a_code_has_one_position_whatever_the_text(name):
         layout.arrange(SMALL, text=[5] * 21, **values)
 
 
-def test_a_text_space_changes_no_caption():
+def test_text_positions_leave_captions_unchanged():
     spaced = layouts(8, text_positions=20)["caption"].arrange(SMALL, image=codes(8, 64), max_text=9)
     assert (spaced.positions == tiny("caption", image=codes(8, 64), max_text=9).positions).all()
 
 
-def test_cut():
+def test_truncate_keeps_first_tokens():
     row = tiny("upscale", text=RED_APPLE, small=codes(4, 64))
     start = row.spans["image"].start
     window = row.truncate(start + 5 * 8)
@@ -265,111 +270,15 @@ IMAGE = list(range(64))
         ("generate", {"text": [3], "max_text": 4}, "'generate' has no blank text for max_text=4 to bound"),
     ],
 )
-def test_errors_name_the_layout_and_the_element(name, values, message):
+def test_arrange_refuses_values(name, values, message):
+    """The message names the layout and the element."""
     with pytest.raises(ValueError, match=message) as caught:
         tiny(name, **values)
     assert f"layout '{name}'" in str(caught.value)
 
 
-def test_errors_of_size():
+def test_layouts_refuse_unknown_grid():
     with pytest.raises(ValueError, match="no layouts for a grid of 12 codes; known: 8, 16, 32, 64"):
         layouts(12)
-    with pytest.raises(ValueError, match="no windows for a grid of 12 codes; known: 8, 16, 32, 64"):
-        upscale_windows(12)
     with pytest.raises(ValueError, match="'generate' needs 68 positions without any text, there are 67"):
         layouts(8)["generate"].longest_text(67)
-
-
-# --- batches ------------------------------------------------------------------------------------------------------
-
-
-def test_padding_changes_no_row():
-    rows = [tiny("generate", text=[1]), tiny("generate", text=[1, 2, 3]), tiny("caption", image=IMAGE, text=[9])]
-    longest = max(map(len, rows))
-    for batch in (pad_left(rows, SMALL.pad), pad_right(rows, SMALL.pad), pad_right(rows, SMALL.pad, 90)):
-        for b, row in enumerate(rows):
-            inside = np.arange(batch.ids.shape[1])
-            inside = (batch.starts[b] <= inside) & (inside < batch.ends[b])
-            for name in ("ids", "positions", "kinds", "blanks", "loss"):
-                assert getattr(batch, name)[b][inside].tolist() == getattr(row, name).tolist()
-            assert (batch.ids[b][~inside] == SMALL.pad).all()
-            assert (batch.kinds[b][~inside] == TokenKind.COMMAND).all()
-            assert not (batch.blanks[b] | batch.loss[b] | (batch.positions[b] != 0))[~inside].any()
-    left, right = pad_left(rows, SMALL.pad), pad_right(rows, SMALL.pad, 90)
-    assert (left.ends == longest).all()
-    assert left.starts.tolist() == [longest - len(row) for row in rows]
-    assert (right.starts == 0).all()
-    assert right.ids.shape == (3, 90)
-
-
-def test_errors_of_batches():
-    with pytest.raises(ValueError, match="a batch needs at least one row"):
-        pad_left([], SMALL.pad)
-    with pytest.raises(ValueError, match="a sequence of 71 tokens does not fit a batch of length 70"):
-        pad_right([tiny("generate", text=RED_APPLE)], SMALL.pad, 70)
-
-
-# --- upscaling windows --------------------------------------------------------------------------------------------
-
-
-def draw(grid: int, windows) -> np.ndarray:
-    """Which window draws each of the 2G x 2G codes, by its place; every window's row is arranged for it."""
-    canvas = np.ma.masked_all((2 * grid, 2 * grid), dtype=np.int64)
-    layout = layouts(grid)["upscale"]
-    small = codes(grid, 64).reshape(grid, grid)
-    for window in windows:
-        row = layout.arrange(SMALL, text=RED_APPLE, small=small[window.source], image=canvas[window.target])
-        row = row.truncate(row.spans["image"].start + window.lines * grid)
-        drawn = np.where(row.blanks, 3 * window.row + window.column, row.ids)[row.spans["image"]]
-        assert row.blanks.any()
-        canvas[window.target] = drawn.reshape(window.lines, grid)
-    assert not np.ma.getmaskarray(canvas).any(), "codes that no window draws"
-    return np.asarray(canvas)
-
-
-def test_released_windows():
-    assert [(w.row, w.column, w.lines) for w in upscale_windows(32)] == [
-        *((0, 0, 18), (0, 1, 30), (0, 2, 30), (1, 1, 30), (1, 0, 30), (1, 2, 30), (2, 0, 32), (2, 1, 32), (2, 2, 32))
-    ]
-    last = upscale_windows(32)[-1]
-    assert last.source == (slice(16, 32), slice(16, 32))
-    assert last.target == (slice(32, 64), slice(32, 64))
-    assert [w.lines for w in upscale_windows(8)] == [5, 8, 8, 8, 8, 8, 8, 8, 8]  # 4.5 and 7.5, rounded up
-    assert [w.lines for w in upscale_windows(16)] == [9, 15, 15, 15, 15, 15, 16, 16, 16]
-
-
-@pytest.mark.parametrize("grid", [8, 16, 32])
-def test_windows_draw_every_code_once(grid):
-    drawn_by = draw(grid, upscale_windows(grid))  # known codes are given to the windows after, never drawn again
-    assert drawn_by.shape == (2 * grid, 2 * grid)
-    assert set(drawn_by.flat) == set(range(9))
-    first = grid // 2 + -(-grid // 16)
-    assert (drawn_by == 0).nonzero()[0].max() == first - 1  # the first window stops there
-    assert (drawn_by == 0).sum() == first * grid
-
-
-@pytest.mark.parametrize("grid", [8, 16, 32])
-def test_a_window_sees_the_part_of_the_small_image_that_it_covers(grid):
-    for window in upscale_windows(grid):
-        (rows, columns), (target_rows, target_columns) = window.source, window.target
-        assert (2 * rows.start, 2 * columns.start) == (target_rows.start, target_columns.start)
-        assert (2 * columns.stop, 2 * (rows.stop - rows.start)) == (target_columns.stop, grid)
-
-
-@pytest.mark.parametrize("grid", [8, 16, 32])
-def test_windows_of_one_step_may_be_drawn_in_either_order(grid):
-    """Neither contains a code that the other draws."""
-    windows = upscale_windows(grid)
-    drawn_by = draw(grid, windows)
-    steps = upscale_steps(grid)
-    assert [window for step in steps for window in step] == windows
-    assert [[(window.row, window.column) for window in step] for step in steps if len(step) > 1] == [
-        [(0, 2), (1, 1)],
-        [(1, 0), (1, 2)],
-    ]
-    for one, other in (step for step in steps if len(step) > 1):
-        assert 3 * one.row + one.column not in drawn_by[other.target]
-        assert 3 * other.row + other.column not in drawn_by[one.target]
-        place = windows.index(one)
-        swapped = [*windows[:place], other, one, *windows[place + 2 :]]
-        assert (draw(grid, swapped) == drawn_by).all()

@@ -36,29 +36,31 @@ def tokenizer() -> TextTokenizer:
         "",
     ],
 )
-def test_nothing_is_lost(tokenizer, text):
+def test_decode_inverts_encode(tokenizer, text):
+    """Up to NFKC normalization."""
     ids = tokenizer.encode(text)
     assert all(0 <= i < tokenizer.size for i in ids)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFKC", text)
 
 
-def test_training_captions_need_no_bytes_and_are_shorter_than_their_characters(tokenizer):
+def test_training_captions_are_shorter_than_their_characters(tokenizer):
+    """And need no byte pieces."""
     ids = [tokenizer.encode(caption) for caption in CAPTIONS]
     assert [tokenizer.decode(i) for i in ids] == CAPTIONS
     assert sum(map(len, ids)) < 0.7 * sum(map(len, CAPTIONS))
     assert max(map(tokenizer.byte_share, CAPTIONS)) == 0
 
 
-def test_full_width_and_half_width_agree(tokenizer):
+def test_encode_normalizes_width_of_characters(tokenizer):
     assert tokenizer.encode("Ａ１，红苹果！") == tokenizer.encode("A1,红苹果!")
     assert tokenizer.encode("红　苹果") == tokenizer.encode("红 苹果")
 
 
-def test_superfluous_spaces_are_dropped(tokenizer):
+def test_encode_drops_superfluous_spaces(tokenizer):
     assert tokenizer.encode("  红  苹果　") == tokenizer.encode("红 苹果")
 
 
-def test_pieces_stay_as_short_as_asked():
+def test_max_piece_length_bounds_pieces():
     def longest(max_piece_length):
         model = train_text_tokenizer(CAPTIONS, size=310, max_piece_length=max_piece_length)
         tokenizer = TextTokenizer(model)
@@ -68,7 +70,7 @@ def test_pieces_stay_as_short_as_asked():
     assert longest(16) > 4  # whole phrases of the grammar
 
 
-def test_byte_share(tokenizer):
+def test_byte_share_counts_unknown_characters(tokenizer):
     assert tokenizer.byte_share("") == 0
     assert tokenizer.byte_share("红苹果") == 0
     assert tokenizer.byte_share("龘") == 1
@@ -77,7 +79,7 @@ def test_byte_share(tokenizer):
     assert tokenizer.byte_share("ＡＢ龘龘") == 1  # NFKC: AB, of which this corpus has none either
 
 
-def test_a_character_that_is_only_part_of_a_longer_piece_counts_as_known_there():
+def test_byte_share_knows_characters_of_longer_pieces():
     model = train_text_tokenizer(["一只狐狸", "一只猫"], size=270, max_piece_length=1, words=["狐狸"])
     tokenizer = TextTokenizer(model)
     assert tokenizer.byte_share("一只狐狸") == 0
@@ -85,7 +87,7 @@ def test_a_character_that_is_only_part_of_a_longer_piece_counts_as_known_there()
     assert tokenizer.byte_share("狐狸狐") == 1 / 3
 
 
-def test_a_model_without_bytes_knows_the_unknown():
+def test_byte_share_counts_unk_when_model_has_no_bytes():
     """As the released model, which has no bytes, begins texts with a space mark, and has <s> and </s>."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -99,7 +101,7 @@ def test_a_model_without_bytes_knows_the_unknown():
     assert 0 < tokenizer.byte_share("一只龘") < 1
 
 
-def test_training_is_repeatable_and_quiet(capfd):
+def test_training_is_reproducible_and_silent(capfd):
     first = train_text_tokenizer(iter(CAPTIONS), size=330)
     assert first == train_text_tokenizer([f" {caption}\n" for caption in CAPTIONS] + ["", "  "], size=330)
     assert TextTokenizer(first).size == 330
@@ -112,12 +114,12 @@ def test_coverage_leaves_rare_characters_to_bytes():
     assert TextTokenizer(train_text_tokenizer(captions, size=320, coverage=0.999)).byte_share("龘") == 1
 
 
-def test_long_lines_are_read():
+def test_training_reads_long_lines():
     long = "狐狸" * 3000  # 18 kB; SentencePiece by itself would skip it
     assert TextTokenizer(train_text_tokenizer([*CAPTIONS, long + "鲸"], size=340, coverage=1.0)).byte_share("鲸") == 0
 
 
-def test_the_bytes_are_the_file(tokenizer, tmp_path):
+def test_model_bytes_equal_file(tokenizer, tmp_path):
     path = tmp_path / "text.model"
     path.write_bytes(tokenizer.model_bytes)
     loaded = TextTokenizer.load(path)
@@ -125,11 +127,12 @@ def test_the_bytes_are_the_file(tokenizer, tmp_path):
     assert loaded.encode("蓝色背景上的三只狐狸") == tokenizer.encode("蓝色背景上的三只狐狸")
 
 
-def test_it_travels_to_loader_workers(tokenizer):
+def test_tokenizer_can_be_pickled(tokenizer):
+    """Workers of a data loader get a copy."""
     assert pickle.loads(pickle.dumps(tokenizer)).encode("三只狐狸") == tokenizer.encode("三只狐狸")
 
 
-def test_missing_and_broken_files(tokenizer, tmp_path):
+def test_load_refuses_missing_and_damaged_files(tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no text tokenizer at .*none.model: expected a SentencePiece"):
         TextTokenizer.load(tmp_path / "none.model")
     with pytest.raises(FileNotFoundError, match="no text tokenizer"):
@@ -141,7 +144,7 @@ def test_missing_and_broken_files(tokenizer, tmp_path):
             TextTokenizer.load(path)
 
 
-def test_ids_and_texts_that_cannot_be(tokenizer):
+def test_encode_and_decode_refuse_invalid_values(tokenizer):
     with pytest.raises(ValueError, match="piece id 340 is outside 0 to 339"):
         tokenizer.decode([1, 340])
     with pytest.raises(ValueError, match="piece id -1 is outside"):
@@ -151,19 +154,19 @@ def test_ids_and_texts_that_cannot_be(tokenizer):
 
 
 @pytest.mark.parametrize("lines", [[], ["", "  \n"]])
-def test_an_empty_corpus(lines):
+def test_training_refuses_empty_corpus(lines):
     with pytest.raises(ValueError, match="corpus for the text tokenizer is empty: expected one caption per line"):
         train_text_tokenizer(lines, size=300)
 
 
-def test_a_size_beyond_the_corpus_takes_all_there_is():
+def test_training_takes_all_pieces_when_size_exceeds_corpus():
     most = TextTokenizer(train_text_tokenizer(CAPTIONS, size=5000)).size
     assert 256 < most < 5000
     assert TextTokenizer(train_text_tokenizer(CAPTIONS, size=most + 1)).size == most
     assert TextTokenizer(train_text_tokenizer(CAPTIONS, size=most - 10)).size == most - 10
 
 
-def test_the_error_names_the_smallest_size():
+def test_training_names_smallest_size_when_size_is_too_small():
     def least(size):
         with pytest.raises(ValueError, match=r"too small for this corpus: at least \d+") as caught:
             train_text_tokenizer(CAPTIONS, size=size)
@@ -175,7 +178,7 @@ def test_the_error_names_the_smallest_size():
     assert least(smallest - 1) == smallest
 
 
-def test_other_settings_that_cannot_be():
+def test_training_refuses_settings():
     with pytest.raises(ValueError, match=r"coverage must be in \(0, 1\], got 1.5"):
         train_text_tokenizer(CAPTIONS, size=300, coverage=1.5)
     with pytest.raises(ValueError, match="max_piece_length must be at least 1, got 0"):

@@ -5,7 +5,7 @@ import pytest
 from cogview.tokenizers.vocabulary import COMMANDS, GRID_COMMANDS, TokenKind, Vocabulary
 
 
-def test_released_numbers():
+def test_vocabulary_equals_cogview_v1():
     vocabulary = Vocabulary()
     assert len(COMMANDS) == 27
     assert (vocabulary.size, vocabulary.padded_size) == (58219, 58240)
@@ -16,7 +16,7 @@ def test_released_numbers():
 
 
 @pytest.mark.parametrize(("codes", "pieces"), [(8192, 50000), (8192, 800), (512, 357), (1, 1), (64, 37)])
-def test_every_id_has_one_place_and_one_name(codes, pieces):
+def test_every_id_has_one_range_and_one_name(codes, pieces):
     vocabulary = Vocabulary(num_image_codes=codes, num_text_pieces=pieces)
     assert [*vocabulary.image, *vocabulary.text, *vocabulary.commands] == list(range(vocabulary.size))
     assert vocabulary.padded_size % 128 == 0
@@ -28,24 +28,24 @@ def test_every_id_has_one_place_and_one_name(codes, pieces):
     assert names[codes] == "piece 0"
 
 
-def test_a_full_multiple_gets_no_padding():
+def test_padded_size_equals_size_when_multiple_of_128():
     vocabulary = Vocabulary(num_image_codes=64, num_text_pieces=128 - 64 - len(COMMANDS))
     assert vocabulary.size == vocabulary.padded_size == 128
 
 
-def test_each_kind_permits_its_own_ids():
+def test_permitted_ids_depend_on_kind():
     vocabulary = Vocabulary(num_image_codes=64, num_text_pieces=300)
     assert vocabulary.permitted(TokenKind.IMAGE) == vocabulary.image
     assert vocabulary.permitted(TokenKind.TEXT) == vocabulary.text
     assert vocabulary.permitted(TokenKind.COMMAND) == vocabulary.commands
 
 
-def test_every_grid_has_a_command():
+def test_every_grid_has_command():
     assert GRID_COMMANDS == {8: "[TINY]", 16: "[SMALL]", 32: "[BASE]", 64: "[BIG]"}
     assert set(GRID_COMMANDS.values()) <= set(COMMANDS)
 
 
-def test_errors():
+def test_vocabulary_refuses_sizes_and_names():
     vocabulary = Vocabulary()
     with pytest.raises(ValueError, match=r"command '\[BOI4\]' is unknown; known: \[PAD\] \[BOI1\] .* \[POS8\]$"):
         vocabulary.command("[BOI4]")
