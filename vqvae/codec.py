@@ -53,6 +53,8 @@ def to_float(pixels: np.ndarray | Tensor, device: torch.device | None = None) ->
         pixels: uint8 RGB (..., H, W, 3).
         device: Device of the result; by default that of ``pixels``.
     """
+    if isinstance(pixels, np.ndarray) and not pixels.flags.writeable:
+        pixels = pixels.copy()  # torch warns about arrays that it could write to by mistake
     moved = torch.as_tensor(pixels).to(device=device).movedim(-1, -3)
     return moved.float() / 255
 

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 NO_TOKEN = 0xFFFF  # fills a text field behind its last piece
 TEXT_FIELD = "text"
+NAMES_FIELD = "named"  # for each code of an image, the text piece that names the object there, or NO_TOKEN
 DATA_FILE = "data.mdb"
 
 _HEADER_KEY = b"header"

@@ -16,6 +16,7 @@ from cogview.data.store import (
     _ON_DISK,
     _ROWS_TABLE,
     DATA_FILE,
+    NAMES_FIELD,
     NO_TOKEN,
     TEXT_FIELD,
     StoreHeader,
@@ -137,13 +138,13 @@ class StoreWriter:
                 raise InputError(f'field "{name}" has shape {ids_NW.shape}, expected {(num_rows, width)}')
             if not np.issubdtype(ids_NW.dtype, np.integer):
                 raise InputError(f'field "{name}" holds {ids_NW.dtype}, expected integers')
-            is_text = name == TEXT_FIELD
-            limit = header.num_text_pieces if is_text else header.num_image_codes
-            absent_NW = ids_NW == NO_TOKEN if is_text else np.zeros_like(ids_NW, dtype=bool)
+            has_pieces = name in (TEXT_FIELD, NAMES_FIELD)
+            limit = header.num_text_pieces if has_pieces else header.num_image_codes
+            absent_NW = ids_NW == NO_TOKEN if has_pieces else np.zeros_like(ids_NW, dtype=bool)
             wrong = ids_NW[~absent_NW & ((ids_NW < 0) | (ids_NW >= limit))]
             if wrong.size:
                 raise InputError(f'field "{name}" holds {wrong[0]}, expected ids in 0…{limit - 1}')
-            if (absent_NW[:, :-1] & ~absent_NW[:, 1:]).any():
+            if name == TEXT_FIELD and (absent_NW[:, :-1] & ~absent_NW[:, 1:]).any():
                 raise InputError(f'field "{name}" has a piece after padding; padding comes last')
         return np.concatenate([rows[name].astype(_ON_DISK) for name in header.fields], axis=1)
 

@@ -319,3 +319,15 @@ def test_token_store_reads_the_same_in_workers(written, method, num_workers):
     for batch, wanted in zip(batches, expected, strict=True):
         assert all((batch[name] == wanted[name]).all() for name in ("text", "image"))
     assert_same(other.read([5]), store.read([5]))  # the parent's file is still its own
+
+
+def test_store_writer_accepts_name_fields_without_a_name_anywhere_and_refuses_other_ids(tmp_path):
+    """Codes that show no named object, or whose names the caption lacks, have no piece; pieces exceed image codes."""
+    header = replace(HEADER, fields={"named": 16}, num_image_codes=20)
+    named = np.full((1, 16), NO_TOKEN)
+    named[0, 5:7] = 1999
+    with StoreWriter(tmp_path, header) as writer:
+        writer.append({"named": named})
+        with pytest.raises(InputError, match=r'"named" holds 2000, expected ids in 0…1999'):
+            writer.append({"named": named + (named == 1999)})
+    assert TokenStore(tmp_path)[0]["named"].tolist() == named[0].tolist()

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from cogview.data.image_dataset import ImageDataset, NamedRegion, caption_of
-from cogview.data.store import NO_TOKEN, StoreHeader
+from cogview.data.store import NAMES_FIELD, NO_TOKEN, TEXT_FIELD, StoreHeader
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
 from cogview.signals import worker_init
@@ -141,9 +141,9 @@ def store_header(
     grid = dataset.side // downsampling
     return StoreHeader(
         fields={
-            "text": settings.text_width,
+            TEXT_FIELD: settings.text_width,
             **{field: round(grid * scale) ** 2 for field, scale in settings.scales.items()},
-            **({"named": grid**2} if settings.named else {}),
+            **({NAMES_FIELD: grid**2} if settings.named else {}),
         },
         grid=grid,
         num_image_codes=len(image_tokenizer.codebook),
@@ -187,12 +187,14 @@ def encode_dataset(
         tqdm(total=total, initial=writer.count, unit="image", desc=path.name, disable=None) as bar,
     ):
         for batch in _batches(_RenderedRows(dataset, text_tokenizer, settings.scales), writer.count, total, settings):
-            fields = {"text": pad_text([row.pieces for row in batch], settings.text_width)}
+            fields = {TEXT_FIELD: pad_text([row.pieces for row in batch], settings.text_width)}
             for field in settings.scales:
                 images = to_float(np.stack([row.images[field] for row in batch]), device)
                 fields[field] = image_tokenizer.encode(images).flatten(1).cpu().numpy()
             if pieces is not None:
-                fields["named"] = np.stack([name_grid(row.regions, row.pieces, pieces, header.grid) for row in batch])
+                fields[NAMES_FIELD] = np.stack(
+                    [name_grid(row.regions, row.pieces, pieces, header.grid) for row in batch]
+                )
             writer.append(fields)
             bar.update(len(batch))
 
