@@ -1,17 +1,19 @@
-"""Causal attention with PB-relax, for rows that are padded on the left.
+"""Causal attention with PB-relax, for rows that may be padded on the left.
 
-``attention`` is what the model calls. The readable reference is the specification; PyTorch's fused attention is the
-fast path and equal in meaning: it keeps its scores in float32, where the relaxation changes nothing. Where a CPU
-trains on short rows the reference is the faster one (``scripts/benchmarks/attention_training.py``). The kernels of
-``attention_triton.py`` run where they are asked for (``choice.py``).
+The model uses ``q``, ``k``, ``v`` and ``bias_B1TS``. The other arguments of ``attention`` (``left_padding_B``,
+``prefix_lengths_B``, ``lengths_B``, ``dropout``, ``seed`` and ``accumulate_dtype``) are a library offer, for packed
+training rows, attention dropout and cards without bfloat16; only tests and benchmarks use them.
 
-What PB-relax is good for: softmax(QK^T / sqrt(K)) is the same number as softmax of it in any fused kernel that adds up
-in float32. Where products are added up in float16, the scores that overflow are 32 times larger with it: 2,096,128
-instead of 65,504. Such are the tensor cores of cards without bfloat16 at their best speed, and scores that are stored
-in float16, as those of the reference.
+The reference is the specification. PyTorch's fused attention is the fast path and equal in meaning: it keeps scores in
+float32, where the relaxation changes nothing. On a CPU that trains on short rows the reference is faster
+(``scripts/benchmarks/attention_training.py``). The kernels of ``attention_triton.py`` run if ``COGVIEW_KERNELS`` asks
+for them (``dispatch.py``).
 
-What is for decoding, of rows that begin alike and over keys and values that were rounded, is in
-``decode_attention.py``.
+Purpose of PB-relax: softmax(QK^T / sqrt(K)) is the same in any fused kernel that accumulates in float32. Where products
+accumulate in float16, scores may be 32 times larger before they overflow: 2,096,128 instead of 65,504. That concerns
+the tensor cores of cards without bfloat16 at full speed, and scores that are stored in float16, as by the reference.
+
+``decode_attention.py`` has the attention of decoding, with shared prefixes and int8 keys and values.
 """
 
 # B batch, H heads, T new positions (queries), S positions in all (keys), K size of a head
@@ -28,26 +30,38 @@ from cogview.kernels.checks import check_int64, check_matches
 from cogview.kernels.dispatch import select_backend
 
 ALPHA = 32.0
-MAX_DECODE_QUERIES = 32  # queries that are told from what is cached: another kernel is for these
-SHORT_KEYS = 128  # keys; on a CPU the reference trains faster at 84 and slower from 256 on, so the border lies between
+MAX_DECODE_QUERIES = 32  # a step of decoding has at most these: its kernel differs
+SHORT_KEYS = 128  # keys; on a CPU the reference trains faster at 84 and slower from 256 on: the border lies between
 
 
 def attention_bias(key_bias_BS: Tensor, queries_BT: Tensor) -> Tensor:
-    """(B, 1, T, S) in the dtype of ``key_bias_BS``: what is added to the scores, -inf where a query may not look.
+    """Return the bias of causal attention: -inf where a query may not attend.
 
-    ``key_bias_BS`` is added to the scores of a key whoever asks, -inf at padding; ``queries_BT`` (int64) says where
-    each query stands among the keys. It sees none behind it, and itself even in padding, so that no row of the softmax
-    is empty.
+    A query attends to no later key, and always to its own, even in padding: no row of the softmax is empty.
+
+    Args:
+        key_bias_BS: Bias of each key for every query, -inf at padding.
+        queries_BT: Position of each query among the keys, int64.
+
+    Returns:
+        Bias (B, 1, T, S) in the dtype of ``key_bias_BS``.
     """
     keys_S = torch.arange(key_bias_BS.shape[1], device=key_bias_BS.device)
-    place_BT1 = queries_BT.unsqueeze(-1)
-    bias_BTS = key_bias_BS.unsqueeze(1).masked_fill(keys_S > place_BT1, -torch.inf)
-    padded_BTS = (keys_S == place_BT1) & bias_BTS.isneginf()
+    query_BT1 = queries_BT.unsqueeze(-1)
+    bias_BTS = key_bias_BS.unsqueeze(1).masked_fill(keys_S > query_BT1, -torch.inf)
+    padded_BTS = (keys_S == query_BT1) & bias_BTS.isneginf()
     return bias_BTS.masked_fill(padded_BTS, 0.0).unsqueeze(1)
 
 
 def causal_bias(num_queries: int, num_keys: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(1, 1, T, S): ``attention_bias`` of the last T of S positions, where nothing is padding."""
+    """Return the bias (1, 1, T, S) of the last T of S positions without padding.
+
+    Args:
+        num_queries: T.
+        num_keys: S.
+        device: Device of the bias.
+        dtype: Dtype of the bias.
+    """
     queries_1T = torch.arange(num_keys - num_queries, num_keys, device=device).unsqueeze(0)
     return attention_bias(torch.zeros(1, num_keys, device=device, dtype=dtype), queries_1T)
 
@@ -65,10 +79,11 @@ def attention_reference(
     seed: int = 0,
     accumulate_dtype: str = "float32",
 ) -> Tensor:
-    """softmax((QK^T / (alpha sqrt(K)) - max) * alpha) V, (B, H, T, K) (PB-relax, arXiv:2105.13290, section 2.4).
+    """Compute ``attention`` as softmax((QK^T / (alpha sqrt(K)) - max) * alpha) V.
 
-    Equal to softmax(QK^T / sqrt(K)) V, but no score exceeds |qk| / (alpha sqrt(K)): q is divided before the product,
-    and the maximum goes before alpha comes back. Products are in the dtype of the inputs, whatever ``accumulate_dtype`` is.
+    That equals softmax(QK^T / sqrt(K)) V, but no score exceeds |qk| / (alpha sqrt(K)): q is divided before the product,
+    and the maximum is subtracted before alpha is multiplied back (PB-relax, arXiv:2105.13290, section 2.4). Products
+    are in the dtype of the inputs, whatever ``accumulate_dtype`` is.
     """
     if bias_B1TS is None:
         bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], left_padding_B, prefix_lengths_B, lengths_B)
@@ -91,9 +106,9 @@ def attention_torch(
     seed: int = 0,
     accumulate_dtype: str = "float32",
 ) -> Tensor:
-    """The same by PyTorch's fused attention, which always adds up in float32.
+    """Compute ``attention`` with PyTorch's fused attention, which always accumulates in float32.
 
-    Its dropout is not a function of the place, so with dropout the reference runs.
+    Its dropout is not a function of the position, so that the reference runs if there is dropout.
     """
     if bias_B1TS is None and not (left_padding_B is prefix_lengths_B is lengths_B is None):
         bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], left_padding_B, prefix_lengths_B, lengths_B)
@@ -104,7 +119,7 @@ def attention_torch(
         bias_B1TS = causal_bias(num_queries, num_keys, q_BHTK.device, q_BHTK.dtype)
     causal = bias_B1TS is None and num_queries == num_keys
     if num_queries == 1 < num_keys and q_BHTK.dtype == torch.bfloat16 and q_BHTK.device.type == "cpu":
-        # Of PyTorch's products on a CPU, that of a single row is four times as slow as that of two.
+        # On a CPU, PyTorch's product of a single row takes four times as long as that of two rows.
         twice_BH2K = torch.cat([q_BHTK, q_BHTK], dim=2)
         return F.scaled_dot_product_attention(twice_BH2K, k_BHSK, v_BHSK, attn_mask=bias_B1TS)[:, :, :1]
     return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=bias_B1TS, is_causal=causal)
@@ -123,14 +138,30 @@ def attention(
     seed: int = 0,
     accumulate_dtype: str = "float32",
 ) -> Tensor:
-    """Attention of the last T of S positions, (B, H, T, K); scores are scaled by 1 / sqrt(K).
+    """Compute the attention of the last T of S positions; scores are scaled by 1 / sqrt(K).
 
-    A query sees the keys up to its own, from ``left_padding_B`` on (padding on the left), all below ``prefix_lengths_B``, none from
-    ``lengths_B`` on (padding on the right), and always itself; each is int64 (B,), by default 0, 0 and S. Or
-    ``bias_B1TS``, of the dtype of the queries, is added to the scores and says all that there is to say
-    (``attention_bias``). ``dropout`` is the share of weights that are dropped, chosen by ``seed`` and place alone.
-    ``accumulate_dtype="float16"`` allows kernels for float16 to add up in it, which is faster on some cards. Equal to the
-    reference up to the rounding of the dtype; ValueError for shapes, dtypes, devices and numbers that do not fit.
+    A query attends to the keys up to its own, within the limits given, and always to itself. The result equals that of
+    the reference up to the rounding of the dtype.
+
+    Args:
+        q_BHTK: Queries.
+        k_BHSK: Keys, in the dtype of the queries.
+        v_BHSK: Values, in the dtype of the queries.
+        bias_B1TS: Bias of the scores, in the dtype of the queries, causal mask included (``attention_bias``); instead
+            of the limits.
+        left_padding_B: First visible key of each row, int64; 0 by default.
+        prefix_lengths_B: Number of first keys that every query of a row attends to, int64; 0 by default.
+        lengths_B: Number of keys of each row, int64; S by default.
+        dropout: Fraction of dropped weights, in [0, 1).
+        seed: Seed of the dropout mask, which is a function of seed and position alone.
+        accumulate_dtype: ``"float16"`` allows kernels to accumulate products of float16 in it, which is faster on some
+            cards.
+
+    Returns:
+        Attention output (B, H, T, K).
+
+    Raises:
+        ValueError: Shapes, dtypes, devices or values do not fit together.
     """
     num_keys = k_BHSK.shape[-2]
     if q_BHTK.shape[-2] > num_keys:
@@ -140,9 +171,7 @@ def attention(
         name = select_backend("attention, short training", device_type, default="reference")
     else:
         name = select_backend("attention", device_type)
-    if (
-        name == "torch" and left_padding_B is prefix_lengths_B is lengths_B is None and not dropout
-    ):  # the usual case, at once
+    if name == "torch" and left_padding_B is prefix_lengths_B is lengths_B is None and not dropout:  # the common case
         return attention_torch(q_BHTK, k_BHSK, v_BHSK, bias_B1TS)
     implementation: Callable[..., Tensor]
     if name == "triton":
@@ -174,7 +203,7 @@ def check_inputs(
     dropout: float,
     accumulate_dtype: str,
 ) -> None:
-    """ValueError for what ``attention`` does not take."""
+    """Raise ValueError for arguments that ``attention`` does not support."""
     if q_BHTK.ndim != 4:
         raise ValueError(f"q_BHTK must be (B, H, T, K), got {tuple(q_BHTK.shape)}")
     rows, heads, num_queries, size = q_BHTK.shape
@@ -188,12 +217,12 @@ def check_inputs(
         "prefix_lengths_B": (prefix_lengths_B, num_keys),
         "lengths_B": (lengths_B, num_keys),
     }
-    for name, (limit, most) in limits.items():
+    for name, (limit, largest) in limits.items():
         if limit is not None:
-            check_int64(name, limit, q_BHTK.device, (rows,), most)
+            check_int64(name, limit, q_BHTK.device, (rows,), largest)
             if bias_B1TS is not None:
                 raise ValueError(
-                    f"{name} and bias_B1TS were both given; the bias says where to look, so give one of them"
+                    f"{name} and bias_B1TS were both given; the bias includes the limits, so give one of them"
                 )
     if bias_B1TS is not None:
         allowed = [(b, 1, t, num_keys) for b in {1, rows} for t in {1, num_queries}]
@@ -217,7 +246,7 @@ def _mask(
     prefix_lengths_B: Tensor | None,
     lengths_B: Tensor | None,
 ) -> Tensor:
-    """The bias (B or 1, 1, T, S) that says what ``attention`` says in words."""
+    """Return the bias (B or 1, 1, T, S) that is equivalent to the limits of ``attention``."""
     num_queries, device = q_BHTK.shape[2], q_BHTK.device
     if left_padding_B is prefix_lengths_B is lengths_B is None:
         return causal_bias(num_queries, num_keys, device, q_BHTK.dtype)
@@ -237,38 +266,46 @@ def _mask(
 
 
 def fold_seed(seed: int) -> int:
-    """``seed`` as a signed number of 32 bits."""
+    """Fold ``seed`` into a signed 32-bit number."""
     return ((seed ^ seed >> 32) + 2**31) % 2**32 - 2**31
 
 
 def dropout_mask(shape: Size, dropout: float, seed: int, device: torch.device) -> Tensor:
-    """Float32 (B, H, T, S): 0 for the share ``dropout`` of places, 1 / (1 - dropout) for the others.
+    """Return the factors of attention weights: 0 for a fraction ``dropout`` of them, 1 / (1 - dropout) for the others.
 
-    A place is its row, head, query and key; its noise is made of their numbers and the seed, so a kernel that never
-    stores it makes the same.
+    The noise of a weight is a hash of seed, row, head, query and key, so that kernels recompute the same mask.
+
+    Args:
+        shape: (B, H, T, S).
+        dropout: Fraction of dropped weights, in [0, 1).
+        seed: Seed of the hash.
+        device: Device of the mask.
+
+    Returns:
+        Mask (B, H, T, S), float32.
     """
     rows, heads, num_queries, num_keys = shape
     keys_S = torch.arange(num_keys, device=device)
     queries_T = keys_S[num_keys - num_queries :]
     row_heads_BH1 = torch.arange(rows * heads, device=device).view(rows, heads, 1)
-    lines_BHT = _mixed_bits(_mixed_bits((fold_seed(seed) + queries_T) % 2**32) ^ row_heads_BH1)
-    noise_BHTS = _mixed_bits(lines_BHT.unsqueeze(-1) ^ keys_S) >> 8
+    hashes_BHT = _hash32(_hash32((fold_seed(seed) + queries_T) % 2**32) ^ row_heads_BH1)
+    noise_BHTS = _hash32(hashes_BHT.unsqueeze(-1) ^ keys_S) >> 8
     return (noise_BHTS < (1 - dropout) * 2**24).float() / (1 - dropout)
 
 
-def _mixed_bits(x: Tensor) -> Tensor:
-    """32 bits (in int64) in which every bit of ``x`` has a say: "lowbias32" of C. Wellons' hash prospector."""
+def _hash32(x: Tensor) -> Tensor:
+    """Hash 32 bits, in int64, by "lowbias32" (https://github.com/skeeto/hash-prospector)."""
     x = (x ^ x >> 16) * 0x7FEB352D % 2**32
     x = (x ^ x >> 15) * 0x846CA68B % 2**32
     return x ^ x >> 16
 
 
 def relaxed_scores(q: Tensor, k: Tensor) -> Tensor:
-    """QK^T / (alpha sqrt(K)) in float32."""
+    """Return QK^T / (alpha sqrt(K)) in float32."""
     return ((q / (ALPHA * math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)).float()
 
 
 def relaxed_softmax(scores_BHTS: Tensor, bias_B1TS: Tensor) -> Tensor:
-    """softmax(alpha * scores + bias), in float32; the maximum goes first."""
+    """Return softmax(alpha * scores + bias) in float32; the maximum is subtracted before alpha is multiplied."""
     scores_BHTS = scores_BHTS + bias_B1TS.float() / ALPHA
     return ((scores_BHTS - scores_BHTS.amax(dim=-1, keepdim=True)) * ALPHA).softmax(dim=-1)

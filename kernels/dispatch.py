@@ -1,7 +1,7 @@
-"""Which implementation of an operation runs: decided here, but for the linear layers (``linear.py``).
+"""Dispatch: which implementation of an operation runs, except for the linear layers (``linear.py``).
 
-``reference`` is the specification, ``torch`` PyTorch's own fused operations where these are equal in meaning, and
-``triton`` our kernels. ``COGVIEW_KERNELS`` forces one of them; what was chosen is logged once for each operation.
+``reference`` is the specification, ``torch`` PyTorch's fused operations where they are equal in meaning, and ``triton``
+the kernels of this package. ``COGVIEW_KERNELS`` forces one of them. Each choice is logged once.
 """
 
 from __future__ import annotations
@@ -19,18 +19,28 @@ log = logging.getLogger(__name__)
 
 
 class ForcedKernelsError(ValueError):
-    """``COGVIEW_KERNELS`` asks for what there is not."""
+    """Raised when ``COGVIEW_KERNELS`` has an unknown value, or asks for Triton where it cannot run."""
 
 
 @functools.cache
 def select_backend(
     operation: str, device_type: str, available: Sequence[str] = BACKENDS, default: str | None = None
 ) -> str:
-    """One of ``known`` for an ``operation``, named as in the log, on tensors of ``device_type``.
+    """Select the implementation of an operation.
 
-    Without ``COGVIEW_KERNELS`` it is ``usual``, by default PyTorch's form if there is one, and else the reference.
-    Where the one that is forced does not exist for the operation, the usual one runs. ForcedKernelsError for a name
-    that is unknown, and for Triton where it cannot run.
+    A forced implementation that the operation lacks is ignored, and the default runs.
+
+    Args:
+        operation: Name of the operation in the log.
+        device_type: Device type of its tensors, such as ``"cuda"``.
+        available: Implementations that exist.
+        default: Implementation without ``COGVIEW_KERNELS``; None for PyTorch's if it exists, else the reference.
+
+    Returns:
+        One of ``available``.
+
+    Raises:
+        ForcedKernelsError: ``COGVIEW_KERNELS`` has an unknown value, or asks for Triton where it cannot run.
     """
     default = default or ("torch" if "torch" in available else "reference")
     forced = os.environ.get("COGVIEW_KERNELS")
@@ -49,11 +59,13 @@ def select_backend(
 
 
 def _log_once(message: str, *words: str) -> None:
-    if not torch.compiler.is_compiling():  # which would not go past it
+    """Log a choice; the cache of ``select_backend`` makes it once per operation."""
+    if not torch.compiler.is_compiling():  # logging would break the graph
         log.info(message, *words)
 
 
 def _check_triton(device_type: str) -> None:
+    """Raise ForcedKernelsError if Triton cannot run."""
     if importlib.util.find_spec("triton") is None:
         raise ForcedKernelsError("COGVIEW_KERNELS=triton, but triton is not installed: pip install triton (on Linux)")
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

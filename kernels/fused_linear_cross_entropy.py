@@ -1,12 +1,12 @@
-"""Cross-entropy of an output embedding in slices: the logits of all places and all ids never exist at once.
+"""Cross-entropy fused with the output embedding: the logits of all positions and ids never exist at the same time.
 
-A place competes against the ids of its own kind alone, so most rows of the embedding are never multiplied with it; and
-places are taken in chunks, whose gradients are computed while the logits are at hand (as in Liger Kernel,
-arXiv:2410.10989, section 3.2). That takes the three products of autograd, and keeps the gradients of the inputs instead
-of logits.
+A position competes only against the ids of its kind, so that most rows of the embedding are never multiplied with it.
+Positions are processed in chunks, whose gradients are computed while their logits exist (as in Liger Kernel,
+arXiv:2410.10989, section 3.2). That takes the three products of autograd, and stores the gradients of the inputs
+instead of logits.
 """
 
-# N places in all, M places of one kind, C places of a chunk, D width, V rows of the embedding, I ids that compete
+# N positions, M positions of one kind, C positions of a chunk, D width, V rows of the embedding, I candidate ids
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -20,13 +20,13 @@ from torch.nn import functional as F
 
 from cogview.kernels.dispatch import select_backend
 
-# Bytes of the logits of a chunk. Small ones would stay in the cache of a CPU, but each chunk reads and writes the
-# gradient of all rows that compete: about 24 MiB were fastest. A GPU must be occupied by a chunk.
+# Bytes of the logits of a chunk. Small chunks would stay in the cache of a CPU, but each one reads and writes the
+# gradient of all candidate rows: about 24 MiB are fastest. On a GPU a chunk must occupy the device.
 CHUNK_BYTES = {"cpu": 24 * 2**20}
 CHUNK_BYTES_GPU = 64 * 2**20
-ALIGNED = 16  # a row of logits takes a multiple of so many numbers: products and loads of half precision ask for it
-# Of half precision: how much the weights of a chunk add up to at most. Larger, and float16 overflows where the gradient
-# of a row is a sum over the chunk; smaller, and probabilities that are multiplied with their weight vanish.
+ALIGNED = 16  # rows of logits are padded to a multiple of this, for products and loads of half precision
+# Largest sum of the weights of a chunk in half precision. If it is larger, float16 overflows in the gradient of a row,
+# which is a sum over the chunk; if it is smaller, weighted probabilities underflow.
 HALF_WEIGHTS = 256.0
 
 # (logits_MI, targets_M, weights_M, write) -> losses_M; see ``losses_in_place_torch``.
@@ -35,10 +35,13 @@ LossesInPlace = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class LossTargets:
-    """What is right at some of N places, and among which ids: one kind of target.
+    """Targets of one kind.
 
-    ``places_M`` (int64) are rows of the hidden states, ``targets_M`` (int64) the right ids, all in ``ids``, which are
-    rows of the embedding; ``weights_M`` (float32) say how much each loss counts, and have no gradient themselves.
+    Attributes:
+        ids: Candidate ids: rows of the embedding.
+        positions_M: Rows of the hidden states, int64.
+        targets_M: Correct ids, all in ``ids``, int64.
+        weights_M: Weight of each loss, float32; constants.
     """
 
     ids: range
@@ -50,20 +53,20 @@ class LossTargets:
 def fused_linear_cross_entropy_reference(
     hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[LossTargets]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The weighted sum of all losses, and the losses (M,) of each of ``targets``, from logits of all ids at all places.
+    """Compute ``fused_linear_cross_entropy`` from the logits of all ids at all positions.
 
-    The loss of a place is -log softmax(h E^T) at its target, where ids that do not compete count as -inf.
+    The loss of a position is -log softmax(h E^T) at its target, with -inf for ids that are no candidates.
     """
     _check(hidden_ND, embedding_VD, targets)
     logits_NV = F.linear(hidden_ND, embedding_VD)
     logits_NV = logits_NV.to(_precise(logits_NV.dtype))
     total, losses = logits_NV.new_zeros(()), []
-    for own in targets:
+    for target in targets:
         outside_V = torch.ones(len(embedding_VD), dtype=torch.bool, device=embedding_VD.device)
-        outside_V[own.ids.start : own.ids.stop] = False
-        logits_MV = logits_NV[own.positions_M].masked_fill(outside_V, -torch.inf)
-        losses_M = F.cross_entropy(logits_MV, own.targets_M, reduction="none")
-        total = total + (losses_M * own.weights_M.detach()).sum()
+        outside_V[target.ids.start : target.ids.stop] = False
+        logits_MV = logits_NV[target.positions_M].masked_fill(outside_V, -torch.inf)
+        losses_M = F.cross_entropy(logits_MV, target.targets_M, reduction="none")
+        total = total + (losses_M * target.weights_M.detach()).sum()
         losses.append(losses_M.detach())
     return total, losses
 
@@ -71,13 +74,22 @@ def fused_linear_cross_entropy_reference(
 def fused_linear_cross_entropy(
     hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[LossTargets]
 ) -> tuple[Tensor, list[Tensor]]:
-    """The weighted sum of all losses, differentiable, and the unweighted losses (M,) of each of ``targets``, detached.
+    """Compute the cross-entropy of several kinds of targets without storing all logits.
 
-    ``hidden_ND`` are multiplied with the rows of ``embedding_VD`` that compete, in the dtype of both or that of
-    autocast; losses and sums are float32, or float64 where the inputs are. A place may be in several ``targets``.
-    Gradients are computed here and scaled in the backward, which can run once: a second one is PyTorch's error about a
-    tensor that has been modified. ValueError for inputs that do not fit; on a GPU ids and places are not looked at,
-    which would wait for it. ``COGVIEW_KERNELS=reference|torch|triton`` forces a form.
+    Gradients are computed here and only scaled in the backward pass, which can therefore run once: a second one raises
+    PyTorch's error about a modified tensor. ``COGVIEW_KERNELS=reference|torch|triton`` forces an implementation.
+
+    Args:
+        hidden_ND: Hidden states, multiplied in their dtype or that of autocast.
+        embedding_VD: Output embedding.
+        targets: Targets of each kind; a position may be in several.
+
+    Returns:
+        The weighted sum of all losses, differentiable, and the unweighted losses (M,) of each of ``targets``, detached;
+        float32, or float64 if the inputs are.
+
+    Raises:
+        ValueError: The inputs do not fit together. On a GPU ids and positions are not checked, which would synchronize.
     """
     name = select_backend(
         "fused_linear_cross_entropy", hidden_ND.device.type, available=("reference", "torch", "triton")
@@ -91,27 +103,36 @@ def fused_linear_cross_entropy(
 
         in_place = losses_in_place
     learn = torch.is_grad_enabled()
-    total, *losses = _FusedLinearCrossEntropy.apply(hidden_ND, embedding_VD, targets, in_place, learn)
+    total, *losses = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_ND, embedding_VD, targets, in_place, learn
+    )
     return total, losses
 
 
 def losses_in_place_torch(logits_MI: Tensor, targets_M: Tensor, weights_M: Tensor, write: bool) -> Tensor:
-    """Cross-entropy (M,) in float32; with ``write`` the gradient of weight * loss takes the place of ``logits_MI``.
+    """Compute the cross-entropy of a chunk of logits, and optionally its gradient in place.
 
-    ``targets_M`` (int64) count from the first of the I ids. Of float64 logits everything is float64.
+    Args:
+        logits_MI: Logits of the candidates; with ``write`` overwritten by the gradient of weight * loss.
+        targets_M: Indices of the correct ids among the I candidates, int64.
+        weights_M: Weight of each loss.
+        write: Whether to compute the gradient.
+
+    Returns:
+        Cross-entropy (M,), float32, or float64 for float64 logits.
     """
     log_probs_MI = logits_MI.log_softmax(dim=1, dtype=_precise(logits_MI.dtype))
     target_M1 = targets_M.unsqueeze(1)
     losses_M1 = -log_probs_MI.gather(1, target_M1)
     if write:
-        # p, and p - 1 at the target; what is small comes out exactly, and is rounded to half precision last.
+        # p, and p - 1 at the target; small values are exact, and rounded to half precision last.
         gradient_MI = log_probs_MI.exp_().scatter_(1, target_M1, torch.expm1(-losses_M1))
         torch.mul(gradient_MI, weights_M.unsqueeze(1), out=logits_MI)
     return losses_M1.squeeze(1)
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """Losses and the gradients that are needed, chunk by chunk."""
+    """Losses and the needed gradients, chunk by chunk."""
 
     @staticmethod
     def forward(
@@ -122,7 +143,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         in_place: LossesInPlace,
         learn: bool,
     ) -> tuple[Tensor, ...]:
-        # Whether an input asks for its gradient does not say whether gradients are recorded.
+        # An input may require a gradient while gradients are not recorded.
         needed = [learn and asks for asks in ctx.needs_input_grad[:2]]
         dtype = _product_dtype(hidden_ND, embedding_VD)
         precise = _precise(dtype)
@@ -132,9 +153,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         ]
         total, losses = hidden_ND.new_zeros((), dtype=precise), []
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for own in targets:
-                losses_M = _kind_losses(hidden_ND, embedding_VD, own, in_place, dtype, *gradients)
-                total += (losses_M * own.weights_M).sum()
+            for target in targets:
+                losses_M = _kind_losses(hidden_ND, embedding_VD, target, in_place, dtype, *gradients)
+                total += (losses_M * target.weights_M).sum()
                 losses.append(losses_M)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden_ND.dtype, embedding_VD.dtype
@@ -144,7 +165,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of the forward, scaled where they are: a second copy of the embedding's would be large."""
+        """Scale the gradients of the forward pass in place, since a copy of that of the embedding would be large."""
         gradients = [
             None if gradient is None else gradient.mul_(d_total).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
@@ -155,41 +176,41 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 def _kind_losses(
     hidden_ND: Tensor,
     embedding_VD: Tensor,
-    own: LossTargets,
+    target: LossTargets,
     in_place: LossesInPlace,
     dtype: torch.dtype,
     d_hidden_ND: Tensor | None,
     d_embedding_VD: Tensor | None,
 ) -> Tensor:
-    """The losses (M,) of one kind of target; what they add to the gradients is added, where these are given."""
-    if not len(own.positions_M):
+    """Return the losses (M,) of one kind of target, and add their gradients in place where tensors are given."""
+    if not len(target.positions_M):
         return torch.empty(0, dtype=_precise(dtype), device=hidden_ND.device)
-    chosen = slice(own.ids.start, own.ids.stop)
+    chosen = slice(target.ids.start, target.ids.stop)
     rows_ID = embedding_VD[chosen].to(dtype)
-    losses_M = torch.empty(len(own.positions_M), dtype=_precise(dtype), device=hidden_ND.device)
-    targets_M, weights_M = own.targets_M - own.ids.start, own.weights_M.to(losses_M.dtype)
-    size = _chunk_size(len(own.positions_M), len(own.ids), rows_ID)
+    losses_M = torch.empty(len(target.positions_M), dtype=_precise(dtype), device=hidden_ND.device)
+    targets_M, weights_M = target.targets_M - target.ids.start, target.weights_M.to(losses_M.dtype)
+    size = _chunk_size(len(target.positions_M), len(target.ids), rows_ID)
     half = dtype.itemsize == 2
     if half:
-        # Before the backward nothing scales a loss: weights of 1 / N would vanish in float16.
+        # No loss scale acts before the backward pass: weights of 1 / N would underflow in float16.
         unit = (weights_M.abs().amax() * (size / HALF_WEIGHTS)).clamp_(min=torch.finfo(torch.float32).tiny)
         weights_M = weights_M / unit
     write = d_hidden_ND is not None or d_embedding_VD is not None
-    padded = -(-len(own.ids) // ALIGNED) * ALIGNED
-    # PyTorch's product of bfloat16 on a CPU multiplies some of what is behind a row with zero, which must be a number.
-    space_CI = rows_ID.new_zeros(size, padded)[:, : len(own.ids)]
-    for first in range(0, len(own.positions_M), size):
+    padded = -(-len(target.ids) // ALIGNED) * ALIGNED
+    # PyTorch's bfloat16 product on a CPU multiplies some elements after a row by zero: they must be finite.
+    buffer_CI = rows_ID.new_zeros(size, padded)[:, : len(target.ids)]
+    for first in range(0, len(target.positions_M), size):
         chunk = slice(first, first + size)
-        places_C = own.positions_M[chunk]
-        hidden_CD = hidden_ND[places_C].to(dtype)
-        logits_CI = torch.mm(hidden_CD, rows_ID.T, out=space_CI[: len(places_C)])
+        positions_C = target.positions_M[chunk]
+        hidden_CD = hidden_ND[positions_C].to(dtype)
+        logits_CI = torch.mm(hidden_CD, rows_ID.T, out=buffer_CI[: len(positions_C)])
         losses_M[chunk] = in_place(logits_CI, targets_M[chunk], weights_M[chunk], write)
         if d_hidden_ND is not None:
             d_hidden_CD = torch.mm(logits_CI, rows_ID).to(d_hidden_ND.dtype)
             if half:
                 d_hidden_CD *= unit
-            # Unlike index_add_, in one order on a GPU too.
-            d_hidden_ND.index_put_((places_C,), d_hidden_CD, accumulate=True)
+            # Unlike index_add_, deterministic on a GPU.
+            d_hidden_ND.index_put_((positions_C,), d_hidden_CD, accumulate=True)
         if d_embedding_VD is not None:
             if half:
                 d_embedding_VD[chosen].addcmul_(torch.mm(logits_CI.T, hidden_CD), unit)
@@ -198,15 +219,15 @@ def _kind_losses(
     return losses_M
 
 
-def _chunk_size(num_places: int, num_ids: int, rows_ID: Tensor) -> int:
-    """Places of a chunk: as many as give logits of about ``CHUNK_BYTES``, in chunks that are equally large."""
-    most = CHUNK_BYTES.get(rows_ID.device.type, CHUNK_BYTES_GPU) // (num_ids * rows_ID.element_size())
-    num_chunks = -(-num_places // max(most, 1))
-    return -(-num_places // num_chunks)
+def _chunk_size(num_positions: int, num_ids: int, rows_ID: Tensor) -> int:
+    """Return the positions of a chunk, for equal chunks whose logits take about ``CHUNK_BYTES``."""
+    largest = CHUNK_BYTES.get(rows_ID.device.type, CHUNK_BYTES_GPU) // (num_ids * rows_ID.element_size())
+    num_chunks = -(-num_positions // max(largest, 1))
+    return -(-num_positions // num_chunks)
 
 
 def _product_dtype(hidden_ND: Tensor, embedding_VD: Tensor) -> torch.dtype:
-    """What ``F.linear`` would multiply in; autocast leaves float64 alone."""
+    """Return the dtype in which ``F.linear`` would multiply; autocast ignores float64."""
     device_type = hidden_ND.device.type
     if torch.is_autocast_enabled(device_type) and hidden_ND.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
@@ -214,12 +235,12 @@ def _product_dtype(hidden_ND: Tensor, embedding_VD: Tensor) -> torch.dtype:
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
-    """What sums, losses and gradients are kept in."""
+    """Return the dtype of sums, losses and gradients."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _check(hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[LossTargets]) -> None:
-    """ValueError naming what does not fit, and where; nothing is computed before."""
+    """Raise ValueError for inputs that do not fit together, before anything is computed."""
     for name, matrix in (("hidden_ND", hidden_ND), ("embedding_VD", embedding_VD)):
         if matrix.ndim != 2 or not matrix.is_floating_point():
             raise ValueError(f"{name} must be a matrix of floats, got {matrix.dtype} {tuple(matrix.shape)}")
@@ -232,18 +253,19 @@ def _check(hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[LossTarget
     casts = torch.is_autocast_enabled(hidden_ND.device.type) and not doubles
     if embedding_VD.dtype != hidden_ND.dtype and not casts:
         raise ValueError(f"embedding_VD must be {hidden_ND.dtype} as hidden_ND is, got {embedding_VD.dtype}")
-    for number, own in enumerate(targets):
-        _check_targets(f"targets[{number}]", own, hidden_ND, len(embedding_VD))
+    for number, target in enumerate(targets):
+        _check_targets(f"targets[{number}]", target, hidden_ND, len(embedding_VD))
 
 
-def _check_targets(name: str, own: LossTargets, hidden_ND: Tensor, num_rows: int) -> None:
-    if own.ids.step != 1 or not 0 <= own.ids.start < own.ids.stop <= num_rows:
-        raise ValueError(f"{name}.ids must be a range of 1 to {num_rows} rows of the embedding, got {own.ids}")
-    shape = (own.positions_M.numel(),)
+def _check_targets(name: str, target: LossTargets, hidden_ND: Tensor, num_rows: int) -> None:
+    """Raise ValueError for targets that do not fit the hidden states or the embedding."""
+    if target.ids.step != 1 or not 0 <= target.ids.start < target.ids.stop <= num_rows:
+        raise ValueError(f"{name}.ids must be a range of 1 to {num_rows} rows of the embedding, got {target.ids}")
+    shape = (target.positions_M.numel(),)
     for part, values, dtype in (
-        ("positions_M", own.positions_M, torch.int64),
-        ("targets_M", own.targets_M, torch.int64),
-        ("weights_M", own.weights_M, torch.float32),
+        ("positions_M", target.positions_M, torch.int64),
+        ("targets_M", target.targets_M, torch.int64),
+        ("weights_M", target.weights_M, torch.float32),
     ):
         if values.shape != shape or values.dtype != dtype or values.device != hidden_ND.device:
             raise ValueError(
@@ -253,8 +275,8 @@ def _check_targets(name: str, own: LossTargets, hidden_ND: Tensor, num_rows: int
     if hidden_ND.device.type != "cpu":
         return
     for part, values, permitted in (
-        ("positions_M", own.positions_M, range(len(hidden_ND))),
-        ("targets_M", own.targets_M, own.ids),
+        ("positions_M", target.positions_M, range(len(hidden_ND))),
+        ("targets_M", target.targets_M, target.ids),
     ):
         wrong = values[(values < permitted.start) | (values >= permitted.stop)]
         if len(wrong):

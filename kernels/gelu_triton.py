@@ -1,7 +1,8 @@
-"""GELU of a product and its bias in Triton, forward and backward: what ``gelu.py`` uses where Triton is chosen.
+"""GELU of a product and its bias in Triton, forward and backward; ``gelu.py`` dispatches to it.
 
-Both compute in float32 from ``x`` and ``bias``; their sum is not kept. The gradient of the bias is added up by each
-program over its rows and then over the programs: no two write to one place, and results are the same every time.
+Both passes compute in float32 from ``x`` and ``bias``; their sum is not stored. Each program sums the gradient of the
+bias over its rows, then these are summed over the programs: no two programs write to the same address, and results are
+deterministic.
 """
 
 # N rows, D width, R rows and C columns of a block, P programs for the same columns
@@ -15,14 +16,14 @@ from torch import Tensor
 from cogview.kernels.triton_utils import as_rows, check_floats
 
 COLUMNS, ROWS, WARPS = 512, 8, 8  # of a block
-ROW_BLOCKS = 16  # that a program of the backward takes, at most
+ROW_BLOCKS = 16  # of a program of the backward pass, at most
 TWICE_SQRT_2_PI = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
 def _block(row_block, num_rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows (R, 1) in int64, for a long batch has more than 2**31 numbers, columns (1, C), and which of them exist."""
+    """Return rows (R, 1), columns (1, C) and a mask; int64, since a long batch has more than 2**31 elements."""
     row = (row_block * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     return row, column, (row < num_rows) & (column < size)
@@ -30,16 +31,16 @@ def _block(row_block, num_rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr)
 
 @triton.jit
 def _sum(x_ptr, bias_ptr, row, column, inside, stride, size):
-    """x + bias (R, C) in float32."""
+    """Return x + bias (R, C) in float32."""
     x = tl.load(x_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     return x + tl.load(bias_ptr + column, mask=column < size, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _gate(z):
-    """For gelu(z) = z sigmoid(u), u = 2 sqrt(2 / pi) (z + 0.044715 z^3): sigmoid(u) and its derivative.
+    """Return sigmoid(u) and its derivative, for gelu(z) = z sigmoid(u), u = 2 sqrt(2 / pi) (z + 0.044715 z^3).
 
-    From exp(-|u|), which cannot overflow, and with nothing that cancels.
+    Both follow from exp(-|u|), which cannot overflow, without cancellation.
     """
     u = TWICE_SQRT_2_PI * z * (1.0 + CUBIC * z * z)
     small = tl.exp(-tl.abs(u))
@@ -62,24 +63,32 @@ def _backward_kernel(
     d_out_ptr, x_ptr, bias_ptr, d_x_ptr, partial_ptr, d_out_stride, stride, num_rows, size,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    of_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    sum_d_bias = tl.zeros([ROWS, COLUMNS], tl.float32)
     for row_block in range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0)):
         row, column, inside = _block(row_block, num_rows, size, ROWS, COLUMNS)
         z = _sum(x_ptr, bias_ptr, row, column, inside, stride, size)
         d_out = tl.load(d_out_ptr + row * d_out_stride + column, mask=inside, other=0.0).to(tl.float32)
         gate, slope = _gate(z)
-        of_u = TWICE_SQRT_2_PI * (1.0 + 3.0 * CUBIC * z * z)
-        d_x = d_out * (gate + z * slope * of_u)
+        d_u = TWICE_SQRT_2_PI * (1.0 + 3.0 * CUBIC * z * z)
+        d_x = d_out * (gate + z * slope * d_u)
         tl.store(d_x_ptr + row * size + column, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
-        of_bias += d_x
+        sum_d_bias += d_x
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(partial_ptr + tl.program_id(0) * size.to(tl.int64) + column, tl.sum(of_bias, 0), mask=column < size)
+    tl.store(partial_ptr + tl.program_id(0) * size.to(tl.int64) + column, tl.sum(sum_d_bias, 0), mask=column < size)
 
 
 def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
-    """gelu(x + bias), tanh form, of ``x`` (..., D) and ``bias`` (D,), in the dtype of ``x``; differentiable.
+    """Compute ``bias_gelu`` with the Triton kernels; differentiable.
 
-    ``bias`` may have another dtype than ``x``. ValueError for what the kernel cannot take.
+    Args:
+        x: Product without its bias, (..., D).
+        bias: (D,), of any supported dtype.
+
+    Returns:
+        gelu(x + bias) in the shape and dtype of ``x``.
+
+    Raises:
+        ValueError: The kernels do not support the inputs; nothing was launched.
     """
     check_floats("x", x)
     check_floats("bias", bias)
@@ -87,7 +96,8 @@ def bias_gelu_triton(x: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"x must be (..., D) with D from 1 on, got {tuple(x.shape)}")
     if bias.shape != x.shape[-1:] or bias.device != x.device:
         raise ValueError(f"bias must be {tuple(x.shape[-1:])} on {x.device}, got {tuple(bias.shape)} on {bias.device}")
-    return _bias_gelu(x, bias)
+    out: Tensor = _bias_gelu(x, bias)
+    return out
 
 
 @torch.library.custom_op("cogview::bias_gelu", mutates_args=())
@@ -107,7 +117,7 @@ def _(x, bias):
 
 @torch.library.custom_op("cogview::bias_gelu_backward", mutates_args=())
 def _bias_gelu_backward(d_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x``, and of ``bias`` in float32."""
+    """Return the gradients of ``x``, and of ``bias`` in float32."""
     d_out_ND, x_ND, d_x = as_rows(d_out), as_rows(x), x.new_empty(x.shape)
     num_rows, size = x_ND.shape
     programs = triton.cdiv(num_rows, ROWS * ROW_BLOCKS)

@@ -1,13 +1,14 @@
-"""Linear layers whose weights are stored in few bits: int8 with a scale per row, int4 with one per group of inputs.
+"""Linear layers with quantized weights: int8 with a scale per output, int4 with one per group of inputs.
 
-Drawing one picture reads every weight once per token, so the time of a token is the time to read them: half the bytes
-are nearly half the time. Weights are rounded, activations are not. The readable references are the specification. On
-a CPU, PyTorch's kernels unpack the weights as they multiply; elsewhere, and for int8 where many rows share one reading,
-the weights are unpacked first, as the reference does. The choice is made here; ``COGVIEW_KERNELS=reference`` forces the
-references. ``linear`` is for weights that are not rounded, ``linear_packed`` for float32 weights in MKL's own order.
+Generation reads every weight once per token, so that the time of a token is the time of reading them: half the bytes
+take nearly half the time. Weights are quantized, activations are not. The references are the specification. On a CPU,
+PyTorch's kernels dequantize as they multiply; elsewhere, and for int8 where many rows share one read of the weights,
+weights are dequantized first, as by the reference. This module chooses; ``COGVIEW_KERNELS=reference`` forces the
+references. ``linear`` is for weights that are not quantized, ``linear_prepacked`` for float32 weights in MKL's packed
+order.
 """
 
-# M rows of the input, K inputs, N outputs, G inputs that share a scale
+# M rows of the input, K inputs, N outputs, G groups of inputs that share a scale
 from __future__ import annotations
 
 import os
@@ -18,30 +19,36 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GROUP = 64  # inputs that share a scale and a zero in int4; 32 where 64 does not divide them
-BLOCK = 256  # rows rounded at a time: what is made on the way stays in the processor's cache
-DENSE_BLOCK = 1024  # rows unpacked at a time, for the same reason
-# Rows that share one reading of the weights, from which on it pays to unpack them first
-# (scripts/benchmarks/linear_rows.py, on two cores without bfloat16 of their own).
+BLOCK = 256  # rows quantized at a time: intermediate tensors stay in the processor's cache
+DENSE_BLOCK = 1024  # rows dequantized at a time, for the same reason
+# Rows that share one read of the weights, from which on dequantizing first is faster
+# (scripts/benchmarks/linear_rows.py, on two cores without native bfloat16).
 MANY_ROWS_INT8 = 40
 MANY_ROWS_HALF = 4
-# Rows of input that MKL packs weights for. It uses them for any number, with the same result; packed for few, it is
-# slow with many, and packed for one, slow with two.
+# Rows of input that MKL packs weights for. Any number gives the same result, but weights packed for few rows are slow
+# with many, and those packed for one row are slow with two.
 PACKED_FOR = 64
-# Rows that it multiplies at one go: it copies them, and keeps the memory of the largest copy there was.
+# Rows that MKL multiplies at a time: it copies them, and keeps the memory of the largest copy.
 PACKED_AT_ONCE = 1024
 
 
 def quantize_int8(weight_NK: Tensor, quantized_NK: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """int8 (N, K) and bfloat16 (N,): ``weight`` is about the one times the other, off by half a step at most.
+    """Quantize a weight to int8 with a scale per output.
 
-    The scale is rounded before the weights are, so that its own rounding does not add to theirs. ``quantized_NK`` is
-    written to if it is given.
+    The scale is rounded before the weights, so that its rounding adds no error: a weight is off by half a step at most.
+
+    Args:
+        weight_NK: Weight of any floating-point dtype.
+        quantized_NK: int8 tensor for the result; None to allocate one.
+
+    Returns:
+        int8 weights (N, K) and bfloat16 scales (N,).
     """
     if quantized_NK is None:
         quantized_NK = torch.empty_like(weight_NK, dtype=torch.int8)
     scales = []
     for rows, result in zip(weight_NK.split(BLOCK), quantized_NK.split(BLOCK), strict=True):
-        rows = rows.to(torch.float32, copy=True)  # ours to write to
+        rows = rows.to(torch.float32, copy=True)  # a copy to write to
         scale = (torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)) / 127).bfloat16()
         rows.div_(scale.float().masked_fill(scale == 0, 1.0).unsqueeze(1))
         result.copy_(rows.round_().clamp_(-127, 127))
@@ -50,12 +57,16 @@ def quantize_int8(weight_NK: Tensor, quantized_NK: Tensor | None = None) -> tupl
 
 
 def dequantize_int8(quantized_NK: Tensor, scale_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights (N, K) that they stand for."""
+    """Return the weights (N, K) of int8 values and their scales, in ``dtype``."""
     return quantized_NK.to(dtype) * scale_N.to(dtype).unsqueeze(1)
 
 
 def group_of(num_inputs: int) -> int:
-    """How many inputs share a scale in int4; ValueError where K is no multiple of 32."""
+    """Return the number of inputs that share a scale in int4.
+
+    Raises:
+        ValueError: ``num_inputs`` is no multiple of 32.
+    """
     for group in (GROUP, 32):
         if num_inputs % group == 0:
             return group
@@ -63,17 +74,26 @@ def group_of(num_inputs: int) -> int:
 
 
 def quantize_int4(weight_NK: Tensor, packed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """uint8 (N, K / 2), two weights to a byte, the first in its low half; and bfloat16 (K / G, N, 2), scale and zero.
+    """Quantize a weight to int4 with a scale and a zero point per group of inputs.
 
-    A weight is about (q - 8) * scale + zero of its group, q from 0 to 15: the range of each group is met exactly.
-    ``packed`` is written to if it is given.
+    A weight is about (q - 8) * scale + zero, with q from 0 to 15: the range of each group is represented exactly.
+
+    Args:
+        weight_NK: Weight of any floating-point dtype; K is a multiple of 32.
+        packed: uint8 tensor (N, K / 2) for the result; None to allocate one.
+
+    Returns:
+        uint8 (N, K / 2), two values per byte, the first in the low half, and scales and zero points (G, N, 2) bfloat16.
+
+    Raises:
+        ValueError: K is no multiple of 32.
     """
     group = group_of(weight_NK.shape[1])
     if packed is None:
         packed = weight_NK.new_empty((len(weight_NK), weight_NK.shape[1] // 2), dtype=torch.uint8)
     scales, zeros = [], []
     for rows, result in zip(weight_NK.split(BLOCK), packed.split(BLOCK), strict=True):
-        groups = rows.to(torch.float32, copy=True).unflatten(1, (-1, group))  # ours to write to
+        groups = rows.to(torch.float32, copy=True).unflatten(1, (-1, group))  # a copy to write to
         low, high = groups.amin(dim=2), groups.amax(dim=2)  # aminmax takes four times as long
         scale = ((high - low) / 15).bfloat16()
         zero = (low + 8 * scale.float()).bfloat16()
@@ -85,70 +105,101 @@ def quantize_int4(weight_NK: Tensor, packed: Tensor | None = None) -> tuple[Tens
 
 
 def pack_int4(steps_NK: Tensor) -> Tensor:
-    """Two steps (uint8, 0 to 15) to a byte: (N, K / 2)."""
+    """Pack values (N, K) uint8 from 0 to 15 into bytes (N, K / 2), the first of two in the low half."""
     pairs = steps_NK.contiguous().view(torch.int16)  # the first of two in the low byte
     return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """The steps (N, K) uint8 of (N, K / 2) bytes."""
+    """Unpack bytes (N, K / 2) into values (N, K) uint8 from 0 to 15."""
     wide = packed.to(torch.int16)
     return ((wide | (wide << 4)) & 0x0F0F).view(torch.uint8)
 
 
 def dequantize_int4(packed: Tensor, scales_and_zeros_GN2: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights (N, K) that they stand for."""
+    """Return the weights (N, K) of packed int4 values, scales and zero points, in ``dtype``."""
     num_groups, num_outputs, _ = scales_and_zeros_GN2.shape
     steps_NGg = unpack_int4(packed).view(num_outputs, num_groups, -1).to(dtype) - 8
     scale_NG, zero_NG = scales_and_zeros_GN2.to(dtype).permute(2, 1, 0)
-    return (steps_NGg * scale_NG.unsqueeze(2) + zero_NG.unsqueeze(2)).flatten(1)
+    weight_NK: Tensor = (steps_NGg * scale_NG.unsqueeze(2) + zero_NG.unsqueeze(2)).flatten(1)
+    return weight_NK
 
 
 def linear_int8_reference(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor) -> Tensor:
-    """x W^T + b for W in int8: (..., N) in the dtype of ``x`` (..., K)."""
+    """Compute x W^T + b with an int8 weight, dequantized block by block.
+
+    Args:
+        x: Inputs (..., K), of any floating-point dtype.
+        quantized_NK: int8 weight.
+        scale_N: bfloat16 scales.
+        bias_N: Bias.
+
+    Returns:
+        Outputs (..., N) in the dtype of ``x``.
+    """
     block, dtype = _compute_plan(x)
     parts = zip(quantized_NK.split(block), scale_N.split(block), strict=True)
     return _dequantized_matmul(x, (dequantize_int8(*part, dtype) for part in parts), bias_N)
 
 
 def linear_int4_reference(x: Tensor, packed: Tensor, scales_and_zeros_GN2: Tensor, bias_N: Tensor) -> Tensor:
-    """x W^T + b for W in int4: (..., N) in the dtype of ``x`` (..., K)."""
+    """Compute x W^T + b with an int4 weight, dequantized block by block.
+
+    Args:
+        x: Inputs (..., K), of any floating-point dtype.
+        packed: uint8 weight (N, K / 2).
+        scales_and_zeros_GN2: bfloat16 scales and zero points.
+        bias_N: Bias.
+
+    Returns:
+        Outputs (..., N) in the dtype of ``x``.
+    """
     block, dtype = _compute_plan(x)
     parts = zip(packed.split(block), scales_and_zeros_GN2.split(block, dim=1), strict=True)
     return _dequantized_matmul(x, (dequantize_int4(*part, dtype) for part in parts), bias_N)
 
 
 def linear_int8(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor) -> Tensor:
-    """Equal to ``linear_int8_reference`` up to the rounding of bfloat16."""
+    """Compute ``linear_int8_reference`` with the fastest implementation, equal up to the rounding of bfloat16."""
     rows_MK = x.reshape(-1, x.shape[-1])
     if not has_native_kernels(x.device) or len(rows_MK) >= MANY_ROWS_INT8:
         return linear_int8_reference(x, quantized_NK, scale_N, bias_N)
-    # In bfloat16: for others the kernel has no fast form.
+    # In bfloat16: the kernel has no fast variant for other dtypes.
     product_MN = torch._weight_int8pack_mm(rows_MK.bfloat16().contiguous(), quantized_NK, scale_N)
     return (product_MN + bias_N).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def pack_int4_for_cpu(packed: Tensor) -> Tensor:
-    """The bytes of (N, K / 2) in the order that this processor's kernel wants; it is another on other processors."""
-    # The kernel's order is one within 64 rows; so many at a time keep the int32 that it wants small.
+    """Return bytes (N, K / 2) in the order of this processor's kernel, which differs between processors."""
+    # The order is defined within 64 rows; blocks keep the int32 input of the conversion small.
     result = torch.empty_like(packed)
     for rows, part in zip(packed.split(BLOCK), result.split(BLOCK), strict=True):
         part.copy_(torch._convert_weight_to_int4pack_for_cpu(unpack_int4(rows).int(), 1).view_as(part))
     return result
 
 
-def linear_int4_packed(x: Tensor, ordered: Tensor, scales_and_zeros_GN2: Tensor, bias_N: Tensor) -> Tensor:
-    """``linear_int4_reference`` for weights in the order of ``order_int4_for_cpu``, up to the rounding of bfloat16."""
+def linear_int4_packed(x: Tensor, cpu_packed: Tensor, scales_and_zeros_GN2: Tensor, bias_N: Tensor) -> Tensor:
+    """Compute ``linear_int4_reference`` for weights of ``pack_int4_for_cpu``, up to the rounding of bfloat16."""
     rows_MK = x.reshape(-1, x.shape[-1])
     group = x.shape[-1] // len(scales_and_zeros_GN2)
-    product_MN = torch._weight_int4pack_mm_for_cpu(rows_MK.bfloat16().contiguous(), ordered, group, scales_and_zeros_GN2)
+    product_MN = torch._weight_int4pack_mm_for_cpu(
+        rows_MK.bfloat16().contiguous(), cpu_packed, group, scales_and_zeros_GN2
+    )
     return (product_MN + bias_N).to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
-    """x W^T + b for weights as they are: (..., N) in the dtype of ``x`` (..., K).
+    """Compute x W^T + b for a weight that is not quantized.
 
-    A CPU that has to emulate 16-bit products does many of them faster in float32, the conversion included.
+    A CPU that emulates 16-bit products computes many rows faster in float32, conversion included.
+
+    Args:
+        x: Inputs (..., K).
+        weight_NK: Weight, in the dtype of ``x``.
+        bias_N: Bias, in the dtype of ``x``.
+
+    Returns:
+        Outputs (..., N) in the dtype of ``x``.
     """
     slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not cpu_multiplies_bfloat16()
     if slow and not x.requires_grad and x.numel() >= MANY_ROWS_HALF * x.shape[-1]:
@@ -157,56 +208,67 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
 
 
 def can_prepack(weight_NK: Tensor) -> bool:
-    """Whether MKL has an order of its own for these weights: on a CPU, in float32."""
+    """Return whether MKL has a packed order for this weight: on a CPU, in float32."""
     if weight_NK.device.type != "cpu" or weight_NK.dtype != torch.float32:
         return False
     return torch.backends.mkl.is_available() and os.environ.get("COGVIEW_KERNELS") != "reference"
 
 
 def prepack(weight_NK: Tensor) -> Tensor:
-    """The weights in the order in which MKL multiplies them, opaque to all but ``linear_packed``.
+    """Return the weight in MKL's packed order, an opaque tensor for ``linear_prepacked``.
 
-    For 4 to 64 rows of input the product takes a half to a third of the time (``scripts/benchmarks/linear_rows.py``).
+    With 4 to 64 rows of input the product takes a half to a third of the time (``scripts/benchmarks/linear_rows.py``).
     """
-    return torch.ops.mkl._mkl_reorder_linear_weight(weight_NK.detach(), PACKED_FOR)
+    packed: Tensor = torch.ops.mkl._mkl_reorder_linear_weight(weight_NK.detach(), PACKED_FOR)
+    return packed
 
 
 def linear_prepacked(x: Tensor, packed: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-    """x W^T + b, (..., N) float32, for ``packed = pack(weight_NK)``; knows no gradients.
+    """Compute x W^T + b with a prepacked weight, without gradients.
 
-    A row of the result is the same bit for bit whatever other rows there are, which ``linear`` does not promise.
+    A row of the result is the same bit for bit whatever the other rows are, which ``linear`` does not guarantee.
+
+    Args:
+        x: Inputs (..., K), float32.
+        packed: ``prepack(weight_NK)``.
+        weight_NK: The weight itself, float32.
+        bias_N: Bias, float32; None for no bias.
+
+    Returns:
+        Outputs (..., N), float32.
     """
     multiply = torch.ops.mkl._mkl_linear
     if x.numel() <= PACKED_AT_ONCE * x.shape[-1]:
-        return multiply(x, packed, weight_NK, bias_N, x.numel() // x.shape[-1])
+        product: Tensor = multiply(x, packed, weight_NK, bias_N, x.numel() // x.shape[-1])
+        return product
     rows_MK = x.reshape(-1, x.shape[-1])
     product_MN = x.new_empty(len(rows_MK), len(weight_NK))
-    for part, product in zip(rows_MK.split(PACKED_AT_ONCE), product_MN.split(PACKED_AT_ONCE), strict=True):
-        product.copy_(multiply(part, packed, weight_NK, bias_N, len(part)))
+    for part, result in zip(rows_MK.split(PACKED_AT_ONCE), product_MN.split(PACKED_AT_ONCE), strict=True):
+        result.copy_(multiply(part, packed, weight_NK, bias_N, len(part)))
     return product_MN.view(*x.shape[:-1], -1)
 
 
 def has_native_kernels(device: torch.device) -> bool:
-    """Whether PyTorch's kernels for few bits are used on ``device``."""
+    """Return whether PyTorch's kernels for quantized weights are used on ``device``."""
     return device.type == "cpu" and os.environ.get("COGVIEW_KERNELS") != "reference"
 
 
 def cpu_multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies in bfloat16; oneDNN's own answer counts emulation as support."""
+    """Return whether this CPU multiplies bfloat16 natively; the answer of oneDNN counts emulation as support."""
     if not torch.backends.mkldnn.is_available():
         return False
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _compute_plan(x: Tensor) -> tuple[int, torch.dtype]:
-    """How many rows of weights to unpack at a time, and the dtype to multiply in: float32 where a CPU is faster so."""
+    """Return the rows to dequantize at a time, and the dtype of the product: float32 if that is faster on a CPU."""
     if x.device.type != "cpu":
         return 1 << 20, x.dtype
     return DENSE_BLOCK, x.dtype if cpu_multiplies_bfloat16() else torch.float32
 
 
 def _dequantized_matmul(x: Tensor, weights: Iterable[Tensor], bias_N: Tensor) -> Tensor:
-    """x W^T + b for W that comes a block of rows at a time, in the dtype of the blocks."""
+    """Compute x W^T + b for a weight given in blocks of rows, in the dtype of the blocks."""
     products = [F.linear(x.to(block.dtype), block) for block in weights]
     product = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
     return (product + bias_N).to(x.dtype)

@@ -1,14 +1,17 @@
-"""CogView's sparse attention: a window of recent positions, and pivots that stand for what lies before it.
+"""Sparse attention of CogView: a window of recent positions, and pivots that represent everything before it.
 
-Super-resolution makes sequences long, and dense attention grows with the square of their length. Here each query sees
-the ``window`` most recent positions, itself included, and of the positions before them only the pivots: the text, and
-a random sample of the image whose scores are raised by log(s / n), so that n sampled positions weigh as much as the s
-they were drawn from (as in the released CogView, arXiv:2105.13290). Cost grows with length times (window + pivots).
+A library offer: no model of this package calls it. It is meant for long sequences of super-resolution, where dense
+attention grows with the square of the length; its tests and benchmarks are its only users.
 
-Of the window's keys in the query's own image one may keep a neighbourhood in the plane: columns near the query's, in
-as many lines above as the window reaches back.
+Each query attends to the ``window`` most recent positions, itself included, and of the positions before them only to
+the pivots: the text, and a random sample of the image. The scores of sampled pivots are raised by log(s / n), so that n
+sampled positions weigh as much as the s positions they are drawn from. That is the sparse attention of CogView
+(arXiv:2105.13290; ``sparse_attention`` in
+https://github.com/THUDM/CogView/blob/169a0234990d4507ab5ec8e70b15831d8d5b3dd3/mpu/sparse_transformer.py). The cost
+grows with length times (window + pivots).
 
-``window_attention`` is what a model calls. The reference with its mask over all pairs is the specification.
+The window can be restricted to a neighbourhood in the plane: columns near that of the query, in as many rows above as
+the window reaches back. The reference, with its mask over all pairs, is the specification.
 """
 
 # B batch, H heads, T positions (queries and keys), K size of a head, N pivots; M queries and S keys of a block
@@ -25,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from cogview.kernels.attention import attention_reference
 from cogview.kernels.dispatch import select_backend
 
-BLOCK = 256  # queries that share a slice of keys in PyTorch's form
+BLOCK = 256  # queries that share a slice of keys in PyTorch's implementation
 
 
 def window_attention(
@@ -40,18 +43,30 @@ def window_attention(
     columns: int | None = None,
     image_starts_B: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention to a window and to the pivots before it, (B, H, T, K); scores are scaled by 1 / sqrt(K).
+    """Compute causal attention to a window and to the pivots before it; scores are scaled by 1 / sqrt(K).
 
-    A query at t sees keys from t - ``window`` + 1 to t, and those ``pivots_BN`` (int64: positions, ascending and unique
-    in a row, then -1 where a row has fewer) up to t - ``window``; ``pivot_bias_BN`` (float32, a constant, by default 0)
-    is added to the scores of these (``sampled_pivots`` makes both).
+    ``grid``, ``columns`` and ``image_starts_B`` belong together. Positions from ``image_starts_B`` on are then an
+    image in rows of ``grid`` codes. In its window, a query of the image attends to codes whose column differs from its
+    own by at most ``columns``; a window of n ``grid`` + ``columns`` + 1 reaches n rows up. Earlier positions and pivots
+    are not restricted.
 
-    ``grid``, ``columns`` and ``image_starts_B`` (int64) go together. Positions from ``image_starts_B`` on are then an
-    image in lines of ``grid``, and of these a query in the image sees only those in its window whose column differs
-    from its own by at most ``columns``; a window of n ``grid`` + ``columns`` + 1 reaches n lines up. Earlier positions
-    are seen as before, and so are pivots.
+    Args:
+        q_BHTK: Queries, of any floating-point dtype.
+        k_BHTK: Keys, like the queries.
+        v_BHTK: Values, like the queries.
+        window: Number of recent positions that a query at t attends to, from t - ``window`` + 1 to t; at least 1.
+        pivots_BN: Positions of the pivots, int64, ascending in a row, then -1 where a row has fewer. A query attends to
+            those up to t - ``window``. On a GPU the values are not checked.
+        pivot_bias_BN: Bias of the scores of the pivots, a float32 constant; None for 0 (see ``sampled_pivots``).
+        grid: Codes per row of the image.
+        columns: Largest difference of columns, from 0 to ``grid`` - 1.
+        image_starts_B: First position of each image, int64. On a GPU the values are not checked.
 
-    ValueError for input that does not fit together; pivots and starts are looked at on a CPU only.
+    Returns:
+        Attention output (B, H, T, K) in the dtype of the queries.
+
+    Raises:
+        ValueError: The inputs do not fit together.
     """
     name = select_backend("window_attention", q_BHTK.device.type, available=("reference", "torch", "triton"))
     implementation: Callable[..., Tensor]
@@ -76,11 +91,20 @@ def window_attention(
 def sampled_pivots(
     text_lengths_B: Tensor, image_starts_B: Tensor, image_length: int, count: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Pivots (B, N) int64 and their bias (B, N) float32, made on the CPU beside the batch.
+    """Sample pivots on the CPU, together with the batch: the whole text, and some positions of the image.
 
-    They are all of a row's first ``text_lengths_B`` positions, with a bias of 0, and ``count`` of the ``image_length``
-    from ``image_starts_B`` on, drawn without repetition, with log(image_length / count); N is ``count`` more than the
-    longest text has.
+    Args:
+        text_lengths_B: Length of the text at the start of each row, int64; its pivots have a bias of 0.
+        image_starts_B: First position of each image, int64, at least the length of the text.
+        image_length: Positions of an image.
+        count: Number of sampled positions of the image, without replacement; their bias is log(image_length / count).
+        generator: Source of randomness.
+
+    Returns:
+        Pivots (B, N) int64 and their bias (B, N) float32, with N the longest text plus ``count``.
+
+    Raises:
+        ValueError: ``count`` is not from 1 to ``image_length``, or an image starts inside the text.
     """
     if not 1 <= count <= image_length:
         raise ValueError(f"count must be from 1 to image_length = {image_length}, got {count}")
@@ -90,12 +114,12 @@ def sampled_pivots(
             f"{text_lengths_B.tolist()}"
         )
     noise = torch.rand(len(text_lengths_B), image_length, generator=generator)
-    drawn_BN = noise.topk(count, dim=1).indices.sort(dim=1).values + image_starts_B.unsqueeze(1)
+    sampled_BN = noise.topk(count, dim=1).indices.sort(dim=1).values + image_starts_B.unsqueeze(1)
     longest = int(text_lengths_B.max())
     behind = int(image_starts_B.max()) + image_length
-    text_BN = torch.arange(longest).expand(len(drawn_BN), longest)
+    text_BN = torch.arange(longest).expand(len(sampled_BN), longest)
     text_BN = text_BN.masked_fill(text_BN >= text_lengths_B.unsqueeze(1), behind)
-    pivots_BN = torch.cat([text_BN, drawn_BN], dim=1).sort(dim=1).values
+    pivots_BN = torch.cat([text_BN, sampled_BN], dim=1).sort(dim=1).values
     bias_BN = torch.where(pivots_BN < image_starts_B.unsqueeze(1), 0.0, math.log(image_length / count))
     missing_BN = pivots_BN == behind
     return pivots_BN.masked_fill(missing_BN, -1), bias_BN.masked_fill(missing_BN, 0.0)
@@ -112,7 +136,7 @@ def check_inputs(
     columns: int | None,
     image_starts_B: Tensor | None,
 ) -> None:
-    """ValueError for what no implementation can compute."""
+    """Raise ValueError for arguments of ``window_attention`` that no implementation supports."""
     if q_BHTK.ndim != 4 or not q_BHTK.numel():
         raise ValueError(f"q_BHTK must be (B, H, T, K) and not empty, got {tuple(q_BHTK.shape)}")
     rows, length, device = q_BHTK.shape[0], q_BHTK.shape[2], q_BHTK.device
@@ -129,10 +153,10 @@ def check_inputs(
             f"pivots_BN must be int64 ({rows}, N) on {device}, got {pivots_BN.dtype} {tuple(pivots_BN.shape)} on "
             f"{pivots_BN.device}"
         )
-    if device.type == "cpu":  # on a GPU that would wait for the device: there the caller answers for the numbers
-        missing_last_BN = torch.where(pivots_BN == -1, length + torch.arange(pivots_BN.shape[1]), pivots_BN)
+    if device.type == "cpu":  # on a GPU the check would synchronize: there the caller is responsible
+        ascending_BN = torch.where(pivots_BN == -1, length + torch.arange(pivots_BN.shape[1]), pivots_BN)
         outside_B = ((pivots_BN < -1) | (pivots_BN >= length)).any(dim=1)
-        wrong_B = outside_B | (missing_last_BN.diff(dim=1) <= 0).any(dim=1)
+        wrong_B = outside_B | (ascending_BN.diff(dim=1) <= 0).any(dim=1)
         if bool(wrong_B.any()):
             row = int(wrong_B.nonzero()[0])
             raise ValueError(
@@ -165,26 +189,38 @@ def check_inputs(
         raise ValueError(f"image_starts_B must be from 0 to {length}, got {image_starts_B.tolist()}")
 
 
-# --- what is seen --------------------------------------------------------------------------------------------------
+# --- masks ---------------------------------------------------------------------------------------------------------
 
 
-def near_bias(
+def neighbour_bias(
     query_M: Tensor, key_S: Tensor, window: int, grid: int | None, columns: int | None, image_starts_B: Tensor | None
 ) -> Tensor:
-    """(B or 1, M, S) float32: 0 where the query at ``query_M`` sees ``key_S`` in its window, else -inf."""
-    behind_MS = query_M.unsqueeze(1) - key_S
-    seen_BMS = ((behind_MS >= 0) & (behind_MS < window)).unsqueeze(0)
+    """Return the bias of the window: 0 where a query attends to a key, else -inf.
+
+    Args:
+        query_M: Positions of the queries, int64.
+        key_S: Positions of the keys, int64.
+        window: As in ``window_attention``.
+        grid: As in ``window_attention``.
+        columns: As in ``window_attention``.
+        image_starts_B: As in ``window_attention``.
+
+    Returns:
+        Bias (B or 1, M, S), float32.
+    """
+    lag_MS = query_M.unsqueeze(1) - key_S
+    seen_BMS = ((lag_MS >= 0) & (lag_MS < window)).unsqueeze(0)
     if grid is not None and columns is not None and image_starts_B is not None:
         key_column_BS = (key_S - image_starts_B.unsqueeze(1)) % grid
         query_column_BM = (query_M - image_starts_B.unsqueeze(1)) % grid
-        apart_BMS = (query_column_BM.unsqueeze(2) - key_column_BS.unsqueeze(1)).abs()
-        before_BS = key_S < image_starts_B.unsqueeze(1)
-        seen_BMS = seen_BMS & ((apart_BMS <= columns) | before_BS.unsqueeze(1))
+        distance_BMS = (query_column_BM.unsqueeze(2) - key_column_BS.unsqueeze(1)).abs()
+        before_image_BS = key_S < image_starts_B.unsqueeze(1)
+        seen_BMS = seen_BMS & ((distance_BMS <= columns) | before_image_BS.unsqueeze(1))
     return torch.zeros(seen_BMS.shape, device=seen_BMS.device).masked_fill(~seen_BMS, -torch.inf)
 
 
 def pivots_bias(query_M: Tensor, window: int, pivots_BN: Tensor, pivot_bias_BN: Tensor) -> Tensor:
-    """(B, M, N) float32: the bias of a pivot where it stands before the query's window, else -inf."""
+    """Return float32 (B, M, N): the bias of a pivot before the window of the query at ``query_M``, else -inf."""
     before_BMN = query_M.unsqueeze(1) - pivots_BN.unsqueeze(1) >= window
     seen_BMN = before_BMN & (pivots_BN >= 0).unsqueeze(1)
     return pivot_bias_BN.unsqueeze(1).masked_fill(~seen_BMN, -torch.inf)
@@ -200,14 +236,28 @@ def window_bias(
     columns: int | None = None,
     image_starts_B: Tensor | None = None,
 ) -> Tensor:
-    """(B, 1, T, T) float32: what ``window_attention`` adds to the scores of all pairs, -inf where a key is not seen."""
+    """Return the bias of all pairs of positions that is equivalent to ``window_attention``.
+
+    Args:
+        length: Number of positions T.
+        window: As in ``window_attention``.
+        pivots_BN: As in ``window_attention``.
+        pivot_bias_BN: As in ``window_attention``.
+        grid: As in ``window_attention``.
+        columns: As in ``window_attention``.
+        image_starts_B: As in ``window_attention``.
+
+    Returns:
+        Bias (B, 1, T, T), float32; -inf where a query does not attend to a key.
+    """
     positions_T = torch.arange(length, device=pivots_BN.device)
     pivot_bias_BN = torch.zeros(pivots_BN.shape, device=pivots_BN.device) if pivot_bias_BN is None else pivot_bias_BN
-    near_BTT = near_bias(positions_T, positions_T, window, grid, columns, image_starts_B)
-    far_BTN = pivots_bias(positions_T, window, pivots_BN, pivot_bias_BN)
-    bias_BTT = near_BTT.expand(len(pivots_BN), -1, -1).contiguous()
-    places_BTN = pivots_BN.clamp(min=0).unsqueeze(1).expand_as(far_BTN)  # a missing pivot is -inf: least of all
-    return bias_BTT.scatter_reduce(2, places_BTN, far_BTN, "amax").unsqueeze(1)
+    window_bias_BTT = neighbour_bias(positions_T, positions_T, window, grid, columns, image_starts_B)
+    pivot_bias_BTN = pivots_bias(positions_T, window, pivots_BN, pivot_bias_BN)
+    bias_BTT = window_bias_BTT.expand(len(pivots_BN), -1, -1).contiguous()
+    # The bias of a missing pivot is -inf, which never wins.
+    indices_BTN = pivots_BN.clamp(min=0).unsqueeze(1).expand_as(pivot_bias_BTN)
+    return bias_BTT.scatter_reduce(2, indices_BTN, pivot_bias_BTN, "amax").unsqueeze(1)
 
 
 # --- implementations -----------------------------------------------------------------------------------------------
@@ -225,7 +275,7 @@ def window_attention_reference(
     columns: int | None = None,
     image_starts_B: Tensor | None = None,
 ) -> Tensor:
-    """Attention with PB-relax to all keys, under the mask of ``window_bias``: memory grows with the square of T."""
+    """Compute ``window_attention`` by dense attention with the mask of ``window_bias``: memory grows with T squared."""
     bias_B1TT = window_bias(
         q_BHTK.shape[2],
         window=window,
@@ -250,35 +300,38 @@ def window_attention_torch(
     columns: int | None = None,
     image_starts_B: Tensor | None = None,
 ) -> Tensor:
-    """The same, a block of queries at a time against the keys that some of them see; equal in meaning.
+    """Compute ``window_attention`` block by block with PyTorch's fused attention.
 
-    Time and memory grow with T: a block keeps nothing for its backward, which computes it again.
+    A block of queries attends to the keys that any of them attends to. Time and memory grow linearly with T: a block
+    saves nothing for the backward pass, which recomputes it.
     """
     num_pivots = pivots_BN.shape[1]
     pivot_bias_BN = torch.zeros(pivots_BN.shape, device=q_BHTK.device) if pivot_bias_BN is None else pivot_bias_BN
     k_BHNK, v_BHNK = (_rows(x_BHTK, pivots_BN) for x_BHTK in (k_BHTK, v_BHTK))
-    # The gradient of a slice is as large as what it was cut from; those of a split are put together once.
+    # The gradient of a slice is as large as the whole tensor; those of a split are concatenated once.
     q_blocks, k_blocks, v_blocks = (x_BHTK.split(BLOCK, dim=2) for x_BHTK in (q_BHTK, k_BHTK, v_BHTK))
-    # Blocks before its own into which the window of some query reaches.
+    # Number of earlier blocks that the window of some query reaches.
     reach = min(-(-(window - 1) // BLOCK), len(q_blocks) - 1)
 
     inside_M = torch.arange(reach * BLOCK, (reach + 1) * BLOCK, device=q_BHTK.device)
     inside_S = torch.arange((reach + 1) * BLOCK, device=q_BHTK.device)
-    near_everywhere = near_bias(inside_M, inside_S, window, None, None, None)  # without an image blocks are all alike
+    window_bias_everywhere = neighbour_bias(
+        inside_M, inside_S, window, None, None, None
+    )  # without an image all blocks are equal
 
     def attend(block: int, q_BHMK: Tensor, k_BHSK: Sequence[Tensor], v_BHSK: Sequence[Tensor]) -> Tensor:
         first, count = block * BLOCK, q_BHMK.shape[2]
         begin, end = max(0, block - reach) * BLOCK, first + count
-        seen = min(num_pivots, max(0, end - window))  # at most: no two stand at one place
+        seen = min(num_pivots, max(0, end - window))  # at most, since positions are unique
         queries_M = torch.arange(first, end, device=q_BHMK.device)
         if grid is None:
             behind = reach * BLOCK - first + begin
-            near_BMS = near_everywhere[:, :count, behind : behind + end - begin]
+            window_bias_BMS = window_bias_everywhere[:, :count, behind : behind + end - begin]
         else:
             keys_S = torch.arange(begin, end, device=q_BHMK.device)
-            near_BMS = near_bias(queries_M, keys_S, window, grid, columns, image_starts_B)
-        far_BMN = pivots_bias(queries_M, window, pivots_BN[:, :seen], pivot_bias_BN[:, :seen])
-        bias_B1MS = torch.cat([near_BMS.expand(len(far_BMN), -1, -1), far_BMN], dim=2).unsqueeze(1)
+            window_bias_BMS = neighbour_bias(queries_M, keys_S, window, grid, columns, image_starts_B)
+        pivot_bias_BMN = pivots_bias(queries_M, window, pivots_BN[:, :seen], pivot_bias_BN[:, :seen])
+        bias_B1MS = torch.cat([window_bias_BMS.expand(len(pivot_bias_BMN), -1, -1), pivot_bias_BMN], dim=2).unsqueeze(1)
         keys = torch.cat([*k_BHSK, k_BHNK[:, :, :seen]], dim=2)
         values = torch.cat([*v_BHSK, v_BHNK[:, :, :seen]], dim=2)
         return F.scaled_dot_product_attention(q_BHMK, keys, values, attn_mask=bias_B1MS.to(q_BHMK.dtype))
@@ -286,12 +339,12 @@ def window_attention_torch(
     outs = []
     for block, q_BHMK in enumerate(q_blocks):
         slices = slice(max(0, block - reach), block + 1)
-        given = (block, q_BHMK, k_blocks[slices], v_blocks[slices])
-        outs.append(checkpoint(attend, *given, use_reentrant=False, preserve_rng_state=False))
+        arguments = (block, q_BHMK, k_blocks[slices], v_blocks[slices])
+        outs.append(checkpoint(attend, *arguments, use_reentrant=False, preserve_rng_state=False))
     return torch.cat(outs, dim=2)
 
 
 def _rows(x_BHTK: Tensor, pivots_BN: Tensor) -> Tensor:
-    """(B, H, N, K): the lines at ``pivots_BN``, any line where one is missing."""
+    """Return the rows (B, H, N, K) at ``pivots_BN``, an arbitrary row for a missing pivot."""
     _, heads, _, size = x_BHTK.shape
     return x_BHTK.gather(2, pivots_BN.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, size))

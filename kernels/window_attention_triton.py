@@ -1,14 +1,23 @@
 """The sparse attention of ``window_attention.py`` in Triton, forward and backward.
 
-One pass over the keys of the window and one over the pivots, whose lines are gathered by their positions, as in
-FlashAttention-2 (arXiv:2307.08691): scores are never stored. Queries come in divided by alpha sqrt(K), and alpha comes
-back where the maximum has been taken away (PB-relax, arXiv:2105.13290, section 2.4). The forward saves the log of the
-sum of exponentials in natural units, so the backward need not know. Keys get a gradient as part of a window and another
-as a pivot: the second is computed first, by programs over blocks of pivots, and the first begins with it where a pivot
-stands. No two programs write to one place, and results are the same every time.
+========================  ============================  ====================================================
+kernel                    grid                          computes
+========================  ============================  ====================================================
+_forward_kernel           query blocks x (rows heads)   output, and the log-sum-exp of each query
+_backward_queries_kernel  query blocks x (rows heads)   gradient of the queries, and delta
+_backward_pivots_kernel   pivot blocks x (rows heads)   gradients of keys and values as pivots
+_backward_keys_kernel     key blocks x (rows heads)     gradients of keys and values in windows, added to these
+========================  ============================  ====================================================
 
-Scores are masked in the blocks at the edges of the window and not inside it. A neighbourhood in the plane masks them
-all, and costs as much as its whole window.
+One pass over the keys of the window and one over the pivots, which are gathered by position, as in FlashAttention-2
+(arXiv:2307.08691): scores are never stored. Queries are divided by alpha sqrt(K) first, and alpha is multiplied back
+after the maximum has been subtracted (PB-relax, arXiv:2105.13290, section 2.4). The forward pass saves the log-sum-exp
+in natural units, so that the backward pass is independent of alpha. A key has a gradient as part of windows and another
+as a pivot: the second is computed first, and the first starts from it. No two programs write to the same address:
+results are deterministic.
+
+Scores are masked in the blocks at the edges of the window and not inside it. A neighbourhood in the plane masks all
+blocks, and costs as much as its whole window.
 """
 
 # B rows, H heads, T positions (queries and keys), K size of a head, N pivots; M queries and N keys of a block
@@ -23,18 +32,18 @@ import triton.language as tl
 from torch import Tensor
 
 from cogview.kernels.attention import ALPHA
-from cogview.kernels.triton_utils import INTERPRETED, LEAST, LOG2_E, check_floats
+from cogview.kernels.triton_utils import INTERPRETED, LOG2_E, MIN_SCORE, check_floats
 from cogview.kernels.window_attention import check_inputs
 
-SMALLEST, LARGEST = 16, 128  # sizes of heads
-PRECISION = tl.constexpr("ieee")  # float32 is not cut to TF32
-NEVER = tl.constexpr(2**30)  # where a missing pivot stands: behind every query
-LENGTHS = ("length", "num_pivots", "num_blocks")  # change from batch to batch: no kernel is compiled for their values
+SMALLEST, LARGEST = 16, 128  # head sizes
+PRECISION = tl.constexpr("ieee")  # float32 is not truncated to TF32
+MISSING_POSITION = tl.constexpr(2**30)  # position of a missing pivot: after every query
+LENGTHS = ("length", "num_pivots", "num_blocks")  # vary between batches: no kernel is compiled for their values
 
 
 @triton.jit
-def _rows(base, index_X, inside_X, stride, stride_k, HEAD: tl.constexpr, SIZE: tl.constexpr):
-    """(X, SIZE): lines ``index_X`` of a matrix, zero where not ``inside_X`` and beyond ``HEAD``."""
+def _load(base, index_X, inside_X, stride, stride_k, HEAD: tl.constexpr, SIZE: tl.constexpr):
+    """Load rows ``index_X`` of a matrix: (X, SIZE), zero where not ``inside_X`` and beyond ``HEAD``."""
     column = tl.arange(0, SIZE)
     mask = inside_X[:, None]
     if HEAD < SIZE:
@@ -43,38 +52,39 @@ def _rows(base, index_X, inside_X, stride, stride_k, HEAD: tl.constexpr, SIZE: t
 
 
 @triton.jit
-def _write(base, x, index_X, inside_X, stride, stride_k, HEAD: tl.constexpr, SIZE: tl.constexpr):
+def _store(base, x, index_X, inside_X, stride, stride_k, HEAD: tl.constexpr, SIZE: tl.constexpr):
+    """Store ``x`` (X, SIZE) into rows ``index_X`` of a matrix."""
     column = tl.arange(0, SIZE)
     mask = inside_X[:, None]
     if HEAD < SIZE:
         mask = mask & (column < HEAD)[None, :]
-    place = base + index_X.to(tl.int64)[:, None] * stride + column[None, :] * stride_k
-    tl.store(place, x.to(base.dtype.element_ty), mask=mask)
+    offset = base + index_X.to(tl.int64)[:, None] * stride + column[None, :] * stride_k
+    tl.store(offset, x.to(base.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _near(query_M, key_N, window, image_start, grid, columns, LOCAL: tl.constexpr):
-    """(M, N): whether a key is in the query's window, and near its column where both are in the image."""
+def _window_mask(query_M, key_N, window, image_start, grid, columns, LOCAL: tl.constexpr):
+    """Return (M, N): whether a key is in the window of a query, and near its column if both are in the image."""
     behind = query_M[:, None] - key_N[None, :]
     seen = (behind >= 0) & (behind < window)
     if LOCAL:
-        apart = tl.abs(((query_M - image_start) % grid)[:, None] - ((key_N - image_start) % grid)[None, :])
-        seen = seen & ((apart <= columns) | (key_N < image_start)[None, :])
+        distance = tl.abs(((query_M - image_start) % grid)[:, None] - ((key_N - image_start) % grid)[None, :])
+        seen = seen & ((distance <= columns) | (key_N < image_start)[None, :])
     return seen
 
 
 @triton.jit
 def _pivots(pivots_ptr, bias_ptr, row, index_N, num_pivots):
-    """Positions and biases of a block of pivots."""
-    place = row * num_pivots + index_N
-    pivot_N = tl.load(pivots_ptr + place, mask=index_N < num_pivots, other=-1).to(tl.int32)
-    bias_N = tl.load(bias_ptr + place, mask=index_N < num_pivots, other=0.0)
-    return tl.where(pivot_N < 0, NEVER, pivot_N), bias_N
+    """Load positions and biases of a block of pivots."""
+    offset = row * num_pivots + index_N
+    pivot_N = tl.load(pivots_ptr + offset, mask=index_N < num_pivots, other=-1).to(tl.int32)
+    bias_N = tl.load(bias_ptr + offset, mask=index_N < num_pivots, other=0.0)
+    return tl.where(pivot_N < 0, MISSING_POSITION, pivot_N), bias_N
 
 
 @triton.jit
 def _key_blocks(first_query, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOCAL: tl.constexpr):
-    """Keys of a block of queries: where they begin, where no mask is needed from and to, and where they end."""
+    """Return the key range of a block of queries: begin, begin and end of the unmasked blocks, and end."""
     begin = tl.maximum(first_query - window + 1, 0) // BLOCK_N * BLOCK_N
     inside_to = first_query // BLOCK_N * BLOCK_N
     inside_from = tl.cdiv(tl.maximum(first_query + BLOCK_M - window, 0), BLOCK_N) * BLOCK_N
@@ -84,14 +94,14 @@ def _key_blocks(first_query, length, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.
 
 
 @triton.jit
-def _add(scores, v, most_M, sum_M, mixed, ALPHA: tl.constexpr):
-    """Scores and values of one more block, taken into maxima, sums of exponentials and mixed values."""
-    larger_M = tl.maximum(most_M, tl.max(scores, 1))
-    weights = tl.exp2((scores - larger_M[:, None]) * (ALPHA * LOG2_E))
-    shrunk_M = tl.exp2((most_M - larger_M) * (ALPHA * LOG2_E))
-    sum_M = sum_M * shrunk_M + tl.sum(weights, 1)
-    mixed = mixed * shrunk_M[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
-    return larger_M, sum_M, mixed
+def _accumulate(scores, v, max_M, sum_M, acc, ALPHA: tl.constexpr):
+    """Update maxima, sums of exponentials and weighted values by a block of scores and values."""
+    new_max_M = tl.maximum(max_M, tl.max(scores, 1))
+    weights = tl.exp2((scores - new_max_M[:, None]) * (ALPHA * LOG2_E))
+    rescale_M = tl.exp2((max_M - new_max_M) * (ALPHA * LOG2_E))
+    sum_M = sum_M * rescale_M + tl.sum(weights, 1)
+    acc = acc * rescale_M[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+    return new_max_M, sum_M, acc
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -111,43 +121,43 @@ def _forward_kernel(
     exists_M = query_M < length
     k_base, v_base = k_ptr + row * k_b + head * k_h, v_ptr + row * v_b + head * v_h
 
-    q = _rows(q_ptr + row * q_b + head * q_h, query_M, exists_M, q_t, q_k, HEAD, SIZE)
+    q = _load(q_ptr + row * q_b + head * q_h, query_M, exists_M, q_t, q_k, HEAD, SIZE)
     q = (q.to(tl.float32) * (scale / ALPHA)).to(q_ptr.dtype.element_ty)
-    most_M = tl.full([BLOCK_M], LEAST, tl.float32)
+    max_M = tl.full([BLOCK_M], MIN_SCORE, tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    mixed = tl.zeros([BLOCK_M, SIZE], tl.float32)
+    acc = tl.zeros([BLOCK_M, SIZE], tl.float32)
     begin, inside_from, inside_to, end = _key_blocks(first_query, length, window, BLOCK_M, BLOCK_N, LOCAL)
     for step in range(begin, inside_from + (end - inside_to), BLOCK_N):  # both edges of the window
         key_N = step + tl.where(step < inside_from, 0, inside_to - inside_from) + tl.arange(0, BLOCK_N)
-        k = _rows(k_base, key_N, key_N < length, k_t, k_k, HEAD, SIZE)
-        v = _rows(v_base, key_N, key_N < length, v_t, v_k, HEAD, SIZE)
-        seen = _near(query_M, key_N, window, image_start, grid, columns, LOCAL)
+        k = _load(k_base, key_N, key_N < length, k_t, k_k, HEAD, SIZE)
+        v = _load(v_base, key_N, key_N < length, v_t, v_k, HEAD, SIZE)
+        seen = _window_mask(query_M, key_N, window, image_start, grid, columns, LOCAL)
         scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
-        most_M, sum_M, mixed = _add(scores, v, most_M, sum_M, mixed, ALPHA)
+        max_M, sum_M, acc = _accumulate(scores, v, max_M, sum_M, acc, ALPHA)
     if not LOCAL:
         all_N = tl.full([BLOCK_N], True, tl.int1)
         for first in range(inside_from, inside_to, BLOCK_N):
             key_N = first + tl.arange(0, BLOCK_N)
-            k = _rows(k_base, key_N, all_N, k_t, k_k, HEAD, SIZE)
-            v = _rows(v_base, key_N, all_N, v_t, v_k, HEAD, SIZE)
-            most_M, sum_M, mixed = _add(
-                tl.dot(q, tl.trans(k), input_precision=PRECISION), v, most_M, sum_M, mixed, ALPHA
+            k = _load(k_base, key_N, all_N, k_t, k_k, HEAD, SIZE)
+            v = _load(v_base, key_N, all_N, v_t, v_k, HEAD, SIZE)
+            max_M, sum_M, acc = _accumulate(
+                tl.dot(q, tl.trans(k), input_precision=PRECISION), v, max_M, sum_M, acc, ALPHA
             )
     for first in range(0, num_seen, BLOCK_N):
         pivot_N, bias_N = _pivots(pivots_ptr, bias_ptr, row, first + tl.arange(0, BLOCK_N), num_pivots)
-        k = _rows(k_base, pivot_N, pivot_N < length, k_t, k_k, HEAD, SIZE)
-        v = _rows(v_base, pivot_N, pivot_N < length, v_t, v_k, HEAD, SIZE)
+        k = _load(k_base, pivot_N, pivot_N < length, k_t, k_k, HEAD, SIZE)
+        v = _load(v_base, pivot_N, pivot_N < length, v_t, v_k, HEAD, SIZE)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + (bias_N / ALPHA)[None, :]
         scores = tl.where(query_M[:, None] - pivot_N[None, :] >= window, scores, float("-inf"))
-        most_M, sum_M, mixed = _add(scores, v, most_M, sum_M, mixed, ALPHA)
+        max_M, sum_M, acc = _accumulate(scores, v, max_M, sum_M, acc, ALPHA)
     out_base = out_ptr + row * o_b + head * o_h
-    _write(out_base, mixed / sum_M[:, None], query_M, exists_M, o_t, o_k, HEAD, SIZE)
-    tl.store(lse_ptr + row_head * length + query_M, most_M * ALPHA + tl.log(sum_M), mask=exists_M)
+    _store(out_base, acc / sum_M[:, None], query_M, exists_M, o_t, o_k, HEAD, SIZE)
+    tl.store(lse_ptr + row_head * length + query_M, max_M * ALPHA + tl.log(sum_M), mask=exists_M)
 
 
 @triton.jit
 def _d_scores(scores, v, d_out, lse_M, delta_M, ALPHA: tl.constexpr):
-    """The softmax of the forward (M, N), from scores and their log-sum-exp, and the gradient of alpha times scores."""
+    """Return the softmax (M, N), from scores and their log-sum-exp, and the gradient of alpha times the scores."""
     weights = tl.exp2((scores * ALPHA - lse_M[:, None]) * LOG2_E)
     return weights, weights * (tl.dot(d_out, tl.trans(v), input_precision=PRECISION) - delta_M[:, None])
 
@@ -161,7 +171,7 @@ def _backward_queries_kernel(
     ALPHA: tl.constexpr, LOCAL: tl.constexpr, HEAD: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of queries; ``delta``, the sum of the output times its gradient, is left for the other kernels."""
+    """Compute the gradient of queries, and ``delta``: the sum of the output times its gradient, for the others."""
     row_head = tl.program_id(1).to(tl.int64)
     row, head = row_head // num_heads, row_head % num_heads
     image_start = tl.load(image_starts_ptr + row).to(tl.int32)
@@ -171,20 +181,20 @@ def _backward_queries_kernel(
     exists_M = query_M < length
     k_base, v_base = k_ptr + row * k_b + head * k_h, v_ptr + row * v_b + head * v_h
 
-    d_out = _rows(d_out_ptr + row * g_b + head * g_h, query_M, exists_M, g_t, g_k, HEAD, SIZE)
-    out = _rows(out_ptr + row * o_b + head * o_h, query_M, exists_M, o_t, o_k, HEAD, SIZE)
+    d_out = _load(d_out_ptr + row * g_b + head * g_h, query_M, exists_M, g_t, g_k, HEAD, SIZE)
+    out = _load(out_ptr + row * o_b + head * o_h, query_M, exists_M, o_t, o_k, HEAD, SIZE)
     delta_M = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
     tl.store(delta_ptr + row_head * length + query_M, delta_M, mask=exists_M)
-    lse_M = tl.load(lse_ptr + row_head * length + query_M, mask=exists_M, other=float("inf"))  # so it weighs nothing
-    q = _rows(q_ptr + row * q_b + head * q_h, query_M, exists_M, q_t, q_k, HEAD, SIZE)
+    lse_M = tl.load(lse_ptr + row_head * length + query_M, mask=exists_M, other=float("inf"))  # weight 0
+    q = _load(q_ptr + row * q_b + head * q_h, query_M, exists_M, q_t, q_k, HEAD, SIZE)
     q = (q.to(tl.float32) * (scale / ALPHA)).to(q_ptr.dtype.element_ty)
     d_q = tl.zeros([BLOCK_M, SIZE], tl.float32)
     begin, inside_from, inside_to, end = _key_blocks(first_query, length, window, BLOCK_M, BLOCK_N, LOCAL)
     for step in range(begin, inside_from + (end - inside_to), BLOCK_N):
         key_N = step + tl.where(step < inside_from, 0, inside_to - inside_from) + tl.arange(0, BLOCK_N)
-        k = _rows(k_base, key_N, key_N < length, k_t, k_k, HEAD, SIZE)
-        v = _rows(v_base, key_N, key_N < length, v_t, v_k, HEAD, SIZE)
-        seen = _near(query_M, key_N, window, image_start, grid, columns, LOCAL)
+        k = _load(k_base, key_N, key_N < length, k_t, k_k, HEAD, SIZE)
+        v = _load(v_base, key_N, key_N < length, v_t, v_k, HEAD, SIZE)
+        seen = _window_mask(query_M, key_N, window, image_start, grid, columns, LOCAL)
         scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION), float("-inf"))
         _, d_scores = _d_scores(scores, v, d_out, lse_M, delta_M, ALPHA)
         d_q += tl.dot(d_scores.to(k.dtype), k, input_precision=PRECISION)
@@ -192,27 +202,27 @@ def _backward_queries_kernel(
         all_N = tl.full([BLOCK_N], True, tl.int1)
         for first in range(inside_from, inside_to, BLOCK_N):
             key_N = first + tl.arange(0, BLOCK_N)
-            k = _rows(k_base, key_N, all_N, k_t, k_k, HEAD, SIZE)
-            v = _rows(v_base, key_N, all_N, v_t, v_k, HEAD, SIZE)
+            k = _load(k_base, key_N, all_N, k_t, k_k, HEAD, SIZE)
+            v = _load(v_base, key_N, all_N, v_t, v_k, HEAD, SIZE)
             _, d_scores = _d_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), v, d_out, lse_M, delta_M, ALPHA)
             d_q += tl.dot(d_scores.to(k.dtype), k, input_precision=PRECISION)
     for first in range(0, num_seen, BLOCK_N):
         pivot_N, bias_N = _pivots(pivots_ptr, bias_ptr, row, first + tl.arange(0, BLOCK_N), num_pivots)
-        k = _rows(k_base, pivot_N, pivot_N < length, k_t, k_k, HEAD, SIZE)
-        v = _rows(v_base, pivot_N, pivot_N < length, v_t, v_k, HEAD, SIZE)
+        k = _load(k_base, pivot_N, pivot_N < length, k_t, k_k, HEAD, SIZE)
+        v = _load(v_base, pivot_N, pivot_N < length, v_t, v_k, HEAD, SIZE)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) + (bias_N / ALPHA)[None, :]
         scores = tl.where(query_M[:, None] - pivot_N[None, :] >= window, scores, float("-inf"))
         _, d_scores = _d_scores(scores, v, d_out, lse_M, delta_M, ALPHA)
         d_q += tl.dot(d_scores.to(k.dtype), k, input_precision=PRECISION)
     d_q_base = d_q_ptr + row_head * length * HEAD
-    _write(d_q_base, d_q * scale, query_M, exists_M, HEAD, 1, HEAD, SIZE)
+    _store(d_q_base, d_q * scale, query_M, exists_M, HEAD, 1, HEAD, SIZE)
 
 
 @triton.jit
-def _add_d_keys(
+def _accumulate_key_gradients(
     q, k, v, d_out, bias_N, seen, lse_M, delta_M, d_k, d_v, scale, ALPHA: tl.constexpr, MASKED: tl.constexpr
 ):
-    """Gradients of keys and values, with those from one more block of queries; ``d_k`` lacks the scale."""
+    """Add the gradients of keys and values from a block of queries; ``d_k`` lacks the scale."""
     relaxed_q = (q.to(tl.float32) * (scale / ALPHA)).to(q.dtype)
     scores = tl.dot(relaxed_q, tl.trans(k), input_precision=PRECISION) + (bias_N / ALPHA)[None, :]
     if MASKED:
@@ -230,29 +240,29 @@ def _backward_pivots_kernel(
     num_heads, length, num_pivots, window, scale,
     ALPHA: tl.constexpr, HEAD: tl.constexpr, SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values as pivots, float32 (B, H, N, K); those of keys lack the scale."""
+    """Compute the gradients of keys and values as pivots, float32 (B, H, N, K); those of keys lack the scale."""
     row_head = tl.program_id(1).to(tl.int64)
     row, head = row_head // num_heads, row_head % num_heads
     index_N = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     pivot_N, bias_N = _pivots(pivots_ptr, bias_ptr, row, index_N, num_pivots)
-    k = _rows(k_ptr + row * k_b + head * k_h, pivot_N, pivot_N < length, k_t, k_k, HEAD, SIZE)
-    v = _rows(v_ptr + row * v_b + head * v_h, pivot_N, pivot_N < length, v_t, v_k, HEAD, SIZE)
+    k = _load(k_ptr + row * k_b + head * k_h, pivot_N, pivot_N < length, k_t, k_k, HEAD, SIZE)
+    v = _load(v_ptr + row * v_b + head * v_h, pivot_N, pivot_N < length, v_t, v_k, HEAD, SIZE)
     q_base, d_out_base = q_ptr + row * q_b + head * q_h, d_out_ptr + row * g_b + head * g_h
     d_k = tl.zeros([BLOCK_N, SIZE], tl.float32)
     d_v = tl.zeros([BLOCK_N, SIZE], tl.float32)
     for first in range((tl.min(pivot_N, 0) + window) // BLOCK_M * BLOCK_M, length, BLOCK_M):
         query_M = first + tl.arange(0, BLOCK_M)
         exists_M = query_M < length
-        q = _rows(q_base, query_M, exists_M, q_t, q_k, HEAD, SIZE)
-        d_out = _rows(d_out_base, query_M, exists_M, g_t, g_k, HEAD, SIZE)
+        q = _load(q_base, query_M, exists_M, q_t, q_k, HEAD, SIZE)
+        d_out = _load(d_out_base, query_M, exists_M, g_t, g_k, HEAD, SIZE)
         lse_M = tl.load(lse_ptr + row_head * length + query_M, mask=exists_M, other=float("inf"))
         delta_M = tl.load(delta_ptr + row_head * length + query_M, mask=exists_M, other=0.0)
         seen = query_M[:, None] - pivot_N[None, :] >= window
-        d_k, d_v = _add_d_keys(q, k, v, d_out, bias_N, seen, lse_M, delta_M, d_k, d_v, scale, ALPHA, True)
+        d_k, d_v = _accumulate_key_gradients(q, k, v, d_out, bias_N, seen, lse_M, delta_M, d_k, d_v, scale, ALPHA, True)
     exists_N = index_N < num_pivots
-    place = row_head * num_pivots * HEAD
-    _write(d_k_pivots_ptr + place, d_k, index_N, exists_N, HEAD, 1, HEAD, SIZE)
-    _write(d_v_pivots_ptr + place, d_v, index_N, exists_N, HEAD, 1, HEAD, SIZE)
+    offset = row_head * num_pivots * HEAD
+    _store(d_k_pivots_ptr + offset, d_k, index_N, exists_N, HEAD, 1, HEAD, SIZE)
+    _store(d_v_pivots_ptr + offset, d_v, index_N, exists_N, HEAD, 1, HEAD, SIZE)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -264,49 +274,53 @@ def _backward_keys_kernel(
     ALPHA: tl.constexpr, LOCAL: tl.constexpr, HEAD: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values in windows, added to those of the pivot that stands there (``slots``, or -1)."""
+    """Compute the gradients of keys and values in windows, added to those as pivots (``slots``, -1 for no pivot)."""
     row_head = tl.program_id(1).to(tl.int64)
     row, head = row_head // num_heads, row_head % num_heads
     image_start = tl.load(image_starts_ptr + row).to(tl.int32)
     first_key = tl.program_id(0) * BLOCK_N
     key_N = first_key + tl.arange(0, BLOCK_N)
     exists_N = key_N < length
-    k = _rows(k_ptr + row * k_b + head * k_h, key_N, exists_N, k_t, k_k, HEAD, SIZE)
-    v = _rows(v_ptr + row * v_b + head * v_h, key_N, exists_N, v_t, v_k, HEAD, SIZE)
+    k = _load(k_ptr + row * k_b + head * k_h, key_N, exists_N, k_t, k_k, HEAD, SIZE)
+    v = _load(v_ptr + row * v_b + head * v_h, key_N, exists_N, v_t, v_k, HEAD, SIZE)
     q_base, d_out_base = q_ptr + row * q_b + head * q_h, d_out_ptr + row * g_b + head * g_h
     slot_N = tl.load(slots_ptr + row * (length + 1) + key_N, mask=exists_N, other=-1)
-    place = row_head * num_pivots * HEAD
-    d_k = _rows(d_k_pivots_ptr + place, slot_N, slot_N >= 0, HEAD, 1, HEAD, SIZE)
-    d_v = _rows(d_v_pivots_ptr + place, slot_N, slot_N >= 0, HEAD, 1, HEAD, SIZE)
+    offset = row_head * num_pivots * HEAD
+    d_k = _load(d_k_pivots_ptr + offset, slot_N, slot_N >= 0, HEAD, 1, HEAD, SIZE)
+    d_v = _load(d_v_pivots_ptr + offset, slot_N, slot_N >= 0, HEAD, 1, HEAD, SIZE)
 
     no_bias_N = tl.zeros([BLOCK_N], tl.float32)
     end = tl.minimum(first_key + BLOCK_N - 1 + window, length)
     inside_from = tl.cdiv(first_key + BLOCK_N - 1, BLOCK_M) * BLOCK_M
-    last = tl.minimum(first_key + window, length) - BLOCK_M  # the last place where a block needs no mask
+    last = tl.minimum(first_key + window, length) - BLOCK_M  # last block that needs no mask
     inside_to = inside_from + tl.maximum(last - inside_from + BLOCK_M, 0) // BLOCK_M * BLOCK_M
     if LOCAL:
         inside_to = inside_from
     for step in range(first_key // BLOCK_M * BLOCK_M, end - (inside_to - inside_from), BLOCK_M):
         query_M = step + tl.where(step < inside_from, 0, inside_to - inside_from) + tl.arange(0, BLOCK_M)
         exists_M = query_M < length
-        q = _rows(q_base, query_M, exists_M, q_t, q_k, HEAD, SIZE)
-        d_out = _rows(d_out_base, query_M, exists_M, g_t, g_k, HEAD, SIZE)
+        q = _load(q_base, query_M, exists_M, q_t, q_k, HEAD, SIZE)
+        d_out = _load(d_out_base, query_M, exists_M, g_t, g_k, HEAD, SIZE)
         lse_M = tl.load(lse_ptr + row_head * length + query_M, mask=exists_M, other=float("inf"))
         delta_M = tl.load(delta_ptr + row_head * length + query_M, mask=exists_M, other=0.0)
-        seen = _near(query_M, key_N, window, image_start, grid, columns, LOCAL)
-        d_k, d_v = _add_d_keys(q, k, v, d_out, no_bias_N, seen, lse_M, delta_M, d_k, d_v, scale, ALPHA, True)
+        seen = _window_mask(query_M, key_N, window, image_start, grid, columns, LOCAL)
+        d_k, d_v = _accumulate_key_gradients(
+            q, k, v, d_out, no_bias_N, seen, lse_M, delta_M, d_k, d_v, scale, ALPHA, True
+        )
     if not LOCAL:
         all_M = tl.full([BLOCK_M], True, tl.int1)
         for first in range(inside_from, inside_to, BLOCK_M):
             query_M = first + tl.arange(0, BLOCK_M)
-            q = _rows(q_base, query_M, all_M, q_t, q_k, HEAD, SIZE)
-            d_out = _rows(d_out_base, query_M, all_M, g_t, g_k, HEAD, SIZE)
+            q = _load(q_base, query_M, all_M, q_t, q_k, HEAD, SIZE)
+            d_out = _load(d_out_base, query_M, all_M, g_t, g_k, HEAD, SIZE)
             lse_M = tl.load(lse_ptr + row_head * length + query_M)
             delta_M = tl.load(delta_ptr + row_head * length + query_M)
-            d_k, d_v = _add_d_keys(q, k, v, d_out, no_bias_N, None, lse_M, delta_M, d_k, d_v, scale, ALPHA, False)
+            d_k, d_v = _accumulate_key_gradients(
+                q, k, v, d_out, no_bias_N, None, lse_M, delta_M, d_k, d_v, scale, ALPHA, False
+            )
     base = row_head * length * HEAD
-    _write(d_k_ptr + base, d_k * scale, key_N, exists_N, HEAD, 1, HEAD, SIZE)
-    _write(d_v_ptr + base, d_v, key_N, exists_N, HEAD, 1, HEAD, SIZE)
+    _store(d_k_ptr + base, d_k * scale, key_N, exists_N, HEAD, 1, HEAD, SIZE)
+    _store(d_v_ptr + base, d_v, key_N, exists_N, HEAD, 1, HEAD, SIZE)
 
 
 def window_attention_triton(
@@ -322,7 +336,26 @@ def window_attention_triton(
     image_starts_B: Tensor | None = None,
     relaxed: bool = True,
 ) -> Tensor:
-    """As ``window_attention``, for heads of 16 to 128; without PB-relax if not ``relaxed``."""
+    """Compute ``window_attention`` with the Triton kernels; differentiable in queries, keys and values.
+
+    Args:
+        q_BHTK: Queries, float32, float16 or bfloat16, with a head size of 16 to 128.
+        k_BHTK: Keys, like the queries.
+        v_BHTK: Values, like the queries.
+        window: As in ``window_attention``.
+        pivots_BN: As in ``window_attention``.
+        pivot_bias_BN: As in ``window_attention``.
+        grid: As in ``window_attention``.
+        columns: As in ``window_attention``.
+        image_starts_B: As in ``window_attention``.
+        relaxed: Whether to apply PB-relax; False shows its effect.
+
+    Returns:
+        Attention output (B, H, T, K) in the dtype of the queries.
+
+    Raises:
+        ValueError: The inputs do not fit together or the kernels do not support them; nothing was launched.
+    """
     check_floats("q_BHTK", q_BHTK)
     check_inputs(q_BHTK, k_BHTK, v_BHTK, window, pivots_BN, pivot_bias_BN, grid, columns, image_starts_B)
     if not SMALLEST <= q_BHTK.shape[3] <= LARGEST:
@@ -331,8 +364,9 @@ def window_attention_triton(
         pivot_bias_BN = torch.zeros(pivots_BN.shape, device=q_BHTK.device)
     if image_starts_B is None:
         image_starts_B = torch.zeros(len(pivots_BN), dtype=torch.int64, device=q_BHTK.device)
-    given = (q_BHTK, k_BHTK, v_BHTK, pivots_BN.contiguous(), pivot_bias_BN.contiguous(), image_starts_B.contiguous())
-    out_BHTK, _ = _attend(*given, min(window, q_BHTK.shape[2]), grid or 0, columns or 0, relaxed)
+    tensors = (q_BHTK, k_BHTK, v_BHTK, pivots_BN.contiguous(), pivot_bias_BN.contiguous(), image_starts_B.contiguous())
+    out_BHTK: Tensor
+    out_BHTK, _ = _attend(*tensors, min(window, q_BHTK.shape[2]), grid or 0, columns or 0, relaxed)
     return out_BHTK
 
 
@@ -349,7 +383,7 @@ def _attend(
     columns: int,
     relaxed: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output, and the log-sum-exp (B, H, T) in float32; a ``grid`` of 0 is none."""
+    """Return the output, and the log-sum-exp (B, H, T) in float32; ``grid`` is 0 without an image."""
     out_BHTK = torch.empty(q_BHTK.shape, dtype=q_BHTK.dtype, device=q_BHTK.device)
     lse_BHT = torch.empty(q_BHTK.shape[:3], dtype=torch.float32, device=q_BHTK.device)
     sizes = _sizes(q_BHTK, relaxed)
@@ -391,7 +425,7 @@ def _attend_backward(
     delta_BHT = torch.empty_like(lse_BHT)
     sizes = _sizes(q_BHTK, relaxed)
     num_seen_BX = _num_seen(pivots_BN, length, window, sizes["BLOCK_M"])
-    # The pivot that stands at each position, or -1; missing pivots all go to a place behind the last position.
+    # Index of the pivot at each position, or -1; missing pivots are written to an extra position at the end.
     slots_BT = torch.full((rows, length + 1), -1, dtype=torch.int32, device=device)
     numbers_BN = torch.arange(num_pivots, dtype=torch.int32, device=device).expand(rows, -1)
     slots_BT.scatter_(1, torch.where(pivots_BN < 0, length, pivots_BN), numbers_BN)
@@ -434,19 +468,19 @@ _attend.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _num_seen(pivots_BN: Tensor, length: int, window: int, block: int) -> Tensor:
-    """int32 (B, blocks of queries): how many of the first pivots the last query of a block can see."""
+    """Return int32 (B, query blocks): the number of pivots that the last query of a block attends to."""
     last_X = torch.arange(block - 1, length + block - 1, block, device=pivots_BN.device) - window
-    ascending_BN = torch.where(pivots_BN < 0, NEVER.value, pivots_BN)
+    ascending_BN = torch.where(pivots_BN < 0, MISSING_POSITION.value, pivots_BN)
     return torch.searchsorted(ascending_BN, last_X.expand(len(pivots_BN), -1).contiguous(), right=True, out_int32=True)
 
 
 def _sizes(q_BHTK: Tensor, relaxed: bool) -> dict[str, Any]:
-    """The constants of a compilation; shared memory of 64 kB (sm_75) must hold the blocks."""
+    """Return compile-time constants; the blocks fit the 64 kB of shared memory of sm_75."""
     head = q_BHTK.shape[3]
     size = triton.next_power_of_2(head)
     block = 64
-    if not INTERPRETED:  # in which only the number of operations counts
-        # Without tensor cores, which Triton's products in float32 and those on sm_75 lack, registers are the limit.
+    if not INTERPRETED:  # interpreted, only the number of operations matters
+        # Without tensor cores (float32, and everything on sm_75) registers are the limit.
         scalar = q_BHTK.dtype == torch.float32 or torch.cuda.get_device_capability(q_BHTK.device) < (8, 0)
         block = 32 if scalar or size > 64 else 64
     return {
@@ -461,4 +495,5 @@ def _sizes(q_BHTK: Tensor, relaxed: bool) -> dict[str, Any]:
 
 
 def _scale(q_BHTK: Tensor) -> float:
+    """Return 1 / sqrt(K)."""
     return 1 / math.sqrt(q_BHTK.shape[3])

@@ -8,7 +8,6 @@ from left to right. ``beam_search`` finds the most probable texts instead, and `
 # J requests, B rows of a batch: one per request, then the unconditional ones. T columns
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -16,12 +15,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cogview.generation.decoding_state import DecodingState
+from cogview.generation.decoding_state import DecodingState, text_attention_bias
 from cogview.generation.requests import DecodingCallback, DecodingRequest, DecodingResult, notify, restore_tail
 from cogview.generation.speculative import decode_speculatively, max_window, uses_cuda_graphs
 from cogview.generation.token_sampler import TokenSampler
 from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.batching import SequenceBatch, pad_left
+from cogview.tokenizers.batching import pad_left
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
@@ -65,7 +64,7 @@ def decode(
     only_images = bool(batch.blanks.any()) and bool((batch.kinds[batch.blanks] == TokenKind.IMAGE).all())
     window = speculative or max_window(device, len(sequences), packed=transformer.packed_layers is not None)
     in_windows = only_images and (window > 1 or uses_cuda_graphs(device))
-    bias_BT = _text_bias(batch, [request.sampling.text_attention for request in requests])
+    bias_BT = text_attention_bias(batch, [request.sampling.text_attention for request in requests])
     state = DecodingState(transformer, batch, bias_BT, int8=int8_cache, share_prefix=not in_windows)
     sampler = TokenSampler(transformer, vocabulary, requests, batch, guided)
 
@@ -123,13 +122,3 @@ def _unconditional_sequence(request: DecodingRequest) -> TokenSequence:
     if not np.array_equal(blanks[0][:shorter], blanks[1][:shorter]) or any(b[shorter:].any() for b in blanks):
         raise ValueError("a sequence and its unconditional sequence must end in the same blanks")
     return request.unconditional
-
-
-def _text_bias(batch: SequenceBatch, weights: Sequence[float]) -> NDArray[np.float32] | None:
-    """Return the attention bias (B, T): log w at the given text of the first rows; None if every weight is 1."""
-    if all(weight == 1 for weight in weights):
-        return None
-    bias_BT = np.zeros(batch.ids.shape, dtype=np.float32)
-    for index, weight in enumerate(weights):
-        bias_BT[index, (batch.kinds[index] == TokenKind.TEXT) & ~batch.blanks[index]] = math.log(weight)
-    return bias_BT

@@ -3,6 +3,7 @@
 # B rows of a batch, P distinct prefixes, T columns, C columns of a prefix, S columns so far, D width of the model
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from cogview.kernels.attention import attention_bias
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import SequenceBatch
+from cogview.tokenizers.vocabulary import TokenKind
 
 # Prefixes are stored once if that saves at least this fraction of all keys and values. Attention to a shared prefix
 # takes more operations than attention to a copy per row.
@@ -210,3 +212,23 @@ def worth_sharing_prefix(batch: SequenceBatch, length: int, num_prefixes: int) -
     num_rows, num_columns = batch.ids.shape
     saved = length * (num_rows - num_prefixes)
     return saved > 0 and bool(saved >= MIN_SHARED_FRACTION * num_rows * num_columns)
+
+
+def text_attention_bias(batch: SequenceBatch, weights: Sequence[float]) -> NDArray[np.float32] | None:
+    """Return the attention bias by which rows attend more or less to their given text.
+
+    A key with the bias log w counts as w copies of it (CogView2, arXiv:2204.14217).
+
+    Args:
+        batch: Rows of the batch.
+        weights: Weight w of the text in the first rows, above 0; further rows have weight 1.
+
+    Returns:
+        Bias (B, T): log w at the given text, 0 elsewhere; None if every weight is 1.
+    """
+    if all(weight == 1 for weight in weights):
+        return None
+    bias_BT = np.zeros(batch.ids.shape, dtype=np.float32)
+    for index, weight in enumerate(weights):
+        bias_BT[index, (batch.kinds[index] == TokenKind.TEXT) & ~batch.blanks[index]] = math.log(weight)
+    return bias_BT

@@ -4,7 +4,7 @@ The four projections of every layer are 96% of the 4-billion-parameter model and
 they are quantized. Embeddings, norms and biases keep their dtype. ``cogview.kernels.linear`` has the arithmetic.
 """
 
-# N outputs, K inputs, G inputs that share a scale
+# N outputs, K inputs, G groups of inputs that share a scale
 from __future__ import annotations
 
 import torch
@@ -53,7 +53,7 @@ class Int4Linear(nn.Module):
 
     Attributes:
         weight: (N, K / 2) uint8, two values per byte.
-        scales_and_zeros: (K / G, N, 2) bfloat16: scale and zero point of each group of inputs.
+        scales_and_zeros: (G, N, 2) bfloat16: scale and zero point of each group of inputs.
         bias: (N,) of the model's dtype.
         cpu_packed: Whether the bytes of ``weight`` are in the order of this processor's kernel
             (``pack_int4_for_cpu``).

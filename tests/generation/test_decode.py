@@ -63,15 +63,15 @@ def test_decode_gives_the_same_codes_with_triton_kernels(monkeypatch, int8_cache
     image[:62] = np.arange(62)
     sequences = [generate_sequence(LONG, image), generate_sequence(LONG, image), generate_sequence(SHORT, image)]
     requests = [request_for(sequence, seed=3, image=index) for index, sequence in enumerate(sequences)]
-    drawn = []
+    decoded = []
     for name in ("torch", "triton"):
         monkeypatch.setenv("COGVIEW_KERNELS", name)
         select_backend.cache_clear()
-        drawn.append(
+        decoded.append(
             [result.ids.tolist() for result in decode(transformer, VOCABULARY, requests, int8_cache=int8_cache)]
         )
     select_backend.cache_clear()
-    assert drawn[0] == drawn[1]
+    assert decoded[0] == decoded[1]
 
 
 # A result does not depend on the batch

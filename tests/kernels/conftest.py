@@ -1,4 +1,4 @@
-"""What the tests of kernels share."""
+"""Fixtures of the kernel tests."""
 
 import pytest
 import torch
@@ -6,5 +6,5 @@ import torch
 
 @pytest.fixture
 def device():
-    """Where kernels are tested."""
+    """Device of the tests: a GPU if there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

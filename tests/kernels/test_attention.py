@@ -23,7 +23,7 @@ BFLOAT16 = pytest.param(torch.bfloat16, 3e-2, id="bfloat16")
 
 
 def attention_triton(*inputs, **settings):
-    """The kernels, in Triton's interpreter where there is no GPU."""
+    """Run the kernels, in Triton's interpreter without a GPU."""
     from cogview.kernels import attention_triton as kernels
 
     if torch.cuda.is_available():
@@ -49,7 +49,7 @@ def skip_what_is_not_interpreted(implementation, dtype):
 
 
 def bias_of(starts, num_queries, num_keys, dtype=torch.float32, weights=None):
-    """The bias of the last queries of rows padded up to ``starts``, whose keys count ``weights`` times."""
+    """Return the bias of the last queries of rows padded up to ``starts``, whose keys count ``weights`` times."""
     if starts is None and weights is None:
         return None
     key_bias = torch.zeros(len(starts), num_keys) if weights is None else weights.log()
@@ -60,16 +60,16 @@ def bias_of(starts, num_queries, num_keys, dtype=torch.float32, weights=None):
 
 
 def expected_by_loops(q, k, v, starts=None, prefixes=None, lengths=None):
-    """Plain softmax attention in float64, a query at a time, without a mask: each sees a choice of the keys."""
+    """Return softmax attention in float64, query by query over a list of visible keys, without a mask."""
     q, k, v = q.double(), k.double(), v.double()
     offset, out = k.shape[2] - q.shape[2], torch.zeros_like(q)
     for row in range(len(q)):
         start, prefix = (0 if limit is None else int(limit[row]) for limit in (starts, prefixes))
         length = k.shape[2] if lengths is None else int(lengths[row])
         for query in range(q.shape[2]):
-            place = offset + query
-            seen = [key for key in range(start, length) if key <= place or key < prefix]
-            seen = sorted({*seen, place})  # a padded query sees itself alone
+            position = offset + query
+            seen = [key for key in range(start, length) if key <= position or key < prefix]
+            seen = sorted({*seen, position})  # a padded query attends to itself alone
             scores = torch.einsum("hk,hsk->hs", q[row, :, query], k[row, :, seen]) / math.sqrt(q.shape[-1])
             out[row, :, query] = torch.einsum("hs,hsk->hk", scores.softmax(dim=-1), v[row, :, seen])
     return out
@@ -77,7 +77,7 @@ def expected_by_loops(q, k, v, starts=None, prefixes=None, lengths=None):
 
 @pytest.fixture
 def fresh_choice(monkeypatch):
-    """The choice of implementation is remembered for the life of a process: forget it before and after."""
+    """Clear the cached choice of implementation before and after."""
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
     select_backend.cache_clear()
     yield monkeypatch
@@ -91,7 +91,7 @@ def fresh_choice(monkeypatch):
 )
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.float16, 4e-3), BFLOAT16])
-def test_matches_float64(implementation, num_queries, num_keys, padded, dtype, atol):
+def test_attention_matches_float64(implementation, num_queries, num_keys, padded, dtype, atol):
     skip_what_is_not_interpreted(implementation, dtype)
     q, k, v = random_qkv(num_queries, num_keys, dtype, heads=1 if num_keys > 65 else 2)
     starts = torch.tensor([0, num_keys // 3]) if padded else None
@@ -101,23 +101,23 @@ def test_matches_float64(implementation, num_queries, num_keys, padded, dtype, a
 
 
 @every
-def test_matches_float64_over_a_whole_training_sequence(implementation):
+def test_attention_matches_float64_when_sequences_are_long(implementation):
     q, k, v = random_qkv(1089, 1089, batch=1, heads=1)
     torch.testing.assert_close(implementation(q, k, v).double(), expected_by_loops(q, k, v), atol=2e-6, rtol=0)
 
 
 @every
-def test_padding_into_the_new_positions_stays_finite(implementation):
-    """A short row beside a long prompt: its padding reaches into the queries, whose softmax must not be empty."""
+def test_attention_stays_finite_when_padding_reaches_new_positions(implementation):
+    """The padding of a short row reaches into the queries, whose softmax must not be empty."""
     q, k, v = random_qkv(5, 7)
     starts = torch.tensor([0, 4])  # queries 2, 3 of the second row are padding
     result = implementation(q, k, v, bias_of(starts, 5, 7))
     torch.testing.assert_close(result.double(), expected_by_loops(q, k, v, starts), atol=2e-6, rtol=0)
-    torch.testing.assert_close(result[1, :, :2], v[1, :, 2:4], atol=2e-6, rtol=0)  # each padded query sees itself
+    torch.testing.assert_close(result[1, :, :2], v[1, :, 2:4], atol=2e-6, rtol=0)  # each padded query attends to itself
 
 
 @every
-def test_what_is_padding_changes_nothing(implementation):
+def test_attention_ignores_the_contents_of_padding(implementation):
     q, k, v = random_qkv(7, 7)
     bias = bias_of(torch.tensor([3, 0]), 7, 7)
     before = implementation(q, k, v, bias)
@@ -139,7 +139,7 @@ LIMITS = {
 @pytest.mark.parametrize("num_queries", [131, 3])
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 3e-6), (torch.float16, 4e-3)])
-def test_a_row_sees_its_prefix_and_none_of_its_padding(implementation, limits, num_queries, dtype, atol):
+def test_attention_sees_its_prefix_and_no_padding(implementation, limits, num_queries, dtype, atol):
     q, k, v = random_qkv(num_queries, 131, dtype, heads=1)
     limits = {name: torch.tensor(numbers) for name, numbers in limits.items()}
     expected = expected_by_loops(
@@ -152,8 +152,8 @@ def test_a_row_sees_its_prefix_and_none_of_its_padding(implementation, limits, n
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (7, 7), (2, 7), (65, 65), (5, 257)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_gradients_are_those_in_float64(implementation, num_queries, num_keys, padded, dtype):
-    """Off by no more than twice what the reference in the same dtype is off."""
+def test_attention_gradients_match_float64(implementation, num_queries, num_keys, padded, dtype):
+    """The error is at most twice that of the reference in the same dtype."""
     given = random_qkv(num_queries, num_keys, dtype, heads=1 if num_keys > 7 else 2)
     bias = bias_of(torch.tensor([0, num_keys // 3]) if padded else None, num_queries, num_keys, torch.float64)
     exact = gradients_of(attention_reference, given, torch.float64, bias)
@@ -164,7 +164,7 @@ def test_gradients_are_those_in_float64(implementation, num_queries, num_keys, p
 
 @pytest.mark.parametrize("implementation", [attention_torch, triton])
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
-def test_gradients_with_prefix_and_padding(implementation, limits):
+def test_attention_gradients_match_float64_when_rows_are_limited(implementation, limits):
     given = random_qkv(130, 131, heads=1)
     limits = {name: torch.tensor(numbers) for name, numbers in limits.items()}
     exact = gradients_of(attention_reference, given, torch.float64, **limits)
@@ -175,21 +175,21 @@ def test_gradients_with_prefix_and_padding(implementation, limits):
 def gradients_of(implementation, given, dtype, *bias, **settings):
     inputs = [tensor.to(dtype).requires_grad_() for tensor in given]
     out = implementation(*inputs, *bias, **settings)
-    weights = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin().to(dtype)  # no two count the same
+    weights = torch.arange(out.numel(), dtype=torch.float64).view_as(out).sin().to(dtype)  # all different
     return torch.autograd.grad((out * weights).sum(), inputs)
 
 
 def assert_as_exact(found, same, exact, dtype):
-    for own, other, wanted in zip(found, same, exact, strict=True):
+    for got, other, wanted in zip(found, same, exact, strict=True):
         allowed = 2 * (other.double() - wanted).abs().max() + 4 * torch.finfo(dtype).eps
-        assert own.dtype == dtype
-        assert (own.double() - wanted).abs().max() <= allowed
+        assert got.dtype == dtype
+        assert (got.double() - wanted).abs().max() <= allowed
 
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("starts", [None, torch.tensor([2])])
-def test_scores_of_a_million_do_not_overflow(implementation, dtype, starts):
+def test_attention_does_not_overflow_when_scores_are_a_million(implementation, dtype, starts):
     """Keys 3 and 9 share the largest product, 2**20; the product itself would be infinite in float16."""
     skip_what_is_not_interpreted(implementation, dtype)
     q = torch.full((1, 1, 65, 64), 128.0, dtype=dtype)
@@ -200,17 +200,17 @@ def test_scores_of_a_million_do_not_overflow(implementation, dtype, starts):
     plain = (q @ k.transpose(-1, -2)) / 8.0
     if dtype == torch.float16:
         assert plain.isinf().all()
-        assert plain.softmax(dim=-1).isnan().all()  # what PB-relax is for
+        assert plain.softmax(dim=-1).isnan().all()  # the case that PB-relax prevents
 
     result = implementation(q, k, v, bias_of(starts, 65, 65, dtype))
     assert result.isfinite().all()
-    assert torch.equal(result[0, 0, 3:9], v[0, 0, 3].expand(6, 64))  # until key 9 is seen, key 3 takes all
+    assert torch.equal(result[0, 0, 3:9], v[0, 0, 3].expand(6, 64))  # until key 9 is visible, key 3 has all the weight
     halves = (v[0, 0, 3].double() + v[0, 0, 9].double()) / 2
     torch.testing.assert_close(result[0, 0, 9:].double(), halves.expand(56, 64), atol=8e-3, rtol=0)
 
 
 @every
-def test_negative_scores_of_a_million_do_not_overflow(implementation):
+def test_attention_does_not_overflow_when_scores_are_minus_a_million(implementation):
     q = torch.full((1, 1, 3, 64), -128.0, dtype=torch.float16)
     k = torch.full((1, 1, 3, 64), 128.0, dtype=torch.float16)
     k[:, :, 1] = 127.0  # least negative
@@ -218,13 +218,13 @@ def test_negative_scores_of_a_million_do_not_overflow(implementation):
     assert implementation(q, k, v)[0, 0, :, 0].tolist() == [1.0, 2.0, 2.0]
 
 
-def test_bias_spelt_out():
+def test_attention_bias_masks_later_keys_and_padding():
     no = -torch.inf
     key_bias = torch.tensor([[0.0, 0.5, 0, 0], [no, 0, 0, 0], [no, no, no, 0]])
     assert attention_bias(key_bias, torch.tensor([[2, 3], [2, 3], [2, 3]])).squeeze(1).tolist() == [
         [[0, 0.5, 0, no], [0, 0.5, 0, 0]],
         [[no, 0, 0, no], [no, 0, 0, 0]],
-        [[no, no, 0, no], [no, no, no, 0]],  # the first query is padding, and sees itself alone
+        [[no, no, 0, no], [no, no, no, 0]],  # the first query is padding, and attends to itself alone
     ]
     assert attention_bias(torch.zeros(2, 3), torch.tensor([[0], [1]])).squeeze(1).tolist() == [
         [[0, no, no]],
@@ -232,7 +232,7 @@ def test_bias_spelt_out():
     ]
 
 
-def test_more_queries_than_keys_is_an_error():
+def test_attention_raises_value_error_when_queries_outnumber_keys():
     q, _, _ = random_qkv(4, 4)
     _, k, v = random_qkv(3, 3)
     with pytest.raises(ValueError, match="4 queries cannot be the last of 3 keys"):
@@ -242,26 +242,26 @@ def test_more_queries_than_keys_is_an_error():
 @every
 @pytest.mark.parametrize("num_queries", [1, 4, 9])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_bias_of_log_w_has_a_key_count_w_times(implementation, num_queries, padded):
-    """As if it stood there w times: softmax over repeated keys and values."""
+def test_attention_counts_a_key_w_times_when_its_bias_is_log_w(implementation, num_queries, padded):
+    """The expected value is softmax attention over repeated keys and values."""
     q, k, v = random_qkv(num_queries, 9)
     starts = torch.tensor([0, 2]) if padded else None
     weights = torch.tensor([[1, 3, 2, 1, 1, 1, 1, 1, 1], [1, 1, 1, 5, 1, 1, 2, 1, 1]])
     result = implementation(q, k, v, bias_of(starts, num_queries, 9, weights=weights))
     for row in range(2):
         for query in range(num_queries):
-            place = 9 - num_queries + query
-            first = 0 if starts is None else min(int(starts[row]), place)
-            counts = weights[row, first : place + 1]
-            keys, values = (x[row : row + 1, :, first : place + 1].repeat_interleave(counts, dim=2) for x in (k, v))
+            position = 9 - num_queries + query
+            first = 0 if starts is None else min(int(starts[row]), position)
+            counts = weights[row, first : position + 1]
+            keys, values = (x[row : row + 1, :, first : position + 1].repeat_interleave(counts, dim=2) for x in (k, v))
             expected = expected_by_loops(q[row : row + 1, :, query : query + 1], keys, values)
             torch.testing.assert_close(result[row, :, query].double(), expected[0, :, 0], atol=2e-6, rtol=0)
 
 
 @every
 @pytest.mark.parametrize("size", [32, 40, 64, 128])
-def test_heads_of_any_size_and_tensors_that_are_not_contiguous(implementation, size):
-    """As the model has them: slices of one projection, and of a longer cache."""
+def test_attention_accepts_any_head_size_and_strides(implementation, size):
+    """The model passes slices of one projection, and of a longer cache."""
     generator = torch.Generator().manual_seed(size)
     qkv = torch.randn(1, 65, 3, 2, size, generator=generator).permute(2, 0, 3, 1, 4)
     longer = torch.randn(2, 1, 2, 80, size, generator=generator)
@@ -274,8 +274,8 @@ def test_heads_of_any_size_and_tensors_that_are_not_contiguous(implementation, s
 
 
 @every
-def test_dropout_is_a_function_of_seed_and_place(implementation):
-    """With queries of zeros all weights of a query are equal, and values that are one-hot show which ones are left."""
+def test_attention_dropout_is_a_function_of_seed_and_position(implementation):
+    """With queries of zeros all weights of a query are equal, and one-hot values show which are kept."""
     q, k, v = torch.zeros(2, 2, 64, 64), torch.zeros(2, 2, 64, 64), torch.eye(64).expand(2, 2, 64, 64)
     left = implementation(q, k, v, dropout=0.25, seed=7)
     seen = torch.ones(64, 64).tril()
@@ -284,13 +284,13 @@ def test_dropout_is_a_function_of_seed_and_place(implementation):
     assert kept.sum() / (4 * seen.sum()) == pytest.approx(0.75, abs=0.02)
     expected = kept / 0.75 / torch.arange(1, 65).view(64, 1)
     torch.testing.assert_close(left, expected, atol=1e-6, rtol=0)
-    assert len({tuple(head.flatten().tolist()) for head in left.flatten(0, 1)}) == 4  # no two heads drop the same
+    assert len({tuple(head.flatten().tolist()) for head in left.flatten(0, 1)}) == 4  # every head drops others
     assert torch.equal(left, implementation(q, k, v, dropout=0.25, seed=7))
     assert not torch.equal(left, implementation(q, k, v, dropout=0.25, seed=8))
 
 
 @pytest.mark.parametrize("implementation", [triton])
-def test_gradients_with_dropout(implementation):
+def test_attention_gradients_match_the_reference_when_weights_are_dropped(implementation):
     given = random_qkv(65, 65, heads=1)
     exact = gradients_of(attention_reference, given, torch.float64, dropout=0.3, seed=-5)
     same = gradients_of(attention_reference, given, torch.float32, dropout=0.3, seed=-5)
@@ -298,11 +298,11 @@ def test_gradients_with_dropout(implementation):
     assert_as_exact(found, same, exact, torch.float32)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # what overflows does so in numpy
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy warns of the overflow
 @needs_triton
 @pytest.mark.parametrize("sign", [1, -1])
-def test_scores_of_a_million_added_up_in_float16(sign):
-    """Without PB-relax there is nothing but NaN; with it the result is that of float64, and gradients are finite."""
+def test_attention_triton_does_not_overflow_when_accumulating_in_float16(sign):
+    """Without PB-relax everything is NaN; with it the result is near float64, and gradients are finite."""
     generator = torch.Generator().manual_seed(0)
     q = torch.full((1, 1, 70, 64), 352.0, dtype=torch.float16)
     k = sign * torch.full((1, 1, 70, 64), 352.0, dtype=torch.float16)  # 64 * 352**2 / 8 is 991,232
@@ -317,7 +317,7 @@ def test_scores_of_a_million_added_up_in_float16(sign):
 
 
 @needs_triton
-def test_added_up_in_float16_within_half_precision():
+def test_attention_triton_is_near_float64_when_accumulating_in_float16():
     q, k, v = random_qkv(131, 131, torch.float16, size=64)
     result = attention_triton(q, k, v, accumulate_dtype="float16")
     torch.testing.assert_close(result.double(), expected_by_loops(q, k, v), atol=1e-2, rtol=0)
@@ -325,13 +325,13 @@ def test_added_up_in_float16_within_half_precision():
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about the interpreter")
-def test_bfloat16_is_not_interpreted():
-    with pytest.raises(ValueError, match="q_BHTK is bfloat16, which Triton's interpreter computes wrongly"):
+def test_attention_triton_rejects_bfloat16_when_interpreted():
+    with pytest.raises(ValueError, match="q_BHTK is bfloat16, which Triton's interpreter silently computes wrongly"):
         attention_triton(*random_qkv(7, 7, torch.bfloat16))
 
 
 @needs_triton
-def test_the_operation_is_one_that_pytorch_can_trace_compile_and_run_twice(device):
+def test_attention_triton_passes_the_checks_of_custom_operators(device):
     from cogview.kernels.attention_triton import _attend
     from cogview.kernels.attention_triton import attention_triton as kernels
 
@@ -389,11 +389,11 @@ def test_the_operation_is_one_that_pytorch_can_trace_compile_and_run_twice(devic
         ),
     ],
 )
-def test_what_does_not_fit_is_an_error(implementation, changed, message):
+def test_attention_raises_value_error_when_inputs_do_not_fit(implementation, changed, message):
     if implementation is attention and not {"left_padding_B", "prefix_lengths_B", "lengths_B", "dropout"} & set(
         changed
     ):
-        changed = changed | {"dropout": 0.1}  # else PyTorch checks
+        changed = changed | {"dropout": 0.1}  # otherwise PyTorch checks
     q, k, v = random_qkv(7, 9)
     with pytest.raises(ValueError, match=message):
         implementation(**{"q_BHTK": q, "k_BHSK": k, "v_BHSK": v} | changed)
@@ -408,6 +408,6 @@ def test_what_does_not_fit_is_an_error(implementation, changed, message):
         (torch.float64, 16, "q_BHTK must be float32, float16 or bfloat16, got torch.float64"),
     ],
 )
-def test_kernels_are_for_some_heads_and_dtypes(dtype, size, message):
+def test_attention_triton_raises_value_error_for_unsupported_heads_and_dtypes(dtype, size, message):
     with pytest.raises(ValueError, match=message):
         attention_triton(*random_qkv(7, 9, dtype, size=size))

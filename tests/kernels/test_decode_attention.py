@@ -1,6 +1,6 @@
-"""Attention of new positions against a cache: reference and kernels against float64, alike."""
+"""Attention of new positions against a cache: reference and kernels against float64."""
 
-# B batch, H heads, T new positions (queries), S positions of a row's own, C of a prefix, K size of a head
+# B batch, H heads, T new positions (queries), S positions of a row, C of a prefix, K size of a head
 
 import math
 from dataclasses import fields, replace
@@ -20,7 +20,7 @@ from cogview.kernels.dispatch import select_backend
 
 
 def on_device(x):
-    """``x`` on the GPU if there is one."""
+    """Return ``x`` on the GPU if there is one."""
     if not torch.cuda.is_available():
         return x
     if isinstance(x, SharedPrefix):
@@ -31,7 +31,7 @@ def on_device(x):
 
 
 def decode_attention_triton(*inputs, **settings):
-    """The kernels, in Triton's interpreter where there is no GPU."""
+    """Run the kernels, in Triton's interpreter without a GPU."""
     from cogview.kernels import decode_attention_triton as kernels
 
     settings = {name: on_device(x) for name, x in settings.items()}
@@ -42,11 +42,11 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs tri
 triton = pytest.param(decode_attention_triton, marks=needs_triton)
 both = pytest.mark.parametrize("implementation", [decode_attention_reference, triton])
 
-BEGINNINGS = [1, 0, 1]  # of three rows, two have the second
+PREFIXES = [1, 0, 1]  # of three rows, two have the second
 
 
 def stored(rows, length, dtype, size, generator, int8, room):
-    """Keys and values in a longer cache, and their scales; what stands behind is no number, or as far as int8 goes."""
+    """Return keys and values in a longer cache, and their scales; unfilled positions are nan, or the largest int8."""
     whole = torch.randn(2, rows, 2, length + room, size, generator=generator).to(dtype)
     if not int8:
         whole[..., length:, :] = torch.nan
@@ -58,7 +58,7 @@ def stored(rows, length, dtype, size, generator, int8, room):
 
 
 def given(num_queries, own_keys, dtype=torch.float32, *, shared=0, int8=False, size=16, rows=None, room=3):
-    """Inputs and settings, all tensors views of larger ones."""
+    """Return inputs and settings; all tensors are views of larger ones."""
     generator = torch.Generator().manual_seed(own_keys)
     rows = rows or (3 if shared else 2)
     qkv = torch.randn(rows, num_queries, 3, 2, size, generator=generator).to(dtype)
@@ -72,23 +72,23 @@ def given(num_queries, own_keys, dtype=torch.float32, *, shared=0, int8=False, s
 
 
 def whole(inputs, scales=None, prefix=None):
-    """Keys and values of all C + S positions of each row in float64."""
+    """Return keys and values of all C + S positions of each row in float64."""
     found = []
     for index in range(2):
-        own = inputs[1 + index].double()
+        row_keys = inputs[1 + index].double()
         if scales is not None:
-            own = own * scales[index].double()
+            row_keys = row_keys * scales[index].double()
         if prefix is not None:
             start = (prefix.keys_PHCK, prefix.values_PHCK)[index].double()
             if prefix.scales is not None:
                 start = start * prefix.scales[index].double()
-            own = torch.cat([start[BEGINNINGS], own], dim=2)
-        found.append(own)
+            row_keys = torch.cat([start[PREFIXES], row_keys], dim=2)
+        found.append(row_keys)
     return found
 
 
 def expected_by_loops(inputs, bias=None, *, scales=None, lengths_B=None, prefix=None):
-    """Plain softmax attention in float64, a query at a time, over the keys that it sees."""
+    """Return softmax attention in float64, query by query over its visible keys."""
     q, (k, v) = inputs[0].double(), whole(inputs, scales, prefix)
     out = torch.zeros_like(q)
     for row in range(len(q)):
@@ -103,7 +103,7 @@ def expected_by_loops(inputs, bias=None, *, scales=None, lengths_B=None, prefix=
 
 
 def assert_close(implementation, inputs, bias=None, **settings):
-    """As near to float64 as the dtype allows, and the kernels no more than twice as far from it as PyTorch."""
+    """Check that the error is within the dtype, and that of the kernels at most twice that of PyTorch."""
     limits = {name: x for name, x in settings.items() if name != "num_processors"}
     expected = expected_by_loops(inputs, bias, **limits)
     result = implementation(*inputs, bias, **settings)
@@ -119,7 +119,7 @@ def assert_close(implementation, inputs, bias=None, **settings):
 @pytest.mark.parametrize(("num_queries", "own_keys"), [(1, 1), (1, 7), (3, 7), (1, 65), (9, 65), (1, 257)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("int8", [False, True])
-def test_matches_float64(implementation, num_queries, own_keys, dtype, int8):
+def test_decode_attention_matches_float64(implementation, num_queries, own_keys, dtype, int8):
     inputs, settings = given(num_queries, own_keys, dtype, int8=int8)
     assert_close(implementation, inputs, **settings)
 
@@ -127,13 +127,15 @@ def test_matches_float64(implementation, num_queries, own_keys, dtype, int8):
 @both
 @pytest.mark.parametrize(("num_queries", "own_keys", "shared"), [(1, 1, 6), (1, 7, 65), (3, 7, 5)])
 @pytest.mark.parametrize(("dtype", "int8"), [(torch.float32, False), (torch.float32, True), (torch.float16, True)])
-def test_a_beginning_is_read_for_all_rows_that_share_it(implementation, num_queries, own_keys, shared, dtype, int8):
+def test_decode_attention_matches_float64_when_rows_share_a_prefix(
+    implementation, num_queries, own_keys, shared, dtype, int8
+):
     inputs, settings = given(num_queries, own_keys, dtype, shared=shared, int8=int8)
     assert_close(implementation, inputs, **settings)
 
 
 @both
-def test_more_than_a_block_of_queries(implementation):
+def test_decode_attention_matches_float64_when_queries_exceed_a_block(implementation):
     inputs, settings = given(33, 40, rows=1)
     assert_close(implementation, inputs, **settings)
 
@@ -141,7 +143,7 @@ def test_more_than_a_block_of_queries(implementation):
 @both
 @pytest.mark.parametrize("size", [1, 24, 128])
 @pytest.mark.parametrize("num_queries", [1, 2])
-def test_sizes_of_heads(implementation, size, num_queries):
+def test_decode_attention_accepts_all_head_sizes(implementation, size, num_queries):
     inputs, settings = given(num_queries, 33, size=size)
     assert_close(implementation, inputs, **settings)
 
@@ -151,8 +153,8 @@ def test_sizes_of_heads(implementation, size, num_queries):
     ("int8", "shared", "biased"), [(False, 0, False), (True, 9, False), (False, 9, True), (True, 0, True)]
 )
 @pytest.mark.parametrize("num_queries", [1, 2])
-def test_what_stands_behind_the_filled_positions_is_not_read(implementation, int8, shared, biased, num_queries):
-    """It is no number: one look, even with a weight of zero, would be seen."""
+def test_decode_attention_ignores_unfilled_positions(implementation, int8, shared, biased, num_queries):
+    """They are nan: a read with a weight of zero would show."""
     inputs, settings = given(num_queries, 6, shared=shared, int8=int8)
     q, keys, values = inputs
     buffers = [torch.as_strided(x, (*x.shape[:2], 9, x.shape[3]), x.stride()) for x in (keys, values)]
@@ -170,7 +172,7 @@ def test_what_stands_behind_the_filled_positions_is_not_read(implementation, int
 
 @both
 @pytest.mark.parametrize("num_queries", [1, 3])
-def test_a_query_that_sees_nothing_finds_zeros(implementation, num_queries):
+def test_decode_attention_returns_zeros_when_no_key_is_visible(implementation, num_queries):
     inputs, _ = given(num_queries, 4)
     result = implementation(*inputs, lengths_B=torch.tensor([0, 4]))
     assert not result[0].any()
@@ -180,14 +182,14 @@ def test_a_query_that_sees_nothing_finds_zeros(implementation, num_queries):
 @both
 @pytest.mark.parametrize(("rows_of_bias", "int8"), [(1, False), (3, True)])
 @pytest.mark.parametrize("num_queries", [1, 3])
-def test_a_bias_says_what_is_seen(implementation, rows_of_bias, int8, num_queries):
-    """Padding on the left, keys that count more than once, and positions behind a query's own."""
+def test_decode_attention_follows_the_bias(implementation, rows_of_bias, int8, num_queries):
+    """The bias has padding on the left, keys that count several times, and positions after a query."""
     inputs, settings = given(num_queries, 9, shared=6, int8=int8)
     key_bias = torch.tensor([[1, 3, 2, 1, 1, 1, 1, 1, 1, 5, 1, 1, 1, 1, 2]] * rows_of_bias).log()
     for row in range(rows_of_bias):
         key_bias[row, :row] = -torch.inf
-    places = torch.arange(10 - num_queries, 10).expand(rows_of_bias, -1)
-    bias = attention_bias(key_bias, places)
+    positions = torch.arange(10 - num_queries, 10).expand(rows_of_bias, -1)
+    bias = attention_bias(key_bias, positions)
     assert bias.isneginf().any()
     assert_close(implementation, inputs, bias, **settings)
     assert_close(implementation, inputs, bias[:, :, :1], **settings)
@@ -195,8 +197,8 @@ def test_a_bias_says_what_is_seen(implementation, rows_of_bias, int8, num_querie
 
 @needs_triton
 @pytest.mark.parametrize("num_queries", [1, 2])
-def test_however_the_work_is_divided(num_queries):
-    """Among three and two programs, of which some have nothing to read where few positions are filled."""
+def test_decode_attention_triton_does_not_depend_on_the_number_of_splits(num_queries):
+    """Three and two programs share the work; some have nothing to read if few positions are filled."""
     inputs, settings = given(num_queries, 150, shared=70)
     assert_close(decode_attention_triton, inputs, **settings, num_processors=40)
     settings["lengths_B"] = torch.tensor([150, 5, 70])
@@ -204,19 +206,19 @@ def test_however_the_work_is_divided(num_queries):
 
 
 @needs_triton
-def test_splits_keep_every_processor_at_work_and_are_not_too_short():
-    from cogview.kernels.decode_attention_triton import LEAST_KEYS, MOST_SPLITS, splits_of
+def test_splits_of_occupies_every_processor_with_long_splits():
+    from cogview.kernels.decode_attention_triton import MAX_SPLITS, MIN_KEYS, splits_of
 
-    assert splits_of(1089, 40 * 128, 132) == 1  # there are programs enough
-    assert splits_of(1089, 40, 132) == math.ceil(1089 / LEAST_KEYS)
-    assert splits_of(100_000, 40, 132) == MOST_SPLITS
+    assert splits_of(1089, 40 * 128, 132) == 1  # enough programs
+    assert splits_of(1089, 40, 132) == math.ceil(1089 / MIN_KEYS)
+    assert splits_of(100_000, 40, 132) == MAX_SPLITS
     assert splits_of(1089, 1280, 132) == 4
     assert splits_of(0, 0, 132) == 1
 
 
 @both
-def test_strides_of_the_size_of_a_head(implementation):
-    """As if keys were stored with their positions side by side."""
+def test_decode_attention_accepts_strided_keys(implementation):
+    """Keys are stored with their positions adjacent in memory."""
     (q, keys, values), _ = given(2, 20)
     sideways = [x.transpose(-1, -2).contiguous().transpose(-1, -2) for x in (q, keys, values)]
     assert sideways[1].stride(-1) == 20
@@ -225,7 +227,7 @@ def test_strides_of_the_size_of_a_head(implementation):
 
 @both
 @pytest.mark.parametrize("num_queries", [1, 2])
-def test_scores_of_a_million_do_not_overflow(implementation, num_queries):
+def test_decode_attention_does_not_overflow_when_scores_are_a_million(implementation, num_queries):
     """Keys 3 and 9 share the largest product, 2**20; the product itself would be infinite in float16."""
     q = torch.full((1, 1, num_queries, 64), 128.0, dtype=torch.float16)
     k = torch.full((1, 1, 65, 64), 127.0, dtype=torch.float16)
@@ -235,18 +237,18 @@ def test_scores_of_a_million_do_not_overflow(implementation, num_queries):
     torch.testing.assert_close(implementation(q, k, v).double(), halves.expand_as(q), atol=1e-3, rtol=0)
 
 
-def test_without_more_the_reference_is_that_of_attention():
+def test_decode_attention_reference_equals_attention_reference():
     inputs, _ = given(3, 9)
     assert torch.equal(decode_attention_reference(*inputs), attention_reference(*inputs))
 
 
 @both
-def test_rows_that_share_a_beginning_are_rows_with_a_copy_of_it(implementation):
-    beginnings = [1, 0, 1, 1, 2]  # of five rows: one, three and one have each
+def test_decode_attention_equals_attention_with_copies_of_the_prefix(implementation):
+    prefixes = [1, 0, 1, 1, 2]  # of five rows
     generator = torch.Generator().manual_seed(0)
     keys, values = torch.randn(2, 3, 2, 6, 16, generator=generator)
     q, own_k, own_v = (torch.randn(5, 2, n, 16, generator=generator) for n in (2, 4, 4))
-    k, v = (torch.cat([shared[beginnings], own], dim=2) for shared, own in ((keys, own_k), (values, own_v)))
+    k, v = (torch.cat([shared[prefixes], row_keys], dim=2) for shared, row_keys in ((keys, own_k), (values, own_v)))
     members = torch.tensor([[1, 0, 0], [0, 2, 3], [4, 0, 0]])
     prefix = SharedPrefix(keys, values, members, torch.tensor([3, 0, 4, 5, 6]))
     result = implementation(q, own_k, own_v, prefix=prefix)
@@ -254,7 +256,7 @@ def test_rows_that_share_a_beginning_are_rows_with_a_copy_of_it(implementation):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_rounded_numbers_are_near(dtype):
+def test_quantize_per_position_is_near_the_input(dtype):
     x = torch.randn(2, 2, 9, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     rounded, scale = quantize_per_position(x)
     assert rounded.dtype == torch.int8
@@ -264,14 +266,14 @@ def test_rounded_numbers_are_near(dtype):
     assert (error <= (0.5 + 127 * torch.finfo(dtype).eps) * scale.double()).all()
 
 
-def test_a_position_of_zeros_can_be_rounded():
+def test_quantize_per_position_accepts_zeros():
     rounded, scale = quantize_per_position(torch.zeros(1, 2, 3, 4))
     assert not rounded.any()
     assert scale.isfinite().all()
 
 
 @needs_triton
-def test_pytorch_may_compile_it():
+def test_decode_attention_can_be_compiled():
     from cogview.kernels.decode_attention_triton import _attend
 
     inputs, settings = given(1, 4, shared=3, int8=True, room=0)
@@ -283,7 +285,7 @@ def test_pytorch_may_compile_it():
 
 @needs_triton
 @pytest.mark.parametrize("forced", ["triton", "reference"])
-def test_the_choice_is_that_of_the_environment(monkeypatch, forced):
+def test_decode_attention_follows_the_environment(monkeypatch, forced):
     from cogview.kernels import decode_attention_triton as kernels
 
     monkeypatch.setenv("COGVIEW_KERNELS", forced)
@@ -313,14 +315,14 @@ def begun(**changes):
         ({"k_BHSK": torch.zeros(2, 3, 16)}, r"k_BHSK must have the shape \(2, 2, 0, 16\), got \(2, 3, 16\)"),
         ({"v_BHSK": torch.zeros(2, 2, 4, 16)}, r"v_BHSK must have the shape \(2, 2, 3, 16\), got \(2, 2, 4, 16\)"),
         ({"v_BHSK": INT8}, "v_BHSK must be torch.float32 on .* as q is, got torch.int8"),
-        ({"scales": (SCALE, SCALE)}, "k_BHSK must be torch.int8 on .* as what has scales is, got torch.float32"),
+        ({"scales": (SCALE, SCALE)}, "k_BHSK must be torch.int8 on .* as a tensor with scales is, got torch.float32"),
         ({"k_BHSK": INT8, "v_BHSK": INT8, "scales": (SCALE, SCALE[:, :, :2])}, r"scales must .*, got \(2, 2, 2, 1\)"),
         ({"bias_B1TS": torch.zeros(2, 1, 1, 4)}, r"bias_B1TS must be \(2 or 1, 1, 1 or 1, 3\), got \(2, 1, 1, 4\)"),
         ({"bias_B1TS": torch.zeros(1, 1, 1, 3).half()}, "bias_B1TS must be torch.float32 .*, got torch.float16"),
         ({"lengths_B": torch.tensor([1, 2], dtype=torch.int32)}, r"lengths_B must be int64 \(2,\)"),
     ],
 )
-def test_what_does_not_fit_is_an_error(implementation, changes, message):
+def test_decode_attention_raises_value_error_when_inputs_do_not_fit(implementation, changes, message):
     inputs, _ = given(1, 3)
     named = dict(zip(("q_BHTK", "k_BHSK", "v_BHSK"), inputs, strict=True)) | changes
     settings = {name: named.pop(name) for name in ("scales", "lengths_B") if name in named}
@@ -339,13 +341,13 @@ def test_what_does_not_fit_is_an_error(implementation, changes, message):
         ({"slots_B": torch.tensor([2, 0])}, r"prefix.slots_B must be int64 \(3,\)"),
     ],
 )
-def test_a_beginning_that_does_not_fit_is_an_error(changes, message):
+def test_decode_attention_raises_value_error_when_the_prefix_does_not_fit(changes, message):
     inputs, _ = given(1, 3, shared=4)
     with pytest.raises(ValueError, match=message):
         decode_attention(*inputs, prefix=begun(**changes))
 
 
-def test_lengths_beyond_the_positions_are_an_error():
+def test_decode_attention_raises_value_error_when_lengths_exceed_the_positions():
     inputs, _ = given(1, 3)
     with pytest.raises(ValueError, match=r"lengths_B must be from 0 to 3, got \[1, 4\]"):
         decode_attention(*inputs, lengths_B=torch.tensor([1, 4]))
@@ -353,7 +355,7 @@ def test_lengths_beyond_the_positions_are_an_error():
 
 @needs_triton
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_bfloat16_is_not_interpreted():
+def test_decode_attention_triton_rejects_bfloat16_when_interpreted():
     inputs, _ = given(1, 3, torch.bfloat16)
-    with pytest.raises(ValueError, match="q_BHTK is bfloat16, which Triton's interpreter computes wrongly"):
+    with pytest.raises(ValueError, match="q_BHTK is bfloat16, which Triton's interpreter silently computes wrongly"):
         decode_attention_triton(*inputs)

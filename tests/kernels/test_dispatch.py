@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Dispatch: which implementation runs, and what the log says."""
 
 import logging
 
@@ -11,7 +11,7 @@ from cogview.kernels.dispatch import select_backend
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch):
-    """What was chosen is remembered for the life of a process."""
+    """Clear the cached choice of implementation before and after."""
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
     select_backend.cache_clear()
     yield
@@ -29,7 +29,7 @@ def forgotten(monkeypatch):
         ("torch", ("reference", "triton"), None, "reference", "sums on cuda: reference (there is no torch)"),
     ],
 )
-def test_choice_can_be_forced_and_is_logged_once(monkeypatch, caplog, forced, known, usual, chosen, logged):
+def test_select_backend_can_be_forced_and_logs_once(monkeypatch, caplog, forced, known, usual, chosen, logged):
     if forced is not None:
         monkeypatch.setenv("COGVIEW_KERNELS", forced)
     with caplog.at_level(logging.INFO):
@@ -38,7 +38,7 @@ def test_choice_can_be_forced_and_is_logged_once(monkeypatch, caplog, forced, kn
     assert [record.getMessage() for record in caplog.records] == [logged]
 
 
-def test_triton_is_chosen_where_it_can_run(monkeypatch):
+def test_select_backend_returns_triton_where_it_can_run(monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("COGVIEW_KERNELS", "triton")
     assert select_backend("sums", "cuda") == "triton"
@@ -50,21 +50,21 @@ def test_triton_is_chosen_where_it_can_run(monkeypatch):
         select_backend("sums", "cpu")
 
 
-def test_triton_that_is_missing_is_named(monkeypatch):
+def test_select_backend_names_triton_when_it_is_missing(monkeypatch):
     monkeypatch.setenv("COGVIEW_KERNELS", "triton")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="COGVIEW_KERNELS=triton, but triton is not installed: pip install triton"):
         select_backend("sums", "cuda")
 
 
-def test_unknown_choice_is_an_error(monkeypatch):
+def test_select_backend_raises_when_the_name_is_unknown(monkeypatch):
     monkeypatch.setenv("COGVIEW_KERNELS", "fastest")
     with pytest.raises(ValueError, match="COGVIEW_KERNELS='fastest' is unknown; known: reference, torch, triton"):
         attention(*torch.zeros(3, 1, 1, 3, 16))
 
 
 @pytest.mark.parametrize("name", ["reference", "torch", "triton"])
-def test_attention_is_what_was_chosen(monkeypatch, name):
+def test_attention_runs_the_selected_backend(monkeypatch, name):
     if name == "triton":
         pytest.importorskip("triton")
         from cogview.kernels import attention_triton as module
@@ -79,7 +79,7 @@ def test_attention_is_what_was_chosen(monkeypatch, name):
     assert len(called) == 1
 
 
-def test_a_few_queries_over_a_cache_have_a_kernel_of_their_own(monkeypatch):
+def test_attention_uses_the_decoding_kernel_when_queries_are_few(monkeypatch):
     pytest.importorskip("triton")
     from cogview.kernels import decode_attention_triton as module
 

@@ -1,6 +1,6 @@
-"""Cross-entropy in slices: every form against float64, gradients, memory, and what is refused."""
+"""Fused linear cross-entropy: every implementation against float64, gradients, memory, and errors."""
 
-# N places in all, M places of one kind, D width, V rows of the embedding, I ids that compete
+# N positions, M positions of one kind, D width, V rows of the embedding, I candidate ids
 
 import dataclasses
 
@@ -25,7 +25,7 @@ forms = pytest.mark.parametrize("form", FORMS)
 
 @pytest.fixture
 def force(monkeypatch):
-    """A function that forces a form; which one runs is remembered for the life of a process."""
+    """Return a function that forces an implementation; the choice is cleared afterwards."""
 
     def force_form(form):
         if form == "triton":
@@ -39,7 +39,7 @@ def force(monkeypatch):
 
 
 def random_inputs(device, dtype=torch.float32, num_places=65, width=24, num_rows=60):
-    """Hidden states and an embedding that are both slices of something larger."""
+    """Return hidden states and an embedding that are slices of larger tensors."""
     generator = torch.Generator().manual_seed(num_places)
     hidden_ND = torch.randn(num_places, 2 * width, generator=generator)[:, ::2]
     embedding_VD = torch.randn(width, num_rows, generator=generator).T
@@ -47,7 +47,7 @@ def random_inputs(device, dtype=torch.float32, num_places=65, width=24, num_rows
 
 
 def random_targets(device, num_places=65, ids=(range(17), range(20, 59))):
-    """Kinds of targets that share places; the second has a weight of 0, and both have strided tensors."""
+    """Return two kinds of targets that share positions; the second has a weight of 0, and all tensors are strided."""
     generator = torch.Generator().manual_seed(num_places)
     found = []
     for number, among in enumerate(ids):
@@ -60,20 +60,20 @@ def random_targets(device, num_places=65, ids=(range(17), range(20, 59))):
 
 
 def expected_by_loops(hidden_ND, embedding_VD, targets):
-    """Total, losses and both gradients in float64, a place at a time."""
+    """Return total, losses and both gradients in float64, position by position."""
     hidden_ND, embedding_VD = (x.detach().double().requires_grad_() for x in (hidden_ND, embedding_VD))
     total, losses = torch.zeros((), dtype=torch.float64, device=hidden_ND.device), []
-    for own in targets:
-        rows_ID, own_losses = embedding_VD[own.ids.start : own.ids.stop], []
-        for place, target in zip(own.positions_M.tolist(), own.targets_M.tolist(), strict=True):
-            own_losses.append(-(rows_ID @ hidden_ND[place]).log_softmax(dim=0)[target - own.ids.start])
+    for got in targets:
+        rows_ID, own_losses = embedding_VD[got.ids.start : got.ids.stop], []
+        for position, target in zip(got.positions_M.tolist(), got.targets_M.tolist(), strict=True):
+            own_losses.append(-(rows_ID @ hidden_ND[position]).log_softmax(dim=0)[target - got.ids.start])
         losses.append(torch.stack(own_losses))
-        total = total + (losses[-1] * own.weights_M).sum()
+        total = total + (losses[-1] * got.weights_M).sum()
     return total, losses, torch.autograd.grad(total, (hidden_ND, embedding_VD))
 
 
 def learnt(hidden_ND, embedding_VD, targets, scale=1.0):
-    """The same from ``fused_linear_cross_entropy``, with gradients of ``scale`` times the total."""
+    """Return the same from ``fused_linear_cross_entropy``, with gradients of ``scale`` times the total."""
     hidden_ND, embedding_VD = (x.detach().requires_grad_() for x in (hidden_ND, embedding_VD))
     total, losses = fused_linear_cross_entropy(hidden_ND, embedding_VD, targets)
     return total, losses, torch.autograd.grad(scale * total, (hidden_ND, embedding_VD))
@@ -81,8 +81,8 @@ def learnt(hidden_ND, embedding_VD, targets, scale=1.0):
 
 @forms
 @pytest.mark.parametrize("num_places", [1, 7, 65, 257])
-def test_matches_float64(force, device, monkeypatch, form, num_places):
-    """In several chunks, and the last of them smaller."""
+def test_fused_linear_cross_entropy_matches_float64(force, device, monkeypatch, form, num_places):
+    """There are several chunks, the last of which is smaller."""
     force(form)
     monkeypatch.setattr(module, "CHUNK_BYTES", {device.type: 4 * 39 * 50})
     inputs, targets = random_inputs(device, num_places=num_places), random_targets(device, num_places)
@@ -90,64 +90,64 @@ def test_matches_float64(force, device, monkeypatch, form, num_places):
     expected_total, expected_losses, expected_gradients = expected_by_loops(*inputs, targets)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total.double(), expected_total, atol=1e-5, rtol=1e-6)
-    for own, expected in zip(losses, expected_losses, strict=True):
-        assert own.dtype == torch.float32
-        assert not own.requires_grad
-        torch.testing.assert_close(own.double(), expected, atol=1e-5, rtol=0)
-    for own, expected in zip(gradients, expected_gradients, strict=True):
+    for got, expected in zip(losses, expected_losses, strict=True):
+        assert got.dtype == torch.float32
+        assert not got.requires_grad
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
+    for got, expected in zip(gradients, expected_gradients, strict=True):
         assert expected.abs().max() > 0.1
-        torch.testing.assert_close(own.double(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(got.double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("form", ["reference", "torch"])
-def test_float64_stays_float64(force, device, form):
+def test_fused_linear_cross_entropy_computes_in_float64_when_inputs_are_float64(force, device, form):
     force(form)
     inputs, targets = random_inputs(device, torch.float64), random_targets(device)
     total, losses, gradients = learnt(*inputs, targets)
     expected = expected_by_loops(*inputs, targets)
-    # The order of a sum is all that differs.
+    # Only the order of a sum differs.
     torch.testing.assert_close((total, losses, gradients), expected, atol=1e-13, rtol=1e-13)
 
 
 @forms
 @pytest.mark.parametrize("weight", [1.0, 1e-7, 1e4])
-def test_float16_is_as_exact_as_its_products(force, device, form, weight):
-    """Whatever the weights: those of 1 / N vanish in float16 if nothing scales them, and large ones overflow.
+def test_fused_linear_cross_entropy_is_as_exact_as_its_products_when_float16(force, device, form, weight):
+    """Weights of 1 / N underflow in float16 if nothing scales them, and large ones overflow.
 
     The reference does without, as its gradients are scaled before the products.
     """
     force(form)
     inputs = random_inputs(device, torch.float16)
-    targets = [dataclasses.replace(own, weights_M=own.weights_M * weight) for own in random_targets(device)]
+    targets = [dataclasses.replace(got, weights_M=got.weights_M * weight) for got in random_targets(device)]
     total, _, gradients = learnt(*inputs, targets, scale=1 / weight)
     expected_total, _, expected_gradients = expected_by_loops(*inputs, targets)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total.double(), expected_total, rtol=4e-3, atol=0)
-    for own, expected in zip(gradients, expected_gradients, strict=True):
-        assert own.dtype == torch.float16
-        error = (own.double() - expected / weight).abs().max()
+    for got, expected in zip(gradients, expected_gradients, strict=True):
+        assert got.dtype == torch.float16
+        error = (got.double() - expected / weight).abs().max()
         assert error < 8e-3 * (expected / weight).abs().max()
 
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_weights_of_nothing_but_0(force, device, form, dtype):
+def test_fused_linear_cross_entropy_is_zero_when_all_weights_are_zero(force, device, form, dtype):
     force(form)
-    targets = [dataclasses.replace(own, weights_M=own.weights_M * 0) for own in random_targets(device, 7)]
-    torch.set_flush_denormal(True)  # as training does: 0 must not be divided by what is flushed
+    targets = [dataclasses.replace(got, weights_M=got.weights_M * 0) for got in random_targets(device, 7)]
+    torch.set_flush_denormal(True)  # as in training: 0 must not be divided by a flushed number
     try:
         total, losses, gradients = learnt(*random_inputs(device, dtype, num_places=7), targets)
     finally:
         torch.set_flush_denormal(False)
     assert total == 0
-    assert min(own.min() for own in losses) > 0
+    assert min(got.min() for got in losses) > 0
     assert all((gradient == 0).all() for gradient in gradients)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_ids", [38, 39, 207])
-def test_what_memory_held_before_does_not_count(dtype, num_ids, monkeypatch):
-    """Gradients were NaN now and then: a product read numbers behind the rows of logits, which nobody had written."""
+def test_fused_linear_cross_entropy_ignores_uninitialized_memory(dtype, num_ids, monkeypatch):
+    """Gradients were occasionally NaN: a product read uninitialized memory after the rows of logits."""
     empty = torch.Tensor.new_empty
 
     def spoilt(self, *shape, **options):
@@ -171,7 +171,7 @@ def test_what_memory_held_before_does_not_count(dtype, num_ids, monkeypatch):
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_gives_what_it_gives_to_head_and_cross_entropy(force, device, form, dtype):
+def test_fused_linear_cross_entropy_equals_head_and_cross_entropy_under_autocast(force, device, form, dtype):
     force(form)
     if form == "triton" and device.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bfloat16 wrongly")
@@ -183,18 +183,18 @@ def test_autocast_gives_what_it_gives_to_head_and_cross_entropy(force, device, f
             total, losses = way(*leaves, targets)
         results.append((total, *losses, *torch.autograd.grad(total, leaves)))
     *expected_losses, d_hidden, d_embedding = results[0]
-    for own, expected in zip(results[1], expected_losses, strict=False):
-        assert own.dtype == torch.float32
-        torch.testing.assert_close(own, expected, atol=2e-5, rtol=2e-5)  # logits are rounded alike
+    for got, expected in zip(results[1], expected_losses, strict=False):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got, expected, atol=2e-5, rtol=2e-5)  # logits are rounded in the same way
     exact = expected_by_loops(*inputs, targets)[2]
-    for own, rounded, true in zip(results[1][-2:], (d_hidden, d_embedding), exact, strict=True):
-        assert own.dtype == torch.float32
-        assert 0 < (own - true).norm() <= 1.1 * (rounded - true).norm()
+    for got, rounded, true in zip(results[1][-2:], (d_hidden, d_embedding), exact, strict=True):
+        assert got.dtype == torch.float32
+        assert 0 < (got - true).norm() <= 1.1 * (rounded - true).norm()
 
 
 @pytest.mark.parametrize("form", ["torch", "triton"])
 @pytest.mark.parametrize("asked", [(True, False), (False, True)])
-def test_one_gradient_alone(force, device, form, asked):
+def test_fused_linear_cross_entropy_computes_one_gradient_when_one_is_asked(force, device, form, asked):
     force(form)
     targets = random_targets(device)
     leaves = [x.requires_grad_(asks) for x, asks in zip(random_inputs(device), asked, strict=True)]
@@ -206,11 +206,11 @@ def test_one_gradient_alone(force, device, form, asked):
 
 
 @forms
-def test_without_gradients_there_are_the_same_losses(force, device, form):
+def test_fused_linear_cross_entropy_gives_the_same_losses_without_gradients(force, device, form):
     force(form)
     inputs, targets = random_inputs(device), random_targets(device)
     expected_total, expected_losses, _ = learnt(*inputs, targets)
-    total, losses = fused_linear_cross_entropy(*inputs, targets)  # none asks for a gradient
+    total, losses = fused_linear_cross_entropy(*inputs, targets)  # none requires a gradient
     assert not total.requires_grad
     with torch.no_grad():
         again, _ = fused_linear_cross_entropy(inputs[0].requires_grad_(), inputs[1], targets)
@@ -219,7 +219,7 @@ def test_without_gradients_there_are_the_same_losses(force, device, form):
     assert all(map(torch.equal, losses, expected_losses))
 
 
-def test_without_gradients_none_are_computed(force, device, monkeypatch):
+def test_fused_linear_cross_entropy_computes_no_gradient_when_none_is_needed(force, device, monkeypatch):
     force("torch")
     written = []
 
@@ -238,7 +238,7 @@ def test_without_gradients_none_are_computed(force, device, monkeypatch):
 
 
 @forms
-def test_the_gradient_of_the_total_scales_both(force, device, form):
+def test_fused_linear_cross_entropy_scales_both_gradients_by_that_of_the_total(force, device, form):
     force(form)
     inputs, targets = random_inputs(device), random_targets(device)
     once, thrice = (learnt(*inputs, targets, scale)[2] for scale in (1.0, 3.0))
@@ -246,8 +246,8 @@ def test_the_gradient_of_the_total_scales_both(force, device, form):
         torch.testing.assert_close(triple, 3 * single, atol=1e-5, rtol=1e-6)
 
 
-def test_a_second_backward_is_an_error(force, device):
-    """The gradients are scaled where they are; to scale them again would be silently wrong."""
+def test_fused_linear_cross_entropy_raises_at_a_second_backward(force, device):
+    """Gradients are scaled in place; scaling them again would be silently wrong."""
     force("torch")
     hidden_ND, embedding_VD = random_inputs(device)
     total, _ = fused_linear_cross_entropy(hidden_ND.requires_grad_(), embedding_VD, random_targets(device))
@@ -261,7 +261,7 @@ def test_a_second_backward_is_an_error(force, device):
 
 
 @forms
-def test_kinds_may_be_empty_and_places_come_twice(force, device, form):
+def test_fused_linear_cross_entropy_accepts_empty_kinds_and_repeated_positions(force, device, form):
     force(form)
     inputs, targets = random_inputs(device), random_targets(device)
     none = LossTargets(range(3), *(x[:0] for x in (targets[0].positions_M, targets[0].targets_M, targets[0].weights_M)))
@@ -269,15 +269,15 @@ def test_kinds_may_be_empty_and_places_come_twice(force, device, form):
     assert losses[0].shape == (0,)
     expected_total, _, expected_gradients = expected_by_loops(*inputs, [targets[0]])
     torch.testing.assert_close(total.double(), 2 * expected_total, atol=1e-5, rtol=1e-6)
-    for own, expected in zip(gradients, expected_gradients, strict=True):
-        torch.testing.assert_close(own.double(), 2 * expected, atol=2e-5, rtol=0)
+    for got, expected in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(got.double(), 2 * expected, atol=2e-5, rtol=0)
     total, _, gradients = learnt(*inputs, [none])
     assert total == 0
     assert not any(gradient.any() for gradient in gradients)
 
 
 @forms
-def test_logits_of_a_million_do_not_overflow(force, device, form):
+def test_fused_linear_cross_entropy_does_not_overflow_when_logits_are_a_million(force, device, form):
     force(form)
     hidden_ND = torch.tensor([[1024.0], [-1024.0]], device=device)
     embedding_VD = torch.tensor([[1024.0], [1024.0], [1023.0], [-1024.0]], device=device)
@@ -288,7 +288,7 @@ def test_logits_of_a_million_do_not_overflow(force, device, form):
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_one_backward_after_the_other_changes_nothing(force, device):
+def test_fused_linear_cross_entropy_can_run_twice(force, device):
     force("torch")
     inputs, targets = random_inputs(device), random_targets(device)
     first, second = learnt(*inputs, targets), learnt(*inputs, targets)
@@ -296,7 +296,7 @@ def test_one_backward_after_the_other_changes_nothing(force, device):
     assert all(map(torch.equal, first[2], second[2]))
 
 
-def test_torch_compile_and_checkpointing_go_through_it(force, device):
+def test_fused_linear_cross_entropy_works_with_compile_and_checkpointing(force, device):
     from torch.utils.checkpoint import checkpoint
 
     force("triton")
@@ -309,12 +309,12 @@ def test_torch_compile_and_checkpointing_go_through_it(force, device):
     compiled = torch.compile(total, backend="aot_eager")
     for way in (compiled, lambda *leaves: checkpoint(total, *leaves, use_reentrant=False)):
         leaves = [x.detach().requires_grad_() for x in inputs]
-        for own, wanted in zip(torch.autograd.grad(way(*leaves), leaves), expected, strict=True):
-            torch.testing.assert_close(own, wanted, atol=1e-6, rtol=0)
+        for got, wanted in zip(torch.autograd.grad(way(*leaves), leaves), expected, strict=True):
+            torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
 
 
 class Largest(TorchDispatchMode):
-    """How many elements the largest tensor has that an operation gives."""
+    """Record the number of elements of the largest result of an operation."""
 
     elements = 0
 
@@ -326,8 +326,8 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_no_tensor_of_all_logits_is_made(force, device, monkeypatch, form):
-    """The gradient of the embedding is the largest, even where all logits would be eight times as large."""
+def test_fused_linear_cross_entropy_never_stores_all_logits(force, device, monkeypatch, form):
+    """The gradient of the embedding is the largest tensor, although all logits would be eight times as large."""
     force(form)
     monkeypatch.setattr(module, "CHUNK_BYTES", {device.type: 2**16})
     inputs = random_inputs(device, num_places=65, width=8, num_rows=4000)
@@ -344,7 +344,7 @@ def test_no_tensor_of_all_logits_is_made(force, device, monkeypatch, form):
 
 
 def random_logits(device, dtype, rows, cols, spacing=3):
-    """Rows that lie apart."""
+    """Return logits whose rows are padded."""
     generator = torch.Generator().manual_seed(cols)
     logits_MI = (torch.randn(rows, cols + spacing, generator=generator) * 4).to(device, dtype)[:, :cols]
     targets_M = torch.randint(cols, (rows,), generator=generator).to(device)
@@ -355,8 +355,8 @@ def random_logits(device, dtype, rows, cols, spacing=3):
 @pytest.mark.parametrize(
     ("rows", "cols"), [(1, 1), (7, 7), (65, 65), (7, 257), (3, 4096), (2, 4099), (3, 8192), (2, 9000)]
 )
-def test_the_kernel_is_as_exact_as_pytorch(device, dtype, rows, cols):
-    """Within one block of columns, at its border, and past it."""
+def test_losses_in_place_is_as_exact_as_pytorch(device, dtype, rows, cols):
+    """The columns are within one block, exactly one block, and more than one block."""
     pytest.importorskip("triton")
     from cogview.kernels.fused_linear_cross_entropy_triton import losses_in_place
 
@@ -378,14 +378,14 @@ def test_the_kernel_is_as_exact_as_pytorch(device, dtype, rows, cols):
         assert error <= 2 * torch_error + 2.0**-22 * size
 
 
-def test_the_operation_is_what_pytorch_expects_of_one(device):
+def test_losses_in_place_passes_the_checks_of_custom_operators(device):
     pytest.importorskip("triton")
     from cogview.kernels.fused_linear_cross_entropy_triton import _losses_in_place
 
     torch.library.opcheck(_losses_in_place, (*random_logits(device, torch.float32, 3, 5), True))
 
 
-def test_a_chunk_of_no_rows(device):
+def test_losses_in_place_accepts_an_empty_chunk(device):
     pytest.importorskip("triton")
     from cogview.kernels.fused_linear_cross_entropy_triton import losses_in_place
 
@@ -404,7 +404,7 @@ def test_a_chunk_of_no_rows(device):
         ({"weights_M": torch.ones(3)}, r"weights_M must be float32 \(2,\) on cpu, got torch.float32 \(3,\) on cpu"),
     ],
 )
-def test_what_the_kernel_cannot_take(changes, message):
+def test_losses_in_place_raises_value_error_when_inputs_are_unsupported(changes, message):
     pytest.importorskip("triton")
     from cogview.kernels import triton_utils as launch
     from cogview.kernels.fused_linear_cross_entropy_triton import losses_in_place
@@ -416,7 +416,7 @@ def test_what_the_kernel_cannot_take(changes, message):
         losses_in_place(**{**good, **changes}, write=True)
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------------
 
 
 @forms
@@ -441,7 +441,7 @@ def test_what_the_kernel_cannot_take(changes, message):
         ({"weights_M": torch.ones(2, device="meta")}, r"targets\[1\].weights_M must be .* on cpu, got .* on meta"),
     ],
 )
-def test_targets_that_do_not_fit(force, form, changes, message):
+def test_fused_linear_cross_entropy_raises_value_error_when_targets_do_not_fit(force, form, changes, message):
     if torch.cuda.is_available() and form == "triton":
         pytest.skip("tensors on a CPU")
     force(form)
@@ -469,7 +469,9 @@ def test_targets_that_do_not_fit(force, form, changes, message):
         ),
     ],
 )
-def test_matrices_that_do_not_fit(force, hidden_ND, embedding_VD, message):
+def test_fused_linear_cross_entropy_raises_value_error_when_matrices_do_not_fit(
+    force, hidden_ND, embedding_VD, message
+):
     force("torch")
     with pytest.raises(ValueError, match=message):
         fused_linear_cross_entropy(hidden_ND, embedding_VD, [])

@@ -30,13 +30,13 @@ def kernel():
 
 @pytest.fixture(params=["reference", "triton"])
 def gelu(request):
-    """``bias_gelu``, by each implementation."""
+    """Each implementation of ``bias_gelu``."""
     return bias_gelu_reference if request.param == "reference" else kernel()
 
 
 @pytest.fixture
 def forget_choices(monkeypatch):
-    """What was chosen is remembered for the life of a process: forget it before and after."""
+    """Clear the cached choice of implementation before and after."""
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
     select_backend.cache_clear()
     yield monkeypatch
@@ -44,7 +44,7 @@ def forget_choices(monkeypatch):
 
 
 def spelt_out(x, bias):
-    """In float64."""
+    """Return the result and gradients in float64."""
     z = x + bias
     return z / 2 * (1 + (math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)).tanh())
 
@@ -58,8 +58,8 @@ def result_and_gradients(function, *inputs):
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 7), (65, 65), (1, 257), (2, 7, 257), (3, 2560)])
 @pytest.mark.parametrize(("dtype", "of_bias"), [(SINGLE, SINGLE), (HALF, HALF), (HALF, SINGLE)])
-def test_result_and_gradients_are_those_of_float64(device, shape, dtype, of_bias):
-    """The kernel may be off twice as far as the reference in the same dtype."""
+def test_bias_gelu_and_its_gradients_match_float64(device, shape, dtype, of_bias):
+    """The error of the kernel is at most twice that of the reference in the same dtype."""
     x = (3 * random(*shape, device=device)).to(dtype)
     bias = random(shape[-1], seed=1, device=device).to(of_bias)
     expected = result_and_gradients(spelt_out, x.double(), bias.double())
@@ -71,26 +71,28 @@ def test_result_and_gradients_are_those_of_float64(device, shape, dtype, of_bias
         assert (result.double() - truth).abs().max() <= 2 * (other.double() - truth).abs().max() + floor
 
 
-def test_gradient_of_the_bias_adds_up_what_several_programs_saw(device):
+def test_bias_gelu_sums_the_gradient_of_the_bias_over_programs(device):
     x, bias = random(140, 7, device=device), random(7, seed=1, device=device)
     got, expected = (result_and_gradients(f, x, bias)[2] for f in (kernel(), bias_gelu_reference))
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=1e-5)
 
 
-def test_rows_and_gradients_of_any_strides(device):
+def test_bias_gelu_accepts_any_strides(device):
     wide, bias = random(5, 9, 70, device=device), random(130, seed=1, device=device)[::2]
     for x in (wide[:, :, 3:68], random(65, 9, 5, device=device).permute(2, 1, 0)):
         gradients = []
         for function in (kernel(), bias_gelu_reference):
             leaves = [tensor.detach().requires_grad_() for tensor in (x, bias)]
             assert not any(leaf.is_contiguous() for leaf in leaves)
-            gradients.append(torch.autograd.grad(function(*leaves).sum(), leaves))  # by one number, expanded
+            gradients.append(
+                torch.autograd.grad(function(*leaves).sum(), leaves)
+            )  # the gradient of a sum is one expanded number
         for got, expected in zip(*gradients, strict=True):
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
-def test_far_from_zero_it_is_the_identity_or_nothing(gelu, device, dtype):
+def test_bias_gelu_is_identity_or_zero_far_from_zero(gelu, device, dtype):
     x = torch.tensor([6e4, 100.0, -100.0, -6e4], dtype=dtype, device=device)
     out, d_x, d_bias = result_and_gradients(gelu, x.expand(3, 4), torch.zeros(4, dtype=dtype, device=device))
     assert torch.equal(out, torch.where(x > 0, x, 0).expand(3, 4))
@@ -100,20 +102,20 @@ def test_far_from_zero_it_is_the_identity_or_nothing(gelu, device, dtype):
     torch.testing.assert_close(d_bias[:2], weights.sum(dim=0)[:2], atol=1e-2 if dtype == HALF else 1e-6, rtol=0)
 
 
-def test_no_rows_are_no_accident(gelu, device):
+def test_bias_gelu_accepts_no_rows(gelu, device):
     out, d_x, d_bias = result_and_gradients(gelu, torch.zeros(0, 3, 7, device=device), random(7, device=device))
     assert out.shape == d_x.shape == (0, 3, 7)
     assert not d_bias.any()
 
 
-def test_operator_keeps_to_the_rules_of_pytorch(device):
+def test_bias_gelu_passes_the_checks_of_custom_operators(device):
     kernel()
     inputs = [tensor.requires_grad_() for tensor in (random(3, 7, device=device).half(), random(7, device=device))]
     torch.library.opcheck(torch.ops.cogview.bias_gelu, tuple(inputs))
 
 
 @pytest.mark.parametrize(("forced", "used"), [(None, "reference"), ("reference", "reference"), ("triton", "triton")])
-def test_mlp_leaves_its_bias_to_the_kernel_where_there_is_one(forget_choices, forced, used):
+def test_mlp_leaves_its_bias_to_the_kernel_when_it_is_fused(forget_choices, forced, used):
     if forced is not None:
         forget_choices.setenv("COGVIEW_KERNELS", forced)
     mlp = MLP(TransformerConfig(num_layers=1, width=16, num_heads=2, vocabulary_size=8, dropout=0.0))
@@ -131,16 +133,16 @@ def test_mlp_leaves_its_bias_to_the_kernel_where_there_is_one(forget_choices, fo
     torch.testing.assert_close(result, expected, atol=1e-6 if used == "triton" else 0, rtol=0)
 
 
-@pytest.mark.parametrize("few_bits", ["int8", "int4"])
-def test_mlp_of_rounded_weights_adds_its_bias_itself(forget_choices, few_bits):
-    """Its product has a path of its own, which takes the bias along."""
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_mlp_adds_its_bias_when_weights_are_quantized(forget_choices, quantization):
+    """The product of quantized layers includes the bias."""
     layer = torch.nn.ModuleDict(
         {"mlp": MLP(TransformerConfig(num_layers=1, width=64, num_heads=2, vocabulary_size=8, dropout=0.0))}
     )
     weights = {name: 0.1 * random(*tensor.shape, seed=3) for name, tensor in layer.state_dict().items()}
     for name in ("mlp.input.weight", "mlp.output.weight"):
-        weights |= quantize_weight(name, weights[name], few_bits)
-    swap_quantized_linears(layer, few_bits)
+        weights |= quantize_weight(name, weights[name], quantization)
+    swap_quantized_linears(layer, quantization)
     layer.load_state_dict(weights)
     x = random(2, 5, 64)
     expected = layer["mlp"](x)
@@ -150,7 +152,7 @@ def test_mlp_of_rounded_weights_adds_its_bias_itself(forget_choices, few_bits):
     torch.testing.assert_close(layer["mlp"](x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_the_kernel_cannot_take_is_an_error():
+def test_bias_gelu_triton_raises_value_error_when_inputs_are_unsupported():
     gelu, x, bias = kernel(), random(3, 7), random(7)
     for call, message in (
         (lambda: gelu(x.double(), bias), "x must be float32, float16 or bfloat16, got torch.float64"),

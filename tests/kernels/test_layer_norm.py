@@ -1,4 +1,4 @@
-"""PB-relax LayerNorm, alone and between branches: LayerNorm itself for ordinary input, no accident for any other.
+"""PB-relax LayerNorm, alone and between branches: equal to LayerNorm for ordinary input, finite for any other.
 
 The reference and the Triton kernels pass the same tests; the kernels are measured against float64, too, beside the
 reference.
@@ -48,19 +48,19 @@ def implementation(request):
 
 @pytest.fixture
 def layer_norm(implementation):
-    """``pb_relax_layer_norm``, by each implementation."""
+    """Each implementation of ``pb_relax_layer_norm``."""
     return pb_relax_layer_norm_reference if implementation == "reference" else kernels().pb_relax_layer_norm_triton
 
 
 @pytest.fixture
 def sandwich(implementation):
-    """``sandwich_layer_norm``, by each implementation."""
+    """Each implementation of ``sandwich_layer_norm``."""
     return sandwich_layer_norm_reference if implementation == "reference" else kernels().sandwich_layer_norm_triton
 
 
 @pytest.fixture
 def forget_choices(monkeypatch):
-    """What was chosen is remembered for the life of a process: forget it before and after."""
+    """Clear the cached choice of implementation before and after."""
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
     select_backend.cache_clear()
     yield monkeypatch
@@ -79,7 +79,7 @@ def bias(device):
 
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-4), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("scale", [1.0, 8.0, 500.0])
-def test_is_layer_norm_up_to_epsilon(layer_norm, device, weight, bias, dtype, atol, scale):
+def test_pb_relax_layer_norm_equals_layer_norm_up_to_epsilon(layer_norm, device, weight, bias, dtype, atol, scale):
     if layer_norm is not pb_relax_layer_norm_reference and dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("Triton's interpreter has no bfloat16")
     x = (random(3, 7, WIDTH, device=device) * scale).to(dtype)
@@ -89,23 +89,23 @@ def test_is_layer_norm_up_to_epsilon(layer_norm, device, weight, bias, dtype, at
     torch.testing.assert_close(result.double(), expected, atol=atol, rtol=0)
 
 
-def test_is_exactly_layer_norm_of_the_scaled_token(layer_norm, device, weight, bias):
-    """Epsilon belongs to the input after division by max|x| / 8, as in the release."""
+def test_pb_relax_layer_norm_equals_layer_norm_of_the_scaled_token(layer_norm, device, weight, bias):
+    """Epsilon belongs to the input after division by max|x| / 8, as in CogView v1."""
     x = random(5, WIDTH, device=device)
     scaled = x * 8 / x.abs().amax(dim=-1, keepdim=True)
     expected = F.layer_norm(scaled.double(), (WIDTH,), weight.double(), bias.double(), 1e-5)
     torch.testing.assert_close(layer_norm(x, weight, bias).double(), expected, atol=2e-6, rtol=0)
 
 
-def test_scale_of_the_input_does_not_matter(layer_norm, device, weight, bias):
-    """A plain LayerNorm drowns small activations in epsilon."""
+def test_pb_relax_layer_norm_is_invariant_to_scale(layer_norm, device, weight, bias):
+    """In a plain LayerNorm small activations vanish beside epsilon."""
     x = random(4, WIDTH, device=device)
     result = layer_norm(x * 2.0**-40, weight, bias)
     assert torch.equal(result, layer_norm(x, weight, bias))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-30])
-def test_token_of_nothing_survives(layer_norm, device, weight, bias, value):
+def test_pb_relax_layer_norm_returns_the_bias_when_a_token_is_constant(layer_norm, device, weight, bias, value):
     """8 / max|x| would be infinite for the first three."""
     x = random(2, 3, WIDTH, device=device)
     x[1, 1] = 0
@@ -116,7 +116,7 @@ def test_token_of_nothing_survives(layer_norm, device, weight, bias, value):
         assert torch.equal(result[1, 1], bias)
 
 
-def test_gradient_at_a_zero_token_is_finite(layer_norm, device, weight, bias):
+def test_pb_relax_layer_norm_has_finite_gradients_when_a_token_is_zero(layer_norm, device, weight, bias):
     x = random(2, WIDTH, device=device)
     x[0] = 0
     x.requires_grad_()
@@ -124,8 +124,8 @@ def test_gradient_at_a_zero_token_is_finite(layer_norm, device, weight, bias):
     assert x.grad.isfinite().all()
 
 
-def test_outlier_of_one_token_moves_no_other(layer_norm, device, weight, bias):
-    """The released form divides by the largest value of the whole tensor, and would move them all."""
+def test_pb_relax_layer_norm_confines_an_outlier_to_its_token(layer_norm, device, weight, bias):
+    """CogView v1 divides by the largest value of the whole tensor, which would change all tokens."""
     x = random(2, 5, WIDTH, device=device)
     before = layer_norm(x, weight, bias)
     x[0, 2, 7] = 1e4
@@ -136,14 +136,16 @@ def test_outlier_of_one_token_moves_no_other(layer_norm, device, weight, bias):
     assert not torch.equal(after[0, 2], before[0, 2])
 
 
-def test_batch_is_its_rows(layer_norm, device, weight, bias):
+def test_pb_relax_layer_norm_does_not_depend_on_the_batch(layer_norm, device, weight, bias):
     x = random(4, 6, WIDTH, device=device)
     rows = [layer_norm(row.unsqueeze(0), weight, bias) for row in x]
     assert torch.equal(torch.cat(rows), layer_norm(x, weight, bias))
 
 
 @pytest.mark.parametrize("pattern", ["alternating", "one"])
-def test_largest_half_precision_inputs_do_not_overflow(layer_norm, device, weight, bias, pattern):
+def test_pb_relax_layer_norm_does_not_overflow_when_inputs_are_the_largest_float16(
+    layer_norm, device, weight, bias, pattern
+):
     """Their squares, even their sum, are far beyond 65504."""
     x = torch.zeros(1, WIDTH, device=device)
     if pattern == "alternating":
@@ -155,7 +157,7 @@ def test_largest_half_precision_inputs_do_not_overflow(layer_norm, device, weigh
     torch.testing.assert_close(result.double(), expected, atol=1e-2, rtol=0)
 
 
-def test_gradients_are_those_of_layer_norm(layer_norm, device, weight, bias):
+def test_pb_relax_layer_norm_gradients_equal_those_of_layer_norm(layer_norm, device, weight, bias):
     inputs = [tensor.requires_grad_() for tensor in (random(3, WIDTH, device=device), weight, bias)]
     target = random(3, WIDTH, seed=3, device=device)
     for function in (layer_norm, lambda x, w, b: F.layer_norm(x, (WIDTH,), w, b, 1e-5)):
@@ -170,7 +172,7 @@ def test_gradients_are_those_of_layer_norm(layer_norm, device, weight, bias):
 
 
 def spelt_out(x, branch, weight, bias, next_weight=None, next_bias=None):
-    """The sandwich in float64."""
+    """Return the sandwich in float64."""
 
     def norm(token, weight, bias):
         largest = token.detach().abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST)
@@ -183,12 +185,12 @@ def spelt_out(x, branch, weight, bias, next_weight=None, next_bias=None):
 
 
 def parameters_of(size, count, dtype, device):
-    """Weights and biases in turn."""
+    """Return weights and biases alternately."""
     return [(seed % 2 + 0.3 * random(size, seed=seed, device=device)).to(dtype) for seed in range(11, 11 + count)]
 
 
 def results_and_gradients(function, inputs):
-    """What comes out, and the gradients of all inputs by arbitrary ones of that."""
+    """Return the results, and the gradients of all inputs for arbitrary gradients of the results."""
     inputs = [None if tensor is None else tensor.detach().requires_grad_() for tensor in inputs]
     results = [result for result in function(*inputs) if result is not None]
     weights = [random(*result.shape, seed=21 + i, device=result.device) for i, result in enumerate(results)]
@@ -199,7 +201,7 @@ def results_and_gradients(function, inputs):
 
 
 def assert_as_exact_as_the_reference(kernel, reference, inputs, exact=spelt_out):
-    """Kernel and reference in the dtype of the inputs, beside float64: the kernel may be off twice as far."""
+    """Check that the error of the kernel against float64 is at most twice that of the reference."""
     doubles = [None if tensor is None else tensor.double() for tensor in inputs]
     expected, _ = results_and_gradients(exact, doubles)
     got, leaves = results_and_gradients(kernel, inputs)
@@ -215,7 +217,7 @@ def assert_as_exact_as_the_reference(kernel, reference, inputs, exact=spelt_out)
 
 @pytest.mark.parametrize("shape", [(1, 1), (65, 7), (7, 65), (65, 257), (1, 257), (3, 2560)])
 @pytest.mark.parametrize(("stream", "dtype", "of_weights"), [(SINGLE,) * 3, (HALF,) * 3, (SINGLE, HALF, SINGLE)])
-def test_sandwich_and_its_gradients_are_those_of_float64(device, shape, stream, dtype, of_weights):
+def test_sandwich_layer_norm_and_its_gradients_match_float64(device, shape, stream, dtype, of_weights):
     inputs = [
         random(*shape, seed=1, device=device).to(stream),
         (3 * random(*shape, seed=2, device=device) + 0.5).to(dtype),
@@ -227,7 +229,7 @@ def test_sandwich_and_its_gradients_are_those_of_float64(device, shape, stream, 
 @pytest.mark.parametrize("shape", [(2, 7, 65), (7, 257), (2, 8192)])
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
 @pytest.mark.parametrize("adds", [True, False])
-def test_without_a_next_norm_it_is_the_sum_and_without_a_stream_the_norm(device, shape, dtype, adds):
+def test_sandwich_layer_norm_works_without_next_norm_or_stream(device, shape, dtype, adds):
     x = random(*shape, seed=1, device=device).to(dtype) if adds else None
     branch = (3 * random(*shape, seed=2, device=device)).to(dtype)
     inputs = [x, branch, *parameters_of(shape[-1], 2, dtype, device)]
@@ -241,8 +243,8 @@ def test_without_a_next_norm_it_is_the_sum_and_without_a_stream_the_norm(device,
     assert_as_exact_as_the_reference(kernel, reference, inputs)
 
 
-def test_rows_and_gradients_of_any_strides(device):
-    """A slice of something wider, a transpose, weights apart; a sum as the loss gives gradients that are expanded."""
+def test_sandwich_layer_norm_accepts_any_strides(device):
+    """Inputs are a slice and a transpose, weights are strided, and a sum as the loss gives expanded gradients."""
     wide, tall = random(5, 9, 70, device=device), random(65, 9, 5, seed=2, device=device)
     inputs = [wide[:, :, 3:68], tall.permute(2, 1, 0), *(random(130, seed=s, device=device)[::2] for s in range(4))]
     assert not any(tensor.is_contiguous() for tensor in inputs)
@@ -256,7 +258,7 @@ def test_rows_and_gradients_of_any_strides(device):
 
 
 @pytest.mark.parametrize("used", ["total", "normed"])
-def test_either_result_may_go_unused(sandwich, device, used):
+def test_sandwich_layer_norm_accepts_an_unused_result(sandwich, device, used):
     inputs = [random(3, 7, seed=1, device=device), random(3, 7, seed=2, device=device)]
     inputs += parameters_of(7, 4, SINGLE, device)
 
@@ -269,7 +271,7 @@ def test_either_result_may_go_unused(sandwich, device, used):
         torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_no_rows_are_no_accident(sandwich, device):
+def test_sandwich_layer_norm_accepts_no_rows(sandwich, device):
     inputs = [torch.zeros(0, 3, 7, device=device, requires_grad=True) for _ in range(2)]
     parameters = [parameter.requires_grad_() for parameter in parameters_of(7, 4, SINGLE, device)]
     total, normed = sandwich(*inputs, *parameters)
@@ -279,7 +281,7 @@ def test_no_rows_are_no_accident(sandwich, device):
 
 
 @pytest.mark.parametrize("dtype", [SINGLE, HALF])
-def test_a_branch_of_zeros_adds_its_bias(sandwich, device, dtype):
+def test_sandwich_layer_norm_adds_the_bias_when_a_branch_is_zero(sandwich, device, dtype):
     x, branch = random(3, 65, device=device).to(dtype), random(3, 65, seed=1, device=device).to(dtype)
     branch[1] = 0
     parameters = parameters_of(65, 4, dtype, device)
@@ -291,13 +293,13 @@ def test_a_branch_of_zeros_adds_its_bias(sandwich, device, dtype):
     assert torch.equal(normed[1], parameters[3])
 
 
-def test_gradients_at_a_branch_of_zeros_are_finite(sandwich, device):
+def test_sandwich_layer_norm_has_finite_gradients_when_a_branch_is_zero(sandwich, device):
     inputs = [random(2, 7, device=device), torch.zeros(2, 7, device=device), *parameters_of(7, 4, SINGLE, device)]
     for gradient in results_and_gradients(sandwich, inputs)[0]:
         assert gradient.isfinite().all()
 
 
-def test_outliers_of_one_token_in_half_precision_move_no_other(sandwich, device):
+def test_sandwich_layer_norm_confines_outliers_to_their_token_when_float16(sandwich, device):
     x, branch = random(2, 5, 257, device=device).half(), random(2, 5, 257, seed=1, device=device).half()
     parameters = parameters_of(257, 4, HALF, device)
     before = results_and_gradients(sandwich, [x, branch, *parameters])[0]
@@ -312,7 +314,7 @@ def test_outliers_of_one_token_in_half_precision_move_no_other(sandwich, device)
     assert all(gradient.isfinite().all() for gradient in after[4:])
 
 
-def test_squares_that_overflow_half_precision(sandwich, device):
+def test_sandwich_layer_norm_does_not_overflow_when_squares_would(sandwich, device):
     """Activations of 300 at the width of 2560: in float16 the sum of their squares is infinite."""
     x, branch = random(3, 2560, device=device), (300 * random(3, 2560, seed=1, device=device)).half()
     assert branch.square().sum(dim=-1).isinf().all()
@@ -324,10 +326,10 @@ def test_squares_that_overflow_half_precision(sandwich, device):
         torch.testing.assert_close(result.double(), truth, atol=atol, rtol=2e-3)
 
 
-# --- what PyTorch and the model see of it -------------------------------------------------------------------------
+# --- operator and model ------------------------------------------------------------------------------------------
 
 
-def test_operator_keeps_to_the_rules_of_pytorch(device):
+def test_sandwich_layer_norm_passes_the_checks_of_custom_operators(device):
     kernels()
     inputs = [random(3, 7, seed=1, device=device), random(3, 7, seed=2, device=device).half()]
     inputs = [tensor.requires_grad_() for tensor in (*inputs, *parameters_of(7, 4, SINGLE, device))]
@@ -337,7 +339,7 @@ def test_operator_keeps_to_the_rules_of_pytorch(device):
     torch.library.opcheck(torch.ops.cogview.sandwich_layer_norm, alone, test_utils=quick)
 
 
-def test_reference_is_what_runs_unless_another_is_forced(forget_choices, caplog):
+def test_layer_norms_run_the_reference_unless_forced(forget_choices, caplog):
     x, branch, parameters = random(3, 7), random(3, 7, seed=1), parameters_of(7, 4, SINGLE, CPU)
     with caplog.at_level(logging.INFO):
         got = sandwich_layer_norm(x, branch, *parameters)
@@ -351,10 +353,10 @@ def test_reference_is_what_runs_unless_another_is_forced(forget_choices, caplog)
     ]
 
 
-def test_transformer_of_kernels_is_that_of_references(forget_choices, caplog, device):
-    """Every norm and every GELU of it, forward and backward."""
+def test_transformer_is_near_that_of_references_when_kernels_are_forced(forget_choices, caplog, device):
+    """All norms and GELUs run as kernels, forward and backward."""
     kernels()
-    forget_choices.setattr(transformer_module, "attention", attention_reference)  # whose kernels have tests of theirs
+    forget_choices.setattr(transformer_module, "attention", attention_reference)  # its kernels have their tests
     shape = {"num_layers": 2, "width": 32, "num_heads": 4, "vocabulary_size": 64, "max_positions": 16}
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(**shape, dropout=0.0)).to(device)
@@ -379,7 +381,7 @@ def test_transformer_of_kernels_is_that_of_references(forget_choices, caplog, de
         torch.testing.assert_close(result, truth, atol=2e-5, rtol=1e-4)
 
 
-def test_what_kernels_cannot_take_is_an_error():
+def test_layer_norms_raise_value_error_when_inputs_are_unsupported():
     module = kernels()
     x, branch, weight, bias = random(3, 7), random(3, 7), random(7), random(7)
     norm, sandwich = module.pb_relax_layer_norm_triton, module.sandwich_layer_norm_triton

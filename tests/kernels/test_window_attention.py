@@ -30,7 +30,7 @@ every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 @dataclass
 class Case:
-    """One pattern: rows of pivots, -1 where a row has fewer, their bias, and perhaps a neighbourhood."""
+    """An attention pattern: pivots of each row, their bias, and optionally a neighbourhood."""
 
     length: int
     window: int
@@ -61,14 +61,14 @@ every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 def random_inputs(case, device, dtype=torch.float32, heads=1, size=16):
-    """q, k, v and the gradient of the output; each a view that is not contiguous, as projections make them."""
+    """Return q, k, v and the gradient of the output; all are non-contiguous views, as of a projection."""
     generator = torch.Generator().manual_seed(case.length)
     tensors = torch.randn(2, case.length, 4, heads, size, generator=generator).to(device, dtype)
     return [tensor.transpose(1, 2) for tensor in tensors.unbind(2)]
 
 
 def seen_by(case, row, query):
-    """{key: bias} for all that a query sees, spelt out one key at a time."""
+    """Return {key: bias} of all keys that a query attends to, key by key."""
     bias = case.keywords("cpu")["pivot_bias_BN"][row].tolist()
     seen = {}
     for key in range(query + 1):
@@ -86,7 +86,7 @@ def seen_by(case, row, query):
 
 
 def expected_in_float64(case, q, k, v, d_out):
-    """Output and gradients of q, k and v: softmax attention of each query over a list of keys, without a mask."""
+    """Return output and gradients of softmax attention of each query over a list of keys, without a mask."""
     q, k, v = (x.detach().double().cpu().requires_grad_() for x in (q, k, v))
     rows = []
     for row in range(2):
@@ -109,13 +109,13 @@ def computed(implementation, q, k, v, d_out, **keywords):
 
 
 def errors(results, expected):
-    """The largest error of the output and of each gradient."""
+    """Return the largest error of the output and of each gradient."""
     return [(x.double().cpu() - y).abs().max().item() for x, y in zip(results, expected, strict=True)]
 
 
 @every_case
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[:2])
-def test_matches_float64(implementation, case):
+def test_window_attention_matches_float64(implementation, case):
     inputs = random_inputs(case, "cpu")
     keywords = case.keywords("cpu")
     expected = expected_in_float64(case, *inputs)
@@ -124,10 +124,10 @@ def test_matches_float64(implementation, case):
 
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_triton_is_as_near_to_float64_as_pytorch(case, dtype, device):
+def test_window_attention_triton_is_as_near_to_float64_as_pytorch(case, dtype, device):
     inputs = random_inputs(case, device, dtype)
     expected = expected_in_float64(case, *inputs)
-    floor = 2e-6 if dtype == torch.float32 else 1e-3  # what is subtracted here, d_out v - d_out out, is near 10
+    floor = 2e-6 if dtype == torch.float32 else 1e-3  # the difference d_out v - d_out out is of numbers near 10
     ours, theirs = (
         errors(computed(implementation, *inputs, **case.keywords(device)), expected)
         for implementation in (window_attention_triton, window_attention_reference)
@@ -138,15 +138,15 @@ def test_triton_is_as_near_to_float64_as_pytorch(case, dtype, device):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize(("heads", "size"), [(3, 32), (1, 40), (1, 128)])
-def test_heads_of_any_number_and_size(implementation, heads, size, device):
+def test_window_attention_accepts_any_number_and_size_of_heads(implementation, heads, size, device):
     case = Case(65, 9, [[0, 3, 20], [5, 6, -1]], (8, 2, [5, 30]))
     inputs = random_inputs(case, device, heads=heads, size=size)
     expected = expected_in_float64(case, *inputs)
     assert max(errors(computed(implementation, *inputs, **case.keywords(device)), expected)) < 1e-5
 
 
-def test_blocks_of_queries_change_nothing():
-    """PyTorch's form in several blocks, a window over more than two, and rows of their own."""
+def test_window_attention_torch_does_not_depend_on_the_block_size():
+    """The implementation of PyTorch has several blocks, and a window that reaches over more than two."""
     length = 3 * BLOCK + 19
     case = Case(length, BLOCK + 9, [[*range(0, length, 7)], [*range(0, length // 2, 7)] + [-1] * 56])
     case.pivots[1] = case.pivots[1][: len(case.pivots[0])]
@@ -158,7 +158,7 @@ def test_blocks_of_queries_change_nothing():
         assert max(errors(computed(window_attention_torch, *inputs, **keywords, **local), expected)) < 1e-6
 
 
-def test_bias_spelt_out():
+def test_window_bias_masks_keys_outside_window_and_pivots():
     no, pivots = -torch.inf, torch.tensor([[0, 1, 4], [2, -1, -1]])
     bias = window_bias(5, window=2, pivots_BN=pivots, pivot_bias_BN=torch.tensor([[0.5, 0.25, 9.0], [2.0, 9.0, 9.0]]))
     assert bias.squeeze(1).tolist() == [
@@ -167,8 +167,8 @@ def test_bias_spelt_out():
     ]
 
 
-def test_neighbourhood_spelt_out():
-    """Two columns of text, then lines of 3; columns at most 1 apart, and 4 positions back: the line above."""
+def test_window_bias_masks_distant_columns_of_the_image():
+    """Two text tokens, then rows of 3 codes; columns at most 1 apart, and 4 positions back: the row above."""
     no, none = -torch.inf, torch.empty(1, 0, dtype=torch.int64)
     bias = window_bias(8, window=5, pivots_BN=none, grid=3, columns=1, image_starts_B=torch.tensor([2]))
     assert bias[0, 0].tolist() == [
@@ -177,14 +177,14 @@ def test_neighbourhood_spelt_out():
         [0, 0, 0, no, no, no, no, no],
         [0, 0, 0, 0, no, no, no, no],
         [0, 0, no, 0, 0, no, no, no],
-        [no, 0, 0, 0, no, 0, no, no],  # the next line begins: its end is far, its beginning is above
+        [no, 0, 0, 0, no, 0, no, no],  # first code of a row: the end of the row above is distant, its start is not
         [no, no, 0, 0, 0, 0, 0, no],
         [no, no, no, 0, 0, no, 0, 0],
     ]
 
 
 @every
-def test_everything_as_a_pivot_is_causal_attention(implementation, device):
+def test_window_attention_is_causal_attention_when_every_key_is_a_pivot(implementation, device):
     case = Case(40, 5, [[*range(40)]] * 2)
     inputs = random_inputs(case, device)
     result = computed(implementation, *inputs, window=5, pivots_BN=case.keywords(device)["pivots_BN"])
@@ -193,8 +193,8 @@ def test_everything_as_a_pivot_is_causal_attention(implementation, device):
 
 
 @every
-def test_a_sample_stands_for_all(implementation, device):
-    """Where the 4 positions of each pivot are alike, one of four with log 4 gives what all of them do."""
+def test_window_attention_weighs_sampled_pivots_as_the_whole_image(implementation, device):
+    """If the 4 positions of a group are equal, one of them with a bias of log 4 gives the same result."""
     q, k, v, _ = random_inputs(Case(70, 1, []), device)
     group = torch.arange(70, device=device).clamp(max=64) // 4 * 4
     k, v = k[:, :, group], v[:, :, group]
@@ -206,8 +206,8 @@ def test_a_sample_stands_for_all(implementation, device):
 
 
 @every
-def test_large_scores_do_not_overflow(implementation, device):
-    """Products of 2**20 in float16, in the window and among the pivots: the largest takes all."""
+def test_window_attention_does_not_overflow_when_scores_are_large(implementation, device):
+    """Products of 2**20 in float16, in the window and among the pivots: the largest has all the weight."""
     q, k = (torch.full((1, 1, 70, 64), 128.0, dtype=torch.float16, device=device) for _ in range(2))
     k *= 127 / 128
     k[:, :, [3, 60]] = 128.0
@@ -218,7 +218,7 @@ def test_large_scores_do_not_overflow(implementation, device):
     torch.testing.assert_close(result[0, 0, 60:].float(), halves.expand(10, 64), atol=2e-3, rtol=0)
 
 
-def test_without_pb_relax_the_same(device):
+def test_window_attention_triton_is_the_same_without_pb_relax(device):
     case = CASES["neighbourhood"]
     inputs = random_inputs(case, device)
     plain = computed(window_attention_triton, *inputs, **case.keywords(device), relaxed=False)
@@ -226,44 +226,44 @@ def test_without_pb_relax_the_same(device):
     assert max(errors(plain, [x.double().cpu() for x in relaxed])) < 2e-6
 
 
-def test_gradients_are_the_same_every_time(device):
+def test_window_attention_triton_has_deterministic_gradients(device):
     case = CASES["seven, each sees itself and pivots"]
     inputs = random_inputs(case, device)
     first, second = (computed(window_attention_triton, *inputs, **case.keywords(device)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
-def test_operator_is_registered_well(device):
+def test_window_attention_triton_passes_the_checks_of_custom_operators(device):
     q, k, v, _ = (x.detach().requires_grad_() for x in random_inputs(CASES["one position"], device))
     keywords = Case(1, 1, [[0], [-1]], (3, 1, [0, 1])).keywords(device)
     pattern = (keywords["pivots_BN"], keywords["pivot_bias_BN"], keywords["image_starts_B"], 1, 3, 1, True)
     torch.library.opcheck(torch.ops.cogview.window_attention.default, (q, k, v, *pattern))
 
 
-def test_sampled_pivots():
+def test_sampled_pivots_are_the_text_and_a_sample_of_the_image():
     generator = torch.Generator().manual_seed(0)
     pivots, bias = sampled_pivots(torch.tensor([3, 1]), torch.tensor([4, 2]), 20, 5, generator)
     assert pivots.shape == bias.shape == (2, 8)
     assert pivots[0, :3].tolist() == [0, 1, 2]
     assert pivots[1, 0] == 0
     assert pivots[1, 6:].tolist() == [-1, -1]
-    for drawn, start in ((pivots[0, 3:], 4), (pivots[1, 1:6], 2)):
-        assert drawn.diff().min() > 0
-        assert start <= drawn.min()
-        assert drawn.max() < start + 20
+    for sampled, start in ((pivots[0, 3:], 4), (pivots[1, 1:6], 2)):
+        assert sampled.diff().min() > 0
+        assert start <= sampled.min()
+        assert sampled.max() < start + 20
     log4 = torch.tensor(4.0).log().item()
     torch.testing.assert_close(bias, torch.tensor([[0.0] * 3 + [log4] * 5, [0.0] + [log4] * 5 + [0.0] * 2]))
     again = sampled_pivots(torch.tensor([3, 1]), torch.tensor([4, 2]), 20, 5, torch.Generator().manual_seed(0))[0]
     assert torch.equal(again, pivots)
     counts = torch.zeros(20)
     for _ in range(400):
-        drawn = sampled_pivots(torch.tensor([0]), torch.tensor([0]), 20, 5, generator)[0]
-        counts[drawn[0]] += 1
-    assert (counts - 100).abs().max() < 40  # each is drawn one time in four; the deviation of that is 9
+        sampled = sampled_pivots(torch.tensor([0]), torch.tensor([0]), 20, 5, generator)[0]
+        counts[sampled[0]] += 1
+    assert (counts - 100).abs().max() < 40  # each is sampled with probability 1/4; the standard deviation is 9
 
 
 @pytest.mark.parametrize("forced", [None, "reference", "torch", "triton"])
-def test_choice(forced, monkeypatch, device):
+def test_window_attention_follows_the_environment(forced, monkeypatch, device):
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
     if forced:
         monkeypatch.setenv("COGVIEW_KERNELS", forced)
@@ -322,7 +322,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("changed", "message"), BAD.values(), ids=BAD)
-def test_bad_input(changed, message):
+def test_window_attention_raises_value_error_when_inputs_do_not_fit(changed, message):
     q = torch.zeros(2, 1, 65, 16)
     with pytest.raises(ValueError, match=message):
         window_attention(**{"q_BHTK": q, "k_BHTK": q, "v_BHTK": q} | GOOD | changed)
@@ -335,14 +335,14 @@ def test_bad_input(changed, message):
         (torch.zeros(2, 1, 65, 8), "q_BHTK must have heads of 16 to 128, got 8"),
     ],
 )
-def test_bad_input_to_triton(tensor, message):
+def test_window_attention_triton_raises_value_error_when_inputs_are_unsupported(tensor, message):
     if torch.cuda.is_available():
         pytest.skip("of tensors on a CPU")
     with pytest.raises(ValueError, match=message):
         window_attention_triton(tensor, tensor, tensor, **GOOD)
 
 
-def test_bad_samples():
+def test_sampled_pivots_raises_value_error_when_arguments_do_not_fit():
     generator = torch.Generator()
     with pytest.raises(ValueError, match="count must be from 1 to image_length = 4, got 5"):
         sampled_pivots(torch.tensor([1]), torch.tensor([1]), 4, 5, generator)

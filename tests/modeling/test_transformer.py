@@ -305,8 +305,8 @@ def test_transformer_gives_the_same_logits_and_gradients_with_all_kernels(monkey
         found.append((logits, torch.autograd.grad(logits.softmax(dim=-1)[..., ::7].sum(), parameters)))
     select_backend.cache_clear()
     close(found[1][0], found[0][0], atol=1e-4)
-    for own, other in zip(found[1][1], found[0][1], strict=True):
-        close(own, other, atol=1e-4)
+    for one, other in zip(found[1][1], found[0][1], strict=True):
+        close(one, other, atol=1e-4)
 
 
 @needs_triton
