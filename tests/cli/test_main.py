@@ -4,14 +4,19 @@ import importlib
 import io
 import subprocess
 import sys
+from dataclasses import fields
 
 import click
 import pytest
 
 from cogview import __version__
-from cogview.cli.main import COMMANDS, main, run_safely
+from cogview.cli.main import COMMANDS, cli, main, run_command, run_safely
+from cogview.cli.options import DTYPES, Command, overrides_argument, sampling_options
+from cogview.device import DTYPES as TORCH_DTYPES
+from cogview.device import QUANTIZATIONS
 from cogview.errors import InputError
 from cogview.kernels.dispatch import ForcedKernelsError
+from cogview.modeling.config import Sampling
 
 
 def test_main_finds_the_module_of_every_command():
@@ -68,7 +73,7 @@ def test_main_prints_help_and_version(capsys):
             ["generate", "狐狸", "--sed", "7", "--grid"],
             "cogview generate: no such option '--sed'. Did you mean '--seed'?; see cogview generate --help",
         ),
-        (["info", "a", "b"], "cogview info: unrecognized arguments: b"),
+        (["info", "a", "b"], "cogview info: got unexpected extra argument (b); see cogview info --help"),
         (
             ["train", "recipe.yaml", "--device", "cpu", "steps"],
             'cogview train: "steps" is not KEY=VALUE of the section transformer; see cogview train --help',
@@ -115,3 +120,88 @@ def test_main_escapes_characters_that_a_terminal_lacks(monkeypatch):
     assert run_safely(lambda: print("狐狸") or 0, "cogview x") == 0
     ascii_only.flush()
     assert ascii_only.buffer.getvalue() == b"\\u72d0\\u72f8\n"
+
+
+def test_main_ends_quietly_when_the_reader_of_stdout_is_gone():
+    """As in ``cogview models | head -1``: no message, no traceback, and not status 0."""
+    command = f"{sys.executable} -m cogview models | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stdout), done.stderr) in ((1, 1, ""), (0, 1, ""))  # 0: written before head ended
+
+
+def test_main_reports_a_full_disk_of_stdout_in_one_line():
+    command = f"{sys.executable} -m cogview models > /dev/full"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "cogview models: [Errno 28] No space left on device\n")
+
+
+def test_main_runs_with_closed_stdout():
+    command = f"{sys.executable} -m cogview models >&-"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["cogview", "gen"], "generate"),
+        (["cogview", "generate", "--kv-dtype", ""], "int8"),
+        (["cogview", "generate", "--speculative", "a"], "auto"),
+        (["cogview", "adapter", "unm"], "unmerge"),
+    ],
+)
+def test_main_completes_words_for_a_shell(words, expected, monkeypatch, capsys):
+    monkeypatch.setenv("_COGVIEW_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", " ".join(words))
+    monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+    assert main([]) == 0
+    assert f"plain,{expected}" in capsys.readouterr().out.splitlines()
+
+
+def test_main_accepts_the_short_help_option(capsys):
+    assert main(["generate", "-h"]) == 0
+    short = capsys.readouterr().out
+    assert main(["generate", "--help"]) == 0
+    assert capsys.readouterr().out == short
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "adapter"])
+def test_main_describes_every_option_and_argument(command):
+    """Each has a help text that starts in lower case, and no default is written twice."""
+    names = ("LoRA", "ZeRO", "VQ-VAE", "UTF-8", "LMDB", "YAML", "Chinese")
+    for parameter in cli.get_command(click.Context(cli), command).params:
+        if not getattr(parameter, "hidden", False):
+            text = getattr(parameter, "help", None)
+            assert text, parameter.name
+            assert text[0].islower() or text.split()[0] in names, text
+            assert isinstance(parameter, click.Argument) or "default" not in text, text
+
+
+def test_sampling_options_equal_the_fields_of_sampling():
+    @click.command()
+    @sampling_options("codes", image_options=True)
+    def command(settings):
+        """Take sampling settings."""
+
+    assert [parameter.name for parameter in command.params] == [field.name for field in fields(Sampling)]
+
+
+def test_choices_of_dtypes_equal_those_of_the_library():
+    assert ("auto", *TORCH_DTYPES, *QUANTIZATIONS) == DTYPES
+
+
+def test_overrides_argument_takes_pairs_anywhere(capsys):
+    @click.command(cls=Command)
+    @overrides_argument("training")
+    @click.option("--work")
+    def command(overrides, work):
+        """Print the arguments."""
+        print(overrides, work)
+        return 0
+
+    assert run_command(command, ["steps=3", "--work", "folder", "a.b=1"], "cogview x") == 0
+    assert capsys.readouterr().out == "('steps=3', 'a.b=1') folder\n"
+    assert run_command(command, ["steps"], "cogview x") == 2
+    assert (
+        capsys.readouterr().err == 'cogview x: "steps" is not KEY=VALUE of the section training; see cogview x --help\n'
+    )

@@ -201,3 +201,13 @@ def test_read_job_digest_depends_on_the_content_only(read, tmp_path, monkeypatch
     assert of("b/job.jsonl", same[:-1] + ', "n": 2}') != table
     monkeypatch.chdir("a")
     assert digest(read_job("job.csv")[0], "job.csv") == table
+
+
+def test_read_job_digest_equals_that_of_earlier_versions(read):
+    """The value is that of commit ec4ce5b; another one would make old journals useless."""
+    text = (
+        f'{{"id": "狐狸", "prompt": "{FOX}", "n": 2, "temperature": 0.9, "top_k": 50}}\n'
+        '{"task": "caption", "image": "a.png", "seed": 3}\n'
+    )
+    records, _ = read("job.jsonl", text)
+    assert digest(records, "job.jsonl") == "9ee9e88798003fa99ec7c4dcce03483d396e3975957224f52e31e099c140570c"

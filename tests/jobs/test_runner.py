@@ -1,0 +1,176 @@
+"""Plans and runs of jobs through the library, without the command."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cogview.errors import InputError
+from cogview.jobs.locks import JobLocks
+from cogview.jobs.plan import JobPlan, JobSettings
+from cogview.jobs.records import JobRecord, read_job
+from cogview.jobs.runner import JobObserver, JobRunner
+
+FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
+
+# Header and first result of the journal that commit ec4ce5b wrote for OLD_JOB with the embedded model.
+OLD_JOB = [
+    {"id": "狐狸", "prompt": "蓝色背景上的三只狐狸", "n": 2, "temperature": 0.9, "top_k": 50},
+    {"prompt": "一个红苹果", "seed": 3, "guidance": 1.5},
+    {"task": "caption", "image": "a.png"},
+]
+OLD_HEADER = {
+    "cogview_job": 1,
+    "job": "a4bcd36a2133cb0d78768c5863516ae2ec4555b99c2d02e6b9541d19d861d40b",
+    "model": "cogview-emoji",
+    "weights": "3221e17e92e32430f38a8f6d0708ef23ad725ca4f7d0cf31de15abe38b6f49d3",
+    "dtype": "float32",
+    "kv_dtype": "auto",
+    "device": "cpu",
+    "sampling": {"generate": {"temperature": 0.3, "top_k": 5, "top_p": 1.0, "guidance": 1.0, "text_attention": 1.0}},
+    "seed": 7,
+    "n": 1,
+    "keep": None,
+    "upscale": False,
+    "batch": 4,
+}
+OLD_RESULT = {
+    "id": "狐狸/0",
+    "task": "generate",
+    "prompt": "蓝色背景上的三只狐狸",
+    "index": 0,
+    "seed": 7,
+    "path": "狐狸-seed7-0.png",
+    "log_probability": -4.163806270313216,
+}
+
+
+class RecordingObserver(JobObserver):
+    """An observer that keeps the names of its events, and the values of some."""
+
+    def __init__(self):
+        self.events = []
+        self.values = []
+
+    def skipped(self, reason):
+        self.events.append("skipped")
+        self.values.append(reason)
+
+    def noted(self, message):
+        self.events.append("noted")
+        self.values.append(message)
+
+    def batch(self, paths):
+        self.events.append("batch")
+        self.values.append(sorted(path.name for path in paths.values()))
+
+    def progress(self, progress):
+        if self.events[-1] != "progress":
+            self.events.append("progress")
+
+    def finished(self, request):
+        self.events.append("finished")
+
+    def recorded(self, num_results, num_codes):
+        self.events.append("recorded")
+        self.values.append((num_results, num_codes))
+
+    def saved(self, path):
+        self.events.append("saved")
+        self.values.append(path)
+
+    def captioned(self, caption, image):
+        self.events.append("captioned")
+        self.values.append(image)
+
+
+@pytest.fixture
+def open_job(tmp_path, monkeypatch):
+    """A function that plans a job in an empty folder and opens its journal: (plan, journal, locks)."""
+    monkeypatch.chdir(tmp_path)
+    opened = []
+
+    def open_(model, records, problems=(), source="job.txt", **settings):
+        while opened:
+            opened.pop().close()
+        output = Path("out")
+        output.mkdir(exist_ok=True)
+        plan = JobPlan(model, JobSettings(source=source, output=output, **settings), records, problems)
+        locks = JobLocks(output / "job.ledger.jsonl")
+        journal = plan.open_journal(output / "job.ledger.jsonl", locks)
+        opened[:] = [locks, journal]
+        return plan, journal, locks
+
+    yield open_
+    while opened:
+        opened.pop().close()
+
+
+def test_job_runner_reports_events_in_order(open_job, tiny_model, save_image):
+    save_image("a.png", size=(80, 64))
+    records = [
+        JobRecord(number=1, prompt=FOX),
+        JobRecord(number=2, task="caption", image=Path("a.png")),
+        JobRecord(number=3, task="caption", image=Path("没有.png")),
+    ]
+    observer = RecordingObserver()
+    plan, journal, locks = open_job(tiny_model, records, ["line 9: unknown"], seed=7)
+    report = JobRunner(plan, observer).run(journal, locks)
+    assert observer.events == [
+        *("noted", "skipped", "batch", "progress", "saved", "finished", "captioned", "finished", "recorded"),
+    ]
+    note, reason, batch, saved, image, recorded = observer.values
+    assert note.startswith("a.png: ")
+    assert reason.startswith("line 3: image 没有.png does not exist")
+    assert batch == [f"{FOX}-seed7-0.png"]
+    assert saved == Path("out", f"{FOX}-seed7-0.png")
+    assert saved.is_file()
+    assert image == Path("a.png")
+    assert recorded == (2, 64 + tiny_model.config.caption_positions)
+    assert (report.count, report.missing, report.left, report.skipped) == (3, 3, 1, 2)
+
+
+def test_job_runner_stops_before_a_chunk_when_requested(open_job, tiny_model):
+    plan, journal, locks = open_job(tiny_model, [JobRecord(number=1, prompt=FOX, n=3)], seed=7, max_batch_size=1)
+    report = JobRunner(plan).run(journal, locks, stop=lambda: len(journal.done) == 2)
+    assert (report.count, report.left) == (3, 1)
+    assert list(journal.done) == ["line 1/0", "line 1/1"]
+
+
+def test_job_plan_inherits_the_seed_of_the_journal(open_job, tiny_model):
+    records = [JobRecord(number=1, prompt=FOX)]
+    first, _, _ = open_job(tiny_model, records)
+    second, _, _ = open_job(tiny_model, records)
+    assert second.seed == first.seed
+    with pytest.raises(InputError, match="was made with seed"):
+        open_job(tiny_model, records, seed=first.seed + 1)
+
+
+def test_job_plan_splits_chunks_by_requests(open_job, tiny_model):
+    """Ranked images of a record stay together, even where they exceed the size of a chunk."""
+    records = [JobRecord(number=1, prompt=FOX, n=3), JobRecord(number=2, prompt=DOG)]
+    plan, _, _ = open_job(tiny_model, records, seed=7, keep=1)
+    assert [[len(item.requests) for item in chunk] for chunk in plan.chunks(2)] == [[3], [1]]
+    assert [item.ids for chunk in plan.chunks(4) for item in chunk] == [["line 1/0"], ["line 2/0"]]
+
+
+def test_job_plan_rejects_a_job_without_a_usable_record(open_job, tiny_model):
+    with pytest.raises(InputError, match=r"job\.txt has no line that can be used; the first problem is in line 1: "):
+        open_job(tiny_model, [JobRecord(number=1, prompt=DOG * 3)])
+
+
+def test_job_plan_continues_a_journal_of_an_earlier_version(open_job, save_image):
+    """Only the results that the old journal lacks are generated, with the old seed and batch size."""
+    from cogview.pipeline.cogview import CogView
+
+    save_image("a.png")
+    Path("job.jsonl").write_text("".join(json.dumps(line) + "\n" for line in OLD_JOB))
+    Path("out").mkdir()
+    Path("out/job.ledger.jsonl").write_text(json.dumps(OLD_HEADER) + "\n" + json.dumps(OLD_RESULT) + "\n")
+    records, problems = read_job("job.jsonl")
+    model = CogView.from_pretrained("cogview-emoji", device="cpu")
+    plan, journal, _ = open_job(model, records, problems, source="job.jsonl")
+    assert plan.header() | {"batch": 4, "cogview_job": 1} == OLD_HEADER
+    assert journal.header["batch"] == 4
+    assert list(plan.missing_codes(journal)) == ["狐狸/1", "line 2/0", "line 3/0"]
+    assert [request.index for item in plan.items() for request in item.requests] == [0, 1, 0, 0]
