@@ -1,6 +1,7 @@
-"""A task of a user's own: one row of the table, with which a model is trained, generates and runs a job.
+"""Tasks that users add: one row of the table each, with which a model is trained, generates and runs a job.
 
-Nothing in the library knows the task ``repaint``, which generates an image from a text and another image.
+Nothing in the library knows ``repaint``, which generates an image from a text and another image, and ``answer``, which
+generates a text from a question and a small image.
 """
 
 import json
@@ -16,7 +17,7 @@ from cogview.cli.main import main
 from cogview.data.store_writer import pad_text
 from cogview.errors import InputError
 from cogview.image_io.png import read_metadata
-from cogview.modeling.config import ModelConfig
+from cogview.modeling.config import GREEDY, ModelConfig
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
 from cogview.planning.inference import estimate_inference
@@ -50,22 +51,34 @@ REPAINT = Task(
     activity="repainting",
     command="generate --input",
 )
+# Answers a question about a small image.
+ANSWER = Task(
+    name="answer",
+    layout=(
+        *(GRID, "[BOI1]", ImageElement("picture", scale=0.5), "[EOI1]", "[ROI1]", TextElement("question"), "[ROI2]"),
+        Blank(TextElement("reply", loss=True), stop="[SEP]"),
+    ),
+    inputs=("prompt", "image"),
+    output="text",
+    activity="answering",
+    command="generate --input",
+)
 PROMPT = "一只狐狸"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def repaint():
-    """Register the task for one test."""
-    with registered(REPAINT):
+def toy_tasks():
+    """Register the tasks for one test."""
+    with registered(REPAINT), registered(ANSWER):
         yield
 
 
 @pytest.fixture
 def folder(tiny_checkpoint: Path, tmp_path: Path) -> Path:
-    """A checkpoint whose config names the task."""
+    """A checkpoint whose config names the tasks."""
     model = load_model(tiny_checkpoint, CPU, torch.float32)
-    config = ModelConfig(**{**vars(model.config), "tasks": ("repaint",)})
+    config = ModelConfig(**{**vars(model.config), "tasks": ("repaint", "answer")})
     save_model(tmp_path / "painter", Model(**{**vars(model), "config": config}))
     return tmp_path / "painter"
 
@@ -145,12 +158,12 @@ def test_estimate_plans_registered_task(model):
     assert plan.image_side == 8
 
 
-def test_job_runs_registered_task(folder, model, tmp_path, save_image, monkeypatch, capsys):
-    """A line of a job file names the task; its image is read, fitted and encoded."""
+def test_job_runs_registered_tasks(folder, model, tmp_path, save_image, monkeypatch, capsys):
+    """Lines of a job file name the tasks; images are read, fitted to the size of the task, and encoded."""
     monkeypatch.chdir(tmp_path)
     image = save_image("fox.png", number=3, size=(100, 80))
-    line = {"task": "repaint", "prompt": PROMPT, "image": "fox.png"}
-    Path("job.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    lines = [{"task": task, "prompt": PROMPT, "image": "fox.png"} for task in ("repaint", "answer")]
+    Path("job.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     command = [
         "generate",
         "--input",
@@ -165,14 +178,22 @@ def test_job_runs_registered_task(folder, model, tmp_path, save_image, monkeypat
         "out",
     ]
     assert main(command) == 0
-    path = Path(capsys.readouterr().out.strip())
-    codes = model.encode_images([image], task="repaint")[0]
-    (expected,) = model.run([GenerationRequest(task="repaint", prompt=PROMPT, seed=7, codes=codes)])
+    requests = [
+        GenerationRequest(
+            task=task, prompt=PROMPT, seed=7, codes=model.encode_images([image], task=task)[0], sampling=sampling
+        )
+        for task, sampling in (("repaint", None), ("answer", GREEDY))
+    ]
+    assert requests[1].codes.shape == (4, 4)
+    painted, reply = model.run(requests)
+    path, answer = capsys.readouterr().out.splitlines()
     with Image.open(path) as saved:
-        np.testing.assert_array_equal(np.asarray(saved), np.asarray(expected))
-    assert read_metadata(path)["task"] == "repaint"
+        np.testing.assert_array_equal(np.asarray(saved), np.asarray(painted))
+    assert read_metadata(Path(path))["task"] == "repaint"
+    assert json.loads(answer)["caption"] == reply.text
+    assert reply.num_pieces <= 20
     journal = [json.loads(row) for row in Path("out/job.ledger.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [row["task"] for row in journal if "path" in row] == ["repaint"]
+    assert {row["task"] for row in journal if "log_probability" in row} == {"repaint", "answer"}
 
 
 def test_job_refuses_line_without_input_of_registered_task(folder, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from cogview.errors import InputError
 from cogview.jobs.journal import JobJournal, fingerprint
 from cogview.jobs.locks import JobLocks
 from cogview.jobs.records import JobRecord, digest, name_of
+from cogview.tokenizers.tasks import TASKS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,7 +128,7 @@ class JobPlan:
         self._sampling = {
             task: model.sampling(**settings.sampling, task=task)
             for task in dict.fromkeys(tasks)
-            if task != "caption" and task in model.config.tasks
+            if TASKS[task].output == "image" and task in model.config.tasks
         }
         for record in records:
             try:
@@ -239,15 +240,14 @@ class JobPlan:
 
         task = record.row.weights
         self.model.require_task(task)
-        if task == "caption":
+        if "prompt" in record.row.inputs and (problem := self.model.prompt_problem(record.prompt or "")) is not None:
+            raise InputError(problem)
+        if record.row.output == "text":
             if unused := [name for name in ("guidance", "text_attention") if name in record.sampling]:
                 raise InputError(f"{' and '.join(unused)} cannot be set for captions")
             n = record.n or 1
             sampled = Sampling(**{"top_k": 0, **record.sampling})  # type: ignore[arg-type]  # top_k is an int
             return ResolvedRecord(record=record, n=n, sampling=sampled if record.sampling or n > 1 else GREEDY)
-        assert record.prompt is not None
-        if (problem := self.model.prompt_problem(record.prompt)) is not None:
-            raise InputError(problem)
         if record.rows is not None and record.rows >= self.grid:
             raise InputError(f"the rows to keep must be from 0 to {self.grid - 1}, got {record.rows}")
         sampling = {**self.settings.sampling, **record.sampling}
@@ -285,7 +285,8 @@ class JobPlan:
 
         if record.image is None:
             return None
-        return np.zeros((self.grid if record.rows is None else record.rows, self.grid), dtype=np.int64)
+        side = round(record.row.input_scale * self.grid)
+        return np.zeros((side if record.rows is None else record.rows, side), dtype=np.int64)
 
     def _num_codes(self, item: WorkItem) -> int:
         """Return the number of codes, or the maximum number of pieces, that are decoded for one result of an item."""

@@ -15,6 +15,7 @@ from cogview.jobs.plan import JobPlan, WorkItem
 from cogview.jobs.records import JobRecord
 
 if TYPE_CHECKING:
+    import numpy as np
     from PIL import Image
 
     from cogview.pipeline.requests import GenerationRequest
@@ -146,6 +147,16 @@ class JobRunner:
             self._observer.noted(f"{record.image}: {note}")
         return image
 
+    def _encode(self, images: Mapping[JobRecord, Image.Image]) -> dict[JobRecord, np.ndarray]:
+        """Return the codes of images, those of one size together."""
+        codes: dict[JobRecord, np.ndarray] = {}
+        for size in dict.fromkeys(image.size for image in images.values()):
+            records = [record for record, image in images.items() if image.size == size]
+            task = records[0].row.weights
+            encoded = self.model.encode_images([images[record] for record in records], task=task)
+            codes |= zip(records, encoded, strict=True)
+        return codes
+
     def _run_chunk(self, chunk: Sequence[WorkItem], missing: set[str], journal: JobJournal) -> None:
         """Generate a whole chunk, so that batches are always the same, and save the results in ``missing``."""
         with_image = dict.fromkeys(item.record for item in chunk if item.record.image is not None)
@@ -153,7 +164,7 @@ class JobRunner:
         chunk = [item for item in chunk if item.record in images or item.record not in with_image]
         if not any(name in missing for item in chunk for name in item.names):
             return
-        given = dict(zip(images, self.model.encode_images(list(images.values())), strict=True)) if images else {}
+        given = self._encode(images)
         requests = {
             item: [
                 replace(request, codes=given[item.record][: item.record.rows]) if item.record in given else request
