@@ -1,7 +1,7 @@
-"""Settings in files: YAML recipes and JSON configs become the frozen dataclasses that the code works with.
+"""Settings in files: YAML recipes and JSON configs are converted to frozen dataclasses and back.
 
-A recipe is one YAML file with a section per command. A section, with ``key=value`` overrides from the command line,
-becomes an instance of the command's dataclass by :func:`build`; :func:`to_plain` is the way back.
+A recipe is a YAML file with a section per command. ``from_mapping`` converts a section, with ``key=value`` overrides of
+the command line, to the dataclass of the command; ``to_mapping`` converts it back.
 """
 
 from __future__ import annotations
@@ -40,16 +40,17 @@ RENAMED_KEYS = {
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that takes ``1e-4`` for a number, as YAML 1.2 does, and a key given twice for an error."""
+    """SafeLoader that reads ``1e-4`` as a number, as YAML 1.2 does, and rejects duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Read a mapping; raise ConstructorError for a duplicate key."""
         seen: set[str] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
                 continue
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f'"{key_node.value}" stands here a second time', problem_mark=key_node.start_mark
+                    problem=f'duplicate key "{key_node.value}"', problem_mark=key_node.start_mark
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
@@ -63,7 +64,17 @@ _Loader.add_implicit_resolver(
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
-    """The sections of a YAML recipe by name; InputError names the line that cannot be read."""
+    """Read the sections of a YAML recipe.
+
+    Args:
+        path: The file, UTF-8.
+
+    Returns:
+        The sections by name, as plain values.
+
+    Raises:
+        InputError: The file cannot be read or parsed; the message has the line.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,50 +84,75 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{path}, {error}") from error
     if not isinstance(recipe, dict):
-        raise InputError(f"{path} is no recipe: it holds {_type_of(recipe)} where sections are expected")
+        raise InputError(f"{path} is no recipe: expected sections, got {_describe(recipe)}")
     return recipe
 
 
 def section(recipe: Mapping[str, Any], name: str, overrides: Iterable[str] = ()) -> dict[str, Any]:
-    """Section ``name`` of a recipe, changed by ``overrides``; the recipe itself stays as it is.
+    """Return a section of a recipe with overrides; the recipe is not changed.
 
-    An override is ``key=value``, the value written as in YAML; ``key.inner=value`` reaches into a nested section.
+    Args:
+        recipe: Sections by name.
+        name: The section.
+        overrides: Each ``key=value`` with a value in YAML; ``key.inner=value`` sets a key of a nested section. Keys may
+            have the old names of ``RENAMED_KEYS``.
+
+    Raises:
+        InputError: The section is missing or is no mapping, or an override cannot be parsed.
     """
     if name not in recipe:
         raise InputError(f'the recipe has no section "{name}"; it has: {", ".join(map(str, recipe)) or "none"}')
     content = {} if recipe[name] is None else recipe[name]
     if not isinstance(content, dict):
-        raise InputError(f'section "{name}" of the recipe holds {_type_of(content)} where settings are expected')
+        raise InputError(f'section "{name}" of the recipe: expected settings, got {_describe(content)}')
     result = dict(content)
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise InputError(f'override "{override}" is not understood: write it as key=value')
-        try:
-            parsed = _parse(value)
-        except ValueError as error:
-            raise InputError(f'override "{override}": {error}') from error
-        target = result
-        *outer, last = (RENAMED_KEYS.get(part, part) for part in key.split("."))
-        for part in outer:
-            inner = target.get(part)
-            if inner is not None and not isinstance(inner, dict):
-                raise InputError(f'override "{override}": "{part}" holds {_type_of(inner)}, it has no settings inside')
-            target[part] = dict(inner or {})
-            target = target[part]
-        for old, new in RENAMED_KEYS.items():
-            if new == last:
-                target.pop(old, None)
-        target[last] = parsed
+        _apply_override(result, override)
     return result
 
 
-def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
-    """An instance of the dataclass ``kind`` from plain values, as YAML and JSON give them.
+def _apply_override(settings: dict[str, Any], override: str) -> None:
+    """Set the key of ``key=value`` in ``settings``, in place; nested settings are copied first."""
+    path, equals, value = override.partition("=")
+    if not equals or not path:
+        raise InputError(f'override "{override}": expected key=value')
+    try:
+        parsed = _parse(value)
+    except ValueError as error:
+        raise InputError(f'override "{override}": {error}') from error
+    *outer, last = (RENAMED_KEYS.get(key, key) for key in path.split("."))
+    for key in outer:
+        for old in _old_names(key):
+            if old in settings and key not in settings:
+                settings[key] = settings.pop(old)
+        inner = settings.get(key)
+        if inner is not None and not isinstance(inner, dict):
+            raise InputError(f'override "{override}": "{key}" is {_describe(inner)} and has no inner settings')
+        settings[key] = dict(inner or {})
+        settings = settings[key]
+    for old in _old_names(last):
+        settings.pop(old, None)
+    settings[last] = parsed
 
-    Understands numbers, strings, booleans, None, ``Path``, ``Literal``, unions, lists, tuples, dictionaries and nested
-    dataclasses. A whole number will do for a float, a list for a tuple; nothing else is converted. ``where`` begins
-    the message of every InputError: "transformer section of emoji-cpu.yaml".
+
+def _old_names(key: str) -> list[str]:
+    """Return the old names of a key."""
+    return [old for old, new in RENAMED_KEYS.items() if new == key]
+
+
+def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """Convert plain values of YAML or JSON to a dataclass.
+
+    Fields may be numbers, strings, booleans, None, ``Path``, ``Literal``, unions, lists, tuples, dictionaries and
+    nested dataclasses. A whole number is accepted for a float and a list for a tuple; no other type is converted.
+
+    Args:
+        kind: The dataclass.
+        mapping: Values by field; keys may have the old names of ``RENAMED_KEYS``.
+        where: Beginning of error messages, such as "transformer section of emoji-cpu.yaml".
+
+    Raises:
+        InputError: A key is unknown, missing or given twice, a value has another type, or the dataclass rejects it.
     """
     hints = get_type_hints(kind)
     settings = {setting.name: setting for setting in fields(kind) if setting.init}  # type: ignore[arg-type]
@@ -149,14 +185,14 @@ def _with_new_names(mapping: Mapping[str, Any], known: Collection[str], where: s
         name = RENAMED_KEYS.get(key, key)
         name = name if name in known else key
         if name in renamed:
-            old = next(old for old, new in RENAMED_KEYS.items() if new == name)
+            old = next(old for old in _old_names(name) if old in mapping)
             raise InputError(f'{where}: "{old}" is the old name of "{name}", and both are given; keep "{name}"')
         renamed[name] = value
     return renamed
 
 
 def to_mapping(value: Any) -> Any:
-    """A dataclass, and all that is in it, as dictionaries, lists, strings and numbers: ``build`` undoes it."""
+    """Convert a dataclass to dictionaries, lists, strings and numbers, which ``from_mapping`` reads."""
     if is_dataclass(value) and not isinstance(value, type):
         return {setting.name: to_mapping(getattr(value, setting.name)) for setting in fields(value) if setting.init}
     if isinstance(value, Mapping):
@@ -167,6 +203,7 @@ def to_mapping(value: Any) -> Any:
 
 
 def _parse(text: str) -> Any:
+    """Return the content of YAML; raise ValueError with the line of a mistake."""
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
@@ -177,7 +214,7 @@ def _parse(text: str) -> Any:
 
 
 def _convert_value(kind: Any, value: Any, where: str) -> Any:
-    """``value`` as ``kind``, or InputError."""
+    """Return ``value`` as type ``kind``; raise InputError if it has another type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, where)
@@ -205,12 +242,13 @@ def _convert_value(kind: Any, value: Any, where: str) -> Any:
         return float(value)
     elif kind is Path and isinstance(value, str):
         return Path(value)
-    elif isinstance(kind, type) and type(value) is kind:  # not isinstance: True is no number here
+    elif isinstance(kind, type) and type(value) is kind:  # not isinstance, since True is an int
         return value
-    raise InputError(f"{where}: expected {_type_name(kind)}, got {_type_of(value)}")
+    raise InputError(f"{where}: expected {_type_name(kind)}, got {_describe(value)}")
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    """Return ``value`` as the first of several types that accepts it."""
     if value is None and type(None) in kinds:
         return None
     if type(value) in kinds:
@@ -223,7 +261,7 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
             return _convert_value(kind, value, where)
         except InputError:
             continue
-    raise InputError(f"{where}: expected {' or '.join(map(_type_name, kinds))}, got {_type_of(value)}")
+    raise InputError(f"{where}: expected {' or '.join(map(_type_name, kinds))}, got {_describe(value)}")
 
 
 _NAMES = {
@@ -237,7 +275,7 @@ _NAMES = {
 
 
 def _type_name(kind: Any) -> str:
-    """A type, for a reader of recipes."""
+    """Return the name of a type for error messages."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
@@ -250,12 +288,12 @@ def _type_name(kind: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(map(_type_name, arguments))
     if origin is dict or is_dataclass(kind):
-        return "settings of its own"
+        return "settings"
     return _NAMES.get(kind, str(kind))
 
 
-def _type_of(value: Any) -> str:
-    """A value, for an error message."""
+def _describe(value: Any) -> str:
+    """Return a value for error messages."""
     if isinstance(value, Mapping):
         return f"the settings {', '.join(map(str, value))}"
     if value is None:

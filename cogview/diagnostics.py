@@ -6,6 +6,7 @@ Versions are checked before PyTorch is imported, since it may be what is missing
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -90,10 +91,14 @@ def examine(recipe: Recipe | None, device: str, processes: int | None) -> Iterat
     Raises:
         InputError: The section of the recipe has mistakes.
     """
-    from cogview.training.settings import TransformerSettings
+    settings = None
+    if recipe is not None:
+        from cogview.training.settings import TransformerSettings
 
-    settings = None if recipe is None else recipe.settings(TransformerSettings, "transformer")
+        settings = recipe.settings(TransformerSettings, "transformer")
     yield from check_versions(() if settings is None else needed_packages(settings))
+    if importlib.util.find_spec("torch") is None:
+        return  # nothing else can be checked
     yield from check_devices()
     yield from guarded("processes", lambda: check_processes(device, processes))
     if recipe is None or settings is None:

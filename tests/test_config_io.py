@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 
-from cogview.config_io import from_mapping, read_recipe, section, to_mapping
+from cogview.config_io import RENAMED_KEYS, from_mapping, read_recipe, section, to_mapping
 from cogview.errors import InputError
 
 
@@ -153,10 +153,10 @@ def test_from_mapping_roundtrips_through_json():
         ({"num_layers": 2, "colours": "红"}, f'{WHERE}, colours: expected a list of text, got "红"'),
         ({"num_layers": 2, "colours": ["红", 3]}, f"{WHERE}, colours: expected text, got 3"),
         ({"num_layers": 2, "sizes": 8}, f"{WHERE}, sizes: expected a list of a whole number, got 8"),
-        ({"num_layers": 2, "mix": 8}, f"{WHERE}, mix: expected settings of its own, got 8"),
+        ({"num_layers": 2, "mix": 8}, f"{WHERE}, mix: expected settings, got 8"),
         ({"num_layers": 2, "mix": {"sr": "half"}}, f'{WHERE}, mix, sr: expected a number, got "half"'),
         ({"num_layers": 2, "width": {"a": 1}}, f"{WHERE}, width: expected a whole number, got the settings a"),
-        ({"num_layers": 2, "optimizer": 0.1}, f"{WHERE}, optimizer: expected settings of its own, got 0.1"),
+        ({"num_layers": 2, "optimizer": 0.1}, f"{WHERE}, optimizer: expected settings, got 0.1"),
         (
             {"num_layers": 2, "optimizer": {"rat": 1}},
             f'{WHERE}, optimizer: "rat" is unknown; did you mean "rate"?',
@@ -190,10 +190,10 @@ def test_read_recipe_reports_a_missing_file(tmp_path):
     ("content", "message"),
     [
         (b"work: a\nmodel:\n  width: [1, 2\n", r"bad\.yaml, line 4: expected ',' or ']'"),
-        (b"model:\n  width: 1\n  depth: 2\n  width: 3\n", r'bad\.yaml, line 4: "width" stands here a second time'),
+        (b"model:\n  width: 1\n  depth: 2\n  width: 3\n", r'bad\.yaml, line 4: duplicate key "width"'),
         (b"model: !!python/object:os.system {}\n", r"bad\.yaml, line 1: could not determine a constructor"),
-        (b"- a\n- b\n", r"bad\.yaml is no recipe: it holds \['a', 'b'\] where sections are expected"),
-        (b"", r"bad\.yaml is no recipe: it holds nothing"),
+        (b"- a\n- b\n", r"bad\.yaml is no recipe: expected sections, got \['a', 'b'\]"),
+        (b"", r"bad\.yaml is no recipe: expected sections, got nothing"),
         (b"model: \xff\xfe\n", r"cannot read the recipe .*bad\.yaml: .*utf-8"),
         (b"model: \x07\n", r"bad\.yaml, .*special characters are not allowed"),
     ],
@@ -209,14 +209,77 @@ def test_read_recipe_reports_invalid_files(tmp_path, content, message):
     ("name", "overrides", "message"),
     [
         ("modle", [], 'the recipe has no section "modle"; it has: work, model, empty'),
-        ("work", [], 'section "work" of the recipe holds "runs/tiny" where settings are expected'),
-        ("model", ["width"], 'override "width" is not understood: write it as key=value'),
-        ("model", ["=3"], 'override "=3" is not understood'),
+        ("work", [], 'section "work" of the recipe: expected settings, got "runs/tiny"'),
+        ("model", ["width"], 'override "width": expected key=value'),
+        ("model", ["=3"], 'override "=3": expected key=value'),
         ("model", ["width=[1"], 'override "width=[1": line 1: '),
-        ("model", ["dropout.rate=1"], 'override "dropout.rate=1": "dropout" holds 0.1, it has no settings inside'),
+        ("model", ["dropout.rate=1"], 'override "dropout.rate=1": "dropout" is 0.1 and has no inner settings'),
     ],
 )
 def test_section_reports_invalid_names_and_overrides(recipe, name, overrides, message):
     with pytest.raises(InputError) as caught:
         section(recipe, name, overrides)
     assert str(caught.value).startswith(message)
+
+
+# Renamed keys
+
+
+def renamed_settings(new: str) -> type:
+    """Return a dataclass with one field."""
+    return make_dataclass("Renamed", [(new, Any)])
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_from_mapping_reads_old_name_of_key(old, new):
+    assert vars(from_mapping(renamed_settings(new), {old: 3}, WHERE)) == {new: 3}
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_from_mapping_rejects_old_and_new_name_together(old, new):
+    for mapping in ({old: 3, new: 4}, {new: 4, old: 3}):
+        with pytest.raises(InputError) as caught:
+            from_mapping(renamed_settings(new), mapping, WHERE)
+        message = f'{WHERE}: "{old}" is the old name of "{new}", and both are given; keep "{new}"'
+        assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+@pytest.mark.parametrize("outer", ["", "training."])
+def test_override_replaces_key_under_either_name(old, new, outer):
+    """A recipe with one name and an override with the other set the same key, at the top and inside."""
+    for in_recipe, in_override in ((old, old), (old, new), (new, old), (new, new)):
+        content = {in_recipe: 3, "steps": 5}
+        recipe = {"model": {"training": content} if outer else content}
+        found = section(recipe, "model", [f"{outer}{in_override}=4"])
+        assert (found["training"] if outer else found) == {new: 4, "steps": 5}
+        assert content == {in_recipe: 3, "steps": 5}
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_override_reaches_into_settings_under_old_name(old, new):
+    recipe = {"model": {old: {"rate": 1, "steps": 5}}}
+    assert section(recipe, "model", [f"{new}.rate=2"]) == {new: {"rate": 2, "steps": 5}}
+    assert section(recipe, "model", [f"{old}.rate=2"]) == {new: {"rate": 2, "steps": 5}}
+
+
+def dataclasses_within(kind: Any) -> set[type]:
+    """Return the dataclasses in a type, nested ones included."""
+    found = {kind} if is_dataclass(kind) else set()
+    inner = get_type_hints(kind).values() if found else get_args(kind)
+    return found.union(*map(dataclasses_within, inner))
+
+
+def test_settings_have_no_field_with_old_name():
+    """Such a field could not be set: its name is read as the new one."""
+    from cogview.checkpoints.registry import ModelEntry
+    from cogview.emoji.datasets import SceneEncodeSettings
+    from cogview.emoji.world import WorldSettings
+    from cogview.modeling.config import ModelConfig
+    from cogview.training.settings import TransformerSettings
+    from cogview.training.vqvae_trainer import VQVAERecipe
+
+    roots = (ModelEntry, SceneEncodeSettings, WorldSettings, ModelConfig, TransformerSettings, VQVAERecipe)
+    names = {setting.name for root in roots for kind in dataclasses_within(root) for setting in fields(kind)}
+    assert names >= {"learning_rate", "num_workers", "grid"}  # nested dataclasses are found
+    assert not names & RENAMED_KEYS.keys()

@@ -1,6 +1,7 @@
 """Checks of a machine: findings with a status, a text and a remedy."""
 
 import importlib.metadata
+import importlib.util
 import math
 import shutil
 from collections import namedtuple
@@ -20,6 +21,7 @@ from cogview.diagnostics import (
     check_package,
     check_processes,
     check_versions,
+    examine,
     guarded,
     time_all_reduce,
 )
@@ -80,6 +82,14 @@ def test_check_versions_passes_needed_packages(installed):
     installed(None)
     found = {finding.subject: finding.status for finding in check_versions({"deepspeed"})}
     assert (found["cogview"], found["deepspeed"], found["peft"]) == ("ok", "problem", "note")
+
+
+def test_examine_stops_after_versions_when_torch_is_missing(installed, monkeypatch):
+    installed(None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = list(examine(None, "cpu", None))
+    assert found[-1].subject == list(diagnostics.PACKAGES)[-1]
+    assert Diagnosis("problem", "torch", "is not installed", "pip install torch") in found
 
 
 @pytest.mark.parametrize(("driver", "status"), [(None, "note"), ("/usr/bin/nvidia-smi", "problem")])

@@ -547,14 +547,14 @@ def test_rows_of_another_image_tokenizer_are_not_trained_on(work, tmp_path, caps
         ("engine.name=deepsped", 'engine, name: expected one of torch, deepspeed, got "deepsped"'),
         (
             "engine={name: deepspeed, zero: 0}",
-            "in bfloat16 DeepSpeed's stage 0 learns something else than stages 1 to 3",
+            "in bfloat16 DeepSpeed's stage 0 trains differently from stages 1 to 3",
         ),
         ("engine={name: deepspeed, zero: 3, compile: true}", "compile does not go with zero: 3, whose weights have no"),
         ("engine={offload: true}", "offload and config are DeepSpeed's: set name: deepspeed"),
         ("watch_folder=nowhere", "there is no folder nowhere to look for new stores in: make it, or watch none"),
         ("training.nonfinite=ignore", 'nonfinite: expected one of skip, stop, got "ignore"'),
         ("training.warmup_stps=3", '"warmup_stps" is unknown; did you mean "warmup_steps"?'),
-        ("preset", 'override "preset" is not understood: write it as key=value'),
+        ("preset", '"preset" is not KEY=VALUE of the section transformer'),
     ],
 )
 def test_mistakes_in_the_settings_of_the_transformer(work, tmp_path, capsys, override, message):
