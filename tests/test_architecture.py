@@ -43,8 +43,6 @@ DATA_TABLES: tuple[str, ...] = ()  # may be longer than other files, as Triton k
 KNOWN_OFFENDERS: dict[str, tuple[str, ...]] = {
     "import": (),
     "file": (
-        "cogview/checkpoints/adapter.py",
-        "cogview/checkpoints/v1_format.py",
         "cogview/cli/job.py",
         "cogview/data/v1_datasets.py",
     ),

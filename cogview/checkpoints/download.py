@@ -65,15 +65,7 @@ def download(file: FileEntry, folder: Path, *, delays: Sequence[float] = (1, 2, 
 
 
 def received(folder: Path, name: str) -> tuple[int, int] | None:
-    """Return the state of an interrupted download.
-
-    Args:
-        folder: folder that the file is downloaded to.
-        name: name of the file.
-
-    Returns:
-        Bytes received and size in bytes, or None if there is no interrupted download.
-    """
+    """Return (bytes received, size in bytes) of an interrupted download of ``name``, or None if there is none."""
     partial = PartialDownload(folder / name)
     return (partial.received, partial.remote.size) if partial.remote.size else None
 
@@ -108,12 +100,7 @@ class PartialDownload:
                 self.received, self.remote = count, remote
 
     def append(self, remote: RemoteFile, response: HTTPResponse) -> None:
-        """Append the body of a response to the received bytes, with a progress bar.
-
-        Args:
-            remote: the file that the response belongs to.
-            response: the open response.
-        """
+        """Append the body of ``response``, which belongs to ``remote``, to the received bytes, with a progress bar."""
         from tqdm import tqdm
 
         self.remote = remote

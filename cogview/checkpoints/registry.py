@@ -214,7 +214,7 @@ def _is_image_tokenizer(path: Path) -> bool:
     """Whether a released file holds one; what cannot be read is left to ``cogview convert`` to judge."""
     if path.suffix != ".pt" or not path.is_file():
         return False
-    from cogview.checkpoints.v1_format import is_v1_vqvae
+    from cogview.checkpoints.v1_vqvae import is_v1_vqvae
 
     with suppress(InputError):
         return is_v1_vqvae(path)

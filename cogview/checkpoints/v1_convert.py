@@ -22,12 +22,8 @@ from cogview.checkpoints.pickles import write_pickle
 from cogview.checkpoints.precision import Precision, TensorSource, convert, converted_specs, stored_quantization
 from cogview.checkpoints.registry import V1_FILES
 from cogview.checkpoints.safetensors_io import TensorSpec, WeightsFile, WeightsWriter
-from cogview.checkpoints.v1_format import (
-    V1Transformer,
-    read_v1_vqvae,
-    v1_vqvae_tensors,
-    write_v1_transformer,
-)
+from cogview.checkpoints.v1_format import V1Transformer, write_v1_transformer
+from cogview.checkpoints.v1_vqvae import read_v1_vqvae, v1_vqvae_tensors
 from cogview.config_io import to_mapping
 from cogview.errors import InputError
 from cogview.files import new_folder, write_json

@@ -25,7 +25,6 @@ from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.vocabulary import COMMANDS, Vocabulary
-from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 TRACKER = "latest_checkpointed_iteration.txt"
 HEAD_SIZE = 64  # of all CogView v1 models; the weights do not show the number of heads
@@ -48,7 +47,6 @@ _INNER = {
     "mlp.output": "mlp.dense_4h_to_h",
     "mlp_output_norm": "fourth_layernorm",
 }
-_AVERAGES = {"quantize_t.cluster_size": "quantizer.ema_cluster_size", "quantize_t.embed_avg": "quantizer.ema_sum"}
 
 
 def v1_name(name: str) -> str:
@@ -257,61 +255,6 @@ class V1Transformer:
         return (shape[0] * self.num_shards, *shape[1:])
 
 
-def read_v1_vqvae(path: Path) -> tuple[VQVAEConfig, dict[str, Tensor]]:
-    """Read an image tokenizer of CogView v1.
-
-    Args:
-        path: the ``.pt`` file.
-
-    Returns:
-        Its config, and its tensors under our names, including the averages of its training beside the codebook.
-
-    Raises:
-        InputError: if the file is not such a tokenizer, is damaged or cut short.
-    """
-    with _open(path) as file:
-        tensors = tensors_of(_unwrapped(read_pickle(file, str(path))))
-        if "word_embeddings.weight" in tensors:
-            raise InputError(
-                f"{path} is a transformer; expected an image tokenizer such as vqvae_hard_biggerset_011.pt"
-            )
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        codebook = shapes.get("quantize_t.embed", ())
-        if len(codebook) != 2:
-            raise InputError(f"{path} is no image tokenizer of CogView: quantize_t.embed is missing")
-        config = _vqvae_config(path, shapes)
-        try:
-            return config, {_our_vqvae_name(name): _turned(name, t.read()) for name, t in tensors.items()}
-        except InputError as error:
-            raise InputError(f"{path}: {error}") from None
-
-
-def v1_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors of an image tokenizer under the names and shapes of CogView v1; the inverse of ``read_v1_vqvae``.
-
-    Averages that a model of ours lacks are filled in as if every code had been chosen once.
-
-    Args:
-        config: config of the image tokenizer.
-        weights: tensors under our names.
-
-    Raises:
-        InputError: if the architecture does not exist in CogView v1.
-    """
-    if config.architecture != "released":
-        raise InputError(f"CogView v1 has no layers for an image tokenizer of the architecture {config.architecture!r}")
-    weights = dict(weights)
-    codebook = weights["quantizer.codebook"]
-    weights.setdefault("quantizer.ema_cluster_size", torch.ones(len(codebook)))
-    weights.setdefault("quantizer.ema_sum", codebook)
-    theirs = {ours: name for name, ours in _AVERAGES.items()} | {"quantizer.codebook": "quantize_t.embed"}
-    tensors = {}
-    for ours, tensor in weights.items():
-        name = theirs.get(ours) or ours.replace("encoder.", "enc_b.blocks.").replace("decoder.", "dec.blocks.")
-        tensors[name] = _turned(name, tensor)
-    return tensors
-
-
 def write_v1_transformer(folder: Path, weights: Mapping[str, Tensor], shards: int) -> None:
     """Write a CogView v1 checkpoint.
 
@@ -329,12 +272,6 @@ def write_v1_transformer(folder: Path, weights: Mapping[str, Tensor], shards: in
             module[name] = split(name, tensor, shards)[rank].clone() if shards > 1 else tensor
         write_pickle({"module": module, "iteration": ITERATION}, inner / f"mp_rank_{rank:02d}_model_states.pt")
     (folder / TRACKER).write_text(f"{ITERATION}", encoding="utf-8")
-
-
-def is_v1_vqvae(path: Path) -> bool:
-    """Return whether a ``.pt`` file holds an image tokenizer of CogView v1; raise InputError if it is not readable."""
-    with _open(path) as file:
-        return "quantize_t.embed" in tensors_of(_unwrapped(read_pickle(file, str(path))))
 
 
 @dataclass
@@ -386,12 +323,12 @@ def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str],
     """Return the names of all files in a folder, a tar or a single file, and a function that opens one of them."""
     if source.is_dir():
         names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
-        return names, lambda name: stack.enter_context(_open(source / name))
+        return names, lambda name: stack.enter_context(open_file(source / name))
     if not source.is_file():
         raise InputError(f"there is no CogView v1 checkpoint at {source}: expected a folder, a .tar or a .pt file")
     if source.suffix != ".tar" and not tarfile.is_tarfile(source):
         name = source.name if _SHARD.fullmatch(source.name) else "mp_rank_00_model_states.pt"
-        return [name], lambda _: stack.enter_context(_open(source))
+        return [name], lambda _: stack.enter_context(open_file(source))
     try:
         archive = stack.enter_context(tarfile.open(source, "r:"))  # noqa: SIM115  the caller closes it
         members = {member.name.removeprefix("./"): member for member in archive.getmembers() if member.isfile()}
@@ -406,14 +343,15 @@ def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str],
     return list(members), opened
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_file(path: Path) -> IO[bytes]:
+    """Open a file for reading; raise InputError if there is none."""
     try:
         return path.open("rb")
     except FileNotFoundError:
         raise InputError(f"there is no file {path}") from None
 
 
-def _unwrapped(content: Any) -> Any:
+def unwrapped(content: Any) -> Any:
     """Return the mapping that holds the tensors; some files nest it under a name."""
     for name in ("module", "model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(name), dict):
@@ -422,7 +360,7 @@ def _unwrapped(content: Any) -> Any:
 
 
 def _module_of(content: Any, name: str) -> dict[str, StoredTensor]:
-    tensors = tensors_of(_unwrapped(content))
+    tensors = tensors_of(unwrapped(content))
     if "quantize_t.embed" in tensors:
         raise InputError(f"{name} is an image tokenizer; it belongs behind --image-tokenizer, expected a transformer")
     if "word_embeddings.weight" not in tensors:
@@ -435,31 +373,3 @@ def _heads_in(content: Any) -> int | None:
     settings = content.get("args") if isinstance(content, dict) else None
     heads = getattr(settings, "num_attention_heads", None)
     return heads if isinstance(heads, int) and heads > 0 else None
-
-
-def _vqvae_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> VQVAEConfig:
-    """Return the config of a v1 image tokenizer by its shapes; raise InputError for other networks."""
-    width, codes = shapes["quantize_t.embed"]
-    channels = tuple(shapes.get(f"enc_b.blocks.{index}.weight", (1,))[0] for index in (0, 2, 4))
-    assert len(channels) == 3
-    config = replace(VQVAEConfig.released(), channels=channels, num_codes=codes, code_width=width)
-    with torch.device("meta"):
-        model = VQVAE(config)
-    tensors = dict(model.state_dict()) | {f"quantizer.{name}": t for name, t in model.quantizer.named_buffers()}
-    wanted = {name: tuple(tensor.shape) for name, tensor in v1_vqvae_tensors(config, tensors).items()}
-    given = {name: shape for name, shape in shapes.items() if name in wanted or name not in _AVERAGES}
-    needed = {name: shape for name, shape in wanted.items() if name in given or name not in _AVERAGES}
-    if problem := describe_mismatch(needed, given):
-        raise InputError(f"{path} is no image tokenizer of CogView: {problem}")
-    return config
-
-
-def _our_vqvae_name(name: str) -> str:
-    if name == "quantize_t.embed":
-        return "quantizer.codebook"
-    return _AVERAGES.get(name) or name.replace("enc_b.blocks.", "encoder.").replace("dec.blocks.", "decoder.")
-
-
-def _turned(name: str, tensor: Tensor) -> Tensor:
-    """Transpose the codebook: codes are columns in CogView v1 and rows here; return other tensors unchanged."""
-    return tensor.T.contiguous() if name in ("quantize_t.embed", "quantize_t.embed_avg") else tensor

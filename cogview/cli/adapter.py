@@ -61,7 +61,8 @@ def info(adapter: Path) -> int:
 
 def write_merged(model: str, adapter: Path, output: Path, *, sign: int) -> int:
     """Merge an adapter into a model (``sign`` 1) or remove it (-1); print the new folder and return the status."""
-    from cogview.checkpoints.adapter import Adapter, merge_folder
+    from cogview.checkpoints.adapter import Adapter
+    from cogview.checkpoints.adapter_merge import merge_folder
     from cogview.checkpoints.registry import resolve_checkpoint
 
     note = merge_folder(resolve_checkpoint(model), Adapter(adapter), output, name=model, sign=sign)

@@ -104,7 +104,7 @@ def describe_v1_file(path: Path) -> dict[str, str]:
         raise InputError(
             f"{path} is not a model: expected a name, a checkpoint folder, or a CogView v1 file (.tar, .pt or .model)"
         )
-    from cogview.checkpoints.v1_format import is_v1_vqvae
+    from cogview.checkpoints.v1_vqvae import is_v1_vqvae
 
     if path.suffix == ".pt" and path.is_file() and is_v1_vqvae(path):
         return describe_v1_image_tokenizer(path)
@@ -143,7 +143,7 @@ def describe_v1_transformer(path: Path) -> dict[str, str]:
 def describe_v1_image_tokenizer(path: Path) -> dict[str, str]:
     """Return the facts of an image tokenizer of CogView v1."""
     from cogview.checkpoints.safetensors_io import TensorSpec
-    from cogview.checkpoints.v1_format import read_v1_vqvae
+    from cogview.checkpoints.v1_vqvae import read_v1_vqvae
 
     config, weights = read_v1_vqvae(path)
     networks = sum(tensor.numel() for name, tensor in weights.items() if not name.startswith("quantizer."))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from cogview.checkpoints.adapter import Adapter, merge_adapter
+from cogview.checkpoints.adapter import Adapter
+from cogview.checkpoints.adapter_merge import merge_adapter
 from cogview.checkpoints.checkpoint import Model, NamedThing, check_folder, load_model
 from cogview.checkpoints.precision import stored_quantization
 from cogview.checkpoints.registry import load_registry, resolve_bundle, resolve_checkpoint

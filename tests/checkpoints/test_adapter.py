@@ -20,10 +20,9 @@ from cogview.checkpoints.adapter import (
     Adapter,
     BaseModelInfo,
     load_adapter,
-    merge_adapter,
     save_adapter,
-    unmerge_adapter,
 )
+from cogview.checkpoints.adapter_merge import merge_adapter, unmerge_adapter
 from cogview.checkpoints.checkpoint import load_transformer, read_config
 from cogview.errors import InputError
 from cogview.modeling.lora import LoraSettings, add_lora, has_adapter
