@@ -8,16 +8,17 @@ written with a font that has Chinese (``apt-get install fonts-wqy-microhei``).
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from cogview.cli.main import HelpFormatter, Parser, run_safely
+from cogview.cli.main import run_command
+from cogview.cli.options import FILE, Command, argument, device_option, model_option, output_option
 from cogview.emoji.evaluation.scenes import check_world, held_out_scenes
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
@@ -137,37 +138,38 @@ def completion(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) 
 SHEETS = {"captions": captions, "reranking": reranking, "upscaling": upscaling, "completion": completion}
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the sheets."""
-    if not args.font.is_file():
-        raise InputError(f"there is no font {args.font}; install the package fonts-wqy-microhei, or name one by --font")
-    world = EmojiWorld.load(args.world)
-    model = CogView.from_pretrained(args.model, device=args.device)
+@click.command(cls=Command)
+@argument("world", type=FILE, metavar="WORLD", help="folder of the emoji world")
+@model_option()
+@click.option(
+    "--font", "font_file", type=FILE, default=FONT, metavar="FILE", help="TrueType font with Chinese characters"
+)
+@device_option()
+@output_option(help="folder for the sheets")
+def command(world: Path, model: str, font_file: Path, device: str, output: Path) -> int:
+    """Write the README's sheets of captions, reranking, upscaling and completion."""
+    if not font_file.is_file():
+        raise InputError(f"font {font_file} does not exist; install the package fonts-wqy-microhei, or give --font")
+    scenes = EmojiWorld.load(world)
+    opened = CogView.from_pretrained(model, device=device)
     for task in ("caption", "upscale"):
-        model.require_task(task)
-    check_world(model, world)
+        opened.require_task(task)
+    check_world(opened, scenes)
     try:
-        font = ImageFont.truetype(str(args.font), TEXT_SIZE)
+        font = ImageFont.truetype(str(font_file), TEXT_SIZE)
     except OSError as error:
-        raise InputError(f"{args.font} is no font that can be read ({error}); name a TrueType font by --font") from None
-    args.output.mkdir(parents=True, exist_ok=True)
+        raise InputError(f"{font_file} cannot be read as a font ({error}); give a TrueType font by --font") from None
+    output.mkdir(parents=True, exist_ok=True)
     for name, draw in SHEETS.items():
-        path = args.output / f"{name}.png"
-        draw(model, world, font).quantize(256).save(path, optimize=True)
+        path = output / f"{name}.png"
+        draw(opened, scenes, font).quantize(256).save(path, optimize=True)
         print(path)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = Parser(prog="task_sheets.py", description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("world", type=Path, metavar="WORLD", help="folder of the emoji world")
-    parser.add_argument("--model", default="cogview-emoji", help="a known model, or a checkpoint folder")
-    parser.add_argument("--font", type=Path, default=FONT, help="a font file that has Chinese")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), help="folder of the sheets")
-    args = parser.parse_args(argv)
-    return run_safely(lambda: run(args), "task_sheets.py")
+    """Run the script; return its exit status."""
+    return run_command(command, argv, "task_sheets.py")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""Train a model of the emoji world from nothing: every step of a recipe, one after the other.
+"""Train a model of the emoji world from scratch: run every step of a recipe in order.
 
     python scripts/train_emoji.py scripts/recipes/emoji-cpu.yaml
 
-Each step is the command ``cogview <step> RECIPE``. A step whose result is already there is skipped, one that was
-interrupted goes on where it stood, and once a step has run, so do all after it. The first step that fails stops the
-script, which ends with that step's status. WORK/times.json holds the seconds of every step that ran.
+Each step is the command ``cogview <step> RECIPE``. A step whose result exists is skipped, and an interrupted step is
+resumed. After a step has run, all later steps run too. The first step that fails ends the script with its status.
+WORK/times.json holds the seconds of every step that ran.
 """
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 import time
@@ -19,14 +18,17 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-from cogview.cli.main import HelpFormatter, Parser, run_safely
+import click
+
 from cogview.cli.main import main as cogview
-from cogview.cli.recipes import open_recipe
+from cogview.cli.main import run_command
+from cogview.cli.options import Command, device_option
+from cogview.cli.recipes import recipe_options
 from cogview.errors import InputError
 from cogview.files import read_json, write_json
 from cogview.training.recipe import Recipe
 
-# What is measured where so many tasks are trained, and how; sixteen pictures of each caption are reranked.
+# Measures of the evaluation, the tasks that they need, and their options; rerank takes 16 images of each caption.
 MEASURES = (
     ("scenes", {"generate"}, ("--tune",)),
     ("captions", {"caption"}, ()),
@@ -37,7 +39,7 @@ MEASURES = (
 
 @dataclass(frozen=True)
 class Step:
-    """One command, how to see that its result is already there, and what it is given besides the recipe."""
+    """One command, the test whether its result exists, and its options."""
 
     command: str
     done: Callable[[Recipe], bool]
@@ -46,22 +48,22 @@ class Step:
 
 
 def world_made(recipe: Recipe) -> bool:
-    """Whether the emoji world is whole; world.json is written last."""
+    """Return whether the emoji world is complete; world.json is written last."""
     return (recipe.world / "world.json").is_file()
 
 
 def text_trained(recipe: Recipe) -> bool:
-    """Whether there is a text tokenizer."""
+    """Return whether the text tokenizer exists."""
     return recipe.text_model.is_file()
 
 
 def image_trained(recipe: Recipe) -> bool:
-    """Whether the VQ-VAE's training has ended; until then it lies in its run folder alone."""
+    """Return whether the training of the VQ-VAE has ended; until then only its run folder exists."""
     return recipe.image_tokenizer.is_dir()
 
 
 def encoded(recipe: Recipe) -> bool:
-    """Whether both stores have all their rows."""
+    """Return whether both stores have all their rows."""
     from cogview.data.store import TokenStore
     from cogview.emoji.datasets import SceneEncodeSettings
 
@@ -75,7 +77,7 @@ def encoded(recipe: Recipe) -> bool:
 
 
 def trained(recipe: Recipe) -> bool:
-    """Whether the transformer has made all its steps."""
+    """Return whether the transformer was trained for all its steps."""
     from cogview.training.run_folder import RunFolder, step_of
     from cogview.training.settings import TransformerSettings
 
@@ -85,24 +87,24 @@ def trained(recipe: Recipe) -> bool:
 
 
 def graded(measure: str, recipe: Recipe) -> bool:
-    """Whether there is a report of ``measure`` on the last checkpoint."""
+    """Return whether a report of ``measure`` on the last checkpoint exists."""
     from cogview.cli.evaluate import read_report
 
     try:
         return read_report(recipe, measure) is not None
-    except InputError:  # of an earlier checkpoint, or there is none yet
+    except InputError:  # no checkpoint yet, or a report on an earlier one
         return False
 
 
 def packaged(recipe: Recipe) -> bool:
-    """Whether there is a model folder, made after the reports."""
+    """Return whether the model folder is newer than the reports."""
     config = recipe.work / "model" / "config.json"
     reports = (recipe.work / "report").glob("report*.json")
     return config.is_file() and config.stat().st_mtime >= max(report.stat().st_mtime for report in reports)
 
 
 def steps_of(recipe: Recipe) -> list[Step]:
-    """The steps of a recipe, with a measure for each task that it trains."""
+    """Return the steps of a recipe, with a measure for each task that it trains."""
     from cogview.training.settings import TransformerSettings
 
     tasks = recipe.settings(TransformerSettings, "transformer").training.tasks
@@ -122,9 +124,15 @@ def steps_of(recipe: Recipe) -> list[Step]:
     ]
 
 
-def run(args: argparse.Namespace) -> int:
-    """All steps; the status of the first that fails, or 0."""
-    recipe = open_recipe(args)
+@click.command(cls=Command)
+@recipe_options(None)
+@device_option()
+def command(recipe: Recipe, device: str) -> int:
+    """Train a model of the emoji world: run every step of a recipe in order.
+
+    A step whose result exists is skipped, and an interrupted step is resumed. The status is that of the first step that
+    fails, else 0.
+    """
     recipe.work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     earlier_ran = False
@@ -137,23 +145,25 @@ def run(args: argparse.Namespace) -> int:
         earlier_ran = True
         command = [*step.command.split(), str(recipe.path), "--work", str(recipe.work), *step.options]
         if step.takes_device:
-            command += ["--device", args.device]
+            command += ["--device", device]
         print(f"{name}: cogview {shlex.join(command)}", file=sys.stderr)
         began = time.perf_counter()
         status = cogview(command)
         seconds = time.perf_counter() - began
         note_time(recipe.work / "times.json", step.command, seconds, status)
         if status:
-            print(f"{name}: ended with status {status} after {seconds:.0f} s; run this again to go on", file=sys.stderr)
+            print(
+                f"{name}: ended with status {status} after {seconds:.0f} s; run this again to resume", file=sys.stderr
+            )
             return status
         print(f"{name}: done in {seconds:.0f} s", file=sys.stderr)
-    print(f"all steps done, in {time.perf_counter() - started:.0f} s this time", file=sys.stderr)
+    print(f"all steps done, in {time.perf_counter() - started:.0f} s of this run", file=sys.stderr)
     print(recipe.work / "model")
     return 0
 
 
 def note_time(path: Path, step: str, seconds: float, status: int) -> None:
-    """Append a step to ``path``, a JSON list; a step that was interrupted has several entries, which add up."""
+    """Append a step to the JSON list ``path``; an interrupted step has several entries, which add up."""
     times = read_json(path) if path.is_file() else []
     ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
     times.append({"step": step, "seconds": round(seconds, 1), "status": status, "ended": ended})
@@ -161,20 +171,8 @@ def note_time(path: Path, step: str, seconds: float, status: int) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    parser = Parser(
-        prog="train_emoji.py",
-        description="Train a model of the emoji world: every step of a recipe, one after the other.",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument(
-        "recipe", type=Path, metavar="RECIPE", help="a YAML file such as scripts/recipes/emoji-cpu.yaml"
-    )
-    parser.add_argument("--work", type=Path, help="folder of the results (default: the recipe's)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.set_defaults(overrides=())
-    args = parser.parse_args(argv)
-    return run_safely(lambda: run(args), "train_emoji.py")
+    """Run the script; return its exit status."""
+    return run_command(command, argv, "train_emoji.py")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ A command is a module of ``cogview.cli`` with a ``click`` command named ``comman
   dataclass, so that the function has few arguments.
 * Options and arguments may be mixed in any order. ``overrides_argument`` takes KEY=VALUE of a recipe.
 * A former spelling of an option stays as a second name: ``click.option("--speculative", "--parallel", …)``.
-
-A module with ``add_arguments(parser)`` and ``run(args)`` in place of ``command`` still runs through ``argparse``.
 """
 
 from __future__ import annotations
@@ -42,7 +40,6 @@ from typing import Any
 import click
 
 from cogview import __version__
-from cogview.cli.argparse_bridge import HelpFormatter, Parser, bridge  # noqa: F401
 from cogview.cli.progress import log_batch_plans
 from cogview.errors import InputError, ReportedByPeer
 
@@ -91,9 +88,8 @@ class LazyGroup(click.Group):
         """Import a command; None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"cogview.cli.{COMMANDS[cmd_name][0]}")
-        command: click.Command | None = getattr(module, "command", None)
-        return bridge(cmd_name, COMMANDS[cmd_name][1], module) if command is None else command
+        command: click.Command = importlib.import_module(f"cogview.cli.{COMMANDS[cmd_name][0]}").command
+        return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -13,21 +13,6 @@ from typing import Any, TypeAlias
 
 import click
 
-from cogview.cli.argparse_bridge import (  # noqa: F401  until every command is ported
-    SAMPLING,
-    add_adapter_argument,
-    add_ceiling_argument,
-    add_drawing_arguments,
-    add_model_arguments,
-    add_parallel_argument,
-    add_query_arguments,
-    add_revision_argument,
-    add_sampling_arguments,
-    add_seed_argument,
-    parse_max_batch_size,
-    parse_speculative,
-    sampling_settings,
-)
 from cogview.errors import InputError
 
 DEFAULT_MODEL = "cogview-emoji"

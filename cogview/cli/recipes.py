@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import click
@@ -40,8 +39,3 @@ def resume_option() -> Decorator:
         default="never",
         help="auto continues from the last checkpoint if there is one",
     )
-
-
-def open_recipe(args: argparse.Namespace) -> Recipe:
-    """Open the recipe that the command line names."""
-    return Recipe.open(args.recipe, args.work, tuple(getattr(args, "overrides", ())))

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from released_algorithm import choose, draw, no_memory, read
 
-from cogview.cli.main import Parser, run_safely
+from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
 from cogview.device import DTYPES, DevicePlacement, choose_placement
 from cogview.errors import InputError
@@ -233,9 +233,9 @@ def check_same_codes(subject: Subject) -> int:
 # What all comparisons share
 
 
-def make_parser(description: str | None) -> Parser:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser with the arguments of every comparison: --device, --dtype, --repeats and --json."""
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="(default: auto)")
     parser.add_argument("--repeats", type=int, default=5, metavar="COUNT", help="runs of each side (default: 5)")

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from cogview.cli.main import Parser, run_safely
+from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
 from cogview.errors import InputError
 from cogview.kernels.attention import attention_reference, causal_bias
@@ -412,7 +412,7 @@ ONE_NORM = "one norm"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure and print; returns the exit status."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
     parser.add_argument("--seed", type=int, default=0, help="the first one (default: 0)")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="COUNT", help=f"of them (default: {SEEDS})")

@@ -22,7 +22,7 @@ from cogview.modeling.config import Sampling
 def test_main_finds_the_module_of_every_command():
     for module, _ in COMMANDS.values():
         command = importlib.import_module(f"cogview.cli.{module}")
-        assert isinstance(getattr(command, "command", None), click.Command) or callable(command.add_arguments)
+        assert isinstance(command.command, click.Command)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -34,11 +34,10 @@ def test_main_prints_help_of_every_command(command, capsys):
 
 
 def test_main_prints_help_without_torch():
-    recipe = ("scenes", "train-text", "train-image", "encode", "train", "eval", "package")  # not yet
-    code = f"""
+    code = """
 import sys
 from cogview.cli.main import COMMANDS, main
-for command in ([], *([name] for name in COMMANDS if name not in {recipe})):
+for command in ([], *([name] for name in COMMANDS)):
     assert main([*command, "--help"]) == 0
 print("torch" in sys.modules)
 """
@@ -173,7 +172,7 @@ def test_main_describes_every_option_and_argument(command):
         if not getattr(parameter, "hidden", False):
             text = getattr(parameter, "help", None)
             assert text, parameter.name
-            assert text[0].islower() or text.split()[0] in names, text
+            assert text[0].islower() or text.split()[0].strip(":") in names, text
             assert isinstance(parameter, click.Argument) or "default" not in text, text
 
 
