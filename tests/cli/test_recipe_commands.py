@@ -710,7 +710,5 @@ def test_the_script_measures_every_task_that_is_trained(script, tmp_path, monkey
 def test_the_script_says_what_is_wrong_in_one_line(script, tmp_path, capsys):
     assert script.main([str(tmp_path / "nothing.yaml")]) == 2
     assert one_line(capsys).startswith("train_emoji.py: cannot read the recipe")
-    with pytest.raises(SystemExit) as caught:
-        script.main([])
-    assert caught.value.code == 2
+    assert script.main([]) == 2
     assert "RECIPE" in one_line(capsys)
