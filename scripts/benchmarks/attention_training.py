@@ -1,4 +1,4 @@
-"""Forward and backward of the two attention implementations on a CPU, in the shapes of training.
+"""Compare forward and backward of the two attention implementations on a CPU, in the shapes of training.
 
     python scripts/benchmarks/attention_training.py [--dtype bfloat16]
 
@@ -21,7 +21,7 @@ SHAPES = [(16, 6, 84, 64), (32, 6, 84, 64), (8, 8, 256, 64), (4, 8, 512, 64), (1
 
 
 def seconds(attention, shape: tuple[int, int, int, int], dtype: torch.dtype) -> float:  # type: ignore[no-untyped-def]
-    """One forward and backward."""
+    """Return the seconds of one forward and backward."""
     q, k, v = (torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3))
     start = time.perf_counter()
     attention(q, k, v).float().sum().backward()

@@ -1,11 +1,11 @@
-"""What it takes to learn which thing stands where: captions of pairs, and a small transformer that tells the two cells.
+"""Measure how fast a small transformer learns the positions of two objects from captions of pairs.
 
     cogview scenes scripts/recipes/emoji-cpu.yaml && python scripts/benchmarks/binding.py WORLD [options]
 
-The model reads a caption and then, at four hidden places in each of the two cells, says which of 40 things is there.
-Half right is having read the things and guessed their places. Printed every tenth of the run, on 1,000 other captions:
-the share that is right, for captions whose every word of place stands before its name (左边是狐狸，右边是苹果) and for
-all others (狐狸在苹果的左边).
+The model reads a caption and then predicts, at four masked positions in each of the two cells, which of 40 objects is
+there. An accuracy of one half means that it has read the objects and guesses their positions. It is printed every tenth
+of the run, on 1,000 other captions: for those whose words of position precede both names (左边是狐狸，右边是苹果),
+and for all others (狐狸在苹果的左边).
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 
 THINGS, TESTED, LONGEST = 40, 1000, 24
 PLAIN = re.compile(r".*(左边|右边|上面|下面)[是有].*[,，].*(左边|右边|上面|下面)[是有]")
-# Codes of an 8 x 8 picture in the left and right cell, and in the upper and lower one.
+# Codes of an 8 x 8 image in the left and right cell, and in the upper and lower one.
 CELLS = {"beside": (16, 17, 24, 35, 20, 21, 30, 38), "above": (2, 3, 11, 27, 34, 36, 43, 59)}
 
 
 def main() -> int:
     """Train once and print a line of accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", type=Path, help="folder of a world, as cogview scenes makes it")
-    parser.add_argument("--sinusoidal", action="store_true", help="positions that begin as sinusoids")
+    parser.add_argument("world", type=Path, help="folder of a world, written by cogview scenes")
+    parser.add_argument("--sinusoidal", action="store_true", help="initialize positions as sinusoids")
     parser.add_argument("--plain-first", type=float, default=0.0, help="share of the run with plain captions only")
-    parser.add_argument("--captions", type=int, default=60_000, help="how many to learn from (default: 60,000)")
+    parser.add_argument("--captions", type=int, default=60_000, help="captions to train on (default: 60,000)")
     parser.add_argument("--batch-size", type=int, default=12, help="(default: 12)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="(default: 0.001)")
     parser.add_argument("--width", type=int, default=128, help="(default: 128)")
@@ -61,13 +61,13 @@ def main() -> int:
     )
     number_of = {thing.emoji: number for number, thing in enumerate(world.things)}
     things = torch.tensor([[number_of[thing.emoji] for thing in scene.things] for scene in scenes])
-    places = torch.tensor([CELLS[scene.kind] for scene in scenes])
+    cells = torch.tensor([CELLS[scene.kind] for scene in scenes])
     texts = torch.zeros(len(captions), LONGEST, dtype=torch.int64)
     for row, caption in enumerate(captions):
         pieces = tokenizer.encode(caption)
         texts[row, : len(pieces)] = torch.tensor(pieces)
 
-    # Ids: pieces, then things, then what stands for a hidden code and behind a caption.
+    # Ids: pieces, then objects, then the mask of a code and the end of a caption.
     answers = range(tokenizer.size, tokenizer.size + THINGS)
     hidden, end = answers.stop, answers.stop + 1
     model = Transformer(
@@ -85,11 +85,11 @@ def main() -> int:
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=0.04)
 
     def logits(rows: np.ndarray) -> torch.Tensor:
-        """(rows, 8, things)."""
+        """Return logits (rows, 8, objects)."""
         count = len(rows)
         ids = torch.cat([texts[rows], torch.full((count, 1), end), torch.full((count, 8), hidden)], dim=1)
         before = torch.arange(LONGEST + 1).expand(count, -1)
-        positions = torch.cat([before, LONGEST + 1 + places[rows]], dim=1)
+        positions = torch.cat([before, LONGEST + 1 + cells[rows]], dim=1)
         return model.head(model.hidden(ids, positions)[:, -8:], answers)
 
     steps = args.captions // args.batch_size

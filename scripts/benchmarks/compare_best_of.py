@@ -1,13 +1,13 @@
-"""The best of 16 pictures of a prompt: drawn and scored together, or one by one and as the released CogView scores.
+"""Compare generating and ranking 16 images of a prompt in one batch with doing so one by one, scored as in v1.
 
     python scripts/benchmarks/compare_best_of.py [-n 16] [--model random --layers 8 --width 512] [--json FILE]
 
-Our side draws all pictures in one batch, and scores the prompt as the caption of each from the logits of its pieces
-alone. The others draw them by our engine too, but in 16 runs, and score them as the release does: logits of all ids at
-every place, and a softmax over all of them, for as many pictures at a time as memory allows. Of a single picture our
-engine guesses several codes at one go where it pays; one of the others does without. Pixels are not decoded.
+Our side generates all images in one batch, and scores the prompt as the caption of each image from the logits of its
+pieces only. The other sides generate with our decoding as well, but in 16 runs. They score as v1 does: logits of all
+ids at every position, and a softmax over all of them, for as many images at a time as memory allows. For a single image
+speculative decoding is used where it saves time; one of the other sides decodes sequentially. Pixels are not decoded.
 
-Before that, all sides draw and score a few pictures in float32, which must come out the same.
+Before that, all sides generate and score a few images in float32, which must agree.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from compare_released import (
+from compare_v1 import (
     PROMPT,
     RANDOM,
     SEED,
@@ -55,41 +55,42 @@ from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
-CHECKED = 4  # pictures that are drawn to see that both sides agree
-MOST_LOGITS = 1 << 30  # bytes of the logits that are made at a time
+CHECKED = 4  # images for which all sides must agree
+MAX_LOGITS_BYTES = 1 << 30  # logits computed at a time
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, measure and print; returns the exit status."""
+    """Check, measure and print; return the exit status."""
     parser = make_parser(__doc__)
     add_weights_arguments(parser)
-    parser.add_argument("-n", type=int, default=16, metavar="PICTURES", help="of the prompt (default: 16)")
+    parser.add_argument("-n", type=int, default=16, metavar="IMAGES", help="images of the prompt (default: 16)")
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args, parser), "compare_best_of.py")
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """The whole comparison."""
+    """Run the whole comparison."""
     check_arguments(args)
     require_positive("-n", args.n)
     exact = open_model(args, parser, "caption", "float32")
-    jobs = jobs_of(exact, args.n)
-    check_same_scores(exact, jobs[:CHECKED])
+    requests = requests_of(exact, args.n)
+    check_same_scores(exact, requests[:CHECKED])
     model = open_model(args, parser, "caption", args.dtype)
-    place = model.placement
+    placement = model.placement
 
-    def measure(draw: Callable[[], np.ndarray], rank: Callable[[np.ndarray], object]) -> Parts:
-        drawn: list[np.ndarray] = []
-        drawing = seconds_of(place, lambda: drawn.append(draw()))
-        return {"draw": drawing, "score": seconds_of(place, partial(rank, drawn[0]))}
+    def measure(generate: Callable[[], np.ndarray], rank: Callable[[np.ndarray], object]) -> Parts:
+        codes: list[np.ndarray] = []
+        generation = seconds_of(placement, lambda: codes.append(generate()))
+        return {"generate": generation, "score": seconds_of(placement, partial(rank, codes[0]))}
 
-    def one_by_one(parallel: int | None) -> Callable[[], Parts]:
-        return partial(measure, partial(draw_one_by_one, model, jobs, parallel), partial(score_everything, model))
+    def one_by_one(speculative: int | None) -> Callable[[], Parts]:
+        generate = partial(generate_one_by_one, model, requests, speculative)
+        return partial(measure, generate, partial(score_all_ids, model))
 
-    sides = {"one by one, nothing guessed": one_by_one(1)}
+    sides = {"one by one, sequential": one_by_one(1)}
     if model.name != RANDOM:
         sides["one by one"] = one_by_one(None)
-    sides["ours"] = partial(measure, partial(draw_together, model, jobs), partial(score_pieces, model))
+    sides["ours"] = partial(measure, partial(generate_together, model, requests), partial(score_pieces, model))
     times = in_turn(sides, args.repeats)
     medians, totals = {}, {}
     for side, parts in times.items():
@@ -99,56 +100,59 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     share = medians["ours"]["score"] / totals["ours"]
     rows = []
     for side, parts in medians.items():
-        seconds = [f"{each:.3f}" for each in (parts["draw"], parts["score"], totals[side])]
+        seconds = [f"{each:.3f}" for each in (parts["generate"], parts["score"], totals[side])]
         rows.append([side, *seconds, f"{ratios[side]:.1f}" if side in ratios else ""])
     lines = [
         f"weights {model.name}: {describe(model.config.transformer, model.config.grid)}; "
-        f"{describe_placement(place)}; medians of {args.repeats} runs",
+        f"{describe_placement(placement)}; medians of {args.repeats} runs",
         f"best of {args.n}; scoring takes {share:.1%} of our time",
     ]
     found = {"n": args.n, "ratios": ratios, "score_share": share, "totals": totals, "seconds": times}
     report(
         args,
         lines,
-        ["side", "draw, s", "score, s", "both, s", "ours is so many times as fast"],
+        ["side", "generate, s", "score, s", "both, s", "speedup of ours"],
         rows,
-        {"comparison": "best of", **found, **facts(place)},
+        {"comparison": "best of", **found, **facts(placement)},
     )
     return 0
 
 
-def jobs_of(model: CogView, count: int) -> list[DecodingRequest]:
-    """So many pictures of the prompt, drawn in the model's own way."""
+def requests_of(model: CogView, count: int) -> list[DecodingRequest]:
+    """Return requests of ``count`` images of the prompt with the model's default sampling."""
     config = model.config
     row = config.layouts["generate"].arrange(model.vocabulary, text=model.text_tokenizer.encode(PROMPT))
     return [DecodingRequest(sequence=row, seed=SEED, image=image, sampling=config.sampling) for image in range(count)]
 
 
-def draw_together(model: CogView, jobs: Sequence[DecodingRequest], parallel: int | None = None) -> np.ndarray:
-    """Codes (B, G * G) of all jobs, drawn in one batch."""
+def generate_together(
+    model: CogView, requests: Sequence[DecodingRequest], speculative: int | None = None
+) -> np.ndarray:
+    """Return the codes (B, G * G) of all requests, decoded in one batch."""
     if model.name == RANDOM:
-        parallel = 1  # one code after the other; compare_released.py says why
-    filled = decode(model.transformer, model.vocabulary, jobs, speculative=parallel)
-    return np.stack([one.ids[job.sequence.spans["image"]] for one, job in zip(filled, jobs, strict=True)])
+        speculative = 1  # sequential; compare_v1.py gives the reason
+    results = decode(model.transformer, model.vocabulary, requests, speculative=speculative)
+    spans = [request.sequence.spans["image"] for request in requests]
+    return np.stack([result.ids[span] for result, span in zip(results, spans, strict=True)])
 
 
-def draw_one_by_one(model: CogView, jobs: Sequence[DecodingRequest], parallel: int | None) -> np.ndarray:
-    """The same in a run for each."""
-    return np.concatenate([draw_together(model, [job], parallel) for job in jobs])
+def generate_one_by_one(model: CogView, requests: Sequence[DecodingRequest], speculative: int | None) -> np.ndarray:
+    """Return the codes (B, G * G) of all requests, decoded in one run each."""
+    return np.concatenate([generate_together(model, [request], speculative) for request in requests])
 
 
 def score_pieces(model: CogView, codes: np.ndarray) -> list[float]:
-    """log p of the prompt given each of the pictures (B, G * G), by our engine."""
+    """Return log p of the prompt given each of the images (B, G * G), by our scoring."""
     return score(model.transformer, model.vocabulary, scored_rows(model, codes))
 
 
 @torch.inference_mode()
-def score_everything(model: CogView, codes: np.ndarray) -> list[float]:
-    """The same in the release's way: logits and softmax of all ids at every place, image codes masked."""
+def score_all_ids(model: CogView, codes: np.ndarray) -> list[float]:
+    """Return log p of the prompt as v1 computes it: a softmax over all ids at every position, image codes masked."""
     vocabulary, weight = model.vocabulary, model.transformer.embedding.weight
     rows = scored_rows(model, codes)
     text = rows[0].spans["text"]
-    size = max(1, MOST_LOGITS // (4 * len(rows[0]) * len(weight)))
+    size = max(1, MAX_LOGITS_BYTES // (4 * len(rows[0]) * len(weight)))
     totals: list[float] = []
     for start in range(0, len(rows), size):
         batch = pad_right(rows[start : start + size], vocabulary.pad)
@@ -162,43 +166,43 @@ def score_everything(model: CogView, codes: np.ndarray) -> list[float]:
 
 
 def scored_rows(model: CogView, codes: np.ndarray) -> list[TokenSequence]:
-    """Each picture with the prompt behind it."""
+    """Return the sequence of each image followed by the prompt."""
     layout, pieces = model.config.layouts["score"], model.text_tokenizer.encode(PROMPT)
     return [layout.arrange(model.vocabulary, image=own, text=pieces) for own in codes]
 
 
-def check_same_scores(model: CogView, jobs: Sequence[DecodingRequest]) -> None:
-    """Both sides draw the same pictures and score them alike."""
-    codes = draw_together(model, jobs)
-    for parallel in (1, None):
-        assert np.array_equal(codes, draw_one_by_one(model, jobs, parallel)), "single runs gave other pictures"
-    scores = score_pieces(model, codes), score_everything(model, codes)
+def check_same_scores(model: CogView, requests: Sequence[DecodingRequest]) -> None:
+    """Check that both sides generate the same images and score them equally."""
+    codes = generate_together(model, requests)
+    for speculative in (1, None):
+        assert np.array_equal(codes, generate_one_by_one(model, requests, speculative)), "single runs differ"
+    scores = score_pieces(model, codes), score_all_ids(model, codes)
     assert np.allclose(*scores, rtol=1e-4, atol=1e-3), f"both sides score differently: {scores}"
 
 
-# What is shared with compare_upscale.py
+# Shared with compare_upscale.py
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, and the shape of random weights."""
+    """Add --model and the shape of random weights."""
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
         metavar="NAME_OR_FOLDER",
-        help=f"or {RANDOM}: weights of the shape below, with the released vocabulary (default: {DEFAULT_MODEL})",
+        help=f"or {RANDOM}: weights of the shape below, with the vocabulary of v1 (default: {DEFAULT_MODEL})",
     )
     add_shape_arguments(parser)
 
 
 def open_model(args: argparse.Namespace, parser: argparse.ArgumentParser, task: str, dtype: str) -> CogView:
-    """The model asked for, which draws pictures and does ``task``."""
+    """Open the requested model, which must generate images and have the task ``task``."""
     if args.model == RANDOM:
         return random_model(args, dtype)
     return trained_model(args, parser, dtype, "generate", task)
 
 
 def random_model(args: argparse.Namespace, dtype: str) -> CogView:
-    """Random weights of the shape that ``args`` ask for."""
+    """Return random weights of the requested shape."""
     config = shape_of(args)
     placement = choose_placement(args.device, dtype, num_parameters=config.num_parameters)
     model = Model(

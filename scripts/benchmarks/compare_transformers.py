@@ -1,14 +1,14 @@
-"""Codes per second of our engine and tokens per second of Hugging Face transformers, on models of the same shape.
+"""Compare our codes per second with the tokens per second of Hugging Face transformers, on models of one shape.
 
     pip install transformers
     python scripts/benchmarks/compare_transformers.py [--batch 1] [--tokens 256] [--json FILE]
 
-Its side is a GPT-2 of our layers, width, heads, vocabulary and positions, drawn from by ``generate`` with top-k 200 in
-every mode that suits it: eager attention or PyTorch's fused one (sdpa), with a cache that grows, with a static one, and
-with a static one and a compiled step. Both sides have random weights, read 80 given tokens, and then draw as many. The
-models differ in two things: a layer of ours has two more norms, and our image codes are chosen among the 8192 that are
-permitted, where GPT-2 has its whole vocabulary to multiply by and to choose from. Ours draws one code after the other
-(compare_released.py says why).
+The other side is a GPT-2 of the same layers, width, heads, vocabulary and positions. Its ``generate`` samples with
+top-k 200 in every suitable mode: eager attention or PyTorch's fused attention (sdpa), each with a growing cache, with a
+static cache, and with a static cache and a compiled step. Both sides have random weights, process 80 given tokens, and
+then sample the same number of tokens. The models differ in two ways: a layer of ours has two more norms, and we sample
+among 8192 image codes, where GPT-2 multiplies by its whole vocabulary. Ours decodes sequentially (compare_v1.py gives
+the reason).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_released import (
+from compare_v1 import (
     SAMPLING,
     SEED,
     VOCABULARY,
@@ -59,18 +59,18 @@ MODES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; returns the exit status."""
+    """Measure and print; return the exit status."""
     parser = make_parser(__doc__)
     add_shape_arguments(parser)
     parser.add_argument("--batch", type=int, default=1, metavar="ROWS", help="(default: 1)")
-    parser.add_argument("--tokens", type=int, help="to draw in each row (default: 256 on a CPU, 1000 on others)")
+    parser.add_argument("--tokens", type=int, help="tokens to sample per row (default: 256 on a CPU, 1000 elsewhere)")
     parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="(default: all)")
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args), "compare_transformers.py")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The whole comparison."""
+    """Run the whole comparison."""
     check_arguments(args)
     require_positive("--batch", args.batch)
     config = shape_of(args)
@@ -78,12 +78,12 @@ def run(args: argparse.Namespace) -> int:
     pieces = np.random.default_rng(SEED).integers(0, VOCABULARY.num_text_pieces, NUM_PIECES)
     row = layouts(args.grid)["generate"].arrange(VOCABULARY, text=pieces)
     first = row.spans["image"].start
-    most = min(args.grid**2, config.max_positions - first)
+    limit = min(args.grid**2, config.max_positions - first)
     wanted = 256 if placement.device.type == "cpu" else 1000
-    count = min(wanted, most) if args.tokens is None else args.tokens
-    if not 1 <= count <= most:
+    count = min(wanted, limit) if args.tokens is None else args.tokens
+    if not 1 <= count <= limit:
         raise InputError(
-            f"--tokens must be from 1 to {most}, what an image and the positions have room for; got {count}"
+            f"--tokens must be from 1 to {limit}, the codes of an image that fit the positions; got {count}"
         )
     row = row.truncate(first + count)
 
@@ -121,28 +121,28 @@ def run(args: argparse.Namespace) -> int:
 
     lines = [
         f"{describe(config, args.grid)}; {describe_placement(placement)}; medians of {args.repeats} runs",
-        f"{args.batch} rows at a time, {first} tokens given and {count} drawn; transformers {transformers.__version__}",
+        f"{args.batch} rows, {first} tokens given and {count} sampled; transformers {transformers.__version__}",
     ]
     found = {
         "given": first,
-        "drawn": count,
+        "sampled": count,
         "transformers": transformers.__version__,
         "best": best,
         "ratio": medians[best] / own,
         "seconds": times,
     }
-    columns = ["side", "seconds", "tokens/s", "ours is so many times as fast"]
+    columns = ["side", "seconds", "tokens/s", "speedup of ours"]
     report(args, lines, columns, rows, {"comparison": "transformers", **found, **facts(placement)})
     return 0
 
 
 def make_gpt2(config: TransformerConfig, placement: DevicePlacement) -> Any:
-    """A GPT-2 of the same shape with random weights; InputError where transformers is not installed."""
+    """Return a GPT-2 of the same shape with random weights; raise InputError without transformers."""
     try:
         from transformers import GPT2Config, GPT2LMHeadModel
     except ImportError:
         raise InputError(
-            "Hugging Face transformers is missing, which is what ours is compared with: pip install transformers"
+            "Hugging Face transformers is missing, the other side of this comparison: pip install transformers"
         ) from None
     torch.manual_seed(SEED)
     shape = GPT2Config(
@@ -160,13 +160,13 @@ def make_gpt2(config: TransformerConfig, placement: DevicePlacement) -> Any:
 
 @torch.inference_mode()
 def generate(model: Any, prompt_BT: torch.Tensor, count: int, attention: str, cache: str) -> torch.Tensor:
-    """The prompts with ``count`` drawn tokens behind each, by one of the ``MODES``."""
+    """Return the prompts, each followed by ``count`` sampled tokens, in one of the ``MODES``."""
     from transformers import CompileConfig
 
     compiling: dict[str, Any] = {"disable_compile": True}
     if cache == "compiled":
         compiling = {"compile_config": CompileConfig()}
-        compiling["compile_config"]._compile_all_devices = True  # it would leave a CPU out
+        compiling["compile_config"]._compile_all_devices = True  # a CPU would be skipped
     model.set_attn_implementation(attention)
     ids_BT = model.generate(
         prompt_BT,

@@ -1,11 +1,11 @@
-"""Super-resolution of 16 pictures: all in one batch by our pipeline, or one at a time by the released algorithm.
+"""Compare super-resolution of 16 images in one batch by our pipeline with one at a time by the algorithm of v1.
 
     python scripts/benchmarks/compare_upscale.py [--images 16] [--json FILE]
 
-Both sides draw the same nine windows of each picture, 2G x 2G codes from G x G, and decode them to pixels. The released
-algorithm (released_algorithm.py) reads each window anew and projects all it has read at every step.
+Both sides generate the same nine windows of each image, 2G x 2G codes from G x G, and decode them to pixels. The
+algorithm of v1 (v1_algorithm.py) processes each window anew, and projects all positions at every step.
 
-Before that, both draw greedily in float32, which must give the same codes.
+Before that, both generate greedily in float32, which must give the same codes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import partial
 import numpy as np
 import torch
 from compare_best_of import add_weights_arguments, open_model
-from compare_released import (
+from compare_v1 import (
     SEED,
     Parts,
     check_arguments,
@@ -31,7 +31,7 @@ from compare_released import (
     report,
     seconds_of,
 )
-from released_algorithm import draw
+from v1_algorithm import generate
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
@@ -42,12 +42,12 @@ from cogview.pipeline.results import GeneratedImage, only_images
 from cogview.tokenizers.windows import upscale_windows
 
 PROMPTS = ("一个红苹果", "蓝色背景上的三只狐狸", "一辆汽车", "狗在猫的左边")
-# Of pictures drawn greedily. Where two codes are equally probable up to rounding, a picture may go two ways.
-SAME_AT_LEAST = 0.9
+# Of images generated greedily. Where two codes are equally probable up to rounding, the images may differ.
+MIN_SAME = 0.9
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, measure and print; returns the exit status."""
+    """Check, measure and print; return the exit status."""
     parser = make_parser(__doc__)
     add_weights_arguments(parser)
     parser.add_argument("--images", type=int, default=16, metavar="COUNT", help="(default: 16)")
@@ -56,27 +56,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """The whole comparison."""
+    """Run the whole comparison."""
     check_arguments(args)
     require_positive("--images", args.images)
     exact = open_model(args, parser, "upscale", "float32")
-    wishes = [GenerationRequest(prompt=PROMPTS[i % len(PROMPTS)], seed=SEED, index=i) for i in range(args.images)]
-    pictures = list(only_images(exact.run(wishes)))
-    same = count_same(exact, pictures)
-    assert same >= SAME_AT_LEAST * len(pictures), f"greedily, {same} of {len(pictures)} pictures had the same codes"
+    requests = [GenerationRequest(prompt=PROMPTS[i % len(PROMPTS)], seed=SEED, index=i) for i in range(args.images)]
+    images = list(only_images(exact.run(requests)))
+    same = count_same(exact, images)
+    assert same >= MIN_SAME * len(images), f"greedily, {same} of {len(images)} images had the same codes"
 
     model = open_model(args, parser, "upscale", args.dtype)
-    place, config = model.placement, model.config
+    placement, config = model.placement, model.config
 
     def ours() -> Parts:
-        return {"all": seconds_of(place, partial(upscale_together, model, pictures, config.sampling))}
+        return {"all": seconds_of(placement, partial(upscale_together, model, images, config.sampling))}
 
-    def released() -> Parts:
-        return {"all": seconds_of(place, partial(upscale_one_by_one, model, pictures, config.sampling))}
+    def v1() -> Parts:
+        return {"all": seconds_of(placement, partial(upscale_one_by_one, model, images, config.sampling))}
 
-    times = {side: parts["all"] for side, parts in in_turn({"released": released, "ours": ours}, args.repeats).items()}
+    times = {side: parts["all"] for side, parts in in_turn({"v1": v1, "ours": ours}, args.repeats).items()}
     medians = {side: statistics.median(seconds) for side, seconds in times.items()}
-    ratio = medians["released"] / medians["ours"]
+    ratio = medians["v1"] / medians["ours"]
     num_codes = (2 * config.grid) ** 2
     rows = [
         [
@@ -85,60 +85,60 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             f"{medians[side] / args.images:.4f}",
             f"{args.images * num_codes / medians[side]:.1f}",
         ]
-        for side, name in (("released", "released algorithm, one at a time"), ("ours", "ours, in one batch"))
+        for side, name in (("v1", "algorithm of v1, one at a time"), ("ours", "ours, in one batch"))
     ]
     lines = [
-        f"weights {model.name}: {describe(config.transformer, config.grid)}; {describe_placement(place)}; "
+        f"weights {model.name}: {describe(config.transformer, config.grid)}; {describe_placement(placement)}; "
         f"medians of {args.repeats} runs",
-        f"greedily in float32: {same} of {args.images} pictures with the same {num_codes} codes on both sides",
+        f"greedily in float32: {same} of {args.images} images with the same {num_codes} codes on both sides",
         f"ours is {ratio:.1f} times as fast",
     ]
     found = {"images": args.images, "same": same, "ratio": ratio, "medians": medians, "seconds": times}
-    columns = [f"{args.images} pictures", "s", "s per picture", "codes/s"]
-    report(args, lines, columns, rows, {"comparison": "upscale", **found, **facts(place)})
+    columns = [f"{args.images} images", "s", "s per image", "codes/s"]
+    report(args, lines, columns, rows, {"comparison": "upscale", **found, **facts(placement)})
     return 0
 
 
-def upscale_together(model: CogView, pictures: Sequence[GeneratedImage], sampling: Sampling) -> list[np.ndarray]:
-    """Codes (2G, 2G) of each picture by our pipeline, all in one batch."""
+def upscale_together(model: CogView, images: Sequence[GeneratedImage], sampling: Sampling) -> list[np.ndarray]:
+    """Return the codes (2G, 2G) of each image by our pipeline, all in one batch."""
     enlarged = model.upscale(
-        pictures,
-        [picture.prompt for picture in pictures],
+        images,
+        [image.prompt for image in images],
         seed=SEED,
         temperature=sampling.temperature,
         top_k=sampling.top_k,
-        top_p=1.0,  # this and the next two the release does not have
+        top_p=1.0,  # v1 has neither this nor the next two
         guidance=1.0,
         text_attention=1.0,
-        batch_size=len(pictures),
+        batch_size=len(images),
     )
-    return [picture.codes for picture in enlarged]
+    return [image.codes for image in enlarged]
 
 
-def upscale_one_by_one(model: CogView, pictures: Sequence[GeneratedImage], sampling: Sampling) -> list[np.ndarray]:
-    """The same by the released algorithm, picture by picture and window by window."""
+def upscale_one_by_one(model: CogView, images: Sequence[GeneratedImage], sampling: Sampling) -> list[np.ndarray]:
+    """Return the codes (2G, 2G) of each image by the algorithm of v1, window by window."""
     grid, layout = model.config.grid, model.config.layouts["upscale"]
     noise = torch.Generator(model.placement.device).manual_seed(SEED)
     found = []
-    for picture in pictures:
-        pieces = model.text_tokenizer.encode(picture.prompt)
+    for source in images:
+        pieces = model.text_tokenizer.encode(source.prompt)
         codes = np.ma.masked_all((2 * grid, 2 * grid), dtype=np.int64)
         for window in upscale_windows(grid):
             rows, columns = window.target
             known = codes[rows.start : rows.start + grid, columns]
-            row = layout.arrange(model.vocabulary, text=pieces, small=picture.codes[window.source], image=known)
+            row = layout.arrange(model.vocabulary, text=pieces, small=source.codes[window.source], image=known)
             image = row.spans["image"]
             row = row.truncate(image.start + window.lines * grid)
-            (ids,) = draw(model.transformer, model.vocabulary, row, 1, sampling, noise)
+            (ids,) = generate(model.transformer, model.vocabulary, row, 1, sampling, noise)
             codes[rows, columns] = ids[image].reshape(window.lines, grid)
         model.decode_images(codes.filled()[None])
         found.append(codes.filled())
     return found
 
 
-def count_same(model: CogView, pictures: Sequence[GeneratedImage]) -> int:
-    """How many pictures both sides enlarge to the same codes when they draw greedily."""
-    ours, theirs = (upscale(model, pictures, GREEDY) for upscale in (upscale_together, upscale_one_by_one))
+def count_same(model: CogView, images: Sequence[GeneratedImage]) -> int:
+    """Count the images that both sides upscale to the same codes when they decode greedily."""
+    ours, theirs = (upscale(model, images, GREEDY) for upscale in (upscale_together, upscale_one_by_one))
     return sum(np.array_equal(own, other) for own, other in zip(ours, theirs, strict=True))
 
 

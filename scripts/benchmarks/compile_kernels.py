@@ -1,11 +1,10 @@
-"""Compile every Triton kernel as it is launched in training and drawing, for GPUs that are not there.
+"""Compile every Triton kernel as training and generation launch it, without a GPU.
 
     python scripts/benchmarks/compile_kernels.py [--capability 75 80 90] [--dtype float16 bfloat16 float32]
 
-Operations are called as usual, on a CPU, with what the 4B model gives them in shape; instead of a launch each kernel is
-compiled for the card, down to its machine code. A table says how many registers a thread takes, how many bytes do not
-fit there and are spilled, and how much shared memory a block of threads takes. Exit status 1 if a kernel does not
-compile.
+Operations are called on a CPU with the shapes of the 4B model; each kernel is compiled to machine code for the GPU
+instead of being launched. A table lists the registers per thread, the spilled bytes and the shared memory per block of
+threads. The exit status is 1 if a kernel does not compile.
 """
 
 from __future__ import annotations
@@ -47,14 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     for capability in args.capability:
         for dtype in args.dtype:
             if dtype == "bfloat16" and capability < 80:
-                continue  # these cards have none
+                continue  # these GPUs have no bfloat16
             for name, call in calls(DTYPES[dtype]):
                 if args.only not in name:
                     continue
                 where = f"{dtype} | sm_{capability}"
                 try:
                     found = compiled(call, capability)
-                except Exception as error:  # whatever the compiler raises is the result
+                except Exception as error:  # any error of the compiler is a result
                     failed = True
                     print(f"| {name} | {type(error).__name__}: {error} | {where} | | | | |", flush=True)
                     continue
@@ -77,72 +76,81 @@ def calls(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Any]]]:
     from cogview.kernels.layer_norm_triton import pb_relax_layer_norm_triton, sandwich_layer_norm_triton
     from cogview.kernels.window_attention_triton import window_attention_triton
 
-    def numbers(*shape: int, learnt: bool = False) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, requires_grad=learnt)
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
 
-    def learn(out: Tensor) -> None:
+    def leaf(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, requires_grad=True)
+
+    def backward(out: Tensor) -> None:
         out.backward(torch.zeros_like(out))
 
     def attend(**settings: Any) -> None:
         length, size = settings.pop("length", 256), settings.pop("size", 64)
-        learn(attention_triton(*(numbers(2, 2, length, size, learnt=True) for _ in range(3)), **settings))
+        backward(attention_triton(*(leaf(2, 2, length, size) for _ in range(3)), **settings))
 
     whole = torch.zeros(2, dtype=torch.int64)
     yield "attention", attend
     yield "attention, heads of 128", lambda: attend(size=128)
     yield "attention, odd length", lambda: attend(length=257)
     yield "attention, limits", lambda: attend(left_padding_B=whole)
-    yield "attention, bias", lambda: attend(bias_B1TS=numbers(2, 1, 256, 256))
+    yield "attention, bias", lambda: attend(bias_B1TS=zeros(2, 1, 256, 256))
     yield "attention, dropout", lambda: attend(dropout=0.1, seed=1)
     if dtype == torch.float16:
         yield "attention, float16 accumulators", lambda: attend(accumulate_dtype="float16")
 
     def decode(num_queries: int, rounded: bool, shared: bool) -> None:
-        q = numbers(4, 2, num_queries, 64)
-        kept = [torch.zeros(4, 2, 256, 64, dtype=torch.int8 if rounded else dtype) for _ in range(2)]
-        scales = (numbers(4, 2, 256, 1), numbers(4, 2, 256, 1)) if rounded else None
-        beginning = None
+        q = zeros(4, 2, num_queries, 64)
+        stored = [torch.zeros(4, 2, 256, 64, dtype=torch.int8 if rounded else dtype) for _ in range(2)]
+        scales = (zeros(4, 2, 256, 1), zeros(4, 2, 256, 1)) if rounded else None
+        prefix = None
         if shared:
-            first = [tensor[:1] for tensor in kept]
+            first = [tensor[:1] for tensor in stored]
             members, slots = torch.arange(4).view(1, 4), torch.arange(4)
-            beginning = SharedPrefix(
+            prefix = SharedPrefix(
                 *first, members, slots, scales=None if scales is None else (scales[0][:1], scales[1][:1])
             )
-        decode_attention_triton(q, *kept, scales=scales, prefix=beginning)
+        decode_attention_triton(q, *stored, scales=scales, prefix=prefix)
 
     for num_queries in (1, 16):
         for rounded in (False, True):
             for shared in (False, True):
-                name = f"decode_attention, {num_queries} new{', int8' * rounded}{', shared beginning' * shared}"
+                name = f"decode_attention, {num_queries} new{', int8' * rounded}{', shared prefix' * shared}"
                 yield name, lambda args=(num_queries, rounded, shared): decode(*args)  # type: ignore[misc]
 
     def sparse(**settings: Any) -> None:
-        q, k, v = (numbers(1, 2, 512, 64, learnt=True) for _ in range(3))
-        learn(window_attention_triton(q, k, v, window=128, pivots_BN=torch.arange(64).view(1, 64), **settings))
+        q, k, v = (leaf(1, 2, 512, 64) for _ in range(3))
+        backward(window_attention_triton(q, k, v, window=128, pivots_BN=torch.arange(64).view(1, 64), **settings))
 
     yield "window_attention", sparse
     near = {"grid": 32, "columns": 3, "image_starts_B": torch.tensor([64])}
     yield "window_attention, neighbourhood", lambda: sparse(**near)
 
     def norm(*, next_norm: bool) -> None:
-        x, branch = numbers(8, 2560, learnt=True), numbers(8, 2560, learnt=True)
-        weights = [numbers(2560, learnt=True) for _ in range(4 if next_norm else 2)]
+        x, branch = leaf(8, 2560), leaf(8, 2560)
+        weights = [leaf(2560) for _ in range(4 if next_norm else 2)]
         total, normed = sandwich_layer_norm_triton(x, branch, *weights)
-        learn(total if normed is None else total + normed)
+        backward(total if normed is None else total + normed)
 
     yield "sandwich_layer_norm", lambda: norm(next_norm=True)
     yield "sandwich_layer_norm, no next", lambda: norm(next_norm=False)
-    parameters = numbers(2560, learnt=True), numbers(2560, learnt=True)
-    yield "pb_relax_layer_norm", lambda: learn(pb_relax_layer_norm_triton(numbers(8, 2560, learnt=True), *parameters))
-    yield "bias_gelu", lambda: learn(bias_gelu_triton(numbers(8, 10240, learnt=True), numbers(10240, learnt=True)))
+    parameters = leaf(2560), leaf(2560)
+    yield (
+        "pb_relax_layer_norm",
+        lambda: backward(pb_relax_layer_norm_triton(leaf(8, 2560), *parameters)),
+    )
+    yield (
+        "bias_gelu",
+        lambda: backward(bias_gelu_triton(leaf(8, 10240), leaf(10240))),
+    )
     yield (
         "cross_entropy",
-        lambda: losses_in_place(numbers(8, 8192), torch.zeros(8, dtype=torch.int64), torch.ones(8), True),
+        lambda: losses_in_place(zeros(8, 8192), torch.zeros(8, dtype=torch.int64), torch.ones(8), True),
     )
 
 
 def compiled(call: Callable[[], Any], capability: int) -> list[tuple[str, int, int, int, float]]:
-    """Of each kernel that ``call`` launches: its name, registers, spilled and shared bytes, and seconds to compile."""
+    """Return name, registers, spilled and shared bytes and seconds of compilation of each kernel of ``call``."""
     found = []
     with _compiling(capability) as kernels:
         call()
@@ -154,19 +162,19 @@ def compiled(call: Callable[[], Any], capability: int) -> list[tuple[str, int, i
 
 @contextmanager
 def _compiling(capability: int) -> Iterator[list[tuple[str, Any, float]]]:
-    """Kernels are compiled for a card of this capability instead of launched; the list is what was compiled."""
+    """Compile kernels for a GPU of this capability instead of launching them; yield the list of compiled kernels."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction, KernelInterface
 
     class Card:
-        """What Triton asks of a driver in order to compile."""
+        """The part of a driver that Triton needs to compile."""
 
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", capability, 32)
 
         def get_current_device(self) -> int:
-            return capability  # what is compiled is kept for each device
+            return capability  # compiled kernels are cached per device
 
         def get_current_stream(self, device: int) -> int:
             return 0
@@ -192,7 +200,7 @@ def _compiling(capability: int) -> Iterator[list[tuple[str, Any, float]]]:
 
 
 def _assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers of a thread, and bytes that are stored and loaded again because there are not enough of them."""
+    """Return the registers per thread and the spilled bytes."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
     with tempfile.TemporaryDirectory() as folder:
@@ -200,9 +208,9 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int]:
         source.write_text(ptx)
         architecture = f"--gpu-name={sm_arch_from_capability(capability)}"
         command = [get_ptxas(capability).path, "-v", architecture, str(source), "-o", os.devnull]
-        told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers = int(re.findall(r"Used (\d+) registers", told)[-1])
-    return registers, sum(int(count) for count in re.findall(r"(\d+) bytes spill", told))
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = int(re.findall(r"Used (\d+) registers", log)[-1])
+    return registers, sum(int(count) for count in re.findall(r"(\d+) bytes spill", log))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Forward and backward of head and loss: all logits at once, each kind's own logits at once, and in slices.
+"""Measure forward and backward of head and loss: all logits, the logits of each kind of token, and slices.
 
     python scripts/benchmarks/cross_entropy.py [--device cuda] [--dtype bfloat16]
 
-One place in 17 tells a piece of text, the others a code of the image, with the vocabulary of the released model. Each
-way runs in a process of its own, and all take turns. Memory is what the computation adds to its inputs at most: of
-tensors that are alive, and on a CPU resident; on a GPU as the allocator counts it.
+One position in 17 predicts a piece of text, the others a code of the image, with the vocabulary of v1. Each method runs
+in a separate process, in turn. Memory is the peak that the computation adds to its inputs: bytes of live tensors, and
+resident bytes on a CPU; bytes of the allocator on a GPU.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from cogview.kernels.fused_linear_cross_entropy import (
 )
 from cogview.tokenizers.vocabulary import Vocabulary
 
-PLACES, WIDTH = 2048, 512
+POSITIONS, WIDTH = 2048, 512
 TEXT_WEIGHT = 0.1
 
 
 def own_logits(hidden_ND: Tensor, embedding_VD: Tensor, targets: Sequence[LossTargets]) -> tuple[Tensor, list[Tensor]]:
-    """Logits of all places of a kind among its own ids, and PyTorch's loss of them."""
+    """Compute the logits of each kind of token among its ids, and PyTorch's loss of them."""
     total, losses = hidden_ND.new_zeros((), dtype=torch.float32), []
     for own in targets:
         logits_MI = F.linear(hidden_ND[own.positions_M], embedding_VD[own.ids.start : own.ids.stop]).float()
@@ -59,11 +59,11 @@ WAYS: dict[str, Callable[[Tensor, Tensor, Sequence[LossTargets]], tuple[Tensor, 
 
 
 class Alive(TorchDispatchMode):
-    """Bytes alive in storages that operations have made, ``inputs`` apart: now, and at most."""
+    """Count the bytes alive in storages that operations have allocated, without ``inputs``: now and at the peak."""
 
     def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = self.peak = 0
         self.seen = {tensor.untyped_storage()._cdata for tensor in inputs}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -73,7 +73,7 @@ class Alive(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.seen.add(storage._cdata)
                 self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
+                self.peak = max(self.peak, self.now)
                 weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
         return result
 
@@ -83,22 +83,22 @@ class Alive(TorchDispatchMode):
 
 
 def measure(way: str, device: torch.device, dtype: torch.dtype, gradients: Path) -> None:
-    """Print the most bytes alive, the most resident, and the seconds of a run; store the gradients."""
+    """Print the peak of live and of resident bytes and the seconds of a run; store the gradients."""
     vocabulary = Vocabulary()
     generator = torch.Generator().manual_seed(0)
-    hidden_ND = torch.randn(PLACES, WIDTH, generator=generator).to(device, dtype).requires_grad_()
+    hidden_ND = torch.randn(POSITIONS, WIDTH, generator=generator).to(device, dtype).requires_grad_()
     embedding_VD = torch.randn(vocabulary.padded_size, WIDTH, generator=generator).mul_(0.02).to(device, dtype)
     embedding_VD.requires_grad_()
-    places = torch.arange(PLACES)
+    positions = torch.arange(POSITIONS)
     targets = []
     for ids, chosen, weight in (
-        (vocabulary.image, places % 17 != 0, 1.0),
-        (vocabulary.text, places % 17 == 0, TEXT_WEIGHT),
+        (vocabulary.image, positions % 17 != 0, 1.0),
+        (vocabulary.text, positions % 17 == 0, TEXT_WEIGHT),
     ):
-        places_M = places[chosen]
-        targets_M = torch.randint(ids.start, ids.stop, places_M.shape, generator=generator)
-        weights_M = torch.full(places_M.shape, weight / len(places_M))
-        targets.append(LossTargets(ids, *(x.to(device) for x in (places_M, targets_M, weights_M))))
+        positions_M = positions[chosen]
+        targets_M = torch.randint(ids.start, ids.stop, positions_M.shape, generator=generator)
+        weights_M = torch.full(positions_M.shape, weight / len(positions_M))
+        targets.append(LossTargets(ids, *(x.to(device) for x in (positions_M, targets_M, weights_M))))
 
     def run() -> float:
         hidden_ND.grad = embedding_VD.grad = None
@@ -113,36 +113,36 @@ def measure(way: str, device: torch.device, dtype: torch.dtype, gradients: Path)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         run()
-        most = resident = torch.cuda.max_memory_allocated(device) - before
+        peak = resident = torch.cuda.max_memory_allocated(device) - before
     else:
         before = resident_bytes()
         run()
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
         with Alive(hidden_ND, embedding_VD) as alive:
             run()
-        most = alive.most
-    print(most, resident, run())
+        peak = alive.peak
+    print(peak, resident, run())
     torch.save([hidden_ND.grad.cpu(), embedding_VD.grad.cpu()], gradients)  # type: ignore[union-attr]
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Return the resident bytes of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
 
 def difference(gradients: Path, others: Path) -> float:
-    """The largest of both gradients, as a share of the largest number in each."""
+    """Return the largest difference of the gradients, relative to the largest value of each."""
     pairs = zip(torch.load(gradients), torch.load(others), strict=True)
     return max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all ways in turn, and print a table."""
+    """Run all methods in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="(default: float32)")
-    parser.add_argument("--runs", type=int, default=5, metavar="COUNT", help="of each way (default: 5)")
+    parser.add_argument("--runs", type=int, default=5, metavar="COUNT", help="runs of each method (default: 5)")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -150,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.measure:
         measure(args.measure[0], torch.device(args.device), DTYPES[args.dtype], Path(args.measure[1]))
         return 0
-    figures: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    values: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as folder:
         files = {way: Path(folder, f"{number}.pt") for number, way in enumerate(WAYS)}
         for _ in range(args.runs):
@@ -158,13 +158,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 command = [sys.executable, __file__, "--device", args.device, "--dtype", args.dtype]
                 command += ["--measure", way, str(file)]
                 output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                figures[way].append([float(value) for value in output.split()])
+                values[way].append([float(value) for value in output.split()])
         first = next(iter(files.values()))
         differences = {way: difference(file, first) for way, file in files.items()}
-    medians = {way: [statistics.median(side) for side in zip(*runs, strict=True)] for way, runs in figures.items()}
+    medians = {way: [statistics.median(side) for side in zip(*runs, strict=True)] for way, runs in values.items()}
     whole = next(iter(medians.values()))
     print(
-        f"{PLACES} places, width {WIDTH}, {Vocabulary().padded_size} rows, {args.dtype}, {args.device}, "
+        f"{POSITIONS} positions, width {WIDTH}, {Vocabulary().padded_size} rows, {args.dtype}, {args.device}, "
         f"{torch.get_num_threads()} threads; medians of {args.runs}"
     )
     print("| | alive MB | ratio | resident MB | ratio | seconds | ratio | gradients differ by |")

@@ -41,7 +41,7 @@ PROMPT = "一只可爱的小猫坐在窗台上"
 
 
 def make(folder: Path, preset_name: str) -> int:
-    """Write the model in float16, and convert it to the other stored forms."""
+    """Write the model in float16 and convert it to the other stored forms."""
     import torch
 
     from cogview.checkpoints.checkpoint import Model, save_model
@@ -73,7 +73,7 @@ def make(folder: Path, preset_name: str) -> int:
         transformer = Transformer(shape)
     specs = {name: TensorSpec(torch.float16, tuple(t.shape)) for name, t in transformer.state_dict().items()}
     first = folder / "float16"
-    # Everything but the transformer by the ordinary way, with a tiny one in its place.
+    # Save all parts but the transformer as usual, with a tiny transformer.
     tiny = preset("5m", vocabulary.padded_size)
     small = Model(
         config=config,
@@ -98,7 +98,7 @@ def make(folder: Path, preset_name: str) -> int:
 
 
 def text_model(num_pieces: int) -> bytes:
-    """A SentencePiece model of so many pieces, in the wire format of its protocol buffers: ``<unk>`` and characters."""
+    """Return a SentencePiece model of ``size`` pieces in its wire format: ``<unk>`` and characters."""
 
     def number(value: int) -> bytes:
         digits = []
@@ -117,7 +117,7 @@ def text_model(num_pieces: int) -> bytes:
 
 
 def read_once(path: Path) -> float:
-    """Seconds to read a file that is not in the page cache."""
+    """Return the seconds to read a file that is not in the page cache."""
     forget(path)
     block = bytearray(1 << 24)
     start = time.perf_counter()
@@ -128,21 +128,21 @@ def read_once(path: Path) -> float:
 
 
 def forget(path: Path) -> None:
-    """Have the system drop the file from the page cache."""
+    """Drop a file from the page cache."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def memory() -> dict[str, int]:
-    """Bytes of this process: its peak, and what of it is its own now."""
+    """Return the peak and the present private bytes of this process."""
     text = Path("/proc/self/status").read_text()
     found = {key: int(re.search(rf"{key}:\s+(\d+)", text)[1]) * 1024 for key in ("VmHWM", "RssAnon")}  # type: ignore[index]
     return {"peak": found["VmHWM"], "own": found["RssAnon"]}
 
 
 def one_run(folder: Path, device: str, dtype: str, tokens: int) -> int:
-    """Open a model, draw codes, and print what was measured as JSON."""
+    """Open a model, sample codes, and print the measurements as JSON."""
     start = time.perf_counter()
     import numpy as np
     import torch
@@ -195,7 +195,7 @@ def one_run(folder: Path, device: str, dtype: str, tokens: int) -> int:
 
 
 def read_probe(torch, device) -> float:  # type: ignore[no-untyped-def]
-    """Bytes per second of summing up 1 GB of float32: the best of five."""
+    """Return the bytes per second of summing 1 GB of float32: the best of five."""
     array = torch.ones(1 << 28, device=device)
     best = float("inf")
     for _ in range(6):
@@ -206,7 +206,7 @@ def read_probe(torch, device) -> float:  # type: ignore[no-untyped-def]
 
 
 def measure(folder: Path, device: str, runs: int, tokens: int) -> int:
-    """Every stored form and dtype in turn, ``runs`` times; a Markdown table of medians."""
+    """Run every stored form and dtype in turn, ``runs`` times; print a Markdown table of medians."""
     found: dict[tuple[str, str], list[dict[str, float]]] = {}
     reads: dict[str, list[float]] = {}
     for number in range(runs):

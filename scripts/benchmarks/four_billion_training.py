@@ -27,7 +27,7 @@ ROWS, STEPS = 16, 3
 
 
 def make(folder: Path) -> None:
-    """The tokenizers as a model's folder, and two stores of random rows."""
+    """Write the tokenizers as a checkpoint folder, and two stores of random rows."""
     import numpy as np
     import torch
 
@@ -84,7 +84,7 @@ def make(folder: Path) -> None:
 
 
 def train(folder: Path, work: Path, processes: int, stage: int, steps: int) -> None:
-    """Train by the recipe, with what suits this machine over it; print a line of what it took."""
+    """Train with the recipe and overrides for this machine; print a line of its cost."""
     settings = {
         "num_layers": "2",
         "tokenizers": folder / "tokenizers",
@@ -114,9 +114,7 @@ def train(folder: Path, work: Path, processes: int, stage: int, steps: int) -> N
             command + [f"{key}={value}" for key, value in settings.items()], env=environment, stdout=log, stderr=log
         )
         metrics = work / "transformer-run" / "metrics.jsonl"
-        while (
-            process.poll() is None
-        ):  # drawing pictures of 1,024 codes is no part of this: stop when it has saved itself
+        while process.poll() is None:  # generating images of 1,024 codes is not measured: stop after the checkpoint
             time.sleep(0.5)
             done = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
             if any(record["step"] == steps for record in done):
@@ -137,7 +135,7 @@ def train(folder: Path, work: Path, processes: int, stage: int, steps: int) -> N
 
 
 def main() -> None:
-    """Make what is needed, train with each stage, and go on."""
+    """Write the inputs and train with each stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()

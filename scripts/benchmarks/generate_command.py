@@ -1,4 +1,4 @@
-"""Time and memory of the generate command, from the start of the process to the files written.
+"""Measure time and memory of the generate command, from the start of the process to the files written.
 
     python scripts/benchmarks/generate_command.py [--runs 5] [-n 4] [PROMPT]
 
@@ -17,7 +17,7 @@ import time
 
 
 def measure(command: list[str], folder: str) -> tuple[float, float]:
-    """Wall seconds and peak resident memory in MB of one run of ``command`` in ``folder``."""
+    """Return wall seconds and peak resident memory in MB of one run of ``command`` in ``folder``."""
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
@@ -31,7 +31,7 @@ def main() -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="蓝色背景上的三只狐狸")
-    parser.add_argument("-n", type=int, default=4, help="pictures (default: 4)")
+    parser.add_argument("-n", type=int, default=4, help="images (default: 4)")
     parser.add_argument("--runs", type=int, default=5, help="counted runs (default: 5)")
     args = parser.parse_args()
     command = [sys.executable, "-m", "cogview", "generate", args.prompt, "-n", str(args.n), "--seed", "7"]

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda", help="(default: cuda)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: bfloat16)")
     parser.add_argument("--only", default="", metavar="TEXT", help="operations whose name holds this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics to FILE")
     args = parser.parse_args(argv)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -72,21 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"multiplies {rate / 1e12:.1f} TFLOP/s\n")
     print("| operation | shape | ms | of the limit | PyTorch's time / ours | others / ours | error / PyTorch's |")
     print("|---" * 7 + "|", flush=True)
-    figures, wrong = [], []
+    metrics, wrong = [], []
     for case in cases(device, dtype):
         if args.only not in case.name:
             continue
         found = measured(case, dtype, device, bandwidth, rate)
-        figures.append(found)
+        metrics.append(found)
         others = ", ".join(f"{other} {ratio:.2f}" for other, ratio in found["others"].items())
         error = "" if found["error"] is None else f"{found['error']:.2f}{'' if found['right'] else ' WRONG'}"
-        told = f"{found['ms']:.3f} | {found['of_limit']:.2f} | {found['against_torch']:.2f} | {others} | {error}"
-        print(f"| {case.name}{' and gradients' * case.learns} | {case.shape} | {told} |", flush=True)
+        cells = f"{found['ms']:.3f} | {found['of_limit']:.2f} | {found['against_torch']:.2f} | {others} | {error}"
+        print(f"| {case.name}{' and gradients' * case.learns} | {case.shape} | {cells} |", flush=True)
         if not found["right"]:
             wrong.append(f"{case.name} {case.shape}")
     if args.json:
         probed = {"device": name, "dtype": args.dtype, "bytes_per_second": bandwidth, "flops": rate}
-        args.json.write_text(json.dumps({**probed, "kernels": figures}, indent=1))
+        args.json.write_text(json.dumps({**probed, "kernels": metrics}, indent=1))
     print(f"\ngoals: {', '.join(f'{name} {goal}' for name, goal in GOALS.items())}")
     if wrong:
         print(f"wrong: {', '.join(wrong)}")
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measured(case: Case, dtype: torch.dtype, device: torch.device, bandwidth: float, rate: float) -> dict[str, Any]:
-    """The figures of a case."""
+    """Return the metrics of a case."""
     inputs = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in case.inputs]
     seconds = timed(step(case.ours, inputs, case.learns), device)
     others = {
@@ -125,7 +125,7 @@ def measured(case: Case, dtype: torch.dtype, device: torch.device, bandwidth: fl
 
 
 def step(run: Callable[..., Any], inputs: Sequence[Tensor], learns: bool) -> Callable[[], list[Tensor]]:
-    """A function that runs it forward, or forward and backward, and returns results, or gradients."""
+    """Return a function that runs forward and returns results, or forward and backward and returns gradients."""
     if not learns:
 
         def forward() -> list[Tensor]:
@@ -134,7 +134,7 @@ def step(run: Callable[..., Any], inputs: Sequence[Tensor], learns: bool) -> Cal
 
         return forward
     leaves = [x.detach().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    learnt = [x for x in leaves if x.requires_grad]
+    trainable = [x for x in leaves if x.requires_grad]
     upstream: list[Tensor] = []
 
     def both() -> list[Tensor]:
@@ -142,7 +142,9 @@ def step(run: Callable[..., Any], inputs: Sequence[Tensor], learns: bool) -> Cal
         if not upstream:
             generator = torch.Generator(device=outs[0].device).manual_seed(0)
             upstream.extend(torch.randn(out.shape, generator=generator, device=out.device) for out in outs)
-        return list(torch.autograd.grad(outs, learnt, [x.to(out.dtype) for x, out in zip(upstream, outs, strict=True)]))
+        return list(
+            torch.autograd.grad(outs, trainable, [x.to(out.dtype) for x, out in zip(upstream, outs, strict=True)])
+        )
 
     return both
 
@@ -333,10 +335,10 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
             others={"PyTorch": bias_gelu_reference},
         )
 
-    places, ids, rows_of_all = (8 * 1088, 8192, 58_240) if real else (9, 32, 96)
-    targets = torch.randint(0, ids, (places,), device=device)
-    told = LossTargets(
-        range(ids), torch.arange(places, device=device), targets, torch.ones(places, device=device) / places
+    positions, ids, rows_of_all = (8 * 1088, 8192, 58_240) if real else (9, 32, 96)
+    targets = torch.randint(0, ids, (positions,), device=device)
+    loss_targets = LossTargets(
+        range(ids), torch.arange(positions, device=device), targets, torch.ones(positions, device=device) / positions
     )
 
     def by_slice(hidden: Tensor, embedding: Tensor) -> Tensor:
@@ -344,12 +346,12 @@ def cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
 
     yield Case(
         name="fused_linear_cross_entropy",
-        shape=f"{places} x {width}, {ids} of {rows_of_all}",
-        inputs=[numbers(places, width), 0.02 * numbers(rows_of_all, width)],
-        ours=lambda hidden, embedding: fused_linear_cross_entropy(hidden, embedding, [told])[0],
+        shape=f"{positions} x {width}, {ids} of {rows_of_all}",
+        inputs=[numbers(positions, width), 0.02 * numbers(rows_of_all, width)],
+        ours=lambda hidden, embedding: fused_linear_cross_entropy(hidden, embedding, [loss_targets])[0],
         reference=by_slice,
         learns=True,
-        flops=6 * places * width * ids,
+        flops=6 * positions * width * ids,
         others={"PyTorch on the slice": by_slice},
     )
 

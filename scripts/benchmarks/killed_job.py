@@ -1,11 +1,11 @@
-"""A job of 1,000 prompts: pictures per second, memory from first to last, and what is left of it after kill -9.
+"""Measure a job of 1,000 prompts: images per second, growth of memory, and its files after kill -9.
 
     python scripts/benchmarks/killed_job.py [--prompts 1000] [--kills 5] [--model cogview-emoji]
 
-The job is run once undisturbed, then again in another folder, killed at random and resumed as often as asked. Every
-file of the second run must be that of the first, bit for bit, and the ledgers must record the same. Resident memory is
-read four times a second. It goes up and down with each batch, so the most there was while the first tenth of the
-pictures were written is compared with the most while the last tenth were.
+The job runs once undisturbed, then again in another folder, where it is killed at random and resumed ``--kills`` times.
+Every file of the second run must equal that of the first, bit for bit, and the ledgers must record the same. Resident
+memory is read four times a second. It rises and falls with each batch, so that the peak during the first tenth of the
+images is compared with the peak during the last tenth.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ NUMBERS = ("一", "两", "三", "四")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run, kill, resume, compare; status 1 where the files differ."""
+    """Run, kill, resume and compare; return 1 if the files differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--kills", type=int, default=5, help="(default: 5)")
     parser.add_argument("--model", default="cogview-emoji", help="(default: cogview-emoji)")
-    parser.add_argument("--seed", type=int, default=0, help="of the times of the kills (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the times of the kills (default: 0)")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         return compare(Path(folder), args)
 
 
 def compare(folder: Path, args: argparse.Namespace) -> int:
-    """Both runs."""
+    """Run the job undisturbed and with kills."""
     job = folder / "job.txt"
     lines = (f"{COLOURS[i % 5]}背景上的{NUMBERS[i // 5 % 4]}个{THINGS[i // 20 % 8]}" for i in range(args.prompts))
     job.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -54,8 +54,8 @@ def compare(folder: Path, args: argparse.Namespace) -> int:
     first = [size for done, size in samples if 0 < done <= tenth]
     last = [size for done, size in samples if done >= count - tenth]
     growth = max(last) / max(first) - 1
-    print(f"undisturbed: {count} pictures in {seconds:.0f} s, loading included: {count / seconds:.2f} a second")
-    print(f"most resident memory, first to last tenth: {max(first) / 1e6:.0f} MB, {growth:+.1%}", flush=True)
+    print(f"undisturbed: {count} images in {seconds:.0f} s, loading included: {count / seconds:.2f} a second")
+    print(f"peak resident memory, first to last tenth: {max(first) / 1e6:.0f} MB, {growth:+.1%}", flush=True)
 
     killed, chance = folder / "killed", random.Random(args.seed)
     points = sorted(chance.sample(range(1, count), args.kills))
@@ -66,7 +66,7 @@ def compare(folder: Path, args: argparse.Namespace) -> int:
         time.sleep(chance.random())
         process.kill()
         process.wait()
-        print(f"killed with {len(list(killed.glob('*.png')))} pictures there", flush=True)
+        print(f"killed with {len(list(killed.glob('*.png')))} images", flush=True)
     start_process([*command, "-o", str(killed), "--resume"]).wait()
 
     def files(of: Path) -> dict[str, bytes]:
@@ -81,18 +81,18 @@ def compare(folder: Path, args: argparse.Namespace) -> int:
     one, other = files(whole), files(killed)
     different = [name for name in one.keys() | other.keys() if one.get(name) != other.get(name)]
     same = records(whole) == records(killed)
-    print(f"{len(other)} files after {args.kills} kills, {len(different)} of them other than in the undisturbed run; ")
+    print(f"{len(other)} files after {args.kills} kills, {len(different)} of them different from the undisturbed run; ")
     print(f"the ledgers record {'the same' if same else 'something else'}")
     return 0 if same and not different else 1
 
 
 def start_process(command: Sequence[str]) -> subprocess.Popen[bytes]:
-    """In the background, without its output."""
+    """Start a command in the background, without its output."""
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def watch(process: subprocess.Popen[bytes], folder: Path) -> list[tuple[int, int]]:
-    """(pictures there, resident bytes) until the process ends."""
+    """Yield (images written, resident bytes) until the process ends."""
     samples = []
     while process.poll() is None:
         try:

@@ -1,4 +1,4 @@
-"""How long one linear layer of the 4-billion-parameter model takes for 1 to 256 rows, each way of computing it.
+"""Measure one linear layer of the 4-billion-parameter model for 1 to 256 rows, by each method.
 
 For every count of rows: float32, float32 in MKL's own order, bfloat16, bfloat16 computed in float32, PyTorch's kernel
 for int8 and for int4, and int8 unpacked first; in milliseconds, the median of ``--repeats``, with enough matrices that

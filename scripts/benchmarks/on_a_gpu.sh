@@ -1,11 +1,11 @@
 #!/bin/bash
-# Everything about engine, kernels and training that only a GPU can show, in one go: is it right, how fast is it, does the
-# plan hold. The embedded model's training is a script of its own: scripts/train_emoji.py scripts/recipes/emoji-gpu.yaml
+# Run every check of decoding, kernels, planning and training that needs a GPU: correctness, speed and memory. The training
+# of the embedded model is a separate script: scripts/train_emoji.py scripts/recipes/emoji-gpu.yaml
 #
-#   scripts/benchmarks/on_a_gpu.sh [FOLDER]     figures and logs go there; default: gpu-results
+#   scripts/benchmarks/on_a_gpu.sh [FOLDER]     metrics and logs go to FOLDER (default: gpu-results)
 #
-# Each step is limited in time and goes on without the one before it, so that a short loan of a machine gives something.
-# Weights are random in the shape of the released model, but for the embedded one.
+# Each step has a time limit and does not depend on earlier steps, so that a short session gives partial results.
+# Weights are random, in the shape of the v1 model, except those of the embedded model.
 set -u
 cd "$(dirname "$0")/../.."
 out=${1:-gpu-results}
@@ -36,16 +36,17 @@ for dtype in int8 int4; do
         --json "$out/bench-4b-$dtype.json"
 done
 shape=(--layers 48 --width 2560 --heads 40 --device cuda)
-step released 600 python scripts/benchmarks/compare_released.py "${shape[@]}" --batches 1 8 32 --json "$out/released.json"
+step v1 600 python scripts/benchmarks/compare_v1.py "${shape[@]}" --batches 1 8 32 --json "$out/v1.json"
 step transformers 600 python scripts/benchmarks/compare_transformers.py "${shape[@]}" --json "$out/transformers.json"
-step parallel 300 python scripts/benchmarks/parallel.py --device cuda --dtype float32 --upscale --json "$out/parallel.json"
+step speculative 300 python scripts/benchmarks/speculative.py --device cuda --dtype float32 --upscale \
+    --json "$out/speculative.json"
 step best-of 300 python scripts/benchmarks/compare_best_of.py --device cuda --json "$out/best-of.json"
 step upscale 600 python scripts/benchmarks/compare_upscale.py --device cuda --json "$out/upscale.json"
 step planned 600 python scripts/benchmarks/planned_batch.py --device cuda
 for dtype in bfloat16 float16; do
     step "kernels-$dtype" 480 python scripts/benchmarks/gpu_kernels.py --dtype $dtype --json "$out/kernels-$dtype.json"
 done
-# Training: 1b whole, and half of 4b's layers, at 1,088 positions; what recomputation, compilation and our kernels do to it.
+# Training: 1b whole, and half of 4b's layers, at 1,088 positions; with recomputation, compilation and our kernels.
 train=(python scripts/benchmarks/train_step.py --device cuda --rounds 3 --steps 5 --warmup 3 --precisions bfloat16)
 step train-1b 600 "${train[@]}" --presets 1b --rows 16 --checkpointing none selective full --json "$out/train-1b.json"
 step train-1b-compiled 600 "${train[@]}" --presets 1b --rows 16 --compile on --json "$out/train-1b-compiled.json"

@@ -1,14 +1,14 @@
-"""How many of the pictures that fit in memory a planned batch draws at once, under limits that are real.
+"""Compare the planned batch with the largest one that fits in memory, under enforced limits.
 
-For each limit a process of its own opens the embedded model, plans the largest batch that fits what the limit leaves,
-and draws it. Processes with batches given by hand then find the largest one that comes through, by bisection, and what
-halving from ``--most`` down would have come to. A batch comes through if ``TIMES`` processes in a row do: what the
-same work takes differs by some megabytes. On a CPU the limit is that of a control group (v1), which kills who
-takes more; where none can be made, that of the process on its data (``ulimit -d``). ``--device cuda`` limits PyTorch's
-share of the card.
+For each limit a separate process opens the embedded model, plans the largest batch that fits, and generates it. By
+bisection, processes with fixed batches then find the largest one that succeeds, and the one that halving from
+``--images`` would find. A batch succeeds if ``TIMES`` processes in a row do, since the memory of equal work varies by
+some megabytes. On a CPU the limit is that of a control group (v1), which kills a process that exceeds it; where none
+can be created, it is the limit of the process on its data (``ulimit -d``). ``--device cuda`` limits PyTorch's share of
+the GPU.
 
-Pictures are completed: all but the last line of codes is given, and differs from picture to picture, so that each row
-has keys and values of its own, and only a few have to be drawn.
+Images are completed: all but the last line of codes is given, and differs between images. Each row therefore has
+distinct keys and values, and only a few codes have to be sampled.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--limits", type=int, nargs="+", default=LIMITS, metavar="MB", help="(default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", default="auto", help="as for cogview generate")
-    parser.add_argument("--most", type=int, default=2048, metavar="COUNT", help="pictures to draw (default: 2048)")
-    parser.add_argument("--way", choices=("group", "data"), help="of limiting a CPU (default: group, where there are)")
+    parser.add_argument("--images", type=int, default=2048, metavar="COUNT", help="images to generate (default: 2048)")
+    parser.add_argument("--way", choices=("group", "data"), help="kind of limit on a CPU (default: group if possible)")
     args = parser.parse_args(argv)
     way = "share" if args.device == "cuda" else args.way or ("group" if _may_make_groups() else "data")
-    means = {"group": "a control group", "data": "ulimit -d", "share": "PyTorch's share of the card"}[way]
+    means = {"group": "a control group", "data": "ulimit -d", "share": "PyTorch's share of the GPU"}[way]
     print(f"# limits by {means}; {args.dtype} on {args.device}; PyTorch {torch.__version__}")
     print("| limit | planned | largest | planned / largest | halving / largest | predicted | seen |")
     print("|---" * 7 + "|", flush=True)
@@ -60,12 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for limit in args.limits:
         planned = attempt(args, way, limit, None)
         if planned is None:
-            print(f"| {limit} MB | did not come through | | | | | |", flush=True)
+            print(f"| {limit} MB | failed | | | | | |", flush=True)
             worst = 0.0
             continue
         count = planned["count"]
         largest = largest_of(args, way, limit, count)
-        halved = args.most
+        halved = args.images
         while halved > largest:
             halved //= 2
         worst = min(worst, count / largest)
@@ -74,15 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"| {planned['predicted'] / 1e6:.0f} MB | {planned['seen'] / 1e6:.0f} MB |",
             flush=True,
         )
-    print(f"the least: {worst:.3f}")
+    print(f"worst: {worst:.3f}")
     return 0
 
 
 def largest_of(args: argparse.Namespace, way: str, limit: int, known: int) -> int:
-    """The most pictures that come through at once; ``known`` do."""
+    """Return the size of the largest batch that succeeds; a batch of ``known`` does."""
     good, step = known, max(1, known // 32)
     bad = good + step
-    while bad <= args.most and attempt(args, way, limit, bad) is not None:
+    while bad <= args.images and attempt(args, way, limit, bad) is not None:
         good, step = bad, 2 * step
         bad = good + step
     while bad - good > max(1, good // 80):
@@ -95,32 +95,32 @@ def largest_of(args: argparse.Namespace, way: str, limit: int, known: int) -> in
 
 
 def attempt(args: argparse.Namespace, way: str, limit: int, count: int | None) -> dict[str, Any] | None:
-    """What the neediest process told that drew ``count`` pictures, planned where None; None if one was killed."""
-    told = []
+    """Return the result with the highest peak for ``count`` images (None: planned); None if a process was killed."""
+    results = []
     for _ in range(TIMES):
-        told.append(_attempt_once(args, way, limit, count))
-        if told[-1] is None:
+        results.append(_attempt_once(args, way, limit, count))
+        if results[-1] is None:
             return None
-    return max(filter(None, told), key=lambda each: each["seen"])
+    return max(filter(None, results), key=lambda each: each["seen"])
 
 
 def _attempt_once(args: argparse.Namespace, way: str, limit: int, count: int | None) -> dict[str, Any] | None:
-    """What a process of its own tells, None if it is killed."""
+    """Return the result of a separate process, None if it is killed."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     with _group(limit * 10**6 if way == "group" else None) as group:
         child = context.Process(target=_child, args=(theirs, group, args, way, limit * 10**6, count), daemon=True)
         child.start()
         theirs.close()
-        told = None
+        result = None
         with suppress(EOFError):
-            told = ours.recv()
+            result = ours.recv()
         child.join()
-        if told and group is not None:  # without files that other processes have opened
-            told["seen"] = int((group / "memory.max_usage_in_bytes").read_text())
-    if told is not None and "error" in told:
-        raise SystemExit(told["error"])
-    return told if told is None or "count" in told else None
+        if result and group is not None:  # without files that other processes have opened
+            result["seen"] = int((group / "memory.max_usage_in_bytes").read_text())
+    if result is not None and "error" in result:
+        raise SystemExit(result["error"])
+    return result if result is None or "count" in result else None
 
 
 def _child(
@@ -134,44 +134,44 @@ def _child(
     if way == "share":
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     try:
-        pipe.send(draw(args, limit, count))
+        pipe.send(generate(args, limit, count))
     except (MemoryError, RuntimeError) as error:
         memory = is_out_of_memory(error)
         pipe.send({} if memory else {"error": str(error)})
 
 
-def draw(args: argparse.Namespace, limit: int, count: int | None) -> dict[str, Any]:
-    """Draw a batch; how many it was, the peak that was predicted, and the one that was seen, in bytes."""
+def generate(args: argparse.Namespace, limit: int, count: int | None) -> dict[str, Any]:
+    """Generate a batch; return its size, the predicted peak and the measured peak, in bytes."""
     model = CogView.from_pretrained(device=args.device, dtype=args.dtype)
     device, grid = model.placement.device, model.config.grid
-    given = np.random.default_rng(0).integers(0, 1024, (args.most, grid - 1, grid))
-    wishes = [
+    given = np.random.default_rng(0).integers(0, 1024, (args.images, grid - 1, grid))
+    requests = [
         GenerationRequest(prompt=PROMPT, seed=1, index=index, codes=codes, sampling=model.sampling())
         for index, codes in enumerate(given)
     ]
-    planning.MIN_FREE_BYTES["cuda"] = 0  # the limit is PyTorch's own, and leaves the rest of the card alone
+    planning.MIN_FREE_BYTES["cuda"] = 0  # the limit is PyTorch's own, and leaves the rest of the GPU alone
     if count is None:
-        count = _planned(model, wishes)
+        count = _planned(model, requests)
     before = limit - available_memory(device)
-    needed = model._requests_bytes(wishes[:count])
-    planning.available_memory = lambda device: 2**60  # as if everything fitted
+    needed = model._requests_bytes(requests[:count])
+    planning.available_memory = lambda device: 2**60  # everything fits
     planning.BatchPlanner._attempt = lambda self, items, work, free: work(items)  # type: ignore[method-assign]  # and once only
-    made = list(model.run(wishes[:count], batch_size=args.most))
-    assert len(made) == count
+    results = list(model.run(requests[:count], batch_size=args.images))
+    assert len(results) == count
     return {"count": count, "predicted": before + needed, "seen": _peak(device)}
 
 
-def _planned(model: CogView, wishes: Sequence[GenerationRequest]) -> int:
-    """The most that are planned at once; fewer at a time may be planned of more, in even parts."""
-    fits = model.batch_sizes(wishes, batch_size=len(wishes))[0]
+def _planned(model: CogView, requests: Sequence[GenerationRequest]) -> int:
+    """Return the largest batch that is planned; with more requests smaller ones may be planned, in even parts."""
+    fits = model.batch_sizes(requests, batch_size=len(requests))[0]
     for count in range(fits, 2 * fits):
-        if model.batch_sizes(wishes[: count + 1], batch_size=len(wishes))[0] <= count:
+        if model.batch_sizes(requests[: count + 1], batch_size=len(requests))[0] <= count:
             return count
     return 2 * fits
 
 
 def _peak(device: torch.device) -> int:
-    """Bytes that were taken at most."""
+    """Return the peak memory in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -188,7 +188,7 @@ def _may_make_groups() -> bool:
 
 @contextmanager
 def _group(limit: int | None) -> Iterator[Path | None]:
-    """A control group of its own that holds so many bytes, and does not swap."""
+    """Create a control group that holds ``limit`` bytes and does not swap."""
     if limit is None:
         yield None
         return

@@ -1,4 +1,4 @@
-"""The README's two commands as a newcomer types them: each time in a fresh clone and a fresh virtual environment.
+"""Time the two commands of the README in a fresh clone and a fresh virtual environment.
 
 python scripts/benchmarks/readme_commands.py [--runs 3]
 """
@@ -17,7 +17,7 @@ COMMANDS = ('pip install . && cogview generate "蓝色背景上的三只狐狸"'
 
 
 def run_once(root: Path, folder: Path) -> list[float]:
-    """Seconds of each command; the output of one that fails is printed."""
+    """Return the seconds of each command; print the output of one that fails."""
     clone, venv = folder / "cogview", folder / "venv"
     subprocess.run(["git", "clone", "--quiet", str(root), str(clone)], check=True)
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
@@ -36,7 +36,7 @@ def run_once(root: Path, folder: Path) -> list[float]:
 
 
 def main() -> int:
-    """Run and print the seconds of every run."""
+    """Print the seconds of every run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=3, help="(default: 3)")
     args = parser.parse_args()

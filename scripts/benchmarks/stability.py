@@ -1,13 +1,13 @@
-"""How much three forms of one transformer bear in half precision: outliers, large scores, large learning rates.
+"""Measure the stability of three forms of a transformer in half precision: outliers, scores, learning rates.
 
-    python scripts/benchmarks/stability.py [--parts outliers attention rates injected] [--json FILE] [--picture FILE]
+    python scripts/benchmarks/stability.py [--parts outliers attention rates injected] [--json FILE] [--plot FILE]
 
 ``pre-ln`` is x + f(LN(x)), with statistics of the norms in float32 and scores QK^T / sqrt(K) divided after the product.
-``released`` is Sandwich-LN as CogView was released: every norm divides its input by one max|x| / 8 of the whole tensor,
-and queries are divided before the product. ``ours`` is ``cogview.modeling.transformer``. All else is the same: weights,
-data, schedule, loss scaling. Weights and AdamW are float32, what autocast makes is stored in float16, gradients
-included, and products add up in float32, as tensor cores do it; the residual stream is float16 in the first two forms
-and float32 in ours. All of it runs on a CPU, whose float16 rounds and overflows as that of a GPU.
+``released`` is Sandwich-LN as published in CogView v1: every norm divides its input by one max|x| / 8 of the whole
+tensor, and queries are divided before the product. ``ours`` is ``cogview.modeling.transformer``. Weights, data,
+schedule and loss scaling are the same. Weights and AdamW are float32, results of autocast are stored in float16,
+gradients included, and products accumulate in float32, as in tensor cores. The residual stream is float16 in the first
+two forms and float32 in ours. Everything runs on a CPU, whose float16 rounds and overflows as that of a GPU.
 
 ``outliers``: one channel of the last token grows, before a norm and between layers; no other token may change.
 ``attention``: the largest |qk| / sqrt(K) whose weights are right. ``rates``: training at growing learning rates.
@@ -65,7 +65,7 @@ SCORES = [2.0**k for k in range(31)]
 CODES = 16
 BATCH, LENGTH = 16, 16
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-HEALTHY_RATE = 3e-3  # at which all forms learn
+HEALTHY_RATE = 3e-3  # all forms learn at this rate
 CLIP_NORM, WEIGHT_DECAY, BETAS = 1.0, 0.04, (0.9, 0.95)
 # Dynamic loss scaling; the window is shorter than usual, for so are the runs.
 FIRST_SCALE, LEAST_SCALE, SCALE_WINDOW = 2.0**16, 1.0, 50
@@ -228,7 +228,7 @@ def relative_error(found: Tensor, expected: Tensor, whole: Tensor | None = None)
 
 
 def norm_limit(form: str, dtype: torch.dtype, seed: int) -> Limit:
-    """Of one norm, over normal tokens of which the last has an outlier."""
+    """Find the limit of one norm over normal tokens, the last of which has an outlier."""
     generator = torch.Generator().manual_seed(seed)
     tokens_TD = torch.randn(NORM_TOKENS, NORM_WIDTH, generator=generator)
     weight_D, bias_D = torch.ones(NORM_WIDTH), torch.zeros(NORM_WIDTH)
@@ -244,7 +244,7 @@ def norm_limit(form: str, dtype: torch.dtype, seed: int) -> Limit:
 
 
 def model_limit(form: str, shape: tuple[int, int, int], before: int, seed: int) -> Limit:
-    """Of the hidden states of a whole model, where the last token has an outlier before one of its layers."""
+    """Find the limit of a whole model whose last token has an outlier before one of its layers."""
     model = make_model(form, *shape, seed)
     ids_BT = torch.randint(CODES, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
     reference = make_model(form, *shape, seed).double()
@@ -292,7 +292,7 @@ class Run:
     outlier_from: int | None = None
 
     def outlier(self, step: int) -> float:
-        """Its size at a step: it doubles until it is 2**24 at the end."""
+        """Return the size of the outlier at a step: it doubles up to 2**24 at the end."""
         if self.outlier_from is None or step < self.outlier_from:
             return 0.0
         return 2.0 ** (DOUBLINGS * (step - self.outlier_from) // max(1, self.steps - 1 - self.outlier_from))
@@ -300,7 +300,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run."""
+    """Result of a run."""
 
     run: Run
     losses: list[float | None]  # nats per code; None where it was not finite
@@ -309,13 +309,13 @@ class Outcome:
 
     @property
     def last_loss(self) -> float:
-        """The mean of the last tenth, infinite where one of them is not finite."""
+        """Return the mean loss of the last tenth, infinite if one of them is not finite."""
         last = self.losses[-max(1, len(self.losses) // 10) :]
         return math.inf if None in last else sum(x for x in last if x is not None) / len(last)
 
     @property
     def failure(self) -> str | None:
-        """Why it counts as failed, or None."""
+        """Return the reason of a failure, or None."""
         if self.stopped is not None:
             return f"loss scale below {LEAST_SCALE:g} at step {self.stopped + 1}"
         if not math.isfinite(self.last_loss):
@@ -343,7 +343,7 @@ class Outcome:
 
     @property
     def first_not_finite(self) -> int | None:
-        """The step whose loss is the first that is not finite."""
+        """Return the first step whose loss is not finite."""
         return self.losses.index(None) if None in self.losses else None
 
 
@@ -364,7 +364,7 @@ def batch(table_C: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def train(run: Run) -> Outcome:
-    """Train one model, until its steps are done or its loss scale falls below the minimum."""
+    """Train one model until its last step, or until the loss scale falls below the minimum."""
     model = make_model(run.form, *run.shape, run.seed)
     parameters = list(model.parameters())
     optimizer = torch.optim.AdamW(parameters, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
@@ -398,11 +398,11 @@ def train(run: Run) -> Outcome:
 
 
 def learning_rate(run: Run, step: int) -> float:
-    """It rises for an eighth of the steps, and stays."""
+    """Return the learning rate of a step: it rises for an eighth of the steps, then stays."""
     return run.rate * min(1.0, (step + 1) / max(1, run.steps // 8))
 
 
-# All parts, their tables and the picture
+# All parts, their tables and the plot
 
 
 Key = tuple[str, ...]  # the part, the case, the form, and the seed or the rate
@@ -411,25 +411,25 @@ ONE_NORM = "one norm"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and print; returns the exit status."""
+    """Measure and print; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="(default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="the first one (default: 0)")
-    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="COUNT", help=f"of them (default: {SEEDS})")
-    parser.add_argument("--steps", type=int, default=160, help="of a training (default: 160)")
+    parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
+    parser.add_argument("--seeds", type=int, default=SEEDS, metavar="COUNT", help=f"number of seeds (default: {SEEDS})")
+    parser.add_argument("--steps", type=int, default=160, help="training steps (default: 160)")
     for name, default in (("layers", 48), ("width", 64), ("heads", 4)):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"of the models (default: {default})")
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{name} of the models (default: {default})")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), metavar="RATE", help="learning rates")
     cores = os.cpu_count() or 1
-    parser.add_argument("--processes", type=int, default=cores, help="at a time (default: one for each core)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there, every loss included")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw the errors and the losses there (PNG)")
+    parser.add_argument("--processes", type=int, default=cores, help="parallel processes (default: one per core)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all metrics and every loss to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot the errors and the losses to FILE (PNG)")
     args = parser.parse_args(argv)
     return run_safely(lambda: run(args), "stability.py")
 
 
 def run(args: argparse.Namespace) -> int:
-    """The parts that were asked for."""
+    """Run the requested parts."""
     check_arguments(args)
     found = measure(jobs_of(args), args.processes)
     shape = f"{args.layers} layers of {args.width}, {args.heads} heads"
@@ -439,13 +439,13 @@ def run(args: argparse.Namespace) -> int:
         print("\n" + "\n".join(tables[part](select(found, part))))
     if args.json is not None:
         args.json.write_text(json.dumps(as_json(found), indent=1) + "\n")
-    if args.picture is not None:
-        draw(found, args.picture, args.seed)
+    if args.plot is not None:
+        draw(found, args.plot, args.seed)
     return 0
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """InputError, before minutes of work, for what could not be done or written after it."""
+    """Raise InputError early for values that would fail after minutes of work."""
     for name in ("seeds", "layers", "width", "heads", "processes"):
         require_positive(f"--{name}", getattr(args, name))
     if args.steps < 10:
@@ -455,26 +455,26 @@ def check_arguments(args: argparse.Namespace) -> None:
     for rate in args.rates:
         if not 0 < rate < math.inf:
             raise InputError(f"--rates must be above 0, got {rate}")
-    for name in ("json", "picture"):
+    for name in ("json", "plot"):
         file = getattr(args, name)
         if file is not None and not file.resolve().parent.is_dir():
             raise InputError(f"--{name} {file}: there is no folder {file.parent}; make it first")
-    if args.picture is None:
+    if args.plot is None:
         return
     missing = {"outliers", "injected"} - set(args.parts)
     if missing:
-        raise InputError(f"--picture shows outliers and injected, --parts leaves out {' and '.join(sorted(missing))}")
+        raise InputError(f"--plot shows outliers and injected, --parts leaves out {' and '.join(sorted(missing))}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--picture needs matplotlib, which is missing: pip install 'cogview[train]' brings it")
+        raise InputError("--plot needs matplotlib, which is missing: pip install 'cogview[train]' brings it")
 
 
 def places_of(num_layers: int) -> list[int]:
-    """Before which layers an outlier appears: the second, the one in the middle and the last."""
+    """Return the layers before which an outlier appears: the second, the middle and the last."""
     return sorted({min(1, num_layers - 1), num_layers // 2, num_layers - 1})
 
 
 def jobs_of(args: argparse.Namespace) -> dict[Key, Callable[[], Any]]:
-    """What is to be measured; each job is a function of nothing else. Longest first, so that no core ends late."""
+    """Return the jobs, the longest first, so that cores finish together."""
     shape = (args.layers, args.width, args.heads)
     seeds = range(args.seed, args.seed + args.seeds)
     jobs: dict[Key, Callable[[], Any]] = {}
@@ -504,7 +504,7 @@ def _call(job: tuple[Key, Callable[[], Any]]) -> tuple[Key, Any]:
 
 
 def measure(jobs: dict[Key, Callable[[], Any]], processes: int) -> Found:
-    """What each job found, in the order of ``jobs``; in processes of one thread each, or in this one."""
+    """Run the jobs in processes of one thread each, or in this one; return results in the order of ``jobs``."""
     progress = partial(tqdm, total=len(jobs), unit="job", file=sys.stderr)
     if processes == 1:
         return dict(progress(map(_call, jobs.items())))
@@ -514,7 +514,7 @@ def measure(jobs: dict[Key, Callable[[], Any]], processes: int) -> Found:
 
 
 def as_json(found: Found) -> dict[str, list[dict[str, Any]]]:
-    """The figures of each part, with what they are of."""
+    """Return the metrics of each part with their case and form."""
     written: dict[str, list[dict[str, Any]]] = {}
     for (part, case, form, _), value in found.items():
         row = {"form": form, **({"case": case} if case else {}), **asdict(value)}
@@ -527,12 +527,12 @@ def as_json(found: Found) -> dict[str, list[dict[str, Any]]]:
 
 
 def select(found: Found, part: str) -> Found:
-    """What belongs to one part."""
+    """Return the results of one part."""
     return {key: value for key, value in found.items() if key[0] == part}
 
 
 def by_case(found: Found) -> dict[str, dict[str, list[Any]]]:
-    """What was found over all seeds, for each case and form."""
+    """Group the results of all seeds by case and form."""
     cases: dict[str, dict[str, list[Any]]] = {}
     for (_, case, form, _), value in found.items():
         cases.setdefault(case, {}).setdefault(form, []).append(value)
@@ -540,30 +540,30 @@ def by_case(found: Found) -> dict[str, dict[str, list[Any]]]:
 
 
 def sized(value: float) -> str:
-    """Four digits, with separators where there are thousands."""
+    """Format with four digits and separators of thousands."""
     return f"{value:,.0f}" if 1000 <= value < 1e7 else f"{value:.3g}"
 
 
 def span(values: Sequence[float], suffix: str = "") -> str:
-    """One number where all are printed alike, else the least and the largest."""
+    """Format one number if all print alike, else the smallest and the largest."""
     low, high = (sized(value) + suffix for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
 def limit_cell(limits: Sequence[Limit]) -> str:
-    """The largest size that is right, over all seeds; if nothing is ever wrong, it says so."""
+    """Format the largest correct size over all seeds, or that no size is wrong."""
     never = all(limit.wrong is None for limit in limits)
     return span([limit.right for limit in limits]) + (", the largest tried" if never else "")
 
 
 def error_cell(limits: Sequence[Limit]) -> str:
-    """The largest error, over all seeds, at the largest number of float16."""
+    """Format the largest error over all seeds at the largest float16 number."""
     errors = [dict(limit.curve).get(HALF_MAX) for limit in limits]
     return "not finite" if None in errors else f"{100 * max(x for x in errors if x is not None):.2g}%"
 
 
 def outlier_table(found: Found) -> list[str]:
-    """How large an outlier may be, for each place and form, and ours over the released form."""
+    """Print the largest tolerated outlier of each position and form, and the ratio of ours to ``released``."""
     lines = [
         "| largest outlier that is right | pre-ln | released | ours | ours / released | the same, up to 65,504 "
         "| error at 65,504: pre-ln, released, ours |",
@@ -582,7 +582,7 @@ def outlier_table(found: Found) -> list[str]:
 
 
 def attention_table(found: Found) -> list[str]:
-    """The largest scores, and PB-relax over the others."""
+    """Print the largest scores, and the ratio of PB-relax to the others."""
     (orders,) = by_case(found).values()
     relaxed = [limit.right for limit in orders["PB-relax"]]
     lines = ["| scores in float16 | largest qk / sqrt(K) that is right | PB-relax, times as large |", "|---|---|---|"]
@@ -615,7 +615,7 @@ def rate_table(found: Found) -> list[str]:
 
 
 def injected_table(found: Found) -> list[str]:
-    """How large an outlier each training bears, and how it ends."""
+    """Print the outlier that each training tolerates, and how it ends."""
     (forms,) = by_case(found).values()
     lines = ["| form | outlier borne | loss not finite at | steps skipped | how it ends, loss of the last tenth |"]
     lines.append("|---" * 5 + "|")
@@ -639,7 +639,7 @@ def injected_table(found: Found) -> list[str]:
 
 COLOURS = {"pre-ln": "#7a7a7a", "released": "#d1602b", "ours": "#1f6fb2"}
 CROSS: dict[str, Any] = {"marker": "x", "markersize": 9, "markeredgewidth": 2.2}
-SHOWN = 2.0**DOUBLINGS  # the largest outlier in the picture
+SHOWN = 2.0**DOUBLINGS  # the largest outlier in the plot
 
 
 def draw(found: Found, file: Path, seed: int) -> None:
@@ -651,7 +651,7 @@ def draw(found: Found, file: Path, seed: int) -> None:
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # not as a user has them for other pictures
+        matplotlib.rcdefaults()  # ignore settings of the user
         matplotlib.rcParams.update({"font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False})
         figure = Figure(figsize=(9, 3.8), dpi=100, layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -661,7 +661,7 @@ def draw(found: Found, file: Path, seed: int) -> None:
 
 
 def _draw_errors(axes: Axes, found: Found, seed: str) -> None:
-    """Of the place between layers at which the released form bears least."""
+    """Plot the position between layers at which ``released`` tolerates the smallest outlier."""
     cases = {case: limits["released"][0].right for case, limits in by_case(select(found, "outliers")).items()}
     case = min((name for name in cases if name != ONE_NORM), key=cases.__getitem__)
     for form in FORMS:

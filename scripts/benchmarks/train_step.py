@@ -1,14 +1,15 @@
-"""How fast a training step is and what it takes, by size, precision, engine, checkpointing and compilation.
+"""Measure time and memory of a training step by size, precision, engine, checkpointing and compilation.
 
-Rows are random, of the layout that draws pictures: text, then a grid of codes. Each combination runs in processes of
-its own, so that memory is its own; combinations take turns, since a machine's speed drifts, and medians are told.
-MFU counts model FLOPs only (6 a weight and token, causal attention), against ``--peak`` or the card's data sheet.
+Rows are random, of the layout that generates images: text, then a grid of codes. Each combination runs in separate
+processes, so that its memory is measured alone. Combinations take turns, since a machine's speed drifts, and medians
+are printed. MFU counts model FLOPs only (6 per weight and token, causal attention), relative to ``--peak`` or to the
+data sheet of the GPU.
 
     python scripts/benchmarks/train_step.py --presets 20m --precisions float32 bfloat16 --engines torch zero1
     python scripts/benchmarks/train_step.py --data-wait RECIPE --work WORK     # share of a step that waits for rows
 """
 
-# B rows, T places of a row
+# B rows, T positions of a row
 from __future__ import annotations
 
 import argparse
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
     from cogview.modeling.config import TransformerConfig
 
 ENGINES = ("torch", "zero1", "zero2", "zero3", "zero1-offload", "zero2-offload", "zero3-offload")
-TEXT = 64  # places of a row before its codes
+TEXT = 64  # positions of a row before its codes
 
 
 def shape_of(job: dict[str, Any]) -> TransformerConfig:
-    """A preset, or so many layers of a width, with the released vocabulary."""
+    """Return the shape of a preset, or of the given layers and width, with the vocabulary of v1."""
     from cogview.modeling.config import TransformerConfig, preset
     from cogview.tokenizers.vocabulary import Vocabulary
 
@@ -49,7 +50,7 @@ def shape_of(job: dict[str, Any]) -> TransformerConfig:
 
 
 def measure(job: dict[str, Any]) -> dict[str, float]:
-    """Median seconds of a step over the steps after the first, and the most memory, of this process."""
+    """Return the median seconds of a step after the warm-up, and the peak memory of this process."""
     import torch
 
     from cogview.device import DTYPES, peak_memory
@@ -87,8 +88,8 @@ def measure(job: dict[str, Any]) -> dict[str, float]:
         text = torch.randint(vocabulary.text.start, vocabulary.text.stop, (count, TEXT), generator=generator)
         ids[:, :TEXT] = text
         ids = ids.to(world.device)
-        places = torch.arange(count * length, device=world.device).view(count, length)
-        kinds = ((vocabulary.text, places[:, : TEXT - 1], 0.1), (vocabulary.image, places[:, TEXT:], 1.0))
+        indices = torch.arange(count * length, device=world.device).view(count, length)
+        kinds = ((vocabulary.text, indices[:, : TEXT - 1], 0.1), (vocabulary.image, indices[:, TEXT:], 1.0))
         targets = [
             LossTargets(
                 ids=kind,
@@ -155,7 +156,7 @@ def run(job: dict[str, Any]) -> dict[str, float]:
 
 
 def data_wait(recipe: str, work: Path, steps: int) -> None:
-    """Train for some steps of a recipe, and tell which share of them waited for rows."""
+    """Train for some steps of a recipe and print the share of their time that waited for rows."""
     run_folder = work / "transformer-run"
     command = [sys.executable, "-m", "cogview", "train", recipe, "--work", str(work), f"training.steps={steps}"]
     command += ["training.warmup_steps=2", "run.log_every=10", "run.evaluate_every=0", "run.save_every=0"]
@@ -163,15 +164,15 @@ def data_wait(recipe: str, work: Path, steps: int) -> None:
     records = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     shares = [record["data_wait"] for record in records if "data_wait" in record]
     rates = [record["samples_per_second"] for record in records if "data_wait" in record]
-    print(f"waiting for rows: median {statistics.median(shares):.3%} of a step, most {max(shares):.3%}")
+    print(f"waiting for rows: median {statistics.median(shares):.3%} of a step, maximum {max(shares):.3%}")
     print(f"samples per second: median {statistics.median(rates):.1f}")
 
 
 def main() -> None:
-    """Run all combinations in turn, and print a table."""
+    """Run all combinations in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--presets", nargs="+", default=["20m"])
-    parser.add_argument("--layers", type=int, default=0, help="instead of a preset's (with --width, --heads)")
+    parser.add_argument("--layers", type=int, default=0, help="layers, instead of a preset (with --width, --heads)")
     parser.add_argument("--width", type=int, default=2560)
     parser.add_argument("--heads", type=int, default=40)
     parser.add_argument("--precisions", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
@@ -179,10 +180,10 @@ def main() -> None:
     parser.add_argument("--checkpointing", nargs="+", default=["none"], choices=["none", "selective", "full"])
     parser.add_argument("--compile", nargs="+", default=["off"], choices=["off", "on"])
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=2, help="of each process in a step (default: 2)")
-    parser.add_argument("--length", type=int, default=1088, help="places of a row (default: 1088)")
+    parser.add_argument("--rows", type=int, default=2, help="rows of each process in a step (default: 2)")
+    parser.add_argument("--length", type=int, default=1088, help="positions of a row (default: 1088)")
     parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--steps", type=int, default=3, help="that are timed in each round (default: 3)")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps in each round (default: 3)")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")

@@ -1,10 +1,10 @@
-"""What training takes, by our formulas, beside what others say and what is seen.
+"""Compare the memory of training by our formulas with other estimates and with measurements.
 
-``deepspeed``: the states of the 4b by GPU, and on the host, beside DeepSpeed's own estimators. ``held``: what two
-processes of our DeepSpeed engine hold on this CPU after a step, and while gradients are added up, counted over all
-tensors there are, beside the predicted states; with buckets of 100,000 numbers, which else would be most of it.
-``saved``: what autograd keeps of one layer, counted by its hooks, beside the formula. ``step``: small models train two
-steps on this CPU, and the bytes that PyTorch has allocated at the peak of the second stand beside the predicted ones.
+``deepspeed``: the states of the 4b per GPU and on the host, beside the estimators of DeepSpeed. ``held``: the bytes of
+all tensors in two processes of our DeepSpeed engine on this CPU, after a step and while gradients accumulate, beside
+the predicted states; buckets have 100,000 elements, since larger ones would dominate. ``saved``: the tensors that
+autograd saves for one layer, counted by its hooks, beside the formula. ``step``: small models train two steps on this
+CPU; the bytes that PyTorch has allocated at the peak of the second step stand beside the predicted bytes.
 """
 
 from __future__ import annotations
@@ -141,17 +141,17 @@ def saved_rows() -> Iterator[dict[str, Any]]:
 
 
 def allocated_peak(work: Callable[[], None]) -> int:
-    """The most bytes that ``work`` has allocated at a time besides what was there, as PyTorch's allocator tells."""
+    """Return the peak bytes that ``work`` allocates, as PyTorch's allocator reports."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    now = most = 0
+    now = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             now += event.nbytes()
-            most = max(most, now)
-    return most
+            peak = max(peak, now)
+    return peak
 
 
 def step_rows() -> Iterator[dict[str, Any]]:
@@ -204,9 +204,9 @@ def step_bytes(job: TrainingJob, dtype: torch.dtype | None) -> tuple[int, int]:
     learner = TransformerWithLoss(transformer, dtype)
     optimizer = torch.optim.AdamW(transformer.parameters(), fused=True)
     ids = torch.randint(0, VOCABULARY, (job.micro_batch_size, job.length))
-    places = torch.arange(ids.numel())
-    weights = torch.full(places.shape, 1 / len(places))
-    targets = [LossTargets(ids=range(VOCABULARY), positions_M=places, targets_M=ids.flatten(), weights_M=weights)]
+    positions = torch.arange(ids.numel())
+    weights = torch.full(positions.shape, 1 / len(positions))
+    targets = [LossTargets(ids=range(VOCABULARY), positions_M=positions, targets_M=ids.flatten(), weights_M=weights)]
     positions = torch.arange(job.length).expand_as(ids)
 
     def step() -> None:
@@ -267,10 +267,10 @@ def held_row(stage: str) -> dict[str, Any]:
     own = EngineSettings(name="deepspeed", zero=zero, offload=offload, config=config)
     engine = open_engine(learner, settings, own, world)
     ids = torch.zeros(1, length, dtype=torch.int64)
-    told = LossTargets(
+    loss_targets = LossTargets(
         ids=range(VOCABULARY), positions_M=torch.arange(length), targets_M=ids[0], weights_M=torch.ones(length)
     )
-    part = DeviceMicroBatch(ids=ids, positions=torch.arange(length).unsqueeze(0), targets=[told])
+    part = DeviceMicroBatch(ids=ids, positions=torch.arange(length).unsqueeze(0), targets=[loss_targets])
 
     engine.accumulate_gradients([[part]], learn=True)
     engine.optimizer_step(1e-3)

@@ -1,9 +1,8 @@
-"""What makes a training step fast on a CPU: each choice of the trainer beside what it was chosen over.
+"""Compare each choice of the trainer on a CPU with its alternative, by seconds of a step.
 
 ``denormals``: numbers below 1e-38 flushed to zero, or kept. ``threads``: each thread computes a share of the rows, or
-all threads share every product. The embedded model goes on learning from pictures of its own. Each way runs in a
-process of its own, since threads take settings over when they are started; the two take turns, and medians are
-compared.
+all threads share every product. The embedded model continues training on images that it generates. Each method runs in
+a separate process, since threads adopt settings when they start; the two take turns, and medians are compared.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ WAYS = {
 
 
 def measure(way: str, steps: int) -> None:
-    """Print the median seconds of a step, and the loss of the last."""
+    """Print the median seconds of a step and the last loss."""
     import numpy as np
     import torch
 
@@ -39,10 +38,10 @@ def measure(way: str, steps: int) -> None:
         flush_denormals()
     model = CogView.from_pretrained("cogview-emoji", device="cpu")
     prompts = [thing.name for thing in model.things[:ROWS]]
-    pictures = model.generate(prompts, seed=0)
+    images = model.generate(prompts, seed=0)
     rows = {
         "text": pad_text([model.text_tokenizer.encode(prompt) for prompt in prompts], model.config.max_text),
-        "image": np.stack([picture.codes.reshape(-1) for picture in pictures]).astype(np.uint16),
+        "image": np.stack([image.codes.reshape(-1) for image in images]).astype(np.uint16),
     }
     settings = TransformerTraining(
         steps=1000, batch_size=ROWS, warmup_steps=999, full_mask_rate=0.6, full_mask_targets=8
@@ -54,13 +53,13 @@ def measure(way: str, steps: int) -> None:
     times = []
     for step in range(steps):
         start = time.perf_counter()
-        figures = trainer.step(step, trainer.batch(step, rows))
+        metrics = trainer.step(step, trainer.batch(step, rows))
         times.append(time.perf_counter() - start)
-    print(statistics.median(times[1:]), figures["loss"])
+    print(statistics.median(times[1:]), metrics["loss"])
 
 
 def main() -> None:
-    """Run both ways in turn, and print a table."""
+    """Run both methods in turn and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("choice", choices=list(WAYS))
     parser.add_argument("--steps", type=int, default=8, help="steps of a run (default: 8)")

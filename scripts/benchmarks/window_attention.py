@@ -1,4 +1,4 @@
-"""Forward and backward of window attention and of dense attention, over lengths: the first grows with the length alone.
+"""Compare window attention with dense attention over lengths, forward and backward: window attention is linear.
 
     python scripts/benchmarks/window_attention.py [--device cuda]
 
@@ -31,7 +31,7 @@ FORMS = ("window", "dense causal", "masked reference")
 
 
 def attention(form: str, length: int, device: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The function of q, k and v that a column is about."""
+    """Return the function of q, k and v of a column."""
     if form == "dense causal":
         return partial(F.scaled_dot_product_attention, is_causal=True)
     text, generator = torch.tensor([TEXT]), torch.Generator().manual_seed(0)
@@ -43,7 +43,7 @@ def attention(form: str, length: int, device: str) -> Callable[[Tensor, Tensor, 
 
 
 def seconds(form: str, length: int, device: str) -> float:
-    """One forward and backward."""
+    """Run one forward and backward."""
     dtype = torch.float32 if device == "cpu" else torch.float16
     q, k, v = (torch.randn(1, HEADS, length, SIZE, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
     function = attention(form, length, device)
@@ -58,20 +58,20 @@ def seconds(form: str, length: int, device: str) -> float:
 
 
 def resident(field: str) -> int:
-    """Bytes that this process has in memory ("VmRSS"), or had at most ("VmHWM")."""
+    """Return the resident bytes of this process (``VmRSS``) or their peak (``VmHWM``)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 def peak(form: str, length: int, device: str) -> float:
-    """Megabytes of one forward and backward, after a short one that loads what is needed."""
+    """Return the megabytes of one forward and backward, after a short one that loads libraries."""
     seconds(form, 2 * SAMPLED, device)
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         seconds(form, length, device)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # the most it had is forgotten
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = resident("VmRSS")
     seconds(form, length, device)
     return (resident("VmHWM") - before) / 1e6

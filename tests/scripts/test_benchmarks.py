@@ -1,4 +1,4 @@
-"""``scripts/benchmarks/compare_*.py``: both sides of each comparison do the same thing, and the figures are printed."""
+"""Benchmarks: both sides of each comparison compute the same, and metrics are printed."""
 
 import copy
 import json
@@ -21,7 +21,7 @@ BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
 SHAPE = ("--layers", "2", "--width", "64", "--grid", "8")
 SHORT = ("--device", "cpu", "--repeats", "1")
 PROMPT = "蓝色背景上的两只狐狸在汽车的左边"
-SCRIPTS = ("compare_released", "compare_transformers", "compare_best_of", "compare_upscale")
+SCRIPTS = ("compare_v1", "compare_transformers", "compare_best_of", "compare_upscale")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def run_benchmark(load_benchmark, tmp_path, capsys):
 
 
 def partly_known(model, name, **values):
-    """A row of the layout ``name`` with the prompt, and an image of which about half is known, here and there."""
+    """Return a sequence of the layout ``name`` with the prompt and an image of which half the codes are known."""
     noise = np.random.default_rng(1)
     image = np.ma.masked_array(noise.integers(0, 8192, 64), mask=noise.random(64) < 0.5)
     text = model.text_tokenizer.encode(PROMPT)
@@ -56,16 +56,16 @@ def partly_known(model, name, **values):
 
 
 def test_v1_generate_equals_greedy_decode(load_benchmark, tiny_model):
-    draw = load_benchmark("released_algorithm").draw
+    generate = load_benchmark("v1_algorithm").generate
     transformer, vocabulary = copy.deepcopy(tiny_model.transformer), tiny_model.vocabulary
-    load_benchmark("compare_released").sharpen(transformer)  # else greedy codes would repeat, whatever was read
+    load_benchmark("compare_v1").sharpen(transformer)  # otherwise greedy codes repeat in any context
     whole = layouts(8)["generate"].arrange(vocabulary, text=tiny_model.text_tokenizer.encode(PROMPT))
     small = np.arange(100, 116).reshape(4, 4)
-    # Of the last two, one place and several are read at a time; in the last one positions restart.
+    # The last two have steps of one position and of several; in the last one positions restart.
     rows = [whole, partly_known(tiny_model, "generate"), partly_known(tiny_model, "upscale", small=small)]
     for row in rows:
         seen = []
-        drawn = draw(
+        ids = generate(
             transformer,
             vocabulary,
             row,
@@ -75,20 +75,20 @@ def test_v1_generate_equals_greedy_decode(load_benchmark, tiny_model):
             lambda *progress, seen=seen: seen.append(progress),
         )
         (ours,) = decode(transformer, vocabulary, [DecodingRequest(sequence=row, seed=0, sampling=GREEDY)])
-        assert np.array_equal(drawn, np.stack([ours.ids, ours.ids]))
-        assert len(set(drawn[0][row.blanks])) >= 10
+        assert np.array_equal(ids, np.stack([ours.ids, ours.ids]))
+        assert len(set(ids[0][row.blanks])) >= 10
         assert seen == [(done, row.blanks.sum()) for done in range(1, row.blanks.sum() + 1)]
 
 
 def test_v1_forward_equals_a_full_forward_pass(load_benchmark, tiny_model):
-    released = load_benchmark("released_algorithm")
+    v1 = load_benchmark("v1_algorithm")
     transformer, noise = tiny_model.transformer, torch.Generator().manual_seed(0)
     ids_BT = torch.randint(0, 8192, (1, 12), generator=noise)
     positions_T = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5])
     expected_BTV = transformer(ids_BT, positions_T.unsqueeze(0))
-    memory = released.no_memory(transformer)
+    memory = v1.empty_memory(transformer)
     for start, stop in ((0, 4), (4, 5), (5, 9), (9, 12)):
-        logits_BV, memory = released.read(transformer, memory, ids_BT[:, start:stop], positions_T[start:stop])
+        logits_BV, memory = v1.forward(transformer, memory, ids_BT[:, start:stop], positions_T[start:stop])
         torch.testing.assert_close(logits_BV, expected_BTV[:, stop - 1], atol=1e-5, rtol=0)
     assert [inputs_BSD.shape for inputs_BSD in memory] == [(1, 12, 32)] * 2
 
@@ -96,7 +96,7 @@ def test_v1_forward_equals_a_full_forward_pass(load_benchmark, tiny_model):
 def test_v1_sample_chooses_among_the_top_k_candidates(load_benchmark):
     logits_BV = torch.tensor([[9.0, 0.0, 3.0, 2.9, 1.0, 9.0]]).repeat(200, 1)
     noise = torch.Generator().manual_seed(0)
-    chosen_B = load_benchmark("released_algorithm").choose(logits_BV, range(1, 5), Sampling(top_k=2), noise)
+    chosen_B = load_benchmark("v1_algorithm").sample(logits_BV, range(1, 5), Sampling(top_k=2), noise)
     assert set(chosen_B.tolist()) == {2, 3}
     assert logits_BV[0, 0] == 9
 
@@ -104,33 +104,33 @@ def test_v1_sample_chooses_among_the_top_k_candidates(load_benchmark):
 def test_compare_v1_strata_cover_every_step(load_benchmark, tiny_model):
     row = layouts(8)["generate"].arrange(tiny_model.vocabulary, text=tiny_model.text_tokenizer.encode(PROMPT))
     start = row.spans["image"].start
-    strides = load_benchmark("compare_released").strata(row, 32)
+    strides = load_benchmark("compare_v1").strata(row, 32)
     assert strides == {str(start): 1, str(start + 16): 32, str(start + 48): 31}
 
 
 @pytest.mark.parametrize(("way", "parts"), [((), 3), (("--whole",), 1)])
 def test_compare_v1_prints_the_ratio_of_times(run_benchmark, way, parts):
-    table, found = run_benchmark("compare_released", *SHAPE, "--batches", "1", "3", *way)
+    table, found = run_benchmark("compare_v1", *SHAPE, "--batches", "1", "3", *way)
     assert [row[0] for row in table[1:]] == ["1", "3"]
     for row, batch in zip(table[1:], found["rows"], strict=True):
-        assert float(row[3]) == pytest.approx(batch["released"] / batch["ours"], abs=0.06)
-        assert len(batch["seconds"]["released"]) == parts
+        assert float(row[3]) == pytest.approx(batch["v1"] / batch["ours"], abs=0.06)
+        assert len(batch["seconds"]["v1"]) == parts
     assert (found["arguments"]["grid"], found["dtype"]) == (8, "float32")
 
 
 def test_compare_v1_runs_with_trained_weights(run_benchmark, monkeypatch, tiny_model):
     monkeypatch.setattr(CogView, "from_pretrained", lambda name, **placement: tiny_model)
-    table, found = run_benchmark("compare_released", "--model", "tiny", "--batches", "2")
+    table, found = run_benchmark("compare_v1", "--model", "tiny", "--batches", "2")
     assert [row[0] for row in table[1:]] == ["2"]
     assert [len(seconds["all"]) for seconds in found["rows"][0]["seconds"].values()] == [1, 1]
 
 
 def test_compare_transformers_prints_every_mode(run_benchmark):
-    pytest.importorskip("transformers", reason="transformers is what ours is compared with")
+    pytest.importorskip("transformers", reason="transformers is the other side of the comparison")
     modes = ["eager, dynamic", "sdpa, static"]
     table, found = run_benchmark("compare_transformers", *SHAPE, "--batch", "2", "--tokens", "5", "--modes", *modes)
     assert [row[0].removesuffix(" (its best)") for row in table[1:]] == ["ours", *(f"transformers: {m}" for m in modes)]
-    assert (found["given"], found["drawn"], sorted(found["seconds"])) == (
+    assert (found["given"], found["sampled"], sorted(found["seconds"])) == (
         80,
         5,
         ["eager, dynamic", "ours", "sdpa, static"],
@@ -140,29 +140,29 @@ def test_compare_transformers_prints_every_mode(run_benchmark):
 
 def test_compare_best_of_prints_each_method_with_random_weights(run_benchmark):
     table, found = run_benchmark("compare_best_of", "--model", "random", *SHAPE, "-n", "3")
-    assert [row[0] for row in table[1:]] == ["one by one, nothing guessed", "ours"]
+    assert [row[0] for row in table[1:]] == ["one by one, sequential", "ours"]
     assert 0 < found["score_share"] < 1
 
 
 def test_compare_best_of_prints_each_method_with_trained_weights(run_benchmark, tiny_checkpoint):
     table, found = run_benchmark("compare_best_of", "--model", str(tiny_checkpoint), "-n", "3")
-    assert [row[0] for row in table[1:]] == ["one by one, nothing guessed", "one by one", "ours"]
+    assert [row[0] for row in table[1:]] == ["one by one, sequential", "one by one", "ours"]
     assert [row[4] for row in table[1:]] == [*(f"{ratio:.1f}" for ratio in found["ratios"].values()), ""]
 
 
 def test_compare_best_of_scores_equally_with_both_methods(load_benchmark, tiny_model):
     best_of = load_benchmark("compare_best_of")
     best_of.PROMPT = PROMPT
-    best_of.MOST_LOGITS = 1  # one picture at a time
-    codes = best_of.draw_together(tiny_model, best_of.jobs_of(tiny_model, 3))
-    scores = best_of.score_everything(tiny_model, codes)
+    best_of.MAX_LOGITS_BYTES = 1  # one image at a time
+    codes = best_of.generate_together(tiny_model, best_of.requests_of(tiny_model, 3))
+    scores = best_of.score_all_ids(tiny_model, codes)
     assert scores == pytest.approx(best_of.score_pieces(tiny_model, codes), abs=1e-3)
     assert len(set(scores)) == 3
 
 
 def test_compare_upscale_counts_equal_images(run_benchmark, tiny_checkpoint):
     table, found = run_benchmark("compare_upscale", "--model", str(tiny_checkpoint), "--images", "2")
-    assert [row[0] for row in table[1:]] == ["released algorithm, one at a time", "ours, in one batch"]
+    assert [row[0] for row in table[1:]] == ["algorithm of v1, one at a time", "ours, in one batch"]
     assert found["same"] == found["images"] == 2
 
 
@@ -170,19 +170,23 @@ def test_comparisons_report_mistakes_in_one_line(load_benchmark, monkeypatch, tm
     monkeypatch.setitem(sys.modules, "transformers", None)
     nowhere = tmp_path / "none" / "times.json"
     for name, arguments, message in [
-        ("compare_released", ["--repeats", "0"], "--repeats must be at least 1, got 0"),
-        ("compare_released", ["--batches", "1", "0"], "--batches must be at least 1, got 0"),
-        ("compare_released", ["--every", "0"], "--every must be at least 1, got 0"),
-        ("compare_released", ["--json", str(nowhere)], f"--json {nowhere}: there is no folder {nowhere.parent}; make "),
+        ("compare_v1", ["--repeats", "0"], "--repeats must be at least 1, got 0"),
+        ("compare_v1", ["--batches", "1", "0"], "--batches must be at least 1, got 0"),
+        ("compare_v1", ["--every", "0"], "--every must be at least 1, got 0"),
+        ("compare_v1", ["--json", str(nowhere)], f"--json {nowhere}: there is no folder {nowhere.parent}; make "),
         (
-            "compare_released",
+            "compare_v1",
             ["--heads", "7"],
             "--layers 2 --width 64 --heads 7: width 64 does not divide into 7 heads",
         ),
-        ("compare_released", ["--model", "cogview-emoji"], "--layers, --width, --grid: cogview-emoji has a shape of "),
-        ("compare_transformers", ["--tokens", "65"], "--tokens must be from 1 to 64, what an image and the positions "),
+        ("compare_v1", ["--model", "cogview-emoji"], "--layers, --width, --grid: cogview-emoji has a shape of "),
+        (
+            "compare_transformers",
+            ["--tokens", "65"],
+            "--tokens must be from 1 to 64, the codes of an image that fit the posi",
+        ),
         ("compare_transformers", ["--batch", "0"], "--batch must be at least 1, got 0"),
-        ("compare_transformers", [], "Hugging Face transformers is missing, which is what ours is compared with: pip "),
+        ("compare_transformers", [], "Hugging Face transformers is missing, the other side of this comparison: pip "),
         ("compare_best_of", ["--model", "random", "-n", "0"], "-n must be at least 1, got 0"),
         ("compare_best_of", [], "--layers, --width, --grid: cogview-emoji has a shape of its own; for random weights "),
         ("compare_upscale", ["--model", "random", "--images", "0"], "--images must be at least 1, got 0"),
@@ -207,7 +211,7 @@ def test_compare_best_of_refuses_a_bundle(load_benchmark, tiny_model, monkeypatc
 def test_compare_transformers_reports_a_failed_compilation_in_one_line(load_benchmark, monkeypatch, capsys):
     from torch._dynamo.exc import TorchDynamoException
 
-    pytest.importorskip("transformers", reason="transformers is what ours is compared with")
+    pytest.importorskip("transformers", reason="transformers is the other side of the comparison")
     compare = load_benchmark("compare_transformers")
 
     def fail(*arguments):
@@ -232,11 +236,11 @@ def test_gpu_kernels_checks_every_kernel(load_benchmark, tmp_path, capsys):
     pytest.importorskip("triton")
     file = tmp_path / "kernels.json"
     assert load_benchmark("gpu_kernels").main(["--device", "cpu", "--dtype", "float32", "--json", str(file)]) == 0
-    figures = json.loads(file.read_text())["kernels"]
+    metrics = json.loads(file.read_text())["kernels"]
     names = {"attention", "decode_attention", "window_attention", "sandwich_layer_norm", "bias_gelu"}
-    assert {*names, "fused_linear_cross_entropy"} <= {figure["name"] for figure in figures}
-    assert all(figure["right"] and figure["error"] is not None for figure in figures)
-    assert capsys.readouterr().out.count("\n|") == 2 + len(figures)
+    assert {*names, "fused_linear_cross_entropy"} <= {metric["name"] for metric in metrics}
+    assert all(metric["right"] and metric["error"] is not None for metric in metrics)
+    assert capsys.readouterr().out.count("\n|") == 2 + len(metrics)
 
 
 def test_gpu_kernels_names_a_wrong_kernel(load_benchmark, monkeypatch, capsys):
@@ -246,6 +250,7 @@ def test_gpu_kernels_names_a_wrong_kernel(load_benchmark, monkeypatch, capsys):
     assert "wrong: bias_gelu" in capsys.readouterr().out
 
 
+@pytest.mark.multiprocess
 def test_compile_kernels_works_without_a_gpu():
     """The script runs in a separate process, where Triton does not interpret."""
     pytest.importorskip("triton")

@@ -1,6 +1,4 @@
-"""``scripts/benchmarks/stability.py``: the forms differ in what is compared and in nothing else, and what is planted is
-found.
-"""
+"""``scripts/benchmarks/stability.py``: forms differ only in the compared property, and planted failures are found."""
 
 import importlib.util
 import json
@@ -30,7 +28,7 @@ def some_ids():
 
 
 def test_stability_writes_the_metrics_of_every_part(stability, tmp_path, capsys):
-    file = tmp_path / "figures.json"
+    file = tmp_path / "metrics.json"
     assert stability.main([*TINY, "--rates", "0.01", "--json", str(file)]) == 0
     found = json.loads(file.read_text())
     assert set(found) == {"outliers", "attention", "rates", "injected"}
@@ -48,7 +46,7 @@ def test_stability_writes_the_metrics_of_every_part(stability, tmp_path, capsys)
 def test_stability_draws_the_plot(stability, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "stability.png"
-    assert stability.main([*TINY, "--parts", "outliers", "injected", "--picture", str(file)]) == 0
+    assert stability.main([*TINY, "--parts", "outliers", "injected", "--plot", str(file)]) == 0
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
@@ -178,21 +176,21 @@ def test_stability_outcome_finds_the_largest_tolerated_outlier(stability):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("--steps", "3"), "--steps must be at least 10, got 3"),
         (("--seeds", "0"), "--seeds must be at least 1, got 0"),
         (("--width", "10", "--heads", "4"), "--width 10 does not divide into --heads 4"),
         (("--rates", "0.1", "-1"), "--rates must be above 0, got -1.0"),
-        (("--json", "nowhere/figures.json"), "there is no folder nowhere"),
-        (("--parts", "attention", "--picture", "here.png"), "--parts leaves out injected and outliers"),
+        (("--json", "nowhere/metrics.json"), "there is no folder nowhere"),
+        (("--parts", "attention", "--plot", "here.png"), "--parts leaves out injected and outliers"),
     ],
 )
-def test_stability_reports_mistakes_in_one_line(stability, tmp_path, monkeypatch, capsys, arguments, told):
+def test_stability_reports_mistakes_in_one_line(stability, tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert stability.main(list(arguments)) == 2
     printed = capsys.readouterr()
-    assert told in printed.err
+    assert message in printed.err
     assert printed.err.count("\n") == 1
     assert not printed.out
     assert not list(tmp_path.iterdir())
@@ -200,7 +198,7 @@ def test_stability_reports_mistakes_in_one_line(stability, tmp_path, monkeypatch
 
 def test_stability_names_the_extra_when_matplotlib_is_missing(stability, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert stability.main(["--picture", "here.png"]) == 2
+    assert stability.main(["--plot", "here.png"]) == 2
     assert "pip install 'cogview[train]'" in capsys.readouterr().err
 
 

@@ -1,9 +1,9 @@
-"""What a model has learnt of each of its tasks: the losses of rows held out, with their codes given and hidden.
+"""Print the validation losses of each task of a model, with codes given and with codes masked.
 
-    python scripts/benchmarks/held_out_losses.py WORK/held-out-store CHECKPOINT…
+    python scripts/benchmarks/validation_losses.py WORK/held-out-store CHECKPOINT…
 
-For each model (a checkpoint folder or a name), nats per code or piece. "Given": every code is told after the true codes
-before it, as in drawing. "Hidden": from the text, the small picture and the place alone.
+For each model (a checkpoint folder or a name), nats per code or piece. "Given": every code is predicted after the true
+codes before it, as in generation. "Hidden": from the text, the small image and the position only.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from cogview.training.trainer import TransformerTrainer
 
 
 def main() -> int:
-    """Print a line for each model, task and way."""
+    """Print a line for each model, task and setting."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("store", type=Path, help="a store of held-out scenes, as cogview encode makes it")
+    parser.add_argument("store", type=Path, help="store of held-out scenes, written by cogview encode")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names or folders")
     parser.add_argument("-n", type=int, default=192, help="rows (default: 192)")
     args = parser.parse_args()
@@ -49,8 +49,8 @@ def main() -> int:
         for task in model.config.tasks:
             for hidden in (False, True) if task != "caption" else (False,):
                 found = trainer.store_losses(store, task, args.n, mask_all=hidden)
-                figures = ", ".join(f"{figure} {loss:.3f}" for figure, loss in found.items() if figure != "loss")
-                print(f"{name}: {'hidden' if hidden else 'given'}: {figures}", flush=True)
+                losses = ", ".join(f"{metric} {loss:.3f}" for metric, loss in found.items() if metric != "loss")
+                print(f"{name}: {'hidden' if hidden else 'given'}: {losses}", flush=True)
     return 0
 
 

@@ -1,17 +1,17 @@
-"""Seconds per image of the released CogView's way of drawing and of ours, side by side on the same random weights.
+"""Compare the seconds per image of the algorithm of CogView v1 and of ours on the same weights.
 
-    python scripts/benchmarks/compare_released.py [--batches 1 8] [--whole] [--json FILE]
-    python scripts/benchmarks/compare_released.py --model cogview-emoji [--batches 1 8] [--json FILE]
+    python scripts/benchmarks/compare_v1.py [--batches 1 8] [--whole] [--json FILE]
+    python scripts/benchmarks/compare_v1.py --model cogview-emoji [--batches 1 8] [--json FILE]
 
-A prompt of 20 pieces is drawn in batches of several sizes. Ours draws whole images, prompt included. Of the released
-algorithm (released_algorithm.py), which takes minutes, every 32nd step is timed at its own place, each the second time
-that it is made, and stands for its neighbours; the reading of the prompt is added. --whole takes every step instead.
+Images of a prompt of 20 pieces are generated in batches of several sizes. Ours generates whole images, prompt included.
+The algorithm of v1 (v1_algorithm.py) takes minutes, so that every 32nd step is timed at its position, on its second
+run, and represents its neighbours. The time of the prompt is added. --whole times every step instead.
 
 Before that, both fill the same blanks greedily in float32, and must choose the same codes.
 
-On random weights ours draws one code after the other. What these expect depends little on what was drawn, so that to
-guess several codes at one go, as the engine else does where it pays, would look better here than with any trained
-model. With a --model, whose weights are trained, it draws as it always does.
+With random weights ours decodes sequentially. Their predictions depend little on earlier codes, so that speculative
+decoding would look better here than with any trained model. With a --model, whose weights are trained, ours uses its
+defaults.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from released_algorithm import choose, draw, no_memory, read
+from v1_algorithm import empty_memory, forward, generate, sample
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
@@ -49,32 +49,32 @@ RANDOM = "random"
 SHAPE = ("layers", "width", "heads", "grid")
 NUM_PIECES = 20
 PROMPT = "蓝色背景上的三只狐狸"
-SAMPLING = Sampling()  # as released: top-k 200
-CHECKED = 64  # codes of an image that are drawn to see that both sides agree
-VOCABULARY = Vocabulary()  # the released one
+SAMPLING = Sampling()  # of v1: top-k 200
+CHECKED = 64  # codes of an image that both sides must choose equally
+VOCABULARY = Vocabulary()  # of v1
 
 Parts = Mapping[str, float]  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check, measure and print; returns the exit status."""
+    """Check, measure and print; return the exit status."""
     parser = make_parser(__doc__)
     add_shape_arguments(parser)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="IMAGES", help="(default: 1 8)")
-    parser.add_argument("--every", type=int, default=32, metavar="STEPS", help="time one of so many (default: 32)")
+    parser.add_argument("--every", type=int, default=32, metavar="STEPS", help="time every STEPS-th step (default: 32)")
     parser.add_argument(
         "--model",
         default=RANDOM,
         metavar="NAME_OR_FOLDER",
-        help=f"one that generates, of which every step is timed (default: {RANDOM} weights of that shape)",
+        help=f"model that generates; every step is timed (default: {RANDOM} weights of the given shape)",
     )
-    parser.add_argument("--whole", action="store_true", help="time every step of the released algorithm")
+    parser.add_argument("--whole", action="store_true", help="time every step of the algorithm of v1")
     args = parser.parse_args(argv)
-    return run_safely(lambda: run(args, parser), "compare_released.py")
+    return run_safely(lambda: run(args, parser), "compare_v1.py")
 
 
 def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """The whole comparison."""
+    """Run the whole comparison."""
     check_arguments(args)
     require_positive("--every", args.every)
     for batch in args.batches:
@@ -90,34 +90,34 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     rows, found = [], []
     for batch in args.batches:
         print(f"{batch} at a time", file=sys.stderr)
-        whole = partial(released_whole, subject, batch)
-        sampled = partial(released_steps, subject, batch, strides)
+        whole = partial(v1_whole, subject, batch)
+        sampled = partial(v1_steps, subject, batch, strides)
         sides = in_turn(
             {
-                "released": whole if every_step else sampled,
+                "v1": whole if every_step else sampled,
                 "ours": partial(ours_whole, subject, batch),
             },
             args.repeats,
         )
         own = statistics.median(sides["ours"]["all"]) / batch
-        theirs = sum(steps * statistics.median(sides["released"][part]) for part, steps in strides.items()) / batch
+        theirs = sum(steps * statistics.median(sides["v1"][part]) for part, steps in strides.items()) / batch
         rows.append([batch, f"{theirs:.3f}", f"{own:.3f}", f"{theirs / own:.1f}", f"{num_codes / own:.1f}"])
-        found.append({"batch": batch, "released": theirs, "ours": own, "ratio": theirs / own, "seconds": sides})
+        found.append({"batch": batch, "v1": theirs, "ours": own, "ratio": theirs / own, "seconds": sides})
 
-    every = "every step" if every_step else f"one of {args.every} steps timed, for those around it"
+    every = "every step timed" if every_step else f"one of {args.every} steps timed, which represents its neighbours"
     lines = [
         f"weights {args.model}: {describe(subject.transformer.config, math.isqrt(num_codes))}; "
         f"{describe_placement(placement)}; medians of {args.repeats} runs",
-        f"{checked} codes chosen greedily in float32: the same on both sides",
-        f"released algorithm: {every}",
+        f"{checked} codes chosen greedily in float32: equal on both sides",
+        f"algorithm of v1: {every}",
     ]
-    columns = ["images at a time", "released, s per image", "ours, s per image", "released / ours", "our codes/s"]
-    report(args, lines, columns, rows, {"comparison": "released", "rows": found, **facts(placement)})
+    columns = ["images at a time", "CogView v1, s per image", "ours, s per image", "v1 / ours", "our codes/s"]
+    report(args, lines, columns, rows, {"comparison": "v1", "rows": found, **facts(placement)})
     return 0
 
 
 def strata(row: TokenSequence, every: int) -> dict[str, int]:
-    """For each step that is timed, by its column, how many it stands for; the first one reads the prompt."""
+    """Return, for each timed step by its column, the number of steps it represents; the first processes the prompt."""
     first, *others = np.flatnonzero(row.blanks).tolist()
     groups = [others[start : start + every] for start in range(0, len(others), every)]
     return {str(first): 1, **{str(group[(len(group) - 1) // 2]): len(group) for group in groups}}
@@ -125,18 +125,18 @@ def strata(row: TokenSequence, every: int) -> dict[str, int]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subject:
-    """What both sides draw: the picture of ``row``, by a transformer that is to be on ``placement``."""
+    """The image of ``row`` that both sides generate, with a transformer that will be on ``placement``."""
 
     transformer: Transformer
     placement: DevicePlacement
     row: TokenSequence
     vocabulary: Vocabulary = VOCABULARY
     sampling: Sampling = SAMPLING
-    parallel: int | None = 1  # codes that ours guesses at one go; None for as many as pay
+    speculative: int | None = 1  # maximal window of our speculative decoding; None: automatic
 
 
 def random_subject(args: argparse.Namespace) -> Subject:
-    """Random weights in float32, of the shape that ``args`` ask for, and a prompt of random pieces."""
+    """Return random weights in float32 of the requested shape, and a prompt of random pieces."""
     config = shape_of(args)
     placement = choose_placement(args.device, args.dtype, num_parameters=config.num_parameters)
     pieces = np.random.default_rng(SEED).integers(0, VOCABULARY.num_text_pieces, NUM_PIECES)
@@ -148,7 +148,7 @@ def random_subject(args: argparse.Namespace) -> Subject:
 
 
 def trained_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Subject:
-    """The model of that name in float32, with settings of its own as far as the release has them."""
+    """Return the named model in float32, with those of its sampling settings that v1 has."""
     model = trained_model(args, parser, "float32", "generate")
     config = model.config
     return Subject(
@@ -157,65 +157,65 @@ def trained_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) -
         row=config.layouts["generate"].arrange(config.vocabulary, text=model.text_tokenizer.encode(PROMPT)),
         vocabulary=config.vocabulary,
         sampling=Sampling(temperature=config.sampling.temperature, top_k=config.sampling.top_k),
-        parallel=None,
+        speculative=None,
     )
 
 
 def ours_whole(subject: Subject, batch: int) -> Parts:
-    """Seconds of a batch of whole images by our engine."""
-    jobs = [
+    """Return the seconds of a batch of whole images by our decoding."""
+    requests = [
         DecodingRequest(sequence=subject.row, seed=SEED, image=image, sampling=subject.sampling)
         for image in range(batch)
     ]
-    work = partial(decode, subject.transformer, subject.vocabulary, jobs, speculative=subject.parallel)
+    work = partial(decode, subject.transformer, subject.vocabulary, requests, speculative=subject.speculative)
     return {"all": seconds_of(subject.placement, work)}
 
 
-def released_whole(subject: Subject, batch: int) -> Parts:
-    """Seconds of a batch of whole images by the released algorithm."""
+def v1_whole(subject: Subject, batch: int) -> Parts:
+    """Return the seconds of a batch of whole images by the algorithm of v1."""
     noise = torch.Generator(subject.placement.device).manual_seed(SEED)
-    work = partial(draw, subject.transformer, subject.vocabulary, subject.row, batch, subject.sampling, noise)
+    work = partial(generate, subject.transformer, subject.vocabulary, subject.row, batch, subject.sampling, noise)
     return {"all": seconds_of(subject.placement, work)}
 
 
-def released_steps(subject: Subject, batch: int, strides: Mapping[str, int]) -> Parts:
-    """Seconds of the released algorithm's step at each of the columns ``strides``, with noise as the memory."""
+def v1_steps(subject: Subject, batch: int, strides: Mapping[str, int]) -> Parts:
+    """Return the seconds of a step of v1 at each of the columns ``strides``, with noise as the memory."""
     transformer, placement, row = subject.transformer, subject.placement, subject.row
     weight = transformer.embedding.weight
     noise = torch.Generator(placement.device).manual_seed(SEED)
     ids_T, positions_T = (torch.from_numpy(array).to(placement.device) for array in (row.ids, row.positions))
 
-    def read_prompt(column: int) -> None:
-        logits_BV, memory = read(transformer, no_memory(transformer), ids_T[None, :column], positions_T[:column])
+    def prefill(column: int) -> None:
+        logits_BV, memory = forward(transformer, empty_memory(transformer), ids_T[None, :column], positions_T[:column])
         memory = [inputs_BSD.repeat(batch, 1, 1) for inputs_BSD in memory]
-        choose(logits_BV.repeat(batch, 1), subject.vocabulary.image, subject.sampling, noise)
+        sample(logits_BV.repeat(batch, 1), subject.vocabulary.image, subject.sampling, noise)
 
-    def draw_some(memory: list[torch.Tensor], column: int, count: int) -> None:
+    def generate_some(memory: list[torch.Tensor], column: int, count: int) -> None:
         ids_B1 = torch.zeros(batch, 1, dtype=torch.int64, device=placement.device)
-        for place in range(column, column + count):
-            logits_BV, memory = read(transformer, memory, ids_B1, positions_T[place - 1 : place])
-            ids_B1 = choose(logits_BV, subject.vocabulary.image, subject.sampling, noise).unsqueeze(1)
+        for position in range(column, column + count):
+            logits_BV, memory = forward(transformer, memory, ids_B1, positions_T[position - 1 : position])
+            ids_B1 = sample(logits_BV, subject.vocabulary.image, subject.sampling, noise).unsqueeze(1)
 
     found = {}
     for name, steps in strides.items():
         column, count = int(name), 1
         if row.blanks[column - 1]:
-            # A GPU is told of the next steps while it works on one, so several in a row are timed there.
+            # Launches run ahead of a GPU, so that several steps in a row are timed there.
             count = 1 if placement.device.type == "cpu" else min(8, steps // 2 + 1)
             shape = (batch, column - 1, transformer.config.width)
             memory = [torch.randn(shape, device=weight.device, dtype=weight.dtype) for _ in transformer.layers]
-            work = partial(draw_some, memory, column, count)
+            work = partial(generate_some, memory, column, count)
         else:
-            work = partial(read_prompt, column)
+            work = partial(prefill, column)
         work()
         found[name] = seconds_of(placement, work) / count
     return found
 
 
 def check_same_codes(subject: Subject) -> int:
-    """Both sides fill the same blanks greedily, which must give the same codes; returns how many were chosen.
+    """Check that both sides fill the same blanks greedily with the same codes; return the number of codes.
 
-    The first codes of an image are given in random places, so that one and several are read at a time.
+    Some codes are given at random positions, so that steps process one position or several.
     """
     row, vocabulary, transformer = subject.row, subject.vocabulary, subject.transformer
     first = row.spans["image"].start
@@ -225,35 +225,35 @@ def check_same_codes(subject: Subject) -> int:
     codes_T = noise.integers(vocabulary.image.start, vocabulary.image.stop, len(row))
     row = replace(row, ids=np.where(given_T, codes_T, row.ids), blanks=row.blanks & ~given_T)
     (own,) = decode(transformer, vocabulary, [DecodingRequest(sequence=row, seed=SEED, sampling=GREEDY)])
-    theirs = draw(transformer, vocabulary, row, 2, GREEDY, torch.Generator(transformer.embedding.weight.device))
-    assert (theirs == own.ids).all(), "the released algorithm and ours chose different codes"
+    theirs = generate(transformer, vocabulary, row, 2, GREEDY, torch.Generator(transformer.embedding.weight.device))
+    assert (theirs == own.ids).all(), "the algorithm of v1 and ours chose different codes"
     return int(row.blanks.sum())
 
 
-# What all comparisons share
+# Shared by all comparisons
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the arguments of every comparison: --device, --dtype, --repeats and --json."""
+    """Return a parser with the arguments of every comparison: --device, --dtype, --repeats and --json."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--dtype", default="auto", choices=["auto", *DTYPES], help="(default: auto)")
     parser.add_argument("--repeats", type=int, default=5, metavar="COUNT", help="runs of each side (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every time that was measured there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measured time to FILE")
     return parser
 
 
 def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """--layers, --width, --heads and --grid of random weights."""
+    """Add --layers, --width, --heads and --grid of random weights."""
     for name, default in (("layers", 8), ("width", 512), ("heads", 8)):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"of random weights (default: {default})")
     parser.add_argument(
-        "--grid", type=int, default=32, choices=[8, 16, 32], help="codes on a side of an image (default: 32)"
+        "--grid", type=int, default=32, choices=[8, 16, 32], help="codes per side of an image (default: 32)"
     )
 
 
 def trained_model(args: argparse.Namespace, parser: argparse.ArgumentParser, dtype: str, *tasks: str) -> CogView:
-    """The --model asked for; InputError where it has not all of the tasks, or a shape was given besides."""
+    """Open --model; raise InputError if it lacks one of the tasks, or if a shape was given as well."""
     given = [f"--{name}" for name in SHAPE if getattr(args, name) != parser.get_default(name)]
     if given:
         raise InputError(
@@ -268,14 +268,14 @@ def trained_model(args: argparse.Namespace, parser: argparse.ArgumentParser, dty
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """InputError, before minutes of work, for what could not be done or written after it."""
+    """Raise InputError early for values that would fail after minutes of work."""
     require_positive("--repeats", args.repeats)
     if args.json is not None and not args.json.resolve().parent.is_dir():
         raise InputError(f"--json {args.json}: there is no folder {args.json.parent}; make it first")
 
 
 def shape_of(args: argparse.Namespace) -> TransformerConfig:
-    """The shape of the random weights."""
+    """Return the shape of the random weights."""
     try:
         return TransformerConfig(
             num_layers=args.layers,
@@ -289,7 +289,7 @@ def shape_of(args: argparse.Namespace) -> TransformerConfig:
 
 
 def random_transformer(config: TransformerConfig, device: torch.device) -> Transformer:
-    """The same random weights in every run, in float32."""
+    """Return random float32 weights that are the same in every run."""
     torch.manual_seed(SEED)
     transformer = Transformer(config).eval().to(device)
     sharpen(transformer)
@@ -298,14 +298,14 @@ def random_transformer(config: TransformerConfig, device: torch.device) -> Trans
 
 @torch.no_grad()
 def sharpen(transformer: Transformer) -> None:
-    """Have attention choose among places: at first it averages over all, and greedy codes soon repeat themselves."""
+    """Sharpen attention: fresh weights average over all positions, and greedy codes soon repeat."""
     for name, parameter in transformer.named_parameters():
         if name.endswith("query_key_value.weight"):
             parameter.mul_(8)
 
 
 def seconds_of(placement: DevicePlacement, work: Callable[[], object]) -> float:
-    """Wall seconds of ``work``, until its device is done."""
+    """Return the wall seconds of ``work``, until its device is done."""
     on_gpu = placement.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize(placement.device)
@@ -317,7 +317,7 @@ def seconds_of(placement: DevicePlacement, work: Callable[[], object]) -> float:
 
 
 def in_turn(sides: Mapping[str, Callable[[], Parts]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """The seconds of each part of each side, which run in turn; the first run of each is not counted."""
+    """Run the sides in turn and return the seconds of each part; the first run of each is a warm-up."""
     found: dict[str, dict[str, list[float]]] = {side: {} for side in sides}
     for number in range(repeats + 1):
         print(f"run {number} of {repeats}" if number else "warming up", file=sys.stderr, flush=True)
@@ -330,12 +330,12 @@ def in_turn(sides: Mapping[str, Callable[[], Parts]], repeats: int) -> dict[str,
 
 
 def describe(config: TransformerConfig, grid: int) -> str:
-    """The shape of a model in words."""
+    """Describe the shape of a model."""
     return f"{config.num_layers} layers of width {config.width}, {config.vocabulary_size} ids, {grid * grid} codes"
 
 
 def describe_placement(placement: DevicePlacement) -> str:
-    """Device and dtype in words."""
+    """Describe device and dtype."""
     known = facts(placement)
     return f"{known['dtype']} on {known['device']}" + (
         f" with {known['threads']} threads" if placement.device.type == "cpu" else ""
@@ -343,7 +343,7 @@ def describe_placement(placement: DevicePlacement) -> str:
 
 
 def facts(placement: DevicePlacement) -> dict[str, Any]:
-    """Where it was measured."""
+    """Return device, dtype, threads and version of PyTorch."""
     on_gpu = placement.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(placement.device) if on_gpu else str(placement.device),

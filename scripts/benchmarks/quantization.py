@@ -1,10 +1,10 @@
-"""What rounding the weights costs: the embedded model in int8 and int4 against itself in float32 and bfloat16.
+"""Measure the cost of quantization: the embedded model in int8 and int4 against float32 and bfloat16.
 
-    python scripts/benchmarks/few_bits.py WORLD [-n 500]
+    python scripts/benchmarks/quantization.py WORLD [-n 500]
 
-For each dtype: the mean over the codes of held-out scenes of KL(q || p), in nats, where q is what float32 expects of
-the next code given the true codes before it, or bfloat16; the share of codes whose most probable one is that of
-bfloat16; and the share of held-out captions of which the picture drawn is right in everything, with its 95% interval.
+For each dtype: KL(q || p) in nats, averaged over the codes of held-out scenes, where q is the distribution of the next
+code given the true codes before it, in float32 or in bfloat16; the share of codes whose most probable code equals that
+of bfloat16; and the share of held-out captions whose generated image is right in everything, with its 95% interval.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 @torch.inference_mode()
 def code_log_probs(model: CogView, captions: list[str], codes: np.ndarray, batch_size: int = 50) -> torch.Tensor:
-    """log p of every code at every place: float32 (rows, G * G, 8192)."""
+    """Return log p of every code at every position: float32 (rows, G * G, 8192)."""
     layout, vocabulary = model.config.layouts["generate"], model.vocabulary
     rows = [
         layout.arrange(vocabulary, text=model.text_tokenizer.encode(caption), image=own)
@@ -50,14 +50,14 @@ def code_log_probs(model: CogView, captions: list[str], codes: np.ndarray, batch
 def main() -> int:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", type=Path, help="the world of the emoji-cpu recipe, as cogview scenes makes it")
+    parser.add_argument("world", type=Path, help="world of the emoji-cpu recipe, written by cogview scenes")
     parser.add_argument("--model", default="cogview-emoji", help="(default: cogview-emoji)")
-    parser.add_argument("-n", type=int, default=500, help="captions to draw (default: 500)")
-    parser.add_argument("--rows", type=int, default=100, help="scenes whose codes are told (default: 100)")
+    parser.add_argument("-n", type=int, default=500, help="captions to generate images for (default: 500)")
+    parser.add_argument("--rows", type=int, default=100, help="scenes whose codes are predicted (default: 100)")
     args = parser.parse_args()
     world = EmojiWorld.load(args.world)
-    asked = held_out_scenes(world, max(args.n, args.rows))
-    scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
+    held_out = held_out_scenes(world, max(args.n, args.rows))
+    scenes, captions = [scene for scene, _ in held_out], [caption for _, caption in held_out]
     grader = SceneGrader(world)
     codes = None
     known: dict[str, torch.Tensor] = {}
@@ -68,8 +68,7 @@ def main() -> int:
         if codes is None:
             check_world(model, world)
             true = np.stack([world.render(scene, number) for number, scene in enumerate(scenes[: args.rows])])
-            images = to_float(true)
-            codes = model.image_tokenizer.encode(images).numpy()
+            codes = model.image_tokenizer.encode(to_float(true)).numpy()
         known[dtype] = log_p = code_log_probs(model, captions[: args.rows], codes)
         cells = ["", "", ""]
         for cell, name in enumerate(("float32", "bfloat16")):
@@ -80,8 +79,8 @@ def main() -> int:
         if dtype == "float32":
             cells[2] = ""
         sampling = model.config.sampling
-        drawn = generate_images(model, captions[: args.n], 0, sampling, 50, f"drawing in {dtype}")
-        grades = summarize_images([grader.grade(picture, scene) for picture, scene in zip(drawn, scenes, strict=False)])
+        images = generate_images(model, captions[: args.n], 0, sampling, 50, f"generating in {dtype}")
+        grades = summarize_images([grader.grade(image, scene) for image, scene in zip(images, scenes, strict=False)])
         print(f"| {dtype} | {' | '.join(cells)} | {format_accuracy(grades['everything'])} |", flush=True)
     return 0
 

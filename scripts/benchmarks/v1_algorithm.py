@@ -1,14 +1,14 @@
-"""How the released CogView v1 draws: a short form of its algorithm on our weights, to compare with.
+"""Generate with the algorithm of CogView v1 on our weights, as a baseline of benchmarks.
 
-Of the places it has read it remembers the input of every layer, not their keys and values. Each step puts the new place
-behind the memory, normalises and projects the whole of it to queries, keys and values again, has the new place look at
-all of it, and multiplies by the whole embedding; of the logits, those of ids that are not permitted are then masked,
-the top k kept, and one id drawn from their softmax. A prompt is read once and its memory repeated for its pictures.
+The algorithm caches the input of every layer instead of keys and values. Each step appends the new position, normalizes
+and projects all positions to queries, keys and values again, attends from the new position, and multiplies by the whole
+embedding. Logits of other ids than the candidates are then masked, and one of the top k is sampled. A prompt is
+processed once, and its memory is repeated for the images of a batch.
 
-Attention, norms and projections are ours, no slower than its own: what differs is the algorithm.
+Attention, norms and projections are ours, which are no slower than those of v1, so that only the algorithm differs.
 """
 
-# B rows of a batch, T new places, S places so far, D width of the model, V vocabulary
+# B rows of a batch, T new positions, S positions so far, D width of the model, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -26,47 +26,47 @@ from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
 
 
 @torch.inference_mode()
-def draw(
+def generate(
     transformer: Transformer,
     vocabulary: Vocabulary,
-    row: TokenSequence,
+    sequence: TokenSequence,
     count: int,
     sampling: Sampling,
     generator: torch.Generator,
     on_column: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Fill the blanks of ``row`` in ``count`` ways: int64 (count, T); of ``sampling``, temperature and top-k count."""
+    """Fill the blanks of ``sequence`` in ``count`` samples: int64 (count, T); temperature and top-k apply."""
     device = transformer.embedding.weight.device
-    ids_BT = torch.from_numpy(row.ids).to(device).unsqueeze(0)
-    positions_T = torch.from_numpy(row.positions).to(device)
-    memory = no_memory(transformer)
-    columns = np.flatnonzero(row.blanks).tolist()
+    ids_BT = torch.from_numpy(sequence.ids).to(device).unsqueeze(0)
+    positions_T = torch.from_numpy(sequence.positions).to(device)
+    memory = empty_memory(transformer)
+    columns = np.flatnonzero(sequence.blanks).tolist()
     for done, column in enumerate(columns, start=1):
         new = slice(memory[0].shape[1], column)
-        logits_BV, memory = read(transformer, memory, ids_BT[:, new], positions_T[new])
+        logits_BV, memory = forward(transformer, memory, ids_BT[:, new], positions_T[new])
         if done == 1:
             ids_BT, logits_BV = ids_BT.repeat(count, 1), logits_BV.repeat(count, 1)
             memory = [inputs_BSD.repeat(count, 1, 1) for inputs_BSD in memory]
-        permitted = vocabulary.permitted(TokenKind(row.kinds[column]))
-        ids_BT[:, column] = choose(logits_BV, permitted, sampling, generator)
+        candidates = vocabulary.permitted(TokenKind(sequence.kinds[column]))
+        ids_BT[:, column] = sample(logits_BV, candidates, sampling, generator)
         if on_column is not None:
             on_column(done, len(columns))
     return ids_BT.cpu().numpy()
 
 
-def no_memory(transformer: Transformer) -> list[Tensor]:
-    """The memory of one row of which nothing has been read."""
+def empty_memory(transformer: Transformer) -> list[Tensor]:
+    """Return the memory of one row without positions."""
     weight = transformer.embedding.weight
     return [weight.new_empty(1, 0, transformer.config.width) for _ in transformer.layers]
 
 
 @torch.inference_mode()
-def read(
+def forward(
     transformer: Transformer, memory: list[Tensor], ids_BT: Tensor, positions_T: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Float32 logits (B, V) of all ids behind the last of ``ids_BT``, and the memory with the new places in it.
+    """Compute the float32 logits (B, V) after the last of ``ids_BT``, and the memory with the new positions.
 
-    ``memory`` has the inputs (B, S, D) of each layer.
+    ``memory`` holds the inputs (B, S, D) of each layer.
     """
     x_BTD = transformer.embedding(ids_BT) + transformer.positions(positions_T)
     longer = []
@@ -84,11 +84,11 @@ def read(
 
 
 @torch.inference_mode()
-def choose(logits_BV: Tensor, permitted: range, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """One permitted id (B,) for each row."""
+def sample(logits_BV: Tensor, candidates: range, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """Sample one candidate id (B,) for each row."""
     logits_BV = logits_BV / sampling.temperature
-    logits_BV[:, : permitted.start] = -torch.inf
-    logits_BV[:, permitted.stop :] = -torch.inf
+    logits_BV[:, : candidates.start] = -torch.inf
+    logits_BV[:, candidates.stop :] = -torch.inf
     if sampling.top_k:
         logits_BV = keep_top_k(logits_BV, sampling.top_k)
     return torch.multinomial(logits_BV.softmax(dim=-1), 1, generator=generator).squeeze(1)

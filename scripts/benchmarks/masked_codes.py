@@ -1,9 +1,9 @@
-"""What a model knows from text and place alone: the loss of held-out pictures when every code is hidden.
+"""Print the loss of held-out images when every code is masked, so that text and position predict it.
 
-    cogview scenes scripts/recipes/emoji-cpu.yaml && python scripts/benchmarks/hidden_codes.py WORLD MODEL…
+    cogview scenes scripts/recipes/emoji-cpu.yaml && python scripts/benchmarks/masked_codes.py WORLD MODEL…
 
-For each model (a checkpoint folder or a name) and kind of scene, nats per code. Of the scenes with two things also: in
-how many the true codes are likelier than those of the scene with both things in each other's place.
+For each model (a checkpoint folder or a name) and kind of scene, nats per code. For scenes with two objects also the
+share whose true codes are likelier than the codes of the scene with its two objects exchanged.
 """
 
 from __future__ import annotations
@@ -27,50 +27,50 @@ from cogview.vqvae.codec import to_float
 
 
 def codes_of(model: Model, world: EmojiWorld, scene: Scene) -> np.ndarray:
-    """The codes of a scene's picture, (G * G,)."""
+    """Return the codes of the image of a scene, (G * G,)."""
     pixels = to_float(world.render(scene))[None]
     return model.image_tokenizer.encode(pixels).flatten().numpy()
 
 
-def hidden_log_probabilities(model: Model, caption: str) -> np.ndarray:
-    """Log-probability of every code at every place, (G * G, codes), given the caption alone."""
-    vocabulary, places = model.config.vocabulary, model.config.grid**2
+def masked_log_probabilities(model: Model, caption: str) -> np.ndarray:
+    """Return log p of every code at every position, (G * G, codes), given the caption only."""
+    vocabulary, num_codes = model.config.vocabulary, model.config.grid**2
     row = model.config.layouts["generate"].arrange(
-        vocabulary, text=model.text_tokenizer.encode(caption), image=np.zeros(places, dtype=np.int64)
+        vocabulary, text=model.text_tokenizer.encode(caption), image=np.zeros(num_codes, dtype=np.int64)
     )
     image = row.spans["image"]
     ids = row.ids.copy()
     ids[image] = vocabulary.command("[MASK]")
     hidden = model.transformer.hidden(torch.from_numpy(ids)[None], torch.from_numpy(row.positions)[None])
-    told_at = slice(image.start - 1, image.stop - 1)
-    return model.transformer.head(hidden[0, told_at], vocabulary.image).log_softmax(dim=-1).numpy()
+    predicted_at = slice(image.start - 1, image.stop - 1)
+    return model.transformer.head(hidden[0, predicted_at], vocabulary.image).log_softmax(dim=-1).numpy()
 
 
 @torch.inference_mode()
 def main() -> int:
     """Print a line for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("world", type=Path, help="folder of a world, as cogview scenes makes it")
+    parser.add_argument("world", type=Path, help="folder of a world, written by cogview scenes")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names or folders")
     parser.add_argument("-n", type=int, default=200, help="held-out scenes (default: 200)")
     args = parser.parse_args()
     flush_denormals()
     world = EmojiWorld.load(args.world)
-    asked = held_out_scenes(world, args.n, seed=11)
+    held_out = held_out_scenes(world, args.n, seed=11)
     for name in args.models:
         model = CogView.from_pretrained(name, device="cpu").model
         losses: dict[str, list[float]] = defaultdict(list)
         bound = []
-        for scene, caption in asked:
-            logs = hidden_log_probabilities(model, caption)
-            places = np.arange(len(logs))
-            true = logs[places, codes_of(model, world, scene)]
+        for scene, caption in held_out:
+            logs = masked_log_probabilities(model, caption)
+            positions = np.arange(len(logs))
+            true = logs[positions, codes_of(model, world, scene)]
             losses[scene.kind].append(float(-true.mean()))
             if len(scene.things) == 2:
                 swapped = codes_of(model, world, replace(scene, things=scene.things[::-1]))
-                bound.append(true.sum() > logs[places, swapped].sum())
+                bound.append(true.sum() > logs[positions, swapped].sum())
         kinds = ", ".join(f"{kind} {np.mean(values):.2f}" for kind, values in sorted(losses.items()))
-        print(f"{name}: {kinds} nats per code; things in their places {np.mean(bound):.0%} of {len(bound)}", flush=True)
+        print(f"{name}: {kinds} nats per code; right positions {np.mean(bound):.0%} of {len(bound)}", flush=True)
     return 0
 
 
