@@ -24,7 +24,6 @@ from torch.nn import functional as F
 
 from cogview.vqvae.quantizer import Quantizer
 
-PIXELS_PER_CODE = 8
 V1_MEAN = (0.79093, 0.76271, 0.75340)
 V1_STD = (0.30379, 0.32279, 0.32800)
 
@@ -83,7 +82,7 @@ class VQVAEConfig:
     @property
     def downsampling(self) -> int:
         """Pixels on each side of the square that one code stands for."""
-        return PIXELS_PER_CODE
+        return 2 ** len(self.channels)  # each stage halves the sides
 
 
 class Reconstruction(NamedTuple):

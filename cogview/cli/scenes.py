@@ -43,7 +43,7 @@ def command(recipe: Recipe, font: Path | None, annotations: tuple[Path, Path] | 
     )
     world = EmojiWorld.create(settings, files)
     world.save(recipe.world)
-    scenes = [world.sample(0, index) for index in range(SHEET_SCENES)]
+    scenes = [world.sample_scene(0, index) for index in range(SHEET_SCENES)]
     contact_sheet([world.render(scene, index) for index, scene in enumerate(scenes)]).save(recipe.world / "scenes.png")
     print(f"{len(world.things)} objects, {settings.canvas} x {settings.canvas} pixels", file=sys.stderr)
     print(recipe.world)

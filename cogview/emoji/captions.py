@@ -1,4 +1,4 @@
-"""What a scene is called, written and read: a small Chinese grammar with measure words and variants.
+"""Captions of scenes, written and parsed: a small Chinese grammar with measure words and variants.
 
 一个红苹果 · 蓝色背景上的三只狐狸 · 左边是狐狸，右边是苹果 · 狗在猫的上面，背景是红色的
 """
@@ -15,7 +15,7 @@ from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.scene import COLOURS, Colour, Scene, SceneKind
 from cogview.emoji.things import EmojiObject
 
-# Percentages of the captions that say it the rarer way.
+# Percentages of the captions with the rarer wording.
 _UNNAMED_COLOUR = 10
 _RARE_COLOUR_NAME = 20
 _SYNONYM = 20
@@ -26,8 +26,8 @@ _BARE_NAME = 40
 _NUMERALS = {1: "一", 2: "两", 3: "三", 4: "四"}
 
 _PAIRS: Mapping[SceneKind, tuple[str, ...]] = {
-    # {a} is the left or upper thing, {b} the right or lower one. What is said more often stands here more often: the
-    # likeliest description begins with a place, so that the place tells which thing is to be named next.
+    # {a} is the left or upper object, {b} the right or lower one. A pattern is repeated by its frequency: the most
+    # probable caption begins with a position, which determines the object to be named next.
     "beside": (
         *6 * ("左边是{a}，右边是{b}",),
         *3 * ("左边有{a}，右边有{b}",),
@@ -75,48 +75,57 @@ _CLAUSE_ON_COLOUR = (
 )
 
 
-def write_caption(scene: Scene, draws: KeyedRandom, complete: bool) -> str:
-    """A caption of ``scene``. Things, count and relation are always said; the colour too where ``complete``."""
+def write_caption(scene: Scene, random: KeyedRandom, complete: bool) -> str:
+    """Return a caption of a scene, which always has objects, count and relation.
+
+    Args:
+        scene: The scene.
+        random: Source of the wording.
+        complete: Always name the background.
+    """
     if scene.kind in _PAIRS:
-        bare = draws.chance(_BARE_NAME)  # both with a measure word or both without, as people do
-        upper_or_left, lower_or_right = (_count(thing, 1, bare, draws) for thing in scene.things)
-        what = draws.pick(_PAIRS[scene.kind]).format(a=upper_or_left, b=lower_or_right)
+        bare = random.chance(_BARE_NAME)  # both with a measure word or both without, as people do
+        upper_or_left, lower_or_right = (_count(thing, 1, bare, random) for thing in scene.things)
+        what = random.pick(_PAIRS[scene.kind]).format(a=upper_or_left, b=lower_or_right)
         patterns: tuple[str, ...] = _CLAUSE_ON_COLOUR
     else:
-        bare = scene.kind == "one" and draws.chance(_BARE_NAME)
-        what = _count(scene.things[0], scene.count, bare, draws)
+        bare = scene.kind == "one" and random.chance(_BARE_NAME)
+        what = _count(scene.things[0], scene.count, bare, random)
         patterns = _NOUN_ON_COLOUR
-    if not complete and draws.chance(_UNNAMED_COLOUR):
+    if not complete and random.chance(_UNNAMED_COLOUR):
         return what
-    return draws.pick(patterns).format(colour=_name_colour(scene.colour, draws), what=what)
+    return random.pick(patterns).format(colour=_name_colour(scene.colour, random), what=what)
 
 
-def _count(thing: EmojiObject, count: int, bare: bool, draws: KeyedRandom) -> str:
-    """三只狐狸, 3只狐狸, or 狐狸 where ``bare``."""
+def _count(thing: EmojiObject, count: int, bare: bool, random: KeyedRandom) -> str:
+    """三只狐狸, 3只狐狸, or 狐狸 if ``bare``."""
     name = thing.name
-    if thing.synonyms and draws.chance(_SYNONYM):
-        name = draws.pick(thing.synonyms)
+    if thing.synonyms and random.chance(_SYNONYM):
+        name = random.pick(thing.synonyms)
     if bare:
         return name
     measure = thing.measures[0]
-    if len(thing.measures) > 1 and draws.chance(_RARE_MEASURE):
-        measure = draws.pick(thing.measures[1:])
-    number = str(count) if draws.chance(_DIGIT) else _NUMERALS[count]
+    if len(thing.measures) > 1 and random.chance(_RARE_MEASURE):
+        measure = random.pick(thing.measures[1:])
+    number = str(count) if random.chance(_DIGIT) else _NUMERALS[count]
     return f"{number}{measure}{name}"
 
 
-def _name_colour(colour: Colour, draws: KeyedRandom) -> str:
-    if len(colour.names) > 1 and draws.chance(_RARE_COLOUR_NAME):
-        return draws.pick(colour.names[1:])
+def _name_colour(colour: Colour, random: KeyedRandom) -> str:
+    if len(colour.names) > 1 and random.chance(_RARE_COLOUR_NAME):
+        return random.pick(colour.names[1:])
     return colour.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParsedCaption:
-    """What a caption says. ``colour`` is None where it says nothing about the background.
+    """Content of a caption.
 
-    ``kind`` and ``count`` are those of a scene, and ``things`` has a set for each of its things in the scene's order:
-    every emoji that the name there may mean.
+    Args:
+        colour: The background; None if it is not mentioned.
+        kind: Kind of the scene.
+        count: Number of objects, as of a scene.
+        things: For each object, in the order of the scene, every emoji that its name may mean.
     """
 
     colour: Colour | None
@@ -126,10 +135,14 @@ class ParsedCaption:
 
 
 class CaptionReader:
-    """Reads what ``write_caption`` writes of ``things`` on ``colours``; it works from the same tables.
+    """Parser of the captions of ``write_caption``, from the same tables.
 
-    Full-width and half-width characters agree, spaces do not count, any measure word goes with any thing, and of the
-    two things of a pair one may have a measure word and the other none. Any other text is not read at all.
+    Full-width and half-width characters are equal, and spaces are ignored. Any measure word may go with any object;
+    of the two objects of a pair, one may have a measure word and the other none. No other text can be parsed.
+
+    Args:
+        things: Objects that captions may name.
+        colours: Backgrounds that captions may name.
     """
 
     def __init__(self, things: Sequence[EmojiObject], colours: Sequence[Colour] = COLOURS) -> None:
@@ -148,7 +161,7 @@ class CaptionReader:
             "a": self._single_nouns_at,
             "b": self._single_nouns_at,
         }
-        # "one" stands for several of one thing too: the number in the text tells which.
+        # "one" is also the pattern of several of one object: the number in the text decides.
         patterns: list[tuple[SceneKind, str]] = [("one", whole) for whole in ("{what}", *_NOUN_ON_COLOUR)]
         for kind, pairs in _PAIRS.items():
             for whole in ("{what}", *_CLAUSE_ON_COLOUR):
@@ -156,20 +169,20 @@ class CaptionReader:
         self._patterns = [(kind, _parts(pattern)) for kind, pattern in dict.fromkeys(patterns)]
 
     def read(self, text: str) -> ParsedCaption | None:
-        """What ``text`` says, None if it is no caption; the first of several readings."""
+        """Return the content of a caption, the first of several readings; None if the text is no caption."""
         return next(iter(self.parses(text)), None)
 
     def parses(self, text: str) -> tuple[ParsedCaption, ...]:
-        """Everything that ``text`` can mean as a whole, nearly always one thing, and nothing if it is no caption.
+        """Return all readings of a text, none if it is no caption.
 
-        One text can have two readings where a name looks like a count: 两杯啤酒 are two of 🍺 and the name of 🍻.
-        The reading as a name comes first.
+        A text has two readings if a name looks like a count: 两杯啤酒 is two of 🍺 and the name of 🍻. The reading as
+        a name comes first.
         """
         text = _plain(text)
         found: dict[ParsedCaption, None] = {}
         for kind, parts in self._patterns:
             if not all(literal in text for literal, _ in parts):
-                continue  # nearly every pattern, and cheaper to see here than by looking for names
+                continue  # nearly every pattern, and cheaper to detect here than by a search for names
             for blanks in self._fill(parts, text, 0):
                 colour = blanks.get("colour")
                 if kind in _PAIRS:
@@ -177,12 +190,12 @@ class CaptionReader:
                     found[ParsedCaption(colour=colour, kind=kind, count=1, things=things)] = None
                 else:
                     count, meant = blanks["what"]
-                    told: SceneKind = "one" if count == 1 else "many"
-                    found[ParsedCaption(colour=colour, kind=told, count=count, things=(meant,))] = None
+                    counted: SceneKind = "one" if count == 1 else "many"
+                    found[ParsedCaption(colour=colour, kind=counted, count=count, things=(meant,))] = None
         return tuple(found)
 
     def _fill(self, parts: Sequence[tuple[str, str | None]], text: str, start: int) -> Iterator[dict[str, Any]]:
-        """Every way in which ``parts`` give ``text`` from ``start`` to its end: what stands in each blank."""
+        """All contents of the blanks with which ``parts`` equal ``text`` from ``start`` to its end."""
         if not parts:
             if start == len(text):
                 yield {}
@@ -199,13 +212,13 @@ class CaptionReader:
                 yield {blank: meaning, **others}
 
     def _nouns_at(self, text: str, start: int) -> Iterator[tuple[int, tuple[int, frozenset[str]]]]:
-        """Each 狐狸 or 三只狐狸 that begins at ``start``: where it ends, its count, and the emoji it may mean."""
+        """End, count and possible emoji of each 狐狸 or 三只狐狸 that begins at ``start``."""
         for name_start, count in ((start, 1), *self._counts.at(text, start)):
             for end, meant in self._names.at(text, name_start):
                 yield end, (count, meant)
 
     def _single_nouns_at(self, text: str, start: int) -> Iterator[tuple[int, tuple[int, frozenset[str]]]]:
-        """The nouns at ``start`` that a pair can hold: 狐狸 or 一只狐狸."""
+        """Nouns at ``start`` that a pair may have: 狐狸 or 一只狐狸."""
         return ((end, noun) for end, noun in self._nouns_at(text, start) if noun[0] == 1)
 
 
@@ -213,24 +226,24 @@ _Meaning = TypeVar("_Meaning")
 
 
 class _Words(Generic[_Meaning]):
-    """Words and their meanings, to be found at a place of a text."""
+    """Words and their meanings, found at an index of a text."""
 
     def __init__(self, meanings: Mapping[str, _Meaning]) -> None:
         self._meanings = meanings
         self._longest = max(map(len, meanings), default=0)
 
     def at(self, text: str, start: int) -> Iterator[tuple[int, _Meaning]]:
-        """(end, meaning) of every word that begins at ``start``, the longest first."""
+        """Yield (end, meaning) of every word that begins at ``start``, the longest first."""
         for end in range(min(len(text), start + self._longest), start, -1):
             if text[start:end] in self._meanings:
                 yield end, self._meanings[text[start:end]]
 
 
 def _parts(pattern: str) -> list[tuple[str, str | None]]:
-    """A pattern as literals, each with the blank that follows it; None at the end of the pattern."""
+    """Literals of a pattern, each with the blank after it; None at the end of the pattern."""
     return [(literal, blank) for literal, blank, _, _ in Formatter().parse(_plain(pattern))]
 
 
 def _plain(text: str) -> str:
-    """``text`` as text tokenizers normalise it (NFKC: a full-width comma becomes a plain one), without spaces."""
+    """Text in the normalization of text tokenizers (NFKC: a full-width comma becomes a plain one), without spaces."""
     return "".join(unicodedata.normalize("NFKC", text).split())

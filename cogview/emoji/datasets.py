@@ -75,7 +75,7 @@ class SceneDataset:
 
     def scene(self, index: int) -> Scene:
         """Return scene ``index``."""
-        return self.world.sample(self.seed, index, self.held_out, self.weights)
+        return self.world.sample_scene(self.seed, index, self.held_out, self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,7 @@ class SceneGrader:
         if self.world.settings.jitter == 0:
             best = (-math.inf, 0)
             for side in sides:
-                ((x, y),) = self.world.places_in(cell, side)
+                ((x, y),) = self.world.positions_in(cell, side)
                 gains = self._bank(side, 1).gains(_patches(residual, [(x, y)], side), colour)[0]
                 best = max(best, (float(gains.max()), int(gains.argmax())))
             return best
@@ -179,7 +179,7 @@ class SceneGrader:
             positions = sorted(
                 {
                     (min(round(x / factor), limit), min(round(y / factor), limit))
-                    for x, y in self.world.places_in(cell, side)
+                    for x, y in self.world.positions_in(cell, side)
                 }
             )
             gains_PN = self._bank(side, factor).gains(_patches(reduced, positions, small), colour)
@@ -192,7 +192,7 @@ class SceneGrader:
         for _, candidate, side, near_x, near_y in sorted(shortlist, reverse=True)[:_SHORTLIST]:
             positions = [
                 (x, y)
-                for x, y in self.world.places_in(cell, side)
+                for x, y in self.world.positions_in(cell, side)
                 if abs(x - near_x) <= factor and abs(y - near_y) <= factor
             ]
             gains = self._bank(side, 1).gains(_patches(residual, positions, side), colour, candidate)

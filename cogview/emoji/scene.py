@@ -1,4 +1,4 @@
-"""What a picture of the emoji world shows: a scene, its meaning, which meanings are held out, where things stand."""
+"""Scenes of the emoji world: their content, meaning and arrangement, and the held-out split."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 from cogview.emoji.things import EmojiObject
 
 HELD_OUT_ONE_IN = 10
-"""One meaning in ten is never trained on; which one is decided by a hash of the meaning."""
+"""One meaning in ten is held out from training, chosen by a hash of the meaning."""
 
 SceneKind = Literal["one", "many", "beside", "above"]
 SCENE_KINDS: tuple[SceneKind, ...] = ("one", "many", "beside", "above")
@@ -19,7 +19,16 @@ COUNTS = (2, 3, 4)
 
 @dataclass(frozen=True, kw_only=True)
 class SceneWeights:
-    """How many scenes in ``one + many + pair`` hold one thing, several of one thing, and two things."""
+    """Relative frequencies of the kinds of scenes.
+
+    Args:
+        one: Scenes of one object.
+        many: Scenes of several of one object.
+        pair: Scenes of two objects.
+
+    Raises:
+        ValueError: A weight is negative, or all are 0.
+    """
 
     one: int = 1
     many: int = 1
@@ -27,7 +36,7 @@ class SceneWeights:
 
     def __post_init__(self) -> None:
         if min(self.one, self.many, self.pair) < 0 or not self.one + self.many + self.pair:
-            raise ValueError(f"shares must be 0 or more and one of them above 0, got {self}")
+            raise ValueError(f"weights must be 0 or more and one of them above 0, got {self}")
 
 
 EQUAL_WEIGHTS = SceneWeights()
@@ -35,7 +44,12 @@ EQUAL_WEIGHTS = SceneWeights()
 
 @dataclass(frozen=True, kw_only=True)
 class Colour:
-    """A background: its RGB bytes and its Chinese names, the usual one first."""
+    """A background.
+
+    Args:
+        names: Chinese names, the usual one first.
+        rgb: RGB bytes.
+    """
 
     names: tuple[str, ...]
     rgb: tuple[int, int, int]
@@ -64,10 +78,16 @@ COLOURS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """What a picture shows.
+    """Content of an image.
 
-    ``one``: one thing. ``many``: ``count`` (2 to 4) of one thing. ``beside``: ``things`` are (left, right).
-    ``above``: ``things`` are (upper, lower). The two things of a pair always differ.
+    Args:
+        colour: The background.
+        kind: ``one`` object; ``many``, several of one; ``beside`` and ``above``, two different ones.
+        things: The objects; for ``beside`` (left, right), for ``above`` (upper, lower).
+        count: Number of objects of the kind ``many``, 2 to 4; 1 for all others.
+
+    Raises:
+        ValueError: The objects or the count do not suit the kind.
     """
 
     colour: Colour
@@ -82,30 +102,34 @@ class Scene:
             names = "、".join(thing.name for thing in self.things)
             raise ValueError(f"no scene of kind {self.kind!r} holds {self.count} each of {names}; kinds: {SCENE_KINDS}")
         if pair and self.things[0].emoji == self.things[1].emoji:
-            raise ValueError(f"the things of a pair differ, got {self.things[0].name} twice")
+            raise ValueError(f"the objects of a pair must differ, got {self.things[0].name} twice")
 
     @property
     def meaning(self) -> str:
-        """Colour, arrangement, count and things as one string, the same in every world and version."""
+        """Colour, arrangement, count and objects as one string, the same in every world and version."""
         return "|".join((self.colour.name, self.kind, str(self.count), *(thing.emoji for thing in self.things)))
 
     @property
     def held_out(self) -> bool:
-        """True for one meaning in ten: such a scene is for measuring only."""
+        """Whether the scene is for evaluation only, as one meaning in ten is."""
         digest = hashlib.blake2b(self.meaning.encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
     @property
     def shown(self) -> tuple[EmojiObject, ...]:
-        """Every thing to draw, in the order of ``cells_of``: three foxes are (fox, fox, fox)."""
+        """Every object to render, in the order of ``cells_of``: three foxes are (fox, fox, fox)."""
         return self.things * self.count
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """Where one thing stands, in eighths of the canvas.
+    """Position of one object, in eighths of the canvas.
 
-    ``x``, ``y`` and ``side`` are the sprite at size 1; ``area`` = (left, top, right, bottom) is its alone.
+    Args:
+        x: Left edge of the sprite at size 1.
+        y: Top edge of the sprite at size 1.
+        side: Side of the sprite at size 1.
+        area: Left, top, right and bottom of the area in which no other sprite may be.
     """
 
     x: int
@@ -130,11 +154,11 @@ LAYOUTS: Mapping[str, tuple[Cell, ...]] = {
         Cell(x=4, y=4, side=4, area=(4, 4, 8, 8)),
     ),
 }
-"""The arrangements a canvas can show. Two of one thing stand beside each other."""
+"""Arrangements of a canvas. Two of one object are beside each other."""
 
 
 def cells_of(scene: Scene) -> tuple[Cell, ...]:
-    """The cells that ``scene.shown`` fills, in the same order."""
+    """Return the cells of ``scene.shown``, in the same order."""
     if scene.kind == "many":
         return LAYOUTS[{2: "beside", 3: "three", 4: "four"}[scene.count]]
     return LAYOUTS[scene.kind]

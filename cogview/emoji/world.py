@@ -1,7 +1,7 @@
-"""The emoji world: its things and their pictures, and how scenes of them are sampled, drawn and described.
+"""The emoji world: its objects and sprites; sampling, rendering and captions of scenes.
 
-A scene is drawn from its meaning alone (and, where places are free, from a placement seed), so a training set is
-never stored: picture i of seed s is a function of the world.
+An image is rendered from the meaning of its scene and, with free positions, from a placement seed. A training set is
+therefore never stored: image i of seed s is a function of the world.
 """
 
 # H, W canvas in pixels, S side of a sprite in pixels
@@ -31,10 +31,15 @@ FORMAT_VERSION = 1
 class WorldSettings:
     """The ``scenes`` section of a recipe.
 
-    ``things`` is how many of the things, the commonest first, or "all". ``canvas`` is the side of a picture in
-    pixels, a multiple of 64. ``jitter`` is how many pixels a sprite may stray from its place, each way and within
-    its own cell; at 0 every sprite keeps to the grid of 8-pixel codes, so that it always has the same codes.
-    ``sizes`` are the sides of sprites relative to the layout's.
+    Args:
+        things: Number of objects, the commonest first, or "all".
+        canvas: Side of an image in pixels, a multiple of 64.
+        jitter: Maximum offset of a sprite from the middle of its position in pixels, in each direction and within its
+            cell. At 0 every sprite is aligned to the grid of 8-pixel codes, so that it always has the same codes.
+        sizes: Sides of sprites relative to those of the layout.
+
+    Raises:
+        ValueError: A setting is out of range.
     """
 
     things: int | Literal["all"] = "all"
@@ -54,11 +59,20 @@ class WorldSettings:
 
 
 class EmojiWorld:
-    """The things that may appear, their pictures, and how scenes of them are drawn and described.
+    """Objects with their sprites, from which scenes are sampled, rendered and described.
 
-    ``candidates`` are all the things whose pictures are known, ``sprites`` those pictures: uint8
-    (len(candidates), 128, 128, 4), RGBA with straight alpha. ``things`` are the first of the candidates, as many
-    as the settings ask for; scenes hold only these, but a grader looks for every candidate.
+    ``things`` are the first of the candidates, in the number that the settings require. Scenes hold only these; a
+    grader searches for every candidate.
+
+    Args:
+        settings: Settings of the world.
+        candidates: All objects with a sprite.
+        sprites: uint8 (len(candidates), 128, 128, 4), RGBA with straight alpha.
+        colours: Backgrounds.
+
+    Raises:
+        ValueError: The sprites have another shape or dtype.
+        InputError: The settings require more objects than there are candidates.
     """
 
     def __init__(
@@ -70,12 +84,12 @@ class EmojiWorld:
     ) -> None:
         if sprites.shape != (len(candidates), SPRITE_PIXELS, SPRITE_PIXELS, 4) or sprites.dtype != np.uint8:
             raise ValueError(
-                f"{len(candidates)} things need uint8 sprites ({len(candidates)}, {SPRITE_PIXELS}, "
+                f"{len(candidates)} objects need uint8 sprites ({len(candidates)}, {SPRITE_PIXELS}, "
                 f"{SPRITE_PIXELS}, 4), got {sprites.dtype} {sprites.shape}"
             )
         num_things = len(candidates) if settings.things == "all" else settings.things
         if num_things > len(candidates):
-            raise InputError(f"a world of {num_things} things is asked for, but only {len(candidates)} are known")
+            raise InputError(f"a world of {num_things} objects was requested, but only {len(candidates)} are known")
         self.settings = settings
         self.candidates = tuple(candidates)
         self.sprites = sprites
@@ -85,71 +99,98 @@ class EmojiWorld:
 
     @staticmethod
     def create(settings: WorldSettings, files: EmojiFiles | None = None) -> EmojiWorld:
-        """A world of the font's emoji; a missing file is an InputError naming the package that brings it."""
+        """Return a world of the emoji of the font.
+
+        Args:
+            settings: Settings of the world.
+            files: Paths of the files to read; those of Debian by default.
+
+        Raises:
+            InputError: A file is missing.
+        """
         files = files or EmojiFiles()
         candidates = read_things(files)
         return EmojiWorld(settings, candidates, draw_sprites(candidates, files.font))
 
-    def sample(self, seed: int, index: int, held_out: bool = False, shares: SceneWeights = EQUAL_WEIGHTS) -> Scene:
-        """Scene ``index`` of ``seed``, with ``Scene.held_out`` as asked: a function of its arguments alone."""
-        draws = KeyedRandom("scene", seed, index, held_out)
+    def sample_scene(
+        self, seed: int, index: int, held_out: bool = False, weights: SceneWeights = EQUAL_WEIGHTS
+    ) -> Scene:
+        """Return a scene, as a function of the arguments alone.
+
+        Args:
+            seed: Seed of the scenes.
+            index: Index of the scene, from 0.
+            held_out: Whether the scene is held out or one to train on.
+            weights: Frequencies of the kinds of scenes.
+        """
+        random = KeyedRandom("scene", seed, index, held_out)
         while True:
-            scene = self._draw_scene(draws, shares)
+            scene = self._sample_any(random, weights)
             if scene.held_out == held_out:
                 return scene
 
-    def _draw_scene(self, draws: KeyedRandom, shares: SceneWeights) -> Scene:
-        colour = draws.pick(self.colours)
-        first = draws.randbelow(len(self.things))
-        lot = draws.randbelow(shares.one + shares.many + shares.pair)
-        if lot < shares.one:
+    def _sample_any(self, random: KeyedRandom, weights: SceneWeights) -> Scene:
+        """A scene that may be held out or not."""
+        colour = random.pick(self.colours)
+        first = random.randbelow(len(self.things))
+        kind_index = random.randbelow(weights.one + weights.many + weights.pair)
+        if kind_index < weights.one:
             return Scene(colour=colour, kind="one", things=(self.things[first],))
-        if lot < shares.one + shares.many:
-            return Scene(colour=colour, kind="many", things=(self.things[first],), count=draws.pick(COUNTS))
-        second = draws.randbelow(len(self.things) - 1)
-        second += second >= first  # any thing but the first
-        kind: SceneKind = "beside" if draws.randbelow(2) else "above"
+        if kind_index < weights.one + weights.many:
+            return Scene(colour=colour, kind="many", things=(self.things[first],), count=random.pick(COUNTS))
+        second = random.randbelow(len(self.things) - 1)
+        second += second >= first  # any object but the first
+        kind: SceneKind = "beside" if random.randbelow(2) else "above"
         return Scene(colour=colour, kind=kind, things=(self.things[first], self.things[second]))
 
     def render(self, scene: Scene, placement_seed: int = 0, scale: float = 1) -> np.ndarray:
-        """The picture: uint8 (H, W, 3), RGB. ``placement_seed`` matters only where sizes or places are free.
+        """Return the image of a scene.
 
-        ``scale`` draws the same scene, with everything in the same place, at so many times the side.
+        Args:
+            scene: The scene.
+            placement_seed: Seed of sizes and positions, where these are free.
+            scale: Scale of the canvas; all scales show the same arrangement.
+
+        Returns:
+            uint8 RGB (H, W, 3).
         """
         canvas = round(self.settings.canvas * scale)
         image = np.empty((canvas, canvas, 3), dtype=np.uint8)
         image[:] = scene.colour.rgb
-        draws = KeyedRandom("placement", placement_seed, scene.meaning)
+        random = KeyedRandom("placement", placement_seed, scene.meaning)
         for thing, cell in zip(scene.shown, cells_of(scene), strict=True):
-            x, y, side = (round(length * scale) for length in self._place(cell, draws))
+            x, y, side = (round(length * scale) for length in self._place(cell, random))
             colour, keep = self.scaled_sprite(thing, side)
             patch = image[y : y + side, x : x + side]
             patch[:] = (colour + keep * patch + 0.5).astype(np.uint8)
         return image
 
     def caption(self, scene: Scene, seed: int = 0, complete: bool = False) -> str:
-        """A Chinese sentence for ``scene``, one of many by ``seed``; ``complete`` leaves nothing unsaid.
+        """Return a Chinese caption of a scene.
 
-        Without ``complete``, one caption in ten says nothing about the background.
+        Args:
+            scene: The scene.
+            seed: Seed of the wording.
+            complete: Always name the background, which one caption in ten omits otherwise.
         """
         return write_caption(scene, KeyedRandom("caption", seed, scene.meaning), complete=complete)
 
-    def _place(self, cell: Cell, draws: KeyedRandom) -> tuple[int, int, int]:
-        """Left, top and side in pixels of a sprite in its cell; the grid place at jitter 0 and size 1."""
-        side = self._side(cell, draws.pick(self.settings.sizes))
+    def _place(self, cell: Cell, random: KeyedRandom) -> tuple[int, int, int]:
+        """Left, top and side in pixels of a sprite in its cell, on the grid at jitter 0 and size 1."""
+        side = self._side(cell, random.pick(self.settings.sizes))
         jitter = self.settings.jitter
-        dx, dy = (draws.randbelow(2 * jitter + 1) - jitter for _ in range(2))
+        dx, dy = (random.randbelow(2 * jitter + 1) - jitter for _ in range(2))
         x, y = self._shifted(cell, side, dx, dy)
         return x, y, side
 
     def sides_in(self, cell: Cell) -> list[int]:
-        """Every side in pixels a sprite can have in ``cell``."""
+        """Return every side in pixels that a sprite can have in a cell."""
         return sorted({self._side(cell, scale) for scale in self.settings.sizes})
 
-    def places_in(self, cell: Cell, side: int) -> list[tuple[int, int]]:
-        """Every (left, top) in pixels where a sprite of ``side`` can stand in ``cell``."""
+    def positions_in(self, cell: Cell, side: int) -> list[tuple[int, int]]:
+        """Return every position (left, top) in pixels that a sprite of ``side`` pixels can have in a cell."""
         jitter = self.settings.jitter
-        corners = [self._shifted(cell, side, stray, stray) for stray in range(-jitter, jitter + 1)]
+        corners = [self._shifted(cell, side, offset, offset) for offset in range(-jitter, jitter + 1)]
         lefts, tops = (sorted(set(values)) for values in zip(*corners, strict=True))  # left and top are independent
         return [(left, top) for left in lefts for top in tops]
 
@@ -159,7 +200,7 @@ class EmojiWorld:
         return min(round(cell.side * eighth * scale), (right - left) * eighth, (bottom - top) * eighth)
 
     def _shifted(self, cell: Cell, side: int, dx: int, dy: int) -> tuple[int, int]:
-        """Left and top of a sprite that strays by (dx, dy) from the middle of its place, kept inside its area."""
+        """Left and top of a sprite with an offset (dx, dy) from the middle of its cell, clamped to its area."""
         eighth = self.settings.canvas // 8
         left, top, right, bottom = (edge * eighth for edge in cell.area)
         margin = (cell.side * eighth - side) // 2
@@ -167,10 +208,15 @@ class EmojiWorld:
         return min(max(x, left), right - side), min(max(y, top), bottom - side)
 
     def scaled_sprite(self, thing: EmojiObject, side: int) -> tuple[np.ndarray, np.ndarray]:
-        """``thing`` at ``side`` pixels: (colour, keep), both float32.
+        """Return the sprite of an object at a size, so that its image is ``colour + keep * background``.
 
-        ``colour`` (S, S, 3) in [0, 255] is already multiplied by the alpha, ``keep`` (S, S, 1) in [0, 1] is how
-        much of the background stays, so the picture is ``colour + keep * background``.
+        Args:
+            thing: The object.
+            side: Side of the sprite in pixels.
+
+        Returns:
+            ``colour``, float32 (S, S, 3) in [0, 255], premultiplied by the alpha; and ``keep``, float32 (S, S, 1) in
+            [0, 1], one minus the alpha.
         """
         key = (thing.emoji, side)
         if key not in self._scaled:
@@ -189,19 +235,23 @@ class EmojiWorld:
         return {thing.emoji: index for index, thing in enumerate(self.candidates)}
 
     def save(self, folder: Path) -> None:
-        """Write world.json and sprites.npz; each file is whole or absent, and neither needs the font again."""
+        """Write world.json and sprites.npz, each atomically; loading them does not need the font."""
         folder.mkdir(parents=True, exist_ok=True)
         description = _Description(
             format_version=FORMAT_VERSION, settings=self.settings, colours=self.colours, candidates=self.candidates
         )
         with atomic_write(folder / "sprites.npz", per_process=True) as path, path.open("wb") as file:
             np.savez_compressed(file, sprites=self.sprites)
-        # Last: a folder with world.json is complete.
+        # Written last: a folder with world.json is complete.
         write_json(folder / "world.json", to_mapping(description), indent=1, per_process=True)
 
     @staticmethod
     def load(folder: Path) -> EmojiWorld:
-        """The world that ``save`` wrote."""
+        """Return the world of a folder.
+
+        Raises:
+            InputError: A file is missing, or its format version is unknown.
+        """
         for name in ("world.json", "sprites.npz"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder} holds no world: {name} is missing; make it with: cogview scenes RECIPE")
@@ -219,7 +269,7 @@ class EmojiWorld:
 
 @dataclass(frozen=True, kw_only=True)
 class _Description:
-    """What world.json holds."""
+    """Content of world.json."""
 
     format_version: int
     settings: WorldSettings

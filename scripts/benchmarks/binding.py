@@ -52,7 +52,7 @@ def main() -> int:
     world = EmojiWorld.load(args.world)
     world = EmojiWorld(replace(world.settings, things=THINGS), world.candidates, world.sprites, world.colours)
     pairs = SceneWeights(one=0, many=0, pair=1)
-    scenes = [world.sample(5, number, shares=pairs) for number in range(args.captions + TESTED)]
+    scenes = [world.sample_scene(5, number, weights=pairs) for number in range(args.captions + TESTED)]
     captions = [world.caption(scene, number) for number, scene in enumerate(scenes)]
     plain = np.array([PLAIN.match(caption) is not None for caption in captions])
     names = [name for thing in world.things for name in thing.names]

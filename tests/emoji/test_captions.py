@@ -21,7 +21,7 @@ def captions(world: EmojiWorld, scene: Scene, complete: bool = True) -> list[str
     return [world.caption(scene, seed, complete) for seed in SEEDS]
 
 
-def test_the_sentences_of_the_readme_are_in_the_grammar(make_tiny_world: MakeWorld) -> None:
+def test_write_caption_writes_the_documented_sentences(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
     apple, fox = world.things[:2]
     blue, white = COLOURS[5], COLOURS[10]
@@ -29,7 +29,7 @@ def test_the_sentences_of_the_readme_are_in_the_grammar(make_tiny_world: MakeWor
     assert "一个红苹果" in captions(world, Scene(colour=white, kind="one", things=(apple,)), complete=False)
 
 
-def test_variants_of_a_count(make_tiny_world: MakeWorld) -> None:
+def test_write_caption_varies_counts(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
     told = set(captions(world, Scene(colour=COLOURS[5], kind="many", things=(world.things[1],), count=2), False))
     assert {"两只狐狸", "2只狐狸", "两个狐狸", "两只狐狸，蓝色背景", "蓝色背景上有两只狐狸"} <= told
@@ -73,7 +73,9 @@ def test_variants_of_a_count(make_tiny_world: MakeWorld) -> None:
         ),
     ],
 )
-def test_every_way_to_tell_a_pair_is_true(make_tiny_world: MakeWorld, kind: str, expected: set[str]) -> None:
+def test_write_caption_describes_a_pair_correctly_in_every_wording(
+    make_tiny_world: MakeWorld, kind: str, expected: set[str]
+) -> None:
     world = make_tiny_world()
     fox, fish = world.things[1], world.things[5]
     scene = Scene(colour=COLOURS[0], kind=kind, things=(fox, fish))  # type: ignore[arg-type]
@@ -85,12 +87,12 @@ def test_every_way_to_tell_a_pair_is_true(make_tiny_world: MakeWorld, kind: str,
     assert plain == expected
 
 
-def test_a_complete_caption_belongs_to_one_meaning(make_tiny_world: MakeWorld) -> None:
+def test_write_caption_is_unambiguous_when_complete(make_tiny_world: MakeWorld) -> None:
     """Colour, things, count and relation can all be told from it: no two scenes share one."""
     world = make_tiny_world()
     owner: dict[str, str] = {}
     for index in range(400):
-        scene = world.sample(0, index)
+        scene = world.sample_scene(0, index)
         for seed in range(20):
             caption = world.caption(scene, seed, complete=True)
             assert owner.setdefault(caption, scene.meaning) == scene.meaning
@@ -100,9 +102,9 @@ def test_a_complete_caption_belongs_to_one_meaning(make_tiny_world: MakeWorld) -
             assert sorted(named) == sorted(thing.name for thing in scene.things)
 
 
-def test_one_caption_in_ten_leaves_the_background_unsaid(make_tiny_world: MakeWorld) -> None:
+def test_write_caption_omits_the_background_in_one_of_ten(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
-    silent = sum("背景" not in world.caption(world.sample(0, index), index) for index in range(2000))
+    silent = sum("背景" not in world.caption(world.sample_scene(0, index), index) for index in range(2000))
     assert 0.08 < silent / 2000 < 0.12
 
 
@@ -114,7 +116,7 @@ def test_find_names_takes_the_longest() -> None:
     assert find_names("苹果", []) == []
 
 
-def test_nearest_names_come_by_what_they_share() -> None:
+def test_nearest_names_are_ordered_by_similarity() -> None:
     names = ["红苹果", "汽车", "公交车", "狐狸", "老虎"]
     assert nearest_names("蓝色背景上的两辆小汽车", names, n=2) == ["汽车", "公交车"]
     assert nearest_names("一只小狐", names) == ["狐狸"]
@@ -135,12 +137,12 @@ def facts(scene: Scene, caption: str) -> ParsedCaption:
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_reading_undoes_writing(make_tiny_world: MakeWorld, complete: bool) -> None:
+def test_caption_reader_inverts_write_caption(make_tiny_world: MakeWorld, complete: bool) -> None:
     world = make_tiny_world()
     reader = CaptionReader(world.things, world.colours)
     silent = 0
     for index in range(300):
-        scene = world.sample(3, index)
+        scene = world.sample_scene(3, index)
         for seed in range(6):
             caption = world.caption(scene, seed, complete)
             assert reader.parses(caption) == (facts(scene, caption),), caption
@@ -148,12 +150,12 @@ def test_reading_undoes_writing(make_tiny_world: MakeWorld, complete: bool) -> N
     assert silent == 0 if complete else silent > 100
 
 
-def test_captions_are_read_after_a_text_tokenizer_too(make_tiny_world: MakeWorld) -> None:
+def test_caption_reader_reads_decoded_text_pieces(make_tiny_world: MakeWorld) -> None:
     """A text tokenizer gives back half-width commas, and may put spaces between pieces."""
     world = make_tiny_world()
     reader = CaptionReader(world.things)
     for index in range(100):
-        scene = world.sample(4, index)
+        scene = world.sample_scene(4, index)
         caption = world.caption(scene, index)
         decoded = unicodedata.normalize("NFKC", caption)
         assert "，" not in decoded
@@ -177,12 +179,12 @@ APPLES = (
 
 
 @pytest.mark.parametrize("things", [DOGS, APPLES])
-def test_a_name_of_several_things_is_read_as_all_of_them(things: tuple[EmojiObject, ...]) -> None:
+def test_caption_reader_returns_every_object_of_a_shared_name(things: tuple[EmojiObject, ...]) -> None:
     world = world_of(things)
     reader = CaptionReader(things)
     seen = set()
     for index in range(200):
-        scene = world.sample(0, index)
+        scene = world.sample_scene(0, index)
         for seed in range(6):
             caption = world.caption(scene, seed, complete=True)
             (said,) = reader.parses(caption)
@@ -214,7 +216,7 @@ def test_a_name_of_several_things_is_read_as_all_of_them(things: tuple[EmojiObje
         ("鱼在鱼下方", None, "above", 1, "🐟🐟"),
     ],
 )
-def test_sentences_that_people_write(
+def test_caption_reader_reads_sentences_that_people_write(
     make_tiny_world: MakeWorld, text: str, colour: Colour | None, kind: str, count: int, things: str
 ) -> None:
     expected = ParsedCaption(
@@ -266,13 +268,13 @@ def test_sentences_that_people_write(
         "狐狸�",
     ],
 )
-def test_what_is_no_caption_is_not_read(make_tiny_world: MakeWorld, text: str) -> None:
+def test_caption_reader_refuses_other_texts(make_tiny_world: MakeWorld, text: str) -> None:
     reader = CaptionReader(make_tiny_world().things)
     assert reader.parses(text) == ()
     assert reader.read(text) is None
 
 
-def test_a_name_that_looks_like_a_count_has_two_readings() -> None:
+def test_caption_reader_has_two_readings_when_a_name_looks_like_a_count() -> None:
     beer = EmojiObject(emoji="🍺", name="啤酒", measures=("杯", "个"))
     beers = EmojiObject(emoji="🍻", name="两杯啤酒", measures=("个",))
     reader = CaptionReader((beer, beers))
@@ -286,7 +288,7 @@ def test_a_name_that_looks_like_a_count_has_two_readings() -> None:
     assert len(reader.parses("两杯啤酒在啤酒的左边")) == 1  # a pair has one of each
 
 
-def test_a_reader_of_no_things_or_other_colours_reads_no_others(make_tiny_world: MakeWorld) -> None:
+def test_caption_reader_knows_only_its_objects_and_colours(make_tiny_world: MakeWorld) -> None:
     things = make_tiny_world().things
     assert CaptionReader(()).read("狐狸") is None
     gold = Colour(names=("金色",), rgb=(212, 175, 55))
@@ -296,7 +298,7 @@ def test_a_reader_of_no_things_or_other_colours_reads_no_others(make_tiny_world:
 
 
 @pytest.mark.font
-def test_captions_of_the_real_world_are_read() -> None:
+def test_caption_reader_reads_captions_of_the_real_world() -> None:
     things = read_things(EmojiFiles())
     world, reader = world_of(things), CaptionReader(things)
     for thing in things:
@@ -305,6 +307,6 @@ def test_captions_of_the_real_world_are_read() -> None:
                 name
             )
     for index in range(1000):
-        scene = world.sample(0, index)
+        scene = world.sample_scene(0, index)
         caption = world.caption(scene, index)
         assert facts(scene, caption) in reader.parses(caption), caption

@@ -70,7 +70,7 @@ def test_scene_grader_notices_each_planted_fault(make_tiny_world: MakeWorld) -> 
     assert parts(beside, replace(beside, things=(fox, dog))) == (True, False, None, False)
 
 
-def test_an_empty_picture_shows_nothing(make_tiny_world: MakeWorld) -> None:
+def test_scene_grader_finds_nothing_in_an_empty_image(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
     image = np.full((64, 64, 3), BLUE.rgb, dtype=np.uint8)
     image += np.random.default_rng(0).integers(0, 12, image.shape, dtype=np.uint8)
@@ -81,7 +81,7 @@ def test_an_empty_picture_shows_nothing(make_tiny_world: MakeWorld) -> None:
     assert grade_explanation(seen, Scene(colour=BLUE, kind="many", things=world.things[:1], count=2)).object is False
 
 
-def test_the_error_is_the_distance_to_the_explanation(make_tiny_world: MakeWorld) -> None:
+def test_explain_error_is_the_distance_to_the_rendered_explanation(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
     scene = Scene(colour=WHITE, kind="beside", things=world.things[2:4])
     image = world.render(scene)

@@ -30,65 +30,67 @@ def all_scenes(world: EmojiWorld) -> list[Scene]:
     return scenes
 
 
-def test_draws_are_the_same_for_ever() -> None:
+def test_keyed_random_equals_recorded_numbers() -> None:
     # Computed once with this code: a change of these numbers changes every training set and every held-out part.
     draws = KeyedRandom("scene", 7, 0)
     assert [draws.randbelow(1000) for _ in range(10)] == [908, 25, 82, 431, 698, 390, 933, 215, 248, 648]
     assert KeyedRandom("a").randbelow(10**9) != KeyedRandom("b").randbelow(10**9)
 
 
-def test_sampling_is_a_function_of_its_arguments(make_tiny_world: MakeWorld) -> None:
+def test_sample_scene_is_a_function_of_its_arguments(make_tiny_world: MakeWorld) -> None:
     world, again = make_tiny_world(), make_tiny_world()
-    forwards = [world.sample(3, index) for index in range(50)]
-    backwards = [again.sample(3, index) for index in reversed(range(50))]
+    forwards = [world.sample_scene(3, index) for index in range(50)]
+    backwards = [again.sample_scene(3, index) for index in reversed(range(50))]
     assert forwards == backwards[::-1]
-    assert [world.sample(4, index) for index in range(50)] != forwards
+    assert [world.sample_scene(4, index) for index in range(50)] != forwards
     assert [scene.meaning for scene in forwards[:3]] == ["蓝色|above|1|🦊|🚗", "棕色|one|1|🐟", "青色|above|1|📖|🚗"]
 
 
-def test_one_meaning_in_ten_is_held_out_and_never_sampled_for_training(make_tiny_world: MakeWorld) -> None:
+def test_sample_scene_separates_one_held_out_meaning_in_ten(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
     scenes = all_scenes(world)
     assert len({scene.meaning for scene in scenes}) == len(scenes)
     share = np.mean([scene.held_out for scene in scenes])
     assert 0.07 < share < 0.13  # 1008 meanings: 0.1 give or take three standard deviations
 
-    trained = {world.sample(0, index).meaning for index in range(2000)}
-    measured = {world.sample(0, index, held_out=True).meaning for index in range(200)}
+    trained = {world.sample_scene(0, index).meaning for index in range(2000)}
+    measured = {world.sample_scene(0, index, held_out=True).meaning for index in range(200)}
     held_out = {scene.meaning for scene in scenes if scene.held_out}
     assert not trained & held_out
     assert measured <= held_out
 
 
-def test_a_third_of_the_scenes_is_of_each_family(make_tiny_world: MakeWorld) -> None:
-    kinds = Counter(make_tiny_world().sample(0, index).kind for index in range(3000))
+def test_sample_scene_has_equal_frequencies_of_kinds(make_tiny_world: MakeWorld) -> None:
+    kinds = Counter(make_tiny_world().sample_scene(0, index).kind for index in range(3000))
     assert all(900 < number < 1100 for number in (kinds["one"], kinds["many"], kinds["beside"] + kinds["above"]))
 
 
-def test_shares_of_the_families_can_be_asked_for(make_tiny_world: MakeWorld) -> None:
+def test_sample_scene_has_frequencies_by_weights(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
-    kinds = Counter(world.sample(0, index, shares=SceneWeights(one=1, many=0, pair=3)).kind for index in range(2000))
+    kinds = Counter(
+        world.sample_scene(0, index, weights=SceneWeights(one=1, many=0, pair=3)).kind for index in range(2000)
+    )
     assert 440 < kinds["one"] < 560
     assert kinds["many"] == 0
     assert 700 < kinds["beside"] < 800
     assert sum(kinds.values()) == 2000
 
 
-@pytest.mark.parametrize("shares", [{"pair": -1}, {"one": 0, "many": 0, "pair": 0}], ids=str)
-def test_shares_that_mean_nothing(shares: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="shares must be 0 or more and one of them above 0"):
-        SceneWeights(**shares)
+@pytest.mark.parametrize("weights", [{"pair": -1}, {"one": 0, "many": 0, "pair": 0}], ids=str)
+def test_scene_weights_refuse_negative_and_all_zero(weights: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="weights must be 0 or more and one of them above 0"):
+        SceneWeights(**weights)
 
 
-def test_only_the_first_things_are_sampled(make_tiny_world: MakeWorld) -> None:
+def test_sample_scene_samples_only_the_first_objects(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world(things=2)
-    seen = {thing.name for index in range(100) for thing in world.sample(0, index).things}
+    seen = {thing.name for index in range(100) for thing in world.sample_scene(0, index).things}
     assert seen == {"红苹果", "狐狸"}
     assert len(world.candidates) == 6
 
 
 @pytest.mark.parametrize("canvas", [64, 128])
-def test_on_the_grid_a_thing_looks_the_same_wherever_it_stands(make_tiny_world: MakeWorld, canvas: int) -> None:
+def test_render_gives_an_object_the_same_pixels_anywhere_on_the_grid(make_tiny_world: MakeWorld, canvas: int) -> None:
     """Each place begins on a multiple of an eighth of the canvas, so a sprite always has the same codes."""
     world = make_tiny_world(canvas=canvas)
     fox, blue = world.things[1], COLOURS[5]
@@ -107,14 +109,14 @@ def test_on_the_grid_a_thing_looks_the_same_wherever_it_stands(make_tiny_world: 
 
 
 @pytest.mark.parametrize("kind", ["one", "beside", "above"])
-def test_a_scene_at_another_scale_is_that_of_a_larger_world(make_tiny_world: MakeWorld, kind: SceneKind) -> None:
+def test_render_at_a_scale_equals_a_larger_world(make_tiny_world: MakeWorld, kind: SceneKind) -> None:
     small, large = make_tiny_world(canvas=64), make_tiny_world(canvas=128)
     scene = Scene(colour=COLOURS[5], kind=kind, things=small.things[: 1 if kind == "one" else 2])
     assert np.array_equal(small.render(scene, scale=2), large.render(scene))
     assert np.array_equal(large.render(scene, scale=0.5), small.render(scene))
 
 
-def test_a_scene_at_another_scale_keeps_its_free_places(make_tiny_world: MakeWorld) -> None:
+def test_render_at_a_scale_keeps_free_positions(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world(canvas=128, jitter=12, sizes=(0.5, 0.75, 1.0))
     scene = Scene(colour=COLOURS[11], kind="beside", things=(world.things[0], world.things[3]))
     for seed in range(20):
@@ -124,7 +126,7 @@ def test_a_scene_at_another_scale_keeps_its_free_places(make_tiny_world: MakeWor
         assert error < 0.5 * astray  # one pixel to the side would be seen
 
 
-def test_a_picture_is_background_and_sprites(make_tiny_world: MakeWorld) -> None:
+def test_render_composes_background_and_sprites(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
     book, fish = world.things[4], world.things[5]
     image = world.render(Scene(colour=COLOURS[10], kind="above", things=(book, fish)))
@@ -137,7 +139,7 @@ def test_a_picture_is_background_and_sprites(make_tiny_world: MakeWorld) -> None
     assert tuple(alone[32, 8 + 6]) == (20, 140, 60)  # the left side of the ring, larger
 
 
-def test_free_things_stay_in_their_own_areas(make_tiny_world: MakeWorld) -> None:
+def test_render_keeps_objects_in_their_areas_when_positions_are_free(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world(canvas=128, jitter=12, sizes=(0.5, 0.75, 1.0))
     scene = Scene(colour=COLOURS[11], kind="beside", things=(world.things[0], world.things[3]))
     pictures = [world.render(scene, seed) for seed in range(40)]
@@ -152,30 +154,30 @@ def test_free_things_stay_in_their_own_areas(make_tiny_world: MakeWorld) -> None
         assert not blue[:, :64].any()
 
 
-def test_every_place_a_sprite_takes_is_listed(make_tiny_world: MakeWorld) -> None:
+def test_positions_in_lists_every_rendered_position(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world(canvas=128, jitter=5, sizes=(0.5, 1.0))
     for cells in LAYOUTS.values():
         for cell in cells:
             for seed in range(20):
                 x, y, side = world._place(cell, KeyedRandom(seed))
                 assert side in world.sides_in(cell)
-                assert (x, y) in world.places_in(cell, side)
+                assert (x, y) in world.positions_in(cell, side)
 
 
-def test_a_saved_world_is_the_same_world(make_tiny_world: MakeWorld, tmp_path: Path) -> None:
+def test_world_load_inverts_save(make_tiny_world: MakeWorld, tmp_path: Path) -> None:
     world = make_tiny_world(things=4, jitter=3, sizes=(0.5, 1.0))
     world.save(tmp_path / "world")
     loaded = EmojiWorld.load(tmp_path / "world")
     assert (loaded.settings, loaded.candidates, loaded.things) == (world.settings, world.candidates, world.things)
     assert loaded.colours == world.colours
     for index in range(20):
-        scene = loaded.sample(1, index)
-        assert scene == world.sample(1, index)
+        scene = loaded.sample_scene(1, index)
+        assert scene == world.sample_scene(1, index)
         assert np.array_equal(loaded.render(scene, index), world.render(scene, index))
         assert loaded.caption(scene, index) == world.caption(scene, index)
 
 
-def test_an_interrupted_save_leaves_nothing(
+def test_world_save_leaves_nothing_when_interrupted(
     make_tiny_world: MakeWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full_disk(*args: object, **kwargs: object) -> None:
@@ -187,7 +189,7 @@ def test_an_interrupted_save_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_loading_what_is_no_world_says_so(make_tiny_world: MakeWorld, tmp_path: Path) -> None:
+def test_world_load_refuses_other_folders(make_tiny_world: MakeWorld, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"world\.json is missing; make it with: cogview scenes"):
         EmojiWorld.load(tmp_path)
     make_tiny_world().save(tmp_path)
@@ -209,24 +211,24 @@ def test_loading_what_is_no_world_says_so(make_tiny_world: MakeWorld, tmp_path: 
         ({"size": [1.0]}, '"size" is unknown; did you mean "sizes"'),
     ],
 )
-def test_settings_are_checked(settings: dict[str, object], message: str) -> None:
+def test_world_settings_refuse_values_out_of_range(settings: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         from_mapping(WorldSettings, settings, "scenes section")
 
 
-def test_a_world_needs_its_things_and_sprites(make_tiny_world: MakeWorld) -> None:
-    with pytest.raises(InputError, match="a world of 7 things is asked for, but only 6 are known"):
+def test_world_refuses_missing_objects_and_sprites(make_tiny_world: MakeWorld) -> None:
+    with pytest.raises(InputError, match="a world of 7 objects was requested, but only 6 are known"):
         make_tiny_world(things=7)
     world = make_tiny_world()
-    with pytest.raises(ValueError, match=r"6 things need uint8 sprites \(6, 128, 128, 4\)"):
+    with pytest.raises(ValueError, match=r"6 objects need uint8 sprites \(6, 128, 128, 4\)"):
         EmojiWorld(world.settings, world.candidates, world.sprites[:5])
 
 
-def test_scenes_that_make_no_sense_are_refused(make_tiny_world: MakeWorld) -> None:
+def test_scene_refuses_inconsistent_content(make_tiny_world: MakeWorld) -> None:
     fox, dog = make_tiny_world().things[1:3]
     with pytest.raises(ValueError, match="no scene of kind 'many' holds 5 each of 狐狸"):
         Scene(colour=COLOURS[0], kind="many", things=(fox,), count=5)
     with pytest.raises(ValueError, match="no scene of kind 'one' holds 1 each of 狐狸、狗"):
         Scene(colour=COLOURS[0], kind="one", things=(fox, dog))
-    with pytest.raises(ValueError, match="the things of a pair differ, got 狐狸 twice"):
+    with pytest.raises(ValueError, match="the objects of a pair must differ, got 狐狸 twice"):
         Scene(colour=COLOURS[0], kind="beside", things=(fox, fox))

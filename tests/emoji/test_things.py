@@ -55,7 +55,7 @@ def planted(tmp_path: Path) -> EmojiFiles:
     return files
 
 
-def test_things_come_from_the_five_groups_common_ones_first(planted: EmojiFiles) -> None:
+def test_read_things_returns_named_objects_of_five_groups_common_ones_first(planted: EmojiFiles) -> None:
     things = {thing.emoji: thing for thing in read_things(planted)}
     # 🍎 leads the common objects; a smiley and an animal without a Chinese name stay out; variation selectors do not
     # matter.
@@ -65,7 +65,7 @@ def test_things_come_from_the_five_groups_common_ones_first(planted: EmojiFiles)
     assert things["🐻‍❄️"].name == "北极熊"
 
 
-def test_natural_names_come_first_and_shared_synonyms_go(planted: EmojiFiles) -> None:
+def test_read_things_puts_common_names_first_and_drops_shared_synonyms(planted: EmojiFiles) -> None:
     things = {thing.emoji: thing for thing in read_things(planted)}
     assert things["🪐"].names == ("土星", "有环行星")
     assert things["🍎"].names == ("红苹果", "苹果")
@@ -83,20 +83,22 @@ def test_natural_names_come_first_and_shared_synonyms_go(planted: EmojiFiles) ->
         ("emoji-test.txt", "unicode-data"),
     ],
 )
-def test_a_missing_file_names_its_package(planted: EmojiFiles, tmp_path: Path, name: str, package: str) -> None:
+def test_read_things_names_the_package_of_a_missing_file(
+    planted: EmojiFiles, tmp_path: Path, name: str, package: str
+) -> None:
     (tmp_path / name).unlink()
     with pytest.raises(InputError, match=rf"{name} is missing.*apt install {package} "):
         read_things(planted)
 
 
-def test_files_without_a_common_emoji_are_refused(planted: EmojiFiles) -> None:
+def test_read_things_refuses_files_without_a_common_emoji(planted: EmojiFiles) -> None:
     planted.emoji_test.write_text("# group: Objects\n1F600 ; fully-qualified # 😀\n".replace("1F600", "1F4BB"))
     with pytest.raises(InputError, match="no named emoji in common"):
         read_things(planted)
 
 
 @pytest.mark.font
-def test_debian_things_have_names_and_pictures_of_their_own() -> None:
+def test_read_things_of_debian_have_distinct_names_and_sprites() -> None:
     things = read_things(DEBIAN)
     assert len(things) >= 800  # 836 with the files of Debian 12
     names = [name for thing in things for name in thing.names]

@@ -189,7 +189,7 @@ def test_training_images_are_a_generators_examples_in_order_from_any_step(make_t
     batches = list(training_batches(images, 3, 0, 4))
     assert [tuple(batch.shape) for batch in batches] == [(3, 3, 64, 64)] * 4
     for number, image in enumerate(torch.cat(batches)):
-        assert torch.equal(image, to_float(world.render(world.sample(5, number), number)))
+        assert torch.equal(image, to_float(world.render(world.sample_scene(5, number), number)))
     resumed = list(training_batches(images, 3, 2, 4, num_workers=1))
     assert torch.equal(torch.cat(resumed), torch.cat(batches[2:]))
 
@@ -216,7 +216,7 @@ def test_held_out_batches_are_of_held_out_scenes(make_tiny_world):
     images = torch.cat(list(held_out_batches(scenes, 8, count=5, batch_size=2)))
     assert len(images) == 5
     for number, image in enumerate(images):
-        scene = world.sample(1, number, held_out=True)
+        scene = world.sample_scene(1, number, held_out=True)
         assert scene.held_out
         assert torch.equal(image, to_float(world.render(scene, number)))
     assert torch.equal(TrainingImages(scenes, 8)[3], images[3])
@@ -292,7 +292,7 @@ def test_training_images_are_cropped_on_the_grid_of_codes_at_larger_scales(make_
     images = TrainingImages(SceneDataset(world, 3), 8, scales=(1, 2))
     corners = set()
     for number in range(24):
-        scene, image = world.sample(3, number), images[number]
+        scene, image = world.sample_scene(3, number), images[number]
         assert image.shape == (3, 64, 64)
         if number % 2 == 0:
             assert torch.equal(image, to_float(world.render(scene, number)))

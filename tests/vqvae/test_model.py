@@ -34,7 +34,7 @@ def noise(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("config", [RESIDUAL, RELEASED], ids=["residual", "released"])
-def test_shapes_and_ranges(config):
+def test_vqvae_shapes_and_ranges(config):
     model = make(config)
     codes = model.encode(noise(2, 3, 32, 48))
     assert codes.shape == (2, 4, 6)
@@ -53,7 +53,7 @@ def test_shapes_and_ranges(config):
 
 
 @pytest.mark.parametrize("config", [RESIDUAL, RELEASED], ids=["residual", "released"])
-def test_encoding_and_decoding_are_functions_of_each_picture_alone(config):
+def test_vqvae_encodes_and_decodes_each_image_independently(config):
     model, images = make(config), noise(3, 3, 32, 32)
     codes = model.encode(images)
     assert torch.equal(model.encode(images), codes)
@@ -63,7 +63,7 @@ def test_encoding_and_decoding_are_functions_of_each_picture_alone(config):
     assert torch.equal(model.decode(codes), model.decode(codes))
 
 
-def test_a_training_forward_decodes_the_chosen_codes_and_passes_the_gradient_straight_through():
+def test_vqvae_forward_decodes_nearest_codes_with_a_straight_through_gradient():
     model, images = make(RESIDUAL), noise(2, 3, 16, 16)
     output = model(images)
     assert torch.equal(output.codes, model.encode(images))
@@ -73,14 +73,14 @@ def test_a_training_forward_decodes_the_chosen_codes_and_passes_the_gradient_str
     assert not output.quantized.requires_grad
 
 
-def test_a_forward_without_quantization_decodes_the_vectors_themselves():
+def test_vqvae_forward_decodes_encoder_outputs_when_quantization_is_off():
     model, images = make(RESIDUAL), noise(2, 3, 16, 16)
     output = model(images, quantize=False)
     torch.testing.assert_close(output.images, model.decode_vectors(model.encode_vectors(images)))
     assert torch.equal(output.codes, torch.zeros(2, 2, 2, dtype=torch.long))
 
 
-def test_a_code_of_the_residual_encoder_sees_its_own_patch_and_two_pixels_around():
+def test_residual_encoder_has_a_receptive_field_of_a_patch_and_two_pixels_around():
     """What a thing's codes are must not depend on what stands elsewhere in the picture."""
     model, image = make(RESIDUAL), noise(1, 3, 64, 64)
     before = model.encode_vectors(image)[0]
@@ -98,7 +98,7 @@ def test_a_code_of_the_residual_encoder_sees_its_own_patch_and_two_pixels_around
         assert moved == seen, (row, column)
 
 
-def test_the_same_thing_has_the_same_codes_wherever_it_stands_on_the_grid():
+def test_residual_encoder_gives_an_object_the_same_codes_anywhere_on_the_grid():
     model, patch = make(RESIDUAL), noise(3, 16, 16)
     image = torch.full((1, 3, 64, 64), 0.5)
     image[0, :, 8:24, 8:24] = patch
@@ -107,7 +107,7 @@ def test_the_same_thing_has_the_same_codes_wherever_it_stands_on_the_grid():
     assert torch.equal(codes[1:3, 1:3], codes[5:7, 4:6])
 
 
-def test_released_layers_have_the_names_and_shapes_of_the_released_weights():
+def test_released_vqvae_has_the_names_and_shapes_of_the_v1_weights():
     """FORMATS: enc_b.blocks.{0,2,4,6} and dec.blocks.{0,2,4,6}, 512 channels, 8192 codes of width 256."""
     with torch.device("meta"):
         model = VQVAE(VQVAEConfig.released())
@@ -125,7 +125,7 @@ def test_released_layers_have_the_names_and_shapes_of_the_released_weights():
     assert tuple(model.state_dict()["quantizer.codebook"].shape) == (8192, 256)
 
 
-def test_released_pixels_are_normalised_by_the_released_mean_and_std():
+def test_released_vqvae_normalizes_pixels_by_the_v1_mean_and_std():
     model, image = make(RELEASED), noise(1, 3, 16, 16)
     mean, std = torch.tensor(V1_MEAN).view(3, 1, 1), torch.tensor(V1_STD).view(3, 1, 1)
     vectors = model.encoder((image - mean) / std).permute(0, 2, 3, 1)
@@ -134,7 +134,7 @@ def test_released_pixels_are_normalised_by_the_released_mean_and_std():
     torch.testing.assert_close(model.decode_vectors(vectors), decoded)
 
 
-def test_a_stored_model_holds_no_state_of_its_training():
+def test_vqvae_state_has_no_averages_of_training():
     assert not [name for name in make(RESIDUAL).state_dict() if "ema" in name or "mean" in name]
 
 
@@ -147,7 +147,7 @@ def test_a_stored_model_holds_no_state_of_its_training():
         ((1, 1, 64, 64), r"must be \(batch, 3, height, width\), got \(1, 1, 64, 64\)"),
     ],
 )
-def test_wrong_images(shape, message):
+def test_vqvae_refuses_images_of_other_shapes(shape, message):
     with pytest.raises(ValueError, match=message):
         make(RESIDUAL).encode(torch.zeros(shape))
 
@@ -162,6 +162,6 @@ def test_wrong_images(shape, message):
         ({"channels": (8, 0, 8)}, "must be at least 1"),
     ],
 )
-def test_wrong_settings(settings, message):
+def test_vqvae_config_refuses_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         VQVAEConfig(**settings)

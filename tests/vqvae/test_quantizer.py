@@ -28,20 +28,20 @@ def make(num_codes: int, width: int, *, normalize: bool = False) -> Quantizer:
 # One vector, odd, one short of a chunk, a chunk, one more, several chunks and a rest.
 @pytest.mark.parametrize("count", [1, 7, module.CHUNK - 1, module.CHUNK, module.CHUNK + 1, 3 * module.CHUNK + 5])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_nearest_is_what_float64_finds_by_trying_every_code(count, normalize):
+def test_nearest_equals_an_exhaustive_search_in_float64(count, normalize):
     quantizer = make(300, 6, normalize=normalize)
     vectors = quantizer.normalized(torch.randn(count, 6, generator=seeded(1)))
     distances_NK = (vectors.double()[:, None] - quantizer.codebook.double()).square().sum(dim=-1)
     assert torch.equal(quantizer.nearest(vectors), distances_NK.argmin(dim=1))
 
 
-def test_nearest_keeps_the_shape_and_finds_a_code_for_itself():
+def test_nearest_inverts_lookup_in_the_same_shape():
     quantizer = make(40, 5)
     codes = torch.randint(40, (2, 3, 4), generator=seeded())
     assert torch.equal(quantizer.nearest(quantizer.lookup(codes)), codes)
 
 
-def test_nearest_never_holds_a_table_of_all_vectors_by_all_codes(monkeypatch):
+def test_nearest_compares_vectors_in_chunks(monkeypatch):
     quantizer, vectors = make(64, 4), torch.randn(1000, 4, generator=seeded(1))
     expected = quantizer.nearest(vectors)
     rows = []
@@ -59,7 +59,7 @@ def test_nearest_never_holds_a_table_of_all_vectors_by_all_codes(monkeypatch):
     assert sum(rows) == 1000
 
 
-def test_autocast_does_not_round_the_choice():
+def test_nearest_is_exact_under_autocast():
     quantizer, vectors = make(2000, 8, normalize=True), torch.randn(500, 8, generator=seeded(1))
     with torch.autocast("cpu", torch.bfloat16):
         found, rounded = quantizer.nearest(vectors), (vectors @ quantizer.codebook.T).argmax(dim=1)
@@ -83,7 +83,7 @@ def test_update_moves_the_averages_as_computed_by_hand():
     torch.testing.assert_close(quantizer.codebook, expected)
 
 
-def test_update_keeps_normalised_codes_on_the_sphere():
+def test_update_keeps_normalized_codes_at_length_one():
     quantizer = make(20, 4, normalize=True)
     vectors = quantizer.normalized(torch.randn(500, 4, generator=seeded(1)))
     for _ in range(5):
@@ -112,7 +112,7 @@ dist.destroy_process_group()
 """
 
 
-def test_two_processes_with_half_a_batch_each_are_one_process(tmp_path):
+def test_update_of_two_processes_equals_one_process_with_the_whole_batch(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this build of torch has no torch.distributed")
     alone = make(64, 4, normalize=True)
@@ -138,7 +138,7 @@ def test_two_processes_with_half_a_batch_each_are_one_process(tmp_path):
         assert torch.equal(first[name], second[name]), name
 
 
-def test_start_from_gives_every_code_a_vector_of_its_own():
+def test_initialize_from_gives_every_code_a_distinct_vector():
     """Nine of ten vectors are one flat background; a plain random choice would put nine of ten codes there."""
     quantizer = make(50, 3)
     vectors = torch.cat([torch.full((900, 3), 0.25), torch.randn(100, 3, generator=seeded())])
@@ -149,14 +149,14 @@ def test_start_from_gives_every_code_a_vector_of_its_own():
     assert torch.equal(quantizer.ema_sum, quantizer.codebook)
 
 
-def test_start_from_fewer_vectors_than_codes_uses_them_all():
+def test_initialize_from_uses_all_vectors_when_there_are_fewer_than_codes():
     quantizer = make(50, 3)
     vectors = torch.cat([torch.full((900, 3), 0.25), torch.randn(20, 3, generator=seeded())])
     quantizer.initialize_from(vectors, seeded())
     assert len(torch.unique(quantizer.codebook, dim=0)) == 21
 
 
-def test_revive_puts_dead_codes_on_badly_served_vectors_and_leaves_the_others():
+def test_restart_dead_codes_moves_them_onto_distant_vectors_and_no_others():
     quantizer = make(4, 2)
     quantizer.codebook.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [50.0, 0.0], [60.0, 0.0]]))
     quantizer.ema_cluster_size.copy_(torch.tensor([5.0, 5.0, 0.001, 0.0]))
@@ -170,7 +170,7 @@ def test_revive_puts_dead_codes_on_badly_served_vectors_and_leaves_the_others():
     torch.testing.assert_close(quantizer.ema_sum[2:], quantizer.codebook[2:] * 0.02)
 
 
-def test_revive_has_nothing_to_do_where_all_is_well_served_or_no_code_is_dead():
+def test_restart_dead_codes_moves_none_when_vectors_are_exact_or_no_code_is_dead():
     quantizer = make(3, 2)
     before = quantizer.codebook.clone()
     assert (
@@ -182,7 +182,7 @@ def test_revive_has_nothing_to_do_where_all_is_well_served_or_no_code_is_dead():
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_the_measures_keep_a_codebook_in_use_that_collapses_without_them(normalize):
+def test_quantizer_measures_prevent_the_collapse_of_the_codebook(normalize):
     """256 codes for 600 clusters in a corner of space, half of the vectors one background, the whole drifting."""
     generator = seeded(3)
     clusters = 2 + 0.5 * torch.randn(600, 8, generator=generator)

@@ -45,7 +45,7 @@ def held_out_scenes(world: EmojiWorld, count: int, seed: int = 0) -> list[tuple[
     """
     chosen: dict[str, Scene] = {}
     for index in range(20 * count):
-        scene = world.sample(seed, index, held_out=True)
+        scene = world.sample_scene(seed, index, held_out=True)
         chosen.setdefault(scene.meaning, scene)
         if len(chosen) == count:
             return [(scene, world.caption(scene, seed, complete=True)) for scene in chosen.values()]

@@ -28,7 +28,7 @@ def world(make_tiny_world) -> EmojiWorld:
 
 @pytest.fixture(scope="module")
 def text_tokenizer(world) -> TextTokenizer:
-    captions = [world.caption(world.sample(0, index), index) for index in range(300)]
+    captions = [world.caption(world.sample_scene(0, index), index) for index in range(300)]
     return TextTokenizer(train_text_tokenizer(captions, size=400, coverage=1.0, max_piece_length=1))
 
 
@@ -61,13 +61,13 @@ def everything(store: TokenStore) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_a_row_is_the_codes_of_a_scene_and_the_pieces_of_its_caption(
+def test_encode_dataset_writes_codes_of_the_image_and_pieces_of_the_caption(
     tmp_path, encode, world, text_tokenizer, image_tokenizer, held_out
 ):
     store = encode(tmp_path, 19, held_out=held_out, seed=3)  # the last batch is not full
     assert len(store) == 19
     for number in range(19):
-        scene = world.sample(3, number, held_out=held_out)
+        scene = world.sample_scene(3, number, held_out=held_out)
         assert scene.held_out == held_out
         row = store[number]
         pieces = row["text"][row["text"] != NO_TOKEN].tolist()
@@ -76,7 +76,7 @@ def test_a_row_is_the_codes_of_a_scene_and_the_pieces_of_its_caption(
         assert row["image"].tolist() == image_tokenizer.encode(image).flatten().tolist()
 
 
-def test_the_header_names_what_the_rows_were_made_with(tmp_path, encode, text_tokenizer, image_tokenizer):
+def test_encode_dataset_records_tokenizers_and_provenance(tmp_path, encode, text_tokenizer, image_tokenizer):
     header = encode(tmp_path, 2, held_out=True, text_width=40).header
     assert header.fields == {"text": 40, "image": 64}
     assert (header.grid, header.num_image_codes, header.num_text_pieces) == (8, 40, text_tokenizer.size)
@@ -87,13 +87,13 @@ def test_the_header_names_what_the_rows_were_made_with(tmp_path, encode, text_to
     assert header.provenance["scenes"]["jitter"] == 2
 
 
-def test_scenes_at_other_sizes(tmp_path, encode, world, image_tokenizer):
+def test_encode_dataset_writes_renditions_at_other_scales(tmp_path, encode, world, image_tokenizer):
     """The same scenes, with everything where it is, at twice and at half the side."""
     store = encode(tmp_path, 6, large=True, small=True)
     assert store.header.fields == {"text": 48, "image": 64, "large": 256, "small": 16}
     assert store.header.layouts == ("generate", "caption", "upscale", "low_level")
     for number in range(6):
-        scene = world.sample(0, number)
+        scene = world.sample_scene(0, number)
         for name, side in (("image", 64), ("large", 128), ("small", 32)):
             picture = world.render(scene, number, side / 64)
             assert picture.shape == (side, side, 3)
@@ -101,15 +101,15 @@ def test_scenes_at_other_sizes(tmp_path, encode, world, image_tokenizer):
             assert store[number][name].tolist() == image_tokenizer.encode(image).flatten().tolist()
 
 
-def test_the_name_of_what_stands_at_each_code(tmp_path, encode, world):
+def test_encode_dataset_writes_the_name_at_each_code(tmp_path, encode, world):
     names = [name for thing in world.things for name in thing.names]
-    captions = [world.caption(world.sample(0, index), index) for index in range(300)]
+    captions = [world.caption(world.sample_scene(0, index), index) for index in range(300)]
     tokenizer = TextTokenizer(train_text_tokenizer(captions, size=400, coverage=1.0, max_piece_length=1, words=names))
     store = encode(tmp_path, 40, named=True, text=tokenizer)
     assert store.header.fields == {"text": 48, "image": 64, "named": 64}
     seen = set()
     for number in range(40):
-        scene, row = world.sample(0, number), store[number]
+        scene, row = world.sample_scene(0, number), store[number]
         named = row["named"].reshape(8, 8)
         areas = {"beside": (named[:, :4], named[:, 4:]), "above": (named[:4], named[4:])}.get(scene.kind, (named,))
         for thing, area in zip(scene.things, areas, strict=True):
@@ -133,14 +133,14 @@ def test_name_grid_is_empty_where_the_caption_has_no_name_of_an_object_or_two():
         assert [set(half.ravel().tolist()) for half in (named[:, :8], named[:, 8:])] == [{piece} for piece in expected]
 
 
-def test_names_of_several_pieces_cannot_stand_for_things(tmp_path, encode):
+def test_encode_dataset_refuses_names_of_several_pieces(tmp_path, encode):
     with pytest.raises(
         InputError, match=r"the name 红苹果 of an object takes 3 pieces.*whole_names: true, or encode with named: false"
     ):
         encode(tmp_path, 4, named=True)
 
 
-def test_shares_are_those_of_the_training_scenes_alone(tmp_path, encode):
+def test_scene_weights_apply_to_training_scenes_alone(tmp_path, encode):
     pairs = SceneWeights(one=0, many=0, pair=1)
     trained, held_out = (
         encode(tmp_path / str(held_out), 12, held_out=held_out, weights=pairs) for held_out in (False, True)
@@ -153,12 +153,12 @@ def test_shares_are_those_of_the_training_scenes_alone(tmp_path, encode):
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 5}, {"num_workers": 2}], ids=str)
-def test_the_rows_depend_neither_on_batches_nor_on_workers(tmp_path, encode, changes):
+def test_encode_dataset_depends_neither_on_batches_nor_on_workers(tmp_path, encode, changes):
     alone, other = everything(encode(tmp_path / "a", 21)), everything(encode(tmp_path / "b", 21, **changes))
     assert all(np.array_equal(alone[name], other[name]) for name in alone)
 
 
-def test_an_interrupted_encoding_keeps_its_rows_and_is_continued(tmp_path, encode, monkeypatch):
+def test_encode_dataset_continues_when_interrupted(tmp_path, encode, monkeypatch):
     append, calls = StoreWriter.append, []
 
     def interrupted(self, rows):
@@ -176,7 +176,7 @@ def test_an_interrupted_encoding_keeps_its_rows_and_is_continued(tmp_path, encod
     assert all(np.array_equal(rows[name], whole[name]) for name in rows)
 
 
-def test_a_finished_store_is_left_as_it_is_and_grows_where_more_is_asked_for(tmp_path, encode):
+def test_encode_dataset_extends_a_finished_store_when_more_rows_are_requested(tmp_path, encode):
     before = everything(encode(tmp_path, 10))
     assert len(encode(tmp_path, 10)) == 10
     assert len(encode(tmp_path, 6)) == 10
@@ -184,7 +184,7 @@ def test_a_finished_store_is_left_as_it_is_and_grows_where_more_is_asked_for(tmp
     assert all(np.array_equal(after[name][:10], before[name]) for name in before)
 
 
-def test_a_store_of_another_codebook_is_not_continued(tmp_path, encode, image_tokenizer):
+def test_encode_dataset_refuses_a_store_of_another_codebook(tmp_path, encode, image_tokenizer):
     encode(tmp_path, 4)
     other = VQVAE(image_tokenizer.config).eval()
     with pytest.raises(
@@ -194,13 +194,13 @@ def test_a_store_of_another_codebook_is_not_continued(tmp_path, encode, image_to
     assert len(TokenStore(tmp_path)) == 4
 
 
-def test_a_caption_longer_than_its_field_says_how_long(tmp_path, encode):
+def test_encode_dataset_refuses_a_caption_longer_than_its_field(tmp_path, encode):
     with pytest.raises(InputError, match=r"has \d+ pieces, the store has room for 5: widen its text field"):
         encode(tmp_path, 4, text_width=5)
 
 
 @pytest.mark.parametrize("name", ["rows", "held_out_rows", "text_width", "batch_size"])
-def test_wrong_settings(name):
+def test_scene_encode_settings_refuse_numbers_below_one(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         SceneEncodeSettings(**{"rows": 10, name: 0})
 

@@ -82,7 +82,7 @@ def parts(grader: CaptionGrader, text: str, scene: Scene) -> tuple[bool, bool, b
     return grade.colour, grade.object, grade.count, grade.relation, grade.everything
 
 
-def test_each_planted_fault_of_one_thing_is_noticed(world: EmojiWorld) -> None:
+def test_caption_grader_notices_each_planted_fault_of_one_object(world: EmojiWorld) -> None:
     grader = CaptionGrader(world.candidates)
     scene = Scene(colour=BLUE, kind="one", things=(world.things[1],))
     assert parts(grader, "蓝色背景上的一只狐狸", scene) == (True, True, None, None, True)
@@ -95,7 +95,7 @@ def test_each_planted_fault_of_one_thing_is_noticed(world: EmojiWorld) -> None:
     assert parts(grader, "蓝色的狐狸", scene) == (False, False, None, None, False)
 
 
-def test_each_planted_fault_of_several_things_is_noticed(world: EmojiWorld) -> None:
+def test_caption_grader_notices_each_planted_fault_of_several_objects(world: EmojiWorld) -> None:
     grader = CaptionGrader(world.candidates)
     scene = Scene(colour=BLUE, kind="many", things=(world.things[1],), count=3)
     assert parts(grader, "蓝色背景上的三只狐狸", scene) == (True, True, True, None, True)
@@ -107,7 +107,7 @@ def test_each_planted_fault_of_several_things_is_noticed(world: EmojiWorld) -> N
     assert parts(grader, "蓝色背景上的五只狐狸", scene) == (False, False, False, None, False)
 
 
-def test_each_planted_fault_of_a_pair_is_noticed(world: EmojiWorld) -> None:
+def test_caption_grader_notices_each_planted_fault_of_a_pair(world: EmojiWorld) -> None:
     grader = CaptionGrader(world.candidates)
     scene = Scene(colour=BLUE, kind="beside", things=(world.things[1], world.things[0]))
     assert parts(grader, "左边是狐狸，右边是苹果，蓝色背景", scene) == (True, True, None, True, True)
@@ -121,7 +121,7 @@ def test_each_planted_fault_of_a_pair_is_noticed(world: EmojiWorld) -> None:
     assert parts(grader, "狐狸，苹果", scene) == (False, False, None, False, False)
 
 
-def test_a_name_or_text_that_may_mean_what_is_shown_is_right() -> None:
+def test_caption_grader_accepts_any_meaning_of_a_name_or_text() -> None:
     beer = EmojiObject(emoji="🍺", name="啤酒", measures=("杯", "个"))
     beers = EmojiObject(emoji="🍻", name="两杯啤酒", synonyms=("干杯",))
     dog, dog_face = EmojiObject(emoji="🐕", name="狗"), EmojiObject(emoji="🐶", name="狗头", synonyms=("狗",))
@@ -138,7 +138,7 @@ def test_a_name_or_text_that_may_mean_what_is_shown_is_right() -> None:
     assert not grader.grade("狗头在狗头上面，蓝色背景", pair).object
 
 
-def test_the_summary_counts_and_names_confusions(world: EmojiWorld) -> None:
+def test_summarize_captions_counts_and_names_confusions(world: EmojiWorld) -> None:
     grader = CaptionGrader(world.candidates)
     apple, fox = world.things[:2]
     one = Scene(colour=BLUE, kind="one", things=(fox,))
@@ -193,7 +193,7 @@ def swapped(scene: Scene) -> Scene:
         (swapped, {"relation": ("beside", "above")}),
     ],
 )
-def test_figures_of_planted_captions_are_exact(
+def test_evaluate_captions_measures_planted_captions_exactly(
     world: EmojiWorld, fault: Any, wrong: dict[str, tuple[str, ...]]
 ) -> None:
     """The captions of every third scene have one fault, and all captions of reconstructions are nonsense."""
@@ -224,7 +224,7 @@ def test_figures_of_planted_captions_are_exact(
     assert report["reconstructions"]["confusions"] == []
 
 
-def test_the_captions_stand_beside_right_ones(world: EmojiWorld) -> None:
+def test_evaluate_captions_lists_captions_beside_right_ones(world: EmojiWorld) -> None:
     def tell(number: int, scene: Scene) -> str:
         return world.caption(scene if number else wrong_colour(scene), number, complete=True)
 
@@ -246,7 +246,7 @@ def test_the_captions_stand_beside_right_ones(world: EmojiWorld) -> None:
     ]
 
 
-def test_the_report_says_how_it_was_made(world: EmojiWorld) -> None:
+def test_evaluate_captions_describes_its_protocol(world: EmojiWorld) -> None:
     made = {}
     for seed in (0, 1):
         teller = Teller(world, 4, seed, lambda number, scene: "狐狸", lambda number, scene: "狐狸")
@@ -256,9 +256,7 @@ def test_the_report_says_how_it_was_made(world: EmojiWorld) -> None:
     assert made[0]["captions_sha256"] != made[1]["captions_sha256"]
 
 
-def test_a_model_is_graded_in_its_own_world_alone(
-    make_tiny_world: Callable[..., EmojiWorld], world: EmojiWorld
-) -> None:
+def test_evaluate_captions_refuses_another_world(make_tiny_world: Callable[..., EmojiWorld], world: EmojiWorld) -> None:
     teller = Teller(world, 1, 0, lambda number, scene: "", lambda number, scene: "")
     with pytest.raises(InputError, match="generates 64 pixels, the world has 128: use the recipe of the model"):
         evaluate_captions(teller, make_tiny_world(canvas=128), count=1, seed=0, batch_size=1)  # type: ignore[arg-type]
@@ -266,7 +264,7 @@ def test_a_model_is_graded_in_its_own_world_alone(
         evaluate_captions(teller, make_tiny_world(things=3), count=1, seed=0, batch_size=1)  # type: ignore[arg-type]
 
 
-def test_the_report_as_a_table() -> None:
+def test_format_caption_report_is_a_table() -> None:
     sure = {"right": 9, "of": 10, "accuracy": 0.9, "low": 0.596, "high": 0.982}
     none = accuracy(0, 0)
     grades = {"colour": sure, "object": sure, "count": none, "relation": sure, "everything": sure}

@@ -65,7 +65,7 @@ def evaluate(painter, world, *, candidates, batch_size=7):
     )
 
 
-def test_pictures_are_drawn_graded_and_scored_whatever_the_batches(make_tiny_world):
+def test_evaluate_rerank_does_not_depend_on_the_batches(make_tiny_world):
     world = make_tiny_world()
     rng = np.random.default_rng(3)
     right_CN, scores_CN = rng.random((5, 6)) < 0.5, rng.normal(size=(5, 6))
@@ -85,7 +85,7 @@ def test_pictures_are_drawn_graded_and_scored_whatever_the_batches(make_tiny_wor
     assert made["sampling"]["top_k"] == 9
 
 
-def test_sixteen_pictures_are_reported_by_powers_of_two(make_tiny_world):
+def test_evaluate_rerank_reports_powers_of_two(make_tiny_world):
     world = make_tiny_world()
     grades = np.ones((2, 16), dtype=bool)
     report = evaluate(Painter(world, 40, grades, np.zeros((2, 16))), world, candidates=16)
@@ -93,7 +93,7 @@ def test_sixteen_pictures_are_reported_by_powers_of_two(make_tiny_world):
 
 
 @pytest.mark.parametrize("missing", ["generate", "caption"])
-def test_a_model_that_lacks_a_task_draws_nothing(make_tiny_world, missing):
+def test_evaluate_rerank_refuses_a_model_without_a_task(make_tiny_world, missing):
     world = make_tiny_world()
     grades = np.ones((1, 2), dtype=bool)
     tasks = {"generate", "caption", "upscale"} - {missing}
@@ -103,7 +103,7 @@ def test_a_model_that_lacks_a_task_draws_nothing(make_tiny_world, missing):
     assert painter.drawn == []
 
 
-def test_a_real_model_is_measured(make_tiny_world, tiny_model):
+def test_evaluate_rerank_measures_a_real_model(make_tiny_world, tiny_model):
     report = evaluate_rerank(
         tiny_model,
         make_tiny_world(things=4),
@@ -116,7 +116,7 @@ def test_a_real_model_is_measured(make_tiny_world, tiny_model):
     assert [row["of"] for row in report["best_of"]] == [1, 2, 3]
 
 
-def test_the_report_as_a_table():
+def test_format_rerank_report_is_a_table():
     share = {"right": 9, "of": 10, "accuracy": 0.9, "low": 0.596, "high": 0.982}
     rows = [
         {"of": 1, "average": 0.9, "best_by_score": share, "best_possible": share, "gap_closed": None},

@@ -97,7 +97,7 @@ def world(make_tiny_world):
 # Where windows meet
 
 
-def test_each_code_belongs_to_the_first_window_that_reaches_it():
+def test_window_owners_are_the_first_windows_by_hand():
     by_hand = (
         ["0000000011112222"] * 5  # the first window stops after 5 lines, the others of its row after 8
         + ["4444111111112222"] * 3
@@ -108,7 +108,7 @@ def test_each_code_belongs_to_the_first_window_that_reaches_it():
 
 
 @pytest.mark.parametrize("grid", [8, 16, 32])
-def test_near_a_border_are_four_pixels_on_either_side(grid):
+def test_border_mask_has_four_pixels_on_either_side(grid):
     owners, near = window_owners(grid), border_mask(grid, 8)
     assert near.shape == (16 * grid, 16 * grid)
     last = 2 * grid - 1
@@ -123,7 +123,7 @@ def test_near_a_border_are_four_pixels_on_either_side(grid):
             assert (near[8 * y : 8 * y + 8, 8 * x : 8 * x + 8] == expected).all()
 
 
-def test_borders_of_the_smallest_grid_counted_by_hand():
+def test_border_mask_of_the_smallest_grid_by_hand():
     near = border_mask(8, 8)
     # Along the top line: borders before columns 8 and 12 of codes, at pixels 64 and 96.
     assert np.flatnonzero(near[0]).tolist() == [*range(60, 68), *range(92, 100)]
@@ -136,7 +136,7 @@ def test_borders_of_the_smallest_grid_counted_by_hand():
 # The protocol
 
 
-def test_planted_errors_come_out_as_planted(world):
+def test_evaluate_upscale_measures_planted_errors(world):
     near = border_mask(8, 8)[:, :, None]
     model = Enlarger(world, lambda picture: off_by(picture, np.where(near, 6, 3)))
     report, pictures = evaluate(model, world)
@@ -175,7 +175,7 @@ def test_planted_errors_come_out_as_planted(world):
     assert (shown[:, 3] == model.large).all()
 
 
-def test_pictures_that_are_harder_where_windows_meet_are_no_seams():
+def test_expected_under_reference_allows_for_images_that_are_harder_at_borders():
     reference = np.array([[20.0, 1.0], [10.0, 2.0]])  # near and elsewhere, of two pictures
     ours = reference * [5.0, 1.0]  # the first is drawn worse, and no worse near borders
     np.testing.assert_allclose(expected_under_reference(ours, reference, 0.3), ours)
@@ -185,7 +185,7 @@ def test_pictures_that_are_harder_where_windows_meet_are_no_seams():
     np.testing.assert_allclose([0.3, 0.7] @ expected_under_reference(seam, reference, 0.3), [0.3, 0.7] @ seam)
 
 
-def test_a_picture_reduced_again_is_compared_with_the_decoded_codes(world):
+def test_evaluate_upscale_compares_reduced_images_with_decoded_codes(world):
     # What only repeats every pixel of the true small picture, as decoded but for the error of 2, is consistent with it.
     model = Enlarger(world, lambda picture: picture)
     model.enlarged = off_by(model.small, 2).repeat(2, axis=1).repeat(2, axis=2)
@@ -195,7 +195,7 @@ def test_a_picture_reduced_again_is_compared_with_the_decoded_codes(world):
     assert report["large_pictures"]["ours"]["consistency"]["value"] == pytest.approx(20 * math.log10(255))
 
 
-def test_what_the_model_is_asked_and_what_the_report_says_of_it(world):
+def test_evaluate_upscale_describes_its_protocol(world):
     model = Enlarger(world, lambda picture: off_by(picture, 1))
     reports = [evaluate(model, world, batch_size=size)[0] for size in (2, 100)]
     assert reports[0] == reports[1]
@@ -205,14 +205,14 @@ def test_what_the_model_is_asked_and_what_the_report_says_of_it(world):
     assert (made["captions"], made["seed"], made["model"], made["sampling"]) == (COUNT, SEED, "enlarger", asked)
 
 
-def test_a_model_that_lacks_the_task_enlarges_nothing(world):
+def test_evaluate_upscale_refuses_a_model_without_the_task(world):
     model = Enlarger(world, lambda picture: picture, tasks=("generate", "caption"))
     with pytest.raises(InputError, match="upscale"):
         evaluate(model, world)
     assert model.calls == []
 
 
-def test_a_real_model_is_measured(make_tiny_world, tiny_model):
+def test_evaluate_upscale_measures_a_real_model(make_tiny_world, tiny_model):
     report, pictures = evaluate_upscale(
         tiny_model, make_tiny_world(things=4), count=2, seed=0, sampling=tiny_model.sampling(), batch_size=2
     )
@@ -222,7 +222,7 @@ def test_a_real_model_is_measured(make_tiny_world, tiny_model):
     assert 0 < report["seam"]["ours"]["value"] < math.inf
 
 
-def test_the_report_as_a_table():
+def test_format_upscale_report_is_a_table():
     figure = {"value": 25.126, "low": 24.9, "high": 25.31}
     names = ("ours", "bicubic", "bicubic_of_true", "vq_ceiling")
     report = {
