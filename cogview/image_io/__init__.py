@@ -1,1 +1,1 @@
-"""Images read from users, PNG files written for them."""
+"""Read images of users, and write PNG files with metadata."""

@@ -1,4 +1,9 @@
-"""Pictures as files: safe names, PNG with text chunks that say how a picture was drawn, nothing overwritten."""
+"""PNG files: safe names, text chunks with the metadata of an image, and no other image overwritten.
+
+Metadata are plain mappings of texts; ``GeneratedImage.metadata`` makes those of a generated image.
+"""
+
+# H height, W width, G codes on a side of an image
 
 from __future__ import annotations
 
@@ -15,22 +20,23 @@ from PIL import Image, PngImagePlugin
 from cogview.errors import InputError
 from cogview.files import atomic_write
 
-GREY = 128  # of what is not drawn yet
+GREY = 128  # of codes that are not sampled yet
 NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for the whole name
 
 _UNSAFE = re.compile(r'[\s<>:"/\\|?*_]+')  # what Windows forbids, the separators of all systems, and white space
 _WINDOWS_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)", re.IGNORECASE)
-_SETTINGS = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # of ``Sampling``
-# Figures of a drawing that may differ between two runs that draw the same picture.
+_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # of ``Sampling``
+# Keys whose values may differ between two runs that generate the same image.
 _NOT_IDENTITY = ("log_probability", "score", "score_per_piece", "cogview")
-# What drew the pictures of older files, which do not say so.
+# Settings of images in older files, which do not name them.
 _DEFAULTS_OF_OLD_FILES = {"guidance": "1.0", "text_attention": "1.0"}
 
 
 def safe_name(text: str) -> str:
-    """``text`` as part of a file name on every system: at most 90 bytes of UTF-8, never empty, a path or hidden.
+    """Return ``text`` as part of a file name that is valid on every system.
 
-    Different texts may get one name; ``save_png`` keeps their files apart.
+    The name has at most 90 bytes of UTF-8. It is never empty, hidden or a path. Different texts may get one name;
+    ``save_png`` keeps their files apart.
     """
     visible = (
         " " if unicodedata.category(character)[0] == "C" else character
@@ -42,11 +48,16 @@ def safe_name(text: str) -> str:
 
 
 def sheet_metadata(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    """The text chunks of a sheet of pictures with the chunks ``parts``.
+    """Return the metadata of a contact sheet.
 
-    ``prompt`` has a line per prompt, ``score`` and ``score_per_piece`` a number per picture where all have one.
+    Args:
+        parts: Metadata of its images.
+
+    Returns:
+        The settings of the first image; ``prompt`` with a line for each prompt; ``codes_sha256`` of all codes; and
+        ``score`` and ``score_per_piece`` with a number for each image, if all have one.
     """
-    shared = {key: parts[0][key] for key in ("seed", "model", *_SETTINGS, "cogview")}
+    shared = {key: parts[0][key] for key in ("seed", "model", *_SAMPLING_KEYS, "cogview")}
     codes = hashlib.sha256("\n".join(part["codes"] for part in parts).encode()).hexdigest()
     scores = {
         key: " ".join(part[key] for part in parts)
@@ -57,43 +68,51 @@ def sheet_metadata(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {"prompt": prompts, "codes_sha256": codes, **shared, **scores}
 
 
-def save_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> Path:
-    """Write ``image`` with text chunks; returns its path, which is ``path`` unless another picture has that name.
+def save_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> Path:
+    """Write an image with metadata and return its path.
 
-    A file with the same prompt, seed, number, model, settings and codes is the same picture and is written anew.
-    Anything else is left alone, and the name continues with _2, _3, … The file is whole or absent, never half-written.
+    A file with the same prompt, seed, index, model, settings and codes is the same image and is overwritten. Any other
+    file is kept, and the name continues with _2, _3, …
+
+    Args:
+        path: Wanted path of the file.
+        image: The image.
+        metadata: Its text chunks.
+
+    Returns:
+        The path of the file.
     """
     target, number = path, 1
-    while target.exists() and not _is_same(read_metadata(target), texts):
+    while target.exists() and not _is_same(read_metadata(target), metadata):
         number += 1
         target = path.with_name(f"{path.stem}_{number}{path.suffix}")
-    write_png(target, image, texts)
+    write_png(target, image, metadata)
     return target
 
 
-def write_png(path: Path, image: Image.Image, texts: Mapping[str, str]) -> None:
-    """Write ``image`` with text chunks in place of whatever is there; the file is whole or absent."""
+def write_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> None:
+    """Write an image with metadata to ``path``, atomically; a file that is there is overwritten."""
     chunks = PngImagePlugin.PngInfo()
-    for key, value in texts.items():
+    for key, value in metadata.items():
         chunks.add_itxt(key, value, zip=key == "codes")
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=chunks)
 
 
 def preview_path(path: Path) -> Path:
-    """Where the picture that will be at ``path`` is shown while it is drawn."""
+    """Return the path of the preview of the image that will be at ``path``."""
     return path.with_name(f"{path.stem}.preview.png")
 
 
 def mask_undecoded(pixels: np.ndarray, hidden: np.ndarray) -> Image.Image:
-    """``pixels`` (H, W, 3) uint8, plain grey where ``hidden`` (G, G) is true."""
+    """Return an image of uint8 ``pixels`` (H, W, 3) that is grey where ``hidden`` (G, G) is true."""
     size = pixels.shape[0] // hidden.shape[0]
     covered = hidden.repeat(size, axis=0).repeat(size, axis=1)
     return Image.fromarray(np.where(covered[..., None], np.uint8(GREY), pixels))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The text chunks of a PNG; empty for any other file."""
+    """Return the text chunks of a PNG file, empty for any other file."""
     try:
         with Image.open(path) as image:
             return {key: str(value) for key, value in getattr(image, "text", {}).items()}
@@ -102,7 +121,11 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make ``folder`` and try that a file can be written there; InputError if not."""
+    """Create a folder and check that a file can be written there.
+
+    Raises:
+        InputError: If it cannot.
+    """
     probe = folder / f".writable-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,6 +137,7 @@ def prepare_folder(folder: Path) -> None:
 
 
 def _is_same(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
+    """Return whether two files have the metadata of one image."""
     return all(
         old.get(key, _DEFAULTS_OF_OLD_FILES.get(key)) == value for key, value in new.items() if key not in _NOT_IDENTITY
     )

@@ -1,4 +1,4 @@
-"""Images that users give: found in folders and by patterns, read from any file Pillow knows, fitted to a model."""
+"""Images of users: found in folders and by patterns, read from any file that Pillow knows, fitted to a model."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ _PILLOW = threading.Lock()  # filters of warnings and Pillow's own limit belong 
 
 
 def find_images(arguments: Sequence[str]) -> list[Path]:
-    """The files that ``arguments`` stand for, in their order; what is named twice comes twice.
+    """Return the image files that arguments of a command name, in their order; repeats are kept.
 
-    An argument is a file, a folder (the images directly in it, sorted by name) or a pattern such as ``photos/*.png``,
-    which means what a shell would have made of it. An existing file is never taken for a pattern. A named file is
-    neither opened nor looked for: ``read_image`` says what is wrong with it, when its turn comes.
+    Args:
+        arguments: Files, folders (for the images directly in them, sorted by name) or patterns such as
+            ``photos/*.png``, expanded as a shell does. An existing file is never taken for a pattern.
+
+    Returns:
+        Paths. Named files are not opened; ``read_image`` reports what is wrong with them.
+
+    Raises:
+        InputError: If there is no argument, a pattern matches no file, or a folder has no image.
     """
     if not arguments:
         raise InputError("no image was given; name files, folders, or patterns such as 'photos/*.png'")
@@ -44,10 +50,19 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The image in the file ``path``, RGB, turned upright by its EXIF data; the first one of several frames.
+    """Read an image file.
 
-    Any mode is read: transparency is laid on white, greys of more than 8 bits are scaled to 8. InputError if the file
-    is missing, no image, damaged, or has more than ``MAX_PIXELS`` pixels; Pillow's warnings are kept to ourselves.
+    Any mode is read: transparency is laid on white, greys of more than 8 bits are scaled to 8. Warnings of Pillow are
+    suppressed.
+
+    Args:
+        path: The file; its format is detected by its content.
+
+    Returns:
+        The first frame as RGB, turned upright by its EXIF data.
+
+    Raises:
+        InputError: If the file is missing, no image, damaged, or has more than ``MAX_PIXELS`` pixels.
     """
     try:
         file = path.open("rb")
@@ -61,16 +76,26 @@ def read_image(path: Path) -> Image.Image:
     with file, _PILLOW, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = _decode(file, path)
-        with contextlib.suppress(Exception):  # broken EXIF data says nothing of the pixels: viewers pass over it, too
+        with contextlib.suppress(Exception):  # damaged EXIF data does not affect the pixels
             ImageOps.exif_transpose(image, in_place=True)
         return _rgb(image)
 
 
 def fit(image: Image.Image, side: int) -> tuple[np.ndarray, str | None]:
-    """``image`` as uint8 RGB (side, side, 3), owned by the caller, and a note on what was done; None if nothing was.
+    """Resize and crop an image to a square.
 
-    The short side becomes ``side`` pixels long (Lanczos), the middle is kept: as if the whole image were resized and
-    then cropped, but only what is kept is computed.
+    The short side is resized to ``side`` pixels (Lanczos), and the middle is kept. Only the kept part is computed.
+
+    Args:
+        image: Image of any mode.
+        side: Pixels.
+
+    Returns:
+        The uint8 RGB pixels (side, side, 3), and a note such as "resized from 128 x 96 and cropped to 64 x 64", or
+        None if nothing was changed.
+
+    Raises:
+        InputError: If the image has no pixels.
     """
     width, height = image.size
     short = min(width, height)
@@ -78,7 +103,7 @@ def fit(image: Image.Image, side: int) -> tuple[np.ndarray, str | None]:
         raise InputError(f"the image is {width} x {height} pixels, expected at least 1 x 1")
     left, top = (width - short) // 2, (height - short) // 2
     middle = (left, top, left + short, top + short)
-    # A large image is first averaged by whole factors, quickly, to no less than 3 times the size: hardly to be seen.
+    # A large image is first averaged by whole factors to at least 3 times the size: fast, and hardly visible.
     square = _rgb(image).resize((side, side), Image.Resampling.LANCZOS, box=middle, reducing_gap=3.0)
     before, after = f"{width} x {height}", f"{side} x {side}"
     if width == height:
@@ -89,6 +114,7 @@ def fit(image: Image.Image, side: int) -> tuple[np.ndarray, str | None]:
 
 
 def _images_in(folder: Path) -> list[Path]:
+    """Return the images directly in a folder, sorted by name."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
@@ -106,12 +132,12 @@ def _images_in(folder: Path) -> list[Path]:
 
 
 def _decode(file: BufferedReader, path: Path) -> Image.Image:
-    """The image as it is stored. Its size is known from the header and judged before anything is decoded."""
+    """Return the image as it is stored; its size is checked by the header, before anything is decoded."""
     start = b""
     pillows_limit = Image.MAX_IMAGE_PIXELS
     try:
         start = file.peek(16)
-        Image.MAX_IMAGE_PIXELS = None  # ours says the size, and what to do
+        Image.MAX_IMAGE_PIXELS = None  # the message below has the size and the remedy
         try:
             image = Image.open(file)
         finally:
@@ -137,7 +163,7 @@ def _decode(file: BufferedReader, path: Path) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """``image``, of any mode, as a new RGB image: transparency on white, greys of more than 8 bits scaled to 8."""
+    """Return an image of any mode as a new RGB image: transparency on white, greys of more than 8 bits scaled to 8."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image)
     if not image.has_transparency_data:
@@ -149,9 +175,10 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 or 32 bits, or floats, as mode L. White is 65535; of floats 1, 255 or 65535, whichever holds them.
+    """Return greys of 16 or 32 bits, or floats, as mode L.
 
-    Where a value is greater still, the greatest is white: nothing but negative values is clipped.
+    White is 65535, and for floats the smallest of 1, 255 and 65535 that is not exceeded. If a value exceeds them all,
+    the largest value is white: only negative values are clipped.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0).clip(min=0.0)
     greatest = float(values.max())

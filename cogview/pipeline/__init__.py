@@ -1,1 +1,1 @@
-"""``CogView``: a model of one checkpoint folder, or of a bundle, and its public API."""
+"""The pipeline: requests become decoding programs, which a runner batches and turns into images and captions."""

@@ -1,7 +1,7 @@
-"""Several sets of weights that pass for one model: each does the tasks it was trained for.
+"""Bundles: several sets of weights under one name, each for the tasks that it was trained for.
 
-The released CogView has one set of 7.9 GB for drawing, one for captions and one for enlarging, around the same image
-and text tokenizers. A set is loaded when a task first needs it, and gives way when another would not fit beside it.
+CogView v1 has a set of 7.9 GB for generation, one for captions and one for upscaling, with the same image and text
+tokenizers. A set is loaded when a task first needs it, and evicted when another would not fit beside it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,24 @@ from cogview.device import DevicePlacement, available_memory
 from cogview.errors import InputError
 from cogview.modeling.transformer import Transformer
 
-HEADROOM = 1.15  # of the weights' size has to be free for them, so that there is room to work
+HEADROOM = 1.15  # free memory over the size of the weights that loading requires, so that some is left for work
 log = logging.getLogger(__name__)
 
 
 class Bundle:
-    """The transformers of ``folders``, by the tasks that they do.
+    """The transformers of several checkpoint folders, by task.
 
-    ``model`` has the tokenizers, and a config with all tasks. InputError if the folders do not share their tokenizers.
+    Args:
+        folders: Checkpoint folder of each task.
+        placement: Device and number format of all of them.
+
+    Attributes:
+        folders: Checkpoint folder of each task.
+        configs: Config of each task's checkpoint.
+        model: The shared tokenizers, a config with all tasks, and a transformer without weights.
+
+    Raises:
+        InputError: If the folders do not share their tokenizers, or one was not trained for its task.
     """
 
     def __init__(self, folders: Mapping[str, Path], placement: DevicePlacement) -> None:
@@ -55,10 +65,14 @@ class Bundle:
             max_caption=captions.max_caption,
         )
         self.model = replace(model, config=config)
-        self._loaded: OrderedDict[Path, Transformer] = OrderedDict()  # the one used last is the last
+        self._loaded: OrderedDict[Path, Transformer] = OrderedDict()  # the most recently used is the last
 
     def transformer(self, task: str) -> Transformer:
-        """The weights for ``task``, loaded if they are not; those that were not used for longest make room."""
+        """Return the transformer for a task, loaded if it was not; the least recently used ones are evicted.
+
+        Args:
+            task: Name of a task of the bundle.
+        """
         folder = self.folders[task]
         if folder not in self._loaded:
             placement = self.placement
@@ -67,8 +81,8 @@ class Bundle:
             needed = HEADROOM * sum(spec.num_bytes for spec in specs.values())
             while self._loaded and available_memory(placement.device) < needed:
                 oldest = next(iter(self._loaded))
-                del self._loaded[oldest]  # no name may hold on to it, or its memory is not free yet
-                log.info("%s makes room for %s", oldest.name, folder.name)
+                del self._loaded[oldest]  # a reference would keep its memory
+                log.info("evicting %s to load %s", oldest.name, folder.name)
                 gc.collect()
                 if placement.device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -1,11 +1,13 @@
-"""Picture files: names that every system takes, text chunks that come back, nothing overwritten."""
+"""PNG files: names valid on every system, text chunks that are read back, no other image overwritten."""
 
 import os
+from dataclasses import fields
 
 import pytest
 from PIL import Image
 
 from cogview.errors import InputError
+from cogview.image_io import png
 from cogview.image_io.png import (
     NAME_BYTES,
     prepare_folder,
@@ -14,6 +16,7 @@ from cogview.image_io.png import (
     save_png,
     sheet_metadata,
 )
+from cogview.modeling.config import Sampling
 from cogview.pipeline.results import Score
 
 
@@ -154,3 +157,8 @@ def test_metadata_has_settings_and_scores(tiny_model):
     second.score = Score(log_probability=-8.0, num_pieces=4)
     sheet = sheet_metadata([scored, second.metadata("tiny")])
     assert (sheet["score"], sheet["score_per_piece"]) == ("-6.0 -8.0", "-1.5 -2.0")
+
+
+def test_sampling_keys_are_fields_of_sampling():
+    """Metadata of a sheet name every sampling setting."""
+    assert png._SAMPLING_KEYS == tuple(setting.name for setting in fields(Sampling))
