@@ -255,3 +255,51 @@ def test_peak_memory_of_a_cpu_counts_the_process():
 def test_float64_of_a_device_without_float64_is_float32():
     assert module.float64_of(torch.device("cpu")) == torch.float64
     assert module.float64_of(torch.device("mps")) == torch.float32
+
+
+# Memory
+
+
+def test_available_memory_is_minimum_of_system_limits_and_cgroups(tmp_path):
+    def write(path: str, text: str) -> None:
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")
+    assert module._available_on_host(tmp_path) == 4000 * 1024
+    write("proc/self/status", "VmSize: 5000 kB\nVmData: 1000 kB\n")
+    write(
+        "proc/self/limits",
+        "Max data size   unlimited  unlimited  bytes\nMax address space  unlimited  unlimited  bytes\n",
+    )
+    assert module._available_on_host(tmp_path) == 4000 * 1024
+    write(
+        "proc/self/limits",
+        "Max data size   4096000  unlimited  bytes\nMax address space  unlimited  unlimited  bytes\n",
+    )
+    assert module._available_on_host(tmp_path) == 3000 * 1024
+    write("proc/self/limits", "Max data size   4096000  unlimited  bytes\nMax address space  7168000  7168000  bytes\n")
+    assert module._available_on_host(tmp_path) == 2000 * 1024
+    write("proc/self/limits", "Max data size   100  100  bytes\n")
+    assert module._available_on_host(tmp_path) == 0  # the process exceeds its limit
+    (tmp_path / "proc/self/limits").unlink()
+    write("proc/self/cgroup", "5:cpu:/\n4:memory:/a\n0::/a/b\n")
+    assert module._available_on_host(tmp_path) == 4000 * 1024  # a group without visible files has no limit
+    write("sys/fs/cgroup/a/b/memory.max", "max\n")
+    write("sys/fs/cgroup/a/memory.max", "2000000\n")
+    write("sys/fs/cgroup/a/memory.current", "700000\n")
+    write("sys/fs/cgroup/a/memory.stat", "anon 5\ninactive_file 300000\n")
+    assert module._available_on_host(tmp_path) == 2000000 - 700000 + 300000
+    write("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "900000\n")
+    write("sys/fs/cgroup/memory/a/memory.usage_in_bytes", "1000000\n")
+    write("sys/fs/cgroup/memory/a/memory.stat", "inactive_file 5\ntotal_inactive_file 200000\n")
+    assert module._available_on_host(tmp_path) == 100000
+
+
+def test_available_memory_is_physical_memory_when_system_reports_none(tmp_path):
+    everything = module._available_on_host(tmp_path / "no-such-root")
+    assert everything >= module.available_memory(torch.device("cpu"))
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\n")
+    assert module._available_on_host(tmp_path) == everything

@@ -1,4 +1,4 @@
-"""Estimates of training against what autograd keeps, what a step allocates, and what DeepSpeed estimates itself."""
+"""Memory of training against tensors saved by autograd, the peak of a step, and the estimators of DeepSpeed."""
 
 from dataclasses import replace
 
@@ -9,7 +9,6 @@ from cogview.errors import InputError
 from cogview.kernels.fused_linear_cross_entropy import LossTargets
 from cogview.modeling.config import TransformerConfig, preset
 from cogview.modeling.transformer import Transformer
-from cogview.planning.gpus import peak_flops
 from cogview.planning.training import (
     CHECKPOINTING_MODES,
     TrainingJob,
@@ -22,11 +21,7 @@ from cogview.planning.training import (
     training_memory,
 )
 from cogview.planning.training_time import (
-    TRAINING_PRESETS,
-    flops_per_token,
-    multiplied_flops_per_token,
     preset_job,
-    training_time,
 )
 from cogview.training.engines.base import DeviceMicroBatch, TransformerWithLoss
 
@@ -45,17 +40,17 @@ def small(length: int, dropout: float = 0.1, num_layers: int = 2) -> Transformer
 
 
 def kept_bytes(shape: TransformerConfig, rows: int, dtype: torch.dtype | None) -> int:
-    """Of distinct storages that autograd saves, but for those of weights and of what autocast makes of them."""
+    """Return the bytes of the storages that autograd saves, without those of weights and of their autocast copies."""
     transformer = Transformer(shape).train()
-    own = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in transformer.parameters()}
     shapes = {tuple(parameter.shape) for parameter in transformer.parameters()}
-    seen, held = {}, []
+    seen, saved = {}, []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        weight = tensor.dim() == 2 and ({tuple(tensor.shape), tuple(tensor.shape[::-1])} & shapes)
-        if tensor.untyped_storage().data_ptr() not in own and not weight:
+        is_weight = tensor.dim() == 2 and ({tuple(tensor.shape), tuple(tensor.shape[::-1])} & shapes)
+        if tensor.untyped_storage().data_ptr() not in weights and not is_weight:
             seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            held.append(tensor)
+            saved.append(tensor)  # a freed storage could be reused for another tensor
         return tensor
 
     autocast = torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
@@ -64,10 +59,10 @@ def kept_bytes(shape: TransformerConfig, rows: int, dtype: torch.dtype | None) -
     return sum(seen.values())
 
 
-@pytest.mark.parametrize("length", [20, 150])  # the attention's reference, and the fused one
+@pytest.mark.parametrize("length", [20, 150])  # reference and fused attention
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_layer_keeps_what_autograd_saves(length, dtype, dropout, monkeypatch):
+def test_layer_activations_equal_bytes_saved_by_autograd(length, dtype, dropout, monkeypatch):
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
     shape, rows = small(length, dropout), 2
     seen = kept_bytes(replace(shape, num_layers=2), rows, dtype) - kept_bytes(replace(shape, num_layers=1), rows, dtype)
@@ -77,16 +72,18 @@ def test_a_layer_keeps_what_autograd_saves(length, dtype, dropout, monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-def test_a_step_allocates_what_is_predicted(checkpointing, dtype):
+def test_training_memory_predicts_peak_of_step(checkpointing, dtype):
     shape, rows = small(150, num_layers=6), 4
     transformer = Transformer(shape).train()
     transformer.checkpointing = checkpointing
     learner = TransformerWithLoss(transformer, dtype)
     optimizer = torch.optim.AdamW(transformer.parameters())
     ids = torch.zeros(rows, shape.max_positions, dtype=torch.int64)
-    places = torch.arange(ids.numel())
+    positions = torch.arange(ids.numel())
     targets = [
-        LossTargets(ids=range(512), positions_M=places, targets_M=ids.flatten(), weights_M=torch.ones(len(places)))
+        LossTargets(
+            ids=range(512), positions_M=positions, targets_M=ids.flatten(), weights_M=torch.ones(len(positions))
+        )
     ]
 
     def step() -> None:
@@ -94,14 +91,14 @@ def test_a_step_allocates_what_is_predicted(checkpointing, dtype):
 
     step()
     optimizer.step()
-    there = [tensor for parameter in transformer.parameters() for tensor in (parameter, parameter.grad)]
-    there += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    states = [tensor for parameter in transformer.parameters() for tensor in (parameter, parameter.grad)]
+    states += [value for state in optimizer.state.values() for value in state.values() if value.dim()]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    now = most = 0
+    now = peak = 0
     for event in profiler.profiler.kineto_results.events():
         now += event.nbytes() if event.name() == "[memory]" else 0
-        most = max(most, now)
+        peak = max(peak, now)
     memory = training_memory(
         TrainingJob(
             transformer=shape,
@@ -113,13 +110,13 @@ def test_a_step_allocates_what_is_predicted(checkpointing, dtype):
             device_type="cpu",
         )
     )
-    seen = sum(tensor.nbytes for tensor in there) + most
+    seen = sum(tensor.nbytes for tensor in states) + peak
     assert memory.total - memory.overhead == pytest.approx(seen, rel=0.05)
 
 
 @pytest.mark.parametrize("world", [1, 8, 64, 512])
 @pytest.mark.parametrize("offload", [False, True])
-def test_deepspeed_estimates_the_same(world, offload):
+def test_training_memory_agrees_with_deepspeed_estimators(world, offload):
     pytest.importorskip("deepspeed")
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as third
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as second
@@ -129,18 +126,18 @@ def test_deepspeed_estimates_the_same(world, offload):
     job = replace(FOUR_BILLION, engine="deepspeed", world_size=world, offload=offload, zero=3)
     host, gpu, _ = third(count, 0, cpu_offload=offload, cpu_offload_params=False, **nodes)
     assert training_memory(job).states == pytest.approx(gpu, rel=0.001)
-    if offload:  # a node's, without the second gradient of each process
+    if offload:  # of a node, without the second gradient of each process
         assert min(8, world) * (training_memory(job).host - 4 * count / world) == pytest.approx(host, rel=0.001)
 
     job = replace(job, zero=2)
     memory = training_memory(job)
     _, gpu = second(count, cpu_offload=offload, **nodes)
-    # Theirs has half gradients as well, or where offloaded none at all.
+    # DeepSpeed adds 16-bit gradients, and with offloading none.
     theirs = memory.weights if offload else memory.states + 2 * count / world
     assert theirs == pytest.approx(gpu, rel=0.001)
 
 
-def test_each_stage_divides_more():
+def test_training_memory_shards_more_with_each_zero_stage():
     job = replace(FOUR_BILLION, engine="deepspeed", zero=1, world_size=8)
     first, second, third = (training_memory(replace(job, zero=stage)) for stage in (1, 2, 3))
     count = job.parameters
@@ -148,19 +145,19 @@ def test_each_stage_divides_more():
     assert (second.weights, second.gradients, second.optimizer) == (2 * count, 4 * count // 8, 12 * count // 8)
     assert (third.weights, third.gradients, third.optimizer) == (2 * count // 8, 4 * count // 8, 12 * count // 8)
     half = training_memory(replace(job, zero=1, precision="float16"))
-    assert half.gradients == 4 * count  # without the bfloat16 optimizer's second ones, but in buckets
+    assert half.gradients == 4 * count  # without the copy of the bfloat16 optimizer, but with buckets
     assert half.buffers > first.buffers == 0
 
 
-def test_offloading_moves_the_optimizer_to_the_host():
-    here = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world_size=8))
-    away = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world_size=8, offload=True))
-    assert (here.host, away.optimizer) == (0, 0)
-    assert away.host > here.optimizer
-    assert away.total < here.total
+def test_training_memory_counts_optimizer_on_host_when_offloading():
+    on_gpu = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world_size=8))
+    offloaded = training_memory(replace(FOUR_BILLION, engine="deepspeed", zero=2, world_size=8, offload=True))
+    assert (on_gpu.host, offloaded.optimizer) == (0, 0)
+    assert offloaded.host > on_gpu.optimizer
+    assert offloaded.total < on_gpu.total
 
 
-def test_plain_torch_has_float32_and_what_autocast_keeps():
+def test_training_memory_of_torch_has_float32_states_and_autocast_copy():
     count = FOUR_BILLION.parameters
     for precision, extra in (("float32", 0), ("bfloat16", 2)):
         memory = training_memory(replace(FOUR_BILLION, precision=precision))
@@ -169,7 +166,7 @@ def test_plain_torch_has_float32_and_what_autocast_keeps():
         assert memory.buffers == 0
 
 
-def test_an_adapter_has_few_gradients():
+def test_training_memory_of_adapter_has_few_gradients():
     shape = FOUR_BILLION.transformer
     trained = lora_parameters(shape, 16)
     assert trained == 16 * 48 * (4 + 2 + 5 + 5) * 2560
@@ -179,7 +176,7 @@ def test_an_adapter_has_few_gradients():
     assert memory.total < training_memory(FOUR_BILLION).total / 2
 
 
-def test_what_is_computed_again_is_not_kept():
+def test_training_memory_decreases_with_checkpointing():
     jobs = [replace(FOUR_BILLION, checkpointing=mode, micro_batch_size=4) for mode in CHECKPOINTING_MODES]
     none, selective, full = (training_memory(job).activations for job in jobs)
     assert none > 1.5 * selective > 3 * full
@@ -187,61 +184,14 @@ def test_what_is_computed_again_is_not_kept():
     assert layer_activations(shape, 1089, "bfloat16", "cuda", "full") == 1089 * 2560 * 4
 
 
-def test_short_rows_keep_their_scores_on_a_cpu_alone():
+def test_layer_activations_include_scores_of_short_sequences_on_cpu():
     shape = small(128, dropout=0)
     fused = layer_activations(shape, 128, "float32", "cuda")
     assert layer_activations(shape, 128, "float32", "cpu") - fused == 8 * 6 * 128 * 128
     assert layer_activations(shape, 129, "float32", "cpu") == layer_activations(shape, 129, "float32", "cuda")
 
 
-def test_operations_of_a_position():
-    shape = FOUR_BILLION.transformer
-    assert flops_per_token(shape, 1089) == pytest.approx(24.35e9, rel=1e-3)
-    layers, head = 48 * 12 * 2560**2, 58240 * 2560
-    attention = 48 * 12 * 2560 * 1089 / 2
-    assert flops_per_token(shape, 1089) == pytest.approx(6 * (layers + head) + attention)
-    assert multiplied_flops_per_token(shape, 1089) == pytest.approx(6 * (layers + 8192 * 2560) + attention)
-    again = multiplied_flops_per_token(shape, 1089, checkpointing="full")
-    assert again == pytest.approx(8 * layers + 6 * 8192 * 2560 + attention * 4 / 3)
-    assert multiplied_flops_per_token(shape, 1089, checkpointing="selective") == multiplied_flops_per_token(shape, 1089)
-
-
-def test_the_time_of_the_papers_run():
-    job = replace(FOUR_BILLION, world_size=512, checkpointing="none")
-    days = training_time(job, TRAINING_PRESETS["4b"].tokens, 989e12, 0.46) / 86400
-    assert days == pytest.approx(1.17, abs=0.01)
-    assert training_time(replace(job, world_size=256), 1e9, 989e12) == 2 * training_time(job, 1e9, 989e12)
-    longer = training_time(replace(job, checkpointing="full"), 1e9, 989e12) / training_time(job, 1e9, 989e12)
-    assert 1.3 < longer < 4 / 3
-    with pytest.raises(InputError, match="mfu must be above 0 and at most 1, got 40"):
-        training_time(job, 1e9, 989e12, 40)
-
-
-@pytest.mark.parametrize(
-    ("name", "precision", "expected"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989e12),
-        ("NVIDIA H100 PCIe", "bfloat16", 756e12),
-        ("NVIDIA A100-SXM4-80GB", "float32", 19.5e12),
-        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bfloat16", None),  # a part of a card
-        ("Tesla V100-SXM2-32GB", "float16", 125e12),
-        ("Tesla V100-SXM2-32GB", "bfloat16", None),
-        ("Tesla T4", "float16", 65e12),
-        ("NVIDIA A10", "bfloat16", 125e12),
-        ("NVIDIA A10G", "bfloat16", None),
-        ("NVIDIA GeForce RTX 3090", "float16", 71e12),
-        ("NVIDIA GeForce RTX 3090 Ti", "float16", 80e12),
-        ("NVIDIA GeForce RTX 4090 D", "float16", None),
-        ("NVIDIA GeForce RTX 4090 Laptop GPU", "float16", None),
-        ("NVIDIA GeForce GTX 1080", "float16", None),
-        ("cpu", "float32", None),
-    ],
-)
-def test_the_peak_of_a_card_by_its_name(name, precision, expected):
-    assert peak_flops(name, precision) == expected
-
-
-def test_rows_and_recomputation_are_suggested():
+def test_choose_micro_batch_takes_maximum_that_fits():
     eight = replace(FOUR_BILLION, engine="deepspeed", zero=2, world_size=8)
     assert choose_micro_batch(eight, 80e9) == (8, "none")
     assert choose_micro_batch(eight, 80e9, "full") == (64, "full")
@@ -255,7 +205,7 @@ def test_rows_and_recomputation_are_suggested():
         assert not larger or not fits(replace(chosen, micro_batch_size=larger[0]), free)
 
 
-def test_few_rows_of_a_narrow_model_are_worth_recomputing_for():
+def test_choose_micro_batch_recomputes_for_larger_batch_of_narrow_model():
     job = preset_job("100m")
     free = 5.4e9
     rows = [max_micro_batch(replace(job, checkpointing=mode), free) for mode in CHECKPOINTING_MODES]
@@ -264,24 +214,11 @@ def test_few_rows_of_a_narrow_model_are_worth_recomputing_for():
     assert choose_micro_batch(job, free) == (rows[1], "selective")
 
 
-def test_what_cannot_fit_is_said():
+def test_choose_micro_batch_raises_when_states_do_not_fit():
     with pytest.raises(InputError, match=r"training takes 70\.4 GB .* but only 24\.0 GB are free: .*offload") as error:
         choose_micro_batch(FOUR_BILLION, 24e9)
     assert "\n" not in str(error.value)
-    assert choose_micro_batch(FOUR_BILLION, 71e9) == (1, "full")  # perhaps
-
-
-def test_every_preset_fits_its_card():
-    for name, own in TRAINING_PRESETS.items():
-        job = preset_job(name)
-        assert fits(job, float(own.card.removeprefix("cuda:").removesuffix("GB")) * 1e9), name
-        if name != "4b":
-            assert own.tokens == pytest.approx(20 * job.parameters, rel=0.05)
-    assert TRAINING_PRESETS["4b"].steps(1089) == 144_000
-    rates = [own.learning_rate for own in TRAINING_PRESETS.values()]
-    assert rates == sorted(rates, reverse=True)
-    with pytest.raises(InputError, match="no training settings for '7b'; known: 20m"):
-        preset_job("7b")
+    assert choose_micro_batch(FOUR_BILLION, 71e9) == (1, "full")  # the states fit
 
 
 @pytest.mark.parametrize(
@@ -304,7 +241,7 @@ def test_every_preset_fits_its_card():
         ({"trainable": 0}, "the trained parameters must be at least 1, got 0"),
     ],
 )
-def test_what_cannot_be_trained(changes, message):
+def test_training_job_rejects_invalid_settings(changes, message):
     job = {"transformer": preset("5m", 512), "length": 64, "micro_batch_size": 1, "batch_size": 8}
     with pytest.raises(InputError, match=message):
         TrainingJob(**{**job, **changes})
