@@ -14,6 +14,7 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden" / "frozen.json"
 BENCHMARKS = Path(__file__).parents[1] / "scripts" / "benchmarks"
 ITEMS = ("estimate", "journal.portable", "stores.imported", "stores.encoded-text")
+SLOW = ("estimate", "journal.portable")
 
 
 @pytest.fixture
@@ -35,7 +36,9 @@ def values(frozen):
     return sys.modules["frozen_values"]
 
 
-@pytest.mark.parametrize("name", ITEMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in ITEMS]
+)
 def test_frozen_item_equals_its_golden_value(name, frozen, capsys):
     status = frozen.main(["--compare", str(GOLDEN), "--only", name])
     assert (status, capsys.readouterr().out) == (0, "1 of 1 items equal (0 machine, 1 portable)\n")

@@ -78,6 +78,7 @@ def test_ground_floor_modules_are_imported_below_cogview(folder):
         assert importlib.import_module(f"cogview.{folder}.{name}").__name__ == f"cogview.{folder}.{name}"
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("folder", GROUND_FLOOR)
 def test_installed_packages_win_over_folders_of_the_same_name(folder, tmp_path):
     (tmp_path / folder).mkdir()

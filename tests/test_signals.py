@@ -26,7 +26,7 @@ def usual_handlers():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_graceful_stop_is_requested_by_the_first_signal_and_interrupted_by_the_second(usual_handlers, capfd, number):
+def test_graceful_stop_stops_at_the_first_signal_and_interrupts_at_the_second(usual_handlers, capfd, number):
     with GracefulStop("finishing this batch") as stop:
         assert not stop.requested()
         assert stop.number is None
@@ -61,6 +61,7 @@ def test_graceful_stop_restores_handlers_after_an_error(usual_handlers):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.multiprocess
 def test_worker_init_lets_workers_survive_the_signals_of_their_group():
     """Ctrl-C in a terminal reaches the workers too; the step under way still needs their batches."""
     torch = pytest.importorskip("torch")
@@ -75,6 +76,7 @@ def test_worker_init_lets_workers_survive_the_signals_of_their_group():
     assert received == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
+@pytest.mark.multiprocess
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can end a process with its parent")
 def test_worker_init_ends_a_worker_whose_parent_was_killed():
     """A worker that went on would hold its parent's connections to other processes, which then wait for the dead."""

@@ -226,6 +226,7 @@ def test_download_resumes_in_the_next_call(serve, tmp_path, capsys):
     assert received(tmp_path, NAME) is None
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "kill"])
 def test_download_resumes_when_the_process_was_stopped(serve, tmp_path, number):
     resource = Resource(cut_after=50_000, stalls=True)

@@ -441,6 +441,7 @@ def test_fetch_adapter_fetches_the_files_of_an_adapter_alone(hub, tmp_path):
     assert error_of(fetch_adapter, "studio/base") == "studio/base is no LoRA adapter: it has no adapter_config.json"
 
 
+@pytest.mark.multiprocess
 def test_fetch_checkpoint_follows_the_environment_of_huggingface_hub(hub, folder, tmp_path):
     """A separate process reads the variables as users set them."""
     hub.add(NAME, folder)

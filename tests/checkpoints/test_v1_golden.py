@@ -102,6 +102,7 @@ def test_v1_scores_of_post_selection_equal_golden_values(model, golden):
     assert [score.log_probability for score in scores] == pytest.approx(golden["scores"].tolist(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_v1_greedy_codes_equal_golden_values(model, golden):
     """The first 128 codes that the published sampler chooses with top-k 1."""
     expected = golden["greedy_tokens"]
@@ -118,6 +119,7 @@ def test_v1_greedy_caption_equals_golden_values(model, golden):
     assert caption.text == model.text_tokenizer.decode((expected[-20:] - model.vocabulary.text.start).tolist())
 
 
+@pytest.mark.slow
 def test_v1_super_resolution_equals_golden_values(model, golden):
     """All 4,096 codes of nine windows with top-k 1."""
     (image,) = model.upscale([image_of(golden["magnify_code"])], PROMPT, seed=0, top_k=1)

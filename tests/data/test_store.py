@@ -321,7 +321,7 @@ def test_token_store_reads_the_same_in_workers(written, method, num_workers):
     assert_same(other.read([5]), store.read([5]))  # the parent's file is still its own
 
 
-def test_store_writer_accepts_name_fields_without_a_name_anywhere_and_refuses_other_ids(tmp_path):
+def test_store_writer_accepts_empty_name_fields_and_refuses_other_ids(tmp_path):
     """Codes that show no named object, or whose names the caption lacks, have no piece; pieces exceed image codes."""
     header = replace(HEADER, fields={"named": 16}, num_image_codes=20)
     named = np.full((1, 16), NO_TOKEN)

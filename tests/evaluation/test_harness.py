@@ -78,7 +78,7 @@ def test_choose_sampling_orders_settings_by_accuracy():
     assert model.seeds[:10] == [TUNING_SEED + number for number in range(10)]
 
 
-def test_choose_sampling_prefers_the_lowest_temperature_within_the_interval_of_the_best():
+def test_choose_sampling_prefers_the_lowest_temperature_near_the_best():
     grid = [Sampling(temperature=t, top_k=k) for t, k in ((0.9, 5), (0.8, 5), (0.7, 20), (0.7, 5), (0.3, 5))]
     results = choose_sampling(Grey(), CAPTIONS, grid, summarize, batch_size=10)
     assert results[0][0] == Sampling(temperature=0.7, top_k=5)  # the interval of 9 of 10 begins at 0.596

@@ -565,7 +565,7 @@ def test_caption_takes_sampling_when_sampled(tiny_model):
 
 
 @pytest.mark.parametrize("task", ["complete", "upscale", "caption"])
-def test_every_method_calls_callback(tiny_model, monkeypatch, task):
+def test_callback_is_called_by_every_method(tiny_model, monkeypatch, task):
     """After every line of codes or so, with the requests of the batch."""
     monkeypatch.setattr(tiny_model, "speculative", 1)
     seen = []

@@ -108,7 +108,7 @@ def test_compare_v1_strata_cover_every_step(load_benchmark, tiny_model):
     assert strides == {str(start): 1, str(start + 16): 32, str(start + 48): 31}
 
 
-@pytest.mark.parametrize(("way", "parts"), [((), 3), (("--whole",), 1)])
+@pytest.mark.parametrize(("way", "parts"), [((), 3), pytest.param(("--whole",), 1, marks=pytest.mark.slow)])
 def test_compare_v1_prints_the_ratio_of_times(run_benchmark, way, parts):
     table, found = run_benchmark("compare_v1", *SHAPE, "--batches", "1", "3", *way)
     assert [row[0] for row in table[1:]] == ["1", "3"]
@@ -160,6 +160,7 @@ def test_compare_best_of_scores_equally_with_both_methods(load_benchmark, tiny_m
     assert len(set(scores)) == 3
 
 
+@pytest.mark.slow
 def test_compare_upscale_counts_equal_images(run_benchmark, tiny_checkpoint):
     table, found = run_benchmark("compare_upscale", "--model", str(tiny_checkpoint), "--images", "2")
     assert [row[0] for row in table[1:]] == ["algorithm of v1, one at a time", "ours, in one batch"]
@@ -250,6 +251,7 @@ def test_gpu_kernels_names_a_wrong_kernel(load_benchmark, monkeypatch, capsys):
     assert "wrong: bias_gelu" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_compile_kernels_works_without_a_gpu():
     """The script runs in a separate process, where Triton does not interpret."""

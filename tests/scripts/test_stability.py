@@ -27,6 +27,7 @@ def some_ids():
     return torch.randint(16, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
+@pytest.mark.slow
 def test_stability_writes_the_metrics_of_every_part(stability, tmp_path, capsys):
     file = tmp_path / "metrics.json"
     assert stability.main([*TINY, "--rates", "0.01", "--json", str(file)]) == 0
@@ -43,6 +44,7 @@ def test_stability_writes_the_metrics_of_every_part(stability, tmp_path, capsys)
     assert all(name in printed for name in ("ours / released", "times as large", "peak learning rate", "outlier borne"))
 
 
+@pytest.mark.slow
 def test_stability_draws_the_plot(stability, tmp_path):
     pytest.importorskip("matplotlib")
     file = tmp_path / "stability.png"

@@ -16,7 +16,7 @@ def test_vocabulary_equals_cogview_v1():
 
 
 @pytest.mark.parametrize(("codes", "pieces"), [(8192, 50000), (8192, 800), (512, 357), (1, 1), (64, 37)])
-def test_every_id_has_one_range_and_one_name(codes, pieces):
+def test_vocabulary_gives_every_id_one_range_and_one_name(codes, pieces):
     vocabulary = Vocabulary(num_image_codes=codes, num_text_pieces=pieces)
     assert [*vocabulary.image, *vocabulary.text, *vocabulary.commands] == list(range(vocabulary.size))
     assert vocabulary.padded_size % 128 == 0
@@ -40,7 +40,7 @@ def test_permitted_ids_depend_on_kind():
     assert vocabulary.permitted(TokenKind.COMMAND) == vocabulary.commands
 
 
-def test_every_grid_has_command():
+def test_grid_command_exists_for_every_grid():
     assert GRID_COMMANDS == {8: "[TINY]", 16: "[SMALL]", 32: "[BASE]", 64: "[BIG]"}
     assert set(GRID_COMMANDS.values()) <= set(COMMANDS)
 
