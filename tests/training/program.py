@@ -1,4 +1,4 @@
-"""What several processes train together in tests: jobs of a JSON file, one after the other.
+"""A program of several processes that train together in tests: jobs of a JSON list, one after the other.
 
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python program.py FOLDER JOBS
 
@@ -36,7 +36,7 @@ BATCH = 12  # which 1, 2 and 3 processes share
 
 
 def run_job(folder: Path, job: dict[str, Any], context: DistributedContext) -> int:
-    """One run, or a part of it."""
+    """Train a run or a part of it."""
     settings = TransformerTraining(
         steps=job.get("steps", 50),
         batch_size=BATCH,
@@ -80,14 +80,14 @@ def run_job(folder: Path, job: dict[str, Any], context: DistributedContext) -> i
 
 
 def draw_sheet(model: Model, path: Path) -> None:
-    """What the model says to three ids, instead of pictures."""
+    """Write the logits of three ids in place of a sheet."""
     with torch.no_grad():
         logits = model.transformer(torch.tensor([[1, 2, 3]]))
     path.with_suffix(".json").write_text(json.dumps(logits[0, -1, :20].tolist()))
 
 
 def new_model(folder: Path, dropout: float) -> Model:
-    """The tokenizers of the model in ``folder``, with fresh weights that are the same in every process."""
+    """Return the model in ``folder`` with random weights that are the same in every process."""
     model = load_model(folder, torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     shape = model.config.transformer
@@ -105,7 +105,7 @@ def new_model(folder: Path, dropout: float) -> Model:
 
 
 def main() -> int:
-    """All jobs; the status of the first that fails, or 0."""
+    """Run all jobs; return the status of the first that fails, or 0."""
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     np.seterr(all="ignore")

@@ -1,4 +1,4 @@
-"""Taking one's place among several processes, by what their launcher says (test_processes: what they do together)."""
+"""Joining the processes that a launcher has started, and failing together (training together: ``test_processes``)."""
 
 import numpy as np
 import pytest
@@ -12,21 +12,21 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """As if no launcher had started this process."""
+def no_launcher(monkeypatch):
+    """Remove the variables of a launcher."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_process_alone_needs_no_group():
-    world = init_distributed("cpu")
-    assert (world.rank, world.size, world.device) == (0, 1, CPU)
-    assert world.is_main_process
-    assert world.all_reduce_sum(np.array([1.5, 2.0])).tolist() == [1.5, 2.0]
-    assert world.all_reduce_max(3.0) == 3.0
-    assert not world.all_reduce_any(False)
-    assert world.run_on_main(lambda: "done") == world.run_everywhere(lambda: "done") == "done"
-    assert world.local_slice(8) == slice(0, 8)
+def test_init_distributed_needs_no_group_for_one_process():
+    context = init_distributed("cpu")
+    assert (context.rank, context.size, context.device) == (0, 1, CPU)
+    assert context.is_main_process
+    assert context.all_reduce_sum(np.array([1.5, 2.0])).tolist() == [1.5, 2.0]
+    assert context.all_reduce_max(3.0) == 3.0
+    assert not context.all_reduce_any(False)
+    assert context.run_on_main(lambda: "done") == context.run_everywhere(lambda: "done") == "done"
+    assert context.local_slice(8) == slice(0, 8)
     assert not torch.distributed.is_initialized()
 
 
@@ -44,14 +44,14 @@ def test_a_process_alone_needs_no_group():
         ),
     ],
 )
-def test_variables_that_do_not_fit(monkeypatch, variables, message):
+def test_init_distributed_refuses_contradicting_variables(monkeypatch, variables, message):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=message):
         init_distributed("cpu")
 
 
-def test_more_processes_than_gpus(monkeypatch):
+def test_init_distributed_refuses_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for name, value in {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}.items():
@@ -67,7 +67,7 @@ def test_more_processes_than_gpus(monkeypatch):
         init_distributed("cuda:1")
 
 
-def test_a_group_that_cannot_be_reached_names_the_address(monkeypatch):
+def test_init_distributed_names_the_address_when_it_cannot_be_reached(monkeypatch):
     def refuse(*arguments, **settings):
         raise RuntimeError("The client socket has timed out\nand more")
 
@@ -95,7 +95,7 @@ def failing() -> None:
         (2, [0, 0, 1], InputError, "process 2 of 3: there is no store"),
     ],
 )
-def test_of_processes_that_fail_one_tells(monkeypatch, rank, failed, error, message):
+def test_run_everywhere_reports_in_one_of_the_failed_processes(monkeypatch, rank, failed, error, message):
     monkeypatch.setattr(DistributedContext, "_gathered", lambda self, numbers: np.array(failed)[:, None])
     with pytest.raises(InputError) as caught:
         DistributedContext(CPU, rank, 3).run_everywhere(failing)
@@ -103,13 +103,13 @@ def test_of_processes_that_fail_one_tells(monkeypatch, rank, failed, error, mess
     assert str(caught.value) == message
 
 
-def test_one_that_did_not_fail_stops_in_silence(monkeypatch):
+def test_run_everywhere_stops_silently_when_a_peer_failed(monkeypatch):
     monkeypatch.setattr(DistributedContext, "_gathered", lambda self, numbers: np.array([[0], [1]]))
     with pytest.raises(ReportedByPeer):
         DistributedContext(CPU, 0, 2).run_everywhere(lambda: "done")
 
 
-def test_what_says_that_another_process_is_gone(monkeypatch):
+def test_is_peer_failure_knows_the_messages_of_gloo(monkeypatch):
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
     assert is_peer_failure(
         RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29616.")

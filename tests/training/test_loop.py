@@ -1,4 +1,4 @@
-"""Runs: killed ones lose and repeat nothing, checkpoints are whole or absent, metrics hold every step once."""
+"""The training loop: killed runs resume exactly, checkpoints are whole or absent, metrics hold each step once."""
 
 import json
 import os
@@ -23,12 +23,12 @@ from cogview.training.settings import RunSettings
 
 STEPS, SAVE_EVERY, BATCH, ROWS = 40, 6, 4, 37
 
-# A trainer whose state is a chain over all it has seen, run in a process of its own that can be killed.
+# A trainer whose state is a hash chain over its samples, in a process that can be killed.
 PROGRAM = """
 import sys, time
 from pathlib import Path
 
-sys.modules["torch.utils.tensorboard"] = None  # as if it were not installed
+sys.modules["torch.utils.tensorboard"] = None  # as without TensorBoard
 import numpy as np
 
 from cogview.cli.main import run_safely
@@ -117,8 +117,8 @@ def records(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
-def undisturbed() -> tuple[dict[int, list[int]], int]:
-    """The samples of every step, and the state they lead to."""
+def expected_run() -> tuple[dict[int, list[int]], int]:
+    """Return the samples of every step of a run that is not killed, and its last state."""
     batches = dict(enumerate(sample_index(7, np.arange(STEPS * BATCH).reshape(STEPS, BATCH), ROWS).tolist()))
     state = 0
     for batch in batches.values():
@@ -127,8 +127,9 @@ def undisturbed() -> tuple[dict[int, list[int]], int]:
     return batches, state
 
 
+@pytest.mark.multiprocess
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda number: number.name)
-def test_a_killed_run_goes_on_without_a_lost_or_repeated_sample(tmp_path, number):
+def test_killed_run_resumes_without_a_lost_or_repeated_sample(tmp_path, number):
     process = start(tmp_path)
     wait_for(lambda: len(seen(tmp_path)) >= 15, process)
     process.send_signal(number)
@@ -141,7 +142,7 @@ def test_a_killed_run_goes_on_without_a_lost_or_repeated_sample(tmp_path, number
         assert step_of(checkpoint) % SAVE_EVERY == 0
     else:
         assert process.returncode == 128 + number
-        assert step_of(checkpoint) == len(before)  # the step under way was finished, and saved
+        assert step_of(checkpoint) == len(before)  # the step under way was finished and saved
         assert f"stopped after step {len(before)} of {STEPS}" in errors
         assert "go on with --resume auto" in errors
 
@@ -152,10 +153,10 @@ def test_a_killed_run_goes_on_without_a_lost_or_repeated_sample(tmp_path, number
     assert "no TensorBoard curves: pip install 'cogview[train]'" in errors
     after = seen(tmp_path)[len(before) :]
     assert [step for step, _ in after] == list(range(step_of(checkpoint), STEPS))
-    batches, state = undisturbed()
-    kept = before[: step_of(checkpoint)] + after
-    assert kept == list(batches.items())
-    assert before == list(batches.items())[: len(before)]  # what a hard kill makes a run repeat is the very same
+    batches, state = expected_run()
+    trained = before[: step_of(checkpoint)] + after
+    assert trained == list(batches.items())
+    assert before == list(batches.items())[: len(before)]  # steps that are repeated after a kill are equal
 
     last = RunFolder(tmp_path / "run").checkpoints()[-1]
     assert step_of(last) == STEPS
@@ -166,7 +167,8 @@ def test_a_killed_run_goes_on_without_a_lost_or_repeated_sample(tmp_path, number
     assert validation == [10, 20, 30, 40]
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+@pytest.mark.multiprocess
+def test_second_signal_stops_at_once(tmp_path):
     process = start(tmp_path, pause=30)
     wait_for(lambda: len(seen(tmp_path)) == 1, process)
     process.send_signal(signal.SIGINT)
@@ -179,7 +181,7 @@ def test_a_second_signal_stops_at_once(tmp_path):
 
 
 class Counter(Trainer[int]):
-    """A trainer that counts its steps, and fails where it is told to."""
+    """A trainer that counts its steps and fails in a given method."""
 
     def __init__(self, fail_in: str = "", fail_at: int = -1) -> None:
         self.count = 0
@@ -209,7 +211,7 @@ class Counter(Trainer[int]):
             raise RuntimeError("size mismatch for layers.0.weight:\n\tcopying a param of 3 into 4")
 
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
-        (folder / f"step-{step:08d}.txt").write_text("a sheet")
+        (folder / f"step-{step:08d}.txt").write_text("samples")
         return {"validation": float(step)}
 
 
@@ -233,10 +235,10 @@ def names(run: RunFolder) -> list[str]:
     return sorted(path.name for path in (run.folder / "checkpoints").iterdir())
 
 
-def test_a_run_writes_its_folder(tmp_path):
+def test_run_loop_writes_its_folder(tmp_path):
     run = RunFolder(tmp_path / "run")
     assert loop(run, Counter(), keep=10) == 0
-    assert names(run) == [f"step-{step:08d}" for step in (3, 6, 9, 10)]  # nothing is said of a best one
+    assert names(run) == [f"step-{step:08d}" for step in (3, 6, 9, 10)]  # no best one without a validation loss
     assert sorted(path.name for path in run.samples.iterdir()) == [f"step-{s:08d}.txt" for s in (4, 8, 10)]
     assert "name: 红苹果" in (run.folder / "recipe.yaml").read_text(encoding="utf-8")
     training = [record for record in records(tmp_path) if "loss" in record]
@@ -245,13 +247,13 @@ def test_a_run_writes_its_folder(tmp_path):
     assert any((run.folder / "tensorboard").iterdir())
 
 
-def test_only_the_last_checkpoints_are_kept(tmp_path):
+def test_run_loop_keeps_the_last_checkpoints(tmp_path):
     run = RunFolder(tmp_path)
     loop(run, Counter(), keep=2)
     assert names(run) == ["step-00000009", "step-00000010"]
 
 
-def test_figures_are_means_over_the_steps_since_the_last_line(tmp_path):
+def test_run_loop_logs_means_since_the_last_line(tmp_path):
     loop(RunFolder(tmp_path / "run"), Counter(), log_every=4, evaluate_every=0)
     assert [(record["step"], record.get("loss")) for record in records(tmp_path)] == [
         (4, 1.5),
@@ -261,7 +263,7 @@ def test_figures_are_means_over_the_steps_since_the_last_line(tmp_path):
     ]
 
 
-def test_small_figures_keep_their_digits(tmp_path):
+def test_run_folder_logs_six_digits(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.start({}, resume=False)
     run.log(1, {"learning_rate": 1.2345678e-6, "loss": 3.14159265})
@@ -269,7 +271,7 @@ def test_small_figures_keep_their_digits(tmp_path):
     assert records(tmp_path) == [{"step": 1, "learning_rate": 1.23457e-6, "loss": 3.14159}]
 
 
-def test_a_run_is_never_begun_over_another(tmp_path):
+def test_run_loop_refuses_to_start_over_another_run(tmp_path):
     run = RunFolder(tmp_path)
     loop(run, Counter())
     metrics = (tmp_path / "metrics.jsonl").read_text()
@@ -279,7 +281,7 @@ def test_a_run_is_never_begun_over_another(tmp_path):
     assert names(run) == ["step-00000009", "step-00000010"]
 
 
-def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path):
+def test_run_loop_changes_nothing_when_the_run_is_finished(tmp_path):
     loop(RunFolder(tmp_path), Counter())
     metrics = (tmp_path / "metrics.jsonl").read_text()
     trainer = Counter()
@@ -288,18 +290,18 @@ def test_a_finished_run_that_is_resumed_is_left_as_it_is(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == metrics
 
 
-def test_a_finished_run_goes_on_where_more_steps_are_asked_for(tmp_path):
+def test_run_loop_continues_a_finished_run_for_more_steps(tmp_path):
     loop(RunFolder(tmp_path / "run"), Counter())
     assert loop(RunFolder(tmp_path / "run"), Counter(), steps=14, resume=True) == 0
     assert [record["step"] for record in records(tmp_path) if "loss" in record] == list(range(1, 15))
 
 
-def test_resuming_where_there_is_nothing_begins(tmp_path):
+def test_run_loop_starts_when_there_is_nothing_to_resume(tmp_path):
     assert loop(RunFolder(tmp_path), Counter(), resume=True) == 0
 
 
 @pytest.mark.parametrize("at", [3, 6])
-def test_a_checkpoint_that_could_not_be_written_is_absent_and_training_goes_on(tmp_path, at, capsys):
+def test_run_loop_continues_when_a_checkpoint_cannot_be_written(tmp_path, at, capsys):
     run, trainer = RunFolder(tmp_path), Counter("save", at)
     assert loop(run, trainer) == 1
     assert trainer.count == 10
@@ -312,8 +314,8 @@ def test_a_checkpoint_that_could_not_be_written_is_absent_and_training_goes_on(t
     assert names(run) == ["step-00000009", "step-00000010"]
 
 
-def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
-    """The writing waits for a later step, which must not wait for it; and holds what was there when it began."""
+def test_run_loop_writes_a_checkpoint_in_the_background(tmp_path):
+    """The writer waits for a later step, which must not wait for it, and writes the state of its step."""
     run, later = RunFolder(tmp_path), threading.Event()
 
     class Slow(Counter):
@@ -335,18 +337,18 @@ def test_a_checkpoint_is_written_while_training_goes_on(tmp_path):
     assert (run.checkpoints()[0] / "count").read_text() == "3"
 
 
-def test_the_best_checkpoint_stays(tmp_path):
-    class Judged(Counter):
+def test_run_loop_keeps_the_best_checkpoint(tmp_path):
+    class Evaluated(Counter):
         def evaluate(self, step: int, folder: Path) -> dict[str, float]:
             return {"validation_loss": {2: 5.0, 4: 3.0, 6: 4.0, 8: 3.5, 10: 3.0}[step]}
 
     run = RunFolder(tmp_path)
-    loop(run, Judged(), evaluate_every=2, keep=1)
+    loop(run, Evaluated(), evaluate_every=2, keep=1)
     assert run.best() == Best(4, 3.0)
     assert names(run) == ["best.json", "step-00000004", "step-00000010"]
 
 
-def test_what_a_kill_left_half_written_is_removed_and_never_resumed(tmp_path):
+def test_run_loop_removes_an_unfinished_checkpoint(tmp_path):
     run = RunFolder(tmp_path / "run")
     with pytest.raises(InputError, match="not finite"):
         loop(run, Counter("step", 8))
@@ -354,26 +356,26 @@ def test_what_a_kill_left_half_written_is_removed_and_never_resumed(tmp_path):
     half.mkdir()
     (half / "half").write_text("half")
     with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "lo')  # and a line cut short
-    assert [step_of(path) for path in run.checkpoints()] == [6, 8]  # what was learnt before the failure is kept
+        file.write('{"step": 9, "lo')  # a line that was cut short
+    assert [step_of(path) for path in run.checkpoints()] == [6, 8]  # the state before the failure is saved
     assert loop(run, Counter(), resume=True) == 0
     assert names(run) == ["step-00000009", "step-00000010"]
     assert [record["step"] for record in records(tmp_path) if "loss" in record] == list(range(1, 11))
 
 
-def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+def test_run_loop_refuses_a_checkpoint_of_other_settings(tmp_path):
     loop(RunFolder(tmp_path), Counter(), steps=3)
     with pytest.raises(InputError, match=r"does not fit the recipe, go back to its settings or remove .* mismatch"):
         loop(RunFolder(tmp_path), Counter("load"), steps=6, resume=True)
 
 
-def test_signals_are_left_as_they_were(tmp_path):
+def test_run_loop_restores_signal_handlers(tmp_path):
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     loop(RunFolder(tmp_path), Counter())
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_signal_in_the_last_step_does_not_make_a_finished_run_a_stopped_one(tmp_path):
+def test_run_loop_finishes_when_the_signal_comes_in_the_last_step(tmp_path):
     class Interrupted(Counter):
         def step(self, step: int, batch: int) -> dict[str, float]:
             if step == 9:
@@ -382,16 +384,3 @@ def test_a_signal_in_the_last_step_does_not_make_a_finished_run_a_stopped_one(tm
 
     assert loop(RunFolder(tmp_path), Interrupted()) == 0
     assert step_of(RunFolder(tmp_path).checkpoints()[-1]) == 10
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"log_every": 0}, "log_every and keep must be at least 1, got 0 and 2"),
-        ({"keep": 0}, "log_every and keep must be at least 1, got 50 and 0"),
-        ({"save_every": -1}, "must not be negative"),
-    ],
-)
-def test_wrong_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
-        RunSettings(**settings)

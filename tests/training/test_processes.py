@@ -1,7 +1,7 @@
-"""Training in several processes: what one process learns, whatever the engine, and checkpoints that all of them share.
+"""Training in several processes: the losses of one process with any engine, and checkpoints that all engines share.
 
-Processes are started as torchrun starts them, exchange gradients by gloo, and compute on the CPU. Starting them takes
-longer than what they do, so one start does many jobs (``program.py``).
+Processes are started as by torchrun, exchange gradients by gloo and compute on the CPU. Starting them takes longer than
+their work, so one start does many jobs (``program.py``).
 """
 
 import json
@@ -23,6 +23,8 @@ from cogview.data.store import StoreHeader
 from cogview.data.store_writer import StoreWriter
 from cogview.pipeline.cogview import CogView
 
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
+
 STEPS = 50
 ZERO = {f"zero{stage}": {"name": "deepspeed", "zero": stage} for stage in (1, 2, 3)}
 ENGINES = {"torch": {}, **ZERO, "offload": {"name": "deepspeed", "zero": 2, "offload": True}}
@@ -30,7 +32,7 @@ ENGINES = {"torch": {}, **ZERO, "offload": {"name": "deepspeed", "zero": 2, "off
 
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint, tmp_path_factory) -> Path:
-    """Where jobs find the tiny model and a store of 40 rows for it."""
+    """Return a folder with the tiny model and a store of 40 rows for it."""
     place = tmp_path_factory.mktemp("processes")
     shutil.copytree(tiny_checkpoint, place / "model")
     config = read_config(tiny_checkpoint)
@@ -53,7 +55,7 @@ def folder(tiny_checkpoint, tmp_path_factory) -> Path:
 
 
 def train(folder: Path, jobs: list[dict[str, Any]], size: int = 1) -> list[int]:
-    """Do ``jobs`` in ``size`` processes; their statuses. A process that is killed takes the others with it."""
+    """Run ``jobs`` in ``size`` processes and return their statuses; if one is killed, the others stop."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
@@ -91,7 +93,7 @@ def train(folder: Path, jobs: list[dict[str, Any]], size: int = 1) -> list[int]:
 
 
 def steps_of(folder: Path, name: str, rank: int = 0) -> list[dict[str, Any]]:
-    """What process ``rank`` has told of each step of the run ``name``."""
+    """Return what process ``rank`` has logged of each step of the run ``name``."""
     return [json.loads(line) for line in (folder / f"{name}.{rank}").read_text().splitlines()]
 
 
@@ -105,7 +107,7 @@ def difference(found: list[float], expected: list[float]) -> float:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> Path:
-    """All that two processes and one do, each in one start."""
+    """Run the jobs of one process and of several, each in one start."""
     pytest.importorskip("deepspeed")
     one = [{"name": "one"}, {"name": "one-bfloat16", "dtype": "bfloat16", "steps": 30}]
     two: list[dict[str, Any]] = [{"name": name, "engine": engine} for name, engine in ENGINES.items()]
@@ -122,8 +124,8 @@ def trained(folder) -> Path:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_two_processes_learn_what_one_learns(trained, name):
-    """In float32, whatever is divided among them, over fifty steps and parts that differ in number."""
+def test_two_processes_have_the_losses_of_one(trained, name):
+    """In float32, over fifty steps whose micro-batches differ in number, with each engine."""
     expected, found = losses(trained, "one"), losses(trained, name)
     assert len(found) == STEPS
     assert found[-1] < found[0] - 0.3
@@ -136,13 +138,13 @@ def test_two_processes_learn_what_one_learns(trained, name):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_sheets_are_drawn_with_all_the_weights(trained, name):
-    told = [json.loads((trained / run / "samples" / f"step-{STEPS:08}.json").read_text()) for run in (name, "one")]
-    np.testing.assert_allclose(*told, atol=1e-4, rtol=0)
+def test_whole_transformer_has_all_weights(trained, name):
+    logits = [json.loads((trained / run / "samples" / f"step-{STEPS:08}.json").read_text()) for run in (name, "one")]
+    np.testing.assert_allclose(*logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_steps_equal_half_of_them_and_the_rest_after_a_restart(trained, name):
+def test_two_processes_resume_exactly(trained, name):
     """Bit for bit, with dropout."""
     assert losses(trained, f"{name}-half") == losses(trained, f"{name}-whole")
     last = "checkpoints/step-00000012"
@@ -151,8 +153,8 @@ def test_steps_equal_half_of_them_and_the_rest_after_a_restart(trained, name):
         assert halves.read_bytes() == whole.read_bytes()
 
 
-def test_a_checkpoint_goes_from_two_processes_to_one_to_three(trained):
-    """In bfloat16, from ZeRO 2 to ZeRO 1 to ZeRO 3: within 1e-2 of one process that did it all."""
+def test_checkpoint_moves_between_engines_and_numbers_of_processes(trained):
+    """In bfloat16, from ZeRO 2 to ZeRO 1 to ZeRO 3: within 1e-2 of a single process."""
     expected, found = losses(trained, "one-bfloat16"), losses(trained, "chain")
     assert len(found) == 30
     print(
@@ -169,13 +171,13 @@ def test_a_checkpoint_goes_from_two_processes_to_one_to_three(trained):
     ]
 
 
-def test_a_checkpoint_of_any_engine_opens_as_a_model(trained):
+def test_checkpoint_of_zero_3_opens_as_a_model(trained):
     model = CogView.from_pretrained(trained / "zero3" / "checkpoints" / "step-00000050", device="cpu")
     assert model.generate("一只狐狸", seed=1)[0].size == (64, 64)
 
 
-def test_after_a_kill_the_samples_that_are_left_are_trained_on_and_no_others(folder):
-    """One of two processes is killed in step 17; one process goes on, then three."""
+def test_remaining_samples_are_trained_on_after_a_kill(folder):
+    """One of two processes is killed in step 17; one process continues, then three."""
     job = {"name": "killed", "steps": 30, "save_every": 5}
     statuses = train(folder, [{**job, "die": [1, 17]}], size=2)
     assert statuses[1] == -signal.SIGKILL
@@ -195,6 +197,6 @@ def test_after_a_kill_the_samples_that_are_left_are_trained_on_and_no_others(fol
     assert [step["step"] for step in left] == list(range(15, 30))
     for step in left:
         ranks = range(3) if step["step"] >= 20 else range(1)
-        own = [next(s for s in steps_of(folder, "killed", rank) if s["step"] == step["step"]) for rank in ranks]
-        assert [sample for one in own for sample in one["samples"]] == expected[step["step"]]["samples"]
+        local = [next(s for s in steps_of(folder, "killed", rank) if s["step"] == step["step"]) for rank in ranks]
+        assert [sample for one in local for sample in one["samples"]] == expected[step["step"]]["samples"]
         assert step["loss"] == pytest.approx(expected[step["step"]]["loss"], abs=1e-6)
