@@ -237,7 +237,7 @@ def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys
     assert main(["encode", recipe]) == 0
     assert main(["train", recipe, "--device", "cpu"]) == 0
     last = json.loads((work / "transformer-run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert {name for name in last if name.startswith("held_out")} == {
+    assert {name for name in last if name.startswith("validation")} == {
         *("validation_generate_image_loss", "validation_generate_text_loss", "validation_caption_text_loss"),
         *("validation_upscale_image_loss", "validation_low_level_image_loss", "validation_loss"),
     }
