@@ -82,7 +82,7 @@ class VQVAEConfig:
     @property
     def downsampling(self) -> int:
         """Pixels on each side of the square that one code stands for."""
-        return 2 ** len(self.channels)  # each stage halves the sides
+        return 1 << len(self.channels)  # each stage halves the sides
 
 
 class Reconstruction(NamedTuple):
