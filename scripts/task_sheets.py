@@ -1,9 +1,9 @@
-"""Draw the README's sheets of what one model does beside drawing: captions, reranking, upscaling, completion.
+"""Write the README's sheets of the other tasks of one model: captions, reranking, upscaling, completion.
 
     python scripts/task_sheets.py WORLD -o cogview/models/cogview-emoji
 
-WORLD is the folder that ``cogview scenes`` makes; its held-out scenes are the pictures that the model is given. Text is
-written with a font that has Chinese (``apt-get install fonts-wqy-microhei``).
+WORLD is the folder of ``cogview scenes``; its held-out scenes are the inputs of the model. Text is rendered with a font
+that has Chinese characters (``apt-get install fonts-wqy-microhei``).
 """
 
 from __future__ import annotations
@@ -42,28 +42,28 @@ COMPLETED = ("一只狐狸", "一个红苹果", "一只企鹅")
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture and the lines below it."""
+    """An image and the lines below it."""
 
-    picture: np.ndarray  # uint8 (H, W, 3)
+    image: np.ndarray  # uint8 (H, W, 3)
     lines: tuple[str, ...] = ()
 
 
 def sheet(tiles: Sequence[Tile], columns: int, font: ImageFont.FreeTypeFont, side: int = SIDE) -> Image.Image:
-    """The tiles in rows of ``columns``, every picture ``side`` pixels wide, on white."""
+    """Return the tiles in rows of ``columns``, every image ``side`` pixels wide, on white."""
     height = side + LINE * max(len(tile.lines) for tile in tiles) + GAP
     rows = -(-len(tiles) // columns)
     image = Image.new("RGB", (columns * (side + GAP) + GAP, rows * height + GAP), "white")
     draw = ImageDraw.Draw(image)
     for number, tile in enumerate(tiles):
         left, top = GAP + number % columns * (side + GAP), GAP + number // columns * height
-        image.paste(Image.fromarray(tile.picture).resize((side, side), Image.Resampling.NEAREST), (left, top))
+        image.paste(Image.fromarray(tile.image).resize((side, side), Image.Resampling.NEAREST), (left, top))
         for index, line in enumerate(tile.lines):
             draw.text((left, top + side + 2 + LINE * index), line, font=font, fill="black")
     return image
 
 
 def headed(rows: Sequence[tuple[str, Image.Image]], font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Sheets below each other, each below its heading."""
+    """Return sheets below each other, each below its heading."""
     image = Image.new("RGB", (rows[0][1].width, sum(LINE + row.height for _, row in rows) + GAP), "white")
     draw, top = ImageDraw.Draw(image), GAP
     for heading, row in rows:
@@ -74,7 +74,7 @@ def headed(rows: Sequence[tuple[str, Image.Image]], font: ImageFont.FreeTypeFont
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> tuple[str, ...]:
-    """``text`` in lines of at most ``width`` pixels."""
+    """Return ``text`` in lines of at most ``width`` pixels."""
     lines = [""]
     for character in text:
         if font.getlength(lines[-1] + character) > width:
@@ -84,53 +84,53 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int) -> tuple[str, .
 
 
 def captions(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Held-out scenes, and what the model says to them."""
+    """Return held-out scenes with the captions of the model."""
     given = [world.render(scene, number) for number, (scene, _) in enumerate(held_out_scenes(world, 10, seed=7))]
-    said = model.caption([Image.fromarray(picture) for picture in given])
+    found = model.caption([Image.fromarray(image) for image in given])
     tiles = [
-        Tile(picture, (*wrapped(best.text, font, SIDE), f"log p = {best.log_probability:.1f}"))
-        for picture, (best,) in zip(given, said, strict=True)
+        Tile(image, (*wrapped(best.text, font, SIDE), f"log p = {best.log_probability:.1f}"))
+        for image, (best,) in zip(given, found, strict=True)
     ]
     return sheet(tiles, 5, font)
 
 
 def reranking(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """The same pictures by their scores for two texts."""
-    pictures = model.generate(CANDIDATES, seed=7)
+    """Return the same images ordered by their scores for two texts."""
+    images = model.generate(CANDIDATES, seed=7)
     rows = []
     for text in CANDIDATES[:2]:
-        scores = [score.log_probability for score in model.score(pictures, text)]
-        order = sorted(range(len(pictures)), key=lambda number: -scores[number])
-        tiles = [Tile(np.asarray(pictures[number]), (f"{scores[number]:.1f}",)) for number in order]
+        scores = [score.log_probability for score in model.score(images, text)]
+        order = sorted(range(len(images)), key=lambda number: -scores[number])
+        tiles = [Tile(np.asarray(images[number]), (f"{scores[number]:.1f}",)) for number in order]
         rows.append((text, sheet(tiles, len(tiles), font, side=SIDE * 5 // len(tiles))))
     return headed(rows, font)
 
 
 def upscaling(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Held-out scenes: their codes decoded, that enlarged, what the model draws, and the true large picture."""
+    """Return decoded codes of held-out scenes, their bicubic enlargement, the upscaled and the true large image."""
     asked = held_out_scenes(world, 4, seed=7)
     small = [Image.fromarray(world.render(scene, number)) for number, (scene, _) in enumerate(asked)]
     large = model.upscale(small, [caption for _, caption in asked], seed=7)
     tiles = []
     given = model.decode_images(model.encode_images(small))
-    for number, ((scene, _), decoded, ours) in enumerate(zip(asked, given, large, strict=True)):
-        enlarged = Image.fromarray(decoded).resize(ours.size, Image.Resampling.BICUBIC)
-        four = (decoded, np.asarray(enlarged), np.asarray(ours), world.render(scene, number, scale=2))
+    for number, ((scene, _), decoded, upscaled) in enumerate(zip(asked, given, large, strict=True)):
+        enlarged = Image.fromarray(decoded).resize(upscaled.size, Image.Resampling.BICUBIC)
+        four = (decoded, np.asarray(enlarged), np.asarray(upscaled), world.render(scene, number, scale=2))
         tiles += [
-            Tile(picture, (title,))
-            for picture, title in zip(four, ("given", "bicubic", "cogview upscale", "true"), strict=True)
+            Tile(image, (title,))
+            for image, title in zip(four, ("given", "bicubic", "cogview upscale", "true"), strict=True)
         ]
     return sheet(tiles, 4, font, side=256)
 
 
 def completion(model: CogView, world: EmojiWorld, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """A picture, its upper half, and what the model draws below it to the same text and to others."""
-    (picture,) = model.generate(f"蓝色背景上的{COMPLETED[0]}", seed=7)
-    half = np.asarray(picture).copy()
+    """Return an image, its upper half, and completions of that half for its text and for others."""
+    (image,) = model.generate(f"蓝色背景上的{COMPLETED[0]}", seed=7)
+    half = np.asarray(image).copy()
     half[len(half) // 2 :] = GREY
-    tiles = [Tile(np.asarray(picture), ("picture",)), Tile(half, ("given",))]
+    tiles = [Tile(np.asarray(image), ("image",)), Tile(half, ("given",))]
     for text in COMPLETED:
-        (completed,) = model.complete([picture], f"蓝色背景上的{text}", rows=model.config.grid // 2, seed=7)
+        (completed,) = model.complete([image], f"蓝色背景上的{text}", rows=model.config.grid // 2, seed=7)
         tiles.append(Tile(np.asarray(completed), (f"蓝色背景上的{text}",)))
     return sheet(tiles, len(tiles), font)
 

@@ -12,11 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image, ImageDraw
 
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
-from cogview.cli.main import main
 from cogview.data.builders.encode import EncodeSettings, encode_dataset
 from cogview.data.image_dataset import ImageDataset, ImageExample, NamedRegion, captions
 from cogview.data.store import TokenStore
@@ -24,7 +22,11 @@ from cogview.evaluation.harness import Grader, generate_images, grade_images
 from cogview.modeling import config
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
-from cogview.training.loop import RunFolder, RunSettings
+from cogview.training.distributed import init_distributed
+from cogview.training.recipe import Recipe
+from cogview.training.run_folder import RunFolder
+from cogview.training.settings import RunSettings, TransformerSettings
+from cogview.training.setup import train
 from cogview.training.text_tokenizer import TextTokenizerRecipe, train_text_model
 from cogview.training.vqvae_trainer import VQVAERecipe, export_image_tokenizer, train_vqvae
 from cogview.vqvae.model import VQVAEConfig
@@ -144,12 +146,10 @@ def test_store_of_own_dataset_has_a_row_for_each_caption_and_names_the_objects(w
     assert (named[:2] == 0xFFFF).all()
 
 
-def test_transformer_of_own_dataset_is_trained_graded_and_used(work, tmp_path, monkeypatch):
+def test_transformer_of_own_dataset_is_trained_graded_and_used(work, monkeypatch):
     monkeypatch.setitem(config.PRESETS, "tiny", (1, 64, 2))
-    recipe = tmp_path / "shapes.yaml"
     training = {"steps": 200, "batch_size": 6, "warmup_steps": 5, "learning_rate": 3e-3, "tasks": {"generate": 1}}
     sections = {
-        "work": str(work),
         "transformer": {
             "preset": "tiny",
             "max_positions": 96,
@@ -160,8 +160,9 @@ def test_transformer_of_own_dataset_is_trained_graded_and_used(work, tmp_path, m
             "precision": "float32",
         },
     }
-    recipe.write_text(yaml.safe_dump(sections), encoding="utf-8")
-    assert main(["train", str(recipe), "--device", "cpu"]) == 0
+    recipe = Recipe(path=work / "shapes.yaml", sections=sections, overrides=(), work=work)
+    settings = recipe.settings(TransformerSettings, "transformer")
+    assert train(recipe, settings, init_distributed("cpu"), resume=False) == 0
 
     run = RunFolder(work / "transformer-run")
     losses = [record["loss"] for record in map(json.loads, run.metrics.read_text().splitlines()) if "loss" in record]
