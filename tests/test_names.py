@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,62 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAX_NAME = 79
 # Words that begin a sentence but no unit, unless a function begins with them: `from_pretrained`, `is_quantized`.
-NO_UNITS = frozenset(
-    [
-        "a",
-        "all",
-        "an",
-        "another",
-        "any",
-        "are",
-        "as",
-        "at",
-        "before",
-        "by",
-        "each",
-        "every",
-        "for",
-        "from",
-        "how",
-        "if",
-        "in",
-        "is",
-        "it",
-        "its",
-        "more",
-        "never",
-        "no",
-        "not",
-        "nothing",
-        "of",
-        "on",
-        "one",
-        "only",
-        "other",
-        "same",
-        "some",
-        "than",
-        "that",
-        "the",
-        "there",
-        "these",
-        "they",
-        "this",
-        "those",
-        "two",
-        "until",
-        "what",
-        "when",
-        "where",
-        "which",
-        "while",
-        "who",
-        "with",
-        "without",
-    ]
+NO_UNITS = re.compile(
+    "a|all|an|another|any|are|as|at|before|by|each|every|for|from|how|if|in|is|it|its|more|never|no|not|nothing|of|on|"
+    "one|only|other|same|some|than|that|the|there|these|they|this|those|two|until|what|when|where|which|while|who|with|"
+    "without"
 )
-
-UNFINISHED = ("tests/cli/test_recipe_commands.py", "tests/training/")  # files to be renamed
+UNFINISHED = ("tests/cli/test_recipe_commands.py", "tests/training/", "tests/planning/")  # files to be renamed
 
 
 def definitions(path: Path, kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> Iterator[str]:
@@ -97,7 +48,7 @@ def problem_with(name: str, functions: set[str]) -> str | None:
     if len(words) < 3:
         return "expected a unit and a behaviour"
     begins_with_function = any("_".join(words[:count]) in functions for count in range(1, len(words)))
-    if words[0] in NO_UNITS and not begins_with_function:
+    if NO_UNITS.fullmatch(words[0]) and not begins_with_function:
         return f'"{words[0]}" names no unit'
     return None
 
