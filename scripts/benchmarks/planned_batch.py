@@ -155,7 +155,7 @@ def generate(args: argparse.Namespace, limit: int, count: int | None) -> dict[st
     before = limit - available_memory(device)
     needed = model._requests_bytes(requests[:count])
     planning.available_memory = lambda device: 2**60  # everything fits
-    planning.BatchPlanner._attempt = lambda self, items, work, free: work(items)  # type: ignore[method-assign]  # and once only
+    planning.BatchPlanner._attempt = lambda self, items, work: work(items)  # type: ignore[method-assign]  # and once only
     results = list(model.run(requests[:count], batch_size=args.images))
     assert len(results) == count
     return {"count": count, "predicted": before + needed, "seen": _peak(device)}

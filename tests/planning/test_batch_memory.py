@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from tests.planning.factories import PeakMemory, sequence_of, small_config, small_estimate
 
 from cogview.generation.beam_search import beam_search
 from cogview.generation.decode import decode
@@ -13,6 +12,7 @@ from cogview.modeling.config import Sampling
 from cogview.modeling.transformer import Transformer
 from cogview.planning.batch_memory import beam_search_bytes, decode_bytes, score_bytes
 from cogview.planning.model_memory import workspace_bytes
+from tests.planning.factories import PeakMemory, sequence_of, small_config, small_estimate
 
 
 @pytest.mark.usefixtures("plain_cpu")

@@ -1,4 +1,4 @@
-"""How much is done at a time: even parts that fit, and the same results where a device runs out."""
+"""Batches of almost equal size that fit in memory, and equal results after out-of-memory errors."""
 
 import logging
 import random
@@ -20,13 +20,13 @@ FAILURES = [
 
 @pytest.fixture
 def free(monkeypatch):
-    """A function that says how many bytes work may take from now on."""
+    """A function that sets the bytes that a batch may take."""
 
-    def say(count: float) -> None:
+    def set_free(count: float) -> None:
         monkeypatch.setattr(BatchPlanner, "free", lambda self: count)
 
-    say(32)
-    return say
+    set_free(32)
+    return set_free
 
 
 def double(items):
@@ -35,7 +35,7 @@ def double(items):
 
 @pytest.mark.usefixtures("free")
 @pytest.mark.parametrize(
-    ("count", "ceiling", "sizes"),
+    ("count", "max_batch_size", "sizes"),
     [
         (1, None, [1]),
         (32, None, [32]),
@@ -45,25 +45,25 @@ def double(items):
         (5, 1, [1] * 5),
     ],
 )
-def test_parts_are_even_and_fit(count, ceiling, sizes):
-    assert BatchPlanner(CPU, ceiling).chunks(range(count), len, "drawing") == sizes
+def test_chunks_have_almost_equal_sizes_that_fit(count, max_batch_size, sizes):
+    assert BatchPlanner(CPU, max_batch_size).chunks(range(count), len, "generating") == sizes
 
 
 @pytest.mark.usefixtures("free")
-def test_results_come_in_order():
+def test_run_yields_results_in_order():
     done = []
 
     def work(items):
         done.append(len(items))
         return double(items)
 
-    assert list(BatchPlanner(CPU).run(range(33), len, work, "drawing")) == double(range(33))
+    assert list(BatchPlanner(CPU).run(range(33), len, work, "generating")) == double(range(33))
     assert done == [17, 16]
-    assert list(BatchPlanner(CPU).run([], len, work, "drawing")) == []
+    assert list(BatchPlanner(CPU).run([], len, work, "generating")) == []
 
 
 @pytest.mark.usefixtures("free")
-def test_later_items_may_be_larger_than_the_first():
+def test_run_plans_again_when_later_items_are_larger():
     done = []
 
     def work(items):
@@ -76,8 +76,8 @@ def test_later_items_may_be_larger_than_the_first():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_device_that_runs_out_gives_the_same_results(seed, free):
-    """At random parts, as if somebody else had taken the memory; what is done is never done again."""
+def test_run_yields_same_results_when_device_runs_out_of_memory(seed, free):
+    """Batches fail at random, as if another program had taken the memory; no finished batch is repeated."""
     chance, finished = random.Random(seed), []
 
     def work(items):
@@ -87,12 +87,12 @@ def test_a_device_that_runs_out_gives_the_same_results(seed, free):
         finished.extend(items)
         return double(items)
 
-    assert list(BatchPlanner(CPU).run(range(100), len, work, "drawing")) == double(range(100))
+    assert list(BatchPlanner(CPU).run(range(100), len, work, "generating")) == double(range(100))
     assert finished == list(range(100))
 
 
 @pytest.mark.usefixtures("free")
-def test_what_failed_is_done_again_in_halves(caplog):
+def test_run_halves_batch_after_out_of_memory(caplog):
     sizes = []
 
     def work(items):
@@ -102,17 +102,17 @@ def test_what_failed_is_done_again_in_halves(caplog):
         return double(items)
 
     planner = BatchPlanner(CPU)
-    assert list(planner.run(range(32), len, work, "drawing")) == double(range(32))
+    assert list(planner.run(range(32), len, work, "generating")) == double(range(32))
     assert sizes == [32, 16, *[8] * 4]
     assert [record.message for record in caplog.records] == [
-        "drawing: out of memory with 32 at a time; going on with less",
-        "drawing: out of memory with 16 at a time; going on with less",
+        "generating: out of memory with 32 at a time; continuing with smaller batches",
+        "generating: out of memory with 16 at a time; continuing with smaller batches",
     ]
-    assert planner.chunks(range(32), len, "decoding pixels") == [32]  # another kind of work did not fail
+    assert planner.chunks(range(32), len, "decoding pixels") == [32]  # another kind of work
 
 
-def test_run_keeps_part_whole_when_given_free_bytes(free):
-    """A part that was planned as a whole stays one, although earlier stages have taken some of the memory by then."""
+def test_run_does_not_split_batch_when_given_free_bytes(free):
+    """A batch is not split again, although earlier stages have taken some of the memory by then."""
     planner, sizes = BatchPlanner(CPU), []
 
     def work(items):
@@ -120,48 +120,48 @@ def test_run_keeps_part_whole_when_given_free_bytes(free):
         return double(items)
 
     done = []
-    for part, free_bytes in planner.split(range(33), len, "drawing"):
+    for batch, free_bytes in planner.split(range(33), len, "generating"):
         free(8)
-        done += planner.run(part, len, work, "drawing", free_bytes=free_bytes)
+        done += planner.run(batch, len, work, "generating", free_bytes=free_bytes)
     assert done == double(range(33))
     assert sizes == [17, 16]
 
 
 @pytest.mark.usefixtures("free")
 def test_split_plans_again_when_later_items_are_larger():
-    """Items of 8 bytes after items of 1 make smaller parts."""
-    parts = [part for part, _ in BatchPlanner(CPU).split([1] * 32 + [8] * 32, sum, "scoring")]
-    assert [item for part in parts for item in part] == [1] * 32 + [8] * 32
-    assert max(map(sum, parts)) <= 32
+    """Items of 8 bytes after items of 1 byte need smaller batches."""
+    batches = [batch for batch, _ in BatchPlanner(CPU).split([1] * 32 + [8] * 32, sum, "scoring")]
+    assert [item for batch in batches for item in batch] == [1] * 32 + [8] * 32
+    assert max(map(sum, batches)) <= 32
 
 
 @pytest.mark.usefixtures("free")
-def test_other_errors_are_not_taken_for_a_lack_of_memory():
+def test_run_raises_other_errors():
     def work(items):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        list(BatchPlanner(CPU).run(range(3), len, work, "drawing"))
+        list(BatchPlanner(CPU).run(range(3), len, work, "generating"))
 
 
-def test_nothing_fits(free):
+def test_chunks_raise_when_one_item_does_not_fit(free):
     free(2e9)
-    asked = []
+    requested = []
 
-    def remedies(missing):
-        asked.append(missing)
+    def suggestions(missing):
+        requested.append(missing)
         return ["--dtype int8"]
 
     with pytest.raises(InputError) as caught:
-        BatchPlanner(CPU, None, remedies).chunks([3e9], sum, "drawing")
+        BatchPlanner(CPU, None, suggestions).chunks([3e9], sum, "generating")
     assert str(caught.value) == (
-        "drawing: one at a time takes 3.00 GB and cpu has 2.00 GB free; what would help: --dtype int8 or closing other "
-        "programs"
+        "generating: one at a time takes 3.00 GB and cpu has 2.00 GB free; suggestions: --dtype int8 or "
+        "close other programs"
     )
-    assert asked == [1e9]
+    assert requested == [1e9]
 
 
-def test_one_at_a_time_runs_out(free):
+def test_run_raises_when_one_item_runs_out_of_memory(free):
     free(2e9)
 
     def work(items):
@@ -170,28 +170,28 @@ def test_one_at_a_time_runs_out(free):
     with pytest.raises(InputError) as caught:
         list(BatchPlanner(CPU).run([1e9], sum, work, "scoring"))
     assert str(caught.value) == (
-        "scoring: cpu ran out of memory with one at a time, which takes 1.00 GB of 2.00 GB free; what would help: "
-        "closing other programs"
+        "scoring: cpu ran out of memory with one at a time, which takes 1.00 GB of 2.00 GB free; suggestions: "
+        "close other programs"
     )
 
 
-def test_a_ceiling_below_one():
+def test_batch_planner_rejects_batch_size_below_1():
     with pytest.raises(InputError, match="the batch size must be at least 1, got 0"):
         BatchPlanner(CPU, 0)
 
 
-def test_a_plan_is_told_once(free, caplog):
+def test_chunks_are_logged_once(free, caplog):
     caplog.set_level(logging.INFO, logger="cogview.planning.batches")
     free(32e9)
     planner = BatchPlanner(CPU)
     for _ in range(2):
-        planner.chunks([1e9] * 33, sum, "drawing")
+        planner.chunks([1e9] * 33, sum, "generating")
     assert [record.message for record in caplog.records] == [
-        "drawing: 17 at a time of 33 (memory); 17.00 GB of 32.00 GB free"
+        "generating: 17 at a time of 33 (memory); 17.00 GB of 32.00 GB free"
     ]
 
 
-def test_some_memory_stays_free(monkeypatch):
+def test_free_leaves_margin(monkeypatch):
     monkeypatch.setattr(planning, "available_memory", lambda device: 10**10)
     assert BatchPlanner(CPU).free() == 10**10 * (1 - planning.BATCH_MARGIN)
     monkeypatch.setattr(planning, "available_memory", lambda device: 10**8)

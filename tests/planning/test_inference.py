@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.planning.factories import PeakMemory, sequence_of, small_config, small_estimate
 
 from cogview.errors import InputError
 from cogview.generation.decode import decode
@@ -20,6 +19,7 @@ from cogview.tokenizers.tasks import planned_tasks
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.tokenizers.windows import upscale_windows
 from cogview.vqvae.model import VQVAEConfig
+from tests.planning.factories import PeakMemory, sequence_of, small_config, small_estimate
 
 
 def test_estimate_has_sequence_length_of_layout():

@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from tests.planning.factories import IMAGE, SHAPE, PeakMemory, sequence_of, small_config, small_estimate
 
 from cogview.errors import InputError
 from cogview.generation.decode import decode
@@ -23,6 +22,7 @@ from cogview.planning.model_memory import (
     workspace_bytes,
 )
 from cogview.vqvae.model import VQVAE, VQVAEConfig
+from tests.planning.factories import IMAGE, SHAPE, PeakMemory, sequence_of, small_config, small_estimate
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
