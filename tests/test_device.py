@@ -24,7 +24,7 @@ def cards(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        # PyTorch's own question says yes to cards that emulate bfloat16
+        # It is also true for GPUs that emulate bfloat16.
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True)
 
     return insert
@@ -105,7 +105,7 @@ def test_choose_placement_rejects_an_unknown_dtype():
     assert str(caught.value) == ("dtype 'fp16' is unknown; known: auto, float32, bfloat16, float16, int8, int4")
 
 
-# --- few bits -----------------------------------------------------------------------------------------------------
+# Quantization
 
 
 @pytest.mark.usefixtures("no_gpu")

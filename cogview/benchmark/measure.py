@@ -48,10 +48,14 @@ class BenchmarkTarget:
 
     def load(self) -> CogView:
         """Load the model in this process."""
-        place = self.placement
+        placement = self.placement
         if self.folder is None:
-            return CogView(random_model(self.config, self.image_config, place), place, "random weights")
-        return CogView(load_model(self.folder, place.device, place.dtype, place.quantization), place, str(self.folder))
+            return CogView(random_model(self.config, self.image_config, placement), placement, "random weights")
+        return CogView(
+            load_model(self.folder, placement.device, placement.dtype, placement.quantization),
+            placement,
+            str(self.folder),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,23 +125,23 @@ class BenchmarkReport:
     def speed(self) -> HardwareSpeed:
         """Rates of the device, measured at the first access."""
         if self._speed is None:
-            place = self.target.placement
-            self.notify(f"measuring {place.device} briefly")
-            self._speed = measure_hardware(place.device, place.dtype)
-            if place.device.type == "cuda":
+            placement = self.target.placement
+            self.notify(f"measuring {placement.device} briefly")
+            self._speed = measure_hardware(placement.device, placement.dtype)
+            if placement.device.type == "cuda":
                 torch.cuda.empty_cache()  # the subprocesses need the memory
         return self._speed
 
     def estimate(self, rows: int) -> InferenceEstimate:
         """Return the estimate of a batch size."""
-        place, config = self.target.placement, self.target.config
+        placement, config = self.target.placement, self.target.config
         return estimate_inference(
             config,
             self.target.image_config,
             task="generate",
             rows=rows,
-            dtype=place.weight_format,
-            device_type=place.device.type,
+            dtype=placement.weight_format,
+            device_type=placement.device.type,
             guided=config.sampling.guidance != 1,
         )
 

@@ -1,4 +1,4 @@
 """Estimates of memory and time, and batches that fit."""
 
-# Share of a device's memory that estimates leave free: formulas are not exact, and allocators leave gaps.
+# Fraction of a device's memory that estimates leave free, since formulas are not exact and heaps are fragmented.
 ESTIMATE_MARGIN = 0.05

@@ -317,7 +317,7 @@ def choose_micro_batch(
 ) -> tuple[int, Checkpointing]:
     """Choose a micro-batch and checkpointing so that ``job`` fits in ``free_bytes``.
 
-    The micro-batch is the largest divisor of a process's sequences that fits. Checkpointing is the mode with the least
+    The micro-batch is the largest divisor of a process's sequences that fits. Checkpointing is the mode of minimum
     recomputation whose micro-batch reaches ``MIN_GPU_WORK`` or holds all sequences; failing that, the first mode that
     fits.
 
