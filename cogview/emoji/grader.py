@@ -1,7 +1,7 @@
 """Grader of the emoji world: find out what an image shows and compare it with a scene.
 
 The grader works by analysis-by-synthesis and is independent of any model. It explains an image by the background and
-the sprites that, drawn together, come nearest to it. The candidates are all known objects, also those that a model was
+the sprites that, composed, are nearest to it. The candidates are all known objects, also those that a model was
 not trained on.
 """
 
@@ -53,7 +53,7 @@ class SceneGrade(ABC):
     """Verdicts on a description of a scene; None for a part that the scene does not ask for.
 
     Args:
-        scene: The scene that was asked for.
+        scene: The requested scene.
         colour: The background is right.
         object: The objects are right.
         count: For several of one object, their number is right.
@@ -214,9 +214,9 @@ class SceneGrader:
 class _SpriteBank:
     """All candidate sprites at one size: ``colour`` (N, D) times alpha, in [0, 255]; ``alpha`` (N, S * S) in [0, 1].
 
-    Drawn on a background b, a sprite changes it by p = colour - alpha * b. It lowers the squared error of a residual
-    r (image minus background) by its gain 2 r.p - p.p. Both products are split so that b stays outside the sums over
-    pixels.
+    Composed with a background b, a sprite changes it by p = colour - alpha * b. It lowers the squared error of a
+    residual r (image minus background) by its gain 2 r.p - p.p. Both products are split so that b stays outside the
+    sums over pixels.
     """
 
     colour: np.ndarray
@@ -249,7 +249,7 @@ def grade_explanation(explanation: Explanation, scene: Scene) -> ImageGrade:
 
     Args:
         explanation: The content that the grader found.
-        scene: The scene that was asked for.
+        scene: The requested scene.
     """
     found = [thing.emoji for thing in explanation.things]
     asked = [thing.emoji for thing in scene.things]

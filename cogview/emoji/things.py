@@ -60,7 +60,7 @@ class EmojiFiles:
             if not path.is_file():
                 raise InputError(
                     f"{path} is missing; on Debian or Ubuntu: apt install {package} "
-                    f"(or give the path of your own copy: cogview scenes --help)"
+                    f"(or give the path of a copy: cogview scenes --help)"
                 )
 
 

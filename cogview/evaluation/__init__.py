@@ -1,1 +1,1 @@
-"""Measures of what a model draws, and their protocols."""
+"""Metrics of images and of graded samples, and the harness of reports."""

@@ -1,6 +1,6 @@
 """Generate and grade images of captions, and describe how a report was made.
 
-An application implements :class:`Grader` for its own images; ``cogview.emoji.grader`` is an implementation.
+An application implements :class:`Grader` for its images; ``cogview.emoji.grader`` is an implementation.
 """
 
 # H, W image in pixels

@@ -131,7 +131,7 @@ def best_of(right_CN: np.ndarray, scores_CN: np.ndarray, sizes: Sequence[int]) -
     """
     if right_CN.shape != scores_CN.shape or not 1 <= min(sizes) <= max(sizes) <= right_CN.shape[1]:
         raise ValueError(
-            f"best of {list(sizes)} needs grades and scores of one shape (captions, pictures) with as many pictures, "
+            f"best of {list(sizes)} needs grades and scores of one shape (captions, images) with as many images, "
             f"got {right_CN.shape} and {scores_CN.shape}"
         )
     rows = []

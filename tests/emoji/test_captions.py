@@ -1,4 +1,4 @@
-"""Captions say what the scene shows, all of it where asked, and nothing else; and they are read as they are meant."""
+"""Captions describe the scene, completely on request, and are parsed to its content."""
 
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -31,9 +31,9 @@ def test_write_caption_writes_the_documented_sentences(make_tiny_world: MakeWorl
 
 def test_write_caption_varies_counts(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world()
-    told = set(captions(world, Scene(colour=COLOURS[5], kind="many", things=(world.things[1],), count=2), False))
-    assert {"两只狐狸", "2只狐狸", "两个狐狸", "两只狐狸，蓝色背景", "蓝色背景上有两只狐狸"} <= told
-    assert all("狐狸" in caption and ("两" in caption or "2" in caption) for caption in told)
+    found = set(captions(world, Scene(colour=COLOURS[5], kind="many", things=(world.things[1],), count=2), False))
+    assert {"两只狐狸", "2只狐狸", "两个狐狸", "两只狐狸，蓝色背景", "蓝色背景上有两只狐狸"} <= found
+    assert all("狐狸" in caption and ("两" in caption or "2" in caption) for caption in found)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_write_caption_describes_a_pair_correctly_in_every_wording(
 
 
 def test_write_caption_is_unambiguous_when_complete(make_tiny_world: MakeWorld) -> None:
-    """Colour, things, count and relation can all be told from it: no two scenes share one."""
+    """No two scenes share a complete caption."""
     world = make_tiny_world()
     owner: dict[str, str] = {}
     for index in range(400):
@@ -125,12 +125,12 @@ def test_nearest_names_are_ordered_by_similarity() -> None:
 
 
 def world_of(things: Sequence[EmojiObject]) -> EmojiWorld:
-    """A world for its words alone: its pictures are empty."""
+    """Return a world for captions alone, with empty sprites."""
     return EmojiWorld(WorldSettings(), things, np.zeros((len(things), 128, 128, 4), dtype=np.uint8))
 
 
 def facts(scene: Scene, caption: str) -> ParsedCaption:
-    """What ``caption`` says of ``scene`` where every name means one thing."""
+    """Return the content of ``caption`` of ``scene``, with one object for every name."""
     colour = scene.colour if "背景" in caption else None
     things = tuple(frozenset([thing.emoji]) for thing in scene.things)
     return ParsedCaption(colour=colour, kind=scene.kind, count=scene.count, things=things)
@@ -187,10 +187,10 @@ def test_caption_reader_returns_every_object_of_a_shared_name(things: tuple[Emoj
         scene = world.sample_scene(0, index)
         for seed in range(6):
             caption = world.caption(scene, seed, complete=True)
-            (said,) = reader.parses(caption)
-            assert (said.colour, said.kind, said.count) == (scene.colour, scene.kind, scene.count)
-            assert all(thing.emoji in meant for thing, meant in zip(scene.things, said.things, strict=True)), caption
-            seen |= set(said.things)
+            (parsed,) = reader.parses(caption)
+            assert (parsed.colour, parsed.kind, parsed.count) == (scene.colour, scene.kind, scene.count)
+            assert all(thing.emoji in meant for thing, meant in zip(scene.things, parsed.things, strict=True)), caption
+            seen |= set(parsed.things)
     if things is DOGS:
         assert seen == {frozenset("🐕🐶"), frozenset("🐶"), frozenset("🐕🐶🐩"), frozenset("🐩"), frozenset("🌭")}
     else:

@@ -1,4 +1,4 @@
-"""The grader: right about true pictures, and about every fault that is planted."""
+"""The grader: true images are right, and every planted fault is noticed."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +18,7 @@ BLUE, WHITE = COLOURS[5], COLOURS[10]
 
 
 def degrade(image: np.ndarray, seed: int) -> np.ndarray:
-    """Blur and noise, about as far from the picture as a good VQ-VAE leaves it."""
+    """Blur and noise, with about the error of a good VQ-VAE."""
     blurred = Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.5))
     noise = np.random.default_rng(seed).normal(0, 8, image.shape)
     return np.clip(np.asarray(blurred) + noise, 0, 255).astype(np.uint8)
@@ -36,10 +36,10 @@ def test_scene_grader_finds_degraded_images_right(make_tiny_world: MakeWorld) ->
     world = make_tiny_world()
     grader = SceneGrader(world)
     scenes = [scene for scene, _ in held_out_scenes(world, 60)]
-    pictures = [(world.render(scene), degrade(world.render(scene), seed)) for seed, scene in enumerate(scenes)]
-    mean_squared = np.mean([np.square(true.astype(float) - poor).mean() for true, poor in pictures])
+    images = [(world.render(scene), degrade(world.render(scene), seed)) for seed, scene in enumerate(scenes)]
+    mean_squared = np.mean([np.square(true.astype(float) - poor).mean() for true, poor in images])
     assert 20 < 10 * np.log10(255**2 / mean_squared) < 26  # dB
-    right = [grader.grade(poor, scene).everything for (_, poor), scene in zip(pictures, scenes, strict=True)]
+    right = [grader.grade(poor, scene).everything for (_, poor), scene in zip(images, scenes, strict=True)]
     assert sum(right) >= 57
 
 
@@ -48,9 +48,9 @@ def test_scene_grader_notices_each_planted_fault(make_tiny_world: MakeWorld) -> 
     apple, fox, dog = world.things[:3]
     grader = SceneGrader(world)
 
-    def parts(asked: Scene, drawn: Scene) -> tuple[bool, bool, bool | None, bool | None]:
-        grade = grader.grade(world.render(drawn), asked)
-        assert grade.everything == (asked == drawn)
+    def parts(asked: Scene, shown: Scene) -> tuple[bool, bool, bool | None, bool | None]:
+        grade = grader.grade(world.render(shown), asked)
+        assert grade.everything == (asked == shown)
         return grade.colour, grade.object, grade.count, grade.relation
 
     one = Scene(colour=BLUE, kind="one", things=(fox,))

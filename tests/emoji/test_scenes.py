@@ -1,4 +1,4 @@
-"""Scenes: pure functions of their seeds, held out by meaning, drawn where the layout says, saved and loaded."""
+"""Scenes: functions of their seeds, held out by meaning, rendered by the layout, saved and loaded."""
 
 import json
 from collections import Counter
@@ -32,8 +32,8 @@ def all_scenes(world: EmojiWorld) -> list[Scene]:
 
 def test_keyed_random_equals_recorded_numbers() -> None:
     # Computed once with this code: a change of these numbers changes every training set and every held-out part.
-    draws = KeyedRandom("scene", 7, 0)
-    assert [draws.randbelow(1000) for _ in range(10)] == [908, 25, 82, 431, 698, 390, 933, 215, 248, 648]
+    random = KeyedRandom("scene", 7, 0)
+    assert [random.randbelow(1000) for _ in range(10)] == [908, 25, 82, 431, 698, 390, 933, 215, 248, 648]
     assert KeyedRandom("a").randbelow(10**9) != KeyedRandom("b").randbelow(10**9)
 
 
@@ -142,12 +142,12 @@ def test_render_composes_background_and_sprites(make_tiny_world: MakeWorld) -> N
 def test_render_keeps_objects_in_their_areas_when_positions_are_free(make_tiny_world: MakeWorld) -> None:
     world = make_tiny_world(canvas=128, jitter=12, sizes=(0.5, 0.75, 1.0))
     scene = Scene(colour=COLOURS[11], kind="beside", things=(world.things[0], world.things[3]))
-    pictures = [world.render(scene, seed) for seed in range(40)]
-    assert np.array_equal(pictures[3], world.render(scene, 3))
-    assert len({picture.tobytes() for picture in pictures}) > 30
-    for picture in pictures:
-        red = picture[:, :, 0] > 150
-        blue = picture[:, :, 2] > 150
+    images = [world.render(scene, seed) for seed in range(40)]
+    assert np.array_equal(images[3], world.render(scene, 3))
+    assert len({image.tobytes() for image in images}) > 30
+    for image in images:
+        red = image[:, :, 0] > 150
+        blue = image[:, :, 2] > 150
         assert red[:, :64].any()
         assert not red[:, 64:].any()
         assert blue[:, 64:].any()

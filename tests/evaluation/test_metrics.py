@@ -10,26 +10,26 @@ import pytest
 from cogview.evaluation.metrics import accuracy, best_of, bootstrap, format_accuracy, psnr, ssim, wilson_interval
 
 
-def off_by(pictures: np.ndarray, error: int | np.ndarray) -> np.ndarray:
+def off_by(images: np.ndarray, error: int | np.ndarray) -> np.ndarray:
     """Every byte further from its nearer end of the range by ``error``, so that none is clipped."""
-    return np.where(pictures > 127, pictures - error, pictures + error).astype(np.uint8)
+    return np.where(images > 127, images - error, images + error).astype(np.uint8)
 
 
 def test_psnr_of_known_errors():
-    picture = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-    assert psnr(picture, picture) == 100
+    image = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    assert psnr(image, image) == 100
     for error in (1, 5):
-        assert psnr(picture, off_by(picture, error)) == pytest.approx(20 * math.log10(255 / error))
-    assert psnr(np.zeros_like(picture), np.full_like(picture, 255)) == 0
+        assert psnr(image, off_by(image, error)) == pytest.approx(20 * math.log10(255 / error))
+    assert psnr(np.zeros_like(image), np.full_like(image, 255)) == 0
 
 
 def test_ssim_of_known_images():
     rng = np.random.default_rng(0)
-    picture, other = rng.integers(0, 256, (2, 24, 30, 3), dtype=np.uint8)
-    assert ssim(picture, picture) == pytest.approx(1, abs=1e-12)
-    assert ssim(picture, other) == pytest.approx(ssim(other, picture), abs=1e-12)
-    assert ssim(picture, 255 - picture) < 0  # the opposite structure
-    assert abs(ssim(picture, other)) < 0.2
+    image, other = rng.integers(0, 256, (2, 24, 30, 3), dtype=np.uint8)
+    assert ssim(image, image) == pytest.approx(1, abs=1e-12)
+    assert ssim(image, other) == pytest.approx(ssim(other, image), abs=1e-12)
+    assert ssim(image, 255 - image) < 0  # the opposite structure
+    assert abs(ssim(image, other)) < 0.2
     # Without structure only the luminance is left, (2ab + c) / (a² + b² + c) with c = (0.01 · 255)².
     dark, light = np.full((12, 12, 3), 40, dtype=np.uint8), np.full((12, 12, 3), 100, dtype=np.uint8)
     assert ssim(dark, light) == pytest.approx((2 * 40 * 100 + 2.55**2) / (40**2 + 100**2 + 2.55**2), abs=1e-9)
@@ -66,9 +66,9 @@ def test_wilson_interval_equals_published_values():
 def test_best_of_planted_grades_and_scores():
     right_CN = np.array(
         [
-            [False, True, False, True],  # the best by score is right from the second picture on
+            [False, True, False, True],  # the best by score is right from the second image on
             [False, False, True, False],  # there is a right one among four, and the score misses it
-            [True, False, False, False],  # the score prefers a wrong one from the second picture on
+            [True, False, False, False],  # the score prefers a wrong one from the second image on
             [False, False, False, False],  # nothing to find
             [False, True, True, False],  # equal scores: the first of them, which is wrong
         ]
@@ -88,7 +88,7 @@ def test_best_of_planted_grades_and_scores():
     assert [row["best_by_score"]["right"] for row in (one, two, four)] == [1, 1, 1]
     assert [row["best_possible"]["right"] for row in (one, two, four)] == [1, 3, 4]
     assert [row["best_by_score"]["of"] for row in (one, two, four)] == [5, 5, 5]
-    assert one["gap_closed"] is None  # one picture leaves nothing to choose
+    assert one["gap_closed"] is None  # one image leaves nothing to choose
     assert two["gap_closed"] == pytest.approx((0.2 - 0.3) / (0.6 - 0.3))  # worse than chance
     assert four["gap_closed"] == pytest.approx((0.2 - 0.3) / (0.8 - 0.3))
     low, high = wilson_interval(4, 5)

@@ -44,7 +44,7 @@ STEP_SETTINGS = VQVAETrainingSettings(
 )
 
 
-def pictures(step: int, size: int = 4) -> torch.Tensor:
+def squares(step: int, size: int = 4) -> torch.Tensor:
     """Coloured squares on coloured grounds, a function of the step."""
     generator = torch.Generator().manual_seed(step)
     images = torch.rand(size, 3, 1, 1, generator=generator).expand(size, 3, 32, 32).clone()
@@ -53,14 +53,14 @@ def pictures(step: int, size: int = 4) -> torch.Tensor:
 
 
 def run(trainer: VQVAETrainer, first: int, last: int) -> list[dict[str, float]]:
-    return [trainer.step(step, pictures(step)) for step in range(first, last)]
+    return [trainer.step(step, squares(step)) for step in range(first, last)]
 
 
 @pytest.mark.parametrize("half", [3, 4, 7], ids=["in the warm-up", "where the codebook starts", "after it"])
 def test_vqvae_trainer_resumes_exactly(half):
     whole = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
-    figures = run(whole, 0, 12)
-    assert sum(step["revived"] for step in figures) > 0  # randomness took part
+    metrics = run(whole, 0, 12)
+    assert sum(step["revived"] for step in metrics) > 0  # randomness took part
 
     first = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
     run(first, 0, half)
@@ -73,7 +73,7 @@ def test_vqvae_trainer_resumes_exactly(half):
     )  # other weights to begin with
     second.settings = STEP_SETTINGS
     second.load_state(torch.load(file, weights_only=True))
-    assert run(second, half, 12) == figures[half:]
+    assert run(second, half, 12) == metrics[half:]
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, second.model.state_dict()[name]), name
     assert torch.equal(whole.model.quantizer.ema_cluster_size, second.model.quantizer.ema_cluster_size)
@@ -96,7 +96,7 @@ def test_vqvae_trainer_loads_former_names_of_the_averages():
 def test_vqvae_trainer_initializes_the_codebook_after_the_warm_up():
     trainer = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
     noise = trainer.model.quantizer.codebook.clone()
-    assert [figures["commitment"] for figures in run(trainer, 0, 3)] == [0, 0, 0]
+    assert [metrics["commitment"] for metrics in run(trainer, 0, 3)] == [0, 0, 0]
     assert torch.equal(trainer.model.quantizer.codebook, noise)
     run(trainer, 3, 4)
     codebook = trainer.model.quantizer.codebook
@@ -115,10 +115,10 @@ def test_vqvae_trainer_learns_the_images_and_uses_the_codes():
     )
     trainer = VQVAETrainer(config, settings, CPU)
     for step in range(200):
-        trainer.step(step, pictures(0, 8))
-    judged = evaluate_vqvae(trainer.model, [pictures(0, 8)])
-    assert judged["psnr"] > 25  # 10 at the start
-    assert judged["codes_used"] > 0.9
+        trainer.step(step, squares(0, 8))
+    measured = evaluate_vqvae(trainer.model, [squares(0, 8)])
+    assert measured["psnr"] > 25  # 10 at the start
+    assert measured["codes_used"] > 0.9
 
 
 def test_vqvae_trainer_learning_rate_warms_up_and_decays():
@@ -128,14 +128,14 @@ def test_vqvae_trainer_learning_rate_warms_up_and_decays():
     assert rates[3] == rates[4] == pytest.approx(1e-3)
     assert rates[8] == pytest.approx((1e-3 + 1e-5) / 2)
     assert rates[12] == pytest.approx(1e-5)
-    trainer.step(2, pictures(0))
+    trainer.step(2, squares(0))
     assert {group["lr"] for group in trainer.optimizer.param_groups} == {rates[2]}
 
 
 def test_vqvae_trainer_keeps_the_weights_when_the_gradient_is_not_finite():
     trainer = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    images = pictures(0)
+    images = squares(0)
     images[0, 0, 0, 0] = math.inf
     with pytest.raises(InputError, match="gradient of step 7 is not finite; lower the learning rate"):
         trainer.step(7, images)
@@ -146,16 +146,16 @@ def test_vqvae_trainer_keeps_the_weights_when_the_gradient_is_not_finite():
 def test_vqvae_trainer_keeps_the_codebook_when_initialized_from_a_model():
     first = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
     run(first, 0, 12)
-    codebook, codes = first.model.quantizer.codebook.clone(), first.model.encode(pictures(0))
+    codebook, codes = first.model.quantizer.codebook.clone(), first.model.encode(squares(0))
     settings = VQVAETrainingSettings(
         **{**vars(STEP_SETTINGS), "learning_rate": 0.0, "final_learning_rate": 0.0, "decay": 1.0}
     )
     second = VQVAETrainer(STEP_CONFIG, settings, CPU, init_from=first.model)
     assert torch.equal(second.model.quantizer.codebook, codebook)
-    figures = run(second, 0, 2)
-    assert figures[0]["commitment"] > 0
-    assert figures[0]["alive"] == 1  # none is revived before it had a chance
-    assert torch.equal(second.model.encode(pictures(0)), codes)
+    metrics = run(second, 0, 2)
+    assert metrics[0]["commitment"] > 0
+    assert metrics[0]["alive"] == 1  # none is revived before it had a chance
+    assert torch.equal(second.model.encode(squares(0)), codes)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ def test_to_float_gives_channels_from_0_to_1():
 
 @pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
 def test_to_uint8_undoes_to_float(lead):
-    """Every byte comes back, whatever the number of leading axes, from an array as from a tensor."""
+    """Every byte comes back, for any number of leading axes, from an array as from a tensor."""
     shape = (*lead, 16, 16, 3)
     pixels = np.arange(np.prod(shape)).astype(np.uint8).reshape(shape)
     assert np.unique(pixels).size == 256

@@ -81,7 +81,7 @@ def test_vqvae_forward_decodes_encoder_outputs_when_quantization_is_off():
 
 
 def test_residual_encoder_has_a_receptive_field_of_a_patch_and_two_pixels_around():
-    """What a thing's codes are must not depend on what stands elsewhere in the picture."""
+    """The codes of an object must not depend on other parts of the image."""
     model, image = make(RESIDUAL), noise(1, 3, 64, 64)
     before = model.encode_vectors(image)[0]
     outside = torch.ones(64, 64, dtype=torch.bool)

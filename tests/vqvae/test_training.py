@@ -25,7 +25,7 @@ def test_reconstruction_loss_by_hand():
 
 
 class HalfRight(VQVAE):
-    """Gives every picture the codes 0 and 1 in halves, and decodes to grey."""
+    """Encode the halves of every image as the codes 1 and 0, and decode to grey."""
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         codes = torch.zeros(len(images), images.shape[2] // 8, images.shape[3] // 8, dtype=torch.long)
@@ -38,11 +38,11 @@ class HalfRight(VQVAE):
 
 def test_evaluate_vqvae_of_a_known_model():
     batches = [torch.zeros(3, 3, 16, 16), torch.full((1, 3, 16, 16), 0.5)]  # of unequal size
-    figures = evaluate_vqvae(HalfRight(CONFIG), batches)
-    assert figures["psnr"] == pytest.approx(-10 * math.log10(0.75 * 0.25))
-    assert figures["codes_used"] == pytest.approx(2 / 32)
-    assert figures["perplexity"] == pytest.approx(2)
-    assert figures["images"] == 4
+    metrics = evaluate_vqvae(HalfRight(CONFIG), batches)
+    assert metrics["psnr"] == pytest.approx(-10 * math.log10(0.75 * 0.25))
+    assert metrics["codes_used"] == pytest.approx(2 / 32)
+    assert metrics["perplexity"] == pytest.approx(2)
+    assert metrics["images"] == 4
 
 
 def test_evaluate_vqvae_refuses_an_empty_dataset():

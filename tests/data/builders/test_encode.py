@@ -95,9 +95,9 @@ def test_encode_dataset_writes_renditions_at_other_scales(tmp_path, encode, worl
     for number in range(6):
         scene = world.sample_scene(0, number)
         for name, side in (("image", 64), ("large", 128), ("small", 32)):
-            picture = world.render(scene, number, side / 64)
-            assert picture.shape == (side, side, 3)
-            image = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+            image = world.render(scene, number, side / 64)
+            assert image.shape == (side, side, 3)
+            image = torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255
             assert store[number][name].tolist() == image_tokenizer.encode(image).flatten().tolist()
 
 

@@ -1,4 +1,4 @@
-"""The measure of captions: planted captions get the grades they deserve, on true pictures and on reconstructions."""
+"""The measure of captions: planted captions are graded exactly, on true images and on reconstructions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +28,7 @@ WHITE, BLUE = COLOURS[10], COLOURS[5]
 
 
 class Repainter:
-    """An image tokenizer that restores every picture a shade darker: one can tell a reconstruction from the truth."""
+    """Image tokenizer whose reconstructions are a shade darker, so that they differ from the original."""
 
     codebook = torch.zeros(1, 1)
     downsampling = 8
@@ -46,21 +46,21 @@ class Planted:
     log_probability: float = -2.5
 
 
-class Teller:
-    """Writes ``tell(number, scene)`` of true pictures and ``tell_restored(number, scene)`` of reconstructions."""
+class Captioner:
+    """Generates ``caption_true(number, scene)`` of true images, ``caption_restored(number, scene)`` of others."""
 
-    name = "teller"
+    name = "captioner"
 
-    def __init__(self, world: EmojiWorld, count: int, seed: int, tell: Any, tell_restored: Any) -> None:
+    def __init__(self, world: EmojiWorld, count: int, seed: int, caption_true: Any, caption_restored: Any) -> None:
         self.config = SimpleNamespace(grid=8)
         self.things = tuple(NamedThing(name=thing.name) for thing in world.things)
         self.image_tokenizer = Repainter()
         self.captions: dict[bytes, str] = {}
         self.batches: list[int] = []
         for number, (scene, _) in enumerate(held_out_scenes(world, count, seed)):
-            picture = world.render(scene, number)
-            self.captions[picture.tobytes()] = tell(number, scene)
-            self.captions[(picture - np.minimum(picture, 1)).tobytes()] = tell_restored(number, scene)
+            image = world.render(scene, number)
+            self.captions[image.tobytes()] = caption_true(number, scene)
+            self.captions[(image - np.minimum(image, 1)).tobytes()] = caption_restored(number, scene)
 
     def require_task(self, task: str) -> None:
         assert task == "caption"
@@ -198,12 +198,12 @@ def test_evaluate_captions_measures_planted_captions_exactly(
 ) -> None:
     """The captions of every third scene have one fault, and all captions of reconstructions are nonsense."""
 
-    def tell(number: int, scene: Scene) -> str:
+    def write(number: int, scene: Scene) -> str:
         return world.caption(scene if number % 3 else fault(scene), number, complete=True)
 
-    teller = Teller(world, 40, 7, tell, lambda number, scene: "恐龙")
-    report = evaluate_captions(teller, world, count=40, seed=7, batch_size=16)  # type: ignore[arg-type]
-    assert teller.batches == 2 * [16, 16, 8]
+    captioner = Captioner(world, 40, 7, write, lambda number, scene: "恐龙")
+    report = evaluate_captions(captioner, world, count=40, seed=7, batch_size=16)  # type: ignore[arg-type]
+    assert captioner.batches == 2 * [16, 16, 8]
     scenes = [scene for scene, _ in held_out_scenes(world, 40, 7)]
     asked_of = {
         "colour": [True] * 40,
@@ -225,17 +225,17 @@ def test_evaluate_captions_measures_planted_captions_exactly(
 
 
 def test_evaluate_captions_lists_captions_beside_right_ones(world: EmojiWorld) -> None:
-    def tell(number: int, scene: Scene) -> str:
+    def write(number: int, scene: Scene) -> str:
         return world.caption(scene if number else wrong_colour(scene), number, complete=True)
 
-    teller = Teller(world, 3, 0, tell, lambda number, scene: "恐龙")
-    report = evaluate_captions(teller, world, count=3, seed=0, batch_size=2)  # type: ignore[arg-type]
+    captioner = Captioner(world, 3, 0, write, lambda number, scene: "恐龙")
+    report = evaluate_captions(captioner, world, count=3, seed=0, batch_size=2)  # type: ignore[arg-type]
     assert report["captions"] == [
         {
             "meaning": scene.meaning,
             "right_caption": caption,
             "true_scenes": {
-                "caption": tell(number, scene),
+                "caption": write(number, scene),
                 "log_probability": -2.5,
                 "readable": True,
                 "right": number > 0,
@@ -249,19 +249,19 @@ def test_evaluate_captions_lists_captions_beside_right_ones(world: EmojiWorld) -
 def test_evaluate_captions_describes_its_protocol(world: EmojiWorld) -> None:
     made = {}
     for seed in (0, 1):
-        teller = Teller(world, 4, seed, lambda number, scene: "狐狸", lambda number, scene: "狐狸")
-        made[seed] = evaluate_captions(teller, world, count=4, seed=seed, batch_size=4)["protocol"]  # type: ignore[arg-type]
+        captioner = Captioner(world, 4, seed, lambda number, scene: "狐狸", lambda number, scene: "狐狸")
+        made[seed] = evaluate_captions(captioner, world, count=4, seed=seed, batch_size=4)["protocol"]  # type: ignore[arg-type]
     assert (made[0]["captions"], made[0]["seed"], made[0]["things"], made[0]["candidates"]) == (4, 0, 6, 6)
-    assert (made[0]["model"], made[0]["method"], made[0]["world"]["canvas"]) == ("teller", "greedy", 64)
+    assert (made[0]["model"], made[0]["method"], made[0]["world"]["canvas"]) == ("captioner", "greedy", 64)
     assert made[0]["captions_sha256"] != made[1]["captions_sha256"]
 
 
 def test_evaluate_captions_refuses_another_world(make_tiny_world: Callable[..., EmojiWorld], world: EmojiWorld) -> None:
-    teller = Teller(world, 1, 0, lambda number, scene: "", lambda number, scene: "")
+    captioner = Captioner(world, 1, 0, lambda number, scene: "", lambda number, scene: "")
     with pytest.raises(InputError, match="generates 64 pixels, the world has 128: use the recipe of the model"):
-        evaluate_captions(teller, make_tiny_world(canvas=128), count=1, seed=0, batch_size=1)  # type: ignore[arg-type]
+        evaluate_captions(captioner, make_tiny_world(canvas=128), count=1, seed=0, batch_size=1)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="knows 6 objects, not the 3 of this world: use the recipe of the model"):
-        evaluate_captions(teller, make_tiny_world(things=3), count=1, seed=0, batch_size=1)  # type: ignore[arg-type]
+        evaluate_captions(captioner, make_tiny_world(things=3), count=1, seed=0, batch_size=1)  # type: ignore[arg-type]
 
 
 def test_format_caption_report_is_a_table() -> None:

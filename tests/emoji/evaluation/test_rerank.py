@@ -1,6 +1,6 @@
-"""The protocol of ``cogview eval rerank``: planted scores choose planted pictures, and the arithmetic is exact."""
+"""Protocol of ``cogview eval rerank``: planted scores choose planted images, and the arithmetic is exact."""
 
-# C captions, N pictures of each
+# C captions, N images of each
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ from cogview.pipeline.results import GeneratedImage
 
 
 class Painter:
-    """Draws picture ``index`` of caption ``number`` right where ``right_CN`` says so, else grey; scores are planted."""
+    """Generates image ``index`` of caption ``number``, right by ``right_CN`` or grey; scores are planted."""
 
     name = "painter"
 
@@ -26,10 +26,10 @@ class Painter:
         self.things = tuple(NamedThing(name=thing.name) for thing in world.things)
         self.image_tokenizer = SimpleNamespace(downsampling=8)
         asked = held_out_scenes(world, len(right_CN), seed)
-        self.pictures = {caption: (number, world.render(scene)) for number, (scene, caption) in enumerate(asked)}
+        self.images = {caption: (number, world.render(scene)) for number, (scene, caption) in enumerate(asked)}
         self.right_CN, self.scores_CN, self.tasks = right_CN, scores_CN, tasks
         self.likelihoods_CN = scores_CN if likelihoods_CN is None else likelihoods_CN
-        self.drawn: list[tuple[int, int, int]] = []  # number of the caption, seed, index
+        self.generated: list[tuple[int, int, int]] = []  # number of the caption, seed, index
         self.batches: list[int] = []
 
     def require_task(self, task):
@@ -39,8 +39,8 @@ class Painter:
     def run(self, requests):
         self.batches.append(len(requests))
         for request in requests:
-            number, pixels = self.pictures[request.prompt]
-            self.drawn.append((number, request.seed, request.index))
+            number, pixels = self.images[request.prompt]
+            self.generated.append((number, request.seed, request.index))
             shown = pixels if self.right_CN[number, request.index] else np.full_like(pixels, 160)
             likelihood = self.likelihoods_CN[number, request.index]
             image = GeneratedImage.from_pixels(shown, request, np.empty(0), likelihood)
@@ -49,7 +49,7 @@ class Painter:
 
     def score(self, images, texts, *, batch_size):
         assert [image.request.prompt for image in images] == texts
-        cells = [(self.pictures[image.request.prompt][0], image.request.index) for image in images]
+        cells = [(self.images[image.request.prompt][0], image.request.index) for image in images]
         return [SimpleNamespace(log_probability=self.scores_CN[cell], num_pieces=7) for cell in cells]
 
 
@@ -79,7 +79,7 @@ def test_evaluate_rerank_does_not_depend_on_the_batches(make_tiny_world):
     ]
     assert any(row["best_by_likelihood"] != row["best_by_score"] for row in reports[0]["best_of"])
     assert painters[0].batches == [7, 7, 7, 7, 2]
-    assert painters[0].drawn == [(number, 40 + number, index) for number in range(5) for index in range(6)]
+    assert painters[0].generated == [(number, 40 + number, index) for number in range(5) for index in range(6)]
     made = reports[0]["protocol"]
     assert (made["captions"], made["pictures_of_each"], made["seed"], made["model"]) == (5, 6, 40, "painter")
     assert made["sampling"]["top_k"] == 9
@@ -100,7 +100,7 @@ def test_evaluate_rerank_refuses_a_model_without_a_task(make_tiny_world, missing
     painter = Painter(world, 40, grades, np.zeros((1, 2)), tasks)
     with pytest.raises(InputError, match=missing):
         evaluate(painter, world, candidates=2)
-    assert painter.drawn == []
+    assert painter.generated == []
 
 
 def test_evaluate_rerank_measures_a_real_model(make_tiny_world, tiny_model):

@@ -1,4 +1,4 @@
-"""Protocol of ``cogview eval scenes``: planted painters get the grades they deserve, upper bounds stand beside them."""
+"""Protocol of ``cogview eval scenes``: planted painters are graded exactly, beside upper bounds."""
 
 # B batch, H W pixels
 
@@ -34,7 +34,7 @@ BLUE, WHITE = COLOURS[5], COLOURS[10]
 
 
 class Mirror(VQVAE):
-    """An image tokenizer whose codes number the pictures it has seen: it restores them exactly, or all to grey."""
+    """Image tokenizer whose codes number its last images: it restores them exactly, or all to grey."""
 
     def __init__(self, *, grey: bool = False) -> None:
         super().__init__(VQVAEConfig(channels=(4, 4, 4), num_codes=64))
@@ -50,7 +50,7 @@ class Mirror(VQVAE):
 
 
 class Painter:
-    """Draws a caption right where ``knows(number, sampling)``, and else leaves the canvas grey."""
+    """Generates a right image if ``knows(number, sampling)``, else a grey one."""
 
     name = "painter"
 
@@ -60,13 +60,13 @@ class Painter:
         self.image_tokenizer = Mirror(grey=grey)
         self.knows = knows
         asked = held_out_scenes(world, count, seed)
-        self.pictures = {caption: (i, world.render(scene, i)) for i, (scene, caption) in enumerate(asked)}
+        self.images = {caption: (i, world.render(scene, i)) for i, (scene, caption) in enumerate(asked)}
         self.batches: list[int] = []
 
     def run(self, requests):
         self.batches.append(len(requests))
         for request in requests:
-            number, image = self.pictures[request.prompt]
+            number, image = self.images[request.prompt]
             yield image if self.knows(number, request.sampling) else np.full_like(image, 160)
 
 
@@ -88,8 +88,8 @@ def test_summarize_images_counts_and_names_confusions(make_tiny_world):
     asked = Scene(colour=BLUE, kind="one", things=(fox,))
     pair = Scene(colour=BLUE, kind="beside", things=(fox, dog))
     wrong = Scene(colour=WHITE, kind="one", things=(dog,))
-    drawn = ((asked, asked), (asked, wrong), (asked, wrong), (pair, pair))
-    grades = [grader.grade(world.render(shown), scene) for scene, shown in drawn]
+    pairs = ((asked, asked), (asked, wrong), (asked, wrong), (pair, pair))
+    grades = [grader.grade(world.render(shown), scene) for scene, shown in pairs]
     summary = summarize_images(grades)
     assert summary["pictures"] == 4
     assert (summary["object"]["right"], summary["object"]["of"], summary["object"]["accuracy"]) == (2, 4, 0.5)
@@ -112,9 +112,9 @@ def test_held_out_scenes_differ_and_have_complete_captions(make_tiny_world):
 
 def test_evaluate_scenes_grades_a_painter_who_knows_three_of_four(world):
     painter = Painter(world, 24, 5, lambda number, sampling: number % 4)
-    report, pictures = evaluate_scenes(painter, world, count=24, seed=5, sampling=Sampling(), batch_size=10)
+    report, images = evaluate_scenes(painter, world, count=24, seed=5, sampling=Sampling(), batch_size=10)
     assert painter.batches == [10, 10, 4]
-    assert len(pictures) == 24
+    assert len(images) == 24
     right = report["drawn"]["everything"]
     assert (right["right"], right["of"]) == (18, 24)
     assert right["low"] < 0.75 < right["high"]

@@ -1,4 +1,4 @@
-"""The protocol of ``cogview eval upscale``: planted enlargements get the figures they deserve."""
+"""Protocol of ``cogview eval upscale``: planted enlargements get exact metrics."""
 
 # B batch, H W pixels
 
@@ -27,9 +27,9 @@ from cogview.vqvae.model import VQVAE, VQVAEConfig
 COUNT, SEED = 5, 11
 
 
-def off_by(pictures: np.ndarray, error: int | np.ndarray) -> np.ndarray:
+def off_by(images: np.ndarray, error: int | np.ndarray) -> np.ndarray:
     """Every byte further from its nearer end of the range by ``error``, so that none is clipped."""
-    return np.where(pictures > 127, pictures - error, pictures + error).astype(np.uint8)
+    return np.where(images > 127, images - error, images + error).astype(np.uint8)
 
 
 class Mirror(VQVAE):
@@ -48,7 +48,7 @@ class Mirror(VQVAE):
 
 
 class Enlarger:
-    """Decodes small pictures with every byte off by 2, and enlarges scene i to ``enlarge(true large picture)``."""
+    """Decodes small images with every byte off by 2, and enlarges scene i to ``enlarge(true large image)``."""
 
     name = "enlarger"
 
@@ -61,7 +61,7 @@ class Enlarger:
         self.captions = [caption for _, caption in asked]
         self.small = np.stack([world.render(scene, number) for number, (scene, _) in enumerate(asked)])
         self.large = np.stack([world.render(scene, number, scale=2) for number, (scene, _) in enumerate(asked)])
-        self.enlarged = np.stack([enlarge(picture) for picture in self.large])
+        self.enlarged = np.stack([enlarge(image) for image in self.large])
         self.calls: list[dict[str, object]] = []
 
     def require_task(self, task):
@@ -69,19 +69,19 @@ class Enlarger:
             raise InputError(f"enlarger was not trained for the task {task!r}")
 
     def encode_images(self, images):
-        numbers = [next(n for n, own in enumerate(self.small) if np.array_equal(own, image)) for image in images]
+        numbers = [next(n for n, row in enumerate(self.small) if np.array_equal(row, image)) for image in images]
         return np.broadcast_to(np.array(numbers)[:, None, None], (len(images), 8, 8))
 
     def decode_images(self, codes):
         return off_by(self.small[codes[:, 0, 0]], 2)
 
     def upscale(self, images, texts, *, callback, **settings):
-        assert [np.array_equal(image, own) for image, own in zip(images, self.small, strict=True)] == [True] * COUNT
+        assert [np.array_equal(image, row) for image, row in zip(images, self.small, strict=True)] == [True] * COUNT
         assert texts == self.captions
         callback(SimpleNamespace(done=1, total=2))
         callback(SimpleNamespace(done=2, total=2))
         self.calls.append(settings)
-        return [Image.fromarray(picture) for picture in self.enlarged]
+        return [Image.fromarray(image) for image in self.enlarged]
 
 
 def evaluate(model, world, batch_size=2):
@@ -114,12 +114,12 @@ def test_border_mask_has_four_pixels_on_either_side(grid):
     last = 2 * grid - 1
     for y in range(2 * grid):
         for x in range(2 * grid):
-            own = owners[y, x]
+            row = owners[y, x]
             expected = np.zeros((8, 8), dtype=bool)
-            expected[:4] |= y > 0 and owners[y - 1, x] != own
-            expected[4:] |= y < last and owners[y + 1, x] != own
-            expected[:, :4] |= x > 0 and owners[y, x - 1] != own
-            expected[:, 4:] |= x < last and owners[y, x + 1] != own
+            expected[:4] |= y > 0 and owners[y - 1, x] != row
+            expected[4:] |= y < last and owners[y + 1, x] != row
+            expected[:, :4] |= x > 0 and owners[y, x - 1] != row
+            expected[:, 4:] |= x < last and owners[y, x + 1] != row
             assert (near[8 * y : 8 * y + 8, 8 * x : 8 * x + 8] == expected).all()
 
 
@@ -138,14 +138,14 @@ def test_border_mask_of_the_smallest_grid_by_hand():
 
 def test_evaluate_upscale_measures_planted_errors(world):
     near = border_mask(8, 8)[:, :, None]
-    model = Enlarger(world, lambda picture: off_by(picture, np.where(near, 6, 3)))
-    report, pictures = evaluate(model, world)
+    model = Enlarger(world, lambda image: off_by(image, np.where(near, 6, 3)))
+    report, images = evaluate(model, world)
 
     share = near.mean()
-    own = report["large_pictures"]["ours"]["psnr"]
-    assert own["value"] == pytest.approx(10 * math.log10(255**2 / (36 * share + 9 * (1 - share))))
-    assert own["low"] == pytest.approx(own["value"])  # every picture has the same errors
-    assert own["high"] == pytest.approx(own["value"])
+    row = report["large_pictures"]["ours"]["psnr"]
+    assert row["value"] == pytest.approx(10 * math.log10(255**2 / (36 * share + 9 * (1 - share))))
+    assert row["low"] == pytest.approx(row["value"])  # every image has the same errors
+    assert row["high"] == pytest.approx(row["value"])
     assert report["large_pictures"]["vq_ceiling"]["psnr"]["value"] == pytest.approx(20 * math.log10(255 / 4))
     seam = report["seam"]
     assert seam["ours"]["value"] == pytest.approx(4)
@@ -155,20 +155,20 @@ def test_evaluate_upscale_measures_planted_errors(world):
 
     side, bicubic = model.large.shape[1], Image.Resampling.BICUBIC
     for name, small in (("bicubic", off_by(model.small, 2)), ("bicubic_of_true", model.small)):
-        enlarged = [np.asarray(Image.fromarray(picture).resize((side, side), bicubic)) for picture in small]
-        figures = report["large_pictures"][name]
+        enlarged = [np.asarray(Image.fromarray(image).resize((side, side), bicubic)) for image in small]
+        metrics = report["large_pictures"][name]
         values = {
             "psnr": [psnr(a, b) for a, b in zip(enlarged, model.large, strict=True)],
             "ssim": [ssim(a, b) for a, b in zip(enlarged, model.large, strict=True)],
         }
-        for figure, expected in values.items():
-            assert figures[figure]["value"] == pytest.approx(np.mean(expected))
-            assert min(expected) <= figures[figure]["low"] < figures[figure]["value"] < figures[figure]["high"]
-            gain = report["large_pictures"]["ours"][figure]["value"] - np.mean(expected)
+        for metric, expected in values.items():
+            assert metrics[metric]["value"] == pytest.approx(np.mean(expected))
+            assert min(expected) <= metrics[metric]["low"] < metrics[metric]["value"] < metrics[metric]["high"]
+            gain = report["large_pictures"]["ours"][metric]["value"] - np.mean(expected)
             if name == "bicubic":
-                assert report["gain_over_bicubic"][figure]["value"] == pytest.approx(gain)
+                assert report["gain_over_bicubic"][metric]["value"] == pytest.approx(gain)
 
-    shown = np.stack(pictures).reshape(COUNT, 4, 128, 128, 3)
+    shown = np.stack(images).reshape(COUNT, 4, 128, 128, 3)
     assert (shown[:, 0, ::2, ::2] == off_by(model.small, 2)).all()
     assert (shown[:, 0, 1::2, 1::2] == shown[:, 0, ::2, ::2]).all()
     assert (shown[:, 2] == model.enlarged).all()
@@ -176,8 +176,8 @@ def test_evaluate_upscale_measures_planted_errors(world):
 
 
 def test_expected_under_reference_allows_for_images_that_are_harder_at_borders():
-    reference = np.array([[20.0, 1.0], [10.0, 2.0]])  # near and elsewhere, of two pictures
-    ours = reference * [5.0, 1.0]  # the first is drawn worse, and no worse near borders
+    reference = np.array([[20.0, 1.0], [10.0, 2.0]])  # near and elsewhere, of two images
+    ours = reference * [5.0, 1.0]  # the first has a larger error, and not more so near borders
     np.testing.assert_allclose(expected_under_reference(ours, reference, 0.3), ours)
     seam = ours * [[1.5], [1.0]]
     near, elsewhere = seam.sum(axis=1) / expected_under_reference(seam, reference, 0.3).sum(axis=1)
@@ -186,8 +186,8 @@ def test_expected_under_reference_allows_for_images_that_are_harder_at_borders()
 
 
 def test_evaluate_upscale_compares_reduced_images_with_decoded_codes(world):
-    # What only repeats every pixel of the true small picture, as decoded but for the error of 2, is consistent with it.
-    model = Enlarger(world, lambda picture: picture)
+    # An image that repeats every pixel of the decoded small image, which is off by 2, is consistent with it.
+    model = Enlarger(world, lambda image: image)
     model.enlarged = off_by(model.small, 2).repeat(2, axis=1).repeat(2, axis=2)
     assert evaluate(model, world)[0]["large_pictures"]["ours"]["consistency"]["value"] == 100
     model.enlarged = off_by(model.small, 3).repeat(2, axis=1).repeat(2, axis=2)
@@ -196,7 +196,7 @@ def test_evaluate_upscale_compares_reduced_images_with_decoded_codes(world):
 
 
 def test_evaluate_upscale_describes_its_protocol(world):
-    model = Enlarger(world, lambda picture: off_by(picture, 1))
+    model = Enlarger(world, lambda image: off_by(image, 1))
     reports = [evaluate(model, world, batch_size=size)[0] for size in (2, 100)]
     assert reports[0] == reports[1]
     asked = {"temperature": 0.5, "top_k": 3, "top_p": 1.0, "guidance": 1.0, "text_attention": 1.0}
@@ -206,29 +206,29 @@ def test_evaluate_upscale_describes_its_protocol(world):
 
 
 def test_evaluate_upscale_refuses_a_model_without_the_task(world):
-    model = Enlarger(world, lambda picture: picture, tasks=("generate", "caption"))
+    model = Enlarger(world, lambda image: image, tasks=("generate", "caption"))
     with pytest.raises(InputError, match="upscale"):
         evaluate(model, world)
     assert model.calls == []
 
 
 def test_evaluate_upscale_measures_a_real_model(make_tiny_world, tiny_model):
-    report, pictures = evaluate_upscale(
+    report, images = evaluate_upscale(
         tiny_model, make_tiny_world(things=4), count=2, seed=0, sampling=tiny_model.sampling(), batch_size=2
     )
-    assert [picture.shape for picture in pictures] == [(128, 128, 3)] * 8
+    assert [image.shape for image in images] == [(128, 128, 3)] * 8
     ours = report["large_pictures"]["ours"]
     assert 0 < ours["psnr"]["value"] < 30
     assert 0 < report["seam"]["ours"]["value"] < math.inf
 
 
 def test_format_upscale_report_is_a_table():
-    figure = {"value": 25.126, "low": 24.9, "high": 25.31}
+    metric = {"value": 25.126, "low": 24.9, "high": 25.31}
     names = ("ours", "bicubic", "bicubic_of_true", "vq_ceiling")
     report = {
         "protocol": {"captions": 500},
-        "large_pictures": {name: dict.fromkeys(("psnr", "ssim", "consistency"), figure) for name in names},
-        "gain_over_bicubic": {"psnr": {"value": -0.5, "low": -0.75, "high": 0.25}, "ssim": figure},
+        "large_pictures": {name: dict.fromkeys(("psnr", "ssim", "consistency"), metric) for name in names},
+        "gain_over_bicubic": {"psnr": {"value": -0.5, "low": -0.75, "high": 0.25}, "ssim": metric},
         "seam": {name: {"value": 1.0421, "low": 1.0, "high": 1.1} for name in ("ours", "vq_ceiling", "quotient")},
     }
     lines = format_upscale_report(report).splitlines()
