@@ -106,7 +106,8 @@ def one_line(capsys) -> str:
 # From a world to a picture
 
 
-def test_every_step_leaves_its_result_where_the_next_looks_for_it(finished, tmp_path, capsys, monkeypatch):
+def test_recipe_commands_run_in_sequence(finished, tmp_path, capsys, monkeypatch):
+    """Each command writes its result to the path where the next one reads it."""
     work = tmp_path / "elsewhere"
     shutil.copytree(finished / "work", work)
     recipe = write_recipe(tmp_path)
@@ -167,7 +168,7 @@ def test_every_step_leaves_its_result_where_the_next_looks_for_it(finished, tmp_
         assert (model.transformer.state_dict()[name] == tensor.half().float()).all(), name
 
 
-def test_an_interrupted_encoding_is_continued(work, tmp_path, monkeypatch, capsys):
+def test_encode_resumes_when_interrupted(work, tmp_path, monkeypatch, capsys):
     recipe = write_recipe(tmp_path)
     expected = TokenStore(work / "store").read(range(40))
     shutil.rmtree(work / "store")
@@ -189,7 +190,7 @@ def test_an_interrupted_encoding_is_continued(work, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.font
-def test_a_world_of_the_real_font(tmp_path, capsys):
+def test_scenes_draws_a_world_with_the_emoji_font(tmp_path, capsys):
     assert main(["scenes", write_recipe(tmp_path)]) == 0
     output = capsys.readouterr()
     assert output.out.strip() == str(tmp_path / "work" / "world")
@@ -199,7 +200,7 @@ def test_a_world_of_the_real_font(tmp_path, capsys):
     ]
 
 
-def test_the_image_tokenizer_may_go_on_from_another_with_larger_scenes(work, tmp_path, capsys):
+def test_train_image_starts_from_another_tokenizer_with_larger_scenes(work, tmp_path, capsys):
     start = (work / "image").rename(tmp_path / "start")
     shutil.rmtree(work / "image-run")
     recipe = write_recipe(tmp_path)
@@ -214,7 +215,7 @@ def test_the_image_tokenizer_may_go_on_from_another_with_larger_scenes(work, tmp
     assert f"init_from: {start} has another shape than this recipe; expected " in one_line(capsys)
 
 
-def test_overrides_change_their_section_alone(work, tmp_path):
+def test_recipe_overrides_change_their_section_only(work, tmp_path):
     recipe = write_recipe(tmp_path)
     place = ["--work", str(work), "--device", "cpu"]
     assert main(["train", recipe, "training.steps=4", *place, "run.keep=1", "training.learning_rate=2e-4"]) == 0
@@ -224,7 +225,7 @@ def test_overrides_change_their_section_alone(work, tmp_path):
     assert [step_of(path) for path in RunFolder(work / "transformer-run").checkpoints()] == [4]
 
 
-def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys):
+def test_train_builds_a_model_of_every_task_of_a_mixture(work, tmp_path, capsys):
     for name in ("store", "held-out-store"):
         shutil.rmtree(work / name)
     content = sections(tmp_path)
@@ -258,7 +259,7 @@ def test_a_mixture_of_tasks_makes_a_model_for_all_of_them(work, tmp_path, capsys
     assert [picture.size for picture in model.upscale(pictures, "一个红苹果", seed=1)] == [(128, 128)] * 2
 
 
-def test_a_store_that_lacks_what_a_task_needs(work, tmp_path, capsys):
+def test_train_names_the_field_that_a_store_lacks_for_a_task(work, tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     capsys.readouterr()
     assert main(["train", recipe, "training.tasks={upscale: 1}"]) == 2
@@ -267,7 +268,7 @@ def test_a_store_that_lacks_what_a_task_needs(work, tmp_path, capsys):
     assert "does not say which name stands where, but name_loss_weight is 0.5: encode the store" in one_line(capsys)
 
 
-def test_training_may_start_from_another_model(work, tmp_path, capsys, monkeypatch):
+def test_train_starts_from_another_model(work, tmp_path, capsys, monkeypatch):
     place = ["--work", str(work), "--device", "cpu"]
     assert main(["train", write_recipe(tmp_path), *place, "training.steps=4", "dropout=0.0"]) == 0
     (first,) = RunFolder(work / "transformer-run").checkpoints()[-1:]
@@ -311,7 +312,7 @@ def test_training_may_start_from_another_model(work, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
+def test_recipes_of_the_repository_are_readable(path, tmp_path):
     from cogview.cli.package import PackageSettings
     from cogview.config_io import read_recipe
     from cogview.emoji.datasets import SceneEncodeSettings
@@ -337,7 +338,7 @@ def test_the_recipes_of_this_repository_can_be_read(path, tmp_path):
     assert needed <= transformer.max_positions
 
 
-def test_an_adapter_is_learnt_beside_a_model_and_goes_on_after_a_restart(work, tmp_path, capsys):
+def test_train_adapter_resumes_after_a_restart(work, tmp_path, capsys):
     pytest.importorskip("peft")
     recipe, place = write_recipe(tmp_path), ["--work", str(work), "--device", "cpu"]
     assert main(["train", recipe, *place]) == 0
@@ -471,20 +472,20 @@ def test_doctor_reports_mistake_in_one_line(tmp_path, capsys, arguments, message
         ({"scenes": {"canvas": 65}}, "scenes", "canvas must be a multiple of 64 pixels, got 65"),
     ],
 )
-def test_mistakes_in_a_recipe(work, tmp_path, capsys, changes, command, message):
+def test_recipe_commands_report_mistakes_in_a_recipe(work, tmp_path, capsys, changes, command, message):
     recipe = write_recipe(tmp_path, **changes)
     assert main([command, recipe]) == 2
     assert message.format(recipe=recipe) in one_line(capsys)
 
 
-def test_a_recipe_that_is_not_there(tmp_path, capsys):
+def test_recipe_commands_report_a_missing_recipe(tmp_path, capsys):
     assert main(["encode", str(tmp_path / "配方.yaml")]) == 2
     line = one_line(capsys)
     assert line.startswith("cogview encode: cannot read the recipe")
     assert "配方.yaml" in line
 
 
-def test_a_scene_recipe_without_the_font_names_the_package(tmp_path, capsys):
+def test_scenes_names_the_package_when_the_font_is_missing(tmp_path, capsys):
     assert main(["scenes", write_recipe(tmp_path), "--font", str(tmp_path / "NotoColorEmoji.ttf")]) == 2
     line = one_line(capsys)
     assert f"{tmp_path / 'NotoColorEmoji.ttf'} is missing" in line
@@ -506,7 +507,7 @@ def test_a_scene_recipe_without_the_font_names_the_package(tmp_path, capsys):
         ("nothing", "package", "{work}/transformer-run holds no checkpoint; train with: cogview train"),
     ],
 )
-def test_a_step_before_its_time_names_the_step_to_take(work, tmp_path, capsys, missing, command, message):
+def test_recipe_commands_name_the_command_that_has_to_run_first(work, tmp_path, capsys, missing, command, message):
     path = work / missing
     if path.is_dir():
         shutil.rmtree(path)
@@ -517,7 +518,7 @@ def test_a_step_before_its_time_names_the_step_to_take(work, tmp_path, capsys, m
     assert message.format(work=work, recipe=recipe) in one_line(capsys)
 
 
-def test_a_run_is_not_begun_over_another(work, tmp_path, capsys):
+def test_train_refuses_to_overwrite_a_run(work, tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     capsys.readouterr()
     assert main(["train-image", recipe, "--resume", "never"]) == 2
@@ -525,7 +526,7 @@ def test_a_run_is_not_begun_over_another(work, tmp_path, capsys):
     assert main(["train-image", recipe]) == 2  # the same without being asked
 
 
-def test_rows_of_another_image_tokenizer_are_not_trained_on(work, tmp_path, capsys):
+def test_train_refuses_a_store_of_another_image_tokenizer(work, tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     shutil.rmtree(work / "image-run")
     assert main(["train-image", recipe, "training.seed=1"]) == 0
@@ -557,13 +558,13 @@ def test_rows_of_another_image_tokenizer_are_not_trained_on(work, tmp_path, caps
         ("preset", '"preset" is not KEY=VALUE of the section transformer'),
     ],
 )
-def test_mistakes_in_the_settings_of_the_transformer(work, tmp_path, capsys, override, message):
+def test_train_reports_invalid_settings_of_the_transformer(work, tmp_path, capsys, override, message):
     assert main(["train", write_recipe(tmp_path), override]) == 2
     assert message.format(store=work / "store") in one_line(capsys)
     assert not (work / "transformer-run").exists()
 
 
-def test_a_checkpoint_of_another_shape_is_not_resumed(work, tmp_path, capsys, monkeypatch):
+def test_train_refuses_to_resume_a_checkpoint_of_another_shape(work, tmp_path, capsys, monkeypatch):
     recipe = write_recipe(tmp_path)
     monkeypatch.setitem(config.PRESETS, "other", (1, 48, 2))
     assert main(["train", recipe, "training.steps=3"]) == 0
@@ -583,7 +584,7 @@ def test_a_checkpoint_of_another_shape_is_not_resumed(work, tmp_path, capsys, mo
         (["--device", "gpu"], "device 'gpu' is unknown"),
     ],
 )
-def test_mistakes_in_grading(work, tmp_path, tiny_checkpoint, capsys, arguments, message):
+def test_eval_reports_mistakes_in_one_line(work, tmp_path, tiny_checkpoint, capsys, arguments, message):
     model = [] if "--model" in arguments else ["--model", str(tiny_checkpoint)]
     assert main(["eval", "scenes", write_recipe(tmp_path), *model, *arguments]) == 2
     assert message in one_line(capsys)
@@ -604,12 +605,12 @@ def test_mistakes_in_grading(work, tmp_path, tiny_checkpoint, capsys, arguments,
         ("rerank", ["-n", "0"], "invalid value for '-n' / '--captions': 0 is not in the range x>=1"),
     ],
 )
-def test_an_option_that_a_measure_does_not_use_is_refused(tmp_path, capsys, measure, arguments, message):
+def test_eval_refuses_an_option_that_a_measure_does_not_use(tmp_path, capsys, measure, arguments, message):
     assert main(["eval", measure, write_recipe(tmp_path), *arguments]) == 2
     assert message in one_line(capsys)
 
 
-def test_a_report_of_another_checkpoint_is_not_packaged(work, tmp_path, capsys):
+def test_package_refuses_a_report_of_another_checkpoint(work, tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     assert main(["train", recipe, "training.steps=3"]) == 0
     (work / "report").mkdir()
@@ -642,7 +643,7 @@ def steps_run(work: Path) -> list[tuple[str, int]]:
     return [(entry["step"], entry["status"]) for entry in json.loads((work / "times.json").read_text())]
 
 
-def test_the_script_runs_what_is_missing_and_goes_on_where_it_stopped(script, work, tmp_path, capsys, monkeypatch):
+def test_train_emoji_runs_missing_steps_and_resumes(script, work, tmp_path, capsys, monkeypatch):
     recipe, place = write_recipe(tmp_path), ["--device", "cpu"]
     monkeypatch.setattr(evaluate, "CAPTIONS", 4)
     step = TransformerTrainer.step
@@ -682,7 +683,7 @@ def test_the_script_runs_what_is_missing_and_goes_on_where_it_stopped(script, wo
     assert json.loads(before)[0]["seconds"] > 0
 
 
-def test_the_script_begins_with_the_first_step(script, tmp_path, capsys, monkeypatch):
+def test_train_emoji_starts_with_the_first_step(script, tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr(script, "cogview", lambda command: asked.append(command) or len(asked) == 7)
     recipe = write_recipe(tmp_path)
@@ -693,7 +694,7 @@ def test_the_script_begins_with_the_first_step(script, tmp_path, capsys, monkeyp
     assert ["--resume" in command for command in asked] == [name in ("train-image", "train") for name in commands]
 
 
-def test_the_script_measures_every_task_that_is_trained(script, tmp_path, monkeypatch):
+def test_train_emoji_evaluates_every_trained_task(script, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(script, "cogview", lambda command: asked.append(command) or len(asked) == 10)
     transformer = sections(tmp_path)["transformer"]
@@ -707,7 +708,7 @@ def test_the_script_measures_every_task_that_is_trained(script, tmp_path, monkey
     assert asked[9][0] == "package"
 
 
-def test_the_script_says_what_is_wrong_in_one_line(script, tmp_path, capsys):
+def test_train_emoji_reports_mistakes_in_one_line(script, tmp_path, capsys):
     assert script.main([str(tmp_path / "nothing.yaml")]) == 2
     assert one_line(capsys).startswith("train_emoji.py: cannot read the recipe")
     assert script.main([]) == 2

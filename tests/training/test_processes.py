@@ -124,7 +124,7 @@ def trained(folder) -> Path:
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_two_processes_have_the_losses_of_one(trained, name):
+def test_engine_of_two_processes_has_the_losses_of_one(trained, name):
     """In float32, over fifty steps whose micro-batches differ in number, with each engine."""
     expected, found = losses(trained, "one"), losses(trained, name)
     assert len(found) == STEPS
@@ -144,7 +144,7 @@ def test_whole_transformer_has_all_weights(trained, name):
 
 
 @pytest.mark.parametrize("name", ENGINES)
-def test_two_processes_resume_exactly(trained, name):
+def test_engine_of_two_processes_resumes_exactly(trained, name):
     """Bit for bit, with dropout."""
     assert losses(trained, f"{name}-half") == losses(trained, f"{name}-whole")
     last = "checkpoints/step-00000012"
