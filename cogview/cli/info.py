@@ -12,7 +12,6 @@ import click
 from cogview.cli.options import Command, argument, revision_option
 from cogview.errors import InputError
 from cogview.formatting import format_bytes
-from cogview.tokenizers.tasks import commands_of
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.registry import ModelEntry
@@ -66,6 +65,7 @@ def describe_checkpoint(folder: Path, name: str) -> dict[str, str]:
     from cogview.checkpoints.image_tokenizer import read_image_config
     from cogview.checkpoints.registry import load_registry
     from cogview.checkpoints.safetensors_io import WeightsFile
+    from cogview.tokenizers.tasks import commands_of
 
     config = read_config(folder)
     vocabulary, sampling = config.vocabulary, config.sampling

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 from cogview.cli.inputs import READ_AT_A_TIME, batches
 from cogview.cli.options import ModelOptions, SessionOptions
 from cogview.cli.progress import Previews, ProgressBar
-from cogview.tokenizers.tasks import TASKS
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from PIL import Image
@@ -209,6 +208,7 @@ class GenerationSession:
             The number of images.
         """
         from cogview.pipeline.requests import GenerationRequest
+        from cogview.tokenizers.tasks import TASKS
 
         def parts() -> Iterator[list[ImageOutput]]:
             for part in batches(inputs, self.read_at_a_time):

@@ -10,8 +10,6 @@ from types import TracebackType
 from typing import IO
 
 from cogview.errors import InputError
-from cogview.files import atomic_write
-from cogview.jobs.records import name_of, numbered_lines, read_text
 
 
 def read_lines(source: str, expected: str = "a prompt per line") -> list[str]:
@@ -24,6 +22,8 @@ def read_lines(source: str, expected: str = "a prompt per line") -> list[str]:
     Raises:
         InputError: The file cannot be read, is not UTF-8, or has no lines.
     """
+    from cogview.jobs.records import name_of, numbered_lines, read_text
+
     lines = [line for _, line in numbered_lines(read_text(source))]
     if not lines:
         raise InputError(f"{name_of(source)} is empty: expected {expected}")
@@ -57,6 +57,7 @@ class LineWriter:
         Raises:
             InputError: ``path`` is a folder, is named like an image, or lies in a folder that cannot be written.
         """
+        from cogview.files import atomic_write
         from cogview.image_io.png import prepare_folder
         from cogview.image_io.reading import IMAGE_SUFFIXES
 
