@@ -1,4 +1,4 @@
-"""What tests of commands share."""
+"""Fixtures of the tests of commands."""
 
 import json
 import re
@@ -14,13 +14,13 @@ PLAN = re.compile(r"^[a-z ]+: \d+ at a time of \d+ \(.*\); .* GB of .* GB free\n
 
 @pytest.fixture
 def without_plans():
-    """A function that takes the lines about how the work was planned, which know of the memory here, out of a text."""
+    """Return a function that removes the lines about batch sizes, which depend on the free memory, from a text."""
     return lambda text: PLAN.sub("", text)
 
 
 @pytest.fixture
 def run_command(tiny_checkpoint, tmp_path, monkeypatch, capsys, without_plans):
-    """A function that runs a command in an empty folder with the tiny model: (status, lines printed, stderr)."""
+    """Return a function that runs a command in an empty folder: (status, lines of stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -28,15 +28,15 @@ def run_command(tiny_checkpoint, tmp_path, monkeypatch, capsys, without_plans):
         status = main([*arguments, *chosen, "--device", "cpu"])
         printed = capsys.readouterr()
         err = without_plans(printed.err)
-        return status, printed.out.split("\n")[:-1], err  # a caption may hold other characters that end lines
+        return status, printed.out.split("\n")[:-1], err  # a caption may hold other line separators
 
     return run
 
 
 @pytest.fixture(scope="session")
-def drawing_checkpoint(tiny_checkpoint, tmp_path_factory):
-    """The tiny model as if it had been trained to draw and nothing else, and always with captions."""
-    folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("drawing") / "drawing")
+def generation_checkpoint(tiny_checkpoint, tmp_path_factory):
+    """Return a copy of the tiny model whose only task is generation, without caption dropout."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("generation") / "generation")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config |= {"tasks": ["generate"], "caption_dropout": 0.0}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -44,8 +44,8 @@ def drawing_checkpoint(tiny_checkpoint, tmp_path_factory):
 
 
 @pytest.fixture
-def disk_for_two_pictures(monkeypatch):
-    """The third picture that is saved finds no space."""
+def disk_for_two_images(monkeypatch):
+    """Let the third image that is saved find a full disk."""
     save, calls = Image.Image.save, []
 
     def save_until_full(self, *arguments, **settings):
@@ -59,7 +59,7 @@ def disk_for_two_pictures(monkeypatch):
 
 @pytest.fixture
 def no_image_is_read(monkeypatch):
-    """Reading an image fails the test."""
+    """Fail the test when an image is read."""
 
     def refuse(path):
         raise AssertionError(f"{path} was read")

@@ -23,7 +23,7 @@ TARGETS = ("attention.query_key_value", "mlp.output")
 
 @pytest.fixture(scope="module")
 def adapter(tiny_checkpoint, tmp_path_factory):
-    """An adapter's folder of the tiny model, of random numbers."""
+    """Write an adapter of the tiny model with random weights; return its folder."""
     config = read_config(tiny_checkpoint)
     transformer = Transformer(config.transformer)
     generator = torch.Generator().manual_seed(5)
@@ -41,7 +41,7 @@ def adapter(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """A function that runs a command in an empty folder: (status, lines printed, stderr)."""
+    """Return a function that runs a command in an empty folder: (status, lines of stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -54,7 +54,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 def test_adapter_gives_equal_images_merged_on_load_or_in_a_folder(run, run_command, tiny_checkpoint, adapter, tmp_path):
     assert run("adapter", "merge", tiny_checkpoint, adapter, "-o", "merged") == (0, ["merged"], "")
-    drawn = {}
+    metadata = {}
     for name, options in {
         "option": ["--adapter", str(adapter)],
         "folder": ["--model", "merged"],
@@ -62,11 +62,11 @@ def test_adapter_gives_equal_images_merged_on_load_or_in_a_folder(run, run_comma
     }.items():
         status, (path,), err = run_command("generate", FOX, "--seed", "7", "-o", name, *options)
         assert status == 0
-        drawn[name] = read_metadata(tmp_path / path)
+        metadata[name] = read_metadata(tmp_path / path)
         if name == "option":
             assert err.startswith(f"{tiny_checkpoint} + {adapter} on cpu")
-    assert drawn["option"]["codes"] == drawn["folder"]["codes"] != drawn["without"]["codes"]
-    assert drawn["option"]["model"] == f"{tiny_checkpoint} + {adapter}"
+    assert metadata["option"]["codes"] == metadata["folder"]["codes"] != metadata["without"]["codes"]
+    assert metadata["option"]["model"] == f"{tiny_checkpoint} + {adapter}"
 
 
 def test_adapter_merge_writes_a_complete_folder(run, tiny_checkpoint, adapter, tmp_path):

@@ -1,4 +1,4 @@
-"""``cogview caption``: lines of JSON, images that can and cannot be read, and files that are whole or absent."""
+"""``cogview caption``: lines of JSON, unreadable images, and atomic output files."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from cogview.pipeline.cogview import CogView
 
 @pytest.fixture
 def caption(run_command):
-    """A function that runs the command: (status, objects of its lines, stderr)."""
+    """Return a function that runs the command: (status, objects of its lines, stderr)."""
 
     def run(*arguments):
         status, lines, err = run_command("caption", *arguments)
@@ -123,11 +123,11 @@ def test_caption_reports_unreadable_images_at_the_end(caption, save_image):
     assert status == 1
     assert [one["file"] for one in found] == ["a.png", "b.png"]
     assert [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()] == found
-    told = err.splitlines()[1:]
-    assert len(told) == 3
-    assert told[0].startswith("failed: the folder empty holds no image: ")  # known before any image is read
-    assert told[1] == "failed: text.png is no image that can be read; expected PNG, JPEG or WebP"
-    assert told[2] == "failed: image none.png does not exist"
+    printed_lines = err.splitlines()[1:]
+    assert len(printed_lines) == 3
+    assert printed_lines[0].startswith("failed: the folder empty holds no image: ")  # found before an image is read
+    assert printed_lines[1] == "failed: text.png is no image that can be read; expected PNG, JPEG or WebP"
+    assert printed_lines[2] == "failed: image none.png does not exist"
 
 
 def test_caption_fails_when_no_image_can_be_read(caption):
@@ -222,10 +222,10 @@ def test_caption_reports_missing_images_in_one_line(caption):
         assert err.count("\n") == 1
 
 
-def test_caption_rejects_a_model_without_the_task(caption, save_image, drawing_checkpoint, no_image_is_read):
+def test_caption_rejects_a_model_without_the_task(caption, save_image, generation_checkpoint, no_image_is_read):
     save_image("a.png")
-    status, found, err = caption("a.png", "--model", str(drawing_checkpoint))
+    status, found, err = caption("a.png", "--model", str(generation_checkpoint))
     assert (status, found) == (2, [])
     assert err == (
-        f"cogview caption: {drawing_checkpoint} was not trained for the task 'caption'; its tasks are: generate\n"
+        f"cogview caption: {generation_checkpoint} was not trained for the task 'caption'; its tasks are: generate\n"
     )

@@ -1,4 +1,4 @@
-"""``cogview complete``: the upper rows of an image stay, the others are drawn."""
+"""``cogview complete``: the upper rows of an image are kept, the others are generated."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
 @pytest.fixture
 def complete(run_command):
-    """A function that runs the command: (status, files printed, stderr)."""
+    """Return a function that runs the command: (status, printed files, stderr)."""
 
     def run(*arguments):
         status, lines, err = run_command("complete", *arguments)
@@ -35,8 +35,8 @@ def test_complete_keeps_the_upper_rows(complete, save_image, tiny_model):
     expected = tiny_model.complete(
         [image], FOX, rows=5, n=2, seed=7, temperature=0.7, top_k=50, top_p=0.9, guidance=2.0, text_attention=1.5
     )
-    for file, picture in zip(files, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
+    for file, image in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(image))
         np.testing.assert_array_equal(codes(file)[:5], tiny_model.encode_images([image])[0, :5])
     assert (codes(files[0])[5:] != codes(files[1])[5:]).any()
     texts = read_metadata(files[1])
@@ -63,7 +63,7 @@ def test_complete_gives_equal_images_for_any_batch_size(complete, save_image):
     ]
     sheet = np.asarray(Image.open(together[-1]))
     assert sheet.shape == (3 * 68 + 4, 2 * 68 + 4, 3)
-    tile = sheet[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second image, second picture
+    tile = sheet[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second IMAGE, second image
     np.testing.assert_array_equal(tile, np.asarray(Image.open(together[3])))
     for size in ("1", "3"):
         _, apart, _ = complete(*arguments, "-o", size, "--max-inference-batch-size", size)
@@ -145,11 +145,11 @@ def test_complete_requires_rows_and_prompt(complete, missing):
 
 
 def test_complete_rejects_guidance_when_the_model_had_no_caption_dropout(
-    complete, save_image, drawing_checkpoint, no_image_is_read
+    complete, save_image, generation_checkpoint, no_image_is_read
 ):
     save_image("a.png")
-    arguments = ("a.png", "--rows", "4", "--prompt", FOX, "--guidance", "2", "--model", str(drawing_checkpoint))
+    arguments = ("a.png", "--rows", "4", "--prompt", FOX, "--guidance", "2", "--model", str(generation_checkpoint))
     status, files, err = complete(*arguments)
     assert (status, files) == (2, [])
-    assert err.startswith(f"cogview complete: {drawing_checkpoint} was trained without caption dropout, so it ")
+    assert err.startswith(f"cogview complete: {generation_checkpoint} was trained without caption dropout, so it ")
     assert err.count("\n") == 1

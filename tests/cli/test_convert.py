@@ -1,4 +1,4 @@
-"""``cogview convert``: released files to a folder and back."""
+"""``cogview convert``: files of CogView v1 to a checkpoint folder and back."""
 
 import shutil
 import tarfile
@@ -18,13 +18,13 @@ VOCABULARY_NOTE = (
 
 @pytest.fixture
 def files(small_release, tmp_path):
-    """The small model's files in ``tmp_path``."""
+    """Write the files of the small model into ``tmp_path``."""
     return small_release.write(tmp_path, half=True)
 
 
 @pytest.fixture
 def run(files, tmp_path, monkeypatch, capsys):
-    """A function that runs the command in ``tmp_path``: (status, lines printed, lines on stderr).
+    """Return a function that runs the command in ``tmp_path``: (status, lines of stdout, lines of stderr).
 
     Tokenizers are added unless ``whole`` says that the arguments are all there are.
     """
@@ -80,7 +80,7 @@ def test_convert_converts_to_another_dtype(run, tmp_path):
 
 
 def test_convert_writes_a_published_model_into_the_cache(run, files, tmp_path):
-    """And its name says what it was trained for."""
+    """Its name also implies the tasks."""
     with tarfile.open(tmp_path / "cogview-base.tar", "w") as archive:
         archive.add(files["source"], arcname="cogview-base")
     shutil.copytree(files["source"], tmp_path / "unpacked" / "cogview-sr")

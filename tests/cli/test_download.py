@@ -15,8 +15,8 @@ from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.cli.main import main
 
 CONTENTS = {
-    "draws.tar": b"weights that draw",
-    "describes.tar": b"weights that describe",
+    "painter.tar": b"weights that generate",
+    "captioner.tar": b"weights that describe",
     "image.pt": b"codes",
     "text.model": b"pieces",
 }
@@ -33,7 +33,7 @@ class Handler(SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """Two released models, ``draws`` and ``describes``, the bundle ``both``, and one that comes with the package.
+    """Register two v1 models, ``painter`` and ``captioner``, the bundle ``both``, and an embedded model.
 
     ``server.folder`` has their files, ``server.asked`` the paths that were asked for.
     """
@@ -45,7 +45,7 @@ def server(tmp_path, monkeypatch):
         (folder / name).write_bytes(content)
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(folder)))
     server.folder, server.asked = folder, []
-    server.handle_error = lambda *_: None  # whoever has seen how a file begins hangs up
+    server.handle_error = lambda *_: None  # a client may hang up after the start of a file
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
 
@@ -59,9 +59,9 @@ def server(tmp_path, monkeypatch):
 
     rows = {
         "tiny": ModelEntry(about="", licence="", embedded="models/tiny"),
-        "draws": released("draws.tar", "generate"),
-        "describes": released("describes.tar", "caption"),
-        "both": ModelEntry(about="", licence="", parts={"generate": "draws", "caption": "describes"}),
+        "painter": released("painter.tar", "generate"),
+        "captioner": released("captioner.tar", "caption"),
+        "both": ModelEntry(about="", licence="", parts={"generate": "painter", "caption": "captioner"}),
     }
     monkeypatch.setattr("cogview.checkpoints.registry.load_registry", lambda: rows)
     monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
@@ -77,38 +77,38 @@ def convert_line(model, folder):
 
 
 def test_download_prints_the_files_and_the_next_command(server, tmp_path, capsys):
-    assert main(["download", "draws", "--no-convert"]) == 0
+    assert main(["download", "painter", "--no-convert"]) == 0
     printed = capsys.readouterr()
     folder = tmp_path / "home" / "files"
-    paths = [folder / name for name in ("draws.tar", "image.pt", "text.model")]
+    paths = [folder / name for name in ("painter.tar", "image.pt", "text.model")]
     assert printed.out.splitlines() == list(map(str, paths))
     assert [path.read_bytes() for path in paths] == [CONTENTS[path.name] for path in paths]
-    assert printed.err.splitlines() == [convert_line("draws", folder)]
+    assert printed.err.splitlines() == [convert_line("painter", folder)]
 
 
 def test_download_fetches_shared_files_of_a_bundle_once(server, tmp_path, capsys):
     folder = tmp_path / "我的模型"
     assert main(["download", "both", "-o", str(folder), "--parts", "2"]) == 0
     printed = capsys.readouterr()
-    names = ["draws.tar", "image.pt", "text.model", "describes.tar"]
+    names = ["painter.tar", "image.pt", "text.model", "captioner.tar"]
     assert printed.out.splitlines() == [str(folder / name) for name in names]
     assert set(server.asked) == {f"/{name}" for name in names}
     fetched = len(server.asked)
-    assert [line.split(" has to be")[0] for line in printed.err.splitlines()] == ["draws", "describes"]
+    assert [line.split(" has to be")[0] for line in printed.err.splitlines()] == ["painter", "captioner"]
     assert main(["download", "both", "-o", str(folder)]) == 0
     assert capsys.readouterr().out == printed.out
     assert len(server.asked) == fetched
 
 
 def test_download_reports_files_that_cannot_be_fetched(server, tmp_path, capsys):
-    for name in ("draws.tar", "text.model"):
+    for name in ("painter.tar", "text.model"):
         (server.folder / name).unlink()
     assert main(["download", "both"]) == 2
     folder = tmp_path / "home" / "files"
     printed = capsys.readouterr()
-    assert printed.out.splitlines() == [str(folder / name) for name in ("image.pt", "describes.tar")]
-    first, second = printed.err.splitlines()  # and nothing to convert
-    for line, name in ((first, "draws.tar"), (second, "text.model")):
+    assert printed.out.splitlines() == [str(folder / name) for name in ("image.pt", "captioner.tar")]
+    first, second = printed.err.splitlines()  # no line about a conversion
+    for line, name in ((first, "painter.tar"), (second, "text.model")):
         assert line.startswith("cogview download: 127.0.0.1:")
         assert line.endswith(
             f"answered 404 File not found: get {name} by hand from https://example.org/weights and put it at "
@@ -117,21 +117,21 @@ def test_download_reports_files_that_cannot_be_fetched(server, tmp_path, capsys)
 
 
 def test_download_skips_a_converted_model(server, tiny_checkpoint, tmp_path, capsys):
-    shutil.copytree(tiny_checkpoint, converted_folder("draws"))
-    assert main(["download", "draws"]) == 0
+    shutil.copytree(tiny_checkpoint, converted_folder("painter"))
+    assert main(["download", "painter"]) == 0
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == ("", f"draws is converted already: {converted_folder('draws')}\n")
+    assert (printed.out, printed.err) == ("", f"painter is converted already: {converted_folder('painter')}\n")
     assert main(["download", "both", "--no-convert"]) == 0
-    assert "/draws.tar" not in server.asked
-    assert main(["download", "draws", "-o", str(tmp_path / "files")]) == 0  # the files themselves are asked for
-    assert (tmp_path / "files" / "draws.tar").read_bytes() == CONTENTS["draws.tar"]
+    assert "/painter.tar" not in server.asked
+    assert main(["download", "painter", "-o", str(tmp_path / "files")]) == 0  # -o asks for the files themselves
+    assert (tmp_path / "files" / "painter.tar").read_bytes() == CONTENTS["painter.tar"]
 
 
 @pytest.fixture
 def real_files(server, small_release, tmp_path):
-    """The server's files are those of a released model, the same for both rows."""
+    """Serve the files of a v1 model, the same for both rows."""
     files = small_release.write(tmp_path / "release", half=True)
-    for name in ("draws.tar", "describes.tar"):
+    for name in ("painter.tar", "captioner.tar"):
         with tarfile.open(server.folder / name, "w") as archive:
             archive.add(files["source"], name.removesuffix(".tar"))
     shutil.copyfile(files["image_tokenizer"], server.folder / "image.pt")
@@ -142,34 +142,34 @@ def test_download_converts_the_fetched_files(server, real_files, capsys):
     assert main(["download", "both"]) == 0
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 4
-    folders = {name: converted_folder(name) for name in ("draws", "describes")}
+    folders = {name: converted_folder(name) for name in ("painter", "captioner")}
     assert printed.err.splitlines() == [f"{name} is converted: {folder}" for name, folder in folders.items()]
-    assert read_config(folders["draws"]).tasks == ("generate",)
-    assert read_config(folders["describes"]).tasks == ("caption",)
-    specs = WeightsFile(folders["draws"] / "model.safetensors").specs
-    assert {spec.dtype for spec in specs.values()} == {torch.float16}  # as they came
+    assert read_config(folders["painter"]).tasks == ("generate",)
+    assert read_config(folders["captioner"]).tasks == ("caption",)
+    specs = WeightsFile(folders["painter"] / "model.safetensors").specs
+    assert {spec.dtype for spec in specs.values()} == {torch.float16}  # as they were stored
     asked = len(server.asked)
     assert main(["download", "both"]) == 0
     assert len(server.asked) == asked
-    assert resolve_bundle("both") == {"generate": folders["draws"], "caption": folders["describes"]}
+    assert resolve_bundle("both") == {"generate": folders["painter"], "caption": folders["captioner"]}
 
 
 def test_download_converts_existing_files(server, real_files, capsys):
-    assert main(["download", "draws", "--no-convert"]) == 0
-    assert not is_converted("draws")
-    assert main(["download", "draws"]) == 0
-    assert is_converted("draws")
+    assert main(["download", "painter", "--no-convert"]) == 0
+    assert not is_converted("painter")
+    assert main(["download", "painter"]) == 0
+    assert is_converted("painter")
 
 
 def test_download_keeps_files_that_cannot_be_converted(server, real_files, tmp_path, capsys):
-    (server.folder / "draws.tar").write_bytes(CONTENTS["draws.tar"])
+    (server.folder / "painter.tar").write_bytes(CONTENTS["painter.tar"])
     assert main(["download", "both"]) == 2
     failed, done = capsys.readouterr().err.splitlines()
-    path = tmp_path / "home" / "files" / "draws.tar"
-    assert failed.startswith(f"cogview download: draws could not be converted: {path} is no tar archive")
-    assert done == f"describes is converted: {converted_folder('describes')}"
-    assert path.read_bytes() == CONTENTS["draws.tar"]
-    assert not converted_folder("draws").exists()
+    path = tmp_path / "home" / "files" / "painter.tar"
+    assert failed.startswith(f"cogview download: painter could not be converted: {path} is no tar archive")
+    assert done == f"captioner is converted: {converted_folder('captioner')}"
+    assert path.read_bytes() == CONTENTS["painter.tar"]
+    assert not converted_folder("painter").exists()
 
 
 def test_download_skips_the_embedded_model(server, capsys):
@@ -180,7 +180,7 @@ def test_download_skips_the_embedded_model(server, capsys):
 
 def test_download_reports_mistakes_in_one_line(server, capsys):
     for arguments, message in [
-        (["cogview-bse"], 'model "cogview-bse" is unknown; known: tiny, draws, describes, both'),
+        (["cogview-bse"], 'model "cogview-bse" is unknown; known: tiny, painter, captioner, both'),
     ]:
         assert main(["download", *arguments]) == 2
         assert capsys.readouterr().err == f"cogview download: {message}\n"

@@ -1,4 +1,4 @@
-"""``cogview generate``: files, names and chunks, what is asked and refused, and what an interruption leaves."""
+"""``cogview generate``: files, names, metadata, prompts, mistakes and interruptions."""
 
 import io
 import os
@@ -22,7 +22,7 @@ FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
 @pytest.fixture
 def generate(tiny_checkpoint, tmp_path, monkeypatch, capsys, without_plans):
-    """A function that runs the command in an empty folder with the tiny model: (status, files printed, stderr)."""
+    """Return a function that runs the command in an empty folder: (status, printed files, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -34,7 +34,7 @@ def generate(tiny_checkpoint, tmp_path, monkeypatch, capsys, without_plans):
 
 
 class Terminal(io.StringIO):
-    """Standard input at which somebody types."""
+    """Standard input or error that is a terminal."""
 
     def isatty(self):
         return True
@@ -50,17 +50,17 @@ def test_generate_writes_the_images_of_several_prompts(generate, tiny_model):
     assert files == [Path("画", f"{prompt}-seed7-{index}.png") for prompt in (FOX, DOG) for index in (0, 1)]
     assert err == f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7\ngenerating 4 images\n"
     expected = tiny_model.generate([FOX, DOG], n=2, seed=7)
-    for file, picture in zip(files, expected, strict=True):
-        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
+    for file, image in zip(files, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(image))
     assert sorted(os.listdir("画")) == sorted(file.name for file in files)
 
 
 def test_generate_stores_the_settings_in_text_chunks(generate, tiny_checkpoint, tiny_model):
     _, [file], _ = generate(FOX, "--seed", "7", "--temperature", "0.7", "--top-k", "50", "--top-p", "0.9")
     texts = read_metadata(file)
-    picture = tiny_model.generate(FOX, seed=7, temperature=0.7, top_k=50, top_p=0.9)[0]
-    assert float(texts.pop("log_probability")) == pytest.approx(picture.log_probability)
-    assert np.array_equal(np.array(texts.pop("codes").split(), dtype=int).reshape(8, 8), picture.codes)
+    image = tiny_model.generate(FOX, seed=7, temperature=0.7, top_k=50, top_p=0.9)[0]
+    assert float(texts.pop("log_probability")) == pytest.approx(image.log_probability)
+    assert np.array_equal(np.array(texts.pop("codes").split(), dtype=int).reshape(8, 8), image.codes)
     assert texts == {
         "prompt": FOX,
         "seed": "7",
@@ -79,12 +79,12 @@ def test_generate_applies_guidance_and_text_attention(generate, tiny_model):
     _, [file], _ = generate(FOX, "--seed", "7", "--guidance", "3", "--text-attention", "1.5")
     texts = read_metadata(file)
     assert (texts["guidance"], texts["text_attention"]) == ("3.0", "1.5")
-    picture = tiny_model.generate(FOX, seed=7, guidance=3.0, text_attention=1.5)[0]
-    assert texts["codes"] == " ".join(map(str, picture.codes.flat))
+    image = tiny_model.generate(FOX, seed=7, guidance=3.0, text_attention=1.5)[0]
+    assert texts["codes"] == " ".join(map(str, image.codes.flat))
 
 
 def test_generate_keep_writes_the_best_images(generate, tiny_model):
-    """Nothing else is written, and what is written is drawn as ever, in whatever batches."""
+    """No other image is written, and the kept ones equal those of a run without --keep, for any batch size."""
     arguments = (FOX, DOG, "-n", "4", "--seed", "7")
     _, every, _ = generate(*arguments, "-o", "all")
     status, files, _ = generate(*arguments, "--keep", "2", "--max-inference-batch-size", "3", "--grid", "-o", "best")
@@ -92,15 +92,15 @@ def test_generate_keep_writes_the_best_images(generate, tiny_model):
     assert sorted(os.listdir("best")) == sorted(file.name for file in files)
     expected = tiny_model.generate([FOX, DOG], n=4, keep=2, seed=7)
     assert [file.name for file in files] == [
-        *(f"{picture.prompt}-seed7-{picture.index}.png" for picture in expected),
+        *(f"{image.prompt}-seed7-{image.index}.png" for image in expected),
         "grid-seed7.png",
     ]
-    drawn = {file.name: codes(file) for file in every}
-    for file, picture in zip(files[:-1], expected, strict=True):
+    found = {file.name: codes(file) for file in every}
+    for file, image in zip(files[:-1], expected, strict=True):
         texts = read_metadata(file)
-        assert float(texts["score"]) == pytest.approx(picture.score.log_probability, abs=1e-3)
-        assert float(texts["score_per_piece"]) == pytest.approx(picture.score.per_piece, abs=1e-3)
-        assert texts["codes"] == drawn[file.name]
+        assert float(texts["score"]) == pytest.approx(image.score.log_probability, abs=1e-3)
+        assert float(texts["score_per_piece"]) == pytest.approx(image.score.per_piece, abs=1e-3)
+        assert texts["codes"] == found[file.name]
     assert Image.open(files[-1]).size == (2 * 68 + 4, 2 * 68 + 4)
     assert read_metadata(files[-1])["score"] == " ".join(read_metadata(file)["score"] for file in files[:-1])
 
@@ -156,17 +156,17 @@ def test_generate_rejects_a_batch_size_that_is_not_a_count(generate, given):
 def test_generate_logs_the_planned_batch_size(tiny_checkpoint, tmp_path, capsys, ceiling, plan):
     command = ["generate", FOX, "-n", "3", "--model", str(tiny_checkpoint), "--device", "cpu", "-o", str(tmp_path)]
     main([*command, "--max-inference-batch-size", ceiling])
-    [told] = [line for line in capsys.readouterr().err.splitlines() if " at a time of " in line]
-    assert told.startswith(f"generating: {plan}; ")
-    assert told.endswith(" GB free")
+    [printed_lines] = [line for line in capsys.readouterr().err.splitlines() if " at a time of " in line]
+    assert printed_lines.startswith(f"generating: {plan}; ")
+    assert printed_lines.endswith(" GB free")
 
 
 def test_generate_quantizes_the_kv_cache(generate, tiny_checkpoint):
     from cogview.pipeline.cogview import CogView
 
     _, [file], _ = generate(FOX, "--seed", "7", "--kv-dtype", "int8")
-    [picture] = CogView.from_pretrained(tiny_checkpoint, device="cpu", kv_dtype="int8").generate(FOX, seed=7)
-    assert codes(file) == " ".join(map(str, picture.codes.flat))
+    [image] = CogView.from_pretrained(tiny_checkpoint, device="cpu", kv_dtype="int8").generate(FOX, seed=7)
+    assert codes(file) == " ".join(map(str, image.codes.flat))
 
 
 @pytest.mark.parametrize("how", ["off", "auto", "5"])
@@ -177,7 +177,7 @@ def test_generate_gives_equal_images_with_speculative_decoding(generate, how):
 
 
 def test_generate_shows_a_progress_bar_on_a_terminal(generate, monkeypatch):
-    """Pictures done, codes and pictures in a second, and the time that is left."""
+    """It shows finished images, codes and images per second, and the remaining time."""
     monkeypatch.setattr(sys, "stderr", screen := Terminal())
     monkeypatch.setenv("COLUMNS", "150")
     monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
@@ -190,7 +190,7 @@ def test_generate_shows_a_progress_bar_on_a_terminal(generate, monkeypatch):
 
 @pytest.mark.parametrize("seconds", [0.0, 3600.0])
 def test_generate_preview_shows_unfinished_images(generate, monkeypatch, tiny_model, seconds):
-    """Of pictures that are being drawn, after each quarter at least, grey where nothing is drawn yet."""
+    """They are written after each quarter at least, grey where no code is decoded."""
     monkeypatch.setattr("cogview.cli.progress.PREVIEW_SECONDS", seconds)
     monkeypatch.setattr("cogview.cli.progress.PREVIEW_SHARE", 1e9)
     seen = []
@@ -206,21 +206,21 @@ def test_generate_preview_shows_unfinished_images(generate, monkeypatch, tiny_mo
     status, files, _ = generate(FOX, DOG, "--seed", "7", "--preview")
     assert status == 0
     assert sorted(os.listdir("outputs")) == sorted(file.name for file in files)
-    for file, picture in zip(files, tiny_model.generate([FOX, DOG], seed=7), strict=True):
+    for file, image in zip(files, tiny_model.generate([FOX, DOG], seed=7), strict=True):
         own = [pixels for name, pixels in seen if name == f"{file.stem}.preview.png"]
         lines = [round((pixels != 128).any(axis=(1, 2)).sum() / 8) for pixels in own]
         assert lines == sorted(lines)
         assert 1 <= lines[0] < 8
         assert len(lines) >= (3 if seconds else 4)
         assert lines[-1] > 4
-        np.testing.assert_array_equal(own[-1][:8], np.asarray(picture)[:8])  # none of its neighbours is still to come
+        np.testing.assert_array_equal(own[-1][:8], np.asarray(image)[:8])  # all its neighbours are decoded
     assert len(seen) <= (8 if seconds else 14)
 
 
 def test_generate_preview_removes_files_after_an_interruption(generate, monkeypatch):
-    fill = cogview.pipeline.runner.decode
+    decode = cogview.pipeline.runner.decode
 
-    def interrupted_fill(transformer, vocabulary, jobs, watch, **settings):
+    def interrupted_decode(transformer, vocabulary, jobs, watch, **settings):
         def look(moment):
             watch(moment)
             if moment.done == moment.total / 2:
@@ -228,9 +228,9 @@ def test_generate_preview_removes_files_after_an_interruption(generate, monkeypa
                 raise KeyboardInterrupt
             return True
 
-        return fill(transformer, vocabulary, jobs, look, **settings)
+        return decode(transformer, vocabulary, jobs, look, **settings)
 
-    monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_fill)
+    monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_decode)
     assert generate(FOX, "--seed", "7", "--preview")[0] == 130
     assert os.listdir("outputs") == []
 
@@ -263,7 +263,7 @@ def test_generate_grid_writes_a_contact_sheet(generate):
     assert files[-1] == Path("outputs/grid-seed7.png")
     sheet = Image.open(files[-1])
     assert sheet.size == (3 * 68 + 4, 2 * 68 + 4)
-    tile = np.asarray(sheet)[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second prompt, second picture
+    tile = np.asarray(sheet)[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second prompt, second image
     np.testing.assert_array_equal(tile, np.asarray(Image.open(files[4])))
     assert read_metadata(files[-1])["prompt"] == f"{FOX}\n{DOG}"
 
@@ -278,7 +278,7 @@ def test_generate_asks_for_prompts_on_a_terminal(generate, monkeypatch):
     status, files, err = generate("--seed", "7")
     assert status == 0
     assert [file.name for file in files] == [f"{FOX}-seed7-0.png", f"{FOX}-seed7-1.png"]
-    assert err.count("seed 7") == 1  # the model was opened once
+    assert err.count("seed 7") == 1  # the model was loaded once
     assert "What shall I generate? (an empty line ends)" in err
     assert "skipped: the prompt “长长长" in err
 
@@ -306,7 +306,7 @@ def test_generate_skips_prompts_that_cannot_be_used(generate):
 def test_generate_writes_nothing_when_all_prompts_are_skipped(generate):
     status, files, err = generate(DOG * 3, "--grid")
     assert (status, files) == (2, [])
-    assert "drawing" not in err
+    assert "generating" not in err
 
 
 def test_generate_notes_unknown_objects_and_characters(generate, tiny_checkpoint):
@@ -365,11 +365,11 @@ def test_generate_reports_mistakes_in_one_line(generate, monkeypatch, arguments,
         (["--guidance", "2"], "was trained without caption dropout, so it cannot be guided: guidance must be 1, "),
     ],
 )
-def test_generate_rejects_a_model_without_the_task(drawing_checkpoint, tmp_path, capsys, arguments, message):
-    command = ["generate", FOX, "--model", str(drawing_checkpoint), "--device", "cpu", "-o", str(tmp_path / "out")]
+def test_generate_rejects_a_model_without_the_task(generation_checkpoint, tmp_path, capsys, arguments, message):
+    command = ["generate", FOX, "--model", str(generation_checkpoint), "--device", "cpu", "-o", str(tmp_path / "out")]
     assert main([*command, *arguments]) == 2
     err = capsys.readouterr().err
-    assert err.startswith(f"cogview generate: {drawing_checkpoint} {message}")
+    assert err.startswith(f"cogview generate: {generation_checkpoint} {message}")
     assert err.count("\n") == 1
     assert os.listdir(tmp_path / "out") == []
 
@@ -386,25 +386,25 @@ def test_generate_rejects_an_unknown_model(tmp_path, capsys):
 
 
 def test_generate_keeps_finished_images_after_an_interruption(generate, monkeypatch, tiny_model):
-    fill, calls = cogview.pipeline.runner.decode, []
+    decode, calls = cogview.pipeline.runner.decode, []
 
-    def interrupted_fill(*arguments, **settings):
+    def interrupted_decode(*arguments, **settings):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return fill(*arguments, **settings)
+        return decode(*arguments, **settings)
 
-    monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_fill)
+    monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_decode)
     status, files, err = generate(FOX, "-n", "7", "--seed", "7", "--max-inference-batch-size", "2", "--grid")
     assert status == 130
     assert err.endswith("cogview generate: interrupted; finished results are kept\n")
     assert [file.name for file in files] == [f"{FOX}-seed7-{index}.png" for index in range(4)]
     assert sorted(os.listdir("outputs")) == [file.name for file in files]
-    for file, picture in zip(files, tiny_model.generate(FOX, n=4, seed=7), strict=True):
-        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(picture))
+    for file, image in zip(files, tiny_model.generate(FOX, n=4, seed=7), strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(image))
 
 
-def test_generate_keeps_finished_images_when_the_disk_is_full(generate, disk_for_two_pictures):
+def test_generate_keeps_finished_images_when_the_disk_is_full(generate, disk_for_two_images):
     status, files, err = generate(FOX, "-n", "4", "--seed", "7")
     assert status == 2
     assert err.endswith("cogview generate: [Errno 28] No space left on device\n")

@@ -1,4 +1,4 @@
-"""``cogview generate --input``: jobs, what is left of them by whatever happens, and how processes share them."""
+"""``cogview generate --input``: jobs, their resumption, and processes that share them."""
 
 import io
 import json
@@ -41,7 +41,7 @@ JOB = ("--input", "job.jsonl", "--seed", "7", "--max-inference-batch-size", "4",
 
 @dataclass(frozen=True)
 class Done:
-    """What a run of the command left and said."""
+    """Output of a run of the command."""
 
     folder: Path
     printed: list[str]
@@ -50,7 +50,7 @@ class Done:
 
 @pytest.fixture(scope="module")
 def whole(tiny_checkpoint, tmp_path_factory):
-    """A job of many tasks, done undisturbed into the folder ``out`` beside its file and images."""
+    """Run a job of all tasks without interruption into the folder ``out`` beside its file and images."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -66,27 +66,27 @@ def whole(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture
 def generate(run_command):
-    """A function that runs the command: (status, lines printed, stderr)."""
+    """Return a function that runs the command: (status, lines of stdout, stderr)."""
     return lambda *arguments: run_command("generate", *arguments)
 
 
 @pytest.fixture
 def job(generate, whole):
-    """That job here, with nothing done."""
+    """Copy the files of the job of all tasks into the current folder, without results."""
     for name in ("job.jsonl", "a.png", "b.png"):
         shutil.copy(whole.folder / name, name)
 
 
 @pytest.fixture
 def prompts(generate):
-    """A job of five prompts, one picture each."""
+    """Return the arguments of a job of five prompts, one image each."""
     Path("prompts.txt").write_text("\n".join([FOX, DOG, "狐狸", "四只狗", "一个红苹果"]), encoding="utf-8")
     return ("--input", "prompts.txt", "--max-inference-batch-size", "2", "-o", "out")
 
 
 @pytest.fixture
 def start(tiny_checkpoint):
-    """A function that starts the command in a process of its own."""
+    """Return a function that starts the command in another process."""
     started = []
 
     def start_(*arguments, **environment):
@@ -105,16 +105,16 @@ def start(tiny_checkpoint):
         process.communicate()
 
 
-def ledger(folder, name="job"):
-    """The header of a ledger, and what it records by id."""
+def read_journal(folder, name="job"):
+    """Return the header of a journal, and its results by id."""
     header, *lines = Path(folder, f"{name}.ledger.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line) for line in lines]
     assert len({record["id"] for record in records}) == len(records)
     return json.loads(header), {record["id"]: record for record in records}
 
 
-def pictures(folder):
-    """The bytes of the files in a folder, without those of the ledger."""
+def image_files(folder):
+    """Return the bytes of the files in a folder, without the journal."""
     return {path.name: path.read_bytes() for path in Path(folder).iterdir() if ".ledger" not in path.name}
 
 
@@ -122,15 +122,15 @@ def codes(path):
     return read_metadata(path)["codes"].split()
 
 
-def expected_codes(picture):
-    return [str(code) for code in picture.codes.flat]
+def expected_codes(image):
+    return [str(code) for code in image.codes.flat]
 
 
 def test_generate_job_runs_lines_of_all_tasks(whole, tiny_model, monkeypatch):
     monkeypatch.chdir(whole.folder)
     printed = whole.printed
     assert whole.err.splitlines()[-1] == f"generating {COUNT} results"
-    header, records = ledger("out")
+    header, records = read_journal("out")
     assert (header["seed"], header["n"], header["batch"], header["model"]) == (7, 1, 4, tiny_model.name)
     assert [record.get("path") for record in records.values()] == [
         *(f"{FOX}-seed7-{number}.png" for number in range(3)),
@@ -143,7 +143,7 @@ def test_generate_job_runs_lines_of_all_tasks(whole, tiny_model, monkeypatch):
         "b-up-seed7-0.png",
         None,
         None,
-        f"{FOX}-seed7-3.png",  # the prompt of the first line again
+        f"{FOX}-seed7-3.png",  # the prompt of the first line, repeated
         "一个红苹果-seed7-0.png",
         "四只狐狸-seed7-0.png",
         "四只狐狸-seed7-1.png",
@@ -152,11 +152,11 @@ def test_generate_job_runs_lines_of_all_tasks(whole, tiny_model, monkeypatch):
     assert [line for line in printed if not line.startswith("{")] == [
         f"out/{record['path']}" for record in records.values() if "path" in record
     ]
-    assert sorted(pictures("out")) == sorted(record["path"] for record in records.values() if "path" in record)
+    assert sorted(image_files("out")) == sorted(record["path"] for record in records.values() if "path" in record)
 
     first, second = (Image.open(name) for name in ("a.png", "b.png"))
-    drawn = {
-        **{f"line 1/{picture.index}": picture for picture in tiny_model.generate(FOX, n=3, seed=7)},
+    expected = {
+        **{f"line 1/{image.index}": image for image in tiny_model.generate(FOX, n=3, seed=7)},
         "狗/0": tiny_model.generate(DOG, seed=7)[0],
         "line 4/1": tiny_model.complete([first], FOX, rows=5, n=2, seed=7)[1],
         "line 5/0": tiny_model.generate("狐狸/狗", seed=3, temperature=0.7)[0],
@@ -164,21 +164,21 @@ def test_generate_job_runs_lines_of_all_tasks(whole, tiny_model, monkeypatch):
         "line 9/0": tiny_model.generate(FOX, n=4, seed=7)[3],
         "line 10/0": tiny_model.generate("一个红苹果", seed=7, guidance=2.0, text_attention=1.5)[0],
     }
-    for name, picture in drawn.items():
-        assert codes(Path("out", records[name]["path"])) == expected_codes(picture)
-        assert records[name]["log_probability"] == pytest.approx(picture.log_probability, rel=1e-4)
-        assert (records[name]["index"], records[name]["seed"]) == (picture.index, picture.seed)
+    for name, image in expected.items():
+        assert codes(Path("out", records[name]["path"])) == expected_codes(image)
+        assert records[name]["log_probability"] == pytest.approx(image.log_probability, rel=1e-4)
+        assert (records[name]["index"], records[name]["seed"]) == (image.index, image.seed)
     texts = read_metadata("out/a-rows5-seed7-1.png")
     assert (texts["task"], texts["source"], texts["rows"], texts["prompt"]) == ("complete", "a.png", "5", FOX)
-    said = [json.loads(line) for line in printed if line.startswith("{")]
+    captions = [json.loads(line) for line in printed if line.startswith("{")]
     [[caption]] = tiny_model.caption([first])
     [samples] = tiny_model.caption([second], n=2, seed=7, method="sample")
-    assert [one["caption"] for one in said] == [caption.text, *(one.text for one in samples)]
-    assert [records[name]["text"] for name in ("line 3/0", "什么/0", "什么/1")] == [one["caption"] for one in said]
+    assert [one["caption"] for one in captions] == [caption.text, *(one.text for one in samples)]
+    assert [records[name]["text"] for name in ("line 3/0", "什么/0", "什么/1")] == [one["caption"] for one in captions]
 
 
 def test_generate_job_resumes_after_a_kill_with_equal_results(generate, job, start, whole):
-    """The files are the same, bit for bit, and so is the set of records."""
+    """Files and records equal those of a run without interruption, bit for bit."""
     process = start(*JOB, "--preview")
     path = Path("out/job.ledger.jsonl")
     while not path.exists() or path.read_bytes().count(b"\n") < 4:
@@ -190,13 +190,13 @@ def test_generate_job_resumes_after_a_kill_with_equal_results(generate, job, sta
     there = before.count(b"\n") - 1
     assert 3 <= there < COUNT
 
-    status, printed, err = generate("--input", "job.jsonl", "-o", "out", "--resume")  # the seed and the rest are known
+    status, printed, err = generate("--input", "job.jsonl", "-o", "out", "--resume")  # the journal holds the seed
     assert status == 0
     assert f"generating {COUNT - there} results\n" in err
     assert len(printed) == COUNT - there
     assert path.read_bytes().startswith(before)
-    assert ledger("out") == ledger(whole.folder / "out")
-    assert pictures("out") == pictures(whole.folder / "out")
+    assert read_journal("out") == read_journal(whole.folder / "out")
+    assert image_files("out") == image_files(whole.folder / "out")
 
     status, printed, err = generate(*JOB, "--resume")
     assert (status, printed) == (0, [])
@@ -204,80 +204,80 @@ def test_generate_job_resumes_after_a_kill_with_equal_results(generate, job, sta
 
 
 def test_generate_job_repeats_the_batches_of_a_partly_recorded_chunk(generate, job, whole, monkeypatch):
-    """A file may be there that was not recorded; what is recorded is taken to be there."""
+    """A file may exist without its record; the file of a record is assumed to exist."""
     shutil.copytree(whole.folder / "out", "out")
-    header, records = ledger("out")
+    header, records = read_journal("out")
     path = Path("out/job.ledger.jsonl")
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*lines[:2], *lines[3:-2]]))
     Path("out", records["line 1/0"]["path"]).unlink()
     made = []
 
-    def fill(*arguments, **settings):
+    def decode(*arguments, **settings):
         made.append(len(arguments[2]))
         return original(*arguments, **settings)
 
     original = cogview.pipeline.runner.decode
-    monkeypatch.setattr(cogview.pipeline.runner, "decode", fill)
+    monkeypatch.setattr(cogview.pipeline.runner, "decode", decode)
     status, printed, _ = generate("--input", "job.jsonl", "-o", "out", "--resume")
     assert status == 0
     assert printed == [f"out/{records[name]['path']}" for name in ("line 1/1", "line 11/1", "line 12/0")]
     assert made == [4, 4, 1]
-    assert ledger("out") == (header, records)
-    undisturbed = pictures(whole.folder / "out")
+    assert read_journal("out") == (header, records)
+    undisturbed = image_files(whole.folder / "out")
     del undisturbed[records["line 1/0"]["path"]]
-    assert pictures("out") == undisturbed
+    assert image_files("out") == undisturbed
 
 
 def test_generate_job_is_shared_by_several_processes(generate, prompts, start):
-    """None is told of the others, to resume, or the seed; each thing is made once, and printed once."""
+    """They need neither --resume nor the seed; each result is generated and printed once."""
     processes = [start(*prompts, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
     outputs = [process.communicate(timeout=100) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     printed = [line for out, _ in outputs for line in out.splitlines()]
-    assert outputs[1][1] == ""  # what concerns all is told once
-    header, records = ledger("out", "prompts")
+    assert outputs[1][1] == ""  # notes about the whole job are printed by one process
+    header, records = read_journal("out", "prompts")
     assert f"seed {header['seed']}\n" in outputs[0][1]
     assert sorted(printed) == sorted(f"out/{record['path']}" for record in records.values())
     generate(*prompts, "-o", "alone", "--seed", str(header["seed"]))
-    assert ledger("alone", "prompts") == (header, records)
-    assert pictures("alone") == pictures("out")
+    assert read_journal("alone", "prompts") == (header, records)
+    assert image_files("alone") == image_files("out")
 
 
 @pytest.mark.parametrize(
-    ("signals", "done", "told"),
+    ("signals", "done", "message"),
     [
         (1, 4, "stopped: 1 of 5 results are left; --resume continues\n"),
         (2, 2, "cogview generate: interrupted; finished results are kept\n"),
     ],
 )
-def test_generate_job_finishes_the_chunk_on_the_first_interruption(generate, prompts, monkeypatch, signals, done, told):
-    fill, calls = cogview.pipeline.runner.decode, []
+def test_generate_job_finishes_the_chunk_on_the_first_interruption(
+    generate, prompts, monkeypatch, signals, done, message
+):
+    decode, calls = cogview.pipeline.runner.decode, []
 
-    def interrupted_fill(*arguments, **settings):
+    def interrupted_decode(*arguments, **settings):
         calls.append(1)
         if len(calls) == 2:
             for _ in range(signals):
                 os.kill(os.getpid(), signal.SIGINT)
-        return fill(*arguments, **settings)
+        return decode(*arguments, **settings)
 
-    monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_fill)
+    monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_decode)
     status, printed, err = generate(*prompts)
-    assert (status, len(printed), len(ledger("out", "prompts")[1])) == (130, done, done)
-    assert err.endswith(told)
+    assert (status, len(printed), len(read_journal("out", "prompts")[1])) == (130, done, done)
+    assert err.endswith(message)
     status, printed, _ = generate(*prompts, "--resume")
     assert (status, len(printed)) == (0, 5 - done)
 
 
-def test_generate_job_keeps_finished_results_when_the_disk_is_full(
-    generate, prompts, monkeypatch, disk_for_two_pictures
-):
+def test_generate_job_keeps_finished_results_when_the_disk_is_full(generate, prompts, monkeypatch, disk_for_two_images):
     status, printed, err = generate(*prompts)
     assert (status, len(printed)) == (2, 2)
     assert err.endswith(
         "cogview generate: the disk is full: 2 results are kept; --resume continues when there is space\n"
     )
-    assert sorted(pictures("out")) == sorted(record["path"] for record in ledger("out", "prompts")[1].values())
+    assert sorted(image_files("out")) == sorted(record["path"] for record in read_journal("out", "prompts")[1].values())
 
 
 def test_generate_job_ranks_upscales_and_writes_a_contact_sheet(generate, tiny_model):
@@ -286,7 +286,7 @@ def test_generate_job_ranks_upscales_and_writes_a_contact_sheet(generate, tiny_m
     arguments = ("--input", "job.jsonl", "--seed", "7", "-n", "2", "--keep", "1", "--upscale", "--grid")
     status, printed, _ = generate(*arguments, "--max-inference-batch-size", "2")
     assert status == 0
-    header, records = ledger("outputs")
+    header, records = read_journal("outputs")
     best = [*tiny_model.generate(FOX, n=2, keep=1, seed=7), *tiny_model.generate("狐狸", seed=7, top_k=50)]
     names = ["line 1/0", "line 2/0"]
     assert sorted(records) == sorted([*names, *(f"{name}/up" for name in names)])
@@ -304,13 +304,13 @@ def test_generate_job_ranks_upscales_and_writes_a_contact_sheet(generate, tiny_m
     assert sheet.shape == (2 * 68 + 4, 68 + 4, 3)
     np.testing.assert_array_equal(sheet[4 + 68 : 68 + 68, 4:68], np.asarray(best[1]))
 
-    before = pictures("outputs")
+    before = image_files("outputs")
     large.unlink()
     path = Path("outputs/job.ledger.jsonl")
-    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))  # without the last enlargement
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))  # without the last upscaled image
     assert generate(*arguments, "--resume")[1] == [str(large), "outputs/grid-seed7.png"]
-    assert ledger("outputs") == (header, records)
-    assert pictures("outputs") == before
+    assert read_journal("outputs") == (header, records)
+    assert image_files("outputs") == before
 
 
 def test_generate_job_overwrites_no_other_image(generate, save_image):
@@ -319,14 +319,16 @@ def test_generate_job_overwrites_no_other_image(generate, save_image):
     before = Path(f"outputs/{FOX}-seed7-0.png").read_bytes()
     _, [printed], _ = generate("--input", "prompts.txt", "--seed", "7")
     assert printed == f"outputs/{FOX}-seed7-0_2.png"
-    assert ledger("outputs", "prompts")[1]["line 1/0"]["path"] == f"{FOX}-seed7-0_2.png"
+    assert read_journal("outputs", "prompts")[1]["line 1/0"]["path"] == f"{FOX}-seed7-0_2.png"
     assert Path(f"outputs/{FOX}-seed7-0.png").read_bytes() == before
 
 
 @pytest.mark.parametrize("suffix", ["txt", "csv", "tsv"])
 def test_generate_job_reads_prompts_from_a_file(generate, suffix):
     head = "" if suffix == "txt" else "prompt\r\n"
-    Path(f"prompts.{suffix}").write_bytes(f"\ufeff{head}{FOX}\r\n\r\n  {DOG}  \r\n".encode())  # as Windows writes it
+    Path(f"prompts.{suffix}").write_bytes(
+        f"\ufeff{head}{FOX}\r\n\r\n  {DOG}  \r\n".encode()
+    )  # with the byte-order mark and line ends of Windows
     status, printed, _ = generate("--input", f"prompts.{suffix}", "--seed", "7")
     assert (status, printed) == (0, [f"outputs/{prompt}-seed7-0.png" for prompt in (FOX, DOG)])
 
@@ -335,7 +337,7 @@ def test_generate_job_reads_prompts_from_standard_input(generate, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{FOX}\n{DOG}".encode())))
     _, printed, _ = generate("--input", "-", "--seed", "7")
     assert printed == [f"outputs/{prompt}-seed7-0.png" for prompt in (FOX, DOG)]
-    assert len(ledger("outputs", "stdin")[1]) == 2
+    assert len(read_journal("outputs", "stdin")[1]) == 2
 
 
 def test_generate_job_skips_lines_that_cannot_be_used(generate, save_image):
@@ -363,8 +365,8 @@ def test_generate_job_skips_lines_that_cannot_be_used(generate, save_image):
         ]
 
 
-def test_generate_job_skips_tasks_that_the_model_lacks(generate, job, drawing_checkpoint):
-    status, printed, err = generate("--input", "job.jsonl", "--model", str(drawing_checkpoint))
+def test_generate_job_skips_tasks_that_the_model_lacks(generate, job, generation_checkpoint):
+    status, printed, err = generate("--input", "job.jsonl", "--model", str(generation_checkpoint))
     assert (status, len(printed)) == (2, 12)
     skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
     assert [line.split(": ")[1] for line in skipped] == [f"line {number}" for number in (3, 7, 8, 10)]
@@ -374,7 +376,7 @@ def test_generate_job_skips_tasks_that_the_model_lacks(generate, job, drawing_ch
 def test_generate_job_resumes_only_an_equal_job(generate):
     Path("prompts.txt").write_text(f"{FOX}\n", encoding="utf-8")
     generate("--input", "prompts.txt", "--seed", "7")
-    before = pictures("outputs")
+    before = image_files("outputs")
     path = Path("outputs/prompts.ledger.jsonl")
     for arguments, message in [
         ([], f"{path} exists from an earlier run: continue it with --resume, or choose another output folder"),
@@ -389,7 +391,7 @@ def test_generate_job_resumes_only_an_equal_job(generate):
         assert err.count("\n") == 1
     Path("prompts.txt").write_text(f"{FOX}\n{DOG}\n", encoding="utf-8")
     assert f"{path} was made with job " in generate("--input", "prompts.txt", "--resume")[2]
-    assert pictures("outputs") == before
+    assert image_files("outputs") == before
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``cogview import-data``, and training on released datasets as they are."""
+"""``cogview import-data``, and training on datasets of CogView v1."""
 
 import json
 import pickle
@@ -27,7 +27,7 @@ def pieces(tiny_checkpoint):
 
 
 def write_bin(path, texts, seed=0):
-    """Rows of 32 x 32 codes."""
+    """Return rows of 32 x 32 codes."""
     ids = np.full((len(texts), 64 + 1024), -1, dtype="<i4")
     for row, text in zip(ids, texts, strict=True):
         row[: len(text)] = np.array(text, dtype=int) + 8192
@@ -54,7 +54,7 @@ def one_line(capsys):
 def test_import_data_writes_a_store(tiny_checkpoint, pieces, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     codes = [write_bin("one.bin", pieces), write_lmdb("two", pieces[::-1], seed=1)]
-    # A source may stand behind an option.
+    # A source may follow an option.
     assert main(["import-data", "one.bin", "--model", str(tiny_checkpoint), "-o", "store", "two"]) == 0
     assert capsys.readouterr().out == "store: 8 rows\n"
     store = TokenStore("store")
@@ -106,7 +106,7 @@ def test_import_data_help_lists_every_option(capsys):
 
 @pytest.fixture
 def recipe(tiny_checkpoint, tmp_path, monkeypatch):
-    """A recipe whose tokenizers are those of the tiny checkpoint, and nothing else is made yet."""
+    """Write a recipe with the tokenizers of the tiny checkpoint."""
     monkeypatch.setitem(config.PRESETS, "tiny", (1, 32, 2))
     (tmp_path / "work").mkdir()
     shutil.copytree(tiny_checkpoint / "image", tmp_path / "work" / "image")
@@ -124,17 +124,17 @@ def recipe(tiny_checkpoint, tmp_path, monkeypatch):
 
 
 def test_import_data_gives_equal_training_from_a_dataset_and_its_import(recipe, pieces, tmp_path, capsys, monkeypatch):
-    picture = Image.new("RGB", (256, 256))  # drawing the sample sheet would take longer than all the rest
+    image = Image.new("RGB", (256, 256))  # the real sample sheet would take longer than the rest of the test
     monkeypatch.setattr(
-        "cogview.pipeline.cogview.CogView.generate", lambda self, captions, **_: [picture] * len(captions)
+        "cogview.pipeline.cogview.CogView.generate", lambda self, captions, **_: [image] * len(captions)
     )
     write_bin(tmp_path / "data.bin", pieces * 2)
     write_bin(tmp_path / "held-out.bin", pieces[:1], seed=1)
 
     def train(store, held_out):
         shutil.rmtree(tmp_path / "work" / "transformer-run", ignore_errors=True)
-        places = [f"store={tmp_path / store}", f"validation_store={tmp_path / held_out}"]
-        assert main(["train", str(recipe), *places, "--device", "cpu"]) == 0
+        stores = [f"store={tmp_path / store}", f"validation_store={tmp_path / held_out}"]
+        assert main(["train", str(recipe), *stores, "--device", "cpu"]) == 0
         run = tmp_path / "work" / "transformer-run"
         metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         checkpoint = run / "checkpoints" / "step-00000002"

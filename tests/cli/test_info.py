@@ -1,4 +1,4 @@
-"""``cogview info``: a model in words, without its weights."""
+"""``cogview info``: facts of a model, without its weights."""
 
 import hashlib
 import shutil
@@ -14,7 +14,7 @@ from cogview.cli.main import main
 
 
 def facts_of(capsys, *arguments):
-    """What ``cogview info`` prints: facts by name, and the lines below them."""
+    """Run ``cogview info``; return the facts by name, and the lines below them."""
     assert main(["info", *map(str, arguments)]) == 0
     lines = capsys.readouterr().out.splitlines()
     facts = dict(line.split(":", 1) for line in lines if not line.startswith(" "))
@@ -46,8 +46,8 @@ def test_info_describes_a_checkpoint_folder(tiny_checkpoint, capsys):
     ]
 
 
-def test_info_describes_a_model_of_one_task(drawing_checkpoint, capsys):
-    facts, _ = facts_of(capsys, drawing_checkpoint)
+def test_info_describes_a_model_of_one_task(generation_checkpoint, capsys):
+    facts, _ = facts_of(capsys, generation_checkpoint)
     assert facts["tasks"] == "generate"
     assert facts["commands"] == "cogview generate, cogview complete"
     assert facts["guidance"] == "not possible: trained without caption dropout"
@@ -115,7 +115,7 @@ def test_info_knows_a_v1_archive_by_its_name(small_release, tmp_path, capsys):
         archive.add(source, "cogview-sr")
     facts, lines = facts_of(capsys, path)
     assert facts["tasks"] == "upscale, low_level, by its name"
-    assert facts["to convert"].endswith(" --text-model cog-pretrain.model")  # its place is known
+    assert facts["to convert"].endswith(" --text-model cog-pretrain.model")  # the command names the default file
     assert (facts["file"].split(" (")[0], lines) == (str(path), [])
 
 

@@ -1,4 +1,4 @@
-"""``cogview models``: what is known, and what of it is here."""
+"""``cogview models``: the known models, and their files on this machine."""
 
 import json
 import shutil
@@ -13,14 +13,14 @@ BASE = "not here: cogview download cogview-base"
 
 @pytest.fixture
 def home(tmp_path, monkeypatch):
-    """An empty $COGVIEW_HOME."""
+    """Set $COGVIEW_HOME to an empty folder."""
     monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "files").mkdir(parents=True)
     return tmp_path / "home"
 
 
 def on_disk(capsys, name):
-    """The line about what is on this machine."""
+    """Return the line about the files on this machine."""
     assert main(["models"]) == 0
     blocks = {block.split(":")[0]: block.splitlines() for block in capsys.readouterr().out.split("\n\n")}
     return blocks[name][-1].removeprefix("  on disk:").strip()

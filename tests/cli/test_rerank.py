@@ -1,4 +1,4 @@
-"""``cogview rerank``: scores in the order of the images, rankings, and places that an unreadable image keeps."""
+"""``cogview rerank``: scores in the order of the images, rankings, and unreadable images."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
 @pytest.fixture
 def rerank(run_command):
-    """A function that runs the command: (status, objects of its lines, stderr)."""
+    """Return a function that runs the command: (status, objects of its lines, stderr)."""
 
     def run(*arguments):
         status, lines, err = run_command("rerank", *arguments)
@@ -44,12 +44,12 @@ def test_rerank_ranks_the_images_of_one_text(rerank, save_image, tiny_model):
     scores = tiny_model.score(images, FOX)
     assert found == {"prompt": FOX, "images": as_objects(files, scores)}
     best_first = sorted(zip(scores, files, strict=True), key=lambda pair: -pair[0].log_probability)
-    told = err.splitlines()
-    assert told[0] == f"{tiny_model.name} on cpu, float32 (no GPU is used)"
-    assert told[1] == FOX
-    assert [line.split()[0] for line in told[2:]] == ["1.", "2.", "3."]
-    assert [line.split()[-1] for line in told[2:]] == [file for _, file in best_first]
-    assert f"({best_first[0][0].per_piece:.2f} per piece)" in told[2]
+    printed_lines = err.splitlines()
+    assert printed_lines[0] == f"{tiny_model.name} on cpu, float32 (no GPU is used)"
+    assert printed_lines[1] == FOX
+    assert [line.split()[0] for line in printed_lines[2:]] == ["1.", "2.", "3."]
+    assert [line.split()[-1] for line in printed_lines[2:]] == [file for _, file in best_first]
+    assert f"({best_first[0][0].per_piece:.2f} per piece)" in printed_lines[2]
 
 
 def test_rerank_accepts_images_around_options_folders_and_globs(rerank, save_image):
@@ -62,7 +62,9 @@ def test_rerank_accepts_images_around_options_folders_and_globs(rerank, save_ima
 def test_rerank_reads_texts_and_images_from_a_file(rerank, save_image, tiny_model):
     images = [save_image(f"{number}.png", number) for number in range(3)]
     lines = [f"{FOX}\t0.png\t1.png\t2.png", f" {DOG} \t 2.png\t0.png", f"{FOX}\t1.png"]
-    Path("input.txt").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())  # as Windows writes it
+    Path("input.txt").write_bytes(
+        ("\ufeff" + "\r\n".join(lines)).encode()
+    )  # with the byte-order mark and line ends of Windows
     expected = [
         {"prompt": FOX, "images": as_objects(["0.png", "1.png", "2.png"], tiny_model.score(images, FOX))},
         {"prompt": DOG, "images": as_objects(["2.png", "0.png"], tiny_model.score([images[2], images[0]], DOG))},
@@ -136,7 +138,7 @@ def test_rerank_orders_images_by_score():
     scores = [Score(log_probability=value, num_pieces=4) if value else None for value in (-2.0, None, -1.0, -2.0)]
     query = TextImageQuery.parse("狐狸\ta.png\tb.png\tc.png\td.png")
     ranking = Ranking(query=query, scores=scores, errors=[None, "b.png is broken", None, None], refused=False)
-    assert ranking.order == [2, 0, 3]  # equal ones as they were given
+    assert ranking.order == [2, 0, 3]  # equal scores keep the given order
     images = ranking.as_json()["images"]
     assert [image["rank"] for image in images] == [2, None, 1, 3]
     assert images[1] == {"file": "b.png", "score": None, "per_piece": None, "rank": None, "error": "b.png is broken"}
@@ -180,10 +182,10 @@ def test_rerank_reports_mistakes_in_one_line(rerank, save_image, no_image_is_rea
     assert err.count("\n") == 1
 
 
-def test_rerank_rejects_a_model_without_the_task(rerank, save_image, drawing_checkpoint, no_image_is_read):
+def test_rerank_rejects_a_model_without_the_task(rerank, save_image, generation_checkpoint, no_image_is_read):
     save_image("a.png")
-    status, found, err = rerank("--prompt", FOX, "a.png", "--model", str(drawing_checkpoint))
+    status, found, err = rerank("--prompt", FOX, "a.png", "--model", str(generation_checkpoint))
     assert (status, found) == (2, [])
     assert err == (
-        f"cogview rerank: {drawing_checkpoint} was not trained for the task 'caption'; its tasks are: generate\n"
+        f"cogview rerank: {generation_checkpoint} was not trained for the task 'caption'; its tasks are: generate\n"
     )

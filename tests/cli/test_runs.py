@@ -1,4 +1,4 @@
-"""``cogview runs``: a table of runs, how two differ, and what is said of mistakes."""
+"""``cogview runs``: the table of runs, their differences, and mistakes."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from cogview.cli.main import main
 
 
 def plant(folder: Path, *, steps: int = 40, start: float = 5.0, environment: dict | None = None, **training) -> Path:
-    """A run as training leaves it: a line each 10 steps, judged each 20; of 8 rows, 32 of them a second."""
+    """Write a run folder as training does: metrics every 10 steps, validation every 20, 32 rows of 8 per second."""
     (folder / "checkpoints" / f"step-{steps:08d}").mkdir(parents=True)
     settings = {"preset": "5m", "training": {"steps": 40, "batch_size": 8, "learning_rate": 1e-3, **training}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
@@ -32,7 +32,7 @@ def plant(folder: Path, *, steps: int = 40, start: float = 5.0, environment: dic
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch) -> Path:
-    """Two runs in the folder ``runs`` of an empty folder, which is the current one."""
+    """Write two runs into the folder ``runs`` of an empty current folder."""
     monkeypatch.chdir(tmp_path)
     plant(Path("runs/红苹果/transformer-run"), environment={"time": "1", "versions": {"torch": "2.6"}, "git": None})
     environment = {"time": "2", "versions": {"torch": "2.7"}, "git": None}
@@ -55,7 +55,7 @@ def test_runs_prints_a_table(runs, capsys):
         [rows[2][0], "40/40", "1.0000", "1.5000 (3.5000 at 20)", "3,200 tokens/s", "25.0%", "0.00", "finished"],
     ]
     assert [row[0] for row in rows[1:]] == ["runs/b/transformer-run", "runs/红苹果/transformer-run"]
-    # In a terminal Chinese characters are two columns wide, as they are two bytes here.
+    # Chinese characters are two columns wide on a terminal, and two bytes in this encoding.
     first, second = (line.encode("gb18030") for line in out.splitlines()[1:])
     assert first.index(b"20/40") == second.index(b"40/40")
 

@@ -1,4 +1,4 @@
-"""``cogview upscale``: pictures of twice the side, their names and chunks, images that can and cannot be read."""
+"""``cogview upscale``: images of twice the side, their names and metadata, and unreadable images."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
 @pytest.fixture
 def upscale(run_command):
-    """A function that runs the command: (status, files printed, stderr)."""
+    """Return a function that runs the command: (status, printed files, stderr)."""
 
     def run(*arguments):
         status, lines, err = run_command("upscale", *arguments)
@@ -51,7 +51,7 @@ def test_upscale_low_level_starts_from_half_the_side(upscale, save_image, tiny_m
     [expected] = tiny_model.upscale([image], FOX, seed=7, low_level=True)
     np.testing.assert_array_equal(np.asarray(Image.open(file)), np.asarray(expected))
     assert expected.size == (64, 64)
-    assert "note:" not in err  # 32 x 32 is what it starts from
+    assert "note:" not in err  # 32 x 32 is the size of its input
 
 
 def test_upscale_gives_equal_images_for_any_batch(upscale, save_image, tiny_model):
@@ -159,11 +159,11 @@ def test_upscale_reports_mistakes_in_one_line(upscale, save_image, no_image_is_r
 
 @pytest.mark.parametrize(("flags", "task"), [([], "upscale"), (["--low-level"], "low_level")])
 def test_upscale_rejects_a_model_without_the_task(
-    upscale, save_image, drawing_checkpoint, no_image_is_read, flags, task
+    upscale, save_image, generation_checkpoint, no_image_is_read, flags, task
 ):
     save_image("a.png")
-    status, files, err = upscale("a.png", "--prompt", FOX, "--model", str(drawing_checkpoint), *flags)
+    status, files, err = upscale("a.png", "--prompt", FOX, "--model", str(generation_checkpoint), *flags)
     assert (status, files) == (2, [])
     assert err == (
-        f"cogview upscale: {drawing_checkpoint} was not trained for the task '{task}'; its tasks are: generate\n"
+        f"cogview upscale: {generation_checkpoint} was not trained for the task '{task}'; its tasks are: generate\n"
     )

@@ -1,4 +1,4 @@
-"""The ledger: what of a job is done, after whatever happened to the file."""
+"""The journal of a job: recorded results, headers and damaged files."""
 
 import errno
 import json
@@ -21,32 +21,32 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def open_ledger(path):
-    """A function that opens the ledger as a process does that begins when all others are gone."""
+def open_journal(path):
+    """Return a function that opens the journal as a new process does after all others have ended."""
     opened = []
 
     def open_(header=HEADER, **settings):
         for thing in opened:
             thing.close()
-        claims = JobLocks(path)
-        opened[:] = [claims]
-        ledger = JobJournal.open(path, header, locks=claims, **{"resume": True} | settings)
-        opened.append(ledger)
-        return ledger
+        locks = JobLocks(path)
+        opened[:] = [locks]
+        journal = JobJournal.open(path, header, locks=locks, **{"resume": True} | settings)
+        opened.append(journal)
+        return journal
 
     yield open_
     for thing in opened:
         thing.close()
 
 
-def test_journal_returns_recorded_results(open_ledger, path):
-    ledger = open_ledger(resume=False)
-    assert (ledger.header, ledger.done) == (HEADER, {})
-    ledger.record("狐狸", file="一只狐狸.png", log_probability=-1.5)
-    ledger.record("狗")
+def test_journal_returns_recorded_results(open_journal, path):
+    journal = open_journal(resume=False)
+    assert (journal.header, journal.done) == (HEADER, {})
+    journal.record("狐狸", file="一只狐狸.png", log_probability=-1.5)
+    journal.record("狗")
     done = {"狐狸": {"file": "一只狐狸.png", "log_probability": -1.5}, "狗": {}}
-    assert ledger.done == done
-    again = open_ledger()
+    assert journal.done == done
+    again = open_journal()
     assert (again.header, again.done) == (HEADER, done)
     assert path.read_text(encoding="utf-8").splitlines() == [
         json.dumps({"cogview_job": 1} | HEADER),
@@ -56,28 +56,28 @@ def test_journal_returns_recorded_results(open_ledger, path):
     assert sorted(os.listdir(path.parent)) == ["job.ledger", "job.ledger.lock"]
 
 
-def test_journal_records_file_names_that_are_not_utf8(open_ledger):
-    open_ledger().record("狗", file=os.fsdecode(b"\xb9\xb7.png"))
-    assert os.fsencode(open_ledger().done["狗"]["file"]) == b"\xb9\xb7.png"
+def test_journal_records_file_names_that_are_not_utf8(open_journal):
+    open_journal().record("狗", file=os.fsdecode(b"\xb9\xb7.png"))
+    assert os.fsencode(open_journal().done["狗"]["file"]) == b"\xb9\xb7.png"
 
 
-def test_journal_refresh_reads_results_of_other_processes(open_ledger, path):
-    ledger, other = open_ledger(), JobJournal(path, JobLocks(path))
+def test_journal_refresh_reads_results_of_other_processes(open_journal, path):
+    journal, other = open_journal(), JobJournal(path, JobLocks(path))
     other.record("狐狸", n=1)
-    assert ledger.done == {}
-    ledger.refresh()
-    assert ledger.done == {"狐狸": {"n": 1}}
-    ledger.record("狗")
-    ledger.refresh()
+    assert journal.done == {}
+    journal.refresh()
+    assert journal.done == {"狐狸": {"n": 1}}
+    journal.record("狗")
+    journal.refresh()
     other.refresh()
-    assert list(ledger.done) == list(other.done) == ["狐狸", "狗"]
+    assert list(journal.done) == list(other.done) == ["狐狸", "狗"]
     other.close()
 
 
-def test_journal_refuses_an_existing_file_without_resume(open_ledger, path):
-    open_ledger()
+def test_journal_refuses_an_existing_file_without_resume(open_journal, path):
+    open_journal()
     with pytest.raises(InputError) as error:
-        open_ledger(resume=False)
+        open_journal(resume=False)
     assert str(error.value) == (
         f"{path} exists from an earlier run: continue it with --resume, or choose another output folder"
     )
@@ -96,79 +96,79 @@ def test_journal_refuses_an_existing_file_without_resume(open_ledger, path):
         ),
     ],
 )
-def test_journal_refuses_another_job(open_ledger, path, changed, was, now):
-    open_ledger()
+def test_journal_refuses_another_job(open_journal, path, changed, was, now):
+    open_journal()
     before = path.read_bytes()
     with pytest.raises(InputError) as error:
-        open_ledger(HEADER | changed)
+        open_journal(HEADER | changed)
     assert str(error.value) == (
         f"{path} was made with {was}, now with {now}: give the same, or choose another output folder"
     )
     assert path.read_bytes() == before
 
 
-def test_journal_inherits_keys_of_an_existing_header(open_ledger):
-    open_ledger()
-    assert open_ledger(HEADER | {"seed": 8}, inherit_keys=["seed"]).header == HEADER
+def test_journal_inherits_keys_of_an_existing_header(open_journal):
+    open_journal()
+    assert open_journal(HEADER | {"seed": 8}, inherit_keys=["seed"]).header == HEADER
     with pytest.raises(InputError, match="made with no batch_size, now with batch_size 4"):
-        open_ledger(HEADER | {"batch_size": 4}, inherit_keys=["batch_size"])
+        open_journal(HEADER | {"batch_size": 4}, inherit_keys=["batch_size"])
 
 
 @pytest.mark.parametrize("content", ["", "一只狐狸\n", '["狗"]\n', '{"id": "狗"}\n'])
-def test_journal_refuses_a_file_that_is_not_a_journal(open_ledger, path, content):
+def test_journal_refuses_a_file_that_is_not_a_journal(open_journal, path, content):
     path.write_text(content, encoding="utf-8")
     with pytest.raises(InputError) as error:
-        open_ledger()
+        open_journal()
     assert str(error.value) == f"{path} is not the journal of a job; move it away, or choose another output folder"
     assert path.read_text(encoding="utf-8") == content
 
 
-def test_journal_refuses_a_newer_format(open_ledger, path):
+def test_journal_refuses_a_newer_format(open_journal, path):
     path.write_text('{"cogview_job": 2}\n')
     with pytest.raises(InputError, match="has format 2, this version of cogview knows 1: update cogview"):
-        open_ledger()
+        open_journal()
 
 
-def test_journal_ignores_a_line_that_was_cut_off(open_ledger, path, caplog):
-    """A power cut in the middle of a line: that result counts as not done, and those behind it as done."""
-    open_ledger().record("狐狸")
+def test_journal_ignores_a_line_that_was_cut_off(open_journal, path, caplog):
+    """After a power cut within a line, its result is missing; results after it are kept."""
+    open_journal().record("狐狸")
     with path.open("ab") as file:
         file.write('{"id": "狗", "file": "蓝色'.encode()[:-1])
-    ledger = open_ledger()
-    assert list(ledger.done) == ["狐狸"]
+    journal = open_journal()
+    assert list(journal.done) == ["狐狸"]
     assert caplog.text == ""
-    ledger.record("狗")
-    ledger.record("苹果")
-    assert list(open_ledger().done) == ["狐狸", "狗", "苹果"]
+    journal.record("狗")
+    journal.record("苹果")
+    assert list(open_journal().done) == ["狐狸", "狗", "苹果"]
     assert [record.getMessage() for record in caplog.records] == [f"line 3 of {path} is damaged and is ignored"]
 
 
-def test_journal_accepts_a_last_line_without_newline(open_ledger, path):
-    """As some editors leave it."""
-    open_ledger().record("狐狸")
+def test_journal_accepts_a_last_line_without_newline(open_journal, path):
+    """Some editors remove the last newline."""
+    open_journal().record("狐狸")
     path.write_bytes(path.read_bytes().rstrip(b"\n"))
-    ledger = open_ledger()
-    assert list(ledger.done) == ["狐狸"]
-    ledger.record("狗")
-    assert list(open_ledger().done) == ["狐狸", "狗"]
+    journal = open_journal()
+    assert list(journal.done) == ["狐狸"]
+    journal.record("狗")
+    assert list(open_journal().done) == ["狐狸", "狗"]
 
 
 @pytest.mark.parametrize("broken", [b"\0\0\0\0", b"[1]", b"7", b'{"file": "a.png"}', b'{"id": ["a"]}', b"\xb9\xb7"])
-def test_journal_ignores_a_damaged_line_with_a_warning(open_ledger, path, caplog, broken):
-    open_ledger().record("狐狸")
+def test_journal_ignores_a_damaged_line_with_a_warning(open_journal, path, caplog, broken):
+    open_journal().record("狐狸")
     path.write_bytes(path.read_bytes() + b"\n" + broken + b'\n{"id": "a"}\n')
     with caplog.at_level(logging.WARNING):
-        ledger = open_ledger()
-        ledger.refresh()
-    assert list(ledger.done) == ["狐狸", "a"]
+        journal = open_journal()
+        journal.refresh()
+    assert list(journal.done) == ["狐狸", "a"]
     assert [record.getMessage() for record in caplog.records] == [f"line 4 of {path} is damaged and is ignored"]
 
 
 @pytest.mark.parametrize(("code", "kind"), [(None, DiskFull), (errno.EDQUOT, DiskFull), (errno.EIO, OSError)])
 @pytest.mark.parametrize("torn", [False, True])
-def test_journal_leaves_complete_lines_when_the_disk_is_full(open_ledger, path, monkeypatch, code, kind, torn):
-    ledger = open_ledger()
-    ledger.record("狐狸")
+def test_journal_leaves_complete_lines_when_the_disk_is_full(open_journal, path, monkeypatch, code, kind, torn):
+    journal = open_journal()
+    journal.record("狐狸")
     if torn:
         path.write_bytes(path.read_bytes()[:-1])
     before, write, fails = path.read_bytes(), os.write, True
@@ -183,22 +183,22 @@ def test_journal_leaves_complete_lines_when_the_disk_is_full(open_ledger, path, 
 
     monkeypatch.setattr("cogview.jobs.journal.os.write", write_until_full)
     with pytest.raises(kind) as error:
-        ledger.record("狗")
+        journal.record("狗")
     if kind is DiskFull:
         assert str(error.value) == "the disk is full: 1 result is kept; --resume continues when there is space"
     assert path.read_bytes() == before
     fails = False
-    ledger.record("狗")
-    assert list(ledger.done) == list(open_ledger().done) == ["狐狸", "狗"]
+    journal.record("狗")
+    assert list(journal.done) == list(open_journal().done) == ["狐狸", "狗"]
 
 
-def test_journal_leaves_no_file_when_it_cannot_be_created(open_ledger, path, monkeypatch):
+def test_journal_leaves_no_file_when_it_cannot_be_created(open_journal, path, monkeypatch):
     def replace(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OSError, match="No space left"):
-        open_ledger()
+        open_journal()
     assert os.listdir(path.parent) == ["job.ledger.lock"]
 
 
@@ -214,21 +214,21 @@ def test_journal_fingerprint_depends_on_every_file(tiny_checkpoint, tmp_path, na
 
 def test_journal_fingerprint_of_a_large_file_covers_size_header_and_blocks(tiny_checkpoint, tmp_path):
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
-    size, header = 1 << 30, 1 << 20  # holes, which take no place
+    size, header = 1 << 30, 1 << 20  # a sparse file
 
-    def changed(place=None, size=size):
+    def changed(offset=None, size=size):
         with (folder / "model.safetensors").open("wb") as file:
             file.write(header.to_bytes(8, "little"))
             file.truncate(size)
-            if place is not None:
-                file.seek(place)
+            if offset is not None:
+                file.seek(offset)
                 file.write(b"x")
         return fingerprint(folder)
 
     same = changed()
     assert changed() == same
     step = (size - (1 << 16)) / 63
-    for place in (8 + header - 1, round(31 * step) + 1000, size - 1):
-        assert changed(place) != same
+    for offset in (8 + header - 1, round(31 * step) + 1000, size - 1):
+        assert changed(offset) != same
     assert changed(size=size + 1) != same
     assert changed(round(31.5 * step)) == same  # which lies between two blocks

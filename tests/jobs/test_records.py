@@ -1,4 +1,4 @@
-"""Job files: what a line asks for, and what is said of a line that is wrong."""
+"""Job files: records of valid lines, and problems of invalid ones."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ FOX, DOG, APPLE = "一只狐狸", "蓝色背景上的三只狗", "一个红苹�
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """A function that writes a job file into the current folder and reads it."""
+    """Return a function that writes a job file into the current folder and reads it."""
     monkeypatch.chdir(tmp_path)
 
     def write_and_read(name, content):
@@ -27,7 +27,9 @@ def read(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["prompts.txt", "PROMPTS.TXT", "prompts"])
 def test_read_job_reads_a_prompt_per_line(read, name):
-    lines, problems = read(name, f"\ufeff{FOX}\r\n\r\n  {DOG}  \r{APPLE}")  # mark and line ends of several systems
+    lines, problems = read(
+        name, f"\ufeff{FOX}\r\n\r\n  {DOG}  \r{APPLE}"
+    )  # a byte-order mark, and line ends of several systems
     assert lines == [
         JobRecord(number=1, prompt=FOX),
         JobRecord(number=3, prompt=DOG),

@@ -1,4 +1,4 @@
-"""``scripts/caption_images.py``: paths in, drawn captions out, with the released flags."""
+"""``scripts/caption_images.py``: paths in, sampled captions out, with the flags of CogView v1."""
 
 import io
 import json
@@ -12,8 +12,8 @@ TASK = ("--generation-task", "image2text")
 
 
 @pytest.fixture
-def describe(run_script):
-    """A function that runs the script: (status, objects of its lines, stderr)."""
+def run_captions(run_script):
+    """Return a function that runs the script: (status, objects of its lines, stderr)."""
 
     def run(*arguments, script="caption_images"):
         status, lines, err = run_script(script, *arguments)
@@ -23,12 +23,12 @@ def describe(run_script):
 
 
 @pytest.mark.parametrize("script", ["caption_images", "generate_samples"])
-def test_caption_images_accepts_the_command_line_of_v1(describe, v1_flags, save_image, tiny_model, script):
-    """The flags of its scripts/image2text.sh, but for a file in place of questions."""
+def test_caption_images_accepts_the_command_line_of_v1(run_captions, v1_flags, save_image, tiny_model, script):
+    """The flags are those of its scripts/image2text.sh, with a file of paths."""
     images = [save_image("狐狸.png"), save_image("b.png", 1)]
     Path("input.txt").write_text("狐狸.png\n\nb.png\n", encoding="utf-8")
-    place = ("--input-source", "input.txt", "--output-path", "samples_image2text", "--batch-size", "8")
-    status, found, err = describe(*v1_flags, *TASK, *place, script=script)
+    options = ("--input-source", "input.txt", "--output-path", "samples_image2text", "--batch-size", "8")
+    status, found, err = run_captions(*v1_flags, *TASK, *options, script=script)
     assert status == 0
     expected = tiny_model.caption(images, method="sample", n=8, seed=1234, temperature=1.0, top_k=200, top_p=1.0)
     assert [(one["file"], one["index"], one["caption"]) for one in found] == [
@@ -42,35 +42,35 @@ def test_caption_images_accepts_the_command_line_of_v1(describe, v1_flags, save_
     assert f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 1234\n" in err
 
 
-def test_caption_images_prints_ids_first(describe, save_image):
+def test_caption_images_prints_ids_first(run_captions, save_image):
     save_image("a.png")
     Path("input.txt").write_text("0017\ta.png\na.png\n", encoding="utf-8")
-    status, [found], err = describe("--input-source", "input.txt", "--with-id", "--batch-size", "1")
+    status, [found], err = run_captions("--input-source", "input.txt", "--with-id", "--batch-size", "1")
     assert status == 2
     assert list(found.items())[:2] == [("id", "0017"), ("file", "a.png")]
     assert "skipped: the line “a.png” has no id; expected ID<TAB> before the query\n" in err
 
 
-def test_caption_images_reports_unreadable_images_at_the_end(describe, save_image):
+def test_caption_images_reports_unreadable_images_at_the_end(run_captions, save_image):
     save_image("a.png")
     Path("input.txt").write_text("none.png\na.png\n", encoding="utf-8")
-    status, found, err = describe("--input-source", "input.txt", "--batch-size", "2")
+    status, found, err = run_captions("--input-source", "input.txt", "--batch-size", "2")
     assert (status, [one["file"] for one in found]) == (1, ["a.png", "a.png"])
     assert err.endswith("failed: image none.png does not exist\n")
 
 
-def test_caption_images_fails_when_no_image_can_be_read(describe):
+def test_caption_images_fails_when_no_image_can_be_read(run_captions):
     Path("input.txt").write_text("none.png\n")
-    status, found, err = describe("--input-source", "input.txt")
+    status, found, err = run_captions("--input-source", "input.txt")
     assert (status, found) == (2, [])
     assert err.endswith("caption_images.py: image none.png does not exist\n")
     assert os.listdir("samples") == []
 
 
-def test_caption_images_asks_for_images(describe, save_image, monkeypatch):
+def test_caption_images_asks_for_images(run_captions, save_image, monkeypatch):
     save_image("a.png")
     monkeypatch.setattr(sys, "stdin", io.StringIO("none.png\na.png\nstop\nb.png\n"))
-    status, found, err = describe("--batch-size", "1")
+    status, found, err = run_captions("--batch-size", "1")
     assert (status, [one["file"] for one in found]) == (0, ["a.png"])
     assert "Which image shall I caption? (“stop” ends)" in err
     assert "skipped: image none.png does not exist\n" in err
@@ -93,9 +93,9 @@ def test_caption_images_asks_for_images(describe, save_image, monkeypatch):
         (["--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )
-def test_caption_images_reports_mistakes_in_one_line(describe, arguments, message):
+def test_caption_images_reports_mistakes_in_one_line(run_captions, arguments, message):
     Path("blank.txt").write_text("\n")
-    status, found, err = describe(*arguments)
+    status, found, err = run_captions(*arguments)
     assert (status, found) == (2, [])
     assert err.startswith(f"caption_images.py: {message}")
     assert err.count("\n") == 1

@@ -1,4 +1,4 @@
-"""``scripts/generate_samples.py``: the released flags draw what ``cogview generate`` draws."""
+"""``scripts/generate_samples.py``: the flags of CogView v1 give the images of ``cogview generate``."""
 
 import io
 import os
@@ -19,7 +19,7 @@ FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
 @pytest.fixture
 def samples(run_script):
-    """A function that runs the script where ``input.txt`` has two prompts: (status, files printed, stderr)."""
+    """Return a function that runs the script beside an ``input.txt`` of two prompts: (status, files, stderr)."""
     Path("input.txt").write_text(f"{FOX}\n\n{DOG}\n", encoding="utf-8")
 
     def run(*arguments):
@@ -45,7 +45,7 @@ def test_generate_samples_equals_cogview_generate(samples, tiny_checkpoint, caps
 
 
 def test_generate_samples_accepts_the_command_line_of_v1(samples, v1_flags):
-    """The flags of its scripts/text2image.sh; a seed of 1234, and top-p 0 for none, are the release's too."""
+    """The flags are those of its scripts/text2image.sh, where the seed is 1234 and top-p 0 disables."""
     status, files, err = samples(
         *v1_flags[:-1],
         *("--generation-task", "text2image", "--input-source", "./input.txt", "--output-path", "samples_text2image"),
@@ -65,7 +65,7 @@ def test_generate_samples_accepts_the_image_tokenizer_of_the_model_without_a_not
 
 
 def test_generate_samples_rejects_weights_of_v1_that_are_not_converted(samples, tmp_path):
-    """As the release was started: its folder behind --load, and its image tokenizer, of which no other word is said."""
+    """The flags are those of CogView v1: its folder by --load, and its image tokenizer, without a further note."""
     folder = tmp_path / "pretrained" / "cogview-base"
     folder.mkdir(parents=True)
     (folder / "latest_checkpointed_iteration.txt").write_text("142000")

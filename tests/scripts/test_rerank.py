@@ -1,4 +1,4 @@
-"""``scripts/rerank.py``: a line, and its scores in the order of its images."""
+"""``scripts/rerank.py``: each line, and the scores of its images in their order."""
 
 import math
 from pathlib import Path
@@ -15,12 +15,12 @@ def numbers(line):
 
 @pytest.mark.parametrize("script", ["rerank", "generate_samples"])
 def test_rerank_script_accepts_the_command_line_of_v1(run_script, v1_flags, save_image, tiny_model, script):
-    """The flags of its scripts/post_selection.sh."""
+    """The flags are those of its scripts/post_selection.sh."""
     images = [save_image(f"{number}.png", number) for number in range(3)]
     lines = [f"{FOX}\t0.png\t1.png\t2.png", f"{DOG}\t2.png"]
     Path("input_select.txt").write_text("\n".join(lines), encoding="utf-8")
-    place = ("--input-source", "input_select.txt", "--output-path", "samples_post_selection")
-    status, printed, _ = run_script(script, *v1_flags, *TASK, *place)
+    options = ("--input-source", "input_select.txt", "--output-path", "samples_post_selection")
+    status, printed, _ = run_script(script, *v1_flags, *TASK, *options)
     assert status == 0
     assert [printed[0], printed[2]] == lines
     scores = tiny_model.score(images, FOX), tiny_model.score(images[2:], DOG)

@@ -1,4 +1,4 @@
-"""``scripts/super_resolution.py``: a text and an image in, a picture of twice the side out."""
+"""``scripts/super_resolution.py``: a text and an image in, an image of twice the side out."""
 
 import io
 import sys
@@ -15,8 +15,8 @@ LOW_LEVEL = ("--generation-task", "low-level super-resolution")
 
 
 @pytest.fixture
-def enlarge(run_script):
-    """A function that runs the script: (status, files printed, stderr)."""
+def run_upscale(run_script):
+    """Return a function that runs the script: (status, files, stderr)."""
 
     def run(*arguments, script="super_resolution"):
         status, lines, err = run_script(script, *arguments)
@@ -27,12 +27,14 @@ def enlarge(run_script):
 
 @pytest.mark.parametrize("script", ["super_resolution", "generate_samples"])
 @pytest.mark.parametrize(("task", "side"), [("super-resolution", 64), ("low-level super-resolution", 32)])
-def test_super_resolution_accepts_the_command_line_of_v1(enlarge, v1_flags, save_image, tiny_model, script, task, side):
-    """The flags of its scripts/super_resolution.sh and low_level_super_resolution.sh, but for a file of lines."""
+def test_super_resolution_accepts_the_command_line_of_v1(
+    run_upscale, v1_flags, save_image, tiny_model, script, task, side
+):
+    """The flags are those of its scripts/super_resolution.sh and low_level_super_resolution.sh."""
     image = save_image("狐狸.png", size=(side, side))
     Path("input.txt").write_text(f"{FOX}\t狐狸.png\n", encoding="utf-8")
-    place = ("--generation-task", task, "--input-source", "input.txt", "--output-path", "samples_sr")
-    status, files, err = enlarge(*v1_flags, *place, script=script)
+    options = ("--generation-task", task, "--input-source", "input.txt", "--output-path", "samples_sr")
+    status, files, err = run_upscale(*v1_flags, *options, script=script)
     assert (status, files) == (0, [Path("samples_sr/狐狸-up-seed1234.png")])
     settings = {"seed": 1234, "temperature": 1.0, "top_k": 200, "top_p": 1.0}
     [expected] = tiny_model.upscale([image], FOX, low_level=side == 32, **settings)
@@ -41,11 +43,11 @@ def test_super_resolution_accepts_the_command_line_of_v1(enlarge, v1_flags, save
     assert ": resized" not in err
 
 
-def test_super_resolution_names_folders_by_ids_and_skips_invalid_lines(enlarge, save_image):
+def test_super_resolution_names_folders_by_ids_and_skips_invalid_lines(run_upscale, save_image):
     save_image("a.png", size=(32, 32))
     lines = [f"0017\t{FOX}\ta.png", f"../up\t{DOG}\ta.png", f"3\t{FOX}", "no id", f"4\t{DOG * 3}\ta.png"]
     Path("input.txt").write_text("\n".join(lines), encoding="utf-8")
-    status, files, err = enlarge(*LOW_LEVEL, "--input-source", "input.txt", "--with-id")
+    status, files, err = run_upscale(*LOW_LEVEL, "--input-source", "input.txt", "--with-id")
     assert status == 2
     assert files == [Path("samples", folder, "a-up-seed1234.png") for folder in ("0017", "up")]
     assert [read_metadata(file)["prompt"] for file in files] == [FOX, DOG]
@@ -56,18 +58,18 @@ def test_super_resolution_names_folders_by_ids_and_skips_invalid_lines(enlarge, 
     ]
 
 
-def test_super_resolution_reports_unreadable_images_at_the_end(enlarge, save_image):
+def test_super_resolution_reports_unreadable_images_at_the_end(run_upscale, save_image):
     save_image("a.png", size=(32, 32))
     Path("input.txt").write_text(f"{FOX}\tnone.png\n{FOX}\ta.png\n", encoding="utf-8")
-    status, files, err = enlarge(*LOW_LEVEL, "--input-source", "input.txt")
+    status, files, err = run_upscale(*LOW_LEVEL, "--input-source", "input.txt")
     assert (status, files) == (1, [Path("samples/a-up-seed1234.png")])
     assert err.endswith("failed: image none.png does not exist\n")
 
 
-def test_super_resolution_asks_for_texts_and_images(enlarge, save_image, monkeypatch):
+def test_super_resolution_asks_for_texts_and_images(run_upscale, save_image, monkeypatch):
     save_image("a.png", size=(32, 32))
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{FOX}\tnone.png\n{DOG}\ta.png\nstop\n"))
-    status, files, err = enlarge(*LOW_LEVEL)
+    status, files, err = run_upscale(*LOW_LEVEL)
     assert (status, files) == (0, [Path("samples/a-up-seed1234.png")])
     assert "Which text and image? TEXT<TAB>IMAGE (“stop” ends)" in err
     assert "skipped: image none.png does not exist\n" in err
@@ -85,8 +87,8 @@ def test_super_resolution_asks_for_texts_and_images(enlarge, save_image, monkeyp
         (["--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )
-def test_super_resolution_reports_mistakes_in_one_line(enlarge, arguments, message):
-    status, files, err = enlarge(*arguments)
+def test_super_resolution_reports_mistakes_in_one_line(run_upscale, arguments, message):
+    status, files, err = run_upscale(*arguments)
     assert (status, files) == (2, [])
     assert err.startswith(f"super_resolution.py: {message}")
     assert err.count("\n") == 1
