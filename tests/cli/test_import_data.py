@@ -148,7 +148,7 @@ def test_import_data_gives_equal_training_from_a_dataset_and_its_import(recipe, 
         assert main(["import-data", source, "--model", str(model), "-o", store]) == 0
     _, *imported = train("data", "held-out")
     assert len(direct[0]) >= 2
-    assert any("held_out_generate_image_loss" in line for line in direct[0])
+    assert any("validation_generate_image_loss" in line for line in direct[0])
     assert direct == imported
 
 
