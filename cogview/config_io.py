@@ -151,6 +151,9 @@ def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
         mapping: Values by field; keys may have the old names of ``RENAMED_KEYS``.
         where: Beginning of error messages, such as "transformer section of emoji-cpu.yaml".
 
+    Returns:
+        The instance.
+
     Raises:
         InputError: A key is unknown, missing or given twice, a value has another type, or the dataclass rejects it.
     """

@@ -114,7 +114,12 @@ def needed_packages(settings: TransformerSettings) -> set[str]:
 
 
 def guarded(subject: str, check: Callable[[], Iterator[Diagnosis]]) -> Iterator[Diagnosis]:
-    """Yield the findings of ``check``, and its InputError or OSError as a problem."""
+    """Yield the findings of ``check``, and its InputError or OSError as a problem.
+
+    Args:
+        subject: Subject of the problem.
+        check: The check.
+    """
     try:
         yield from check()
     except (InputError, OSError) as error:
@@ -142,6 +147,9 @@ def check_package(name: str, tested: SupportedVersions, *, is_needed: bool) -> D
         name: Name of its distribution.
         tested: Versions that it may have.
         is_needed: Whether a recipe needs it, although it is optional.
+
+    Returns:
+        The finding.
     """
     install = f"pip install 'cogview[{tested.extra}]'" if tested.extra else f"pip install {name}"
     try:
@@ -210,6 +218,9 @@ def check_processes(device: str, count: int | None) -> Iterator[Diagnosis]:
     Args:
         device: auto, cpu, cuda, cuda:N or mps.
         count: Processes to start; None for one per GPU, or two. Processes that torchrun has started are used instead.
+
+    Yields:
+        The finding.
     """
     import torch
 
@@ -282,7 +293,13 @@ def _all_reduce_process(rank: int, size: int, port: int, uses_cuda: bool, result
 
 
 def time_all_reduce(device: torch.device, rank: int, size: int) -> float:
-    """Return the median seconds of an all-reduce of ``ALL_REDUCE_SIZE`` float32 numbers, or NaN for wrong sums."""
+    """Return the median seconds of an all-reduce of ``ALL_REDUCE_SIZE`` float32 numbers, or NaN for wrong sums.
+
+    Args:
+        device: Device of the numbers.
+        rank: Rank of this process.
+        size: Number of processes.
+    """
     import torch
     import torch.distributed as dist
 
@@ -307,6 +324,9 @@ def check_disk(folder: Path, checkpoint_bytes: int = 0, kept: int = 0) -> Iterat
         folder: The folder; it need not exist.
         checkpoint_bytes: Bytes of a checkpoint.
         kept: Checkpoints that the run keeps, besides the best one and one that is being written.
+
+    Yields:
+        The finding.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     free, needed = shutil.disk_usage(existing).free, checkpoint_bytes * (kept + 2)
@@ -328,6 +348,9 @@ def check_training(recipe: Recipe, settings: TransformerSettings, device: str) -
         recipe: The recipe.
         settings: Its section ``transformer``.
         device: auto, cpu, cuda, cuda:N or mps.
+
+    Yields:
+        The findings.
 
     Raises:
         InputError: The recipe cannot be trained.
@@ -396,6 +419,9 @@ def check_memory(predicted: int, peak: float, device_type: str) -> Diagnosis:
         predicted: Bytes of the estimate.
         peak: Bytes at the peak of the trial.
         device_type: cpu, cuda or mps. On a CPU the peak includes what the process held before.
+
+    Returns:
+        The finding.
     """
     text = f"{format_bytes(predicted)} predicted, peak {format_bytes(int(peak))}"
     if device_type == "cpu":
@@ -411,6 +437,9 @@ def replay_nonfinite_step(folder: Path, device: str) -> Iterator[Diagnosis]:
     Args:
         folder: The dump that a run has written below ``nonfinite``.
         device: auto, cpu, cuda, cuda:N or mps.
+
+    Yields:
+        The findings.
     """
     from cogview.training.replay import replay_dump
 

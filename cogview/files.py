@@ -151,7 +151,12 @@ def json_line(content: Mapping[str, Any]) -> bytes:
 
 
 def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
-    """Append ``content`` to a file of JSON lines; after a line that a kill cut short, on a new line."""
+    """Append ``content`` to a file of JSON lines; after a line that a kill cut short, on a new line.
+
+    Args:
+        path: The file; it need not exist.
+        content: The object to append.
+    """
     with path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

@@ -84,6 +84,21 @@ def attention_reference(
     That equals softmax(QK^T / sqrt(K)) V, but no score exceeds |qk| / (alpha sqrt(K)): q is divided before the product,
     and the maximum is subtracted before alpha is multiplied back (PB-relax, arXiv:2105.13290, section 2.4). Products
     are in the dtype of the inputs, whatever ``accumulate_dtype`` is.
+
+    Args:
+        q_BHTK: As in ``attention``, and so are the others.
+        k_BHSK: Keys.
+        v_BHSK: Values.
+        bias_B1TS: Bias of the scores.
+        left_padding_B: First key of each row.
+        prefix_lengths_B: Keys that all queries attend to.
+        lengths_B: Keys of each row.
+        dropout: Dropout rate.
+        seed: Seed of the dropout.
+        accumulate_dtype: Ignored.
+
+    Returns:
+        The outputs (B, H, T, K).
     """
     if bias_B1TS is None:
         bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], left_padding_B, prefix_lengths_B, lengths_B)
@@ -109,6 +124,21 @@ def attention_torch(
     """Compute ``attention`` with PyTorch's fused attention, which always accumulates in float32.
 
     Its dropout is not a function of the position, so that the reference runs if there is dropout.
+
+    Args:
+        q_BHTK: As in ``attention``, and so are the others.
+        k_BHSK: Keys.
+        v_BHSK: Values.
+        bias_B1TS: Bias of the scores.
+        left_padding_B: First key of each row.
+        prefix_lengths_B: Keys that all queries attend to.
+        lengths_B: Keys of each row.
+        dropout: Dropout rate.
+        seed: Seed of the dropout.
+        accumulate_dtype: Ignored.
+
+    Returns:
+        The outputs (B, H, T, K).
     """
     if bias_B1TS is None and not (left_padding_B is prefix_lengths_B is lengths_B is None):
         bias_B1TS = _mask(q_BHTK, k_BHSK.shape[2], left_padding_B, prefix_lengths_B, lengths_B)
@@ -203,7 +233,19 @@ def check_inputs(
     dropout: float,
     accumulate_dtype: str,
 ) -> None:
-    """Raise ValueError for arguments that ``attention`` does not support."""
+    """Raise ValueError for arguments that ``attention`` does not support.
+
+    Args:
+        q_BHTK: As in ``attention``, and so are the others.
+        k_BHSK: Keys.
+        v_BHSK: Values.
+        bias_B1TS: Bias of the scores.
+        left_padding_B: First key of each row.
+        prefix_lengths_B: Keys that all queries attend to.
+        lengths_B: Keys of each row.
+        dropout: Dropout rate.
+        accumulate_dtype: float32 or float16.
+    """
     if q_BHTK.ndim != 4:
         raise ValueError(f"q_BHTK must be (B, H, T, K), got {tuple(q_BHTK.shape)}")
     rows, heads, num_queries, size = q_BHTK.shape
@@ -301,11 +343,21 @@ def _hash32(x: Tensor) -> Tensor:
 
 
 def relaxed_scores(q: Tensor, k: Tensor) -> Tensor:
-    """Return QK^T / (alpha sqrt(K)) in float32."""
+    """Return QK^T / (alpha sqrt(K)) in float32.
+
+    Args:
+        q: Queries (..., T, K).
+        k: Keys (..., S, K).
+    """
     return ((q / (ALPHA * math.sqrt(q.shape[-1]))) @ k.transpose(-1, -2)).float()
 
 
 def relaxed_softmax(scores_BHTS: Tensor, bias_B1TS: Tensor) -> Tensor:
-    """Return softmax(alpha * scores + bias) in float32; the maximum is subtracted before alpha is multiplied."""
+    """Return softmax(alpha * scores + bias) in float32; the maximum is subtracted before alpha is multiplied.
+
+    Args:
+        scores_BHTS: Scores divided by alpha, (B, H, T, S) float32.
+        bias_B1TS: Bias of the scores (B, 1, T, S).
+    """
     scores_BHTS = scores_BHTS + bias_B1TS.float() / ALPHA
     return ((scores_BHTS - scores_BHTS.amax(dim=-1, keepdim=True)) * ALPHA).softmax(dim=-1)

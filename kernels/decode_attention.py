@@ -76,7 +76,20 @@ def decode_attention_reference(
     lengths_B: Tensor | None = None,
     prefix: SharedPrefix | None = None,
 ) -> Tensor:
-    """Compute ``decode_attention``: scales multiply scores and weights, and a prefix is read once for all its rows."""
+    """Compute ``decode_attention``: scales multiply scores and weights, and a prefix is read once for all its rows.
+
+    Args:
+        q_BHTK: As in ``decode_attention``, and so are the others.
+        k_BHSK: Keys.
+        v_BHSK: Values.
+        bias_B1TS: Bias of the scores.
+        scales: Scales of int8 keys and values.
+        lengths_B: Filled positions of each row.
+        prefix: Shared prefixes.
+
+    Returns:
+        The outputs (B, H, T, K).
+    """
     length = 0 if prefix is None else prefix.keys_PHCK.shape[2]
     if lengths_B is not None:
         k_BHSK, v_BHSK, scales = _filled(k_BHSK, v_BHSK, scales, lengths_B)
@@ -186,7 +199,17 @@ def check_inputs(
     lengths_B: Tensor | None,
     prefix: SharedPrefix | None,
 ) -> None:
-    """Raise ValueError for arguments that ``decode_attention`` does not support."""
+    """Raise ValueError for arguments that ``decode_attention`` does not support.
+
+    Args:
+        q_BHTK: As in ``decode_attention``, and so are the others.
+        k_BHSK: Keys.
+        v_BHSK: Values.
+        bias_B1TS: Bias of the scores.
+        scales: Scales of int8 keys and values.
+        lengths_B: Filled positions of each row.
+        prefix: Shared prefixes.
+    """
     if q_BHTK.ndim != 4 or not 1 <= q_BHTK.shape[3] <= MAX_HEAD_SIZE:
         raise ValueError(f"q_BHTK must be (B, H, T, K), K at most {MAX_HEAD_SIZE}, got {tuple(q_BHTK.shape)}")
     rows, _, num_queries, _ = q_BHTK.shape

@@ -56,6 +56,14 @@ def fused_linear_cross_entropy_reference(
     """Compute ``fused_linear_cross_entropy`` from the logits of all ids at all positions.
 
     The loss of a position is -log softmax(h E^T) at its target, with -inf for ids that are no candidates.
+
+    Args:
+        hidden_ND: Hidden states (N, D).
+        embedding_VD: The embedding (V, D).
+        targets: Targets by kind.
+
+    Returns:
+        The weighted sum of all losses, and the losses (M,) of each kind.
     """
     _check(hidden_ND, embedding_VD, targets)
     logits_NV = F.linear(hidden_ND, embedding_VD)

@@ -35,7 +35,15 @@ def bias_gelu_is_fused(device: torch.device) -> bool:
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """Compute ``bias_gelu_reference`` with the selected implementation, equal up to rounding."""
+    """Compute ``bias_gelu_reference`` with the selected implementation, equal up to rounding.
+
+    Args:
+        x: Input (..., D).
+        bias: Bias (D,).
+
+    Returns:
+        GELU(x + bias), (..., D).
+    """
     if bias_gelu_is_fused(x.device):
         from cogview.kernels.gelu_triton import bias_gelu_triton
 

@@ -47,7 +47,17 @@ def pb_relax_layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsil
 
 
 def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
-    """Compute ``pb_relax_layer_norm_reference`` with the selected implementation, equal up to rounding."""
+    """Compute ``pb_relax_layer_norm_reference`` with the selected implementation, equal up to rounding.
+
+    Args:
+        x: Input (..., D).
+        weight: Gain (D,).
+        bias: Bias (D,).
+        epsilon: Added to the variance.
+
+    Returns:
+        The normalized input (..., D).
+    """
     if select_backend("pb_relax_layer_norm", x.device.type, available=KNOWN) == "triton":
         from cogview.kernels.layer_norm_triton import pb_relax_layer_norm_triton
 
@@ -94,6 +104,18 @@ def sandwich_layer_norm(
     epsilon: float = 1e-5,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``sandwich_layer_norm_reference`` with the selected implementation, equal up to rounding.
+
+    Args:
+        x: Residual stream (..., D).
+        branch: Output of a branch (..., D).
+        weight: Gain (D,) of the branch's output norm.
+        bias: Bias (D,) of the branch's output norm.
+        next_weight: Gain (D,) of the next branch's input norm, or None.
+        next_bias: Bias (D,) of the next branch's input norm, or None.
+        epsilon: Added to the variance.
+
+    Returns:
+        The new residual stream (..., D), and its norm for the next branch, or None.
 
     Raises:
         ValueError: Only one of ``next_weight`` and ``next_bias`` is given.

@@ -57,7 +57,13 @@ def quantize_int8(weight_NK: Tensor, quantized_NK: Tensor | None = None) -> tupl
 
 
 def dequantize_int8(quantized_NK: Tensor, scale_N: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weights (N, K) of int8 values and their scales, in ``dtype``."""
+    """Return the weights (N, K) of int8 values and their scales, in ``dtype``.
+
+    Args:
+        quantized_NK: int8 values (N, K).
+        scale_N: Scales (N,).
+        dtype: Dtype of the result.
+    """
     return quantized_NK.to(dtype) * scale_N.to(dtype).unsqueeze(1)
 
 
@@ -117,7 +123,13 @@ def unpack_int4(packed: Tensor) -> Tensor:
 
 
 def dequantize_int4(packed: Tensor, scales_and_zeros_GN2: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Return the weights (N, K) of packed int4 values, scales and zero points, in ``dtype``."""
+    """Return the weights (N, K) of packed int4 values, scales and zero points, in ``dtype``.
+
+    Args:
+        packed: uint8 (N, K / 2), two values in a byte.
+        scales_and_zeros_GN2: Scales and zero points (G, N, 2).
+        dtype: Dtype of the result.
+    """
     num_groups, num_outputs, _ = scales_and_zeros_GN2.shape
     steps_NGg = unpack_int4(packed).view(num_outputs, num_groups, -1).to(dtype) - 8
     scale_NG, zero_NG = scales_and_zeros_GN2.to(dtype).permute(2, 1, 0)
@@ -160,7 +172,17 @@ def linear_int4_reference(x: Tensor, packed: Tensor, scales_and_zeros_GN2: Tenso
 
 
 def linear_int8(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor) -> Tensor:
-    """Compute ``linear_int8_reference`` with the fastest implementation, equal up to the rounding of bfloat16."""
+    """Compute ``linear_int8_reference`` with the fastest implementation, equal up to the rounding of bfloat16.
+
+    Args:
+        x: Input (..., K).
+        quantized_NK: int8 weights (N, K).
+        scale_N: Scales (N,).
+        bias_N: Bias (N,).
+
+    Returns:
+        The product with bias (..., N), in the dtype of ``x``.
+    """
     rows_MK = x.reshape(-1, x.shape[-1])
     if not has_native_kernels(x.device) or len(rows_MK) >= MANY_ROWS_INT8:
         return linear_int8_reference(x, quantized_NK, scale_N, bias_N)
@@ -179,7 +201,17 @@ def pack_int4_for_cpu(packed: Tensor) -> Tensor:
 
 
 def linear_int4_packed(x: Tensor, cpu_packed: Tensor, scales_and_zeros_GN2: Tensor, bias_N: Tensor) -> Tensor:
-    """Compute ``linear_int4_reference`` for weights of ``pack_int4_for_cpu``, up to the rounding of bfloat16."""
+    """Compute ``linear_int4_reference`` for weights of ``pack_int4_for_cpu``, up to the rounding of bfloat16.
+
+    Args:
+        x: Input (..., K).
+        cpu_packed: Weights of ``pack_int4_for_cpu``.
+        scales_and_zeros_GN2: Scales and zero points (G, N, 2).
+        bias_N: Bias (N,).
+
+    Returns:
+        The product with bias (..., N), in the dtype of ``x``.
+    """
     rows_MK = x.reshape(-1, x.shape[-1])
     group = x.shape[-1] // len(scales_and_zeros_GN2)
     product_MN = torch._weight_int4pack_mm_for_cpu(

@@ -18,7 +18,13 @@ MIN_SCORE = tl.constexpr(-1e30)  # below every score: initial maximum that, unli
 
 @triton.jit
 def dot(a, b, HALF: tl.constexpr):
-    """Return a b in float32, accumulated in float16 if ``HALF``; float32 inputs are not truncated to TF32."""
+    """Return a b in float32, accumulated in float16 if ``HALF``; float32 inputs are not truncated to TF32.
+
+    Args:
+        a: Block (M, K).
+        b: Block (K, N).
+        HALF: Whether to accumulate in float16.
+    """
     if HALF:
         return tl.dot(a, b, out_dtype=tl.float16).to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")

@@ -136,7 +136,19 @@ def check_inputs(
     columns: int | None,
     image_starts_B: Tensor | None,
 ) -> None:
-    """Raise ValueError for arguments of ``window_attention`` that no implementation supports."""
+    """Raise ValueError for arguments of ``window_attention`` that no implementation supports.
+
+    Args:
+        q_BHTK: As in ``window_attention``, and so are the others.
+        k_BHTK: Keys.
+        v_BHTK: Values.
+        window: Keys before a query that it attends to.
+        pivots_BN: Sampled pivots.
+        pivot_bias_BN: Bias of the pivots.
+        grid: Side of the image in codes.
+        columns: Columns of the two-dimensional neighbourhood.
+        image_starts_B: First position of the image.
+    """
     if q_BHTK.ndim != 4 or not q_BHTK.numel():
         raise ValueError(f"q_BHTK must be (B, H, T, K) and not empty, got {tuple(q_BHTK.shape)}")
     rows, length, device = q_BHTK.shape[0], q_BHTK.shape[2], q_BHTK.device
@@ -220,7 +232,14 @@ def neighbour_bias(
 
 
 def pivots_bias(query_M: Tensor, window: int, pivots_BN: Tensor, pivot_bias_BN: Tensor) -> Tensor:
-    """Return float32 (B, M, N): the bias of a pivot before the window of the query at ``query_M``, else -inf."""
+    """Return float32 (B, M, N): the bias of a pivot before the window of the query at ``query_M``, else -inf.
+
+    Args:
+        query_M: Positions of the queries, (M,) int64.
+        window: Keys before a query that it attends to.
+        pivots_BN: Positions of the pivots, (B, N) int64.
+        pivot_bias_BN: Bias of the pivots, (B, N).
+    """
     before_BMN = query_M.unsqueeze(1) - pivots_BN.unsqueeze(1) >= window
     seen_BMN = before_BMN & (pivots_BN >= 0).unsqueeze(1)
     return pivot_bias_BN.unsqueeze(1).masked_fill(~seen_BMN, -torch.inf)
@@ -275,7 +294,22 @@ def window_attention_reference(
     columns: int | None = None,
     image_starts_B: Tensor | None = None,
 ) -> Tensor:
-    """Compute ``window_attention`` by dense attention with the mask of ``window_bias``: memory grows with T squared."""
+    """Compute ``window_attention`` by dense attention with the mask of ``window_bias``: memory grows with T squared.
+
+    Args:
+        q_BHTK: As in ``window_attention``, and so are the others.
+        k_BHTK: Keys.
+        v_BHTK: Values.
+        window: Keys before a query that it attends to.
+        pivots_BN: Sampled pivots.
+        pivot_bias_BN: Bias of the pivots.
+        grid: Side of the image in codes.
+        columns: Columns of the two-dimensional neighbourhood.
+        image_starts_B: First position of the image.
+
+    Returns:
+        The outputs (B, H, T, K).
+    """
     bias_B1TT = window_bias(
         q_BHTK.shape[2],
         window=window,
@@ -304,6 +338,20 @@ def window_attention_torch(
 
     A block of queries attends to the keys that any of them attends to. Time and memory grow linearly with T: a block
     saves nothing for the backward pass, which recomputes it.
+
+    Args:
+        q_BHTK: As in ``window_attention``, and so are the others.
+        k_BHTK: Keys.
+        v_BHTK: Values.
+        window: Keys before a query that it attends to.
+        pivots_BN: Sampled pivots.
+        pivot_bias_BN: Bias of the pivots.
+        grid: Side of the image in codes.
+        columns: Columns of the two-dimensional neighbourhood.
+        image_starts_B: First position of the image.
+
+    Returns:
+        The outputs (B, H, T, K).
     """
     num_pivots = pivots_BN.shape[1]
     pivot_bias_BN = torch.zeros(pivots_BN.shape, device=q_BHTK.device) if pivot_bias_BN is None else pivot_bias_BN

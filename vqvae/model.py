@@ -164,6 +164,9 @@ class VQVAE(nn.Module):
         Args:
             images: RGB in [0, 1], (B, 3, H, W).
             quantize: Quantize the encoder's outputs; without it the model is a plain autoencoder.
+
+        Returns:
+            Images, the encoder's vectors, codes and quantized vectors.
         """
         vectors = self.encode_vectors(images)
         if not quantize:

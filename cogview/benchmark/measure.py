@@ -131,6 +131,11 @@ def roofline_seconds(estimate: InferenceEstimate, forward_pass: ForwardPass, spe
 
     It is the longer of moving the bytes and of computing the products. Weights are moved once for all sequences, and
     the KV cache of every sequence (roofline model: Williams et al., 2009, doi:10.1145/1498765.1498785).
+
+    Args:
+        estimate: The estimate of the job.
+        forward_pass: The forward pass.
+        speed: Measured or given rates of the hardware.
     """
     shape, dtype = estimate.transformer, estimate.dtype
     weights = estimate.layers + forward_pass.output_ids * shape.width * ACTIVATION_BYTES[dtype]
@@ -149,6 +154,9 @@ def measure_in_subprocess(
         num_codes: Codes of each image to generate.
         repeats: Timed requests.
         free_bytes: Bytes that were free on the device before.
+
+    Returns:
+        Times of all requests and the peak memory of the new process.
 
     Raises:
         MeasurementError: The process ran out of memory, or ended.
@@ -209,6 +217,9 @@ def measure_requests(
         num_codes: Codes of each image to generate.
         repeats: Timed requests.
         free_bytes: Bytes that were free on the device before this process used it.
+
+    Returns:
+        Times of all requests and the peak memory.
     """
     model = target.load()
     requests = make_requests(target.config, rows, num_codes)
@@ -218,7 +229,13 @@ def measure_requests(
 
 
 def make_requests(config: ModelConfig, rows: int, num_codes: int) -> list[DecodingRequest]:
-    """Return requests with different random texts of the maximum length, each cut after ``num_codes`` codes."""
+    """Return requests with different random texts of the maximum length, each cut after ``num_codes`` codes.
+
+    Args:
+        config: Config of the model.
+        rows: Number of requests.
+        num_codes: Codes of each image to generate.
+    """
     layout, sampling = config.layouts["generate"], config.sampling
     texts = np.random.default_rng(0).integers(0, config.vocabulary.num_text_pieces, (rows, config.max_text))
 
@@ -249,6 +266,9 @@ def time_request(
         num_codes: Codes of each image that ``requests`` generate. The image tokenizer decodes whole images, in which
             the other codes are 0.
         speculative: Maximum of drafted codes per forward pass, as ``decode`` takes it.
+
+    Returns:
+        Seconds to the first code, for the other codes and for the images.
     """
     grid = model.config.grid
     first = start = time.perf_counter()

@@ -20,7 +20,13 @@ INT8_STD, INT4_STD = 73, 4.6  # standard deviations of uniform integers from -12
 
 
 def random_model(config: ModelConfig, image_config: VQVAEConfig, placement: DevicePlacement) -> Model:
-    """Return a model with random weights and the text tokenizer of cogview-emoji, which the benchmark does not use."""
+    """Return a model with random weights and the text tokenizer of cogview-emoji, which the benchmark does not use.
+
+    Args:
+        config: Config of the model.
+        image_config: Config of the VQ-VAE.
+        placement: Device and weight format.
+    """
     torch.manual_seed(0)
     return Model(
         config=config,
@@ -35,6 +41,10 @@ def random_transformer(config: TransformerConfig, placement: DevicePlacement) ->
 
     All layers have equal weights: a CPU generates four billion random numbers in a minute and copies them in a second.
     Little more memory than that of the weights is used.
+
+    Args:
+        config: Config of the transformer.
+        placement: Device and weight format.
     """
     with torch.device("meta"):
         transformer = Transformer(config)

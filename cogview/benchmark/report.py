@@ -55,6 +55,9 @@ def find_benchmark_target(
             random weights None disables it: their predictions depend little on the sampled codes, so that drafts are
             accepted more often than with trained weights.
 
+    Returns:
+        The target, whose ``load`` loads or creates the weights.
+
     Raises:
         InputError: The model or the device is unknown.
     """

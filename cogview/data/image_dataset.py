@@ -117,6 +117,10 @@ def caption_of(dataset: ImageDataset, row: int) -> tuple[ImageExample, str]:
     """Return the example and caption of a row; rows beyond the examples pair them with their next captions.
 
     Row r holds example r % len and its caption number r // len, modulo the number of its captions.
+
+    Args:
+        dataset: The images and captions.
+        row: Row of the store, from 0.
     """
     size = len(dataset)
     example = dataset[row % size]

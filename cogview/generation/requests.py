@@ -77,6 +77,12 @@ DecodingCallback: TypeAlias = Callable[[DecodingProgress], object]
 def notify(callback: DecodingCallback, done: int, total: int, sequences: Callable[[], list[NDArray[np.int64]]]) -> None:
     """Call ``callback`` with the progress.
 
+    Args:
+        callback: The callback.
+        done: Sampled blanks of the request that has the most blanks.
+        total: All blanks of that request.
+        sequences: Returns the ids of every request so far.
+
     Raises:
         DecodingStopped: The callback returned False.
     """
@@ -85,7 +91,12 @@ def notify(callback: DecodingCallback, done: int, total: int, sequences: Callabl
 
 
 def restore_tail(sequence: TokenSequence, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return all ids of ``sequence``, the first of them replaced by the decoded ``ids``."""
+    """Return all ids of ``sequence``, the first of them replaced by the decoded ``ids``.
+
+    Args:
+        sequence: The whole sequence.
+        ids: Ids of its decoded beginning.
+    """
     restored: NDArray[np.int64] = sequence.ids.copy()
     restored[: len(ids)] = ids
     return restored

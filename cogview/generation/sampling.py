@@ -68,7 +68,12 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
 
 
 def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Return float32 logits divided by the temperature, filtered by top-k and then by top-p."""
+    """Return float32 logits divided by the temperature, filtered by top-k and then by top-p.
+
+    Args:
+        logits_BV: Logits (B, V).
+        sampling: Temperature, top-k and top-p.
+    """
     logits_BV = logits_BV.float() / sampling.temperature
     if sampling.top_k:
         logits_BV = keep_top_k(logits_BV, sampling.top_k)
@@ -78,7 +83,13 @@ def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 
 def noise_keys(seeds: Tensor, images: Tensor, positions: Tensor) -> Tensor:
-    """Return int64 noise keys of (seed, image, position), from int64 tensors that broadcast."""
+    """Return int64 noise keys of (seed, image, position), from int64 tensors that broadcast.
+
+    Args:
+        seeds: Seeds, from 0 to 2**63 - 1.
+        images: Indices of the images of a seed.
+        positions: Positions of the codes or pieces.
+    """
     return _mix(_mix(_mix(seeds) ^ images) ^ positions)
 
 

@@ -60,7 +60,12 @@ class TokenSampler:
         self._groups: dict[bytes, list[SamplingGroup]] = {}
 
     def groups_at(self, column: int, open_J: NDArray[np.bool_]) -> list[SamplingGroup]:
-        """Return the groups of the requests whose blank in ``column`` is still to be sampled (``open_J``)."""
+        """Return the groups of the requests whose blank in ``column`` is still to be sampled (``open_J``).
+
+        Args:
+            column: Column of the batch.
+            open_J: Whether the blank of each request is still to be sampled, (J,) bool.
+        """
         kinds_J = self.batch.kinds[: len(self.requests), column]
         key = open_J.tobytes() + kinds_J.tobytes()
         if key not in self._groups:  # usually equal to that of the column before
@@ -168,7 +173,13 @@ class SamplingGroup:
         return chosen_R + self.candidates.start, log_probability_of(logits_RV, chosen_R)
 
     def write_tokens(self, ids_BT: Tensor, column: int, ids_R: Tensor) -> None:
-        """Write sampled ids into ``column`` of ``ids_BT``, in the unconditional rows too."""
+        """Write sampled ids into ``column`` of ``ids_BT``, in the unconditional rows too.
+
+        Args:
+            ids_BT: Ids of the batch, (B, T) int64; changed in place.
+            column: Column to write.
+            ids_R: Sampled ids of the group's rows, (R,) int64.
+        """
         if self.rows_R is None:
             ids_BT[:, column] = ids_R
         else:
@@ -182,6 +193,11 @@ def candidate_ids(vocabulary: Vocabulary, kind: TokenKind, stop: int | None) -> 
 
     With a stop token the range includes all special tokens, since it must be contiguous; ``special_token_mask``
     excludes the others.
+
+    Args:
+        vocabulary: The vocabulary.
+        kind: Kind of the blank.
+        stop: Id of the stop token, or None.
     """
     permitted = vocabulary.permitted(kind)
     return permitted if stop is None else range(permitted.start, vocabulary.size)
@@ -190,7 +206,14 @@ def candidate_ids(vocabulary: Vocabulary, kind: TokenKind, stop: int | None) -> 
 def special_token_mask(
     stop: int | None, candidates: range, vocabulary: Vocabulary, device: torch.device
 ) -> Tensor | None:
-    """Return a bool mask (V,) of the special tokens among ``candidates`` except ``stop``; None without a stop token."""
+    """Return a bool mask (V,) of the special tokens among ``candidates`` except ``stop``; None without a stop token.
+
+    Args:
+        stop: Id of the stop token, or None.
+        candidates: Ids that the blank may take.
+        vocabulary: The vocabulary.
+        device: Device of the mask.
+    """
     if stop is None:
         return None
     ids_V = torch.arange(candidates.start, candidates.stop, device=device)
@@ -198,13 +221,25 @@ def special_token_mask(
 
 
 def logits_of(transformer: Transformer, hidden_RD: Tensor, candidates: range, mask_V: Tensor | None) -> Tensor:
-    """Return float32 logits (R, V) of ``candidates``, -inf where ``mask_V`` is set."""
+    """Return float32 logits (R, V) of ``candidates``, -inf where ``mask_V`` is set.
+
+    Args:
+        transformer: The transformer.
+        hidden_RD: Hidden states (R, D).
+        candidates: Ids to compute logits of.
+        mask_V: Ids to exclude, (V,) bool, or None.
+    """
     logits_RV = transformer.head(hidden_RD, candidates)
     return logits_RV if mask_V is None else logits_RV.masked_fill(mask_V, -torch.inf)
 
 
 def log_probability_of(logits_RV: Tensor, chosen_R: Tensor) -> Tensor:
-    """Return log softmax (R,) at the indices ``chosen_R``, in nats."""
+    """Return log softmax (R,) at the indices ``chosen_R``, in nats.
+
+    Args:
+        logits_RV: Logits (R, V).
+        chosen_R: Indices of the chosen ids, (R,) int64.
+    """
     return logits_RV.log_softmax(dim=-1).gather(1, chosen_R.unsqueeze(1)).squeeze(1)
 
 

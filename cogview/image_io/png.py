@@ -91,7 +91,13 @@ def save_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> Pat
 
 
 def write_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> None:
-    """Write an image with metadata to ``path``, atomically; a file that is there is overwritten."""
+    """Write an image with metadata to ``path``, atomically; a file that is there is overwritten.
+
+    Args:
+        path: The file.
+        image: The image.
+        metadata: Text chunks by keyword.
+    """
     chunks = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
         chunks.add_itxt(key, value, zip=key == "codes")
@@ -105,7 +111,12 @@ def preview_path(path: Path) -> Path:
 
 
 def mask_undecoded(pixels: np.ndarray, hidden: np.ndarray) -> Image.Image:
-    """Return an image of uint8 ``pixels`` (H, W, 3) that is grey where ``hidden`` (G, G) is true."""
+    """Return an image of uint8 ``pixels`` (H, W, 3) that is grey where ``hidden`` (G, G) is true.
+
+    Args:
+        pixels: uint8 (H, W, 3).
+        hidden: bool (G, G), true for codes that are not sampled yet.
+    """
     size = pixels.shape[0] // hidden.shape[0]
     covered = hidden.repeat(size, axis=0).repeat(size, axis=1)
     return Image.fromarray(np.where(covered[..., None], np.uint8(GREY), pixels))

@@ -57,6 +57,9 @@ class JobJournal:
                 on the job.
             inherit_keys: Keys of the header whose values come from an existing journal; all others must be equal.
 
+        Returns:
+            The open journal.
+
         Raises:
             InputError: The file is not a journal, exists without ``resume``, or has another header.
         """
@@ -157,7 +160,12 @@ class JobJournal:
 
 
 def refuse_existing(path: Path, locks: JobLocks) -> None:
-    """Raise InputError if a journal exists and no other process works on the job."""
+    """Raise InputError if a journal exists and no other process works on the job.
+
+    Args:
+        path: Path of the journal.
+        locks: The locks of the job.
+    """
     if path.exists() and not locks.has_live_peers():
         raise InputError(
             f"{path} exists from an earlier run: continue it with --resume, or choose another output folder"

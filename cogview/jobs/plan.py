@@ -145,6 +145,13 @@ class JobPlan:
 
         The batch size and, where the settings give none, the seed are those of an existing journal.
 
+        Args:
+            path: The file.
+            locks: The locks of the job.
+
+        Returns:
+            The open journal.
+
         Raises:
             InputError: The journal is that of another job.
         """

@@ -143,7 +143,12 @@ def read_job(source: str) -> tuple[list[JobRecord], list[str]]:
 
 
 def digest(records: Sequence[JobRecord], source: str) -> str:
-    """Return the SHA-256 of the content of a job; it does not depend on the format and the folder of ``source``."""
+    """Return the SHA-256 of the content of a job; it does not depend on the format and the folder of ``source``.
+
+    Args:
+        records: The records of the job.
+        source: Path of the job file.
+    """
     plain = []
     for record in records:
         values = {each.name: getattr(record, each.name) for each in fields(record) if each.name != "sampling"}

@@ -41,13 +41,23 @@ class JobObserver:
         """A request is done."""
 
     def recorded(self, num_results: int, num_codes: int) -> None:
-        """All processes together have recorded this number of the results that were missing at the start."""
+        """All processes together have recorded this number of the results that were missing at the start.
+
+        Args:
+            num_results: Results recorded so far.
+            num_codes: Codes and pieces sampled for them.
+        """
 
     def saved(self, path: Path) -> None:
         """An image was saved."""
 
     def captioned(self, caption: Caption, image: Path) -> None:
-        """A caption of an image file was generated."""
+        """A caption of an image file was generated.
+
+        Args:
+            caption: The caption.
+            image: The image file.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +98,9 @@ class JobRunner:
             journal: The journal of the plan.
             locks: The locks of the job.
             stop: Called before each chunk; the run ends where it returns True.
+
+        Returns:
+            Numbers of results and failures.
 
         Raises:
             DiskFull: The disk has no space for a result; finished results are kept.

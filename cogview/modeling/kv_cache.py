@@ -129,7 +129,12 @@ class KVCache:
             self.prefix.advance(count)
 
     def select(self, rows_B: Tensor, since: int = 0) -> None:
-        """Replace row i by a copy of row ``rows_B[i]`` (int64), from position ``since`` on."""
+        """Replace row i by a copy of row ``rows_B[i]`` (int64), from position ``since`` on.
+
+        Args:
+            rows_B: Row to copy for each row, (B,) int64.
+            since: First position to copy.
+        """
         prefix_length = 0 if self.prefix is None else self.prefix.max_length
         filled = slice(max(since - prefix_length, 0), self.length - prefix_length)
         for tensor in (self.keys_values, self.scales):

@@ -81,7 +81,12 @@ _LAYERS: dict[Quantization, type[Int8Linear] | type[Int4Linear]] = {"int8": Int8
 
 
 def swap_quantized_linears(transformer: nn.Module, quantization: Quantization) -> None:
-    """Replace the projections of ``transformer`` by quantized layers without weights; call it on the meta device."""
+    """Replace the projections of ``transformer`` by quantized layers without weights; call it on the meta device.
+
+    Args:
+        transformer: The transformer, on the meta device.
+        quantization: int8 or int4.
+    """
     for name, module in list(transformer.named_modules()):
         if isinstance(module, nn.Linear) and name.endswith(tuple(PROJECTIONS)):
             transformer.set_submodule(name, _LAYERS[quantization](module.in_features, module.out_features))
@@ -111,11 +116,22 @@ def quantize_weight(
 
 
 def quantized_names(name: str, quantization: Quantization) -> tuple[str, str]:
-    """Return the names of the two tensors that represent the weight ``name``: quantized values and scales."""
+    """Return the names of the two tensors that represent the weight ``name``: quantized values and scales.
+
+    Args:
+        name: Name of the weight.
+        quantization: int8 or int4.
+    """
     prefix = name.removesuffix("weight")
     return name, f"{prefix}scale" if quantization == "int8" else f"{prefix}scales_and_zeros"
 
 
 def dequantize_weight(weight: Tensor, scale: Tensor, quantization: Quantization) -> Tensor:
-    """Return the float32 weight (N, K) of quantized values and their scales."""
+    """Return the float32 weight (N, K) of quantized values and their scales.
+
+    Args:
+        weight: Quantized values: int8 (N, K) or packed int4 (N, K / 2).
+        scale: Scales (N,), or scales and zero points (G, N, 2).
+        quantization: int8 or int4.
+    """
     return dequantize_int8(weight, scale) if quantization == "int8" else dequantize_int4(weight, scale)

@@ -218,7 +218,14 @@ class Layer(nn.Module):
         self.mlp_output_norm = LayerNorm(config.width)
 
     def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
-        """Return the residual stream after this layer, whose index in the cache is ``number``."""
+        """Return the residual stream after this layer, whose index in the cache is ``number``.
+
+        Args:
+            x_BTD: Residual stream (B, T, D).
+            bias_B1TS: Bias of the attention scores (B, 1, T, S), or None for causal attention.
+            cache: KV cache, or None.
+            number: Index of the layer in the cache.
+        """
         attended = self.attention(self.attention_norm(x_BTD), bias_B1TS, cache, number)
         norm, mlp_norm = self.attention_output_norm, self.mlp_norm
         x_BTD, normed = sandwich_layer_norm(x_BTD, attended, norm.weight, norm.bias, mlp_norm.weight, mlp_norm.bias)
@@ -237,7 +244,14 @@ class Attention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
-        """Return the attention branch (B, T, D) of the layer ``number``."""
+        """Return the attention branch (B, T, D) of the layer ``number``.
+
+        Args:
+            x_BTD: Normalized input (B, T, D).
+            bias_B1TS: Bias of the attention scores (B, 1, T, S), or None for causal attention.
+            cache: KV cache, or None.
+            number: Index of the layer in the cache.
+        """
         batch, length, width = x_BTD.shape
         split = self.query_key_value(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
         qkv_3BHTK = split.permute(2, 0, 3, 1, 4)

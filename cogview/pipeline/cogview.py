@@ -99,6 +99,18 @@ class CogView(LoadedModel):
         """Generate images from text and return an iterator that yields them as batches are finished.
 
         Arguments and errors are those of ``generate``.
+
+        Args:
+            prompts: One prompt or several.
+            n: Images per prompt.
+            seed: Seed; None chooses one, which the images carry.
+            sampling: Sampling settings; None takes those of the model.
+            batch_size: Maximum number of images at a time; None plans it by memory.
+            callback: Called after every line of codes; where it returns False, generation ends.
+            **overrides: Fields of ``Sampling`` to change, such as ``temperature``.
+
+        Returns:
+            The iterator over images, prompt by prompt.
         """
         self.require_task("generate")
         _require_positive(n, "the number of images")
@@ -262,6 +274,10 @@ class CogView(LoadedModel):
 
     def batch_sizes(self, requests: Sequence[GenerationRequest], *, batch_size: int | None = None) -> list[int]:
         """Return the sizes of the batches in which ``run`` would take the requests now, in order.
+
+        Args:
+            requests: The requests.
+            batch_size: Maximum number of requests at a time; None plans it by memory.
 
         Raises:
             InputError: As ``run`` does.

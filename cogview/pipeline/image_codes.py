@@ -66,14 +66,26 @@ def encode_images(
 
 
 def decode_images(codes: np.ndarray, context: PipelineContext) -> np.ndarray:
-    """Return the uint8 RGB images of (B, G, G) codes, for any G: (B, H, W, 3)."""
+    """Return the uint8 RGB images of (B, G, G) codes, for any G: (B, H, W, 3).
+
+    Args:
+        codes: int64 codes (B, G, G).
+        context: The model.
+    """
     return to_uint8(context.image_tokenizer.decode(torch.from_numpy(codes).to(context.placement.device)))
 
 
 def decode_all_images(
     codes: Sequence[np.ndarray], context: PipelineContext, planner: BatchPlanner, free_bytes: float
 ) -> list[np.ndarray]:
-    """Return the uint8 RGB images (H, W, 3) of (G, G) codes of any sides, in batches of one side that fit in memory."""
+    """Return the uint8 RGB images (H, W, 3) of (G, G) codes of any sides, in batches of one side that fit in memory.
+
+    Args:
+        codes: int64 codes (G, G) of each image.
+        context: The model.
+        planner: Splits the images into batches.
+        free_bytes: Bytes that decoding may take.
+    """
     images: dict[int, np.ndarray] = {}
     for side in dict.fromkeys(map(len, codes)):
         members = [index for index, own in enumerate(codes) if len(own) == side]

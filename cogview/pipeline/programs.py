@@ -193,7 +193,13 @@ class ProgramBuilder:
 
 
 def given_values(task: Task, prompt_ids: Sequence[int], codes: np.ndarray | None) -> dict[str, Any]:
-    """Return what a request gives, by the elements of the layout: piece ids for its texts, codes for its image."""
+    """Return what a request gives, by the elements of the layout: piece ids for its texts, codes for its image.
+
+    Args:
+        task: The task.
+        prompt_ids: Piece ids of the prompt.
+        codes: Codes of the given image, or None.
+    """
     values: dict[str, Any] = dict.fromkeys(task.given_texts, prompt_ids)
     return values if codes is None or task.given_image is None else values | {task.given_image.name: codes}
 

@@ -76,7 +76,14 @@ def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int) -> Promp
 def text_to_image_requests(
     prompts: Sequence[Prompt], *, n: int, seed: int, sampling: Sampling | None
 ) -> list[GenerationRequest]:
-    """Return requests for ``n`` images of each prompt, prompt by prompt."""
+    """Return requests for ``n`` images of each prompt, prompt by prompt.
+
+    Args:
+        prompts: Checked prompts.
+        n: Images per prompt.
+        seed: Seed of all requests; the index of an image keys its noise.
+        sampling: Sampling settings; None takes those of the model.
+    """
     return [
         GenerationRequest(prompt=prompt.text, prompt_ids=prompt.ids, seed=seed, index=index, sampling=sampling)
         for prompt in prompts
@@ -87,7 +94,16 @@ def text_to_image_requests(
 def completion_requests(
     prompts: Sequence[Prompt], codes_BGG: np.ndarray, *, rows: int, n: int, seed: int, sampling: Sampling
 ) -> list[GenerationRequest]:
-    """Return requests for ``n`` completions of each image, of which the first ``rows`` rows of codes are kept."""
+    """Return requests for ``n`` completions of each image, of which the first ``rows`` rows of codes are kept.
+
+    Args:
+        prompts: A checked prompt for each image.
+        codes_BGG: Codes of the images, (B, G, G).
+        rows: Rows of codes to keep.
+        n: Completions per image.
+        seed: Seed of all requests.
+        sampling: Sampling settings.
+    """
     return [
         GenerationRequest(
             prompt=prompt.text, prompt_ids=prompt.ids, seed=seed, index=index, codes=codes[:rows], sampling=sampling
@@ -109,6 +125,14 @@ def upscale_requests(
     """Return a request to upscale each image.
 
     A ``GeneratedImage`` keeps its index, so that several images of one prompt do not share their noise.
+
+    Args:
+        prompts: A checked prompt for each image.
+        images: The images.
+        codes_BGG: Their codes, (B, G, G).
+        task: ``upscale`` or ``low_level``.
+        seed: Seed of all requests.
+        sampling: Sampling settings.
     """
     return [
         GenerationRequest(
@@ -125,7 +149,14 @@ def upscale_requests(
 
 
 def caption_requests(codes_BGG: np.ndarray, *, n: int, seed: int, sampling: Sampling) -> list[GenerationRequest]:
-    """Return requests for ``n`` captions of each image, image by image."""
+    """Return requests for ``n`` captions of each image, image by image.
+
+    Args:
+        codes_BGG: Codes of the images, (B, G, G).
+        n: Captions per image.
+        seed: Seed of all requests.
+        sampling: Sampling settings.
+    """
     return [
         GenerationRequest(seed=seed, index=index, task="caption", codes=codes, sampling=sampling)
         for codes in codes_BGG

@@ -87,6 +87,10 @@ class _RenderedRows(Dataset[_Row]):
 def name_pieces(names: Sequence[str], text_tokenizer: TextTokenizer) -> dict[str, int]:
     """Return the text piece of each name.
 
+    Args:
+        names: The names.
+        text_tokenizer: The text tokenizer.
+
     Raises:
         InputError: A name takes several pieces.
     """
@@ -127,6 +131,12 @@ def store_header(
     dataset: ImageDataset, text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer, settings: EncodeSettings
 ) -> StoreHeader:
     """Return the header of the store that ``encode_dataset`` writes.
+
+    Args:
+        dataset: The images and captions.
+        text_tokenizer: The text tokenizer.
+        image_tokenizer: The image tokenizer.
+        settings: Settings of the encoding.
 
     Raises:
         InputError: The side of the images is no multiple of the tokenizer's ``downsampling`` at every scale.
