@@ -10,6 +10,7 @@ setup(
         "cogview.cli",
         "cogview.data",
         "cogview.data.builders",
+        "cogview.diagnostics",
         "cogview.emoji",
         "cogview.emoji.evaluation",
         "cogview.evaluation",

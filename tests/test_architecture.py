@@ -42,13 +42,8 @@ DATA_TABLES: tuple[str, ...] = ()  # may be longer than other files, as Triton k
 
 KNOWN_OFFENDERS: dict[str, tuple[str, ...]] = {
     "import": (),
-    "file": (
-        "cogview/cli/job.py",
-        "cogview/data/v1_datasets.py",
-    ),
     "call": (
         "cogview/cli/options.py:model_options:option_group",
-        "cogview/cli/session.py:open_session:GenerationSession.open",
         "tokenizers/text.py:train_text_tokenizer:sentencepiece.SentencePieceTrainer.train",
         "vqvae/model.py:_residual_networks:nn.Sequential",
     ),

@@ -10,21 +10,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cogview import diagnostics
-from cogview.diagnostics import (
+from cogview.diagnostics import machine as diagnostics
+from cogview.diagnostics.machine import (
     Diagnosis,
     SupportedVersions,
-    check_data_wait,
     check_devices,
     check_disk,
-    check_memory,
     check_package,
     check_processes,
     check_versions,
-    examine,
     guarded,
     time_all_reduce,
 )
+from cogview.diagnostics.recipe import check_data_wait, check_memory, examine
 from cogview.errors import InputError
 
 Usage = namedtuple("Usage", "total used free")

@@ -40,7 +40,7 @@ def command(
     With a RECIPE, also check its stores and compute two steps, with the predicted and the peak memory. The status is 1
     if there is a problem.
     """
-    from cogview.diagnostics import examine, replay_nonfinite_step
+    from cogview.diagnostics.recipe import examine, replay_nonfinite_step
     from cogview.training.recipe import Recipe
 
     if dump is not None and recipe is not None:

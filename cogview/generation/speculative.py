@@ -28,8 +28,8 @@ from cogview.generation.decoding_state import DecodingState
 from cogview.generation.requests import DecodingCallback, notify
 from cogview.generation.token_sampler import TokenSampler
 
-# Columns of all rows together that a forward pass may read, by device; measured with scripts/benchmarks/speculative.py on
-# a CPU, assumed for GPUs.
+# Columns of all rows together that a forward pass may read, by device: measured on a CPU with
+# scripts/benchmarks/speculative.py, assumed for GPUs.
 WINDOW_BUDGET = {"cpu": 64, "cuda": 128, "mps": 1}
 MIN_WINDOW = 8  # columns of a row; a smaller window is not worthwhile
 INITIAL_WINDOW = 32

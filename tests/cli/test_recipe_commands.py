@@ -17,12 +17,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cogview import diagnostics
 from cogview.checkpoints.checkpoint import read_config
 from cogview.cli import evaluate
 from cogview.cli.main import main
 from cogview.data.store import TokenStore
 from cogview.data.store_writer import StoreWriter
+from cogview.diagnostics import recipe as diagnostics
 from cogview.emoji.evaluation import reports, scenes
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
