@@ -125,8 +125,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_image_run_of_own_dataset_learns_the_shapes(work):
     lines = (work / "image-run" / "metrics.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
-    assert last["held_out_psnr"] > 15
-    assert last["held_out_images"] == 2
+    assert last["validation_psnr"] > 15
+    assert last["validation_images"] == 2
     with Image.open(next((work / "image-run" / "samples").glob("*.png"))) as sheet:
         assert sheet.size == (2 * 132 + 4, 2 * 132 + 4)  # two held-out shapes above their reconstructions
 

@@ -8,11 +8,13 @@ An application implements :class:`ImageDataset` for one split of its images. The
 # H, W image in pixels
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+
+from cogview.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,51 @@ class ImageDataset(Protocol):
     def __getitem__(self, index: int) -> ImageExample:
         """Return example ``index``, from 0 to ``len`` - 1."""
         ...
+
+
+def render(example: ImageExample, side: int, scale: float = 1) -> np.ndarray:
+    """Render an example and check the result.
+
+    Args:
+        example: The example.
+        side: Side of the dataset's images at scale 1, in pixels.
+        scale: Scale of the rendition.
+
+    Returns:
+        uint8 RGB (side * scale, side * scale, 3).
+
+    Raises:
+        InputError: The rendition has another shape or dtype.
+    """
+    size = round(side * scale)
+    pixels = example.render(scale)
+    if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
+        raise InputError(
+            f"image {example.identity} at scale {scale:g} must be uint8 ({size}, {size}, 3), "
+            f"got {pixels.dtype} {pixels.shape}"
+        )
+    return pixels
+
+
+def check_dataset(dataset: ImageDataset, downsampling: int, scales: Iterable[float] = (1,)) -> None:
+    """Check that a dataset has images whose sides divide into codes.
+
+    Args:
+        dataset: The images.
+        downsampling: Pixels on each side of the square that one code stands for.
+        scales: Scales of the renditions.
+
+    Raises:
+        InputError: There are no images, or a side is no multiple of ``downsampling``.
+    """
+    if not len(dataset):
+        raise InputError("the dataset has no images, expected at least 1")
+    for scale in scales:
+        if dataset.side * scale % downsampling:
+            raise InputError(
+                f"images of {dataset.side * scale:g} pixels do not divide into codes of {downsampling} pixels; "
+                f"choose a side that is a multiple of {downsampling} at every scale"
+            )
 
 
 def caption_of(dataset: ImageDataset, row: int) -> tuple[ImageExample, str]:

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer, save_image_tokenizer
 from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.config_io import to_mapping
-from cogview.data.image_dataset import ImageDataset
+from cogview.data.image_dataset import ImageDataset, check_dataset, render
 from cogview.data.keyed_random import KeyedRandom
 from cogview.data.sampling_order import sample_index
 from cogview.device import training_dtype
@@ -35,6 +35,7 @@ from cogview.image_io.contact_sheet import contact_sheet
 from cogview.signals import worker_init
 from cogview.training.loop import BatchSource, Trainer, run_loop
 from cogview.training.run_folder import RunFolder, Writer
+from cogview.training.run_record import VALIDATION
 from cogview.training.settings import RunSettings
 from cogview.vqvae.codec import reconstruct, to_float
 from cogview.vqvae.lr_schedule import warmup_cosine
@@ -106,7 +107,7 @@ class TrainingImages(Dataset[Tensor]):
         random = KeyedRandom("part", example.identity, *([epoch] if epoch else []))
         steps = (scale - 1) * side // self.downsampling + 1
         top, left = (self.downsampling * random.randbelow(steps) for _ in range(2))
-        return to_float(example.render(scale)[top : top + side, left : left + side])
+        return to_float(render(example, side, scale)[top : top + side, left : left + side])
 
 
 def training_batches(
@@ -290,12 +291,12 @@ class VQVAETrainer(Trainer[Tensor]):
             raise ValueError("evaluation needs held-out images; give held_out to the trainer")
         metrics = evaluate_vqvae(self.model, held_out_batches(self.held_out, self.model.downsampling, self.scales))
         reconstruction_sheet(self.model, self.held_out).save(folder / f"step-{step:08d}.png")
-        return {f"held_out_{name}": value for name, value in metrics.items()}
+        return {f"{VALIDATION}{name}": value for name, value in metrics.items()}
 
 
 def reconstruction_sheet(model: VQVAE, dataset: ImageDataset, count: int = SHEET_IMAGES) -> Image.Image:
     """Return a sheet of images in the upper row and their reconstructions in the lower, at twice their size."""
-    pixels = [dataset[index].render(1) for index in range(min(count, len(dataset)))]
+    pixels = [render(dataset[index], dataset.side) for index in range(min(count, len(dataset)))]
     return contact_sheet([*pixels, *reconstruct(model, np.stack(pixels))], columns=len(pixels), scale=2)
 
 
@@ -322,8 +323,10 @@ def train_vqvae(
         0, or the exit status of a run that was stopped.
 
     Raises:
-        InputError: The run cannot begin or continue as the recipe requires.
+        InputError: The datasets do not suit the model, or the run cannot begin or continue as the recipe requires.
     """
+    for dataset in (training, held_out):
+        check_dataset(dataset, recipe.model.downsampling)
     initial = None if recipe.init_from is None else load_initial_vqvae(recipe.init_from, recipe.model)
     settings, downsampling = recipe.training, recipe.model.downsampling
     images = TrainingImages(training, downsampling, recipe.scales, settings.seed)

@@ -276,8 +276,8 @@ def test_train_vqvae_exports_the_trained_tokenizer(make_tiny_world, tmp_path, fe
 def test_vqvae_trainer_evaluates_on_held_out_images_and_writes_a_sheet(make_tiny_world, tmp_path, few_held_out):
     trainer = VQVAETrainer(CONFIG, TRAINING, CPU, held_out=SceneDataset(make_tiny_world(), 1, held_out=True))
     metrics = trainer.evaluate(3, tmp_path)
-    assert set(metrics) == {f"held_out_{name}" for name in ("psnr", "codes_used", "perplexity", "images")}
-    assert metrics["held_out_images"] == 6
+    assert set(metrics) == {f"validation_{name}" for name in ("psnr", "codes_used", "perplexity", "images")}
+    assert metrics["validation_images"] == 6
     with Image.open(tmp_path / "step-00000003.png") as sheet:
         assert sheet.size == (12 * 132 + 4, 2 * 132 + 4)  # scenes above, reconstructions below
 
@@ -314,3 +314,24 @@ def test_training_images_are_cropped_on_the_grid_of_codes_at_larger_scales(make_
 def test_vqvae_recipe_refuses_scales_below_one(scales):
     with pytest.raises(ValueError, match="scales must be whole numbers from 1, got "):
         VQVAERecipe(training=TRAINING, scales=scales)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"side": 20},
+            "images of 20 pixels do not divide into codes of 8 pixels; choose a side",
+        ),
+        ({"__len__": lambda self: 0}, "the dataset has no images, expected at least 1"),
+        (
+            {"render": lambda self, index, scale: np.zeros((16, 15, 3), dtype=np.uint8)},
+            r"image colour-\d at scale 1 must be uint8 \(16, 16, 3\), got uint8 \(16, 15, 3\)",
+        ),
+    ],
+)
+def test_train_vqvae_refuses_datasets_that_do_not_suit_the_model(tmp_path, changes, message):
+    dataset = type("Unsuitable", (PlainColours,), changes)()
+    recipe = VQVAERecipe(training=TRAINING, model=CONFIG)
+    with pytest.raises(InputError, match=message):
+        train_vqvae(recipe, dataset, PlainColours(), RunFolder(tmp_path), CPU)

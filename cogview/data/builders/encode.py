@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cogview.data.image_dataset import ImageDataset, NamedRegion, caption_of
+from cogview.data.image_dataset import ImageDataset, NamedRegion, caption_of, check_dataset, render
 from cogview.data.store import NAMES_FIELD, NO_TOKEN, TEXT_FIELD, StoreHeader
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
@@ -80,7 +80,7 @@ class _RenderedRows(Dataset[_Row]):
 
     def __getitem__(self, row: int) -> _Row:
         example, caption = caption_of(self.dataset, row)
-        images = {field: example.render(scale) for field, scale in self.scales.items()}
+        images = {field: render(example, self.dataset.side, scale) for field, scale in self.scales.items()}
         return _Row(images=images, pieces=self.text_tokenizer.encode(caption), regions=example.regions)
 
 
@@ -139,16 +139,10 @@ def store_header(
         settings: Settings of the encoding.
 
     Raises:
-        InputError: The side of the images is no multiple of the tokenizer's ``downsampling`` at every scale.
+        InputError: There are no images, or their sides do not divide into codes at every scale.
     """
-    downsampling = image_tokenizer.downsampling
-    for scale in settings.scales.values():
-        if dataset.side * scale % downsampling:
-            raise InputError(
-                f"images of {dataset.side * scale:g} pixels do not divide into codes of {downsampling} pixels; "
-                f"choose a side that is a multiple of {downsampling} at every scale"
-            )
-    grid = dataset.side // downsampling
+    check_dataset(dataset, image_tokenizer.downsampling, settings.scales.values())
+    grid = dataset.side // image_tokenizer.downsampling
     return StoreHeader(
         fields={
             TEXT_FIELD: settings.text_width,

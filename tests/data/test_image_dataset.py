@@ -1,0 +1,70 @@
+"""Examples of image datasets: renditions of stored pixels, rows of several captions, checks."""
+
+import numpy as np
+import pytest
+
+from cogview.data.image_dataset import ImageExample, caption_of, captions, check_dataset, render
+from cogview.errors import InputError
+
+
+def example(pixels: np.ndarray, side: int = 16, **changes) -> ImageExample:
+    return ImageExample.from_pixels(pixels, **{"side": side, "identity": "照片", "captions": ("一张照片",), **changes})
+
+
+class Numbers:
+    """Two examples with two captions and one."""
+
+    side, names, is_shuffled, provenance = 8, (), False, {}
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        pixels = np.full((8, 8, 3), index, dtype=np.uint8)
+        return example(pixels, 8, identity=str(index), captions=("一", "二")[: 2 - index])
+
+
+def test_from_pixels_renders_every_scale_of_the_side():
+    pixels = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    made = example(pixels)
+    assert render(made, 16, 2) is pixels  # the stored pixels where they have the size
+    for scale, size in ((1, 16), (0.5, 8), (3, 48)):
+        assert render(made, 16, scale).shape == (size, size, 3)
+    flat = example(np.full((32, 32, 3), 77, dtype=np.uint8))
+    assert (render(flat, 16, 0.5) == 77).all()
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 15, 3), (16, 16, 4)])
+def test_from_pixels_refuses_images_that_are_not_square_rgb(shape):
+    with pytest.raises(ValueError, match="example 照片 needs uint8"):
+        example(np.zeros(shape, dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"got float64 \(16, 16, 3\)"):
+        example(np.zeros((16, 16, 3)))
+
+
+def test_image_example_refuses_an_empty_list_of_captions():
+    with pytest.raises(ValueError, match="example 照片 has no caption, expected at least one"):
+        example(np.zeros((16, 16, 3), dtype=np.uint8), captions=())
+
+
+def test_captions_yields_every_caption_once():
+    assert list(captions(Numbers())) == ["一", "二", "一"]
+
+
+def test_caption_of_pairs_rows_beyond_the_examples_with_their_next_captions():
+    rows = [caption_of(Numbers(), row) for row in range(6)]
+    assert [(made.identity, caption) for made, caption in rows] == [
+        *(("0", "一"), ("1", "一"), ("0", "二"), ("1", "一"), ("0", "一"), ("1", "一"))
+    ]
+
+
+def test_render_refuses_renditions_of_another_size():
+    wrong = ImageExample(identity="7", captions=("一",), render=lambda scale: np.zeros((8, 8, 3), dtype=np.uint8))
+    with pytest.raises(InputError, match=r"image 7 at scale 2 must be uint8 \(16, 16, 3\), got uint8 \(8, 8, 3\)"):
+        render(wrong, 8, 2)
+
+
+def test_check_dataset_refuses_sides_that_do_not_divide_into_codes():
+    check_dataset(Numbers(), 8, (1, 2))
+    with pytest.raises(InputError, match="images of 4 pixels do not divide into codes of 8 pixels"):
+        check_dataset(Numbers(), 8, (1, 0.5))
