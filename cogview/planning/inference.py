@@ -2,7 +2,7 @@
 
 ``estimate_inference`` returns an ``InferenceEstimate``. Its memory has a constant part and a part of each sequence:
 
-    total    = layers + embedding + packed + image_tokenizer + workspace + overhead + rows x per_row
+    total    = layers + embedding + prepacked + image_tokenizer + workspace + overhead + rows x per_row
     per_row  = max(kv_cache + max(activations, logits), images)
 
 The VQ-VAE runs before or after decoding, when the KV cache is freed; hence the outer maximum.
@@ -92,7 +92,7 @@ class InferenceEstimate:
     # Bytes that do not depend on the number of sequences:
     layers: int
     embedding: int  # with positions and the last norm
-    packed: int  # copies of weights packed for MKL
+    prepacked: int  # copies of weights packed for MKL
     image_tokenizer: int
     workspace: int  # weights converted for a product
     overhead: int
@@ -105,7 +105,7 @@ class InferenceEstimate:
     @property
     def constant(self) -> int:
         """Bytes that do not depend on the number of sequences."""
-        return self.layers + self.embedding + self.packed + self.image_tokenizer + self.workspace + self.overhead
+        return self.layers + self.embedding + self.prepacked + self.image_tokenizer + self.workspace + self.overhead
 
     @property
     def per_row(self) -> int:
@@ -228,7 +228,7 @@ def estimate_inference(
         image_tokenizer=image_tokenizer_bytes(image_config),
         workspace=workspace_bytes(shape, dtype, device_type),
         overhead=OVERHEAD[device_type],
-        packed=prepacked_bytes(shape, config.vocabulary, task) if uses_prepacking(dtype, device_type) else 0,
+        prepacked=prepacked_bytes(shape, config.vocabulary, task) if uses_prepacking(dtype, device_type) else 0,
         kv_cache=0 if scores else copies * length * position_bytes(shape, dtype),
         activations=copies * max(forward_bytes(shape, dtype, device_type, one, padded=padded) for one in passes),
         logits=max(

@@ -148,7 +148,7 @@ class InferenceReport:
         return [
             ("layers", "transformer layers", estimate.layers, layers),
             ("embedding", "embedding, positions", estimate.embedding, rows),
-            ("packed", "packed for MKL", estimate.packed, "copies of the layers and of the output embedding"),
+            ("prepacked", "packed for MKL", estimate.prepacked, "copies of the layers and of the output embedding"),
             ("image_tokenizer", "VQ-VAE", estimate.image_tokenizer, "float32"),
             ("workspace", "workspace", estimate.workspace, "weights that are converted for a product"),
             ("overhead", "overhead", estimate.overhead, overhead),

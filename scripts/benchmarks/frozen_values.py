@@ -35,6 +35,7 @@ FORMER_NAMES = {
     "max_micro_batch_size": "largest_rows",
     "max_rows": "largest_rows",
     "memory/images": "pictures",
+    "memory/prepacked": "packed",
     "seconds/decoding": "steps",
     "seconds/images": "pictures",
     "seconds/prefill": "given",

@@ -51,7 +51,7 @@ def test_estimate_memory_parts_add_up_for_checkpoint_folder(tiny_checkpoint, cap
     assert (found["task"], found["rows"], found["dtype"]) == ("caption", 3, "float32")
     memory = found["memory"]
     assert memory["total"] == memory["constant"] + 3 * memory["per_row"]
-    parts = ("layers", "embedding", "packed", "image_tokenizer", "workspace", "overhead")
+    parts = ("layers", "embedding", "prepacked", "image_tokenizer", "workspace", "overhead")
     assert memory["constant"] == sum(memory.get(part, 0) for part in parts)
     assert found["fits"] is True
     assert found["seconds"]["total"] == pytest.approx(
@@ -63,13 +63,13 @@ def test_estimate_counts_weights_packed_for_mkl_on_cpu(tiny_checkpoint, capsys, 
     arguments = ["--model", str(tiny_checkpoint), "--device", "cpu:16GB"]
     monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
     memory = report(capsys, *arguments)["memory"]
-    assert memory["packed"] == 4 * 32 * (12 * 32 * 2 + 8192)  # the projections of two layers, and the codes
+    assert memory["prepacked"] == 4 * 32 * (12 * 32 * 2 + 8192)  # the projections of two layers, and the codes
     main(["estimate", *arguments])
     assert "packed for MKL" in capsys.readouterr().out
     for other in (["--dtype", "bfloat16"], ["--device", "cuda:16GB"]):
-        assert "packed" not in report(capsys, *arguments, *other)["memory"]
+        assert "prepacked" not in report(capsys, *arguments, *other)["memory"]
     monkeypatch.setattr("torch.backends.mkl.is_available", lambda: False)
-    assert "packed" not in report(capsys, *arguments)["memory"]
+    assert "prepacked" not in report(capsys, *arguments)["memory"]
 
 
 def test_estimate_uses_packaged_model_by_default(capsys):

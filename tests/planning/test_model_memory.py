@@ -76,8 +76,10 @@ def test_prepacked_bytes_equal_those_of_transformer():
     assert transformer.prepack_bytes(codes) == 0  # packing is off
     transformer.prepack()
     found = small_estimate(config)
-    assert found.packed == transformer.prepack_bytes(codes)
-    assert small_estimate(config, dtype="bfloat16").packed == small_estimate(config, device_type="cuda").packed == 0
+    assert found.prepacked == transformer.prepack_bytes(codes)
+    assert (
+        small_estimate(config, dtype="bfloat16").prepacked == small_estimate(config, device_type="cuda").prepacked == 0
+    )
     request = DecodingRequest(sequence=sequence_of(config, "generate"), seed=0, sampling=Sampling())
     decode(transformer, config.vocabulary, [request])
     assert transformer.prepack_bytes(codes) == 0
