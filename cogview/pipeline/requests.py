@@ -61,7 +61,7 @@ def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int) -> Promp
         InputError: If the text is empty, not UTF-8 or too long.
     """
     if not text.strip():
-        raise InputError("the prompt is empty; say what to draw, for example 一个红苹果")
+        raise InputError("the prompt is empty; describe an image, for example 一个红苹果")
     try:
         ids = tokenizer.encode(text)
     except ValueError as error:

@@ -298,7 +298,7 @@ def test_generate_skips_prompts_that_cannot_be_used(generate):
     assert status == 2
     assert [file.name for file in files] == [f"{FOX}-seed7-0.png", "grid-seed7.png"]
     assert [line for line in err.splitlines() if line.startswith("skipped: ")] == [
-        "skipped: the prompt is empty; say what to draw, for example 一个红苹果",
+        "skipped: the prompt is empty; describe an image, for example 一个红苹果",
         "skipped: the prompt “蓝色背景上的三只狗蓝色背景上的三只狗蓝色…” is 27 pieces long, 20 fit; shorten it",
     ]
 

@@ -131,7 +131,7 @@ def test_rerank_refuses_an_empty_prompt(rerank, save_image, no_image_is_read):
     status, [found], err = rerank("--prompt", " ", "a.png")
     assert status == 2
     assert found["images"][0]["error"].startswith("the prompt is empty")
-    assert "skipped: the prompt is empty; say what to draw" in err
+    assert "skipped: the prompt is empty; describe an image" in err
 
 
 def test_rerank_orders_images_by_score():

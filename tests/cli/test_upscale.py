@@ -112,7 +112,7 @@ def test_upscale_fails_when_no_image_can_be_read(upscale):
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        (" ", "the prompt is empty; say what to draw, for example 一个红苹果"),
+        (" ", "the prompt is empty; describe an image, for example 一个红苹果"),
         (DOG * 3, "the prompt “蓝色背景上的三只狗蓝色背景上的三只狗蓝色…” is 27 pieces long, 20 fit; shorten it"),
     ],
 )

@@ -1,4 +1,4 @@
-"""``CogView``: the same picture alone or in any batch, its codes and probability, and what it refuses."""
+"""``CogView``: the same image alone or in any batch, its codes and probability, and what it refuses."""
 
 from dataclasses import replace
 
@@ -21,39 +21,40 @@ PROMPTS = ["狐狸", "一只狐狸在汽车的左边", "蓝色背景上的三只
 TOO_LONG = "蓝色背景上的三只狐狸" * 3
 
 
-def codes_of(pictures):
-    return np.stack([picture.codes for picture in pictures])
+def codes_of(images):
+    """Return the codes of images, stacked."""
+    return np.stack([image.codes for image in images])
 
 
-def rows_of(model, pictures):
-    """Each picture's whole row of ids, its positions, and where the codes lie."""
+def rows_of(model, images):
+    """Each image's whole row of ids, its positions, and where the codes lie."""
     layout = model.config.layouts["generate"]
-    for picture in pictures:
-        text = model.text_tokenizer.encode(picture.prompt)
-        row = layout.arrange(model.vocabulary, text=text, image=picture.codes)
+    for image in images:
+        text = model.text_tokenizer.encode(image.prompt)
+        row = layout.arrange(model.vocabulary, text=text, image=image.codes)
         yield torch.from_numpy(row.ids)[None], torch.from_numpy(row.positions)[None], row.spans["image"]
 
 
 def test_generated_image_carries_its_request(tiny_model):
     """Prompt, seed, index, sampling, codes and log-probability come with the image."""
-    pictures = tiny_model.generate(PROMPTS, n=2, seed=7, temperature=0.8, top_p=0.9)
-    assert [(p.prompt, p.seed, p.index) for p in pictures] == [(prompt, 7, i) for prompt in PROMPTS for i in (0, 1)]
-    for picture in pictures:
-        assert isinstance(picture, Image.Image)
-        assert (picture.mode, picture.size) == ("RGB", (64, 64))
-        assert (picture.sampling.temperature, picture.sampling.top_k, picture.sampling.top_p) == (0.8, 100, 0.9)
-        assert (picture.codes.shape, picture.codes.dtype) == ((8, 8), np.int64)
-        assert picture.log_probability < 0
-        assert picture.resize((32, 32)).size == (32, 32)
+    images = tiny_model.generate(PROMPTS, n=2, seed=7, temperature=0.8, top_p=0.9)
+    assert [(p.prompt, p.seed, p.index) for p in images] == [(prompt, 7, i) for prompt in PROMPTS for i in (0, 1)]
+    for image in images:
+        assert isinstance(image, Image.Image)
+        assert (image.mode, image.size) == ("RGB", (64, 64))
+        assert (image.sampling.temperature, image.sampling.top_k, image.sampling.top_p) == (0.8, 100, 0.9)
+        assert (image.codes.shape, image.codes.dtype) == ((8, 8), np.int64)
+        assert image.log_probability < 0
+        assert image.resize((32, 32)).size == (32, 32)
 
 
 def test_generated_image_shows_its_codes(tiny_model):
     """The pixels are those that the image tokenizer decodes from the codes."""
-    picture = tiny_model.generate("狐狸", seed=7)[0]
-    decoded = tiny_model.image_tokenizer.decode(torch.from_numpy(picture.codes)[None])[0]
+    image = tiny_model.generate("狐狸", seed=7)[0]
+    decoded = tiny_model.image_tokenizer.decode(torch.from_numpy(image.codes)[None])[0]
     expected = (decoded.permute(1, 2, 0) * 255).round().numpy()
-    np.testing.assert_array_equal(np.asarray(picture), expected)
-    assert np.asarray(picture).std() > 0
+    np.testing.assert_array_equal(np.asarray(image), expected)
+    assert np.asarray(image).std() > 0
 
 
 def test_generate_is_reproducible_by_seed(tiny_model):
@@ -62,7 +63,7 @@ def test_generate_is_reproducible_by_seed(tiny_model):
     torch.manual_seed(99)  # the generator of torch has no say
     again = tiny_model.generate(PROMPTS, n=2, seed=7)
     np.testing.assert_array_equal(codes_of(first), codes_of(again))
-    assert [picture.tobytes() for picture in first] == [picture.tobytes() for picture in again]
+    assert [image.tobytes() for image in first] == [image.tobytes() for image in again]
 
 
 def test_generate_depends_on_seed_index_and_prompt(tiny_model):
@@ -82,8 +83,8 @@ def test_generate_is_independent_of_batch_size(tiny_model, batch_size):
     apart = tiny_model.generate(PROMPTS, n=3, seed=7, batch_size=batch_size)
     np.testing.assert_array_equal(codes_of(together), codes_of(apart))
     np.testing.assert_allclose(
-        [picture.log_probability for picture in together],
-        [picture.log_probability for picture in apart],
+        [image.log_probability for image in together],
+        [image.log_probability for image in apart],
         rtol=1e-5,
     )
 
@@ -92,14 +93,14 @@ def test_run_is_independent_of_other_requests(tiny_model):
     """Image 2 of a prompt is the same without images 0 and 1."""
     wanted = tiny_model.generate(PROMPTS[1], n=3, seed=7)[2]
     mixed = [GenerationRequest(prompt=PROMPTS[0], seed=1), GenerationRequest(prompt=PROMPTS[1], seed=7, index=2)]
-    drawn = list(tiny_model.run(mixed))[1]
-    np.testing.assert_array_equal(drawn.codes, wanted.codes)
+    generated = list(tiny_model.run(mixed))[1]
+    np.testing.assert_array_equal(generated.codes, wanted.codes)
 
 
 def test_generate_normalizes_width_of_characters(tiny_model):
     """Full-width and half-width spellings of a prompt give one image."""
-    pictures = tiny_model.generate(["A1,红苹果", "Ａ１，红苹果"], seed=7)
-    np.testing.assert_array_equal(pictures[0].codes, pictures[1].codes)
+    images = tiny_model.generate(["A1,红苹果", "Ａ１，红苹果"], seed=7)
+    np.testing.assert_array_equal(images[0].codes, images[1].codes)
 
 
 @pytest.mark.parametrize("settings", [{}, {"temperature": 5.0, "top_k": 0}, {"top_k": 0, "top_p": 0.3}])
@@ -113,18 +114,18 @@ def test_generate_samples_image_codes_only(tiny_model, settings):
 
 def test_log_probability_equals_full_forward(tiny_model):
     """The filters of sampling do not change it."""
-    pictures = tiny_model.generate(PROMPTS, n=2, seed=7, temperature=0.5, top_k=10)  # filters must not change it
-    for picture, (ids, positions, image) in zip(pictures, rows_of(tiny_model, pictures), strict=True):
+    images = tiny_model.generate(PROMPTS, n=2, seed=7, temperature=0.5, top_k=10)  # filters must not change it
+    for image, (ids, positions, image) in zip(images, rows_of(tiny_model, images), strict=True):
         with torch.inference_mode():
             logits = tiny_model.transformer(ids, positions)[0, image.start - 1 : image.stop - 1, :8192]
         chosen = logits.double().log_softmax(dim=-1).gather(1, ids[0, image, None])
-        assert picture.log_probability == pytest.approx(float(chosen.sum()), rel=1e-6)
+        assert image.log_probability == pytest.approx(float(chosen.sum()), rel=1e-6)
 
 
 def test_greedy_codes_equal_full_forward(tiny_model):
     """With top-k 1 every code is the most probable of a forward pass over all that precedes it."""
-    pictures = tiny_model.generate(PROMPTS, seed=7, top_k=1)
-    for ids, positions, image in rows_of(tiny_model, pictures):
+    images = tiny_model.generate(PROMPTS, seed=7, top_k=1)
+    for ids, positions, image in rows_of(tiny_model, images):
         with torch.inference_mode():
             logits = tiny_model.transformer(ids, positions)[0, image.start - 1 : image.stop - 1, :8192]
         torch.testing.assert_close(logits.argmax(dim=-1), ids[0, image])
@@ -151,8 +152,8 @@ def test_callback_is_called_after_every_line(tiny_model, monkeypatch):
     monkeypatch.setattr(tiny_model, "speculative", 1)  # guessed codes come several at a time
     shown = []
 
-    def look(progress):
-        assert [wish.prompt for wish in progress.requests] == PROMPTS[len(shown) // 8 * 2 :][:2]
+    def on_progress(progress):
+        assert [request.prompt for request in progress.requests] == PROMPTS[len(shown) // 8 * 2 :][:2]
         shown.append((progress.done, progress.total, progress.num_new))
         for codes in progress.codes():
             assert codes.shape == (8, 8)
@@ -160,9 +161,9 @@ def test_callback_is_called_after_every_line(tiny_model, monkeypatch):
             assert not codes.mask[:lines].any()
             assert codes.mask[lines:].all()
 
-    pictures = list(tiny_model.generate_iter(PROMPTS, seed=7, batch_size=2, callback=look))
+    images = list(tiny_model.generate_iter(PROMPTS, seed=7, batch_size=2, callback=on_progress))
     assert shown == [(8 * n, 64, 16) for n in range(1, 9)] + [(8 * n, 64, 8) for n in range(1, 9)]
-    assert len(pictures) == 3
+    assert len(images) == 3
 
 
 def test_progress_codes_equal_final_codes(tiny_model, monkeypatch):
@@ -170,13 +171,15 @@ def test_progress_codes_equal_final_codes(tiny_model, monkeypatch):
     monkeypatch.setattr(tiny_model, "speculative", 1)
     halves = []
 
-    def look(progress):
+    def on_progress(progress):
         if progress.done == 32:
             halves.extend(progress.codes())
 
-    pictures = list(tiny_model.run([GenerationRequest(prompt=prompt, seed=7) for prompt in PROMPTS], callback=look))
-    np.testing.assert_array_equal(np.stack(halves)[:, :4], codes_of(pictures)[:, :4])
-    np.testing.assert_array_equal(codes_of(pictures), codes_of(tiny_model.generate(PROMPTS, seed=7)))
+    images = list(
+        tiny_model.run([GenerationRequest(prompt=prompt, seed=7) for prompt in PROMPTS], callback=on_progress)
+    )
+    np.testing.assert_array_equal(np.stack(halves)[:, :4], codes_of(images)[:, :4])
+    np.testing.assert_array_equal(codes_of(images), codes_of(tiny_model.generate(PROMPTS, seed=7)))
 
 
 def test_callback_stops_generation_when_it_returns_false(tiny_model, monkeypatch):
@@ -184,12 +187,12 @@ def test_callback_stops_generation_when_it_returns_false(tiny_model, monkeypatch
     monkeypatch.setattr(tiny_model, "speculative", 1)
     calls = []
 
-    def look(progress):
+    def on_progress(progress):
         calls.append(progress.done)
         return len(calls) < 10  # in the second batch
 
-    had = list(tiny_model.generate_iter(PROMPTS, seed=7, batch_size=2, callback=look))
-    np.testing.assert_array_equal(codes_of(had), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
+    finished = list(tiny_model.generate_iter(PROMPTS, seed=7, batch_size=2, callback=on_progress))
+    np.testing.assert_array_equal(codes_of(finished), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
     assert calls == [8, 16, 24, 32, 40, 48, 56, 64, 8, 16]
 
 
@@ -203,11 +206,11 @@ def test_generate_iter_yields_before_interruption(tiny_model):
         if calls == 12:  # in the second batch
             raise KeyboardInterrupt
 
-    had = []
-    drawing = tiny_model.generate_iter(PROMPTS, seed=7, batch_size=2, callback=interrupt)
+    finished = []
+    images = tiny_model.generate_iter(PROMPTS, seed=7, batch_size=2, callback=interrupt)
     with pytest.raises(KeyboardInterrupt):
-        had.extend(drawing)
-    np.testing.assert_array_equal(codes_of(had), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
+        finished.extend(images)
+    np.testing.assert_array_equal(codes_of(finished), codes_of(tiny_model.generate(PROMPTS, seed=7)[:2]))
 
 
 def test_generate_works_in_bfloat16(tiny_checkpoint):
@@ -220,7 +223,7 @@ def test_generate_works_in_bfloat16(tiny_checkpoint):
 @pytest.mark.parametrize(
     ("prompt", "problem"),
     [
-        ("", "the prompt is empty; say what to draw"),
+        ("", "the prompt is empty; describe an image"),
         (" \u3000\n", "the prompt is empty"),
         (TOO_LONG, "the prompt “蓝色背景上的三只狐狸蓝色背景上的三只狐狸…” is 30 pieces long, 20 fit; shorten it"),
         ("\udcbb\udca8", "holds bytes that are not UTF-8"),
@@ -266,8 +269,8 @@ def test_generate_refuses_setting(tiny_model, settings, message):
 def test_generate_refuses_untrained_task(tiny_model):
     """The message lists the tasks of the model."""
     parts = vars(tiny_model.model) | {"config": replace(tiny_model.config, tasks=("caption",))}
-    model = CogView(Model(**parts), tiny_model.placement, "teller")
-    with pytest.raises(InputError, match="teller was not trained for the task 'generate'; its tasks are: caption"):
+    model = CogView(Model(**parts), tiny_model.placement, "captioner")
+    with pytest.raises(InputError, match="captioner was not trained for the task 'generate'; its tasks are: caption"):
         model.generate("狐狸", seed=7)
 
 
@@ -293,18 +296,18 @@ def test_complete_keeps_rows_and_generates_others(tiny_model):
     images = tiny_model.generate(PROMPTS, seed=7)
     completed = tiny_model.complete(images, PROMPTS, rows=3, n=2, seed=8)
     assert [(p.prompt, p.seed, p.index) for p in completed] == [(prompt, 8, i) for prompt in PROMPTS for i in (0, 1)]
-    for number, picture in enumerate(completed):
-        assert (picture.codes[:3] == images[number // 2].codes[:3]).all()
-        assert (picture.codes[3:] != images[number // 2].codes[3:]).any()
+    for number, image in enumerate(completed):
+        assert (image.codes[:3] == images[number // 2].codes[:3]).all()
+        assert (image.codes[3:] != images[number // 2].codes[3:]).any()
     alone = tiny_model.complete(images[1:2], PROMPTS[1], rows=3, n=2, seed=8, batch_size=1)
     np.testing.assert_array_equal(codes_of(alone), codes_of(completed[2:4]))
 
 
 def test_complete_equals_generate_when_no_row_is_kept(tiny_model):
     """No code of the image is given then."""
-    drawn = tiny_model.generate("一只狐狸", n=2, seed=7)
+    generated = tiny_model.generate("一只狐狸", n=2, seed=7)
     np.testing.assert_array_equal(
-        codes_of(tiny_model.complete([Image.new("RGB", (9, 9))], "一只狐狸", rows=0, n=2, seed=7)), codes_of(drawn)
+        codes_of(tiny_model.complete([Image.new("RGB", (9, 9))], "一只狐狸", rows=0, n=2, seed=7)), codes_of(generated)
     )
 
 
@@ -313,8 +316,8 @@ def test_complete_fits_and_encodes_image(tiny_model):
     photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 100, 3), dtype=np.uint8))
     pixels = torch.from_numpy(np.asarray(photo)[:, 18:82].copy()).permute(2, 0, 1)[None].float() / 255
     expected = tiny_model.image_tokenizer.encode(pixels)[0].numpy()
-    (picture,) = tiny_model.complete([photo], "狗", rows=5, seed=1)
-    np.testing.assert_array_equal(picture.codes[:5], expected[:5])
+    (image,) = tiny_model.complete([photo], "狗", rows=5, seed=1)
+    np.testing.assert_array_equal(image.codes[:5], expected[:5])
 
 
 @pytest.mark.parametrize("rows", [-1, 8, 100])
@@ -336,36 +339,36 @@ def greedy_upscaling(model, codes, text):
     large = np.full((16, 16), -1)
     for row, column, lines in WINDOWS:
         crop = codes[2 * row : 2 * row + 4, 2 * column : 2 * column + 4]
-        window = large[4 * row : 4 * row + 8, 4 * column : 4 * column + 8]  # a view: what is drawn stays
+        window = large[4 * row : 4 * row + 8, 4 * column : 4 * column + 8]  # a view: what is generated stays
         first = [command("[ROI1]"), *(model.vocabulary.text[piece] for piece in pieces)]
         first += [command("[TINY]"), command("[BOI1]"), *crop.flat, command("[EOI1]")]
         second = [command("[ROI2]"), command("[POS0]"), command("[TINY]"), command("[BOI2]")]
-        for place in range(8 * lines):
-            if window.flat[place] < 0:
-                ids = torch.tensor([[*first, *second, *window.flat[:place]]])
-                positions = torch.tensor([[*range(len(first)), *range(len(second) + place)]])
+        for index in range(8 * lines):
+            if window.flat[index] < 0:
+                ids = torch.tensor([[*first, *second, *window.flat[:index]]])
+                positions = torch.tensor([[*range(len(first)), *range(len(second) + index)]])
                 with torch.inference_mode():
-                    window.flat[place] = int(model.transformer(ids, positions)[0, -1, :8192].argmax())
+                    window.flat[index] = int(model.transformer(ids, positions)[0, -1, :8192].argmax())
     return large
 
 
 def test_upscale_equals_nine_windows_by_full_forward(tiny_model):
     """Greedy codes are those of nine windows, each code by a full forward pass."""
-    (picture,) = tiny_model.generate("一只狐狸", seed=7)
-    (large,) = tiny_model.upscale([picture], "一只狐狸", seed=3, top_k=1)
+    (image,) = tiny_model.generate("一只狐狸", seed=7)
+    (large,) = tiny_model.upscale([image], "一只狐狸", seed=3, top_k=1)
     assert (large.size, large.codes.shape) == ((128, 128), (16, 16))
-    np.testing.assert_array_equal(large.codes, greedy_upscaling(tiny_model, picture.codes, "一只狐狸"))
+    np.testing.assert_array_equal(large.codes, greedy_upscaling(tiny_model, image.codes, "一只狐狸"))
 
 
 def test_upscale_is_independent_of_batch(tiny_model):
     """Other images in the batch do not matter, the seed does."""
-    pictures = tiny_model.generate(PROMPTS, seed=7)
-    together = tiny_model.upscale(pictures, PROMPTS, seed=3)
+    images = tiny_model.generate(PROMPTS, seed=7)
+    together = tiny_model.upscale(images, PROMPTS, seed=3)
     for number, prompt in enumerate(PROMPTS):
-        (alone,) = tiny_model.upscale([pictures[number]], prompt, seed=3, batch_size=1)
+        (alone,) = tiny_model.upscale([images[number]], prompt, seed=3, batch_size=1)
         np.testing.assert_array_equal(alone.codes, together[number].codes)
         assert alone.log_probability == pytest.approx(together[number].log_probability, abs=1e-2)
-    other = tiny_model.upscale(pictures[:1], PROMPTS[0], seed=4)
+    other = tiny_model.upscale(images[:1], PROMPTS[0], seed=4)
     assert (other[0].codes != together[0].codes).any()
 
 
@@ -375,9 +378,9 @@ def test_upscale_batches_independent_windows(tiny_model, monkeypatch):
     monkeypatch.setattr(
         runner, "decode", lambda *rest, **named: (counts.append(len(rest[2])), decode(*rest, **named))[1]
     )
-    pictures = tiny_model.generate(PROMPTS, seed=7)
+    images = tiny_model.generate(PROMPTS, seed=7)
     counts.clear()
-    tiny_model.upscale(pictures, PROMPTS, seed=3)
+    tiny_model.upscale(images, PROMPTS, seed=3)
     assert counts == [3, 3, 6, 6, 3, 3, 3]
 
 
@@ -385,7 +388,7 @@ def test_run_batches_different_tasks(tiny_model, monkeypatch):
     """Five requests of four tasks share batches, and each gives what it gives alone."""
     small = tiny_model.generate("狐狸", seed=7)[0].codes
     sampling = Sampling(temperature=0.7, top_k=9)
-    wishes = [
+    requests = [
         GenerationRequest(prompt="一只狗", seed=1),
         GenerationRequest(task="caption", seed=1, codes=small, sampling=GREEDY),
         GenerationRequest(prompt="狐狸", seed=2, task="upscale", codes=small),
@@ -396,12 +399,12 @@ def test_run_batches_different_tasks(tiny_model, monkeypatch):
     monkeypatch.setattr(
         runner, "decode", lambda *rest, **named: (counts.append(len(rest[2])), decode(*rest, **named))[1]
     )
-    together = list(tiny_model.run(wishes))
+    together = list(tiny_model.run(requests))
     assert counts == [5, 1, 2, 2, 1, 1, 1]
-    assert tiny_model.batch_sizes(wishes) == [5]
-    assert sum(tiny_model.batch_sizes(wishes, batch_size=3)) == 5
-    for wish, made in zip(wishes, together, strict=True):
-        (alone,) = tiny_model.run([wish])
+    assert tiny_model.batch_sizes(requests) == [5]
+    assert sum(tiny_model.batch_sizes(requests, batch_size=3)) == 5
+    for request, made in zip(requests, together, strict=True):
+        (alone,) = tiny_model.run([request])
         if isinstance(made, Caption):
             assert made.text == alone.text
         else:
@@ -427,8 +430,8 @@ def test_speculative_and_int8_cache_are_settings_of_model(tiny_model, monkeypatc
 def test_upscale_low_level_doubles_small_image(tiny_model):
     """From half the side of the model's images to that side."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
-    (picture,) = tiny_model.upscale([image], "狗", seed=3, low_level=True)
-    assert (picture.size, picture.codes.shape) == ((64, 64), (8, 8))
+    (image,) = tiny_model.upscale([image], "狗", seed=3, low_level=True)
+    assert (image.size, image.codes.shape) == ((64, 64), (8, 8))
 
 
 # Captions and scores
@@ -436,26 +439,26 @@ def test_upscale_low_level_doubles_small_image(tiny_model):
 
 def test_caption_is_independent_of_batch(tiny_model):
     """By every method."""
-    pictures = tiny_model.generate(PROMPTS, seed=7)
+    images = tiny_model.generate(PROMPTS, seed=7)
     for settings in ({}, {"method": "beam", "n": 3}, {"method": "sample", "n": 3, "seed": 5}):
-        together = tiny_model.caption(pictures, **settings)
-        for picture, captions in zip(pictures, together, strict=True):
-            (alone,) = tiny_model.caption([picture], batch_size=1, **settings)
+        together = tiny_model.caption(images, **settings)
+        for image, captions in zip(images, together, strict=True):
+            (alone,) = tiny_model.caption([image], batch_size=1, **settings)
             assert [caption.text for caption in alone] == [caption.text for caption in captions]
             assert [caption.index for caption in captions] == list(range(len(captions)))
-    beams = [caption.log_probability for caption in tiny_model.caption(pictures[:1], method="beam", n=4)[0]]
+    beams = [caption.log_probability for caption in tiny_model.caption(images[:1], method="beam", n=4)[0]]
     assert beams == sorted(beams, reverse=True)
 
 
 def test_caption_log_probability_equals_full_forward(tiny_model):
     """That of all pieces and the stop, among text ids."""
-    picture = tiny_model.generate("狐狸", seed=7)[0]
+    image = tiny_model.generate("狐狸", seed=7)[0]
     table, vocabulary = tiny_model.config.layouts, tiny_model.vocabulary
-    for caption in tiny_model.caption([picture], method="beam", n=3)[0]:
+    for caption in tiny_model.caption([image], method="beam", n=3)[0]:
         pieces = tiny_model.text_tokenizer.encode(caption.text)
         if len(pieces) != caption.num_pieces:  # a random model spells what the tokenizer would spell otherwise
             continue
-        row = table["caption"].arrange(vocabulary, image=picture.codes, text=pieces)
+        row = table["caption"].arrange(vocabulary, image=image.codes, text=pieces)
         start = row.spans["text"].start
         with torch.inference_mode():
             logits = tiny_model.transformer(torch.from_numpy(row.ids)[None], torch.from_numpy(row.positions)[None])[0]
@@ -484,13 +487,13 @@ def test_caption_refuses_setting(tiny_model, settings, message):
 
 def test_generate_keeps_best_by_score(tiny_model):
     """keep returns the images whose prompts score best as their captions."""
-    pictures = tiny_model.generate(PROMPTS[:2], n=6, seed=7)
+    images = tiny_model.generate(PROMPTS[:2], n=6, seed=7)
     kept = tiny_model.generate(PROMPTS[:2], n=6, keep=2, seed=7)
     for number, prompt in enumerate(PROMPTS[:2]):
-        own = pictures[6 * number : 6 * number + 6]
+        own = images[6 * number : 6 * number + 6]
         scores = [score.log_probability for score in tiny_model.score(own, prompt)]
         best = sorted(range(6), key=lambda index: -scores[index])[:2]
-        assert [picture.index for picture in kept[2 * number : 2 * number + 2]] == best
+        assert [image.index for image in kept[2 * number : 2 * number + 2]] == best
         assert kept[2 * number].score.log_probability == pytest.approx(max(scores), abs=1e-3)
     with pytest.raises(InputError, match="keep must be from 1 to 3, the images of a prompt, got 4"):
         tiny_model.generate("狗", n=3, keep=4)

@@ -16,18 +16,18 @@ def codes(side, num_codes):
     return np.arange(side * side) * 37 % num_codes
 
 
-def draw(grid: int, windows) -> np.ndarray:
-    """Which window draws each of the 2G x 2G codes, by its place; every window's row is arranged for it."""
+def generate(grid: int, windows) -> np.ndarray:
+    """Return which window generates each of the 2G x 2G codes; the sequence of every window is arranged for it."""
     canvas = np.ma.masked_all((2 * grid, 2 * grid), dtype=np.int64)
     layout = layouts(grid)["upscale"]
     small = codes(grid, 64).reshape(grid, grid)
     for window in windows:
         row = layout.arrange(SMALL, text=RED_APPLE, small=small[window.source], image=canvas[window.target])
         row = row.truncate(row.spans["image"].start + window.lines * grid)
-        drawn = np.where(row.blanks, 3 * window.row + window.column, row.ids)[row.spans["image"]]
+        generated = np.where(row.blanks, 3 * window.row + window.column, row.ids)[row.spans["image"]]
         assert row.blanks.any()
-        canvas[window.target] = drawn.reshape(window.lines, grid)
-    assert not np.ma.getmaskarray(canvas).any(), "codes that no window draws"
+        canvas[window.target] = generated.reshape(window.lines, grid)
+    assert not np.ma.getmaskarray(canvas).any(), "codes that no window generates"
     return np.asarray(canvas)
 
 
@@ -44,12 +44,12 @@ def test_upscale_windows_equal_cogview_v1():
 
 @pytest.mark.parametrize("grid", [8, 16, 32])
 def test_upscale_windows_generate_every_code_once(grid):
-    drawn_by = draw(grid, upscale_windows(grid))  # known codes are given to the windows after, never drawn again
-    assert drawn_by.shape == (2 * grid, 2 * grid)
-    assert set(drawn_by.flat) == set(range(9))
+    generated_by = generate(grid, upscale_windows(grid))
+    assert generated_by.shape == (2 * grid, 2 * grid)
+    assert set(generated_by.flat) == set(range(9))
     first = grid // 2 + -(-grid // 16)
-    assert (drawn_by == 0).nonzero()[0].max() == first - 1  # the first window stops there
-    assert (drawn_by == 0).sum() == first * grid
+    assert (generated_by == 0).nonzero()[0].max() == first - 1  # the first window stops there
+    assert (generated_by == 0).sum() == first * grid
 
 
 @pytest.mark.parametrize("grid", [8, 16, 32])
@@ -62,9 +62,9 @@ def test_window_source_covers_its_target(grid):
 
 @pytest.mark.parametrize("grid", [8, 16, 32])
 def test_windows_of_one_step_are_independent(grid):
-    """Neither contains a code that the other draws."""
+    """Neither contains a code that the other generates."""
     windows = upscale_windows(grid)
-    drawn_by = draw(grid, windows)
+    generated_by = generate(grid, windows)
     steps = upscale_steps(grid)
     assert [window for step in steps for window in step] == windows
     assert [[(window.row, window.column) for window in step] for step in steps if len(step) > 1] == [
@@ -72,11 +72,11 @@ def test_windows_of_one_step_are_independent(grid):
         [(1, 0), (1, 2)],
     ]
     for one, other in (step for step in steps if len(step) > 1):
-        assert 3 * one.row + one.column not in drawn_by[other.target]
-        assert 3 * other.row + other.column not in drawn_by[one.target]
-        place = windows.index(one)
-        swapped = [*windows[:place], other, one, *windows[place + 2 :]]
-        assert (draw(grid, swapped) == drawn_by).all()
+        assert 3 * one.row + one.column not in generated_by[other.target]
+        assert 3 * other.row + other.column not in generated_by[one.target]
+        index = windows.index(one)
+        swapped = [*windows[:index], other, one, *windows[index + 2 :]]
+        assert (generate(grid, swapped) == generated_by).all()
 
 
 def test_upscale_windows_refuse_unknown_grid():
