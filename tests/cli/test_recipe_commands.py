@@ -22,7 +22,8 @@ from cogview.cli import evaluate
 from cogview.cli.main import main
 from cogview.data.store import TokenStore
 from cogview.data.store_writer import StoreWriter
-from cogview.diagnostics import recipe as diagnostics
+from cogview.diagnostics import machine
+from cogview.diagnostics import recipe as recipe_checks
 from cogview.emoji.evaluation import reports, scenes
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
@@ -410,9 +411,9 @@ def test_doctor_checks_machine_and_computes_two_steps_of_recipe(work, tmp_path, 
 
 def test_doctor_names_problems_with_remedies(work, tmp_path, capsys, monkeypatch):
     shutil.rmtree(work / "store")
-    monkeypatch.setattr(diagnostics, "check_processes", lambda device, count: iter(()))
-    monkeypatch.setitem(diagnostics.PACKAGES, "torch", diagnostics.SupportedVersions("", (2, 6), (2, 7)))
-    monkeypatch.setitem(diagnostics.PACKAGES, "cogdata", diagnostics.SupportedVersions("train"))
+    monkeypatch.setattr(recipe_checks, "check_processes", lambda device, count: iter(()))
+    monkeypatch.setitem(machine.PACKAGES, "torch", machine.SupportedVersions("", (2, 6), (2, 7)))
+    monkeypatch.setitem(machine.PACKAGES, "cogdata", machine.SupportedVersions("train"))
     capsys.readouterr()
     assert main(["doctor", write_recipe(tmp_path), "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
