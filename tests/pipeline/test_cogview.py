@@ -115,10 +115,10 @@ def test_generate_samples_image_codes_only(tiny_model, settings):
 def test_log_probability_equals_full_forward(tiny_model):
     """The filters of sampling do not change it."""
     images = tiny_model.generate(PROMPTS, n=2, seed=7, temperature=0.5, top_k=10)  # filters must not change it
-    for image, (ids, positions, image) in zip(images, rows_of(tiny_model, images), strict=True):
+    for image, (ids, positions, span) in zip(images, rows_of(tiny_model, images), strict=True):
         with torch.inference_mode():
-            logits = tiny_model.transformer(ids, positions)[0, image.start - 1 : image.stop - 1, :8192]
-        chosen = logits.double().log_softmax(dim=-1).gather(1, ids[0, image, None])
+            logits = tiny_model.transformer(ids, positions)[0, span.start - 1 : span.stop - 1, :8192]
+        chosen = logits.double().log_softmax(dim=-1).gather(1, ids[0, span, None])
         assert image.log_probability == pytest.approx(float(chosen.sum()), rel=1e-6)
 
 
