@@ -1,17 +1,17 @@
-"""The full 4-billion-parameter model on one machine: loading, peak memory, and seconds per token.
+"""Measure the full 4-billion-parameter model on one machine: loading, peak memory, and seconds per token.
 
     python scripts/benchmarks/four_billion.py make FOLDER         # random weights in float16 (7.9 GB), and other forms
     python scripts/benchmarks/four_billion.py measure FOLDER [--device cpu] [--runs 5]
 
-``measure`` opens each of them in a fresh process, its file not in the page cache, and draws the first codes of a
-picture. It prints, as medians over the runs:
+``measure`` opens each form in a fresh process, without its file in the page cache, and samples the first codes of an
+image. It prints medians over the runs:
 
-* file to first token: from opening the model to the first code drawn, over the time to read the file once, in blocks of
-  16 MB, not in the page cache either;
-* peak memory of the process when all is loaded, over the size of the weights there; what Python, torch and the
-  tokenizers take is in it (``base`` is the process before the transformer is opened);
-* seconds per token, and the bytes of weights that a token reads over them, as a share of what the same process reads at
-  a time when it sums up a large array (``probe``).
+* file to first token: the time from opening the model to the first code, relative to the time to read the file once in
+  blocks of 16 MB, also without the page cache;
+* peak memory of the process after loading, relative to the size of the weights; it includes Python, torch and the
+  tokenizers (``base`` is the process before the transformer is opened);
+* seconds per token, and the bytes of weights that a token reads per second, as a share of the rate at which the same
+  process sums a large array (``probe``).
 """
 
 from __future__ import annotations

@@ -482,7 +482,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     action.add_argument("--list", action="store_true", help="print the items and their kinds")
     parser.add_argument("--only", metavar="NAME,…", help="only items whose names begin with one of these")
     parser.add_argument("--portable", action="store_true", help="only items that are equal on every machine")
-    parser.add_argument("--text", action="store_true", help="help texts and messages in place of results")
+    parser.add_argument("--text", action="store_true", help="help texts and messages instead of results")
     args = parser.parse_args(argv)
     names = chosen(args.only, args.portable)
     if args.list:

@@ -26,7 +26,7 @@ step tests 300 python -m pytest -q tests/generation/test_decode.py tests/kernels
 for graphs in 0 1; do
     export COGVIEW_CUDA_GRAPHS=$graphs
     step "generate-graphs-$graphs" 120 python -m cogview generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \
-        --device cuda --dtype float32 -o "$out/pictures-graphs-$graphs"
+        --device cuda --dtype float32 -o "$out/images-graphs-$graphs"
     step "bench-4b-graphs-$graphs" 600 python -m cogview bench --random 4b --device cuda --batch 1,8,32 \
         --json "$out/bench-4b-graphs-$graphs.json"
 done
@@ -54,5 +54,5 @@ COGVIEW_KERNELS=triton step train-1b-triton 600 "${train[@]}" --presets 1b --row
 step train-4b-half 600 "${train[@]}" --layers 24 --rows 8 --engines torch zero1 zero2 zero1-offload --json "$out/train-4b-half.json"
 step window 300 python scripts/benchmarks/window_attention.py --device cuda
 step cross-entropy 300 python scripts/benchmarks/cross_entropy.py --device cuda
-COGVIEW_KERNELS=triton step draw-triton 120 python -m cogview generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \
-    --device cuda --dtype float32 -o "$out/pictures-triton"
+COGVIEW_KERNELS=triton step generate-triton 120 python -m cogview generate 蓝色背景上的三只狐狸 一个红苹果 -n 4 --seed 7 \
+    --device cuda --dtype float32 -o "$out/images-triton"

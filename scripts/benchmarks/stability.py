@@ -77,12 +77,12 @@ QUIET = 0.4  # of the steps of such a training, before it appears
 
 
 def norm_as_released(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm of x / (max|x| / 8), the maximum being that of the whole tensor; in the dtype of ``x``."""
+    """Apply LayerNorm to x / (max|x| / 8), with the maximum of the whole tensor, in the dtype of ``x``."""
     return norm_in_float32(x / (x.abs().max().detach() / 8), weight, bias)
 
 
 def norm_in_float32(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """LayerNorm with statistics in float32, in the dtype of ``x``; all in float64 if ``x`` is."""
+    """Apply LayerNorm with statistics in float32 to the dtype of ``x``; in float64 if ``x`` is float64."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return F.layer_norm(x.to(wide), x.shape[-1:], weight.to(wide), bias.to(wide), 1e-5).to(x.dtype)
 
@@ -95,7 +95,7 @@ NORMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 def plain_attention(q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, divide_first: bool) -> Tensor:
-    """Causal softmax(QK^T / sqrt(K)) V, whose scores have the dtype of the queries; the softmax is float32 inside."""
+    """Compute causal softmax(QK^T / sqrt(K)) V with scores in the dtype of the queries and a float32 softmax."""
     root = math.sqrt(q_BHTK.shape[-1])
     k_BHKS = k_BHSK.transpose(-1, -2)
     scores_BHTS = (q_BHTK / root) @ k_BHKS if divide_first else (q_BHTK @ k_BHKS) / root
@@ -112,7 +112,7 @@ ATTENTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class OtherNorm(LayerNorm):
-    """A norm of one of the other forms, with the weights of ours."""
+    """Norm of one of the other forms, with the weights of ours."""
 
     def __init__(self, form: str, norm: LayerNorm) -> None:
         super().__init__(norm.weight.numel())
@@ -120,12 +120,12 @@ class OtherNorm(LayerNorm):
         self.form = form
 
     def forward(self, x: Tensor) -> Tensor:
-        """Same shape and dtype as ``x``."""
+        """Return the normalized ``x`` in its shape and dtype."""
         return NORMS[self.form](x, self.weight, self.bias)
 
 
 class OtherLayer(nn.Module):
-    """A layer of one of the other forms, with the weights of ours; ``pre-ln`` has no norms on its branches."""
+    """Layer of one of the other forms, with the weights of ours; ``pre-ln`` has no norms on its branches."""
 
     def __init__(self, form: str, layer: Layer) -> None:
         super().__init__()
@@ -138,7 +138,7 @@ class OtherLayer(nn.Module):
         self.attend = ATTENTIONS["released order" if sandwich else "raw order"]
 
     def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
-        """Same shape as ``x_BTD``, in float16 under autocast; there are no bias and no cache here."""
+        """Return the output in the shape of ``x_BTD``, in float16 under autocast; bias and cache are not supported."""
         if torch.is_autocast_enabled("cpu"):
             x_BTD = x_BTD.half()
         x_BTD = x_BTD + self.attention_output_norm(self._attention(self.attention_norm(x_BTD)))
@@ -153,7 +153,7 @@ class OtherLayer(nn.Module):
 
 
 def make_model(form: str, num_layers: int, width: int, num_heads: int, seed: int) -> Transformer:
-    """A model in float32; the same seed gives all forms the same weights."""
+    """Return a float32 model; the same seed gives all forms the same weights."""
     config = TransformerConfig(
         num_layers=num_layers,
         width=width,
@@ -192,7 +192,7 @@ def outlier_before(model: Transformer, number: int, token: int, size: float) -> 
 
 @dataclass(frozen=True)
 class Limit:
-    """The largest size that is right, with all below it; the smallest that is not, if any is; the errors on the way."""
+    """Largest size that is right, with all below it; smallest size that is wrong, if any; and the errors between."""
 
     right: float
     wrong: float | None
@@ -200,7 +200,7 @@ class Limit:
 
 
 def limit_of(error: Callable[[float], float], sizes: Sequence[float]) -> Limit:
-    """Try ``sizes``, which grow, up to the first that is wrong; then between the last two, to half a percent."""
+    """Try growing ``sizes`` up to the first that is wrong, then bisect between the last two to half a percent."""
     curve, right, wrong = [], 0.0, None
     for size in sizes:
         found = error(size)
@@ -221,7 +221,7 @@ def limit_of(error: Callable[[float], float], sizes: Sequence[float]) -> Limit:
 
 
 def relative_error(found: Tensor, expected: Tensor, whole: Tensor | None = None) -> float:
-    """|found - expected| / |expected|; infinite if anything in ``found`` or ``whole`` is not finite."""
+    """Return |found - expected| / |expected|; infinite if any value of ``found`` or ``whole`` is not finite."""
     if not torch.isfinite(found if whole is None else whole).all():
         return math.inf
     return ((found.double() - expected).norm() / expected.norm()).item()
@@ -260,7 +260,7 @@ def model_limit(form: str, shape: tuple[int, int, int], before: int, seed: int) 
 
 
 def attention_limit(order: str, seed: int) -> Limit:
-    """|qk| / sqrt(K) of the key that is looked at; the others point the other way, or less far."""
+    """Find the largest |qk| / sqrt(K) of the attended key; the other keys have smaller or negative scores."""
     generator = torch.Generator().manual_seed(seed)
     direction_K = torch.randint(2, (HEAD_SIZE,), generator=generator) * 2.0 - 1
     shares_S1 = torch.rand(NUM_KEYS, 1, generator=generator) * 1.5 - 1  # from -1 to 0.5
@@ -282,7 +282,7 @@ def attention_limit(order: str, seed: int) -> Limit:
 
 @dataclass(frozen=True)
 class Run:
-    """One training; ``outlier_from`` is the step at which the start token gets an outlier, that of 1."""
+    """Settings of a training; from the step ``outlier_from`` on the start token has an outlier, of 1 at first."""
 
     form: str
     shape: tuple[int, int, int]  # layers, width, heads
@@ -326,17 +326,19 @@ class Outcome:
 
     @property
     def outlier_borne(self) -> tuple[float, float | None]:
-        """The largest outlier up to which the loss stays finite and nearer to what it was before than to a guess's,
-        on average over the steps of its size; and the one at which this ended, if it did.
+        """Return the largest tolerated outlier, and the one that is not tolerated, if any.
+
+        An outlier is tolerated while the loss, averaged over the steps of its size, stays finite and closer to its
+        value before than to that of a guess.
         """
         first = self.run.outlier_from or 0
         before = [x for x in self.losses[max(0, first - 10) : first] if x is not None]
-        most = (sum(before) / max(1, len(before)) + GUESS) / 2
+        limit = (sum(before) / max(1, len(before)) + GUESS) / 2
         borne = 0.0
         steps = range(first, len(self.losses))
         for size, group in itertools.groupby(steps, key=self.run.outlier):
             losses = [self.losses[step] for step in group]
-            if None in losses or sum(x for x in losses if x is not None) / len(losses) > most:
+            if None in losses or sum(x for x in losses if x is not None) / len(losses) > limit:
                 return borne, size
             borne = size
         return borne, None
@@ -351,8 +353,9 @@ GUESS = math.log(CODES)
 
 
 def batch(table_C: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Ids (B, T) and what follows each of them: the start, two random codes, then each code translates the one that
-    stands two places before it. The first two are not to be foreseen, and have the target -100.
+    """Return ids and targets (B, T): the start, two random codes, then translations of the code two positions before.
+
+    The two random codes cannot be predicted, and have the target -100.
     """
     columns = [torch.full((BATCH,), CODES), *torch.randint(CODES, (2, BATCH), generator=generator)]
     while len(columns) < LENGTH + 1:
@@ -563,7 +566,7 @@ def error_cell(limits: Sequence[Limit]) -> str:
 
 
 def outlier_table(found: Found) -> list[str]:
-    """Print the largest tolerated outlier of each position and form, and the ratio of ours to ``released``."""
+    """Return a table of the largest tolerated outlier of each position and form, and the ratio of ours to ``released``."""
     lines = [
         "| largest outlier that is right | pre-ln | released | ours | ours / released | the same, up to 65,504 "
         "| error at 65,504: pre-ln, released, ours |",
@@ -582,7 +585,7 @@ def outlier_table(found: Found) -> list[str]:
 
 
 def attention_table(found: Found) -> list[str]:
-    """Print the largest scores, and the ratio of PB-relax to the others."""
+    """Return a table of the largest scores, and the ratio of PB-relax to the others."""
     (orders,) = by_case(found).values()
     relaxed = [limit.right for limit in orders["PB-relax"]]
     lines = ["| scores in float16 | largest qk / sqrt(K) that is right | PB-relax, times as large |", "|---|---|---|"]
@@ -593,8 +596,9 @@ def attention_table(found: Found) -> list[str]:
 
 
 def rate_table(found: Found) -> list[str]:
-    """The last loss at each learning rate and the steps skipped, or why it failed; and the first rates that do
-    not learn, or whose loss is not finite.
+    """Return a table of the last loss and the skipped steps at each learning rate, or the reason of its failure.
+
+    Also list the first rates that do not learn or whose loss is not finite.
     """
     rates = sorted({value.run.rate for value in found.values()})
     lines = [f"| peak learning rate | {' | '.join(FORMS)} |", "|---" * (1 + len(FORMS)) + "|"]
@@ -615,7 +619,7 @@ def rate_table(found: Found) -> list[str]:
 
 
 def injected_table(found: Found) -> list[str]:
-    """Print the outlier that each training tolerates, and how it ends."""
+    """Return a table of the outlier that each training tolerates, and how it ends."""
     (forms,) = by_case(found).values()
     lines = ["| form | outlier borne | loss not finite at | steps skipped | how it ends, loss of the last tenth |"]
     lines.append("|---" * 5 + "|")
@@ -643,7 +647,7 @@ SHOWN = 2.0**DOUBLINGS  # the largest outlier in the plot
 
 
 def draw(found: Found, file: Path, seed: int) -> None:
-    """Two panels: the error of the other tokens over the outlier, and the losses, averaged over seeds, while one grows.
+    """Plot the error of the other tokens over the outlier, and the losses, averaged over seeds, while it grows.
 
     A cross is where a form ceases to be finite.
     """
