@@ -104,7 +104,12 @@ class SceneEncodeSettings(EncodeSettings):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     def dataset(self, world: EmojiWorld, *, held_out: bool) -> SceneDataset:
-        """Return the scenes to encode for one split."""
+        """Return the scenes to encode for one split.
+
+        Args:
+            world: The emoji world.
+            held_out: Whether to take the held-out scenes.
+        """
         return SceneDataset(world, self.seed, held_out=held_out, weights=EQUAL_WEIGHTS if held_out else self.weights)
 
 

@@ -115,7 +115,12 @@ class SceneGrader:
         self._banks: dict[tuple[int, int], _SpriteBank] = {}
 
     def grade(self, image: np.ndarray, scene: Scene, /) -> ImageGrade:
-        """Return the grade of an image, uint8 (H, W, 3) of the world's canvas, for a scene."""
+        """Return the grade of an image, uint8 (H, W, 3) of the world's canvas, for a scene.
+
+        Args:
+            image: The image.
+            scene: The scene that it should show.
+        """
         return grade_explanation(self.explain(image), scene)
 
     def explain(self, image: np.ndarray) -> Explanation:
@@ -250,6 +255,9 @@ def grade_explanation(explanation: Explanation, scene: Scene) -> ImageGrade:
     Args:
         explanation: The content that the grader found.
         scene: The requested scene.
+
+    Returns:
+        The verdicts.
     """
     found = [thing.emoji for thing in explanation.things]
     asked = [thing.emoji for thing in scene.things]

@@ -14,7 +14,12 @@ _GRAMMAR = re.compile(
 
 
 def find_names(text: str, names: Iterable[str]) -> list[str]:
-    """Return the ``names`` that occur in ``text``, in order; of several at one index, the longest."""
+    """Return the ``names`` that occur in ``text``, in order; of several at one index, the longest.
+
+    Args:
+        text: The text to search.
+        names: The names to find.
+    """
     longest_first = sorted({name for name in names if name}, key=len, reverse=True)
     if not longest_first:
         return []
@@ -22,7 +27,13 @@ def find_names(text: str, names: Iterable[str]) -> list[str]:
 
 
 def nearest_names(text: str, names: Iterable[str], n: int = 3) -> list[str]:
-    """Return up to ``n`` of ``names`` by their similarity to ``text``, without names that share nothing with it."""
+    """Return up to ``n`` of ``names`` by their similarity to ``text``, without names that share nothing with it.
+
+    Args:
+        text: The text.
+        names: The names to compare.
+        n: Maximum number of names.
+    """
     words = [word for word in _GRAMMAR.split(text) if word]
     scored: list[tuple[float, int, str]] = []
     for name in dict.fromkeys(names):

@@ -188,7 +188,12 @@ class EmojiWorld:
         return sorted({self._side(cell, scale) for scale in self.settings.sizes})
 
     def positions_in(self, cell: Cell, side: int) -> list[tuple[int, int]]:
-        """Return every position (left, top) in pixels that a sprite of ``side`` pixels can have in a cell."""
+        """Return every position (left, top) in pixels that a sprite of ``side`` pixels can have in a cell.
+
+        Args:
+            cell: The cell.
+            side: Side of the sprite in pixels.
+        """
         jitter = self.settings.jitter
         corners = [self._shifted(cell, side, offset, offset) for offset in range(-jitter, jitter + 1)]
         lefts, tops = (sorted(set(values)) for values in zip(*corners, strict=True))  # left and top are independent

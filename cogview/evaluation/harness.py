@@ -41,7 +41,12 @@ class Grader(Protocol[Reference_contra, Grade_co]):
     """Judge of generated images; a reference describes the content that a caption asks for."""
 
     def grade(self, image: np.ndarray, reference: Reference_contra, /) -> Grade_co:
-        """Return the grade of a uint8 RGB (H, W, 3) image."""
+        """Return the grade of a uint8 RGB (H, W, 3) image.
+
+        Args:
+            image: The image.
+            reference: What the image should show.
+        """
         ...
 
 

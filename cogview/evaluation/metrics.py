@@ -83,6 +83,10 @@ def accuracy(right: int, of: int) -> dict[str, Any]:
     """Return ``right``, ``of``, their ratio ``accuracy`` and its 95% interval ``low`` to ``high``.
 
     The last three are None if ``of`` is 0.
+
+    Args:
+        right: Number of successes.
+        of: Number of trials.
     """
     if of == 0:
         return {"right": 0, "of": 0, "accuracy": None, "low": None, "high": None}

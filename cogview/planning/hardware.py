@@ -45,6 +45,9 @@ def measure_hardware(device: torch.device, dtype: torch.dtype) -> HardwareSpeed:
     Args:
         device: The device.
         dtype: The dtype of the linear layers.
+
+    Returns:
+        Bandwidth in bytes/s and compute in FLOP/s.
     """
     numbers = torch.ones(64 * 2**20, device=device)
     bandwidth = numbers.nbytes / min(_seconds_of(lambda: numbers.sum()) for _ in range(8))

@@ -157,7 +157,12 @@ class InferenceEstimate:
         return weights + self.rows * (cached + sampling)
 
     def forward_seconds(self, forward_pass: ForwardPass, speed: HardwareSpeed) -> float:
-        """Return the seconds of a forward pass on a device without other work."""
+        """Return the seconds of a forward pass on a device without other work.
+
+        Args:
+            forward_pass: The forward pass.
+            speed: Rates of the hardware.
+        """
         computing = self.flops(forward_pass) / speed.flops
         moving = self.traffic(forward_pass) / (BANDWIDTH_EFFICIENCY * speed.bandwidth)
         launching = OPERATIONS_PER_LAYER * self.transformer.num_layers * SECONDS_PER_OPERATION

@@ -98,19 +98,35 @@ def layer_bytes(config: TransformerConfig, dtype: str) -> int:
 
 
 def embedding_bytes(config: TransformerConfig, dtype: str) -> int:
-    """Return the bytes of the token embedding, the position embedding and the last norm."""
+    """Return the bytes of the token embedding, the position embedding and the last norm.
+
+    Args:
+        config: Config of the transformer.
+        dtype: Weight format.
+    """
     return (config.vocabulary_size + config.max_positions + 2) * config.width * ACTIVATION_BYTES[dtype]
 
 
 def uses_prepacking(dtype: str, device_type: str) -> bool:
-    """Return whether weights are kept a second time, packed for MKL (``Transformer.prepack``)."""
+    """Return whether weights are kept a second time, packed for MKL (``Transformer.prepack``).
+
+    Args:
+        dtype: Weight format.
+        device_type: cpu, cuda or mps.
+    """
     return device_type == "cpu" and can_prepack(
         torch.empty(0, dtype=torch.float32 if dtype == "float32" else torch.bfloat16)
     )
 
 
 def prepacked_bytes(config: TransformerConfig, vocabulary: Vocabulary, task: str) -> int:
-    """Return the bytes of the weights packed for MKL: the projections, and the embedding of the candidate ids."""
+    """Return the bytes of the weights packed for MKL: the projections, and the embedding of the candidate ids.
+
+    Args:
+        config: Config of the transformer.
+        vocabulary: The vocabulary.
+        task: Task, which decides the candidate ids.
+    """
     if TASKS[task].output == "text":
         output_ids = range(vocabulary.text.start, vocabulary.padded_size)
     else:
@@ -123,6 +139,11 @@ def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> 
 
     A CPU converts a block of weights at a time, other devices a whole projection. The previous block is alive while
     the next one is converted.
+
+    Args:
+        config: Config of the transformer.
+        dtype: Weight format.
+        device_type: cpu, cuda or mps.
     """
     if uses_prepacking(dtype, device_type):
         return PACKED_AT_ONCE * 4 * config.width * 4  # a copy of the widest input
@@ -137,7 +158,12 @@ def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> 
 
 
 def may_convert_weights(dtype: str, device_type: str) -> bool:
-    """Return whether products dequantize or cast weights, at least those of many rows."""
+    """Return whether products dequantize or cast weights, at least those of many rows.
+
+    Args:
+        dtype: Weight format.
+        device_type: cpu, cuda or mps.
+    """
     if dtype == "int4":
         return not has_native_kernels(torch.device(device_type))
     return dtype == "int8" or (device_type == "cpu" and dtype in CONVERSION_COPIES)
@@ -214,7 +240,15 @@ def forward_bytes(
 
 
 def sampling_bytes(sampling: Sampling, num_ids: int, dtype: str, device_type: str, guided: bool) -> int:
-    """Return the peak of the bytes that sampling one of ``num_ids`` candidates takes."""
+    """Return the peak of the bytes that sampling one of ``num_ids`` candidates takes.
+
+    Args:
+        sampling: Sampling settings.
+        num_ids: Number of candidates.
+        dtype: Weight format.
+        device_type: cpu, cuda or mps.
+        guided: Whether guidance computes logits without text as well.
+    """
     # In 16 bits many logits are equal, and top-p sorts all of them to break the ties.
     top_k = device_type == "cpu" and sampling.top_k > 0 and (sampling.top_p == 1 or dtype == "float32")
     filtered = FILTERED_BYTES * (sampling.top_k + TIE_MARGIN) if top_k else 0
@@ -249,7 +283,15 @@ def image_bytes(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
 def smaller_formats(
     config: TransformerConfig, vocabulary: Vocabulary, dtype: str, device_type: str, missing: float
 ) -> list[str]:
-    """Return the options of smaller weight formats that save more than ``missing`` bytes against ``dtype``."""
+    """Return the options of smaller weight formats that save more than ``missing`` bytes against ``dtype``.
+
+    Args:
+        config: Config of the transformer.
+        vocabulary: The vocabulary.
+        dtype: Weight format.
+        device_type: cpu, cuda or mps.
+        missing: Bytes to save.
+    """
 
     def weight_bytes(other: str) -> int:
         prepacked = prepacked_bytes(config, vocabulary, "generate") if uses_prepacking(other, device_type) else 0

@@ -73,6 +73,9 @@ def report_inference(
         rows: Sequences at once.
         guidance: Scale of classifier-free guidance; None for that of the model.
 
+    Returns:
+        The report, as text or JSON.
+
     Raises:
         InputError: ``estimate_inference`` refuses the settings.
     """

@@ -139,6 +139,9 @@ def find_target(name: str, dtype: str, config: ModelConfig, quantization: Quanti
         config: Settings of the model.
         quantization: Quantization of the stored weights.
 
+    Returns:
+        The device with its memory and weight format.
+
     Raises:
         InputError: The name is unknown, or this machine has no such device.
     """

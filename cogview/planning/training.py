@@ -360,12 +360,22 @@ def choose_micro_batch(
 
 
 def fits(job: TrainingJob, free_bytes: float) -> bool:
-    """Return whether ``job`` fits in ``free_bytes`` of a device, less ``ESTIMATE_MARGIN``."""
+    """Return whether ``job`` fits in ``free_bytes`` of a device, less ``ESTIMATE_MARGIN``.
+
+    Args:
+        job: The training job.
+        free_bytes: Free bytes of a device.
+    """
     return training_memory(job).total <= (1 - ESTIMATE_MARGIN) * free_bytes
 
 
 def max_micro_batch(job: TrainingJob, free_bytes: float) -> int:
-    """Return the largest divisor of a process's sequences that fits as a micro-batch, 0 if none does."""
+    """Return the largest divisor of a process's sequences that fits as a micro-batch, 0 if none does.
+
+    Args:
+        job: The training job.
+        free_bytes: Free bytes of a device.
+    """
     sizes = divisors(job.local_batch_size)[::-1]
     return next((size for size in sizes if fits(replace(job, micro_batch_size=size), free_bytes)), 0)
 
@@ -377,5 +387,10 @@ def divisors(count: int) -> list[int]:
 
 
 def lora_parameters(shape: TransformerConfig, rank: int) -> int:
-    """Return the parameters of a LoRA adapter on all projections of a layer: rank x (inputs + outputs) each."""
+    """Return the parameters of a LoRA adapter on all projections of a layer: rank x (inputs + outputs) each.
+
+    Args:
+        shape: Config of the transformer.
+        rank: Rank of the adapter.
+    """
     return shape.num_layers * rank * shape.width * sum(map(sum, PROJECTIONS.values()))

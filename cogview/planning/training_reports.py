@@ -79,6 +79,9 @@ def report_training(
         flops: Given FLOP/s of the device, or None.
         on_measure: Called with the device before a measurement, which takes about a second.
 
+    Returns:
+        The report, as text or JSON.
+
     Raises:
         InputError: The options contradict each other.
     """

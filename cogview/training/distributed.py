@@ -151,6 +151,9 @@ def init_distributed(device: str = "auto", *, needs_group: bool = False) -> Dist
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         needs_group: Create a process group even for one process.
 
+    Returns:
+        Rank, number of processes and device of this process.
+
     Raises:
         InputError: The variables contradict each other, there are more processes on this machine than GPUs, or the
             other processes cannot be reached.
@@ -244,6 +247,11 @@ def is_peer_failure(error: RuntimeError) -> bool:
 
 
 def log_main(message: str, context: DistributedContext) -> None:
-    """Print a line on stderr in the main process."""
+    """Print a line on stderr in the main process.
+
+    Args:
+        message: The line.
+        context: This process among those that train together.
+    """
     if context.is_main_process:
         print(message, file=sys.stderr)

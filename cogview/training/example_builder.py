@@ -49,6 +49,9 @@ class ExampleBuilder:
             plan: Random decisions about them.
             num_shards: Number of threads that share the batch; the split does not change the result.
             samples: Where the rows come from; see ``TrainingBatch``.
+
+        Returns:
+            The batch, split into shards and micro-batches.
         """
         examples = self.build(rows, plan)
         if samples is None:
@@ -58,7 +61,13 @@ class ExampleBuilder:
     def split_into_micro_batches(
         self, batch: TrainingBatch, examples: Sequence[TrainingExample], num_shards: int = 1
     ) -> TrainingBatch:
-        """Return ``batch`` with ``examples`` split into shards and micro-batches."""
+        """Return ``batch`` with ``examples`` split into shards and micro-batches.
+
+        Args:
+            batch: The batch.
+            examples: Its examples.
+            num_shards: Number of threads that compute at once.
+        """
         order, limit = sorted(examples, key=len), self.settings.micro_batch_size
         shards = [order[first::num_shards] for first in range(min(num_shards, len(order)))]
         return replace(
@@ -87,6 +96,9 @@ class ExampleBuilder:
             task: The task.
             numbers: Numbers of the rows.
             mask_all: Mask every input code of the generated image.
+
+        Returns:
+            The batch.
         """
         rows = store.read(numbers)
         codes = rows["image"].shape
@@ -107,6 +119,9 @@ class ExampleBuilder:
             step: Index of the step.
             num_rows: Rows of the step, over all processes.
             num_codes: Codes of an image.
+
+        Returns:
+            The decisions for each row.
         """
         settings = self.settings
         random = np.random.default_rng([settings.seed, step])
@@ -133,6 +148,9 @@ class ExampleBuilder:
         Args:
             rows: Rows of the store.
             plan: Random decisions about them.
+
+        Returns:
+            The examples, in the order of the rows.
         """
         mask = self.vocabulary.command("[MASK]")
         examples = []
@@ -169,6 +187,9 @@ class ExampleBuilder:
             text: Text tokens without padding.
             row: The other fields of the row.
             window: Index of the window, for windowed tasks.
+
+        Returns:
+            The sequence.
         """
         values: dict[str, Any] = {}
         for name, content in self.tasks[task].contents.items():

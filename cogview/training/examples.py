@@ -89,6 +89,9 @@ class TrainingExample:
             seen: Input ids in place of those of ``row`` (T,).
             read: Positions to keep (T,), bool.
             names: Name targets, aligned with the ids that are predicted (T,).
+
+        Returns:
+            The example.
         """
         keep = read[:-1]
         return cls(
@@ -135,6 +138,9 @@ class MicroBatch:
             examples: The rows; the last one is the longest.
             keys: Keys of the targets.
             pad: Id of the padding.
+
+        Returns:
+            The micro-batch.
         """
         shape = (len(examples), len(examples[-1]))
         inputs, positions = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -185,7 +191,14 @@ class TrainingBatch:
 
     @classmethod
     def of(cls, step: int, rows: Rows, samples: np.ndarray, keys: Sequence[LossKey]) -> TrainingBatch:
-        """Return a batch of rows that are not split into micro-batches yet."""
+        """Return a batch of rows that are not split into micro-batches yet.
+
+        Args:
+            step: The step.
+            rows: Rows as the store has them.
+            samples: (B, 3) int64: sample of the run, store, row of the store.
+            keys: Task and kind of each loss.
+        """
         empty = np.zeros(0, dtype=np.int64)
         return cls(
             step=step,

@@ -35,6 +35,13 @@ class Trainer(ABC, Generic[Batch]):
     def step(self, step: int, batch: Batch) -> Mapping[str, float]:
         """Train on one batch and return metrics; ``tokens`` counts the tokens that were trained on.
 
+        Args:
+            step: The step, from 0.
+            batch: The batch of this process.
+
+        Returns:
+            The metrics.
+
         Raises:
             InputError: Training cannot continue; the loop saves the state of the step before.
         """

@@ -55,7 +55,14 @@ def plan_memory(
 def training_job(
     settings: TransformerSettings, model: Model, context: DistributedContext, dtype: torch.dtype | None
 ) -> TrainingJob:
-    """Return what the memory plan needs to know of a training, before micro-batches are chosen."""
+    """Return what the memory plan needs to know of a training, before micro-batches are chosen.
+
+    Args:
+        settings: The section ``transformer`` of the recipe.
+        model: The model.
+        context: This process among those that train together.
+        dtype: Dtype of the products, None for float32.
+    """
     training, engine = settings.training, settings.engine
     local_rows = max(1, training.batch_size // context.size)
     trained = sum(parameter.numel() for parameter in model.transformer.parameters() if parameter.requires_grad)
@@ -76,6 +83,11 @@ def training_job(
 
 
 def device_peak_flops(context: DistributedContext, dtype: torch.dtype | None) -> float:
-    """Return the peak FLOP/s of this process's device in a dtype: from its data sheet, or measured."""
+    """Return the peak FLOP/s of this process's device in a dtype: from its data sheet, or measured.
+
+    Args:
+        context: This process among those that train together.
+        dtype: Dtype of the products, None for float32.
+    """
     name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
     return peak_flops(name, precision_name(dtype)) or measure_hardware(context.device, dtype or torch.float32).flops

@@ -105,6 +105,10 @@ def open_all(
 def open_tokenizers(recipe: Recipe, settings: TransformerSettings) -> Tokenizers:
     """Return the tokenizers of the model ``settings.tokenizers``, or those that the recipe has trained.
 
+    Args:
+        recipe: The recipe.
+        settings: Its section ``transformer``.
+
     Raises:
         InputError: They are missing.
     """
@@ -116,6 +120,11 @@ def open_tokenizers(recipe: Recipe, settings: TransformerSettings) -> Tokenizers
 
 def open_stores(recipe: Recipe, settings: TransformerSettings, tokenizers: Tokenizers) -> RecipeStores:
     """Return the stores that the settings name, or those that the recipe has encoded.
+
+    Args:
+        recipe: The recipe.
+        settings: Its section ``transformer``.
+        tokenizers: The tokenizers of the model.
 
     Raises:
         InputError: A store is missing, or does not fit the tokenizers, the tasks or the other stores.
@@ -151,6 +160,11 @@ def open_stores(recipe: Recipe, settings: TransformerSettings, tokenizers: Token
 def model_config(settings: TransformerSettings, store: TokenStore, tokenizers: Tokenizers) -> ModelConfig:
     """Return the configuration of a new model for the rows of ``store``.
 
+    Args:
+        settings: The section ``transformer`` of the recipe.
+        store: The first store.
+        tokenizers: The tokenizers of the model.
+
     Raises:
         ValueError: A setting is outside its range, or there are fewer positions than the rows need.
     """
@@ -176,6 +190,10 @@ def model_config(settings: TransformerSettings, store: TokenStore, tokenizers: T
 def initialize(model: Model, settings: TransformerSettings) -> None:
     """Load the weights of ``settings.init_from`` into a new model, and inject LoRA layers, if the settings say so.
 
+    Args:
+        model: The new model.
+        settings: The section ``transformer`` of the recipe.
+
     Raises:
         InputError: The model ``init_from`` is unknown or has another shape.
     """
@@ -192,7 +210,12 @@ def initialize(model: Model, settings: TransformerSettings) -> None:
 
 
 def adapter_files(model: Model, settings: TransformerSettings) -> AdapterFiles | None:
-    """Return how to write and read the adapter that is trained; None if the whole model is trained."""
+    """Return how to write and read the adapter that is trained; None if the whole model is trained.
+
+    Args:
+        model: The model.
+        settings: The section ``transformer`` of the recipe.
+    """
     lora, init_from = settings.lora, settings.init_from
     if lora is None or init_from is None:
         return None

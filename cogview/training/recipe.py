@@ -42,6 +42,9 @@ class Recipe:
             work: Folder of the results; that of the recipe if None.
             overrides: Changes ``key=value`` of the section that a command reads.
 
+        Returns:
+            The recipe.
+
         Raises:
             InputError: The file cannot be read, or no work folder is given.
         """
@@ -119,6 +122,10 @@ class Recipe:
 
     def settings(self, kind: type[T], name: str) -> T:
         """Return section ``name`` as the dataclass ``kind``.
+
+        Args:
+            kind: The dataclass.
+            name: Name of the section.
 
         Raises:
             InputError: A key is unknown or missing, or a value is wrong.

@@ -176,6 +176,9 @@ class RunFolder:
         Args:
             step: Number of finished steps.
             metrics: Metrics of an evaluation; without ``validation_loss`` nothing is recorded.
+
+        Returns:
+            Whether the loss is the lowest so far.
         """
         loss, best = metrics.get("validation_loss"), self.best()
         if loss is None or (best is not None and best.step < step and best.validation_loss <= loss):

@@ -253,6 +253,9 @@ def flat(settings: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     Args:
         settings: Nested settings.
         above: Prefix of the keys.
+
+    Returns:
+        The flat settings.
     """
     found: dict[str, Any] = {}
     for key, value in settings.items():

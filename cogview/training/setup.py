@@ -145,6 +145,9 @@ def prepare(
         things: Objects of a closed world, for the checkpoints.
         run_folder: Folder of the run; that of the recipe if None.
 
+    Returns:
+        Trainer, data loader, run folder and memory estimate.
+
     Raises:
         InputError: Something that the recipe names is missing or does not fit.
     """

@@ -25,7 +25,12 @@ class TargetWeighting:
         self.device = device
 
     def loss_weight(self, task: str, kind: TargetKind) -> float:
-        """Return the weight of a loss within its task."""
+        """Return the weight of a loss within its task.
+
+        Args:
+            task: The task.
+            kind: Kind of the target.
+        """
         if kind == TargetKind.NAME:
             return self.settings.name_loss_weight
         is_prompt = kind == TargetKind.TEXT and TASKS[task].output == "image"

@@ -105,12 +105,24 @@ class TransformerTrainer(Trainer[TrainingBatch]):
         )
 
     def batch(self, step: int, rows: Rows) -> TrainingBatch:
-        """Build the batch of a step from all its rows, with the random decisions of training."""
+        """Build the batch of a step from all its rows, with the random decisions of training.
+
+        Args:
+            step: The step, from 0.
+            rows: All rows of the step.
+
+        Returns:
+            The batch.
+        """
         plan = self.builder.plan_rows(step, *rows["image"].shape)
         return self.builder.build_batch(step, rows, plan, num_shards=self.engine.num_threads)
 
     def step(self, step: int, batch: TrainingBatch) -> dict[str, float]:
         """Update the weights once.
+
+        Args:
+            step: The step, from 0.
+            batch: The batch of this process.
 
         Returns:
             Losses in nats per target for each task and kind, and metrics of the step.
@@ -220,6 +232,13 @@ class TransformerTrainer(Trainer[TrainingBatch]):
         """Compute losses on the validation store and write a sheet of samples; see ``Trainer.evaluate``.
 
         ``validation_loss`` is what training minimizes, averaged over the tasks by their shares.
+
+        Args:
+            step: Number of finished steps.
+            folder: Folder of the samples.
+
+        Returns:
+            Losses in nats per target.
         """
         self.transformer.eval()
         metrics: dict[str, float] = {}

@@ -113,7 +113,15 @@ class TrainingImages(Dataset[Tensor]):
 def training_batches(
     images: TrainingImages, batch_size: int, first: int, last: int, num_workers: int = 0
 ) -> Iterator[Tensor]:
-    """Return batches ``first`` to ``last`` - 1 of a training, each (B, 3, H, W)."""
+    """Return batches ``first`` to ``last`` - 1 of a training, each (B, 3, H, W).
+
+    Args:
+        images: The images.
+        batch_size: Images of a batch.
+        first: First batch.
+        last: Batch after the last one.
+        num_workers: Processes that render images ahead of time.
+    """
     loader = DataLoader(
         images,
         batch_size=batch_size,
@@ -131,7 +139,15 @@ def held_out_batches(
     count: int = HELD_OUT_IMAGES,
     batch_size: int = 64,
 ) -> Iterator[Tensor]:
-    """Return batches (B, 3, H, W) of the first ``count`` held-out images, fewer if the dataset is smaller."""
+    """Return batches (B, 3, H, W) of the first ``count`` held-out images, fewer if the dataset is smaller.
+
+    Args:
+        dataset: The dataset.
+        downsampling: Side of a code in pixels.
+        scales: Sizes of the images, over that of the dataset.
+        count: Maximum number of images.
+        batch_size: Images of a batch.
+    """
     images = TrainingImages(dataset, downsampling, scales)
     return iter(DataLoader(images, batch_size=batch_size, sampler=range(min(count, len(dataset)))))
 
@@ -286,7 +302,12 @@ class VQVAETrainer(Trainer[Tensor]):
         self.load_state(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
 
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
-        """Return PSNR, usage and perplexity on held-out images; write a sheet of images and reconstructions."""
+        """Return PSNR, usage and perplexity on held-out images; write a sheet of images and reconstructions.
+
+        Args:
+            step: Number of finished steps.
+            folder: Folder of the sheet.
+        """
         if self.held_out is None:
             raise ValueError("evaluation needs held-out images; give held_out to the trainer")
         metrics = evaluate_vqvae(self.model, held_out_batches(self.held_out, self.model.downsampling, self.scales))
@@ -295,7 +316,13 @@ class VQVAETrainer(Trainer[Tensor]):
 
 
 def reconstruction_sheet(model: VQVAE, dataset: ImageDataset, count: int = SHEET_IMAGES) -> Image.Image:
-    """Return a sheet of images in the upper row and their reconstructions in the lower, at twice their size."""
+    """Return a sheet of images in the upper row and their reconstructions in the lower, at twice their size.
+
+    Args:
+        model: The VQ-VAE.
+        dataset: The dataset.
+        count: Number of images.
+    """
     pixels = [render(dataset[index], dataset.side) for index in range(min(count, len(dataset)))]
     return contact_sheet([*pixels, *reconstruct(model, np.stack(pixels))], columns=len(pixels), scale=2)
 
@@ -372,6 +399,11 @@ def load_initial_vqvae(name: str, config: VQVAEConfig) -> VQVAE:
 
 
 def export_image_tokenizer(run: RunFolder, target: Path) -> None:
-    """Copy the image tokenizer of the last checkpoint of a run to ``target``, replacing an older one."""
+    """Copy the image tokenizer of the last checkpoint of a run to ``target``, replacing an older one.
+
+    Args:
+        run: The run.
+        target: Folder of the image tokenizer.
+    """
     with atomic_folder(target, overwrite=True) as folder:
         shutil.copytree(run.checkpoints()[-1] / "image", folder, dirs_exist_ok=True)

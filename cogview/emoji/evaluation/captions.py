@@ -87,7 +87,12 @@ class CaptionGrader:
         self.names = {thing.emoji: thing.name for thing in things}
 
     def grade(self, text: str, scene: Scene) -> CaptionGrade:
-        """Return the grade of a caption for a scene; of several readings, that of the best one."""
+        """Return the grade of a caption for a scene; of several readings, that of the best one.
+
+        Args:
+            text: The caption.
+            scene: The scene that it describes.
+        """
         grades = [self._grade(parsed, scene) for parsed in self.reader.parses(text)]
         if not grades:
             return CaptionGrade(
@@ -164,7 +169,12 @@ def evaluate_captions(model: CogView, world: EmojiWorld, *, count: int, seed: in
 
 
 def summarize_captions(grades: Sequence[CaptionGrade], max_confusions: int = MAX_CONFUSIONS) -> dict[str, Any]:
-    """Return the accuracy of each part, the number of unreadable captions and the most frequent confusions."""
+    """Return the accuracy of each part, the number of unreadable captions and the most frequent confusions.
+
+    Args:
+        grades: Grades of the captions.
+        max_confusions: Number of confusions to return.
+    """
     return {
         "captions": len(grades),
         **part_accuracies(grades),

@@ -63,7 +63,18 @@ class Measure:
 def measure_scenes(
     model: CogView, world: EmojiWorld, sampling: Sampling, settings: EvaluationSettings, folder: Path
 ) -> dict[str, Any]:
-    """Grade generated images; write a sheet of them."""
+    """Grade generated images; write a sheet of them.
+
+    Args:
+        model: The model.
+        world: The emoji world.
+        sampling: Sampling settings.
+        settings: Counts, seed and batch size.
+        folder: Folder of the sheet.
+
+    Returns:
+        The report as plain data.
+    """
     report, images = evaluate_scenes(
         model,
         world,
@@ -80,7 +91,18 @@ def measure_scenes(
 def measure_captions(
     model: CogView, world: EmojiWorld, sampling: Sampling, settings: EvaluationSettings, folder: Path
 ) -> dict[str, Any]:
-    """Grade greedy captions; write all of them."""
+    """Grade greedy captions; write all of them.
+
+    Args:
+        model: The model.
+        world: The emoji world.
+        sampling: Ignored; captions are greedy.
+        settings: Counts, seed and batch size.
+        folder: Folder of the captions.
+
+    Returns:
+        The report as plain data.
+    """
     report = evaluate_captions(
         model, world, count=settings.captions, seed=settings.seed, batch_size=settings.batch_size
     )
@@ -91,7 +113,18 @@ def measure_captions(
 def measure_rerank(
     model: CogView, world: EmojiWorld, sampling: Sampling, settings: EvaluationSettings, folder: Path
 ) -> dict[str, Any]:
-    """Grade the best of several images by score."""
+    """Grade the best of several images by score.
+
+    Args:
+        model: The model.
+        world: The emoji world.
+        sampling: Sampling settings of the candidates.
+        settings: Counts, seed and batch size.
+        folder: Ignored.
+
+    Returns:
+        The report as plain data.
+    """
     return evaluate_rerank(
         model,
         world,
@@ -106,7 +139,18 @@ def measure_rerank(
 def measure_upscale(
     model: CogView, world: EmojiWorld, sampling: Sampling, settings: EvaluationSettings, folder: Path
 ) -> dict[str, Any]:
-    """Measure upscaled images; write a sheet of them beside their references."""
+    """Measure upscaled images; write a sheet of them beside their references.
+
+    Args:
+        model: The model.
+        world: The emoji world.
+        sampling: Sampling settings of the windows.
+        settings: Counts, seed and batch size.
+        folder: Folder of the sheet.
+
+    Returns:
+        The report as plain data.
+    """
     report, images = evaluate_upscale(
         model,
         world,

@@ -57,6 +57,10 @@ def held_out_scenes(world: EmojiWorld, count: int, seed: int = 0) -> list[tuple[
 def check_world(model: CogView, world: EmojiWorld) -> None:
     """Check that a model knows exactly the objects of a world and generates images of its size.
 
+    Args:
+        model: The model.
+        world: The emoji world.
+
     Raises:
         InputError: The size or the objects differ.
     """
@@ -76,7 +80,15 @@ def check_world(model: CogView, world: EmojiWorld) -> None:
 def describe(
     model: CogView, world: EmojiWorld, captions: Sequence[str], seed: int, **settings: object
 ) -> dict[str, Any]:
-    """Return how a report on a world was made; arguments are those of ``describe_protocol``."""
+    """Return how a report on a world was made; arguments are those of ``describe_protocol``.
+
+    Args:
+        model: The model.
+        world: The emoji world.
+        captions: The captions.
+        seed: Seed of the images.
+        **settings: Further entries of the report.
+    """
     data = {
         "things": len(world.things),
         "candidates": len(world.candidates),
@@ -150,6 +162,9 @@ def tune_sampling(
         settings: The sampling settings to try.
         count: Number of tuning captions.
         batch_size: Captions in a batch.
+
+    Returns:
+        The settings with the summaries of their grades, the best first.
     """
     check_world(model, world)
     asked = held_out_scenes(world, count, TUNING_SEED)
@@ -161,7 +176,12 @@ def tune_sampling(
 
 
 def summarize_images(grades: Sequence[ImageGrade], max_confusions: int = MAX_CONFUSIONS) -> dict[str, Any]:
-    """Return the accuracy of each part and the most frequent confusions, as plain data."""
+    """Return the accuracy of each part and the most frequent confusions, as plain data.
+
+    Args:
+        grades: Grades of the images.
+        max_confusions: Number of confusions to return.
+    """
     return {
         "pictures": len(grades),
         **part_accuracies(grades),
@@ -179,7 +199,13 @@ def part_accuracies(grades: Sequence[SceneGrade]) -> dict[str, dict[str, Any]]:
 def count_confusions(
     grades: Iterable[SceneGrade], keys: tuple[str, str], max_confusions: int = MAX_CONFUSIONS
 ) -> list[dict[str, Any]]:
-    """Return the most frequent confusions as rows of the two ``keys`` and ``times``."""
+    """Return the most frequent confusions as rows of the two ``keys`` and ``times``.
+
+    Args:
+        grades: Grades of images or captions.
+        keys: Names of the expected and the found object in the result.
+        max_confusions: Number of confusions to return.
+    """
     counts = Counter(pair for grade in grades for pair in grade.confusions())
     return [
         {**dict(zip(keys, pair, strict=True)), "times": times} for pair, times in counts.most_common(max_confusions)

@@ -223,7 +223,12 @@ def parameter_groups(model: TransformerWithLoss, weight_decay: float) -> list[di
 
 
 def make_optimizer(model: TransformerWithLoss, settings: TransformerTraining) -> torch.optim.AdamW:
-    """Return AdamW for the trained parameters, in its fused form, which reads memory once."""
+    """Return AdamW for the trained parameters, in its fused form, which reads memory once.
+
+    Args:
+        model: The model with its loss.
+        settings: Learning rate, betas and weight decay.
+    """
     return torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=settings.betas, fused=True
     )

@@ -88,6 +88,13 @@ class DeepSpeedEngine(Engine):
         """Compute losses and gradients; see ``Engine.accumulate_gradients``.
 
         All processes compute the same number of micro-batches, since each one exchanges weights and gradients.
+
+        Args:
+            shards: Micro-batches of this process.
+            learn: Whether to accumulate gradients.
+
+        Returns:
+            Sums (K,) of the losses of each kind, float64 on the CPU.
         """
         parts = [part for shard in shards for part in shard]
         missing = int(self.context.all_reduce_max(len(parts))) - len(parts)

@@ -85,7 +85,15 @@ class TorchEngine(Engine):
         return self._scaler.get_scale()
 
     def accumulate_gradients(self, shards: Sequence[Sequence[DeviceMicroBatch]], *, learn: bool) -> Tensor:
-        """Compute losses and gradients; see ``Engine.accumulate_gradients``."""
+        """Compute losses and gradients; see ``Engine.accumulate_gradients``.
+
+        Args:
+            shards: Micro-batches of each thread.
+            learn: Whether to accumulate gradients.
+
+        Returns:
+            Sums (K,) of the losses of each kind, float64 on the CPU.
+        """
         if self.num_threads == 1:
             parts = [part for shard in shards for part in shard]
             return sum(
