@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 _MAX_LINE_BYTES = 1 << 20  # SentencePiece silently skips lines over 4192 bytes by default
 
@@ -131,29 +132,30 @@ def train_text_tokenizer(
         raise ValueError(f"a line of the corpus has more than {_MAX_LINE_BYTES} bytes: split it, one caption per line")
 
     model = io.BytesIO()
+    options: dict[str, Any] = {
+        "sentence_iterator": iter(corpus),
+        "model_writer": model,
+        "model_type": "unigram",
+        "vocab_size": size,
+        "hard_vocab_limit": False,  # a small corpus may have fewer pieces
+        "character_coverage": coverage,
+        "max_sentencepiece_length": max_piece_length,
+        "user_defined_symbols": [unicodedata.normalize("NFKC", word) for word in dict.fromkeys(words)],
+        "max_sentence_length": _MAX_LINE_BYTES,
+        "normalization_rule_name": "nfkc",
+        "add_dummy_prefix": False,
+        "byte_fallback": True,
+        "required_chars": "\u2581",  # the space; a corpus without spaces would decode it as this mark
+        "unk_id": 0,  # SentencePiece insists on it; the others are commands of our vocabulary
+        "bos_id": -1,
+        "eos_id": -1,
+        "pad_id": -1,
+        "num_threads": 1,
+        "shuffle_input_sentence": False,
+        "minloglevel": 2,
+    }
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(corpus),
-            model_writer=model,
-            model_type="unigram",
-            vocab_size=size,
-            hard_vocab_limit=False,  # a small corpus may have fewer pieces
-            character_coverage=coverage,
-            max_sentencepiece_length=max_piece_length,
-            user_defined_symbols=[unicodedata.normalize("NFKC", word) for word in dict.fromkeys(words)],
-            max_sentence_length=_MAX_LINE_BYTES,
-            normalization_rule_name="nfkc",
-            add_dummy_prefix=False,
-            byte_fallback=True,
-            required_chars="\u2581",  # the space; a corpus without spaces would decode it as this mark
-            unk_id=0,  # SentencePiece insists on it; the others are commands of our vocabulary
-            bos_id=-1,
-            eos_id=-1,
-            pad_id=-1,
-            num_threads=1,
-            shuffle_input_sentence=False,
-            minloglevel=2,
-        )
+        sentencepiece.SentencePieceTrainer.train(**options)
     except RuntimeError as error:
         raise ValueError(_explain(str(error), size)) from None
     return model.getvalue()
