@@ -27,7 +27,7 @@ class TargetKind(Enum):
     NAME = "name"
 
 
-LossKey: TypeAlias = tuple[str, TargetKind]  # task and kind: a loss of its own in the metrics
+LossKey: TypeAlias = tuple[str, TargetKind]  # task and kind, each with a separate loss in the metrics
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -51,7 +51,7 @@ class Trainer(ABC, Generic[Batch]):
         """Capture the state, which later steps must not change.
 
         Returns:
-            A function that writes a checkpoint: a model folder with what resuming needs. None in processes that do
+            A function that writes a checkpoint: a model folder with the state of training. None in processes that do
             not write.
         """
 
@@ -248,7 +248,7 @@ class TrainingLoop(Generic[Batch]):
         return self.run.save(self.done, self.trainer.snapshot(), self.settings.keep)
 
     def _is_due(self, every: int) -> bool:
-        """Return whether something that happens every so many steps, and at the end, is due."""
+        """Return whether work with an interval of ``every`` steps is due; at the last step it always is."""
         return _divides(every, self.done) or self.done == self.source.steps
 
     def _finish(self, path: Path, stopped: bool, signal_number: int | None) -> int:

@@ -105,7 +105,7 @@ class NonFiniteGuard:
             settings: Whether to stop or to skip.
             to_device: Moves a batch to the device, to compute it again.
             snapshot: Captures the state for a dump, as ``Trainer.snapshot`` does.
-            dumps: Folder in which to keep what replaying a step needs; None keeps nothing.
+            dumps: Folder of dumps, from which a step can be replayed; None writes none.
             can_replay: Whether ``cogview doctor --dump`` can replay the dump.
         """
         self.engine = engine
@@ -178,7 +178,7 @@ class NonFiniteGuard:
         return message
 
     def _write_dump(self, batch: TrainingBatch, seed: int, report: NonFiniteReport | None, folder: Path) -> str:
-        """Write what replaying a step needs; return a note on it."""
+        """Write a dump of the step; return a note on it."""
         write = self.snapshot()
         try:
             write_dump(folder, batch, report, context=self.context, seed=seed)

@@ -72,7 +72,7 @@ def plot_runs(records: Sequence[RunRecord], path: Path) -> None:
     end = 1.02 * max(max(series.steps) for record in records for series in _all_series(record))
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's settings are for other figures
+        matplotlib.rcdefaults()  # a user's settings belong to other plots
         matplotlib.rcParams.update(
             {"font.size": 9, "axes.titlesize": 10, "axes.spines.top": False, "axes.spines.right": False}
         )

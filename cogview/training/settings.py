@@ -60,7 +60,7 @@ class TransformerTraining:
     # model then also predicts the name: before it sees the code when generating, after it when captioning.
     name_loss_weight: float = 0.0
     caption_dropout: float = 0.1
-    # The first codes of an object determine most of the others. Next-code loss therefore depends on the text, and in
+    # The first codes of an object nearly determine the others. Next-code loss therefore depends on the text, and in
     # upscaling on the small image, at few positions only, and learns from them slowly. Masked input codes remove that
     # shortcut. With full masking each code is predicted from text and position alone, so a few targets suffice and
     # make the row cheaper.
@@ -211,10 +211,9 @@ class ArchitectureSettings:
         Raises:
             ValueError: The preset is unknown, or a setting is outside its range.
         """
-        changeable = {own.name for own in fields(ArchitectureSettings)} & {
-            one.name for one in fields(TransformerConfig)
-        }
-        changes = {name: getattr(self, name) for name in changeable if getattr(self, name) is not None}
+        known = {setting.name for setting in fields(ArchitectureSettings)}
+        names = [setting.name for setting in fields(TransformerConfig) if setting.name in known]
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return replace(preset(self.preset, vocabulary_size), **changes)
 
 

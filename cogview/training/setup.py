@@ -136,7 +136,9 @@ def prepare(
     things: Sequence[NamedThing] = (),
     run_folder: Path | None = None,
 ) -> TrainingSetup:
-    """Open what a recipe names and build its trainer; if a process fails, all stop and one reports.
+    """Open the tokenizers, stores and model of a recipe and build its trainer.
+
+    If a process fails, all stop and one reports.
 
     Args:
         recipe: The recipe.

@@ -86,7 +86,7 @@ def train(folder: Path, jobs: list[dict[str, Any]], size: int = 1) -> list[int]:
         for rank in range(size)
     ]
     try:
-        return [process.wait(timeout=300) for process in processes]
+        return [process.wait(timeout=900) for process in processes]
     finally:
         for process in processes:
             process.kill()

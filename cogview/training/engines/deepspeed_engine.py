@@ -230,7 +230,7 @@ class DeepSpeedEngine(Engine):
 
     @contextmanager
     def _whole(self, parameters: Sequence[nn.Parameter], *, writing: bool = False) -> Iterator[None]:
-        """Gather ``parameters`` within the block; with ``writing``, broadcast what the main process writes to them."""
+        """Gather ``parameters`` within the block; with ``writing``, broadcast writes of the main process."""
         if self.stage < 3:
             yield
             return
