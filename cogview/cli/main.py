@@ -74,6 +74,7 @@ CONTEXT_SETTINGS: dict[str, Any] = {
     "show_default": True,
     "max_content_width": 100,
 }
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 COMPLETION_VARIABLE = "_COGVIEW_COMPLETE"  # set by the script that `_COGVIEW_COMPLETE=bash_source cogview` prints
 
 
@@ -171,8 +172,8 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         The status of ``run``; 2 for a mistake of the user, 130 after Ctrl-C, 1 if the reader of stdout is gone.
     """
     _prepare_streams()
-    logging.basicConfig(level=os.environ.get("COGVIEW_LOG", "WARNING").upper(), format="%(name)s: %(message)s")
     try:
+        _configure_logging()
         with log_batch_plans():
             status = run()
         sys.stdout.flush()
@@ -197,6 +198,14 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted; finished results are kept", file=sys.stderr)
         return 130
+
+
+def _configure_logging() -> None:
+    """Log at the level of the variable COGVIEW_LOG; raise InputError for an unknown level."""
+    level = os.environ.get("COGVIEW_LOG", "WARNING").upper()
+    if level not in LOG_LEVELS:
+        raise InputError(f'COGVIEW_LOG is "{level}"; expected one of {", ".join(LOG_LEVELS)}')
+    logging.basicConfig(level=level, format="%(name)s: %(message)s")
 
 
 def _prepare_streams() -> None:

@@ -146,15 +146,20 @@ def model_options(items: str) -> Decorator:
         items: Plural noun of what a batch holds, such as ``images``.
     """
     names = tuple(field.name for field in fields(ModelOptions))
-    return option_group(
-        ModelOptions,
-        "model",
-        names,
+    options = [
         model_option(),
         revision_option(),
         adapter_option(),
         max_batch_size_option(items),
         device_option(),
+        *precision_options(),
+    ]
+    return option_group(ModelOptions, "model", names, *options)
+
+
+def precision_options() -> list[Decorator]:
+    """Return ``--dtype`` and ``--kv-dtype``."""
+    return [
         click.option(
             "--dtype",
             type=click.Choice(DTYPES),
@@ -167,7 +172,7 @@ def model_options(items: str) -> Decorator:
             default="auto",
             help="format of the KV cache: auto is the dtype of the computation, int8 halves the memory",
         ),
-    )
+    ]
 
 
 def model_option(**settings: Any) -> Decorator:

@@ -87,10 +87,10 @@ def describe_run(record: RunRecord) -> dict[str, Any]:
         "steps_planned": record.planned,
         "hours": None if record.seconds is None else record.seconds / 3600,
         "training": {name: series.last for name, series in record.training.items()},
-        "held_out": {name: series.last for name, series in record.validation.items()},
+        "validation": {name: series.last for name, series in record.validation.items()},
         "best": None
         if record.best is None
-        else {"step": record.best.step, "held_out_loss": record.best.validation_loss},
+        else {"step": record.best.step, "validation_loss": record.best.validation_loss},
         "checkpoints": [str(path) for path in record.checkpoints],
         "starts": len(record.environments),
         "environment": record.environment,
@@ -100,7 +100,7 @@ def describe_run(record: RunRecord) -> dict[str, Any]:
 
 def run_table(records: Sequence[RunRecord]) -> list[str]:
     """Return a header and a line for each run."""
-    rows = [("run", "step", "loss", "held out (best at step)", "speed", "MFU", "hours", "state")]
+    rows = [("run", "step", "loss", "validation (best at step)", "speed", "MFU", "hours", "state")]
     for record in records:
         loss, mfu = record.training.get("loss"), _recent(record.training.get("mfu"))
         rows.append(
@@ -122,7 +122,7 @@ def compare_runs(records: Sequence[RunRecord]) -> dict[str, Any]:
     """Return the differences between runs as plain data.
 
     ``settings`` and ``environment`` have the value of each run by key, "-" where a run lacks the key. ``loss`` and
-    ``held_out_loss`` have the value of each run by step, and ``last`` those of the last common step.
+    ``validation_loss`` have the value of each run by step, and ``last`` those of the last common step.
     """
     from cogview.training.run_record import differing, flat
 
@@ -132,14 +132,14 @@ def compare_runs(records: Sequence[RunRecord]) -> dict[str, Any]:
         for record in records
     ]
     return {
-        part: {key: [own.get(key, "-") for own in every] for key in differing(every)}
+        part: {key: [each.get(key, "-") for each in every] for key in differing(every)}
         for part, every in (("settings", settings), ("environment", starts))
     } | {
         "loss": _at_common_steps([record.training.get("loss") for record in records]),
-        "held_out_loss": _at_common_steps([record.validation.get("loss") for record in records]),
+        "validation_loss": _at_common_steps([record.validation.get("loss") for record in records]),
         "last": {
             "training": _last_in_common([record.training for record in records]),
-            "held_out": _last_in_common([record.validation for record in records]),
+            "validation": _last_in_common([record.validation for record in records]),
         },
     }
 
@@ -159,11 +159,11 @@ def comparison_lines(records: Sequence[RunRecord]) -> list[str]:
             lines += [*aligned_columns(rows, left=range(len(names) + 1)), ""]
         elif none:
             lines += [none, ""]
-    for part, title in (("loss", "loss at step"), ("held_out_loss", "held-out loss at step")):
+    for part, title in (("loss", "loss at step"), ("validation_loss", "validation loss at step")):
         if found[part]:
             rows = [(title, *names), *((str(step), *map(_loss, values)) for step, values in found[part].items())]
             lines += [*aligned_columns(rows, left=()), ""]
-    for part, title in (("training", "losses at the last common step"), ("held_out", "on held-out rows")):
+    for part, title in (("training", "losses at the last common step"), ("validation", "on validation rows")):
         rows = [(f"{name} ({row['step']})", *map(_loss, row["values"])) for name, row in found["last"][part].items()]
         if rows:
             lines += [*aligned_columns([(title, *names), *rows], left=(0,)), ""]
@@ -176,7 +176,9 @@ def _at_common_steps(series: Sequence[MetricSeries | None]) -> dict[int, list[fl
     """Return the values of each run at steps that all runs have."""
     from cogview.training.run_record import common_steps
 
-    return {step: [None if own is None else own.at(step) for own in series] for step in common_steps(series, MAX_ROWS)}
+    return {
+        step: [None if each is None else each.at(step) for each in series] for step in common_steps(series, MAX_ROWS)
+    }
 
 
 def _last_in_common(metrics: Sequence[Mapping[str, MetricSeries]]) -> dict[str, dict[str, Any]]:
@@ -185,9 +187,9 @@ def _last_in_common(metrics: Sequence[Mapping[str, MetricSeries]]) -> dict[str, 
 
     found = {}
     for name in metrics[0]:
-        every = [own.get(name) for own in metrics]
+        every = [each.get(name) for each in metrics]
         if name.endswith("_loss") and (steps := common_steps(every, 1)):
-            values = [None if own is None else own.at(steps[0]) for own in every]
+            values = [None if each is None else each.at(steps[0]) for each in every]
             found[name] = {"step": steps[0], "values": values}
     return found
 
@@ -227,9 +229,9 @@ def _plain(value: Any) -> str:
 def _finite(value: Any) -> Any:
     """Return ``value`` with None for NaN and infinity, which JSON lacks."""
     if isinstance(value, Mapping):
-        return {key: _finite(own) for key, own in value.items()}
+        return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(own) for own in value]
+        return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

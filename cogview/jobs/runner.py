@@ -188,30 +188,30 @@ class JobRunner:
         self._observer.batch(
             {
                 request: path
-                for item, own in requests.items()
+                for item, group in requests.items()
                 if item.resolved.is_ranked_task
-                for request, path in zip(own, item.paths, strict=True)
+                for request, path in zip(group, item.paths, strict=True)
             }
         )
         batch_size = min(journal.header["batch"], self.plan.settings.max_batch_size or journal.header["batch"])
         results = self.model.run(
-            [request for own in requests.values() for request in own],
+            [request for group in requests.values() for request in group],
             batch_size=batch_size,
             callback=self._observer.progress,
         )
         small: list[_UpscaleItem] = []
-        for item, own in requests.items():
-            generated: list[Any] = list(islice(results, len(own)))
+        for item, group in requests.items():
+            generated: list[Any] = list(islice(results, len(group)))
             if self.plan.is_ranked(item.resolved):
                 generated = self.model.rerank(generated, batch_size=batch_size)
-            paths = dict(zip((request.index for request in own), item.paths, strict=False))
+            paths = dict(zip((request.index for request in group), item.paths, strict=False))
             for number, (name, result) in enumerate(zip(item.ids, generated, strict=False)):  # the best of them
                 if name in missing:
                     self._save(name, item.record, result, paths.get(result.index), journal)
                 if item.upscaled:
                     path = self.plan.settings.output / journal.done[name]["path"]
                     small.append(_UpscaleItem(item=item, name=item.upscaled[number], image=result, path=path))
-            for request in own:
+            for request in group:
                 self._observer.finished(request)
         if small:
             self._upscale(small, missing, journal, batch_size)

@@ -204,3 +204,9 @@ def test_overrides_argument_takes_pairs_anywhere(capsys):
     assert (
         capsys.readouterr().err == 'cogview x: "steps" is not KEY=VALUE of the section training; see cogview x --help\n'
     )
+
+
+def test_main_rejects_an_unknown_log_level(monkeypatch, capsys):
+    monkeypatch.setenv("COGVIEW_LOG", "laut")
+    assert main(["models"]) == 2
+    assert capsys.readouterr().err.startswith('cogview models: COGVIEW_LOG is "LAUT"; expected one of DEBUG, INFO, ')

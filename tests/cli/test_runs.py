@@ -50,7 +50,7 @@ def test_runs_prints_a_table(runs, capsys):
     assert err == ""
     rows = [words(line) for line in out.splitlines()]
     assert rows == [
-        ["run", "step", "loss", "held out (best at step)", "speed", "MFU", "hours", "state"],
+        ["run", "step", "loss", "validation (best at step)", "speed", "MFU", "hours", "state"],
         [rows[1][0], "20/40", "4.0000", "4.5000 (4.5000 at 20)", "3,200 tokens/s", "25.0%", "0.00", "running"],
         [rows[2][0], "40/40", "1.0000", "1.5000 (3.5000 at 20)", "3,200 tokens/s", "25.0%", "0.00", "finished"],
     ]
@@ -75,8 +75,8 @@ def test_runs_json_prints_every_value(runs, capsys):
     assert row["folder"] == "runs/b/transformer-run"
     assert (row["state"], row["steps_done"], row["steps_planned"], row["starts"]) == ("running", 30, 40, 1)
     assert row["training"]["loss"] is None  # JSON has no NaN
-    assert row["held_out"] == {"loss": 4.5, "generate_image_loss": 5.5}
-    assert row["best"] == {"step": 20, "held_out_loss": 4.5}
+    assert row["validation"] == {"loss": 4.5, "generate_image_loss": 5.5}
+    assert row["best"] == {"step": 20, "validation_loss": 4.5}
     assert row["checkpoints"] == ["runs/b/transformer-run/checkpoints/step-00000020"]
     assert row["settings"]["training"]["learning_rate"] == 5e-4
     assert row["environment"]["versions"] == {"torch": "2.7"}
@@ -91,9 +91,9 @@ def test_runs_compare_prints_the_differences(runs, capsys):
         [["settings that differ", *names], ["training.learning_rate", "0.0005", "0.001"]],
         [["environments that differ", *names], ["versions.torch", "2.7", "2.6"]],
         [["loss at step", *names], ["10", "5.0000", "4.0000"], ["20", "4.0000", "3.0000"]],
-        [["held-out loss at step", *names], ["20", "4.5000", "3.5000"]],
+        [["validation loss at step", *names], ["20", "4.5000", "3.5000"]],
         [["losses at the last common step", *names], ["generate_image_loss (20)", "5.0000", "4.0000"]],
-        [["on held-out rows", *names], ["generate_image_loss (20)", "5.5000", "4.5000"]],
+        [["on validation rows", *names], ["generate_image_loss (20)", "5.5000", "4.5000"]],
     ]
     assert main(["runs", "runs/b", "runs/红苹果", "--compare", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
