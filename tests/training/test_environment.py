@@ -96,3 +96,13 @@ def test_write_environment_survives_facts_that_fail(tmp_path, monkeypatch, capsy
         err
         == f"warning: {tmp_path / 'missing' / 'environment.jsonl'} could not be written: No such file or directory\n"
     )
+
+
+def test_read_run_keeps_environments_of_earlier_versions(tmp_path):
+    """Facts are neither required nor renamed: a line of an earlier version is returned as it is."""
+    folder = write_run(tmp_path / "run", steps=10)
+    line = {"time": "2025-01-01T00:00:00+00:00", "command": "cogview train a.yaml", "engine": "torch", "world_size": 1}
+    (folder / "environment.jsonl").write_text(json.dumps(line) + "\n")
+    assert dict(read_run(folder).environment) == line
+    start(folder)
+    assert [len(environment) > len(line) for environment in read_run(folder).environments] == [False, True]

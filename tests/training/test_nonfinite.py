@@ -114,6 +114,14 @@ def test_replay_dump_finds_what_the_run_has_found(tmp_path):
     kept, now = replay_dump(folder, "cpu")
     assert kept == ("ok", "kept", f"step 3, process 0: {report['found']}")
     assert now == ("problem", "now", f"in float32 on cpu: first not finite in {report['found']}")
+
+    # Dumps of earlier versions name settings differently.
+    settings = json.loads((folder / "settings.json").read_text())
+    for former, present in (("caption_drop", "caption_dropout"), ("hidden_rows", "full_mask_rate")):
+        settings["training"][former] = settings["training"].pop(present)
+    (folder / "settings.json").write_text(json.dumps(settings))
+    assert list(replay_dump(folder, "cpu")) == [kept, now]
+
     for path in folder.glob("report-*"):
         path.unlink()
     with pytest.raises(InputError, match="is no dump of a step: expected RUN/nonfinite/step-"):
