@@ -566,7 +566,7 @@ def error_cell(limits: Sequence[Limit]) -> str:
 
 
 def outlier_table(found: Found) -> list[str]:
-    """Return a table of the largest tolerated outlier of each position and form, and the ratio of ours to ``released``."""
+    """Return a table of the largest tolerated outliers by position and form, and the ratio of ours to ``released``."""
     lines = [
         "| largest outlier that is right | pre-ln | released | ours | ours / released | the same, up to 65,504 "
         "| error at 65,504: pre-ln, released, ours |",

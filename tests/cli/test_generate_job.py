@@ -232,7 +232,7 @@ def test_generate_job_repeats_the_batches_of_a_partly_recorded_chunk(generate, j
 def test_generate_job_is_shared_by_several_processes(generate, prompts, start):
     """They need neither --resume nor the seed; each result is generated and printed once."""
     processes = [start(*prompts, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]
-    outputs = [process.communicate(timeout=100) for process in processes]
+    outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     printed = [line for out, _ in outputs for line in out.splitlines()]
     assert outputs[1][1] == ""  # notes about the whole job are printed by one process
