@@ -12,6 +12,8 @@ from PIL import Image
 
 from cogview.tokenizers.tasks import TASKS
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "examples"
 Main = Callable[[Sequence[str]], int]
 
@@ -60,7 +62,6 @@ def test_rerank_best_of_n_saves_the_best_in_order(load, tmp_path, capsys):
     assert scores == sorted(scores, reverse=True)
 
 
-@pytest.mark.slow
 def test_add_task_trains_and_generates(load, tmp_path, capsys):
     assert load("add_task")(["--steps", "2", "-o", str(tmp_path)]) == 0
     assert "of the codes are right" in capsys.readouterr().out
@@ -68,7 +69,6 @@ def test_add_task_trains_and_generates(load, tmp_path, capsys):
         assert image.size == (64, 64)
 
 
-@pytest.mark.slow
 def test_train_on_images_trains_every_part(load, tmp_path, capsys):
     assert load("train_on_images")(["--steps", "2", "-o", str(tmp_path)]) == 0
     assert "天空下的" in capsys.readouterr().out

@@ -32,6 +32,8 @@ from cogview.training.vqvae_trainer import VQVAERecipe, export_image_tokenizer, 
 from cogview.vqvae.model import VQVAEConfig
 from cogview.vqvae.training import VQVAETrainingSettings
 
+pytestmark = pytest.mark.slow
+
 SHAPES = {"圆形": "ellipse", "方块": "rectangle"}
 COLOURS = {"红色": (210, 40, 40), "绿色": (40, 160, 60), "蓝色": (40, 70, 200), "黄色": (240, 210, 60)}
 MEANINGS = [(shape, colour) for shape in SHAPES for colour in COLOURS]

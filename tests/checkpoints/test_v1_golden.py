@@ -70,6 +70,7 @@ def assert_near(got, expected, atol):
     torch.testing.assert_close(got, torch.from_numpy(expected), atol=atol, rtol=0)
 
 
+@pytest.mark.slow
 def test_v1_logits_of_text_to_image_equal_golden_values(model, golden):
     """The prompt 一只可爱的小猫坐在窗台上 and 1024 codes."""
     ids = golden["t2i_tokens"]

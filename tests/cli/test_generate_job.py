@@ -126,6 +126,7 @@ def expected_codes(image):
     return [str(code) for code in image.codes.flat]
 
 
+@pytest.mark.slow
 def test_generate_job_runs_lines_of_all_tasks(whole, tiny_model, monkeypatch):
     monkeypatch.chdir(whole.folder)
     printed = whole.printed
@@ -177,6 +178,8 @@ def test_generate_job_runs_lines_of_all_tasks(whole, tiny_model, monkeypatch):
     assert [records[name]["text"] for name in ("line 3/0", "什么/0", "什么/1")] == [one["caption"] for one in captions]
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_generate_job_resumes_after_a_kill_with_equal_results(generate, job, start, whole):
     """Files and records equal those of a run without interruption, bit for bit."""
     process = start(*JOB, "--preview")
@@ -229,6 +232,8 @@ def test_generate_job_repeats_the_batches_of_a_partly_recorded_chunk(generate, j
     assert image_files("out") == undisturbed
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_generate_job_is_shared_by_several_processes(generate, prompts, start):
     """They need neither --resume nor the seed; each result is generated and printed once."""
     processes = [start(*prompts, RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank)) for rank in range(2)]

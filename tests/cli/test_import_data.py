@@ -123,6 +123,7 @@ def recipe(tiny_checkpoint, tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 def test_import_data_gives_equal_training_from_a_dataset_and_its_import(recipe, pieces, tmp_path, capsys, monkeypatch):
     image = Image.new("RGB", (256, 256))  # the real sample sheet would take longer than the rest of the test
     monkeypatch.setattr(

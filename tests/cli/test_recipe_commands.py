@@ -216,6 +216,7 @@ def test_train_image_starts_from_another_tokenizer_with_larger_scenes(work, tmp_
     assert f"init_from: {start} has another shape than this recipe; expected " in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_recipe_overrides_change_their_section_only(work, tmp_path):
     recipe = write_recipe(tmp_path)
     place = ["--work", str(work), "--device", "cpu"]
@@ -226,6 +227,7 @@ def test_recipe_overrides_change_their_section_only(work, tmp_path):
     assert [step_of(path) for path in RunFolder(work / "transformer-run").checkpoints()] == [4]
 
 
+@pytest.mark.slow
 def test_train_builds_a_model_of_every_task_of_a_mixture(work, tmp_path, capsys):
     for name in ("store", "held-out-store"):
         shutil.rmtree(work / name)
@@ -269,6 +271,7 @@ def test_train_names_the_field_that_a_store_lacks_for_a_task(work, tmp_path, cap
     assert "does not say which name stands where, but name_loss_weight is 0.5: encode the store" in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_train_starts_from_another_model(work, tmp_path, capsys, monkeypatch):
     place = ["--work", str(work), "--device", "cpu"]
     assert main(["train", write_recipe(tmp_path), *place, "training.steps=4", "dropout=0.0"]) == 0
@@ -339,6 +342,7 @@ def test_recipes_of_the_repository_are_readable(path, tmp_path):
     assert needed <= transformer.max_positions
 
 
+@pytest.mark.slow
 def test_train_adapter_resumes_after_a_restart(work, tmp_path, capsys):
     pytest.importorskip("peft")
     recipe, place = write_recipe(tmp_path), ["--work", str(work), "--device", "cpu"]
@@ -391,6 +395,7 @@ def findings(capsys) -> dict[str, dict[str, str]]:
     return {line["subject"]: line for line in lines}
 
 
+@pytest.mark.slow
 def test_doctor_checks_machine_and_computes_two_steps_of_recipe(work, tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     capsys.readouterr()
@@ -422,6 +427,7 @@ def test_doctor_names_problems_with_remedies(work, tmp_path, capsys, monkeypatch
     assert lines[-1].startswith(f"problem  training      there is no token store at {work / 'store'}: make one with")
 
 
+@pytest.mark.slow
 def test_doctor_computes_nonfinite_step_again(work, tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     capsys.readouterr()
@@ -565,6 +571,7 @@ def test_train_reports_invalid_settings_of_the_transformer(work, tmp_path, capsy
     assert not (work / "transformer-run").exists()
 
 
+@pytest.mark.slow
 def test_train_refuses_to_resume_a_checkpoint_of_another_shape(work, tmp_path, capsys, monkeypatch):
     recipe = write_recipe(tmp_path)
     monkeypatch.setitem(config.PRESETS, "other", (1, 48, 2))
@@ -611,6 +618,7 @@ def test_eval_refuses_an_option_that_a_measure_does_not_use(tmp_path, capsys, me
     assert message in one_line(capsys)
 
 
+@pytest.mark.slow
 def test_package_refuses_a_report_of_another_checkpoint(work, tmp_path, capsys):
     recipe = write_recipe(tmp_path)
     assert main(["train", recipe, "training.steps=3"]) == 0
@@ -644,6 +652,7 @@ def steps_run(work: Path) -> list[tuple[str, int]]:
     return [(entry["step"], entry["status"]) for entry in json.loads((work / "times.json").read_text())]
 
 
+@pytest.mark.slow
 def test_train_emoji_runs_missing_steps_and_resumes(script, work, tmp_path, capsys, monkeypatch):
     recipe, place = write_recipe(tmp_path), ["--device", "cpu"]
     monkeypatch.setattr(evaluate, "CAPTIONS", 4)

@@ -301,6 +301,7 @@ def test_token_store_can_be_opened_several_times(written, tmp_path):
         assert writer.count == 500
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker")  # more than the machine has cores
 @pytest.mark.multiprocess
 @pytest.mark.parametrize(("method", "num_workers"), [("fork", 8), ("spawn", 2)])  # a spawned worker imports torch

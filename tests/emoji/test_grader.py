@@ -24,6 +24,7 @@ def degrade(image: np.ndarray, seed: int) -> np.ndarray:
     return np.clip(np.asarray(blurred) + noise, 0, 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"canvas": 128, "jitter": 8, "sizes": (0.6, 0.8, 1.0)}])
 def test_scene_grader_finds_true_images_right(make_tiny_world: MakeWorld, settings: dict[str, object]) -> None:
     world = make_tiny_world(**settings)
@@ -108,6 +109,7 @@ def test_scene_grader_refuses_an_image_of_another_size(make_tiny_world: MakeWorl
         SceneGrader(make_tiny_world()).explain(np.zeros((32, 32, 3), dtype=np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.font
 def test_scene_grader_finds_true_images_of_the_real_world_right() -> None:
     world = EmojiWorld.create(WorldSettings(things=400))

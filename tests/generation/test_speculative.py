@@ -15,6 +15,7 @@ from tests.factories import (
     caption_sequence,
     codes_of,
     generate_sequence,
+    random_transformer,
     request_for,
     upscale_sequence,
 )
@@ -141,3 +142,17 @@ def test_uses_cuda_graphs_rejects_other_values(monkeypatch, variable, message):
     monkeypatch.setenv(variable, "compiled")
     with pytest.raises(ValueError, match=message):
         uses_cuda_graphs(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("speculative", [1, 8])
+def test_cuda_graphs_give_the_codes_of_eager_steps(monkeypatch, speculative):
+    """Captured steps read and write the same tensors as eager ones; an early capture would replay stale values."""
+    transformer = random_transformer().to("cuda")
+    requests = [request_for(generate_sequence(text), seed=2, image=index) for index, text in enumerate((LONG, SHORT))]
+    codes = []
+    for graphs in ("0", "1"):
+        monkeypatch.setenv("COGVIEW_CUDA_GRAPHS", graphs)
+        results = decode(transformer, VOCABULARY, requests, speculative=speculative)
+        codes.append([codes_of(result, request.sequence) for result, request in zip(results, requests, strict=True)])
+    assert codes[0] == codes[1]

@@ -15,7 +15,10 @@ from cogview.errors import InputError
 from cogview.jobs.journal import DiskFull, JobJournal
 from cogview.jobs.locks import JobLocks, run_chunks
 
-pytestmark = pytest.mark.skipif(cogview.jobs.locks.fcntl is None, reason="one process shares no job")
+pytestmark = [
+    pytest.mark.multiprocess,
+    pytest.mark.skipif(cogview.jobs.locks.fcntl is None, reason="one process shares no job"),
+]
 
 NUM_ITEMS = 200
 CHUNKS = [[f"狐狸-{item}" for item in range(first, first + 5)] for first in range(0, NUM_ITEMS, 5)]

@@ -330,6 +330,7 @@ def test_attention_triton_rejects_bfloat16_when_interpreted():
         attention_triton(*random_qkv(7, 7, torch.bfloat16))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_attention_triton_passes_the_checks_of_custom_operators(device):
     from cogview.kernels.attention_triton import _attend

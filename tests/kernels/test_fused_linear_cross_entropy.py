@@ -296,6 +296,7 @@ def test_fused_linear_cross_entropy_can_run_twice(force, device):
     assert all(map(torch.equal, first[2], second[2]))
 
 
+@pytest.mark.slow
 def test_fused_linear_cross_entropy_works_with_compile_and_checkpointing(force, device):
     from torch.utils.checkpoint import checkpoint
 

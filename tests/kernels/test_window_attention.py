@@ -122,6 +122,7 @@ def test_window_attention_matches_float64(implementation, case):
     assert max(errors(computed(implementation, *inputs, **keywords), expected)) < 1e-5
 
 
+@pytest.mark.slow
 @every_case
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_window_attention_triton_is_as_near_to_float64_as_pytorch(case, dtype, device):
@@ -136,6 +137,7 @@ def test_window_attention_triton_is_as_near_to_float64_as_pytorch(case, dtype, d
         assert error <= 2 * other + floor, f"{name}: {error} instead of {other}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize(("heads", "size"), [(3, 32), (1, 40), (1, 128)])
 def test_window_attention_accepts_any_number_and_size_of_heads(implementation, heads, size, device):

@@ -290,6 +290,7 @@ def test_hidden_accepts_positions_that_restart(transformer):
         close(transformer.head(torch.cat(parts, dim=1)), restarted, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["reference", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("padded", [False, True])
 def test_transformer_gives_the_same_logits_and_gradients_with_all_kernels(monkeypatch, name, padded):
@@ -309,6 +310,7 @@ def test_transformer_gives_the_same_logits_and_gradients_with_all_kernels(monkey
         close(one, other, atol=1e-4)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("name", ["reference", "torch", "triton"])
 def test_hidden_confines_an_outlier_to_later_tokens_when_float16(monkeypatch, name):

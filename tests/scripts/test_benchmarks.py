@@ -138,12 +138,14 @@ def test_compare_transformers_prints_every_mode(run_benchmark):
     assert found["best"] in modes
 
 
+@pytest.mark.slow
 def test_compare_best_of_prints_each_method_with_random_weights(run_benchmark):
     table, found = run_benchmark("compare_best_of", "--model", "random", *SHAPE, "-n", "3")
     assert [row[0] for row in table[1:]] == ["one by one, sequential", "ours"]
     assert 0 < found["score_share"] < 1
 
 
+@pytest.mark.slow
 def test_compare_best_of_prints_each_method_with_trained_weights(run_benchmark, tiny_checkpoint):
     table, found = run_benchmark("compare_best_of", "--model", str(tiny_checkpoint), "-n", "3")
     assert [row[0] for row in table[1:]] == ["one by one, sequential", "one by one", "ours"]
@@ -233,6 +235,7 @@ def test_comparisons_print_help(load_benchmark, capsys, name):
     assert "--json FILE" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_gpu_kernels_checks_every_kernel(load_benchmark, tmp_path, capsys):
     pytest.importorskip("triton")
     file = tmp_path / "kernels.json"

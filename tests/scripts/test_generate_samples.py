@@ -150,6 +150,7 @@ def test_generate_samples_reports_mistakes_in_one_line(samples, arguments, messa
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("name", ["generate_samples.py", "caption_images.py", "super_resolution.py", "rerank.py"])
 def test_generate_samples_runs_as_a_file(name, tmp_path):

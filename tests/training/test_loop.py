@@ -169,6 +169,7 @@ def test_killed_run_resumes_without_a_lost_or_repeated_sample(tmp_path, number):
     assert validation == [10, 20, 30, 40]
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_second_signal_stops_at_once(tmp_path):
     process = start(tmp_path, pause=PATIENCE + 100)

@@ -20,6 +20,7 @@ def colours(path: Path) -> int:
         return len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_plot_runs_draws_one_or_two_runs(tmp_path, count):
     pytest.importorskip("matplotlib")
@@ -57,6 +58,7 @@ def test_plot_runs_labels_panels_and_legend(tmp_path, monkeypatch):
     assert not any(text.get_parse_math() for text in texts)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 def test_plot_runs_draws_odd_metrics_without_warnings(tmp_path):
     """A single point, values that are not finite, a metric that only one run has, and Chinese names."""

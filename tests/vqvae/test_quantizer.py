@@ -112,6 +112,8 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
 def test_update_of_two_processes_equals_one_process_with_the_whole_batch(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("this build of torch has no torch.distributed")
