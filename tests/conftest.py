@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from cogview.emoji.things import EmojiFiles, EmojiObject
 from cogview.emoji.world import EmojiWorld, WorldSettings
+from cogview.kernels.dispatch import select_backend
 from tests import v1_release
 from tests.factories import tiny_model as build_tiny_model
 from tests.factories import tiny_text_tokenizer
@@ -45,6 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=f"{marker}: {reason}"))
 
 
+def pytest_sessionfinish() -> None:
+    """Return frozen objects to garbage collection, so that the interpreter can delete them at its end."""
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def ctrl_c_interrupts() -> None:
     """Restore SIGINT, which a shell has background processes ignore: tests of Ctrl-C need it."""
@@ -57,6 +63,13 @@ def older_objects_are_frozen() -> None:
     """Exclude objects of earlier modules from garbage collection: a full collection would take 0.4 s at the end."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def kernel_choices_are_forgotten() -> Iterator[None]:
+    """Forget the backends that a test has chosen through ``COGVIEW_KERNELS``, so that tests run in any order."""
+    yield
+    select_backend.cache_clear()
 
 
 @pytest.fixture(scope="session")
