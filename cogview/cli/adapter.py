@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.adapter import Adapter
 
 
-@click.group()
+@click.group(no_args_is_help=False)
 def command() -> None:
     """Merge a LoRA adapter into a model, or remove it again.
 

@@ -210,3 +210,40 @@ def test_main_rejects_an_unknown_log_level(monkeypatch, capsys):
     monkeypatch.setenv("COGVIEW_LOG", "laut")
     assert main(["models"]) == 2
     assert capsys.readouterr().err.startswith('cogview models: COGVIEW_LOG is "LAUT"; expected one of DEBUG, INFO, ')
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "--input", "没有.txt"],
+        ["generate", "狐狸", "--seed", "七"],
+        ["complete", "a.png", "--rows", "四", "--prompt", "狐狸"],
+        ["upscale", "--input", "没有.tsv"],
+        ["caption", "a.png", "--method", "guess"],
+        ["rerank", "--input", "没有.tsv"],
+        ["info", "没有"],
+        ["estimate", "-n", "一"],
+        ["bench", "--repeats", "一"],
+        ["convert", "没有"],
+        ["convert", "没有", "--to", "v2"],
+        ["models", "多"],
+        ["download", "没有"],
+        ["push", "没有", "狐狸/模型"],
+        ["adapter"],
+        ["adapter", "merge", "cogview-emoji"],
+        ["adapter", "info", "没有"],
+        ["runs", "没有"],
+        ["import-data", "没有.bin", "--model", "cogview-emoji", "-o", "store"],
+        ["doctor", "没有.yaml"],
+        ["eval", "feelings", "没有.yaml"],
+        *([command, "没有.yaml"] for command in ("scenes", "train-text", "train-image", "encode", "train", "package")),
+    ],
+)
+def test_main_reports_wrong_input_of_every_command_in_one_line(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"cogview {arguments[0]}")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
