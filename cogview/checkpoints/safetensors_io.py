@@ -108,19 +108,22 @@ class WeightsFile:
 
         Touching them one by one waits for the disk in between; asking the system to read ahead helps less.
         """
-        Thread(target=self._fetch, daemon=True).start()
-
-    def _fetch(self) -> None:
-        block = bytearray(1 << 24)
-        with suppress(OSError), self.path.open("rb", buffering=0) as file:
-            while file.readinto(block):
-                pass
+        # The thread gets the path alone: it must not keep this object, and with it the mapping, alive.
+        Thread(target=_read_through, args=(self.path,), daemon=True).start()
 
     def _open(self) -> safe_open:
         try:
             return safe_open(self.path, framework="pt")
         except SafetensorError as error:
             raise InputError(f"{self.path} is damaged: {str(error).splitlines()[0]}") from None
+
+
+def _read_through(path: Path) -> None:
+    """Read a file from its first byte to its last, and forget it."""
+    block = bytearray(1 << 24)
+    with suppress(OSError), path.open("rb", buffering=0) as file:
+        while file.readinto(block):
+            pass
 
 
 class WeightsWriter:

@@ -4,12 +4,14 @@ import hashlib
 import json
 import os
 import random
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogview.checkpoints import safetensors_io
 from cogview.checkpoints.safetensors_io import TensorSpec, WeightsFile, WeightsWriter, describe_mismatch
 from cogview.errors import InputError
 
@@ -234,14 +236,16 @@ def test_weights_file_read_outlives_the_deleted_file(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
-def test_weights_file_is_mapped_only_while_a_tensor_is_alive(tmp_path):
+def test_weights_file_is_mapped_only_while_a_tensor_is_alive(tmp_path, monkeypatch):
     path = write(tmp_path / "weights", {"a": torch.ones(5000), "b": torch.ones(5000)})
 
     def mappings():
         return sum(line.endswith(str(path)) for line in Path("/proc/self/maps").read_text().splitlines())
 
+    may_end = threading.Event()
+    monkeypatch.setattr(safetensors_io, "_read_through", lambda path: may_end.wait())
     file = WeightsFile(path)
-    file.prefetch()
+    file.prefetch()  # a slow disk keeps its thread busy until the end
     assert mappings() == 0
     for name in ("a", "b"):
         tensor = file.read(name)
@@ -252,3 +256,4 @@ def test_weights_file_is_mapped_only_while_a_tensor_is_alive(tmp_path):
     assert mappings() == 1
     del kept, file
     assert mappings() == 0
+    may_end.set()
