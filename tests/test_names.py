@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from collections.abc import Iterator
@@ -20,11 +19,9 @@ NO_UNITS = re.compile(
 )
 
 
-def definitions(path: Path, kind: type[ast.AST] | tuple[type[ast.AST], ...]) -> Iterator[str]:
-    """Yield the names of definitions of a kind in a source."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, kind):
-            yield node.name  # type: ignore[attr-defined]
+def functions_of(path: Path) -> Iterator[str]:
+    """Yield the names of the functions and methods of a source."""
+    yield from re.findall(r"^[ ]*(?:async )?def (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def library_functions() -> set[str]:
@@ -35,7 +32,7 @@ def library_functions() -> set[str]:
         for parent, _, names in os.walk(ROOT / folder):
             for name in names:
                 if name.endswith(".py"):
-                    found.update(definitions(Path(parent, name), ast.FunctionDef))
+                    found.update(functions_of(Path(parent, name)))
     return {name.strip("_") for name in found if not name.startswith("test_")}
 
 
@@ -57,7 +54,7 @@ def test_names_of_tests_have_a_unit_and_a_behaviour() -> None:
     functions = library_functions()
     problems = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        for name in definitions(path, ast.FunctionDef):
+        for name in functions_of(path):
             problem = problem_with(name, functions) if name.startswith("test_") else None
             if problem is not None:
                 problems.append(f"{path.relative_to(ROOT)}: {name}: {problem}")

@@ -20,6 +20,8 @@ from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.checkpoints.v1_convert import ALL_TASKS, import_v1
 from cogview.pipeline.cogview import CogView
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "一只可爱的小猫坐在窗台上"
 
 
@@ -70,7 +72,6 @@ def assert_near(got, expected, atol):
     torch.testing.assert_close(got, torch.from_numpy(expected), atol=atol, rtol=0)
 
 
-@pytest.mark.slow
 def test_v1_logits_of_text_to_image_equal_golden_values(model, golden):
     """The prompt 一只可爱的小猫坐在窗台上 and 1024 codes."""
     ids = golden["t2i_tokens"]
@@ -103,7 +104,6 @@ def test_v1_scores_of_post_selection_equal_golden_values(model, golden):
     assert [score.log_probability for score in scores] == pytest.approx(golden["scores"].tolist(), abs=1e-3)
 
 
-@pytest.mark.slow
 def test_v1_greedy_codes_equal_golden_values(model, golden):
     """The first 128 codes that the published sampler chooses with top-k 1."""
     expected = golden["greedy_tokens"]
@@ -120,7 +120,6 @@ def test_v1_greedy_caption_equals_golden_values(model, golden):
     assert caption.text == model.text_tokenizer.decode((expected[-20:] - model.vocabulary.text.start).tolist())
 
 
-@pytest.mark.slow
 def test_v1_super_resolution_equals_golden_values(model, golden):
     """All 4,096 codes of nine windows with top-k 1."""
     (image,) = model.upscale([image_of(golden["magnify_code"])], PROMPT, seed=0, top_k=1)

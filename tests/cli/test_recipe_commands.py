@@ -107,6 +107,7 @@ def one_line(capsys) -> str:
 # From a world to a picture
 
 
+@pytest.mark.slow
 def test_recipe_commands_run_in_sequence(finished, tmp_path, capsys, monkeypatch):
     """Each command writes its result to the path where the next one reads it."""
     work = tmp_path / "elsewhere"

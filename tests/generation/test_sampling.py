@@ -254,6 +254,7 @@ def test_sample_is_the_argmax_when_top_k_is_1():
     assert not torch.equal(sample(logits, keys, range(30), Sampling(top_k=0)), logits.argmax(dim=-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 @pytest.mark.parametrize("top_k", [1, 5, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16: many logits are equal

@@ -148,6 +148,7 @@ def test_attention_sees_its_prefix_and_no_padding(implementation, limits, num_qu
     torch.testing.assert_close(implementation(q, k, v, **limits).double(), expected, atol=atol, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [attention_torch, triton])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (7, 7), (2, 7), (65, 65), (5, 257)])

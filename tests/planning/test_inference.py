@@ -42,6 +42,7 @@ def test_estimate_upscales_image_in_nine_windows():
     assert sum(one.total_positions == one.new_positions for one in steps) == len(upscale_windows(8))  # prefills
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("plain_cpu")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(

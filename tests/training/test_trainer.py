@@ -110,6 +110,7 @@ def test_step_has_the_same_gradient_in_micro_batches(parts, monkeypatch):
         torch.testing.assert_close(in_parts[name], gradient, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [2, 3, 20])
 def test_step_has_the_same_gradient_with_threads(threads, monkeypatch):
     rows, changes = (

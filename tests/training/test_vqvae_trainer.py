@@ -106,6 +106,7 @@ def test_vqvae_trainer_initializes_the_codebook_after_the_warm_up():
     assert run(trainer, 4, 5)[0]["commitment"] > 0
 
 
+@pytest.mark.slow
 def test_vqvae_trainer_learns_the_images_and_uses_the_codes():
     config = VQVAEConfig(
         channels=(16, 32, 32), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 1, 1), num_codes=32, code_width=8
