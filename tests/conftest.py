@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Tiny models gain nothing from threads, and threads that wait for each other on a busy machine take ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 
 def missing_emoji_files() -> str:
     """Return why tests of the emoji font cannot run, or an empty text."""
