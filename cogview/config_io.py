@@ -78,7 +78,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}: {error}") from error
+        raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
     try:
         recipe = _parse(text)
     except ValueError as error:

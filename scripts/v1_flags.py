@@ -28,6 +28,7 @@ from cogview.cli.session import GenerationSession
 from cogview.cli.text_io import prompt_lines, read_lines
 from cogview.errors import InputError
 from cogview.image_io.png import prepare_folder
+from cogview.limits import MAX_RESULTS
 
 # Flags of CogView v1 about the shape of the model, which a checkpoint folder holds. False: the flag takes no value.
 NEEDLESS = {
@@ -93,7 +94,7 @@ FLAGS = (
     click.option("--output-path", type=FILE, default="samples", metavar="PATH", help="folder for the results"),
     click.option(
         "--batch-size",
-        type=click.IntRange(min=1),
+        type=click.IntRange(min=1, max=MAX_RESULTS),
         default=4,
         metavar="COUNT",
         help="number of images per prompt, or captions per image",

@@ -5,12 +5,15 @@ import importlib.util
 import math
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import cogview
 from cogview.diagnostics import machine as diagnostics
+from cogview.diagnostics import recipe as recipe_checks
 from cogview.diagnostics.machine import (
     Diagnosis,
     SupportedVersions,
@@ -80,6 +83,20 @@ def test_check_versions_passes_needed_packages(installed):
     installed(None)
     found = {finding.subject: finding.status for finding in check_versions({"deepspeed"})}
     assert (found["cogview"], found["deepspeed"], found["peft"]) == ("ok", "problem", "note")
+
+
+def test_check_versions_names_the_folder_of_the_package():
+    """It used to name the folder of its own module, cogview/diagnostics."""
+    first = next(check_versions())
+    assert f" in {Path(cogview.__file__).parent}, Python " in first.text
+
+
+@pytest.mark.parametrize("device", ["tpu", "cuda:x"])
+def test_examine_raises_input_error_for_an_unknown_device(monkeypatch, device):
+    """Without a recipe the device used to be ignored."""
+    monkeypatch.setattr(recipe_checks, "check_processes", lambda device, count: iter(()))
+    with pytest.raises(InputError, match=f"device '{device}' is unknown; expected auto, cpu"):
+        list(examine(None, device, None))
 
 
 def test_examine_stops_after_versions_when_torch_is_missing(installed, monkeypatch):

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import click
 
 from cogview.errors import InputError
+from cogview.limits import MAX_RESULTS
 
 DEFAULT_MODEL = "cogview-emoji"
 DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
@@ -323,7 +324,8 @@ def output_option(**settings: Any) -> Decorator:
 
 def count_option(items: str) -> Decorator:
     """Return ``-n``: the number of ``items``, such as "images per prompt"."""
-    return click.option("-n", type=click.IntRange(min=1), default=1, metavar="COUNT", help=f"number of {items}")
+    kind = click.IntRange(min=1, max=MAX_RESULTS)
+    return click.option("-n", type=kind, default=1, metavar="COUNT", help=f"number of {items}")
 
 
 def overrides_argument(section: str) -> Decorator:

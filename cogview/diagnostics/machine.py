@@ -91,10 +91,10 @@ def check_versions(needed: Collection[str] = ()) -> Iterator[Diagnosis]:
     Args:
         needed: Optional packages that a recipe needs.
     """
-    from cogview import __version__
+    import cogview
 
-    where, python = Path(__file__).parent, platform.python_version()
-    yield Diagnosis("ok", "cogview", f"{__version__} in {where}, Python {python}")
+    where, python = Path(cogview.__file__).parent, platform.python_version()
+    yield Diagnosis("ok", "cogview", f"{cogview.__version__} in {where}, Python {python}")
     for name, tested in PACKAGES.items():
         yield check_package(name, tested, is_needed=name in needed)
 

@@ -40,7 +40,7 @@ def examine(recipe: Recipe | None, device: str, processes: int | None) -> Iterat
         processes: Processes of the all-reduce; None for one per GPU, or two.
 
     Raises:
-        InputError: The section of the recipe has mistakes.
+        InputError: The section of the recipe has mistakes, or the device is unknown or absent.
     """
     settings = None
     if recipe is not None:
@@ -50,6 +50,9 @@ def examine(recipe: Recipe | None, device: str, processes: int | None) -> Iterat
     yield from check_versions(() if settings is None else needed_packages(settings))
     if importlib.util.find_spec("torch") is None:
         return  # nothing else can be checked
+    from cogview.device import choose_placement
+
+    choose_placement(device)  # raises for a device that is unknown or absent
     yield from check_devices()
     yield from guarded("processes", lambda: check_processes(device, processes))
     if recipe is None or settings is None:

@@ -179,7 +179,10 @@ def draw_sprites(things: Sequence[EmojiObject], font: Path) -> np.ndarray:
 
     if not features.check("raqm"):  # without it a joined emoji such as the polar bear falls into its parts
         raise InputError("this build of Pillow lacks the Raqm text layout; install Pillow from its wheels")
-    face = ImageFont.truetype(str(font), _FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
+    try:
+        face = ImageFont.truetype(str(font), _FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
+    except OSError as error:
+        raise InputError(f"{font} cannot be read as a font: {error}; expected NotoColorEmoji.ttf") from error
     sprites = np.zeros((len(things), SPRITE_PIXELS, SPRITE_PIXELS, 4), dtype=np.uint8)
     for index, thing in enumerate(things):
         canvas = Image.new("RGBA", (_FONT_LEFT + SPRITE_PIXELS + _FONT_LEFT, SPRITE_PIXELS), (0, 0, 0, 0))
@@ -192,7 +195,11 @@ def _read_names(paths: Sequence[Path]) -> dict[str, str]:
     """Names for text-to-speech in the CLDR annotations, by emoji without variation selectors."""
     names = {}
     for path in paths:
-        for annotation in ElementTree.parse(path).iter("annotation"):
+        try:
+            annotations = ElementTree.parse(path).iter("annotation")
+        except ElementTree.ParseError as error:
+            raise InputError(f"{path} is no XML file: {error}; expected annotations of the Unicode CLDR") from error
+        for annotation in annotations:
             if annotation.get("type") == "tts" and annotation.text:
                 names[annotation.get("cp", "").replace(_VARIATION_SELECTOR, "")] = annotation.text.replace(" ", "")
     return names

@@ -18,6 +18,7 @@ from typing import Any, get_args, get_type_hints
 
 from cogview.errors import InputError
 from cogview.formatting import shorten
+from cogview.limits import MAX_RESULTS
 from cogview.tokenizers.tasks import TASKS, Task, job_tasks
 
 SHOWN = 40  # characters of a wrong value in a message
@@ -57,8 +58,8 @@ class JobRecord:
             if getattr(self, key) is not None and key not in needed:
                 users = ", ".join(name for name, task in tasks.items() if key in task.inputs)
                 raise ValueError(f"{key} means nothing for the task {self.task}; it belongs to: {users}")
-        if self.n is not None and self.n < 1:
-            raise ValueError(f"n must be at least 1, got {self.n}")
+        if self.n is not None and not 1 <= self.n <= MAX_RESULTS:
+            raise ValueError(f"n must be from 1 to {MAX_RESULTS}, got {self.n}")
         if self.rows is not None and self.rows < 0:
             raise ValueError(f"rows must be at least 0, got {self.rows}")
         if self.sampling or self.seed is not None:

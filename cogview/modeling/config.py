@@ -150,6 +150,8 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}; for greedy decoding use top_k 1")
+        if self.temperature == math.inf:
+            raise ValueError("temperature must be finite, got inf; for a wider choice of ids raise top_k or top_p")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (0 keeps every id), got {self.top_k}")
         if not 0 < self.top_p <= 1:

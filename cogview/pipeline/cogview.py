@@ -11,6 +11,7 @@ from PIL import Image
 
 from cogview.errors import InputError
 from cogview.generation.sampling import MAX_SEED
+from cogview.limits import MAX_RESULTS
 from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline import runner
 from cogview.pipeline.model import LoadedModel, override_sampling
@@ -113,7 +114,7 @@ class CogView(LoadedModel):
             The iterator over images, prompt by prompt.
         """
         self.require_task("generate")
-        _require_positive(n, "the number of images")
+        _require_count(n, "the number of images")
         checked = self.tokenize([prompts] if isinstance(prompts, str) else prompts)
         settings = self._resolve_sampling(sampling, overrides, "generate")
         requests = text_to_image_requests(checked, n=n, seed=resolve_seed(seed), sampling=settings)
@@ -154,7 +155,7 @@ class CogView(LoadedModel):
         grid = self.config.grid
         if not 0 <= rows < grid:
             raise InputError(f"the rows to keep must be from 0 to {grid - 1} of {grid}, got {rows}")
-        _require_positive(n, "the number of images")
+        _require_count(n, "the number of images")
         checked = self.tokenize(_one_each(prompts, images, "prompt"))
         settings = self._resolve_sampling(sampling, overrides, "generate")
         requests = completion_requests(
@@ -235,7 +236,7 @@ class CogView(LoadedModel):
             InputError: If a setting cannot be used.
         """
         self.require_task("caption")
-        _require_positive(n, "the number of captions")
+        _require_count(n, "the number of captions")
         if method not in ("greedy", "sample", "beam"):
             raise InputError(f"the method {method!r} is unknown; known: greedy, sample, beam")
         if method == "greedy" and n > 1:
@@ -363,7 +364,7 @@ def _one_each(texts: str | Sequence[str], images: Sequence[Image.Image], noun: s
     return list(texts)
 
 
-def _require_positive(value: int, noun: str) -> None:
-    """Raise InputError unless a value is at least 1."""
-    if value < 1:
-        raise InputError(f"{noun} must be at least 1, got {value}")
+def _require_count(value: int, noun: str) -> None:
+    """Raise InputError unless a value is from 1 to ``MAX_RESULTS``."""
+    if not 1 <= value <= MAX_RESULTS:
+        raise InputError(f"{noun} must be from 1 to {MAX_RESULTS}, got {value}")

@@ -303,6 +303,7 @@ def _decoding_bytes(steps: Sequence[DecodingRequest], context: PipelineContext) 
     """Return the bytes that decoding a batch takes beside the weights."""
     transformer, device = context.planned_transformer, context.placement.device
     window = context.speculative or max_window(device, len(steps), packed=transformer.packed_layers is not None)
+    num_blanks = max(int(step.sequence.blanks.sum()) for step in steps)  # a window is never wider
     output_ids = {_blank_ids(step.sequence, context) for step in steps}
     return transformer.prepack_bytes(*output_ids) + decode_bytes(
         context.config.transformer,
@@ -311,5 +312,5 @@ def _decoding_bytes(steps: Sequence[DecodingRequest], context: PipelineContext) 
         dtype=context.placement.weight_format,
         device_type=context.placement.device.type,
         int8_cache=context.int8_cache,
-        max_window=window if window > 1 or uses_cuda_graphs(device) else None,
+        max_window=min(window, num_blanks) if window > 1 or uses_cuda_graphs(device) else None,
     )

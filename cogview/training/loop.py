@@ -264,7 +264,8 @@ class TrainingLoop(Generic[Batch]):
                 f"stopped after step {self.done} of {steps}, saved in {path}; go on with --resume auto", self.context
             )
             return 128 + (signal_number or signal.SIGTERM)
-        log_main(f"{steps} steps done, saved in {path}", self.context)
+        beyond = f"; the recipe asks for {steps}" if self.done > steps else ""  # resumed with fewer steps
+        log_main(f"{self.done} steps done, saved in {path}{beyond}", self.context)
         return 0
 
 

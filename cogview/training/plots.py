@@ -61,7 +61,8 @@ def plot_runs(records: Sequence[RunRecord], path: Path) -> None:
         *_activation_panels(records),
     ]
     if not panels:
-        raise InputError(f"no metrics yet in {', '.join(str(record.folder) for record in records) or 'no run'}")
+        folders = ", ".join(str(record.folder) for record in records)
+        raise InputError(f"no metrics yet in {folders}" if folders else "there is no run to plot")
     try:
         import matplotlib
         from matplotlib.figure import Figure

@@ -74,6 +74,8 @@ class TransformerTraining:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps must be at least 2, got {self.steps}")
         if not 0 < self.warmup_steps < self.steps:
             raise ValueError(f"warmup_steps must be from 1 to steps - 1 ({self.steps - 1}), got {self.warmup_steps}")
         if self.batch_size < 1:

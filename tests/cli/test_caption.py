@@ -176,7 +176,7 @@ def test_caption_keeps_the_old_output_file_after_an_interruption(caption, save_i
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "0"], "invalid value for '-n': 0 is not in the range x>=1"),
+        (["-n", "0"], "invalid value for '-n': 0 is not in the range 1<=x<=100000"),
         (
             ["--max-inference-batch-size", "0"],
             "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",

@@ -106,7 +106,7 @@ def test_complete_skips_a_prompt_that_cannot_be_used(complete, save_image, no_im
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-n", "0"], "invalid value for '-n': 0 is not in the range x>=1"),
+        (["-n", "0"], "invalid value for '-n': 0 is not in the range 1<=x<=100000"),
         (
             ["--max-inference-batch-size", "0"],
             "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",

@@ -323,13 +323,18 @@ def test_generate_notes_unknown_objects_and_characters(generate, tiny_checkpoint
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([FOX, "-n", "0"], f"invalid value for '-n': 0 is not in the range x>=1{SEE}"),
+        ([FOX, "-n", "0"], f"invalid value for '-n': 0 is not in the range 1<=x<=100000{SEE}"),
+        ([FOX, "-n", "9" * 20], f"invalid value for '-n': {'9' * 20} is not in the range 1<=x<=100000{SEE}"),
         (
             [FOX, "--max-inference-batch-size", "-3"],
             f"invalid value for '--max-inference-batch-size': \"-3\" is not auto or a whole number from 1 on{SEE}",
         ),
         ([FOX, "--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         ([FOX, "--temperature", "0"], f"invalid value for '--temperature': 0.0 is not in the range x>0{SEE}"),
+        (
+            [FOX, "--temperature", "inf"],
+            "temperature must be finite, got inf; for a wider choice of ids raise top_k or top_p",
+        ),
         ([FOX, "--temperature", "nan"], "temperature must be above 0, got nan; for greedy decoding use top_k 1"),
         ([FOX, "--top-p", "2"], f"invalid value for '--top-p': 2.0 is not in the range 0<x<=1{SEE}"),
         ([FOX, "--top-k", "-1"], f"invalid value for '--top-k': -1 is not in the range x>=0{SEE}"),

@@ -97,6 +97,20 @@ def test_read_things_refuses_files_without_a_common_emoji(planted: EmojiFiles) -
         read_things(planted)
 
 
+def test_read_things_names_annotations_that_are_no_xml(planted: EmojiFiles) -> None:
+    """A Markdown file given by --annotations used to end in a traceback."""
+    planted.annotations[0].write_text("# 小模型\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"zh\.xml is no XML file: .*expected annotations of the Unicode CLDR"):
+        read_things(planted)
+
+
+def test_draw_sprites_names_a_file_that_is_no_font(tmp_path: Path) -> None:
+    """The message used to be "unknown file format", without the file."""
+    (tmp_path / "card.md").write_text("# 小模型\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"card\.md cannot be read as a font: .*expected NotoColorEmoji\.ttf"):
+        draw_sprites((), tmp_path / "card.md")
+
+
 @pytest.mark.font
 def test_read_things_of_debian_have_distinct_names_and_sprites() -> None:
     things = read_things(DEBIAN)

@@ -121,6 +121,7 @@ def test_filter_logits_returns_float32_when_logits_are_float16():
         ({"temperature": 0.0}, "temperature must be above 0, got 0.0; for greedy decoding use top_k 1"),
         ({"temperature": -1.0}, "temperature must be above 0, got -1.0"),
         ({"temperature": math.nan}, "temperature must be above 0, got nan"),
+        ({"temperature": math.inf}, "temperature must be finite, got inf"),
         ({"top_k": -1}, r"top_k must be at least 0 \(0 keeps every id\), got -1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),

@@ -112,7 +112,8 @@ WRONG_OBJECTS = [
         "image means nothing for the task generate; it belongs to: complete, caption, upscale",
     ),
     ('{"prompt": "狗", "task": "画"}', 'the task "画" is unknown; known: generate, complete, caption, upscale'),
-    ('{"prompt": "狗", "n": 0}', "n must be at least 1, got 0"),
+    ('{"prompt": "狗", "n": 0}', "n must be from 1 to 100000, got 0"),
+    ('{"prompt": "狗", "n": 99999999999}', "n must be from 1 to 100000, got 99999999999"),
     (
         '{"prompt": "狗", "task": "complete", "image": "狗.png", "rows": -1}',
         "rows must be at least 0, got -1",

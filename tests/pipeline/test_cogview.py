@@ -1,5 +1,6 @@
 """``CogView``: the same image alone or in any batch, its codes and probability, and what it refuses."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -251,7 +252,9 @@ def test_prompt_problem_is_none_when_prompt_fits(tiny_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n": 0}, "number of images must be at least 1, got 0"),
+        ({"n": 0}, "number of images must be from 1 to 100000, got 0"),
+        ({"n": 10**20}, "number of images must be from 1 to 100000, got 1"),
+        ({"temperature": math.inf}, "temperature must be finite, got inf"),
         ({"batch_size": 0}, "batch size must be at least 1, got 0"),
         ({"seed": -1}, "seed must be from 0 to 9223372036854775807, got -1"),
         ({"seed": 2**63}, "seed must be from 0 to"),
@@ -427,6 +430,13 @@ def test_speculative_and_int8_cache_are_settings_of_model(tiny_model, monkeypatc
     np.testing.assert_array_equal(codes_of(tiny_model.generate(PROMPTS, seed=7, batch_size=1)), rounded)
 
 
+def test_generate_plans_no_wider_window_than_an_image_has_codes(tiny_model, monkeypatch):
+    """A window of 99,999,999 codes used to need 6588 GB by the plan, although no pass verifies more than an image."""
+    expected = codes_of(tiny_model.generate(PROMPTS, seed=7))
+    monkeypatch.setattr(tiny_model, "speculative", 99_999_999)
+    np.testing.assert_array_equal(codes_of(tiny_model.generate(PROMPTS, seed=7)), expected)
+
+
 def test_upscale_low_level_doubles_small_image(tiny_model):
     """From half the side of the model's images to that side."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
@@ -472,7 +482,7 @@ def test_caption_log_probability_equals_full_forward(tiny_model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"n": 0}, "number of captions must be at least 1, got 0"),
+        ({"n": 0}, "number of captions must be from 1 to 100000, got 0"),
         ({"n": 2}, "greedy captions are always the same: 2 were asked for, use sample or beam"),
         ({"method": "best"}, "method 'best' is unknown; known: greedy, sample, beam"),
         ({"top_k": 3}, "top_k can be set for sampled captions alone"),

@@ -82,7 +82,7 @@ def test_caption_images_asks_for_images(run_captions, save_image, monkeypatch):
         (["--generation-task", "text2image"], "--generation-task text2image is unknown; known: image2text\n"),
         (["--input-source", "none.txt"], "cannot read none.txt: No such file or directory"),
         (["--input-source", "blank.txt"], "blank.txt is empty: expected a query per line"),
-        (["--batch-size", "0"], "invalid value for '--batch-size': 0 is not in the range x>=1"),
+        (["--batch-size", "0"], "invalid value for '--batch-size': 0 is not in the range 1<=x<=100000"),
         (
             ["--max-inference-batch-size", "0"],
             "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",

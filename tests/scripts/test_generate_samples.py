@@ -130,7 +130,7 @@ def test_generate_samples_skips_prompts_that_cannot_be_used(samples):
             "super-resolution, post-selection\n",
         ),
         (["--with-id"], "--with-id needs a file of lines that start with ID<TAB>: give it with --input-source"),
-        (["--batch-size", "0"], "invalid value for '--batch-size': 0 is not in the range x>=1"),
+        (["--batch-size", "0"], "invalid value for '--batch-size': 0 is not in the range 1<=x<=100000"),
         (
             ["--max-inference-batch-size", "0"],
             "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",

@@ -28,6 +28,7 @@ def test_learning_rate_at_rises_then_decays():
     ("changes", "message"),
     [
         ({"warmup_steps": 100}, r"warmup_steps must be from 1 to steps - 1 \(99\), got 100"),
+        ({"steps": -1}, "steps must be at least 2, got -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"micro_batch_size": -1}, "micro_batch_size and num_workers must not be negative, got -1 and 0"),
         ({"full_mask_rate": 0.7, "partial_mask_rate": 0.4}, "are shares of all rows: their sum must not be above 1"),
