@@ -26,5 +26,7 @@ setup(
         "cogview.training.engines",
         "cogview.vqvae",
     ],
-    package_data={"cogview": ["checkpoints.yaml", "emoji/things.yaml", "py.typed", "models/*/*", "models/*/*/*"]},
+    package_data={
+        "cogview": ["checkpoints.yaml", "emoji/things.yaml", "locale/*.po", "py.typed", "models/*/*", "models/*/*/*"]
+    },
 )

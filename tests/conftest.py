@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+os.environ["COGVIEW_LANGUAGE"] = "en"  # tests read messages in any locale
+
 # Tiny models gain nothing from threads, and threads that wait for each other on a busy machine take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -41,6 +41,7 @@ import click
 
 from cogview import __version__
 from cogview.cli.progress import log_batch_plans
+from cogview.cli.translation import LANGUAGES, language_of, take_language, translated
 from cogview.errors import InputError, ReportedByPeer
 
 # Command, its module in cogview.cli, and its line of help.
@@ -114,6 +115,13 @@ class LazyGroup(click.Group):
     no_args_is_help=False,
     context_settings=CONTEXT_SETTINGS,
 )
+@click.option(
+    "--language",
+    type=click.Choice(LANGUAGES),
+    expose_value=False,
+    show_default="that of the locale",
+    help="language of messages and help; it may stand behind the command as well",
+)
 @click.version_option(__version__, message="cogview %(version)s")
 def cli() -> None:
     """Generate images from Chinese text, upscale, caption and rank them, and train the models."""
@@ -131,16 +139,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else argv
     # DeepSpeed's launcher puts this before everything else; the variable LOCAL_RANK holds it too.
     arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
+    try:
+        language, arguments = take_language(arguments)
+    except InputError as error:
+        return _report("cogview", str(error))
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if instruction := os.environ.get(COMPLETION_VARIABLE):
         from click.shell_completion import shell_complete
 
         return shell_complete(cli, {}, "cogview", COMPLETION_VARIABLE, instruction)
 
-    return run_command(cli, arguments, "cogview", f"cogview {command}" if command in COMMANDS else "cogview")
+    name = f"cogview {command}" if command in COMMANDS else "cogview"
+    return run_command(cli, arguments, "cogview", name=name, language=language)
 
 
-def run_command(command: click.Command, argv: Sequence[str] | None, program: str, name: str | None = None) -> int:
+def run_command(
+    command: click.Command,
+    argv: Sequence[str] | None,
+    program: str,
+    *,
+    name: str | None = None,
+    language: str | None = None,
+) -> int:
     """Run a ``click`` command of this package or of a script.
 
     Args:
@@ -148,6 +168,7 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
         argv: The command line without the program's name; that of the process by default.
         program: The name of the program in its help.
         name: The name in messages about mistakes; ``program`` by default.
+        language: The language of messages and help; that of the locale by default.
 
     Returns:
         The exit status.
@@ -158,7 +179,8 @@ def run_command(command: click.Command, argv: Sequence[str] | None, program: str
         with command.make_context(program, arguments, **CONTEXT_SETTINGS) as context:
             return int(command.invoke(context) or 0)
 
-    return run_safely(run, name or program)
+    with translated(language or language_of(os.environ)):
+        return run_safely(run, name or program)
 
 
 def run_safely(run: Callable[[], int], name: str) -> int:

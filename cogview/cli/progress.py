@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from cogview.cli.translation import translate
 from cogview.formatting import plural
 
 if TYPE_CHECKING:
@@ -93,11 +94,11 @@ class ProgressBar:
 
         first = is_first_process()
         if count and first and not sys.stderr.isatty():
-            print(f"{activity} {plural(count, noun)}", file=sys.stderr)
+            print(f"{translate(activity)} {translate(plural(count, noun))}", file=sys.stderr)
         self._bar = tqdm(
             total=codes,
             unit=" codes",
-            desc=activity,
+            desc=translate(activity),
             disable=None if first else True,
             leave=False,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {rate_noinv_fmt}{postfix}, {remaining} left",

@@ -1,0 +1,270 @@
+"""Translate messages, notes, questions and help of the command line.
+
+The library writes English. The command line translates whole messages at its edge, with the gettext catalogue of the
+user's language, ``cogview/locale/LANGUAGE.po``. A message is matched with the template that it was made from: the
+source ``f"cannot read {path}: {error}"`` is the entry ``cannot read {path}: {error}``, and what the fields matched is
+translated as well. ``scripts/update_catalogue.py`` collects the templates from the sources.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cogview.errors import InputError
+from cogview.formatting import display_width
+
+FOLDER = Path(__file__).parents[1] / "locale"
+LANGUAGES = ("en", "zh")
+VARIABLES = ("COGVIEW_LANGUAGE", "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")  # the first that is set decides
+FIELD = re.compile(r"\{(\w+)\}")
+MAX_DEPTH = 4  # of messages within messages
+
+_DEFAULT = re.compile(r"(.*?)  \[(.*)\]", re.DOTALL)  # how click appends the default and the range to a help text
+_SENTENCES = re.compile(r"(?<=\.)\s+")
+_PIECES = re.compile(r"(?:[\u3000-\u9fff\uff00-\uffef]|[^\s\u3000-\u9fff\uff00-\uffef]+)[，。；：、）】”’！？]*\s*")
+_JOINTS = ((re.compile(r"; "), "；"), (re.compile(r": "), "："), (re.compile(r", "), "，"))
+
+
+class Catalogue:
+    """The translations of one language: entries without fields by their text, the others as patterns."""
+
+    def __init__(self, entries: Mapping[str, str]) -> None:
+        """Keep the entries.
+
+        Args:
+            entries: English templates and their translations, with the same ``{fields}``.
+        """
+        self.exact = {source: target for source, target in entries.items() if not FIELD.search(source)}
+        # Those with the most literal text come first: the most specific template of a message is the right one.
+        templates = [source for source in entries if FIELD.search(source)]
+        self.templates = {
+            source: (max(FIELD.split(source)[::2], key=len), entries[source])
+            for source in sorted(templates, key=lambda source: -sum(map(len, FIELD.split(source)[::2])))
+        }
+
+    def translate(self, text: str, depth: int = 0) -> str:
+        """Return the translation of a message; what has none stays English.
+
+        Args:
+            text: A message, or a part of one.
+            depth: Number of messages that ``text`` is a field of.
+        """
+        stripped = text.strip()
+        if depth > MAX_DEPTH or not stripped.strip("0123456789.,:;()[] "):
+            return text
+        found = self.exact.get(stripped) or self._from_template(stripped, depth) or self._by_parts(stripped, depth)
+        return text.replace(stripped, found) if found else text
+
+    def _from_template(self, text: str, depth: int) -> str | None:
+        """Return the translation of the most specific template that matches ``text``."""
+        for source, (literal, target) in self.templates.items():
+            if literal not in text:
+                continue
+            if match := _pattern(source).fullmatch(text):
+                fields = {name: self.translate(value, depth + 1) for name, value in match.groupdict().items()}
+                return target.format_map(fields)
+        return None
+
+    def _by_parts(self, text: str, depth: int) -> str | None:
+        """Translate the two sides of a joint, such as a semicolon; None if neither side has a translation."""
+        for joint, mark in _JOINTS:
+            for match in joint.finditer(text):
+                left, right = text[: match.start()], text[match.end() :]
+                sides = self.translate(left, depth + 1), self.translate(right, depth + 1)
+                if sides[0] != left or sides[1] != right:
+                    return (mark if sides[0] != left else match[0]).join(sides)
+        return None
+
+
+@functools.cache
+def _pattern(source: str) -> re.Pattern[str]:
+    """Return the pattern of the messages that a template makes."""
+    parts = FIELD.split(source)
+    named = [f"(?P<{part}>.*?)" if index % 2 else re.escape(part) for index, part in enumerate(parts)]
+    return re.compile("".join(named), re.DOTALL)
+
+
+@functools.cache
+def load_catalogue(language: str) -> Catalogue | None:
+    """Read the catalogue of a language.
+
+    Args:
+        language: One of ``LANGUAGES``.
+
+    Returns:
+        The catalogue; None for English.
+    """
+    if language == "en":
+        return None
+    import polib
+
+    entries = polib.pofile(str(FOLDER / f"{language}.po"), encoding="utf-8")
+    return Catalogue({entry.msgid: entry.msgstr for entry in entries if entry.msgstr and not entry.obsolete})
+
+
+def take_language(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Remove ``--language`` from a command line, where it may stand anywhere.
+
+    Args:
+        arguments: The command line without the program's name.
+
+    Returns:
+        The language, None if there is no such option; and the other arguments.
+
+    Raises:
+        InputError: ``--language`` names an unknown language, or none.
+    """
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    chosen, left, words = None, [], iter(arguments[:end])
+    for word in words:
+        if word == "--language":
+            chosen = next(words, "")
+        elif word.startswith("--language="):
+            chosen = word.partition("=")[2]
+        else:
+            left.append(word)
+    if chosen is not None and chosen not in LANGUAGES:
+        raise InputError(f'--language is "{chosen}"; expected one of {", ".join(LANGUAGES)}')
+    return chosen, [*left, *arguments[end:]]
+
+
+def language_of(environment: Mapping[str, str]) -> str:
+    """Return the language that the variables of a process choose: Chinese in a Chinese locale, else English."""
+    locale = next(filter(None, map(environment.get, VARIABLES)), "")
+    return "zh" if locale.startswith("zh") else "en"
+
+
+class TranslatedStream:
+    """A stream that translates the messages written to it; progress bars, which rewrite their line, pass."""
+
+    def __init__(self, stream: Any, catalogue: Catalogue) -> None:
+        """Write to ``stream`` in the language of ``catalogue``."""
+        self._stream = stream
+        self.catalogue = catalogue
+
+    def __getattr__(self, name: str) -> Any:
+        """Pass everything but ``write`` to the stream."""
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write ``text``, each of its lines translated.
+
+        Args:
+            text: Whole lines, with or without the last line's end.
+
+        Returns:
+            The number of characters of ``text``.
+        """
+        if "\r" in text:
+            self._stream.write(text)
+        else:
+            self._stream.write("".join(map(self.catalogue.translate, text.splitlines(keepends=True))))
+        return len(text)
+
+
+class TranslatedHelp(click.HelpFormatter):
+    """A help page in the language of a catalogue, wrapped by the columns that its characters take."""
+
+    catalogue: Catalogue
+
+    def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
+        """Write the line of usage."""
+        super().write_usage(prog, args, prefix or f"{self.catalogue.translate('Usage')}: ")
+
+    def write_heading(self, heading: str) -> None:
+        """Write the heading of a section."""
+        super().write_heading(self.catalogue.translate(heading))
+
+    def write_text(self, text: str) -> None:
+        """Write a paragraph, translated as a whole or sentence by sentence."""
+        joined = " ".join(text.split())
+        whole = self.catalogue.translate(joined)
+        if whole == joined:
+            whole = "".join(map(self._sentence, _SENTENCES.split(joined)))
+        indent = " " * self.current_indent
+        for line in wrap_columns(whole.strip(), self.width - self.current_indent):
+            self.write(f"{indent}{line}\n")
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Write a list of options or commands."""
+        listed = list(rows)
+        first = min(max((display_width(name) for name, _ in listed), default=0), col_max) + col_spacing
+        indent = " " * self.current_indent
+        for name, text in listed:
+            lines = wrap_columns(self._entry(text), max(self.width - first - self.current_indent, 10))
+            if display_width(name) <= first - col_spacing and lines:
+                self.write(f"{indent}{name}{' ' * (first - display_width(name))}{lines.pop(0)}\n")
+            else:
+                self.write(f"{indent}{name}\n")
+            for line in lines:
+                self.write(f"{indent}{' ' * first}{line}\n")
+
+    def _sentence(self, text: str) -> str:
+        """Return a sentence; one without a translation keeps its space."""
+        found = self.catalogue.translate(text)
+        return found if found != text else f"{text} "
+
+    def _entry(self, text: str) -> str:
+        """Return the help of an option, with its default."""
+        match = _DEFAULT.fullmatch(text)
+        if match is None:
+            return self.catalogue.translate(text)
+        details = "；".join(map(self.catalogue.translate, match[2].split("; ")))
+        return f"{self.catalogue.translate(match[1])}  [{details}]"
+
+
+def wrap_columns(text: str, width: int) -> list[str]:
+    """Break a text into lines, at spaces and between Chinese characters.
+
+    Args:
+        text: One paragraph.
+        width: Maximum number of columns of a line; Chinese characters take two.
+
+    Returns:
+        The lines. None begins with a closing mark.
+    """
+    lines, line = [], ""
+    for piece in _PIECES.findall(" ".join(text.split())):
+        if line and display_width(line + piece.rstrip()) > width:
+            lines.append(line.rstrip())
+            line = ""
+        line += piece
+    return [*lines, line.rstrip()] if line.strip() else lines
+
+
+@contextlib.contextmanager
+def translated(language: str) -> Iterator[None]:
+    """Translate what the block writes to stderr, and help pages.
+
+    Args:
+        language: One of ``LANGUAGES``.
+    """
+    catalogue = load_catalogue(language)
+    if catalogue is None:
+        yield
+        return
+    formatter = type("CatalogueHelp", (TranslatedHelp,), {"catalogue": catalogue})
+    before = sys.stderr, click.Context.formatter_class
+    sys.stderr, click.Context.formatter_class = TranslatedStream(sys.stderr, catalogue), formatter
+    try:
+        yield
+    finally:
+        sys.stderr, click.Context.formatter_class = before
+
+
+def translate(text: str) -> str:
+    """Return a word or a message in the language of the running command.
+
+    Args:
+        text: English text that goes elsewhere than to stderr by itself, such as to a progress bar or to stdout.
+    """
+    stream = sys.stderr
+    return stream.catalogue.translate(text) if isinstance(stream, TranslatedStream) else text

@@ -1,0 +1,114 @@
+"""Messages and help in Chinese: templates, joints, streams, the choice of the language, and wrapping."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from cogview.cli import translation
+from cogview.cli.main import main
+from cogview.cli.translation import Catalogue, TranslatedStream, language_of, take_language, translated, wrap_columns
+from cogview.errors import InputError
+from cogview.formatting import display_width
+
+CATALOGUE = Catalogue(
+    {
+        "cannot read {path}: {error}": "无法读取 {path}：{error}",
+        "cannot {verb} {path}": "不能 {verb} {path}",
+        "No such file or directory": "没有这个文件或目录",
+        "{count} images": "{count} 张图片",
+        "the prompt is empty": "提示为空",
+        "note": "提示",
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("the prompt is empty", "提示为空"),
+        ("  the prompt is empty\n", "  提示为空\n"),
+        ("cannot read a.txt: No such file or directory", "无法读取 a.txt：没有这个文件或目录"),
+        ("cannot read a{b}.txt: odd", "无法读取 a{b}.txt：odd"),
+        ("note: cannot read a: b: No such file or directory", "提示：无法读取 a：b: 没有这个文件或目录"),
+        ("16 images; the prompt is empty", "16 张图片；提示为空"),
+        ("cogview caption: the prompt is empty", "cogview caption: 提示为空"),
+        ("nothing of this is known: at all", "nothing of this is known: at all"),
+        ("", ""),
+        ("\n", "\n"),
+        ("  3,  4.5", "  3,  4.5"),
+    ],
+)
+def test_translate_matches_templates_and_parts(text, expected):
+    assert CATALOGUE.translate(text) == expected
+
+
+def test_translate_prefers_the_template_with_more_literal_text():
+    """Both templates match; the one with more words is the one that made the message."""
+    assert CATALOGUE.translate("cannot read x: y") == "无法读取 x：y"
+    assert CATALOGUE.translate("cannot open x") == "不能 open x"
+
+
+def test_translated_stream_leaves_progress_bars_alone():
+    stream = io.StringIO()
+    print("the prompt is empty", file=TranslatedStream(stream, CATALOGUE))
+    print("\rthe prompt is empty", file=TranslatedStream(stream, CATALOGUE))
+    assert stream.getvalue() == "提示为空\n\rthe prompt is empty\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["generate", "猫"], (None, ["generate", "猫"])),
+        (["--language", "zh", "generate", "猫"], ("zh", ["generate", "猫"])),
+        (["generate", "猫", "--language=en"], ("en", ["generate", "猫"])),
+        (["generate", "--", "--language", "zh"], (None, ["generate", "--", "--language", "zh"])),
+    ],
+)
+def test_take_language_finds_the_option_anywhere_before_the_dashes(arguments, expected):
+    assert take_language(arguments) == expected
+
+
+@pytest.mark.parametrize("arguments", [["--language", "fr"], ["models", "--language"], ["--language="]])
+def test_take_language_refuses_an_unknown_language(arguments):
+    with pytest.raises(InputError, match='--language is ".*"; expected one of en, zh'):
+        take_language(arguments)
+
+
+@pytest.mark.parametrize(
+    ("environment", "language"),
+    [
+        ({}, "en"),
+        ({"LANG": "C.UTF-8"}, "en"),
+        ({"LANG": "zh_CN.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LC_ALL": "C"}, "en"),
+        ({"LANG": "de_DE.UTF-8", "LC_MESSAGES": "zh_TW.UTF-8"}, "zh"),
+        ({"LANG": "zh_CN.UTF-8", "LANGUAGE": "en:zh"}, "en"),
+        ({"LANG": "zh_CN.UTF-8", "COGVIEW_LANGUAGE": "en"}, "en"),
+    ],
+)
+def test_language_of_follows_the_locale(environment, language):
+    assert language_of(environment) == language
+
+
+def test_wrap_columns_counts_two_columns_for_a_chinese_character():
+    text = "写入 PNG 文件，文本块中有提示、种子、编号、模型、设置和图像码。"
+    lines = wrap_columns(text, 20)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert max(map(display_width, lines)) <= 20
+    assert not any(line[0] in "，。、" for line in lines)
+
+
+def test_translated_restores_the_stream_when_a_command_fails(monkeypatch):
+    monkeypatch.setattr(translation, "load_catalogue", lambda language: CATALOGUE)
+    before = sys.stderr
+    with pytest.raises(RuntimeError), translated("zh"):
+        raise RuntimeError
+    assert sys.stderr is before
+
+
+def test_main_refuses_an_unknown_language_in_one_line(capsys):
+    assert main(["models", "--language", "fr"]) == 2
+    assert capsys.readouterr().err == 'cogview: --language is "fr"; expected one of en, zh\n'
