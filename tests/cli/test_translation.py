@@ -73,7 +73,7 @@ def test_take_language_finds_the_option_anywhere_before_the_dashes(arguments, ex
 
 @pytest.mark.parametrize("arguments", [["--language", "fr"], ["models", "--language"], ["--language="]])
 def test_take_language_refuses_an_unknown_language(arguments):
-    with pytest.raises(InputError, match='--language is ".*"; expected one of en, zh'):
+    with pytest.raises(InputError, match=r'--language is ".*"; expected one of en, zh'):
         take_language(arguments)
 
 
