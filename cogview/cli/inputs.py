@@ -51,7 +51,7 @@ class ImageReader:
         paths: list[Path] = []
         for name in arguments:
             try:
-                paths += find_images([name])
+                paths += find_images([name], lambda note: print(f"note: {note}", file=sys.stderr))
             except InputError as error:
                 self.problems[Path(name)] = str(error)
                 paths.append(Path(name))
@@ -61,7 +61,7 @@ class ImageReader:
     def read(self, path: Path, model: CogView, task: str) -> Image.Image | None:
         """Read an image and fit it to the size that ``task`` of ``model`` is given.
 
-        Prints a note on stderr, once for each file, if the image was resized or cropped.
+        Prints notes on stderr, once for each file: how the image was read, resized or cropped.
 
         Returns:
             The image; None, with a problem recorded, if it cannot be read.
@@ -72,14 +72,18 @@ class ImageReader:
 
         if path in self.problems:
             return None
+        notes: list[str] = []
         try:
-            image, note = model.fit_image(read_image(path), task=task)
+            image, note = model.fit_image(read_image(path, notes.append), task=task)
         except InputError as error:
             self.problems[path] = str(error)
             return None
-        if note is not None and path not in self._noted:
+        if note is not None:
+            notes.append(note)
+        if path not in self._noted:
             self._noted.add(path)
-            tqdm.write(f"note: {path}: {note}", file=sys.stderr)
+            for note in notes:
+                tqdm.write(f"note: {path}: {note}", file=sys.stderr)
         return image
 
     def read_all(

@@ -19,6 +19,7 @@ from PIL import Image, PngImagePlugin
 
 from cogview.errors import InputError
 from cogview.files import atomic_write
+from cogview.image_io.reading import open_image
 
 GREY = 128  # of codes that are not sampled yet
 NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for the whole name
@@ -125,9 +126,9 @@ def mask_undecoded(pixels: np.ndarray, hidden: np.ndarray) -> Image.Image:
 def read_metadata(path: Path) -> dict[str, str]:
     """Return the text chunks of a PNG file, empty for any other file."""
     try:
-        with Image.open(path) as image:
+        with open_image(path, ("PNG",)) as image:
             return {key: str(value) for key, value in getattr(image, "text", {}).items()}
-    except (OSError, SyntaxError, ValueError):  # what Pillow raises for broken files
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for broken files; InputError is a ValueError
         return {}
 
 

@@ -1,13 +1,14 @@
-"""Images of users: found in folders and by patterns, read from any file that Pillow knows, fitted to a model."""
+"""Images of users: found in folders and by patterns, read from files of named formats, fitted to a model."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import os
+import stat
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 
@@ -15,19 +16,37 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cogview.errors import InputError
+from cogview.image_io.colour import to_srgb
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # looked for in folders; a file that is named may have any other
-MAX_PIXELS = 128_000_000  # photos of 108-megapixel phones pass; Pillow takes 4 bytes a pixel, and a copy to turn it
+# No other format is ever opened: Pillow would start Ghostscript for PostScript, whatever the name of the file.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+EXPECTED = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
+# Looked for in folders; a file that is named may have any other.
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+UNREAD_SUFFIXES = (".avif", ".cr2", ".dng", ".eps", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".nef", ".psd", ".svg")
+MAX_PIXELS = 64_000_000  # Pillow takes 4 bytes a pixel, and again as much to turn the image or to lay it on white
+MAX_JPEG_PIXELS = 128_000_000  # photos of 108-megapixel phones pass
+MAX_SIDE = 65_535  # pixels, as JPEG has it: each row of an image costs time, however narrow it is
+MAX_SHOWN = 5  # names in a note
+# White of greys with more than 8 bits: that of 8, 10, 12 and 16 bits. A photo whose brightest pixel has a fraction of
+# 1/16 of the nominal white is hardly meant to be black.
+_INTEGER_WHITES = (255.0, 1023.0, 4095.0, 65535.0)
+_FLOAT_WHITES = (1.0, 255.0, 65535.0)
 
 _PILLOW = threading.Lock()  # filters of warnings and Pillow's own limit belong to the whole process
 
 
-def find_images(arguments: Sequence[str]) -> list[Path]:
+def ignore_note(note: str) -> None:
+    """Ignore a note."""
+
+
+def find_images(arguments: Sequence[str], on_note: Callable[[str], object] = ignore_note) -> list[Path]:
     """Return the image files that arguments of a command name, in their order; repeats are kept.
 
     Args:
         arguments: Files, folders (for the images directly in them, sorted by name) or patterns such as
             ``photos/*.png``, expanded as a shell does. An existing file is never taken for a pattern.
+        on_note: Called with a line about the images of a folder that are passed over, since no reader knows them.
 
     Returns:
         Paths. Named files are not opened; ``read_image`` reports what is wrong with them.
@@ -45,40 +64,69 @@ def find_images(arguments: Sequence[str]) -> list[Path]:
             if not names:
                 raise InputError(f'the pattern "{argument}" matches no file')
         for name in names:
-            images += _images_in(Path(name)) if Path(name).is_dir() else [Path(name)]
+            images += _images_in(Path(name), on_note) if Path(name).is_dir() else [Path(name)]
     return images
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(path: Path, on_note: Callable[[str], object] = ignore_note) -> Image.Image:
     """Read an image file.
 
-    Any mode is read: transparency is laid on white, greys of more than 8 bits are scaled to 8. Warnings of Pillow are
-    suppressed.
+    Any mode is read: transparency is laid on white, greys of more than 8 bits are scaled to 8, and colours are
+    converted to sRGB if the file has a colour profile. Warnings of Pillow are suppressed.
 
     Args:
-        path: The file; its format is detected by its content.
+        path: The file; its format is detected by its content and must be one of ``FORMATS``.
+        on_note: Called with a line about a choice that changes the pixels, such as a colour profile that is ignored.
 
     Returns:
         The first frame as RGB, turned upright by its EXIF data.
 
     Raises:
-        InputError: If the file is missing, no image, damaged, or has more than ``MAX_PIXELS`` pixels.
+        InputError: If the file is missing, no image, damaged, or has too many pixels (``MAX_PIXELS``, ``MAX_SIDE``).
+    """
+    with open_image(path) as image:
+        try:
+            image.load()
+        except Exception as error:  # Pillow's readers raise nearly anything on broken data
+            raise _damaged(path, error) from None
+        with contextlib.suppress(Exception):  # damaged EXIF data does not affect the pixels
+            ImageOps.exif_transpose(image, in_place=True)
+        return _rgb(image, on_note)
+
+
+@contextlib.contextmanager
+def open_image(path: Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+    """Open an image file, check its size by its header, and yield it before its pixels are decoded.
+
+    Args:
+        path: The file, which must be a regular one: reading a pipe might wait for ever.
+        formats: Formats to accept, by Pillow's names.
+
+    Yields:
+        The image; the file is closed when the block ends. Other threads wait meanwhile.
+
+    Raises:
+        InputError: If the file is missing, no image of these formats, damaged, or has too many pixels.
     """
     try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise InputError(f"image {path} is no regular file; expected an image file")
         file = path.open("rb")
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder, expected an image file") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        if isinstance(error, InputError):
+            raise
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"image {path} cannot be read: {reason}") from None
     with file, _PILLOW, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = _decode(file, path)
-        with contextlib.suppress(Exception):  # damaged EXIF data does not affect the pixels
-            ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(image)
+        image = _open(file, path, formats)
+        _check_size(image, path)
+        yield image
 
 
 def fit(image: Image.Image, side: int) -> tuple[np.ndarray, str | None]:
@@ -113,17 +161,17 @@ def fit(image: Image.Image, side: int) -> tuple[np.ndarray, str | None]:
     return np.array(square), note
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _images_in(folder: Path, on_note: Callable[[str], object]) -> list[Path]:
     """Return the images directly in a folder, sorted by name."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be read: {error.strerror}") from None
-    images = [
-        folder / name
-        for name in names
-        if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and not (folder / name).is_dir()
-    ]
+    files = [name for name in names if not name.startswith(".") and not (folder / name).is_dir()]
+    images = [folder / name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
+    if unread := [name for name in files if name.lower().endswith(UNREAD_SUFFIXES)]:
+        shown = ", ".join(unread[:MAX_SHOWN]) + (f" and {len(unread) - MAX_SHOWN} more" * (len(unread) > MAX_SHOWN))
+        on_note(f"{folder}: passed over {shown}; expected {EXPECTED}")
     if not images:
         raise InputError(
             f"the folder {folder} holds no image: looked for names in {', '.join(IMAGE_SUFFIXES)}, not in folders below"
@@ -131,59 +179,73 @@ def _images_in(folder: Path) -> list[Path]:
     return images
 
 
-def _decode(file: BufferedReader, path: Path) -> Image.Image:
-    """Return the image as it is stored; its size is checked by the header, before anything is decoded."""
+def _open(file: BufferedReader, path: Path, formats: tuple[str, ...]) -> Image.Image:
+    """Return the image of an open file; nothing but its header is read."""
     start = b""
     pillows_limit = Image.MAX_IMAGE_PIXELS
     try:
         start = file.peek(16)
-        Image.MAX_IMAGE_PIXELS = None  # the message below has the size and the remedy
+        Image.MAX_IMAGE_PIXELS = None  # ``_check_size`` has the size and the remedy
         try:
-            image = Image.open(file)
+            return Image.open(file, formats=formats)
         finally:
             Image.MAX_IMAGE_PIXELS = pillows_limit
-        if image.width * image.height > MAX_PIXELS:
-            raise InputError(
-                f"{path} is {image.width} x {image.height} pixels, {image.width * image.height:,} in all; "
-                f"at most {MAX_PIXELS:,} are read: scale it down first"
-            )
-        image.load()
-    except InputError:
-        raise
     except UnidentifiedImageError:  # no format's header, or not a whole one
         if not start:
             raise InputError(f"{path} is empty, expected an image") from None
         if not start.startswith((b"\x89PNG", b"\xff\xd8\xff")) and start[8:12] != b"WEBP":
-            raise InputError(f"{path} is no image that can be read; expected PNG, JPEG or WebP") from None
+            raise InputError(f"{path} is no image that can be read; expected {EXPECTED}") from None
         raise InputError(f"{path} is cut off or damaged: its header does not give the size of an image") from None
     except Exception as error:  # Pillow's readers raise nearly anything on broken data
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{path} is cut off or damaged: {reason}") from None
-    return image
+        raise _damaged(path, error) from None
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as a new RGB image: transparency on white, greys of more than 8 bits scaled to 8."""
+def _check_size(image: Image.Image, path: Path) -> None:
+    """Raise InputError if an image is too large to be decoded."""
+    width, height = image.size
+    most = MAX_JPEG_PIXELS if image.format in ("JPEG", "MPO") else MAX_PIXELS
+    if width * height > most:
+        raise InputError(
+            f"{path} is {width} x {height} pixels, {width * height:,} in all; "
+            f"at most {most:,} are read: scale it down first"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise InputError(f"{path} is {width} x {height} pixels; at most {MAX_SIDE:,} a side are read: crop it first")
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    """Return the error of a file that Pillow cannot decode."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return InputError(f"{path} is cut off or damaged: {reason}")
+
+
+def _rgb(image: Image.Image, on_note: Callable[[str], object] = ignore_note) -> Image.Image:
+    """Return an image of any mode as RGB: in sRGB, transparency on white, greys of more than 8 bits scaled to 8."""
+    profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bits(image)
+        image = _eight_bits(image, on_note)
+    if profile:
+        image = to_srgb(image, profile, on_note)
     if not image.has_transparency_data:
-        return image.convert("RGB")
-    paint = image.convert("RGBA")
+        return image if image.mode == "RGB" else image.convert("RGB")  # a copy of a large photo takes much memory
+    paint = image if image.mode == "RGBA" else image.convert("RGBA")
     on_white = Image.new("RGB", image.size, "white")
     on_white.paste(paint, mask=paint)
     return on_white
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, on_note: Callable[[str], object]) -> Image.Image:
     """Return greys of 16 or 32 bits, or floats, as mode L.
 
-    White is 65535, and for floats the smallest of 1, 255 and 65535 that is not exceeded. If a value exceeds them all,
-    the largest value is white: only negative values are clipped.
+    White is the smallest of the usual whites that no value exceeds. If a value exceeds them all, the largest value is
+    white: only negative values are clipped.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0.0, neginf=0.0).clip(min=0.0)
-    greatest = float(values.max())
-    usual_whites = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    white = next((white for white in usual_whites if white >= greatest), greatest)
+    greatest = float(values.max(initial=0.0))
+    whites = _FLOAT_WHITES if image.mode == "F" else _INTEGER_WHITES
+    white = next((white for white in whites if white >= greatest), greatest)
+    if white not in (1.0, 65535.0):
+        on_note(f"its values reach {greatest:g}, so {white:g} was taken for white")
     levels = np.rint(values * (255.0 / white)).astype(np.uint8)
     if "transparency" in image.info:  # the one grey of a PNG that is transparent
         levels[values == image.info["transparency"]] = 255

@@ -29,7 +29,7 @@ class JobObserver:
         """A record cannot be used."""
 
     def noted(self, message: str) -> None:
-        """An image was resized or cropped."""
+        """An image was resized or cropped, or a choice was made when it was read."""
 
     def batch(self, paths: Mapping[GenerationRequest, Path]) -> None:
         """A batch starts; ``paths`` has the files of its images."""
@@ -125,19 +125,16 @@ class JobRunner:
     def save_sheet(self, journal: JobJournal) -> Path | None:
         """Lay the saved images of the job on a contact sheet; return its path, None without images."""
         import numpy as np
-        from PIL import Image
 
         from cogview.image_io.contact_sheet import contact_sheet
         from cogview.image_io.png import read_metadata, save_png, sheet_metadata
+        from cogview.image_io.reading import read_image
 
         names = [name for item in self.plan.items() if item.resolved.is_ranked_task for name in item.ids]
         paths = [self.plan.settings.output / journal.done[name]["path"] for name in names if name in journal.done]
         if not paths:
             return None
-        images = []
-        for path in paths:
-            with Image.open(path) as image:
-                images.append(np.asarray(image))
+        images = [np.asarray(read_image(path)) for path in paths]
         sheet = contact_sheet(images, columns=self.plan.settings.keep or self.plan.settings.n)
         metadata = sheet_metadata([read_metadata(path) for path in paths])
         return save_png(self.plan.settings.output / f"grid-seed{self.plan.seed}.png", sheet, metadata)
@@ -149,15 +146,19 @@ class JobRunner:
         assert record.image is not None
         if record in self._unread:
             return None
+        notes: list[str] = []
         try:
-            image, note = self.model.fit_image(read_image(record.image), task=record.row.weights)
+            image, note = self.model.fit_image(read_image(record.image, notes.append), task=record.row.weights)
         except InputError as error:
             self._unread[record] = str(error)
             self._observer.skipped(f"line {record.number}: {error}")
             return None
-        if note is not None and record.image not in self._noted:
+        if note is not None:
+            notes.append(note)
+        if record.image not in self._noted:
             self._noted.add(record.image)
-            self._observer.noted(f"{record.image}: {note}")
+            for note in notes:
+                self._observer.noted(f"{record.image}: {note}")
         return image
 
     def _encode(self, images: Mapping[JobRecord, Image.Image]) -> dict[JobRecord, np.ndarray]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cogview.image_io.reading import EXPECTED
 from cogview.pipeline.cogview import CogView
 
 
@@ -126,7 +127,7 @@ def test_caption_reports_unreadable_images_at_the_end(caption, save_image):
     printed_lines = err.splitlines()[1:]
     assert len(printed_lines) == 3
     assert printed_lines[0].startswith("failed: the folder empty holds no image: ")  # found before an image is read
-    assert printed_lines[1] == "failed: text.png is no image that can be read; expected PNG, JPEG or WebP"
+    assert printed_lines[1] == f"failed: text.png is no image that can be read; expected {EXPECTED}"
     assert printed_lines[2] == "failed: image none.png does not exist"
 
 

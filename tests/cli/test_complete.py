@@ -79,7 +79,7 @@ def test_complete_reports_unreadable_images_at_the_end(complete, save_image):
     assert (status, files) == (1, [Path("outputs/a-rows7-seed7-0.png")])
     assert err.splitlines()[2:] == [
         "note: a.png: cropped from 64 x 80 to 64 x 64",
-        "failed: text.png is no image that can be read; expected PNG, JPEG or WebP",
+        "failed: text.png is no image that can be read; expected PNG, JPEG, WebP, GIF, BMP, TIFF or PPM",
     ]
 
 

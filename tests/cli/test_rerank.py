@@ -81,7 +81,7 @@ def test_rerank_lists_an_unreadable_image_with_an_error(rerank, save_image, tiny
     Path("input.txt").write_text(f"{FOX}\ta.png\ttext.png\tb.png\n{DOG}\ttext.png\n{DOG}\tb.png\n", encoding="utf-8")
     status, found, err = rerank("--input", "input.txt", "--max-inference-batch-size", "1")
     assert status == 1
-    problem = "text.png is no image that can be read; expected PNG, JPEG or WebP"
+    problem = "text.png is no image that can be read; expected PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
     bad = {"file": "text.png", "score": None, "per_piece": None, "rank": None, "error": problem}
     first, last = as_objects(["a.png", "b.png"], tiny_model.score(images, FOX))
     assert found == [
@@ -108,7 +108,7 @@ def test_rerank_fails_when_no_image_can_be_read(rerank):
     assert (status, found) == (2, [])
     assert err.splitlines()[1:] == [
         "cogview rerank: none of 2 images can be read; the first: text.png is no image that can be read; expected PNG, "
-        "JPEG or WebP"
+        "JPEG, WebP, GIF, BMP, TIFF or PPM"
     ]
 
 

@@ -98,7 +98,7 @@ def test_upscale_reports_unreadable_images_at_the_end(upscale, save_image):
     assert err.splitlines()[2:] == [
         "note: fotos/a.png: resized from 90 x 60 and cropped to 32 x 32",
         "failed: image none.png does not exist",
-        "failed: fotos/text.png is no image that can be read; expected PNG, JPEG or WebP",
+        "failed: fotos/text.png is no image that can be read; expected PNG, JPEG, WebP, GIF, BMP, TIFF or PPM",
     ]
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from cogview.errors import InputError
 from cogview.image_io import reading as images
-from cogview.image_io.reading import find_images, fit, read_image
+from cogview.image_io.reading import EXPECTED, find_images, fit, read_image
 
 RED, GREEN, BLUE = (220, 20, 10), (10, 200, 30), (15, 25, 210)
 ORIENTATION = 0x0112  # the EXIF tag
@@ -99,17 +99,22 @@ def test_read_image_whitens_transparent_palette_colour(tmp_path, transparency):
 def test_read_image_whitens_transparent_colour_without_alpha(tmp_path):
     picture_of([[RED, GREEN]]).save(tmp_path / "rgb.png", transparency=GREEN)
     picture_of([[7, 8]], "L").save(tmp_path / "grey.png", transparency=7)
-    picture_of([[700, 800]], "I;16").save(tmp_path / "grey16.png", transparency=800)
+    picture_of([[7000, 8000]], "I;16").save(tmp_path / "grey16.png", transparency=8000)
     assert pixels(read_image(tmp_path / "rgb.png")) == [[RED, (255, 255, 255)]]
     assert greys(read_image(tmp_path / "grey.png")) == [[255, 8]]
-    assert greys(read_image(tmp_path / "grey16.png")) == [[3, 255]]
+    assert greys(read_image(tmp_path / "grey16.png")) == [[27, 255]]
 
 
 @pytest.mark.parametrize(
     ("mode", "suffix", "stored", "expected"),
     [
         ("I;16", ".png", [0, 128, 129, 257, 32768, 65535], [0, 0, 1, 1, 128, 255]),
-        ("I;16", ".png", [0, 100, 200], [0, 0, 1]),  # dark stays dark
+        ("I;16", ".png", [0, 4096, 8192], [0, 16, 32]),  # dark stays dark
+        ("I;16", ".png", [0, 100, 200], [0, 100, 200]),  # 8 bits in 16
+        ("I;16", ".tif", [0, 100, 255], [0, 100, 255]),
+        ("I;16", ".tif", [0, 341, 1023], [0, 85, 255]),  # 10 bits in 16
+        ("I;16", ".tif", [0, 1365, 4000], [0, 85, 249]),  # 12 bits in 16
+        ("I", ".tif", [0, 100, 200], [0, 100, 200]),
         ("I;16", ".tif", [0, 257, 65535], [0, 1, 255]),
         ("I", ".tif", [-5, 257, 65535], [0, 1, 255]),
         ("I", ".tif", [0, 2**29, 2**30], [0, 128, 255]),
@@ -146,6 +151,141 @@ def test_read_image_closes_file(tmp_path):
     image = read_image(path)
     path.unlink()
     assert pixels(image) == pixels(noise(8, 8))
+
+
+@pytest.mark.parametrize(
+    ("mode", "greatest", "note"),
+    [
+        ("I;16", 200, "its values reach 200, so 255 was taken for white"),
+        ("I;16", 4000, "its values reach 4000, so 4095 was taken for white"),
+        ("I", 2**30, "its values reach 1.07374e+09, so 1.07374e+09 was taken for white"),
+        ("I;16", 5000, None),
+        ("F", 1.0, None),
+        ("F", 3.0, "its values reach 3, so 255 was taken for white"),
+    ],
+)
+def test_read_image_notes_an_unusual_white(tmp_path, mode, greatest, note):
+    picture_of([[0, greatest]], mode).save(tmp_path / "a.tif")
+    notes = []
+    read_image(tmp_path / "a.tif", notes.append)
+    assert notes == ([] if note is None else [note])
+
+
+# Reading: formats
+
+
+def postscript(width, height):
+    """A PostScript file; whoever decodes it starts Ghostscript."""
+    return f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 {width} {height}\n%%EndComments\nshowpage\n".encode()
+
+
+@pytest.mark.parametrize("content", [postscript(8, 8), encoded(Image.new("RGB", (8, 8)), "PCX"), b"P6 1 1 255 \0\0"])
+def test_read_image_opens_named_formats_alone(tmp_path, monkeypatch, content):
+    """PostScript under the name of a PNG would be run by Ghostscript; no reader of another format may start."""
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **_: started.append(arguments))
+    path = tmp_path / "a.png"
+    path.write_bytes(content)
+    assert str(path) in message_of(read_image, path)
+    assert not started
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"])
+def test_read_image_reads_every_suffix_that_is_looked_for(tmp_path, suffix):
+    assert suffix in images.IMAGE_SUFFIXES
+    Image.new("L" if suffix == ".pgm" else "RGB", (16, 8), "white").save(tmp_path / f"a{suffix}")
+    assert greys(read_image(tmp_path / f"a{suffix}")) == [[255] * 16] * 8
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_read_image_refuses_a_pipe_at_once(tmp_path):
+    """Opening a named pipe waits for a writer that may never come."""
+    os.mkfifo(tmp_path / "a.png")
+    assert message_of(read_image, tmp_path / "a.png") == (
+        f"image {tmp_path / 'a.png'} is no regular file; expected an image file"
+    )
+
+
+# Reading: colour profiles
+
+
+def profile_of(gamma, red=(0.64, 0.33), green=(0.30, 0.60), blue=(0.15, 0.06)):
+    """Return an ICC profile of three colours, made from that of sRGB, with one exponent in place of its curve."""
+    from PIL import ImageCms
+
+    whole = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    white = (0.3127, 0.3290)
+
+    def xyz(xy):
+        return np.array([xy[0] / xy[1], 1, (1 - xy[0] - xy[1]) / xy[1]])
+
+    primaries = np.stack([xyz(red), xyz(green), xyz(blue)], axis=1)
+    columns = primaries * np.linalg.solve(primaries, xyz(white))
+    bradford = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
+    scales = (bradford @ [0.96422, 1, 0.82521]) / (bradford @ xyz(white))
+    columns = np.linalg.solve(bradford, scales[:, None] * (bradford @ columns))  # to the white of profiles, D50
+    count = struct.unpack_from(">I", whole, 128)[0]
+    for entry in range(count):
+        name, offset, _ = struct.unpack_from(">4sII", whole, 132 + 12 * entry)
+        if name in (b"rXYZ", b"gXYZ", b"bXYZ"):
+            column = columns[:, b"rgb".index(name[0])]
+            struct.pack_into(">3i", whole, offset + 8, *(round(value * 65536) for value in column))
+        elif name.endswith(b"TRC"):
+            struct.pack_into(">4sIHHi", whole, offset, b"para", 0, 0, 0, round(gamma * 65536))
+    return bytes(whole)
+
+
+P3 = {"red": (0.680, 0.320), "green": (0.265, 0.690), "blue": (0.150, 0.060)}
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp", ".tif"])
+def test_read_image_converts_display_p3_to_srgb(tmp_path, suffix):
+    """Phones store photos so. Stored numbers alone would look paler than on their screens."""
+    settings = {"quality": 100, "lossless": True} if suffix in (".jpg", ".webp") else {}
+    stored = Image.new("RGB", (16, 16), (200, 100, 60))
+    stored.save(tmp_path / f"a{suffix}", icc_profile=profile_of(2.2, **P3), **settings)
+    [[pixel, *_], *_] = pixels(read_image(tmp_path / f"a{suffix}"))
+    assert np.abs(np.subtract(pixel, (216, 92, 43))).max() <= 2  # by the linear matrix between both spaces
+    assert pixels(read_image(tmp_path / f"a{suffix}")) == pixels(  # an image that a program has opened alike
+        Image.fromarray(fit(Image.open(tmp_path / f"a{suffix}"), 16)[0])
+    )
+
+
+def test_read_image_converts_profile_with_transparency(tmp_path):
+    image = picture_of([[(200, 100, 60, 255), (200, 100, 60, 0)]], "RGBA")
+    image.save(tmp_path / "a.png", icc_profile=profile_of(2.2, **P3))
+    image.quantize(4).save(tmp_path / "palette.png", icc_profile=profile_of(2.2, **P3))
+    for name in ("a.png", "palette.png"):
+        [[opaque, hidden]] = pixels(read_image(tmp_path / name))
+        assert hidden == (255, 255, 255)
+        assert np.abs(np.subtract(opaque, (216, 92, 43))).max() <= 2
+
+
+def test_read_image_keeps_pixels_of_srgb_profile(tmp_path):
+    from PIL import ImageCms
+
+    image = noise(32, 32)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image.save(tmp_path / "a.png", icc_profile=profile)
+    notes = []
+    assert pixels(read_image(tmp_path / "a.png", notes.append)) == pixels(image)
+    assert notes == []
+
+
+@pytest.mark.parametrize("profile", [b"no profile", profile_of(2.2)[:200], b"\0" * 3144])
+def test_read_image_ignores_broken_profile_with_a_note(tmp_path, profile):
+    picture_of([[RED, BLUE]]).save(tmp_path / "a.png", icc_profile=profile)
+    notes = []
+    assert pixels(read_image(tmp_path / "a.png", notes.append)) == [[RED, BLUE]]
+    [note] = notes
+    assert note.startswith("its colour profile was ignored: ")
+
+
+def test_read_image_ignores_profile_of_other_colours(tmp_path):
+    picture_of([[(0, 255, 255, 0)]], "CMYK").save(tmp_path / "a.tif", icc_profile=profile_of(2.2))
+    notes = []
+    assert pixels(read_image(tmp_path / "a.tif", notes.append)) == [[(255, 0, 0)]]
+    assert notes == ["its colour profile was ignored: it is for RGB, the image is CMYK"]
 
 
 # Reading: EXIF
@@ -202,6 +342,7 @@ def test_read_image_refuses_unreadable_file(tmp_path, monkeypatch):
     def denied(self, *_):
         raise PermissionError(13, "Permission denied")
 
+    path.touch()
     monkeypatch.setattr("pathlib.Path.open", denied)  # root may read anything
     assert message_of(read_image, path) == f"image {path} cannot be read: Permission denied"
 
@@ -213,7 +354,7 @@ def test_read_image_refuses_unreadable_file(tmp_path, monkeypatch):
 def test_read_image_refuses_other_content(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    assert message_of(read_image, path) == f"{path} is no image that can be read; expected PNG, JPEG or WebP"
+    assert message_of(read_image, path) == f"{path} is no image that can be read; expected {EXPECTED}"
 
 
 def test_read_image_refuses_empty_file(tmp_path):
@@ -256,9 +397,11 @@ def test_read_image_refuses_large_image_by_header(tmp_path, recwarn):
     path = tmp_path / "a.png"
     path.write_bytes(png_header(20_000, 20_000))
     assert message_of(read_image, path) == (
-        f"{path} is 20000 x 20000 pixels, 400,000,000 in all; at most 128,000,000 are read: scale it down first"
+        f"{path} is 20000 x 20000 pixels, 400,000,000 in all; at most 64,000,000 are read: scale it down first"
     )
-    path.write_bytes(png_header(11_000, 11_000))  # allowed, so it is decoded, and found without pixels
+    path.write_bytes(png_header(1, 65_536))  # each row of a narrow image takes as long as one of a wide image
+    assert message_of(read_image, path) == f"{path} is 1 x 65536 pixels; at most 65,535 a side are read: crop it first"
+    path.write_bytes(png_header(8_000, 8_000))  # allowed, so it is decoded, and found without pixels
     assert message_of(read_image, path).startswith(f"{path} is cut off or damaged: ")
     assert not recwarn.list
 
@@ -270,10 +413,12 @@ def test_read_image_restores_limit_of_pillow(tmp_path, monkeypatch, kind):
     for pillows in (100, 10, None):  # Pillow would warn, raise, do nothing
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pillows)
         monkeypatch.setattr(images, "MAX_PIXELS", 120)
+        monkeypatch.setattr(images, "MAX_JPEG_PIXELS", 120)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert read_image(path).size == (12, 10)
             monkeypatch.setattr(images, "MAX_PIXELS", 119)
+            monkeypatch.setattr(images, "MAX_JPEG_PIXELS", 119)
             assert "is 12 x 10 pixels, 120 in all; at most 119 are read" in message_of(read_image, path)
         assert pillows == Image.MAX_IMAGE_PIXELS
 
@@ -333,6 +478,21 @@ def test_find_images_expands_pattern_like_shell(album):
     assert found("n*") == ["notes.txt"]
 
 
+def test_find_images_notes_what_it_passes_over(album):
+    """Photos of phones are HEIC by default: a folder of them must not look empty without a reason."""
+    for name in ("fotos/a.gif", "fotos/b.HEIC", "fotos/c.avif", "fotos/notes.txt", "fotos/d.tiff", "fotos/e.bmp"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    notes = []
+    assert list(map(str, find_images(["fotos", "fotos/b.HEIC"], notes.append))) == [
+        "fotos/a.gif",
+        "fotos/d.tiff",
+        "fotos/e.bmp",
+        "fotos/b.HEIC",
+    ]
+    assert notes == ["fotos: passed over b.HEIC, c.avif; expected PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"]
+
+
 def test_find_images_prefers_file_to_pattern(album):
     for name in ("[ab].png", "*.png", "a?"):
         Path(name).touch()
@@ -349,7 +509,8 @@ def test_find_images_refuses_when_nothing_matches(album, monkeypatch):
     )
     assert message_of(find_images, ["b.png", "*.bmp"]) == 'the pattern "*.bmp" matches no file'
     assert message_of(find_images, ["folder.png"]) == (
-        "the folder folder.png holds no image: looked for names in .png, .jpg, .jpeg, .webp, not in folders below"
+        "the folder folder.png holds no image: looked for names in .png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .tiff, "
+        ".ppm, .pgm, not in folders below"
     )
 
     def denied(_):
