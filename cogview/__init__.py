@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cogview.errors import InputError as InputError
+    from cogview.generation.requests import DecodingStopped as DecodingStopped
     from cogview.modeling.config import Sampling as Sampling
     from cogview.pipeline.cogview import CogView as CogView
     from cogview.pipeline.requests import GenerationRequest as GenerationRequest
@@ -24,6 +25,7 @@ __version__ = "0.2.0"
 __all__ = [
     "Caption",
     "CogView",
+    "DecodingStopped",
     "GeneratedImage",
     "GenerationProgress",
     "GenerationRequest",
@@ -37,6 +39,7 @@ __all__ = [
 _MODULES = {
     "Caption": "cogview.pipeline.results",
     "CogView": "cogview.pipeline.cogview",
+    "DecodingStopped": "cogview.generation.requests",
     "GeneratedImage": "cogview.pipeline.results",
     "GenerationProgress": "cogview.pipeline.results",
     "GenerationRequest": "cogview.pipeline.requests",

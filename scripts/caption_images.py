@@ -16,7 +16,7 @@ import v1_flags
 from cogview.cli.caption import caption_files, caption_line, load_captioner
 from cogview.cli.inputs import ImageReader
 from cogview.cli.text_io import LineWriter
-from cogview.pipeline.cogview import resolve_seed
+from cogview.pipeline.inputs import resolve_seed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -57,7 +57,7 @@ def command(
     Keys: file, index, caption, log_probability (of the whole caption, in nats) and seed. An image of another size than
     the model's images is resized and cropped first. Images that cannot be read are listed at the end, with status 1.
     """
-    from cogview.pipeline.cogview import resolve_seed
+    from cogview.pipeline.inputs import resolve_seed
 
     method = method or ("greedy" if n == 1 else "beam")
     settings = {"method": method, "n": n, "seed": resolve_seed(seed), **settings}

@@ -113,7 +113,8 @@ def command(
     from cogview.emoji.evaluation.reports import MEASURES, EvaluationSettings, tune
     from cogview.emoji.world import EmojiWorld
     from cogview.files import write_json
-    from cogview.pipeline.cogview import CogView, resolve_seed
+    from cogview.pipeline.cogview import CogView
+    from cogview.pipeline.inputs import resolve_seed
 
     measurement = EvaluationSettings(
         captions=options.captions or CAPTIONS,

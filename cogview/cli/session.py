@@ -106,7 +106,7 @@ class GenerationSession:
         Raises:
             InputError: A setting or the seed is out of range, or the model cannot be guided.
         """
-        from cogview.pipeline.cogview import resolve_seed
+        from cogview.pipeline.inputs import resolve_seed
 
         self.model = model
         self.options = options
@@ -117,7 +117,7 @@ class GenerationSession:
     @classmethod
     def open(cls, options: SessionOptions, tasks: Sequence[str]) -> GenerationSession:
         """Load a model that was trained for ``tasks``, and start a session with it; errors as in ``open_model``."""
-        from cogview.pipeline.cogview import resolve_seed
+        from cogview.pipeline.inputs import resolve_seed
 
         resolve_seed(options.seed)  # a wrong one is reported before the model is loaded
         session = cls(open_model(options.model, tasks), options, tasks)

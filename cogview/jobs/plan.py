@@ -115,7 +115,7 @@ class JobPlan:
         Raises:
             InputError: No record can be used, or a setting is wrong.
         """
-        from cogview.pipeline.cogview import resolve_seed
+        from cogview.pipeline.inputs import resolve_seed
 
         self.model = model
         self.settings = settings

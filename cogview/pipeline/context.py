@@ -9,6 +9,7 @@ from functools import partial
 from cogview.device import DevicePlacement
 from cogview.modeling.config import ModelConfig
 from cogview.modeling.transformer import Transformer
+from cogview.pipeline.inputs import require_int
 from cogview.planning.batches import BatchPlanner
 from cogview.planning.model_memory import smaller_formats
 from cogview.tokenizers.text import TextTokenizer
@@ -52,8 +53,10 @@ class PipelineContext:
             max_batch_size: None: as many as memory holds and pay.
 
         Raises:
-            InputError: If it is less than 1.
+            InputError: If it is no whole number from 1.
         """
+        if max_batch_size is not None:
+            max_batch_size = require_int(max_batch_size, "the batch size", 1)
         config, placement = self.config, self.placement
         suggestions = partial(
             smaller_formats, config.transformer, config.vocabulary, placement.weight_format, placement.device.type

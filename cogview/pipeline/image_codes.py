@@ -8,17 +8,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 
+from cogview.errors import InputError
 from cogview.image_io.reading import fit
 from cogview.pipeline.context import PipelineContext
+from cogview.pipeline.inputs import ImageLike, describe, open_image
+from cogview.pipeline.results import GeneratedImage
 from cogview.planning.batches import BatchPlanner
 from cogview.planning.model_memory import image_bytes
 from cogview.vqvae.codec import to_float, to_uint8
 
 
 def encode_images(
-    images: Sequence[Image.Image],
+    images: Sequence[ImageLike],
     side: int,
     context: PipelineContext,
     planner: BatchPlanner,
@@ -26,11 +28,11 @@ def encode_images(
 ) -> np.ndarray:
     """Return the codes of images.
 
-    A ``GeneratedImage`` gives the codes that it was generated with, if they have the wanted size. Any other image is
-    fitted to that size (``image_io.reading.fit``) and encoded.
+    A ``GeneratedImage`` gives the codes that it was generated with, if they have the wanted size and its pixels are
+    unchanged. Any other image is opened, fitted to that size (``image_io.reading.fit``) and encoded.
 
     Args:
-        images: Images of any size and mode.
+        images: Images of any size and form.
         side: Codes on a side.
         context: The model.
         planner: Splits the images into batches that fit in memory.
@@ -39,16 +41,19 @@ def encode_images(
 
     Returns:
         (B, side, side) int64 codes.
+
+    Raises:
+        InputError: If an image cannot be used.
     """
     tokenizer, device = context.image_tokenizer, context.placement.device
     codes = np.empty((len(images), side, side), dtype=np.int64)
     fitted = []
     for index, image in enumerate(images):
-        own = getattr(image, "codes", None)
+        own = None if isinstance(image, GeneratedImage) and image.is_edited else getattr(image, "codes", None)
         if own is not None and own.shape == (side, side):
             codes[index] = own
             continue
-        pixels, note = fit(image, side * tokenizer.downsampling)
+        pixels, note = fit(open_image(image, f"images[{index}]"), side * tokenizer.downsampling)
         fitted.append((index, pixels))
         if note is not None:
             on_note(index, note)
@@ -73,6 +78,29 @@ def decode_images(codes: np.ndarray, context: PipelineContext) -> np.ndarray:
         context: The model.
     """
     return to_uint8(context.image_tokenizer.decode(torch.from_numpy(codes).to(context.placement.device)))
+
+
+def check_codes(codes: object, num_codes: int, name: str = "codes") -> np.ndarray:
+    """Return image codes of any type as an int64 array.
+
+    Args:
+        codes: An array, a tensor or nested lists of integers.
+        num_codes: Size of the codebook.
+        name: Name of the argument, for messages.
+
+    Raises:
+        InputError: If they are no integers from 0 to ``num_codes`` - 1.
+    """
+    try:
+        array = np.asarray(codes.cpu() if isinstance(codes, torch.Tensor) else codes)
+    except ValueError:  # lists of different lengths
+        array = np.asarray(None)
+    if not np.issubdtype(array.dtype, np.integer):
+        raise InputError(f"{name} must be an array of integers from 0 to {num_codes - 1}, got {describe(codes)}")
+    if array.size and not (array.min() >= 0 and array.max() < num_codes):
+        wrong = array[(array < 0) | (array >= num_codes)].flat[0]
+        raise InputError(f"{name} must be from 0 to {num_codes - 1}, the codes of the codebook, got {wrong}")
+    return array.astype(np.int64, copy=False)
 
 
 def decode_all_images(

@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from cogview.checkpoints.adapter import Adapter
 from cogview.checkpoints.adapter_merge import merge_adapter
@@ -28,6 +31,13 @@ from cogview.modeling.transformer import Transformer
 from cogview.pipeline import image_codes
 from cogview.pipeline.bundle import Bundle
 from cogview.pipeline.context import PipelineContext
+from cogview.pipeline.inputs import (
+    ImageLike,
+    ImagesLike,
+    describe,
+    list_images,
+    open_image,
+)
 from cogview.pipeline.requests import MAX_SHOWN, Prompt, tokenize_prompt
 from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.text import TextTokenizer
@@ -76,8 +86,8 @@ class LoadedModel:
         cls,
         name: str | Path = "cogview-emoji",
         *,
-        device: str = "auto",
-        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
         kv_dtype: str = "auto",
         adapter: str | Path | None = None,
         revision: str | None = None,
@@ -88,8 +98,8 @@ class LoadedModel:
         Args:
             name: A checkpoint folder, a model or bundle that ``cogview models`` lists, or owner/name of a model on the
                 Hugging Face Hub; the first that exists.
-            device: auto, cpu, cuda, cuda:N or mps.
-            dtype: auto, float32, bfloat16, float16, int8 or int4.
+            device: auto, cpu, cuda, cuda:N or mps, or a ``torch.device``.
+            dtype: auto, float32, bfloat16, float16, int8 or int4, or a ``torch.dtype``.
             kv_dtype: The format of keys and values: auto (as ``dtype`` computes) or int8.
             adapter: A LoRA adapter to merge into the weights: its folder, or owner/name on the Hub.
             revision: Of a model on the Hub: a branch, a tag or a commit.
@@ -101,7 +111,17 @@ class LoadedModel:
         Raises:
             InputError: If the name is unknown, the model cannot be fetched, its folder is incomplete or damaged, or
                 the adapter belongs to another model.
+
+        Example:
+            >>> model = CogView.from_pretrained("cogview-emoji", device="cpu", dtype="bfloat16")
+            >>> model.placement.dtype
+            torch.bfloat16
         """
+        named = {"name": name, "device": device, "dtype": dtype}
+        for argument, value in named.items():
+            if not isinstance(value, str | Path | torch.device | torch.dtype):
+                raise InputError(f"{argument} must be a text, got {describe(value)}")
+        device, dtype = str(device), str(dtype).removeprefix("torch.")
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv-dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
         parts = resolve_bundle(str(name)) if revision is None else {}
@@ -131,6 +151,14 @@ class LoadedModel:
             opened.folder = folder
         opened.int8_cache = kv_dtype == "int8"
         return opened
+
+    def __repr__(self) -> str:
+        pixels, tasks = self.image_size(), ", ".join(self.config.tasks)
+        millions = self.config.transformer.num_parameters / 1e6
+        return (
+            f"<{type(self).__name__} {self.label}, {millions:,.1f} million parameters, {pixels} x {pixels} pixels, "
+            f"tasks {tasks}, {self.placement.device}, {self.placement.weight_format}>"
+        )
 
     @property
     def label(self) -> str:
@@ -244,28 +272,37 @@ class LoadedModel:
         return [tokenize_prompt(prompt, self.text_tokenizer, self.config.max_text) for prompt in prompts]
 
     def image_size(self, task: str = "generate") -> int:
-        """Return the side in pixels of the images that ``task`` is given."""
+        """Return the side in pixels of the images that ``task`` is given.
+
+        Example:
+            >>> model.image_size(), model.image_size("low_level")
+            (64, 32)
+        """
         return self._given_side(task) * self.image_tokenizer.downsampling
 
-    def fit_image(self, image: Image.Image, *, task: str = "generate") -> tuple[Image.Image, str | None]:
+    def fit_image(self, image: ImageLike, *, task: str = "generate") -> tuple[Image.Image, str | None]:
         """Resize and crop an image to the size that ``task`` is given.
 
         Args:
-            image: Image of any size and mode.
+            image: Image of any size: a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W).
             task: Name of a task.
 
         Returns:
             The RGB image, and a note such as "resized from 128 x 128 to 64 x 64", or None if it had that size.
 
         Raises:
-            InputError: If the image has no pixels.
+            InputError: If the image cannot be used, or the task is unknown.
+
+        Example:
+            >>> model.fit_image(Image.new("RGB", (100, 64)))[1]
+            'cropped from 100 x 64 to 64 x 64'
         """
-        pixels, note = fit(image, self.image_size(task))
+        pixels, note = fit(open_image(image), self.image_size(task))
         return Image.fromarray(pixels), note
 
     def encode_images(
         self,
-        images: Sequence[Image.Image],
+        images: ImagesLike,
         *,
         task: str = "generate",
         batch_size: int | None = None,
@@ -273,30 +310,58 @@ class LoadedModel:
     ) -> np.ndarray:
         """Return the codes of images, fitted to the size that ``task`` is given.
 
-        A ``GeneratedImage`` of that size gives the codes that it was generated with.
+        A ``GeneratedImage`` of that size, whose pixels are unchanged, gives the codes that it was generated with.
 
         Args:
-            images: Images of any size and mode.
+            images: An image or a list of images, of any size: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W).
             task: Name of a task.
-            batch_size: Maximum number of images at a time; None: as many as memory holds and pay.
+            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
             on_note: Called with the index of an image and the note of ``fit_image``.
 
         Returns:
-            (B, G, G) int64 codes.
+            (B, G, G) int64 codes; (G, G) of one image.
 
         Raises:
-            InputError: If an image has no pixels.
+            InputError: If an image cannot be used, or the task is unknown.
+
+        Example:
+            >>> image = Image.new("RGB", (64, 64), "red")
+            >>> model.encode_images(image).shape, model.encode_images([image]).shape
+            ((8, 8), (1, 8, 8))
         """
+        items, is_single = list_images(images)
         context = self.context
         side = self._given_side(task)
-        return image_codes.encode_images(images, side, context, context.planner(batch_size), on_note)
+        codes = image_codes.encode_images(items, side, context, context.planner(batch_size), on_note)
+        return codes[0] if is_single else codes
 
-    def decode_images(self, codes: np.ndarray) -> np.ndarray:
-        """Return the uint8 RGB images (B, H, W, 3) of (B, G, G) codes, for any G."""
-        return image_codes.decode_images(codes, self.context)
+    def decode_images(self, codes: np.ndarray | Tensor) -> np.ndarray:
+        """Return the images of codes.
+
+        Args:
+            codes: Integers from 0 to K - 1, (B, G, G) or (G, G), for any G.
+
+        Returns:
+            uint8 RGB images (B, H, W, 3); (H, W, 3) of one grid of codes.
+
+        Raises:
+            InputError: If the codes have another shape or type, or one is out of range.
+
+        Example:
+            >>> image = model.generate("一个红苹果", seed=7)[0]
+            >>> bool((model.decode_images(image.codes) == np.asarray(image)).all())
+            True
+        """
+        array = image_codes.check_codes(codes, self.vocabulary.num_image_codes)
+        if array.ndim not in (2, 3) or 0 in array.shape[-2:]:
+            raise InputError(f"codes must be (B, G, G) or (G, G), got {describe(codes)}")
+        images = image_codes.decode_images(array[None] if array.ndim == 2 else array, self.context)
+        return images[0] if array.ndim == 2 else images
 
     def _given_side(self, task: str) -> int:
-        """Return the codes on a side of the images that ``task`` is given."""
+        """Return the codes on a side of the images that ``task`` is given; InputError for an unknown task."""
+        if task not in TASKS:
+            raise InputError(f"the task {task!r} is unknown; known: {', '.join(TASKS)}")
         return round(TASKS[task].input_scale * self.config.grid)
 
     def _config(self, task: str) -> ModelConfig:
@@ -326,15 +391,21 @@ def override_sampling(base: Sampling, overrides: dict[str, float | None]) -> Sam
         overrides: Values by the names of fields; None is ignored.
 
     Raises:
-        InputError: If a value is out of range.
+        InputError: If a value is no number or out of range, or ``base`` is no ``Sampling``.
         TypeError: If ``Sampling`` has no such field.
     """
+    if not isinstance(base, Sampling):
+        raise InputError(f"sampling must be a Sampling, got {describe(base)}")
     for name in overrides:
         if name not in SAMPLING_NAMES:
             near = get_close_matches(name, SAMPLING_NAMES, n=1)
             remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SAMPLING_NAMES)}"
             raise TypeError(f"{name!r} is no sampling setting; {remedy}")
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        is_count = isinstance(getattr(base, name), int)
+        if isinstance(value, bool) or not isinstance(value, Integral if is_count else Real):
+            raise InputError(f"{name} must be a {'whole ' if is_count else ''}number, got {describe(value)}")
     try:
         return replace(base, **given)
     except ValueError as error:

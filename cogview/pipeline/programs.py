@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cogview.errors import InputError
 from cogview.generation.requests import DecodingRequest, DecodingResult
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.requests import GenerationRequest
@@ -98,7 +99,7 @@ class WindowedUpscaleProgram:
             prompt_ids: Piece ids of the prompt.
         """
         if request.codes is None:
-            raise ValueError(f"a request of the task {request.task!r} needs the codes of an image")
+            raise InputError(f"a request of the task {request.task!r} needs the codes of an image")
         self.request = request
         self.log_probability = 0.0
         self._codes = request.codes
@@ -164,7 +165,7 @@ class ProgramBuilder:
         """Return the program of ``request``.
 
         Raises:
-            ValueError: If the request lacks codes that its task needs.
+            InputError: If the request lacks codes that its task needs, or brings others.
         """
         task = TASKS[request.task]
         prompt_ids = self._prompt_ids(request) if "prompt" in task.inputs else ()
@@ -189,7 +190,10 @@ class ProgramBuilder:
         """Return the sequence of a task with what is given."""
         max_text = self._context.config.caption_positions if task.output == "text" else None
         values = given_values(task, prompt_ids, codes)
-        return self._layouts[task.weights].arrange(self._context.vocabulary, max_text=max_text, **values)
+        try:
+            return self._layouts[task.weights].arrange(self._context.vocabulary, max_text=max_text, **values)
+        except ValueError as error:
+            raise InputError(str(error)) from None
 
 
 def given_values(task: Task, prompt_ids: Sequence[int], codes: np.ndarray | None) -> dict[str, Any]:

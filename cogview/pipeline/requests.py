@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image
 
 from cogview.errors import InputError
 from cogview.formatting import shorten
+from cogview.generation.sampling import MAX_SEED
 from cogview.modeling.config import Sampling
+from cogview.pipeline.inputs import ImageLike, describe, require_int
 from cogview.tokenizers.text import TextTokenizer
 
 MAX_SHOWN = 20  # characters of a prompt in a message
@@ -29,6 +30,11 @@ class Prompt:
 class GenerationRequest:
     """One image to generate or caption to write.
 
+    Example:
+        >>> requests = [GenerationRequest(prompt="一只猫", seed=seed) for seed in (1, 2)]
+        >>> [image.seed for image in model.run(requests)]
+        [1, 2]
+
     Attributes:
         prompt: The text; empty for a caption.
         seed: Seed of the noise, from 0 to 2**63 - 1. Noise is keyed by (seed, index).
@@ -38,15 +44,24 @@ class GenerationRequest:
             ``caption``: those (G, G) of the image. To ``low_level``: those (G/2, G/2) of the small image.
         sampling: None: the settings of the model for the task.
         prompt_ids: Piece ids of the prompt; None: the prompt is tokenized when the request runs.
+
+    Raises:
+        InputError: If the prompt is no text, or the seed or index is out of range.
     """
 
     prompt: str = ""
     seed: int
     index: int = 0
     task: str = "generate"
-    codes: np.ndarray | None = None
+    codes: np.ndarray | None = field(default=None, repr=False)
     sampling: Sampling | None = None
-    prompt_ids: tuple[int, ...] | None = None
+    prompt_ids: tuple[int, ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str):
+            raise InputError(f"the prompt must be a text, got {describe(self.prompt)}")
+        require_int(self.seed, "the seed", 0, MAX_SEED)
+        require_int(self.index, "the index of the image", 0, MAX_SEED)
 
 
 def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int) -> Prompt:
@@ -58,8 +73,10 @@ def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int) -> Promp
         max_text: Pieces that fit.
 
     Raises:
-        InputError: If the text is empty, not UTF-8 or too long.
+        InputError: If it is no text, empty, not UTF-8 or too long.
     """
+    if not isinstance(text, str):
+        raise InputError(f"the prompt must be a text, got {describe(text)}")
     if not text.strip():
         raise InputError("the prompt is empty; describe an image, for example 一个红苹果")
     try:
@@ -74,25 +91,25 @@ def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int) -> Promp
 
 
 def text_to_image_requests(
-    prompts: Sequence[Prompt], *, n: int, seed: int, sampling: Sampling | None
+    prompts: Sequence[Prompt], *, n: int, seeds: Sequence[int], sampling: Sampling | None
 ) -> list[GenerationRequest]:
     """Return requests for ``n`` images of each prompt, prompt by prompt.
 
     Args:
         prompts: Checked prompts.
         n: Images per prompt.
-        seed: Seed of all requests; the index of an image keys its noise.
+        seeds: Seed of each prompt; the index of an image keys its noise.
         sampling: Sampling settings; None takes those of the model.
     """
     return [
         GenerationRequest(prompt=prompt.text, prompt_ids=prompt.ids, seed=seed, index=index, sampling=sampling)
-        for prompt in prompts
+        for prompt, seed in zip(prompts, seeds, strict=True)
         for index in range(n)
     ]
 
 
 def completion_requests(
-    prompts: Sequence[Prompt], codes_BGG: np.ndarray, *, rows: int, n: int, seed: int, sampling: Sampling
+    prompts: Sequence[Prompt], codes_BGG: np.ndarray, *, rows: int, n: int, seeds: Sequence[int], sampling: Sampling
 ) -> list[GenerationRequest]:
     """Return requests for ``n`` completions of each image, of which the first ``rows`` rows of codes are kept.
 
@@ -101,25 +118,25 @@ def completion_requests(
         codes_BGG: Codes of the images, (B, G, G).
         rows: Rows of codes to keep.
         n: Completions per image.
-        seed: Seed of all requests.
+        seeds: Seed of each image.
         sampling: Sampling settings.
     """
     return [
         GenerationRequest(
             prompt=prompt.text, prompt_ids=prompt.ids, seed=seed, index=index, codes=codes[:rows], sampling=sampling
         )
-        for prompt, codes in zip(prompts, codes_BGG, strict=True)
+        for prompt, codes, seed in zip(prompts, codes_BGG, seeds, strict=True)
         for index in range(n)
     ]
 
 
 def upscale_requests(
     prompts: Sequence[Prompt],
-    images: Sequence[Image.Image],
+    images: Sequence[ImageLike],
     codes_BGG: np.ndarray,
     *,
     task: str,
-    seed: int,
+    seeds: Sequence[int],
     sampling: Sampling,
 ) -> list[GenerationRequest]:
     """Return a request to upscale each image.
@@ -131,7 +148,7 @@ def upscale_requests(
         images: The images.
         codes_BGG: Their codes, (B, G, G).
         task: ``upscale`` or ``low_level``.
-        seed: Seed of all requests.
+        seeds: Seed of each image.
         sampling: Sampling settings.
     """
     return [
@@ -144,21 +161,23 @@ def upscale_requests(
             codes=codes,
             sampling=sampling,
         )
-        for prompt, image, codes in zip(prompts, images, codes_BGG, strict=True)
+        for prompt, image, codes, seed in zip(prompts, images, codes_BGG, seeds, strict=True)
     ]
 
 
-def caption_requests(codes_BGG: np.ndarray, *, n: int, seed: int, sampling: Sampling) -> list[GenerationRequest]:
+def caption_requests(
+    codes_BGG: np.ndarray, *, n: int, seeds: Sequence[int], sampling: Sampling
+) -> list[GenerationRequest]:
     """Return requests for ``n`` captions of each image, image by image.
 
     Args:
         codes_BGG: Codes of the images, (B, G, G).
         n: Captions per image.
-        seed: Seed of all requests.
+        seeds: Seed of each image.
         sampling: Sampling settings.
     """
     return [
         GenerationRequest(seed=seed, index=index, task="caption", codes=codes, sampling=sampling)
-        for codes in codes_BGG
+        for codes, seed in zip(codes_BGG, seeds, strict=True)
         for index in range(n)
     ]

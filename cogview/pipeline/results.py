@@ -3,16 +3,18 @@
 # G codes on a side of an image
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import TypeAlias
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from cogview import __version__
+from cogview.formatting import shorten
 from cogview.modeling.config import Sampling
-from cogview.pipeline.requests import GenerationRequest
+from cogview.pipeline.requests import MAX_SHOWN, GenerationRequest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,17 @@ class Score:
 class GeneratedImage(Image.Image):
     """A PIL image that carries how it was generated.
 
+    Pickling and ``copy.deepcopy`` keep all of it. Methods of PIL that return a new image, such as ``resize`` and
+    ``copy``, return a plain PIL image.
+
+    Example:
+        >>> image = model.generate("一个红苹果", seed=7)[0]
+        >>> image
+        <GeneratedImage 64 x 64 “一个红苹果” seed=7 index=0>
+        >>> image.codes.shape
+        (8, 8)
+        >>> image.resize((512, 512)).save("apple.png")
+
     Attributes:
         prompt: The text.
         seed: Seed of the noise, which is keyed by (seed, index).
@@ -72,6 +85,7 @@ class GeneratedImage(Image.Image):
     log_probability: float
     sampling: Sampling
     score: Score | None = None
+    _checksum: int = 0
 
     @classmethod
     def from_pixels(
@@ -91,7 +105,27 @@ class GeneratedImage(Image.Image):
         assert isinstance(image, cls)
         image.prompt, image.seed, image.index = request.prompt, request.seed, request.index
         image.codes, image.log_probability, image.sampling = codes, log_probability, request.sampling
+        image._checksum = zlib.crc32(pixels.tobytes())
         return image
+
+    @property
+    def is_edited(self) -> bool:
+        """Whether the pixels were changed in place since ``codes`` were decoded to them."""
+        return zlib.crc32(self.tobytes()) != self._checksum
+
+    def __repr__(self) -> str:
+        width, height = self.size
+        facts = f"“{shorten(self.prompt, MAX_SHOWN)}” seed={self.seed} index={self.index}"
+        return f"<{type(self).__name__} {width} x {height} {facts}>"
+
+    def __getstate__(self) -> Any:
+        facts = ("prompt", "seed", "index", "codes", "log_probability", "sampling", "score", "_checksum")
+        return super().__getstate__(), {name: getattr(self, name) for name in facts}
+
+    def __setstate__(self, state: Any) -> None:
+        pixels, facts = state
+        super().__setstate__(pixels)
+        vars(self).update(facts)
 
     def metadata(self, model: str) -> dict[str, str]:
         """Return the text chunks of its PNG file: all that is needed to generate it again, its codes and its score.
@@ -128,13 +162,15 @@ def only_images(results: Iterable[GeneratedImage | Caption]) -> Iterator[Generat
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationProgress:
-    """Progress of a batch, passed to the callback after every line of codes.
+    """Progress, passed to the callback after every line of codes of a batch.
+
+    Scores and beam searches have no lines: their callback is called after every image, and counts images.
 
     Attributes:
-        requests: Requests of the batch.
-        num_new: Codes and pieces sampled since the last call, summed over the batch.
-        done: Blanks filled in the request that has the largest number of them.
-        total: Blanks of that request.
+        requests: Requests of the batch; of a score or a beam search, that of the image.
+        num_new: Codes and pieces sampled or scored since the last call, summed over the batch.
+        done: Blanks filled in the request that has the largest number of them, or images finished.
+        total: Blanks of that request, or all images.
         codes: Returns the (G, G) codes of each image so far, masked where none is sampled yet.
     """
 
@@ -142,7 +178,7 @@ class GenerationProgress:
     num_new: int
     done: int
     total: int
-    codes: Callable[[], list[np.ma.MaskedArray]]
+    codes: Callable[[], list[np.ma.MaskedArray]] = field(repr=False)
 
 
 ProgressCallback: TypeAlias = Callable[[GenerationProgress], object]  # returns False to stop

@@ -6,10 +6,11 @@ Each stage is planned by itself: decoding programs, their steps, and the images 
 # B sequences of a batch, T tokens of a sequence, G codes on a side of an image
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from cogview.generation.token_sampler import candidate_ids
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.image_codes import decode_all_images
-from cogview.pipeline.programs import DecodingProgram, ProgramBuilder
+from cogview.pipeline.programs import DecodingProgram, ProgramBuilder, given_values
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import Caption, GeneratedImage, GenerationProgress, ProgressCallback, Score
 from cogview.planning.batch_memory import beam_search_bytes, decode_bytes, score_bytes
@@ -30,6 +31,9 @@ from cogview.planning.batches import BatchPlanner
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.tasks import TASKS, ImageElement
 from cogview.tokenizers.vocabulary import TokenKind
+
+MIN_BEAMS = 4
+Result = TypeVar("Result")
 
 
 class RequestQueue:
@@ -96,17 +100,22 @@ def run_requests(
 
 
 def search_captions(
-    requests: Sequence[GenerationRequest], n: int, beams: int, context: PipelineContext, planner: BatchPlanner
+    requests: Sequence[GenerationRequest],
+    n: int,
+    context: PipelineContext,
+    planner: BatchPlanner,
+    callback: ProgressCallback | None = None,
 ) -> list[list[Caption]]:
     """Return the ``n`` most probable captions of each request, found by beam search, the best first.
 
     Args:
         requests: One request per image.
-        n: Captions of each.
-        beams: Sequences that are kept per image, at least ``n``.
+        n: Captions of each. The search keeps ``n`` sequences, but at least ``MIN_BEAMS``.
         context: The model.
         planner: Splits the images into batches that fit in memory.
+        callback: Called after every image; where it returns False, the search ends with the captions so far.
     """
+    beams = max(n, MIN_BEAMS)
     builder = ProgramBuilder(context)
     sequences = [builder.build(request).pending()[0].sequence for request in requests]
     transformer, vocabulary = context.transformer_for("caption"), context.vocabulary
@@ -127,29 +136,34 @@ def search_captions(
         lambda batch: beam_search(transformer, vocabulary, batch, beams),
         f"captions by {beams} beams",
     )
-    return [
+    captions = (
         [
             _caption(one.ids[sequence.spans["text"]], one.log_probability, replace(request, index=index), context)
             for index, one in enumerate(texts[:n])
         ]
         for request, sequence, texts in zip(requests, sequences, found, strict=True)
-    ]
+    )
+    return _collect(captions, requests, lambda best: sum(caption.num_pieces for caption in best), callback)
 
 
 def score_texts(
-    codes_BGG: np.ndarray, texts: Sequence[Sequence[int]], context: PipelineContext, planner: BatchPlanner
+    requests: Sequence[GenerationRequest],
+    context: PipelineContext,
+    planner: BatchPlanner,
+    callback: ProgressCallback | None = None,
 ) -> list[Score]:
-    """Return how probable each text is as the caption of its image.
+    """Return how probable the prompt of each request is as the caption of its image.
 
     Args:
-        codes_BGG: Codes of the images.
-        texts: Piece ids of a text for each image.
+        requests: Requests of the task ``score``, with the piece ids of the text and the codes of the image.
         context: The model.
         planner: Splits the images into batches that fit in memory.
+        callback: Called after every image; where it returns False, the scores so far are returned.
     """
     layout, vocabulary = context.config.layouts["score"], context.vocabulary
     sequences = [
-        layout.arrange(vocabulary, image=codes, text=text) for codes, text in zip(codes_BGG, texts, strict=True)
+        layout.arrange(vocabulary, **given_values(TASKS["score"], request.prompt_ids or (), request.codes))
+        for request in requests
     ]
     transformer = context.transformer_for(TASKS["score"].weights)
 
@@ -164,7 +178,36 @@ def score_texts(
         )
 
     sums = planner.run(sequences, bytes_of, lambda batch: score(transformer, vocabulary, batch), "scoring")
-    return [Score(log_probability=total, num_pieces=len(text)) for total, text in zip(sums, texts, strict=True)]
+    scores = (
+        Score(log_probability=total, num_pieces=len(request.prompt_ids or ()))
+        for total, request in zip(sums, requests, strict=True)
+    )
+    return _collect(scores, requests, lambda score: score.num_pieces, callback)
+
+
+def _collect(
+    results: Iterable[Result],
+    requests: Sequence[GenerationRequest],
+    pieces_of: Callable[[Result], int],
+    callback: ProgressCallback | None,
+) -> list[Result]:
+    """Return the result of each request; where ``callback`` returns False, those so far."""
+    collected: list[Result] = []
+    for request, result in zip(requests, results, strict=True):
+        collected.append(result)
+        if callback is None:
+            continue
+        codes: np.ma.MaskedArray = np.ma.array(request.codes, mask=False)
+        progress = GenerationProgress(
+            requests=(request,),
+            num_new=pieces_of(result),
+            done=len(collected),
+            total=len(requests),
+            codes=partial(list, (codes,)),
+        )
+        if callback(progress) is False:
+            break
+    return collected
 
 
 def describe_activity(requests: Sequence[GenerationRequest]) -> str:

@@ -1,0 +1,233 @@
+"""What a model says about images: captions, scores of texts, and rankings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, overload
+
+from cogview.errors import InputError
+from cogview.generation.requests import DecodingStopped
+from cogview.modeling.config import GREEDY, Sampling
+from cogview.pipeline import runner
+from cogview.pipeline.inputs import (
+    ImageArray,
+    ImageFile,
+    ImageLike,
+    ImagesLike,
+    SeedsLike,
+    TextsLike,
+    list_images,
+    require_callback,
+    require_count,
+    resolve_seeds,
+    texts_of_images,
+)
+from cogview.pipeline.model import LoadedModel, override_sampling
+from cogview.pipeline.requests import GenerationRequest, caption_requests
+from cogview.pipeline.results import Caption, GeneratedImage, ProgressCallback, Score
+
+CAPTION_METHODS = ("greedy", "sample", "beam")
+CAPTION_SAMPLING = Sampling(top_k=0)  # of sampled captions: the distribution of the model as it is
+Item = TypeVar("Item")
+
+
+class CaptioningModel(LoadedModel):
+    """A loaded model that captions, scores and ranks images; its methods are those of ``CogView``."""
+
+    @overload
+    def caption(self, images: ImageFile, **settings: Any) -> list[Caption]: ...
+    @overload
+    def caption(self, images: ImageArray, **settings: Any) -> Any: ...
+    @overload
+    def caption(self, images: Sequence[ImageLike], **settings: Any) -> list[list[Caption]]: ...
+
+    def caption(
+        self,
+        images: ImagesLike,
+        *,
+        n: int = 1,
+        seed: SeedsLike = None,
+        method: Literal["greedy", "sample", "beam"] | None = None,
+        sampling: Sampling | None = None,
+        batch_size: int | None = None,
+        callback: ProgressCallback | None = None,
+        **overrides: float | None,
+    ) -> list[Caption] | list[list[Caption]]:
+        """Write captions of images.
+
+        Args:
+            images: An image or a list of images, of any size: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W).
+            n: Captions of each image, from 1 to 100,000.
+            seed: From 0 to 2**63 - 1, or a list with one for each image; None: a random one. Only ``sample`` uses it.
+            method: ``greedy`` takes the most probable piece each time and has one caption; ``sample`` samples
+                captions, by default from the distribution of the model as it is; ``beam`` finds the ``n`` most
+                probable captions, the best first, with ``n`` beams but at least 4. None: greedy for one caption, else
+                beam.
+            sampling: Sampling settings, for ``sample`` only.
+            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
+            callback: Called with a ``GenerationProgress`` after every few pieces, or after every image of a beam
+                search. Where it returns False, the captions so far are returned.
+            **overrides: Fields of ``Sampling`` to replace: temperature, top_k and top_p.
+
+        Returns:
+            ``n`` captions of one image; for a list of images, a list with ``n`` captions of each.
+
+        Raises:
+            InputError: If an image or a setting cannot be used.
+
+        Example:
+            >>> image = model.generate("蓝色背景上的三只狐狸", seed=7)[0]
+            >>> model.caption(image)[0].text
+            '蓝色背景上有三只狐狸'
+            >>> len(model.caption([image, image], n=2, method="beam"))
+            2
+        """
+        self.require_task("caption")
+        require_count(n, "the number of captions")
+        require_callback(callback)
+        method = method or ("greedy" if n == 1 else "beam")
+        if method not in CAPTION_METHODS:
+            raise InputError(f"the method {method!r} is unknown; known: {', '.join(CAPTION_METHODS)}")
+        if method == "greedy" and n > 1:
+            raise InputError(f"greedy captions are always the same: {n} were asked for, use sample or beam")
+        settings = _caption_sampling(method, sampling, overrides)
+        items, is_single = list_images(images)
+        context, seeds = self.context, resolve_seeds(seed, len(items), "images")
+        planner = context.planner(batch_size)
+        requests = caption_requests(self.encode_images(items), n=n, seeds=seeds, sampling=settings)
+        if method == "beam":
+            found = runner.search_captions(requests[::n], n, context, planner, callback)
+        else:
+            results = runner.run_requests(requests, context, planner, callback)
+            captions = [result for result in results if isinstance(result, Caption)]
+            found = [captions[first : first + n] for first in range(0, len(captions), n)]
+        return only_result(found, callback) if is_single else found
+
+    @overload
+    def score(  # type: ignore[overload-overlap]  # a str is a sequence of str, and stands for one image
+        self, images: ImageFile, texts: TextsLike | None = None, *, batch_size: int | None = None
+    ) -> Score: ...
+    @overload
+    def score(self, images: ImageArray, texts: TextsLike | None = None, *, batch_size: int | None = None) -> Any: ...
+    @overload
+    def score(
+        self,
+        images: Sequence[ImageLike],
+        texts: TextsLike | None = None,
+        *,
+        batch_size: int | None = None,
+        callback: ProgressCallback | None = None,
+    ) -> list[Score]: ...
+
+    def score(
+        self,
+        images: ImagesLike,
+        texts: TextsLike | None = None,
+        *,
+        batch_size: int | None = None,
+        callback: ProgressCallback | None = None,
+    ) -> Score | list[Score]:
+        """Return how probable a text is as the caption of each image, among text ids alone.
+
+        Args:
+            images: An image or a list of images, of any size and form, as for ``caption``.
+            texts: One text for all images, or one for each; None: the prompts of generated images.
+            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
+            callback: Called with a ``GenerationProgress`` after every image. Where it returns False, the scores so far
+                are returned.
+
+        Returns:
+            The score of one image; for a list of images, a list of scores.
+
+        Raises:
+            InputError: If an image or a text cannot be used.
+
+        Example:
+            >>> image = model.generate("一个红苹果", seed=7)[0]
+            >>> fitting, other = (model.score(image, text) for text in ("一个红苹果", "一只猫"))
+            >>> fitting.per_piece > other.per_piece
+            True
+        """
+        self.require_task("caption")
+        require_callback(callback)
+        items, is_single = list_images(images)
+        prompts = self.tokenize(texts_of_images(texts, items, "text"))
+        context = self.context
+        planner = context.planner(batch_size)
+        requests = [
+            GenerationRequest(prompt=prompt.text, prompt_ids=prompt.ids, seed=0, task="score", codes=codes)
+            for prompt, codes in zip(prompts, self.encode_images(items), strict=True)
+        ]
+        scores = runner.score_texts(requests, context, planner, callback)
+        return only_result(scores, callback) if is_single else scores
+
+    def rerank(
+        self,
+        images: Sequence[Item],
+        texts: TextsLike | None = None,
+        *,
+        batch_size: int | None = None,
+        callback: ProgressCallback | None = None,
+    ) -> list[Item]:
+        """Return images by how probable a text is as their caption, the best first.
+
+        Args:
+            images: Images of any size and form, as for ``caption``. A ``GeneratedImage`` gets its ``score``; ``score``
+                returns those of other images.
+            texts: One text for all images, or one for each; None: the prompts of generated images.
+            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
+            callback: Called with a ``GenerationProgress`` after every image.
+
+        Returns:
+            The images as they were given, the best first.
+
+        Raises:
+            InputError: If an image or a text cannot be used.
+            DecodingStopped: The callback returned False, so that not all images have a score.
+
+        Example:
+            >>> images = model.generate("一只狐狸", n=4, seed=7)
+            >>> best = model.rerank(images)[0]
+            >>> best.score == max((image.score for image in images), key=lambda score: score.log_probability)
+            True
+            >>> images[0].save("a.png"), images[1].save("b.png")
+            (None, None)
+            >>> sorted(model.rerank(["a.png", "b.png"], "一只狐狸"))
+            ['a.png', 'b.png']
+        """
+        items, _ = list_images(images)  # type: ignore[arg-type]  # checked there
+        scores = self.score(items, texts, batch_size=batch_size, callback=callback)
+        if len(scores) < len(items):
+            raise DecodingStopped(f"the callback stopped after {len(scores)} of {len(items)} images: none are ranked")
+        for image, score in zip(items, scores, strict=True):
+            if isinstance(image, GeneratedImage):
+                image.score = score
+        order = sorted(range(len(items)), key=lambda index: -scores[index].log_probability)
+        return [items[index] for index in order]  # type: ignore[misc]
+
+
+def only_result(results: Sequence[Item], callback: ProgressCallback | None) -> Item:
+    """Return the result of a single image.
+
+    Args:
+        results: The result, or nothing if the callback returned False.
+        callback: The callback, for the assertion that it was the reason.
+
+    Raises:
+        DecodingStopped: There is no result.
+    """
+    if not results:
+        assert callback is not None
+        raise DecodingStopped("the callback returned False before the image was finished")
+    return results[0]
+
+
+def _caption_sampling(method: str, base: Sampling | None, overrides: dict[str, float | None]) -> Sampling:
+    """Return how captions are sampled; InputError for settings that the method ignores."""
+    given = [name for name, value in overrides.items() if value is not None] + ["sampling"] * (base is not None)
+    sampling = override_sampling(base or CAPTION_SAMPLING, overrides)
+    if given and method != "sample":
+        raise InputError(f"{' and '.join(given)} can be set for sampled captions alone: use the method sample")
+    if sampling.guidance != 1 or sampling.text_attention != 1:
+        raise InputError("guidance and text_attention cannot be set for captions: leave them at 1")
+    return GREEDY if method == "greedy" else sampling
