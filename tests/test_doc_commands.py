@@ -1,0 +1,342 @@
+"""Every command line of the README and of the documentation runs, slow ones with smaller settings.
+
+``ROWS`` lists the command lines as the pages have them. A command line that is missing here, or that no page has any
+more, fails the test.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from cogview.checkpoints.image_tokenizer import codebook_hash
+from cogview.checkpoints.registry import ModelEntry, converted_folder, load_registry
+from cogview.cli.main import main
+from cogview.data.store import StoreHeader
+from cogview.data.store_writer import StoreWriter, pad_text
+from cogview.modeling import config
+from cogview.pipeline.cogview import CogView
+from tests.checkpoints.test_hub import TOKEN, hub  # noqa: F401  hub: the fake Hub
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples/README.md"]
+LAST = "runs/tiny/transformer-run/checkpoints/step-00000002"
+TINY = (
+    "num_layers=1 precision=float32 run.evaluate_every=0 run.save_every=1 training.batch_size=2 training.num_workers=0"
+)
+
+_FENCE = re.compile(r"^```bash\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_INLINE = re.compile(r"(?<!`)`(cogview [a-z-]+ [^`\n]+)`(?!`)")
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command line is run: what it needs, and the arguments that make it small."""
+
+    needs: str = ""  # names of ``Workshop`` methods
+    more: str = ""
+    instead: str = ""  # arguments that replace those of the page
+
+
+@dataclass(frozen=True)
+class NotRun:
+    """Why a command line is not run here."""
+
+    reason: str
+
+
+FRESH = NotRun("changes the environment; .ci/run runs it")
+SYSTEM = NotRun("installs packages of the system or fetches the repository")
+CLUSTER = NotRun("needs several machines or Slurm")
+
+ROWS: dict[str, Run | NotRun] = {
+    # README, quickstart
+    'pip install . && cogview generate "蓝色背景上的三只狐狸"': FRESH,
+    'pip install ".[test]" && pytest -n auto --dist loadfile': FRESH,
+    "pip install .": FRESH,
+    'pip install ".[train]"': FRESH,
+    'pip install ".[train,lora]"': FRESH,
+    "git clone REPOSITORY cogview && cd cogview": SYSTEM,
+    "apt-get install fonts-noto-color-emoji unicode-cldr-core unicode-data": SYSTEM,
+    "python scripts/train_emoji.py scripts/recipes/emoji-cpu.yaml": NotRun(
+        "takes hours; tests/cli/test_recipe_commands.py runs the script with a tiny recipe"
+    ),
+    'cogview generate "一只猫" -n 4 --grid': Run(),
+    'cogview generate "一只猫" --seed 7': Run(),
+    'cogview generate "一只猫" --adapter FOLDER': Run("adapter", instead="--adapter ADAPTER"),
+    "cogview generate --input prompts.jsonl --resume": Run(),
+    "cogview train RECIPE --resume auto": Run("recipe"),
+    "cogview push FOLDER owner/name": Run("hub"),
+    "cogview info cogview-emoji --things": Run(),
+    'cogview generate "一个红苹果" "左边是狐狸，右边是苹果" -n 4 --seed 7 --grid': Run(),
+    "cogview caption outputs/": Run(),
+    'cogview rerank --prompt "一个红苹果" outputs/*.png': Run(),
+    'cogview upscale picture.png --prompt "一个红苹果"': Run(),
+    'cogview complete picture.png --rows 4 --prompt "一个红苹果"': Run(),
+    # Generation
+    'cogview generate "蓝色背景上的三只狐狸"': Run(),
+    "cogview generate": Run(),
+    'cogview generate "一个红苹果" --guidance 2': Run(),
+    'cogview generate "一个红苹果" --text-attention 1.5': Run(),
+    'cogview generate "一个红苹果" -n 16 --keep 4': Run(more="--max-inference-batch-size 16"),
+    "cogview caption pictures/": Run(),
+    "cogview caption pictures/ -n 3 --method beam": Run(),
+    'cogview rerank --prompt "一个红苹果" pictures/*.png': Run(),
+    'cogview upscale small.png --prompt "一个红苹果" --low-level': Run(),
+    'cogview complete picture.png --rows 4 --prompt "一个红苹果" -n 4': Run(),
+    "cogview generate --input prompts.jsonl -o pictures": Run(),
+    "cogview generate --input prompts.jsonl -o pictures --resume": Run(),
+    "torchrun --nproc-per-node 8 --no-python cogview generate --input prompts.jsonl -o pictures": Run(
+        more="--model TINY --device cpu"
+    ),
+    # Adapters
+    "cogview train scripts/recipes/lora-style.yaml": Run(
+        "style", more=f"training.steps=2 training.warmup_steps=1 {TINY} num_layers=2"
+    ),
+    'cogview generate "一个红苹果" --adapter runs/lora-style/transformer-run/checkpoints/step-00001000': Run(
+        "adapter", instead="--adapter ADAPTER"
+    ),
+    "cogview estimate --train --model 4b --lora 16 --zero 2 --checkpointing full --device cuda:24GB": Run(),
+    "cogview adapter info ADAPTER": Run("adapter"),
+    "cogview adapter merge MODEL ADAPTER -o FOLDER": Run("adapter", instead="MODEL ADAPTER -o merged"),
+    "cogview adapter unmerge MODEL ADAPTER -o FOLDER": Run("adapter merged", instead="merged ADAPTER -o unmerged"),
+    # CogView v1
+    "cogview convert cogview-base.tar --image-tokenizer vqvae_hard_biggerset_011.pt --text-model cog-pretrain.model "
+    "--verify": Run("v1"),
+    'cogview generate "一只可爱的小猫坐在窗台上" --model cogview-base --dtype int8': Run("v1 converted"),
+    "cogview convert FOLDER --to v1 -o OUT": Run("v1 converted", instead="CONVERTED --to v1 -o OUT"),
+    "cogview models": Run(),
+    "cogview download cogview-released": NotRun("needs the network; tests/cli/test_download.py has a server"),
+    "cogview info cogview-base.tar": Run("v1"),
+    "cogview estimate --model 4b --task generate -n 8 --dtype int8 --device cuda:24GB": Run(),
+    # Data
+    "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(
+        "tests/test_examples.py runs it with few steps"
+    ),
+    'cogview generate "红色天空下的蓝色山" --model runs/pictures/transformer-run/checkpoints/step-00002000': Run(
+        instead="--model TINY"
+    ),
+    "cogview train pictures.yaml --work runs/pictures-large": Run("recipe", instead="tiny.yaml --work runs/large"),
+    "cogview import-data SOURCE --model FOLDER -o STORE": NotRun("tests/cli/test_import_data.py makes such a source"),
+    # Hub
+    'cogview generate "一只狐狸" --model studio/fox': Run("hub"),
+    'cogview generate "一只狐狸" --model studio/fox --revision v1.0': Run("hub"),
+    'cogview generate "一只狐狸" --model studio/fox --adapter studio/fox-in-ink': Run("hub adapter published"),
+    "cogview info studio/fox": Run("hub"),
+    "cogview download studio/fox": Run("hub"),
+    "cogview push models/fox studio/fox --private": Run("hub"),
+    'cogview push models/fox studio/fox --revision next --commit-message "Train for 20,000 more steps"': Run("hub"),
+    # Training
+    "cogview train scripts/recipes/emoji-cpu.yaml training.steps=100 run.save_every=50": Run(
+        "emoji", more=f"training.steps=2 training.warmup_steps=1 {TINY}"
+    ),
+    "torchrun --nproc-per-node 2 --no-python cogview train RECIPE --resume auto": Run(
+        "recipe", more="--device cpu preset=5m num_layers=1"
+    ),
+    "deepspeed --hostfile HOSTS --module cogview train RECIPE --resume auto": CLUSTER,
+    "sbatch --nodes 64 scripts/recipes/slurm.sh scripts/recipes/4b-512-gpus.yaml": CLUSTER,
+    "cogview train RECIPE --init-from MODEL": Run("recipe", more="num_layers=2"),
+    "cogview runs runs": Run("trained"),
+    "cogview runs runs --compare": Run("trained"),
+    "cogview runs runs --plot curves.png": Run("trained"),
+    "cogview estimate --train": Run(),
+    "cogview estimate --train --model 4b --gpus 8 --zero 2 --device cuda:80GB": Run(),
+    "cogview doctor scripts/recipes/4b-8-gpus.yaml": Run("recipe", instead="tiny.yaml --device cpu"),
+    # Examples
+    "python examples/generate_images.py 一个红苹果 -n 4 --seed 7": NotRun("tests/test_examples.py runs it"),
+}
+
+
+def commands_of_pages() -> Iterator[str]:
+    """Yield every command line: those of fenced blocks, and commands with arguments in the prose of the README."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in _FENCE.findall(text):
+            lines = block.replace("\\\n", " ").splitlines()
+            yield from filter(None, (" ".join(re.sub(r"\s+#.*$", "", line).split()) for line in lines))
+        if page.name.startswith("README"):
+            yield from _INLINE.findall(_FENCE.sub("", text))
+
+
+COMMANDS = list(dict.fromkeys(commands_of_pages()))
+RUN = [line for line in COMMANDS if isinstance(ROWS.get(line), Run)]
+
+
+def test_every_command_line_of_a_page_is_listed_once() -> None:
+    assert sorted(COMMANDS) == sorted(ROWS)
+
+
+@dataclass
+class Workshop:
+    """A folder in which the command lines are run, with the files that they read."""
+
+    tiny: Path
+    request: pytest.FixtureRequest
+    monkeypatch: pytest.MonkeyPatch
+
+    def prepare(self, save_image: Callable[..., object]) -> None:
+        """Write images, prompts and earlier results."""
+        for name in ("pictures/a.png", "pictures/b.png", "outputs/c.png", "picture.png"):
+            save_image(name)
+        save_image("small.png", size=(32, 32))
+        Path("prompts.jsonl").write_text('{"prompt": "一只狐狸"}\n{"prompt": "一个红苹果", "n": 2}\n', encoding="utf-8")
+        for name in ("scripts", "examples"):
+            Path(name).symlink_to(ROOT / name)
+
+    def recipe(self) -> None:
+        """Write a store of random codes, and ``tiny.yaml``, which trains on it."""
+        model = CogView.from_pretrained(self.tiny, device="cpu")
+        generator = np.random.default_rng(0)
+        text = model.text_tokenizer
+        header = StoreHeader(
+            fields={"text": 20, "image": 64},
+            grid=8,
+            num_image_codes=model.config.vocabulary.num_image_codes,
+            num_text_pieces=text.size,
+            layouts=("generate", "caption"),
+            codebook_sha256=codebook_hash(model.image_tokenizer),
+            text_sha256=hashlib.sha256(text.model_bytes).hexdigest(),
+        )
+        for name in ("store", "held-out"):
+            with StoreWriter(name, header) as writer:
+                texts = pad_text([text.encode("红色背景上的狐狸")] * 8, 20)
+                codes = generator.integers(0, header.num_image_codes, (8, 64)).astype(np.uint16)
+                writer.append({"text": texts, "image": codes})
+        recipe = {
+            "preset": "tiny",
+            "max_positions": 96,
+            "tokenizers": str(self.tiny),
+            "store": "store",
+            "validation_store": "held-out",
+            "training": {"steps": 2, "batch_size": 2, "warmup_steps": 1, "tasks": {"generate": 1}},
+            "run": {"log_every": 1, "save_every": 1, "evaluate_every": 0},
+            "precision": "float32",
+        }
+        Path("tiny.yaml").write_text(yaml.safe_dump({"work": "runs/tiny", "transformer": recipe}), encoding="utf-8")
+
+    def trained(self) -> None:
+        """Train a run, and copy it."""
+        self.recipe()
+        assert main(["train", "tiny.yaml", "--device", "cpu"]) == 0
+        shutil.copytree("runs/tiny", "runs/other")
+
+    def style(self) -> None:
+        """Put the store where the recipe of an adapter reads it."""
+        pytest.importorskip("peft")
+        self.recipe()
+        shutil.move("store", "data/style")
+        shutil.move("held-out", "data/style-held-out")
+
+    def adapter(self) -> None:
+        """Train an adapter."""
+        pytest.importorskip("peft")
+        self.recipe()
+        start = [f"init_from={self.tiny}", "lora={rank: 2}", "num_layers=2"]
+        assert main(["train", "tiny.yaml", "--device", "cpu", *start]) == 0
+
+    def merged(self) -> None:
+        """Merge the adapter."""
+        assert main(["adapter", "merge", str(self.tiny), LAST, "-o", "merged"]) == 0
+
+    def emoji(self) -> None:
+        """Put stores and tokenizers where the emoji recipe reads them."""
+        self.recipe()
+        work = Path("runs/emoji-cpu")
+        shutil.copytree(self.tiny / "image", work / "image")
+        shutil.copy(self.tiny / "text.model", work / "text.model")
+        shutil.move("store", work / "store")
+        shutil.move("held-out", work / "held-out-store")
+
+    def v1(self) -> None:
+        """Write the files of a small model of CogView v1 under their published names."""
+        files = self.request.getfixturevalue("small_release").write(Path(), half=True)
+        files["image_tokenizer"].rename("vqvae_hard_biggerset_011.pt")
+        files["text_model"].rename("cog-pretrain.model")
+        shutil.make_archive("cogview-base", "tar", files["source"])
+
+    def converted(self) -> None:
+        """Convert these files."""
+        line = "cogview-base.tar --image-tokenizer vqvae_hard_biggerset_011.pt --text-model cog-pretrain.model"
+        assert main(["convert", *line.split()]) == 0
+
+    def hub(self) -> None:
+        """Publish the tiny model on a fake Hub, in all branches that the pages name."""
+        server = self.request.getfixturevalue("hub")
+        self.monkeypatch.setenv("HF_TOKEN", TOKEN)
+        for branch in ("main", "v1.0"):
+            server.add("studio/fox", self.tiny, branch=branch)
+        shutil.copytree(self.tiny, "models/fox")
+
+    def published(self) -> None:
+        """Publish the adapter."""
+        self.request.getfixturevalue("hub").add("studio/fox-in-ink", Path(LAST))
+
+
+@pytest.fixture
+def workshop(
+    tiny_checkpoint: Path,
+    save_image: Callable[..., object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Workshop:
+    """Return a workshop in an empty folder, with the tiny model as ``cogview-emoji``."""
+    rows = {**load_registry(), "cogview-emoji": ModelEntry(about="", licence="", embedded=str(tiny_checkpoint))}
+    monkeypatch.setattr("cogview.checkpoints.registry.load_registry", lambda: rows)
+    monkeypatch.setitem(config.PRESETS, "tiny", (1, 32, 2))
+    monkeypatch.setitem(config.PRESETS, "5m", (1, 32, 2))
+    monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    shop = Workshop(tiny_checkpoint, request, monkeypatch)
+    shop.prepare(save_image)
+    return shop
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.parametrize("line", RUN)
+def test_command_line_of_a_page_runs(line: str, workshop: Workshop, monkeypatch, capfd) -> None:
+    row = ROWS[line]
+    assert isinstance(row, Run)
+    for need in row.needs.split():
+        getattr(workshop, need)()
+    before, _, command = line.partition("cogview ") if line != "cogview generate" else ("", "", "generate")
+    words = shlex.split(command)
+    if row.instead:
+        kept = 2 if words[0] == "adapter" or words[0] == "generate" else 1
+        words = [*words[:kept], *shlex.split(row.instead)]
+    named = {
+        "TINY": str(workshop.tiny),
+        "MODEL": str(workshop.tiny),
+        "FOLDER": str(workshop.tiny),
+        "RECIPE": "tiny.yaml",
+    }
+    named |= {"ADAPTER": LAST, "CONVERTED": str(converted_folder("cogview-base"))}
+    words = [named.get(word, word) for word in [*words, *shlex.split(row.more)]]
+    words = [part for word in words for part in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
+    terminal = io.StringIO("一只猫\n\n")  # what `cogview generate` is given
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdin", terminal)
+    if before.startswith("torchrun"):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--module", "cogview"]
+        result = subprocess.run([*launcher, *words], capture_output=True, text=True, timeout=180)
+        assert result.returncode == 0, result.stderr
+    else:
+        assert main(words) == 0, capfd.readouterr().err
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_slurm_script_is_a_valid_shell_script() -> None:
+    subprocess.run(["bash", "-n", str(ROOT / "scripts/recipes/slurm.sh")], check=True)
