@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cogview.vqvae.model import VQVAE
+from cogview.vqvae.ranges import COUNT, check_optimizer, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,7 @@ class VQVAETrainingSettings:
         final_learning_rate: Learning rate of the last step.
         betas: Decay rates of Adam's moments.
         weight_decay: Decoupled weight decay of AdamW.
-        clip_norm: Maximum norm of the gradient.
+        clip_norm: Maximum norm of the gradient, above 0; None for no clipping.
         commitment: Weight of the commitment loss (arXiv:1711.00937).
         gradient_difference_weight: Weight of the loss on differences between neighbouring pixels, which keeps edges
             sharp; 0 turns it off.
@@ -46,7 +47,7 @@ class VQVAETrainingSettings:
     final_learning_rate: float = 1e-5
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
     commitment: float = 0.25
     gradient_difference_weight: float = 1.0
     decay: float = 0.99
@@ -55,12 +56,17 @@ class VQVAETrainingSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.warmup_steps < self.steps:
-            raise ValueError(f"warmup_steps must be from 1 to steps - 1 ({self.steps - 1}), got {self.warmup_steps}")
-        if self.batch_size < 1 or self.revive_every < 1:
-            raise ValueError(
-                f"batch_size and revive_every must be at least 1, got {self.batch_size} and {self.revive_every}"
-            )
+        check_optimizer(self)
+        check_ranges(
+            self,
+            {
+                "commitment": "[0, inf)",
+                "gradient_difference_weight": "[0, inf)",
+                "decay": "[0, 1]",
+                "revive_every": COUNT,
+                "revive_below": "[0, inf)",
+            },
+        )
 
 
 def reconstruction_loss(images: Tensor, targets: Tensor, gradient_difference_weight: float) -> Tensor:

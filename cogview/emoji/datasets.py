@@ -14,6 +14,7 @@ from cogview.data.image_dataset import ImageExample, NamedRegion
 from cogview.emoji.scene import EQUAL_WEIGHTS, Cell, Scene, SceneWeights, cells_of
 from cogview.emoji.things import EmojiObject
 from cogview.emoji.world import EmojiWorld
+from cogview.vqvae.ranges import COUNT, SEED, check_ranges
 
 TEXT_SEED = 0  # of the captions that the text tokenizer is trained on
 HELD_OUT_SEED = 1  # of the held-out scenes that the VQ-VAE is evaluated on
@@ -99,9 +100,7 @@ class SceneEncodeSettings(EncodeSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rows", "held_out_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self, {"rows": "[1, 1000000000000]", "held_out_rows": COUNT, "seed": SEED})
 
     def dataset(self, world: EmojiWorld, *, held_out: bool) -> SceneDataset:
         """Return the scenes to encode for one split.

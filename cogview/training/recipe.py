@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from cogview.config_io import from_mapping, read_recipe, section
 from cogview.errors import InputError
@@ -130,4 +132,26 @@ class Recipe:
         Raises:
             InputError: A key is unknown or missing, or a value is wrong.
         """
-        return from_mapping(kind, self.section(name), where=f"section {name} of {self.path}")
+        content = self.section(name)
+        self._shorten_warmup(kind, name, content)
+        return from_mapping(kind, content, where=f"section {name} of {self.path}")
+
+    def _shorten_warmup(self, kind: type[Any], name: str, content: dict[str, Any]) -> None:
+        """Keep the warm-up's share of the steps if an override asks for too few steps for it; print a note."""
+        overridden = {override.partition("=")[0] for override in self.overrides}
+        if "training.steps" not in overridden or "training.warmup_steps" in overridden:
+            return
+        planned = section(self.sections, name).get("training")
+        planned = planned if isinstance(planned, dict) else {}
+        warmup = planned.get("warmup_steps", get_type_hints(kind)["training"].warmup_steps)
+        before, steps = planned.get("steps"), content["training"]["steps"]
+        numbers = (warmup, before, steps)
+        if any(type(number) is not int for number in numbers) or not 0 < warmup < before or not 1 < steps <= warmup:
+            return
+        shortened = content["training"]["warmup_steps"] = max(1, round(steps * warmup / before))
+        if os.environ.get("RANK", "0") == "0":  # the first of several processes
+            print(
+                f"note: warmup_steps is {shortened}, the same share of {steps} steps as {warmup} of the recipe's "
+                f"{before}",
+                file=sys.stderr,
+            )

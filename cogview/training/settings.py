@@ -11,6 +11,19 @@ from cogview.modeling.config import Sampling, TransformerConfig, preset
 from cogview.modeling.lora import LoraSettings
 from cogview.tokenizers.tasks import trained_tasks
 from cogview.vqvae.lr_schedule import warmup_cosine
+from cogview.vqvae.ranges import COUNT, INTERVAL, WORKERS, check_optimizer, check_ranges
+
+# Intervals of the numbers of ``TransformerTraining``, besides those of every optimizer.
+TRAINING_RANGES = {
+    "micro_batch_size": "[0, 1048576]",
+    "text_loss_weight": "[0, inf)",
+    "name_loss_weight": "[0, inf)",
+    "caption_dropout": "[0, 1]",
+    "full_mask_rate": "[0, 1]",
+    "full_mask_targets": "[0, 1048576]",
+    "partial_mask_rate": "[0, 1]",
+    "num_workers": WORKERS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +40,10 @@ class TransformerTraining:
         warmup_steps: Steps in which the learning rate rises from 0.
         betas: Decay rates of Adam's moments.
         weight_decay: Decay of matrices in AdamW.
-        clip_norm: Maximum norm of the gradient.
+        clip_norm: Maximum norm of the gradient, above 0; None for no clipping.
         tasks: Tasks, and their shares of the rows.
-        text_loss_weight: Weight of the loss of prompts, in [0, inf); that of captions is 1.
-        name_loss_weight: Weight of the loss of object names, in [0, inf).
+        text_loss_weight: Weight of the loss of prompts; that of captions is 1.
+        name_loss_weight: Weight of the loss of object names.
         caption_dropout: Fraction of prompts that are left out, for classifier-free guidance (arXiv:2207.12598).
         full_mask_rate: Fraction of the rows that generate an image in which every code of the input is masked.
         full_mask_targets: Number of codes that such a row predicts; 0 for all.
@@ -52,7 +65,7 @@ class TransformerTraining:
     warmup_steps: int = 200
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.04
-    clip_norm: float = 1.0
+    clip_norm: float | None = 1.0
     tasks: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})
     text_loss_weight: float = 0.1
     # With two objects in a caption, image-code loss alone learns slowly which object a position shows, since a code
@@ -74,38 +87,21 @@ class TransformerTraining:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"steps must be at least 2, got {self.steps}")
-        if not 0 < self.warmup_steps < self.steps:
-            raise ValueError(f"warmup_steps must be from 1 to steps - 1 ({self.steps - 1}), got {self.warmup_steps}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.micro_batch_size < 0 or self.num_workers < 0:
-            raise ValueError(
-                f"micro_batch_size and num_workers must not be negative, got {self.micro_batch_size} and "
-                f"{self.num_workers}"
-            )
-        for name in ("caption_dropout", "full_mask_rate", "partial_mask_rate"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        check_optimizer(self)
+        check_ranges(self, TRAINING_RANGES)
         if self.full_mask_rate + self.partial_mask_rate > 1:
             raise ValueError(
                 f"full_mask_rate {self.full_mask_rate} and partial_mask_rate {self.partial_mask_rate} are shares of "
                 "all rows: their sum must not be above 1"
             )
-        if self.full_mask_targets < 0:
-            raise ValueError(f"full_mask_targets must be 0 (all) or more, got {self.full_mask_targets}")
         known = trained_tasks()
         for task, share in self.tasks.items():
             if task not in known:
                 raise ValueError(f"task {task!r} is unknown; known: {', '.join(known)}")
             if not 0 < share < math.inf:
-                raise ValueError(f"the share of task {task!r} must be above 0, got {share}")
+                raise ValueError(f"the share of task {task!r} must be above 0 and finite, got {share}")
         if not self.tasks:
             raise ValueError(f"there must be a task to train for; known: {', '.join(known)}")
-        for name in ("text_loss_weight", "name_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of a step: linear warm-up, then cosine decay to ``final_learning_rate``."""
@@ -147,6 +143,8 @@ class EngineSettings:
             if self.offload or self.config:
                 raise ValueError("offload and config are DeepSpeed's: set name: deepspeed")
             return
+        if "gradient_clipping" in self.config:
+            raise ValueError("gradient_clipping in config has its own setting: set clip_norm in training")
         if self.zero == 0:
             raise ValueError(
                 "zero: 0 partitions nothing, and in bfloat16 DeepSpeed's stage 0 trains differently from stages 1 to "
@@ -181,10 +179,7 @@ class RunSettings:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        if self.log_every < 1 or self.keep < 1:
-            raise ValueError(f"log_every and keep must be at least 1, got {self.log_every} and {self.keep}")
-        if self.save_every < 0 or self.evaluate_every < 0:
-            raise ValueError("save_every and evaluate_every must not be negative")
+        check_ranges(self, {"log_every": COUNT, "save_every": INTERVAL, "evaluate_every": INTERVAL, "keep": COUNT})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +256,10 @@ class TransformerSettings(ArchitectureSettings):
         if (self.store is None and self.stores is None) != (self.validation_store is None):
             given = "store" if self.stores is None else "stores"
             raise ValueError(f"{given} and validation_store belong together: give both, or neither")
+        if self.stores is not None and not self.stores:
+            raise ValueError("stores must name at least one store")
         for path, share in (self.stores or {}).items():
             if not 0 < share < math.inf:
-                raise ValueError(f"the share of the store {path} must be above 0, got {share}")
+                raise ValueError(f"the share of the store {path} must be above 0 and finite, got {share}")
         if self.lora is not None and self.init_from is None:
             raise ValueError("lora trains an adapter of a model: name it in init_from")

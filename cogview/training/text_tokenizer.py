@@ -10,6 +10,7 @@ from pathlib import Path
 from cogview.errors import InputError
 from cogview.files import atomic_write
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
+from cogview.vqvae.ranges import COUNT, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class TextTokenizerRecipe:
         whole_names: Make one piece of each name of the dataset, of any length.
 
     Raises:
-        ValueError: ``captions`` is below 1.
+        ValueError: A number is out of range.
     """
 
     captions: int = 50_000
@@ -34,8 +35,9 @@ class TextTokenizerRecipe:
     whole_names: bool = False
 
     def __post_init__(self) -> None:
-        if self.captions < 1:
-            raise ValueError(f"captions must be at least 1, got {self.captions}")
+        check_ranges(
+            self, {"captions": COUNT, "size": "[1, 1048576]", "coverage": "(0, 1]", "max_piece_length": "[1, 512]"}
+        )
 
 
 def train_text_model(

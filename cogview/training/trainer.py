@@ -190,7 +190,7 @@ class TransformerTrainer(Trainer[TrainingBatch]):
 
     def _seed(self, step: int) -> int:
         """Return the seed of dropout in a step of this process."""
-        return self.settings.seed * 1_000_003 + step + self.context.rank * RANK_SEED_STRIDE
+        return (self.settings.seed * 1_000_003 + step + self.context.rank * RANK_SEED_STRIDE) % 2**64
 
     def snapshot(self) -> Writer | None:
         """Capture the state; see ``Trainer.snapshot``."""

@@ -41,9 +41,10 @@ from cogview.vqvae.codec import reconstruct, to_float
 from cogview.vqvae.lr_schedule import warmup_cosine
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 from cogview.vqvae.quantizer import RENAMED_AVERAGES
+from cogview.vqvae.ranges import COUNT, WORKERS, check_ranges
 from cogview.vqvae.training import VQVAETrainingSettings, evaluate_vqvae, reconstruction_loss
 
-HELD_OUT_IMAGES = 2048
+VALIDATION_IMAGES = 512
 SHEET_IMAGES = 12
 
 
@@ -59,9 +60,10 @@ class VQVAERecipe:
         run: Intervals of logging, saving and evaluation.
         precision: ``auto``, or the dtype of autocast.
         num_workers: Processes that render images; 0 renders in the main process.
+        validation_images: Maximum number of held-out images of an evaluation, of all scales together.
 
     Raises:
-        ValueError: ``scales`` is empty or holds a number below 1.
+        ValueError: ``scales`` is empty, or a number is out of range.
     """
 
     training: VQVAETrainingSettings
@@ -71,10 +73,12 @@ class VQVAERecipe:
     run: RunSettings = field(default_factory=RunSettings)
     precision: str = "auto"
     num_workers: int = 0
+    validation_images: int = VALIDATION_IMAGES
 
     def __post_init__(self) -> None:
-        if not self.scales or min(self.scales) < 1:
-            raise ValueError(f"scales must be whole numbers from 1, got {list(self.scales)}")
+        if not self.scales:
+            raise ValueError("scales must hold at least one number")
+        check_ranges(self, {"scales": "[1, 16]", "num_workers": WORKERS, "validation_images": COUNT})
 
 
 class TrainingImages(Dataset[Tensor]):
@@ -136,7 +140,7 @@ def held_out_batches(
     dataset: ImageDataset,
     downsampling: int,
     scales: Sequence[int] = (1,),
-    count: int = HELD_OUT_IMAGES,
+    count: int = VALIDATION_IMAGES,
     batch_size: int = 64,
 ) -> Iterator[Tensor]:
     """Return batches (B, 3, H, W) of the first ``count`` held-out images, fewer if the dataset is smaller.
@@ -165,6 +169,7 @@ class VQVAETrainer(Trainer[Tensor]):
         init_from: Model to continue with. Its codebook is kept, so that only the learning rate warms up.
         held_out: Held-out images, which ``evaluate`` needs.
         scales: Scales of the held-out images.
+        validation_images: Maximum number of held-out images of an evaluation.
     """
 
     def __init__(
@@ -177,6 +182,7 @@ class VQVAETrainer(Trainer[Tensor]):
         *,
         held_out: ImageDataset | None = None,
         scales: Sequence[int] = (1,),
+        validation_images: int = VALIDATION_IMAGES,
     ) -> None:
         torch.manual_seed(settings.seed)
         self.is_initialized = init_from is not None
@@ -185,6 +191,7 @@ class VQVAETrainer(Trainer[Tensor]):
         self.autocast = autocast
         self.held_out = held_out
         self.scales = scales
+        self.validation_images = validation_images
         self.model = (init_from or VQVAE(config)).to(device)
         if init_from is not None:
             self.model.quantizer.reset_codebook(init_from.quantizer.codebook)
@@ -222,7 +229,7 @@ class VQVAETrainer(Trainer[Tensor]):
         """
         settings, quantizer = self.settings, self.model.quantizer
         # Everything random in a step depends on its number alone, so a resumed run repeats it.
-        generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
+        generator = torch.Generator().manual_seed((settings.seed * 1_000_003 + step) % 2**64)
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         self.model.train()
@@ -233,7 +240,7 @@ class VQVAETrainer(Trainer[Tensor]):
         loss = reconstruction_loss(output.images, images, settings.gradient_difference_weight)
         commitment = F.mse_loss(output.vectors, output.quantized) * output.vectors.shape[-1]
         (loss + settings.commitment * commitment).backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_norm or math.inf)
         if not torch.isfinite(norm):
             raise InputError(f"the gradient of step {step} is not finite; lower the learning rate, or resume earlier")
         self.optimizer.step()
@@ -310,7 +317,8 @@ class VQVAETrainer(Trainer[Tensor]):
         """
         if self.held_out is None:
             raise ValueError("evaluation needs held-out images; give held_out to the trainer")
-        metrics = evaluate_vqvae(self.model, held_out_batches(self.held_out, self.model.downsampling, self.scales))
+        batches = held_out_batches(self.held_out, self.model.downsampling, self.scales, self.validation_images)
+        metrics = evaluate_vqvae(self.model, batches)
         reconstruction_sheet(self.model, self.held_out).save(folder / f"step-{step:08d}.png")
         return {f"{VALIDATION}{name}": value for name, value in metrics.items()}
 
@@ -366,6 +374,7 @@ def train_vqvae(
             initial,
             held_out=held_out,
             scales=recipe.scales,
+            validation_images=recipe.validation_images,
         ),
         BatchSource(
             batches=lambda step: training_batches(

@@ -7,7 +7,6 @@ import re
 import shutil
 import signal
 import sys
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -27,10 +26,8 @@ from cogview.diagnostics import recipe as recipe_checks
 from cogview.emoji.evaluation import reports, scenes
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
-from cogview.training import vqvae_trainer as image_tokenizer
 from cogview.training.run_folder import RunFolder, step_of
 from cogview.training.trainer import TransformerTrainer
-from cogview.training.vqvae_trainer import held_out_batches
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
@@ -42,8 +39,7 @@ def small(monkeypatch):
     monkeypatch.setitem(config.PRESETS, "tiny", (1, 32, 2))
     monkeypatch.setattr(reports, "TUNED_TEMPERATURES", (0.1, 0.9))
     monkeypatch.setattr(reports, "TUNED_TOP_K", (5,))
-    for module in (scenes, image_tokenizer):
-        monkeypatch.setattr(module, "held_out_batches", partial(held_out_batches, count=8))
+    monkeypatch.setattr(scenes, "TOKENIZER_IMAGES", 8)
 
 
 def sections(folder: Path) -> dict:
@@ -56,6 +52,7 @@ def sections(folder: Path) -> dict:
             "training": {"steps": 6, "batch_size": 4, "warmup_steps": 2},
             "run": {"save_every": 3, "evaluate_every": 0},
             "precision": "float32",
+            "validation_images": 8,
         },
         "encode": {"rows": 40, "held_out_rows": 12, "text_width": 40, "batch_size": 16},
         "transformer": {
@@ -84,10 +81,8 @@ def finished(make_tiny_world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
     make_tiny_world().save(folder / "work" / "world")
     recipe = write_recipe(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(image_tokenizer, "held_out_batches", partial(held_out_batches, count=8))
-        for command in ("train-text", "train-image", "encode"):
-            assert main([command, recipe]) == 0
+    for command in ("train-text", "train-image", "encode"):
+        assert main([command, recipe]) == 0
     return folder
 
 
@@ -467,11 +462,15 @@ def test_doctor_reports_mistake_in_one_line(tmp_path, capsys, arguments, message
     ("changes", "command", "message"),
     [
         ({"text": {"capions": 3}}, "train-text", 'section text of {recipe}: "capions" is unknown; did you mean "capt'),
-        ({"text": {"captions": 0}}, "train-text", "captions must be at least 1, got 0"),
+        ({"text": {"captions": 0}}, "train-text", "captions must be in [1, 1000000000], got 0"),
         ({"text": {"captions": 9, "size": 20}}, "train-text", "a text tokenizer of size 20 is too small"),
         ({"image": {"training": {"stepz": 3}}}, "train-image", '"stepz" is unknown; did you mean "steps"?'),
         ({"image": {}}, "train-image", "section image of {recipe}: training must be given"),
-        ({"image": {"training": {"steps": 400}, "scales": [0, 1]}}, "train-image", "whole numbers from 1, got [0, 1]"),
+        (
+            {"image": {"training": {"steps": 400}, "scales": [0, 1]}},
+            "train-image",
+            "scales must be in [1, 16], got [0, 1]",
+        ),
         ({"image": None}, "train-image", 'the recipe has no section "image"; it has: encode, package'),
         ({"encode": {"rows": "many"}}, "encode", 'rows: expected a whole number, got "many"'),
         ({"transformer": {"training": {"steps": 5}, "preset": "9b"}}, "train", "warmup_steps must be from 1 to"),

@@ -54,6 +54,20 @@ def test_configuration_sets_what_deepspeed_would_decide_itself(stage, dtype, sec
     assert "offload_optimizer" not in config["zero_optimization"]
 
 
+def test_engines_clip_nothing_without_a_clip_norm():
+    """None turns clipping off in every engine; 0 would stop all learning in one and turn clipping off in another."""
+    settings = replace(SETTINGS, clip_norm=None)
+    assert configuration(settings, EngineSettings(name="deepspeed"), SINGLE, None)["gradient_clipping"] == 0
+    unclipped, loose, tight = (make_trainer(clip_norm=norm) for norm in (None, 1e30, 1e-9))
+    for trainer in (unclipped, loose, tight):
+        assert train_step(trainer, 0, store_rows())["gradient_norm"] > 1e-3
+    weights = [
+        dict(trainer.transformer.named_parameters())["embedding.weight"] for trainer in (unclipped, loose, tight)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
 def test_configuration_takes_sections_of_the_recipe():
     engine = EngineSettings(
         name="deepspeed",

@@ -15,7 +15,6 @@ from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.data.image_dataset import ImageExample
 from cogview.emoji.datasets import SceneDataset
 from cogview.errors import InputError
-from cogview.training import vqvae_trainer as module
 from cogview.training.loop import BatchSource, run_loop
 from cogview.training.run_folder import RunFolder
 from cogview.training.settings import RunSettings
@@ -159,12 +158,6 @@ def test_vqvae_trainer_keeps_the_codebook_when_initialized_from_a_model():
     assert torch.equal(second.model.encode(squares(0)), codes)
 
 
-@pytest.fixture
-def few_held_out(monkeypatch):
-    """Evaluate on few images."""
-    monkeypatch.setattr(module, "held_out_batches", partial(held_out_batches, count=6, batch_size=4))
-
-
 class PlainColours:
     """Nine images of one colour each, of which the larger renditions have another colour in every code."""
 
@@ -228,7 +221,8 @@ def test_held_out_batches_are_fewer_when_the_dataset_is_smaller():
 
 
 def train(world, folder, last: int, resume: bool = False) -> VQVAETrainer:
-    trainer = VQVAETrainer(CONFIG, TRAINING, CPU, held_out=SceneDataset(world, 1, held_out=True))
+    held_out = SceneDataset(world, 1, held_out=True)
+    trainer = VQVAETrainer(CONFIG, TRAINING, CPU, held_out=held_out, validation_images=6)
     images = TrainingImages(SceneDataset(world, 0), 8)
     status = run_loop(
         trainer,
@@ -247,7 +241,7 @@ def train(world, folder, last: int, resume: bool = False) -> VQVAETrainer:
 
 
 @pytest.mark.parametrize("half", [2, 5])
-def test_vqvae_run_resumes_exactly(make_tiny_world, tmp_path, few_held_out, half):
+def test_vqvae_run_resumes_exactly(make_tiny_world, tmp_path, half):
     world = make_tiny_world()
     whole = train(world, tmp_path / "whole", 8)
     train(world, tmp_path / "halves", half)
@@ -262,9 +256,11 @@ def test_vqvae_run_resumes_exactly(make_tiny_world, tmp_path, few_held_out, half
     assert stored.config == CONFIG
 
 
-def test_train_vqvae_exports_the_trained_tokenizer(make_tiny_world, tmp_path, few_held_out):
+def test_train_vqvae_exports_the_trained_tokenizer(make_tiny_world, tmp_path):
     world = make_tiny_world()
-    recipe = VQVAERecipe(training=TRAINING, model=CONFIG, scales=(1, 2), run=RunSettings(log_every=4))
+    recipe = VQVAERecipe(
+        training=TRAINING, model=CONFIG, scales=(1, 2), run=RunSettings(log_every=4), validation_images=6
+    )
     run = RunFolder(tmp_path / "run")
     scenes, held_out = SceneDataset(world, 0), SceneDataset(world, 1, held_out=True)
     assert train_vqvae(recipe, scenes, held_out, run, CPU) == 0
@@ -274,8 +270,10 @@ def test_train_vqvae_exports_the_trained_tokenizer(make_tiny_world, tmp_path, fe
     assert torch.equal(load_image_tokenizer(tmp_path / "image").codebook, trained.codebook)
 
 
-def test_vqvae_trainer_evaluates_on_held_out_images_and_writes_a_sheet(make_tiny_world, tmp_path, few_held_out):
-    trainer = VQVAETrainer(CONFIG, TRAINING, CPU, held_out=SceneDataset(make_tiny_world(), 1, held_out=True))
+def test_vqvae_trainer_evaluates_on_held_out_images_and_writes_a_sheet(make_tiny_world, tmp_path):
+    trainer = VQVAETrainer(
+        CONFIG, TRAINING, CPU, held_out=SceneDataset(make_tiny_world(), 1, held_out=True), validation_images=6
+    )
     metrics = trainer.evaluate(3, tmp_path)
     assert set(metrics) == {f"validation_{name}" for name in ("psnr", "codes_used", "perplexity", "images")}
     assert metrics["validation_images"] == 6
@@ -311,10 +309,18 @@ def test_training_images_are_cropped_on_the_grid_of_codes_at_larger_scales(make_
     assert torch.equal(next(training_batches(images, 24, 0, 1))[5], images[5])
 
 
-@pytest.mark.parametrize("scales", [(), (0, 1)])
-def test_vqvae_recipe_refuses_scales_below_one(scales):
-    with pytest.raises(ValueError, match="scales must be whole numbers from 1, got "):
-        VQVAERecipe(training=TRAINING, scales=scales)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scales": ()}, "scales must hold at least one number"),
+        ({"scales": (0, 1)}, r"scales must be in \[1, 16\], got \[0, 1\]"),
+        ({"num_workers": -1}, r"num_workers must be in \[0, 1024\], got -1"),
+        ({"validation_images": 0}, r"validation_images must be in \[1, 1000000000\], got 0"),
+    ],
+)
+def test_vqvae_recipe_refuses_numbers_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        VQVAERecipe(training=TRAINING, **changes)
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,13 @@ def test_evaluate_vqvae_refuses_an_empty_dataset():
     [
         ({"steps": 300}, r"warmup_steps must be from 1 to steps - 1 \(299\), got 300"),
         ({"steps": 10, "warmup_steps": 0}, "warmup_steps must be from 1"),
-        ({"steps": 1000, "batch_size": 0}, "batch_size and revive_every must be at least 1, got 0 and 10"),
-        ({"steps": 1000, "revive_every": 0}, "must be at least 1, got 32 and 0"),
+        ({"steps": 1000, "batch_size": 0}, r"batch_size must be in \[1, 1048576\], got 0"),
+        ({"steps": 1000, "revive_every": 0}, r"revive_every must be in \[1, 1000000000\], got 0"),
+        ({"steps": 1000, "clip_norm": 0.0}, "clip_norm must be above 0 and finite, or null for no clipping, got 0.0"),
+        ({"steps": 1000, "learning_rate": math.nan}, "learning_rate must be at least 0 and finite, got nan"),
+        ({"steps": 1000, "decay": 1.5}, r"decay must be in \[0, 1\], got 1.5"),
+        ({"steps": 1000, "commitment": math.inf}, "commitment must be at least 0 and finite, got inf"),
+        ({"steps": 1000, "seed": 2**63}, r"seed must be in \[0, 9223372036854775807\], got 9223372036854775808"),
     ],
 )
 def test_vqvae_training_settings_refuse_numbers_out_of_range(settings, message):

@@ -20,6 +20,7 @@ from cogview.signals import worker_init
 from cogview.tokenizers.tasks import tasks_of_store
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.codec import ImageTokenizer, codebook_sha256, to_float
+from cogview.vqvae.ranges import BATCH, WORKERS, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +47,7 @@ class EncodeSettings:
     num_workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("text_width", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self, {"text_width": "[1, 65535]", "batch_size": BATCH, "num_workers": WORKERS})
 
     @property
     def scales(self) -> dict[str, float]:

@@ -30,6 +30,9 @@ COLUMNS = {
     "ceiling_true_scenes": "true scenes",
 }
 MAX_CONFUSIONS = 10
+# Held-out images on which the image tokenizer is measured.
+TOKENIZER_IMAGES = 2048
+TOKENIZER_IMAGES_PER_CAPTION = 5  # at most, so that a report on few captions takes little time
 
 
 def held_out_scenes(world: EmojiWorld, count: int, seed: int = 0) -> list[tuple[Scene, str]]:
@@ -132,6 +135,8 @@ def evaluate_scenes(
     restored = reconstruct(tokenizer, true, batch_size)
     generated = generate_images(model, captions, seed, sampling, batch_size, "generating")
     held_out = SceneDataset(world, HELD_OUT_SEED, held_out=True)
+    num_images = min(TOKENIZER_IMAGES, TOKENIZER_IMAGES_PER_CAPTION * count)
+    batches = held_out_batches(held_out, tokenizer.downsampling, image_scales, num_images)
 
     def summary(images: Sequence[np.ndarray], label: str) -> dict[str, Any]:
         return summarize_images(grade_images(grader, images, scenes, f"grading {label}"))
@@ -143,7 +148,7 @@ def evaluate_scenes(
         "ceiling_true_scenes": summary(list(true), "true scenes"),
         "image_tokenizer": {
             "scales": list(image_scales),
-            **evaluate_vqvae(tokenizer, held_out_batches(held_out, tokenizer.downsampling, image_scales)),
+            **evaluate_vqvae(tokenizer, batches),
         },
     }
     return report, generated

@@ -266,7 +266,7 @@ def configuration(
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": context.size,
-        "gradient_clipping": training.clip_norm,
+        "gradient_clipping": training.clip_norm or 0.0,  # 0 turns it off
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,  # PyTorch's fused AdamW
         "zero_force_ds_cpu_optimizer": False,

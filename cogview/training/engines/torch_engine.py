@@ -141,7 +141,7 @@ class TorchEngine(Engine):
             group["lr"] = learning_rate
         scale = self.loss_scale
         self._scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.training.clip_norm).item()
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.training.clip_norm or math.inf).item()
         skipped = not math.isfinite(norm)
         if not skipped or self._scaler.is_enabled():  # the scaler skips such a step itself, and lowers the scale
             self._scaler.step(self.optimizer)

@@ -3,7 +3,6 @@
 # B batch, H W pixels
 
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,7 +26,6 @@ from cogview.errors import InputError
 from cogview.evaluation.harness import TUNING_SEED
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
-from cogview.training.vqvae_trainer import held_out_batches
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 BLUE, WHITE = COLOURS[5], COLOURS[10]
@@ -78,7 +76,7 @@ def world(make_tiny_world):
 @pytest.fixture(autouse=True)
 def few_held_out(monkeypatch):
     """Measure the image tokenizer on few images."""
-    monkeypatch.setattr(module, "held_out_batches", partial(held_out_batches, count=8))
+    monkeypatch.setattr(module, "TOKENIZER_IMAGES", 8)
 
 
 def test_summarize_images_counts_and_names_confusions(make_tiny_world):
