@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-3  # by which images may leave [0, 1], as after resizing in 16 bits
+
 
 class ImageDecoder(Protocol):
     """A model that turns a grid of codes into an image."""
@@ -37,6 +39,49 @@ class ImageTokenizer(ImageDecoder, Protocol):
         ...
 
 
+def check_images(images: object) -> None:
+    """Check the images that an ``ImageTokenizer`` is given to encode; their shape is checked by its networks.
+
+    Args:
+        images: The images.
+
+    Raises:
+        TypeError: They are no tensor of floats.
+        ValueError: A value is outside [0, 1] by more than ``ROUNDING``, or not finite.
+    """
+    if not isinstance(images, Tensor) or not images.is_floating_point():
+        raise TypeError(
+            f"images must be a tensor (B, 3, H, W) of floats in [0, 1], got {_described(images)}; to_float in "
+            "cogview.vqvae.codec converts uint8 pixels, and CogView.encode_images takes images of any form"
+        )
+    if images.numel():
+        smallest, greatest = map(float, torch.aminmax(images.detach()))
+        if not (smallest >= -ROUNDING and greatest <= 1 + ROUNDING):  # also of NaN
+            raise ValueError(f"images must be in [0, 1], got values from {smallest:.4g} to {greatest:.4g}")
+
+
+def check_codes(codes: object, num_codes: int) -> None:
+    """Check the codes that an ``ImageDecoder`` is given; their range is checked on a CPU only, without a GPU's wait.
+
+    Args:
+        codes: The codes.
+        num_codes: Size of the codebook.
+
+    Raises:
+        TypeError: They are no tensor of integers.
+        ValueError: They have another shape, or one is out of range.
+    """
+    if not isinstance(codes, Tensor) or codes.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"codes must be an int64 tensor (B, h, w), got {_described(codes)}")
+    if codes.dim() != 3:
+        raise ValueError(f"codes must be (batch, height, width), got {tuple(codes.shape)}")
+    if codes.device.type == "cpu" and codes.numel():
+        smallest, greatest = map(int, torch.aminmax(codes))
+        if smallest < 0 or greatest >= num_codes:
+            wrong = smallest if smallest < 0 else greatest
+            raise ValueError(f"codes must be from 0 to {num_codes - 1}, the last of the codebook, got {wrong}")
+
+
 def codebook_sha256(codebook: Tensor) -> str:
     """Return the SHA-256 of a (K, D) codebook as little-endian float16, equal for any stored precision.
 
@@ -52,7 +97,12 @@ def to_float(pixels: np.ndarray | Tensor, device: torch.device | None = None) ->
     Args:
         pixels: uint8 RGB (..., H, W, 3).
         device: Device of the result; by default that of ``pixels``.
+
+    Raises:
+        TypeError: They are no uint8 array or tensor.
     """
+    if not isinstance(pixels, np.ndarray | Tensor) or pixels.dtype not in (np.uint8, torch.uint8):
+        raise TypeError(f"pixels must be a uint8 array or tensor (..., H, W, 3), got {_described(pixels)}")
     if isinstance(pixels, np.ndarray) and not pixels.flags.writeable:
         pixels = pixels.copy()  # torch warns about arrays that it could write to by mistake
     moved = torch.as_tensor(pixels).to(device=device).movedim(-1, -3)
@@ -78,3 +128,11 @@ def reconstruct(model: ImageTokenizer, pixels: np.ndarray, batch_size: int = 64)
     device = model.codebook.device
     batches = torch.from_numpy(pixels).split(batch_size)
     return np.concatenate([to_uint8(model.decode(model.encode(to_float(batch, device)))) for batch in batches])
+
+
+def _described(value: object) -> str:
+    """Return the type of a value, with the dtype and shape of an array or tensor."""
+    if isinstance(value, Tensor | np.ndarray):
+        kind = "tensor" if isinstance(value, Tensor) else "array"
+        return f"{kind} of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}".removeprefix("builtins.")

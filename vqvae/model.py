@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cogview.vqvae.codec import check_codes, check_images
 from cogview.vqvae.quantizer import Quantizer
 
 V1_MEAN = (0.79093, 0.76271, 0.75340)
@@ -127,12 +128,36 @@ class VQVAE(nn.Module):
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
-        """Return the (B, h, w) int64 codes of (B, 3, H, W) images in [0, 1]."""
-        return self.quantizer.nearest(self.encode_vectors(images))
+        """Return the codes of images.
+
+        Args:
+            images: RGB floats in [0, 1], (B, 3, H, W), with sides divisible by ``downsampling``.
+
+        Returns:
+            (B, h, w) int64 codes.
+
+        Raises:
+            TypeError: They are no tensor of floats.
+            ValueError: They have another shape, or a value is outside [0, 1] or NaN.
+        """
+        check_images(images)
+        return self.quantizer.nearest(self.encode_vectors(images.float()))
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """Return the (B, 3, H, W) images, clamped to [0, 1], of (B, h, w) codes."""
+        """Return the images of codes.
+
+        Args:
+            codes: (B, h, w) int64, from 0 to K - 1.
+
+        Returns:
+            RGB floats (B, 3, H, W), clamped to [0, 1].
+
+        Raises:
+            TypeError: They are no tensor of integers.
+            ValueError: They have another shape, or one is out of range (checked on a CPU).
+        """
+        check_codes(codes, self.config.num_codes)
         return self.decode_vectors(self.quantizer.lookup(codes)).clamp(0, 1)
 
     def encode_vectors(self, images: Tensor) -> Tensor:

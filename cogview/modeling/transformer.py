@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from cogview.errors import InputError
 from cogview.kernels.attention import attention
 from cogview.kernels.gelu import bias_gelu, bias_gelu_is_fused
 from cogview.kernels.layer_norm import pb_relax_layer_norm, sandwich_layer_norm
@@ -93,12 +94,29 @@ class Transformer(nn.Module):
         """Return the logits of the next id at every position.
 
         Args:
-            ids_BT: Ids, int64.
+            ids_BT: Ids, int64, from 0 to V - 1.
             positions_BT: Indices of the learned positions, int64; counted from 0 by default.
 
         Returns:
             Logits (B, T, V) over the padded vocabulary, float32.
+
+        Raises:
+            InputError: The ids or positions are no int64 tensor (B, T), or out of range (checked on a CPU, where it
+                costs no wait).
+
+        Example:
+            >>> ids = torch.tensor([model.text_tokenizer.encode("一个红苹果")]) + model.vocabulary.text.start
+            >>> model.transformer(ids).shape[:2] == ids.shape
+            True
         """
+        config = self.config
+        _check_indices(ids_BT, "ids", config.vocabulary_size)
+        if positions_BT is not None:
+            _check_indices(positions_BT, "positions", config.max_positions)
+        elif ids_BT.shape[1] > config.max_positions:
+            raise InputError(
+                f"{ids_BT.shape[1]} ids are too many: the transformer has {config.max_positions} positions"
+            )
         return self.head(self.hidden(ids_BT, positions_BT))
 
     def hidden(
@@ -192,6 +210,19 @@ class Transformer(nn.Module):
             *output_ids: Ranges of ids that ``head`` will be called with.
         """
         return 0 if self.packed_layers is None else self.packed_layers.prepack_bytes(*output_ids)
+
+
+def _check_indices(indices: Tensor, name: str, count: int) -> None:
+    """Raise InputError unless ``indices`` are an integer tensor (B, T) with values below ``count``."""
+    if not isinstance(indices, Tensor):
+        raise InputError(f"{name} must be an int64 tensor (B, T), got {type(indices).__name__}")
+    if indices.dtype not in (torch.int64, torch.int32) or indices.dim() != 2:
+        raise InputError(f"{name} must be an int64 tensor (B, T), got {indices.dtype} {tuple(indices.shape)}")
+    if indices.device.type == "cpu" and indices.numel() and not torch.compiler.is_compiling():
+        smallest, greatest = map(int, torch.aminmax(indices))
+        if smallest < 0 or greatest >= count:
+            wrong = smallest if smallest < 0 else greatest
+            raise InputError(f"{name} must be from 0 to {count - 1}, got {wrong}")
 
 
 def _keep_products(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:

@@ -12,7 +12,7 @@ import torch
 from cogview.errors import InputError
 from cogview.image_io.reading import fit
 from cogview.pipeline.context import PipelineContext
-from cogview.pipeline.inputs import ImageLike, describe, open_image
+from cogview.pipeline.inputs import ImageLike, describe, load_image
 from cogview.pipeline.results import GeneratedImage
 from cogview.planning.batches import BatchPlanner
 from cogview.planning.model_memory import image_bytes
@@ -53,7 +53,7 @@ def encode_images(
         if own is not None and own.shape == (side, side):
             codes[index] = own
             continue
-        pixels, note = fit(open_image(image, f"images[{index}]"), side * tokenizer.downsampling)
+        pixels, note = fit(load_image(image, f"images[{index}]"), side * tokenizer.downsampling)
         fitted.append((index, pixels))
         if note is not None:
             on_note(index, note)

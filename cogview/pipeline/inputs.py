@@ -55,7 +55,7 @@ def list_images(images: ImagesLike) -> tuple[list[ImageLike], bool]:
     """Return images as a list, and whether a single one was given. None of them is opened.
 
     Args:
-        images: One image (see ``open_image``), an iterable of images, or a batch: an array (B, H, W, C) or a tensor
+        images: One image (see ``load_image``), an iterable of images, or a batch: an array (B, H, W, C) or a tensor
             (B, C, H, W).
 
     Raises:
@@ -74,7 +74,7 @@ def list_images(images: ImagesLike) -> tuple[list[ImageLike], bool]:
     return items, False
 
 
-def open_image(image: ImageLike, name: str = "the image") -> Image.Image:
+def load_image(image: ImageLike, name: str = "the image") -> Image.Image:
     """Return an image of any form as a PIL image.
 
     Args:

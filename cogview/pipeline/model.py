@@ -36,7 +36,7 @@ from cogview.pipeline.inputs import (
     ImagesLike,
     describe,
     list_images,
-    open_image,
+    load_image,
 )
 from cogview.pipeline.requests import MAX_SHOWN, Prompt, tokenize_prompt
 from cogview.tokenizers.tasks import TASKS
@@ -297,7 +297,7 @@ class LoadedModel:
             >>> model.fit_image(Image.new("RGB", (100, 64)))[1]
             'cropped from 100 x 64 to 64 x 64'
         """
-        pixels, note = fit(open_image(image), self.image_size(task))
+        pixels, note = fit(load_image(image), self.image_size(task))
         return Image.fromarray(pixels), note
 
     def encode_images(

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from cogview.errors import InputError
 from cogview.kernels.attention import attention_bias
 from cogview.kernels.dispatch import select_backend
 from cogview.modeling.config import PRESETS, TransformerConfig, preset
@@ -427,3 +428,29 @@ def test_packed_layers_leave_gradients_and_state_unchanged():
     for one, other in zip(packed.parameters(), plain.parameters(), strict=True):
         close(one.grad, other.grad, atol=1e-4)
     assert packed.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "message"),
+    [
+        ([1, 2], None, r"ids must be an int64 tensor \(B, T\), got list"),
+        (torch.tensor([1, 2]), None, r"ids must be an int64 tensor \(B, T\), got torch.int64 \(2,\)"),
+        (torch.zeros(1, 2), None, r"ids must be an int64 tensor \(B, T\), got torch.float32 \(1, 2\)"),
+        (torch.tensor([[5, 128]]), None, "ids must be from 0 to 127, got 128"),
+        (torch.tensor([[5, -1]]), None, "ids must be from 0 to 127, got -1"),
+        (torch.zeros(1, 49, dtype=torch.int64), None, "49 ids are too many: the transformer has 48 positions"),
+        (torch.tensor([[5, 6]]), torch.tensor([[0, 48]]), "positions must be from 0 to 47, got 48"),
+        (torch.tensor([[5, 6]]), [0, 1], r"positions must be an int64 tensor \(B, T\), got list"),
+    ],
+)
+def test_forward_refuses_indices(transformer, ids, positions, message):
+    """Torch says "index out of range in self", and neither which nor how many there are."""
+    with pytest.raises(InputError, match=message):
+        transformer(ids, positions)
+
+
+def test_forward_takes_int32_and_views(transformer):
+    ids = random_ids(4, 6)
+    close(transformer(ids.int()), transformer(ids), atol=0)
+    close(transformer(ids.T.contiguous().T), transformer(ids), atol=0)
+    assert transformer(ids[:0]).shape == (0, 6, TINY.vocabulary_size)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from cogview import InputError, Sampling
 from cogview.generation.requests import DecodingStopped
-from cogview.pipeline.inputs import list_images, open_image
+from cogview.pipeline.inputs import list_images, load_image
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import Caption, GeneratedImage, Score
 
@@ -48,16 +48,16 @@ def forms(image, path):
 def test_open_image_gives_equal_pixels_for_every_form(photo):
     image, path = photo
     for name, form in forms(image, path).items():
-        np.testing.assert_array_equal(np.asarray(open_image(form).convert("RGB")), np.asarray(image), err_msg=name)
+        np.testing.assert_array_equal(np.asarray(load_image(form).convert("RGB")), np.asarray(image), err_msg=name)
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (64, 48, 1)])
 def test_open_image_takes_greys(shape):
     greys = np.arange(64 * 48, dtype=np.int64).astype(np.uint8).reshape(shape)
-    assert open_image(greys).mode == "L"
-    assert open_image(greys).size == (48, 64)
+    assert load_image(greys).mode == "L"
+    assert load_image(greys).size == (48, 64)
     tensor = torch.from_numpy(greys.reshape(1, 64, 48))
-    np.testing.assert_array_equal(np.asarray(open_image(tensor)), greys.reshape(64, 48))
+    np.testing.assert_array_equal(np.asarray(load_image(tensor)), greys.reshape(64, 48))
 
 
 def test_open_image_turns_by_exif_as_files_are(tmp_path):
@@ -67,9 +67,9 @@ def test_open_image_turns_by_exif_as_files_are(tmp_path):
     exif[0x0112] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     np.testing.assert_array_equal(
-        np.asarray(open_image(Image.open(tmp_path / "turned.png"))), np.asarray(open_image(tmp_path / "turned.png"))
+        np.asarray(load_image(Image.open(tmp_path / "turned.png"))), np.asarray(load_image(tmp_path / "turned.png"))
     )
-    assert open_image(Image.open(tmp_path / "turned.png")).size == (60, 40)
+    assert load_image(Image.open(tmp_path / "turned.png")).size == (60, 40)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_open_image_turns_by_exif_as_files_are(tmp_path):
 def test_open_image_refuses(image, message):
     """Values, axes, types: never misread, always with what came."""
     with pytest.raises(InputError, match=message):
-        open_image(image)
+        load_image(image)
 
 
 def test_open_image_refuses_pil_image_that_cannot_be_read(tmp_path):
@@ -104,11 +104,11 @@ def test_open_image_refuses_pil_image_that_cannot_be_read(tmp_path):
     whole = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(whole, "PNG")
     with pytest.raises(InputError, match="the image is a PIL image that cannot be read: "):
-        open_image(Image.open(io.BytesIO(whole.getvalue()[:500])))
+        load_image(Image.open(io.BytesIO(whole.getvalue()[:500])))
     with Image.open(whole) as closed:
         pass
     with pytest.raises(InputError, match="the image is a PIL image that cannot be read: "):
-        open_image(closed)
+        load_image(closed)
 
 
 def test_list_images_tells_one_from_many(photo):

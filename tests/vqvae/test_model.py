@@ -2,8 +2,12 @@
 
 # B batch, C channels, H W pixels, h w codes (H/8, W/8)
 
+import math
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cogview.vqvae.model import V1_MEAN, V1_STD, VQVAE, VQVAEConfig
 
@@ -165,3 +169,53 @@ def test_vqvae_refuses_images_of_other_shapes(shape, message):
 def test_vqvae_config_refuses_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         VQVAEConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("images", "error", "message"),
+    [
+        (
+            torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+            TypeError,
+            r"got tensor of uint8 \(1, 3, 64, 64\); to_float in",
+        ),
+        (np.zeros((1, 64, 64, 3), np.uint8), TypeError, r"got array of uint8 \(1, 64, 64, 3\); to_float in"),
+        (Image.new("RGB", (64, 64)), TypeError, "got PIL.Image; .*CogView.encode_images takes images of any form"),
+        (None, TypeError, "got NoneType"),
+        (torch.full((1, 3, 64, 64), 255.0), ValueError, r"in \[0, 1\], got values from 255 to 255"),
+        (torch.full((1, 3, 64, 64), -1.0), ValueError, r"in \[0, 1\], got values from -1 to -1"),
+        (torch.full((1, 3, 64, 64), math.nan), ValueError, "got values from nan to nan"),
+    ],
+)
+def test_vqvae_encode_refuses_what_it_would_misread(images, error, message):
+    """Bytes from 0 to 255 as a tensor once gave the codes of a white image."""
+    with pytest.raises(error, match=message):
+        make(RESIDUAL).encode(images)
+
+
+def test_vqvae_encode_takes_any_strides_and_floats():
+    """Views, double precision and tensors of a graph give the codes of their values."""
+    model, images = make(RESIDUAL), torch.rand(2, 3, 16, 24)
+    expected = model.encode(images)
+    turned = images.transpose(2, 3).contiguous().transpose(2, 3)
+    for form in (turned, images.double(), images.clone().requires_grad_()):
+        assert torch.equal(model.encode(form), expected)
+
+
+@pytest.mark.parametrize(
+    ("codes", "error", "message"),
+    [
+        (
+            torch.full((1, 2, 2), RESIDUAL.num_codes),
+            ValueError,
+            f"from 0 to {RESIDUAL.num_codes - 1}, .*got {RESIDUAL.num_codes}",
+        ),
+        (torch.full((1, 2, 2), -1), ValueError, "codes must be from 0 to .*got -1"),
+        (torch.zeros(2, 2, dtype=torch.int64), ValueError, r"codes must be \(batch, height, width\), got \(2, 2\)"),
+        (torch.zeros(1, 2, 2, dtype=torch.uint8), TypeError, r"an int64 tensor \(B, h, w\), got tensor of uint8"),
+        ([[[1]]], TypeError, r"an int64 tensor \(B, h, w\), got list"),
+    ],
+)
+def test_vqvae_decode_refuses_codes(codes, error, message):
+    with pytest.raises(error, match=message):
+        make(RESIDUAL).decode(codes)
