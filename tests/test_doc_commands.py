@@ -201,19 +201,19 @@ class Workshop:
         generator = np.random.default_rng(0)
         text = model.text_tokenizer
         header = StoreHeader(
-            fields={"text": 20, "image": 64},
+            fields={"text": 20, "image": 64, "large": 256, "named": 64},
             grid=8,
             num_image_codes=model.config.vocabulary.num_image_codes,
             num_text_pieces=text.size,
-            layouts=("generate", "caption"),
+            layouts=("generate", "caption", "upscale"),
             codebook_sha256=codebook_hash(model.image_tokenizer),
             text_sha256=hashlib.sha256(text.model_bytes).hexdigest(),
         )
-        for name in ("store", "held-out"):
-            with StoreWriter(name, header) as writer:
+        for path in ("store", "held-out"):
+            with StoreWriter(path, header) as writer:
                 texts = pad_text([text.encode("红色背景上的狐狸")] * 8, 20)
-                codes = generator.integers(0, header.num_image_codes, (8, 64)).astype(np.uint16)
-                writer.append({"text": texts, "image": codes})
+                rows = {name: generator.integers(0, 40, (8, width)) for name, width in header.fields.items()}
+                writer.append({name: codes.astype(np.uint16) for name, codes in rows.items()} | {"text": texts})
         recipe = {
             "preset": "tiny",
             "max_positions": 96,
