@@ -1,6 +1,13 @@
 """CogView: an autoregressive transformer that generates images from Chinese text, captions, upscales and ranks them.
 
 The names of ``__all__`` are the public interface. They are imported when they are first used: torch takes seconds.
+``help(cogview.CogView)`` describes every method.
+
+Example:
+    >>> from cogview import CogView
+    >>> model = CogView.from_pretrained("cogview-emoji")
+    >>> images = model.generate("一个红苹果", n=4, seed=7)
+    >>> images[0].save("apple.png")
 """
 
 from __future__ import annotations

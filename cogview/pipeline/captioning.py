@@ -17,12 +17,13 @@ from cogview.pipeline.inputs import (
     SeedsLike,
     TextsLike,
     list_images,
+    override_sampling,
     require_callback,
     require_count,
     resolve_seeds,
     texts_of_images,
 )
-from cogview.pipeline.model import LoadedModel, override_sampling
+from cogview.pipeline.model import LoadedModel
 from cogview.pipeline.requests import GenerationRequest, caption_requests
 from cogview.pipeline.results import Caption, GeneratedImage, ProgressCallback, Score
 
@@ -77,8 +78,8 @@ class CaptioningModel(LoadedModel):
 
         Example:
             >>> image = model.generate("蓝色背景上的三只狐狸", seed=7)[0]
-            >>> model.caption(image)[0].text
-            '蓝色背景上有三只狐狸'
+            >>> "狐狸" in model.caption(image)[0].text
+            True
             >>> len(model.caption([image, image], n=2, method="beam"))
             2
         """

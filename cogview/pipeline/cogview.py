@@ -58,11 +58,11 @@ class CogView(CaptioningModel):
     Example:
         >>> model = CogView.from_pretrained("cogview-emoji", device="cpu")
         >>> model
-        <CogView cogview-emoji, 6.9 million parameters, 64 x 64 pixels, tasks generate, caption, upscale, cpu, float32>
+        <CogView cogview-emoji, 7.0 million parameters, 64 x 64 pixels, tasks generate, caption, upscale, cpu, float32>
         >>> image = model.generate("一个红苹果", seed=7)[0]
         >>> image.save("apple.png")
-        >>> model.caption("apple.png")[0].text
-        '一个红苹果'
+        >>> "苹果" in model.caption("apple.png")[0].text
+        True
     """
 
     def generate(

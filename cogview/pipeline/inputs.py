@@ -1,4 +1,4 @@
-"""Arguments of the Python API in their usual forms: images, texts, seeds and counts are checked here and nowhere else.
+"""Arguments of the Python API in their usual forms: images, texts, seeds, settings and counts, checked and unified.
 
 Every message begins with the argument, such as ``images[3]``, and says what came and what was expected.
 """
@@ -10,6 +10,9 @@ import operator
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +26,7 @@ from cogview.formatting import shorten
 from cogview.generation.sampling import MAX_SEED
 from cogview.image_io.reading import read_image
 from cogview.limits import MAX_RESULTS
+from cogview.modeling.config import Sampling
 
 ImageFile: TypeAlias = str | os.PathLike[str] | Image.Image  # one image
 ImageArray: TypeAlias = np.ndarray | Tensor  # one image or a batch, by its number of axes
@@ -33,6 +37,7 @@ SeedsLike: TypeAlias = int | Iterable[int] | None
 
 IMAGE_FORMS = "a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
 EXIF_ORIENTATION = 0x0112
+SAMPLING_NAMES = tuple(setting.name for setting in fields(Sampling))
 ROUNDING = 1e-3  # by which floats may leave [0, 1], as after resizing in 16 bits
 
 
@@ -215,6 +220,35 @@ def require_callback(callback: object) -> None:
     """Raise InputError unless ``callback`` is None or can be called."""
     if callback is not None and not callable(callback):
         raise InputError(f"callback must be a function of a GenerationProgress, got {describe(callback)}")
+
+
+def override_sampling(base: Sampling, overrides: dict[str, float | None]) -> Sampling:
+    """Return ``base`` with the fields that are given.
+
+    Args:
+        base: Settings to start from.
+        overrides: Values by the names of fields; None is ignored.
+
+    Raises:
+        InputError: If a value is no number or out of range, or ``base`` is no ``Sampling``.
+        TypeError: If ``Sampling`` has no such field.
+    """
+    if not isinstance(base, Sampling):
+        raise InputError(f"sampling must be a Sampling, got {describe(base)}")
+    for name in overrides:
+        if name not in SAMPLING_NAMES:
+            near = get_close_matches(name, SAMPLING_NAMES, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SAMPLING_NAMES)}"
+            raise TypeError(f"{name!r} is no sampling setting; {remedy}")
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    for name, value in given.items():
+        is_count = isinstance(getattr(base, name), int)
+        if isinstance(value, bool) or not isinstance(value, Integral if is_count else Real):
+            raise InputError(f"{name} must be a {'whole ' if is_count else ''}number, got {describe(value)}")
+    try:
+        return replace(base, **given)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def _pixels(image: ImageArray, name: str) -> np.ndarray:

@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
-from difflib import get_close_matches
-from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -37,6 +34,7 @@ from cogview.pipeline.inputs import (
     describe,
     list_images,
     load_image,
+    override_sampling,
 )
 from cogview.pipeline.requests import MAX_SHOWN, Prompt, tokenize_prompt
 from cogview.tokenizers.tasks import TASKS
@@ -49,7 +47,6 @@ if TYPE_CHECKING:
 
 KV_DTYPES = ("auto", "int8")
 BYTE_FALLBACK_WARNING = 0.3  # share of a prompt spelt in bytes from which on a model hardly knows its characters
-SAMPLING_NAMES = tuple(setting.name for setting in fields(Sampling))
 
 
 class LoadedModel:
@@ -242,6 +239,10 @@ class LoadedModel:
         Raises:
             InputError: If a value is out of range, or guidance is wanted of weights that cannot be guided.
             TypeError: If ``Sampling`` has no such field.
+
+        Example:
+            >>> model.sampling(temperature=0.8).temperature
+            0.8
         """
         return self._resolve_sampling(base, overrides, task)
 
@@ -273,6 +274,12 @@ class LoadedModel:
 
     def image_size(self, task: str = "generate") -> int:
         """Return the side in pixels of the images that ``task`` is given.
+
+        Args:
+            task: Name of a task.
+
+        Raises:
+            InputError: If it is unknown.
 
         Example:
             >>> model.image_size(), model.image_size("low_level")
@@ -381,32 +388,3 @@ class LoadedModel:
                 f"{self.name} was trained without caption dropout, so it cannot be guided: guidance must be 1, "
                 f"got {sampling.guidance:g}; try text attention instead"
             )
-
-
-def override_sampling(base: Sampling, overrides: dict[str, float | None]) -> Sampling:
-    """Return ``base`` with the fields that are given.
-
-    Args:
-        base: Settings to start from.
-        overrides: Values by the names of fields; None is ignored.
-
-    Raises:
-        InputError: If a value is no number or out of range, or ``base`` is no ``Sampling``.
-        TypeError: If ``Sampling`` has no such field.
-    """
-    if not isinstance(base, Sampling):
-        raise InputError(f"sampling must be a Sampling, got {describe(base)}")
-    for name in overrides:
-        if name not in SAMPLING_NAMES:
-            near = get_close_matches(name, SAMPLING_NAMES, n=1)
-            remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SAMPLING_NAMES)}"
-            raise TypeError(f"{name!r} is no sampling setting; {remedy}")
-    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-    for name, value in given.items():
-        is_count = isinstance(getattr(base, name), int)
-        if isinstance(value, bool) or not isinstance(value, Integral if is_count else Real):
-            raise InputError(f"{name} must be a {'whole ' if is_count else ''}number, got {describe(value)}")
-    try:
-        return replace(base, **given)
-    except ValueError as error:
-        raise InputError(str(error)) from None
