@@ -27,6 +27,14 @@ setup(
         "cogview.vqvae",
     ],
     package_data={
-        "cogview": ["checkpoints.yaml", "emoji/things.yaml", "locale/*.po", "py.typed", "models/*/*", "models/*/*/*"]
+        "cogview": [
+            "checkpoints.yaml",
+            "emoji/things.yaml",
+            "locale/*.po",
+            "py.typed",
+            "recipes/*",
+            "models/*/*",
+            "models/*/*/*",
+        ]
     },
 )

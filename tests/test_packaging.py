@@ -47,11 +47,14 @@ def belongs_to(module, *packages):
     return any(f"{module}.".startswith(f"{package}.") for package in packages)
 
 
-@pytest.mark.parametrize("name", [*GROUND_FLOOR, "checkpoints.yaml"])
-def test_links_in_cogview_are_relative(name):
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [*((name, name) for name in (*GROUND_FLOOR, "checkpoints.yaml")), ("recipes", "scripts/recipes")],
+)
+def test_links_in_cogview_are_relative(name, target):
     link = ROOT / "cogview" / name
     assert link.is_symlink()
-    assert str(link.readlink()) == f"../{name}"  # relative, so that a clone anywhere works
+    assert str(link.readlink()) == f"../{target}"  # relative, so that a clone anywhere works
     assert link.exists()
 
 

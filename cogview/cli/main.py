@@ -58,6 +58,7 @@ COMMANDS = {
     "models": ("models", "list the known models and which of them are on this machine"),
     "download": ("download", "download the files of a CogView v1 model"),
     "push": ("push", "publish a checkpoint folder on the Hugging Face Hub"),
+    "recipes": ("packaged_recipes", "list the recipes that come with the package, or print one"),
     "scenes": ("scenes", "recipe step 1: create the emoji world"),
     "train-text": ("train_text", "recipe step 2: train the text tokenizer"),
     "train-image": ("train_image", "recipe step 3: train the VQ-VAE"),

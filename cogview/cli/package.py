@@ -20,7 +20,8 @@ class PackageSettings:
     """The ``package`` section of a recipe.
 
     Args:
-        card: A Markdown file; ``{figures}`` is replaced by the tables of the reports, ``{things}`` by the objects.
+        card: A Markdown file, or one of that name beside the recipe; ``{figures}`` is replaced by the tables of the
+            reports, ``{things}`` by the objects.
     """
 
     card: str
@@ -40,6 +41,7 @@ def command(recipe: Recipe, output: Path | None) -> int:
     from cogview.modeling.config import Sampling
 
     settings = recipe.settings(PackageSettings, "package")
+    card = read_card(recipe, settings.card)
     reports = {name: report for name in MEASURE_NAMES if (report := read_report(recipe, name)) is not None}
     if "scenes" not in reports:
         raise InputError(f"the model has no report yet; evaluate it first: cogview eval scenes {recipe.path} --tune")
@@ -51,7 +53,6 @@ def command(recipe: Recipe, output: Path | None) -> int:
         f"`cogview eval {name}`, {report['protocol']['captions']} held-out scenes:\n\n{MEASURES[name].format(report)}"
         for name, report in reports.items()
     )
-    card = Path(settings.card).read_text(encoding="utf-8")
     model.card = card.replace("{figures}", tables).replace("{things}", things)
     target = output or recipe.work / "model"
     with atomic_folder(target, overwrite=True) as folder:
@@ -62,3 +63,21 @@ def command(recipe: Recipe, output: Path | None) -> int:
             print(f"    {path.relative_to(target).as_posix()}: {file_sha256(path)}", file=sys.stderr)
     print(target)
     return 0
+
+
+def read_card(recipe: Recipe, name: str) -> str:
+    """Return the text of a model card.
+
+    Args:
+        recipe: The recipe.
+        name: The file; one of that name beside the recipe will do, as in an installed package.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    path = Path(name) if Path(name).exists() else recipe.path.parent / Path(name).name
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"the model card {name} of {recipe.path} cannot be read: {reason}") from None

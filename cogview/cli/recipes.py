@@ -21,7 +21,7 @@ def recipe_options(section_name: str | None) -> Decorator:
         return Recipe.open(path, work, overrides)
 
     options: list[Decorator] = [
-        argument("path", type=FILE, metavar="RECIPE", help="recipe file, such as scripts/recipes/emoji-cpu.yaml"),
+        argument("path", type=FILE, metavar="RECIPE", help="recipe file, or a name that `cogview recipes` lists"),
         click.option("--work", type=FILE, metavar="FOLDER", show_default="set by the recipe", help="results folder"),
     ]
     names = ["path", "work"]

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
@@ -16,7 +17,32 @@ if TYPE_CHECKING:
     from cogview.tokenizers.text import TextTokenizer
     from cogview.vqvae.model import VQVAE
 
+PACKAGED = Path(__file__).parents[1] / "recipes"
 T = TypeVar("T")
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """Return the files of the recipes that come with the package, by name."""
+    return {path.stem: path for path in sorted(PACKAGED.glob("*.yaml"))}
+
+
+def find_recipe(path: Path) -> Path:
+    """Return the file of a recipe.
+
+    Args:
+        path: A file, or the name of a packaged recipe, such as ``emoji-cpu``. A file of that name comes first.
+
+    Raises:
+        InputError: There is neither.
+    """
+    known = packaged_recipes()
+    if path.exists():
+        return path
+    if str(path) in known:
+        return known[str(path)]
+    near = get_close_matches(path.stem, known, n=1)
+    remedy = f'did you mean the packaged recipe "{near[0]}"?' if near else f"packaged recipes are: {', '.join(known)}"
+    raise InputError(f"cannot read the recipe {path}: No such file or directory; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -40,7 +66,7 @@ class Recipe:
         """Read a recipe file.
 
         Args:
-            path: The YAML file.
+            path: The YAML file, or the name of a packaged recipe.
             work: Folder of the results; that of the recipe if None.
             overrides: Changes ``key=value`` of the section that a command reads.
 
@@ -50,6 +76,7 @@ class Recipe:
         Raises:
             InputError: The file cannot be read, or no work folder is given.
         """
+        path = find_recipe(path)
         sections = read_recipe(path)
         folder = work or sections.get("work")
         if not isinstance(folder, str | Path):

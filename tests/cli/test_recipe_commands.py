@@ -445,7 +445,7 @@ def test_doctor_computes_nonfinite_step_again(work, tmp_path, capsys):
         (["--processes", "0"], "invalid value for '--processes': 0 is not in the range x>=1"),
         (["--dump", "nowhere"], "nowhere is no dump of a step: expected RUN/nonfinite/step-…"),
         (["{recipe}", "--dump", "nowhere"], "--dump has its own model and rows: omit RECIPE"),
-        (["nowhere.yaml"], "cannot read the recipe nowhere.yaml: No such file or directory\n"),
+        (["nowhere.yaml"], "cannot read the recipe nowhere.yaml: No such file or directory; packaged recipes are: "),
         (["{recipe}", "engine.name=deepsped"], 'engine, name: expected one of torch, deepspeed, got "deepsped"'),
     ],
 )
