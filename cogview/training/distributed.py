@@ -241,7 +241,7 @@ def _number(name: str, default: int) -> int:
     return int(given)
 
 
-def is_peer_failure(error: RuntimeError) -> bool:
+def is_peer_failure(error: BaseException) -> bool:
     """Return whether ``error`` is that of a collective when another process has ended or cannot be reached."""
     return dist.is_initialized() and any(part in str(error) for part in PEER_FAILURE_MESSAGES)
 

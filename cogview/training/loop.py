@@ -19,7 +19,9 @@ from typing import Any, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
+from cogview.device import is_out_of_memory
 from cogview.errors import InputError, ReportedByPeer
+from cogview.formatting import format_duration
 from cogview.signals import GracefulStop
 from cogview.training.distributed import DistributedContext, is_peer_failure, log_main
 from cogview.training.run_folder import RunFolder, Writer, step_of
@@ -75,6 +77,10 @@ class Trainer(ABC, Generic[Batch]):
         """Return more metrics that follow from the throughput; none by default."""
         return {}
 
+    def memory_advice(self) -> str:
+        """Return which settings take less memory, for the message of a training that is out of memory."""
+        return "a smaller batch_size takes less"
+
 
 def _never(step: int) -> bool:
     return False
@@ -125,38 +131,60 @@ def run_loop(
         0; 128 plus the signal that stopped the run; 1 if the last state could not be saved, or a peer was lost.
 
     Raises:
-        InputError: The folder holds a run, its checkpoint does not fit, or a step cannot be computed.
+        InputError: The folder holds a run or is trained by another process, its checkpoint does not fit, a step cannot
+            be computed, or a device is out of memory.
     """
     context = context or DistributedContext(torch.device("cpu"))
-    checkpoint = context.run_on_main(lambda: run.start(recipe, resume))
-    if on_start is not None and context.is_main_process:
-        on_start(checkpoint)
-    done = 0
-    if checkpoint is not None:
-        try:
-            trainer.load(checkpoint)
-        except ReportedByPeer:
-            raise
-        except (RuntimeError, ValueError) as error:  # of tensors of other sizes
-            reason = " ".join(str(error).split())[:300]
-            message = f"{checkpoint} does not fit the recipe, go back to its settings or remove {run.folder}: {reason}"
-            raise InputError(message) from None
-        done = step_of(checkpoint)
-        log_main(f"resuming {run.folder} after step {done}", context)
+    context.run_on_main(run.lock)
     try:
+        done = _start(trainer, run, recipe, resume, context, on_start)
         return TrainingLoop(trainer, source, run, settings, context, done).run_to_end()
-    except RuntimeError as error:
-        if not is_peer_failure(error):
-            raise
+    except (RuntimeError, MemoryError) as error:
         run.close()
         last = run.checkpoints()
         kept = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
-        reason = str(error).splitlines()[0][:200]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        if is_out_of_memory(error):
+            raise InputError(
+                f"training is out of memory; {trainer.memory_advice()}; {kept}; go on with --resume auto ({reason})"
+            ) from None
+        if not is_peer_failure(error):
+            raise
         message = (
             f"another process is gone, so process {context.rank} stops; {kept}; go on with --resume auto ({reason})"
         )
         print(message, file=sys.stderr)
         return 1
+    finally:
+        run.unlock()
+
+
+def _start(
+    trainer: Trainer[Batch],
+    run: RunFolder,
+    recipe: Mapping[str, Any],
+    resume: bool,
+    context: DistributedContext,
+    on_start: Callable[[Path | None], None] | None,
+) -> int:
+    """Prepare the folder of a run and load its last checkpoint; return the number of finished steps."""
+    checkpoint = context.run_on_main(lambda: run.start(recipe, resume))
+    if on_start is not None and context.is_main_process:
+        on_start(checkpoint)
+    if checkpoint is None:
+        return 0
+    try:
+        trainer.load(checkpoint)
+    except ReportedByPeer:
+        raise
+    except (RuntimeError, ValueError) as error:  # of tensors of other sizes
+        if isinstance(error, RuntimeError) and (is_out_of_memory(error) or is_peer_failure(error)):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        message = f"{checkpoint} does not fit the recipe, go back to its settings or remove {run.folder}: {reason}"
+        raise InputError(message) from None
+    log_main(f"resuming {run.folder} after step {step_of(checkpoint)}", context)
+    return step_of(checkpoint)
 
 
 class TrainingLoop(Generic[Batch]):
@@ -199,6 +227,8 @@ class TrainingLoop(Generic[Batch]):
                 if self._is_due(self.settings.log_every):
                     means = self._log()
                     bar.set_postfix({name: f"{means[name]:.3g}" for name in list(means)[:3]})
+                    if bar.disable:
+                        self._print_progress(means)
                     if self.source.refresh(self.done):
                         stream = self.source.batches(self.done)
                 is_best = self._is_due(self.settings.evaluate_every) and self._evaluate()
@@ -235,6 +265,16 @@ class TrainingLoop(Generic[Batch]):
         means |= self.trainer.throughput_metrics(means.get("tokens_per_second", 0.0))
         self.run.log(self.done, means)
         return means
+
+    def _print_progress(self, means: Mapping[str, float]) -> None:
+        """Print a line for each logged step where stderr is no terminal, as in the log of a service."""
+        rate = means["samples_per_second"]
+        left = (self.source.steps - self.done) * self.source.batch_size / rate
+        loss = f"loss {means['loss']:.4g}, " if "loss" in means else ""
+        log_main(
+            f"step {self.done}/{self.source.steps}, {loss}{rate:.3g} samples/s, {format_duration(left)} left",
+            self.context,
+        )
 
     def _evaluate(self) -> bool:
         """Log validation metrics; return whether this step is the best so far."""

@@ -8,13 +8,14 @@ from __future__ import annotations
 import shutil
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from cogview.errors import InputError
 from cogview.files import (
@@ -22,10 +23,12 @@ from cogview.files import (
     atomic_folder,
     atomic_write,
     json_line,
+    read_json,
     read_json_lines,
     remove_unfinished,
     write_json,
 )
+from cogview.training.run_lock import RunLock
 from cogview.training.run_record import BEST_FILE, Best, read_best
 
 Writer = Callable[[Path], None]  # writes a checkpoint into an empty folder, in a thread beside the training
@@ -47,6 +50,8 @@ class RunFolder:
         self.writes = writes
         self._writer: Any = None  # of TensorBoard; False if it is not installed
         self._saving: BackgroundSave | None = None
+        self._logs = True  # until metrics cannot be written
+        self._lock = RunLock(folder)
 
     @property
     def samples(self) -> Path:
@@ -66,8 +71,22 @@ class RunFolder:
         """Return the path of the checkpoint after ``step`` steps, which need not exist."""
         return self.folder / "checkpoints" / f"step-{step:08d}"
 
+    def lock(self) -> None:
+        """Keep other trainings out of the folder until ``unlock`` or the end of this process.
+
+        Raises:
+            InputError: Another training holds the folder.
+        """
+        self._lock.acquire()
+
+    def unlock(self) -> None:
+        """Admit other trainings."""
+        self._lock.release()
+
     def start(self, recipe: Mapping[str, Any], resume: bool) -> Path | None:
         """Create the folder, or prepare it to be resumed.
+
+        Damaged checkpoints, as a power cut leaves them, are set aside under the name ``damaged-step-…``.
 
         Args:
             recipe: Settings of the run, written to ``recipe.yaml``.
@@ -77,28 +96,59 @@ class RunFolder:
             The checkpoint to resume from; None to start from step 0.
 
         Raises:
-            InputError: There are checkpoints, and ``resume`` is false.
+            InputError: There are checkpoints, and ``resume`` is false or all of them are damaged.
         """
         found = self.checkpoints()
         if found and not resume:
             raise InputError(
                 f"{self.folder} already holds a run at {found[-1].name}; go on with --resume auto, or remove the folder"
             )
+        last = self._last_sound(found)
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         remove_unfinished(self.folder / "checkpoints", "step-*")
-        (self.folder / "recipe.yaml").write_text(
-            yaml.safe_dump(dict(recipe), allow_unicode=True, sort_keys=False), encoding="utf-8"
-        )
-        self._truncate_metrics(step_of(found[-1]) if found else 0)
-        return found[-1] if found else None
+        with atomic_write(self.folder / "recipe.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(dict(recipe), allow_unicode=True, sort_keys=False), encoding="utf-8")
+        self._truncate_metrics(0 if last is None else step_of(last))
+        return last
+
+    def _last_sound(self, found: list[Path]) -> Path | None:
+        """Return the last checkpoint that can be opened; set later ones aside and print their damage."""
+        damages: list[tuple[Path, str]] = []
+        for checkpoint in reversed(found):
+            damage = find_damage(checkpoint)
+            if damage is None:
+                break
+            damages.append((checkpoint, damage))
+        if found and len(damages) == len(found):
+            listed = ", ".join(f"{path.name} ({damage})" for path, damage in damages)
+            raise InputError(
+                f"every checkpoint of {self.folder} is damaged: {listed}; remove the folder to start again"
+            )
+        if not found:
+            return None
+        last = found[-1 - len(damages)]
+        for path, damage in damages:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            print(
+                f"warning: {path} is damaged ({damage}), as after a power cut: it is set aside as {aside.name}, and "
+                f"training goes on from {last.name}",
+                file=sys.stderr,
+            )
+        return last
 
     def _truncate_metrics(self, step: int) -> None:
         """Drop metrics of the steps that a resumed run repeats."""
         path = self.metrics
         if not path.exists():
             return
-        kept = [json_line(record) for record in read_json_lines(path) if record["step"] <= step]
+        kept = [
+            json_line(record)
+            for record in read_json_lines(path)
+            if isinstance(record.get("step"), int) and record["step"] <= step
+        ]
         with atomic_write(path) as temporary:
             temporary.write_bytes(b"".join(kept))
 
@@ -112,7 +162,16 @@ class RunFolder:
         if not self.writes:
             return
         record = {"step": step, **{name: float(f"{value:.6g}") for name, value in metrics.items()}}
-        append_json_line(self.metrics, record)
+        try:
+            append_json_line(self.metrics, record)
+            self._write_events(step, metrics)
+        except OSError as error:  # such as a full disk: the training is worth more than its curves
+            if self._logs:
+                print(f"warning: metrics cannot be written from step {step} on: {error}", file=sys.stderr)
+            self._logs = False
+
+    def _write_events(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write metrics to TensorBoard, if it is installed."""
         if self._writer is None:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -215,6 +274,38 @@ class BackgroundSave:
         """Wait for the end; return the exception that was raised, or None."""
         self._thread.join()
         return self._error
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """Return the first damaged file of a checkpoint, and its damage; None if every file can be opened.
+
+    A power cut may leave files that are empty or filled with zeros. Headers are read, not tensors.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+    """
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file())
+    for path in files:
+        name = path.relative_to(checkpoint)
+        try:
+            with path.open("rb") as file:
+                head = file.read(4096)
+            if not head:
+                return f"{name} is empty"
+            if not any(head):
+                return f"{name} is filled with zeros"
+            if path.suffix == ".json":
+                read_json(path)
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+            elif path.suffix == ".pt" and not zipfile.is_zipfile(path):
+                return f"{name} is incomplete"
+        except SafetensorError:
+            return f"{name} is incomplete"
+        except (OSError, InputError):
+            return f"{name} cannot be read"
+    return None if files else "it holds no files"
 
 
 def step_of(checkpoint: Path) -> int:

@@ -16,6 +16,7 @@ from cogview.config_io import read_recipe
 from cogview.errors import InputError
 from cogview.files import read_json_lines
 from cogview.training.environment import ENVIRONMENT_FILE
+from cogview.training.run_lock import is_training
 
 BEST_FILE = "best.json"
 VALIDATION = "validation_"  # prefix of metrics of the validation data
@@ -223,9 +224,11 @@ def read_best(path: Path) -> Best | None:
 def _state(
     folder: Path, done: int, planned: float | None, rates: MetricSeries | None, settings: Mapping[str, Any]
 ) -> State:
-    """Return whether a run has finished, is running, or has stopped, by the age of its files."""
+    """Return whether a run has finished, is running, or has stopped: by its lock, or by the age of its files."""
     if planned is not None and done >= planned:
         return "finished"
+    if (is_locked := is_training(folder)) is not None:
+        return "running" if is_locked else "stopped"
     files = [path for path in (folder / "metrics.jsonl", folder / "recipe.yaml") if path.is_file()]
     quiet = time.time() - max(path.stat().st_mtime for path in files)
     usual, size = 0.0, _number_in(settings, "training", "batch_size")

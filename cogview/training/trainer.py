@@ -158,6 +158,12 @@ class TransformerTrainer(Trainer[TrainingBatch]):
             metrics["mfu"] = tokens_per_second * self.monitor.flops_per_token / peak
         return metrics
 
+    def memory_advice(self) -> str:
+        """Return settings that take less memory than the present ones."""
+        rows = self.settings.micro_batch_size
+        fewer = f"training.micro_batch_size={rows // 2} or " if rows > 1 else ""
+        return f"it computed {rows or 'all'} rows at once: set {fewer}engine.checkpointing=full, which take less"
+
     def losses(self, batch: TrainingBatch, *, learn: bool = False) -> dict[str, float]:
         """Compute the mean cross-entropy of each task and kind over all processes.
 

@@ -429,7 +429,8 @@ def test_doctor_computes_nonfinite_step_again(work, tmp_path, capsys):
     capsys.readouterr()
     overflow = ["training.learning_rate=1.0e+30", "training.clip_norm=1.0e+30", "--device", "cpu"]
     assert main(["train", recipe, *overflow]) == 2
-    line = one_line(capsys)
+    progress, line = capsys.readouterr().err.splitlines()
+    assert progress.startswith("step 1/6, loss ")
     assert "is not finite, first in " in line
     (dump,) = (work / "transformer-run" / "nonfinite").iterdir()
     assert line.strip().split("look again with: ")[1].startswith(f"cogview doctor --dump {dump};")

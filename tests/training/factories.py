@@ -12,6 +12,7 @@ import torch
 from cogview.checkpoints.checkpoint import Model
 from cogview.data.store import StoreHeader, TokenStore
 from cogview.data.store_writer import StoreWriter, pad_text
+from cogview.files import write_json
 from cogview.tokenizers.text import TextTokenizer
 from cogview.training.distributed import DistributedContext
 from cogview.training.engines import open_engine
@@ -169,6 +170,6 @@ def write_run(folder: Path, steps: int = 100, **changes: Any) -> Path:
             validation = {"validation_loss": 4.5 + 0.01 * (step - 50), "validation_generate_image_loss": 5.0}
             run.log(step, validation)
             run.record_best(step, validation)
-            run.save(step, lambda folder: None, keep=5)
+            run.save(step, lambda folder: write_json(folder / "trainer.json", {}), keep=5)
     run.close()
     return folder

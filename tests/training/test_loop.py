@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,12 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import cogview
 from cogview.data.sampling_order import sample_index
 from cogview.errors import InputError
+from cogview.training import run_folder
 from cogview.training.loop import BatchSource, Trainer, run_loop
-from cogview.training.run_folder import RunFolder, Writer, step_of
+from cogview.training.run_folder import RunFolder, Writer, find_damage, step_of
 from cogview.training.run_record import Best
 from cogview.training.settings import RunSettings
 
@@ -370,6 +374,99 @@ def test_run_loop_refuses_a_checkpoint_of_other_settings(tmp_path):
     loop(RunFolder(tmp_path), Counter(), steps=3)
     with pytest.raises(InputError, match=r"does not fit the recipe, go back to its settings or remove .* mismatch"):
         loop(RunFolder(tmp_path), Counter("load"), steps=6, resume=True)
+
+
+@pytest.mark.parametrize("content", [b"", bytes(100), b"{"], ids=["empty", "zeros", "cut"])
+def test_run_loop_resumes_before_a_damaged_checkpoint(tmp_path, content, capsys):
+    """After a power cut the newest files may be empty: only the steps since the checkpoint before are lost."""
+    run = RunFolder(tmp_path / "run")
+    loop(run, Counter(), steps=7)
+    (run.checkpoints()[-1] / "trainer.json").write_bytes(content)
+    (run.folder / "checkpoints/best.json").write_bytes(content)
+    with run.metrics.open("ab") as file:
+        file.write(b"\xff\xfe\n[3]\n{}\n")
+    trainer = Counter()
+    assert loop(run, trainer, steps=10, resume=True) == 0
+    assert trainer.count == 10
+    errors = capsys.readouterr().err
+    assert f"{run.checkpoint_path(7)} is damaged (trainer.json " in errors
+    assert "set aside as damaged-step-00000007, and training goes on from step-00000006\n" in errors
+    assert names(run)[-2:] == ["step-00000009", "step-00000010"]
+    assert "damaged-step-00000007" in names(run)
+    assert [record["step"] for record in records(tmp_path) if "loss" in record] == list(range(1, 11))
+
+
+def test_run_loop_names_every_checkpoint_when_all_are_damaged(tmp_path):
+    run = RunFolder(tmp_path)
+    loop(run, Counter())
+    for checkpoint in run.checkpoints():
+        (checkpoint / "count").write_text("")
+    before = names(run)
+    with pytest.raises(
+        InputError, match=r"is damaged: step-00000010 \(count is empty\), step-00000009 \(count is empty"
+    ):
+        loop(run, Counter(), resume=True)
+    assert names(run) == before
+
+
+def test_find_damage_names_an_incomplete_file(tmp_path):
+    assert find_damage(tmp_path) == "it holds no files"
+    save_file({"a": torch.ones(9)}, tmp_path / "model.safetensors")
+    torch.save({"a": torch.ones(9)}, tmp_path / "trainer.pt")
+    assert find_damage(tmp_path) is None
+    for name in ("model.safetensors", "trainer.pt"):
+        whole = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(whole[:-10])
+        assert find_damage(tmp_path) == f"{name} is incomplete"
+        (tmp_path / name).write_bytes(whole)
+
+
+def test_run_loop_refuses_a_folder_that_another_training_holds(tmp_path):
+    """Two trainings of one folder would write its metrics twice and remove each other's checkpoints."""
+    run, other = RunFolder(tmp_path), RunFolder(tmp_path)
+    loop(run, Counter(), steps=3)
+    other.lock()
+    for resume in (False, True):
+        with pytest.raises(InputError, match=rf"is trained by another process \(process {os.getpid()} on .* since 2"):
+            loop(run, Counter(), resume=resume)
+    assert names(run) == ["step-00000003"]
+    other.unlock()
+    assert loop(run, Counter(), resume=True) == 0
+
+
+def test_run_loop_reports_an_exhausted_memory_in_one_line(tmp_path):
+    class Large(Counter):
+        def step(self, step: int, batch: int) -> dict[str, float]:
+            if step == 4:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+            return super().step(step, batch)
+
+    run = RunFolder(tmp_path)
+    expected = (
+        f"training is out of memory; a smaller batch_size takes less; the last checkpoint is {run.checkpoint_path(3)}; "
+        "go on with --resume auto (DefaultCPUAllocator"
+    )
+    with pytest.raises(InputError, match=re.escape(expected)):
+        loop(run, Large())
+    assert loop(run, Counter(), resume=True) == 0
+
+
+def test_run_loop_continues_when_metrics_cannot_be_written(tmp_path, capsys, monkeypatch):
+    def fail(path: Path, content: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "append_json_line", fail)
+    run = RunFolder(tmp_path)
+    assert loop(run, Counter()) == 0
+    assert capsys.readouterr().err.count("warning: metrics cannot be written from step 1 on: ") == 1
+    assert names(run)[-1] == "step-00000010"
+
+
+def test_run_loop_prints_a_line_for_each_logged_step_without_a_terminal(tmp_path, capsys):
+    loop(RunFolder(tmp_path), Counter(), log_every=4)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert len(lines) == 3
+    assert re.fullmatch(r"step 4/10, loss 1\.5, \S+ samples/s, .* left", lines[0])
 
 
 def test_run_loop_restores_signal_handlers(tmp_path):

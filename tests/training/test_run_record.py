@@ -11,6 +11,7 @@ import yaml
 from cogview.errors import InputError
 from cogview.training.plots import plot_runs
 from cogview.training.run_folder import RunFolder
+from cogview.training.run_lock import RunLock
 from cogview.training.run_record import Best, common_steps, differing, find_runs, flat, names_apart, read_run
 from tests.training.factories import RUN_SETTINGS, write_run
 
@@ -58,6 +59,18 @@ def test_read_run_takes_a_quiet_run_for_stopped(tmp_path):
     write_run(folder, steps=100)
     age(folder, 400)
     assert read_run(folder).state == "finished"
+
+
+def test_read_run_takes_a_killed_run_for_stopped_at_once(tmp_path):
+    """The lock of a run is released when its process dies, whatever the age of its files."""
+    folder = write_run(tmp_path / "run", steps=50)
+    lock = RunLock(folder)
+    lock.acquire()
+    age(folder, 4000)
+    assert read_run(folder).state == "running"
+    lock.release()
+    age(folder, 0)
+    assert read_run(folder).state == "stopped"
 
 
 def test_read_run_gives_a_slow_run_more_time(tmp_path):
