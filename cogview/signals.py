@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h: the signal that a process gets when its parent has ended
 
 
 class GracefulStop:
@@ -57,12 +57,20 @@ class GracefulStop:
 
 
 def worker_init(worker: int) -> None:
-    """Initialize a ``DataLoader`` worker: it ignores SIGINT and SIGTERM and ends with its parent.
+    """Initialize a ``DataLoader`` worker: it ignores SIGINT and SIGTERM and ends with the process that started it.
 
-    Ctrl-C reaches the workers too, and the step under way still needs their batches. On Linux a worker ends even if
-    its parent is killed. It would otherwise hold inherited connections, and other processes would wait for the dead.
+    Ctrl-C reaches the workers too, and the step under way still needs their batches. A worker ends even if its process
+    is killed. It would otherwise hold inherited connections, for which other processes would wait, and keep the fork
+    server and the resource tracker of ``multiprocessing`` alive.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process as soon as the process that started it by ``multiprocessing`` has ended."""
+    parent = multiprocessing.parent_process()  # behind a fork server, another one than os.getppid()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

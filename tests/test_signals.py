@@ -76,31 +76,47 @@ def test_worker_init_lets_workers_survive_the_signals_of_their_group():
     assert received == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
+PROGRAM = """
+import multiprocessing, os, sys
+from multiprocessing import forkserver, resource_tracker
+import numpy as np
+from torch.utils.data import DataLoader
+from cogview.signals import worker_init
+
+loader = DataLoader(
+    np.arange(10**6),
+    num_workers=2,
+    worker_init_fn=worker_init,
+    multiprocessing_context=sys.argv[1],
+)
+batches = iter(loader)
+next(batches)
+helpers = [worker.pid for worker in batches._workers]
+if sys.argv[1] == "forkserver":
+    helpers += [forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid]
+print(*helpers, flush=True)
+input()
+"""
+
+
+@pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can end a process with its parent")
-def test_worker_init_ends_a_worker_whose_parent_was_killed():
-    """A worker that went on would hold its parent's connections to other processes, which then wait for the dead."""
-    program = (
-        "import os, time\n"
-        "from cogview.signals import worker_init\n"
-        "read, write = os.pipe()\n"
-        "child = os.fork()\n"
-        "if child == 0:\n"
-        "    worker_init(0)\n"
-        "    os.write(write, b'.')\n"
-        "    time.sleep(60)\n"
-        "os.read(read, 1)\n"
-        "print(child, flush=True)\n"
-        "time.sleep(60)\n"
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are read from /proc")
+@pytest.mark.parametrize("method", ["fork", "forkserver"])
+def test_worker_init_ends_every_helper_process_of_a_killed_training(method):
+    """Workers that went on would hold their parent's connections and memory, under the init process, for ever."""
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, method], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
+    helpers = [int(number) for number in parent.stdout.readline().split()]
+    assert len(helpers) == (2 if method == "fork" else 4)
+    assert all(map(_runs, helpers))
     parent.kill()
-    parent.communicate()
-    deadline = time.monotonic() + 60
-    while _runs(child):
+    deadline = time.monotonic() + 10
+    while any(map(_runs, helpers)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    parent.communicate()
 
 
 def _runs(number):
