@@ -23,9 +23,9 @@ _RARE_MEASURE = 15
 _DIGIT = 15
 _BARE_NAME = 40
 
-_NUMERALS = {1: "一", 2: "两", 3: "三", 4: "四"}
+NUMERALS = {1: "一", 2: "两", 3: "三", 4: "四"}
 
-_PAIRS: Mapping[SceneKind, tuple[str, ...]] = {
+PAIRS: Mapping[SceneKind, tuple[str, ...]] = {
     # {a} is the left or upper object, {b} the right or lower one. A pattern is repeated by its frequency: the most
     # probable caption begins with a position, which determines the object to be named next.
     "beside": (
@@ -56,7 +56,7 @@ _PAIRS: Mapping[SceneKind, tuple[str, ...]] = {
     ),
 }
 
-_NOUN_ON_COLOUR = (
+NOUN_ON_COLOUR = (
     "{colour}背景上的{what}",
     "{colour}背景上的{what}",
     "{colour}背景上有{what}",
@@ -65,7 +65,7 @@ _NOUN_ON_COLOUR = (
     "{what}，背景是{colour}的",
     "{what}，背景是{colour}",
 )
-_CLAUSE_ON_COLOUR = (
+CLAUSE_ON_COLOUR = (
     "{colour}背景上，{what}",
     "{colour}背景上，{what}",
     "{colour}背景，{what}",
@@ -83,15 +83,15 @@ def write_caption(scene: Scene, random: KeyedRandom, complete: bool) -> str:
         random: Source of the wording.
         complete: Always name the background.
     """
-    if scene.kind in _PAIRS:
+    if scene.kind in PAIRS:
         bare = random.chance(_BARE_NAME)  # both with a measure word or both without, as people do
         upper_or_left, lower_or_right = (_count(thing, 1, bare, random) for thing in scene.things)
-        what = random.pick(_PAIRS[scene.kind]).format(a=upper_or_left, b=lower_or_right)
-        patterns: tuple[str, ...] = _CLAUSE_ON_COLOUR
+        what = random.pick(PAIRS[scene.kind]).format(a=upper_or_left, b=lower_or_right)
+        patterns: tuple[str, ...] = CLAUSE_ON_COLOUR
     else:
         bare = scene.kind == "one" and random.chance(_BARE_NAME)
         what = _count(scene.things[0], scene.count, bare, random)
-        patterns = _NOUN_ON_COLOUR
+        patterns = NOUN_ON_COLOUR
     if not complete and random.chance(_UNNAMED_COLOUR):
         return what
     return random.pick(patterns).format(colour=_name_colour(scene.colour, random), what=what)
@@ -107,7 +107,7 @@ def _count(thing: EmojiObject, count: int, bare: bool, random: KeyedRandom) -> s
     measure = thing.measures[0]
     if len(thing.measures) > 1 and random.chance(_RARE_MEASURE):
         measure = random.pick(thing.measures[1:])
-    number = str(count) if random.chance(_DIGIT) else _NUMERALS[count]
+    number = str(count) if random.chance(_DIGIT) else NUMERALS[count]
     return f"{number}{measure}{name}"
 
 
@@ -150,7 +150,7 @@ class CaptionReader:
         for thing in things:
             for name in thing.names:
                 emoji.setdefault(_plain(name), set()).add(thing.emoji)
-        numbers = {number: count for count, numeral in _NUMERALS.items() for number in (numeral, str(count))}
+        numbers = {number: count for count, numeral in NUMERALS.items() for number in (numeral, str(count))}
         measures = {_plain(measure) for thing in things for measure in thing.measures}
         self._names = _Words({name: frozenset(meant) for name, meant in emoji.items()})
         self._counts = _Words({n + measure: count for n, count in numbers.items() for measure in measures})
@@ -162,9 +162,9 @@ class CaptionReader:
             "b": self._single_nouns_at,
         }
         # "one" is also the pattern of several of one object: the number in the text decides.
-        patterns: list[tuple[SceneKind, str]] = [("one", whole) for whole in ("{what}", *_NOUN_ON_COLOUR)]
-        for kind, pairs in _PAIRS.items():
-            for whole in ("{what}", *_CLAUSE_ON_COLOUR):
+        patterns: list[tuple[SceneKind, str]] = [("one", whole) for whole in ("{what}", *NOUN_ON_COLOUR)]
+        for kind, pairs in PAIRS.items():
+            for whole in ("{what}", *CLAUSE_ON_COLOUR):
                 patterns += [(kind, whole.replace("{what}", pair)) for pair in pairs]
         self._patterns = [(kind, _parts(pattern)) for kind, pattern in dict.fromkeys(patterns)]
 
@@ -185,7 +185,7 @@ class CaptionReader:
                 continue  # nearly every pattern, and cheaper to detect here than by a search for names
             for blanks in self._fill(parts, text, 0):
                 colour = blanks.get("colour")
-                if kind in _PAIRS:
+                if kind in PAIRS:
                     things = (blanks["a"][1], blanks["b"][1])
                     found[ParsedCaption(colour=colour, kind=kind, count=1, things=things)] = None
                 else:

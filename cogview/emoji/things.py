@@ -26,9 +26,11 @@ SPRITE_PIXELS = 128
 GROUPS = ("Food & Drink", "Animals & Nature", "Objects", "Travel & Places", "Activities")
 """Groups of emoji-test.txt with objects; the others hold people, smileys, symbols and flags."""
 
+VARIATION_SELECTOR = "\ufe0f"
+"""Character that emoji-test.txt writes behind some emoji, and the annotations mostly do not."""
+
 _FONT_SIZE = 109  # the one size the bitmap font has
 _FONT_LEFT = 4  # columns 4 to 132 of the 136 hold the glyph
-_VARIATION_SELECTOR = "\ufe0f"  # emoji-test.txt writes it, the annotations mostly do not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +141,12 @@ def read_things(files: EmojiFiles) -> tuple[EmojiObject, ...]:
     """
     files.check()
     tables = name_tables()
-    tts_names = _read_names(files.annotations)
+    annotations = read_annotations(files.annotations)
     things: dict[str, EmojiObject] = {}
-    for emoji, group, subgroup in _read_groups(files.emoji_test):
-        key = emoji.replace(_VARIATION_SELECTOR, "")
-        if group in GROUPS and key in tts_names:
-            tts_name = tts_names[key]
+    for emoji, group, subgroup in read_groups(files.emoji_test):
+        key = emoji.replace(VARIATION_SELECTOR, "")
+        if group in GROUPS and key in annotations:
+            tts_name = annotations[key].name.replace(" ", "")
             name, *synonyms = dict.fromkeys((*tables.names.get(key, ()), tts_name))
             measures = (*tables.measures.get(key, (tables.subgroup_measures.get(subgroup, "个"),)), "个")
             things[key] = EmojiObject(
@@ -157,7 +159,7 @@ def read_things(files: EmojiFiles) -> tuple[EmojiObject, ...]:
             )
     if not things:
         raise InputError(f"{files.emoji_test} and {files.annotations[0]} have no named emoji in common")
-    common = [emoji.replace(_VARIATION_SELECTOR, "") for emoji in tables.common]
+    common = [emoji.replace(VARIATION_SELECTOR, "") for emoji in tables.common]
     order = dict.fromkeys([emoji for emoji in common if emoji in things] + list(things))
     return _without_shared_names([things[emoji] for emoji in order])
 
@@ -191,22 +193,46 @@ def draw_sprites(things: Sequence[EmojiObject], font: Path) -> np.ndarray:
     return sprites
 
 
-def _read_names(paths: Sequence[Path]) -> dict[str, str]:
-    """Names for text-to-speech in the CLDR annotations, by emoji without variation selectors."""
-    names = {}
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """What the CLDR says about an emoji in one language.
+
+    Args:
+        name: The name for text-to-speech.
+        keywords: Words of its meaning.
+    """
+
+    name: str
+    keywords: tuple[str, ...] = ()
+
+
+def read_annotations(paths: Sequence[Path]) -> dict[str, Annotation]:
+    """Return the named annotations of files of the CLDR, by emoji without variation selectors.
+
+    Args:
+        paths: Files of one language.
+
+    Raises:
+        InputError: A file is no XML.
+    """
+    names: dict[str, str] = {}
+    keywords: dict[str, tuple[str, ...]] = {}
     for path in paths:
         try:
             annotations = ElementTree.parse(path).iter("annotation")
         except ElementTree.ParseError as error:
             raise InputError(f"{path} is no XML file: {error}; expected annotations of the Unicode CLDR") from error
         for annotation in annotations:
-            if annotation.get("type") == "tts" and annotation.text:
-                names[annotation.get("cp", "").replace(_VARIATION_SELECTOR, "")] = annotation.text.replace(" ", "")
-    return names
+            emoji, text = annotation.get("cp", "").replace(VARIATION_SELECTOR, ""), annotation.text
+            if annotation.get("type") == "tts" and text:
+                names[emoji] = text
+            elif text:
+                keywords[emoji] = tuple(word.strip() for word in text.split("|"))
+    return {emoji: Annotation(name=name, keywords=keywords.get(emoji, ())) for emoji, name in names.items()}
 
 
-def _read_groups(path: Path) -> list[tuple[str, str, str]]:
-    """(emoji, group, subgroup) of every fully qualified emoji, in the order of emoji-test.txt."""
+def read_groups(path: Path) -> list[tuple[str, str, str]]:
+    """Return (emoji, group, subgroup) of every fully qualified emoji, in the order of emoji-test.txt."""
     found = []
     group = subgroup = ""
     for line in path.read_text(encoding="utf-8").splitlines():
