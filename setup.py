@@ -29,7 +29,7 @@ setup(
     package_data={
         "cogview": [
             "checkpoints.yaml",
-            "emoji/things.yaml",
+            "emoji/*.yaml",
             "locale/*.po",
             "py.typed",
             "recipes/*",

@@ -45,7 +45,7 @@ def test_embedded_model_card_names_every_object(folder):
     things = read_things(folder)
     assert len(things) >= 120
     assert not [thing.name for thing in things if thing.emoji + thing.name not in card]
-    for word in ("SIL Open Font License", "Unicode License", "Apache-2.0", "emoji-cpu.yaml", "95%"):
+    for word in ("grammar.json", "SIL Open Font License", "Unicode License", "Apache-2.0", "emoji-cpu.yaml", "95%"):
         assert word in card
 
 
@@ -66,6 +66,21 @@ def test_embedded_model_generates_the_same_in_a_mixed_batch(model):
     for one, other in zip(together, alone, strict=True):
         assert np.array_equal(one.codes, other.codes)
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+
+
+def test_embedded_model_generates_the_same_from_a_converted_prompt(model, caplog):
+    """An emoji and a traditional character are the names and characters that the model was trained on."""
+    plain, *converted = model.generate(["三只狐狸", "三只🦊", "三隻狐狸"], seed=7)
+    assert all(np.array_equal(image.codes, plain.codes) for image in converted)
+    assert [record.getMessage() for record in caplog.records] == [
+        "“三只🦊”: 🦊 is read as 狐狸",
+        "“三隻狐狸”: 隻 is read as 只",
+    ]
+    assert "model_prompt" not in plain.metadata(NAME)
+    for image, prompt in zip(converted, ("三只🦊", "三隻狐狸"), strict=True):
+        assert image.prompt == prompt
+        metadata = image.metadata(NAME)
+        assert (metadata["prompt"], metadata["model_prompt"]) == (prompt, "三只狐狸")
 
 
 def test_embedded_model_captions_its_own_images(model):

@@ -89,10 +89,19 @@ class TextTokenizer:
         """The pieces by id, as SentencePiece spells them: ``▁`` is a space, ``<0x41>`` a byte."""
         return [self._processor.id_to_piece(i) for i in range(self.size)]
 
-    def byte_share(self, text: str) -> float:
-        """Return the fraction of characters, 0 to 1, that are encoded as bytes or become ``<unk>``."""
+    def byte_share(self, text: str, ids: Sequence[int] | None = None) -> float:
+        """Return the fraction of characters, 0 to 1, that are encoded as bytes or become ``<unk>``.
+
+        Args:
+            text: The text.
+            ids: Its piece ids, if they are known.
+        """
         characters = len("".join(unicodedata.normalize("NFKC", text).split()))
-        own = [self._processor.id_to_piece(i) for i in self.encode(text) if i not in self._foreign]
+        own = [
+            self._processor.id_to_piece(i)
+            for i in (self.encode(text) if ids is None else ids)
+            if i not in self._foreign
+        ]
         spelt = sum(len(piece.replace("\u2581", "")) for piece in own)
         return max(0, characters - spelt) / max(characters, 1)
 

@@ -1,7 +1,8 @@
 """A checkpoint is a folder that needs nothing else.
 
 ``config.json`` and ``model.safetensors`` (the transformer), ``text.model`` (SentencePiece), ``image/`` (the VQ-VAE),
-``README.md`` (the model card), and, for a model that knows a closed world of things, ``things.json``.
+``README.md`` (the model card), and, for a model that knows a closed world of things, ``things.json`` and
+``grammar.json``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from cogview.checkpoints.grammar import GRAMMAR_FILE, PromptGrammar, read_grammar
 from cogview.checkpoints.image_tokenizer import codebook_hash, load_image_tokenizer, save_image_tokenizer, write_weights
 from cogview.checkpoints.precision import Precision, TensorArena, convert, converted_specs
 from cogview.checkpoints.safetensors_io import WeightsFile, describe_mismatch
@@ -48,6 +50,7 @@ class Model:
     image_tokenizer: VQVAE
     text_tokenizer: TextTokenizer
     things: tuple[NamedThing, ...] = ()
+    grammar: PromptGrammar | None = None
     card: str = ""
 
 
@@ -75,6 +78,8 @@ def save_model(
     (folder / "text.model").write_bytes(model.text_tokenizer.model_bytes)
     if model.things:
         write_json(folder / "things.json", [to_mapping(thing) for thing in model.things])
+    if model.grammar is not None:
+        write_json(folder / GRAMMAR_FILE, to_mapping(model.grammar))
     if model.card:
         (folder / "README.md").write_text(model.card, encoding="utf-8")
     write_json(folder / "config.json", to_mapping(model.config))
@@ -160,6 +165,7 @@ def load_model(
         image_tokenizer=image_tokenizer.to(device),
         text_tokenizer=text_tokenizer,
         things=read_things(folder),
+        grammar=read_grammar(folder),
         card=card.read_text(encoding="utf-8") if card.is_file() else "",
     )
 

@@ -24,6 +24,7 @@ CHECKPOINT_FILES = (
     "image/config.json",
     "image/model.safetensors",
     "things.json",
+    "grammar.json",
     "README.md",
     "LICENSE",
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,6 +14,9 @@ from cogview.cli.options import Command, output_option
 from cogview.cli.recipes import recipe_options
 from cogview.errors import InputError
 from cogview.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from cogview.checkpoints.grammar import PromptGrammar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ def command(recipe: Recipe, output: Path | None) -> int:
     model = load_model(last_checkpoint(recipe), torch.device("cpu"), torch.float32)
     sampling = from_mapping(Sampling, reports["scenes"]["protocol"]["sampling"], where="the report on scenes")
     model.config = replace(model.config, sampling=sampling)
+    model.grammar = prompt_grammar(recipe.world)
     things = "、".join(thing.emoji + thing.name for thing in model.things)
     tables = "\n\n".join(
         f"`cogview eval {name}`, {report['protocol']['captions']} held-out scenes:\n\n{MEASURES[name].format(report)}"
@@ -81,3 +86,18 @@ def read_card(recipe: Recipe, name: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"the model card {name} of {recipe.path} cannot be read: {reason}") from None
+
+
+def prompt_grammar(world: Path) -> PromptGrammar | None:
+    """Return the grammar of the prompts of the emoji world in a folder.
+
+    Without the files that it is built from, print a note and return None.
+    """
+    from cogview.emoji.prompt_grammar import build_grammar
+    from cogview.emoji.world import EmojiWorld
+
+    try:
+        return build_grammar(EmojiWorld.load(world).things)
+    except InputError as error:
+        print(f"note: no grammar.json, so that prompts are hardly checked: {error}", file=sys.stderr)
+        return None

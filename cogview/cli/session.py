@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,26 +48,9 @@ def check_prompt(model: CogView, prompt: str) -> bool:
     if (problem := model.prompt_problem(prompt)) is not None:
         print(f"skipped: {problem}", file=sys.stderr)
         return False
-    for note in (model.prompt_warning(prompt), unknown_things(model, prompt)):
-        if note is not None:
-            print(f"note: {note}", file=sys.stderr)
+    if (warning := model.prompt_warning(prompt)) is not None:
+        print(f"note: {warning}", file=sys.stderr)
     return True
-
-
-def unknown_things(model: CogView, prompt: str) -> str | None:
-    """Return a note on a prompt that names no object of a closed-world model, with the nearest names; else None."""
-    from cogview.emoji.name_search import find_names, nearest_names
-
-    text = unicodedata.normalize("NFKC", prompt)
-    names = [name for thing in model.things for name in (thing.name, *thing.synonyms)]
-    if not names or find_names(text, names):
-        return None
-    near = nearest_names(text, names)
-    return (
-        f"{model.name} was trained on nothing that “{prompt}” names; "
-        + (f"the nearest names: {'、'.join(near)}; " if near else "")
-        + f"all of them: cogview info {model.name} --things"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

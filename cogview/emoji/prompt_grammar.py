@@ -111,7 +111,7 @@ def build_grammar(things: Sequence[EmojiObject], files: GrammarFiles | None = No
     files = files or GrammarFiles()
     files.check()
     tables = _tables()
-    simplified = _read_simplified(files.variants) | {old: new for old, new in tables.traditional_variants.split()}
+    simplified = _read_simplified(files.variants) | {pair[0]: pair[1] for pair in tables.traditional_variants.split()}
     colours = [name for colour in COLOURS for name in colour.names]
     forms = {name.removesuffix("色"): colour.name for colour in COLOURS for name in colour.names}
     measures = {word for words in name_tables().measures.values() for word in words}

@@ -293,6 +293,11 @@ def _build_record(number: int, found: Mapping[str, Any], folder: Path) -> JobRec
         if (converted := _convert(key, value)) is not None:
             target = values if key in own else sampling
             target[key] = folder / converted if key == "image" else converted
+    task = job_tasks().get(values.get("task", JobRecord.task))
+    if isinstance(found.get("prompt"), str) and "prompt" not in values and task is not None and "prompt" in task.inputs:
+        from cogview.pipeline.requests import EMPTY_PROMPT
+
+        raise ValueError(EMPTY_PROMPT)
     return JobRecord(number=number, sampling=sampling, **values)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from cogview.pipeline.results import Caption, GeneratedImage, GenerationProgress
 
 
+MAX_PROMPT_NOTES = 20  # prompts of a run that are noted
+
+
 class JobObserver:
     """Receiver of the events of a job; each method does nothing by default."""
 
@@ -29,7 +32,7 @@ class JobObserver:
         """A record cannot be used."""
 
     def noted(self, message: str) -> None:
-        """An image was resized or cropped, or a choice was made when it was read."""
+        """An image was resized or cropped, a choice was made when it was read, or a prompt is not all understood."""
 
     def batch(self, paths: Mapping[GenerationRequest, Path]) -> None:
         """A batch starts; ``paths`` has the files of its images."""
@@ -90,6 +93,7 @@ class JobRunner:
         self._observer = observer or JobObserver()
         self._unread: dict[JobRecord, str] = {}  # reasons of the records whose images cannot be read
         self._noted: set[Path] = set()
+        self._noted_prompts: set[str] = set()
 
     def run(self, journal: JobJournal, locks: JobLocks, stop: Callable[[], bool] = lambda: False) -> JobReport:
         """Generate the results that are not in the journal.
@@ -161,6 +165,16 @@ class JobRunner:
                 self._observer.noted(f"{record.image}: {note}")
         return image
 
+    def _note_prompts(self, prompts: Iterable[str | None]) -> None:
+        """Report what is converted or not understood in prompts, each once and ``MAX_PROMPT_NOTES`` in all."""
+        for prompt in prompts:
+            if not prompt or prompt in self._noted_prompts or len(self._noted_prompts) > MAX_PROMPT_NOTES:
+                continue
+            if (warning := self.model.prompt_warning(prompt)) is not None:
+                full = len(self._noted_prompts) == MAX_PROMPT_NOTES
+                self._observer.noted("further notes on prompts are left out" if full else warning)
+                self._noted_prompts.add(prompt)
+
     def _encode(self, images: Mapping[JobRecord, Image.Image]) -> dict[JobRecord, np.ndarray]:
         """Return the codes of images, those of one size together."""
         codes: dict[JobRecord, np.ndarray] = {}
@@ -178,6 +192,7 @@ class JobRunner:
         chunk = [item for item in chunk if item.record in images or item.record not in with_image]
         if not any(name in missing for item in chunk for name in item.names):
             return
+        self._note_prompts(item.record.prompt for item in chunk if not missing.isdisjoint(item.names))
         given = self._encode(images)
         requests = {
             item: [

@@ -29,6 +29,7 @@ class PipelineContext:
         planned_transformer: Transformer whose size memory plans use; in a bundle it has no weights.
         placement: Device and number format.
         int8_cache: Whether keys and values are kept in int8.
+        convert_prompt: Returns a prompt in the characters of the model.
         speculative: Codes to draft per forward pass; 1: none, None: as many as pay.
     """
 
@@ -40,6 +41,7 @@ class PipelineContext:
     placement: DevicePlacement
     int8_cache: bool
     speculative: int | None
+    convert_prompt: Callable[[str], str]
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -20,7 +20,6 @@ from cogview.checkpoints.registry import load_registry, resolve_bundle, resolve_
 from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.device import DevicePlacement, choose_placement
 from cogview.errors import InputError
-from cogview.formatting import shorten
 from cogview.image_io.reading import fit
 from cogview.modeling.config import ModelConfig, Sampling
 from cogview.modeling.lora import QUANTIZED_MESSAGE, has_adapter
@@ -36,7 +35,8 @@ from cogview.pipeline.inputs import (
     load_image,
     override_sampling,
 )
-from cogview.pipeline.requests import MAX_SHOWN, Prompt, tokenize_prompt
+from cogview.pipeline.prompt_checks import PromptChecks
+from cogview.pipeline.requests import Prompt, tokenize_prompt
 from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 KV_DTYPES = ("auto", "int8")
-BYTE_FALLBACK_WARNING = 0.3  # share of a prompt spelt in bytes from which on a model hardly knows its characters
 
 
 class LoadedModel:
@@ -63,6 +62,7 @@ class LoadedModel:
         adapter: Folder of the adapter that was merged when the model was opened, or None.
         int8_cache: Whether keys and values are kept in int8.
         speculative: Codes to draft per forward pass; 1: none, None: as many as pay.
+        prompt_checks: Conversion and checks of prompts.
     """
 
     def __init__(self, model: Model, placement: DevicePlacement, name: str, bundle: Bundle | None = None) -> None:
@@ -74,6 +74,7 @@ class LoadedModel:
         self.adapter: Path | None = None
         self.int8_cache = False
         self.speculative: int | None = None
+        self.prompt_checks = PromptChecks(model, name)
         # An adapter in training stands in front of the weights, which prepacked ones would hide from it.
         if bundle is None and placement.quantization is None and not has_adapter(model.transformer):
             model.transformer.prepack()
@@ -208,6 +209,7 @@ class LoadedModel:
             placement=self.placement,
             int8_cache=self.int8_cache,
             speculative=self.speculative,
+            convert_prompt=self.prompt_checks.convert,
         )
 
     def require_task(self, task: str) -> None:
@@ -255,22 +257,22 @@ class LoadedModel:
         return None
 
     def prompt_warning(self, prompt: str) -> str | None:
-        """Return a line about a prompt with characters that the model hardly knows, or None."""
-        share = self.text_tokenizer.byte_share(prompt)
-        if share < BYTE_FALLBACK_WARNING:
-            return None
-        return (
-            f"{share:.0%} of the prompt “{shorten(prompt, MAX_SHOWN)}” is spelt in bytes: the model hardly knows its "
-            "characters"
-        )
+        """Return a line on what is converted in ``prompt``, and on what the model does not understand, or None.
+
+        Example:
+            >>> model.prompt_warning("六个红苹果")
+            '“六个红苹果”: the model counts to 4 (一、两、三、四), not 六'
+        """
+        return self.prompt_checks.warning(prompt)
 
     def tokenize(self, prompts: Sequence[str]) -> list[Prompt]:
-        """Return prompts with their piece ids.
+        """Return prompts with the piece ids that the model is given.
 
         Raises:
             InputError: If one is empty, not UTF-8 or too long.
         """
-        return [tokenize_prompt(prompt, self.text_tokenizer, self.config.max_text) for prompt in prompts]
+        tokenizer, max_text = self.text_tokenizer, self.config.max_text
+        return [tokenize_prompt(prompt, tokenizer, max_text, self.prompt_checks.convert) for prompt in prompts]
 
     def image_size(self, task: str = "generate") -> int:
         """Return the side in pixels of the images that ``task`` is given.

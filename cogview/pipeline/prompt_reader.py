@@ -63,7 +63,7 @@ class PromptReader:
         notes = []
         table = {old: self._grammar.traditional[old] for old in text if old in self._grammar.traditional}
         if table:
-            text = text.translate(str.maketrans(table))
+            text = "".join(table.get(character, character) for character in text)
             notes.append(f"{''.join(table)} is read as {''.join(table.values())}")
         names = {emoji: self._emoji[_bare(emoji)] for emoji in self._emoji_pattern.findall(text)}
         if names:

@@ -112,22 +112,19 @@ class PromptScanner:
     def scan(self, text: str) -> list[PromptToken]:
         """Return the words of a text so that few characters lack a meaning and the words are few."""
         lower = "".join(character.lower() if len(character.lower()) == 1 else character for character in text)
-        best: list[tuple[float, PromptToken | None]] = [(0.0, None)] * (len(text) + 1)
-        ends = [0] * len(text)
+        costs, ends, best = [0.0] * (len(text) + 1), [0] * len(text), dict[int, PromptToken]()
         for start in range(len(text) - 1, -1, -1):
             options = []
             for token in self._tokens_at(text, lower, start):
                 known = token.kind != "outside" or token.near or LATIN.fullmatch(token.text)
                 cost = _COSTS.get(token.kind, 1.0) if known else _UNKNOWN_COST
                 end = start + len(token.text)
-                options.append((cost + best[end][0], -end, token))
-            cost, end, token = min(options, key=lambda option: option[:2])
-            best[start], ends[start] = (cost, token), -end
+                options.append((cost + costs[end], -end, token))
+            cost, end, chosen = min(options, key=lambda option: option[:2])
+            costs[start], ends[start], best[start] = cost, -end, chosen
         tokens, start = [], 0
         while start < len(text):
-            token = best[start][1]
-            assert token is not None
-            tokens.append(token)
+            tokens.append(best[start])
             start = ends[start]
         return _merge_unknown(tokens)
 

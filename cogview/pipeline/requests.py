@@ -3,7 +3,7 @@
 # B images, G codes on a side of an image
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from cogview.modeling.config import Sampling
 from cogview.pipeline.inputs import ImageLike, describe, require_int
 from cogview.tokenizers.text import TextTokenizer
 
+EMPTY_PROMPT = "the prompt is empty; describe an image, for example 一个红苹果"
 MAX_SHOWN = 20  # characters of a prompt in a message
 
 
@@ -64,13 +65,14 @@ class GenerationRequest:
         require_int(self.index, "the index of the image", 0, MAX_SEED)
 
 
-def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int) -> Prompt:
+def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int, convert: Callable[[str], str]) -> Prompt:
     """Return a prompt with its piece ids.
 
     Args:
         text: The prompt.
         tokenizer: Splits it.
         max_text: Pieces that fit.
+        convert: Returns the text in the characters of the model.
 
     Raises:
         InputError: If it is no text, empty, not UTF-8 or too long.
@@ -78,9 +80,9 @@ def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int) -> Promp
     if not isinstance(text, str):
         raise InputError(f"the prompt must be a text, got {describe(text)}")
     if not text.strip():
-        raise InputError("the prompt is empty; describe an image, for example 一个红苹果")
+        raise InputError(EMPTY_PROMPT)
     try:
-        ids = tokenizer.encode(text)
+        ids = tokenizer.encode(convert(text))
     except ValueError as error:
         raise InputError(str(error)) from None
     if len(ids) > max_text:

@@ -75,10 +75,12 @@ class GeneratedImage(Image.Image):
         codes: (G, G) int64 codes of the image, or (2G, 2G) after upscaling.
         log_probability: Log-probability of the sampled codes before guidance and filters, in nats.
         sampling: Settings that it was sampled with.
+        model_prompt: The prompt as the model was given it, such as 三只狐狸 for 三只🦊.
         score: Score of its prompt as a caption, once it was computed.
     """
 
     prompt: str
+    model_prompt: str
     seed: int
     index: int
     codes: np.ndarray
@@ -104,6 +106,7 @@ class GeneratedImage(Image.Image):
         image.__class__ = cls  # Pillow has no constructor for subclasses
         assert isinstance(image, cls)
         image.prompt, image.seed, image.index = request.prompt, request.seed, request.index
+        image.model_prompt = request.prompt
         image.codes, image.log_probability, image.sampling = codes, log_probability, request.sampling
         image._checksum = zlib.crc32(pixels.tobytes())
         return image
@@ -119,7 +122,17 @@ class GeneratedImage(Image.Image):
         return f"<{type(self).__name__} {width} x {height} {facts}>"
 
     def __getstate__(self) -> Any:
-        facts = ("prompt", "seed", "index", "codes", "log_probability", "sampling", "score", "_checksum")
+        facts = (
+            "prompt",
+            "model_prompt",
+            "seed",
+            "index",
+            "codes",
+            "log_probability",
+            "sampling",
+            "score",
+            "_checksum",
+        )
         return super().__getstate__(), {name: getattr(self, name) for name in facts}
 
     def __setstate__(self, state: Any) -> None:
@@ -143,6 +156,8 @@ class GeneratedImage(Image.Image):
             "log_probability": str(self.log_probability),
             "cogview": __version__,
         }
+        if self.model_prompt != self.prompt:
+            texts["model_prompt"] = self.model_prompt
         if self.score is not None:
             texts |= {"score": str(self.score.log_probability), "score_per_piece": str(self.score.per_piece)}
         return texts

@@ -315,6 +315,8 @@ def _build_results(
         program: GeneratedImage.from_pixels(own, program.request, program.output, program.log_probability)
         for program, own in zip(generated, pixels, strict=True)
     }
+    for image in images.values():
+        image.model_prompt = context.convert_prompt(image.prompt)
     return [
         images[program]
         if program in images

@@ -103,7 +103,7 @@ WRONG_OBJECTS = [
     ('{"prompt": ["狗"]}', 'prompt: expected text, got ["狗"]'),
     ('{"prompt": "\\ud83d"}', "prompt: holds an invalid character (0, or half of a surrogate pair)"),
     ('{"n": 2}', "the task generate needs prompt"),
-    ('{"prompt": " "}', "the task generate needs prompt"),
+    ('{"prompt": " "}', "the prompt is empty; describe an image, for example 一个红苹果"),
     ('{"prompt": "狗", "task": "complete"}', "the task complete needs image and rows"),
     ('{"task": "upscale", "image": "狗.png"}', "the task upscale needs prompt"),
     ('{"task": "caption"}', "the task caption needs image"),

@@ -243,10 +243,23 @@ def test_prompt_problem_is_none_when_prompt_fits(tiny_model):
     assert tiny_model.prompt_problem("狐狸") is None
     assert tiny_model.prompt_problem("蓝色背景上的三只狐狸" * 2) is None  # 20 pieces
     assert tiny_model.prompt_warning("狐狸") is None
-    assert (
-        tiny_model.prompt_warning("龘")
-        == "100% of the prompt “龘” is spelt in bytes: the model hardly knows its characters"
-    )
+    warning = tiny_model.prompt_warning("龘狐狸")
+    assert warning == "“龘狐狸”: 33% of its characters are unknown to the model"
+
+
+def test_prompt_warning_names_things_when_prompt_has_none(tiny_model):
+    """A model without a grammar knows its names alone, and suggests no thing that merely shares a character."""
+    things = f"such as 狐狸、狗、红苹果; all of them: cogview info {tiny_model.name} --things"
+    expected = f"“两只狸子”: it names none of the things that the model was trained on, {things}"
+    assert tiny_model.prompt_warning("两只狸子") == expected
+
+
+def test_generate_logs_the_warning_about_a_prompt_once(tiny_model, caplog):
+    tiny_model.generate(["狐狸", "龘狐狸", "龘狐狸"], seed=7)
+    tiny_model.generate("龘狐狸", n=2, seed=8)
+    assert [record.getMessage() for record in caplog.records if record.name == "cogview.pipeline.prompt_checks"] == [
+        tiny_model.prompt_warning("龘狐狸")
+    ]
 
 
 @pytest.mark.parametrize(
