@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from cogview.pipeline.results import Caption, GenerationProgress
 
 MAX_ON_SHEET = 1000  # images
-MAX_NOTES = 100  # prompts that are searched for unknown objects
 STOP_MESSAGE = "finishing this batch; press Ctrl-C again to stop at once"
 
 
@@ -141,11 +139,6 @@ def _run(session: GenerationSession, plan: JobPlan, journal: JobJournal, locks: 
         session.print_header()
         for problem in plan.problems:
             print(f"skipped: {problem}", file=sys.stderr)
-        prompts = dict.fromkeys(
-            resolved.record.prompt for resolved in plan.resolved if resolved.record.row.output == "image"
-        )
-        for prompt in islice(prompts, MAX_NOTES):
-            session.check_prompt(prompt or "")
     with (
         GracefulStop(STOP_MESSAGE if first else None) as stop,
         session.progress_bar("generating", len(missing), sum(missing.values()), noun="result") as bar,

@@ -25,7 +25,7 @@ VARIATION_SELECTOR = "\ufe0f"
 NUMERAL = re.compile(r"\d+(?:\.\d+)?|[〇零一二两三四五六七八九十百千万亿]+")
 LATIN = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 
-_COSTS: dict[str, float] = {"mark": 0, "outside": 1.5}  # of a token; all others cost 1
+_COSTS: dict[str, float] = {"mark": 0, "count": 0.9, "outside": 1.5}  # of a token; all others cost 1
 _UNKNOWN_COST = 4.0  # of a character without any meaning
 _MAX_NEAR = 3  # things that are near to several foreign words
 

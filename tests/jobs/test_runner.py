@@ -130,6 +130,24 @@ def test_job_runner_reports_events_in_order(open_job, tiny_model, save_image):
     assert (report.count, report.missing, report.left, report.skipped) == (3, 3, 1, 2)
 
 
+def test_job_runner_notes_each_prompt_once_and_a_limited_number(open_job, tiny_model, monkeypatch):
+    """A long job of unusable prompts does not fill the terminal; prompts with results already are not noted."""
+    monkeypatch.setattr("cogview.jobs.runner.MAX_PROMPT_NOTES", 2)
+    prompts = [FOX, "龘狐狸", "龘狐狸", "狸子", "龘狗", "龘汽车"]
+    records = [JobRecord(number=number, prompt=prompt) for number, prompt in enumerate(prompts, start=1)]
+    plan, journal, locks = open_job(tiny_model, records, seed=7)
+    observer = RecordingObserver()
+    JobRunner(plan, observer).run(journal, locks)
+    notes = [value for value in observer.values if isinstance(value, str)]
+    assert notes == [
+        *map(tiny_model.prompt_warning, ("龘狐狸", "狸子")),
+        "further notes on prompts are left out",
+    ]
+    again = RecordingObserver()
+    JobRunner(plan, again).run(journal, locks)
+    assert "noted" not in again.events
+
+
 def test_job_runner_stops_before_a_chunk_when_requested(open_job, tiny_model):
     plan, journal, locks = open_job(tiny_model, [JobRecord(number=1, prompt=FOX, n=3)], seed=7, max_batch_size=1)
     report = JobRunner(plan).run(journal, locks, stop=lambda: len(journal.done) == 2)
