@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pathlib import Path
 import polib
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("cogview", "kernels", "tokenizers", "vqvae", "scripts")
+SOURCES = ("cogview", "kernels/dispatch.py", "tokenizers", "vqvae", "scripts")  # shape checks of kernels are for Python
 SKIPPED = ("scripts/benchmarks", "scripts/recipes", "scripts/update_catalogue.py")
 # What click says itself, and words of a single letter sequence that head a line.
 ELSEWHERE = (
@@ -30,7 +31,7 @@ ELSEWHERE = (
     "failed",
     "warning",
     "required",
-    "default: {value}",
+    "default",
     "Show this message and exit.",
     "Show the version and exit.",
     "missing argument '{name}'",
@@ -50,9 +51,35 @@ ELSEWHERE = (
     "'{value}' is not a valid integer",
     "'{value}' is not a valid float",
     "'{value}' is not one of {choices}",
-    "{problem}; see {command} --help",
+    "; see {command} --help",
+    # of the operating system
+    "No such file or directory",
+    "Permission denied",
+    "Is a directory",
+    "Not a directory",
+    "File exists",
+    "File too large",
+    "No space left on device",
+    "Read-only file system",
+    # single words that messages and progress bars put in
+    "generating",
+    "completing",
+    "captioning",
+    "upscaling",
+    "scoring",
+    "reading",
+    "verifying",
+    "converting",
+    "images",
+    "captions",
+    "codes",
+    "pieces",
+    "all",
+    "random",
 )
 PROSE = re.compile(r"[A-Za-z][a-z’']+[,;:]? +(?:[a-z{(]|[A-Z0-9])")  # two words
+_PERCENT = re.compile(r"%[sd]")  # of logging
+_OTHER = re.compile(r"\\|%\||:\d|^\^")  # patterns and formats
 _MAX_VARIANTS = 8
 
 
@@ -73,7 +100,8 @@ def field_name(node: ast.expr) -> str:
 def templates(node: ast.AST) -> list[str]:
     """Return the templates of an expression that makes a text; none if it is no such expression."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return [node.value]
+        count = itertools.count(1)
+        return [_PERCENT.sub(lambda _: f"{{value{'' if (number := next(count)) == 1 else number}}}", node.value)]
     if isinstance(node, ast.JoinedStr):
         text, used = "", dict[str, int]()
         for part in node.values:
@@ -126,7 +154,7 @@ def messages(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = node.body[0].value if node.body and isinstance(node.body[0], ast.Expr) else None
             docstrings.add(docstring)
-            if shown and isinstance(node, ast.FunctionDef) and node.decorator_list:
+            if shown and isinstance(node, ast.FunctionDef) and any(map(_is_command, node.decorator_list)):
                 paragraphs = re.split(r"\n\s*\n", ast.get_docstring(node) or "")
                 yield from (" ".join(part.split()) for part in paragraphs if part)
 
@@ -143,15 +171,23 @@ def messages(path: Path) -> Iterator[str]:
     for text in visit(tree):
         for line in text.splitlines():
             stripped = line.strip(" ;:,.") if "{" not in line else line.strip()
+            if _OTHER.search(stripped):
+                continue
             if PROSE.search(re.sub(r"\{\w+\}", "x", stripped)) or re.fullmatch(r"\{count\} \w+", stripped):
                 yield stripped
+
+
+def _is_command(decorator: ast.expr) -> bool:
+    """Return whether a decorator makes a command, whose docstring is its help."""
+    function = decorator.func if isinstance(decorator, ast.Call) else None
+    return isinstance(function, ast.Attribute) and function.attr in ("command", "group")
 
 
 def collect() -> list[str]:
     """Return the templates of all sources, each once, in their order."""
     found = dict.fromkeys(ELSEWHERE)
     for folder in SOURCES:
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py")) or [ROOT / folder]:
             name = path.relative_to(ROOT).as_posix()
             if not name.startswith(SKIPPED):
                 found.update(dict.fromkeys(messages(path)))

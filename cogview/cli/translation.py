@@ -27,8 +27,14 @@ VARIABLES = ("COGVIEW_LANGUAGE", "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")  #
 FIELD = re.compile(r"\{(\w+)\}")
 MAX_DEPTH = 4  # of messages within messages
 
+_COUNT = re.compile(r"\{count\w*\}")
+# The frame of a message about the command line: its command, and where its help is.
+_FRAME = re.compile(
+    r"(?P<name>cogview(?: [a-z-]+)*: |\w+\.py: )?(?P<message>.*?)(?P<see>; see \S.* --help)?", re.DOTALL
+)
 _DEFAULT = re.compile(r"(.*?)  \[(.*)\]", re.DOTALL)  # how click appends the default and the range to a help text
-_SENTENCES = re.compile(r"(?<=\.)\s+")
+_COMPUTED = re.compile(r"(?<=default: )\((.*?)\)(?=;|$)")  # how click shows the text of a computed default
+_PARENTHESIS = re.compile(r"(.*\S) \((.*)\)", re.DOTALL)
 _PIECES = re.compile(r"(?:[\u3000-\u9fff\uff00-\uffef]|[^\s\u3000-\u9fff\uff00-\uffef]+)[，。；：、）】”’！？]*\s*")
 _JOINTS = ((re.compile(r"; "), "；"), (re.compile(r": "), "："), (re.compile(r", "), "，"))
 
@@ -44,7 +50,7 @@ class Catalogue:
         """
         self.exact = {source: target for source, target in entries.items() if not FIELD.search(source)}
         # Those with the most literal text come first: the most specific template of a message is the right one.
-        templates = [source for source in entries if FIELD.search(source)]
+        templates = [source for source in entries if FIELD.search(source) and _is_specific(source)]
         self.templates = {
             source: (max(FIELD.split(source)[::2], key=len), entries[source])
             for source in sorted(templates, key=lambda source: -sum(map(len, FIELD.split(source)[::2])))
@@ -60,7 +66,13 @@ class Catalogue:
         stripped = text.strip()
         if depth > MAX_DEPTH or not stripped.strip("0123456789.,:;()[] "):
             return text
-        found = self.exact.get(stripped) or self._from_template(stripped, depth) or self._by_parts(stripped, depth)
+        if stripped in self.exact:
+            found: str | None = self.exact[stripped]
+        elif (match := _FRAME.fullmatch(stripped)) and match["message"] not in ("", stripped):
+            before, after = match["name"] or "", match["see"] or ""
+            found = before + self.translate(match["message"], depth + 1) + self.translate(after, depth + 1)
+        else:
+            found = self._from_template(stripped, depth) or self._by_parts(stripped, depth)
         return text.replace(stripped, found) if found else text
 
     def _from_template(self, text: str, depth: int) -> str | None:
@@ -74,21 +86,40 @@ class Catalogue:
         return None
 
     def _by_parts(self, text: str, depth: int) -> str | None:
-        """Translate the two sides of a joint, such as a semicolon; None if neither side has a translation."""
+        """Translate the two sides of a joint, such as a semicolon, preferably one where both sides have a translation."""
+        partly = None
         for joint, mark in _JOINTS:
             for match in joint.finditer(text):
                 left, right = text[: match.start()], text[match.end() :]
                 sides = self.translate(left, depth + 1), self.translate(right, depth + 1)
-                if sides[0] != left or sides[1] != right:
-                    return (mark if sides[0] != left else match[0]).join(sides)
-        return None
+                if sides[0] != left and sides[1] != right:
+                    return mark.join(sides)
+                if partly is None and (sides[0] != left or sides[1] != right):
+                    partly = (mark if sides[0] != left or not left else match[0]).join(sides)
+        if partly is None and (match := _PARENTHESIS.fullmatch(text)):
+            inner = self.translate(match[2], depth + 1)
+            return f"{self.translate(match[1], depth + 1)}（{inner}）" if inner != match[2] else None
+        return partly
+
+
+def _is_specific(source: str) -> bool:
+    """Return whether a template has enough words to know its messages by: two, or one beside a number."""
+    words = re.findall(r"[A-Za-z’']{2,}", FIELD.sub(" ", source))
+    return len(words) > 1 or (bool(words) and bool(_COUNT.search(source)))
 
 
 @functools.cache
 def _pattern(source: str) -> re.Pattern[str]:
     """Return the pattern of the messages that a template makes."""
     parts = FIELD.split(source)
-    named = [f"(?P<{part}>.*?)" if index % 2 else re.escape(part) for index, part in enumerate(parts)]
+    named = [
+        re.escape(part)
+        if index % 2 == 0
+        else f"(?P<{part}>[0-9,]+)"
+        if part.startswith("count")
+        else f"(?P<{part}>.*?)"
+        for index, part in enumerate(parts)
+    ]
     return re.compile("".join(named), re.DOTALL)
 
 
@@ -184,14 +215,14 @@ class TranslatedHelp(click.HelpFormatter):
         super().write_heading(self.catalogue.translate(heading))
 
     def write_text(self, text: str) -> None:
-        """Write a paragraph, translated as a whole or sentence by sentence."""
-        joined = " ".join(text.split())
-        whole = self.catalogue.translate(joined)
-        if whole == joined:
-            whole = "".join(map(self._sentence, _SENTENCES.split(joined)))
+        """Write paragraphs."""
         indent = " " * self.current_indent
-        for line in wrap_columns(whole.strip(), self.width - self.current_indent):
-            self.write(f"{indent}{line}\n")
+        for number, paragraph in enumerate(re.split(r"\n\s*\n", text.strip())):
+            joined = " ".join(paragraph.split())
+            whole = self.catalogue.exact.get(joined, joined)
+            self.write("\n" if number else "")
+            for line in wrap_columns(whole, self.width - self.current_indent):
+                self.write(f"{indent}{line}\n")
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         """Write a list of options or commands."""
@@ -207,17 +238,12 @@ class TranslatedHelp(click.HelpFormatter):
             for line in lines:
                 self.write(f"{indent}{' ' * first}{line}\n")
 
-    def _sentence(self, text: str) -> str:
-        """Return a sentence; one without a translation keeps its space."""
-        found = self.catalogue.translate(text)
-        return found if found != text else f"{text} "
-
     def _entry(self, text: str) -> str:
         """Return the help of an option, with its default."""
         match = _DEFAULT.fullmatch(text)
         if match is None:
             return self.catalogue.translate(text)
-        details = "；".join(map(self.catalogue.translate, match[2].split("; ")))
+        details = "；".join(map(self.catalogue.translate, _COMPUTED.sub(r"\1", match[2]).split("; ")))
         return f"{self.catalogue.translate(match[1])}  [{details}]"
 
 

@@ -16,11 +16,14 @@ from cogview.formatting import display_width
 CATALOGUE = Catalogue(
     {
         "cannot read {path}: {error}": "无法读取 {path}：{error}",
-        "cannot {verb} {path}": "不能 {verb} {path}",
+        "{path} is {what}": "{path} 是 {what}",
+        "cannot read the {what}": "无法读取{what}",
+        "cannot read the file {path}": "无法读取文件 {path}",
         "No such file or directory": "没有这个文件或目录",
         "{count} images": "{count} 张图片",
         "the prompt is empty": "提示为空",
         "note": "提示",
+        "; see {command} --help": "；用法见 {command} --help",
     }
 )
 
@@ -46,9 +49,26 @@ def test_translate_matches_templates_and_parts(text, expected):
 
 
 def test_translate_prefers_the_template_with_more_literal_text():
-    """Both templates match; the one with more words is the one that made the message."""
-    assert CATALOGUE.translate("cannot read x: y") == "无法读取 x：y"
-    assert CATALOGUE.translate("cannot open x") == "不能 open x"
+    """Two templates match; the one with more words is the one that made the message."""
+    assert CATALOGUE.translate("cannot read the file x") == "无法读取文件 x"
+    assert CATALOGUE.translate("cannot read the page") == "无法读取page"
+
+
+def test_translate_ignores_a_template_of_a_single_word():
+    """Every English sentence would match it."""
+    assert CATALOGUE.translate("this sentence is unknown") == "this sentence is unknown"
+
+
+@pytest.mark.parametrize("text", ["images of a prompt", "many images"])
+def test_translate_counts_with_digits_only(text):
+    assert CATALOGUE.translate(text) == text
+
+
+def test_translate_keeps_the_frame_of_a_command():
+    framed = "cogview adapter merge: cannot read a.txt: the prompt is empty; see cogview adapter merge --help"
+    assert CATALOGUE.translate(framed) == (
+        "cogview adapter merge: 无法读取 a.txt：提示为空；用法见 cogview adapter merge --help"
+    )
 
 
 def test_translated_stream_leaves_progress_bars_alone():
