@@ -86,7 +86,7 @@ class Catalogue:
         return None
 
     def _by_parts(self, text: str, depth: int) -> str | None:
-        """Translate the two sides of a joint, such as a semicolon, preferably one where both sides have a translation."""
+        """Translate the two sides of a joint, preferably one where both have a translation."""
         partly = None
         for joint, mark in _JOINTS:
             for match in joint.finditer(text):
