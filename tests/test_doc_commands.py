@@ -65,6 +65,7 @@ ROWS: dict[str, Run | NotRun] = {
     # README, quickstart
     'pip install . && cogview generate "蓝色背景上的三只狐狸"': FRESH,
     'pip install ".[test]" && pytest -n auto --dist loadfile': FRESH,
+    "python3 -m venv .venv && . .venv/bin/activate": FRESH,
     "pip install .": FRESH,
     'pip install ".[train]"': FRESH,
     'pip install ".[train,lora]"': FRESH,

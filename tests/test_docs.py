@@ -129,7 +129,7 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
 def test_flags_of_prose_exist_in_a_command(page: Path) -> None:
     """A flag that stands alone, such as ``--grid``, belongs to some command or script."""
     listed = re.findall(r"^\s{2,6}([a-z][a-z-]+)\b", help_of(), re.MULTILINE)
-    everything = "\n".join(map(help_of, listed)) + "".join(
+    everything = "\n".join([help_of(), *map(help_of, listed)]) + "".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*.py")
     )
     for code in _INLINE.findall(prose(page)):
@@ -207,8 +207,8 @@ def test_readme_in_chinese_is_in_step() -> None:
 
     assert outline(english) == outline(chinese)
     assert code(english) == code(chinese)
-    assert targets(english) - targets(chinese) <= {"docs/quickstart.md"}
-    assert targets(chinese) - targets(english) <= {"docs/quickstart.zh.md"}
+    assert targets(english) - targets(chinese) <= {"docs/quickstart.md", "docs/quickstart.md#install"}
+    assert targets(chinese) - targets(english) <= {"docs/quickstart.zh.md", "docs/quickstart.zh.md#安装"}
 
 
 def test_quickstart_in_chinese_is_in_step() -> None:
