@@ -1,14 +1,21 @@
-"""What a model says about images: captions, scores of texts, and rankings."""
+"""A model that reads images: their codes, captions, scores of texts, and rankings."""
+
+# B images, G codes on a side of an image
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from cogview.errors import InputError
 from cogview.generation.requests import DecodingStopped
+from cogview.image_io.reading import fit
 from cogview.modeling.config import GREEDY, Sampling
-from cogview.pipeline import runner
+from cogview.pipeline import image_codes, runner
 from cogview.pipeline.inputs import (
     ImageArray,
     ImageFile,
@@ -16,16 +23,20 @@ from cogview.pipeline.inputs import (
     ImagesLike,
     SeedsLike,
     TextsLike,
+    describe,
     list_images,
+    load_image,
     override_sampling,
     require_callback,
     require_count,
+    require_known_task,
     resolve_seeds,
     texts_of_images,
 )
 from cogview.pipeline.model import LoadedModel
 from cogview.pipeline.requests import GenerationRequest, caption_requests
 from cogview.pipeline.results import Caption, GeneratedImage, ProgressCallback, Score
+from cogview.tokenizers.tasks import TASKS
 
 CAPTION_METHODS = ("greedy", "sample", "beam")
 CAPTION_SAMPLING = Sampling(top_k=0)  # of sampled captions: the distribution of the model as it is
@@ -33,7 +44,100 @@ Item = TypeVar("Item")
 
 
 class CaptioningModel(LoadedModel):
-    """A loaded model that captions, scores and ranks images; its methods are those of ``CogView``."""
+    """A loaded model that encodes, captions, scores and ranks images; its methods are those of ``CogView``."""
+
+    def image_size(self, task: str = "generate") -> int:
+        """Return the side in pixels of the images that ``task`` is given.
+
+        Args:
+            task: Name of a task.
+
+        Raises:
+            InputError: If it is unknown.
+
+        Example:
+            >>> model.image_size(), model.image_size("low_level")
+            (64, 32)
+        """
+        return self._given_side(task) * self.image_tokenizer.downsampling
+
+    def fit_image(self, image: ImageLike, *, task: str = "generate") -> tuple[Image.Image, str | None]:
+        """Resize and crop an image to the size that ``task`` is given.
+
+        Args:
+            image: Image of any size: a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W).
+            task: Name of a task.
+
+        Returns:
+            The RGB image, and a note such as "resized from 128 x 128 to 64 x 64", or None if it had that size.
+
+        Raises:
+            InputError: If the image cannot be used, or the task is unknown.
+
+        Example:
+            >>> model.fit_image(Image.new("RGB", (100, 64)))[1]
+            'cropped from 100 x 64 to 64 x 64'
+        """
+        pixels, note = fit(load_image(image), self.image_size(task))
+        return Image.fromarray(pixels), note
+
+    def encode_images(
+        self,
+        images: ImagesLike,
+        *,
+        task: str = "generate",
+        batch_size: int | None = None,
+        on_note: Callable[[int, str], object] = lambda index, note: None,
+    ) -> np.ndarray:
+        """Return the codes of images, fitted to the size that ``task`` is given.
+
+        A ``GeneratedImage`` of that size, whose pixels are unchanged, gives the codes that it was generated with.
+
+        Args:
+            images: An image or a list of images, of any size: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W).
+            task: Name of a task.
+            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
+            on_note: Called with the index of an image and the note of ``fit_image``.
+
+        Returns:
+            (B, G, G) int64 codes; (G, G) of one image.
+
+        Raises:
+            InputError: If an image cannot be used, or the task is unknown.
+
+        Example:
+            >>> image = Image.new("RGB", (64, 64), "red")
+            >>> model.encode_images(image).shape, model.encode_images([image]).shape
+            ((8, 8), (1, 8, 8))
+        """
+        items, is_single = list_images(images)
+        context = self.context
+        side = self._given_side(task)
+        codes = image_codes.encode_images(items, side, context, context.planner(batch_size), on_note)
+        return codes[0] if is_single else codes
+
+    def decode_images(self, codes: np.ndarray | Tensor) -> np.ndarray:
+        """Return the images of codes.
+
+        Args:
+            codes: Integers from 0 to K - 1, (B, G, G) or (G, G), for any G.
+
+        Returns:
+            uint8 RGB images (B, H, W, 3); (H, W, 3) of one grid of codes.
+
+        Raises:
+            InputError: If the codes have another shape or type, or one is out of range.
+
+        Example:
+            >>> image = model.generate("一个红苹果", seed=7)[0]
+            >>> bool((model.decode_images(image.codes) == np.asarray(image)).all())
+            True
+        """
+        array = image_codes.check_codes(codes, self.vocabulary.num_image_codes)
+        if array.ndim not in (2, 3) or 0 in array.shape[-2:]:
+            raise InputError(f"codes must be (B, G, G) or (G, G), got {describe(codes)}")
+        images = image_codes.decode_images(array[None] if array.ndim == 2 else array, self.context)
+        return images[0] if array.ndim == 2 else images
 
     @overload
     def caption(self, images: ImageFile, **settings: Any) -> list[Caption]: ...
@@ -205,6 +309,11 @@ class CaptioningModel(LoadedModel):
                 image.score = score
         order = sorted(range(len(items)), key=lambda index: -scores[index].log_probability)
         return [items[index] for index in order]  # type: ignore[misc]
+
+    def _given_side(self, task: str) -> int:
+        """Return the codes on a side of the images that ``task`` is given; InputError for an unknown task."""
+        require_known_task(task)
+        return round(TASKS[task].input_scale * self.config.grid)
 
 
 def only_result(results: Sequence[Item], callback: ProgressCallback | None) -> Item:

@@ -27,6 +27,7 @@ from cogview.generation.sampling import MAX_SEED
 from cogview.image_io.reading import read_image
 from cogview.limits import MAX_RESULTS
 from cogview.modeling.config import Sampling
+from cogview.tokenizers.tasks import TASKS
 
 ImageFile: TypeAlias = str | os.PathLike[str] | Image.Image  # one image
 ImageArray: TypeAlias = np.ndarray | Tensor  # one image or a batch, by its number of axes
@@ -214,6 +215,28 @@ def require_int(value: Any, noun: str, least: int, greatest: int | None = None) 
 def require_count(value: Any, noun: str) -> int:
     """Return ``value``, a number of results from 1 to ``MAX_RESULTS``; InputError for any other."""
     return require_int(value, noun, 1, MAX_RESULTS)
+
+
+def option_text(value: Any, name: str, *types: type) -> str:
+    """Return a setting, such as a device, as the text that names it.
+
+    Args:
+        value: A text, or an object that stands for one.
+        name: Name of the argument, for messages.
+        *types: Types of such objects.
+
+    Raises:
+        InputError: If it has another type.
+    """
+    if isinstance(value, bool) or not isinstance(value, (str, *types)):
+        raise InputError(f"{name} must be a text, got {describe(value)}")
+    return os.fspath(value) if isinstance(value, os.PathLike) else str(value).removeprefix("torch.")
+
+
+def require_known_task(task: str) -> None:
+    """Raise InputError unless ``task`` is a row of the table of tasks."""
+    if task not in TASKS:
+        raise InputError(f"the task {task!r} is unknown; known: {', '.join(TASKS)}")
 
 
 def require_callback(callback: object) -> None:

@@ -1,16 +1,13 @@
-"""A loaded model: opening it, checking prompts and settings, and images to codes and back."""
+"""A loaded model: opening it, and checking prompts and settings."""
 
-# B images, G codes on a side of an image
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from cogview.checkpoints.adapter import Adapter
 from cogview.checkpoints.adapter_merge import merge_adapter
@@ -20,24 +17,19 @@ from cogview.checkpoints.registry import load_registry, resolve_bundle, resolve_
 from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.device import DevicePlacement, choose_placement
 from cogview.errors import InputError
-from cogview.image_io.reading import fit
 from cogview.modeling.config import ModelConfig, Sampling
 from cogview.modeling.lora import QUANTIZED_MESSAGE, has_adapter
 from cogview.modeling.transformer import Transformer
-from cogview.pipeline import image_codes
 from cogview.pipeline.bundle import Bundle
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.inputs import (
-    ImageLike,
-    ImagesLike,
     describe,
-    list_images,
-    load_image,
+    option_text,
     override_sampling,
+    require_known_task,
 )
 from cogview.pipeline.prompt_checks import PromptChecks
 from cogview.pipeline.requests import Prompt, tokenize_prompt
-from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.vqvae.model import VQVAE
@@ -46,6 +38,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 KV_DTYPES = ("auto", "int8")
+CPU = DevicePlacement(torch.device("cpu"), torch.float32, "by default")
 
 
 class LoadedModel:
@@ -65,7 +58,11 @@ class LoadedModel:
         prompt_checks: Conversion and checks of prompts.
     """
 
-    def __init__(self, model: Model, placement: DevicePlacement, name: str, bundle: Bundle | None = None) -> None:
+    def __init__(
+        self, model: Model, placement: DevicePlacement = CPU, name: str = "", bundle: Bundle | None = None
+    ) -> None:
+        if not isinstance(model, Model):
+            raise InputError(f"{type(self).__name__}.from_pretrained(name) opens a model, got {describe(model)}")
         self.model = model
         self.placement = placement
         self.name = name
@@ -82,12 +79,12 @@ class LoadedModel:
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path = "cogview-emoji",
+        name: str | os.PathLike[str] = "cogview-emoji",
         *,
-        device: str | torch.device = "auto",
+        device: str | int | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         kv_dtype: str = "auto",
-        adapter: str | Path | None = None,
+        adapter: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> Self:
@@ -96,7 +93,7 @@ class LoadedModel:
         Args:
             name: A checkpoint folder, a model or bundle that ``cogview models`` lists, or owner/name of a model on the
                 Hugging Face Hub; the first that exists.
-            device: auto, cpu, cuda, cuda:N or mps, or a ``torch.device``.
+            device: auto, cpu, cuda, cuda:N or mps, the number of a GPU, or a ``torch.device``.
             dtype: auto, float32, bfloat16, float16, int8 or int4, or a ``torch.dtype``.
             kv_dtype: The format of keys and values: auto (as ``dtype`` computes) or int8.
             adapter: A LoRA adapter to merge into the weights: its folder, or owner/name on the Hub.
@@ -115,11 +112,10 @@ class LoadedModel:
             >>> model.placement.dtype
             torch.bfloat16
         """
-        named = {"name": name, "device": device, "dtype": dtype}
-        for argument, value in named.items():
-            if not isinstance(value, str | Path | torch.device | torch.dtype):
-                raise InputError(f"{argument} must be a text, got {describe(value)}")
-        device, dtype = str(device), str(dtype).removeprefix("torch.")
+        name, kv_dtype = option_text(name, "name", os.PathLike), option_text(kv_dtype, "kv_dtype")
+        device, dtype = option_text(device, "device", torch.device, int), option_text(dtype, "dtype", torch.dtype)
+        if adapter is not None:
+            adapter = option_text(adapter, "adapter", os.PathLike)
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv-dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
         parts = resolve_bundle(str(name)) if revision is None else {}
@@ -151,7 +147,7 @@ class LoadedModel:
         return opened
 
     def __repr__(self) -> str:
-        pixels, tasks = self.image_size(), ", ".join(self.config.tasks)
+        pixels, tasks = self.config.grid * self.image_tokenizer.downsampling, ", ".join(self.config.tasks)
         millions = self.config.transformer.num_parameters / 1e6
         return (
             f"<{type(self).__name__} {self.label}, {millions:,.1f} million parameters, {pixels} x {pixels} pixels, "
@@ -194,8 +190,19 @@ class LoadedModel:
         return self.model.things
 
     def transformer_for(self, task: str) -> Transformer:
-        """Return the transformer for ``task``, loaded if it was not."""
-        return self.model.transformer if self.bundle is None else self.bundle.transformer(task)
+        """Return the transformer for ``task``, loaded if it was not.
+
+        Args:
+            task: Name of a task.
+
+        Raises:
+            InputError: If the task is unknown, or no part of a bundle does it.
+        """
+        if self.bundle is None:
+            require_known_task(task)
+            return self.model.transformer
+        self.require_task(task)
+        return self.bundle.transformer(task)
 
     @property
     def context(self) -> PipelineContext:
@@ -274,107 +281,9 @@ class LoadedModel:
         tokenizer, max_text = self.text_tokenizer, self.config.max_text
         return [tokenize_prompt(prompt, tokenizer, max_text, self.prompt_checks.convert) for prompt in prompts]
 
-    def image_size(self, task: str = "generate") -> int:
-        """Return the side in pixels of the images that ``task`` is given.
-
-        Args:
-            task: Name of a task.
-
-        Raises:
-            InputError: If it is unknown.
-
-        Example:
-            >>> model.image_size(), model.image_size("low_level")
-            (64, 32)
-        """
-        return self._given_side(task) * self.image_tokenizer.downsampling
-
-    def fit_image(self, image: ImageLike, *, task: str = "generate") -> tuple[Image.Image, str | None]:
-        """Resize and crop an image to the size that ``task`` is given.
-
-        Args:
-            image: Image of any size: a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W).
-            task: Name of a task.
-
-        Returns:
-            The RGB image, and a note such as "resized from 128 x 128 to 64 x 64", or None if it had that size.
-
-        Raises:
-            InputError: If the image cannot be used, or the task is unknown.
-
-        Example:
-            >>> model.fit_image(Image.new("RGB", (100, 64)))[1]
-            'cropped from 100 x 64 to 64 x 64'
-        """
-        pixels, note = fit(load_image(image), self.image_size(task))
-        return Image.fromarray(pixels), note
-
-    def encode_images(
-        self,
-        images: ImagesLike,
-        *,
-        task: str = "generate",
-        batch_size: int | None = None,
-        on_note: Callable[[int, str], object] = lambda index, note: None,
-    ) -> np.ndarray:
-        """Return the codes of images, fitted to the size that ``task`` is given.
-
-        A ``GeneratedImage`` of that size, whose pixels are unchanged, gives the codes that it was generated with.
-
-        Args:
-            images: An image or a list of images, of any size: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W).
-            task: Name of a task.
-            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
-            on_note: Called with the index of an image and the note of ``fit_image``.
-
-        Returns:
-            (B, G, G) int64 codes; (G, G) of one image.
-
-        Raises:
-            InputError: If an image cannot be used, or the task is unknown.
-
-        Example:
-            >>> image = Image.new("RGB", (64, 64), "red")
-            >>> model.encode_images(image).shape, model.encode_images([image]).shape
-            ((8, 8), (1, 8, 8))
-        """
-        items, is_single = list_images(images)
-        context = self.context
-        side = self._given_side(task)
-        codes = image_codes.encode_images(items, side, context, context.planner(batch_size), on_note)
-        return codes[0] if is_single else codes
-
-    def decode_images(self, codes: np.ndarray | Tensor) -> np.ndarray:
-        """Return the images of codes.
-
-        Args:
-            codes: Integers from 0 to K - 1, (B, G, G) or (G, G), for any G.
-
-        Returns:
-            uint8 RGB images (B, H, W, 3); (H, W, 3) of one grid of codes.
-
-        Raises:
-            InputError: If the codes have another shape or type, or one is out of range.
-
-        Example:
-            >>> image = model.generate("一个红苹果", seed=7)[0]
-            >>> bool((model.decode_images(image.codes) == np.asarray(image)).all())
-            True
-        """
-        array = image_codes.check_codes(codes, self.vocabulary.num_image_codes)
-        if array.ndim not in (2, 3) or 0 in array.shape[-2:]:
-            raise InputError(f"codes must be (B, G, G) or (G, G), got {describe(codes)}")
-        images = image_codes.decode_images(array[None] if array.ndim == 2 else array, self.context)
-        return images[0] if array.ndim == 2 else images
-
-    def _given_side(self, task: str) -> int:
-        """Return the codes on a side of the images that ``task`` is given; InputError for an unknown task."""
-        if task not in TASKS:
-            raise InputError(f"the task {task!r} is unknown; known: {', '.join(TASKS)}")
-        return round(TASKS[task].input_scale * self.config.grid)
-
     def _config(self, task: str) -> ModelConfig:
-        """Return the config of the weights that do ``task``."""
+        """Return the config of the weights that do ``task``; InputError for an unknown task."""
+        require_known_task(task)
         return self.config if self.bundle is None else self.bundle.configs.get(task, self.config)
 
     def _resolve_sampling(self, base: Sampling | None, overrides: dict[str, float | None], task: str) -> Sampling:

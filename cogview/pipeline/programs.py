@@ -221,6 +221,8 @@ def _decoding_request(
 ) -> DecodingRequest:
     """Return one decoding step of ``request``."""
     assert request.sampling is not None
+    if not sequence.blanks.any():
+        raise InputError(f"a request of the task {request.task!r} gives all codes, so that none are left to generate")
     return DecodingRequest(
         sequence=sequence,
         unconditional=unconditional,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from PIL import Image
 
 from cogview.errors import InputError
 from cogview.formatting import shorten
@@ -158,7 +159,7 @@ def upscale_requests(
             prompt=prompt.text,
             prompt_ids=prompt.ids,
             seed=seed,
-            index=getattr(image, "index", 0),
+            index=getattr(image, "index", 0) if isinstance(image, Image.Image) else 0,  # paths have a method "index"
             task=task,
             codes=codes,
             sampling=sampling,

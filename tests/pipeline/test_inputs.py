@@ -162,7 +162,7 @@ def test_score_takes_one_image_or_many(tiny_model, photo):
 
 def test_upscale_takes_one_image_or_many(tiny_model, photo):
     image, path = photo
-    one = tiny_model.upscale(path, "狐狸", seed=7)
+    one = tiny_model.upscale(str(path), "狐狸", seed=7)  # a str has a method "index", which is no number of an image
     (same,) = tiny_model.upscale([image], "狐狸", seed=7)
     assert isinstance(one, GeneratedImage)
     np.testing.assert_array_equal(one.codes, same.codes)
@@ -288,6 +288,7 @@ def test_generate_refuses_wrong_type(tiny_model, settings, message):
         ({"seed": 1, "task": "caption"}, "layout 'caption'"),
         ({"seed": 1, "task": "upscale", "prompt": "狗"}, "the task 'upscale' needs the codes of an image"),
         ({"seed": 1, "task": "caption", "codes": np.zeros((3, 3), int)}, "layout 'caption'"),
+        ({"seed": 1, "prompt": "狗", "codes": np.zeros((8, 8), int)}, "gives all codes, so that none are left to gen"),
         ({"seed": 1, "task": "caption", "codes": np.full((8, 8), 9000)}, r"requests\[0\].codes must be from 0 to 8191"),
     ],
 )
@@ -370,13 +371,34 @@ def test_from_pretrained_takes_objects_of_torch(tiny_checkpoint):
 
     model = CogView.from_pretrained(tiny_checkpoint, device=torch.device("cpu"), dtype=torch.bfloat16)
     assert model.placement.dtype == torch.bfloat16
-    for wrong, message in (({"name": None}, "name must be a text, got None"), ({"device": 5.0}, "device must be a")):
+    faults = (
+        ({"name": None}, "name must be a text, got None"),
+        ({"device": 5.0}, "device must be a text, got 5.0"),
+        ({"adapter": 5}, "adapter must be a text, got 5"),
+        ({"kv_dtype": None}, "kv_dtype must be a text, got None"),
+    )
+    for wrong, message in faults:
         with pytest.raises(InputError, match=message):
             CogView.from_pretrained(**wrong)
 
 
+def test_cogview_says_how_a_model_is_opened():
+    """The constructor takes what a checkpoint holds."""
+    from cogview import CogView
+
+    with pytest.raises(
+        InputError, match=r"CogView.from_pretrained\(name\) opens a model, got the text 'cogview-emoji'"
+    ):
+        CogView("cogview-emoji")
+
+
 def test_unknown_task_is_refused(tiny_model):
-    for call in (tiny_model.image_size, lambda task: tiny_model.encode_images([], task=task)):
+    for call in (
+        tiny_model.image_size,
+        tiny_model.transformer_for,
+        lambda task: tiny_model.encode_images([], task=task),
+        lambda task: tiny_model.sampling(task=task),
+    ):
         with pytest.raises(InputError, match="the task 'draw' is unknown; known: generate, complete"):
             call("draw")
 
