@@ -28,6 +28,7 @@ from cogview.pipeline.prompt_words import (
 
 _NUM_EXAMPLES = 3  # things that a message names
 _MAX_SHOWN = 12  # characters of a word in a message
+_STOPS = "、；。：;:"  # marks that a model misreads where a comma would do
 _COLOUR = "色"  # the end of every name of a colour
 
 
@@ -54,8 +55,8 @@ class PromptReader:
     def convert(self, text: str) -> tuple[str, list[str]]:
         """Return a prompt in the characters of the model, and a note on each kind of change.
 
-        Traditional characters become simplified, emoji of things become names, and marks other than commas are left
-        out. Any other prompt is returned unchanged.
+        Traditional characters become simplified, emoji of things become names, other marks between two parts become
+        commas, and all others are left out. Any other prompt is returned unchanged.
 
         Args:
             text: The prompt.
@@ -74,6 +75,9 @@ class PromptReader:
             left_out = [mark for mark in dict.fromkeys(text) if is_mark(mark) and text.count(mark) > kept.count(mark)]
             notes.append(f"left out: {' '.join(left_out)}")
             text = kept
+        if kept and (stops := [mark for mark in dict.fromkeys(text) if mark in _STOPS]):
+            notes.append(f"{' '.join(stops)} is read as ，")
+            text = text.translate(dict.fromkeys(map(ord, _STOPS), "，"))
         return text, notes
 
     def problems(self, text: str) -> list[str]:
@@ -169,9 +173,10 @@ class PromptReader:
             return None
         plain = _without_modifiers(tokens, stray)
         known = [token for token in plain if token.kind != "outside"]
-        wording = find_structure(known)[1]
-        if self._is_wording(wording, nouns) or self._is_wording(wording.replace("的", "", 1), nouns):
-            return None  # an unknown word, such as an adjective, is another problem
+        wording = find_structure(known)[1].replace(" ", "，")
+        relations = [re.sub(r"\{[ab]\}", NOUN, pattern) for pattern in self._grammar.pairs]
+        if any(relation in text for relation in relations for text in (wording, wording.replace("的", "", 1))):
+            return None  # unknown is another part, such as an adjective or the words of the background
         phrase = self._without_background(find_structure(plain)[1]).replace(NOUN, "…").strip("，… ")
         what = f"“{phrase}” is no known relation" if phrase else "two things need a relation"
         return f"{what}, write {' or '.join(self._pair_examples(nouns))}"
@@ -192,6 +197,8 @@ class PromptReader:
         colours = [token.meaning for token in tokens if token.kind in ("colour", "colour_form")]
         if len({noun.name for noun in nouns}) > 1:
             example = self._pair_examples(nouns)[0]
+            if colours:
+                example = self._grammar.pair_backgrounds[0].format(colour=colours[0], what=example)
         else:
             example = self._on_colour(colours[0], nouns) if colours else nouns[0].text
         return f"the wording is unknown to the model, which may misread it; it knows for example {example}"
@@ -207,7 +214,7 @@ class PromptReader:
             before, after = pattern.split("{what}")
             if before + after and wording.startswith(before) and wording.endswith(after):
                 return wording[len(before) : len(wording) - len(after)]
-        return wording
+        return "，".join(part for part in wording.split("，") if "{colour}" not in part)
 
     def _on_colour(self, colour: str, nouns: Sequence[PromptNoun]) -> str:
         """Return a wording of the first noun on a background."""

@@ -19,7 +19,7 @@ NOUN = "{noun}"
 """A thing with or without a count, in a wording."""
 
 COMMAS = frozenset("，、；。：,;:")
-"""Marks that are a comma to a model, or as good as one."""
+"""Marks between the parts of a prompt."""
 
 VARIATION_SELECTOR = "\ufe0f"
 NUMERAL = re.compile(r"\d+(?:\.\d+)?|[〇零一二两三四五六七八九十百千万亿]+")
@@ -85,10 +85,12 @@ class PromptScanner:
         grammar = self._grammar
         for word, near in grammar.near.items():
             yield word, PromptToken(text=word, kind="outside", near=near)
-        literals = "".join((*grammar.pairs, *grammar.singles, *grammar.single_backgrounds, *grammar.pair_backgrounds))
-        for character in re.sub(r"\{\w+\}", "", literals):
-            if character not in COMMAS:
-                yield character, PromptToken(text=character, kind="word")
+        wordings = (*grammar.pairs, *grammar.singles, *grammar.single_backgrounds, *grammar.pair_backgrounds)
+        separators = "|".join(map(re.escape, (*COMMAS, *grammar.carriers, *grammar.relations)))
+        for wording in wordings:
+            for literal in re.split(rf"\{{\w+\}}|{separators}", wording):
+                if literal:
+                    yield literal, PromptToken(text=literal, kind="word")
         kinds: tuple[tuple[WordKind, Iterable[str]], ...] = (
             ("size", grammar.sizes),
             ("negation", grammar.negations),
@@ -132,7 +134,10 @@ class PromptScanner:
         """Yield every token that begins at an index of a text, ``lower`` in lower case."""
         for end in range(start + 1, min(len(text), start + self._longest) + 1):
             if (token := self._words.get(lower[start:end])) is not None:
-                yield replace(token, text=text[start:end])
+                token = replace(token, text=text[start:end])
+                yield token
+                if token.kind == "quantity":
+                    yield from self._with_measure(token, text[end:])
         character = text[start]
         if character.isspace() or is_mark(character):
             yield PromptToken(text=character, kind="mark")
@@ -143,13 +148,15 @@ class PromptScanner:
         else:
             yield PromptToken(text=character, kind="outside")
         if (numeral := NUMERAL.match(text, start)) is not None and not NUMERAL.match(text[start - 1 : start]):
-            count = self._grammar.counts.get(numeral[0])
-            yield PromptToken(text=numeral[0], kind="count", count=count)
-            rest = text[numeral.end() :]
-            space = len(rest) - len(rest.lstrip())
-            for measure in self._grammar.measures:
-                if rest.startswith(measure, space):
-                    yield PromptToken(text=numeral[0] + rest[:space] + measure, kind="count", count=count)
+            number = PromptToken(text=numeral[0], kind="count", count=self._grammar.counts.get(numeral[0]))
+            yield from (number, *self._with_measure(number, text[numeral.end() :]))
+
+    def _with_measure(self, number: PromptToken, rest: str) -> Iterator[PromptToken]:
+        """Yield a number with each measure word with which the rest of the text begins."""
+        space = len(rest) - len(rest.lstrip())
+        for measure in self._grammar.measures:
+            if rest.startswith(measure, space):
+                yield replace(number, text=number.text + rest[:space] + measure)
 
 
 def is_mark(character: str) -> bool:
@@ -169,13 +176,12 @@ def _merge_unknown(tokens: Sequence[PromptToken]) -> list[PromptToken]:
             merged.pop()
             first = merged.pop()
             near = tuple(dict.fromkeys((*first.near, *token.near)))[:_MAX_NEAR]
-            merged.append(replace(first, text=f"{first.text} {token.text}", near=near))
-        elif merged and _is_one_word(merged[-1], token):
+            token = replace(first, text=f"{first.text} {token.text}", near=near)
+        while merged and _is_one_word(merged[-1], token):
             first = merged.pop()
             near = token.near if first.kind in ("colour_form", "size") else ()
-            merged.append(PromptToken(text=first.text + token.text, kind="outside", near=near))
-        else:
-            merged.append(token)
+            token = PromptToken(text=first.text + token.text, kind="outside", near=near)
+        merged.append(token)
     return merged
 
 

@@ -84,6 +84,16 @@ def reader() -> PromptReader:
             ],
         ),
         (
+            "背景是绿色的，左边是狐狸，右边是苹果",
+            [
+                "the wording is unknown to the model, which may misread it; it knows for example "
+                "绿色背景上，左边是狐狸，右边是苹果"
+            ],
+        ),
+        ("半个苹果", [f"{COUNTS}半个"]),
+        ("黑白照片", ["“黑白照片” is unknown to the model, near in meaning: 相机"]),
+        ("苹果在房子里", ["“在…里” is no known relation, write 左边是苹果，右边是房子 or 上面是苹果，下面是房子"]),
+        (
             "一只猫在蓝色背景上",
             ["the wording is unknown to the model, which may misread it; it knows for example 蓝色背景上的一只猫"],
         ),
@@ -102,7 +112,6 @@ def test_problems_name_the_word_and_what_is_possible_instead(reader, prompt, pro
         "２个苹果",
         "1 只 狐狸",
         "右边是红苹果，左边是狐狸",
-        "左边是狐狸、右边是苹果",
         "左边是狐狸 右边是苹果，绿色的背景",
         "蓝色背景 三只狐狸",
         "红色的背景上有一辆小汽车",
@@ -136,6 +145,11 @@ def test_problems_are_none_for_paraphrases_that_the_model_draws_right(reader, pr
         ("⭐️在☀的左边", "星星在太阳的左边", ["⭐️ is read as 星星", "☀ is read as 太阳"]),
         ("“红苹果”，？！……", "红苹果", ["left out: “ ” ， ？ ！ …"]),
         ("一只狐狸。", "一只狐狸", ["left out: 。"]),
+        (
+            "左边是狐狸、右边是苹果；绿色背景。",
+            "左边是狐狸，右边是苹果，绿色背景",
+            ["left out: 。", "、 ； is read as ，"],
+        ),
         ("，？！……", "，？！……", []),
         (" 一只 狐狸 ", " 一只 狐狸 ", []),
     ],
