@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cogview import CogView, GeneratedImage, GenerationRequest, Task, register_task
+from cogview import CogView, GeneratedImage, GenerationRequest, InputError, Task, register_task
 from cogview.data.store import StoreHeader
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.tokenizers.tasks import GRID, RESTART_POSITIONS, TASKS, Blank, ImageElement, TextElement
@@ -78,28 +78,35 @@ def train_mirror(work: Path, steps: int) -> Path:
     return work / "transformer-run" / "checkpoints" / f"step-{steps:08d}"
 
 
+def run(steps: int, output: Path) -> None:
+    """Register the task, train for it, and generate the mirror image of a held-out one."""
+    if MIRROR.name not in TASKS:
+        register_task(MIRROR)
+    tokenizers = CogView.from_pretrained("cogview-emoji")
+    grid = tokenizers.config.grid
+    codes = np.random.default_rng(0).integers(0, 8, (512, grid, grid))  # random images of eight codes
+    write_store(output / "store", tokenizers, codes[16:])
+    write_store(output / "held-out-store", tokenizers, codes[:16])
+
+    model = CogView.from_pretrained(train_mirror(output, steps))
+    request = GenerationRequest(task=MIRROR.name, prompt=PROMPT, seed=0, codes=codes[0])
+    (image,) = model.run([request])
+    assert isinstance(image, GeneratedImage)
+    right = float((image.codes == codes[0][:, ::-1]).mean())
+    image.save(output / "mirrored.png")
+    print(f"{output / 'mirrored.png'}: {right:.0%} of the codes are right; chance is 12%")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Register the task, train for it and generate; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300, help="training steps (default: 300)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/mirror"), help="folder (default: runs/mirror)")
     args = parser.parse_args(argv)
-
-    if MIRROR.name not in TASKS:
-        register_task(MIRROR)
-    tokenizers = CogView.from_pretrained("cogview-emoji")
-    grid = tokenizers.config.grid
-    codes = np.random.default_rng(0).integers(0, 8, (512, grid, grid))  # random images of eight codes
-    write_store(args.output / "store", tokenizers, codes[16:])
-    write_store(args.output / "held-out-store", tokenizers, codes[:16])
-
-    model = CogView.from_pretrained(train_mirror(args.output, args.steps))
-    request = GenerationRequest(task=MIRROR.name, prompt=PROMPT, seed=0, codes=codes[0])
-    (image,) = model.run([request])
-    assert isinstance(image, GeneratedImage)
-    right = float((image.codes == codes[0][:, ::-1]).mean())
-    image.save(args.output / "mirrored.png")
-    print(f"{args.output / 'mirrored.png'}: {right:.0%} of the codes are right; chance is 12%")
+    try:
+        run(args.steps, args.output)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 

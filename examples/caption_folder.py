@@ -10,11 +10,21 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from cogview import CogView
+from cogview import CogView, InputError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def caption_folder(folder: Path) -> None:
+    """Print a caption of every image below a folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"there is no image below {folder}: expected names in {', '.join(SUFFIXES)}")
+    model = CogView.from_pretrained("cogview-emoji")
+    for path, captions in zip(paths, model.caption(paths), strict=True):
+        best = captions[0]
+        line = {"file": str(path), "caption": best.text, "log_probability": round(best.log_probability, 3)}
+        print(json.dumps(line, ensure_ascii=False))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,14 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args(argv)
-
-    model = CogView.from_pretrained("cogview-emoji")
-    paths = sorted(path for path in args.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    images = [Image.open(path) for path in paths]
-    for path, captions in zip(paths, model.caption(images), strict=True):
-        best = captions[0]
-        line = {"file": str(path), "caption": best.text, "log_probability": round(best.log_probability, 3)}
-        print(json.dumps(line, ensure_ascii=False))
+    try:
+        caption_folder(args.folder)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 

@@ -9,7 +9,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cogview import CogView
+from cogview import CogView, InputError
+
+
+def generate(prompt: str, n: int, seed: int, folder: Path) -> None:
+    """Generate the images and save them in a folder."""
+    model = CogView.from_pretrained("cogview-emoji")
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in model.generate(prompt, n=n, seed=seed):
+        path = folder / f"seed{image.seed}-{image.index}.png"
+        image.save(path)
+        print(f"{path}: {image.codes.size} codes, log p = {image.log_probability:.1f} nats")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,13 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=7, help="(default: 7)")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), help="folder (default: outputs)")
     args = parser.parse_args(argv)
-
-    model = CogView.from_pretrained("cogview-emoji")
-    args.output.mkdir(parents=True, exist_ok=True)
-    for image in model.generate(args.prompt, n=args.n, seed=args.seed):
-        path = args.output / f"seed{image.seed}-{image.index}.png"
-        image.save(path)
-        print(f"{path}: {image.codes.size} codes, log p = {image.log_probability:.1f} nats")
+    try:
+        generate(args.prompt, args.n, args.seed, args.output)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 

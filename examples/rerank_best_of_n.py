@@ -9,7 +9,19 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from cogview import CogView, Sampling
+from cogview import CogView, InputError, Sampling
+
+
+def save_best(prompt: str, n: int, keep: int, folder: Path) -> None:
+    """Generate, rank and save."""
+    model = CogView.from_pretrained("cogview-emoji")
+    varied = Sampling(temperature=1.5, top_k=0)  # noisier than the model's default, so that ranking has work to do
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, image in enumerate(model.generate(prompt, n=n, keep=keep, seed=0, sampling=varied), start=1):
+        path = folder / f"best{rank}.png"
+        image.save(path)
+        assert image.score is not None
+        print(f"{path}: candidate {image.index}, log p(prompt | image) = {image.score.log_probability:.2f} nats")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,16 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", type=int, default=4, help="images to save (default: 4)")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs"), help="folder (default: outputs)")
     args = parser.parse_args(argv)
-
-    model = CogView.from_pretrained("cogview-emoji")
-    varied = Sampling(temperature=1.5, top_k=0)  # noisier than the model's default, so that ranking has work to do
-    candidates = list(model.generate_iter(args.prompt, n=args.n, seed=0, sampling=varied))
-    args.output.mkdir(parents=True, exist_ok=True)
-    for rank, image in enumerate(model.rerank(candidates)[: args.keep], start=1):
-        path = args.output / f"best{rank}.png"
-        image.save(path)
-        assert image.score is not None
-        print(f"{path}: candidate {image.index}, log p(prompt | image) = {image.score.log_probability:.2f} nats")
+    try:
+        save_best(args.prompt, args.n, args.keep, args.output)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 

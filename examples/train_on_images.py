@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
-from cogview import CogView
+from cogview import CogView, InputError
 from cogview.data.builders.encode import EncodeSettings, encode_dataset
 from cogview.data.image_dataset import ImageDataset, ImageExample, captions
+from cogview.image_io.reading import fit, read_image
 from cogview.training.distributed import init_distributed
 from cogview.training.recipe import Recipe
 from cogview.training.run_folder import RunFolder
@@ -40,7 +40,14 @@ class CaptionedFolder:
     is_shuffled = False
 
     def __init__(self, folder: Path, *, held_out: bool) -> None:
-        paths = sorted(path for path in folder.glob("*.png"))
+        paths = sorted(folder.glob("*.png"))
+        if len(paths) < 2:
+            raise InputError(
+                f"{folder} has {len(paths)} images NAME.png, expected at least one to train on and one held out"
+            )
+        for path in paths:
+            if not path.with_suffix(".txt").is_file():
+                raise InputError(f"{path} has no captions: expected {path.with_suffix('.txt').name} beside it")
         self.paths = [path for number, path in enumerate(paths) if (number % 8 == 0) == held_out]
         self.provenance: Mapping[str, Any] = {"folder": str(folder), "held_out": held_out}
 
@@ -49,10 +56,20 @@ class CaptionedFolder:
 
     def __getitem__(self, index: int) -> ImageExample:
         path = self.paths[index]
-        with Image.open(path) as image:
-            pixels = np.array(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE)))
-        lines = path.with_suffix(".txt").read_text(encoding="utf-8").splitlines()
+        pixels, _ = fit(read_image(path), SIDE)
+        lines = read_captions(path.with_suffix(".txt"))
         return ImageExample.from_pixels(pixels, side=SIDE, identity=path.name, captions=tuple(lines))
+
+
+def read_captions(path: Path) -> list[str]:
+    """Return the captions of a file, one per line; InputError for a file without any."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8: {error}") from None
+    if not lines:
+        raise InputError(f"{path} is empty, expected a caption on each line")
+    return lines
 
 
 def draw_landscapes(folder: Path) -> None:
@@ -94,6 +111,22 @@ def make_recipe(work: Path, steps: int) -> Recipe:
     return Recipe(path=Path(__file__), sections=sections, overrides=(), work=work)
 
 
+def run(folder: Path | None, steps: int, output: Path) -> None:
+    """Train all parts and generate an image."""
+    if folder is None:
+        folder = output / "landscapes"
+        draw_landscapes(folder)
+    training, held_out = CaptionedFolder(folder, held_out=False), CaptionedFolder(folder, held_out=True)
+    recipe = make_recipe(output, steps)
+    train_tokenizers(recipe, training, held_out)
+    train(recipe, recipe.settings(TransformerSettings, "transformer"), init_distributed("cpu"), resume=False)
+
+    model = CogView.from_pretrained(recipe.transformer_run / "checkpoints" / f"step-{steps:08d}")
+    prompt = held_out[0].captions[0]
+    model.generate(prompt, seed=0)[0].save(output / "generated.png")
+    print(f"{output / 'generated.png'}: {prompt}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train all parts and generate an image; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,19 +134,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=400, help="training steps of each part (default: 400)")
     parser.add_argument("-o", "--output", type=Path, default=Path("runs/images"), help="folder (default: runs/images)")
     args = parser.parse_args(argv)
-
-    folder = args.folder or args.output / "landscapes"
-    if args.folder is None:
-        draw_landscapes(folder)
-    training, held_out = CaptionedFolder(folder, held_out=False), CaptionedFolder(folder, held_out=True)
-    recipe = make_recipe(args.output, args.steps)
-    train_tokenizers(recipe, training, held_out)
-    train(recipe, recipe.settings(TransformerSettings, "transformer"), init_distributed("cpu"), resume=False)
-
-    model = CogView.from_pretrained(recipe.transformer_run / "checkpoints" / f"step-{args.steps:08d}")
-    prompt = held_out[0].captions[0]
-    model.generate(prompt, seed=0)[0].save(args.output / "generated.png")
-    print(f"{args.output / 'generated.png'}: {prompt}")
+    try:
+        run(args.folder, args.steps, args.output)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     return 0
 
 

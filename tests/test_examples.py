@@ -74,3 +74,48 @@ def test_train_on_images_trains_every_part(load, tmp_path, capsys):
     assert "天空下的" in capsys.readouterr().out
     with Image.open(tmp_path / "generated.png") as image:
         assert image.size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("generate_images", ["", "-o", "out"], "the prompt is empty"),
+        ("generate_images", ["狗", "-n", "0"], "the number of images must be from 1 to 100000, got 0"),
+        ("generate_images", ["狗", "-n", "1", "-o", "天空.txt"], "File exists"),
+        ("caption_folder", ["nowhere"], "there is no image below nowhere"),
+        ("caption_folder", ["."], "天空.png is cut off or damaged"),
+        ("rerank_best_of_n", ["狗", "-n", "2", "--keep", "3"], "keep must be from 1 to 2, got 3"),
+        ("add_task", ["--steps", "0", "-o", "task"], "steps must be in"),
+        ("train_on_images", ["."], "has 1 images NAME.png, expected at least one to train on and one held out"),
+        ("train_on_images", ["photos"], "photos/0.png has no captions: expected 0.txt beside it"),
+        ("train_on_images", ["gbk"], "is not UTF-8"),
+    ],
+)
+def test_examples_report_mistakes_in_one_line(load, tmp_path, monkeypatch, capsys, name, arguments, message):
+    """A reader who tries them on files of their own gets a line and the status 2."""
+    monkeypatch.chdir(tmp_path)
+    Path("天空.txt").write_text("天空", encoding="utf-8")
+    Path("天空.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    for folder in ("photos", "gbk"):
+        Path(folder).mkdir()
+        for number in range(2):
+            Image.new("RGB", (80, 70)).save(f"{folder}/{number}.png")
+            if folder == "gbk":
+                Path(f"{folder}/{number}.txt").write_bytes("红色的山".encode("gbk"))
+    with pytest.raises(SystemExit) as left:
+        load(name)(arguments)
+    assert left.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+
+
+def test_train_on_images_trains_on_own_folder(load, tmp_path, capsys):
+    """Photographs of any size with a caption each; the output folder is made."""
+    for number in range(9):
+        path = tmp_path / "photos" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.effect_noise((70 + number, 90), 20.0 * number).save(path)
+        path.with_suffix(".txt").write_text(f"第{number}张照片\n", encoding="utf-8")
+    output = tmp_path / "deep" / "output"
+    assert load("train_on_images")([str(tmp_path / "photos"), "--steps", "2", "-o", str(output)]) == 0
+    assert "第0张照片" in capsys.readouterr().out

@@ -46,7 +46,7 @@ def train_text_model(
     """Train a text tokenizer and write its file.
 
     Args:
-        path: The ``.model`` file to write.
+        path: The ``.model`` file to write. Its folder is made if needed.
         recipe: Settings of the tokenizer.
         captions: The corpus, of which the first ``recipe.captions`` are read.
         names: Names that become one piece each with ``whole_names``.
@@ -67,6 +67,7 @@ def train_text_model(
         )
     except ValueError as error:
         raise InputError(str(error)) from None
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as temporary:
         temporary.write_bytes(model)
     return TextTokenizer(model)
