@@ -161,7 +161,7 @@ class PromptReader:
         elif any(token.kind == "outside" for token in tokens):
             return
         elif num_kinds == 0:
-            yield f"no thing is named; {self._known_things()}, for example {self._grammar.examples[0]}"
+            yield f"no thing is named; {self._known_things()}; write for example {self._grammar.examples[0]}"
         elif num_kinds == 1 and relations:
             yield f"{relations} needs two different things, as in {self._pair_examples(nouns[:1])[0]}"
 
@@ -178,8 +178,10 @@ class PromptReader:
         if any(relation in text for relation in relations for text in (wording, wording.replace("的", "", 1))):
             return None  # unknown is another part, such as an adjective or the words of the background
         phrase = self._without_background(find_structure(plain)[1]).replace(NOUN, "…").strip("，… ")
-        what = f"“{phrase}” is no known relation" if phrase else "two things need a relation"
-        return f"{what}, write {' or '.join(self._pair_examples(nouns))}"
+        examples = " / ".join(self._pair_examples(nouns))
+        if not phrase:
+            return f"two things need a relation, write {examples}"
+        return f"“{phrase}” is no known relation, write {examples}"
 
     def _unknown_problems(self, tokens: Sequence[PromptToken]) -> Iterator[str]:
         """Yield which words are unknown, each with the things that are near in meaning."""
@@ -189,7 +191,7 @@ class PromptReader:
                 yield f"“{_shown(token)}” is unknown to the model, near in meaning: {'、'.join(token.near)}"
         if lost := [token for token in words if not token.near]:
             shown = "、".join(f"“{text}”" for text in dict.fromkeys(map(_shown, lost)))
-            language = "it reads Chinese, and " if any(LATIN.match(token.text) for token in lost) else ""
+            language = "it reads Chinese; " if any(LATIN.match(token.text) for token in lost) else ""
             yield f"{shown} is unknown to the model; {language}{self._known_things()}"
 
     def _wording_problem(self, tokens: Sequence[PromptToken], nouns: Sequence[PromptNoun]) -> str:

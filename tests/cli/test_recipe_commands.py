@@ -151,10 +151,12 @@ def test_recipe_commands_run_in_sequence(finished, tmp_path, capsys, monkeypatch
     assert (work / "report" / "pictures.png").is_file()
 
     assert main(["package", recipe, "--work", str(work)]) == 0
-    packaged = Path(capsys.readouterr().out.strip())
+    printed = capsys.readouterr()
+    packaged = Path(printed.out.strip())
     assert packaged == work / "model"
     assert table.strip() in (packaged / "README.md").read_text(encoding="utf-8")
     assert not (packaged / "trainer.pt").exists()
+    assert (packaged / "grammar.json").is_file() != ("note: no grammar.json" in printed.err)
     model = CogView.from_pretrained(packaged, device="cpu")
     assert {thing.name for thing in model.things} == {"红苹果", "狐狸", "狗", "汽车", "打开的书", "鱼"}
     assert model.sampling().temperature == tried[0]["sampling"]["temperature"]

@@ -12,7 +12,7 @@ from cogview.pipeline.prompt_reader import PromptReader
 COUNTS = "the model counts to 4 (一、两、三、四), not "
 THINGS = "it knows 120 things such as 红苹果、香蕉、狗"
 COLOURS = "红色、橙色、黄色、绿色、青色、蓝色、紫色、粉色、棕色、灰色、白色、黑色"
-FOX_AND_APPLE = "左边是狐狸，右边是苹果 or 上面是狐狸，下面是苹果"
+FOX_AND_APPLE = "左边是狐狸，右边是苹果 / 上面是狐狸，下面是苹果"
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def reader() -> PromptReader:
         ("没有狐狸", ["没有 is not understood: name only what is to be seen"]),
         ("一个大苹果", ["大 is not understood: all things have one size"]),
         ("一只小狐狸", ["小 is not understood: all things have one size"]),
-        ("，？！……", [f"no thing is named; {THINGS}, for example 蓝色背景上的三只狐狸"]),
-        ("红色背景", [f"no thing is named; {THINGS}, for example 蓝色背景上的三只狐狸"]),
+        ("，？！……", [f"no thing is named; {THINGS}; write for example 蓝色背景上的三只狐狸"]),
+        ("红色背景", [f"no thing is named; {THINGS}; write for example 蓝色背景上的三只狐狸"]),
         (
             "一只在月球上的宇航员",
             [
@@ -74,7 +74,7 @@ def reader() -> PromptReader:
         ("画一只猫", [f"“画” is unknown to the model; {THINGS}"]),
         ("可爱的狐狸在苹果的左边", [f"“可爱” is unknown to the model; {THINGS}"]),
         ("a red car", ["“a red car” is unknown to the model, near in meaning: 汽车"]),
-        ("sunset", [f"“sunset” is unknown to the model; it reads Chinese, and {THINGS}"]),
+        ("sunset", [f"“sunset” is unknown to the model; it reads Chinese; {THINGS}"]),
         (
             "六只大狐狸和狼",
             [
@@ -92,7 +92,7 @@ def reader() -> PromptReader:
         ),
         ("半个苹果", [f"{COUNTS}半个"]),
         ("黑白照片", ["“黑白照片” is unknown to the model, near in meaning: 相机"]),
-        ("苹果在房子里", ["“在…里” is no known relation, write 左边是苹果，右边是房子 or 上面是苹果，下面是房子"]),
+        ("苹果在房子里", ["“在…里” is no known relation, write 左边是苹果，右边是房子 / 上面是苹果，下面是房子"]),
         (
             "一只猫在蓝色背景上",
             ["the wording is unknown to the model, which may misread it; it knows for example 蓝色背景上的一只猫"],
