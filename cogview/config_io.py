@@ -157,6 +157,8 @@ def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
     Raises:
         InputError: A key is unknown, missing or given twice, a value has another type, or the dataclass rejects it.
     """
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"{where} must be settings with names, got {_describe(mapping)}")
     hints = get_type_hints(kind)
     settings = {setting.name: setting for setting in fields(kind) if setting.init}  # type: ignore[arg-type]
     mapping = _with_new_names(mapping, settings, where)

@@ -110,7 +110,10 @@ def read_things(folder: Path) -> tuple[NamedThing, ...]:
     path = folder / "things.json"
     if not path.is_file():
         return ()
-    return tuple(from_mapping(NamedThing, entry, where=str(path)) for entry in read_json(path))
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise InputError(f"{path} must be a list of things")
+    return tuple(from_mapping(NamedThing, entry, where=str(path)) for entry in entries)
 
 
 def load_model(

@@ -319,3 +319,22 @@ def test_verify_files_compares_checksums(folder):
         f"{folder}/config.json is damaged or was changed: its SHA-256 is {found[:12]}…, expected {sums[1][1][:12]}…; "
         "install cogview again"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("image/config.json", "[1]", r"image/config.json must be settings with names, got \[1\]"),
+        ("things.json", "[1]", "things.json must be settings with names, got 1"),
+        ("things.json", '{"狐狸": 1}', "things.json must be a list of things"),
+    ],
+)
+def test_open_refuses_json_of_another_form(tiny_checkpoint, tmp_path, name, content, message):
+    """A list where settings are expected, and the reverse."""
+    from cogview import CogView
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(tiny_checkpoint, folder)
+    (folder / name).write_text(content, encoding="utf-8")
+    with pytest.raises(InputError, match=message):
+        CogView.from_pretrained(folder, device="cpu")
