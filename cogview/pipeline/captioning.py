@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
@@ -41,6 +42,12 @@ from cogview.tokenizers.tasks import TASKS
 CAPTION_METHODS = ("greedy", "sample", "beam")
 CAPTION_SAMPLING = Sampling(top_k=0)  # of sampled captions: the distribution of the model as it is
 Item = TypeVar("Item")
+log = logging.getLogger(__name__)
+
+
+def log_note(index: int, note: str) -> None:
+    """Log how an image was read, resized or cropped."""
+    log.info("images[%d]: %s", index, note)
 
 
 class CaptioningModel(LoadedModel):
@@ -87,7 +94,7 @@ class CaptioningModel(LoadedModel):
         *,
         task: str = "generate",
         batch_size: int | None = None,
-        on_note: Callable[[int, str], object] = lambda index, note: None,
+        on_note: Callable[[int, str], object] = log_note,
     ) -> np.ndarray:
         """Return the codes of images, fitted to the size that ``task`` is given.
 
@@ -97,7 +104,7 @@ class CaptioningModel(LoadedModel):
             images: An image or a list of images, of any size: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W).
             task: Name of a task.
             batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
-            on_note: Called with the index of an image and the note of ``fit_image``.
+            on_note: Called with the index of an image and the note of ``fit_image``; by default it is logged (INFO).
 
         Returns:
             (B, G, G) int64 codes; (G, G) of one image.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, overload
@@ -35,6 +36,8 @@ from cogview.pipeline.requests import (
 )
 from cogview.pipeline.results import Caption, GeneratedImage, ProgressCallback, only_images
 from cogview.tokenizers.tasks import TASKS
+
+log = logging.getLogger(__name__)
 
 
 class CogView(CaptioningModel):
@@ -235,12 +238,15 @@ class CogView(CaptioningModel):
 
         Args:
             images: An image or a list of images, of any size: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W).
-                They are fitted to the model's size first, so that a large photograph becomes smaller.
+                They are fitted to the model's size first, so that a large photograph becomes smaller; a warning is
+                logged then.
             texts: What they show: one text for all images, or one for each; None: the prompts of generated images.
             seed: From 0 to 2**63 - 1, or a list with one for each image; None: a random one. A generated image keeps
                 its index.
             sampling: Sampling settings; None: those of the model.
-            low_level: Generate (G, G) codes from an image of half the model's side instead, in a single window.
+            low_level: Generate (G, G) codes from an image of half the model's side instead, in a single window. The
+                weights must have been trained for the task ``low_level``, as those of CogView v1 and unlike those of
+                ``cogview-emoji``.
             batch_size: As for ``generate``.
             callback: As for ``generate``.
             **overrides: As for ``generate``.
@@ -264,7 +270,14 @@ class CogView(CaptioningModel):
         self.prompt_checks.log_warnings(checked)
         settings = self._resolve_sampling(sampling, overrides, task)
         seeds = resolve_seeds(seed, len(items), "images")
-        codes = self.encode_images(items, task=task)
+        side = 2 * self.image_size(task)
+        codes = self.encode_images(
+            items,
+            task=task,
+            on_note=lambda index, note: log.warning(
+                "images[%d]: %s, the model's size; the upscaled image is %d x %d", index, note, side, side
+            ),
+        )
         requests = upscale_requests(checked, items, codes, task=task, seeds=seeds, sampling=settings)
         upscaled = list(only_images(self.run(requests, batch_size=batch_size, callback=callback)))
         return only_result(upscaled, callback) if is_single else upscaled

@@ -36,7 +36,7 @@ def encode_images(
         side: Codes on a side.
         context: The model.
         planner: Splits the images into batches that fit in memory.
-        on_note: Called with the index of an image and how it was resized or cropped, for example "resized from
+        on_note: Called with the index of an image and how it was read, resized or cropped, for example "resized from
             128 x 128 to 64 x 64".
 
     Returns:
@@ -53,7 +53,9 @@ def encode_images(
         if own is not None and own.shape == (side, side):
             codes[index] = own
             continue
-        pixels, note = fit(load_image(image, f"images[{index}]"), side * tokenizer.downsampling)
+        pixels, note = fit(
+            load_image(image, f"images[{index}]", partial(on_note, index)), side * tokenizer.downsampling
+        )
         fitted.append((index, pixels))
         if note is not None:
             on_note(index, note)

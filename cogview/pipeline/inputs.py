@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
@@ -24,7 +24,7 @@ from torch import Tensor
 from cogview.errors import InputError
 from cogview.formatting import shorten
 from cogview.generation.sampling import MAX_SEED
-from cogview.image_io.reading import read_image
+from cogview.image_io.reading import ignore_note, read_image
 from cogview.limits import MAX_RESULTS
 from cogview.modeling.config import Sampling
 from cogview.tokenizers.tasks import TASKS
@@ -80,13 +80,16 @@ def list_images(images: ImagesLike) -> tuple[list[ImageLike], bool]:
     return items, False
 
 
-def load_image(image: ImageLike, name: str = "the image") -> Image.Image:
+def load_image(
+    image: ImageLike, name: str = "the image", on_note: Callable[[str], object] = ignore_note
+) -> Image.Image:
     """Return an image of any form as a PIL image.
 
     Args:
         image: A path, a PIL image of any mode, an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor
             (1, H, W) or (3, H, W). Arrays and tensors are uint8, or floats in [0, 1], which are rounded to 8 bits.
         name: Name of the argument, for messages.
+        on_note: Called with a choice that was made when a file was read.
 
     Returns:
         The image, upright by its EXIF data. A PIL image that needs nothing is returned as it is.
@@ -95,7 +98,7 @@ def load_image(image: ImageLike, name: str = "the image") -> Image.Image:
         InputError: If it cannot be read, or has another type, shape or range.
     """
     if isinstance(image, str | os.PathLike):
-        return read_image(Path(image))
+        return read_image(Path(image), on_note)
     if isinstance(image, Image.Image):
         try:
             image.load()

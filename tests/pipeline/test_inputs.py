@@ -405,3 +405,16 @@ def test_unknown_task_is_refused(tiny_model):
 
 def test_sampling_is_the_exported_one():
     assert Sampling(top_k=3).top_k == 3
+
+
+def test_upscale_warns_about_an_image_that_becomes_smaller(tiny_model, save_image, tmp_path, caplog):
+    """A command for "twice the side" that returns less is said, not found out."""
+    save_image(tmp_path / "照片.png", size=(512, 400))
+    assert tiny_model.upscale(tmp_path / "照片.png", "狗", seed=7).size == (128, 128)
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
+        "images[0]: resized from 512 x 400 and cropped to 64 x 64, the model's size; the upscaled image is 128 x 128"
+    ]
+    caplog.clear()
+    with caplog.at_level("INFO", logger="cogview.pipeline"):
+        tiny_model.caption(tmp_path / "照片.png")
+    assert "images[0]: resized from 512 x 400 and cropped to 64 x 64" in caplog.messages
