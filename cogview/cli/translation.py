@@ -96,9 +96,9 @@ class Catalogue:
                     return mark.join(sides)
                 if partly is None and (sides[0] != left or sides[1] != right):
                     partly = (mark if sides[0] != left or not left else match[0]).join(sides)
-        if partly is None and (match := _PARENTHESIS.fullmatch(text)):
-            inner = self.translate(match[2], depth + 1)
-            return f"{self.translate(match[1], depth + 1)}（{inner}）" if inner != match[2] else None
+        if partly is None and (whole := _PARENTHESIS.fullmatch(text)):
+            inner = self.translate(whole[2], depth + 1)
+            return f"{self.translate(whole[1], depth + 1)}（{inner}）" if inner != whole[2] else None
         return partly
 
 
