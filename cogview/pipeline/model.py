@@ -140,6 +140,7 @@ class LoadedModel:
             model = load_model(folder, placement.device, placement.dtype, placement.quantization)
             if adapter is not None:
                 merge_adapter(model.transformer, adapter)
+                model.grammar = None  # the adapter may have learnt other words
             opened = cls(model, placement, str(name))
             opened.adapter = None if adapter is None else Path(adapter)
             opened.folder = folder

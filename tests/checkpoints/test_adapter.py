@@ -24,6 +24,8 @@ from cogview.checkpoints.adapter import (
 )
 from cogview.checkpoints.adapter_merge import merge_adapter, unmerge_adapter
 from cogview.checkpoints.checkpoint import load_transformer, read_config
+from cogview.checkpoints.grammar import GRAMMAR_FILE
+from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.errors import InputError
 from cogview.modeling.lora import LoraSettings, add_lora, has_adapter
 from cogview.modeling.transformer import MLP, Transformer
@@ -233,6 +235,18 @@ def test_from_pretrained_merges_the_adapter(tiny_checkpoint, tiny_model, trained
     (drawn,) = model.generate(FOX, seed=7)
     (without,) = tiny_model.generate(FOX, seed=7)
     assert (drawn.codes != without.codes).any()
+
+
+def test_from_pretrained_ignores_the_grammar_of_prompts_with_an_adapter(tiny_checkpoint, trained, tmp_path):
+    """An adapter may have learnt words and characters that the grammar calls unknown or converts."""
+    grammar = resolve_checkpoint("cogview-emoji") / GRAMMAR_FILE
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    shutil.copy(grammar, folder)
+    plain, adapted = (CogView.from_pretrained(folder, device="cpu", adapter=adapter) for adapter in (None, trained[2]))
+    assert plain.prompt_warning("三隻狗") == "“三隻狗”: 隻 is read as 只"
+    assert adapted.prompt_warning("三隻狗") == "“三隻狗”: 33% of its characters are unknown to the model"
+    assert plain.tokenize(["三隻狗"])[0].ids == plain.tokenize(["三只狗"])[0].ids
+    assert adapted.tokenize(["三隻狗"])[0].ids != adapted.tokenize(["三只狗"])[0].ids
 
 
 def test_generate_applies_the_adapter_during_training(tiny_checkpoint, trained):
