@@ -61,12 +61,18 @@ class TextTokenizer:
     def __reduce__(self) -> tuple[type[TextTokenizer], tuple[bytes]]:
         return type(self), (self.model_bytes,)  # loader workers get their own copy of the model
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.size} pieces>"
+
     def encode(self, text: str) -> list[int]:
         """Return the piece ids of a text. Leading, trailing and repeated spaces are dropped, as in training.
 
         Raises:
+            TypeError: if it is no text.
             ValueError: if the text holds bytes that are not UTF-8.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be one str, got {type(text).__name__}")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:

@@ -134,13 +134,14 @@ class CogView(CaptioningModel):
         Arguments are checked at once; the work starts with the first image that is taken.
 
         Args:
-            prompts: As for ``generate``.
-            n: As for ``generate``.
-            seed: As for ``generate``.
-            sampling: As for ``generate``.
-            batch_size: As for ``generate``; 1 yields every image by itself.
-            callback: As for ``generate``; where it returns False, the iterator ends.
-            **overrides: As for ``generate``.
+            prompts: One text or a list of texts.
+            n: Images of each prompt, from 1 to 100,000.
+            seed: From 0 to 2**63 - 1, or a list with one for each prompt; None: a random one, which the images carry.
+            sampling: Sampling settings; None: those of the model.
+            batch_size: Maximum number of images at a time; 1 yields every image by itself, None as many as pay.
+            callback: Called with a ``GenerationProgress`` after every line of codes; where it returns False, the
+                iterator ends.
+            **overrides: Fields of ``Sampling`` to replace, such as ``temperature=0.8``.
 
         Returns:
             The iterator over images, prompt by prompt.
@@ -183,9 +184,9 @@ class CogView(CaptioningModel):
             n: Completions of each image, from 1 to 100,000.
             seed: From 0 to 2**63 - 1, or a list with one for each image; None: a random one, which the images carry.
             sampling: Sampling settings; None: those of the model.
-            batch_size: As for ``generate``.
-            callback: As for ``generate``.
-            **overrides: As for ``generate``.
+            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
+            callback: Called with a ``GenerationProgress`` after every line of codes; returns False to stop.
+            **overrides: Fields of ``Sampling`` to replace, such as ``temperature=0.8``.
 
         Returns:
             Completed images, image by image: a flat list, also for one image.
@@ -247,9 +248,9 @@ class CogView(CaptioningModel):
             low_level: Generate (G, G) codes from an image of half the model's side instead, in a single window. The
                 weights must have been trained for the task ``low_level``, as those of CogView v1 and unlike those of
                 ``cogview-emoji``.
-            batch_size: As for ``generate``.
-            callback: As for ``generate``.
-            **overrides: As for ``generate``.
+            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
+            callback: Called with a ``GenerationProgress`` after every line of codes; returns False to stop.
+            **overrides: Fields of ``Sampling`` to replace, such as ``temperature=0.8``.
 
         Returns:
             An image for one image; for a list of images, a list.

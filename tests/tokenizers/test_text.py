@@ -145,6 +145,10 @@ def test_load_refuses_missing_and_damaged_files(tokenizer, tmp_path):
 
 
 def test_encode_and_decode_refuse_invalid_values(tokenizer):
+    for wrong in (None, ["狐狸"], b"fox"):
+        with pytest.raises(TypeError, match=f"text must be one str, got {type(wrong).__name__}"):
+            tokenizer.encode(wrong)
+    assert repr(tokenizer) == "<TextTokenizer of 340 pieces>"
     with pytest.raises(ValueError, match="piece id 340 is outside 0 to 339"):
         tokenizer.decode([1, 340])
     with pytest.raises(ValueError, match="piece id -1 is outside"):
