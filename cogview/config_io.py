@@ -6,7 +6,7 @@ the command line, to the dataclass of the command; ``to_mapping`` converts it ba
 
 from __future__ import annotations
 
-import re
+import sys
 import types
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -14,11 +14,13 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
 from cogview.errors import InputError
+from cogview.formatting import shorten
+from cogview.plain_data import parse_yaml, read_yaml
 
 T = TypeVar("T")
+
+_SHOWN = 200  # characters of a wrong value in a message
 
 # Renamed keys of recipes, checkpoints and overrides: the old name is read as the new one. No dataclass that is read
 # from a file may have a field with an old name.
@@ -39,30 +41,6 @@ RENAMED_KEYS = {
 }
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads ``1e-4`` as a number, as YAML 1.2 does, and rejects duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Read a mapping; raise ConstructorError for a duplicate key."""
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                continue
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f'duplicate key "{key_node.value}"', problem_mark=key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read the sections of a YAML recipe.
 
@@ -76,13 +54,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
         InputError: The file cannot be read or parsed; the message has the line.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the recipe {path}: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        recipe = _parse(text)
-    except ValueError as error:
-        raise InputError(f"{path}, {error}") from error
+        recipe = read_yaml(Path(path), "recipe")
+    except OSError as error:
+        raise InputError(f"cannot read the recipe {path}: {error.strerror or error}") from error
     if not isinstance(recipe, dict):
         raise InputError(f"{path} is no recipe: expected sections, got {_describe(recipe)}")
     return recipe
@@ -117,7 +91,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     if not equals or not path:
         raise InputError(f'override "{override}": expected key=value')
     try:
-        parsed = _parse(value)
+        parsed = parse_yaml(value)
     except ValueError as error:
         raise InputError(f'override "{override}": {error}') from error
     *outer, last = (RENAMED_KEYS.get(key, key) for key in path.split("."))
@@ -159,6 +133,8 @@ def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(mapping, Mapping):
         raise InputError(f"{where} must be settings with names, got {_describe(mapping)}")
+    if not isinstance(mapping, Mapping):
+        raise InputError(f"{where}: expected settings, got {_describe(mapping)}")
     hints = get_type_hints(kind)
     settings = {setting.name: setting for setting in fields(kind) if setting.init}  # type: ignore[arg-type]
     mapping = _with_new_names(mapping, settings, where)
@@ -207,17 +183,6 @@ def to_mapping(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _parse(text: str) -> Any:
-    """Return the content of YAML; raise ValueError with the line of a mistake."""
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{line}{error.problem}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(str(error).replace("\n", " ")) from error
-
-
 def _convert_value(kind: Any, value: Any, where: str) -> Any:
     """Return ``value`` as type ``kind``; raise InputError if it has another type."""
     origin, arguments = get_origin(kind), get_args(kind)
@@ -244,6 +209,8 @@ def _convert_value(kind: Any, value: Any, where: str) -> Any:
     elif kind is Any:
         return value
     elif kind is float and type(value) in (int, float):
+        if abs(value) > sys.float_info.max or value != value:
+            raise InputError(f"{where}: expected a finite number, got {_describe(value)}")
         return float(value)
     elif kind is Path and isinstance(value, str):
         return Path(value)
@@ -300,9 +267,13 @@ def _type_name(kind: Any) -> str:
 def _describe(value: Any) -> str:
     """Return a value for error messages."""
     if isinstance(value, Mapping):
-        return f"the settings {', '.join(map(str, value))}"
+        return shorten(f"the settings {', '.join(map(str, value))}", _SHOWN)
     if value is None:
         return "nothing"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f'"{value}"' if isinstance(value, str) else str(value)
+    try:
+        shown = shorten(str(value), _SHOWN)
+    except ValueError:  # Python refuses to write integers of more than 4300 digits
+        shown = "a number of more than 4300 digits"
+    return f'"{shown}"' if isinstance(value, str) else shown

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cogview.errors import InputError
+from cogview.plain_data import parse_json
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HASH_BLOCK = 1 << 20  # bytes
@@ -116,18 +117,6 @@ def remove_unfinished(parent: Path, pattern: str) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        InputError: The file is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from None
-
-
 def write_json(path: Path, content: object, *, indent: int | None = 2, per_process: bool = False) -> None:
     """Write plain data as a JSON file that people read too; the file is whole or absent.
 
@@ -171,7 +160,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
         return
     for line in path.read_bytes().split(b"\n"):
         try:
-            found = json.loads(line)
+            found = parse_json(line)
         except ValueError:
             continue
         if isinstance(found, dict):

@@ -25,7 +25,8 @@ from cogview.cli.main import run_command
 from cogview.cli.options import Command, device_option
 from cogview.cli.recipes import recipe_options
 from cogview.errors import InputError
-from cogview.files import read_json, write_json
+from cogview.files import write_json
+from cogview.plain_data import read_json
 from cogview.training.recipe import Recipe
 
 # Measures of the evaluation, the tasks that they need, and their options; rerank takes 16 images of each caption.

@@ -11,6 +11,7 @@ import pytest
 
 from cogview.config_io import RENAMED_KEYS, from_mapping, read_recipe, section, to_mapping
 from cogview.errors import InputError
+from cogview.modeling.config import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +195,7 @@ def test_read_recipe_reports_a_missing_file(tmp_path):
         (b"model: !!python/object:os.system {}\n", r"bad\.yaml, line 1: could not determine a constructor"),
         (b"- a\n- b\n", r"bad\.yaml is no recipe: expected sections, got \['a', 'b'\]"),
         (b"", r"bad\.yaml is no recipe: expected sections, got nothing"),
-        (b"model: \xff\xfe\n", r"cannot read the recipe .*bad\.yaml: .*utf-8"),
+        (b"model: \xff\xfe\n", r"cannot read the recipe .*bad\.yaml: .*UTF-8"),
         (b"model: \x07\n", r"bad\.yaml, .*special characters are not allowed"),
     ],
 )
@@ -283,3 +284,21 @@ def test_settings_have_no_field_with_old_name():
     names = {setting.name for root in roots for kind in dataclasses_within(root) for setting in fields(kind)}
     assert names >= {"learning_rate", "num_workers", "grid"}  # nested dataclasses are found
     assert not names & RENAMED_KEYS.keys()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 10**400])
+def test_from_mapping_refuses_numbers_that_are_not_finite(value):
+    with pytest.raises(InputError, match=r"sampling, temperature: expected a finite number, got"):
+        from_mapping(Sampling, {"temperature": value}, where="sampling")
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 3])
+def test_from_mapping_refuses_what_holds_no_settings(value):
+    with pytest.raises(InputError, match="sampling: expected settings, got"):
+        from_mapping(Sampling, value, where="sampling")
+
+
+def test_from_mapping_shortens_a_long_value_in_its_message():
+    with pytest.raises(InputError) as caught:
+        from_mapping(Sampling, {"temperature": "x" * 10_000}, where="sampling")
+    assert len(str(caught.value)) < 300

@@ -15,11 +15,11 @@ from cogview.files import (
     file_sha256,
     json_line,
     new_folder,
-    read_json,
     read_json_lines,
     remove_unfinished,
     write_json,
 )
+from cogview.plain_data import read_json
 
 OLDER_LEFTOVERS = [".狐狸.writing", ".狐狸-writing", ".writing-狐狸"]  # of the folder 狐狸
 

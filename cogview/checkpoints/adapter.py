@@ -23,7 +23,7 @@ from cogview.checkpoints.registry import load_registry, resolve_adapter
 from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
-from cogview.files import read_json, write_json
+from cogview.files import write_json
 from cogview.modeling.config import PROJECTIONS, ModelConfig, TransformerConfig
 from cogview.modeling.lora import (
     LoraSettings,
@@ -33,6 +33,7 @@ from cogview.modeling.lora import (
     merged_weight,
 )
 from cogview.modeling.transformer import Transformer
+from cogview.plain_data import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

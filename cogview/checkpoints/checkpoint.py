@@ -21,11 +21,12 @@ from cogview.checkpoints.safetensors_io import WeightsFile, describe_mismatch
 from cogview.config_io import from_mapping, to_mapping
 from cogview.device import Quantization
 from cogview.errors import InputError
-from cogview.files import file_sha256, read_json, write_json
+from cogview.files import file_sha256, write_json
 from cogview.kernels.linear import has_native_kernels, pack_int4_for_cpu
 from cogview.modeling.config import FORMAT_VERSION, ModelConfig
 from cogview.modeling.quantization import Int4Linear, Int8Linear, is_quantized, swap_quantized_linears
 from cogview.modeling.transformer import Transformer
+from cogview.plain_data import read_json
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import VQVAE
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cogview.config_io import from_mapping
 from cogview.errors import InputError
-from cogview.files import read_json
+from cogview.plain_data import read_json
 
 GRAMMAR_VERSION = 1
 GRAMMAR_FILE = "grammar.json"

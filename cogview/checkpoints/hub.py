@@ -14,7 +14,7 @@ from typing import Any
 
 from cogview import __version__
 from cogview.errors import InputError
-from cogview.files import read_json
+from cogview.plain_data import read_json
 
 # The files that are fetched and pushed. Pickles and training states are not among them.
 CHECKPOINT_FILES = (

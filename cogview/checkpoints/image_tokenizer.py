@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
-from cogview.files import atomic_write, read_json, write_json
+from cogview.files import atomic_write, write_json
+from cogview.plain_data import read_json
 from cogview.vqvae.codec import codebook_sha256
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 from cogview.vqvae.quantizer import RENAMED_AVERAGES

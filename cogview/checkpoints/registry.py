@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 
-import yaml
-
 from cogview.checkpoints.hub import fetch_adapter, fetch_checkpoint, is_hub_name
 from cogview.config_io import from_mapping
 from cogview.errors import InputError
+from cogview.plain_data import read_yaml
 
 V1_FILES = {  # by role, under their published names
     "transformer": "cogview-base.tar",
@@ -68,8 +67,7 @@ class ModelEntry:
 
 def load_registry() -> dict[str, ModelEntry]:
     """The rows of checkpoints.yaml by name."""
-    text = (_package() / "checkpoints.yaml").read_text(encoding="utf-8")
-    rows = yaml.safe_load(text) or {}
+    rows = read_yaml(_package() / "checkpoints.yaml") or {}
     return {name: from_mapping(ModelEntry, row, where=f"checkpoints.yaml, {name}") for name, row in rows.items()}
 
 

@@ -163,7 +163,7 @@ def read_report(recipe: Recipe, measure: str) -> dict[str, Any] | None:
         InputError: The report is of another checkpoint than the last.
     """
     from cogview.emoji.evaluation.reports import MEASURES
-    from cogview.files import read_json
+    from cogview.plain_data import read_json
 
     path, checkpoint = recipe.work / "report" / MEASURES[measure].file, last_checkpoint(recipe)
     if not path.is_file():

@@ -18,6 +18,7 @@ from typing import Any
 
 from cogview.errors import InputError
 from cogview.files import atomic_write
+from cogview.plain_data import parse_json
 
 PHASES_FILE = "stores.jsonl"  # of the phases, in the folder of a run
 
@@ -89,7 +90,7 @@ class Phase:
         Raises:
             ValueError: if the line is not a phase.
         """
-        content = json.loads(text)
+        content = parse_json(text)
         try:
             first_sample, stores = content["first_sample"], content["stores"]
             columns = [tuple(store[key] for store in stores) for key in ("name", "share", "size")]

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from cogview.checkpoints.grammar import GRAMMAR_VERSION, PromptGrammar
 from cogview.config_io import from_mapping
 from cogview.emoji.captions import CLAUSE_ON_COLOUR, NOUN_ON_COLOUR, NUMERALS, PAIRS
@@ -30,6 +28,7 @@ from cogview.emoji.things import (
     read_groups,
 )
 from cogview.errors import InputError
+from cogview.plain_data import read_yaml
 
 _NEAREST = 3  # things that are named for a word
 _SAME_SUBGROUP = 0.1  # score of a thing of the same subgroup; a shared keyword that ten emoji have counts as much
@@ -95,7 +94,7 @@ class _GrammarTables:
 def _tables() -> _GrammarTables:
     """Return the tables of ``grammar.yaml``, which is read once."""
     path = Path(__file__).with_name("grammar.yaml")
-    return from_mapping(_GrammarTables, yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
+    return from_mapping(_GrammarTables, read_yaml(path), str(path))
 
 
 def build_grammar(things: Sequence[EmojiObject], files: GrammarFiles | None = None) -> PromptGrammar:

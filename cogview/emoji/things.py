@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from cogview.errors import InputError
+from cogview.plain_data import read_yaml
 
 SPRITE_PIXELS = 128
 """Side of a stored sprite. The bitmaps of the font are 136 wide and 128 high."""
@@ -119,7 +119,7 @@ class NameTables:
 @cache
 def name_tables() -> NameTables:
     """Return the tables of ``things.yaml``, which is read once."""
-    plain = yaml.safe_load(Path(__file__).with_name("things.yaml").read_text(encoding="utf-8"))
+    plain = read_yaml(Path(__file__).with_name("things.yaml"))
     return NameTables(
         common=tuple(plain["common"].split()),
         names={emoji: tuple(names.split()) for emoji, names in plain["names"].items()},

@@ -22,7 +22,8 @@ from cogview.emoji.captions import write_caption
 from cogview.emoji.scene import COLOURS, COUNTS, EQUAL_WEIGHTS, Cell, Colour, Scene, SceneKind, SceneWeights, cells_of
 from cogview.emoji.things import SPRITE_PIXELS, EmojiFiles, EmojiObject, draw_sprites, read_things
 from cogview.errors import InputError
-from cogview.files import atomic_write, read_json, write_json
+from cogview.files import atomic_write, write_json
+from cogview.plain_data import read_json
 
 FORMAT_VERSION = 1
 

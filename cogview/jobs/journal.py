@@ -20,6 +20,7 @@ from cogview.errors import InputError
 from cogview.files import atomic_write, json_line
 from cogview.formatting import plural
 from cogview.jobs.locks import JobLocks
+from cogview.plain_data import parse_json
 
 FORMAT_VERSION = 1
 BLOCK = 1 << 16  # bytes of a block of weights in a fingerprint
@@ -152,7 +153,7 @@ class JobJournal:
     def _parse(self, line: bytes) -> bool:
         """Add the result of a line; return False if the line is damaged."""
         try:
-            found = json.loads(line)
+            found = parse_json(line)
             self.done[found.pop("id")] = found
         except (ValueError, KeyError, TypeError, AttributeError):
             return False
@@ -198,7 +199,7 @@ def _read_header(line: bytes, path: Path) -> dict[str, Any]:
     """Return the header in the first line of a journal; raise InputError if there is none."""
     header: Any = None
     with suppress(ValueError):
-        header = json.loads(line)
+        header = parse_json(line)
     if not isinstance(header, dict) or (version := header.pop(_VERSION_KEY, None)) is None:
         raise InputError(f"{path} is not the journal of a job; move it away, or choose another output folder")
     if version != FORMAT_VERSION:

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 from cogview.errors import InputError
 from cogview.formatting import shorten
 from cogview.limits import MAX_RESULTS
+from cogview.plain_data import parse_json
 from cogview.tokenizers.tasks import TASKS, Task, job_tasks
 
 SHOWN = 40  # characters of a wrong value in a message
@@ -211,25 +212,14 @@ def _objects(text: str) -> _Lines:
     """Parse a JSON object per line."""
     for number, line in numbered_lines(text):
         try:
-            found = json.loads(line, object_pairs_hook=_require_unique_keys)
+            found = parse_json(line)
         except json.JSONDecodeError as error:
             yield number, f"this is not JSON: {error.msg} (character {error.colno})"
-        except RecursionError:
-            yield number, "this is nested too deeply to be read"
         except ValueError as error:
             yield number, str(error)
         else:
             wrong = f"expected an object in braces, got {shorten(line, SHOWN)}"
             yield number, found if isinstance(found, dict) else wrong
-
-
-def _require_unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; raise ValueError for a repeated key."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f'"{next(name for name in names if names.count(name) > 1)}" stands here twice')
-    return found
 
 
 def _table(text: str, delimiter: str) -> _Lines:

@@ -12,7 +12,7 @@ from cogview.checkpoints.checkpoint import load_model
 from cogview.config_io import from_mapping, read_recipe
 from cogview.device import DTYPES, choose_placement
 from cogview.errors import InputError
-from cogview.files import read_json
+from cogview.plain_data import read_json
 from cogview.training.distributed import DistributedContext
 from cogview.training.engines import open_engine
 from cogview.training.engines.base import TransformerWithLoss

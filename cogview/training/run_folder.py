@@ -23,11 +23,11 @@ from cogview.files import (
     atomic_folder,
     atomic_write,
     json_line,
-    read_json,
     read_json_lines,
     remove_unfinished,
     write_json,
 )
+from cogview.plain_data import read_json
 from cogview.training.run_lock import RunLock
 from cogview.training.run_record import BEST_FILE, Best, read_best
 

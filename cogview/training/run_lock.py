@@ -15,6 +15,7 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 from cogview.errors import InputError
+from cogview.plain_data import parse_json
 
 LOCK_FILE = "run.lock"
 RETRY_SECONDS = 1.0  # in which ``is_training`` of another process has released the lock again
@@ -102,7 +103,7 @@ def _try_lock(file: int, kind: int, seconds: float = RETRY_SECONDS) -> bool:
 def _describe(holder: bytes) -> str:
     """Return the process that wrote a lock file."""
     try:
-        content = json.loads(holder)
+        content = parse_json(holder)
         return f"process {content['pid']} on {content['host']} since {content['started']}"
     except (ValueError, TypeError, KeyError):
         return "which has just begun"

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.safetensors_io import describe_mismatch
 from cogview.errors import InputError
-from cogview.files import read_json, write_json
+from cogview.files import write_json
+from cogview.plain_data import read_json
 from cogview.training.engines.base import ADAM_MOMENTS, TrainingState
 
 MOMENTS_FILE, STATE_FILE = "trainer.safetensors", "trainer.json"
