@@ -34,7 +34,7 @@ from cogview.pipeline.requests import (
     text_to_image_requests,
     upscale_requests,
 )
-from cogview.pipeline.results import Caption, GeneratedImage, ProgressCallback, only_images
+from cogview.pipeline.results import Caption, GeneratedImage, GenerationProgress, ProgressCallback, only_images
 from cogview.tokenizers.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -313,8 +313,16 @@ class CogView(CaptioningModel):
             ['GeneratedImage', 'Caption']
         """
         require_callback(callback)
-        resolved, context = self._resolve(requests), self.context
-        return runner.run_requests(resolved, context, context.planner(batch_size), callback)
+        given = list(requests) if isinstance(requests, Iterable) else requests
+        resolved, context = self._resolve(given), self.context
+        originals = dict(zip(resolved, given, strict=True))
+
+        def report(progress: GenerationProgress) -> object:
+            """Report progress with the requests of the caller, which may have been completed."""
+            assert callback is not None
+            return callback(replace(progress, requests=tuple(originals.get(one, one) for one in progress.requests)))
+
+        return runner.run_requests(resolved, context, context.planner(batch_size), callback and report)
 
     def batch_sizes(self, requests: Iterable[GenerationRequest], *, batch_size: int | None = None) -> list[int]:
         """Return the sizes of the batches in which ``run`` would take the requests now, in order.
