@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -282,3 +283,14 @@ def flush_denormals() -> None:
     (``scripts/benchmarks/training_step.py denormals``). Worker threads inherit the setting when they start.
     """
     torch.set_flush_denormal(True)
+
+
+@functools.cache
+def compute_after_forks() -> None:
+    """Let forked children of this process compute on one thread.
+
+    A child has none of the threads that OpenMP has started in its parent, and waits for them for ever when it computes
+    on several. Children that are spawned keep all threads.
+    """
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=functools.partial(torch.set_num_threads, 1))

@@ -15,7 +15,7 @@ from cogview.checkpoints.checkpoint import Model, NamedThing, check_folder, load
 from cogview.checkpoints.precision import stored_quantization
 from cogview.checkpoints.registry import load_registry, resolve_bundle, resolve_checkpoint
 from cogview.checkpoints.safetensors_io import WeightsFile
-from cogview.device import DevicePlacement, choose_placement
+from cogview.device import DevicePlacement, choose_placement, compute_after_forks
 from cogview.errors import InputError
 from cogview.modeling.config import ModelConfig, Sampling
 from cogview.modeling.lora import QUANTIZED_MESSAGE, has_adapter
@@ -63,6 +63,7 @@ class LoadedModel:
     ) -> None:
         if not isinstance(model, Model):
             raise InputError(f"{type(self).__name__}.from_pretrained(name) opens a model, got {describe(model)}")
+        compute_after_forks()
         self.model = model
         self.placement = placement
         self.name = name

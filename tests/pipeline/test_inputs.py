@@ -2,7 +2,10 @@
 
 import io
 import math
+import os
 import pickle
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -405,6 +408,27 @@ def test_unknown_task_is_refused(tiny_model):
 
 def test_sampling_is_the_exported_one():
     assert Sampling(top_k=3).top_k == 3
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_generates(tiny_checkpoint):
+    """OpenMP's threads of the parent are missing in the child, which waited for them for ever."""
+    program = f"""
+import os, signal, torch
+torch.set_num_threads(2)
+from cogview import CogView
+model = CogView.from_pretrained({str(tiny_checkpoint)!r}, device="cpu")
+image = model.image_tokenizer.decode(torch.zeros(8, 32, 32, dtype=torch.int64))  # large enough for both threads
+if not (child := os.fork()):
+    signal.alarm(20)
+    again = model.image_tokenizer.decode(torch.zeros(8, 32, 32, dtype=torch.int64))
+    os._exit(not torch.allclose(again, image, atol=1e-5))
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False, timeout=120).returncode == 0
 
 
 def test_upscale_warns_about_an_image_that_becomes_smaller(tiny_model, save_image, tmp_path, caplog):
