@@ -28,8 +28,8 @@ def encode_images(
 ) -> np.ndarray:
     """Return the codes of images.
 
-    A ``GeneratedImage`` gives the codes that it was generated with, if they have the wanted size and its pixels are
-    unchanged. Any other image is opened, fitted to that size (``image_io.reading.fit``) and encoded.
+    A ``GeneratedImage`` gives the codes that it was generated with, if they have the wanted size and codebook and its
+    pixels are unchanged. Any other image is opened, fitted to that size (``image_io.reading.fit``) and encoded.
 
     Args:
         images: Images of any size and form.
@@ -49,7 +49,10 @@ def encode_images(
     codes = np.empty((len(images), side, side), dtype=np.int64)
     fitted = []
     for index, image in enumerate(images):
-        own = None if isinstance(image, GeneratedImage) and image.is_edited else getattr(image, "codes", None)
+        if isinstance(image, GeneratedImage):
+            own = image.codes_of(context.config.codebook_sha256)
+        else:
+            own = getattr(image, "codes", None)
         if own is not None and own.shape == (side, side):
             codes[index] = own
             continue

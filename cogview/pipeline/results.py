@@ -76,6 +76,7 @@ class GeneratedImage(Image.Image):
         log_probability: Log-probability of the sampled codes before guidance and filters, in nats.
         sampling: Settings that it was sampled with.
         model_prompt: The prompt as the model was given it, such as 三只狐狸 for 三只🦊.
+        codebook_sha256: Hash of the codebook that gives the codes their meaning.
         score: Score of its prompt as a caption, once it was computed.
     """
 
@@ -86,6 +87,7 @@ class GeneratedImage(Image.Image):
     codes: np.ndarray
     log_probability: float
     sampling: Sampling
+    codebook_sha256: str = ""
     score: Score | None = None
     _checksum: int = 0
 
@@ -116,24 +118,22 @@ class GeneratedImage(Image.Image):
         """Whether the pixels were changed in place since ``codes`` were decoded to them."""
         return zlib.crc32(self.tobytes()) != self._checksum
 
+    def codes_of(self, codebook_sha256: str) -> np.ndarray | None:
+        """Return the codes of the pixels; None if they belong to another codebook, or the pixels were edited.
+
+        Args:
+            codebook_sha256: Hash of the codebook that is meant.
+        """
+        return None if self.is_edited or self.codebook_sha256 != codebook_sha256 else self.codes
+
     def __repr__(self) -> str:
         width, height = self.size
         facts = f"“{shorten(self.prompt, MAX_SHOWN)}” seed={self.seed} index={self.index}"
         return f"<{type(self).__name__} {width} x {height} {facts}>"
 
     def __getstate__(self) -> Any:
-        facts = (
-            "prompt",
-            "model_prompt",
-            "seed",
-            "index",
-            "codes",
-            "log_probability",
-            "sampling",
-            "score",
-            "_checksum",
-        )
-        return super().__getstate__(), {name: getattr(self, name) for name in facts}
+        own = vars(self)
+        return super().__getstate__(), {name: own[name] for name in GeneratedImage.__annotations__ if name in own}
 
     def __setstate__(self, state: Any) -> None:
         pixels, facts = state

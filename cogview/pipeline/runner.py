@@ -317,6 +317,7 @@ def _build_results(
     }
     for image in images.values():
         image.model_prompt = context.convert_prompt(image.prompt)
+        image.codebook_sha256 = context.config.codebook_sha256
     return [
         images[program]
         if program in images

@@ -238,6 +238,15 @@ def test_edited_image_is_encoded_anew(tiny_model):
     np.testing.assert_array_equal(tiny_model.encode_images(image), tiny_model.encode_images(np.asarray(image)))
 
 
+def test_image_of_another_model_is_encoded_anew(tiny_model):
+    """Codes mean nothing in another codebook, although the grid is the same."""
+    image = tiny_model.generate("狐狸", seed=7)[0]
+    assert image.codebook_sha256 == tiny_model.config.codebook_sha256 != ""
+    image.codebook_sha256 = "0" * 64
+    np.testing.assert_array_equal(tiny_model.encode_images(image), tiny_model.encode_images(np.asarray(image)))
+    assert (tiny_model.encode_images(image) != image.codes).any()
+
+
 # Seeds, prompts and numbers
 
 
