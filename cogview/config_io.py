@@ -133,8 +133,6 @@ def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(mapping, Mapping):
         raise InputError(f"{where} must be settings with names, got {_describe(mapping)}")
-    if not isinstance(mapping, Mapping):
-        raise InputError(f"{where}: expected settings, got {_describe(mapping)}")
     hints = get_type_hints(kind)
     settings = {setting.name: setting for setting in fields(kind) if setting.init}  # type: ignore[arg-type]
     mapping = _with_new_names(mapping, settings, where)

@@ -7,6 +7,8 @@ from collections.abc import Container, Sequence
 
 COLUMN_GAP = "  "
 
+_CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")  # general categories of Unicode
+
 
 def format_bytes(count: int) -> str:
     """Return a number of bytes in the largest decimal unit that it reaches, such as ``7.9 GB`` or ``3 bytes``."""
@@ -58,6 +60,16 @@ def shorten(text: str, limit: int, keep: int | None = None) -> str:
         keep: Characters that are left of a longer text; None keeps ``limit``.
     """
     return text if len(text) <= limit else text[: limit if keep is None else keep] + "…"
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with escapes for control characters, line breaks and characters that change the direction.
+
+    A terminal obeys control characters: text from files and servers could move its cursor or change its title.
+    """
+    return "".join(
+        repr(character)[1:-1] if unicodedata.category(character) in _CONTROL else character for character in text
+    )
 
 
 def display_width(text: str) -> int:

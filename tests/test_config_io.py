@@ -294,7 +294,7 @@ def test_from_mapping_refuses_numbers_that_are_not_finite(value):
 
 @pytest.mark.parametrize("value", [None, [], "text", 3])
 def test_from_mapping_refuses_what_holds_no_settings(value):
-    with pytest.raises(InputError, match="sampling: expected settings, got"):
+    with pytest.raises(InputError, match="sampling must be settings with names, got"):
         from_mapping(Sampling, value, where="sampling")
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -23,8 +24,11 @@ from weakref import WeakValueDictionary
 
 import numpy as np
 
+from cogview.config_io import from_mapping
+from cogview.data.store_checksum import DATA_FILE, check_sum
 from cogview.errors import InputError
-from cogview.formatting import shorten
+from cogview.formatting import printable, shorten
+from cogview.plain_data import parse_json
 
 if TYPE_CHECKING:
     import lmdb
@@ -34,7 +38,7 @@ FORMAT_VERSION = 1
 NO_TOKEN = 0xFFFF  # fills a text field behind its last piece
 TEXT_FIELD = "text"
 NAMES_FIELD = "named"  # for each code of an image, the text piece that names the object there, or NO_TOKEN
-DATA_FILE = "data.mdb"
+MAX_ROW_WIDTH = 1 << 20  # ids
 
 _HEADER_KEY = b"header"
 _COUNT_KEY = b"count"
@@ -64,9 +68,9 @@ class StoreHeader:
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
-        if not self.fields or any(width < 1 for width in self.fields.values()):
-            raise ValueError(f"a row needs fields of width 1 or more, got {self.fields}")
-        if self.grid < 1:
+        if not self.fields or any(width < 1 for width in self.fields.values()) or self.row_width > MAX_ROW_WIDTH:
+            raise ValueError(f"a row needs fields of width 1 or more, {MAX_ROW_WIDTH} in all, got {self.fields}")
+        if not 1 <= self.grid <= MAX_ROW_WIDTH:
             raise ValueError(f"the code grid must be 1 or more on a side, got {self.grid}")
         if self.fields.get("image", self.grid**2) != self.grid**2:
             raise ValueError(f'a grid of {self.grid} has {self.grid**2} codes, "image" is {self.fields["image"]} wide')
@@ -79,6 +83,18 @@ class StoreHeader:
         """Number of ids in a row, over all fields."""
         return sum(self.fields.values())
 
+    def limit_of(self, name: str) -> int:
+        """Return the number of ids that the values of a field may have: pieces or codes."""
+        return self.num_text_pieces if name in (TEXT_FIELD, NAMES_FIELD) else self.num_image_codes
+
+    def ids_outside(self, name: str, ids_NW: np.ndarray) -> np.ndarray:
+        """Return the values of a field that are neither ids nor, among pieces, ``NO_TOKEN``: (M,)."""
+        wrong_NW = (ids_NW < 0) | (ids_NW >= self.limit_of(name))
+        if name in (TEXT_FIELD, NAMES_FIELD):
+            wrong_NW &= ids_NW != NO_TOKEN
+        wrong: np.ndarray = ids_NW[wrong_NW]
+        return wrong
+
     def to_json(self) -> str:
         """Return the header as JSON."""
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -90,16 +106,13 @@ class StoreHeader:
         Raises:
             ValueError: if the format is newer or the header is invalid.
         """
-        mapping = json.loads(text)
+        mapping = parse_json(text)
         if not isinstance(mapping, dict):
             raise ValueError("its header is not a JSON object")
         version = mapping.get("format_version")
-        if not isinstance(version, int) or version > FORMAT_VERSION:
+        if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(f"it has format {version}, this version reads up to {FORMAT_VERSION}: update cogview")
-        names = {known.name for known in fields(StoreHeader)}
-        if set(mapping) != names:
-            raise ValueError(f"its header has the fields {sorted(mapping)}, expected {sorted(names)}")
-        return StoreHeader(**{**mapping, "layouts": tuple(mapping["layouts"])})
+        return from_mapping(StoreHeader, mapping, where="its header")
 
 
 def text_lengths(text_NW: np.ndarray) -> np.ndarray:
@@ -163,13 +176,20 @@ class TokenStore:
         """
         wanted = self._existing(indices)
         opened = self._open()
-        with opened.environment.begin(opened.rows) as transaction:
-            packed = b"".join(filter(None, [transaction.get(key) for key in _keys(wanted)]))
-        if len(packed) != len(wanted) * self.header.row_width * _ON_DISK.itemsize:
+        with naming_damage(self.path), opened.environment.begin(opened.rows) as transaction:
+            values = [transaction.get(key) for key in _keys(wanted)]
+        size = self.header.row_width * _ON_DISK.itemsize
+        if any(value is None or len(value) != size for value in values):
             raise InputError(f"{self.path} is damaged, rows are missing or too short: encode the store again")
-        ids_NW = np.frombuffer(packed, dtype=_ON_DISK).reshape(len(wanted), self.header.row_width)
-        parts = np.split(ids_NW, self._splits, axis=1)
-        return {name: part.astype(np.uint16) for name, part in zip(self.header.fields, parts, strict=True)}
+        ids_NW = np.frombuffer(b"".join(values), dtype=_ON_DISK).reshape(len(wanted), self.header.row_width)
+        parts = dict(zip(self.header.fields, np.split(ids_NW, self._splits, axis=1), strict=True))
+        for name, part_NW in parts.items():
+            if (outside := self.header.ids_outside(name, part_NW)).size:
+                raise InputError(
+                    f'{self.path} is damaged, field "{name}" holds {outside[0]}, expected ids in '
+                    f"0…{self.header.limit_of(name) - 1}: encode the store again"
+                )
+        return {name: part_NW.astype(np.uint16) for name, part_NW in parts.items()}
 
     __getitems__ = read  # DataLoader calls this with the indices of a batch
 
@@ -262,6 +282,7 @@ class OpenEnvironment:
             raise InputError(f"there is no token store at {path}: make one with `cogview encode RECIPE`")
         if not (path / DATA_FILE).is_file():
             raise InputError(f"{path} is not a token store: it has no {DATA_FILE}")
+        check_sum(path)
         try:
             # Rows are read in random order, so read-ahead would mostly fetch pages that are evicted unused.
             self.environment: lmdb.Environment = lmdb.open(
@@ -270,20 +291,28 @@ class OpenEnvironment:
         except lmdb.Error as error:
             raise InputError(f"{path} cannot be opened as a token store: {error}") from error
         try:
-            _check_whole(path, self.environment)
-            with self.environment.begin() as transaction:
-                v1_count = transaction.get(_V1_COUNT_KEY)
-            self.is_v1 = v1_count is not None
-            if v1_count is None:
-                self.header, self.count = _read_header(path, self.environment)
-                self.rows = self.environment.open_db(_ROWS_TABLE, create=False)
-            elif v1_count.isdigit():
-                self.count = int(v1_count)
-            else:
-                raise InputError(f"{path} has the length {_shown(v1_count)}, expected a number: copy it again")
+            with naming_damage(path):
+                self._read(path)
         except BaseException:
             self.environment.close()
             raise
+
+    def _read(self, path: Path) -> None:
+        """Read header and count; raise InputError if they are not those of a store or a v1 dataset."""
+        _check_whole(path, self.environment)
+        with self.environment.begin() as transaction:
+            v1_count = transaction.get(_V1_COUNT_KEY)
+            entries = transaction.stat()["entries"]
+        self.is_v1 = v1_count is not None
+        if v1_count is not None:
+            self.count = _number_of(v1_count, path)
+        else:
+            self.header, self.count = _read_header(path, self.environment)
+            self.rows = self.environment.open_db(_ROWS_TABLE, create=False)
+            with self.environment.begin(self.rows) as transaction:
+                entries = transaction.stat(self.rows)["entries"]
+        if self.count > entries:
+            raise InputError(f"{path} is damaged, it states {self.count} rows and has {entries}: copy it again")
 
 
 # LMDB refuses to open a path twice in a process, hence one table of weak references for all stores.
@@ -302,6 +331,24 @@ def open_environment(path: Path) -> OpenEnvironment:
     return opened
 
 
+@contextmanager
+def naming_damage(path: Path) -> Iterator[None]:
+    """Turn an error of LMDB within the block into an InputError that names the store and the remedy."""
+    import lmdb
+
+    try:
+        yield
+    except lmdb.Error as error:
+        raise InputError(f"{path} is damaged ({error}): copy it again, or encode the store again") from None
+
+
+def _number_of(count: bytes, path: Path) -> int:
+    """Return the number of rows that a store or dataset states; raise InputError for anything else."""
+    if not count.isdigit() or len(count) > 18:
+        raise InputError(f"{path} has the length {_shown(count)}, expected a number: copy it again")
+    return int(count)
+
+
 def _check_whole(path: Path, environment: lmdb.Environment) -> None:
     needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
     size = (path / DATA_FILE).stat().st_size
@@ -310,14 +357,14 @@ def _check_whole(path: Path, environment: lmdb.Environment) -> None:
 
 
 def _read_header(path: Path, environment: lmdb.Environment) -> tuple[StoreHeader, int]:
-    with environment.begin() as transaction:
+    with naming_damage(path), environment.begin() as transaction:
         header, count = transaction.get(_HEADER_KEY), transaction.get(_COUNT_KEY)
     if header is None or count is None:
         raise InputError(
             f"{path} is an LMDB, but not a token store: it has no header (nor a CogView v1 dataset: it has no length)"
         )
     try:
-        return StoreHeader.from_json(header.decode()), int(count)
+        return StoreHeader.from_json(header.decode()), _number_of(count, path)
     except ValueError as error:
         raise InputError(f"{path} is not a token store that can be read: {error}") from error
 
@@ -329,4 +376,4 @@ def _keys(indices: np.ndarray) -> list[bytes]:
 
 def _shown(value: object) -> str:
     """Return a header's value for a message; shorten checksums."""
-    return shorten(str(value), 60, keep=16)
+    return shorten(printable(str(value)), 60, keep=16)

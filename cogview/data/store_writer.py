@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +16,6 @@ from cogview.data.store import (
     _HEADER_KEY,
     _ON_DISK,
     _ROWS_TABLE,
-    DATA_FILE,
-    NAMES_FIELD,
     NO_TOKEN,
     TEXT_FIELD,
     StoreHeader,
@@ -24,7 +23,9 @@ from cogview.data.store import (
     _keys,
     _read_header,
     _shown,
+    naming_damage,
 )
+from cogview.data.store_checksum import CHECKSUM_FILE, DATA_FILE, check_sum, write_checksum
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
@@ -78,21 +79,27 @@ class StoreWriter:
         self.header = header
         if (self.path / DATA_FILE).exists() and not resume:
             raise InputError(f"{self.path} already holds a store: remove it, or resume the writing")
+        self._sum_is_due = False
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / DATA_FILE).exists():
+                check_sum(self.path)
             self._environment = lmdb.open(str(self.path), map_size=map_size, max_dbs=1)
         except (OSError, lmdb.Error) as error:
             raise InputError(f"cannot write a store to {self.path}: {error}") from error
         try:
-            if self._environment.stat()["entries"]:
+            with naming_damage(self.path):
+                begun = self._environment.stat()["entries"] > 0
+            if begun:
                 _check_whole(self.path, self._environment)
                 stored, self._count = _read_header(self.path, self._environment)
                 _check_same_header(self.path, stored, header)
             else:
                 self._count = 0
-            self._commit([])
+            with naming_damage(self.path):
+                self._commit([])
         except BaseException:
-            self.close()
+            self._environment.close()
             raise
 
     @property
@@ -116,8 +123,12 @@ class StoreWriter:
             self._commit([chunk[at : at + width] for at in range(0, len(chunk), width)])
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and write its checksum."""
         self._environment.close()
+        if self._sum_is_due:
+            self._sum_is_due = False
+            with suppress(OSError):  # a store without a checksum is whole, too
+                write_checksum(self.path)
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -138,12 +149,9 @@ class StoreWriter:
                 raise InputError(f'field "{name}" has shape {ids_NW.shape}, expected {(num_rows, width)}')
             if not np.issubdtype(ids_NW.dtype, np.integer):
                 raise InputError(f'field "{name}" holds {ids_NW.dtype}, expected integers')
-            has_pieces = name in (TEXT_FIELD, NAMES_FIELD)
-            limit = header.num_text_pieces if has_pieces else header.num_image_codes
-            absent_NW = ids_NW == NO_TOKEN if has_pieces else np.zeros_like(ids_NW, dtype=bool)
-            wrong = ids_NW[~absent_NW & ((ids_NW < 0) | (ids_NW >= limit))]
-            if wrong.size:
-                raise InputError(f'field "{name}" holds {wrong[0]}, expected ids in 0…{limit - 1}')
+            if (wrong := header.ids_outside(name, ids_NW)).size:
+                raise InputError(f'field "{name}" holds {wrong[0]}, expected ids in 0…{header.limit_of(name) - 1}')
+            absent_NW = ids_NW == NO_TOKEN
             if name == TEXT_FIELD and (absent_NW[:, :-1] & ~absent_NW[:, 1:]).any():
                 raise InputError(f'field "{name}" has a piece after padding; padding comes last')
         return np.concatenate([rows[name].astype(_ON_DISK) for name in header.fields], axis=1)
@@ -152,6 +160,9 @@ class StoreWriter:
         """Append ``values`` in one transaction with the new count; in an empty store, write header and table too."""
         import lmdb
 
+        if not self._sum_is_due:  # a checksum that the next commit makes wrong must not survive a kill
+            (self.path / CHECKSUM_FILE).unlink(missing_ok=True)
+            self._sum_is_due = True
         end = self._count + len(values)
         keys = _keys(np.arange(self._count, end))
         while True:

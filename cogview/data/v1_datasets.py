@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from cogview.data.store import DATA_FILE, NO_TOKEN, StoreHeader, TokenStore, open_environment
+from cogview.data.store import NO_TOKEN, StoreHeader, TokenStore, naming_damage, open_environment
+from cogview.data.store_checksum import DATA_FILE
 from cogview.data.v1_rows import ForbiddenGlobal, RowUnpickler, numbers_of
 from cogview.errors import InputError
 from cogview.tokenizers.tasks import tasks_of_store
@@ -191,7 +192,7 @@ class V1Dataset(TokenStore):
         raise first_error
 
     def _values(self, indices: Sequence[int] | np.ndarray) -> list[bytes | None]:
-        with self._open().environment.begin() as transaction:
+        with naming_damage(self.path), self._open().environment.begin() as transaction:
             return [transaction.get(b"%d" % index) for index in indices]
 
     def _parse_row(self, index: int, value: bytes | None) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from cogview.data import store_writer
+from cogview.data import store_checksum, store_writer
 from cogview.data.sampling_order import sample_index
 from cogview.data.store import NO_TOKEN, StoreHeader, TokenStore, as_tensors, text_lengths
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
+from cogview.files import file_sha256
 
 HEADER = StoreHeader(
     fields={"text": 6, "image": 16},
@@ -43,6 +45,12 @@ def assert_same(read, expected):
     for name, ids in expected.items():
         assert read[name].dtype == np.uint16
         np.testing.assert_array_equal(read[name], ids)
+
+
+def without_checksum(path):
+    """Return a store as earlier versions wrote it."""
+    (path / "data.sha256").unlink()
+    return path
 
 
 @pytest.fixture
@@ -218,30 +226,100 @@ def test_token_store_rejects_other_files_and_databases(tmp_path):
 
 def test_token_store_rejects_a_truncated_file(written):
     """Half a copied file used to end the process with SIGBUS."""
-    data = written[0] / "data.mdb"
+    data = without_checksum(written[0]) / "data.mdb"
     os.truncate(data, data.stat().st_size // 2)
     with pytest.raises(InputError, match=r"is cut off, it has .* bytes: copy it again"):
         TokenStore(written[0])
 
 
 def test_token_store_reports_damage_when_rows_are_missing(written):
-    path, _ = written
+    path = without_checksum(written[0])
+    with lmdb.open(str(path), max_dbs=1) as environment, environment.begin(write=True) as transaction:
+        table = environment.open_db(b"rows", txn=transaction)
+        transaction.put((5).to_bytes(8, "big"), b"short", db=table)
+    with pytest.raises(InputError, match="is damaged, rows are missing or too short"):
+        TokenStore(path).read([4, 5])
     with lmdb.open(str(path), max_dbs=1) as environment, environment.begin(write=True) as transaction:
         transaction.delete((7).to_bytes(8, "big"), db=environment.open_db(b"rows", txn=transaction))
-    with pytest.raises(InputError, match="is damaged, rows are missing or too short"):
-        TokenStore(path).read([6, 7, 8])
+    with pytest.raises(InputError, match="is damaged, it states 500 rows and has 499: copy it again"):
+        TokenStore(path)
+
+
+@pytest.mark.parametrize(("field", "wrong", "expected"), [("image", 8192, 8191), ("text", 2000, 1999)])
+def test_token_store_refuses_ids_beyond_the_header(written, field, wrong, expected):
+    """A code above the header's limit went to the embedding as a piece of text."""
+    path = without_checksum(written[0])
+    row = {name: ids[0].copy() for name, ids in written[1].items()}
+    row[field][0] = wrong
+    with lmdb.open(str(path), max_dbs=1) as environment, environment.begin(write=True) as transaction:
+        packed = np.concatenate([row["text"], row["image"]]).astype("<u2").tobytes()
+        transaction.put((3).to_bytes(8, "big"), packed, db=environment.open_db(b"rows", txn=transaction))
+    store = TokenStore(path)
+    store.read([2, 4])
+    with pytest.raises(InputError, match=f'is damaged, field "{field}" holds {wrong}, expected ids in 0…{expected}'):
+        store.read([2, 3])
+
+
+def test_token_store_notices_damage_before_lmdb_maps_a_page(written):
+    """Some damaged pages ended the process by a signal."""
+    path, rows = written
+    assert (
+        subprocess.run(["sha256sum", "-c", "data.sha256"], cwd=path, check=False, capture_output=True).returncode == 0
+    )
+    content = bytearray((path / "data.mdb").read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / "data.mdb").write_bytes(content)
+    for opened in (TokenStore, lambda path: StoreWriter(path, HEADER, resume=True)):
+        with pytest.raises(
+            InputError, match=r"is damaged or was changed: the SHA-256 of data\.mdb is .*: copy it again"
+        ):
+            opened(path)
+    content[len(content) // 2] ^= 1
+    (path / "data.mdb").write_bytes(content)
+    assert_same(TokenStore(path).read(np.arange(500)), rows)
+
+
+def test_token_store_hashes_a_large_file_only_when_it_has_changed(written, monkeypatch):
+    """A store of a hundred gigabytes opens at once; after a copy it is hashed once."""
+    path, _ = written
+    monkeypatch.setattr(store_checksum, "ALWAYS_HASHED", 0)
+    hashed = []
+    monkeypatch.setattr(store_checksum, "file_sha256", lambda data: hashed.append(data) or file_sha256(data))
+    shutil.copytree(path, path.with_name("copy"), copy_function=shutil.copyfile)
+    for folder, expected in ((path, 0), (path.with_name("copy"), 1), (path.with_name("copy"), 1)):
+        with TokenStore(folder):
+            assert len(hashed) == expected
+
+
+def test_store_writer_removes_the_checksum_while_it_writes(tmp_path):
+    """After a kill, a checksum of fewer rows would refuse the store."""
+    with StoreWriter(tmp_path / "store", HEADER) as writer:
+        writer.append(some_rows(3))
+    with StoreWriter(tmp_path / "store", HEADER, resume=True) as writer:
+        assert not (tmp_path / "store" / "data.sha256").exists()
+        writer.append(some_rows(2))
+    assert len(TokenStore(tmp_path / "store")) == 5
+    assert (tmp_path / "store" / "data.sha256").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"format_version": 2}, "it has format 2, this version reads up to 1: update cogview"),
-        ({"colour": "red"}, "its header has the fields .*colour"),
+        ({"format_version": None}, "it has format None"),
+        ({"format_version": -1}, "it has format -1"),
+        ({"colour": "red"}, '"colour" is unknown'),
+        ({"grid": None}, "its header, grid: expected a whole number, got nothing"),
+        ({"grid": -8}, "the code grid must be 1 or more"),
+        ({"fields": {"image": 10**12}}, "a row needs fields of width 1 or more, 1048576 in all"),
+        ({"fields": [1]}, "its header, fields: expected settings"),
+        ({"layouts": 3}, "its header, layouts: expected a list of text, got 3"),
+        ({"codebook_sha256": ["a"]}, "its header, codebook_sha256: expected text"),
         ({"num_image_codes": 0}, "num_image_codes must be in 1…65535"),
     ],
 )
 def test_token_store_rejects_unreadable_headers(written, change, message):
-    path, _ = written
+    path = without_checksum(written[0])
     with lmdb.open(str(path), max_dbs=1) as environment, environment.begin(write=True) as transaction:
         header = json.loads(transaction.get(b"header"))
         transaction.put(b"header", json.dumps({**header, **change}).encode())
