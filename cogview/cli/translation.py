@@ -32,6 +32,8 @@ _COUNT = re.compile(r"\{count\w*\}")
 _FRAME = re.compile(
     r"(?P<name>cogview(?: [a-z-]+)*: |\w+\.py: )?(?P<message>.*?)(?P<see>; see \S.* --help)?", re.DOTALL
 )
+# A note on a prompt: each part of it is a message.
+_PROMPT_NOTE = re.compile(r"(?P<head>(?:note: )?)(?P<prompt>“.*?”): (?P<notes>.*)", re.DOTALL)
 _DEFAULT = re.compile(r"(.*?)  \[(.*)\]", re.DOTALL)  # how click appends the default and the range to a help text
 _COMPUTED = re.compile(r"(?<=default: )\((.*?)\)(?=;|$)")  # how click shows the text of a computed default
 _PARENTHESIS = re.compile(r"(.*\S) \((.*)\)", re.DOTALL)
@@ -71,6 +73,10 @@ class Catalogue:
         elif (match := _FRAME.fullmatch(stripped)) and match["message"] not in ("", stripped):
             before, after = match["name"] or "", match["see"] or ""
             found = before + self.translate(match["message"], depth + 1) + self.translate(after, depth + 1)
+        elif note := _PROMPT_NOTE.fullmatch(stripped):
+            head = f"{self.translate('note', depth + 1)}：" if note["head"] else ""
+            parts = (self.translate(part, depth + 1) for part in note["notes"].split("; "))
+            found = f"{head}{note['prompt']}：{'；'.join(parts)}"
         else:
             found = self._from_template(stripped, depth) or self._by_parts(stripped, depth)
         return text.replace(stripped, found) if found else text

@@ -51,10 +51,8 @@ class PromptChecks:
         text = unicodedata.normalize("NFKC", prompt)
         names = [name for thing in self._model.things for name in (thing.name, *thing.synonyms)]
         if names and not any(unicodedata.normalize("NFKC", name) in text for name in names):
-            notes.append(
-                f"it names none of the things that the model was trained on, such as {'、'.join(names[:3])}; "
-                f"all of them: cogview info {self._name} --things"
-            )
+            notes.append(f"it names none of the things that the model was trained on, such as {'、'.join(names[:3])}")
+            notes.append(f"all of them: cogview info {self._name} --things")
         return notes
 
     def warning(self, prompt: str, ids: Sequence[int] | None = None) -> str | None:

@@ -81,7 +81,7 @@ class PromptReader:
         return text, notes
 
     def problems(self, text: str) -> list[str]:
-        """Return a line on each part of a prompt that the model does not understand.
+        """Return what the model does not understand of a prompt, each part with what is possible instead.
 
         Args:
             text: The prompt, as ``convert`` returns it.
@@ -101,7 +101,10 @@ class PromptReader:
             *self._unknown_problems(unknown),
         ]
         if not found and not self._is_wording(find_structure(tokens)[1], nouns):
-            found.append(self._wording_problem(tokens, nouns))
+            found += self._wording_problem(tokens, nouns)
+        if (not nouns and not unknown) or any(not token.near and not _is_unknown_colour(token) for token in unknown):
+            names = "、".join(thing.name for thing in self._things[:_NUM_EXAMPLES])
+            found.append(f"it knows {len(self._things)} things such as {names}")
         return found
 
     def _count_problems(self, tokens: Sequence[PromptToken]) -> Iterator[str]:
@@ -161,7 +164,7 @@ class PromptReader:
         elif any(token.kind == "outside" for token in tokens):
             return
         elif num_kinds == 0:
-            yield f"no thing is named; {self._known_things()}; write for example {self._grammar.examples[0]}"
+            yield f"no thing is named, as in {self._grammar.examples[0]}"
         elif num_kinds == 1 and relations:
             yield f"{relations} needs two different things, as in {self._pair_examples(nouns[:1])[0]}"
 
@@ -191,10 +194,11 @@ class PromptReader:
                 yield f"“{_shown(token)}” is unknown to the model, near in meaning: {'、'.join(token.near)}"
         if lost := [token for token in words if not token.near]:
             shown = "、".join(f"“{text}”" for text in dict.fromkeys(map(_shown, lost)))
-            language = "it reads Chinese; " if any(LATIN.match(token.text) for token in lost) else ""
-            yield f"{shown} is unknown to the model; {language}{self._known_things()}"
+            yield f"{shown} is unknown to the model"
+            if any(LATIN.match(token.text) for token in lost):
+                yield "it reads Chinese"
 
-    def _wording_problem(self, tokens: Sequence[PromptToken], nouns: Sequence[PromptNoun]) -> str:
+    def _wording_problem(self, tokens: Sequence[PromptToken], nouns: Sequence[PromptNoun]) -> list[str]:
         """Return that the model was not trained on such a wording, with one that it knows."""
         colours = [token.meaning for token in tokens if token.kind in ("colour", "colour_form")]
         if len({noun.name for noun in nouns}) > 1:
@@ -203,7 +207,7 @@ class PromptReader:
                 example = self._grammar.pair_backgrounds[0].format(colour=colours[0], what=example)
         else:
             example = self._on_colour(colours[0], nouns) if colours else nouns[0].text
-        return f"the wording is unknown to the model, which may misread it; it knows for example {example}"
+        return ["the wording is unknown to the model, which may misread it", f"it knows for example {example}"]
 
     def _is_wording(self, wording: str, nouns: Sequence[PromptNoun]) -> bool:
         """Return whether the model knows a wording; a space may stand for a comma."""
@@ -226,10 +230,6 @@ class PromptReader:
         """Return a wording for each relation of the first two different things."""
         words = [*{noun.name: noun.word for noun in nouns}.values(), "…"]
         return [pattern.format(a=words[0], b=words[1]) for pattern in self._grammar.pair_examples]
-
-    def _known_things(self) -> str:
-        names = "、".join(thing.name for thing in self._things[:_NUM_EXAMPLES])
-        return f"it knows {len(self._things)} things such as {names}"
 
 
 def _bare(text: str) -> str:

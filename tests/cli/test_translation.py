@@ -9,7 +9,15 @@ import pytest
 
 from cogview.cli import translation
 from cogview.cli.main import main
-from cogview.cli.translation import Catalogue, TranslatedStream, language_of, take_language, translated, wrap_columns
+from cogview.cli.translation import (
+    Catalogue,
+    TranslatedStream,
+    language_of,
+    load_catalogue,
+    take_language,
+    translated,
+    wrap_columns,
+)
 from cogview.errors import InputError
 from cogview.formatting import display_width
 
@@ -69,6 +77,17 @@ def test_translate_keeps_the_frame_of_a_command():
     assert CATALOGUE.translate(framed) == (
         "cogview adapter merge: 无法读取 a.txt：提示为空；用法见 cogview adapter merge --help"
     )
+
+
+def test_translate_keeps_the_prompt_of_a_note_and_translates_its_parts():
+    """Prompts hold any text: a template must not match across the end of one."""
+    catalogue = load_catalogue("zh")
+    assert catalogue is not None
+    text = (
+        "note: “六个“大”狐狸”: 大 is not understood: all things have one size; the model counts to 4 (一、四), not 六"
+    )
+    expected = "提示：“六个“大”狐狸”：模型不懂“大”：所有物体大小相同；模型最多数到 4（一、四），画不了“六”"
+    assert catalogue.translate(text) == expected
 
 
 def test_translated_stream_leaves_progress_bars_alone():

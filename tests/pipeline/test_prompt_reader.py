@@ -10,6 +10,7 @@ from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.pipeline.prompt_reader import PromptReader
 
 COUNTS = "the model counts to 4 (一、两、三、四), not "
+WORDING = "the wording is unknown to the model, which may misread it"
 THINGS = "it knows 120 things such as 红苹果、香蕉、狗"
 COLOURS = "红色、橙色、黄色、绿色、青色、蓝色、紫色、粉色、棕色、灰色、白色、黑色"
 FOX_AND_APPLE = "左边是狐狸，右边是苹果 / 上面是狐狸，下面是苹果"
@@ -56,25 +57,26 @@ def reader() -> PromptReader:
         ("没有狐狸", ["没有 is not understood: name only what is to be seen"]),
         ("一个大苹果", ["大 is not understood: all things have one size"]),
         ("一只小狐狸", ["小 is not understood: all things have one size"]),
-        ("，？！……", [f"no thing is named; {THINGS}; write for example 蓝色背景上的三只狐狸"]),
-        ("红色背景", [f"no thing is named; {THINGS}; write for example 蓝色背景上的三只狐狸"]),
+        ("，？！……", ["no thing is named, as in 蓝色背景上的三只狐狸", THINGS]),
+        ("红色背景", ["no thing is named, as in 蓝色背景上的三只狐狸", THINGS]),
         (
             "一只在月球上的宇航员",
             [
                 "“宇航员” is unknown to the model, near in meaning: 火箭",
-                f"“月球” is unknown to the model; {THINGS}",
+                "“月球” is unknown to the model",
+                THINGS,
             ],
         ),
-        ("日落时的山", [f"“日落时”、“山” is unknown to the model; {THINGS}"]),
-        ("金鱼", [f"“金鱼” is unknown to the model; {THINGS}"]),
+        ("日落时的山", ["“日落时”、“山” is unknown to the model", THINGS]),
+        ("金鱼", ["“金鱼” is unknown to the model", THINGS]),
         ("斑马", ["“斑马” is unknown to the model, near in meaning: 马、奶牛、老虎"]),
         ("一朵花", ["“花” is unknown to the model, near in meaning: 玫瑰、向日葵、郁金香"]),
         ("计程车", ["“计程车” is unknown to the model, near in meaning: 出租车"]),
         ("两只🦖", ["“🦖” is unknown to the model, near in meaning: 蛇、乌龟"]),
-        ("画一只猫", [f"“画” is unknown to the model; {THINGS}"]),
-        ("可爱的狐狸在苹果的左边", [f"“可爱” is unknown to the model; {THINGS}"]),
+        ("画一只猫", ["“画” is unknown to the model", THINGS]),
+        ("可爱的狐狸在苹果的左边", ["“可爱” is unknown to the model", THINGS]),
         ("a red car", ["“a red car” is unknown to the model, near in meaning: 汽车"]),
-        ("sunset", [f"“sunset” is unknown to the model; it reads Chinese; {THINGS}"]),
+        ("sunset", ["“sunset” is unknown to the model", "it reads Chinese", THINGS]),
         (
             "六只大狐狸和狼",
             [
@@ -85,17 +87,14 @@ def reader() -> PromptReader:
         ),
         (
             "背景是绿色的，左边是狐狸，右边是苹果",
-            [
-                "the wording is unknown to the model, which may misread it; it knows for example "
-                "绿色背景上，左边是狐狸，右边是苹果"
-            ],
+            [WORDING, "it knows for example 绿色背景上，左边是狐狸，右边是苹果"],
         ),
         ("半个苹果", [f"{COUNTS}半个"]),
         ("黑白照片", ["“黑白照片” is unknown to the model, near in meaning: 相机"]),
         ("苹果在房子里", ["“在…里” is no known relation, write 左边是苹果，右边是房子 / 上面是苹果，下面是房子"]),
         (
             "一只猫在蓝色背景上",
-            ["the wording is unknown to the model, which may misread it; it knows for example 蓝色背景上的一只猫"],
+            [WORDING, "it knows for example 蓝色背景上的一只猫"],
         ),
     ],
 )
