@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,6 +67,9 @@ class Bundle:
         )
         self.model = replace(model, config=config)
         self._loaded: OrderedDict[Path, Transformer] = OrderedDict()  # the most recently used is the last
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_loaded": OrderedDict()}  # a copy loads weights when a task needs them
 
     def transformer(self, task: str) -> Transformer:
         """Return the transformer for a task, loaded if it was not; the least recently used ones are evicted.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 import weakref
 
@@ -316,3 +317,12 @@ def test_damaged_part_leaves_others_usable(parts):
         bundle.upscale([image], FOX)
     assert str(caught.value).startswith(f"{path} is damaged: ")
     assert_same(bundle.generate(FOX, seed=7), [image])
+
+
+def test_bundle_copy_loads_weights_when_needed(parts):
+    """The weights of the parts stay in their folders."""
+    bundle = open_bundle()
+    images = bundle.generate(FOX, seed=7)
+    pickled = pickle.dumps(bundle)
+    assert not pickle.loads(pickled).bundle._loaded
+    assert_same(pickle.loads(pickled).generate(FOX, seed=7), images)
