@@ -83,9 +83,7 @@ def test_translate_keeps_the_prompt_of_a_note_and_translates_its_parts():
     """Prompts hold any text: a template must not match across the end of one."""
     catalogue = load_catalogue("zh")
     assert catalogue is not None
-    text = (
-        "note: “六个“大”狐狸”: 大 is not understood: all things have one size; the model counts to 4 (一、四), not 六"
-    )
+    text = "note: “六个“大”猫”: 大 is not understood: all things have one size; the model counts to 4 (一、四), not 六"
     expected = "提示：“六个“大”猫”：模型不懂“大”：所有物体大小相同；模型最多数到 4（一、四），画不了“六”"
     assert catalogue.translate(text) == expected
 
