@@ -8,6 +8,7 @@ import torch
 
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
+from cogview.modeling.lora import LoraSettings, add_lora, lora_parameters
 from cogview.modeling.transformer import Transformer
 from cogview.training.distributed import DistributedContext
 from cogview.training.engines import open_engine
@@ -106,6 +107,28 @@ def test_parameter_groups_hold_trained_parameters_only():
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.dim() == 1)
     assert [group["weight_decay"] for group in parameter_groups(model, 0.3)] == [0.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_torch_engine_repeats_the_dropout_of_an_adapter_on_two_threads(dropout, monkeypatch):
+    """Threads that shared the generator would drop other inputs in every run of the same seed."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def train() -> dict[str, torch.Tensor]:
+        model = new_model()
+        torch.manual_seed(0)
+        add_lora(model.transformer, LoraSettings(rank=2, dropout=dropout))
+        trainer = open_trainer(model, training_settings())
+        assert trainer.engine.num_threads == (1 if dropout else 2)
+        for number in range(3):
+            train_step(trainer, number, store_rows(number))
+        return {name: value.detach() for name, value in lora_parameters(model.transformer).items()}
+
+    first, second = train(), train()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(value.any() for name, value in first.items() if "lora_B" in name)
 
 
 def test_torch_engine_decays_matrices_only():

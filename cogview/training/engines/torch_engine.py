@@ -58,8 +58,10 @@ class TorchEngine(Engine):
         if settings.compile:
             compile_layers(model.transformer)
         if num_threads is None:
-            # Dropout draws from one generator, so its threads would have to run in a fixed order.
-            single = context.device.type != "cpu" or context.size > 1 or model.transformer.config.dropout > 0
+            # Dropout, also that of an adapter, draws from one generator, so its threads would have to run in a fixed
+            # order. One thread draws the same masks for the same seed, step and rows.
+            drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
+            single = context.device.type != "cpu" or context.size > 1 or drops
             num_threads = 1 if single else torch.get_num_threads()
         self.num_threads = num_threads
         self._threads = ThreadPoolExecutor(
