@@ -127,6 +127,17 @@ def check_package(name: str, tested: SupportedVersions, *, is_needed: bool) -> D
     return Diagnosis("ok", name, version)
 
 
+def check_extensions() -> Iterator[Diagnosis]:
+    """Check that no killed compilation has left a lock for which DeepSpeed would wait."""
+    if importlib.util.find_spec("deepspeed") is None:
+        return
+    from cogview.training.engines.deepspeed_extensions import stale_locks
+
+    for lock in stale_locks():
+        text = f"{lock} was left by a compilation that was killed; no process holds it"
+        yield Diagnosis("note", "deepspeed", text, "cogview train removes it")
+
+
 def check_devices() -> Iterator[Diagnosis]:
     """Check the processor, the memory and the GPUs, and the precision of training on each."""
     import torch

@@ -10,7 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cogview.diagnostics.machine import Diagnosis, check_devices, check_disk, check_processes, check_versions, guarded
+from cogview.diagnostics.machine import (
+    Diagnosis,
+    check_devices,
+    check_disk,
+    check_extensions,
+    check_processes,
+    check_versions,
+    guarded,
+)
 from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -53,6 +61,7 @@ def examine(recipe: Recipe | None, device: str, processes: int | None) -> Iterat
     from cogview.device import choose_placement
 
     choose_placement(device)  # raises for a device that is unknown or absent
+    yield from guarded("deepspeed", check_extensions)
     yield from check_devices()
     yield from guarded("processes", lambda: check_processes(device, processes))
     if recipe is None or settings is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -36,6 +37,7 @@ from cogview.training.engines.base import (
     make_optimizer,
     to_cpu_float32,
 )
+from cogview.training.engines.deepspeed_extensions import prepare_extensions
 from cogview.training.settings import EngineSettings, TransformerTraining
 
 
@@ -53,6 +55,9 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         """Initialize DeepSpeed around ``model``; see ``open_engine``."""
         deepspeed = context.run_everywhere(lambda: import_deepspeed(model.dtype, context.device))
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
+            prepare_extensions(context.device)
+        context.barrier()
         self.model = model
         self.context = context
         self.stage = settings.zero

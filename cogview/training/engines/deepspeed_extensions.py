@@ -1,0 +1,51 @@
+"""The cache of compiled PyTorch extensions, in which DeepSpeed compiles its communication on a CPU at the first start.
+
+The process that compiles an extension holds a file ``lock`` open beside it. If it is killed, the file stays, and every
+later start waits for its removal for ever.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+CPU_EXTENSION = "deepspeed_shm_comm"
+
+
+def extensions_folder() -> Path:
+    """Return the folder in which PyTorch caches the extensions of this version of Python, an inner folder for each."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    return Path(_get_build_directory("", False))
+
+
+def stale_locks() -> list[Path]:
+    """Return the lock files in the cache that no process of this machine holds; none where that cannot be found out."""
+    locks = sorted(extensions_folder().glob("*/lock"))
+    if not locks or not Path("/proc/self/fd").is_dir():
+        return []
+    held = set[Path]()
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):  # of another user, or closed meanwhile
+            held.add(descriptor.readlink())
+    return [lock for lock in locks if lock.resolve() not in held]
+
+
+def prepare_extensions(device: torch.device) -> None:
+    """Remove stale locks, and print a line if DeepSpeed will compile its communication, which takes minutes.
+
+    Args:
+        device: Device of this process.
+    """
+    for lock in stale_locks():
+        lock.unlink(missing_ok=True)
+        print(
+            f"removed {lock}: a compilation that was killed had left it, and DeepSpeed would wait for it for ever",
+            file=sys.stderr,
+        )
+    folder = extensions_folder() / CPU_EXTENSION
+    if device.type == "cpu" and not (folder / f"{CPU_EXTENSION}.so").is_file():
+        print(f"DeepSpeed compiles {CPU_EXTENSION} in {folder} once; this takes minutes", file=sys.stderr)
