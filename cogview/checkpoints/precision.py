@@ -146,7 +146,8 @@ class TensorArena:
     """Memory for many long-lived tensors, in large blocks.
 
     With an allocation for each, the system's allocator leaves holes between tensors that stay and tensors that go: a
-    tenth of the weights.
+    tenth of the weights. Each tensor has a storage that ends where it ends, not the whole block: pickling, copying and
+    ``torch.save`` write storages whole.
     """
 
     BLOCK = 1 << 28
@@ -158,13 +159,15 @@ class TensorArena:
     def allocate(self, spec: TensorSpec) -> Tensor:
         """Return an uninitialised tensor."""
         size = -(-spec.num_bytes // 64) * 64
-        if size > self.BLOCK // 4:
+        if size > self.BLOCK // 4 or not size:
             return torch.empty(spec.shape, dtype=spec.dtype)
         if self._used + size > len(self._block):
             self._block, self._used = torch.empty(self.BLOCK, dtype=torch.uint8), 0
-        part = self._block[self._used : self._used + spec.num_bytes]
-        self._used += size
-        return part.view(spec.dtype).view(spec.shape)
+        start, self._used = self._used, self._used + size
+        part = torch.frombuffer(
+            self._block.numpy(), dtype=spec.dtype, count=spec.num_bytes // spec.dtype.itemsize, offset=start
+        )
+        return part.view(spec.shape)
 
     def copy_in(self, tensor: Tensor) -> Tensor:
         """Return a copy of ``tensor`` in the arena."""

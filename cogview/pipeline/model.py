@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from cogview.checkpoints.adapter import Adapter
 from cogview.checkpoints.adapter_merge import merge_adapter
@@ -149,20 +147,6 @@ class LoadedModel:
             opened.folder = folder
         opened.int8_cache = kv_dtype == "int8"
         return opened
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """Copy the weights one by one: many share a block of memory, which would be copied for each of them."""
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        for module in (self.model.transformer, self.model.image_tokenizer):
-            for tensor in (*module.parameters(), *module.buffers()):
-                clone = tensor.detach().clone()
-                is_parameter = isinstance(tensor, nn.Parameter)
-                memo[id(tensor)] = nn.Parameter(clone, tensor.requires_grad) if is_parameter else clone
-        vars(copied).update(copy.deepcopy(vars(self), memo))
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(copy.deepcopy(self))
 
     def __repr__(self) -> str:
         pixels, tasks = self.config.grid * self.image_tokenizer.downsampling, ", ".join(self.config.tasks)
