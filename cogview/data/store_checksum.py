@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cogview.errors import InputError
-from cogview.files import file_sha256
+from cogview.files import atomic_write, file_sha256
 from cogview.formatting import printable
 
 DATA_FILE = "data.mdb"
@@ -50,7 +50,8 @@ def check_sum(path: Path) -> None:
 
 def _write_checksum(path: Path, sha256: str, stat: os.stat_result) -> None:
     """Write a checksum, with the state of the file in which it was found right, as a comment of ``sha256sum``."""
-    (path / CHECKSUM_FILE).write_text(f"{sha256}  {DATA_FILE}\n# {_state(stat)}\n", encoding="utf-8")
+    with atomic_write(path / CHECKSUM_FILE) as temporary:  # on a full disk no half of it remains
+        temporary.write_text(f"{sha256}  {DATA_FILE}\n# {_state(stat)}\n", encoding="utf-8")
 
 
 def _state(stat: os.stat_result) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -27,6 +28,7 @@ from cogview.data.store import (
 )
 from cogview.data.store_checksum import CHECKSUM_FILE, DATA_FILE, check_sum, write_checksum
 from cogview.errors import InputError
+from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:
     pass
@@ -114,7 +116,7 @@ class StoreWriter:
             rows: an (N, width) integer array for every field of the header.
 
         Raises:
-            InputError: if fields, shapes, dtypes or ids do not match the header.
+            InputError: if fields, shapes, dtypes or ids do not match the header, or the disk is full.
         """
         packed_NW = self._pack(rows)
         width = self.header.row_width * _ON_DISK.itemsize
@@ -177,6 +179,12 @@ class StoreWriter:
                 break
             except lmdb.MapFullError:  # the transaction is undone, nothing is lost
                 self._environment.set_mapsize(2 * self._environment.info()["map_size"])
+            except lmdb.Error as error:  # on a full disk, an error of input and output
+                free = shutil.disk_usage(self.path).free
+                raise InputError(
+                    f"rows could not be written to {self.path} ({error}), where {format_bytes(free)} are free: "
+                    f"{self._count} rows are kept; make room and run the same command again"
+                ) from None
         self._count = end
 
 

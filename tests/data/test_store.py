@@ -140,6 +140,29 @@ def test_store_writer_resumes_after_the_last_commit_when_killed(tmp_path):
     assert_same(TokenStore(path).read(np.arange(500)), rows)
 
 
+def test_store_writer_keeps_committed_rows_when_the_disk_is_full(tmp_path, monkeypatch):
+    """What a full disk refuses, LMDB calls an error of input and output; the rows before it are whole."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(store_writer, "ROWS_PER_TRANSACTION", 100)
+    writer = StoreWriter(tmp_path / "store", HEADER)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"rows could not be written to .* rows are kept; make room") as caught:
+            writer.append(some_rows(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.close()
+    assert writer.count > 0
+    assert f" {writer.count} rows are kept" in str(caught.value)
+    with StoreWriter(tmp_path / "store", HEADER, resume=True) as again:
+        again.append(some_rows(5))
+    store = TokenStore(tmp_path / "store")
+    assert len(store) == writer.count + 5
+    expected = some_rows(5000)
+    assert_same(store.read(range(writer.count)), {name: ids[: writer.count] for name, ids in expected.items()})
+
+
 def test_store_writer_starts_when_there_is_nothing_to_resume(tmp_path):
     with StoreWriter(tmp_path / "store", HEADER, resume=True) as writer:
         assert writer.count == 0
