@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -30,20 +30,22 @@ from cogview.errors import InputError
 from cogview.image_io.png import prepare_folder
 from cogview.limits import MAX_RESULTS
 
-# Flags of CogView v1 about the shape of the model, which a checkpoint folder holds. False: the flag takes no value.
+SHAPE = "a checkpoint folder holds the model's shape"
+DENSE = "attention is always dense"
+# Flags of CogView v1 that have no effect, each with whether it takes a value, and the reason.
 NEEDLESS = {
-    "--deepspeed": False,
-    "--fp16": False,
-    "--model-parallel-size": True,
-    "--num-layers": True,
-    "--hidden-size": True,
-    "--num-attention-heads": True,
-    "--max-position-embeddings": True,
-    "--max-position-embeddings-finetune": True,
-    "--query-window": True,
-    "--key-window-times": True,
-    "--num-pivot": True,
-    "--is-sparse": True,
+    "--deepspeed": (False, "DeepSpeed is for training"),
+    "--fp16": (False, "the device decides the precision"),
+    "--model-parallel-size": (True, "one device holds the whole model"),
+    "--num-layers": (True, SHAPE),
+    "--hidden-size": (True, SHAPE),
+    "--num-attention-heads": (True, SHAPE),
+    "--max-position-embeddings": (True, SHAPE),
+    "--max-position-embeddings-finetune": (True, SHAPE),
+    "--query-window": (True, DENSE),
+    "--key-window-times": (True, DENSE),
+    "--num-pivot": (True, DENSE),
+    "--is-sparse": (True, DENSE),
 }
 
 
@@ -152,14 +154,14 @@ def build_command(description: str | None, tasks: Mapping[str, Task]) -> click.C
             click.option(flag, is_flag=False, flag_value="", hidden=True, expose_value=False, callback=note)
             if takes_value
             else click.option(flag, is_flag=True, hidden=True, expose_value=False, callback=note)
-            for flag, takes_value in NEEDLESS.items()
+            for flag, (takes_value, _) in NEEDLESS.items()
         ),
     )
     def call(**values: Any) -> int:
         flags = V1Flags(**values)
         return run(flags, tasks, needless)
 
-    epilog = f"Accepted and ignored, since a checkpoint folder holds the model's shape: {', '.join(NEEDLESS)}."
+    epilog = f"Accepted without effect: {flags_by_reason(NEEDLESS)}."
     return click.command(cls=Command, help=description, epilog=epilog)(call)
 
 
@@ -173,12 +175,20 @@ def run(flags: V1Flags, tasks: Mapping[str, Task], needless: Sequence[str]) -> i
     lines = None if interactive else read_lines(flags.input_source, "a query per line")
     prepare_folder(flags.output_path)
     if needless:
-        print(f"note: not needed, and ignored: {', '.join(needless)}", file=sys.stderr)
+        print(f"note: not needed, and ignored: {flags_by_reason(needless)}", file=sys.stderr)
     given = flags.img_tokenizer_path
     converted = not is_v1(Path(flags.load))  # weights of CogView v1 are refused when they are loaded
     if given is not None and converted and given.resolve() != Path(flags.load, "image").resolve():
         print(f"note: {given} is ignored: {flags.load} has its own image tokenizer", file=sys.stderr)
     return tasks[flags.generation_task](flags, lines)
+
+
+def flags_by_reason(flags: Iterable[str]) -> str:
+    """Return ignored flags as text, those of a reason together with it."""
+    reasons: dict[str, list[str]] = {}
+    for flag in flags:
+        reasons.setdefault(NEEDLESS[flag][1], []).append(flag)
+    return "; ".join(f"{', '.join(named)} ({reason})" for reason, named in reasons.items())
 
 
 def open_session(flags: V1Flags, task: str) -> GenerationSession:

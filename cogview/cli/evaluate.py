@@ -13,11 +13,13 @@ import click
 from cogview.cli.options import (
     MODEL_HELP,
     Command,
+    adapter_option,
     argument,
     device_option,
     model_option,
     option_group,
     output_option,
+    precision_options,
     sampling_options,
 )
 from cogview.cli.recipes import recipe_options
@@ -34,6 +36,8 @@ PARTIAL_OPTIONS = {
     "temperature": GENERATING,
     "top_k": GENERATING,
     "top_p": GENERATING,
+    "guidance": GENERATING,
+    "text_attention": GENERATING,
     "tune": ("scenes",),
     "candidates": ("rerank",),
 }
@@ -95,21 +99,27 @@ measure_argument: Callable[[Callable[..., Any]], Callable[..., Any]] = argument(
 @measure_argument
 @recipe_options(None)
 @model_option(default=None, show_default="last checkpoint of the recipe's run", help=MODEL_HELP)
+@adapter_option()
 @_evaluation_options()
-@sampling_options("codes", image_options=False)
+@sampling_options("codes", image_options=True)
 @device_option()
+@precision_options()[0]
 @output_option(default=None, show_default="WORK/report", help="folder for the report")
 def command(
     measure: str,
     recipe: Recipe,
     model: str | None,
+    adapter: str | None,
     options: EvaluationOptions,
     settings: dict[str, Any],
     device: str,
+    dtype: str,
     output: Path | None,
 ) -> int:
     """Evaluate a model on held-out scenes: print a table, write the report and its companion files."""
     refuse_unused(measure, {**vars(options), **settings})
+    if adapter is not None and model is None:
+        raise InputError(f"--adapter {adapter} is merged into its base model: name that with --model")
     from cogview.emoji.evaluation.reports import MEASURES, EvaluationSettings, tune
     from cogview.emoji.world import EmojiWorld
     from cogview.files import write_json
@@ -124,13 +134,14 @@ def command(
         image_scales=tuple((recipe.sections.get("image") or {}).get("scales", [1])),
     )
     world = EmojiWorld.load(recipe.world)
-    opened = CogView.from_pretrained(model or last_checkpoint(recipe), device=device)
+    opened = CogView.from_pretrained(model or last_checkpoint(recipe), device=device, dtype=dtype, adapter=adapter)
     sampling = opened.sampling(**settings)
     folder = output or recipe.work / "report"
     folder.mkdir(parents=True, exist_ok=True)
     if options.tune:
         sampling = _best_sampling(tune(opened, world, measurement, folder))
     report = MEASURES[measure].run(opened, world, sampling, measurement, folder)
+    report["protocol"] |= {"weights": opened.placement.weight_format, "adapter": adapter}
     write_json(folder / MEASURES[measure].file, report)
     print(MEASURES[measure].format(report))
     print(f"written to {folder}", file=sys.stderr)

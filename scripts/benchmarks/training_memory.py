@@ -214,7 +214,8 @@ def step_bytes(job: TrainingJob, dtype: torch.dtype | None) -> tuple[int, int]:
         optimizer.step()
 
     step()  # whose gradients stay: the next one is as a later part of a step
-    there = [tensor for parameter in transformer.parameters() for tensor in (parameter, parameter.grad)]
+    parameters = list(transformer.parameters())
+    there: list[torch.Tensor] = [*parameters, *(each.grad for each in parameters if each.grad is not None)]
     there += [tensor for state in optimizer.state.values() for tensor in state.values()]
     held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in there}
     states = sum(held.values())

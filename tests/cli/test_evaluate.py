@@ -60,3 +60,25 @@ def test_captions_leave_their_report_and_every_caption(recipe, tiny_checkpoint, 
     assert report["protocol"]["seed"] == 4
     assert "captions" not in report
     assert output == format_caption_report(report) + "\n"
+
+
+def test_eval_passes_precision_and_guidance_to_the_model(recipe, tiny_checkpoint, tmp_path):
+    given = ("--candidates", "1", "--dtype", "bfloat16", "--guidance", "1", "--text-attention", "2")
+    assert evaluate("rerank", recipe, tiny_checkpoint, *given) == 0
+    report = json.loads((tmp_path / "work" / "report" / "report-rerank.json").read_text(encoding="utf-8"))
+    made = report["protocol"]
+    assert (made["sampling"]["guidance"], made["sampling"]["text_attention"]) == (1.0, 2.0)
+    assert (made["weights"], made["adapter"]) == ("bfloat16", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["captions", "--guidance", "2"], "--guidance has no effect on captions, only on scenes, rerank, upscale"),
+        (["scenes", "--adapter", "style"], "--adapter style is merged into its base model: name that with --model"),
+    ],
+)
+def test_eval_refuses_options_without_an_effect(recipe, capsys, options, message):
+    measure, *rest = options
+    assert main(["eval", measure, recipe, *rest]) == 2
+    assert message in capsys.readouterr().err

@@ -55,7 +55,8 @@ def test_generate_samples_accepts_the_command_line_of_v1(samples, v1_flags):
     assert len(files) == 8
     texts = read_metadata(files[0])
     assert (texts["seed"], texts["temperature"], texts["top_k"], texts["top_p"]) == ("1234", "1.0", "200", "1.0")
-    assert "note: not needed, and ignored: --deepspeed, --model-parallel-size, --num-layers" in err
+    assert "note: not needed, and ignored: --deepspeed (DeepSpeed is for training); --model-parallel-size (one" in err
+    assert "(a checkpoint folder holds the model's shape)" in err
     assert "note: pretrained/vqvae/vqvae_hard_biggerset_011.pt is ignored: " in err
 
 
