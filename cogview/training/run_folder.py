@@ -9,7 +9,8 @@ import shutil
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -243,8 +244,9 @@ class RunFolder:
         if loss is None or (best is not None and best.step < step and best.validation_loss <= loss):
             return False
         if self.writes:
-            path = self.folder / "checkpoints" / BEST_FILE
-            write_json(path, {"step": step, "validation_loss": loss}, indent=None)
+            with warn_if_unwritten(f"{BEST_FILE} of step {step}"):
+                path = self.folder / "checkpoints" / BEST_FILE
+                write_json(path, {"step": step, "validation_loss": loss}, indent=None)
         return True
 
     def close(self) -> None:
@@ -252,6 +254,19 @@ class RunFolder:
         self.finish_saving()
         if self._writer:
             self._writer.close()
+
+
+@contextmanager
+def warn_if_unwritten(what: str) -> Iterator[None]:
+    """Print a warning for an OSError of the block, such as that of a full disk: the training is worth more.
+
+    Args:
+        what: The file that the block writes, for the warning.
+    """
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {what} could not be written: {error}", file=sys.stderr)
 
 
 class BackgroundSave:

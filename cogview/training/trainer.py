@@ -23,7 +23,7 @@ from cogview.training.example_builder import ExampleBuilder
 from cogview.training.examples import Rows, TargetKind, TrainingBatch
 from cogview.training.loop import Trainer
 from cogview.training.nonfinite import NonFiniteGuard, activation_maxima
-from cogview.training.run_folder import Writer
+from cogview.training.run_folder import Writer, warn_if_unwritten
 from cogview.training.settings import TransformerTraining
 from cogview.training.target_weighting import TargetWeighting
 from cogview.training.trainer_state import (
@@ -260,7 +260,8 @@ class TransformerTrainer(Trainer[TrainingBatch]):
             if transformer is not None:
                 is_copy = transformer is not self.transformer
                 model = replace(self.model, transformer=transformer) if is_copy else self.model
-                self.draw_sheet(model, folder / f"step-{step:08d}.png")
+                with warn_if_unwritten(f"the sheet of step {step}"):
+                    self.draw_sheet(model, folder / f"step-{step:08d}.png")
                 transformer.packed_layers = None  # packed copies of the weights, which the next step changes
             self.context.barrier()
         return metrics

@@ -34,7 +34,7 @@ from cogview.files import atomic_folder
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.signals import worker_init
 from cogview.training.loop import BatchSource, Trainer, run_loop
-from cogview.training.run_folder import RunFolder, Writer
+from cogview.training.run_folder import RunFolder, Writer, warn_if_unwritten
 from cogview.training.run_record import VALIDATION
 from cogview.training.settings import RunSettings
 from cogview.vqvae.codec import reconstruct, to_float
@@ -319,7 +319,8 @@ class VQVAETrainer(Trainer[Tensor]):
             raise ValueError("evaluation needs held-out images; give held_out to the trainer")
         batches = held_out_batches(self.held_out, self.model.downsampling, self.scales, self.validation_images)
         metrics = evaluate_vqvae(self.model, batches)
-        reconstruction_sheet(self.model, self.held_out).save(folder / f"step-{step:08d}.png")
+        with warn_if_unwritten(f"the sheet of step {step}"):
+            reconstruction_sheet(self.model, self.held_out).save(folder / f"step-{step:08d}.png")
         return {f"{VALIDATION}{name}": value for name, value in metrics.items()}
 
 

@@ -281,6 +281,13 @@ def test_vqvae_trainer_evaluates_on_held_out_images_and_writes_a_sheet(make_tiny
         assert sheet.size == (12 * 132 + 4, 2 * 132 + 4)  # scenes above, reconstructions below
 
 
+def test_vqvae_trainer_evaluates_when_the_sheet_cannot_be_written(make_tiny_world, tmp_path, capsys):
+    held_out = SceneDataset(make_tiny_world(), 1, held_out=True)
+    trainer = VQVAETrainer(CONFIG, TRAINING, CPU, held_out=held_out, validation_images=2)
+    assert trainer.evaluate(3, tmp_path / "absent")["validation_images"] == 2
+    assert capsys.readouterr().err.startswith("warning: the sheet of step 3 could not be written: [Errno 2]")
+
+
 def test_vqvae_trainer_evaluates_nothing_without_held_out_images(tmp_path):
     with pytest.raises(ValueError, match="evaluation needs held-out images"):
         VQVAETrainer(CONFIG, TRAINING, CPU).evaluate(3, tmp_path)
