@@ -118,3 +118,26 @@ def test_embedded_model_completes_the_kept_rows(model):
     assert np.array_equal(completed.codes[:4], picture.codes[:4])
     lower = [np.asarray(image)[40:].astype(float) for image in (picture, completed)]
     assert np.sqrt(np.square(lower[0] - lower[1]).mean()) < 40  # the lower half of the same object, on the same blue
+
+
+def test_embedded_model_knows_which_images_it_cannot_see(model):
+    """An image from its world passes, also one that was saved; a photo, noise and a foreign colour do not."""
+    (own,) = model.generate("蓝色背景上的一只狐狸", seed=7)
+    assert model.image_warning(own) is None
+    assert model.image_warning(Image.fromarray(np.asarray(own))) is None
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
+    waves = Image.radial_gradient("L").rotate(30).convert("RGB")  # dark, light and smooth, as a photo
+    for image in (noise, waves, Image.new("RGB", (1, 1), "red")):
+        warning = model.image_warning(image)
+        assert warning.startswith("unlike the images that cogview-emoji was trained on: its reconstruction has ")
+        assert warning.endswith(" dB, 99% of theirs at least 24.5 dB")
+
+
+def test_embedded_model_logs_an_image_that_it_cannot_see(model, caplog):
+    """The Python methods log the line that the commands print, once for each image."""
+    image = Image.new("RGB", (64, 64), "red")
+    model.caption(image)
+    model.score(image, "一个红苹果")
+    [record] = [record for record in caplog.records if "unlike" in record.getMessage()]
+    assert record.levelname == "WARNING"
+    assert record.getMessage().startswith("images[0]: unlike the images that cogview-emoji was trained on: ")

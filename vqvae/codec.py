@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 ROUNDING = 1e-3  # by which images may leave [0, 1], as after resizing in 16 bits
+MIN_MSE = 1e-10  # of values in [0, 1]: equal images have a PSNR of 100 dB
 
 
 class ImageDecoder(Protocol):
@@ -126,8 +128,22 @@ def reconstruct(model: ImageTokenizer, pixels: np.ndarray, batch_size: int = 64)
         The decoded images in the shape and dtype of ``pixels``.
     """
     device = model.codebook.device
-    batches = torch.from_numpy(pixels).split(batch_size)
+    batches = [pixels[start : start + batch_size] for start in range(0, len(pixels), batch_size)]
     return np.concatenate([to_uint8(model.decode(model.encode(to_float(batch, device)))) for batch in batches])
+
+
+def psnr(image: np.ndarray, other: np.ndarray) -> float:
+    """Return the peak signal-to-noise ratio of two images in dB.
+
+    Args:
+        image: uint8 of any shape.
+        other: uint8 of the same shape.
+
+    Returns:
+        At most 100 dB, which is the value of equal images.
+    """
+    mse = np.square((image.astype(np.float64) - other) / 255).mean()
+    return -10 * math.log10(max(mse, MIN_MSE))
 
 
 def _described(value: object) -> str:

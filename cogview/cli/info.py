@@ -65,7 +65,7 @@ def describe_checkpoint(folder: Path, name: str) -> dict[str, str]:
     from cogview.checkpoints.image_tokenizer import read_image_config
     from cogview.checkpoints.registry import load_registry
     from cogview.checkpoints.safetensors_io import WeightsFile
-    from cogview.tokenizers.tasks import commands_of
+    from cogview.tokenizers.tasks import trained_tasks
 
     config = read_config(folder)
     vocabulary, sampling = config.vocabulary, config.sampling
@@ -75,7 +75,8 @@ def describe_checkpoint(folder: Path, name: str) -> dict[str, str]:
         facts |= {"about": row.about, "licence": row.licence}
     facts |= {
         "tasks": ", ".join(config.tasks),
-        "commands": ", ".join(f"cogview {command}" for task in config.tasks for command in commands_of(task)),
+        "commands": _commands(config.tasks),
+        "not trained for": _commands(task for task in trained_tasks() if task not in config.tasks) or "nothing",
         "images": f"{side} x {side} pixels from {config.grid} x {config.grid} codes",
         "transformer": _shape(config.transformer),
         "weights": describe_weights(WeightsFile(folder / "model.safetensors").specs),
@@ -89,6 +90,8 @@ def describe_checkpoint(folder: Path, name: str) -> dict[str, str]:
         if config.caption_dropout
         else "not possible: trained without caption dropout",
     }
+    if known := config.reconstruction_psnr:
+        facts["reconstructions"] = f"PSNR {known.median:g} dB (median), 99% at least {known.p01:g} dB, held-out images"
     if things := read_things(folder):
         facts["things"] = f"{len(things)}, listed by: cogview info {name} --things"
     return facts
@@ -222,6 +225,13 @@ def describe_weights(specs: Mapping[str, TensorSpec]) -> str:
     rest = [spec for name, spec in specs.items() if name not in quantized.keys() | quantized.values()]
     scales = [specs[name] for name in quantized.values()]
     return f"{quantization}, with scales in {_dtypes(scales)}; the rest {_dtypes(rest)}"
+
+
+def _commands(tasks: Iterable[str]) -> str:
+    """Return the commands of tasks, as they are typed."""
+    from cogview.tokenizers.tasks import commands_of
+
+    return ", ".join(f"cogview {command}" for task in tasks for command in commands_of(task))
 
 
 def _dtypes(specs: Iterable[TensorSpec]) -> str:

@@ -61,7 +61,8 @@ class ImageReader:
     def read(self, path: Path, model: CogView, task: str) -> Image.Image | None:
         """Read an image and fit it to the size that ``task`` of ``model`` is given.
 
-        Prints notes on stderr, once for each file: how the image was read, resized or cropped.
+        Prints notes on stderr, once for each file: how the image was read, resized or cropped, and that it is unlike
+        the images of the training.
 
         Returns:
             The image; None, with a problem recorded, if it cannot be read.
@@ -69,6 +70,7 @@ class ImageReader:
         from tqdm import tqdm
 
         from cogview.image_io.reading import read_image
+        from cogview.pipeline.captioning import NOTED
 
         if path in self.problems:
             return None
@@ -78,12 +80,12 @@ class ImageReader:
         except InputError as error:
             self.problems[path] = str(error)
             return None
-        if note is not None:
-            notes.append(note)
+        image.info[NOTED] = True
         if path not in self._noted:
             self._noted.add(path)
-            for note in notes:
-                tqdm.write(f"note: {path}: {note}", file=sys.stderr)
+            for line in (*notes, note, model.image_warning(image, task=task)):
+                if line is not None:
+                    tqdm.write(f"note: {path}: {line}", file=sys.stderr)
         return image
 
     def read_all(

@@ -42,7 +42,7 @@ def command(recipe: Recipe, output: Path | None) -> int:
     from cogview.config_io import from_mapping
     from cogview.emoji.evaluation.reports import MEASURES
     from cogview.files import atomic_folder, file_sha256
-    from cogview.modeling.config import Sampling
+    from cogview.modeling.config import ReconstructionQuality, Sampling
 
     settings = recipe.settings(PackageSettings, "package")
     card = read_card(recipe, settings.card)
@@ -53,6 +53,9 @@ def command(recipe: Recipe, output: Path | None) -> int:
     sampling = from_mapping(Sampling, reports["scenes"]["protocol"]["sampling"], where="the report on scenes")
     model.config = replace(model.config, sampling=sampling)
     model.grammar = prompt_grammar(recipe.world)
+    if quality := reports["scenes"].get("reconstruction_psnr"):  # reports of earlier versions have none
+        quality = from_mapping(ReconstructionQuality, quality, where="the report on scenes")
+        model.config = replace(model.config, reconstruction_psnr=quality)
     things = "、".join(thing.emoji + thing.name for thing in model.things)
     tables = "\n\n".join(
         f"`cogview eval {name}`, {report['protocol']['captions']} held-out scenes:\n\n{MEASURES[name].format(report)}"

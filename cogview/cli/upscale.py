@@ -20,7 +20,8 @@ LINE = "TEXT<TAB>IMAGE"
 @click.option(
     "--low-level",
     is_flag=True,
-    help="upscale from half the size of the model's images to that size, in a single window",
+    help="upscale from half the size of the model's images to that size, in a single window; needs weights trained for "
+    "the task low_level, which cogview-emoji was not",
 )
 @output_option()
 @session_options("images", "IMAGE and prompt")

@@ -9,22 +9,10 @@ from typing import Any
 
 import numpy as np
 
-MIN_MSE = 1e-10  # of values in [0, 1]: equal images have a PSNR of 100 dB
+from cogview.modeling.config import ReconstructionQuality
+from cogview.vqvae.codec import psnr
+
 RESAMPLES = 2000  # of the bootstrap
-
-
-def psnr(image: np.ndarray, other: np.ndarray) -> float:
-    """Return the peak signal-to-noise ratio of two images in dB.
-
-    Args:
-        image: uint8 of any shape.
-        other: uint8 of the same shape.
-
-    Returns:
-        At most 100 dB, which is the value of equal images.
-    """
-    mse = np.square((image.astype(np.float64) - other) / 255).mean()
-    return -10 * math.log10(max(mse, MIN_MSE))
 
 
 def ssim(image: np.ndarray, other: np.ndarray) -> float:
@@ -58,6 +46,18 @@ def _blurred(values: np.ndarray) -> np.ndarray:
     for axis in (0, 1):
         values = np.lib.stride_tricks.sliding_window_view(values, len(weights), axis=axis) @ weights
     return values
+
+
+def reconstruction_quality(images: Sequence[np.ndarray], restored: Sequence[np.ndarray]) -> ReconstructionQuality:
+    """Return quantiles of the PSNR of reconstructions, for the config of a model.
+
+    Args:
+        images: Images that the model was not trained on but that are like those of its training, uint8 (H, W, 3).
+        restored: Their reconstructions by the image tokenizer (``vqvae.codec.reconstruct``).
+    """
+    values = [psnr(*pair) for pair in zip(images, restored, strict=True)]
+    p01, p05, median = (round(float(value), 2) for value in np.percentile(values, [1, 5, 50]))
+    return ReconstructionQuality(p01=p01, p05=p05, median=median)
 
 
 def wilson_interval(right: int, of: int) -> tuple[float, float]:

@@ -32,7 +32,7 @@ class JobObserver:
         """A record cannot be used."""
 
     def noted(self, message: str) -> None:
-        """An image was resized or cropped, a choice was made when it was read, or a prompt is not all understood."""
+        """A note on how an image was read or fitted, on one unlike the training, or on a prompt not all understood."""
 
     def batch(self, paths: Mapping[GenerationRequest, Path]) -> None:
         """A batch starts; ``paths`` has the files of its images."""
@@ -151,18 +151,18 @@ class JobRunner:
         if record in self._unread:
             return None
         notes: list[str] = []
+        task = record.row.weights
         try:
-            image, note = self.model.fit_image(read_image(record.image, notes.append), task=record.row.weights)
+            image, note = self.model.fit_image(read_image(record.image, notes.append), task=task)
         except InputError as error:
             self._unread[record] = str(error)
             self._observer.skipped(f"line {record.number}: {error}")
             return None
-        if note is not None:
-            notes.append(note)
         if record.image not in self._noted:
             self._noted.add(record.image)
-            for note in notes:
-                self._observer.noted(f"{record.image}: {note}")
+            for line in (*notes, note, self.model.image_warning(image, task=task)):
+                if line is not None:
+                    self._observer.noted(f"{record.image}: {line}")
         return image
 
     def _note_prompts(self, prompts: Iterable[str | None]) -> None:

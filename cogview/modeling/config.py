@@ -166,6 +166,28 @@ GREEDY = Sampling(top_k=1)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReconstructionQuality:
+    """Quantiles of the PSNR of the image tokenizer's reconstructions of held-out images, in dB.
+
+    An image with a lower PSNR than nearly all of these is unlike the images that a model was trained on.
+
+    Raises:
+        ValueError: A quantile is not finite, or they are not in ascending order.
+    """
+
+    p01: float  # 99% of the images have at least this
+    p05: float
+    median: float
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.p01 <= self.p05 <= self.median < math.inf:
+            raise ValueError(
+                "p01, p05 and median of the reconstruction PSNR must be finite and in ascending order, "
+                f"got {self.p01}, {self.p05} and {self.median}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Contents of the ``config.json`` of a checkpoint.
 
@@ -184,6 +206,7 @@ class ModelConfig:
     text_positions: int | None = None  # positions reserved for a given text; None: as many as it has tokens
     caption_dropout: float = 0.0  # fraction of captions left out in training, for guidance
     codebook_sha256: str = ""
+    reconstruction_psnr: ReconstructionQuality | None = None  # of images like those of the training; None: unknown
     sampling: Sampling = field(default_factory=Sampling)  # recommended defaults of this model
     format_version: int = FORMAT_VERSION
 

@@ -38,10 +38,12 @@ from cogview.pipeline.model import LoadedModel
 from cogview.pipeline.requests import GenerationRequest, caption_requests
 from cogview.pipeline.results import Caption, GeneratedImage, ProgressCallback, Score
 from cogview.tokenizers.tasks import TASKS
+from cogview.vqvae.codec import psnr, reconstruct
 
 CAPTION_METHODS = ("greedy", "sample", "beam")
 CAPTION_SAMPLING = Sampling(top_k=0)  # of sampled captions: the distribution of the model as it is
 Item = TypeVar("Item")
+NOTED = "cogview_noted"  # key of ``Image.info``: what is to be said about the image was said
 log = logging.getLogger(__name__)
 
 
@@ -87,6 +89,48 @@ class CaptioningModel(LoadedModel):
         """
         pixels, note = fit(load_image(image), self.image_size(task))
         return Image.fromarray(pixels), note
+
+    def image_warning(self, image: ImageLike, *, task: str = "generate") -> str | None:
+        """Return a line about an image that is unlike those of the training, or None.
+
+        The measure is the PSNR of the reconstruction from codes, which is all that the model sees of an image. Models
+        without ``reconstruction_psnr`` in their config have no warning.
+
+        Args:
+            image: Image of any size: a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W).
+            task: Name of the task that the image is for.
+
+        Raises:
+            InputError: If the image cannot be used, or the task is unknown.
+
+        Example:
+            >>> model.image_warning(Image.new("RGB", (64, 64), "red"))
+            'unlike the images that cogview-emoji was trained on: its reconstruction has 21.0 dB, 99% of theirs at ...'
+        """
+        known = self.config.reconstruction_psnr
+        if known is None or isinstance(image, GeneratedImage):
+            return None
+        pixels = np.asarray(self.fit_image(image, task=task)[0])
+        found = psnr(pixels, reconstruct(self.image_tokenizer, pixels[None])[0])
+        if found >= known.p01:
+            return None
+        return (
+            f"unlike the images that {self.name} was trained on: its reconstruction has {found:.1f} dB, "
+            f"99% of theirs at least {known.p01:.1f} dB"
+        )
+
+    def log_image_warnings(self, images: Sequence[ImageLike], *, task: str = "generate") -> None:
+        """Log the warning about each image; about a PIL image once in its life.
+
+        Args:
+            images: Images of any size and form.
+            task: Name of the task that they are for.
+        """
+        for index, image in enumerate(images):
+            info = image.info if isinstance(image, Image.Image) else {}
+            if not info.get(NOTED) and (warning := self.image_warning(image, task=task)) is not None:
+                info[NOTED] = True
+                log.warning("images[%d]: %s", index, warning)
 
     def encode_images(
         self,
@@ -206,6 +250,7 @@ class CaptioningModel(LoadedModel):
         items, is_single = list_images(images)
         context, seeds = self.context, resolve_seeds(seed, len(items), "images")
         planner = context.planner(batch_size)
+        self.log_image_warnings(items)
         requests = caption_requests(self.encode_images(items), n=n, seeds=seeds, sampling=settings)
         if method == "beam":
             found = runner.search_captions(requests[::n], n, context, planner, callback)
@@ -266,6 +311,7 @@ class CaptioningModel(LoadedModel):
         prompts = self.tokenize(texts_of_images(texts, items, "text"))
         context = self.context
         planner = context.planner(batch_size)
+        self.log_image_warnings(items)
         requests = [
             GenerationRequest(prompt=prompt.text, prompt_ids=prompt.ids, seed=0, task="score", codes=codes)
             for prompt, codes in zip(prompts, self.encode_images(items), strict=True)

@@ -208,6 +208,7 @@ class CogView(CaptioningModel):
         self.prompt_checks.log_warnings(checked)
         settings = self._resolve_sampling(sampling, overrides, "generate")
         seeds = resolve_seeds(seed, len(items), "images")
+        self.log_image_warnings(items)
         codes = self.encode_images(items)
         requests = completion_requests(checked, codes, rows=rows, n=n, seeds=seeds, sampling=settings)
         return list(only_images(self.run(requests, batch_size=batch_size, callback=callback)))
@@ -272,6 +273,7 @@ class CogView(CaptioningModel):
         settings = self._resolve_sampling(sampling, overrides, task)
         seeds = resolve_seeds(seed, len(items), "images")
         side = 2 * self.image_size(task)
+        self.log_image_warnings(items, task=task)
         codes = self.encode_images(
             items,
             task=task,

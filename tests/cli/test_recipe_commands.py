@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from cogview.checkpoints.checkpoint import read_config
 from cogview.cli import evaluate
 from cogview.cli.main import main
+from cogview.config_io import to_mapping
 from cogview.data.store import TokenStore
 from cogview.data.store_writer import StoreWriter
 from cogview.diagnostics import machine
@@ -160,6 +161,7 @@ def test_recipe_commands_run_in_sequence(finished, tmp_path, capsys, monkeypatch
     model = CogView.from_pretrained(packaged, device="cpu")
     assert {thing.name for thing in model.things} == {"红苹果", "狐狸", "狗", "汽车", "打开的书", "鱼"}
     assert model.sampling().temperature == tried[0]["sampling"]["temperature"]
+    assert to_mapping(model.config.reconstruction_psnr) == report["reconstruction_psnr"]
     picture = model.generate("蓝色背景上的三只狐狸", seed=3)[0]
     assert picture.size == (64, 64)
     last = CogView.from_pretrained(work / "transformer-run" / "checkpoints" / "step-00000006", device="cpu")

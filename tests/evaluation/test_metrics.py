@@ -7,7 +7,15 @@ import math
 import numpy as np
 import pytest
 
-from cogview.evaluation.metrics import accuracy, best_of, bootstrap, format_accuracy, psnr, ssim, wilson_interval
+from cogview.evaluation.metrics import (
+    accuracy,
+    best_of,
+    bootstrap,
+    format_accuracy,
+    reconstruction_quality,
+    ssim,
+    wilson_interval,
+)
 
 
 def off_by(images: np.ndarray, error: int | np.ndarray) -> np.ndarray:
@@ -15,12 +23,13 @@ def off_by(images: np.ndarray, error: int | np.ndarray) -> np.ndarray:
     return np.where(images > 127, images - error, images + error).astype(np.uint8)
 
 
-def test_psnr_of_known_errors():
-    image = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
-    assert psnr(image, image) == 100
-    for error in (1, 5):
-        assert psnr(image, off_by(image, error)) == pytest.approx(20 * math.log10(255 / error))
-    assert psnr(np.zeros_like(image), np.full_like(image, 255)) == 0
+def test_reconstruction_quality_has_quantiles_of_planted_errors():
+    """Of 101 errors from 1 to 101 levels, one in a hundred is above 100: 99% of the images have at least its PSNR."""
+    images = np.full((101, 8, 8, 3), 20, dtype=np.uint8)
+    restored = images + np.arange(1, 102, dtype=np.uint8)[:, None, None, None]
+    found = reconstruction_quality(list(images), list(restored))
+    expected = [round(20 * math.log10(255 / error), 2) for error in (100, 96, 51)]
+    assert [found.p01, found.p05, found.median] == expected
 
 
 def test_ssim_of_known_images():

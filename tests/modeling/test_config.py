@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from cogview.modeling.config import LAYER_PARTS, PRESETS, PROJECTIONS, TransformerConfig, preset
+from cogview.modeling.config import LAYER_PARTS, PRESETS, PROJECTIONS, ReconstructionQuality, TransformerConfig, preset
 from cogview.modeling.transformer import Transformer
 
 TINY = {"num_layers": 2, "width": 32, "num_heads": 4, "vocabulary_size": 128}
@@ -73,3 +73,9 @@ def test_layer_parts_hold_every_parameter_of_a_layer():
     layer = Transformer(TransformerConfig(**TINY)).layers[0]
     names = {name.rpartition(".")[0] for name, _ in layer.named_parameters()}
     assert names == set(LAYER_PARTS)
+
+
+@pytest.mark.parametrize("quantiles", [(24.0, 23.0, 30.0), (24.0, 25.0, float("inf")), (float("nan"), 25.0, 30.0)])
+def test_reconstruction_quality_raises_value_error_when_quantiles_are_impossible(quantiles):
+    with pytest.raises(ValueError, match="must be finite and in ascending order, got"):
+        ReconstructionQuality(**dict(zip(("p01", "p05", "median"), quantiles, strict=True)))

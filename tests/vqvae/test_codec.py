@@ -2,11 +2,13 @@
 
 # H W pixels
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from cogview.vqvae.codec import reconstruct, to_float, to_uint8
+from cogview.vqvae.codec import psnr, reconstruct, to_float, to_uint8
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 CONFIG = VQVAEConfig(channels=(4, 8, 8), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1), num_codes=16, code_width=4)
@@ -45,3 +47,12 @@ def test_reconstruct_gives_bytes_of_what_the_model_decodes():
     assert restored.dtype == np.uint8
     expected = model.decode(model.encode(to_float(pixels)))
     assert np.array_equal(restored[1], (expected[1] * 255).round().byte().permute(1, 2, 0).numpy())
+
+
+def test_psnr_of_known_errors():
+    image = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+    assert psnr(image, image) == 100
+    for error in (1, 5):
+        off = np.where(image > 127, image - error, image + error).astype(np.uint8)  # none is clipped
+        assert psnr(image, off) == pytest.approx(20 * math.log10(255 / error))
+    assert psnr(np.zeros_like(image), np.full_like(image, 255)) == 0

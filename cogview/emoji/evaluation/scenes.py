@@ -16,7 +16,7 @@ from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.evaluation.harness import TUNING_SEED, choose_sampling, describe_protocol, generate_images, grade_images
-from cogview.evaluation.metrics import accuracy, format_accuracy
+from cogview.evaluation.metrics import accuracy, format_accuracy, reconstruction_quality
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.training.vqvae_trainer import held_out_batches
@@ -146,6 +146,7 @@ def evaluate_scenes(
         "drawn": summary(generated, "images"),
         "ceiling_reconstructions": summary(list(restored), "reconstructions"),
         "ceiling_true_scenes": summary(list(true), "true scenes"),
+        "reconstruction_psnr": to_mapping(reconstruction_quality(list(true), list(restored))),
         "image_tokenizer": {
             "scales": list(image_scales),
             **evaluate_vqvae(tokenizer, batches),

@@ -20,11 +20,11 @@ from tqdm import tqdm
 from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.scenes import check_world, describe, held_out_scenes
 from cogview.emoji.world import EmojiWorld
-from cogview.evaluation.metrics import bootstrap, psnr, ssim
+from cogview.evaluation.metrics import bootstrap, ssim
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.windows import upscale_windows
-from cogview.vqvae.codec import reconstruct
+from cogview.vqvae.codec import psnr, reconstruct
 
 SEAM_PIXELS = 4  # width of the strip on either side of a border in which a seam is measured
 TITLES = {

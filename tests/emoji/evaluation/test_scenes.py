@@ -121,6 +121,7 @@ def test_evaluate_scenes_grades_a_painter_who_knows_three_of_four(world):
     assert report["ceiling_true_scenes"]["everything"]["accuracy"] == 1
     assert report["ceiling_reconstructions"]["everything"]["accuracy"] == 1
     assert report["image_tokenizer"]["psnr"] == 100
+    assert report["reconstruction_psnr"] == {"p01": 100.0, "p05": 100.0, "median": 100.0}
     assert report["image_tokenizer"]["images"] == 8
 
 

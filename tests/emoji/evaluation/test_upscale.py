@@ -20,8 +20,9 @@ from cogview.emoji.evaluation.upscale import (
     window_owners,
 )
 from cogview.errors import InputError
-from cogview.evaluation.metrics import psnr, ssim
+from cogview.evaluation.metrics import ssim
 from cogview.modeling.config import Sampling
+from cogview.vqvae.codec import psnr
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
 COUNT, SEED = 5, 11
