@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from cogview.checkpoints.checkpoint import Model
-from cogview.device import available_memory, precision_name
+from cogview.device import available_memory, is_out_of_memory, precision_name
 from cogview.planning.gpus import peak_flops
 from cogview.planning.hardware import measure_hardware
 from cogview.planning.training import TrainingJob, TrainingMemory, choose_micro_batch, training_memory
@@ -82,12 +82,21 @@ def training_job(
     )
 
 
-def device_peak_flops(context: DistributedContext, dtype: torch.dtype | None) -> float:
+def device_peak_flops(context: DistributedContext, dtype: torch.dtype | None) -> float | None:
     """Return the peak FLOP/s of this process's device in a dtype: from its data sheet, or measured.
 
     Args:
         context: This process among those that train together.
         dtype: Dtype of the products, None for float32.
+
+    Returns:
+        The peak, or None where the memory for its measurement is missing.
     """
     name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else context.device.type
-    return peak_flops(name, precision_name(dtype)) or measure_hardware(context.device, dtype or torch.float32).flops
+    try:
+        return peak_flops(name, precision_name(dtype)) or measure_hardware(context.device, dtype or torch.float32).flops
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        log_main("MFU is not logged: the memory to measure the peak FLOP/s is missing", context)
+        return None

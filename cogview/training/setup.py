@@ -16,7 +16,8 @@ from cogview.checkpoints.checkpoint import Model, NamedThing
 from cogview.config_io import to_mapping
 from cogview.data.phases import PHASES_FILE
 from cogview.data.store import NO_TOKEN, TokenStore
-from cogview.device import DevicePlacement, training_dtype
+from cogview.device import DevicePlacement, is_out_of_memory, training_dtype
+from cogview.errors import InputError
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.pipeline.cogview import CogView
 from cogview.planning.training import TrainingMemory
@@ -97,9 +98,20 @@ def train(
     Raises:
         InputError: The recipe cannot be trained.
     """
-    setup = prepare(recipe, settings, context, things=things)
+    try:
+        setup = prepare(recipe, settings, context, things=things)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(
+            "the model and its optimizer do not fit into memory; cogview estimate --train --device shows which presets "
+            f"and engines do ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
+        ) from None
+    started = False
 
     def on_start(checkpoint: Path | None) -> None:
+        nonlocal started
+        started = True
         if checkpoint is None and settings.init_from is not None:
             log_main(f"begins with the weights of {settings.init_from}, and a new optimizer", context)
         write_environment(
@@ -124,7 +136,7 @@ def train(
         )
     finally:
         setup.close()
-        if context.is_main_process and setup.run.metrics.is_file():
+        if started and setup.run.metrics.is_file():  # in the main process, and in no other training's folder
             save_run_plots(setup.run.folder)
 
 

@@ -27,6 +27,8 @@ from cogview.diagnostics import recipe as recipe_checks
 from cogview.emoji.evaluation import reports, scenes
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
+from cogview.training import memory_plan, setup
+from cogview.training.distributed import DistributedContext
 from cogview.training.run_folder import RunFolder, step_of
 from cogview.training.trainer import TransformerTrainer
 
@@ -536,6 +538,20 @@ def test_train_refuses_to_overwrite_a_run(work, tmp_path, capsys):
     assert main(["train-image", recipe, "--resume", "never"]) == 2
     assert "already holds a run at step-00000006; go on with --resume auto, or remove the folder" in one_line(capsys)
     assert main(["train-image", recipe]) == 2  # the same without being asked
+
+
+def test_train_reports_an_exhausted_memory_in_one_line(work, tmp_path, capsys, monkeypatch):
+    def exhaust(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(memory_plan, "measure_hardware", exhaust)
+        assert memory_plan.device_peak_flops(DistributedContext(torch.device("cpu")), None) is None
+    assert one_line(capsys) == "MFU is not logged: the memory to measure the peak FLOP/s is missing\n"
+    monkeypatch.setattr(setup, "open_engine", exhaust)
+    assert main(["train", write_recipe(tmp_path), "--device", "cpu"]) == 2
+    assert one_line(capsys).startswith("cogview train: the model and its optimizer do not fit into memory; cogview est")
 
 
 def test_train_refuses_a_store_of_another_image_tokenizer(work, tmp_path, capsys):
