@@ -91,6 +91,8 @@ def test_embedded_model_captions_its_own_images(model):
     assert "蓝" in foxes
     assert "苹果" in apple
     assert "黄" in apple
+    assert "," not in foxes + apple  # Chinese writes ，
+    assert foxes == "三只狐狸，背景是蓝色的"
 
 
 def test_embedded_model_scores_the_right_text_highest(model):

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+_WIDE_MARKS = str.maketrans(",:;?!", "，：；？！")
+_CHINESE_MARK = re.compile(r"(?<=[\u3400-\u9fff\u3000-\u303f])[,:;?!]+|[,:;?!]+(?=[\u3400-\u9fff])")
 _MAX_LINE_BYTES = 1 << 20  # SentencePiece silently skips lines over 4192 bytes by default
 
 
@@ -110,6 +112,14 @@ class TextTokenizer:
         ]
         spelt = sum(len(piece.replace("\u2581", "")) for piece in own)
         return max(0, characters - spelt) / max(characters, 1)
+
+
+def chinese_punctuation(text: str) -> str:
+    """Return a text with the punctuation of Chinese beside Chinese characters, such as "，" for ",".
+
+    Tokenizers normalize these marks by NFKC, so both forms have the same pieces.
+    """
+    return _CHINESE_MARK.sub(lambda match: match[0].translate(_WIDE_MARKS), text)
 
 
 def train_text_tokenizer(

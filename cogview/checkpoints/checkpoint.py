@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -83,7 +84,19 @@ def save_model(
         write_json(folder / GRAMMAR_FILE, to_mapping(model.grammar))
     if model.card:
         (folder / "README.md").write_text(model.card, encoding="utf-8")
-    write_json(folder / "config.json", to_mapping(model.config))
+    write_json(folder / "config.json", config_mapping(model.config))
+
+
+def config_mapping(config: ModelConfig) -> dict[str, Any]:
+    """Return the content of ``config.json``; an unknown quality of reconstructions is left out, as in older files.
+
+    Args:
+        config: The config.
+    """
+    plain: dict[str, Any] = to_mapping(config)
+    if plain["reconstruction_psnr"] is None:
+        del plain["reconstruction_psnr"]
+    return plain
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cogview.checkpoints.checkpoint import read_config
+from cogview.checkpoints.checkpoint import config_mapping, read_config
 from cogview.checkpoints.image_tokenizer import read_image_config, read_image_weights
 from cogview.checkpoints.pickles import write_pickle
 from cogview.checkpoints.precision import Precision, TensorSource, convert, converted_specs, stored_quantization
@@ -112,7 +112,7 @@ def import_v1(
             write_json(folder / "image" / "config.json", to_mapping(image_config))
             (folder / "text.model").write_bytes(text_tokenizer.model_bytes)
             (folder / "README.md").write_text(_card(source, config), encoding="utf-8")
-            write_json(folder / "config.json", to_mapping(config))
+            write_json(folder / "config.json", config_mapping(config))
             if verify:
                 _compare(image_weights, load_file(folder / "image" / "model.safetensors"), output / "image")
     return config

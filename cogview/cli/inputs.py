@@ -76,7 +76,10 @@ class ImageReader:
             return None
         notes: list[str] = []
         try:
-            image, note = model.fit_image(read_image(path, notes.append), task=task)
+            image = read_image(path, notes.append)
+            if (problem := model.enlargement_problem(image, task=task)) is not None:
+                raise InputError(f"image {path}: {problem}")
+            image, note = model.fit_image(image, task=task)
         except InputError as error:
             self.problems[path] = str(error)
             return None

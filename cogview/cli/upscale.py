@@ -29,7 +29,8 @@ def command(queries: QueryOptions, low_level: bool, output: Path, session: Sessi
     """Generate images at twice their side and print the paths of the PNG files, NAME-up-seedSEED.png.
 
     The codes are generated in nine overlapping windows. An image of another size than the model's images is resized and
-    cropped first. Images that cannot be read are listed at the end, with status 1.
+    cropped first; one that is larger than the result is refused. Images that cannot be used are listed at the end, with
+    status 1.
     """
     from cogview.image_io.png import prepare_folder
 

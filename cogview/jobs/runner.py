@@ -153,7 +153,10 @@ class JobRunner:
         notes: list[str] = []
         task = record.row.weights
         try:
-            image, note = self.model.fit_image(read_image(record.image, notes.append), task=task)
+            image = read_image(record.image, notes.append)
+            if (problem := self.model.enlargement_problem(image, task=task)) is not None:
+                raise InputError(f"image {record.image}: {problem}")
+            image, note = self.model.fit_image(image, task=task)
         except InputError as error:
             self._unread[record] = str(error)
             self._observer.skipped(f"line {record.number}: {error}")

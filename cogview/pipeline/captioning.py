@@ -119,6 +119,23 @@ class CaptioningModel(LoadedModel):
             f"99% of theirs at least {known.p01:.1f} dB"
         )
 
+    def enlargement_problem(self, image: Image.Image, *, task: str) -> str | None:
+        """Return why upscaling an image would make it smaller, in one line, or None if it would not.
+
+        Args:
+            image: Image of any size.
+            task: Name of a task; one that needs no smaller image than it generates has no such problem.
+        """
+        scale = TASKS[task].output_scale / TASKS[task].input_scale if TASKS[task].input_scale else 0
+        given = self.image_size(task)
+        side = round(given * scale)
+        if scale <= 1 or min(image.size) <= side:
+            return None
+        return (
+            f"{image.width} x {image.height} pixels are more than the {side} x {side} of an upscaled image; "
+            f"scale it down to {given} x {given} first"
+        )
+
     def log_image_warnings(self, images: Sequence[ImageLike], *, task: str = "generate") -> None:
         """Log the warning about each image; about a PIL image once in its life.
 

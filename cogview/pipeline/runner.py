@@ -30,6 +30,7 @@ from cogview.planning.batch_memory import beam_search_bytes, decode_bytes, score
 from cogview.planning.batches import BatchPlanner
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.tasks import TASKS, ImageElement
+from cogview.tokenizers.text import chinese_punctuation
 from cogview.tokenizers.vocabulary import TokenKind
 
 MIN_BEAMS = 4
@@ -332,7 +333,7 @@ def _caption(ids: np.ndarray, log_probability: float, request: GenerationRequest
     ends = np.flatnonzero(~np.isin(ids, vocabulary.text))
     pieces = ids[: ends[0] if len(ends) else None] - vocabulary.text.start
     return Caption(
-        text=context.text_tokenizer.decode(pieces.tolist()),
+        text=chinese_punctuation(context.text_tokenizer.decode(pieces.tolist())),
         log_probability=log_probability,
         num_pieces=len(pieces),
         seed=request.seed,

@@ -427,3 +427,14 @@ def test_generate_job_reports_mistakes_in_one_line(generate, arguments, message)
     assert (status, printed) == (2, [])
     assert err.startswith(f"cogview generate: {message}")
     assert err.count("\n") == 1
+
+
+def test_generate_job_refuses_to_make_an_image_smaller_by_upscaling(generate, save_image):
+    save_image("photo.jpg", size=(512, 600))
+    Path("job.jsonl").write_text(
+        f'{{"task": "upscale", "prompt": "{FOX}", "image": "photo.jpg"}}\n{{"prompt": "{FOX}"}}\n', encoding="utf-8"
+    )
+    status, files, err = generate("--input", "job.jsonl", "--seed", "7")
+    assert status != 0
+    assert len(files) == 1
+    assert "line 1: image photo.jpg: 512 x 600 pixels are more than the 128 x 128 of an upscaled image" in err

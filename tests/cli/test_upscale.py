@@ -167,3 +167,15 @@ def test_upscale_rejects_a_model_without_the_task(
     assert err == (
         f"cogview upscale: {generation_checkpoint} was not trained for the task '{task}'; its tasks are: generate\n"
     )
+
+
+def test_upscale_refuses_to_make_an_image_smaller(upscale, save_image):
+    """A photo of 512 x 512 pixels became a mosaic of 128 x 128 with status 0."""
+    save_image("photo.jpg", size=(512, 600))
+    save_image("same.png", size=(128, 300))
+    status, files, err = upscale("photo.jpg", "same.png", "--prompt", FOX, "--seed", "7")
+    assert (status, files) == (1, [Path("outputs/same-up-seed7.png")])
+    assert err.splitlines()[-1] == (
+        "failed: image photo.jpg: 512 x 600 pixels are more than the 128 x 128 of an upscaled image; "
+        "scale it down to 64 x 64 first"
+    )

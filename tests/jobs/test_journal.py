@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from cogview.errors import InputError
+from cogview.files import write_json
 from cogview.jobs.journal import DiskFull, JobJournal, fingerprint
 from cogview.jobs.locks import JobLocks
 
@@ -210,6 +211,15 @@ def test_journal_fingerprint_depends_on_every_file(tiny_checkpoint, tmp_path, na
     content[len(content) // 2] ^= 1
     (copy / name).write_bytes(content)
     assert fingerprint(copy) != fingerprint(tiny_checkpoint)
+
+
+def test_journal_fingerprint_ignores_the_quality_of_reconstructions(tiny_checkpoint, tmp_path):
+    """A job that was begun before the quality was measured can be resumed."""
+    copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text("utf-8"))
+    config["reconstruction_psnr"] = {"p01": 24.0, "p05": 26.0, "median": 31.0}
+    write_json(copy / "config.json", config)
+    assert fingerprint(copy) == fingerprint(tiny_checkpoint)
 
 
 def test_journal_fingerprint_of_a_large_file_covers_size_header_and_blocks(tiny_checkpoint, tmp_path):

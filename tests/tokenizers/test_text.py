@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 import sentencepiece
 
-from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
+from cogview.tokenizers.text import TextTokenizer, chinese_punctuation, train_text_tokenizer
 
 COLOURS = ["红色", "蓝色", "绿色", "黄色", "白色", "黑色", "紫色", "橙色"]
 THINGS = ["苹果", "狐狸", "猫", "狗", "房子", "汽车", "飞机", "香蕉", "熊猫", "老虎", "狮子", "大象"]
@@ -41,6 +41,22 @@ def test_decode_inverts_encode(tokenizer, text):
     ids = tokenizer.encode(text)
     assert all(0 <= i < tokenizer.size for i in ids)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFKC", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("四头大象,背景是青色的", "四头大象，背景是青色的"),
+        ("左边:狐狸;右边:狗!好吗?", "左边：狐狸；右边：狗！好吗？"),
+        ("1,000只猫", "1,000只猫"),
+        ("a fox, a dog", "a fox, a dog"),
+        ("“狐狸”,狗", "“狐狸”，狗"),
+        ("", ""),
+    ],
+)
+def test_chinese_punctuation_keeps_the_pieces_of_a_text(tokenizer, text, expected):
+    assert chinese_punctuation(text) == expected
+    assert tokenizer.encode(expected) == tokenizer.encode(text)
 
 
 def test_training_captions_are_shorter_than_their_characters(tokenizer):
