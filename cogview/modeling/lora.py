@@ -21,6 +21,7 @@ from cogview.modeling.config import PROJECTIONS
 from cogview.modeling.transformer import Transformer
 
 ROWS_PER_STEP = 1024  # rows of a weight that are merged at a time: bounds the float32 copies
+MAX_RANK = 65536
 QUANTIZED_MESSAGE = (
     "quantized weights cannot take an adapter: cogview adapter merge MODEL ADAPTER -o OUT first, "
     "then open OUT with --dtype int8 or int4"
@@ -32,7 +33,7 @@ class LoraSettings:
     """Rank, scale and target projections of an adapter.
 
     Attributes:
-        rank: Rank R of the product B A, at least 1.
+        rank: Rank R of the product B A, from 1 to ``MAX_RANK``.
         alpha: Numerator of ``scale``, above 0.
         dropout: Dropout rate on the inputs of A in training, in [0, 1).
         targets: Projections that are adapted in every layer; keys of ``PROJECTIONS``.
@@ -49,6 +50,8 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"the rank of an adapter must be at least 1, got {self.rank}")
+        if self.rank > MAX_RANK:
+            raise ValueError(f"the rank of an adapter must be at most {MAX_RANK}, got {self.rank}")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:

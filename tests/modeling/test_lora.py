@@ -45,6 +45,7 @@ def test_lora_settings_scale_is_alpha_over_rank():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"rank": 10**12}, "the rank of an adapter must be at most 65536, got 1"),
         ({"rank": 0}, "the rank of an adapter must be at least 1, got 0"),
         ({"alpha": 0.0}, "alpha must be above 0, got 0.0"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
