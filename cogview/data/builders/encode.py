@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from cogview.tokenizers.tasks import tasks_of_store
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.codec import ImageTokenizer, codebook_sha256, to_float
 from cogview.vqvae.ranges import BATCH, WORKERS, check_ranges
+
+LINE_SECONDS = 60.0  # between two lines of progress where stderr is no terminal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +188,7 @@ def encode_dataset(
     pieces = name_pieces(dataset.names, text_tokenizer) if settings.named else None
     header = store_header(dataset, text_tokenizer, image_tokenizer, settings)
     total = len(dataset) if rows is None else rows
+    printed = time.monotonic()
     device = image_tokenizer.codebook.device
     with (
         StoreWriter(path, header, resume=True) as writer,
@@ -200,6 +205,9 @@ def encode_dataset(
                 )
             writer.append(fields)
             bar.update(len(batch))
+            if bar.disable and time.monotonic() - printed >= LINE_SECONDS:  # no terminal
+                printed = time.monotonic()
+                print(f"{path.name}: {writer.count} of {total} rows", file=sys.stderr)
 
 
 def _batches(rows: _RenderedRows, first: int, end: int, settings: EncodeSettings) -> Iterator[list[_Row]]:

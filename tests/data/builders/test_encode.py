@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cogview.checkpoints.image_tokenizer import codebook_hash
+from cogview.data.builders import encode as module
 from cogview.data.builders.encode import EncodeSettings, encode_dataset, name_grid
 from cogview.data.image_dataset import ImageExample, NamedRegion
 from cogview.data.store import NO_TOKEN, TokenStore
@@ -174,6 +175,12 @@ def test_encode_dataset_continues_when_interrupted(tmp_path, encode, monkeypatch
     rows = everything(encode(tmp_path / "halves", 30))
     whole = everything(encode(tmp_path / "whole", 30))
     assert all(np.array_equal(rows[name], whole[name]) for name in rows)
+
+
+def test_encode_dataset_prints_its_progress_without_a_terminal(tmp_path, encode, monkeypatch, capsys):
+    monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
+    encode(tmp_path / "store", 20)
+    assert capsys.readouterr().err.splitlines() == [f"store: {count} of 20 rows" for count in (8, 16, 20)]
 
 
 def test_encode_dataset_extends_a_finished_store_when_more_rows_are_requested(tmp_path, encode):
