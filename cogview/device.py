@@ -139,11 +139,12 @@ def float64_of(device: torch.device) -> torch.dtype:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether ``error`` reports that a device is out of memory.
 
-    PyTorch's CPU allocator raises a plain RuntimeError.
+    PyTorch's CPU allocator raises a plain RuntimeError, and so do threads that get no stack.
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    messages = ("allocate memory", "can't start new thread", "Cannot allocate")
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
 
 
 def _peak_resident_memory() -> int | None:

@@ -1,4 +1,17 @@
-"""Errors that stand for a mistake of the user."""
+"""Errors with a message for the user, and the exit statuses that stand for them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitStatus(IntEnum):
+    """Exit statuses of the commands; after a signal it is 128 + its number, such as 130 after Ctrl-C."""
+
+    DONE = 0
+    PARTLY_DONE = 1  # some inputs were skipped or failed, the others are done
+    MISTAKE = 2  # the command line or all of the input cannot be used
+    RETRY_LATER = 3  # the same command can succeed later: the disk or the memory was full, or a lock was held
 
 
 class InputError(ValueError):
@@ -6,6 +19,13 @@ class InputError(ValueError):
 
     The message is one line: the value, what was expected, the remedy. Commands print it and exit with status 2.
     Callers of the library catch it as a ``ValueError``. Any other exception is a bug of the toolkit.
+    """
+
+
+class RetryLaterError(InputError):
+    """An ``InputError`` that may pass: space on a disk or memory is missing, or another process holds a lock.
+
+    The message is one line: what is missing, what was kept, the remedy. Commands print it and exit with status 3.
     """
 
 

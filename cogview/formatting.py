@@ -8,6 +8,7 @@ from collections.abc import Container, Sequence
 COLUMN_GAP = "  "
 
 _CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")  # general categories of Unicode
+_JOINERS = "\u200c\u200d"  # of the category Cf: they join emoji and letters, and nothing else
 
 
 def format_bytes(count: int) -> str:
@@ -68,7 +69,10 @@ def printable(text: str) -> str:
     A terminal obeys control characters: text from files and servers could move its cursor or change its title.
     """
     return "".join(
-        repr(character)[1:-1] if unicodedata.category(character) in _CONTROL else character for character in text
+        repr(character)[1:-1]
+        if unicodedata.category(character) in _CONTROL and character not in _JOINERS
+        else character
+        for character in text
     )
 
 

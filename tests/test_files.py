@@ -4,10 +4,12 @@ import errno
 import hashlib
 import json
 import os
+from pathlib import Path
 
 import pytest
 
-from cogview.errors import InputError
+import cogview.files
+from cogview.errors import InputError, RetryLaterError
 from cogview.files import (
     append_json_line,
     atomic_folder,
@@ -81,14 +83,69 @@ def test_atomic_write_replaces_the_leftover_of_a_killed_process(tmp_path):
     assert names(tmp_path) == ["狐狸.txt"]
 
 
-def test_atomic_write_per_process_keeps_other_writers_apart(tmp_path):
+@pytest.mark.parametrize("locks", [True, False])
+def test_atomic_write_keeps_writers_of_one_path_apart(tmp_path, monkeypatch, locks):
+    """Two processes once shared a temporary file: one of them failed, or published the half-written other."""
+    if not locks:
+        monkeypatch.setattr(cogview.files, "fcntl", None)
     path = tmp_path / "world.json"
-    with atomic_write(path) as other, atomic_write(path, per_process=True) as mine:
-        assert str(os.getpid()) in mine.name
-        other.write_text("theirs")
-        mine.write_text("ours")
+    with atomic_write(path) as theirs:
+        theirs.write_text("theirs")
+        for number in range(3) if locks else ():
+            with atomic_write(path) as ours:
+                assert ours != theirs
+                ours.write_text(f"ours {number}")
+            assert path.read_text() == f"ours {number}"
     assert path.read_text() == "theirs"  # the outer block ended later
     assert names(tmp_path) == ["world.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_atomic_write_replaces_no_file_without_overwrite(tmp_path, monkeypatch, links):
+    """Of two writers of a new name, the second is refused at the end, however long before both looked."""
+
+    def refuse(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    path = tmp_path / "狐狸.png"
+
+    def second():
+        with atomic_write(path, overwrite=False) as temporary:
+            temporary.write_text("second")
+
+    with atomic_write(path, overwrite=False) as temporary:
+        temporary.write_text("first")
+    for _ in range(2):
+        with pytest.raises(FileExistsError):
+            second()
+    assert path.read_text() == "first"
+    assert names(tmp_path) == ["狐狸.png"]
+
+
+@pytest.mark.parametrize("write", ["file", "folder"])
+def test_atomic_write_syncs_the_content_before_it_is_renamed(tmp_path, monkeypatch, write):
+    """After a power cut, files that were renamed without fsync were empty."""
+    events = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (events.append(str(Path(f"/proc/self/fd/{file}").readlink())), fsync(file))
+    )
+    monkeypatch.setattr(Path, "replace", lambda path, target: (events.append("rename"), replace(path, target)))
+    if write == "file":
+        with atomic_write(tmp_path / "a") as path:
+            path.write_text("whole")
+        assert events == [str(path), "rename", str(tmp_path)]
+        with atomic_write(tmp_path / "preview", durable=False) as path:
+            path.write_text("whole")
+        assert events[3:] == ["rename"]
+    else:
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "image").mkdir()
+            (folder / "image" / "weights").write_text("whole")
+        expected = [folder / "image", folder / "image" / "weights", folder]
+        assert events == [*map(str, expected), "rename", str(tmp_path)]
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
@@ -158,12 +215,27 @@ def test_new_folder_refuses_an_existing_folder(tmp_path):
         pass
 
 
+def test_atomic_folder_refuses_a_folder_that_another_process_is_writing(tmp_path):
+    """Two conversions to one target removed each other's folder, and one returned the half-written weights of both."""
+    with atomic_folder(tmp_path / "狐狸") as folder:
+        (folder / "model").write_text("half")
+        message = (
+            rf"狐狸 is being written by another process \(process {os.getpid()} on .* since 2.*\): wait, or choose"
+        )
+        for writer in (atomic_folder, new_folder):
+            with pytest.raises(RetryLaterError, match=message), writer(tmp_path / "狐狸"):
+                pytest.fail("two writers of one folder")
+        assert names(folder) == ["model"]
+    assert names(tmp_path / "狐狸") == ["model"]
+    assert names(tmp_path) == ["狐狸"]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_new_folder_reports_a_full_disk_as_an_input_error(tmp_path, number):
+def test_new_folder_reports_a_full_disk_as_an_error_that_may_pass(tmp_path, number):
     output = tmp_path / "狐狸"
     with (
         pytest.raises(
-            InputError, match=rf"^there is no room for {output}: \d.* GB are free there; nothing was written$"
+            RetryLaterError, match=rf"^there is no room for {output}: \d.* GB are free there; nothing was written$"
         ),
         new_folder(output),
     ):

@@ -2,7 +2,7 @@
 
 Results go to stdout; progress and notes go to stderr. A mistake on the command line or in an input is one line on
 stderr, with exit status 2. Where some files of a list cannot be read, the others are processed, the failures are listed
-at the end, and the status is 1.
+at the end, and the status is 1. ``ExitStatus`` has all statuses.
 
 How to write a command
 ----------------------
@@ -42,7 +42,8 @@ import click
 from cogview import __version__
 from cogview.cli.progress import log_batch_plans
 from cogview.cli.translation import LANGUAGES, language_of, take_language, translated
-from cogview.errors import InputError, ReportedByPeer
+from cogview.errors import ExitStatus, InputError, ReportedByPeer, RetryLaterError
+from cogview.formatting import printable
 
 # Command, its module in cogview.cli, and its line of help.
 COMMANDS = {
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command line without the program's name; that of the process by default.
 
     Returns:
-        The exit status: 0, 1 if some inputs failed, 2 for a mistake, 130 after Ctrl-C.
+        The exit status, one of ``ExitStatus``; 130 after Ctrl-C.
     """
     given = sys.argv[1:] if argv is None else argv
     # DeepSpeed's launcher puts this before everything else; the variable LOCAL_RANK holds it too.
@@ -192,7 +193,8 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         name: The name of the program or command, which the line starts with.
 
     Returns:
-        The status of ``run``; 2 for a mistake of the user, 130 after Ctrl-C, 1 if the reader of stdout is gone.
+        The status of ``run``; 2 for a mistake of the user, 3 where disk, memory or a lock was missing, 130 after
+        Ctrl-C, 1 if the reader of stdout is gone.
     """
     _prepare_streams()
     try:
@@ -208,19 +210,39 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         return _report(path, f"{_message_of(error)}; see {path} --help")
     except ReportedByPeer:
         return 2
-    except (InputError, OSError) as error:
+    except RetryLaterError as error:
+        return _report(name, str(error), ExitStatus.RETRY_LATER)
+    except OSError as error:
         if isinstance(error, BrokenPipeError) and _is_stdout_closed():  # as in `cogview models | head -1`
             return 1
-        return _report(name, str(error))
-    except ValueError as error:
-        from cogview.kernels.dispatch import ForcedKernelsError  # with PyTorch, which has been imported by then
+        from cogview.files import disk_full_reason
 
-        if not isinstance(error, ForcedKernelsError):
-            raise
+        if (reason := disk_full_reason(error)) is not None:
+            return _report(name, f"{reason}; finished results are kept", ExitStatus.RETRY_LATER)
         return _report(name, str(error))
+    except InputError as error:
+        return _report(name, str(error))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        if (message := _library_failure(error)) is None:
+            raise
+        return _report(name, *message)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; finished results are kept", file=sys.stderr)
         return 130
+
+
+def _library_failure(error: ValueError | RuntimeError | MemoryError) -> tuple[str, int] | None:
+    """Return the line and the exit status for an error of PyTorch that a user can mend; None for a bug."""
+    if isinstance(error, ValueError):
+        from cogview.kernels.dispatch import ForcedKernelsError  # with PyTorch, which has been imported by then
+
+        return (str(error), ExitStatus.MISTAKE) if isinstance(error, ForcedKernelsError) else None
+    from cogview.device import is_out_of_memory
+
+    if not isinstance(error, MemoryError) and not is_out_of_memory(error):
+        return None
+    advice = "free some, or use less: a smaller --max-inference-batch-size, --dtype or --model"
+    return f"the memory is full; finished results are kept; {advice}", ExitStatus.RETRY_LATER
 
 
 def _configure_logging() -> None:
@@ -264,7 +286,7 @@ def _message_of(error: click.UsageError) -> str:
     return f"{message[:1].lower()}{message[1:]}".rstrip(".")
 
 
-def _report(name: str, message: str) -> int:
-    """Print one line on stderr; return the status of a mistake."""
-    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
-    return 2
+def _report(name: str, message: str, status: int = ExitStatus.MISTAKE) -> int:
+    """Print one line on stderr; return ``status``."""
+    print(f"{name}: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return status

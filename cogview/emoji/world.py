@@ -246,10 +246,10 @@ class EmojiWorld:
         description = _Description(
             format_version=FORMAT_VERSION, settings=self.settings, colours=self.colours, candidates=self.candidates
         )
-        with atomic_write(folder / "sprites.npz", per_process=True) as path, path.open("wb") as file:
+        with atomic_write(folder / "sprites.npz") as path, path.open("wb") as file:
             np.savez_compressed(file, sprites=self.sprites)
         # Written last: a folder with world.json is complete.
-        write_json(folder / "world.json", to_mapping(description), indent=1, per_process=True)
+        write_json(folder / "world.json", to_mapping(description), indent=1)
 
     @staticmethod
     def load(folder: Path) -> EmojiWorld:

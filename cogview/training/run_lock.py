@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import sys
-import time
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
-
-from cogview.errors import InputError
-from cogview.plain_data import parse_json
+from cogview.errors import RetryLaterError
+from cogview.files import describe_owner, try_lock, write_owner
 
 LOCK_FILE = "run.lock"
 RETRY_SECONDS = 1.0  # in which ``is_training`` of another process has released the lock again
@@ -33,14 +25,12 @@ class RunLock:
         """Take the lock; where locks are not supported, print a warning.
 
         Raises:
-            InputError: Another training holds the lock.
+            RetryLaterError: Another training holds the lock.
         """
-        if fcntl is None:
-            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            free = _try_lock(file, fcntl.LOCK_EX)
+            free = try_lock(file, seconds=RETRY_SECONDS)
         except OSError as error:
             os.close(file)
             print(
@@ -48,16 +38,14 @@ class RunLock:
             )
             return
         if not free:
-            holder = os.pread(file, 1000, 0)
+            holder = describe_owner(os.pread(file, 1000, 0))
             os.close(file)
-            raise InputError(
-                f"{self.path.parent} is trained by another process ({_describe(holder)}): wait for its end, or choose "
+            raise RetryLaterError(
+                f"{self.path.parent} is trained by another process ({holder}): wait for its end, or choose "
                 "another folder with --work"
             )
         self._file = file
-        content = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
-        os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps(content).encode() + b"\n", 0)
+        write_owner(file)
 
     def release(self) -> None:
         """Release the lock, if this process holds it."""
@@ -72,38 +60,13 @@ def is_training(folder: Path) -> bool | None:
     Args:
         folder: The run folder.
     """
-    if fcntl is None:
-        return None
     try:
         file = os.open(folder / LOCK_FILE, os.O_RDONLY)
     except OSError:  # a run of an earlier version
         return None
     try:
-        return not _try_lock(file, fcntl.LOCK_SH, 0.0)
+        return not try_lock(file, shared=True)
     except OSError:
         return None
     finally:
         os.close(file)
-
-
-def _try_lock(file: int, kind: int, seconds: float = RETRY_SECONDS) -> bool:
-    """Lock an open file; return False if another process still holds it after ``seconds``."""
-    deadline = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.05)
-        else:
-            return True
-
-
-def _describe(holder: bytes) -> str:
-    """Return the process that wrote a lock file."""
-    try:
-        content = parse_json(holder)
-        return f"process {content['pid']} on {content['host']} since {content['started']}"
-    except (ValueError, TypeError, KeyError):
-        return "which has just begun"
