@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from cogview.device import is_out_of_memory
-from cogview.errors import InputError, ReportedByPeer
+from cogview.errors import InputError, ReportedByPeer, RetryLaterError
 from cogview.formatting import format_duration
 from cogview.signals import GracefulStop
 from cogview.training.distributed import DistributedContext, is_peer_failure, log_main
@@ -131,8 +131,8 @@ def run_loop(
         0; 128 plus the signal that stopped the run; 1 if the last state could not be saved, or a peer was lost.
 
     Raises:
-        InputError: The folder holds a run or is trained by another process, its checkpoint does not fit, a step cannot
-            be computed, or a device is out of memory.
+        InputError: The folder holds a run, its checkpoint does not fit, or a step cannot be computed.
+        RetryLaterError: Another process trains the run, or a device is out of memory.
     """
     context = context or DistributedContext(torch.device("cpu"))
     context.run_on_main(run.lock)
@@ -145,7 +145,7 @@ def run_loop(
         kept = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         if is_out_of_memory(error):
-            raise InputError(
+            raise RetryLaterError(
                 f"training is out of memory; {trainer.memory_advice()}; {kept}; go on with --resume auto ({reason})"
             ) from None
         if not is_peer_failure(error):

@@ -76,7 +76,7 @@ class RunFolder:
         """Keep other trainings out of the folder until ``unlock`` or the end of this process.
 
         Raises:
-            InputError: Another training holds the folder.
+            RetryLaterError: Another training holds the folder.
         """
         self._lock.acquire()
 

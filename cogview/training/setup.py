@@ -17,7 +17,7 @@ from cogview.config_io import to_mapping
 from cogview.data.phases import PHASES_FILE
 from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.device import DevicePlacement, is_out_of_memory, training_dtype
-from cogview.errors import InputError
+from cogview.errors import RetryLaterError
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.pipeline.cogview import CogView
 from cogview.planning.training import TrainingMemory
@@ -103,7 +103,7 @@ def train(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise InputError(
+        raise RetryLaterError(
             "the model and its optimizer do not fit into memory; cogview estimate --train --device shows which presets "
             f"and engines do ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
         ) from None

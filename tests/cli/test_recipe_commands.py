@@ -550,7 +550,7 @@ def test_train_reports_an_exhausted_memory_in_one_line(work, tmp_path, capsys, m
         assert memory_plan.device_peak_flops(DistributedContext(torch.device("cpu")), None) is None
     assert one_line(capsys) == "MFU is not logged: the memory to measure the peak FLOP/s is missing\n"
     monkeypatch.setattr(setup, "open_engine", exhaust)
-    assert main(["train", write_recipe(tmp_path), "--device", "cpu"]) == 2
+    assert main(["train", write_recipe(tmp_path), "--device", "cpu"]) == 3
     assert one_line(capsys).startswith("cogview train: the model and its optimizer do not fit into memory; cogview est")
 
 
