@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
+from cogview.errors import InputError
 from cogview.tokenizers.layouts import Layout, layouts
 from cogview.tokenizers.vocabulary import Vocabulary
 
@@ -148,6 +150,10 @@ class Sampling:
     text_attention: float = 1.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            is_count = isinstance(getattr(Sampling, name), int)
+            if isinstance(value, bool) or not isinstance(value, Integral if is_count else Real):
+                raise InputError(f"{name} must be a {'whole ' if is_count else ''}number, got {value!r}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}; for greedy decoding use top_k 1")
         if self.temperature == math.inf:

@@ -12,7 +12,6 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -267,10 +266,6 @@ def override_sampling(base: Sampling, overrides: dict[str, float | None]) -> Sam
             remedy = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(SAMPLING_NAMES)}"
             raise TypeError(f"{name!r} is no sampling setting; {remedy}")
     given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
-    for name, value in given.items():
-        is_count = isinstance(getattr(base, name), int)
-        if isinstance(value, bool) or not isinstance(value, Integral if is_count else Real):
-            raise InputError(f"{name} must be a {'whole ' if is_count else ''}number, got {describe(value)}")
     try:
         return replace(base, **given)
     except ValueError as error:

@@ -276,7 +276,7 @@ GENERATE_FAULTS = [
     ({"n": "2"}, "the number of images must be a whole number .*got the text '2'"),
     ({"n": 2, "keep": 0}, "keep must be from 1 to 2, got 0"),
     ({"batch_size": "auto"}, "the batch size must be a whole number at least 1, got the text 'auto'"),
-    ({"temperature": "hot"}, "temperature must be a number, got the text 'hot'"),
+    ({"temperature": "hot"}, "temperature must be a number, got 'hot'"),
     ({"top_k": 5.5}, "top_k must be a whole number, got 5.5"),
     ({"sampling": {"top_k": 5}}, "sampling must be a Sampling, got a dict"),
     ({"callback": 5}, "callback must be a function of a GenerationProgress, got 5"),
@@ -415,8 +415,15 @@ def test_unknown_task_is_refused(tiny_model):
             call("draw")
 
 
-def test_sampling_is_the_exported_one():
-    assert Sampling(top_k=3).top_k == 3
+def test_sampling_refuses_values_of_another_type():
+    assert Sampling(top_k=3, temperature=np.float32(0.5), guidance=2).top_k == 3
+    for settings, message in (
+        ({"top_k": "5"}, "top_k must be a whole number, got '5'"),
+        ({"temperature": None}, "temperature must be a number, got None"),
+        ({"top_p": True}, "top_p must be a number, got True"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Sampling(**settings)
 
 
 @pytest.mark.slow
