@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cogview.cli.options import Command, argument, revision_option
+from cogview.cli.picture_info import describe_png, is_png
 from cogview.errors import InputError
 from cogview.formatting import format_bytes
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     required=False,
     metavar="MODEL",
     help="name or folder of a model, owner/name on the Hugging Face Hub, or a transformer (.tar, .pt or its folder), "
-    "image tokenizer (.pt) or text model (.model) of CogView v1; without it, the known models are listed",
+    "image tokenizer (.pt) or text model (.model) of CogView v1, or a PNG image, for its metadata; without it, the "
+    "known models are listed",
 )
 @revision_option()
 @click.option(
@@ -50,6 +52,8 @@ def command(model: str | None, revision: str | None, things: bool, hashes: bool)
         lines = things_lines(resolve_checkpoint(model, revision=revision))
     elif bundle is not None and bundle.parts and not hashes:
         lines = bundle_lines(model, bundle)
+    elif model not in known and is_png(path):
+        lines = lines_with_files(describe_png(path), path, hashes=hashes)
     elif model not in known and (path.is_file() or is_v1(path)):
         lines = lines_with_files(describe_v1_file(path), path, hashes=hashes)
     else:

@@ -231,7 +231,7 @@ class GenerationSession:
         from cogview.image_io.png import save_png
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        path = save_png(path, image, image.metadata(self.model.label) | metadata)
+        path = save_png(path, image, image.metadata(self.model.file_label) | metadata)
         tqdm.write(str(path), file=sys.stdout)  # keeps a progress bar intact
         return path
 
@@ -243,5 +243,5 @@ class GenerationSession:
         from cogview.image_io.png import save_png, sheet_metadata
 
         sheet = contact_sheet([np.asarray(image) for image in images], columns=columns)
-        metadata = sheet_metadata([image.metadata(self.model.label) for image in images])
+        metadata = sheet_metadata([image.metadata(self.model.file_label) for image in images])
         print(save_png(path, sheet, metadata))

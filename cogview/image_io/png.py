@@ -10,15 +10,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import threading
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from cogview.errors import InputError
-from cogview.files import atomic_write
+from cogview.files import atomic_write, temporary_path
+from cogview.image_io.a1111 import A1111_KEY, a1111_parameters
 from cogview.image_io.reading import open_image
 
 GREY = 128  # of codes that are not sampled yet
@@ -73,7 +76,8 @@ def save_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> Pat
     """Write an image with metadata and return its path.
 
     A file with the same prompt, seed, index, model, settings and codes is the same image and is overwritten. Any other
-    file is kept, and the name continues with _2, _3, …
+    file is kept, and the name continues with _2, _3, … A name is claimed before it is used, so that processes which
+    save at the same time get different names.
 
     Args:
         path: Wanted path of the file.
@@ -83,11 +87,22 @@ def save_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> Pat
     Returns:
         The path of the file.
     """
-    target, number = path, 1
-    while target.exists() and not _is_same(read_metadata(target), metadata):
-        number += 1
-        target = path.with_name(f"{path.stem}_{number}{path.suffix}")
-    write_png(target, image, metadata)
+    temporary = _unique_name(path)
+    try:
+        _write(temporary, image, metadata)
+        target, number = path, 1
+        while not _claim(temporary, target):
+            if _is_same(read_metadata(target), metadata):
+                break
+            number += 1
+            target = path.with_name(f"{path.stem}_{number}{path.suffix}")
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):  # the error to report is the first one
+            temporary.unlink()
+        raise
+    with suppress(OSError):  # where both names belong to one file, replacing does nothing
+        temporary.unlink()
     return target
 
 
@@ -99,11 +114,37 @@ def write_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> No
         image: The image.
         metadata: Text chunks by keyword.
     """
+    with atomic_write(path) as temporary:
+        _write(temporary, image, metadata)
+
+
+def _write(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> None:
+    """Write an image with its text chunks, and those of a generated image once more in the form of A1111."""
     chunks = PngImagePlugin.PngInfo()
     for key, value in metadata.items():
         chunks.add_itxt(key, value, zip=key == "codes")
-    with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG", pnginfo=chunks)
+    if "codes" in metadata and "seed" in metadata:
+        chunks.add_itxt(A1111_KEY, a1111_parameters(metadata, image.size))
+    image.save(path, format="PNG", pnginfo=chunks)
+
+
+def _unique_name(path: Path) -> Path:
+    """Return a temporary path beside ``path`` that no other thread or process uses."""
+    return path.with_name(f"{temporary_path(path).name}-{os.getpid()}-{threading.get_ident()}")
+
+
+def _claim(temporary: Path, target: Path) -> bool:
+    """Give a name to a finished file, or at least reserve it; return False if the name is taken."""
+    try:
+        os.link(temporary, target)  # the name appears with its whole content
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without links
+        try:
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            return False
+    return True
 
 
 def preview_path(path: Path) -> Path:

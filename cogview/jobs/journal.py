@@ -6,7 +6,6 @@ the line that it was writing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -23,9 +22,6 @@ from cogview.jobs.locks import JobLocks
 from cogview.plain_data import parse_json
 
 FORMAT_VERSION = 1
-BLOCK = 1 << 16  # bytes of a block of weights in a fingerprint
-NUM_BLOCKS = 64  # blocks of weights in a fingerprint, evenly spread over the file
-MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
 _VERSION_KEY = "cogview_job"
 
@@ -171,33 +167,6 @@ def refuse_existing(path: Path, locks: JobLocks) -> None:
         raise InputError(
             f"{path} exists from an earlier run: continue it with --resume, or choose another output folder"
         )
-
-
-def fingerprint(folder: Path) -> str:
-    """Return a SHA-256 that identifies the weights of a checkpoint folder, quickly for files of any size.
-
-    It covers the configuration and the text model, and of each weights file its size, header and 64 blocks. The
-    measured quality of reconstructions does not count: images do not depend on it.
-    """
-    sha256 = hashlib.sha256()
-    for name in ("config.json", "text.model"):
-        content = (folder / name).read_bytes()
-        if name == "config.json" and b'"reconstruction_psnr"' in content:
-            config = parse_json(content)
-            del config["reconstruction_psnr"]
-            content = (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
-        sha256.update(f"{name} {len(content)}\n".encode() + content)
-    for name in ("model.safetensors", "image/model.safetensors"):
-        with (folder / name).open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            sha256.update(f"{name} {size}\n".encode())
-            file.seek(0)
-            header = int.from_bytes(file.read(8), "little")  # its length, in a safetensors file
-            sha256.update(file.read(min(header, MAX_HEADER_BYTES)))
-            for number in range(NUM_BLOCKS):
-                file.seek(max(0, size - BLOCK) * number // (NUM_BLOCKS - 1))
-                sha256.update(file.read(BLOCK))
-    return sha256.hexdigest()
 
 
 def _read_header(line: bytes, path: Path) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cogview.checkpoints.fingerprint import fingerprint
 from cogview.errors import InputError
-from cogview.jobs.journal import JobJournal, fingerprint
+from cogview.jobs.journal import JobJournal
 from cogview.jobs.locks import JobLocks
 from cogview.jobs.records import JobRecord, digest, name_of
 from cogview.tokenizers.tasks import TASKS

@@ -281,7 +281,7 @@ class JobRunner:
             self._observer.captioned(result, record.image)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path = save_png(path, result, result.metadata(self.model.label) | _metadata(record))
+            path = save_png(path, result, result.metadata(self.model.file_label) | _metadata(record))
             self._observer.saved(path)
             facts["path"] = path.relative_to(self.plan.settings.output).as_posix()
             preview_path(path).unlink(missing_ok=True)  # of a process that was killed

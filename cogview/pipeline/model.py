@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,11 +13,13 @@ import torch
 from cogview.checkpoints.adapter import Adapter
 from cogview.checkpoints.adapter_merge import merge_adapter
 from cogview.checkpoints.checkpoint import Model, NamedThing, check_folder, load_model
+from cogview.checkpoints.fingerprint import fingerprint
 from cogview.checkpoints.precision import stored_quantization
 from cogview.checkpoints.registry import load_registry, resolve_bundle, resolve_checkpoint
 from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.device import DevicePlacement, choose_placement, compute_after_forks
 from cogview.errors import InputError
+from cogview.files import file_sha256
 from cogview.modeling.config import ModelConfig, Sampling
 from cogview.modeling.lora import QUANTIZED_MESSAGE, has_adapter
 from cogview.modeling.transformer import Transformer
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 KV_DTYPES = ("auto", "int8")
+FINGERPRINT_DIGITS = 12  # of a fingerprint in the metadata of files
 CPU = DevicePlacement(torch.device("cpu"), torch.float32, "by default")
 
 
@@ -160,6 +164,21 @@ class LoadedModel:
     def label(self) -> str:
         """Name of the weights, with the folder of the adapter if there is one."""
         return self.name if self.adapter is None else f"{self.name} + {self.adapter}"
+
+    @cached_property
+    def file_label(self) -> str:
+        """Name of the weights for the metadata of files, without paths of this machine.
+
+        A folder is named by its last part and its fingerprint, so that it can be recognized elsewhere.
+        """
+        parts = [self.name]
+        if self.folder is not None and Path(self.name).is_dir():
+            parts = [f"{self.folder.resolve().name} ({fingerprint(self.folder)[:FINGERPRINT_DIGITS]})"]
+        if self.adapter is not None:
+            weights = self.adapter / "adapter_model.safetensors"
+            digits = f" ({file_sha256(weights)[:FINGERPRINT_DIGITS]})" if weights.is_file() else ""
+            parts.append(f"{self.adapter.resolve().name}{digits}" if digits else str(self.adapter))
+        return " + ".join(parts)
 
     @property
     def config(self) -> ModelConfig:

@@ -13,6 +13,7 @@ from PIL import Image
 import cogview.image_io.png
 import cogview.pipeline.runner
 from cogview import __version__
+from cogview.checkpoints.fingerprint import fingerprint
 from cogview.cli.main import main
 from cogview.image_io.png import read_metadata
 
@@ -61,11 +62,16 @@ def test_generate_stores_the_settings_in_text_chunks(generate, tiny_checkpoint, 
     image = tiny_model.generate(FOX, seed=7, temperature=0.7, top_k=50, top_p=0.9)[0]
     assert float(texts.pop("log_probability")) == pytest.approx(image.log_probability)
     assert np.array_equal(np.array(texts.pop("codes").split(), dtype=int).reshape(8, 8), image.codes)
+    label = f"tiny ({fingerprint(tiny_checkpoint)[:12]})"  # no path of this machine, nor the name of its user
+    assert texts.pop("parameters") == (
+        f"{FOX}\nSteps: 64, Sampler: cogview, CFG scale: 1.0, Seed: 7, Size: 64x64, Model: {label}, Temperature: 0.7, "
+        f"Top k: 50, Top p: 0.9, Text attention: 1.0, Version: cogview {__version__}"
+    )
     assert texts == {
         "prompt": FOX,
         "seed": "7",
         "index": "0",
-        "model": str(tiny_checkpoint),
+        "model": label,
         "temperature": "0.7",
         "top_k": "50",
         "top_p": "0.9",

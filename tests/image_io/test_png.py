@@ -1,6 +1,7 @@
 """PNG files: names valid on every system, text chunks that are read back, no other image overwritten."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 
 import pytest
@@ -59,7 +60,9 @@ def image(value=0):
 def test_read_metadata_returns_text_chunks(tmp_path):
     texts = {"prompt": "一只🦊：“狐狸”\n第二行", "seed": "7", "codes": "1 2 3"}
     path = save_png(tmp_path / "a.png", image(), texts)
-    assert read_metadata(path) == texts
+    found = read_metadata(path)
+    assert found.pop("parameters").startswith("一只🦊：“狐狸”\n第二行\nSteps: 3, Sampler: cogview, ")
+    assert found == texts
 
 
 def test_save_png_overwrites_same_image_only(tmp_path):
@@ -110,6 +113,30 @@ def test_write_png_is_atomic_when_interrupted(tmp_path, monkeypatch, error):
     assert caught.type in (KeyboardInterrupt, OSError)
     assert os.listdir(tmp_path) == ["a.png"]
     assert Image.open(path).getpixel((0, 0)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("with_links", [True, False])
+def test_save_png_gives_each_of_several_writers_a_name(tmp_path, monkeypatch, with_links):
+    """Two commands that saved one name at once left one image, or failed on the temporary file of the other."""
+    if not with_links:
+
+        def refuse(*_):
+            raise PermissionError(1, "Operation not permitted")  # a file system without links
+
+        monkeypatch.setattr(os, "link", refuse)
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(
+            pool.map(lambda i: save_png(tmp_path / "a.png", image(i), {"prompt": "狐狸", "top_k": str(i)}), range(24))
+        )
+    assert len(set(paths)) == 24
+    assert sorted(os.listdir(tmp_path)) == sorted(path.name for path in paths)
+    assert [read_metadata(path)["top_k"] for path in paths] == [str(i) for i in range(24)]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_save_png_passes_over_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    assert save_png(tmp_path / "a.png", image(), {"prompt": "狐狸"}) == tmp_path / "a_2.png"
 
 
 def test_prepare_folder_leaves_folder_empty(tmp_path):

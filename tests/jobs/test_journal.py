@@ -8,9 +8,10 @@ import shutil
 
 import pytest
 
+from cogview.checkpoints.fingerprint import fingerprint
 from cogview.errors import InputError
 from cogview.files import write_json
-from cogview.jobs.journal import DiskFull, JobJournal, fingerprint
+from cogview.jobs.journal import DiskFull, JobJournal
 from cogview.jobs.locks import JobLocks
 
 HEADER = {"model": "cogview-emoji", "seed": 7, "sampling": {"top_k": 100, "temperature": 0.9}}
