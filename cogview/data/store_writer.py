@@ -27,7 +27,7 @@ from cogview.data.store import (
     naming_damage,
 )
 from cogview.data.store_checksum import CHECKSUM_FILE, DATA_FILE, check_sum, write_checksum
-from cogview.errors import InputError
+from cogview.errors import InputError, RetryLaterError
 from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -116,7 +116,8 @@ class StoreWriter:
             rows: an (N, width) integer array for every field of the header.
 
         Raises:
-            InputError: if fields, shapes, dtypes or ids do not match the header, or the disk is full.
+            InputError: if fields, shapes, dtypes or ids do not match the header.
+            RetryLaterError: if the disk is full.
         """
         packed_NW = self._pack(rows)
         width = self.header.row_width * _ON_DISK.itemsize
@@ -181,7 +182,7 @@ class StoreWriter:
                 self._environment.set_mapsize(2 * self._environment.info()["map_size"])
             except lmdb.Error as error:  # on a full disk, an error of input and output
                 free = shutil.disk_usage(self.path).free
-                raise InputError(
+                raise RetryLaterError(
                     f"rows could not be written to {self.path} ({error}), where {format_bytes(free)} are free: "
                     f"{self._count} rows are kept; make room and run the same command again"
                 ) from None

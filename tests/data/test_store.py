@@ -18,7 +18,7 @@ from cogview.data import store_checksum, store_writer
 from cogview.data.sampling_order import sample_index
 from cogview.data.store import NO_TOKEN, StoreHeader, TokenStore, as_tensors, text_lengths
 from cogview.data.store_writer import StoreWriter, pad_text
-from cogview.errors import InputError
+from cogview.errors import InputError, RetryLaterError
 from cogview.files import file_sha256
 
 HEADER = StoreHeader(
@@ -148,7 +148,9 @@ def test_store_writer_keeps_committed_rows_when_the_disk_is_full(tmp_path, monke
     writer = StoreWriter(tmp_path / "store", HEADER)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"rows could not be written to .* rows are kept; make room") as caught:
+        with pytest.raises(
+            RetryLaterError, match=r"rows could not be written to .* rows are kept; make room"
+        ) as caught:
             writer.append(some_rows(5000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
