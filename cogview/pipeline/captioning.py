@@ -125,6 +125,10 @@ class CaptioningModel(LoadedModel):
         Args:
             image: Image of any size.
             task: Name of a task; one that needs no smaller image than it generates has no such problem.
+
+        Example:
+            >>> model.enlargement_problem(Image.new("RGB", (512, 512)), task="upscale")
+            '512 x 512 pixels are more than the 128 x 128 of an upscaled image; scale it down to 64 x 64 first'
         """
         scale = TASKS[task].output_scale / TASKS[task].input_scale if TASKS[task].input_scale else 0
         given = self.image_size(task)
