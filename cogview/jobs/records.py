@@ -17,12 +17,15 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cogview.errors import InputError
-from cogview.formatting import shorten
+from cogview.files import require_regular
+from cogview.formatting import printable, shorten
 from cogview.limits import MAX_RESULTS
 from cogview.plain_data import parse_json
 from cogview.tokenizers.tasks import TASKS, Task, job_tasks
 
 SHOWN = 40  # characters of a wrong value in a message
+MAX_LINE = 100_000  # characters
+MIN_COMMON = 0.9  # share of frequent characters by which text in GB18030 is recognized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +85,31 @@ class JobRecord:
         return TASKS[self.task]
 
 
+class JobProblem(str):
+    """The reason why a line cannot be used; it starts with ``line NUMBER:``.
+
+    Attributes:
+        id: The id that the line sets, or else ``line NUMBER``.
+    """
+
+    __slots__ = ("id",)
+    id: str
+
+    @classmethod
+    def of(cls, number: int, reason: str, name: str | None = None) -> JobProblem:
+        """Return the problem of a line.
+
+        Args:
+            number: Number of the line.
+            reason: The reason.
+            name: The id of its record.
+        """
+        line = f"line {number}"
+        problem = cls(f"{line}: {printable(' '.join(reason.split()))}")
+        problem.id = name or line
+        return problem
+
+
 _TYPE_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number"}
 
 # Line numbers, each with the values of the line by name, or with the reason why it cannot be read.
@@ -100,11 +128,11 @@ def _column_types() -> dict[str, type]:
     return columns | get_type_hints(Sampling)
 
 
-def read_job(source: str) -> tuple[list[JobRecord], list[str]]:
+def read_job(source: str) -> tuple[list[JobRecord], list[JobProblem]]:
     """Read a job file.
 
     The suffix selects the format: .txt, none, or ``-`` (standard input) a prompt per line; .csv and .tsv a header and a
-    row per line; .jsonl an object per line. The encoding is UTF-8.
+    row per line; .jsonl an object per line. The encoding is UTF-8, or GB18030 where the text is plainly in that.
 
     Args:
         source: The file, or ``-`` for standard input.
@@ -122,7 +150,7 @@ def read_job(source: str) -> tuple[list[JobRecord], list[str]]:
     find, expected = _FORMATS[suffix]
     where = name_of(source)
     records: dict[str, JobRecord] = {}
-    problems: list[str] = []
+    problems: list[JobProblem] = []
     try:
         for number, found in find(read_text(source)):
             try:
@@ -132,7 +160,8 @@ def read_job(source: str) -> tuple[list[JobRecord], list[str]]:
                 if record.key in records:
                     raise ValueError(f'the id "{record.key}" is that of line {records[record.key].number} as well')
             except ValueError as error:
-                problems.append(f"line {number}: {' '.join(str(error).split())}")
+                name = found.get("id") if isinstance(found, Mapping) else None
+                problems.append(JobProblem.of(number, str(error), name if isinstance(name, str) else None))
             else:
                 records[record.key] = record
     except _HeaderError as error:
@@ -162,23 +191,52 @@ def digest(records: Sequence[JobRecord], source: str) -> str:
 
 
 def read_text(source: str) -> str:
-    """Return the content of a UTF-8 file.
+    """Return the content of a UTF-8 file; of one in GBK or GB18030 with a note on stderr.
 
     Args:
         source: The file, or ``-`` for standard input.
 
     Raises:
-        InputError: The file cannot be read or is not UTF-8.
+        InputError: The file cannot be read, is no regular file, or has another encoding.
     """
     where = name_of(source)
     try:
-        content = sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()
+        if source == "-":
+            if sys.stdin is None:
+                raise InputError("standard input is closed; give a file, or input through a pipe")
+            content = sys.stdin.buffer.read()
+        else:
+            require_regular(Path(source))
+            content = Path(source).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {where}: {error.strerror or error}") from None
     try:
         return content.decode("utf-8-sig")  # Windows editors start files with a byte-order mark
     except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}") from None
+        if (text := _decode_chinese(content)) is not None:
+            print(f"note: {where} is not UTF-8 and is read as GB18030 (GBK)", file=sys.stderr)
+            return text
+        advice = "if it is GBK, convert it: iconv -f GB18030 -t UTF-8"
+        raise InputError(
+            f"{where} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}; {advice}"
+        ) from None
+
+
+def _decode_chinese(content: bytes) -> str | None:
+    """Return text in GB18030, which covers GBK; None unless nearly all of its characters are frequent in Chinese.
+
+    Any other encoding read as GB18030 is invalid, or consists of rare characters.
+    """
+    try:
+        text = content.decode("gb18030")
+    except UnicodeDecodeError:
+        return None
+    if any(character < " " and character not in "\t\r\n" for character in text):
+        return None
+    others = [character.encode("gb2312", "replace") for character in text if not character.isascii()]
+    # Leading bytes of GB2312: 0xA1 and 0xA3 punctuation, from 0xB0 to 0xD7 the 3,755 frequent characters.
+    common = sum(each[0] in (0xA1, 0xA3) or 0xB0 <= each[0] <= 0xD7 for each in others)
+    return text if others and common >= MIN_COMMON * len(others) else None
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
@@ -205,12 +263,15 @@ def _folder(source: str) -> Path:
 def _prompts(text: str) -> _Lines:
     """Parse a prompt per line."""
     for number, line in numbered_lines(text):
-        yield number, {"prompt": line}
+        yield number, _too_long(line) or {"prompt": line}
 
 
 def _objects(text: str) -> _Lines:
     """Parse a JSON object per line."""
     for number, line in numbered_lines(text):
+        if reason := _too_long(line):
+            yield number, reason
+            continue
         try:
             found = parse_json(line)
         except json.JSONDecodeError as error:
@@ -222,9 +283,16 @@ def _objects(text: str) -> _Lines:
             yield number, found if isinstance(found, dict) else wrong
 
 
+def _too_long(line: str) -> str:
+    """Return the reason why a line is too long to be used; empty for all others."""
+    return f"the line has {len(line)} characters, expected at most {MAX_LINE}" if len(line) > MAX_LINE else ""
+
+
 def _table(text: str, delimiter: str) -> _Lines:
     """Parse a header and a row per line."""
-    rows = _rows(text, delimiter)
+    lines = io.StringIO(text, newline="").readlines()
+    too_long = {number: reason for number, line in enumerate(lines, 1) if (reason := _too_long(line.strip()))}
+    rows = _rows(["\n" if number in too_long else line for number, line in enumerate(lines, 1)], delimiter)
     number, columns = next(rows, (1, []))
     if isinstance(columns, str):
         raise _HeaderError(f"line {number}: {columns}")
@@ -243,11 +311,11 @@ def _table(text: str, delimiter: str) -> _Lines:
             yield number, f"{len(row)} columns, expected {len(columns)}; {advice}"
         else:
             yield number, {column: _parse_cell(column, cell.strip()) for column, cell in zip(columns, row, strict=True)}
+    yield from too_long.items()
 
 
-def _rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+def _rows(lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
     """Yield the number of the first line of each row that is not blank, and its cells or the reason of an error."""
-    lines = io.StringIO(text, newline="").readlines()
     start = 0
     while start < len(lines):
         rows = csv.reader(lines[start:], delimiter=delimiter, strict=True)
@@ -266,10 +334,12 @@ def _rows(text: str, delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
 def _parse_cell(column: str, cell: str) -> Any:
     """Return a cell as a number if its column holds numbers and it is one; None for an empty cell."""
     kind = _column_types()[column]
-    try:
-        return kind(cell) if kind in (int, float) and cell else cell or None
-    except ValueError:
-        return cell
+    if not cell:
+        return None
+    for number in (int, float) if kind is int else (float,) if kind is float else ():
+        with suppress(ValueError):
+            return number(cell)
+    return cell
 
 
 def _build_record(number: int, found: Mapping[str, Any], folder: Path) -> JobRecord:
@@ -294,6 +364,8 @@ def _build_record(number: int, found: Mapping[str, Any], folder: Path) -> JobRec
 def _convert(key: str, value: Any) -> Any:
     """Return a JSON value as the type of the column ``key``; None for null and for blank text."""
     kind = _column_types()[key]
+    if (kind is int or key == "id") and type(value) is float and value.is_integer():
+        value = int(value)  # tables that lack some numbers store the others as 7.0
     if key == "id" and type(value) is int:
         value = str(value)
     if kind is float and type(value) is int:

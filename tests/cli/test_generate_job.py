@@ -403,7 +403,7 @@ def test_generate_job_resumes_only_an_equal_job(generate):
     ("arguments", "message"),
     [
         (["--input", "没有.txt"], "cannot read 没有.txt: No such file or directory"),
-        (["--input", "gbk.txt"], "gbk.txt is not UTF-8: byte 0 is 0xba"),
+        (["--input", "latin.txt"], "latin.txt is not UTF-8: byte 1 is 0xe2"),
         (["--input", "blank.txt"], "blank.txt is empty: expected a prompt per line"),
         (["--input", "a.png"], 'a.png: the suffix ".png" is unknown; known: '),
         (
@@ -419,7 +419,7 @@ def test_generate_job_resumes_only_an_equal_job(generate):
 )
 def test_generate_job_reports_mistakes_in_one_line(generate, arguments, message):
     Path("a.png").touch()
-    Path("gbk.txt").write_bytes("狐狸".encode("gbk"))
+    Path("latin.txt").write_bytes("gâteau".encode("latin-1"))
     Path("blank.txt").write_text("\n \n")
     Path("fox.txt").write_text(FOX, encoding="utf-8")
     Path("long.txt").write_text(DOG * 3, encoding="utf-8")

@@ -1,6 +1,7 @@
 """Job files: records of valid lines, and problems of invalid ones."""
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -96,7 +97,7 @@ WRONG_OBJECTS = [
         '"狗" is unknown; known: id, prompt, task, image, rows, n, seed, temperature, top_k, top_p, guidance, '
         "text_attention",
     ),
-    ('{"prompt": "狗", "n": 2.0}', "n: expected a whole number, got 2.0"),
+    ('{"prompt": "狗", "n": 2.5}', "n: expected a whole number, got 2.5"),
     ('{"prompt": "狗", "n": true}', "n: expected a whole number, got true"),
     ('{"prompt": "狗", "guidance": "高"}', 'guidance: expected a number, got "高"'),
     ('{"prompt": "狗", "guidance": 1' + "0" * 400 + "}", "guidance: expected a number, got 1" + "0" * 39 + "…"),
@@ -155,7 +156,16 @@ def test_read_job_skips_invalid_rows(read, wrong, problem):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("gbk.csv", "prompt\n狐狸".encode("gbk"), "gbk.csv is not UTF-8: byte 7 is 0xba"),
+        (
+            "latin.csv",
+            "prompt\ngâteau à la crème".encode("latin-1"),
+            "latin.csv is not UTF-8: byte 8 is 0xe2; if it is GBK, convert it: iconv -f GB18030 -t UTF-8",
+        ),
+        (
+            "big5.txt",
+            "藍色背景上的三隻狐狸".encode("big5"),
+            "big5.txt is not UTF-8: byte 0 is 0xc2; if it is GBK, convert it: iconv -f GB18030 -t UTF-8",
+        ),
         ("job.txt", " \n\n", "job.txt is empty: expected a prompt per line"),
         ("job.jsonl", "", "job.jsonl is empty: expected a JSON object per line"),
         (
@@ -214,3 +224,57 @@ def test_read_job_digest_equals_that_of_earlier_versions(read):
     )
     records, _ = read("job.jsonl", text)
     assert digest(records, "job.jsonl") == "9ee9e88798003fa99ec7c4dcce03483d396e3975957224f52e31e099c140570c"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pandas.csv", f"\ufeffid,prompt,seed,n,temperature\n1.0,{FOX},7.0,2.0,1\n,{DOG},,,\n"),
+        (
+            "pandas.jsonl",
+            f'{{"id": 1.0, "prompt": "{FOX}", "seed": 7.0, "n": 2.0, "temperature": 1}}\n'
+            f'{{"id": null, "prompt": "{DOG}", "seed": null, "n": null, "temperature": null}}\n',
+        ),
+    ],
+)
+def test_read_job_reads_whole_floats_and_empty_cells_of_pandas_and_spreadsheets(read, name, content):
+    """A column of whole numbers in which one is missing is stored as floats."""
+    lines, problems = read(name, content)
+    assert problems == []
+    assert [(line.prompt, line.seed, line.n, dict(line.sampling)) for line in lines] == [
+        (FOX, 7, 2, {"temperature": 1.0}),
+        (DOG, None, None, {}),
+    ]
+    if name.endswith("jsonl"):
+        assert lines[0].id == "1"
+
+
+@pytest.mark.parametrize("name", ["job.txt", "job.csv"])
+def test_read_job_reads_gbk_with_a_note(read, capsys, name):
+    """Editors and spreadsheets on Chinese systems write it."""
+    lines, _ = read(name, f"prompt\n{FOX}\n“{DOG}”，{APPLE}。\n".encode("gbk"))
+    assert [line.prompt for line in lines][-2:] == [FOX, f"“{DOG}”，{APPLE}。"]
+    assert capsys.readouterr().err == f"note: {name} is not UTF-8 and is read as GB18030 (GBK)\n"
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "csv", "tsv"])
+def test_read_job_refuses_a_line_without_end(read, suffix):
+    prompt = '{"prompt": "%s"}' if suffix == "jsonl" else "%s"
+    header = "prompt\n" if suffix in ("csv", "tsv") else ""
+    lines, [problem] = read(f"job.{suffix}", header + "\n".join([prompt % FOX, prompt % (DOG * 12_000)]))
+    assert [line.prompt for line in lines] == [FOX]
+    assert problem.endswith("characters, expected at most 100000")
+    assert problem.startswith(f"line {3 if header else 2}: the line has 1")
+
+
+def test_read_job_refuses_a_pipe(tmp_path):
+    """Opening a pipe that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / "job.txt")
+    with pytest.raises(InputError, match=r"job.txt is no regular file; a command reads a pipe as its standard input"):
+        read_job(str(tmp_path / "job.txt"))
+
+
+def test_read_job_names_problems_by_id_and_escapes_control_characters(read):
+    _, problems = read("job.jsonl", f'{{"id": "狗", "n": 1.5}}\n{{"prompt": "{FOX}"}}\n{{"\\u001b[2J": 1}}\n')
+    assert [problem.id for problem in problems] == ["狗", "line 3"]
+    assert problems[1].startswith(r'line 3: "\x1b[2J" is unknown')
