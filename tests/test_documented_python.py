@@ -31,7 +31,14 @@ MODULES = (
     "cogview.modeling.transformer",
 )
 # Methods that need no example: callers of the library rarely use them.
-WITHOUT_EXAMPLE = ("transformer_for", "require_task", "tokenize", "prompt_problem", "prompt_warning")
+WITHOUT_EXAMPLE = (
+    "transformer_for",
+    "require_task",
+    "tokenize",
+    "prompt_problem",
+    "prompt_warning",
+    "log_image_warnings",
+)
 
 pytestmark = pytest.mark.slow
 
