@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from cogview.formatting import printable
+
 
 class ExitStatus(IntEnum):
     """Exit statuses of the commands; after a signal it is 128 + its number, such as 130 after Ctrl-C."""
@@ -19,7 +21,13 @@ class InputError(ValueError):
 
     The message is one line: the value, what was expected, the remedy. Commands print it and exit with status 2.
     Callers of the library catch it as a ``ValueError``. Any other exception is a bug of the toolkit.
+
+    Args:
+        message: The message. Control characters in it, of names in archives or answers of servers, become escapes.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("\n".join(map(printable, message.split("\n"))))
 
 
 class RetryLaterError(InputError):

@@ -68,6 +68,8 @@ def printable(text: str) -> str:
 
     A terminal obeys control characters: text from files and servers could move its cursor or change its title.
     """
+    if text.isprintable():
+        return text
     return "".join(
         repr(character)[1:-1]
         if unicodedata.category(character) in _CONTROL and character not in _JOINERS

@@ -19,7 +19,19 @@ GROUND_FLOOR = ("kernels", "tokenizers", "vqvae")  # linked into cogview/
 # each other as well.
 STOREYS: tuple[tuple[str | None, ...], ...] = (
     (*GROUND_FLOOR,),
-    (None, "errors", "files", "formatting", "limits", "plain_data", "signals", "config_io", "device", "image_io"),
+    (
+        None,
+        "errors",
+        "files",
+        "formatting",
+        "limits",
+        "plain_data",
+        "pickle_limits",
+        "signals",
+        "config_io",
+        "device",
+        "image_io",
+    ),
     ("modeling",),
     ("generation",),
     ("checkpoints", "data"),

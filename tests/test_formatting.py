@@ -2,6 +2,7 @@
 
 import pytest
 
+from cogview.errors import InputError
 from cogview.formatting import (
     aligned_columns,
     display_width,
@@ -9,6 +10,7 @@ from cogview.formatting import (
     format_duration,
     format_gigabytes,
     plural,
+    printable,
     shorten,
 )
 
@@ -74,3 +76,22 @@ def test_aligned_columns_lines_up_chinese_and_numbers():
     rows = [("名字", "count"), ("fox", "10"), ("大熊猫", "1,000")]
     assert aligned_columns(rows, left=(0,)) == ["名字    count", "fox        10", "大熊猫  1,000"]
     assert aligned_columns(rows, left=range(2)) == ["名字    count", "fox     10", "大熊猫  1,000"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("一只狐狸 👨‍👩‍👧", "一只狐狸 👨‍👩‍👧"),
+        ("\x1b]0;title\x07name.pt", "\\x1b]0;title\\x07name.pt"),
+        ("two\nlines\u2028three", "two\\nlines\\u2028three"),
+        ("abc\u202etp.exe", "abc\\u202etp.exe"),
+        ("\udcff", "\\udcff"),
+    ],
+)
+def test_printable_escapes_what_a_terminal_obeys(text, expected):
+    assert printable(text) == expected
+
+
+def test_input_error_escapes_control_characters():
+    """A name in an archive could change the title of the terminal that printed the message."""
+    assert str(InputError("a\x1b[2J.tar\nline")) == "a\\x1b[2J.tar\nline"

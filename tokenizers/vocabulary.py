@@ -18,6 +18,8 @@ COMMANDS: Final = (
 # The command that announces an image, by the number of codes on a side.
 GRID_COMMANDS: Final = {8: "[TINY]", 16: "[SMALL]", 32: "[BASE]", 64: "[BIG]"}
 
+MAX_IDS = 1 << 23  # image codes, or text pieces
+
 # Rows of the embedding are padded to this multiple, as in CogView v1: matrix products are faster.
 _ROW_MULTIPLE = 128
 
@@ -39,17 +41,17 @@ class Vocabulary:
         num_text_pieces: size of the text tokenizer, at least 1.
 
     Raises:
-        ValueError: if a size is below 1.
+        ValueError: if a size is outside its range.
     """
 
     num_image_codes: int = 8192
     num_text_pieces: int = 50000
 
     def __post_init__(self) -> None:
-        if self.num_image_codes < 1 or self.num_text_pieces < 1:
+        if not (1 <= self.num_image_codes <= MAX_IDS and 1 <= self.num_text_pieces <= MAX_IDS):
             raise ValueError(
                 "a vocabulary needs at least one image code and one text piece, "
-                f"got {self.num_image_codes} and {self.num_text_pieces}"
+                f"and at most {MAX_IDS} of each, got {self.num_image_codes} and {self.num_text_pieces}"
             )
 
     @property

@@ -29,6 +29,13 @@ V1_MEAN = (0.79093, 0.76271, 0.75340)
 V1_STD = (0.30379, 0.32279, 0.32800)
 
 
+# Limits of a VQ-VAE: a damaged config must not allocate without bound.
+MAX_CHANNELS = 1 << 13
+MAX_BLOCKS = 64
+MAX_CODES = 1 << 20
+MIN_STD = 1e-3
+
+
 @dataclass(frozen=True, kw_only=True)
 class VQVAEConfig:
     """Shape of a VQ-VAE.
@@ -45,7 +52,7 @@ class VQVAEConfig:
         std: Standard deviation of the RGB channels.
 
     Raises:
-        ValueError: The architecture is unknown, a tuple has not three entries, or a size is below 1.
+        ValueError: The architecture is unknown, a tuple has not three entries, or a number is outside its range.
     """
 
     architecture: str = "residual"
@@ -63,8 +70,17 @@ class VQVAEConfig:
             raise ValueError(f"architecture must be residual or released, got {self.architecture!r}")
         if len(self.channels) != 3 or len(self.encoder_blocks) != 3 or len(self.decoder_blocks) != 3:
             raise ValueError("channels, encoder_blocks and decoder_blocks need three entries each: 1/2, 1/4 and 1/8")
-        if min(*self.channels, self.num_codes, self.code_width) < 1:
-            raise ValueError("channels, num_codes and code_width must be at least 1")
+        for name, limit in (("channels", MAX_CHANNELS), ("num_codes", MAX_CODES), ("code_width", MAX_CHANNELS)):
+            value = getattr(self, name)
+            if not all(1 <= size <= limit for size in (value if isinstance(value, tuple) else (value,))):
+                raise ValueError(f"{name} must be in [1, {limit}], got {value}")
+        for name in ("encoder_blocks", "decoder_blocks"):
+            if not all(0 <= blocks <= MAX_BLOCKS for blocks in getattr(self, name)):
+                raise ValueError(f"{name} must be in [0, {MAX_BLOCKS}], got {getattr(self, name)}")
+        if not all(0 <= mean <= 1 for mean in self.mean):
+            raise ValueError(f"mean must be in [0, 1], as RGB is, got {self.mean}")
+        if not all(MIN_STD <= std <= 1 for std in self.std):
+            raise ValueError(f"std must be in [{MIN_STD}, 1], got {self.std}")
 
     @classmethod
     def released(cls) -> VQVAEConfig:

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,12 @@ def save_model(
         write_json(folder / GRAMMAR_FILE, to_mapping(model.grammar))
     if model.card:
         (folder / "README.md").write_text(model.card, encoding="utf-8")
-    write_json(folder / "config.json", config_mapping(model.config))
+    text_sha256 = sha256(model.text_tokenizer.model_bytes).hexdigest()
+    write_json(folder / "config.json", config_mapping(replace(model.config, text_sha256=text_sha256)))
 
 
 def config_mapping(config: ModelConfig) -> dict[str, Any]:
-    """Return the content of ``config.json``; an unknown quality of reconstructions is left out, as in older files.
+    """Return the content of ``config.json``; what is unknown is left out, as in older files.
 
     Args:
         config: The config.
@@ -96,6 +98,8 @@ def config_mapping(config: ModelConfig) -> dict[str, Any]:
     plain: dict[str, Any] = to_mapping(config)
     if plain["reconstruction_psnr"] is None:
         del plain["reconstruction_psnr"]
+    if not plain["text_sha256"]:
+        del plain["text_sha256"]
     return plain
 
 
@@ -169,6 +173,11 @@ def load_model(
         raise InputError(
             f"{folder / 'text.model'} has {text_tokenizer.size} pieces, the config says "
             f"{config.vocabulary.num_text_pieces}; restore the folder's own"
+        )
+    if config.text_sha256 and (found := sha256(text_tokenizer.model_bytes).hexdigest()) != config.text_sha256:
+        raise InputError(
+            f"{folder / 'text.model'} is another text tokenizer ({found[:12]}…) than the transformer was trained with "
+            f"({config.text_sha256[:12]}…); restore the folder's own"
         )
     card = folder / "README.md"
     if meta_only:

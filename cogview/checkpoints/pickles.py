@@ -10,11 +10,13 @@ alone or inside a tar.
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 import struct
 import types
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,11 @@ import torch
 from torch import Tensor
 
 from cogview.errors import InputError
+from cogview.formatting import printable
+from cogview.pickle_limits import MAX_BYTES, bounded_pickle
+
+MAX_RANK = 16
+MAX_SIZE = 1 << 48  # elements of a dimension
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file older than the zip layout
 _DTYPES = {
@@ -63,6 +70,7 @@ class _Storage:
     key: str
     offset: int = -1
     size: int = -1  # bytes that the file has for it
+    crc: int | None = None  # of a zip archive; None once it was found right, and for files without checksums
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,14 +105,40 @@ class StoredTensor:
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
+        self.check_bounds()
         size, first = span * self.dtype.itemsize, self.start * self.dtype.itemsize
-        if first + size > self.storage.size:
-            raise InputError("the file is damaged: a tensor reaches beyond its numbers")
+        self._check_storage(size)
         raw = torch.empty(size, dtype=torch.uint8)
         self.file.seek(self.storage.offset + first)
         if self.file.readinto(raw.numpy().data) != size:  # type: ignore[attr-defined]
             raise InputError("the file is cut short: it ends inside a tensor")
+        if self.storage.crc is not None and size == self.storage.size:
+            self._compare(zlib.crc32(raw.numpy().data))
         return raw.view(self.dtype).as_strided(self.shape, self.stride).contiguous()
+
+    def check_bounds(self) -> None:
+        """Raise InputError if the shape has more elements than the storage, or reaches beyond it."""
+        span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        if 0 not in self.shape and (self.start + max(span, math.prod(self.shape))) * self.dtype.itemsize > (
+            self.storage.size
+        ):
+            raise InputError("the file is damaged: a tensor reaches beyond its numbers")
+
+    def _check_storage(self, size: int) -> None:
+        """Compare the checksum of a storage of which the tensor is a part."""
+        if self.storage.crc is None or size == self.storage.size:
+            return
+        crc, left = 0, self.storage.size
+        self.file.seek(self.storage.offset)
+        while left and (block := self.file.read(min(left, 1 << 24))):
+            crc, left = zlib.crc32(block, crc), left - len(block)
+        self._compare(crc)
+
+    def _compare(self, crc: int) -> None:
+        """Raise InputError if ``crc`` is not the checksum of the storage."""
+        if crc != self.storage.crc:
+            raise InputError(f"the file is damaged: the numbers of {printable(self.storage.key)} differ from their CRC")
+        self.storage.crc = None
 
 
 def read_pickle(file: IO[bytes], where: str) -> Any:
@@ -130,14 +164,15 @@ def read_pickle(file: IO[bytes], where: str) -> Any:
         return _read_legacy(file)
     except _ForbiddenGlobal as error:
         raise InputError(
-            f"{where} asks for {error}, which no checkpoint needs and which could run code: the file is refused"
+            f"{where} asks for {printable(str(error))}, which no checkpoint needs and which could run code: the file "
+            "is refused"
         ) from None
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     except OSError:
         raise
     except Exception as error:  # a damaged pickle may fail in any way
-        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        reason = printable(" ".join(str(error).split()))[:100] or type(error).__name__
         raise InputError(f"{where} is no PyTorch file, or is cut short or damaged ({reason})") from None
 
 
@@ -188,9 +223,10 @@ class _Unpickler(pickle.Unpickler):
     """Build unread tensors, plain containers and inert objects; refuse every other global."""
 
     def __init__(self, file: IO[bytes], data: IO[bytes]) -> None:
-        super().__init__(file, encoding="utf-8")
+        super().__init__(bounded_pickle(file), encoding="utf-8")
         self.data = data
         self.storages: dict[str, _Storage] = {}
+        self.tensors: list[StoredTensor] = []
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.cuda") and name.removesuffix("Storage") in _DTYPES:
@@ -215,14 +251,24 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, *_ = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype):
-            raise pickle.UnpicklingError(f"an unknown reference {pid!r}")
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, (str, int)):
+            raise pickle.UnpicklingError("an unknown kind of reference")
         return self.storages.setdefault(str(key), _Storage(dtype, str(key)))
 
     def _tensor(self, storage: _Storage, start: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
-        if len(shape) != len(stride) or min(start, 0, *shape, *stride) < 0:
-            raise pickle.UnpicklingError(f"no tensor starts at {start} and has the shape {shape} and stride {stride}")
-        return StoredTensor(self.data, storage, int(start), tuple(map(int, shape)), tuple(map(int, stride)))
+        if len(shape) != len(stride) or len(shape) > MAX_RANK:
+            raise pickle.UnpicklingError(f"no tensor has {len(shape)} sizes and {len(stride)} strides")
+        numbers = [start, *shape, *stride]
+        if not all(type(number) is int and 0 <= number < MAX_SIZE for number in numbers):
+            raise pickle.UnpicklingError("a size or stride of a tensor is no number from 0 on that fits in memory")
+        tensor = StoredTensor(self.data, storage, start, tuple(shape), tuple(stride))
+        self.tensors.append(tensor)
+        return tensor
+
+    def check_tensors(self) -> None:
+        """Raise InputError if a tensor is larger than its storage, whose place in the file is known by now."""
+        for tensor in self.tensors:
+            tensor.check_bounds()
 
 
 def _read_zip(file: IO[bytes]) -> Any:
@@ -231,9 +277,12 @@ def _read_zip(file: IO[bytes]) -> Any:
         main = next((name for name in entries if name.endswith("data.pkl")), None)
         if main is None:
             raise InputError("it is a zip archive, but none that PyTorch wrote (data.pkl is missing)")
-        with archive.open(main) as stream:
-            unpickler = _Unpickler(stream, file)
-            content = unpickler.load()
+        if entries[main].compress_type != zipfile.ZIP_STORED or entries[main].file_size > file.seek(0, 2):
+            raise InputError("the file is damaged: data.pkl is packed or larger than the file")
+        with archive.open(main) as stream:  # which compares the CRC at the end
+            content_of_main = stream.read(MAX_BYTES + 1)
+        unpickler = _Unpickler(io.BytesIO(content_of_main), file)
+        content = unpickler.load()
     for storage in unpickler.storages.values():
         entry = entries.get(f"{main.removesuffix('.pkl')}/{storage.key}")
         if entry is None or entry.compress_type != zipfile.ZIP_STORED:
@@ -241,8 +290,10 @@ def _read_zip(file: IO[bytes]) -> Any:
         file.seek(entry.header_offset + 26)  # the local header has its own lengths of name and extra field
         name, extra = struct.unpack("<HH", file.read(4))
         storage.offset, storage.size = entry.header_offset + 30 + name + extra, entry.file_size
+        storage.crc = entry.CRC
         if storage.offset + storage.size > file.seek(0, 2):
             raise InputError(f"the file is damaged: the numbers of {storage.key} reach beyond its end")
+    unpickler.check_tensors()
     return content
 
 
@@ -252,12 +303,16 @@ def _read_legacy(file: IO[bytes]) -> Any:
         raise pickle.UnpicklingError("it has none of PyTorch's marks")
     unpickler = _Unpickler(file, file)
     content = unpickler.load()
-    for key in _Unpickler(file, file).load():
-        header = file.read(8)
+    keys = _Unpickler(file, file).load()
+    first = file.tell()
+    end = file.seek(0, 2)
+    for key in keys:
         storage = unpickler.storages[str(key)]
-        storage.size = struct.unpack("<Q", header)[0] * storage.dtype.itemsize
-        storage.offset = file.tell()
-        file.seek(storage.size, 1)
-    if file.tell() > file.seek(0, 2):
-        raise InputError("the file is cut short")
+        file.seek(first)
+        storage.size = struct.unpack("<Q", file.read(8))[0] * storage.dtype.itemsize
+        storage.offset = first + 8
+        first = storage.offset + storage.size
+        if first > end:
+            raise InputError("the file is cut short")
+    unpickler.check_tensors()
     return content

@@ -6,6 +6,7 @@ Outputs are written completely or not at all, and one tensor at a time is in mem
 from __future__ import annotations
 
 import filecmp
+import hashlib
 import itertools
 import re
 import shutil
@@ -98,6 +99,7 @@ def import_v1(
                 caption_stop=False,
                 max_caption=V1_CAPTION,
                 codebook_sha256=codebook_sha256(image_weights["quantizer.codebook"]),
+                text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
                 sampling=Sampling(temperature=1.0 if "generate" in tasks or "caption" in tasks else 1.02),
             )
         except ValueError as error:

@@ -22,6 +22,7 @@ from torch import Tensor
 from cogview.checkpoints.pickles import StoredTensor, read_pickle, tensors_of, write_pickle
 from cogview.checkpoints.safetensors_io import TensorSpec, describe_mismatch
 from cogview.errors import InputError
+from cogview.formatting import printable
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.vocabulary import COMMANDS, Vocabulary
@@ -287,7 +288,9 @@ def _find_shards(source: Path, stack: ExitStack) -> _Found:
     entries, opened = _entries(source, stack)
     trackers = [name for name in entries if Path(name).name == TRACKER]
     if len(trackers) > 1:
-        raise InputError(f"{source} holds several checkpoints ({', '.join(trackers)}): give the folder of one of them")
+        raise InputError(
+            f"{source} holds several checkpoints ({printable(', '.join(trackers))}): give the folder of one of them"
+        )
     if trackers:
         iteration = opened(trackers[0]).read().decode("utf-8", "replace").strip()
         if not re.fullmatch(r"\d+|release", iteration):
@@ -316,7 +319,10 @@ def _find_shards(source: Path, stack: ExitStack) -> _Found:
 
 def _called(source: Path, name: str) -> str:
     """Return the name of an entry of ``source`` for messages."""
-    return str(source / name) if source.is_dir() else f"{name} in {source}" if source.suffix == ".tar" else str(source)
+    inside = printable(name)
+    return (
+        str(source / inside) if source.is_dir() else f"{inside} in {source}" if source.suffix == ".tar" else str(source)
+    )
 
 
 def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str], IO[bytes]]]:
@@ -331,8 +337,12 @@ def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str],
         return [name], lambda _: stack.enter_context(open_file(source))
     try:
         archive = stack.enter_context(tarfile.open(source, "r:"))  # noqa: SIM115  the caller closes it
-        members = {member.name.removeprefix("./"): member for member in archive.getmembers() if member.isfile()}
-    except tarfile.TarError as error:
+        members = {member.name.removeprefix("./"): member for member in archive.getmembers() if member.isreg()}
+        if any(member.issparse() for member in members.values()):
+            raise InputError(f"{source} has members with holes, which checkpoints have not: the file is refused")
+    except InputError:
+        raise
+    except (tarfile.TarError, ValueError, ArithmeticError, EOFError, MemoryError) as error:
         raise InputError(f"{source} is no tar archive, or is cut short ({error}): download it again") from None
 
     def opened(name: str) -> IO[bytes]:

@@ -177,9 +177,9 @@ class TokenStore:
         wanted = self._existing(indices)
         opened = self._open()
         with naming_damage(self.path), opened.environment.begin(opened.rows) as transaction:
-            values = [transaction.get(key) for key in _keys(wanted)]
+            values = [transaction.get(key, b"") for key in _keys(wanted)]
         size = self.header.row_width * _ON_DISK.itemsize
-        if any(value is None or len(value) != size for value in values):
+        if any(len(value) != size for value in values):
             raise InputError(f"{self.path} is damaged, rows are missing or too short: encode the store again")
         ids_NW = np.frombuffer(b"".join(values), dtype=_ON_DISK).reshape(len(wanted), self.header.row_width)
         parts = dict(zip(self.header.fields, np.split(ids_NW, self._splits, axis=1), strict=True))

@@ -8,7 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 
 from cogview.data.mixture import check_fits
-from cogview.data.store import DATA_FILE, StoreHeader, TokenStore
+from cogview.data.store import StoreHeader, TokenStore
+from cogview.data.store_checksum import DATA_FILE
 from cogview.data.v1_datasets import InvalidRow, open_dataset
 from cogview.errors import InputError
 

@@ -26,6 +26,7 @@ from cogview.data.store import NO_TOKEN, StoreHeader, TokenStore, naming_damage,
 from cogview.data.store_checksum import DATA_FILE
 from cogview.data.v1_rows import ForbiddenGlobal, RowUnpickler, numbers_of
 from cogview.errors import InputError
+from cogview.pickle_limits import bounded_pickle
 from cogview.tokenizers.tasks import tasks_of_store
 from cogview.tokenizers.vocabulary import GRID_COMMANDS, Vocabulary
 
@@ -200,7 +201,7 @@ class V1Dataset(TokenStore):
         if value is None:
             raise self._bad(index, "is missing")
         try:
-            row = RowUnpickler(io.BytesIO(value)).load()
+            row = RowUnpickler(bounded_pickle(io.BytesIO(value))).load()
         except ForbiddenGlobal as error:
             raise InputError(f"row {index} of {self.path} {error}: the dataset is refused") from None
         except pickle.UnpicklingError as error:

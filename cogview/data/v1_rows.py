@@ -74,6 +74,9 @@ _SAFE_GLOBALS: Final[dict[tuple[str, str], Callable[..., object]]] = {
 }
 
 
+_MAX_IDS = 1 << 16  # of a row of a table, which has 64
+
+
 class RowUnpickler(pickle.Unpickler):
     """Unpickle a row: arrays of numbers, numpy scalars and Python's built-in values.
 
@@ -106,6 +109,10 @@ def numbers_of(value: object) -> np.ndarray:
     """Return whole numbers as a flat int64 array; raise ValueError for anything else."""
     if not isinstance(value, (_Array, list, tuple)):
         raise ValueError(f"holds {type(value).__name__} where an array of ids is expected")
+    if isinstance(value, (list, tuple)) and value and all(isinstance(row, (list, tuple)) for row in value):
+        value = [number for row in value for number in row[:_MAX_IDS]]  # a table
+    if isinstance(value, (list, tuple)) and any(isinstance(number, (list, tuple, _Array)) for number in value):
+        raise ValueError("holds a list of other things than ids")  # before numpy multiplies lists of lists
     ids = (value.ids if isinstance(value, _Array) else np.asarray(value)).ravel()
     if ids.dtype.kind == "f":  # numpy makes an empty array, and one joined to it, an array of floats
         if (broken := ~((np.floor(ids) == ids) & (np.abs(ids) < 2**53))).any():

@@ -45,6 +45,18 @@ PRESETS: dict[str, tuple[int, int, int]] = {
 }
 
 
+# Limits of the sizes of a transformer: a damaged config must not allocate without bound.
+MAX_SIZES = {
+    "num_layers": 1000,
+    "width": 1 << 17,
+    "num_heads": 1 << 12,
+    "vocabulary_size": 1 << 24,
+    "max_positions": 1 << 20,
+}
+MAX_GAIN = 1000
+MAX_GRID = 256  # image codes per side
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Shape and initialization of a transformer.
@@ -52,7 +64,7 @@ class TransformerConfig:
     CogView's has 48 layers of width 2560 with 40 heads (arXiv:2105.13290, section 2.2).
 
     Raises:
-        ValueError: A size is below 1, the width is no multiple of the heads, or the dropout is outside [0, 1).
+        ValueError: A number is outside its range, or the width is no multiple of the heads.
     """
 
     num_layers: int
@@ -69,9 +81,11 @@ class TransformerConfig:
     sinusoidal_positions: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "width", "num_heads", "vocabulary_size", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, limit in MAX_SIZES.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise ValueError(f"{name} must be in [1, {limit}], got {getattr(self, name)}")
+        if not abs(self.branch_norm_init) <= MAX_GAIN:
+            raise ValueError(f"branch_norm_init must be in [-{MAX_GAIN}, {MAX_GAIN}], got {self.branch_norm_init}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} does not divide into {self.num_heads} heads")
         if not 0 <= self.dropout < 1:
@@ -213,10 +227,19 @@ class ModelConfig:
     caption_dropout: float = 0.0  # fraction of captions left out in training, for guidance
     codebook_sha256: str = ""
     reconstruction_psnr: ReconstructionQuality | None = None  # of images like those of the training; None: unknown
+    text_sha256: str = ""  # of text.model; empty in checkpoints of earlier versions
     sampling: Sampling = field(default_factory=Sampling)  # recommended defaults of this model
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
+        if not 1 <= self.grid <= MAX_GRID:
+            raise ValueError(f"grid must be in [1, {MAX_GRID}], got {self.grid}")
+        positions = self.transformer.max_positions
+        for name in ("max_text", "max_caption", "text_positions"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= positions:
+                raise ValueError(f"{name} must be in [0, {positions}], the positions of the transformer, got {value}")
+        if not 0 <= self.caption_dropout <= 1:
+            raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
         table = self.layouts
         unknown = [task for task in self.tasks if task not in table]
         if unknown:

@@ -262,9 +262,12 @@ TEXT, CODES = np.array([8192, 9000]), np.arange(64)
         (sequence(TEXT - 8192, CODES)[1:], "of 69 ids is no sequence"),
         (sequence(TEXT - 8192, CODES)[:-1], "of 69 ids is no sequence"),
         (np.full(9, PAD), "of 0 ids is no sequence"),
-        (pickle.dumps((TEXT, CODES))[:-40], r"cannot be read: pickle data was truncated;"),
+        (
+            pickle.dumps((TEXT, CODES))[:-40],
+            "cannot be read: its pickle is damaged: expected 512 bytes",
+        ),
         (b"noise", "(is no pickled row of ids|cannot be read)"),
-        (b"", r"is no pickled row of ids \(EOFError\);"),
+        (b"", "cannot be read: its pickle is damaged: pickle exhausted before seeing STOP;"),
     ],
 )
 def test_v1_dataset_names_the_row_and_the_reason_when_it_is_invalid(tmp_path, row, reason):

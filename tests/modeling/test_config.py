@@ -12,11 +12,11 @@ TINY = {"num_layers": 2, "width": 32, "num_heads": 4, "vocabulary_size": 128}
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-        ({"width": 0}, "width must be at least 1, got 0"),
-        ({"num_heads": -1}, "num_heads must be at least 1, got -1"),
-        ({"vocabulary_size": 0}, "vocabulary_size must be at least 1, got 0"),
-        ({"max_positions": 0}, "max_positions must be at least 1, got 0"),
+        ({"num_layers": 0}, r"num_layers must be in \[1, \d+\], got 0"),
+        ({"width": 0}, r"width must be in \[1, \d+\], got 0"),
+        ({"num_heads": -1}, r"num_heads must be in \[1, \d+\], got -1"),
+        ({"vocabulary_size": 0}, r"vocabulary_size must be in \[1, \d+\], got 0"),
+        ({"max_positions": 0}, r"max_positions must be in \[1, \d+\], got 0"),
         ({"num_heads": 5}, "width 32 does not divide into 5 heads"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),

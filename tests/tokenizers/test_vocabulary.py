@@ -53,5 +53,5 @@ def test_vocabulary_refuses_sizes_and_names():
         vocabulary.name(58240)
     with pytest.raises(ValueError, match="id -1 is outside"):
         vocabulary.name(-1)
-    with pytest.raises(ValueError, match="at least one image code and one text piece, got 8192 and 0"):
+    with pytest.raises(ValueError, match="one text piece, and at most 8388608 of each, got 8192 and 0"):
         Vocabulary(num_text_pieces=0)
