@@ -21,7 +21,6 @@ MAX_DEPTH = 100  # of tuples and containers in each other
 MAX_WORK = 10 * MAX_OPCODES  # values put into others
 MAX_LONG = 1000  # integers of more than 64 bits; the layout before the zip archive has one
 
-_MARK = "mark"
 _EMPTY = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
 _FILLS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  # change the container below their values
 _PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
@@ -38,6 +37,7 @@ class _Size:
 
 
 _SCALAR = _Size()
+_MARK = _Size()  # on the stack, below the values of a container
 
 
 class _Window:
@@ -96,6 +96,7 @@ class _Walk:
     def run(self, file: _Window) -> None:
         """Execute the opcodes up to the end of the pickle; raise UnpicklingError beyond a limit."""
         stack, memo, num_long = self._stack, self._memo, 0
+        argument: Any
         for number, (opcode, argument, _) in enumerate(pickletools.genops(file), start=1):  # type: ignore[arg-type]
             if number > MAX_OPCODES:
                 raise pickle.UnpicklingError(f"it has more than {MAX_OPCODES:,} opcodes")
