@@ -188,7 +188,7 @@ def test_bench_reports_mistake_in_one_line(tiny_checkpoint, tmp_path, capsys):
         (["--random", ""], "--random must be LAYERSxWIDTHxHEADS such as 12x832x13, or one of 5m, "),
         (["--parallel", "0"], "invalid value for '--speculative' / '--parallel': "),
         (["--random", "2x64x5"], "--random 2x64x5: width 64 does not divide into 5 heads"),
-        (["--random", "0x64x4"], "--random 0x64x4: num_layers must be at least 1, got 0"),
+        (["--random", "0x64x4"], "--random 0x64x4: num_layers must be in [1, 1000], got 0"),
         (["--random", "2x40x4", "--dtype", "int4"], "int4 needs layers whose inputs are a multiple of 32, got 40"),
         (["--batch", "0"], f'{batches}"0" {not_a_list}'),
         (["--batch", "1,two"], f'{batches}"1,two" {not_a_list}'),
