@@ -47,7 +47,7 @@ class GenerateOptions:
     metavar="FILE",
     help="run the lines of a file as a job: .txt, or - for standard input, holds a prompt per line; .csv, .tsv and "
     ".jsonl may also set id, task (generate, complete, upscale, caption), image, rows, n, seed, temperature, top_k, "
-    "top_p, guidance and text_attention",
+    "top_p, min_p, guidance, text_attention and noise_version",
 )
 @click.option("--resume", is_flag=True, help="resume the job of --input")
 @option_group(

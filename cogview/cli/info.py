@@ -88,7 +88,7 @@ def describe_checkpoint(folder: Path, name: str) -> dict[str, str]:
         f"{vocabulary.num_text_pieces} text pieces, {len(vocabulary.commands)} commands",
         "maximum prompt": f"{config.max_text} pieces",
         "sampling": f"temperature {sampling.temperature:g}, top-k {sampling.top_k or 'off'}, "
-        f"top-p {_or_off(sampling.top_p)}, guidance {_or_off(sampling.guidance)}, "
+        f"top-p {_or_off(sampling.top_p)}, min-p {sampling.min_p or 'off'}, guidance {_or_off(sampling.guidance)}, "
         f"text attention {_or_off(sampling.text_attention)}",
         "guidance": f"possible: trained with {config.caption_dropout:.0%} caption dropout"
         if config.caption_dropout

@@ -264,6 +264,13 @@ def sampling_options(unit: str, *, image_options: bool, note: str = "") -> Decor
             help=f"sample from the fewest {unit} whose probabilities sum to P{note}; 1 disables",
         ),
     }
+    options["min_p"] = click.option(
+        "--min-p",
+        type=click.FloatRange(min=0, max=1, max_open=True),
+        metavar="P",
+        show_default=MODEL_DEFAULT,
+        help=f"sample from the {unit} with at least P times the probability of the most probable one{note}; 0 disables",
+    )
     if image_options:
         options["guidance"] = click.option(
             "--guidance",
@@ -279,6 +286,13 @@ def sampling_options(unit: str, *, image_options: bool, note: str = "") -> Decor
             metavar="W",
             show_default=MODEL_DEFAULT,
             help="weight of the attention to the prompt; 1 is that of training",
+        )
+        options["noise_version"] = click.option(
+            "--noise-version",
+            type=click.IntRange(min=1, max=2),
+            metavar="VERSION",
+            show_default=MODEL_DEFAULT,
+            help="what the noise of a seed depends on: 2, on the prompt too; 1, on the image's number alone, as before 0.3",
         )
 
     def build(**values: Any) -> dict[str, Any]:

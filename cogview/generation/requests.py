@@ -22,7 +22,7 @@ class DecodingRequest:
         sequence: The sequence, with blanks.
         seed: Seed of the noise, an int64.
         sampling: How to sample.
-        image: Index of the image among those of the seed, the second part of the noise key.
+        image: Second part of the noise key, an int64: ``noise_stream`` of the index of the image and its prompt.
         noise_positions: Third part of the noise key for each token, (T,) int64. By default the index of a code in its
             image, or of a token in its text.
         unconditional: The same sequence without its text, ending in the same blanks. Required if

@@ -1,15 +1,19 @@
 """From logits to one id per row: filters, and Gumbel noise that is a function of its key.
 
 ``argmax(filtered logits + Gumbel noise)`` is a sample from the softmax of the filtered logits. The noise of an id is a
-function of (seed, image, position, id) and of nothing else. Image 3 of seed 7 is therefore the same alone, in any
-batch, after a retry, and with any order of decoding.
+function of (seed, prompt, image, position, id) and of nothing else. Image 3 of seed 7 is therefore the same alone, in
+any batch, after a retry, and with any order of decoding.
 """
 
 # B rows, V candidate ids, C of them that top-k keeps
 from __future__ import annotations
 
 import functools
+import hashlib
+import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,19 +71,51 @@ def keep_top_p(logits_BV: Tensor, p: float) -> Tensor:
     return logits_BV.masked_fill(drop_BV, -torch.inf)
 
 
+def keep_min_p(logits_BV: Tensor, p: float) -> Tensor:
+    """Keep the ids with at least ``p`` times the probability of the most probable one (min-p, arXiv:2407.01082).
+
+    Args:
+        logits_BV: Logits of any floating-point dtype; they are not changed.
+        p: Fraction of the largest probability, in (0, 1).
+
+    Returns:
+        A new tensor (B, V) in which the others are -inf.
+    """
+    return logits_BV.masked_fill(logits_BV < logits_BV.amax(dim=-1, keepdim=True) + math.log(p), -torch.inf)
+
+
 def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Return float32 logits divided by the temperature, filtered by top-k and then by top-p.
+    """Return float32 logits divided by the temperature, filtered by top-k, then by top-p, then by min-p.
 
     Args:
         logits_BV: Logits (B, V).
-        sampling: Temperature, top-k and top-p.
+        sampling: Temperature, top-k, top-p and min-p.
     """
     logits_BV = logits_BV.float() / sampling.temperature
     if sampling.top_k:
         logits_BV = keep_top_k(logits_BV, sampling.top_k)
     if sampling.top_p < 1:
         logits_BV = keep_top_p(logits_BV, sampling.top_p)
+    if sampling.min_p:
+        logits_BV = keep_min_p(logits_BV, sampling.min_p)
     return logits_BV
+
+
+def noise_stream(index: int, prompt_ids: Sequence[int], version: int) -> int:
+    """Return the second part of the noise key: the index of an image, combined with a hash of its prompt.
+
+    Args:
+        index: Index of the image among those of its prompt and seed, from 0 on.
+        prompt_ids: Piece ids of the prompt; without any, the result is ``index``.
+        version: ``noise_version`` of ``Sampling``; version 1 ignores the prompt.
+
+    Returns:
+        An int64.
+    """
+    if version == 1 or not prompt_ids:
+        return index
+    prompt = hashlib.blake2b(np.asarray(prompt_ids, dtype="<i8").tobytes(), digest_size=8).digest()
+    return index ^ int.from_bytes(prompt, "little", signed=True)
 
 
 def noise_keys(seeds: Tensor, images: Tensor, positions: Tensor) -> Tensor:
@@ -87,7 +123,7 @@ def noise_keys(seeds: Tensor, images: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         seeds: Seeds, from 0 to 2**63 - 1.
-        images: Indices of the images of a seed.
+        images: Results of ``noise_stream``.
         positions: Positions of the codes or pieces.
     """
     return _mix(_mix(_mix(seeds) ^ images) ^ positions)
@@ -119,7 +155,7 @@ def sample(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) ->
         logits_BV: Logits of ``ids``, of any floating-point dtype.
         keys_B: Keys of ``noise_keys``, int64.
         ids: Candidate ids, V of them.
-        sampling: Temperature, top-k and top-p.
+        sampling: Temperature, top-k, top-p and min-p.
 
     Returns:
         Index in ``ids`` of the sampled id of each row, (B,) int64.
@@ -143,6 +179,8 @@ def _sample_top_k(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampl
         if (kept_BC[:, 1:] == kept_BC[:, :-1]).logical_and(kept_BC[:, 1:].isfinite()).any():
             return None  # top-p orders equal logits by id, which this order does not know
         kept_BC = keep_top_p(kept_BC, sampling.top_p)
+    if sampling.min_p:
+        kept_BC = keep_min_p(kept_BC, sampling.min_p)
     noise_BC = _gumbel(keys_B.unsqueeze(1) ^ _mixed_ids(ids.start, ids.stop, keys_B.device)[top.indices])
     best_B1 = (kept_BC + noise_BC).argmax(dim=-1, keepdim=True)
     return top.indices.gather(1, best_B1).squeeze(1)

@@ -29,11 +29,12 @@ NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for
 
 _UNSAFE = re.compile(r'[\s<>:"/\\|?*_]+')  # what Windows forbids, the separators of all systems, and white space
 _WINDOWS_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)", re.IGNORECASE)
-_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "guidance", "text_attention")  # of ``Sampling``
+# Fields of ``Sampling``.
+_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "guidance", "text_attention", "noise_version")
 # Keys whose values may differ between two runs that generate the same image.
 _NOT_IDENTITY = ("log_probability", "score", "score_per_piece", "cogview")
 # Settings of images in older files, which do not name them.
-_DEFAULTS_OF_OLD_FILES = {"guidance": "1.0", "text_attention": "1.0"}
+_DEFAULTS_OF_OLD_FILES = {"guidance": "1.0", "text_attention": "1.0", "min_p": "0.0", "noise_version": "1"}
 
 
 def safe_name(text: str) -> str:

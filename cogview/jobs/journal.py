@@ -24,6 +24,7 @@ from cogview.plain_data import parse_json
 FORMAT_VERSION = 1
 
 _VERSION_KEY = "cogview_job"
+_OLD_SAMPLING = {"min_p": 0.0, "noise_version": 1}  # of journals written before 0.3, which do not name these settings
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +179,9 @@ def _read_header(line: bytes, path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is not the journal of a job; move it away, or choose another output folder")
     if version != FORMAT_VERSION:
         raise InputError(f"{path} has format {version}, this version of cogview knows {FORMAT_VERSION}: update cogview")
+    settings = header.get("sampling")
+    if isinstance(settings, dict) and all(isinstance(sampling, dict) for sampling in settings.values()):
+        header["sampling"] = {task: {**_OLD_SAMPLING, **sampling} for task, sampling in settings.items()}
     return header
 
 

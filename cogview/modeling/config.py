@@ -148,10 +148,15 @@ class Sampling:
         top_k: Sample from the K most probable ids; 0 keeps every id.
         top_p: Sample from the smallest set of ids whose probabilities sum to P, in (0, 1]; 1 keeps every id
             (nucleus sampling, arXiv:1904.09751).
+        min_p: Sample from the ids with at least P times the probability of the most probable one, in [0, 1); 0 keeps
+            every id (min-p sampling, arXiv:2407.01082). Where one id is likely, few others remain; where the choice is
+            free, nearly all do.
         guidance: Scale S of classifier-free guidance (arXiv:2207.12598): the logits are u + S (c - u), with c and u
             the logits with and without the text. 1 disables it; other values need a model trained with caption dropout.
         text_attention: Factor W, above 0, of the attention weights of the given text
             (CogView2, arXiv:2204.14217); 1 disables it. It needs no special training.
+        noise_version: What the noise of an image depends on besides seed and index: 2, on its prompt; 1, on nothing,
+            as before version 0.3, so that all prompts of a seed share their noise.
 
     Raises:
         ValueError: A setting is outside its range.
@@ -160,8 +165,10 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 200
     top_p: float = 1.0
+    min_p: float = 0.0
     guidance: float = 1.0
     text_attention: float = 1.0
+    noise_version: int = 2
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -176,6 +183,10 @@ class Sampling:
             raise ValueError(f"top_k must be at least 0 (0 keeps every id), got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p must be in [0, 1), got {self.min_p}; 0 keeps every id")
+        if self.noise_version not in (1, 2):
+            raise ValueError(f"noise_version must be 1 or 2, got {self.noise_version}")
         if not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be a number from 0 on (1: none), got {self.guidance}")
         if not 0 < self.text_attention < math.inf:

@@ -14,6 +14,7 @@ import numpy as np
 
 from cogview.errors import InputError
 from cogview.generation.requests import DecodingRequest, DecodingResult
+from cogview.generation.sampling import noise_stream
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.requests import GenerationRequest
 from cogview.tokenizers.layouts import TokenSequence
@@ -54,6 +55,7 @@ class SingleStepProgram:
         sequence: TokenSequence,
         unconditional: TokenSequence | None,
         output_shape: tuple[int, ...],
+        prompt_ids: Sequence[int],
     ) -> None:
         """Start with the arranged sequence.
 
@@ -62,11 +64,12 @@ class SingleStepProgram:
             sequence: Its sequence, with blanks.
             unconditional: The same without text, for guidance.
             output_shape: Shape of what comes out: two sides of an image, or (-1,) for a text.
+            prompt_ids: Piece ids of the prompt, on which the noise depends.
         """
         self.request = request
         self.log_probability = 0.0
         self._shape = output_shape
-        self._pending = [_decoding_request(request, sequence, unconditional)]
+        self._pending = [_decoding_request(request, prompt_ids, sequence, unconditional)]
 
     def pending(self) -> Sequence[DecodingRequest]:
         """Return the one decoding request, or none once it is done."""
@@ -137,7 +140,7 @@ class WindowedUpscaleProgram:
             positions = np.zeros(len(sequence), dtype=np.int64)
             positions[sequence.spans[self._task.blank_name]] = self._noise_positions[window.target].reshape(-1)
             unconditional = self._arrange(window, ()) if is_guided(self.request) else None
-            requests.append(_decoding_request(self.request, sequence, unconditional, positions))
+            requests.append(_decoding_request(self.request, self._prompt_ids, sequence, unconditional, positions))
         return requests
 
     def _arrange(self, window: Window, prompt_ids: Sequence[int]) -> TokenSequence:
@@ -176,7 +179,8 @@ class ProgramBuilder:
             unconditional = self._arrange(task, (), request.codes) if is_guided(request) else None
             self._arranged = key, (self._arrange(task, prompt_ids, request.codes), unconditional)
         side = round(task.output_scale * self._context.config.grid)
-        return SingleStepProgram(request, *self._arranged[1], (side, side) if task.output == "image" else (-1,))
+        shape = (side, side) if task.output == "image" else (-1,)
+        return SingleStepProgram(request, *self._arranged[1], shape, prompt_ids)
 
     def _prompt_ids(self, request: GenerationRequest) -> Sequence[int]:
         """Return the piece ids of the prompt; consecutive requests of one prompt are tokenized once."""
@@ -215,6 +219,7 @@ def is_guided(request: GenerationRequest) -> bool:
 
 def _decoding_request(
     request: GenerationRequest,
+    prompt_ids: Sequence[int],
     sequence: TokenSequence,
     unconditional: TokenSequence | None,
     noise_positions: np.ndarray | None = None,
@@ -227,7 +232,7 @@ def _decoding_request(
         sequence=sequence,
         unconditional=unconditional,
         seed=request.seed,
-        image=request.index,
+        image=noise_stream(request.index, prompt_ids, request.sampling.noise_version),
         noise_positions=noise_positions,
         sampling=request.sampling,
     )

@@ -75,8 +75,10 @@ def test_generate_stores_the_settings_in_text_chunks(generate, tiny_checkpoint, 
         "temperature": "0.7",
         "top_k": "50",
         "top_p": "0.9",
+        "min_p": "0.0",
         "guidance": "1.0",
         "text_attention": "1.0",
+        "noise_version": "2",
         "cogview": __version__,
     }
 

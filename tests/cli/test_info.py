@@ -30,7 +30,7 @@ def test_info_describes_a_checkpoint_folder(tiny_checkpoint, capsys):
     )
     assert facts["images"] == "64 x 64 pixels from 8 x 8 codes"
     assert facts["maximum prompt"] == "20 pieces"
-    assert facts["sampling"] == "temperature 0.9, top-k 100, top-p off, guidance off, text attention off"
+    assert facts["sampling"] == "temperature 0.9, top-k 100, top-p off, min-p off, guidance off, text attention off"
     assert facts["guidance"] == "possible: trained with 10% caption dropout"
     assert facts["things"].startswith("4, listed by: ")
     assert "8192 image codes" in facts["vocabulary"]

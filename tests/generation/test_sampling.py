@@ -10,10 +10,12 @@ import torch
 from cogview.generation.sampling import (
     MAX_SEED,
     filter_logits,
+    keep_min_p,
     keep_top_k,
     keep_top_p,
     keyed_gumbel,
     noise_keys,
+    noise_stream,
     sample,
 )
 from cogview.modeling.config import Sampling
@@ -73,9 +75,17 @@ def test_keep_top_p_keeps_the_first_ids_when_all_are_equal():
     assert kept(keep_top_p(torch.zeros(1, 1024), 0.5)) == [list(range(512))]
 
 
+@pytest.mark.parametrize(
+    ("p", "expected"), [(0.1, [0, 1, 2, 3]), (0.2, [0, 1, 3]), (0.6, [1, 3]), (0.63, [1]), (0.99, [1])]
+)
+def test_keep_min_p_keeps_a_fraction_of_the_largest_probability(p, expected):
+    """Of the largest, 0.5, the others are 1/4, 1/8 and 5/8."""
+    assert kept(keep_min_p(log_probs(0.125, 0.5, 0.0625, 0.3125), p)) == [expected]
+
+
 def test_filters_do_not_change_the_kept_logits():
     logits = random_logits(3, 50)
-    for result in (keep_top_k(logits, 7), keep_top_p(logits, 0.7)):
+    for result in (keep_top_k(logits, 7), keep_top_p(logits, 0.7), keep_min_p(logits, 0.1)):
         stays = result.isfinite()
         assert torch.equal(result[stays], logits[stays])
         assert (result[~stays] == CUT).all()
@@ -101,7 +111,10 @@ def test_filter_logits_only_scales_when_filters_are_disabled():
     torch.testing.assert_close(result, logits / 2, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_k=3), Sampling(top_k=0, top_p=0.6), Sampling(temperature=0.7)])
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(top_k=3), Sampling(top_k=0, top_p=0.6), Sampling(temperature=0.7), Sampling(top_k=0, min_p=0.2)],
+)
 def test_filter_logits_keeps_its_input_and_treats_rows_separately(sampling):
     logits = random_logits(4, 40)
     before = logits.clone()
@@ -125,6 +138,9 @@ def test_filter_logits_returns_float32_when_logits_are_float16():
         ({"top_k": -1}, r"top_k must be at least 0 \(0 keeps every id\), got -1"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"min_p": 1.0}, r"min_p must be in \[0, 1\), got 1.0; 0 keeps every id"),
+        ({"min_p": math.nan}, r"min_p must be in \[0, 1\), got nan"),
+        ({"noise_version": 3}, "noise_version must be 1 or 2, got 3"),
     ],
 )
 def test_sampling_raises_value_error_when_a_setting_is_out_of_range(setting, message):
@@ -256,13 +272,14 @@ def test_sample_is_the_argmax_when_top_k_is_1():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize(("top_p", "min_p"), [(1.0, 0.0), (0.7, 0.0), (1.0, 0.05), (0.9, 0.2)])
 @pytest.mark.parametrize("top_k", [1, 5, 200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bfloat16: many logits are equal
-def test_sample_is_the_same_with_noise_of_the_kept_ids_alone(top_k, top_p, dtype):
+def test_sample_is_the_same_with_noise_of_the_kept_ids_alone(top_k, top_p, min_p, dtype):
     """On a CPU the ids that top-k drops get no noise; by the definition all do."""
     logits = random_logits(300, 8192).to(dtype).float()
-    keys, sampling = noise_keys(torch.arange(300), key(0), key(3)), Sampling(top_k=top_k, top_p=top_p, temperature=0.7)
+    keys = noise_keys(torch.arange(300), key(0), key(3))
+    sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=0.7)
     expected = (filter_logits(logits, sampling) + keyed_gumbel(keys, range(4, 8196))).argmax(dim=-1)
     assert torch.equal(sample(logits, keys, range(4, 8196), sampling), expected)
 
@@ -273,3 +290,19 @@ def test_sample_includes_all_ties_when_there_are_more_than_top_k():
     logits[:, :100] = 1.0
     chosen = sample(logits, noise_keys(torch.arange(2000), key(0), key(0)), range(600), Sampling(top_k=3))
     assert chosen.unique().tolist() == list(range(100))
+
+
+def test_noise_stream_differs_between_prompts_and_images():
+    streams = {noise_stream(index, prompt, version=2) for index in range(50) for prompt in ([1], [2], [1, 2], [2, 1])}
+    assert len(streams) == 200
+    assert all(-(2**63) <= stream < 2**63 for stream in streams)
+
+
+@pytest.mark.parametrize(("prompt", "version"), [([], 2), ([], 1), ([5, 9], 1)])
+def test_noise_stream_is_the_index_without_a_prompt_and_in_version_1(prompt, version):
+    assert noise_stream(3, prompt, version) == 3
+
+
+def test_noise_stream_is_a_fixed_function():
+    """Golden values of BLAKE2b: images of a seed may not change with the platform."""
+    assert [noise_stream(0, [3, 1, 4], 2), noise_stream(7, (506,), 2)] == [-4938247510052647388, -8976995211904132124]

@@ -35,7 +35,14 @@ def test_decode_speculatively_equals_sequential_decoding(transformer, monkeypatc
             len(upscale_sequence(LONG)) - 1 - 24
         ),  # five rows of codes: other sequences have text in the same columns
     ]
-    samplings = [SAMPLING, GREEDY, Sampling(top_k=0), Sampling(text_attention=3.0), SAMPLING, SAMPLING]
+    samplings = [
+        SAMPLING,
+        GREEDY,
+        Sampling(top_k=0),
+        Sampling(text_attention=3.0),
+        Sampling(top_k=0, min_p=0.1),
+        SAMPLING,
+    ]
     requests = [
         request_for(sequence, seed=5, image=number, sampling=sampling)
         for number, (sequence, sampling) in enumerate(zip(sequences, samplings, strict=True))

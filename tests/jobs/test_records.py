@@ -94,8 +94,8 @@ WRONG_OBJECTS = [
     ('{"promt": "狗"}', '"promt" is unknown; did you mean "prompt"?'),
     (
         '{"狗": 1}',
-        '"狗" is unknown; known: id, prompt, task, image, rows, n, seed, temperature, top_k, top_p, guidance, '
-        "text_attention",
+        '"狗" is unknown; known: id, prompt, task, image, rows, n, seed, temperature, top_k, top_p, min_p, '
+        "guidance, text_attention, noise_version",
     ),
     ('{"prompt": "狗", "n": 2.5}', "n: expected a whole number, got 2.5"),
     ('{"prompt": "狗", "n": true}', "n: expected a whole number, got true"),

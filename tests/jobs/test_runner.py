@@ -187,8 +187,11 @@ def test_job_plan_continues_a_journal_of_an_earlier_version(open_job, save_image
     Path("out/job.ledger.jsonl").write_text(json.dumps(OLD_HEADER) + "\n" + json.dumps(OLD_RESULT) + "\n")
     records, problems = read_job("job.jsonl")
     model = CogView.from_pretrained("cogview-emoji", device="cpu")
-    plan, journal, _ = open_job(model, records, problems, source="job.jsonl")
-    assert plan.header() | {"batch": 4, "cogview_job": 1} == OLD_HEADER
+    old = {"temperature": 0.3, "top_k": 5, "min_p": 0.0, "noise_version": 1}
+    plan, journal, _ = open_job(model, records, problems, source="job.jsonl", sampling=old)
+    header = plan.header() | {"batch": 4, "cogview_job": 1}
+    assert header.pop("sampling")["generate"] == {**OLD_HEADER["sampling"]["generate"], **old}
+    assert header == {key: value for key, value in OLD_HEADER.items() if key != "sampling"}
     assert journal.header["batch"] == 4
     assert list(plan.missing_codes(journal)) == ["狐狸/1", "line 2/0", "line 3/0"]
     assert [request.index for item in plan.items() for request in item.requests] == [0, 1, 0, 0]

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from cogview.generation.sampling import noise_stream
 from cogview.generation.requests import DecodingResult
 from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline.programs import ProgramBuilder
@@ -59,7 +60,8 @@ def test_single_step_program_ends_after_one_result(tiny_model):
     request = GenerationRequest(prompt=PROMPTS[0], seed=7, index=2, sampling=GREEDY)
     program = ProgramBuilder(tiny_model.context).build(request)
     (step,) = program.pending()
-    assert (step.seed, step.image, step.unconditional) == (7, 2, None)
+    prompt_ids = tiny_model.text_tokenizer.encode(PROMPTS[0])
+    assert (step.seed, step.image, step.unconditional) == (7, noise_stream(2, prompt_ids, version=2), None)
     ids = step.sequence.ids.copy()
     ids[step.sequence.spans["image"]] = np.arange(64)
     program.advance([DecodingResult(ids=ids, log_probability=-2.5)])
