@@ -292,7 +292,7 @@ def sampling_options(unit: str, *, image_options: bool, note: str = "") -> Decor
             type=click.IntRange(min=1, max=2),
             metavar="VERSION",
             show_default=MODEL_DEFAULT,
-            help="what the noise of a seed depends on: 2, on the prompt too; 1, on the image's number alone, as before 0.3",
+            help="noise of a seed: 2 depends on prompt and number of the image; 1 on its number alone, as before 0.3",
         )
 
     def build(**values: Any) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from cogview.generation.sampling import noise_stream
 from cogview.generation.requests import DecodingResult
+from cogview.generation.sampling import noise_stream
 from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline.programs import ProgramBuilder
 from cogview.pipeline.requests import GenerationRequest
