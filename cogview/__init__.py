@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cogview.tokenizers.tasks import Task as Task
     from cogview.tokenizers.tasks import register_task as register_task
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 __all__ = [
     "Caption",
     "CogView",

@@ -117,6 +117,7 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
         The exit status: 2 if a prompt was skipped, else 0.
     """
     from cogview.image_io.png import safe_name
+    from cogview.pipeline.results import repetition_notes
 
     good = [prompt for prompt in prompts if session.check_prompt(prompt)]
     outputs = [
@@ -129,14 +130,17 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
     generated = session.generate([outputs], "generating", len(outputs), session.grid**2)
     if options.keep is not None:
         generated = session.best(generated, options.n, options.keep)
-    sheet, small = [], []
+    sheet, small, images = [], [], []
     for output, image in generated:
+        images.append(image)
         path = session.save(output.path, image)
         if options.grid:
             sheet.append(image)
         if options.upscale:
             target = path.with_name(f"{path.stem}-up.png")
             small.append(UpscaleInput(image=image, prompt=image.prompt, source=path.name, path=target))
+    for note in repetition_notes(images):
+        print(f"note: {note}", file=sys.stderr)
     if small:
         session.upscale(small, len(small))
     if sheet:

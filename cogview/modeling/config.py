@@ -240,6 +240,7 @@ class ModelConfig:
     reconstruction_psnr: ReconstructionQuality | None = None  # of images like those of the training; None: unknown
     text_sha256: str = ""  # of text.model; empty in checkpoints of earlier versions
     sampling: Sampling = field(default_factory=Sampling)  # recommended defaults of this model
+    upscale_sampling: Sampling | None = None  # those of upscaling, which leaves less open; None: the same
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -267,6 +268,16 @@ class ModelConfig:
                 f"the vocabulary has {self.vocabulary.padded_size} rows, the transformer "
                 f"{self.transformer.vocabulary_size}"
             )
+
+    def sampling_of(self, task: str) -> Sampling:
+        """Return the recommended sampling settings of a task.
+
+        Args:
+            task: Name of the task.
+        """
+        if self.upscale_sampling is not None and task in ("upscale", "low_level"):
+            return self.upscale_sampling
+        return self.sampling
 
     @property
     def caption_positions(self) -> int:

@@ -34,7 +34,14 @@ from cogview.pipeline.requests import (
     text_to_image_requests,
     upscale_requests,
 )
-from cogview.pipeline.results import Caption, GeneratedImage, GenerationProgress, ProgressCallback, only_images
+from cogview.pipeline.results import (
+    Caption,
+    GeneratedImage,
+    GenerationProgress,
+    ProgressCallback,
+    only_images,
+    repetition_notes,
+)
 from cogview.tokenizers.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -113,6 +120,8 @@ class CogView(CaptioningModel):
             self.require_task("caption")
         settings: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size, "callback": callback, **overrides}
         images = list(self.generate_iter(prompts, n=n, seed=seed, **settings))
+        for note in repetition_notes(images):
+            log.warning("%s", note)
         if keep is None:
             return images
         groups = [images[first : first + n] for first in range(0, len(images), n)]
@@ -359,7 +368,7 @@ class CogView(CaptioningModel):
         for number, one in enumerate(given):
             changes: dict[str, Any] = {}
             if one.sampling is None:
-                changes["sampling"] = self._config(one.task).sampling
+                changes["sampling"] = self._config(one.task).sampling_of(one.task)
             if one.prompt_ids is None and "prompt" in TASKS[one.task].inputs:
                 if one.prompt not in pieces:
                     pieces[one.prompt] = self.tokenize([one.prompt])[0].ids

@@ -309,7 +309,7 @@ class LoadedModel:
 
     def _resolve_sampling(self, base: Sampling | None, overrides: dict[str, float | None], task: str) -> Sampling:
         """Return sampling settings as ``sampling`` does."""
-        sampling = override_sampling(base or self._config(task).sampling, overrides)
+        sampling = override_sampling(base or self._config(task).sampling_of(task), overrides)
         self._check_guidance(sampling, task)
         return sampling
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,6 +15,8 @@ from cogview import __version__
 from cogview.formatting import shorten
 from cogview.modeling.config import Sampling
 from cogview.pipeline.requests import MAX_SHOWN, GenerationRequest
+
+MIN_DIFFERENT = 0.75  # fraction of the images of a prompt; with fewer different ones their number is noted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,3 +199,23 @@ class GenerationProgress:
 
 
 ProgressCallback: TypeAlias = Callable[[GenerationProgress], object]  # returns False to stop
+
+
+def repetition_notes(images: Sequence[GeneratedImage]) -> list[str]:
+    """Return a note for each prompt of whose images many are equal to an earlier one.
+
+    Args:
+        images: Generated images of any number of prompts.
+
+    Returns:
+        A line for each prompt with fewer than three quarters of different images.
+    """
+    codes: dict[str, list[bytes]] = {}
+    for image in images:
+        codes.setdefault(image.prompt, []).append(image.codes.tobytes())
+    return [
+        f"“{shorten(prompt, MAX_SHOWN)}”: only {len(set(group))} of {len(group)} images differ; "
+        "a higher temperature or a lower min-p gives more variety"
+        for prompt, group in codes.items()
+        if len(set(group)) < MIN_DIFFERENT * len(group)
+    ]

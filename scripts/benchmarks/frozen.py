@@ -225,13 +225,17 @@ def record_python(bench: Workbench) -> Any:
     from cogview import CogView
 
     model = CogView.from_pretrained(MODEL, device="cpu")
-    images = model.generate(list(PROMPTS[:2]), n=3, seed=7, temperature=0.9, top_k=50)
-    kept = model.generate(PROMPTS[4], n=4, keep=2, seed=8)
+    former = {"min_p": 0.0, "noise_version": 1} if hasattr(model.sampling(), "noise_version") else {}
+    images = model.generate(list(PROMPTS[:2]), n=3, seed=7, temperature=0.9, top_k=50, **former)
+    kept = model.generate(PROMPTS[4], n=4, keep=2, seed=8, temperature=0.3, top_k=5, **former)
     return {
         "generate": [image_of(image) for image in images],
         "keep": [image_of(image) for image in kept],
-        "upscale": [image_of(image) for image in model.upscale(images[:2], PROMPTS[0], seed=1)],
-        "complete": [image_of(image) for image in model.complete(images[:2], PROMPTS[1], rows=3, n=2, seed=1)],
+        "upscale": [image_of(image) for image in model.upscale(images[:2], PROMPTS[0], seed=1, **former)],
+        "complete": [
+            image_of(image)
+            for image in model.complete(images[:2], PROMPTS[1], rows=3, n=2, seed=1, temperature=0.3, top_k=5, **former)
+        ],
         "caption": [
             [[caption.text, caption.log_probability] for caption in captions]
             for method in ("greedy", "beam", "sample")

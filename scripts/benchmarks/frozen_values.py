@@ -50,10 +50,14 @@ _MEASURED = re.compile(r"per_second|wait|memory|mfu|seconds|time|utili[sz]ation|
 # Readers of what the toolkit writes
 
 
+LATER_SETTINGS = (("min_p", 0.0), ("noise_version", 1))  # with the values that are as before there were such settings
+
+
 def former(content: Any, parent: str = "") -> Any:
     """Return JSON content, the value of the key ``parent``, with every key under its former name."""
     if isinstance(content, dict):
-        return {former_name(key, parent): former(value, key) for key, value in content.items()}
+        kept = {key: value for key, value in content.items() if (key, value) not in LATER_SETTINGS}
+        return {former_name(key, parent): former(value, key) for key, value in kept.items()}
     return [former(value, parent) for value in content] if isinstance(content, list) else content
 
 
@@ -88,7 +92,7 @@ def read_image(path: Path) -> dict[str, Any]:
     for key, value in sorted(texts.items()):
         if key == "codes":
             value = digest(" ".join(value.split()).encode())
-        elif key == "cogview":  # the version
+        elif key in ("cogview", "parameters") or (key, number(value)) in LATER_SETTINGS:  # the version, and later keys
             continue
         found[key] = number(value)
     return found

@@ -30,8 +30,8 @@ class Workbench:
         self.library = library  # the folder that holds the package
 
     def run(self, *arguments: str) -> str:
-        """Run a command and return its stdout; Failure unless its status is 0."""
-        status, out, err = run_command(arguments)
+        """Run a command with the settings of the baseline; return its stdout, Failure unless its status is 0."""
+        status, out, err = run_command([*arguments, *former_settings(arguments)])
         if status:
             raise Failure(f"cogview {' '.join(arguments[:4])} … ended with status {status}: {err.strip()[-500:]}")
         return out
@@ -157,6 +157,20 @@ class Workbench:
             },
             "files": self.images(output) if pixels else files,
         }
+
+
+def former_settings(arguments: Sequence[str]) -> list[str]:
+    """Return options that generate images as the embedded model did before it sampled with min-p and prompts had noise
+    of their own; none for a library that has no such options.
+    """
+    from cogview import __version__
+
+    if arguments[0] not in ("generate", "complete", "upscale") or tuple(map(int, __version__.split(".")[:2])) < (0, 3):
+        return []
+    options = {"--noise-version": "1"}
+    if arguments[0] != "upscale" and "--model" not in arguments:
+        options |= {"--temperature": "0.3", "--top-k": "5", "--min-p": "0"}
+    return [word for name, value in options.items() if name not in arguments for word in (name, value)]
 
 
 def run_command(arguments: Sequence[str]) -> tuple[int, str, str]:
