@@ -175,7 +175,7 @@ COMMANDS = list(dict.fromkeys(commands_of_pages()))
 RUN = [line for line in COMMANDS if isinstance(ROWS.get(line), Run)]
 
 
-def test_every_command_line_of_a_page_is_listed_once() -> None:
+def test_commands_of_pages_are_listed_once() -> None:
     assert sorted(COMMANDS) == sorted(ROWS)
 
 
@@ -308,7 +308,7 @@ def workshop(
 @pytest.mark.slow
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("line", RUN)
-def test_command_line_of_a_page_runs(line: str, workshop: Workshop, monkeypatch, capfd) -> None:
+def test_commands_of_pages_run(line: str, workshop: Workshop, monkeypatch, capfd) -> None:
     row = ROWS[line]
     assert isinstance(row, Run)
     for need in row.needs.split():
@@ -339,5 +339,5 @@ def test_command_line_of_a_page_runs(line: str, workshop: Workshop, monkeypatch,
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_slurm_script_is_a_valid_shell_script() -> None:
+def test_commands_of_pages_start_a_valid_slurm_script() -> None:
     subprocess.run(["bash", "-n", str(ROOT / "scripts/recipes/slurm.sh")], check=True)

@@ -172,7 +172,7 @@ def test_bench_keeps_older_json_when_disk_is_full(tiny_checkpoint, in_this_proce
 
     monkeypatch.setattr(Path, "write_text", full)
     arguments = ["--model", str(tiny_checkpoint), "--device", "cpu", "--batch", "1", "--repeats", "1", "--codes", "2"]
-    assert main(["bench", *arguments, "--json", str(path)]) == 2
+    assert main(["bench", *arguments, "--json", str(path)]) == 3
     printed = capsys.readouterr()
     assert "No space left" in printed.err
     assert printed.out.splitlines()[-1].split()[0] == "1"  # the table is printed before

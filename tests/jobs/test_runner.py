@@ -23,7 +23,7 @@ OLD_HEADER = {
     "cogview_job": 1,
     "job": "a4bcd36a2133cb0d78768c5863516ae2ec4555b99c2d02e6b9541d19d861d40b",
     "model": "cogview-emoji",
-    "weights": "b55dbd8aa74fd779703ea4de58315a86e189050f2a35e0a07166fa3f9e18afd7",
+    "weights": "2b2bbeb11de8ab8a9a0272edf6b4400419e82f29cd25f1434c88abba7e284205",
     "dtype": "float32",
     "kv_dtype": "auto",
     "device": "cpu",
