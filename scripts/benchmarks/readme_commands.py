@@ -13,7 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
-COMMANDS = ('pip install . && cogview generate "蓝色背景上的三只狐狸"', 'pip install ".[test]" && pytest')
+COMMANDS = (
+    'pip install . && cogview generate "蓝色背景上的三只狐狸"',
+    'pip install ".[test]" && pytest -n auto --dist loadfile',
+)
 
 
 def run_once(root: Path, folder: Path) -> list[float]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import sys
+from pathlib import Path
 
+import polib
 import pytest
 
 from cogview.cli import translation
@@ -149,3 +152,26 @@ def test_translated_restores_the_stream_when_a_command_fails(monkeypatch):
 def test_main_refuses_an_unknown_language_in_one_line(capsys):
     assert main(["models", "--language", "fr"]) == 2
     assert capsys.readouterr().err == 'cogview: --language is "fr"; expected one of en, zh\n'
+
+
+def test_catalogue_translates_every_message_with_its_fields():
+    """Remedy: python scripts/update_catalogue.py, then fill the empty entries of cogview/locale/zh.po."""
+    spec = importlib.util.spec_from_file_location(
+        "update_catalogue", Path(__file__).parents[2] / "scripts" / "update_catalogue.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    entries = {entry.msgid: entry.msgstr for entry in polib.pofile(str(translation.FOLDER / "zh.po"))}
+    assert list(entries) == module.collect()
+    assert [text for text, translated in entries.items() if not translated] == []
+    fields = translation.FIELD.findall
+    assert [text for text, translated in entries.items() if sorted(fields(text)) != sorted(fields(translated))] == []
+
+
+def test_main_prints_messages_and_help_in_chinese(capsys):
+    assert main(["caption", "没有.png", "--language", "zh"]) == 2
+    assert capsys.readouterr().err.endswith("cogview caption: 图像 没有.png 不存在\n")
+    assert main(["--language", "zh", "generate", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("用法: cogview generate")
+    assert "从文本生成图像，并打印 PNG 文件的路径。" in page
