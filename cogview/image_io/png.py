@@ -165,10 +165,10 @@ def mask_undecoded(pixels: np.ndarray, hidden: np.ndarray) -> Image.Image:
     return Image.fromarray(np.where(covered[..., None], np.uint8(GREY), pixels))
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the text chunks of a PNG file, empty for any other file."""
     try:
-        with open_image(path, ("PNG",)) as image:
+        with open_image(Path(path), ("PNG",)) as image:
             return {key: str(value) for key, value in getattr(image, "text", {}).items()}
     except (OSError, SyntaxError, ValueError):  # what Pillow raises for broken files; InputError is a ValueError
         return {}

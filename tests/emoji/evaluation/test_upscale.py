@@ -3,6 +3,7 @@
 # B batch, H W pixels
 
 import math
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,7 +201,7 @@ def test_evaluate_upscale_describes_its_protocol(world):
     model = Enlarger(world, lambda image: off_by(image, 1))
     reports = [evaluate(model, world, batch_size=size)[0] for size in (2, 100)]
     assert reports[0] == reports[1]
-    asked = {"temperature": 0.5, "top_k": 3, "top_p": 1.0, "guidance": 1.0, "text_attention": 1.0}
+    asked = asdict(Sampling(temperature=0.5, top_k=3))
     assert model.calls == [{"seed": SEED, "batch_size": size, **asked} for size in (2, 100)]
     made = reports[0]["protocol"]
     assert (made["captions"], made["seed"], made["model"], made["sampling"]) == (COUNT, SEED, "enlarger", asked)
