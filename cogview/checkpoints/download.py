@@ -26,6 +26,7 @@ from cogview.checkpoints.registry import FileEntry
 from cogview.errors import InputError
 from cogview.files import file_sha256
 from cogview.formatting import format_bytes
+from cogview.plain_data import parse_json
 
 
 def download(file: FileEntry, folder: Path, *, delays: Sequence[float] = (1, 2, 4, 8), timeout: float = 30) -> Path:
@@ -95,7 +96,7 @@ class PartialDownload:
         self._note = target.with_name(target.name + ".part.json")
         self.received, self.remote = 0, RemoteFile()
         with suppress(OSError, ValueError, TypeError):  # without a usable note, the download starts over
-            remote = RemoteFile(**json.loads(self._note.read_text(encoding="utf-8")))
+            remote = RemoteFile(**parse_json(self._note.read_bytes()))
             if 0 < (count := self.path.stat().st_size) <= (remote.size or 0):
                 self.received, self.remote = count, remote
 

@@ -36,8 +36,10 @@ PARTIAL_OPTIONS = {
     "temperature": GENERATING,
     "top_k": GENERATING,
     "top_p": GENERATING,
+    "min_p": GENERATING,
     "guidance": GENERATING,
     "text_attention": GENERATING,
+    "noise_version": GENERATING,
     "tune": ("scenes",),
     "candidates": ("rerank",),
 }

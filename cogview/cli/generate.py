@@ -130,16 +130,16 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
     generated = session.generate([outputs], "generating", len(outputs), session.grid**2)
     if options.keep is not None:
         generated = session.best(generated, options.n, options.keep)
-    sheet, small, images = [], [], []
+    sheet, small, codes = [], [], []
     for output, image in generated:
-        images.append(image)
+        codes.append((image.prompt, image.codes.tobytes()))
         path = session.save(output.path, image)
         if options.grid:
             sheet.append(image)
         if options.upscale:
             target = path.with_name(f"{path.stem}-up.png")
             small.append(UpscaleInput(image=image, prompt=image.prompt, source=path.name, path=target))
-    for note in repetition_notes(images):
+    for note in repetition_notes(codes):
         print(f"note: {note}", file=sys.stderr)
     if small:
         session.upscale(small, len(small))

@@ -181,6 +181,7 @@ def run_command(
         with command.make_context(program, arguments, **CONTEXT_SETTINGS) as context:
             return int(command.invoke(context) or 0)
 
+    _prepare_streams()  # a closed one must be replaced before it is translated
     with translated(language or language_of(os.environ)):
         return run_safely(run, name or program)
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cogview.errors import InputError
+from cogview.formatting import printable
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 MAX_SHOWN = 500  # characters of a text in a chunk that is not of CogView
-_OPTIONS = ("temperature", "top_k", "top_p", "guidance", "text_attention")
 
 
 def is_png(path: Path) -> bool:
@@ -49,7 +49,7 @@ def describe_png(path: Path) -> dict[str, str]:
         facts, made_by, command = texts, "unknown", {}
     shown = {key: text[:MAX_SHOWN] + "…" * (len(text) > MAX_SHOWN) for key, text in facts.items()}
     described = {"image": str(path), "size": size, "made by": made_by, **shown, **command}
-    return {_printable(key): _printable(value) for key, value in described.items()}
+    return {printable(key): printable(value.replace("\n", " ⏎ ")) for key, value in described.items()}
 
 
 def repeat_command(texts: Mapping[str, str]) -> str:
@@ -57,7 +57,7 @@ def repeat_command(texts: Mapping[str, str]) -> str:
 
     Of a model that was given as a folder the chunks have the name alone, and of a given image that of its file.
     """
-    from cogview.image_io.png import safe_name
+    from cogview.image_io.png import DEFAULTS_OF_OLD_FILES, SAMPLING_KEYS, safe_name
 
     task, index, source = texts.get("task", "generate"), int(texts.get("index", "0")), texts.get("source", "IMAGE")
     prompt = texts.get("prompt", "")
@@ -72,18 +72,12 @@ def repeat_command(texts: Mapping[str, str]) -> str:
     else:
         words = ["generate", prompt, "-n", str(index + 1)]
     words += ["--seed", texts["seed"]]
-    for key in _OPTIONS:
-        if key in texts:
-            words += [f"--{key.replace('_', '-')}", texts[key]]
+    settings = {**DEFAULTS_OF_OLD_FILES, **texts} if "temperature" in texts else texts
+    for key in SAMPLING_KEYS:
+        if key in settings:
+            words += [f"--{key.replace('_', '-')}", settings[key]]
     model, _, adapter = texts.get("model", "").partition(" + ")
     for option, label in (("--model", model), ("--adapter", adapter)):
         if label:
             words += [option, label.partition(" (")[0]]
     return "cogview " + " ".join(map(shlex.quote, words))
-
-
-def _printable(text: str) -> str:
-    """Return a text in one line, without control characters that a terminal would obey."""
-    return "".join(
-        character if character.isprintable() else repr(character)[1:-1] for character in text.replace("\n", " ⏎ ")
-    )

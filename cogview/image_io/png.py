@@ -10,17 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import threading
 import unicodedata
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from cogview.errors import InputError
-from cogview.files import atomic_write, temporary_path
+from cogview.files import atomic_write
 from cogview.image_io.a1111 import A1111_KEY, a1111_parameters
 from cogview.image_io.reading import open_image
 
@@ -30,11 +28,11 @@ NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for
 _UNSAFE = re.compile(r'[\s<>:"/\\|?*_]+')  # what Windows forbids, the separators of all systems, and white space
 _WINDOWS_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)", re.IGNORECASE)
 # Fields of ``Sampling``.
-_SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "guidance", "text_attention", "noise_version")
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "guidance", "text_attention", "noise_version")
 # Keys whose values may differ between two runs that generate the same image.
 _NOT_IDENTITY = ("log_probability", "score", "score_per_piece", "cogview")
 # Settings of images in older files, which do not name them.
-_DEFAULTS_OF_OLD_FILES = {"guidance": "1.0", "text_attention": "1.0", "min_p": "0.0", "noise_version": "1"}
+DEFAULTS_OF_OLD_FILES = {"guidance": "1.0", "text_attention": "1.0", "min_p": "0.0", "noise_version": "1"}
 
 
 def safe_name(text: str) -> str:
@@ -62,7 +60,7 @@ def sheet_metadata(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
         The settings of the first image; ``prompt`` with a line for each prompt; ``codes_sha256`` of all codes; and
         ``score`` and ``score_per_piece`` with a number for each image, if all have one.
     """
-    shared = {key: parts[0][key] for key in ("seed", "model", *_SAMPLING_KEYS, "cogview")}
+    shared = {key: parts[0][key] for key in ("seed", "model", *SAMPLING_KEYS, "cogview")}
     codes = hashlib.sha256("\n".join(part["codes"] for part in parts).encode()).hexdigest()
     scores = {
         key: " ".join(part[key] for part in parts)
@@ -88,23 +86,19 @@ def save_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> Pat
     Returns:
         The path of the file.
     """
-    temporary = _unique_name(path)
-    try:
-        _write(temporary, image, metadata)
-        target, number = path, 1
-        while not _claim(temporary, target):
-            if _is_same(read_metadata(target), metadata):
-                break
+    target, number = path, 1
+    while True:
+        is_taken = target.exists()
+        if is_taken and not _is_same(read_metadata(target), metadata):
             number += 1
             target = path.with_name(f"{path.stem}_{number}{path.suffix}")
-        temporary.replace(target)
-    except BaseException:
-        with suppress(OSError):  # the error to report is the first one
-            temporary.unlink()
-        raise
-    with suppress(OSError):  # where both names belong to one file, replacing does nothing
-        temporary.unlink()
-    return target
+            continue
+        try:
+            with atomic_write(target, overwrite=is_taken) as temporary:
+                _write(temporary, image, metadata)
+        except FileExistsError:  # another process has taken the name meanwhile, perhaps for the same image
+            continue
+        return target
 
 
 def write_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> None:
@@ -127,25 +121,6 @@ def _write(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> None:
     if "codes" in metadata and "seed" in metadata:
         chunks.add_itxt(A1111_KEY, a1111_parameters(metadata, image.size))
     image.save(path, format="PNG", pnginfo=chunks)
-
-
-def _unique_name(path: Path) -> Path:
-    """Return a temporary path beside ``path`` that no other thread or process uses."""
-    return path.with_name(f"{temporary_path(path).name}-{os.getpid()}-{threading.get_ident()}")
-
-
-def _claim(temporary: Path, target: Path) -> bool:
-    """Give a name to a finished file, or at least reserve it; return False if the name is taken."""
-    try:
-        os.link(temporary, target)  # the name appears with its whole content
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without links
-        try:
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        except FileExistsError:
-            return False
-    return True
 
 
 def preview_path(path: Path) -> Path:
@@ -193,5 +168,5 @@ def prepare_folder(folder: Path) -> None:
 def _is_same(old: Mapping[str, str], new: Mapping[str, str]) -> bool:
     """Return whether two files have the metadata of one image."""
     return all(
-        old.get(key, _DEFAULTS_OF_OLD_FILES.get(key)) == value for key, value in new.items() if key not in _NOT_IDENTITY
+        old.get(key, DEFAULTS_OF_OLD_FILES.get(key)) == value for key, value in new.items() if key not in _NOT_IDENTITY
     )

@@ -251,7 +251,7 @@ class JobPlan:
         if "prompt" in record.row.inputs and (problem := self.model.prompt_problem(record.prompt or "")) is not None:
             raise InputError(problem)
         if record.row.output == "text":
-            if unused := [name for name in ("guidance", "text_attention") if name in record.sampling]:
+            if unused := [name for name in ("guidance", "text_attention", "noise_version") if name in record.sampling]:
                 raise InputError(f"{' and '.join(unused)} cannot be set for captions")
             n = record.n or 1
             sampled = Sampling(**{"top_k": 0, **record.sampling})  # type: ignore[arg-type]  # top_k is an int

@@ -100,7 +100,7 @@ class CogView(CaptioningModel):
             callback: Called with a ``GenerationProgress`` after every line of codes. Where it returns False, the images
                 so far are returned.
             **overrides: Fields of ``Sampling`` to replace: temperature (above 0), top_k (0: all ids), top_p (above 0,
-                up to 1), guidance (1: none) and text_attention (1: none).
+                up to 1), min_p (0: none), guidance (1: none), text_attention (1: none) and noise_version (2, or 1).
 
         Returns:
             Images, prompt by prompt.
@@ -120,7 +120,7 @@ class CogView(CaptioningModel):
             self.require_task("caption")
         settings: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size, "callback": callback, **overrides}
         images = list(self.generate_iter(prompts, n=n, seed=seed, **settings))
-        for note in repetition_notes(images):
+        for note in repetition_notes((image.prompt, image.codes.tobytes()) for image in images):
             log.warning("%s", note)
         if keep is None:
             return images

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -201,18 +201,18 @@ class GenerationProgress:
 ProgressCallback: TypeAlias = Callable[[GenerationProgress], object]  # returns False to stop
 
 
-def repetition_notes(images: Sequence[GeneratedImage]) -> list[str]:
+def repetition_notes(images: Iterable[tuple[str, bytes]]) -> list[str]:
     """Return a note for each prompt of whose images many are equal to an earlier one.
 
     Args:
-        images: Generated images of any number of prompts.
+        images: The prompt and the codes, as bytes, of each image.
 
     Returns:
         A line for each prompt with fewer than three quarters of different images.
     """
     codes: dict[str, list[bytes]] = {}
-    for image in images:
-        codes.setdefault(image.prompt, []).append(image.codes.tobytes())
+    for prompt, content in images:
+        codes.setdefault(prompt, []).append(content)
     return [
         f"“{shorten(prompt, MAX_SHOWN)}”: only {len(set(group))} of {len(group)} images differ; "
         "a higher temperature or a lower min-p gives more variety"

@@ -435,7 +435,7 @@ def test_read_pickle_compares_the_crc_of_the_pickle():
     "code",
     [
         b"\x80\x02}K\x01K\x01\x86q\x00" + b"h\x00h\x00\x86q\x00" * 40 + b"Ns.",  # a key of 2 ** 40 values
-        b"\x80\x02}N" + b"\x85" * 200_000 + b"Ns.",  # the hash of so many levels ends the process
+        b"\x80\x02}N" + b"\x85" * 200_000 + b"Ns.",  # the hash of 200,000 levels ends the process
         b"\x80\x02Nr\xff\xff\xff\x7f.",  # a memo of 16 GB
         b"Np2000000000\n.",
         b"\x80\x02B\xff\xff\xff\x7f.",  # bytes beyond the end of the file

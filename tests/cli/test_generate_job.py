@@ -114,9 +114,8 @@ def read_journal(folder, name="job"):
 
 
 def image_files(folder):
-    """Return the bytes of the files in a folder, without the journal and what a killed writer was writing."""
-    shown = (path for path in Path(folder).iterdir() if not path.name.startswith(".") and ".ledger" not in path.name)
-    return {path.name: path.read_bytes() for path in shown}
+    """Return the bytes of the files in a folder, without the journal."""
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir() if ".ledger" not in path.name}
 
 
 def codes(path):

@@ -33,8 +33,17 @@ def save(path, **texts):
     return path
 
 
+def test_info_prints_the_later_settings_of_an_image_that_is_older_than_these(info, tmp_path):
+    """With the defaults of today the command would generate another image."""
+    path = save(tmp_path / "a.png", prompt="狐狸", seed="7", cogview="0.2.0", temperature="0.3", top_k="5", top_p="1.0")
+    words = shlex.split(info(path)[1]["command"])
+    assert (words[words.index("--min-p") + 1], words[words.index("--noise-version") + 1]) == ("0.0", "1")
+
+
 def test_info_prints_a_command_that_repeats_the_image(run_command, info, tiny_checkpoint):
-    _, lines, _ = run_command("generate", FOX, "-n", "2", "--seed", "7", "--temperature", "0.7", "-o", "first")
+    _, lines, _ = run_command(
+        "generate", FOX, "-n", "2", "--seed", "7", "--temperature", "0.7", "--min-p", "0.1", "-o", "first"
+    )
     status, facts, _ = info(lines[1])
     facts = {key: value.strip() for key, value in facts.items()}
     assert status == 0

@@ -630,6 +630,8 @@ def test_eval_reports_mistakes_in_one_line(work, tmp_path, tiny_checkpoint, caps
         ("captions", ["--temperature", "0.5"], "--temperature has no effect on captions, only on scenes, rerank, u"),
         ("captions", ["--top-k", "0"], "--top-k has no effect on captions"),
         ("captions", ["--top-p", "0.9"], "--top-p has no effect on captions"),
+        ("captions", ["--min-p", "0.1"], "--min-p has no effect on captions"),
+        ("captions", ["--noise-version", "1"], "--noise-version has no effect on captions"),
         ("rerank", ["--candidates", "0"], "invalid value for '--candidates': 0 is not in the range x>=1"),
         ("rerank", ["-n", "0"], "invalid value for '-n' / '--captions': 0 is not in the range x>=1"),
     ],

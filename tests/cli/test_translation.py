@@ -175,3 +175,10 @@ def test_main_prints_messages_and_help_in_chinese(capsys):
     page = capsys.readouterr().out
     assert page.startswith("用法: cogview generate")
     assert "从文本生成图像，并打印 PNG 文件的路径。" in page
+
+
+def test_main_survives_a_closed_stderr_in_chinese(monkeypatch, capsys):
+    """A service may start without stderr; its missing stream used to be translated."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["caption", "没有.png", "--language", "zh"]) == 2
+    assert capsys.readouterr().out == ""

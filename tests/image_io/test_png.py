@@ -188,4 +188,4 @@ def test_metadata_has_settings_and_scores(tiny_model):
 
 def test_sampling_keys_are_fields_of_sampling():
     """Metadata of a sheet name every sampling setting."""
-    assert tuple(setting.name for setting in fields(Sampling)) == png._SAMPLING_KEYS
+    assert tuple(setting.name for setting in fields(Sampling)) == png.SAMPLING_KEYS

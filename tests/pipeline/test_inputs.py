@@ -114,7 +114,7 @@ def test_open_image_refuses_pil_image_that_cannot_be_read(tmp_path):
         load_image(closed)
 
 
-def test_list_images_tells_one_from_many(photo):
+def test_list_images_distinguishes_one_from_many(photo):
     """A batch is many; one of an iterator too."""
     image, path = photo
     pixels = np.asarray(image)

@@ -19,7 +19,7 @@ def test_repetition_notes_count_equal_images_of_a_prompt(tiny_model, kinds, expe
     images = tiny_model.generate("一只狐狸", n=len(kinds), seed=7)
     for image, kind in zip(images, kinds, strict=True):
         image.codes = np.full((8, 8), kind)
-    notes = repetition_notes(images)
+    notes = repetition_notes((image.prompt, image.codes.tobytes()) for image in images)
     assert [note.partition(";")[0] for note in notes] == expected
 
 
