@@ -3,7 +3,7 @@
 The names of ``__all__`` are the public interface. They are imported when they are first used: torch takes seconds.
 ``help(cogview.CogView)`` describes every method.
 
-Example:
+Examples:
     >>> from cogview import CogView
     >>> model = CogView.from_pretrained("cogview-emoji")
     >>> images = model.generate("一个红苹果", n=4, seed=7)

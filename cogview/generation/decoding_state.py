@@ -172,7 +172,7 @@ def group_by_prefix(batch: SequenceBatch, prefix_keys: Sequence[object]) -> tupl
 
     The prefix of a row is everything before the column of the first blank of any row: padding, ids and positions.
 
-    Example:
+    Examples:
         Three rows of a batch, ``_`` being a blank and ``.`` padding::
 
             红 苹果 [BASE] _ _      prefix 0

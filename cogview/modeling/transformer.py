@@ -104,7 +104,7 @@ class Transformer(nn.Module):
             InputError: The ids or positions are no int64 tensor (B, T), or out of range (checked on a CPU, where it
                 costs no wait).
 
-        Example:
+        Examples:
             >>> ids = torch.tensor([model.text_tokenizer.encode("一个红苹果")]) + model.vocabulary.text.start
             >>> model.transformer(ids).shape[:2] == ids.shape
             True

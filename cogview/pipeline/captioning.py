@@ -64,7 +64,7 @@ class CaptioningModel(LoadedModel):
         Raises:
             InputError: If it is unknown.
 
-        Example:
+        Examples:
             >>> model.image_size(), model.image_size("low_level")
             (64, 32)
         """
@@ -83,7 +83,7 @@ class CaptioningModel(LoadedModel):
         Raises:
             InputError: If the image cannot be used, or the task is unknown.
 
-        Example:
+        Examples:
             >>> model.fit_image(Image.new("RGB", (100, 64)))[1]
             'cropped from 100 x 64 to 64 x 64'
         """
@@ -103,7 +103,7 @@ class CaptioningModel(LoadedModel):
         Raises:
             InputError: If the image cannot be used, or the task is unknown.
 
-        Example:
+        Examples:
             >>> model.image_warning(Image.new("RGB", (64, 64), "red"))
             'unlike the images that cogview-emoji was trained on: its reconstruction has 21.0 dB, 99% of theirs at ...'
         """
@@ -126,7 +126,7 @@ class CaptioningModel(LoadedModel):
             image: Image of any size.
             task: Name of a task; one that needs no smaller image than it generates has no such problem.
 
-        Example:
+        Examples:
             >>> model.enlargement_problem(Image.new("RGB", (512, 512)), task="upscale")
             '512 x 512 pixels are more than the 128 x 128 of an upscaled image; scale it down to 64 x 64 first'
         """
@@ -177,7 +177,7 @@ class CaptioningModel(LoadedModel):
         Raises:
             InputError: If an image cannot be used, or the task is unknown.
 
-        Example:
+        Examples:
             >>> image = Image.new("RGB", (64, 64), "red")
             >>> model.encode_images(image).shape, model.encode_images([image]).shape
             ((8, 8), (1, 8, 8))
@@ -200,7 +200,7 @@ class CaptioningModel(LoadedModel):
         Raises:
             InputError: If the codes have another shape or type, or one is out of range.
 
-        Example:
+        Examples:
             >>> image = model.generate("一个红苹果", seed=7)[0]
             >>> bool((model.decode_images(image.codes) == np.asarray(image)).all())
             True
@@ -252,7 +252,7 @@ class CaptioningModel(LoadedModel):
         Raises:
             InputError: If an image or a setting cannot be used.
 
-        Example:
+        Examples:
             >>> image = model.generate("蓝色背景上的三只狐狸", seed=7)[0]
             >>> "狐狸" in model.caption(image)[0].text
             True
@@ -320,7 +320,7 @@ class CaptioningModel(LoadedModel):
         Raises:
             InputError: If an image or a text cannot be used.
 
-        Example:
+        Examples:
             >>> image = model.generate("一个红苹果", seed=7)[0]
             >>> fitting, other = (model.score(image, text) for text in ("一个红苹果", "一只猫"))
             >>> fitting.per_piece > other.per_piece
@@ -364,7 +364,7 @@ class CaptioningModel(LoadedModel):
             InputError: If an image or a text cannot be used.
             DecodingStopped: The callback returned False, so that not all images have a score.
 
-        Example:
+        Examples:
             >>> images = model.generate("一只狐狸", n=4, seed=7)
             >>> best = model.rerank(images)[0]
             >>> best.score == max((image.score for image in images), key=lambda score: score.log_probability)

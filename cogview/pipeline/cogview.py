@@ -65,7 +65,7 @@ class CogView(CaptioningModel):
     For research: ``transformer(ids, positions=None)`` returns logits, ``image_tokenizer`` encodes and decodes tensors,
     ``text_tokenizer`` splits and joins text, and ``vocabulary`` has the offsets of codes, pieces and commands.
 
-    Example:
+    Examples:
         >>> model = CogView.from_pretrained("cogview-emoji", device="cpu")
         >>> model
         <CogView cogview-emoji, 7.0 million parameters, 64 x 64 pixels, tasks generate, caption, upscale, cpu, float32>
@@ -108,7 +108,7 @@ class CogView(CaptioningModel):
         Raises:
             InputError: If a prompt or a setting cannot be used.
 
-        Example:
+        Examples:
             >>> images = model.generate(["一个红苹果", "一只猫"], n=2, seed=7, temperature=0.5)
             >>> [(image.prompt, image.seed, image.index) for image in images]
             [('一个红苹果', 7, 0), ('一个红苹果', 7, 1), ('一只猫', 7, 0), ('一只猫', 7, 1)]
@@ -158,7 +158,7 @@ class CogView(CaptioningModel):
         Raises:
             InputError: As ``generate`` does.
 
-        Example:
+        Examples:
             >>> for image in model.generate_iter("一只狐狸", n=2, seed=7, batch_size=1):
             ...     image.save(f"fox{image.index}.png")
         """
@@ -203,7 +203,7 @@ class CogView(CaptioningModel):
         Raises:
             InputError: If an image, a prompt, ``rows`` or a setting cannot be used.
 
-        Example:
+        Examples:
             >>> image = model.generate("一只狐狸", seed=7)[0]
             >>> completed = model.complete(image, "蓝色背景上的一只狐狸", rows=4, n=2, seed=8)
             >>> [bool((one.codes[:4] == image.codes[:4]).all()) for one in completed]
@@ -269,7 +269,7 @@ class CogView(CaptioningModel):
             InputError: If an image, a text or a setting cannot be used.
             DecodingStopped: The callback returned False before the one image was finished.
 
-        Example:
+        Examples:
             >>> image = model.generate("一个红苹果", seed=7)[0]
             >>> model.upscale(image, "一个红苹果", seed=7).size
             (128, 128)
@@ -317,7 +317,7 @@ class CogView(CaptioningModel):
         Raises:
             InputError: If the weights were not trained for a task, or a prompt, codes or a setting cannot be used.
 
-        Example:
+        Examples:
             >>> cat = GenerationRequest(prompt="一只猫", seed=1, sampling=Sampling(top_k=20))
             >>> caption = GenerationRequest(task="caption", seed=1, codes=model.encode_images("apple.png"))
             >>> [type(result).__name__ for result in model.run([cat, caption])]
@@ -345,7 +345,7 @@ class CogView(CaptioningModel):
         Raises:
             InputError: As ``run`` does.
 
-        Example:
+        Examples:
             >>> requests = [GenerationRequest(prompt="一只猫", seed=1, index=index) for index in range(6)]
             >>> model.batch_sizes(requests, batch_size=4)
             [3, 3]

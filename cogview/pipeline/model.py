@@ -112,7 +112,7 @@ class LoadedModel:
             InputError: If the name is unknown, the model cannot be fetched, its folder is incomplete or damaged, or
                 the adapter belongs to another model.
 
-        Example:
+        Examples:
             >>> model = CogView.from_pretrained("cogview-emoji", device="cpu", dtype="bfloat16")
             >>> model.placement.dtype
             torch.bfloat16
@@ -270,7 +270,7 @@ class LoadedModel:
             InputError: If a value is out of range, or guidance is wanted of weights that cannot be guided.
             TypeError: If ``Sampling`` has no such field.
 
-        Example:
+        Examples:
             >>> model.sampling(temperature=0.8).temperature
             0.8
         """
@@ -287,7 +287,7 @@ class LoadedModel:
     def prompt_warning(self, prompt: str) -> str | None:
         """Return a line on what is converted in ``prompt``, and on what the model does not understand, or None.
 
-        Example:
+        Examples:
             >>> model.prompt_warning("六个红苹果")
             '“六个红苹果”: the model counts to 4 (一、两、三、四), not 六'
         """

@@ -32,7 +32,7 @@ class Prompt:
 class GenerationRequest:
     """One image to generate or caption to write.
 
-    Example:
+    Examples:
         >>> requests = [GenerationRequest(prompt="一只猫", seed=seed) for seed in (1, 2)]
         >>> [image.seed for image in model.run(requests)]
         [1, 2]

@@ -62,7 +62,7 @@ class GeneratedImage(Image.Image):
     Pickling and ``copy.deepcopy`` keep all of it. Methods of PIL that return a new image, such as ``resize`` and
     ``copy``, return a plain PIL image.
 
-    Example:
+    Examples:
         >>> image = model.generate("一个红苹果", seed=7)[0]
         >>> image
         <GeneratedImage 64 x 64 “一个红苹果” seed=7 index=0>
