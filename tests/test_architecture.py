@@ -26,6 +26,7 @@ STOREYS: tuple[tuple[str | None, ...], ...] = (
         "formatting",
         "limits",
         "plain_data",
+        "tables",
         "pickle_limits",
         "signals",
         "config_io",

@@ -22,7 +22,7 @@ def read_lines(source: str, expected: str = "a prompt per line") -> list[str]:
     Raises:
         InputError: The file cannot be read, is not UTF-8, or has no lines.
     """
-    from cogview.jobs.records import name_of, numbered_lines, read_text
+    from cogview.tables import name_of, numbered_lines, read_text
 
     lines = [line for _, line in numbered_lines(read_text(source))]
     if not lines:

@@ -16,7 +16,8 @@ from cogview.checkpoints.fingerprint import fingerprint
 from cogview.errors import InputError
 from cogview.jobs.journal import JobJournal
 from cogview.jobs.locks import JobLocks
-from cogview.jobs.records import JobRecord, digest, name_of
+from cogview.jobs.records import JobRecord, digest
+from cogview.tables import name_of
 from cogview.tokenizers.tasks import TASKS
 
 if TYPE_CHECKING:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 import functools
 import hashlib
-import io
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
@@ -17,15 +14,21 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cogview.errors import InputError
-from cogview.files import require_regular
 from cogview.formatting import printable, shorten
 from cogview.limits import MAX_RESULTS
-from cogview.plain_data import parse_json
+from cogview.tables import (
+    SHOWN,
+    HeaderError,
+    TableLines,
+    as_whole,
+    line_problem,
+    name_of,
+    numbered_lines,
+    parse_objects,
+    parse_table,
+    read_text,
+)
 from cogview.tokenizers.tasks import TASKS, Task, job_tasks
-
-SHOWN = 40  # characters of a wrong value in a message
-MAX_LINE = 100_000  # characters
-MIN_COMMON = 0.9  # share of frequent characters by which text in GB18030 is recognized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +115,6 @@ class JobProblem(str):
 
 _TYPE_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number"}
 
-# Line numbers, each with the values of the line by name, or with the reason why it cannot be read.
-_Lines = Iterator[tuple[int, Mapping[str, Any] | str]]
-
 
 @functools.cache
 def _column_types() -> dict[str, type]:
@@ -164,7 +164,7 @@ def read_job(source: str) -> tuple[list[JobRecord], list[JobProblem]]:
                 problems.append(JobProblem.of(number, str(error), name if isinstance(name, str) else None))
             else:
                 records[record.key] = record
-    except _HeaderError as error:
+    except HeaderError as error:
         raise InputError(f"{where}: {error}") from None
     if not records and problems:
         raise InputError(f"{where} has no line that can be used; the first problem is in {problems[0]}")
@@ -190,145 +190,25 @@ def digest(records: Sequence[JobRecord], source: str) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def read_text(source: str) -> str:
-    """Return the content of a UTF-8 file; of one in GBK or GB18030 with a note on stderr.
-
-    Args:
-        source: The file, or ``-`` for standard input.
-
-    Raises:
-        InputError: The file cannot be read, is no regular file, or has another encoding.
-    """
-    where = name_of(source)
-    try:
-        if source == "-":
-            if sys.stdin is None:
-                raise InputError("standard input is closed; give a file, or input through a pipe")
-            content = sys.stdin.buffer.read()
-        else:
-            require_regular(Path(source))
-            content = Path(source).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {where}: {error.strerror or error}") from None
-    try:
-        return content.decode("utf-8-sig")  # Windows editors start files with a byte-order mark
-    except UnicodeDecodeError as error:
-        if (text := _decode_chinese(content)) is not None:
-            print(f"note: {where} is not UTF-8 and is read as GB18030 (GBK)", file=sys.stderr)
-            return text
-        advice = "if it is GBK, convert it: iconv -f GB18030 -t UTF-8"
-        raise InputError(
-            f"{where} is not UTF-8: byte {error.start} is 0x{content[error.start]:02x}; {advice}"
-        ) from None
-
-
-def _decode_chinese(content: bytes) -> str | None:
-    """Return text in GB18030, which covers GBK; None unless nearly all of its characters are frequent in Chinese.
-
-    Any other encoding read as GB18030 is invalid, or consists of rare characters.
-    """
-    try:
-        text = content.decode("gb18030")
-    except UnicodeDecodeError:
-        return None
-    if any(character < " " and character not in "\t\r\n" for character in text):
-        return None
-    others = [character.encode("gb2312", "replace") for character in text if not character.isascii()]
-    # Leading bytes of GB2312: 0xA1 and 0xA3 punctuation, from 0xB0 to 0xD7 the 3,755 frequent characters.
-    common = sum(each[0] in (0xA1, 0xA3) or 0xB0 <= each[0] <= 0xD7 for each in others)
-    return text if others and common >= MIN_COMMON * len(others) else None
-
-
-def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield the number (from 1) and the stripped text of each line that is not blank."""
-    for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
-        if stripped := line.strip():
-            yield number, stripped
-
-
-def name_of(source: str) -> str:
-    """Return the name of ``source`` in messages."""
-    return "standard input" if source == "-" else source
-
-
-class _HeaderError(ValueError):
-    """Raised for wrong column names, which make every line useless."""
-
-
 def _folder(source: str) -> Path:
     """Return the folder that paths in ``source`` are relative to."""
     return Path() if source == "-" else Path(source).parent
 
 
-def _prompts(text: str) -> _Lines:
+def _prompts(text: str) -> TableLines:
     """Parse a prompt per line."""
     for number, line in numbered_lines(text):
-        yield number, _too_long(line) or {"prompt": line}
+        yield number, line_problem(line) or {"prompt": line}
 
 
-def _objects(text: str) -> _Lines:
-    """Parse a JSON object per line."""
-    for number, line in numbered_lines(text):
-        if reason := _too_long(line):
-            yield number, reason
-            continue
-        try:
-            found = parse_json(line)
-        except json.JSONDecodeError as error:
-            yield number, f"this is not JSON: {error.msg} (character {error.colno})"
-        except ValueError as error:
-            yield number, str(error)
-        else:
-            wrong = f"expected an object in braces, got {shorten(line, SHOWN)}"
-            yield number, found if isinstance(found, dict) else wrong
-
-
-def _too_long(line: str) -> str:
-    """Return the reason why a line is too long to be used; empty for all others."""
-    return f"the line has {len(line)} characters, expected at most {MAX_LINE}" if len(line) > MAX_LINE else ""
-
-
-def _table(text: str, delimiter: str) -> _Lines:
+def _rows_of(text: str, delimiter: str) -> TableLines:
     """Parse a header and a row per line."""
-    lines = io.StringIO(text, newline="").readlines()
-    too_long = {number: reason for number, line in enumerate(lines, 1) if (reason := _too_long(line.strip()))}
-    rows = _rows(["\n" if number in too_long else line for number, line in enumerate(lines, 1)], delimiter)
-    number, columns = next(rows, (1, []))
-    if isinstance(columns, str):
-        raise _HeaderError(f"line {number}: {columns}")
-    columns = [column.strip() for column in columns]
-    for index, column in enumerate(columns):
-        if column not in _column_types():
-            raise _HeaderError(f"line {number} must name the columns: {_unknown(column)}")
-        if column in columns[:index]:
-            raise _HeaderError(f'line {number} names the column "{column}" twice')
-    for number, row in rows:
-        if isinstance(row, str):
-            yield number, row
-        elif len(row) != len(columns):
-            mark = "tab" if delimiter == "\t" else "comma"
-            advice = f"a text that holds a {mark} belongs between quotation marks"
-            yield number, f"{len(row)} columns, expected {len(columns)}; {advice}"
-        else:
-            yield number, {column: _parse_cell(column, cell.strip()) for column, cell in zip(columns, row, strict=True)}
-    yield from too_long.items()
-
-
-def _rows(lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Yield the number of the first line of each row that is not blank, and its cells or the reason of an error."""
-    start = 0
-    while start < len(lines):
-        rows = csv.reader(lines[start:], delimiter=delimiter, strict=True)
-        number = start + 1
-        try:
-            for row in rows:
-                if any(cell.strip() for cell in row):
-                    yield number, row
-                number = start + rows.line_num + 1
-            return
-        except csv.Error as error:
-            yield number, f"the quotation marks are not understood ({error})"
-            start = number  # an unclosed quotation mark must not swallow the lines below
+    return parse_table(
+        text,
+        delimiter,
+        column_problem=lambda column: None if column in _column_types() else _unknown(column),
+        parse_cell=_parse_cell,
+    )
 
 
 def _parse_cell(column: str, cell: str) -> Any:
@@ -364,8 +244,8 @@ def _build_record(number: int, found: Mapping[str, Any], folder: Path) -> JobRec
 def _convert(key: str, value: Any) -> Any:
     """Return a JSON value as the type of the column ``key``; None for null and for blank text."""
     kind = _column_types()[key]
-    if (kind is int or key == "id") and type(value) is float and value.is_integer():
-        value = int(value)  # tables that lack some numbers store the others as 7.0
+    if kind is int or key == "id":
+        value = as_whole(value)
     if key == "id" and type(value) is int:
         value = str(value)
     if kind is float and type(value) is int:
@@ -392,10 +272,10 @@ def _unknown(key: str) -> str:
     )
 
 
-_FORMATS: dict[str, tuple[Callable[[str], _Lines], str]] = {
+_FORMATS: dict[str, tuple[Callable[[str], TableLines], str]] = {
     "": (_prompts, "a prompt per line"),
     ".txt": (_prompts, "a prompt per line"),
-    ".csv": (lambda text: _table(text, ","), "a header and a row for each result"),
-    ".tsv": (lambda text: _table(text, "\t"), "a header and a row for each result"),
-    ".jsonl": (_objects, "a JSON object per line"),
+    ".csv": (functools.partial(_rows_of, delimiter=","), "a header and a row for each result"),
+    ".tsv": (functools.partial(_rows_of, delimiter="\t"), "a header and a row for each result"),
+    ".jsonl": (parse_objects, "a JSON object per line"),
 }

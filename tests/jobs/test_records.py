@@ -159,12 +159,12 @@ def test_read_job_skips_invalid_rows(read, wrong, problem):
         (
             "latin.csv",
             "prompt\ngâteau à la crème".encode("latin-1"),
-            "latin.csv is not UTF-8: byte 8 is 0xe2; if it is GBK, convert it: iconv -f GB18030 -t UTF-8",
+            "latin.csv is not UTF-8: byte 8 in line 2 is 0xe2; if it is GBK, convert it: iconv -f GB18030 -t UTF-8",
         ),
         (
             "big5.txt",
             "藍色背景上的三隻狐狸".encode("big5"),
-            "big5.txt is not UTF-8: byte 0 is 0xc2; if it is GBK, convert it: iconv -f GB18030 -t UTF-8",
+            "big5.txt is not UTF-8: byte 0 in line 1 is 0xc2; if it is GBK, convert it: iconv -f GB18030 -t UTF-8",
         ),
         ("job.txt", " \n\n", "job.txt is empty: expected a prompt per line"),
         ("job.jsonl", "", "job.jsonl is empty: expected a JSON object per line"),
