@@ -29,18 +29,17 @@ A command is a module of ``cogview.cli`` with a ``click`` command named ``comman
 from __future__ import annotations
 
 import importlib
-import io
 import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import click
 
 from cogview import __version__
 from cogview.cli.progress import log_batch_plans
+from cogview.cli.streams import command_line, prepare_streams
 from cogview.cli.translation import LANGUAGES, language_of, take_language, translated
 from cogview.errors import ExitStatus, InputError, ReportedByPeer, RetryLaterError
 from cogview.formatting import printable
@@ -138,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, one of ``ExitStatus``; 130 after Ctrl-C.
     """
-    given = sys.argv[1:] if argv is None else argv
+    prepare_streams()
     # DeepSpeed's launcher puts this before everything else; the variable LOCAL_RANK holds it too.
-    arguments = [argument for argument in given if not argument.startswith("--local_rank=")]
+    arguments = [argument for argument in command_line(argv) if not argument.startswith("--local_rank=")]
     try:
         language, arguments = take_language(arguments)
     except InputError as error:
@@ -175,13 +174,13 @@ def run_command(
     Returns:
         The exit status.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
+    prepare_streams()  # a closed one must be replaced before it is translated
+    arguments = command_line(argv)
 
     def run() -> int:
         with command.make_context(program, arguments, **CONTEXT_SETTINGS) as context:
             return int(command.invoke(context) or 0)
 
-    _prepare_streams()  # a closed one must be replaced before it is translated
     with translated(language or language_of(os.environ)):
         return run_safely(run, name or program)
 
@@ -195,9 +194,9 @@ def run_safely(run: Callable[[], int], name: str) -> int:
 
     Returns:
         The status of ``run``; 2 for a mistake of the user, 3 where disk, memory or a lock was missing, 130 after
-        Ctrl-C, 1 if the reader of stdout is gone.
+        Ctrl-C.
     """
-    _prepare_streams()
+    prepare_streams()
     try:
         _configure_logging()
         with log_batch_plans():
@@ -214,8 +213,6 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     except RetryLaterError as error:
         return _report(name, str(error), ExitStatus.RETRY_LATER)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _is_stdout_closed():  # as in `cogview models | head -1`
-            return 1
         from cogview.files import disk_full_reason
 
         if (reason := disk_full_reason(error)) is not None:
@@ -248,37 +245,10 @@ def _library_failure(error: ValueError | RuntimeError | MemoryError) -> tuple[st
 
 def _configure_logging() -> None:
     """Log at the level of the variable COGVIEW_LOG; raise InputError for an unknown level."""
-    level = os.environ.get("COGVIEW_LOG", "WARNING").upper()
+    level = (os.environ.get("COGVIEW_LOG") or "WARNING").upper()
     if level not in LOG_LEVELS:
         raise InputError(f'COGVIEW_LOG is "{level}"; expected one of {", ".join(LOG_LEVELS)}')
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
-
-
-def _prepare_streams() -> None:
-    """Replace closed streams, and let a terminal that lacks a character show an escape in its stead."""
-    for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
-        if stream is None:  # closed by the shell, as in `cogview models >&-`
-            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _is_stdout_closed() -> bool:
-    """Return whether nobody reads stdout any more; what is still buffered is then discarded."""
-    import select
-
-    if not hasattr(select, "poll"):  # on Windows
-        return False
-    poll = select.poll()
-    try:
-        poll.register(sys.stdout.fileno(), 0)
-    except (OSError, ValueError):  # not a file, as in tests
-        return False
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter would fail again at exit
-    return True
 
 
 def _message_of(error: click.UsageError) -> str:
