@@ -239,12 +239,12 @@ def _choose_device(name: str) -> torch.device:
         raise InputError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name} was requested, but PyTorch finds no CUDA device; use --device cpu")
+        raise InputError(f'device {name} was requested, but PyTorch finds no CUDA device; use device="cpu"')
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(f"device {name} was requested, but this machine has {count} CUDA devices, numbered from 0")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("device mps was requested, but this machine has no MPS device; use --device cpu")
+        raise InputError('device mps was requested, but this machine has no MPS device; use device="cpu"')
     return device
 
 

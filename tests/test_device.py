@@ -80,9 +80,9 @@ def test_choose_placement_uses_the_requested_dtype(dtype):
         ("", "device '' is unknown"),
         ("meta", "device 'meta' is unknown"),  # PyTorch knows it, but nothing can be computed there
         ("cuda:x", "device 'cuda:x' is unknown"),
-        ("cuda", "device cuda was requested, but PyTorch finds no CUDA device; use --device cpu"),
+        ("cuda", 'device cuda was requested, but PyTorch finds no CUDA device; use device="cpu"'),
         ("0", "device cuda:0 was requested, but PyTorch finds no CUDA device"),
-        ("mps", "device mps was requested, but this machine has no MPS device; use --device cpu"),
+        ("mps", 'device mps was requested, but this machine has no MPS device; use device="cpu"'),
     ],
 )
 def test_choose_placement_rejects_unavailable_devices(device, message):

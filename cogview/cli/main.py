@@ -41,6 +41,7 @@ from cogview import __version__
 from cogview.cli.progress import log_batch_plans
 from cogview.cli.streams import command_line, prepare_streams
 from cogview.cli.translation import LANGUAGES, language_of, take_language, translated
+from cogview.cli.usage import unknown_command, usage_message
 from cogview.errors import ExitStatus, InputError, ReportedByPeer, RetryLaterError
 from cogview.formatting import printable
 
@@ -99,10 +100,7 @@ class LazyGroup(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command of ``args``; for an unknown name, suggest one that is spelled like it."""
         if args[0] not in COMMANDS and not args[0].startswith("-"):
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], COMMANDS, n=1)
-            ctx.fail(f'no command "{args[0]}"' + (f'; did you mean "{near[0]}"?' if near else ""))
+            ctx.fail(unknown_command(args[0], list(COMMANDS)))
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -207,7 +205,7 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         return done.exit_code
     except click.UsageError as error:
         path = error.ctx.command_path if error.ctx is not None else name
-        return _report(path, f"{_message_of(error)}; see {path} --help")
+        return _report(path, f"{usage_message(error)}; see {path} --help")
     except ReportedByPeer:
         return 2
     except RetryLaterError as error:
@@ -249,12 +247,6 @@ def _configure_logging() -> None:
     if level not in LOG_LEVELS:
         raise InputError(f'COGVIEW_LOG is "{level}"; expected one of {", ".join(LOG_LEVELS)}')
     logging.basicConfig(level=level, format="%(name)s: %(message)s")
-
-
-def _message_of(error: click.UsageError) -> str:
-    """Return the message of ``click`` as the middle of a line: in lower case, without a full stop."""
-    message = error.format_message().strip()
-    return f"{message[:1].lower()}{message[1:]}".rstrip(".")
 
 
 def _report(name: str, message: str, status: int = ExitStatus.MISTAKE) -> int:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import click
 
+from cogview.cli.usage import with_options
 from cogview.errors import InputError
 from cogview.limits import MAX_RESULTS
 
@@ -27,7 +28,18 @@ Decorator: TypeAlias = Callable[[Any], Any]  # of a command's function
 
 
 class Command(click.Command):
-    """A command whose help also describes its arguments, in a section above the options."""
+    """A command whose help also describes its arguments, in a section above the options.
+
+    Errors of the library name the options of the command.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command."""
+        try:
+            return super().invoke(ctx)
+        except InputError as error:
+            error.args = (with_options(str(error), self),)
+            raise
 
     def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write nothing: versions of click before 8.5 do not call this, so ``format_options`` does the work."""

@@ -59,7 +59,7 @@ def is_reader_gone() -> bool:
 
 
 class _Output(io.FileIO):
-    """A file descriptor for writing that discards everything once its reader is gone."""
+    """A file descriptor for writing that discards everything after an error, and has none when its reader is gone."""
 
     is_reader_gone = False
 
@@ -67,11 +67,14 @@ class _Output(io.FileIO):
         """Write bytes; return how many."""
         try:
             return super().write(data)
-        except BrokenPipeError:
-            self.is_reader_gone = True
+        except OSError as error:
+            # For libraries and children of this process as well; and the interpreter writes again when it ends.
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.fileno())  # for this process's libraries and children as well
+            os.dup2(nowhere, self.fileno())
             os.close(nowhere)
+            if not isinstance(error, BrokenPipeError):
+                raise
+            self.is_reader_gone = True
             return len(data)
 
 

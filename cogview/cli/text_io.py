@@ -9,6 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+import click
+
+from cogview.cli.streams import is_reader_gone
 from cogview.errors import InputError
 
 
@@ -77,13 +80,19 @@ class LineWriter:
         self._stack.enter_context(self._file)
 
     def write(self, line: str) -> None:
-        """Write one line at once."""
+        """Write one line at once.
+
+        Raises:
+            click.exceptions.Exit: Nobody reads the lines any more; the status is 0.
+        """
         from tqdm import tqdm
 
         tqdm.write(line, file=sys.stdout)  # keeps a progress bar intact
         sys.stdout.flush()
         if self._file is not None:
             self._file.write(line + "\n")
+        elif is_reader_gone():  # as in `cogview caption FOLDER | head -1`
+            raise click.exceptions.Exit(0)
 
     def __enter__(self) -> LineWriter:
         return self

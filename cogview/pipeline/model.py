@@ -122,7 +122,7 @@ class LoadedModel:
         if adapter is not None:
             adapter = option_text(adapter, "adapter", os.PathLike)
         if kv_dtype not in KV_DTYPES:
-            raise InputError(f"kv-dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
+            raise InputError(f"kv_dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
         parts = resolve_bundle(str(name)) if revision is None else {}
         if parts:
             folder = next(iter(parts.values()))

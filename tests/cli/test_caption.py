@@ -188,7 +188,7 @@ def test_caption_keeps_the_old_output_file_after_an_interruption(caption, save_i
             "greedy captions are always the same: 2 were asked for, use sample ",
         ),
         (["--temperature", "0.5"], "temperature can be set for sampled captions alone: use the method sample"),
-        (["-n", "2", "--top-k", "5"], "top_k can be set for sampled captions alone: use the method sample"),
+        (["-n", "2", "--top-k", "5"], "--top-k can be set for sampled captions alone: use the method sample"),
         (
             ["--method", "sample", "--temperature", "0"],
             "invalid value for '--temperature': 0.0 is not in the range x>0; see cogview caption --help",

@@ -341,9 +341,9 @@ def test_generate_notes_unknown_objects_and_characters(generate, tiny_checkpoint
         ([FOX, "--temperature", "0"], f"invalid value for '--temperature': 0.0 is not in the range x>0{SEE}"),
         (
             [FOX, "--temperature", "inf"],
-            "temperature must be finite, got inf; for a wider choice of ids raise top_k or top_p",
+            "temperature must be finite, got inf; for a wider choice of ids raise --top-k or --top-p",
         ),
-        ([FOX, "--temperature", "nan"], "temperature must be above 0, got nan; for greedy decoding use top_k 1"),
+        ([FOX, "--temperature", "nan"], "temperature must be above 0, got nan; for greedy decoding use --top-k 1"),
         ([FOX, "--top-p", "2"], f"invalid value for '--top-p': 2.0 is not in the range 0<x<=1{SEE}"),
         ([FOX, "--top-k", "-1"], f"invalid value for '--top-k': -1 is not in the range x>=0{SEE}"),
         ([FOX, "--top-k", "一些"], f"invalid value for '--top-k': '一些' is not a valid integer range{SEE}"),

@@ -388,7 +388,7 @@ def test_generate_job_resumes_only_an_equal_job(generate):
         (["--resume", "--seed", "8"], f"{path} was made with seed 7, now with seed 8: "),
         (["--resume", "-n", "2"], f"{path} was made with n 1, now with n 2: "),
         (["--resume", "--top-k", "9"], f"{path} was made with sampling "),
-        (["--resume", "--kv-dtype", "int8"], f'{path} was made with kv_dtype "auto", now with kv_dtype "int8": '),
+        (["--resume", "--kv-dtype", "int8"], f'{path} was made with --kv-dtype "auto", now with --kv-dtype "int8": '),
     ]:
         status, printed, err = generate("--input", "prompts.txt", *arguments)
         assert (status, printed) == (2, [])

@@ -89,7 +89,7 @@ def test_caption_images_asks_for_images(run_captions, save_image, monkeypatch):
             "invalid value for '--max-inference-batch-size': \"0\" is not auto or a whole number from 1 on",
         ),
         (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
-        (["--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use top_k 1"),
+        (["--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use --top_k 1"),
         (["--output-path", "blank.txt"], "the output folder blank.txt cannot be written: File exists"),
         (["--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],

@@ -1,0 +1,67 @@
+"""Messages about the command line: which command or option was meant, and the options behind the fields of Python."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+
+import click
+
+_JOB_LINE = re.compile(r"\bline \d+\b")
+
+
+def unknown_command(word: str, commands: Sequence[str]) -> str:
+    """Return the message about a word that is none of ``commands``: the command that was probably meant."""
+    from difflib import get_close_matches
+
+    if near := get_close_matches(word, commands, n=1):
+        return f'no command "{word}"; did you mean "{near[0]}"?'
+    if not word.isascii() or " " in word:
+        quoted = word if word.isalnum() else shlex.quote(word)
+        return f'no command "{word}"; to generate images from it: cogview generate {quoted}'
+    return f'no command "{word}"'
+
+
+def usage_message(error: click.UsageError) -> str:
+    """Return the message of ``click`` as the middle of a line: in lower case, without a full stop.
+
+    Where an unknown option may be meant as an argument, the message says how to write that.
+    """
+    message = error.format_message().strip()
+    message = f"{message[:1].lower()}{message[1:]}".rstrip(".")
+    if isinstance(error, click.NoSuchOption) and error.ctx is not None:
+        nouns = [_noun(item) for item in error.ctx.command.params if isinstance(item, click.Argument)]
+        if nouns and (not error.option_name.isascii() or not error.option_name.startswith("--")):
+            message += f"; write -- before a {nouns[0]} that begins with a dash, and options before that"
+    return message
+
+
+def with_options(message: str, command: click.Command) -> str:
+    """Name the options of a command in place of the fields of Python, as in ``top_k``.
+
+    Args:
+        message: A message of the library. One about a line of a job file, whose keys are the fields, is unchanged.
+        command: The command that the user called.
+
+    Returns:
+        The message; ``device="cpu"`` has become ``--device cpu``.
+    """
+    options = {
+        item.name: max(item.opts, key=len)
+        for item in command.params
+        if isinstance(item, click.Option) and item.name is not None
+    }
+    if not options or _JOB_LINE.search(message):
+        return message
+    names = "|".join(options)
+    message = re.sub(rf'\b({names})="([^"]*)"', lambda found: f"{options[found[1]]} {found[2]}", message)
+    fields = [name for name in options if "_" in name]
+    if not fields or "overrides" in [item.name for item in command.params]:  # keys of the recipe
+        return message
+    return re.sub(rf"(?<![\w.-])({'|'.join(fields)})\b(?!=)", lambda found: options[found[1]], message)
+
+
+def _noun(argument: click.Argument) -> str:
+    """Return the noun of an argument, such as ``prompt``."""
+    return (argument.name or "").removesuffix("s") or "word"
