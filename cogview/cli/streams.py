@@ -63,7 +63,7 @@ class _Output(io.FileIO):
 
     is_reader_gone = False
 
-    def write(self, data: Any) -> int | None:
+    def write(self, data: Any, /) -> int:
         """Write bytes; return how many."""
         try:
             return super().write(data)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
+
+from cogview.cli.translation import translate
 
 _JOB_LINE = re.compile(r"\bline \d+\b")
 
@@ -31,9 +33,10 @@ def usage_message(error: click.UsageError) -> str:
     message = error.format_message().strip()
     message = f"{message[:1].lower()}{message[1:]}".rstrip(".")
     if isinstance(error, click.NoSuchOption) and error.ctx is not None:
-        nouns = [_noun(item) for item in error.ctx.command.params if isinstance(item, click.Argument)]
-        if nouns and (not error.option_name.isascii() or not error.option_name.startswith("--")):
-            message += f"; write -- before a {nouns[0]} that begins with a dash, and options before that"
+        takes_arguments = any(isinstance(item, click.Argument) for item in error.ctx.command.params)
+        if takes_arguments and (not error.option_name.isascii() or not error.option_name.startswith("--")):
+            hint = "write -- before an argument that begins with a dash, and options before that"
+            message = f"{message}; {hint}"
     return message
 
 
@@ -45,7 +48,7 @@ def with_options(message: str, command: click.Command) -> str:
         command: The command that the user called.
 
     Returns:
-        The message; ``device="cpu"`` has become ``--device cpu``.
+        The message in the language of the running command; ``device="cpu"`` has become ``--device cpu``.
     """
     options = {
         item.name: max(item.opts, key=len)
@@ -54,14 +57,16 @@ def with_options(message: str, command: click.Command) -> str:
     }
     if not options or _JOB_LINE.search(message):
         return message
+    renamed = _rename(message, options, command)
+    # The templates of translations have the fields of Python.
+    return message if renamed == message else _rename(translate(message), options, command)
+
+
+def _rename(message: str, options: Mapping[str, str], command: click.Command) -> str:
+    """Return ``message`` with ``options`` in place of their fields."""
     names = "|".join(options)
     message = re.sub(rf'\b({names})="([^"]*)"', lambda found: f"{options[found[1]]} {found[2]}", message)
     fields = [name for name in options if "_" in name]
     if not fields or "overrides" in [item.name for item in command.params]:  # keys of the recipe
         return message
     return re.sub(rf"(?<![\w.-])({'|'.join(fields)})\b(?!=)", lambda found: options[found[1]], message)
-
-
-def _noun(argument: click.Argument) -> str:
-    """Return the noun of an argument, such as ``prompt``."""
-    return (argument.name or "").removesuffix("s") or "word"

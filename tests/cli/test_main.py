@@ -72,8 +72,8 @@ def test_main_prints_help_and_version(capsys):
         ),
         (
             ["generate", "-5度的红苹果"],
-            "cogview generate: no such option '-5'; write -- before a prompt that begins with a dash, and options "
-            "before that; see cogview generate --help",
+            "cogview generate: no such option '-5'; write -- before an argument that begins with a dash, and "
+            "options before that; see cogview generate --help",
         ),
         (["train", "--fast"], "cogview train: no such option '--fast'; see cogview train --help"),
         (["genrate"], 'cogview: no command "genrate"; did you mean "generate"?; see cogview --help'),
