@@ -63,13 +63,13 @@ CLUSTER = NotRun("needs several machines or Slurm")
 
 ROWS: dict[str, Run | NotRun] = {
     # README, quickstart
-    'pip install . && cogview generate "蓝色背景上的三只狐狸"': FRESH,
-    'pip install ".[test]" && pytest -n auto --dist loadfile': FRESH,
+    'pip install ".[test]" && pytest -m "not slow" -n auto --dist loadfile': FRESH,
     "python3 -m venv .venv && . .venv/bin/activate": FRESH,
     "pip install .": FRESH,
     'pip install ".[train]"': FRESH,
     'pip install ".[train,lora]"': FRESH,
     "git clone REPOSITORY cogview && cd cogview": SYSTEM,
+    "pip install torch --index-url https://download.pytorch.org/whl/cpu": SYSTEM,
     "apt-get install fonts-noto-color-emoji unicode-cldr-core unicode-data": SYSTEM,
     "python scripts/train_emoji.py scripts/recipes/emoji-cpu.yaml": NotRun(
         "takes hours; tests/cli/test_recipe_commands.py runs the script with a tiny recipe"
@@ -83,9 +83,9 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview info cogview-emoji --things": Run(),
     'cogview generate "一个红苹果" "左边是狐狸，右边是苹果" -n 4 --seed 7 --grid': Run(),
     "cogview caption outputs/": Run(),
-    'cogview rerank --prompt "一个红苹果" outputs/*.png': Run(),
-    'cogview upscale picture.png --prompt "一个红苹果"': Run(),
-    'cogview complete picture.png --rows 4 --prompt "一个红苹果"': Run(),
+    'cogview rerank --prompt "一个红苹果" outputs/': Run(),
+    'cogview upscale outputs/一个红苹果-seed7-0.png --prompt "一个红苹果"': Run(),
+    'cogview complete outputs/一个红苹果-seed7-0.png --rows 4 --prompt "一个红苹果"': Run(),
     # Generation
     'cogview generate "蓝色背景上的三只狐狸"': Run(),
     "cogview generate": Run(),
@@ -95,6 +95,7 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview caption pictures/": Run(),
     "cogview caption pictures/ -n 3 --method beam": Run(),
     'cogview rerank --prompt "一个红苹果" pictures/*.png': Run(),
+    'cogview upscale picture.png --prompt "一个红苹果"': Run(),
     'cogview upscale small.png --prompt "一个红苹果" --low-level': Run(),
     'cogview complete picture.png --rows 4 --prompt "一个红苹果" -n 4': Run(),
     "cogview generate --input prompts.jsonl -o pictures": Run(),
@@ -189,7 +190,7 @@ class Workshop:
 
     def prepare(self, save_image: Callable[..., object]) -> None:
         """Write images, prompts and earlier results."""
-        for name in ("pictures/a.png", "pictures/b.png", "outputs/c.png", "picture.png"):
+        for name in ("pictures/a.png", "pictures/b.png", "outputs/一个红苹果-seed7-0.png", "picture.png"):
             save_image(name)
         save_image("small.png", size=(32, 32))
         Path("prompts.jsonl").write_text('{"prompt": "一只狐狸"}\n{"prompt": "一个红苹果", "n": 2}\n', encoding="utf-8")

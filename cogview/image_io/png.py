@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 from cogview.errors import InputError
 from cogview.files import atomic_write
 from cogview.image_io.a1111 import A1111_KEY, a1111_parameters
-from cogview.image_io.reading import open_image
+from cogview.image_io.reading import SHEET_KEY, open_image
 
 GREY = 128  # of codes that are not sampled yet
 NAME_BYTES = 90  # of a prompt in a file name; file systems allow 143 to 255 for the whole name
@@ -68,7 +68,7 @@ def sheet_metadata(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
         if all(key in part for part in parts)
     }
     prompts = "\n".join(dict.fromkeys(part["prompt"] for part in parts))
-    return {"prompt": prompts, "codes_sha256": codes, **shared, **scores}
+    return {"prompt": prompts, SHEET_KEY: codes, **shared, **scores}
 
 
 def save_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> Path:

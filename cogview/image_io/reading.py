@@ -28,6 +28,8 @@ MAX_PIXELS = 64_000_000  # Pillow takes 4 bytes a pixel, and again as much to tu
 MAX_JPEG_PIXELS = 128_000_000  # photos of 108-megapixel phones pass
 MAX_SIDE = 65_535  # pixels, as JPEG has it: each row of an image costs time, however narrow it is
 MAX_SHOWN = 5  # names in a note
+SHEET_PREFIX = "grid-"  # of the file name of a contact sheet
+SHEET_KEY = "codes_sha256"  # of the metadata of a contact sheet
 # White of greys with more than 8 bits: that of 8, 10, 12 and 16 bits. A photo whose brightest pixel has a fraction of
 # 1/16 of the nominal white is hardly meant to be black.
 _INTEGER_WHITES = (255.0, 1023.0, 4095.0, 65535.0)
@@ -44,9 +46,10 @@ def find_images(arguments: Sequence[str], on_note: Callable[[str], object] = ign
     """Return the image files that arguments of a command name, in their order; repeats are kept.
 
     Args:
-        arguments: Files, folders (for the images directly in them, sorted by name) or patterns such as
-            ``photos/*.png``, expanded as a shell does. An existing file is never taken for a pattern.
-        on_note: Called with a line about the images of a folder that are passed over, since no reader knows them.
+        arguments: Files, folders (for the images directly in them, sorted by name, without contact sheets) or patterns
+            such as ``photos/*.png``, expanded as a shell does. An existing file is never taken for a pattern.
+        on_note: Called with a line about the images of a folder that are passed over: contact sheets, and formats that
+            no reader knows.
 
     Returns:
         Paths. Named files are not opened; ``read_image`` reports what is wrong with them.
@@ -170,13 +173,31 @@ def _images_in(folder: Path, on_note: Callable[[str], object]) -> list[Path]:
     files = [name for name in names if not name.startswith(".") and not (folder / name).is_dir()]
     images = [folder / name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     if unread := [name for name in files if name.lower().endswith(UNREAD_SUFFIXES)]:
-        shown = ", ".join(unread[:MAX_SHOWN]) + (f" and {len(unread) - MAX_SHOWN} more" * (len(unread) > MAX_SHOWN))
-        on_note(f"{folder}: passed over {shown}; expected {EXPECTED}")
+        on_note(f"{folder}: passed over {_shown(unread)}; expected {EXPECTED}")
+    if sheets := [path for path in images if _is_contact_sheet(path)]:
+        on_note(f"{folder}: passed over contact sheets: {_shown([path.name for path in sheets])}")
+        images = [path for path in images if path not in set(sheets)]
     if not images:
         raise InputError(
             f"the folder {folder} holds no image: looked for names in {', '.join(IMAGE_SUFFIXES)}, not in folders below"
         )
     return images
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    return ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" * (len(names) > MAX_SHOWN))
+
+
+def _is_contact_sheet(path: Path) -> bool:
+    """Return whether a file has the name and the metadata of a contact sheet of the commands."""
+    if not path.name.startswith(SHEET_PREFIX):
+        return False
+    try:
+        with open_image(path, ("PNG",)) as image:
+            return SHEET_KEY in getattr(image, "text", {})
+    except (OSError, SyntaxError, ValueError):  # what Pillow raises for broken files; InputError is a ValueError
+        return False
 
 
 def _open(file: BufferedReader, path: Path, formats: tuple[str, ...]) -> Image.Image:

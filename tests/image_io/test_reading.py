@@ -14,6 +14,7 @@ from PIL import Image
 
 from cogview.errors import InputError
 from cogview.image_io import reading as images
+from cogview.image_io.png import SAMPLING_KEYS, save_png, sheet_metadata
 from cogview.image_io.reading import EXPECTED, find_images, fit, read_image
 
 RED, GREEN, BLUE = (220, 20, 10), (10, 200, 30), (15, 25, 210)
@@ -491,6 +492,26 @@ def test_find_images_notes_what_it_passes_over(album):
         "fotos/b.HEIC",
     ]
     assert notes == ["fotos: passed over b.HEIC, c.avif; expected PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"]
+
+
+def test_find_images_passes_over_contact_sheets_of_folder(album):
+    """Sheets lie among their images: `cogview caption outputs/` captioned one as four crabs."""
+    part = {"prompt": "猫", "seed": "7", "model": "m", "cogview": "0", "codes": "1 2"}
+    part |= dict.fromkeys(SAMPLING_KEYS, "1")
+    pixels = Image.new("RGB", (8, 8))
+    Path("outputs").mkdir()
+    save_png(Path("outputs/猫-seed7-0.png"), pixels, part)
+    save_png(Path("outputs/grid-seed7.png"), pixels, sheet_metadata([part]))
+    save_png(Path("outputs/grid-of-mine.png"), pixels, {})
+    Path("outputs/grid-broken.png").touch()
+    notes = []
+    assert [path.name for path in find_images(["outputs"], notes.append)] == [
+        "grid-broken.png",
+        "grid-of-mine.png",
+        "猫-seed7-0.png",
+    ]
+    assert notes == ["outputs: passed over contact sheets: grid-seed7.png"]
+    assert found("outputs/grid-s*.png") == ["outputs/grid-seed7.png"]
 
 
 def test_find_images_prefers_file_to_pattern(album):
