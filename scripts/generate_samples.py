@@ -14,11 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import caption_images
+import numpy as np
 import rerank
 import super_resolution
 import v1_flags
 
 from cogview.cli.session import GenerationSession, ImageOutput
+from cogview.image_io.contact_sheet import contact_sheet
 from cogview.image_io.png import safe_name
 
 
@@ -56,7 +58,9 @@ class SampleWriter:
             images.append(image)
             if len(images) % count == 0:
                 folder, _ = queries[len(images) // count - 1]
-                self.session.save_sheet(folder / "concat.png", images[-count:], columns=count)
+                group = images[-count:]
+                sheet = contact_sheet([np.asarray(one) for one in group], columns=count)
+                self.session.save_sheet(folder / "concat.png", sheet, group, n=str(count))
         return 0 if len(queries) == len(lines) else 2
 
     def parse(self, line: str) -> tuple[Path, str] | None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from cogview.checkpoints.checkpoint import Model
 from cogview.checkpoints.image_tokenizer import codebook_hash
@@ -136,3 +138,18 @@ def codes_of(result, sequence):
 def text_ids_of(result, sequence):
     """Return the text ids of a result, padding included."""
     return result.ids[sequence.spans["text"]].tolist()
+
+
+def assert_on_sheet(sheet: str | Path, files: Sequence[str | Path], factor: int = 3) -> None:
+    """Assert that a contact sheet shows images, each side enlarged by ``factor``."""
+    page_HWC = np.asarray(Image.open(sheet))
+    for file in files:
+        tile_HWC = np.asarray(Image.open(file)).repeat(factor, axis=0).repeat(factor, axis=1)
+        height, width, _ = tile_HWC.shape
+        corners = page_HWC[: 1 - height, : 1 - width], page_HWC[height - 1 :, width - 1 :]
+        fits = [(part == tile_HWC[end, end]).all(axis=-1) for part, end in zip(corners, (0, -1), strict=True)]
+        tops, lefts = np.nonzero(fits[0] & fits[1])
+        assert any(
+            np.array_equal(page_HWC[top : top + height, left : left + width], tile_HWC)
+            for top, left in zip(tops, lefts, strict=True)
+        ), f"{file} is not on {sheet}"

@@ -10,7 +10,7 @@ import click
 
 from cogview.cli.inputs import IMAGES_HELP, ImageReader, batches
 from cogview.cli.options import Command, SessionOptions, argument, count_option, output_option, session_options
-from cogview.cli.session import GenerationSession, ImageOutput
+from cogview.cli.session import GenerationSession, ImageOutput, print_note
 
 
 @click.command(cls=Command)
@@ -18,7 +18,7 @@ from cogview.cli.session import GenerationSession, ImageOutput
 @click.option("--rows", type=int, required=True, metavar="COUNT", help="rows of codes to keep, counted from the top")
 @click.option("--prompt", required=True, metavar="TEXT", help="text that describes the whole image")
 @count_option("images per IMAGE")
-@click.option("--grid", is_flag=True, help="also write a contact sheet with a row per IMAGE")
+@click.option("--grid", is_flag=True, help="also write a contact sheet with the images of each IMAGE above its name")
 @output_option()
 @session_options("images", "IMAGE, prompt and number of the image")
 def command(
@@ -29,10 +29,13 @@ def command(
     A file is named NAME-rowsROWS-seedSEED-NUMBER.png. A row of codes is 8 pixels high. An image of another size than
     the model's images is resized and cropped first. Images that cannot be read are listed at the end, with status 1.
     """
+    from cogview.image_io.captioned_sheet import captioned_sheet, group_images, legend, require_sheet_fits
     from cogview.image_io.png import prepare_folder, safe_name
 
     reader = ImageReader()
     paths = reader.find(images)
+    if grid:
+        require_sheet_fits(len(paths) * n)
     prepare_folder(output)
     opened = GenerationSession.open(session, ["generate"])
     opened.model.complete([], prompt, rows=rows)  # a wrong number of rows is reported before an image is read
@@ -54,13 +57,17 @@ def command(
                 for request in requests
             ]
 
-    done, sheet = 0, []
+    done, sheet, names = 0, [], []
     codes = (opened.grid - rows) * opened.grid
     for target, image in opened.generate(parts(), "generating", len(paths) * n, codes):
         opened.save(target.path, image, **target.metadata)
         done += 1
         if grid:
             sheet.append(image)
+            names.append(target.metadata["source"])
     if sheet:
-        opened.save_sheet(output / f"grid-seed{opened.seed}.png", sheet, columns=n)
+        facts = {"task": "complete", "source": "\n".join(dict.fromkeys(names)), "rows": str(rows), "n": str(n)}
+        groups = group_images(names, sheet)
+        page = captioned_sheet(groups, print_note)
+        opened.save_sheet(output / f"grid-seed{opened.seed}.png", page, sheet, captions=legend(groups), **facts)
     return reader.report_failures(done)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from cogview.cli.options import (
     output_option,
     session_options,
 )
-from cogview.cli.session import GenerationSession, ImageOutput, UpscaleInput
+from cogview.cli.session import GenerationSession, ImageOutput, UpscaleInput, print_note
 from cogview.cli.text_io import prompt_lines
 from cogview.errors import InputError
 
@@ -32,6 +33,18 @@ class GenerateOptions:
     upscale: bool
     grid: bool
     output: Path
+
+    @property
+    def num_written(self) -> int:
+        """Images of each prompt that are written."""
+        return self.keep or self.n
+
+    def sheet_metadata(self, prompts: Sequence[str]) -> dict[str, str]:
+        """Return text chunks of a contact sheet: what the chunk ``prompt`` does not say of its command."""
+        facts = {"n": str(self.n)} | ({} if self.keep is None else {"keep": str(self.keep)})
+        if "\n".join(dict.fromkeys(prompts)).split("\n") != list(prompts):
+            facts["prompts"] = json.dumps(list(prompts), ensure_ascii=False)
+        return facts
 
     @property
     def tasks(self) -> list[str]:
@@ -60,10 +73,11 @@ class GenerateOptions:
         type=click.IntRange(min=1),
         metavar="COUNT",
         show_default="all",
-        help="write only the COUNT best images per prompt, ranked by log p(prompt | image)",
+        help="write only the COUNT best images per prompt, ranked by log p(prompt | image), which is printed after the "
+        "path and a tab",
     ),
     click.option("--upscale", is_flag=True, help="also write each image at twice its side, as NAME-up.png"),
-    click.option("--grid", is_flag=True, help="also write a contact sheet with a row per prompt"),
+    click.option("--grid", is_flag=True, help="also write a contact sheet with the images of each prompt above it"),
     output_option(),
 )
 @click.option("--preview", is_flag=True, help="show unfinished images in files NAME.preview.png")
@@ -85,10 +99,13 @@ def command(
     With --input, the lines of a file are generated together. OUTPUT/FILE.ledger.jsonl records each result, so that
     --resume continues after an interruption. The same command started several times, or by torchrun, shares the work.
     """
+    from cogview.image_io.captioned_sheet import require_sheet_fits
     from cogview.image_io.png import prepare_folder
 
     if options.keep is not None and options.keep > options.n:
         raise InputError(f"--keep must be from 1 to {options.n}, the images per prompt (-n), got {options.keep}")
+    if options.grid:
+        require_sheet_fits(max(1, len(prompts)) * options.num_written)
     session = replace(session, preview=preview)
     if source is not None:
         from cogview.cli.generate_job import run_job
@@ -116,6 +133,7 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
     Returns:
         The exit status: 2 if a prompt was skipped, else 0.
     """
+    from cogview.image_io.captioned_sheet import captioned_sheet, group_images, legend
     from cogview.image_io.png import safe_name
     from cogview.pipeline.results import repetition_notes
 
@@ -133,16 +151,19 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
     sheet, small, codes = [], [], []
     for output, image in generated:
         codes.append((image.prompt, image.codes.tobytes()))
-        path = session.save(output.path, image)
+        path = session.save(output.path, image, **output.metadata)
         if options.grid:
             sheet.append(image)
         if options.upscale:
             target = path.with_name(f"{path.stem}-up.png")
             small.append(UpscaleInput(image=image, prompt=image.prompt, source=path.name, path=target))
     for note in repetition_notes(codes):
-        print(f"note: {note}", file=sys.stderr)
+        print_note(note)
     if small:
         session.upscale(small, len(small))
     if sheet:
-        session.save_sheet(options.output / f"grid-seed{session.seed}.png", sheet, columns=options.keep or options.n)
+        groups = group_images((image.prompt for image in sheet), sheet)
+        page = captioned_sheet(groups, print_note)
+        facts = {"captions": legend(groups), **options.sheet_metadata(good)}
+        session.save_sheet(options.output / f"grid-seed{session.seed}.png", page, sheet, **facts)
     return 0 if len(good) == len(prompts) else 2

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 from cogview.cli.caption import caption_line
 from cogview.cli.options import SessionOptions
 from cogview.cli.progress import ProgressBar, is_first_process
-from cogview.cli.session import GenerationSession
-from cogview.errors import InputError
+from cogview.cli.session import GenerationSession, result_line
 from cogview.jobs.journal import JobJournal, refuse_existing
 from cogview.jobs.locks import JobLocks, rank_and_world_size
 from cogview.jobs.plan import JobPlan, JobSettings
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from cogview.pipeline.requests import GenerationRequest
     from cogview.pipeline.results import Caption, GenerationProgress
 
-MAX_ON_SHEET = 1000  # images
 STOP_MESSAGE = "finishing this batch; press Ctrl-C again to stop at once"
 
 
@@ -64,11 +62,11 @@ class TerminalObserver(JobObserver):
         """Set the bar to the results of all processes."""
         self.bar.set_progress(num_results, num_codes)
 
-    def saved(self, path: Path) -> None:
-        """Print the path on stdout."""
+    def saved(self, path: Path, score: float | None) -> None:
+        """Print the path on stdout, with the score of a ranked image."""
         from tqdm import tqdm
 
-        tqdm.write(str(path), file=sys.stdout)
+        tqdm.write(result_line(path, score), file=sys.stdout)
 
     def captioned(self, caption: Caption, image: Path) -> None:
         """Print the caption on stdout as a line of JSON."""
@@ -93,13 +91,15 @@ def run_job(source: str, *, resume: bool, options: GenerateOptions, session: Ses
         InputError: No line can be used, the journal is that of another job, or the model lacks a task.
     """
     from cogview.device import use_local_rank_gpu
+    from cogview.image_io.captioned_sheet import require_sheet_fits
     from cogview.image_io.png import prepare_folder
 
     records, problems = read_job(source)
     rank_and_world_size()  # a wrong environment is reported before the model is loaded
-    images = sum(record.n or options.n for record in records if record.row.weights == "generate")
-    if options.grid and images > MAX_ON_SHEET:
-        raise InputError(f"--grid writes one sheet of at most {MAX_ON_SHEET} images, got {images}: leave it out")
+    counts = (record.n or options.n for record in records if record.row.weights == "generate")
+    images = sum(min(count, options.keep or count) for count in counts)
+    if options.grid:
+        require_sheet_fits(images)
     prepare_folder(options.output)
     path = options.output / f"{'stdin' if source == '-' else Path(source).stem}.ledger.jsonl"
     locks = JobLocks(path)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cogview.errors import InputError
 from cogview.formatting import printable
+from cogview.plain_data import parse_json
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+NO_COMMAND = "none: it was upscaled within a job, which has to be run again"
 MAX_SHOWN = 500  # characters of a text in a chunk that is not of CogView
 
 
@@ -42,7 +45,10 @@ def describe_png(path: Path) -> dict[str, str]:
         made_by = f"cogview {texts.pop('cogview')}"
         hidden = ("codes", A1111_KEY)
         facts = {key.replace("_", " "): text for key, text in texts.items() if key not in hidden}
-        command = {"command": repeat_command(texts)}
+        try:
+            command = {"command": repeat_command(texts) or NO_COMMAND}
+        except ValueError as error:
+            command = {"command": f"none: a text chunk is damaged: {error}"}
     elif A1111_KEY in texts:
         facts, made_by, command = parse_a1111(texts[A1111_KEY]), "another program, with A1111's metadata", {}
     else:
@@ -52,32 +58,77 @@ def describe_png(path: Path) -> dict[str, str]:
     return {printable(key): printable(value.replace("\n", " ⏎ ")) for key, value in described.items()}
 
 
-def repeat_command(texts: Mapping[str, str]) -> str:
-    """Return the command that generates an image again, from its text chunks.
+def repeat_command(texts: Mapping[str, str]) -> str | None:
+    """Return the command that generates an image again, from its text chunks; None if there is none.
 
     Of a model that was given as a folder the chunks have the name alone, and of a given image that of its file.
     """
-    from cogview.image_io.png import DEFAULTS_OF_OLD_FILES, SAMPLING_KEYS, safe_name
+    from cogview.image_io.png import DEFAULTS_OF_OLD_FILES, PRECISION_KEYS, SAMPLING_KEYS
 
-    task, index, source = texts.get("task", "generate"), int(texts.get("index", "0")), texts.get("source", "IMAGE")
-    prompt = texts.get("prompt", "")
-    if "codes_sha256" in texts:  # a contact sheet
-        words = ["generate", *prompt.split("\n"), "--grid"]
-    elif task == "upscale" and source.startswith(f"{safe_name(prompt)}-seed{texts['seed']}-{index}"):
-        words = ["generate", prompt, "-n", str(index + 1), "--upscale"]
-    elif task == "upscale":
-        words = ["upscale", source, "--prompt", prompt]
-    elif task == "complete":
-        words = ["complete", source, "--rows", texts.get("rows", "0"), "--prompt", prompt, "-n", str(index + 1)]
-    else:
-        words = ["generate", prompt, "-n", str(index + 1)]
-    words += ["--seed", texts["seed"]]
-    settings = {**DEFAULTS_OF_OLD_FILES, **texts} if "temperature" in texts else texts
-    for key in SAMPLING_KEYS:
-        if key in settings:
+    words, prompts = _sheet_words(texts) if "codes_sha256" in texts else _image_words(texts)
+    if not words:
+        return None
+    words = [*words, "--seed", str(int(texts["seed"]))]
+    is_complete = "temperature" in texts and texts.get("task") != "job"  # others leave settings to the model
+    settings = {**DEFAULTS_OF_OLD_FILES, **texts} if is_complete else texts
+    # Where the small image had another setting, both are those of the model: an option would set both.
+    small = _parse(texts.get("source_sampling", "{}"), dict)
+    for key in (*SAMPLING_KEYS, *PRECISION_KEYS):
+        if key in settings and str(small.get(key, settings[key])) == settings[key]:
             words += [f"--{key.replace('_', '-')}", settings[key]]
     model, _, adapter = texts.get("model", "").partition(" + ")
     for option, label in (("--model", model), ("--adapter", adapter)):
         if label:
             words += [option, label.partition(" (")[0]]
-    return "cogview " + " ".join(map(shlex.quote, words))
+    if any(prompt.startswith("-") for prompt in prompts):
+        words += ["--", *prompts]
+    else:
+        words[1:1] = prompts
+    return "cogview " + " ".join(map(_shell_word, words))
+
+
+def _image_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the command of an image with its number, and the arguments that stand before its options."""
+    from cogview.image_io.png import safe_name
+
+    prompt, index, task = texts.get("prompt", ""), int(texts.get("index", "0")), texts.get("task", "generate")
+    source, count = texts.get("source", "IMAGE"), ["-n", str(int(texts.get("index", "0")) + 1)]
+    if task == "generate":
+        return ["generate", *count], [prompt]
+    if task == "complete":
+        return ["complete", "--rows", texts.get("rows", "0"), "--prompt", prompt, *count], [source]
+    # Files of versions before 0.3 do not name the task of the small image.
+    is_own = source.startswith(f"{safe_name(prompt)}-seed{texts['seed']}-{index}")
+    if texts.get("source_task", "generate" if is_own else None) == "generate":
+        return ["generate", *count, "--upscale"], [prompt]
+    if "source_task" in texts or index:
+        return [], []
+    return ["upscale", *["--low-level"] * (task == "low_level"), "--prompt", prompt], [source]
+
+
+def _sheet_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the command of a contact sheet, and the arguments that stand before its options."""
+    prompt, source = texts.get("prompt", ""), texts.get("source", "")
+    options = [word for key in ("n", "keep") if key in texts for word in (f"--{key}".replace("--n", "-n"), texts[key])]
+    options.append("--grid")
+    if texts.get("task") == "complete":
+        return ["complete", "--rows", texts.get("rows", "0"), "--prompt", prompt, *options], source.split("\n")
+    if texts.get("task") == "job":
+        return ["generate", "--input", source, *options], []
+    return ["generate", *options], _parse(texts["prompts"], list) if "prompts" in texts else prompt.split("\n")
+
+
+def _parse(text: str, kind: type[Any]) -> Any:
+    """Return the list or mapping that a text chunk holds as JSON; ValueError if it does not."""
+    value = parse_json(text)
+    if not isinstance(value, kind):
+        raise ValueError(f"{text[:MAX_SHOWN]} is no {kind.__name__}")
+    return value
+
+
+def _shell_word(word: str) -> str:
+    """Return a word as a shell reads it, on one line: bash and zsh read escapes in ``$'…'``."""
+    if word.isprintable():
+        return shlex.quote(word)
+    escaped = "".join(one if one.isprintable() and one not in "'\\" else f"\\U{ord(one):08x}" for one in word)
+    return f"$'{escaped}'"

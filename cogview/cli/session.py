@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -70,6 +70,16 @@ class UpscaleInput:
     prompt: str
     source: str
     path: Path
+
+
+def result_line(path: Path, score: float | None) -> str:
+    """Return the line on stdout for an image: its path and, of a ranked one, log p(prompt | image) after a tab."""
+    return str(path) if score is None else f"{path}\t{score:.3f}"
+
+
+def print_note(note: str) -> None:
+    """Print a note on stderr."""
+    print(f"note: {note}", file=sys.stderr)
 
 
 class GenerationSession:
@@ -171,12 +181,17 @@ class GenerationSession:
     ) -> Iterator[tuple[ImageOutput, GeneratedImage]]:
         """Yield the ``keep`` best of each ``n`` images, which share a prompt.
 
-        Images are ranked by log p(prompt | image), the best first, and carry their scores.
+        Images are ranked by log p(prompt | image), the best first, and carry their scores; their files name the rank.
         """
+        from cogview.image_io.png import ranked_path
+
         while group := list(islice(generated, n)):
             outputs = {image.index: output for output, image in group}
             images = self.model.rerank([image for _, image in group], batch_size=self.max_batch_size)
-            yield from ((outputs[image.index], image) for image in images[:keep])
+            for rank, image in enumerate(images[:keep], start=1):
+                output = outputs[image.index]
+                path = ranked_path(output.path, rank, keep)
+                yield replace(output, path=path, metadata={**output.metadata, "rank": str(rank)}), image
 
     def upscale(self, inputs: Iterable[UpscaleInput], count: int, *, task: str = "upscale") -> int:
         """Generate images at twice their side and save them.
@@ -190,6 +205,7 @@ class GenerationSession:
             The number of images.
         """
         from cogview.pipeline.requests import GenerationRequest
+        from cogview.pipeline.results import source_metadata
         from cogview.tokenizers.tasks import TASKS
 
         def parts() -> Iterator[list[ImageOutput]]:
@@ -207,7 +223,7 @@ class GenerationSession:
                             sampling=self.sampling[task],
                         ),
                         path=each.path,
-                        metadata={"task": "upscale", "source": each.source},
+                        metadata={"task": task, "source": each.source, **source_metadata(each.image)},
                     )
                     for each, given in zip(part, codes, strict=True)
                 ]
@@ -231,17 +247,20 @@ class GenerationSession:
         from cogview.image_io.png import save_png
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        path = save_png(path, image, image.metadata(self.model.file_label) | metadata)
-        tqdm.write(str(path), file=sys.stdout)  # keeps a progress bar intact
+        path = save_png(path, image, self.model.file_metadata(image) | metadata)
+        score = None if image.score is None else image.score.log_probability
+        tqdm.write(result_line(path, score), file=sys.stdout)  # keeps a progress bar intact
         return path
 
-    def save_sheet(self, path: Path, images: Sequence[GeneratedImage], columns: int) -> None:
-        """Save a contact sheet of ``images`` and print its path."""
-        import numpy as np
+    def save_sheet(self, path: Path, sheet: Image.Image, images: Sequence[GeneratedImage], **metadata: str) -> None:
+        """Save a contact sheet and print its path.
 
-        from cogview.image_io.contact_sheet import contact_sheet
+        Args:
+            path: The file; a name that another image has is continued with _2, _3, ….
+            sheet: The contact sheet.
+            images: The images on it.
+            **metadata: Further text chunks.
+        """
         from cogview.image_io.png import save_png, sheet_metadata
 
-        sheet = contact_sheet([np.asarray(image) for image in images], columns=columns)
-        metadata = sheet_metadata([image.metadata(self.model.file_label) for image in images])
-        print(save_png(path, sheet, metadata))
+        print(save_png(path, sheet, sheet_metadata(list(map(self.model.file_metadata, images)), **metadata)))

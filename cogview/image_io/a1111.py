@@ -11,7 +11,14 @@ A1111_KEY = "parameters"
 _SETTING = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 _NEGATIVE = "Negative prompt:"
 _MIN_SETTINGS = 3  # of a line of settings; with fewer it belongs to the prompt
-_SAMPLING_NAMES = {"temperature": "Temperature", "top_k": "Top k", "top_p": "Top p", "text_attention": "Text attention"}
+_SAMPLING_NAMES = {
+    "temperature": "Temperature",
+    "top_k": "Top k",
+    "top_p": "Top p",
+    "min_p": "Min p",
+    "text_attention": "Text attention",
+    "noise_version": "Noise version",
+}
 
 
 def a1111_parameters(metadata: Mapping[str, str], size: tuple[int, int]) -> str:

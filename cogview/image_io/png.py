@@ -29,8 +29,12 @@ _UNSAFE = re.compile(r'[\s<>:"/\\|?*_]+')  # what Windows forbids, the separator
 _WINDOWS_DEVICE = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\.|$)", re.IGNORECASE)
 # Fields of ``Sampling``.
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "guidance", "text_attention", "noise_version")
+# The formats of weights and KV cache, and the revision of a model on the Hub; older files do not name them.
+PRECISION_KEYS = ("dtype", "kv_dtype", "revision")
+# The task of a small image that was upscaled, and its settings in JSON.
+SOURCE_KEYS = ("source_task", "source_sampling")
 # Keys whose values may differ between two runs that generate the same image.
-_NOT_IDENTITY = ("log_probability", "score", "score_per_piece", "cogview")
+_NOT_IDENTITY = ("log_probability", "score", "score_per_piece", "rank", "cogview", *PRECISION_KEYS, *SOURCE_KEYS)
 # Settings of images in older files, which do not name them.
 DEFAULTS_OF_OLD_FILES = {"guidance": "1.0", "text_attention": "1.0", "min_p": "0.0", "noise_version": "1"}
 
@@ -50,17 +54,35 @@ def safe_name(text: str) -> str:
     return f"_{name}" if not name or _WINDOWS_DEVICE.match(name) else name
 
 
-def sheet_metadata(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
+def ranked_path(path: Path, rank: int, count: int) -> Path:
+    """Return the path of an image among the best of its prompt, so that names sort by rank.
+
+    Args:
+        path: Path of the image by its number, such as ``一只猫-seed7-12.png``.
+        rank: From 1, the best.
+        count: Number of the best images.
+
+    Returns:
+        A path such as ``一只猫-seed7-best1-12.png``.
+    """
+    head, _, number = path.stem.rpartition("-")
+    return path.with_name(f"{head}-best{rank:0{len(str(count))}}-{number}{path.suffix}")
+
+
+def sheet_metadata(parts: Sequence[Mapping[str, str]], **facts: str) -> dict[str, str]:
     """Return the metadata of a contact sheet.
 
     Args:
         parts: Metadata of its images.
+        **facts: Further text chunks.
 
     Returns:
         The settings of the first image; ``prompt`` with a line for each prompt; ``codes_sha256`` of all codes; and
         ``score`` and ``score_per_piece`` with a number for each image, if all have one.
     """
-    shared = {key: parts[0][key] for key in ("seed", "model", *SAMPLING_KEYS, "cogview")}
+    shared = {
+        key: parts[0][key] for key in ("seed", "model", *SAMPLING_KEYS, *PRECISION_KEYS, "cogview") if key in parts[0]
+    }
     codes = hashlib.sha256("\n".join(part["codes"] for part in parts).encode()).hexdigest()
     scores = {
         key: " ".join(part[key] for part in parts)
@@ -68,7 +90,7 @@ def sheet_metadata(parts: Sequence[Mapping[str, str]]) -> dict[str, str]:
         if all(key in part for part in parts)
     }
     prompts = "\n".join(dict.fromkeys(part["prompt"] for part in parts))
-    return {"prompt": prompts, SHEET_KEY: codes, **shared, **scores}
+    return {"prompt": prompts, SHEET_KEY: codes, **shared, **scores, **facts}
 
 
 def save_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> Path:

@@ -51,8 +51,13 @@ class JobObserver:
             num_codes: Codes and pieces sampled for them.
         """
 
-    def saved(self, path: Path) -> None:
-        """An image was saved."""
+    def saved(self, path: Path, score: float | None) -> None:
+        """An image was saved.
+
+        Args:
+            path: Its file.
+            score: Log-probability of its prompt as its caption, in nats, of a ranked image; else None.
+        """
 
     def captioned(self, caption: Caption, image: Path) -> None:
         """A caption of an image file was generated.
@@ -128,20 +133,26 @@ class JobRunner:
 
     def save_sheet(self, journal: JobJournal) -> Path | None:
         """Lay the saved images of the job on a contact sheet; return its path, None without images."""
-        import numpy as np
-
-        from cogview.image_io.contact_sheet import contact_sheet
-        from cogview.image_io.png import read_metadata, save_png, sheet_metadata
+        from cogview.image_io.captioned_sheet import captioned_sheet, group_images, legend
+        from cogview.image_io.png import SAMPLING_KEYS, read_metadata, save_png, sheet_metadata
         from cogview.image_io.reading import read_image
 
         names = [name for item in self.plan.items() if item.resolved.is_ranked_task for name in item.ids]
         paths = [self.plan.settings.output / journal.done[name]["path"] for name in names if name in journal.done]
         if not paths:
             return None
-        images = [np.asarray(read_image(path)) for path in paths]
-        sheet = contact_sheet(images, columns=self.plan.settings.keep or self.plan.settings.n)
-        metadata = sheet_metadata([read_metadata(path) for path in paths])
-        return save_png(self.plan.settings.output / f"grid-seed{self.plan.seed}.png", sheet, metadata)
+        settings, parts = self.plan.settings, [read_metadata(path) for path in paths]
+        groups = group_images((part["prompt"] for part in parts), map(read_image, paths))
+        sheet = captioned_sheet(groups, self._observer.noted)
+        texts = sheet_metadata(parts, task="job", source=Path(settings.source).name, n=str(settings.n))
+        if settings.keep is not None:
+            texts["keep"] = str(settings.keep)
+        for key in SAMPLING_KEYS:  # of the first image; records have their own, which the job file holds
+            texts.pop(key, None)
+        texts |= {"captions": legend(groups), "seed": str(self.plan.seed)} | {
+            key: str(value) for key, value in settings.sampling.items()
+        }
+        return save_png(settings.output / f"grid-seed{self.plan.seed}.png", sheet, texts)
 
     def _read(self, record: JobRecord) -> Image.Image | None:
         """Read the image of a record; None if it cannot be read."""
@@ -190,6 +201,8 @@ class JobRunner:
 
     def _run_chunk(self, chunk: Sequence[WorkItem], missing: set[str], journal: JobJournal) -> None:
         """Generate a whole chunk, so that batches are always the same, and save the results in ``missing``."""
+        from cogview.image_io.png import preview_path, ranked_path
+
         with_image = dict.fromkeys(item.record for item in chunk if item.record.image is not None)
         images = {record: image for record in with_image if (image := self._read(record)) is not None}
         chunk = [item for item in chunk if item.record in images or item.record not in with_image]
@@ -221,17 +234,22 @@ class JobRunner:
         small: list[_UpscaleItem] = []
         for item, group in requests.items():
             generated: list[Any] = list(islice(results, len(group)))
-            if self.plan.is_ranked(item.resolved):
-                generated = self.model.rerank(generated, batch_size=batch_size)
             paths = dict(zip((request.index for request in group), item.paths, strict=False))
-            for number, (name, result) in enumerate(zip(item.ids, generated, strict=False)):  # the best of them
+            if self.plan.is_ranked(item.resolved):
+                generated = self.model.rerank(generated, batch_size=batch_size)[: len(item.ids)]
+                for rank, image in enumerate(generated, start=1):
+                    paths[image.index] = ranked_path(paths[image.index], rank, len(item.ids))
+            for number, (name, result) in enumerate(zip(item.ids, generated, strict=True)):
                 if name in missing:
-                    self._save(name, item.record, result, paths.get(result.index), journal)
+                    place = number + 1 if self.plan.is_ranked(item.resolved) else None
+                    self._save(name, item.record, result, paths.get(result.index), journal, rank=place)
                 if item.upscaled:
                     path = self.plan.settings.output / journal.done[name]["path"]
                     small.append(_UpscaleItem(item=item, name=item.upscaled[number], image=result, path=path))
             for request in group:
                 self._observer.finished(request)
+            for path in item.paths:
+                preview_path(path).unlink(missing_ok=True)  # of a process that was killed
         if small:
             self._upscale(small, missing, journal, batch_size)
 
@@ -244,6 +262,7 @@ class JobRunner:
     ) -> None:
         """Upscale images of a chunk, and save the results in ``missing``."""
         from cogview.pipeline.requests import GenerationRequest
+        from cogview.pipeline.results import source_metadata
 
         requests = [
             GenerationRequest(
@@ -261,11 +280,33 @@ class JobRunner:
             if each.name in missing:
                 source = each.path.relative_to(self.plan.settings.output)
                 record = replace(each.item.record, task="upscale", image=source, rows=None)
-                self._save(each.name, record, large, each.path.with_name(f"{each.path.stem}-up.png"), journal)
+                path = each.path.with_name(f"{each.path.stem}-up.png")
+                small_facts = source_metadata(each.image, each.item.record.task)
+                self._save(each.name, record, large, path, journal, metadata=small_facts)
 
-    def _save(self, name: str, record: JobRecord, result: Any, path: Path | None, journal: JobJournal) -> None:
-        """Save a result, then record it in the journal."""
-        from cogview.image_io.png import preview_path, save_png
+    def _save(
+        self,
+        name: str,
+        record: JobRecord,
+        result: Any,
+        path: Path | None,
+        journal: JobJournal,
+        *,
+        rank: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        """Save a result, then record it in the journal.
+
+        Args:
+            name: Id of the result.
+            record: What asked for it.
+            result: The image or caption.
+            path: File of the image; None for a caption.
+            journal: The journal.
+            rank: Rank of a kept image among those of its record, from 1.
+            metadata: Further text chunks.
+        """
+        from cogview.image_io.png import save_png
 
         facts: dict[str, Any] = {
             "task": record.task,
@@ -281,12 +322,14 @@ class JobRunner:
             self._observer.captioned(result, record.image)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path = save_png(path, result, result.metadata(self.model.file_label) | _metadata(record))
-            self._observer.saved(path)
+            ranked = {} if rank is None else {"rank": str(rank)}
+            texts = self.model.file_metadata(result) | _metadata(record) | ranked | dict(metadata or {})
+            path = save_png(path, result, texts)
+            score = None if result.score is None else result.score.log_probability
+            self._observer.saved(path, score)
             facts["path"] = path.relative_to(self.plan.settings.output).as_posix()
-            preview_path(path).unlink(missing_ok=True)  # of a process that was killed
-            if result.score is not None:
-                facts["score"] = result.score.log_probability
+            if score is not None:
+                facts |= {"score": score, "rank": rank}
         journal.record(name, **facts, log_probability=result.log_probability)
 
 

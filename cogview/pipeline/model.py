@@ -33,6 +33,7 @@ from cogview.pipeline.inputs import (
 )
 from cogview.pipeline.prompt_checks import PromptChecks
 from cogview.pipeline.requests import Prompt, tokenize_prompt
+from cogview.pipeline.results import GeneratedImage
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.vqvae.model import VQVAE
@@ -74,6 +75,7 @@ class LoadedModel:
         self.bundle = bundle
         self.folder: Path | None = None
         self.adapter: Path | None = None
+        self.revision: str | None = None
         self.int8_cache = False
         self.speculative: int | None = None
         self.prompt_checks = PromptChecks(model, name)
@@ -149,7 +151,7 @@ class LoadedModel:
             opened = cls(model, placement, str(name))
             opened.adapter = None if adapter is None else Path(adapter)
             opened.folder = folder
-        opened.int8_cache = kv_dtype == "int8"
+        opened.revision, opened.int8_cache = revision, kv_dtype == "int8"
         return opened
 
     def __repr__(self) -> str:
@@ -179,6 +181,19 @@ class LoadedModel:
             digits = f" ({file_sha256(weights)[:FINGERPRINT_DIGITS]})" if weights.is_file() else ""
             parts.append(f"{self.adapter.resolve().name}{digits}" if digits else str(self.adapter))
         return " + ".join(parts)
+
+    def file_metadata(self, image: GeneratedImage) -> dict[str, str]:
+        """Return the text chunks of the file of an image: what it was generated from, with which weights and formats.
+
+        Args:
+            image: An image of this model.
+        """
+        facts = {"dtype": self.placement.weight_format}
+        if self.int8_cache:
+            facts["kv_dtype"] = "int8"
+        if self.revision is not None:
+            facts["revision"] = self.revision
+        return image.metadata(self.file_label) | facts
 
     @property
     def config(self) -> ModelConfig:

@@ -3,6 +3,7 @@
 # G codes on a side of an image
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -163,6 +164,18 @@ class GeneratedImage(Image.Image):
         if self.score is not None:
             texts |= {"score": str(self.score.log_probability), "score_per_piece": str(self.score.per_piece)}
         return texts
+
+
+def source_metadata(image: object, task: str = "generate") -> dict[str, str]:
+    """Return the text chunks of an upscaled image that say how the small image was generated.
+
+    Args:
+        image: The small image; one that was read from a file has no such chunks.
+        task: Its task.
+    """
+    if not isinstance(image, GeneratedImage):
+        return {}
+    return {"source_task": task, "source_sampling": json.dumps(asdict(image.sampling))}
 
 
 def only_images(results: Iterable[GeneratedImage | Caption]) -> Iterator[GeneratedImage]:

@@ -25,7 +25,8 @@ def run_command(tiny_checkpoint, tmp_path, monkeypatch, capsys, without_plans):
 
     def run(*arguments):
         chosen = [] if "--model" in arguments else ["--model", str(tiny_checkpoint)]
-        status = main([*arguments, *chosen, "--device", "cpu"])
+        name, *rest = arguments
+        status = main([name, *chosen, "--device", "cpu", *rest])  # before a --, which ends the options
         printed = capsys.readouterr()
         err = without_plans(printed.err)
         return status, printed.out.split("\n")[:-1], err  # a caption may hold other line separators

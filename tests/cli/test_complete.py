@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from cogview.image_io.png import read_metadata
+from tests.factories import assert_on_sheet
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
@@ -61,10 +62,9 @@ def test_complete_gives_equal_images_for_any_batch_size(complete, save_image):
         *(f"{number}-rows6-seed7-{index}.png" for number in range(3) for index in range(2)),
         "grid-seed7.png",
     ]
-    sheet = np.asarray(Image.open(together[-1]))
-    assert sheet.shape == (3 * 68 + 4, 2 * 68 + 4, 3)
-    tile = sheet[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second IMAGE, second image
-    np.testing.assert_array_equal(tile, np.asarray(Image.open(together[3])))
+    assert_on_sheet(together[-1], together[:-1])
+    texts = read_metadata(together[-1])
+    assert (texts["task"], texts["source"], texts["n"]) == ("complete", "0.png\n1.png\n2.png", "2")
     for size in ("1", "3"):
         _, apart, _ = complete(*arguments, "-o", size, "--max-inference-batch-size", size)
         assert [file.name for file in apart] == [file.name for file in together]

@@ -16,6 +16,7 @@ from cogview import __version__
 from cogview.checkpoints.fingerprint import fingerprint
 from cogview.cli.main import main
 from cogview.image_io.png import read_metadata
+from tests.factories import assert_on_sheet
 
 SEE = "; see cogview generate --help"
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
@@ -65,7 +66,7 @@ def test_generate_stores_the_settings_in_text_chunks(generate, tiny_checkpoint, 
     label = f"tiny ({fingerprint(tiny_checkpoint)[:12]})"  # no path of this machine, nor the name of its user
     assert texts.pop("parameters") == (
         f"{FOX}\nSteps: 64, Sampler: cogview, CFG scale: 1.0, Seed: 7, Size: 64x64, Model: {label}, Temperature: 0.7, "
-        f"Top k: 50, Top p: 0.9, Text attention: 1.0, Version: cogview {__version__}"
+        f"Top k: 50, Top p: 0.9, Min p: 0.0, Text attention: 1.0, Noise version: 2, Version: cogview {__version__}"
     )
     assert texts == {
         "prompt": FOX,
@@ -79,6 +80,7 @@ def test_generate_stores_the_settings_in_text_chunks(generate, tiny_checkpoint, 
         "guidance": "1.0",
         "text_attention": "1.0",
         "noise_version": "2",
+        "dtype": "float32",
         "cogview": __version__,
     }
 
@@ -95,26 +97,36 @@ def test_generate_keep_writes_the_best_images(generate, tiny_model):
     """No other image is written, and the kept ones equal those of a run without --keep, for any batch size."""
     arguments = (FOX, DOG, "-n", "4", "--seed", "7")
     _, every, _ = generate(*arguments, "-o", "all")
-    status, files, _ = generate(*arguments, "--keep", "2", "--max-inference-batch-size", "3", "--grid", "-o", "best")
+    status, lines, _ = generate(*arguments, "--keep", "2", "--max-inference-batch-size", "3", "--grid", "-o", "best")
+    names, scores = zip(*(f"{line}\t".split("\t")[:2] for line in lines), strict=True)
+    files = list(map(Path, names))
     assert status == 0
-    assert sorted(os.listdir("best")) == sorted(file.name for file in files)
+    assert sorted(os.listdir("best")) == [*(file.name for file in sorted(files))]
     expected = tiny_model.generate([FOX, DOG], n=4, keep=2, seed=7)
     assert [file.name for file in files] == [
-        *(f"{image.prompt}-seed7-{image.index}.png" for image in expected),
+        *(
+            f"{image.prompt}-seed7-best{number % 2 + 1}-{image.index}.png"  # names sort from the best on
+            for number, image in enumerate(expected)
+        ),
         "grid-seed7.png",
     ]
     found = {file.name: codes(file) for file in every}
-    for file, image in zip(files[:-1], expected, strict=True):
+    for number, (file, score, image) in enumerate(zip(files[:-1], scores, expected, strict=False)):
         texts = read_metadata(file)
+        assert texts["rank"] == str(number % 2 + 1)
+        assert score == f"{float(texts['score']):.3f}"
         assert float(texts["score"]) == pytest.approx(image.score.log_probability, abs=1e-3)
         assert float(texts["score_per_piece"]) == pytest.approx(image.score.per_piece, abs=1e-3)
-        assert texts["codes"] == found[file.name]
-    assert Image.open(files[-1]).size == (2 * 68 + 4, 2 * 68 + 4)
-    assert read_metadata(files[-1])["score"] == " ".join(read_metadata(file)["score"] for file in files[:-1])
+        assert texts["codes"] == found[f"{image.prompt}-seed7-{image.index}.png"]
+    assert_on_sheet(files[-1], files[:-1])
+    sheet = read_metadata(files[-1])
+    assert sheet["score"] == " ".join(read_metadata(file)["score"] for file in files[:-1])
+    assert (sheet["n"], sheet["keep"]) == ("4", "2")
 
 
 def test_generate_keep_ranks_a_repeated_prompt_separately(generate):
-    _, files, _ = generate(FOX, FOX, "-n", "2", "--keep", "1", "--seed", "7")
+    _, lines, _ = generate(FOX, FOX, "-n", "2", "--keep", "1", "--seed", "7")
+    files = [str(line).split("\t")[0] for line in lines]
     assert [read_metadata(file)["index"] in pair for file, pair in zip(files, ("01", "23"), strict=True)] == [
         True,
         True,
@@ -125,7 +137,8 @@ def test_generate_upscale_also_writes_images_at_twice_their_side(generate, tiny_
     status, files, err = generate(FOX, "-n", "2", "--keep", "1", "--seed", "7", "--top-k", "50", "--upscale")
     assert status == 0
     [small] = tiny_model.generate(FOX, n=2, keep=1, seed=7, top_k=50)
-    assert files == [Path("outputs", f"{FOX}-seed7-{small.index}{end}.png") for end in ("", "-up")]
+    files = [Path(str(line).split("\t")[0]) for line in files]
+    assert files == [Path("outputs", f"{FOX}-seed7-best1-{small.index}{end}.png") for end in ("", "-up")]
     [large] = tiny_model.upscale([small], FOX, seed=7, top_k=50)
     np.testing.assert_array_equal(np.asarray(Image.open(files[1])), np.asarray(large))
     assert Image.open(files[1]).size == (128, 128)
@@ -269,11 +282,9 @@ def test_generate_grid_writes_a_contact_sheet(generate):
     status, files, _ = generate(FOX, DOG, "-n", "3", "--seed", "7", "--grid")
     assert status == 0
     assert files[-1] == Path("outputs/grid-seed7.png")
-    sheet = Image.open(files[-1])
-    assert sheet.size == (3 * 68 + 4, 2 * 68 + 4)
-    tile = np.asarray(sheet)[4 + 68 : 68 + 68, 4 + 68 : 68 + 68]  # second prompt, second image
-    np.testing.assert_array_equal(tile, np.asarray(Image.open(files[4])))
-    assert read_metadata(files[-1])["prompt"] == f"{FOX}\n{DOG}"
+    assert_on_sheet(files[-1], files[:-1])
+    texts = read_metadata(files[-1])
+    assert (texts["prompt"], texts["captions"]) == (f"{FOX}\n{DOG}", f"1: {FOX}\n2: {DOG}")
 
 
 def test_generate_accepts_options_between_prompts(generate):

@@ -19,6 +19,7 @@ from PIL import Image
 import cogview.pipeline.runner
 from cogview.cli.main import main
 from cogview.image_io.png import read_metadata
+from tests.factories import assert_on_sheet
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 LINES = (
@@ -296,18 +297,18 @@ def test_generate_job_ranks_upscales_and_writes_a_contact_sheet(generate, tiny_m
     names = ["line 1/0", "line 2/0"]
     assert sorted(records) == sorted([*names, *(f"{name}/up" for name in names)])
     for name, small in zip(names, best, strict=True):
-        assert records[name]["path"] == f"{small.prompt}-seed7-{small.index}.png"
+        assert records[name]["path"] == f"{small.prompt}-seed7-best1-{small.index}.png"
+        assert (records[name]["rank"], read_metadata(Path("outputs", records[name]["path"]))["rank"]) == (1, "1")
+        assert f"outputs/{records[name]['path']}\t{records[name]['score']:.3f}" in printed
         score = tiny_model.score([small], small.prompt)[0].log_probability
         assert records[name]["score"] == pytest.approx(score, rel=1e-4)
         assert codes(Path("outputs", records[name]["path"])) == expected_codes(small)
-        assert records[f"{name}/up"]["path"] == f"{small.prompt}-seed7-{small.index}-up.png"
+        assert records[f"{name}/up"]["path"] == f"{small.prompt}-seed7-best1-{small.index}-up.png"
     large = Path("outputs", records["line 2/0/up"]["path"])
     assert codes(large) == expected_codes(tiny_model.upscale(best[1:], "狐狸", seed=7, top_k=50)[0])
     assert read_metadata(large)["source"] == records["line 2/0"]["path"]
     assert printed[-1] == "outputs/grid-seed7.png"
-    sheet = np.asarray(Image.open(printed[-1]))
-    assert sheet.shape == (2 * 68 + 4, 68 + 4, 3)
-    np.testing.assert_array_equal(sheet[4 + 68 : 68 + 68, 4:68], np.asarray(best[1]))
+    assert_on_sheet(printed[-1], [Path("outputs", records[name]["path"]) for name in names])
 
     before = image_files("outputs")
     large.unlink()

@@ -75,7 +75,7 @@ class RecordingObserver(JobObserver):
         self.events.append("recorded")
         self.values.append((num_results, num_codes))
 
-    def saved(self, path):
+    def saved(self, path, score):
         self.events.append("saved")
         self.values.append(path)
 
