@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,10 @@ from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import write_json
+from cogview.formatting import shorten
 from cogview.modeling.config import PROJECTIONS, ModelConfig, TransformerConfig
 from cogview.modeling.lora import (
+    MAX_RANK,
     LoraSettings,
     add_lora,
     has_adapter,
@@ -164,8 +167,9 @@ class Adapter:
         if others:
             raise InputError(f"{path}: {others[0]} is {json.dumps(plain[others[0]])}, which is not supported")
         rank = plain.get("r")
-        if type(rank) is not int or rank < 1:
-            raise InputError(f"{path}: r must be a whole number from 1 on, got {rank}")
+        if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+            shown = shorten(json.dumps(rank), 40)
+            raise InputError(f"{path}: r must be a whole number from 1 to {MAX_RANK}, got {shown}")
         stabilised = math.sqrt(rank) if plain.get("use_rslora") else 1.0
         alpha, dropout = (_number(plain.get(name, 0.0), f"{path}: {name}") for name in ("lora_alpha", "lora_dropout"))
         return rank, alpha * stabilised, dropout
@@ -369,6 +373,6 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _number(value: object, where: str) -> float:
-    if not isinstance(value, int | float):
-        raise InputError(f"{where} must be a number, got {value}")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= sys.float_info.max:
+        raise InputError(f"{where} must be a finite number, got {shorten(json.dumps(value), 40)}")
     return float(value)

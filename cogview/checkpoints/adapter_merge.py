@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cogview.checkpoints.adapter import Adapter
-from cogview.checkpoints.checkpoint import check_folder
+from cogview.checkpoints.checkpoint import check_sizes
 from cogview.checkpoints.precision import stored_quantization
 from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
 from cogview.errors import InputError
@@ -80,7 +80,7 @@ def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sig
     Raises:
         InputError: if adapter and model do not match, or the weights are quantized.
     """
-    config = check_folder(source)
+    config = check_sizes(source)
     adapter.check_model(config, name)
     weights = WeightsFile(source / "model.safetensors")
     if (stored := stored_quantization(weights.specs)) is not None:

@@ -17,9 +17,16 @@ import torch
 from tqdm import tqdm
 
 from cogview.checkpoints.grammar import GRAMMAR_FILE, PromptGrammar, read_grammar
-from cogview.checkpoints.image_tokenizer import codebook_hash, load_image_tokenizer, save_image_tokenizer, write_weights
+from cogview.checkpoints.image_tokenizer import (
+    codebook_hash,
+    load_image_tokenizer,
+    read_image_config,
+    save_image_tokenizer,
+    write_weights,
+)
 from cogview.checkpoints.precision import Precision, TensorArena, convert, converted_specs
-from cogview.checkpoints.safetensors_io import WeightsFile, describe_mismatch
+from cogview.checkpoints.safetensors_io import WeightsFile
+from cogview.checkpoints.sizes import check_transformer_sizes
 from cogview.config_io import from_mapping, to_mapping
 from cogview.device import Quantization
 from cogview.errors import InputError
@@ -114,7 +121,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise InputError(f"{folder} is no checkpoint folder: config.json is missing")
     plain = read_json(path)
     version = plain.get("format_version") if isinstance(plain, dict) else None
-    if not isinstance(version, int):
+    if not isinstance(version, int) or version < 1:
         raise InputError(f"{path} is no config of a checkpoint: it has no format_version")
     if version > FORMAT_VERSION:  # before anything else: it may have settings that this version does not know
         raise InputError(
@@ -157,7 +164,7 @@ def load_model(
     Raises:
         InputError: if a part is missing, damaged or does not belong to the others.
     """
-    config = check_folder(folder)
+    config = check_sizes(folder)
     image_tokenizer = load_image_tokenizer(folder / "image")
     found = codebook_hash(image_tokenizer)
     if found != config.codebook_sha256:
@@ -205,6 +212,30 @@ def check_folder(folder: Path) -> ModelConfig:
     return config
 
 
+def check_sizes(folder: Path) -> ModelConfig:
+    """Compare the sizes in the configs of a checkpoint folder with the headers of its weights. No weight is read.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The config.
+
+    Raises:
+        InputError: if a file is missing or damaged, or the weights are not those that the configs describe.
+    """
+    config = check_folder(folder)
+    weights = WeightsFile(folder / "model.safetensors")
+    check_transformer_sizes(weights.path, converted_specs(weights, Precision()), config.transformer)
+    codes = read_image_config(folder / "image").num_codes
+    if codes != config.vocabulary.num_image_codes:
+        raise InputError(
+            f"{folder / 'config.json'}: num_image_codes is {config.vocabulary.num_image_codes}, the image tokenizer in "
+            f"{folder / 'image'} has {codes} codes; restore the folder's own"
+        )
+    return config
+
+
 def load_transformer(
     folder: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> Transformer:
@@ -224,21 +255,14 @@ def load_transformer(
     Raises:
         InputError: if the file does not match the config.
     """
-    config = check_folder(folder)
-    path = folder / "model.safetensors"
-    file = WeightsFile(path)
+    config = check_sizes(folder)
+    file = WeightsFile(folder / "model.safetensors")
     precision = Precision(dtype, quantization)
-    try:
-        specs = converted_specs(file, precision)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+    specs = converted_specs(file, precision)
     with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
         transformer = Transformer(config.transformer)
         if quantization is not None:
             swap_quantized_linears(transformer, quantization)
-    wanted = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    if problem := describe_mismatch(wanted, {name: spec.shape for name, spec in specs.items()}):
-        raise InputError(f"{path} does not hold the weights that config.json describes: {problem}")
     file.prefetch()
     on_cpu = device.type == "cpu"
     ordering = quantization == "int4" and has_native_kernels(device)

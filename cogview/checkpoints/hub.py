@@ -134,16 +134,13 @@ def _files_to_push(folder: Path) -> list[str]:
     import torch
 
     from cogview.checkpoints.adapter import Adapter
-    from cogview.checkpoints.checkpoint import check_folder, load_model
-    from cogview.checkpoints.safetensors_io import WeightsFile
+    from cogview.checkpoints.checkpoint import load_model
 
     names: tuple[str, ...] = CHECKPOINT_FILES
     if (folder / "adapter_config.json").is_file():
         Adapter(folder)
         names = ADAPTER_FILES
     else:
-        check_folder(folder)
-        WeightsFile(folder / "model.safetensors")
         load_model(folder, torch.device("cpu"), torch.float32, meta_only=True)
     images = sorted(path.name for pattern in CARD_IMAGES for path in folder.glob(pattern))
     return [name for name in names if (folder / name).is_file()] + images

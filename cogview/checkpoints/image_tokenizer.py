@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from cogview.checkpoints.safetensors_io import WeightsFile
+from cogview.checkpoints.sizes import check_vqvae_sizes
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import atomic_write, write_json
@@ -58,18 +59,24 @@ def write_weights(file: Path, weights: dict[str, torch.Tensor]) -> None:
 
 
 def read_image_config(folder: Path) -> VQVAEConfig:
-    """Read the config of an image tokenizer's folder; raise InputError if a file is missing. No weight is read."""
+    """Read the config of an image tokenizer's folder, and compare it with the header of the weights.
+
+    Raises:
+        InputError: if a file is missing or damaged, or the weights are not those that the config describes.
+    """
     config_file = folder / "config.json"
     for file in (config_file, folder / "model.safetensors"):
         if not file.is_file():
             raise InputError(f"{folder} is no image tokenizer: {file.name} is missing")
-    return from_mapping(VQVAEConfig, read_json(config_file), where=str(config_file))
+    config = from_mapping(VQVAEConfig, read_json(config_file), where=str(config_file))
+    weights = WeightsFile(folder / "model.safetensors")
+    check_vqvae_sizes(weights.path, {_present_name(name): spec for name, spec in weights.specs.items()}, config)
+    return config
 
 
-def read_image_weights(file: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of ``model.safetensors`` of an image tokenizer; averages under former names get theirs now."""
-    names = {f"quantizer.{old}": f"quantizer.{name}" for old, name in RENAMED_AVERAGES.items()}
-    return {names.get(name, name): tensor for name, tensor in load_file(file).items()}
+def read_image_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of an image tokenizer's folder, in the order of the file."""
+    return {_present_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
 
 
 def load_image_tokenizer(folder: Path) -> VQVAE:
@@ -81,16 +88,15 @@ def load_image_tokenizer(folder: Path) -> VQVAE:
         InputError: if a file is missing, damaged or does not match the config.
     """
     model = VQVAE(read_image_config(folder))
-    weights_file = folder / "model.safetensors"
-    try:
-        weights = {name: tensor.float() for name, tensor in read_image_weights(weights_file).items()}
-        for name in RENAMED_AVERAGES.values():
-            if (average := weights.pop(f"quantizer.{name}", None)) is not None:
-                model.quantizer.get_buffer(name).copy_(average)
-        model.load_state_dict(weights)
-    except SafetensorError as error:
-        raise InputError(f"{weights_file} is damaged: {str(error).splitlines()[0]}") from None
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{weights_file} does not hold the weights that config.json describes: {reason}") from None
+    weights = read_image_weights(folder)
+    for name in RENAMED_AVERAGES.values():
+        if (average := weights.pop(f"quantizer.{name}", None)) is not None:
+            model.quantizer.get_buffer(name).copy_(average)
+    model.load_state_dict(weights)
     return model.eval()
+
+
+def _present_name(name: str) -> str:
+    """Return the present name of a stored tensor; averages had others before."""
+    module, _, last = name.rpartition(".")
+    return f"quantizer.{RENAMED_AVERAGES.get(last, last)}" if module == "quantizer" else name

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cogview.checkpoints.safetensors_io import TensorSpec
+from cogview.checkpoints.sizes import require_float
 from cogview.device import Quantization
 from cogview.errors import InputError
 from cogview.kernels.linear import group_of
@@ -25,6 +27,10 @@ _STORED: dict[torch.dtype, Quantization] = {torch.int8: "int8", torch.uint8: "in
 
 class TensorSource(Protocol):
     """Named tensors that are read one at a time."""
+
+    @property
+    def path(self) -> Path:
+        """The file or folder, for messages."""
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -72,6 +78,7 @@ def converted_specs(weights: TensorSource, precision: Precision) -> dict[str, Te
     """
     specs: dict[str, TensorSpec] = {}
     for name, sources in _conversion_plan(weights, precision):
+        _check_stored(weights, sources)
         spec = weights.specs[name]
         if len(sources) == 2 and precision.quantization is None:
             inputs = spec.shape[1] * (2 if spec.dtype == torch.uint8 else 1)
@@ -86,7 +93,7 @@ def converted_specs(weights: TensorSource, precision: Precision) -> dict[str, Te
             try:
                 groups = inputs // group_of(inputs)
             except ValueError as error:
-                raise InputError(f"{name} cannot be held in int4: {error}") from None
+                raise InputError(f"{weights.path}: {name} cannot be held in int4: {error}") from None
             specs[name] = TensorSpec(torch.uint8, (outputs, inputs // 2))
             specs[quantized_names(name, "int4")[1]] = TensorSpec(torch.bfloat16, (groups, outputs, 2))
         else:
@@ -195,18 +202,41 @@ def _to_quantize(name: str, precision: Precision) -> bool:
     return precision.quantization is not None and is_quantized(name)
 
 
+def _check_stored(weights: TensorSource, sources: tuple[str, ...]) -> None:
+    """Raise InputError unless the tensors of a weight hold floats, or quantized values and their scales."""
+    spec = weights.specs[sources[0]]
+    if len(sources) == 1:
+        require_float(f"{weights.path}: {sources[0]}", spec)
+        return
+    stored = stored_quantization(weights.specs)
+    scale = weights.specs[sources[1]]
+    require_float(f"{weights.path}: {sources[1]}", scale)
+    if _STORED.get(spec.dtype) != stored or len(spec.shape) != 2:
+        raise InputError(f"{weights.path}: {sources[0]} is not stored as {stored}, as other weights are")
+    shape: tuple[int, ...] = spec.shape[:1]
+    if stored == "int4":
+        try:
+            shape = (2 * spec.shape[1] // group_of(2 * spec.shape[1]), spec.shape[0], 2)
+        except ValueError as error:
+            raise InputError(f"{weights.path}: {sources[0]} cannot be held in int4: {error}") from None
+    if scale.shape != shape:
+        raise InputError(f"{weights.path}: {sources[1]} has the shape {list(scale.shape)}, expected {list(shape)}")
+
+
 def _conversion_plan(weights: TensorSource, precision: Precision) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each weight of the model and the names of the file's tensors that it is made of."""
     stored = stored_quantization(weights.specs)
     if stored is not None and precision.quantization not in (None, stored):
-        raise InputError(f"the weights are stored as {stored}, which cannot be turned into {precision.quantization}")
+        raise InputError(
+            f"{weights.path}: the weights are stored as {stored}, which cannot be turned into {precision.quantization}"
+        )
     for name in weights.specs:
         if stored is None:
             yield name, (name,)
         elif is_quantized(name):
             _, scale = parts = quantized_names(name, stored)
             if scale not in weights.specs:
-                raise InputError(f"{scale} is missing")
+                raise InputError(f"{weights.path}: {scale} is missing")
             yield name, parts
         elif not name.endswith(("scale", "scales_and_zeros")):
             yield name, (name,)

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cogview.checkpoints.checkpoint import config_mapping, read_config
+from cogview.checkpoints.checkpoint import check_sizes, config_mapping
 from cogview.checkpoints.image_tokenizer import read_image_config, read_image_weights
 from cogview.checkpoints.pickles import write_pickle
 from cogview.checkpoints.precision import Precision, TensorSource, convert, converted_specs, stored_quantization
@@ -132,7 +132,7 @@ def convert_folder(source: Path, output: Path, *, precision: Precision, verify: 
     Raises:
         InputError: if the source is damaged, the conversion is impossible or the copy differs.
     """
-    read_config(source)
+    check_sizes(source)
     weights = WeightsFile(source / "model.safetensors")
     others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
     with new_folder(output) as folder:
@@ -157,7 +157,7 @@ def export_v1(source: Path, output: Path, *, shards: int = 1, verify: bool = Fal
     Raises:
         InputError: if the weights are quantized, do not divide into ``shards``, or v1 lacks their architecture.
     """
-    config = read_config(source)
+    config = check_sizes(source)
     weights = WeightsFile(source / "model.safetensors")
     if (quantization := stored_quantization(weights.specs)) is not None:
         raise InputError(
@@ -168,7 +168,7 @@ def export_v1(source: Path, output: Path, *, shards: int = 1, verify: bool = Fal
         if shards < 1 or count % shards:
             raise InputError(f"{count} {what} do not divide into {shards} shards")
     image_config = read_image_config(source / "image")
-    image_weights = read_image_weights(source / "image" / "model.safetensors")
+    image_weights = read_image_weights(source / "image")
     try:
         image = v1_vqvae_tensors(image_config, image_weights)
     except InputError as error:

@@ -24,7 +24,6 @@ from cogview.checkpoints.safetensors_io import TensorSpec, describe_mismatch
 from cogview.errors import InputError
 from cogview.formatting import printable
 from cogview.modeling.config import TransformerConfig
-from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.vocabulary import COMMANDS, Vocabulary
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -122,7 +121,7 @@ class V1Transformer:
     """
 
     def __init__(self, source: Path, num_heads: int | None = None) -> None:
-        self.source = source
+        self.path = source
         self._stack = ExitStack()
         try:
             found = _find_shards(source, self._stack)
@@ -165,7 +164,7 @@ class V1Transformer:
                 return self._shards[0][theirs].read()
             merged = merge(theirs, [shard[theirs].read() for shard in self._shards])
         except InputError as error:
-            raise InputError(f"{self.source}: {theirs}: {error}") from None
+            raise InputError(f"{self.path}: {theirs}: {error}") from None
         return merged[: self.config.vocabulary_size] if name == "embedding.weight" else merged
 
     def set_vocabulary(self, vocabulary: Vocabulary) -> None:
@@ -177,7 +176,7 @@ class V1Transformer:
         found, multiple = self.config.vocabulary_size, 128 * self.num_shards
         if found not in (vocabulary.padded_size, -(-vocabulary.size // multiple) * multiple):
             raise InputError(
-                f"{self.source} has {found} word embeddings, but the {vocabulary.num_image_codes} codes of the image "
+                f"{self.path} has {found} word embeddings, but the {vocabulary.num_image_codes} codes of the image "
                 f"tokenizer, the {vocabulary.num_text_pieces} pieces of the text model and {len(COMMANDS)} commands "
                 f"take {vocabulary.padded_size}: one of the two files belongs to another model"
             )
@@ -211,7 +210,7 @@ class V1Transformer:
         words = first["word_embeddings.weight"].shape
         projection = first.get("transformer.layers.0.attention.query_key_value.weight")
         positions = first.get("transformer.position_embeddings.weight")
-        if projection is None or positions is None or len(words) != 2 or len(positions.shape) != 2:
+        if projection is None or positions is None or {len(words), len(projection.shape), len(positions.shape)} != {2}:
             raise InputError(
                 f"{self.files[0]} holds no transformer of CogView: layers or position embeddings are missing"
             )
@@ -219,11 +218,11 @@ class V1Transformer:
         needed = 3 * width // max(projection.shape[0], 1)
         if needed != self.num_shards:
             raise InputError(
-                f"{self.source} is incomplete: its weights are split over {needed} shards, and only "
+                f"{self.path} is incomplete: its weights are split over {needed} shards, and only "
                 f"mp_rank_00 to mp_rank_{self.num_shards - 1:02d} are there"
             )
         if num_heads is None and width % HEAD_SIZE:
-            raise InputError(f"{self.source}: a width of {width} does not determine the number of heads: give --heads")
+            raise InputError(f"{self.path}: a width of {width} does not determine the number of heads: give --heads")
         try:
             return TransformerConfig(
                 num_layers=len(layers),
@@ -233,12 +232,11 @@ class V1Transformer:
                 max_positions=positions.shape[0],
             )
         except ValueError as error:
-            raise InputError(f"{self.source}: {error}") from None
+            raise InputError(f"{self.path}: {error}") from None
 
     def _specs(self) -> dict[str, TensorSpec]:
         """Return the specs of all tensors under our names; raise InputError if they do not match ``config``."""
-        with torch.device("meta"):
-            wanted = {name: tuple(tensor.shape) for name, tensor in Transformer(self.config).state_dict().items()}
+        wanted = self.config.tensor_shapes
         first = self._shards[0]
         found = {name: self._whole_shape(name, first[name].shape) for name in first}
         theirs = {v1_name(name): shape for name, shape in wanted.items()}

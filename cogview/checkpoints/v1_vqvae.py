@@ -11,9 +11,10 @@ from torch import Tensor
 
 from cogview.checkpoints.pickles import read_pickle, tensors_of
 from cogview.checkpoints.safetensors_io import describe_mismatch
+from cogview.checkpoints.sizes import vqvae_shapes
 from cogview.checkpoints.v1_format import open_file, unwrapped
 from cogview.errors import InputError
-from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.model import VQVAEConfig
 
 _AVERAGES = {"quantize_t.cluster_size": "quantizer.ema_cluster_size", "quantize_t.embed_avg": "quantizer.ema_sum"}
 
@@ -82,12 +83,14 @@ def is_v1_vqvae(path: Path) -> bool:
 def _vqvae_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> VQVAEConfig:
     """Return the config of a v1 image tokenizer by its shapes; raise InputError for other networks."""
     width, codes = shapes["quantize_t.embed"]
-    channels = tuple(shapes.get(f"enc_b.blocks.{index}.weight", (1,))[0] for index in (0, 2, 4))
+    channels = tuple((shapes.get(f"enc_b.blocks.{index}.weight") or (1,))[0] for index in (0, 2, 4))
     assert len(channels) == 3
-    config = replace(VQVAEConfig.released(), channels=channels, num_codes=codes, code_width=width)
+    try:
+        config = replace(VQVAEConfig.released(), channels=channels, num_codes=codes, code_width=width)
+    except ValueError as error:
+        raise InputError(f"{path} is no image tokenizer of CogView: {error}") from None
     with torch.device("meta"):
-        model = VQVAE(config)
-    tensors = dict(model.state_dict()) | {f"quantizer.{name}": t for name, t in model.quantizer.named_buffers()}
+        tensors = {name: torch.empty(shape) for name, shape in vqvae_shapes(config).items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in v1_vqvae_tensors(config, tensors).items()}
     given = {name: shape for name, shape in shapes.items() if name in wanted or name not in _AVERAGES}
     needed = {name: shape for name, shape in wanted.items() if name in given or name not in _AVERAGES}

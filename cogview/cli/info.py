@@ -65,13 +65,13 @@ def command(model: str | None, revision: str | None, things: bool, hashes: bool)
 
 def describe_checkpoint(folder: Path, name: str) -> dict[str, str]:
     """Return the facts of a checkpoint folder, by name."""
-    from cogview.checkpoints.checkpoint import read_config, read_things
+    from cogview.checkpoints.checkpoint import check_sizes, read_things
     from cogview.checkpoints.image_tokenizer import read_image_config
     from cogview.checkpoints.registry import load_registry
     from cogview.checkpoints.safetensors_io import WeightsFile
     from cogview.tokenizers.tasks import trained_tasks
 
-    config = read_config(folder)
+    config = check_sizes(folder)
     vocabulary, sampling = config.vocabulary, config.sampling
     side = read_image_config(folder / "image").downsampling * config.grid
     facts = {"model": name}

@@ -102,6 +102,23 @@ class TransformerConfig:
         layer = 12 * self.width**2 + 17 * self.width
         return self.num_layers * layer + 2 * self.width + (self.vocabulary_size + self.max_positions) * self.width
 
+    @property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor of the transformer by its name, in the order of its state."""
+        width, norm = self.width, {"weight": (self.width,), "bias": (self.width,)}
+        shapes: dict[str, tuple[int, ...]] = {
+            "embedding.weight": (self.vocabulary_size, width),
+            "positions.weight": (self.max_positions, width),
+        }
+        for number in range(self.num_layers):
+            for part in LAYER_PARTS:
+                tensors: dict[str, tuple[int, ...]] = {**norm}
+                if part in PROJECTIONS:
+                    outputs, inputs = PROJECTIONS[part]
+                    tensors = {"weight": (outputs * width, inputs * width), "bias": (outputs * width,)}
+                shapes |= {f"layers.{number}.{part}.{kind}": shape for kind, shape in tensors.items()}
+        return shapes | {f"final_norm.{kind}": shape for kind, shape in norm.items()}
+
 
 def preset(
     name: str,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from cogview.checkpoints.checkpoint import read_config
+from cogview.checkpoints.checkpoint import check_sizes
 from cogview.checkpoints.image_tokenizer import read_image_config
 from cogview.checkpoints.precision import stored_quantization
 from cogview.checkpoints.registry import load_registry, resolve_checkpoint
@@ -80,7 +80,7 @@ def load_target_model(name: str) -> TargetModel:
             "checkpoint folder"
         )
     folder = resolve_checkpoint(name)
-    config = read_config(folder)
+    config = check_sizes(folder)
     weights = WeightsFile(folder / "model.safetensors")
     return TargetModel(
         config=config,

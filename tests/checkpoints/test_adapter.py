@@ -298,9 +298,13 @@ def test_adapter_reports_folders_that_are_no_adapter(write_adapter, tmp_path):
             ({"use_dora": True}, "use_dora is true, which is not supported"),
             ({"bias": "all"}, 'bias is "all", which is not supported'),
             ({"init_lora_weights": "pissa"}, 'init_lora_weights is "pissa", which is not supported'),
-            ({"r": "4"}, "r must be a whole number from 1 on, got 4"),
+            ({"r": "4"}, 'r must be a whole number from 1 to 65536, got "4"'),
+            ({"r": 10**400, "use_rslora": True}, "r must be a whole number from 1 to 65536, got 1000"),
             ({"r": 8}, "attention.output has parts of the shapes [4, 32] and [32, 4], which are not those of rank 8"),
-            ({"lora_alpha": None}, "lora_alpha must be a number, got None"),
+            ({"lora_alpha": None}, "lora_alpha must be a finite number, got null"),
+            ({"lora_alpha": 10**400}, "lora_alpha must be a finite number, got 1000"),
+            ({"lora_alpha": True}, "lora_alpha must be a finite number, got true"),
+            ({"lora_dropout": float("nan")}, "lora_dropout must be a finite number, got NaN"),
             ({"lora_alpha": -1}, "alpha must be above 0, got -1"),
         ]
     ):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from hashlib import sha256
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from cogview.checkpoints.image_tokenizer import codebook_hash, load_image_tokeni
 from cogview.errors import InputError
 from cogview.files import file_sha256
 from cogview.modeling.config import FORMAT_VERSION, Sampling
-from cogview.tokenizers.text import train_text_tokenizer
+from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 
 CPU = torch.device("cpu")
 CAPTIONS = ["蓝色背景上的三只狐狸", "一个红苹果在汽车的左边"] * 4
@@ -218,7 +219,7 @@ def test_load_model_reports_weights_of_another_shape(folder):
     change_config(folder, transformer__max_positions=97)
     message = error_of(folder)
     assert message.startswith(f"{folder}/model.safetensors does not hold the weights that config.json describes: ")
-    assert message.endswith("positions.weight has the shape [96, 32], expected [97, 32]")
+    assert message.endswith("max_positions is 97, positions.weight has the shape [96, 32]")
 
 
 @pytest.mark.parametrize(("part", "name"), [("model", "final_norm.bias"), ("image/model", "quantizer.codebook")])
@@ -265,6 +266,22 @@ def test_load_model_refuses_a_text_model_of_another_size(folder, model):
     message = error_of(folder)
     assert message.startswith(f"{folder}/text.model has ")
     assert message.endswith(f" pieces, the config says {expected}; restore the folder's own")
+
+
+def test_load_model_refuses_a_text_model_with_two_pieces_swapped(folder, model):
+    """It has as many pieces as before, and was accepted: 红 meant 蓝 from then on."""
+    content = model.text_tokenizer.model_bytes
+    red, blue, between = (character.encode() for character in "红蓝囗")
+    assert red in content
+    assert blue in content
+    swapped = content.replace(red, between).replace(blue, red).replace(between, blue)
+    (folder / "text.model").write_bytes(swapped)
+    found, expected = (sha256(each).hexdigest()[:12] for each in (swapped, content))
+    assert TextTokenizer.load(folder / "text.model").size == model.text_tokenizer.size
+    assert error_of(folder) == (
+        f"{folder}/text.model is another text tokenizer ({found}…) than the transformer was trained with "
+        f"({expected}…); restore the folder's own"
+    )
 
 
 @pytest.mark.parametrize(

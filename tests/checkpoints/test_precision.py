@@ -3,6 +3,7 @@
 import pickle
 import re
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ FEW = ("int8", "int4")
 
 class FakeWeights:
     """Weights in memory that count how many of the tensors read are still alive."""
+
+    path = Path("model.safetensors")
 
     def __init__(self, tensors):
         self.tensors = tensors
@@ -122,7 +125,9 @@ def test_convert_dequantizes_quantized_weights(quantization, dtype, memory):
 def test_converted_specs_refuses_to_change_the_quantization(held, asked):
     with pytest.raises(InputError) as caught:
         converted_specs(FakeWeights(stored(held)), Precision(torch.bfloat16, asked))
-    assert str(caught.value) == f"the weights are stored as {held}, which cannot be turned into {asked}"
+    assert (
+        str(caught.value) == f"model.safetensors: the weights are stored as {held}, which cannot be turned into {asked}"
+    )
 
 
 @pytest.mark.parametrize(("quantization", "name"), [("int8", "scale"), ("int4", "scales_and_zeros")])
@@ -130,7 +135,7 @@ def test_converted_specs_reports_a_missing_scale(quantization, name):
     tensors = stored(quantization)
     del tensors[PROJECTION.replace("weight", name)]
     for precision in (Precision(torch.float32), Precision(torch.bfloat16, quantization)):
-        with pytest.raises(InputError, match=rf"^layers\.0\.mlp\.input\.{name} is missing$"):
+        with pytest.raises(InputError, match=rf"^model\.safetensors: layers\.0\.mlp\.input\.{name} is missing$"):
             converted_specs(FakeWeights(tensors), precision)
 
 
@@ -138,7 +143,8 @@ def test_converted_specs_reports_a_width_that_int4_cannot_group():
     with pytest.raises(InputError) as caught:
         converted_specs(FakeWeights({PROJECTION: random(8, 40)}), Precision(None, "int4"))
     assert str(caught.value) == (
-        f"{PROJECTION} cannot be held in int4: int4 needs layers whose inputs are a multiple of 32, got 40"
+        f"model.safetensors: {PROJECTION} cannot be held in int4: int4 needs layers whose inputs are a multiple of 32, "
+        "got 40"
     )
 
 

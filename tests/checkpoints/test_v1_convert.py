@@ -312,7 +312,7 @@ def test_convert_folder_and_export_v1_refuse_quantized_weights(folder, tmp_path)
     for call, message in [
         (
             lambda: convert_folder(tmp_path / "int8", tmp_path / "x", precision=INT4),
-            "the weights are stored as int8, which cannot be turned into int4",
+            f"{tmp_path}/int8/model.safetensors: the weights are stored as int8, which cannot be turned into int4",
         ),
         (
             lambda: export_v1(tmp_path / "int8", tmp_path / "x"),

@@ -1,6 +1,7 @@
 """Settings of the transformer: ranges, presets, and the number of parameters."""
 
 import pytest
+import torch
 from torch import nn
 
 from cogview.modeling.config import LAYER_PARTS, PRESETS, PROJECTIONS, ReconstructionQuality, TransformerConfig, preset
@@ -17,6 +18,12 @@ TINY = {"num_layers": 2, "width": 32, "num_heads": 4, "vocabulary_size": 128}
         ({"num_heads": -1}, r"num_heads must be in \[1, \d+\], got -1"),
         ({"vocabulary_size": 0}, r"vocabulary_size must be in \[1, \d+\], got 0"),
         ({"max_positions": 0}, r"max_positions must be in \[1, \d+\], got 0"),
+        ({"num_layers": 10**18}, r"num_layers must be in \[1, 1000\], got 10{18}$"),
+        ({"width": 10**18}, r"width must be in \[1, \d+\], got 10{18}$"),
+        ({"vocabulary_size": 10**18}, r"vocabulary_size must be in \[1, \d+\], got 10{18}$"),
+        ({"max_positions": 10**18}, r"max_positions must be in \[1, \d+\], got 10{18}$"),
+        ({"branch_norm_init": float("nan")}, r"branch_norm_init must be in \[-1000, 1000\], got nan"),
+        ({"branch_norm_init": 1e308}, r"branch_norm_init must be in \[-1000, 1000\], got 1e\+308"),
         ({"num_heads": 5}, "width 32 does not divide into 5 heads"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
@@ -67,6 +74,14 @@ def test_projections_are_the_linear_layers_of_the_transformer():
     assert {name: tuple(module.weight.shape) for name, module in found.items()} == {
         name: (outputs * config.width, inputs * config.width) for name, (outputs, inputs) in PROJECTIONS.items()
     }
+
+
+def test_tensor_shapes_are_those_of_the_transformer_in_its_order():
+    """Files are compared with them before a transformer is built."""
+    config = TransformerConfig(**TINY)
+    with torch.device("meta"):
+        state = Transformer(config).state_dict()
+    assert list(config.tensor_shapes.items()) == [(name, tuple(tensor.shape)) for name, tensor in state.items()]
 
 
 def test_layer_parts_hold_every_parameter_of_a_layer():

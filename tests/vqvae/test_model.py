@@ -23,6 +23,10 @@ RELEASED = VQVAEConfig(
 )
 
 
+# A config with such a mean or standard deviation of RGB was accepted, and each image was one colour.
+NO_COLOURS = (math.inf, -math.inf, math.nan, -0.5, 1e308)
+
+
 def make(config: VQVAEConfig) -> VQVAE:
     """A model with random weights, whose codes are outputs of its encoder."""
     torch.manual_seed(0)
@@ -164,6 +168,13 @@ def test_vqvae_refuses_images_of_other_shapes(shape, message):
         ({"decoder_blocks": (1, 1, 1, 1)}, "need three entries each"),
         ({"num_codes": 0}, "must be in "),
         ({"channels": (8, 0, 8)}, "must be in "),
+        ({"channels": (8, 10**18, 8)}, "channels must be in "),
+        ({"num_codes": 10**18}, "num_codes must be in "),
+        ({"code_width": 10**18}, "code_width must be in "),
+        ({"encoder_blocks": (0, 0, 10**18)}, r"encoder_blocks must be in \[0, 64\], got \(0, 0, 10{18}\)"),
+        ({"decoder_blocks": (0, -1, 0)}, r"decoder_blocks must be in \[0, 64\], got \(0, -1, 0\)"),
+        *(({"mean": (0.5, value, 0.5)}, r"mean must be in \[0, 1\], as RGB is, got ") for value in NO_COLOURS),
+        *(({"std": (0.5, value, 0.5)}, r"std must be in \[0\.001, 1\], got ") for value in (*NO_COLOURS, 0.0)),
     ],
 )
 def test_vqvae_config_refuses_settings_out_of_range(settings, message):
