@@ -31,11 +31,17 @@ class HeaderError(ValueError):
     """Raised for wrong column names, which make every line useless."""
 
 
-def read_text(source: str) -> str:
-    """Return the content of a UTF-8 file; of one in GBK or GB18030 with a note on stderr.
+def print_note(note: str) -> None:
+    """Print a note on stderr."""
+    print(f"note: {note}", file=sys.stderr)
+
+
+def read_text(source: str, on_note: Callable[[str], object] = print_note) -> str:
+    """Return the content of a UTF-8 file; of one in GBK or GB18030 with a note.
 
     Args:
         source: The file, or ``-`` for standard input.
+        on_note: Called with the note.
 
     Raises:
         InputError: The file cannot be read, is no regular file, or has another encoding.
@@ -51,11 +57,25 @@ def read_text(source: str) -> str:
             content = Path(source).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {where}: {error.strerror or error}") from None
+    return decode_text(content, where, on_note)
+
+
+def decode_text(content: bytes, where: str, on_note: Callable[[str], object] = print_note) -> str:
+    """Return text of bytes in UTF-8; of bytes in GBK or GB18030 with a note.
+
+    Args:
+        content: The bytes.
+        where: Name of the file, for messages.
+        on_note: Called with the note.
+
+    Raises:
+        InputError: They have another encoding.
+    """
     try:
         return content.decode("utf-8-sig")  # Windows editors start files with a byte-order mark
     except UnicodeDecodeError as error:
         if (text := _decode_chinese(content)) is not None:
-            print(f"note: {where} is not UTF-8 and is read as GB18030 (GBK)", file=sys.stderr)
+            on_note(f"{where} is not UTF-8 and is read as GB18030 (GBK)")
             return text
         advice = "if it is GBK, convert it: iconv -f GB18030 -t UTF-8"
         line = 1 + content.count(b"\n", 0, error.start)

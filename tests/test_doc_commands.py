@@ -124,6 +124,10 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview info cogview-base.tar": Run("v1"),
     "cogview estimate --model 4b --task generate -n 8 --dtype int8 --device cuda:24GB": Run(),
     # Data
+    "cogview data build pictures -o data/style --model cogview-emoji": Run("captions", more="--workers 0 --held-out 0"),
+    "cogview data build captions.csv --pictures photos -o data/photos --model cogview-emoji --fit pad --held-out 0.1": Run(
+        "captions", more="--workers 0"
+    ),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(
         "tests/test_examples.py runs it with few steps"
     ),
@@ -196,6 +200,13 @@ class Workshop:
         Path("prompts.jsonl").write_text('{"prompt": "一只狐狸"}\n{"prompt": "一个红苹果", "n": 2}\n', encoding="utf-8")
         for name in ("scripts", "examples"):
             Path(name).symlink_to(ROOT / name)
+
+    def captions(self) -> None:
+        """Write captions beside the pictures, and a table of them."""
+        for name in "ab":
+            Path(f"pictures/{name}.txt").write_text(f"一只狐狸{name}", encoding="utf-8")
+        Path("captions.csv").write_text("file,caption\na.png,一只狐狸\nb.png,一只狗\n", encoding="utf-8")
+        Path("photos").symlink_to("pictures")
 
     def recipe(self) -> None:
         """Write a store of random codes, and ``tiny.yaml``, which trains on it."""

@@ -70,6 +70,7 @@ COMMANDS = {
     "adapter": ("adapter", "merge a LoRA adapter into a model, or remove it again"),
     "runs": ("runs", "list and compare training runs"),
     "doctor": ("doctor", "check this machine and, optionally, a recipe"),
+    "data": ("data", "build token stores from pictures with captions, and look into stores"),
     "import-data": ("import_data", "import datasets of CogView v1 into a token store"),
 }
 CONTEXT_SETTINGS: dict[str, Any] = {

@@ -9,8 +9,9 @@ import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from io import BufferedReader
+from io import BufferedReader, BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -71,7 +72,9 @@ def find_images(arguments: Sequence[str], on_note: Callable[[str], object] = ign
     return images
 
 
-def read_image(path: Path, on_note: Callable[[str], object] = ignore_note) -> Image.Image:
+def read_image(
+    path: Path, on_note: Callable[[str], object] = ignore_note, *, content: bytes | None = None
+) -> Image.Image:
     """Read an image file.
 
     Any mode is read: transparency is laid on white, greys of more than 8 bits are scaled to 8, and colours are
@@ -80,6 +83,7 @@ def read_image(path: Path, on_note: Callable[[str], object] = ignore_note) -> Im
     Args:
         path: The file; its format is detected by its content and must be one of ``FORMATS``.
         on_note: Called with a line about a choice that changes the pixels, such as a colour profile that is ignored.
+        content: Bytes of the file where they are a part of another one, such as an archive; ``path`` then names them.
 
     Returns:
         The first frame as RGB, turned upright by its EXIF data.
@@ -87,7 +91,9 @@ def read_image(path: Path, on_note: Callable[[str], object] = ignore_note) -> Im
     Raises:
         InputError: If the file is missing, no image, damaged, or has too many pixels (``MAX_PIXELS``, ``MAX_SIDE``).
     """
-    with open_image(path) as image:
+    with open_image(path, content=content) as image:
+        if _has_frames(image):
+            on_note("it has several frames, and the first is taken")
         try:
             image.load()
         except Exception as error:  # Pillow's readers raise nearly anything on broken data
@@ -98,12 +104,15 @@ def read_image(path: Path, on_note: Callable[[str], object] = ignore_note) -> Im
 
 
 @contextlib.contextmanager
-def open_image(path: Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Image.Image]:
+def open_image(
+    path: Path, formats: tuple[str, ...] = FORMATS, *, content: bytes | None = None
+) -> Iterator[Image.Image]:
     """Open an image file, check its size by its header, and yield it before its pixels are decoded.
 
     Args:
         path: The file, which must be a regular one: reading a pipe might wait for ever.
         formats: Formats to accept, by Pillow's names.
+        content: Bytes of the file where they are a part of another one; ``path`` then only names them.
 
     Yields:
         The image; the file is closed when the block ends. Other threads wait meanwhile.
@@ -111,20 +120,7 @@ def open_image(path: Path, formats: tuple[str, ...] = FORMATS) -> Iterator[Image
     Raises:
         InputError: If the file is missing, no image of these formats, damaged, or has too many pixels.
     """
-    try:
-        kind = path.stat().st_mode
-        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
-            raise InputError(f"image {path} is no regular file; expected an image file")
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise InputError(f"image {path} does not exist") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder, expected an image file") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"image {path} cannot be read: {reason}") from None
+    file: BufferedReader[Any] = _open_file(path) if content is None else BufferedReader(BytesIO(content))
     with file, _PILLOW, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = _open(file, path, formats)
@@ -200,7 +196,33 @@ def _is_contact_sheet(path: Path) -> bool:
         return False
 
 
-def _open(file: BufferedReader, path: Path, formats: tuple[str, ...]) -> Image.Image:
+def _open_file(path: Path) -> BufferedReader:
+    """Open a regular file; raise InputError for anything else."""
+    try:
+        kind = path.stat().st_mode
+        if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):
+            raise InputError(f"image {path} is no regular file; expected an image file")
+        return path.open("rb")
+    except FileNotFoundError:
+        raise InputError(f"image {path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder, expected an image file") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        if isinstance(error, InputError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"image {path} cannot be read: {reason}") from None
+
+
+def _has_frames(image: Image.Image) -> bool:
+    """Return whether an image has several frames; the previews in photos of cameras (MPO) do not count."""
+    try:
+        return image.format != "MPO" and bool(getattr(image, "is_animated", False))
+    except Exception:  # damaged beyond its first frame, which may be whole
+        return False
+
+
+def _open(file: BufferedReader[Any], path: Path, formats: tuple[str, ...]) -> Image.Image:
     """Return the image of an open file; nothing but its header is read."""
     start = b""
     pillows_limit = Image.MAX_IMAGE_PIXELS

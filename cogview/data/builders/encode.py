@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
@@ -145,7 +147,26 @@ def store_header(
         InputError: There are no images, or their sides do not divide into codes at every scale.
     """
     check_dataset(dataset, image_tokenizer.downsampling, settings.scales.values())
-    grid = dataset.side // image_tokenizer.downsampling
+    return make_header(dataset.side, dataset.provenance, text_tokenizer, image_tokenizer, settings)
+
+
+def make_header(
+    side: int,
+    provenance: Mapping[str, Any],
+    text_tokenizer: TextTokenizer,
+    image_tokenizer: ImageTokenizer,
+    settings: EncodeSettings,
+) -> StoreHeader:
+    """Return the header of a store of captioned images.
+
+    Args:
+        side: Side of the images at scale 1, in pixels, which divides into codes at every scale.
+        provenance: Description of the data, as plain JSON data.
+        text_tokenizer: The text tokenizer.
+        image_tokenizer: The image tokenizer.
+        settings: Settings of the encoding.
+    """
+    grid = side // image_tokenizer.downsampling
     return StoreHeader(
         fields={
             TEXT_FIELD: settings.text_width,
@@ -158,8 +179,29 @@ def store_header(
         layouts=settings.tasks,
         codebook_sha256=codebook_sha256(image_tokenizer.codebook),
         text_sha256=hashlib.sha256(text_tokenizer.model_bytes).hexdigest(),
-        provenance=dict(dataset.provenance),
+        provenance=dict(provenance),
     )
+
+
+def encode_renditions(
+    images: Sequence[Mapping[str, np.ndarray]], image_tokenizer: ImageTokenizer
+) -> dict[str, np.ndarray]:
+    """Return the codes of a batch of images.
+
+    Args:
+        images: N images, each with the uint8 RGB (H, H, 3) of its renditions by field; all have the same fields.
+        image_tokenizer: The image tokenizer.
+
+    Returns:
+        The int64 codes (N, width) of each field.
+    """
+    device = image_tokenizer.codebook.device
+    codes = {}
+    for field in images[0]:
+        with torch.inference_mode():
+            batch = to_float(np.stack([each[field] for each in images]), device)
+            codes[field] = image_tokenizer.encode(batch).flatten(1).cpu().numpy()
+    return codes
 
 
 def encode_dataset(
@@ -189,16 +231,13 @@ def encode_dataset(
     header = store_header(dataset, text_tokenizer, image_tokenizer, settings)
     total = len(dataset) if rows is None else rows
     printed = time.monotonic()
-    device = image_tokenizer.codebook.device
     with (
         StoreWriter(path, header, resume=True) as writer,
         tqdm(total=total, initial=writer.count, unit="image", desc=path.name, disable=None) as bar,
     ):
         for batch in _batches(_RenderedRows(dataset, text_tokenizer, settings.scales), writer.count, total, settings):
             fields = {TEXT_FIELD: pad_text([row.pieces for row in batch], settings.text_width)}
-            for field in settings.scales:
-                images = to_float(np.stack([row.images[field] for row in batch]), device)
-                fields[field] = image_tokenizer.encode(images).flatten(1).cpu().numpy()
+            fields |= encode_renditions([row.images for row in batch], image_tokenizer)
             if pieces is not None:
                 fields[NAMES_FIELD] = np.stack(
                     [name_grid(row.regions, row.pieces, pieces, header.grid) for row in batch]

@@ -1,0 +1,383 @@
+"""Build token stores from pictures with captions: a training store, a held-out store, and a report of what is left out.
+
+The stores grow in a folder beside the target, ``STORE.building``, which a killed build leaves and the next one
+continues. They are then written anew in one go, so that the files depend on the pictures alone: not on interruptions,
+the number of processes or the kind of the source.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from cogview.data.builders.encode import LINE_SECONDS, encode_renditions, make_header
+from cogview.data.builders.journal import BuildJournal, JournalEntry
+from cogview.data.builders.prepare import PicturePreparer, PictureSettings, PreparedPicture, is_held_out
+from cogview.data.sources.records import PictureRecord, PictureSource
+from cogview.data.store import TEXT_FIELD
+from cogview.data.store_copy import copy_rows
+from cogview.data.store_writer import StoreWriter, pad_text
+from cogview.errors import InputError, RetryLaterError
+from cogview.files import atomic_write, describe_owner, json_line, try_lock, write_owner
+from cogview.formatting import format_duration, plural
+from cogview.signals import worker_init
+from cogview.tokenizers.text import TextTokenizer
+from cogview.vqvae.codec import ImageTokenizer, codebook_sha256
+
+SPLITS = {True: "held-out", False: "training"}  # the training store is complete last
+JOURNAL = "journal.jsonl"
+LOCK = "owner.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePaths:
+    """The files of a build.
+
+    Args:
+        store: Folder of the training store, which the other names follow.
+    """
+
+    store: Path
+
+    @property
+    def held_out(self) -> Path:
+        """Folder of the held-out store."""
+        return self.store.with_name(f"{self.store.name}-held-out")
+
+    @property
+    def report(self) -> Path:
+        """Report of what was left out: JSON lines with file and reason."""
+        return self.store.with_name(f"{self.store.name}-left-out.jsonl")
+
+    @property
+    def work(self) -> Path:
+        """Folder of the build under way."""
+        return self.store.with_name(f"{self.store.name}.building")
+
+    def of_split(self, held_out: bool) -> Path:
+        """Return the folder of a finished store."""
+        return self.held_out if held_out else self.store
+
+
+@dataclass(kw_only=True)
+class BuildReport:
+    """Counts of a finished build.
+
+    Attributes:
+        records: Records of the sources.
+        pictures: Pictures with rows, by whether they are held out.
+        rows: Rows, by whether they are held out.
+        left_out: Entries of the report.
+        first_left_out: The first of them.
+        notes: Number of pictures by note.
+        num_captions: Number of different captions.
+        held_out_share: Share of the pictures that was to be held out.
+    """
+
+    records: int = 0
+    pictures: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
+    rows: dict[bool, int] = field(default_factory=lambda: {False: 0, True: 0})
+    left_out: int = 0
+    first_left_out: str = ""
+    notes: Counter[str] = field(default_factory=Counter)
+    num_captions: int = 0
+    held_out_share: float = 0.0
+
+    def warnings(self) -> list[str]:
+        """Return what is likely to be a mistake in the data."""
+        found = []
+        rows = sum(self.rows.values())
+        if rows > 1 and self.num_captions == 1:
+            found.append(f"all {rows} captions are the same: a model cannot learn to tell the pictures apart by text")
+        if not self.rows[True] and self.held_out_share:
+            found.append(
+                f"none of {plural(self.pictures[False], 'picture')} fell into the held-out share of "
+                f"{self.held_out_share:g}: there is no held-out store; a larger share is --held-out 0.2"
+            )
+        return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PictureBuild:
+    """A build of stores from captioned pictures.
+
+    Args:
+        paths: Files of the build.
+        sources: The pictures, by the names of their sources.
+        text_tokenizer: Tokenizer of the captions.
+        image_tokenizer: Tokenizer of the images.
+        settings: Settings of the stores; ``batch_size`` is the number of pictures encoded together.
+        side: Side of the images at scale 1, in pixels.
+    """
+
+    paths: StorePaths
+    sources: Mapping[str, PictureSource]
+    text_tokenizer: TextTokenizer
+    image_tokenizer: ImageTokenizer
+    settings: PictureSettings
+    side: int
+
+    def with_sources(self, sources: Mapping[str, PictureSource]) -> PictureBuild:
+        """Return the build with other sources."""
+        return replace(self, sources=sources)
+
+    def run(self) -> BuildReport:
+        """Build the stores, or continue a build that was interrupted.
+
+        Returns:
+            Counts of the build. The stores and the report are at ``paths``.
+
+        Raises:
+            InputError: A store is there already, the build was started with other settings or sources, or no picture
+                can be used; the report says why.
+            RetryLaterError: The disk is full, or another process builds the same store.
+        """
+        preparer = PicturePreparer(self.text_tokenizer, self.settings, self.side)
+        with self._locked():
+            settings = self._journal_settings()
+            # The size of batches is that of the first start: the free memory may differ by now.
+            journal = BuildJournal(self.paths.work / JOURNAL, settings, kept={"batch_size": self.settings.batch_size})
+            block = int(journal.header["batch_size"])
+            with self._writer(False) as training, self._writer(True) as held_out:
+                self._encode(preparer, journal, block, {False: training, True: held_out})
+            return self._finish(journal)
+
+    def _encode(
+        self, preparer: PicturePreparer, journal: BuildJournal, block: int, writers: Mapping[bool, StoreWriter]
+    ) -> None:
+        """Write the rows of all records that are not done yet."""
+        point = journal.resume(block, {split: writer.count for split, writer in writers.items()})
+        copies = CopyFinder()
+        records = itertools.chain.from_iterable(self.sources.values())
+        for entry in itertools.islice(journal.entries(), point.records):
+            record = next(records, None)
+            if record is None or entry.source != source_hash(record):
+                raise InputError(
+                    f"the sources have changed since the build was started, {entry.name} first: "
+                    f"remove {self.paths.work} to start anew"
+                )
+            copies.add(entry)
+        surplus = dict(point.surplus)
+        total = sum(map(len, self.sources.values()))
+        with _Progress(self.paths.store.name, point.records, total) as progress:
+            for batch in self._prepared(preparer, records, block):
+                entries = [copies.entry(picture, self.settings.held_out) for picture in batch]
+                journal.append(entries)
+                self._append(batch, entries, writers, surplus)
+                progress.update(len(batch))
+
+    def _prepared(
+        self, preparer: PicturePreparer, records: Iterator[PictureRecord], block: int
+    ) -> Iterator[list[PreparedPicture]]:
+        """Yield the prepared pictures of records in blocks, in their order."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="This DataLoader will create")  # the user chose how many
+            loader: DataLoader[PreparedPicture] = DataLoader(
+                preparer,
+                batch_size=block,
+                sampler=records,  # records in place of indices, drawn as they are needed
+                collate_fn=list,
+                num_workers=self.settings.num_workers,
+                worker_init_fn=worker_init,
+            )
+            batches = iter(loader)
+        yield from batches
+
+    def _append(
+        self,
+        batch: Sequence[PreparedPicture],
+        entries: Sequence[JournalEntry],
+        writers: Mapping[bool, StoreWriter],
+        surplus: dict[bool, int],
+    ) -> None:
+        """Encode the pictures of a block and append their rows, without the rows that the stores hold already."""
+        used = [(picture, entry) for picture, entry in zip(batch, entries, strict=True) if entry.captions]
+        if not used:
+            return
+        codes = encode_renditions([picture.images for picture, _ in used], self.image_tokenizer)
+        for split in SPLITS:
+            rows = [  # index of the picture, and pieces of the caption
+                (index, pieces)
+                for index, (picture, entry) in enumerate(used)
+                for caption, pieces in zip(picture.captions, picture.pieces, strict=True)
+                if entry.held_out == split and caption in entry.captions
+            ]
+            rows, surplus[split] = rows[surplus[split] :], 0
+            if rows:
+                index = np.array([index for index, _ in rows])
+                text = pad_text([pieces for _, pieces in rows], self.settings.text_width)
+                writers[split].append({TEXT_FIELD: text, **{name: ids[index] for name, ids in codes.items()}})
+
+    def _finish(self, journal: BuildJournal) -> BuildReport:
+        """Write the report and the stores to their places, and remove the folder of the build."""
+        report = self._write_report(journal)
+        if not report.rows[False]:
+            shutil.rmtree(self.paths.work)
+            if report.rows[True]:
+                pictures = plural(report.pictures[True], "picture")
+                raise InputError(f"the held-out share took all of {pictures}: lower it, --held-out 0 takes none")
+            raise InputError(
+                f"none of {plural(report.records, 'picture')} can be used; the first: {report.first_left_out}; "
+                f"{self.paths.report} has all"
+            )
+        for split in SPLITS:
+            if report.rows[split]:
+                copy_rows([self.paths.work / SPLITS[split]], self.paths.of_split(split), overwrite=split)
+        shutil.rmtree(self.paths.work)
+        return report
+
+    def _write_report(self, journal: BuildJournal) -> BuildReport:
+        report = BuildReport(held_out_share=self.settings.held_out)
+        captions: set[int] = set()
+        with atomic_write(self.paths.report) as temporary, temporary.open("wb") as file:
+            for entry in journal.entries():
+                report.records += 1
+                report.pictures[entry.held_out] += bool(entry.captions)
+                report.rows[entry.held_out] += len(entry.captions)
+                report.notes.update(entry.notes)
+                captions.update(map(hash, entry.captions))
+                for reason in entry.left_out:
+                    report.left_out += 1
+                    report.first_left_out = report.first_left_out or f"{entry.name}: {reason}"
+                    file.write(json_line({"file": entry.name, "reason": reason}))
+        if not report.left_out:
+            self.paths.report.unlink()
+        report.num_captions = len(captions)
+        return report
+
+    def _writer(self, held_out: bool) -> StoreWriter:
+        share = {"fit": self.settings.fit, "simplified": self.settings.simplified, "held_out": self.settings.held_out}
+        provenance = {"pictures": share, "split": SPLITS[held_out]}
+        header = make_header(self.side, provenance, self.text_tokenizer, self.image_tokenizer, self.settings)
+        return StoreWriter(self.paths.work / SPLITS[held_out], header, resume=True)
+
+    def _journal_settings(self) -> dict[str, Any]:
+        """Return what must be the same when a build is continued."""
+        return {
+            "sources": list(self.sources),
+            "fit": self.settings.fit,
+            "held_out": self.settings.held_out,
+            "simplified": self.settings.simplified,
+            "text_width": self.settings.text_width,
+            "fields": list(self.settings.scales),
+            "side": self.side,
+            "codebook_sha256": codebook_sha256(self.image_tokenizer.codebook),
+            "text_sha256": hashlib.sha256(self.text_tokenizer.model_bytes).hexdigest(),
+        }
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of the build, in its folder.
+
+        Raises:
+            InputError: A store is there already.
+            RetryLaterError: Another process builds the same store.
+        """
+        work = self.paths.work
+        work.mkdir(parents=True, exist_ok=True)
+        file = os.open(work / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):  # on a file system without locks, one process builds at a time
+                if not try_lock(file):
+                    owner = describe_owner(os.pread(file, 1000, 0))
+                    raise RetryLaterError(
+                        f"{self.paths.store} is being built by another process ({owner}): wait, or choose another "
+                        "store with -o"
+                    )
+            write_owner(file)
+            is_begun = (work / JOURNAL).exists()
+            for path in (self.paths.store, *(() if is_begun else (self.paths.held_out,))):
+                if path.exists():
+                    shutil.rmtree(work)
+                    raise InputError(f"{path} is there already: remove it, or choose another store with -o")
+            yield
+        finally:
+            os.close(file)
+
+
+class CopyFinder:
+    """Finds pictures that are equal pixel for pixel; a copy with other captions adds these to the picture."""
+
+    def __init__(self) -> None:
+        self._captions: dict[str, tuple[str, set[int]]] = {}  # name and hashes of captions by hash of the pixels
+
+    def add(self, entry: JournalEntry) -> None:
+        """Remember the picture of an entry."""
+        if entry.captions:
+            _, known = self._captions.setdefault(entry.digest, (entry.name, set()))
+            known.update(map(hash, entry.captions))
+
+    def entry(self, picture: PreparedPicture, share: float) -> JournalEntry:
+        """Return the entry of a prepared picture, and remember it.
+
+        Args:
+            picture: The picture.
+            share: Share of the pictures that are held out.
+        """
+        left_out = picture.left_out
+        first, known = self._captions.get(picture.digest, ("", set()))
+        captions = tuple(caption for caption in picture.captions if hash(caption) not in known)
+        if picture.captions and not captions:
+            left_out = (*left_out, f"a copy of {first}, with no other caption")
+        entry = JournalEntry(
+            name=picture.record.name,
+            source=source_hash(picture.record),
+            digest=picture.digest,
+            captions=captions,
+            held_out=bool(captions) and is_held_out(picture.digest, share),
+            left_out=left_out,
+            notes=picture.notes,
+        )
+        self.add(entry)
+        return entry
+
+
+class _Progress:
+    """A progress bar with pictures per second and the time left; lines where stderr is no terminal."""
+
+    def __init__(self, name: str, done: int, total: int) -> None:
+        self.name, self.done, self.total = name, done, total
+
+    def __enter__(self) -> _Progress:
+        self.bar = tqdm(total=self.total, initial=self.done, unit="picture", desc=self.name, disable=None)
+        self.first, self.started = self.done, time.monotonic()
+        self.printed = self.started
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def update(self, count: int) -> None:
+        """Add pictures."""
+        self.done += count
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.bar.disable and now - self.printed >= LINE_SECONDS:
+            self.printed = now
+            rate = (self.done - self.first) / (now - self.started)
+            left = format_duration((self.total - self.done) / rate)
+            print(
+                f"{self.name}: {self.done} of {self.total} pictures, {rate:.1f} pictures/s, {left} left",
+                file=sys.stderr,
+            )
+
+
+def source_hash(record: PictureRecord) -> str:
+    """Return a short hash of the name and the captions of a record."""
+    content = "\0".join((record.name, *record.captions, record.problem or ""))
+    return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

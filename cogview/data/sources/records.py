@@ -1,0 +1,76 @@
+"""Records of captioned pictures, and the protocol of their sources."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cogview.errors import InputError
+
+GB18030_NOTE = "its captions are not UTF-8 and are read as GB18030 (GBK)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureFile:
+    """The bytes of a picture: a file, or a part of an archive.
+
+    Args:
+        path: The file.
+        offset: First byte of the part.
+        size: Bytes of the part; None for a file of its own.
+    """
+
+    path: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read_part(self) -> bytes | None:
+        """Return the bytes of a part of an archive; None for a file of its own, which its reader opens.
+
+        Raises:
+            InputError: The archive cannot be read, or ends before the part.
+        """
+        if self.size is None:
+            return None
+        try:
+            with self.path.open("rb") as archive:
+                archive.seek(self.offset)
+                content = archive.read(self.size)
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror or error}") from None
+        if len(content) < self.size:
+            raise InputError(f"{self.path} ends within it, after {len(content)} of {self.size} bytes")
+        return content
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureRecord:
+    """A picture with its captions, or an entry of a source that cannot be used.
+
+    Args:
+        name: Name in messages and reports: the path of the file, or archive and member.
+        captions: The captions as the source has them.
+        file: The picture; None with a ``problem``.
+        problem: Why the entry cannot be used.
+        notes: What was chosen in reading the captions.
+    """
+
+    name: str
+    captions: tuple[str, ...] = ()
+    file: PictureFile | None = None
+    problem: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class PictureSource(Protocol):
+    """Captioned pictures in a stated order, which is the same in every iteration."""
+
+    def __len__(self) -> int:
+        """Number of records."""
+        ...
+
+    def __iter__(self) -> Iterator[PictureRecord]:
+        """Yield the records."""
+        ...

@@ -1,0 +1,142 @@
+"""A tar shard in WebDataset's form: members of one key follow each other, as ``0001.jpg`` and ``0001.txt``.
+
+The archive is read in order, its pictures later by their offsets. Nothing is extracted.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from cogview.data.sources.columns import CAPTION_NAMES
+from cogview.data.sources.folders import CAPTION_SUFFIX
+from cogview.data.sources.records import GB18030_NOTE, PictureFile, PictureRecord
+from cogview.errors import InputError
+from cogview.image_io.reading import IMAGE_SUFFIXES
+from cogview.plain_data import parse_json
+from cogview.tables import decode_text, numbered_lines
+
+MAX_TEXT = 1 << 20  # bytes of a member with captions
+
+BLOCK = tarfile.BLOCKSIZE
+
+# Key, suffix in lower case, and header of a file; three empty values where the archive is damaged.
+_Member: TypeAlias = tuple[str, str, tarfile.TarInfo | None]
+
+
+class TarShard:
+    """The records of one tar archive in its order.
+
+    Args:
+        path: The archive, not compressed.
+
+    Raises:
+        InputError: The archive cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with self._open():
+                pass
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        except tarfile.TarError as error:
+            raise InputError(f"{path} is no tar archive, or is cut off: {error}") from None
+        self._count = sum(1 for _ in self._groups())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[PictureRecord]:
+        for key, members in self._groups():
+            yield self._record(key, members)
+
+    def _open(self) -> tarfile.TarFile:
+        return tarfile.open(self.path, "r:")
+
+    def _groups(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+        """Yield the members of each key by their suffixes; an empty key and no members where the archive is cut."""
+        with self._open() as archive:
+            for key, members in groupby(_members(archive), key=lambda member: member[0]):
+                yield key, {suffix: info for _, suffix, info in members if info is not None}
+
+    def _record(self, key: str, members: Mapping[str, tarfile.TarInfo]) -> PictureRecord:
+        if not members:
+            return PictureRecord(name=str(self.path), problem="the archive is cut off or damaged at its end")
+        pictures = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
+        texts = [suffix for suffix in (CAPTION_SUFFIX, ".json") if suffix in members]
+        if not pictures:
+            first = members[texts[0]].name if texts else key
+            reason = "a caption without a picture" if texts else "no picture and no caption"
+            return PictureRecord(name=self._name(first), problem=f"{reason} under the key {key}")
+        picture = members[pictures[0]]
+        name = self._name(picture.name)
+        notes: list[str] = []
+        try:
+            captions = self._captions(members, texts, notes)
+        except (InputError, OSError, ValueError) as error:
+            return PictureRecord(name=name, problem=str(error))
+        if not captions:
+            return PictureRecord(name=name, problem=f"a picture without a caption: expected {key}{CAPTION_SUFFIX}")
+        file = PictureFile(path=self.path, offset=picture.offset_data, size=picture.size)
+        return PictureRecord(name=name, captions=captions, file=file, notes=tuple(notes))
+
+    def _captions(self, members: Mapping[str, tarfile.TarInfo], texts: list[str], notes: list[str]) -> tuple[str, ...]:
+        """Return the captions of a key: the lines of its .txt, or else a text or list of its .json."""
+        for suffix in texts:
+            info = members[suffix]
+            if info.size > MAX_TEXT:
+                raise InputError(f"its captions {info.name} have {info.size:,} bytes, at most {MAX_TEXT:,} are read")
+            content = PictureFile(path=self.path, offset=info.offset_data, size=info.size).read_part() or b""
+            if suffix == CAPTION_SUFFIX:
+                text = decode_text(content, self._name(info.name), lambda note: notes.append(GB18030_NOTE))
+                lines = tuple(line for _, line in numbered_lines(text))
+            else:
+                lines = _captions_of_json(content, self._name(info.name))
+            if lines:
+                return lines
+        return ()
+
+    def _name(self, member: str) -> str:
+        return str(self.path / member)
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[_Member]:
+    """Yield key, suffix and header of each file, and empty ones at the end of an archive that lacks its end mark.
+
+    ``tarfile`` takes a damaged header for the end, so the mark is looked for: a block of zeros.
+    """
+    end = 0
+    try:
+        while (info := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # they would grow without limit
+            end = info.offset_data + (-(-info.size // BLOCK) * BLOCK if info.isreg() else 0)
+            folder, _, base = info.name.rpartition("/")
+            stem, dot, suffix = base.partition(".")  # WebDataset's rule: the key ends at the first dot
+            if info.isreg() and stem:
+                yield f"{folder}/{stem}" if folder else stem, f"{dot}{suffix}".lower(), info
+        with Path(str(archive.name)).open("rb") as file:
+            file.seek(end)
+            is_whole = file.read(BLOCK) == bytes(BLOCK)
+    except (tarfile.TarError, OSError):
+        is_whole = False
+    if not is_whole:
+        yield "", "", None
+
+
+def _captions_of_json(content: bytes, name: str) -> tuple[str, ...]:
+    """Return the captions of an object: a text or a list of texts under the first usual name."""
+    try:
+        found: Any = parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON: {error}") from None
+    for key in CAPTION_NAMES if isinstance(found, Mapping) else ():
+        texts = found.get(key)
+        texts = texts if isinstance(texts, list) else [texts]
+        if lines := tuple(text.strip() for text in texts if isinstance(text, str) and text.strip()):
+            return lines
+    return ()
