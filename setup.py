@@ -10,6 +10,7 @@ setup(
         "cogview.cli",
         "cogview.data",
         "cogview.data.builders",
+        "cogview.data.sources",
         "cogview.diagnostics",
         "cogview.emoji",
         "cogview.emoji.evaluation",

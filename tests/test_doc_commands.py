@@ -125,7 +125,7 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview estimate --model 4b --task generate -n 8 --dtype int8 --device cuda:24GB": Run(),
     # Data
     "cogview data build pictures -o data/style --model cogview-emoji": Run("captions", more="--workers 0 --held-out 0"),
-    "cogview data build captions.csv --pictures photos -o data/photos --model cogview-emoji --fit pad --held-out 0.1": Run(
+    "cogview data build captions.csv --pictures photos -o data/photos --model cogview-emoji --fit pad": Run(
         "captions", more="--workers 0"
     ),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(

@@ -116,7 +116,7 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
         if not words or not re.fullmatch(r"[a-z][a-z-]+", words[0]):
             continue
         assert re.search(rf"^\s+{words[0]}\b", known, re.MULTILINE), f"{name(page)}: cogview {words[0]}"
-        group = words[:2] if words[0] in ("adapter", "eval") and len(words) > 1 else words[:1]
+        group = words[:2] if words[0] in ("adapter", "data", "eval") and len(words) > 1 else words[:1]
         flags = {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)}
         described = help_of(*group) or help_of(words[0])
         for flag in flags:
@@ -129,7 +129,8 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
 def test_flags_of_prose_exist_in_a_command(page: Path) -> None:
     """A flag that stands alone, such as ``--grid``, belongs to some command or script."""
     listed = re.findall(r"^\s{2,6}([a-z][a-z-]+)\b", help_of(), re.MULTILINE)
-    everything = "\n".join([help_of(), *map(help_of, listed)]) + "".join(
+    nested = [("data", action) for action in re.findall(r"^  ([a-z]+)  ", help_of("data"), re.MULTILINE)]
+    everything = "\n".join([help_of(), *map(help_of, listed), *(help_of(*words) for words in nested)]) + "".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*.py")
     )
     for code in _INLINE.findall(prose(page)):

@@ -4,13 +4,10 @@ import json
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from PIL import Image
 
 from cogview.cli.main import main
-from cogview.data.store import TokenStore
 from cogview.modeling import config
 
 

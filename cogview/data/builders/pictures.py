@@ -42,6 +42,8 @@ from cogview.vqvae.codec import ImageTokenizer, codebook_sha256
 SPLITS = {True: "held-out", False: "training"}  # the training store is complete last
 JOURNAL = "journal.jsonl"
 LOCK = "owner.json"
+MEASURED = 10_000  # captions
+MANY_BYTES = 0.2  # share of the characters of captions from which on a warning is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class BuildReport:
         notes: Number of pictures by note.
         num_captions: Number of different captions.
         held_out_share: Share of the pictures that was to be held out.
+        byte_share: Share of the characters without a piece of their own, in the first ``MEASURED`` captions.
     """
 
     records: int = 0
@@ -97,6 +100,7 @@ class BuildReport:
     notes: Counter[str] = field(default_factory=Counter)
     num_captions: int = 0
     held_out_share: float = 0.0
+    byte_share: float = 0.0
 
     def warnings(self) -> list[str]:
         """Return what is likely to be a mistake in the data."""
@@ -104,6 +108,11 @@ class BuildReport:
         rows = sum(self.rows.values())
         if rows > 1 and self.num_captions == 1:
             found.append(f"all {rows} captions are the same: a model cannot learn to tell the pictures apart by text")
+        if self.byte_share > MANY_BYTES:
+            found.append(
+                f"{self.byte_share:.0%} of the characters of captions have no piece in this text tokenizer and are "
+                "spelt in bytes: train a text tokenizer on these captions"
+            )
         if not self.rows[True] and self.held_out_share:
             found.append(
                 f"none of {plural(self.pictures[False], 'picture')} fell into the held-out share of "
@@ -244,6 +253,7 @@ class PictureBuild:
     def _write_report(self, journal: BuildJournal) -> BuildReport:
         report = BuildReport(held_out_share=self.settings.held_out)
         captions: set[int] = set()
+        shares: list[float] = []
         with atomic_write(self.paths.report) as temporary, temporary.open("wb") as file:
             for entry in journal.entries():
                 report.records += 1
@@ -251,6 +261,8 @@ class PictureBuild:
                 report.rows[entry.held_out] += len(entry.captions)
                 report.notes.update(entry.notes)
                 captions.update(map(hash, entry.captions))
+                if len(shares) < MEASURED:
+                    shares += map(self.text_tokenizer.byte_share, entry.captions)
                 for reason in entry.left_out:
                     report.left_out += 1
                     report.first_left_out = report.first_left_out or f"{entry.name}: {reason}"
@@ -258,6 +270,7 @@ class PictureBuild:
         if not report.left_out:
             self.paths.report.unlink()
         report.num_captions = len(captions)
+        report.byte_share = sum(shares) / max(1, len(shares))
         return report
 
     def _writer(self, held_out: bool) -> StoreWriter:

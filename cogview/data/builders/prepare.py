@@ -112,7 +112,8 @@ class PicturePreparer(Dataset[PreparedPicture]):
                 width, height = image.size
                 raise InputError(f"the picture is {width} x {height} pixels, expected at least {MIN_SIDE} on a side")
         except InputError as error:
-            reason = str(error).replace(f"image {path}", "it").replace(str(path), "it")  # the report names the file
+            # The report names the file.
+            reason = str(error).replace("image " + str(path), "it").replace(str(path), "it")
             return PreparedPicture(record=record, left_out=(reason,), notes=record.notes)
         scales = self.settings.scales.items()
         return PreparedPicture(

@@ -258,7 +258,9 @@ def test_picture_build_refuses_to_replace_a_store(make_build, picture_sources):
     ],
     ids=str,
 )
-def test_picture_build_continues_with_the_same_settings_alone(make_build, picture_sources, monkeypatch, changes, message):
+def test_picture_build_continues_with_the_same_settings_alone(
+    make_build, picture_sources, monkeypatch, changes, message
+):
     interrupt(make_build(picture_sources["folder"]), monkeypatch)
     with pytest.raises(InputError, match=message):
         make_build(picture_sources["folder"], **changes).run()
@@ -327,12 +329,12 @@ def test_picture_build_fails_when_no_picture_can_be_used(make_build, folder):
     pictures, add = folder
     add("a.png", 1, "狗" * 30)
     build = make_build(pictures)
-    with pytest.raises(InputError, match=r"none of 1 picture can be used; the first: .*a\.png: a caption has 30 pieces"):
+    with pytest.raises(InputError, match=r"none of 1 picture can be used; the first: .*a\.png: a caption has 30"):
         build.run()
     assert len(left_out(build)) == 1
     assert not build.paths.work.exists()
     add("a.png", 1, "狗")
-    with pytest.raises(InputError, match=r"the held-out share took all of 1 picture: lower it, --held-out 0 takes none"):
+    with pytest.raises(InputError, match=r"the held-out share took all of 1 picture: lower it, --held-out 0"):
         make_build(pictures, held_out=0.9999999).run()
     assert make_build(pictures, held_out=0).run().warnings() == []
 

@@ -45,7 +45,7 @@ def test_open_source_yields_the_same_pictures_of_each_kind(picture_sources):
     assert all(each == found["folder"] for each in found.values())
 
 
-def test_picture_folder_names_pictures_without_captions_and_captions_without_pictures(read):
+def test_picture_folder_names_pictures_and_captions_without_partner(read):
     for name in ("a.jpg", "b/c.png", "b/alone.png", "empty.webp", "d.svg", ".hidden/e.png", ".f.png"):
         write(name)
     write("a.txt", "\ufeff一只狐狸\r\n\r\n 另一只 \n")
@@ -68,8 +68,8 @@ def test_picture_folder_enters_a_folder_once_when_links_form_a_loop(read):
     write("pictures/inner/a.txt", "一只狐狸")
     write("elsewhere/b.png")
     write("elsewhere/b.txt", "一只狗")
-    os.symlink("..", "pictures/inner/loop")
-    os.symlink(os.path.abspath("elsewhere"), "pictures/linked")
+    Path("pictures/inner/loop").symlink_to("..")
+    Path("pictures/linked").symlink_to(Path("elsewhere").resolve())
     used, _, _ = read("pictures")
     assert list(used) == ["pictures/inner/a.png", "pictures/linked/b.png"]
 
@@ -87,8 +87,7 @@ def test_picture_folder_reads_captions_in_gbk_and_names_other_encodings(read):
 def test_picture_folder_takes_names_with_newlines_and_in_gbk(read):
     for stem in (b"a\nb", "狐狸".encode("gbk")):
         for suffix in (b".png", b".txt"):
-            with open(os.path.join(b".", stem + suffix), "wb") as file:
-                file.write("一只狐狸".encode())
+            Path(os.fsdecode(stem + suffix)).write_bytes("一只狐狸".encode())
     used, problems, _ = read(".")
     assert sorted(map(os.fsencode, used)) == [b"a\nb.png", "狐狸".encode("gbk") + b".png"]
     assert not problems
