@@ -136,17 +136,6 @@ def float64_of(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether ``error`` reports that a device is out of memory.
-
-    PyTorch's CPU allocator raises a plain RuntimeError, and so do threads that get no stack.
-    """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    messages = ("allocate memory", "can't start new thread", "Cannot allocate")
-    return isinstance(error, RuntimeError) and any(message in str(error) for message in messages)
-
-
 def _peak_resident_memory() -> int | None:
     """Return the peak of this process's resident memory in bytes; None if the system does not report it."""
     with suppress(OSError):  # on Linux ru_maxrss is inherited from the parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from enum import IntEnum
 
 from cogview.formatting import printable
@@ -39,3 +40,33 @@ class RetryLaterError(InputError):
 
 class ReportedByPeer(InputError):
     """An ``InputError`` that another process of the same run reports: this one exits with status 2, silently."""
+
+
+_DISK_FULL = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the limit on the size of a file (ulimit -f) is reached",
+}
+# Of PyTorch's allocators, of libraries of CUDA, and of threads that get no stack. All are plain RuntimeErrors.
+_OUT_OF_MEMORY = ("out of memory", "allocate memory", "can't start new thread", "Cannot allocate", "ALLOC_FAILED")
+
+
+def disk_full_reason(error: OSError) -> str | None:
+    """Return the reason in words if ``error`` is about missing space on a disk; None for any other error."""
+    return _DISK_FULL.get(error.errno or 0)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether ``error`` reports that the host or a device is out of memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_reported = isinstance(error, RuntimeError) and any(message in str(error) for message in _OUT_OF_MEMORY)
+    return is_reported or isinstance(error, MemoryError)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the reason in words, without the number of the operating system and the path that ``str`` adds."""
+    inner = getattr(error, "reason", None)  # of urllib
+    if isinstance(inner, BaseException):
+        return reason_of(inner)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

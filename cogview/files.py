@@ -26,14 +26,9 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-from cogview.errors import InputError, RetryLaterError
+from cogview.errors import InputError, RetryLaterError, disk_full_reason
 from cogview.plain_data import parse_json
 
-DISK_FULL = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the limit on the size of a file (ulimit -f) is reached",
-}
 HASH_BLOCK = 1 << 20  # bytes
 
 # The first form is written. The others are leftovers of earlier versions, which a new write also removes.
@@ -146,11 +141,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise RetryLaterError(
             f"there is no room for {path}: {free:.1f} GB are free there; nothing was written"
         ) from None
-
-
-def disk_full_reason(error: OSError) -> str | None:
-    """Return the reason in words if ``error`` is about missing space on a disk; None for any other error."""
-    return DISK_FULL.get(error.errno) if error.errno is not None else None
 
 
 def require_regular(path: Path) -> None:

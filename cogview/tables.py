@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.files import require_regular
 from cogview.formatting import shorten
 from cogview.plain_data import parse_json
@@ -56,7 +56,7 @@ def read_text(source: str, on_note: Callable[[str], object] = print_note) -> str
             require_regular(Path(source))
             content = Path(source).read_bytes()
     except OSError as error:
-        raise InputError(f"cannot read {where}: {error.strerror or error}") from None
+        raise InputError(f"cannot read {where}: {reason_of(error)}") from None
     return decode_text(content, where, on_note)
 
 

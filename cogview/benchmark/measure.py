@@ -21,8 +21,8 @@ import torch
 
 from cogview.benchmark.random_weights import random_model
 from cogview.checkpoints.checkpoint import load_model
-from cogview.device import DevicePlacement, is_out_of_memory, peak_process_memory
-from cogview.errors import InputError
+from cogview.device import DevicePlacement, peak_process_memory
+from cogview.errors import InputError, is_out_of_memory
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingProgress, DecodingRequest
 from cogview.modeling.config import ModelConfig

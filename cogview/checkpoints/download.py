@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 
 from cogview import __version__
 from cogview.checkpoints.registry import FileEntry
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.files import file_sha256
 from cogview.formatting import format_bytes
 from cogview.plain_data import parse_json
@@ -177,8 +177,7 @@ def _open(url: str, partial: PartialDownload, timeout: float) -> HTTPResponse:
         permanent = error.code < 500 and error.code not in (408, 429)
         raise MirrorError(f"answered {error.code} {error.reason}", permanent) from None
     except (OSError, HTTPException, ValueError) as error:  # ValueError: a redirect to a malformed address
-        reason = getattr(getattr(error, "reason", error), "strerror", None) or error
-        raise MirrorError(f"could not be reached: {reason}", permanent=False) from None
+        raise MirrorError(f"could not be reached: {reason_of(error)}", permanent=False) from None
     if not isinstance(response, HTTPResponse):
         raise MirrorError(f"redirects to {response.url}, which is not http")
     return response
@@ -227,7 +226,7 @@ def _read(response: HTTPResponse) -> bytes:
     try:
         return response.read1(1 << 18)
     except (OSError, HTTPException) as error:
-        raise MirrorError(f"broke off: {error}", permanent=False) from None
+        raise MirrorError(f"broke off: {reason_of(error)}", permanent=False) from None
 
 
 def _mismatch(file: FileEntry, path: Path) -> str:

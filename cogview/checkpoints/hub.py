@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cogview import __version__
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.plain_data import read_json
 
 # The files that are fetched and pushed. Pickles and training states are not among them.
@@ -199,7 +199,7 @@ def _errors_as_input_errors(
         if not reason:
             from huggingface_hub.constants import ENDPOINT
 
-            reason = f"{name} cannot be {verb} {ENDPOINT}: {error or type(error).__name__}"
+            reason = f"{name} cannot be {verb} {ENDPOINT}: {reason_of(error)}"
         raise InputError(" ".join(reason.split())) from None
 
 
@@ -225,7 +225,7 @@ def _explain(error: Exception, name: str, revision: str | None, cache_dir: str |
         message = error.server_message or error.response.reason_phrase
         return f"{endpoint} answered {status} for {name}: {message}" + (f"; {_LOG_IN}" if status in (401, 403) else "")
     if isinstance(error, (_http_error(), ConnectionError, TimeoutError)):
-        return f"{absent}{endpoint} cannot be reached ({error}): check the network and HF_ENDPOINT"
+        return f"{absent}{endpoint} cannot be reached ({reason_of(error)}): check the network and HF_ENDPOINT"
     return ""
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cogview.cli.options import Command, argument, output_option, revision_option
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 
 if TYPE_CHECKING:
     from cogview.checkpoints.registry import FileEntry, ModelEntry
@@ -93,7 +93,7 @@ def convert_downloads(name: str, files: Mapping[str, Path], *, convert: bool) ->
             try:
                 print(f"{model} is converted: {_convert(model, known[model], paths)}", file=sys.stderr)
             except (InputError, OSError) as error:
-                print(f"cogview download: {model} could not be converted: {error}", file=sys.stderr)
+                print(f"cogview download: {model} could not be converted: {reason_of(error)}", file=sys.stderr)
                 status = 2
     return status
 

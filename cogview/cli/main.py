@@ -38,11 +38,12 @@ from typing import Any
 import click
 
 from cogview import __version__
+from cogview.cli.failures import explain_error
 from cogview.cli.progress import log_batch_plans
 from cogview.cli.streams import command_line, prepare_streams
 from cogview.cli.translation import LANGUAGES, language_of, take_language, translated
 from cogview.cli.usage import unknown_command, usage_message
-from cogview.errors import ExitStatus, InputError, ReportedByPeer, RetryLaterError
+from cogview.errors import ExitStatus, InputError, ReportedByPeer
 from cogview.formatting import printable
 
 # Command, its module in cogview.cli, and its line of help.
@@ -208,38 +209,14 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         path = error.ctx.command_path if error.ctx is not None else name
         return _report(path, f"{usage_message(error)}; see {path} --help")
     except ReportedByPeer:
-        return 2
-    except RetryLaterError as error:
-        return _report(name, str(error), ExitStatus.RETRY_LATER)
-    except OSError as error:
-        from cogview.files import disk_full_reason
-
-        if (reason := disk_full_reason(error)) is not None:
-            return _report(name, f"{reason}; finished results are kept", ExitStatus.RETRY_LATER)
-        return _report(name, str(error))
-    except InputError as error:
-        return _report(name, str(error))
-    except (ValueError, RuntimeError, MemoryError) as error:
-        if (message := _library_failure(error)) is None:
-            raise
-        return _report(name, *message)
+        return ExitStatus.MISTAKE
     except KeyboardInterrupt:
         print(f"{name}: interrupted; finished results are kept", file=sys.stderr)
         return 130
-
-
-def _library_failure(error: ValueError | RuntimeError | MemoryError) -> tuple[str, int] | None:
-    """Return the line and the exit status for an error of PyTorch that a user can mend; None for a bug."""
-    if isinstance(error, ValueError):
-        from cogview.kernels.dispatch import ForcedKernelsError  # with PyTorch, which has been imported by then
-
-        return (str(error), ExitStatus.MISTAKE) if isinstance(error, ForcedKernelsError) else None
-    from cogview.device import is_out_of_memory
-
-    if not isinstance(error, MemoryError) and not is_out_of_memory(error):
-        return None
-    advice = "free some, or use less: a smaller --max-inference-batch-size, --dtype or --model"
-    return f"the memory is full; finished results are kept; {advice}", ExitStatus.RETRY_LATER
+    except Exception as error:
+        if (explanation := explain_error(error)) is None:
+            raise
+    return _report(name, *explanation)  # the traceback is freed by now, with the memory that it referred to
 
 
 def _configure_logging() -> None:

@@ -12,7 +12,7 @@ import click
 from cogview.cli.evaluate import MEASURE_NAMES, last_checkpoint, read_report
 from cogview.cli.options import Command, output_option
 from cogview.cli.recipes import recipe_options
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def read_card(recipe: Recipe, name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"the model card {name} of {recipe.path} cannot be read: {reason}") from None
+        raise InputError(f"the model card {name} of {recipe.path} cannot be read: {reason_of(error)}") from None
 
 
 def prompt_grammar(world: Path) -> PromptGrammar | None:

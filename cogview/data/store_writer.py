@@ -27,7 +27,7 @@ from cogview.data.store import (
     naming_damage,
 )
 from cogview.data.store_checksum import CHECKSUM_FILE, DATA_FILE, check_sum, write_checksum
-from cogview.errors import InputError, RetryLaterError
+from cogview.errors import InputError, RetryLaterError, reason_of
 from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class StoreWriter:
                 check_sum(self.path)
             self._environment = lmdb.open(str(self.path), map_size=map_size, max_dbs=1)
         except (OSError, lmdb.Error) as error:
-            raise InputError(f"cannot write a store to {self.path}: {error}") from error
+            raise InputError(f"cannot write a store to {self.path}: {reason_of(error)}") from error
         try:
             with naming_damage(self.path):
                 begun = self._environment.stat()["entries"] > 0

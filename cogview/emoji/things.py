@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.plain_data import read_yaml
 
 SPRITE_PIXELS = 128
@@ -184,7 +184,7 @@ def draw_sprites(things: Sequence[EmojiObject], font: Path) -> np.ndarray:
     try:
         face = ImageFont.truetype(str(font), _FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
     except OSError as error:
-        raise InputError(f"{font} cannot be read as a font: {error}; expected NotoColorEmoji.ttf") from error
+        raise InputError(f"{font} cannot be read as a font: {reason_of(error)}; expected NotoColorEmoji.ttf") from error
     sprites = np.zeros((len(things), SPRITE_PIXELS, SPRITE_PIXELS, 4), dtype=np.uint8)
     for index, thing in enumerate(things):
         canvas = Image.new("RGBA", (_FONT_LEFT + SPRITE_PIXELS + _FONT_LEFT, SPRITE_PIXELS), (0, 0, 0, 0))

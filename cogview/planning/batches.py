@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import torch
 
-from cogview.device import available_memory, is_out_of_memory
-from cogview.errors import InputError
+from cogview.device import available_memory
+from cogview.errors import InputError, RetryLaterError, is_out_of_memory
 from cogview.formatting import format_gigabytes
 
 # Larger batches delay the first result and gain little; the limits are assumptions, not measured.
@@ -89,7 +89,7 @@ class BatchPlanner:
             what: Name of the work in messages.
 
         Raises:
-            InputError: Not even one item fits.
+            RetryLaterError: Not even one item fits.
         """
         return self._chunks(items, bytes_of, what, self.free())
 
@@ -108,7 +108,7 @@ class BatchPlanner:
             does not split the batch again.
 
         Raises:
-            InputError: Not even one item fits.
+            RetryLaterError: Not even one item fits.
         """
         done, free = 0, self.free()
         while done < len(items):
@@ -141,7 +141,7 @@ class BatchPlanner:
             The results of all items in order.
 
         Raises:
-            InputError: Not even one item fits, or the device runs out of memory with one.
+            RetryLaterError: Not even one item fits, or the device runs out of memory with one.
         """
         done, free = 0, self.free() if free_bytes is None else free_bytes
         while done < len(items):
@@ -155,9 +155,9 @@ class BatchPlanner:
                     free = self.free()
                     if size == 1:
                         needed = bytes_of(batch)
-                        raise InputError(
+                        raise RetryLaterError(
                             f"{what}: {self.device} ran out of memory with one at a time, which takes "
-                            f"{format_gigabytes(needed, 2)} of {format_gigabytes(free, 2)} free; suggestions: "
+                            f"{format_gigabytes(needed, 2)} of {format_gigabytes(max(free, 0), 2)} free; suggestions: "
                             f"{self._suggest(needed - free)}"
                         )
                     self._failed[what] = size
@@ -181,7 +181,7 @@ class BatchPlanner:
                 too_many = middle
         if not fits:
             needed = bytes_of(items[:1])
-            raise InputError(
+            raise RetryLaterError(
                 f"{what}: one at a time takes {format_gigabytes(needed, 2)} and {self.device} has "
                 f"{format_gigabytes(max(free, 0), 2)} free; suggestions: {self._suggest(needed - free)}"
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview import __version__
+from cogview.errors import reason_of
 from cogview.files import append_json_line
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def write_environment(
     try:
         append_json_line(path, found)
     except OSError as error:
-        print(f"warning: {path} could not be written: {error.strerror or error}", file=sys.stderr)
+        print(f"warning: {path} could not be written: {reason_of(error)}", file=sys.stderr)
 
 
 def _or_none(fact: Callable[[], Any]) -> Any:

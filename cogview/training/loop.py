@@ -19,8 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
-from cogview.device import is_out_of_memory
-from cogview.errors import InputError, ReportedByPeer, RetryLaterError
+from cogview.errors import InputError, ReportedByPeer, RetryLaterError, is_out_of_memory
 from cogview.formatting import format_duration
 from cogview.signals import GracefulStop
 from cogview.training.distributed import DistributedContext, is_peer_failure, log_main

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 
 from cogview.checkpoints.checkpoint import Model
-from cogview.device import available_memory, is_out_of_memory, precision_name
+from cogview.device import available_memory, precision_name
+from cogview.errors import is_out_of_memory
 from cogview.planning.gpus import peak_flops
 from cogview.planning.hardware import measure_hardware
 from cogview.planning.training import TrainingJob, TrainingMemory, choose_micro_batch, training_memory

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cogview.config_io import to_mapping
 from cogview.device import precision_name
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.files import write_json
 from cogview.modeling.transformer import Transformer
 from cogview.training.distributed import DistributedContext, log_main
@@ -187,7 +187,7 @@ class NonFiniteGuard:
                 settings = {"training": to_mapping(self.settings), "dtype": precision_name(self.engine.model.dtype)}
                 write_json(folder / "settings.json", settings)
         except (OSError, SafetensorError) as error:  # such as a full disk
-            return f" (it could not be kept in {folder}: {error})"
+            return f" (it could not be kept in {folder}: {reason_of(error)})"
         replay = f", look again with: cogview doctor --dump {folder}" if self.can_replay else ""
         return f"; the batch and the weights are kept in {folder}{replay}"
 

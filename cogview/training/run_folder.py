@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.files import (
     append_json_line,
     atomic_folder,
@@ -168,7 +168,7 @@ class RunFolder:
             self._write_events(step, metrics)
         except OSError as error:  # such as a full disk: the training is worth more than its curves
             if self._logs:
-                print(f"warning: metrics cannot be written from step {step} on: {error}", file=sys.stderr)
+                print(f"warning: metrics cannot be written from step {step} on: {reason_of(error)}", file=sys.stderr)
             self._logs = False
 
     def _write_events(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -215,7 +215,7 @@ class RunFolder:
             raise error
         last = self.checkpoints()
         kept = f"{last[-1].name} stays the last one" if last else "there is none yet"
-        print(f"\nwarning: a checkpoint could not be written, {kept}: {error}", file=sys.stderr)
+        print(f"\nwarning: a checkpoint could not be written, {kept}: {reason_of(error)}", file=sys.stderr)
 
     def _write(self, target: Path, write: Writer, keep: int) -> None:
         """Write a checkpoint, then remove old ones."""
@@ -266,7 +266,7 @@ def warn_if_unwritten(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        print(f"warning: {what} could not be written: {error}", file=sys.stderr)
+        print(f"warning: {what} could not be written: {reason_of(error)}", file=sys.stderr)
 
 
 class BackgroundSave:

@@ -16,8 +16,8 @@ from cogview.checkpoints.checkpoint import Model, NamedThing
 from cogview.config_io import to_mapping
 from cogview.data.phases import PHASES_FILE
 from cogview.data.store import NO_TOKEN, TokenStore
-from cogview.device import DevicePlacement, is_out_of_memory, training_dtype
-from cogview.errors import RetryLaterError
+from cogview.device import DevicePlacement, training_dtype
+from cogview.errors import RetryLaterError, is_out_of_memory
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.pipeline.cogview import CogView
 from cogview.planning.training import TrainingMemory

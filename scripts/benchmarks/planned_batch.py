@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogview.device import available_memory, is_out_of_memory
+from cogview.device import available_memory
+from cogview.errors import is_out_of_memory
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
 from cogview.planning import batches as planning

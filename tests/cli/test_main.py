@@ -106,7 +106,7 @@ def test_main_reports_mistakes_in_one_line(arguments, message, capsys):
         (
             FileNotFoundError(2, "No such file or directory", "文件"),
             2,
-            "cogview x: [Errno 2] No such file or directory: '文件'\n",
+            "cogview x: 文件: there is no such file or folder; check its name\n",
         ),
         (ForcedKernelsError("COGVIEW_KERNELS='fast' is unknown"), 2, "cogview x: COGVIEW_KERNELS='fast' is unknown\n"),
         (KeyboardInterrupt(), 130, "cogview x: interrupted; finished results are kept\n"),
@@ -126,10 +126,13 @@ def test_main_raises_unexpected_errors(fail, error):
         run_safely(fail, "cogview x")
 
 
+DISK_FULL = "cogview models: the disk is full; finished results are kept; free some space, or choose another folder\n"
+
+
 def test_main_reports_a_full_disk_of_stdout_in_one_line():
     command = f"{sys.executable} -m cogview models > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (3, "cogview models: the disk is full; finished results are kept\n")
+    assert (done.returncode, done.stderr) == (3, DISK_FULL)
 
 
 @pytest.mark.parametrize(

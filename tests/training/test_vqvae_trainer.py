@@ -285,7 +285,7 @@ def test_vqvae_trainer_evaluates_when_the_sheet_cannot_be_written(make_tiny_worl
     held_out = SceneDataset(make_tiny_world(), 1, held_out=True)
     trainer = VQVAETrainer(CONFIG, TRAINING, CPU, held_out=held_out, validation_images=2)
     assert trainer.evaluate(3, tmp_path / "absent")["validation_images"] == 2
-    assert capsys.readouterr().err.startswith("warning: the sheet of step 3 could not be written: [Errno 2]")
+    assert capsys.readouterr().err.startswith("warning: the sheet of step 3 could not be written: No such file")
 
 
 def test_vqvae_trainer_evaluates_nothing_without_held_out_images(tmp_path):
