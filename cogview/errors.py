@@ -16,6 +16,21 @@ class ExitStatus(IntEnum):
     MISTAKE = 2  # the command line or all of the input cannot be used
     RETRY_LATER = 3  # the same command can succeed later: the disk or the memory was full, or a lock was held
 
+    @classmethod
+    def of(cls, done: int, failed: int) -> ExitStatus:
+        """Return the status of a command on several inputs.
+
+        Args:
+            done: Number of results that were made.
+            failed: Number of inputs that were skipped or failed.
+
+        Returns:
+            ``DONE`` if nothing failed, ``PARTLY_DONE`` if there are results as well, else ``MISTAKE``.
+        """
+        if not failed:
+            return cls.DONE
+        return cls.PARTLY_DONE if done else cls.MISTAKE
+
 
 class InputError(ValueError):
     """A value that the user gave cannot be used.

@@ -7,14 +7,32 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+class StoppedBySignal(KeyboardInterrupt):
+    """Raised by the second signal within a ``GracefulStop``.
+
+    Attributes:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def exit_status_of_signal(number: int) -> int:
+    """Return the exit status of a command that a signal has stopped: 130 for SIGINT, 143 for SIGTERM."""
+    return 128 + number
+
+
 class GracefulStop:
-    """Within ``with``, the first SIGINT or SIGTERM only requests a stop; a second one raises KeyboardInterrupt.
+    """Within ``with``, the first SIGINT or SIGTERM only requests a stop; a second one raises ``StoppedBySignal``.
 
     A signal that the process ignores stays ignored: a shell starts programs in the background like that.
 
@@ -22,14 +40,17 @@ class GracefulStop:
         number: The signal that requested the stop; None before.
     """
 
-    def __init__(self, message: str | None = None) -> None:
+    def __init__(self, message: str | Mapping[int, str] | None = None) -> None:
         """Prepare to handle signals.
 
         Args:
-            message: Line for stderr when a stop is requested; None in processes that print nothing.
+            message: Line for stderr when a stop is requested, or one for each signal; None in processes that print
+                nothing.
         """
         self.number: int | None = None
-        self._message = message
+        self._messages: Mapping[int, str | None] = (
+            message if isinstance(message, Mapping) else {number: message for number in STOP_SIGNALS}
+        )
         self._before: dict[int, Any] = {}
 
     def requested(self) -> bool:
@@ -48,11 +69,11 @@ class GracefulStop:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
-            raise KeyboardInterrupt
+            raise StoppedBySignal(number)
         self.number = number
-        if self._message is not None:
+        if (message := self._messages[number]) is not None:
             # Not print(): the signal may have come in the middle of one. A progress bar may stand in the line.
-            line = self._message + "\n"
+            line = message + "\n"
             os.write(2, ("\n" + line if sys.stderr.isatty() else line).encode())
 
 

@@ -16,6 +16,7 @@ import v1_flags
 from cogview.cli.caption import caption_files, caption_line, load_captioner
 from cogview.cli.inputs import ImageReader
 from cogview.cli.text_io import LineWriter
+from cogview.errors import ExitStatus
 from cogview.pipeline.inputs import resolve_seed
 
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(flags: v1_flags.V1Flags, lines: list[str] | None) -> int:
-    """Caption every image that can be read; return status 1 if one cannot, 2 if a line was skipped."""
+    """Caption every image that can be read; return the exit status, 1 if a line was skipped."""
     settings = {"method": "sample", "n": flags.batch_size, "seed": resolve_seed(flags.seed), **flags.settings}
     with LineWriter(flags.output_path / "captions.jsonl") as writer:
         model = load_captioner(flags.model, settings)
@@ -41,7 +42,7 @@ def run(flags: v1_flags.V1Flags, lines: list[str] | None) -> int:
                     writer.write(caption_line(caption, **about))
                 done += 1
             status = reader.report_failures(done)
-            return status if len(sources) == len(lines) else 2
+            return max(status, ExitStatus.of(len(sources), len(lines) - len(sources)))
 
         return v1_flags.process_lines(lines, "Which image shall I caption?", write_captions)
 

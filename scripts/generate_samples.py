@@ -20,6 +20,7 @@ import super_resolution
 import v1_flags
 
 from cogview.cli.session import GenerationSession, ImageOutput
+from cogview.errors import ExitStatus
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.image_io.png import safe_name
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(flags: v1_flags.V1Flags, lines: list[str] | None) -> int:
-    """Generate the images of every prompt that can be used; return status 2 if a line was skipped."""
+    """Generate the images of every prompt that can be used; return the exit status, 1 if a line was skipped."""
     samples = SampleWriter(v1_flags.open_session(flags, "generate"), flags)
     return v1_flags.process_lines(lines, "What shall I generate?", samples.generate)
 
@@ -46,7 +47,7 @@ class SampleWriter:
         self._num_files: Counter[Path] = Counter()  # in each folder, so far
 
     def generate(self, lines: Sequence[str]) -> int:
-        """Generate the images of all lines that can be used; return status 2 if a line was skipped, else 0."""
+        """Generate the images of all lines that can be used; return the exit status, 1 if a line was skipped."""
         count = self.flags.batch_size
         queries = [query for line in lines if (query := self.parse(line)) is not None]
         outputs = [output for folder, prompt in queries for output in self.outputs(folder, prompt)]
@@ -61,7 +62,7 @@ class SampleWriter:
                 group = images[-count:]
                 sheet = contact_sheet([np.asarray(one) for one in group], columns=count)
                 self.session.save_sheet(folder / "concat.png", sheet, group, n=str(count))
-        return 0 if len(queries) == len(lines) else 2
+        return ExitStatus.of(len(queries), len(lines) - len(queries))
 
     def parse(self, line: str) -> tuple[Path, str] | None:
         """Return the folder and the prompt of a line; None, with a message on stderr, if it cannot be used."""

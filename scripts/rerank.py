@@ -15,7 +15,7 @@ import v1_flags
 from cogview.cli.inputs import ImageReader, TextImageQuery
 from cogview.cli.rerank import LINE, load_scorer, rank_files, report_rankings
 from cogview.cli.text_io import LineWriter
-from cogview.errors import InputError
+from cogview.errors import ExitStatus, InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(flags: v1_flags.V1Flags, lines: list[str] | None) -> int:
-    """Score every image that can be read; return status 1 if one cannot, 2 if a line was skipped."""
+    """Score every image that can be read; return the exit status, 1 if a line was skipped."""
     if lines is None:
         raise InputError(f"post-selection takes lines {LINE} from a file: give it with --input-source")
     with LineWriter(flags.output_path / "scores.txt") as writer:
@@ -39,7 +39,7 @@ def run(flags: v1_flags.V1Flags, lines: list[str] | None) -> int:
             writer.write("\t".join(scores))
             rankings.append(ranking)
         status = report_rankings(reader, rankings)
-        return status if len(parted) == len(lines) else 2
+        return max(status, ExitStatus.of(len(parted), len(lines) - len(parted)))
 
 
 TASKS: dict[str, v1_flags.Task] = {"post-selection": run}

@@ -14,6 +14,7 @@ import v1_flags
 
 from cogview.cli.inputs import ImageReader, TextImageQuery
 from cogview.cli.upscale import upscale_files
+from cogview.errors import ExitStatus
 from cogview.image_io.png import safe_name
 
 LOW_LEVEL = "low-level super-resolution"
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(flags: v1_flags.V1Flags, lines: list[str] | None) -> int:
-    """Upscale every image that can be read; return status 1 if one cannot, 2 if a line was skipped."""
+    """Upscale every image that can be read; return the exit status, 1 if a line was skipped."""
     low_level = flags.generation_task == LOW_LEVEL
     session = v1_flags.open_session(flags, "low_level" if low_level else "upscale")
 
@@ -36,7 +37,7 @@ def run(flags: v1_flags.V1Flags, lines: list[str] | None) -> int:
             for name, rest in parted
         ]
         status = upscale_files(session, ImageReader(), queries, low_level=low_level)
-        return status if len(parted) == len(lines) else 2
+        return max(status, ExitStatus.of(len(parted), len(lines) - len(parted)))
 
     return v1_flags.process_lines(lines, "Which text and image? TEXT<TAB>IMAGE", upscale_lines)
 

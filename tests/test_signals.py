@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogview.signals import GracefulStop, worker_init
+from cogview.signals import GracefulStop, StoppedBySignal, exit_status_of_signal, worker_init
 
 
 @pytest.fixture
@@ -34,10 +34,21 @@ def test_graceful_stop_stops_at_the_first_signal_and_interrupts_at_the_second(us
         assert stop.requested()
         assert stop.number == number
         assert capfd.readouterr().err == "finishing this batch\n"
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(StoppedBySignal) as caught:
             signal.raise_signal(number)
+        assert caught.value.number == number
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_graceful_stop_has_a_message_and_a_status_for_each_signal(usual_handlers, capfd, number, status):
+    """Nobody who sends SIGTERM can press Ctrl-C."""
+    with GracefulStop({signal.SIGINT: "press Ctrl-C again", signal.SIGTERM: "send SIGTERM again"}) as stop:
+        signal.raise_signal(number)
+    assert stop.number is not None
+    assert exit_status_of_signal(stop.number) == status
+    assert capfd.readouterr().err == ("press Ctrl-C again\n" if number == signal.SIGINT else "send SIGTERM again\n")
 
 
 def test_graceful_stop_leaves_an_ignored_signal_ignored(usual_handlers):

@@ -97,8 +97,8 @@ class Task:
     Attributes:
         name: Name in recipes, configs, job files and messages.
         layout: Elements of its sequence. Empty: that of ``trained_as``.
-        inputs: Keys that a request must bring, as job files name them: ``prompt``, ``image``, ``rows``.
-        output: Whether an image or a text comes out.
+        inputs: Keys that a request must bring, as job files name them: ``prompt``, ``image``, ``images``, ``rows``.
+        output: Whether an image, a text or a ranking of the given images comes out.
         activity: Present participle for progress bars and logs, such as ``upscaling``.
         trained_as: Task whose weights do this one. Empty: its own, so that training and configs know it by name.
         windowed: Whether the output is twice as large as the given image and generated in nine overlapping windows
@@ -111,7 +111,7 @@ class Task:
     name: str
     layout: tuple[Element, ...] = ()
     inputs: tuple[str, ...]
-    output: Literal["image", "text"]
+    output: Literal["image", "text", "ranking"]
     activity: str
     trained_as: str = ""
     windowed: bool = False
@@ -161,8 +161,8 @@ class Task:
 
     @property
     def output_scale(self) -> float:
-        """Side of the generated image over G; 0 for a text."""
-        if self.output == "text":
+        """Side of the generated image over G; 0 where none is generated."""
+        if self.output != "image":
             return 0.0
         blank = self.contents[self.blank_name]
         return (blank.scale if isinstance(blank, ImageElement) else 0.0) * (2 if self.windowed else 1)
@@ -243,8 +243,15 @@ _ROWS = (
         output="text",
         activity="scoring",
         trained_as="caption",
-        command="rerank",
         in_jobs=False,
+    ),
+    Task(  # a sequence of the task score for each image
+        name="rerank",
+        inputs=("prompt", "images"),
+        output="ranking",
+        activity="ranking",
+        trained_as="caption",
+        command="rerank",
     ),
 )
 

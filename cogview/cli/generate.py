@@ -21,7 +21,7 @@ from cogview.cli.options import (
 )
 from cogview.cli.session import GenerationSession, ImageOutput, UpscaleInput, print_note
 from cogview.cli.text_io import prompt_lines
-from cogview.errors import InputError
+from cogview.errors import ExitStatus, InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,8 @@ class GenerateOptions:
     "source",
     metavar="FILE",
     help="run the lines of a file as a job: .txt, or - for standard input, holds a prompt per line; .csv, .tsv and "
-    ".jsonl may also set id, task (generate, complete, upscale, caption), image, rows, n, seed, temperature, top_k, "
-    "top_p, min_p, guidance, text_attention and noise_version",
+    ".jsonl may also set id, task (generate, complete, upscale, caption, rerank), image, images, rows, n, seed, "
+    "temperature, top_k, top_p, min_p, guidance, text_attention and noise_version",
 )
 @click.option("--resume", is_flag=True, help="resume the job of --input")
 @option_group(
@@ -96,8 +96,9 @@ def command(
     with _2, _3, … where another image has the name. Its text chunks hold the prompt, seed, number, model, settings and
     codes. A prompt given twice gets further images, as with a larger -n.
 
-    With --input, the lines of a file are generated together. OUTPUT/FILE.ledger.jsonl records each result, so that
-    --resume continues after an interruption. The same command started several times, or by torchrun, shares the work.
+    With --input, the lines of a file are generated together. OUTPUT/FILE.ledger.jsonl records each result and each
+    failure, so that --resume continues after an interruption and tries again what failed. The same command started
+    several times, or by torchrun, shares the work.
     """
     from cogview.image_io.captioned_sheet import require_sheet_fits
     from cogview.image_io.png import prepare_folder
@@ -131,7 +132,7 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
     """Generate and save the images of each prompt that the model can use.
 
     Returns:
-        The exit status: 2 if a prompt was skipped, else 0.
+        The exit status: 1 if a prompt was skipped, 2 if all were, else 0.
     """
     from cogview.image_io.captioned_sheet import captioned_sheet, group_images, legend
     from cogview.image_io.png import safe_name
@@ -166,4 +167,4 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
         page = captioned_sheet(groups, print_note)
         facts = {"captions": legend(groups), **options.sheet_metadata(good)}
         session.save_sheet(options.output / f"grid-seed{session.seed}.png", page, sheet, **facts)
-    return 0 if len(good) == len(prompts) else 2
+    return ExitStatus.of(len(good), len(prompts) - len(good))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,33 +13,42 @@ from cogview.cli.caption import caption_line
 from cogview.cli.options import SessionOptions
 from cogview.cli.progress import ProgressBar, is_first_process
 from cogview.cli.session import GenerationSession, result_line
+from cogview.cli.translation import translate
+from cogview.errors import ExitStatus
+from cogview.formatting import plural
 from cogview.jobs.journal import JobJournal, refuse_existing
 from cogview.jobs.locks import JobLocks, rank_and_world_size
+from cogview.jobs.observer import JobObserver, JobReport
 from cogview.jobs.plan import JobPlan, JobSettings
 from cogview.jobs.records import read_job
-from cogview.jobs.runner import JobObserver, JobReport, JobRunner
-from cogview.signals import GracefulStop
+from cogview.jobs.runner import JobRunner
+from cogview.signals import GracefulStop, exit_status_of_signal
 
 if TYPE_CHECKING:
     from cogview.cli.generate import GenerateOptions
     from cogview.pipeline.requests import GenerationRequest
-    from cogview.pipeline.results import Caption, GenerationProgress
+    from cogview.pipeline.results import Caption, GenerationProgress, Ranking
 
-STOP_MESSAGE = "finishing this batch; press Ctrl-C again to stop at once"
+STOP_MESSAGES = {
+    signal.SIGINT: "finishing this batch; press Ctrl-C again to stop at once",
+    signal.SIGTERM: "finishing this batch; a second SIGTERM stops at once",
+}
 
 
 class TerminalObserver(JobObserver):
-    """Print the events of a job; notes and progress in the first of several processes only."""
+    """Print the events of a job; those before its bar is set, which all processes have alike, in the first one only.
 
-    def __init__(self, bar: ProgressBar) -> None:
-        """Show progress in ``bar``."""
-        self.bar = bar
+    Attributes:
+        bar: The progress bar of the run.
+    """
+
+    bar: ProgressBar | None = None
 
     def skipped(self, reason: str) -> None:
         """Print the reason on stderr."""
         from tqdm import tqdm
 
-        if is_first_process():
+        if self.bar is not None or is_first_process():
             tqdm.write(f"skipped: {reason}", file=sys.stderr)
 
     def noted(self, message: str) -> None:
@@ -48,19 +59,23 @@ class TerminalObserver(JobObserver):
 
     def batch(self, paths: Mapping[GenerationRequest, Path]) -> None:
         """Prepare the previews."""
-        self.bar.expect(paths)
+        if self.bar is not None:
+            self.bar.expect(paths)
 
     def progress(self, progress: GenerationProgress) -> None:
         """Advance the bar."""
-        self.bar.update(progress)
+        if self.bar is not None:
+            self.bar.update(progress)
 
     def finished(self, request: GenerationRequest) -> None:
         """Count the result and remove its preview."""
-        self.bar.finished(request)
+        if self.bar is not None:
+            self.bar.finished(request)
 
     def recorded(self, num_results: int, num_codes: int) -> None:
         """Set the bar to the results of all processes."""
-        self.bar.set_progress(num_results, num_codes)
+        if self.bar is not None:
+            self.bar.set_progress(num_results, num_codes)
 
     def saved(self, path: Path, score: float | None) -> None:
         """Print the path on stdout, with the score of a ranked image."""
@@ -74,6 +89,12 @@ class TerminalObserver(JobObserver):
 
         tqdm.write(caption_line(caption, file=str(image)), file=sys.stdout)
 
+    def ranked(self, ranking: Ranking) -> None:
+        """Print the ranking on stdout as a line of JSON."""
+        from tqdm import tqdm
+
+        tqdm.write(json.dumps(ranking.as_json(), ensure_ascii=False), file=sys.stdout)
+
 
 def run_job(source: str, *, resume: bool, options: GenerateOptions, session: SessionOptions) -> int:
     """Generate the results of all valid lines of a job file.
@@ -85,7 +106,8 @@ def run_job(source: str, *, resume: bool, options: GenerateOptions, session: Ses
         session: The model and the sampling settings.
 
     Returns:
-        The exit status: 2 if a line was skipped, 130 if the job was interrupted.
+        The exit status: 1 if a line was skipped or a result failed, 2 if there is no result, 128 + the signal if the
+        job was stopped.
 
     Raises:
         InputError: No line can be used, the journal is that of another job, or the model lacks a task.
@@ -133,30 +155,47 @@ def run_job(source: str, *, resume: bool, options: GenerateOptions, session: Ses
 def _run(session: GenerationSession, plan: JobPlan, journal: JobJournal, locks: JobLocks, *, grid: bool) -> int:
     """Run a planned job; return the exit status."""
     first = is_first_process()
-    missing = plan.missing_codes(journal)
     session.seed = plan.seed
     if first:
         session.print_header()
-        for problem in plan.problems:
-            print(f"skipped: {problem}", file=sys.stderr)
+        _print_lost(journal)
+    observer = TerminalObserver()
+    runner = JobRunner(plan, observer)
+    missing = runner.prepare(journal)
+    messages = {int(number): translate(message) for number, message in STOP_MESSAGES.items()} if first else None
     with (
-        GracefulStop(STOP_MESSAGE if first else None) as stop,
+        GracefulStop(messages) as stop,
         session.progress_bar("generating", len(missing), sum(missing.values()), noun="result") as bar,
     ):
-        runner = JobRunner(plan, TerminalObserver(bar))
+        observer.bar = bar
         report = runner.run(journal, locks, stop.requested)
-    if stop.requested() and report.left:
+    if stop.number is not None and report.left:
         if first:
             print(f"stopped: {report.left} of {report.count} results are left; --resume continues", file=sys.stderr)
-        return 130
+        return exit_status_of_signal(stop.number)
     if first:
         _finish(runner, journal, report, grid=grid)
-    return 2 if report.skipped else 0
+    return ExitStatus.of(report.made, report.failed + report.skipped)
+
+
+def _print_lost(journal: JobJournal) -> None:
+    """Print how many recorded results cannot be used."""
+    lost = journal.outcomes.lost
+    if lost:
+        name, reason = next(iter(lost.items()))
+        print(
+            f"note: {plural(len(lost), 'recorded result')} cannot be used and will be made again; the first, {name}: "
+            f"{reason}",
+            file=sys.stderr,
+        )
 
 
 def _finish(runner: JobRunner, journal: JobJournal, report: JobReport, *, grid: bool) -> None:
-    """Report a job that had nothing to do, and write its contact sheet."""
-    if not report.missing:
+    """Report a job that had nothing to do, and what failed, and write its contact sheet."""
+    failed = report.failed + report.skipped
+    if not report.missing and report.made == report.count:
         print(f"{report.count} of {report.count} results exist already", file=sys.stderr)
+    if failed:
+        print(f"failed or skipped: {failed}, with reasons in {journal.path}; --resume tries again", file=sys.stderr)
     if grid and (path := runner.save_sheet(journal)) is not None:
         print(path)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cogview.cli.journal_info import journal_facts
 from cogview.cli.options import Command, argument, revision_option
 from cogview.cli.picture_info import describe_png, is_png
 from cogview.errors import InputError
@@ -26,8 +27,8 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     required=False,
     metavar="MODEL",
     help="name or folder of a model, owner/name on the Hugging Face Hub, or a transformer (.tar, .pt or its folder), "
-    "image tokenizer (.pt) or text model (.model) of CogView v1, or a PNG image, for its metadata; without it, the "
-    "known models are listed",
+    "image tokenizer (.pt) or text model (.model) of CogView v1, or a PNG image, for its metadata, or the journal of a "
+    "job (.ledger.jsonl); without it, the known models are listed",
 )
 @revision_option()
 @click.option(
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
 def command(model: str | None, revision: str | None, things: bool, hashes: bool) -> int:
     """Describe a model: its tasks, its training and its files. No weights are loaded."""
     from cogview.checkpoints.registry import is_v1, load_registry, resolve_checkpoint
+    from cogview.jobs.journal import is_journal
 
     known = load_registry()
     if model is None:
@@ -54,6 +56,8 @@ def command(model: str | None, revision: str | None, things: bool, hashes: bool)
         lines = bundle_lines(model, bundle)
     elif model not in known and is_png(path):
         lines = lines_with_files(describe_png(path), path, hashes=hashes)
+    elif model not in known and is_journal(path):
+        lines = _columns(*journal_facts(path))
     elif model not in known and (path.is_file() or is_v1(path)):
         lines = lines_with_files(describe_v1_file(path), path, hashes=hashes)
     else:

@@ -31,6 +31,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -135,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: The command line without the program's name; that of the process by default.
 
     Returns:
-        The exit status, one of ``ExitStatus``; 130 after Ctrl-C.
+        The exit status, one of ``ExitStatus``, or 128 + the signal that interrupted the command.
     """
     prepare_streams()
     # DeepSpeed's launcher puts this before everything else; the variable LOCAL_RANK holds it too.
@@ -193,8 +194,8 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         name: The name of the program or command, which the line starts with.
 
     Returns:
-        The status of ``run``; 2 for a mistake of the user, 3 where disk, memory or a lock was missing, 130 after
-        Ctrl-C.
+        The status of ``run``; 2 for a mistake of the user, 3 where disk, memory or a lock was missing, 128 + the
+        signal that interrupted it.
     """
     prepare_streams()
     try:
@@ -210,9 +211,11 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         return _report(path, f"{usage_message(error)}; see {path} --help")
     except ReportedByPeer:
         return ExitStatus.MISTAKE
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        from cogview.signals import exit_status_of_signal
+
         print(f"{name}: interrupted; finished results are kept", file=sys.stderr)
-        return 130
+        return exit_status_of_signal(getattr(error, "number", signal.SIGINT))
     except Exception as error:
         if (explanation := explain_error(error)) is None:
             raise

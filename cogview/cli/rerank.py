@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import click
@@ -14,10 +13,11 @@ from cogview.cli.inputs import READ_AT_A_TIME, ImageReader, QueryOptions, TextIm
 from cogview.cli.options import Command, ModelOptions, model_options
 from cogview.cli.session import check_prompt, open_model
 from cogview.cli.text_io import LineWriter
+from cogview.errors import ExitStatus
 
 if TYPE_CHECKING:
     from cogview.pipeline.cogview import CogView
-    from cogview.pipeline.results import Score
+    from cogview.pipeline.results import Ranking, Score
 
 LINE = "TEXT<TAB>IMAGE<TAB>IMAGE…"
 
@@ -55,56 +55,14 @@ def report_rankings(reader: ImageReader, rankings: Sequence[Ranking]) -> int:
     """Print the images that could not be read on stderr.
 
     Returns:
-        The exit status: 1 if an image could not be read, 2 if a text was refused.
+        The exit status: 1 if an image could not be read or a text was refused, 2 if no image has a score.
 
     Raises:
         InputError: No image could be read.
     """
-    status = reader.report_failures(sum(len(ranking.order) for ranking in rankings))
-    return 2 if any(ranking.refused for ranking in rankings) else status
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranking:
-    """The scores of one query's images, in the given order.
-
-    An image without a score has None and an error.
-    """
-
-    query: TextImageQuery
-    scores: Sequence[Score | None]
-    errors: Sequence[str | None]
-    refused: bool  # the text cannot be scored, or has no images
-
-    @property
-    def order(self) -> list[int]:
-        """Indices of the images with a score, best first; equal scores keep the given order."""
-        scored = [(-score.log_probability, number) for number, score in enumerate(self.scores) if score is not None]
-        return [number for _, number in sorted(scored)]
-
-    def as_json(self) -> dict[str, object]:
-        """Return the prompt and its images, in the given order, as plain data."""
-        ranks = {number: rank for rank, number in enumerate(self.order, start=1)}
-        images = []
-        for number, (path, score, error) in enumerate(zip(self.query.paths, self.scores, self.errors, strict=True)):
-            image: dict[str, object] = {
-                "file": str(path),
-                "score": None if score is None else score.log_probability,
-                "per_piece": None if score is None else score.per_piece,
-                "rank": ranks.get(number),
-            }
-            images.append(image if error is None else image | {"error": error})
-        return {"prompt": self.query.prompt, "images": images}
-
-    def as_text(self) -> list[str]:
-        """Return lines for a reader: the prompt, then its images from best to worst."""
-        lines = [self.query.prompt]
-        for rank, number in enumerate(self.order, start=1):
-            score = self.scores[number]
-            assert score is not None
-            numbers = f"{score.log_probability:9.2f} ({score.per_piece:.2f} per piece)"
-            lines.append(f"{rank:3}. {numbers}  {self.query.paths[number]}")
-        return lines
+    scored = sum(len(ranking.order) for ranking in rankings)
+    reader.report_failures(scored)
+    return ExitStatus.of(scored, sum(len(ranking.order) < max(1, len(ranking.files)) for ranking in rankings))
 
 
 def rank_files(
@@ -126,6 +84,8 @@ def rank_files(
     Raises:
         InputError: There are images, and none can be read.
     """
+    from cogview.pipeline.results import Ranking
+
     for query in queries:
         if not query.paths:
             print(f"skipped: “{query.prompt}” comes without an image; expected {LINE}", file=sys.stderr)
@@ -143,12 +103,8 @@ def rank_files(
     def ranking(number: int) -> Ranking:
         query = queries[number]
         problem = problems.get(query.prompt)
-        return Ranking(
-            query=query,
-            scores=scores[number],
-            errors=[problem or reader.problems.get(path) for path in query.paths],
-            refused=problem is not None or not query.paths,
-        )
+        errors = [problem or reader.problems.get(path) for path in query.paths]
+        return Ranking(prompt=query.prompt, files=query.paths, scores=scores[number], errors=errors)
 
     complete = done = 0
     images = reader.read_all([queries[number].paths[index] for number, index in slots], model, task="score")

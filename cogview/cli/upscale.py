@@ -11,6 +11,7 @@ import click
 from cogview.cli.inputs import ImageReader, QueryOptions, TextImageQuery, query_options
 from cogview.cli.options import Command, SessionOptions, output_option, session_options
 from cogview.cli.session import GenerationSession, UpscaleInput
+from cogview.errors import ExitStatus
 
 LINE = "TEXT<TAB>IMAGE"
 
@@ -60,7 +61,7 @@ def upscale_files(
         low_level: Whether to start from half the size of the model's images.
 
     Returns:
-        The exit status: 1 if an image could not be read, 2 if a query was skipped.
+        The exit status: 1 if an image could not be read or a query was skipped, 2 if no image was upscaled.
     """
     from cogview.image_io.png import safe_name
 
@@ -84,5 +85,6 @@ def upscale_files(
                 path=folder / f"{safe_name(query.paths[0].stem)}-up-seed{session.seed}.png",
             )
 
-    status = reader.report_failures(session.upscale(inputs(), len(good), task=task))
-    return status if len(good) == len(queries) else 2
+    done = session.upscale(inputs(), len(good), task=task)
+    reader.report_failures(done)
+    return ExitStatus.of(done, len(queries) - done)

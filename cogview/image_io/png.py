@@ -110,7 +110,7 @@ def save_png(path: Path, image: Image.Image, metadata: Mapping[str, str]) -> Pat
     """
     target, number = path, 1
     while True:
-        is_taken = target.exists()
+        is_taken = os.path.lexists(target)  # also by a link that leads nowhere, or elsewhere; it is replaced at most
         if is_taken and not _is_same(read_metadata(target), metadata):
             number += 1
             target = path.with_name(f"{path.stem}_{number}{path.suffix}")

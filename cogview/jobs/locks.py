@@ -119,7 +119,7 @@ def run_chunks(
 
     Args:
         chunks: Ids of the results of each chunk.
-        journal: The journal; a result that ``work`` does not record is left for another run.
+        journal: The journal. What ``work`` records as an error is left for another run, as is what it leaves out.
         locks: The locks of the job.
         work: Called with the index of a chunk and its ids that are not in the journal.
         stop: Called before each chunk.
@@ -133,7 +133,7 @@ def run_chunks(
     todo = [*range(first, len(chunks)), *range(first)]
 
     def missing(number: int) -> list[str]:
-        return [name for name in chunks[number] if name not in journal.done]
+        return [name for name in chunks[number] if name not in journal.done and not journal.has_failed(name)]
 
     while True:
         claimed = []

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from cogview.checkpoints.fingerprint import fingerprint
 from cogview.errors import InputError
+from cogview.formatting import shorten
 from cogview.jobs.journal import JobJournal
 from cogview.jobs.locks import JobLocks
-from cogview.jobs.records import JobRecord, digest
-from cogview.tables import name_of
+from cogview.jobs.records import JobProblem, JobRecord, digest
+from cogview.tables import SHOWN, name_of
 from cogview.tokenizers.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from cogview.modeling.config import Sampling
     from cogview.pipeline.cogview import CogView
     from cogview.pipeline.requests import GenerationRequest
+
+
+SCORED_AT_A_TIME = 64  # images of a job that only ranks, where no batch size limits them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +76,10 @@ class ResolvedRecord:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class WorkItem:
-    """Results that are generated together: the best ``ids`` of ``requests``, whose images are not read yet."""
+    """Results that are made together: the best ``ids`` of ``requests``, whose images are not read yet; or a ranking."""
 
     resolved: ResolvedRecord
-    requests: Sequence[GenerationRequest]
+    requests: Sequence[GenerationRequest]  # none for a ranking
     paths: Sequence[Path]  # of the images of ``requests``; none for captions
     ids: Sequence[str]
     upscaled: Sequence[str]  # ids of the upscaled images: one for each of ``ids``, or none
@@ -89,6 +93,16 @@ class WorkItem:
     def names(self) -> list[str]:
         """The ids of all results."""
         return [*self.ids, *self.upscaled]
+
+    @property
+    def given_images(self) -> Sequence[Path]:
+        """Paths of the images that its record gives."""
+        return self.record.images or ([] if self.record.image is None else [self.record.image])
+
+    @property
+    def size(self) -> int:
+        """Number of sequences: requests, or images to score."""
+        return len(self.requests) or len(self.given_images)
 
 
 class JobPlan:
@@ -104,7 +118,7 @@ class JobPlan:
     """
 
     def __init__(
-        self, model: CogView, settings: JobSettings, records: Sequence[JobRecord], problems: Sequence[str] = ()
+        self, model: CogView, settings: JobSettings, records: Sequence[JobRecord], problems: Sequence[JobProblem] = ()
     ) -> None:
         """Check the records against the model.
 
@@ -136,7 +150,7 @@ class JobPlan:
             try:
                 self.resolved.append(self._resolve(record))
             except ValueError as error:
-                self.problems.append(f"line {record.number}: {error}")
+                self.problems.append(JobProblem.of(record.number, str(error), record.id))
         if not self.resolved:
             raise InputError(
                 f"{name_of(settings.source)} has no line that can be used; the first problem is in {self.problems[0]}"
@@ -158,7 +172,15 @@ class JobPlan:
             InputError: The journal is that of another job.
         """
         inherit = ["batch"] + ["seed"] * (self.settings.seed is None)
-        journal = JobJournal.open(path, self.header(), locks=locks, resume=True, inherit_keys=inherit)
+        outputs = {name: item.record.row.output for item in self.items() for name in item.names}
+        folder = path.parent.resolve()
+
+        def problem_of(name: str, facts: Mapping[str, Any]) -> str | None:
+            return result_problem(facts, outputs[name], folder) if name in outputs else None
+
+        journal = JobJournal.open(
+            path, self.header(), locks=locks, resume=True, inherit_keys=inherit, problem_of=problem_of
+        )
         self.seed = journal.header["seed"]
         return journal
 
@@ -185,7 +207,9 @@ class JobPlan:
             "n": settings.n,
             "keep": settings.keep,
             "upscale": settings.upscale,
-            "batch": max(model.batch_sizes(requests, batch_size=settings.max_batch_size)),
+            "batch": max(model.batch_sizes(requests, batch_size=settings.max_batch_size))
+            if requests
+            else settings.max_batch_size or SCORED_AT_A_TIME,
         }
 
     def items(self) -> list[WorkItem]:
@@ -227,21 +251,29 @@ class JobPlan:
         return items
 
     def chunks(self, size: int) -> list[list[WorkItem]]:
-        """Return the work items in chunks of at most ``size`` requests; a larger item is a chunk of its own."""
+        """Return the work items in chunks of at most ``size`` sequences; a larger item is a chunk of its own."""
         chunks: list[list[WorkItem]] = []
         free = 0
         for item in self.items():
-            if not chunks or len(item.requests) > free:
+            if not chunks or item.size > free:
                 chunks.append([])
                 free = size
             chunks[-1].append(item)
-            free -= len(item.requests)
+            free -= item.size
         return chunks
 
     def missing_codes(self, journal: JobJournal) -> dict[str, int]:
-        """Return the number of tokens of each result that is not in the journal, by its id."""
+        """Return the number of tokens of each result that is to be made, by its id.
+
+        Those are the results that are not in the journal and have not failed since it was opened.
+        """
         self.seed = journal.header["seed"]
-        return {name: self._num_codes(item) for item in self.items() for name in item.names if name not in journal.done}
+        return {
+            name: self._num_codes(item)
+            for item in self.items()
+            for name in item.names
+            if name not in journal.done and not journal.has_failed(name)
+        }
 
     def _resolve(self, record: JobRecord) -> ResolvedRecord:
         """Check a record against the model; raise ValueError with the reason if it cannot be done."""
@@ -251,6 +283,8 @@ class JobPlan:
         self.model.require_task(task)
         if "prompt" in record.row.inputs and (problem := self.model.prompt_problem(record.prompt or "")) is not None:
             raise InputError(problem)
+        if record.row.output == "ranking":
+            return ResolvedRecord(record=record, n=1, sampling=GREEDY)
         if record.row.output == "text":
             if unused := [name for name in ("guidance", "text_attention", "noise_version") if name in record.sampling]:
                 raise InputError(f"{' and '.join(unused)} cannot be set for captions")
@@ -272,6 +306,8 @@ class JobPlan:
         from cogview.pipeline.requests import GenerationRequest
 
         record = resolved.record
+        if record.row.output == "ranking":
+            return []
         seed = self.seed if record.seed is None else record.seed
         key = (record.task, record.prompt, record.image, record.rows, seed, resolved.sampling)
         first, counts[key] = counts[key], counts[key] + resolved.n
@@ -302,6 +338,8 @@ class JobPlan:
         row = item.record.row
         if row.output == "text":
             return self.model.config.caption_positions
+        if row.output == "ranking":
+            return len(self.model.tokenize([item.record.prompt or ""])[0].ids) * item.size
         each = round(row.output_scale * self.grid) ** 2 - (item.record.rows or 0) * self.grid
         upscaled = (2 * self.grid) ** 2 * len(item.upscaled)
         return (each * len(item.requests) + upscaled) // len(item.names)
@@ -330,3 +368,28 @@ def _unused_name(stem: str, ending: str, taken: set[str]) -> str:
         name = f"{stem}_{number}{ending}"
     taken.add(name.casefold())
     return name
+
+
+def result_problem(facts: Mapping[str, Any], output: str, folder: Path) -> str | None:
+    """Return why a recorded result cannot be used, or None if it can.
+
+    Args:
+        facts: What the journal records of the result.
+        output: What comes out of its task: an image, a text or a ranking.
+        folder: The output folder, with links resolved. A file counts only inside it, wherever links lead.
+    """
+    key, kind = {"image": ("path", str), "text": ("text", str), "ranking": ("images", list)}[output]
+    value = facts.get(key)
+    if not isinstance(value, kind):
+        return f'its record has no "{key}"'
+    if output != "image":
+        return None
+    try:
+        file = (folder / value).resolve()
+        if Path(value).is_absolute() or not file.is_relative_to(folder):
+            return f"its file {shorten(value, SHOWN)} is outside the output folder"
+        if not file.is_file():
+            return f"its file {shorten(value, SHOWN)} does not exist"
+        return None if file.stat().st_size else f"its file {shorten(value, SHOWN)} is empty"
+    except (OSError, ValueError, RuntimeError) as error:  # a zero byte, a loop of links, a name that is too long
+        return f"its file {shorten(value, SHOWN)} cannot be read: {error}"

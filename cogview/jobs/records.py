@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from cogview.errors import InputError
 from cogview.formatting import printable, shorten
@@ -38,6 +38,7 @@ class JobRecord:
     Attributes:
         number: Number of its first line in the file, from 1.
         image: Path of the given image, relative to the current folder.
+        images: Paths of the images to rank, likewise.
         sampling: Values of ``Sampling`` that the line sets, by name.
 
     Raises:
@@ -49,6 +50,7 @@ class JobRecord:
     prompt: str | None = None
     task: str = "generate"
     image: Path | None = None
+    images: tuple[Path, ...] | None = None
     rows: int | None = None
     n: int | None = None
     seed: int | None = None
@@ -61,10 +63,15 @@ class JobRecord:
         needed = tasks[self.task].inputs
         if missing := [key for key in needed if getattr(self, key) is None]:
             raise ValueError(f"the task {self.task} needs {' and '.join(missing)}")
-        for key in ("image", "rows"):  # otherwise a line without its task would silently generate something else
+        # Otherwise a line without its task would silently generate something else.
+        for key in ("image", "images", "rows"):
             if getattr(self, key) is not None and key not in needed:
                 users = ", ".join(name for name, task in tasks.items() if key in task.inputs)
                 raise ValueError(f"{key} means nothing for the task {self.task}; it belongs to: {users}")
+        if tasks[self.task].output == "ranking":
+            given = [key for key in ("n", "seed") if getattr(self, key) is not None] + list(self.sampling)
+            if given:
+                raise ValueError(f"{' and '.join(given)} cannot be set for the task {self.task}, which samples nothing")
         if self.n is not None and not 1 <= self.n <= MAX_RESULTS:
             raise ValueError(f"n must be from 1 to {MAX_RESULTS}, got {self.n}")
         if self.rows is not None and self.rows < 0:
@@ -93,10 +100,14 @@ class JobProblem(str):
 
     Attributes:
         id: The id that the line sets, or else ``line NUMBER``.
+        number: Number of the line, from 1.
+        reason: The reason alone.
     """
 
-    __slots__ = ("id",)
+    __slots__ = ("id", "number", "reason")
     id: str
+    number: int
+    reason: str
 
     @classmethod
     def of(cls, number: int, reason: str, name: str | None = None) -> JobProblem:
@@ -107,13 +118,14 @@ class JobProblem(str):
             reason: The reason.
             name: The id of its record.
         """
-        line = f"line {number}"
-        problem = cls(f"{line}: {printable(' '.join(reason.split()))}")
-        problem.id = name or line
+        line, reason = f"line {number}", printable(" ".join(reason.split()))
+        problem = cls(f"{line}: {reason}")
+        problem.id, problem.number, problem.reason = name or line, number, reason
         return problem
 
 
-_TYPE_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number"}
+LIST_MARK = "|"  # between the images of a table's cell
+_TYPE_NAMES = {str: "text", Path: "text", int: "a whole number", float: "a number", tuple: "a list of texts"}
 
 
 @functools.cache
@@ -122,10 +134,8 @@ def _column_types() -> dict[str, type]:
     from cogview.modeling.config import Sampling
 
     hints = get_type_hints(JobRecord)
-    columns = {
-        name: (get_args(hint) or (hint,))[0] for name, hint in hints.items() if name not in ("number", "sampling")
-    }
-    return columns | get_type_hints(Sampling)
+    given = {name: (get_args(hint) or (hint,))[0] for name, hint in hints.items() if name not in ("number", "sampling")}
+    return {name: get_origin(kind) or kind for name, kind in given.items()} | get_type_hints(Sampling)
 
 
 def read_job(source: str) -> tuple[list[JobRecord], list[JobProblem]]:
@@ -161,7 +171,8 @@ def read_job(source: str) -> tuple[list[JobRecord], list[JobProblem]]:
                     raise ValueError(f'the id "{record.key}" is that of line {records[record.key].number} as well')
             except ValueError as error:
                 name = found.get("id") if isinstance(found, Mapping) else None
-                problems.append(JobProblem.of(number, str(error), name if isinstance(name, str) else None))
+                is_unique = isinstance(name, str) and name not in {*records, *(problem.id for problem in problems)}
+                problems.append(JobProblem.of(number, str(error), name if is_unique else None))
             else:
                 records[record.key] = record
     except HeaderError as error:
@@ -186,6 +197,8 @@ def digest(records: Sequence[JobRecord], source: str) -> str:
         values = {key: value for key, value in (values | dict(record.sampling)).items() if value is not None}
         if record.image is not None:
             values["image"] = os.path.relpath(record.image, _folder(source))
+        if record.images is not None:
+            values["images"] = [os.path.relpath(image, _folder(source)) for image in record.images]
         plain.append(values)
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -212,10 +225,12 @@ def _rows_of(text: str, delimiter: str) -> TableLines:
 
 
 def _parse_cell(column: str, cell: str) -> Any:
-    """Return a cell as a number if its column holds numbers and it is one; None for an empty cell."""
+    """Return a cell as a number or a list, if its column holds those and it is one; None for an empty cell."""
     kind = _column_types()[column]
     if not cell:
         return None
+    if kind is tuple:
+        return cell.split(LIST_MARK)
     for number in (int, float) if kind is int else (float,) if kind is float else ():
         with suppress(ValueError):
             return number(cell)
@@ -232,6 +247,8 @@ def _build_record(number: int, found: Mapping[str, Any], folder: Path) -> JobRec
             raise ValueError(_unknown(key))
         if (converted := _convert(key, value)) is not None:
             target = values if key in own else sampling
+            if key == "images":
+                converted = tuple(folder / image for image in converted)
             target[key] = folder / converted if key == "image" else converted
     task = job_tasks().get(values.get("task", JobRecord.task))
     if isinstance(found.get("prompt"), str) and "prompt" not in values and task is not None and "prompt" in task.inputs:
@@ -253,6 +270,11 @@ def _convert(key: str, value: Any) -> Any:
             value = float(value)
     if value is None or (type(value) is str and not value.strip()):
         return None
+    if kind is tuple and type(value) is list and value:
+        texts = [_convert("image", text) for text in value]
+        if None in texts:
+            raise ValueError(f"{key}: expected the name of an image, got an empty text")
+        return tuple(texts)
     if type(value) is not (str if kind is Path else kind):  # not isinstance: True is not a number here
         raise ValueError(
             f"{key}: expected {_TYPE_NAMES[kind]}, got {shorten(json.dumps(value, ensure_ascii=False), SHOWN)}"

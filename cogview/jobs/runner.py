@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cogview.errors import InputError
 from cogview.jobs.journal import JobJournal
 from cogview.jobs.locks import JobLocks, run_chunks
+from cogview.jobs.observer import JobObserver, JobReport
 from cogview.jobs.plan import JobPlan, WorkItem
 from cogview.jobs.records import JobRecord
 
@@ -18,64 +19,10 @@ if TYPE_CHECKING:
     import numpy as np
     from PIL import Image
 
-    from cogview.pipeline.requests import GenerationRequest
-    from cogview.pipeline.results import Caption, GeneratedImage, GenerationProgress
+    from cogview.pipeline.results import GeneratedImage
 
 
 MAX_PROMPT_NOTES = 20  # prompts of a run that are noted
-
-
-class JobObserver:
-    """Receiver of the events of a job; each method does nothing by default."""
-
-    def skipped(self, reason: str) -> None:
-        """A record cannot be used."""
-
-    def noted(self, message: str) -> None:
-        """A note on how an image was read or fitted, on one unlike the training, or on a prompt not all understood."""
-
-    def batch(self, paths: Mapping[GenerationRequest, Path]) -> None:
-        """A batch starts; ``paths`` has the files of its images."""
-
-    def progress(self, progress: GenerationProgress) -> None:
-        """Tokens were decoded."""
-
-    def finished(self, request: GenerationRequest) -> None:
-        """A request is done."""
-
-    def recorded(self, num_results: int, num_codes: int) -> None:
-        """All processes together have recorded this number of the results that were missing at the start.
-
-        Args:
-            num_results: Results recorded so far.
-            num_codes: Codes and pieces sampled for them.
-        """
-
-    def saved(self, path: Path, score: float | None) -> None:
-        """An image was saved.
-
-        Args:
-            path: Its file.
-            score: Log-probability of its prompt as its caption, in nats, of a ranked image; else None.
-        """
-
-    def captioned(self, caption: Caption, image: Path) -> None:
-        """A caption of an image file was generated.
-
-        Args:
-            caption: The caption.
-            image: The image file.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobReport:
-    """The state of a job after ``JobRunner.run``."""
-
-    count: int  # results of the whole job
-    missing: int  # of them not in the journal when the run started
-    left: int  # of them not in the journal now
-    skipped: int  # records that could not be used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +43,49 @@ class JobRunner:
         self.plan = plan
         self.model = plan.model
         self._observer = observer or JobObserver()
-        self._unread: dict[JobRecord, str] = {}  # reasons of the records whose images cannot be read
+        self._unread: dict[tuple[Path, str], str] = {}  # reasons of the images that cannot be read for a task
         self._noted: set[Path] = set()
         self._noted_prompts: set[str] = set()
 
-    def run(self, journal: JobJournal, locks: JobLocks, stop: Callable[[], bool] = lambda: False) -> JobReport:
-        """Generate the results that are not in the journal.
+    def prepare(self, journal: JobJournal) -> dict[str, int]:
+        """Record the lines that cannot be used, and the results whose images are missing or no images.
+
+        An image in the output folder may be a result of another line: it is looked at when it is needed.
 
         Args:
             journal: The journal of the plan.
+
+        Returns:
+            The number of tokens of each result that can be made, by its id.
+
+        Raises:
+            DiskFull: The disk has no space for a line of the journal.
+        """
+        for problem in self.plan.problems:
+            self._observer.skipped(problem)
+            journal.record_error(problem.id, problem.reason, line=problem.number)
+        output = self.plan.settings.output.resolve()
+        missing = self.plan.missing_codes(journal)
+        found: dict[tuple[Path, str], str | None] = {}
+        reported: set[JobRecord] = set()
+        for item in self.plan.items():
+            names = [name for name in item.names if name in missing]
+            task, record = item.record.row.weights, item.record
+            reason = None
+            for path in item.given_images if names else ():
+                if (path, task) not in found and not path.resolve().is_relative_to(output):
+                    found[path, task] = self._header_problem(path, task)
+                reason = reason or found.get((path, task))
+            if reason is None or record.row.output == "ranking":  # which ranks the other images
+                continue
+            self._fail(record, names, reason, journal, reported)
+        return self.plan.missing_codes(journal)
+
+    def run(self, journal: JobJournal, locks: JobLocks, stop: Callable[[], bool] = lambda: False) -> JobReport:
+        """Make the results that are not in the journal.
+
+        Args:
+            journal: The journal of the plan, after ``prepare``.
             locks: The locks of the job.
             stop: Called before each chunk; the run ends where it returns True.
 
@@ -124,11 +105,16 @@ class JobRunner:
 
         names = [[name for item in chunk for name in item.names] for chunk in chunks]
         run_chunks(names, journal, locks, work, stop)
+        count = sum(map(len, names))
+        undone = [name for chunk in names for name in chunk if name not in journal.done]
+        failed = [name for name in undone if journal.has_failed(name)]
         return JobReport(
-            count=sum(map(len, names)),
+            count=count,
             missing=len(missing),
-            left=sum(name not in journal.done for chunk in names for name in chunk),
-            skipped=len(self.plan.problems) + len(self._unread),
+            made=count - len(undone) + sum("images" in journal.outcomes.errors[name] for name in failed),
+            left=len(undone) - len(failed),
+            failed=len(failed),
+            skipped=len(self.plan.problems),
         )
 
     def save_sheet(self, journal: JobJournal) -> Path | None:
@@ -154,30 +140,54 @@ class JobRunner:
         }
         return save_png(settings.output / f"grid-seed{self.plan.seed}.png", sheet, texts)
 
-    def _read(self, record: JobRecord) -> Image.Image | None:
-        """Read the image of a record; None if it cannot be read."""
-        from cogview.image_io.reading import read_image
+    def _header_problem(self, path: Path, task: str) -> str | None:
+        """Return why an image cannot be used, as far as its header tells; None if it can."""
+        from cogview.image_io.reading import open_image
 
-        assert record.image is not None
-        if record in self._unread:
-            return None
-        notes: list[str] = []
-        task = record.row.weights
         try:
-            image = read_image(record.image, notes.append)
+            with open_image(path) as image:
+                problem = self.model.enlargement_problem(image, task=task)
+        except InputError as error:
+            return str(error)
+        return None if problem is None else f"image {path}: {problem}"
+
+    def _read(self, path: Path, task: str) -> Image.Image | None:
+        """Read an image and fit it to the size that ``task`` is given; None, with a reason kept, if that fails."""
+        from cogview.image_io.reading import read_image
+        from cogview.pipeline.captioning import NOTED
+
+        notes: list[str] = []
+        try:
+            image = read_image(path, notes.append)
             if (problem := self.model.enlargement_problem(image, task=task)) is not None:
-                raise InputError(f"image {record.image}: {problem}")
+                raise InputError(f"image {path}: {problem}")
             image, note = self.model.fit_image(image, task=task)
         except InputError as error:
-            self._unread[record] = str(error)
-            self._observer.skipped(f"line {record.number}: {error}")
+            self._unread[path, task] = str(error)
             return None
-        if record.image not in self._noted:
-            self._noted.add(record.image)
+        image.info[NOTED] = True
+        if path not in self._noted:
+            self._noted.add(path)
             for line in (*notes, note, self.model.image_warning(image, task=task)):
                 if line is not None:
-                    self._observer.noted(f"{record.image}: {line}")
+                    self._observer.noted(f"{path}: {line}")
         return image
+
+    def _fail(
+        self,
+        record: JobRecord,
+        names: Iterable[str],
+        reason: str,
+        journal: JobJournal,
+        reported: set[JobRecord],
+        **facts: Any,
+    ) -> None:
+        """Record the error of results, and report it once for each record."""
+        for name in names:
+            if record not in reported:
+                reported.add(record)
+                self._observer.skipped(f"line {record.number}: {reason}")
+            journal.record_error(name, reason, line=record.number, **facts)
 
     def _note_prompts(self, prompts: Iterable[str | None]) -> None:
         """Report what is converted or not understood in prompts, each once and ``MAX_PROMPT_NOTES`` in all."""
@@ -199,13 +209,32 @@ class JobRunner:
             codes |= zip(records, encoded, strict=True)
         return codes
 
+    def _read_images(
+        self, chunk: Sequence[WorkItem], missing: set[str], journal: JobJournal
+    ) -> tuple[list[WorkItem], dict[JobRecord, Image.Image]]:
+        """Return the items of a chunk that can be decoded, and their images; record the errors of the others."""
+        with_image = dict.fromkeys(item.record for item in chunk if item.record.image is not None)
+        images = {
+            record: image
+            for record in with_image
+            if record.image is not None and (image := self._read(record.image, record.row.weights)) is not None
+        }
+        reported: set[JobRecord] = set()
+        for item in chunk:
+            if item.record in with_image and item.record not in images:
+                reason = self._unread[item.given_images[0], item.record.row.weights]
+                self._fail(item.record, [name for name in item.names if name in missing], reason, journal, reported)
+        can_run = [item for item in chunk if item.requests and (item.record in images or item.record not in with_image)]
+        return can_run, images
+
     def _run_chunk(self, chunk: Sequence[WorkItem], missing: set[str], journal: JobJournal) -> None:
         """Generate a whole chunk, so that batches are always the same, and save the results in ``missing``."""
         from cogview.image_io.png import preview_path, ranked_path
 
-        with_image = dict.fromkeys(item.record for item in chunk if item.record.image is not None)
-        images = {record: image for record in with_image if (image := self._read(record)) is not None}
-        chunk = [item for item in chunk if item.record in images or item.record not in with_image]
+        for item in chunk:
+            if item.record.row.output == "ranking" and not missing.isdisjoint(item.names):
+                self._rank(item, journal)
+        chunk, images = self._read_images(chunk, missing, journal)
         if not any(name in missing for item in chunk for name in item.names):
             return
         self._note_prompts(item.record.prompt for item in chunk if not missing.isdisjoint(item.names))
@@ -225,7 +254,7 @@ class JobRunner:
                 for request, path in zip(group, item.paths, strict=True)
             }
         )
-        batch_size = min(journal.header["batch"], self.plan.settings.max_batch_size or journal.header["batch"])
+        batch_size = self._batch_size(journal)
         results = self.model.run(
             [request for group in requests.values() for request in group],
             batch_size=batch_size,
@@ -252,6 +281,34 @@ class JobRunner:
                 preview_path(path).unlink(missing_ok=True)  # of a process that was killed
         if small:
             self._upscale(small, missing, journal, batch_size)
+
+    def _batch_size(self, journal: JobJournal) -> int:
+        """Return the maximum number of sequences in a batch."""
+        planned: int = journal.header["batch"]
+        return min(planned, self.plan.settings.max_batch_size or planned)
+
+    def _rank(self, item: WorkItem, journal: JobJournal) -> None:
+        """Rank the images of a record and record their scores; as an error if an image cannot be read."""
+        from cogview.pipeline.results import Ranking
+
+        record, prompt, task, paths = item.record, item.record.prompt or "", item.record.row.weights, item.given_images
+        images = {index: image for index, path in enumerate(paths) if (image := self._read(path, task)) is not None}
+        errors = [None if index in images else self._unread[path, task] for index, path in enumerate(paths)]
+        unread = [error for error in errors if error is not None]
+        reason = f"{len(unread)} of {len(paths)} images cannot be read; the first: {unread[0]}" if unread else ""
+        if not images:
+            self._fail(record, item.ids, reason, journal, set())
+            return
+        self._note_prompts([prompt])
+        settings: Any = {"batch_size": self._batch_size(journal), "callback": self._observer.progress}
+        scores = dict(zip(images, self.model.score(list(images.values()), prompt, **settings), strict=True))
+        ranking = Ranking(prompt=prompt, files=paths, scores=list(map(scores.get, range(len(paths)))), errors=errors)
+        self._observer.ranked(ranking)
+        facts = {"task": record.task, **ranking.as_json()}
+        if unread:
+            self._fail(record, item.ids, reason, journal, set(), **facts)
+        else:
+            journal.record(item.ids[0], **facts)
 
     def _upscale(
         self,
@@ -322,6 +379,8 @@ class JobRunner:
             self._observer.captioned(result, record.image)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if name in journal.outcomes.lost and path.is_file() and not path.stat().st_size:
+                path.unlink()  # what a power cut has left
             ranked = {} if rank is None else {"rank": str(rank)}
             texts = self.model.file_metadata(result) | _metadata(record) | ranked | dict(metadata or {})
             path = save_png(path, result, texts)

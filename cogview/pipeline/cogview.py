@@ -362,6 +362,8 @@ class CogView(CaptioningModel):
             if not isinstance(request, GenerationRequest):
                 raise InputError(f"requests[{number}] must be a GenerationRequest, got {describe(request)}")
         for task in dict.fromkeys(request.task for request in given):
+            if task in TASKS and TASKS[task].output == "ranking":
+                raise InputError(f"the task {task!r} generates nothing; call rerank or score")
             self.require_task(task)
         pieces: dict[str, tuple[int, ...]] = {}
         resolved = []

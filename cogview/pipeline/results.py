@@ -1,12 +1,13 @@
-"""What generation returns: images, captions and scores, and the progress on the way."""
+"""What generation returns: images, captions, scores and rankings, and the progress on the way."""
 
 # G codes on a side of an image
 from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -55,6 +56,53 @@ class Score:
     def per_piece(self) -> float:
         """Mean log-probability of a piece, in nats."""
         return self.log_probability / self.num_pieces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """The scores of one text for several image files, in the given order.
+
+    Attributes:
+        prompt: The text.
+        files: The image files.
+        scores: Their scores; None for a file without one.
+        errors: Why a file has no score; None for the others.
+    """
+
+    prompt: str
+    files: Sequence[Path]
+    scores: Sequence[Score | None]
+    errors: Sequence[str | None]
+
+    @property
+    def order(self) -> list[int]:
+        """Indices of the files with a score, best first; equal scores keep the given order."""
+        scored = [(-score.log_probability, number) for number, score in enumerate(self.scores) if score is not None]
+        return [number for _, number in sorted(scored)]
+
+    def as_json(self) -> dict[str, object]:
+        """Return the prompt and its images, in the given order, as plain data."""
+        ranks = {number: rank for rank, number in enumerate(self.order, start=1)}
+        images = []
+        for number, (path, score, error) in enumerate(zip(self.files, self.scores, self.errors, strict=True)):
+            image: dict[str, object] = {
+                "file": str(path),
+                "score": None if score is None else score.log_probability,
+                "per_piece": None if score is None else score.per_piece,
+                "rank": ranks.get(number),
+            }
+            images.append(image if error is None else image | {"error": error})
+        return {"prompt": self.prompt, "images": images}
+
+    def as_text(self) -> list[str]:
+        """Return lines for a reader: the prompt, then its images from best to worst."""
+        lines = [self.prompt]
+        for rank, number in enumerate(self.order, start=1):
+            score = self.scores[number]
+            assert score is not None
+            numbers = f"{score.log_probability:9.2f} ({score.per_piece:.2f} per piece)"
+            lines.append(f"{rank:3}. {numbers}  {self.files[number]}")
+        return lines
 
 
 class GeneratedImage(Image.Image):

@@ -81,7 +81,7 @@ class BatchPlanner:
         return available - max(BATCH_MARGIN * available, MIN_FREE_BYTES[self.device.type])
 
     def chunks(self, items: Sequence[Item], bytes_of: Callable[[Sequence[Item]], int], what: str) -> list[int]:
-        """Return the sizes of batches of almost equal size, of which the first fits.
+        """Return the sizes of batches of almost equal size, of which the first fits; nothing is logged.
 
         Args:
             items: The items to process, in order.
@@ -91,7 +91,7 @@ class BatchPlanner:
         Raises:
             RetryLaterError: Not even one item fits.
         """
-        return self._chunks(items, bytes_of, what, self.free())
+        return self._sizes(items, bytes_of, what, self.free())[0]
 
     def split(
         self, items: Sequence[Item], bytes_of: Callable[[Sequence[Item]], int], what: str
@@ -169,7 +169,19 @@ class BatchPlanner:
     def _chunks(
         self, items: Sequence[Item], bytes_of: Callable[[Sequence[Item]], int], what: str, free: float
     ) -> list[int]:
-        """Return the sizes of batches; the maximum that fits is found by bisection."""
+        """Return the sizes of batches, and log them for a new kind of work or a new size."""
+        sizes, reason = self._sizes(items, bytes_of, what, free)
+        if (what, sizes[0]) not in self._logged:
+            self._logged.add((what, sizes[0]))
+            planned = format_gigabytes(bytes_of(items[: sizes[0]]), 2)
+            line = "%s: %d at a time of %d (%s); %s of %s free"
+            log.info(line, what, sizes[0], len(items), reason, planned, format_gigabytes(free, 2))
+        return sizes
+
+    def _sizes(
+        self, items: Sequence[Item], bytes_of: Callable[[Sequence[Item]], int], what: str, free: float
+    ) -> tuple[list[int], str]:
+        """Return the sizes of batches, and what limits them; the maximum that fits is found by bisection."""
         max_batch_size = min(self.max_batch_size, self._failed.get(what, 2 * self.max_batch_size) // 2)
         limit = min(len(items), max_batch_size)
         fits, too_many = 0, limit + 1
@@ -187,13 +199,7 @@ class BatchPlanner:
             )
         count = -(-len(items) // fits)
         sizes = [len(items) // count + (number < len(items) % count) for number in range(count)]
-        if (what, sizes[0]) not in self._logged:
-            self._logged.add((what, sizes[0]))
-            reason = "memory" if fits < limit else "the ceiling" if limit < len(items) else "all at once"
-            planned = format_gigabytes(bytes_of(items[: sizes[0]]), 2)
-            line = "%s: %d at a time of %d (%s); %s of %s free"
-            log.info(line, what, sizes[0], len(items), reason, planned, format_gigabytes(free, 2))
-        return sizes
+        return sizes, "memory" if fits < limit else "the ceiling" if limit < len(items) else "all at once"
 
     def _attempt(
         self, items: Sequence[Item], work: Callable[[Sequence[Item]], Sequence[Result]]

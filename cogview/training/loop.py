@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from cogview.errors import InputError, ReportedByPeer, RetryLaterError, is_out_of_memory
 from cogview.formatting import format_duration
-from cogview.signals import GracefulStop
+from cogview.signals import GracefulStop, exit_status_of_signal
 from cogview.training.distributed import DistributedContext, is_peer_failure, log_main
 from cogview.training.run_folder import RunFolder, Writer, step_of
 from cogview.training.settings import RunSettings
@@ -302,7 +302,7 @@ class TrainingLoop(Generic[Batch]):
             log_main(
                 f"stopped after step {self.done} of {steps}, saved in {path}; go on with --resume auto", self.context
             )
-            return 128 + (signal_number or signal.SIGTERM)
+            return exit_status_of_signal(signal_number or signal.SIGTERM)
         beyond = f"; the recipe asks for {steps}" if self.done > steps else ""  # resumed with fewer steps
         log_main(f"{self.done} steps done, saved in {path}{beyond}", self.context)
         return 0

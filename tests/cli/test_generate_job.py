@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,12 +107,18 @@ def start(tiny_checkpoint):
         process.communicate()
 
 
-def read_journal(folder, name="job"):
-    """Return the header of a journal, and its results by id."""
+def read_journal(folder, name="job", repeated=()):
+    """Return the header of a journal, and its results by id; only ``repeated`` ids may stand in several lines."""
     header, *lines = Path(folder, f"{name}.ledger.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
-    assert len({record["id"] for record in records}) == len(records)
+    records = [record for line in lines if "error" not in (record := json.loads(line))]
+    assert [name for name, count in Counter(record["id"] for record in records).items() if count > 1] == list(repeated)
     return json.loads(header), {record["id"]: record for record in records}
+
+
+def read_errors(folder, name="job"):
+    """Return the lines of a journal about failures."""
+    lines = map(json.loads, Path(folder, f"{name}.ledger.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "error" in line]
 
 
 def image_files(folder):
@@ -131,7 +138,12 @@ def expected_codes(image):
 def test_generate_job_runs_lines_of_all_tasks(whole, tiny_model, monkeypatch):
     monkeypatch.chdir(whole.folder)
     printed = whole.printed
-    assert whole.err.splitlines()[-1] == f"generating {COUNT} results"
+    # The model comes first, and the number of results before the size of the first batch.
+    assert [line.partition(":")[0] for line in whole.err.splitlines()] == [
+        f"{tiny_model.name} on cpu, float32 (no GPU is used), seed 7",
+        f"generating {COUNT} results",
+        "generating",
+    ]
     header, records = read_journal("out")
     assert (header["seed"], header["n"], header["batch"], header["model"]) == (7, 1, 4, tiny_model.name)
     assert [record.get("path") for record in records.values()] == [
@@ -208,7 +220,7 @@ def test_generate_job_resumes_after_a_kill_with_equal_results(generate, job, sta
 
 
 def test_generate_job_repeats_the_batches_of_a_partly_recorded_chunk(generate, job, whole, monkeypatch):
-    """A file may exist without its record; the file of a record is assumed to exist."""
+    """Results without a record, and records without a file, are made again in the batches of the whole job."""
     shutil.copytree(whole.folder / "out", "out")
     header, records = read_journal("out")
     path = Path("out/job.ledger.jsonl")
@@ -225,12 +237,10 @@ def test_generate_job_repeats_the_batches_of_a_partly_recorded_chunk(generate, j
     monkeypatch.setattr(cogview.pipeline.runner, "decode", decode)
     status, printed, _ = generate("--input", "job.jsonl", "-o", "out", "--resume")
     assert status == 0
-    assert printed == [f"out/{records[name]['path']}" for name in ("line 1/1", "line 11/1", "line 12/0")]
+    assert printed == [f"out/{records[name]['path']}" for name in ("line 1/0", "line 1/1", "line 11/1", "line 12/0")]
     assert made == [4, 4, 1]
-    assert read_journal("out") == (header, records)
-    undisturbed = image_files(whole.folder / "out")
-    del undisturbed[records["line 1/0"]["path"]]
-    assert image_files("out") == undisturbed
+    assert read_journal("out", repeated=["line 1/0"]) == (header, records)
+    assert image_files("out") == image_files(whole.folder / "out")
 
 
 @pytest.mark.multiprocess
@@ -250,6 +260,7 @@ def test_generate_job_is_shared_by_several_processes(generate, prompts, start):
     assert image_files("alone") == image_files("out")
 
 
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(
     ("signals", "done", "message"),
     [
@@ -258,28 +269,50 @@ def test_generate_job_is_shared_by_several_processes(generate, prompts, start):
     ],
 )
 def test_generate_job_finishes_the_chunk_on_the_first_interruption(
-    generate, prompts, monkeypatch, signals, done, message
+    generate, prompts, monkeypatch, signals, done, message, number, expected
 ):
+    """The status is 128 + the signal, so that a service knows its own stop from a user's."""
     decode, calls = cogview.pipeline.runner.decode, []
 
     def interrupted_decode(*arguments, **settings):
         calls.append(1)
         if len(calls) == 2:
             for _ in range(signals):
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
         return decode(*arguments, **settings)
 
     monkeypatch.setattr(cogview.pipeline.runner, "decode", interrupted_decode)
     status, printed, err = generate(*prompts)
-    assert (status, len(printed), len(read_journal("out", "prompts")[1])) == (130, done, done)
+    assert (status, len(printed), len(read_journal("out", "prompts")[1])) == (expected, done, done)
     assert err.endswith(message)
     status, printed, _ = generate(*prompts, "--resume")
     assert (status, len(printed)) == (0, 5 - done)
 
 
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_generate_job_ends_with_143_after_sigterm(generate, job, start, whole):
+    """A service stops a job: no advice about a keyboard, and the same command goes on later."""
+    process = start(*JOB)
+    path = Path("out/job.ledger.jsonl")
+    while not path.exists() or path.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.terminate()
+    printed, err = process.communicate(timeout=300)
+    done = len(printed.splitlines())
+    assert process.returncode == 143
+    assert "finishing this batch; a second SIGTERM stops at once\n" in err
+    assert "Ctrl-C" not in err
+    assert err.endswith(f"stopped: {COUNT - done} of {COUNT} results are left; --resume continues\n")
+    status, again, _ = generate(*JOB, "--resume")
+    assert (status, len(again)) == (0, COUNT - done)
+    assert read_journal("out") == read_journal(whole.folder / "out")
+
+
 def test_generate_job_keeps_finished_results_when_the_disk_is_full(generate, prompts, monkeypatch, disk_for_two_images):
     status, printed, err = generate(*prompts)
-    assert (status, len(printed)) == (2, 2)
+    assert (status, len(printed)) == (3, 2)
     assert err.endswith(
         "cogview generate: the disk is full: 2 results are kept; --resume continues when there is space\n"
     )
@@ -353,27 +386,130 @@ def test_generate_job_skips_lines_that_cannot_be_used(generate, save_image):
         {"prompt": FOX},
         {"prompt": FOX, "temprature": 2},
         {"task": "complete", "prompt": FOX, "image": "a.png", "rows": 8},
-        {"task": "caption", "image": "none.png"},
+        {"task": "caption", "image": "none.png", "id": "什么"},
         {"task": "caption", "image": "a.png", "guidance": 2},
         {"task": "upscale", "prompt": FOX, "image": "none.png", "n": 2},
     ]
     Path("job.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    too_long = f"the prompt “{(DOG * 3)[:20]}…” is 27 pieces long, 20 fit; shorten it"
+    expected = [
+        (3, "line 3", '"temprature" is unknown; did you mean "temperature"?'),
+        (1, "line 1", too_long),
+        (4, "line 4", "the rows to keep must be from 0 to 7, got 8"),
+        (6, "line 6", "guidance cannot be set for captions"),
+        (5, "什么/0", "image none.png does not exist"),
+        (7, "line 7/0", "image none.png does not exist"),
+    ]
+    errors = [{"id": name, "error": error, "line": number} for number, name, error in expected]
+    errors.append({"id": "line 7/1", "error": "image none.png does not exist", "line": 7})
     for again in ([], ["--resume"]):
         status, printed, err = generate("--input", "job.jsonl", "--seed", "7", *again)
-        assert (status, printed) == (2, [] if again else [f"outputs/{FOX}-seed7-0.png"])
-        assert [line for line in err.splitlines() if line.startswith("skipped: ")] == [
-            'skipped: line 3: "temprature" is unknown; did you mean "temperature"?',
-            f"skipped: line 1: the prompt “{(DOG * 3)[:20]}…” is 27 pieces long, 20 fit; shorten it",
-            "skipped: line 4: the rows to keep must be from 0 to 7, got 8",
-            "skipped: line 6: guidance cannot be set for captions",
-            "skipped: line 5: image none.png does not exist",
-            "skipped: line 7: image none.png does not exist",
+        assert (status, printed) == (1, [] if again else [f"outputs/{FOX}-seed7-0.png"])
+        shown = err.splitlines()
+        assert shown[1:7] == [f"skipped: line {number}: {error}" for number, _, error in expected]
+        assert shown[7:] == ["generating 1 result"] * (not again) + [
+            "failed or skipped: 7, with reasons in outputs/job.ledger.jsonl; --resume tries again"
         ]
+        assert read_errors("outputs") == errors
+
+
+def test_generate_job_tries_failed_results_again(generate, save_image):
+    """The image of a line was damaged or missing; after it is mended, --resume makes the result."""
+    save_image("a.png")
+    Path("b.png").write_bytes(Path("a.png").read_bytes()[:150])
+    lines = [{"task": "caption", "image": name} for name in ("a.png", "b.png", "c.png")]
+    Path("job.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    status, printed, err = generate("--input", "job.jsonl", "--max-inference-batch-size", "1")
+    assert (status, len(printed)) == (1, 1)
+    assert "\ngenerating 2 results\n" in err  # the header of b.png is whole
+    assert {error["id"]: error["error"].partition(":")[0] for error in read_errors("outputs")} == {
+        "line 2/0": "b.png is cut off or damaged",
+        "line 3/0": "image c.png does not exist",
+    }
+    for name in ("b.png", "c.png"):
+        shutil.copy("a.png", name)
+    status, printed, err = generate("--input", "job.jsonl", "--resume")
+    assert (status, len(printed)) == (0, 2)
+    assert "failed" not in err
+    assert list(read_journal("outputs")[1]) == ["line 1/0", "line 2/0", "line 3/0"]
+    assert generate("--input", "job.jsonl", "--resume")[0] == 0
+
+
+def test_generate_job_fails_when_nothing_can_be_made(generate):
+    """A service must not take this for a job that is partly done."""
+    Path("job.jsonl").write_text('{"task": "caption", "image": "none.png"}\n', encoding="utf-8")
+    for again in ([], ["--resume"]):
+        status, printed, err = generate("--input", "job.jsonl", *again)
+        assert (status, printed) == (2, [])
+        assert "skipped: line 1: image none.png does not exist\n" in err
+        assert "generating" not in err
+
+
+def test_generate_job_waits_for_images_that_other_lines_make(generate):
+    """The image of the second line exists when its turn comes."""
+    lines = [{"id": "fox", "prompt": FOX}, {"task": "caption", "image": "outputs/fox-seed7-0.png"}]
+    Path("job.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    arguments = ("--input", "job.jsonl", "--seed", "7", "--max-inference-batch-size", "1")
+    status, printed, _ = generate(*arguments)
+    assert (status, len(printed)) == (0, 2)
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "parent", "absolute", "link", "none", "number"])
+def test_generate_job_makes_a_result_again_when_its_file_cannot_count(generate, save_image, kind):
+    """A record that leads out of the output folder, or to no image, is no result; nothing outside is touched."""
+    Path("prompts.txt").write_text(f"{FOX}\n{DOG}\n", encoding="utf-8")
+    arguments = ("--input", "prompts.txt", "--seed", "7", "-o", "out")
+    fox, _ = generate(*arguments)[1]
+    before = image_files("out")
+    journal = Path("out/prompts.ledger.jsonl")
+    header, first, second = journal.read_text(encoding="utf-8").splitlines()
+    facts = json.loads(first)
+    outside = Path("outside.png")
+    shutil.copy(fox, outside)
+    untouched = outside.read_bytes()
+    if kind in ("missing", "empty", "link"):
+        Path(fox).unlink()
+    if kind == "empty":
+        Path(fox).touch()
+    elif kind == "link":
+        Path(fox).symlink_to(outside.resolve())
+    elif kind == "none":
+        del facts["path"]
+    elif kind != "missing":
+        facts["path"] = {"parent": "../outside.png", "absolute": str(outside.resolve()), "number": 7}[kind]
+    journal.write_text("\n".join([header, json.dumps(facts), second, ""]), encoding="utf-8")
+
+    status, printed, err = generate(*arguments, "--resume")
+    assert (status, printed) == (0, [fox])
+    assert err.splitlines()[1].startswith(
+        "note: 1 recorded result cannot be used and will be made again; the first, line 1/0: its "
+    )
+    assert image_files("out") == before
+    assert not Path(fox).is_symlink()
+    assert outside.read_bytes() == untouched
+    assert sorted(os.listdir()) == ["out", "outside.png", "prompts.txt"]
+    assert generate(*arguments, "--resume")[1:] == ([], err.splitlines()[0] + "\n2 of 2 results exist already\n")
+
+
+def test_generate_job_upscales_inside_the_output_folder_only(generate):
+    """The upscaled image is written beside the small one, wherever the journal says that this is."""
+    Path("prompts.txt").write_text(f"{FOX}\n", encoding="utf-8")
+    arguments = ("--input", "prompts.txt", "--seed", "7", "-o", "out", "--upscale")
+    _, [small, large], _ = generate(*arguments)
+    shutil.copy(small, "outside.png")
+    Path(large).unlink()
+    journal = Path("out/prompts.ledger.jsonl")
+    header, first, _ = journal.read_text(encoding="utf-8").splitlines()
+    first = json.dumps(json.loads(first) | {"path": "../outside.png"})
+    journal.write_text(f"{header}\n{first}\n", encoding="utf-8")
+    status, printed, _ = generate(*arguments, "--resume")
+    assert (status, printed) == (0, [small, large])
+    assert sorted(os.listdir()) == ["out", "outside.png", "prompts.txt"]
 
 
 def test_generate_job_skips_tasks_that_the_model_lacks(generate, job, generation_checkpoint):
     status, printed, err = generate("--input", "job.jsonl", "--model", str(generation_checkpoint))
-    assert (status, len(printed)) == (2, 12)
+    assert (status, len(printed)) == (1, 12)
     skipped = [line for line in err.splitlines() if line.startswith("skipped: ")]
     assert [line.split(": ")[1] for line in skipped] == [f"line {number}" for number in (3, 7, 8, 10)]
     assert "was not trained for the task 'caption'" in skipped[0]
@@ -404,7 +540,7 @@ def test_generate_job_resumes_only_an_equal_job(generate):
     ("arguments", "message"),
     [
         (["--input", "没有.txt"], "cannot read 没有.txt: No such file or directory"),
-        (["--input", "latin.txt"], "latin.txt is not UTF-8: byte 1 is 0xe2"),
+        (["--input", "latin.txt"], "latin.txt is not UTF-8: byte 1 in line 1 is 0xe2"),
         (["--input", "blank.txt"], "blank.txt is empty: expected a prompt per line"),
         (["--input", "a.png"], 'a.png: the suffix ".png" is unknown; known: '),
         (

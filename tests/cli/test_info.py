@@ -1,6 +1,7 @@
 """``cogview info``: facts of a model, without its weights."""
 
 import hashlib
+import json
 import shutil
 import tarfile
 
@@ -131,6 +132,30 @@ def test_info_describes_v1_tokenizers(small_release, tmp_path, capsys):
     facts, _ = facts_of(capsys, files["text_model"])
     assert facts["kind"] == "text model (SentencePiece): --text-model of cogview convert"
     assert facts["pieces"] == "77"
+
+
+def test_info_describes_the_journal_of_a_job(tmp_path, capsys):
+    """What failed is listed with its reason; an error that has a result by now is not."""
+    path = tmp_path / "job.ledger.jsonl"
+    header = {"cogview_job": 2, "model": "cogview-emoji", "device": "cpu", "dtype": "float32", "seed": 7, "batch": 4}
+    lines = [
+        {"id": "line 1/0", "error": "image a.png does not exist"},
+        {"id": "line 1/0", "task": "caption", "text": "狐狸"},
+        {"id": "fox/0", "task": "generate", "path": "fox.png"},
+        {"id": "line 3", "error": "the prompt is empty\x1b", "line": 3},
+    ]
+    path.write_text("\n".join(map(json.dumps, [header, *lines])), encoding="utf-8")
+    facts, more = facts_of(capsys, path)
+    assert facts == {
+        "journal": str(path),
+        "model": "cogview-emoji",
+        "device": "cpu, float32",
+        "seed": "7",
+        "batch": "4",
+        "results": "2: caption 1, generate 1",
+        "failed": "1",
+    }
+    assert more == ["line 3: the prompt is empty\\x1b"]
 
 
 def test_info_describes_a_bundle(small_release, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """``cogview``: commands, and mistakes on the command line itself."""
 
 import importlib
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -13,9 +14,10 @@ from cogview.cli.main import COMMANDS, cli, main, run_command, run_safely
 from cogview.cli.options import DTYPES, Command, overrides_argument, sampling_options
 from cogview.device import DTYPES as TORCH_DTYPES
 from cogview.device import QUANTIZATIONS
-from cogview.errors import InputError
+from cogview.errors import ExitStatus, InputError
 from cogview.kernels.dispatch import ForcedKernelsError
 from cogview.modeling.config import Sampling
+from cogview.signals import StoppedBySignal
 
 
 def test_main_finds_the_module_of_every_command():
@@ -110,6 +112,7 @@ def test_main_reports_mistakes_in_one_line(arguments, message, capsys):
         ),
         (ForcedKernelsError("COGVIEW_KERNELS='fast' is unknown"), 2, "cogview x: COGVIEW_KERNELS='fast' is unknown\n"),
         (KeyboardInterrupt(), 130, "cogview x: interrupted; finished results are kept\n"),
+        (StoppedBySignal(signal.SIGTERM), 143, "cogview x: interrupted; finished results are kept\n"),
     ],
 )
 def test_main_turns_expected_errors_into_one_line(error, status, message, capsys):
@@ -242,3 +245,8 @@ def test_main_reports_wrong_input_of_every_command_in_one_line(arguments, tmp_pa
     assert err.startswith(f"cogview {arguments[0]}")
     assert err.count("\n") == 1
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("done", "failed", "status"), [(0, 0, 0), (3, 0, 0), (3, 1, 1), (0, 2, 2)])
+def test_exit_status_says_whether_all_some_or_no_results_were_made(done, failed, status):
+    assert ExitStatus.of(done, failed) == status

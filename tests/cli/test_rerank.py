@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cogview.cli.inputs import TextImageQuery
-from cogview.cli.rerank import Ranking
-from cogview.pipeline.results import Score
+from cogview.pipeline.results import Ranking, Score
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
@@ -116,7 +114,7 @@ def test_rerank_lists_texts_that_cannot_be_scored(rerank, save_image):
     save_image("a.png")
     Path("input.txt").write_text(f"{DOG * 3}\ta.png\n{FOX}\ta.png\n{DOG}\n", encoding="utf-8")
     status, found, err = rerank("--input", "input.txt")
-    assert status == 2
+    assert status == 1
     problem = "the prompt “蓝色背景上的三只狗蓝色背景上的三只狗蓝色…” is 27 pieces long, 20 fit; shorten it"
     assert [one["prompt"] for one in found] == [DOG * 3, FOX, DOG]
     assert found[0]["images"] == [{"file": "a.png", "score": None, "per_piece": None, "rank": None, "error": problem}]
@@ -136,8 +134,8 @@ def test_rerank_refuses_an_empty_prompt(rerank, save_image, no_image_is_read):
 
 def test_rerank_orders_images_by_score():
     scores = [Score(log_probability=value, num_pieces=4) if value else None for value in (-2.0, None, -1.0, -2.0)]
-    query = TextImageQuery.parse("狐狸\ta.png\tb.png\tc.png\td.png")
-    ranking = Ranking(query=query, scores=scores, errors=[None, "b.png is broken", None, None], refused=False)
+    files = [Path(f"{name}.png") for name in "abcd"]
+    ranking = Ranking(prompt="狐狸", files=files, scores=scores, errors=[None, "b.png is broken", None, None])
     assert ranking.order == [2, 0, 3]  # equal scores keep the given order
     images = ranking.as_json()["images"]
     assert [image["rank"] for image in images] == [2, None, 1, 3]

@@ -73,7 +73,7 @@ def test_upscale_reads_texts_and_images_from_a_file(upscale, save_image):
     lines = [f"{FOX}\ta/x.png", f" {DOG} \tb/x.png ", "no image here", f"{FOX}\ty.png\ta/x.png", f"{DOG * 3}\ty.png"]
     Path("input.txt").write_text("\n".join(lines), encoding="utf-8")
     status, files, err = upscale("--input", "input.txt", "--seed", "7", "--low-level")
-    assert status == 2
+    assert status == 1
     assert files == [Path("outputs/x-up-seed7.png"), Path("outputs/x-up-seed7_2.png")]
     assert [read_metadata(file)["prompt"] for file in files] == [FOX, DOG]
     assert [line for line in err.splitlines() if line.startswith("skipped: ")] == [

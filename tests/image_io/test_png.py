@@ -79,6 +79,14 @@ def test_save_png_overwrites_same_image_only(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["a.png", "a_2.png", "a_3.png"]
 
 
+def test_save_png_passes_over_a_link_that_leads_nowhere(tmp_path):
+    """Its name is neither free nor that of an image: the writer waited for ever."""
+    path = tmp_path / "a.png"
+    path.symlink_to(tmp_path / "gone" / "a.png")
+    assert save_png(path, image(), {"prompt": "狐狸"}) == tmp_path / "a_2.png"
+    assert path.is_symlink()
+
+
 def test_save_png_recognizes_images_of_older_versions(tmp_path):
     """They were drawn without guidance and without weights on the text, and did not say so."""
     path = tmp_path / "a.png"

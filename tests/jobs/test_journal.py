@@ -51,11 +51,69 @@ def test_journal_returns_recorded_results(open_journal, path):
     again = open_journal()
     assert (again.header, again.done) == (HEADER, done)
     assert path.read_text(encoding="utf-8").splitlines() == [
-        json.dumps({"cogview_job": 1} | HEADER),
+        json.dumps({"cogview_job": 2} | HEADER),
         '{"id": "狐狸", "file": "一只狐狸.png", "log_probability": -1.5}',
         '{"id": "狗"}',
     ]
     assert sorted(os.listdir(path.parent)) == ["job.ledger", "job.ledger.lock"]
+
+
+def test_journal_records_an_error_until_its_id_has_a_result(open_journal, path):
+    """A failed item is tried again by the next run, and skipped by the processes of this one."""
+    journal = open_journal(resume=False)
+    journal.record_error("狗", "image a.png does not exist", line=3)
+    assert (journal.has_failed("狗"), dict(journal.done)) == (True, {})
+    assert path.read_text(encoding="utf-8").splitlines()[1:] == [
+        '{"id": "狗", "error": "image a.png does not exist", "line": 3}'
+    ]
+    again = open_journal()
+    assert not again.has_failed("狗")
+    assert again.outcomes.errors == {"狗": {"error": "image a.png does not exist", "line": 3}}
+    again.record("狗", path="狗.png")
+    last = open_journal()
+    assert (last.done, last.outcomes.errors) == ({"狗": {"path": "狗.png"}}, {})
+
+
+def test_journal_repeats_no_error_that_stands_there_already(open_journal, path):
+    """A job that is resumed again and again, or shared by many processes, has each reason once."""
+    open_journal().record_error("狗", "image a.png does not exist", line=3)
+    again, other = open_journal(), JobJournal(path, JobLocks(path))
+    for journal in (again, other):
+        journal.record_error("狗", "image a.png does not exist", line=3)
+        assert journal.has_failed("狗")
+    other.close()
+    assert path.read_text(encoding="utf-8").count("error") == 1
+    again.record_error("狗", "a.png is empty, expected an image", line=3)
+    assert path.read_text(encoding="utf-8").count("error") == 2
+
+
+def test_journal_learns_the_errors_of_other_processes(open_journal, path):
+    journal, other = open_journal(), JobJournal(path, JobLocks(path))
+    other.record_error("狐狸", "image a.png does not exist")
+    assert not journal.has_failed("狐狸")
+    journal.refresh()
+    assert journal.has_failed("狐狸")
+    other.record("狐狸")
+    journal.refresh()
+    assert (journal.has_failed("狐狸"), list(journal.done)) == (False, ["狐狸"])
+    other.close()
+
+
+def test_journal_leaves_out_results_that_cannot_be_used(open_journal, path):
+    journal = open_journal()
+    for name in ("狐狸", "狗"):
+        journal.record(name, path=f"{name}.png")
+    again = open_journal(problem_of=lambda name, facts: f"no {facts['path']}" if name == "狗" else None)
+    assert (list(again.done), again.outcomes.lost) == (["狐狸"], {"狗": "no 狗.png"})
+    again.record("狗", path="狗_2.png")
+    assert again.outcomes.lost == {}
+
+
+def test_journal_continues_one_of_the_first_format(open_journal, path):
+    """Journals of earlier versions hold results alone."""
+    path.write_text(json.dumps({"cogview_job": 1} | HEADER) + '\n{"id": "狐狸"}\n', encoding="utf-8")
+    journal = open_journal()
+    assert (list(journal.done), journal.outcomes.errors) == (["狐狸"], {})
 
 
 def test_journal_records_file_names_that_are_not_utf8(open_journal):
@@ -126,8 +184,8 @@ def test_journal_refuses_a_file_that_is_not_a_journal(open_journal, path, conten
 
 
 def test_journal_refuses_a_newer_format(open_journal, path):
-    path.write_text('{"cogview_job": 2}\n')
-    with pytest.raises(InputError, match="has format 2, this version of cogview knows 1: update cogview"):
+    path.write_text('{"cogview_job": 3}\n')
+    with pytest.raises(InputError, match="has format 3, this version of cogview knows 2: update cogview"):
         open_journal()
 
 
@@ -187,7 +245,8 @@ def test_journal_leaves_complete_lines_when_the_disk_is_full(open_journal, path,
     with pytest.raises(kind) as error:
         journal.record("狗")
     if kind is DiskFull:
-        assert str(error.value) == "the disk is full: 1 result is kept; --resume continues when there is space"
+        reason = "the disk quota is used up" if code == errno.EDQUOT else "the disk is full"
+        assert str(error.value) == f"{reason}: 1 result is kept; --resume continues when there is space"
     assert path.read_bytes() == before
     fails = False
     journal.record("狗")

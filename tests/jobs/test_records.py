@@ -86,6 +86,22 @@ def test_read_job_reads_json_lines(read):
     assert isinstance(lines[0].sampling["guidance"], float)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("job.jsonl", f'{{"task": "rerank", "prompt": "{FOX}", "images": ["a.png", "/画/b.png"]}}'),
+        ("job.csv", f"task,prompt,images\nrerank,{FOX},a.png | /画/b.png\n"),
+    ],
+)
+def test_read_job_reads_the_images_to_rank(read, name, content):
+    """A list in JSON; in a table names with | between them."""
+    [record], problems = read(f"工作/{name}", content)
+    assert problems == []
+    assert record.images == (Path("工作/a.png"), Path("/画/b.png"))
+    [changed], _ = read(f"工作/{name}", content.replace("a.png", "c.png"))
+    assert digest([record], f"工作/{name}") != digest([changed], f"工作/{name}")
+
+
 WRONG_OBJECTS = [
     ('{"prompt": "一只狐狸"', "this is not JSON: Expecting ',' delimiter (character 18)"),
     ("[" * 100_000, "this is nested too deeply to be read"),
@@ -94,7 +110,7 @@ WRONG_OBJECTS = [
     ('{"promt": "狗"}', '"promt" is unknown; did you mean "prompt"?'),
     (
         '{"狗": 1}',
-        '"狗" is unknown; known: id, prompt, task, image, rows, n, seed, temperature, top_k, top_p, min_p, '
+        '"狗" is unknown; known: id, prompt, task, image, images, rows, n, seed, temperature, top_k, top_p, min_p, '
         "guidance, text_attention, noise_version",
     ),
     ('{"prompt": "狗", "n": 2.5}', "n: expected a whole number, got 2.5"),
@@ -112,7 +128,23 @@ WRONG_OBJECTS = [
         '{"prompt": "狗", "image": "狗.png"}',
         "image means nothing for the task generate; it belongs to: complete, caption, upscale",
     ),
-    ('{"prompt": "狗", "task": "画"}', 'the task "画" is unknown; known: generate, complete, caption, upscale'),
+    ('{"prompt": "狗", "task": "画"}', 'the task "画" is unknown; known: generate, complete, caption, upscale, rerank'),
+    ('{"prompt": "狗", "task": "rerank"}', "the task rerank needs images"),
+    ('{"prompt": "狗", "task": "rerank", "images": "a.png"}', 'images: expected a list of texts, got "a.png"'),
+    ('{"prompt": "狗", "task": "rerank", "images": []}', "images: expected a list of texts, got []"),
+    ('{"prompt": "狗", "task": "rerank", "images": ["a.png", 3]}', "image: expected text, got 3"),
+    (
+        '{"prompt": "狗", "task": "rerank", "images": ["a.png", " "]}',
+        "images: expected the name of an image, got an empty text",
+    ),
+    (
+        '{"prompt": "狗", "task": "rerank", "images": ["a.png"], "seed": 1, "top_k": 5}',
+        "seed and top_k cannot be set for the task rerank, which samples nothing",
+    ),
+    (
+        '{"prompt": "狗", "images": ["a.png"]}',
+        "images means nothing for the task generate; it belongs to: rerank",
+    ),
     ('{"prompt": "狗", "n": 0}', "n must be from 1 to 100000, got 0"),
     ('{"prompt": "狗", "n": 99999999999}', "n must be from 1 to 100000, got 99999999999"),
     (
@@ -278,3 +310,10 @@ def test_read_job_names_problems_by_id_and_escapes_control_characters(read):
     _, problems = read("job.jsonl", f'{{"id": "狗", "n": 1.5}}\n{{"prompt": "{FOX}"}}\n{{"\\u001b[2J": 1}}\n')
     assert [problem.id for problem in problems] == ["狗", "line 3"]
     assert problems[1].startswith(r'line 3: "\x1b[2J" is unknown')
+
+
+def test_read_job_gives_every_problem_an_id_of_its_own(read):
+    """The journal has one error for each id."""
+    _, problems = read("job.jsonl", f'{{"id": "a", "prompt": "{FOX}"}}\n{{"id": "a"}}\n{{"id": "b"}}\n{{"id": "b"}}\n')
+    assert [(problem.id, problem.number) for problem in problems] == [("line 2", 2), ("b", 3), ("line 4", 4)]
+    assert problems[1].reason == "the task generate needs prompt"

@@ -7,9 +7,10 @@ import pytest
 
 from cogview.errors import InputError
 from cogview.jobs.locks import JobLocks
+from cogview.jobs.observer import JobObserver
 from cogview.jobs.plan import JobPlan, JobSettings
-from cogview.jobs.records import JobRecord, read_job
-from cogview.jobs.runner import JobObserver, JobRunner
+from cogview.jobs.records import JobProblem, JobRecord, read_job
+from cogview.jobs.runner import JobRunner
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
@@ -114,12 +115,15 @@ def test_job_runner_reports_events_in_order(open_job, tiny_model, save_image):
         JobRecord(number=3, task="caption", image=Path("没有.png")),
     ]
     observer = RecordingObserver()
-    plan, journal, locks = open_job(tiny_model, records, ["line 9: unknown"], seed=7)
-    report = JobRunner(plan, observer).run(journal, locks)
+    plan, journal, locks = open_job(tiny_model, records, [JobProblem.of(9, "unknown")], seed=7)
+    runner = JobRunner(plan, observer)
+    assert runner.prepare(journal) == {"line 1/0": 64, "line 2/0": tiny_model.config.caption_positions}
+    report = runner.run(journal, locks)
     assert observer.events == [
-        *("noted", "skipped", "batch", "progress", "saved", "finished", "captioned", "finished", "recorded"),
+        *("skipped", "skipped", "noted", "batch", "progress", "saved", "finished", "captioned", "finished", "recorded"),
     ]
-    note, reason, batch, saved, image, recorded = observer.values
+    problem, reason, note, batch, saved, image, recorded = observer.values
+    assert problem == "line 9: unknown"
     assert note.startswith("a.png: ")
     assert reason.startswith("line 3: image 没有.png does not exist")
     assert batch == [f"{FOX}-seed7-0.png"]
@@ -127,7 +131,12 @@ def test_job_runner_reports_events_in_order(open_job, tiny_model, save_image):
     assert saved.is_file()
     assert image == Path("a.png")
     assert recorded == (2, 64 + tiny_model.config.caption_positions)
-    assert (report.count, report.missing, report.left, report.skipped) == (3, 3, 1, 2)
+    assert (report.count, report.missing, report.made, report.left) == (3, 2, 2, 0)
+    assert (report.failed, report.skipped) == (1, 1)
+    assert journal.outcomes.errors == {
+        "line 9": {"error": "unknown", "line": 9},
+        "line 3/0": {"error": "image 没有.png does not exist", "line": 3},
+    }
 
 
 def test_job_runner_notes_each_prompt_once_and_a_limited_number(open_job, tiny_model, monkeypatch):
@@ -183,7 +192,7 @@ def test_job_plan_continues_a_journal_of_an_earlier_version(open_job, save_image
 
     save_image("a.png")
     Path("job.jsonl").write_text("".join(json.dumps(line) + "\n" for line in OLD_JOB))
-    Path("out").mkdir()
+    save_image("out/狐狸-seed7-0.png")
     Path("out/job.ledger.jsonl").write_text(json.dumps(OLD_HEADER) + "\n" + json.dumps(OLD_RESULT) + "\n")
     records, problems = read_job("job.jsonl")
     model = CogView.from_pretrained("cogview-emoji", device="cpu")

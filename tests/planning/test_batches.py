@@ -180,12 +180,13 @@ def test_batch_planner_rejects_batch_size_below_1():
         BatchPlanner(CPU, 0)
 
 
-def test_chunks_are_logged_once(free, caplog):
+def test_batches_are_logged_once_when_work_starts(free, caplog):
     caplog.set_level(logging.INFO, logger="cogview.planning.batches")
     free(32e9)
     planner = BatchPlanner(CPU)
+    planner.chunks([1e9] * 33, sum, "generating")  # a question announces no work
     for _ in range(2):
-        planner.chunks([1e9] * 33, sum, "generating")
+        assert list(planner.run([1e9] * 33, sum, lambda items: items, "generating")) == [1e9] * 33
     assert [record.message for record in caplog.records] == [
         "generating: 17 at a time of 33 (memory); 17.00 GB of 32.00 GB free"
     ]

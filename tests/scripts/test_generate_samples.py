@@ -85,7 +85,7 @@ def test_generate_samples_names_folders_by_ids(samples):
     lines = [f"0017\t{FOX}", f"../up\t{DOG}", f"0017\t{FOX}", "no id here"]
     Path("input.txt").write_text("\n".join(lines), encoding="utf-8")
     status, files, err = samples("--input-source", "input.txt", "--with-id", "--batch-size", "2")
-    assert status == 2
+    assert status == 1
     assert [file.as_posix() for file in files] == [
         f"samples/{name}.png" for name in ("0017/0", "0017/1", "up/0", "up/1", "0017/2", "0017/3")
     ]
@@ -117,7 +117,7 @@ def test_generate_samples_asks_for_prompts(samples, monkeypatch):
 def test_generate_samples_skips_prompts_that_cannot_be_used(samples):
     Path("input.txt").write_text(f"{DOG * 3}\n{FOX}\n", encoding="utf-8")
     status, files, err = samples("--input-source", "input.txt", "--batch-size", "1", "--debug")
-    assert status == 2
+    assert status == 1
     assert files == [Path("samples", FOX, name) for name in ("0.png", "concat.png")]
     assert "is 27 pieces long, 20 fit; shorten it" in err
 

@@ -48,7 +48,7 @@ def test_super_resolution_names_folders_by_ids_and_skips_invalid_lines(run_upsca
     lines = [f"0017\t{FOX}\ta.png", f"../up\t{DOG}\ta.png", f"3\t{FOX}", "no id", f"4\t{DOG * 3}\ta.png"]
     Path("input.txt").write_text("\n".join(lines), encoding="utf-8")
     status, files, err = run_upscale(*LOW_LEVEL, "--input-source", "input.txt", "--with-id")
-    assert status == 2
+    assert status == 1
     assert files == [Path("samples", folder, "a-up-seed1234.png") for folder in ("0017", "up")]
     assert [read_metadata(file)["prompt"] for file in files] == [FOX, DOG]
     assert [line for line in err.splitlines() if line.startswith("skipped: ")] == [

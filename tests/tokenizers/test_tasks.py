@@ -28,6 +28,7 @@ def test_tasks_of_each_reader():
         "complete": ("prompt", "image", "rows"),
         "caption": ("image",),
         "upscale": ("prompt", "image"),
+        "rerank": ("prompt", "images"),
     }
 
 
@@ -38,6 +39,7 @@ def test_tasks_of_each_reader():
         ("complete", ("text", "image"), 1, 1),
         ("caption", ("image", "text"), 1, 0),
         ("score", ("image", "text"), 1, 0),
+        ("rerank", ("image", "text"), 1, 0),
         ("upscale", ("text", "image", "large"), 1, 2),
         ("low_level", ("text", "small", "image"), 0.5, 1),
     ],
@@ -58,6 +60,7 @@ def test_given_and_blank_elements():
         "upscale": (("text",), "small", "image"),
         "low_level": (("text",), "small", "image"),
         "score": (("text",), "image", ""),
+        "rerank": ((), "image", "text"),
     }
 
 
