@@ -135,6 +135,11 @@ ROWS: dict[str, Run | NotRun] = {
         instead="--model TINY"
     ),
     "cogview train pictures.yaml --work runs/pictures-large": Run("recipe", instead="tiny.yaml --work runs/large"),
+    "cogview data inspect data/style --model cogview-emoji -n 32 -o sheet.png": Run("built"),
+    "cogview data stats data/style --model cogview-emoji": Run("built"),
+    "cogview data validate data/style data/style-held-out": Run("built"),
+    "cogview data merge data/style data/photos -o data/all": Run("built"),
+    "cogview data export data/style --model cogview-emoji -o shards": Run("built"),
     "cogview import-data SOURCE --model FOLDER -o STORE": NotRun("tests/cli/test_import_data.py makes such a source"),
     # Hub
     'cogview generate "一只狐狸" --model studio/fox': Run("hub"),
@@ -207,6 +212,13 @@ class Workshop:
             Path(f"pictures/{name}.txt").write_text(f"一只狐狸{name}", encoding="utf-8")
         Path("captions.csv").write_text("file,caption\na.png,一只狐狸\nb.png,一只狗\n", encoding="utf-8")
         Path("photos").symlink_to("pictures")
+
+    def built(self) -> None:
+        """Build the stores of the pages."""
+        self.captions()
+        for name in ("style", "style-held-out", "photos"):
+            options = ["--model", str(self.tiny), "--device", "cpu", "--workers", "0", "--held-out", "0"]
+            assert main(["data", "build", "pictures", "-o", f"data/{name}", *options]) == 0
 
     def recipe(self) -> None:
         """Write a store of random codes, and ``tiny.yaml``, which trains on it."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview.cli.data_stores import export, inspect, merge, stats, validate
 from cogview.cli.options import (
     FILE,
     MODEL_HELP,
@@ -41,6 +42,10 @@ SOURCE_HELP = (
 @click.group(no_args_is_help=False)
 def command() -> None:
     """Build token stores from pictures with captions, and look into stores."""
+
+
+for _action in (inspect, stats, validate, merge, export):
+    command.add_command(_action)
 
 
 def table_options() -> Decorator:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,13 +25,10 @@ from cogview.data.store import (
     _shown,
     naming_damage,
 )
+from cogview.data.store_blocks import BLOCKS_FILE, write_blocks
 from cogview.data.store_checksum import CHECKSUM_FILE, DATA_FILE, check_sum, write_checksum
 from cogview.errors import InputError, RetryLaterError, reason_of
 from cogview.formatting import format_bytes
-
-if TYPE_CHECKING:
-    pass
-
 
 ROWS_PER_TRANSACTION = 16384
 
@@ -126,12 +122,13 @@ class StoreWriter:
             self._commit([chunk[at : at + width] for at in range(0, len(chunk), width)])
 
     def close(self) -> None:
-        """Close the file and write its checksum."""
+        """Close the file and write its checksums."""
         self._environment.close()
         if self._sum_is_due:
             self._sum_is_due = False
-            with suppress(OSError):  # a store without a checksum is whole, too
+            with suppress(OSError):  # a store without checksums is whole, too
                 write_checksum(self.path)
+                write_blocks(self.path, self._count)
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -164,7 +161,8 @@ class StoreWriter:
         import lmdb
 
         if not self._sum_is_due:  # a checksum that the next commit makes wrong must not survive a kill
-            (self.path / CHECKSUM_FILE).unlink(missing_ok=True)
+            for name in (CHECKSUM_FILE, BLOCKS_FILE):
+                (self.path / name).unlink(missing_ok=True)
             self._sum_is_due = True
         end = self._count + len(values)
         keys = _keys(np.arange(self._count, end))

@@ -4,10 +4,13 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from cogview.cli.main import main
+from cogview.data.store import TokenStore
 from cogview.modeling import config
 
 
@@ -29,6 +32,7 @@ def data(tiny_checkpoint, tmp_path, monkeypatch, capsys, save_image):
     return run
 
 
+@pytest.mark.slow
 def test_data_build_writes_stores_for_training(data, tiny_checkpoint, monkeypatch, capsys):
     """The stores of a folder of pictures go into ``cogview train``, and the model draws."""
     assert data("build", "pictures", "-o", "out/store", "--held-out", "0.1") == (
@@ -90,3 +94,78 @@ def test_data_build_refuses_in_one_line(data, arguments, message):
     assert (status, out, len(err)) == (2, [], 1)
     assert message in err[0]
     assert not [name for name in os.listdir(".") if name.startswith("s")]
+
+
+@pytest.fixture
+def store(data, tiny_checkpoint):
+    """Build a store of six pictures, one of them with two captions, and return the option for its model."""
+    Path("pictures/0.txt").write_text("红色的狐狸\n一只狐狸\n", encoding="utf-8")
+    assert data("build", "pictures", "-o", "store", "--held-out", "0.1")[0] == 0
+    return ("--model", str(tiny_checkpoint))
+
+
+def test_data_inspect_saves_a_sheet_of_decoded_rows(data, store):
+    status, out, err = data("inspect", "store", *store, "-n", "4", "--device", "cpu", "-o", "out/sheet.png")
+    assert (status, out) == (0, ["out/sheet.png"]), err
+    with Image.open("out/sheet.png") as sheet:
+        assert sheet.width * sheet.height > 4 * 128**2
+        assert sheet.text["rows"] == "0 1 2 3"
+    assert data("inspect", "store", *store, "-n", "3", "--seed", "1", "--device", "cpu")[1] == ["sheet.png"]
+
+
+def test_data_stats_counts_texts_codes_and_copies(data, store):
+    status, out, err = data("stats", "store", *store)
+    assert (status, err) == (0, [])
+    assert out[0] == "rows: 7"
+    assert out[1] == "fields: text 20, image 64, large 256, small 16; grid 8"
+    assert out[2] == "tasks: generate, caption, upscale, low_level"
+    assert "distinct: 5 texts, 6 images" in out
+    assert out[-2:] == ["       2  绿色的狐狸", "       2  黄色的狐狸"]
+    facts = json.loads(data("stats", "store", "--json")[1][0])
+    assert (facts["rows"], facts["repeated_rows"], facts["byte_share"], facts["frequent"]) == (7, 0, None, [])
+
+
+def test_data_merge_writes_the_rows_of_all_stores(data, store):
+    assert data("merge", "store", "store-held-out", "-o", "all") == (0, ["all: 9 rows"], [])
+    stores = [TokenStore(name) for name in ("store", "store-held-out", "all")]
+    parts = [each.read(range(len(each)))["image"] for each in stores]
+    assert np.array_equal(np.concatenate(parts[:2]), parts[2])
+    assert stores[2].header.provenance == {"merged": [each.header.provenance for each in stores[:2]]}
+    status, _, err = data("merge", "store", "-o", "all")
+    assert (status, err) == (2, ["cogview data: all is there already: remove it, or choose another folder with -o"])
+
+
+def test_data_validate_locates_a_flipped_byte(data, store):
+    """LMDB maps a damaged page without a word, or ends the process by a signal."""
+    status, out, _ = data("validate", "store", "store-held-out")
+    assert (status, out) == (0, ["store: 7 rows in 1 block, no damage", "store-held-out: 2 rows in 1 block, no damage"])
+    content = bytearray(Path("store/data.mdb").read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("store/data.mdb").write_bytes(content)
+    status, out, err = data("validate", "store", "store-held-out")
+    assert status == 1
+    assert out[0] == f"store: block 0 of 1 is damaged: bytes 0 to {len(content) - 1:,}, about rows 0 to 6"
+    assert out[1] == "store-held-out: 2 rows in 1 block, no damage"
+    assert err == ["store is damaged: copy it again, or build it again"]
+    Path("store/data.blocks.json").unlink()
+    assert "the SHA-256 of data.mdb is" in data("validate", "store")[2][0]
+    assert data("validate", "pictures") == (1, [], ["pictures is not a token store: it has no data.mdb"])
+
+
+def test_data_export_writes_shards_that_build_reads(data, store):
+    status, out, err = data("export", "store", *store, "-o", "shards", "--shard-size", "4", "--device", "cpu")
+    assert (status, out) == (0, ["shards: 6 pictures in 2 shards"]), err
+    status, out, _ = data("build", "shards/000000.tar", "shards/000001.tar", "-o", "again", "--held-out", "0")
+    assert (status, out) == (0, ["again: 7 rows of 6 pictures"])
+    again, before = TokenStore("again"), TokenStore("store")
+    assert np.array_equal(again.read(range(7))["text"], before.read(range(7))["text"])
+    first = Path("shards/000000.tar").read_bytes()
+    assert data("export", "store", *store, "-o", "other", "--shard-size", "4", "--device", "cpu")[0] == 0
+    assert Path("other/000000.tar").read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["inspect", "export"])
+def test_data_commands_refuse_a_store_of_other_tokenizers(data, store, name):
+    status, out, err = data(name, "store", "--model", "cogview-emoji", "-o", "x", "--device", "cpu")
+    assert (status, out, len(err)) == (2, [], 1)
+    assert "store was made with text_sha256" in err[0]

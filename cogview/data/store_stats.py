@@ -1,0 +1,155 @@
+"""Describe the rows of a token store: lengths of texts, codes in use, frequent captions, duplicates."""
+
+# N rows, W width of a field
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from cogview.data.store import NAMES_FIELD, NO_TOKEN, TEXT_FIELD, TokenStore, text_lengths
+from cogview.tokenizers.text import TextTokenizer
+
+CHUNK = 16384  # rows
+NUM_FREQUENT = 10  # captions
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreStats:
+    """Facts of a token store.
+
+    Attributes:
+        rows: Number of rows.
+        fields: Width of each field.
+        tasks: Tasks that the rows can feed.
+        grid: Codes on a side.
+        shortest: Pieces of the shortest text.
+        mean_length: Pieces of a text on average.
+        longest: Pieces of the longest text.
+        text_width: Pieces that a row has room for.
+        codes_used: Number of different codes by image field.
+        num_codes: Size of the codebook.
+        distinct_texts: Number of different texts.
+        distinct_images: Number of different images.
+        repeated_rows: Rows that equal an earlier one.
+        byte_share: Share of the pieces that are bytes; None without a text tokenizer.
+        frequent: The most frequent captions with their rows; none without a text tokenizer.
+    """
+
+    rows: int
+    fields: Mapping[str, int]
+    tasks: tuple[str, ...]
+    grid: int
+    shortest: int
+    mean_length: float
+    longest: int
+    text_width: int
+    codes_used: Mapping[str, int]
+    num_codes: int
+    distinct_texts: int
+    distinct_images: int
+    repeated_rows: int
+    byte_share: float | None = None
+    frequent: tuple[tuple[str, int], ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the facts as plain data."""
+        return asdict(self)
+
+    def as_text(self) -> list[str]:
+        """Return the facts as lines ``name: value``."""
+        fields = ", ".join(f"{name} {width}" for name, width in self.fields.items())
+        codes = ", ".join(f"{name} {count:,} of {self.num_codes:,}" for name, count in self.codes_used.items())
+        lines = [
+            f"rows: {self.rows:,}",
+            f"fields: {fields}; grid {self.grid}",
+            f"tasks: {', '.join(self.tasks)}",
+            f"text: {self.shortest} to {self.longest} pieces, {self.mean_length:.1f} on average, room for "
+            f"{self.text_width}",
+            f"codes in use: {codes}",
+            f"distinct: {self.distinct_texts:,} texts, {self.distinct_images:,} images",
+            f"repeated rows: {self.repeated_rows:,}",
+        ]
+        if self.byte_share is not None:
+            lines.append(f"pieces that are bytes: {self.byte_share:.0%}")
+        lines += [f"{count:>8,}  {caption}" for caption, count in self.frequent]
+        return lines
+
+
+def store_stats(store: TokenStore, text_tokenizer: TextTokenizer | None = None) -> StoreStats:
+    """Return the facts of a store.
+
+    Args:
+        store: The store, with at least one row.
+        text_tokenizer: Its text tokenizer, for what captions say.
+
+    Raises:
+        InputError: The store is damaged.
+    """
+    header = store.header
+    images = [name for name in header.fields if name not in (TEXT_FIELD, NAMES_FIELD)]
+    used = {name: np.zeros(header.num_image_codes, dtype=bool) for name in images}
+    pieces, lengths = np.zeros(header.num_text_pieces, dtype=np.int64), []
+    hashes: dict[str, list[int]] = {"text": [], "image": [], "row": []}
+    for rows in chunks(store):
+        lengths.append(text_lengths(rows[TEXT_FIELD]))
+        text = rows[TEXT_FIELD][rows[TEXT_FIELD] != NO_TOKEN]
+        pieces += np.bincount(text, minlength=len(pieces))
+        for name in images:
+            used[name][rows[name].ravel()] = True
+        hashes["text"] += _hashes(rows[TEXT_FIELD])
+        hashes["image"] += _hashes(rows[images[0]])
+        hashes["row"] += _hashes(np.concatenate([rows[TEXT_FIELD], *(rows[name] for name in images)], axis=1))
+    length = np.concatenate(lengths)
+    distinct = {name: len(set(values)) for name, values in hashes.items()}
+    return StoreStats(
+        rows=len(store),
+        fields=header.fields,
+        tasks=header.layouts,
+        grid=header.grid,
+        shortest=int(length.min()),
+        mean_length=float(length.mean()),
+        longest=int(length.max()),
+        text_width=header.fields[TEXT_FIELD],
+        codes_used={name: int(each.sum()) for name, each in used.items()},
+        num_codes=header.num_image_codes,
+        distinct_texts=distinct["text"],
+        distinct_images=distinct["image"],
+        repeated_rows=len(store) - distinct["row"],
+        byte_share=None if text_tokenizer is None else _byte_share(pieces, text_tokenizer),
+        frequent=() if text_tokenizer is None else _frequent(store, hashes["text"], text_tokenizer),
+    )
+
+
+def chunks(store: TokenStore) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the rows of a store in order, ``CHUNK`` at a time."""
+    for start in range(0, len(store), CHUNK):
+        yield store.read(range(start, min(start + CHUNK, len(store))))
+
+
+def caption_of_row(text_W: np.ndarray, text_tokenizer: TextTokenizer) -> str:
+    """Return the caption of a text field: (W,)."""
+    return text_tokenizer.decode(text_W[text_W != NO_TOKEN].tolist())
+
+
+def _hashes(ids_NW: np.ndarray) -> list[int]:
+    """Return a hash of 64 bits for each row."""
+    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in np.ascontiguousarray(ids_NW))
+    return [int.from_bytes(digest, "little") for digest in digests]
+
+
+def _byte_share(counts: np.ndarray, text_tokenizer: TextTokenizer) -> float:
+    """Return the share of pieces that are bytes, given the occurrences of each piece."""
+    is_byte = np.array([piece.startswith("<0x") for piece in text_tokenizer.pieces])
+    return float(counts[is_byte].sum() / max(1, counts.sum()))
+
+
+def _frequent(store: TokenStore, hashes: list[int], text_tokenizer: TextTokenizer) -> tuple[tuple[str, int], ...]:
+    """Return the captions of more than one row, the most frequent first."""
+    _, first, counts = np.unique(np.array(hashes, dtype=np.uint64), return_index=True, return_counts=True)
+    order = np.lexsort((first, -counts))[:NUM_FREQUENT]
+    rows = [(int(first[index]), int(counts[index])) for index in order if counts[index] > 1]
+    return tuple((caption_of_row(store[row][TEXT_FIELD], text_tokenizer), count) for row, count in rows)
