@@ -6,7 +6,7 @@ and words outside its world with the things that are near in meaning. ``cogview/
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cogview.config_io import from_mapping
@@ -29,6 +29,7 @@ class PromptGrammar:
         licence: Sources of the words and their licence.
         examples: Prompts that the model understands.
         counts: Numerals with their values.
+        count_forms: Other words for these counts, which the model does not understand, with their numerals.
         measures: Measure words.
         colours: Names of colours.
         colour_forms: Other forms of colours, which the model does not understand, with their names.
@@ -55,6 +56,7 @@ class PromptGrammar:
     licence: str
     examples: tuple[str, ...]
     counts: dict[str, int]
+    count_forms: dict[str, str] = field(default_factory=dict)
     measures: tuple[str, ...]
     colours: tuple[str, ...]
     colour_forms: dict[str, str]

@@ -37,7 +37,10 @@ _PROMPT_NOTE = re.compile(r"(?P<head>(?:note: )?)(?P<prompt>“.*?”): (?P<note
 _DEFAULT = re.compile(r"(.*?)  \[(.*)\]", re.DOTALL)  # how click appends the default and the range to a help text
 _COMPUTED = re.compile(r"(?<=default: )\((.*?)\)(?=;|$)")  # how click shows the text of a computed default
 _PARENTHESIS = re.compile(r"(.*\S) \((.*)\)", re.DOTALL)
-_PIECES = re.compile(r"(?:[\u3000-\u9fff\uff00-\uffef]|[^\s\u3000-\u9fff\uff00-\uffef]+)[，。；：、）】”’！？]*\s*")
+# What stays on one line: a word or a Chinese character, with opening marks before it and closing marks behind it.
+_PIECES = re.compile(
+    r"[\[（【“‘]*(?:[\u3000-\u9fff\uff00-\uffef]|[^\s\u3000-\u9fff\uff00-\uffef]+)[\]，。；：、）】”’！？]*\s*"
+)
 _JOINTS = ((re.compile(r"; "), "；"), (re.compile(r": "), "："), (re.compile(r", "), "，"))
 
 
@@ -214,11 +217,11 @@ class TranslatedHelp(click.HelpFormatter):
 
     def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
         """Write the line of usage."""
-        super().write_usage(prog, args, prefix or f"{self.catalogue.translate('Usage')}: ")
+        super().write_usage(prog, args, prefix or f"{self.catalogue.translate('Usage')}：")
 
     def write_heading(self, heading: str) -> None:
         """Write the heading of a section."""
-        super().write_heading(self.catalogue.translate(heading))
+        self.write(f"{' ' * self.current_indent}{self.catalogue.translate(heading)}：\n")
 
     def write_text(self, text: str) -> None:
         """Write paragraphs."""
@@ -261,7 +264,7 @@ def wrap_columns(text: str, width: int) -> list[str]:
         width: Maximum number of columns of a line; Chinese characters take two.
 
     Returns:
-        The lines. None begins with a closing mark.
+        The lines. None begins with a closing mark or ends in an opening one.
     """
     lines, line = [], ""
     for piece in _PIECES.findall(" ".join(text.split())):

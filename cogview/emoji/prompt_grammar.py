@@ -81,6 +81,7 @@ class _GrammarTables:
     pairs: tuple[str, ...]
     pair_backgrounds: tuple[str, ...]
     quantities: str
+    count_forms: dict[str, str]
     conjunctions: str
     sizes: str
     negations: str
@@ -127,6 +128,7 @@ def build_grammar(things: Sequence[EmojiObject], files: GrammarFiles | None = No
         licence=tables.licence,
         examples=tables.examples,
         counts=counts,
+        count_forms=tables.count_forms,
         measures=tuple(sorted(measures)),
         colours=tuple(colours),
         colour_forms=forms,

@@ -17,6 +17,7 @@ from cogview.pipeline.prompt_words import (
     LATIN,
     NOUN,
     NUMERAL,
+    SKIN_TONES,
     VARIATION_SELECTOR,
     PromptNoun,
     PromptScanner,
@@ -29,6 +30,7 @@ from cogview.pipeline.prompt_words import (
 _NUM_EXAMPLES = 3  # things that a message names
 _MAX_SHOWN = 12  # characters of a word in a message
 _STOPS = "、；。：;:"  # marks that a model misreads where a comma would do
+_LARGE = frozenset("五六七八九十百千万亿")  # characters of numerals above four
 _COLOUR = "色"  # the end of every name of a colour
 
 
@@ -47,8 +49,11 @@ class PromptReader:
         self._emoji = {_bare(thing.emoji): thing.name for thing in things if thing.emoji}
         longest_first = sorted(self._emoji, key=len, reverse=True)
         spelt = [f"{VARIATION_SELECTOR}?".join(map(re.escape, emoji)) for emoji in longest_first]
-        # An emoji before a joiner is a part of another one.
-        self._emoji_pattern = re.compile(f"(?:{'|'.join(spelt)}){VARIATION_SELECTOR}?(?!\u200d)" if spelt else "(?!)")
+        # An emoji beside a joiner is a part of another one.
+        emoji = f"(?<!\u200d)(?:{'|'.join(spelt)}){VARIATION_SELECTOR}?(?!\u200d)" if spelt else "(?!)"
+        self._emoji_pattern = re.compile(emoji)
+        carriers, colours = ("|".join(map(re.escape, words)) for words in (grammar.carriers, grammar.colours))
+        self._colon_pattern = re.compile(rf"({carriers})\s*[:：]\s*(?={colours})")
         self._single_wordings = _expand(grammar.single_backgrounds, grammar.singles)
         self._pair_wordings = _expand(grammar.pair_backgrounds, grammar.pairs)
 
@@ -56,7 +61,8 @@ class PromptReader:
         """Return a prompt in the characters of the model, and a note on each kind of change.
 
         Traditional characters become simplified, emoji of things become names, other marks between two parts become
-        commas, and all others are left out. Any other prompt is returned unchanged.
+        commas, and all others are left out. Of two different things none has a count if one of them has none. Any other
+        prompt is returned unchanged.
 
         Args:
             text: The prompt.
@@ -70,7 +76,7 @@ class PromptReader:
         if names:
             text = self._emoji_pattern.sub(lambda match: names[match[0]], text)
             notes += [f"{emoji} is read as {name}" for emoji, name in names.items()]
-        kept = _without_marks(text)
+        kept = _without_marks(self._colon_pattern.sub(r"\1", text))  # 背景：蓝色
         if kept and kept != text.strip():
             left_out = [mark for mark in dict.fromkeys(text) if is_mark(mark) and text.count(mark) > kept.count(mark)]
             notes.append(f"left out: {' '.join(left_out)}")
@@ -78,6 +84,10 @@ class PromptReader:
         if kept and (stops := [mark for mark in dict.fromkeys(text) if mark in _STOPS]):
             notes.append(f"{' '.join(stops)} is read as ，")
             text = text.translate(dict.fromkeys(map(ord, _STOPS), "，"))
+        if (counted := self._only_counted(text)) is not None:
+            count = counted.text.removesuffix(counted.word)
+            text, found = re.subn(rf"{re.escape(count)}\s*(?={re.escape(counted.word)})", "", text, count=1)
+            notes += [f"{counted.text} is read as {counted.word}"] * found
         return text, notes
 
     def problems(self, text: str) -> list[str]:
@@ -86,7 +96,7 @@ class PromptReader:
         Args:
             text: The prompt, as ``convert`` returns it.
         """
-        tokens = self._scanner.scan(_bare(unicodedata.normalize("NFKC", text)))
+        tokens = self._scan(text)
         stray = [index for index in range(len(tokens)) if self._is_stray_colour(tokens, index)]
         nouns, _ = find_structure(_without_modifiers(tokens, stray))
         relation = self._relation_problem(tokens, stray, nouns)
@@ -107,15 +117,37 @@ class PromptReader:
             found.append(f"it knows {len(self._things)} things such as {names}")
         return found
 
+    def _scan(self, text: str) -> list[PromptToken]:
+        """Return the words of a prompt."""
+        return self._scanner.scan(_bare(unicodedata.normalize("NFKC", text)))
+
+    def _only_counted(self, text: str) -> PromptNoun | None:
+        """Return the noun with the count 1 in a wording of two things of which the other has no count, or None.
+
+        The captions of a model give both a count or neither: it misreads 一只猫在左边，狗在右边.
+        """
+        nouns, wording = find_structure(self._scan(text))
+        counted = [noun for noun in nouns if noun.count is not None]
+        if len({noun.name for noun in nouns}) != 2 or len(nouns) != 2 or len(counted) != 1 or counted[0].count != 1:
+            return None
+        return counted[0] if self._is_wording(wording, nouns) else None
+
     def _count_problems(self, tokens: Sequence[PromptToken]) -> Iterator[str]:
         """Yield what is wrong with numbers, amounts, sizes and negations."""
+        counts, forms = self._grammar.counts, self._grammar.count_forms
         numerals = [NUMERAL.match(token.text) for token in tokens if token.kind == "count" and token.count is None]
-        wrong = [numeral[0] for numeral in numerals if numeral is not None]
-        wrong += [token.text for token in tokens if token.kind == "quantity"]
-        if wrong:
-            counts = self._grammar.counts
-            known = "、".join(numeral for numeral in counts if not numeral.isdigit())
-            yield f"the model counts to {max(counts.values())} ({known}), not {'、'.join(dict.fromkeys(wrong))}"
+        words = [numeral[0] for numeral in numerals if numeral is not None]
+        words += [token.text for token in tokens if token.kind == "quantity"]
+        unknown = list(dict.fromkeys(word for word in words if word not in forms))
+        large = [word for word in unknown if _is_above(word, max(counts.values()))]
+        inexact = [word for word in unknown if word not in large]
+        known = "、".join(numeral for numeral in counts if not numeral.isdigit())
+        for word in dict.fromkeys(word for word in words if word in forms):
+            yield f"{word} is not understood: write {forms[word]}"
+        if large:
+            yield f"the model counts to {max(counts.values())} ({known}), not {'、'.join(large)}"
+        if inexact:
+            yield f"the model knows no count {'、'.join(inexact)}, only {known}"
         if sizes := _words(tokens, "size"):
             yield f"{sizes} is not understood: all things have one size"
         if negations := _words(tokens, "negation"):
@@ -143,7 +175,8 @@ class PromptReader:
         carriers = "、".join(self._grammar.carriers)
         if stray:
             words = "、".join(dict.fromkeys(tokens[index].text for index in stray))
-            example = self._on_colour(tokens[stray[0]].meaning, nouns)
+            background = [index for index, token in enumerate(tokens) if token.kind == "colour" and index not in stray]
+            example = self._on_colour(tokens[[*background, *stray][0]].meaning, nouns)
             yield f"{words}: only the {carriers} has a colour, as in {example}"
         for index, token in enumerate(tokens):
             if token.kind == "colour_form" and index not in stray:
@@ -195,8 +228,8 @@ class PromptReader:
         if lost := [token for token in words if not token.near]:
             shown = "、".join(f"“{text}”" for text in dict.fromkeys(map(_shown, lost)))
             yield f"{shown} is unknown to the model"
-            if any(LATIN.match(token.text) for token in lost):
-                yield "it reads Chinese"
+        if any(LATIN.match(token.text) for token in words):
+            yield "it reads Chinese"
 
     def _wording_problem(self, tokens: Sequence[PromptToken], nouns: Sequence[PromptNoun]) -> list[str]:
         """Return that the model was not trained on such a wording, with one that it knows."""
@@ -233,8 +266,8 @@ class PromptReader:
 
 
 def _bare(text: str) -> str:
-    """Return a text without variation selectors."""
-    return text.replace(VARIATION_SELECTOR, "")
+    """Return a text without variation selectors and skin tones."""
+    return SKIN_TONES.sub("", text.replace(VARIATION_SELECTOR, ""))
 
 
 def _without_marks(text: str) -> str:
@@ -272,8 +305,13 @@ def _is_unknown_colour(token: PromptToken) -> bool:
 
 
 def _shown(token: PromptToken) -> str:
-    """Return the text of a token for a message."""
-    return shorten(token.text, _MAX_SHOWN)
+    """Return the text of a token for a message; Latin letters are half as wide as others."""
+    return shorten(token.text, 2 * _MAX_SHOWN if LATIN.match(token.text) else _MAX_SHOWN)
+
+
+def _is_above(word: str, maximum: int) -> bool:
+    """Return whether a word of a count is a number above a maximum of at most four."""
+    return int(word) > maximum if word.isdecimal() else bool(NUMERAL.fullmatch(word)) and not _LARGE.isdisjoint(word)
 
 
 def _words(tokens: Iterable[PromptToken], kind: WordKind, among: Sequence[str] | None = None) -> str:

@@ -23,8 +23,12 @@ COMMAS = frozenset("，、；。：,;:")
 
 VARIATION_SELECTOR = "\ufe0f"
 NUMERAL = re.compile(r"\d+(?:\.\d+)?|[〇零一二两三四五六七八九十百千万亿]+")
+SKIN_TONES = re.compile("[\U0001f3fb-\U0001f3ff]")
 LATIN = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*")
 
+_SYMBOLIC_MARKS = "~～|<>=^`"
+_JOINER = "\u200d"  # between the emoji of a sequence
+_REGIONS = range(0x1F1E6, 0x1F200)  # letters, two of which are a flag
 _COSTS: dict[str, float] = {"mark": 0, "count": 0.9, "outside": 1.5}  # of a token; all others cost 1
 _UNKNOWN_COST = 4.0  # of a character without any meaning
 _MAX_NEAR = 3  # things that are near to several foreign words
@@ -160,24 +164,30 @@ class PromptScanner:
 
 
 def is_mark(character: str) -> bool:
-    """Return whether a character is a punctuation mark."""
-    return unicodedata.category(character).startswith("P")
+    """Return whether a character is a punctuation mark, or a symbol that is used as one."""
+    return unicodedata.category(character).startswith("P") or character in _SYMBOLIC_MARKS
 
 
 def _merge_unknown(tokens: Sequence[PromptToken]) -> list[PromptToken]:
     """Return tokens with each unknown word and what belongs to it as one.
 
     A word that is put together from others has another meaning than they have, so no thing is near to it. Exceptions
-    are words of one foreign language, and a known word behind a colour or a size.
+    are words of one foreign language, and a known word behind a colour or a size. Between two things, as in 猫追狗, an
+    unknown word belongs to neither.
     """
     merged: list[PromptToken] = []
-    for token in tokens:
+    linked: PromptToken | None = None
+    for index, token in enumerate(tokens):
         if len(merged) > 1 and merged[-1].text.isspace() and _is_latin(merged[-2]) and _is_latin(token):
             merged.pop()
             first = merged.pop()
             near = tuple(dict.fromkeys((*first.near, *token.near)))[:_MAX_NEAR]
             token = replace(first, text=f"{first.text} {token.text}", near=near)
-        while merged and _is_one_word(merged[-1], token):
+        if merged and merged[-1].kind == "thing" and token.kind == "outside" and _begins_noun(tokens[index + 1 :]):
+            merged.append(token)
+            linked = token
+            continue
+        while merged and merged[-1] is not linked and _is_one_word(merged[-1], token):
             first = merged.pop()
             near = token.near if first.kind in ("colour_form", "size") else ()
             token = PromptToken(text=first.text + token.text, kind="outside", near=near)
@@ -189,8 +199,23 @@ def _is_latin(token: PromptToken) -> bool:
     return token.kind == "outside" and LATIN.match(token.text) is not None
 
 
+def _begins_noun(tokens: Sequence[PromptToken]) -> bool:
+    """Return whether tokens begin with a thing, or with a count and a thing."""
+    kinds = [token.kind for token in tokens[:2]]
+    return kinds[:1] == ["thing"] or kinds == ["count", "thing"]
+
+
+def _are_separate_symbols(first: str, second: str) -> bool:
+    """Return whether one of two adjacent words is an emoji, and both are not parts of one sequence or flag."""
+    if first[-1] == _JOINER or second[0] == _JOINER or (ord(first[-1]) in _REGIONS and ord(second[0]) in _REGIONS):
+        return False
+    return "So" in (unicodedata.category(first[-1]), unicodedata.category(second[0]))
+
+
 def _is_one_word(first: PromptToken, second: PromptToken) -> bool:
     """Return whether two adjacent tokens belong to one unknown word, such as 斑|马, 小|桌子, 深|蓝色 and 七|彩."""
+    if _are_separate_symbols(first.text, second.text):
+        return False
     if second.kind == "outside":
         if first.kind == "thing":
             return len(first.text) == len(second.text) == 1

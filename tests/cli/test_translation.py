@@ -87,7 +87,7 @@ def test_translate_keeps_the_prompt_of_a_note_and_translates_its_parts():
     catalogue = load_catalogue("zh")
     assert catalogue is not None
     text = "note: “六个“大”猫”: 大 is not understood: all things have one size; the model counts to 4 (一、四), not 六"
-    expected = "提示：“六个“大”猫”：模型不懂“大”：所有物体大小相同；模型最多数到 4（一、四），画不了“六”"
+    expected = "提示：“六个“大”猫”：模型不懂“大”：所有物体都一样大；模型最多数到 4（一、四），画不了“六”"
     assert catalogue.translate(text) == expected
 
 
@@ -141,6 +141,15 @@ def test_wrap_columns_counts_two_columns_for_a_chinese_character():
     assert not any(line[0] in "，。、" for line in lines)
 
 
+def test_wrap_columns_keeps_brackets_beside_their_words():
+    """The default stood at the end of a line as "[", and "]" began the next line."""
+    text = "采样温度；越低越固定 [默认：由模型设定] 描述（见上文）"
+    for width in range(14, 40):
+        lines = wrap_columns(text, width)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert not any(line[-1] in "[（" or line[0] in "]）" for line in lines)
+
+
 def test_translated_restores_the_stream_when_a_command_fails(monkeypatch):
     monkeypatch.setattr(translation, "load_catalogue", lambda language: CATALOGUE)
     before = sys.stderr
@@ -173,7 +182,7 @@ def test_main_prints_messages_and_help_in_chinese(capsys):
     assert capsys.readouterr().err.endswith("cogview caption: 图像 没有.png 不存在\n")
     assert main(["--language", "zh", "generate", "--help"]) == 0
     page = capsys.readouterr().out
-    assert page.startswith("用法: cogview generate")
+    assert page.startswith("用法：cogview generate")
     assert "从文本生成图像，并打印 PNG 文件的路径。" in page
 
 

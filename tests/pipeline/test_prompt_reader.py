@@ -10,6 +10,7 @@ from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.pipeline.prompt_reader import PromptReader
 
 COUNTS = "the model counts to 4 (一、两、三、四), not "
+INEXACT = "the model knows no count {}, only 一、两、三、四"
 WORDING = "the wording is unknown to the model, which may misread it"
 THINGS = "it knows 120 things such as 红苹果、香蕉、狗"
 COLOURS = "红色、橙色、黄色、绿色、青色、蓝色、紫色、粉色、棕色、灰色、白色、黑色"
@@ -32,15 +33,23 @@ def reader() -> PromptReader:
         ("五个星星", [f"{COUNTS}五"]),
         ("5个苹果", [f"{COUNTS}5"]),
         ("红苹果１２个", [f"{COUNTS}12"]),
-        ("许多气球", [f"{COUNTS}许多"]),
-        ("二只猫", [f"{COUNTS}二"]),
+        ("许多气球", [INEXACT.format("许多")]),
+        ("0个苹果", [INEXACT.format("0")]),
+        ("1.5个苹果", [INEXACT.format("1.5")]),
+        ("三四只猫", [INEXACT.format("三四")]),
+        ("第三只猫", [INEXACT.format("第三只")]),
+        ("十二只猫", [f"{COUNTS}十二"]),
+        ("二只猫", ["二 is not understood: write 两"]),
+        ("一对企鹅", ["一对 is not understood: write 两"]),
+        ("俩苹果", ["俩 is not understood: write 两"]),
         ("四只粉色的猫", ["粉色: only the 背景 has a colour, as in 粉色背景上的四只猫"]),
         ("黑猫", ["黑: only the 背景 has a colour, as in 黑色背景上的猫"]),
         ("一只黑色的猫", ["黑色: only the 背景 has a colour, as in 黑色背景上的一只猫"]),
         ("蓝色的苹果", ["蓝色: only the 背景 has a colour, as in 蓝色背景上的苹果"]),
         ("一个蓝苹果", ["蓝: only the 背景 has a colour, as in 蓝色背景上的一个苹果"]),
         ("黑猫和白猫", ["黑、白: only the 背景 has a colour, as in 黑色背景上的猫"]),
-        ("蓝色背景上的一只红色的猫", ["红色: only the 背景 has a colour, as in 红色背景上的一只猫"]),
+        ("蓝色背景上的一只红色的猫", ["红色: only the 背景 has a colour, as in 蓝色背景上的一只猫"]),
+        ("一只黑猫在白色背景上", ["黑: only the 背景 has a colour, as in 白色背景上的一只猫"]),
         ("红背景上的狐狸", ["红背景 is not understood: write 红色背景"]),
         ("金色背景上的狐狸", [f"金色 is unknown to the model, its colours: {COLOURS}"]),
         ("深蓝色背景上的狐狸", [f"深蓝色 is unknown to the model, its colours: {COLOURS}"]),
@@ -50,6 +59,11 @@ def reader() -> PromptReader:
         ("狐狸在苹果旁边", [f"“在…旁边” is no known relation, write {FOX_AND_APPLE}"]),
         ("狐狸和苹果", [f"“和” is no known relation, write {FOX_AND_APPLE}"]),
         ("蓝色背景上的狐狸和苹果", [f"“和” is no known relation, write {FOX_AND_APPLE}"]),
+        ("狐狸追苹果", [f"“追” is no known relation, write {FOX_AND_APPLE}"]),
+        ("猫追狗", ["“追” is no known relation, write 左边是猫，右边是狗 / 上面是猫，下面是狗"]),
+        ("狗咬一只猫", ["“咬” is no known relation, write 左边是狗，右边是猫 / 上面是狗，下面是猫"]),
+        ("马路", ["“马路” is unknown to the model", THINGS]),
+        ("龟壳一个", ["“龟壳” is unknown to the model", THINGS]),
         ("狐狸苹果", [f"two things need a relation, write {FOX_AND_APPLE}"]),
         ("左边狐狸，右边苹果", [f"“左边…，右边” is no known relation, write {FOX_AND_APPLE}"]),
         ("左边是狐狸", ["左边 needs two different things, as in 左边是狐狸，右边是…"]),
@@ -73,9 +87,23 @@ def reader() -> PromptReader:
         ("一朵花", ["“花” is unknown to the model, near in meaning: 玫瑰、向日葵、郁金香"]),
         ("计程车", ["“计程车” is unknown to the model, near in meaning: 出租车"]),
         ("两只🦖", ["“🦖” is unknown to the model, near in meaning: 蛇、乌龟"]),
+        (
+            "🐶🐱",
+            [
+                "“🐶” is unknown to the model, near in meaning: 狗、猫、猴子",
+                "“🐱” is unknown to the model, near in meaning: 猫、狗、狐狸",
+            ],
+        ),
+        ("💙猫", ["“💙” is unknown to the model", THINGS]),
+        ("🇨🇳", ["“🇨🇳” is unknown to the model", THINGS]),
+        ("👩🏽\u200d🚀", ["“👩\u200d🚀” is unknown to the model, near in meaning: 火箭"]),
         ("画一只猫", ["“画” is unknown to the model", THINGS]),
         ("可爱的狐狸在苹果的左边", ["“可爱” is unknown to the model", THINGS]),
-        ("a red car", ["“a red car” is unknown to the model, near in meaning: 汽车"]),
+        ("a red car", ["“a red car” is unknown to the model, near in meaning: 汽车", "it reads Chinese"]),
+        (
+            "three foxes on a blue background",
+            ["“three foxes on a blue ba…” is unknown to the model, near in meaning: 狐狸", "it reads Chinese"],
+        ),
         ("sunset", ["“sunset” is unknown to the model", "it reads Chinese", THINGS]),
         (
             "六只大狐狸和狼",
@@ -89,7 +117,7 @@ def reader() -> PromptReader:
             "背景是绿色的，左边是狐狸，右边是苹果",
             [WORDING, "it knows for example 绿色背景上，左边是狐狸，右边是苹果"],
         ),
-        ("半个苹果", [f"{COUNTS}半个"]),
+        ("半个苹果", [INEXACT.format("半个")]),
         ("黑白照片", ["“黑白照片” is unknown to the model, near in meaning: 相机"]),
         ("苹果在房子里", ["“在…里” is no known relation, write 左边是苹果，右边是房子 / 上面是苹果，下面是房子"]),
         (
@@ -149,6 +177,10 @@ def test_problems_are_none_for_paraphrases_that_the_model_draws_right(reader, pr
             "左边是狐狸，右边是苹果，绿色背景",
             ["left out: 。", "、 ； is read as ，"],
         ),
+        ("三只狐狸，背景：蓝色", "三只狐狸，背景蓝色", ["left out: ："]),
+        ("~红苹果～", "红苹果", ["left out: ~ ～"]),
+        ("一只猫在左边，狗在右边", "猫在左边，狗在右边", ["一只猫 is read as 猫"]),
+        ("狐狸的左边有1 个苹果", "狐狸的左边有苹果", ["1 个苹果 is read as 苹果"]),
         ("，？！……", "，？！……", []),
         (" 一只 狐狸 ", " 一只 狐狸 ", []),
     ],
