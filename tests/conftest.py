@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,20 @@ def missing_emoji_files() -> str:
     return "apt install fonts-noto-color-emoji unicode-cldr-core unicode-data"
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config) -> None:
+    """Distribute files in the order of ``pytest_collection_modifyitems``, and not by their number of tests."""
+    config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests whose marker asks for what this machine lacks."""
+    """Start with the files that have most slow tests, so that no process is left alone with one at the end.
+
+    Skip tests whose marker asks for what this machine lacks.
+    """
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    total = Counter(item.path for item in items)
+    items.sort(key=lambda item: (-slow[item.path], -total[item.path], item.path))
     reasons = {"font": missing_emoji_files(), "gpu": "" if torch.cuda.is_available() else "needs a CUDA GPU"}
     for item in items:
         for marker, reason in reasons.items():

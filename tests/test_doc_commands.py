@@ -194,6 +194,7 @@ class Workshop:
     """A folder in which the command lines are run, with the files that they read."""
 
     tiny: Path
+    kept: Path  # a folder for what several tests need
     request: pytest.FixtureRequest
     monkeypatch: pytest.MonkeyPatch
 
@@ -220,8 +221,21 @@ class Workshop:
             options = ["--model", str(self.tiny), "--device", "cpu", "--workers", "0", "--held-out", "0"]
             assert main(["data", "build", "pictures", "-o", f"data/{name}", *options]) == 0
 
+    def once(self, make: Callable[[], None]) -> None:
+        """Let ``make`` write its files for the first test that needs them, and copy them into the current folder."""
+        kept = self.kept / make.__name__
+        if not kept.exists():
+            kept.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(kept)
+                make()
+        shutil.copytree(kept, Path(), dirs_exist_ok=True)
+
     def recipe(self) -> None:
         """Write a store of random codes, and ``tiny.yaml``, which trains on it."""
+        self.once(self.write_recipe)
+
+    def write_recipe(self) -> None:
         model = CogView.from_pretrained(self.tiny, device="cpu")
         generator = np.random.default_rng(0)
         text = model.text_tokenizer
@@ -253,6 +267,9 @@ class Workshop:
 
     def trained(self) -> None:
         """Train a run, and copy it."""
+        self.once(self.train_twice)
+
+    def train_twice(self) -> None:
         self.recipe()
         assert main(["train", "tiny.yaml", "--device", "cpu"]) == 0
         shutil.copytree("runs/tiny", "runs/other")
@@ -267,6 +284,9 @@ class Workshop:
     def adapter(self) -> None:
         """Train an adapter."""
         pytest.importorskip("peft")
+        self.once(self.train_adapter)
+
+    def train_adapter(self) -> None:
         self.recipe()
         start = [f"init_from={self.tiny}", "lora={rank: 2}", "num_layers=2"]
         assert main(["train", "tiny.yaml", "--device", "cpu", *start]) == 0
@@ -309,9 +329,16 @@ class Workshop:
         self.request.getfixturevalue("hub").add("studio/fox-in-ink", Path(LAST))
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder for the files that several tests need."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
 def workshop(
     tiny_checkpoint: Path,
+    kept: Path,
     save_image: Callable[..., object],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -324,7 +351,7 @@ def workshop(
     monkeypatch.setitem(config.PRESETS, "5m", (1, 32, 2))
     monkeypatch.setenv("COGVIEW_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    shop = Workshop(tiny_checkpoint, request, monkeypatch)
+    shop = Workshop(tiny_checkpoint, kept, request, monkeypatch)
     shop.prepare(save_image)
     return shop
 

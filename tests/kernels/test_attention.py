@@ -3,6 +3,7 @@
 # B batch, H heads, T new positions (queries), S positions in all (keys), K size of a head
 
 import math
+from functools import cache
 from importlib.util import find_spec
 
 import pytest
@@ -75,6 +76,13 @@ def expected_by_loops(q, k, v, starts=None, prefixes=None, lengths=None):
     return out
 
 
+@cache
+def random_case(num_queries, num_keys, dtype=torch.float32, batch=2, heads=2, limits=(None, None, None)):
+    """Return q, k, v and what attention within ``limits`` must be, computed once for all implementations."""
+    inputs = random_qkv(num_queries, num_keys, dtype, batch, heads)
+    return *inputs, expected_by_loops(*inputs, *limits)
+
+
 @pytest.fixture
 def fresh_choice(monkeypatch):
     """Clear the cached choice of implementation before and after."""
@@ -93,17 +101,19 @@ def fresh_choice(monkeypatch):
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 2e-6), (torch.float16, 4e-3), BFLOAT16])
 def test_attention_matches_float64(implementation, num_queries, num_keys, padded, dtype, atol):
     skip_what_is_not_interpreted(implementation, dtype)
-    q, k, v = random_qkv(num_queries, num_keys, dtype, heads=1 if num_keys > 65 else 2)
-    starts = torch.tensor([0, num_keys // 3]) if padded else None
-    result = implementation(q, k, v, bias_of(starts, num_queries, num_keys, dtype))
+    starts = (0, num_keys // 3) if padded else None
+    heads = 1 if num_keys > 65 else 2
+    q, k, v, expected = random_case(num_queries, num_keys, dtype, heads=heads, limits=(starts, None, None))
+    bias = bias_of(torch.tensor(starts) if padded else None, num_queries, num_keys, dtype)
+    result = implementation(q, k, v, bias)
     assert result.dtype == dtype
-    torch.testing.assert_close(result.double(), expected_by_loops(q, k, v, starts), atol=atol, rtol=0)
+    torch.testing.assert_close(result.double(), expected, atol=atol, rtol=0)
 
 
 @every
 def test_attention_matches_float64_when_sequences_are_long(implementation):
-    q, k, v = random_qkv(1089, 1089, batch=1, heads=1)
-    torch.testing.assert_close(implementation(q, k, v).double(), expected_by_loops(q, k, v), atol=2e-6, rtol=0)
+    q, k, v, expected = random_case(1089, 1089, batch=1, heads=1)
+    torch.testing.assert_close(implementation(q, k, v).double(), expected, atol=2e-6, rtol=0)
 
 
 @every
@@ -140,11 +150,10 @@ LIMITS = {
 @pytest.mark.parametrize("limits", LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 3e-6), (torch.float16, 4e-3)])
 def test_attention_sees_its_prefix_and_no_padding(implementation, limits, num_queries, dtype, atol):
-    q, k, v = random_qkv(num_queries, 131, dtype, heads=1)
+    names = ("left_padding_B", "prefix_lengths_B", "lengths_B")
+    numbers = tuple(tuple(limits[name]) if name in limits else None for name in names)
+    q, k, v, expected = random_case(num_queries, 131, dtype, heads=1, limits=numbers)
     limits = {name: torch.tensor(numbers) for name, numbers in limits.items()}
-    expected = expected_by_loops(
-        q, k, v, *(limits.get(name) for name in ("left_padding_B", "prefix_lengths_B", "lengths_B"))
-    )
     torch.testing.assert_close(implementation(q, k, v, **limits).double(), expected, atol=atol, rtol=0)
 
 

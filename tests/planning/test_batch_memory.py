@@ -16,14 +16,14 @@ from tests.planning.factories import PeakMemory, sequence_of, small_config, smal
 
 
 @pytest.mark.usefixtures("plain_cpu")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("task", "different", "known", "sampling", "num_codes", "int8_cache"),
     [
         ("generate", 16, None, Sampling(top_k=5), 300, False),  # the peak is in the layers
         ("generate", 16, None, Sampling(top_k=0), 8192, False),  # the peak is in sampling
         pytest.param("generate", 16, None, Sampling(top_k=0, top_p=0.9), 8192, False, marks=pytest.mark.slow),
-        ("generate", 16, None, Sampling(top_k=5, guidance=3), 8192, False),
+        pytest.param("generate", 16, None, Sampling(top_k=5, guidance=3), 8192, False, marks=pytest.mark.slow),
         ("generate", 16, None, Sampling(top_k=5, text_attention=2), 300, False),
         ("generate", 16, None, Sampling(), 300, True),
         ("generate", 1, None, Sampling(), 300, False),  # one prefix for all, cached once

@@ -38,10 +38,10 @@ BATCH = 12  # which 1, 2 and 3 processes share
 def run_job(folder: Path, job: dict[str, Any], context: DistributedContext) -> int:
     """Train a run or a part of it."""
     settings = TransformerTraining(
-        steps=job.get("steps", 50),
+        steps=job["steps"],
         batch_size=BATCH,
         micro_batch_size=job.get("micro_batch_size", 3),
-        warmup_steps=5,
+        warmup_steps=3,
         learning_rate=1e-3,
         tasks={"generate": 2.0, "caption": 1.0},
         nonfinite=job.get("nonfinite", "stop"),

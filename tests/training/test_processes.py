@@ -25,7 +25,7 @@ from cogview.pipeline.cogview import CogView
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
-STEPS = 50
+STEPS = 20
 ZERO = {f"zero{stage}": {"name": "deepspeed", "zero": stage} for stage in (1, 2, 3)}
 ENGINES = {"torch": {}, **ZERO, "offload": {"name": "deepspeed", "zero": 2, "offload": True}}
 
@@ -78,6 +78,7 @@ def train(folder: Path, jobs: list[dict[str, Any]], size: int = 1) -> list[int]:
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(size),
                 "MASTER_ADDR": "127.0.0.1",
+                "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
                 "MASTER_PORT": str(port),
             },
             stdout=subprocess.DEVNULL,
@@ -107,34 +108,53 @@ def difference(found: list[float], expected: list[float]) -> float:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> Path:
-    """Run the jobs of one process and of several, each in one start."""
+    """Run all jobs, in one start of two processes, then of one, then of three.
+
+    Several jobs continue at each start. The last one of two processes ends by a kill.
+    """
     pytest.importorskip("deepspeed")
-    one = [{"name": "one"}, {"name": "one-bfloat16", "dtype": "bfloat16", "steps": 30}]
-    two: list[dict[str, Any]] = [{"name": name, "engine": engine} for name, engine in ENGINES.items()]
+    chain = {"name": "chain", "dtype": "bfloat16", "steps": 15}
+    killed = {"name": "killed", "steps": 14, "save_every": 4}
+    two: list[dict[str, Any]] = [{"name": name, "engine": engine, "steps": STEPS} for name, engine in ENGINES.items()]
     for name, engine in ENGINES.items():
-        half = {"name": f"{name}-half", "engine": engine, "dropout": 0.1, "steps": 12, "save_every": 6}
-        two += [{**half, "name": f"{name}-whole"}, {**half, "until": 6}, {**half, "resume": True}]
-    chain = {"name": "chain", "dtype": "bfloat16", "steps": 30}
-    two.append({**chain, "engine": ZERO["zero2"], "until": 10})
+        half = {"name": f"{name}-half", "engine": engine, "dropout": 0.1, "steps": 6, "save_every": 3}
+        two += [{**half, "name": f"{name}-whole"}, {**half, "until": 3}, {**half, "resume": True}]
+    two += [{**chain, "engine": ZERO["zero2"], "until": 5}, {**killed, "die": [1, 6]}]
+    one = [
+        {"name": "one", "steps": STEPS},
+        {"name": "one-bfloat16", "dtype": "bfloat16", "steps": 15},
+        {**chain, "engine": ZERO["zero1"], "until": 10, "resume": True},
+        {**killed, "resume": True, "until": 8},
+        {**killed, "name": "undisturbed"},
+    ]
+    three = [{**chain, "engine": ZERO["zero3"], "resume": True}, {**killed, "resume": True}]
+
+    assert train(folder, two, size=2) == [1, -signal.SIGKILL], (folder / "errors.0").read_text()
+    shutil.copy(folder / "errors.0", folder / "errors-of-killed.0")
+    for path in folder.glob("killed.[0-9]"):
+        path.unlink()
     assert train(folder, one) == [0], (folder / "errors.0").read_text()
-    assert train(folder, two, size=2) == [0, 0], (folder / "errors.0").read_text()
-    assert train(folder, [{**chain, "engine": ZERO["zero1"], "until": 20, "resume": True}]) == [0]
-    assert train(folder, [{**chain, "engine": ZERO["zero3"], "resume": True}], size=3) == [0, 0, 0]
+    assert train(folder, three, size=3) == [0, 0, 0], (folder / "errors.0").read_text()
     return folder
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_engine_of_two_processes_has_the_losses_of_one(trained, name):
-    """In float32, over fifty steps whose micro-batches differ in number, with each engine."""
+    """In float32, over steps whose micro-batches differ in number, with each engine."""
     expected, found = losses(trained, "one"), losses(trained, name)
     assert len(found) == STEPS
-    assert found[-1] < found[0] - 0.3
+    assert np.mean(found[-5:]) < np.mean(found[:5]) - 0.05
     print(
         f"{name}: losses of {STEPS} steps differ from those of one process by at most {difference(found, expected):.1e}"
     )
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
     norms = [[step["gradient_norm"] for step in steps_of(trained, run)] for run in (name, "one")]
     np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+def test_engine_compiles_no_extension(trained):
+    """On a CPU DeepSpeed compiled one for minutes at the first start, which only inference calls."""
+    assert not list((trained / "extensions").rglob("*"))
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -147,7 +167,7 @@ def test_whole_transformer_has_all_weights(trained, name):
 def test_engine_of_two_processes_resumes_exactly(trained, name):
     """Bit for bit, with dropout."""
     assert losses(trained, f"{name}-half") == losses(trained, f"{name}-whole")
-    last = "checkpoints/step-00000012"
+    last = "checkpoints/step-00000006"
     for file in ("model.safetensors", "trainer.safetensors"):
         halves, whole = (trained / f"{name}-{part}" / last / file for part in ("half", "whole"))
         assert halves.read_bytes() == whole.read_bytes()
@@ -156,7 +176,7 @@ def test_engine_of_two_processes_resumes_exactly(trained, name):
 def test_checkpoint_moves_between_engines_and_numbers_of_processes(trained):
     """In bfloat16, from ZeRO 2 to ZeRO 1 to ZeRO 3: within 1e-2 of a single process."""
     expected, found = losses(trained, "one-bfloat16"), losses(trained, "chain")
-    assert len(found) == 30
+    assert len(found) == 15
     print(
         f"2 -> 1 -> 3 processes: losses differ from those of one process by at most {difference(found, expected):.1e}"
     )
@@ -166,37 +186,29 @@ def test_checkpoint_moves_between_engines_and_numbers_of_processes(trained):
         for path in sorted((trained / "chain" / "checkpoints").glob("step-*"))
     ]
     assert [(state["engine"], state["processes"], state["updates"]) for state in states][-2:] == [
-        ("deepspeed", 1, 20),
-        ("deepspeed", 3, 30),
+        ("deepspeed", 1, 10),
+        ("deepspeed", 3, 15),
     ]
 
 
 def test_checkpoint_of_zero_3_opens_as_a_model(trained):
-    model = CogView.from_pretrained(trained / "zero3" / "checkpoints" / "step-00000050", device="cpu")
+    model = CogView.from_pretrained(trained / "zero3" / "checkpoints" / f"step-{STEPS:08}", device="cpu")
     assert model.generate("一只狐狸", seed=1)[0].size == (64, 64)
 
 
-def test_remaining_samples_are_trained_on_after_a_kill(folder):
-    """One of two processes is killed in step 17; one process continues, then three."""
-    job = {"name": "killed", "steps": 30, "save_every": 5}
-    statuses = train(folder, [{**job, "die": [1, 17]}], size=2)
-    assert statuses[1] == -signal.SIGKILL
-    assert statuses[0] == 1
-    errors = (folder / "errors.0").read_text()
+def test_remaining_process_ends_when_another_is_killed(trained):
+    errors = (trained / "errors-of-killed.0").read_text()
     assert "Traceback" not in errors
     assert "another process is gone" in errors
-    shutil.copy(folder / "killed.0", folder / "before.0")
-    for path in folder.glob("killed.[0-9]"):
-        path.unlink()
-    assert train(folder, [{**job, "resume": True, "until": 20}]) == [0]
-    assert train(folder, [{**job, "resume": True}], size=3) == [0, 0, 0]
 
-    assert train(folder, [{**job, "name": "undisturbed"}]) == [0]
-    expected = {step["step"]: step for step in steps_of(folder, "undisturbed")}
-    left = steps_of(folder, "killed")
-    assert [step["step"] for step in left] == list(range(15, 30))
+
+def test_remaining_samples_are_trained_on_after_a_kill(trained):
+    """One of two processes is killed in step 6; one process continues, then three."""
+    expected = {step["step"]: step for step in steps_of(trained, "undisturbed")}
+    left = steps_of(trained, "killed")
+    assert [step["step"] for step in left] == list(range(4, 14))
     for step in left:
-        ranks = range(3) if step["step"] >= 20 else range(1)
-        local = [next(s for s in steps_of(folder, "killed", rank) if s["step"] == step["step"]) for rank in ranks]
+        ranks = range(3) if step["step"] >= 8 else range(1)
+        local = [next(s for s in steps_of(trained, "killed", rank) if s["step"] == step["step"]) for rank in ranks]
         assert [sample for one in local for sample in one["samples"]] == expected[step["step"]]["samples"]
         assert step["loss"] == pytest.approx(expected[step["step"]]["loss"], abs=1e-6)

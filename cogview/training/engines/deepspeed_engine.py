@@ -37,7 +37,7 @@ from cogview.training.engines.base import (
     make_optimizer,
     to_cpu_float32,
 )
-from cogview.training.engines.deepspeed_extensions import prepare_extensions
+from cogview.training.engines.deepspeed_extensions import SHARED_MEMORY_EXTENSION, remove_stale_locks
 from cogview.training.settings import EngineSettings, TransformerTraining
 
 
@@ -56,7 +56,7 @@ class DeepSpeedEngine(Engine):
         """Initialize DeepSpeed around ``model``; see ``open_engine``."""
         deepspeed = context.run_everywhere(lambda: import_deepspeed(model.dtype, context.device))
         if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
-            prepare_extensions(context.device)
+            remove_stale_locks()
         context.barrier()
         self.model = model
         self.context = context
@@ -328,6 +328,8 @@ def import_deepspeed(dtype: torch.dtype | None, device: torch.device) -> Any:
             "or set name: torch in engine"
         ) from None
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":  # DeepSpeed compiles it for minutes, and calls it only for inference
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY_EXTENSION] = False
     return deepspeed
 
 

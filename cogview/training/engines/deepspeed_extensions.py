@@ -1,4 +1,4 @@
-"""The cache of compiled PyTorch extensions, in which DeepSpeed compiles its communication on a CPU at the first start.
+"""The cache in which PyTorch compiles extensions, for those of DeepSpeed that a recipe's ``engine.config`` asks for.
 
 The process that compiles an extension holds a file ``lock`` open beside it. If it is killed, the file stays, and every
 later start waits for its removal for ever.
@@ -10,9 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-
-CPU_EXTENSION = "deepspeed_shm_comm"
+SHARED_MEMORY_EXTENSION = "deepspeed_shm_comm"  # its all-reduce between processes of one machine with CPUs
 
 
 def extensions_folder() -> Path:
@@ -34,18 +32,11 @@ def stale_locks() -> list[Path]:
     return [lock for lock in locks if lock.resolve() not in held]
 
 
-def prepare_extensions(device: torch.device) -> None:
-    """Remove stale locks, and print a line if DeepSpeed will compile its communication, which takes minutes.
-
-    Args:
-        device: Device of this process.
-    """
+def remove_stale_locks() -> None:
+    """Remove stale locks from the cache, with a line about each on stderr."""
     for lock in stale_locks():
         lock.unlink(missing_ok=True)
         print(
             f"removed {lock}: a compilation that was killed had left it, and DeepSpeed would wait for it for ever",
             file=sys.stderr,
         )
-    folder = extensions_folder() / CPU_EXTENSION
-    if device.type == "cpu" and not (folder / f"{CPU_EXTENSION}.so").is_file():
-        print(f"DeepSpeed compiles {CPU_EXTENSION} in {folder} once; this takes minutes", file=sys.stderr)
