@@ -69,4 +69,5 @@ def _rename(message: str, options: Mapping[str, str], command: click.Command) ->
     fields = [name for name in options if "_" in name]
     if not fields or "overrides" in [item.name for item in command.params]:  # keys of the recipe
         return message
-    return re.sub(rf"(?<![\w.-])({'|'.join(fields)})\b(?!=)", lambda found: options[found[1]], message)
+    # What stands in quotation marks is a value, such as a task.
+    return re.sub(rf"(?<![\w.'\"-])({'|'.join(fields)})\b(?!=)", lambda found: options[found[1]], message)

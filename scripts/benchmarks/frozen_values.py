@@ -51,14 +51,17 @@ _MEASURED = re.compile(r"per_second|wait|memory|mfu|seconds|time|utili[sz]ation|
 
 
 LATER_SETTINGS = (("min_p", 0.0), ("noise_version", 1))  # with the values that are as before there were such settings
+FORMER_VALUES = {("cogview_job", 2): 1}  # the format of journals, to which version 2 added errors
 
 
 def former(content: Any, parent: str = "") -> Any:
-    """Return JSON content, the value of the key ``parent``, with every key under its former name."""
+    """Return JSON content, the value of the key ``parent``, with former names of keys and former values."""
     if isinstance(content, dict):
         kept = {key: value for key, value in content.items() if (key, value) not in LATER_SETTINGS}
         return {former_name(key, parent): former(value, key) for key, value in kept.items()}
-    return [former(value, parent) for value in content] if isinstance(content, list) else content
+    if isinstance(content, list):
+        return [former(value, parent) for value in content]
+    return FORMER_VALUES.get((parent, content), content)
 
 
 def former_name(name: str, parent: str = "") -> str:

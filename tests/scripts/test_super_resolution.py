@@ -83,7 +83,7 @@ def test_super_resolution_asks_for_texts_and_images(run_upscale, save_image, mon
             "--generation-task text2image is unknown; known: super-resolution, low-level super-resolution\n",
         ),
         (["--input-source", "none.txt"], "cannot read none.txt: No such file or directory"),
-        (["--top_p", "2"], "top_p must be in (0, 1], got 2.0"),
+        (["--top_p", "2"], "--top_p must be in (0, 1], got 2.0"),
         (["--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )
