@@ -16,6 +16,7 @@ from cogview.cli.options import (
     ModelOptions,
     argument,
     count_option,
+    json_option,
     model_options,
     output_option,
     sampling_options,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 @seed_option("IMAGE and number of the caption")
 @output_option(default=None, metavar="FILE", help="file for the lines, in addition to stdout")
 @model_options("images")
+@json_option()
 def command(
     images: tuple[str, ...],
     n: int,

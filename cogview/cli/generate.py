@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from cogview.cli.messages import is_json
 from cogview.cli.options import (
     Command,
     SessionOptions,
@@ -116,7 +117,7 @@ def command(
         return run_job(source, resume=resume, options=options, session=session)
     if resume:
         raise InputError("--resume continues a job: give its file by --input FILE")
-    if not prompts and not sys.stdin.isatty():
+    if not prompts and (is_json() or not sys.stdin.isatty()):
         raise InputError('no prompt was given; write it after the command: cogview generate "一个红苹果"')
     prepare_folder(options.output)
     opened = GenerationSession.open(session, ["generate", *options.tasks])

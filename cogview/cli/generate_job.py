@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogview.cli.caption import caption_line
+from cogview.cli.messages import print_result
 from cogview.cli.options import SessionOptions
 from cogview.cli.progress import ProgressBar, is_first_process
 from cogview.cli.session import GenerationSession, result_line
@@ -79,9 +80,7 @@ class TerminalObserver(JobObserver):
 
     def saved(self, path: Path, score: float | None) -> None:
         """Print the path on stdout, with the score of a ranked image."""
-        from tqdm import tqdm
-
-        tqdm.write(result_line(path, score), file=sys.stdout)
+        print_result(result_line(path, score), file=str(path), score=score)
 
     def captioned(self, caption: Caption, image: Path) -> None:
         """Print the caption on stdout as a line of JSON."""
@@ -198,4 +197,4 @@ def _finish(runner: JobRunner, journal: JobJournal, report: JobReport, *, grid: 
     if failed:
         print(f"failed or skipped: {failed}, with reasons in {journal.path}; --resume tries again", file=sys.stderr)
     if grid and (path := runner.save_sheet(journal)) is not None:
-        print(path)
+        print_result(str(path), file=str(path), task="sheet")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import click
 
+from cogview.cli.messages import print_message
 from cogview.cli.options import Decorator, argument, option_group
 from cogview.cli.text_io import read_lines
 from cogview.errors import InputError
@@ -51,7 +51,7 @@ class ImageReader:
         paths: list[Path] = []
         for name in arguments:
             try:
-                paths += find_images([name], lambda note: print(f"note: {note}", file=sys.stderr))
+                paths += find_images([name], lambda note: print_message("note", note))
             except InputError as error:
                 self.problems[Path(name)] = str(error)
                 paths.append(Path(name))
@@ -67,8 +67,6 @@ class ImageReader:
         Returns:
             The image; None, with a problem recorded, if it cannot be read.
         """
-        from tqdm import tqdm
-
         from cogview.image_io.reading import read_image
         from cogview.pipeline.captioning import NOTED
 
@@ -88,7 +86,7 @@ class ImageReader:
             self._noted.add(path)
             for line in (*notes, note, model.image_warning(image, task=task)):
                 if line is not None:
-                    tqdm.write(f"note: {path}: {line}", file=sys.stderr)
+                    print_message("note", f"{path}: {line}", file=str(path))
         return image
 
     def read_all(
@@ -118,8 +116,8 @@ class ImageReader:
             InputError: All images failed.
         """
         self.require_some(done)
-        for problem in self.problems.values():
-            print(f"failed: {problem}", file=sys.stderr)
+        for path, problem in self.problems.items():
+            print_message("failed", problem, file=str(path))
         return 1 if self.problems else 0
 
 

@@ -40,6 +40,7 @@ import click
 
 from cogview import __version__
 from cogview.cli.failures import explain_error
+from cogview.cli.messages import is_json, json_lines, print_error, wants_json
 from cogview.cli.progress import log_batch_plans
 from cogview.cli.streams import command_line, prepare_streams
 from cogview.cli.translation import LANGUAGES, language_of, take_language, translated
@@ -144,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         language, arguments = take_language(arguments)
     except InputError as error:
-        return _report("cogview", str(error))
+        with json_lines(wants_json(arguments)):
+            return _report("cogview", str(error))
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if instruction := os.environ.get(COMPLETION_VARIABLE):
         from click.shell_completion import shell_complete
@@ -170,7 +172,7 @@ def run_command(
         argv: The command line without the program's name; that of the process by default.
         program: The name of the program in its help.
         name: The name in messages about mistakes; ``program`` by default.
-        language: The language of messages and help; that of the locale by default.
+        language: The language of messages and help; by default English with ``--json``, else that of the locale.
 
     Returns:
         The exit status.
@@ -182,7 +184,9 @@ def run_command(
         with command.make_context(program, arguments, **CONTEXT_SETTINGS) as context:
             return int(command.invoke(context) or 0)
 
-    with translated(language or language_of(os.environ)):
+    as_json = wants_json(arguments) and name != "cogview bench"  # its --json names a file
+    default = "en" if as_json else language_of(os.environ)
+    with translated(language or default), json_lines(as_json):
         return run_safely(run, name or program)
 
 
@@ -214,8 +218,8 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     except KeyboardInterrupt as error:
         from cogview.signals import exit_status_of_signal
 
-        print(f"{name}: interrupted; finished results are kept", file=sys.stderr)
-        return exit_status_of_signal(getattr(error, "number", signal.SIGINT))
+        status = exit_status_of_signal(getattr(error, "number", signal.SIGINT))
+        return _report(name, "interrupted; finished results are kept", status)
     except Exception as error:
         if (explanation := explain_error(error)) is None:
             raise
@@ -227,10 +231,10 @@ def _configure_logging() -> None:
     level = (os.environ.get("COGVIEW_LOG") or "WARNING").upper()
     if level not in LOG_LEVELS:
         raise InputError(f'COGVIEW_LOG is "{level}"; expected one of {", ".join(LOG_LEVELS)}')
-    logging.basicConfig(level=level, format="%(name)s: %(message)s")
+    logging.basicConfig(level=level, format="%(levelname)s: %(message)s" if is_json() else "%(name)s: %(message)s")
 
 
 def _report(name: str, message: str, status: int = ExitStatus.MISTAKE) -> int:
     """Print one line on stderr; return ``status``."""
-    print(f"{name}: {printable(' '.join(message.split()))}", file=sys.stderr)
+    print_error(name, printable(" ".join(message.split())), status)
     return status

@@ -328,6 +328,17 @@ def session_options(items: str, same: str) -> Decorator:
         sampling_options("codes", image_options=True),
         speculative_option(),
         model_options(items),
+        json_option(),
+    )
+
+
+def json_option() -> Decorator:
+    """Return ``--json``, which ``cogview.cli.messages`` acts on."""
+    return click.option(
+        "--json",
+        is_flag=True,
+        expose_value=False,
+        help="print results as lines of JSON on stdout, and notes and errors as lines of JSON on stderr",
     )
 
 

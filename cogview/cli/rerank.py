@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import click
 
 from cogview.cli.inputs import READ_AT_A_TIME, ImageReader, QueryOptions, TextImageQuery, batches, query_options
-from cogview.cli.options import Command, ModelOptions, model_options
+from cogview.cli.messages import is_json
+from cogview.cli.options import Command, ModelOptions, json_option, model_options
 from cogview.cli.session import check_prompt, open_model
 from cogview.cli.text_io import LineWriter
 from cogview.errors import ExitStatus
@@ -25,6 +26,7 @@ LINE = "TEXT<TAB>IMAGE<TAB>IMAGE…"
 @click.command(cls=Command)
 @query_options(LINE)
 @model_options("images")
+@json_option()
 def command(queries: QueryOptions, model: ModelOptions) -> int:
     """Rank images by the probability of a text as their caption.
 
@@ -39,7 +41,8 @@ def command(queries: QueryOptions, model: ModelOptions) -> int:
     rankings = []
     for ranking in rank_files(scorer, reader, pairs, model.max_batch_size):
         lines.write(json.dumps(ranking.as_json(), ensure_ascii=False))
-        print("\n".join(ranking.as_text()), file=sys.stderr)
+        if not is_json():
+            print("\n".join(ranking.as_text()), file=sys.stderr)
         rankings.append(ranking)
     return report_rankings(reader, rankings)
 

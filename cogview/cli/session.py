@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogview.cli.inputs import READ_AT_A_TIME, batches
+from cogview.cli.messages import print_message, print_result
 from cogview.cli.options import ModelOptions, SessionOptions
 from cogview.cli.progress import Previews, ProgressBar
 
@@ -46,10 +47,10 @@ def open_model(options: ModelOptions, tasks: Sequence[str]) -> CogView:
 def check_prompt(model: CogView, prompt: str) -> bool:
     """Return whether ``model`` can use ``prompt``; print on stderr why not, or what to expect of it."""
     if (problem := model.prompt_problem(prompt)) is not None:
-        print(f"skipped: {problem}", file=sys.stderr)
+        print_message("skipped", problem, prompt=prompt)
         return False
     if (warning := model.prompt_warning(prompt)) is not None:
-        print(f"note: {warning}", file=sys.stderr)
+        print_message("note", warning, prompt=prompt)
     return True
 
 
@@ -79,7 +80,7 @@ def result_line(path: Path, score: float | None) -> str:
 
 def print_note(note: str) -> None:
     """Print a note on stderr."""
-    print(f"note: {note}", file=sys.stderr)
+    print_message("note", note)
 
 
 class GenerationSession:
@@ -242,14 +243,22 @@ class GenerationSession:
             image: The image.
             **metadata: Further text chunks.
         """
-        from tqdm import tqdm
-
         from cogview.image_io.png import save_png
 
         path.parent.mkdir(parents=True, exist_ok=True)
         path = save_png(path, image, self.model.file_metadata(image) | metadata)
         score = None if image.score is None else image.score.log_probability
-        tqdm.write(result_line(path, score), file=sys.stdout)  # keeps a progress bar intact
+        print_result(
+            result_line(path, score),
+            file=str(path),
+            task=metadata.get("task", "generate"),
+            source=metadata.get("source"),
+            prompt=image.prompt,
+            seed=image.seed,
+            index=image.index,
+            log_probability=image.log_probability,
+            score=score,
+        )
         return path
 
     def save_sheet(self, path: Path, sheet: Image.Image, images: Sequence[GeneratedImage], **metadata: str) -> None:
@@ -263,4 +272,5 @@ class GenerationSession:
         """
         from cogview.image_io.png import save_png, sheet_metadata
 
-        print(save_png(path, sheet, sheet_metadata(list(map(self.model.file_metadata, images)), **metadata)))
+        path = save_png(path, sheet, sheet_metadata(list(map(self.model.file_metadata, images)), **metadata))
+        print_result(str(path), file=str(path), task="sheet")

@@ -187,12 +187,12 @@ class TranslatedStream:
 
     def __init__(self, stream: Any, catalogue: Catalogue) -> None:
         """Write to ``stream`` in the language of ``catalogue``."""
-        self._stream = stream
+        self.untranslated = stream
         self.catalogue = catalogue
 
     def __getattr__(self, name: str) -> Any:
         """Pass everything but ``write`` to the stream."""
-        return getattr(self._stream, name)
+        return getattr(self.untranslated, name)
 
     def write(self, text: str) -> int:
         """Write ``text``, each of its lines translated.
@@ -204,9 +204,9 @@ class TranslatedStream:
             The number of characters of ``text``.
         """
         if "\r" in text:
-            self._stream.write(text)
+            self.untranslated.write(text)
         else:
-            self._stream.write("".join(map(self.catalogue.translate, text.splitlines(keepends=True))))
+            self.untranslated.write("".join(map(self.catalogue.translate, text.splitlines(keepends=True))))
         return len(text)
 
 
@@ -301,5 +301,5 @@ def translate(text: str) -> str:
     Args:
         text: English text that goes elsewhere than to stderr by itself, such as to a progress bar or to stdout.
     """
-    stream = sys.stderr
-    return stream.catalogue.translate(text) if isinstance(stream, TranslatedStream) else text
+    catalogue: Catalogue | None = getattr(sys.stderr, "catalogue", None)
+    return text if catalogue is None else catalogue.translate(text)

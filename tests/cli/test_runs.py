@@ -126,7 +126,7 @@ def test_runs_reports_a_folder_without_runs(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 0
     assert capsys.readouterr() == ("", f"no runs in {tmp_path}\n")
     assert main(["runs", str(tmp_path), "--json"]) == 0
-    assert capsys.readouterr() == ("[]\n", f"no runs in {tmp_path}\n")
+    assert capsys.readouterr() == ("[]\n", f'{{"info": "no runs in {tmp_path}"}}\n')
 
 
 def test_runs_reports_unreadable_runs_at_the_end(runs, capsys):
