@@ -7,14 +7,13 @@ import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cogview.cli.caption import caption_line
-from cogview.cli.messages import print_result
+from cogview.cli.messages import message_line, print_result
 from cogview.cli.options import SessionOptions
 from cogview.cli.progress import ProgressBar, is_first_process
 from cogview.cli.session import GenerationSession, result_line
-from cogview.cli.translation import translate
 from cogview.errors import ExitStatus
 from cogview.formatting import plural
 from cogview.jobs.journal import JobJournal, refuse_existing
@@ -78,9 +77,9 @@ class TerminalObserver(JobObserver):
         if self.bar is not None:
             self.bar.set_progress(num_results, num_codes)
 
-    def saved(self, path: Path, score: float | None) -> None:
+    def saved(self, path: Path, score: float | None, facts: Mapping[str, Any]) -> None:
         """Print the path on stdout, with the score of a ranked image."""
-        print_result(result_line(path, score), file=str(path), score=score)
+        print_result(result_line(path, score), file=str(path), **facts, score=score)
 
     def captioned(self, caption: Caption, image: Path) -> None:
         """Print the caption on stdout as a line of JSON."""
@@ -161,7 +160,7 @@ def _run(session: GenerationSession, plan: JobPlan, journal: JobJournal, locks: 
     observer = TerminalObserver()
     runner = JobRunner(plan, observer)
     missing = runner.prepare(journal)
-    messages = {int(number): translate(message) for number, message in STOP_MESSAGES.items()} if first else None
+    messages = {int(number): message_line(message) for number, message in STOP_MESSAGES.items()} if first else None
     with (
         GracefulStop(messages) as stop,
         session.progress_bar("generating", len(missing), sum(missing.values()), noun="result") as bar,

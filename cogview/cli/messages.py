@@ -20,6 +20,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from cogview.cli.translation import translate
+
 KINDS = ("note", "warning", "skipped", "failed", "stopped")
 
 _KIND = re.compile(rf"({'|'.join(KINDS)}): (.*)", re.IGNORECASE | re.DOTALL)
@@ -59,9 +61,7 @@ class JsonLines:
     def write_object(self, content: Mapping[str, Any]) -> None:
         """Write one object; its first value, a message, is translated."""
         (kind, message), *facts = content.items()
-        if self.catalogue is not None:
-            message = self.catalogue.translate(message)
-        self._stream.write(_encode({kind: message, **dict(facts)}, self._stream) + "\n")
+        self._stream.write(_encode({kind: translate(message), **dict(facts)}, self._stream) + "\n")
         self._stream.flush()
 
 
@@ -89,6 +89,12 @@ def wants_json(arguments: Sequence[str]) -> bool:
 def is_json() -> bool:
     """Return whether the running command writes lines of JSON."""
     return isinstance(sys.stderr, JsonLines)
+
+
+def message_line(message: str) -> str:
+    """Return a message as the running command would write it, for a handler of signals, which may not print."""
+    text = translate(message)
+    return _encode({"info": text}, sys.stderr) if isinstance(sys.stderr, JsonLines) else text
 
 
 def print_error(program: str, message: str, status: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cogview.pipeline.requests import GenerationRequest
@@ -38,12 +38,13 @@ class JobObserver:
             num_codes: Codes and pieces sampled for them.
         """
 
-    def saved(self, path: Path, score: float | None) -> None:
+    def saved(self, path: Path, score: float | None, facts: Mapping[str, Any]) -> None:
         """An image was saved.
 
         Args:
             path: Its file.
             score: Log-probability of its prompt as its caption, in nats, of a ranked image; else None.
+            facts: Its id, task, prompt, index and seed, and the input image if there is one.
         """
 
     def captioned(self, caption: Caption, image: Path) -> None:

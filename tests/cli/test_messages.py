@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cogview.cli.main import main, run_safely
-from cogview.cli.messages import json_lines, print_message, print_result
+from cogview.cli.messages import json_lines, message_line, print_message, print_result
 from cogview.cli.translation import translated
 from cogview.errors import RetryLaterError
 
@@ -67,6 +67,13 @@ def test_json_lines_escapes_for_a_stream_without_unicode(monkeypatch):
     with json_lines(True):
         print_result("🦊.png", file="🦊.png", score=None)
     assert json.loads(ascii_only.buffer.getvalue()) == {"file": "🦊.png"}
+
+
+def test_message_line_is_an_object_within_json_lines():
+    """A handler of signals writes it to the descriptor of stderr."""
+    assert message_line("finishing this batch") == "finishing this batch"
+    with json_lines(True):
+        assert json.loads(message_line("finishing this batch")) == {"info": "finishing this batch"}
 
 
 def test_run_safely_reports_the_status_of_an_error_as_json(capsys):
@@ -145,5 +152,8 @@ def test_caption_and_rerank_print_objects_alone(run, save_image):
 def test_generate_job_prints_its_results_as_json(run, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{FOX}\n\n{FOX * 9}\n", encoding="utf-8")
     _, results, messages = run("generate", "--input", "prompts.txt", "--seed", "7")
-    assert [found["file"] for found in results] == [f"outputs/{FOX}-seed7-0.png"]
+    assert [(found["file"], found["task"], found["seed"]) for found in results] == [
+        (f"outputs/{FOX}-seed7-0.png", "generate", 7)
+    ]
+    assert "id" in results[0]
     assert any("skipped" in found for found in messages)

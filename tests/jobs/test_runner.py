@@ -76,7 +76,7 @@ class RecordingObserver(JobObserver):
         self.events.append("recorded")
         self.values.append((num_results, num_codes))
 
-    def saved(self, path, score):
+    def saved(self, path, score, facts):
         self.events.append("saved")
         self.values.append(path)
 
