@@ -79,7 +79,7 @@ class TerminalObserver(JobObserver):
 
     def saved(self, path: Path, score: float | None, facts: Mapping[str, Any]) -> None:
         """Print the path on stdout, with the score of a ranked image."""
-        print_result(result_line(path, score), file=str(path), **facts, score=score)
+        print_result(result_line(path, score), {"file": str(path), **facts, "score": score})
 
     def captioned(self, caption: Caption, image: Path) -> None:
         """Print the caption on stdout as a line of JSON."""
@@ -196,4 +196,4 @@ def _finish(runner: JobRunner, journal: JobJournal, report: JobReport, *, grid: 
     if failed:
         print(f"failed or skipped: {failed}, with reasons in {journal.path}; --resume tries again", file=sys.stderr)
     if grid and (path := runner.save_sheet(journal)) is not None:
-        print_result(str(path), file=str(path), task="sheet")
+        print_result(str(path), {"file": str(path), "task": "sheet"})

@@ -184,7 +184,7 @@ def run_command(
         with command.make_context(program, arguments, **CONTEXT_SETTINGS) as context:
             return int(command.invoke(context) or 0)
 
-    as_json = wants_json(arguments) and name != "cogview bench"  # its --json names a file
+    as_json = wants_json(arguments) and not str(name).endswith("bench")  # whose --json names a file
     default = "en" if as_json else language_of(os.environ)
     with translated(language or default), json_lines(as_json):
         return run_safely(run, name or program)

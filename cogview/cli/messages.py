@@ -94,7 +94,7 @@ def is_json() -> bool:
 def message_line(message: str) -> str:
     """Return a message as the running command would write it, for a handler of signals, which may not print."""
     text = translate(message)
-    return _encode({"info": text}, sys.stderr) if isinstance(sys.stderr, JsonLines) else text
+    return _encode({"info": text}, sys.stderr) if is_json() else text
 
 
 def print_error(program: str, message: str, status: int) -> None:
@@ -127,12 +127,12 @@ def print_message(kind: str, message: str, **facts: Any) -> None:
         tqdm.write(f"{kind}: {message}", file=sys.stderr)
 
 
-def print_result(line: str, **facts: Any) -> None:
+def print_result(line: str, facts: Mapping[str, Any]) -> None:
     """Print a result on stdout at once, without breaking a progress bar.
 
     Args:
         line: The line of text.
-        **facts: The object of JSON; keys whose value is None are left out.
+        facts: The object of JSON; keys whose value is None are left out.
     """
     from tqdm import tqdm
 

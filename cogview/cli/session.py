@@ -248,17 +248,17 @@ class GenerationSession:
         path.parent.mkdir(parents=True, exist_ok=True)
         path = save_png(path, image, self.model.file_metadata(image) | metadata)
         score = None if image.score is None else image.score.log_probability
-        print_result(
-            result_line(path, score),
-            file=str(path),
-            task=metadata.get("task", "generate"),
-            source=metadata.get("source"),
-            prompt=image.prompt,
-            seed=image.seed,
-            index=image.index,
-            log_probability=image.log_probability,
-            score=score,
-        )
+        facts = {
+            "file": str(path),
+            "task": metadata.get("task", "generate"),
+            "source": metadata.get("source"),
+            "prompt": image.prompt,
+            "seed": image.seed,
+            "index": image.index,
+            "log_probability": image.log_probability,
+            "score": score,
+        }
+        print_result(result_line(path, score), facts)
         return path
 
     def save_sheet(self, path: Path, sheet: Image.Image, images: Sequence[GeneratedImage], **metadata: str) -> None:
@@ -273,4 +273,4 @@ class GenerationSession:
         from cogview.image_io.png import save_png, sheet_metadata
 
         path = save_png(path, sheet, sheet_metadata(list(map(self.model.file_metadata, images)), **metadata))
-        print_result(str(path), file=str(path), task="sheet")
+        print_result(str(path), {"file": str(path), "task": "sheet"})

@@ -65,7 +65,7 @@ def test_json_lines_escapes_for_a_stream_without_unicode(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
     with json_lines(True):
-        print_result("🦊.png", file="🦊.png", score=None)
+        print_result("🦊.png", {"file": "🦊.png", "score": None})
     assert json.loads(ascii_only.buffer.getvalue()) == {"file": "🦊.png"}
 
 
@@ -116,7 +116,7 @@ def test_main_takes_json_behind_two_dashes_for_an_argument(capsys):
 
 def test_generate_prints_its_results_and_notes_as_json(run):
     status, results, messages = run("generate", FOX, "", "两只狸子", "--seed", "7", "--grid", "-n", "2", "--keep", "1")
-    assert status == 2
+    assert status == 1
     assert [(found["task"], found.get("prompt")) for found in results] == [
         ("generate", FOX),
         ("generate", "两只狸子"),
