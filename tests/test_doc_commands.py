@@ -97,6 +97,7 @@ ROWS: dict[str, Run | NotRun] = {
     'cogview rerank --prompt "一个红苹果" pictures/*.png': Run(),
     'cogview upscale picture.png --prompt "一个红苹果"': Run(),
     'cogview upscale small.png --prompt "一个红苹果" --low-level': Run(),
+    'cogview upscale large.png --prompt "一个红苹果" --tiles': Run(),
     'cogview complete picture.png --rows 4 --prompt "一个红苹果" -n 4': Run(),
     "cogview generate --input prompts.jsonl -o pictures": Run(),
     "cogview generate --input prompts.jsonl -o pictures --resume": Run(),
@@ -203,6 +204,7 @@ class Workshop:
         for name in ("pictures/a.png", "pictures/b.png", "outputs/一个红苹果-seed7-0.png", "picture.png"):
             save_image(name)
         save_image("small.png", size=(32, 32))
+        save_image("large.png", size=(80, 64))
         Path("prompts.jsonl").write_text('{"prompt": "一只狐狸"}\n{"prompt": "一个红苹果", "n": 2}\n', encoding="utf-8")
         for name in ("scripts", "examples"):
             Path(name).symlink_to(ROOT / name)

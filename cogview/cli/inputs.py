@@ -58,8 +58,8 @@ class ImageReader:
         self.require_some(sum(path not in self.problems for path in paths))
         return paths
 
-    def read(self, path: Path, model: CogView, task: str) -> Image.Image | None:
-        """Read an image and fit it to the size that ``task`` of ``model`` is given.
+    def read(self, path: Path, model: CogView, task: str, *, tiles: bool = False) -> Image.Image | None:
+        """Read an image and fit it to the size that ``task`` of ``model`` is given; one for ``tiles`` keeps its size.
 
         Prints notes on stderr, once for each file: how the image was read, resized or cropped, and that it is unlike
         the images of the training.
@@ -69,32 +69,39 @@ class ImageReader:
         """
         from cogview.image_io.reading import read_image
         from cogview.pipeline.captioning import NOTED
+        from cogview.pipeline.tiles import tiles_problem
 
         if path in self.problems:
             return None
         notes: list[str] = []
         try:
             image = read_image(path, notes.append)
-            if (problem := model.enlargement_problem(image, task=task)) is not None:
+            note = None
+            if tiles:
+                problem = tiles_problem(image.width, image.height, model.image_size(task))
+            else:
+                problem = model.enlargement_problem(image, task=task)
+            if problem is not None:
                 raise InputError(f"image {path}: {problem}")
-            image, note = model.fit_image(image, task=task)
+            if not tiles:
+                image, note = model.fit_image(image, task=task)
         except InputError as error:
             self.problems[path] = str(error)
             return None
         image.info[NOTED] = True
         if path not in self._noted:
             self._noted.add(path)
-            for line in (*notes, note, model.image_warning(image, task=task)):
+            for line in (*notes, note, model.image_warning(image, task=task, tiles=tiles)):
                 if line is not None:
                     print_message("note", f"{path}: {line}", file=str(path))
         return image
 
     def read_all(
-        self, paths: Sequence[Path], model: CogView, task: str = "generate"
+        self, paths: Sequence[Path], model: CogView, task: str = "generate", *, tiles: bool = False
     ) -> Iterator[tuple[int, Image.Image]]:
         """Yield the index in ``paths`` and the image of each path that can be read; see ``read``."""
         for index, path in enumerate(paths):
-            if (image := self.read(path, model, task)) is not None:
+            if (image := self.read(path, model, task, tiles=tiles)) is not None:
                 yield index, image
 
     def require_some(self, done: int) -> None:

@@ -103,7 +103,8 @@ def _image_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
         return ["generate", *count, "--upscale"], [prompt]
     if "source_task" in texts or index:
         return [], []
-    return ["upscale", *["--low-level"] * (task == "low_level"), "--prompt", prompt], [source]
+    flags = ["--low-level"] * (task == "low_level") + ["--tiles"] * ("tiles" in texts)
+    return ["upscale", *flags, "--prompt", prompt], [source]
 
 
 def _sheet_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:

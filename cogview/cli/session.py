@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -232,6 +233,38 @@ class GenerationSession:
         done, codes = 0, round(TASKS[task].output_scale * self.grid) ** 2
         for output, image in self.generate(parts(), "upscaling", count, codes):
             self.save(output.path, image, **output.metadata)
+            done += 1
+        return done
+
+    def upscale_tiles(self, inputs: Iterable[UpscaleInput], task: str) -> int:
+        """Upscale images in tiles, one image after the other, and save them.
+
+        Args:
+            inputs: The images.
+            task: ``upscale`` or ``low_level``.
+
+        Returns:
+            The number of images.
+        """
+        from cogview.pipeline.tiles import TileGrid, upscale_tiles
+        from cogview.tokenizers.tasks import TASKS
+
+        done, codes = 0, round(TASKS[task].output_scale * self.grid) ** 2
+        for each in inputs:
+            width, height = each.image.size
+            grid = TileGrid(width=width, height=height, side=self.model.image_size(task))
+            with self.progress_bar("upscaling", len(grid), len(grid) * codes, noun="tile") as bar:
+                (image,) = upscale_tiles(
+                    [each.image],
+                    self.model.tokenize([each.prompt]),
+                    seeds=[self.seed],
+                    task=task,
+                    sampling=self.sampling[task],
+                    side=grid.side,
+                    encode=partial(self.model.encode_images, task=task),
+                    run=partial(self.model.run, batch_size=self.max_batch_size, callback=bar.update),
+                )
+            self.save(each.path, image, task=task, source=each.source, tiles=str(grid))
             done += 1
         return done
 

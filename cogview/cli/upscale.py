@@ -24,14 +24,20 @@ LINE = "TEXT<TAB>IMAGE"
     help="upscale from half the size of the model's images to that size, in a single window; needs weights trained for "
     "the task low_level, which cogview-emoji was not",
 )
+@click.option(
+    "--tiles",
+    is_flag=True,
+    help="upscale each IMAGE to twice its own sides, in overlapping tiles of the size of the model's images, of which "
+    "each takes the time of an image",
+)
 @output_option()
 @session_options("images", "IMAGE and prompt")
-def command(queries: QueryOptions, low_level: bool, output: Path, session: SessionOptions) -> int:
+def command(queries: QueryOptions, low_level: bool, tiles: bool, output: Path, session: SessionOptions) -> int:
     """Generate images at twice their side and print the paths of the PNG files, NAME-up-seedSEED.png.
 
     The codes are generated in nine overlapping windows. An image of another size than the model's images is resized and
-    cropped first; one that is larger than the result is refused. Images that cannot be used are listed at the end, with
-    status 1.
+    cropped first; one that is larger than the result is refused, unless --tiles upscales its parts. Images that cannot
+    be used are listed at the end, with status 1.
     """
     from cogview.image_io.png import prepare_folder
 
@@ -42,7 +48,7 @@ def command(queries: QueryOptions, low_level: bool, output: Path, session: Sessi
     opened.print_header()
     if queries.input is None:
         pairs = [TextImageQuery(prompt=query.prompt, paths=(path,)) for query in pairs for path in query.paths]
-    return upscale_files(opened, reader, [(query, output) for query in pairs], low_level=low_level)
+    return upscale_files(opened, reader, [(query, output) for query in pairs], low_level=low_level, tiles=tiles)
 
 
 def upscale_files(
@@ -51,6 +57,7 @@ def upscale_files(
     queries: Sequence[tuple[TextImageQuery, Path]],
     *,
     low_level: bool = False,
+    tiles: bool = False,
 ) -> int:
     """Upscale image files.
 
@@ -59,6 +66,7 @@ def upscale_files(
         reader: The reader of the images.
         queries: A query with one image, and the folder of the result, for each file.
         low_level: Whether to start from half the size of the model's images.
+        tiles: Whether to upscale images of other sizes in tiles.
 
     Returns:
         The exit status: 1 if an image could not be read or a query was skipped, 2 if no image was upscaled.
@@ -76,7 +84,7 @@ def upscale_files(
 
     def inputs() -> Iterator[UpscaleInput]:
         paths = [query.paths[0] for query, _ in good]
-        for index, image in reader.read_all(paths, session.model, task=task):
+        for index, image in reader.read_all(paths, session.model, task=task, tiles=tiles):
             query, folder = good[index]
             yield UpscaleInput(
                 image=image,
@@ -85,6 +93,6 @@ def upscale_files(
                 path=folder / f"{safe_name(query.paths[0].stem)}-up-seed{session.seed}.png",
             )
 
-    done = session.upscale(inputs(), len(good), task=task)
+    done = session.upscale_tiles(inputs(), task) if tiles else session.upscale(inputs(), len(good), task=task)
     reader.report_failures(done)
     return ExitStatus.of(done, len(queries) - done)

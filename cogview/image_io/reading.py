@@ -100,7 +100,7 @@ def read_image(
             raise _damaged(path, error) from None
         with contextlib.suppress(Exception):  # damaged EXIF data does not affect the pixels
             ImageOps.exif_transpose(image, in_place=True)
-        return _rgb(image, on_note)
+        return to_rgb(image, on_note)
 
 
 @contextlib.contextmanager
@@ -151,7 +151,7 @@ def fit(image: Image.Image, side: int) -> tuple[np.ndarray, str | None]:
     left, top = (width - short) // 2, (height - short) // 2
     middle = (left, top, left + short, top + short)
     # A large image is first averaged by whole factors to at least 3 times the size: fast, and hardly visible.
-    square = _rgb(image).resize((side, side), Image.Resampling.LANCZOS, box=middle, reducing_gap=3.0)
+    square = to_rgb(image).resize((side, side), Image.Resampling.LANCZOS, box=middle, reducing_gap=3.0)
     before, after = f"{width} x {height}", f"{side} x {side}"
     if width == height:
         note = None if short == side else f"resized from {before} to {after}"
@@ -262,7 +262,7 @@ def _damaged(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} is cut off or damaged: {reason}")
 
 
-def _rgb(image: Image.Image, on_note: Callable[[str], object] = ignore_note) -> Image.Image:
+def to_rgb(image: Image.Image, on_note: Callable[[str], object] = ignore_note) -> Image.Image:
     """Return an image of any mode as RGB: in sRGB, transparency on white, greys of more than 8 bits scaled to 8."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I") or image.mode == "F":

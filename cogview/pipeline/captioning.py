@@ -37,8 +37,8 @@ from cogview.pipeline.inputs import (
 from cogview.pipeline.model import LoadedModel
 from cogview.pipeline.requests import GenerationRequest, caption_requests
 from cogview.pipeline.results import Caption, GeneratedImage, ProgressCallback, Score
+from cogview.pipeline.tiles import sample_tiles
 from cogview.tokenizers.tasks import TASKS
-from cogview.vqvae.codec import psnr, reconstruct
 
 CAPTION_METHODS = ("greedy", "sample", "beam")
 CAPTION_SAMPLING = Sampling(top_k=0)  # of sampled captions: the distribution of the model as it is
@@ -90,7 +90,7 @@ class CaptioningModel(LoadedModel):
         pixels, note = fit(load_image(image), self.image_size(task))
         return Image.fromarray(pixels), note
 
-    def image_warning(self, image: ImageLike, *, task: str = "generate") -> str | None:
+    def image_warning(self, image: ImageLike, *, task: str = "generate", tiles: bool = False) -> str | None:
         """Return a line about an image that is unlike those of the training, or None.
 
         The measure is the PSNR of the reconstruction from codes, which is all that the model sees of an image. Models
@@ -99,6 +99,7 @@ class CaptioningModel(LoadedModel):
         Args:
             image: Image of any size: a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W).
             task: Name of the task that the image is for.
+            tiles: Whether the image is upscaled in tiles; of many, some are measured.
 
         Raises:
             InputError: If the image cannot be used, or the task is unknown.
@@ -107,17 +108,13 @@ class CaptioningModel(LoadedModel):
             >>> model.image_warning(Image.new("RGB", (64, 64), "red"))
             'unlike the images that cogview-emoji was trained on: its reconstruction has 21.0 dB, 99% of theirs at ...'
         """
-        known = self.config.reconstruction_psnr
-        if known is None or isinstance(image, GeneratedImage):
+        if self.config.reconstruction_psnr is None or isinstance(image, GeneratedImage):
             return None
-        pixels = np.asarray(self.fit_image(image, task=task)[0])
-        found = psnr(pixels, reconstruct(self.image_tokenizer, pixels[None])[0])
-        if found >= known.p01:
-            return None
-        return (
-            f"unlike the images that {self.name} was trained on: its reconstruction has {found:.1f} dB, "
-            f"99% of theirs at least {known.p01:.1f} dB"
-        )
+        if tiles:
+            pixels = sample_tiles(image, self.image_size(task))
+        else:
+            pixels = np.asarray(self.fit_image(image, task=task)[0])[None]
+        return image_codes.reconstruction_warning(pixels, self.name, self.context)
 
     def enlargement_problem(self, image: Image.Image, *, task: str) -> str | None:
         """Return why upscaling an image would make it smaller, in one line, or None if it would not.
@@ -128,7 +125,7 @@ class CaptioningModel(LoadedModel):
 
         Examples:
             >>> model.enlargement_problem(Image.new("RGB", (512, 512)), task="upscale")
-            '512 x 512 pixels are more than the 128 x 128 of an upscaled image; scale it down to 64 x 64 first'
+            '512 x 512 pixels are more than the 128 x 128 of an upscaled image; upscale it in tiles (cogview ...'
         """
         scale = TASKS[task].output_scale / TASKS[task].input_scale if TASKS[task].input_scale else 0
         given = self.image_size(task)
@@ -137,19 +134,20 @@ class CaptioningModel(LoadedModel):
             return None
         return (
             f"{image.width} x {image.height} pixels are more than the {side} x {side} of an upscaled image; "
-            f"scale it down to {given} x {given} first"
+            f"upscale it in tiles (cogview upscale --tiles) or scale it down to {given} x {given} first"
         )
 
-    def log_image_warnings(self, images: Sequence[ImageLike], *, task: str = "generate") -> None:
+    def log_image_warnings(self, images: Sequence[ImageLike], *, task: str = "generate", tiles: bool = False) -> None:
         """Log the warning about each image; about a PIL image once in its life.
 
         Args:
             images: Images of any size and form.
             task: Name of the task that they are for.
+            tiles: Whether they are upscaled in tiles.
         """
         for index, image in enumerate(images):
             info = image.info if isinstance(image, Image.Image) else {}
-            if not info.get(NOTED) and (warning := self.image_warning(image, task=task)) is not None:
+            if not info.get(NOTED) and (warning := self.image_warning(image, task=task, tiles=tiles)) is not None:
                 info[NOTED] = True
                 log.warning("images[%d]: %s", index, warning)
 

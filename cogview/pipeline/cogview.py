@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, overload
 
 from cogview.errors import InputError
@@ -42,6 +43,7 @@ from cogview.pipeline.results import (
     only_images,
     repetition_notes,
 )
+from cogview.pipeline.tiles import upscale_tiles
 from cogview.tokenizers.tasks import TASKS
 
 log = logging.getLogger(__name__)
@@ -239,6 +241,7 @@ class CogView(CaptioningModel):
         seed: SeedsLike = None,
         sampling: Sampling | None = None,
         low_level: bool = False,
+        tiles: bool = False,
         batch_size: int | None = None,
         callback: ProgressCallback | None = None,
         **overrides: float | None,
@@ -249,8 +252,8 @@ class CogView(CaptioningModel):
 
         Args:
             images: An image or a list of images, of any size: paths, PIL images, arrays (H, W, 3) or tensors (3, H, W).
-                They are fitted to the model's size first, so that a large photograph becomes smaller; a warning is
-                logged then.
+                Without ``tiles`` they are fitted to the model's size first, so that a large photograph becomes
+                smaller; a warning is logged then.
             texts: What they show: one text for all images, or one for each; None: the prompts of generated images.
             seed: From 0 to 2**63 - 1, or a list with one for each image; None: a random one. A generated image keeps
                 its index.
@@ -258,6 +261,8 @@ class CogView(CaptioningModel):
             low_level: Generate (G, G) codes from an image of half the model's side instead, in a single window. The
                 weights must have been trained for the task ``low_level``, as those of CogView v1 and unlike those of
                 ``cogview-emoji``.
+            tiles: Upscale images of another size in overlapping tiles of the model's size, to twice their own sides.
+                Tile k has the noise of the image's index plus k. ``codes`` of the result are (N, 2G, 2G).
             batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
             callback: Called with a ``GenerationProgress`` after every line of codes; returns False to stop.
             **overrides: Fields of ``Sampling`` to replace, such as ``temperature=0.8``.
@@ -281,8 +286,20 @@ class CogView(CaptioningModel):
         self.prompt_checks.log_warnings(checked)
         settings = self._resolve_sampling(sampling, overrides, task)
         seeds = resolve_seeds(seed, len(items), "images")
+        self.log_image_warnings(items, task=task, tiles=tiles)
+        if tiles:
+            upscaled = upscale_tiles(
+                items,
+                checked,
+                seeds=seeds,
+                task=task,
+                sampling=settings,
+                side=self.image_size(task),
+                encode=partial(self.encode_images, task=task),
+                run=partial(self.run, batch_size=batch_size, callback=callback),
+            )
+            return only_result(upscaled, callback) if is_single else upscaled
         side = 2 * self.image_size(task)
-        self.log_image_warnings(items, task=task)
         codes = self.encode_images(
             items,
             task=task,

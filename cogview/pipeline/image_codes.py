@@ -16,7 +16,7 @@ from cogview.pipeline.inputs import ImageLike, describe, load_image
 from cogview.pipeline.results import GeneratedImage
 from cogview.planning.batches import BatchPlanner
 from cogview.planning.model_memory import image_bytes
-from cogview.vqvae.codec import to_float, to_uint8
+from cogview.vqvae.codec import psnr, reconstruct, to_float, to_uint8
 
 
 def encode_images(
@@ -106,6 +106,23 @@ def check_codes(codes: object, num_codes: int, name: str = "codes") -> np.ndarra
         wrong = array[(array < 0) | (array >= num_codes)].flat[0]
         raise InputError(f"{name} must be from 0 to {num_codes - 1}, the codes of the codebook, got {wrong}")
     return array.astype(np.int64, copy=False)
+
+
+def reconstruction_warning(pixels_NHWC: np.ndarray, name: str, context: PipelineContext) -> str | None:
+    """Return a line about an image that is unlike those of the training, or None.
+
+    Args:
+        pixels_NHWC: The image, or its tiles, as uint8 RGB pixels of the model's size.
+        name: Name of the model.
+        context: The model.
+    """
+    known = context.config.reconstruction_psnr
+    if known is None or (found := psnr(pixels_NHWC, reconstruct(context.image_tokenizer, pixels_NHWC))) >= known.p01:
+        return None
+    return (
+        f"unlike the images that {name} was trained on: its reconstruction has {found:.1f} dB, "
+        f"99% of theirs at least {known.p01:.1f} dB"
+    )
 
 
 def decode_all_images(

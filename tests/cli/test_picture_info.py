@@ -86,12 +86,16 @@ def is_equal(first, second):
         ("generate", FOX, "-n", "2", "--temperature", "0.7", "--min-p", "0.1", "--top-k", "20", "--top-p", "0.9"),
         ("generate", FOX, "--guidance", "2.5", "--text-attention", "1.5", "--noise-version", "1"),
         ("generate", FOX, "--dtype", "int8", "--kv-dtype", "int8"),
-        ("generate", FOX, FOX, "-n", "2", "--keep", "1", "--upscale", "--grid", "--top-p", "0.8"),
+        pytest.param(
+            ("generate", FOX, FOX, "-n", "2", "--keep", "1", "--upscale", "--grid", "--top-p", "0.8"),
+            marks=pytest.mark.slow,
+        ),
+        ("generate", FOX, "--upscale", "--grid"),
         ("generate", "狐狸\n'狗'", "$(id) 狗", "--grid"),
         ("generate", "--grid", "--", "-狗"),
         ("complete", "a b.png", "--rows", "4", "--prompt", FOX, "-n", "2", "--grid"),
         ("upscale", "a b.png", "--prompt", FOX, "--min-p", "0.2"),
-        ("upscale", "a b.png", "--prompt", FOX, "--low-level"),
+        ("upscale", "a b.png", "--prompt", FOX, "--low-level", "--tiles"),
     ],
 )
 def test_info_prints_a_command_that_repeats_the_image(repeat, save_image, arguments):
@@ -100,6 +104,8 @@ def test_info_prints_a_command_that_repeats_the_image(repeat, save_image, argume
     assert repeat(*arguments)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the command is read by bash")
 def test_info_prints_a_command_that_repeats_the_images_of_a_job(repeat, save_image):
     save_image("a.png")
     lines = [

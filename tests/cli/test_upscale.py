@@ -177,5 +177,32 @@ def test_upscale_refuses_to_make_an_image_smaller(upscale, save_image):
     assert (status, files) == (1, [Path("outputs/same-up-seed7.png")])
     assert err.splitlines()[-1] == (
         "failed: image photo.jpg: 512 x 600 pixels are more than the 128 x 128 of an upscaled image; "
-        "scale it down to 64 x 64 first"
+        "upscale it in tiles (cogview upscale --tiles) or scale it down to 64 x 64 first"
     )
+
+
+def test_upscale_tiles_doubles_the_sides_of_a_large_image(upscale, save_image, tiny_model):
+    image = save_image("wide.png", size=(70, 40))
+    save_image("a.png", size=(32, 32))
+    flags = ("--tiles", "--low-level", "--prompt", FOX, "--seed", "7", "--max-inference-batch-size", "2")
+    status, files, err = upscale("wide.png", "a.png", *flags)
+    assert (status, files) == (0, [Path("outputs/wide-up-seed7.png"), Path("outputs/a-up-seed7.png")])
+    expected = tiny_model.upscale(image, FOX, seed=7, low_level=True, tiles=True)
+    np.testing.assert_array_equal(np.asarray(Image.open(files[0])), np.asarray(expected))
+    texts = read_metadata(files[0])
+    assert (texts["task"], texts["tiles"], texts["source"]) == ("low_level", "3 x 2", "wide.png")
+    assert err.endswith("upscaling 6 tiles\nupscaling 1 tile\n")
+
+
+def test_upscale_tiles_notes_a_prompt_once(upscale, save_image):
+    save_image("wide.png", size=(40, 32))
+    _, _, err = upscale("wide.png", "--tiles", "--low-level", "--prompt", "ａｂｃ汽车", "--seed", "7")
+    assert err.count("of its characters are unknown to the model") == 1
+
+
+def test_upscale_tiles_reports_an_image_of_too_many_tiles_at_the_end(upscale, save_image):
+    save_image("a.png", size=(32, 32))
+    Image.new("RGB", (1568, 1568)).save("large.png")
+    status, files, err = upscale("large.png", "a.png", "--tiles", "--low-level", "--prompt", FOX, "--seed", "7")
+    assert (status, len(files)) == (1, 1)
+    assert err.splitlines()[-1].startswith("failed: image large.png: 1568 x 1568 pixels are 4225 tiles of 32 x 32, ")
