@@ -50,7 +50,7 @@ def command(queries: QueryOptions, model: ModelOptions) -> int:
 def load_scorer(options: ModelOptions) -> CogView:
     """Load a model for ``rank_files``, and print a header on stderr; errors as in ``open_model``."""
     model = open_model(options, ["caption"])
-    print(f"{model.label} on {model.placement}", file=sys.stderr)
+    print(f"model {model.label} on {model.placement}", file=sys.stderr)
     return model
 
 

@@ -27,7 +27,8 @@ VARIABLES = ("COGVIEW_LANGUAGE", "LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG")  #
 FIELD = re.compile(r"\{(\w+)\}")
 MAX_DEPTH = 4  # of messages within messages
 
-_COUNT = re.compile(r"\{count\w*\}")
+_LINE = "line "  # what the number of a line stands behind
+_NUMBERED = re.compile(rf"\{{count\w*\}}|\b{_LINE}\{{")
 # The frame of a message about the command line: its command, and where its help is.
 _FRAME = re.compile(
     r"(?P<name>cogview(?: [a-z-]+)*: |\w+\.py: )?(?P<message>.*?)(?P<see>; see \S.* --help)?", re.DOTALL
@@ -114,7 +115,7 @@ class Catalogue:
 def _is_specific(source: str) -> bool:
     """Return whether a template has enough words to know its messages by: two, or one beside a number."""
     words = re.findall(r"[A-Za-z’']{2,}", FIELD.sub(" ", source))
-    return len(words) > 1 or (bool(words) and bool(_COUNT.search(source)))
+    return len(words) > 1 or (bool(words) and bool(_NUMBERED.search(source)))
 
 
 @functools.cache
@@ -125,7 +126,7 @@ def _pattern(source: str) -> re.Pattern[str]:
         re.escape(part)
         if index % 2 == 0
         else f"(?P<{part}>[0-9,]+)"
-        if part.startswith("count")
+        if part.startswith("count") or parts[index - 1].endswith(_LINE)
         else f"(?P<{part}>.*?)"
         for index, part in enumerate(parts)
     ]

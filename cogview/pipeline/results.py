@@ -100,8 +100,8 @@ class Ranking:
         for rank, number in enumerate(self.order, start=1):
             score = self.scores[number]
             assert score is not None
-            numbers = f"{score.log_probability:9.2f} ({score.per_piece:.2f} per piece)"
-            lines.append(f"{rank:3}. {numbers}  {self.files[number]}")
+            file = self.files[number]
+            lines.append(f"{rank:3}. {score.log_probability:9.2f} ({score.per_piece:.2f} per piece)  {file}")
         return lines
 
 

@@ -212,8 +212,8 @@ def _collect(
 
 
 def describe_activity(requests: Sequence[GenerationRequest]) -> str:
-    """Return what a batch of requests does, in words, such as "generating and captioning"."""
-    return " and ".join(dict.fromkeys(TASKS[request.task].activity for request in requests))
+    """Return what a batch of requests does, in words, such as "generating, captioning"."""
+    return ", ".join(dict.fromkeys(TASKS[request.task].activity for request in requests))
 
 
 def _decode_programs(

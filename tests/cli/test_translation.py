@@ -133,6 +133,22 @@ def test_language_of_follows_the_locale(environment, language):
     assert language_of(environment) == language
 
 
+@pytest.mark.parametrize(
+    ("text", "translation"),
+    [
+        ("skipped: line 3: image fox.png does not exist", "已跳过：第 3 行：图像 fox.png 不存在"),
+        ("  1.     -1.74 (-0.58 per piece)  fox.png\n", "  1.     -1.74（每个词片 -0.58）  fox.png\n"),
+        ("model fox on cpu, float32 (no GPU is used)", "模型 fox，运行于 cpu, float32（没有使用 GPU）"),
+        ("the line of a poem: fox", "the line of a poem: fox"),
+    ],
+)
+def test_translate_knows_short_messages_by_a_number(text, translation):
+    """One word beside a field was thought to be too little to know a message by: these stayed English."""
+    catalogue = load_catalogue("zh")
+    assert catalogue is not None
+    assert catalogue.translate(text) == translation
+
+
 def test_wrap_columns_counts_two_columns_for_a_chinese_character():
     text = "写入 PNG 文件，文本块中有提示、种子、编号、模型、设置和图像码。"
     lines = wrap_columns(text, 20)
