@@ -43,7 +43,7 @@ def test_rerank_ranks_the_images_of_one_text(rerank, save_image, tiny_model):
     assert found == {"prompt": FOX, "images": as_objects(files, scores)}
     best_first = sorted(zip(scores, files, strict=True), key=lambda pair: -pair[0].log_probability)
     printed_lines = err.splitlines()
-    assert printed_lines[0] == f"{tiny_model.name} on cpu, float32 (no GPU is used)"
+    assert printed_lines[0] == f"model {tiny_model.name} on cpu, float32 (no GPU is used)"
     assert printed_lines[1] == FOX
     assert [line.split()[0] for line in printed_lines[2:]] == ["1.", "2.", "3."]
     assert [line.split()[-1] for line in printed_lines[2:]] == [file for _, file in best_first]
