@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cogview.checkpoints.finite import require_finite, require_range
 from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.registry import load_registry, resolve_adapter
 from cogview.checkpoints.safetensors_io import WeightsFile
@@ -226,9 +227,12 @@ class Adapter:
                     f"{there[name][0]} x {there[name][1]} in this model"
                 )
 
-        for name, tensor in self.weights().items():  # here, because a merge must not stop halfway
-            if not tensor.isfinite().all():
-                raise InputError(f"the adapter {self.folder} cannot be used: {name} has numbers that are not finite")
+        self.check_finite()  # here, because a merge must not stop halfway
+
+    def check_finite(self) -> None:
+        """Raise InputError for the first tensor with numbers that are NaN or infinite."""
+        for name, tensor in self.weights().items():
+            require_finite(f"{self.folder / WEIGHTS_FILE}: {name.replace('.default.', '.')}", tensor)
 
     def check_model(self, config: ModelConfig, name: str) -> None:
         """Check that the adapter belongs to a model; two known names are two models.
@@ -268,9 +272,14 @@ class Adapter:
 
         Returns:
             The sum (N, K), computed in float32, in the dtype of the weight.
+
+        Raises:
+            InputError: if a sum is beyond the range of that dtype.
         """
         a_RK, b_NR = (self._read(name, part) for part in "AB")
-        return merged_weight(weight_NK, a_RK, b_NR, sign * self.settings.scale)
+        merged = merged_weight(weight_NK, a_RK, b_NR, sign * self.settings.scale)
+        require_range(f"{self.folder / WEIGHTS_FILE}: the sum of {name} and B A", weight_NK, merged)
+        return merged
 
     def sha256(self) -> str:
         """Return the SHA-256 of settings and weights."""

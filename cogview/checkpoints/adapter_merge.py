@@ -9,7 +9,7 @@ import torch
 
 from cogview.checkpoints.adapter import Adapter
 from cogview.checkpoints.checkpoint import check_sizes
-from cogview.checkpoints.precision import stored_quantization
+from cogview.checkpoints.precision import Precision, convert, stored_quantization
 from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
 from cogview.errors import InputError
 from cogview.files import new_folder
@@ -56,6 +56,9 @@ def _add(transformer: Transformer, adapter: Adapter, sign: int) -> None:
         raise InputError("the transformer has an adapter in training: save it, and merge it into a fresh one")
     adapter.check(transformer.config)
     require_float_weights(transformer)
+    if transformer.get_parameter(f"{adapter.projections[0]}.weight").dtype == torch.float16:
+        for name in adapter.projections:  # whose sums may overflow; a merge must not stop halfway
+            adapter.apply_to(name, transformer.get_parameter(f"{name}.weight"), sign)
     for name in adapter.projections:
         weight = transformer.get_parameter(f"{name}.weight")
         weight.copy_(adapter.apply_to(name, weight, sign))  # in place, so that prepacked copies are renewed
@@ -92,9 +95,8 @@ def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sig
     card, note = _update_model_card(source / "README.md", adapter, sign)
     with new_folder(output) as folder:
         with WeightsWriter(folder / "model.safetensors", weights.specs) as writer:
-            for weight in weights.specs:
+            for weight, tensor in convert(weights, Precision()):
                 projection = weight.removesuffix(".weight")
-                tensor = weights.read(weight)
                 if projection in adapter.projections and projection != weight:
                     tensor = adapter.apply_to(projection, tensor, sign)
                 writer.write(weight, tensor)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cogview.checkpoints.finite import rounded
 from cogview.checkpoints.grammar import GRAMMAR_FILE, PromptGrammar, read_grammar
 from cogview.checkpoints.image_tokenizer import (
     codebook_hash,
@@ -76,13 +77,13 @@ def save_model(
         weights: tensors to store instead of the transformer's, by the same names.
 
     Raises:
-        InputError: if the model's weights are quantized.
+        InputError: if the model's weights are quantized, or one is beyond the range of the dtype.
     """
     if any(isinstance(module, Int8Linear | Int4Linear) for module in model.transformer.modules()):
         raise InputError("quantized weights cannot be saved: copy or convert the folder they came from")
     folder.mkdir(parents=True, exist_ok=True)
     weights = model.transformer.state_dict() if weights is None else weights
-    stored = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in weights.items()}
+    stored = {name: rounded(name, tensor, dtype) for name, tensor in weights.items()}
     write_weights(folder / "model.safetensors", stored)
     save_image_tokenizer(folder / "image", model.image_tokenizer, dtype)
     (folder / "text.model").write_bytes(model.text_tokenizer.model_bytes)
@@ -148,6 +149,7 @@ def load_model(
     quantization: Quantization | None = None,
     *,
     meta_only: bool = False,
+    allow_nonfinite: bool = False,
 ) -> Model:
     """Load a checkpoint folder.
 
@@ -157,12 +159,13 @@ def load_model(
         dtype: dtype of the transformer; the VQ-VAE is float32.
         quantization: quantize the projections while they are read.
         meta_only: leave the transformer on the meta device, without weights.
+        allow_nonfinite: accept weights of the transformer that are NaN or infinite, to examine them.
 
     Returns:
         The model.
 
     Raises:
-        InputError: if a part is missing, damaged or does not belong to the others.
+        InputError: if a part is missing, damaged or does not belong to the others, or a weight is not finite.
     """
     config = check_sizes(folder)
     image_tokenizer = load_image_tokenizer(folder / "image")
@@ -191,7 +194,7 @@ def load_model(
         with torch.device("meta"):
             transformer = Transformer(config.transformer)
     else:
-        transformer = load_transformer(folder, device, dtype, quantization)
+        transformer = load_transformer(folder, device, dtype, quantization, allow_nonfinite=allow_nonfinite)
     return Model(
         config=config,
         transformer=transformer,
@@ -237,7 +240,12 @@ def check_sizes(folder: Path) -> ModelConfig:
 
 
 def load_transformer(
-    folder: Path, device: torch.device, dtype: torch.dtype, quantization: Quantization | None = None
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+    *,
+    allow_nonfinite: bool = False,
 ) -> Transformer:
     """Load the transformer of a checkpoint folder tensor by tensor, so that no second copy is held.
 
@@ -248,12 +256,13 @@ def load_transformer(
         device: device of the weights.
         dtype: dtype of the weights.
         quantization: quantize the projections while they are read.
+        allow_nonfinite: accept weights that are NaN or infinite.
 
     Returns:
         The transformer in evaluation mode.
 
     Raises:
-        InputError: if the file does not match the config.
+        InputError: if the file does not match the config, or a weight is not finite.
     """
     config = check_sizes(folder)
     file = WeightsFile(folder / "model.safetensors")
@@ -267,8 +276,9 @@ def load_transformer(
     on_cpu = device.type == "cpu"
     ordering = quantization == "int4" and has_native_kernels(device)
     memory = TensorArena() if on_cpu else None
+    keep = on_cpu and not ordering
     bar = tqdm(
-        convert(file, precision, device=device, keep=on_cpu and not ordering, memory=memory),
+        convert(file, precision, device=device, keep=keep, memory=memory, allow_nonfinite=allow_nonfinite),
         total=len(specs),
         desc=f"loading {folder.name}",
         unit="tensor",

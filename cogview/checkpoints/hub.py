@@ -135,13 +135,17 @@ def _files_to_push(folder: Path) -> list[str]:
 
     from cogview.checkpoints.adapter import Adapter
     from cogview.checkpoints.checkpoint import load_model
+    from cogview.checkpoints.precision import Precision, convert
+    from cogview.checkpoints.safetensors_io import WeightsFile
 
     names: tuple[str, ...] = CHECKPOINT_FILES
     if (folder / "adapter_config.json").is_file():
-        Adapter(folder)
+        Adapter(folder).check_finite()
         names = ADAPTER_FILES
     else:
         load_model(folder, torch.device("cpu"), torch.float32, meta_only=True)
+        for _ in convert(WeightsFile(folder / "model.safetensors"), Precision()):
+            pass  # reading checks the numbers
     images = sorted(path.name for pattern in CARD_IMAGES for path in folder.glob(pattern))
     return [name for name in names if (folder / name).is_file()] + images
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogview.checkpoints.finite import require_finite, rounded
 from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.checkpoints.sizes import check_vqvae_sizes
 from cogview.config_io import from_mapping, to_mapping
@@ -35,7 +36,7 @@ def save_image_tokenizer(folder: Path, model: VQVAE, dtype: torch.dtype = torch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
-        name: tensor.detach().to("cpu", torch.float32 if name == CODEBOOK else dtype).contiguous()
+        name: rounded(name, tensor, torch.float32 if name == CODEBOOK else dtype)
         for name, tensor in model.state_dict().items()
     }
     write_weights(folder / "model.safetensors", weights)
@@ -75,8 +76,16 @@ def read_image_config(folder: Path) -> VQVAEConfig:
 
 
 def read_image_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of an image tokenizer's folder, in the order of the file."""
-    return {_present_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    """Return the tensors of an image tokenizer's folder, in the order of the file.
+
+    Raises:
+        InputError: if a number is NaN or infinite.
+    """
+    path = folder / "model.safetensors"
+    weights = {_present_name(name): tensor for name, tensor in load_file(path).items()}
+    for name, tensor in weights.items():
+        require_finite(f"{path}: {name}", tensor)
+    return weights
 
 
 def load_image_tokenizer(folder: Path) -> VQVAE:
@@ -85,7 +94,7 @@ def load_image_tokenizer(folder: Path) -> VQVAE:
     An imported tokenizer carries the averages of its training as well, so that training can continue.
 
     Raises:
-        InputError: if a file is missing, damaged or does not match the config.
+        InputError: if a file is missing, damaged or does not match the config, or a weight is not finite.
     """
     model = VQVAE(read_image_config(folder))
     weights = read_image_weights(folder)

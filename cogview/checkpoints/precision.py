@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cogview.checkpoints.finite import is_finite, require_finite, require_range
 from cogview.checkpoints.safetensors_io import TensorSpec
 from cogview.checkpoints.sizes import require_float
 from cogview.device import Quantization
@@ -108,6 +109,7 @@ def convert(
     device: torch.device | str = "cpu",
     keep: bool = False,
     memory: TensorArena | None = None,
+    allow_nonfinite: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Convert all tensors, reading one at a time.
 
@@ -117,12 +119,13 @@ def convert(
         device: device of the results.
         keep: leave tensors that need no conversion in their file, mapped into memory.
         memory: arena for the other tensors; None allocates each by itself.
+        allow_nonfinite: do not check that all numbers are finite.
 
     Yields:
         Names and tensors of the converted model.
 
     Raises:
-        InputError: if the weights cannot be held in that precision.
+        InputError: if the weights cannot be held in that precision, or a number is not finite.
     """
     stored, specs = stored_quantization(weights.specs), converted_specs(weights, precision)
     store = memory.copy_in if memory is not None else lambda tensor: tensor
@@ -130,7 +133,7 @@ def convert(
     def read(name: str) -> Tensor:
         return weights.read(name).to(device)
 
-    for name, sources in _conversion_plan(weights, precision):
+    def converted(name: str, sources: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
         spec = weights.specs[name]
         if len(sources) == 2 and precision.quantization is None:
             assert stored is not None
@@ -147,6 +150,14 @@ def convert(
             assert precision.dtype is not None
             room = None if memory is None else memory.allocate(specs[name])
             yield name, cast(read(name), precision.dtype, room)
+
+    for name, sources in _conversion_plan(weights, precision):
+        for part, tensor in converted(name, sources):
+            if not allow_nonfinite and not is_finite(tensor):  # also after rounding; scales are NaN where weights are
+                for source in sources:
+                    require_finite(f"{weights.path}: {source}", weights.read(source))
+                require_range(f"{weights.path}: {name}", weights.read(name), tensor)
+            yield part, tensor
 
 
 class TensorArena:

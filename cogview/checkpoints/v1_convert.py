@@ -174,7 +174,7 @@ def export_v1(source: Path, output: Path, *, shards: int = 1, verify: bool = Fal
     except InputError as error:
         raise InputError(f"{source} cannot be written in the layout of CogView v1: {error}") from None
     with new_folder(output) as folder:
-        mapped = {name: weights.read(name, keep=True) for name in weights.specs}
+        mapped = dict(convert(weights, Precision(), keep=True))
         write_v1_transformer(folder, mapped, shards)
         write_pickle(image, folder / V1_FILES["image_tokenizer"])
         shutil.copyfile(source / "text.model", folder / V1_FILES["text_model"])

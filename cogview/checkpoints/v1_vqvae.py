@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cogview.checkpoints.pickles import read_pickle, tensors_of
-from cogview.checkpoints.safetensors_io import describe_mismatch
-from cogview.checkpoints.sizes import vqvae_shapes
+from cogview.checkpoints.finite import require_finite
+from cogview.checkpoints.pickles import StoredTensor, read_pickle, tensors_of
+from cogview.checkpoints.safetensors_io import TensorSpec, describe_mismatch
+from cogview.checkpoints.sizes import require_float, vqvae_shapes
 from cogview.checkpoints.v1_format import open_file, unwrapped
 from cogview.errors import InputError
 from cogview.vqvae.model import VQVAEConfig
@@ -43,7 +44,7 @@ def read_v1_vqvae(path: Path) -> tuple[VQVAEConfig, dict[str, Tensor]]:
             raise InputError(f"{path} is no image tokenizer of CogView: quantize_t.embed is missing")
         config = _vqvae_config(path, shapes)
         try:
-            return config, {_our_vqvae_name(name): _turned(name, t.read()) for name, t in tensors.items()}
+            return config, {_our_vqvae_name(name): _turned(name, _read(name, t)) for name, t in tensors.items()}
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
 
@@ -103,6 +104,14 @@ def _our_vqvae_name(name: str) -> str:
     if name == "quantize_t.embed":
         return "quantizer.codebook"
     return _AVERAGES.get(name) or name.replace("enc_b.blocks.", "encoder.").replace("dec.blocks.", "decoder.")
+
+
+def _read(name: str, stored: StoredTensor) -> Tensor:
+    """Read a tensor; raise InputError unless it holds finite floating-point numbers."""
+    require_float(name, TensorSpec(stored.dtype, stored.shape))
+    tensor = stored.read()
+    require_finite(name, tensor)
+    return tensor
 
 
 def _turned(name: str, tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from tqdm import tqdm
 
+from cogview.checkpoints.finite import NonFiniteWeightsError
 from cogview.errors import InputError, ReportedByPeer, RetryLaterError, is_out_of_memory
 from cogview.formatting import format_duration
 from cogview.signals import GracefulStop, exit_status_of_signal
@@ -174,7 +175,7 @@ def _start(
         return 0
     try:
         trainer.load(checkpoint)
-    except ReportedByPeer:
+    except (ReportedByPeer, NonFiniteWeightsError):
         raise
     except (RuntimeError, ValueError) as error:  # of tensors of other sizes
         if isinstance(error, RuntimeError) and (is_out_of_memory(error) or is_peer_failure(error)):

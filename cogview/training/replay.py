@@ -42,7 +42,7 @@ def replay_dump(folder: Path, device: str) -> Iterator[tuple[str, str, str]]:
     placement = choose_placement(device, "float32")
     stored = read_recipe(folder / "settings.json")
     settings = from_mapping(TransformerTraining, stored["training"], where=str(folder / "settings.json"))
-    model = load_model(folder / "model", torch.device("cpu"), torch.float32)
+    model = load_model(folder / "model", torch.device("cpu"), torch.float32, allow_nonfinite=True)
     dtype = None if stored["dtype"] == "float32" else DTYPES[stored["dtype"]]
     network = TransformerWithLoss(model.transformer, dtype)
     engine = open_engine(network, settings, EngineSettings(), DistributedContext(placement.device), num_threads=1)

@@ -29,6 +29,7 @@ from cogview.training.target_weighting import TargetWeighting
 from cogview.training.trainer_state import (
     AdapterFiles,
     StoredTensors,
+    check_stored,
     read_state,
     stored_state,
     whole_shape,
@@ -231,7 +232,10 @@ class TransformerTrainer(Trainer[TrainingBatch]):
         expected = {name: whole_shape(value) for name, value in self.engine.model.trained_parameters().items()}
         numbers = read_state(folder)
         weights = StoredTensors(folder / "model.safetensors") if self.adapter is None else self.adapter.read(folder)
-        return stored_state(folder, numbers, weights, expected), numbers["skipped_steps"]
+        state = stored_state(folder, numbers, weights, expected)
+        for tensors in (state.weights, *state.moments.values()):
+            check_stored(tensors, self.context)
+        return state, numbers["skipped_steps"]
 
     @torch.no_grad()
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:

@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from cogview.checkpoints.finite import require_finite
 from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.safetensors_io import describe_mismatch
-from cogview.errors import InputError
+from cogview.errors import InputError, is_out_of_memory
 from cogview.files import write_json
 from cogview.plain_data import read_json
+from cogview.training.distributed import DistributedContext
 from cogview.training.engines.base import ADAM_MOMENTS, TrainingState
 
 MOMENTS_FILE, STATE_FILE = "trainer.safetensors", "trainer.json"
+_NUMBERS = ("updates", "loss_scale", "good_steps", "skipped_steps")  # of the state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,8 @@ class StoredTensors(Mapping[str, Tensor]):
         Raises:
             InputError: The file is missing or damaged.
         """
-        self._prefix = prefix
+        self.path = path
+        self.prefix = prefix
         try:
             self._file: Any = safe_open(path, "pt")
             self._names = [name for name in self._file.keys() if name.startswith(prefix)]  # noqa: SIM118 it is no dict
@@ -57,18 +62,33 @@ class StoredTensors(Mapping[str, Tensor]):
             raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(self._prefix + name)
+        tensor: Tensor = self._file.get_tensor(self.prefix + name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return (name.removeprefix(self._prefix) for name in self._names)
+        return (name.removeprefix(self.prefix) for name in self._names)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes by name, without reading the tensors."""
-        return {name.removeprefix(self._prefix): tuple(self._file.get_slice(name).get_shape()) for name in self._names}
+        return {name.removeprefix(self.prefix): tuple(self._file.get_slice(name).get_shape()) for name in self._names}
+
+
+def check_stored(tensors: Mapping[str, Tensor], context: DistributedContext) -> None:
+    """Check that stored tensors are finite; each process reads its share of them.
+
+    Args:
+        tensors: Tensors by name. Those in memory were checked when they were read.
+        context: The processes that train together.
+
+    Raises:
+        NonFiniteWeightsError: A number is NaN or infinite. The step after it would have no finite loss.
+    """
+    if isinstance(tensors, StoredTensors):
+        for name in list(tensors)[context.rank :: context.size]:
+            require_finite(f"{tensors.path}: {tensors.prefix}{name}", tensors[name])
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -110,7 +130,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     """Return the numbers of ``trainer.json``.
 
     Raises:
-        InputError: The folder holds a model without the state of a training.
+        InputError: The folder holds a model without the state of a training, or a number is missing.
     """
     path = folder / STATE_FILE
     if not path.is_file():
@@ -118,8 +138,12 @@ def read_state(folder: Path) -> dict[str, Any]:
             f"{folder} holds a model but no state of a training to go on with ({STATE_FILE} is missing): begin from "
             f"its weights with --init-from {folder}"
         )
-    content: dict[str, Any] = read_json(path)
-    return content
+    content = read_json(path)
+    for name in _NUMBERS:
+        value = content.get(name) if isinstance(content, dict) else None
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**63:
+            raise InputError(f"{path} is damaged: {name} must be a number from 0 on, got {value}")
+    return dict(content)
 
 
 def stored_state(
@@ -147,3 +171,33 @@ def stored_state(
         loss_scale=numbers["loss_scale"],
         good_steps=numbers["good_steps"],
     )
+
+
+def read_pickled_state(path: Path) -> dict[str, Any]:
+    """Return a state that ``torch.save`` has written: tensors and numbers, in mappings and lists.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: The file is damaged, or a tensor has numbers that are NaN or infinite.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle may fail in any way
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{path} is damaged: {str(error)[:100] or type(error).__name__}") from None
+    _check_finite(f"{path}: ", "", state)
+    return state
+
+
+def _check_finite(file: str, name: str, value: Any) -> None:
+    """Raise NonFiniteWeightsError for the first tensor in nested mappings and lists that is not finite."""
+    if isinstance(value, Tensor):
+        require_finite(file + name, value)
+    elif isinstance(value, (Mapping, list)):
+        for key, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+            _check_finite(file, f"{name}.{key}" if name else str(key), inner)

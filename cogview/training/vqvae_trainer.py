@@ -37,6 +37,7 @@ from cogview.training.loop import BatchSource, Trainer, run_loop
 from cogview.training.run_folder import RunFolder, Writer, warn_if_unwritten
 from cogview.training.run_record import VALIDATION
 from cogview.training.settings import RunSettings
+from cogview.training.trainer_state import read_pickled_state
 from cogview.vqvae.codec import reconstruct, to_float
 from cogview.vqvae.lr_schedule import warmup_cosine
 from cogview.vqvae.model import VQVAE, VQVAEConfig
@@ -305,8 +306,8 @@ class VQVAETrainer(Trainer[Tensor]):
         return write
 
     def load(self, folder: Path) -> None:
-        """Restore ``trainer.pt`` of a checkpoint."""
-        self.load_state(torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True))
+        """Restore ``trainer.pt`` of a checkpoint; raise InputError if it is damaged or holds numbers that are NaN."""
+        self.load_state(read_pickled_state(folder / "trainer.pt"))
 
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
         """Return PSNR, usage and perplexity on held-out images; write a sheet of images and reconstructions.

@@ -354,7 +354,7 @@ def test_check_model_refuses_an_adapter_of_another_model(transformer, tiny_check
         merge_adapter(transformer, folder)
     save_file(tensors | {name: tensors[name] * math.nan}, folder / WEIGHTS_FILE)
     before = copy.deepcopy(transformer.state_dict())
-    with one_line("attention.output.lora_A.default.weight has numbers that are not finite"):
+    with one_line("attention.output.lora_A.weight has 128 of 128 numbers that are NaN or infinite: "):
         merge_adapter(transformer, folder)
     assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
 

@@ -97,6 +97,18 @@ def test_step_stops_when_too_many_in_a_row_are_skipped(monkeypatch):
         train_step(trainer, 2, store_rows())
 
 
+def test_replay_dump_opens_weights_that_are_not_finite(tmp_path):
+    """Elsewhere a model with such weights is refused; here they are what is looked for."""
+    model = new_model()
+    with torch.no_grad():
+        model.transformer.final_norm.bias[3] = torch.nan
+    trainer = open_trainer(model, training_settings(), monitor=MonitorSettings(dumps=tmp_path), num_threads=1)
+    with pytest.raises(NonFiniteError, match=r"first in final_norm, bias \(weights; "):
+        train_step(trainer, 17, store_rows())
+    _, now = replay_dump(tmp_path / "step-00000017", "cpu")
+    assert "first not finite in final_norm, bias (weights; " in now[2]
+
+
 def test_replay_dump_finds_what_the_run_has_found(tmp_path):
     trainer = open_trainer(
         overflowing_trainer().model, training_settings(), monitor=MonitorSettings(dumps=tmp_path), num_threads=1

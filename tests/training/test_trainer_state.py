@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogview.checkpoints.finite import NonFiniteWeightsError
 from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.errors import InputError
 from cogview.modeling.config import ModelConfig
@@ -80,3 +81,36 @@ def test_stored_tensors_refuse_a_damaged_file(tmp_path):
     (tmp_path / "trainer.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"trainer.safetensors cannot be read: "):
         StoredTensors(tmp_path / "trainer.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("model", "final_norm.bias"), ("trainer", "exp_avg.final_norm.bias"), ("trainer", "exp_avg_sq.final_norm.bias")],
+)
+def test_load_refuses_numbers_that_are_not_finite(tmp_path, file, name):
+    """A resumed run computed one step more, and blamed the learning rate."""
+    trainer = make_trainer()
+    train_step(trainer, 0, store_rows())
+    trainer.snapshot()(tmp_path)
+    path = tmp_path / f"{file}.safetensors"
+    tensors = load_file(path)
+    tensors[name][5] = torch.nan
+    save_file(tensors, path)
+    with pytest.raises(NonFiniteWeightsError, match=f"^{path}: {name} has 1 of 32 numbers that are NaN or infinite: "):
+        make_trainer().load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"updates": None}, "updates must be a number from 0 on, got None"),
+        ({"good_steps": -1}, "good_steps must be a number from 0 on, got -1"),
+        ({"loss_scale": float("nan")}, "loss_scale must be a number from 0 on, got nan"),
+    ],
+)
+def test_load_refuses_a_state_with_damaged_numbers(tmp_path, changes, message):
+    make_trainer().snapshot()(tmp_path)
+    path = tmp_path / "trainer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError, match=rf"trainer\.json is damaged: {message}"):
+        make_trainer().load(tmp_path)

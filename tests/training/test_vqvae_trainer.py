@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cogview.checkpoints.finite import NonFiniteWeightsError
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.data.image_dataset import ImageExample
 from cogview.emoji.datasets import SceneDataset
@@ -77,6 +78,21 @@ def test_vqvae_trainer_resumes_exactly(half):
         assert torch.equal(tensor, second.model.state_dict()[name]), name
     assert torch.equal(whole.model.quantizer.ema_cluster_size, second.model.quantizer.ema_cluster_size)
     assert torch.equal(whole.model.quantizer.ema_sum, second.model.quantizer.ema_sum)
+
+
+def test_vqvae_trainer_load_names_the_tensor_that_is_not_finite(tmp_path):
+    """A resumed run stopped one step later, at a gradient that was not finite."""
+    trainer = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
+    run(trainer, 0, 4)
+    state = trainer.state()
+    state["optimizer"]["state"][3]["exp_avg"][0] = torch.inf
+    path = tmp_path / "trainer.pt"
+    torch.save(state, path)
+    with pytest.raises(NonFiniteWeightsError, match=rf"^{path}: optimizer\.state\.3\.exp_avg has \d+ of "):
+        trainer.load(tmp_path)
+    path.write_bytes(b"\x80\x02.")
+    with pytest.raises(InputError, match=f"^{path} is damaged: "):
+        trainer.load(tmp_path)
 
 
 def test_vqvae_trainer_loads_former_names_of_the_averages():
