@@ -128,7 +128,8 @@ def validate(stores: tuple[Path, ...]) -> int:
             print(error, file=sys.stderr)
             status = ExitStatus.PARTLY_DONE
             continue
-        print(f"{path}: {plural(rows, 'row')} in {plural(count, 'block')}, no damage")
+        parts = f" in {plural(count, 'block')}" if count else ""  # stores of earlier versions list no blocks
+        print(f"{path}: {plural(rows, 'row')}{parts}, no damage")
     return status
 
 
