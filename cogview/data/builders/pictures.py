@@ -163,10 +163,10 @@ class PictureBuild:
             journal = BuildJournal(self.paths.work / JOURNAL, settings, kept={"batch_size": self.settings.batch_size})
             block = int(journal.header["batch_size"])
             with self._writer(False) as training, self._writer(True) as held_out:
-                self._encode(preparer, journal, block, {False: training, True: held_out})
+                self._write_rows(preparer, journal, block, {False: training, True: held_out})
             return self._finish(journal)
 
-    def _encode(
+    def _write_rows(
         self, preparer: PicturePreparer, journal: BuildJournal, block: int, writers: Mapping[bool, StoreWriter]
     ) -> None:
         """Write the rows of all records that are not done yet."""
@@ -186,8 +186,13 @@ class PictureBuild:
         with _Progress(self.paths.store.name, point.records, total) as progress:
             for batch in self._prepared(preparer, records, block):
                 entries = [copies.entry(picture, self.settings.held_out) for picture in batch]
+                rows = self._encode_rows(batch, entries)
                 journal.append(entries)
-                self._append(batch, entries, writers, surplus)
+                for split, fields in rows.items():
+                    new = {name: ids[surplus[split] :] for name, ids in fields.items()}
+                    surplus[split] = 0
+                    if len(new[TEXT_FIELD]):
+                        writers[split].append(new)
                 progress.update(len(batch))
 
     def _prepared(
@@ -207,30 +212,26 @@ class PictureBuild:
             batches = iter(loader)
         yield from batches
 
-    def _append(
-        self,
-        batch: Sequence[PreparedPicture],
-        entries: Sequence[JournalEntry],
-        writers: Mapping[bool, StoreWriter],
-        surplus: dict[bool, int],
-    ) -> None:
-        """Encode the pictures of a block and append their rows, without the rows that the stores hold already."""
+    def _encode_rows(
+        self, batch: Sequence[PreparedPicture], entries: Sequence[JournalEntry]
+    ) -> dict[bool, dict[str, np.ndarray]]:
+        """Return the rows of a block by field, for the held-out store (True) and the training store."""
         used = [(picture, entry) for picture, entry in zip(batch, entries, strict=True) if entry.captions]
         if not used:
-            return
+            return {}
         codes = encode_renditions([picture.images for picture, _ in used], self.image_tokenizer)
+        rows = {}
         for split in SPLITS:
-            rows = [  # index of the picture, and pieces of the caption
+            chosen = [  # index of the picture, and pieces of the caption
                 (index, pieces)
                 for index, (picture, entry) in enumerate(used)
                 for caption, pieces in zip(picture.captions, picture.pieces, strict=True)
                 if entry.held_out == split and caption in entry.captions
             ]
-            rows, surplus[split] = rows[surplus[split] :], 0
-            if rows:
-                index = np.array([index for index, _ in rows])
-                text = pad_text([pieces for _, pieces in rows], self.settings.text_width)
-                writers[split].append({TEXT_FIELD: text, **{name: ids[index] for name, ids in codes.items()}})
+            index = np.array([index for index, _ in chosen], dtype=np.int64)
+            text = pad_text([pieces for _, pieces in chosen], self.settings.text_width)
+            rows[split] = {TEXT_FIELD: text, **{name: ids[index] for name, ids in codes.items()}}
+        return rows
 
     def _finish(self, journal: BuildJournal) -> BuildReport:
         """Write the report and the stores to their places, and remove the folder of the build."""
