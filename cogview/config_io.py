@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from cogview.errors import InputError, reason_of
+from cogview.errors import InputError
 from cogview.formatting import shorten
 from cogview.plain_data import parse_yaml, read_yaml
 
@@ -53,10 +53,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         InputError: The file cannot be read or parsed; the message has the line.
     """
-    try:
-        recipe = read_yaml(Path(path), "recipe")
-    except OSError as error:
-        raise InputError(f"cannot read the recipe {path}: {reason_of(error)}") from error
+    recipe = read_yaml(Path(path), "recipe")
     if not isinstance(recipe, dict):
         raise InputError(f"{path} is no recipe: expected sections, got {_describe(recipe)}")
     return recipe

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 from enum import IntEnum
 
-from cogview.formatting import printable
+from cogview.formatting import printable, shorten_middle
+
+MAX_MESSAGE = 2000  # characters
 
 
 class ExitStatus(IntEnum):
@@ -39,11 +41,13 @@ class InputError(ValueError):
     Callers of the library catch it as a ``ValueError``. Any other exception is a bug of the toolkit.
 
     Args:
-        message: The message. Control characters in it, of names in archives or answers of servers, become escapes.
+        message: The message. Control characters in it, of names in archives or answers of servers, become escapes, and
+            the middle of a message of more than ``MAX_MESSAGE`` characters is left out: a value may be a whole file.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__("\n".join(map(printable, message.split("\n"))))
+        escaped = "\n".join(map(printable, shorten_middle(message, MAX_MESSAGE).split("\n")))
+        super().__init__(shorten_middle(escaped, MAX_MESSAGE))
 
 
 class RetryLaterError(InputError):

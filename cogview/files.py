@@ -27,9 +27,11 @@ except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
 from cogview.errors import InputError, RetryLaterError, disk_full_reason
+from cogview.input_files import read_regular
 from cogview.plain_data import parse_json
 
 HASH_BLOCK = 1 << 20  # bytes
+MAX_LINES_BYTES = 1 << 28  # of a file of JSON lines: a million steps of a run
 
 # The first form is written. The others are leftovers of earlier versions, which a new write also removes.
 _TEMPORARY_NAMES = (".{}.writing", ".{}-writing", ".writing-{}")
@@ -336,10 +338,17 @@ def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines, without lines that a kill cut short; none where no file is there."""
+    """Yield the objects of a file of JSON lines, without lines that a kill cut short; none where no file is there.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: It has more than ``MAX_LINES_BYTES``, or cannot be read.
+    """
     if not path.is_file():
         return
-    for line in path.read_bytes().split(b"\n"):
+    for line in read_regular(path, MAX_LINES_BYTES).split(b"\n"):
         try:
             found = parse_json(line)
         except ValueError:

@@ -63,6 +63,11 @@ def shorten(text: str, limit: int, keep: int | None = None) -> str:
     return text if len(text) <= limit else text[: limit if keep is None else keep] + "…"
 
 
+def shorten_middle(text: str, limit: int) -> str:
+    """Return ``text``, or its beginning and its end around an ellipsis where it is longer than ``limit`` characters."""
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[1 - (limit - limit // 2) :]}"
+
+
 def printable(text: str) -> str:
     """Return ``text`` with escapes for control characters, line breaks and characters that change the direction.
 

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from cogview.errors import InputError
-from cogview.formatting import format_bytes
+from cogview.input_files import read_regular
 
 MAX_JSON_BYTES = 64 << 20
 MAX_YAML_BYTES = 1 << 20  # YAML is parsed a thousand times slower than JSON
@@ -107,9 +107,9 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        InputError: The file is not JSON, or larger than ``MAX_JSON_BYTES``.
+        InputError: The file cannot be read, is not JSON, or is larger than ``MAX_JSON_BYTES``.
     """
-    content = _read_bytes(path, MAX_JSON_BYTES)
+    content = read_regular(path, MAX_JSON_BYTES)
     try:
         return parse_json(content)
     except ValueError as error:
@@ -124,24 +124,16 @@ def read_yaml(path: Path, kind: str = "file") -> Any:
         kind: A word for messages, such as ``recipe``.
 
     Raises:
-        InputError: The file is not YAML, or larger than ``MAX_YAML_BYTES``; the message has the line.
+        InputError: The file cannot be read, is not YAML, or is larger than ``MAX_YAML_BYTES``. The message has the
+            line.
     """
-    content = _read_bytes(path, MAX_YAML_BYTES)
+    content = read_regular(path, MAX_YAML_BYTES, kind)
     try:
         return parse_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise InputError(f"cannot read the {kind} {path}: byte {error.start} is not UTF-8") from None
     except ValueError as error:
         raise InputError(f"{path}, {error}") from error
-
-
-def _read_bytes(path: Path, limit: int) -> bytes:
-    """Return the content of a file; raise InputError if it has more bytes than ``limit``."""
-    with path.open("rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
-        raise InputError(f"{path} is too large for settings: at most {format_bytes(limit)} are read")
-    return content
 
 
 def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cogview.errors import InputError, reason_of
-from cogview.files import require_regular
-from cogview.formatting import shorten
+from cogview.formatting import format_bytes, shorten
+from cogview.input_files import read_regular
 from cogview.plain_data import parse_json
 
 SHOWN = 40  # characters of a wrong value in a message
+MAX_BYTES = 1 << 27  # of a file: its lines are held in memory
 MAX_LINE = 100_000  # characters
 MIN_COMMON = 0.9  # share of frequent characters by which text in GB18030 is recognized
 
@@ -44,19 +45,10 @@ def read_text(source: str, on_note: Callable[[str], object] = print_note) -> str
         on_note: Called with the note.
 
     Raises:
-        InputError: The file cannot be read, is no regular file, or has another encoding.
+        InputError: The file cannot be read, is no regular file, is larger than ``MAX_BYTES``, or has another encoding.
     """
     where = name_of(source)
-    try:
-        if source == "-":
-            if sys.stdin is None:
-                raise InputError("standard input is closed; give a file, or input through a pipe")
-            content = sys.stdin.buffer.read()
-        else:
-            require_regular(Path(source))
-            content = Path(source).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {where}: {reason_of(error)}") from None
+    content = read_regular(Path(source), MAX_BYTES) if source != "-" else _read_stdin()
     return decode_text(content, where, on_note)
 
 
@@ -82,6 +74,19 @@ def decode_text(content: bytes, where: str, on_note: Callable[[str], object] = p
         raise InputError(
             f"{where} is not UTF-8: byte {error.start} in line {line} is 0x{content[error.start]:02x}; {advice}"
         ) from None
+
+
+def _read_stdin() -> bytes:
+    """Return the content of standard input; raise InputError if it is closed or too large."""
+    if sys.stdin is None:
+        raise InputError("standard input is closed; give a file, or input through a pipe")
+    try:
+        content = sys.stdin.buffer.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read standard input: {reason_of(error)}") from None
+    if len(content) > MAX_BYTES:
+        raise InputError(f"standard input is too large: at most {format_bytes(MAX_BYTES)} are read")
+    return content
 
 
 def _decode_chinese(content: bytes) -> str | None:

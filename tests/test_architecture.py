@@ -24,6 +24,7 @@ STOREYS: tuple[tuple[str | None, ...], ...] = (
         "errors",
         "files",
         "formatting",
+        "input_files",
         "limits",
         "plain_data",
         "tables",

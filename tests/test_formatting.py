@@ -12,6 +12,7 @@ from cogview.formatting import (
     plural,
     printable,
     shorten,
+    shorten_middle,
 )
 
 
@@ -95,3 +96,8 @@ def test_printable_escapes_what_a_terminal_obeys(text, expected):
 def test_input_error_escapes_control_characters():
     """A name in an archive could change the title of the terminal that printed the message."""
     assert str(InputError("a\x1b[2J.tar\nline")) == "a\\x1b[2J.tar\nline"
+
+
+def test_shorten_middle_keeps_both_ends():
+    assert shorten_middle("abcdef", 6) == "abcdef"
+    assert shorten_middle("abcdefg", 6) == "abc…fg"

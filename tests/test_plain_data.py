@@ -66,5 +66,5 @@ def test_read_yaml_reports_what_is_no_recipe_in_one_line(tmp_path, content, mess
 def test_read_refuses_a_large_file_before_parsing_it(tmp_path, monkeypatch, read, limit):
     monkeypatch.setattr(plain_data, limit, 1000)
     (tmp_path / "file").write_text(" " * 1001 + "1", encoding="utf-8")
-    with pytest.raises(InputError, match=r"too large for settings: at most 1\.0 kB"):
+    with pytest.raises(InputError, match=r"too large \(1\.0 kB\): at most 1\.0 kB"):
         read(tmp_path / "file")

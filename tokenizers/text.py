@@ -17,6 +17,7 @@ from typing import Any
 
 _WIDE_MARKS = str.maketrans(",:;?!", "，：；？！")
 _CHINESE_MARK = re.compile(r"(?<=[\u3400-\u9fff\u3000-\u303f])[,:;?!]+|[,:;?!]+(?=[\u3400-\u9fff])")
+_MAX_MODEL_BYTES = 1 << 26  # a hundred thousand pieces take 2 MB
 _MAX_LINE_BYTES = 1 << 20  # SentencePiece silently skips lines over 4192 bytes by default
 
 
@@ -55,6 +56,8 @@ class TextTokenizer:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no text tokenizer at {path}: expected a SentencePiece .model file")
+        if (size := path.stat().st_size) > _MAX_MODEL_BYTES:
+            raise ValueError(f"{path} has {size} bytes, a SentencePiece model has at most {_MAX_MODEL_BYTES}")
         try:
             return cls(path.read_bytes())
         except ValueError as error:

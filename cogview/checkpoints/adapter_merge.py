@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from cogview.checkpoints.adapter import Adapter
-from cogview.checkpoints.checkpoint import check_sizes
+from cogview.checkpoints.checkpoint import check_sizes, read_model_card
 from cogview.checkpoints.precision import Precision, convert, stored_quantization
 from cogview.checkpoints.safetensors_io import WeightsFile, WeightsWriter
 from cogview.errors import InputError
@@ -92,7 +92,7 @@ def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sig
             f"then cogview convert FOLDER --dtype {stored} -o OUT"
         )
     others = [path for path in sorted(source.rglob("*")) if path.is_file() and path != weights.path]
-    card, note = _update_model_card(source / "README.md", adapter, sign)
+    card, note = _update_model_card(source, adapter, sign)
     with new_folder(output) as folder:
         with WeightsWriter(folder / "model.safetensors", weights.specs) as writer:
             for weight, tensor in convert(weights, Precision()):
@@ -108,9 +108,9 @@ def merge_folder(source: Path, adapter: Adapter, output: Path, *, name: str, sig
     return note
 
 
-def _update_model_card(path: Path, adapter: Adapter, sign: int) -> tuple[str, str | None]:
+def _update_model_card(folder: Path, adapter: Adapter, sign: int) -> tuple[str, str | None]:
     """Return the model card after the operation, and a note if it contradicts the operation."""
-    card = path.read_text(encoding="utf-8") if path.is_file() else ""
+    card = read_model_card(folder)
     own = adapter.settings
     called = f"the LoRA adapter `{adapter.folder.resolve().name}` (rank {own.rank}, scale {own.scale:g}, SHA-256 "
     called += f"{adapter.sha256()[:12]})"

@@ -32,6 +32,7 @@ from cogview.config_io import from_mapping, to_mapping
 from cogview.device import Quantization
 from cogview.errors import InputError
 from cogview.files import file_sha256, write_json
+from cogview.input_files import read_regular
 from cogview.kernels.linear import has_native_kernels, pack_int4_for_cpu
 from cogview.modeling.config import FORMAT_VERSION, ModelConfig
 from cogview.modeling.quantization import Int4Linear, Int8Linear, is_quantized, swap_quantized_linears
@@ -40,6 +41,7 @@ from cogview.plain_data import read_json
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.model import VQVAE
 
+MAX_CARD_BYTES = 1 << 24
 LARGE = 10**9  # bytes of weights from which loading shows a progress bar
 
 
@@ -142,6 +144,18 @@ def read_things(folder: Path) -> tuple[NamedThing, ...]:
     return tuple(from_mapping(NamedThing, entry, where=str(path)) for entry in entries)
 
 
+def read_model_card(folder: Path) -> str:
+    """Return the model card of a checkpoint folder; nothing if it has none.
+
+    Bytes that are not UTF-8 become U+FFFD: a damaged card keeps no model from being opened.
+
+    Raises:
+        InputError: if the card has more than ``MAX_CARD_BYTES``.
+    """
+    path = folder / "README.md"
+    return read_regular(path, MAX_CARD_BYTES).decode("utf-8", "replace") if path.is_file() else ""
+
+
 def load_model(
     folder: Path,
     device: torch.device,
@@ -189,7 +203,6 @@ def load_model(
             f"{folder / 'text.model'} is another text tokenizer ({found[:12]}…) than the transformer was trained with "
             f"({config.text_sha256[:12]}…); restore the folder's own"
         )
-    card = folder / "README.md"
     if meta_only:
         with torch.device("meta"):
             transformer = Transformer(config.transformer)
@@ -202,7 +215,7 @@ def load_model(
         text_tokenizer=text_tokenizer,
         things=read_things(folder),
         grammar=read_grammar(folder),
-        card=card.read_text(encoding="utf-8") if card.is_file() else "",
+        card=read_model_card(folder),
     )
 
 

@@ -10,6 +10,7 @@ alone or inside a tar.
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import pickle
@@ -25,7 +26,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.formatting import printable
 from cogview.pickle_limits import MAX_BYTES, bounded_pickle
 
@@ -169,10 +170,10 @@ def read_pickle(file: IO[bytes], where: str) -> Any:
         ) from None
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
-    except OSError:
-        raise
     except Exception as error:  # a damaged pickle may fail in any way
-        reason = printable(" ".join(str(error).split()))[:100] or type(error).__name__
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # of a place in the file that cannot be
+            raise
+        reason = printable(" ".join(reason_of(error).split()))[:100]
         raise InputError(f"{where} is no PyTorch file, or is cut short or damaged ({reason})") from None
 
 

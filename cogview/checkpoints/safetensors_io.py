@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
+from cogview.input_files import open_regular
 
 _CODES = {  # dtypes by their names in the format
     "F64": torch.float64,
@@ -35,6 +36,7 @@ _CODES = {  # dtypes by their names in the format
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _CODES.items()}
+_MAX_ELEMENTS = 1 << 48  # of a tensor; the sizes of an empty one may be anything
 # Last parts of tensor names in files of earlier versions, and their present names.
 RENAMED_TENSORS = {"scale_zero": "scales_and_zeros"}
 
@@ -76,6 +78,8 @@ class WeightsFile:
             for name, part in parts.items():
                 if part.get_dtype() not in _CODES:
                     raise InputError(f"{path} holds {name} as {part.get_dtype()}; known: {', '.join(_CODES)}")
+                if math.prod(max(size, 1) for size in part.get_shape()) > _MAX_ELEMENTS:
+                    raise InputError(f"{path} is damaged: {name} has the shape {part.get_shape()}")
             self.specs = {
                 name: TensorSpec(_CODES[part.get_dtype()], tuple(part.get_shape())) for name, part in parts.items()
             }
@@ -112,10 +116,23 @@ class WeightsFile:
         Thread(target=_read_through, args=(self.path,), daemon=True).start()
 
     def _open(self) -> safe_open:
-        try:
-            return safe_open(self.path, framework="pt")
-        except SafetensorError as error:
-            raise InputError(f"{self.path} is damaged: {str(error).splitlines()[0]}") from None
+        return open_safetensors(self.path)
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """Open a safetensors file; its tensors are mapped into memory when they are read.
+
+    Args:
+        path: the file.
+
+    Raises:
+        InputError: if the file is missing or damaged.
+    """
+    open_regular(path).close()
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged: {' '.join(reason_of(error).split())}") from None
 
 
 def _read_through(path: Path) -> None:

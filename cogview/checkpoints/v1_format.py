@@ -23,6 +23,7 @@ from cogview.checkpoints.pickles import StoredTensor, read_pickle, tensors_of, w
 from cogview.checkpoints.safetensors_io import TensorSpec, describe_mismatch
 from cogview.errors import InputError
 from cogview.formatting import printable
+from cogview.input_files import open_regular
 from cogview.modeling.config import TransformerConfig
 from cogview.tokenizers.vocabulary import COMMANDS, Vocabulary
 
@@ -290,7 +291,7 @@ def _find_shards(source: Path, stack: ExitStack) -> _Found:
             f"{source} holds several checkpoints ({printable(', '.join(trackers))}): give the folder of one of them"
         )
     if trackers:
-        iteration = opened(trackers[0]).read().decode("utf-8", "replace").strip()
+        iteration = opened(trackers[0]).read(100).decode("utf-8", "replace").strip()
         if not re.fullmatch(r"\d+|release", iteration):
             raise InputError(f"{source}: {trackers[0]} holds {iteration[:40]!r}; expected a number or release")
         folder = Path(trackers[0]).parent / iteration
@@ -327,12 +328,12 @@ def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str],
     """Return the names of all files in a folder, a tar or a single file, and a function that opens one of them."""
     if source.is_dir():
         names = [path.relative_to(source).as_posix() for path in sorted(source.rglob("*")) if path.is_file()]
-        return names, lambda name: stack.enter_context(open_file(source / name))
+        return names, lambda name: stack.enter_context(open_regular(source / name))
     if not source.is_file():
         raise InputError(f"there is no CogView v1 checkpoint at {source}: expected a folder, a .tar or a .pt file")
     if source.suffix != ".tar" and not tarfile.is_tarfile(source):
         name = source.name if _SHARD.fullmatch(source.name) else "mp_rank_00_model_states.pt"
-        return [name], lambda _: stack.enter_context(open_file(source))
+        return [name], lambda _: stack.enter_context(open_regular(source))
     try:
         archive = stack.enter_context(tarfile.open(source, "r:"))  # noqa: SIM115  the caller closes it
         members = {member.name.removeprefix("./"): member for member in archive.getmembers() if member.isreg()}
@@ -349,14 +350,6 @@ def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str],
         return stack.enter_context(file)
 
     return list(members), opened
-
-
-def open_file(path: Path) -> IO[bytes]:
-    """Open a file for reading; raise InputError if there is none."""
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise InputError(f"there is no file {path}") from None
 
 
 def unwrapped(content: Any) -> Any:

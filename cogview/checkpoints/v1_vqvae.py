@@ -13,8 +13,9 @@ from cogview.checkpoints.finite import require_finite
 from cogview.checkpoints.pickles import StoredTensor, read_pickle, tensors_of
 from cogview.checkpoints.safetensors_io import TensorSpec, describe_mismatch
 from cogview.checkpoints.sizes import require_float, vqvae_shapes
-from cogview.checkpoints.v1_format import open_file, unwrapped
+from cogview.checkpoints.v1_format import unwrapped
 from cogview.errors import InputError
+from cogview.input_files import open_regular
 from cogview.vqvae.model import VQVAEConfig
 
 _AVERAGES = {"quantize_t.cluster_size": "quantizer.ema_cluster_size", "quantize_t.embed_avg": "quantizer.ema_sum"}
@@ -32,7 +33,7 @@ def read_v1_vqvae(path: Path) -> tuple[VQVAEConfig, dict[str, Tensor]]:
     Raises:
         InputError: if the file is not such a tokenizer, is damaged or cut short.
     """
-    with open_file(path) as file:
+    with open_regular(path) as file:
         tensors = tensors_of(unwrapped(read_pickle(file, str(path))))
         if "word_embeddings.weight" in tensors:
             raise InputError(
@@ -77,7 +78,7 @@ def v1_vqvae_tensors(config: VQVAEConfig, weights: Mapping[str, Tensor]) -> dict
 
 def is_v1_vqvae(path: Path) -> bool:
     """Return whether a ``.pt`` file holds an image tokenizer of CogView v1; raise InputError if it is not readable."""
-    with open_file(path) as file:
+    with open_regular(path) as file:
         return "quantize_t.embed" in tensors_of(unwrapped(read_pickle(file, str(path))))
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cogview.errors import InputError
-from cogview.files import atomic_write
+from cogview.files import MAX_LINES_BYTES, atomic_write
+from cogview.input_files import read_regular
 from cogview.plain_data import parse_json
 
 PHASES_FILE = "stores.jsonl"  # of the phases, in the folder of a run
@@ -156,12 +157,12 @@ def read_phases(path: Path) -> list[Phase]:
         The phases in order. A last line that was cut short by a kill is ignored.
 
     Raises:
-        InputError: for any other line that is not a phase or does not continue the phases before it.
+        InputError: if the file cannot be read, or any other line is not a phase or does not continue the phases before
+            it.
     """
-    try:
-        lines = path.read_bytes().split(b"\n")  # names of files need not be UTF-8
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return []
+    lines = read_regular(path, MAX_LINES_BYTES).split(b"\n")  # names of files need not be UTF-8
     phases: list[Phase] = []
     for number, line in enumerate(lines, start=1):
         try:

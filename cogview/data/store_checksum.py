@@ -18,6 +18,8 @@ DATA_FILE = "data.mdb"
 CHECKSUM_FILE = "data.sha256"
 ALWAYS_HASHED = 1 << 26  # bytes: a smaller file is hashed whenever a process opens it, a larger one when it has changed
 
+_CHECKSUM_BYTES = 1000  # of a checksum file, at most
+
 
 def write_checksum(path: Path) -> None:
     """Write the checksum of the finished store at ``path``, so that damage is found before a page is mapped."""
@@ -35,7 +37,8 @@ def check_sum(path: Path) -> None:
     if not checksum.is_file():
         return
     stat = data.stat()
-    expected, _, rest = checksum.read_text(encoding="utf-8", errors="replace").partition(" ")
+    with checksum.open("rb") as file:
+        expected, _, rest = file.read(_CHECKSUM_BYTES).decode("utf-8", "replace").partition(" ")
     if stat.st_size > ALWAYS_HASHED and _state(stat) in rest:
         return
     if (found := file_sha256(data)) != expected:

@@ -23,6 +23,7 @@ from cogview.emoji.scene import COLOURS, COUNTS, EQUAL_WEIGHTS, Cell, Colour, Sc
 from cogview.emoji.things import SPRITE_PIXELS, EmojiFiles, EmojiObject, draw_sprites, read_things
 from cogview.errors import InputError
 from cogview.files import atomic_write, write_json
+from cogview.input_files import read_arrays
 from cogview.plain_data import read_json
 
 FORMAT_VERSION = 1
@@ -262,15 +263,25 @@ class EmojiWorld:
             if not (folder / name).is_file():
                 raise InputError(f"{folder} holds no world: {name} is missing; make it with: cogview scenes RECIPE")
         plain = read_json(folder / "world.json")
+        if not isinstance(plain, dict):
+            raise InputError(
+                f"{folder}/world.json holds no world: expected an object; make it again with: cogview scenes"
+            )
         if plain.get("format_version") != FORMAT_VERSION:
             raise InputError(
                 f"{folder}/world.json has format version {plain.get('format_version')}, expected {FORMAT_VERSION}; "
                 f"make the world again with: cogview scenes RECIPE"
             )
         description = from_mapping(_Description, plain, f"{folder}/world.json")
-        with np.load(folder / "sprites.npz", allow_pickle=False) as arrays:
-            sprites = arrays["sprites"]
-        return EmojiWorld(description.settings, description.candidates, sprites, description.colours)
+        arrays = read_arrays(folder / "sprites.npz")
+        if "sprites" not in arrays:
+            raise InputError(f"{folder}/sprites.npz holds no sprites; make the world again with: cogview scenes RECIPE")
+        try:
+            return EmojiWorld(description.settings, description.candidates, arrays["sprites"], description.colours)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{folder} is damaged: {error}; make it again with: cogview scenes RECIPE") from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ UNREAD_SUFFIXES = (".avif", ".cr2", ".dng", ".eps", ".heic", ".heif", ".ico", ".
 MAX_PIXELS = 64_000_000  # Pillow takes 4 bytes a pixel, and again as much to turn the image or to lay it on white
 MAX_JPEG_PIXELS = 128_000_000  # photos of 108-megapixel phones pass
 MAX_SIDE = 65_535  # pixels, as JPEG has it: each row of an image costs time, however narrow it is
+MAX_WEBP_BYTES = 200_000_000  # which Pillow holds in memory as a whole
 MAX_SHOWN = 5  # names in a note
 SHEET_PREFIX = "grid-"  # of the file name of a contact sheet
 SHEET_KEY = "codes_sha256"  # of the metadata of a contact sheet
@@ -228,6 +229,8 @@ def _open(file: BufferedReader[Any], path: Path, formats: tuple[str, ...]) -> Im
     pillows_limit = Image.MAX_IMAGE_PIXELS
     try:
         start = file.peek(16)
+        if start[8:12] == b"WEBP" and (size := os.fstat(file.fileno()).st_size) > MAX_WEBP_BYTES:
+            raise InputError(f"{path} has {size:,} bytes; at most {MAX_WEBP_BYTES:,} are read: scale it down first")
         Image.MAX_IMAGE_PIXELS = None  # ``_check_size`` has the size and the remedy
         try:
             return Image.open(file, formats=formats)
@@ -239,6 +242,8 @@ def _open(file: BufferedReader[Any], path: Path, formats: tuple[str, ...]) -> Im
         if not start.startswith((b"\x89PNG", b"\xff\xd8\xff")) and start[8:12] != b"WEBP":
             raise InputError(f"{path} is no image that can be read; expected {EXPECTED}") from None
         raise InputError(f"{path} is cut off or damaged: its header does not give the size of an image") from None
+    except InputError:
+        raise
     except Exception as error:  # Pillow's readers raise nearly anything on broken data
         raise _damaged(path, error) from None
 

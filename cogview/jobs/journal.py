@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 from cogview.errors import InputError, RetryLaterError, disk_full_reason
 from cogview.files import atomic_write, json_line
 from cogview.formatting import plural
+from cogview.input_files import open_regular
 from cogview.jobs.locks import JobLocks
 from cogview.plain_data import parse_json
 
@@ -143,7 +144,7 @@ class JobJournal:
     def __init__(self, path: Path, locks: JobLocks, problem_of: ProblemOf = lambda name, facts: None) -> None:
         """Open an existing file; raise InputError if it is not a journal."""
         self.path = path
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             first = file.readline()
         self.header = _read_header(first, path)
         self.outcomes = Outcomes(problem_of)

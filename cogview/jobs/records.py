@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from cogview.errors import InputError
-from cogview.formatting import printable, shorten
+from cogview.formatting import shorten
 from cogview.limits import MAX_RESULTS
 from cogview.tables import (
     SHOWN,
@@ -118,7 +118,7 @@ class JobProblem(str):
             reason: The reason.
             name: The id of its record.
         """
-        line, reason = f"line {number}", printable(" ".join(reason.split()))
+        line, reason = f"line {number}", str(InputError(" ".join(reason.split())))
         problem = cls(f"{line}: {reason}")
         problem.id, problem.number, problem.reason = name or line, number, reason
         return problem

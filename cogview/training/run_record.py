@@ -6,6 +6,7 @@ Nothing here needs PyTorch. A run may be read while it is written.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -193,10 +194,10 @@ def _read_metrics(path: Path) -> dict[str, MetricSeries]:
     logged: dict[str, dict[int, float]] = {}
     for record in read_json_lines(path):
         step = record.pop("step", None)
-        if not isinstance(step, int):
+        if not _is_step(step):
             continue
         for name, value in record.items():
-            if isinstance(value, int | float):
+            if _is_number(value):
                 logged.setdefault(metric_name(name), {})[step] = float(value)
     ordered = {name: sorted(values.items()) for name, values in logged.items()}
     return {name: MetricSeries(*map(tuple, zip(*pairs, strict=True))) for name, pairs in ordered.items()}
@@ -216,9 +217,19 @@ def read_best(path: Path) -> Best | None:
     """Read ``best.json``; None if it is missing or damaged."""
     for record in read_json_lines(path):
         found = {metric_name(name): value for name, value in record.items()}
-        if {"step", "validation_loss"} <= found.keys():
-            return Best(int(found["step"]), float(found["validation_loss"]))
+        if _is_step(found.get("step")) and _is_number(found.get("validation_loss")):
+            return Best(found["step"], float(found["validation_loss"]))
     return None
+
+
+def _is_step(value: object) -> bool:
+    """Return whether a value of a file is a number of steps."""
+    return type(value) is int and 0 <= value < 1 << 63
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value of a file is a number, perhaps NaN, that a float can hold."""
+    return type(value) is float or (isinstance(value, int) and abs(value) <= sys.float_info.max)
 
 
 def _state(
@@ -242,7 +253,8 @@ def _number_in(settings: Mapping[str, Any], *keys: str) -> float | None:
     found: Any = settings
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
-    return found if isinstance(found, int | float) and not isinstance(found, bool) else None
+    is_finite = _is_number(found) and not isinstance(found, bool) and math.isfinite(found)
+    return found if is_finite else None
 
 
 def columns_of(series: MetricSeries) -> tuple[tuple[int, ...], tuple[float, ...]]:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cogview.checkpoints.finite import require_finite
 from cogview.checkpoints.image_tokenizer import write_weights
-from cogview.checkpoints.safetensors_io import describe_mismatch
+from cogview.checkpoints.safetensors_io import describe_mismatch, open_safetensors
 from cogview.errors import InputError, is_out_of_memory
 from cogview.files import write_json
 from cogview.plain_data import read_json
@@ -55,11 +54,8 @@ class StoredTensors(Mapping[str, Tensor]):
         """
         self.path = path
         self.prefix = prefix
-        try:
-            self._file: Any = safe_open(path, "pt")
-            self._names = [name for name in self._file.keys() if name.startswith(prefix)]  # noqa: SIM118 it is no dict
-        except (SafetensorError, FileNotFoundError) as error:
-            raise InputError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        self._file: Any = open_safetensors(path)
+        self._names = [name for name in self._file.keys() if name.startswith(prefix)]  # noqa: SIM118 it is no dict
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._file.get_tensor(self.prefix + name)

@@ -355,3 +355,10 @@ def test_open_refuses_json_of_another_form(tiny_checkpoint, tmp_path, name, cont
     (folder / name).write_text(content, encoding="utf-8")
     with pytest.raises(InputError, match=message):
         CogView.from_pretrained(folder, device="cpu")
+
+
+def test_load_model_reads_a_card_that_is_not_utf8(tiny_checkpoint, tmp_path):
+    """A card in another encoding was a UnicodeDecodeError, though no weight depends on it."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_bytes("# gâteau".encode("latin-1"))
+    assert load_model(tmp_path / "model", torch.device("cpu"), torch.float32).card == "# g\ufffdteau"

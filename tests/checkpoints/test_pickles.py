@@ -456,3 +456,15 @@ def test_read_pickle_refuses_pickles_without_bounds(code, layout_of_code):
 def test_read_pickle_refuses_a_tensor_larger_than_its_storage(form):
     """Strides of 0 make a terabyte of four bytes."""
     assert "reaches beyond its numbers" in error_of(saved({"weight": torch.ones(1).expand(10**6, 10**6)}, form))
+
+
+def test_read_pickle_refuses_a_place_before_the_file(tmp_path):
+    """A directory of a zip archive whose offset is wrong made the seek fail with a bare errno."""
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({}, 2))
+    content = bytearray((tmp_path / "a.pt").read_bytes())
+    at = content.rindex(b"PK\x05\x06")  # the end of the directory; its offset stands at 16
+    content[at + 16 : at + 20] = b"\xff\xff\xff\x7f"
+    (tmp_path / "a.pt").write_bytes(content)
+    with pytest.raises(InputError, match="is cut short or damaged"), (tmp_path / "a.pt").open("rb") as file:
+        read_pickle(file, "a.pt")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import struct
 import threading
 from pathlib import Path
 
@@ -12,7 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogview.checkpoints import safetensors_io
-from cogview.checkpoints.safetensors_io import TensorSpec, WeightsFile, WeightsWriter, describe_mismatch
+from cogview.checkpoints.safetensors_io import (
+    TensorSpec,
+    WeightsFile,
+    WeightsWriter,
+    describe_mismatch,
+    open_safetensors,
+)
 from cogview.errors import InputError
 
 DTYPES = [
@@ -257,3 +264,20 @@ def test_weights_file_is_mapped_only_while_a_tensor_is_alive(tmp_path, monkeypat
     del kept, file
     assert mappings() == 0
     may_end.set()
+
+
+def test_weights_file_refuses_sizes_that_no_tensor_has(tmp_path):
+    """A tensor without elements may have any other size; its strides overflowed when it was read."""
+    header = json.dumps({"a": {"dtype": "F32", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(InputError, match=r"a\.safetensors is damaged: a has the shape \[0, 4611686018427387904, "):
+        WeightsFile(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_open_safetensors_refuses_other_files(tmp_path, kind):
+    """A pipe made the command wait for ever; a folder was an OSError."""
+    path = tmp_path / "a.safetensors"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(InputError, match="is no regular file" if kind == "pipe" else "it is a folder"):
+        open_safetensors(path)

@@ -515,7 +515,7 @@ def test_import_v1_reports_files_in_the_wrong_argument(files, tmp_path):
         ),
         ({"text_model": shard}, f"{shard}: "),
         ({"text_model": tmp_path / "none"}, f"no text tokenizer at {tmp_path / 'none'}: expected a SentencePiece"),
-        ({"image_tokenizer": tmp_path / "none"}, f"there is no file {tmp_path / 'none'}"),
+        ({"image_tokenizer": tmp_path / "none"}, f"cannot read {tmp_path / 'none'}: No such file or directory"),
         (
             {"source": tmp_path / "none"},
             f"there is no CogView v1 checkpoint at {tmp_path / 'none'}: expected a folder, ",

@@ -14,7 +14,7 @@ from cogview.cli.main import COMMANDS, cli, main, run_command, run_safely
 from cogview.cli.options import DTYPES, Command, overrides_argument, sampling_options
 from cogview.device import DTYPES as TORCH_DTYPES
 from cogview.device import QUANTIZATIONS
-from cogview.errors import ExitStatus, InputError
+from cogview.errors import MAX_MESSAGE, ExitStatus, InputError
 from cogview.kernels.dispatch import ForcedKernelsError
 from cogview.modeling.config import Sampling
 from cogview.signals import StoppedBySignal
@@ -250,3 +250,12 @@ def test_main_reports_wrong_input_of_every_command_in_one_line(arguments, tmp_pa
 @pytest.mark.parametrize(("done", "failed", "status"), [(0, 0, 0), (3, 0, 0), (3, 1, 1), (0, 2, 2)])
 def test_exit_status_says_whether_all_some_or_no_results_were_made(done, failed, status):
     assert ExitStatus.of(done, failed) == status
+
+
+def test_input_error_shortens_a_message_that_holds_a_whole_file():
+    """A value of 200,000 characters in a config stood in the message as it was."""
+    message = str(InputError("the value " + "x" * 200_000 + " is wrong: " + "\x07" * 5000))
+    assert message.startswith("the value xxx")
+    assert message.endswith("\\x07")
+    assert len(message) == MAX_MESSAGE
+    assert str(InputError("a" * MAX_MESSAGE)) == "a" * MAX_MESSAGE

@@ -693,3 +693,9 @@ def test_check_same_start_accepts_shares_that_grow_with_sizes():
 def test_check_same_start_rejects_other_stores_or_shares(now, message):
     with pytest.raises(InputError, match=message):
         check_same_start(grown(), now)
+
+
+def test_read_phases_refuses_a_folder_in_place_of_the_file(tmp_path):
+    (tmp_path / "stores.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"cannot read .*stores\.jsonl: it is a folder"):
+        read_phases(tmp_path / "stores.jsonl")

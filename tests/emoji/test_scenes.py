@@ -232,3 +232,30 @@ def test_scene_refuses_inconsistent_content(make_tiny_world: MakeWorld) -> None:
         Scene(colour=COLOURS[0], kind="one", things=(fox, dog))
     with pytest.raises(ValueError, match="the objects of a pair must differ, got 狐狸 twice"):
         Scene(colour=COLOURS[0], kind="beside", things=(fox, fox))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("world.json", b"[]", "world.json holds no world: expected an object"),
+        ("sprites.npz", b"PK\x03\x04", "sprites.npz is damaged or holds no arrays of numpy"),
+    ],
+)
+def test_world_load_refuses_damaged_files(
+    make_tiny_world: MakeWorld, tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    """Damage was an AttributeError, a BadZipFile or a zlib.error."""
+    make_tiny_world(things=2).save(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        EmojiWorld.load(tmp_path)
+
+
+def test_world_load_refuses_sprites_of_another_world(make_tiny_world: MakeWorld, tmp_path: Path) -> None:
+    make_tiny_world(things=2).save(tmp_path)
+    np.savez(tmp_path / "sprites.npz", sprites=np.zeros((1, 128, 128, 4), dtype=np.uint8))
+    with pytest.raises(InputError, match="is damaged: 6 objects need uint8 sprites"):
+        EmojiWorld.load(tmp_path)
+    np.savez(tmp_path / "sprites.npz", others=np.zeros(1))
+    with pytest.raises(InputError, match="holds no sprites"):
+        EmojiWorld.load(tmp_path)

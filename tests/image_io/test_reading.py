@@ -639,3 +639,12 @@ def test_fit_bounds_memory_for_extreme_shapes(monkeypatch, size):
 )
 def test_fit_takes_any_mode(mode, white):
     assert np.array_equal(fit(Image.new(mode, (9, 8), white), 4)[0], np.full((4, 4, 3), 255))
+
+
+def test_read_image_refuses_a_large_webp_file(tmp_path, save_image):
+    """Pillow holds the whole file: one with a hole of a gigabyte took two."""
+    save_image(tmp_path / "a.webp")
+    with (tmp_path / "a.webp").open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(InputError, match=r"a\.webp has 1,073,741,824 bytes; at most 200,000,000 are read"):
+        read_image(tmp_path / "a.webp")

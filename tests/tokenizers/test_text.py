@@ -207,3 +207,11 @@ def test_training_refuses_settings():
         train_text_tokenizer(["长" * 400_000], size=300)
     with pytest.raises(ValueError, match=r"could not train a tokenizer of size -5: INTERNAL"):
         train_text_tokenizer(CAPTIONS, size=-5)
+
+
+def test_text_tokenizer_refuses_a_file_that_is_too_large(tmp_path):
+    """A sparse file of terabytes was read as a whole."""
+    with (tmp_path / "text.model").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"text\.model has 1099511627776 bytes, a SentencePiece model has at most "):
+        TextTokenizer.load(tmp_path / "text.model")

@@ -165,3 +165,31 @@ def test_read_run_refuses_a_damaged_recipe(tmp_path):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(["红苹果"], allow_unicode=True), encoding="utf-8")
     with pytest.raises(InputError, match=r"recipe.yaml is no recipe"):
         read_run(folder)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"step": "../x", "validation_loss": 1.0}',
+        '{"step": 50, "validation_loss": null}',
+        '{"step": [], "validation_loss": 1.0}',
+        '{"step": -1, "validation_loss": 1.0}',
+        '{"step": 50, "validation_loss": 1' + "0" * 400 + "}",
+    ],
+)
+def test_read_run_ignores_a_best_step_that_is_damaged(tmp_path, content):
+    """Values of other types in best.json were a TypeError or ValueError in `cogview runs` and in training."""
+    run = write_run(tmp_path / "run", steps=50)
+    (run / "checkpoints" / "best.json").write_text(content)
+    assert read_run(run).best is None
+
+
+def test_read_run_ignores_numbers_that_no_float_holds(tmp_path):
+    run = write_run(tmp_path / "run", steps=20)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "loss": 1' + "0" * 400 + '}\n{"step": 1' + "0" * 400 + ', "loss": 1.0}\n')
+    (run / "recipe.yaml").write_text("training: {steps: .inf, batch_size: .nan}\n")
+    record = read_run(run)
+    assert record.training["loss"].steps == (10, 20)
+    assert record.planned is None
+    assert record.seconds is None

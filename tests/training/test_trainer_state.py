@@ -79,7 +79,7 @@ def test_load_refuses_tensors_of_other_shapes(tmp_path):
 
 def test_stored_tensors_refuse_a_damaged_file(tmp_path):
     (tmp_path / "trainer.safetensors").write_bytes(b"damaged")
-    with pytest.raises(InputError, match=r"trainer.safetensors cannot be read: "):
+    with pytest.raises(InputError, match=r"trainer.safetensors is damaged: "):
         StoredTensors(tmp_path / "trainer.safetensors")
 
 
