@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import sys
@@ -64,6 +65,7 @@ def choose_placement(
     Raises:
         InputError: The device or dtype is unknown, or this machine has no such device.
     """
+    use_cpu_quota()
     chosen = _choose_device(device)
     quantization = stored if dtype == "auto" else parse_quantization(dtype)
     if quantization is not None:
@@ -86,6 +88,41 @@ def use_local_rank_gpu() -> None:
     local = os.environ.get("LOCAL_RANK", "")
     if local.isdecimal() and torch.cuda.is_available():
         torch.cuda.set_device(int(local) % torch.cuda.device_count())
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Return the number of CPUs whose time the control groups of this process allow it, as in a container.
+
+    Args:
+        root: The folder that holds proc and sys.
+
+    Returns:
+        The minimum over the group and its ancestors, such as 1.5; None without a quota.
+    """
+    quotas = []
+    with suppress(OSError):  # not Linux
+        for controllers, path in _control_groups(root):
+            mounts = [""] if controllers == [""] else ["cpu", "cpu,cpuacct"] if "cpu" in controllers else []
+            for mount in mounts:
+                for group in _visible_groups(root / "sys/fs/cgroup" / mount, path):
+                    quotas += _quotas_of(group)
+    return min(quotas, default=None)
+
+
+def usable_cpus() -> int:
+    """Return the number of CPUs that this process may use, by its affinity and its quota; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, math.ceil(cpu_quota() or cores)))
+
+
+@functools.cache
+def use_cpu_quota() -> None:
+    """Let PyTorch use as many threads as ``cpu_quota`` allows CPUs, unless OMP_NUM_THREADS chooses their number.
+
+    PyTorch starts one thread for each core of the machine. With a quota they take turns, which slows all of them.
+    """
+    if (quota := cpu_quota()) is not None and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), math.ceil(quota)))
 
 
 def available_memory(device: torch.device) -> int:
@@ -155,12 +192,10 @@ def _available_on_host(root: Path) -> int:
         if found := re.search(r"MemAvailable:\s*(\d+) kB", (root / "proc/meminfo").read_text()):
             free.append(1024 * int(found[1]))
         free += _ulimit_headroom(root / "proc/self")
-        groups = root / "proc/self/cgroup"
-        for line in groups.read_text().splitlines() if groups.is_file() else []:
-            _, controllers, path = line.split(":", 2)
-            if not controllers:
+        for controllers, path in _control_groups(root):
+            if controllers == [""]:
                 free += _cgroup_headroom(root / "sys/fs/cgroup", path, "memory.max", "memory.current", "inactive_file")
-            elif controllers == "memory":
+            elif "memory" in controllers:
                 names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
                 free += _cgroup_headroom(root / "sys/fs/cgroup/memory", path, *names)
         if free:
@@ -186,13 +221,35 @@ def _ulimit_headroom(process: Path) -> list[int]:
     return headroom
 
 
+def _control_groups(root: Path) -> list[tuple[list[str], str]]:
+    """Return the controllers and the path of each control group of this process; version 2 has the controller ""."""
+    file = root / "proc/self/cgroup"
+    lines = [line.split(":", 2) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [(controllers.split(","), path) for _, controllers, path in lines]
+
+
+def _visible_groups(mount: Path, path: str) -> list[Path]:
+    """Return the folders of a control group and of its ancestors below ``mount``, which is the last one."""
+    group = mount / path.lstrip("/")
+    return [folder for folder in (group, *group.parents) if folder == mount or mount in folder.parents]
+
+
+def _quotas_of(group: Path) -> list[float]:
+    """Return the quota of a control group in CPUs; nothing without one."""
+    with suppress(OSError, ValueError):  # no such file, or a quota of "max"
+        if (group / "cpu.max").is_file():  # version 2
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+        else:
+            quota = int((group / "cpu.cfs_quota_us").read_text())
+            period = int((group / "cpu.cfs_period_us").read_text())
+        return [quota / period] if quota > 0 and period > 0 else []
+    return []
+
+
 def _cgroup_headroom(mount: Path, path: str, limit: str, usage: str, reclaimable: str) -> list[int]:
     """Return the bytes left below the limits of a control group and its ancestors, as far as they are visible."""
-    group = mount / path.lstrip("/")
     headroom = []
-    for folder in (group, *group.parents):
-        if folder != mount and mount not in folder.parents:
-            break
+    for folder in _visible_groups(mount, path):
         with suppress(OSError, ValueError):  # no such file, or a limit of "max"
             maximum = int((folder / limit).read_text())
             # The page cache of inactive files counts as used, but can be reclaimed.

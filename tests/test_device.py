@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogview import device as module
-from cogview.device import choose_placement, training_dtype, use_local_rank_gpu
+from cogview.device import choose_placement, cpu_quota, training_dtype, use_local_rank_gpu
 from cogview.errors import InputError
 from cogview.pipeline.cogview import CogView
 
@@ -257,15 +257,89 @@ def test_float64_of_a_device_without_float64_is_float32():
     assert module.float64_of(torch.device("mps")) == torch.float32
 
 
-# Memory
+# Processors
 
 
-def test_available_memory_is_minimum_of_system_limits_and_cgroups(tmp_path):
-    def write(path: str, text: str) -> None:
+@pytest.fixture
+def system(tmp_path):
+    """Return a function that writes a file of proc or sys below ``tmp_path``, and gives ``tmp_path``."""
+
+    def write(path, text):
         file = tmp_path / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text)
+        return tmp_path
 
+    return write
+
+
+def test_cpu_quota_is_the_minimum_of_a_group_and_its_ancestors(system):
+    """A container with a quota of 1.5 CPUs on a machine of 64 cores computed on 64 threads."""
+    root = system("proc/self/cgroup", "0::/a/b\n")
+    assert cpu_quota(root) is None  # without visible files
+    system("sys/fs/cgroup/a/b/cpu.max", "max 100000\n")
+    assert cpu_quota(root) is None
+    system("sys/fs/cgroup/a/cpu.max", "400000 100000\n")
+    assert cpu_quota(root) == 4
+    system("sys/fs/cgroup/cpu.max", "75000 50000\n")  # a namespace shows the container's group as the root
+    assert cpu_quota(root) == 1.5
+
+
+@pytest.mark.parametrize("mount", ["cpu", "cpu,cpuacct"])
+def test_cpu_quota_reads_control_groups_of_version_1(mount, system):
+    root = system("proc/self/cgroup", "5:cpu,cpuacct:/docker/x\n4:memory:/docker/x\n")
+    system(f"sys/fs/cgroup/{mount}/docker/x/cpu.cfs_quota_us", "-1\n")
+    system(f"sys/fs/cgroup/{mount}/docker/x/cpu.cfs_period_us", "100000\n")
+    assert cpu_quota(root) is None
+    system(f"sys/fs/cgroup/{mount}/docker/x/cpu.cfs_quota_us", "250000\n")
+    assert cpu_quota(root) == 2.5
+
+
+@pytest.mark.parametrize("content", ["", "many 100000\n", "100000 0\n", "100000\n"])
+def test_cpu_quota_ignores_files_that_it_does_not_know(content, system):
+    root = system("proc/self/cgroup", "0::/\n")
+    system("sys/fs/cgroup/cpu.max", content)
+    assert cpu_quota(root) is None
+    assert cpu_quota(root / "nowhere") is None
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(None, 3), (64.0, 3), (1.5, 2), (0.2, 1)])
+def test_choose_placement_lets_threads_follow_the_quota(quota, threads, monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(module, "cpu_quota", lambda: quota)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    module.use_cpu_quota.cache_clear()
+    try:
+        torch.set_num_threads(3)
+        choose_placement("cpu")
+        assert torch.get_num_threads() == threads
+        torch.set_num_threads(5)  # by the caller, afterwards
+        choose_placement("cpu")
+        assert torch.get_num_threads() == 5
+    finally:
+        torch.set_num_threads(before)
+        module.use_cpu_quota.cache_clear()
+
+
+def test_use_cpu_quota_leaves_the_choice_to_omp_num_threads(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(module, "cpu_quota", lambda: 1.0)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    module.use_cpu_quota.cache_clear()
+    try:
+        torch.set_num_threads(3)
+        module.use_cpu_quota()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+        module.use_cpu_quota.cache_clear()
+
+
+# Memory
+
+
+def test_available_memory_is_minimum_of_system_limits_and_cgroups(tmp_path, system):
+    write = system
     write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable: 4000 kB\n")
     assert module._available_on_host(tmp_path) == 4000 * 1024
     write("proc/self/status", "VmSize: 5000 kB\nVmData: 1000 kB\n")

@@ -118,6 +118,11 @@ def test_check_devices_reports_driver_without_cuda_build(monkeypatch, driver, st
     assert bool(gpu.remedy) == (status == "problem")
 
 
+def test_check_devices_names_the_quota_of_a_container(monkeypatch):
+    monkeypatch.setattr("cogview.device.cpu_quota", lambda: 1.5)
+    assert " processors, a quota of 1.5 processors, " in next(check_devices()).text
+
+
 @pytest.mark.parametrize(("free", "status"), [(9e9, "ok"), (7e9, "note")])
 def test_check_devices_notes_busy_gpu(monkeypatch, free, status):
     properties = namedtuple("Properties", "name major minor")("Card", 7, 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -209,8 +208,9 @@ def planned_batch_size(image_tokenizer: VQVAE, side: int, max_batch_size: int | 
 
 def default_workers() -> int:
     """Return the number of processes that read pictures by default."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(MAX_WORKERS, cores - 1))
+    from cogview.device import usable_cpus
+
+    return max(1, min(MAX_WORKERS, usable_cpus() - 1))
 
 
 def report_build(report: BuildReport, paths: StorePaths) -> int:

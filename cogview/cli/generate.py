@@ -95,7 +95,7 @@ def command(
 
     Without PROMPT, the command asks for prompts on a terminal. A file is named PROMPT-seedSEED-NUMBER.png, continued
     with _2, _3, … where another image has the name. Its text chunks hold the prompt, seed, number, model, settings and
-    codes. A prompt given twice gets further images, as with a larger -n.
+    codes. A repeated prompt gets additional images.
 
     With --input, the lines of a file are generated together. OUTPUT/FILE.ledger.jsonl records each result and each
     failure, so that --resume continues after an interruption and tries again what failed. The same command started

@@ -6,7 +6,7 @@ at the end, and the status is 1. ``ExitStatus`` has all statuses.
 
 How to write a command
 ----------------------
-A command is a module of ``cogview.cli`` with a ``click`` command named ``command``, and a row of ``COMMANDS``::
+A command is a module of ``cogview.cli`` with a ``click`` command named ``command``, and a row of ``SECTIONS``::
 
     @click.command(cls=Command)
     @argument("prompts", nargs=-1, metavar="PROMPT", help="text to generate an image from")
@@ -16,7 +16,7 @@ A command is a module of ``cogview.cli`` with a ``click`` command named ``comman
         \"\"\"Generate images from text.\"\"\"
         from cogview.pipeline.cogview import CogView  # torch: imported where it is used, never by the module
 
-* The docstring is the text of ``--help``; the row of ``COMMANDS`` is the line in ``cogview --help``.
+* The docstring is the text of ``--help``; the row of ``SECTIONS`` is the line in ``cogview --help``.
 * The function returns the exit status. It raises ``InputError`` or ``click.UsageError``, never ``SystemExit``.
 * Ranges and choices are types of ``click``. Help texts start in lower case, name the unit, and leave the default to
   ``click``; ``show_default="text"`` describes a default that is computed.
@@ -48,34 +48,43 @@ from cogview.cli.usage import unknown_command, usage_message
 from cogview.errors import ExitStatus, InputError, ReportedByPeer
 from cogview.formatting import printable
 
-# Command, its module in cogview.cli, and its line of help.
-COMMANDS = {
-    "generate": ("generate", "generate images from text"),
-    "complete": ("complete", "keep the upper part of an image and generate the rest"),
-    "upscale": ("upscale", "generate images at twice their side"),
-    "caption": ("caption", "caption images"),
-    "rerank": ("rerank", "rank images by how well a text describes them"),
-    "info": ("info", "describe a model: its tasks, its training and its files"),
-    "estimate": ("estimate", "estimate the memory and time of a job"),
-    "bench": ("bench", "benchmark generation against the limits of the hardware"),
-    "convert": ("convert", "convert weights of CogView v1 into a checkpoint folder, or back"),
-    "models": ("models", "list the known models and which of them are on this machine"),
-    "download": ("download", "download the files of a CogView v1 model"),
-    "push": ("push", "publish a checkpoint folder on the Hugging Face Hub"),
-    "recipes": ("packaged_recipes", "list the recipes that come with the package, or print one"),
-    "scenes": ("scenes", "recipe step 1: create the emoji world"),
-    "train-text": ("train_text", "recipe step 2: train the text tokenizer"),
-    "train-image": ("train_image", "recipe step 3: train the VQ-VAE"),
-    "encode": ("encode", "recipe step 4: encode scenes into a token store"),
-    "train": ("train", "recipe step 5: train the transformer"),
-    "eval": ("evaluate", "recipe step 6: evaluate the model"),
-    "package": ("package", "recipe step 7: package the model as a checkpoint folder"),
-    "adapter": ("adapter", "merge a LoRA adapter into a model, or remove it again"),
-    "runs": ("runs", "list and compare training runs"),
-    "doctor": ("doctor", "check this machine and, optionally, a recipe"),
-    "data": ("data", "build token stores from pictures with captions, and look into stores"),
-    "import-data": ("import_data", "import datasets of CogView v1 into a token store"),
+# By the section of the help: command, its module in cogview.cli, and its line of help.
+SECTIONS = {
+    "Generate": {
+        "generate": ("generate", "generate images from text"),
+        "complete": ("complete", "keep the upper part of an image and generate the rest"),
+        "upscale": ("upscale", "generate images at twice their side"),
+        "caption": ("caption", "caption images"),
+        "rerank": ("rerank", "rank images by how well a text describes them"),
+    },
+    "Models": {
+        "info": ("info", "describe a model: its tasks, its training and its files"),
+        "models": ("models", "list the known models and which of them are on this machine"),
+        "download": ("download", "download the files of a CogView v1 model"),
+        "convert": ("convert", "convert weights of CogView v1 into a checkpoint folder, or back"),
+        "push": ("push", "publish a checkpoint folder on the Hugging Face Hub"),
+        "adapter": ("adapter", "merge a LoRA adapter into a model, or remove it again"),
+    },
+    "Training": {
+        "recipes": ("packaged_recipes", "list the recipes that come with the package, or print one"),
+        "scenes": ("scenes", "recipe step 1: create the emoji world"),
+        "train-text": ("train_text", "recipe step 2: train the text tokenizer"),
+        "train-image": ("train_image", "recipe step 3: train the VQ-VAE"),
+        "encode": ("encode", "recipe step 4: encode scenes into a token store"),
+        "train": ("train", "recipe step 5: train the transformer"),
+        "eval": ("evaluate", "recipe step 6: evaluate the model"),
+        "package": ("package", "recipe step 7: package the model as a checkpoint folder"),
+        "runs": ("runs", "list and compare training runs"),
+        "data": ("data", "build token stores from pictures with captions, and look into stores"),
+        "import-data": ("import_data", "import datasets of CogView v1 into a token store"),
+    },
+    "Tools": {
+        "estimate": ("estimate", "estimate the memory and time of a job"),
+        "bench": ("bench", "benchmark generation against the limits of the hardware"),
+        "doctor": ("doctor", "check this machine and, optionally, a recipe"),
+    },
 }
+COMMANDS = {name: row for section in SECTIONS.values() for name, row in section.items()}
 CONTEXT_SETTINGS: dict[str, Any] = {
     "help_option_names": ["-h", "--help"],
     "show_default": True,
@@ -89,7 +98,7 @@ class LazyGroup(click.Group):
     """A group that imports the module of a command only to run it or to print its help."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names of all commands in the order of ``COMMANDS``."""
+        """Return the names of all commands in the order of the help."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -108,9 +117,10 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+        """List the commands by section, without importing them."""
+        for heading, commands in SECTIONS.items():
+            with formatter.section(heading):
+                formatter.write_dl([(name, line) for name, (_, line) in commands.items()])
 
 
 @click.group(

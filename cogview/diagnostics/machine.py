@@ -142,14 +142,17 @@ def check_devices() -> Iterator[Diagnosis]:
     """Check the processor, the memory and the GPUs, and the precision of training on each."""
     import torch
 
-    from cogview.device import available_memory, precision_name, training_dtype
+    from cogview.device import available_memory, cpu_quota, precision_name, training_dtype, use_cpu_quota
 
+    use_cpu_quota()
+    quota = cpu_quota()
+    limit = "" if quota is None else f", a quota of {quota:.3g} processors"
     cpu = torch.device("cpu")
     yield Diagnosis(
         "ok",
         "cpu",
-        f"{os.cpu_count()} processors, {torch.get_num_threads()} threads, {format_bytes(available_memory(cpu))} of "
-        f"memory available, trains in {precision_name(training_dtype(cpu))}",
+        f"{os.cpu_count()} processors{limit}, {torch.get_num_threads()} threads, "
+        f"{format_bytes(available_memory(cpu))} of memory available, trains in {precision_name(training_dtype(cpu))}",
     )
     if not torch.cuda.is_available():
         build = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built for CPUs"

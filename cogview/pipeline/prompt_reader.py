@@ -151,7 +151,7 @@ class PromptReader:
         if sizes := _words(tokens, "size"):
             yield f"{sizes} is not understood: all things have one size"
         if negations := _words(tokens, "negation"):
-            yield f"{negations} is not understood: name only what is to be seen"
+            yield f"{negations} is not understood: name only what the image shows"
 
     def _is_stray_colour(self, tokens: Sequence[PromptToken], index: int) -> bool:
         """Return whether the token at an index is a colour that modifies something other than a carrier.

@@ -188,7 +188,7 @@ class NonFiniteGuard:
                 write_json(folder / "settings.json", settings)
         except (OSError, SafetensorError) as error:  # such as a full disk
             return f" (it could not be kept in {folder}: {reason_of(error)})"
-        replay = f", look again with: cogview doctor --dump {folder}" if self.can_replay else ""
+        replay = f", replay the step with: cogview doctor --dump {folder}" if self.can_replay else ""
         return f"; the batch and the weights are kept in {folder}{replay}"
 
     def _from_rank(self, text: str, rank: int) -> str:

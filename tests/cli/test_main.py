@@ -51,6 +51,14 @@ def test_main_ignores_the_local_rank_of_a_launcher(capsys):
     assert main(["train", "--local_rank=1", "--help"]) == 0
 
 
+def test_main_groups_its_commands_by_purpose(capsys):
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    headings = [f"\n{heading}:\n" for heading in ("Generate", "Models", "Training", "Tools")]
+    assert sorted(map(out.index, headings)) == [out.index(heading) for heading in headings]
+    assert out.index("  rerank") < out.index("Models:") < out.index("  adapter") < out.index("Training:")
+
+
 def test_main_prints_help_and_version(capsys):
     assert main(["--help"]) == 0
     out = capsys.readouterr().out

@@ -439,7 +439,7 @@ def test_doctor_computes_nonfinite_step_again(work, tmp_path, capsys):
     assert progress.startswith("step 1/6, loss ")
     assert "is not finite, first in " in line
     (dump,) = (work / "transformer-run" / "nonfinite").iterdir()
-    assert line.strip().split("look again with: ")[1].startswith(f"cogview doctor --dump {dump};")
+    assert line.strip().split("replay the step with: ")[1].startswith(f"cogview doctor --dump {dump};")
     assert main(["doctor", "--dump", str(dump), "--device", "cpu"]) == 1
     kept, now = capsys.readouterr().out.splitlines()
     assert kept.startswith("ok       kept          step ")

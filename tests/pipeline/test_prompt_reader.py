@@ -68,7 +68,7 @@ def reader() -> PromptReader:
         ("左边狐狸，右边苹果", [f"“左边…，右边” is no known relation, write {FOX_AND_APPLE}"]),
         ("左边是狐狸", ["左边 needs two different things, as in 左边是狐狸，右边是…"]),
         ("左边是猫，右边是小猫", ["左边、右边 needs two different things, as in 左边是猫，右边是…"]),
-        ("没有狐狸", ["没有 is not understood: name only what is to be seen"]),
+        ("没有狐狸", ["没有 is not understood: name only what the image shows"]),
         ("一个大苹果", ["大 is not understood: all things have one size"]),
         ("一只小狐狸", ["小 is not understood: all things have one size"]),
         ("，？！……", ["no thing is named, as in 蓝色背景上的三只狐狸", THINGS]),

@@ -113,7 +113,7 @@ def test_replay_dump_finds_what_the_run_has_found(tmp_path):
     trainer = open_trainer(
         overflowing_trainer().model, training_settings(), monitor=MonitorSettings(dumps=tmp_path), num_threads=1
     )
-    with pytest.raises(NonFiniteError, match="look again with: cogview doctor --dump"):
+    with pytest.raises(NonFiniteError, match="replay the step with: cogview doctor --dump"):
         train_step(trainer, 3, store_rows())
     folder = tmp_path / "step-00000003"
     report = json.loads((folder / "report-0000.json").read_text())
