@@ -19,8 +19,8 @@ from cogview.cli.options import (
 from cogview.files import write_json
 
 EPILOG = """
-Columns: batch: images generated at once; first image, s: seconds from the request to the pixels; the images of a batch
-are finished together; median (minimum..maximum); s/image: that for each image; images/s: its inverse; tokens/s:
+Columns: batch: images generated at once; first image, s: seconds from the request until the images of the batch are
+finished, median (minimum..maximum); s/image: that for each image; images/s: its inverse; tokens/s:
 codes of all images except the first ones; roofline: minimum time of these codes on the hardware over the time they
 took, where the minimum is the longer of moving weights and KV cache at the measured bandwidth, one code after another,
 and of computing the products (a small model in the cache of a processor can exceed it, and so can speculative
