@@ -128,8 +128,11 @@ def _parse(text: str, kind: type[Any]) -> Any:
 
 
 def _shell_word(word: str) -> str:
-    """Return a word as a shell reads it, on one line: bash and zsh read escapes in ``$'…'``."""
+    """Return a word as a shell reads it, on one line; bash, zsh and ksh read the bytes of ``$'…'`` in octal."""
     if word.isprintable():
         return shlex.quote(word)
-    escaped = "".join(one if one.isprintable() and one not in "'\\" else f"\\U{ord(one):08x}" for one in word)
+    escaped = "".join(
+        one if one.isprintable() and one not in "'\\" else "".join(f"\\{byte:03o}" for byte in one.encode())
+        for one in word
+    )
     return f"$'{escaped}'"

@@ -123,7 +123,7 @@ class GeneratedImage(Image.Image):
         prompt: The text.
         seed: Seed of the noise, which is keyed by (seed, index).
         index: Number of the image among those of its prompt.
-        codes: (G, G) int64 codes of the image, or (2G, 2G) after upscaling.
+        codes: (G, G) int64 codes of the image, (2G, 2G) after upscaling, or (N, 2G, 2G) after upscaling N tiles.
         log_probability: Log-probability of the sampled codes before guidance and filters, in nats.
         sampling: Settings that it was sampled with.
         model_prompt: The prompt as the model was given it, such as 三只狐狸 for 三只🦊.
