@@ -86,6 +86,7 @@ def test_data_build_takes_several_sources_and_says_what_it_guesses(data, save_im
         (("pictures/0.png", "-o", "s"), 'pictures/0.png: the suffix ".png" is unknown; expected a folder'),
         (("pictures", "-o", "s", "--held-out", "1"), "1.0 is not in the range 0<=x<1"),
         (("pictures", "-o", "pictures"), "pictures is there already: remove it, or choose another store with -o"),
+        (("pictures", "-o", "."), ". is there already: choose another store with -o"),
         (("pictures", "-o", "s", "--model", "none"), "none"),
     ],
 )

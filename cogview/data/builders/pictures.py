@@ -52,9 +52,16 @@ class StorePaths:
 
     Args:
         store: Folder of the training store, which the other names follow.
+
+    Raises:
+        InputError: It is the current folder or the one above, which are there.
     """
 
     store: Path
+
+    def __post_init__(self) -> None:
+        if self.store.name in ("", ".."):
+            raise InputError(f"{self.store} is there already: choose another store with -o")
 
     @property
     def held_out(self) -> Path:
@@ -383,7 +390,7 @@ class _Progress:
         now = time.monotonic()
         if self.bar.disable and now - self.printed >= LINE_SECONDS:
             self.printed = now
-            rate = (self.done - self.first) / (now - self.started)
+            rate = max(1, self.done - self.first) / max(1e-3, now - self.started)
             left = format_duration((self.total - self.done) / rate)
             print(
                 f"{self.name}: {self.done} of {self.total} pictures, {rate:.1f} pictures/s, {left} left",

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 
 from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
+from cogview.data.builders import pictures as module
 from cogview.data.builders.journal import BuildJournal
 from cogview.data.builders.pictures import PictureBuild, StorePaths
 from cogview.data.builders.prepare import PictureSettings, fit_picture, is_held_out, normalize_caption, pixel_digest
@@ -347,6 +349,19 @@ def test_build_report_warns_of_equal_captions_and_of_no_held_out_picture(make_bu
         "all 3 captions are the same: a model cannot learn to tell the pictures apart by text",
         "none of 3 pictures fell into the held-out share of 0.0001: there is no held-out store; a larger share is "
         "--held-out 0.2",
+    ]
+
+
+def test_picture_build_prints_rate_and_time_left_without_a_terminal(make_build, folder, monkeypatch, capsys):
+    monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
+    pictures, add = folder
+    for number in range(10):
+        add(f"{number}.png", number, "一只狐狸")
+    make_build(pictures).run()
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.sub(r"[\d.]+ pictures/s, (< )?[\d.]+ m?s left", "…", line) for line in lines] == [
+        "store: 7 of 10 pictures, …",
+        "store: 10 of 10 pictures, …",
     ]
 
 
