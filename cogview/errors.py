@@ -16,7 +16,7 @@ class ExitStatus(IntEnum):
     DONE = 0
     PARTLY_DONE = 1  # some inputs were skipped or failed, the others are done
     MISTAKE = 2  # the command line or all of the input cannot be used
-    RETRY_LATER = 3  # the same command can succeed later: the disk or the memory was full, or a lock was held
+    RETRY_LATER = 3  # the same command can succeed later: disk or memory was full, a lock held, a server silent
 
     @classmethod
     def of(cls, done: int, failed: int) -> ExitStatus:
@@ -51,7 +51,7 @@ class InputError(ValueError):
 
 
 class RetryLaterError(InputError):
-    """An ``InputError`` that may pass: space on a disk or memory is missing, or another process holds a lock.
+    """An ``InputError`` that may pass: disk or memory is full, another process holds a lock, a server is silent.
 
     The message is one line: what is missing, what was kept, the remedy. Commands print it and exit with status 3.
     """

@@ -23,10 +23,14 @@ from filelock import FileLock, Timeout
 
 from cogview import __version__
 from cogview.checkpoints.registry import FileEntry
-from cogview.errors import InputError, reason_of
+from cogview.errors import InputError, RetryLaterError, disk_full_reason, reason_of
 from cogview.files import file_sha256
 from cogview.formatting import format_bytes
 from cogview.plain_data import parse_json
+
+MIN_PROGRESS = 1 << 14  # bytes for which retries are counted anew; fewer within a timeout count as silence
+MAX_DIGITS = 18  # of a size
+_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", re.ASCII)
 
 
 def download(file: FileEntry, folder: Path, *, delays: Sequence[float] = (1, 2, 4, 8), timeout: float = 30) -> Path:
@@ -42,7 +46,9 @@ def download(file: FileEntry, folder: Path, *, delays: Sequence[float] = (1, 2, 
         The path of the complete, verified file.
 
     Raises:
-        InputError: No mirror delivers the file, it cannot be written, or another process is downloading it.
+        InputError: No mirror has the file, or it cannot be written.
+        RetryLaterError: A mirror does not answer or breaks off, the disk is full, or another process is downloading the
+            file. What was received is kept.
     """
     target, lock = folder / file.name, folder / f"{file.name}.lock"
     try:
@@ -57,11 +63,12 @@ def download(file: FileEntry, folder: Path, *, delays: Sequence[float] = (1, 2, 
         elif mismatch := _mismatch(file, target):
             raise InputError(f"{target} is not the expected file: {mismatch}; move it away and run the command again")
     except Timeout:
-        raise InputError(f"another process is downloading {target}: wait for it, or end it, then try again") from None
-    except OSError as error:
-        raise InputError(
-            f"cannot write {error.filename or target}: {error.strerror}; received bytes are kept"
+        raise RetryLaterError(
+            f"another process is downloading {target}: wait for it, or end it, then try again"
         ) from None
+    except OSError as error:
+        kind = InputError if disk_full_reason(error) is None else RetryLaterError
+        raise kind(f"cannot write {error.filename or target}: {error.strerror}; received bytes are kept") from None
     return target
 
 
@@ -84,7 +91,26 @@ class RemoteFile(NamedTuple):
 
     url: str = ""
     size: int | None = None  # bytes
-    etag: str = ""  # a strong one, sent back as If-Range
+    etag: str = ""  # a strong one
+    modified: str = ""  # Last-Modified
+
+    @property
+    def version(self) -> str:
+        """The validator that is sent back as If-Range; empty if the mirror has none."""
+        return self.etag or self.modified
+
+    def is_version_of(self, other: RemoteFile, *, is_verified: bool) -> bool:
+        """Return whether bytes of ``other`` may continue those of this file.
+
+        Args:
+            other: The file as a mirror describes it now.
+            is_verified: Whether a checksum is compared at the end. Otherwise a mirror has to repeat what it said about
+                the version.
+        """
+        if self.size != other.size or self.url != other.url:
+            return self.size == other.size and is_verified
+        pairs = ((self.etag, other.etag), (self.modified, other.modified))
+        return all(old in ("", new) or (not new and is_verified) for old, new in pairs)
 
 
 class PartialDownload:
@@ -97,20 +123,38 @@ class PartialDownload:
         self.received, self.remote = 0, RemoteFile()
         with suppress(OSError, ValueError, TypeError):  # without a usable note, the download starts over
             remote = RemoteFile(**parse_json(self._note.read_bytes()))
+            if not all(isinstance(text, str) for text in (remote.url, remote.etag, remote.modified)):
+                raise TypeError
             if 0 < (count := self.path.stat().st_size) <= (remote.size or 0):
                 self.received, self.remote = count, remote
 
-    def append(self, remote: RemoteFile, response: HTTPResponse) -> None:
-        """Append the body of ``response``, which belongs to ``remote``, to the received bytes, with a progress bar."""
+    def append(self, remote: RemoteFile, response: HTTPResponse, timeout: float) -> None:
+        """Append the body of a response to the received bytes, with a progress bar.
+
+        Args:
+            remote: The file that the body belongs to.
+            response: The response.
+            timeout: Seconds in which at least ``MIN_PROGRESS`` bytes must arrive.
+
+        Raises:
+            MirrorError: The body is longer than stated, breaks off, or is too slow to ever end.
+        """
         from tqdm import tqdm
 
         self.remote = remote
         self._note.write_text(json.dumps(remote._asdict()), encoding="utf-8")
         bar = tqdm(total=remote.size, initial=self.received, unit="B", unit_scale=1, desc=self.path.stem, disable=None)
         with bar, self.path.open("ab" if self.received else "wb") as file:
+            since, before = time.monotonic(), self.received
             while block := _read(response):
+                if remote.size is not None and self.received + len(block) > remote.size:
+                    raise MirrorError("sent more bytes than it stated")
                 self.received += file.write(block)
                 bar.update(len(block))
+                if self.received - before >= MIN_PROGRESS:
+                    since, before = time.monotonic(), self.received
+                elif time.monotonic() - since > timeout:
+                    raise MirrorError(f"sent only {self.received - before:,} bytes in {timeout:g} s", permanent=False)
 
     def discard(self) -> None:
         """Remove the received bytes."""
@@ -122,6 +166,7 @@ class PartialDownload:
 def _fetch(file: FileEntry, partial: PartialDownload, delays: Sequence[float], timeout: float) -> None:
     """Complete ``partial`` from the first mirror that can; raise InputError if none can."""
     reasons: list[str] = []
+    may_pass = False
     for url in file.urls:
         host = urlsplit(url).netloc
         if reasons:
@@ -131,10 +176,11 @@ def _fetch(file: FileEntry, partial: PartialDownload, delays: Sequence[float], t
             try:
                 return _fetch_from(url, file, partial, timeout)
             except MirrorError as error:
-                failures = 1 if partial.received > furthest else failures + 1
+                failures = 1 if partial.received >= furthest + MIN_PROGRESS else failures + 1
                 furthest = max(furthest, partial.received)
                 if error.permanent or failures > len(delays):
                     reasons.append(f"{host} {error}")
+                    may_pass = may_pass or not error.permanent
                     break
                 time.sleep(delays[failures - 1])
     remedy = _manual_instructions(file, partial.target)
@@ -142,20 +188,28 @@ def _fetch(file: FileEntry, partial: PartialDownload, delays: Sequence[float], t
         remedy = f"run the command again to resume at {partial.received / partial.remote.size:.0%}, or {remedy}"
     else:
         partial.discard()
-    raise InputError(f"{'; '.join(reasons)}: {remedy}")
+    kind = RetryLaterError if may_pass else InputError
+    raise kind(f"{'; '.join(reasons)}: {remedy}")
 
 
 def _fetch_from(url: str, file: FileEntry, partial: PartialDownload, timeout: float) -> None:
     """Complete and verify ``partial`` over one connection."""
-    if partial.remote.size is None:  # a mirror that states no size cannot resume
+    is_foreign = partial.remote.url != url and file.sha256 is None  # nothing would show that two versions were joined
+    if partial.remote.size is None or is_foreign:  # a mirror that states no size cannot resume
         partial.discard()
     resumed = partial.received
     if not resumed or resumed != partial.remote.size:
         with _open(url, partial, timeout) as response:
-            _receive(response, url, file, partial)
+            _receive(response, url, file, partial, timeout)
     if mismatch := _mismatch(file, partial.path):
         partial.discard()
         raise MirrorError(f"sent another file than expected: {mismatch}", permanent=not resumed)
+    if file.sha256 is None:
+        found = file_sha256(partial.path)
+        _notify(
+            f"warning: no checksum is known for {file.name}: its SHA-256 is {found}; compare it with that of another "
+            f"source, such as {file.page}"
+        )
     partial.path.replace(partial.target)
     partial.discard()
 
@@ -165,8 +219,8 @@ def _open(url: str, partial: PartialDownload, timeout: float) -> HTTPResponse:
     headers = {"User-Agent": f"cogview/{__version__}"}
     if partial.received:
         headers["Range"] = f"bytes={partial.received}-"
-        if partial.remote.etag and partial.remote.url == url:
-            headers["If-Range"] = partial.remote.etag
+        if partial.remote.version and partial.remote.url == url:
+            headers["If-Range"] = partial.remote.version
     try:
         response = request.urlopen(request.Request(url, headers=headers), timeout=timeout)
     except HTTPError as error:
@@ -183,13 +237,12 @@ def _open(url: str, partial: PartialDownload, timeout: float) -> HTTPResponse:
     return response
 
 
-def _receive(response: HTTPResponse, url: str, file: FileEntry, partial: PartialDownload) -> None:
+def _receive(response: HTTPResponse, url: str, file: FileEntry, partial: PartialDownload, timeout: float) -> None:
     """Append the body of ``response`` to ``partial``, or start over if it is another file."""
     start, remote = _describe(response, url, file)
     before = partial.remote
     if partial.received:
-        changed = before.url == url and before.etag and remote.etag not in ("", before.etag)
-        if changed or (start, remote.size) != (partial.received, before.size):
+        if start != partial.received or not before.is_version_of(remote, is_verified=file.sha256 is not None):
             _notify(f"{file.name} has changed at {urlsplit(url).netloc}, or cannot be resumed there: starting over")
             partial.discard()
         else:
@@ -199,8 +252,8 @@ def _receive(response: HTTPResponse, url: str, file: FileEntry, partial: Partial
     needed, free = (remote.size or 0) - start, shutil.disk_usage(partial.path.parent).free
     if needed > free:
         sizes = f"needs {format_bytes(needed)} more, only {format_bytes(free)} are free"
-        raise InputError(f"{file.name} {sizes} in {partial.path.parent}")
-    partial.append(remote, response)
+        raise RetryLaterError(f"{file.name} {sizes} in {partial.path.parent}")
+    partial.append(remote, response, timeout)
     if partial.received < (remote.size or 0):
         raise MirrorError("cut the connection", permanent=False)
 
@@ -210,15 +263,23 @@ def _describe(response: HTTPResponse, url: str, file: FileEntry) -> tuple[int, R
     headers = response.headers
     if headers.get_content_type() in ("text/html", "application/xhtml+xml"):
         raise MirrorError("sent a web page instead of the file (a login, a consent or an error page?)")
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", headers.get("Content-Range", "")) if response.status == 206 else None
-    start, length = (int(match[1]), match[2]) if match else (0, headers.get("Content-Length", ""))
+    length, start = headers.get("Content-Length", ""), 0
+    if length.isdecimal() and len(length) > MAX_DIGITS:
+        raise MirrorError(f"states a size of {len(length):,} digits")
     size = int(length) if length.isdecimal() else file.size
+    if response.status == 206:
+        match = _RANGE.fullmatch(headers.get("Content-Range", ""))
+        if match is None:
+            raise MirrorError("sent a part of the file without stating which")
+        start, last, size = map(int, match.groups())
+        if not start <= last < size or length not in ("", str(last + 1 - start)):
+            raise MirrorError("states sizes that contradict each other")
     if file.size not in (None, size):
         raise MirrorError(f"has another file than expected: {size:,} bytes, not {file.size:,}")
     if size is None and file.sha256 is None and headers.get("Transfer-Encoding", "").lower() != "chunked":
         raise MirrorError("does not state the size of the file, so a cut would go unnoticed")
     etag = headers.get("ETag", "")
-    return start, RemoteFile(url, size, "" if etag.startswith("W/") else etag)
+    return start, RemoteFile(url, size, "" if etag.startswith("W/") else etag, headers.get("Last-Modified", ""))
 
 
 def _read(response: HTTPResponse) -> bytes:

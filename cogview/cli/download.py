@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from cogview.cli.options import Command, argument, output_option, revision_option
-from cogview.errors import InputError, reason_of
+from cogview.errors import ExitStatus, InputError, RetryLaterError, reason_of
 
 if TYPE_CHECKING:
     from cogview.checkpoints.registry import FileEntry, ModelEntry
@@ -30,7 +30,8 @@ def command(name: str, revision: str | None, output: Path | None, no_convert: bo
     """Download the files of a CogView v1 model, print their paths, and convert them into a checkpoint folder.
 
     For owner/name, download a model of the Hugging Face Hub and print its folder. Existing files are not downloaded
-    again, and an interrupted download resumes. The status is 2 if a file cannot be downloaded or converted.
+    again, and an interrupted download resumes. The status is 2 if a file cannot be downloaded or converted, and 3 if
+    the same command can succeed later: a mirror did not answer, or the disk is full.
     """
     from cogview.checkpoints.download import download
     from cogview.checkpoints.hub import fetch_checkpoint, is_hub_name
@@ -57,15 +58,17 @@ def command(name: str, revision: str | None, output: Path | None, no_convert: bo
             print(f"{model} is converted already: {converted_folder(model)}", file=sys.stderr)
         else:
             wanted |= {file.name: file for file in known[model].files.values()}
-    status = 0
+    failures: set[ExitStatus] = set()
     for file in wanted.values():
         try:
             print(download(file, folder), flush=True)
         except InputError as error:
             print(f"cogview download: {error}", file=sys.stderr)
-            status = 2
+            failures.add(ExitStatus.RETRY_LATER if isinstance(error, RetryLaterError) else ExitStatus.MISTAKE)
+    status = min(failures, default=ExitStatus.DONE)  # a mistake has to be mended before the command can succeed
     convert = output is None and not no_convert
-    return max(status, convert_downloads(name, {file: folder / file for file in wanted}, convert=convert))
+    converted = convert_downloads(name, {file: folder / file for file in wanted}, convert=convert)
+    return min((code for code in (status, converted) if code), default=0)
 
 
 def convert_downloads(name: str, files: Mapping[str, Path], *, convert: bool) -> int:

@@ -21,7 +21,7 @@ import pytest
 from cogview import __version__
 from cogview.checkpoints.download import PartialDownload, download, received
 from cogview.checkpoints.registry import FileEntry
-from cogview.errors import InputError
+from cogview.errors import InputError, RetryLaterError
 
 CONTENT = random.Random(0).randbytes(400_000)
 OTHER = CONTENT[:300_000] + random.Random(1).randbytes(100_000)
@@ -39,11 +39,13 @@ class Resource:
     status: int = 200  # any other is answered without a body
     headers: dict = field(default_factory=dict)  # additional ones
     claims: int | None = None  # size in the headers, if not that of the content
+    ignores_if_range: bool = False
     states_length: bool = True
     chunked: bool = False
     cut_after: int | None = None  # bytes of each answer, ...
     cuts: float = float("inf")  # ... number of answers that are cut
     stalls: bool = False  # goes silent instead of cutting
+    delay: float = 0  # seconds before each byte after the first block
     requests: list = field(default_factory=list)  # headers of each request
     sent: int = 0  # bytes of content
 
@@ -62,7 +64,8 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, resource):
         size = resource.claims or len(resource.content)
         start, end, status = 0, size, resource.status
-        if_range = self.headers["If-Range"] in (None, resource.headers.get("ETag"))
+        validators = (resource.headers.get("ETag"), resource.headers.get("Last-Modified"))
+        if_range = self.headers["If-Range"] in (None, *validators) or resource.ignores_if_range
         if resource.ranges and self.headers["Range"] and if_range:
             start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
             status = (206 if start < size else 416) if status == 200 else status
@@ -85,6 +88,9 @@ class Handler(BaseHTTPRequestHandler):
                 if resource.stalls:
                     self.server.stopped.wait(60)
                 return None
+            if resource.delay and resource.sent:
+                self.server.stopped.wait(resource.delay)
+                block = block[:1]
             resource.sent += len(block)  # before the client can have it and look
             self.wfile.write(f"{len(block):x}\r\n".encode() + block + b"\r\n" if resource.chunked else block)
         if resource.chunked:
@@ -136,6 +142,15 @@ def error_of(file, folder, **settings):
 
 def names_in(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def warning_of(content):
+    """Return the line about a file without a known checksum."""
+    found = hashlib.sha256(content).hexdigest()
+    return (
+        f"warning: no checksum is known for {NAME}: its SHA-256 is {found}; compare it with "
+        f"that of another source, such as {PAGE}\n"
+    )
 
 
 LOCK = f"{NAME}.lock"  # stays after a failure: another process may wait for it
@@ -221,7 +236,7 @@ def test_download_resumes_in_the_next_call(serve, tmp_path, capsys):
     assert names_in(tmp_path) == [LOCK, f"{NAME}.part", f"{NAME}.part.json"]
     assert download(known((url,), sha256=SUM), tmp_path).read_bytes() == CONTENT
     assert resource.sent == 280_000
-    assert capsys.readouterr().err == f"{NAME}: resuming at 30%\n"
+    assert capsys.readouterr().err == f"{NAME}: resuming at 30%\n"  # and no warning: the checksum is known
     assert names_in(tmp_path) == [NAME]
     assert received(tmp_path, NAME) is None
 
@@ -343,7 +358,7 @@ def test_download_starts_over_when_the_file_has_changed(serve, tmp_path, capsys,
     resource.content, resource.headers, resource.ranges = content, headers, ranges
     assert download(known((url,)), tmp_path).read_bytes() == content
     line = f"{NAME} has changed at {host_of(url)}, or cannot be resumed there: starting over\n"
-    assert capsys.readouterr().err == line
+    assert capsys.readouterr().err == line + warning_of(content)
 
 
 def test_download_starts_over_when_the_mirror_has_less_than_was_received(serve, tmp_path):
@@ -353,6 +368,72 @@ def test_download_starts_over_when_the_mirror_has_less_than_was_received(serve, 
     resource.content = CONTENT[:100_000]
     assert download(known((url,)), tmp_path, delays=()).read_bytes() == CONTENT[:100_000]
     assert resource.ranges_requested[-2:] == ["bytes=120000-", None]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"ETag": '"one"'}, {"ETag": '"two"'}),
+        ({"ETag": '"one"'}, {}),
+        ({"Last-Modified": "Sun, 29 Nov 2026 10:00:00 GMT"}, {"Last-Modified": "Sun, 29 Nov 2026 11:00:00 GMT"}),
+        ({"Last-Modified": "Sun, 29 Nov 2026 10:00:00 GMT"}, {}),
+    ],
+    ids=["another ETag", "no ETag any more", "another date", "no date any more"],
+)
+def test_download_never_joins_two_versions_of_one_size(serve, tmp_path, before, after):
+    """The server answers with the requested range of the new file, and no checksum shows the seam."""
+    resource = Resource(OTHER[::-1], headers=before, ignores_if_range=True)
+    (url,) = serve(resource)
+    interrupted(tmp_path, resource, url)
+    resource.content, resource.headers = CONTENT, after
+    assert download(known((url,)), tmp_path, delays=(0,)).read_bytes() == CONTENT
+    version = before.get("ETag") or before["Last-Modified"]
+    assert [headers["If-Range"] for headers in resource.requests[-2:]] == [version, None]
+
+
+def test_download_never_joins_parts_of_two_mirrors_without_a_checksum(serve, tmp_path):
+    first, second = Resource(OTHER[::-1], cut_after=120_000), Resource()
+    assert download(known(serve(first, second)), tmp_path, delays=()).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("headers", "reason"),
+    [
+        ({"Content-Range": f"bytes 120000-399999/{'9' * 5000}"}, "sent a part of the file without stating which"),
+        ({"Content-Range": "bytes 120000-499999/400000"}, "states sizes that contradict each other"),
+        ({"Content-Range": "bytes 120000-399998/400000"}, "states sizes that contradict each other"),
+        ({"Content-Range": "octets 1-2"}, "sent a part of the file without stating which"),
+        ({"Content-Length": "9" * 5000}, "states a size of 5,000 digits"),
+    ],
+)
+def test_download_refuses_sizes_that_cannot_be(serve, tmp_path, headers, reason):
+    """A number of 5,000 digits was a traceback, and a part without a range was taken for the whole file."""
+    resource = Resource()
+    (url,) = serve(resource)
+    interrupted(tmp_path, resource, url)
+    resource.headers = headers
+    message = error_of(known((url,), sha256=SUM), tmp_path)
+    assert message.startswith(f"{host_of(url)} {reason}: run the command again to resume at 30%, or get ")
+    assert received(tmp_path, NAME) == (120_000, 400_000)
+
+
+def test_download_refuses_more_bytes_than_stated(serve, tmp_path):
+    """A body in chunks has no length; without a limit it would fill the disk."""
+    urls = serve(Resource(CONTENT * 2, ranges=False, states_length=False, chunked=True))
+    assert "sent more bytes than it stated" in error_of(known(urls, size=len(CONTENT), sha256=SUM), tmp_path)
+
+
+@pytest.mark.parametrize("resource", [Resource(stalls=True, cut_after=10_000), Resource(delay=0.05)])
+def test_download_ends_and_keeps_what_came_when_a_server_stalls(serve, tmp_path, resource):
+    """One server was silent for ever, another sent a byte from time to time: the command never ended."""
+    (url,) = serve(resource)
+    with pytest.raises(RetryLaterError) as caught:
+        download(known((url,), sha256=SUM), tmp_path, delays=(0,), timeout=0.2)
+    assert f"{host_of(url)} " in str(caught.value)
+    assert ": run the command again to resume at " in str(caught.value)
+    count, size = received(tmp_path, NAME)
+    assert count >= 10_000
+    assert size == len(CONTENT)
 
 
 @pytest.mark.parametrize(("before", "after"), [('W/"one"', 'W/"two"'), ('"one"', '"one"'), ("", '"one"')])
@@ -387,7 +468,7 @@ class Misplaced(Resource):
 
     @property
     def headers(self):
-        return {"Content-Range": "bytes 7-399999/400000"} if self.requests and self.requests[-1]["Range"] else {}
+        return {"Content-Range": "bytes 7-280006/400000"} if self.requests and self.requests[-1]["Range"] else {}
 
     @headers.setter
     def headers(self, value):
@@ -452,7 +533,7 @@ def test_download_checks_the_free_space_first(serve, tmp_path, monkeypatch):
 def test_download_keeps_the_received_bytes_when_the_disk_is_full(serve, tmp_path, monkeypatch):
     append = PartialDownload.append
 
-    def append_little(self, remote, response):
+    def append_little(self, remote, response, timeout):
         class Writer:
             """A response whose bytes stop fitting the disk."""
 
@@ -464,7 +545,7 @@ def test_download_keeps_the_received_bytes_when_the_disk_is_full(serve, tmp_path
                 self.left -= len(block)
                 return block
 
-        append(self, remote, Writer())
+        append(self, remote, Writer(), timeout)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(PartialDownload, "append", append_little)

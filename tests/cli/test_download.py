@@ -1,6 +1,7 @@
 """``cogview download``: the files of a model, from a server in this process."""
 
 import functools
+import hashlib
 import shutil
 import tarfile
 import threading
@@ -71,6 +72,11 @@ def server(tmp_path, monkeypatch):
     thread.join()
 
 
+def lines_of(err):
+    """Return the lines of stderr without those about checksums that the registry lacks."""
+    return [line for line in err.splitlines() if not line.startswith("warning: no checksum is known for ")]
+
+
 def convert_line(model, folder):
     files = f"{folder / model}.tar --image-tokenizer {folder / 'image.pt'} --text-model {folder / 'text.model'}"
     return f"{model} has to be converted once: cogview convert {files}"
@@ -83,7 +89,12 @@ def test_download_prints_the_files_and_the_next_command(server, tmp_path, capsys
     paths = [folder / name for name in ("painter.tar", "image.pt", "text.model")]
     assert printed.out.splitlines() == list(map(str, paths))
     assert [path.read_bytes() for path in paths] == [CONTENTS[path.name] for path in paths]
-    assert printed.err.splitlines() == [convert_line("painter", folder)]
+    assert lines_of(printed.err) == [convert_line("painter", folder)]
+    found = hashlib.sha256(CONTENTS["painter.tar"]).hexdigest()
+    assert printed.err.splitlines()[0] == (
+        f"warning: no checksum is known for painter.tar: its SHA-256 is {found}; compare it with that of another "
+        "source, such as https://example.org/weights"
+    )
 
 
 def test_download_fetches_shared_files_of_a_bundle_once(server, tmp_path, capsys):
@@ -94,7 +105,7 @@ def test_download_fetches_shared_files_of_a_bundle_once(server, tmp_path, capsys
     assert printed.out.splitlines() == [str(folder / name) for name in names]
     assert set(server.asked) == {f"/{name}" for name in names}
     fetched = len(server.asked)
-    assert [line.split(" has to be")[0] for line in printed.err.splitlines()] == ["painter", "captioner"]
+    assert [line.split(" has to be")[0] for line in lines_of(printed.err)] == ["painter", "captioner"]
     assert main(["download", "both", "-o", str(folder)]) == 0
     assert capsys.readouterr().out == printed.out
     assert len(server.asked) == fetched
@@ -107,13 +118,23 @@ def test_download_reports_files_that_cannot_be_fetched(server, tmp_path, capsys)
     folder = tmp_path / "home" / "files"
     printed = capsys.readouterr()
     assert printed.out.splitlines() == [str(folder / name) for name in ("image.pt", "captioner.tar")]
-    first, second = printed.err.splitlines()  # no line about a conversion
+    first, second = lines_of(printed.err)  # no line about a conversion
     for line, name in ((first, "painter.tar"), (second, "text.model")):
         assert line.startswith("cogview download: 127.0.0.1:")
         assert line.endswith(
             f"answered 404 File not found: get {name} by hand from https://example.org/weights and put it at "
             f"{folder / name}, then run the command again"
         )
+
+
+def test_download_ends_with_status_3_when_the_server_does_not_answer(server, capsys, monkeypatch):
+    """A script cannot tell a name that is wrong from a network that is down."""
+    monkeypatch.setattr("cogview.checkpoints.download.time.sleep", lambda seconds: None)
+    server.server_close()
+    assert main(["download", "painter"]) == 3
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert all("could not be reached: Connection refused" in line for line in lines)
 
 
 def test_download_skips_a_converted_model(server, tiny_checkpoint, tmp_path, capsys):
@@ -143,7 +164,7 @@ def test_download_converts_the_fetched_files(server, real_files, capsys):
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 4
     folders = {name: converted_folder(name) for name in ("painter", "captioner")}
-    assert printed.err.splitlines() == [f"{name} is converted: {folder}" for name, folder in folders.items()]
+    assert lines_of(printed.err) == [f"{name} is converted: {folder}" for name, folder in folders.items()]
     assert read_config(folders["painter"]).tasks == ("generate",)
     assert read_config(folders["captioner"]).tasks == ("caption",)
     specs = WeightsFile(folders["painter"] / "model.safetensors").specs
@@ -164,7 +185,7 @@ def test_download_converts_existing_files(server, real_files, capsys):
 def test_download_keeps_files_that_cannot_be_converted(server, real_files, tmp_path, capsys):
     (server.folder / "painter.tar").write_bytes(CONTENTS["painter.tar"])
     assert main(["download", "both"]) == 2
-    failed, done = capsys.readouterr().err.splitlines()
+    failed, done = lines_of(capsys.readouterr().err)
     path = tmp_path / "home" / "files" / "painter.tar"
     assert failed.startswith(f"cogview download: painter could not be converted: {path} is no tar archive")
     assert done == f"captioner is converted: {converted_folder('captioner')}"
