@@ -169,8 +169,11 @@ class JobPlan:
             The open journal.
 
         Raises:
-            InputError: The journal is that of another job.
+            InputError: The journal is that of another job, or its header is damaged.
         """
+        from cogview.generation.sampling import MAX_SEED
+        from cogview.pipeline.inputs import require_int
+
         inherit = ["batch"] + ["seed"] * (self.settings.seed is None)
         outputs = {name: item.record.row.output for item in self.items() for name in item.names}
         folder = path.parent.resolve()
@@ -181,7 +184,12 @@ class JobPlan:
         journal = JobJournal.open(
             path, self.header(), locks=locks, resume=True, inherit_keys=inherit, problem_of=problem_of
         )
-        self.seed = journal.header["seed"]
+        try:
+            self.seed = require_int(journal.header["seed"], "the seed", 0, MAX_SEED)
+            require_int(journal.header["batch"], "the batch", 1)
+        except InputError as error:
+            journal.close()
+            raise InputError(f"the header of {path} is damaged: {error}; choose another output folder") from None
         return journal
 
     def header(self) -> dict[str, Any]:
@@ -387,7 +395,7 @@ def result_problem(facts: Mapping[str, Any], output: str, folder: Path) -> str |
     try:
         file = (folder / value).resolve()
         if Path(value).is_absolute() or not file.is_relative_to(folder):
-            return f"its file {shorten(value, SHOWN)} is outside the output folder"
+            return f"its file {shorten(value, SHOWN)} is no path inside the output folder"
         if not file.is_file():
             return f"its file {shorten(value, SHOWN)} does not exist"
         return None if file.stat().st_size else f"its file {shorten(value, SHOWN)} is empty"

@@ -454,7 +454,7 @@ def test_generate_job_waits_for_images_that_other_lines_make(generate):
     assert (status, len(printed)) == (0, 2)
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "parent", "absolute", "link", "none", "number"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "parent", "absolute", "inside", "link", "none", "number"])
 def test_generate_job_makes_a_result_again_when_its_file_cannot_count(generate, save_image, kind):
     """A record that leads out of the output folder, or to no image, is no result; nothing outside is touched."""
     Path("prompts.txt").write_text(f"{FOX}\n{DOG}\n", encoding="utf-8")
@@ -476,7 +476,8 @@ def test_generate_job_makes_a_result_again_when_its_file_cannot_count(generate, 
     elif kind == "none":
         del facts["path"]
     elif kind != "missing":
-        facts["path"] = {"parent": "../outside.png", "absolute": str(outside.resolve()), "number": 7}[kind]
+        absolute = {"absolute": str(outside.resolve()), "inside": str(Path(fox).resolve())}
+        facts["path"] = ({"parent": "../outside.png", "number": 7} | absolute)[kind]
     journal.write_text("\n".join([header, json.dumps(facts), second, ""]), encoding="utf-8")
 
     status, printed, err = generate(*arguments, "--resume")

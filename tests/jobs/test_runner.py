@@ -204,3 +204,15 @@ def test_job_plan_continues_a_journal_of_an_earlier_version(open_job, save_image
     assert journal.header["batch"] == 4
     assert list(plan.missing_codes(journal)) == ["狐狸/1", "line 2/0", "line 3/0"]
     assert [request.index for item in plan.items() for request in item.requests] == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("key", "value"), [("seed", "七"), ("seed", -1), ("batch", 0), ("batch", [4])])
+def test_job_plan_refuses_a_journal_with_a_damaged_header(open_job, tiny_model, key, value):
+    """Numbers that no version writes were tracebacks in the middle of the job."""
+    records = [JobRecord(number=1, prompt=FOX)]
+    open_job(tiny_model, records)
+    path = Path("out/job.ledger.jsonl")
+    header = json.loads(path.read_text(encoding="utf-8")) | {key: value}
+    path.write_text(json.dumps(header) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=rf"the header of .* is damaged: the {key} must be .*; choose another output"):
+        open_job(tiny_model, records)

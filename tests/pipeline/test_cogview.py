@@ -662,3 +662,10 @@ def test_pickle_has_the_size_of_the_weights(tiny_checkpoint):
     modules = (model.transformer, model.image_tokenizer)
     weights = sum(tensor.nbytes for module in modules for tensor in (*module.parameters(), *module.buffers()))
     assert len(pickle.dumps(model)) < 1.1 * weights + 200_000
+
+
+def test_run_refuses_a_request_of_a_task_that_generates_nothing(tiny_model):
+    """It would have been captioned."""
+    request = GenerationRequest(task="rerank", prompt="一只狐狸", seed=7, codes=np.zeros((8, 8), dtype=np.int64))
+    with pytest.raises(InputError, match="the task 'rerank' generates nothing; call rerank or score"):
+        tiny_model.run([request])
