@@ -283,7 +283,7 @@ def image_bytes(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
 def smaller_formats(
     config: TransformerConfig, vocabulary: Vocabulary, dtype: str, device_type: str, missing: float
 ) -> list[str]:
-    """Return the options of smaller weight formats that save more than ``missing`` bytes against ``dtype``.
+    """Return the arguments of smaller weight formats that save more than ``missing`` bytes against ``dtype``.
 
     Args:
         config: Config of the transformer.
@@ -302,7 +302,7 @@ def smaller_formats(
     for other in formats_below(dtype):
         with suppress(InputError):  # the width may not divide into groups of int4
             if weight_bytes(dtype) - weight_bytes(other) > missing:
-                options.append(f"--dtype {other}")
+                options.append(f'dtype="{other}"')
     return options
 
 

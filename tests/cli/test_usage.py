@@ -12,6 +12,7 @@ from cogview.cli.usage import with_options
     [
         ("generate", "for greedy decoding use top_k 1", "for greedy decoding use --top-k 1"),
         ("generate", 'no CUDA device; use device="cpu"', "no CUDA device; use --device cpu"),
+        ("generate", 'suggestions: dtype="int8" or dtype="int4"', "suggestions: --dtype int8 or --dtype int4"),
         ("generate", "line 3: top_k must be at least 0", "line 3: top_k must be at least 0"),  # a key of the file
         ("train", 'top_k of the recipe; use device="cpu"', "top_k of the recipe; use --device cpu"),
         ("models", "top_k", "top_k"),

@@ -140,8 +140,8 @@ def test_smaller_formats_save_missing_bytes():
     shape, vocabulary = small_config().transformer, small_config().vocabulary
     saved = {dtype: layer_bytes(shape, "float32") - layer_bytes(shape, dtype) for dtype in ("bfloat16", "int8", "int4")}
     options = partial(smaller_formats, shape, vocabulary, "float32", "cuda")
-    assert options(0) == ["--dtype bfloat16", "--dtype int8", "--dtype int4"]
+    assert options(0) == ['dtype="bfloat16"', 'dtype="int8"', 'dtype="int4"']
     assert options(2 * saved["int4"]) == []
-    assert smaller_formats(shape, vocabulary, "int8", "cuda", 0) == ["--dtype int4"]
+    assert smaller_formats(shape, vocabulary, "int8", "cuda", 0) == ['dtype="int4"']
     narrow = replace(shape, width=48)  # does not divide into groups of int4
-    assert smaller_formats(narrow, vocabulary, "float32", "cuda", 0) == ["--dtype bfloat16", "--dtype int8"]
+    assert smaller_formats(narrow, vocabulary, "float32", "cuda", 0) == ['dtype="bfloat16"', 'dtype="int8"']
