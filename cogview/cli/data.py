@@ -227,5 +227,6 @@ def report_build(report: BuildReport, paths: StorePaths) -> int:
         print_note(note)
     if not report.left_out:
         return ExitStatus.DONE
-    print(f"left out: {report.left_out}, the first: {report.first_left_out}; {paths.report} has all", file=sys.stderr)
+    print(f"left out: {report.left_out}, listed in {paths.report}", file=sys.stderr)
+    print(f"failed: {report.first_left_out}", file=sys.stderr)
     return ExitStatus.PARTLY_DONE

@@ -64,8 +64,8 @@ def test_data_build_reports_what_is_left_out(data):
     status, out, err = data("build", "pictures", "-o", "store", "--held-out", "0")
     assert (status, out) == (1, ["store: 6 rows of 6 pictures"])
     assert err == [
-        "left out: 2, the first: pictures/1.png: it is no image that can be read; expected PNG, JPEG, WebP, GIF, BMP, "
-        "TIFF or PPM; store-left-out.jsonl has all"
+        "left out: 2, listed in store-left-out.jsonl",
+        "failed: pictures/1.png is no image that can be read; expected PNG, JPEG, WebP, GIF, BMP, TIFF or PPM",
     ]
     lines = Path("store-left-out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["file"] for line in lines] == ["pictures/1.png", "pictures/2.png"]

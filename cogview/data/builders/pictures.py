@@ -117,7 +117,7 @@ class BuildReport:
             found.append(f"all {rows} captions are the same: a model cannot learn to tell the pictures apart by text")
         if self.byte_share > MANY_BYTES:
             found.append(
-                f"{self.byte_share:.0%} of the characters of captions have no piece in this text tokenizer and are "
+                f"of the characters of captions, {self.byte_share:.0%} have no piece in this text tokenizer and are "
                 "spelt in bytes: train a text tokenizer on these captions"
             )
         if not self.rows[True] and self.held_out_share:
@@ -249,8 +249,8 @@ class PictureBuild:
                 pictures = plural(report.pictures[True], "picture")
                 raise InputError(f"the held-out share took all of {pictures}: lower it, --held-out 0 takes none")
             raise InputError(
-                f"none of {plural(report.records, 'picture')} can be used; the first: {report.first_left_out}; "
-                f"{self.paths.report} has all"
+                f"none of {plural(report.records, 'picture')} can be used, as {self.paths.report} lists; "
+                f"the first: {report.first_left_out}"
             )
         for split in SPLITS:
             if report.rows[split]:
@@ -273,7 +273,8 @@ class PictureBuild:
                     shares += map(self.text_tokenizer.byte_share, entry.captions)
                 for reason in entry.left_out:
                     report.left_out += 1
-                    report.first_left_out = report.first_left_out or f"{entry.name}: {reason}"
+                    named = reason if entry.name in reason else f"{entry.name}: {reason}"
+                    report.first_left_out = report.first_left_out or named
                     file.write(json_line({"file": entry.name, "reason": reason}))
         if not report.left_out:
             self.paths.report.unlink()

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -103,18 +104,13 @@ class PicturePreparer(Dataset[PreparedPicture]):
         if not captions:
             return PreparedPicture(record=record, left_out=left_out, notes=record.notes)
         notes = list(record.notes)
-        path = record.file.path
         try:
-            content = record.file.read_part()
-            path = record.file.path if content is None else record.file.path / record.name
-            image = read_image(path, notes.append, content=content)
+            image = read_image(Path(record.name), notes.append, content=record.file.read_part())
             if min(image.size) < MIN_SIDE:
                 width, height = image.size
                 raise InputError(f"the picture is {width} x {height} pixels, expected at least {MIN_SIDE} on a side")
         except InputError as error:
-            # The report names the file.
-            reason = str(error).replace("image " + str(path), "it").replace(str(path), "it")
-            return PreparedPicture(record=record, left_out=(reason,), notes=record.notes)
+            return PreparedPicture(record=record, left_out=(str(error),), notes=record.notes)
         scales = self.settings.scales.items()
         return PreparedPicture(
             record=record,
