@@ -331,9 +331,7 @@ def test_picture_build_fails_when_no_picture_can_be_used(make_build, folder):
     pictures, add = folder
     add("a.png", 1, "狗" * 30)
     build = make_build(pictures)
-    with pytest.raises(
-        InputError, match=r"none of 1 picture can be used, as .*; the first: .*a\.png: a caption has"
-    ):
+    with pytest.raises(InputError, match=r"none of 1 picture can be used, as .*; the first: .*a\.png: a caption has"):
         build.run()
     assert len(left_out(build)) == 1
     assert not build.paths.work.exists()
