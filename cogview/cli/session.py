@@ -290,6 +290,7 @@ class GenerationSession:
             "index": image.index,
             "log_probability": image.log_probability,
             "score": score,
+            "rank": int(metadata["rank"]) if "rank" in metadata else None,
         }
         print_result(result_line(path, score), facts)
         return path

@@ -385,7 +385,7 @@ class JobRunner:
             texts = self.model.file_metadata(result) | _metadata(record) | ranked | dict(metadata or {})
             path = save_png(path, result, texts)
             score = None if result.score is None else result.score.log_probability
-            self._observer.saved(path, score, {"id": name, **facts})
+            self._observer.saved(path, score, {"id": name, **facts, "rank": rank})
             facts["path"] = path.relative_to(self.plan.settings.output).as_posix()
             if score is not None:
                 facts |= {"score": score, "rank": rank}

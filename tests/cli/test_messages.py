@@ -124,6 +124,7 @@ def test_generate_prints_its_results_and_notes_as_json(run):
     ]
     assert results[0]["seed"] == 7
     assert results[0]["score"] < 0
+    assert [found.get("rank") for found in results] == [1, 1, None]
     assert [found["prompt"] for found in messages if "skipped" in found] == [""]
     assert [found["prompt"] for found in messages if "note" in found and "prompt" in found] == ["两只狸子"]
     assert all(next(iter(found)) in ("info", "note", "skipped") for found in messages)
