@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from cogview.errors import InputError
+from cogview.errors import InputError, RetryLaterError
 from cogview.planning import batches as planning
 from cogview.planning.batches import BatchPlanner
 
@@ -152,7 +152,7 @@ def test_chunks_raise_when_one_item_does_not_fit(free):
         requested.append(missing)
         return ["--dtype int8"]
 
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(RetryLaterError) as caught:
         BatchPlanner(CPU, None, suggestions).chunks([3e9], sum, "generating")
     assert str(caught.value) == (
         "generating: one at a time takes 3.00 GB and cpu has 2.00 GB free; suggestions: --dtype int8 or "
@@ -167,7 +167,7 @@ def test_run_raises_when_one_item_runs_out_of_memory(free):
     def work(items):
         raise FAILURES[1]
 
-    with pytest.raises(InputError) as caught:
+    with pytest.raises(RetryLaterError) as caught:
         list(BatchPlanner(CPU).run([1e9], sum, work, "scoring"))
     assert str(caught.value) == (
         "scoring: cpu ran out of memory with one at a time, which takes 1.00 GB of 2.00 GB free; suggestions: "
