@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from cogview.data.store_pages import check_pages
 from cogview.errors import InputError
 from cogview.files import atomic_write, file_sha256
 from cogview.formatting import printable
@@ -28,13 +29,16 @@ def write_checksum(path: Path) -> None:
 
 
 def check_sum(path: Path) -> None:
-    """Compare the data of the store at ``path`` with its checksum. Stores of earlier versions have none.
+    """Compare the data of the store at ``path`` with its checksum.
+
+    Stores of earlier versions and CogView v1 datasets have none: their pages are checked.
 
     Raises:
-        InputError: They differ.
+        InputError: They differ, or a page is damaged.
     """
     data, checksum = path / DATA_FILE, path / CHECKSUM_FILE
     if not checksum.is_file():
+        check_pages(data)
         return
     stat = data.stat()
     with checksum.open("rb") as file:

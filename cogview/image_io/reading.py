@@ -97,11 +97,11 @@ def read_image(
             on_note("it has several frames, and the first is taken")
         try:
             image.load()
+            with contextlib.suppress(Exception):  # damaged EXIF data does not affect the pixels
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image, on_note)
         except Exception as error:  # Pillow's readers raise nearly anything on broken data
             raise _damaged(path, error) from None
-        with contextlib.suppress(Exception):  # damaged EXIF data does not affect the pixels
-            ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image, on_note)
 
 
 @contextlib.contextmanager

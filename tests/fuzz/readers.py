@@ -137,9 +137,10 @@ def read_images(folder: Path) -> None:
 
 
 def make_stores(folder: Path) -> None:
-    """Write a token store with its checksum."""
-    for name in ("new",):
+    """Write a token store with its checksum, and one of an earlier version without."""
+    for name in ("new", "old"):
         training.write_store(folder / name / "store", 60).close()
+    (folder / "old" / "store" / "data.sha256").unlink()
     for path in folder.glob("*/store/lock.mdb"):
         path.unlink()
 

@@ -648,3 +648,15 @@ def test_read_image_refuses_a_large_webp_file(tmp_path, save_image):
         file.truncate(1 << 30)
     with pytest.raises(InputError, match=r"a\.webp has 1,073,741,824 bytes; at most 200,000,000 are read"):
         read_image(tmp_path / "a.webp")
+
+
+def test_read_image_refuses_more_transparent_colours_than_a_palette_has(tmp_path):
+    """Pillow loads such a PNG, and fails when it is converted."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).quantize(4).save(file, "PNG")
+    before, mark, rest = file.getvalue().partition(b"IDAT")
+    chunk = b"tRNS" + b"\xff" * 301
+    chunk = struct.pack(">I", 301) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    (tmp_path / "a.png").write_bytes(before[:-4] + chunk + before[-4:] + mark + rest)
+    with pytest.raises(InputError, match=r"a\.png is cut off or damaged: palette index out of range"):
+        read_image(tmp_path / "a.png")
