@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TypeAlias
 
 from PIL import ImageFont
@@ -76,8 +77,7 @@ def wrap_text(text: str, width: float, font: Font, max_lines: int) -> list[str]:
         max_lines: Maximum number of lines.
     """
     lines = [""]
-    parts = [part for part in _PARTS.findall(text[:MAX_LENGTH])]
-    for part in parts:
+    for part in _PARTS.findall(text[:MAX_LENGTH]):
         pieces = [part] if font.getlength(part) <= width else list(part)  # a long word is broken anywhere
         for piece in pieces:
             if lines[-1] and font.getlength(lines[-1] + piece.rstrip()) > width:
@@ -100,7 +100,7 @@ def _glyph(character: str, font: Font) -> tuple[tuple[int, int], bytes]:
 
 def _system_fonts(characters: str, size: int) -> Iterator[Font]:
     """Yield the fonts of the system for Chinese, others with ``characters``, and the Latin one of Pillow."""
-    for name, index in (*_FILES, *_fonts_of_fontconfig(characters)):
+    for name, index in chain(_FILES, _fonts_of_fontconfig(characters)):
         try:
             yield ImageFont.truetype(name, size, index, layout_engine=ImageFont.Layout.BASIC)
         except OSError:  # not installed, or in sizes of its own only
