@@ -90,6 +90,11 @@ class StoredTensor:
         return self.storage.dtype
 
     @property
+    def has_checksum(self) -> bool:
+        """Whether the file has a checksum of the numbers that they are still to be compared with."""
+        return self.storage.crc is not None
+
+    @property
     def num_bytes(self) -> int:
         """Size in memory, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize

@@ -133,6 +133,11 @@ class V1Transformer:
                 content = read_pickle(file, name)
                 heads = heads or _heads_in(content)
                 self._shards.append(_module_of(content, name))
+            self.files_without_checksums = [
+                name
+                for name, shard in zip(self.files, self._shards, strict=True)
+                if not all(tensor.has_checksum for tensor in shard.values())
+            ]
             self._check_shards()
             self.heads_are_assumed = num_heads is None and heads is None
             self.config = self._config(heads if num_heads is None else num_heads)

@@ -87,6 +87,7 @@ def command(
     a checkpoint folder, store its weights in another dtype, or write the layout of CogView v1 back.
     """
     from cogview.checkpoints.precision import Precision
+    from cogview.checkpoints.v1_checks import unverified_in_folder, unverified_in_v1
     from cogview.checkpoints.v1_convert import convert_folder, export_v1
     from cogview.device import DTYPES as TORCH_DTYPES
     from cogview.device import parse_quantization
@@ -110,6 +111,11 @@ def command(
         import_checkpoint(source, v1, target, precision, verify=verify)
     if verify:
         print("verified: every tensor equals its source", file=sys.stderr)
+        facts = unverified_in_folder(source)
+        if v1.image_tokenizer is not None and v1.text_model is not None and not is_folder:
+            facts = unverified_in_v1(source, v1.image_tokenizer, v1.text_model)
+        for fact in facts:
+            print(f"not verified: {fact}", file=sys.stderr)
     print(target)
     return 0
 
