@@ -7,6 +7,7 @@ A transformer is a folder, a ``.tar`` of it or one of its files: ``latest_checkp
 
 from __future__ import annotations
 
+import errno
 import re
 import tarfile
 from collections.abc import Callable, Mapping
@@ -344,9 +345,14 @@ def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str],
         members = {member.name.removeprefix("./"): member for member in archive.getmembers() if member.isreg()}
         if any(member.issparse() for member in members.values()):
             raise InputError(f"{source} has members with holes, which checkpoints have not: the file is refused")
+        end = source.stat().st_size
+        if any(member.size < 0 or member.offset_data + member.size > end for member in members.values()):
+            raise EOFError("a member reaches beyond its end")
     except InputError:
         raise
-    except (tarfile.TarError, ValueError, ArithmeticError, EOFError, MemoryError) as error:
+    except (tarfile.TarError, ValueError, ArithmeticError, EOFError, MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:  # that of a position that no file has
+            raise
         raise InputError(f"{source} is no tar archive, or is cut short ({error}): download it again") from None
 
     def opened(name: str) -> IO[bytes]:

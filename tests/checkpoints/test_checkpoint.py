@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from hashlib import sha256
 
 import pytest
@@ -210,6 +212,51 @@ def test_load_model_reports_a_truncated_text_model(folder):
 def test_load_model_reports_invalid_json(folder, file):
     (folder / file).write_text('{"grid": 8', encoding="utf-8")
     assert error_of(folder).startswith(f"{folder}/{file} is not JSON: ")
+
+
+OUT_OF_MEMORY = """
+import re, resource, sys
+from pathlib import Path
+from cogview.checkpoints.checkpoint import load_model
+from cogview.cli.main import main
+command = ["generate", "一只狐狸", "-o", sys.argv[3], "--dtype", "float32", "--device", "cpu", "--model"]
+assert main([*command, sys.argv[1]]) == 0  # everything is imported
+sys.stderr.flush()
+for megabytes in (32, 96):
+    used = 1024 * int(re.search(r"VmSize:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
+    resource.setrlimit(resource.RLIMIT_AS, (used + (megabytes << 20), resource.RLIM_INFINITY))
+    print(megabytes, file=sys.stderr)
+    print(main([*command, sys.argv[2]]))
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_loading_ends_in_one_line_when_memory_is_exhausted(folder, tmp_path):
+    """The file could not be mapped, or its float32 copy not be held: both were tracebacks of an allocator."""
+    large = shutil.copytree(folder, tmp_path / "large")
+    tensors = load_file(large / "model.safetensors")
+    positions = 1 << 20
+    tensors["positions.weight"] = torch.zeros(positions, tensors["positions.weight"].shape[1], dtype=torch.float16)
+    save_file(tensors, large / "model.safetensors")
+    change_config(large, transformer__max_positions=positions)
+    arguments = (str(folder), str(large), str(tmp_path / "images"))
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY, *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=100,
+    )
+    assert done.stdout.splitlines()[-2:] == ["3", "3"]
+    *_, first, one, second, two = done.stderr.splitlines()
+    assert (first, second) == ("32", "96")
+    for line in (one, two):
+        assert line.startswith("cogview generate: the memory that ulimit allows (")
+    assert len(list((tmp_path / "images").glob("*.png"))) == 1
 
 
 # --- parts that do not belong together ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import os
 import random
 import resource
@@ -430,6 +431,32 @@ def test_export_v1_refuses_weights_that_are_not_finite(folder, tmp_path, file):
 
 
 # --- damaged and mixed files ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("headers", "content", "words"),
+    [
+        (
+            {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "8"},
+            b"damaged",
+            "is no tar archive",
+        ),
+        ({"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9" * 40}, b"1\n0\n8\n", "holes"),
+        ({"GNU.sparse.map": "0,8,999999999999,8", "GNU.sparse.size": "9" * 14}, b"x" * 16, "members with holes"),
+        ({"GNU.sparse.map": "0,x"}, b"x" * 16, "is no tar archive"),
+        ({"size": "-5"}, b"x" * 16, "is no tar archive"),
+        ({"size": "9" * 14}, b"x" * 16, "is no tar archive"),
+    ],
+)
+def test_import_v1_refuses_archives_with_holes(files, tmp_path, headers, content, words):
+    """Such a header was a traceback, or a member of terabytes."""
+    archive = tmp_path / "cogview-base.tar"
+    with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("model/50000/mp_rank_00_model_states.pt")
+        member.size, member.pax_headers = len(content), headers
+        tar.addfile(member, io.BytesIO(content))
+    message = error_of(lambda: convert({**files, "source": archive}, tmp_path / "ours"), tmp_path)
+    assert words in message
 
 
 @pytest.mark.parametrize("legacy", [False, True])
