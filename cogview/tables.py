@@ -37,18 +37,19 @@ def print_note(note: str) -> None:
     print(f"note: {note}", file=sys.stderr)
 
 
-def read_text(source: str, on_note: Callable[[str], object] = print_note) -> str:
+def read_text(source: str, on_note: Callable[[str], object] = print_note, limit: int = MAX_BYTES) -> str:
     """Return the content of a UTF-8 file; of one in GBK or GB18030 with a note.
 
     Args:
         source: The file, or ``-`` for standard input.
         on_note: Called with the note.
+        limit: Maximum size of a file in bytes.
 
     Raises:
-        InputError: The file cannot be read, is no regular file, is larger than ``MAX_BYTES``, or has another encoding.
+        InputError: The file cannot be read, is no regular file, is larger than ``limit``, or has another encoding.
     """
     where = name_of(source)
-    content = read_regular(Path(source), MAX_BYTES) if source != "-" else _read_stdin()
+    content = read_regular(Path(source), limit) if source != "-" else _read_stdin()
     return decode_text(content, where, on_note)
 
 

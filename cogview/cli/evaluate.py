@@ -173,7 +173,7 @@ def read_report(recipe: Recipe, measure: str) -> dict[str, Any] | None:
     """Return the report of a measure below the recipe's work folder; None if it was not measured.
 
     Raises:
-        InputError: The report is of another checkpoint than the last.
+        InputError: The report is damaged, or of another checkpoint than the last.
     """
     from cogview.emoji.evaluation.reports import MEASURES
     from cogview.plain_data import read_json
@@ -181,13 +181,17 @@ def read_report(recipe: Recipe, measure: str) -> dict[str, Any] | None:
     path, checkpoint = recipe.work / "report" / MEASURES[measure].file, last_checkpoint(recipe)
     if not path.is_file():
         return None
-    report: dict[str, Any] = read_json(path)
-    if Path(report["protocol"]["model"]).name != checkpoint.name:
+    report = read_json(path)
+    protocol = report.get("protocol") if isinstance(report, dict) else None
+    model = protocol.get("model") if isinstance(protocol, dict) else None
+    if not isinstance(model, str):
+        raise InputError(f"{path} is no report of a model; evaluate again: cogview eval {measure} {recipe.path}")
+    if Path(model).name != checkpoint.name:
         raise InputError(
-            f"{path} is a report on {report['protocol']['model']}, not on {checkpoint}; "
+            f"{path} is a report on {model}, not on {checkpoint}; "
             f"evaluate that first: cogview eval {measure} {recipe.path}"
         )
-    return report
+    return dict(report)
 
 
 def last_checkpoint(recipe: Recipe) -> Path:

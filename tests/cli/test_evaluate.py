@@ -6,8 +6,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from cogview.cli.evaluate import read_report
 from cogview.cli.main import main
 from cogview.emoji.evaluation.captions import format_caption_report
+from cogview.errors import InputError
+from cogview.training.recipe import Recipe
 
 
 @pytest.fixture
@@ -82,3 +85,13 @@ def test_eval_refuses_options_without_an_effect(recipe, capsys, options, message
     measure, *rest = options
     assert main(["eval", measure, recipe, *rest]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"protocol": []}', '{"protocol": {"model": 7}}'])
+def test_read_report_refuses_damaged_content(recipe, tmp_path, content):
+    """A damaged report was a KeyError or a TypeError in `cogview package`."""
+    (tmp_path / "work" / "transformer-run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (tmp_path / "work" / "report").mkdir()
+    (tmp_path / "work" / "report" / "report-rerank.json").write_text(content)
+    with pytest.raises(InputError, match=r"report-rerank\.json is no report of a model; evaluate again: cogview eval"):
+        read_report(Recipe.open(tmp_path / "tiny.yaml"), "rerank")

@@ -318,7 +318,7 @@ def replace_file(path: Path, rng: random.Random) -> str:
     if kind in ("holes", "zeros"):
         with path.open("r+b") as file:
             file.truncate(0 if kind == "zeros" else size)
-            file.truncate(size if kind == "zeros" else size + (550 << 20))
+            file.truncate(size if kind == "zeros" else size + (550 << 20 if path.suffix == ".mdb" else 1100 << 20))
         return kind
     path.unlink()
     if kind == "empty":

@@ -239,6 +239,47 @@ def read_v1_datasets(folder: Path) -> None:
         import_dataset(folder / "store", [dataset], skip_bad=True)
 
 
+def make_sources(folder: Path) -> None:
+    """Write captioned pictures as a folder, tables, captions of COCO and a tar shard."""
+    from PIL import Image
+
+    for name in ("folder", "csv", "tsv", "jsonl", "json", "tar"):
+        (folder / name / "source").mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (16, 16), (9 * number, 200, 30)).save(folder / name / "source" / f"{number}.png")
+    rows = [{"image": f"{number}.png", "caption": caption} for number, caption in enumerate(CAPTIONS[:2])]
+    for row in rows:
+        for name in ("folder", "tar"):
+            text = folder / name / "source" / row["image"]
+            text.with_suffix(".txt").write_text(row["caption"], "utf-8")
+    for suffix, mark in (("csv", ","), ("tsv", "\t")):
+        lines = [mark.join(rows[0]), *(mark.join(row.values()) for row in rows)]
+        (folder / suffix / "source" / f"source.{suffix}").write_text("\n".join(lines), "utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (folder / "jsonl" / "source" / "source.jsonl").write_text("\n".join(lines), "utf-8")
+    images = [{"id": number, "file_name": f"{number}.png"} for number in range(2)]
+    captions = [{"id": number, "image_id": number, "caption": CAPTIONS[number]} for number in range(2)]
+    coco = json.dumps({"images": images, "annotations": captions})
+    (folder / "json" / "source" / "source.json").write_text(coco)
+    with tarfile.open(folder / "tar" / "source.tar", "w") as archive:
+        archive.add(folder / "tar" / "source", ".")
+    shutil.rmtree(folder / "tar" / "source")
+
+
+def read_source(folder: Path) -> None:
+    """Open the source, and read every picture and its captions."""
+    from cogview.data.sources.open import open_source
+    from cogview.data.sources.tables import TableOptions
+    from cogview.errors import InputError
+    from cogview.image_io.reading import read_image
+
+    path = next(folder.glob("source/source.*"), next(folder.glob("source*"), folder))
+    for record in open_source(path, TableOptions(), lambda note: None):
+        with contextlib.suppress(InputError):
+            if record.file is not None:
+                read_image(record.file.path, content=record.file.read_part())
+
+
 # Weights
 
 
@@ -609,6 +650,7 @@ READERS: dict[str, Reader] = {
     "store headers": Reader(make_store_entries, read_store_entries),
     "v1 rows": Reader(make_v1_rows, read_v1_rows),
     "v1 datasets": Reader(make_v1_datasets, read_v1_datasets),
+    "picture sources": Reader(make_sources, read_source),
     "v1 weights": Reader(make_v1_weights, read_v1_weights),
     "conversions": Reader(make_conversions, read_conversion),
     "text models": Reader(make_text_models, read_text_model, allowed=(FileNotFoundError, ValueError)),

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cogview.data.sources.records import PictureFile, PictureRecord
+from cogview.data.sources.records import MAX_SOURCE_BYTES, PictureFile, PictureRecord
 from cogview.data.sources.tables import TableOptions, unnamed_pictures
 from cogview.errors import InputError
+from cogview.input_files import read_regular
 from cogview.plain_data import parse_json
 
 _EXPECTED = 'expected COCO\'s {"images": [{"id", "file_name"}, …], "annotations": [{"image_id", "caption"}, …]}'
@@ -29,9 +30,9 @@ class CocoCaptions:
     def __init__(self, path: Path, options: TableOptions) -> None:
         folder = path.parent if options.folder is None else options.folder
         try:
-            content = parse_json(path.read_bytes())
-        except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+            content = parse_json(read_regular(path, MAX_SOURCE_BYTES))
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"{path} is not JSON: {error}") from None
         images, annotations = (_objects(content, key, path) for key in ("images", "annotations"))

@@ -11,6 +11,8 @@ from cogview.errors import InputError
 
 GB18030_NOTE = "its captions are not UTF-8 and are read as GB18030 (GBK)"
 
+MAX_SOURCE_BYTES = 1 << 30  # of a table or a COCO file, which are held in memory; several make one store
+
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFile:

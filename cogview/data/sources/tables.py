@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cogview.data.sources.columns import Columns, choose_columns
-from cogview.data.sources.records import PictureFile, PictureRecord
+from cogview.data.sources.records import MAX_SOURCE_BYTES, PictureFile, PictureRecord
 from cogview.errors import InputError
 from cogview.image_io.reading import IMAGE_SUFFIXES
 from cogview.tables import HeaderError, TableLines, as_whole, parse_objects, parse_table, read_text
@@ -103,7 +103,7 @@ def unnamed_pictures(records: Sequence[PictureRecord], path: Path) -> Iterator[P
 def _parse_text(path: Path, on_note: Callable[[str], object]) -> TableLines:
     """Parse a table in a text file."""
     suffix = path.suffix.lower()
-    text = read_text(str(path), on_note)
+    text = read_text(str(path), on_note, limit=MAX_SOURCE_BYTES)
     if suffix in (".csv", ".tsv"):
         return parse_table(text, "\t" if suffix == ".tsv" else ",")
     return parse_objects(text)

@@ -235,3 +235,12 @@ def test_tar_shard_names_an_archive_that_is_cut(read, size):
     write("cut.tar", Path("whole.tar").read_bytes()[:size])
     _, problems, _ = read("cut.tar")
     assert problems["cut.tar"] == "the archive is cut off or damaged at its end"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_open_source_refuses_a_file_that_memory_does_not_hold(tmp_path, name):
+    """A sparse file of terabytes was read as a whole."""
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(InputError, match=r"is too large \(1099\.5 GB\): at most 1\.1 GB are read"):
+        open_source(tmp_path / name, TableOptions(), print)
