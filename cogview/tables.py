@@ -6,22 +6,25 @@ A table is parsed line by line, so that a mistake in one line is the problem of 
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, BinaryIO, TypeAlias
 
 from cogview.errors import InputError, reason_of
 from cogview.formatting import format_bytes, shorten
-from cogview.input_files import read_regular
+from cogview.input_files import open_regular, read_regular
 from cogview.plain_data import parse_json
 
 SHOWN = 40  # characters of a wrong value in a message
-MAX_BYTES = 1 << 27  # of a file: its lines are held in memory
+MAX_BYTES = 1 << 27  # of a file that is held in memory
 MAX_LINE = 100_000  # characters
+MAX_ROW_LINES = 100  # of a row with line ends between quotation marks
 MIN_COMMON = 0.9  # share of frequent characters by which text in GB18030 is recognized
 
 # Line numbers, each with the values of the line by name, or with the reason why it cannot be read.
@@ -107,6 +110,49 @@ def _decode_chinese(content: bytes) -> str | None:
     return text if others and common >= MIN_COMMON * len(others) else None
 
 
+def stream_lines(path: Path, on_note: Callable[[str], object] = print_note) -> Iterator[str]:
+    """Yield the lines of a text file, each ending with a line feed; of a UTF-8 file, only one is in memory.
+
+    Args:
+        path: The file. In GBK or GB18030 it is read whole, with a note.
+        on_note: Called with the note.
+
+    Yields:
+        Each line; of a line beyond ``MAX_LINE`` only the beginning, which is too long as well.
+
+    Raises:
+        InputError: The file cannot be read, is no regular file, or has another encoding.
+    """
+    with open_regular(path) as file:
+        if not _is_utf8(file):
+            if file.seek(0, io.SEEK_END) > MAX_BYTES:
+                limit = format_bytes(MAX_BYTES)
+                raise InputError(
+                    f"{path} is not UTF-8, and with more than {limit} too large to be read as GB18030 (GBK): "
+                    "convert it: iconv -f GB18030 -t UTF-8"
+                )
+            yield from io.StringIO(read_text(str(path), on_note), newline=None)
+            return
+        file.seek(0)
+        text = io.TextIOWrapper(file, "utf-8-sig")
+        while line := text.readline(MAX_LINE + 2):
+            yield line
+            while len(line) == MAX_LINE + 2 and not line.endswith("\n"):
+                line = text.readline(MAX_LINE + 2)
+
+
+def _is_utf8(file: BinaryIO) -> bool:
+    """Return whether a file is UTF-8 from its position to its end."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        while part := file.read(1 << 20):
+            decoder.decode(part)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
     """Yield the number (from 1) and the stripped text of each line that is not blank."""
     for number, line in enumerate(text.replace("\r\n", "\n").replace("\r", "\n").split("\n"), start=1):
@@ -119,16 +165,18 @@ def name_of(source: str) -> str:
     return "standard input" if source == "-" else source
 
 
-def parse_objects(text: str) -> TableLines:
+def parse_objects(lines: str | Iterable[str]) -> TableLines:
     """Parse JSON lines.
 
     Args:
-        text: The content of the file.
+        lines: The content of the file, or its lines.
 
     Yields:
         The number of each line that is not blank, with its object or the reason why it is none.
     """
-    for number, line in numbered_lines(text):
+    for number, line in enumerate(map(str.strip, _lines_of(lines)), start=1):
+        if not line:
+            continue
         if reason := line_problem(line):
             yield number, reason
             continue
@@ -145,11 +193,11 @@ def parse_objects(text: str) -> TableLines:
 
 def line_problem(line: str) -> str:
     """Return the reason why a line is too long to be used; empty for all others."""
-    return f"the line has {len(line)} characters, expected at most {MAX_LINE}" if len(line) > MAX_LINE else ""
+    return f"the line is too long, expected at most {MAX_LINE} characters" if len(line) > MAX_LINE else ""
 
 
 def parse_table(
-    text: str,
+    lines: str | Iterable[str],
     delimiter: str,
     *,
     column_problem: Callable[[str], str | None] = lambda column: None,
@@ -158,7 +206,7 @@ def parse_table(
     """Parse a header and a row per line.
 
     Args:
-        text: The content of the file.
+        lines: The content of the file, or its lines with their ends.
         delimiter: Character between two cells.
         column_problem: Return what is wrong with the name of a column, or None.
         parse_cell: Return the value of a cell, given its column and its text without spaces around it.
@@ -170,9 +218,7 @@ def parse_table(
     Raises:
         HeaderError: The first row cannot be read, or names a column twice or one with a problem.
     """
-    lines = io.StringIO(text, newline="").readlines()
-    too_long = {number: reason for number, line in enumerate(lines, 1) if (reason := line_problem(line.strip()))}
-    rows = _rows(["\n" if number in too_long else line for number, line in enumerate(lines, 1)], delimiter)
+    rows = _rows(_lines_of(lines), delimiter)
     number, columns = next(rows, (1, []))
     if isinstance(columns, str):
         raise HeaderError(f"line {number}: {columns}")
@@ -191,24 +237,51 @@ def parse_table(
             yield number, f"{len(row)} columns, expected {len(columns)}; {advice}"
         else:
             yield number, {column: parse_cell(column, cell.strip()) for column, cell in zip(columns, row, strict=True)}
-    yield from too_long.items()
 
 
-def _rows(lines: Sequence[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
+def _lines_of(lines: str | Iterable[str]) -> Iterable[str]:
+    """Return the lines of a text with their ends, and anything else unchanged."""
+    return io.StringIO(lines, newline="") if isinstance(lines, str) else lines
+
+
+def _rows(lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str] | str]]:
     """Yield the number of the first line of each row that is not blank, and its cells or the reason of an error."""
-    start = 0
-    while start < len(lines):
-        rows = csv.reader(lines[start:], delimiter=delimiter, strict=True)
-        number = start + 1
+    source, again = iter(lines), deque[str]()
+    current: list[str] = []  # lines of the row that is being read
+
+    def next_lines() -> Iterator[str]:
+        while (line := again.popleft() if again else next(source, None)) is not None:
+            current.append(line)
+            if reason := line_problem(line.strip()):
+                raise _LineError(reason)
+            if len(current) > MAX_ROW_LINES:  # without a limit, each of many open marks would lead to the last line
+                raise csv.Error(f"a row of more than {MAX_ROW_LINES} lines")
+            yield line
+
+    number = 1
+    while True:
         try:
-            for row in rows:
+            for row in csv.reader(next_lines(), delimiter=delimiter, strict=True):
                 if any(cell.strip() for cell in row):
                     yield number, row
-                number = start + rows.line_num + 1
+                number += len(current)
+                current.clear()
             return
+        except _LineError as error:
+            if len(current) == 1:
+                yield number, str(error)
+            else:
+                yield number, "the quotation marks are not understood (a line that is too long follows)"
         except csv.Error as error:
             yield number, f"the quotation marks are not understood ({error})"
-            start = number  # an unclosed quotation mark must not swallow the lines below
+        # An open quotation mark must not swallow the lines below.
+        number += 1
+        again.extendleft(reversed(current[1:]))
+        current.clear()
+
+
+class _LineError(Exception):
+    """Raised for a line that is too long."""
 
 
 def as_whole(value: Any) -> Any:

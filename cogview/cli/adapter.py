@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from cogview.cli.options import FILE, Command, Decorator, argument, combine
+from cogview.cli.options import FILE, Command, Decorator, Group, argument, combine
 from cogview.formatting import format_bytes
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.adapter import Adapter
 
 
-@click.group(no_args_is_help=False)
+@click.group(cls=Group, no_args_is_help=False)
 def command() -> None:
     """Merge a LoRA adapter into a model, or remove it again.
 

@@ -14,6 +14,7 @@ from cogview.cli.options import (
     MODEL_HELP,
     Command,
     Decorator,
+    Group,
     argument,
     device_option,
     max_batch_size_option,
@@ -38,7 +39,7 @@ SOURCE_HELP = (
 )
 
 
-@click.group(no_args_is_help=False)
+@click.group(cls=Group, no_args_is_help=False)
 def command() -> None:
     """Build token stores from pictures with captions, and look into stores."""
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import click
 
-from cogview.cli.usage import with_options
+from cogview.cli.usage import unknown_command, with_options
 from cogview.errors import InputError
 from cogview.limits import MAX_RESULTS
 
@@ -51,6 +51,18 @@ class Command(click.Command):
             with formatter.section("Arguments"):
                 formatter.write_dl(rows)
         super().format_options(ctx, formatter)
+
+
+class Group(click.Group):
+    """A command that has commands of its own; for an unknown one, it suggests one that is spelled like it."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command of ``args``."""
+        if args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(unknown_command(args[0], list(self.commands), is_prompt=False))
+        return super().resolve_command(ctx, args)
 
 
 class Argument(click.Argument):

@@ -13,12 +13,20 @@ from cogview.cli.translation import translate
 _JOB_LINE = re.compile(r"\bline \d+\b")
 
 
-def unknown_command(word: str, commands: Sequence[str]) -> str:
-    """Return the message about a word that is none of ``commands``: the command that was probably meant."""
+def unknown_command(word: str, commands: Sequence[str], *, is_prompt: bool = True) -> str:
+    """Return the message about a word that is none of ``commands``: the command that was probably meant.
+
+    Args:
+        word: The word.
+        commands: The commands that there are.
+        is_prompt: Whether a word that is none of them may be meant as a text to generate an image from.
+    """
     from difflib import get_close_matches
 
     if near := get_close_matches(word, commands, n=1):
         return f'no command "{word}"; did you mean "{near[0]}"?'
+    if not is_prompt:
+        return f'no command "{word}"; expected one of {", ".join(commands)}'
     if not word.isascii() or " " in word:
         quoted = word if word.isalnum() else shlex.quote(word)
         return f'no command "{word}"; to generate images from it: cogview generate {quoted}'

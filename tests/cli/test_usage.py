@@ -26,3 +26,17 @@ def test_with_options_names_the_options_of_the_command(command, message, expecte
 def test_main_names_options_in_errors_of_the_library(tiny_checkpoint, capsys):
     assert main(["generate", "狐狸", "--device", "mps", "--model", str(tiny_checkpoint)]) == 2
     assert capsys.readouterr().err.endswith("has no MPS device; use --device cpu\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "bild"], 'cogview data: no command "bild"; did you mean "build"?; see cogview data --help'),
+        (["adapter", "unmerg"], 'cogview adapter: no command "unmerg"; did you mean "unmerge"?; see cogview adapter'),
+        (["adapter", "狐狸"], 'cogview adapter: no command "狐狸"; expected one of merge, unmerge, info; see cogview'),
+    ],
+)
+def test_group_suggests_the_command_that_was_meant(arguments, message, capsys):
+    """Commands of commands were refused by words of click, without the command that is spelled like the word."""
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err

@@ -295,8 +295,7 @@ def test_read_job_refuses_a_line_without_end(read, suffix):
     header = "prompt\n" if suffix in ("csv", "tsv") else ""
     lines, [problem] = read(f"job.{suffix}", header + "\n".join([prompt % FOX, prompt % (DOG * 12_000)]))
     assert [line.prompt for line in lines] == [FOX]
-    assert problem.endswith("characters, expected at most 100000")
-    assert problem.startswith(f"line {3 if header else 2}: the line has 1")
+    assert problem == f"line {3 if header else 2}: the line is too long, expected at most 100000 characters"
 
 
 def test_read_job_refuses_a_pipe(tmp_path):

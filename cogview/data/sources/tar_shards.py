@@ -5,6 +5,7 @@ The archive is read in order, its pictures later by their offsets. Nothing is ex
 
 from __future__ import annotations
 
+import os
 import tarfile
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -31,21 +32,26 @@ class TarShard:
     """The records of one tar archive in its order.
 
     Args:
-        path: The archive, not compressed.
+        path: The archive, not compressed. Where it is cut off, a record says so.
 
     Raises:
-        InputError: The archive cannot be read.
+        InputError: The archive cannot be read, or its first header is none.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with self._open():
-                pass
+            with path.open("rb") as file:
+                self._size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                first = file.read(BLOCK)
         except OSError as error:
             raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-        except tarfile.TarError as error:
-            raise InputError(f"{path} is no tar archive, or is cut off: {error}") from None
+        if len(first) == BLOCK and any(first):
+            try:
+                tarfile.TarInfo.frombuf(first, tarfile.ENCODING, "surrogateescape")
+            except tarfile.TarError as error:
+                raise InputError(f"{path} is no tar archive: {error}") from None
         self._count = sum(1 for _ in self._groups())
 
     def __len__(self) -> int:
@@ -55,18 +61,18 @@ class TarShard:
         for key, members in self._groups():
             yield self._record(key, members)
 
-    def _open(self) -> tarfile.TarFile:
-        return tarfile.open(self.path, "r:")
-
     def _groups(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
         """Yield the members of each key by their suffixes; an empty key and no members where the archive is cut."""
-        with self._open() as archive:
-            for key, members in groupby(_members(archive), key=lambda member: member[0]):
-                yield key, {suffix: info for _, suffix, info in members if info is not None}
+        for key, members in groupby(_members(self.path, self._size), key=lambda member: member[0]):
+            yield key, {suffix: info for _, suffix, info in members if info is not None}
 
     def _record(self, key: str, members: Mapping[str, tarfile.TarInfo]) -> PictureRecord:
         if not members:
             return PictureRecord(name=str(self.path), problem="the archive is cut off or damaged at its end")
+        for info in members.values():
+            if (there := self._size - info.offset_data) < info.size:
+                problem = f"the archive is cut off within it, after {max(0, there)} of {info.size} bytes"
+                return PictureRecord(name=self._name(info.name), problem=problem)
         pictures = [suffix for suffix in members if suffix in IMAGE_SUFFIXES]
         texts = [suffix for suffix in (CAPTION_SUFFIX, ".json") if suffix in members]
         if not pictures:
@@ -105,21 +111,25 @@ class TarShard:
         return str(self.path / member)
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[_Member]:
+def _members(path: Path, size: int) -> Iterator[_Member]:
     """Yield key, suffix and header of each file, and empty ones at the end of an archive that lacks its end mark.
 
-    ``tarfile`` takes a damaged header for the end, so the mark is looked for: a block of zeros.
+    ``tarfile`` takes a damaged header for the end, so the mark is looked for: a block of zeros. An archive that is cut
+    within a member ends with that member.
     """
     end = 0
     try:
-        while (info := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # they would grow without limit
-            end = info.offset_data + (-(-info.size // BLOCK) * BLOCK if info.isreg() else 0)
-            folder, _, base = info.name.rpartition("/")
-            stem, dot, suffix = base.partition(".")  # WebDataset's rule: the key ends at the first dot
-            if info.isreg() and stem:
-                yield f"{folder}/{stem}" if folder else stem, f"{dot}{suffix}".lower(), info
-        with Path(str(archive.name)).open("rb") as file:
+        with tarfile.open(path, "r:") as archive:
+            while end <= size and (info := archive.next()) is not None:
+                archive.members = []  # type: ignore[attr-defined]  # they would grow without limit
+                end = info.offset_data + (-(-info.size // BLOCK) * BLOCK if info.isreg() else 0)
+                folder, _, base = info.name.rpartition("/")
+                stem, dot, suffix = base.partition(".")  # WebDataset's rule: the key ends at the first dot
+                if info.isreg() and stem:
+                    yield f"{folder}/{stem}" if folder else stem, f"{dot}{suffix}".lower(), info
+                    if info.offset_data + info.size > size:
+                        return
+        with path.open("rb") as file:
             file.seek(end)
             is_whole = file.read(BLOCK) == bytes(BLOCK)
     except (tarfile.TarError, OSError):
