@@ -6,16 +6,18 @@ Weights are random and depend on the seed alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 
 from cogview.checkpoints.checkpoint import Model
 from cogview.checkpoints.image_tokenizer import codebook_hash
+from cogview.errors import InputError
 from cogview.generation.requests import DecodingRequest
 from cogview.modeling.config import ModelConfig, Sampling, TransformerConfig
 from cogview.modeling.transformer import Transformer
@@ -153,3 +155,12 @@ def assert_on_sheet(sheet: str | Path, files: Sequence[str | Path], factor: int 
             np.array_equal(page_HWC[top : top + height, left : left + width], tile_HWC)
             for top, left in zip(tops, lefts, strict=True)
         ), f"{file} is not on {sheet}"
+
+
+def input_error(function: Callable[..., object], *arguments: Any, **settings: Any) -> str:
+    """Return the message of the ``InputError`` that a call must raise, which is one line."""
+    with pytest.raises(InputError) as caught:
+        function(*arguments, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

@@ -25,6 +25,7 @@ from cogview.errors import InputError
 from cogview.files import file_sha256
 from cogview.modeling.config import FORMAT_VERSION, Sampling
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
+from tests.factories import input_error
 
 CPU = torch.device("cpu")
 CAPTIONS = ["蓝色背景上的三只狐狸", "一个红苹果在汽车的左边"] * 4
@@ -55,11 +56,7 @@ def change_config(folder, **changes):
 
 def error_of(folder):
     """Return the one-line message of loading a folder that must fail."""
-    with pytest.raises(InputError) as caught:
-        load_model(folder, CPU, torch.float32)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return input_error(load_model, folder, CPU, torch.float32)
 
 
 # --- saved equals loaded --------------------------------------------------------------------------------------------

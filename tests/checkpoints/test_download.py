@@ -21,7 +21,8 @@ import pytest
 from cogview import __version__
 from cogview.checkpoints.download import PartialDownload, download, received
 from cogview.checkpoints.registry import FileEntry
-from cogview.errors import InputError, RetryLaterError
+from cogview.errors import RetryLaterError
+from tests.factories import input_error
 
 CONTENT = random.Random(0).randbytes(400_000)
 OTHER = CONTENT[:300_000] + random.Random(1).randbytes(100_000)
@@ -133,11 +134,7 @@ def known(urls, **facts):
 
 
 def error_of(file, folder, **settings):
-    with pytest.raises(InputError) as caught:
-        download(file, folder, **{"delays": (), **settings})
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return input_error(download, file, folder, **{"delays": (), **settings})
 
 
 def names_in(folder):

@@ -16,8 +16,8 @@ from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.checkpoints.precision import Precision
 from cogview.checkpoints.v1_convert import convert_folder
 from cogview.cli.main import main
-from cogview.errors import InputError
 from cogview.modeling.lora import LoraSettings, add_lora, lora_parameters
+from tests.factories import input_error
 
 CPU = torch.device("cpu")
 PROJECTION = "layers.1.mlp.input.weight"
@@ -37,14 +37,6 @@ def change(path, name, value, dtype=None):
     save_file(tensors, path.with_suffix(".new"))
     path.with_suffix(".new").replace(path)
     return f"{path}: {name} has 1 of {tensors[name].numel():,} numbers that are NaN or infinite: "
-
-
-def error_of(call):
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -83,7 +75,7 @@ def test_load_transformer_names_the_tensor_that_is_not_finite(folder, stored, dt
     """Such a model was opened, and every image that it drew was noise."""
     path = folder / "model.safetensors"
     message = change(path, PROJECTION, value, stored)
-    assert error_of(lambda: load_transformer(folder, CPU, dtype, quantization)).startswith(message)
+    assert input_error(lambda: load_transformer(folder, CPU, dtype, quantization)).startswith(message)
     opened = load_transformer(folder, CPU, torch.float32, allow_nonfinite=True)
     assert not opened.get_parameter(PROJECTION).isfinite().all()
 
@@ -94,7 +86,7 @@ def test_load_transformer_names_the_scales_that_are_not_finite(folder, tmp_path,
     convert_folder(folder, tmp_path / "small", precision=Precision(None, quantization))
     message = change(tmp_path / "small" / "model.safetensors", f"layers.1.mlp.input.{name}", math.nan)
     asked = quantization if keep else None
-    assert error_of(lambda: load_transformer(tmp_path / "small", CPU, torch.float32, asked)).startswith(message)
+    assert input_error(lambda: load_transformer(tmp_path / "small", CPU, torch.float32, asked)).startswith(message)
 
 
 def test_load_transformer_refuses_numbers_beyond_the_dtype(folder):
@@ -102,7 +94,7 @@ def test_load_transformer_refuses_numbers_beyond_the_dtype(folder):
     path = folder / "model.safetensors"
     change(path, PROJECTION, 1e6)
     load_transformer(folder, CPU, torch.bfloat16)
-    assert error_of(lambda: load_transformer(folder, CPU, torch.float16)) == (
+    assert input_error(lambda: load_transformer(folder, CPU, torch.float16)) == (
         f"{path}: {PROJECTION} has numbers beyond the range of float16: choose bfloat16 or float32"
     )
 
@@ -110,8 +102,8 @@ def test_load_transformer_refuses_numbers_beyond_the_dtype(folder):
 @pytest.mark.parametrize("name", ["quantizer.codebook", "encoder.1.weight"])
 def test_load_image_tokenizer_names_the_tensor_that_is_not_finite(folder, name):
     message = change(folder / "image" / "model.safetensors", name, math.inf)
-    assert error_of(lambda: load_image_tokenizer(folder / "image")).startswith(message)
-    assert error_of(lambda: load_model(folder, CPU, torch.float32, meta_only=True)).startswith(message)
+    assert input_error(lambda: load_image_tokenizer(folder / "image")).startswith(message)
+    assert input_error(lambda: load_model(folder, CPU, torch.float32, meta_only=True)).startswith(message)
 
 
 def test_save_model_refuses_numbers_beyond_the_dtype(folder, tmp_path):
@@ -120,7 +112,7 @@ def test_save_model_refuses_numbers_beyond_the_dtype(folder, tmp_path):
     with torch.no_grad():
         model.transformer.get_parameter(PROJECTION)[0, 0] = 1e6
     message = f"{PROJECTION} has numbers beyond the range of float16: choose bfloat16 or float32"
-    assert error_of(lambda: save_model(tmp_path / "half", model, torch.float16)) == message
+    assert input_error(lambda: save_model(tmp_path / "half", model, torch.float16)) == message
     save_model(tmp_path / "whole", model)
 
 
@@ -148,7 +140,7 @@ def adapter_of(folder, target, scale=1.0):
 def test_commands_write_nothing_from_weights_that_are_not_finite(folder, tmp_path, write):
     adapter_of(folder, folder / "adapter")
     message = change(folder / "model.safetensors", PROJECTION, math.nan)
-    assert error_of(lambda: write(folder, tmp_path / "output")).startswith(message)
+    assert input_error(lambda: write(folder, tmp_path / "output")).startswith(message)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
@@ -156,7 +148,7 @@ def test_push_refuses_an_adapter_that_is_not_finite(folder, tmp_path):
     adapter = adapter_of(folder, tmp_path / "adapter")
     name = "base_model.model.layers.0.attention.output.lora_B.weight"
     change(adapter / "adapter_model.safetensors", name, math.nan)
-    message = error_of(lambda: push_folder(adapter, "owner/name"))
+    message = input_error(lambda: push_folder(adapter, "owner/name"))
     assert "layers.0.attention.output.lora_B.weight has 1 of 128 numbers that are NaN or infinite" in message
 
 
@@ -164,7 +156,7 @@ def test_merge_adapter_refuses_sums_beyond_float16_and_changes_nothing(folder, t
     adapter = adapter_of(folder, tmp_path / "adapter", scale=1e5)
     transformer = load_transformer(folder, CPU, torch.float16)
     before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    message = error_of(lambda: merge_adapter(transformer, adapter))
+    message = input_error(lambda: merge_adapter(transformer, adapter))
     assert message.endswith(" and B A has numbers beyond the range of float16: choose bfloat16 or float32")
     assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
     merge_adapter(load_transformer(folder, CPU, torch.bfloat16), adapter)

@@ -23,8 +23,8 @@ from cogview.checkpoints.checkpoint import load_model, read_config
 from cogview.checkpoints.hub import fetch_adapter, fetch_checkpoint, is_hub_name, push_folder
 from cogview.checkpoints.registry import ModelEntry, resolve_checkpoint
 from cogview.cli.main import main
-from cogview.errors import InputError
 from cogview.modeling.lora import LoraSettings, add_lora
+from tests.factories import input_error
 
 NAME = "studio/fox"
 TOKEN = "hf_secret"
@@ -257,14 +257,6 @@ def hub(tmp_path, monkeypatch):
     thread.join()
 
 
-def error_of(function, *arguments, **settings):
-    with pytest.raises(InputError) as caught:
-        function(*arguments, **settings)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 @pytest.fixture
 def folder(tiny_checkpoint, tmp_path):
     """A checkpoint folder with a card, its image, a licence, and files that do not belong to the model."""
@@ -346,7 +338,7 @@ def test_fetch_checkpoint_reads_the_cache_alone_when_offline(hub, folder, monkey
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetch_checkpoint(NAME) == online
-    assert error_of(fetch_checkpoint, "studio/wolf") == (
+    assert input_error(fetch_checkpoint, "studio/wolf") == (
         f"studio/wolf is not (completely) in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it "
         "and run the command again"
     )
@@ -361,14 +353,14 @@ def test_fetch_checkpoint_reads_the_cache_when_the_hub_cannot_be_reached(hub, fo
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     assert fetch_checkpoint(NAME) == online
-    message = error_of(fetch_checkpoint, "studio/wolf")
+    message = input_error(fetch_checkpoint, "studio/wolf")
     cache = constants.HF_HUB_CACHE
     assert message.startswith(f"studio/wolf is not (completely) in the cache {cache}, and {endpoint} cannot be reached")
     assert message.endswith(": check the network and HF_ENDPOINT")
 
 
 def test_fetch_checkpoint_reports_an_unknown_repository(hub):
-    assert error_of(fetch_checkpoint, "studio/wolf") == (
+    assert input_error(fetch_checkpoint, "studio/wolf") == (
         f"studio/wolf is neither a local folder nor a model at {hub.endpoint}; if it is private, run hf auth login or "
         "set HF_TOKEN"
     )
@@ -376,7 +368,7 @@ def test_fetch_checkpoint_reports_an_unknown_repository(hub):
 
 def test_fetch_checkpoint_reports_an_unknown_revision(hub, folder):
     hub.add(NAME, folder)
-    assert error_of(fetch_checkpoint, NAME, revision="v9") == (
+    assert input_error(fetch_checkpoint, NAME, revision="v9") == (
         f"{NAME} has no revision 'v9': expected a branch, a tag or a commit"
     )
 
@@ -384,7 +376,7 @@ def test_fetch_checkpoint_reports_an_unknown_revision(hub, folder):
 def test_fetch_checkpoint_reports_a_gated_repository(hub, folder, monkeypatch):
     hub.add(NAME, folder)
     hub.gated.add(NAME)
-    assert error_of(fetch_checkpoint, NAME) == (
+    assert input_error(fetch_checkpoint, NAME) == (
         f"{NAME} is gated: request access at {hub.endpoint}/{NAME}, then run hf auth login or set HF_TOKEN"
     )
     monkeypatch.setenv("HF_TOKEN", TOKEN)
@@ -394,14 +386,14 @@ def test_fetch_checkpoint_reports_a_gated_repository(hub, folder, monkeypatch):
 def test_fetch_checkpoint_sends_the_token_of_a_private_repository(hub, folder, monkeypatch):
     hub.add(NAME, folder)
     hub.closed.add(NAME)
-    assert "if it is private, run hf auth login or set HF_TOKEN" in error_of(fetch_checkpoint, NAME)
+    assert "if it is private, run hf auth login or set HF_TOKEN" in input_error(fetch_checkpoint, NAME)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert paths_in(fetch_checkpoint(NAME)) == MODEL_FILES
 
 
 def test_fetch_checkpoint_reports_a_hub_that_fails(hub):
     hub.broken = True
-    message = error_of(fetch_checkpoint, NAME)
+    message = input_error(fetch_checkpoint, NAME)
     assert f"{hub.endpoint} answered 500 for {NAME}: the database is away" in message
 
 
@@ -420,12 +412,12 @@ def test_fetch_checkpoint_refuses_another_kind_of_model(hub, tmp_path, files, me
     for name, content in {**files, "model.safetensors": "many gigabytes"}.items():
         (other / name).write_text(content)
     hub.add(NAME, other)
-    assert error_of(fetch_checkpoint, NAME) == f"{NAME} {message}"
+    assert input_error(fetch_checkpoint, NAME) == f"{NAME} {message}"
     assert "model.safetensors" not in hub.fetched()
 
 
 def test_fetch_checkpoint_reports_a_malformed_name(hub):
-    assert "studio/fo--x" in error_of(fetch_checkpoint, "studio/fo--x")
+    assert "studio/fo--x" in input_error(fetch_checkpoint, "studio/fo--x")
     assert hub.requests == []
 
 
@@ -438,7 +430,7 @@ def test_fetch_adapter_fetches_the_files_of_an_adapter_alone(hub, tmp_path):
     names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "cogview.json"]
     assert paths_in(fetch_adapter(NAME)) == names
     hub.add("studio/base", tmp_path / "nothing")
-    assert error_of(fetch_adapter, "studio/base") == "studio/base is no LoRA adapter: it has no adapter_config.json"
+    assert input_error(fetch_adapter, "studio/base") == "studio/base is no LoRA adapter: it has no adapter_config.json"
 
 
 @pytest.mark.multiprocess
@@ -458,7 +450,7 @@ def test_fetch_checkpoint_follows_the_environment_of_huggingface_hub(hub, folder
         done = subprocess.run([sys.executable, "-c", code, NAME], env=environment, capture_output=True, text=True)
         return done.stdout.strip()
 
-    assert fetch() == error_of(fetch_checkpoint, NAME)
+    assert fetch() == input_error(fetch_checkpoint, NAME)
     fetched = Path(fetch(HF_TOKEN=TOKEN))
     assert fetched.is_relative_to(tmp_path / "home" / "hub")
     assert paths_in(fetched) == MODEL_FILES
@@ -500,37 +492,39 @@ def test_push_folder_refuses_an_incomplete_or_damaged_folder(hub, folder, tmp_pa
     hub.requests.clear()
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert error_of(push_folder, folder, NAME).startswith(f"{weights} is damaged: ")
+    assert input_error(push_folder, folder, NAME).startswith(f"{weights} is damaged: ")
     weights.unlink()
-    assert error_of(push_folder, folder, NAME) == f"the checkpoint {folder} is incomplete: model.safetensors is missing"
+    assert (
+        input_error(push_folder, folder, NAME) == f"the checkpoint {folder} is incomplete: model.safetensors is missing"
+    )
     missing = tmp_path / "missing"
-    assert error_of(push_folder, missing, NAME) == f"{missing} is no checkpoint folder: config.json is missing"
+    assert input_error(push_folder, missing, NAME) == f"{missing} is no checkpoint folder: config.json is missing"
     (folder / "adapter_config.json").write_text("{}")
-    assert error_of(push_folder, folder, NAME).endswith("is incomplete: adapter_model.safetensors is missing")
+    assert input_error(push_folder, folder, NAME).endswith("is incomplete: adapter_model.safetensors is missing")
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("name", ["fox", "a/b/c", "狐狸/模型"])
 def test_push_folder_refuses_a_malformed_name(hub, folder, name):
-    assert error_of(push_folder, folder, name) == f'"{name}" is no name on the Hub: expected owner/name'
+    assert input_error(push_folder, folder, name) == f'"{name}" is no name on the Hub: expected owner/name'
 
 
 def test_push_folder_reports_what_the_hub_refuses(hub, folder, monkeypatch):
     login = "run hf auth login or set HF_TOKEN"
-    assert error_of(push_folder, folder, NAME) == (
+    assert input_error(push_folder, folder, NAME) == (
         f"{hub.endpoint} answered 401 for {NAME}: Invalid username or password.; {login}"
     )
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert error_of(push_folder, folder, "somebody-else/fox") == (
+    assert input_error(push_folder, folder, "somebody-else/fox") == (
         f"{hub.endpoint} answered 403 for somebody-else/fox: You don't have the rights to create a model under the "
         f"namespace somebody-else; {login}"
     )
     (folder / "README.md").write_text("---\nlicense: nonsense\n---\n")
-    message = error_of(push_folder, folder, NAME)
+    message = input_error(push_folder, folder, NAME)
     assert message.startswith(f"{NAME} cannot be pushed to {hub.endpoint}: Invalid metadata in README.md.")
     assert message.endswith('"license" must be one of a list')
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert error_of(push_folder, folder, NAME) == "HF_HUB_OFFLINE is set: unset it and run the command again"
+    assert input_error(push_folder, folder, NAME) == "HF_HUB_OFFLINE is set: unset it and run the command again"
 
 
 def test_push_command_prints_the_address_or_one_line(hub, folder, monkeypatch, capsys):
@@ -578,9 +572,9 @@ def test_resolve_checkpoint_prefers_local_folders_and_known_names(hub, folder, t
 
 def test_resolve_checkpoint_refuses_a_revision_of_other_models(hub, folder):
     for name in ("cogview-emoji", str(folder), "cogview-released", "fox"):
-        message = error_of(resolve_checkpoint, name, revision="v1")
+        message = input_error(resolve_checkpoint, name, revision="v1")
         assert message == f"the revision v1 applies to models of the Hugging Face Hub (owner/name), not to {name}"
-    assert "the revision v1 applies to" in error_of(CogView.from_pretrained, "cogview-released", revision="v1")
+    assert "the revision v1 applies to" in input_error(CogView.from_pretrained, "cogview-released", revision="v1")
 
 
 def test_adapter_is_pushed_and_merged_from_the_hub(hub, folder, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from cogview.checkpoints.safetensors_io import (
     open_safetensors,
 )
 from cogview.errors import InputError
+from tests.factories import input_error
 
 DTYPES = [
     torch.float64,
@@ -183,11 +184,7 @@ def test_describe_mismatch_compares_names_and_shapes():
 
 def error_of(path):
     """Return the one-line message of opening a file, which must fail."""
-    with pytest.raises(InputError) as caught:
-        WeightsFile(path)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return input_error(WeightsFile, path)
 
 
 def test_weights_file_reports_a_missing_file(tmp_path):

@@ -12,7 +12,7 @@ from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.checkpoints.precision import Precision
 from cogview.checkpoints.v1_convert import convert_folder
 from cogview.cli.main import main
-from cogview.errors import InputError
+from tests.factories import input_error
 
 CPU = torch.device("cpu")
 
@@ -41,14 +41,6 @@ def store(path, tensors):
     path.with_suffix(".new").replace(path)
 
 
-def error_of(call):
-    with pytest.raises(InputError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 @pytest.mark.parametrize(
     ("lie", "problem"),
     [
@@ -64,9 +56,9 @@ def test_check_sizes_names_the_size_that_the_transformer_contradicts(folder, lie
     change(folder / "config.json", **{f"transformer__{name}": value for name, value in lie.items()})
     message = f"{folder}/model.safetensors does not hold the weights that config.json describes: "
     message += problem.format(rows=rows)
-    assert error_of(lambda: check_sizes(folder)) == message
-    assert error_of(lambda: load_model(folder, CPU, torch.float32, meta_only=True)) == message
-    assert error_of(lambda: load_transformer(folder, CPU, torch.bfloat16, "int8")) == message
+    assert input_error(lambda: check_sizes(folder)) == message
+    assert input_error(lambda: load_model(folder, CPU, torch.float32, meta_only=True)) == message
+    assert input_error(lambda: load_transformer(folder, CPU, torch.bfloat16, "int8")) == message
 
 
 @pytest.mark.parametrize(
@@ -85,15 +77,15 @@ def test_load_image_tokenizer_names_the_size_that_the_weights_contradict(folder,
     change(folder / "image" / "config.json", **lie)
     message = f"{folder}/image/model.safetensors does not hold the weights that config.json describes: "
     message += problem.format(codes=codes, width=width)
-    assert error_of(lambda: load_image_tokenizer(folder / "image")) == message
-    assert error_of(lambda: check_sizes(folder)) == message
+    assert input_error(lambda: load_image_tokenizer(folder / "image")) == message
+    assert input_error(lambda: check_sizes(folder)) == message
 
 
 def test_check_sizes_refuses_a_vocabulary_with_other_image_codes(folder):
     """The rows of the embedding are padded, so that its shape alone does not show a code that is missing."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["vocabulary"]["num_image_codes"]
     change(folder / "config.json", vocabulary__num_image_codes=config - 1)
-    assert error_of(lambda: check_sizes(folder)) == (
+    assert input_error(lambda: check_sizes(folder)) == (
         f"{folder}/config.json: num_image_codes is {config - 1}, the image tokenizer in {folder}/image has {config} "
         "codes; restore the folder's own"
     )
@@ -105,7 +97,7 @@ def test_check_sizes_refuses_whole_numbers_where_floats_are_expected(folder, par
     tensors = load_file(path)
     store(path, {**tensors, name: tensors[name].to(torch.int64)})
     message = f"{path}: {name} is stored as int64, expected floating-point numbers; restore the file"
-    assert error_of(lambda: check_sizes(folder)) == message
+    assert input_error(lambda: check_sizes(folder)) == message
 
 
 @pytest.mark.parametrize(("quantization", "scale"), [("int8", "scale"), ("int4", "scales_and_zeros")])
@@ -119,7 +111,7 @@ def test_load_transformer_refuses_scales_of_another_shape(folder, tmp_path, quan
     store(path, {**tensors, name: found.contiguous()})
     expected = f"{path}: {name} has the shape {list(found.shape)}, expected {list(tensors[name].shape)}"
     asked = quantization if dtype is None else None
-    assert error_of(lambda: load_transformer(path.parent, CPU, torch.float32, asked)) == expected
+    assert input_error(lambda: load_transformer(path.parent, CPU, torch.float32, asked)) == expected
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])
@@ -128,7 +120,7 @@ def test_load_transformer_refuses_a_projection_that_is_stored_otherwise(folder, 
     path, name = tmp_path / "small" / "model.safetensors", "layers.1.mlp.input.weight"
     store(path, {**load_file(path), name: load_file(folder / "model.safetensors")[name]})
     expected = f"{path}: {name} is not stored as {quantization}, as other weights are"
-    assert error_of(lambda: load_transformer(path.parent, CPU, torch.float32)) == expected
+    assert input_error(lambda: load_transformer(path.parent, CPU, torch.float32)) == expected
 
 
 @pytest.mark.parametrize("command", ["info", "estimate"])

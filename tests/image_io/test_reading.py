@@ -16,6 +16,7 @@ from cogview.errors import InputError
 from cogview.image_io import reading as images
 from cogview.image_io.png import SAMPLING_KEYS, save_png, sheet_metadata
 from cogview.image_io.reading import EXPECTED, find_images, fit, read_image
+from tests.factories import input_error
 
 RED, GREEN, BLUE = (220, 20, 10), (10, 200, 30), (15, 25, 210)
 ORIENTATION = 0x0112  # the EXIF tag
@@ -57,14 +58,6 @@ def png_header(width, height):
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in ((b"IHDR", header), (b"IDAT", b""), (b"IEND", b""))
     )
-
-
-def message_of(function, *arguments):
-    with pytest.raises(InputError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # Reading: modes
@@ -187,7 +180,7 @@ def test_read_image_opens_named_formats_alone(tmp_path, monkeypatch, content):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *arguments, **_: started.append(arguments))
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    assert str(path) in message_of(read_image, path)
+    assert str(path) in input_error(read_image, path)
     assert not started
 
 
@@ -202,7 +195,7 @@ def test_read_image_reads_every_suffix_that_is_looked_for(tmp_path, suffix):
 def test_read_image_refuses_a_pipe_at_once(tmp_path):
     """Opening a named pipe waits for a writer that may never come."""
     os.mkfifo(tmp_path / "a.png")
-    assert message_of(read_image, tmp_path / "a.png") == (
+    assert input_error(read_image, tmp_path / "a.png") == (
         f"image {tmp_path / 'a.png'} is no regular file; expected an image file"
     )
 
@@ -336,16 +329,16 @@ def test_read_image_ignores_damaged_exif(tmp_path, exif, suffix, recwarn):
 
 def test_read_image_refuses_unreadable_file(tmp_path, monkeypatch):
     path = tmp_path / "没有.png"
-    assert message_of(read_image, path) == f"image {path} does not exist"
-    assert message_of(read_image, tmp_path) == f"{tmp_path} is a folder, expected an image file"
-    assert message_of(read_image, Path("a\0b")).endswith("cannot be read: embedded null byte")
+    assert input_error(read_image, path) == f"image {path} does not exist"
+    assert input_error(read_image, tmp_path) == f"{tmp_path} is a folder, expected an image file"
+    assert input_error(read_image, Path("a\0b")).endswith("cannot be read: embedded null byte")
 
     def denied(self, *_):
         raise PermissionError(13, "Permission denied")
 
     path.touch()
     monkeypatch.setattr("pathlib.Path.open", denied)  # root may read anything
-    assert message_of(read_image, path) == f"image {path} cannot be read: Permission denied"
+    assert input_error(read_image, path) == f"image {path} cannot be read: Permission denied"
 
 
 @pytest.mark.parametrize(
@@ -355,13 +348,13 @@ def test_read_image_refuses_unreadable_file(tmp_path, monkeypatch):
 def test_read_image_refuses_other_content(tmp_path, content):
     path = tmp_path / "a.png"
     path.write_bytes(content)
-    assert message_of(read_image, path) == f"{path} is no image that can be read; expected {EXPECTED}"
+    assert input_error(read_image, path) == f"{path} is no image that can be read; expected {EXPECTED}"
 
 
 def test_read_image_refuses_empty_file(tmp_path):
     path = tmp_path / "a.jpg"
     path.write_bytes(b"")
-    assert message_of(read_image, path) == f"{path} is empty, expected an image"
+    assert input_error(read_image, path) == f"{path} is empty, expected an image"
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "tiff"])
@@ -370,7 +363,7 @@ def test_read_image_refuses_truncated_file(tmp_path, kind, share, recwarn):
     path = tmp_path / "a.png"
     whole = encoded(noise(64, 64), kind)
     path.write_bytes(whole[: max(20, int(len(whole) * share))])
-    message = message_of(read_image, path)
+    message = input_error(read_image, path)
     if kind in ("png", "jpeg", "webp"):
         assert message.startswith(f"{path} is cut off or damaged: ")
     assert not recwarn.list
@@ -381,7 +374,7 @@ def test_read_image_refuses_damaged_file(tmp_path):
     whole = bytearray(encoded(noise(64, 64), "png"))
     whole[200:300] = bytes(100)
     path.write_bytes(whole)
-    assert message_of(read_image, path).startswith(f"{path} is cut off or damaged: ")
+    assert input_error(read_image, path).startswith(f"{path} is cut off or damaged: ")
 
 
 @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
@@ -389,21 +382,21 @@ def test_fit_refuses_image_without_pixels(tmp_path, size):
     path = tmp_path / "a.png"
     path.write_bytes(png_header(*size))
     damaged = f"{path} is cut off or damaged: its header does not give the size of an image"
-    assert message_of(read_image, path) == damaged
+    assert input_error(read_image, path) == damaged
     too_small = f"the image is {size[0]} x {size[1]} pixels, expected at least 1 x 1"
-    assert message_of(fit, Image.new("RGB", size), 8) == too_small
+    assert input_error(fit, Image.new("RGB", size), 8) == too_small
 
 
 def test_read_image_refuses_large_image_by_header(tmp_path, recwarn):
     path = tmp_path / "a.png"
     path.write_bytes(png_header(20_000, 20_000))
-    assert message_of(read_image, path) == (
+    assert input_error(read_image, path) == (
         f"{path} is 20000 x 20000 pixels, 400,000,000 in all; at most 64,000,000 are read: scale it down first"
     )
     path.write_bytes(png_header(1, 65_536))  # each row of a narrow image takes as long as one of a wide image
-    assert message_of(read_image, path) == f"{path} is 1 x 65536 pixels; at most 65,535 a side are read: crop it first"
+    assert input_error(read_image, path) == f"{path} is 1 x 65536 pixels; at most 65,535 a side are read: crop it first"
     path.write_bytes(png_header(8_000, 8_000))  # allowed, so it is decoded, and found without pixels
-    assert message_of(read_image, path).startswith(f"{path} is cut off or damaged: ")
+    assert input_error(read_image, path).startswith(f"{path} is cut off or damaged: ")
     assert not recwarn.list
 
 
@@ -420,7 +413,7 @@ def test_read_image_restores_limit_of_pillow(tmp_path, monkeypatch, kind):
             assert read_image(path).size == (12, 10)
             monkeypatch.setattr(images, "MAX_PIXELS", 119)
             monkeypatch.setattr(images, "MAX_JPEG_PIXELS", 119)
-            assert "is 12 x 10 pixels, 120 in all; at most 119 are read" in message_of(read_image, path)
+            assert "is 12 x 10 pixels, 120 in all; at most 119 are read" in input_error(read_image, path)
         assert pillows == Image.MAX_IMAGE_PIXELS
 
 
@@ -525,11 +518,11 @@ def test_find_images_prefers_file_to_pattern(album):
 
 
 def test_find_images_refuses_when_nothing_matches(album, monkeypatch):
-    assert message_of(find_images, []) == (
+    assert input_error(find_images, []) == (
         "no image was given; name files, folders, or patterns such as 'photos/*.png'"
     )
-    assert message_of(find_images, ["b.png", "*.bmp"]) == 'the pattern "*.bmp" matches no file'
-    assert message_of(find_images, ["folder.png"]) == (
+    assert input_error(find_images, ["b.png", "*.bmp"]) == 'the pattern "*.bmp" matches no file'
+    assert input_error(find_images, ["folder.png"]) == (
         "the folder folder.png holds no image: looked for names in .png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .tiff, "
         ".ppm, .pgm, not in folders below"
     )
@@ -538,7 +531,7 @@ def test_find_images_refuses_when_nothing_matches(album, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "listdir", denied)
-    assert message_of(find_images, ["below"]) == "the folder below cannot be read: Permission denied"
+    assert input_error(find_images, ["below"]) == "the folder below cannot be read: Permission denied"
 
 
 # Fitting

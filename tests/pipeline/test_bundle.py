@@ -21,6 +21,7 @@ from cogview.modeling.quantization import Int8Linear
 from cogview.pipeline import bundle as module
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.text import train_text_tokenizer
+from tests.factories import input_error
 
 CPU = torch.device("cpu")
 FOX = "蓝色背景上的一只狐狸"
@@ -250,11 +251,7 @@ def test_bundle_plans_memory_by_converted_dtype(parts, loaded, monkeypatch, dtyp
 
 def error_of(**settings):
     """The one line that opening the bundle ends in."""
-    with pytest.raises(InputError) as caught:
-        open_bundle(**settings)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
+    return input_error(open_bundle, **settings)
 
 
 def test_bundle_works_when_parts_are_missing(parts):
