@@ -150,3 +150,25 @@ def test_step_records_activation_maxima_of_each_layer():
     assert [name for name in metrics[2] if name.startswith("activation")] == names
     parts = len(seen) // 3
     assert metrics[2]["activation_max_layer_01"] == pytest.approx(max(seen[2 * parts :]).item())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("settings.json", "{}", r"settings\.json: training, dtype must be given"),
+        ("settings.json", "[]", r"settings\.json must be settings with names"),
+        ("report-0000.json", "[]", r"report-0000\.json is damaged: step must be a whole number from 0 on"),
+        ("report-0000.json", '{"step": 1, "rank": 3, "processes": 2, "seed": 0}', "is damaged: process 3 of 2"),
+        ("rows-0000.npz", "", r"rows-0000\.npz is damaged"),
+    ],
+)
+def test_replay_dump_refuses_damaged_files(tmp_path, name, content, message):
+    """Damage to a dump was a KeyError or a BadZipFile in `cogview doctor --dump`."""
+    trainer = open_trainer(
+        overflowing_trainer().model, training_settings(), monitor=MonitorSettings(dumps=tmp_path), num_threads=1
+    )
+    with pytest.raises(NonFiniteError):
+        train_step(trainer, 3, store_rows())
+    (tmp_path / "step-00000003" / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        list(replay_dump(tmp_path / "step-00000003", "cpu"))
