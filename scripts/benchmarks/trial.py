@@ -259,7 +259,9 @@ def answer(line: str, checkout: Path, folder: Path) -> str:
         return f"no end within {SECONDS} s"
     out, err = (stream.decode("utf-8", errors="replace").split("\n") for stream in (run.stdout, run.stderr))
     lines = [part for part in (text.split("\r")[-1].strip() for text in err) if part and "%|" not in part]
-    plain = [text for text in lines if not re.search(r" at a time of | on cpu, |^(drawing|generating) \d+ |^[\^~]+$", text)]
+    plain = [
+        text for text in lines if not re.search(r" at a time of | on cpu, |^(drawing|generating) \d+ |^[\^~]+$", text)
+    ]
     said = " / ".join([*plain[-2:], *[text.strip() for text in out if text.strip()][-2:]])
     return f"{run.returncode}: {shortened(said)}{num_different(folder / 'many')}"
 
