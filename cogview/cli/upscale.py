@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -35,20 +36,40 @@ LINE = "TEXT<TAB>IMAGE"
 def command(queries: QueryOptions, low_level: bool, tiles: bool, output: Path, session: SessionOptions) -> int:
     """Generate images at twice their side and print the paths of the PNG files, NAME-up-seedSEED.png.
 
-    The codes are generated in nine overlapping windows. An image of another size than the model's images is resized and
+    Without --prompt, a PNG file of cogview has its own. The codes are generated in nine overlapping windows. An image of another size than the model's images is resized and
     cropped first; one that is larger than the result is refused, unless --tiles upscales its parts. Images that cannot
     be used are listed at the end, with status 1.
     """
     from cogview.image_io.png import prepare_folder
 
     reader = ImageReader()
-    pairs = queries.read(reader)
+    own_prompts = queries.prompt is None and queries.input is None and bool(queries.images)
+    pairs = _queries_of_images(queries.images, reader) if own_prompts else queries.read(reader)
+    if queries.input is None:
+        pairs = [replace(query, paths=(path,)) for query in pairs for path in query.paths]
     prepare_folder(output)
     opened = GenerationSession.open(session, ["low_level" if low_level else "upscale"])
     opened.print_header()
-    if queries.input is None:
-        pairs = [TextImageQuery(prompt=query.prompt, paths=(path,)) for query in pairs for path in query.paths]
     return upscale_files(opened, reader, [(query, output) for query in pairs], low_level=low_level, tiles=tiles)
+
+
+def _queries_of_images(images: Sequence[str], reader: ImageReader) -> list[TextImageQuery]:
+    """Return a query with its own prompt for each image that was generated; the others become failures of ``reader``.
+
+    Raises:
+        InputError: No image matches, or none holds a prompt.
+    """
+    from cogview.image_io.png import read_metadata
+
+    queries = []
+    for path in reader.find(images):
+        texts = read_metadata(path)
+        if "cogview" in texts and texts.get("prompt", "").strip():
+            queries.append(TextImageQuery(prompt=texts["prompt"], paths=(path,)))
+        elif path not in reader.problems:
+            reader.problems[path] = f"image {path} holds no prompt, only images of cogview do: give --prompt TEXT"
+    reader.require_some(len(queries))
+    return queries
 
 
 def upscale_files(
@@ -95,4 +116,6 @@ def upscale_files(
 
     done = session.upscale_tiles(inputs(), task) if tiles else session.upscale(inputs(), len(good), task=task)
     reader.report_failures(done)
-    return ExitStatus.of(done, len(queries) - done)
+    queried = {path for query, _ in queries for path in query.paths}
+    without_prompt = sum(path not in queried for path in reader.problems)
+    return ExitStatus.of(done, len(queries) - done + without_prompt)

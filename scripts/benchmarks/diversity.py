@@ -30,9 +30,9 @@ from cogview.vqvae.codec import reconstruct
 
 PROMPTS = (
     *("一个红苹果", "一只猫", "一只狗", "一朵玫瑰", "一辆出租车", "一个足球"),
-    *("两只企鹅", "两只狐狸", "两个蛋糕", "三只狐狸", "三个西瓜", "三只兔子", "四个足球", "四只螃蟹"),
+    *("两只企鹅", "两只狐狸", "两个生日蛋糕", "三只狐狸", "三个西瓜", "三只兔子", "四个足球", "四只螃蟹"),
     *("左边是狐狸，右边是苹果", "左边是狗，右边是猫", "左边是足球，右边是蝴蝶"),
-    *("上面是狗，下面是房子", "上面是猫，下面是西瓜", "上面是企鹅，下面是蛋糕"),
+    *("上面是狗，下面是房子", "上面是猫，下面是西瓜", "上面是企鹅，下面是生日蛋糕"),
 )
 SHOWN = (0, 1, 9, 12, 14)  # prompts on the sheet
 SETTINGS = ("temperature=0.3,top_k=5,min_p=0.0,noise_version=1", "min_p=0.2", "")
@@ -124,6 +124,8 @@ def main() -> int:
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of five prompts for each setting")
     options = parser.parse_args()
     model, world = CogView.from_pretrained(options.model, device="cpu"), EmojiWorld.load(options.world)
+    if warnings := [warning for prompt in PROMPTS if (warning := model.prompt_warning(prompt)) is not None]:
+        parser.error(f"prompts beyond the world of the model: {'; '.join(warnings)}")
     grader = SceneGrader(world)
     scenes, captions = zip(*held_out_scenes(world, options.captions, CAPTION_SEED), strict=True)
     true = np.stack([world.render(scene, number) for number, scene in enumerate(scenes[:MAX_RECONSTRUCTIONS])])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogview.image_io.png import read_metadata
+from cogview.image_io.png import read_metadata, save_png
 
 FOX, DOG = "一只狐狸在汽车的左边", "蓝色背景上的三只狗"
 
@@ -126,7 +126,7 @@ def test_upscale_skips_a_prompt_that_cannot_be_used(upscale, save_image, no_imag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give --prompt TEXT and IMAGE…, or --input FILE with lines TEXT<TAB>IMAGE"),
+        ([], "image a.png holds no prompt, only images of cogview do: give --prompt TEXT"),
         (["--prompt", FOX, "--input", "blank.txt"], "--input holds texts and images: give either --input or --prompt "),
         (
             ["--prompt", FOX, "--max-inference-batch-size", "0"],
@@ -155,6 +155,17 @@ def test_upscale_reports_mistakes_in_one_line(upscale, save_image, no_image_is_r
     assert (status, files) == (2, [])
     assert err.startswith(f"cogview upscale: {message}")
     assert err.count("\n") == 1
+
+
+def test_upscale_takes_the_prompts_of_generated_images(upscale, save_image, tiny_model):
+    """The command asked for a prompt that stood in the file."""
+    save_image("photo.png")
+    for name, prompt in (("fox.png", FOX), ("dogs.png", DOG)):
+        [image] = tiny_model.generate(prompt, seed=3)
+        save_png(Path(name), image, image.metadata("tiny"))
+    status, files, err = upscale("fox.png", "photo.png", "dogs.png", "--low-level", "--seed", "7")
+    assert (status, [read_metadata(file)["prompt"] for file in files]) == (1, [FOX, DOG]), err
+    assert err.endswith("failed: image photo.png holds no prompt, only images of cogview do: give --prompt TEXT\n")
 
 
 @pytest.mark.parametrize(("flags", "task"), [([], "upscale"), (["--low-level"], "low_level")])
