@@ -36,9 +36,9 @@ LINE = "TEXT<TAB>IMAGE"
 def command(queries: QueryOptions, low_level: bool, tiles: bool, output: Path, session: SessionOptions) -> int:
     """Generate images at twice their side and print the paths of the PNG files, NAME-up-seedSEED.png.
 
-    Without --prompt, a PNG file of cogview has its own. The codes are generated in nine overlapping windows. An image of another size than the model's images is resized and
-    cropped first; one that is larger than the result is refused, unless --tiles upscales its parts. Images that cannot
-    be used are listed at the end, with status 1.
+    Without --prompt, a PNG file of cogview has its own. The codes are generated in nine overlapping windows. An
+    image of another size than the model's images is resized and cropped first; one that is larger than the result
+    is refused, unless --tiles upscales its parts. Images that cannot be used are listed at the end, with status 1.
     """
     from cogview.image_io.png import prepare_folder
 

@@ -41,7 +41,7 @@ def leave_part(files, name, size, count):
 def test_models_lists_tasks_and_licence_of_every_model(home, capsys):
     assert main(["models"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("cogview-emoji: draws, describes, ranks and enlarges")
+    assert out.startswith("cogview-emoji: generates, captions, ranks and upscales")
     for line in (
         "  tasks:    generate, caption, upscale, low_level",
         "  tasks:    upscale, low_level",
