@@ -110,12 +110,13 @@ def _decode_chinese(content: bytes) -> str | None:
     return text if others and common >= MIN_COMMON * len(others) else None
 
 
-def stream_lines(path: Path, on_note: Callable[[str], object] = print_note) -> Iterator[str]:
+def stream_lines(path: Path, on_note: Callable[[str], object] = print_note, *, limit: int = MAX_BYTES) -> Iterator[str]:
     """Yield the lines of a text file, each ending with a line feed; of a UTF-8 file, only one is in memory.
 
     Args:
         path: The file. In GBK or GB18030 it is read whole, with a note.
         on_note: Called with the note.
+        limit: Maximum size of a file in GBK or GB18030, in bytes.
 
     Yields:
         Each line; of a line beyond ``MAX_LINE`` only the beginning, which is too long as well.
@@ -125,13 +126,12 @@ def stream_lines(path: Path, on_note: Callable[[str], object] = print_note) -> I
     """
     with open_regular(path) as file:
         if not _is_utf8(file):
-            if file.seek(0, io.SEEK_END) > MAX_BYTES:
-                limit = format_bytes(MAX_BYTES)
+            if file.seek(0, io.SEEK_END) > limit:
                 raise InputError(
-                    f"{path} is not UTF-8, and with more than {limit} too large to be read as GB18030 (GBK): "
-                    "convert it: iconv -f GB18030 -t UTF-8"
+                    f"{path} is not UTF-8, and with more than {format_bytes(limit)} too large to be read as "
+                    "GB18030 (GBK): convert it: iconv -f GB18030 -t UTF-8"
                 )
-            yield from io.StringIO(read_text(str(path), on_note), newline=None)
+            yield from io.StringIO(read_text(str(path), on_note, limit), newline=None)
             return
         file.seek(0)
         text = io.TextIOWrapper(file, "utf-8-sig")
@@ -145,7 +145,7 @@ def _is_utf8(file: BinaryIO) -> bool:
     """Return whether a file is UTF-8 from its position to its end."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        while part := file.read(1 << 20):
+        while part := file.read(1 << 16):
             decoder.decode(part)
         decoder.decode(b"", final=True)
     except UnicodeDecodeError:

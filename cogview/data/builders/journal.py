@@ -27,6 +27,7 @@ class JournalEntry:
     Attributes:
         name: Name of the record.
         source: Hash of its name and captions, by which a changed source is found.
+        stamp: Size and time of change of its file, by which a changed picture is found.
         digest: Hash of the pixels; empty if the picture is left out.
         captions: Captions that became rows.
         held_out: Whether the rows belong to the held-out store.
@@ -36,6 +37,7 @@ class JournalEntry:
 
     name: str
     source: str
+    stamp: str = ""
     digest: str = ""
     captions: tuple[str, ...] = ()
     held_out: bool = False

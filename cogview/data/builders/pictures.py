@@ -25,9 +25,10 @@ import numpy as np
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from cogview.data.builders.copies import CopyFinder
 from cogview.data.builders.encode import LINE_SECONDS, encode_renditions, make_header
 from cogview.data.builders.journal import BuildJournal, JournalEntry
-from cogview.data.builders.prepare import PicturePreparer, PictureSettings, PreparedPicture, is_held_out
+from cogview.data.builders.prepare import PicturePreparer, PictureSettings, PreparedPicture
 from cogview.data.sources.records import PictureRecord, PictureSource
 from cogview.data.store import TEXT_FIELD
 from cogview.data.store_copy import copy_rows
@@ -41,6 +42,7 @@ from cogview.vqvae.codec import ImageTokenizer, codebook_sha256
 
 SPLITS = {True: "held-out", False: "training"}  # the training store is complete last
 JOURNAL = "journal.jsonl"
+COPIES = "copies.sqlite"
 LOCK = "owner.json"
 MEASURED = 10_000  # captions
 MANY_BYTES = 0.2  # share of the characters of captions from which on a warning is given
@@ -94,7 +96,7 @@ class BuildReport:
         left_out: Entries of the report.
         first_left_out: The first of them.
         notes: Number of pictures by note.
-        num_captions: Number of different captions.
+        same_caption: Whether all rows have the same caption.
         held_out_share: Share of the pictures that was to be held out.
         byte_share: Share of the characters without a piece of their own, in the first ``MEASURED`` captions.
     """
@@ -105,7 +107,7 @@ class BuildReport:
     left_out: int = 0
     first_left_out: str = ""
     notes: Counter[str] = field(default_factory=Counter)
-    num_captions: int = 0
+    same_caption: bool = False
     held_out_share: float = 0.0
     byte_share: float = 0.0
 
@@ -113,7 +115,7 @@ class BuildReport:
         """Return what is likely to be a mistake in the data."""
         found = []
         rows = sum(self.rows.values())
-        if rows > 1 and self.num_captions == 1:
+        if rows > 1 and self.same_caption:
             found.append(f"all {rows} captions are the same: a model cannot learn to tell the pictures apart by text")
         if self.byte_share > MANY_BYTES:
             found.append(
@@ -178,21 +180,20 @@ class PictureBuild:
     ) -> None:
         """Write the rows of all records that are not done yet."""
         point = journal.resume(block, {split: writer.count for split, writer in writers.items()})
-        copies = CopyFinder()
         records = itertools.chain.from_iterable(self.sources.values())
-        for entry in itertools.islice(journal.entries(), point.records):
-            record = next(records, None)
-            if record is None or entry.source != source_hash(record):
-                raise InputError(
-                    f"the sources have changed since the build was started, {entry.name} first: "
-                    f"remove {self.paths.work} to start anew"
-                )
-            copies.add(entry)
         surplus = dict(point.surplus)
         total = sum(map(len, self.sources.values()))
-        with _Progress(self.paths.store.name, point.records, total) as progress:
+        with (
+            CopyFinder(self.paths.work / COPIES) as copies,
+            _Progress(self.paths.store.name, point.records, total) as progress,
+        ):
+            for entry in itertools.islice(journal.entries(), point.records):
+                self._check_unchanged(entry, next(records, None), preparer)
+                copies.add(entry)
             for batch in self._prepared(preparer, records, block):
-                entries = [copies.entry(picture, self.settings.held_out) for picture in batch]
+                entries = [
+                    copies.entry(picture, source_hash(picture.record), self.settings.held_out) for picture in batch
+                ]
                 rows = self._encode_rows(batch, entries)
                 journal.append(entries)
                 for split, fields in rows.items():
@@ -201,6 +202,17 @@ class PictureBuild:
                     if len(new[TEXT_FIELD]):
                         writers[split].append(new)
                 progress.update(len(batch))
+
+    def _check_unchanged(self, entry: JournalEntry, record: PictureRecord | None, preparer: PicturePreparer) -> None:
+        """Raise InputError if a record is no longer that of an entry.
+
+        A picture whose file has another size or time is read again: a copied folder has other times.
+        """
+        remedy = f"remove {self.paths.work} to start anew"
+        if record is None or entry.source != source_hash(record):
+            raise InputError(f"the sources have changed since the build was started, {entry.name} first: {remedy}")
+        if record.file is not None and record.file.stamp() != entry.stamp and preparer[record].digest != entry.digest:
+            raise InputError(f"the picture {entry.name} has changed since the build was started: {remedy}")
 
     def _prepared(
         self, preparer: PicturePreparer, records: Iterator[PictureRecord], block: int
@@ -260,7 +272,8 @@ class PictureBuild:
 
     def _write_report(self, journal: BuildJournal) -> BuildReport:
         report = BuildReport(held_out_share=self.settings.held_out)
-        captions: set[int] = set()
+        first_caption: str | None = None
+        others = False
         shares: list[float] = []
         with atomic_write(self.paths.report) as temporary, temporary.open("wb") as file:
             for entry in journal.entries():
@@ -268,7 +281,9 @@ class PictureBuild:
                 report.pictures[entry.held_out] += bool(entry.captions)
                 report.rows[entry.held_out] += len(entry.captions)
                 report.notes.update(entry.notes)
-                captions.update(map(hash, entry.captions))
+                for caption in entry.captions:
+                    first_caption = caption if first_caption is None else first_caption
+                    others = others or caption != first_caption
                 if len(shares) < MEASURED:
                     shares += map(self.text_tokenizer.byte_share, entry.captions)
                 for reason in entry.left_out:
@@ -278,7 +293,7 @@ class PictureBuild:
                     file.write(json_line({"file": entry.name, "reason": reason}))
         if not report.left_out:
             self.paths.report.unlink()
-        report.num_captions = len(captions)
+        report.same_caption = not others and first_caption is not None
         report.byte_share = sum(shares) / max(1, len(shares))
         return report
 
@@ -330,43 +345,6 @@ class PictureBuild:
             yield
         finally:
             os.close(file)
-
-
-class CopyFinder:
-    """Finds pictures that are equal pixel for pixel; a copy with other captions adds these to the picture."""
-
-    def __init__(self) -> None:
-        self._captions: dict[str, tuple[str, set[int]]] = {}  # name and hashes of captions by hash of the pixels
-
-    def add(self, entry: JournalEntry) -> None:
-        """Remember the picture of an entry."""
-        if entry.captions:
-            _, known = self._captions.setdefault(entry.digest, (entry.name, set()))
-            known.update(map(hash, entry.captions))
-
-    def entry(self, picture: PreparedPicture, share: float) -> JournalEntry:
-        """Return the entry of a prepared picture, and remember it.
-
-        Args:
-            picture: The picture.
-            share: Share of the pictures that are held out.
-        """
-        left_out = picture.left_out
-        first, known = self._captions.get(picture.digest, ("", set()))
-        captions = tuple(caption for caption in picture.captions if hash(caption) not in known)
-        if picture.captions and not captions:
-            left_out = (*left_out, f"a copy of {first}, with no other caption")
-        entry = JournalEntry(
-            name=picture.record.name,
-            source=source_hash(picture.record),
-            digest=picture.digest,
-            captions=captions,
-            held_out=bool(captions) and is_held_out(picture.digest, share),
-            left_out=left_out,
-            notes=picture.notes,
-        )
-        self.add(entry)
-        return entry
 
 
 class _Progress:

@@ -57,6 +57,7 @@ class PreparedPicture:
 
     Attributes:
         record: The record.
+        stamp: Size and time of change of its file before it was read.
         digest: Hash of the decoded pixels, in hexadecimal; empty for a picture that cannot be used.
         captions: The normalized captions.
         pieces: Piece ids of each caption.
@@ -66,6 +67,7 @@ class PreparedPicture:
     """
 
     record: PictureRecord
+    stamp: str = ""
     digest: str = ""
     captions: tuple[str, ...] = ()
     pieces: tuple[list[int], ...] = ()
@@ -100,9 +102,10 @@ class PicturePreparer(Dataset[PreparedPicture]):
         """Return a record with its pixels and pieces, or with the reason why it cannot be used."""
         if record.file is None:
             return PreparedPicture(record=record, left_out=(record.problem or "",))
+        stamp = record.file.stamp()
         captions, pieces, left_out = self._tokenize(record.captions)
         if not captions:
-            return PreparedPicture(record=record, left_out=left_out, notes=record.notes)
+            return PreparedPicture(record=record, stamp=stamp, left_out=left_out, notes=record.notes)
         notes = list(record.notes)
         try:
             image = read_image(Path(record.name), notes.append, content=record.file.read_part())
@@ -110,10 +113,11 @@ class PicturePreparer(Dataset[PreparedPicture]):
                 width, height = image.size
                 raise InputError(f"the picture is {width} x {height} pixels, expected at least {MIN_SIDE} on a side")
         except InputError as error:
-            return PreparedPicture(record=record, left_out=(str(error),), notes=record.notes)
+            return PreparedPicture(record=record, stamp=stamp, left_out=(str(error),), notes=record.notes)
         scales = self.settings.scales.items()
         return PreparedPicture(
             record=record,
+            stamp=stamp,
             digest=pixel_digest(image),
             captions=captions,
             pieces=pieces,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cogview.data.sources.records import MAX_SOURCE_BYTES, PictureFile, PictureRecord
-from cogview.data.sources.tables import TableOptions, unnamed_pictures
+from cogview.data.sources.tables import NamedPictures, TableOptions, unnamed_records
 from cogview.errors import InputError
 from cogview.input_files import read_regular
 from cogview.plain_data import parse_json
@@ -49,7 +49,10 @@ class CocoCaptions:
             else:
                 captions[image].append(text.strip())
         self._records = [_record(path, folder, image, captions) for image in images] + problems
-        self._records += unnamed_pictures(self._records, path)
+        named = NamedPictures()
+        for record in self._records:
+            named.add(record)
+        self._records += unnamed_records(sorted(named.others()), path)
 
     def __len__(self) -> int:
         return len(self._records)

@@ -11,7 +11,7 @@ from cogview.errors import InputError
 
 GB18030_NOTE = "its captions are not UTF-8 and are read as GB18030 (GBK)"
 
-MAX_SOURCE_BYTES = 1 << 30  # of a table or a COCO file, which are held in memory; several make one store
+MAX_SOURCE_BYTES = 1 << 30  # of a COCO file or a table in GBK, which are held in memory; several make one store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,14 @@ class PictureFile:
     path: Path
     offset: int = 0
     size: int | None = None
+
+    def stamp(self) -> str:
+        """Return size and time of change of the file, as text; empty if there is none."""
+        try:
+            status = self.path.stat()
+        except (OSError, ValueError):
+            return ""
+        return f"{status.st_size} {status.st_mtime_ns}"
 
     def read_part(self) -> bytes | None:
         """Return the bytes of a part of an archive; None for a file of its own, which its reader opens.

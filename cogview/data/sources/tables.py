@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cogview.data.sources.columns import Columns, choose_columns
 from cogview.data.sources.records import MAX_SOURCE_BYTES, PictureFile, PictureRecord
 from cogview.errors import InputError
 from cogview.image_io.reading import IMAGE_SUFFIXES
-from cogview.tables import HeaderError, TableLines, as_whole, parse_objects, parse_table, read_text
+from cogview.tables import HeaderError, TableLines, as_whole, parse_objects, parse_table, stream_lines
+
+PARQUET_ROWS = 1000  # rows in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +42,8 @@ class TableOptions:
 class PictureTable:
     """The rows of a table, in its order. Rows of one picture that follow each other are one record.
 
-    Pictures that no row names, in the folders of those that are named, follow as problems.
+    Pictures that no row names, in the folders of those that are named, follow as problems. Every iteration reads the
+    table anew, so that only a row of it is in memory.
 
     Args:
         path: The table.
@@ -48,65 +57,105 @@ class PictureTable:
     def __init__(self, path: Path, options: TableOptions, on_note: Callable[[str], object]) -> None:
         self.path = path
         self.folder = path.parent if options.folder is None else options.folder
-        lines = _parse_parquet(path) if path.suffix.lower() == ".parquet" else _parse_text(path, on_note)
         try:
-            rows = list(lines)
+            names = self._column_names(on_note)
         except HeaderError as error:
             raise InputError(f"{path}: {error}") from None
-        names = list(dict.fromkeys(name for _, row in rows if isinstance(row, Mapping) for name in row))
-        if not names:
-            reason = f"; line {rows[0][0]}: {rows[0][1]}" if rows else ""
-            raise InputError(f"{path} has no rows that can be used{reason}")
-        columns = choose_columns(names, options.image_column, options.caption_columns, str(path))
-        if columns.is_guessed:
-            on_note(f"{path}: {columns}")
-        self._records = merged_records([_record(self, columns, number, row) for number, row in rows])
-        self._records += unnamed_pictures(self._records, self.path)
+        self.columns = choose_columns(names, options.image_column, options.caption_columns, str(path))
+        if self.columns.is_guessed:
+            on_note(f"{path}: {self.columns}")
+        named = NamedPictures()
+        self._count = sum(1 for _ in merged_records(map(named.add, self._records())))
+        self._unnamed = sorted(named.others())
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._count + len(self._unnamed)
 
     def __iter__(self) -> Iterator[PictureRecord]:
-        return iter(self._records)
+        yield from merged_records(self._records())
+        yield from unnamed_records(self._unnamed, self.path)
+
+    def _column_names(self, on_note: Callable[[str], object]) -> list[str]:
+        """Return the columns in their order: those of the first row, or of all objects in JSON lines."""
+        names: dict[str, None] = {}
+        first = ""
+        for number, row in self._rows(on_note):
+            if isinstance(row, str):
+                first = first or f"; line {number}: {row}"
+                continue
+            names.update(dict.fromkeys(row))
+            if self.path.suffix.lower() != ".jsonl":
+                break
+        if not names:
+            raise InputError(f"{self.path} has no rows that can be used{first}")
+        return list(names)
+
+    def _records(self) -> Iterator[PictureRecord]:
+        """Yield a record for each row."""
+        for number, row in self._rows(lambda note: None):
+            yield _record(self, self.columns, number, row)
+
+    def _rows(self, on_note: Callable[[str], object]) -> TableLines:
+        """Yield the rows."""
+        suffix = self.path.suffix.lower()
+        if suffix == ".parquet":
+            return _parse_parquet(self.path)
+        lines = stream_lines(self.path, on_note, limit=MAX_SOURCE_BYTES)
+        if suffix in (".csv", ".tsv"):
+            return parse_table(lines, "\t" if suffix == ".tsv" else ",")
+        return parse_objects(lines)
 
 
-def merged_records(records: Sequence[PictureRecord]) -> list[PictureRecord]:
-    """Return records in which those of one picture that follow each other are one, with all captions."""
-    merged: list[PictureRecord] = []
-    for record in records:
-        if record.file is not None and merged and merged[-1].file == record.file:
-            first = merged.pop()
-            record = PictureRecord(name=first.name, captions=first.captions + record.captions, file=first.file)
-        merged.append(record)
-    return merged
-
-
-def unnamed_pictures(records: Sequence[PictureRecord], path: Path) -> Iterator[PictureRecord]:
-    """Yield the pictures that lie in the folders of the records' files and are not named by them, as problems.
-
-    Args:
-        records: The records of ``path``.
-        path: The file of captions.
-    """
-    named = {record.name for record in records}
-    for folder in sorted({os.path.dirname(record.file.path) for record in records if record.file is not None}):  # noqa: PTH120
-        try:
-            names = sorted(os.listdir(folder or "."))
-        except OSError:  # each picture there has its own problem
+def merged_records(records: Iterable[PictureRecord]) -> Iterator[PictureRecord]:
+    """Yield records, with those of one picture that follow each other as one with all captions."""
+    for file, group in itertools.groupby(records, key=lambda record: record.file):
+        if file is None:
+            yield from group
             continue
-        for name in names:
-            picture = str(Path(folder, name))
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".") and picture not in named:
-                yield PictureRecord(name=picture, problem=f"a picture without a caption: {path} does not name it")
+        first, *others = group
+        captions = first.captions + tuple(caption for record in others for caption in record.captions)
+        yield PictureRecord(name=first.name, captions=captions, file=file) if others else first
 
 
-def _parse_text(path: Path, on_note: Callable[[str], object]) -> TableLines:
-    """Parse a table in a text file."""
-    suffix = path.suffix.lower()
-    text = read_text(str(path), on_note, limit=MAX_SOURCE_BYTES)
-    if suffix in (".csv", ".tsv"):
-        return parse_table(text, "\t" if suffix == ".tsv" else ",")
-    return parse_objects(text)
+class NamedPictures:
+    """The names of pictures, each as a hash of 8 bytes, and the folders of those that can be used."""
+
+    def __init__(self) -> None:
+        self._hashes = array("Q")
+        self._folders: set[str] = set()
+
+    def add(self, record: PictureRecord) -> PictureRecord:
+        """Remember the picture of a record, and return the record."""
+        self._hashes.append(_name_hash(record.name))
+        if record.file is not None:
+            self._folders.add(os.path.dirname(record.file.path))  # noqa: PTH120  faster for millions
+        return record
+
+    def others(self) -> Iterator[str]:
+        """Yield the pictures in the folders that were not added."""
+        named = np.unique(np.frombuffer(self._hashes, dtype=np.uint64))
+        for folder in self._folders:
+            with suppress(OSError), os.scandir(folder or ".") as entries:  # each picture there has its own problem
+                for entry in entries:
+                    if entry.name.startswith(".") or not entry.name.lower().endswith(IMAGE_SUFFIXES):
+                        continue
+                    picture = str(Path(folder, entry.name))
+                    key = np.uint64(_name_hash(picture))
+                    position = np.searchsorted(named, key)
+                    if position == len(named) or named[position] != key:
+                        yield picture
+
+
+def _name_hash(name: str) -> int:
+    """Return a hash of a name, in 64 bits."""
+    content = name.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def unnamed_records(names: Iterable[str], path: Path) -> Iterator[PictureRecord]:
+    """Yield pictures that ``path`` does not name, as problems."""
+    for name in names:
+        yield PictureRecord(name=name, problem=f"a picture without a caption: {path} does not name it")
 
 
 def _parse_parquet(path: Path) -> TableLines:
@@ -119,10 +168,10 @@ def _parse_parquet(path: Path) -> TableLines:
         ) from None
     try:
         with parquet.ParquetFile(path) as file:
-            rows = [row for batch in file.iter_batches() for row in batch.to_pylist()]
+            rows = itertools.chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(PARQUET_ROWS))
+            yield from enumerate(rows, start=1)
     except (OSError, ValueError) as error:  # ArrowInvalid is a ValueError
         raise InputError(f"{path} is no Parquet file that can be read: {' '.join(str(error).split())}") from None
-    yield from enumerate(rows, start=1)
 
 
 def _record(table: PictureTable, columns: Columns, number: int, row: Mapping[str, Any] | str) -> PictureRecord:

@@ -3,6 +3,7 @@
 import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,28 @@ def test_picture_table_names_lines_and_pictures_that_cannot_be_used(read):
         "list.csv, line 5": "3 columns, expected 2; a text that holds a comma belongs between quotation marks",
         "in/unnamed.png": "a picture without a caption: list.csv does not name it",
     }
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.jsonl"])
+def test_picture_table_holds_no_row_in_memory(read, name):
+    """All rows were in memory, twice: gigabytes for ten million."""
+    peaks = []
+    for count in (500, 4000):
+        rows = [(f"{number // 2}.jpg", f"{number}" + "只狐狸" * 50) for number in range(count)]
+        if name.endswith("l"):
+            lines = [json.dumps({"image": image, "text": text}) for image, text in rows]
+        else:
+            lines = [("\t" if "tsv" in name else ",").join(row) for row in [("image", "text"), *rows]]
+        write(name, "\n".join(lines))
+        del lines, rows
+        tracemalloc.start()
+        try:
+            source = open_source(Path(name), TableOptions(), print)
+            assert sum(len(record.captions) == 2 for record in source) == len(source) == count // 2
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert peaks[1] - peaks[0] < 50 * 3500  # of 450 bytes in a row
 
 
 @pytest.mark.parametrize(
