@@ -26,7 +26,8 @@ from cogview.training.run_folder import RunFolder
 from cogview.training.settings import TransformerSettings
 from cogview.training.setup import train
 from cogview.training.text_tokenizer import TextTokenizerRecipe, train_text_model
-from cogview.training.vqvae_trainer import VQVAERecipe, export_image_tokenizer, train_vqvae
+from cogview.training.vqvae_recipe import VQVAERecipe
+from cogview.training.vqvae_trainer import export_image_tokenizer, train_vqvae
 
 SIDE = 64  # pixels: 8 x 8 codes
 COLOURS = {"红色": "crimson", "黄色": "gold", "绿色": "seagreen", "蓝色": "royalblue", "白色": "white"}

@@ -278,7 +278,7 @@ def test_settings_have_no_field_with_old_name():
     from cogview.emoji.world import WorldSettings
     from cogview.modeling.config import ModelConfig
     from cogview.training.settings import TransformerSettings
-    from cogview.training.vqvae_trainer import VQVAERecipe
+    from cogview.training.vqvae_recipe import VQVAERecipe
 
     roots = (ModelEntry, SceneEncodeSettings, WorldSettings, ModelConfig, TransformerSettings, VQVAERecipe)
     names = {setting.name for root in roots for kind in dataclasses_within(root) for setting in fields(kind)}

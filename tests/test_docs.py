@@ -19,12 +19,13 @@ from cogview.cli.main import main
 from cogview.config_io import from_mapping
 from cogview.training.settings import TransformerSettings, TransformerTraining
 from cogview.training.text_tokenizer import TextTokenizerRecipe
+from cogview.training.vqvae_recipe import VQVAERecipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "benchmarks" / "RESULTS.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md"), RESULTS])
 GUIDES = [page for page in PAGES if page.name not in ("CHANGELOG.md", "RESULTS.md")]
-TOKENIZERS = {"text": TextTokenizerRecipe}  # the sections that snippets show whole
+TOKENIZERS = {"text": TextTokenizerRecipe, "image": VQVAERecipe}  # the sections that snippets show whole
 GENERATED = ("contributing.md", "changelog.md", "results.md")  # of docs/hooks.py
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -28,7 +28,8 @@ from cogview.training.run_folder import RunFolder
 from cogview.training.settings import RunSettings, TransformerSettings
 from cogview.training.setup import train
 from cogview.training.text_tokenizer import TextTokenizerRecipe, train_text_model
-from cogview.training.vqvae_trainer import VQVAERecipe, export_image_tokenizer, train_vqvae
+from cogview.training.vqvae_recipe import VQVAERecipe
+from cogview.training.vqvae_trainer import export_image_tokenizer, train_vqvae
 from cogview.vqvae.model import VQVAEConfig
 from cogview.vqvae.training import VQVAETrainingSettings
 

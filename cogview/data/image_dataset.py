@@ -36,7 +36,7 @@ class ImageExample:
 
     Args:
         identity: Name of the example that no other example of the data has, and that is the same in every run.
-        captions: One caption or several.
+        captions: One caption or several; none where only an image tokenizer is trained.
         render: Return the image at a scale of the dataset's ``side``, as uint8 RGB (side * scale, side * scale, 3).
             All scales show the same content: 1 is the image itself, 2 a larger rendition for the task upscale, 0.5 a
             smaller one for the task low_level.
@@ -47,10 +47,6 @@ class ImageExample:
     captions: tuple[str, ...]
     render: Callable[[float], np.ndarray]
     regions: tuple[NamedRegion, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.captions:
-            raise ValueError(f"example {self.identity} has no caption, expected at least one")
 
     @staticmethod
     def from_pixels(pixels: np.ndarray, *, side: int, identity: str, captions: tuple[str, ...]) -> ImageExample:
@@ -168,9 +164,14 @@ def caption_of(dataset: ImageDataset, row: int) -> tuple[ImageExample, str]:
     Args:
         dataset: The images and captions.
         row: Row of the store, from 0.
+
+    Raises:
+        InputError: The example has no caption.
     """
     size = len(dataset)
     example = dataset[row % size]
+    if not example.captions:
+        raise InputError(f"example {example.identity} has no caption, expected at least one")
     return example, example.captions[row // size % len(example.captions)]
 
 

@@ -94,6 +94,11 @@ class Recipe:
         return self.work / "text.model"
 
     @property
+    def picture_index(self) -> Path:
+        """Index of the pictures that the VQ-VAE is trained on."""
+        return self.work / "pictures.jsonl"
+
+    @property
     def image_run(self) -> Path:
         """Run folder of the VQ-VAE."""
         return self.work / "image-run"

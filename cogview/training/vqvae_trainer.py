@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,141 +19,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer, save_image_tokenizer
 from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.config_io import to_mapping
 from cogview.data.image_dataset import ImageDataset, check_dataset, render
-from cogview.data.keyed_random import KeyedRandom
-from cogview.data.sampling_order import sample_index
 from cogview.device import training_dtype
 from cogview.errors import InputError
 from cogview.files import atomic_folder
 from cogview.image_io.contact_sheet import contact_sheet
-from cogview.signals import worker_init
 from cogview.training.loop import BatchSource, Trainer, run_loop
 from cogview.training.run_folder import RunFolder, Writer, warn_if_unwritten
 from cogview.training.run_record import VALIDATION
-from cogview.training.settings import RunSettings
 from cogview.training.trainer_state import read_pickled_state
-from cogview.vqvae.codec import reconstruct, to_float
+from cogview.training.vqvae_images import VALIDATION_IMAGES, TrainingImages, held_out_batches, training_batches
+from cogview.training.vqvae_recipe import VQVAERecipe
+from cogview.vqvae.codec import reconstruct
 from cogview.vqvae.lr_schedule import warmup_cosine
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 from cogview.vqvae.quantizer import RENAMED_AVERAGES
-from cogview.vqvae.ranges import COUNT, WORKERS, check_ranges
 from cogview.vqvae.training import VQVAETrainingSettings, evaluate_vqvae, reconstruction_loss
 
-VALIDATION_IMAGES = 512
 SHEET_IMAGES = 12
-
-
-@dataclass(frozen=True, kw_only=True)
-class VQVAERecipe:
-    """The ``image`` section of a recipe.
-
-    Args:
-        training: Settings of the training steps.
-        model: Shape of the VQ-VAE.
-        scales: Scales of the training images, in turn; [1, 2] for a model that upscales.
-        init_from: Name or folder of an image tokenizer, or of a model with one, that initializes the weights.
-        run: Intervals of logging, saving and evaluation.
-        precision: ``auto``, or the dtype of autocast.
-        num_workers: Processes that render images; 0 renders in the main process.
-        validation_images: Maximum number of held-out images of an evaluation, of all scales together.
-
-    Raises:
-        ValueError: ``scales`` is empty, or a number is out of range.
-    """
-
-    training: VQVAETrainingSettings
-    model: VQVAEConfig = field(default_factory=VQVAEConfig)
-    scales: tuple[int, ...] = (1,)
-    init_from: str | None = None
-    run: RunSettings = field(default_factory=RunSettings)
-    precision: str = "auto"
-    num_workers: int = 0
-    validation_images: int = VALIDATION_IMAGES
-
-    def __post_init__(self) -> None:
-        if not self.scales:
-            raise ValueError("scales must hold at least one number")
-        check_ranges(self, {"scales": "[1, 16]", "num_workers": WORKERS, "validation_images": COUNT})
-
-
-class TrainingImages(Dataset[Tensor]):
-    """Square images for a VQ-VAE, float32 (3, side, side) in [0, 1], in the order of training.
-
-    Positions take the ``scales`` in turn. An image that is rendered larger than the side is cropped at a random
-    position of the grid of codes, so that a crop has the codes of its part of the image.
-
-    Args:
-        dataset: The images. Unless it ``is_shuffled``, every epoch is a new permutation of it.
-        downsampling: Pixels on each side of the square that one code stands for.
-        scales: Scales of the images.
-        seed: Seed of the permutations; None keeps the order of the dataset.
-    """
-
-    def __init__(
-        self, dataset: ImageDataset, downsampling: int, scales: Sequence[int] = (1,), seed: int | None = None
-    ) -> None:
-        self.dataset = dataset
-        self.downsampling = downsampling
-        self.scales = scales
-        self.seed = seed
-
-    def __getitem__(self, position: int) -> Tensor:
-        epoch, index = divmod(position, len(self.dataset))
-        if self.seed is not None and not self.dataset.is_shuffled:
-            index = int(sample_index(self.seed, position, len(self.dataset)))
-        example = self.dataset[index]
-        scale, side = self.scales[position % len(self.scales)], self.dataset.side
-        random = KeyedRandom("part", example.identity, *([epoch] if epoch else []))
-        steps = (scale - 1) * side // self.downsampling + 1
-        top, left = (self.downsampling * random.randbelow(steps) for _ in range(2))
-        return to_float(render(example, side, scale)[top : top + side, left : left + side])
-
-
-def training_batches(
-    images: TrainingImages, batch_size: int, first: int, last: int, num_workers: int = 0
-) -> Iterator[Tensor]:
-    """Return batches ``first`` to ``last`` - 1 of a training, each (B, 3, H, W).
-
-    Args:
-        images: The images.
-        batch_size: Images of a batch.
-        first: First batch.
-        last: Batch after the last one.
-        num_workers: Processes that render images ahead of time.
-    """
-    loader = DataLoader(
-        images,
-        batch_size=batch_size,
-        sampler=range(first * batch_size, last * batch_size),
-        num_workers=num_workers,
-        worker_init_fn=worker_init,
-    )
-    return iter(loader)
-
-
-def held_out_batches(
-    dataset: ImageDataset,
-    downsampling: int,
-    scales: Sequence[int] = (1,),
-    count: int = VALIDATION_IMAGES,
-    batch_size: int = 64,
-) -> Iterator[Tensor]:
-    """Return batches (B, 3, H, W) of the first ``count`` held-out images, fewer if the dataset is smaller.
-
-    Args:
-        dataset: The dataset.
-        downsampling: Side of a code in pixels.
-        scales: Sizes of the images, over that of the dataset.
-        count: Maximum number of images.
-        batch_size: Images of a batch.
-    """
-    images = TrainingImages(dataset, downsampling, scales)
-    return iter(DataLoader(images, batch_size=batch_size, sampler=range(min(count, len(dataset)))))
 
 
 class VQVAETrainer(Trainer[Tensor]):
@@ -366,7 +252,7 @@ def train_vqvae(
         check_dataset(dataset, recipe.model.downsampling)
     initial = None if recipe.init_from is None else load_initial_vqvae(recipe.init_from, recipe.model)
     settings, downsampling = recipe.training, recipe.model.downsampling
-    images = TrainingImages(training, downsampling, recipe.scales, settings.seed)
+    images = TrainingImages(training, downsampling, recipe.scales, settings.seed, flip=recipe.flip)
     return run_loop(
         VQVAETrainer(
             recipe.model,

@@ -327,7 +327,7 @@ def test_recipes_of_the_repository_are_readable(path, tmp_path):
     from cogview.training.recipe import Recipe
     from cogview.training.settings import TransformerSettings
     from cogview.training.text_tokenizer import TextTokenizerRecipe
-    from cogview.training.vqvae_trainer import VQVAERecipe
+    from cogview.training.vqvae_recipe import VQVAERecipe
 
     recipe = Recipe(path=path, sections=read_recipe(path), overrides=(), work=tmp_path)
     transformer = recipe.settings(TransformerSettings, "transformer")

@@ -42,9 +42,10 @@ def test_from_pixels_refuses_images_that_are_not_square_rgb(shape):
         example(np.zeros((16, 16, 3)))
 
 
-def test_image_example_refuses_an_empty_list_of_captions():
-    with pytest.raises(ValueError, match="example 照片 has no caption, expected at least one"):
-        example(np.zeros((16, 16, 3), dtype=np.uint8), captions=())
+def test_caption_of_refuses_an_example_without_captions():
+    """Pictures without captions suit an image tokenizer alone."""
+    with pytest.raises(InputError, match="example 照片 has no caption, expected at least one"):
+        caption_of([example(np.zeros((16, 16, 3), dtype=np.uint8), captions=())], 0)
 
 
 def test_captions_yields_every_caption_once():

@@ -529,7 +529,7 @@ def read_recipe_file(folder: Path) -> None:
     from cogview.training.recipe import Recipe
     from cogview.training.settings import TransformerSettings
     from cogview.training.text_tokenizer import TextTokenizerRecipe
-    from cogview.training.vqvae_trainer import VQVAERecipe
+    from cogview.training.vqvae_recipe import VQVAERecipe
 
     kinds: Mapping[str, type] = {
         "scenes": WorldSettings,

@@ -7,7 +7,7 @@ import pytest
 from cogview.errors import InputError
 from cogview.training.recipe import Recipe, find_recipe, packaged_recipes
 from cogview.training.settings import TransformerSettings
-from cogview.training.vqvae_trainer import VQVAERecipe
+from cogview.training.vqvae_recipe import VQVAERecipe
 
 EMOJI_CPU = Path(__file__).parents[2] / "scripts/recipes/emoji-cpu.yaml"
 

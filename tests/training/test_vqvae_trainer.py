@@ -19,15 +19,9 @@ from cogview.errors import InputError
 from cogview.training.loop import BatchSource, run_loop
 from cogview.training.run_folder import RunFolder
 from cogview.training.settings import RunSettings
-from cogview.training.vqvae_trainer import (
-    TrainingImages,
-    VQVAERecipe,
-    VQVAETrainer,
-    export_image_tokenizer,
-    held_out_batches,
-    train_vqvae,
-    training_batches,
-)
+from cogview.training.vqvae_images import TrainingImages, held_out_batches, training_batches
+from cogview.training.vqvae_recipe import VQVAERecipe
+from cogview.training.vqvae_trainer import VQVAETrainer, export_image_tokenizer, train_vqvae
 from cogview.vqvae.codec import to_float
 from cogview.vqvae.model import VQVAEConfig
 from cogview.vqvae.quantizer import RENAMED_AVERAGES
@@ -218,6 +212,19 @@ def test_training_images_crop_an_example_differently_in_another_epoch():
     corners = {round(images[9 * epoch + 4][1, 0, 0].item() * 255) for epoch in range(8)}
     assert len(corners) > 3
     assert all(corner % 4 < 3 and corner < 12 for corner in corners)  # a crop of two codes of the four on a side
+
+
+def test_training_images_mirror_every_other_image_when_flip_is_set():
+    """The choice belongs to the image and the epoch, so a resumed run repeats it."""
+    plain, flipped = (TrainingImages(PlainColours(), 8, scales=(2,), flip=flip) for flip in (False, True))
+    mirrored = []
+    for position in range(36):
+        image, other = plain[position], flipped[position]
+        assert torch.equal(other, flipped[position])
+        mirrored.append(not torch.equal(image, other))
+        assert torch.equal(other, image.flip(-1) if mirrored[-1] else image)
+    assert 9 <= sum(mirrored) <= 27
+    assert mirrored[:9] != mirrored[9:18]
 
 
 def test_held_out_batches_are_of_held_out_scenes(make_tiny_world):

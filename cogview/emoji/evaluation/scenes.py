@@ -19,7 +19,7 @@ from cogview.evaluation.harness import TUNING_SEED, choose_sampling, describe_pr
 from cogview.evaluation.metrics import accuracy, format_accuracy, reconstruction_quality
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
-from cogview.training.vqvae_trainer import held_out_batches
+from cogview.training.vqvae_images import held_out_batches
 from cogview.vqvae.codec import reconstruct
 from cogview.vqvae.training import evaluate_vqvae
 
