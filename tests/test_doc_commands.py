@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.checkpoints.registry import ModelEntry, converted_folder, load_registry
@@ -129,6 +130,7 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview data build captions.csv --pictures photos -o data/photos --model cogview-emoji --fit pad": Run(
         "captions", more="--workers 0"
     ),
+    "cogview train-image own.yaml --resume auto": Run("own", more="--device cpu"),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(
         "tests/test_examples.py runs it with few steps"
     ),
@@ -208,6 +210,22 @@ class Workshop:
         Path("prompts.jsonl").write_text('{"prompt": "一只狐狸"}\n{"prompt": "一个红苹果", "n": 2}\n', encoding="utf-8")
         for name in ("scripts", "examples"):
             Path(name).symlink_to(ROOT / name)
+
+    def own(self) -> None:
+        """Write a recipe of an image tokenizer for pictures of many colours."""
+        for number in range(12):
+            path = Path("coloured", f"{number}.png")
+            path.parent.mkdir(exist_ok=True)
+            Image.new("RGB", (32, 32), (20 * number, 99, 0)).save(path)
+        image = {
+            "pictures": ["coloured"],
+            "side": 32,
+            "held_out": 0.3,
+            "precision": "float32",
+            "model": {"channels": [4, 8, 8], "encoder_blocks": [0, 0, 1], "num_codes": 16, "code_width": 4},
+            "training": {"steps": 2, "batch_size": 2, "warmup_steps": 1},
+        }
+        Path("own.yaml").write_text(yaml.safe_dump({"work": "runs/own", "image": image}), encoding="utf-8")
 
     def captions(self) -> None:
         """Write captions beside the pictures, and a table of them."""
