@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from cogview.data.sources.open import open_source
+from cogview.data.sources.tables import TableOptions
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingRequest
 from cogview.modeling.config import GREEDY, Sampling
@@ -266,3 +268,14 @@ def test_compile_kernels_works_without_a_gpu():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in run.stdout.splitlines()[2:]]
     assert [row[1] for row in rows] == ["_forward_kernel", "_backward_kernel"]
     assert all(0 < int(row[4]) <= 255 for row in rows)
+
+
+def test_data_build_draws_the_same_pictures_for_every_source(load_benchmark, tmp_path):
+    benchmark = load_benchmark("data_build")
+    found = []
+    for sources in benchmark.write_sources(tmp_path, 3).values():
+        opened = [open_source(path, TableOptions(), lambda note: None) for path in sources]
+        records = [record for source in opened for record in source]
+        found.append([(Path(record.name).name, record.captions) for record in records])
+    assert len(found[0]) == 3
+    assert found[0] == found[1] == found[2]

@@ -133,7 +133,8 @@ class NamedPictures:
 
     def others(self) -> Iterator[str]:
         """Yield the pictures in the folders that were not added."""
-        named = np.unique(np.frombuffer(self._hashes, dtype=np.uint64))
+        named = np.frombuffer(self._hashes, dtype=np.uint64)
+        named.sort()  # in place
         for folder in self._folders:
             with suppress(OSError), os.scandir(folder or ".") as entries:  # each picture there has its own problem
                 for entry in entries:
