@@ -145,12 +145,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         ) from None
 
 
-def require_regular(path: Path) -> None:
-    """Raise InputError if ``path`` is a pipe, a device or a socket, whose reading might never end."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"{path} is no regular file; a command reads a pipe as its standard input, named -")
-
-
 def temporary_path(path: Path) -> Path:
     """Return the path at which the only writer of ``path`` writes until it is complete."""
     return path.with_name(_TEMPORARY_NAMES[0].format(path.name))

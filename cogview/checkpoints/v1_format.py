@@ -342,11 +342,16 @@ def _entries(source: Path, stack: ExitStack) -> tuple[list[str], Callable[[str],
         return [name], lambda _: stack.enter_context(open_regular(source))
     try:
         archive = stack.enter_context(tarfile.open(source, "r:"))  # noqa: SIM115  the caller closes it
-        members = {member.name.removeprefix("./"): member for member in archive.getmembers() if member.isreg()}
+        members = {}
+        for member in archive:
+            if member.size < 0:  # it would lead back, for ever
+                raise EOFError("a member has a negative size")
+            if member.isreg():
+                members[member.name.removeprefix("./")] = member
         if any(member.issparse() for member in members.values()):
             raise InputError(f"{source} has members with holes, which checkpoints have not: the file is refused")
         end = source.stat().st_size
-        if any(member.size < 0 or member.offset_data + member.size > end for member in members.values()):
+        if any(member.offset_data + member.size > end for member in members.values()):
             raise EOFError("a member reaches beyond its end")
     except InputError:
         raise

@@ -30,15 +30,15 @@ def command(
     the model's images is resized and cropped first. Images that cannot be read are listed at the end, with status 1.
     """
     from cogview.image_io.captioned_sheet import captioned_sheet, group_images, legend, require_sheet_fits
-    from cogview.image_io.png import prepare_folder, safe_name
+    from cogview.image_io.png import prepared_folder, safe_name
 
     reader = ImageReader()
     paths = reader.find(images)
     if grid:
         require_sheet_fits(len(paths) * n)
-    prepare_folder(output)
-    opened = GenerationSession.open(session, ["generate"])
-    opened.model.complete([], prompt, rows=rows)  # a wrong number of rows is reported before an image is read
+    with prepared_folder(output):
+        opened = GenerationSession.open(session, ["generate"])
+        opened.model.complete([], prompt, rows=rows)  # a wrong number of rows is reported before an image is read
     opened.print_header()
     if not opened.check_prompt(prompt):
         return 2

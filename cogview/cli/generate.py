@@ -102,7 +102,7 @@ def command(
     several times, or by torchrun, shares the work.
     """
     from cogview.image_io.captioned_sheet import require_sheet_fits
-    from cogview.image_io.png import prepare_folder
+    from cogview.image_io.png import prepared_folder
 
     if options.keep is not None and options.keep > options.n:
         raise InputError(f"--keep must be from 1 to {options.n}, the images per prompt (-n), got {options.keep}")
@@ -119,8 +119,8 @@ def command(
         raise InputError("--resume continues a job: give its file by --input FILE")
     if not prompts and (is_json() or not sys.stdin.isatty()):
         raise InputError('no prompt was given; write it after the command: cogview generate "一个红苹果"')
-    prepare_folder(options.output)
-    opened = GenerationSession.open(session, ["generate", *options.tasks])
+    with prepared_folder(options.output):
+        opened = GenerationSession.open(session, ["generate", *options.tasks])
     opened.print_header()
     if prompts:
         return generate_images(opened, prompts, options)

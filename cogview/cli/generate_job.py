@@ -6,6 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +113,7 @@ def run_job(source: str, *, resume: bool, options: GenerateOptions, session: Ses
     """
     from cogview.device import use_local_rank_gpu
     from cogview.image_io.captioned_sheet import require_sheet_fits
-    from cogview.image_io.png import prepare_folder
+    from cogview.image_io.png import prepared_folder
 
     records, problems = read_job(source)
     rank_and_world_size()  # a wrong environment is reported before the model is loaded
@@ -120,12 +121,13 @@ def run_job(source: str, *, resume: bool, options: GenerateOptions, session: Ses
     images = sum(min(count, options.keep or count) for count in counts)
     if options.grid:
         require_sheet_fits(images)
-    prepare_folder(options.output)
     path = options.output / f"{'stdin' if source == '-' else Path(source).stem}.ledger.jsonl"
-    locks = JobLocks(path)
-    try:
-        if not resume:
-            refuse_existing(path, locks)
+    with prepared_folder(options.output), ExitStack() as stack:
+        locks = None  # without a journal, not before the model is open: one that is refused leaves no file
+        if path.exists():
+            locks = stack.enter_context(closing(JobLocks(path)))
+            if not resume:
+                refuse_existing(path, locks)
         use_local_rank_gpu()
         opened = GenerationSession.open(session, options.tasks)
         settings = JobSettings(
@@ -140,14 +142,11 @@ def run_job(source: str, *, resume: bool, options: GenerateOptions, session: Ses
             kv_dtype=session.model.kv_dtype,
         )
         plan = JobPlan(opened.model, settings, records, problems)
+        if locks is None:
+            locks = stack.enter_context(closing(JobLocks(path)))
         # Results recorded since the look above are those of processes that were started beside this one.
-        journal = plan.open_journal(path, locks)
-        try:
-            return _run(opened, plan, journal, locks, grid=options.grid)
-        finally:
-            journal.close()
-    finally:
-        locks.close()
+        journal = stack.enter_context(closing(plan.open_journal(path, locks)))
+        return _run(opened, plan, journal, locks, grid=options.grid)
 
 
 def _run(session: GenerationSession, plan: JobPlan, journal: JobJournal, locks: JobLocks, *, grid: bool) -> int:

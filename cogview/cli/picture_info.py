@@ -116,7 +116,8 @@ def _sheet_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
         return ["complete", "--rows", texts.get("rows", "0"), "--prompt", prompt, *options], source.split("\n")
     if texts.get("task") == "job":
         return ["generate", "--input", source, *options], []
-    return ["generate", *options], _parse(texts["prompts"], list) if "prompts" in texts else prompt.split("\n")
+    prompts = _parse(texts["prompts"], list) if "prompts" in texts else prompt.split("\n")
+    return ["generate", *options], list(map(str, prompts))
 
 
 def _parse(text: str, kind: type[Any]) -> Any:

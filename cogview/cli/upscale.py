@@ -40,15 +40,15 @@ def command(queries: QueryOptions, low_level: bool, tiles: bool, output: Path, s
     image of another size than the model's images is resized and cropped first; one that is larger than the result
     is refused, unless --tiles upscales its parts. Images that cannot be used are listed at the end, with status 1.
     """
-    from cogview.image_io.png import prepare_folder
+    from cogview.image_io.png import prepared_folder
 
     reader = ImageReader()
     own_prompts = queries.prompt is None and queries.input is None and bool(queries.images)
     pairs = _queries_of_images(queries.images, reader) if own_prompts else queries.read(reader)
     if queries.input is None:
         pairs = [replace(query, paths=(path,)) for query in pairs for path in query.paths]
-    prepare_folder(output)
-    opened = GenerationSession.open(session, ["low_level" if low_level else "upscale"])
+    with prepared_folder(output):
+        opened = GenerationSession.open(session, ["low_level" if low_level else "upscale"])
     opened.print_header()
     return upscale_files(opened, reader, [(query, output) for query in pairs], low_level=low_level, tiles=tiles)
 

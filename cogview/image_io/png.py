@@ -11,13 +11,14 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.files import atomic_write
 from cogview.image_io.a1111 import A1111_KEY, a1111_parameters
 from cogview.image_io.reading import SHEET_KEY, open_image
@@ -183,8 +184,31 @@ def prepare_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"the output folder {folder} cannot be written: {reason}; choose another") from None
+        raise InputError(f"the output folder {folder} cannot be written: {reason_of(error)}; choose another") from None
+
+
+@contextmanager
+def prepared_folder(folder: Path) -> Iterator[None]:
+    """Prepare a folder for output, and remove it if the block fails before anything was written.
+
+    A folder that cannot be written is so reported before a model is loaded, and a model that is refused leaves no empty
+    folder.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        InputError: If no file can be written there.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    prepare_folder(folder)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def _is_same(old: Mapping[str, str], new: Mapping[str, str]) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.image_io.colour import to_srgb
 
 # No other format is ever opened: Pillow would start Ghostscript for PostScript, whatever the name of the file.
@@ -211,8 +211,7 @@ def _open_file(path: Path) -> BufferedReader:
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         if isinstance(error, InputError):
             raise
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"image {path} cannot be read: {reason}") from None
+        raise InputError(f"image {path} cannot be read: {reason_of(error)}") from None
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -229,8 +228,9 @@ def _open(file: BufferedReader[Any], path: Path, formats: tuple[str, ...]) -> Im
     pillows_limit = Image.MAX_IMAGE_PIXELS
     try:
         start = file.peek(16)
-        if start[8:12] == b"WEBP" and (size := os.fstat(file.fileno()).st_size) > MAX_WEBP_BYTES:
+        if start[8:12] == b"WEBP" and (size := file.seek(0, os.SEEK_END)) > MAX_WEBP_BYTES:
             raise InputError(f"{path} has {size:,} bytes; at most {MAX_WEBP_BYTES:,} are read: scale it down first")
+        file.seek(0)
         Image.MAX_IMAGE_PIXELS = None  # ``_check_size`` has the size and the remedy
         try:
             return Image.open(file, formats=formats)

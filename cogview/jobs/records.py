@@ -161,6 +161,7 @@ def read_job(source: str) -> tuple[list[JobRecord], list[JobProblem]]:
     where = name_of(source)
     records: dict[str, JobRecord] = {}
     problems: list[JobProblem] = []
+    problem_ids: set[str] = set()
     try:
         for number, found in find(read_text(source)):
             try:
@@ -171,8 +172,9 @@ def read_job(source: str) -> tuple[list[JobRecord], list[JobProblem]]:
                     raise ValueError(f'the id "{record.key}" is that of line {records[record.key].number} as well')
             except ValueError as error:
                 name = found.get("id") if isinstance(found, Mapping) else None
-                is_unique = isinstance(name, str) and name not in {*records, *(problem.id for problem in problems)}
+                is_unique = isinstance(name, str) and name not in records and name not in problem_ids
                 problems.append(JobProblem.of(number, str(error), name if is_unique else None))
+                problem_ids.add(problems[-1].id)
             else:
                 records[record.key] = record
     except HeaderError as error:
@@ -225,10 +227,10 @@ def _rows_of(text: str, delimiter: str) -> TableLines:
 
 
 def _parse_cell(column: str, cell: str) -> Any:
-    """Return a cell as a number or a list, if its column holds those and it is one; None for an empty cell."""
+    """Return a cell as a number or a list, if its column holds those and it is one; else the cell."""
     kind = _column_types()[column]
     if not cell:
-        return None
+        return cell
     if kind is tuple:
         return cell.split(LIST_MARK)
     for number in (int, float) if kind is int else (float,) if kind is float else ():

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from cogview.device import choose_placement, use_local_rank_gpu
-from cogview.errors import InputError, ReportedByPeer, RetryLaterError
+from cogview.errors import InputError, ReportedByPeer
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class DistributedContext:
         if error is None or reporter != self.rank:
             raise ReportedByPeer(f"process {reporter} stopped")
         if reporter:
-            kind = RetryLaterError if isinstance(error, RetryLaterError) else InputError
+            kind = type(error) if isinstance(error, InputError) else InputError
             raise kind(f"process {reporter} of {self.size}: {error}")
         raise error
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from cogview.checkpoints.finite import require_finite
 from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.safetensors_io import describe_mismatch, open_safetensors
-from cogview.errors import InputError, is_out_of_memory
+from cogview.errors import InputError, is_out_of_memory, reason_of
 from cogview.files import write_json
+from cogview.formatting import shorten
 from cogview.plain_data import read_json
 from cogview.training.distributed import DistributedContext
 from cogview.training.engines.base import ADAM_MOMENTS, TrainingState
@@ -185,7 +186,7 @@ def read_pickled_state(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle may fail in any way
         if is_out_of_memory(error):
             raise
-        raise InputError(f"{path} is damaged: {str(error)[:100] or type(error).__name__}") from None
+        raise InputError(f"{path} is damaged: {shorten(' '.join(reason_of(error).split()), 100)}") from None
     _check_finite(f"{path}: ", "", state)
     return state
 

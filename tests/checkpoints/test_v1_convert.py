@@ -459,6 +459,16 @@ def test_import_v1_refuses_archives_with_holes(files, tmp_path, headers, content
     assert words in message
 
 
+def test_import_v1_refuses_archives_with_a_negative_size(files, tmp_path):
+    """The header behind such a member is the one before it, and the archive was read for ever."""
+    member = tarfile.TarInfo("model/50000/mp_rank_00_model_states.pt")
+    member.size = -512
+    archive = tmp_path / "cogview-base.tar"
+    archive.write_bytes(tarfile.TarInfo("a").tobuf() + member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    message = error_of(lambda: convert({**files, "source": archive}, tmp_path / "ours"), tmp_path)
+    assert "is no tar archive, or is cut short (a member has a negative size)" in message
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_import_v1_reports_truncated_files(small_release, tmp_path, legacy):
     """A download may break off in the archive, in a transformer or in an image tokenizer."""

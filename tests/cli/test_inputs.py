@@ -41,3 +41,23 @@ def test_command_notes_once_that_an_image_is_unlike_the_training(
     [note] = [line for line in err.splitlines() if "unlike" in line]
     assert note.startswith("note: a.png" + NOTE.format(name=demanding_checkpoint))
     assert note.endswith(" dB, 99% of theirs at least 23.0 dB")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "一只狐狸"),
+        ("generate", "--input", "job.txt"),
+        ("complete", "a.png", "--rows", "4", "--prompt", "一只狐狸"),
+        ("upscale", "a.png", "--prompt", "一只狐狸"),
+    ],
+    ids=["generate", "job", "complete", "upscale"],
+)
+def test_commands_leave_no_output_folder_when_the_model_is_refused(run_command, save_image, arguments):
+    """An empty folder was left, and that of a job held a file of locks."""
+    save_image("a.png")
+    Path("job.txt").write_text("一只狐狸\n", encoding="utf-8")
+    status, _, err = run_command(*arguments, "--model", "no-such-model", "-o", "new/outputs")
+    assert status == 2
+    assert "no-such-model" in err
+    assert not Path("new").exists()

@@ -178,3 +178,11 @@ def test_info_refuses_a_damaged_png_in_one_line(info, tmp_path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n")
     assert info(path)[0] == 2
     assert Path(path).exists()
+
+
+def test_info_prints_a_command_when_the_prompts_of_a_sheet_are_numbers(info, tmp_path):
+    """Text chunks of any program may have the names of ours; a list of numbers was a traceback."""
+    path = save(tmp_path / "sheet.png", cogview="1", seed="3", codes_sha256="0", prompt="x", prompts="[1, [2]]")
+    status, facts, _ = info(path)
+    assert status == 0
+    assert facts["command"].split()[:3] == ["cogview", "generate", "1"]

@@ -12,6 +12,7 @@ from cogview.image_io import png
 from cogview.image_io.png import (
     NAME_BYTES,
     prepare_folder,
+    prepared_folder,
     read_metadata,
     safe_name,
     save_png,
@@ -197,3 +198,31 @@ def test_metadata_has_settings_and_scores(tiny_model):
 def test_sampling_keys_are_fields_of_sampling():
     """Metadata of a sheet name every sampling setting."""
     assert tuple(setting.name for setting in fields(Sampling)) == png.SAMPLING_KEYS
+
+
+def test_prepared_folder_removes_the_folders_it_made_when_the_block_fails(tmp_path):
+    with pytest.raises(InputError), prepared_folder(tmp_path / "a" / "b"):
+        raise InputError("no such model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_prepared_folder_keeps_what_was_there_and_what_was_written(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError), prepared_folder(tmp_path / "empty"):
+        raise InputError("no such model")
+
+    def write_and_fail():
+        (tmp_path / "new" / "deep" / "a.png").touch()
+        raise InputError("no such model")
+
+    with pytest.raises(InputError), prepared_folder(tmp_path / "new" / "deep"):
+        write_and_fail()
+    with prepared_folder(tmp_path / "done"):
+        pass
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == [
+        "done",
+        "empty",
+        "new",
+        "new/deep",
+        "new/deep/a.png",
+    ]

@@ -653,3 +653,13 @@ def test_read_image_refuses_more_transparent_colours_than_a_palette_has(tmp_path
     (tmp_path / "a.png").write_bytes(before[:-4] + chunk + before[-4:] + mark + rest)
     with pytest.raises(InputError, match=r"a\.png is cut off or damaged: palette index out of range"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"])
+def test_read_image_reads_each_format_from_bytes(form):
+    """Every WebP file in an archive was refused as damaged: its bytes have no file descriptor."""
+    content = io.BytesIO()
+    Image.new("RGB", (24, 16), RED).save(content, form)
+    image = read_image(Path("shard.tar/a"), content=content.getvalue())
+    assert image.size == (24, 16)
+    assert np.abs(np.asarray(image, dtype=int) - RED).max() < 16

@@ -173,7 +173,7 @@ def test_read_job_skips_invalid_objects(read, wrong, problem):
         ("狗", "1 columns, expected 2; a text that holds a comma belongs between quotation marks"),
         ("狗,2,猫", "3 columns, expected 2; a text that holds a comma belongs between quotation marks"),
         ("狗,两", 'n: expected a whole number, got "两"'),
-        (",2", "the task generate needs prompt"),
+        (",2", "the prompt is empty; describe an image, for example 一个红苹果"),
         ('"狗,2', """the quotation marks are not understood (',' expected after '"')"""),
         ('"狗,2', "the quotation marks are not understood (unexpected end of data)"),
     ],
@@ -217,6 +217,12 @@ def test_read_job_skips_invalid_rows(read, wrong, problem):
         ),
         ("job.csv", "prompt,n,prompt\n狗,2,猫", 'job.csv: line 1 names the column "prompt" twice'),
         ("job.csv", '"prompt\n狗', "job.csv: line 1: the quotation marks are not understood (unexpected end of data)"),
+        (
+            "job.csv",
+            "prompt,n\n,2",
+            "job.csv has no line that can be used; the first problem is in line 2: the prompt is empty; describe an "
+            "image, for example 一个红苹果",
+        ),
         (
             "job.csv",
             "n\n1\n2",

@@ -1,9 +1,12 @@
 """Joining the processes that a launcher has started, and failing together (training together: ``test_processes``)."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
+from cogview.checkpoints.finite import NonFiniteWeightsError, require_finite
 from cogview.errors import InputError, ReportedByPeer
 from cogview.training import distributed
 from cogview.training.distributed import DistributedContext, init_distributed, is_peer_failure
@@ -101,6 +104,13 @@ def test_run_everywhere_reports_in_one_of_the_failed_processes(monkeypatch, rank
         DistributedContext(CPU, rank, 3).run_everywhere(failing)
     assert type(caught.value) is error
     assert str(caught.value) == message
+
+
+def test_run_everywhere_keeps_the_kind_of_the_error_of_a_later_process(monkeypatch):
+    """Weights that are not finite were reported as those of another recipe where a later process had found them."""
+    monkeypatch.setattr(DistributedContext, "_gathered", lambda self, numbers: np.array([[0], [1]]))
+    with pytest.raises(NonFiniteWeightsError, match="process 1 of 2: "):
+        DistributedContext(CPU, 1, 2).run_everywhere(lambda: require_finite("weights", torch.tensor([math.nan])))
 
 
 def test_run_everywhere_stops_silently_when_a_peer_failed(monkeypatch):

@@ -340,7 +340,8 @@ class PictureBuild:
             is_begun = (work / JOURNAL).exists()
             for path in (self.paths.store, *(() if is_begun else (self.paths.held_out,))):
                 if path.exists():
-                    shutil.rmtree(work)
+                    if not is_begun:
+                        shutil.rmtree(work, ignore_errors=True)  # which another process may just have removed
                     raise InputError(f"{path} is there already: remove it, or choose another store with -o")
             yield
         finally:

@@ -9,7 +9,6 @@ from cogview.data.sources.open import KNOWN, open_source
 from cogview.data.sources.records import PictureRecord
 from cogview.data.sources.tables import TableOptions
 from cogview.errors import InputError
-from cogview.files import require_regular
 from cogview.tables import line_problem, numbered_lines, read_text
 
 
@@ -29,7 +28,6 @@ def caption_records(path: Path, options: TableOptions, on_note: Callable[[str], 
     if path.is_dir() or path.suffix.lower() != ".txt":
         yield from open_source(path, options, on_note)
         return
-    require_regular(path)
     for number, line in numbered_lines(read_text(str(path), on_note)):
         name = f"{path}, line {number}"
         if problem := line_problem(line):

@@ -38,7 +38,7 @@ class CocoCaptions:
         images, annotations = (_objects(content, key, path) for key in ("images", "annotations"))
         captions: dict[Any, list[str]] = defaultdict(list)
         problems = []
-        known = {_id(image.get("id")) for image in images}
+        known = {_id(image["id"]) for image in images if image.get("id") is not None}
         for number, annotation in enumerate(annotations):
             text, image = annotation.get("caption"), _id(annotation.get("image_id"))
             name = f"{path}, annotation {annotation.get('id', number)}"
@@ -67,6 +67,8 @@ def _record(path: Path, folder: Path, image: Mapping[str, Any], captions: Mappin
     if not isinstance(name, str) or not name.strip() or "\0" in name:
         return PictureRecord(name=f"{path}, image {identity}", problem="an image without a file_name")
     file = folder / name.strip()
+    if image.get("id") is None:
+        return PictureRecord(name=str(file), problem="an image without an id, which no annotation can name")
     if identity not in captions:
         return PictureRecord(name=str(file), problem=f"a picture without a caption: {path} has no annotation for it")
     return PictureRecord(name=str(file), captions=tuple(captions[identity]), file=PictureFile(path=file))

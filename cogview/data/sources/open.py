@@ -11,7 +11,7 @@ from cogview.data.sources.records import PictureSource
 from cogview.data.sources.tables import PictureTable, TableOptions
 from cogview.data.sources.tar_shards import TarShard
 from cogview.errors import InputError
-from cogview.files import require_regular
+from cogview.input_files import open_regular
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 KNOWN = "a folder, .csv, .tsv, .jsonl, .parquet, COCO's .json, or a .tar shard"
@@ -30,10 +30,10 @@ def open_source(path: Path, options: TableOptions, on_note: Callable[[str], obje
     """
     if not path.exists():
         raise InputError(f"the source {path} does not exist; expected {KNOWN}")
-    require_regular(path)
-    suffix = path.suffix.lower()
     if path.is_dir():
         return PictureFolder(path)
+    open_regular(path).close()
+    suffix = path.suffix.lower()
     if suffix in TABLES:
         return PictureTable(path, options, on_note)
     if suffix == ".json":

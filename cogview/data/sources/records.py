@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 
 GB18030_NOTE = "its captions are not UTF-8 and are read as GB18030 (GBK)"
 
@@ -49,7 +49,7 @@ class PictureFile:
                 archive.seek(self.offset)
                 content = archive.read(self.size)
         except OSError as error:
-            raise InputError(f"cannot read {self.path}: {error.strerror or error}") from None
+            raise InputError(f"cannot read {self.path}: {reason_of(error)}") from None
         if len(content) < self.size:
             raise InputError(f"{self.path} ends within it, after {len(content)} of {self.size} bytes")
         return content

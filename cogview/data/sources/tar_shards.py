@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from cogview.data.sources.columns import CAPTION_NAMES
 from cogview.data.sources.folders import CAPTION_SUFFIX
 from cogview.data.sources.records import GB18030_NOTE, PictureFile, PictureRecord
-from cogview.errors import InputError
+from cogview.errors import InputError, reason_of
 from cogview.image_io.reading import IMAGE_SUFFIXES
 from cogview.plain_data import parse_json
 from cogview.tables import decode_text, numbered_lines
@@ -46,7 +46,7 @@ class TarShard:
                 file.seek(0)
                 first = file.read(BLOCK)
         except OSError as error:
-            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+            raise InputError(f"cannot read {path}: {reason_of(error)}") from None
         if len(first) == BLOCK and any(first):
             try:
                 tarfile.TarInfo.frombuf(first, tarfile.ENCODING, "surrogateescape")
@@ -122,6 +122,8 @@ def _members(path: Path, size: int) -> Iterator[_Member]:
         with tarfile.open(path, "r:") as archive:
             while end <= size and (info := archive.next()) is not None:
                 archive.members = []  # type: ignore[attr-defined]  # they would grow without limit
+                if info.size < 0:  # it would lead back, for ever
+                    raise tarfile.ReadError("a negative size")
                 end = info.offset_data + (-(-info.size // BLOCK) * BLOCK if info.isreg() else 0)
                 folder, _, base = info.name.rpartition("/")
                 stem, dot, suffix = base.partition(".")  # WebDataset's rule: the key ends at the first dot

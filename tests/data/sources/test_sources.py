@@ -284,3 +284,25 @@ def test_tar_shard_reports_a_cut_within_a_long_name(read):
     write("cut.tar", Path("whole.tar").read_bytes()[:700])
     _, problems, _ = read("cut.tar")
     assert problems == {"cut.tar": "the archive is cut off or damaged at its end"}
+
+
+def test_tar_shard_ends_at_a_member_with_a_negative_size(read):
+    """The header behind such a member is the one before it, and the archive was read for ever."""
+    member = tarfile.TarInfo("1.jpg")
+    member.size = -512
+    make_tar("whole.tar", {"0.jpg": b"x"}, tarfile.USTAR_FORMAT)
+    write("back.tar", Path("whole.tar").read_bytes()[:1024] + member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    _, problems, _ = read("back.tar")
+    assert problems["back.tar"] == "the archive is cut off or damaged at its end"
+
+
+def test_coco_captions_names_images_and_annotations_without_an_id(read):
+    """An image without an id had the captions of all annotations that name none."""
+    images, annotations = [{"file_name": "a.png"}], [{"caption": "狗"}]
+    write("coco.json", json.dumps({"images": images, "annotations": annotations}))
+    used, problems, _ = read("coco.json")
+    assert not used
+    assert problems == {
+        "a.png": "an image without an id, which no annotation can name",
+        "coco.json, annotation 0": "a caption without a picture: no image None",
+    }
