@@ -131,6 +131,7 @@ ROWS: dict[str, Run | NotRun] = {
         "captions", more="--workers 0"
     ),
     "cogview train-image own.yaml --resume auto": Run("own", more="--device cpu"),
+    "cogview eval image-tokenizer cogview-emoji pictures --fit pad -o sheet.png": Run(),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(
         "tests/test_examples.py runs it with few steps"
     ),

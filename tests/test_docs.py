@@ -133,7 +133,11 @@ def test_commands_and_their_flags_exist(page: Path) -> None:
 def test_flags_of_prose_exist_in_a_command(page: Path) -> None:
     """A flag that stands alone, such as ``--grid``, belongs to some command or script."""
     listed = re.findall(r"^\s{2,6}([a-z][a-z-]+)\b", help_of(), re.MULTILINE)
-    nested = [("data", action) for action in re.findall(r"^  ([a-z]+)  ", help_of("data"), re.MULTILINE)]
+    nested = [
+        (group, action)
+        for group in ("data", "eval")
+        for action in re.findall(r"^  ([a-z-]+)  ", help_of(group), re.MULTILINE)
+    ]
     everything = "\n".join([help_of(), *map(help_of, listed), *(help_of(*words) for words in nested)]) + "".join(
         path.read_text(encoding="utf-8") for path in (ROOT / "scripts").glob("*.py")
     )

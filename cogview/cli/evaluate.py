@@ -1,4 +1,4 @@
-"""``cogview eval MEASURE``: evaluate a model of the emoji world on held-out scenes."""
+"""``cogview eval MEASURE``: evaluate a model on held-out scenes, or an image tokenizer on pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview.cli.evaluate_image_tokenizer import image_tokenizer
 from cogview.cli.options import (
     MODEL_HELP,
     Command,
+    Decorator,
+    Group,
     adapter_option,
-    argument,
     device_option,
     model_option,
     option_group,
@@ -88,26 +90,7 @@ def _evaluation_options() -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     )
 
 
-measure_argument: Callable[[Callable[..., Any]], Callable[..., Any]] = argument(
-    "measure",
-    type=click.Choice(MEASURE_NAMES),
-    metavar="MEASURE",
-    help="scenes: grade generated images by object, count, relation and colour; captions: grade generated captions; "
-    "rerank: grade the best of several images by score; upscale: compare upscaled images with the true ones",
-)
-
-
-@click.command(cls=Command)
-@measure_argument
-@recipe_options(None)
-@model_option(default=None, show_default="last checkpoint of the recipe's run", help=MODEL_HELP)
-@adapter_option()
-@_evaluation_options()
-@sampling_options("codes", image_options=True)
-@device_option()
-@precision_options()[0]
-@output_option(default=None, show_default="WORK/report", help="folder for the report")
-def command(
+def _evaluate(
     measure: str,
     recipe: Recipe,
     model: str | None,
@@ -118,7 +101,7 @@ def command(
     dtype: str,
     output: Path | None,
 ) -> int:
-    """Evaluate a model on held-out scenes: print a table, write the report and its companion files."""
+    """Evaluate a model by one measure: print a table, write the report and its companion files."""
     refuse_unused(measure, {**vars(options), **settings})
     if adapter is not None and model is None:
         raise InputError(f"--adapter {adapter} is merged into its base model: name that with --model")
@@ -148,6 +131,74 @@ def command(
     print(MEASURES[measure].format(report))
     print(f"written to {folder}", file=sys.stderr)
     return 0
+
+
+@click.group(cls=Group, no_args_is_help=False)
+def command() -> None:
+    """Evaluate a model on held-out scenes of its recipe, or an image tokenizer on pictures."""
+
+
+def _measure_options(function: Callable[..., int]) -> Callable[..., Any]:
+    """Add the options that all measures share."""
+    decorators: tuple[Decorator, ...] = (
+        recipe_options(None),
+        model_option(default=None, show_default="last checkpoint of the recipe's run", help=MODEL_HELP),
+        adapter_option(),
+        _evaluation_options(),
+        sampling_options("codes", image_options=True),
+        device_option(),
+        precision_options()[0],
+        output_option(default=None, show_default="WORK/report", help="folder for the report"),
+    )
+    decorated: Callable[..., Any] = function
+    for decorate in reversed(decorators):
+        decorated = decorate(decorated)
+    return decorated
+
+
+@click.command(cls=Command)
+@_measure_options
+def scenes(**values: Any) -> int:
+    """Grade generated images.
+
+    The captions are of held-out scenes; object, count, relation and colour are graded. Prints a table, and writes the
+    report and its companion files.
+    """
+    return _evaluate("scenes", **values)
+
+
+@click.command(cls=Command)
+@_measure_options
+def captions(**values: Any) -> int:
+    """Grade generated captions.
+
+    The images are of held-out scenes. Prints a table, and writes the report and its companion files.
+    """
+    return _evaluate("captions", **values)
+
+
+@click.command(cls=Command)
+@_measure_options
+def rerank(**values: Any) -> int:
+    """Grade images that are chosen by score.
+
+    Of several images of a caption the best one is chosen. Prints a table, and writes the report.
+    """
+    return _evaluate("rerank", **values)
+
+
+@click.command(cls=Command)
+@_measure_options
+def upscale(**values: Any) -> int:
+    """Compare upscaled images with true ones.
+
+    The images are of held-out scenes. Prints a table, and writes the report and its companion files.
+    """
+    return _evaluate("upscale", **values)
+
+
+for _action in (scenes, captions, rerank, upscale, image_tokenizer):
+    command.add_command(_action)
 
 
 def refuse_unused(measure: str, values: Mapping[str, Any]) -> None:

@@ -1,0 +1,101 @@
+"""How well an image tokenizer reconstructs pictures."""
+
+# H, W image in pixels, K number of codes, N images
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from cogview.data.keyed_random import KeyedRandom
+from cogview.evaluation.metrics import ssim
+from cogview.vqvae.codec import MIN_MSE, ImageTokenizer, psnr, to_float, to_uint8
+
+SHEET_IMAGES = 24
+
+
+@dataclass(kw_only=True, eq=False)
+class ReconstructionReport:
+    """Measures of an image tokenizer, over all images that were added.
+
+    Args:
+        model: The image tokenizer.
+
+    Attributes:
+        psnr: PSNR of each image, in dB.
+        ssim: Structural similarity of each image.
+        counts: Uses of each code (K,).
+        shown: Some random images with their position and their reconstruction, for a sheet.
+    """
+
+    model: ImageTokenizer
+    psnr: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+    shown: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros(len(self.model.codebook), dtype=np.int64)
+        self._squared = 0.0  # sum over images of their mean squared errors
+
+    @torch.inference_mode()
+    def add(self, pixels: np.ndarray) -> None:
+        """Reconstruct images and measure them.
+
+        Args:
+            pixels: uint8 RGB (N, H, W, 3), with sides of at least 11.
+        """
+        codes = self.model.encode(to_float(pixels, self.model.codebook.device))
+        restored = to_uint8(self.model.decode(codes))
+        self.counts += np.bincount(codes.flatten().cpu().numpy(), minlength=len(self.counts))
+        for image, other in zip(pixels, restored, strict=True):
+            position = len(self.psnr)
+            self.psnr.append(psnr(image, other))
+            self.ssim.append(ssim(image, other))
+            self._squared += float(np.square((image.astype(np.float64) - other) / 255).mean())
+            place = position if position < SHEET_IMAGES else KeyedRandom("sheet", position).randbelow(position + 1)
+            if place < SHEET_IMAGES:  # reservoir sampling
+                self.shown[place : place + 1] = [(position, image, other)]
+
+    def summary(self) -> dict[str, Any]:
+        """Return the measures as plain JSON data.
+
+        Returns:
+            ``pictures``, their number; ``psnr`` in dB, of the mean squared error of all pixels; ``psnr_p05`` and
+            ``psnr_median`` of the pictures; ``ssim``, the mean; ``codes``, the size of the codebook; ``codes_used``,
+            the fraction of codes in use; ``perplexity``, exp of the entropy of the codes.
+
+        Raises:
+            ValueError: No image was added.
+        """
+        if not self.psnr:
+            raise ValueError("no images to evaluate on")
+        used = self.counts[self.counts > 0] / self.counts.sum()
+        low, median = np.percentile(self.psnr, [5, 50])
+        return {
+            "pictures": len(self.psnr),
+            "psnr": -10 * math.log10(max(self._squared / len(self.psnr), MIN_MSE)),
+            "psnr_p05": float(low),
+            "psnr_median": float(median),
+            "ssim": float(np.mean(self.ssim)),
+            "codes": len(self.counts),
+            "codes_used": len(used) / len(self.counts),
+            "perplexity": float(np.exp(-(used * np.log(used)).sum())),
+        }
+
+    def sheet_images(self, columns: int) -> list[np.ndarray]:
+        """Return images in rows of ``columns``, each row followed by that of its reconstructions, for a sheet.
+
+        Args:
+            columns: Images in a row. A last row that is not full is left out, unless it is the only one.
+        """
+        chosen = sorted(self.shown, key=lambda each: each[0])
+        if len(chosen) > columns:
+            chosen = chosen[: len(chosen) // columns * columns]
+        images = []
+        for start in range(0, len(chosen), columns):
+            row = chosen[start : start + columns]
+            images += [image for _, image, _ in row] + [restored for _, _, restored in row]
+        return images
