@@ -159,6 +159,7 @@ def test_picture_table_holds_no_row_in_memory(read, name):
         finally:
             tracemalloc.stop()
     assert peaks[1] - peaks[0] < 50 * 3500  # of 450 bytes in a row
+    assert peaks[1] < 1_000_000  # no buffer of the whole file either
 
 
 @pytest.mark.parametrize(
