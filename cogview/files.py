@@ -56,7 +56,10 @@ def atomic_write(path: Path, *, overwrite: bool = True, durable: bool = True) ->
 
     Raises:
         FileExistsError: ``path`` exists at the end of the block, and ``overwrite`` is false.
+        InputError: ``path`` is a device or a pipe, which the file would replace, and ``overwrite`` is true.
     """
+    if overwrite and path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path} is a device or a pipe, which a file would replace; expected the name of a file")
     temporary, lock = _claim_temporary(path)
     try:
         yield temporary

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -15,7 +16,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StoppedBySignal(KeyboardInterrupt):
-    """Raised by the second signal within a ``GracefulStop``.
+    """Raised by the second signal within a ``GracefulStop``, and by SIGTERM within ``terminable``.
 
     Attributes:
         number: The signal.
@@ -75,6 +76,31 @@ class GracefulStop:
             # Not print(): the signal may have come in the middle of one. A progress bar may stand in the line.
             line = message + "\n"
             os.write(2, ("\n" + line if sys.stderr.isatty() else line).encode())
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within ``with``, SIGTERM raises ``StoppedBySignal``, so that a command ends as it does by Ctrl-C.
+
+    A second SIGTERM ends the process at once, as does one to a forked child. Another handler, or a SIGTERM that is
+    ignored, stays; outside the main thread nothing changes.
+    """
+    number, owner = signal.SIGTERM, os.getpid()
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(number) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        if os.getpid() != owner:
+            os.kill(os.getpid(), number)
+        raise StoppedBySignal(number)
+
+    signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def worker_init(worker: int) -> None:

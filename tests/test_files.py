@@ -44,6 +44,16 @@ def test_atomic_write_replaces_the_file_when_the_block_ends(tmp_path):
     assert names(tmp_path) == ["狐狸.txt"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_atomic_write_refuses_to_replace_what_is_no_file(tmp_path):
+    """Root's ``cogview caption a.png -o /dev/null`` put a file in the place of the device, for all programs."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is a device or a pipe"), atomic_write(tmp_path / "pipe") as temporary:
+        temporary.touch()
+    assert (tmp_path / "pipe").is_fifo()
+    assert names(tmp_path) == ["pipe"]
+
+
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("begun", [False, True])
 def test_atomic_write_leaves_the_older_file_when_the_block_fails(tmp_path, error, begun):

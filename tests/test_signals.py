@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cogview.signals import GracefulStop, StoppedBySignal, exit_status_of_signal, worker_init
+from cogview.signals import GracefulStop, StoppedBySignal, exit_status_of_signal, terminable, worker_init
 
 
 @pytest.fixture
@@ -136,3 +136,34 @@ def _runs(number):
             return file.read().rpartition(")")[2].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_terminable_turns_sigterm_into_an_interruption(usual_handlers):
+    """SIGTERM ended ``cogview generate`` without a message, and left its temporary files."""
+    with terminable():
+        with pytest.raises(StoppedBySignal) as caught:
+            signal.raise_signal(signal.SIGTERM)
+        assert caught.value.number == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second one ends the process
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_terminable_leaves_other_handlers(usual_handlers):
+    for handler in (signal.SIG_IGN, lambda *_: None):
+        signal.signal(signal.SIGTERM, handler)
+        with terminable():
+            assert signal.getsignal(signal.SIGTERM) is handler
+        assert signal.getsignal(signal.SIGTERM) is handler
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_terminable_lets_a_forked_child_end_by_the_signal(usual_handlers):
+    """A pool that ends its workers by SIGTERM must not get an exception out of each."""
+    with terminable():
+        if (child := os.fork()) == 0:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL

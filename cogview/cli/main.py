@@ -47,6 +47,7 @@ from cogview.cli.translation import LANGUAGES, language_of, take_language, trans
 from cogview.cli.usage import unknown_command, usage_message
 from cogview.errors import ExitStatus, InputError, ReportedByPeer
 from cogview.formatting import printable
+from cogview.signals import exit_status_of_signal, terminable
 
 # By the section of the help: command, its module in cogview.cli, and its line of help.
 SECTIONS = {
@@ -214,7 +215,7 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     prepare_streams()
     try:
         _configure_logging()
-        with log_batch_plans():
+        with terminable(), log_batch_plans():
             status = run()
         sys.stdout.flush()
         return status
@@ -226,8 +227,6 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     except ReportedByPeer:
         return ExitStatus.MISTAKE
     except KeyboardInterrupt as error:
-        from cogview.signals import exit_status_of_signal
-
         status = exit_status_of_signal(getattr(error, "number", signal.SIGINT))
         return _report(name, "interrupted; finished results are kept", status)
     except Exception as error:

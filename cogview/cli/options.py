@@ -22,7 +22,19 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 KV_DTYPES = ("auto", "int8")
 MODEL_HELP = "a name listed by cogview models, a checkpoint folder, or owner/name on the Hugging Face Hub"
 MODEL_DEFAULT = "set by the model"  # of sampling options
-FILE = click.Path(path_type=Path)
+
+
+class FileName(click.Path):
+    """The name of a file or folder; an empty one, as of a shell variable without a value, is no name of this folder."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the name as a path."""
+        if value == "":
+            self.fail("the name is empty; expected a file or folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+FILE = FileName(path_type=Path)
 
 Decorator: TypeAlias = Callable[[Any], Any]  # of a command's function
 

@@ -63,6 +63,8 @@ def find_images(arguments: Sequence[str], on_note: Callable[[str], object] = ign
         raise InputError("no image was given; name files, folders, or patterns such as 'photos/*.png'")
     images = []
     for argument in arguments:
+        if not argument:  # Path("") is the working folder
+            raise InputError("the name of an image is empty; name files, folders, or patterns such as 'photos/*.png'")
         names = [argument]
         if glob.has_magic(argument) and not os.path.lexists(argument):
             names = sorted(glob.glob(argument))  # noqa: PTH207  a pattern may be absolute

@@ -48,7 +48,7 @@ class GenerationRequest:
         prompt_ids: Piece ids of the prompt; None: the prompt is tokenized when the request runs.
 
     Raises:
-        InputError: If the prompt is no text, or the seed or index is out of range.
+        InputError: If the prompt is no text, the seed or index is out of range, or ``sampling`` is no ``Sampling``.
     """
 
     prompt: str = ""
@@ -64,6 +64,8 @@ class GenerationRequest:
             raise InputError(f"the prompt must be a text, got {describe(self.prompt)}")
         require_int(self.seed, "the seed", 0, MAX_SEED)
         require_int(self.index, "the index of the image", 0, MAX_SEED)
+        if self.sampling is not None and not isinstance(self.sampling, Sampling):
+            raise InputError(f"sampling must be a Sampling, got {describe(self.sampling)}")
 
 
 def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int, convert: Callable[[str], str]) -> Prompt:

@@ -198,6 +198,7 @@ def test_caption_keeps_the_old_output_file_after_an_interruption(caption, save_i
         (["--dtype", "int7"], "invalid value for '--dtype': 'int7' is not one of 'auto', "),
         (["-o", "folder"], "the output folder is a folder; expected the name of a file"),
         (["-o", "a.png"], "the lines would replace a.png, which is named like an image; choose another name"),
+        (["-o", ""], "invalid value for '-o' / '--output': the name is empty; expected a file or folder"),
         (["-o", "a.png/captions.jsonl"], "the output folder a.png cannot be written: "),
     ],
 )

@@ -26,6 +26,16 @@ def test_main_finds_the_module_of_every_command():
         assert isinstance(command.command, click.Command)
 
 
+def test_run_safely_reports_sigterm_in_one_line(capsys):
+    """With ``--json`` too, the last line on stderr says why the results end."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert run_safely(lambda: signal.raise_signal(signal.SIGTERM) or 0, "cogview x") == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == "cogview x: interrupted; finished results are kept\n"
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_main_prints_help_of_every_command(command, capsys):
     assert main([command, "--help"]) == 0

@@ -521,6 +521,9 @@ def test_find_images_refuses_when_nothing_matches(album, monkeypatch):
     assert input_error(find_images, []) == (
         "no image was given; name files, folders, or patterns such as 'photos/*.png'"
     )
+    assert input_error(find_images, ["b.png", ""]) == (  # an empty variable of a shell was the working folder
+        "the name of an image is empty; name files, folders, or patterns such as 'photos/*.png'"
+    )
     assert input_error(find_images, ["b.png", "*.bmp"]) == 'the pattern "*.bmp" matches no file'
     assert input_error(find_images, ["folder.png"]) == (
         "the folder folder.png holds no image: looked for names in .png, .jpg, .jpeg, .webp, .gif, .bmp, .tif, .tiff, "

@@ -296,6 +296,7 @@ def test_generate_refuses_wrong_type(tiny_model, settings, message):
         ({"seed": None}, "the seed must be a whole number"),
         ({"seed": 1, "prompt": None}, "the prompt must be a text, got None"),
         ({"seed": 1, "prompt": ""}, "the prompt is empty"),
+        ({"seed": 1, "sampling": {"top_k": 2}}, "sampling must be a Sampling, got a dict"),
         ({"seed": 1, "task": "draw"}, "was not trained for the task 'draw'"),
         ({"seed": 1, "task": "caption"}, "layout 'caption'"),
         ({"seed": 1, "task": "upscale", "prompt": "狗"}, "the task 'upscale' needs the codes of an image"),
