@@ -334,18 +334,19 @@ def append_json_line(path: Path, content: Mapping[str, Any]) -> None:
         file.write(json_line(content))
 
 
-def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_json_lines(path: Path, limit: int = MAX_LINES_BYTES) -> Iterator[dict[str, Any]]:
     """Yield the objects of a file of JSON lines, without lines that a kill cut short; none where no file is there.
 
     Args:
         path: The file.
+        limit: Maximum size in bytes.
 
     Raises:
-        InputError: It has more than ``MAX_LINES_BYTES``, or cannot be read.
+        InputError: It is larger, or cannot be read.
     """
     if not path.is_file():
         return
-    for line in read_regular(path, MAX_LINES_BYTES).split(b"\n"):
+    for line in read_regular(path, limit).split(b"\n"):
         try:
             found = parse_json(line)
         except ValueError:

@@ -27,7 +27,7 @@ from cogview.cli.options import (
 from cogview.cli.session import GenerationSession
 from cogview.cli.text_io import prompt_lines, read_lines
 from cogview.errors import InputError
-from cogview.image_io.png import prepare_folder
+from cogview.image_io.png import prepared_folder
 from cogview.limits import MAX_RESULTS
 
 SHAPE = "a checkpoint folder holds the model's shape"
@@ -173,14 +173,14 @@ def run(flags: V1Flags, tasks: Mapping[str, Task], needless: Sequence[str]) -> i
     if interactive and flags.with_id:
         raise InputError("--with-id needs a file of lines that start with ID<TAB>: give it with --input-source")
     lines = None if interactive else read_lines(flags.input_source, "a query per line")
-    prepare_folder(flags.output_path)
     if needless:
         print(f"note: not needed, and ignored: {flags_by_reason(needless)}", file=sys.stderr)
     given = flags.img_tokenizer_path
     converted = not is_v1(Path(flags.load))  # weights of CogView v1 are refused when they are loaded
     if given is not None and converted and given.resolve() != Path(flags.load, "image").resolve():
         print(f"note: {given} is ignored: {flags.load} has its own image tokenizer", file=sys.stderr)
-    return tasks[flags.generation_task](flags, lines)
+    with prepared_folder(flags.output_path):
+        return tasks[flags.generation_task](flags, lines)
 
 
 def flags_by_reason(flags: Iterable[str]) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 import click
 
 from cogview.cli.inputs import IMAGES_HELP, ImageReader, batches
+from cogview.cli.messages import print_note
 from cogview.cli.options import Command, SessionOptions, argument, count_option, output_option, session_options
-from cogview.cli.session import GenerationSession, ImageOutput, print_note
+from cogview.cli.session import GenerationSession, ImageOutput
 
 
 @click.command(cls=Command)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cogview.cli.data_stores import export, inspect, merge, stats, validate
+from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
     MODEL_HELP,
@@ -141,7 +142,6 @@ def build(
     (NFKC, single spaces). Files that are left out are listed with the reason in STORE-left-out.jsonl, with status 1.
     """
     from cogview.data.sources.open import open_source
-    from cogview.tables import print_note
 
     opened = {str(path): open_source(path, table, print_note) for path in sources}
     task = open_build(output, model, settings, max_batch_size, device)
@@ -216,8 +216,6 @@ def default_workers() -> int:
 
 def report_build(report: BuildReport, paths: StorePaths) -> int:
     """Print the stores, and on stderr what to know about them; return the exit status."""
-    from cogview.tables import print_note
-
     for held_out in (False, True):
         if report.rows[held_out]:
             pictures = plural(report.pictures[held_out], "picture")

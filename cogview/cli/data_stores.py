@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
     MODEL_HELP,
@@ -65,7 +66,6 @@ def inspect(
     from cogview.data.store_stats import caption_of_row
     from cogview.image_io.captioned_sheet import captioned_sheet
     from cogview.image_io.png import prepare_folder, save_png
-    from cogview.tables import print_note
 
     opened, text_tokenizer, decode = open_with_tokenizers(store, model, max_batch_size, device)
     rows = np.arange(min(count, len(opened)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from cogview.cli.messages import is_json
+from cogview.cli.messages import is_json, print_note
 from cogview.cli.options import (
     Command,
     SessionOptions,
@@ -20,7 +20,7 @@ from cogview.cli.options import (
     output_option,
     session_options,
 )
-from cogview.cli.session import GenerationSession, ImageOutput, UpscaleInput, print_note
+from cogview.cli.session import GenerationSession, ImageOutput, UpscaleInput
 from cogview.cli.text_io import prompt_lines
 from cogview.errors import ExitStatus, InputError
 

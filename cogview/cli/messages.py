@@ -127,6 +127,11 @@ def print_message(kind: str, message: str, **facts: Any) -> None:
         tqdm.write(f"{kind}: {message}", file=sys.stderr)
 
 
+def print_note(note: str) -> None:
+    """Print a note on stderr, without breaking a progress bar."""
+    print_message("note", note)
+
+
 def print_result(line: str, facts: Mapping[str, Any]) -> None:
     """Print a result on stdout at once, without breaking a progress bar.
 

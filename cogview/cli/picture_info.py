@@ -92,7 +92,7 @@ def _image_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     from cogview.image_io.png import safe_name
 
     prompt, index, task = texts.get("prompt", ""), int(texts.get("index", "0")), texts.get("task", "generate")
-    source, count = texts.get("source", "IMAGE"), ["-n", str(int(texts.get("index", "0")) + 1)]
+    source, count = texts.get("source", "IMAGE"), ["-n", str(index + 1)]
     if task == "generate":
         return ["generate", *count], [prompt]
     if task == "complete":
@@ -110,7 +110,7 @@ def _image_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
 def _sheet_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return the command of a contact sheet, and the arguments that stand before its options."""
     prompt, source = texts.get("prompt", ""), texts.get("source", "")
-    options = [word for key in ("n", "keep") if key in texts for word in (f"--{key}".replace("--n", "-n"), texts[key])]
+    options = [word for key, name in (("n", "-n"), ("keep", "--keep")) if key in texts for word in (name, texts[key])]
     options.append("--grid")
     if texts.get("task") == "complete":
         return ["complete", "--rows", texts.get("rows", "0"), "--prompt", prompt, *options], source.split("\n")

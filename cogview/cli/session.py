@@ -79,11 +79,6 @@ def result_line(path: Path, score: float | None) -> str:
     return str(path) if score is None else f"{path}\t{score:.3f}"
 
 
-def print_note(note: str) -> None:
-    """Print a note on stderr."""
-    print_message("note", note)
-
-
 class GenerationSession:
     """One model, one seed and one set of sampling settings; generates images, saves them and prints their paths.
 

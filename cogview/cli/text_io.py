@@ -61,7 +61,7 @@ class LineWriter:
             InputError: ``path`` is a folder, is named like an image, or lies in a folder that cannot be written.
         """
         from cogview.files import atomic_write
-        from cogview.image_io.png import prepare_folder
+        from cogview.image_io.png import prepared_folder
         from cogview.image_io.reading import IMAGE_SUFFIXES
 
         self.path = path
@@ -72,8 +72,8 @@ class LineWriter:
             raise InputError(f"the lines would replace {path}, which is named like an image; choose another name")
         if path.is_dir():
             raise InputError(f"the output {path} is a folder; expected the name of a file")
-        prepare_folder(path.parent)
         self._stack = ExitStack()
+        self._stack.enter_context(prepared_folder(path.parent))
         temporary = self._stack.enter_context(atomic_write(path))
         # A file name may hold bytes that are not UTF-8; as escapes they are valid JSON.
         self._file = temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n")

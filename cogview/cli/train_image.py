@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cogview.cli.messages import print_note
 from cogview.cli.options import Command, device_option
 from cogview.cli.recipes import recipe_options, resume_option
 from cogview.training.recipe import Recipe
@@ -54,7 +55,6 @@ def _scene_splits(recipe: Recipe, settings: VQVAERecipe) -> tuple[ImageDataset, 
 def _picture_splits(recipe: Recipe, settings: VQVAERecipe, *, resumes: bool) -> tuple[ImageDataset, ImageDataset]:
     """Return pictures to train on, and held-out ones; print their number, and what is left out."""
     from cogview.data.picture_images import PictureImages
-    from cogview.tables import print_note
     from cogview.training.vqvae_pictures import indexed_pictures, write_left_out
 
     index = indexed_pictures(recipe.picture_index, settings, resumes=resumes, on_note=print_note)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cogview.cli.messages import print_note
 from cogview.cli.options import Command
 from cogview.cli.recipes import recipe_options
 from cogview.formatting import plural
@@ -43,7 +44,6 @@ def _train_on_scenes(recipe: Recipe, settings: TextTokenizerRecipe) -> TextToken
 
 def _train_on_sources(recipe: Recipe, settings: TextTokenizerRecipe) -> TextTokenizer:
     """Train on captions of sources, and print how the tokenizer spells the held-out ones."""
-    from cogview.tables import print_note
     from cogview.training.text_tokenizer import measure_held_out, read_captions, train_text_model
 
     corpus = read_captions(settings, print_note)

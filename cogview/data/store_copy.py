@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,10 @@ def copy_rows(paths: Sequence[Path], target: Path, *, overwrite: bool = False) -
         InputError: A store cannot be read, two do not fit together, or ``target`` exists.
         RetryLaterError: The disk is full, or another process writes ``target``.
     """
-    stores = [TokenStore(path) for path in paths]
-    header = merged_header(stores)
-    with atomic_folder(target, overwrite=overwrite) as folder:
+    with ExitStack() as stack:
+        stores = [stack.enter_context(TokenStore(path)) for path in paths]
+        header = merged_header(stores)
+        folder = stack.enter_context(atomic_folder(target, overwrite=overwrite))
         if target.exists() and not overwrite:
             raise InputError(f"{target} is there already: remove it, or choose another folder with -o")
         with StoreWriter(folder, header) as writer:
@@ -71,10 +73,7 @@ def copy_rows(paths: Sequence[Path], target: Path, *, overwrite: bool = False) -
                 for start in range(0, len(store), ROWS_PER_TRANSACTION):
                     rows = store.read(range(start, min(start + ROWS_PER_TRANSACTION, len(store))))
                     writer.append({name: _widen(rows[name], width, name) for name, width in header.fields.items()})
-            count = writer.count
-    for store in stores:
-        store.close()
-    return count
+        return writer.count
 
 
 def _widen(ids_NW: np.ndarray, width: int, name: str) -> np.ndarray:

@@ -65,7 +65,7 @@ class JobReport:
 
     count: int  # results of the whole job
     missing: int  # of them to be made when the run started
-    made: int  # of them made now, also rankings in which an image has no score
+    made: int  # of them made by now, also rankings in which an image has no score
     left: int  # of them neither made nor tried
     failed: int  # of them tried without success, also rankings in which an image has no score
     skipped: int  # lines that cannot be used

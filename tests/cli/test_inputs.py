@@ -50,8 +50,9 @@ def test_command_notes_once_that_an_image_is_unlike_the_training(
         ("generate", "--input", "job.txt"),
         ("complete", "a.png", "--rows", "4", "--prompt", "一只狐狸"),
         ("upscale", "a.png", "--prompt", "一只狐狸"),
+        ("caption", "a.png"),
     ],
-    ids=["generate", "job", "complete", "upscale"],
+    ids=["generate", "job", "complete", "upscale", "caption"],
 )
 def test_commands_leave_no_output_folder_when_the_model_is_refused(run_command, save_image, arguments):
     """An empty folder was left, and that of a job held a file of locks."""

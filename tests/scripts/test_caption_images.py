@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def test_caption_images_fails_when_no_image_can_be_read(run_captions):
     status, found, err = run_captions("--input-source", "input.txt")
     assert (status, found) == (2, [])
     assert err.endswith("caption_images.py: image none.png does not exist\n")
-    assert os.listdir("samples") == []
+    assert not Path("samples").exists()
 
 
 def test_caption_images_asks_for_images(run_captions, save_image, monkeypatch):

@@ -51,10 +51,14 @@ class JournalEntry:
     @classmethod
     def from_mapping(cls, found: Mapping[str, Any]) -> JournalEntry:
         """Return the entry of a line; raise ValueError if it is none."""
-        names = {each.name for each in fields(cls)}
-        if not {"name", "source"} <= found.keys() <= names:
-            raise ValueError("no entry")
+        types = {each.name: type(each.default) for each in fields(cls)} | {"name": str, "source": str}
         values: dict[str, Any] = {key: tuple(each) if isinstance(each, list) else each for key, each in found.items()}
+        if not {"name", "source"} <= values.keys() or any(
+            type(each) is not types.get(key)
+            or (type(each) is tuple and not all(isinstance(text, str) for text in each))
+            for key, each in values.items()
+        ):
+            raise ValueError("no entry")
         return cls(**values)
 
 

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -24,6 +24,7 @@ from cogview.image_io.reading import read_image
 from cogview.signals import worker_init
 
 READ_AT_ONCE = 16  # pictures in a task of a worker process
+MAX_INDEX_BYTES = 1 << 31  # ten million pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,7 @@ class IndexedPicture:
 
 
 _DEFAULTS = {each.name: each.default for each in fields(IndexedPicture)}
+_TYPES = get_type_hints(IndexedPicture)
 
 
 class PictureScanner(Dataset[IndexedPicture]):
@@ -147,7 +149,7 @@ def read_index(path: Path, settings: Mapping[str, Any]) -> list[IndexedPicture] 
         path: The file.
         settings: What it was made from, as plain data.
     """
-    lines = read_json_lines(path)
+    lines = read_json_lines(path, MAX_INDEX_BYTES)
     header = next(lines, None)
     if header is None or header.get("settings") != settings:
         return None
@@ -180,7 +182,9 @@ def make_index(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.unfinished")
-    known = {each.state: each for file in (path, unfinished) for each in _pictures_of(read_json_lines(file))}
+    known = {
+        each.state: each for file in (path, unfinished) for each in _pictures_of(read_json_lines(file, MAX_INDEX_BYTES))
+    }
     listed = [_listed(record) for record in records]
     missing = [each for each in listed if not each.left_out and each.state not in known]
     if known and missing:
@@ -246,5 +250,5 @@ def _scanned(pictures: list[IndexedPicture], num_workers: int) -> Iterator[Index
 def _pictures_of(lines: Iterable[Mapping[str, Any]]) -> Iterator[IndexedPicture]:
     """Yield the pictures of lines; lines of another form are passed over."""
     for line in lines:
-        if "name" in line and line.keys() <= _DEFAULTS.keys():
+        if "name" in line and all(type(value) is _TYPES.get(key) for key, value in line.items()):
             yield IndexedPicture(**line)

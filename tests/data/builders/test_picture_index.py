@@ -152,3 +152,12 @@ def test_picture_index_check_refuses_a_split_without_pictures(digests, share, me
     with pytest.raises(InputError) as caught:
         divide([*pictures, IndexedPicture(name="x.png", left_out="broken")], share).check(share)
     assert str(caught.value).startswith(message)
+
+
+def test_make_index_reads_a_picture_again_when_its_line_is_damaged(folder, read_names):
+    """A list in place of a text was a traceback."""
+    make_index(Path("index"), {}, records("a/0.png"))
+    line = '{"name": ["a/0.png"], "digest": 3}\n'
+    Path("index").write_text(Path("index").read_text(encoding="utf-8").splitlines()[0] + "\n" + line, encoding="utf-8")
+    assert [picture.name for picture in make_index(Path("index"), {}, records("a/0.png"))] == ["a/0.png"]
+    assert read_names == ["a/0.png"] * 2

@@ -16,7 +16,7 @@ from PIL import Image
 from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.data.builders import pictures as module
-from cogview.data.builders.journal import BuildJournal
+from cogview.data.builders.journal import BuildJournal, JournalEntry
 from cogview.data.builders.pictures import PictureBuild, StorePaths
 from cogview.data.builders.prepare import PictureSettings, fit_picture, is_held_out, normalize_caption, pixel_digest
 from cogview.data.sources.open import open_source
@@ -250,6 +250,27 @@ def test_picture_build_refuses_to_replace_a_store(make_build, picture_sources):
     with pytest.raises(InputError, match=r"store is there already: remove it, or choose another store with -o"):
         make_build(picture_sources["csv"]).run()
     assert not make_build(picture_sources["csv"]).paths.work.exists()
+
+
+def test_picture_build_keeps_its_work_when_a_store_appears(make_build, picture_sources, monkeypatch):
+    """A folder that was copied to the name of the store meanwhile took the work of hours with it."""
+    build = make_build(picture_sources["folder"])
+    interrupt(build, monkeypatch)
+    build.paths.store.mkdir()
+    with pytest.raises(InputError, match="is there already"):
+        make_build(picture_sources["folder"]).run()
+    assert (build.paths.work / "journal.jsonl").is_file()
+    build.paths.store.rmdir()
+    assert sum(make_build(picture_sources["folder"]).run().pictures.values()) == 40
+
+
+@pytest.mark.parametrize(
+    "damage", [{"held_out": 2}, {"captions": "一只狐狸"}, {"captions": [1]}, {"digest": None}, {"other": ""}], ids=str
+)
+def test_journal_entry_is_refused_when_a_value_has_another_type(damage):
+    """A number in place of a truth value was a traceback."""
+    with pytest.raises(ValueError, match="no entry"):
+        JournalEntry.from_mapping({"name": "a", "source": "b", **damage})
 
 
 @pytest.mark.parametrize(
