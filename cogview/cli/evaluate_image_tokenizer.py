@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
     Command,
@@ -141,7 +142,6 @@ def _fitted(sources: tuple[Path, ...], side: int, fit: str, left_out: list[str])
     from cogview.data.sources.pictures import picture_records
     from cogview.data.sources.tables import TableOptions
     from cogview.image_io.reading import read_image
-    from cogview.tables import print_note
 
     records = list(chain.from_iterable(picture_records(path, TableOptions(), print_note) for path in sources))
     for record in tqdm(records, unit="picture", desc="reconstructing", disable=None, leave=False):
