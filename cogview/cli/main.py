@@ -43,7 +43,7 @@ from cogview.cli.failures import explain_error
 from cogview.cli.messages import is_json, json_lines, print_error, wants_json
 from cogview.cli.progress import log_batch_plans
 from cogview.cli.streams import command_line, prepare_streams
-from cogview.cli.translation import LANGUAGES, language_of, take_language, translated
+from cogview.cli.translation import LANGUAGES, language_of, require_known_language, take_language, translated
 from cogview.cli.usage import unknown_command, usage_message
 from cogview.errors import ExitStatus, InputError, ReportedByPeer
 from cogview.formatting import printable
@@ -215,6 +215,7 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     prepare_streams()
     try:
         _configure_logging()
+        require_known_language(os.environ)
         with terminable(), log_batch_plans():
             status = run()
         sys.stdout.flush()

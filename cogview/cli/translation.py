@@ -183,6 +183,13 @@ def language_of(environment: Mapping[str, str]) -> str:
     return "zh" if locale.startswith("zh") else "en"
 
 
+def require_known_language(environment: Mapping[str, str]) -> None:
+    """Raise InputError if COGVIEW_LANGUAGE chooses none of ``LANGUAGES``; the variables of a locale may be any."""
+    chosen = environment.get("COGVIEW_LANGUAGE") or "en"
+    if not chosen.startswith(LANGUAGES):  # zh_CN and zh-Hans are Chinese
+        raise InputError(f'COGVIEW_LANGUAGE is "{chosen}"; expected one of {", ".join(LANGUAGES)}')
+
+
 class TranslatedStream:
     """A stream that translates the messages written to it; progress bars, which rewrite their line, pass."""
 

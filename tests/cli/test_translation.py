@@ -133,6 +133,15 @@ def test_language_of_follows_the_locale(environment, language):
     assert language_of(environment) == language
 
 
+def test_main_refuses_an_unknown_language_of_the_variable(monkeypatch, capsys):
+    """A misspelled language was English without a word, whereas ``--language`` names the mistake."""
+    monkeypatch.setenv("COGVIEW_LANGUAGE", "cn")
+    assert main(["recipes"]) == 2
+    assert capsys.readouterr() == ("", 'cogview recipes: COGVIEW_LANGUAGE is "cn"; expected one of en, zh\n')
+    monkeypatch.setenv("COGVIEW_LANGUAGE", "zh_CN")
+    assert main(["recipes"]) == 0
+
+
 @pytest.mark.parametrize(
     ("text", "translation"),
     [
