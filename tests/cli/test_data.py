@@ -2,6 +2,7 @@
 
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,21 @@ def test_data_build_reports_what_is_left_out(data):
     ]
     lines = Path("store-left-out.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["file"] for line in lines] == ["pictures/1.png", "pictures/2.png"]
+
+
+def test_data_build_goes_on_beyond_an_archive_that_is_cut(data):
+    """An archive that was cut within its first member ended the command, and nothing was built of the others."""
+    with tarfile.open("cut.tar", "w", format=tarfile.USTAR_FORMAT) as archive:
+        archive.add("pictures/0.png", arcname="0.png")
+    Path("cut.tar").write_bytes(Path("cut.tar").read_bytes()[:530])
+    Path("empty.tar").touch()
+    status, out, _ = data("build", "cut.tar", "empty.tar", "pictures", "-o", "store", "--held-out", "0")
+    assert (status, out) == (1, ["store: 8 rows of 8 pictures"])
+    size = Path("pictures/0.png").stat().st_size
+    assert [json.loads(line) for line in Path("store-left-out.jsonl").read_text(encoding="utf-8").splitlines()] == [
+        {"file": "cut.tar/0.png", "reason": f"the archive is cut off within it, after 18 of {size} bytes"},
+        {"file": "empty.tar", "reason": "the archive is cut off or damaged at its end"},
+    ]
 
 
 def test_data_build_takes_several_sources_and_says_what_it_guesses(data, save_image):
