@@ -182,7 +182,8 @@ class StoreWriter:
                 free = shutil.disk_usage(self.path).free
                 raise RetryLaterError(
                     f"rows could not be written to {self.path} ({error}), where {format_bytes(free)} are free: "
-                    f"{self._count} rows are kept; make room and run the same command again"
+                    f"{self._count} rows are kept; make room, or raise a limit on files (ulimit -f), and run the "
+                    "same command again"
                 ) from None
         self._count = end
 

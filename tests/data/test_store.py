@@ -149,7 +149,7 @@ def test_store_writer_keeps_committed_rows_when_the_disk_is_full(tmp_path, monke
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
         with pytest.raises(
-            RetryLaterError, match=r"rows could not be written to .* rows are kept; make room"
+            RetryLaterError, match=r"rows could not be written to .* kept; make room, or raise a limit on files"
         ) as caught:
             writer.append(some_rows(5000))
     finally:
