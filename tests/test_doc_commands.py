@@ -62,6 +62,8 @@ FRESH = NotRun("changes the environment; .ci/run runs it")
 SYSTEM = NotRun("installs packages of the system or fetches the repository")
 CLUSTER = NotRun("needs several machines or Slurm")
 
+OWN = NotRun("takes hours; tests/cli/test_own_pictures.py runs the steps with a tiny recipe")
+
 ROWS: dict[str, Run | NotRun] = {
     # README, quickstart
     'pip install ".[test]" && pytest -m "not slow" -n auto --dist loadfile': FRESH,
@@ -130,6 +132,13 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview data build captions.csv --pictures photos -o data/photos --model cogview-emoji --fit pad": Run(
         "captions", more="--workers 0"
     ),
+    "cogview train-text own-pictures": OWN,
+    "cogview train-image own-pictures --resume auto": OWN,
+    "cogview encode own-pictures": OWN,
+    "cogview train own-pictures --resume auto": OWN,
+    "cogview package own-pictures": OWN,
+    "cogview recipes own-pictures > own-pictures.yaml": OWN,
+    'cogview generate "狐狸" --model runs/own-pictures/model': Run(instead="--model TINY"),
     "cogview train-image own.yaml --resume auto": Run("own", more="--device cpu"),
     "cogview eval image-tokenizer cogview-emoji pictures --fit pad -o sheet.png": Run(),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(

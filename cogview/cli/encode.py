@@ -1,11 +1,13 @@
-"""``cogview encode``: encode scenes into a token store."""
+"""``cogview encode``: encode scenes, or pictures with captions, into token stores."""
 
 from __future__ import annotations
 
 import click
 
+from cogview.cli.data import report_build
 from cogview.cli.options import Command, device_option
 from cogview.cli.recipes import recipe_options
+from cogview.errors import InputError
 from cogview.training.recipe import Recipe
 
 
@@ -13,7 +15,18 @@ from cogview.training.recipe import Recipe
 @recipe_options("encode")
 @device_option()
 def command(recipe: Recipe, device: str) -> int:
-    """Encode held-out and training scenes into token stores; an interrupted run is continued."""
+    """Encode scenes, or pictures that the recipe names, into token stores; an interrupted run is continued.
+
+    A training store and a held-out one are written. Pictures that are left out are listed with the reason in
+    store-left-out.jsonl, with status 1.
+    """
+    if "pictures" in recipe.section("encode"):
+        return _encode_pictures(recipe, device)
+    return _encode_scenes(recipe, device)
+
+
+def _encode_scenes(recipe: Recipe, device: str) -> int:
+    """Encode scenes of the emoji world."""
     from cogview.data.builders.encode import encode_dataset
     from cogview.device import choose_placement
     from cogview.emoji.datasets import SceneEncodeSettings
@@ -31,3 +44,27 @@ def command(recipe: Recipe, device: str) -> int:
         encode_dataset(path, scenes, text_tokenizer, image_tokenizer, settings, rows=rows)
         print(path)
     return 0
+
+
+def _encode_pictures(recipe: Recipe, device: str) -> int:
+    """Encode pictures with captions, by the same rules as ``cogview data build``."""
+    from cogview.data.builders.pictures import PictureBuild
+    from cogview.data.sources.open import open_source
+    from cogview.device import choose_placement
+    from cogview.tables import print_note
+    from cogview.training.picture_encoding import PictureEncodeSettings, RecipeStorePaths
+
+    settings = recipe.settings(PictureEncodeSettings, "encode")
+    image_tokenizer = recipe.open_image_tokenizer().to(choose_placement(device).device)
+    if recipe.store.exists():
+        raise InputError(f"{recipe.store} is there already: remove it, or choose another folder with --work")
+    paths = RecipeStorePaths(store=recipe.store, validation_store=recipe.held_out_store)
+    task = PictureBuild(
+        paths=paths,
+        sources={str(path): open_source(path, settings.table, print_note) for path in settings.pictures},
+        text_tokenizer=recipe.open_text_tokenizer(),
+        image_tokenizer=image_tokenizer,
+        settings=settings,
+        side=settings.side,
+    )
+    return report_build(task.run(), paths)

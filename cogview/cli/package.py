@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,7 +16,11 @@ from cogview.errors import InputError, reason_of
 from cogview.training.recipe import Recipe
 
 if TYPE_CHECKING:
+    from cogview.checkpoints.checkpoint import Model
     from cogview.checkpoints.grammar import PromptGrammar
+
+
+SHORT_CARD = "# A model of pictures\n\nTrained by a recipe of cogview on pictures with captions.\n\n{figures}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,43 +29,35 @@ class PackageSettings:
 
     Args:
         card: A Markdown file, or one of that name beside the recipe; ``{figures}`` is replaced by the tables of the
-            reports, ``{things}`` by the objects.
+            reports, ``{things}`` by the objects. None for a short card, for recipes without the emoji world.
     """
 
-    card: str
+    card: str | None = None
 
 
 @click.command(cls=Command)
 @recipe_options("package")
 @output_option(default=None, show_default="WORK/model", help="folder to write")
 def command(recipe: Recipe, output: Path | None) -> int:
-    """Package the last checkpoint with the sampling settings and tables of its reports."""
+    """Package the last checkpoint with the sampling settings and tables of its reports.
+
+    A model of pictures has no reports: it keeps the sampling settings of its recipe, and its card has the measures on
+    held-out pictures.
+    """
     import torch
 
     from cogview.checkpoints.checkpoint import load_model, save_model
-    from cogview.config_io import from_mapping
-    from cogview.emoji.evaluation.reports import MEASURES
     from cogview.files import atomic_folder, file_sha256
-    from cogview.modeling.config import ReconstructionQuality, Sampling
 
     settings = recipe.settings(PackageSettings, "package")
-    card = read_card(recipe, settings.card)
-    reports = {name: report for name in MEASURE_NAMES if (report := read_report(recipe, name)) is not None}
-    if "scenes" not in reports:
-        raise InputError(f"the model has no report yet; evaluate it first: cogview eval scenes {recipe.path} --tune")
+    card = SHORT_CARD if settings.card is None else read_card(recipe, settings.card)
     model = load_model(last_checkpoint(recipe), torch.device("cpu"), torch.float32)
-    sampling = from_mapping(Sampling, reports["scenes"]["protocol"]["sampling"], where="the report on scenes")
-    model.config = replace(model.config, sampling=sampling)
-    model.grammar = prompt_grammar(recipe.world)
-    if quality := reports["scenes"].get("reconstruction_psnr"):  # reports of earlier versions have none
-        quality = from_mapping(ReconstructionQuality, quality, where="the report on scenes")
-        model.config = replace(model.config, reconstruction_psnr=quality)
+    if "scenes" in recipe.sections or recipe.world.is_dir():
+        figures = add_reports(model, recipe)
+    else:
+        figures = held_out_table(recipe)
     things = "、".join(thing.emoji + thing.name for thing in model.things)
-    tables = "\n\n".join(
-        f"`cogview eval {name}`, {report['protocol']['captions']} held-out scenes:\n\n{MEASURES[name].format(report)}"
-        for name, report in reports.items()
-    )
-    model.card = card.replace("{figures}", tables).replace("{things}", things)
+    model.card = card.replace("{figures}", figures).replace("{things}", things)
     target = output or recipe.work / "model"
     with atomic_folder(target, overwrite=True) as folder:
         save_model(folder, model, torch.float16)
@@ -71,6 +67,54 @@ def command(recipe: Recipe, output: Path | None) -> int:
             print(f"    {path.relative_to(target).as_posix()}: {file_sha256(path)}", file=sys.stderr)
     print(target)
     return 0
+
+
+def add_reports(model: Model, recipe: Recipe) -> str:
+    """Give a model of the emoji world what its reports say; return their tables.
+
+    Args:
+        model: The model. Its sampling settings, the quality of its reconstructions and its grammar are set.
+        recipe: The recipe.
+
+    Raises:
+        InputError: There is no report on scenes, or one of another checkpoint.
+    """
+    from cogview.config_io import from_mapping
+    from cogview.emoji.evaluation.reports import MEASURES
+    from cogview.modeling.config import ReconstructionQuality, Sampling
+
+    reports = {name: report for name in MEASURE_NAMES if (report := read_report(recipe, name)) is not None}
+    if "scenes" not in reports:
+        raise InputError(f"the model has no report yet; evaluate it first: cogview eval scenes {recipe.path} --tune")
+    sampling = from_mapping(Sampling, reports["scenes"]["protocol"]["sampling"], where="the report on scenes")
+    model.config = replace(model.config, sampling=sampling)
+    model.grammar = prompt_grammar(recipe.world)
+    if quality := reports["scenes"].get("reconstruction_psnr"):  # reports of earlier versions have none
+        quality = from_mapping(ReconstructionQuality, quality, where="the report on scenes")
+        model.config = replace(model.config, reconstruction_psnr=quality)
+    return "\n\n".join(
+        f"`cogview eval {name}`, {report['protocol']['captions']} held-out scenes:\n\n{MEASURES[name].format(report)}"
+        for name, report in reports.items()
+    )
+
+
+def held_out_table(recipe: Recipe) -> str:
+    """Return the last measures on held-out pictures of a recipe's trainings, as a table.
+
+    Args:
+        recipe: The recipe.
+    """
+    from cogview.files import read_json_lines
+    from cogview.training.run_folder import RunFolder
+    from cogview.training.run_record import VALIDATION
+
+    rows = ["| measure on held-out pictures | value |", "|---|---|"]
+    for name, folder in (("image tokenizer", recipe.image_run), ("transformer", recipe.transformer_run)):
+        last: dict[str, Any] = {}
+        for line in read_json_lines(RunFolder(folder).metrics):
+            last |= {key: value for key, value in line.items() if key.startswith(VALIDATION)}
+        rows += [f"| {name}, {key.removeprefix(VALIDATION)} | {value:g} |" for key, value in last.items()]
+    return "\n".join(rows)
 
 
 def read_card(recipe: Recipe, name: str) -> str:

@@ -324,6 +324,7 @@ def test_recipes_of_the_repository_are_readable(path, tmp_path):
     from cogview.emoji.datasets import SceneEncodeSettings
     from cogview.emoji.world import WorldSettings
     from cogview.tokenizers.layouts import layouts
+    from cogview.training.picture_encoding import PictureEncodeSettings
     from cogview.training.recipe import Recipe
     from cogview.training.settings import TransformerSettings
     from cogview.training.text_tokenizer import TextTokenizerRecipe
@@ -334,10 +335,16 @@ def test_recipes_of_the_repository_are_readable(path, tmp_path):
     if set(recipe.sections) == {"work", "transformer"}:  # for stores that are there
         assert transformer.tokenizers is not None
         return
+    recipe.settings(TextTokenizerRecipe, "text")
+    image = recipe.settings(VQVAERecipe, "image")
+    if image.pictures:
+        pictures = recipe.settings(PictureEncodeSettings, "encode")
+        assert (pictures.pictures, pictures.side, pictures.fit) == (image.pictures, image.side, image.fit)
+        assert pictures.held_out == image.held_out  # no held-out picture of one step is trained on in the other
+        assert layouts(image.side // 8)["generate"].max_position(pictures.text_width) <= transformer.max_positions
+        return
     world = recipe.settings(WorldSettings, "scenes")
     encode = recipe.settings(SceneEncodeSettings, "encode")
-    recipe.settings(TextTokenizerRecipe, "text")
-    recipe.settings(VQVAERecipe, "image")
     assert (ROOT / recipe.settings(PackageSettings, "package").card).is_file()
     assert set(recipe.sections) == {"work", "scenes", "text", "image", "encode", "transformer", "package"}
     needed = layouts(world.canvas // 8)["generate"].max_position(encode.text_width)

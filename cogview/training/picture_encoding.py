@@ -1,0 +1,60 @@
+"""The settings by which a recipe encodes pictures with captions into its token stores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cogview.data.builders.pictures import StorePaths
+from cogview.data.builders.prepare import PictureSettings
+from cogview.data.sources.tables import TableOptions
+from cogview.tokenizers.layouts import layouts
+from cogview.vqvae.ranges import check_ranges
+
+DOWNSAMPLING = 8  # pixels on a side of a code of the VQ-VAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureEncodeSettings(PictureSettings):
+    """The ``encode`` section of a recipe with ``pictures``.
+
+    Args:
+        pictures: Sources of pictures with captions, as ``cogview data build`` reads them.
+        table: Folder and columns of sources that are tables.
+        side: Side of the images at scale 1, in pixels.
+
+    Raises:
+        ValueError: A number is out of range, there are no sources, or ``named`` is set.
+    """
+
+    pictures: tuple[Path, ...]
+    table: TableOptions = field(default_factory=TableOptions)
+    side: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_ranges(self, {"side": "[8, 4096]"})
+        try:
+            layouts(self.side // DOWNSAMPLING if self.side % DOWNSAMPLING == 0 else 0)
+        except ValueError as error:
+            raise ValueError(f"side {self.side}: {error}, of {DOWNSAMPLING} pixels each") from None
+        if not self.pictures:
+            raise ValueError("pictures must name at least one source")
+        if self.named:
+            raise ValueError("named needs the objects of the emoji world, which pictures lack: leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeStorePaths(StorePaths):
+    """The stores of a recipe, under the names that ``cogview train`` looks for.
+
+    Args:
+        validation_store: Folder of the held-out store.
+    """
+
+    validation_store: Path
+
+    @property
+    def held_out(self) -> Path:
+        """Folder of the held-out store."""
+        return self.validation_store
