@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from enum import IntEnum
 
 from cogview.formatting import printable, shorten_middle
@@ -61,6 +62,7 @@ class ReportedByPeer(InputError):
     """An ``InputError`` that another process of the same run reports: this one exits with status 2, silently."""
 
 
+_ERRNO = re.compile(r"\[Errno -?\d+\] ")
 _DISK_FULL = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -88,4 +90,5 @@ def reason_of(error: BaseException) -> str:
     inner = getattr(error, "reason", None)  # of urllib
     if isinstance(inner, BaseException):
         return reason_of(inner)
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    # Libraries that wrap an error keep its number in the text.
+    return getattr(error, "strerror", None) or _ERRNO.sub("", str(error)) or type(error).__name__

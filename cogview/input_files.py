@@ -61,7 +61,9 @@ def read_regular(path: Path, limit: int, kind: str = "") -> bytes:
     """
     with open_regular(path, kind) as file:
         size = os.fstat(file.fileno()).st_size
-        content = file.read(limit + 1) if size <= limit else b""
+        content = file.read(size + 1) if size <= limit else b""  # a read takes memory for all that it asks for
+        if len(content) > size:  # the file grew, or it is one of the system's, which state no size
+            content += file.read(limit + 1 - len(content))
     if max(size, len(content)) > limit:
         raise InputError(f"{path} is too large ({format_bytes(size)}): at most {format_bytes(limit)} are read")
     return content

@@ -93,3 +93,13 @@ def test_read_arrays_refuses_what_unpacks_beyond_the_limit(tmp_path, monkeypatch
         archive.writestr("rows.npy", bytes(20_000))
     with pytest.raises(InputError, match=r"unpacks to 20\.0 kB: at most 10\.0 kB are read"):
         read_arrays(tmp_path / "a.npz")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs the files of Linux that state no size")
+def test_read_regular_reads_a_file_of_the_system_that_states_no_size():
+    """A read of the stated size alone would return one byte of it."""
+    path = Path("/proc/self/status")
+    assert path.stat().st_size == 0
+    assert b"VmRSS" in read_regular(path, 1 << 20)
+    with pytest.raises(InputError, match="is too large"):
+        read_regular(path, 10)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cogview import __version__
-from cogview.errors import InputError, reason_of
+from cogview.errors import InputError, RetryLaterError, reason_of
 from cogview.plain_data import read_json
 
 # The files that are fetched and pushed. Pickles and training states are not among them.
@@ -208,7 +208,11 @@ def _errors_as_input_errors(
 
 
 def _explain(error: Exception, name: str, revision: str | None, cache_dir: str | Path | None) -> str:
-    """Describe an error and its remedy; empty if it is not a known one."""
+    """Describe an error and its remedy; empty if it is not a known one.
+
+    Raises:
+        RetryLaterError: The Hub cannot be reached.
+    """
     from huggingface_hub import constants, errors
 
     endpoint = constants.ENDPOINT
@@ -229,7 +233,8 @@ def _explain(error: Exception, name: str, revision: str | None, cache_dir: str |
         message = error.server_message or error.response.reason_phrase
         return f"{endpoint} answered {status} for {name}: {message}" + (f"; {_LOG_IN}" if status in (401, 403) else "")
     if isinstance(error, (_http_error(), ConnectionError, TimeoutError)):
-        return f"{absent}{endpoint} cannot be reached ({reason_of(error)}): check the network and HF_ENDPOINT"
+        reason = f"{absent}{endpoint} cannot be reached ({reason_of(error)}): check the network and HF_ENDPOINT"
+        raise RetryLaterError(" ".join(reason.split())) from None
     return ""
 
 

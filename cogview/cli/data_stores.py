@@ -108,6 +108,8 @@ def validate(stores: tuple[Path, ...]) -> int:
     from cogview.data.store_blocks import damaged_blocks
     from cogview.data.store_stats import chunks
 
+    if missing := [str(path) for path in stores if not path.is_dir()]:
+        raise InputError(f"there is no folder {', '.join(missing)}: expected the folders of token stores")
     status = ExitStatus.DONE
     for path in stores:
         try:

@@ -59,9 +59,12 @@ def copy_rows(paths: Sequence[Path], target: Path, *, overwrite: bool = False) -
         The number of rows.
 
     Raises:
-        InputError: A store cannot be read, two do not fit together, or ``target`` exists.
+        InputError: A store cannot be read, two do not fit together, one is given twice, or ``target`` exists.
         RetryLaterError: The disk is full, or another process writes ``target``.
     """
+    resolved = [path.resolve() for path in paths]
+    if twice := [str(path) for path, place in zip(paths, resolved, strict=True) if resolved.count(place) > 1]:
+        raise InputError(f"one store is given more than once ({', '.join(twice)}): its rows would be doubled")
     with ExitStack() as stack:
         stores = [stack.enter_context(TokenStore(path)) for path in paths]
         header = merged_header(stores)

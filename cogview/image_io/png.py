@@ -184,7 +184,8 @@ def prepare_folder(folder: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(f"the output folder {folder} cannot be written: {reason_of(error)}; choose another") from None
+        reason = "it is a file" if folder.is_file() else reason_of(error)
+        raise InputError(f"the output folder {folder} cannot be written: {reason}; choose another") from None
 
 
 @contextmanager

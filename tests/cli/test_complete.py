@@ -115,7 +115,7 @@ def test_complete_skips_a_prompt_that_cannot_be_used(complete, save_image, no_im
         (["--top-p", "2"], "invalid value for '--top-p': 2.0 is not in the range 0<x<=1"),
         (["--guidance", "-1"], "invalid value for '--guidance': -1.0 is not in the range x>=0"),
         (["--text-attention", "0"], "invalid value for '--text-attention': 0.0 is not in the range x>0"),
-        (["-o", "a.png"], "the output folder a.png cannot be written: File exists"),
+        (["-o", "a.png"], "the output folder a.png cannot be written: it is a file"),
         (["--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )

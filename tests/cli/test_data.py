@@ -148,6 +148,11 @@ def test_data_merge_writes_the_rows_of_all_stores(data, store):
     parts = [each.read(range(len(each)))["image"] for each in stores]
     assert np.array_equal(np.concatenate(parts[:2]), parts[2])
     assert stores[2].header.provenance == {"merged": [each.header.provenance for each in stores[:2]]}
+    status, _, err = data("merge", "store", "./store", "-o", "twice")
+    assert (status, err) == (
+        2,
+        ["cogview data: one store is given more than once (store, store): its rows would be doubled"],
+    )
     status, _, err = data("merge", "store", "-o", "all")
     assert (status, err) == (2, ["cogview data: all is there already: remove it, or choose another folder with -o"])
 
@@ -167,6 +172,8 @@ def test_data_validate_locates_a_flipped_byte(data, store):
     Path("store/data.blocks.json").unlink()
     assert "the SHA-256 of data.mdb is" in data("validate", "store")[2][0]
     assert data("validate", "pictures") == (1, [], ["pictures is not a token store: it has no data.mdb"])
+    status, _, err = data("validate", "store", "nowhere")
+    assert (status, err) == (2, ["cogview data: there is no folder nowhere: expected the folders of token stores"])
 
 
 def test_data_export_writes_shards_that_build_reads(data, store):

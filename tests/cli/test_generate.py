@@ -369,7 +369,7 @@ def test_generate_notes_unknown_objects_and_characters(generate, tiny_checkpoint
             f'"0" is not auto, off or a whole number from 1 on{SEE}',
         ),
         ([FOX, "--kv-dtype", "int4"], f"invalid value for '--kv-dtype': 'int4' is not one of 'auto', 'int8'{SEE}"),
-        ([FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: File exists; choose another"),
+        ([FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: it is a file; choose another"),
         ([], 'no prompt was given; write it after the command: cogview generate "一个红苹果"'),
     ],
 )
@@ -401,7 +401,7 @@ def test_generate_rejects_a_model_without_the_task(generation_checkpoint, tmp_pa
 def test_generate_checks_the_output_folder_before_loading_the_model(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["generate", FOX, "--model", "没有", "-o", str(tmp_path / "file")]) == 2
-    assert "file cannot be written: File exists" in capsys.readouterr().err
+    assert "file cannot be written: it is a file" in capsys.readouterr().err
 
 
 def test_generate_rejects_an_unknown_model(tmp_path, capsys):

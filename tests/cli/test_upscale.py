@@ -144,7 +144,7 @@ def test_upscale_skips_a_prompt_that_cannot_be_used(upscale, save_image, no_imag
             ["--prompt", FOX, "--text-attention", "0"],
             "invalid value for '--text-attention': 0.0 is not in the range x>0",
         ),
-        (["--prompt", FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: File exists"),
+        (["--prompt", FOX, "-o", "blank.txt"], "the output folder blank.txt cannot be written: it is a file"),
         (["--prompt", FOX, "--model", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )

@@ -156,7 +156,7 @@ def test_prepare_folder_leaves_folder_empty(tmp_path):
 def test_prepare_folder_refuses_unwritable_folder(tmp_path, monkeypatch):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(InputError, match=r"output folder .*file cannot be written: File exists; choose another"):
+    with pytest.raises(InputError, match=r"output folder .*file cannot be written: it is a file; choose another"):
         prepare_folder(file)
     with pytest.raises(InputError, match="cannot be written: Not a directory"):
         prepare_folder(file / "below")

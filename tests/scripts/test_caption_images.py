@@ -89,7 +89,7 @@ def test_caption_images_asks_for_images(run_captions, save_image, monkeypatch):
         ),
         (["--seed", "-1"], "the seed must be from 0 to 9223372036854775807, got -1"),
         (["--temperature", "0"], "temperature must be above 0, got 0.0; for greedy decoding use --top_k 1"),
-        (["--output-path", "blank.txt"], "the output folder blank.txt cannot be written: File exists"),
+        (["--output-path", "blank.txt"], "the output folder blank.txt cannot be written: it is a file"),
         (["--load", "cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
     ],
 )
