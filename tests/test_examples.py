@@ -81,7 +81,7 @@ def test_train_on_images_trains_every_part(load, tmp_path, capsys):
     [
         ("generate_images", ["", "-o", "out"], "the prompt is empty"),
         ("generate_images", ["狗", "-n", "0"], "the number of images must be from 1 to 100000, got 0"),
-        ("generate_images", ["狗", "-n", "1", "-o", "天空.txt"], "it is a file"),
+        ("generate_images", ["狗", "-n", "1", "-o", "天空.txt"], "File exists"),
         ("caption_folder", ["nowhere"], "there is no image below nowhere"),
         ("caption_folder", ["."], "天空.png is cut off or damaged"),
         ("rerank_best_of_n", ["狗", "-n", "2", "--keep", "3"], "keep must be from 1 to 2, got 3"),

@@ -187,6 +187,14 @@ class LoadedModel:
 
         Args:
             image: An image of this model.
+
+        Returns:
+            Texts by key, such as prompt, seed, model, codes, the sampling settings and dtype.
+
+        Examples:
+            >>> texts = model.file_metadata(model.generate("一个红苹果", seed=7)[0])
+            >>> texts["prompt"], texts["seed"], texts["dtype"]
+            ('一个红苹果', '7', 'float32')
         """
         facts = {"dtype": self.placement.weight_format}
         if self.int8_cache:

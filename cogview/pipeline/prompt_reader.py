@@ -226,8 +226,9 @@ class PromptReader:
             if token.near:
                 yield f"“{_shown(token)}” is unknown to the model, near in meaning: {'、'.join(token.near)}"
         if lost := [token for token in words if not token.near]:
-            shown = "、".join(f"“{text}”" for text in dict.fromkeys(map(_shown, lost)))
-            yield f"{shown} is unknown to the model"
+            names = [f"“{text}”" for text in dict.fromkeys(map(_shown, lost))]
+            shown = "、".join(names)
+            yield f"{shown} is unknown to the model" if len(names) == 1 else f"{shown} are unknown to the model"
         if any(LATIN.match(token.text) for token in words):
             yield "it reads Chinese"
 

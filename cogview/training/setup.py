@@ -210,7 +210,8 @@ def sheet_writer(validation: TokenStore, context: DistributedContext) -> Callabl
     def write_sheet(model: Model, path: Path) -> None:
         captions = [model.text_tokenizer.decode(text[text != NO_TOKEN].tolist()) for text in texts]
         placement = DevicePlacement(context.device, model.transformer.embedding.weight.dtype, "training")
-        images = CogView(model, placement, "training").generate(captions, seed=0, batch_size=SHEET_IMAGES)
+        # Not generate, whose notes on repeated images would stand among the lines of the training.
+        images = list(CogView(model, placement, "training").generate_iter(captions, seed=0, batch_size=SHEET_IMAGES))
         contact_sheet([np.asarray(image) for image in images], scale=2).save(path)
         path.with_suffix(".txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
 

@@ -81,7 +81,7 @@ def reader() -> PromptReader:
                 THINGS,
             ],
         ),
-        ("日落时的山", ["“日落时”、“山” is unknown to the model", THINGS]),
+        ("日落时的山", ["“日落时”、“山” are unknown to the model", THINGS]),
         ("金鱼", ["“金鱼” is unknown to the model", THINGS]),
         ("斑马", ["“斑马” is unknown to the model, near in meaning: 马、奶牛、老虎"]),
         ("一朵花", ["“花” is unknown to the model, near in meaning: 玫瑰、向日葵、郁金香"]),

@@ -3,18 +3,22 @@
 # T positions of a row, V ids of a kind
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from cogview.data.store import NO_TOKEN
+from cogview.modeling.config import GREEDY
 from cogview.training.examples import RowPlan, TrainingBatch
+from cogview.training.setup import sheet_writer
 from cogview.training.trainer import TransformerTrainer
 from tests.training.factories import (
     CODES,
     GRID,
     MIXTURE,
+    SINGLE,
     batch_losses,
     make_trainer,
     new_model,
@@ -248,3 +252,13 @@ def test_evaluate_returns_validation_losses_and_writes_a_sheet(tmp_path):
         for name in ("loss", "generate_image_loss", "generate_text_loss")
     }
     assert sheets == [(trainer.model, tmp_path / "step-00000007.png")] * 2
+
+
+def test_sheet_writer_notes_no_repeated_images(tmp_path, caplog):
+    """A new model repeats itself, and each sheet of a training came with the advice to sample at higher temperature."""
+    model = new_model()
+    model = replace(model, config=replace(model.config, sampling=GREEDY))
+    sheet_writer(write_store(tmp_path / "store", 12), SINGLE)(model, tmp_path / "sheet.png")
+    captions = (tmp_path / "sheet.txt").read_text(encoding="utf-8").splitlines()
+    assert len(set(captions)) < len(captions) == 12
+    assert caplog.text == ""
