@@ -182,6 +182,7 @@ def _fetch(file: FileEntry, partial: PartialDownload, delays: Sequence[float], t
                     reasons.append(f"{host} {error}")
                     may_pass = may_pass or not error.permanent
                     break
+                _notify(f"{file.name}: {host} {error}; trying again in {delays[failures - 1]:g} s")
                 time.sleep(delays[failures - 1])
     remedy = _manual_instructions(file, partial.target)
     if partial.received and partial.remote.size:

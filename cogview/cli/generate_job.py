@@ -82,17 +82,17 @@ class TerminalObserver(JobObserver):
         """Print the path on stdout, with the score of a ranked image."""
         print_result(result_line(path, score), {"file": str(path), **facts, "score": score})
 
-    def captioned(self, caption: Caption, image: Path) -> None:
+    def captioned(self, caption: Caption, image: Path, name: str) -> None:
         """Print the caption on stdout as a line of JSON."""
         from tqdm import tqdm
 
-        tqdm.write(caption_line(caption, file=str(image)), file=sys.stdout)
+        tqdm.write(caption_line(caption, id=name, file=str(image)), file=sys.stdout)
 
-    def ranked(self, ranking: Ranking) -> None:
+    def ranked(self, ranking: Ranking, name: str) -> None:
         """Print the ranking on stdout as a line of JSON."""
         from tqdm import tqdm
 
-        tqdm.write(json.dumps(ranking.as_json(), ensure_ascii=False), file=sys.stdout)
+        tqdm.write(json.dumps({"id": name, **ranking.as_json()}, ensure_ascii=False), file=sys.stdout)
 
 
 def run_job(source: str, *, resume: bool, options: GenerateOptions, session: SessionOptions) -> int:

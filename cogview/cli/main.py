@@ -218,6 +218,8 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         require_known_language(os.environ)
         with terminable(), log_batch_plans():
             status = run()
+        if status == ExitStatus.MISTAKE and is_json():  # the lines before name the inputs, and none the status
+            print_error(name, "nothing could be done", status)
         sys.stdout.flush()
         return status
     except click.exceptions.Exit as done:  # of --help and --version

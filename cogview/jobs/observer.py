@@ -47,16 +47,22 @@ class JobObserver:
             facts: Its id, task, prompt, index and seed, and the input image if there is one.
         """
 
-    def captioned(self, caption: Caption, image: Path) -> None:
+    def captioned(self, caption: Caption, image: Path, name: str) -> None:
         """A caption of an image file was generated.
 
         Args:
             caption: The caption.
             image: The image file.
+            name: Its id.
         """
 
-    def ranked(self, ranking: Ranking) -> None:
-        """The images of a record were ranked."""
+    def ranked(self, ranking: Ranking, name: str) -> None:
+        """The images of a record were ranked.
+
+        Args:
+            ranking: The ranking.
+            name: Its id.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -303,7 +303,7 @@ class JobRunner:
         settings: Any = {"batch_size": self._batch_size(journal), "callback": self._observer.progress}
         scores = dict(zip(images, self.model.score(list(images.values()), prompt, **settings), strict=True))
         ranking = Ranking(prompt=prompt, files=paths, scores=list(map(scores.get, range(len(paths)))), errors=errors)
-        self._observer.ranked(ranking)
+        self._observer.ranked(ranking, item.ids[0])
         facts = {"task": record.task, **ranking.as_json()}
         if unread:
             self._fail(record, item.ids, reason, journal, set(), **facts)
@@ -376,7 +376,7 @@ class JobRunner:
         if path is None:
             assert record.image is not None
             facts["text"] = result.text
-            self._observer.captioned(result, record.image)
+            self._observer.captioned(result, record.image, name)
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             if name in journal.outcomes.lost and path.is_file() and not path.stat().st_size:

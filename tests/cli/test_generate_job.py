@@ -188,7 +188,8 @@ def test_generate_job_runs_lines_of_all_tasks(whole, tiny_model, monkeypatch):
     [[caption]] = tiny_model.caption([first])
     [samples] = tiny_model.caption([second], n=2, seed=7, method="sample")
     assert [one["caption"] for one in captions] == [caption.text, *(one.text for one in samples)]
-    assert [records[name]["text"] for name in ("line 3/0", "什么/0", "什么/1")] == [one["caption"] for one in captions]
+    assert [one["id"] for one in captions] == ["line 3/0", "什么/0", "什么/1"]
+    assert [records[one["id"]]["text"] for one in captions] == [one["caption"] for one in captions]
 
 
 @pytest.mark.multiprocess

@@ -150,6 +150,14 @@ def test_caption_and_rerank_print_objects_alone(run, save_image):
     assert not any("per piece" in str(found) for found in messages)
 
 
+def test_generate_ends_with_an_error_as_json_when_nothing_could_be_done(run):
+    """Lines on each prompt alone left the status to the exit of the process."""
+    status, results, messages = run("generate", "", " ")
+    assert (status, results) == (2, [])
+    assert messages[-1] == {"error": "nothing could be done", "status": 2}
+    assert [found["prompt"] for found in messages if "skipped" in found] == ["", " "]
+
+
 def test_generate_job_prints_its_results_as_json(run, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{FOX}\n\n{FOX * 9}\n", encoding="utf-8")
     _, results, messages = run("generate", "--input", "prompts.txt", "--seed", "7")

@@ -61,6 +61,7 @@ def test_rerank_lines_give_the_scores_of_the_command_in_any_batch(run_lines, run
         _, [printed], _ = run_command("rerank", "--prompt", one["prompt"], *one["images"])
         expected.append(json.loads(printed))
     assert [approximately(ranking) for ranking in found] == expected
+    assert [ranking["id"] for ranking in found] == [record["id"] for record in read_lines() if "images" in record]
     records = {record["id"]: record for record in read_lines()}
     assert sorted(records) == ["fox/0", "line 2/0", "line 3/0"]
     assert records["fox/0"] == {"id": "fox/0", "task": "rerank", **found[0]}

@@ -80,7 +80,7 @@ class RecordingObserver(JobObserver):
         self.events.append("saved")
         self.values.append(path)
 
-    def captioned(self, caption, image):
+    def captioned(self, caption, image, name):
         self.events.append("captioned")
         self.values.append(image)
 
