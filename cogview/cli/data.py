@@ -121,8 +121,8 @@ def picture_options() -> Decorator:
 
 @command.command(cls=Command)
 @argument("sources", nargs=-1, required=True, type=FILE, metavar="SOURCE", help=SOURCE_HELP)
-@output_option(default=None, required=True, metavar="STORE", help="folder of the store")
-@model_option(default=None, required=True, help=f"model whose tokenizers encode: {MODEL_HELP}")
+@output_option(required=True, metavar="STORE", help="folder of the store")
+@model_option(required=True, help=f"model whose tokenizers encode: {MODEL_HELP}")
 @picture_options()
 @table_options()
 @max_batch_size_option("pictures")

@@ -137,7 +137,7 @@ def validate(stores: tuple[Path, ...]) -> int:
 
 @click.command(cls=Command)
 @argument("stores", nargs=-1, required=True, type=FILE, metavar="STORE", help="stores of the same tokenizers, in order")
-@output_option(default=None, required=True, metavar="STORE", help="folder of the new store; must not exist")
+@output_option(required=True, metavar="STORE", help="folder of the new store; must not exist")
 def merge(stores: tuple[Path, ...], output: Path) -> int:
     """Write the rows of several stores to one, and print it."""
     from cogview.data.store_copy import copy_rows
@@ -150,7 +150,7 @@ def merge(stores: tuple[Path, ...], output: Path) -> int:
 @click.command(cls=Command)
 @store_argument()
 @store_model_option(required=True)
-@output_option(default=None, required=True, help="folder of the shards; must not exist")
+@output_option(required=True, help="folder of the shards; must not exist")
 @click.option(
     "--shard-size", type=click.IntRange(min=1), default=SHARD_SIZE, metavar="COUNT", help="pictures in a shard"
 )

@@ -20,8 +20,8 @@ from cogview.errors import InputError
     metavar="SOURCE",
     help="LMDB folder or .bin file; several are imported into one store, in this order",
 )
-@model_option(default=None, required=True, help="name or folder of the model whose tokenizers made the data")
-@output_option(default=None, required=True, metavar="STORE", help="folder of the store")
+@model_option(required=True, help="name or folder of the model whose tokenizers made the data")
+@output_option(required=True, metavar="STORE", help="folder of the store")
 @click.option("--skip-bad", is_flag=True, help="skip invalid rows")
 def command(sources: tuple[Path, ...], model: str, output: Path, skip_bad: bool) -> int:
     """Import datasets of CogView v1 into a token store; an interrupted import is continued."""

@@ -214,8 +214,8 @@ def precision_options() -> list[Decorator]:
 
 def model_option(**settings: Any) -> Decorator:
     """Return ``--model``."""
-    settings = {"default": DEFAULT_MODEL, "help": MODEL_HELP, **settings}
-    return click.option("--model", metavar="NAME_OR_FOLDER", **settings)
+    settings = {"default": DEFAULT_MODEL, "metavar": "NAME_OR_FOLDER", "help": MODEL_HELP, **settings}
+    return click.option("--model", **_without_default_if_required(settings))
 
 
 def revision_option() -> Decorator:
@@ -283,7 +283,7 @@ def sampling_options(unit: str, *, image_options: bool, note: str = "") -> Decor
             type=click.FloatRange(min=0, min_open=True),
             metavar="T",
             show_default=MODEL_DEFAULT,
-            help=f"sampling temperature{note}; lower is more deterministic",
+            help=f"sampling temperature{note}; lower is more deterministic, and --top-k 1 is greedy",
         ),
         "top_k": click.option(
             "--top-k",
@@ -380,7 +380,12 @@ def seed_option(same: str) -> Decorator:
 def output_option(**settings: Any) -> Decorator:
     """Return ``-o``/``--output``; by default the folder of generated images."""
     settings = {"default": "outputs", "metavar": "FOLDER", "help": "folder for the results", **settings}
-    return click.option("-o", "--output", type=FILE, **settings)
+    return click.option("-o", "--output", type=FILE, **_without_default_if_required(settings))
+
+
+def _without_default_if_required(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of an option without the default, which ``click`` would take for a value, if it is required."""
+    return {key: value for key, value in settings.items() if key != "default" or not settings.get("required")}
 
 
 def count_option(items: str) -> Decorator:

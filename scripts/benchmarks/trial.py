@@ -106,10 +106,10 @@ CASES: dict[str, tuple[str, ...]] = {
     "files": (
         f"{APPLE} --top-k 3 -o same 2> a & {APPLE} --top-k 4 -o same 2> b; wait; ls same | wc -l",
         f"{APPLE} 一只猫 三只狐狸 -n 4 --grid -o sheet; python -c 'import sys; from PIL import Image; "
-        "[print(Image.open(path).size) for path in sys.argv[1:]]' sheet/*grid*.png sheet/*sheet*.png",
+        "[print(Image.open(path).size) for path in sys.argv[1:]]' sheet/grid*.png",
         f"{APPLE} -n 4 --keep 2 -o kept",
         "cogview info a.png",
-        "cogview data build own -o store-of-own --held-out 0",
+        "cogview data build own/captions.csv --model cogview-emoji -o store-of-own --held-out 0",
         "cogview recipes",
         "_COGVIEW_COMPLETE=bash_source cogview | head -3",
     ),

@@ -1,6 +1,7 @@
 """``cogview``: commands, and mistakes on the command line itself."""
 
 import importlib
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,30 @@ def test_run_safely_reports_sigterm_in_one_line(capsys):
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == "cogview x: interrupted; finished results are kept\n"
+
+
+def required_options() -> list[tuple[tuple[str, ...], str]]:
+    """Return each command line that lacks one required option, and that option."""
+    found = []
+    for name, (module, _) in COMMANDS.items():
+        top = importlib.import_module(f"cogview.cli.{module}").command
+        inner = [((name, each), top.commands[each]) for each in top.commands] if isinstance(top, click.Group) else []
+        for words, command in inner or [((name,), top)]:
+            required = [item for item in command.params if isinstance(item, click.Option) and item.required]
+            arguments = [item for item in command.params if isinstance(item, click.Argument) and item.required]
+            for missing in required:
+                others = [word for item in required if item is not missing for word in (item.opts[-1], "1")]
+                found.append(((*words, *("x" for _ in arguments), *others), max(missing.opts, key=len)))
+    return found
+
+
+@pytest.mark.parametrize(("line", "option"), required_options(), ids=lambda part: str(part))
+def test_main_names_a_required_option_that_is_missing(line, option, capsys):
+    """``click`` took a default of None for a value, and ``cogview data build pictures -o x`` was a traceback."""
+    assert main(list(line)) == 2
+    err = capsys.readouterr().err
+    assert re.search(rf"missing option .*'{option}'; see ", err), err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
