@@ -135,7 +135,9 @@ def test_download_ends_with_status_3_when_the_server_does_not_answer(server, cap
     lines = capsys.readouterr().err.splitlines()
     assert all(" could not be reached: Connection re" in line for line in lines)
     retries = [line for line in lines if "trying again in" in line]
-    assert [line.rpartition("; ")[2] for line in retries] == [f"trying again in {delay} s" for delay in (1, 2, 4, 8)] * 3
+    assert [line.rpartition("; ")[2] for line in retries] == [
+        f"trying again in {delay} s" for delay in (1, 2, 4, 8)
+    ] * 3
     assert len(lines) - len(retries) == 3
 
 
