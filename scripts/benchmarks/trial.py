@@ -276,7 +276,7 @@ def shortened(text: str) -> str:
     """Return the end of a text as a cell of a Markdown table."""
     clean = re.sub(r"/tmp/\S+/", "", text.replace(f"{ROOT}/", ""))
     clean = clean if len(clean) <= WIDTH else f"…{clean[-WIDTH:]}"
-    return clean.replace("|", "\\|").replace("<", "&lt;")
+    return clean.replace("|", "\\|").replace("<", "&lt;").replace("[", "&#91;")
 
 
 def main() -> int:
