@@ -186,13 +186,14 @@ def open_build(
     )
 
 
-def planned_batch_size(image_tokenizer: VQVAE, side: int, max_batch_size: int | None) -> int:
+def planned_batch_size(image_tokenizer: VQVAE, side: int, max_batch_size: int | None, *, decoding: bool = False) -> int:
     """Return the number of pictures that are encoded together.
 
     Args:
         image_tokenizer: The image tokenizer, on its device.
         side: Codes on a side of the largest rendition.
         max_batch_size: None for as many as fit into memory.
+        decoding: Whether they are decoded again.
 
     Raises:
         InputError: Not even one fits.
@@ -201,7 +202,8 @@ def planned_batch_size(image_tokenizer: VQVAE, side: int, max_batch_size: int | 
     from cogview.planning.model_memory import image_bytes
 
     device: torch.device = image_tokenizer.codebook.device
-    bytes_each = image_bytes(image_tokenizer.config, side, decoding=False)
+    passes = (False, True) if decoding else (False,)
+    bytes_each = sum(image_bytes(image_tokenizer.config, side, decoding=each) for each in passes)
     planner = BatchPlanner(device, max_batch_size)
     items = range(planner.max_batch_size)
     return planner.chunks(items, lambda batch: bytes_each * len(batch), "encoding images")[0]

@@ -168,11 +168,8 @@ def _batches(model: VQVAE, images: Iterator[np.ndarray], side: int, max_batch_si
 
     import numpy as np
 
-    from cogview.planning.batches import BatchPlanner
-    from cogview.planning.model_memory import image_bytes
+    from cogview.cli.data import planned_batch_size
 
-    planner = BatchPlanner(model.codebook.device, max_batch_size)
-    bytes_each = sum(image_bytes(model.config, side, decoding=decoding) for decoding in (False, True))
-    size = planner.chunks(range(planner.max_batch_size), lambda batch: bytes_each * len(batch), "encoding images")[0]
+    size = planned_batch_size(model, side, max_batch_size, decoding=True)
     while batch := list(islice(images, size)):
         yield np.stack(batch)

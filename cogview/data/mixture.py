@@ -198,13 +198,7 @@ def check_fits(store: TokenStore, header: StoreHeader, whose: str) -> None:
     Raises:
         InputError: if fields, grid, tokenizers or widths do not match.
     """
-    store.check_compatible(
-        codebook_sha256=header.codebook_sha256,
-        text_sha256=header.text_sha256,
-        num_image_codes=header.num_image_codes,
-        num_text_pieces=header.num_text_pieces,
-        grid=header.grid,
-    )
+    store.check_same_tokenizers(header)
     fields = store.header.fields
     if set(fields) != set(header.fields):
         own, others = (", ".join(sorted(names)) for names in (fields, header.fields))

@@ -236,6 +236,23 @@ class TokenStore:
                 "encode a store for that task"
             )
 
+    def check_same_tokenizers(self, header: StoreHeader) -> None:
+        """Check that the store was made with the tokenizers and the grid of another one.
+
+        Args:
+            header: Header of the other store.
+
+        Raises:
+            InputError: A checksum or size differs.
+        """
+        self.check_compatible(
+            codebook_sha256=header.codebook_sha256,
+            text_sha256=header.text_sha256,
+            num_image_codes=header.num_image_codes,
+            num_text_pieces=header.num_text_pieces,
+            grid=header.grid,
+        )
+
     def close(self) -> None:
         """Close the file; a later read opens it again."""
         self._opened = None

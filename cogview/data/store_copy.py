@@ -27,13 +27,7 @@ def merged_header(stores: Sequence[TokenStore]) -> StoreHeader:
     """
     first = stores[0].header
     for store in stores[1:]:
-        store.check_compatible(
-            codebook_sha256=first.codebook_sha256,
-            text_sha256=first.text_sha256,
-            num_image_codes=first.num_image_codes,
-            num_text_pieces=first.num_text_pieces,
-            grid=first.grid,
-        )
+        store.check_same_tokenizers(first)
         if set(store.header.fields) != set(first.fields):
             raise InputError(
                 f"{store.path} has the fields {', '.join(sorted(store.header.fields))}, {stores[0].path} has "

@@ -141,7 +141,7 @@ class JobRunner:
         return save_png(settings.output / f"grid-seed{self.plan.seed}.png", sheet, texts)
 
     def _header_problem(self, path: Path, task: str) -> str | None:
-        """Return why an image cannot be used, as far as its header tells; None if it can."""
+        """Return why an image cannot be used, as far as its header shows; None if it can."""
         from cogview.image_io.reading import open_image
 
         try:

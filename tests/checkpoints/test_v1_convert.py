@@ -405,7 +405,7 @@ def test_verify_accepts_negative_zero(small_release, tmp_path):
     ],
 )
 def test_import_v1_refuses_weights_that_are_not_finite(small_release, tmp_path, part, name, ours):
-    """A tape error or a diverged training left NaN, and the converted model drew noise without a word."""
+    """A disk error or a diverged training left NaN, and the converted model drew noise without a word."""
     tensors = getattr(small_release, part)
     damaged = tensors[name].clone()
     damaged.view(-1)[1:3] = torch.tensor([torch.nan, torch.inf])

@@ -128,7 +128,7 @@ def test_download_reports_files_that_cannot_be_fetched(server, tmp_path, capsys)
 
 
 def test_download_ends_with_status_3_when_the_server_does_not_answer(server, capsys, monkeypatch):
-    """A script cannot tell a name that is wrong from a network that is down."""
+    """A script cannot distinguish a wrong name from a network that is down."""
     monkeypatch.setattr("cogview.checkpoints.download.time.sleep", lambda seconds: None)
     server.server_close()
     assert main(["download", "painter"]) == 3

@@ -116,7 +116,7 @@ class BuildReport:
         found = []
         rows = sum(self.rows.values())
         if rows > 1 and self.same_caption:
-            found.append(f"all {rows} captions are the same: a model cannot learn to tell the pictures apart by text")
+            found.append(f"all {rows} captions are the same: a model cannot learn to distinguish the pictures by text")
         if self.byte_share > MANY_BYTES:
             found.append(
                 f"of the characters of captions, {self.byte_share:.0%} have no piece in this text tokenizer and are "

@@ -400,7 +400,7 @@ def test_build_report_warns_of_equal_captions_and_of_no_held_out_picture(make_bu
     for number in range(3):
         add(f"{number}.png", number, "一只狐狸")
     assert make_build(pictures, held_out=0.0001).run().warnings() == [
-        "all 3 captions are the same: a model cannot learn to tell the pictures apart by text",
+        "all 3 captions are the same: a model cannot learn to distinguish the pictures by text",
         "none of 3 pictures fell into the held-out share of 0.0001: there is no held-out store; a larger share is "
         "--held-out 0.2",
     ]
