@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import click
 
 from cogview.cli.data import report_build
@@ -9,6 +12,10 @@ from cogview.cli.options import Command, device_option
 from cogview.cli.recipes import recipe_options
 from cogview.errors import InputError
 from cogview.training.recipe import Recipe
+from cogview.training.step_records import record_step
+
+if TYPE_CHECKING:
+    from cogview.training.model_setup import Tokenizers
 
 
 @click.command(cls=Command)
@@ -43,6 +50,7 @@ def _encode_scenes(recipe: Recipe, device: str) -> int:
     ):
         encode_dataset(path, scenes, text_tokenizer, image_tokenizer, settings, rows=rows)
         print(path)
+    record_step(recipe, "encode", settings)
     return 0
 
 
@@ -55,16 +63,29 @@ def _encode_pictures(recipe: Recipe, device: str) -> int:
     from cogview.training.picture_encoding import PictureEncodeSettings, RecipeStorePaths
 
     settings = recipe.settings(PictureEncodeSettings, "encode")
-    image_tokenizer = recipe.open_image_tokenizer().to(choose_placement(device).device)
+    tokenizers = _open_tokenizers(recipe)
     if recipe.store.exists():
         raise InputError(f"{recipe.store} is there already: remove it, or choose another folder with --work")
     paths = RecipeStorePaths(store=recipe.store, validation_store=recipe.held_out_store)
     task = PictureBuild(
         paths=paths,
         sources={str(path): open_source(path, settings.table, print_note) for path in settings.pictures},
-        text_tokenizer=recipe.open_text_tokenizer(),
-        image_tokenizer=image_tokenizer,
+        text_tokenizer=tokenizers.text,
+        image_tokenizer=tokenizers.image.to(choose_placement(device).device),
         settings=settings,
         side=settings.side,
     )
-    return report_build(task.run(), paths)
+    report = task.run()
+    record_step(recipe, "encode", settings)
+    return report_build(report, paths)
+
+
+def _open_tokenizers(recipe: Recipe) -> Tokenizers:
+    """Return the tokenizers of the model that the section ``transformer`` names, or those that the recipe trains."""
+    from cogview.training.model_setup import Tokenizers, open_tokenizers
+    from cogview.training.settings import TransformerSettings
+
+    if "transformer" in recipe.sections:
+        others = replace(recipe, overrides=())  # which are those of the section encode
+        return open_tokenizers(recipe, others.settings(TransformerSettings, "transformer"))
+    return Tokenizers(image=recipe.open_image_tokenizer(), text=recipe.open_text_tokenizer())

@@ -110,6 +110,7 @@ def _evaluate(
     from cogview.files import write_json
     from cogview.pipeline.cogview import CogView
     from cogview.pipeline.inputs import resolve_seed
+    from cogview.training.step_records import record_step
 
     measurement = EvaluationSettings(
         captions=options.captions or CAPTIONS,
@@ -128,6 +129,8 @@ def _evaluate(
     report = MEASURES[measure].run(opened, world, sampling, measurement, folder)
     report["protocol"] |= {"weights": opened.placement.weight_format, "adapter": adapter}
     write_json(folder / MEASURES[measure].file, report)
+    if model is None and output is None:
+        record_step(recipe, f"eval {measure}", {})
     print(MEASURES[measure].format(report))
     print(f"written to {folder}", file=sys.stderr)
     return 0

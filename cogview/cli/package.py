@@ -18,6 +18,7 @@ from cogview.training.recipe import Recipe
 if TYPE_CHECKING:
     from cogview.checkpoints.checkpoint import Model
     from cogview.checkpoints.grammar import PromptGrammar
+    from cogview.modeling.config import Sampling
 
 
 SHORT_CARD = "# A model of pictures\n\nTrained by a recipe of cogview on pictures with captions.\n\n{figures}\n"
@@ -48,6 +49,7 @@ def command(recipe: Recipe, output: Path | None) -> int:
 
     from cogview.checkpoints.checkpoint import load_model, save_model
     from cogview.files import atomic_folder, file_sha256
+    from cogview.training.step_records import record_step
 
     settings = recipe.settings(PackageSettings, "package")
     card = SHORT_CARD if settings.card is None else read_card(recipe, settings.card)
@@ -56,17 +58,45 @@ def command(recipe: Recipe, output: Path | None) -> int:
         figures = add_reports(model, recipe)
     else:
         figures = held_out_table(recipe)
+        model.config = replace(model.config, sampling=sampling_of(recipe))
     things = "、".join(thing.emoji + thing.name for thing in model.things)
     model.card = card.replace("{figures}", figures).replace("{things}", things)
     target = output or recipe.work / "model"
     with atomic_folder(target, overwrite=True) as folder:
         save_model(folder, model, torch.float16)
+    if output is None:
+        record_step(recipe, "package", recorded_settings(recipe))
     print("for checkpoints.yaml:", file=sys.stderr)
     for path in sorted(target.rglob("*")):
         if path.is_file() and path.suffix != ".md":
             print(f"    {path.relative_to(target).as_posix()}: {file_sha256(path)}", file=sys.stderr)
     print(target)
     return 0
+
+
+def recorded_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that a package depends on besides the checkpoint, as plain values.
+
+    Args:
+        recipe: The recipe.
+    """
+    from cogview.config_io import to_mapping
+
+    return {
+        "package": to_mapping(recipe.settings(PackageSettings, "package")),
+        "sampling": to_mapping(sampling_of(recipe)),
+    }
+
+
+def sampling_of(recipe: Recipe) -> Sampling:
+    """Return the sampling settings of a recipe, which may have changed since the training.
+
+    Args:
+        recipe: The recipe.
+    """
+    from cogview.training.settings import TransformerSettings
+
+    return replace(recipe, overrides=()).settings(TransformerSettings, "transformer").sampling
 
 
 def add_reports(model: Model, recipe: Recipe) -> str:

@@ -33,6 +33,7 @@ def command(recipe: Recipe, font: Path | None, annotations: tuple[Path, Path] | 
     from cogview.emoji.things import EmojiFiles
     from cogview.emoji.world import EmojiWorld, WorldSettings
     from cogview.image_io.contact_sheet import contact_sheet
+    from cogview.training.step_records import record_step
 
     settings = recipe.settings(WorldSettings, "scenes")
     files = EmojiFiles()
@@ -45,6 +46,7 @@ def command(recipe: Recipe, font: Path | None, annotations: tuple[Path, Path] | 
     world.save(recipe.world)
     scenes = [world.sample_scene(0, index) for index in range(SHEET_SCENES)]
     contact_sheet([world.render(scene, index) for index, scene in enumerate(scenes)]).save(recipe.world / "scenes.png")
+    record_step(recipe, "scenes", settings, recipe.world / "world.json")
     print(f"{len(world.things)} objects, {settings.canvas} x {settings.canvas} pixels", file=sys.stderr)
     print(recipe.world)
     return 0

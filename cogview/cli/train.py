@@ -39,6 +39,7 @@ def command(recipe: Recipe, resume: str, device: str, init_from: str | None) -> 
     from cogview.training.distributed import destroy_distributed, exit_process, init_distributed
     from cogview.training.settings import TransformerSettings
     from cogview.training.setup import train
+    from cogview.training.step_records import record_step
 
     flush_denormals()
     try:
@@ -53,6 +54,8 @@ def command(recipe: Recipe, resume: str, device: str, init_from: str | None) -> 
     try:
         things = context.run_everywhere(lambda: named_things(recipe.world))
         status = train(recipe, settings, context, resume=resume == "auto", things=things)
+        if status == 0 and context.is_main_process:
+            record_step(recipe, "train", settings)
     finally:
         destroy_distributed()
     exit_process(status)

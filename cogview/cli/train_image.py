@@ -25,6 +25,7 @@ def command(recipe: Recipe, resume: str, device: str) -> int:
     """Train the VQ-VAE on pictures that the recipe names, or on scenes, and export the trained image tokenizer."""
     from cogview.device import choose_placement, flush_denormals
     from cogview.training.run_folder import RunFolder
+    from cogview.training.step_records import record_step
     from cogview.training.vqvae_recipe import VQVAERecipe
     from cogview.training.vqvae_trainer import export_image_tokenizer, train_vqvae
 
@@ -39,6 +40,7 @@ def command(recipe: Recipe, resume: str, device: str) -> int:
     status = train_vqvae(settings, training, held_out, run, choose_placement(device).device, resume=resumes)
     if status == 0:
         export_image_tokenizer(run, recipe.image_tokenizer)
+        record_step(recipe, "train-image", settings, recipe.image_tokenizer / "model.safetensors")
         print(recipe.image_tokenizer)
     return status
 

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 @recipe_options("text")
 def command(recipe: Recipe) -> int:
     """Train the text tokenizer on captions: of the sources that the recipe names, or of the emoji world."""
+    from cogview.training.step_records import record_step
     from cogview.training.text_tokenizer import TextTokenizerRecipe
 
     settings = recipe.settings(TextTokenizerRecipe, "text")
     tokenizer = (_train_on_sources if settings.pictures else _train_on_scenes)(recipe, settings)
+    record_step(recipe, "train-text", settings, recipe.text_model)
     print(f"{tokenizer.size} pieces (at most {settings.size} requested)", file=sys.stderr)
     print(recipe.text_model)
     return 0

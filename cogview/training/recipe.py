@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
@@ -54,12 +54,14 @@ class Recipe:
         sections: Its content.
         overrides: Changes ``key=value`` of the section that a command reads.
         work: Folder of the results.
+        overrides_by_section: Changes ``key=value`` of other sections, where a command reads several.
     """
 
     path: Path
     sections: Mapping[str, Any]
     overrides: tuple[str, ...]
     work: Path
+    overrides_by_section: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path, work: Path | None = None, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -152,7 +154,11 @@ class Recipe:
 
     def section(self, name: str) -> dict[str, Any]:
         """Return section ``name`` as plain values, with the overrides."""
-        return section(self.sections, name, self.overrides)
+        return section(self.sections, name, self.overrides_of(name))
+
+    def overrides_of(self, name: str) -> tuple[str, ...]:
+        """Return the overrides that apply to section ``name``."""
+        return *self.overrides, *self.overrides_by_section.get(name, ())
 
     def settings(self, kind: type[T], name: str) -> T:
         """Return section ``name`` as the dataclass ``kind``.
@@ -170,7 +176,7 @@ class Recipe:
 
     def _shorten_warmup(self, kind: type[Any], name: str, content: dict[str, Any]) -> None:
         """Keep the warm-up's share of the steps if an override asks for too few steps for it; print a note."""
-        overridden = {override.partition("=")[0] for override in self.overrides}
+        overridden = {override.partition("=")[0] for override in self.overrides_of(name)}
         if "training.steps" not in overridden or "training.warmup_steps" in overridden:
             return
         planned = section(self.sections, name).get("training")

@@ -1,6 +1,6 @@
 #!/bin/bash
 # Run every check of decoding, kernels, planning and training that needs a GPU: correctness, speed and memory. The training
-# of the embedded model is a separate script: scripts/train_emoji.py scripts/recipes/emoji-gpu.yaml
+# of the embedded model is separate: cogview run emoji-gpu
 #
 #   scripts/benchmarks/on_a_gpu.sh [FOLDER]     metrics and logs go to FOLDER (default: gpu-results)
 #

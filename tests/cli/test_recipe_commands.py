@@ -1,14 +1,11 @@
 """The commands of a recipe: from a world to a packaged model that draws, and what they say to mistakes."""
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import signal
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cogview.checkpoints.checkpoint import read_config
-from cogview.cli import evaluate
+from cogview.cli import evaluate, run
 from cogview.cli.main import main
 from cogview.config_io import to_mapping
 from cogview.data.store import TokenStore
@@ -667,23 +664,23 @@ def test_package_refuses_a_report_of_another_checkpoint(work, tmp_path, capsys):
     assert not (work / "model").exists()
 
 
-# scripts/train_emoji.py
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_emoji", ROOT / "scripts" / "train_emoji.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# cogview run
 
 
 def steps_run(work: Path) -> list[tuple[str, int]]:
     return [(entry["step"], entry["status"]) for entry in json.loads((work / "times.json").read_text())]
 
 
+@pytest.fixture
+def asked(monkeypatch) -> list[list[str]]:
+    """The command lines of the steps, which are not run."""
+    found: list[list[str]] = []
+    monkeypatch.setattr(run, "run_words", lambda words: found.append(list(words)) or 0)
+    return found
+
+
 @pytest.mark.slow
-def test_train_emoji_runs_missing_steps_and_resumes(script, work, tmp_path, capsys, monkeypatch):
+def test_run_does_missing_steps_and_resumes(work, tmp_path, capsys, monkeypatch):
     recipe, place = write_recipe(tmp_path), ["--device", "cpu"]
     monkeypatch.setattr(evaluate, "CAPTIONS", 4)
     step = TransformerTrainer.step
@@ -695,52 +692,56 @@ def test_train_emoji_runs_missing_steps_and_resumes(script, work, tmp_path, caps
 
     with monkeypatch.context() as patch:
         patch.setattr(TransformerTrainer, "step", interrupted)
-        assert script.main([recipe, *place]) == 128 + signal.SIGTERM
+        assert main(["run", recipe, *place]) == 128 + signal.SIGTERM
     error = capsys.readouterr().err
     assert "step 3 of 7, train-image: already done" in error
-    assert "step 5 of 7, train: ended with status 143" in error
+    assert "step 5 of 7, train: stopped after " in error
     assert steps_run(work) == [("train", 143)]
 
     (tmp_path / "card.md").rename(tmp_path / "card.txt")
-    assert script.main([recipe, *place]) == 2
+    assert main(["run", recipe, *place]) == 2
     error = capsys.readouterr().err
     assert "step 4 of 7, encode: already done" in error
     assert f"resuming {work / 'transformer-run'} after step 4" in error
-    assert "step 7 of 7, package: ended with status 2" in error
+    assert error.splitlines()[-1].startswith("cogview run: the model card ")
     assert steps_run(work)[1:] == [("train", 0), ("eval scenes", 0), ("package", 2)]
 
     (tmp_path / "card.txt").rename(tmp_path / "card.md")
-    assert script.main([recipe, *place]) == 0
+    assert main(["run", recipe, *place]) == 0
     output = capsys.readouterr()
-    assert output.out.splitlines()[-1] == str(work / "model")
+    assert output.out.splitlines()[-3:] == [
+        str(work / name) for name in ("model", "model/README.md", "report/pictures.png")
+    ]
     assert "step 6 of 7, eval scenes: already done" in output.err
     assert steps_run(work)[4:] == [("package", 0)]
 
     before = (work / "times.json").read_text()
-    assert script.main([recipe, *place]) == 0
+    assert main(["run", recipe, *place]) == 0
     assert capsys.readouterr().err.count("already done") == 7
     assert (work / "times.json").read_text() == before
     assert json.loads(before)[0]["seconds"] > 0
 
+    assert main(["run", recipe, *place, "transformer.sampling={top_k: 3}"]) == 0  # which changes the package alone
+    assert "the settings of step package have changed: sampling.top_k " in capsys.readouterr().err
+    assert steps_run(work)[5:] == [("package", 0)]
 
-def test_train_emoji_starts_with_the_first_step(script, tmp_path, capsys, monkeypatch):
-    asked = []
-    monkeypatch.setattr(script, "cogview", lambda command: asked.append(command) or len(asked) == 7)
+
+def test_run_starts_with_the_first_step(asked, tmp_path):
     recipe = write_recipe(tmp_path)
-    assert script.main([recipe, "--work", str(tmp_path / "elsewhere"), "--device", "cpu"]) == 1
+    work = ["--work", str(tmp_path / "elsewhere")]
+    assert main(["run", recipe, *work, "--device", "cpu", "image.training.steps=7"]) == 0
     commands = ["scenes", "train-text", "train-image", "encode", "train", "eval", "package"]
     assert [command[0] for command in asked] == commands
     assert all(str(tmp_path / "elsewhere") in command and recipe in command for command in asked)
     assert ["--resume" in command for command in asked] == [name in ("train-image", "train") for name in commands]
+    assert ["training.steps=7" in command for command in asked] == [name == "train-image" for name in commands]
 
 
-def test_train_emoji_evaluates_every_trained_task(script, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(script, "cogview", lambda command: asked.append(command) or len(asked) == 10)
+def test_run_evaluates_every_trained_task(asked, tmp_path):
     transformer = sections(tmp_path)["transformer"]
     transformer["training"]["tasks"] = {"generate": 2, "caption": 1, "upscale": 1}
     recipe = write_recipe(tmp_path, transformer=transformer)
-    assert script.main([recipe, "--work", str(tmp_path / "elsewhere"), "--device", "cpu"]) == 1
+    assert main(["run", recipe, "--work", str(tmp_path / "elsewhere"), "--device", "cpu"]) == 0
     assert [command[:2] for command in asked[5:9]] == [
         ["eval", measure] for measure in ("scenes", "captions", "rerank", "upscale")
     ]
@@ -748,8 +749,62 @@ def test_train_emoji_evaluates_every_trained_task(script, tmp_path, monkeypatch)
     assert asked[9][0] == "package"
 
 
-def test_train_emoji_reports_mistakes_in_one_line(script, tmp_path, capsys):
-    assert script.main([str(tmp_path / "nothing.yaml")]) == 2
-    assert one_line(capsys).startswith("train_emoji.py: cannot read the recipe")
-    assert script.main([]) == 2
+@pytest.mark.parametrize(
+    ("changes", "message", "begun"),
+    [
+        ({"text": {"size": 500}}, "the settings of step train-text have changed: size 400 -> 500", "text.model"),
+        (
+            {"image": {"training": {"steps": 9, "batch_size": 4, "warmup_steps": 2}, "run": {"save_every": 2}}},
+            "the settings of step train-image have changed: training.steps 6 -> 9",
+            "image-run",
+        ),
+        ({"encode": {"text_width": 50}}, "the settings of step encode have changed: text_width 40 -> 50", "store"),
+    ],
+)
+def test_run_notices_a_changed_recipe(work, asked, tmp_path, capsys, changes, message, begun):
+    """Results of other settings were reused without a word, and the packaged model was not that of the recipe."""
+    whole = {name: {**sections(tmp_path)[name], **change} for name, change in changes.items()}
+    assert main(["run", write_recipe(tmp_path), "--device", "cpu"]) == 0  # a note that the world has no record
+    asked.clear()
+    capsys.readouterr()
+    assert main(["run", write_recipe(tmp_path, **whole), "--device", "cpu"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"cogview run: {message}")
+    assert f"change them back, or do this step and the later ones anew after: rm -r {work / begun}" in line
+    assert str(work / "store") in line
+    assert not asked
+
+
+def test_run_notices_a_step_that_was_done_again(work, asked, tmp_path, capsys):
+    """A new text tokenizer of the same size went unnoticed until the training refused the store, or never."""
+    recipe = write_recipe(tmp_path)
+    before = (work / "text.model").read_bytes()
+    assert main(["train-text", recipe]) == 0
+    assert (work / "text.model").read_bytes() == before
+    assert main(["run", recipe, "--device", "cpu"]) == 0  # the same result: everything stays valid
+    assert main(["train-text", recipe, "captions=30"]) == 0
+    assert main(["train-text", recipe, "size=401"]) == 0
+    changed = write_recipe(tmp_path, text={**sections(tmp_path)["text"], "size": 401})
+    capsys.readouterr()
+    assert main(["run", changed, "--device", "cpu"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("cogview run: step train-image was done before step train-text was done again; do this step")
+
+
+def test_run_reports_mistakes_in_one_line(tmp_path, capsys, monkeypatch):
+    assert main(["run", str(tmp_path / "nothing.yaml")]) == 2
+    assert one_line(capsys).startswith("cogview run: cannot read the recipe")
+    assert main(["run"]) == 2
     assert "RECIPE" in one_line(capsys)
+    recipe = write_recipe(tmp_path)
+    for override in ("steps", "steps=1", "image=1", "=.x"):
+        assert main(["run", recipe, override]) == 2
+        assert f'"{override}" is not SECTION.KEY=VALUE' in one_line(capsys)
+    assert main(["run", recipe, "pictures.side=3"]) == 2
+    assert 'the recipe has no section "pictures"' in one_line(capsys)
+    (tmp_path / "empty.yaml").write_text("work: work\n")
+    assert main(["run", str(tmp_path / "empty.yaml")]) == 2
+    assert "has no section of a step, expected some of: scenes, text, " in one_line(capsys)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["run", recipe]) == 2
+    assert "torchrun starts the training: torchrun --nproc-per-node N" in one_line(capsys)

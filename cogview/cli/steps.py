@@ -1,0 +1,282 @@
+"""The steps of a recipe: which it has, what each makes, and whether a result exists and is still valid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cogview.errors import InputError
+from cogview.training.recipe import Recipe
+from cogview.training.step_records import StepRecord, changes_of
+
+MAX_CHANGES = 3  # that a message names
+
+# Measures of the emoji world, the tasks that they need, and their options; rerank takes 16 images of each caption.
+MEASURES = (
+    ("scenes", {"generate"}, ("--tune",)),
+    ("captions", {"caption"}, ()),
+    ("rerank", {"generate", "caption"}, ("-n", "100")),
+    ("upscale", {"upscale"}, ()),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeStep:
+    """A step of a recipe: one command.
+
+    Attributes:
+        command: The command, such as ``train-text``.
+        done: Returns whether its result is complete.
+        section: Section of the recipe that it reads; empty for an evaluation.
+        settings: Returns its settings; None for a step without.
+        results: Returns the files and folders that it makes, finished or not; None for a step that takes minutes, whose
+            stale result is simply made again.
+        run_folder: Returns the run folder, of a training.
+        options: Options of the command.
+        takes_device: Whether it has the option ``--device``.
+        free: Keys of its settings that do not change the result.
+    """
+
+    command: str
+    done: Callable[[Recipe], bool]
+    section: str = ""
+    settings: Callable[[Recipe], Any] | None = None
+    results: Callable[[Recipe], tuple[Path, ...]] | None = None
+    run_folder: Callable[[Recipe], Path] | None = None
+    options: tuple[str, ...] = ()
+    takes_device: bool = False
+    free: tuple[str, ...] = ()
+
+    def existing_results(self, recipe: Recipe) -> list[Path]:
+        """Return the files and folders of the step that exist."""
+        return [] if self.results is None else [path for path in self.results(recipe) if path.exists()]
+
+    def recorded_settings(self, recipe: Recipe) -> Any:
+        """Return the settings for the record of the step."""
+        return {} if self.settings is None else self.settings(recipe)
+
+    def changes(self, recipe: Recipe, record: StepRecord | None) -> list[str]:
+        """Return what has changed in the settings since the step was done or begun.
+
+        Args:
+            recipe: The recipe.
+            record: The record of the step; the run folder of a training has its own.
+        """
+        if self.settings is None:
+            return []
+        stored: Mapping[str, Any] | None
+        if self.run_folder is not None:
+            stored = run_settings(self.run_folder(recipe))
+        else:
+            stored = record.settings if record is not None and self.done(recipe) else None
+        return [] if stored is None else changes_of(stored, self.settings(recipe), self.free)
+
+
+def steps_of(recipe: Recipe) -> list[RecipeStep]:
+    """Return the steps of a recipe: those whose sections it has, with a measure for each task of an emoji model.
+
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        InputError: It has no section of a step, or the settings of one are wrong.
+    """
+    known = [SCENES, TEXT, IMAGE, ENCODE, TRAIN]
+    steps = [step for step in known if step.section in recipe.sections]
+    if not steps:
+        sections = ", ".join(step.section for step in known)
+        raise InputError(f"{recipe.path} has no section of a step, expected some of: {sections}")
+    if SCENES in steps and TRAIN in steps:
+        tasks = set(transformer_settings(recipe).training.tasks)
+        steps += [
+            RecipeStep(command=f"eval {name}", done=partial(graded, name), options=options, takes_device=True)
+            for name, needed, options in MEASURES
+            if needed <= tasks
+        ]
+    if PACKAGE.section in recipe.sections:
+        steps.append(PACKAGE)
+    return steps
+
+
+def check_step(recipe: Recipe, steps: Sequence[RecipeStep], number: int, records: Mapping[str, StepRecord]) -> str:
+    """Return why the result of a step is stale, if it is made again without asking; nothing for a valid result.
+
+    Args:
+        recipe: The recipe.
+        steps: All steps of the recipe.
+        number: Index of the step.
+        records: The records of the steps.
+
+    Raises:
+        InputError: The result is stale and took long.
+    """
+    step = steps[number]
+    record = records.get(step.command)
+    changes = step.changes(recipe, record)
+    if changes:
+        more = f" and {len(changes) - MAX_CHANGES} more" if len(changes) > MAX_CHANGES else ""
+        reason = f"the settings of step {step.command} have changed: {', '.join(changes[:MAX_CHANGES])}{more}"
+    elif record is not None and (earlier := _later_done(steps[:number], record, records)):
+        reason = f"step {step.command} was done before step {earlier} was done again"
+    else:
+        return ""
+    if step.results is None:
+        return reason
+    paths = " ".join(str(path) for later in steps[number:] for path in later.existing_results(recipe))
+    if not paths:
+        return ""
+    back = "change them back, or " if changes else ""
+    raise InputError(f"{reason}; {back}do this step and the later ones anew after: rm -r {paths}")
+
+
+def _later_done(steps: Sequence[RecipeStep], record: StepRecord, records: Mapping[str, StepRecord]) -> str | None:
+    """Return the first of ``steps`` that was done after ``record``; None if there is none."""
+    found = (step.command for step in steps if step.command in records)
+    return next((name for name in found if records[name].order > record.order), None)
+
+
+def run_settings(folder: Path) -> Mapping[str, Any] | None:
+    """Return the settings in the run folder of a training; None before its first checkpoint."""
+    from cogview.plain_data import read_yaml
+    from cogview.training.run_folder import RunFolder
+
+    stored = folder / "recipe.yaml"
+    if not RunFolder(folder).checkpoints() or not stored.is_file():
+        return None
+    found = read_yaml(stored)
+    return found if isinstance(found, dict) else None
+
+
+def world_settings(recipe: Recipe) -> Any:
+    """Return the settings of the emoji world."""
+    from cogview.emoji.world import WorldSettings
+
+    return recipe.settings(WorldSettings, "scenes")
+
+
+def text_settings(recipe: Recipe) -> Any:
+    """Return the settings of the text tokenizer."""
+    from cogview.training.text_tokenizer import TextTokenizerRecipe
+
+    return recipe.settings(TextTokenizerRecipe, "text")
+
+
+def image_settings(recipe: Recipe) -> Any:
+    """Return the settings of the image tokenizer."""
+    from cogview.training.vqvae_recipe import VQVAERecipe
+
+    return recipe.settings(VQVAERecipe, "image")
+
+
+def encode_settings(recipe: Recipe) -> Any:
+    """Return the settings of the stores: of pictures, or of scenes."""
+    from cogview.emoji.datasets import SceneEncodeSettings
+    from cogview.training.picture_encoding import PictureEncodeSettings
+
+    of_pictures = "pictures" in recipe.section("encode")
+    return recipe.settings(PictureEncodeSettings if of_pictures else SceneEncodeSettings, "encode")
+
+
+def transformer_settings(recipe: Recipe) -> Any:
+    """Return the settings of the transformer."""
+    from cogview.training.settings import TransformerSettings
+
+    return recipe.settings(TransformerSettings, "transformer")
+
+
+def encoded(recipe: Recipe) -> bool:
+    """Return whether the stores are complete."""
+    from cogview.data.store import TokenStore
+
+    if "pictures" in recipe.section("encode"):
+        return recipe.store.is_dir()  # written last, and whole
+    if not (recipe.store.is_dir() and recipe.held_out_store.is_dir()):
+        return False
+    settings = encode_settings(recipe)
+    counts = ((recipe.store, settings.rows), (recipe.held_out_store, settings.held_out_rows))
+    return all(len(TokenStore(path)) >= rows for path, rows in counts)
+
+
+def trained(recipe: Recipe) -> bool:
+    """Return whether the transformer was trained for all its steps."""
+    from cogview.training.run_folder import RunFolder, step_of
+
+    checkpoints = RunFolder(recipe.transformer_run).checkpoints()
+    return bool(checkpoints) and step_of(checkpoints[-1]) >= int(transformer_settings(recipe).training.steps)
+
+
+def graded(measure: str, recipe: Recipe) -> bool:
+    """Return whether a report of ``measure`` on the last checkpoint exists."""
+    from cogview.cli.evaluate import read_report
+
+    try:
+        return read_report(recipe, measure) is not None
+    except InputError:  # no checkpoint yet, or a report on an earlier one
+        return False
+
+
+def package_settings(recipe: Recipe) -> Any:
+    """Return what the package depends on besides the checkpoint."""
+    from cogview.cli.package import recorded_settings
+
+    return recorded_settings(recipe)
+
+
+SCENES = RecipeStep(
+    command="scenes",
+    section="scenes",
+    settings=world_settings,
+    done=lambda recipe: (recipe.world / "world.json").is_file(),  # written last
+    results=lambda recipe: (recipe.world,),
+)
+TEXT = RecipeStep(
+    command="train-text",
+    section="text",
+    settings=text_settings,
+    done=lambda recipe: recipe.text_model.is_file(),
+    results=lambda recipe: (recipe.text_model,),
+)
+IMAGE = RecipeStep(
+    command="train-image",
+    section="image",
+    settings=image_settings,
+    done=lambda recipe: recipe.image_tokenizer.is_dir(),  # until the end of the training only its run folder exists
+    results=lambda recipe: (recipe.image_run, recipe.image_tokenizer),
+    run_folder=lambda recipe: recipe.image_run,
+    options=("--resume", "auto"),
+    takes_device=True,
+    free=("num_workers", "run", "validation_images"),
+)
+ENCODE = RecipeStep(
+    command="encode",
+    section="encode",
+    settings=encode_settings,
+    done=encoded,
+    results=lambda recipe: (
+        recipe.store,
+        recipe.held_out_store,
+        recipe.work / f"{recipe.store.name}.building",
+    ),
+    takes_device=True,
+    free=("batch_size", "num_workers"),
+)
+TRAIN = RecipeStep(
+    command="train",
+    section="transformer",
+    settings=transformer_settings,
+    done=trained,
+    results=lambda recipe: (recipe.transformer_run,),
+    run_folder=lambda recipe: recipe.transformer_run,
+    options=("--resume", "auto"),
+    takes_device=True,
+    free=("training.num_workers", "training.micro_batch_size", "run", "sampling", "engine"),
+)
+PACKAGE = RecipeStep(
+    command="package",
+    section="package",
+    settings=package_settings,
+    done=lambda recipe: (recipe.work / "model" / "config.json").is_file(),
+)
