@@ -84,6 +84,32 @@ class TextTokenizer:
             raise ValueError(f"the text {text!r} holds bytes that are not UTF-8") from None
         return list(self._processor.encode(text))
 
+    def encode_with_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the piece ids of a text, and the characters that each stands for.
+
+        Args:
+            text: The text, in NFKC with single spaces.
+
+        Returns:
+            The ids, and of each the index of its first character and of the one after its last. Bytes of one character
+            all have that character.
+        """
+        ids, spans, end = self.encode(text), [], 0
+        pieces = self._processor.encode(text, out_type=str)
+        if "".join(pieces[:1]).startswith("\u2581") and not text.startswith(" "):
+            end = -1  # v1's tokenizer puts a space before the text
+        for i, piece in zip(ids, pieces, strict=True):
+            is_byte = self._processor.is_byte(i)
+            start = end
+            if not is_byte:
+                end += len(piece)
+            elif int(piece[3:5], 16) & 0xC0 == 0x80:  # a further byte of a character
+                start -= 1
+            else:
+                end += 1
+            spans.append((max(0, start), end))
+        return ids, spans
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of piece ids; bytes that form no character become U+FFFD.
 

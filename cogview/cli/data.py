@@ -60,7 +60,7 @@ def table_options() -> Decorator:
     return option_group(
         build,
         "table",
-        ("folder", "image_column", "caption_columns"),
+        ("folder", "image_column", "caption_columns", "boxes_column"),
         click.option(
             "--pictures",
             "folder",
@@ -79,6 +79,13 @@ def table_options() -> Decorator:
             metavar="NAME",
             show_default="guessed, printed",
             help="column of a table with captions; may be repeated",
+        ),
+        click.option(
+            "--boxes-column",
+            metavar="NAME",
+            show_default="none",
+            help="column of a table, or key of KEY.json in a shard, with boxes of objects that captions name: "
+            '[{"text": "狐狸", "box": [x, y, width, height]}] in pixels of the upright picture',
         ),
     )
 
@@ -144,6 +151,7 @@ def build(
     from cogview.data.sources.open import open_source
 
     opened = {str(path): open_source(path, table, print_note) for path in sources}
+    settings["named"] = table.boxes_column is not None
     task = open_build(output, model, settings, max_batch_size, device)
     return report_build(task.with_sources(opened).run(), task.paths)
 

@@ -167,6 +167,8 @@ def export(store: Path, model: str, output: Path, shard_size: int, max_batch_siz
     from cogview.data.store_export import export_shards
 
     opened, text_tokenizer, decode = open_with_tokenizers(store, model, max_batch_size, device)
+    if "named" in opened.header.fields:
+        print_note("the names of codes are not exported: boxes stay in the table that the store was built from")
     with tqdm(unit="picture", desc="exporting", disable=None, leave=False) as bar:
         pictures, shards = export_shards(
             opened, output, text_tokenizer, decode, shard_size=shard_size, on_picture=bar.update

@@ -31,7 +31,8 @@ def merged_header(stores: Sequence[TokenStore]) -> StoreHeader:
         if set(store.header.fields) != set(first.fields):
             raise InputError(
                 f"{store.path} has the fields {', '.join(sorted(store.header.fields))}, {stores[0].path} has "
-                f"{', '.join(sorted(first.fields))}: build both for a model with the same tasks"
+                f"{', '.join(sorted(first.fields))}: build both for a model with the same tasks, and both "
+                "with boxes or both without"
             )
     if len(stores) == 1:
         return first

@@ -35,6 +35,7 @@ class StoreStats:
         distinct_texts: Number of different texts.
         distinct_images: Number of different images.
         repeated_rows: Rows that equal an earlier one.
+        named_share: Share of the codes whose object is named; None in a store without names.
         byte_share: Share of the pieces that are bytes; None without a text tokenizer.
         frequent: The most frequent captions with their rows; none without a text tokenizer.
     """
@@ -52,6 +53,7 @@ class StoreStats:
     distinct_texts: int
     distinct_images: int
     repeated_rows: int
+    named_share: float | None = None
     byte_share: float | None = None
     frequent: tuple[tuple[str, int], ...] = ()
 
@@ -73,6 +75,8 @@ class StoreStats:
             f"distinct: {self.distinct_texts:,} texts, {self.distinct_images:,} images",
             f"repeated rows: {self.repeated_rows:,}",
         ]
+        if self.named_share is not None:
+            lines.append(f"codes with a name: {self.named_share:.0%}")
         if self.byte_share is not None:
             lines.append(f"pieces that are bytes: {self.byte_share:.0%}")
         lines += [f"{count:>8,}  {caption}" for caption, count in self.frequent]
@@ -94,7 +98,10 @@ def store_stats(store: TokenStore, text_tokenizer: TextTokenizer | None = None) 
     used = {name: np.zeros(header.num_image_codes, dtype=bool) for name in images}
     pieces, lengths = np.zeros(header.num_text_pieces, dtype=np.int64), []
     hashes: dict[str, list[int]] = {"text": [], "image": [], "row": []}
+    named = 0
     for rows in chunks(store):
+        if NAMES_FIELD in rows:
+            named += int((rows[NAMES_FIELD] != NO_TOKEN).sum())
         lengths.append(text_lengths(rows[TEXT_FIELD]))
         text = rows[TEXT_FIELD][rows[TEXT_FIELD] != NO_TOKEN]
         pieces += np.bincount(text, minlength=len(pieces))
@@ -119,6 +126,7 @@ def store_stats(store: TokenStore, text_tokenizer: TextTokenizer | None = None) 
         distinct_texts=distinct["text"],
         distinct_images=distinct["image"],
         repeated_rows=len(store) - distinct["row"],
+        named_share=named / (len(store) * header.fields[NAMES_FIELD]) if NAMES_FIELD in header.fields else None,
         byte_share=None if text_tokenizer is None else _byte_share(pieces, text_tokenizer),
         frequent=() if text_tokenizer is None else _frequent(store, hashes["text"], text_tokenizer),
     )

@@ -143,7 +143,8 @@ def open_stores(recipe: Recipe, settings: TransformerSettings, tokenizers: Token
         if training.name_loss_weight and "named" not in store.header.fields:
             raise InputError(
                 f"{store.path} does not say which name stands where, but name_loss_weight is "
-                f"{training.name_loss_weight}: encode the store with named: true, or set the weight to 0"
+                f"{training.name_loss_weight}: encode the store with named: true, or pictures with a "
+                "column of boxes, or set the weight to 0"
             )
     if (longest := validation.header.fields["text"]) > (room := first.header.fields["text"]):
         raise InputError(

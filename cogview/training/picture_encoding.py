@@ -20,11 +20,11 @@ class PictureEncodeSettings(PictureSettings):
 
     Args:
         pictures: Sources of pictures with captions, as ``cogview data build`` reads them.
-        table: Folder and columns of sources that are tables.
+        table: Folder and columns of sources that are tables; with ``boxes_column``, ``named`` is set.
         side: Side of the images at scale 1, in pixels.
 
     Raises:
-        ValueError: A number is out of range, there are no sources, or ``named`` is set.
+        ValueError: A number is out of range, there are no sources, or ``named`` is set without a column of boxes.
     """
 
     pictures: tuple[Path, ...]
@@ -40,8 +40,9 @@ class PictureEncodeSettings(PictureSettings):
             raise ValueError(f"side {self.side}: {error}, of {DOWNSAMPLING} pixels each") from None
         if not self.pictures:
             raise ValueError("pictures must name at least one source")
-        if self.named:
-            raise ValueError("named needs the objects of the emoji world, which pictures lack: leave it out")
+        if self.named and self.table.boxes_column is None:
+            raise ValueError("named needs a column of boxes, table: {boxes_column: NAME}, or leave it out")
+        object.__setattr__(self, "named", self.table.boxes_column is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A recipe of one's own pictures: every command from a folder to an image, and what the commands refuse."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from cogview.checkpoints.checkpoint import read_config
 from cogview.cli.main import main
 from cogview.data.builders.picture_index import divide, read_index
-from cogview.data.store import TokenStore
+from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.modeling import config
 
 
@@ -79,7 +80,7 @@ def test_recipe_of_pictures_ends_in_a_model_that_generates(run, capsys):
     assert "work/store is there already: remove it, or choose another folder with --work" in err[0]
 
 
-TABLE = {"folder": None, "image_column": None, "caption_columns": []}
+TABLE = {"folder": None, "image_column": None, "caption_columns": [], "boxes_column": None}
 
 
 def test_encode_of_pictures_reports_what_is_left_out(run):
@@ -92,11 +93,29 @@ def test_encode_of_pictures_reports_what_is_left_out(run):
     assert out[1].startswith("work/held-out-store: ")
 
 
+def test_encode_of_a_table_with_boxes_feeds_the_losses_of_names(run, capsys):
+    boxes = json.dumps([{"text": "狐狸", "box": [0, 0, 30, 40]}], ensure_ascii=False).replace('"', '""')
+    lines = [f'pictures/{number}.png,红色的狐狸,"{boxes}"' for number in range(16)]
+    Path("list.csv").write_text("\n".join(["image,caption,boxes", *lines]), encoding="utf-8")
+    encode = {"pictures": ["list.csv"], "table": {"boxes_column": "boxes"}, "held_out": 0.2, "text_width": 12}
+    for name in ("train-text", "train-image", "encode"):
+        status, _, err = run(name, encode=encode)
+        assert status == 0, err
+    named = TokenStore(Path("work/store"))[0]["named"]
+    assert 0 < (named != NO_TOKEN).sum() < 64
+    status, _, err = run("train", "training.name_loss_weight=0.5", "training.tasks={generate: 1}", encode=encode)
+    assert status == 0, err
+    metrics = [
+        json.loads(line) for line in Path("work/transformer-run/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert any(line.get("generate_name_loss", 0) > 0 for line in metrics)
+
+
 @pytest.mark.parametrize(
     ("encode", "message"),
     [
         ({"pictures": []}, "section encode of own.yaml: pictures must name at least one source"),
-        ({"pictures": ["pictures"], "named": True}, "named needs the objects of the emoji world, which pictures lack"),
+        ({"pictures": ["pictures"], "named": True}, "named needs a column of boxes, table: {boxes_column: NAME}"),
         ({"pictures": ["pictures"], "rows": 9}, '"rows" is unknown'),
         (
             {"pictures": ["pictures"], "side": 72},

@@ -28,9 +28,9 @@ from tqdm import tqdm
 from cogview.data.builders.copies import CopyFinder
 from cogview.data.builders.encode import LINE_SECONDS, encode_renditions, make_header
 from cogview.data.builders.journal import BuildJournal, JournalEntry
-from cogview.data.builders.prepare import PicturePreparer, PictureSettings, PreparedPicture
+from cogview.data.builders.prepare import NAMED_NOTE, PicturePreparer, PictureSettings, PreparedPicture
 from cogview.data.sources.records import PictureRecord, PictureSource
-from cogview.data.store import TEXT_FIELD
+from cogview.data.store import NAMES_FIELD, TEXT_FIELD
 from cogview.data.store_copy import copy_rows
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError, RetryLaterError
@@ -97,6 +97,7 @@ class BuildReport:
         first_left_out: The first of them.
         notes: Number of pictures by note.
         same_caption: Whether all rows have the same caption.
+        lacks_names: Whether boxes were to name objects, and none does.
         held_out_share: Share of the pictures that was to be held out.
         byte_share: Share of the characters without a piece of their own, in the first ``MEASURED`` captions.
     """
@@ -108,6 +109,7 @@ class BuildReport:
     first_left_out: str = ""
     notes: Counter[str] = field(default_factory=Counter)
     same_caption: bool = False
+    lacks_names: bool = False
     held_out_share: float = 0.0
     byte_share: float = 0.0
 
@@ -121,6 +123,11 @@ class BuildReport:
             found.append(
                 f"of the characters of captions, {self.byte_share:.0%} have no piece in this text tokenizer and are "
                 "spelt in bytes: train a text tokenizer on these captions"
+            )
+        if self.lacks_names:
+            found.append(
+                "the column of boxes names no object of any caption, so name_loss_weight has no effect: a box has the "
+                "text of the object as the caption has it"
             )
         if not self.rows[True] and self.held_out_share:
             found.append(
@@ -165,7 +172,8 @@ class PictureBuild:
                 can be used; the report says why.
             RetryLaterError: The disk is full, or another process builds the same store.
         """
-        preparer = PicturePreparer(self.text_tokenizer, self.settings, self.side)
+        grid = self.side // self.image_tokenizer.downsampling
+        preparer = PicturePreparer(self.text_tokenizer, self.settings, self.side, grid)
         with self._locked():
             settings = self._journal_settings()
             # The size of batches is that of the first start: the free memory may differ by now.
@@ -241,15 +249,17 @@ class PictureBuild:
         codes = encode_renditions([picture.images for picture, _ in used], self.image_tokenizer)
         rows = {}
         for split in SPLITS:
-            chosen = [  # index of the picture, and pieces of the caption
-                (index, pieces)
+            chosen = [  # index of the picture, and number of the caption
+                (index, number)
                 for index, (picture, entry) in enumerate(used)
-                for caption, pieces in zip(picture.captions, picture.pieces, strict=True)
+                for number, caption in enumerate(picture.captions)
                 if entry.held_out == split and caption in entry.captions
             ]
             index = np.array([index for index, _ in chosen], dtype=np.int64)
-            text = pad_text([pieces for _, pieces in chosen], self.settings.text_width)
+            text = pad_text([used[index][0].pieces[number] for index, number in chosen], self.settings.text_width)
             rows[split] = {TEXT_FIELD: text, **{name: ids[index] for name, ids in codes.items()}}
+            if self.settings.named and chosen:
+                rows[split][NAMES_FIELD] = np.stack([used[index][0].named[number] for index, number in chosen])
         return rows
 
     def _finish(self, journal: BuildJournal) -> BuildReport:
@@ -293,6 +303,7 @@ class PictureBuild:
                     file.write(json_line({"file": entry.name, "reason": reason}))
         if not report.left_out:
             self.paths.report.unlink()
+        report.lacks_names = self.settings.named and not report.notes[NAMED_NOTE]
         report.same_caption = not others and first_caption is not None
         report.byte_share = sum(shares) / max(1, len(shares))
         return report
@@ -311,7 +322,7 @@ class PictureBuild:
             "held_out": self.settings.held_out,
             "simplified": self.settings.simplified,
             "text_width": self.settings.text_width,
-            "fields": list(self.settings.scales),
+            "fields": [*self.settings.scales, *([NAMES_FIELD] if self.settings.named else [])],
             "side": self.side,
             "codebook_sha256": codebook_sha256(self.image_tokenizer.codebook),
             "text_sha256": hashlib.sha256(self.text_tokenizer.model_bytes).hexdigest(),
@@ -379,6 +390,6 @@ class _Progress:
 
 
 def source_hash(record: PictureRecord) -> str:
-    """Return a short hash of the name and the captions of a record."""
-    content = "\0".join((record.name, *record.captions, record.problem or ""))
+    """Return a short hash of the name, the captions and the boxes of a record."""
+    content = "\0".join((record.name, *record.captions, *record.boxes, record.problem or ""))
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from cogview.data.builders.boxes import name_codes, own_pieces, parse_boxes, place_boxes
 from cogview.data.builders.encode import EncodeSettings
 from cogview.data.sources.records import PictureRecord
 from cogview.errors import InputError
@@ -25,6 +26,8 @@ from cogview.vqvae.ranges import check_ranges
 FitRule: TypeAlias = Literal["crop", "pad", "stretch"]
 MIN_SIDE = 16  # pixels: nothing can be seen on a smaller picture
 DIGEST_BYTES = 16
+CUT_NOTE = "a box lies outside the square that is kept of it"
+NAMED_NOTE = "its boxes name objects of its captions"
 
 _SPACES = re.compile(r"\s+")
 
@@ -61,8 +64,9 @@ class PreparedPicture:
         digest: Hash of the decoded pixels, in hexadecimal; empty for a picture that cannot be used.
         captions: The normalized captions.
         pieces: Piece ids of each caption.
+        named: For each caption, the piece that names the object at each code, uint16 (G * G,); empty without boxes.
         images: Renditions by field, uint8 RGB (H, H, 3).
-        left_out: Reasons why the picture, or single captions of it, cannot be used.
+        left_out: Reasons why the picture, or single captions or boxes of it, cannot be used.
         notes: Choices that changed pixels or captions.
     """
 
@@ -71,6 +75,7 @@ class PreparedPicture:
     digest: str = ""
     captions: tuple[str, ...] = ()
     pieces: tuple[list[int], ...] = ()
+    named: tuple[np.ndarray, ...] = ()
     images: Mapping[str, np.ndarray] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
@@ -83,15 +88,17 @@ class PicturePreparer(Dataset[PreparedPicture]):
         text_tokenizer: Tokenizer of the captions.
         settings: Settings of the store.
         side: Side of the images at scale 1, in pixels.
+        grid: Codes on a side of the images at scale 1.
 
     Raises:
         InputError: The package that converts characters is missing.
     """
 
-    def __init__(self, text_tokenizer: TextTokenizer, settings: PictureSettings, side: int) -> None:
+    def __init__(self, text_tokenizer: TextTokenizer, settings: PictureSettings, side: int, grid: int) -> None:
         self.text_tokenizer = text_tokenizer
         self.settings = settings
         self.side = side
+        self.grid = grid
         self._convert: Callable[[str], str] | None = None
         self._converter()  # a missing package is reported at once
 
@@ -115,12 +122,17 @@ class PicturePreparer(Dataset[PreparedPicture]):
         except InputError as error:
             return PreparedPicture(record=record, stamp=stamp, left_out=(str(error),), notes=record.notes)
         scales = self.settings.scales.items()
+        named: tuple[np.ndarray, ...] = ()
+        if self.settings.named:
+            named, reasons = self._name_codes(record.boxes, captions, image.size, notes.append)
+            left_out = (*left_out, *reasons)
         return PreparedPicture(
             record=record,
             stamp=stamp,
             digest=pixel_digest(image),
             captions=captions,
             pieces=pieces,
+            named=named,
             images={name: fit_picture(image, round(self.side * scale), self.settings.fit) for name, scale in scales},
             left_out=left_out,
             notes=tuple(notes),
@@ -144,6 +156,32 @@ class PicturePreparer(Dataset[PreparedPicture]):
                 captions.append(caption)
                 pieces.append(ids)
         return tuple(captions), tuple(pieces), tuple(left_out)
+
+    def _name_codes(
+        self, cells: Sequence[str], captions: Sequence[str], size: tuple[int, int], on_note: Callable[[str], object]
+    ) -> tuple[tuple[np.ndarray, ...], list[str]]:
+        """Return the piece that names the object at each code for each caption, and why boxes are left out."""
+        convert, rule = self._converter(), self.settings.fit
+        boxes, left_out = [], []
+        for cell in cells:
+            try:
+                boxes += parse_boxes(cell, lambda name: normalize_caption(convert(name)))
+            except InputError as error:
+                left_out.append(str(error))
+        placed, reasons, is_cut = place_boxes(boxes, size, lambda box: fit_box(box, size, self.side, rule))
+        left_out += reasons
+        if is_cut:
+            on_note(CUT_NOTE)
+        names = list(dict.fromkeys(box.name for box in placed))
+        pieces = [own_pieces(names, caption, self.text_tokenizer) for caption in captions]
+        for name in names:
+            if not any(name in caption for caption in captions):
+                left_out.append(f"a box has a name that no caption has: {name}")
+            elif not any(name in each for each in pieces):
+                left_out.append(f"a box has a name without a piece of its own in a caption: {name}")
+        if any(pieces):
+            on_note(NAMED_NOTE)
+        return tuple(name_codes(placed, each, self.grid) for each in pieces), left_out
 
     def _converter(self) -> Callable[[str], str]:
         if self._convert is None:
@@ -193,14 +231,46 @@ def fit_picture(image: Image.Image, side: int, rule: FitRule) -> np.ndarray:
         return fit(image, side)[0]
     size = (side, side)
     if rule == "pad":
-        longer = max(image.size)
-        size = (max(1, round(image.width * side / longer)), max(1, round(image.height * side / longer)))
+        size = _padded_size(image.size, side)
     resized = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
     if rule == "stretch":
         return np.array(resized)
     square = Image.new("RGB", (side, side), "white")
     square.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))
     return np.array(square)
+
+
+def fit_box(
+    box: tuple[float, float, float, float], size: tuple[int, int], side: int, rule: FitRule
+) -> tuple[float, float, float, float]:
+    """Return where a box of a picture lies in the square of ``fit_picture``.
+
+    Args:
+        box: Left, top, right and bottom in pixels of the picture.
+        size: Width and height of the picture.
+        side: Side of the square in pixels.
+        rule: The rule of the square.
+
+    Returns:
+        Left, top, right and bottom as fractions of the square; outside [0, 1] for what is cut away.
+    """
+    starts, lengths = [0.0, 0.0], [float(length) for length in size]
+    if rule == "crop":
+        lengths = [float(min(size))] * 2
+        starts = [float((length - min(size)) // 2) for length in size]
+    elif rule == "pad":
+        inner = _padded_size(size, side)
+        pixel = [length / scaled for length, scaled in zip(size, inner, strict=True)]  # of the square
+        lengths = [side * each for each in pixel]
+        starts = [-((side - scaled) // 2) * each for scaled, each in zip(inner, pixel, strict=True)]
+    left, top, right, bottom = ((edge - starts[i % 2]) / lengths[i % 2] for i, edge in enumerate(box))
+    return left, top, right, bottom
+
+
+def _padded_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the width and height of a picture that is scaled to fit into a square."""
+    longer = max(size)
+    return max(1, round(size[0] * side / longer)), max(1, round(size[1] * side / longer))
 
 
 def pixel_digest(image: Image.Image) -> str:

@@ -34,11 +34,13 @@ class Columns:
     Args:
         picture: Column with the path of the picture.
         captions: Columns with captions, of which a row needs one.
+        boxes: Column with named boxes.
         is_guessed: Whether a column was guessed.
     """
 
     picture: str
     captions: tuple[str, ...]
+    boxes: str | None = None
     is_guessed: bool = False
 
     def __str__(self) -> str:
@@ -46,7 +48,9 @@ class Columns:
         return f'pictures in "{self.picture}", captions in {captions}'
 
 
-def choose_columns(names: Sequence[str], picture: str | None, captions: Sequence[str], where: str) -> Columns:
+def choose_columns(
+    names: Sequence[str], picture: str | None, captions: Sequence[str], where: str, boxes: str | None = None
+) -> Columns:
     """Return the columns of a table.
 
     Args:
@@ -54,11 +58,12 @@ def choose_columns(names: Sequence[str], picture: str | None, captions: Sequence
         picture: The column of pictures; None to guess it.
         captions: The columns of captions; none to guess them. ``caption_1``, ``caption_2``, … are guessed together.
         where: Name of the table, for messages.
+        boxes: The column of named boxes, which is never guessed.
 
     Raises:
         InputError: A given column is not there, or none can be guessed.
     """
-    for name in (*((picture,) if picture is not None else ()), *captions):
+    for name in (*(each for each in (picture, boxes) if each is not None), *captions):
         if name not in names:
             raise InputError(f'{where} has no column "{name}"; its columns: {_listed(names)}')
     by_plain = {_plain(name): name for name in reversed(names)}
@@ -76,7 +81,7 @@ def choose_columns(names: Sequence[str], picture: str | None, captions: Sequence
         raise InputError(
             f"the column of captions in {where} is not known; choose it by --caption-column among {_listed(names)}"
         )
-    return Columns(picture=chosen, captions=texts, is_guessed=picture is None or not captions)
+    return Columns(picture=chosen, captions=texts, boxes=boxes, is_guessed=picture is None or not captions)
 
 
 def _plain(name: str) -> str:

@@ -39,7 +39,7 @@ def open_source(path: Path, options: TableOptions, on_note: Callable[[str], obje
     if suffix == ".json":
         return CocoCaptions(path, options)
     if suffix == ".tar":
-        return TarShard(path)
+        return TarShard(path, options.boxes_column)
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".zip", ".7z", ".rar")):
         raise InputError(f"{path} is compressed: unpack it first, and give the folder or the .tar file")
     raise InputError(f'{path}: the suffix "{suffix}" is unknown; expected {KNOWN}')

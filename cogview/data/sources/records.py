@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cogview.errors import InputError, reason_of
 
@@ -62,6 +63,7 @@ class PictureRecord:
     Args:
         name: Name in messages and reports: the path of the file, or archive and member.
         captions: The captions as the source has them.
+        boxes: Lists of named boxes as the source has them, in JSON.
         file: The picture; None with a ``problem``.
         problem: Why the entry cannot be used.
         notes: What was chosen in reading the captions.
@@ -69,9 +71,17 @@ class PictureRecord:
 
     name: str
     captions: tuple[str, ...] = ()
+    boxes: tuple[str, ...] = ()
     file: PictureFile | None = None
     problem: str | None = None
     notes: tuple[str, ...] = ()
+
+
+def boxes_cell(value: Any) -> tuple[str, ...]:
+    """Return a value with named boxes as JSON: text stays as it is, and lists become text; none for an empty value."""
+    if value is None or value == "":
+        return ()
+    return (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str),)
 
 
 class PictureSource(Protocol):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cogview.data.sources.columns import Columns, choose_columns
-from cogview.data.sources.records import MAX_SOURCE_BYTES, PictureFile, PictureRecord
+from cogview.data.sources.records import MAX_SOURCE_BYTES, PictureFile, PictureRecord, boxes_cell
 from cogview.errors import InputError
 from cogview.image_io.reading import IMAGE_SUFFIXES
 from cogview.tables import HeaderError, TableLines, as_whole, parse_objects, parse_table, stream_lines
@@ -32,11 +32,13 @@ class TableOptions:
         folder: Folder that paths are relative to; None for that of the file.
         image_column: Column of pictures in a table; None to guess it.
         caption_columns: Columns of captions in a table; none to guess them.
+        boxes_column: Column of a table, or key of a ``.json`` member of a shard, with named boxes; None for none.
     """
 
     folder: Path | None = None
     image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
+    boxes_column: str | None = None
 
 
 class PictureTable:
@@ -61,7 +63,9 @@ class PictureTable:
             names = self._column_names(on_note)
         except HeaderError as error:
             raise InputError(f"{path}: {error}") from None
-        self.columns = choose_columns(names, options.image_column, options.caption_columns, str(path))
+        self.columns = choose_columns(
+            names, options.image_column, options.caption_columns, str(path), options.boxes_column
+        )
         if self.columns.is_guessed:
             on_note(f"{path}: {self.columns}")
         named = NamedPictures()
@@ -114,7 +118,8 @@ def merged_records(records: Iterable[PictureRecord]) -> Iterator[PictureRecord]:
             continue
         first, *others = group
         captions = first.captions + tuple(caption for record in others for caption in record.captions)
-        yield PictureRecord(name=first.name, captions=captions, file=file) if others else first
+        boxes = tuple(dict.fromkeys(cell for record in (first, *others) for cell in record.boxes))
+        yield PictureRecord(name=first.name, captions=captions, boxes=boxes, file=file) if others else first
 
 
 class NamedPictures:
@@ -197,4 +202,5 @@ def _record(table: PictureTable, columns: Columns, number: int, row: Mapping[str
         return PictureRecord(name=str(path), problem=f"a picture without a caption in line {number} of {table.path}")
     if "\0" in str(path):
         return problem(problem=f'the column "{columns.picture}" holds an invalid character (0)')
-    return PictureRecord(name=str(path), captions=tuple(captions), file=PictureFile(path=path))
+    boxes = boxes_cell(row.get(columns.boxes)) if columns.boxes is not None else ()
+    return PictureRecord(name=str(path), captions=tuple(captions), boxes=boxes, file=PictureFile(path=path))

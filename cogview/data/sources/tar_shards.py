@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from cogview.data.sources.columns import CAPTION_NAMES
 from cogview.data.sources.folders import CAPTION_SUFFIX
-from cogview.data.sources.records import GB18030_NOTE, PictureFile, PictureRecord
+from cogview.data.sources.records import GB18030_NOTE, PictureFile, PictureRecord, boxes_cell
 from cogview.errors import InputError, reason_of
 from cogview.image_io.reading import IMAGE_SUFFIXES
 from cogview.plain_data import parse_json
@@ -33,13 +33,15 @@ class TarShard:
 
     Args:
         path: The archive, not compressed. Where it is cut off, a record says so.
+        boxes_key: Key of the member ``.json`` with named boxes; None for none.
 
     Raises:
         InputError: The archive cannot be read, or its first header is none.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, boxes_key: str | None = None) -> None:
         self.path = path
+        self.boxes_key = boxes_key
         try:
             with path.open("rb") as file:
                 self._size = file.seek(0, os.SEEK_END)
@@ -84,20 +86,19 @@ class TarShard:
         notes: list[str] = []
         try:
             captions = self._captions(members, texts, notes)
+            boxes = self._boxes(members)
         except (InputError, OSError, ValueError) as error:
             return PictureRecord(name=name, problem=str(error))
         if not captions:
             return PictureRecord(name=name, problem=f"a picture without a caption: expected {key}{CAPTION_SUFFIX}")
         file = PictureFile(path=self.path, offset=picture.offset_data, size=picture.size)
-        return PictureRecord(name=name, captions=captions, file=file, notes=tuple(notes))
+        return PictureRecord(name=name, captions=captions, boxes=boxes, file=file, notes=tuple(notes))
 
     def _captions(self, members: Mapping[str, tarfile.TarInfo], texts: list[str], notes: list[str]) -> tuple[str, ...]:
         """Return the captions of a key: the lines of its .txt, or else a text or list of its .json."""
         for suffix in texts:
             info = members[suffix]
-            if info.size > MAX_TEXT:
-                raise InputError(f"its captions {info.name} have {info.size:,} bytes, at most {MAX_TEXT:,} are read")
-            content = PictureFile(path=self.path, offset=info.offset_data, size=info.size).read_part() or b""
+            content = self._content(info)
             if suffix == CAPTION_SUFFIX:
                 text = decode_text(content, self._name(info.name), lambda note: notes.append(GB18030_NOTE))
                 lines = tuple(line for _, line in numbered_lines(text))
@@ -106,6 +107,23 @@ class TarShard:
             if lines:
                 return lines
         return ()
+
+    def _boxes(self, members: Mapping[str, tarfile.TarInfo]) -> tuple[str, ...]:
+        """Return the named boxes of a key, from its .json."""
+        if self.boxes_key is None or ".json" not in members:
+            return ()
+        content = self._content(members[".json"])
+        try:
+            found = parse_json(content)
+        except ValueError:
+            return (content.decode("utf-8", "replace"),)  # the picture is kept, and the build reports the boxes
+        return boxes_cell(found.get(self.boxes_key)) if isinstance(found, Mapping) else ()
+
+    def _content(self, info: tarfile.TarInfo) -> bytes:
+        """Return the bytes of a member with captions or boxes."""
+        if info.size > MAX_TEXT:
+            raise InputError(f"its captions {info.name} have {info.size:,} bytes, at most {MAX_TEXT:,} are read")
+        return PictureFile(path=self.path, offset=info.offset_data, size=info.size).read_part() or b""
 
     def _name(self, member: str) -> str:
         return str(self.path / member)
