@@ -67,6 +67,7 @@ SECTIONS = {
         "adapter": ("adapter", "merge a LoRA adapter into a model, or remove it again"),
     },
     "Training": {
+        "new": ("new", "write a recipe for your own pictures, with a reason for each choice"),
         "run": ("run", "do every step of a recipe, from pictures to a packaged model"),
         "recipes": ("packaged_recipes", "list the recipes that come with the package, or print one"),
         "scenes": ("scenes", "recipe step 1: create the emoji world"),

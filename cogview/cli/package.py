@@ -30,10 +30,14 @@ class PackageSettings:
 
     Args:
         card: A Markdown file, or one of that name beside the recipe; ``{figures}`` is replaced by the tables of the
-            reports, ``{things}`` by the objects. None for a short card, for recipes without the emoji world.
+            reports, ``{things}`` by the objects. None for a card of its own.
+        licence: Licence of the model.
+        data: Where the pictures and captions are from, and their licences.
     """
 
     card: str | None = None
+    licence: str = "not stated"
+    data: str = "not stated"
 
 
 @click.command(cls=Command)

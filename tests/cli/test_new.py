@@ -1,0 +1,239 @@
+"""``cogview new``: from a folder of pictures to a recipe, and by ``cogview run`` to a model that generates."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageDraw
+
+from cogview.cli.main import main
+from cogview.cli.package import PackageSettings
+from cogview.cli.steps import encode_settings, image_settings, text_settings, transformer_settings
+from cogview.data.builders.prepare import is_held_out, pixel_digest
+from cogview.modeling import config
+from cogview.modeling.config import TransformerConfig
+from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.training import new_model, step_speed
+from cogview.training.new_recipe import SIZES, choose_for, line, render_lines, steps_for
+from cogview.training.recipe import Recipe
+from cogview.training.survey import survey_pictures
+
+COLOURS = {"红": (220, 30, 30), "蓝": (30, 60, 220), "绿": (20, 160, 60), "黄": (240, 210, 40), "黑": (20, 20, 20)}
+SHAPES = {"圆": "ellipse", "方块": "rectangle", "线": "line", "扇形": "pieslice"}
+
+
+def draw_pictures(folder: Path) -> None:
+    """Draw 40 pictures: four shapes of five colours on two grounds, with captions."""
+    folder.mkdir()
+    for number in range(40):
+        (colour, paint), (shape, method) = list(COLOURS.items())[number % 5], list(SHAPES.items())[number // 5 % 4]
+        image = Image.new("RGB", (96, 96), "white" if number < 20 else (180, 180, 180))
+        more = {"start": 0, "end": 120} if method == "pieslice" else {"width": 9} if method == "line" else {}
+        getattr(ImageDraw.Draw(image), method)((20, 20, 76, 76), fill=paint, **more)
+        image.save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(f"{'白灰'[number // 20]}色背景上的{colour}色{shape}", encoding="utf-8")
+
+
+@pytest.fixture
+def new(tmp_path, monkeypatch, capsys):
+    """Return a function that runs ``cogview new`` in an empty folder, with planted times of steps."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(new_model, "image_step_seconds", lambda *arguments: (0.5, "float32"))
+    monkeypatch.setattr(new_model, "transformer_step_seconds", lambda *arguments: (2.0, "float32"))
+
+    def run(*arguments):
+        status = main(["new", *arguments, "--device", "cpu"])
+        printed = capsys.readouterr()
+        return status, printed.out.splitlines(), printed.err.splitlines()
+
+    return run
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_new_recipe_is_valid_and_gives_reasons(new, size):
+    draw_pictures(Path("shapes"))
+    status, out, err = new("mine", "--pictures", "shapes", "--size", size, "--seed", "7")
+    assert (status, out) == (0, ["mine/recipe.yaml"])
+    assert err[-1] == "next: cogview run mine/recipe.yaml"
+    recipe = Recipe.open(Path("mine/recipe.yaml"))
+    assert recipe.work == Path("mine")
+    image, encode, transformer = image_settings(recipe), encode_settings(recipe), transformer_settings(recipe)
+    assert text_settings(recipe).pictures == image.pictures == encode.pictures == (Path("shapes"),)
+    assert (image.side, image.fit, image.held_out) == (encode.side, encode.fit, encode.held_out)
+    assert (image.training.seed, transformer.training.seed) == (7, 7)
+    assert recipe.settings(PackageSettings, "package").licence == "not stated"
+    text = Path("mine/recipe.yaml").read_text(encoding="utf-8")
+    assert "# 4 of 40 pictures, which the model never sees: they measure it" in text
+    hours = transformer.training.steps * 2 / 3600
+    if size in ("tiny", "small"):
+        assert hours < 1, "40 pictures need few steps"
+        assert "train-image " in text
+        assert "captions of 9 to 10 characters, 18 different ones in all" in text
+    assert ("needs several GPUs" in text) == (size == "4b")
+
+
+def test_new_recipe_holds_out_the_pictures_that_it_names(new, tmp_path):
+    draw_pictures(Path("shapes"))
+    assert new("mine", "--pictures", "shapes")[0] == 0
+    share = yaml.safe_load(Path("mine/recipe.yaml").read_text(encoding="utf-8"))["image"]["held_out"]
+    digests = [pixel_digest(Image.open(path).convert("RGB")) for path in Path("shapes").glob("*.png")]
+    assert sum(is_held_out(digest, share) for digest in digests) == 4
+
+
+TINY = [
+    "text.held_out=0",
+    "image.init_from=null",
+    "image.model={channels: [4, 8, 8], encoder_blocks: [0, 0, 1], num_codes: 16, code_width: 4}",
+    "image.training={steps: 4, batch_size: 4, warmup_steps: 1}",
+    "image.run={save_every: 2, evaluate_every: 0}",
+    "image.num_workers=0",
+    "encode.num_workers=0",
+    "transformer.preset=tiny",
+    "transformer.num_layers=1",
+    "transformer.training={steps: 4, batch_size: 2, warmup_steps: 1}",
+    "transformer.run={save_every: 2, evaluate_every: 0}",
+]
+
+
+@pytest.mark.slow
+def test_new_and_run_end_in_a_model_that_generates(new, monkeypatch, capsys):
+    """From a folder of pictures to a picture by three commands."""
+    monkeypatch.setitem(config.PRESETS, "tiny", (1, 32, 2))
+    draw_pictures(Path("shapes"))
+    assert new("mine", "--pictures", "shapes", "--size", "tiny")[0] == 0
+    assert main(["run", "mine/recipe.yaml", *TINY, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-3:-1] == ["mine/model", "mine/model/README.md"]
+    assert Path(out[-1]).suffix == ".png"
+    steps = [entry["step"] for entry in json.loads(Path("mine/times.json").read_text())]
+    assert steps[:4] == ["train-text", "train-image", "encode", "train"]
+    assert main(["generate", "白色背景上的红色圆", "--model", "mine/model", "--device", "cpu"]) == 0
+    assert len(list(Path("outputs").glob("*.png"))) == 1
+
+
+def test_choices_follow_the_pictures(tmp_path, save_image):
+    for number in range(6):
+        name = f"wide/{number}.png"
+        save_image(str(tmp_path / name), number, (64, 32))
+        (tmp_path / name).with_suffix(".txt").write_text("很" * 30 * number + f"长{number}", encoding="utf-8")
+    survey = survey_pictures([tmp_path / "wide"], print)
+    choices = choose_for(survey, 64)
+    assert choices.fit[0] == "pad"
+    assert choices.fit[1].startswith("100% are far from square")
+    assert choices.upscale[0] is False  # 32 pixels
+    assert choices.text_width[0] == 128
+    assert choices.text_width[1].endswith("1 may be too long and left out")
+    assert choices.piece_length[0] == 1
+    cut_out = Image.new("RGBA", (96, 96), (0, 0, 0, 0))
+    for number in range(3):
+        ImageDraw.Draw(cut_out).ellipse((9, 9, 70 + number, 70), fill=(200, 0, 0, 255))
+        (tmp_path / "cut").mkdir(exist_ok=True)
+        cut_out.save(tmp_path / f"cut/{number}.png")
+        (tmp_path / f"cut/{number}.txt").write_text(f"圆{number}", encoding="utf-8")
+    survey = survey_pictures([tmp_path / "cut"], print)
+    assert choose_for(survey, 64).fit == ("pad", "100% have transparent parts: cut-outs lose heads and feet by crop")
+    assert choose_for(survey, 64).upscale[0] is True
+    assert survey.transparent == 3
+
+
+def test_steps_for_show_each_caption_as_often_as_asked():
+    assert steps_for(60, 96, 24, (0, 10_000)) == 250
+    assert steps_for(60, 96, 24, (1000, 10_000)) == 1000
+    assert steps_for(10**6, 96, 24, (0, 10_000)) == 10_000
+
+
+def test_render_lines_moves_long_reasons_above():
+    lines = [line("a", [line("b", [1, "二"], "short"), line("c", None, "long " * 30)]), line("d", {})]
+    text = render_lines(lines)
+    assert yaml.safe_load(text) == {"a": {"b": [1, "二"], "c": None}, "d": {}}
+    assert "  b: [1, 二]  # short\n" in text
+    assert f"  # {'long ' * 30}\n  c: null\n" in text
+
+
+def test_step_seconds_are_of_real_steps():
+    """Both trainers compute their steps; the time of few rows is scaled to the batch."""
+    device = torch.device("cpu")
+    pixels = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8).numpy()
+    tiny = new_model.VQVAEConfig(
+        channels=(4, 8, 8), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1), num_codes=16, code_width=4
+    )
+    seconds, precision = step_speed.image_step_seconds(None, tiny, pixels, 5, device)
+    assert seconds > 0
+    assert precision in ("float32", "bfloat16")
+    vocabulary = Vocabulary(num_image_codes=16, num_text_pieces=30)
+    shape = TransformerConfig(num_layers=1, width=32, num_heads=2, vocabulary_size=vocabulary.padded_size)
+    assert step_speed.transformer_step_seconds(shape, vocabulary, 20, 3, device)[0] > 0
+
+
+def captions(folder: str, texts: list[str], save_image) -> None:
+    for number, text in enumerate(texts):
+        save_image(f"{folder}/{number}.png", number)
+        if text:
+            Path(f"{folder}/{number}.txt").write_text(text, encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (
+            ["", ""],
+            "none of 2 entries of photos is a picture with a caption; put NAME.txt beside NAME.jpg",
+        ),
+        (["一只猫"], "one picture is too few: photos must have at least two different ones"),
+        (
+            ["一只猫", ""],
+            "one picture is too few: photos must have at least two",
+        ),
+        (["猫", "猫 ", "　猫"], "all captions are the same, so that a model cannot learn which picture is meant: 猫"),
+    ],
+)
+def test_new_refuses_what_cannot_be_learnt(new, save_image, texts, message):
+    captions("photos", texts, save_image)
+    status, out, err = new("mine", "--pictures", "photos")
+    assert (status, out, len(err)) == (2, [], 1)
+    assert err[0].startswith(f"cogview new: {message}")
+    assert not Path("mine").exists()
+
+
+def test_new_refuses_copies_of_one_picture(new, save_image):
+    for number in range(3):
+        save_image(f"photos/{number}.png", 1)
+        Path(f"photos/{number}.txt").write_text(f"猫{number}", encoding="utf-8")
+    status, _, err = new("mine", "--pictures", "photos")
+    assert (status, len(err)) == (2, 1)
+    assert "one picture is too few" in err[0]
+
+
+def test_new_refuses_missing_and_empty_folders(new):
+    assert "the source nothing does not exist" in new("mine", "--pictures", "nothing")[2][0]
+    Path("empty").mkdir()
+    status, _, err = new("mine", "--pictures", "empty")
+    assert (status, len(err)) == (2, 1)
+    assert "empty has no pictures, expected NAME.jpg beside NAME.txt" in err[0]
+    assert "missing option '--pictures'" in new("mine")[2][0]
+
+
+def test_new_keeps_an_existing_recipe(new, save_image):
+    captions("photos", ["猫", "狗"], save_image)
+    Path("mine").mkdir()
+    Path("mine/recipe.yaml").write_text("work: mine\n")
+    status, _, err = new("mine", "--pictures", "photos")
+    assert (status, len(err)) == (2, 1)
+    assert "mine/recipe.yaml is there already: go on with cogview run mine/recipe.yaml" in err[0]
+    assert Path("mine/recipe.yaml").read_text() == "work: mine\n"
+    assert new("mine", "--pictures", "photos", "--overwrite")[0] == 0
+    assert "transformer:" in Path("mine/recipe.yaml").read_text()
+
+
+def test_new_speaks_chinese(new, save_image):
+    captions("photos", ["猫", "猫"], save_image)
+    _, _, err = new("mine", "--pictures", "photos", "--language", "zh")
+    assert err[0].startswith("cogview new: 所有说明都相同")
+    save_image("photos/1.png", 5)
+    Path("photos/1.txt").write_text("狗", encoding="utf-8")
+    assert new("mine", "--pictures", "photos", "--language", "zh")[0] == 0
+    text = Path("mine/recipe.yaml").read_text(encoding="utf-8")
+    assert "# 由 cogview new 编写；可随意更改，然后运行\n#   cogview run mine/recipe.yaml\n" in text
+    assert "# 2 张图片中的 1 张，模型从不看到，只用来衡量模型" in text
