@@ -7,6 +7,7 @@ from pathlib import Path
 
 import click
 
+from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, Command
 from cogview.cli.recipes import recipe_options
 from cogview.training.recipe import Recipe
@@ -29,23 +30,29 @@ SHEET_SCENES = 48
     "--emoji-test", type=FILE, metavar="FILE", show_default="that of Debian", help="list of emoji, emoji-test.txt"
 )
 def command(recipe: Recipe, font: Path | None, annotations: tuple[Path, Path] | None, emoji_test: Path | None) -> int:
-    """Create the emoji world, and a sheet of its scenes."""
+    """Create the emoji world, and a sheet of its scenes; export scenes as pictures if the recipe asks for them."""
+    from cogview.emoji.export import SceneRecipe, export_scenes
     from cogview.emoji.things import EmojiFiles
-    from cogview.emoji.world import EmojiWorld, WorldSettings
+    from cogview.emoji.world import EmojiWorld
     from cogview.image_io.contact_sheet import contact_sheet
     from cogview.training.step_records import record_step
 
-    settings = recipe.settings(WorldSettings, "scenes")
+    settings = recipe.settings(SceneRecipe, "scenes")
     files = EmojiFiles()
     files = EmojiFiles(
         font=font or files.font,
         annotations=annotations or files.annotations,
         emoji_test=emoji_test or files.emoji_test,
     )
-    world = EmojiWorld.create(settings, files)
+    world = EmojiWorld.create(settings.world, files, settings.sprites)
+    if settings.sprites is not None:
+        print_note(f"{len(world.candidates)} objects have a sprite in {settings.sprites}")
     world.save(recipe.world)
     scenes = [world.sample_scene(0, index) for index in range(SHEET_SCENES)]
     contact_sheet([world.render(scene, index) for index, scene in enumerate(scenes)]).save(recipe.world / "scenes.png")
+    if settings.exported:
+        pictures, captions = export_scenes(world, settings, recipe.scene_pictures)
+        print(f"{pictures} pictures with {captions} captions in {recipe.scene_pictures}", file=sys.stderr)
     record_step(recipe, "scenes", settings, recipe.world / "world.json")
     print(f"{len(world.things)} objects, {settings.canvas} x {settings.canvas} pixels", file=sys.stderr)
     print(recipe.world)

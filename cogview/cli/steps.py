@@ -151,10 +151,16 @@ def run_settings(folder: Path) -> Mapping[str, Any] | None:
 
 
 def world_settings(recipe: Recipe) -> Any:
-    """Return the settings of the emoji world."""
-    from cogview.emoji.world import WorldSettings
+    """Return the settings of the emoji world and of the scenes that are exported."""
+    from cogview.emoji.export import SceneRecipe
 
-    return recipe.settings(WorldSettings, "scenes")
+    return recipe.settings(SceneRecipe, "scenes")
+
+
+def world_made(recipe: Recipe) -> bool:
+    """Return whether the emoji world is complete, and the exported scenes if the recipe asks for them."""
+    paths = (recipe.scene_pictures,) if world_settings(recipe).exported else ()
+    return all(path.is_file() for path in (recipe.world / "world.json", *paths))
 
 
 def text_settings(recipe: Recipe) -> Any:
@@ -229,8 +235,8 @@ SCENES = RecipeStep(
     command="scenes",
     section="scenes",
     settings=world_settings,
-    done=lambda recipe: (recipe.world / "world.json").is_file(),  # written last
-    results=lambda recipe: (recipe.world,),
+    done=world_made,
+    results=lambda recipe: (recipe.world, recipe.scene_pictures),
 )
 TEXT = RecipeStep(
     command="train-text",

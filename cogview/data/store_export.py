@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,17 +58,29 @@ def export_shards(
                         shard.close()
                     shard = tarfile.open(target / f"{count // shard_size:06d}.tar", "w")  # noqa: SIM115  one of many
                 assert shard is not None
-                content = io.BytesIO()
-                Image.fromarray(pixels).save(content, "PNG")
-                _add(shard, f"{count:09d}.png", content.getvalue())
-                lines = [" ".join(caption.split()) + "\n" for caption in captions]
-                _add(shard, f"{count:09d}.txt", "".join(lines).encode())
+                add_picture(shard, f"{count:09d}", pixels, captions)
                 count += 1
                 on_picture()
         finally:
             if shard is not None:
                 shard.close()
     return count, -(-count // shard_size)
+
+
+def add_picture(shard: tarfile.TarFile, key: str, pixels: np.ndarray, captions: Iterable[str]) -> None:
+    """Add a picture to a shard as ``KEY.png``, and its captions as the lines of ``KEY.txt``.
+
+    Args:
+        shard: The archive, open for writing.
+        key: Name of the picture, which no other picture of the shard has.
+        pixels: uint8 RGB (H, W, 3).
+        captions: The captions; spaces and line breaks within one become single spaces.
+    """
+    content = io.BytesIO()
+    Image.fromarray(pixels).save(content, "PNG")
+    _add(shard, f"{key}.png", content.getvalue())
+    lines = [" ".join(caption.split()) + "\n" for caption in captions]
+    _add(shard, f"{key}.txt", "".join(lines).encode())
 
 
 def largest_field(store: TokenStore) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from cogview.config_io import to_mapping
 from cogview.data.builders.encode import EncodeSettings
 from cogview.data.image_dataset import ImageExample, NamedRegion
-from cogview.emoji.scene import EQUAL_WEIGHTS, Cell, Scene, SceneWeights, cells_of
+from cogview.emoji.scene import Cell, Scene, SceneWeights, cells_of
 from cogview.emoji.things import EmojiObject
 from cogview.emoji.world import EmojiWorld
 from cogview.vqvae.ranges import COUNT, SEED, check_ranges
@@ -27,18 +27,18 @@ class SceneDataset:
         world: The objects and their sprites.
         seed: Seed of the scenes.
         held_out: Yield the held-out scenes; otherwise those to train on.
-        weights: Frequencies of the kinds of scenes.
+        weights: Frequencies of the kinds of scenes; those of the world if None.
     """
 
     is_shuffled = True
 
     def __init__(
-        self, world: EmojiWorld, seed: int, *, held_out: bool = False, weights: SceneWeights = EQUAL_WEIGHTS
+        self, world: EmojiWorld, seed: int, *, held_out: bool = False, weights: SceneWeights | None = None
     ) -> None:
         self.world = world
         self.seed = seed
         self.held_out = held_out
-        self.weights = weights
+        self.weights = weights or world.settings.weights
 
     @property
     def side(self) -> int:
@@ -53,8 +53,10 @@ class SceneDataset:
     @property
     def provenance(self) -> Mapping[str, Any]:
         """Settings of the world and of the scenes."""
+        settings = to_mapping(self.world.settings)
+        del settings["weights"]  # of the scenes below
         return {
-            "scenes": to_mapping(self.world.settings),
+            "scenes": settings,
             "shares": to_mapping(self.weights),  # the name in stores that earlier versions have begun
             "seed": self.seed,
             "held_out": self.held_out,
@@ -86,7 +88,7 @@ class SceneEncodeSettings(EncodeSettings):
     Args:
         rows: Number of training scenes.
         held_out_rows: Number of held-out scenes.
-        weights: Frequencies of the kinds of training scenes; held-out scenes have equal ones.
+        weights: Frequencies of the kinds of training scenes; those of the world if None, as of the held-out scenes.
         seed: Seed of the scenes.
 
     Raises:
@@ -95,7 +97,7 @@ class SceneEncodeSettings(EncodeSettings):
 
     rows: int
     held_out_rows: int = 2048
-    weights: SceneWeights = EQUAL_WEIGHTS
+    weights: SceneWeights | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,7 +111,7 @@ class SceneEncodeSettings(EncodeSettings):
             world: The emoji world.
             held_out: Whether to take the held-out scenes.
         """
-        return SceneDataset(world, self.seed, held_out=held_out, weights=EQUAL_WEIGHTS if held_out else self.weights)
+        return SceneDataset(world, self.seed, held_out=held_out, weights=None if held_out else self.weights)
 
 
 def _region(thing: EmojiObject, cell: Cell) -> NamedRegion:

@@ -50,15 +50,18 @@ class EmojiFiles:
     )
     emoji_test: Path = Path("/usr/share/unicode/emoji/emoji-test.txt")
 
-    def check(self) -> None:
+    def check(self, *, with_font: bool = True) -> None:
         """Check that all files exist.
+
+        Args:
+            with_font: Also check the font, which sprites from a folder do without.
 
         Raises:
             InputError: A file is missing; the message names its Debian package.
         """
         needed = [(self.font, "fonts-noto-color-emoji"), (self.emoji_test, "unicode-data")]
         needed[1:1] = [(path, "unicode-cldr-core") for path in self.annotations]
-        for path, package in needed:
+        for path, package in needed if with_font else needed[1:]:
             if not path.is_file():
                 raise InputError(
                     f"{path} is missing; on Debian or Ubuntu: apt install {package} "
@@ -130,16 +133,17 @@ def name_tables() -> NameTables:
     )
 
 
-def read_things(files: EmojiFiles) -> tuple[EmojiObject, ...]:
+def read_things(files: EmojiFiles, *, with_font: bool = True) -> tuple[EmojiObject, ...]:
     """Return every named emoji of ``GROUPS``: common ones first, the others in the order of emoji-test.txt.
 
     Args:
         files: Paths of the files to read.
+        with_font: Require the font too, which sprites are drawn from.
 
     Raises:
         InputError: A file is missing, or the files have no emoji in common.
     """
-    files.check()
+    files.check(with_font=with_font)
     tables = name_tables()
     annotations = read_annotations(files.annotations)
     things: dict[str, EmojiObject] = {}
@@ -191,6 +195,55 @@ def draw_sprites(things: Sequence[EmojiObject], font: Path) -> np.ndarray:
         ImageDraw.Draw(canvas).text((0, 0), thing.emoji, font=face, embedded_color=True)
         sprites[index] = np.asarray(canvas)[:, _FONT_LEFT : _FONT_LEFT + SPRITE_PIXELS]
     return sprites
+
+
+def read_sprites(things: Sequence[EmojiObject], folder: Path) -> tuple[tuple[EmojiObject, ...], np.ndarray]:
+    """Return the objects that have a picture in a folder, and their sprites.
+
+    A picture is named by the code points of its emoji in hexadecimal, with hyphens between them: ``1f34e.png``,
+    ``1f43b-200d-2744.webp``. Variation selectors (``fe0f``) may be there or not. Pictures of other emoji are ignored.
+
+    Args:
+        things: Objects to look for.
+        folder: Folder of the pictures, with transparency; those that are not 128 x 128 pixels are scaled to fit.
+
+    Returns:
+        The N objects with a picture, in their order; and uint8 (N, 128, 128, 4), RGBA with straight alpha.
+
+    Raises:
+        InputError: There is no such folder, no picture of any object in it, or one that cannot be read.
+    """
+    if not folder.is_dir():
+        raise InputError(f"there is no folder of sprites {folder}")
+    pictures = {_without_selectors(path.stem): path for path in sorted(folder.iterdir()) if path.is_file()}
+    names = {thing.emoji: _without_selectors("-".join(f"{ord(point):x}" for point in thing.emoji)) for thing in things}
+    found = tuple(thing for thing in things if names[thing.emoji] in pictures)
+    if not found:
+        first = f"{names[things[0].emoji]}.png" if things else "1f34e.png"
+        raise InputError(f"no picture in {folder} is named by the code points of a known emoji, such as {first}")
+    return found, np.stack([_read_sprite(pictures[names[thing.emoji]]) for thing in found])
+
+
+def _without_selectors(code_points: str) -> str:
+    """1F43B-200D-2744-FE0F to 1f43b-200d-2744."""
+    return "-".join(point for point in code_points.lower().split("-") if point != f"{ord(VARIATION_SELECTOR):x}")
+
+
+def _read_sprite(path: Path) -> np.ndarray:
+    """The picture of a file as a sprite: uint8 (128, 128, 4)."""
+    from PIL import Image, ImageOps
+
+    from cogview.image_io.reading import open_image
+
+    with open_image(path) as opened:
+        try:
+            picture = opened.convert("RGBA")
+        except Exception as error:  # Pillow's readers raise nearly anything on broken data
+            raise InputError(f"the sprite {path} cannot be read: {reason_of(error)}") from None
+    side = (SPRITE_PIXELS, SPRITE_PIXELS)
+    if picture.size != side:
+        picture = ImageOps.pad(picture, side, Image.Resampling.LANCZOS, color=(0, 0, 0, 0))
+    return np.asarray(picture)
 
 
 @dataclass(frozen=True, kw_only=True)

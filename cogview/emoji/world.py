@@ -20,7 +20,7 @@ from cogview.config_io import from_mapping, to_mapping
 from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.captions import write_caption
 from cogview.emoji.scene import COLOURS, COUNTS, EQUAL_WEIGHTS, Cell, Colour, Scene, SceneKind, SceneWeights, cells_of
-from cogview.emoji.things import SPRITE_PIXELS, EmojiFiles, EmojiObject, draw_sprites, read_things
+from cogview.emoji.things import SPRITE_PIXELS, EmojiFiles, EmojiObject, draw_sprites, read_sprites, read_things
 from cogview.errors import InputError
 from cogview.files import atomic_write, write_json
 from cogview.input_files import read_arrays
@@ -39,6 +39,7 @@ class WorldSettings:
         jitter: Maximum offset of a sprite from the middle of its position in pixels, in each direction and within its
             cell. At 0 every sprite is aligned to the grid of 8-pixel codes, so that it always has the same codes.
         sizes: Sides of sprites relative to those of the layout.
+        weights: Frequencies of the kinds of scenes.
 
     Raises:
         ValueError: A setting is out of range.
@@ -48,6 +49,7 @@ class WorldSettings:
     canvas: int = 64
     jitter: int = 0
     sizes: tuple[float, ...] = (1.0,)
+    weights: SceneWeights = EQUAL_WEIGHTS
 
     def __post_init__(self) -> None:
         if self.things != "all" and (isinstance(self.things, str) or self.things < 2):
@@ -100,31 +102,33 @@ class EmojiWorld:
         self._scaled: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
 
     @staticmethod
-    def create(settings: WorldSettings, files: EmojiFiles | None = None) -> EmojiWorld:
-        """Return a world of the emoji of the font.
+    def create(settings: WorldSettings, files: EmojiFiles | None = None, sprites: Path | None = None) -> EmojiWorld:
+        """Return a world of the emoji of the font, or of another style.
 
         Args:
             settings: Settings of the world.
             files: Paths of the files to read; those of Debian by default.
+            sprites: Folder of pictures named by code points, in place of the font: see ``read_sprites``.
 
         Raises:
-            InputError: A file is missing.
+            InputError: A file is missing, or a picture cannot be read.
         """
         files = files or EmojiFiles()
-        candidates = read_things(files)
-        return EmojiWorld(settings, candidates, draw_sprites(candidates, files.font))
+        if sprites is None:
+            candidates = read_things(files)
+            return EmojiWorld(settings, candidates, draw_sprites(candidates, files.font))
+        return EmojiWorld(settings, *read_sprites(read_things(files, with_font=False), sprites))
 
-    def sample_scene(
-        self, seed: int, index: int, held_out: bool = False, weights: SceneWeights = EQUAL_WEIGHTS
-    ) -> Scene:
+    def sample_scene(self, seed: int, index: int, held_out: bool = False, weights: SceneWeights | None = None) -> Scene:
         """Return a scene, as a function of the arguments alone.
 
         Args:
             seed: Seed of the scenes.
             index: Index of the scene, from 0.
             held_out: Whether the scene is held out or one to train on.
-            weights: Frequencies of the kinds of scenes.
+            weights: Frequencies of the kinds of scenes; those of the world if None.
         """
+        weights = weights or self.settings.weights
         random = KeyedRandom("scene", seed, index, held_out)
         while True:
             scene = self._sample_any(random, weights)

@@ -91,6 +91,11 @@ class Recipe:
         return self.work / "world"
 
     @property
+    def scene_pictures(self) -> Path:
+        """Tar shard of scenes of the emoji world, exported as pictures with captions."""
+        return self.work / "scenes.tar"
+
+    @property
     def text_model(self) -> Path:
         """File of the text tokenizer."""
         return self.work / "text.model"

@@ -1,0 +1,71 @@
+"""Sprites from an Iconify package: one picture for each code point, and what is refused."""
+
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from scripts.emoji_sprites import main, svg_of
+
+ICONS = {
+    "icons": {"red-apple": {"body": "<path/>"}, "fox": {"body": "<circle/>", "width": 36}},
+    "aliases": {"reineke": {"parent": "fox"}},
+    "width": 32,
+    "height": 32,
+}
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An unpacked package, and a renderer that draws a square of the width that is asked for."""
+
+    def svg_to_bytes(*, svg_string: str, width: int, height: int) -> list[int]:
+        content = io.BytesIO()
+        Image.new("RGBA", (width, height), "red" if "path" in svg_string else "blue").save(content, "PNG")
+        return list(content.getvalue())
+
+    renderer = ModuleType("resvg_py")
+    vars(renderer)["svg_to_bytes"] = svg_to_bytes
+    monkeypatch.setitem(sys.modules, "resvg_py", renderer)
+    folder = tmp_path / "package"
+    folder.mkdir()
+    (folder / "icons.json").write_text(json.dumps(ICONS), encoding="utf-8")
+    (folder / "chars.json").write_text(json.dumps({"1f34e": "red-apple", "1f98a": "reineke"}), encoding="utf-8")
+    return folder
+
+
+def test_svg_of_has_the_size_of_the_icon_or_of_the_set() -> None:
+    assert svg_of(ICONS, "red-apple") == '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path/></svg>'
+    assert 'viewBox="0 0 36 32"><circle/>' in svg_of(ICONS, "reineke")
+
+
+def test_emoji_sprites_are_named_by_code_points(package: Path, tmp_path: Path) -> None:
+    assert main([str(package), "-o", str(tmp_path / "sprites")]) == 0
+    pictures = {path.name: Image.open(path) for path in (tmp_path / "sprites").iterdir()}
+    assert {name: (picture.size, picture.getpixel((0, 0))) for name, picture in pictures.items()} == {
+        "1f34e.png": ((128, 128), (255, 0, 0, 255)),
+        "1f98a.png": ((128, 128), (0, 0, 255, 255)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "chars.json").unlink(), "chars.json is missing: expected the unpacked folder"),
+        (lambda folder: (folder / "icons.json").write_text("[]"), "icons.json holds no icons"),
+        (lambda folder: (folder / "chars.json").write_text('{"1f34e": "pear"}'), "no icon named pear"),
+    ],
+)
+def test_emoji_sprites_refuses_what_is_no_package(
+    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change, message: str
+) -> None:
+    change(package)
+    assert main([str(package), "-o", str(tmp_path / "sprites")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "sprites").exists()
