@@ -3,17 +3,18 @@
 # N rows, W width of a field
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from cogview.data.store import NAMES_FIELD, NO_TOKEN, TEXT_FIELD, TokenStore, text_lengths
+from cogview.data.store_hashes import HashCounter
 from cogview.tokenizers.text import TextTokenizer
 
-CHUNK = 16384  # rows
+CHUNK = 4096  # rows
 NUM_FREQUENT = 10  # captions
 
 
@@ -96,39 +97,44 @@ def store_stats(store: TokenStore, text_tokenizer: TextTokenizer | None = None) 
     header = store.header
     images = [name for name in header.fields if name not in (TEXT_FIELD, NAMES_FIELD)]
     used = {name: np.zeros(header.num_image_codes, dtype=bool) for name in images}
-    pieces, lengths = np.zeros(header.num_text_pieces, dtype=np.int64), []
-    hashes: dict[str, list[int]] = {"text": [], "image": [], "row": []}
+    pieces = np.zeros(header.num_text_pieces, dtype=np.int64)
+    by_length = np.zeros(header.fields[TEXT_FIELD] + 1, dtype=np.int64)
     named = 0
-    for rows in chunks(store):
-        if NAMES_FIELD in rows:
-            named += int((rows[NAMES_FIELD] != NO_TOKEN).sum())
-        lengths.append(text_lengths(rows[TEXT_FIELD]))
-        text = rows[TEXT_FIELD][rows[TEXT_FIELD] != NO_TOKEN]
-        pieces += np.bincount(text, minlength=len(pieces))
-        for name in images:
-            used[name][rows[name].ravel()] = True
-        hashes["text"] += _hashes(rows[TEXT_FIELD])
-        hashes["image"] += _hashes(rows[images[0]])
-        hashes["row"] += _hashes(np.concatenate([rows[TEXT_FIELD], *(rows[name] for name in images)], axis=1))
-    length = np.concatenate(lengths)
-    distinct = {name: len(set(values)) for name, values in hashes.items()}
+    with ExitStack() as stack:
+        texts, pictures, whole = (stack.enter_context(HashCounter(len(store))) for _ in range(3))
+        for rows in chunks(store):
+            if NAMES_FIELD in rows:
+                named += int((rows[NAMES_FIELD] != NO_TOKEN).sum())
+            by_length += np.bincount(text_lengths(rows[TEXT_FIELD]), minlength=len(by_length))
+            text = rows[TEXT_FIELD][rows[TEXT_FIELD] != NO_TOKEN]
+            pieces += np.bincount(text, minlength=len(pieces))
+            for name in images:
+                used[name][rows[name].ravel()] = True
+            texts.add(rows[TEXT_FIELD])
+            pictures.add(rows[images[0]])
+            whole.add(np.concatenate([rows[TEXT_FIELD], *(rows[name] for name in images)], axis=1))
+        distinct_texts, frequent = texts.count(NUM_FREQUENT)
+        distinct_images, distinct_rows = pictures.count()[0], whole.count()[0]
+    lengths = np.flatnonzero(by_length)
     return StoreStats(
         rows=len(store),
         fields=header.fields,
         tasks=header.layouts,
         grid=header.grid,
-        shortest=int(length.min()),
-        mean_length=float(length.mean()),
-        longest=int(length.max()),
+        shortest=int(lengths[0]),
+        mean_length=float((by_length * np.arange(len(by_length))).sum() / len(store)),
+        longest=int(lengths[-1]),
         text_width=header.fields[TEXT_FIELD],
         codes_used={name: int(each.sum()) for name, each in used.items()},
         num_codes=header.num_image_codes,
-        distinct_texts=distinct["text"],
-        distinct_images=distinct["image"],
-        repeated_rows=len(store) - distinct["row"],
+        distinct_texts=distinct_texts,
+        distinct_images=distinct_images,
+        repeated_rows=len(store) - distinct_rows,
         named_share=named / (len(store) * header.fields[NAMES_FIELD]) if NAMES_FIELD in header.fields else None,
         byte_share=None if text_tokenizer is None else _byte_share(pieces, text_tokenizer),
-        frequent=() if text_tokenizer is None else _frequent(store, hashes["text"], text_tokenizer),
+        frequent=()
+        if text_tokenizer is None
+        else tuple((caption_of_row(store[row][TEXT_FIELD], text_tokenizer), count) for row, count in frequent),
     )
 
 
@@ -143,21 +149,7 @@ def caption_of_row(text_W: np.ndarray, text_tokenizer: TextTokenizer) -> str:
     return text_tokenizer.decode(text_W[text_W != NO_TOKEN].tolist())
 
 
-def _hashes(ids_NW: np.ndarray) -> list[int]:
-    """Return a hash of 64 bits for each row."""
-    digests = (hashlib.blake2b(row.tobytes(), digest_size=8).digest() for row in np.ascontiguousarray(ids_NW))
-    return [int.from_bytes(digest, "little") for digest in digests]
-
-
 def _byte_share(counts: np.ndarray, text_tokenizer: TextTokenizer) -> float:
     """Return the share of pieces that are bytes, given the occurrences of each piece."""
     is_byte = np.array([piece.startswith("<0x") for piece in text_tokenizer.pieces])
     return float(counts[is_byte].sum() / max(1, counts.sum()))
-
-
-def _frequent(store: TokenStore, hashes: list[int], text_tokenizer: TextTokenizer) -> tuple[tuple[str, int], ...]:
-    """Return the captions of more than one row, the most frequent first."""
-    _, first, counts = np.unique(np.array(hashes, dtype=np.uint64), return_index=True, return_counts=True)
-    order = np.lexsort((first, -counts))[:NUM_FREQUENT]
-    rows = [(int(first[index]), int(counts[index])) for index in order if counts[index] > 1]
-    return tuple((caption_of_row(store[row][TEXT_FIELD], text_tokenizer), count) for row, count in rows)

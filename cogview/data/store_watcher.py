@@ -10,6 +10,7 @@ from pathlib import Path
 from cogview.data.mixture import check_fits
 from cogview.data.store import StoreHeader, TokenStore
 from cogview.data.store_checksum import DATA_FILE
+from cogview.data.store_writer import is_being_written
 from cogview.data.v1_datasets import InvalidRow, open_dataset
 from cogview.errors import InputError
 
@@ -73,7 +74,8 @@ class StoreWatcher:
         """Return the store at ``path``, or None if there is none yet; raise InputError if it does not match."""
         header = self.header
         try:
-            if not (path / DATA_FILE).is_file() or _is_being_written(path):
+            data = path / DATA_FILE
+            if not data.is_file() or is_being_written(data) or _is_written_by_lmdb(path):
                 return None
             store = open_dataset(
                 path,
@@ -99,11 +101,10 @@ class StoreWatcher:
             print(message, file=sys.stderr)
 
 
-def _is_being_written(path: Path) -> bool:
-    """Return whether another process has the LMDB in ``path`` open for writing.
+def _is_written_by_lmdb(path: Path) -> bool:
+    """Return whether another process has the LMDB in ``path`` open for writing: another program, or an earlier version.
 
-    LMDB locks the first byte of its lock file while an environment is open (``mdb_env_share_locks``); our readers open
-    it without a lock. A process must not ask about a store that it writes itself: the system would drop its lock.
+    LMDB locks the first byte of its lock file while an environment is open (``mdb_env_share_locks``).
     """
     try:
         import fcntl
@@ -116,5 +117,5 @@ def _is_being_written(path: Path) -> bool:
             except (BlockingIOError, PermissionError):
                 return True
     except OSError:
-        pass  # copied without a lock file, or from somebody else
+        pass  # our writers make none
     return False

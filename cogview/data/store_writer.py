@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +29,7 @@ from cogview.data.store import (
 from cogview.data.store_blocks import BLOCKS_FILE, write_blocks
 from cogview.data.store_checksum import CHECKSUM_FILE, DATA_FILE, check_sum, write_checksum
 from cogview.errors import InputError, RetryLaterError, reason_of
+from cogview.files import try_lock
 from cogview.formatting import format_bytes
 
 ROWS_PER_TRANSACTION = 16384
@@ -58,7 +60,8 @@ class StoreWriter:
     """Write a token store; a context manager.
 
     Rows and their count are committed together, ``ROWS_PER_TRANSACTION`` at a time: after a crash or a full disk the
-    store holds ``count`` whole rows and is readable. A store must not be read while it is written.
+    store holds ``count`` whole rows and is readable. A store must not be read while it is written. One process at a
+    time writes a store.
 
     Args:
         path: folder of the store.
@@ -68,6 +71,7 @@ class StoreWriter:
 
     Raises:
         InputError: if the folder holds a store and ``resume`` is False, if its header differs or it is not writable.
+        RetryLaterError: if another process writes the store.
     """
 
     def __init__(self, path: str | Path, header: StoreHeader, *, resume: bool = False, map_size: int = 2**26) -> None:
@@ -75,17 +79,21 @@ class StoreWriter:
 
         self.path = Path(path)
         self.header = header
-        if (self.path / DATA_FILE).exists() and not resume:
+        if (is_there := (self.path / DATA_FILE).exists()) and not resume:
             raise InputError(f"{self.path} already holds a store: remove it, or resume the writing")
         self._sum_is_due = False
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            if (self.path / DATA_FILE).exists():
-                check_sum(self.path)
-            self._environment = lmdb.open(str(self.path), map_size=map_size, max_dbs=1)
-        except (OSError, lmdb.Error) as error:
-            raise InputError(f"cannot write a store to {self.path}: {reason_of(error)}") from error
-        try:
+        with ExitStack() as on_error:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = _lock(self.path / DATA_FILE)
+                on_error.callback(os.close, lock)
+                if is_there:
+                    check_sum(self.path)
+                # LMDB would map its own file of locks, and on a full disk a write to that ends the process by a signal.
+                self._environment = lmdb.open(str(self.path), map_size=map_size, max_dbs=1, lock=False)
+                on_error.callback(self._environment.close)
+            except (OSError, lmdb.Error) as error:
+                raise InputError(f"cannot write a store to {self.path}: {reason_of(error)}") from error
             with naming_damage(self.path):
                 begun = self._environment.stat()["entries"] > 0
             if begun:
@@ -96,9 +104,8 @@ class StoreWriter:
                 self._count = 0
             with naming_damage(self.path):
                 self._commit([])
-        except BaseException:
-            self._environment.close()
-            raise
+            self._lock: int | None = lock
+            on_error.pop_all()
 
     @property
     def count(self) -> int:
@@ -129,6 +136,9 @@ class StoreWriter:
             with suppress(OSError):  # a store without checksums is whole, too
                 write_checksum(self.path)
                 write_blocks(self.path, self._count)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -186,6 +196,29 @@ class StoreWriter:
                     "same command again"
                 ) from None
         self._count = end
+
+
+def _lock(data: Path) -> int:
+    """Lock the data of a store for its writer until the descriptor is closed; return the descriptor.
+
+    Raises:
+        RetryLaterError: Another writer has the lock.
+    """
+    file = os.open(data, os.O_RDWR | os.O_CREAT, 0o666)
+    with suppress(OSError):  # on a file system without locks, one process writes at a time
+        if not try_lock(file):
+            os.close(file)
+            raise RetryLaterError(f"the store {data.parent} is being written by another process: wait until it ends")
+    return file
+
+
+def is_being_written(data: Path) -> bool:
+    """Return whether a writer has the data of a store open."""
+    try:
+        with data.open("rb") as file:
+            return not try_lock(file.fileno(), shared=True)
+    except OSError:
+        return False
 
 
 def _check_same_header(path: Path, stored: StoreHeader, given: StoreHeader) -> None:

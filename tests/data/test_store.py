@@ -165,6 +165,38 @@ def test_store_writer_keeps_committed_rows_when_the_disk_is_full(tmp_path, monke
     assert_same(store.read(range(writer.count)), {name: ids[: writer.count] for name, ids in expected.items()})
 
 
+WRITE_TOO = """
+import sys
+from cogview.data.store import StoreHeader
+from cogview.data.store_writer import StoreWriter
+
+StoreWriter(sys.argv[1], StoreHeader.from_json(sys.argv[2]), resume=True)
+"""
+
+
+@pytest.mark.multiprocess
+def test_store_writer_refuses_a_second_process(tmp_path):
+    """Both counted their own rows, and the later one wrote over those of the other."""
+    rows = some_rows(9)
+    with StoreWriter(tmp_path / "store", HEADER) as writer:
+        writer.append(rows)
+        command = [sys.executable, "-c", WRITE_TOO, tmp_path / "store", HEADER.to_json()]
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        assert done.stderr.rstrip().endswith(
+            f"RetryLaterError: the store {tmp_path}/store is being written by another process: wait until it ends"
+        )
+        writer.append(rows)
+    with StoreWriter(tmp_path / "store", HEADER, resume=True) as writer:
+        assert writer.count == 18
+
+
+def test_store_writer_leaves_no_file_of_locks(tmp_path):
+    """LMDB maps its file of locks: on a full disk, a write to it ended the command by a signal (bus error)."""
+    with StoreWriter(tmp_path / "store", HEADER) as writer:
+        writer.append(some_rows(3))
+        assert [path.name for path in writer.path.iterdir()] == ["data.mdb"]
+
+
 def test_store_writer_starts_when_there_is_nothing_to_resume(tmp_path):
     with StoreWriter(tmp_path / "store", HEADER, resume=True) as writer:
         assert writer.count == 0

@@ -141,8 +141,6 @@ def make_stores(folder: Path) -> None:
     for name in ("new", "old"):
         training.write_store(folder / name / "store", 60).close()
     (folder / "old" / "store" / "data.sha256").unlink()
-    for path in folder.glob("*/store/lock.mdb"):
-        path.unlink()
 
 
 def read_store(folder: Path) -> None:

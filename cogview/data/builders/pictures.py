@@ -35,7 +35,7 @@ from cogview.data.store_copy import copy_rows
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError, RetryLaterError
 from cogview.files import atomic_write, describe_owner, json_line, try_lock, write_owner
-from cogview.formatting import format_duration, plural
+from cogview.formatting import format_duration, plural, printable
 from cogview.signals import worker_init
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.codec import ImageTokenizer, codebook_sha256
@@ -276,7 +276,10 @@ class PictureBuild:
             )
         for split in SPLITS:
             if report.rows[split]:
-                copy_rows([self.paths.work / SPLITS[split]], self.paths.of_split(split), overwrite=split)
+                try:
+                    copy_rows([self.paths.work / SPLITS[split]], self.paths.of_split(split), overwrite=split)
+                except RetryLaterError as error:
+                    raise RetryLaterError(f"the work of the build is kept in {self.paths.work}; {error}") from None
         shutil.rmtree(self.paths.work)
         return report
 
@@ -298,7 +301,7 @@ class PictureBuild:
                     shares += map(self.text_tokenizer.byte_share, entry.captions)
                 for reason in entry.left_out:
                     report.left_out += 1
-                    named = reason if entry.name in reason else f"{entry.name}: {reason}"
+                    named = reason if printable(entry.name) in reason else f"{entry.name}: {reason}"
                     report.first_left_out = report.first_left_out or named
                     file.write(json_line({"file": entry.name, "reason": reason}))
         if not report.left_out:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from cogview.data.sources.names import NamedPictures
 from cogview.data.sources.records import MAX_SOURCE_BYTES, PictureFile, PictureRecord
-from cogview.data.sources.tables import NamedPictures, TableOptions, unnamed_records
+from cogview.data.sources.tables import TableOptions, unnamed_records
 from cogview.errors import InputError
 from cogview.input_files import read_regular
 from cogview.plain_data import parse_json
@@ -52,7 +53,8 @@ class CocoCaptions:
         named = NamedPictures()
         for record in self._records:
             named.add(record)
-        self._records += unnamed_records(sorted(named.others()), path)
+        named.find_others()
+        self._records += unnamed_records(named, path)
 
     def __len__(self) -> int:
         return len(self._records)

@@ -6,19 +6,20 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from cogview.data.sources.names import CAPTION_SUFFIX, CAPTIONS, PICTURE, UNREAD, FilePairs
 from cogview.data.sources.records import GB18030_NOTE, PictureFile, PictureRecord
-from cogview.errors import InputError
-from cogview.image_io.reading import EXPECTED, IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from cogview.errors import InputError, reason_of
+from cogview.image_io.reading import EXPECTED
 from cogview.tables import numbered_lines, read_text
 
-CAPTION_SUFFIX = ".txt"
 OTHER_SOURCES = (".csv", ".tsv", ".jsonl", ".parquet", ".json", ".tar")  # that a folder may hold instead
 
 
 class PictureFolder:
     """Pictures below a folder, sorted by their paths; ``NAME.txt`` has the captions of ``NAME.jpg``, one a line.
 
-    Hidden files and folders are passed over. Links to folders are followed, each folder once.
+    Hidden files and folders are passed over. Links to folders are followed, each folder once. The names stand on the
+    disk.
 
     Args:
         folder: The folder.
@@ -29,35 +30,28 @@ class PictureFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.names = sorted(files_below(folder))
-        suffixes = {os.path.splitext(name)[1].lower() for name in self.names}  # noqa: PTH122  faster for millions
-        self._stems = {name[: -len(CAPTION_SUFFIX)]: name for name in self.names if _is(name, (CAPTION_SUFFIX,))}
-        self._pictures = {_stem(name) for name in self.names if _is(name, IMAGE_SUFFIXES)}
-        others = [name for name in self.names if _is(name, OTHER_SOURCES)]
-        if not self._pictures or (CAPTION_SUFFIX not in suffixes and others):
-            lack = "no captions NAME.txt" if self._pictures else "no pictures"
-            hint = f"; it holds {others[0]}: give {folder / others[0]} as the source" if others else ""
+        self._pairs = FilePairs(files_below(folder))
+        has_pictures = self._pairs.first(PICTURE) is not None
+        other = self._pairs.first_other(OTHER_SOURCES)
+        if not has_pictures or (self._pairs.first(CAPTIONS) is None and other):
+            lack = "no captions NAME.txt" if has_pictures else "no pictures"
+            hint = f"; it holds {other}: give {folder / other} as the source" if other else ""
             raise InputError(f"{folder} has {lack}, expected NAME.jpg beside NAME.txt{hint}")
-        used = (CAPTION_SUFFIX, *IMAGE_SUFFIXES, *UNREAD_SUFFIXES)
-        self.names = [name for name in self.names if _is(name, used) and not self._is_caption_of_picture(name)]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._pairs)
 
     def __iter__(self) -> Iterator[PictureRecord]:
-        for name in self.names:
-            yield self._record(name)
+        for name, kind, captions in self._pairs:
+            yield self._record(name, kind, captions)
 
-    def _is_caption_of_picture(self, name: str) -> bool:
-        return _is(name, (CAPTION_SUFFIX,)) and _stem(name) in self._pictures
-
-    def _record(self, name: str) -> PictureRecord:
+    def _record(self, name: str, kind: int, captions: str | None) -> PictureRecord:
         path = self.folder / name
-        if _is(name, UNREAD_SUFFIXES):
+        if kind == UNREAD:
             return PictureRecord(name=str(path), problem=f"this format is not read; expected {EXPECTED}")
-        if _is(name, (CAPTION_SUFFIX,)):
+        if kind == CAPTIONS:
             return PictureRecord(name=str(path), problem="a caption without a picture: none of this name is beside it")
-        if (captions := self._stems.get(_stem(name))) is None:
+        if captions is None:
             expected = path.with_suffix(CAPTION_SUFFIX).name
             return PictureRecord(name=str(path), problem=f"a picture without a caption: expected {expected} beside it")
         notes: list[str] = []
@@ -81,26 +75,33 @@ def files_below(folder: Path) -> Iterator[str]:
         InputError: The folder cannot be listed.
     """
 
-    def refuse(error: OSError) -> None:
-        raise InputError(f"the folder {error.filename} cannot be read: {error.strerror}")
-
     entered: set[tuple[int, int]] = set()
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        status = Path(parent).stat()
-        if (status.st_dev, status.st_ino) in entered:
-            folders.clear()
-            continue
-        entered.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inner = os.path.relpath(parent, folder)
-        for name in files:
-            if not name.startswith("."):
-                yield name if inner == "." else f"{inner}{os.sep}{name}"
+    waiting = [""]
+    while waiting:
+        inner = waiting.pop()
+        folders = []
+        try:
+            status = (folder / inner).stat()
+            if (status.st_dev, status.st_ino) in entered:
+                continue
+            entered.add((status.st_dev, status.st_ino))
+            with os.scandir(folder / inner) as entries:
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    name = f"{inner}{os.sep}{entry.name}" if inner else entry.name
+                    if _is_folder(entry):
+                        folders.append(name)
+                    else:
+                        yield name
+        except OSError as error:
+            raise InputError(f"the folder {folder / inner} cannot be read: {reason_of(error)}") from None
+        waiting += sorted(folders, reverse=True)  # the first one is entered next
 
 
-def _is(name: str, suffixes: tuple[str, ...]) -> bool:
-    return name.lower().endswith(suffixes)
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]  # noqa: PTH122
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder, or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # links in a circle
+        return False

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import os
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cogview.data.sources.columns import Columns, choose_columns
+from cogview.data.sources.names import NamedPictures
 from cogview.data.sources.records import MAX_SOURCE_BYTES, PictureFile, PictureRecord, boxes_cell
 from cogview.errors import InputError
-from cogview.image_io.reading import IMAGE_SUFFIXES
 from cogview.tables import HeaderError, TableLines, as_whole, parse_objects, parse_table, stream_lines
 
 PARQUET_ROWS = 1000  # rows in memory
@@ -70,7 +64,8 @@ class PictureTable:
             on_note(f"{path}: {self.columns}")
         named = NamedPictures()
         self._count = sum(1 for _ in merged_records(map(named.add, self._records())))
-        self._unnamed = sorted(named.others())
+        named.find_others()
+        self._unnamed = named
 
     def __len__(self) -> int:
         return self._count + len(self._unnamed)
@@ -120,42 +115,6 @@ def merged_records(records: Iterable[PictureRecord]) -> Iterator[PictureRecord]:
         captions = first.captions + tuple(caption for record in others for caption in record.captions)
         boxes = tuple(dict.fromkeys(cell for record in (first, *others) for cell in record.boxes))
         yield PictureRecord(name=first.name, captions=captions, boxes=boxes, file=file) if others else first
-
-
-class NamedPictures:
-    """The names of pictures, each as a hash of 8 bytes, and the folders of those that can be used."""
-
-    def __init__(self) -> None:
-        self._hashes = array("Q")
-        self._folders: set[str] = set()
-
-    def add(self, record: PictureRecord) -> PictureRecord:
-        """Remember the picture of a record, and return the record."""
-        self._hashes.append(_name_hash(record.name))
-        if record.file is not None:
-            self._folders.add(os.path.dirname(record.file.path))  # noqa: PTH120  faster for millions
-        return record
-
-    def others(self) -> Iterator[str]:
-        """Yield the pictures in the folders that were not added."""
-        named = np.frombuffer(self._hashes, dtype=np.uint64)
-        named.sort()  # in place
-        for folder in self._folders:
-            with suppress(OSError), os.scandir(folder or ".") as entries:  # each picture there has its own problem
-                for entry in entries:
-                    if entry.name.startswith(".") or not entry.name.lower().endswith(IMAGE_SUFFIXES):
-                        continue
-                    picture = str(Path(folder, entry.name))
-                    key = np.uint64(_name_hash(picture))
-                    position = np.searchsorted(named, key)
-                    if position == len(named) or named[position] != key:
-                        yield picture
-
-
-def _name_hash(name: str) -> int:
-    """Return a hash of a name, in 64 bits."""
-    content = name.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
 
 def unnamed_records(names: Iterable[str], path: Path) -> Iterator[PictureRecord]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from cogview.data.sources.columns import CAPTION_NAMES
-from cogview.data.sources.folders import CAPTION_SUFFIX
+from cogview.data.sources.names import CAPTION_SUFFIX
 from cogview.data.sources.records import GB18030_NOTE, PictureFile, PictureRecord, boxes_cell
 from cogview.errors import InputError, reason_of
 from cogview.image_io.reading import IMAGE_SUFFIXES
