@@ -207,8 +207,9 @@ def killed_build(args: argparse.Namespace, source: Sequence[Path], longest: floa
     while len(kills) < args.kills and not (args.work / "killed").exists():
         before = count_lines(journal)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # The moment lies in the start, in the comparison with the journal, or in the work of about a 20th of the build.
-        while count_lines(journal) <= before and process.poll() is None and chance.random() > 0.01:
+        # One kill in four comes while the process starts; the others after a block, within a 20th of the build or so.
+        is_early = chance.random() < 0.25
+        while not is_early and count_lines(journal) <= max(1, before) and process.poll() is None:
             time.sleep(0.1)
         try:
             process.wait(timeout=chance.uniform(0, 1.5 * longest / args.kills))

@@ -4,9 +4,9 @@
 
 Each part runs in a process of its own: writing a store, reading a million rows in training order, ``stats``,
 ``validate`` and ``merge`` of ``cogview data``, opening and reading a table, and pairing the names of pictures and
-captions in a folder. Printed are the greatest anonymous memory of the process, and how much more it is than before the part. Pages of a mapped file
-are not counted: they are page cache, which all processes share. The stores take 190 bytes a row in the folder of
-temporary files, and are removed.
+captions in a folder. Printed are the greatest anonymous memory of the process, and how much more it is than before the
+part. Pages of a mapped file are not counted: they are page cache, which all processes share. The stores take 190 bytes
+a row in the folder of temporary files, and are removed.
 """
 
 from __future__ import annotations
