@@ -66,7 +66,7 @@ class V1Flags:
     top_p: float | None
     seed: int
     load: str
-    adapter: str | None
+    adapter: tuple[str, ...]
     img_tokenizer_path: Path | None
 
     @property

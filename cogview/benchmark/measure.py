@@ -20,6 +20,8 @@ import numpy as np
 import torch
 
 from cogview.benchmark.random_weights import random_model
+from cogview.checkpoints.adapted_weights import open_adapters
+from cogview.checkpoints.adapter_choice import AdapterChoice
 from cogview.checkpoints.checkpoint import load_model
 from cogview.device import DevicePlacement, peak_process_memory
 from cogview.errors import InputError, is_out_of_memory
@@ -44,6 +46,7 @@ class BenchmarkTarget:
     image_config: VQVAEConfig
     placement: DevicePlacement
     folder: Path | None = None  # None: random weights
+    adapters: tuple[AdapterChoice, ...] = ()
     speculative: int | None = None  # maximum of drafted codes per forward pass, as ``decode`` takes it
 
     def load(self) -> CogView:
@@ -51,11 +54,9 @@ class BenchmarkTarget:
         placement = self.placement
         if self.folder is None:
             return CogView(random_model(self.config, self.image_config, placement), placement, "random weights")
-        return CogView(
-            load_model(self.folder, placement.device, placement.dtype, placement.quantization),
-            placement,
-            str(self.folder),
-        )
+        adapters = open_adapters(self.adapters, self.config, str(self.folder))
+        model = load_model(self.folder, placement.device, placement.dtype, placement.quantization, adapters=adapters)
+        return CogView(model, placement, str(self.folder))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from cogview.benchmark.measure import (
     MeasurementError,
     measure_in_subprocess,
 )
+from cogview.checkpoints.adapted_weights import open_adapters
+from cogview.checkpoints.adapter_choice import AdapterChoice
 from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.device import available_memory, choose_placement
 from cogview.errors import InputError
@@ -42,7 +44,13 @@ COLUMN_WIDTHS = {
 
 
 def find_benchmark_target(
-    name: str | None, random_shape: str | None, *, device: str, dtype: str, speculative: int | None
+    name: str | None,
+    random_shape: str | None,
+    *,
+    device: str,
+    dtype: str,
+    speculative: int | None,
+    adapters: tuple[AdapterChoice, ...] = (),
 ) -> BenchmarkTarget:
     """Find the model to measure, without loading weights.
 
@@ -54,12 +62,13 @@ def find_benchmark_target(
         speculative: Maximum of drafted codes per forward pass; None chooses it, 1 disables speculative decoding. With
             random weights None disables it: their predictions depend little on the sampled codes, so that drafts are
             accepted more often than with trained weights.
+        adapters: Adapters to add to the weights of a known model.
 
     Returns:
         The target, whose ``load`` loads or creates the weights.
 
     Raises:
-        InputError: The model or the device is unknown.
+        InputError: The model or the device is unknown, or an adapter belongs to another model.
     """
     folder = None
     if random_shape is not None:
@@ -68,12 +77,14 @@ def find_benchmark_target(
     else:
         assert name is not None
         model, folder = load_target_model(name), resolve_checkpoint(name)
+        open_adapters(adapters, model.config, name)
     parameters = model.config.transformer.num_parameters
     return BenchmarkTarget(
         config=model.config,
         image_config=model.image_config,
         placement=choose_placement(device, dtype, stored=model.quantization, num_parameters=parameters),
         folder=folder,
+        adapters=adapters,
         speculative=speculative,
     )
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cogview.checkpoints.finite import require_finite, require_range
+from cogview.checkpoints.finite import require_finite
 from cogview.checkpoints.image_tokenizer import write_weights
 from cogview.checkpoints.registry import load_registry, resolve_adapter
 from cogview.checkpoints.safetensors_io import WeightsFile
@@ -31,10 +31,10 @@ from cogview.modeling.config import PROJECTIONS, ModelConfig, TransformerConfig
 from cogview.modeling.lora import (
     MAX_RANK,
     LoraSettings,
+    LowRankChange,
     add_lora,
     has_adapter,
     lora_parameters,
-    merged_weight,
 )
 from cogview.modeling.transformer import Transformer
 from cogview.plain_data import read_json
@@ -123,13 +123,14 @@ class Adapter:
 
     Args:
         folder: a folder, or ``owner/name`` on the Hugging Face Hub.
+        scale: factor of its changes, besides alpha / R: 1 as trained, 0 off.
 
     Raises:
         InputError: if the folder is missing, incomplete or damaged, or its settings are not supported.
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = resolve_adapter(folder)
+    def __init__(self, folder: str | Path, scale: float = 1.0) -> None:
+        self.folder, self.scale = resolve_adapter(folder), scale
         if not self.folder.is_dir():
             raise InputError(
                 f"there is no adapter at {folder}: expected a folder with {CONFIG_FILE} and {WEIGHTS_FILE}"
@@ -262,24 +263,14 @@ class Adapter:
             f"{name}.lora_{part}.default.weight": self._read(name, part) for name in self.projections for part in "AB"
         }
 
-    def apply_to(self, name: str, weight_NK: Tensor, sign: int) -> Tensor:
-        """Return a projection's weight with the adapter added or removed: W + sign * scale * B A (arXiv:2106.09685).
+    def change(self, name: str, sign: int = 1) -> LowRankChange:
+        """Return the change of a projection at the adapter's scale, mapped from the file.
 
         Args:
             name: name of the projection.
-            weight_NK: its weight (N, K).
             sign: 1 to add the adapter, -1 to remove it.
-
-        Returns:
-            The sum (N, K), computed in float32, in the dtype of the weight.
-
-        Raises:
-            InputError: if a sum is beyond the range of that dtype.
         """
-        a_RK, b_NR = (self._read(name, part) for part in "AB")
-        merged = merged_weight(weight_NK, a_RK, b_NR, sign * self.settings.scale)
-        require_range(f"{self.folder / WEIGHTS_FILE}: the sum of {name} and B A", weight_NK, merged)
-        return merged
+        return LowRankChange(self._read(name, "A"), self._read(name, "B"), sign * self.scale * self.settings.scale)
 
     def sha256(self) -> str:
         """Return the SHA-256 of settings and weights."""

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from cogview.checkpoints.adapted_weights import AdaptedWeights
+from cogview.checkpoints.adapter import Adapter
 from cogview.checkpoints.finite import rounded
 from cogview.checkpoints.grammar import GRAMMAR_FILE, PromptGrammar, read_grammar
 from cogview.checkpoints.image_tokenizer import (
@@ -162,6 +164,7 @@ def load_model(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     *,
+    adapters: Sequence[Adapter] = (),
     meta_only: bool = False,
     allow_nonfinite: bool = False,
 ) -> Model:
@@ -172,6 +175,7 @@ def load_model(
         device: device of the transformer and the VQ-VAE.
         dtype: dtype of the transformer; the VQ-VAE is float32.
         quantization: quantize the projections while they are read.
+        adapters: adapters to add while the weights are read, checked against the model.
         meta_only: leave the transformer on the meta device, without weights.
         allow_nonfinite: accept weights of the transformer that are NaN or infinite, to examine them.
 
@@ -207,7 +211,9 @@ def load_model(
         with torch.device("meta"):
             transformer = Transformer(config.transformer)
     else:
-        transformer = load_transformer(folder, device, dtype, quantization, allow_nonfinite=allow_nonfinite)
+        transformer = load_transformer(
+            folder, device, dtype, quantization, adapters=adapters, allow_nonfinite=allow_nonfinite
+        )
     return Model(
         config=config,
         transformer=transformer,
@@ -258,6 +264,7 @@ def load_transformer(
     dtype: torch.dtype,
     quantization: Quantization | None = None,
     *,
+    adapters: Sequence[Adapter] = (),
     allow_nonfinite: bool = False,
 ) -> Transformer:
     """Load the transformer of a checkpoint folder tensor by tensor, so that no second copy is held.
@@ -269,6 +276,7 @@ def load_transformer(
         device: device of the weights.
         dtype: dtype of the weights.
         quantization: quantize the projections while they are read.
+        adapters: adapters to add while the weights are read, checked against the model.
         allow_nonfinite: accept weights that are NaN or infinite.
 
     Returns:
@@ -281,6 +289,7 @@ def load_transformer(
     file = WeightsFile(folder / "model.safetensors")
     precision = Precision(dtype, quantization)
     specs = converted_specs(file, precision)
+    source = AdaptedWeights(file, adapters) if adapters else file
     with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
         transformer = Transformer(config.transformer)
         if quantization is not None:
@@ -291,7 +300,7 @@ def load_transformer(
     memory = TensorArena() if on_cpu else None
     keep = on_cpu and not ordering
     bar = tqdm(
-        convert(file, precision, device=device, keep=keep, memory=memory, allow_nonfinite=allow_nonfinite),
+        convert(source, precision, device=device, keep=keep, memory=memory, allow_nonfinite=allow_nonfinite),
         total=len(specs),
         desc=f"loading {folder.name}",
         unit="tensor",

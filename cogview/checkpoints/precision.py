@@ -244,7 +244,7 @@ def _conversion_plan(weights: TensorSource, precision: Precision) -> Iterator[tu
     for name in weights.specs:
         if stored is None:
             yield name, (name,)
-        elif is_quantized(name):
+        elif is_quantized(name) and weights.specs[name].dtype in _STORED:  # others have adapters added
             _, scale = parts = quantized_names(name, stored)
             if scale not in weights.specs:
                 raise InputError(f"{weights.path}: {scale} is missing")

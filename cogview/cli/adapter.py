@@ -1,8 +1,9 @@
-"""``cogview adapter``: merge a LoRA adapter into a model, remove it again, or describe it."""
+"""``cogview adapter``: merge LoRA adapters into a model, remove them again, or describe one."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,10 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
 
 @click.group(cls=Group, no_args_is_help=False)
 def command() -> None:
-    """Merge a LoRA adapter into a model, or remove it again.
+    """Merge LoRA adapters into a model, or remove them again.
 
     Adapters have PEFT's format: adapter_config.json and adapter_model.safetensors. To try one, pass it to cogview
-    generate and the other commands by --adapter. A folder with a merged adapter needs no option and can be quantized.
+    generate and the other commands by --adapter. A folder with merged adapters needs no option.
     """
 
 
@@ -28,7 +29,13 @@ def merge_options() -> Decorator:
     """Add MODEL, ADAPTER and ``-o``."""
     return combine(
         argument("model", metavar="MODEL", help="name or folder of a model"),
-        argument("adapter", type=FILE, metavar="ADAPTER", help="folder of an adapter"),
+        argument(
+            "adapters",
+            nargs=-1,
+            required=True,
+            metavar="ADAPTER[:SCALE]",
+            help="folder of an adapter, and the factor of its changes, 1 if left out; several are added together",
+        ),
         click.option(
             "-o", "--output", type=FILE, required=True, metavar="FOLDER", help="new checkpoint folder; must not exist"
         ),
@@ -37,16 +44,16 @@ def merge_options() -> Decorator:
 
 @command.command(cls=Command)
 @merge_options()
-def merge(model: str, adapter: Path, output: Path) -> int:
-    """Write a model with an adapter merged into its weights, which keep their dtype, and print the folder."""
-    return write_merged(model, adapter, output, sign=1)
+def merge(model: str, adapters: tuple[str, ...], output: Path) -> int:
+    """Write a model with adapters merged into its weights, which keep their format, and print the folder."""
+    return write_merged(model, adapters, output, sign=1)
 
 
 @command.command(cls=Command)
 @merge_options()
-def unmerge(model: str, adapter: Path, output: Path) -> int:
-    """Write a model with an adapter removed from its weights, which equal the original ones up to rounding."""
-    return write_merged(model, adapter, output, sign=-1)
+def unmerge(model: str, adapters: tuple[str, ...], output: Path) -> int:
+    """Write a model with adapters removed from its weights, which equal the original ones up to rounding."""
+    return write_merged(model, adapters, output, sign=-1)
 
 
 @command.command(cls=Command)
@@ -59,14 +66,16 @@ def info(adapter: Path) -> int:
     return 0
 
 
-def write_merged(model: str, adapter: Path, output: Path, *, sign: int) -> int:
-    """Merge an adapter into a model (``sign`` 1) or remove it (-1); print the new folder and return the status."""
+def write_merged(model: str, adapters: Sequence[str], output: Path, *, sign: int) -> int:
+    """Merge adapters into a model (``sign`` 1) or remove them (-1); print the new folder and return the status."""
     from cogview.checkpoints.adapter import Adapter
+    from cogview.checkpoints.adapter_choice import AdapterChoice
     from cogview.checkpoints.adapter_merge import merge_folder
     from cogview.checkpoints.registry import resolve_checkpoint
 
-    note = merge_folder(resolve_checkpoint(model), Adapter(adapter), output, name=model, sign=sign)
-    if note is not None:
+    choices = map(AdapterChoice.parse, adapters)
+    opened = [Adapter(choice.name, scale=choice.scale) for choice in choices]
+    for note in merge_folder(resolve_checkpoint(model), opened, output, name=model, sign=sign):
         print(f"note: {note}", file=sys.stderr)
     print(output)
     return 0

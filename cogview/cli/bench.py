@@ -12,6 +12,7 @@ from cogview.cli.options import (
     DTYPES,
     FILE,
     Command,
+    adapter_option,
     device_option,
     model_option,
     speculative_option,
@@ -44,6 +45,7 @@ class BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic since cl
 
 @click.command(cls=Command, epilog=EPILOG)
 @model_option(default=None, show_default=DEFAULT_MODEL)
+@adapter_option()
 @click.option(
     "--random",
     "random_shape",
@@ -72,6 +74,7 @@ class BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic since cl
 @click.option("--json", "json_path", type=FILE, metavar="FILE", help="also write all results to this file")
 def command(
     model: str | None,
+    adapter: tuple[str, ...],
     random_shape: str | None,
     device: str,
     dtype: str,
@@ -88,15 +91,21 @@ def command(
     fails.
     """
     from cogview.benchmark.report import BenchmarkReport, check_output, find_benchmark_target
+    from cogview.checkpoints.adapter_choice import AdapterChoice
 
     if model is not None and random_shape is not None:
         raise click.UsageError("--random replaces --model: give either", click.get_current_context())
+    if adapter and random_shape is not None:
+        raise click.UsageError("--adapter needs a trained model, not --random", click.get_current_context())
     if json_path is not None:
         check_output(json_path)
     name = model or DEFAULT_MODEL
-    target = find_benchmark_target(name, random_shape, device=device, dtype=dtype, speculative=speculative)
+    choices = tuple(map(AdapterChoice.parse, adapter))
+    target = find_benchmark_target(
+        name, random_shape, device=device, dtype=dtype, speculative=speculative, adapters=choices
+    )
     report = BenchmarkReport(
-        name if random_shape is None else f"random {random_shape}",
+        " + ".join([name, *map(str, choices)]) if random_shape is None else f"random {random_shape}",
         target,
         num_codes=num_codes,
         repeats=repeats,

@@ -94,7 +94,7 @@ def _evaluate(
     measure: str,
     recipe: Recipe,
     model: str | None,
-    adapter: str | None,
+    adapter: tuple[str, ...],
     options: EvaluationOptions,
     settings: dict[str, Any],
     device: str,
@@ -103,8 +103,8 @@ def _evaluate(
 ) -> int:
     """Evaluate a model by one measure: print a table, write the report and its companion files."""
     refuse_unused(measure, {**vars(options), **settings})
-    if adapter is not None and model is None:
-        raise InputError(f"--adapter {adapter} is merged into its base model: name that with --model")
+    if adapter and model is None:
+        raise InputError(f"--adapter {adapter[0]} is added to its base model: name that with --model")
     from cogview.emoji.evaluation.reports import MEASURES, EvaluationSettings, tune
     from cogview.emoji.world import EmojiWorld
     from cogview.files import write_json
@@ -127,7 +127,7 @@ def _evaluate(
     if options.tune:
         sampling = _best_sampling(tune(opened, world, measurement, folder))
     report = MEASURES[measure].run(opened, world, sampling, measurement, folder)
-    report["protocol"] |= {"weights": opened.placement.weight_format, "adapter": adapter}
+    report["protocol"] |= {"weights": opened.placement.weight_format, "adapters": list(adapter)}
     write_json(folder / MEASURES[measure].file, report)
     if model is None and output is None:
         record_step(recipe, f"eval {measure}", {})

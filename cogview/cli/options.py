@@ -120,7 +120,7 @@ class ModelOptions:
 
     model: str = DEFAULT_MODEL
     revision: str | None = None
-    adapter: str | None = None
+    adapter: tuple[str, ...] = ()  # each NAME or NAME:SCALE
     max_batch_size: int | None = None  # None: as many as fit into memory
     device: str = "auto"
     dtype: str = "auto"
@@ -229,11 +229,13 @@ def revision_option() -> Decorator:
 
 
 def adapter_option() -> Decorator:
-    """Return ``--adapter``."""
+    """Return ``--adapter``, passed as a tuple of texts that ``AdapterChoice.parse`` reads."""
     return click.option(
         "--adapter",
-        metavar="NAME_OR_FOLDER",
-        help="LoRA adapter to merge into the weights: a folder, or owner/name on the Hugging Face Hub",
+        multiple=True,
+        metavar="NAME[:SCALE]",
+        help="LoRA adapter to add to the weights: a folder, or owner/name on the Hugging Face Hub; may be repeated. "
+        "SCALE is the factor of its changes: 1 if left out, 0 for off",
     )
 
 

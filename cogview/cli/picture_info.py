@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from cogview.plain_data import parse_json
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 NO_COMMAND = "none: it was upscaled within a job, which has to be run again"
+ADAPTER_FOLDER = re.compile(r"(.*) \([0-9a-f]{12}\)(?::(.*))?")  # name, hash and scale
 MAX_SHOWN = 500  # characters of a text in a chunk that is not of CogView
 
 
@@ -76,15 +78,24 @@ def repeat_command(texts: Mapping[str, str]) -> str | None:
     for key in (*SAMPLING_KEYS, *PRECISION_KEYS):
         if key in settings and str(small.get(key, settings[key])) == settings[key]:
             words += [f"--{key.replace('_', '-')}", settings[key]]
-    model, _, adapter = texts.get("model", "").partition(" + ")
-    for option, label in (("--model", model), ("--adapter", adapter)):
-        if label:
-            words += [option, label.partition(" (")[0]]
+    model, *adapters = texts.get("model", "").split(" + ")
+    if model:
+        words += ["--model", model.partition(" (")[0]]
+    for adapter in adapters:
+        words += ["--adapter", _adapter_word(adapter)]
     if any(prompt.startswith("-") for prompt in prompts):
         words += ["--", *prompts]
     else:
         words[1:1] = prompts
     return "cogview " + " ".join(map(_shell_word, words))
+
+
+def _adapter_word(label: str) -> str:
+    """Return an adapter as ``--adapter`` takes it: a folder by its name alone, with the scale unless it is 1."""
+    from cogview.checkpoints.adapter_choice import AdapterChoice
+
+    found = ADAPTER_FOLDER.fullmatch(label)
+    return label if found is None else str(AdapterChoice(found[1], float(found[2] or 1)))
 
 
 def _image_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:

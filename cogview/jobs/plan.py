@@ -199,14 +199,15 @@ class JobPlan:
 
         model, settings = self.model, self.settings
         folders = model.bundle.folders.values() if model.bundle else [model.folder or resolve_checkpoint(model.name)]
-        prints = [fingerprint(folder) for folder in folders]
-        if model.adapter is not None:
-            prints.append(Adapter(model.adapter).sha256())
+        prints = list(dict.fromkeys(map(fingerprint, folders)))
+        for choice in model.adapters:
+            scale = "" if choice.scale == 1 else f"*{choice.scale!r}"
+            prints.append(f"{Adapter(choice.name).sha256()}{scale}")
         requests = [request for item in self.items() for request in item.requests]
         return {
             "job": digest(self._records, settings.source),
             "model": model.name,
-            "weights": " ".join(dict.fromkeys(prints)),
+            "weights": " ".join(prints),
             "dtype": model.placement.weight_format,
             "kv_dtype": settings.kv_dtype,
             "device": model.placement.device.type,

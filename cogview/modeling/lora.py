@@ -9,6 +9,7 @@ the concern of ``cogview.checkpoints.adapter``.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -20,12 +21,8 @@ from cogview.errors import InputError
 from cogview.modeling.config import PROJECTIONS
 from cogview.modeling.transformer import Transformer
 
-ROWS_PER_STEP = 1024  # rows of a weight that are merged at a time: bounds the float32 copies
+ROWS_PER_STEP = 1024  # rows of a weight that are merged at a time, which bounds the float32 copies
 MAX_RANK = 65536
-QUANTIZED_MESSAGE = (
-    "quantized weights cannot take an adapter: cogview adapter merge MODEL ADAPTER -o OUT first, "
-    "then open OUT with --dtype int8 or int4"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,27 +107,45 @@ def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
 
 
-def merged_weight(weight_NK: Tensor, a_RK: Tensor, b_NR: Tensor, factor: float) -> Tensor:
-    """Return ``weight_NK + factor * B A``, computed in float32, in the dtype of the weight.
+@dataclass(frozen=True)
+class LowRankChange:
+    """A change of a projection: ``factor`` * B A, with A (R, K) and B (N, R)."""
+
+    a_RK: Tensor
+    b_NR: Tensor
+    factor: float
+
+
+def merged_weight(weight_NK: Tensor, changes: Sequence[LowRankChange]) -> Tensor:
+    """Return a weight with changes added: they are summed in float32, and the sum is added once.
 
     Args:
         weight_NK: Weight of a projection, of any floating-point dtype; it is not changed.
-        a_RK: Matrix A.
-        b_NR: Matrix B.
-        factor: The adapter's scale; its negative takes a merged adapter out again, up to rounding.
+        changes: The changes; a negative factor takes a merged adapter out again, up to rounding.
+
+    Returns:
+        float32 (N, K), in memory of its own.
     """
-    a_RK, b_NR = (matrix.to(weight_NK.device, torch.float32) for matrix in (a_RK, b_NR))
-    merged_NK = torch.empty_like(weight_NK)
-    parts = (torch.split(tensor, ROWS_PER_STEP) for tensor in (weight_NK, b_NR, merged_NK))
-    for rows, b_rows, merged_rows in zip(*parts, strict=True):
-        merged_rows.copy_(torch.addmm(rows.float(), b_rows, a_RK, alpha=factor))
+    merged_NK = torch.empty(weight_NK.shape, dtype=torch.float32, device=weight_NK.device)
+    parts = [
+        (change.a_RK.to(weight_NK.device, torch.float32), change.b_NR.to(weight_NK.device, torch.float32), change)
+        for change in changes
+    ]
+    for start in range(0, len(weight_NK), ROWS_PER_STEP):
+        rows = slice(start, start + ROWS_PER_STEP)
+        total = torch.zeros_like(merged_NK[rows])
+        for a_RK, b_NR, change in parts:
+            total.addmm_(b_NR[rows], a_RK, alpha=change.factor)
+        torch.add(weight_NK[rows].float(), total, out=merged_NK[rows])
     return merged_NK
 
 
 def require_float_weights(transformer: Transformer) -> None:
-    """Raise InputError for quantized weights, into which no adapter can be merged."""
+    """Raise InputError for quantized weights, beside which no adapter can be trained."""
     if any(not tensor.is_floating_point() for tensor in transformer.state_dict().values()):
-        raise InputError(QUANTIZED_MESSAGE)
+        raise InputError(
+            "an adapter is trained beside float weights, and these are quantized: name the model they were made of"
+        )
 
 
 def _import_peft() -> Any:

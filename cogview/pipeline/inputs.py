@@ -6,6 +6,7 @@ Every message begins with the argument, such as ``images[3]``, and says what cam
 # B images, H height, W width, C channels
 from __future__ import annotations
 
+import math
 import operator
 import os
 import secrets
@@ -20,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from cogview.checkpoints.adapter_choice import MAX_SCALE, AdapterChoice
 from cogview.errors import InputError
 from cogview.formatting import shorten
 from cogview.generation.sampling import MAX_SEED
@@ -34,6 +36,9 @@ ImageLike: TypeAlias = ImageFile | ImageArray
 ImagesLike: TypeAlias = ImageLike | Iterable[ImageLike]
 TextsLike: TypeAlias = str | Iterable[str]
 SeedsLike: TypeAlias = int | Iterable[int] | None
+AdaptersLike: TypeAlias = (  # one adapter, several, or several with their scales
+    str | os.PathLike[str] | Iterable[str | os.PathLike[str]] | Mapping[Any, float] | None
+)
 
 IMAGE_FORMS = "a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W)"
 EXIF_ORIENTATION = 0x0112
@@ -233,6 +238,38 @@ def option_text(value: Any, name: str, *types: type) -> str:
     if isinstance(value, bool) or not isinstance(value, (str, *types)):
         raise InputError(f"{name} must be a text, got {describe(value)}")
     return os.fspath(value) if isinstance(value, os.PathLike) else str(value).removeprefix("torch.")
+
+
+def list_adapters(adapters: AdaptersLike) -> tuple[AdapterChoice, ...]:
+    """Return adapters of any form with their scales.
+
+    Args:
+        adapters: ``NAME`` or ``NAME:SCALE`` as a text, a path, an iterable of these, a mapping from names to scales, or
+            None.
+
+    Raises:
+        InputError: If it is none of these, or a scale is out of range.
+    """
+    if adapters is None:
+        return ()
+    if isinstance(adapters, Mapping):
+        choices = []
+        for name, scale in adapters.items():
+            if isinstance(scale, bool) or not isinstance(scale, int | float):
+                raise InputError(f"the scale of an adapter must be a number, got {describe(scale)}")
+            in_range = abs(scale) <= MAX_SCALE  # an int may be too large for a float
+            choices.append(
+                AdapterChoice(option_text(name, "adapter", os.PathLike), float(scale) if in_range else math.inf)
+            )
+        return tuple(choices)
+    if isinstance(adapters, str | os.PathLike | bytes) or not isinstance(adapters, Iterable):
+        adapters = [adapters]  # another type is refused below
+    return tuple(
+        AdapterChoice.parse(option_text(one, "adapter", os.PathLike))
+        if isinstance(one, str)
+        else AdapterChoice(option_text(one, "adapter", os.PathLike))
+        for one in adapters
+    )
 
 
 def require_known_task(task: str) -> None:

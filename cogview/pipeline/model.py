@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cogview.checkpoints.adapter import Adapter
-from cogview.checkpoints.adapter_merge import merge_adapter
+from cogview.checkpoints.adapted_weights import open_adapters
+from cogview.checkpoints.adapter_choice import AdapterChoice
 from cogview.checkpoints.checkpoint import Model, NamedThing, check_folder, load_model
 from cogview.checkpoints.fingerprint import fingerprint
 from cogview.checkpoints.precision import stored_quantization
@@ -21,12 +21,14 @@ from cogview.device import DevicePlacement, choose_placement, compute_after_fork
 from cogview.errors import InputError
 from cogview.files import file_sha256
 from cogview.modeling.config import ModelConfig, Sampling
-from cogview.modeling.lora import QUANTIZED_MESSAGE, has_adapter
+from cogview.modeling.lora import has_adapter
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.bundle import Bundle
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.inputs import (
+    AdaptersLike,
     describe,
+    list_adapters,
     option_text,
     override_sampling,
     require_known_task,
@@ -57,7 +59,7 @@ class LoadedModel:
 
     Attributes:
         folder: Checkpoint folder, or None for a bundle.
-        adapter: Folder of the adapter that was merged when the model was opened, or None.
+        adapters: Adapters that were added when the model was opened, with their scales.
         int8_cache: Whether keys and values are kept in int8.
         speculative: Codes to draft per forward pass; 1: none, None: as many as pay.
         prompt_checks: Conversion and checks of prompts.
@@ -74,7 +76,7 @@ class LoadedModel:
         self.name = name
         self.bundle = bundle
         self.folder: Path | None = None
-        self.adapter: Path | None = None
+        self.adapters: tuple[AdapterChoice, ...] = ()
         self.revision: str | None = None
         self.int8_cache = False
         self.speculative: int | None = None
@@ -91,7 +93,7 @@ class LoadedModel:
         device: str | int | torch.device = "auto",
         dtype: str | torch.dtype = "auto",
         kv_dtype: str = "auto",
-        adapter: str | os.PathLike[str] | None = None,
+        adapter: AdaptersLike = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
     ) -> Self:
@@ -103,7 +105,8 @@ class LoadedModel:
             device: auto, cpu, cuda, cuda:N or mps, the number of a GPU, or a ``torch.device``.
             dtype: auto, float32, bfloat16, float16, int8 or int4, or a ``torch.dtype``.
             kv_dtype: The format of keys and values: auto (as ``dtype`` computes) or int8.
-            adapter: A LoRA adapter to merge into the weights: its folder, or owner/name on the Hub.
+            adapter: LoRA adapters to add to the weights: ``NAME`` or ``NAME:SCALE`` with a folder or owner/name on the
+                Hub, a list of these, or a mapping from names to scales. Scale 1 is that of training, 0 is off.
             revision: Of a model on the Hub: a branch, a tag or a commit.
             cache_dir: For models of the Hub; the cache of ``huggingface_hub`` by default.
 
@@ -112,17 +115,17 @@ class LoadedModel:
 
         Raises:
             InputError: If the name is unknown, the model cannot be fetched, its folder is incomplete or damaged, or
-                the adapter belongs to another model.
+                an adapter belongs to another model.
 
         Examples:
             >>> model = CogView.from_pretrained("cogview-emoji", device="cpu", dtype="bfloat16")
             >>> model.placement.dtype
             torch.bfloat16
+            >>> model = CogView.from_pretrained("cogview-emoji", adapter={"my-style": 0.7, "my-things": 1})
         """
         name, kv_dtype = option_text(name, "name", os.PathLike), option_text(kv_dtype, "kv_dtype")
         device, dtype = option_text(device, "device", torch.device, int), option_text(dtype, "dtype", torch.dtype)
-        if adapter is not None:
-            adapter = option_text(adapter, "adapter", os.PathLike)
+        choices = list_adapters(adapter)
         if kv_dtype not in KV_DTYPES:
             raise InputError(f"kv_dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
         parts = resolve_bundle(str(name)) if revision is None else {}
@@ -133,24 +136,19 @@ class LoadedModel:
         count = check_folder(folder).transformer.num_parameters
         stored = stored_quantization(WeightsFile(folder / "model.safetensors").specs)
         placement = choose_placement(device, dtype, stored=stored, num_parameters=count)
-        if adapter is not None:  # before the weights are read, which may take minutes
-            if parts:
-                rows = ", ".join(load_registry()[str(name)].models)
-                raise InputError(f"{name} is a bundle of models, an adapter belongs to one: name one of {rows}")
-            Adapter(adapter).check_model(check_folder(folder), str(name))
-            if placement.quantization is not None:
-                raise InputError(QUANTIZED_MESSAGE)
+        if parts and choices:
+            rows = ", ".join(load_registry()[str(name)].models)
+            raise InputError(f"{name} is a bundle of models, an adapter belongs to one: name one of {rows}")
         if parts:
             bundle = Bundle(parts, placement)
             opened = cls(bundle.model, placement, str(name), bundle)
         else:
-            model = load_model(folder, placement.device, placement.dtype, placement.quantization)
-            if adapter is not None:
-                merge_adapter(model.transformer, adapter)
-                model.grammar = None  # the adapter may have learnt other words
+            adapters = open_adapters(choices, check_folder(folder), str(name))  # before the weights are read
+            model = load_model(folder, placement.device, placement.dtype, placement.quantization, adapters=adapters)
+            if adapters:
+                model.grammar = None  # an adapter may have learnt other words
             opened = cls(model, placement, str(name))
-            opened.adapter = None if adapter is None else Path(adapter)
-            opened.folder = folder
+            opened.adapters, opened.folder = choices, folder
         opened.revision, opened.int8_cache = revision, kv_dtype == "int8"
         return opened
 
@@ -164,22 +162,25 @@ class LoadedModel:
 
     @property
     def label(self) -> str:
-        """Name of the weights, with the folder of the adapter if there is one."""
-        return self.name if self.adapter is None else f"{self.name} + {self.adapter}"
+        """Name of the weights, with the adapters and their scales."""
+        return " + ".join([self.name, *map(str, self.adapters)])
 
     @cached_property
     def file_label(self) -> str:
         """Name of the weights for the metadata of files, without paths of this machine.
 
-        A folder is named by its last part and its fingerprint, so that it can be recognized elsewhere.
+        A folder is named by its last part and its fingerprint, so that it can be recognized elsewhere. The scale of an
+        adapter follows, unless it is 1, as in "tiny (0123456789ab) + style (ba9876543210):0.5".
         """
         parts = [self.name]
         if self.folder is not None and Path(self.name).is_dir():
             parts = [f"{self.folder.resolve().name} ({fingerprint(self.folder)[:FINGERPRINT_DIGITS]})"]
-        if self.adapter is not None:
-            weights = self.adapter / "adapter_model.safetensors"
-            digits = f" ({file_sha256(weights)[:FINGERPRINT_DIGITS]})" if weights.is_file() else ""
-            parts.append(f"{self.adapter.resolve().name}{digits}" if digits else str(self.adapter))
+        for choice in self.adapters:
+            weights = Path(choice.name) / "adapter_model.safetensors"
+            name = choice.name
+            if weights.is_file():
+                name = f"{weights.resolve().parent.name} ({file_sha256(weights)[:FINGERPRINT_DIGITS]})"
+            parts.append(str(AdapterChoice(name, choice.scale)))
         return " + ".join(parts)
 
     def file_metadata(self, image: GeneratedImage) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """LoRA adapters: trained beside a model, stored in the format of PEFT, merged and unmerged."""
 
-import copy
 import json
 import math
 import re
@@ -12,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogview.checkpoints.adapted_weights import open_adapters
 from cogview.checkpoints.adapter import (
     BASE_FILE,
     CONFIG_FILE,
@@ -22,10 +22,13 @@ from cogview.checkpoints.adapter import (
     load_adapter,
     save_adapter,
 )
-from cogview.checkpoints.adapter_merge import merge_adapter, unmerge_adapter
+from cogview.checkpoints.adapter_choice import AdapterChoice
+from cogview.checkpoints.adapter_merge import merge_folder
 from cogview.checkpoints.checkpoint import load_transformer, read_config
 from cogview.checkpoints.grammar import GRAMMAR_FILE
+from cogview.checkpoints.precision import Precision
 from cogview.checkpoints.registry import resolve_checkpoint
+from cogview.checkpoints.v1_convert import convert_folder
 from cogview.errors import InputError
 from cogview.modeling.lora import LoraSettings, add_lora, has_adapter
 from cogview.modeling.transformer import MLP, Transformer
@@ -93,6 +96,18 @@ def trained(tiny_checkpoint, base, tmp_path_factory):
     return transformer.eval(), settings, folder
 
 
+@pytest.fixture
+def load_adapted(tiny_checkpoint):
+    """A function that loads the tiny transformer with adapters, each given as NAME[:SCALE]."""
+
+    def load(*adapters, folder=tiny_checkpoint, dtype=torch.float32, quantization=None):
+        choices = [AdapterChoice.parse(str(adapter)) for adapter in adapters]
+        opened = open_adapters(choices, read_config(folder), str(folder))
+        return load_transformer(folder, CPU, dtype, quantization, adapters=opened)
+
+    return load
+
+
 @contextmanager
 def one_line(words):
     """Expect an InputError of one line that contains ``words``."""
@@ -149,24 +164,38 @@ def test_mlp_applies_its_adapter_when_bias_and_gelu_are_fused(trained, monkeypat
         assert torch.equal(mlp(x), expected)
 
 
-def test_merge_adapter_keeps_the_logits(trained, transformer, tiny_checkpoint):
+def test_adapters_are_added_while_weights_are_loaded(trained, load_adapted, tiny_checkpoint):
     adapted, _, folder = trained
     file = (tiny_checkpoint / "model.safetensors").read_bytes()
-    merge_adapter(transformer, folder)
-    torch.testing.assert_close(logits(transformer), logits(adapted), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(load_adapted(folder)), logits(adapted), atol=1e-5, rtol=0)
     assert (tiny_checkpoint / "model.safetensors").read_bytes() == file  # which the weights are mapped from
 
 
-def test_unmerge_adapter_restores_the_model(trained, transformer, tiny_checkpoint):
-    _, _, folder = trained
-    transformer.prepack()
-    before = logits(transformer)
-    merge_adapter(transformer, folder)
-    assert not torch.allclose(logits(transformer), before)
-    unmerge_adapter(transformer, folder)
-    torch.testing.assert_close(logits(transformer), before, atol=1e-5, rtol=0)
-    for name, tensor in load_file(tiny_checkpoint / "model.safetensors").items():
-        torch.testing.assert_close(transformer.get_parameter(name), tensor, atol=1e-6, rtol=0)
+def test_adapters_at_half_scale_add_half_the_sum_of_their_changes(load_adapted, write_adapter, tmp_path):
+    """The order does not matter, and an adapter may be there twice."""
+    one = write_adapter(tmp_path / "one", targets=("attention.output", "mlp.input"))
+    other = write_adapter(tmp_path / "other", targets=("mlp.input",), rank=2)
+    base, first, second = (load_adapted(*given).state_dict() for given in ((), (one,), (other,)))
+    halves, reverse, twice = (
+        load_adapted(*given).state_dict()
+        for given in ((f"{one}:0.5", f"{other}:0.5"), (f"{other}:0.5", f"{one}:0.5"), (f"{one}:0.5", f"{one}:0.5"))
+    )
+    assert (first["layers.0.mlp.input.weight"] - second["layers.0.mlp.input.weight"]).abs().max() > 0.01
+    for name, weight in base.items():
+        expected = weight.double() + (first[name].double() - weight) / 2 + (second[name].double() - weight) / 2
+        torch.testing.assert_close(halves[name].double(), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(reverse[name], halves[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(twice[name], first[name], atol=1e-6, rtol=0)
+
+
+def test_adapters_at_scale_0_leave_every_bit(tiny_checkpoint, tiny_model, trained, write_adapter, tmp_path):
+    off = CogView.from_pretrained(tiny_checkpoint, device="cpu", adapter={trained[2]: 0})
+    (image,), (same,) = (model.generate(FOX, seed=7) for model in (off, tiny_model))
+    assert image.tobytes() == same.tobytes()
+    weights = tiny_model.transformer.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in off.transformer.state_dict().items())
+    with one_line("there is no adapter at nowhere"):  # off, and yet it must exist
+        CogView.from_pretrained(tiny_checkpoint, device="cpu", adapter="nowhere:0")
 
 
 def test_save_adapter_roundtrips_through_load_adapter(trained, transformer, base, tmp_path):
@@ -195,15 +224,14 @@ def test_save_adapter_writes_a_folder_that_peft_reads(trained, transformer):
 
 
 @pytest.mark.parametrize("rslora", [False, True])
-def test_load_adapter_reads_a_folder_of_peft(transformer, tiny_checkpoint, tmp_path, rslora):
+def test_load_adapter_reads_a_folder_of_peft(transformer, load_adapted, tiny_checkpoint, tmp_path, rslora):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(
         r=4, lora_alpha=12, use_rslora=rslora, target_modules=["mlp.output"], init_lora_weights=False
     )
     model = peft.get_peft_model(transformer, config)
     model.save_pretrained(tmp_path / "theirs")
-    ours, going_on = (load_transformer(tiny_checkpoint, CPU, torch.float32) for _ in range(2))
-    merge_adapter(ours, tmp_path / "theirs")
+    ours, going_on = load_adapted(tmp_path / "theirs"), load_transformer(tiny_checkpoint, CPU, torch.float32)
     torch.testing.assert_close(logits(ours), logits(model), atol=1e-5, rtol=0)
     load_adapter(going_on, tmp_path / "theirs")
     torch.testing.assert_close(logits(going_on), logits(model), atol=1e-5, rtol=0)
@@ -212,13 +240,10 @@ def test_load_adapter_reads_a_folder_of_peft(transformer, tiny_checkpoint, tmp_p
 
 @pytest.mark.parametrize(("settings", "scale"), [({}, 3.0), ({"use_rslora": True}, 6.0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_merge_adapter_rounds_its_formula_once(tiny_checkpoint, write_adapter, tmp_path, settings, scale, dtype):
+def test_adapters_are_rounded_once(load_adapted, write_adapter, tmp_path, settings, scale, dtype):
     folder = write_adapter(tmp_path / "adapter", dtype=torch.float16, **settings)
-    transformer = load_transformer(tiny_checkpoint, CPU, dtype)
-    before = copy.deepcopy(transformer.state_dict())
-    merge_adapter(transformer, folder)
-    parts = load_file(folder / WEIGHTS_FILE)
-    for name, weight in transformer.state_dict().items():
+    before, parts = load_adapted().state_dict(), load_file(folder / WEIGHTS_FILE)
+    for name, weight in load_adapted(folder, dtype=dtype).state_dict().items():
         expected = before[name].double()
         stored = PREFIX + name.removesuffix("weight")
         if name.endswith(".attention.output.weight"):
@@ -348,15 +373,13 @@ def test_check_model_refuses_an_adapter_of_another_model(transformer, tiny_check
     name = next(name for name in tensors if "lora_A" in name)
     save_file(tensors | {name: torch.ones(4, 48)}, folder / WEIGHTS_FILE)
     with one_line("another width: layers.0.attention.output is 32 x 48 there and 32 x 32 in"):
-        merge_adapter(transformer, folder)
+        Adapter(folder).check(transformer.config)
     save_file({name.replace("layers.1", "layers.7"): tensor for name, tensor in tensors.items()}, folder / WEIGHTS_FILE)
     with one_line("changes layers.7.attention.output, which this model does not have"):
-        merge_adapter(transformer, folder)
+        Adapter(folder).check(transformer.config)
     save_file(tensors | {name: tensors[name] * math.nan}, folder / WEIGHTS_FILE)
-    before = copy.deepcopy(transformer.state_dict())
     with one_line("attention.output.lora_A.weight has 128 of 128 numbers that are NaN or infinite: "):
-        merge_adapter(transformer, folder)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
+        Adapter(folder).check(transformer.config)
 
 
 def test_load_adapter_refuses_other_projections(transformer, write_adapter, tmp_path):
@@ -371,17 +394,27 @@ def test_load_adapter_refuses_other_projections(transformer, write_adapter, tmp_
         InputError, match=r"has \[8, 32\] for layers.0.attention.output.lora_A.default.weight, expected"
     ):
         load_adapter(transformer, wide)
-    with one_line("an adapter in training: save it, and merge it into a fresh one"):
-        merge_adapter(transformer, small)
 
 
-def test_merge_adapter_refuses_quantized_weights(tiny_checkpoint, write_adapter, tmp_path):
-    folder = write_adapter(tmp_path / "adapter")
-    remedy = "cogview adapter merge MODEL ADAPTER -o OUT first, then open OUT with --dtype int8 or int4"
-    with one_line(remedy):
-        CogView.from_pretrained(tiny_checkpoint, device="cpu", dtype="int8", adapter=folder)
-    with one_line(remedy):
-        merge_adapter(load_transformer(tiny_checkpoint, CPU, torch.bfloat16, "int8"), folder)
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_adapters_are_added_before_weights_are_quantized(
+    load_adapted, trained, tiny_checkpoint, tmp_path, quantization
+):
+    """The result equals the merged folder, opened in the same format."""
+    _, _, folder = trained
+    merge_folder(tiny_checkpoint, [Adapter(folder)], tmp_path / "merged", name="")
+    expected = load_adapted(folder=tmp_path / "merged", dtype=torch.bfloat16, quantization=quantization).state_dict()
+    found = load_adapted(folder, dtype=torch.bfloat16, quantization=quantization).state_dict()
+    assert {tensor.dtype for tensor in found.values()} >= {torch.int8 if quantization == "int8" else torch.uint8}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_load_adapted_refuses_another_quantization_than_that_of_the_folder(
+    load_adapted, trained, tiny_checkpoint, tmp_path
+):
+    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(quantization="int8"))
+    with one_line("the weights are stored as int8, which cannot be turned into int4"):
+        load_adapted(trained[2], folder=tmp_path / "rounded", dtype=torch.bfloat16, quantization="int4")
 
 
 def test_add_lora_names_the_extra_when_peft_is_missing(transformer, monkeypatch):

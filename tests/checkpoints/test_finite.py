@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cogview.checkpoints.adapter import Adapter, BaseModelInfo, save_adapter
-from cogview.checkpoints.adapter_merge import merge_adapter, merge_folder
+from cogview.checkpoints.adapter_merge import merge_folder
 from cogview.checkpoints.checkpoint import load_model, load_transformer, save_model
 from cogview.checkpoints.finite import is_finite, require_finite
 from cogview.checkpoints.hub import push_folder
@@ -132,7 +132,7 @@ def adapter_of(folder, target, scale=1.0):
     "write",
     [
         lambda folder, output: convert_folder(folder, output, precision=Precision(torch.bfloat16)),
-        lambda folder, output: merge_folder(folder, Adapter(folder / "adapter"), output, name=""),
+        lambda folder, output: merge_folder(folder, [Adapter(folder / "adapter")], output, name=""),
         lambda folder, output: push_folder(folder, "owner/name"),
     ],
     ids=["convert", "merge", "push"],
@@ -152,14 +152,15 @@ def test_push_refuses_an_adapter_that_is_not_finite(folder, tmp_path):
     assert "layers.0.attention.output.lora_B.weight has 1 of 128 numbers that are NaN or infinite" in message
 
 
-def test_merge_adapter_refuses_sums_beyond_float16_and_changes_nothing(folder, tmp_path):
-    adapter = adapter_of(folder, tmp_path / "adapter", scale=1e5)
-    transformer = load_transformer(folder, CPU, torch.float16)
-    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    message = input_error(lambda: merge_adapter(transformer, adapter))
-    assert message.endswith(" and B A has numbers beyond the range of float16: choose bfloat16 or float32")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
-    merge_adapter(load_transformer(folder, CPU, torch.bfloat16), adapter)
+def test_sums_with_an_adapter_beyond_float16_are_refused(folder, tmp_path):
+    adapter = Adapter(adapter_of(folder, tmp_path / "adapter", scale=1e5))
+    message = input_error(lambda: load_transformer(folder, CPU, torch.float16, adapters=[adapter]))
+    assert message.endswith(" has numbers beyond the range of float16: choose bfloat16 or float32")
+    load_transformer(folder, CPU, torch.bfloat16, adapters=[adapter])
+    convert_folder(folder, tmp_path / "half", precision=Precision(torch.float16))
+    message = input_error(lambda: merge_folder(tmp_path / "half", [adapter], tmp_path / "merged", name=""))
+    assert message.endswith(" with the adapter has numbers beyond the range of float16: choose bfloat16 or float32")
+    assert not (tmp_path / "merged").exists()
 
 
 def test_generate_ends_in_one_line_when_weights_are_not_finite(folder, tmp_path, capsys):

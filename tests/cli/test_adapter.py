@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from cogview.benchmark import report
+from cogview.benchmark.measure import MeasurementError
 from cogview.checkpoints.adapter import PREFIX, BaseModelInfo, save_adapter
 from cogview.checkpoints.checkpoint import read_config
 from cogview.checkpoints.precision import Precision
@@ -16,7 +20,9 @@ from cogview.checkpoints.v1_convert import convert_folder
 from cogview.cli.main import main
 from cogview.image_io.png import read_metadata
 from cogview.modeling.lora import LoraSettings
+from cogview.modeling.quantization import dequantize_weight, quantized_names
 from cogview.modeling.transformer import Transformer
+from cogview.planning.hardware import HardwareSpeed
 
 FOX = "一只狐狸"
 TARGETS = ("attention.query_key_value", "mlp.output")
@@ -129,13 +135,12 @@ def test_adapter_info_prints_the_settings(run, adapter, tiny_checkpoint, tmp_pat
 
 def test_adapter_reports_mistakes_in_one_line(run, tiny_checkpoint, adapter, tmp_path):
     (tmp_path / "there").mkdir()
-    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(quantization="int8"))
     for arguments, words in (
         (("merge", tiny_checkpoint, adapter, "-o", "there"), "there is there already: remove it, or choose another"),
         (("merge", "cogview-bse", adapter, "-o", "out"), 'checkpoint "cogview-bse" is unknown'),
         (("merge", tiny_checkpoint, "nowhere", "-o", "out"), "there is no adapter at nowhere"),
         (("info", tiny_checkpoint), "is incomplete: adapter_config.json is missing"),
-        (("merge", "rounded", adapter, "-o", "out"), "rounded is stored in int8, to which nothing can be added"),
+        (("merge", tiny_checkpoint, f"{adapter}:nan", "-o", "out"), "the scale of an adapter must be from -100 to 100"),
         (("merge", "cogview-emoji", adapter, "-o", "out"), "belongs to a model of 2 layers of width 32 with 2 heads"),
     ):
         status, out, err = run("adapter", *arguments)
@@ -173,8 +178,33 @@ def test_adapter_option_must_be_equal_to_resume_a_job(run_command, adapter, tmp_
     job = ["generate", "--input", "job.txt", "--seed", "7"]
     assert run_command(*job, "--adapter", str(adapter))[0] == 0
     assert run_command(*job, "--adapter", str(adapter), "--resume")[0] == 0
-    status, _, err = run_command(*job, "--resume")
-    assert (status, "weights" in err) == (2, True)
+    for others in ([], ["--adapter", f"{adapter}:0.5"], ["--adapter", str(adapter), "--adapter", str(adapter)]):
+        status, _, err = run_command(*job, *others, "--resume")
+        assert (status, "weights" in err) == (2, True)
+
+
+def test_bench_measures_a_model_with_adapters(run, tiny_checkpoint, adapter, monkeypatch):
+    loaded = []
+
+    def measure(target, rows, **settings):
+        loaded.append(target.load().transformer.get_parameter("layers.0.mlp.output.weight"))
+        raise MeasurementError("not measured")
+
+    monkeypatch.setattr(report, "measure_hardware", lambda *_: HardwareSpeed(bandwidth=1, flops=1, starts_ahead=False))
+    monkeypatch.setattr(report, "measure_in_subprocess", measure)
+    bench = ("bench", "--model", tiny_checkpoint, "--batch", "1", "--device", "cpu")
+    for options in ([], ["--adapter", adapter], ["--adapter", f"{adapter}:0.5", "--adapter", f"{adapter}:0.5"]):
+        _, lines, _ = run(*bench, *options)
+        assert lines[0].startswith(" + ".join([str(tiny_checkpoint), *map(str, options[1::2])]) + ": 2 layers")
+    plain, whole, halves = loaded
+    assert not torch.equal(plain, whole)
+    torch.testing.assert_close(halves, whole, atol=1e-6, rtol=0)
+    for options, words in (
+        (["--model", "cogview-emoji", "--adapter", adapter], "belongs to a model of 2 layers"),
+        (["--random", "1x32x2", "--adapter", adapter], "--adapter needs a trained model, not --random"),
+    ):
+        status, _, err = run("bench", "--batch", "1", "--device", "cpu", *options)
+        assert (status, words in err) == (2, True)
 
 
 def test_adapter_option_applies_to_the_v1_scripts(tiny_checkpoint, adapter, tmp_path, monkeypatch, capsys):
@@ -187,6 +217,59 @@ def test_adapter_option_applies_to_the_v1_scripts(tiny_checkpoint, adapter, tmp_
     assert generate_samples.main([*flags, "--adapter", str(adapter)]) == 0
     name = read_metadata(tmp_path / capsys.readouterr().out.strip())["model"]
     assert is_named_after(name, tiny_checkpoint, adapter)
+
+
+def test_several_adapters_are_named_with_their_scales_and_repeated(
+    run, run_command, tiny_checkpoint, adapter, tmp_path
+):
+    """The command that info prints names them by the last parts of their folders."""
+    shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    for name in ("foxes", "step:7"):
+        shutil.copytree(adapter, tmp_path / name)
+    given = ["--adapter", str(tmp_path / "foxes:0.25"), "--adapter", f"{tmp_path / 'step:7'}:1"]
+    status, (path,), err = run_command("generate", FOX, "--seed", "7", "-o", "first", "--model", "tiny", *given)
+    assert (status, err.startswith(f"tiny + {tmp_path / 'foxes:0.25'} + {tmp_path / 'step:7:1'} on cpu")) == (0, True)
+    texts = read_metadata(tmp_path / path)
+    assert re.fullmatch(
+        r"tiny \([0-9a-f]{12}\) \+ foxes \([0-9a-f]{12}\):0.25 \+ step:7 \([0-9a-f]{12}\)", texts["model"]
+    )
+    _, facts, _ = run("info", path)
+    command = shlex.split(next(line for line in facts if line.startswith("command: ")).removeprefix("command: "))
+    assert [word for word in command if "foxes" in word or "step" in word] == ["foxes:0.25", "step:7:1"]
+    _, (again,), _ = run(*command[1:], "-o", "again", "--device", "cpu")
+    assert read_metadata(tmp_path / again)["codes"] == texts["codes"]
+
+
+def test_adapter_merge_takes_several_adapters_with_scales(run, run_command, tiny_checkpoint, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "twin")
+    given = (f"{adapter}:0.5", "twin:0.75")
+    assert run("adapter", "merge", tiny_checkpoint, *given, "-o", "merged") == (0, ["merged"], "")
+    card = (tmp_path / "merged/README.md").read_text(encoding="utf-8")
+    assert re.findall(r"`(\w+)` \(rank 4, scale ([\d.]+),", card) == [("foxes", "1"), ("twin", "1.5")]
+    codes = set()
+    for options in (["--adapter", given[0], "--adapter", given[1]], ["--model", "merged"]):
+        _, (path,), _ = run_command("generate", FOX, "--seed", "7", *options)
+        codes.add(read_metadata(tmp_path / path)["codes"])
+    assert len(codes) == 1
+    assert run("adapter", "unmerge", "merged", *given, "-o", "back")[0] == 0
+    old, new = (load_file(folder / "model.safetensors") for folder in (tiny_checkpoint, Path("back")))
+    for name, tensor in new.items():
+        torch.testing.assert_close(tensor, old[name], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_adapter_merge_keeps_a_quantization(run, tiny_checkpoint, adapter, tmp_path, quantization):
+    """The weights are those of float weights with the adapter, up to the rounding of both quantizations."""
+    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(quantization=quantization))
+    assert run("adapter", "merge", "rounded", adapter, "-o", "merged")[0] == 0
+    assert run("adapter", "merge", tiny_checkpoint, adapter, "-o", "float")[0] == 0
+    name, stored = "layers.0.mlp.output.weight", load_file("merged/model.safetensors")
+    assert stored[name].dtype == (torch.int8 if quantization == "int8" else torch.uint8)
+    restored = dequantize_weight(stored[name], stored[quantized_names(name, quantization)[1]], quantization)
+    expected = load_file("float/model.safetensors")[name]
+    steps = 127 if quantization == "int8" else 7.5
+    assert (restored - expected).abs().max() < 1.2 * expected.abs().max() / steps
+    assert run("generate", FOX, "--model", "merged", "--device", "cpu")[0] == 0
 
 
 def test_adapter_merge_needs_no_peft(run, tiny_checkpoint, adapter, monkeypatch):

@@ -71,14 +71,14 @@ def test_eval_passes_precision_and_guidance_to_the_model(recipe, tiny_checkpoint
     report = json.loads((tmp_path / "work" / "report" / "report-rerank.json").read_text(encoding="utf-8"))
     made = report["protocol"]
     assert (made["sampling"]["guidance"], made["sampling"]["text_attention"]) == (1.0, 2.0)
-    assert (made["weights"], made["adapter"]) == ("bfloat16", None)
+    assert (made["weights"], made["adapters"]) == ("bfloat16", [])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["captions", "--guidance", "2"], "--guidance has no effect on captions, only on scenes, rerank, upscale"),
-        (["scenes", "--adapter", "style"], "--adapter style is merged into its base model: name that with --model"),
+        (["scenes", "--adapter", "style"], "--adapter style is added to its base model: name that with --model"),
     ],
 )
 def test_eval_refuses_options_without_an_effect(recipe, capsys, options, message):

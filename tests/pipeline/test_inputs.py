@@ -16,7 +16,7 @@ from PIL import Image
 
 from cogview import InputError, Sampling
 from cogview.generation.requests import DecodingStopped
-from cogview.pipeline.inputs import list_images, load_image
+from cogview.pipeline.inputs import list_adapters, list_images, load_image
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import Caption, GeneratedImage, Score
 
@@ -388,11 +388,29 @@ def test_from_pretrained_takes_objects_of_torch(tiny_checkpoint):
         ({"name": None}, "name must be a text, got None"),
         ({"device": 5.0}, "device must be a text, got 5.0"),
         ({"adapter": 5}, "adapter must be a text, got 5"),
+        ({"adapter": ["style", None]}, "adapter must be a text, got None"),
+        ({"adapter": {"style": "half"}}, "the scale of an adapter must be a number, got the text 'half'"),
+        ({"adapter": {"style": 10**400}}, "the scale of an adapter must be from -100 to 100, got inf for style"),
         ({"kv_dtype": None}, "kv_dtype must be a text, got None"),
     )
     for wrong, message in faults:
         with pytest.raises(InputError, match=message):
             CogView.from_pretrained(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("adapters", "expected"),
+    [
+        (None, []),
+        ("style:0.5", [("style", 0.5)]),
+        (Path("runs/style:7"), [("runs/style:7", 1.0)]),
+        (["style:0.5", Path("other")], [("style", 0.5), ("other", 1.0)]),
+        ({"step:7": 0.5, Path("other"): 2}, [("step:7", 0.5), ("other", 2.0)]),
+    ],
+)
+def test_list_adapters_takes_texts_paths_lists_and_mappings(adapters, expected):
+    """A scale stands behind a text alone: a path and a key of a mapping are names as they are."""
+    assert [(choice.name, choice.scale) for choice in list_adapters(adapters)] == expected
 
 
 def test_cogview_says_how_a_model_is_opened():
