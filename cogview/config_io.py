@@ -168,9 +168,13 @@ def _with_new_names(mapping: Mapping[str, Any], known: Collection[str], where: s
 
 
 def to_mapping(value: Any) -> Any:
-    """Convert a dataclass to dictionaries, lists, strings and numbers, which ``from_mapping`` reads."""
+    """Convert a dataclass to dictionaries, lists, strings and numbers, which ``from_mapping`` reads.
+
+    Fields with the metadata ``written: False`` are left out: others imply them.
+    """
     if is_dataclass(value) and not isinstance(value, type):
-        return {setting.name: to_mapping(getattr(value, setting.name)) for setting in fields(value) if setting.init}
+        written = [setting.name for setting in fields(value) if setting.init and setting.metadata.get("written", True)]
+        return {name: to_mapping(getattr(value, name)) for name in written}
     if isinstance(value, Mapping):
         return {key: to_mapping(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -15,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cogview.tokenizers.tasks import GRID, TASKS, Blank, Element, ImageElement, RestartPositions, TextElement
-from cogview.tokenizers.vocabulary import GRID_COMMANDS, TokenKind, Vocabulary
+from cogview.tokenizers.vocabulary import TokenKind, Vocabulary, grid_command
 
 Values: TypeAlias = Sequence[int | None] | NDArray[Any]
 
 
 def layouts(grid: int, *, caption_stop: bool = True, text_positions: int | None = None) -> dict[str, Layout]:
-    """Return the layout of each task that has one, for images of ``grid`` x ``grid`` codes.
+    """Return the layout of each task that has one and suits images of ``grid`` x ``grid`` codes.
+
+    A task whose images have other sides than G needs a multiple of some number (``Task.grid_multiple``); it is left
+    out for other grids.
 
     Args:
         grid: G. The command that announces it stands before every image of a sequence, even a smaller one: so does
@@ -34,20 +37,19 @@ def layouts(grid: int, *, caption_stop: bool = True, text_positions: int | None 
         Layouts by the names of their tasks.
 
     Raises:
-        ValueError: If no command announces an image of that grid.
+        ValueError: If the grid is outside [1, ``MAX_GRID``].
     """
-    if grid not in GRID_COMMANDS:
-        raise ValueError(f"no layouts for a grid of {grid} codes; known: {', '.join(map(str, GRID_COMMANDS))}")
+    command = grid_command(grid)
 
     def at_grid(element: Element) -> Element:
         if isinstance(element, Blank) and not caption_stop:
             return replace(element, stop=None)
-        return GRID_COMMANDS[grid] if element == GRID else element
+        return command if element == GRID else element
 
     return {
         name: Layout(name=name, elements=tuple(map(at_grid, task.layout)), grid=grid, text_positions=text_positions)
         for name, task in TASKS.items()
-        if task.layout
+        if task.layout and grid % task.grid_multiple == 0
     }
 
 

@@ -8,12 +8,14 @@ task is a row of its own, added by ``register_task``. The layouts are those of C
 # G codes on a side of the model's images
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import math
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final, Literal, TypeAlias
 
-from cogview.tokenizers.vocabulary import TokenKind
+from cogview.tokenizers.vocabulary import MAX_GRID, TokenKind
 
 GRID: Final = "[GRID]"  # in a layout: the command that announces the model's grid, such as [BASE] for 32 x 32 codes
 
@@ -168,6 +170,17 @@ class Task:
         return (blank.scale if isinstance(blank, ImageElement) else 0.0) * (2 if self.windowed else 1)
 
     @property
+    def grid_multiple(self) -> int:
+        """Number that G must be a multiple of: every image, and every half of an overlapping window, has whole codes.
+
+        It is 1 for tasks whose images all have G codes on a side, 2 for ``low_level``, 4 for ``upscale``: a window
+        reads half of the small image, and starts at multiples of half of that.
+        """
+        images = [one for one in self.contents.values() if isinstance(one, ImageElement)]
+        whole = math.lcm(*(Fraction(one.scale).limit_denominator(MAX_GRID).denominator for one in images))
+        return 2 * whole if self.windowed else whole
+
+    @property
     def store_fields(self) -> tuple[str, ...]:
         """Fields that a training row must hold, in the order of the layout."""
         return tuple(content.field for content in self.contents.values())
@@ -296,6 +309,25 @@ def registered(task: Task) -> Iterator[Task]:
         yield task
     finally:
         del TASKS[task.name]
+
+
+def check_grid(names: Iterable[str], grid: int) -> None:
+    """Check that tasks suit a grid.
+
+    Args:
+        names: Names of tasks; unknown ones are ignored.
+        grid: Codes on a side of the images.
+
+    Raises:
+        ValueError: A task needs a multiple of another number.
+    """
+    for name in names:
+        multiple = TASKS[name].grid_multiple if name in TASKS else 1
+        if grid % multiple:
+            raise ValueError(
+                f"the task {name!r} needs a multiple of {multiple} codes on a side, since it divides images into "
+                f"parts; got a grid of {grid}"
+            )
 
 
 def trained_tasks() -> tuple[str, ...]:

@@ -15,13 +15,35 @@ COMMANDS: Final = (
     *("[POS0]", "[POS1]", "[POS2]", "[POS3]", "[POS4]", "[POS5]", "[POS6]", "[POS7]", "[POS8]"),
 )
 
-# The command that announces an image, by the number of codes on a side.
+# The command that announces an image, by the number of codes on a side, as in CogView v1 (``grid_command``).
 GRID_COMMANDS: Final = {8: "[TINY]", 16: "[SMALL]", 32: "[BASE]", 64: "[BIG]"}
+MAX_GRID = 256  # codes on a side of an image
 
 MAX_IDS = 1 << 23  # image codes, or text pieces
 
 # Rows of the embedding are padded to this multiple, as in CogView v1: matrix products are faster.
 _ROW_MULTIPLE = 128
+
+
+def grid_command(grid: int) -> str:
+    """Return the command that announces an image.
+
+    CogView v1 has commands for four grids. Another grid has that of the next larger one, and those above 64 have
+    ``[BIG]``. All images of a model have one grid, so their command never distinguishes two grids.
+
+    Args:
+        grid: Codes on a side of the image, from 1 to ``MAX_GRID``.
+
+    Raises:
+        ValueError: The grid is outside that range.
+
+    Examples:
+        >>> grid_command(32), grid_command(12)
+        ('[BASE]', '[SMALL]')
+    """
+    if not 1 <= grid <= MAX_GRID:
+        raise ValueError(f"the grid of an image must be from 1 to {MAX_GRID} codes on a side, got {grid}")
+    return GRID_COMMANDS[min((known for known in GRID_COMMANDS if known >= grid), default=max(GRID_COMMANDS))]
 
 
 class TokenKind(IntEnum):

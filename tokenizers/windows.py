@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cogview.tokenizers.vocabulary import GRID_COMMANDS
+NUM_WINDOWS = 9
+WINDOW_MULTIPLE = 4  # of codes on a side of an image that is upscaled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +55,17 @@ def upscale_windows(grid: int) -> list[Window]:
     proportion for other grids. On a grid of 8, for example, the first window generates 5 lines, the others 8.
 
     Args:
-        grid: Codes on a side of the image that is upscaled.
+        grid: Codes on a side of the image that is upscaled, a multiple of 4: a window reads half of them, and starts at
+            multiples of a quarter.
 
     Returns:
         Windows in the order in which they are generated.
 
     Raises:
-        ValueError: If no command announces an image of that grid.
+        ValueError: If the grid is no multiple of 4.
     """
-    if grid not in GRID_COMMANDS:
-        raise ValueError(f"no windows for a grid of {grid} codes; known: {', '.join(map(str, GRID_COMMANDS))}")
+    if grid < 1 or grid % WINDOW_MULTIPLE:
+        raise ValueError(f"windows need a multiple of {WINDOW_MULTIPLE} codes on a side, got a grid of {grid}")
     first, middle, last = grid // 2 + -(-grid // 16), grid - grid // 16, grid
     order = (
         *((0, 0, first), (0, 1, middle), (0, 2, middle)),
@@ -85,7 +87,7 @@ def upscale_steps(grid: int) -> list[list[Window]]:
         Seven groups of one or two windows.
 
     Raises:
-        ValueError: If no command announces an image of that grid.
+        ValueError: If the grid is no multiple of 4.
     """
     windows = upscale_windows(grid)
     return [*([window] for window in windows[:2]), windows[2:4], windows[4:6], *([window] for window in windows[6:])]

@@ -4,18 +4,18 @@ Two architectures share the quantizer and the interface:
 
 * ``released``: that of CogView v1 (arXiv:2105.13290), three 4x4 stride-2 convolutions and their transposes, codes of
   width 256, no residual blocks.
-* ``residual``: the default. Residual blocks at three scales and narrow, l2-normalized codes keep the whole codebook in
-  use (see ``quantizer.py``). The encoder's receptive field is little more than the patch of a code. An object therefore
-  has the same codes anywhere on the grid, which is what a transformer learns from. The decoder's receptive field is
-  wider and smooths the seams.
+* ``residual``: the default. Residual blocks at two to four scales and narrow, l2-normalized codes keep the whole
+  codebook in use (see ``quantizer.py``). The encoder's receptive field is little more than the patch of a code. An
+  object therefore has the same codes anywhere on the grid, which is what a transformer learns from. The decoder's
+  receptive field is wider and smooths the seams.
 
-Both encode 8x8 pixels as one code.
+Each scale halves the sides of the image: ``residual`` encodes 4x4, 8x8 or 16x16 pixels as one code, ``released`` 8x8.
 """
 
-# B batch, C channels, H W pixels, h w codes (H/8, W/8), D width of a code
+# B batch, C channels, H W pixels, S pixels of a side of a code, h w codes (H/S, W/S), D width of a code
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -35,16 +35,27 @@ MAX_BLOCKS = 64
 MAX_CODES = 1 << 20
 MIN_STD = 1e-3
 
+# Pixels of a side of a code, by the number of scales.
+DOWNSAMPLING_OF_SCALES = {2: 4, 3: 8, 4: 16}
+
+# Channels by scale, from 1/2 of the image's side on, as long as a config names none. A scale has a quarter of the
+# positions of the one before; from 1/4 on the channels double, so each scale's convolutions cost alike.
+DEFAULT_CHANNELS = (32, 128, 256, 512)
+
 
 @dataclass(frozen=True, kw_only=True)
 class VQVAEConfig:
     """Shape of a VQ-VAE.
 
+    ``downsampling`` or ``channels`` decides the number of scales; the other one follows. Without both there are three.
+
     Args:
         architecture: ``residual`` or ``released``.
-        channels: Channels at 1/2, 1/4 and 1/8 of the image's side.
-        encoder_blocks: Residual blocks of the encoder at the same three scales.
-        decoder_blocks: Residual blocks of the decoder at the same three scales.
+        downsampling: Pixels on each side of the square that one code stands for: 4, 8 or 16, or 8 alone for
+            ``released``. 0: as many as the channels say.
+        channels: Channels at 1/2, 1/4, ... of the image's side. Empty: the first of (32, 128, 256, 512).
+        encoder_blocks: Residual blocks of the encoder at the same scales. Empty: 3 at the last one.
+        decoder_blocks: Residual blocks of the decoder at the same scales. Empty: 2 at the last one, 1 at the others.
         num_codes: Size of the codebook.
         code_width: Width of a code vector.
         normalize_codes: Scale codes and encoder outputs to length 1.
@@ -52,13 +63,15 @@ class VQVAEConfig:
         std: Standard deviation of the RGB channels.
 
     Raises:
-        ValueError: The architecture is unknown, a tuple has not three entries, or a number is outside its range.
+        ValueError: The architecture or the downsampling is unknown, the tuples have other lengths than there are
+            scales, or a number is outside its range.
     """
 
     architecture: str = "residual"
-    channels: tuple[int, ...] = (32, 128, 256)
-    encoder_blocks: tuple[int, ...] = (0, 0, 3)
-    decoder_blocks: tuple[int, ...] = (1, 1, 2)
+    downsampling: int = field(default=0, metadata={"written": False})  # in files the channels say it
+    channels: tuple[int, ...] = ()
+    encoder_blocks: tuple[int, ...] = ()
+    decoder_blocks: tuple[int, ...] = ()
     num_codes: int = 8192
     code_width: int = 16
     normalize_codes: bool = True
@@ -68,8 +81,7 @@ class VQVAEConfig:
     def __post_init__(self) -> None:
         if self.architecture not in ("residual", "released"):
             raise ValueError(f"architecture must be residual or released, got {self.architecture!r}")
-        if len(self.channels) != 3 or len(self.encoder_blocks) != 3 or len(self.decoder_blocks) != 3:
-            raise ValueError("channels, encoder_blocks and decoder_blocks need three entries each: 1/2, 1/4 and 1/8")
+        self._fill_in_scales()
         for name, limit in (("channels", MAX_CHANNELS), ("num_codes", MAX_CODES), ("code_width", MAX_CHANNELS)):
             value = getattr(self, name)
             if not all(1 <= size <= limit for size in (value if isinstance(value, tuple) else (value,))):
@@ -81,6 +93,33 @@ class VQVAEConfig:
             raise ValueError(f"mean must be in [0, 1], as RGB is, got {self.mean}")
         if not all(MIN_STD <= std <= 1 for std in self.std):
             raise ValueError(f"std must be in [{MIN_STD}, 1], got {self.std}")
+
+    def _fill_in_scales(self) -> None:
+        """Set ``downsampling`` by the channels or the channels by it, and the blocks that are not given."""
+        downsampling = self.downsampling or DOWNSAMPLING_OF_SCALES.get(len(self.channels) or 3)
+        if downsampling is None:
+            raise ValueError(
+                f"channels must have 2, 3 or 4 entries, for a downsampling of 4, 8 or 16, got {len(self.channels)}"
+            )
+        if downsampling not in DOWNSAMPLING_OF_SCALES.values():
+            raise ValueError(f"downsampling must be 4, 8 or 16, got {downsampling}")
+        if self.architecture == "released" and downsampling != 8:
+            raise ValueError(f"the architecture released has a downsampling of 8, got {downsampling}")
+        scales = downsampling.bit_length() - 1
+        defaults = {
+            "channels": DEFAULT_CHANNELS[:scales],
+            "encoder_blocks": (0,) * (scales - 1) + (3,),
+            "decoder_blocks": (1,) * (scales - 1) + (2,),
+        }
+        object.__setattr__(self, "downsampling", downsampling)  # the dataclass is frozen
+        for name, default in defaults.items():
+            value = getattr(self, name) or default
+            if len(value) != scales:
+                raise ValueError(
+                    f"{name} must have {scales} entries for a downsampling of {downsampling}, one for each halving of "
+                    f"the sides, got {list(value)}"
+                )
+            object.__setattr__(self, name, value)
 
     @classmethod
     def released(cls) -> VQVAEConfig:
@@ -95,11 +134,6 @@ class VQVAEConfig:
             mean=V1_MEAN,
             std=V1_STD,
         )
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels on each side of the square that one code stands for."""
-        return 1 << len(self.channels)  # each stage halves the sides
 
 
 class Reconstruction(NamedTuple):
@@ -244,34 +278,23 @@ def _released_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
 
 
 def _residual_networks(config: VQVAEConfig) -> tuple[nn.Module, nn.Module]:
-    """Return an encoder of a pixel-unshuffle and two stride-2 stages, and its mirrored decoder."""
-    half, quarter, eighth = config.channels
-    encoder = nn.Sequential(
-        nn.PixelUnshuffle(2),
-        nn.Conv2d(12, half, 3, padding=1),
-        *(ResidualBlock(half, 3) for _ in range(config.encoder_blocks[0])),
-        nn.Conv2d(half, quarter, 2, 2),
-        *(ResidualBlock(quarter, 3) for _ in range(config.encoder_blocks[1])),
-        nn.Conv2d(quarter, eighth, 2, 2),
-        *(ResidualBlock(eighth, 1) for _ in range(config.encoder_blocks[2])),  # 1x1: no other patch has an effect
-        ChannelNorm(eighth),
-        nn.Conv2d(eighth, config.code_width, 1),
-    )
-    decoder = nn.Sequential(
-        nn.Conv2d(config.code_width, eighth, 3, padding=1),
-        *(ResidualBlock(eighth, 3) for _ in range(config.decoder_blocks[2])),
-        nn.Conv2d(eighth, 4 * quarter, 1),
-        nn.PixelShuffle(2),
-        *(ResidualBlock(quarter, 3) for _ in range(config.decoder_blocks[1])),
-        nn.Conv2d(quarter, 4 * half, 1),
-        nn.PixelShuffle(2),
-        *(ResidualBlock(half, 3) for _ in range(config.decoder_blocks[0])),
-        ChannelNorm(half),
-        nn.SiLU(),
-        nn.Conv2d(half, 12, 3, padding=1),
-        nn.PixelShuffle(2),
-    )
-    return encoder, decoder
+    """Return an encoder of a pixel-unshuffle and a stride-2 convolution per further scale, and its mirrored decoder."""
+    channels, last = config.channels, len(config.channels) - 1
+    encoder: list[nn.Module] = [nn.PixelUnshuffle(2), nn.Conv2d(12, channels[0], 3, padding=1)]
+    for scale, width in enumerate(channels):
+        if scale > 0:
+            encoder.append(nn.Conv2d(channels[scale - 1], width, 2, 2))
+        kernel = 1 if scale == last else 3  # 1x1 at the scale of the codes: no other patch has an effect
+        encoder += [ResidualBlock(width, kernel) for _ in range(config.encoder_blocks[scale])]
+    encoder += [ChannelNorm(channels[last]), nn.Conv2d(channels[last], config.code_width, 1)]
+
+    decoder: list[nn.Module] = [nn.Conv2d(config.code_width, channels[last], 3, padding=1)]
+    for scale in range(last, -1, -1):
+        decoder += [ResidualBlock(channels[scale], 3) for _ in range(config.decoder_blocks[scale])]
+        if scale > 0:
+            decoder += [nn.Conv2d(channels[scale], 4 * channels[scale - 1], 1), nn.PixelShuffle(2)]
+    decoder += [ChannelNorm(channels[0]), nn.SiLU(), nn.Conv2d(channels[0], 12, 3, padding=1), nn.PixelShuffle(2)]
+    return nn.Sequential(*encoder), nn.Sequential(*decoder)
 
 
 class ChannelNorm(nn.Module):

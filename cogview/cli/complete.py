@@ -27,8 +27,9 @@ def command(
 ) -> int:
     """Keep the upper rows of codes of images, generate the others, and print the paths of the PNG files.
 
-    A file is named NAME-rowsROWS-seedSEED-NUMBER.png. A row of codes is 8 pixels high. An image of another size than
-    the model's images is resized and cropped first. Images that cannot be read are listed at the end, with status 1.
+    A file is named NAME-rowsROWS-seedSEED-NUMBER.png. A row of codes is 8 pixels high in cogview-emoji, and 4, 8
+    or 16 in other models. An image of another size than the model's images is resized and cropped first. Images that
+    cannot be read are listed at the end, with status 1.
     """
     from cogview.image_io.captioned_sheet import captioned_sheet, group_images, legend, require_sheet_fits
     from cogview.image_io.png import prepared_folder, safe_name

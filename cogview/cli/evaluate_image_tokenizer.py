@@ -75,6 +75,7 @@ def image_tokenizer(
     pictures that the image tokenizer was not trained on. PSNR is that of all pixels; p05 and median are of single
     pictures.
     """
+    from cogview.data.image_dataset import check_side
     from cogview.device import choose_placement
     from cogview.evaluation.reconstruction import ReconstructionReport
     from cogview.image_io.contact_sheet import contact_sheet
@@ -82,11 +83,7 @@ def image_tokenizer(
 
     model, own_side = open_tokenizer(folder)
     side = side or own_side
-    if side % model.downsampling:
-        raise InputError(
-            f"images of {side} pixels do not divide into codes of {model.downsampling} pixels; "
-            f"choose a side that is a multiple of {model.downsampling}"
-        )
+    check_side(side, model.downsampling)
     model.to(choose_placement(device).device)
     report = ReconstructionReport(model=model)
     left_out: list[str] = []

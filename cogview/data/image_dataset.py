@@ -8,6 +8,7 @@ An application implements :class:`ImageDataset` for one split of its images. The
 # H, W image in pixels
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cogview.errors import InputError
+from cogview.tokenizers.tasks import TASKS
+from cogview.tokenizers.vocabulary import MAX_GRID
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,25 +138,54 @@ def render(example: ImageExample, side: int, scale: float = 1) -> np.ndarray:
     return pixels
 
 
-def check_dataset(dataset: ImageDataset, downsampling: int, scales: Iterable[float] = (1,)) -> None:
-    """Check that a dataset has images whose sides divide into codes.
+def check_dataset(dataset: ImageDataset, downsampling: int, tasks: Iterable[str] = ()) -> None:
+    """Check that a dataset has images, and that their sides divide into codes (``check_side``).
 
     Args:
         dataset: The images.
         downsampling: Pixels on each side of the square that one code stands for.
-        scales: Scales of the renditions.
+        tasks: Names of the tasks that the images are for.
 
     Raises:
-        InputError: There are no images, or a side is no multiple of ``downsampling``.
+        InputError: There are no images, or their side does not divide.
     """
     if not len(dataset):
         raise InputError("the dataset has no images, expected at least 1")
-    for scale in scales:
-        if dataset.side * scale % downsampling:
+    check_side(dataset.side, downsampling, tasks)
+
+
+def check_side(side: int, downsampling: int, tasks: Iterable[str] = ()) -> None:
+    """Check that images divide into codes, and these into the parts that tasks need.
+
+    Args:
+        side: Side of the images in pixels.
+        downsampling: Pixels on each side of the square that one code stands for.
+        tasks: Names of tasks.
+
+    Raises:
+        InputError: They do not; the message has the nearest sides that do.
+    """
+    multiples = {task: TASKS[task].grid_multiple for task in tasks}
+    step, largest = downsampling * math.lcm(*multiples.values()), downsampling * MAX_GRID
+    if side % step == 0 and side <= largest:
+        return
+    grid, below = side // downsampling, min(side, largest) // step * step
+    nearest = " and ".join(str(fitting) for fitting in (below, below + step) if 0 < fitting <= largest)
+    if side % downsampling:
+        raise InputError(
+            f"images of {side} pixels do not divide into codes of {downsampling} x {downsampling} pixels; the nearest "
+            f"sides that fit: {nearest}"
+        )
+    for task, multiple in multiples.items():
+        if grid % multiple:
             raise InputError(
-                f"images of {dataset.side * scale:g} pixels do not divide into codes of {downsampling} pixels; "
-                f"choose a side that is a multiple of {downsampling} at every scale"
+                f"images of {side} pixels have {grid} codes on a side, but the task {task} needs a multiple of "
+                f"{multiple}; the nearest sides that fit: {nearest}"
             )
+    raise InputError(
+        f"images of {side} pixels have {grid} codes on a side, at most {MAX_GRID} fit a model; the nearest side that "
+        f"fits: {nearest}"
+    )
 
 
 def caption_of(dataset: ImageDataset, row: int) -> tuple[ImageExample, str]:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 NO_TOKEN = 0xFFFF  # fills a text field behind its last piece
+MAX_CODES = 1 << 16  # image codes have no such filling
 TEXT_FIELD = "text"
 NAMES_FIELD = "named"  # for each code of an image, the text piece that names the object there, or NO_TOKEN
 MAX_ROW_WIDTH = 1 << 20  # ids
@@ -74,9 +75,9 @@ class StoreHeader:
             raise ValueError(f"the code grid must be 1 or more on a side, got {self.grid}")
         if self.fields.get("image", self.grid**2) != self.grid**2:
             raise ValueError(f'a grid of {self.grid} has {self.grid**2} codes, "image" is {self.fields["image"]} wide')
-        for name in ("num_image_codes", "num_text_pieces"):
-            if not 1 <= getattr(self, name) <= NO_TOKEN:
-                raise ValueError(f"{name} must be in 1…{NO_TOKEN} to fit 16 bits, got {getattr(self, name)}")
+        for name, most in (("num_image_codes", MAX_CODES), ("num_text_pieces", NO_TOKEN)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} must be in 1…{most} to fit 16 bits, got {getattr(self, name)}")
 
     @property
     def row_width(self) -> int:

@@ -37,7 +37,7 @@ class WorldSettings:
         things: Number of objects, the commonest first, or "all".
         canvas: Side of an image in pixels, a multiple of 64.
         jitter: Maximum offset of a sprite from the middle of its position in pixels, in each direction and within its
-            cell. At 0 every sprite is aligned to the grid of 8-pixel codes, so that it always has the same codes.
+            cell. At 0 every sprite starts at an eighth of the canvas: where a code is no larger, it has the same codes.
         sizes: Sides of sprites relative to those of the layout.
         weights: Frequencies of the kinds of scenes.
 

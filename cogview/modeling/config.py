@@ -12,7 +12,8 @@ from numbers import Integral, Real
 
 from cogview.errors import InputError
 from cogview.tokenizers.layouts import Layout, layouts
-from cogview.tokenizers.vocabulary import Vocabulary
+from cogview.tokenizers.tasks import check_grid
+from cogview.tokenizers.vocabulary import MAX_GRID, Vocabulary
 
 FORMAT_VERSION = 1  # of ``config.json``
 
@@ -54,7 +55,6 @@ MAX_SIZES = {
     "max_positions": 1 << 20,
 }
 MAX_GAIN = 1000
-MAX_GRID = 256  # image codes per side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +240,8 @@ class ModelConfig:
     """Contents of the ``config.json`` of a checkpoint.
 
     Raises:
-        ValueError: A task is unknown or needs more positions than there are, or the vocabulary does not match the
-            transformer.
+        ValueError: A task is unknown, does not suit the grid or needs more positions than there are, or the vocabulary
+            does not match the transformer.
     """
 
     transformer: TransformerConfig
@@ -269,6 +269,7 @@ class ModelConfig:
                 raise ValueError(f"{name} must be in [0, {positions}], the positions of the transformer, got {value}")
         if not 0 <= self.caption_dropout <= 1:
             raise ValueError(f"caption_dropout must be in [0, 1], got {self.caption_dropout}")
+        check_grid(self.tasks, self.grid)
         table = self.layouts
         unknown = [task for task in self.tasks if task not in table]
         if unknown:

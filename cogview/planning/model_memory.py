@@ -271,13 +271,17 @@ def image_bytes(config: VQVAEConfig, side: int, *, decoding: bool) -> int:
         side: Codes on a side of the image.
         decoding: Whether the decoder is at work, rather than the encoder.
     """
-    half, quarter, eighth = config.channels
     # The feature maps of the released decoder have twice the side of those of its encoder.
     scale = 2 if decoding and config.architecture == "released" else 1
-    largest = max(half * 4**2, quarter * 2**2, eighth) * (scale * side) ** 2
-    return 4 * max(
-        FEATURE_MAP_COPIES[config.architecture] * largest, PIXEL_COPIES * 3 * (config.downsampling * side) ** 2
-    )
+    # Each scale has four times the positions of the next one, and the last has one position per code.
+    last = len(config.channels) - 1
+    widths = [channels << 2 * (last - index) for index, channels in enumerate(config.channels)]
+    maps = FEATURE_MAP_COPIES[config.architecture] * max(widths) * (scale * side) ** 2
+    pixels = PIXEL_COPIES * 3 * (config.downsampling * side) ** 2
+    # The encoder keeps the pixels. Where its widest scale has no block, one map fewer is alive, and there is space.
+    blocks = zip(widths, config.encoder_blocks, strict=True)
+    keeps_pixels = not decoding and any(count and width == max(widths) for width, count in blocks)
+    return 4 * (maps + pixels if keeps_pixels else max(maps, pixels))
 
 
 def smaller_formats(

@@ -17,7 +17,7 @@ from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.modeling.config import ModelConfig
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.tasks import TASKS, TextElement
-from cogview.tokenizers.windows import upscale_windows
+from cogview.tokenizers.windows import NUM_WINDOWS, WINDOW_MULTIPLE, upscale_windows
 from cogview.training.examples import LossKey, MicroBatch, RowPlan, Rows, TargetKind, TrainingBatch, TrainingExample
 from cogview.training.settings import TransformerTraining
 
@@ -35,7 +35,7 @@ class ExampleBuilder:
         self.grid = config.grid
         self.layouts = config.layouts
         self.tasks = dict(TASKS)  # a worker process does not know the tasks that were registered in this one
-        self.windows = upscale_windows(config.grid)
+        self.windows = [] if config.grid % WINDOW_MULTIPLE else upscale_windows(config.grid)
         self.keys: tuple[LossKey, ...] = tuple((task, kind) for task in settings.tasks for kind in TargetKind)
 
     def build_batch(
@@ -108,7 +108,7 @@ class ExampleBuilder:
             mask_codes=np.full(codes, mask_all),
             num_targets=np.full(len(numbers), codes[1]),
             target_priority=np.ones(codes),
-            window=numbers % len(self.windows),
+            window=numbers % NUM_WINDOWS,
         )
         return self.build_batch(0, rows, plan)
 
@@ -139,7 +139,7 @@ class ExampleBuilder:
             mask_codes=random.random((num_rows, num_codes)) < mask_rate[:, None],
             num_targets=np.where(full & (settings.full_mask_targets > 0), settings.full_mask_targets, num_codes),
             target_priority=random.exponential(size=(num_rows, num_codes)),
-            window=random.integers(len(self.windows), size=num_rows),
+            window=random.integers(NUM_WINDOWS, size=num_rows),
         )
 
     def build(self, rows: Rows, plan: RowPlan) -> list[TrainingExample]:

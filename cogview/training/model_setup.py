@@ -25,6 +25,7 @@ from cogview.modeling.initialization import load_weights
 from cogview.modeling.lora import add_lora
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.layouts import layouts
+from cogview.tokenizers.tasks import check_grid
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.data_loader import TrainingStores
@@ -172,7 +173,9 @@ def model_config(settings: TransformerSettings, store: TokenStore, tokenizers: T
     vocabulary = Vocabulary(num_image_codes=tokenizers.image.config.num_codes, num_text_pieces=tokenizers.text.size)
     transformer = settings.transformer_config(vocabulary.padded_size)
     header, max_text = store.header, store.header.fields["text"]
-    table, tasks = layouts(header.grid, text_positions=max_text), tuple(settings.training.tasks)
+    tasks = tuple(settings.training.tasks)
+    check_grid(tasks, header.grid)
+    table = layouts(header.grid, text_positions=max_text)
     if (needed := max(table[task].max_position(max_text) for task in tasks)) > settings.max_positions:
         raise ValueError(f"max_positions {settings.max_positions} are too few for the rows of {store.path}: {needed}")
     return ModelConfig(

@@ -8,10 +8,9 @@ from pathlib import Path
 from cogview.data.builders.pictures import StorePaths
 from cogview.data.builders.prepare import PictureSettings
 from cogview.data.sources.tables import TableOptions
-from cogview.tokenizers.layouts import layouts
 from cogview.vqvae.ranges import check_ranges
 
-DOWNSAMPLING = 8  # pixels on a side of a code of the VQ-VAE
+SIDE = "[8, 4096]"  # pixels of a side of an image at scale 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +32,7 @@ class PictureEncodeSettings(PictureSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(self, {"side": "[8, 4096]"})
-        try:
-            layouts(self.side // DOWNSAMPLING if self.side % DOWNSAMPLING == 0 else 0)
-        except ValueError as error:
-            raise ValueError(f"side {self.side}: {error}, of {DOWNSAMPLING} pixels each") from None
+        check_ranges(self, {"side": SIDE})
         if not self.pictures:
             raise ValueError("pictures must name at least one source")
         if self.named and self.table.boxes_column is None:

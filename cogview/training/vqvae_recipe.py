@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cogview.data.builders.prepare import FitRule
 from cogview.data.sources.tables import TableOptions
+from cogview.data.store import MAX_CODES
 from cogview.training.settings import RunSettings
 from cogview.training.vqvae_images import VALIDATION_IMAGES
 from cogview.vqvae.model import VQVAEConfig
@@ -36,7 +37,8 @@ class VQVAERecipe:
         validation_images: Maximum number of held-out images of an evaluation, of all scales together.
 
     Raises:
-        ValueError: ``scales`` is empty, a number is out of range, or a setting of pictures is given without them.
+        ValueError: ``scales`` is empty, a number is out of range, the codebook is larger than token stores hold, or a
+            setting of pictures is given without them.
     """
 
     pictures: tuple[Path, ...] = ()
@@ -57,6 +59,10 @@ class VQVAERecipe:
     def __post_init__(self) -> None:
         if not self.scales:
             raise ValueError("scales must hold at least one number")
+        if self.model.num_codes > MAX_CODES:
+            raise ValueError(
+                f"num_codes must be at most {MAX_CODES}, which token stores hold, got {self.model.num_codes}"
+            )
         check_ranges(
             self,
             {

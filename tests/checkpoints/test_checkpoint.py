@@ -335,7 +335,7 @@ def test_load_model_refuses_a_text_model_with_two_pieces_swapped(folder, model):
             {"tasks": ["generate", "dance"]},
             "task 'dance' is unknown; known: generate, caption, upscale, low_level, score",
         ),
-        ({"grid": 9}, "no layouts for a grid of 9 codes; known: 8, 16, 32, 64"),
+        ({"grid": 9}, "the task 'upscale' needs a multiple of 4 codes on a side, since it divides images into parts"),
         ({"transformer__vocabulary_size": 128}, "rows, the transformer 128"),
         ({"transformer__num_heads": 5}, "transformer: width 32 does not divide into 5 heads"),
         ({"sampling__top_p": 2.0}, r"top_p must be in (0, 1], got 2.0"),

@@ -65,7 +65,10 @@ def test_eval_image_tokenizer_measures_the_others_when_pictures_are_broken(evalu
     ("arguments", "message"),
     [
         (("none",), "the source none does not exist; expected a picture, a folder"),
-        (("pictures", "--side", "33"), "images of 33 pixels do not divide into codes of 8 pixels; choose a side"),
+        (
+            ("pictures", "--side", "33"),
+            "codes of 8 x 8 pixels; the nearest sides that fit: 32 and 40",
+        ),
         (("pictures", "--side", "8"), "8 is not in the range 16<=x<=4096"),
         ((), "missing argument 'PICTURES...'"),
     ],

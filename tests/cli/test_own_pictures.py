@@ -117,10 +117,6 @@ def test_encode_of_a_table_with_boxes_feeds_the_losses_of_names(run, capsys):
         ({"pictures": []}, "section encode of own.yaml: pictures must name at least one source"),
         ({"pictures": ["pictures"], "named": True}, "named needs a column of boxes, table: {boxes_column: NAME}"),
         ({"pictures": ["pictures"], "rows": 9}, '"rows" is unknown'),
-        (
-            {"pictures": ["pictures"], "side": 72},
-            "own.yaml: side 72: no layouts for a grid of 9 codes",
-        ),
         ({"pictures": ["pictures"]}, "there is no image tokenizer at work/image; make it with: cogview train-image"),
     ],
 )

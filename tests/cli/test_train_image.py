@@ -112,7 +112,7 @@ def test_train_image_names_a_picture_that_is_changed_meanwhile(train_image, monk
     [
         ({"pictures": ["none"]}, "the source none does not exist; expected a picture, a folder"),
         ({"pictures": ["pictures/00.png"]}, "of 1 pictures, none is held out with held_out: 0.2; change it, or add"),
-        ({"side": 30}, "images of 30 pixels do not divide into codes of 8 pixels; choose a side that is a multiple"),
+        ({"side": 30}, "30 pixels do not divide into codes of 8 x 8 pixels; the nearest sides that fit: 24 and 32"),
         ({"fit": "fill"}, 'fit: expected one of crop, pad, stretch, got "fill"'),
         ({"held_out": 0.0}, "held_out must be in (0, 1), got 0.0"),
         ({"pictures": []}, "side applies to pictures, which are not given"),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cogview.data.image_dataset import ImageExample, caption_of, captions, check_dataset, render
+from cogview.data.image_dataset import ImageExample, caption_of, captions, check_dataset, check_side, render
 from cogview.errors import InputError
 
 
@@ -66,6 +66,40 @@ def test_render_refuses_renditions_of_another_size():
 
 
 def test_check_dataset_refuses_sides_that_do_not_divide_into_codes():
-    check_dataset(Numbers(), 8, (1, 2))
-    with pytest.raises(InputError, match="images of 4 pixels do not divide into codes of 8 pixels"):
-        check_dataset(Numbers(), 8, (1, 0.5))
+    check_dataset(Numbers(), 8)
+    with pytest.raises(InputError, match="images of 8 pixels do not divide into codes of 16 x 16 pixels"):
+        check_dataset(Numbers(), 16)
+
+
+@pytest.mark.parametrize(
+    ("side", "downsampling", "tasks"),
+    [(96, 8, ("generate", "upscale")), (80, 8, ("generate", "low_level")), (48, 16, ("caption",)), (1024, 4, ())],
+)
+def test_check_side_accepts_any_multiple_that_the_tasks_divide(side, downsampling, tasks):
+    check_side(side, downsampling, tasks)
+
+
+@pytest.mark.parametrize(
+    ("side", "downsampling", "tasks", "message"),
+    [
+        (100, 16, (), "images of 100 pixels do not divide into codes of 16 x 16 pixels; .* sides that fit: 96 and 112"),
+        (9, 16, (), "images of 9 pixels do not divide into codes of 16 x 16 pixels; the nearest sides that fit: 16"),
+        (70, 8, ("generate", "upscale"), "do not divide into codes of 8 x 8 pixels; the nearest sides .*: 64 and 96"),
+        (
+            80,
+            8,
+            ("upscale",),
+            "have 10 codes on a side, but the task upscale needs a multiple of 4; .*: 64 and 96",
+        ),
+        (
+            1028,
+            4,
+            (),
+            "have 257 codes on a side, at most 256 fit a model; the nearest side that fits: 1024",
+        ),
+        (1030, 4, (), "images of 1030 pixels do not divide into codes of 4 x 4 pixels; .* sides that fit: 1024"),
+    ],
+)
+def test_check_side_names_the_nearest_sides_that_fit(side, downsampling, tasks, message):
+    with pytest.raises(InputError, match=f"{message}$"):
+        check_side(side, downsampling, tasks)

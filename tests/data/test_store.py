@@ -220,6 +220,14 @@ def test_store_writer_refuses_an_existing_store(written):
         StoreWriter(written[0], HEADER)
 
 
+def test_store_holds_every_code_of_16_bits(tmp_path):
+    """Only texts are filled up with the last number."""
+    ids = np.arange(65520, 65536).reshape(1, 16)
+    with StoreWriter(tmp_path / "store", replace(HEADER, num_image_codes=65536)) as writer:
+        writer.append({"text": np.zeros((1, 6), int), "image": ids})
+    assert np.array_equal(TokenStore(tmp_path / "store").read(np.array([0]))["image"], ids)
+
+
 def test_store_writer_reports_a_path_that_is_a_file(tmp_path):
     (tmp_path / "store").write_text("a file")
     with pytest.raises(InputError, match="cannot write a store to"):
@@ -372,7 +380,7 @@ def test_store_writer_removes_the_checksum_while_it_writes(tmp_path):
         ({"fields": [1]}, "its header, fields: expected settings"),
         ({"layouts": 3}, "its header, layouts: expected a list of text, got 3"),
         ({"codebook_sha256": ["a"]}, "its header, codebook_sha256: expected text"),
-        ({"num_image_codes": 0}, "num_image_codes must be in 1…65535"),
+        ({"num_image_codes": 0}, "num_image_codes must be in 1…65536"),
     ],
 )
 def test_token_store_rejects_unreadable_headers(written, change, message):
@@ -391,6 +399,7 @@ def test_token_store_rejects_unreadable_headers(written, change, message):
         ({"fields": {"text": 0}}, "a row needs fields of width 1 or more"),
         ({"grid": 0}, "the code grid must be 1 or more"),
         ({"grid": 8}, 'a grid of 8 has 64 codes, "image" is 16 wide'),
+        ({"num_image_codes": 65537}, "num_image_codes must be in 1…65536 to fit 16 bits, got 65537"),
         ({"num_text_pieces": 65536}, "num_text_pieces must be in 1…65535 to fit 16 bits, got 65536"),
     ],
 )

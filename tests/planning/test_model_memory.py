@@ -124,7 +124,13 @@ def test_packed_layers_have_no_higher_peak_than_modules():
     assert peaks[1] <= peaks[0]
 
 
-@pytest.mark.parametrize("image", [VQVAEConfig(num_codes=64), replace(VQVAEConfig.released(), num_codes=64)])
+@pytest.mark.parametrize(
+    "image",
+    [
+        *(VQVAEConfig(downsampling=side, num_codes=64) for side in (4, 8, 16)),
+        replace(VQVAEConfig.released(), num_codes=64),
+    ],
+)
 @pytest.mark.parametrize("decoding", [True, False])
 def test_image_bytes_predict_peak_of_vqvae(image, decoding):
     model = VQVAE(image).eval()
@@ -132,7 +138,7 @@ def test_image_bytes_predict_peak_of_vqvae(image, decoding):
         if decoding:
             model.decode(torch.zeros(2, 8, 8, dtype=torch.int64))
         else:
-            model.encode(torch.zeros(2, 3, 64, 64))
+            model.encode(torch.zeros(2, 3, 8 * image.downsampling, 8 * image.downsampling))
     assert 2 * image_bytes(image, 8, decoding=decoding) == pytest.approx(memory.peak, rel=0.05)
 
 

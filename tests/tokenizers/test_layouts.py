@@ -277,8 +277,31 @@ def test_arrange_refuses_values(name, values, message):
     assert f"layout '{name}'" in str(caught.value)
 
 
-def test_layouts_refuse_unknown_grid():
-    with pytest.raises(ValueError, match="no layouts for a grid of 12 codes; known: 8, 16, 32, 64"):
-        layouts(12)
+@pytest.mark.parametrize(
+    ("grid", "names"),
+    [
+        (1, {"generate", "caption", "score"}),
+        (5, {"generate", "caption", "score"}),
+        (10, {"generate", "caption", "score", "low_level"}),
+        (12, {"generate", "caption", "score", "low_level", "upscale"}),
+        (256, {"generate", "caption", "score", "low_level", "upscale"}),
+    ],
+)
+def test_layouts_of_any_grid_are_those_of_tasks_that_divide_it(grid, names):
+    assert set(layouts(grid)) == names
+
+
+def test_layouts_of_a_grid_without_a_command_have_that_of_the_next_larger():
+    for grid, command in ((1, "[TINY]"), (7, "[TINY]"), (12, "[SMALL]"), (20, "[BASE]"), (33, "[BIG]"), (200, "[BIG]")):
+        assert layouts(grid)["generate"].elements[2] == command
+    row = layouts(12)["upscale"].arrange(SMALL, text=RED_APPLE, small=codes(6, 64), image=codes(12, 64))
+    assert (row.spans["small"], row.spans["image"]) == (slice(6, 42), slice(47, 191))
+    assert row.positions.max() == 4 + 144
+
+
+def test_layouts_refuse_grids_and_texts_out_of_range():
+    for grid in (0, 257):
+        with pytest.raises(ValueError, match=f"must be from 1 to 256 codes on a side, got {grid}"):
+            layouts(grid)
     with pytest.raises(ValueError, match="'generate' needs 68 positions without any text, there are 67"):
         layouts(8)["generate"].longest_text(67)

@@ -344,6 +344,10 @@ def test_training_images_are_cropped_on_the_grid_of_codes_at_larger_scales(make_
     [
         ({"scales": ()}, "scales must hold at least one number"),
         ({"scales": (0, 1)}, r"scales must be in \[1, 16\], got \[0, 1\]"),
+        (
+            {"model": VQVAEConfig(num_codes=65537)},
+            "num_codes must be at most 65536, which token stores hold",
+        ),
         ({"num_workers": -1}, r"num_workers must be in \[0, 1024\], got -1"),
         ({"validation_images": 0}, r"validation_images must be in \[1, 1000000000\], got 0"),
     ],
@@ -358,7 +362,7 @@ def test_vqvae_recipe_refuses_numbers_out_of_range(changes, message):
     [
         (
             {"side": 20},
-            "images of 20 pixels do not divide into codes of 8 pixels; choose a side",
+            "images of 20 pixels do not divide into codes of 8 x 8 pixels; the nearest sides that fit: 16 and 24",
         ),
         ({"__len__": lambda self: 0}, "the dataset has no images, expected at least 1"),
         (

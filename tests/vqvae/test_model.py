@@ -1,6 +1,6 @@
 """The VQ-VAE's networks: shapes, ranges, what a code may depend on, the released layers, wrong settings."""
 
-# B batch, C channels, H W pixels, h w codes (H/8, W/8)
+# B batch, C channels, H W pixels, S pixels of a side of a code, h w codes (H/S, W/S)
 
 import math
 
@@ -9,9 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
+from cogview.config_io import from_mapping, to_mapping
 from cogview.vqvae.model import V1_MEAN, V1_STD, VQVAE, VQVAEConfig
 
 RESIDUAL = VQVAEConfig(channels=(8, 16, 24), encoder_blocks=(0, 0, 2), num_codes=50, code_width=4)
+RESIDUAL_4X = VQVAEConfig(channels=(8, 16), num_codes=50, code_width=4)
+RESIDUAL_16X = VQVAEConfig(channels=(8, 16, 16, 24), num_codes=50, code_width=4)
+RESIDUALS = (RESIDUAL_4X, RESIDUAL, RESIDUAL_16X)
 RELEASED = VQVAEConfig(
     architecture="released",
     channels=(8, 12, 16),
@@ -41,11 +45,11 @@ def noise(*shape: int) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("config", [RESIDUAL, RELEASED], ids=["residual", "released"])
+@pytest.mark.parametrize("config", [*RESIDUALS, RELEASED], ids=["4x", "8x", "16x", "released"])
 def test_vqvae_shapes_and_ranges(config):
     model = make(config)
     codes = model.encode(noise(2, 3, 32, 48))
-    assert codes.shape == (2, 4, 6)
+    assert codes.shape == (2, 32 // config.downsampling, 48 // config.downsampling)
     assert codes.dtype == torch.int64
     assert codes.min() >= 0
     assert codes.max() < config.num_codes
@@ -88,29 +92,33 @@ def test_vqvae_forward_decodes_encoder_outputs_when_quantization_is_off():
     assert torch.equal(output.codes, torch.zeros(2, 2, 2, dtype=torch.long))
 
 
-def test_residual_encoder_has_a_receptive_field_of_a_patch_and_two_pixels_around():
+@pytest.mark.parametrize("config", RESIDUALS, ids=["4x", "8x", "16x"])
+def test_residual_encoder_has_a_receptive_field_of_a_patch_and_two_pixels_around(config):
     """The codes of an object must not depend on other parts of the image."""
-    model, image = make(RESIDUAL), noise(1, 3, 64, 64)
+    side = config.downsampling
+    model, image = make(config), noise(1, 3, 8 * side, 8 * side)
     before = model.encode_vectors(image)[0]
-    outside = torch.ones(64, 64, dtype=torch.bool)
-    outside[3 * 8 - 2 : 4 * 8 + 2, 4 * 8 - 2 : 5 * 8 + 2] = False
+    outside = torch.ones(8 * side, 8 * side, dtype=torch.bool)
+    outside[3 * side - 2 : 4 * side + 2, 4 * side - 2 : 5 * side + 2] = False
     changed = torch.where(outside, 1 - image, image)
     after = model.encode_vectors(changed)[0]
     torch.testing.assert_close(after[3, 4], before[3, 4], atol=1e-6, rtol=0)
     assert (after - before).abs().amax(dim=-1).gt(1e-3).sum() == 63
 
-    for row, column, seen in [(3 * 8, 4 * 8, True), (3 * 8 - 2, 4 * 8, True), (3 * 8 - 3, 4 * 8, False)]:
+    for row, column, seen in [(3, 4, True), (3 - 2 / side, 4, True), (3 - 3 / side, 4, False)]:
         one = image.clone()
-        one[..., row, column] = 1 - one[..., row, column]
+        one[..., round(row * side), round(column * side)] = 1 - one[..., round(row * side), round(column * side)]
         moved = (model.encode_vectors(one)[0, 3, 4] - before[3, 4]).abs().max() > 1e-6
         assert moved == seen, (row, column)
 
 
-def test_residual_encoder_gives_an_object_the_same_codes_anywhere_on_the_grid():
-    model, patch = make(RESIDUAL), noise(3, 16, 16)
-    image = torch.full((1, 3, 64, 64), 0.5)
-    image[0, :, 8:24, 8:24] = patch
-    image[0, :, 40:56, 32:48] = patch
+@pytest.mark.parametrize("config", RESIDUALS, ids=["4x", "8x", "16x"])
+def test_residual_encoder_gives_an_object_the_same_codes_anywhere_on_the_grid(config):
+    side = config.downsampling
+    model, patch = make(config), noise(3, 2 * side, 2 * side)
+    image = torch.full((1, 3, 8 * side, 8 * side), 0.5)
+    image[0, :, side : 3 * side, side : 3 * side] = patch
+    image[0, :, 5 * side : 7 * side, 4 * side : 6 * side] = patch
     codes = model.encode(image)[0]
     assert torch.equal(codes[1:3, 1:3], codes[5:7, 4:6])
 
@@ -164,8 +172,13 @@ def test_vqvae_refuses_images_of_other_shapes(shape, message):
     ("settings", "message"),
     [
         ({"architecture": "resnet"}, "architecture must be residual or released, got 'resnet'"),
-        ({"channels": (8, 8)}, "need three entries each"),
-        ({"decoder_blocks": (1, 1, 1, 1)}, "need three entries each"),
+        ({"channels": (8,)}, "channels must have 2, 3 or 4 entries, for a downsampling of 4, 8 or 16, got 1"),
+        ({"channels": (8,) * 10**5}, "got 100000"),
+        ({"downsampling": 32}, "downsampling must be 4, 8 or 16, got 32"),
+        ({"downsampling": 16, "channels": (8, 8, 8)}, r"channels must have 4 entries for .* of 16, .*got \[8, 8, 8\]"),
+        ({"channels": (8, 8), "encoder_blocks": (0, 0, 1)}, r"encoder_blocks must have 2 entries for .* of 4"),
+        ({"decoder_blocks": (1, 1, 1, 1)}, "decoder_blocks must have 3 entries for a downsampling of 8"),
+        ({"architecture": "released", "downsampling": 16}, "the architecture released has a downsampling of 8, got 16"),
         ({"num_codes": 0}, "must be in "),
         ({"channels": (8, 0, 8)}, "must be in "),
         ({"channels": (8, 10**18, 8)}, "channels must be in "),
@@ -180,6 +193,29 @@ def test_vqvae_refuses_images_of_other_shapes(shape, message):
 def test_vqvae_config_refuses_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         VQVAEConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("downsampling", "channels", "encoder_blocks", "decoder_blocks"),
+    [
+        (4, (32, 128), (0, 3), (1, 2)),
+        (8, (32, 128, 256), (0, 0, 3), (1, 1, 2)),
+        (16, (32, 128, 256, 512), (0, 0, 0, 3), (1, 1, 1, 2)),
+    ],
+)
+def test_vqvae_config_follows_from_the_downsampling_or_from_the_channels(
+    downsampling, channels, encoder_blocks, decoder_blocks
+):
+    config = VQVAEConfig(downsampling=downsampling)
+    assert (config.channels, config.encoder_blocks, config.decoder_blocks) == (channels, encoder_blocks, decoder_blocks)
+    assert VQVAEConfig(channels=channels) == config
+    assert from_mapping(VQVAEConfig, to_mapping(config), "config") == config
+    assert VQVAEConfig() == VQVAEConfig(downsampling=8)
+
+
+def test_vqvae_config_is_written_without_downsampling():
+    """Versions that know 8x alone read the configs of 8x, and a training that they began is continued."""
+    assert "downsampling" not in to_mapping(VQVAEConfig())
 
 
 @pytest.mark.parametrize(

@@ -144,9 +144,9 @@ def store_header(
         settings: Settings of the encoding.
 
     Raises:
-        InputError: There are no images, or their sides do not divide into codes at every scale.
+        InputError: There are no images, or their side does not divide into the codes that the tasks need.
     """
-    check_dataset(dataset, image_tokenizer.downsampling, settings.scales.values())
+    check_dataset(dataset, image_tokenizer.downsampling, settings.tasks)
     return make_header(dataset.side, dataset.provenance, text_tokenizer, image_tokenizer, settings)
 
 
@@ -160,7 +160,7 @@ def make_header(
     """Return the header of a store of captioned images.
 
     Args:
-        side: Side of the images at scale 1, in pixels, which divides into codes at every scale.
+        side: Side of the images at scale 1, in pixels, which divides into codes at every scale (``check_side``).
         provenance: Description of the data, as plain JSON data.
         text_tokenizer: The text tokenizer.
         image_tokenizer: The image tokenizer.

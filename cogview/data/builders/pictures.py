@@ -29,6 +29,7 @@ from cogview.data.builders.copies import CopyFinder
 from cogview.data.builders.encode import LINE_SECONDS, encode_renditions, make_header
 from cogview.data.builders.journal import BuildJournal, JournalEntry
 from cogview.data.builders.prepare import NAMED_NOTE, PicturePreparer, PictureSettings, PreparedPicture
+from cogview.data.image_dataset import check_side
 from cogview.data.sources.records import PictureRecord, PictureSource
 from cogview.data.store import NAMES_FIELD, TEXT_FIELD
 from cogview.data.store_copy import copy_rows
@@ -168,10 +169,11 @@ class PictureBuild:
             Counts of the build. The stores and the report are at ``paths``.
 
         Raises:
-            InputError: A store is there already, the build was started with other settings or sources, or no picture
-                can be used; the report says why.
+            InputError: The side does not divide into codes, a store is there already, the build was started with other
+                settings or sources, or no picture can be used; the report says why.
             RetryLaterError: The disk is full, or another process builds the same store.
         """
+        check_side(self.side, self.image_tokenizer.downsampling, self.settings.tasks)
         grid = self.side // self.image_tokenizer.downsampling
         preparer = PicturePreparer(self.text_tokenizer, self.settings, self.side, grid)
         with self._locked():

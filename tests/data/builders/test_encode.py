@@ -215,7 +215,7 @@ def test_scene_encode_settings_refuse_numbers_below_one(name):
 class NumberedSquares:
     """Three grey squares with one to three captions each."""
 
-    side, names, is_shuffled, provenance = 16, (), False, {}
+    side, names, is_shuffled, provenance = 32, (), False, {}
 
     def __len__(self):
         return 3
@@ -223,7 +223,7 @@ class NumberedSquares:
     def __getitem__(self, index):
         pixels = np.full((32, 32, 3), 80 * index, dtype=np.uint8)
         captions = ("一", "二", "三")[: index + 1]
-        return ImageExample.from_pixels(pixels, side=16, identity=str(index), captions=captions)
+        return ImageExample.from_pixels(pixels, side=self.side, identity=str(index), captions=captions)
 
 
 def test_encode_dataset_repeats_examples_with_their_next_captions(tmp_path, text_tokenizer, image_tokenizer):
@@ -232,7 +232,7 @@ def test_encode_dataset_repeats_examples_with_their_next_captions(tmp_path, text
     store = TokenStore(tmp_path)
     texts = [text_tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in everything(store)["text"]]
     assert texts == ["一", "一", "一", "一", "二", "二", "一", "一"]
-    assert store.header.fields == {"text": 9, "image": 4, "large": 16}
+    assert store.header.fields == {"text": 9, "image": 16, "large": 64}
     images = everything(store)["image"]
     assert np.array_equal(images[:3], images[3:6])
 
@@ -247,5 +247,6 @@ def test_encode_dataset_refuses_sides_that_are_no_multiple_of_a_code(tmp_path, t
         side = 24
 
     settings = EncodeSettings(small=True)
-    with pytest.raises(InputError, match="images of 12 pixels do not divide into codes of 8 pixels; choose a side"):
+    message = "24 pixels have 3 codes on a side, but the task low_level needs a multiple of 2; .*: 16 and 32"
+    with pytest.raises(InputError, match=message):
         encode_dataset(tmp_path, Odd(), text_tokenizer, image_tokenizer, settings)
