@@ -31,7 +31,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -419,5 +419,10 @@ def saved(picture: Picture, folder: Path) -> str:
     return name
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; return its exit status."""
+    return run_command(command, argv, "real_pictures.py")
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(command, None, "real_pictures.py"))
+    sys.exit(main())

@@ -62,6 +62,7 @@ FRESH = NotRun("changes the environment; .ci/run runs it")
 SYSTEM = NotRun("installs packages of the system or fetches the repository")
 CLUSTER = NotRun("needs several machines or Slurm")
 
+PACKAGES = NotRun("needs Debian packages; tests/scripts has small ones")
 OWN = NotRun("takes hours; tests/cli/test_own_pictures.py runs the steps with a tiny recipe")
 
 ROWS: dict[str, Run | NotRun] = {
@@ -137,6 +138,11 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview package own-pictures": OWN,
     "cogview recipes own-pictures > own-pictures.yaml": OWN,
     'cogview generate "狐狸" --model runs/own-pictures/model': Run(instead="--model TINY"),
+    "apt-get install tuxpaint-stamps-default pysiogame gcompris-qt-data iso-flags-png-320x240 iso-codes "
+    "unicode-cldr-core librsvg2-bin": SYSTEM,
+    "python scripts/real_pictures.py pictures/real": PACKAGES,
+    "cogview run real-pictures": PACKAGES,
+    "python scripts/benchmarks/own_pictures.py real-pictures": PACKAGES,
     "cogview train-image own.yaml --resume auto": Run("own", more="--device cpu"),
     "cogview eval image-tokenizer cogview-emoji pictures --fit pad -o sheet.png": Run(),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(

@@ -32,7 +32,7 @@ from cogview.cli.messages import print_note
 from cogview.cli.options import Command
 from cogview.cli.recipes import recipe_options
 from cogview.data.builders.prepare import PicturePreparer, PreparedPicture, is_held_out
-from cogview.data.sources.pictures import picture_records
+from cogview.data.sources.open import open_source
 from cogview.errors import InputError
 from cogview.evaluation.metrics import accuracy, format_accuracy
 from cogview.files import read_json_lines, write_json
@@ -171,11 +171,13 @@ def command(
     """Measure how many captions of the training pictures are drawn as their own picture."""
     settings = recipe.settings(PictureEncodeSettings, "encode")
     drawer = CogView.from_pretrained(model or str(recipe.work / "model"), device="cpu")
-    preparer = PicturePreparer(drawer.text_tokenizer, settings, settings.side)
-    records = chain.from_iterable(picture_records(source, settings.table, print_note) for source in settings.pictures)
-    pictures = merged((preparer[record] for record in records), settings.held_out)
+    preparer = PicturePreparer(drawer.text_tokenizer, settings, settings.side, drawer.config.grid)
+    records = chain.from_iterable(open_source(source, settings.table, print_note) for source in settings.pictures)
+    prepared = [preparer[record] for record in records]
+    pictures = merged(prepared, settings.held_out)
     if all(picture.held_out for picture in pictures):
-        raise InputError("the recipe has no training pictures that can be read")
+        reasons = [f"{picture.record.name}: {reason}" for picture in prepared for reason in picture.left_out]
+        raise InputError(f"none of the recipe's training pictures can be used; the first: {[*reasons, '-'][0]}")
 
     def generate(captions: Sequence[str]) -> list[np.ndarray]:
         overrides = {} if temperature is None else {"temperature": temperature}
@@ -197,5 +199,10 @@ def command(
     return 0
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the script; return its exit status."""
+    return run_command(command, argv, "own_pictures.py")
+
+
 if __name__ == "__main__":
-    sys.exit(run_command(command, None, "own_pictures.py"))
+    sys.exit(main())

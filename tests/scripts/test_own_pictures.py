@@ -1,9 +1,11 @@
 """Grade generated pictures against planted answers: a fake generator that returns the right or a wrong picture."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 SIDE = 8
 
@@ -81,3 +83,26 @@ def test_merged_copies_are_one_picture_with_all_captions(grader):
         (("法国国旗", "法属圭亚那国旗"), True),
         (("国旗",), False),
     ]
+
+
+def test_main_measures_a_model_and_writes_sheet_and_figures(grader, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(2)
+    (tmp_path / "pictures").mkdir()
+    for name in ("狐狸", "狗", "苹果"):
+        Image.fromarray(random.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(f"pictures/{name}.png")
+        (tmp_path / f"pictures/{name}.txt").write_text(f"一只{name}\n", encoding="utf8")
+    (tmp_path / "own.yaml").write_text(
+        "work: runs\nencode: {pictures: [pictures], side: 64, text_width: 20, held_out: 0}\n", encoding="utf8"
+    )
+    (tmp_path / "runs/transformer-run").mkdir(parents=True)
+    losses = "".join(f'{{"step": {step}, "validation_generate_image_loss": {9 - step}}}\n' for step in (1, 2))
+    (tmp_path / "runs/transformer-run/metrics.jsonl").write_text(losses, encoding="utf8")
+    status = grader.main(["own.yaml", "--model", str(tiny_checkpoint), "-o", "sheet.png", "--json", "found.json"])
+    assert status == 0
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf8"))
+    assert (found["pictures"], found["captions"], found["nearest_is_own"]["of"]) == (3, 3, 3)
+    assert found["held_out_loss"] == {"first": 8, "lowest": 7, "last": 7}
+    assert "3 training pictures of 3" in capsys.readouterr().out
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 3 * 64

@@ -73,7 +73,7 @@ def script(load_script, tmp_path, monkeypatch):
 
 
 def run(script, *arguments):
-    return script.run_command(script.command, [str(one) for one in arguments], "real_pictures.py")
+    return script.main([str(one) for one in arguments])
 
 
 def test_stamps_have_their_captions_and_letters_are_left_out(script, tmp_path):
