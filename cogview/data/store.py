@@ -2,8 +2,9 @@
 
 A store is an LMDB folder. Its main table holds two keys, ``header`` (JSON, :class:`StoreHeader`) and ``count``
 (decimal); its table ``rows`` holds one value per row, under the row's number as eight big-endian bytes. A value
-holds the row's fields in the order of the header as little-endian uint16. Nothing is pickled, so a foreign store cannot
-run code, and a row of 24 pieces and 64 codes takes 176 bytes.
+holds the row's fields in the order of the header as little-endian uint16. Where rows are long, a value holds several
+(``store_rows.py``). Nothing is pickled, so a foreign store cannot run code, and a row of 24 pieces and 64 codes takes
+176 bytes.
 
 Reading maps the file into memory. The pages count as cache shared by all workers, not as memory of each.
 """
@@ -26,6 +27,7 @@ import numpy as np
 
 from cogview.config_io import from_mapping
 from cogview.data.store_checksum import DATA_FILE, check_sum
+from cogview.data.store_rows import read_rows
 from cogview.errors import InputError
 from cogview.formatting import printable, shorten
 from cogview.plain_data import parse_json
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     import lmdb
     from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 has one row in each value
 NO_TOKEN = 0xFFFF  # fills a text field behind its last piece
 MAX_CODES = 1 << 16  # image codes have no such filling
 TEXT_FIELD = "text"
@@ -55,7 +57,7 @@ class StoreHeader:
     ``fields`` maps each field to its width, in the order of the row. The field ``text`` holds piece ids of the text
     model, without their offset in the vocabulary, and ``NO_TOKEN`` after the last piece; every other field holds image
     codes. ``layouts`` lists the tasks that the rows can feed. ``provenance`` is free JSON that must stay the same when
-    writing is resumed.
+    writing is resumed. ``rows_per_value`` is chosen by the writer.
     """
 
     fields: dict[str, int]
@@ -66,7 +68,7 @@ class StoreHeader:
     codebook_sha256: str
     text_sha256: str
     provenance: dict[str, Any] = field(default_factory=dict)
-    format_version: int = FORMAT_VERSION
+    rows_per_value: int = 1
 
     def __post_init__(self) -> None:
         if not self.fields or any(width < 1 for width in self.fields.values()) or self.row_width > MAX_ROW_WIDTH:
@@ -75,7 +77,7 @@ class StoreHeader:
             raise ValueError(f"the code grid must be 1 or more on a side, got {self.grid}")
         if self.fields.get("image", self.grid**2) != self.grid**2:
             raise ValueError(f'a grid of {self.grid} has {self.grid**2} codes, "image" is {self.fields["image"]} wide')
-        for name, most in (("num_image_codes", MAX_CODES), ("num_text_pieces", NO_TOKEN)):
+        for name, most in (("num_image_codes", MAX_CODES), ("num_text_pieces", NO_TOKEN), ("rows_per_value", NO_TOKEN)):
             if not 1 <= getattr(self, name) <= most:
                 raise ValueError(f"{name} must be in 1…{most} to fit 16 bits, got {getattr(self, name)}")
 
@@ -98,7 +100,10 @@ class StoreHeader:
 
     def to_json(self) -> str:
         """Return the header as JSON."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        mapping = {**asdict(self), "format_version": FORMAT_VERSION if self.rows_per_value > 1 else 1}
+        if self.rows_per_value == 1:  # earlier versions know no such key, and read the store
+            del mapping["rows_per_value"]
+        return json.dumps(mapping, ensure_ascii=False)
 
     @staticmethod
     def from_json(text: str) -> StoreHeader:
@@ -110,7 +115,7 @@ class StoreHeader:
         mapping = parse_json(text)
         if not isinstance(mapping, dict):
             raise ValueError("its header is not a JSON object")
-        version = mapping.get("format_version")
+        version = mapping.pop("format_version", None)
         if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
             raise ValueError(f"it has format {version}, this version reads up to {FORMAT_VERSION}: update cogview")
         return from_mapping(StoreHeader, mapping, where="its header")
@@ -177,9 +182,9 @@ class TokenStore:
         """
         wanted = self._existing(indices)
         opened = self._open()
-        with naming_damage(self.path), opened.environment.begin(opened.rows) as transaction:
-            values = [transaction.get(key, b"") for key in _keys(wanted)]
         size = self.header.row_width * _ON_DISK.itemsize
+        with naming_damage(self.path), opened.environment.begin(opened.rows, buffers=True) as transaction:
+            values = read_rows(transaction, wanted, size, self.header.rows_per_value)
         if any(len(value) != size for value in values):
             raise InputError(f"{self.path} is damaged, rows are missing or too short: encode the store again")
         ids_NW = np.frombuffer(b"".join(values), dtype=_ON_DISK).reshape(len(wanted), self.header.row_width)
@@ -329,6 +334,7 @@ class OpenEnvironment:
             self.rows = self.environment.open_db(_ROWS_TABLE, create=False)
             with self.environment.begin(self.rows) as transaction:
                 entries = transaction.stat(self.rows)["entries"]
+            entries *= self.header.rows_per_value
         if self.count > entries:
             raise InputError(f"{path} is damaged, it states {self.count} rows and has {entries}: copy it again")
 
@@ -385,11 +391,6 @@ def _read_header(path: Path, environment: lmdb.Environment) -> tuple[StoreHeader
         return StoreHeader.from_json(header.decode()), _number_of(count, path)
     except ValueError as error:
         raise InputError(f"{path} is not a token store that can be read: {error}") from error
-
-
-def _keys(indices: np.ndarray) -> list[bytes]:
-    packed = indices.astype(">u8").tobytes()
-    return [packed[at : at + 8] for at in range(0, len(packed), 8)]
 
 
 def _shown(value: object) -> str:

@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -21,13 +21,13 @@ from cogview.data.store import (
     TEXT_FIELD,
     StoreHeader,
     _check_whole,
-    _keys,
     _read_header,
     _shown,
     naming_damage,
 )
 from cogview.data.store_blocks import BLOCKS_FILE, write_blocks
 from cogview.data.store_checksum import CHECKSUM_FILE, DATA_FILE, check_sum, write_checksum
+from cogview.data.store_rows import append_rows, best_rows_per_value
 from cogview.errors import InputError, RetryLaterError, reason_of
 from cogview.files import try_lock
 from cogview.formatting import format_bytes
@@ -78,7 +78,8 @@ class StoreWriter:
         import lmdb
 
         self.path = Path(path)
-        self.header = header
+        size = header.row_width * _ON_DISK.itemsize
+        self.header = replace(header, rows_per_value=best_rows_per_value(size))
         if (is_there := (self.path / DATA_FILE).exists()) and not resume:
             raise InputError(f"{self.path} already holds a store: remove it, or resume the writing")
         self._sum_is_due = False
@@ -99,7 +100,8 @@ class StoreWriter:
             if begun:
                 _check_whole(self.path, self._environment)
                 stored, self._count = _read_header(self.path, self._environment)
-                _check_same_header(self.path, stored, header)
+                self.header = replace(header, rows_per_value=stored.rows_per_value)
+                _check_same_header(self.path, stored, self.header)
             else:
                 self._count = 0
             with naming_damage(self.path):
@@ -175,15 +177,13 @@ class StoreWriter:
                 (self.path / name).unlink(missing_ok=True)
             self._sum_is_due = True
         end = self._count + len(values)
-        keys = _keys(np.arange(self._count, end))
         while True:
             try:
                 with self._environment.begin(write=True) as transaction:
                     if self._count == 0:
                         transaction.put(_HEADER_KEY, self.header.to_json().encode())
                     table = self._environment.open_db(_ROWS_TABLE, txn=transaction)
-                    with transaction.cursor(table) as cursor:
-                        cursor.putmulti(zip(keys, values, strict=True), append=True)
+                    append_rows(transaction, table, self._count, values, self.header.rows_per_value)
                     transaction.put(_COUNT_KEY, b"%d" % end)
                 break
             except lmdb.MapFullError:  # the transaction is undone, nothing is lost

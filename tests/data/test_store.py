@@ -370,7 +370,7 @@ def test_store_writer_removes_the_checksum_while_it_writes(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "it has format 2, this version reads up to 1: update cogview"),
+        ({"format_version": 3}, "it has format 3, this version reads up to 2: update cogview"),
         ({"format_version": None}, "it has format None"),
         ({"format_version": -1}, "it has format -1"),
         ({"colour": "red"}, '"colour" is unknown'),
@@ -381,6 +381,7 @@ def test_store_writer_removes_the_checksum_while_it_writes(tmp_path):
         ({"layouts": 3}, "its header, layouts: expected a list of text, got 3"),
         ({"codebook_sha256": ["a"]}, "its header, codebook_sha256: expected text"),
         ({"num_image_codes": 0}, "num_image_codes must be in 1…65536"),
+        ({"rows_per_value": 0}, "rows_per_value must be in 1…65535"),
     ],
 )
 def test_token_store_rejects_unreadable_headers(written, change, message):
