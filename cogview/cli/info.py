@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.registry import ModelEntry
     from cogview.checkpoints.safetensors_io import TensorSpec
     from cogview.modeling.config import TransformerConfig
+    from cogview.vqvae.model import VQVAEConfig
 
 
 @click.command(cls=Command)
@@ -26,9 +28,9 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     "model",
     required=False,
     metavar="MODEL",
-    help="name or folder of a model, owner/name on the Hugging Face Hub, or a transformer (.tar, .pt or its folder), "
-    "image tokenizer (.pt) or text model (.model) of CogView v1, or a PNG image, for its metadata, or the journal of a "
-    "job (.ledger.jsonl); without it, the known models are listed",
+    help="name or folder of a model, folder of an image tokenizer, owner/name on the Hugging Face Hub, or a "
+    "transformer (.tar, .pt or its folder), image tokenizer (.pt) or text model (.model) of CogView v1, or a PNG "
+    "image, for its metadata, or the journal of a job (.ledger.jsonl); without it, the known models are listed",
 )
 @revision_option()
 @click.option(
@@ -62,7 +64,8 @@ def command(model: str | None, revision: str | None, things: bool, hashes: bool)
         lines = lines_with_files(describe_v1_file(path), path, hashes=hashes)
     else:
         folder = resolve_checkpoint(model, revision=revision)
-        lines = lines_with_files(describe_checkpoint(folder, model), folder, hashes=hashes)
+        facts = describe_image_tokenizer(folder) if is_image_tokenizer(folder) else describe_checkpoint(folder, model)
+        lines = lines_with_files(facts, folder, hashes=hashes)
     print("\n".join(lines))
     return 0
 
@@ -157,14 +160,40 @@ def describe_v1_image_tokenizer(path: Path) -> dict[str, str]:
     from cogview.checkpoints.v1_vqvae import read_v1_vqvae
 
     config, weights = read_v1_vqvae(path)
-    networks = sum(tensor.numel() for name, tensor in weights.items() if not name.startswith("quantizer."))
+    specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+    kind = "image tokenizer of CogView v1: --image-tokenizer of cogview convert"
+    return {"model": str(path), "kind": kind, **_vqvae_facts(config, specs)}
+
+
+def is_image_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds an image tokenizer alone, such as the folder ``image`` of a model."""
+    from cogview.plain_data import read_json
+
+    try:
+        config = read_json(folder / "config.json")
+    except (InputError, OSError):  # described as a model, whose error says what is wrong
+        return False
+    return isinstance(config, dict) and "code_width" in config
+
+
+def describe_image_tokenizer(folder: Path) -> dict[str, str]:
+    """Return the facts of an image tokenizer's folder, by name."""
+    from cogview.checkpoints.image_tokenizer import read_image_config
+    from cogview.checkpoints.safetensors_io import WeightsFile
+
+    config = read_image_config(folder)
+    specs = WeightsFile(folder / "model.safetensors").specs
+    return {"model": str(folder), "kind": "image tokenizer", **_vqvae_facts(config, specs)}
+
+
+def _vqvae_facts(config: VQVAEConfig, specs: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Return the facts of the config and the tensors of an image tokenizer."""
+    networks = sum(math.prod(spec.shape) for name, spec in specs.items() if not name.startswith("quantizer."))
     return {
-        "model": str(path),
-        "kind": "image tokenizer of CogView v1: --image-tokenizer of cogview convert",
         "codes": f"{config.num_codes}, each {config.code_width} numbers wide",
         "pixels": f"{config.downsampling} x {config.downsampling} per code",
         "networks": f"{config.architecture}, channels {', '.join(map(str, config.channels))}, {networks:,} parameters",
-        "weights": describe_weights({name: TensorSpec(t.dtype, tuple(t.shape)) for name, t in weights.items()}),
+        "weights": describe_weights(specs),
     }
 
 

@@ -157,7 +157,7 @@ class _ModelPlan:
     @property
     def grid(self) -> int:
         """Codes on a side of an image."""
-        return self.rules.side // 8
+        return self.rules.side // VQVAEConfig().downsampling
 
     @property
     def num_workers(self) -> int:

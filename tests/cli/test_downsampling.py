@@ -114,6 +114,8 @@ def test_model_of_another_grid_is_trained_packaged_and_used(cogview, side, downs
 
     (facts,) = (line for line in cogview("info", "work/model")[1] if line.startswith("images"))
     assert facts.endswith(f"{side} x {side} pixels from {grid} x {grid} codes")
+    pixels = [line.split(":")[1].strip() for line in cogview("info", "work/image")[1] if line.startswith("pixels")]
+    assert pixels == [f"{downsampling} x {downsampling} per code"]
     assert cogview("data", "build", "pictures", "-o", "again", "--held-out", 0.2, *model)[0] == 0
     assert TokenStore(Path("again")).header == TokenStore(Path("work/store")).header
     assert TokenStore(Path("again")).header.fields == {"text": 12, "image": grid**2, "large": 4 * grid**2}

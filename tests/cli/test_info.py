@@ -47,6 +47,18 @@ def test_info_describes_a_checkpoint_folder(tiny_checkpoint, capsys):
     ]
 
 
+def test_info_describes_the_folder_of_an_image_tokenizer(tiny_checkpoint, tiny_model, capsys):
+    """Such a folder was refused as a model without a version."""
+    facts, lines = facts_of(capsys, tiny_checkpoint / "image")
+    networks = tiny_model.image_tokenizer
+    count = sum(parameter.numel() for parameter in networks.parameters())
+    assert facts["kind"] == "image tokenizer"
+    assert facts["codes"] == "8192, each 4 numbers wide"
+    assert facts["pixels"] == "8 x 8 per code"
+    assert facts["networks"] == f"residual, channels 8, 8, 16, {count:,} parameters"
+    assert [line.split()[0] for line in lines] == ["config.json", "model.safetensors"]
+
+
 def test_info_describes_a_model_of_one_task(generation_checkpoint, capsys):
     facts, _ = facts_of(capsys, generation_checkpoint)
     assert facts["tasks"] == "generate"

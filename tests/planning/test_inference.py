@@ -1,10 +1,12 @@
 """Estimates of memory and time against layouts, published numbers and the peak of decoding."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from cogview.checkpoints.sizes import vqvae_shapes
 from cogview.errors import InputError
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingRequest
@@ -143,6 +145,19 @@ def test_image_flops_equal_those_of_convolutions():
     assert image_flops(config, 16, decoding=True) == 4 * taps
     taps = 2 * 16 * (3 * 6 * 32**2 + 6 * 5 * 16**2 + 5 * 4 * 8**2) + 2 * 4 * 3 * 8**2
     assert image_flops(config, 8, decoding=False) == taps + 2 * 8192 * 3 * 8**2
+
+
+@pytest.mark.parametrize(
+    ("downsampling", "parameters", "encoding", "decoding"),
+    [(4, 0.8e6, 0.5e9, 1.5e9), (8, 3.4e6, 0.4e9, 2.1e9), (16, 14.0e6, 0.4e9, 2.8e9)],
+)
+def test_costs_of_default_image_tokenizers_are_those_of_the_guide(downsampling, parameters, encoding, decoding):
+    """The table of docs/data.md, for images of 128 pixels a side."""
+    config = VQVAEConfig(downsampling=downsampling)
+    shapes = {name: shape for name, shape in vqvae_shapes(config).items() if not name.startswith("quantizer.")}
+    assert sum(map(math.prod, shapes.values())) == pytest.approx(parameters, abs=0.05e6)
+    for expected, decodes in ((encoding, False), (decoding, True)):
+        assert image_flops(config, 128 // downsampling, decoding=decodes) == pytest.approx(expected, abs=0.05e9)
 
 
 @pytest.mark.parametrize(
