@@ -89,7 +89,7 @@ def train_tokenizers(recipe: Recipe, training: ImageDataset, held_out: ImageData
     """Train the text tokenizer and the VQ-VAE, and encode both splits into stores."""
     train_text_model(recipe.text_model, recipe.settings(TextTokenizerRecipe, "text"), captions(training))
     run, context = RunFolder(recipe.image_run), init_distributed("cpu")
-    train_vqvae(recipe.settings(VQVAERecipe, "image"), training, held_out, run, context.device)
+    train_vqvae(recipe.settings(VQVAERecipe, "image"), training, held_out, run, context)
     export_image_tokenizer(run, recipe.image_tokenizer)
     tokenizers = recipe.open_text_tokenizer(), recipe.open_image_tokenizer()
     for path, split in ((recipe.held_out_store, held_out), (recipe.store, training)):

@@ -153,7 +153,7 @@ def tiny_model(tiny_checkpoint: Path) -> CogView:
     return CogView.from_pretrained(tiny_checkpoint, device="cpu")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def save_image() -> Callable[..., Image.Image]:
     """Return a function that writes an image of smooth colours, different for each ``number``, and returns it."""
 

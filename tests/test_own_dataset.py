@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image, ImageDraw
 
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
@@ -115,7 +114,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         run=RunSettings(save_every=0, evaluate_every=0),
     )
     run = RunFolder(folder / "image-run")
-    assert train_vqvae(recipe, training, held_out, run, torch.device("cpu")) == 0
+    assert train_vqvae(recipe, training, held_out, run, init_distributed("cpu")) == 0
     export_image_tokenizer(run, folder / "image")
 
     image_tokenizer = load_image_tokenizer(folder / "image")

@@ -69,31 +69,38 @@ class Quantizer(nn.Module):
         return torch.cat(codes).view(vectors.shape[:-1]), torch.cat(distances).view(vectors.shape[:-1])
 
     @torch.no_grad()
-    def initialize_from(self, vectors: Tensor, generator: torch.Generator) -> None:
+    def initialize_from(self, vectors: Tensor, generator: torch.Generator, uses: float = 1.0) -> None:
         """Put every code on an encoder output.
 
         Half the patches of a flat background are the same vector, and a plain random choice would put half the codes
         on one point. Codes are therefore drawn from distinct vectors; a vector repeats only when none is left.
 
         Args:
-            vectors: Encoder outputs (N, D), N of any size.
-            generator: Source of the random choice, on the CPU.
+            vectors: Encoder outputs (N, D) of all processes (``gather_rows``), N of any size.
+            generator: Source of the random choice, on the CPU, with the same seed in every process.
+            uses: Assignments per update that each code may expect, where its average starts. From a larger one, unused
+                codes would stay alive, and used ones lag behind the encoder, for hundreds of updates.
         """
-        source = torch.unique(vectors.float().round(decimals=3), dim=0)
-        order = torch.randperm(len(source), generator=generator)[: len(self.codebook)]
-        chosen = source[order.to(source.device)]
-        if len(chosen) < len(self.codebook):
-            extra = torch.randint(len(source), (len(self.codebook) - len(chosen),), generator=generator)
-            chosen = torch.cat([chosen, source[extra.to(source.device)]])
-        self.reset_codebook(self.normalized(chosen))
+        vectors = vectors.float()
+        group_N = torch.unique(vectors.round(decimals=3), dim=0, return_inverse=True)[1].cpu()
+        numbers_N = torch.arange(len(vectors))
+        # The choice depends on where a vector stands, not on its value: rounding, as of another number of processes,
+        # must not change all codes.
+        first_M = torch.full((int(group_N.max()) + 1,), len(vectors)).scatter_reduce_(0, group_N, numbers_N, "amin")
+        rank_N = torch.randperm(len(vectors), generator=generator)
+        chosen_K = first_M[rank_N[first_M].argsort()][: len(self.codebook)]
+        if len(chosen_K) < len(self.codebook):
+            extra = torch.randint(len(first_M), (len(self.codebook) - len(chosen_K),), generator=generator)
+            chosen_K = torch.cat([chosen_K, first_M[extra]])
+        self.reset_codebook(self.normalized(vectors[chosen_K.to(vectors.device)]), uses)
         self._broadcast()
 
     @torch.no_grad()
-    def reset_codebook(self, codes: Tensor) -> None:
-        """Replace the codebook by ``codes`` (K, D), with averages of one assignment per update for each."""
+    def reset_codebook(self, codes: Tensor, uses: float = 1.0) -> None:
+        """Replace the codebook by ``codes`` (K, D), with averages of ``uses`` assignments per update for each."""
         self.codebook.copy_(codes)
-        self.ema_cluster_size.fill_(1.0)
-        self.ema_sum.copy_(self.codebook)
+        self.ema_cluster_size.fill_(uses)
+        self.ema_sum.copy_(self.codebook * uses)
 
     @torch.no_grad()
     def update(self, vectors: Tensor, codes: Tensor, decay: float) -> None:
@@ -107,7 +114,7 @@ class Quantizer(nn.Module):
         flat_ND, codes_N = vectors.reshape(-1, vectors.shape[-1]).float(), codes.reshape(-1)
         cluster_size = torch.bincount(codes_N, minlength=len(self.codebook)).float()
         cluster_sum = torch.zeros_like(self.ema_sum).index_add_(0, codes_N, flat_ND)
-        if dist.is_available() and dist.is_initialized():
+        if _is_distributed():
             dist.all_reduce(cluster_size)
             dist.all_reduce(cluster_sum)
         self.ema_cluster_size.lerp_(cluster_size, 1 - decay)
@@ -124,34 +131,44 @@ class Quantizer(nn.Module):
         (Arthur and Vassilvitskii, 2007), so that a new code lowers the error.
 
         Args:
-            vectors: Encoder outputs (..., D) of one batch.
+            vectors: Encoder outputs (..., D) of the batch of this process. All processes give equally many.
             threshold: Average assignments per update below which a code is out of use.
-            generator: Source of the random choice, on the CPU.
+            generator: Source of the random choice, on the CPU, with the same seed in every process.
 
         Returns:
             The number of codes that were moved.
         """
         dead = (self.ema_cluster_size < threshold).nonzero().flatten()
         flat_ND = vectors.reshape(-1, vectors.shape[-1]).float()
-        _, distances = self._nearest_with_distance(flat_ND)
+        distances = gather_rows(self._nearest_with_distance(flat_ND)[1])
         wanted = min(len(dead), int((distances > 1e-6).sum()))
-        if dist.is_available() and dist.is_initialized():  # rank 0 decides, so that all have one codebook
-            count = torch.tensor(wanted, device=flat_ND.device)
-            dist.broadcast(count, 0)
-            wanted = int(count)
         if wanted == 0:
             return 0
-        distances = distances + 1e-12
-        picks = torch.multinomial(distances.cpu(), min(wanted, len(flat_ND)), generator=generator).to(flat_ND.device)
+        picks = torch.multinomial(distances.cpu() + 1e-12, wanted, generator=generator).to(flat_ND.device)
+        moved = gather_rows(flat_ND)[picks]
         dead = dead[: len(picks)]
-        self.codebook[dead] = flat_ND[picks]
+        self.codebook[dead] = moved
         self.ema_cluster_size[dead] = 2 * threshold  # several updates pass before the code may count as dead again
-        self.ema_sum[dead] = flat_ND[picks] * 2 * threshold
+        self.ema_sum[dead] = moved * 2 * threshold
         self._broadcast()
         return len(picks)
 
     def _broadcast(self) -> None:
-        """Broadcast the codebook and averages of process 0, which alone has seen its vectors."""
-        if dist.is_available() and dist.is_initialized():
+        """Broadcast the codebook and averages of process 0, so that unlike devices cannot drift apart."""
+        if _is_distributed():
             for buffer in (self.codebook, self.ema_cluster_size, self.ema_sum):
                 dist.broadcast(buffer, 0)
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows (N, ...) of all processes, in the order of their ranks; each process has equally many."""
+    if not _is_distributed():
+        return rows
+    parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def _is_distributed() -> bool:
+    """Return whether several processes train together."""
+    return dist.is_available() and dist.is_initialized()

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,7 +88,6 @@ def reconstruction_loss(images: Tensor, targets: Tensor, gradient_difference_wei
     return loss
 
 
-@torch.inference_mode()
 def evaluate_vqvae(model: VQVAE, batches: Iterable[Tensor]) -> dict[str, float]:
     """Measure reconstruction and codebook usage.
 
@@ -96,28 +96,60 @@ def evaluate_vqvae(model: VQVAE, batches: Iterable[Tensor]) -> dict[str, float]:
         batches: Images (B, 3, H, W) in [0, 1].
 
     Returns:
+        The metrics of ``reconstruction_metrics``.
+
+    Raises:
+        ValueError: There are no images.
+    """
+    return reconstruction_metrics(reconstruction_totals(model, batches))
+
+
+@torch.inference_mode()
+def reconstruction_totals(model: VQVAE, batches: Iterable[Tensor]) -> np.ndarray:
+    """Return the sums of an evaluation, which may be added over processes.
+
+    Args:
+        model: The VQ-VAE.
+        batches: Images (B, 3, H, W) in [0, 1]; none give zeros.
+
+    Returns:
+        float64 (3 + K,): the sum of squared errors, the number of values that it is of, the number of images, and the
+        uses of each code.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    counts = torch.zeros(model.config.num_codes, dtype=torch.long, device=device)
+    squared, values, images = 0.0, 0, 0
+    for batch in batches:
+        batch = batch.to(device)
+        codes = model.encode(batch)
+        squared += (model.decode(codes) - batch).square().sum().item()
+        values += batch.numel()
+        images += len(batch)
+        counts += torch.bincount(codes.flatten(), minlength=len(counts))
+    return np.concatenate([[squared, values, images], counts.cpu().numpy()]).astype(np.float64)
+
+
+def reconstruction_metrics(totals: np.ndarray) -> dict[str, float]:
+    """Return the metrics of an evaluation.
+
+    Args:
+        totals: Sums of ``reconstruction_totals``.
+
+    Returns:
         ``psnr`` in dB, of the mean squared error of all pixels; ``codes_used``, the fraction of codes in use;
         ``perplexity``, exp of the entropy of the codes, at most their number; and ``images``, their number.
 
     Raises:
         ValueError: There are no images.
     """
-    device = next(model.parameters()).device
-    model.eval()
-    counts = torch.zeros(model.config.num_codes, dtype=torch.long, device=device)
-    squared, pixels = 0.0, 0
-    for images in batches:
-        images = images.to(device)
-        codes = model.encode(images)
-        squared += (model.decode(codes) - images).square().sum().item()
-        pixels += images.numel()
-        counts += torch.bincount(codes.flatten(), minlength=len(counts))
-    if not pixels:
+    (squared, values, images), counts = totals[:3].tolist(), totals[3:]
+    if not images:
         raise ValueError("no images to evaluate on")
-    shares = counts[counts > 0].double() / counts.sum()
+    shares = counts[counts > 0] / counts.sum()
     return {
-        "psnr": -10 * math.log10(max(squared / pixels, 1e-10)),
-        "codes_used": (counts > 0).float().mean().item(),
-        "perplexity": torch.exp(-(shares * shares.log()).sum()).item(),
-        "images": pixels / (3 * images.shape[2] * images.shape[3]),
+        "psnr": -10 * math.log10(max(squared / values, 1e-10)),
+        "codes_used": len(shares) / len(counts),
+        "perplexity": float(np.exp(-(shares * np.log(shares)).sum())),
+        "images": images,
     }

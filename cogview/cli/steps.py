@@ -172,9 +172,9 @@ def text_settings(recipe: Recipe) -> Any:
 
 def image_settings(recipe: Recipe) -> Any:
     """Return the settings of the image tokenizer."""
-    from cogview.training.vqvae_recipe import VQVAERecipe
+    from cogview.training import vqvae_initial
 
-    return recipe.settings(VQVAERecipe, "image")
+    return vqvae_initial.image_settings(recipe)
 
 
 def encode_settings(recipe: Recipe) -> Any:

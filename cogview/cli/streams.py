@@ -54,7 +54,8 @@ def prepare_streams() -> None:
 
 def is_reader_gone() -> bool:
     """Return whether stdout was a pipe whose reader is gone, so that results printed there are lost."""
-    raw = getattr(getattr(sys.stdout, "buffer", None), "raw", None)
+    buffer = getattr(sys.stdout, "buffer", None)
+    raw = getattr(buffer, "raw", buffer)
     return isinstance(raw, _Output) and raw.is_reader_gone
 
 
@@ -86,8 +87,9 @@ def _discarding(stream: io.TextIOWrapper, number: int) -> io.TextIOWrapper:
         return stream
     stream.flush()
     output = _Output(number, "w", closefd=False)
+    is_unbuffered = raw is stream.buffer
     return io.TextIOWrapper(
-        io.BufferedWriter(output),
+        output if is_unbuffered else io.BufferedWriter(output),
         encoding=stream.encoding,
         errors="backslashreplace",
         line_buffering=stream.line_buffering,

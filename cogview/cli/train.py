@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,6 @@ import click
 
 from cogview.cli.options import Command, device_option
 from cogview.cli.recipes import recipe_options, resume_option
-from cogview.errors import InputError, ReportedByPeer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,21 +34,17 @@ def command(recipe: Recipe, resume: str, device: str, init_from: str | None) -> 
     ``torchrun --nproc-per-node N --no-python cogview train RECIPE`` or ``deepspeed --module cogview train RECIPE``.
     """
     from cogview.device import flush_denormals
-    from cogview.training.distributed import destroy_distributed, exit_process, init_distributed
+    from cogview.training.distributed import destroy_distributed, exit_process, init_distributed, report_once
     from cogview.training.settings import TransformerSettings
     from cogview.training.setup import train
     from cogview.training.step_records import record_step
 
     flush_denormals()
-    try:
+    with report_once():
         settings = recipe.settings(TransformerSettings, "transformer")
         if init_from is not None:
             settings = replace(settings, init_from=init_from)
         context = init_distributed(device, needs_group=settings.engine.name == "deepspeed")
-    except InputError as error:
-        if os.environ.get("RANK", "0") != "0":  # the main process reports the same
-            raise ReportedByPeer(str(error)) from None
-        raise
     try:
         things = context.run_everywhere(lambda: named_things(recipe.world))
         status = train(recipe, settings, context, resume=resume == "auto", things=things)

@@ -16,7 +16,6 @@ from cogview.data.mixture import MixedStore, Mixture
 from cogview.data.phases import Phase, append_phase, check_same_start, read_phases
 from cogview.data.store import TokenStore
 from cogview.data.store_watcher import StoreWatcher
-from cogview.errors import InputError
 from cogview.signals import worker_init
 from cogview.training.distributed import DistributedContext, log_main
 from cogview.training.example_builder import ExampleBuilder
@@ -147,13 +146,7 @@ class TrainingDataLoader:
         self.builder = builder
         self.context = context
         self.num_threads = num_threads
-        size = builder.settings.batch_size
-        if size % context.size:
-            near = size - size % context.size
-            raise InputError(
-                f"batch_size {size} does not divide among {context.size} processes; {near or context.size} or "
-                f"{near + context.size} would"
-            )
+        context.local_slice(builder.settings.batch_size)  # it divides
         self._store = MixedStore(list(sources.stores.values()))
         self._first = sources.first_phase()
         self._phases: list[Phase] = []

@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -73,7 +74,17 @@ class DistributedContext:
         return self.all_reduce_max(float(flag)) > 0
 
     def local_slice(self, count: int) -> slice:
-        """Return the part of this process of ``count`` rows, which is a multiple of the number of processes."""
+        """Return the part of this process of the ``count`` rows of a step.
+
+        Raises:
+            InputError: They do not divide among the processes.
+        """
+        if count % self.size:
+            near = count - count % self.size
+            raise InputError(
+                f"batch_size {count} does not divide among {self.size} processes; {near or self.size} or "
+                f"{near + self.size} would"
+            )
         local = count // self.size
         return slice(self.rank * local, (self.rank + 1) * local)
 
@@ -145,12 +156,15 @@ class DistributedContext:
         return torch.stack(parts).numpy()
 
 
-def init_distributed(device: str = "auto", *, needs_group: bool = False) -> DistributedContext:
+def init_distributed(
+    device: str = "auto", *, needs_group: bool = False, timeout: timedelta = TIMEOUT
+) -> DistributedContext:
     """Join the processes that were started together, by the variables RANK, WORLD_SIZE and LOCAL_RANK.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         needs_group: Create a process group even for one process.
+        timeout: How long a process waits in a collective for the others.
 
     Returns:
         Rank, number of processes and device of this process.
@@ -181,8 +195,24 @@ def init_distributed(device: str = "auto", *, needs_group: bool = False) -> Dist
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device(chosen.type, torch.cuda.current_device())
     if size > 1 or needs_group:
-        _start_group(chosen, rank, size)
+        _start_group(chosen, rank, size, timeout)
     return DistributedContext(chosen, rank, size)
+
+
+@contextmanager
+def report_once() -> Iterator[None]:
+    """Let the main process alone report an InputError that the block raises in every process.
+
+    Raises:
+        InputError: In the main process, or where only one process was started.
+        ReportedByPeer: In the others.
+    """
+    try:
+        yield
+    except InputError as error:
+        if os.environ.get("RANK", "0") != "0":
+            raise ReportedByPeer(str(error)) from None
+        raise
 
 
 def destroy_distributed() -> None:
@@ -203,7 +233,7 @@ def exit_process(status: int) -> None:
         os._exit(status)
 
 
-def _start_group(device: torch.device, rank: int, size: int) -> None:
+def _start_group(device: torch.device, rank: int, size: int, timeout: timedelta) -> None:
     """Create the process group."""
     if dist.is_initialized():
         return
@@ -218,7 +248,7 @@ def _start_group(device: torch.device, rank: int, size: int) -> None:
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
             os.environ.setdefault(name, value)
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(

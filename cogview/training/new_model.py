@@ -18,7 +18,7 @@ from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.new_recipe import PictureChoices, RecipeLine, SizeRules, choose_for, line, steps_for
 from cogview.training.step_speed import image_step_seconds, transformer_step_seconds
 from cogview.training.survey import PictureSurvey
-from cogview.training.vqvae_trainer import load_initial_vqvae
+from cogview.training.vqvae_initial import load_initial_vqvae
 from cogview.vqvae.model import VQVAEConfig
 
 START = "cogview-emoji"  # whose image tokenizer a new one of its shape starts from
@@ -139,7 +139,7 @@ class _ModelPlan:
         tasks = {"generate": 5, "caption": 2, "upscale": 3} if upscale else {"generate": 5, "caption": 2}
         generated = tasks["generate"] / sum(tasks.values())
         config = from_mapping(VQVAEConfig, WIDE, "the image tokenizer") if rules.wide else VQVAEConfig()
-        initial = None if rules.wide else load_initial_vqvae(START, config)
+        initial = None if rules.wide else load_initial_vqvae(START, config, seed)
         pixels = survey.pixels(rules.side, choices.fit[0])  # type: ignore[arg-type]  # a FitRule
         draft = cls(
             survey=survey,

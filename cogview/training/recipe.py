@@ -165,17 +165,21 @@ class Recipe:
         """Return the overrides that apply to section ``name``."""
         return *self.overrides, *self.overrides_by_section.get(name, ())
 
-    def settings(self, kind: type[T], name: str) -> T:
+    def settings(self, kind: type[T], name: str, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> T:
         """Return section ``name`` as the dataclass ``kind``.
 
         Args:
             kind: The dataclass.
             name: Name of the section.
+            defaults: Values of inner sections for keys that the recipe does not have.
 
         Raises:
             InputError: A key is unknown or missing, or a value is wrong.
         """
         content = self.section(name)
+        for key, values in (defaults or {}).items():
+            if isinstance(inner := content.get(key) or {}, Mapping):
+                content[key] = {**values, **inner}
         self._shorten_warmup(kind, name, content)
         return from_mapping(kind, content, where=f"section {name} of {self.path}")
 

@@ -19,9 +19,10 @@ from cogview.training.distributed import DistributedContext
 from cogview.training.engines import open_engine
 from cogview.training.engines.base import DeviceMicroBatch, TransformerWithLoss
 from cogview.training.settings import EngineSettings, TransformerTraining
+from cogview.training.vqvae_initial import InitialVQVAE
 from cogview.training.vqvae_trainer import VQVAETrainer
 from cogview.vqvae.codec import to_float
-from cogview.vqvae.model import VQVAE, VQVAEConfig
+from cogview.vqvae.model import VQVAEConfig
 from cogview.vqvae.training import VQVAETrainingSettings
 
 TIMED_STEPS = 2
@@ -30,7 +31,7 @@ MAX_FLOPS = 2e12  # of a timed step on a CPU
 
 
 def image_step_seconds(
-    initial: VQVAE | None, config: VQVAEConfig, pixels: np.ndarray, batch_size: int, device: torch.device
+    initial: InitialVQVAE | None, config: VQVAEConfig, pixels: np.ndarray, batch_size: int, device: torch.device
 ) -> tuple[float, str]:
     """Return the seconds of a training step of an image tokenizer, and the faster precision.
 
@@ -45,7 +46,7 @@ def image_step_seconds(
 
     def steps(precision: str, count: int) -> Callable[[], object]:
         settings = VQVAETrainingSettings(steps=100, batch_size=count, warmup_steps=1)
-        trainer = VQVAETrainer(config, settings, device, training_dtype(device, precision), initial)
+        trainer = VQVAETrainer(config, settings, DistributedContext(device), training_dtype(device, precision), initial)
         return lambda: trainer.step(50, images[:count])
 
     precision = faster_precision(device, lambda name: steps(name, TRIAL_BATCH))

@@ -65,21 +65,22 @@ class TrainingImages(Dataset[Tensor]):
 
 
 def training_batches(
-    images: TrainingImages, batch_size: int, first: int, last: int, num_workers: int = 0
+    images: TrainingImages, batch_size: int, first: int, last: int, num_workers: int = 0, part: slice | None = None
 ) -> Iterator[Tensor]:
     """Return batches ``first`` to ``last`` - 1 of a training, each (B, 3, H, W).
 
     Args:
         images: The images.
-        batch_size: Images of a batch.
+        batch_size: Images of a batch, over all processes.
         first: First batch.
         last: Batch after the last one.
         num_workers: Processes that render images ahead of time.
+        part: Part of each batch that this process computes; None for all of it.
     """
+    own = range(batch_size)[part or slice(None)]
     loader: DataLoader[Any] = DataLoader(
         _Reporting(images),
-        batch_size=batch_size,
-        sampler=range(first * batch_size, last * batch_size),
+        batch_sampler=([step * batch_size + number for number in own] for step in range(first, last)),
         collate_fn=_collate,
         num_workers=num_workers,
         worker_init_fn=worker_init,
@@ -122,6 +123,8 @@ def held_out_batches(
     scales: Sequence[int] = (1,),
     count: int = VALIDATION_IMAGES,
     batch_size: int = 64,
+    *,
+    part: slice | None = None,
 ) -> Iterator[Tensor]:
     """Return batches (B, 3, H, W) of the first ``count`` held-out images, fewer if the dataset is smaller.
 
@@ -131,6 +134,8 @@ def held_out_batches(
         scales: Sizes of the images, over that of the dataset.
         count: Maximum number of images.
         batch_size: Images of a batch.
+        part: The images of this process, such as every other one; None for all of them.
     """
     images = TrainingImages(dataset, downsampling, scales)
-    return iter(DataLoader(images, batch_size=batch_size, sampler=range(min(count, len(dataset)))))
+    own = range(min(count, len(dataset)))[part or slice(None)]
+    return iter(DataLoader(images, batch_size=batch_size, sampler=own))

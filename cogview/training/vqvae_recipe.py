@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from cogview.data.builders.prepare import FitRule
 from cogview.data.sources.tables import TableOptions
@@ -30,7 +31,9 @@ class VQVAERecipe:
         training: Settings of the training steps.
         model: Shape of the VQ-VAE.
         scales: Scales of the training images, in turn; [1, 2] for a model that upscales.
-        init_from: Name or folder of an image tokenizer, or of a model with one, that initializes the weights.
+        init_from: Name or folder of an image tokenizer, or of a model with one, that initializes the weights. The
+            model then has its shape; ``num_codes``, ``code_width`` and ``normalize_codes`` may be others.
+        train: ``all``, or ``decoder`` to keep the encoder and the codebook of ``init_from``, and so every code.
         run: Intervals of logging, saving and evaluation.
         precision: ``auto``, or the dtype of autocast.
         num_workers: Processes that render images; 0 renders in the main process.
@@ -51,6 +54,7 @@ class VQVAERecipe:
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
     scales: tuple[int, ...] = (1,)
     init_from: str | None = None
+    train: Literal["all", "decoder"] = "all"
     run: RunSettings = field(default_factory=RunSettings)
     precision: str = "auto"
     num_workers: int = 0
@@ -73,6 +77,8 @@ class VQVAERecipe:
                 "validation_images": COUNT,
             },
         )
+        if self.train == "decoder" and self.init_from is None:
+            raise ValueError("train: decoder needs init_from, the image tokenizer whose encoder and codebook are kept")
         if not self.pictures:
             for name in ("table", "side", "fit", "held_out"):
                 setting = type(self).__dataclass_fields__[name]

@@ -46,6 +46,12 @@ def test_prepare_streams_discards_what_nobody_reads():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_prepare_streams_keeps_unbuffered_streams_unbuffered():
+    """As in containers, with PYTHONUNBUFFERED: the log of a long training stayed empty for its first 8 KiB."""
+    code = "from cogview.cli.streams import prepare_streams as p; p(); print('狐狸'); import os; os._exit(0)"
+    assert shell(f'{sys.executable} -c "{code}"', PYTHONUNBUFFERED="1").stdout == "狐狸\n"
+
+
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_prepare_streams_replaces_closed_ones(closed):
     done = shell(f"{PROGRAM} models {closed}")

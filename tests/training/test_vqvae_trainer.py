@@ -16,10 +16,12 @@ from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.data.image_dataset import ImageExample
 from cogview.emoji.datasets import SceneDataset
 from cogview.errors import InputError
+from cogview.training.distributed import DistributedContext
 from cogview.training.loop import BatchSource, run_loop
 from cogview.training.run_folder import RunFolder
 from cogview.training.settings import RunSettings
 from cogview.training.vqvae_images import TrainingImages, held_out_batches, training_batches
+from cogview.training.vqvae_initial import InitialVQVAE
 from cogview.training.vqvae_recipe import VQVAERecipe
 from cogview.training.vqvae_trainer import VQVAETrainer, export_image_tokenizer, train_vqvae
 from cogview.vqvae.codec import to_float
@@ -29,7 +31,7 @@ from cogview.vqvae.training import VQVAETrainingSettings, evaluate_vqvae
 
 CONFIG = VQVAEConfig(channels=(4, 8, 8), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1), num_codes=16, code_width=4)
 TRAINING = VQVAETrainingSettings(steps=8, batch_size=2, warmup_steps=3, revive_every=2, revive_below=0.3, decay=0.5)
-CPU = torch.device("cpu")
+CPU = DistributedContext(torch.device("cpu"))
 STEP_CONFIG = VQVAEConfig(
     channels=(8, 16, 16), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 1, 1), num_codes=32, code_width=4
 )
@@ -160,7 +162,7 @@ def test_vqvae_trainer_keeps_the_codebook_when_initialized_from_a_model():
     settings = VQVAETrainingSettings(
         **{**vars(STEP_SETTINGS), "learning_rate": 0.0, "final_learning_rate": 0.0, "decay": 1.0}
     )
-    second = VQVAETrainer(STEP_CONFIG, settings, CPU, init_from=first.model)
+    second = VQVAETrainer(STEP_CONFIG, settings, CPU, initial=InitialVQVAE(model=first.model))
     assert torch.equal(second.model.quantizer.codebook, codebook)
     metrics = run(second, 0, 2)
     assert metrics[0]["commitment"] > 0

@@ -1,0 +1,129 @@
+"""Another image tokenizer as the start of a training: what is taken from it, and what starts anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+
+from cogview.checkpoints.image_tokenizer import load_image_tokenizer, read_image_config
+from cogview.checkpoints.registry import resolve_checkpoint
+from cogview.config_io import to_mapping
+from cogview.errors import InputError
+from cogview.training.recipe import Recipe
+from cogview.training.vqvae_recipe import VQVAERecipe
+from cogview.vqvae.model import VQVAE, VQVAEConfig
+
+# Keys of the shape that a recipe may change; the convolutions fit whatever they are, but for the two at the codebook.
+CODEBOOK_KEYS = ("num_codes", "code_width", "normalize_codes")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InitialVQVAE:
+    """The VQ-VAE that a training starts with.
+
+    Attributes:
+        model: The VQ-VAE, of the shape of the recipe.
+        keeps_codebook: Whether its codebook is that of the other image tokenizer; else it starts from the images.
+        decoder_only: Whether the decoder alone is trained, so that the codes of all images stay as they are.
+        description: What was taken and what starts anew, in a line.
+    """
+
+    model: VQVAE
+    keeps_codebook: bool = True
+    decoder_only: bool = False
+    description: str = ""
+
+
+def image_folder(name: str) -> Path:
+    """Return the folder of an image tokenizer.
+
+    Args:
+        name: Name or folder of an image tokenizer, or of a model with one.
+
+    Raises:
+        InputError: There is no such model.
+    """
+    folder = resolve_checkpoint(name)
+    return folder / "image" if (folder / "image").is_dir() else folder
+
+
+def image_settings(recipe: Recipe) -> VQVAERecipe:
+    """Return the section ``image`` of a recipe; with ``init_from`` the model has its shape, but for keys of ``model``.
+
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        InputError: The section is wrong, or there is no such image tokenizer.
+    """
+    section = recipe.section("image")
+    name = section.get("init_from", section.get("start_from"))  # the key of old recipes
+    if not isinstance(name, str):
+        return recipe.settings(VQVAERecipe, "image")
+    config = read_image_config(image_folder(name))
+    model = section.get("model")
+    if isinstance(model, Mapping) and model.get("downsampling", config.downsampling) != config.downsampling:
+        raise _other_networks(name, "downsampling", config.downsampling, model["downsampling"])
+    return recipe.settings(VQVAERecipe, "image", {"model": to_mapping(config)})
+
+
+def load_initial_vqvae(name: str, config: VQVAEConfig, seed: int, *, decoder_only: bool = False) -> InitialVQVAE:
+    """Load the image tokenizer that a training starts with.
+
+    Args:
+        name: Name or folder of an image tokenizer, or of a model with one.
+        config: Shape of the recipe. Size, width and normalization of the codebook may be others.
+        seed: Seed of the weights that start anew.
+        decoder_only: Whether the decoder alone is trained.
+
+    Raises:
+        InputError: There is no such model, its networks have another shape, or its codebook cannot be kept.
+    """
+    source = load_image_tokenizer(image_folder(name))
+    _require_same_networks(name, source.config, config)
+    if source.config == config:
+        taken_whole = f"begins with encoder, decoder and codebook of {name}"
+        if decoder_only:
+            taken_whole = f"trains the decoder alone, so that all codes stay as they are with {name}"
+        return InitialVQVAE(model=source, decoder_only=decoder_only, description=taken_whole)
+    if decoder_only:
+        raise InputError(
+            f"train: decoder keeps the codebook of {name}; remove {', '.join(CODEBOOK_KEYS)} from the recipe's model"
+        )
+    torch.manual_seed(seed)
+    model = VQVAE(config)
+    own = model.state_dict()
+    taken = {
+        key: tensor
+        for key, tensor in source.state_dict().items()
+        if not key.startswith("quantizer.") and tensor.shape == own[key].shape
+    }
+    model.load_state_dict(taken, strict=False)
+    is_whole = all(key in taken for key in own if not key.startswith("quantizer."))
+    new = f"a codebook of {config.num_codes} codes of width {config.code_width}"
+    if not is_whole:
+        new = f"the two convolutions beside the codebook and {new}"
+    return InitialVQVAE(
+        model=model,
+        keeps_codebook=False,
+        description=f"begins with the convolutions of {name}; anew: {new}, which starts from the images",
+    )
+
+
+def _require_same_networks(name: str, found: VQVAEConfig, expected: VQVAEConfig) -> None:
+    """Raise InputError for the first key besides ``CODEBOOK_KEYS`` that differs."""
+    for field in fields(VQVAEConfig):
+        other, own = getattr(found, field.name), getattr(expected, field.name)
+        if field.name not in CODEBOOK_KEYS and other != own:
+            raise _other_networks(name, field.name, other, own)
+
+
+def _other_networks(name: str, key: str, found: object, expected: object) -> InputError:
+    """Return the error for a recipe that asks for other networks than those of ``init_from``."""
+    return InputError(
+        f"init_from keeps the networks of {name}, whose {key} is {found}; remove {key} from the recipe's model, or "
+        f"choose another init_from; got {expected}"
+    )
