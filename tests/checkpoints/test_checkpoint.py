@@ -20,11 +20,17 @@ from cogview.checkpoints.checkpoint import (
     save_model,
     verify_files,
 )
-from cogview.checkpoints.image_tokenizer import codebook_hash, load_image_tokenizer, save_image_tokenizer
+from cogview.checkpoints.image_tokenizer import (
+    codebook_hash,
+    load_image_tokenizer,
+    read_image_config,
+    save_image_tokenizer,
+)
 from cogview.errors import InputError
 from cogview.files import file_sha256
 from cogview.modeling.config import FORMAT_VERSION, Sampling
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
+from cogview.vqvae.model import VQVAE, VQVAEConfig
 from tests.factories import input_error
 
 CPU = torch.device("cpu")
@@ -128,6 +134,18 @@ def test_save_image_tokenizer_roundtrip(model, tmp_path):
     loaded = load_image_tokenizer(tmp_path)
     assert loaded.config == model.image_tokenizer.config
     assert codebook_hash(loaded) == codebook_hash(model.image_tokenizer)
+
+
+@pytest.mark.parametrize("channels", [(4, 8), (4, 8, 8), (4, 8, 8, 8)], ids=["4x", "8x", "16x"])
+def test_loaded_image_tokenizer_has_the_codes_and_pictures_of_the_saved_one(channels, tmp_path):
+    torch.manual_seed(0)
+    saved = VQVAE(VQVAEConfig(channels=channels, num_codes=32, code_width=4)).eval()
+    save_image_tokenizer(tmp_path, saved)
+    loaded = load_image_tokenizer(tmp_path)
+    assert loaded.config == saved.config == read_image_config(tmp_path)
+    codes = saved.encode(torch.rand(2, 3, 48, 96))
+    assert torch.equal(loaded.decode(codes), saved.decode(codes))
+    assert torch.equal(loaded.encode(saved.decode(codes)), saved.encode(saved.decode(codes)))
 
 
 def test_codebook_hash_changes_with_the_codebook(tiny_checkpoint):
