@@ -110,8 +110,12 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview train scripts/recipes/lora-style.yaml": Run(
         "style", more=f"training.steps=2 training.warmup_steps=1 {TINY} num_layers=2"
     ),
+    "cogview train lora-style --resume auto": NotRun("the command above runs its recipe"),
     'cogview generate "一个红苹果" --adapter runs/lora-style/transformer-run/checkpoints/step-00001000': Run(
         "adapter", instead="--adapter ADAPTER"
+    ),
+    'cogview generate "一个红苹果" --adapter style:0.6 --adapter things': Run(
+        "adapter", instead=f"--adapter {LAST}:0.6 --adapter ADAPTER"
     ),
     "cogview estimate --train --model 4b --lora 16 --zero 2 --checkpointing full --device cuda:24GB": Run(),
     "cogview adapter info ADAPTER": Run("adapter"),

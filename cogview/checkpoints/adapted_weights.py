@@ -16,9 +16,12 @@ from cogview.checkpoints.adapter import Adapter
 from cogview.checkpoints.adapter_choice import AdapterChoice
 from cogview.checkpoints.precision import TensorSource, stored_quantization
 from cogview.checkpoints.safetensors_io import TensorSpec
+from cogview.errors import InputError
 from cogview.modeling.config import ModelConfig
-from cogview.modeling.lora import merged_weight
+from cogview.modeling.lora import embedding_with_rows, merged_weight
 from cogview.modeling.quantization import dequantize_weight, quantized_names
+
+EMBEDDING = "embedding.weight"
 
 
 def open_adapters(choices: Sequence[AdapterChoice], config: ModelConfig, name: str) -> list[Adapter]:
@@ -53,6 +56,9 @@ class AdaptedWeights:
 
     Attributes:
         specs: Dtype and shape of each tensor.
+
+    Raises:
+        InputError: Embeddings of words should be removed, whose former values no adapter holds.
     """
 
     def __init__(self, source: TensorSource, adapters: Sequence[Adapter], sign: int = 1) -> None:
@@ -62,7 +68,15 @@ class AdaptedWeights:
         for adapter in adapters:
             for projection in adapter.projections:
                 self._adapters.setdefault(f"{projection}.weight", []).append(adapter)
+        self._learners = [adapter for adapter in adapters if adapter.token_ids]
+        if sign < 0 and self._learners:
+            raise InputError(
+                f"the adapter {self._learners[0].folder} cannot be removed: it has learnt embeddings of words, and "
+                "does not hold the former ones; take the model that it was merged into"
+            )
         self.specs = dict(source.specs)
+        if self._learners:
+            self.specs[EMBEDDING] = TensorSpec(torch.float32, self.specs[EMBEDDING].shape)
         for name in self._adapters:
             self.specs[name] = TensorSpec(torch.float32, self._shape(name))
             if self._stored is not None:
@@ -75,6 +89,8 @@ class AdaptedWeights:
 
     def read(self, name: str, *, keep: bool = False) -> Tensor:
         """Return a tensor; one that the adapters change is float32, in memory of its own."""
+        if name == EMBEDDING and self._learners:
+            return embedding_with_rows(self._source.read(name), [adapter.row_change() for adapter in self._learners])
         adapters = self._adapters.get(name)
         if adapters is None:
             return self._source.read(name, keep=keep)

@@ -30,11 +30,14 @@ from cogview.formatting import shorten
 from cogview.modeling.config import PROJECTIONS, ModelConfig, TransformerConfig
 from cogview.modeling.lora import (
     MAX_RANK,
+    TOKEN_ROWS,
     LoraSettings,
     LowRankChange,
+    RowChange,
     add_lora,
     has_adapter,
     lora_parameters,
+    trained_token_ids,
 )
 from cogview.modeling.transformer import Transformer
 from cogview.plain_data import read_json
@@ -43,6 +46,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 BASE_FILE = "cogview.json"
 PREFIX = "base_model.model."  # of every name in PEFT's files
+STORED_ROWS = PREFIX + TOKEN_ROWS.removesuffix(".default")
 
 # Settings of PEFT's LoRA that do not change the output of a trained adapter, or that are checked below. Any other
 # setting would need another formula.
@@ -73,6 +77,7 @@ _SUPPORTED_PEFT_KEYS = frozenset(
         "runtime_config",
         "target_modules",
         "task_type",
+        "trainable_token_indices",
         "use_rslora",
     }
 )
@@ -119,7 +124,8 @@ class Adapter:
     """An adapter's folder; its weights stay in their file.
 
     For rank-stabilised LoRA (arXiv:2312.03732, scale alpha / sqrt(R)), ``settings`` has the alpha of equal scale.
-    ``base`` is None if another program wrote the folder. ``projections`` names the changed projections.
+    ``base`` is None if another program wrote the folder. ``projections`` names the changed projections, ``token_ids``
+    the ids with embeddings of their own.
 
     Args:
         folder: a folder, or ``owner/name`` on the Hugging Face Hub.
@@ -147,6 +153,7 @@ class Adapter:
             )
         self._file = WeightsFile(self.folder / WEIGHTS_FILE)
         rank, alpha, dropout = self._numbers(plain)
+        self.token_ids = self._token_ids(plain.get("trainable_token_indices"))
         self.projections = self._projections(rank)
         targets = tuple(
             target for target in PROJECTIONS if any(name.endswith(f".{target}") for name in self.projections)
@@ -176,9 +183,30 @@ class Adapter:
         alpha, dropout = (_number(plain.get(name, 0.0), f"{path}: {name}") for name in ("lora_alpha", "lora_dropout"))
         return rank, alpha * stabilised, dropout
 
+    def _token_ids(self, plain: Any) -> tuple[int, ...]:
+        """Return the ids with embeddings of their own, from PEFT's setting ``trainable_token_indices``."""
+        rows = self._file.specs.get(STORED_ROWS)
+        if not plain and rows is None:
+            return ()
+        ids = plain.get("embedding") if isinstance(plain, dict) and len(plain) == 1 else None
+        if (
+            not isinstance(ids, list)
+            or not all(type(one) is int and one >= 0 for one in ids)
+            or len(set(ids)) < len(ids)
+        ):
+            raise InputError(
+                f"{self.folder / CONFIG_FILE}: trainable_token_indices must list different ids of the layer embedding, "
+                f"got {shorten(json.dumps(plain), 40)}"
+            )
+        if rows is None or len(rows.shape) != 2 or rows.shape[0] != len(ids):
+            found = "nothing" if rows is None else list(rows.shape)
+            raise InputError(f"{self.folder / WEIGHTS_FILE} must hold {len(ids)} rows of the embedding, got {found}")
+        return tuple(ids)
+
     def _projections(self, rank: int) -> tuple[str, ...]:
         """Return the names of the changed projections; raise InputError for missing or unknown tensors."""
-        path, specs = self.folder / WEIGHTS_FILE, self._file.specs
+        path, specs = self.folder / WEIGHTS_FILE, {**self._file.specs}
+        specs.pop(STORED_ROWS, None)
         names = dict.fromkeys(name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in specs)
         for name in specs:
             if not name.startswith(PREFIX) or not name.endswith((".lora_A.weight", ".lora_B.weight")):
@@ -228,6 +256,13 @@ class Adapter:
                     f"{there[name][0]} x {there[name][1]} in this model"
                 )
 
+        if self.token_ids:
+            last, width = max(self.token_ids), self._file.specs[STORED_ROWS].shape[1]
+            if last >= shape.vocabulary_size or width != shape.width:
+                raise InputError(
+                    f"the adapter {self.folder} has embeddings of width {width} for ids up to {last}, this model has "
+                    f"{shape.vocabulary_size} ids of width {shape.width}"
+                )
         self.check_finite()  # here, because a merge must not stop halfway
 
     def check_finite(self) -> None:
@@ -258,10 +293,11 @@ class Adapter:
             raise InputError(f"the adapter {self.folder} was made for {self.base.name}, not for {name}")
 
     def weights(self) -> dict[str, Tensor]:
-        """Return A and B by the parameter names of ``add_lora``, mapped from the file."""
-        return {
+        """Return A, B and rows of the embedding by the parameter names of ``add_lora``, mapped from the file."""
+        parts = {
             f"{name}.lora_{part}.default.weight": self._read(name, part) for name in self.projections for part in "AB"
         }
+        return parts | ({TOKEN_ROWS: self._file.read(STORED_ROWS, keep=True)} if self.token_ids else {})
 
     def change(self, name: str, sign: int = 1) -> LowRankChange:
         """Return the change of a projection at the adapter's scale, mapped from the file.
@@ -271,6 +307,10 @@ class Adapter:
             sign: 1 to add the adapter, -1 to remove it.
         """
         return LowRankChange(self._read(name, "A"), self._read(name, "B"), sign * self.scale * self.settings.scale)
+
+    def row_change(self) -> RowChange:
+        """Return the change of rows of the embedding at the adapter's scale, mapped from the file."""
+        return RowChange(torch.tensor(self.token_ids), self._file.read(STORED_ROWS, keep=True), self.scale)
 
     def sha256(self) -> str:
         """Return the SHA-256 of settings and weights."""
@@ -316,8 +356,7 @@ def save_adapter(
         weights = lora_parameters(transformer)
     folder.mkdir(parents=True, exist_ok=True)
     stored = {
-        PREFIX + name.replace(".default.weight", ".weight"): tensor.detach().cpu().contiguous()
-        for name, tensor in weights.items()
+        PREFIX + name.replace(".default", ""): tensor.detach().cpu().contiguous() for name, tensor in weights.items()
     }
     write_weights(folder / WEIGHTS_FILE, stored)
     write_json(folder / BASE_FILE, to_mapping(base))
@@ -331,6 +370,8 @@ def save_adapter(
         "bias": "none",
         "inference_mode": True,
     }
+    if token_ids := trained_token_ids(transformer):
+        config["trainable_token_indices"] = {"embedding": token_ids}
     write_json(folder / CONFIG_FILE, config)
 
 
@@ -351,7 +392,7 @@ def load_adapter(transformer: Transformer, folder: str | Path) -> LoraSettings:
     adapter = Adapter(folder)
     adapter.check(transformer.config)
     if not has_adapter(transformer):
-        add_lora(transformer, adapter.settings)
+        add_lora(transformer, adapter.settings, adapter.token_ids)
     own = lora_parameters(transformer)
     weights = adapter.weights()
     for name, parameter in own.items():

@@ -90,6 +90,7 @@ def adapter_lines(adapter: Adapter) -> list[str]:
         "alpha": f"{settings.alpha:g}, which scales by {settings.scale:g}",
         "targets": ", ".join(settings.targets),
         "projections": f"{len(adapter.projections)}",
+        **({"embeddings": f"{len(adapter.token_ids)} rows of words"} if adapter.token_ids else {}),
         "parameters": f"{adapter.num_parameters:,} ({format_bytes(adapter.num_bytes)})",
     }
     if base is not None:

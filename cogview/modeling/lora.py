@@ -5,7 +5,7 @@ For generation the product is merged into W, which needs no PEFT and adds no cos
 the concern of ``cogview.checkpoints.adapter``.
 """
 
-# N outputs, K inputs, R rank
+# N outputs, K inputs, R rank, V ids, D width, M ids with rows of their own
 from __future__ import annotations
 
 import math
@@ -23,6 +23,7 @@ from cogview.modeling.transformer import Transformer
 
 ROWS_PER_STEP = 1024  # rows of a weight that are merged at a time, which bounds the float32 copies
 MAX_RANK = 65536
+TOKEN_ROWS = "embedding.token_adapter.trainable_tokens_delta.default"  # PEFT's name; these are rows, not differences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class LoraSettings:
         alpha: Numerator of ``scale``, above 0.
         dropout: Dropout rate on the inputs of A in training, in [0, 1).
         targets: Projections that are adapted in every layer; keys of ``PROJECTIONS``.
+        words: Texts whose pieces, or bytes where there is no piece, get embeddings of their own.
 
     Raises:
         ValueError: A setting is outside its range, or a target is unknown.
@@ -43,6 +45,7 @@ class LoraSettings:
     alpha: float = 32.0
     dropout: float = 0.0
     targets: tuple[str, ...] = tuple(PROJECTIONS)
+    words: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -60,6 +63,8 @@ class LoraSettings:
                 near = get_close_matches(target, PROJECTIONS, n=1)
                 advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(PROJECTIONS)}"
                 raise ValueError(f'the target "{target}" is unknown; {advice}')
+        if not all(word.strip() for word in self.words):
+            raise ValueError("words must not be empty: each is a text whose embeddings are learnt")
 
     @property
     def scale(self) -> float:
@@ -67,7 +72,7 @@ class LoraSettings:
         return self.alpha / self.rank
 
 
-def add_lora(transformer: Transformer, settings: LoraSettings) -> None:
+def add_lora(transformer: Transformer, settings: LoraSettings, token_ids: Sequence[int] = ()) -> None:
     """Inject trainable LoRA layers into ``transformer`` in place, and freeze all other parameters.
 
     The adapter changes nothing at first (B = 0); A is drawn from torch's global generator. Call this before the
@@ -76,6 +81,7 @@ def add_lora(transformer: Transformer, settings: LoraSettings) -> None:
     Args:
         transformer: Model with floating-point weights and without LoRA layers.
         settings: Rank, scale, dropout and targets.
+        token_ids: Ids whose embeddings are trained too.
 
     Raises:
         InputError: PEFT is missing, the weights are quantized, or LoRA layers are injected already.
@@ -91,10 +97,11 @@ def add_lora(transformer: Transformer, settings: LoraSettings) -> None:
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets),
         bias="none",
+        trainable_token_indices={"embedding": sorted(token_ids)} if token_ids else None,
     )
     peft.inject_adapter_in_model(config, transformer)
     for name, parameter in transformer.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
+        parameter.requires_grad_(_is_trained(name))
 
 
 def has_adapter(transformer: nn.Module) -> bool:
@@ -103,8 +110,44 @@ def has_adapter(transformer: nn.Module) -> bool:
 
 
 def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the injected A and B by their parameter names."""
-    return {name: parameter for name, parameter in transformer.named_parameters() if ".lora_" in name}
+    """Return the injected A and B, and the trained rows of the embedding, by their parameter names."""
+    return {name: parameter for name, parameter in transformer.named_parameters() if _is_trained(name)}
+
+
+def trained_token_ids(transformer: Transformer) -> list[int]:
+    """Return the ids whose embeddings are trained beside LoRA layers, in the order of ``TOKEN_ROWS``."""
+    wrapped: Any = transformer.embedding  # PEFT replaces the module
+    return list(wrapped.token_adapter.token_indices["default"]) if hasattr(wrapped, "token_adapter") else []
+
+
+def _is_trained(name: str) -> bool:
+    return ".lora_" in name or name == TOKEN_ROWS
+
+
+@dataclass(frozen=True)
+class RowChange:
+    """A change of some rows of the embedding: ``factor`` * (``rows`` - the model's rows)."""
+
+    ids: Tensor  # int64 (M,)
+    rows_MD: Tensor
+    factor: float
+
+
+def embedding_with_rows(weight_VD: Tensor, changes: Sequence[RowChange]) -> Tensor:
+    """Return an embedding with changes of rows added: they are summed in float32, and the sum is added once.
+
+    Args:
+        weight_VD: The embedding, of any floating-point dtype; it is not changed.
+        changes: The changes, each of other rows or of the same.
+
+    Returns:
+        float32 (V, D), in memory of its own.
+    """
+    total_VD = torch.zeros(weight_VD.shape, dtype=torch.float32, device=weight_VD.device)
+    for change in changes:
+        ids, rows_MD = change.ids.to(weight_VD.device), change.rows_MD.to(weight_VD.device, torch.float32)
+        total_VD.index_add_(0, ids, rows_MD - weight_VD[ids].float(), alpha=change.factor)
+    return total_VD.add_(weight_VD)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import cached_property
@@ -42,6 +43,8 @@ from cogview.vqvae.model import VQVAE
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+log = logging.getLogger(__name__)
 
 KV_DTYPES = ("auto", "int8")
 FINGERPRINT_DIGITS = 12  # of a fingerprint in the metadata of files
@@ -147,6 +150,12 @@ class LoadedModel:
             model = load_model(folder, placement.device, placement.dtype, placement.quantization, adapters=adapters)
             if adapters:
                 model.grammar = None  # an adapter may have learnt other words
+            if adapters and stored is not None and placement.quantization is not None:
+                log.warning(
+                    "%s is stored in %s: it is quantized again with the adapter, which adds as large an error; a "
+                    "folder of float weights with --dtype %s has one alone",
+                    *(name, stored, stored),
+                )
             opened = cls(model, placement, str(name))
             opened.adapters, opened.folder = choices, folder
         opened.revision, opened.int8_cache = revision, kv_dtype == "int8"

@@ -210,7 +210,28 @@ def initialize(model: Model, settings: TransformerSettings) -> None:
                 file=sys.stderr,
             )
     if settings.lora is not None:
-        add_lora(model.transformer, settings.lora)
+        add_lora(model.transformer, settings.lora, word_ids(model, settings.lora.words))
+
+
+def word_ids(model: Model, words: Sequence[str]) -> list[int]:
+    """Return the ids of words: of their pieces, or of their bytes where the text tokenizer has no piece.
+
+    Args:
+        model: The model.
+        words: The words.
+
+    Raises:
+        InputError: A word is nothing but spaces to the text tokenizer.
+    """
+    ids: set[int] = set()
+    for word in words:
+        pieces = model.text_tokenizer.encode(word)
+        if not pieces:
+            raise InputError(f"lora.words: {word!r} has no pieces; expected a text")
+        ids.update(model.config.vocabulary.text[piece] for piece in pieces)
+    if ids:
+        print(f"embeddings of {len(ids)} pieces are learnt: those of {'、'.join(words)}", file=sys.stderr)
+    return sorted(ids)
 
 
 def adapter_files(model: Model, settings: TransformerSettings) -> AdapterFiles | None:

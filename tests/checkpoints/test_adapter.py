@@ -417,6 +417,33 @@ def test_load_adapted_refuses_another_quantization_than_that_of_the_folder(
         load_adapted(trained[2], folder=tmp_path / "rounded", dtype=torch.bfloat16, quantization="int4")
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_adapters_are_added_to_weights_that_are_stored_quantized(
+    trained, tiny_checkpoint, tmp_path, caplog, quantization
+):
+    """They are restored, changed and quantized again; without quantization the sum is exact."""
+    folder = trained[2]
+    convert_folder(tiny_checkpoint, tmp_path / "rounded", precision=Precision(quantization=quantization))
+    merge_folder(tmp_path / "rounded", [Adapter(folder)], tmp_path / "merged", name="")
+    base = CogView.from_pretrained(tmp_path / "rounded", device="cpu", dtype="float32").transformer.state_dict()
+    exact = CogView.from_pretrained(tmp_path / "rounded", device="cpu", dtype="float32", adapter=folder)
+    assert not caplog.records
+    for name, weight in exact.transformer.state_dict().items():
+        projection = name.removesuffix(".weight")
+        if projection in Adapter(folder).projections:
+            change = Adapter(folder).change(projection)
+            torch.testing.assert_close(
+                weight - base[name], change.factor * change.b_NR @ change.a_RK, atol=1e-6, rtol=0
+            )
+        else:
+            assert torch.equal(weight, base[name])
+    found = CogView.from_pretrained(tmp_path / "rounded", device="cpu", adapter=folder)
+    assert "it is quantized again with the adapter, which adds as large an error" in caplog.text
+    expected = CogView.from_pretrained(tmp_path / "merged", device="cpu").transformer.state_dict()
+    assert found.placement.weight_format == quantization
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.transformer.state_dict().items())
+
+
 def test_add_lora_names_the_extra_when_peft_is_missing(transformer, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with one_line("pip install 'cogview[lora]'"):
