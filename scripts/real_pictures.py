@@ -64,7 +64,7 @@ PACKAGES = {
 
 STAMP_SIDE = 256  # of rendered SVG stamps, pixels
 # Median absolute Laplacian of the opaque pixels, of 255. Shaded photographs lie above, flat drawings below; of the
-# 286 stamps above it, about one in ten is a drawing.
+# 296 stamps above it, about one in ten is a drawing.
 PHOTO_TEXTURE = 5.0
 JPEG_QUALITY = 95
 
