@@ -285,7 +285,7 @@ def objects() -> Iterator[Picture]:
             caption = OBJECTS[re.sub(r"\d+$", "", path.stem)]
             if caption is not None:
                 image, licence = Image.open(io.BytesIO(data)), "per picture in the README of the resource"
-                yield Picture(f"{path.parent.name}-{path.stem}", image, caption, f"categorization.rcc:{name}", licence)
+                yield Picture(f"object-{path.stem}", image, caption, f"categorization.rcc:{name}", licence)
 
 
 def flags() -> Iterator[Picture]:
@@ -390,13 +390,15 @@ def command(folder: Path, parts: tuple[str, ...], photos: bool) -> int:
     check_packages(parts)
     folder.mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
-    captions = set()
+    captions, names = set(), set()
     with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
         table.writerow(["image", "caption", "paragraph", "part", "source", "licence"])
         for part in parts:
             collect = PARTS[part][0]
             for picture in collect(photos=True) if photos and part == "stamps" else collect():
+                assert picture.name not in names, picture.name  # one would replace the other
+                names.add(picture.name)
                 name = saved(picture, folder)
                 table.writerow([name, picture.caption, picture.paragraph, part, picture.source, picture.licence])
                 counts[part] += 1

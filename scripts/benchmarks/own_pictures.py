@@ -90,8 +90,15 @@ def nearest(images: Sequence[np.ndarray], pictures: Sequence[KnownPicture]) -> n
     return np.array([int((squares - 2 * (known @ image.reshape(-1).astype(np.float32))).argmin()) for image in images])
 
 
+def evenly_chosen(captions: Sequence[str], count: int | None) -> list[str]:
+    """Return ``count`` of the captions, as far apart as can be; all of them if it is None or there are no more."""
+    if count is None or count >= len(captions):
+        return list(captions)
+    return [captions[index * len(captions) // count] for index in range(count)]
+
+
 def measure(
-    pictures: Sequence[KnownPicture], generate: Generator, reconstruct_all: Reconstructor
+    pictures: Sequence[KnownPicture], generate: Generator, reconstruct_all: Reconstructor, count: int | None = None
 ) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
     """Generate every caption of the training pictures and look for the nearest pictures.
 
@@ -99,12 +106,13 @@ def measure(
         pictures: All pictures.
         generate: Generates an image of each caption.
         reconstruct_all: Encodes and decodes images.
+        count: Captions to generate, evenly chosen; None for all.
 
     Returns:
         The measures, and the generated image of each caption.
     """
     trained = [picture for picture in pictures if not picture.held_out]
-    captions = list(dict.fromkeys(chain.from_iterable(picture.captions for picture in trained)))
+    captions = evenly_chosen(list(dict.fromkeys(chain.from_iterable(picture.captions for picture in trained))), count)
     generated = dict(zip(captions, generate(captions), strict=True))
     found = nearest([generated[caption] for caption in captions], pictures)
     right = [caption in pictures[index].captions for caption, index in zip(captions, found, strict=True)]
@@ -136,7 +144,7 @@ def sheet_of(
     own = {
         caption: picture.image for picture in reversed(pictures) if not picture.held_out for caption in picture.captions
     }
-    captions = list(generated)[:: max(1, len(generated) // SHOWN)][:SHOWN]
+    captions = evenly_chosen(list(generated), SHOWN)
     restored = reconstruct_all(np.stack([own[caption] for caption in captions]))
     return captioned_sheet(
         [
@@ -164,9 +172,17 @@ def held_out_losses(recipe: Recipe) -> dict[str, float]:
     "-o", "--output", type=click.Path(path_type=Path), default="own-pictures.png", show_default=True, help="the sheet"
 )
 @click.option("--json", "report_file", type=click.Path(path_type=Path), help="also write the measures to this file")
+@click.option(
+    "--captions", "count", type=click.IntRange(min=1), help="captions to generate, evenly chosen; without it, all"
+)
 @click.option("--temperature", type=float, help="sampling temperature; without it, that of the model")
 def command(
-    recipe: Recipe, model: str | None, output: Path, report_file: Path | None, temperature: float | None
+    recipe: Recipe,
+    model: str | None,
+    output: Path,
+    report_file: Path | None,
+    count: int | None,
+    temperature: float | None,
 ) -> int:
     """Measure how many captions of the training pictures are drawn as their own picture."""
     settings = recipe.settings(PictureEncodeSettings, "encode")
@@ -184,7 +200,7 @@ def command(
         return [np.asarray(image) for image in drawer.generate(captions, seed=SEED, **overrides)]
 
     reconstruct_all = partial(reconstruct, drawer.image_tokenizer)
-    report, generated = measure(pictures, generate, reconstruct_all)
+    report, generated = measure(pictures, generate, reconstruct_all, count)
     sheet_of(pictures, generated, reconstruct_all).save(output)
     report["held_out_loss"] = held_out_losses(recipe)
     if report_file is not None:

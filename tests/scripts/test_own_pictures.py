@@ -53,6 +53,11 @@ def test_measure_takes_every_picture_of_a_shared_caption_as_right(grader, pictur
     assert report["wrong"] == ["一条鱼", "狐狸"]
 
 
+def test_evenly_chosen_captions_are_spread_over_all(grader):
+    assert grader.evenly_chosen("abcdefg", 3) == ["a", "c", "e"]
+    assert grader.evenly_chosen("abc", 3) == grader.evenly_chosen("abc", None) == grader.evenly_chosen("abc", 9)
+
+
 def test_nearest_equals_the_definition(grader, pictures):
     images = np.random.default_rng(1).integers(0, 256, (20, SIDE, SIDE, 3), dtype=np.uint8)
     expected = [
@@ -98,10 +103,12 @@ def test_main_measures_a_model_and_writes_sheet_and_figures(grader, tiny_checkpo
     (tmp_path / "runs/transformer-run").mkdir(parents=True)
     losses = "".join(f'{{"step": {step}, "validation_generate_image_loss": {9 - step}}}\n' for step in (1, 2))
     (tmp_path / "runs/transformer-run/metrics.jsonl").write_text(losses, encoding="utf8")
-    status = grader.main(["own.yaml", "--model", str(tiny_checkpoint), "-o", "sheet.png", "--json", "found.json"])
+    status = grader.main(
+        ["own.yaml", "--model", str(tiny_checkpoint), "-o", "sheet.png", "--captions", "2", "--json", "found.json"]
+    )
     assert status == 0
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf8"))
-    assert (found["pictures"], found["captions"], found["nearest_is_own"]["of"]) == (3, 3, 3)
+    assert (found["pictures"], found["captions"], found["nearest_is_own"]["of"]) == (3, 2, 2)
     assert found["held_out_loss"] == {"first": 8, "lowest": 7, "last": 7}
     assert "3 training pictures of 3" in capsys.readouterr().out
     with Image.open(tmp_path / "sheet.png") as sheet:

@@ -147,6 +147,17 @@ def test_words_name_drawings_also_in_the_plural(script, tmp_path):
     assert [(one.name, one.caption) for one in script.gcompris()] == [("word-gorilla", "大猩猩")]
 
 
+def test_objects_are_named_by_the_table_and_letters_are_left_out(script, tmp_path):
+    names = (("monuments", "tajMahal.webp"), ("tools", "hammer12.webp"), ("numbers", "numbers.webp"))
+    (tmp_path / "GCOMPRIS/rcc").mkdir(parents=True)
+    content = qt_resource({name: (picture(), False) for name in names})
+    (tmp_path / "GCOMPRIS/rcc/categorization.rcc").write_bytes(content)
+    assert [(one.name, one.caption) for one in script.objects()] == [
+        ("object-tajMahal", "泰姬陵"),  # not monuments-tajMahal, which is a photograph with a paragraph
+        ("object-hammer12", "锤子"),
+    ]
+
+
 def test_missing_packages_are_named_with_the_command_that_installs_them(script, tmp_path, capsys):
     assert run(script, tmp_path / "out", "--part", "gcompris") == 2
     assert capsys.readouterr().err.strip().endswith("packages are missing: apt-get install gcompris")
