@@ -23,7 +23,7 @@ from cogview.cli.options import (
     option_group,
     output_option,
 )
-from cogview.errors import ExitStatus
+from cogview.errors import ExitStatus, InputError
 from cogview.formatting import plural
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
@@ -173,6 +173,10 @@ def open_build(
     from cogview.tokenizers.text import TextTokenizer
 
     folder = resolve_checkpoint(model)
+    if not (folder / "config.json").exists() and any((folder / name).exists() for name in ("text.model", "image")):
+        raise InputError(
+            f"{folder} has tokenizers, but no model: `cogview encode RECIPE` builds stores with the tokenizers of a recipe"
+        )
     config = read_config(folder)
     image_tokenizer = load_image_tokenizer(folder / "image").to(choose_placement(device).device)
     large = "upscale" in config.tasks

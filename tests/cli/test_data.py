@@ -104,9 +104,11 @@ def test_data_build_takes_several_sources_and_says_what_it_guesses(data, save_im
         (("pictures", "-o", "pictures"), "pictures is there already: remove it, or choose another store with -o"),
         (("pictures", "-o", "."), ". is there already: choose another store with -o"),
         (("pictures", "-o", "s", "--model", "none"), "none"),
+        (("pictures", "-o", "s", "--model", "tokenizers"), "tokenizers has tokenizers, but no model: `cogview encode"),
     ],
 )
 def test_data_build_refuses_in_one_line(data, arguments, message):
+    Path("tokenizers/image").mkdir(parents=True)
     status, out, err = data("build", *arguments)
     assert (status, out, len(err)) == (2, [], 1)
     assert message in err[0]
@@ -174,6 +176,24 @@ def test_data_validate_locates_a_flipped_byte(data, store):
     assert data("validate", "pictures") == (1, [], ["pictures is not a token store: it has no data.mdb"])
     status, _, err = data("validate", "store", "nowhere")
     assert (status, err) == (2, ["cogview data: there is no folder nowhere: expected the folders of token stores"])
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "status"),
+    [("stats", (), 2), ("validate", (), 1), ("merge", ("-o", "new"), 2), ("export", ("-o", "new"), 2)],
+)
+def test_data_commands_refuse_a_store_of_a_newer_version(data, store, name, more, status):
+    import lmdb
+
+    with lmdb.open("store", max_dbs=1) as environment, environment.begin(write=True) as transaction:
+        header = json.loads(transaction.get(b"header"))
+        transaction.put(b"header", json.dumps(header | {"format_version": 99}).encode())
+    for file in ("data.sha256", "data.blocks.json"):
+        Path("store", file).unlink()
+    found, _, err = data(name, "store", *more, *(store if name == "export" else ()))
+    assert found == status
+    assert "it has format 99, this version reads up to 2: update cogview" in err[-1]
+    assert not Path("new").exists()
 
 
 def test_data_export_writes_shards_that_build_reads(data, store):

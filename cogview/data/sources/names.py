@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -145,8 +144,8 @@ def _explained() -> Iterator[None]:
         yield
     except sqlite3.Error as error:
         raise RetryLaterError(
-            f"the names of the files cannot be written to {tempfile.gettempdir()} ({error}): free space, or choose "
-            "another folder by the variable TMPDIR, and run the command again"
+            f"the names of the files cannot be written to a temporary file ({error}): free space, or choose another "
+            "folder by the variable TMPDIR, and run the command again"
         ) from None
 
 

@@ -358,6 +358,42 @@ def interrupt(build: PictureBuild, monkeypatch) -> None:
             build.run()
 
 
+@pytest.mark.parametrize("moment", ["journal", "rows", "copies", "finished stores"])
+def test_picture_build_keeps_a_valid_shorter_store_when_the_disk_is_full(
+    make_build, picture_sources, monkeypatch, moment
+):
+    """Blocks of 7 pictures are whole or absent, and the same command goes on when there is space."""
+    whole = make_build(picture_sources["folder"], name="whole")
+    whole.run()
+    owner, name, last = {
+        "journal": (BuildJournal, "append", 3),
+        "rows": (StoreWriter, "append", 5),
+        "copies": (module.CopyFinder, "add", 20),
+        "finished stores": (module, "copy_rows", 2),
+    }[moment]
+    function, calls = getattr(owner, name), []
+
+    def full(*arguments, **settings):
+        calls.append(1)
+        if len(calls) < last:
+            return function(*arguments, **settings)
+        raise RetryLaterError("rows could not be written") if "stores" in moment else OSError(28, "No space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, full)
+        with pytest.raises((OSError, RetryLaterError), match=r"No space left|the work of the build is kept in .*"):
+            make_build(picture_sources["folder"]).run()
+    build = make_build(picture_sources["folder"])
+    shorter = TokenStore(build.paths.work / "training")
+    assert 0 < len(shorter) <= len(TokenStore(whole.paths.store))
+    expected = TokenStore(whole.paths.store).read(range(len(shorter)))
+    assert all((ids == expected[field]).all() for field, ids in shorter.read(range(len(shorter))).items())
+    shorter.close()
+    del shorter
+    build.run()
+    assert content(build) == content(whole)
+
+
 @pytest.mark.multiprocess
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="another process is needed")
 def test_picture_build_refuses_a_second_process(make_build, picture_sources, monkeypatch):

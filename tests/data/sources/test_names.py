@@ -74,5 +74,7 @@ def test_file_pairs_names_a_full_disk(monkeypatch):
         yield "a.png"
         raise module.sqlite3.OperationalError("database or disk is full")
 
-    with pytest.raises(RetryLaterError, match=r"^the names of the files cannot be written to .* TMPDIR"):
+    with pytest.raises(
+        RetryLaterError, match=r"^the names of the files cannot be written to a temporary file .* TMPDIR"
+    ):
         FilePairs(names())

@@ -75,6 +75,15 @@ def test_picture_folder_enters_a_folder_once_when_links_form_a_loop(read):
     assert list(used) == ["pictures/inner/a.png", "pictures/linked/b.png"]
 
 
+def test_picture_folder_passes_links_that_lead_nowhere_on_to_the_reader(read):
+    """They are named as files that do not exist, or that cannot be read."""
+    for name, target in (("gone", "nowhere.png"), ("left", "right.png"), ("right", "left.png")):
+        Path(f"{name}.png").symlink_to(target)
+        write(f"{name}.txt", "狐狸")
+    used, problems, _ = read(".")
+    assert (list(used), problems) == (["gone.png", "left.png", "right.png"], {})
+
+
 def test_picture_folder_reads_captions_in_gbk_and_names_other_encodings(read):
     for name in ("gbk", "latin"):
         write(f"{name}.png")
@@ -169,6 +178,11 @@ def test_picture_table_holds_no_row_in_memory(read, name):
         ("list.csv", "file,b\nx,y\n", r'column of captions in list\.csv .* --caption-column among "file", "b"'),
         ("list.csv", "file,file\nx,y\n", r'list\.csv: line 1 names the column "file" twice'),
         ("list.csv", "", r"list\.csv has no rows that can be used"),
+        (  # a line in GBK among lines in UTF-8
+            "list.csv",
+            "file,caption\na.png,狐狸\n".encode() + "b.png,蓝色的狗\n".encode("gbk") + "c.png,猫\n".encode(),
+            r"list\.csv is not UTF-8: byte 32 in line 3 is 0xc0",
+        ),
         ("list.jsonl", "[1]\n", r"list\.jsonl has no rows that can be used; line 1: expected an object in braces"),
         ("coco.json", "{}", r'coco\.json has no list of objects under "images"; expected COCO'),
         ("coco.json", "{", r"coco\.json is not JSON"),
