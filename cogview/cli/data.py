@@ -175,7 +175,8 @@ def open_build(
     folder = resolve_checkpoint(model)
     if not (folder / "config.json").exists() and any((folder / name).exists() for name in ("text.model", "image")):
         raise InputError(
-            f"{folder} has tokenizers, but no model: `cogview encode RECIPE` builds stores with the tokenizers of a recipe"
+            f"{folder} has tokenizers, but no model: `cogview encode RECIPE` builds stores with the tokenizers of a "
+            "recipe"
         )
     config = read_config(folder)
     image_tokenizer = load_image_tokenizer(folder / "image").to(choose_placement(device).device)
