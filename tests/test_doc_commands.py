@@ -63,7 +63,9 @@ SYSTEM = NotRun("installs packages of the system or fetches the repository")
 CLUSTER = NotRun("needs several machines or Slurm")
 
 PACKAGES = NotRun("needs Debian packages; tests/scripts has small ones")
-OWN = NotRun("takes hours; tests/cli/test_own_pictures.py runs the steps with a tiny recipe")
+NEW = NotRun("times steps and trains; tests/cli/test_new.py runs it with tiny settings")
+
+DECODER = NotRun("tests/training/test_vqvae_initial.py and test_vqvae_processes.py have such trainings")
 
 ROWS: dict[str, Run | NotRun] = {
     # README, quickstart
@@ -135,18 +137,20 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview data build captions.csv --pictures photos -o data/photos --model cogview-emoji --fit pad": Run(
         "captions", more="--workers 0"
     ),
-    "cogview train-text own-pictures": OWN,
-    "cogview train-image own-pictures --resume auto": OWN,
-    "cogview encode own-pictures": OWN,
-    "cogview train own-pictures --resume auto": OWN,
-    "cogview package own-pictures": OWN,
-    "cogview recipes own-pictures > own-pictures.yaml": OWN,
-    'cogview generate "狐狸" --model runs/own-pictures/model': Run(instead="--model TINY"),
     "apt-get install tuxpaint-stamps-default pysiogame gcompris-qt-data iso-flags-png-320x240 iso-codes "
     "unicode-cldr-core librsvg2-bin": SYSTEM,
     "python scripts/real_pictures.py pictures/real": PACKAGES,
     "cogview run real-pictures": PACKAGES,
     "python scripts/benchmarks/own_pictures.py real-pictures": PACKAGES,
+    "cogview new mine --pictures pictures": NEW,
+    "cogview run mine/recipe.yaml": NEW,
+    'cogview generate "狐狸" --model mine/model': Run(instead="--model TINY"),
+    "cogview new style --pictures pictures --adapter-for cogview-emoji": NEW,
+    "cogview run style/recipe.yaml": NEW,
+    'cogview generate "一个红苹果" --adapter style/adapter': Run("adapter", instead="--adapter ADAPTER"),
+    "cogview train-image own.yaml train=decoder init_from=cogview-emoji --work runs/decoder": DECODER,
+    'cogview generate "狐狸" --model runs/decoder/tuned-model': Run(instead="--model TINY"),
+    "torchrun --nproc-per-node 2 --no-python cogview train-image own.yaml --resume auto": DECODER,
     "cogview train-image own.yaml --resume auto": Run("own", more="--device cpu"),
     "cogview eval image-tokenizer cogview-emoji pictures --fit pad -o sheet.png": Run(),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(

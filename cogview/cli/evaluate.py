@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cogview.cli.evaluate_image_tokenizer import image_tokenizer
+from cogview.cli.evaluate_samples import SAMPLES_FILE, samples
 from cogview.cli.options import (
     MODEL_HELP,
     Command,
@@ -138,7 +139,7 @@ def _evaluate(
 
 @click.group(cls=Group, no_args_is_help=False)
 def command() -> None:
-    """Evaluate a model on held-out scenes of its recipe, or an image tokenizer on pictures."""
+    """Evaluate a model on the captions or held-out scenes of its recipe, or an image tokenizer on pictures."""
 
 
 def _measure_options(function: Callable[..., int]) -> Callable[..., Any]:
@@ -200,7 +201,7 @@ def upscale(**values: Any) -> int:
     return _evaluate("upscale", **values)
 
 
-for _action in (scenes, captions, rerank, upscale, image_tokenizer):
+for _action in (samples, scenes, captions, rerank, upscale, image_tokenizer):
     command.add_command(_action)
 
 
@@ -232,7 +233,8 @@ def read_report(recipe: Recipe, measure: str) -> dict[str, Any] | None:
     from cogview.emoji.evaluation.reports import MEASURES
     from cogview.plain_data import read_json
 
-    path, checkpoint = recipe.work / "report" / MEASURES[measure].file, last_checkpoint(recipe)
+    file = SAMPLES_FILE if measure == "samples" else MEASURES[measure].file
+    path, checkpoint = recipe.work / "report" / file, last_checkpoint(recipe)
     if not path.is_file():
         return None
     report = read_json(path)

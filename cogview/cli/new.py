@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from cogview.cli.messages import print_note
-from cogview.cli.options import FILE, Command, argument, device_option
+from cogview.cli.options import FILE, MODEL_HELP, Command, argument, device_option
 from cogview.cli.translation import translate
 from cogview.errors import InputError
 from cogview.formatting import plural
+
+if TYPE_CHECKING:
+    import torch
+
+    from cogview.training.new_model import NewRecipe
+    from cogview.training.survey import PictureSurvey
 
 SIZE_NAMES = ("tiny", "small", "base", "4b")
 RECIPE_FILE = "recipe.yaml"
@@ -36,6 +44,12 @@ RECIPE_FILE = "recipe.yaml"
     help="size of the model: tiny and small for CPUs, base for a GPU, 4b for a cluster",
 )
 @click.option(
+    "--adapter-for",
+    "base",
+    metavar="MODEL",
+    help="write a recipe for a LoRA adapter of this model, from 20 to 200 pictures: " + MODEL_HELP,
+)
+@click.option(
     "--seed",
     type=click.IntRange(min=0, max=2**31 - 1),
     default=0,
@@ -44,40 +58,109 @@ RECIPE_FILE = "recipe.yaml"
 )
 @click.option("--overwrite", is_flag=True, help="replace the recipe that FOLDER has")
 @device_option()
-def command(folder: Path, sources: tuple[Path, ...], size: str | None, seed: int, overwrite: bool, device: str) -> int:
+def command(**values: Any) -> int:
     """Write a recipe for a model of your own pictures, which `cogview run` turns into the model.
 
     Looks at all captions, at a sample of the pictures and at the machine, and times some steps of both trainings. The
     recipe has the reason for each choice as a comment; the time is an estimate.
     """
+    options = NewOptions(**values)
+    options.check()
     from cogview.device import choose_placement, flush_denormals
-    from cogview.files import atomic_write
-    from cogview.training.new_model import choose_size, new_model_recipe
-    from cogview.training.new_recipe import SIZES, recipe_header, render_lines, survey_lines
     from cogview.training.survey import survey_pictures
 
-    target = folder / RECIPE_FILE
-    if target.exists() and not overwrite:
-        raise InputError(f"{target} is there already: go on with cogview run {target}, or replace it with --overwrite")
     flush_denormals()
-    placement = choose_placement(device).device
-    survey = survey_pictures(sources, print_note)
-    survey.check(sources)
-    name, reason = (size, "as asked for") if size else choose_size(survey, placement)
-    print(
-        f"{plural(survey.pictures, 'picture')} with {plural(survey.rows, 'caption')}; size {name}: {reason}",
-        file=sys.stderr,
-    )
-    print("timing some steps of both trainings", file=sys.stderr)
-    found = new_model_recipe(survey, sources, SIZES[name], folder, placement, seed)
-    chosen = (f"size {name}: {reason}", f"machine: {found.machine}", f"estimate: {found.estimate()}")
-    header = recipe_header(target, [*survey_lines(survey), *chosen], translate)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as temporary:
-        temporary.write_text(header + render_lines(found.lines, translate), encoding="utf-8")
+    device = choose_placement(options.device).device
+    survey = survey_pictures(options.sources, print_note)
+    survey.check(options.sources)
+    print(f"{plural(survey.pictures, 'picture')} with {plural(survey.rows, 'caption')}", file=sys.stderr)
+    chosen, found = choose_recipe(options, survey, device)
+    write_recipe(options.target, found, survey, chosen)
     print(
         f"the estimate from a few steps, without reading pictures and evaluations: {found.estimate()}", file=sys.stderr
     )
-    print(f"next: cogview run {target}", file=sys.stderr)
-    print(target)
+    print(f"next: cogview run {options.target}", file=sys.stderr)
+    print(options.target)
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewOptions:
+    """Options of the command.
+
+    Attributes:
+        folder: Folder of the recipe and the results.
+        sources: Sources of the pictures.
+        size: Size of a whole model; None for one by the data and the machine.
+        base: Model that gets an adapter; None for a whole model.
+        seed: Seed of the trainings.
+        overwrite: Whether to replace a recipe.
+        device: Device of the trainings.
+    """
+
+    folder: Path
+    sources: tuple[Path, ...]
+    size: str | None
+    base: str | None
+    seed: int
+    overwrite: bool
+    device: str
+
+    @property
+    def target(self) -> Path:
+        """File of the recipe."""
+        return self.folder / RECIPE_FILE
+
+    def check(self) -> None:
+        """Raise InputError for a recipe that is there, and for options that contradict each other."""
+        if self.size is not None and self.base is not None:
+            raise InputError("--size is that of a whole model; with --adapter-for the size is that of its model")
+        if self.target.exists() and not self.overwrite:
+            raise InputError(
+                f"{self.target} is there already: go on with cogview run {self.target}, or replace it with --overwrite"
+            )
+
+
+def choose_recipe(options: NewOptions, survey: PictureSurvey, device: torch.device) -> tuple[str, NewRecipe]:
+    """Return a line about what was chosen, and the recipe.
+
+    Args:
+        options: The options.
+        survey: The survey of the pictures.
+        device: Device of the trainings.
+    """
+    from cogview.training.new_adapter import new_adapter_recipe
+    from cogview.training.new_model import choose_size, new_model_recipe
+    from cogview.training.new_recipe import SIZES
+
+    folder, seed = options.folder, options.seed
+    if options.base is not None:
+        chosen = f"an adapter for {options.base}"
+        print(f"{chosen}: timing some steps of its training", file=sys.stderr)
+        return chosen, new_adapter_recipe(
+            survey, options.sources, options.base, folder, device=device, seed=seed, on_note=print_note
+        )
+    name, reason = (options.size, "as asked for") if options.size else choose_size(survey, device)
+    chosen = f"size {name}: {reason}"
+    print(chosen, file=sys.stderr)
+    print("timing some steps of both trainings", file=sys.stderr)
+    return chosen, new_model_recipe(survey, options.sources, SIZES[name], folder, device, seed)
+
+
+def write_recipe(target: Path, found: NewRecipe, survey: PictureSurvey, chosen: str) -> None:
+    """Write a recipe with what was found in the comments at its top.
+
+    Args:
+        target: The file.
+        found: The recipe.
+        survey: The survey of the pictures.
+        chosen: A line about the kind of the recipe.
+    """
+    from cogview.files import atomic_write
+    from cogview.training.new_recipe import recipe_header, render_lines, survey_lines
+
+    about = [*survey_lines(survey), chosen, f"machine: {found.machine}", f"estimate: {found.estimate()}"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(target) as temporary:
+        text = recipe_header(target, about, translate) + render_lines(found.lines, translate)
+        temporary.write_text(text, encoding="utf-8")

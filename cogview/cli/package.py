@@ -1,4 +1,4 @@
-"""``cogview package``: write a checkpoint folder to publish, in float16, with its model card."""
+"""``cogview package``: write a folder to publish: a model in float16 or an adapter, with its model card."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cogview.cli.evaluate import MEASURE_NAMES, last_checkpoint, read_report
+from cogview.cli.messages import print_note
 from cogview.cli.options import Command, output_option
 from cogview.cli.recipes import recipe_options
+from cogview.cli.steps import packaged_folder
 from cogview.errors import InputError, reason_of
+from cogview.files import file_sha256
 from cogview.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from cogview.checkpoints.checkpoint import Model
     from cogview.checkpoints.grammar import PromptGrammar
     from cogview.modeling.config import Sampling
-
-
-SHORT_CARD = "# A model of pictures\n\nTrained by a recipe of cogview on pictures with captions.\n\n{figures}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,40 +42,131 @@ class PackageSettings:
 
 @click.command(cls=Command)
 @recipe_options("package")
-@output_option(default=None, show_default="WORK/model", help="folder to write")
+@output_option(default=None, show_default="WORK/model, or WORK/adapter", help="folder to write")
 def command(recipe: Recipe, output: Path | None) -> int:
-    """Package the last checkpoint with the sampling settings and tables of its reports.
+    """Package the last checkpoint with a model card that has what `cogview eval` has measured.
 
-    A model of pictures has no reports: it keeps the sampling settings of its recipe, and its card has the measures on
-    held-out pictures.
+    An emoji model keeps the sampling settings of its report; any other model has those of its recipe, and the sheet of
+    `cogview eval samples` beside its card.
     """
-    import torch
-
-    from cogview.checkpoints.checkpoint import load_model, save_model
-    from cogview.files import atomic_folder, file_sha256
+    from cogview.files import atomic_folder
     from cogview.training.step_records import record_step
 
     settings = recipe.settings(PackageSettings, "package")
-    card = SHORT_CARD if settings.card is None else read_card(recipe, settings.card)
-    model = load_model(last_checkpoint(recipe), torch.device("cpu"), torch.float32)
-    if "scenes" in recipe.sections or recipe.world.is_dir():
-        figures = add_reports(model, recipe)
-    else:
-        figures = held_out_table(recipe)
-        model.config = replace(model.config, sampling=sampling_of(recipe))
-    things = "、".join(thing.emoji + thing.name for thing in model.things)
-    model.card = card.replace("{figures}", figures).replace("{things}", things)
-    target = output or recipe.work / "model"
+    card = None if settings.card is None else read_card(recipe, settings.card)
+    checkpoint = last_checkpoint(recipe)
+    target = output or packaged_folder(recipe)
     with atomic_folder(target, overwrite=True) as folder:
-        save_model(folder, model, torch.float16)
+        if packaged_folder(recipe).name == "adapter":
+            package_adapter(recipe, settings, card, checkpoint, folder)
+        elif "scenes" in recipe.sections or recipe.world.is_dir():
+            package_emoji_model(recipe, card or "{figures}\n", checkpoint, folder)
+        else:
+            package_picture_model(recipe, settings, card, checkpoint, folder)
     if output is None:
         record_step(recipe, "package", recorded_settings(recipe))
-    print("for checkpoints.yaml:", file=sys.stderr)
-    for path in sorted(target.rglob("*")):
-        if path.is_file() and path.suffix != ".md":
-            print(f"    {path.relative_to(target).as_posix()}: {file_sha256(path)}", file=sys.stderr)
+    if "scenes" in recipe.sections:
+        print("for checkpoints.yaml:", file=sys.stderr)
+        for path in sorted(target.rglob("*")):
+            if path.is_file() and path.suffix != ".md":
+                print(f"    {path.relative_to(target).as_posix()}: {file_sha256(path)}", file=sys.stderr)
     print(target)
     return 0
+
+
+def package_emoji_model(recipe: Recipe, card: str, checkpoint: Path, folder: Path) -> None:
+    """Write a model of the emoji world with what its reports say.
+
+    Args:
+        recipe: The recipe.
+        card: Text of the card.
+        checkpoint: The checkpoint.
+        folder: The folder to write.
+
+    Raises:
+        InputError: There is no report on scenes, or one of another checkpoint.
+    """
+    model = open_checkpoint(checkpoint)
+    figures = add_reports(model, recipe)
+    things = "、".join(thing.emoji + thing.name for thing in model.things)
+    model.card = card.replace("{figures}", figures).replace("{things}", things)
+    save_half(folder, model)
+
+
+def package_picture_model(
+    recipe: Recipe, settings: PackageSettings, card: str | None, checkpoint: Path, folder: Path
+) -> None:
+    """Write a model of pictures with the sampling settings of its recipe, and what ``cogview eval samples`` measured.
+
+    Args:
+        recipe: The recipe.
+        settings: The section ``package``.
+        card: Text of the card; None for one that is written from the facts.
+        checkpoint: The checkpoint.
+        folder: The folder to write.
+    """
+    from cogview.cli.package_card import copy_samples, picture_card, report_figures
+    from cogview.config_io import from_mapping
+    from cogview.modeling.config import ReconstructionQuality
+
+    report = read_report(recipe, "samples")
+    model = open_checkpoint(checkpoint)
+    model.config = replace(model.config, sampling=sampling_of(recipe))
+    if report is None:
+        print_note(f"there are no samples, the card has none; generate some with cogview eval samples {recipe.path}")
+    elif quality := report.get("reconstruction_psnr"):
+        quality = from_mapping(ReconstructionQuality, quality, where="the report on samples")
+        model.config = replace(model.config, reconstruction_psnr=quality)
+    figures = report_figures(recipe, report)
+    facts = (settings.licence, settings.data)
+    model.card = card.replace("{figures}", figures) if card else picture_card(recipe, facts, figures, model)
+    save_half(folder, model)
+    copy_samples(recipe, report, folder)
+
+
+def package_adapter(
+    recipe: Recipe, settings: PackageSettings, card: str | None, checkpoint: Path, folder: Path
+) -> None:
+    """Write an adapter without the state of its training.
+
+    Args:
+        recipe: The recipe.
+        settings: The section ``package``.
+        card: Text of the card; None for one that is written from the facts.
+        checkpoint: The checkpoint.
+        folder: The folder to write.
+    """
+    import shutil
+
+    from cogview.cli.package_card import adapter_card, copy_samples, report_figures
+    from cogview.training.trainer_state import MOMENTS_FILE, STATE_FILE
+
+    report = read_report(recipe, "samples")
+    figures = report_figures(recipe, report)
+    shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MOMENTS_FILE, STATE_FILE))
+    text = (
+        card.replace("{figures}", figures) if card else adapter_card(recipe, settings.licence, settings.data, figures)
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    copy_samples(recipe, report, folder)
+
+
+def open_checkpoint(checkpoint: Path) -> Model:
+    """Return the model of a checkpoint in float32 on the CPU."""
+    import torch
+
+    from cogview.checkpoints.checkpoint import load_model
+
+    return load_model(checkpoint, torch.device("cpu"), torch.float32)
+
+
+def save_half(folder: Path, model: Model) -> None:
+    """Write a model in float16."""
+    import torch
+
+    from cogview.checkpoints.checkpoint import save_model
+
+    save_model(folder, model, torch.float16)
 
 
 def recorded_settings(recipe: Recipe) -> dict[str, Any]:
@@ -130,25 +221,6 @@ def add_reports(model: Model, recipe: Recipe) -> str:
         f"`cogview eval {name}`, {report['protocol']['captions']} held-out scenes:\n\n{MEASURES[name].format(report)}"
         for name, report in reports.items()
     )
-
-
-def held_out_table(recipe: Recipe) -> str:
-    """Return the last measures on held-out pictures of a recipe's trainings, as a table.
-
-    Args:
-        recipe: The recipe.
-    """
-    from cogview.files import read_json_lines
-    from cogview.training.run_folder import RunFolder
-    from cogview.training.run_record import VALIDATION
-
-    rows = ["| measure on held-out pictures | value |", "|---|---|"]
-    for name, folder in (("image tokenizer", recipe.image_run), ("transformer", recipe.transformer_run)):
-        last: dict[str, Any] = {}
-        for line in read_json_lines(RunFolder(folder).metrics):
-            last |= {key: value for key, value in line.items() if key.startswith(VALIDATION)}
-        rows += [f"| {name}, {key.removeprefix(VALIDATION)} | {value:g} |" for key, value in last.items()]
-    return "\n".join(rows)
 
 
 def read_card(recipe: Recipe, name: str) -> str:

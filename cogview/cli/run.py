@@ -18,7 +18,7 @@ import click
 from cogview.cli.failures import explain_error
 from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, Command, argument, device_option
-from cogview.cli.steps import RecipeStep, check_step, steps_of
+from cogview.cli.steps import RecipeStep, check_step, packaged_folder, steps_of, transformer_settings
 from cogview.errors import ExitStatus, InputError
 from cogview.formatting import format_duration
 from cogview.signals import exit_status_of_signal
@@ -88,8 +88,10 @@ def results_of(recipe: Recipe) -> list[Path]:
     """Return what to look at after all steps: the model folder or the last checkpoint, its card, and a sheet."""
     from cogview.training.run_folder import RunFolder
 
-    model = recipe.work / "model"
-    if not (model.is_dir() and "package" in recipe.sections):
+    model = recipe.work
+    if "package" in recipe.sections:
+        model = packaged_folder(recipe)
+    elif "transformer" in recipe.sections:
         model = next(reversed(RunFolder(recipe.transformer_run).checkpoints()), model)
     sheets = (path for pattern in SHEETS for path in sorted(recipe.work.glob(pattern), reverse=True))
     found = [model, model / "README.md", next(sheets, recipe.work / SHEETS[0])]
@@ -136,6 +138,11 @@ class StepRunner:
         """Do a step, print its time, and note it in the work folder; return the exit status."""
         command = self._command_line(step)
         print(f"{name}: cogview {shlex.join(command)}", file=sys.stderr)
+        if step.command == "train" and self._wants_processes():
+            print_note(
+                "this is one process; for several, stop, train with torchrun, and run the same command again: "
+                f"torchrun --nproc-per-node N --no-python cogview {shlex.join(command)}"
+            )
         began = time.perf_counter()
         if step.results is not None and not step.existing_results(self.recipe):  # it is not continued
             record_step(self.recipe, step.command, step.recorded_settings(self.recipe))
@@ -157,6 +164,12 @@ class StepRunner:
             elif status != ExitStatus.MISTAKE:  # of which a line follows
                 print(f"{name}: stopped after {took}; the same command continues", file=sys.stderr)
         return status
+
+    def _wants_processes(self) -> bool:
+        """Return whether the training is meant for several GPUs, or could have them."""
+        import torch
+
+        return transformer_settings(self.recipe).engine.name == "deepspeed" or torch.cuda.device_count() > 1
 
     def _adopt(self, number: int) -> None:
         """Record a finished step that has no record, such as that of an earlier version."""

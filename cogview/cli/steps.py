@@ -89,13 +89,15 @@ def steps_of(recipe: Recipe) -> list[RecipeStep]:
     if not steps:
         sections = ", ".join(step.section for step in known)
         raise InputError(f"{recipe.path} has no section of a step, expected some of: {sections}")
-    if SCENES in steps and TRAIN in steps:
-        tasks = set(transformer_settings(recipe).training.tasks)
+    tasks = set(transformer_settings(recipe).training.tasks) if TRAIN in steps else set()
+    if SCENES in steps:
         steps += [
             RecipeStep(command=f"eval {name}", done=partial(graded, name), options=options, takes_device=True)
             for name, needed, options in MEASURES
             if needed <= tasks
         ]
+    elif "generate" in tasks and PACKAGE.section in recipe.sections:
+        steps.append(RecipeStep(command="eval samples", done=partial(graded, "samples"), takes_device=True))
     if PACKAGE.section in recipe.sections:
         steps.append(PACKAGE)
     return steps
@@ -224,6 +226,11 @@ def graded(measure: str, recipe: Recipe) -> bool:
         return False
 
 
+def packaged_folder(recipe: Recipe) -> Path:
+    """Return the folder of the package: of a model, or of an adapter."""
+    return recipe.work / ("adapter" if transformer_settings(recipe).lora is not None else "model")
+
+
 def package_settings(recipe: Recipe) -> Any:
     """Return what the package depends on besides the checkpoint."""
     from cogview.cli.package import recorded_settings
@@ -284,5 +291,5 @@ PACKAGE = RecipeStep(
     command="package",
     section="package",
     settings=package_settings,
-    done=lambda recipe: (recipe.work / "model" / "config.json").is_file(),
+    done=lambda recipe: packaged_folder(recipe).is_dir(),  # written whole
 )

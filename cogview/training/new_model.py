@@ -207,6 +207,7 @@ class _ModelPlan:
             line(
                 "learning_rate", 1e-3 if rules.wide else 5e-4, "" if rules.wide else "half of that from random weights"
             ),
+            line("warmup_steps", min(300, max(20, self.image_steps // 20))),
             line("seed", self.seed),
         ]
         return [

@@ -257,7 +257,8 @@ def survey_lines(survey: PictureSurvey) -> list[str]:
         f"square, {survey.transparent_share:.0%} with transparent parts",
     ]
     if survey.left_out:
-        found.append(f"{survey.left_out} entries cannot be used; the first: {' '.join(survey.problems[0].split())}")
+        first = " ".join(survey.problems[0].split())
+        found.append(f"entries that cannot be used: {survey.left_out}; the first: {first}")
     return found
 
 

@@ -41,6 +41,7 @@ class PictureSurvey:
         lengths: Characters of each caption.
         distinct: Number of different captions.
         characters: Uses of each character.
+        sampled: Pictures of the sample, whether or not they can be read.
         sizes: Width and height of the pictures of the sample.
         transparent: Pictures of the sample with transparent parts.
         digests: Hashes of the pixels of the sample.
@@ -56,6 +57,7 @@ class PictureSurvey:
     lengths: list[int] = field(default_factory=list)
     distinct: int = 0
     characters: Counter[str] = field(default_factory=Counter)
+    sampled: int = 0
     sizes: list[tuple[int, int]] = field(default_factory=list)
     transparent: int = 0
     digests: list[str] = field(default_factory=list)
@@ -80,7 +82,7 @@ class PictureSurvey:
     @property
     def is_whole(self) -> bool:
         """Whether every picture is in the sample."""
-        return self.read == self.records and len(self.sizes) == self.captioned
+        return self.read == self.records and self.sampled == self.captioned
 
     @property
     def median_side(self) -> int:
@@ -151,7 +153,7 @@ def survey_pictures(sources: Sequence[Path], on_note: Callable[[str], object]) -
     records = islice(chain.from_iterable(opened), found.read)
     for record in tqdm(records, total=found.read, unit="caption", desc="captions", disable=None, leave=False):
         _add_captions(found, record, known, sample)
-    found.distinct = len(known)
+    found.distinct, found.sampled = len(known), len(sample)
     for record in tqdm(sample, unit="picture", desc="pictures", disable=None, leave=False):
         try:
             _add_picture(found, record)

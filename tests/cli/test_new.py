@@ -1,6 +1,7 @@
 """``cogview new``: from a folder of pictures to a recipe, and by ``cogview run`` to a model that generates."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,17 +9,22 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 
+from cogview.checkpoints.checkpoint import read_config
+from cogview.cli import package, run
 from cogview.cli.main import main
 from cogview.cli.package import PackageSettings
 from cogview.cli.steps import encode_settings, image_settings, text_settings, transformer_settings
+from cogview.data.builders.pictures import PictureBuild
 from cogview.data.builders.prepare import is_held_out, pixel_digest
 from cogview.modeling import config
 from cogview.modeling.config import TransformerConfig
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.training import new_model, step_speed
+from cogview.training import new_adapter, new_model, step_records, step_speed
 from cogview.training.new_recipe import SIZES, choose_for, line, render_lines, steps_for
 from cogview.training.recipe import Recipe
 from cogview.training.survey import survey_pictures
+from cogview.training.trainer import TransformerTrainer
+from cogview.training.vqvae_trainer import VQVAETrainer
 
 COLOURS = {"红": (220, 30, 30), "蓝": (30, 60, 220), "绿": (20, 160, 60), "黄": (240, 210, 40), "黑": (20, 20, 20)}
 SHAPES = {"圆": "ellipse", "方块": "rectangle", "线": "line", "扇形": "pieslice"}
@@ -76,7 +82,11 @@ def test_new_recipe_is_valid_and_gives_reasons(new, size):
 
 def test_new_recipe_holds_out_the_pictures_that_it_names(new, tmp_path):
     draw_pictures(Path("shapes"))
+    Path("shapes/broken.png").write_bytes(b"nothing")
+    Path("shapes/broken.txt").write_text("坏", encoding="utf-8")
     assert new("mine", "--pictures", "shapes")[0] == 0
+    assert "entries that cannot be used: 1; the first: shapes/broken.png" in Path("mine/recipe.yaml").read_text("utf-8")
+    Path("shapes/broken.png").unlink()
     share = yaml.safe_load(Path("mine/recipe.yaml").read_text(encoding="utf-8"))["image"]["held_out"]
     digests = [pixel_digest(Image.open(path).convert("RGB")) for path in Path("shapes").glob("*.png")]
     assert sum(is_held_out(digest, share) for digest in digests) == 4
@@ -97,20 +107,128 @@ TINY = [
 ]
 
 
-@pytest.mark.slow
-def test_new_and_run_end_in_a_model_that_generates(new, monkeypatch, capsys):
-    """From a folder of pictures to a picture by three commands."""
+@pytest.fixture
+def shapes(new, monkeypatch) -> list[str]:
+    """The command line that runs a new recipe of 40 pictures with tiny settings."""
     monkeypatch.setitem(config.PRESETS, "tiny", (1, 32, 2))
     draw_pictures(Path("shapes"))
     assert new("mine", "--pictures", "shapes", "--size", "tiny")[0] == 0
-    assert main(["run", "mine/recipe.yaml", *TINY, "--device", "cpu"]) == 0
-    out = capsys.readouterr().out.splitlines()
-    assert out[-3:-1] == ["mine/model", "mine/model/README.md"]
-    assert Path(out[-1]).suffix == ".png"
+    return ["run", "mine/recipe.yaml", *TINY, "--device", "cpu"]
+
+
+@pytest.mark.slow
+def test_new_and_run_end_in_a_model_that_generates(shapes, capsys):
+    """From a folder of pictures to a picture by three commands."""
+    assert main(shapes) == 0
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "mine/model",
+        "mine/model/README.md",
+        "mine/report/samples.png",
+    ]
     steps = [entry["step"] for entry in json.loads(Path("mine/times.json").read_text())]
-    assert steps[:4] == ["train-text", "train-image", "encode", "train"]
+    assert steps == ["train-text", "train-image", "encode", "train", "eval samples", "package"]
+    card = Path("mine/model/README.md").read_text(encoding="utf-8")
+    assert "![samples](samples.png)" in card
+    assert "| training captions | 36 |\n| held-out captions | 4 |" in card
+    assert "| pictures of the image tokenizer | 36, and 4 held out |" in card
+    assert "Licence of this model: not stated." in card
+    assert "| transformer, loss | " in card
+    report = json.loads(Path("mine/report/report-samples.json").read_text())
+    assert list(report["image_tokenizer"]) == ["64"]
+    assert report["image_tokenizer"]["64"]["pictures"] == 4
+    assert read_config(Path("mine/model")).reconstruction_psnr.median == report["reconstruction_psnr"]["median"]
+    with Image.open("mine/model/samples.png") as sheet:
+        assert sheet.width > 64
+    captions = Path("mine/report/samples.txt").read_text(encoding="utf-8").splitlines()
+    assert [caption.partition("：")[0] for caption in captions] == ["held out"] * 4 + ["trained on"] * 12
+    assert f"\n1. {captions[0]}\n" in card
+    assert "| training of the transformer | steps 4, batch_size 2, " in card
     assert main(["generate", "白色背景上的红色圆", "--model", "mine/model", "--device", "cpu"]) == 0
     assert len(list(Path("outputs").glob("*.png"))) == 1
+
+
+@pytest.mark.slow
+def test_new_adapter_and_run_end_in_an_adapter_that_generates(new, monkeypatch, capsys, tiny_checkpoint):
+    pytest.importorskip("peft")
+    shape = read_config(tiny_checkpoint).transformer
+    monkeypatch.setitem(config.PRESETS, "tiny", (shape.num_layers + 1, shape.width, shape.num_heads))
+    monkeypatch.setattr(new_adapter, "transformer_step_seconds", lambda *arguments: (2.0, "float32"))
+    draw_pictures(Path("shapes"))
+    base = str(tiny_checkpoint)
+    status, out, err = new("mine", "--pictures", "shapes", "--adapter-for", base)
+    assert (status, out) == (0, ["mine/recipe.yaml"])
+    notes = "\n".join(line for line in err if line.startswith("note: "))
+    assert f"the image tokenizer of {base} keeps these pictures at" in notes
+    assert f"of the characters are no pieces of {base}, such as " in notes
+    settings = transformer_settings(Recipe.open(Path("mine/recipe.yaml")))
+    assert (settings.init_from, settings.tokenizers, settings.lora.rank) == (base, base, 8)
+    short = ["transformer.training={steps: 2, batch_size: 2, warmup_steps: 1}", "encode.batch_size=8"]
+    assert main(["run", "mine/recipe.yaml", *short, "--device", "cpu"]) == 0
+    capsys.readouterr()
+    assert sorted(path.name for path in Path("mine/adapter").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "cogview.json",
+        "samples.png",
+    ]
+    card = Path("mine/adapter/README.md").read_text(encoding="utf-8")
+    assert f"# An adapter of {base}" in card
+    assert "| training captions | 36 |" in card
+    assert main(["generate", "红色", "--model", base, "--adapter", "mine/adapter", "--device", "cpu"]) == 0
+
+
+def test_new_refuses_a_size_for_an_adapter(new):
+    _, _, err = new("mine", "--pictures", "shapes", "--adapter-for", "cogview-emoji", "--size", "small")
+    assert err == ["cogview new: --size is that of a whole model; with --adapter-for the size is that of its model"]
+
+
+def result_files() -> dict[str, bytes]:
+    """The files of a finished run; those of checksums hold the time when a store was written."""
+    kept = ["text.model", "image", "store", "held-out-store", "model", "report"]
+    paths = [path for name in kept for path in [Path("mine", name), *Path("mine", name).rglob("*")]]
+    return {str(path): path.read_bytes() for path in paths if path.is_file() and path.suffix != ".sha256"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device_failure", [KeyboardInterrupt, MemoryError])
+def test_run_that_is_stopped_everywhere_gives_the_same_files(shapes, monkeypatch, device_failure):
+    """A run is stopped before, within and after each long step, and continued each time."""
+    assert main(shapes) == 0
+    whole = result_files()
+    shutil.move("mine/recipe.yaml", "recipe.yaml")
+    shutil.rmtree("mine")
+    Path("mine").mkdir()
+    shutil.move("recipe.yaml", "mine/recipe.yaml")
+    places = [
+        (run, "run_words", 0),
+        (VQVAETrainer, "step", 3),  # a checkpoint is after 2 steps
+        (step_records, "record_step", 0),
+        (PictureBuild, "_encode_rows", 0),
+        (PictureBuild, "_finish", 0),
+        (TransformerTrainer, "step", 3),
+        (step_records, "record_step", 0),
+        (package, "save_half", 0),
+    ]
+    for owner, name, calls in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop_after(getattr(owner, name), calls, device_failure))
+            assert main(shapes) in (3, 130)
+    assert main(shapes) == 0
+    assert result_files() == whole
+
+
+def stop_after(function, calls, error):
+    """Return a function that raises an error after some calls."""
+    made = []
+
+    def stopping(*arguments, **settings):
+        made.append(1)
+        if len(made) > calls:
+            raise error
+        return function(*arguments, **settings)
+
+    return stopping
 
 
 def test_choices_follow_the_pictures(tmp_path, save_image):

@@ -791,6 +791,13 @@ def test_run_notices_a_step_that_was_done_again(work, asked, tmp_path, capsys):
     assert line.startswith("cogview run: step train-image was done before step train-text was done again; do this step")
 
 
+def test_run_says_how_to_train_with_several_processes(asked, tmp_path, capsys):
+    transformer = {**sections(tmp_path)["transformer"], "engine": {"name": "deepspeed"}}
+    recipe = write_recipe(tmp_path, transformer=transformer)
+    assert main(["run", recipe, "--work", str(tmp_path / "elsewhere"), "--device", "cpu"]) == 0
+    assert f"torchrun --nproc-per-node N --no-python cogview train {recipe} --work " in capsys.readouterr().err
+
+
 def test_run_reports_mistakes_in_one_line(tmp_path, capsys, monkeypatch):
     assert main(["run", str(tmp_path / "nothing.yaml")]) == 2
     assert one_line(capsys).startswith("cogview run: cannot read the recipe")

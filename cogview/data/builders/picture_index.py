@@ -156,6 +156,15 @@ def read_index(path: Path, settings: Mapping[str, Any]) -> list[IndexedPicture] 
     return list(_pictures_of(lines))
 
 
+def known_pictures(path: Path) -> list[IndexedPicture]:
+    """Return the pictures of an index file, whatever it was made from; none if there is no file.
+
+    Args:
+        path: The file.
+    """
+    return list(_pictures_of(read_json_lines(path, MAX_INDEX_BYTES)))
+
+
 def make_index(
     path: Path,
     settings: Mapping[str, Any],

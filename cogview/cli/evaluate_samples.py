@@ -1,0 +1,162 @@
+"""``cogview eval samples``: images for training captions and held-out ones, and the quality of reconstructions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cogview.cli.messages import print_note
+from cogview.cli.options import Command, device_option
+from cogview.cli.recipes import recipe_options
+from cogview.cli.translation import translate
+from cogview.errors import InputError
+from cogview.training.recipe import Recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cogview.pipeline.cogview import CogView
+    from cogview.training.settings import TransformerSettings
+
+SAMPLES_FILE = "report-samples.json"
+SHEET_FILE = "samples.png"
+CAPTIONS = 48  # of each split
+MAX_HELD_OUT = 200  # pictures whose reconstructions are measured
+MAX_SEARCHED = 4000  # pictures among which held-out ones are looked for, without an index
+
+
+@click.command(name="samples", cls=Command)
+@recipe_options(None)
+@click.option(
+    "-n", "--captions", "count", type=click.IntRange(min=1, max=1000), default=CAPTIONS, metavar="COUNT",
+    help="number of training captions, and of held-out ones",
+)  # fmt: skip
+@device_option()
+def samples(recipe: Recipe, count: int, device: str) -> int:
+    """Generate images for training captions and for held-out ones.
+
+    Writes a sheet with each image beside the picture of its caption, and a report: the share of the images that are
+    nearest to their own picture among the training pictures, and the PSNR of reconstructions of held-out pictures.
+    """
+    from cogview.data.store import TokenStore
+    from cogview.evaluation.samples import draw_samples, nearest_share, sample_sheet
+    from cogview.files import write_json
+    from cogview.training.settings import TransformerSettings
+    from cogview.training.step_records import record_step
+
+    settings = recipe.settings(TransformerSettings, "transformer")
+    model, name = open_trained(recipe, settings, device)
+    training = TokenStore(settings.store or recipe.store)
+    held_out = TokenStore(settings.validation_store or recipe.held_out_store)
+    own = "sampling" in recipe.section("transformer")  # an adapter without has the settings of its model
+    sampling = model.sampling(settings.sampling if own or settings.lora is None else None)
+    drawn = [draw_samples(model, store, count, sampling) for store in (training, held_out)]
+    share, compared = nearest_share(model, training, drawn[0])
+    report: dict[str, Any] = {
+        "protocol": {"model": name, "captions": [len(each.captions) for each in drawn], "seed": 0},
+        "nearest_is_own": {"share": round(share, 4), "of": len(drawn[0].captions), "among": compared},
+        **measure_reconstructions(recipe, model),
+    }
+    folder = recipe.work / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    words = translate("held out"), translate("trained on")
+    sheet, lines = sample_sheet([(words[0], drawn[1]), (words[1], drawn[0])], print_note)
+    sheet.save(folder / SHEET_FILE)
+    (folder / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json(folder / SAMPLES_FILE, report)  # last: the report says that the sheet is there
+    record_step(recipe, "eval samples", {})
+    print(f"nearest to their own picture: {share:.0%} of the images for training captions, among {compared} pictures")
+    for side, found in report.get("image_tokenizer", {}).items():
+        print(f"reconstructions of {found['pictures']} held-out pictures, {side} pixels: {found['psnr']:.2f} dB")
+    print(folder / SHEET_FILE)
+    print(f"written to {folder}", file=sys.stderr)
+    return 0
+
+
+def open_trained(recipe: Recipe, settings: TransformerSettings, device: str) -> tuple[CogView, str]:
+    """Return the model of the last checkpoint of a recipe, or its base with the adapter, and the checkpoint's path."""
+    from cogview.cli.evaluate import last_checkpoint
+    from cogview.pipeline.cogview import CogView
+
+    checkpoint = last_checkpoint(recipe)
+    if settings.lora is None:
+        return CogView.from_pretrained(checkpoint, device=device), str(checkpoint)
+    base = settings.init_from or ""
+    return CogView.from_pretrained(base, device=device, adapter=checkpoint), str(checkpoint)
+
+
+def measure_reconstructions(recipe: Recipe, model: CogView) -> dict[str, Any]:
+    """Return the quality of reconstructions of held-out pictures, at all sizes together and at each.
+
+    Args:
+        recipe: The recipe.
+        model: The model with the image tokenizer.
+
+    Returns:
+        ``reconstruction_psnr``, for the config of the model, and ``image_tokenizer``, by side; empty for a recipe
+        without pictures.
+    """
+    from cogview.config_io import to_mapping
+    from cogview.data.builders.prepare import fit_picture
+    from cogview.evaluation.metrics import reconstruction_quality
+    from cogview.evaluation.reconstruction import ReconstructionReport
+    from cogview.vqvae.codec import reconstruct
+
+    if "pictures" not in (recipe.sections.get("encode") or {}):
+        return {}
+    import numpy as np
+
+    from cogview.training.picture_encoding import PictureEncodeSettings
+
+    settings = replace(recipe, overrides=()).settings(PictureEncodeSettings, "encode")
+    pictures = list(held_out_pictures(recipe))
+    if not pictures:
+        return {}
+    scales = [1, 2] if settings.large else [1]
+    true: list[np.ndarray] = []
+    restored: list[np.ndarray] = []
+    by_side = {}
+    for scale in scales:
+        images = np.stack([fit_picture(image, scale * settings.side, settings.fit) for image in pictures])
+        report = ReconstructionReport(model=model.image_tokenizer)
+        for start in range(0, len(images), 32):
+            report.add(images[start : start + 32])
+        true += list(images)
+        restored += list(reconstruct(model.image_tokenizer, images, 32))
+        by_side[str(scale * settings.side)] = report.summary()
+    return {"reconstruction_psnr": to_mapping(reconstruction_quality(true, restored)), "image_tokenizer": by_side}
+
+
+def held_out_pictures(recipe: Recipe) -> Iterator[Any]:
+    """Yield held-out pictures of a recipe as RGB images, ``MAX_HELD_OUT`` at most.
+
+    Args:
+        recipe: The recipe, whose section ``encode`` names pictures.
+    """
+    from itertools import chain, islice
+    from pathlib import Path
+
+    from cogview.data.builders.prepare import MIN_SIDE, is_held_out, pixel_digest
+    from cogview.data.sources.open import open_source
+    from cogview.image_io.reading import read_image
+    from cogview.training.picture_encoding import PictureEncodeSettings
+
+    settings = replace(recipe, overrides=()).settings(PictureEncodeSettings, "encode")
+    sources = [open_source(path, settings.table, lambda note: None) for path in settings.pictures]
+    count, known = 0, set()
+    for record in islice(chain.from_iterable(sources), MAX_SEARCHED):
+        if record.file is None or count == MAX_HELD_OUT:
+            continue
+        try:
+            image = read_image(Path(record.name), content=record.file.read_part())
+        except InputError:  # it is left out of the stores too, which list it
+            continue
+        digest = pixel_digest(image)
+        if min(image.size) >= MIN_SIDE and digest not in known and is_held_out(digest, settings.held_out):
+            known.add(digest)
+            count += 1
+            yield image
