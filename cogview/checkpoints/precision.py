@@ -244,10 +244,13 @@ def _conversion_plan(weights: TensorSource, precision: Precision) -> Iterator[tu
     for name in weights.specs:
         if stored is None:
             yield name, (name,)
-        elif is_quantized(name) and weights.specs[name].dtype in _STORED:  # others have adapters added
+        elif is_quantized(name):
             _, scale = parts = quantized_names(name, stored)
-            if scale not in weights.specs:
+            if scale in weights.specs:
+                yield name, parts
+            elif weights.specs[name].dtype in _STORED:
                 raise InputError(f"{weights.path}: {scale} is missing")
-            yield name, parts
+            else:  # with adapters added, in float32 and without a scale
+                yield name, (name,)
         elif not name.endswith(("scale", "scales_and_zeros")):
             yield name, (name,)
