@@ -151,6 +151,11 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview train-image own.yaml train=decoder init_from=cogview-emoji --work runs/decoder": DECODER,
     'cogview generate "狐狸" --model runs/decoder/tuned-model': Run(instead="--model TINY"),
     "torchrun --nproc-per-node 2 --no-python cogview train-image own.yaml --resume auto": DECODER,
+    "npm pack @iconify-json/fluent-emoji-flat@1.2.6 && tar xf iconify-json-fluent-emoji-flat-1.2.6.tgz": SYSTEM,
+    "pip install resvg-py==0.5.0": FRESH,
+    "python scripts/emoji_sprites.py package -o sprites": NotRun("tests/scripts/test_emoji_sprites.py has a package"),
+    "cogview run emoji-style": NotRun("needs the sprites; tests/emoji/test_export.py has three"),
+    'cogview generate "一只狐狸，紫色背景" --model runs/emoji-style/model': Run(instead="--model TINY"),
     "cogview train-image own.yaml --resume auto": Run("own", more="--device cpu"),
     "cogview eval image-tokenizer cogview-emoji pictures --fit pad -o sheet.png": Run(),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(

@@ -249,7 +249,8 @@ def prompt_grammar(world: Path) -> PromptGrammar | None:
     from cogview.emoji.world import EmojiWorld
 
     try:
-        return build_grammar(EmojiWorld.load(world).things)
+        loaded = EmojiWorld.load(world)
+        return build_grammar(loaded.things, max_kinds=2 if loaded.settings.weights.pair else 1)
     except InputError as error:
         print(f"note: no grammar.json, so that prompts are hardly checked: {error}", file=sys.stderr)
         return None

@@ -98,12 +98,15 @@ def _tables() -> _GrammarTables:
     return from_mapping(_GrammarTables, read_yaml(path), str(path))
 
 
-def build_grammar(things: Sequence[EmojiObject], files: GrammarFiles | None = None) -> PromptGrammar:
+def build_grammar(
+    things: Sequence[EmojiObject], files: GrammarFiles | None = None, *, max_kinds: int = 2
+) -> PromptGrammar:
     """Return the grammar of the prompts of a model.
 
     Args:
         things: Objects that the model was trained on, the commonest first.
         files: Paths of the files to read; those of Debian by default.
+        max_kinds: Different things in one image, at most: 1 for a model that has seen no pairs.
 
     Raises:
         InputError: A file is missing.
@@ -134,7 +137,7 @@ def build_grammar(things: Sequence[EmojiObject], files: GrammarFiles | None = No
         colour_forms=forms,
         carriers=tables.carriers,
         relations=tables.relations,
-        max_kinds=2,
+        max_kinds=max_kinds,
         singles=("{what}", *tables.singles),
         pairs=_distinct(*PAIRS.values(), tables.pairs),
         pair_examples=tuple(patterns[0] for patterns in PAIRS.values()),

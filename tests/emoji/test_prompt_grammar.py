@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import pytest
 
+from cogview.checkpoints.checkpoint import NamedThing
 from cogview.checkpoints.checkpoint import read_things as read_named_things
 from cogview.checkpoints.grammar import read_grammar
 from cogview.checkpoints.registry import resolve_checkpoint
+from cogview.cli.package import prompt_grammar
 from cogview.emoji.captions import CLAUSE_ON_COLOUR, NOUN_ON_COLOUR, PAIRS
 from cogview.emoji.prompt_grammar import GrammarFiles, build_grammar
+from cogview.emoji.scene import SceneWeights
 from cogview.emoji.things import EmojiFiles, read_things
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
@@ -84,3 +87,19 @@ def test_build_grammar_names_the_package_of_a_missing_file(tmp_path):
     missing = tmp_path / "zh.xml"
     with pytest.raises(InputError, match=f"{re.escape(str(missing))} is missing; .* apt install unicode-cldr-core"):
         build_grammar([], GrammarFiles(annotations=(missing,)))
+
+
+@pytest.mark.font
+def test_grammar_of_a_world_without_pairs_notes_prompts_of_two_things(make_tiny_world, tmp_path):
+    known = make_tiny_world().things
+    things = [NamedThing(emoji=thing.emoji, name=thing.name, synonyms=thing.synonyms) for thing in known]
+    found = {}
+    for pair in (0, 1):
+        make_tiny_world(weights=SceneWeights(pair=pair)).save(tmp_path / str(pair))
+        grammar = prompt_grammar(tmp_path / str(pair))
+        assert grammar is not None
+        reader = PromptReader(grammar, things)
+        assert reader.problems("红色背景上的三只狐狸") == []
+        found[pair] = reader.problems("左边是狐狸，右边是狗")
+    assert found[1] == []
+    assert "but an image shows at most 1" in found[0][0]
