@@ -125,8 +125,12 @@ def read_store(path: Path) -> dict[str, Any]:
         with environment.begin() as reader:
             header, count = former(json.loads(reader.get(b"header", b""))), int(reader.get(b"count", b""))
             rows = [(key, value) for key, value in reader.cursor(db=table)]
-    ids = np.stack([np.frombuffer(value, "<u2") for _, value in rows])
-    ends = np.cumsum(list(header["fields"].values()))[:-1]
+    widths = list(header["fields"].values())
+    ids = np.frombuffer(b"".join(value for _, value in rows), "<u2").reshape(-1, sum(widths))
+    if header.pop("rows_per_value", 1) > 1:  # as if each row had a value of its own, which long rows once had
+        rows = [(number.to_bytes(8, "big"), b"") for number in range(len(ids))]
+        header["format_version"] = 1
+    ends = np.cumsum(widths)[:-1]
     parts = np.split(ids, ends, axis=1)
     header.pop("provenance")  # it may name paths
     return {
