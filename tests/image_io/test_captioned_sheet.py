@@ -87,7 +87,7 @@ def test_system_font_prefers_the_font_that_has_all_characters():
     assert font is LATIN
     assert missing_characters("a 狐狸狐", font) == "狐狸"
     chosen = system_font([FOX], 17)
-    if chosen.getname() == LATIN.getname():
+    if missing_characters(FOX, chosen):
         pytest.skip("no Chinese font is installed")
     assert system_font([FOX], 17, [LATIN, chosen]) is chosen
     assert missing_characters(FOX, chosen) == ""
