@@ -55,6 +55,9 @@ transformer:
     final_learning_rate: 1.0e-4
     warmup_steps: 20
     tasks: {{generate: 1}}
+    full_mask_rate: 0.7
+    full_mask_targets: 24
+    partial_mask_rate: 0.15
     num_workers: 0
   run: {{log_every: 10, save_every: 50, evaluate_every: 50}}
 """
