@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -18,7 +19,8 @@ def recipe_options(section_name: str | None) -> Decorator:
     """
 
     def build(path: Path, work: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
-        return Recipe.open(path, work, overrides)
+        recipe = Recipe.open(path, work)
+        return recipe if section_name is None else replace(recipe, overrides_by_section={section_name: overrides})
 
     options: list[Decorator] = [
         argument("path", type=FILE, metavar="RECIPE", help="recipe file, or a name that `cogview recipes` lists"),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -18,9 +18,19 @@ import click
 from cogview.cli.failures import explain_error
 from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, Command, argument, device_option
-from cogview.cli.steps import RecipeStep, check_step, packaged_folder, steps_of, transformer_settings
-from cogview.errors import ExitStatus, InputError
+from cogview.cli.steps import (
+    RecipeStep,
+    check_settings,
+    check_step,
+    later_done,
+    packaged_folder,
+    steps_of,
+    transformer_settings,
+)
+from cogview.config_io import to_mapping
+from cogview.errors import ExitStatus, InputError, reason_of
 from cogview.formatting import format_duration
+from cogview.jobs.locks import rank_and_world_size
 from cogview.signals import exit_status_of_signal
 from cogview.training.recipe import Recipe
 from cogview.training.step_records import read_records, record_step
@@ -45,7 +55,7 @@ def command(path: Path, overrides: tuple[str, ...], work: Path | None, device: s
     A step whose result exists is skipped, and an interrupted one is continued: after a stop, run the same command
     again. WORK/times.json has the time of every step.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if rank_and_world_size()[1] > 1:
         raise InputError(
             "cogview run is one process; of several, torchrun starts the training: "
             f"torchrun --nproc-per-node N --no-python cogview train {path} --resume auto"
@@ -54,8 +64,10 @@ def command(path: Path, overrides: tuple[str, ...], work: Path | None, device: s
     recipe = replace(Recipe.open(path, work), overrides_by_section=changes)
     for name in changes:
         recipe.section(name)  # which must be there
+    steps = tuple(steps_of(recipe))
+    check_settings(recipe, steps)
     recipe.work.mkdir(parents=True, exist_ok=True)
-    runner = StepRunner(recipe=recipe, device=device, steps=tuple(steps_of(recipe)))
+    runner = StepRunner(recipe=recipe, device=device, steps=steps)
     started = time.perf_counter()
     status = runner.run_all()
     if status not in (ExitStatus.DONE, ExitStatus.PARTLY_DONE):
@@ -144,7 +156,7 @@ class StepRunner:
                 f"torchrun --nproc-per-node N --no-python cogview {shlex.join(command)}"
             )
         began = time.perf_counter()
-        if step.results is not None and not step.existing_results(self.recipe):  # it is not continued
+        if step.results is not None and not step.existing_results(self.recipe) and not self._is_repeated(step):
             record_step(self.recipe, step.command, step.recorded_settings(self.recipe))
         status = 1  # of a bug
         try:
@@ -164,6 +176,14 @@ class StepRunner:
             elif status != ExitStatus.MISTAKE:  # of which a line follows
                 print(f"{name}: stopped after {took}; the same command continues", file=sys.stderr)
         return status
+
+    def _is_repeated(self, step: RecipeStep) -> bool:
+        """Return whether a step is done once more as before, which may have the same result."""
+        records = read_records(self.recipe)
+        record = records.get(step.command)
+        if record is None or not record.result or later_done(step, self.steps, record, records):
+            return False
+        return bool(record.settings == to_mapping(step.recorded_settings(self.recipe)))
 
     def _wants_processes(self) -> bool:
         """Return whether the training is meant for several GPUs, or could have them."""
@@ -202,11 +222,31 @@ def run_words(words: Sequence[str]) -> int:
 
 
 def note_time(path: Path, step: str, seconds: float, status: int) -> None:
-    """Append a step to the JSON list ``path``; an interrupted step has several entries, which add up."""
+    """Append a step to the JSON list ``path``; an interrupted step has several entries, which add up.
+
+    A damaged list is put aside, and one that cannot be written is noted: a step does not fail by its time.
+    """
     from cogview.files import write_json
+
+    ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    entry = {"step": step, "seconds": round(seconds, 1), "status": int(status), "ended": ended}
+    try:
+        write_json(path, [*_read_times(path), entry], indent=1)
+    except (InputError, OSError) as error:
+        print_note(f"the time of the step is not recorded: {path}: {reason_of(error)}")
+
+
+def _read_times(path: Path) -> list[Any]:
+    """Return the list of times in a file; a damaged one is renamed, and an empty list returned."""
     from cogview.plain_data import read_json
 
-    times: Any = read_json(path) if path.is_file() else []
-    ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    times.append({"step": step, "seconds": round(seconds, 1), "status": int(status), "ended": ended})
-    write_json(path, times, indent=1)
+    if not path.exists():
+        return []
+    with suppress(InputError):
+        times = read_json(path)
+        if isinstance(times, list):
+            return times
+    names = (path.with_name(f"{path.name}.damaged{suffix}") for suffix in ("", *map(str, range(2, 1000))))
+    aside = path.rename(next(name for name in names if not name.exists()))
+    print_note(f"{path} is no list of times; a new one is begun, the old one is kept as {aside}")
+    return []

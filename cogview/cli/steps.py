@@ -14,6 +14,12 @@ from cogview.training.step_records import StepRecord, changes_of
 
 MAX_CHANGES = 3  # that a message names
 
+# The files that a result cannot be opened without.
+TOKENIZER_FILES = ("config.json", "model.safetensors")
+MODEL_FILES = (*TOKENIZER_FILES, "text.model", *(f"image/{name}" for name in TOKENIZER_FILES))
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "cogview.json")
+MODEL_STEPS = ("scenes", "train-text", "train-image", "encode", "train")  # what a trained model depends on
+
 # Measures of the emoji world, the tasks that they need, and their options; rerank takes 16 images of each caption.
 MEASURES = (
     ("scenes", {"generate"}, ("--tune",)),
@@ -30,6 +36,7 @@ class RecipeStep:
     Attributes:
         command: The command, such as ``train-text``.
         done: Returns whether its result is complete.
+        needs: Commands of the steps whose results it reads; None for all earlier steps.
         section: Section of the recipe that it reads; empty for an evaluation.
         settings: Returns its settings; None for a step without.
         results: Returns the files and folders that it makes, finished or not; None for a step that takes minutes, whose
@@ -42,6 +49,7 @@ class RecipeStep:
 
     command: str
     done: Callable[[Recipe], bool]
+    needs: tuple[str, ...] | None = None
     section: str = ""
     settings: Callable[[Recipe], Any] | None = None
     results: Callable[[Recipe], tuple[Path, ...]] | None = None
@@ -92,12 +100,18 @@ def steps_of(recipe: Recipe) -> list[RecipeStep]:
     tasks = set(transformer_settings(recipe).training.tasks) if TRAIN in steps else set()
     if SCENES in steps:
         steps += [
-            RecipeStep(command=f"eval {name}", done=partial(graded, name), options=options, takes_device=True)
+            RecipeStep(
+                command=f"eval {name}",
+                done=partial(graded, name),
+                needs=MODEL_STEPS,
+                options=options,
+                takes_device=True,
+            )
             for name, needed, options in MEASURES
             if needed <= tasks
         ]
     elif "generate" in tasks and PACKAGE.section in recipe.sections:
-        steps.append(RecipeStep(command="eval samples", done=partial(graded, "samples"), takes_device=True))
+        steps.append(RecipeStep(command="eval samples", done=sampled, needs=MODEL_STEPS, takes_device=True))
     if PACKAGE.section in recipe.sections:
         steps.append(PACKAGE)
     return steps
@@ -121,23 +135,62 @@ def check_step(recipe: Recipe, steps: Sequence[RecipeStep], number: int, records
     if changes:
         more = f" and {len(changes) - MAX_CHANGES} more" if len(changes) > MAX_CHANGES else ""
         reason = f"the settings of step {step.command} have changed: {', '.join(changes[:MAX_CHANGES])}{more}"
-    elif record is not None and (earlier := _later_done(steps[:number], record, records)):
+    elif record is not None and (earlier := later_done(step, steps, record, records)):
         reason = f"step {step.command} was done before step {earlier} was done again"
     else:
         return ""
     if step.results is None:
         return reason
-    paths = " ".join(str(path) for later in steps[number:] for path in later.existing_results(recipe))
+    paths = " ".join(str(path) for each in _with_dependents(steps, number) for path in each.existing_results(recipe))
     if not paths:
         return ""
     back = "change them back, or " if changes else ""
-    raise InputError(f"{reason}; {back}do this step and the later ones anew after: rm -r {paths}")
+    raise InputError(f"{reason}; {back}do this step and those that depend on it anew after: rm -r {paths}")
 
 
-def _later_done(steps: Sequence[RecipeStep], record: StepRecord, records: Mapping[str, StepRecord]) -> str | None:
-    """Return the first of ``steps`` that was done after ``record``; None if there is none."""
-    found = (step.command for step in steps if step.command in records)
-    return next((name for name in found if records[name].order > record.order), None)
+def later_done(
+    step: RecipeStep, steps: Sequence[RecipeStep], record: StepRecord, records: Mapping[str, StepRecord]
+) -> str | None:
+    """Return the first step that ``step`` needs and that was done after it; None if there is none.
+
+    Args:
+        step: The step.
+        steps: All steps of the recipe.
+        record: The record of the step.
+        records: The records of all steps.
+    """
+    earlier = (each.command for each in steps[: list(steps).index(step)] if each.command in records)
+    needed = (name for name in earlier if step.needs is None or name in step.needs)
+    return next((name for name in needed if records[name].order > record.order), None)
+
+
+def _with_dependents(steps: Sequence[RecipeStep], number: int) -> list[RecipeStep]:
+    """Return a step and the later ones that depend on it, directly or not."""
+    found = [steps[number]]
+    for step in steps[number + 1 :]:
+        if step.needs is None or any(each.command in step.needs for each in found):
+            found.append(step)
+    return found
+
+
+def check_settings(recipe: Recipe, steps: Sequence[RecipeStep]) -> None:
+    """Read the settings of all steps, so that a mistake in the last one is found before the first one runs.
+
+    Args:
+        recipe: The recipe.
+        steps: Its steps.
+
+    Raises:
+        InputError: A key is unknown or missing, a value is wrong, or the model card cannot be read.
+    """
+    for step in steps:
+        step.recorded_settings(recipe)
+    if PACKAGE in steps:
+        from cogview.cli.package import PackageSettings, read_card
+
+        card = recipe.settings(PackageSettings, PACKAGE.section).card
+        if card is not None:
+            read_card(recipe, card)
 
 
 def run_settings(folder: Path) -> Mapping[str, Any] | None:
@@ -199,13 +252,17 @@ def encoded(recipe: Recipe) -> bool:
     """Return whether the stores are complete."""
     from cogview.data.store import TokenStore
 
-    if "pictures" in recipe.section("encode"):
-        return recipe.store.is_dir()  # written last, and whole
-    if not (recipe.store.is_dir() and recipe.held_out_store.is_dir()):
-        return False
+    def has_rows(path: Path, rows: int) -> bool:
+        try:
+            with TokenStore(path) as store:
+                return len(store) >= rows
+        except (InputError, OSError):  # it is missing or damaged
+            return False
+
     settings = encode_settings(recipe)
-    counts = ((recipe.store, settings.rows), (recipe.held_out_store, settings.held_out_rows))
-    return all(len(TokenStore(path)) >= rows for path, rows in counts)
+    if "pictures" in recipe.section("encode"):  # the training store is written last; few pictures have no held-out one
+        return has_rows(recipe.store, 1) and (not recipe.held_out_store.exists() or has_rows(recipe.held_out_store, 1))
+    return has_rows(recipe.store, settings.rows) and has_rows(recipe.held_out_store, settings.held_out_rows)
 
 
 def trained(recipe: Recipe) -> bool:
@@ -226,6 +283,24 @@ def graded(measure: str, recipe: Recipe) -> bool:
         return False
 
 
+def sampled(recipe: Recipe) -> bool:
+    """Return whether a sheet of samples of the last checkpoint exists, with its report."""
+    from cogview.cli.evaluate_samples import SHEET_FILE
+
+    return graded("samples", recipe) and (recipe.work / "report" / SHEET_FILE).is_file()
+
+
+def holds(folder: Path, names: Sequence[str]) -> bool:
+    """Return whether a folder has all of some files."""
+    return all((folder / name).is_file() for name in names)
+
+
+def packaged(recipe: Recipe) -> bool:
+    """Return whether the package has every file that it cannot be opened without."""
+    folder = packaged_folder(recipe)
+    return holds(folder, ADAPTER_FILES if folder.name == "adapter" else MODEL_FILES)
+
+
 def packaged_folder(recipe: Recipe) -> Path:
     """Return the folder of the package: of a model, or of an adapter."""
     return recipe.work / ("adapter" if transformer_settings(recipe).lora is not None else "model")
@@ -240,6 +315,7 @@ def package_settings(recipe: Recipe) -> Any:
 
 SCENES = RecipeStep(
     command="scenes",
+    needs=(),
     section="scenes",
     settings=world_settings,
     done=world_made,
@@ -247,6 +323,7 @@ SCENES = RecipeStep(
 )
 TEXT = RecipeStep(
     command="train-text",
+    needs=("scenes",),
     section="text",
     settings=text_settings,
     done=lambda recipe: recipe.text_model.is_file(),
@@ -254,9 +331,10 @@ TEXT = RecipeStep(
 )
 IMAGE = RecipeStep(
     command="train-image",
+    needs=("scenes",),  # of which it sees the pictures alone
     section="image",
     settings=image_settings,
-    done=lambda recipe: recipe.image_tokenizer.is_dir(),  # until the end of the training only its run folder exists
+    done=lambda recipe: holds(recipe.image_tokenizer, TOKENIZER_FILES),  # written at the end of the training
     results=lambda recipe: (recipe.image_run, recipe.image_tokenizer),
     run_folder=lambda recipe: recipe.image_run,
     options=("--resume", "auto"),
@@ -265,6 +343,7 @@ IMAGE = RecipeStep(
 )
 ENCODE = RecipeStep(
     command="encode",
+    needs=("scenes", "train-text", "train-image"),
     section="encode",
     settings=encode_settings,
     done=encoded,
@@ -278,6 +357,7 @@ ENCODE = RecipeStep(
 )
 TRAIN = RecipeStep(
     command="train",
+    needs=MODEL_STEPS[:-1],
     section="transformer",
     settings=transformer_settings,
     done=trained,
@@ -291,5 +371,5 @@ PACKAGE = RecipeStep(
     command="package",
     section="package",
     settings=package_settings,
-    done=lambda recipe: packaged_folder(recipe).is_dir(),  # written whole
+    done=packaged,
 )

@@ -188,9 +188,12 @@ class Recipe:
         overridden = {override.partition("=")[0] for override in self.overrides_of(name)}
         if "training.steps" not in overridden or "training.warmup_steps" in overridden:
             return
+        hints = get_type_hints(kind)
+        if "training" not in hints:
+            return  # the key is unknown, which from_mapping reports
         planned = section(self.sections, name).get("training")
         planned = planned if isinstance(planned, dict) else {}
-        warmup = planned.get("warmup_steps", get_type_hints(kind)["training"].warmup_steps)
+        warmup = planned.get("warmup_steps", hints["training"].warmup_steps)
         before, steps = planned.get("steps"), content["training"]["steps"]
         numbers = (warmup, before, steps)
         if any(type(number) is not int for number in numbers) or not 0 < warmup < before or not 1 < steps <= warmup:

@@ -46,12 +46,17 @@ def read_records(recipe: Recipe) -> dict[str, StepRecord]:
         InputError: The file is damaged.
     """
     path = recipe.work / RECORDS_FILE
-    if not path.is_file():
+    if not path.exists():
         return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"expected records of steps, remove the damaged file {path}")
-    return {name: from_mapping(StepRecord, entry, where=f"{path}, {name}") for name, entry in found.items()}
+    try:
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise InputError(f"{path} has no names of steps")
+        return {name: from_mapping(StepRecord, entry, where=f"{path}, {name}") for name, entry in found.items()}
+    except InputError as error:
+        raise InputError(
+            f"the records of steps cannot be read; move {path} away, results are kept and taken as they are: {error}"
+        ) from None
 
 
 def record_step(

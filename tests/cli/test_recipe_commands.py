@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from cogview.checkpoints.checkpoint import read_config
-from cogview.cli import evaluate, run
+from cogview.cli import evaluate, package, run
 from cogview.cli.main import main
 from cogview.config_io import to_mapping
 from cogview.data.store import TokenStore
@@ -22,6 +22,7 @@ from cogview.data.store_writer import StoreWriter
 from cogview.diagnostics import machine
 from cogview.diagnostics import recipe as recipe_checks
 from cogview.emoji.evaluation import reports, scenes
+from cogview.errors import InputError
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
 from cogview.training import memory_plan, setup
@@ -700,13 +701,20 @@ def test_run_does_missing_steps_and_resumes(work, tmp_path, capsys, monkeypatch)
 
     (tmp_path / "card.md").rename(tmp_path / "card.txt")
     assert main(["run", recipe, *place]) == 2
+    assert one_line(capsys).startswith("cogview run: the model card ")  # before the first step
+
+    def refuse(*_: object) -> None:
+        raise InputError("the package cannot be written")
+
+    (tmp_path / "card.txt").rename(tmp_path / "card.md")
+    with monkeypatch.context() as patch:
+        patch.setattr(package, "save_half", refuse)
+        assert main(["run", recipe, *place]) == 2
     error = capsys.readouterr().err
     assert "step 4 of 7, encode: already done" in error
     assert f"resuming {work / 'transformer-run'} after step 4" in error
-    assert error.splitlines()[-1].startswith("cogview run: the model card ")
     assert steps_run(work)[1:] == [("train", 0), ("eval scenes", 0), ("package", 2)]
 
-    (tmp_path / "card.txt").rename(tmp_path / "card.md")
     assert main(["run", recipe, *place]) == 0
     output = capsys.readouterr()
     assert output.out.splitlines()[-3:] == [
@@ -770,7 +778,7 @@ def test_run_notices_a_changed_recipe(work, asked, tmp_path, capsys, changes, me
     assert main(["run", write_recipe(tmp_path, **whole), "--device", "cpu"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith(f"cogview run: {message}")
-    assert f"change them back, or do this step and the later ones anew after: rm -r {work / begun}" in line
+    assert f"or do this step and those that depend on it anew after: rm -r {work / begun}" in line
     assert str(work / "store") in line
     assert not asked
 
@@ -788,7 +796,9 @@ def test_run_notices_a_step_that_was_done_again(work, asked, tmp_path, capsys):
     capsys.readouterr()
     assert main(["run", changed, "--device", "cpu"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("cogview run: step train-image was done before step train-text was done again; do this step")
+    assert line.startswith("cogview run: step encode was done before step train-text was done again; do this step")
+    assert f" {work / 'store'} " in line
+    assert "image" not in line.partition("rm -r")[2], "the image tokenizer has read no text"
 
 
 def test_run_says_how_to_train_with_several_processes(asked, tmp_path, capsys):

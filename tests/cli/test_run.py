@@ -1,0 +1,213 @@
+"""``cogview run``: what is checked before the first step, what counts as done, and which results depend on which."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cogview.cli import package, run, steps
+from cogview.cli.main import main
+from cogview.cli.steps import PACKAGE, check_step, encoded, packaged, sampled, steps_of
+from cogview.errors import InputError
+from cogview.training.recipe import Recipe
+from cogview.training.step_records import read_records, record_step
+
+PICTURES = {"pictures": ["pictures"]}
+SECTIONS = {
+    "work": "work",
+    "text": {**PICTURES, "size": 300},
+    "image": {**PICTURES, "training": {"steps": 2, "warmup_steps": 1}},
+    "encode": {**PICTURES, "text_width": 12},
+    "transformer": {"preset": "12m", "max_positions": 96, "training": {"steps": 2, "warmup_steps": 1}},
+    "package": {},
+}
+COMMANDS = ["train-text", "train-image", "encode", "train", "eval samples", "package"]
+RESULTS = ("text.model", "image/config.json", "image/model.safetensors", "image-run/x", "store/x", "held-out-store/x")
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> Recipe:
+    """A recipe in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.yaml").write_text(yaml.safe_dump(SECTIONS), encoding="utf-8")
+    return Recipe.open(Path("own.yaml"))
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[list[str]]:
+    """The command lines of the steps, which are not run."""
+    found: list[list[str]] = []
+    monkeypatch.setattr(run, "run_words", lambda words: found.append(list(words)) or 0)
+    return found
+
+
+def run_recipe(capsys, *overrides: str) -> tuple[int, str]:
+    """Run the recipe; return the exit status and stderr."""
+    status = main(["run", "own.yaml", *overrides, "--device", "cpu"])
+    return status, capsys.readouterr().err
+
+
+def plant(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("text.training.steps=7", 'section text of own.yaml: "training" is unknown'),
+        ("package.training.steps=7", 'section package of own.yaml: "training" is unknown'),
+        ("package.licence=3", "section package of own.yaml, licence: expected text, got 3"),
+        ("package.card=missing.md", "the model card missing.md of own.yaml cannot be read: No such file or directory"),
+        ("image.sid=64", 'section image of own.yaml: "sid" is unknown; did you mean "side"?'),
+    ],
+)
+def test_run_finds_mistakes_of_all_steps_before_the_first(recipe, asked, capsys, override, message):
+    """A missing card stopped the run after hours of training."""
+    status, err = run_recipe(capsys, override)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+    assert not asked
+    assert not Path("work").exists()
+
+
+@pytest.mark.parametrize("command", ["train-text", "encode", "package", "scenes"])
+def test_commands_refuse_steps_in_a_section_without_training(recipe, capsys, command):
+    name = "emoji-cpu" if command == "scenes" else "own.yaml"
+    assert main([command, name, "training.steps=7", "--work", "work"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert '"training" is unknown' in err
+
+
+def test_package_takes_licence_and_data_of_the_command_line(recipe, asked, capsys, monkeypatch):
+    """They were refused as keys of the section transformer."""
+    found = []
+    monkeypatch.setattr(package, "last_checkpoint", lambda recipe: Path("checkpoint"))
+    monkeypatch.setattr(package, "package_picture_model", lambda recipe, settings, *rest: found.append(settings))
+    assert main(["package", "own.yaml", "licence=Apache-2.0", "data=自己拍的照片"]) == 0
+    assert (found[0].licence, found[0].data) == ("Apache-2.0", "自己拍的照片")
+    record = json.loads(Path("work/steps.json").read_text(encoding="utf-8"))["package"]
+    assert record["settings"]["package"]["licence"] == "Apache-2.0"
+    (Path("work/model")).rmdir()
+    assert run_recipe(capsys, "package.licence=Apache-2.0")[0] == 0
+    assert asked[-1][:3] == ["package", "own.yaml", "licence=Apache-2.0"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[", None])
+def test_run_goes_on_with_a_damaged_list_of_times(recipe, asked, capsys, content):
+    """A step that was done hours ago was reported as failed, by a file that nothing reads."""
+    times = Path("work/times.json")
+    times.parent.mkdir()
+    times.mkdir() if content is None else times.write_text(content)
+    status, err = run_recipe(capsys)
+    assert status == 0
+    assert err.count("note: work/times.json is no list of times") == 1
+    assert [entry["step"] for entry in json.loads(times.read_text())] == COMMANDS
+    aside = Path("work/times.json.damaged")
+    assert aside.is_dir() if content is None else aside.read_text() == content
+    times.write_text("[]]")
+    assert run_recipe(capsys)[0] == 0
+    assert Path("work/times.json.damaged2").read_text() == "[]]"
+
+
+@pytest.mark.parametrize("content", ["[]", "{", '{"train": {"order": "x"}}', None])
+def test_run_names_the_remedy_for_damaged_records(recipe, asked, capsys, content):
+    records = Path("work/steps.json")
+    records.parent.mkdir()
+    records.mkdir() if content is None else records.write_text(content)
+    status, err = run_recipe(capsys)
+    assert (status, err.count("\n"), asked) == (2, 1, [])
+    assert "the records of steps cannot be read; move work/steps.json away, results are kept" in err
+
+
+@pytest.mark.parametrize(("size", "rank"), [("abc", "0"), ("", "0"), ("0", "0"), ("1", "x")])
+def test_run_refuses_a_wrong_number_of_processes(recipe, capsys, monkeypatch, size, rank):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    status, err = run_recipe(capsys)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f'WORLD_SIZE "{size}" must be whole numbers' in err
+
+
+MODEL = ("config.json", "model.safetensors", "text.model", "image/config.json", "image/model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [("model", MODEL), ("adapter", ("adapter_config.json", "adapter_model.safetensors", "cogview.json"))],
+)
+def test_package_is_done_with_all_its_files(recipe, folder, names):
+    """A model without its config was taken as done."""
+    if folder == "adapter":
+        transformer = {**SECTIONS["transformer"], "init_from": "cogview-base", "lora": {}}
+        recipe = replace(recipe, sections={**SECTIONS, "transformer": transformer})
+    assert not packaged(recipe)
+    plant(recipe.work / folder, *names)
+    assert packaged(recipe)
+    for name in names:
+        (recipe.work / folder / name).unlink()
+        assert not packaged(recipe), name
+        plant(recipe.work / folder, name)
+
+
+def test_run_takes_a_step_as_done_with_all_its_files(recipe, monkeypatch):
+    plant(recipe.image_tokenizer, "config.json")
+    assert not steps.IMAGE.done(recipe)
+    plant(recipe.image_tokenizer, "model.safetensors")
+    assert steps.IMAGE.done(recipe)
+    recipe.store.mkdir()
+    assert not encoded(recipe), "the store has no data"
+    monkeypatch.setattr(steps, "graded", lambda measure, recipe: True)
+    assert not sampled(recipe), "the sheet is missing"
+    plant(recipe.work, "report/samples.png")
+    assert sampled(recipe)
+
+
+def test_check_step_spares_the_image_training_of_another_text_tokenizer(recipe):
+    """A missing text tokenizer asked for the removal of the image tokenizer, which never reads a text."""
+    recipe.work.mkdir()
+    plant(recipe.work, *RESULTS, "transformer-run/x")
+    found = steps_of(recipe)
+    assert [step.command for step in found] == COMMANDS
+    for step in found:
+        record_step(recipe, step.command, step.recorded_settings(recipe))
+    record_step(recipe, "train-text", {**found[0].recorded_settings(recipe).__dict__, "size": 301})
+    assert check_step(recipe, found, 1, read_records(recipe)) == ""
+    with pytest.raises(InputError) as caught:
+        check_step(recipe, found, 2, read_records(recipe))
+    assert str(caught.value) == (
+        "step encode was done before step train-text was done again; do this step and those that depend on it anew "
+        "after: rm -r work/store work/held-out-store work/transformer-run"
+    )
+    changed = replace(recipe, overrides_by_section={"text": ("size=302",)})
+    with pytest.raises(
+        InputError, match=r"rm -r work/text\.model work/store work/held-out-store work/transformer-run$"
+    ):
+        check_step(changed, steps_of(changed), 0, read_records(recipe))
+    assert PACKAGE.needs is None, "a package depends on all steps"
+
+
+def test_run_keeps_what_depends_on_an_equal_text_tokenizer(recipe, asked, capsys, monkeypatch):
+    """A text tokenizer that is made again, byte for byte, changes nothing after it."""
+    recipe.work.mkdir()
+    plant(recipe.work, "text.model")
+    text = steps.TEXT
+    record_step(recipe, "train-text", text.recorded_settings(recipe), recipe.text_model)
+    record_step(recipe, "encode", steps.ENCODE.recorded_settings(recipe))
+    recipe.text_model.unlink()
+
+    def make(words):
+        if words[0] == "train-text":
+            plant(recipe.work, "text.model")
+            record_step(recipe, "train-text", text.recorded_settings(recipe), recipe.text_model)
+            return 0
+        return 2
+
+    monkeypatch.setattr(run, "run_words", make)
+    run_recipe(capsys)
+    records = read_records(recipe)
+    assert records["train-text"].order < records["encode"].order
