@@ -80,6 +80,11 @@ ELSEWHERE = (
     "pieces",
     "all",
     "random",
+    # kinds of settings
+    "a number",
+    "a path",
+    "{where}: expected text, got {value}",
+    "one of {choices}",
 )
 PROSE = re.compile(r"[A-Za-z][a-z’']+[,;:]? +(?:[a-z{(]|[A-Z0-9])")  # two words
 _PERCENT = re.compile(r"%[sd]")  # of logging

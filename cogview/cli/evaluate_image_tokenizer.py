@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cogview.vqvae.model import VQVAE
 
 SIDE = 64  # pixels, of a tokenizer without its model
+SHEET_FILE = "reconstructions.png"
 COLUMNS = 12  # of the sheet
 
 
@@ -55,7 +56,7 @@ COLUMNS = 12  # of the sheet
     default="crop",
     help="how a picture becomes a square: crop its longer side, pad the shorter one with white, or stretch",
 )
-@output_option(default="reconstructions.png", metavar="FILE", help="PNG file of the sheet of reconstructions")
+@output_option(default=SHEET_FILE, metavar="FILE", help="PNG file of the sheet of reconstructions, or a folder for it")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 @max_batch_size_option("pictures")
 @device_option()
@@ -93,6 +94,8 @@ def image_tokenizer(
         raise InputError(f"none of {plural(len(left_out), 'picture')} can be used; the first: {left_out[0]}")
     found = report.summary()
     columns = min(COLUMNS, len(report.shown))
+    if output.is_dir():
+        output /= SHEET_FILE
     prepare_folder(output.parent)
     sheet = contact_sheet(report.sheet_images(columns), columns=columns, scale=2 if side <= 2 * SIDE else 1)
     saved = save_png(output, sheet, {"image_tokenizer": Path(folder).name})

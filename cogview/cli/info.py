@@ -52,6 +52,8 @@ def command(model: str | None, revision: str | None, things: bool, hashes: bool)
         print("cogview models shows which of them are on this machine", file=sys.stderr)
         return 0
     bundle, path = known.get(model), Path(model)
+    if model not in known and (path / "adapter_config.json").is_file():
+        raise InputError(f"{path} is an adapter, not a model; it is described by: cogview adapter info {path}")
     if things:
         lines = things_lines(resolve_checkpoint(model, revision=revision))
     elif bundle is not None and bundle.parts and not hashes:

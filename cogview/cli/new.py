@@ -67,6 +67,7 @@ def command(**values: Any) -> int:
     options = NewOptions(**values)
     options.check()
     from cogview.device import choose_placement, flush_denormals
+    from cogview.image_io.png import prepared_folder
     from cogview.training.survey import survey_pictures
 
     flush_denormals()
@@ -74,8 +75,9 @@ def command(**values: Any) -> int:
     survey = survey_pictures(options.sources, print_note)
     survey.check(options.sources)
     print(f"{plural(survey.pictures, 'picture')} with {plural(survey.rows, 'caption')}", file=sys.stderr)
-    chosen, found = choose_recipe(options, survey, device)
-    write_recipe(options.target, found, survey, chosen)
+    with prepared_folder(options.folder):
+        chosen, found = choose_recipe(options, survey, device)
+        write_recipe(options.target, found, survey, chosen)
     print(
         f"the estimate from a few steps, without reading pictures and evaluations: {found.estimate()}", file=sys.stderr
     )
@@ -115,6 +117,8 @@ class NewOptions:
         """Raise InputError for a recipe that is there, and for options that contradict each other."""
         if self.size is not None and self.base is not None:
             raise InputError("--size is that of a whole model; with --adapter-for the size is that of its model")
+        if self.target.is_dir():
+            raise InputError(f"{self.target} is a folder; remove it, or choose another FOLDER")
         if self.target.exists() and not self.overwrite:
             raise InputError(
                 f"{self.target} is there already: go on with cogview run {self.target}, or replace it with --overwrite"
@@ -160,7 +164,6 @@ def write_recipe(target: Path, found: NewRecipe, survey: PictureSurvey, chosen: 
     from cogview.training.new_recipe import recipe_header, render_lines, survey_lines
 
     about = [*survey_lines(survey), chosen, f"machine: {found.machine}", f"estimate: {found.estimate()}"]
-    target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as temporary:
         text = recipe_header(target, about, translate) + render_lines(found.lines, translate)
         temporary.write_text(text, encoding="utf-8")

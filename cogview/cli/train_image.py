@@ -53,9 +53,34 @@ def command(recipe: Recipe, resume: str, device: str) -> int:
 def _train(recipe: Recipe, settings: VQVAERecipe, context: DistributedContext, *, resumes: bool) -> int:
     """Train in this process of ``context``; the main one exports the result and prints its folders."""
     from cogview.training.run_folder import RunFolder
+
+    context.run_everywhere(lambda: _check(settings, context))
+    run = RunFolder(recipe.image_run, context.is_main_process)
+    context.run_on_main(run.lock)
+    try:  # the list of pictures is that of the run: it is written by the training that may go on
+        context.run_on_main(lambda: run.check(resumes))
+        return _train_in(run, recipe, settings, context, resumes=resumes)
+    finally:
+        run.unlock()
+
+
+def _check(settings: VQVAERecipe, context: DistributedContext) -> None:
+    """Raise InputError for settings that do not suit each other or the processes, before pictures are read."""
+    from cogview.data.image_dataset import check_side
+    from cogview.device import training_dtype
+
+    training_dtype(context.device, settings.precision)
+    context.local_slice(settings.training.batch_size)
+    if settings.pictures:
+        check_side(settings.side, settings.model.downsampling)
+
+
+def _train_in(
+    run: RunFolder, recipe: Recipe, settings: VQVAERecipe, context: DistributedContext, *, resumes: bool
+) -> int:
+    """Train in the folder of a run, which no other training changes meanwhile."""
     from cogview.training.vqvae_trainer import train_vqvae
 
-    run = RunFolder(recipe.image_run, context.is_main_process)
     if settings.pictures:
         goes_on = resumes and bool(run.checkpoints())
         index = context.run_on_main(lambda: _index_pictures(recipe, settings, resumes=goes_on))

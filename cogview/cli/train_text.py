@@ -53,8 +53,8 @@ def _train_on_sources(recipe: Recipe, settings: TextTokenizerRecipe) -> TextToke
         print_note(f"{plural(corpus.skipped, 'record')} without a usable caption, the first: {corpus.first_skipped}")
     tokenizer = train_text_model(recipe.text_model, settings, corpus.training.captions)
     trained, given = len(corpus.training.captions), corpus.training.count
-    part = f", a random part of {given}" if trained < given else ""
-    print(f"trained on {plural(trained, 'caption')}{part}", file=sys.stderr)
+    used = plural(trained, "caption")
+    print(f"trained on {used}, a random part of {given}" if trained < given else f"trained on {used}", file=sys.stderr)
     measured = measure_held_out(tokenizer, corpus.held_out.captions)
     if not measured.captions:
         if settings.held_out:

@@ -35,6 +35,11 @@ _FRAME = re.compile(
 )
 # A note on a prompt: each part of it is a message.
 _PROMPT_NOTE = re.compile(r"(?P<head>(?:note: )?)(?P<prompt>“.*?”): (?P<notes>.*)", re.DOTALL)
+# The place of a mistake in a recipe, before the message about it.
+_PLACE = re.compile(r"section (?P<name>\w+) of (?P<path>[^:]+?\.ya?ml)(?P<keys>(?:, [\w.]+)*)(?=: )")
+_HEAD = re.compile(r"(warning|note|failed): (.*)", re.DOTALL)
+_OPAQUE = "\ue000"  # stands for the place while the message is translated: no template knows it
+_NUMBERS = re.compile(r"(\d+(?:, \d+)*) (and|or) (\d+)")
 _DEFAULT = re.compile(r"(.*?)  \[(.*)\]", re.DOTALL)  # how click appends the default and the range to a help text
 _COMPUTED = re.compile(r"(?<=default: )\((.*?)\)(?=;|$)")  # how click shows the text of a computed default
 _PARENTHESIS = re.compile(r"(.*\S) \((.*)\)", re.DOTALL)
@@ -74,6 +79,17 @@ class Catalogue:
             return text
         if stripped in self.exact:
             found: str | None = self.exact[stripped]
+        elif numbers := _NUMBERS.fullmatch(stripped):
+            joint = {"and": "和", "or": "或"}[numbers[2]]
+            found = f"{numbers[1].replace(', ', '、')} {joint} {numbers[3]}"
+        elif headed := _HEAD.fullmatch(stripped):
+            found = self._from_template(stripped, depth, f"{headed[1]}: ") or "：".join(
+                self.translate(part, depth + 1) for part in headed.groups()
+            )
+        elif place := _PLACE.match(stripped):
+            keys = place["keys"].replace(", ", "，")
+            where = self.translate(place[0].removesuffix(place["keys"]), depth + 1) + keys
+            found = self._at_place(_OPAQUE + stripped[place.end() :], depth).replace(_OPAQUE, where)
         elif (match := _FRAME.fullmatch(stripped)) and match["message"] not in ("", stripped):
             before, after = match["name"] or "", match["see"] or ""
             found = before + self.translate(match["message"], depth + 1) + self.translate(after, depth + 1)
@@ -85,10 +101,19 @@ class Catalogue:
             found = self._from_template(stripped, depth) or self._by_parts(stripped, depth)
         return text.replace(stripped, found) if found else text
 
-    def _from_template(self, text: str, depth: int) -> str | None:
-        """Return the translation of the most specific template that matches ``text``."""
+    def _at_place(self, text: str, depth: int) -> str:
+        """Translate a message behind a place and ``: ``, the place being a field of its template or not."""
+        for source, (_, target) in self.templates.items():
+            if source.startswith("{") and (match := _pattern(source).fullmatch(text)) and match[1] == _OPAQUE:
+                fields = {name: self.translate(value, depth + 1) for name, value in match.groupdict().items()}
+                return target.format_map(fields)
+        place, _, message = text.partition(": ")
+        return f"{place}：{self.translate(message, depth + 1)}"
+
+    def _from_template(self, text: str, depth: int, head: str = "") -> str | None:
+        """Return the translation of the most specific template, beginning with ``head``, that matches ``text``."""
         for source, (literal, target) in self.templates.items():
-            if literal not in text:
+            if literal not in text or not source.startswith(head):
                 continue
             if match := _pattern(source).fullmatch(text):
                 fields = {name: self.translate(value, depth + 1) for name, value in match.groupdict().items()}
@@ -96,7 +121,7 @@ class Catalogue:
         return None
 
     def _by_parts(self, text: str, depth: int) -> str | None:
-        """Translate the two sides of a joint, preferably one where both have a translation."""
+        """Translate the two sides of a joint, preferably one where both have a translation, else the most of it."""
         partly = None
         for joint, mark in _JOINTS:
             for match in joint.finditer(text):
@@ -104,16 +129,24 @@ class Catalogue:
                 sides = self.translate(left, depth + 1), self.translate(right, depth + 1)
                 if sides[0] != left and sides[1] != right:
                     return mark.join(sides)
-                if partly is None and (sides[0] != left or sides[1] != right):
-                    partly = (mark if sides[0] != left or not left else match[0]).join(sides)
+                if sides[0] != left or sides[1] != right:
+                    found = (mark if sides[0] != left or not left else match[0]).join(sides)
+                    partly = found if partly is None else min(partly, found, key=_count_letters)
         if partly is None and (whole := _PARENTHESIS.fullmatch(text)):
             inner = self.translate(whole[2], depth + 1)
             return f"{self.translate(whole[1], depth + 1)}（{inner}）" if inner != whole[2] else None
         return partly
 
 
+def _count_letters(text: str) -> int:
+    """Return the number of Latin letters of a text, most of which are not translated."""
+    return sum(character.isascii() and character.isalpha() for character in text)
+
+
 def _is_specific(source: str) -> bool:
     """Return whether a template has enough words to know its messages by: two, or one beside a number."""
+    if source.startswith("known: "):
+        return True
     words = re.findall(r"[A-Za-z’']{2,}", FIELD.sub(" ", source))
     return len(words) > 1 or (bool(words) and bool(_NUMBERED.search(source)))
 

@@ -185,6 +185,8 @@ def prepare_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         reason = "it is a file" if folder.is_file() else reason_of(error)
+        if folder.is_symlink() and not folder.exists():
+            reason = "it is a link that leads nowhere"
         raise InputError(f"the output folder {folder} cannot be written: {reason}; choose another") from None
 
 

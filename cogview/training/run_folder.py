@@ -84,6 +84,14 @@ class RunFolder:
         """Admit other trainings."""
         self._lock.release()
 
+    def check(self, resume: bool) -> None:
+        """Raise InputError if there are checkpoints and ``resume`` is false; nothing is written."""
+        found = self.checkpoints()
+        if found and not resume:
+            raise InputError(
+                f"{self.folder} already holds a run at {found[-1].name}; go on with --resume auto, or remove the folder"
+            )
+
     def start(self, recipe: Mapping[str, Any], resume: bool) -> Path | None:
         """Create the folder, or prepare it to be resumed.
 
@@ -99,12 +107,8 @@ class RunFolder:
         Raises:
             InputError: There are checkpoints, and ``resume`` is false or all of them are damaged.
         """
-        found = self.checkpoints()
-        if found and not resume:
-            raise InputError(
-                f"{self.folder} already holds a run at {found[-1].name}; go on with --resume auto, or remove the folder"
-            )
-        last = self._last_sound(found)
+        self.check(resume)
+        last = self._last_sound(self.checkpoints())
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         remove_unfinished(self.folder / "checkpoints", "step-*")

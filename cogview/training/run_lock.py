@@ -22,11 +22,13 @@ class RunLock:
         self._file: int | None = None
 
     def acquire(self) -> None:
-        """Take the lock; where locks are not supported, print a warning.
+        """Take the lock, unless it is held; where locks are not supported, print a warning.
 
         Raises:
             RetryLaterError: Another training holds the lock.
         """
+        if self._file is not None:
+            return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
         try:

@@ -15,7 +15,14 @@ from cogview.files import atomic_folder, write_json
 from cogview.training.vqvae_images import VALIDATION_IMAGES
 from cogview.vqvae.codec import reconstruct
 
-CARD_NOTE = "\n\nThe image decoder was trained further by `cogview train-image`; encoder and codebook are unchanged.\n"
+SAMPLES_FILE = "samples.png"  # of the package, which the card shows
+NO_SAMPLES = f"({SAMPLES_FILE} had images of the former decoder: it is left out.)"
+CARD_NOTE = """## Image decoder
+
+The image decoder was trained further by `cogview train-image`; encoder and codebook are unchanged.
+All figures below are of the former decoder. With this decoder, reconstructions of {count} held-out images have a
+PSNR of {median:.2f} dB (median), 99% of them at least {p01:.2f} dB.
+"""
 
 
 def copy_with_image_tokenizer(source: Path, image: Path, held_out: ImageDataset, target: Path) -> None:
@@ -41,5 +48,16 @@ def copy_with_image_tokenizer(source: Path, image: Path, held_out: ImageDataset,
         shutil.copytree(image, folder / "image")
         quality = reconstruction_quality(pixels, restored)
         write_json(folder / "config.json", config_mapping(replace(config, reconstruction_psnr=quality)))
+        (folder / SAMPLES_FILE).unlink(missing_ok=True)  # images of the former decoder
         if (card := folder / "README.md").is_file():
-            card.write_text(card.read_text(encoding="utf-8").rstrip() + CARD_NOTE, encoding="utf-8")
+            note = CARD_NOTE.format(count=len(pixels), median=quality.median, p01=quality.p01)
+            card.write_text(_with_note(card.read_text(encoding="utf-8"), note), encoding="utf-8")
+
+
+def _with_note(card: str, note: str) -> str:
+    """Return a card with a note below its title, and without the samples of the former decoder."""
+    kept = [NO_SAMPLES if f"({SAMPLES_FILE})" in line else line for line in card.splitlines()]
+    title = next((number for number, line in enumerate(kept) if line.startswith("# ")), None)
+    first = 0 if title is None else title + 1
+    above, below = "\n".join(kept[:first]), "\n".join(kept[first:]).strip()
+    return f"{above}\n\n{note}\n{below}\n".lstrip()

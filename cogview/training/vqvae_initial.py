@@ -67,7 +67,9 @@ def image_settings(recipe: Recipe) -> VQVAERecipe:
     model = section.get("model")
     if isinstance(model, Mapping) and model.get("downsampling", config.downsampling) != config.downsampling:
         raise _other_networks(name, "downsampling", config.downsampling, model["downsampling"])
-    return recipe.settings(VQVAERecipe, "image", {"model": to_mapping(config)})
+    settings = recipe.settings(VQVAERecipe, "image", {"model": to_mapping(config)})
+    _check_shape(name, config, settings.model, decoder_only=settings.train == "decoder")
+    return settings
 
 
 def load_initial_vqvae(name: str, config: VQVAEConfig, seed: int, *, decoder_only: bool = False) -> InitialVQVAE:
@@ -83,16 +85,12 @@ def load_initial_vqvae(name: str, config: VQVAEConfig, seed: int, *, decoder_onl
         InputError: There is no such model, its networks have another shape, or its codebook cannot be kept.
     """
     source = load_image_tokenizer(image_folder(name))
-    _require_same_networks(name, source.config, config)
+    _check_shape(name, source.config, config, decoder_only=decoder_only)
     if source.config == config:
         taken_whole = f"begins with encoder, decoder and codebook of {name}"
         if decoder_only:
             taken_whole = f"trains the decoder alone, so that all codes stay as they are with {name}"
         return InitialVQVAE(model=source, decoder_only=decoder_only, description=taken_whole)
-    if decoder_only:
-        raise InputError(
-            f"train: decoder keeps the codebook of {name}; remove {', '.join(CODEBOOK_KEYS)} from the recipe's model"
-        )
     torch.manual_seed(seed)
     model = VQVAE(config)
     own = model.state_dict()
@@ -113,12 +111,16 @@ def load_initial_vqvae(name: str, config: VQVAEConfig, seed: int, *, decoder_onl
     )
 
 
-def _require_same_networks(name: str, found: VQVAEConfig, expected: VQVAEConfig) -> None:
-    """Raise InputError for the first key besides ``CODEBOOK_KEYS`` that differs."""
+def _check_shape(name: str, found: VQVAEConfig, expected: VQVAEConfig, *, decoder_only: bool) -> None:
+    """Raise InputError for the first key that differs, besides ``CODEBOOK_KEYS``; of these too for the decoder."""
     for field in fields(VQVAEConfig):
         other, own = getattr(found, field.name), getattr(expected, field.name)
         if field.name not in CODEBOOK_KEYS and other != own:
             raise _other_networks(name, field.name, other, own)
+    if decoder_only and found != expected:
+        raise InputError(
+            f"train: decoder keeps the codebook of {name}; remove {', '.join(CODEBOOK_KEYS)} from the recipe's model"
+        )
 
 
 def _other_networks(name: str, key: str, found: object, expected: object) -> InputError:

@@ -102,6 +102,7 @@ def test_data_build_takes_several_sources_and_says_what_it_guesses(data, save_im
         (("pictures/0.png", "-o", "s"), 'pictures/0.png: the suffix ".png" is unknown; expected a folder'),
         (("pictures", "-o", "s", "--held-out", "1"), "1.0 is not in the range 0<=x<1"),
         (("pictures", "-o", "pictures"), "pictures is there already: remove it, or choose another store with -o"),
+        (("pictures", "-o", "link"), "link is there already: remove it, or choose another store with -o"),
         (("pictures", "-o", "."), ". is there already: choose another store with -o"),
         (("pictures", "-o", "s", "--model", "none"), "none"),
         (("pictures", "-o", "s", "--model", "tokenizers"), "tokenizers has tokenizers, but no model: `cogview encode"),
@@ -109,10 +110,11 @@ def test_data_build_takes_several_sources_and_says_what_it_guesses(data, save_im
 )
 def test_data_build_refuses_in_one_line(data, arguments, message):
     Path("tokenizers/image").mkdir(parents=True)
+    Path("link").symlink_to("nowhere")
     status, out, err = data("build", *arguments)
     assert (status, out, len(err)) == (2, [], 1)
     assert message in err[0]
-    assert not [name for name in os.listdir(".") if name.startswith("s")]
+    assert not [name for name in os.listdir(".") if name.startswith("s") or name.endswith(".building")]
 
 
 @pytest.fixture

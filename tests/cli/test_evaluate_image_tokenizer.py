@@ -49,6 +49,13 @@ def test_eval_image_tokenizer_prints_one_json_object(evaluate, tiny_checkpoint):
     assert json.loads(alone)["side"] == 64  # of a tokenizer without its model
 
 
+def test_eval_image_tokenizer_writes_the_sheet_into_a_folder(evaluate):
+    """A file ``out_2`` without a suffix was written beside the folder."""
+    Path("out").mkdir()
+    assert evaluate("pictures", "-o", "out")[1][-1] == "out/reconstructions.png"
+    assert sorted(path.name for path in Path().iterdir()) == ["out", "pictures"]
+
+
 def test_eval_image_tokenizer_measures_the_others_when_pictures_are_broken(evaluate):
     Path("pictures/broken.png").write_bytes(b"nothing")
     status, out, err = evaluate("pictures")

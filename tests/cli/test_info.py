@@ -208,6 +208,8 @@ def test_info_reports_mistakes_in_one_line(tiny_checkpoint, tmp_path, monkeypatc
     folder = shutil.copytree(tiny_checkpoint, tmp_path / "open-world")
     (folder / "things.json").unlink()
     (tmp_path / "empty").mkdir()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     (tmp_path / "狐狸.txt").write_text("一只狐狸")
     (tmp_path / "text.model").write_text("version https://git-lfs.github.com/spec/v1")
     (tmp_path / "weights.pt").write_bytes(b"no weights")
@@ -217,6 +219,10 @@ def test_info_reports_mistakes_in_one_line(tiny_checkpoint, tmp_path, monkeypatc
         (["cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
         (["cogview-base"], "cogview-base is known, but not on this machine: cogview download cogview-base, or, "),
         ([f"{tmp_path}/empty"], f"{tmp_path}/empty is no checkpoint folder: config.json is missing"),
+        (
+            [f"{tmp_path}/adapter"],
+            f"{tmp_path}/adapter is an adapter, not a model; it is described by: cogview adapter info {tmp_path}/adap",
+        ),
         ([f"{tmp_path}/狐狸.txt"], f"{tmp_path}/狐狸.txt is not a model: expected a name, a checkpoint folder, or a "),
         ([f"{tmp_path}/text.model"], f"{tmp_path}/text.model: 42 bytes that are no SentencePiece model"),
         ([f"{tmp_path}/weights.pt"], f"{tmp_path}/weights.pt is no PyTorch file, or is cut short or damaged"),

@@ -345,6 +345,22 @@ def test_new_keeps_an_existing_recipe(new, save_image):
     assert "transformer:" in Path("mine/recipe.yaml").read_text()
 
 
+def test_new_looks_at_its_target_before_it_times_steps(new, save_image, monkeypatch):
+    """Minutes of timing were lost to a target that cannot be written."""
+    captions("photos", ["猫", "狗"], save_image)
+    monkeypatch.setattr(new_model, "image_step_seconds", None)  # which a call would trip over
+    Path("file").write_text("")
+    Path("link").symlink_to("nowhere")
+    Path("mine/recipe.yaml").mkdir(parents=True)
+    for folder, message in (
+        ("file", "the output folder file cannot be written: it is a file; choose another"),
+        ("link", "the output folder link cannot be written: it is a link that leads nowhere; choose another"),
+        ("mine", "mine/recipe.yaml is a folder; remove it, or choose another FOLDER"),
+    ):
+        status, _, err = new(folder, "--pictures", "photos")
+        assert (status, err[-1]) == (2, f"cogview new: {message}")
+
+
 def test_new_speaks_chinese(new, save_image):
     captions("photos", ["猫", "猫"], save_image)
     _, _, err = new("mine", "--pictures", "photos", "--language", "zh")

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.cli.main import main
+from cogview.training import vqvae_initial
 from cogview.training.vqvae_trainer import VQVAETrainer
 
 
@@ -124,3 +125,31 @@ def test_train_image_refuses_in_one_line(train_image, image, message):
     assert message in err[-1]
     assert len(err) <= 2
     assert not Path("work/image-run/checkpoints").exists()
+
+
+def test_train_image_that_is_refused_keeps_the_pictures_of_the_run(train_image, save_image):
+    """The list was written before the run was looked at, so the training that went on took other pictures."""
+    assert train_image()[0] == 0
+    listed = Path("work/pictures.jsonl").read_bytes()
+    save_image("pictures/added.png", 99)
+    assert train_image() == (2, [], [])  # the line of the refusal names a step, and the fixture leaves these out
+    assert Path("work/pictures.jsonl").read_bytes() == listed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("precision=fp8",), "precision 'fp8' is unknown"),
+        (("side=30",), "30 pixels do not divide into codes of 8 x 8 pixels"),
+        (("init_from=work/image", "train=decoder", "model={num_codes: 24}"), "train: decoder keeps the codebook"),
+    ],
+)
+def test_train_image_checks_settings_before_pictures_and_weights(train_image, monkeypatch, overrides, message):
+    assert train_image()[0] == 0
+    monkeypatch.setattr(vqvae_initial, "load_image_tokenizer", None)  # which a call would trip over
+    for number in range(24):
+        Path(f"pictures/{number:02d}.png").write_bytes(b"nothing")
+    status, out, err = train_image("--work", "other", *overrides)
+    assert (status, out, len(err)) == (2, [], 1)
+    assert message in err[0]
+    assert not Path("other").exists()

@@ -158,6 +158,71 @@ def test_translate_knows_short_messages_by_a_number(text, translation):
     assert catalogue.translate(text) == translation
 
 
+BOXES = '[{"text": "狐狸", "box": [x, y, width, height]}, …]'
+
+
+@pytest.mark.parametrize(
+    ("text", "translation"),
+    [
+        (
+            "section image of a.yaml: num_codes must be at most 65536, which token stores hold, got 70000",
+            "a.yaml 的 image 一节：num_codes 至多为 65536（词元数据集的上限），实际为 70000",
+        ),
+        (
+            "cogview train-image: section image of a.yaml, model: downsampling must be 4, 8 or 16, got 3",
+            "cogview train-image: a.yaml 的 image 一节，model：downsampling 必须是 4、8 或 16，实际为 3",
+        ),
+        (
+            "section image of a.yaml: scales must be in [1, 16], got [0]",
+            "a.yaml 的 image 一节：scales 必须在 [1, 16] 之间，实际为 [0]",
+        ),
+        (
+            "section image of a.yaml: train: decoder needs init_from, the image tokenizer whose encoder and codebook "
+            "are kept",
+            "a.yaml 的 image 一节：train: decoder 需要 init_from，即保留其编码器和码本的图像分词器",
+        ),
+        (
+            "section image of a.yaml, model: channels must have 3 entries for a downsampling of 8, one for each "
+            "halving of the sides, got [8, 8]",
+            "a.yaml 的 image 一节，model：8 倍下采样时 channels 必须有 3 项，边长每减半一次对应一项，实际为 [8, 8]",
+        ),
+        (
+            'section image of a.yaml, fit: expected one of crop, pad, stretch, got "fill"',
+            'a.yaml 的 image 一节，fit：应为 crop, pad, stretch 之一，实际为 "fill"',
+        ),
+        (
+            'section image of a.yaml: "sidee" is unknown; did you mean "side"?',
+            "a.yaml 的 image 一节：“sidee”未知；是否想写“side”？",
+        ),
+        (
+            "section package of a.yaml, licence: expected text, got 3",
+            "a.yaml 的 package 一节，licence：应为文本，实际为 3",
+        ),
+        (
+            "images of 30 pixels do not divide into codes of 8 x 8 pixels; the nearest sides that fit: 24 and 32",
+            "30 像素的图像不能划分为 8 x 8 像素的编码；最接近的合适边长：24 和 32",
+        ),
+        ('the target "foo" is unknown; known: query, key', "目标“foo”未知；已知的有：query, key"),
+        (
+            "warning: none of 23 pictures fell into the held-out share of 0.05: there is no held-out store; a larger "
+            "share is --held-out 0.2",
+            "警告：23 张图片中没有一张落入 0.05 的留出比例：没有留出存储；更大的比例如 --held-out 0.2",
+        ),
+        (
+            f"a.png: its boxes are left out, they are not JSON (odd); expected {BOXES} in pixels",
+            f"a.png: 它的方框未采用，因为不是 JSON（odd）；应为 {BOXES}，以像素计",
+        ),
+        ("trained on 20 captions", "用于训练：20 条说明"),
+        ("trained on 20 captions, a random part of 40", "用于训练：20 条说明，从 40 条中随机选出"),
+    ],
+)
+def test_translate_gives_whole_sentences(text, translation):
+    """A general template took the place of a mistake, or its head, for a part of the sentence and scrambled it."""
+    catalogue = load_catalogue("zh")
+    assert catalogue is not None
+    assert catalogue.translate(text) == translation
+
+
 def test_wrap_columns_counts_two_columns_for_a_chinese_character():
     text = "写入 PNG 文件，文本块中有提示、种子、编号、模型、设置和图像码。"
     lines = wrap_columns(text, 20)

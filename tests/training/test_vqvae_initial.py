@@ -1,6 +1,7 @@
 """The start of a VQ-VAE from another one: what is taken, what starts anew, and what is refused."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,23 @@ def test_copy_with_image_tokenizer_gives_a_model_another_decoder(tiny_checkpoint
     before, after = (model.generate("一只狐狸", seed=1)[0] for model in models)
     assert (before.codes == after.codes).all()
     assert before.tobytes() != after.tobytes()
+
+
+def test_copy_with_image_tokenizer_says_that_the_figures_are_of_the_former_decoder(tiny_checkpoint, tmp_path):
+    """The card went on to show the images and the PSNR of a decoder that the folder no longer has."""
+    source = tmp_path / "source"
+    shutil.copytree(tiny_checkpoint, source)
+    (source / "samples.png").write_bytes(b"images of the former decoder")
+    (source / "README.md").write_text("# Model\n\n![samples](samples.png)\n\nPSNR 31.25 dB\n")
+    copy_with_image_tokenizer(source, source / "image", PlainColours(), tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    measured = read_config(tmp_path / "model").reconstruction_psnr.median
+    assert card.startswith("# Model\n\n## Image decoder\n")
+    assert card.index(f"PSNR of {measured:.2f} dB") < card.index("PSNR 31.25 dB")
+    assert "figures below are of the former decoder" in card
+    assert "![" not in card
+    assert not (tmp_path / "model" / "samples.png").exists()
+    assert (source / "samples.png").exists()
 
 
 def test_copy_with_image_tokenizer_refuses_another_codebook(tiny_checkpoint, tokenizer, tmp_path):

@@ -78,6 +78,7 @@ def trained(tmp_path_factory, save_image):
         Path("own.yaml").write_text(yaml.safe_dump({"work": "one", "image": SECTION}), encoding="utf-8")
         jobs: list[dict[str, Any]] = [
             {"arguments": ["--work", "two"]},
+            {"arguments": ["--work", "two", "pictures=[changed]"]},
             {"arguments": ["--work", "odd", "training.batch_size=5"]},
             {"arguments": ["--work", "touched", "pictures=[changed]"], "touch": 2, "folder": "changed"},
             {"arguments": ["--work", "decoder", "init_from=two/image", "train=decoder", "model={}"]},
@@ -133,6 +134,8 @@ def test_train_image_of_two_processes_reports_a_mistake_once(trained):
     assert "batch_size 5 does not divide among 2 processes; 4 or 6 would" in errors[0]
     assert errors[0].count("has been changed or removed since the training was started") == 1
     assert "pictures to train on" in errors[0]
+    assert "two/image-run already holds a run at step-00000012" in errors[0]
+    assert '"changed' not in Path("two/pictures.jsonl").read_text()
     assert errors[1] == ""
 
 

@@ -355,7 +355,7 @@ class PictureBuild:
             write_owner(file)
             is_begun = (work / JOURNAL).exists()
             for path in (self.paths.store, *(() if is_begun else (self.paths.held_out,))):
-                if path.exists():
+                if os.path.lexists(path):  # also a link that leads nowhere
                     if not is_begun:
                         shutil.rmtree(work, ignore_errors=True)  # which another process may just have removed
                     raise InputError(f"{path} is there already: remove it, or choose another store with -o")
