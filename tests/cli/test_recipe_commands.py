@@ -532,6 +532,7 @@ def test_recipe_commands_name_the_command_that_has_to_run_first(work, tmp_path, 
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+    shutil.rmtree(work / "image-run")  # which would be refused first
     recipe = write_recipe(tmp_path)
     assert main([*command.split(), recipe]) == 2
     assert message.format(work=work, recipe=recipe) in one_line(capsys)

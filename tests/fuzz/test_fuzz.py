@@ -54,7 +54,7 @@ def test_readers_refuse_damaged_files_in_one_line(kind: str, worker: Worker, tmp
 def test_worker_notices_every_kind_of_failure(tmp_path: Path) -> None:
     """The process that dies or hangs is replaced by a new one, and the next input is tried."""
     make_faults(tmp_path / "seed")
-    worker = Worker(cpu_seconds=3.0)
+    worker = Worker(cpu_seconds=10.0)  # 600 MB of memory take a few where pages are slow
     try:
         outcomes = [worker.try_input(FAULTS, number, tmp_path / "seed", tmp_path / f"{number}") for number in range(7)]
     finally:

@@ -3,13 +3,12 @@
 import io
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 from PIL import Image
-
-from scripts.emoji_sprites import main, svg_of
 
 ICONS = {
     "icons": {"red-apple": {"body": "<path/>"}, "fox": {"body": "<circle/>", "width": 36}},
@@ -38,13 +37,21 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_svg_of_has_the_size_of_the_icon_or_of_the_set() -> None:
-    assert svg_of(ICONS, "red-apple") == '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path/></svg>'
-    assert 'viewBox="0 0 36 32"><circle/>' in svg_of(ICONS, "reineke")
+@pytest.fixture
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    """The script."""
+    return load_script("emoji_sprites")
 
 
-def test_emoji_sprites_are_named_by_code_points(package: Path, tmp_path: Path) -> None:
-    assert main([str(package), "-o", str(tmp_path / "sprites")]) == 0
+def test_svg_of_has_the_size_of_the_icon_or_of_the_set(script: ModuleType) -> None:
+    assert (
+        script.svg_of(ICONS, "red-apple") == '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32"><path/></svg>'
+    )
+    assert 'viewBox="0 0 36 32"><circle/>' in script.svg_of(ICONS, "reineke")
+
+
+def test_emoji_sprites_are_named_by_code_points(script: ModuleType, package: Path, tmp_path: Path) -> None:
+    assert script.main([str(package), "-o", str(tmp_path / "sprites")]) == 0
     pictures = {path.name: Image.open(path) for path in (tmp_path / "sprites").iterdir()}
     assert {name: (picture.size, picture.getpixel((0, 0))) for name, picture in pictures.items()} == {
         "1f34e.png": ((128, 128), (255, 0, 0, 255)),
@@ -61,10 +68,10 @@ def test_emoji_sprites_are_named_by_code_points(package: Path, tmp_path: Path) -
     ],
 )
 def test_emoji_sprites_refuses_what_is_no_package(
-    package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change, message: str
+    script: ModuleType, package: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change, message: str
 ) -> None:
     change(package)
-    assert main([str(package), "-o", str(tmp_path / "sprites")]) == 2
+    assert script.main([str(package), "-o", str(tmp_path / "sprites")]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
