@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from cogview.training.recipe import Recipe
 from cogview.training.step_records import StepRecord, changes_of
 
 MAX_CHANGES = 3  # that a message names
+SECTIONS = ("work", "scenes", "text", "image", "encode", "transformer", "package")  # of a recipe
 
 # The files that a result cannot be opened without.
 TOKENIZER_FILES = ("config.json", "model.safetensors")
@@ -181,8 +183,13 @@ def check_settings(recipe: Recipe, steps: Sequence[RecipeStep]) -> None:
         steps: Its steps.
 
     Raises:
-        InputError: A key is unknown or missing, a value is wrong, or the model card cannot be read.
+        InputError: A section or key is unknown, a key is missing, a value is wrong, or the model card cannot be read.
     """
+    for key in recipe.sections:
+        if key not in SECTIONS:  # its step would be left out in silence
+            near = get_close_matches(str(key), SECTIONS, n=1)
+            advice = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(SECTIONS)}"
+            raise InputError(f'{recipe.path}: "{key}" is unknown; {advice}')
     for step in steps:
         step.recorded_settings(recipe)
     if PACKAGE in steps:

@@ -211,3 +211,13 @@ def test_run_keeps_what_depends_on_an_equal_text_tokenizer(recipe, asked, capsys
     run_recipe(capsys)
     records = read_records(recipe)
     assert records["train-text"].order < records["encode"].order
+
+
+def test_run_refuses_a_section_whose_name_is_misspelt(recipe, asked, capsys):
+    """Without the check the transformer would be left out, after hours, in silence."""
+    sections = {("transfomer" if name == "transformer" else name): content for name, content in SECTIONS.items()}
+    Path("own.yaml").write_text(yaml.safe_dump(sections), encoding="utf-8")
+    status, error = run_recipe(capsys)
+    assert (status, asked) == (2, [])
+    assert 'own.yaml: "transfomer" is unknown; did you mean "transformer"?' in error
+    assert not Path("work").exists()
