@@ -87,9 +87,9 @@ def package_emoji_model(recipe: Recipe, card: str, checkpoint: Path, folder: Pat
         InputError: There is no report on scenes, or one of another checkpoint.
     """
     model = open_checkpoint(checkpoint)
-    figures = add_reports(model, recipe)
+    tables = add_reports(model, recipe)
     things = "、".join(thing.emoji + thing.name for thing in model.things)
-    model.card = card.replace("{figures}", figures).replace("{things}", things)
+    model.card = card.replace("{figures}", tables).replace("{things}", things)
     save_half(folder, model)
 
 
@@ -105,7 +105,7 @@ def package_picture_model(
         checkpoint: The checkpoint.
         folder: The folder to write.
     """
-    from cogview.cli.package_card import copy_samples, picture_card, report_figures
+    from cogview.cli.package_card import copy_samples, picture_card, report_tables
     from cogview.config_io import from_mapping
     from cogview.modeling.config import ReconstructionQuality
 
@@ -117,9 +117,9 @@ def package_picture_model(
     elif quality := report.get("reconstruction_psnr"):
         quality = from_mapping(ReconstructionQuality, quality, where="the report on samples")
         model.config = replace(model.config, reconstruction_psnr=quality)
-    figures = report_figures(recipe, report)
+    tables = report_tables(recipe, report)
     facts = (settings.licence, settings.data)
-    model.card = card.replace("{figures}", figures) if card else picture_card(recipe, facts, figures, model)
+    model.card = card.replace("{figures}", tables) if card else picture_card(recipe, facts, tables, model)
     save_half(folder, model)
     copy_samples(recipe, report, folder)
 
@@ -138,15 +138,13 @@ def package_adapter(
     """
     import shutil
 
-    from cogview.cli.package_card import adapter_card, copy_samples, report_figures
+    from cogview.cli.package_card import adapter_card, copy_samples, report_tables
     from cogview.training.trainer_state import MOMENTS_FILE, STATE_FILE
 
     report = read_report(recipe, "samples")
-    figures = report_figures(recipe, report)
+    tables = report_tables(recipe, report)
     shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MOMENTS_FILE, STATE_FILE))
-    text = (
-        card.replace("{figures}", figures) if card else adapter_card(recipe, settings.licence, settings.data, figures)
-    )
+    text = card.replace("{figures}", tables) if card else adapter_card(recipe, settings.licence, settings.data, tables)
     (folder / "README.md").write_text(text, encoding="utf-8")
     copy_samples(recipe, report, folder)
 

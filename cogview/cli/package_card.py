@@ -25,13 +25,13 @@ Captions of the training show memory; only the held-out ones show what the model
 """
 
 
-def picture_card(recipe: Recipe, facts: tuple[str, str], figures: str, model: Model) -> str:
+def picture_card(recipe: Recipe, facts: tuple[str, str], tables: str, model: Model) -> str:
     """Return the card of a model of pictures.
 
     Args:
         recipe: The recipe.
         facts: Licence of the model, and the origin of the data.
-        figures: The tables of what was measured.
+        tables: The tables of what was measured.
         model: The model.
     """
     config = model.config
@@ -72,20 +72,20 @@ def picture_card(recipe: Recipe, facts: tuple[str, str], figures: str, model: Mo
             "",
             "## Measured",
             "",
-            figures,
+            tables,
             "",
         ]
     )
 
 
-def adapter_card(recipe: Recipe, licence: str, data: str, figures: str) -> str:
+def adapter_card(recipe: Recipe, licence: str, data: str, tables: str) -> str:
     """Return the card of an adapter.
 
     Args:
         recipe: The recipe.
         licence: Licence of the adapter.
         data: Where the pictures are from, and their licences.
-        figures: The tables of what was measured.
+        tables: The tables of what was measured.
     """
     base = recipe.section("transformer").get("init_from")
     command = f"cogview generate TEXT --model {base} --adapter {recipe.work / 'adapter'}"
@@ -106,7 +106,7 @@ def adapter_card(recipe: Recipe, licence: str, data: str, figures: str) -> str:
             "",
             "## Measured",
             "",
-            figures,
+            tables,
             "",
         ]
     )
@@ -147,7 +147,7 @@ def training_rows(recipe: Recipe) -> list[tuple[str, str]]:
     return found
 
 
-def report_figures(recipe: Recipe, report: Mapping[str, Any] | None) -> str:
+def report_tables(recipe: Recipe, report: Mapping[str, Any] | None) -> str:
     """Return tables of the measures on held-out pictures and of the report on samples.
 
     Args:

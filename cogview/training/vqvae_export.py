@@ -20,7 +20,7 @@ NO_SAMPLES = f"({SAMPLES_FILE} had images of the former decoder: it is left out.
 CARD_NOTE = """## Image decoder
 
 The image decoder was trained further by `cogview train-image`; encoder and codebook are unchanged.
-All figures below are of the former decoder. With this decoder, reconstructions of {count} held-out images have a
+All measurements below are of the former decoder. With this decoder, reconstructions of {count} held-out images have a
 PSNR of {median:.2f} dB (median), 99% of them at least {p01:.2f} dB.
 """
 

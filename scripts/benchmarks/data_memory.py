@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write(rows: int, folder: Path) -> None:
     """Write a store of random rows, with 10,000 different texts."""
-    with measured("write", rows), StoreWriter(folder / "store", header()) as writer:
+    with measured("write", rows), StoreWriter(folder / "store", store_header(WIDTH, GRID)) as writer:
         for start in range(0, rows, AT_ONCE):
             count = min(AT_ONCE, rows - start)
             generator = np.random.default_rng(start)
@@ -155,11 +155,11 @@ def anonymous_bytes() -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-def header() -> StoreHeader:
-    """Return the header of the store."""
+def store_header(width: int, grid: int) -> StoreHeader:
+    """Return the header of a store of rows of ``width`` pieces and ``grid`` x ``grid`` codes."""
     return StoreHeader(
-        fields={"text": WIDTH, "image": GRID**2},
-        grid=GRID,
+        fields={"text": width, "image": grid**2},
+        grid=grid,
         num_image_codes=CODES,
         num_text_pieces=PIECES,
         layouts=("generate", "caption"),

@@ -90,7 +90,7 @@ def test_merged_copies_are_one_picture_with_all_captions(grader):
     ]
 
 
-def test_main_measures_a_model_and_writes_sheet_and_figures(grader, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_main_measures_a_model_and_writes_a_sheet(grader, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(2)
     (tmp_path / "pictures").mkdir()

@@ -139,7 +139,7 @@ def test_copy_with_image_tokenizer_gives_a_model_another_decoder(tiny_checkpoint
     assert before.tobytes() != after.tobytes()
 
 
-def test_copy_with_image_tokenizer_says_that_the_figures_are_of_the_former_decoder(tiny_checkpoint, tmp_path):
+def test_copy_with_image_tokenizer_says_that_measurements_are_of_the_former_decoder(tiny_checkpoint, tmp_path):
     """The card went on to show the images and the PSNR of a decoder that the folder no longer has."""
     source = tmp_path / "source"
     shutil.copytree(tiny_checkpoint, source)
@@ -150,7 +150,7 @@ def test_copy_with_image_tokenizer_says_that_the_figures_are_of_the_former_decod
     measured = read_config(tmp_path / "model").reconstruction_psnr.median
     assert card.startswith("# Model\n\n## Image decoder\n")
     assert card.index(f"PSNR of {measured:.2f} dB") < card.index("PSNR 31.25 dB")
-    assert "figures below are of the former decoder" in card
+    assert "measurements below are of the former decoder" in card
     assert "![" not in card
     assert not (tmp_path / "model" / "samples.png").exists()
     assert (source / "samples.png").exists()
