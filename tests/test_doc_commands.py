@@ -158,6 +158,8 @@ ROWS: dict[str, Run | NotRun] = {
     'cogview generate "一只狐狸，紫色背景" --model runs/emoji-style/model': Run(instead="--model TINY"),
     "cogview train-image own.yaml --resume auto": Run("own", more="--device cpu"),
     "cogview eval image-tokenizer cogview-emoji pictures --fit pad -o sheet.png": Run(),
+    # evaluation
+    "cogview eval text captions.tsv references.tsv": Run(needs="texts", more="--by characters"),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(
         "tests/test_examples.py runs it with few steps"
     ),
@@ -260,6 +262,12 @@ class Workshop:
             Path(f"pictures/{name}.txt").write_text(f"一只狐狸{name}", encoding="utf-8")
         Path("captions.csv").write_text("file,caption\na.png,一只狐狸\nb.png,一只狗\n", encoding="utf-8")
         Path("photos").symlink_to("pictures")
+
+    def texts(self) -> None:
+        """Write texts and their references."""
+        Path("captions.tsv").write_text("id\ttext\na\t一只狐狸\nb\t一只狗\n", encoding="utf-8")
+        references = "id\ttext\na\t一只红狐狸\na\t狐狸\nb\t一只小狗\n"
+        Path("references.tsv").write_text(references, encoding="utf-8")
 
     def built(self) -> None:
         """Build the stores of the pages."""

@@ -12,6 +12,7 @@ import click
 
 from cogview.cli.evaluate_image_tokenizer import image_tokenizer
 from cogview.cli.evaluate_samples import SAMPLES_FILE, samples
+from cogview.cli.evaluate_text import text
 from cogview.cli.options import (
     MODEL_HELP,
     Command,
@@ -139,7 +140,7 @@ def _evaluate(
 
 @click.group(cls=Group, no_args_is_help=False)
 def command() -> None:
-    """Evaluate a model on the captions or held-out scenes of its recipe, or an image tokenizer on pictures."""
+    """Evaluate a model on the captions or held-out scenes of its recipe, an image tokenizer on pictures, or texts."""
 
 
 def _measure_options(function: Callable[..., int]) -> Callable[..., Any]:
@@ -201,7 +202,7 @@ def upscale(**values: Any) -> int:
     return _evaluate("upscale", **values)
 
 
-for _action in (samples, scenes, captions, rerank, upscale, image_tokenizer):
+for _action in (samples, scenes, captions, rerank, upscale, image_tokenizer, text):
     command.add_command(_action)
 
 
