@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
 import shlex
 import shutil
@@ -159,6 +160,12 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview train-image own.yaml --resume auto": Run("own", more="--device cpu"),
     "cogview eval image-tokenizer cogview-emoji pictures --fit pad -o sheet.png": Run(),
     # evaluation
+    "cogview eval benchmark geneval --prompts evaluation_metadata.jsonl -o geneval": Run(
+        needs="geneval", more="--subset --samples 1 --device cpu"
+    ),
+    "cogview eval benchmark geneval --prompts evaluation_metadata.jsonl --detections detections.jsonl -o geneval": Run(
+        needs="geneval", more="--subset --samples 1"
+    ),
     "cogview eval text captions.tsv references.tsv": Run(needs="texts", more="--by characters"),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(
         "tests/test_examples.py runs it with few steps"
@@ -262,6 +269,14 @@ class Workshop:
             Path(f"pictures/{name}.txt").write_text(f"一只狐狸{name}", encoding="utf-8")
         Path("captions.csv").write_text("file,caption\na.png,一只狐狸\nb.png,一只狗\n", encoding="utf-8")
         Path("photos").symlink_to("pictures")
+
+    def geneval(self) -> None:
+        """Write a prompt of GenEval, and detections of its picture."""
+        item = {"tag": "single_object", "include": [{"class": "apple", "count": 1}], "prompt": "一个红苹果"}
+        Path("evaluation_metadata.jsonl").write_text(json.dumps(item), encoding="utf-8")
+        apple = {"class": "apple", "score": 0.9, "box": [1, 1, 9, 9]}
+        found = {"filename": "geneval/pictures/00000/samples/0000.png", "detections": [apple]}
+        Path("detections.jsonl").write_text(json.dumps(found), encoding="utf-8")
 
     def texts(self) -> None:
         """Write texts and their references."""

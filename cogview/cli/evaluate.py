@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview.cli.evaluate_benchmark import benchmark
 from cogview.cli.evaluate_image_tokenizer import image_tokenizer
 from cogview.cli.evaluate_samples import SAMPLES_FILE, samples
 from cogview.cli.evaluate_text import text
@@ -140,7 +141,7 @@ def _evaluate(
 
 @click.group(cls=Group, no_args_is_help=False)
 def command() -> None:
-    """Evaluate a model on the captions or held-out scenes of its recipe, an image tokenizer on pictures, or texts."""
+    """Evaluate a model on captions, held-out scenes or a benchmark, an image tokenizer on pictures, or texts."""
 
 
 def _measure_options(function: Callable[..., int]) -> Callable[..., Any]:
@@ -202,7 +203,7 @@ def upscale(**values: Any) -> int:
     return _evaluate("upscale", **values)
 
 
-for _action in (samples, scenes, captions, rerank, upscale, image_tokenizer, text):
+for _action in (samples, scenes, captions, rerank, upscale, image_tokenizer, text, benchmark):
     command.add_command(_action)
 
 

@@ -1,0 +1,181 @@
+"""``cogview eval benchmark``: generate the pictures of a benchmark of the field, and score detections or answers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from cogview.cli.messages import print_note
+from cogview.cli.options import (
+    FILE,
+    Command,
+    ModelOptions,
+    argument,
+    model_options,
+    option_group,
+    output_option,
+    sampling_options,
+)
+from cogview.errors import InputError
+from cogview.formatting import aligned_columns, plural
+
+if TYPE_CHECKING:
+    from cogview.evaluation.field_benchmarks.benchmark import Benchmark, BenchmarkItem, BenchmarkScore
+
+NAMES = ("geneval", "dpg", "oneig-zh", "chinese-word", "gedit", "imgedit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """The prompts of a benchmark, how many pictures they get, and what is scored."""
+
+    prompts: Path
+    answers: Path | None
+    samples: int | None
+    seed: int
+    subset: bool
+
+
+@click.command(name="benchmark", cls=Command)
+@argument("name", type=click.Choice(NAMES), metavar="NAME", help=f"benchmark: {', '.join(NAMES)}")
+@option_group(
+    BenchmarkOptions,
+    "options",
+    ("prompts", "answers", "samples", "seed", "subset"),
+    click.option(
+        "--prompts",
+        required=True,
+        type=FILE,
+        metavar="FILE",
+        help="prompts of the benchmark, which are not part of CogView",
+    ),
+    click.option(
+        "--answers",
+        "--detections",
+        "answers",
+        type=FILE,
+        metavar="FILE",
+        help="score these detections or answers instead of generating pictures",
+    ),
+    click.option(
+        "--samples",
+        type=click.IntRange(min=1, max=1000),
+        metavar="COUNT",
+        show_default="that of the benchmark",
+        help="number of pictures per prompt",
+    ),
+    click.option(
+        "--seed",
+        type=click.IntRange(min=0),
+        default=0,
+        metavar="NUMBER",
+        help="random seed; prompt i, counted from 0, has the seed NUMBER + i",
+    ),
+    click.option("--subset", is_flag=True, help="accept a part of the prompts, whose scores cannot be compared"),
+)
+@output_option(required=True, help="folder for the pictures and the result")
+@click.option("--json", "as_json", is_flag=True, help="print one JSON object")
+@sampling_options("codes", image_options=True)
+@model_options("pictures")
+def benchmark(
+    name: str,
+    options: BenchmarkOptions,
+    output: Path,
+    as_json: bool,
+    settings: dict[str, Any],
+    model: ModelOptions,
+) -> int:
+    """Generate the pictures of a benchmark, or score its answers.
+
+    Pictures are written to OUTPUT/pictures in the layout of the benchmark's scorer; the same command continues a run
+    that was interrupted. With --answers, no picture is generated: the file has the detections or answers of the
+    benchmark's judge, and the scores are printed.
+    """
+    from cogview.evaluation.field_benchmarks.catalogue import BENCHMARKS
+
+    chosen = BENCHMARKS[name]
+    items = chosen.read_items(options.prompts, subset=options.subset)
+    samples = options.samples or chosen.samples
+    if options.answers is not None:
+        score = chosen.score(items, options.answers, samples)
+        _print_score(chosen, score, as_json=as_json)
+        return 0
+    made = _generate(chosen, items, samples, options, settings, model, output)
+    facts = {"benchmark": name, "prompts": len(items), "samples": samples, "generated": made}
+    if as_json:
+        print(json.dumps({**facts, "folder": str(output / "pictures")}, ensure_ascii=False))
+        return 0
+    print(output / "pictures")
+    total = plural(len(items) * samples, "picture")
+    print(f"{total} of {chosen.title}, generated now: {made}", file=sys.stderr)
+    print(
+        f"now let the benchmark's judge look at them, and score its {chosen.answers} with --answers FILE",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _generate(
+    chosen: Benchmark,
+    items: list[BenchmarkItem],
+    samples: int,
+    options: BenchmarkOptions,
+    settings: dict[str, Any],
+    model: ModelOptions,
+    output: Path,
+) -> int:
+    """Generate the pictures that are not there yet; return their number."""
+    import hashlib
+
+    from cogview.checkpoints.fingerprint import fingerprint
+    from cogview.cli.session import open_model
+    from cogview.evaluation.field_benchmarks.runner import BenchmarkPictures, generate_pictures
+    from cogview.image_io.png import prepared_folder
+
+    if chosen.edits:
+        raise InputError(
+            f"{chosen.title} edits pictures, which no model of this version can do; give --answers with the grades of "
+            "pictures that were edited by other means"
+        )
+    with prepared_folder(output):
+        opened = open_model(model, ["generate"])
+        picture_settings = BenchmarkPictures(
+            folder=output,
+            samples=samples,
+            seed=options.seed,
+            sampling=opened.sampling(**settings),
+            max_batch_size=model.max_batch_size,
+        )
+        prompts = "\n".join(item.prompt for item in items)
+        record = {
+            "benchmark": chosen.name,
+            "prompts": {"sha256": hashlib.sha256(prompts.encode()).hexdigest(), "count": len(items)},
+            "samples": samples,
+            "seed": options.seed,
+            "model": opened.file_label,
+            "weights": fingerprint(opened.folder) if opened.folder is not None else None,
+            "sampling": asdict(picture_settings.sampling),
+            "dtype": opened.placement.weight_format,
+            "kv_dtype": model.kv_dtype,
+        }
+        warnings = [warning for item in items if (warning := opened.prompt_warning(item.prompt)) is not None]
+        if warnings:
+            count = plural(len(items), "prompt")
+            print_note(f"{len(warnings)} of {count} ask for what the model may not know, first: {warnings[0]}")
+        return generate_pictures(opened, chosen, items, picture_settings, record)
+
+
+def _print_score(chosen: Benchmark, score: BenchmarkScore, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"benchmark": chosen.name, "results": score.results}, ensure_ascii=False))
+        return
+    rows = [["", "score", "95% interval", "n", "unit"]]
+    for name, found in score.results.items():
+        interval = "–" if found["low"] is None else f"{found['low']:.4f}–{found['high']:.4f}"
+        rows.append([name, f"{found['value']:.4f}", interval, str(found["n"]), found["unit"]])
+    print("\n".join(aligned_columns(rows, left={0, 4})))
