@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import platform
 import re
 import sys
 from contextlib import suppress
@@ -107,6 +108,13 @@ def cpu_quota(root: Path = Path("/")) -> float | None:
                 for group in _visible_groups(root / "sys/fs/cgroup" / mount, path):
                     quotas += _quotas_of(group)
     return min(quotas, default=None)
+
+
+def cpu_name() -> str:
+    """Return the name of the processor's model, or of its architecture if that is unknown."""
+    cpu = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.MULTILINE) if cpu.is_file() else None
+    return named[1].strip() if named else platform.processor() or platform.machine()
 
 
 def usable_cpus() -> int:

@@ -22,11 +22,8 @@ def fingerprint(folder: Path) -> str:
     """
     sha256 = hashlib.sha256()
     for name in ("config.json", "text.model"):
-        content = (folder / name).read_bytes()
-        if name == "config.json" and b'"reconstruction_psnr"' in content:
-            config = parse_json(content)
-            del config["reconstruction_psnr"]
-            content = (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()
+        path = folder / name
+        content = config_without_quality(path) if name == "config.json" else path.read_bytes()
         sha256.update(f"{name} {len(content)}\n".encode() + content)
     for name in ("model.safetensors", "image/model.safetensors"):
         with (folder / name).open("rb") as file:
@@ -39,3 +36,17 @@ def fingerprint(folder: Path) -> str:
                 file.seek(max(0, size - BLOCK) * number // (NUM_BLOCKS - 1))
                 sha256.update(file.read(BLOCK))
     return sha256.hexdigest()
+
+
+def config_without_quality(path: Path) -> bytes:
+    """Return the content of a config without the measured quality of reconstructions.
+
+    Args:
+        path: ``config.json`` of a checkpoint folder.
+    """
+    content = path.read_bytes()
+    if b'"reconstruction_psnr"' not in content:
+        return content
+    config = parse_json(content)
+    del config["reconstruction_psnr"]
+    return (json.dumps(config, ensure_ascii=False, indent=2) + "\n").encode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import shlex
 import socket
 import subprocess
@@ -139,9 +138,9 @@ def _device_names(device: str) -> list[str]:
         import torch
 
         return [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    cpu = Path("/proc/cpuinfo")
-    named = re.search(r"^model name\s*:\s*(.+)$", cpu.read_text(), re.MULTILINE) if cpu.is_file() else None
-    return [named[1].strip() if named else platform.processor() or platform.machine()]
+    from cogview.device import cpu_name
+
+    return [cpu_name()]
 
 
 def _cuda_version() -> str | None:
