@@ -32,7 +32,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from xml.etree import ElementTree
@@ -397,9 +397,9 @@ def command(folder: Path, parts: tuple[str, ...], photos: bool) -> int:
         for part in parts:
             collect = PARTS[part][0]
             for picture in collect(photos=True) if photos and part == "stamps" else collect():
-                assert picture.name not in names, picture.name  # one would replace the other
-                names.add(picture.name)
-                name = saved(picture, folder)
+                name = saved(replace(picture, name=f"{part}-{picture.name}"), folder)  # parts share names
+                assert name not in names, name  # one would replace the other
+                names.add(name)
                 table.writerow([name, picture.caption, picture.paragraph, part, picture.source, picture.licence])
                 counts[part] += 1
                 captions.add(picture.caption)

@@ -89,10 +89,23 @@ def test_stamps_have_their_captions_and_letters_are_left_out(script, tmp_path):
     assert run(script, tmp_path / "out", "--part", "stamps") == 0
     rows = list(csv.DictReader((tmp_path / "out/captions.csv").open(encoding="utf8")))
     assert [(row["image"], row["caption"], row["part"]) for row in rows] == [
-        ("animals-tiger.png", "苏门答腊虎。", "stamps")
+        ("stamps-animals-tiger.png", "苏门答腊虎。", "stamps")
     ]
-    with Image.open(tmp_path / "out/animals-tiger.png") as image:
+    with Image.open(tmp_path / "out/stamps-animals-tiger.png") as image:
         assert (image.mode, image.size) == ("RGBA", (40, 30))
+
+
+def test_pictures_of_one_name_in_two_parts_are_both_kept(script, tmp_path, monkeypatch):
+    def cheese(**_):
+        yield script.Picture("food-cheese", Image.new("RGB", (8, 8)), "奶酪", "somewhere", "CC0")
+
+    for part in ("stamps", "gcompris"):
+        monkeypatch.setitem(script.PARTS, part, (cheese, ()))
+    assert run(script, tmp_path / "out", "--part", "stamps", "--part", "gcompris") == 0
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.jpg")) == [
+        "gcompris-food-cheese.jpg",
+        "stamps-food-cheese.jpg",
+    ]
 
 
 def test_texture_divides_photographs_from_flat_drawings(script):
