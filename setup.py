@@ -15,6 +15,7 @@ setup(
         "cogview.emoji",
         "cogview.emoji.evaluation",
         "cogview.evaluation",
+        "cogview.evaluation.field_benchmarks",
         "cogview.generation",
         "cogview.image_io",
         "cogview.jobs",

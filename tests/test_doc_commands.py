@@ -166,6 +166,7 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview eval benchmark geneval --prompts evaluation_metadata.jsonl --detections detections.jsonl -o geneval": Run(
         needs="geneval", more="--subset --samples 1"
     ),
+    "cogview eval text-in-pictures expected.tsv": NotRun("needs rapidocr; tests/cli/test_evaluate_reading.py runs it"),
     "cogview eval text captions.tsv references.tsv": Run(needs="texts", more="--by characters"),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(
         "tests/test_examples.py runs it with few steps"

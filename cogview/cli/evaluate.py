@@ -12,6 +12,7 @@ import click
 
 from cogview.cli.evaluate_benchmark import benchmark
 from cogview.cli.evaluate_image_tokenizer import image_tokenizer
+from cogview.cli.evaluate_reading import text_in_pictures
 from cogview.cli.evaluate_samples import SAMPLES_FILE, samples
 from cogview.cli.evaluate_text import text
 from cogview.cli.options import (
@@ -203,7 +204,7 @@ def upscale(**values: Any) -> int:
     return _evaluate("upscale", **values)
 
 
-for _action in (samples, scenes, captions, rerank, upscale, image_tokenizer, text, benchmark):
+for _action in (samples, scenes, captions, rerank, upscale, image_tokenizer, text, text_in_pictures, benchmark):
     command.add_command(_action)
 
 

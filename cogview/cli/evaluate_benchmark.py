@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from cogview.formatting import aligned_columns, plural
 if TYPE_CHECKING:
     from cogview.evaluation.field_benchmarks.benchmark import Benchmark, BenchmarkItem, BenchmarkScore
 
+READ_TEXTS = "texts that were read"  # answers of benchmarks whose pictures OCR judges
 NAMES = ("geneval", "dpg", "oneig-zh", "chinese-word", "gedit", "imgedit")
 
 
@@ -36,6 +38,7 @@ class BenchmarkOptions:
 
     prompts: Path
     answers: Path | None
+    ocr: str | None
     samples: int | None
     seed: int
     subset: bool
@@ -46,7 +49,7 @@ class BenchmarkOptions:
 @option_group(
     BenchmarkOptions,
     "options",
-    ("prompts", "answers", "samples", "seed", "subset"),
+    ("prompts", "answers", "ocr", "samples", "seed", "subset"),
     click.option(
         "--prompts",
         required=True,
@@ -61,6 +64,12 @@ class BenchmarkOptions:
         type=FILE,
         metavar="FILE",
         help="score these detections or answers instead of generating pictures",
+    ),
+    click.option(
+        "--ocr",
+        type=click.Choice(["rapidocr", "ddddocr"]),
+        show_default="none",
+        help="chinese-word: read the pictures with this package, and score what was read",
     ),
     click.option(
         "--samples",
@@ -101,6 +110,8 @@ def benchmark(
     chosen = BENCHMARKS[name]
     items = chosen.read_items(options.prompts, subset=options.subset)
     samples = options.samples or chosen.samples
+    if options.ocr is not None:
+        options = replace(options, answers=_read(chosen, items, samples, options, output))
     if options.answers is not None:
         score = chosen.score(items, options.answers, samples)
         _print_score(chosen, score, as_json=as_json)
@@ -118,6 +129,30 @@ def benchmark(
         file=sys.stderr,
     )
     return 0
+
+
+def _read(chosen: Benchmark, items: list[BenchmarkItem], samples: int, options: BenchmarkOptions, output: Path) -> Path:
+    """Read the pictures of a benchmark; return the file of what was read."""
+    from cogview.cli.evaluate_reading import read_pictures
+    from cogview.files import append_json_line, atomic_write
+
+    if chosen.answers != READ_TEXTS or options.answers is not None:
+        raise InputError(
+            "--ocr reads the pictures of chinese-word, and takes the place of --answers; leave one of them out"
+        )
+    root = output / "pictures"
+    paths = [root / chosen.layout(number, item, k, "") for number, item in enumerate(items) for k in range(samples)]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise InputError(
+            f"{len(missing)} of {plural(len(paths), 'picture')} are missing, first {missing[0]}; the same command "
+            "without --ocr generates them"
+        )
+    target = output / f"{options.ocr}.jsonl"
+    read = read_pictures(paths, str(options.ocr))
+    with atomic_write(target) as temporary:
+        for path, text in zip(paths, read, strict=True):
+            append_json_line(temporary, {"picture": str(path.relative_to(root)), "text": text})
+    return target
 
 
 def _generate(
@@ -174,8 +209,13 @@ def _print_score(chosen: Benchmark, score: BenchmarkScore, *, as_json: bool) -> 
     if as_json:
         print(json.dumps({"benchmark": chosen.name, "results": score.results}, ensure_ascii=False))
         return
+    print("\n".join(score_lines(score.results)))
+
+
+def score_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return a table of results with their intervals."""
     rows = [["", "score", "95% interval", "n", "unit"]]
-    for name, found in score.results.items():
+    for name, found in results.items():
         interval = "–" if found["low"] is None else f"{found['low']:.4f}–{found['high']:.4f}"
         rows.append([name, f"{found['value']:.4f}", interval, str(found["n"]), found["unit"]])
-    print("\n".join(aligned_columns(rows, left={0, 4})))
+    return aligned_columns(rows, left={0, 4})
