@@ -167,6 +167,9 @@ ROWS: dict[str, Run | NotRun] = {
         needs="geneval", more="--subset --samples 1"
     ),
     "cogview eval text-in-pictures expected.tsv": NotRun("needs rapidocr; tests/cli/test_evaluate_reading.py runs it"),
+    "cogview eval model MODEL --store HELD_OUT_STORE -o result.json": Run(
+        "recipe", instead="model TINY --store held-out --pairs 0 --device cpu"
+    ),
     "cogview eval text captions.tsv references.tsv": Run(needs="texts", more="--by characters"),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(
         "tests/test_examples.py runs it with few steps"

@@ -25,6 +25,7 @@ MODULES = (
     "cogview",
     "cogview.pipeline.cogview",
     "cogview.pipeline.captioning",
+    "cogview.pipeline.scoring",
     "cogview.pipeline.model",
     "cogview.pipeline.requests",
     "cogview.pipeline.results",

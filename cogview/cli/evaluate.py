@@ -12,6 +12,7 @@ import click
 
 from cogview.cli.evaluate_benchmark import benchmark
 from cogview.cli.evaluate_image_tokenizer import image_tokenizer
+from cogview.cli.evaluate_model import model as model_measure
 from cogview.cli.evaluate_reading import text_in_pictures
 from cogview.cli.evaluate_samples import SAMPLES_FILE, samples
 from cogview.cli.evaluate_text import text
@@ -206,6 +207,7 @@ def upscale(**values: Any) -> int:
 
 for _action in (samples, scenes, captions, rerank, upscale, image_tokenizer, text, text_in_pictures, benchmark):
     command.add_command(_action)
+command.add_command(model_measure)
 
 
 def refuse_unused(measure: str, values: Mapping[str, Any]) -> None:

@@ -17,6 +17,16 @@ from cogview.vqvae.codec import MIN_MSE, ImageTokenizer, psnr, to_float, to_uint
 SHEET_IMAGES = 24
 
 
+def code_usage(counts: np.ndarray) -> tuple[float, float]:
+    """Return the fraction of codes in use and the perplexity, exp of the entropy of the codes.
+
+    Args:
+        counts: Uses of each code (K,), not all zero.
+    """
+    shares = counts[counts > 0] / counts.sum()
+    return len(shares) / len(counts), float(np.exp(-(shares * np.log(shares)).sum()))
+
+
 @dataclass(kw_only=True, eq=False)
 class ReconstructionReport:
     """Measures of an image tokenizer, over all images that were added.
@@ -72,7 +82,7 @@ class ReconstructionReport:
         """
         if not self.psnr:
             raise ValueError("no images to evaluate on")
-        used = self.counts[self.counts > 0] / self.counts.sum()
+        codes_used, perplexity = code_usage(self.counts)
         low, median = np.percentile(self.psnr, [5, 50])
         return {
             "pictures": len(self.psnr),
@@ -81,8 +91,8 @@ class ReconstructionReport:
             "psnr_median": float(median),
             "ssim": float(np.mean(self.ssim)),
             "codes": len(self.counts),
-            "codes_used": len(used) / len(self.counts),
-            "perplexity": float(np.exp(-(used * np.log(used)).sum())),
+            "codes_used": codes_used,
+            "perplexity": perplexity,
         }
 
     def sheet_images(self, columns: int) -> list[np.ndarray]:

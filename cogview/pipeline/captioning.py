@@ -1,4 +1,4 @@
-"""A model that reads images: their codes, captions, scores of texts, and rankings."""
+"""A model that reads images: their codes and captions."""
 
 # B images, G codes on a side of an image
 
@@ -23,7 +23,6 @@ from cogview.pipeline.inputs import (
     ImageLike,
     ImagesLike,
     SeedsLike,
-    TextsLike,
     describe,
     list_images,
     load_image,
@@ -32,11 +31,10 @@ from cogview.pipeline.inputs import (
     require_count,
     require_known_task,
     resolve_seeds,
-    texts_of_images,
 )
 from cogview.pipeline.model import LoadedModel
-from cogview.pipeline.requests import GenerationRequest, caption_requests
-from cogview.pipeline.results import Caption, GeneratedImage, ProgressCallback, Score
+from cogview.pipeline.requests import caption_requests
+from cogview.pipeline.results import Caption, GeneratedImage, ProgressCallback
 from cogview.pipeline.tiles import sample_tiles
 from cogview.tokenizers.tasks import TASKS
 
@@ -53,7 +51,7 @@ def log_note(index: int, note: str) -> None:
 
 
 class CaptioningModel(LoadedModel):
-    """A loaded model that encodes, captions, scores and ranks images; its methods are those of ``CogView``."""
+    """A loaded model that encodes and captions images; its methods are those of ``CogView``."""
 
     def image_size(self, task: str = "generate") -> int:
         """Return the side in pixels of the images that ``task`` is given.
@@ -278,109 +276,6 @@ class CaptioningModel(LoadedModel):
             captions = [result for result in results if isinstance(result, Caption)]
             found = [captions[first : first + n] for first in range(0, len(captions), n)]
         return only_result(found, callback) if is_single else found
-
-    @overload
-    def score(  # type: ignore[overload-overlap]  # a str is a sequence of str, and stands for one image
-        self, images: ImageFile, texts: TextsLike | None = None, *, batch_size: int | None = None
-    ) -> Score: ...
-    @overload
-    def score(self, images: ImageArray, texts: TextsLike | None = None, *, batch_size: int | None = None) -> Any: ...
-    @overload
-    def score(
-        self,
-        images: Sequence[ImageLike],
-        texts: TextsLike | None = None,
-        *,
-        batch_size: int | None = None,
-        callback: ProgressCallback | None = None,
-    ) -> list[Score]: ...
-
-    def score(
-        self,
-        images: ImagesLike,
-        texts: TextsLike | None = None,
-        *,
-        batch_size: int | None = None,
-        callback: ProgressCallback | None = None,
-    ) -> Score | list[Score]:
-        """Return how probable a text is as the caption of each image, among text ids alone.
-
-        Args:
-            images: An image or a list of images, of any size and form, as for ``caption``.
-            texts: One text for all images, or one for each; None: the prompts of generated images.
-            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
-            callback: Called with a ``GenerationProgress`` after every image. Where it returns False, the scores so far
-                are returned.
-
-        Returns:
-            The score of one image; for a list of images, a list of scores.
-
-        Raises:
-            InputError: If an image or a text cannot be used.
-
-        Examples:
-            >>> image = model.generate("一个红苹果", seed=7)[0]
-            >>> fitting, other = (model.score(image, text) for text in ("一个红苹果", "一只猫"))
-            >>> fitting.per_piece > other.per_piece
-            True
-        """
-        self.require_task("caption")
-        require_callback(callback)
-        items, is_single = list_images(images)
-        prompts = self.tokenize(texts_of_images(texts, items, "text"))
-        context = self.context
-        planner = context.planner(batch_size)
-        self.log_image_warnings(items)
-        requests = [
-            GenerationRequest(prompt=prompt.text, prompt_ids=prompt.ids, seed=0, task="score", codes=codes)
-            for prompt, codes in zip(prompts, self.encode_images(items), strict=True)
-        ]
-        scores = runner.score_texts(requests, context, planner, callback)
-        return only_result(scores, callback) if is_single else scores
-
-    def rerank(
-        self,
-        images: Sequence[Item],
-        texts: TextsLike | None = None,
-        *,
-        batch_size: int | None = None,
-        callback: ProgressCallback | None = None,
-    ) -> list[Item]:
-        """Return images by how probable a text is as their caption, the best first.
-
-        Args:
-            images: Images of any size and form, as for ``caption``. A ``GeneratedImage`` gets its ``score``; ``score``
-                returns those of other images.
-            texts: One text for all images, or one for each; None: the prompts of generated images.
-            batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
-            callback: Called with a ``GenerationProgress`` after every image.
-
-        Returns:
-            The images as they were given, the best first.
-
-        Raises:
-            InputError: If an image or a text cannot be used.
-            DecodingStopped: The callback returned False, so that not all images have a score.
-
-        Examples:
-            >>> images = model.generate("一只狐狸", n=4, seed=7)
-            >>> best = model.rerank(images)[0]
-            >>> best.score == max((image.score for image in images), key=lambda score: score.log_probability)
-            True
-            >>> images[0].save("a.png"), images[1].save("b.png")
-            (None, None)
-            >>> sorted(model.rerank(["a.png", "b.png"], "一只狐狸"))
-            ['a.png', 'b.png']
-        """
-        items, _ = list_images(images)  # type: ignore[arg-type]  # checked there
-        scores = self.score(items, texts, batch_size=batch_size, callback=callback)
-        if len(scores) < len(items):
-            raise DecodingStopped(f"the callback stopped after {len(scores)} of {len(items)} images: none are ranked")
-        for image, score in zip(items, scores, strict=True):
-            if isinstance(image, GeneratedImage):
-                image.score = score
-        order = sorted(range(len(items)), key=lambda index: -scores[index].log_probability)
-        return [items[index] for index in order]  # type: ignore[misc]
 
     def _given_side(self, task: str) -> int:
         """Return the codes on a side of the images that ``task`` is given; InputError for an unknown task."""

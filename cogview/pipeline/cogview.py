@@ -11,7 +11,7 @@ from typing import Any, overload
 from cogview.errors import InputError
 from cogview.modeling.config import Sampling
 from cogview.pipeline import runner
-from cogview.pipeline.captioning import CaptioningModel, only_result
+from cogview.pipeline.captioning import only_result
 from cogview.pipeline.image_codes import check_codes
 from cogview.pipeline.inputs import (
     ImageArray,
@@ -43,13 +43,14 @@ from cogview.pipeline.results import (
     only_images,
     repetition_notes,
 )
+from cogview.pipeline.scoring import ScoringModel
 from cogview.pipeline.tiles import upscale_tiles
 from cogview.tokenizers.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
 
-class CogView(CaptioningModel):
+class CogView(ScoringModel):
     """A model and what it does for people. ``CogView.from_pretrained`` opens one.
 
     * Images are given as paths, PIL images, arrays (H, W, 3), (H, W, 4) or (H, W), or tensors (3, H, W). Arrays and

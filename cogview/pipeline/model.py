@@ -35,6 +35,7 @@ from cogview.pipeline.inputs import (
     require_known_task,
 )
 from cogview.pipeline.prompt_checks import PromptChecks
+from cogview.pipeline.ranking import ranking_rule
 from cogview.pipeline.requests import Prompt, tokenize_prompt
 from cogview.pipeline.results import GeneratedImage
 from cogview.tokenizers.text import TextTokenizer
@@ -290,6 +291,24 @@ class LoadedModel:
             )
         known = ", ".join(self.config.tasks)
         raise InputError(f"{self.name} was not trained for the task {task!r}; its tasks are: {known}")
+
+    def require_ranking(self, by: str) -> None:
+        """Check that the weights can compute a score.
+
+        Args:
+            by: Name of the score, such as ``picture``.
+
+        Raises:
+            InputError: It is unknown, or the weights were not trained for what it needs.
+        """
+        rule = ranking_rule(by)
+        for task in rule.tasks:
+            self.require_task(task)
+        if "picture alone" in rule.weights and not self._config("generate").caption_dropout:
+            raise InputError(
+                f"{self.name} was trained without caption dropout, so it knows no log p(picture) and cannot rank by "
+                f"{by}; rank by picture instead"
+            )
 
     def sampling(self, base: Sampling | None = None, *, task: str = "generate", **overrides: float | None) -> Sampling:
         """Return sampling settings, completed by those of the model and checked.

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cogview.errors import InputError
 from cogview.generation.requests import DecodingRequest, DecodingResult
@@ -200,7 +201,9 @@ class ProgramBuilder:
             raise InputError(str(error)) from None
 
 
-def given_values(task: Task, prompt_ids: Sequence[int], codes: np.ndarray | None) -> dict[str, Any]:
+def given_values(
+    task: Task, prompt_ids: Sequence[int] | NDArray[np.integer], codes: np.ndarray | None
+) -> dict[str, Any]:
     """Return what a request gives, by the elements of the layout: piece ids for its texts, codes for its image.
 
     Args:

@@ -42,19 +42,22 @@ class Caption:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """How probable a text is as the caption of an image.
+    """How well a text and an image fit each other.
 
     Attributes:
-        log_probability: Sum over the pieces of log p(piece | image, pieces before), in nats.
-        num_pieces: Pieces of the text.
+        log_probability: The score in nats: by default log p(text | image), the sum over the pieces of
+            log p(piece | image, pieces before).
+        num_pieces: Tokens that are scored: pieces of the text, codes of the image, or both.
+        ranked_by: Name of the score, a key of ``cogview.pipeline.ranking.RANKING_RULES``.
     """
 
     log_probability: float
     num_pieces: int
+    ranked_by: str = "caption"
 
     @property
     def per_piece(self) -> float:
-        """Mean log-probability of a piece, in nats."""
+        """Mean score of a token, in nats."""
         return self.log_probability / self.num_pieces
 
 
@@ -128,7 +131,7 @@ class GeneratedImage(Image.Image):
         sampling: Settings that it was sampled with.
         model_prompt: The prompt as the model was given it, such as 三只狐狸 for 三只🦊.
         codebook_sha256: Hash of the codebook that gives the codes their meaning.
-        score: Score of its prompt as a caption, once it was computed.
+        score: Score by which it was ranked, once it was computed.
     """
 
     prompt: str
@@ -210,7 +213,11 @@ class GeneratedImage(Image.Image):
         if self.model_prompt != self.prompt:
             texts["model_prompt"] = self.model_prompt
         if self.score is not None:
-            texts |= {"score": str(self.score.log_probability), "score_per_piece": str(self.score.per_piece)}
+            texts |= {
+                "score": str(self.score.log_probability),
+                "score_per_piece": str(self.score.per_piece),
+                "ranked_by": self.score.ranked_by,
+            }
         return texts
 
 

@@ -17,16 +17,16 @@ import numpy as np
 from cogview.generation.beam_search import beam_search
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingProgress, DecodingRequest, DecodingResult, DecodingStopped
-from cogview.generation.scoring import score
 from cogview.generation.speculative import max_window, uses_cuda_graphs
 from cogview.generation.token_sampler import candidate_ids
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.image_codes import decode_all_images
-from cogview.pipeline.programs import DecodingProgram, ProgramBuilder, given_values
+from cogview.pipeline.programs import DecodingProgram, ProgramBuilder
+from cogview.pipeline.ranking import score_requests
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import Caption, GeneratedImage, GenerationProgress, ProgressCallback, Score
-from cogview.planning.batch_memory import beam_search_bytes, decode_bytes, score_bytes
+from cogview.planning.batch_memory import beam_search_bytes, decode_bytes
 from cogview.planning.batches import BatchPlanner
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.tasks import TASKS, ImageElement
@@ -147,42 +147,23 @@ def search_captions(
     return _collect(captions, requests, lambda best: sum(caption.num_pieces for caption in best), callback)
 
 
-def score_texts(
+def score_images(
     requests: Sequence[GenerationRequest],
+    rule: str,
     context: PipelineContext,
     planner: BatchPlanner,
     callback: ProgressCallback | None = None,
 ) -> list[Score]:
-    """Return how probable the prompt of each request is as the caption of its image.
+    """Return the score of the image of each request with its prompt.
 
     Args:
         requests: Requests of the task ``score``, with the piece ids of the text and the codes of the image.
+        rule: Name of a ranking rule.
         context: The model.
         planner: Splits the images into batches that fit in memory.
         callback: Called after every image; where it returns False, the scores so far are returned.
     """
-    layout, vocabulary = context.config.layouts["score"], context.vocabulary
-    sequences = [
-        layout.arrange(vocabulary, **given_values(TASKS["score"], request.prompt_ids or (), request.codes))
-        for request in requests
-    ]
-    transformer = context.transformer_for(TASKS["score"].weights)
-
-    def bytes_of(batch: Sequence[TokenSequence]) -> int:
-        output_ids = range(vocabulary.text.start, vocabulary.padded_size)
-        return transformer.prepack_bytes(output_ids) + score_bytes(
-            context.config.transformer,
-            vocabulary,
-            batch,
-            dtype=context.placement.weight_format,
-            device_type=context.placement.device.type,
-        )
-
-    sums = planner.run(sequences, bytes_of, lambda batch: score(transformer, vocabulary, batch), "scoring")
-    scores = (
-        Score(log_probability=total, num_pieces=len(request.prompt_ids or ()))
-        for total, request in zip(sums, requests, strict=True)
-    )
+    scores = score_requests(requests, rule, context, planner)
     return _collect(scores, requests, lambda score: score.num_pieces, callback)
 
 

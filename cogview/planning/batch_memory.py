@@ -16,6 +16,7 @@ import numpy as np
 
 from cogview.generation.decoding_state import group_by_prefix, worth_sharing_prefix
 from cogview.generation.requests import DecodingRequest
+from cogview.generation.scoring import ScoringRequest
 from cogview.generation.token_sampler import candidate_ids
 from cogview.modeling.config import TransformerConfig
 from cogview.planning.model_memory import (
@@ -113,29 +114,30 @@ def beam_search_bytes(
 
 def score_bytes(
     config: TransformerConfig,
-    vocabulary: Vocabulary,
-    sequences: Sequence[TokenSequence],
+    candidates: range,
+    requests: Sequence[ScoringRequest],
     *,
     dtype: str,
     device_type: str,
 ) -> int:
-    """Return the peak of the bytes that ``generation.decode.score`` takes, without weights and packed copies.
+    """Return the peak of the bytes that ``generation.scoring.token_scores`` takes, without weights and packed copies.
 
     Args:
         config: Shape of the transformer.
-        vocabulary: The ids of the model.
-        sequences: The sequences of one batch.
+        candidates: Ids that compete.
+        requests: The sequences of one batch, with their scored tokens.
         dtype: Weight format, a key of ``ACTIVATION_BYTES``.
         device_type: cpu, cuda or mps.
     """
-    longest, width = max(map(len, sequences)), config.width * ACTIVATION_BYTES[dtype]
+    longest = max(len(request.sequence) for request in requests)
+    num_rows, width = len(requests), config.width * ACTIVATION_BYTES[dtype]
     forward_pass = ForwardPass(new_positions=longest, total_positions=longest, output_ids=0)
-    pieces = sum(len(sequence.ids[sequence.spans["text"]]) for sequence in sequences)
-    forward = forward_bytes(config, dtype, device_type, forward_pass, rows=len(sequences), padded=False)
-    logits = SCORING_BYTES * pieces * (vocabulary.padded_size - vocabulary.text.start)
-    # Hidden states of all positions, and of those that predict a piece.
-    scoring = (len(sequences) * longest + pieces) * width + logits
-    positions = len(sequences) * longest * POSITION_BYTES
+    tokens = sum(len(request.indices) for request in requests)
+    forward = forward_bytes(config, dtype, device_type, forward_pass, rows=num_rows, padded=False)
+    logits = SCORING_BYTES * tokens * len(candidates)
+    # Hidden states of all positions, and of those that predict a scored token.
+    scoring = (num_rows * longest + tokens) * width + logits
+    positions = num_rows * longest * POSITION_BYTES
     return workspace_bytes(config, dtype, device_type) + positions + max(forward, scoring)
 
 

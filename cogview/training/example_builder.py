@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
+from cogview.data.row_layout import arrange_row
 from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.modeling.config import ModelConfig
 from cogview.tokenizers.layouts import TokenSequence
-from cogview.tokenizers.tasks import TASKS, TextElement
-from cogview.tokenizers.windows import NUM_WINDOWS, WINDOW_MULTIPLE, upscale_windows
+from cogview.tokenizers.tasks import TASKS
+from cogview.tokenizers.windows import NUM_WINDOWS
 from cogview.training.examples import LossKey, MicroBatch, RowPlan, Rows, TargetKind, TrainingBatch, TrainingExample
 from cogview.training.settings import TransformerTraining
 
@@ -35,7 +35,6 @@ class ExampleBuilder:
         self.grid = config.grid
         self.layouts = config.layouts
         self.tasks = dict(TASKS)  # a worker process does not know the tasks that were registered in this one
-        self.windows = [] if config.grid % WINDOW_MULTIPLE else upscale_windows(config.grid)
         self.keys: tuple[LossKey, ...] = tuple((task, kind) for task in settings.tasks for kind in TargetKind)
 
     def build_batch(
@@ -191,19 +190,7 @@ class ExampleBuilder:
         Returns:
             The sequence.
         """
-        values: dict[str, Any] = {}
-        for name, content in self.tasks[task].contents.items():
-            if isinstance(content, TextElement):
-                values[name] = text
-                continue
-            codes = row[content.field]
-            if self.tasks[task].windowed:  # the field holds the whole image
-                whole, side = codes.reshape(round(len(codes) ** 0.5), -1), content.side(self.grid)
-                crop = self.windows[window].source if len(whole) == self.grid else self.windows[window].target
-                top, left = (part.start for part in crop)
-                codes = whole[top : top + side, left : left + side]
-            values[name] = codes
-        return self.layouts[task].arrange(self.vocabulary, **values)
+        return arrange_row(self.tasks[task], self.layouts[task], self.vocabulary, text, row, window)
 
 
 def _select_targets(codes: np.ndarray, priority: np.ndarray, count: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import torch
 from cogview.generation.beam_search import beam_search
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingRequest
-from cogview.generation.scoring import score
+from cogview.generation.scoring import ScoringRequest, score
 from cogview.modeling.config import Sampling
 from cogview.modeling.transformer import Transformer
 from cogview.planning.batch_memory import beam_search_bytes, decode_bytes, score_bytes
@@ -91,5 +91,11 @@ def test_score_bytes_predict_peak(dtype):
         score(transformer, config.vocabulary, [row] * rows)
     found = small_estimate(config, task="score", rows=rows, dtype=dtype)
     assert found.workspace + rows * max(found.activations, found.logits) == pytest.approx(memory.peak, rel=0.1)
-    predicted = score_bytes(config.transformer, config.vocabulary, [row] * rows, dtype=dtype, device_type="cpu")
+    predicted = score_bytes(
+        config.transformer,
+        range(config.vocabulary.text.start, config.vocabulary.padded_size),
+        [ScoringRequest.of_span(row, "text")] * rows,
+        dtype=dtype,
+        device_type="cpu",
+    )
     assert predicted == pytest.approx(memory.peak, rel=0.12)
