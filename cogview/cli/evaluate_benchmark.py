@@ -22,6 +22,7 @@ from cogview.cli.options import (
     output_option,
     sampling_options,
 )
+from cogview.cli.result_file import save_result
 from cogview.errors import InputError
 from cogview.formatting import aligned_columns, plural
 
@@ -103,7 +104,7 @@ def benchmark(
 
     Pictures are written to OUTPUT/pictures in the layout of the benchmark's scorer; the same command continues a run
     that was interrupted. With --answers, no picture is generated: the file has the detections or answers of the
-    benchmark's judge, and the scores are printed.
+    benchmark's judge, and OUTPUT/result.json gets the scores.
     """
     from cogview.evaluation.field_benchmarks.catalogue import BENCHMARKS
 
@@ -115,6 +116,7 @@ def benchmark(
     if options.answers is not None:
         score = chosen.score(items, options.answers, samples)
         _print_score(chosen, score, as_json=as_json)
+        _write_score(chosen, items, samples, options, output, score)
         return 0
     made = _generate(chosen, items, samples, options, settings, model, output)
     facts = {"benchmark": name, "prompts": len(items), "samples": samples, "generated": made}
@@ -165,11 +167,10 @@ def _generate(
     output: Path,
 ) -> int:
     """Generate the pictures that are not there yet; return their number."""
-    import hashlib
-
-    from cogview.checkpoints.fingerprint import fingerprint
     from cogview.cli.session import open_model
     from cogview.evaluation.field_benchmarks.runner import BenchmarkPictures, generate_pictures
+    from cogview.evaluation.manifest import hash_prompts
+    from cogview.evaluation.model_record import describe_model
     from cogview.image_io.png import prepared_folder
 
     if chosen.edits:
@@ -186,23 +187,36 @@ def _generate(
             sampling=opened.sampling(**settings),
             max_batch_size=model.max_batch_size,
         )
-        prompts = "\n".join(item.prompt for item in items)
         record = {
             "benchmark": chosen.name,
-            "prompts": {"sha256": hashlib.sha256(prompts.encode()).hexdigest(), "count": len(items)},
+            "prompts": asdict(hash_prompts([item.prompt for item in items])),
             "samples": samples,
             "seed": options.seed,
-            "model": opened.file_label,
-            "weights": fingerprint(opened.folder) if opened.folder is not None else None,
             "sampling": asdict(picture_settings.sampling),
-            "dtype": opened.placement.weight_format,
-            "kv_dtype": model.kv_dtype,
+            "model": asdict(describe_model(opened)),
         }
         warnings = [warning for item in items if (warning := opened.prompt_warning(item.prompt)) is not None]
         if warnings:
             count = plural(len(items), "prompt")
             print_note(f"{len(warnings)} of {count} ask for what the model may not know, first: {warnings[0]}")
         return generate_pictures(opened, chosen, items, picture_settings, record)
+
+
+def _write_score(
+    chosen: Benchmark,
+    items: list[BenchmarkItem],
+    samples: int,
+    options: BenchmarkOptions,
+    output: Path,
+    score: BenchmarkScore,
+) -> None:
+    """Write the scores with a manifest as ``result.json``."""
+    from cogview.evaluation.field_benchmarks.manifest import RESULT, describe_score
+
+    settings = {"samples": samples, "subset": options.subset, "ocr": options.ocr}
+    manifest = describe_score(chosen, items, Path(str(options.answers)), output, settings)
+    items_of_score = {"ids": score.ids, "values": score.values}
+    save_result(output / RESULT, manifest, score.results, items_of_score)
 
 
 def _print_score(chosen: Benchmark, score: BenchmarkScore, *, as_json: bool) -> None:

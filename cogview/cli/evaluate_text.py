@@ -11,6 +11,7 @@ import click
 
 from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, Command, argument
+from cogview.cli.result_file import result_option, save_result
 from cogview.errors import InputError
 from cogview.formatting import aligned_columns, plural, shorten
 
@@ -43,7 +44,8 @@ NAMES = {
     help="tokens of Chinese: characters, or words by jieba",
 )
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
-def text(hypotheses: Path, references: Path, unit: str | None, as_json: bool) -> int:
+@result_option()
+def text(hypotheses: Path, references: Path, unit: str | None, as_json: bool, output: Path | None) -> int:
     """Measure texts against references.
 
     Prints CIDEr-D, BLEU-1 to 4 and ROUGE-L as MS COCO's scorer defines them, with 95% bootstrap intervals. CIDEr-D
@@ -55,6 +57,8 @@ def text(hypotheses: Path, references: Path, unit: str | None, as_json: bool) ->
     true = read_references(references, print_note)
     match_ids(candidates, true, str(hypotheses), str(references))
     found = {each: _scores(candidates, true, each) for each in _units(unit)}
+    if output is not None:
+        _write(output, candidates, true, found)
     if as_json:
         summaries = {each: scores.summary for each, scores in found.items()}
         print(json.dumps({"items": len(candidates), **summaries}, ensure_ascii=False))
@@ -92,6 +96,33 @@ def _scores(candidates: dict[str, str], true: dict[str, list[str]], unit: str) -
         if not text or not all(group):
             raise InputError(f'a text or reference of the id "{shorten(key, 60)}" holds nothing but punctuation')
     return score_texts(tokens, references)
+
+
+def _write(output: Path, candidates: dict[str, str], true: dict[str, list[str]], found: dict[str, TextScores]) -> None:
+    """Write the scores with a manifest."""
+    from cogview.evaluation.manifest import Manifest
+    from cogview.evaluation.model_record import describe_hardware, describe_versions
+    from cogview.evaluation.text_files import hash_texts
+
+    versions = describe_versions("jieba")
+    settings = {"by": list(found), "form": "NFKC, lower case, without punctuation"}
+    if "words" in found:
+        settings["jieba"] = versions["jieba"]  # its dictionary moves the values
+    manifest = Manifest(
+        measure="text",
+        reference=hash_texts("references", true),
+        candidate=hash_texts("texts", {key: [text] for key, text in candidates.items()}),
+        settings=settings,
+        versions=versions,
+        hardware=describe_hardware(),
+    )
+    results = {
+        f"{unit}/{name}": {**values, "n": len(candidates), "higher_is_better": True}
+        for unit, scores in found.items()
+        for name, values in scores.summary.items()
+    }
+    columns = {f"{unit}/{name}": values for unit, scores in found.items() for name, values in scores.items.items()}
+    save_result(output, manifest, results, {"ids": list(candidates), "values": columns})
 
 
 def _cell(scores: TextScores, name: str) -> str:

@@ -112,7 +112,7 @@ def reading_results(scores: Sequence[ReadingScore]) -> dict[str, dict[str, Any]]
             "low": float(low),
             "high": float(high),
             "n": len(scores),
-            "unit": "share",
+            "unit": "fraction",
             "higher_is_better": True,
         }
     return results

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from cogview.errors import InputError
+from cogview.evaluation.manifest import SetRecord, hash_set
 from cogview.formatting import plural, shorten
 from cogview.plain_data import read_json
 from cogview.tables import HeaderError, parse_objects, parse_table, print_note, read_text
@@ -77,6 +79,16 @@ def match_ids(found: Iterable[str], expected: Iterable[str], found_name: str, ex
                 f"{name} lacks {plural(len(missing), 'id')} of {plural(len(set(present)), 'id')} in {other}, first "
                 f'"{shorten(missing[0], SHOWN)}"; both files must be of the same items'
             )
+
+
+def hash_texts(name: str, texts: Mapping[str, Sequence[str]]) -> SetRecord:
+    """Return the record of texts with ids for a manifest, whatever their order.
+
+    Args:
+        name: A name for people.
+        texts: The texts of each id.
+    """
+    return hash_set(name, [hashlib.sha256("\n".join([key, *each]).encode()).hexdigest() for key, each in texts.items()])
 
 
 def _not_empty(found: dict[str, Any], path: Path) -> dict[str, Any]:

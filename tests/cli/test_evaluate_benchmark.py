@@ -8,6 +8,7 @@ from PIL import Image
 
 from cogview.cli.main import main
 from cogview.evaluation.field_benchmarks import runner
+from cogview.evaluation.manifest import SeedsRecord, read_result, unlike_fields
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "apple", "count": 1}], "prompt": "一个红苹果"},
@@ -128,7 +129,7 @@ def test_eval_benchmark_scores_a_file_without_a_model(benchmark):
     ]
     Path("read.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     status, out, err = benchmark("chinese-word", "words.tsv", "--answers", "read.jsonl")
-    assert (status, err) == (0, [])
+    assert (status, err) == (0, ["written to out/result.json"])
     assert [line.split()[:2] for line in out[1:]] == [
         ["overall", "0.6856"],
         ["level_1", "1.0000"],
@@ -136,6 +137,34 @@ def test_eval_benchmark_scores_a_file_without_a_model(benchmark):
     ]
     status, out, _ = benchmark("chinese-word", "words.tsv", "--answers", "read.jsonl", "--json")
     assert json.loads(out[0])["results"]["overall"]["value"] == pytest.approx(3500 / 5105)
+
+
+def test_eval_benchmark_writes_a_result_with_the_model_of_its_pictures(benchmark, tiny_checkpoint):
+    assert benchmark("geneval", "geneval.jsonl", "--samples", "1", "--seed", "7", "--top-k", "3")[0] == 0
+    rows = [{"filename": f"{item:05}/samples/0000.png", "correct": item == 0} for item in range(2)]
+    Path("found.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert benchmark("geneval", "geneval.jsonl", "--samples", "1", "--detections", "found.jsonl")[0] == 0
+    result = read_result(Path("out/result.json"))
+    assert (result.results["overall"].value, result.results["overall"].n) == (0.5, 2)
+    manifest = result.manifest
+    assert (manifest.measure, manifest.seeds, manifest.prompts.count) == ("geneval", SeedsRecord(first=7, count=2), 2)
+    assert (manifest.model.name, manifest.sampling["top_k"]) == (tiny_checkpoint.name, 3)
+    assert manifest.settings == {"samples": 1, "subset": True}
+    assert result.items.values["single_object"] == [1.0, 0.0]
+    Path("found.jsonl").write_text("\n".join(json.dumps({**row, "correct": True}) for row in rows), encoding="utf-8")
+    assert benchmark("geneval", "geneval.jsonl", "--samples", "1", "--detections", "found.jsonl")[0] == 0
+    again = read_result(Path("out/result.json"))
+    assert (again.results["overall"].value, unlike_fields(manifest, again.manifest)) == (1.0, [])
+
+
+def test_eval_benchmark_refuses_answers_on_pictures_of_another_run(benchmark):
+    assert benchmark("geneval", "geneval.jsonl", "--samples", "1")[0] == 0
+    rows = [{"filename": f"{item:05}/samples/{k:04}.png", "correct": True} for item in range(2) for k in range(4)]
+    Path("found.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    status, _, err = benchmark("geneval", "geneval.jsonl", "--detections", "found.jsonl")
+    assert (status, len(err)) == (2, 1)
+    assert "out/run.json is of another run than the answers, with another samples; give its folder with -o" in err[0]
+    assert not Path("out/result.json").exists()
 
 
 def test_eval_benchmark_says_that_models_cannot_edit(benchmark):

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from cogview.cli.main import main
+from cogview.evaluation.manifest import read_result
 from cogview.evaluation.ocr import compare_all, reading_results
 from cogview.evaluation.reading_scores import compare_reading, edit_distance
 
@@ -53,14 +54,17 @@ def test_eval_text_in_pictures_reads_real_characters(write_picture, capsys, engi
     Path("expected.tsv").write_text(
         "a.png\t“蓝色背景”\nb.png\t狐狸，坐在雪地\nc.png\t自动车\nd.png\t公共汽车\n", encoding="utf-8"
     )
-    status, out, err = evaluate(capsys, "text-in-pictures", "expected.tsv", "--ocr", engine, "--json")
-    assert (status, err) == (0, [])
+    status, out, err = evaluate(capsys, "text-in-pictures", "expected.tsv", "--ocr", engine, "--json", "-o", "r.json")
+    assert (status, err) == (0, ['{"info": "written to r.json"}'])
     rows = [json.loads(line) for line in out]
     assert [row["exact"] for row in rows[:-1]] == [True, True, False, False]
     assert (rows[2]["read"], rows[3]["read"]) == ("自行车", "")
     values = {name: found["value"] for name, found in rows[-1]["results"].items()}
     expected = {"characters": 12 / 17, "words": 3 / 5, "similarity": (1 + 1 + 2 / 3 + 0) / 4, "exact": 0.5}
     assert values == pytest.approx(expected)
+    result = read_result(Path("r.json"))
+    assert result.manifest.settings["ocr"].split()[0] == engine
+    assert result.items.values["exact"] == [1, 1, 0, 0]
 
 
 @needs_font

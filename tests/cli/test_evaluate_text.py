@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cogview.cli.main import main
+from cogview.evaluation.manifest import read_result, unlike_fields
 
 TEXTS = "一只猫坐在垫子上\n两只狗在草地上跑\n"
 REFERENCES = "一只猫坐在垫子上\t猫在垫子上坐着\n两只狗在草地上奔跑\t狗在草地上跑\n"
@@ -73,6 +74,26 @@ def test_eval_text_prints_one_json_object(evaluate):
     status, out, _ = evaluate({"hyp.txt": TEXTS, "ref.txt": REFERENCES}, "--json", "--by", "characters")
     found = json.loads("\n".join(out))
     assert (status, found["items"], round(found["characters"]["cider"]["value"], 4)) == (0, 2, 7.5931)
+
+
+def test_eval_text_writes_a_result(evaluate):
+    files = {"hyp.txt": TEXTS, "ref.txt": REFERENCES}
+    status, _, err = evaluate(files, "--by", "characters", "-o", "results/text.json")
+    assert (status, err) == (0, ["written to results/text.json"])
+    result = read_result(Path("results/text.json"))
+    assert result.manifest.measure == "text"
+    assert (result.manifest.reference.count, result.manifest.settings["by"]) == (2, ["characters"])
+    assert result.results["characters/cider"].value == pytest.approx(7.5931, abs=5e-5)
+    assert sum(result.items.values["characters/cider"]) / 2 == pytest.approx(7.5931, abs=5e-5)
+    lines = TEXTS.splitlines()
+    evaluate({"h.txt": f"{lines[0]}\n狗\n", "ref.txt": REFERENCES}, "--by", "characters", "-o", "other.json")
+    assert unlike_fields(result.manifest, read_result(Path("other.json")).manifest) == []
+    evaluate({"h.txt": TEXTS, "r.txt": "猫\n狗\n"}, "--by", "characters", "-o", "other.json")
+    assert unlike_fields(result.manifest, read_result(Path("other.json")).manifest) == ["reference.sha256"]
+    Path("folder").mkdir()
+    status, out, err = evaluate(files, "--by", "characters", "-o", "folder")
+    assert (status, out, len(err)) == (2, [], 1)
+    assert "the output folder is a folder; expected the name of a file" in err[0]
 
 
 def test_eval_text_leaves_words_out_without_jieba(evaluate, monkeypatch):

@@ -95,7 +95,8 @@ def test_geneval_scores_detections_by_hand(geneval, tmp_path):
         "pictures": round(8 / 14, 6),
         "prompts": 1.0,
     }
-    assert score.values["correct"] == [0.5] * 6 + [1.0]
+    assert score.values["pictures"] == [0.5] * 6 + [1.0]
+    assert score.values["single_object"] == [0.5, *[None] * 5, 1.0]
     assert score.results["overall"]["low"] <= 3.25 / 6 <= score.results["overall"]["high"]
 
 

@@ -44,12 +44,13 @@ class BenchmarkScore:
         results: By name ``value``, ``low`` and ``high`` of a 95% interval (None where there is none), ``n``, ``unit``
             and ``higher_is_better``.
         ids: The items.
-        values: Values of single items by name, as long as ``ids``.
+        values: Values of single items of those results that are means over items, as long as ``ids``; None for an item
+            that a result does not count.
     """
 
     results: dict[str, dict[str, Any]]
     ids: list[str] = field(default_factory=list)
-    values: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 class Scorer(Protocol):
@@ -210,7 +211,7 @@ def _shown(key: Any) -> str:
     return shorten("/".join(map(str, key)) if isinstance(key, tuple) else str(key), SHOWN)
 
 
-def result(values: Sequence[float] | np.ndarray, unit: str = "share") -> dict[str, Any]:
+def result(values: Sequence[float] | np.ndarray, unit: str = "fraction") -> dict[str, Any]:
     """Return the mean of items with its 95% bootstrap interval, in the form of ``BenchmarkScore.results``.
 
     Args:
@@ -222,7 +223,7 @@ def result(values: Sequence[float] | np.ndarray, unit: str = "share") -> dict[st
 
 def mean_of_groups(
     groups: Mapping[str, Sequence[float] | np.ndarray],
-    unit: str = "share",
+    unit: str = "fraction",
     weights: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return the mean of the means of groups with its 95% bootstrap interval.
@@ -247,6 +248,23 @@ def mean_of_groups(
         "n": count,
         "unit": unit,
         "higher_is_better": True,
+    }
+
+
+def columns_of(
+    items: Sequence[BenchmarkItem], values: Mapping[str, float], names: Mapping[str, str] | None = None
+) -> dict[str, list[float | None]]:
+    """Return the values of single items for the result of each group, None for the items of other groups.
+
+    Args:
+        items: The items.
+        values: Value of each item by its id.
+        names: Name of the result of each group; None for the groups themselves.
+    """
+    groups = dict.fromkeys(item.group for item in items)
+    return {
+        (names or {}).get(group, group): [values[item.id] if item.group == group else None for item in items]
+        for group in groups
     }
 
 

@@ -15,6 +15,7 @@ from cogview.evaluation.field_benchmarks.benchmark import (
     Benchmark,
     BenchmarkItem,
     BenchmarkScore,
+    columns_of,
     expect_keys,
     mean_of_groups,
     picture_name,
@@ -75,8 +76,9 @@ def score(items: Sequence[BenchmarkItem], answers: Path, samples: int) -> Benchm
     results: dict[str, Any] = {
         "overall": mean_of_groups(found, weights={level: float(LEVELS[level]) for level in found})
     }
-    results |= {f"level_{level}": result(values) for level, values in found.items()}
-    return BenchmarkScore(results=results, ids=list(shares), values={"read": list(shares.values())})
+    shown = {level: f"level_{level}" for level in found}
+    results |= {shown[level]: result(values) for level, values in found.items()}
+    return BenchmarkScore(results=results, ids=list(shares), values=columns_of(items, shares, shown))
 
 
 def layout(position: int, item: BenchmarkItem, sample: int, model: str) -> str:

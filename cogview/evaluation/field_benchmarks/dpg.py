@@ -107,7 +107,7 @@ def score(items: Sequence[BenchmarkItem], answers: Path, samples: int) -> Benchm
         scores.append(float(np.mean(of_pictures)))
     results = {"dpg": result(scores)}
     results |= {category: result(by_category[category]) for category in sorted(by_category)}
-    return BenchmarkScore(results=results, ids=[item.id for item in items], values={"dpg": scores})
+    return BenchmarkScore(results=results, ids=[item.id for item in items], values={"dpg": list(scores)})
 
 
 def read_answers(

@@ -18,6 +18,7 @@ from cogview.evaluation.field_benchmarks.benchmark import (
     Benchmark,
     BenchmarkItem,
     BenchmarkScore,
+    columns_of,
     expect_keys,
     mean_of_groups,
     read_rows,
@@ -108,7 +109,7 @@ def score_gedit(items: Sequence[BenchmarkItem], answers: Path, samples: int) -> 
     by_name = {name: _by_group(items, values) for name, values in columns.items()}
     results = {name: mean_of_groups(groups, "grade") for name, groups in by_name.items()}
     results |= {task: result(values, "grade") for task, values in by_name["overall"].items()}
-    return _with_items(results, items, overall)
+    return BenchmarkScore(results=results, ids=[item.id for item in items], values=columns_of(items, overall))
 
 
 def score_imgedit(items: Sequence[BenchmarkItem], answers: Path, samples: int) -> BenchmarkScore:
@@ -123,7 +124,9 @@ def score_imgedit(items: Sequence[BenchmarkItem], answers: Path, samples: int) -
     groups = _by_group(items, means)
     results = {"overall": result(list(means.values()), "grade"), "mean_of_types": mean_of_groups(groups, "grade")}
     results |= {name: result(values, "grade") for name, values in groups.items()}
-    return _with_items(results, items, means)
+    pictures: list[float | None] = [means[item.id] for item in items]
+    columns = {"overall": pictures, **columns_of(items, means)}
+    return BenchmarkScore(results=results, ids=[item.id for item in items], values=columns)
 
 
 def _grades(
@@ -153,13 +156,6 @@ def _by_group(items: Sequence[BenchmarkItem], values: dict[str, float]) -> dict[
     for item in items:
         groups[item.group].append(values[item.id])
     return groups
-
-
-def _with_items(
-    results: dict[str, dict[str, Any]], items: Sequence[BenchmarkItem], values: dict[str, float]
-) -> BenchmarkScore:
-    ids = [item.id for item in items]
-    return BenchmarkScore(results=results, ids=ids, values={"overall": [values[key] for key in ids]})
 
 
 GEDIT = Benchmark(

@@ -25,6 +25,7 @@ from cogview.evaluation.field_benchmarks.benchmark import (
     Benchmark,
     BenchmarkItem,
     BenchmarkScore,
+    columns_of,
     expect_keys,
     mean_of_groups,
     picture_name,
@@ -106,8 +107,11 @@ def score(items: Sequence[BenchmarkItem], answers: Path, samples: int) -> Benchm
     results |= {task: result(by_task[task]) for task in TASKS if task in by_task}
     results["pictures"] = result([float(np.mean(each)) for each in shares.values()])
     results["prompts"] = result([float(any(each)) for each in shares.values()])
-    values = {"correct": [float(np.mean(each)) for each in shares.values()]}
-    return BenchmarkScore(results=results, ids=list(shares), values=values)
+    means = {key: float(np.mean(each)) for key, each in shares.items()}
+    columns = columns_of(items, means)
+    columns["pictures"] = list(means.values())
+    columns["prompts"] = [float(any(each)) for each in shares.values()]
+    return BenchmarkScore(results=results, ids=list(shares), values=columns)
 
 
 def _grade(values: Mapping[str, Any], item: BenchmarkItem, where: str) -> bool:

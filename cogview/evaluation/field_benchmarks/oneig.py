@@ -122,8 +122,9 @@ def score(items: Sequence[BenchmarkItem], answers: Path, samples: int) -> Benchm
             wanted = [item for item in items if _is_scored(item, name)]
             values[name] = _given_scores(wanted, path)
             results[name] = result(list(values[name].values()))
-    alignment = values.get("alignment", {})
-    return BenchmarkScore(results=results, ids=list(alignment), values={"alignment": list(alignment.values())})
+    ids = [item.id for item in items]
+    columns: dict[str, list[float | None]] = {name: [found.get(key) for key in ids] for name, found in values.items()}
+    return BenchmarkScore(results=results, ids=ids, values=columns)
 
 
 def _with(items: Sequence[BenchmarkItem], key: str, groups: Sequence[str]) -> list[BenchmarkItem]:
@@ -201,7 +202,7 @@ def text_scores(items: Sequence[BenchmarkItem], path: Path, samples: int) -> dic
     distance["higher_is_better"] = False
     share = sum(totals["right"]) / sum(totals["of"])
     value = 1 - min(MAX_DISTANCE, distance["value"]) * (1 - complete["value"]) * (1 - share) / MAX_DISTANCE
-    without = {"low": None, "high": None, "n": len(keys), "unit": "share", "higher_is_better": True}
+    without = {"low": None, "high": None, "n": len(keys), "unit": "fraction", "higher_is_better": True}
     return {
         "text": {"value": value, **without},
         "text/edit_distance": distance,

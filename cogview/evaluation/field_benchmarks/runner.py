@@ -7,6 +7,7 @@ and its number alone. A continued run thus writes what is missing, and the folde
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -24,7 +25,7 @@ from cogview.image_io.png import safe_name, write_png
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
-from cogview.plain_data import read_json
+from cogview.plain_data import parse_json, read_json
 
 PICTURES, SINGLE, RECORD = "pictures", "single", "run.json"
 GRID_SIDE = 2  # pictures on a side of a grid
@@ -118,6 +119,7 @@ def keep_record(folder: Path, record: Mapping[str, Any]) -> None:
         record: Plain data.
     """
     path = folder / RECORD
+    record = parse_json(json.dumps(record))  # as it will be read: lists instead of tuples
     if path.is_file():
         before = read_json(path)
         differing = [key for key in record if not isinstance(before, dict) or before.get(key) != record[key]]
