@@ -32,6 +32,7 @@ setup(
         "cogview": [
             "checkpoints.yaml",
             "emoji/*.yaml",
+            "evaluation/*.css",
             "locale/*.po",
             "py.typed",
             "recipes/*",

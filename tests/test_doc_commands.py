@@ -28,6 +28,7 @@ from cogview.checkpoints.registry import ModelEntry, converted_folder, load_regi
 from cogview.cli.main import main
 from cogview.data.store import StoreHeader
 from cogview.data.store_writer import StoreWriter, pad_text
+from cogview.evaluation.manifest import Manifest, ResultValue, write_result
 from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
 from tests.checkpoints.test_hub import TOKEN, hub  # noqa: F401  hub: the fake Hub
@@ -170,6 +171,7 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview eval model MODEL --store HELD_OUT_STORE -o result.json": Run(
         "recipe", instead="model TINY --store held-out --pairs 0 --device cpu"
     ),
+    "cogview eval compare a.json b.json -o page.html": Run(needs="results"),
     "cogview eval text captions.tsv references.tsv": Run(needs="texts", more="--by characters"),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(
         "tests/test_examples.py runs it with few steps"
@@ -281,6 +283,12 @@ class Workshop:
         apple = {"class": "apple", "score": 0.9, "box": [1, 1, 9, 9]}
         found = {"filename": "geneval/pictures/00000/samples/0000.png", "detections": [apple]}
         Path("detections.jsonl").write_text(json.dumps(found), encoding="utf-8")
+
+    def results(self) -> None:
+        """Write two results of the same measure."""
+        for name, value in (("a", 27.0), ("b", 28.0)):
+            results = {"psnr": ResultValue(value=value, low=value - 1, high=value + 1, n=10, unit="dB")}
+            write_result(Path(f"{name}.json"), Manifest(measure="upscale"), results)
 
     def texts(self) -> None:
         """Write texts and their references."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cogview.cli.evaluate_benchmark import benchmark
+from cogview.cli.evaluate_compare import compare
 from cogview.cli.evaluate_image_tokenizer import image_tokenizer
 from cogview.cli.evaluate_model import model as model_measure
 from cogview.cli.evaluate_reading import text_in_pictures
@@ -205,7 +206,18 @@ def upscale(**values: Any) -> int:
     return _evaluate("upscale", **values)
 
 
-for _action in (samples, scenes, captions, rerank, upscale, image_tokenizer, text, text_in_pictures, benchmark):
+for _action in (
+    samples,
+    scenes,
+    captions,
+    rerank,
+    upscale,
+    image_tokenizer,
+    text,
+    text_in_pictures,
+    benchmark,
+    compare,
+):
     command.add_command(_action)
 command.add_command(model_measure)
 

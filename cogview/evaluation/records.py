@@ -175,18 +175,19 @@ class ResultItems:
         values: By name of a result, a value for each item; None for an item that the result does not count. The result
             must be the mean of the others, since a comparison resamples that: leave out results that are not means.
         pictures: Picture file of each item, relative to the folder of the result; empty without pictures.
+        labels: A text of each item to show, such as its caption; empty without.
     """
 
     ids: list[str]
     values: dict[str, list[float | None]]
     pictures: list[str] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if len(set(self.ids)) < len(self.ids):
             raise ValueError("an id is given twice")
         lengths = {name: len(values) for name, values in self.values.items()}
-        if self.pictures:
-            lengths["pictures"] = len(self.pictures)
+        lengths |= {name: len(getattr(self, name)) for name in ("pictures", "labels") if getattr(self, name)}
         for name, length in lengths.items():
             if length != len(self.ids):
                 raise ValueError(f"{name} has {length} items, there are {len(self.ids)} ids")
