@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from cogview.cli.main import main
 from cogview.evaluation.manifest import read_result
-from cogview.evaluation.ocr import compare_all, reading_results
+from cogview.evaluation.ocr import compare_all, open_reader, reading_results
 from cogview.evaluation.reading_scores import compare_reading, edit_distance
 
 FONT = Path("/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc")
@@ -78,6 +78,20 @@ def test_eval_text_in_pictures_reads_several_lines(write_picture, capsys):
     assert [line.split()[:2] for line in out[2:]] == [
         [name, "1.0000"] for name in ("characters", "words", "similarity", "exact")
     ]
+
+
+@needs_font
+@needs("rapidocr")
+@pytest.mark.slow
+def test_open_reader_reads_single_characters_that_its_detector_misses():
+    """The detector finds no line in these pictures; they were read as empty."""
+    reader = open_reader("rapidocr")
+    font = ImageFont.truetype(str(FONT), 40, index=2)
+    for character in "求泽涌":
+        image = Image.new("RGB", (96, 64), "white")
+        ImageDraw.Draw(image).text((28, 2), character, fill="black", font=font)
+        assert reader(image) == character
+    assert reader(Image.new("RGB", (96, 64), "white")) == ""
 
 
 @needs_font
