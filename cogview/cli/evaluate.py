@@ -12,6 +12,7 @@ import click
 
 from cogview.cli.evaluate_benchmark import benchmark
 from cogview.cli.evaluate_compare import compare
+from cogview.cli.evaluate_gate import gate
 from cogview.cli.evaluate_image_tokenizer import image_tokenizer
 from cogview.cli.evaluate_model import model as model_measure
 from cogview.cli.evaluate_reading import text_in_pictures
@@ -217,6 +218,7 @@ for _action in (
     text_in_pictures,
     benchmark,
     compare,
+    gate,
 ):
     command.add_command(_action)
 command.add_command(model_measure)

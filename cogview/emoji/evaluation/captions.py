@@ -154,7 +154,7 @@ def evaluate_captions(model: CogView, world: EmojiWorld, *, count: int, seed: in
         for scene, caption in zip(scenes, right_captions, strict=True)
     ]
     for key, images in (("true_scenes", true), ("reconstructions", restored)):
-        captions = _generate_captions(model, images, batch_size, f"captions of {COLUMNS[key]}")
+        captions = generate_captions(model, images, batch_size, f"captions of {COLUMNS[key]}")
         grades = [grader.grade(caption.text, scene) for caption, scene in zip(captions, scenes, strict=True)]
         report[key] = summarize_captions(grades)
         for row, caption, grade in zip(rows, captions, grades, strict=True):
@@ -190,7 +190,7 @@ def format_caption_report(report: Mapping[str, Any]) -> str:
     return "\n".join([*format_parts(report, COLUMNS), "", note])
 
 
-def _generate_captions(model: CogView, images: np.ndarray, batch_size: int, label: str) -> list[Caption]:
+def generate_captions(model: CogView, images: np.ndarray, batch_size: int, label: str) -> list[Caption]:
     """The most probable caption of each image, uint8 (N, H, W, 3)."""
     captions = []
     with tqdm(total=len(images), unit="caption", desc=label, disable=None) as bar:

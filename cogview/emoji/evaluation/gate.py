@@ -1,0 +1,282 @@
+"""Protocol of ``cogview eval gate``: notice in some minutes that a model of the emoji world became worse.
+
+Every row is the mean of values of single items: of images of held-out captions, of images of prompts that leave the
+background open, of captions of true scenes. A row fell if a permutation test finds such a fall, or a larger one,
+improbable without a change.
+"""
+
+# N images of a prompt
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Any
+
+import numpy as np
+
+from cogview.config_io import to_mapping
+from cogview.data.keyed_random import KeyedRandom
+from cogview.emoji.captions import CaptionReader, write_caption
+from cogview.emoji.evaluation.captions import CaptionGrader, generate_captions
+from cogview.emoji.evaluation.scenes import PARTS, check_world, held_out_scenes
+from cogview.emoji.grader import SceneGrader
+from cogview.emoji.scene import Scene
+from cogview.emoji.world import EmojiWorld
+from cogview.errors import InputError
+from cogview.evaluation.harness import generate_images, grade_images
+from cogview.evaluation.manifest import hash_prompts
+from cogview.evaluation.model_record import describe_hardware, describe_model, describe_versions
+from cogview.evaluation.permutation import fall_probability
+from cogview.evaluation.records import Manifest, Result, ResultItems, ResultValue, SeedsRecord
+from cogview.modeling.config import Sampling
+from cogview.pipeline.cogview import CogView
+from cogview.vqvae.codec import reconstruct
+
+MEASURE = "gate"
+SIGNIFICANCE = 0.005  # of one row; of ten, one falls by chance in a run of twenty
+OPEN_PROMPTS = 24  # at most, which name no background
+OPEN_IMAGES = 8  # of each
+CAPTIONED = 200  # scenes at most
+CLEAN_QUANTILE = 0.99  # of the errors of reconstructions of true scenes
+MIN_PROMPTS = 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateSettings:
+    """Settings of a gate.
+
+    Attributes:
+        prompts: Number of held-out captions, at least ``MIN_PROMPTS``. Those of a smaller number come first in a
+            larger one.
+        seed: Seed of captions and images.
+        batch_size: Images in a batch.
+    """
+
+    prompts: int
+    seed: int = 0
+    batch_size: int = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowChange:
+    """Change of a row against an earlier result.
+
+    Attributes:
+        name: Name of the row.
+        before: Mean of the earlier items; None if the row is new.
+        after: Mean of the present items; None if the row is missing.
+        probability: Probability of such a fall without a change; None without a comparison.
+    """
+
+    name: str
+    before: float | None
+    after: float | None
+    probability: float | None
+
+    @property
+    def fell(self) -> bool:
+        """Whether the row is significantly lower, or missing."""
+        if self.before is None:
+            return False
+        return self.after is None or (self.probability is not None and self.probability <= SIGNIFICANCE)
+
+
+def run_gate(
+    model: CogView, world: EmojiWorld, sampling: Sampling, settings: GateSettings
+) -> tuple[Manifest, dict[str, ResultValue], ResultItems]:
+    """Measure a model on held-out captions; return what a result file holds.
+
+    Args:
+        model: The model.
+        world: The world of the model.
+        sampling: Sampling settings.
+        settings: Counts and seed.
+
+    Raises:
+        InputError: There are too few prompts, or the model does not fit the world.
+    """
+    if settings.prompts < MIN_PROMPTS:
+        raise InputError(f"a gate needs at least {MIN_PROMPTS} prompts, got {settings.prompts}")
+    check_world(model, world)
+    asked = held_out_scenes(world, settings.prompts, settings.seed)
+    grader = SceneGrader(world)
+    rows = _drawing_rows(model, grader, asked, sampling, settings)
+    rows |= _diversity_rows(model, grader, _open_prompts(world, asked), sampling, settings)
+    if "caption" in model.config.tasks:
+        rows |= _caption_rows(model, world, asked[:CAPTIONED], settings)
+    manifest = Manifest(
+        measure=MEASURE,
+        prompts=hash_prompts([caption for _, caption in asked]),
+        seeds=SeedsRecord(first=settings.seed, count=len(asked)),
+        sampling=to_mapping(sampling),
+        model=describe_model(model),
+        settings={"world": to_mapping(world.settings), "images of open prompts": OPEN_IMAGES},
+        versions=describe_versions(),
+        hardware=describe_hardware(model.placement.device),
+    )
+    return manifest, _summaries(rows), _as_items(rows)
+
+
+def compare_rows(before: Result, items: ResultItems) -> tuple[list[RowChange], bool]:
+    """Compare the rows of an earlier result with present ones.
+
+    Args:
+        before: The earlier result.
+        items: The present items.
+
+    Returns:
+        The changes in the order of the present rows, then the missing ones; and whether items were paired: they are if
+        all ids of one side are among those of the other.
+
+    Raises:
+        InputError: The earlier result is of another measure.
+    """
+    if before.manifest.measure != MEASURE or before.items is None:
+        raise InputError(f"a result of the measure {before.manifest.measure}, expected {MEASURE}: cogview eval gate")
+    old, new = _by_id(before.items), _by_id(items)
+    paired = set(items.ids) <= set(before.items.ids) or set(before.items.ids) <= set(items.ids)
+    changes = []
+    for name in (*new, *(name for name in old if name not in new)):
+        left, right = old.get(name, {}), new.get(name, {})
+        if paired and left and right:
+            shared = [each for each in right if each in left]
+            left, right = {each: left[each] for each in shared}, {each: right[each] for each in shared}
+        probability = (
+            fall_probability(list(left.values()), list(right.values()), paired=paired) if left and right else None
+        )
+        changes.append(RowChange(name=name, before=_mean(left), after=_mean(right), probability=probability))
+    return changes, paired
+
+
+def _drawing_rows(
+    model: CogView,
+    grader: SceneGrader,
+    asked: Sequence[tuple[Scene, str]],
+    sampling: Sampling,
+    settings: GateSettings,
+) -> dict[str, dict[str, float]]:
+    """Verdicts on an image of each caption."""
+    scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
+    images = generate_images(model, captions, settings.seed, sampling, settings.batch_size, "generating")
+    grades = grade_images(grader, images, scenes, "grading")
+    rows: dict[str, dict[str, float]] = {part: {} for part in PARTS}
+    for caption, grade in zip(captions, grades, strict=True):
+        for part in PARTS:
+            verdict = getattr(grade, part)
+            if verdict is not None:
+                rows[part][caption] = float(verdict)
+    true = np.stack([grader.world.render(scene, number) for number, scene in enumerate(scenes)])
+    restored = reconstruct(model.image_tokenizer, true, settings.batch_size)
+    limit = np.quantile([grader.explain(image).error for image in restored], CLEAN_QUANTILE)
+    rows["clean"] = {
+        caption: float(grade.explanation.error <= limit) for caption, grade in zip(captions, grades, strict=True)
+    }
+    return rows
+
+
+def _open_prompts(world: EmojiWorld, asked: Sequence[tuple[Scene, str]]) -> list[str]:
+    """Captions of the first scenes that name no background."""
+    reader = CaptionReader(world.things, world.colours)
+    prompts: dict[str, None] = {}
+    for scene, _ in asked[:OPEN_PROMPTS]:
+        captions = (world.caption(scene, seed) for seed in count())
+        prompts[next(text for text in captions if all(each.colour is None for each in reader.parses(text)))] = None
+    return list(prompts)
+
+
+def _diversity_rows(
+    model: CogView, grader: SceneGrader, prompts: Sequence[str], sampling: Sampling, settings: GateSettings
+) -> dict[str, dict[str, float]]:
+    """Shares of different images and of different backgrounds among the images of each prompt."""
+    repeated = [prompt for prompt in prompts for _ in range(OPEN_IMAGES)]
+    images = generate_images(model, repeated, settings.seed, sampling, settings.batch_size, "varying")
+    rows: dict[str, dict[str, float]] = {"different images": {}, "different backgrounds": {}}
+    for number, prompt in enumerate(prompts):
+        own = images[number * OPEN_IMAGES : (number + 1) * OPEN_IMAGES]
+        rows["different images"][prompt] = len({image.tobytes() for image in own}) / OPEN_IMAGES
+        colours = Counter(grader.explain(image).colour.name for image in own)
+        rows["different backgrounds"][prompt] = len(colours) / OPEN_IMAGES
+    return rows
+
+
+def _caption_rows(
+    model: CogView, world: EmojiWorld, asked: Sequence[tuple[Scene, str]], settings: GateSettings
+) -> dict[str, dict[str, float]]:
+    """Verdicts on a caption of each scene, and on the choice of its caption among similar ones."""
+    true = np.stack([world.render(scene, number) for number, (scene, _) in enumerate(asked)])
+    grader = CaptionGrader(world.candidates, world.colours)
+    texts = [each.text for each in generate_captions(model, true, settings.batch_size, "captioning")]
+    rows: dict[str, dict[str, float]] = {"captioning": {}, "ranking": {}}
+    choices = [similar_captions(world, scene, settings.seed) for scene, _ in asked]
+    repeated = [image for image, texts in zip(true, choices, strict=True) for _ in texts]
+    scores = model.score(repeated, [text for texts in choices for text in texts], batch_size=settings.batch_size)
+    first = 0
+    for (scene, caption), text, options in zip(asked, texts, choices, strict=True):
+        rows["captioning"][caption] = float(grader.grade(text, scene).everything)
+        own = [score.log_probability for score in scores[first : first + len(options)]]
+        rows["ranking"][caption] = float(own[0] > max(own[1:]))
+        first += len(options)
+    return rows
+
+
+def similar_captions(world: EmojiWorld, scene: Scene, seed: int) -> list[str]:
+    """Return the caption of a scene, then captions in the same wording of scenes with one difference.
+
+    Another background, another object, and another number or, of two objects, their exchange.
+
+    Args:
+        world: The world of the scene.
+        scene: The scene.
+        seed: Seed of the wording and of the differences.
+    """
+    random = KeyedRandom("similar", seed, scene.meaning)
+    colour = random.pick([each for each in world.colours if each.name != scene.colour.name])
+    names = {name for thing in scene.things for name in thing.names}
+    thing = random.pick([each for each in world.things if not names & set(each.names)])
+    others = [replace(scene, colour=colour), replace(scene, things=(thing, *scene.things[1:]))]
+    if scene.kind == "many":
+        others.append(replace(scene, count=random.pick([each for each in (2, 3, 4) if each != scene.count])))
+    elif len(scene.things) == 2:
+        others.append(replace(scene, things=scene.things[::-1]))
+    return [
+        write_caption(each, KeyedRandom("caption", seed, scene.meaning), complete=True) for each in (scene, *others)
+    ]
+
+
+def _summaries(rows: Mapping[str, Mapping[str, float]]) -> dict[str, ResultValue]:
+    values = {}
+    for name, row in rows.items():
+        found = np.array(list(row.values()))
+        if not len(found):
+            continue
+        half = 1.959964 * float(found.std()) / math.sqrt(len(found))
+        mean = float(found.mean())
+        values[name] = ResultValue(
+            value=mean,
+            low=max(0.0, mean - half),
+            high=min(1.0, mean + half),
+            n=len(found),
+            unit="fraction",
+            higher_is_better=True,
+        )
+    return values
+
+
+def _as_items(rows: Mapping[str, Mapping[str, float]]) -> ResultItems:
+    ids = list(dict.fromkeys(each for row in rows.values() for each in row))
+    values: dict[str, list[float | None]] = {name: [row.get(each) for each in ids] for name, row in rows.items() if row}
+    return ResultItems(ids=ids, values=values)
+
+
+def _by_id(items: ResultItems) -> dict[str, dict[str, float]]:
+    return {
+        name: {each: value for each, value in zip(items.ids, values, strict=True) if value is not None}
+        for name, values in items.values.items()
+    }
+
+
+def _mean(row: Mapping[Any, float]) -> float | None:
+    return sum(row.values()) / len(row) if row else None

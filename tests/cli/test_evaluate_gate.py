@@ -1,0 +1,72 @@
+"""``cogview eval gate``: equal runs pass, planted losses fail with their rows, and bad input is one line."""
+
+import json
+
+import pytest
+import yaml
+
+from cogview.cli.main import main
+from cogview.emoji.evaluation import gate as module
+from cogview.emoji.scene import SceneWeights
+from cogview.evaluation.manifest import read_result
+
+
+@pytest.fixture
+def gate(make_tiny_world, tiny_checkpoint, tmp_path, monkeypatch):
+    """A function that runs the gate on the tiny checkpoint in a world of its four things."""
+    # The captions of pairs are longer than the tiny checkpoint reads.
+    make_tiny_world(things=4, weights=SceneWeights(pair=0)).save(tmp_path / "work" / "world")
+    monkeypatch.setattr(module, "MIN_PROMPTS", 10)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(yaml.safe_dump({"work": str(tmp_path / "work"), "scenes": {"things": 4}}), encoding="utf-8")
+
+    def run(*options) -> int:
+        words = ["eval", "gate", str(tiny_checkpoint), "--recipe", str(recipe), "--device", "cpu", "--prompts", "10"]
+        return main([*words, *map(str, options)])
+
+    return run
+
+
+def test_a_second_run_equals_the_first_and_a_planted_loss_fails(gate, tmp_path, capsys, monkeypatch):
+    assert gate("-o", tmp_path / "first.json") == 0
+    assert "nothing to compare with" in capsys.readouterr().err
+    before = read_result(tmp_path / "first.json")
+    assert before.manifest.measure == "gate"
+    assert before.manifest.prompts.count == 10
+    assert {"colour", "object", "everything", "clean", "different images", "captioning", "ranking"} <= set(
+        before.results
+    )
+
+    assert gate("--against", tmp_path / "first.json", "-o", tmp_path / "second.json") == 0
+    output = capsys.readouterr()
+    assert "same captions and seeds" in output.err
+    assert "FELL" not in output.out
+    assert read_result(tmp_path / "second.json").items == before.items
+
+    generate = module.generate_images
+
+    def collapsed(model, captions, seed, *rest):
+        """Return the first image of a prompt for all of its images."""
+        first: dict[str, object] = {}
+        images = generate(model, captions, seed, *rest)
+        return [first.setdefault(caption, image) for caption, image in zip(captions, images, strict=True)]
+
+    monkeypatch.setattr(module, "generate_images", collapsed)
+    assert gate("--against", tmp_path / "first.json") == 1
+    output = capsys.readouterr()
+    assert "FELL  different images:" in output.out
+    assert "failed: lower than before: different images" in output.err
+
+
+def test_bad_input_is_one_line(gate, tmp_path, capsys):
+    (tmp_path / "other.json").write_text(json.dumps({"format": "x"}), encoding="utf-8")
+    (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"work": str(tmp_path)}), encoding="utf-8")
+    for options, message in (
+        (("--against", tmp_path / "none.json"), "none.json"),
+        (("--against", tmp_path / "other.json"), "not a result"),
+        (("--recipe", tmp_path / "plain.yaml"), "no section scenes"),
+        (("--prompts", "3"), "at least 10 prompts, got 3"),
+    ):
+        assert gate(*options) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Usage")]
+        assert message in line
