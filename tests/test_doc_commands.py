@@ -171,6 +171,7 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview eval model MODEL --store HELD_OUT_STORE -o result.json": Run(
         "recipe", instead="model TINY --store held-out --pairs 0 --device cpu"
     ),
+    "cogview eval gate cogview-emoji": NotRun("takes minutes; tests/cli/test_evaluate_gate.py runs it"),
     "cogview eval compare a.json b.json -o page.html": Run(needs="results"),
     "cogview eval text captions.tsv references.tsv": Run(needs="texts", more="--by characters"),
     "python examples/train_on_images.py pictures --steps 2000 -o runs/pictures": NotRun(

@@ -113,7 +113,7 @@ def gate(
 
 
 def format_change(change: Any) -> str:
-    """Return a ``RowChange`` as a line: name, both means, and the probability of such a fall by chance."""
+    """Return a ``GateChange`` as a line: name, both means, and the probability of such a fall by chance."""
     before, after = ("–" if mean is None else f"{mean:.1%}" for mean in (change.before, change.after))
     note = "" if change.probability is None else f" (p = {change.probability:.4f})"
     return f"{'FELL ' if change.fell else 'ok   '} {change.name}: {before} -> {after}{note}"

@@ -27,7 +27,7 @@ def gate(make_tiny_world, tiny_checkpoint, tmp_path, monkeypatch):
     return run
 
 
-def test_a_second_run_equals_the_first_and_a_planted_loss_fails(gate, tmp_path, capsys, monkeypatch):
+def test_gate_passes_an_equal_run_and_names_the_row_of_a_planted_loss(gate, tmp_path, capsys, monkeypatch):
     assert gate("-o", tmp_path / "first.json") == 0
     assert "nothing to compare with" in capsys.readouterr().err
     before = read_result(tmp_path / "first.json")
@@ -58,7 +58,7 @@ def test_a_second_run_equals_the_first_and_a_planted_loss_fails(gate, tmp_path, 
     assert "failed: lower than before: different images" in output.err
 
 
-def test_bad_input_is_one_line(gate, tmp_path, capsys):
+def test_gate_refuses_bad_input_in_one_line(gate, tmp_path, capsys):
     (tmp_path / "other.json").write_text(json.dumps({"format": "x"}), encoding="utf-8")
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"work": str(tmp_path)}), encoding="utf-8")
     for options, message in (

@@ -8,26 +8,26 @@ import pytest
 from cogview.evaluation.permutation import RESAMPLES, fall_probability
 
 
-def test_five_losses_of_five_have_the_exact_probability_of_five_coins():
+def test_fall_probability_of_five_losses_is_that_of_five_coins():
     before, after = [1.0] * 100, [1.0] * 95 + [0.0] * 5
     assert fall_probability(before, after, paired=True) == pytest.approx(2**-5, abs=0.006)
 
 
-def test_unpaired_items_have_the_hypergeometric_probability():
+def test_fall_probability_of_unpaired_items_is_hypergeometric():
     before, after = [1.0] * 20, [1.0] * 16 + [0.0] * 4
     exact = math.comb(20, 4) / math.comb(40, 4)  # all four zeros are dealt to the second side
     assert fall_probability(before, after, paired=False) == pytest.approx(exact, abs=0.006)
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_equal_items_never_fall_and_a_rise_is_no_fall(paired):
+def test_fall_probability_is_high_for_equal_items_and_one_for_a_rise(paired):
     values = [1.0, 0.0, 1.0, 0.5]
     assert fall_probability(values, values, paired=paired) > 0.3
     assert fall_probability([0.0] * 50, [1.0] * 50, paired=paired) == 1
     assert fall_probability([1.0] * 50, [0.0] * 50, paired=paired) == 1 / (RESAMPLES + 1)
 
 
-def test_a_loss_of_five_points_of_500_is_noticed_in_20_of_20_draws():
+def test_fall_probability_notices_five_points_of_500_items_each_time():
     """99% against 94%, both sides drawn anew; unchanged draws raise an alarm in at most one of 20."""
     noticed = alarms = 0
     for seed in range(20):
@@ -39,6 +39,6 @@ def test_a_loss_of_five_points_of_500_is_noticed_in_20_of_20_draws():
     assert alarms <= 1
 
 
-def test_other_numbers_of_paired_items_are_refused():
+def test_fall_probability_refuses_other_numbers_of_paired_items():
     with pytest.raises(ValueError, match="got 2 and 1"):
         fall_probability([1.0, 0.0], [1.0], paired=True)

@@ -61,7 +61,7 @@ class GateSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowChange:
+class GateChange:
     """Change of a row against an earlier result.
 
     Attributes:
@@ -120,7 +120,7 @@ def run_gate(
     return manifest, _summaries(rows), _as_items(rows)
 
 
-def compare_rows(before: Result, items: ResultItems) -> tuple[list[RowChange], bool]:
+def compare_rows(before: Result, items: ResultItems) -> tuple[list[GateChange], bool]:
     """Compare the rows of an earlier result with present ones.
 
     Args:
@@ -147,7 +147,7 @@ def compare_rows(before: Result, items: ResultItems) -> tuple[list[RowChange], b
         probability = (
             fall_probability(list(left.values()), list(right.values()), paired=paired) if left and right else None
         )
-        changes.append(RowChange(name=name, before=_mean(left), after=_mean(right), probability=probability))
+        changes.append(GateChange(name=name, before=_mean(left), after=_mean(right), probability=probability))
     return changes, paired
 
 

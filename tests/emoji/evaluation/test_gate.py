@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cogview.emoji.evaluation.gate import RowChange, _open_prompts, compare_rows, similar_captions
+from cogview.emoji.evaluation.gate import GateChange, _open_prompts, compare_rows, similar_captions
 from cogview.emoji.evaluation.scenes import held_out_scenes
 from cogview.errors import InputError
 from cogview.evaluation.records import Manifest, Result, ResultItems
@@ -23,36 +23,36 @@ def fell(before: Result, **rows) -> list[str]:
     return [change.name for change in changes if change.fell]
 
 
-def test_a_planted_loss_falls_and_the_row_beside_it_does_not():
+def test_compare_rows_finds_a_planted_loss_and_not_the_row_beside_it():
     before = result(object=[1.0] * 200, colour=[1.0] * 190 + [0.0] * 10)
     assert fell(before, object=[1.0] * 190 + [0.0] * 10, colour=[0.0] * 10 + [1.0] * 190) == ["object"]
     assert fell(before, object=[1.0] * 200, colour=[1.0] * 200) == []
 
 
-def test_items_are_paired_by_their_ids_in_any_order_and_a_part_of_them_suffices():
+def test_compare_rows_pairs_items_by_ids_in_any_order():
     values = [float(number % 3 > 0) for number in range(200)]
     before = result(object=values)
     part = ResultItems(ids=IDS[99::-1], values={"object": values[99::-1]})
     ((change,), paired) = compare_rows(before, part)
     assert paired
-    assert change == RowChange(
+    assert change == GateChange(
         name="object", before=change.after, after=sum(values[:100]) / 100, probability=pytest.approx(1.0)
     )
     other = ResultItems(ids=[f"另一句{number}" for number in range(200)], values={"object": values})
     assert compare_rows(before, other)[1] is False
 
 
-def test_a_row_that_is_no_longer_measured_fell_and_a_new_one_did_not():
+def test_compare_rows_counts_a_missing_row_as_fallen_and_a_new_one_not():
     before = result(object=[1.0] * 200, captioning=[1.0] * 200)
     assert fell(before, object=[1.0] * 200, ranking=[0.0] * 200) == ["captioning"]
 
 
-def test_a_result_of_another_measure_is_refused():
+def test_compare_rows_refuses_another_measure():
     with pytest.raises(InputError, match="measure scenes, expected gate"):
         compare_rows(result(measure="scenes", object=[1.0] * 200), ResultItems(ids=IDS, values={}))
 
 
-def test_similar_captions_differ_in_one_thing_and_keep_the_wording(make_tiny_world):
+def test_similar_captions_differ_in_one_thing(make_tiny_world):
     world = make_tiny_world()
     for scene, _ in held_out_scenes(world, 20):
         right, *others = similar_captions(world, scene, 0)
