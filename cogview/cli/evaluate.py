@@ -113,6 +113,7 @@ def _evaluate(
     if adapter and model is None:
         raise InputError(f"--adapter {adapter[0]} is added to its base model: name that with --model")
     from cogview.emoji.evaluation.reports import MEASURES, EvaluationSettings, tune
+    from cogview.emoji.evaluation.results import write_emoji_result
     from cogview.emoji.world import EmojiWorld
     from cogview.files import write_json
     from cogview.pipeline.cogview import CogView
@@ -135,6 +136,7 @@ def _evaluate(
         sampling = _best_sampling(tune(opened, world, measurement, folder))
     report = MEASURES[measure].run(opened, world, sampling, measurement, folder)
     report["protocol"] |= {"weights": opened.placement.weight_format, "adapters": list(adapter)}
+    write_emoji_result(folder / MEASURES[measure].result_file, measure, report, opened, world)
     write_json(folder / MEASURES[measure].file, report)
     if model is None and output is None:
         record_step(recipe, f"eval {measure}", {})

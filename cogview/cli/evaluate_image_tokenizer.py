@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -26,11 +28,19 @@ from cogview.formatting import plural
 if TYPE_CHECKING:
     import numpy as np
 
+    from cogview.evaluation.reconstruction import ReconstructionReport
     from cogview.vqvae.model import VQVAE
 
 SIDE = 64  # pixels, of a tokenizer without its model
 SHEET_FILE = "reconstructions.png"
 COLUMNS = 12  # of the sheet
+
+
+class MeasuredPicture(NamedTuple):
+    """A picture that was reconstructed: name of its file, and SHA-256 of its content."""
+
+    name: str
+    sha256: str
 
 
 @click.command(name="image-tokenizer", cls=Command)
@@ -74,7 +84,7 @@ def image_tokenizer(
 
     Prints PSNR, SSIM, codes in use and perplexity, and saves a sheet of pictures above their reconstructions. Take
     pictures that the image tokenizer was not trained on. PSNR is that of all pixels; p05 and median are of single
-    pictures.
+    pictures. A result file with a manifest is written beside the sheet.
     """
     from cogview.data.image_dataset import check_side
     from cogview.device import choose_placement
@@ -88,7 +98,10 @@ def image_tokenizer(
     model.to(choose_placement(device).device)
     report = ReconstructionReport(model=model)
     left_out: list[str] = []
-    for batch in _batches(model, _fitted(pictures, side, fit, left_out), side // model.downsampling, max_batch_size):
+    measured: list[MeasuredPicture] = []
+    for batch in _batches(
+        model, _fitted(pictures, side, fit, (measured, left_out)), side // model.downsampling, max_batch_size
+    ):
         report.add(batch)
     if not report.psnr:
         raise InputError(f"none of {plural(len(left_out), 'picture')} can be used; the first: {left_out[0]}")
@@ -99,15 +112,17 @@ def image_tokenizer(
     prepare_folder(output.parent)
     sheet = contact_sheet(report.sheet_images(columns), columns=columns, scale=2 if side <= 2 * SIDE else 1)
     saved = save_png(output, sheet, {"image_tokenizer": Path(folder).name})
+    result = saved.with_suffix(".json")
+    write_tokenizer_result(result, folder, (side, fit), report, measured)
     facts = {"image_tokenizer": folder, "side": side, "fit": fit, **found, "left_out": len(left_out)}
     if as_json:
-        print(json.dumps({**facts, "sheet": str(saved)}, ensure_ascii=False))
+        print(json.dumps({**facts, "sheet": str(saved), "result": str(result)}, ensure_ascii=False))
     else:
         print(f"{plural(found['pictures'], 'picture')} of {side} x {side} pixels")
         print(f"PSNR {found['psnr']:.2f} dB (p05 {found['psnr_p05']:.2f}, median {found['psnr_median']:.2f})")
         print(f"SSIM {found['ssim']:.4f}")
         print(f"codes in use: {found['codes_used']:.1%} of {found['codes']}, perplexity {found['perplexity']:.0f}")
-        print(saved)
+        print(f"{saved}\n{result}")
     for reason in left_out:
         print(f"failed: {reason}", file=sys.stderr)
     return ExitStatus.of(found["pictures"], len(left_out))
@@ -126,21 +141,79 @@ def open_tokenizer(name: str) -> tuple[VQVAE, int]:
     from cogview.checkpoints.image_tokenizer import load_image_tokenizer
     from cogview.checkpoints.registry import resolve_checkpoint
 
+    folder, own = resolve_checkpoint(name), tokenizer_folder(name)
+    model = load_image_tokenizer(own)
+    has_model = own != folder and (folder / "config.json").is_file()
+    return model, read_config(folder).grid * model.downsampling if has_model else SIDE
+
+
+def tokenizer_folder(name: str) -> Path:
+    """Return the folder of an image tokenizer: that of ``name``, or ``image`` in it."""
+    from cogview.checkpoints.registry import resolve_checkpoint
+
     folder = resolve_checkpoint(name)
-    if not (folder / "image").is_dir():
-        return load_image_tokenizer(folder), SIDE
-    model = load_image_tokenizer(folder / "image")
-    side = read_config(folder).grid * model.downsampling if (folder / "config.json").is_file() else SIDE
-    return model, side
+    return folder / "image" if (folder / "image").is_dir() else folder
 
 
-def _fitted(sources: tuple[Path, ...], side: int, fit: str, left_out: list[str]) -> Iterator[np.ndarray]:
-    """Yield pictures as uint8 RGB (side, side, 3); add the reason for each that cannot be read to ``left_out``."""
+def write_tokenizer_result(
+    path: Path,
+    name: str,
+    fitting: tuple[int, str],
+    report: ReconstructionReport,
+    measured: Sequence[MeasuredPicture],
+) -> None:
+    """Write the result file of reconstructions.
+
+    Args:
+        path: The file.
+        name: Name or folder of the image tokenizer.
+        fitting: Side of the squares in pixels, and how pictures were fitted into them.
+        report: The measures.
+        measured: The pictures, in their order.
+    """
+    from cogview.evaluation.manifest import Manifest, ResizeRecord, hash_set, write_result
+    from cogview.evaluation.model_record import (
+        describe_hardware,
+        describe_image_tokenizer,
+        describe_versions,
+    )
+
+    side, fit = fitting
+    manifest = Manifest(
+        measure="image-tokenizer",
+        reference=hash_set("pictures", [each.sha256 for each in measured]),
+        resize=ResizeRecord(side=side, filter="lanczos", antialias=True, crop=fit),
+        model=describe_image_tokenizer(name, tokenizer_folder(name)),
+        versions=describe_versions("pillow"),
+        hardware=describe_hardware(report.model.codebook.device),
+    )
+    seen: Counter[str] = Counter()
+    ids = []
+    for each in measured:
+        seen[each.sha256] += 1
+        ids.append(f"{each.sha256}-{seen[each.sha256]}")
+    items = {"ids": ids, "labels": [each.name for each in measured], "values": report.item_values()}
+    write_result(path, manifest, report.result_values(), items)
+
+
+def _fitted(
+    sources: tuple[Path, ...], side: int, fit: str, lists: tuple[list[MeasuredPicture], list[str]]
+) -> Iterator[np.ndarray]:
+    """Yield pictures as uint8 RGB (side, side, 3).
+
+    Args:
+        sources: Pictures, folders, tables or shards.
+        side: Pixels of a side.
+        fit: How a picture becomes a square.
+        lists: Lists to extend: the pictures, and the reason for each that cannot be read.
+    """
+    measured, left_out = lists
     from tqdm import tqdm
 
     from cogview.data.builders.prepare import fit_picture
     from cogview.data.sources.pictures import picture_records
     from cogview.data.sources.tables import TableOptions
+    from cogview.files import file_sha256
     from cogview.image_io.reading import read_image
 
     records = list(chain.from_iterable(picture_records(path, TableOptions(), print_note) for path in sources))
@@ -149,10 +222,18 @@ def _fitted(sources: tuple[Path, ...], side: int, fit: str, left_out: list[str])
             left_out.append(f"{record.name}: {record.problem}")
             continue
         try:
-            image = read_image(Path(record.name), content=record.file.read_part())
-            yield fit_picture(image, side, fit)  # type: ignore[arg-type]  # click has checked the choice
+            content = record.file.read_part()
+            image = fit_picture(
+                read_image(Path(record.name), content=content),
+                side,
+                fit,  # type: ignore[arg-type]  # click has checked the choice
+            )
         except InputError as error:
             left_out.append(str(error))
+            continue
+        sha256 = file_sha256(Path(record.name)) if content is None else hashlib.sha256(content).hexdigest()
+        measured.append(MeasuredPicture(Path(record.name).name, sha256))
+        yield image
 
 
 def _batches(model: VQVAE, images: Iterator[np.ndarray], side: int, max_batch_size: int | None) -> Iterator[np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,14 @@ from cogview.training.recipe import Recipe
 if TYPE_CHECKING:
     import numpy as np
 
+    from cogview.evaluation.manifest import Manifest, ResultValue
+    from cogview.evaluation.samples import CaptionSamples
+    from cogview.modeling.config import Sampling
     from cogview.pipeline.cogview import CogView
     from cogview.training.settings import TransformerSettings
 
 SAMPLES_FILE = "report-samples.json"
+RESULT_FILE = "result-samples.json"
 SHEET_FILE = "samples.png"
 CAPTIONS = 48  # of each split
 MAX_HELD_OUT = 200  # pictures whose reconstructions are measured
@@ -43,6 +47,7 @@ def samples(recipe: Recipe, count: int, device: str) -> int:
     nearest to their own picture among the training pictures, and the PSNR of reconstructions of held-out pictures.
     """
     from cogview.data.store import TokenStore
+    from cogview.evaluation.manifest import write_result
     from cogview.evaluation.samples import draw_samples, nearest_share, sample_sheet
     from cogview.files import write_json
     from cogview.training.settings import TransformerSettings
@@ -67,6 +72,7 @@ def samples(recipe: Recipe, count: int, device: str) -> int:
     sheet, lines = sample_sheet([(words[0], drawn[1]), (words[1], drawn[0])], print_note)
     sheet.save(folder / SHEET_FILE)
     (folder / "samples.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_result(folder / RESULT_FILE, sample_manifest(model, drawn, sampling, compared), sample_values(report))
     write_json(folder / SAMPLES_FILE, report)  # last: the report says that the sheet is there
     record_step(recipe, "eval samples", {})
     print(f"nearest to their own picture: {share:.0%} of the images for training captions, among {compared} pictures")
@@ -75,6 +81,51 @@ def samples(recipe: Recipe, count: int, device: str) -> int:
     print(folder / SHEET_FILE)
     print(f"written to {folder}", file=sys.stderr)
     return 0
+
+
+def sample_manifest(model: CogView, drawn: Sequence[CaptionSamples], sampling: Sampling, compared: int) -> Manifest:
+    """Return how samples were measured.
+
+    Args:
+        model: The model.
+        drawn: Samples of training captions, and of held-out ones.
+        sampling: Their sampling settings.
+        compared: Number of training pictures that each image was compared with.
+    """
+    from cogview.config_io import to_mapping
+    from cogview.evaluation.manifest import Manifest, SeedsRecord, hash_prompts
+    from cogview.evaluation.model_record import describe_hardware, describe_model, describe_versions
+
+    captions = [caption for each in drawn for caption in each.captions]
+    return Manifest(
+        measure="samples",
+        prompts=hash_prompts(captions),
+        seeds=SeedsRecord(first=0, count=max(len(each.captions) for each in drawn)),
+        sampling=to_mapping(sampling),
+        model=describe_model(model),
+        settings={"training_captions": len(drawn[0].captions), "compared_with": compared},
+        versions=describe_versions("pillow"),
+        hardware=describe_hardware(model.placement.device),
+    )
+
+
+def sample_values(report: Mapping[str, Any]) -> dict[str, ResultValue]:
+    """Return the values of a report on samples for a result file."""
+    from cogview.evaluation.manifest import ResultValue
+    from cogview.evaluation.metrics import wilson_interval
+
+    nearest = report["nearest_is_own"]
+    low, high = wilson_interval(round(nearest["share"] * nearest["of"]), nearest["of"])
+    values = {
+        "nearest_is_own": ResultValue(value=nearest["share"], low=low, high=high, n=nearest["of"], unit="fraction")
+    }
+    for side, found in report.get("image_tokenizer", {}).items():
+        count = found["pictures"]
+        for name, unit in (("psnr", "dB"), ("psnr_median", "dB"), ("ssim", ""), ("codes_used", "fraction")):
+            values[f"reconstructions_{side}.{name}"] = ResultValue(
+                value=found[name], n=count, unit=unit, higher_is_better=True
+            )
+    return values
 
 
 def open_trained(recipe: Recipe, settings: TransformerSettings, device: str) -> tuple[CogView, str]:

@@ -45,6 +45,17 @@ def describe_model(model: CogView, *, guidance: float | None = None) -> ModelRec
     )
 
 
+def describe_image_tokenizer(name: str, folder: Path) -> ModelRecord:
+    """Return the record of an image tokenizer without a transformer.
+
+    Args:
+        name: The name that it was opened by.
+        folder: Its folder.
+    """
+    digests = [f"{file} {file_sha256(folder / file)}\n" for file in ("config.json", "model.safetensors")]
+    return ModelRecord(name=_name_of(name), sha256=hashlib.sha256("".join(digests).encode()).hexdigest())
+
+
 def hash_weights(folders: list[Path]) -> str:
     """Return the SHA-256 of config, tokenizers and weights of checkpoint folders.
 

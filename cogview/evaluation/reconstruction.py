@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from cogview.data.keyed_random import KeyedRandom
-from cogview.evaluation.metrics import ssim
+from cogview.evaluation.metrics import bootstrap, ssim
+from cogview.evaluation.records import ResultValue
 from cogview.vqvae.codec import MIN_MSE, ImageTokenizer, psnr, to_float, to_uint8
 
 SHEET_IMAGES = 24
@@ -94,6 +95,30 @@ class ReconstructionReport:
             "codes_used": codes_used,
             "perplexity": perplexity,
         }
+
+    def result_values(self) -> dict[str, ResultValue]:
+        """Return the measures for a result file; intervals are of means over pictures, by the bootstrap.
+
+        Raises:
+            ValueError: No image was added.
+        """
+        found, count = self.summary(), len(self.psnr)
+        values = {
+            "psnr": ResultValue(value=found["psnr"], n=count, unit="dB", higher_is_better=True),
+            "codes_used": ResultValue(value=found["codes_used"], n=count, unit="fraction", higher_is_better=True),
+            "perplexity": ResultValue(value=found["perplexity"], n=count, unit="codes"),
+        }
+        for name in ("psnr_p05", "psnr_median"):
+            values[name] = ResultValue(value=found[name], n=count, unit="dB", higher_is_better=True)
+        for name, items in self.item_values().items():
+            unit, each = "dB" if name == "psnr_mean" else "", np.array(items)
+            mean = bootstrap(lambda rows, each=each: each[rows].mean(axis=-1), count)  # type: ignore[misc]
+            values[name] = ResultValue(**mean, n=count, unit=unit, higher_is_better=True)
+        return values
+
+    def item_values(self) -> dict[str, list[float]]:
+        """Return PSNR and SSIM of each image, by the name of their mean among ``result_values``."""
+        return {"psnr_mean": list(self.psnr), "ssim": list(self.ssim)}
 
     def sheet_images(self, columns: int) -> list[np.ndarray]:
         """Return images in rows of ``columns``, each row followed by that of its reconstructions, for a sheet.

@@ -9,7 +9,10 @@ from PIL import Image
 from cogview.cli.evaluate import read_report
 from cogview.cli.main import main
 from cogview.emoji.evaluation.captions import format_caption_report
+from cogview.emoji.evaluation.reports import MEASURES
 from cogview.errors import InputError
+from cogview.evaluation.manifest import SeedsRecord, read_result
+from cogview.evaluation.model_record import hash_weights
 from cogview.training.recipe import Recipe
 
 
@@ -35,7 +38,7 @@ def test_rerank_leaves_its_report(recipe, tiny_checkpoint, tmp_path, capsys):
     output = capsys.readouterr()
     assert output.out.startswith("| images of a caption |")
     assert output.err.splitlines()[-1] == f"written to {tmp_path / 'work' / 'report'}"
-    assert files(tmp_path / "work" / "report") == ["report-rerank.json"]
+    assert files(tmp_path / "work" / "report") == ["report-rerank.json", "result-rerank.json"]
     report = json.loads((tmp_path / "work" / "report" / "report-rerank.json").read_text(encoding="utf-8"))
     made = report["protocol"]
     assert (made["captions"], made["pictures_of_each"], made["seed"], made["sampling"]["top_k"]) == (2, 3, 9, 5)
@@ -45,7 +48,9 @@ def test_rerank_leaves_its_report(recipe, tiny_checkpoint, tmp_path, capsys):
 def test_upscale_leaves_its_report_and_a_sheet(recipe, tiny_checkpoint, tmp_path, capsys):
     assert evaluate("upscale", recipe, tiny_checkpoint, "-o", str(tmp_path / "here")) == 0
     assert capsys.readouterr().out.startswith("| large image |")
-    assert files(tmp_path / "here") == ["pictures-upscale.png", "report-upscale.json"]
+    assert files(tmp_path / "here") == [
+        *("pictures-upscale", "pictures-upscale.png", "report-upscale.json", "result-upscale.json"),
+    ]
     report = json.loads((tmp_path / "here" / "report-upscale.json").read_text(encoding="utf-8"))
     assert report["protocol"]["captions"] == 2
     with Image.open(tmp_path / "here" / "pictures-upscale.png") as sheet:
@@ -57,7 +62,7 @@ def test_captions_leave_their_report_and_every_caption(recipe, tiny_checkpoint, 
     output = capsys.readouterr().out
     assert output.startswith("| right |")
     folder = tmp_path / "work" / "report"
-    assert files(folder) == ["captions.jsonl", "report-captions.json"]
+    assert files(folder) == ["captions.jsonl", "report-captions.json", "result-captions.json"]
     assert len((folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     report = json.loads((folder / "report-captions.json").read_text(encoding="utf-8"))
     assert report["protocol"]["seed"] == 4
@@ -72,6 +77,48 @@ def test_eval_passes_precision_and_guidance_to_the_model(recipe, tiny_checkpoint
     made = report["protocol"]
     assert (made["sampling"]["guidance"], made["sampling"]["text_attention"]) == (1.0, 2.0)
     assert (made["weights"], made["adapters"]) == ("bfloat16", [])
+
+
+@pytest.mark.parametrize("measure", ["scenes", "captions", "rerank", "upscale"])
+def test_eval_leaves_a_result_with_its_manifest(recipe, tiny_checkpoint, tmp_path, capsys, measure):
+    """The values are those of the report; a result compared with itself has no difference, and makes a page."""
+    options = () if measure != "rerank" else ("--candidates", "2")
+    assert evaluate(measure, recipe, tiny_checkpoint, *options, "-o", str(tmp_path / "here")) == 0
+    path = tmp_path / "here" / f"result-{measure}.json"
+    found = read_result(path)
+    assert (found.manifest.measure, found.manifest.prompts.count) == (measure, 2)
+    assert found.manifest.seeds == SeedsRecord(first=0, count=2)
+    assert found.manifest.model.sha256 == hash_weights([tiny_checkpoint])
+    assert len(found.manifest.settings["sprites_sha256"]) == 64
+    report = json.loads((path.parent / MEASURES[measure].file).read_text(encoding="utf-8"))
+    assert "items" not in report
+    value, expected = {
+        "scenes": ("generated.object", ["drawn", "object", "accuracy"]),
+        "captions": ("true_scenes.everything", ["true_scenes", "everything", "accuracy"]),
+        "rerank": ("best_by_score.2", ["best_of", 1, "best_by_score", "accuracy"]),
+        "upscale": ("upscaled.psnr", ["large_pictures", "ours", "psnr", "value"]),
+    }[measure]
+    for key in expected:
+        report = report[key]
+    assert found.results[value].value == report
+    capsys.readouterr()
+    page = tmp_path / "page.html"
+    assert main(["eval", "compare", str(path), str(path), "-o", str(page)]) == 0
+    assert "*" not in capsys.readouterr().out.splitlines()[1]
+    assert page.is_file()
+
+
+def test_items_of_scenes_have_the_mean_of_their_value(recipe, tiny_checkpoint, tmp_path):
+    """A part that a scene does not ask for is not counted, in the items as in the value."""
+    assert evaluate("captions", recipe, tiny_checkpoint, "-n", "9", "-o", str(tmp_path)) == 0
+    found = read_result(tmp_path / "result-captions.json")
+    for name, values in found.items.values.items():
+        counted = [value for value in values if value is not None]
+        if name in found.results:
+            assert found.results[name].n == len(counted)
+            assert found.results[name].value == pytest.approx(sum(counted) / len(counted))
+        else:
+            assert counted == []
 
 
 @pytest.mark.parametrize(

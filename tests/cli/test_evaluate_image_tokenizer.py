@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from cogview.cli.main import main
+from cogview.evaluation.manifest import ResizeRecord, read_result
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_eval_image_tokenizer_prints_measures_and_saves_a_sheet(evaluate):
     assert (status, err) == (0, [])
     assert out[0] == "5 pictures of 64 x 64 pixels"  # the side of the model's images
     assert [line.split()[0] for line in out[1:4]] == ["PSNR", "SSIM", "codes"]
-    assert out[4] == "reconstructions.png"
+    assert out[4:] == ["reconstructions.png", "reconstructions.json"]
     with Image.open("reconstructions.png") as sheet:
         assert sheet.size == (5 * 132 + 4, 2 * 132 + 4)
 
@@ -49,10 +50,27 @@ def test_eval_image_tokenizer_prints_one_json_object(evaluate, tiny_checkpoint):
     assert json.loads(alone)["side"] == 64  # of a tokenizer without its model
 
 
+def test_eval_image_tokenizer_writes_a_result_of_its_pictures(evaluate, tiny_checkpoint):
+    """The order and the names of pictures do not count, their contents do."""
+    found = json.loads(evaluate("pictures", "--json")[1][0])
+    assert found["result"] == "reconstructions.json"
+    result = read_result(Path("reconstructions.json"))
+    assert result.results["psnr"].value == found["psnr"]
+    assert result.results["ssim"].value == pytest.approx(found["ssim"])
+    assert result.manifest.resize == ResizeRecord(side=64, filter="lanczos", antialias=True, crop="crop")
+    assert len(set(result.items.ids)) == result.manifest.reference.count == 5
+    Path("pictures/a/0.png").rename("pictures/b/last.png")
+    evaluate("pictures", folder=tiny_checkpoint / "image")
+    again = read_result(Path("reconstructions_2.json"))
+    assert again.manifest.reference.sha256 == result.manifest.reference.sha256
+    assert again.manifest.model.sha256 == result.manifest.model.sha256
+    assert main(["eval", "compare", "reconstructions.json", "reconstructions_2.json"]) == 0
+
+
 def test_eval_image_tokenizer_writes_the_sheet_into_a_folder(evaluate):
     """A file ``out_2`` without a suffix was written beside the folder."""
     Path("out").mkdir()
-    assert evaluate("pictures", "-o", "out")[1][-1] == "out/reconstructions.png"
+    assert evaluate("pictures", "-o", "out")[1][-2] == "out/reconstructions.png"
     assert sorted(path.name for path in Path().iterdir()) == ["out", "pictures"]
 
 

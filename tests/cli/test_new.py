@@ -16,6 +16,7 @@ from cogview.cli.package import PackageSettings
 from cogview.cli.steps import encode_settings, image_settings, text_settings, transformer_settings
 from cogview.data.builders.pictures import PictureBuild
 from cogview.data.builders.prepare import is_held_out, pixel_digest
+from cogview.evaluation.manifest import read_result
 from cogview.modeling import config
 from cogview.modeling.config import TransformerConfig
 from cogview.tokenizers.vocabulary import Vocabulary
@@ -135,6 +136,9 @@ def test_new_and_run_end_in_a_model_that_generates(shapes, capsys):
     assert "| transformer, loss | " in card
     report = json.loads(Path("mine/report/report-samples.json").read_text())
     assert list(report["image_tokenizer"]) == ["64"]
+    result = read_result(Path("mine/report/result-samples.json"))
+    assert result.results["reconstructions_64.psnr"].value == report["image_tokenizer"]["64"]["psnr"]
+    assert result.results["nearest_is_own"].value == report["nearest_is_own"]["share"]
     assert report["image_tokenizer"]["64"]["pictures"] == 4
     assert read_config(Path("mine/model")).reconstruction_psnr.median == report["reconstruction_psnr"]["median"]
     with Image.open("mine/model/samples.png") as sheet:

@@ -23,6 +23,7 @@ from cogview.emoji.evaluation.scenes import (
     count_confusions,
     describe,
     format_parts,
+    grade_items,
     held_out_scenes,
     part_accuracies,
 )
@@ -139,7 +140,8 @@ def evaluate_captions(model: CogView, world: EmojiWorld, *, count: int, seed: in
         batch_size: Images in a batch.
 
     Returns:
-        The report as plain data; its key ``captions`` has a row per scene, with all captions and a right one.
+        The report as plain data; its key ``captions`` has a row per scene, with all captions and a right one, and its
+        key ``items`` the fields of ``ResultItems``.
     """
     model.require_task("caption")
     check_world(model, world)
@@ -153,10 +155,12 @@ def evaluate_captions(model: CogView, world: EmojiWorld, *, count: int, seed: in
         {"meaning": scene.meaning, "right_caption": caption}
         for scene, caption in zip(scenes, right_captions, strict=True)
     ]
+    graded: dict[str, list[CaptionGrade]] = {}
     for key, images in (("true_scenes", true), ("reconstructions", restored)):
         captions = generate_captions(model, images, batch_size, f"captions of {COLUMNS[key]}")
         grades = [grader.grade(caption.text, scene) for caption, scene in zip(captions, scenes, strict=True)]
         report[key] = summarize_captions(grades)
+        graded[key] = grades
         for row, caption, grade in zip(rows, captions, grades, strict=True):
             row[key] = {
                 "caption": caption.text,
@@ -165,6 +169,7 @@ def evaluate_captions(model: CogView, world: EmojiWorld, *, count: int, seed: in
                 "right": grade.everything,
             }
     report["captions"] = rows
+    report["items"] = grade_items(asked, graded)
     return report
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.captions import evaluate_captions, format_caption_report
@@ -51,11 +54,13 @@ class Measure:
 
     Args:
         file: Name of the report.
+        result_file: Name of the result, which ``cogview eval compare`` reads.
         run: Measure a model with sampling settings, write companion files into a folder, and return the report.
         format: Return the report as Markdown.
     """
 
     file: str
+    result_file: str
     run: Callable[[CogView, EmojiWorld, Sampling, EvaluationSettings, Path], dict[str, Any]]
     format: Callable[[Mapping[str, Any]], str]
 
@@ -85,6 +90,7 @@ def measure_scenes(
         image_scales=settings.image_scales,
     )
     contact_sheet(images[:SHEET_IMAGES], columns=16).save(folder / "pictures.png")
+    report["items"]["pictures"] = save_pictures(folder / "pictures-scenes", images)
     return report
 
 
@@ -160,14 +166,41 @@ def measure_upscale(
         batch_size=settings.batch_size,
     )
     contact_sheet(images[: 4 * SHEET_UPSCALED], columns=12).save(folder / "pictures-upscale.png")
+    report["items"]["pictures"] = save_pictures(folder / "pictures-upscale", images[2::4])
     return report
 
 
+def save_pictures(folder: Path, images: Sequence[np.ndarray]) -> list[str]:
+    """Write images as PNG files, for the page of a comparison.
+
+    Args:
+        folder: Folder of the files, which is made as needed; its parent is that of the result.
+        images: Images, uint8 RGB (H, W, 3).
+
+    Returns:
+        Their paths relative to the parent of ``folder``.
+    """
+    folder.mkdir(exist_ok=True)
+    names = [f"{number:05}.png" for number in range(len(images))]
+    for name, image in zip(names, images, strict=True):
+        Image.fromarray(image).save(folder / name)
+    return [f"{folder.name}/{name}" for name in names]
+
+
 MEASURES = {
-    "scenes": Measure(file="report.json", run=measure_scenes, format=format_report),
-    "captions": Measure(file="report-captions.json", run=measure_captions, format=format_caption_report),
-    "rerank": Measure(file="report-rerank.json", run=measure_rerank, format=format_rerank_report),
-    "upscale": Measure(file="report-upscale.json", run=measure_upscale, format=format_upscale_report),
+    "scenes": Measure(file="report.json", result_file="result-scenes.json", run=measure_scenes, format=format_report),
+    "captions": Measure(
+        file="report-captions.json",
+        result_file="result-captions.json",
+        run=measure_captions,
+        format=format_caption_report,
+    ),
+    "rerank": Measure(
+        file="report-rerank.json", result_file="result-rerank.json", run=measure_rerank, format=format_rerank_report
+    ),
+    "upscale": Measure(
+        file="report-upscale.json", result_file="result-upscale.json", run=measure_upscale, format=format_upscale_report
+    ),
 }
 
 

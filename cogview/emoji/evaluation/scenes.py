@@ -125,7 +125,7 @@ def evaluate_scenes(
         image_scales: Scales of the scenes on which the VQ-VAE is measured, as in its training.
 
     Returns:
-        The report as plain data, and the generated images.
+        The report as plain data, with ``items`` as ``ResultItems`` has them, and the generated images.
     """
     check_world(model, world)
     asked = held_out_scenes(world, count, seed)
@@ -138,19 +138,17 @@ def evaluate_scenes(
     num_images = min(TOKENIZER_IMAGES, TOKENIZER_IMAGES_PER_CAPTION * count)
     batches = held_out_batches(held_out, tokenizer.downsampling, image_scales, num_images)
 
-    def summary(images: Sequence[np.ndarray], label: str) -> dict[str, Any]:
-        return summarize_images(grade_images(grader, images, scenes, f"grading {label}"))
-
+    sets = {"drawn": generated, "ceiling_reconstructions": list(restored), "ceiling_true_scenes": list(true)}
+    grades = {key: grade_images(grader, images, scenes, f"grading {COLUMNS[key]}") for key, images in sets.items()}
     report = {
         "protocol": describe(model, world, captions, seed, sampling=to_mapping(sampling)),
-        "drawn": summary(generated, "images"),
-        "ceiling_reconstructions": summary(list(restored), "reconstructions"),
-        "ceiling_true_scenes": summary(list(true), "true scenes"),
+        **{key: summarize_images(found) for key, found in grades.items()},
         "reconstruction_psnr": to_mapping(reconstruction_quality(list(true), list(restored))),
         "image_tokenizer": {
             "scales": list(image_scales),
             **evaluate_vqvae(tokenizer, batches),
         },
+        "items": grade_items(asked, {"generated": grades["drawn"]}),
     }
     return report, generated
 
@@ -200,6 +198,32 @@ def part_accuracies(grades: Sequence[SceneGrade]) -> dict[str, dict[str, Any]]:
     verdicts = {part: [getattr(grade, part) for grade in grades] for part in PARTS}
     asked = {part: [verdict for verdict in found if verdict is not None] for part, found in verdicts.items()}
     return {part: accuracy(sum(found), len(found)) for part, found in asked.items()}
+
+
+def grade_items(asked: Sequence[tuple[Scene, str]], grades: Mapping[str, Sequence[SceneGrade]]) -> dict[str, Any]:
+    """Return the verdicts on single scenes, with the fields of ``ResultItems``.
+
+    Args:
+        asked: Scenes with their captions.
+        grades: Grades by a name for the result, such as "generated": one for each scene.
+
+    Returns:
+        1 for right, 0 for wrong, None for a part that a scene does not ask for.
+    """
+
+    def plain(verdict: bool | None) -> float | None:
+        return None if verdict is None else float(verdict)
+
+    values = {
+        f"{name}.{part}": [plain(getattr(grade, part)) for grade in found]
+        for name, found in grades.items()
+        for part in PARTS
+    }
+    return {
+        "ids": [scene.meaning for scene, _ in asked],
+        "labels": [caption for _, caption in asked],
+        "values": values,
+    }
 
 
 def count_confusions(

@@ -33,6 +33,12 @@ TITLES = {
     "bicubic_of_true": "bicubic, of the true small image",
     "vq_ceiling": "VQ-VAE's reconstruction of the true large image",
 }
+RESULT_NAMES = {
+    "ours": "upscaled",
+    "bicubic": "bicubic",
+    "bicubic_of_true": "bicubic_of_true",
+    "vq_ceiling": "reconstructions",
+}
 
 
 def evaluate_upscale(
@@ -49,8 +55,9 @@ def evaluate_upscale(
         batch_size: Images in a batch.
 
     Returns:
-        The report as plain data, and images for a sheet. These come in fours of the large size: the decoded small
-        codes with every pixel doubled, their bicubic enlargement, the upscaled image, and the true large image.
+        The report as plain data, with ``items`` as ``ResultItems`` has them, and images for a sheet. These come in
+        fours of the large size: the decoded small codes with every pixel doubled, their bicubic enlargement, the
+        upscaled image, and the true large image.
     """
     model.require_task("upscale")
     check_world(model, world)
@@ -78,32 +85,39 @@ def evaluate_upscale(
         "bicubic_of_true": [_resized(np.asarray(image), side, Image.Resampling.BICUBIC) for image in small],
         "vq_ceiling": list(reconstruct(model.image_tokenizer, true, batch_size)),
     }
+    measured = {name: _measure(images, true, decoded) for name, images in large.items()}
     report = {
         "protocol": describe(model, world, captions, seed, sampling=to_mapping(sampling)),
-        **measure_fidelity(large, true, decoded),
+        **summarize_fidelity(measured),
         "seam": measure_seams(large, true, border_mask(grid, model.image_tokenizer.downsampling)),
+        "items": {
+            "ids": [scene.meaning for scene, _ in asked],
+            "labels": captions,
+            "values": {
+                f"{RESULT_NAMES[name]}.{metric}": values.tolist()
+                for name, metrics in measured.items()
+                for metric, values in metrics.items()
+            },
+        },
     }
     doubled = decoded.repeat(2, axis=1).repeat(2, axis=2)
     fours = zip(doubled, large["bicubic"], large["ours"], true, strict=True)
     return report, [image for four in fours for image in four]
 
 
-def measure_fidelity(large: Mapping[str, Sequence[np.ndarray]], true: np.ndarray, small: np.ndarray) -> dict[str, Any]:
-    """Return PSNR and SSIM of large images, and their gains over bicubic enlargements.
+def summarize_fidelity(measured: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Return means of PSNR and SSIM of large images, and their gains over bicubic enlargements.
 
     Args:
-        large: Large images by name, with ``ours`` and ``bicubic``; uint8 (H, W, 3) each.
-        true: The true large images, uint8 (N, H, W, 3).
-        small: The decoded small images, uint8 (N, H / 2, W / 2, 3).
+        measured: By name of the large images, with ``ours`` and ``bicubic``, and by metric: a value of each image (N,).
 
     Returns:
         ``large_pictures`` with the metrics of each name, and ``gain_over_bicubic``; means with 95% intervals.
     """
-    metrics = {name: _measure(images, true, small) for name, images in large.items()}
-    gains = {name: metrics["ours"][name] - metrics["bicubic"][name] for name in ("psnr", "ssim")}
+    gains = {name: measured["ours"][name] - measured["bicubic"][name] for name in ("psnr", "ssim")}
     return {
         "large_pictures": {
-            name: {metric: _mean(values) for metric, values in measured.items()} for name, measured in metrics.items()
+            name: {metric: _mean(values) for metric, values in metrics.items()} for name, metrics in measured.items()
         },
         "gain_over_bicubic": {name: _mean(values) for name, values in gains.items()},
     }

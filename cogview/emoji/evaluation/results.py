@@ -1,0 +1,174 @@
+"""Result files of the measures of the emoji world: values, curves and the manifest of a report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cogview.emoji.evaluation.scenes import PARTS
+from cogview.emoji.evaluation.upscale import RESULT_NAMES
+from cogview.emoji.world import EmojiWorld
+from cogview.evaluation.manifest import (
+    Manifest,
+    PromptsRecord,
+    ResultCurve,
+    ResultValue,
+    SeedsRecord,
+    write_result,
+)
+from cogview.evaluation.metrics import wilson_interval
+from cogview.evaluation.model_record import describe_hardware, describe_model, describe_versions
+from cogview.pipeline.cogview import CogView
+
+SCENE_SETS = {"drawn": "generated", "ceiling_reconstructions": "reconstructions", "ceiling_true_scenes": "true_scenes"}
+CURVES = ("average", "best_by_score", "best_by_likelihood", "best_possible")
+UNITS = {"psnr": "dB", "ssim": "", "consistency": "dB"}
+
+
+def write_emoji_result(path: Path, measure: str, report: dict[str, Any], model: CogView, world: EmojiWorld) -> None:
+    """Write the result file of a report.
+
+    Args:
+        path: The file.
+        measure: Name of the measure.
+        report: The report; its ``items`` are removed from it, since the result has them.
+        model: The model that was measured.
+        world: The world of the report.
+    """
+    items = report.pop("items", None)
+    values, curves = VALUES[measure](report)
+    write_result(path, emoji_manifest(measure, report["protocol"], model, world), values, items, curves)
+
+
+def emoji_manifest(measure: str, protocol: Mapping[str, Any], model: CogView, world: EmojiWorld) -> Manifest:
+    """Return the manifest of a report.
+
+    Args:
+        measure: Name of the measure.
+        protocol: How the report was made (`harness.describe_protocol`).
+        model: The model that was measured.
+        world: The world of the report. Its sprites count: another font has other pictures.
+    """
+    known = {"captions", "captions_sha256", "seed", "model", "sampling", "weights", "adapters", "cogview"}
+    sprites = hashlib.sha256(world.sprites.tobytes()).hexdigest()
+    return Manifest(
+        measure=measure,
+        prompts=PromptsRecord(sha256=protocol["captions_sha256"], count=protocol["captions"]),
+        seeds=SeedsRecord(first=protocol["seed"], count=protocol["captions"]),
+        sampling=protocol.get("sampling"),
+        model=describe_model(model),
+        settings={**{key: value for key, value in protocol.items() if key not in known}, "sprites_sha256": sprites},
+        versions=describe_versions("pillow"),
+        hardware=describe_hardware(model.placement.device),
+    )
+
+
+def scenes_values(report: Mapping[str, Any]) -> tuple[dict[str, ResultValue], dict[str, ResultCurve]]:
+    """Return the values of a report on scenes, and no curves."""
+    values = _part_values({name: report[key] for key, name in SCENE_SETS.items()})
+    tokenizer = report["image_tokenizer"]
+    count = round(tokenizer["images"])
+    values["image_tokenizer.psnr"] = ResultValue(value=tokenizer["psnr"], n=count, unit="dB", higher_is_better=True)
+    values["image_tokenizer.codes_used"] = ResultValue(
+        value=tokenizer["codes_used"], n=count, unit="fraction", higher_is_better=True
+    )
+    values["image_tokenizer.perplexity"] = ResultValue(value=tokenizer["perplexity"], n=count, unit="codes")
+    quality = report["reconstruction_psnr"]
+    for name in ("p01", "p05", "median"):
+        values[f"reconstructions.psnr_{name}"] = ResultValue(
+            value=quality[name], n=report["drawn"]["pictures"], unit="dB", higher_is_better=True
+        )
+    return values, {}
+
+
+def caption_values(report: Mapping[str, Any]) -> tuple[dict[str, ResultValue], dict[str, ResultCurve]]:
+    """Return the values of a report on captions, and no curves."""
+    sets = {name: report[name] for name in ("true_scenes", "reconstructions")}
+    values = _part_values(sets)
+    for name, found in sets.items():
+        low, high = wilson_interval(found["unreadable"], found["captions"])
+        values[f"{name}.unreadable"] = ResultValue(
+            value=found["unreadable"] / found["captions"],
+            low=low,
+            high=high,
+            n=found["captions"],
+            unit="fraction",
+            higher_is_better=False,
+        )
+    return values, {}
+
+
+def rerank_values(report: Mapping[str, Any]) -> tuple[dict[str, ResultValue], dict[str, ResultCurve]]:
+    """Return the values of a report on reranking, and their curves over the number of images."""
+    values: dict[str, ResultValue] = {}
+    count = report["protocol"]["captions"]
+    for row in report["best_of"]:
+        for name in CURVES:
+            found = row[name]
+            if name == "average":
+                value = ResultValue(value=found, n=count * row["of"], unit="fraction", higher_is_better=True)
+            else:
+                value = _accuracy_value(found)
+            values[f"{name}.{row['of']}"] = value
+        if row["gap_closed"] is not None:
+            values[f"gap_closed.{row['of']}"] = ResultValue(
+                value=row["gap_closed"], n=count, unit="fraction", higher_is_better=True
+            )
+    curves = {}
+    for name in CURVES:
+        points = [values[f"{name}.{row['of']}"] for row in report["best_of"]]
+        curves[name] = ResultCurve(
+            x=[row["of"] for row in report["best_of"]],
+            y=[100 * point.value for point in points],
+            low=[100 * point.low for point in points if point.low is not None],
+            high=[100 * point.high for point in points if point.high is not None],
+            x_label="images of a caption",
+            y_label="right, %",
+        )
+    return values, curves
+
+
+def upscale_values(report: Mapping[str, Any]) -> tuple[dict[str, ResultValue], dict[str, ResultCurve]]:
+    """Return the values of a report on upscaling, and no curves."""
+    count = report["protocol"]["captions"]
+    values = {
+        f"{RESULT_NAMES[name]}.{metric}": ResultValue(**found, n=count, unit=UNITS[metric], higher_is_better=True)
+        for name, metrics in report["large_pictures"].items()
+        for metric, found in metrics.items()
+    }
+    for metric, found in report["gain_over_bicubic"].items():
+        values[f"gain_over_bicubic.{metric}"] = ResultValue(**found, n=count, unit=UNITS[metric], higher_is_better=True)
+    for name, found in report["seam"].items():
+        values[f"seam.{RESULT_NAMES.get(name, name)}"] = ResultValue(**found, n=count, higher_is_better=False)
+    return values, {}
+
+
+def _part_values(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, ResultValue]:
+    """Return the accuracy of each part of each set that some scene asks for."""
+    return {
+        f"{name}.{part}": _accuracy_value(found[part])
+        for name, found in sets.items()
+        for part in reversed(PARTS)
+        if found[part]["of"]
+    }
+
+
+def _accuracy_value(found: Mapping[str, Any]) -> ResultValue:
+    return ResultValue(
+        value=found["accuracy"],
+        low=found["low"],
+        high=found["high"],
+        n=found["of"],
+        unit="fraction",
+        higher_is_better=True,
+    )
+
+
+VALUES = {
+    "scenes": scenes_values,
+    "captions": caption_values,
+    "rerank": rerank_values,
+    "upscale": upscale_values,
+}
