@@ -146,6 +146,8 @@ ROWS: dict[str, Run | NotRun] = {
     "python scripts/benchmarks/own_pictures.py real-pictures": PACKAGES,
     "cogview new mine --pictures pictures": NEW,
     "cogview run mine/recipe.yaml": NEW,
+    "cogview run mine/recipe.yaml image.training.steps=200 transformer.training.steps=300": NEW,
+    "cogview run mine/recipe.yaml transformer.training.steps=1350": NEW,
     'cogview generate "狐狸" --model mine/model': Run(instead="--model TINY"),
     "cogview new style --pictures pictures --adapter-for cogview-emoji": NEW,
     "cogview run style/recipe.yaml": NEW,

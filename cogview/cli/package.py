@@ -12,6 +12,7 @@ import click
 from cogview.cli.evaluate import MEASURE_NAMES, last_checkpoint, read_report
 from cogview.cli.messages import print_note
 from cogview.cli.options import Command, output_option
+from cogview.cli.package_card import unfinished_lines
 from cogview.cli.recipes import recipe_options
 from cogview.cli.steps import packaged_folder
 from cogview.errors import InputError, reason_of
@@ -55,6 +56,8 @@ def command(recipe: Recipe, output: Path | None) -> int:
     settings = recipe.settings(PackageSettings, "package")
     card = None if settings.card is None else read_card(recipe, settings.card)
     checkpoint = last_checkpoint(recipe)
+    for unfinished in unfinished_lines(recipe):
+        print_note(unfinished)
     target = output or packaged_folder(recipe)
     with atomic_folder(target, overwrite=True) as folder:
         if packaged_folder(recipe).name == "adapter":
@@ -87,7 +90,7 @@ def package_emoji_model(recipe: Recipe, card: str, checkpoint: Path, folder: Pat
         InputError: There is no report on scenes, or one of another checkpoint.
     """
     model = open_checkpoint(checkpoint)
-    tables = add_reports(model, recipe)
+    tables = "\n\n".join([*unfinished_lines(recipe), add_reports(model, recipe)])
     things = "、".join(thing.emoji + thing.name for thing in model.things)
     model.card = card.replace("{figures}", tables).replace("{things}", things)
     save_half(folder, model)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview import __version__
+from cogview.cli.continuation import UnfinishedTraining, run_settings
 from cogview.cli.evaluate_samples import SHEET_FILE
-from cogview.cli.steps import run_settings
 from cogview.training.new_recipe import flow
 from cogview.training.recipe import Recipe
 
@@ -147,6 +147,16 @@ def training_rows(recipe: Recipe) -> list[tuple[str, str]]:
     return found
 
 
+def unfinished_lines(recipe: Recipe) -> list[str]:
+    """Return a line for each training of a recipe that has steps left, whether it goes on or was ended early."""
+    runs = (("image", "image tokenizer", recipe.image_run), ("transformer", "transformer", recipe.transformer_run))
+    return [
+        f"training of the {name} not finished: {found.done} of {found.planned} steps are done"
+        for section, name, folder in runs
+        if (found := UnfinishedTraining.find(section, folder)) is not None
+    ]
+
+
 def report_tables(recipe: Recipe, report: Mapping[str, Any] | None) -> str:
     """Return tables of the measures on held-out pictures and of the report on samples.
 
@@ -168,7 +178,7 @@ def report_tables(recipe: Recipe, report: Mapping[str, Any] | None) -> str:
         psnr = f"{found['psnr']:.2f} dB (p05 {found['psnr_p05']:.2f}, median {found['psnr_median']:.2f})"
         text = f"{psnr}, SSIM {found['ssim']:.3f}"
         rows.append((f"reconstructions, {found['pictures']} pictures of {side} x {side} pixels", text))
-    text = table(("measure on held-out pictures", "value"), rows)
+    text = "\n\n".join([*unfinished_lines(recipe), table(("measure on held-out pictures", "value"), rows)])
     if report and (nearest := report.get("nearest_is_own")):
         text += (
             f"\n\nOf {nearest['of']} images for captions of the training, {nearest['share']:.0%} are nearest to their "

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from cogview.cli.continuation import ending_line
 from cogview.cli.failures import explain_error
 from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, Command, argument, device_option
@@ -138,7 +139,10 @@ class StepRunner:
                 print_note(f"{stale}: it is done again")
             elif step.done(self.recipe):
                 self._adopt(number)
-                print(f"{name}: already done", file=sys.stderr)
+                if ended := step.ended_early(self.recipe):
+                    print(f"{name}: ended after {ended.done} of {ended.planned} steps", file=sys.stderr)
+                else:
+                    print(f"{name}: already done", file=sys.stderr)
                 continue
             status = self._run_step(step, name)
             if not is_done(step, status):
@@ -175,6 +179,8 @@ class StepRunner:
                 print(f"{name}: done in {took}", file=sys.stderr)
             elif status != ExitStatus.MISTAKE:  # of which a line follows
                 print(f"{name}: stopped after {took}; the same command continues", file=sys.stderr)
+                if left := step.unfinished(self.recipe):
+                    print(ending_line(self.recipe, left, self.recipe.named_overrides), file=sys.stderr)
         return status
 
     def _is_repeated(self, step: RecipeStep) -> bool:

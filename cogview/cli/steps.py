@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cogview.cli.continuation import STEPS_KEYS, UnfinishedTraining, remedies, run_settings
 from cogview.errors import InputError
 from cogview.training.recipe import Recipe
 from cogview.training.step_records import StepRecord, changes_of
@@ -82,7 +83,19 @@ class RecipeStep:
             stored = run_settings(self.run_folder(recipe))
         else:
             stored = record.settings if record is not None and self.done(recipe) else None
-        return [] if stored is None else changes_of(stored, self.settings(recipe), self.free)
+        free = (*self.free, *STEPS_KEYS) if self.ended_early(recipe) else self.free
+        return [] if stored is None else changes_of(stored, self.settings(recipe), free)
+
+    def unfinished(self, recipe: Recipe) -> UnfinishedTraining | None:
+        """Return the training of the step if it has a checkpoint, and steps left."""
+        return None if self.run_folder is None else UnfinishedTraining.find(self.section, self.run_folder(recipe))
+
+    def ended_early(self, recipe: Recipe) -> UnfinishedTraining | None:
+        """Return the training of the step if it has steps left, and the recipe asks for no more than are done."""
+        training = self.unfinished(recipe)
+        if training is None or self.settings is None or self.settings(recipe).training.steps > training.done:
+            return None
+        return training
 
 
 def steps_of(recipe: Recipe) -> list[RecipeStep]:
@@ -146,6 +159,10 @@ def check_step(recipe: Recipe, steps: Sequence[RecipeStep], number: int, records
     paths = " ".join(str(path) for each in _with_dependents(steps, number) for path in each.existing_results(recipe))
     if not paths:
         return ""
+    ends = all(change.startswith(STEPS_KEYS) for change in changes)
+    kept = remedies(recipe, records, step.unfinished(recipe), ends=ends) if changes else []
+    if kept:
+        raise InputError(f"{'; '.join([reason, *kept])}; or do it and what depends on it anew after: rm -r {paths}")
     back = "change them back, or " if changes else ""
     raise InputError(f"{reason}; {back}do this step and those that depend on it anew after: rm -r {paths}")
 
@@ -198,18 +215,6 @@ def check_settings(recipe: Recipe, steps: Sequence[RecipeStep]) -> None:
         card = recipe.settings(PackageSettings, PACKAGE.section).card
         if card is not None:
             read_card(recipe, card)
-
-
-def run_settings(folder: Path) -> Mapping[str, Any] | None:
-    """Return the settings in the run folder of a training; None before its first checkpoint."""
-    from cogview.plain_data import read_yaml
-    from cogview.training.run_folder import RunFolder
-
-    stored = folder / "recipe.yaml"
-    if not RunFolder(folder).checkpoints() or not stored.is_file():
-        return None
-    found = read_yaml(stored)
-    return found if isinstance(found, dict) else None
 
 
 def world_settings(recipe: Recipe) -> Any:

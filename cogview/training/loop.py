@@ -137,7 +137,7 @@ def run_loop(
     context = context or DistributedContext(torch.device("cpu"))
     context.run_on_main(run.lock)
     try:
-        done = _start(trainer, run, recipe, resume, context, on_start)
+        done = _start(trainer, run, recipe, resume, source.steps, context, on_start)
         return TrainingLoop(trainer, source, run, settings, context, done).run_to_end()
     except (RuntimeError, MemoryError) as error:
         run.close()
@@ -164,11 +164,12 @@ def _start(
     run: RunFolder,
     recipe: Mapping[str, Any],
     resume: bool,
+    steps: int,
     context: DistributedContext,
     on_start: Callable[[Path | None], None] | None,
 ) -> int:
     """Prepare the folder of a run and load its last checkpoint; return the number of finished steps."""
-    checkpoint = context.run_on_main(lambda: run.start(recipe, resume))
+    checkpoint = context.run_on_main(lambda: run.start(recipe, resume, steps))
     if on_start is not None and context.is_main_process:
         on_start(checkpoint)
     if checkpoint is None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from cogview.vqvae.model import VQVAE
 
 PACKAGED = Path(__file__).parents[1] / "recipes"
+MAX_WARMUP_SHARE = 0.1  # of the steps that an override asks for, unless the recipe itself has a larger share
 T = TypeVar("T")
 
 
@@ -55,6 +56,7 @@ class Recipe:
         overrides: Changes ``key=value`` of the section that a command reads.
         work: Folder of the results.
         overrides_by_section: Changes ``key=value`` of other sections, where a command reads several.
+        notes: Notes on settings that were printed, each of them once.
     """
 
     path: Path
@@ -62,6 +64,7 @@ class Recipe:
     overrides: tuple[str, ...]
     work: Path
     overrides_by_section: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: set[str] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
     def open(cls, path: Path, work: Path | None = None, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -161,6 +164,11 @@ class Recipe:
         """Return section ``name`` as plain values, with the overrides."""
         return section(self.sections, name, self.overrides_of(name))
 
+    @property
+    def named_overrides(self) -> tuple[str, ...]:
+        """All overrides of sections, as ``cogview run`` takes them: SECTION.KEY=VALUE."""
+        return tuple(f"{name}.{each}" for name, given in self.overrides_by_section.items() for each in given)
+
     def overrides_of(self, name: str) -> tuple[str, ...]:
         """Return the overrides that apply to section ``name``."""
         return *self.overrides, *self.overrides_by_section.get(name, ())
@@ -184,7 +192,7 @@ class Recipe:
         return from_mapping(kind, content, where=f"section {name} of {self.path}")
 
     def _shorten_warmup(self, kind: type[Any], name: str, content: dict[str, Any]) -> None:
-        """Keep the warm-up's share of the steps if an override asks for too few steps for it; print a note."""
+        """Bound the warm-up by ``MAX_WARMUP_SHARE`` of the steps of an override; print a note if it is shortened."""
         overridden = {override.partition("=")[0] for override in self.overrides_of(name)}
         if "training.steps" not in overridden or "training.warmup_steps" in overridden:
             return
@@ -196,12 +204,14 @@ class Recipe:
         warmup = planned.get("warmup_steps", hints["training"].warmup_steps)
         before, steps = planned.get("steps"), content["training"]["steps"]
         numbers = (warmup, before, steps)
-        if any(type(number) is not int for number in numbers) or not 0 < warmup < before or not 1 < steps <= warmup:
+        if any(type(number) is not int for number in numbers) or not 0 < warmup < before or steps <= 1:
             return
-        shortened = content["training"]["warmup_steps"] = max(1, round(steps * warmup / before))
-        if os.environ.get("RANK", "0") == "0":  # the first of several processes
-            print(
-                f"note: warmup_steps is {shortened}, the same share of {steps} steps as {warmup} of the recipe's "
-                f"{before}",
-                file=sys.stderr,
-            )
+        share = max(MAX_WARMUP_SHARE, warmup / before)
+        shortened = max(1, int(steps * share))
+        if shortened >= warmup:
+            return
+        content["training"]["warmup_steps"] = shortened
+        note = f"note: warmup_steps is {shortened}, not {warmup}: at most {share:.0%} of the {steps} steps"
+        if note not in self.notes and os.environ.get("RANK", "0") == "0":  # the first of several processes
+            print(note, file=sys.stderr)
+        self.notes.add(note)

@@ -5,6 +5,7 @@ Of several processes that train together, the main process alone writes.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import threading
@@ -92,7 +93,7 @@ class RunFolder:
                 f"{self.folder} already holds a run at {found[-1].name}; go on with --resume auto, or remove the folder"
             )
 
-    def start(self, recipe: Mapping[str, Any], resume: bool) -> Path | None:
+    def start(self, recipe: Mapping[str, Any], resume: bool, steps: float = math.inf) -> Path | None:
         """Create the folder, or prepare it to be resumed.
 
         Damaged checkpoints, as a power cut leaves them, are set aside under the name ``damaged-step-…``.
@@ -100,6 +101,7 @@ class RunFolder:
         Args:
             recipe: Settings of the run, written to ``recipe.yaml``.
             resume: Whether checkpoints may exist.
+            steps: Steps of the run. If as many are done, ``recipe.yaml`` stays that of the steps that were trained.
 
         Returns:
             The checkpoint to resume from; None to start from step 0.
@@ -112,8 +114,10 @@ class RunFolder:
         self.samples.mkdir(parents=True, exist_ok=True)
         (self.folder / "checkpoints").mkdir(exist_ok=True)
         remove_unfinished(self.folder / "checkpoints", "step-*")
-        with atomic_write(self.folder / "recipe.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(dict(recipe), allow_unicode=True, sort_keys=False), encoding="utf-8")
+        if last is None or step_of(last) < steps or not (self.folder / "recipe.yaml").is_file():
+            with atomic_write(self.folder / "recipe.yaml") as temporary:
+                text = yaml.safe_dump(dict(recipe), allow_unicode=True, sort_keys=False)
+                temporary.write_text(text, encoding="utf-8")
         self._truncate_metrics(0 if last is None else step_of(last))
         return last
 

@@ -29,11 +29,13 @@ class StepRecord:
         order: Its place among the steps that were done below a work folder.
         settings: Its settings, as plain values.
         result: SHA-256 of the file that it made; empty if unknown.
+        overrides: Changes SECTION.KEY=VALUE of its command line.
     """
 
     order: int
     settings: dict[str, Any]
     result: str = ""
+    overrides: tuple[str, ...] = ()
 
 
 def read_records(recipe: Recipe) -> dict[str, StepRecord]:
@@ -82,9 +84,11 @@ def record_step(
     plain = to_mapping(settings)
     before = records.get(step)
     if before is not None and found and (before.settings, before.result) == (plain, found):
-        return
+        order = before.order
     last = max((record.order for record in records.values()), default=0)
-    records[step] = StepRecord(order=last + 1 if order is None else order, settings=plain, result=found)
+    records[step] = StepRecord(
+        order=last + 1 if order is None else order, settings=plain, result=found, overrides=recipe.named_overrides
+    )
     recipe.work.mkdir(parents=True, exist_ok=True)
     write_json(recipe.work / RECORDS_FILE, to_mapping(records), indent=1)
 

@@ -9,7 +9,9 @@ import yaml
 
 from cogview.cli import package, run, steps
 from cogview.cli.main import main
+from cogview.cli.package_card import report_tables, unfinished_lines
 from cogview.cli.steps import PACKAGE, check_step, encoded, packaged, sampled, steps_of
+from cogview.config_io import to_mapping
 from cogview.errors import InputError
 from cogview.training.recipe import Recipe
 from cogview.training.step_records import read_records, record_step
@@ -221,3 +223,90 @@ def test_run_refuses_a_section_whose_name_is_misspelt(recipe, asked, capsys):
     assert (status, asked) == (2, [])
     assert 'own.yaml: "transfomer" is unknown; did you mean "transformer"?' in error
     assert not Path("work").exists()
+
+
+def plant_run(folder: Path, settings, steps: int) -> None:
+    """Plant a run folder with the settings of a recipe and a checkpoint after some steps."""
+    plant(folder, f"checkpoints/step-{steps:08d}/x")
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(to_mapping(settings)), encoding="utf-8")
+
+
+def plant_trial(recipe: Recipe, done: int, *overrides: str) -> None:
+    """Plant the results of a run with overrides whose transformer was trained for some steps."""
+    changed = replace(recipe, overrides_by_section=run.split_overrides(overrides))
+    plant(recipe.work, *RESULTS)
+    for step in steps_of(changed)[:4]:
+        record_step(changed, step.command, step.recorded_settings(changed))
+    plant_run(recipe.transformer_run, steps.transformer_settings(changed), done)
+
+
+def test_run_names_the_settings_of_the_last_command_line(recipe, asked, capsys):
+    """Without the KEY=VALUE of the first command, the second one offered to remove everything."""
+    plant_trial(recipe, 40, "transformer.training.steps=40", "text.size=300")
+    status, err = run_recipe(capsys)
+    assert (status, [words[0] for words in asked]) == (2, ["encode"])
+    assert err.splitlines()[-1] == (
+        "cogview run: the settings of step train have changed: training.steps 40 -> 2; the last command line had "
+        "transformer.training.steps=40 text.size=300, with which it goes on: cogview run own.yaml "
+        "transformer.training.steps=40 text.size=300; or do it and what depends on it anew after: "
+        "rm -r work/transformer-run"
+    )
+    assert run_recipe(capsys, "transformer.training.steps=40", "text.size=300")[0] == 0
+
+
+def test_run_ends_a_training_early_and_keeps_it(recipe, asked, capsys):
+    """A training of days can be ended: as many steps as are done, or fewer, are its end."""
+    plant_trial(recipe, 30, "transformer.training.steps=40")
+    ending = "cogview run own.yaml transformer.training.steps=30"
+    status, err = run_recipe(capsys, "transformer.training.steps=35")
+    assert (status, [words[0] for words in asked]) == (2, ["encode"])
+    assert f"; to end the training after its 30 steps: {ending}; or do it" in err
+    before = (recipe.transformer_run / "recipe.yaml").read_bytes()
+    for given in (30, 20):
+        status, err = run_recipe(capsys, f"transformer.training.steps={given}")
+        assert status == 0
+        assert "step 4 of 6, train: ended after 30 of 40 steps" in err
+    assert "train" not in {words[0] for words in asked}
+    assert (recipe.transformer_run / "recipe.yaml").read_bytes() == before
+    asked.clear()
+    assert run_recipe(capsys, "transformer.training.steps=40")[0] == 0
+    assert "train" in {words[0] for words in asked}, "the training can go on after all"
+    status, err = run_recipe(capsys, "transformer.training.steps=20", "transformer.training.learning_rate=0.5")
+    assert status == 2, "other settings than the steps are those of another model"
+    assert "learning_rate" in err
+    assert "to end the training" not in err
+
+
+def test_run_refuses_fewer_steps_for_a_finished_training(recipe, asked, capsys):
+    """It was trained by the schedule of more steps: that of fewer gives another model."""
+    plant_trial(recipe, 40, "transformer.training.steps=40")
+    status, err = run_recipe(capsys, "transformer.training.steps=20")
+    assert (status, [words[0] for words in asked]) == (2, ["encode"])
+    assert "training.steps 40 -> 20" in err
+    assert "to end the training" not in err
+
+
+def test_run_says_how_to_end_a_stopped_training(recipe, capsys, monkeypatch):
+    def stop(words):
+        if words[0] == "train":
+            plant_run(recipe.transformer_run, steps.transformer_settings(replace(recipe, sections=longer)), 7)
+            return 130
+        return 0
+
+    training = {"training": {"steps": 50, "warmup_steps": 1}}
+    longer = {**SECTIONS, "transformer": {**SECTIONS["transformer"], **training}}
+    monkeypatch.setattr(run, "run_words", stop)
+    status, err = run_recipe(capsys, "transformer.training.steps=50")
+    assert status == 130
+    assert err.splitlines()[-1] == (
+        "to end the training after its 7 steps: cogview run own.yaml transformer.training.steps=7"
+    )
+
+
+def test_package_says_that_the_training_is_not_finished(recipe):
+    assert unfinished_lines(recipe) == []
+    plant_trial(recipe, 30, "transformer.training.steps=40")
+    assert unfinished_lines(recipe) == ["training of the transformer not finished: 30 of 40 steps are done"]
+    assert report_tables(recipe, None).startswith("training of the transformer not finished: 30 of 40 steps are done\n")
+    plant_trial(recipe, 40, "transformer.training.steps=40")
+    assert unfinished_lines(recipe) == []

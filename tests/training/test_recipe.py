@@ -15,20 +15,33 @@ EMOJI_CPU = Path(__file__).parents[2] / "scripts/recipes/emoji-cpu.yaml"
 @pytest.mark.parametrize(
     ("kind", "section", "steps", "warmup_steps"),
     [
-        (TransformerSettings, "transformer", 100, 1),  # 200 of 20,000 in the recipe
-        (TransformerSettings, "transformer", 201, 200),
+        (TransformerSettings, "transformer", 2, 1),  # 200 of 20,000 in the recipe
+        (TransformerSettings, "transformer", 90, 9),
+        (TransformerSettings, "transformer", 150, 15),
+        (TransformerSettings, "transformer", 201, 20),
+        (TransformerSettings, "transformer", 1999, 199),
+        (TransformerSettings, "transformer", 2000, 200),
         (TransformerSettings, "transformer", 40000, 200),
-        (VQVAERecipe, "image", 40, 2),  # 300, the default, of 6,500
+        (VQVAERecipe, "image", 40, 4),  # 300, the default, of 6,500
     ],
 )
-def test_recipe_settings_keep_the_share_of_the_warmup_when_steps_are_overridden(
-    kind, section, steps, warmup_steps, capsys
-):
-    """A recipe is tried with few steps by one override, although its warm-up is longer than the trial."""
+def test_recipe_settings_bound_the_warmup_by_a_tenth_of_overridden_steps(kind, section, steps, warmup_steps, capsys):
+    """Of a warm-up of 140 steps, a trial of 150 steps kept all, and one of 90 steps three."""
     settings = Recipe.open(EMOJI_CPU, overrides=(f"training.steps={steps}",)).settings(kind, section)
     assert (settings.training.steps, settings.training.warmup_steps) == (steps, warmup_steps)
     note = capsys.readouterr().err
-    assert note.startswith(f"note: warmup_steps is {warmup_steps}, ") if steps <= 200 else not note
+    planned = {"transformer": 200, "image": 300}[section]
+    expected = f"note: warmup_steps is {warmup_steps}, not {planned}: at most 10% of the {steps} steps"
+    assert note.splitlines() == ([expected] if warmup_steps < planned else [])
+
+
+@pytest.mark.parametrize(("steps", "warmup_steps"), [(100, 20), (299, 59), (300, 60), (900, 60)])
+def test_recipe_settings_keep_a_larger_share_that_the_recipe_has(tmp_path, steps, warmup_steps):
+    """The rule changes nothing about a recipe whose steps are overridden with the same number."""
+    path = tmp_path / "own.yaml"
+    path.write_text("work: x\ntransformer: {training: {steps: 300, warmup_steps: 60}}", encoding="utf-8")
+    settings = Recipe.open(path, overrides=(f"training.steps={steps}",)).settings(TransformerSettings, "transformer")
+    assert settings.training.warmup_steps == warmup_steps
 
 
 @pytest.mark.parametrize("overrides", [("training.steps=100", "training.warmup_steps=100"), ("training.steps=1",)])
