@@ -23,6 +23,7 @@ SKIPPED = (
     "scripts/benchmarks",
     "scripts/recipes",
     "scripts/update_catalogue.py",
+    "scripts/check_figures.py",  # for developers
     "cogview/evaluation/page.py",  # markup of a page, which is in English
     "cogview/evaluation/plots.py",
 )
