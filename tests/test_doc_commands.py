@@ -163,6 +163,12 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview train-image own.yaml --resume auto": Run("own", more="--device cpu"),
     "cogview eval image-tokenizer cogview-emoji pictures --fit pad -o sheet.png": Run(),
     # evaluation
+    "cogview eval images generated true": Run(needs="picture_sets", more="--network stub"),
+    "cogview eval images generated true --network inception "
+    "--weights weights-inception-2015-12-05-6726825d.pth": NotRun(
+        "needs the weights; tests/evaluation/test_features.py has a small network"
+    ),
+    "cogview eval images generated true --pairs": Run(needs="picture_sets"),
     "cogview eval benchmark geneval --prompts evaluation_metadata.jsonl -o geneval": Run(
         needs="geneval", more="--subset --samples 1 --device cpu"
     ),
@@ -292,6 +298,13 @@ class Workshop:
         for name, value in (("a", 27.0), ("b", 28.0)):
             results = {"psnr": ResultValue(value=value, low=value - 1, high=value + 1, n=10, unit="dB")}
             write_result(Path(f"{name}.json"), Manifest(measure="upscale"), results)
+
+    def picture_sets(self) -> None:
+        """Write pictures that are measured against others."""
+        for name, shade in (("generated", 90), ("true", 99)):
+            Path(name).mkdir()
+            for number in range(5):
+                Image.new("RGB", (32, 32), (50 * number, shade, 0)).save(Path(name, f"{number}.png"))
 
     def texts(self) -> None:
         """Write texts and their references."""

@@ -14,6 +14,7 @@ from cogview.cli.evaluate_benchmark import benchmark
 from cogview.cli.evaluate_compare import compare
 from cogview.cli.evaluate_gate import gate
 from cogview.cli.evaluate_image_tokenizer import image_tokenizer
+from cogview.cli.evaluate_images import images
 from cogview.cli.evaluate_model import model as model_measure
 from cogview.cli.evaluate_reading import text_in_pictures
 from cogview.cli.evaluate_samples import SAMPLES_FILE, samples
@@ -224,6 +225,7 @@ for _action in (
 ):
     command.add_command(_action)
 command.add_command(model_measure)
+command.add_command(images)
 
 
 def refuse_unused(measure: str, values: Mapping[str, Any]) -> None:

@@ -95,7 +95,7 @@ class FeatureSample:
             features_ND: Features (N, D).
         """
         for position, feature in enumerate(features_ND, start):
-            key = KeyedRandom("feature sample", self.seed, position).randbelow(1 << 64)
+            key = KeyedRandom("features", self.seed, position).randbelow(1 << 64)
             self._kept.append((key, position, feature.astype(np.float32)))
         if len(self._kept) > 2 * self.limit:
             self._prune()
@@ -146,7 +146,8 @@ class ClassSums:
         counts = self.counts[filled]
         marginals = self.sums[filled] / counts[:, None]
         divergences = self.negative_entropies[filled] / counts - _times_log(marginals).sum(axis=1)
-        return np.exp(divergences)
+        scores: np.ndarray = np.exp(divergences)
+        return scores
 
 
 def _times_log(values: np.ndarray) -> np.ndarray:
@@ -269,4 +270,5 @@ def _covered(points_ND: np.ndarray, centres_ND: np.ndarray, radii_N: np.ndarray)
 
 def _squared_distances(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:
     squares = np.square(a_ND).sum(axis=1)[:, None] + np.square(b_ND).sum(axis=1)
-    return np.maximum(squares - 2 * (a_ND @ b_ND.T), 0)
+    distances: np.ndarray = np.maximum(squares - 2 * (a_ND @ b_ND.T), 0)
+    return distances

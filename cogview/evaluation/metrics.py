@@ -13,6 +13,8 @@ from cogview.modeling.config import ReconstructionQuality
 from cogview.vqvae.codec import psnr
 
 RESAMPLES = 2000  # of the bootstrap
+WINDOW = 11  # pixels on a side of a window of SSIM
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, from the largest image to the smallest
 
 
 def ssim(image: np.ndarray, other: np.ndarray) -> float:
@@ -28,14 +30,55 @@ def ssim(image: np.ndarray, other: np.ndarray) -> float:
     Returns:
         At most 1, which is the value of equal images.
     """
+    luminance, structure = _ssim_parts(image.astype(np.float64), other.astype(np.float64))
+    return float((luminance * structure).mean())
+
+
+def multi_scale_ssim(image: np.ndarray, other: np.ndarray) -> float:
+    """Return the multi-scale structural similarity (Wang, Simoncelli and Bovik, Asilomar 2003).
+
+    Contrast and structure are measured at five scales, each half of the one before by the mean of 2 x 2 pixels, and
+    luminance at the last. Each is a mean over positions and channels; negative means count as 0.
+
+    Args:
+        image: uint8 (H, W, channels), with sides of at least ``smallest_multi_scale_side``.
+        other: uint8 of the same shape.
+
+    Returns:
+        From 0 to 1, which is the value of equal images.
+    """
     a, b = image.astype(np.float64), other.astype(np.float64)
+    product = 1.0
+    for number, weight in enumerate(SCALE_WEIGHTS):
+        if number:
+            a, b = _halved(a), _halved(b)
+        luminance, structure = _ssim_parts(a, b)
+        is_last = number == len(SCALE_WEIGHTS) - 1
+        product *= max(0.0, float((luminance * structure if is_last else structure).mean())) ** weight
+    return product
+
+
+def smallest_multi_scale_side() -> int:
+    """Return the smallest side, in pixels, of images with a window at each of the scales of ``multi_scale_ssim``."""
+    return WINDOW << (len(SCALE_WEIGHTS) - 1)
+
+
+def _halved(values: np.ndarray) -> np.ndarray:
+    """Return means of 2 x 2 pixels; an odd last row or column is dropped."""
+    height, width = (size // 2 * 2 for size in values.shape[:2])
+    even = values[:height, :width]
+    halved: np.ndarray = (even[::2, ::2] + even[1::2, ::2] + even[::2, 1::2] + even[1::2, 1::2]) / 4
+    return halved
+
+
+def _ssim_parts(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the factors of SSIM at each window, of values in [0, 255]: luminance, and contrast with structure."""
     steady_mean, steady_variance = (0.01 * 255) ** 2, (0.03 * 255) ** 2
     mean_a, mean_b = _blurred(a), _blurred(b)
     variances = _blurred(a * a) - mean_a**2 + _blurred(b * b) - mean_b**2
     covariance = _blurred(a * b) - mean_a * mean_b
     luminance = (2 * mean_a * mean_b + steady_mean) / (mean_a**2 + mean_b**2 + steady_mean)
-    structure = (2 * covariance + steady_variance) / (variances + steady_variance)
-    return float((luminance * structure).mean())
+    return luminance, (2 * covariance + steady_variance) / (variances + steady_variance)
 
 
 def _blurred(values: np.ndarray) -> np.ndarray:

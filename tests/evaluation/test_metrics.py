@@ -6,16 +6,20 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from cogview.evaluation.metrics import (
     accuracy,
     best_of,
     bootstrap,
     format_accuracy,
+    multi_scale_ssim,
     reconstruction_quality,
+    smallest_multi_scale_side,
     ssim,
     wilson_interval,
 )
+from cogview.vqvae.codec import psnr
 
 
 def off_by(images: np.ndarray, error: int | np.ndarray) -> np.ndarray:
@@ -62,6 +66,41 @@ def test_ssim_equals_the_papers_formula_window_by_window():
                 values.append(numerator / (mean_x**2 + mean_y**2 + 2.55**2) / (variance_x + variance_y + 7.65**2))
     assert ssim(a, b) == pytest.approx(np.mean(values), abs=1e-9)
     assert 0.2 < ssim(a, b) < 0.98
+
+
+def test_psnr_of_a_constant_error_of_a_tenth_is_20_db():
+    image = np.full((8, 8, 3), 100.0)
+    assert psnr(image, image + 25.5) == pytest.approx(20.0, abs=1e-9)
+
+
+def noisy_pair(size):
+    random = np.random.default_rng(0)
+    smooth = np.cumsum(np.cumsum(random.normal(size=(*size, 3)), axis=0), axis=1)
+    image = (127 + 100 * smooth / abs(smooth).max()).astype(np.uint8)
+    return image, (image * 0.8 + random.integers(0, 40, image.shape)).astype(np.uint8)
+
+
+def test_multi_scale_ssim_of_equal_and_of_other_images():
+    image, other = noisy_pair((180, 177))
+    assert multi_scale_ssim(image, image) == pytest.approx(1.0, abs=1e-12)
+    assert multi_scale_ssim(image, 255 - image) == 0.0  # opposite structure: the mean is negative
+    assert 0 < multi_scale_ssim(image, other) < 1
+    assert smallest_multi_scale_side() == 176
+
+
+def test_ssim_and_multi_scale_ssim_equal_those_of_torchmetrics():
+    """Its means include windows that reach over the edge, which are cut here; the published SSIM has none."""
+    measure = pytest.importorskip("torchmetrics.functional.image").structural_similarity_index_measure
+    image, other = noisy_pair((192, 176))
+    pair = [torch.from_numpy(each).movedim(2, 0)[None].double() for each in (image, other)]
+    expected = measure(*pair, data_range=255.0, return_full_image=True)[1][..., 5:-5, 5:-5].mean()
+    assert ssim(image, other) == pytest.approx(float(expected), rel=1e-6)
+    product = 1.0
+    for weight in (0.0448, 0.2856, 0.3001, 0.2363):
+        product *= float(measure(*pair, data_range=255.0, return_contrast_sensitivity=True)[1]) ** weight
+        pair = [torch.nn.functional.avg_pool2d(each, 2) for each in pair]
+    last = measure(*pair, data_range=255.0, return_full_image=True)[1][..., 5:-5, 5:-5].mean()
+    assert multi_scale_ssim(image, other) == pytest.approx(product * float(last) ** 0.1333, rel=1e-6)
 
 
 def test_wilson_interval_equals_published_values():

@@ -65,3 +65,24 @@ def test_reconstruction_report_shows_random_images_above_their_reconstructions(m
 def test_reconstruction_report_refuses_to_measure_nothing(model):
     with pytest.raises(ValueError, match="no images to evaluate on"):
         ReconstructionReport(model=model).summary()
+
+
+class TwoCodeTokenizer:
+    """8,192 codes, of which the left half of each image has one and the right half another."""
+
+    downsampling = 16
+    codebook = torch.zeros(8192, 1)
+
+    def encode(self, images):
+        return torch.tensor([[[5, 4000]]]).expand(len(images), 1, 2)
+
+    def decode(self, codes):
+        return torch.full((len(codes), 3, 16, 32), 0.5)
+
+
+def test_perplexity_of_two_codes_in_equal_use_is_two():
+    report = ReconstructionReport(model=TwoCodeTokenizer())
+    report.add(np.zeros((3, 16, 32, 3), np.uint8))
+    found = report.summary()
+    assert found["perplexity"] == pytest.approx(2.0, abs=1e-12)
+    assert f"{found['codes_used']:.4%}" == "0.0244%"

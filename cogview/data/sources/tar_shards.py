@@ -34,14 +34,17 @@ class TarShard:
     Args:
         path: The archive, not compressed. Where it is cut off, a record says so.
         boxes_key: Key of the member ``.json`` with named boxes; None for none.
+        needs_captions: Whether a picture without a caption is a problem. Otherwise captions are not read at all, and
+            keys without a picture are passed over.
 
     Raises:
         InputError: The archive cannot be read, or its first header is none.
     """
 
-    def __init__(self, path: Path, boxes_key: str | None = None) -> None:
+    def __init__(self, path: Path, boxes_key: str | None = None, *, needs_captions: bool = True) -> None:
         self.path = path
         self.boxes_key = boxes_key
+        self.needs_captions = needs_captions
         try:
             with path.open("rb") as file:
                 self._size = file.seek(0, os.SEEK_END)
@@ -66,7 +69,9 @@ class TarShard:
     def _groups(self) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
         """Yield the members of each key by their suffixes; an empty key and no members where the archive is cut."""
         for key, members in groupby(_members(self.path, self._size), key=lambda member: member[0]):
-            yield key, {suffix: info for _, suffix, info in members if info is not None}
+            by_suffix = {suffix: info for _, suffix, info in members if info is not None}
+            if self.needs_captions or not by_suffix or not by_suffix.keys().isdisjoint(IMAGE_SUFFIXES):
+                yield key, by_suffix
 
     def _record(self, key: str, members: Mapping[str, tarfile.TarInfo]) -> PictureRecord:
         if not members:
@@ -83,6 +88,9 @@ class TarShard:
             return PictureRecord(name=self._name(first), problem=f"{reason} under the key {key}")
         picture = members[pictures[0]]
         name = self._name(picture.name)
+        file = PictureFile(path=self.path, offset=picture.offset_data, size=picture.size)
+        if not self.needs_captions:
+            return PictureRecord(name=name, file=file)
         notes: list[str] = []
         try:
             captions = self._captions(members, texts, notes)
@@ -91,7 +99,6 @@ class TarShard:
             return PictureRecord(name=name, problem=str(error))
         if not captions:
             return PictureRecord(name=name, problem=f"a picture without a caption: expected {key}{CAPTION_SUFFIX}")
-        file = PictureFile(path=self.path, offset=picture.offset_data, size=picture.size)
         return PictureRecord(name=name, captions=captions, boxes=boxes, file=file, notes=tuple(notes))
 
     def _captions(self, members: Mapping[str, tarfile.TarInfo], texts: list[str], notes: list[str]) -> tuple[str, ...]:

@@ -1,0 +1,283 @@
+"""Measure a set of images against a reference set by features of a network, under a stated protocol."""
+
+# N images, H pixels of a side, S values of subsets or splits
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from cogview.errors import InputError
+from cogview.evaluation.distribution import (
+    KERNEL_SUBSET_SIZE,
+    KERNEL_SUBSETS,
+    NEIGHBOURS,
+    SPLITS,
+    ClassSums,
+    FeatureMoments,
+    FeatureSample,
+    frechet_distance,
+    kernel_distances,
+    precision_recall,
+)
+from cogview.evaluation.features import FeatureNetwork, finite_features
+from cogview.evaluation.image_sets import BATCH, ImageSet
+from cogview.evaluation.manifest import BlurRecord, ResizeRecord, ResultValue, SetRecord, hash_set
+
+Filter: TypeAlias = Literal["bicubic", "lanczos", "bilinear", "box"]
+Crop: TypeAlias = Literal["center", "pad", "stretch"]
+FILTERS = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+}
+SAMPLE = 10_000  # images whose features are kept for KID, precision and recall
+_BLUR_REACH = 4  # of the Gaussian kernel, in sigmas
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareResize:
+    """Turns an image into a square; all filters of Pillow are antialiased.
+
+    Args:
+        side: Pixels of a side.
+        filter: The filter.
+        crop: ``center`` keeps the middle of the longer side, ``pad`` adds white to the shorter one, ``stretch`` changes
+            the aspect ratio.
+    """
+
+    side: int
+    filter: Filter = "bicubic"
+    crop: Crop = "center"
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Return an RGB image as uint8 (side, side, 3)."""
+        width, height = image.size
+        if self.crop == "pad" and width != height:
+            square = Image.new("RGB", (max(image.size),) * 2, "white")
+            square.paste(image, ((square.width - width) // 2, (square.width - height) // 2))
+            image = square
+        elif self.crop == "center":
+            short = min(width, height)
+            left, top = (width - short) // 2, (height - short) // 2
+            image = image.crop((left, top, left + short, top + short))
+        if image.size != (self.side, self.side):
+            image = image.resize((self.side, self.side), FILTERS[self.filter])
+        return np.array(image)
+
+    def record(self) -> ResizeRecord:
+        """Return the record for a manifest."""
+        return ResizeRecord(side=self.side, filter=self.filter, antialias=True, crop=self.crop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageProtocol:
+    """What moves distances of image sets, besides the sets and the network.
+
+    Args:
+        resize: How images become squares.
+        blur: Blur after resizing; None for none.
+        seed: Random seed of subsets.
+        sample: Maximum number of images of a set whose features are kept.
+        splits: Splits of the Inception Score.
+    """
+
+    resize: SquareResize
+    blur: BlurRecord | None = None
+    seed: int = 0
+    sample: int = SAMPLE
+    splits: int = SPLITS
+
+    def settings(self, network: FeatureNetwork, kernel_subset: int) -> dict[str, object]:
+        """Return what the manifest holds besides its fields."""
+        return {
+            "network_resize": {"side": network.side, "filter": network.filter},
+            "sample": self.sample,
+            "kernel_subsets": KERNEL_SUBSETS,
+            "kernel_subset_size": kernel_subset,
+            "neighbours": NEIGHBOURS,
+            "splits": self.splits,
+        }
+
+
+class ImageStatistics:
+    """Features of a set, summed up; of a bounded number of images they are kept.
+
+    Args:
+        dimensions: Dimensions of a feature.
+        classes: Number of classes; 0 for none.
+        protocol: The protocol.
+    """
+
+    def __init__(self, dimensions: int, classes: int, protocol: ImageProtocol) -> None:
+        self.moments = FeatureMoments(dimensions)
+        self.sample = FeatureSample(protocol.sample, protocol.seed)
+        self.classes = ClassSums(classes, protocol.splits) if classes else None
+
+    def add(self, features_ND: np.ndarray, probabilities_NC: np.ndarray | None) -> None:
+        """Add features and class probabilities of images in the order of their set."""
+        start = self.moments.count
+        self.moments.add(features_ND)
+        self.sample.add(start, features_ND)
+        if self.classes is not None and probabilities_NC is not None:
+            self.classes.add(start, probabilities_NC)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MeasuredSet:
+    """A set whose images have been measured.
+
+    Attributes:
+        statistics: Statistics of the images that could be read.
+        record: Their number and hash.
+        problems: Why others could not be read.
+    """
+
+    statistics: ImageStatistics
+    record: SetRecord
+    problems: tuple[str, ...]
+
+
+def measure_set(
+    images: ImageSet,
+    network: FeatureNetwork,
+    protocol: ImageProtocol,
+    *,
+    is_reference: bool,
+    workers: int = 0,
+    on_image: Callable[[], object] = lambda: None,
+) -> MeasuredSet:
+    """Read a set and sum up its features.
+
+    Args:
+        images: The set.
+        network: The feature network.
+        protocol: The protocol.
+        is_reference: Whether a blur of the reference alone applies.
+        workers: Processes that read images ahead; the statistics are the same with any number.
+        on_image: Called after each image.
+
+    Raises:
+        InputError: Fewer than two images can be read, all are equal, or features are not finite.
+    """
+    statistics = ImageStatistics(network.record.dimensions, network.classes, protocol)
+    hashes: list[str] = []
+    problems: list[str] = []
+    blur = protocol.blur if protocol.blur and (is_reference or protocol.blur.which == "both") else None
+    for batch in _batches(images, protocol.resize, workers, hashes, problems, on_image):
+        pixels = gaussian_blur(batch, blur.sigma) if blur else batch
+        statistics.add(*finite_features(network, pixels))
+    if not hashes:
+        raise InputError(f"none of the pictures of {images.path} can be used; the first: {problems[0]}")
+    if len(hashes) < 2:
+        raise InputError(f"{images.path} has a single picture; distances of sets need at least two, and mean thousands")
+    if len(set(hashes)) == 1 or not np.trace(statistics.moments.scatter) > 0:
+        raise InputError(f"all pictures of {images.path} are the same, which leaves no distribution to compare")
+    return MeasuredSet(statistics=statistics, record=hash_set(images.name, hashes), problems=tuple(problems))
+
+
+def _batches(
+    images: ImageSet,
+    resize: SquareResize,
+    workers: int,
+    hashes: list[str],
+    problems: list[str],
+    on_image: Callable[[], object],
+) -> Iterator[np.ndarray]:
+    """Yield resized images in batches (N, H, H, 3); add to ``hashes`` and ``problems``."""
+    batch: list[np.ndarray] = []
+    for image in images.read(resize, workers):
+        on_image()
+        if image.pixels is None:
+            problems.append(image.problem)
+            continue
+        hashes.append(image.sha256)
+        batch.append(image.pixels)
+        if len(batch) == BATCH:
+            yield np.stack(batch)
+            batch = []
+    if batch:
+        yield np.stack(batch)
+
+
+def gaussian_blur(pixels: np.ndarray, sigma: float) -> np.ndarray:
+    """Blur images by a Gaussian kernel that ends at 4 sigma; edges are mirrored, and values rounded.
+
+    Args:
+        pixels: uint8 (N, H, W, 3).
+        sigma: Standard deviation in pixels; 0 leaves the images as they are.
+    """
+    if not sigma:
+        return pixels
+    reach = math.ceil(_BLUR_REACH * sigma)
+    offsets = torch.arange(-reach, reach + 1, dtype=torch.float64)
+    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).float()
+    images = torch.from_numpy(pixels.astype(np.float32)).movedim(3, 1)
+    for axis, shape in ((2, (1, 1, -1, 1)), (3, (1, 1, 1, -1))):
+        indices = _mirrored(images.shape[axis], reach)
+        padded = images.index_select(axis, indices).flatten(0, 1)[:, None]
+        images = F.conv2d(padded, kernel.view(shape)).reshape(images.shape)
+    return images.round().clamp(0, 255).byte().movedim(1, 3).contiguous().numpy()
+
+
+def _mirrored(length: int, reach: int) -> torch.Tensor:
+    """Return indices from -reach to length + reach, mirrored at the edges, which are repeated: (length + 2 reach,)."""
+    indices = torch.arange(-reach, length + reach) % (2 * length)
+    return torch.where(indices < length, indices, 2 * length - 1 - indices)
+
+
+def kernel_subset_size(candidate: MeasuredSet, reference: MeasuredSet, sample: int) -> int:
+    """Return the number of images of a subset for KID: 1,000, or half of the smaller set if that is fewer."""
+    smaller = min(candidate.record.count, reference.record.count, sample)
+    return max(2, min(KERNEL_SUBSET_SIZE, smaller // 2))
+
+
+def distribution_results(
+    candidate: MeasuredSet, reference: MeasuredSet, protocol: ImageProtocol, notes: list[str]
+) -> dict[str, ResultValue]:
+    """Return all distances of two sets, and the Inception Score of the candidate.
+
+    Args:
+        candidate: Generated images.
+        reference: True images.
+        protocol: The protocol.
+        notes: Receives a line about each value that says less than usual.
+    """
+    a, b = candidate.statistics, reference.statistics
+    count = min(candidate.record.count, reference.record.count)
+    results = {"fid": ResultValue(value=frechet_distance(a.moments, b.moments), n=count, higher_is_better=False)}
+    if a.moments.is_rank_deficient or b.moments.is_rank_deficient:
+        notes.append(
+            f"rank-deficient: the covariance of {len(a.moments.mean)} dimensions needs more pictures than that, and "
+            f"the Fréchet distance is too large with fewer; quote KID. Pictures of the smaller set: {count}"
+        )
+    features, references = a.sample.features, b.sample.features
+    size = kernel_subset_size(candidate, reference, protocol.sample)
+    kernel = kernel_distances(features, references, size=size, seed=protocol.seed)
+    results["kid"] = _with_spread(kernel, min(len(features), len(references)), higher_is_better=False)
+    if min(len(features), len(references)) > NEIGHBOURS:
+        kept = min(len(features), len(references))
+        for name, value in zip(("precision", "recall"), precision_recall(features, references), strict=True):
+            results[name] = ResultValue(value=value, n=kept, unit="fraction", higher_is_better=True)
+    else:
+        notes.append(f"precision and recall are left out: they need more pictures in each set than {NEIGHBOURS}")
+    if a.classes is None:
+        notes.append("the Inception Score is left out: the network has no classes")
+    else:
+        scores = a.classes.scores()
+        results["inception_score"] = _with_spread(scores, candidate.record.count, higher_is_better=True)
+    return results
+
+
+def _with_spread(values_S: np.ndarray, count: int, *, higher_is_better: bool) -> ResultValue:
+    """Return the mean of values of subsets, with their percentiles 2.5 and 97.5; none of a single subset."""
+    low, high = (float(each) for each in np.percentile(values_S, [2.5, 97.5])) if len(values_S) > 1 else (None, None)
+    return ResultValue(value=float(values_S.mean()), low=low, high=high, n=count, higher_is_better=higher_is_better)
