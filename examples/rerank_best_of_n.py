@@ -1,4 +1,4 @@
-"""Generate N images of a prompt, rank them by log p(prompt given image) and save the best K.
+"""Generate N images of a prompt, rank them by how well prompt and image fit, and save the best K.
 
 python examples/rerank_best_of_n.py 左边是狐狸，右边是苹果 -n 16 --keep 4 -o outputs
 """
@@ -21,7 +21,7 @@ def save_best(prompt: str, n: int, keep: int, folder: Path) -> None:
         path = folder / f"best{rank}.png"
         image.save(path)
         assert image.score is not None
-        print(f"{path}: candidate {image.index}, log p(prompt | image) = {image.score.log_probability:.2f} nats")
+        print(f"{path}: candidate {image.index}, score {image.score.log_probability:.2f}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

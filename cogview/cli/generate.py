@@ -20,9 +20,11 @@ from cogview.cli.options import (
     output_option,
     session_options,
 )
+from cogview.cli.ranking_options import rank_by_option
 from cogview.cli.session import GenerationSession, ImageOutput, UpscaleInput
 from cogview.cli.text_io import prompt_lines
 from cogview.errors import ExitStatus, InputError
+from cogview.pipeline.ranking_rules import DEFAULT_RULE, ranking_rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,7 @@ class GenerateOptions:
 
     n: int
     keep: int | None  # the best of the n; None: all
+    rank_by: str | None  # score of ``keep``; None: the default
     upscale: bool
     grid: bool
     output: Path
@@ -42,7 +45,7 @@ class GenerateOptions:
 
     def sheet_metadata(self, prompts: Sequence[str]) -> dict[str, str]:
         """Return text chunks of a contact sheet: what the chunk ``prompt`` does not say of its command."""
-        facts = {"n": str(self.n)} | ({} if self.keep is None else {"keep": str(self.keep)})
+        facts = {"n": str(self.n)} | ({} if self.keep is None else {"keep": str(self.keep), "rank_by": self.rule})
         if "\n".join(dict.fromkeys(prompts)).split("\n") != list(prompts):
             facts["prompts"] = json.dumps(list(prompts), ensure_ascii=False)
         return facts
@@ -50,7 +53,12 @@ class GenerateOptions:
     @property
     def tasks(self) -> list[str]:
         """The tasks that the model must have been trained for, beyond those of a job's lines."""
-        return ["caption"] * (self.keep is not None) + ["upscale"] * self.upscale
+        return [*(ranking_rule(self.rule).tasks if self.keep is not None else ()), *["upscale"] * self.upscale]
+
+    @property
+    def rule(self) -> str:
+        """Name of the score of ``keep``."""
+        return self.rank_by or DEFAULT_RULE
 
 
 @click.command(cls=Command)
@@ -60,23 +68,24 @@ class GenerateOptions:
     "source",
     metavar="FILE",
     help="run the lines of a file as a job: .txt, or - for standard input, holds a prompt per line; .csv, .tsv and "
-    ".jsonl may also set id, task (generate, complete, upscale, caption, rerank), image, images, rows, n, seed, "
-    "temperature, top_k, top_p, min_p, guidance, text_attention and noise_version",
+    ".jsonl may also set id, task (generate, complete, upscale, caption, rerank), image, images, rows, n, rank_by, "
+    "seed, temperature, top_k, top_p, min_p, guidance, text_attention and noise_version",
 )
 @click.option("--resume", is_flag=True, help="resume the job of --input")
 @option_group(
     GenerateOptions,
     "options",
-    ("n", "keep", "upscale", "grid", "output"),
+    ("n", "keep", "rank_by", "upscale", "grid", "output"),
     count_option("images per prompt"),
     click.option(
         "--keep",
         type=click.IntRange(min=1),
         metavar="COUNT",
         show_default="all",
-        help="write only the COUNT best images per prompt, ranked by log p(prompt | image), which is printed after the "
-        "path and a tab",
+        help="write only the COUNT best images per prompt by the score of --rank-by, which is printed after the path "
+        "and a tab",
     ),
+    rank_by_option(default=None, show_default=DEFAULT_RULE),
     click.option("--upscale", is_flag=True, help="also write each image at twice its side, as NAME-up.png"),
     click.option("--grid", is_flag=True, help="also write a contact sheet with the images of each prompt above it"),
     output_option(),
@@ -106,6 +115,8 @@ def command(
 
     if options.keep is not None and options.keep > options.n:
         raise InputError(f"--keep must be from 1 to {options.n}, the images per prompt (-n), got {options.keep}")
+    if options.rank_by is not None and options.keep is None and source is None:
+        raise InputError(f"--rank-by {options.rank_by} chooses among images: add --keep COUNT")
     if options.grid:
         require_sheet_fits(max(1, len(prompts)) * options.num_written)
     session = replace(session, preview=preview)
@@ -121,6 +132,8 @@ def command(
         raise InputError('no prompt was given; write it after the command: cogview generate "一个红苹果"')
     with prepared_folder(options.output):
         opened = GenerationSession.open(session, ["generate", *options.tasks])
+    if options.keep is not None:
+        opened.model.require_ranking(options.rule)
     opened.print_header()
     if prompts:
         return generate_images(opened, prompts, options)
@@ -149,7 +162,7 @@ def generate_images(session: GenerationSession, prompts: Sequence[str], options:
     ]
     generated = session.generate([outputs], "generating", len(outputs), session.grid**2)
     if options.keep is not None:
-        generated = session.best(generated, options.n, options.keep)
+        generated = session.best(generated, options.n, options.keep, by=options.rule)
     sheet, small, codes = [], [], []
     for output, image in generated:
         codes.append((image.prompt, image.codes.tobytes()))

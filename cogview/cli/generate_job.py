@@ -135,6 +135,7 @@ def run_job(source: str, *, resume: bool, options: GenerateOptions, session: Ses
             output=options.output,
             n=options.n,
             keep=options.keep,
+            rank_by=options.rule,
             upscale=options.upscale,
             sampling=session.settings,
             seed=session.seed,

@@ -121,7 +121,8 @@ def _image_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
 def _sheet_words(texts: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return the command of a contact sheet, and the arguments that stand before its options."""
     prompt, source = texts.get("prompt", ""), texts.get("source", "")
-    options = [word for key, name in (("n", "-n"), ("keep", "--keep")) if key in texts for word in (name, texts[key])]
+    names = {"n": "-n", "keep": "--keep", "rank_by": "--rank-by"}
+    options = [word for key, name in names.items() if key in texts for word in (name, texts[key])]
     options.append("--grid")
     if texts.get("task") == "complete":
         return ["complete", "--rows", texts.get("rows", "0"), "--prompt", prompt, *options], source.split("\n")

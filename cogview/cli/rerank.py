@@ -12,6 +12,7 @@ import click
 from cogview.cli.inputs import READ_AT_A_TIME, ImageReader, QueryOptions, TextImageQuery, batches, query_options
 from cogview.cli.messages import is_json
 from cogview.cli.options import Command, ModelOptions, json_option, model_options
+from cogview.cli.ranking_options import rank_by_option
 from cogview.cli.session import check_prompt, open_model
 from cogview.cli.text_io import LineWriter
 from cogview.errors import ExitStatus
@@ -26,20 +27,21 @@ LINE = "TEXT<TAB>IMAGE<TAB>IMAGE…"
 @click.command(cls=Command)
 @query_options(LINE)
 @model_options("images")
+@rank_by_option(default="caption")
 @json_option()
-def command(queries: QueryOptions, model: ModelOptions) -> int:
-    """Rank images by the probability of a text as their caption.
+def command(queries: QueryOptions, model: ModelOptions, rank_by: str) -> int:
+    """Rank images by how well a text fits them.
 
-    Prints a line of JSON for each text, with its images in the given order: file, score (log-probability of the text in
-    nats; larger is better), per_piece and rank. A readable ranking goes to stderr. An image that cannot be read stays
-    in the list, with an error in place of a score, and is listed at the end, with status 1.
+    Prints a line of JSON for each text, with its images in the given order: file, score (by default the log-probability
+    of the text in nats; larger is better), per_piece and rank. A readable ranking goes to stderr. An image that cannot
+    be read stays in the list, with an error in place of a score, and is listed at the end, with status 1.
     """
     reader = ImageReader()
     pairs = queries.read(reader)
-    scorer = load_scorer(model)
+    scorer = load_scorer(model, rank_by)
     lines = LineWriter()
     rankings = []
-    for ranking in rank_files(scorer, reader, pairs, model.max_batch_size):
+    for ranking in rank_files(scorer, reader, pairs, model.max_batch_size, by=rank_by):
         lines.write(json.dumps(ranking.as_json(), ensure_ascii=False))
         if not is_json():
             print("\n".join(ranking.as_text()), file=sys.stderr)
@@ -47,9 +49,15 @@ def command(queries: QueryOptions, model: ModelOptions) -> int:
     return report_rankings(reader, rankings)
 
 
-def load_scorer(options: ModelOptions) -> CogView:
-    """Load a model for ``rank_files``, and print a header on stderr; errors as in ``open_model``."""
-    model = open_model(options, ["caption"])
+def load_scorer(options: ModelOptions, by: str = "caption") -> CogView:
+    """Load a model for ``rank_files``, and print a header on stderr; errors as in ``open_model``.
+
+    Args:
+        options: The model.
+        by: Name of the score.
+    """
+    model = open_model(options, [])
+    model.require_ranking(by)
     print(f"model {model.label} on {model.placement}", file=sys.stderr)
     return model
 
@@ -69,17 +77,23 @@ def report_rankings(reader: ImageReader, rankings: Sequence[Ranking]) -> int:
 
 
 def rank_files(
-    model: CogView, reader: ImageReader, queries: Sequence[TextImageQuery], max_batch_size: int | None
+    model: CogView,
+    reader: ImageReader,
+    queries: Sequence[TextImageQuery],
+    max_batch_size: int | None,
+    *,
+    by: str = "caption",
 ) -> Iterator[Ranking]:
     """Score the images of each query.
 
     Batches extend across queries, and the ranking of a query follows when all its images have scores.
 
     Args:
-        model: A model for the task "caption".
+        model: A model that can compute the score.
         reader: The reader of the images.
         queries: The texts and their images.
         max_batch_size: Maximum number of images in a batch; None for as many as fit into memory.
+        by: Name of the score.
 
     Yields:
         One ranking for each query, in order.
@@ -107,13 +121,13 @@ def rank_files(
         query = queries[number]
         problem = problems.get(query.prompt)
         errors = [problem or reader.problems.get(path) for path in query.paths]
-        return Ranking(prompt=query.prompt, files=query.paths, scores=scores[number], errors=errors)
+        return Ranking(prompt=query.prompt, files=query.paths, scores=scores[number], errors=errors, ranked_by=by)
 
     complete = done = 0
     images = reader.read_all([queries[number].paths[index] for number, index in slots], model, task="score")
     for batch in batches(images, max_batch_size or READ_AT_A_TIME):
         texts = [queries[slots[position][0]].prompt for position, _ in batch]
-        found = model.score([image for _, image in batch], texts, batch_size=max_batch_size)
+        found = model.score([image for _, image in batch], texts, by=by, batch_size=max_batch_size)
         for (position, _), score in zip(batch, found, strict=True):
             number, index = slots[position]
             scores[number][index] = score

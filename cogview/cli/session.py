@@ -75,7 +75,7 @@ class UpscaleInput:
 
 
 def result_line(path: Path, score: float | None) -> str:
-    """Return the line on stdout for an image: its path and, of a ranked one, log p(prompt | image) after a tab."""
+    """Return the line on stdout for an image: its path and, of a ranked one, its score after a tab."""
     return str(path) if score is None else f"{path}\t{score:.3f}"
 
 
@@ -174,17 +174,23 @@ class GenerationSession:
                     bar.finished(output.request)
 
     def best(
-        self, generated: Iterator[tuple[ImageOutput, GeneratedImage]], n: int, keep: int
+        self, generated: Iterator[tuple[ImageOutput, GeneratedImage]], n: int, keep: int, *, by: str
     ) -> Iterator[tuple[ImageOutput, GeneratedImage]]:
         """Yield the ``keep`` best of each ``n`` images, which share a prompt.
 
-        Images are ranked by log p(prompt | image), the best first, and carry their scores; their files name the rank.
+        Images are ranked by a score, the best first, and carry it; their files name the rank.
+
+        Args:
+            generated: The images.
+            n: Images of each prompt.
+            keep: Images of each prompt to yield.
+            by: Name of the score.
         """
         from cogview.image_io.png import ranked_path
 
         while group := list(islice(generated, n)):
             outputs = {image.index: output for output, image in group}
-            images = self.model.rerank([image for _, image in group], batch_size=self.max_batch_size)
+            images = self.model.rerank([image for _, image in group], by=by, batch_size=self.max_batch_size)
             for rank, image in enumerate(images[:keep], start=1):
                 output = outputs[image.index]
                 path = ranked_path(output.path, rank, keep)
@@ -285,6 +291,7 @@ class GenerationSession:
             "index": image.index,
             "log_probability": image.log_probability,
             "score": score,
+            "ranked_by": None if image.score is None else image.score.ranked_by,
             "rank": int(metadata["rank"]) if "rank" in metadata else None,
         }
         print_result(result_line(path, score), facts)

@@ -19,7 +19,8 @@ from cogview.errors import InputError
 from cogview.evaluation.metrics import bootstrap
 from cogview.generation.scoring import ScoringRequest
 from cogview.pipeline.cogview import CogView
-from cogview.pipeline.ranking import SCORE_TERMS, score_tokens, term_scores
+from cogview.pipeline.ranking import score_tokens, term_scores
+from cogview.pipeline.ranking_rules import SCORE_TERMS
 from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.vocabulary import TokenKind
 from cogview.tokenizers.windows import NUM_WINDOWS

@@ -13,7 +13,8 @@ from cogview.data.store import NO_TOKEN, TEXT_FIELD, TokenStore
 from cogview.errors import InputError
 from cogview.formatting import plural
 from cogview.pipeline.cogview import CogView
-from cogview.pipeline.ranking import SCORE_TERMS, term_scores
+from cogview.pipeline.ranking import term_scores
+from cogview.pipeline.ranking_rules import SCORE_TERMS
 
 RANKS = (1, 5, 10)
 MIN_PAIRS = 2
@@ -95,7 +96,8 @@ def pair_scores(
             bar = tqdm(texts, unit="text", desc=f"scoring pairs by {name}", disable=None)
             found[name] = np.stack([scores(text, name) for text in bar])
     if len(found) == 2:
-        found["both"] = found["caption"] + found["picture"]
+        lengths = np.array([len(text) for text in texts])
+        found["both"] = found["caption"] / lengths[:, None] + found["picture"] / len(images[0])
     if "picture" in found and model.config.caption_dropout:
         found["guidance"] = found["picture"] - scores(texts[0], "picture alone")
     return found

@@ -43,7 +43,7 @@ class JobObserver:
 
         Args:
             path: Its file.
-            score: Log-probability of its prompt as its caption, in nats, of a ranked image; else None.
+            score: Score of a ranked image, in nats; else None.
             facts: Its id, task, prompt, index and seed, and the input image if there is one.
         """
 

@@ -18,6 +18,7 @@ from cogview.formatting import shorten
 from cogview.jobs.journal import JobJournal
 from cogview.jobs.locks import JobLocks
 from cogview.jobs.records import JobProblem, JobRecord, digest
+from cogview.pipeline.ranking_rules import DEFAULT_RULE
 from cogview.tables import SHOWN, name_of
 from cogview.tokenizers.tasks import TASKS
 
@@ -40,7 +41,8 @@ class JobSettings:
         source: The job file.
         output: Folder of the results.
         n: Images per record that sets no n.
-        keep: Number of the best images to keep, ranked by log p(prompt | image); None keeps all.
+        keep: Number of the best images to keep; None keeps all.
+        rank_by: Score of ``keep`` for records that set none.
         upscale: Whether each image is also written at twice its side.
         sampling: Values of ``Sampling`` by name, for records that do not set them.
         seed: Seed of records that set none; None chooses one.
@@ -52,6 +54,7 @@ class JobSettings:
     output: Path
     n: int = 1
     keep: int | None = None
+    rank_by: str = DEFAULT_RULE
     upscale: bool = False
     sampling: Mapping[str, Any] = field(default_factory=dict)
     seed: int | None = None
@@ -215,6 +218,7 @@ class JobPlan:
             "seed": self.seed,
             "n": settings.n,
             "keep": settings.keep,
+            **({} if settings.keep is None else {"rank_by": settings.rank_by}),
             "upscale": settings.upscale,
             "batch": max(model.batch_sizes(requests, batch_size=settings.max_batch_size))
             if requests
@@ -292,6 +296,7 @@ class JobPlan:
         self.model.require_task(task)
         if "prompt" in record.row.inputs and (problem := self.model.prompt_problem(record.prompt or "")) is not None:
             raise InputError(problem)
+        self._check_ranking(record)
         if record.row.output == "ranking":
             return ResolvedRecord(record=record, n=1, sampling=GREEDY)
         if record.row.output == "text":
@@ -352,6 +357,17 @@ class JobPlan:
         each = round(row.output_scale * self.grid) ** 2 - (item.record.rows or 0) * self.grid
         upscaled = (2 * self.grid) ** 2 * len(item.upscaled)
         return (each * len(item.requests) + upscaled) // len(item.names)
+
+    def rule_of(self, record: JobRecord) -> str:
+        """Return the name of the score by which the images of a record are ranked."""
+        return record.rank_by or ("caption" if record.row.output == "ranking" else self.settings.rank_by)
+
+    def _check_ranking(self, record: JobRecord) -> None:
+        """Raise InputError if a record sets a score that is unknown, of no use, or beyond the model."""
+        if self.settings.keep is not None or record.row.output == "ranking":
+            self.model.require_ranking(self.rule_of(record))
+        elif record.rank_by is not None:
+            raise InputError(f"rank_by {record.rank_by} chooses among images: rank them by rerank, or add --keep COUNT")
 
     def is_ranked(self, resolved: ResolvedRecord) -> bool:
         """Return whether only the best images of a record are kept."""

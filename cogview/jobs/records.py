@@ -53,6 +53,7 @@ class JobRecord:
     images: tuple[Path, ...] | None = None
     rows: int | None = None
     n: int | None = None
+    rank_by: str | None = None
     seed: int | None = None
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
 

@@ -132,7 +132,7 @@ class JobRunner:
         sheet = captioned_sheet(groups, self._observer.noted)
         texts = sheet_metadata(parts, task="job", source=Path(settings.source).name, n=str(settings.n))
         if settings.keep is not None:
-            texts["keep"] = str(settings.keep)
+            texts |= {"keep": str(settings.keep), "rank_by": settings.rank_by}
         for key in SAMPLING_KEYS:  # of the first image; records have their own, which the job file holds
             texts.pop(key, None)
         texts |= {"captions": legend(groups), "seed": str(self.plan.seed)} | {
@@ -265,7 +265,8 @@ class JobRunner:
             generated: list[Any] = list(islice(results, len(group)))
             paths = dict(zip((request.index for request in group), item.paths, strict=False))
             if self.plan.is_ranked(item.resolved):
-                generated = self.model.rerank(generated, batch_size=batch_size)[: len(item.ids)]
+                rule = self.plan.rule_of(item.record)
+                generated = self.model.rerank(generated, by=rule, batch_size=batch_size)[: len(item.ids)]
                 for rank, image in enumerate(generated, start=1):
                     paths[image.index] = ranked_path(paths[image.index], rank, len(item.ids))
             for number, (name, result) in enumerate(zip(item.ids, generated, strict=True)):
@@ -300,9 +301,19 @@ class JobRunner:
             self._fail(record, item.ids, reason, journal, set())
             return
         self._note_prompts([prompt])
-        settings: Any = {"batch_size": self._batch_size(journal), "callback": self._observer.progress}
+        settings: Any = {
+            "by": self.plan.rule_of(record),
+            "batch_size": self._batch_size(journal),
+            "callback": self._observer.progress,
+        }
         scores = dict(zip(images, self.model.score(list(images.values()), prompt, **settings), strict=True))
-        ranking = Ranking(prompt=prompt, files=paths, scores=list(map(scores.get, range(len(paths)))), errors=errors)
+        ranking = Ranking(
+            prompt=prompt,
+            files=paths,
+            scores=list(map(scores.get, range(len(paths)))),
+            errors=errors,
+            ranked_by=settings["by"],
+        )
         self._observer.ranked(ranking, item.ids[0])
         facts = {"task": record.task, **ranking.as_json()}
         if unread:
@@ -388,7 +399,7 @@ class JobRunner:
             self._observer.saved(path, score, {"id": name, **facts, "rank": rank})
             facts["path"] = path.relative_to(self.plan.settings.output).as_posix()
             if score is not None:
-                facts |= {"score": score, "rank": rank}
+                facts |= {"score": score, "ranked_by": result.score.ranked_by, "rank": rank}
         journal.record(name, **facts, log_probability=result.log_probability)
 
 

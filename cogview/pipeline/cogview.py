@@ -29,6 +29,7 @@ from cogview.pipeline.inputs import (
     resolve_seeds,
     texts_of_images,
 )
+from cogview.pipeline.ranking_rules import DEFAULT_RULE
 from cogview.pipeline.requests import (
     GenerationRequest,
     completion_requests,
@@ -84,6 +85,7 @@ class CogView(ScoringModel):
         *,
         n: int = 1,
         keep: int | None = None,
+        rank_by: str = DEFAULT_RULE,
         seed: SeedsLike = None,
         sampling: Sampling | None = None,
         batch_size: int | None = None,
@@ -95,8 +97,9 @@ class CogView(ScoringModel):
         Args:
             prompts: One text or a list of texts.
             n: Images of each prompt, from 1 to 100,000.
-            keep: Images of each prompt to return, from 1 to ``n``: those whose captions the prompt most probably is,
-                the best first (``rerank``). None: all, in order.
+            keep: Images of each prompt to return, from 1 to ``n``: those with the best scores, the best first
+                (``rerank``). None: all, in order.
+            rank_by: The score of ``keep``, as ``by`` of ``score``.
             seed: From 0 to 2**63 - 1, or a list with one for each prompt; None: a random one, which the images carry.
             sampling: Sampling settings; None: those of the model.
             batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
@@ -120,7 +123,7 @@ class CogView(ScoringModel):
         require_count(n, "the number of images")
         if keep is not None:
             require_int(keep, "keep", 1, n)
-            self.require_task("caption")
+            self.require_ranking(rank_by)
         settings: dict[str, Any] = {"sampling": sampling, "batch_size": batch_size, "callback": callback, **overrides}
         images = list(self.generate_iter(prompts, n=n, seed=seed, **settings))
         for note in repetition_notes((image.prompt, image.codes.tobytes()) for image in images):
@@ -128,7 +131,7 @@ class CogView(ScoringModel):
         if keep is None:
             return images
         groups = [images[first : first + n] for first in range(0, len(images), n)]
-        return [image for group in groups for image in self.rerank(group, batch_size=batch_size)[:keep]]
+        return [image for group in groups for image in self.rerank(group, by=rank_by, batch_size=batch_size)[:keep]]
 
     def generate_iter(
         self,

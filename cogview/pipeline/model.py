@@ -35,7 +35,7 @@ from cogview.pipeline.inputs import (
     require_known_task,
 )
 from cogview.pipeline.prompt_checks import PromptChecks
-from cogview.pipeline.ranking import ranking_rule
+from cogview.pipeline.ranking_rules import ranking_rule
 from cogview.pipeline.requests import Prompt, tokenize_prompt
 from cogview.pipeline.results import GeneratedImage
 from cogview.tokenizers.text import TextTokenizer

@@ -6,81 +6,20 @@ settings of an image do not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cogview.errors import InputError
 from cogview.generation.scoring import ScoringRequest, scored_ids, token_scores
 from cogview.pipeline.context import PipelineContext
 from cogview.pipeline.programs import given_values
+from cogview.pipeline.ranking_rules import SCORE_TERMS, ScoreTerm, ranking_rule
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import Score
 from cogview.planning.batch_memory import score_bytes
 from cogview.planning.batches import BatchPlanner
 from cogview.tokenizers.tasks import TASKS
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreTerm:
-    """A log-probability of a picture with a text.
-
-    Attributes:
-        task: Task whose layout the sequence has.
-        span: Text or image of the layout that is scored.
-        given_text: Whether the text stands before the image; if not, it is empty.
-    """
-
-    task: str
-    span: str
-    given_text: bool = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankingRule:
-    """A score by which images of a text are ranked.
-
-    Attributes:
-        formula: The score in words.
-        weights: Factor of each of ``SCORE_TERMS`` in the sum.
-    """
-
-    formula: str
-    weights: Mapping[str, float]
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Tasks that the weights must have been trained for."""
-        return tuple(dict.fromkeys(TASKS[SCORE_TERMS[term].task].weights for term in self.weights))
-
-
-SCORE_TERMS: Mapping[str, ScoreTerm] = {
-    "caption": ScoreTerm(task="score", span="text"),
-    "picture": ScoreTerm(task="generate", span="image"),
-    "picture alone": ScoreTerm(task="generate", span="image", given_text=False),
-}
-RANKING_RULES: Mapping[str, RankingRule] = {
-    "caption": RankingRule(formula="log p(text | picture)", weights={"caption": 1}),
-    "picture": RankingRule(formula="log p(picture | text)", weights={"picture": 1}),
-    "both": RankingRule(formula="log p(picture | text) + log p(text | picture)", weights={"picture": 1, "caption": 1}),
-    "guidance": RankingRule(
-        formula="log p(picture | text) - log p(picture)", weights={"picture": 1, "picture alone": -1}
-    ),
-}
-DEFAULT_RULE = "picture"  # of the images of a prompt
-
-
-def ranking_rule(name: str) -> RankingRule:
-    """Return the rule of a name.
-
-    Raises:
-        InputError: It is unknown.
-    """
-    if name not in RANKING_RULES:
-        raise InputError(f"images cannot be ranked by {name!r}; known: {', '.join(RANKING_RULES)}")
-    return RANKING_RULES[name]
 
 
 def score_requests(
@@ -94,13 +33,15 @@ def score_requests(
         context: The model.
         planner: Splits the images into batches that fit in memory.
     """
-    weights = ranking_rule(rule_name).weights
+    rule = ranking_rule(rule_name)
     pairs = [(request.prompt_ids or (), request.codes) for request in requests if request.codes is not None]
-    parts = [term_scores(SCORE_TERMS[name], pairs, context, planner) for name in weights]
+    parts = [term_scores(SCORE_TERMS[name], pairs, context, planner) for name in rule.weights]
     for values in zip(*parts, strict=True):
+        weighted = list(zip(rule.weights.values(), values, strict=True))
+        totals = [weight * (value / count if rule.per_token else value) for weight, (value, count) in weighted]
         yield Score(
-            log_probability=sum(weight * value for weight, (value, _) in zip(weights.values(), values, strict=True)),
-            num_pieces=sum(count for weight, (_, count) in zip(weights.values(), values, strict=True) if weight > 0),
+            log_probability=sum(totals),
+            num_pieces=1 if rule.per_token else sum(count for weight, (_, count) in weighted if weight > 0),
             ranked_by=rule_name,
         )
 

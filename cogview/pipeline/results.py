@@ -47,8 +47,9 @@ class Score:
     Attributes:
         log_probability: The score in nats: by default log p(text | image), the sum over the pieces of
             log p(piece | image, pieces before).
-        num_pieces: Tokens that are scored: pieces of the text, codes of the image, or both.
-        ranked_by: Name of the score, a key of ``cogview.pipeline.ranking.RANKING_RULES``.
+        num_pieces: Tokens that are scored: pieces of the text or codes of the image; 1 of ``both``, which is a sum of
+            means per token.
+        ranked_by: Name of the score, a key of ``cogview.pipeline.ranking_rules.RANKING_RULES``.
     """
 
     log_probability: float
@@ -70,12 +71,14 @@ class Ranking:
         files: The image files.
         scores: Their scores; None for a file without one.
         errors: Why a file has no score; None for the others.
+        ranked_by: Name of the score.
     """
 
     prompt: str
     files: Sequence[Path]
     scores: Sequence[Score | None]
     errors: Sequence[str | None]
+    ranked_by: str = "caption"
 
     @property
     def order(self) -> list[int]:
@@ -95,7 +98,7 @@ class Ranking:
                 "rank": ranks.get(number),
             }
             images.append(image if error is None else image | {"error": error})
-        return {"prompt": self.prompt, "images": images}
+        return {"prompt": self.prompt, "ranked_by": self.ranked_by, "images": images}
 
     def as_text(self) -> list[str]:
         """Return lines for a reader: the prompt, then its images from best to worst."""

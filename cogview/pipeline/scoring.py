@@ -60,7 +60,8 @@ class ScoringModel(CaptioningModel):
         Args:
             images: An image or a list of images, of any size and form, as for ``caption``.
             texts: One text for all images, or one for each; None: the prompts of generated images.
-            by: ``caption``: log p(text | image); ``picture``: log p(image | text); ``both``: their sum; ``guidance``:
+            by: ``caption``: log p(text | image); ``picture``: log p(image | text); ``both``: their sum, each
+                per token; ``guidance``:
                 log p(image | text) - log p(image), for weights that were trained with caption dropout.
             batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
             callback: Called with a ``GenerationProgress`` after every image. Where it returns False, the scores so far

@@ -42,13 +42,13 @@ RESAMPLES = 2000
 RULES: Mapping[str, Mapping[str, float]] = {
     "caption": {"caption": 1},
     "picture": {"picture": 1},
-    "both": {"picture": 1, "caption": 1},
-    "both, caption x 4": {"picture": 1, "caption": 4},
-    "both, caption x 16": {"picture": 1, "caption": 16},
-    "both, per token": {"picture": 1, "caption": 1, "mean": 1},
+    "picture + caption": {"picture": 1, "caption": 1},
+    "picture + caption x 4": {"picture": 1, "caption": 4},
+    "picture + caption x 16": {"picture": 1, "caption": 16},
+    "both": {"picture": 1, "caption": 1, "mean": 1},
     "guidance": {"picture": 1, "alone": -1},
-    "picture x 2 - alone": {"picture": 2, "alone": -1},
-    "alone": {"alone": 1},
+    "picture x 2 - picture alone": {"picture": 2, "alone": -1},
+    "picture alone": {"alone": 1},
 }
 
 

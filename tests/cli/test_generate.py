@@ -361,6 +361,7 @@ def test_generate_notes_unknown_objects_and_characters(generate, tiny_checkpoint
         ([FOX, "--guidance", "-1"], f"invalid value for '--guidance': -1.0 is not in the range x>=0{SEE}"),
         ([FOX, "--text-attention", "0"], f"invalid value for '--text-attention': 0.0 is not in the range x>0{SEE}"),
         ([FOX, "--keep", "0"], f"invalid value for '--keep': 0 is not in the range x>=1{SEE}"),
+        ([FOX, "--rank-by", "both"], "--rank-by both chooses among images: add --keep COUNT"),
         ([FOX, "-n", "4", "--keep", "5"], "--keep must be from 1 to 4, the images per prompt (-n), got 5"),
         ([FOX, "--resume"], "--resume continues a job: give its file by --input FILE"),
         (
@@ -384,7 +385,10 @@ def test_generate_reports_mistakes_in_one_line(generate, monkeypatch, arguments,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--keep", "1"], "was not trained for the task 'caption'; its tasks are: generate"),
+        (
+            ["--keep", "1"],
+            "was not trained for the task 'caption'; its tasks are: generate",
+        ),
         (["--upscale"], "was not trained for the task 'upscale'; its tasks are: generate"),
         (["--guidance", "2"], "was trained without caption dropout, so it cannot be guided: guidance must be 1, "),
     ],

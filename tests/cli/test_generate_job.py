@@ -334,7 +334,7 @@ def test_generate_job_ranks_upscales_and_writes_a_contact_sheet(generate, tiny_m
         assert records[name]["path"] == f"{small.prompt}-seed7-best1-{small.index}.png"
         assert (records[name]["rank"], read_metadata(Path("outputs", records[name]["path"]))["rank"]) == (1, "1")
         assert f"outputs/{records[name]['path']}\t{records[name]['score']:.3f}" in printed
-        score = tiny_model.score([small], small.prompt)[0].log_probability
+        score = tiny_model.score([small], small.prompt, by="both")[0].log_probability
         assert records[name]["score"] == pytest.approx(score, rel=1e-4)
         assert codes(Path("outputs", records[name]["path"])) == expected_codes(small)
         assert records[f"{name}/up"]["path"] == f"{small.prompt}-seed7-best1-{small.index}-up.png"

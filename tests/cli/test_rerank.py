@@ -40,7 +40,7 @@ def test_rerank_ranks_the_images_of_one_text(rerank, save_image, tiny_model):
     status, [found], err = rerank("--prompt", FOX, *files)
     assert status == 0
     scores = tiny_model.score(images, FOX)
-    assert found == {"prompt": FOX, "images": as_objects(files, scores)}
+    assert found == {"prompt": FOX, "ranked_by": "caption", "images": as_objects(files, scores)}
     best_first = sorted(zip(scores, files, strict=True), key=lambda pair: -pair[0].log_probability)
     printed_lines = err.splitlines()
     assert printed_lines[0] == f"model {tiny_model.name} on cpu, float32 (no GPU is used)"
@@ -64,9 +64,17 @@ def test_rerank_reads_texts_and_images_from_a_file(rerank, save_image, tiny_mode
         ("\ufeff" + "\r\n".join(lines)).encode()
     )  # with the byte-order mark and line ends of Windows
     expected = [
-        {"prompt": FOX, "images": as_objects(["0.png", "1.png", "2.png"], tiny_model.score(images, FOX))},
-        {"prompt": DOG, "images": as_objects(["2.png", "0.png"], tiny_model.score([images[2], images[0]], DOG))},
-        {"prompt": FOX, "images": as_objects(["1.png"], tiny_model.score([images[1]], FOX))},
+        {
+            "prompt": FOX,
+            "ranked_by": "caption",
+            "images": as_objects(["0.png", "1.png", "2.png"], tiny_model.score(images, FOX)),
+        },
+        {
+            "prompt": DOG,
+            "ranked_by": "caption",
+            "images": as_objects(["2.png", "0.png"], tiny_model.score([images[2], images[0]], DOG)),
+        },
+        {"prompt": FOX, "ranked_by": "caption", "images": as_objects(["1.png"], tiny_model.score([images[1]], FOX))},
     ]
     for size in ("16", "2"):
         status, found, _ = rerank("--input", "input.txt", "--max-inference-batch-size", size)
@@ -83,9 +91,9 @@ def test_rerank_lists_an_unreadable_image_with_an_error(rerank, save_image, tiny
     bad = {"file": "text.png", "score": None, "per_piece": None, "rank": None, "error": problem}
     first, last = as_objects(["a.png", "b.png"], tiny_model.score(images, FOX))
     assert found == [
-        {"prompt": FOX, "images": [first, bad, last]},
-        {"prompt": DOG, "images": [bad]},
-        {"prompt": DOG, "images": as_objects(["b.png"], tiny_model.score([images[1]], DOG))},
+        {"prompt": FOX, "ranked_by": "caption", "images": [first, bad, last]},
+        {"prompt": DOG, "ranked_by": "caption", "images": [bad]},
+        {"prompt": DOG, "ranked_by": "caption", "images": as_objects(["b.png"], tiny_model.score([images[1]], DOG))},
     ]
     assert [line for line in err.splitlines() if line.startswith("failed: ")] == [f"failed: {problem}"]
     assert err.endswith(f"failed: {problem}\n")

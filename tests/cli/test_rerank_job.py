@@ -48,7 +48,7 @@ def approximately(ranking):
         {key: pytest.approx(value, rel=1e-4) if key in ("score", "per_piece") else value for key, value in one.items()}
         for one in ranking["images"]
     ]
-    return {"prompt": ranking["prompt"], "images": images}
+    return {"prompt": ranking["prompt"], "ranked_by": ranking["ranked_by"], "images": images}
 
 
 @pytest.mark.parametrize("batch", ["1", "3", "64"])

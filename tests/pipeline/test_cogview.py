@@ -16,6 +16,7 @@ from cogview.generation.sampling import MAX_SEED
 from cogview.modeling.config import GREEDY, Sampling
 from cogview.pipeline import runner
 from cogview.pipeline.cogview import CogView
+from cogview.pipeline.ranking_rules import RANKING_RULES
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import Caption
 
@@ -517,16 +518,19 @@ def test_caption_refuses_setting(tiny_model, settings, message):
         tiny_model.caption([Image.new("RGB", (64, 64))], **settings)
 
 
-def test_generate_keeps_best_by_score(tiny_model):
-    """keep returns the images whose prompts score best as their captions."""
+@pytest.mark.parametrize("by", RANKING_RULES)
+def test_generate_keeps_best_by_score(tiny_model, by):
+    """keep returns the images with the best scores, which say by what they ranked."""
     images = tiny_model.generate(PROMPTS[:2], n=6, seed=7)
-    kept = tiny_model.generate(PROMPTS[:2], n=6, keep=2, seed=7)
+    kept = tiny_model.generate(PROMPTS[:2], n=6, keep=2, rank_by=by, seed=7)
     for number, prompt in enumerate(PROMPTS[:2]):
         own = images[6 * number : 6 * number + 6]
-        scores = [score.log_probability for score in tiny_model.score(own, prompt)]
+        scores = [score.log_probability for score in tiny_model.score(own, prompt, by=by)]
         best = sorted(range(6), key=lambda index: -scores[index])[:2]
         assert [image.index for image in kept[2 * number : 2 * number + 2]] == best
         assert kept[2 * number].score.log_probability == pytest.approx(max(scores), abs=1e-3)
+        assert kept[2 * number].score.ranked_by == by
+        assert kept[2 * number].metadata("tiny")["ranked_by"] == by
     with pytest.raises(InputError, match="keep must be from 1 to 3, got 4"):
         tiny_model.generate("狗", n=3, keep=4)
 
