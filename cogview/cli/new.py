@@ -70,6 +70,10 @@ def command(**values: Any) -> int:
     from cogview.image_io.png import prepared_folder
     from cogview.training.survey import survey_pictures
 
+    if options.base is not None:
+        from cogview.modeling.lora import require_peft
+
+        require_peft()
     flush_denormals()
     device = choose_placement(options.device).device
     survey = survey_pictures(options.sources, print_note)
@@ -81,6 +85,8 @@ def command(**values: Any) -> int:
     print(
         f"the estimate from a few steps, without reading pictures and evaluations: {found.estimate()}", file=sys.stderr
     )
+    for doubt in found.doubts:
+        print_note(f"the estimate is unreliable: {doubt}")
     print(f"next: cogview run {options.target}", file=sys.stderr)
     print(options.target)
     return 0
@@ -140,15 +146,29 @@ def choose_recipe(options: NewOptions, survey: PictureSurvey, device: torch.devi
     folder, seed = options.folder, options.seed
     if options.base is not None:
         chosen = f"an adapter for {options.base}"
-        print(f"{chosen}: timing some steps of its training", file=sys.stderr)
+        print(chosen, file=sys.stderr)
         return chosen, new_adapter_recipe(
-            survey, options.sources, options.base, folder, device=device, seed=seed, on_note=print_note
+            survey,
+            options.sources,
+            options.base,
+            folder,
+            device=device,
+            seed=seed,
+            on_note=print_note,
+            on_line=print_line,
         )
     name, reason = (options.size, "as asked for") if options.size else choose_size(survey, device)
     chosen = f"size {name}: {reason}"
     print(chosen, file=sys.stderr)
-    print("timing some steps of both trainings", file=sys.stderr)
-    return chosen, new_model_recipe(survey, options.sources, SIZES[name], folder, device, seed)
+    rules = SIZES[name]
+    return chosen, new_model_recipe(
+        survey, options.sources, rules, folder, device=device, seed=seed, on_line=print_line
+    )
+
+
+def print_line(text: str) -> None:
+    """Print a line about what is being done."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def write_recipe(target: Path, found: NewRecipe, survey: PictureSurvey, chosen: str) -> None:
@@ -164,6 +184,7 @@ def write_recipe(target: Path, found: NewRecipe, survey: PictureSurvey, chosen: 
     from cogview.training.new_recipe import recipe_header, render_lines, survey_lines
 
     about = [*survey_lines(survey), chosen, f"machine: {found.machine}", f"estimate: {found.estimate()}"]
+    about += [f"the estimate is unreliable: {doubt}" for doubt in found.doubts]
     with atomic_write(target) as temporary:
         text = recipe_header(target, about, translate) + render_lines(found.lines, translate)
         temporary.write_text(text, encoding="utf-8")

@@ -161,8 +161,10 @@ def check_step(recipe: Recipe, steps: Sequence[RecipeStep], number: int, records
         return ""
     ends = all(change.startswith(STEPS_KEYS) for change in changes)
     kept = remedies(recipe, records, step.unfinished(recipe), ends=ends) if changes else []
+    if len(kept) == 2:
+        raise InputError(f"{reason}; {kept[0]}; {kept[1]}; or do it and what depends on it anew after: rm -r {paths}")
     if kept:
-        raise InputError(f"{'; '.join([reason, *kept])}; or do it and what depends on it anew after: rm -r {paths}")
+        raise InputError(f"{reason}; {kept[0]}; or do it and what depends on it anew after: rm -r {paths}")
     back = "change them back, or " if changes else ""
     raise InputError(f"{reason}; {back}do this step and those that depend on it anew after: rm -r {paths}")
 
@@ -200,7 +202,8 @@ def check_settings(recipe: Recipe, steps: Sequence[RecipeStep]) -> None:
         steps: Its steps.
 
     Raises:
-        InputError: A section or key is unknown, a key is missing, a value is wrong, or the model card cannot be read.
+        InputError: A section or key is unknown, a key is missing, a value is wrong, PEFT is missing, or the model card
+            cannot be read.
     """
     for key in recipe.sections:
         if key not in SECTIONS:  # its step would be left out in silence
@@ -209,6 +212,10 @@ def check_settings(recipe: Recipe, steps: Sequence[RecipeStep]) -> None:
             raise InputError(f'{recipe.path}: "{key}" is unknown; {advice}')
     for step in steps:
         step.recorded_settings(recipe)
+    if TRAIN in steps and transformer_settings(recipe).lora is not None and not TRAIN.done(recipe):
+        from cogview.modeling.lora import require_peft
+
+        require_peft()
     if PACKAGE in steps:
         from cogview.cli.package import PackageSettings, read_card
 

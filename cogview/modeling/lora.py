@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -191,9 +192,14 @@ def require_float_weights(transformer: Transformer) -> None:
         )
 
 
+def require_peft() -> None:
+    """Raise InputError unless PEFT is installed; it is not imported."""
+    if find_spec("peft") is None:
+        raise InputError("adapters are trained with PEFT, which is missing: pip install 'cogview[lora]'")
+
+
 def _import_peft() -> Any:
-    try:
-        import peft
-    except ImportError:
-        raise InputError("adapters are trained with PEFT, which is missing: pip install 'cogview[lora]'") from None
+    require_peft()
+    import peft
+
     return peft

@@ -5,6 +5,7 @@ All processes that train together run the same loop; the main process alone writ
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import time
@@ -28,6 +29,7 @@ from cogview.training.run_folder import RunFolder, Writer, step_of
 from cogview.training.settings import RunSettings
 
 Batch = TypeVar("Batch")
+LINE_SECONDS = 60.0  # without a terminal, at most so long without a line while steps are done
 
 
 class Trainer(ABC, Generic[Batch]):
@@ -208,6 +210,7 @@ class TrainingLoop(Generic[Batch]):
         self.context = context
         self.done = done
         self.meter = ThroughputMeter(source.batch_size)
+        self.line_at = -math.inf  # time of the last line of progress; the first step has one
 
     def run_to_end(self) -> int:
         """Train until the last step or a stop; return the exit status."""
@@ -232,6 +235,8 @@ class TrainingLoop(Generic[Batch]):
                         self._print_progress(means)
                     if self.source.refresh(self.done):
                         stream = self.source.batches(self.done)
+                elif bar.disable and time.monotonic() - self.line_at >= LINE_SECONDS:
+                    self._print_progress(self.meter.means_so_far())
                 is_best = self._is_due(self.settings.evaluate_every) and self._evaluate()
                 if is_best or _divides(self.settings.save_every, self.done):
                     with self.meter.paused():
@@ -268,7 +273,8 @@ class TrainingLoop(Generic[Batch]):
         return means
 
     def _print_progress(self, means: Mapping[str, float]) -> None:
-        """Print a line for each logged step where stderr is no terminal, as in the log of a service."""
+        """Print the progress where stderr is no terminal: of logged steps, the first one, and after LINE_SECONDS."""
+        self.line_at = time.monotonic()
         rate = means["samples_per_second"]
         left = (self.source.steps - self.done) * self.source.batch_size / rate
         loss = f"loss {means['loss']:.4g}, " if "loss" in means else ""
@@ -339,14 +345,19 @@ class ThroughputMeter:
                 self._values.setdefault(name, []).append(value)
 
     def means(self) -> dict[str, float]:
-        """Return the means since the last call, with ``samples_per_second`` and ``data_wait`` (fraction of time)."""
+        """Return the means since the last call, and start anew; see ``means_so_far``."""
+        means = self.means_so_far()
+        self._start()
+        return means
+
+    def means_so_far(self) -> dict[str, float]:
+        """Return the means since the start, with ``samples_per_second`` and ``data_wait`` (fraction of time)."""
         seconds = time.perf_counter() - self._began
         means = {name: sum(values) / len(values) for name, values in self._values.items()}
         means["samples_per_second"] = self._steps * self._batch_size / seconds
         if self._tokens:
             means["tokens_per_second"] = self._tokens / seconds
         means["data_wait"] = self._waited / seconds
-        self._start()
         return means
 
     @contextmanager

@@ -18,7 +18,7 @@ from cogview.modeling.config import PRESETS, Sampling, TransformerConfig, preset
 from cogview.training.new_model import NewRecipe, StepTime, describe_machine, run_lines
 from cogview.training.new_recipe import RecipeLine, choose_fit, choose_held_out, line, steps_for
 from cogview.training.settings import ArchitectureSettings
-from cogview.training.step_speed import transformer_step_seconds
+from cogview.training.step_speed import StepTimer, transformer_step_seconds
 from cogview.training.survey import PictureSurvey
 from cogview.vqvae.codec import psnr, reconstruct
 
@@ -71,6 +71,7 @@ def new_adapter_recipe(
     device: torch.device,
     seed: int,
     on_note: Callable[[str], object],
+    on_line: Callable[[str], object],
 ) -> NewRecipe:
     """Return a recipe for an adapter of a model; steps of its training are timed.
 
@@ -82,6 +83,7 @@ def new_adapter_recipe(
         device: Device of the training.
         seed: Seed of the training.
         on_note: Called with a line about what is likely to disappoint.
+        on_line: Called with a line about what is timed.
 
     Raises:
         InputError: The model is unknown, cannot generate images, or has a shape that no recipe can name.
@@ -98,7 +100,8 @@ def new_adapter_recipe(
     shape, max_text = model.config.transformer, model.config.max_text
     steps = steps_for(survey.rows, VIEWS, BATCH, STEPS)
     length = model.config.longest_row(["generate"])
-    speed = transformer_step_seconds(shape, model.config.vocabulary, length, BATCH, device)
+    timer = StepTimer(1, device, on_line)
+    speed = transformer_step_seconds(shape, model.config.vocabulary, length, BATCH, timer)
     square = [
         line("side", side, f"pixels, as {name} has it"),
         line("fit", *fit),
@@ -128,7 +131,7 @@ def new_adapter_recipe(
         line("package", {}, "licence: and data: go into the model card"),
     )
     times = (StepTime(name="train", seconds=steps * speed[0]),)
-    return NewRecipe(lines=lines, machine=describe_machine(device), times=times)
+    return NewRecipe(lines=lines, machine=describe_machine(device), times=times, doubts=tuple(timer.doubts))
 
 
 def own_sampling(sampling: Sampling) -> dict[str, float]:

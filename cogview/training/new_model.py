@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from cogview.modeling.config import preset
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.new_recipe import PictureChoices, RecipeLine, SizeRules, choose_for, line, steps_for
-from cogview.training.step_speed import image_step_seconds, transformer_step_seconds
+from cogview.training.step_speed import StepTimer, image_step_seconds, transformer_step_seconds
 from cogview.training.survey import PictureSurvey
 from cogview.training.vqvae_initial import load_initial_vqvae
 from cogview.vqvae.model import VQVAEConfig
@@ -48,11 +48,13 @@ class NewRecipe:
         lines: Its keys.
         machine: Description of the machine.
         times: Estimated times of its steps.
+        doubts: Why the estimate cannot be relied upon.
     """
 
     lines: tuple[RecipeLine, ...]
     machine: str
     times: tuple[StepTime, ...]
+    doubts: tuple[str, ...] = ()
 
     def estimate(self) -> str:
         """Return the times as one line."""
@@ -81,7 +83,14 @@ def choose_size(survey: PictureSurvey, device: torch.device) -> tuple[str, str]:
 
 
 def new_model_recipe(
-    survey: PictureSurvey, sources: Sequence[Path], rules: SizeRules, folder: Path, device: torch.device, seed: int
+    survey: PictureSurvey,
+    sources: Sequence[Path],
+    rules: SizeRules,
+    folder: Path,
+    *,
+    device: torch.device,
+    seed: int,
+    on_line: Callable[[str], object],
 ) -> NewRecipe:
     """Return a recipe for a model of the pictures of a survey; steps of its trainings are timed.
 
@@ -92,8 +101,10 @@ def new_model_recipe(
         folder: Folder of the results.
         device: Device of the trainings.
         seed: Seed of the trainings.
+        on_line: Called with a line about what is timed.
     """
-    plan = _ModelPlan.of(survey, rules, device, seed)
+    timer = StepTimer(1 if rules.cluster else 2, device, on_line)
+    plan = _ModelPlan.of(survey, rules, timer, seed)
     pictures = [str(source) for source in sources]
     sections = (
         line("text", [line("pictures", pictures), *plan.text_lines()]),
@@ -102,7 +113,12 @@ def new_model_recipe(
         line("transformer", plan.transformer_lines()),
         line("package", {}, "licence: and data: go into the model card"),
     )
-    return NewRecipe(lines=(line("work", str(folder)), *sections), machine=describe_machine(device), times=plan.times())
+    return NewRecipe(
+        lines=(line("work", str(folder)), *sections),
+        machine=describe_machine(device),
+        times=plan.times(),
+        doubts=tuple(timer.doubts),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +148,8 @@ class _ModelPlan:
     seed: int
 
     @classmethod
-    def of(cls, survey: PictureSurvey, rules: SizeRules, device: torch.device, seed: int) -> _ModelPlan:
-        """Choose the numbers, and time steps on a device."""
+    def of(cls, survey: PictureSurvey, rules: SizeRules, timer: StepTimer, seed: int) -> _ModelPlan:
+        """Choose the numbers, and time steps."""
         choices = choose_for(survey, rules.side)
         upscale = choices.upscale[0] and not rules.layers
         tasks = {"generate": 5, "caption": 2, "upscale": 3} if upscale else {"generate": 5, "caption": 2}
@@ -148,11 +164,11 @@ class _ModelPlan:
             tasks=tasks,
             image_steps=steps_for(survey.pictures, 100, rules.image_batch, rules.image_steps),
             steps=steps_for(survey.rows, rules.views / generated, rules.batch, rules.steps),
-            image_speed=image_step_seconds(initial, config, pixels, rules.image_batch, device),
+            image_speed=image_step_seconds(initial, config, pixels, rules.image_batch, timer),
             speed=None,
             seed=seed,
         )
-        return draft if rules.cluster else replace_speed(draft, device)
+        return draft if rules.cluster else replace_speed(draft, timer)
 
     @property
     def grid(self) -> int:
@@ -290,14 +306,14 @@ class _ModelPlan:
         return "" if speed is None else f"measured here: a step takes {format_duration(speed[0])}"
 
 
-def replace_speed(plan: _ModelPlan, device: torch.device) -> _ModelPlan:
+def replace_speed(plan: _ModelPlan, timer: StepTimer) -> _ModelPlan:
     """Return a plan with the measured speed of its transformer."""
     rules = plan.rules
     vocabulary = Vocabulary(num_text_pieces=plan.choices.text_size[0])
     config = preset(rules.preset, vocabulary.padded_size, max_positions=plan.max_positions)
     config = replace(config, num_layers=rules.layers or config.num_layers)
     length = min(plan.mean_length(), plan.max_positions)
-    return replace(plan, speed=transformer_step_seconds(config, vocabulary, length, rules.batch, device))
+    return replace(plan, speed=transformer_step_seconds(config, vocabulary, length, rules.batch, timer))
 
 
 def run_lines(steps: int) -> list[RecipeLine]:

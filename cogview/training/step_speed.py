@@ -3,6 +3,7 @@
 # B rows, T positions of a row
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -26,12 +27,83 @@ from cogview.vqvae.model import VQVAEConfig
 from cogview.vqvae.training import VQVAETrainingSettings
 
 TIMED_STEPS = 2
+MAX_SPREAD = 1.5  # of the times of equal steps, longest to shortest
+MAX_LOAD = 0.75  # of the cores, by other processes
 TRIAL_BATCH = 4  # images or rows, to compare precisions
 MAX_FLOPS = 2e12  # of a timed step on a CPU
 
 
+class StepTimer:
+    """Times steps, reports what it times, and notices whether the times can be relied upon.
+
+    Attributes:
+        doubts: Why they cannot be relied upon, one text for each reason.
+    """
+
+    def __init__(self, trainings: int, device: torch.device, on_line: Callable[[str], object]) -> None:
+        """Prepare to time steps.
+
+        Args:
+            trainings: Number of trainings whose steps are timed, each in every precision and then in its batch size.
+            device: Device of the trainings.
+            on_line: Called with a line before each timing.
+        """
+        self.device = device
+        self.doubts: list[str] = []
+        self._on_line = on_line
+        precisions = precisions_of(device)
+        self._total = trainings * (len(precisions) + 1 if len(precisions) > 1 else 1)
+        self._done = 0
+        cores = os.cpu_count() or 1  # the load is that of the whole machine, whatever this process may use
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        if load > MAX_LOAD * cores:
+            self.doubts.append(f"the machine was busy: load {load:.1f}, cores {cores}")
+
+    def seconds_of(self, step: Callable[[], object], what: str, *, is_trial: bool = False) -> float:
+        """Return the median seconds of a step after a first one, which allocates what the others use.
+
+        Args:
+            step: Computes a step.
+            what: What is timed, for the line about it.
+            is_trial: Whether the time is only compared with another one, and no part of the estimate.
+        """
+        self._done += 1
+        self._on_line(f"timing {self._done} of {self._total}, {1 + TIMED_STEPS} steps each: {what}")
+        times = []
+        for _ in range(1 + TIMED_STEPS):
+            began = time.perf_counter()
+            step()
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - began)
+        spread = max(times[1:]) / max(min(times[1:]), 1e-9)
+        if spread > MAX_SPREAD and not is_trial:
+            self.doubts.append(f"equal steps differed by a factor of {spread:.1f}: {what}")
+        return statistics.median(times[1:])
+
+    def faster_precision(self, steps: Callable[[str], Callable[[], object]], what: str) -> str:
+        """Return the precision that computes steps faster: ``float32``, or what the hardware has, if it is timed so.
+
+        Args:
+            steps: Returns the step of a precision.
+            what: What is timed.
+        """
+        names = precisions_of(self.device)
+        if len(names) == 1:
+            return names[0]
+        return min(names, key=lambda name: self.seconds_of(steps(name), f"{what}, {name}", is_trial=True))
+
+
+def precisions_of(device: torch.device) -> tuple[str, ...]:
+    """Return the precisions of a device that are compared; a GPU takes the one that it has."""
+    native = training_dtype(device)
+    if native is None:
+        return ("float32",)
+    return ("auto",) if device.type != "cpu" else ("float32", str(native).removeprefix("torch."))
+
+
 def image_step_seconds(
-    initial: InitialVQVAE | None, config: VQVAEConfig, pixels: np.ndarray, batch_size: int, device: torch.device
+    initial: InitialVQVAE | None, config: VQVAEConfig, pixels: np.ndarray, batch_size: int, timer: StepTimer
 ) -> tuple[float, str]:
     """Return the seconds of a training step of an image tokenizer, and the faster precision.
 
@@ -40,8 +112,9 @@ def image_step_seconds(
         config: Shape of the tokenizer.
         pixels: Pictures, uint8 (N, side, side, 3).
         batch_size: Pictures of a step.
-        device: Device of the training.
+        timer: Times the steps, on its device.
     """
+    device = timer.device
     images = to_float(np.resize(pixels, (batch_size, *pixels.shape[1:])))
 
     def steps(precision: str, count: int) -> Callable[[], object]:
@@ -49,12 +122,15 @@ def image_step_seconds(
         trainer = VQVAETrainer(config, settings, DistributedContext(device), training_dtype(device, precision), initial)
         return lambda: trainer.step(50, images[:count])
 
-    precision = faster_precision(device, lambda name: steps(name, TRIAL_BATCH))
-    return seconds_of(steps(precision, batch_size), device), precision
+    def what(count: int) -> str:
+        return f"steps of the image tokenizer with a batch of {count}"
+
+    precision = timer.faster_precision(lambda name: steps(name, TRIAL_BATCH), what(TRIAL_BATCH))
+    return timer.seconds_of(steps(precision, batch_size), f"{what(batch_size)}, {precision}"), precision
 
 
 def transformer_step_seconds(
-    config: TransformerConfig, vocabulary: Vocabulary, length: int, batch_size: int, device: torch.device
+    config: TransformerConfig, vocabulary: Vocabulary, length: int, batch_size: int, timer: StepTimer
 ) -> tuple[float, str]:
     """Return the seconds of a training step of a transformer, and the faster precision.
 
@@ -63,8 +139,9 @@ def transformer_step_seconds(
         vocabulary: Its ids.
         length: Positions of a row.
         batch_size: Rows of a step. If they are many on a CPU, fewer are computed and their time is scaled.
-        device: Device of the training.
+        timer: Times the steps, on its device.
     """
+    device = timer.device
     affordable = int(MAX_FLOPS / (6 * config.num_parameters * length)) if device.type == "cpu" else batch_size
     rows = max(1, min(batch_size, affordable))
 
@@ -84,41 +161,9 @@ def transformer_step_seconds(
 
         return step
 
-    precision = faster_precision(device, steps)
-    return seconds_of(steps(precision), device) * batch_size / rows, precision
-
-
-def faster_precision(device: torch.device, steps: Callable[[str], Callable[[], object]]) -> str:
-    """Return the precision that computes steps faster: ``float32``, or what the hardware has, if it is measured so.
-
-    Args:
-        device: The device.
-        steps: Returns the step of a precision.
-    """
-    native = training_dtype(device)
-    if native is None:
-        return "float32"
-    if device.type != "cpu":
-        return "auto"
-    names = ("float32", str(native).removeprefix("torch."))
-    return min(names, key=lambda name: seconds_of(steps(name), device))
-
-
-def seconds_of(step: Callable[[], object], device: torch.device) -> float:
-    """Return the median seconds of a step after a first one, which allocates what the others use.
-
-    Args:
-        step: Computes a step.
-        device: The device, which is waited for.
-    """
-    times = []
-    for _ in range(1 + TIMED_STEPS):
-        began = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+    what = f"steps of the transformer with a batch of {rows}"
+    precision = timer.faster_precision(steps, what)
+    return timer.seconds_of(steps(precision), f"{what}, {precision}") * batch_size / rows, precision
 
 
 def _random_rows(vocabulary: Vocabulary, count: int, length: int, device: torch.device) -> DeviceMicroBatch:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -281,12 +282,56 @@ def test_step_seconds_are_of_real_steps():
     tiny = new_model.VQVAEConfig(
         channels=(4, 8, 8), encoder_blocks=(0, 0, 1), decoder_blocks=(0, 0, 1), num_codes=16, code_width=4
     )
-    seconds, precision = step_speed.image_step_seconds(None, tiny, pixels, 5, device)
+    lines: list[str] = []
+    timer = step_speed.StepTimer(2, device, lines.append)
+    seconds, precision = step_speed.image_step_seconds(None, tiny, pixels, 5, timer)
     assert seconds > 0
     assert precision in ("float32", "bfloat16")
     vocabulary = Vocabulary(num_image_codes=16, num_text_pieces=30)
     shape = TransformerConfig(num_layers=1, width=32, num_heads=2, vocabulary_size=vocabulary.padded_size)
-    assert step_speed.transformer_step_seconds(shape, vocabulary, 20, 3, device)[0] > 0
+    assert step_speed.transformer_step_seconds(shape, vocabulary, 20, 3, timer)[0] > 0
+    total = len(lines)
+    assert [line.partition(",")[0] for line in lines] == [
+        f"timing {number} of {total}" for number in range(1, total + 1)
+    ]
+    assert "steps of the image tokenizer with a batch of 5, " in lines[total // 2 - 1]
+    assert "steps of the transformer with a batch of 3, " in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("load", "times", "doubts"),
+    [
+        (0.1, [9, 1, 1.2], []),
+        (13.4, [9, 1, 1.2], ["the machine was busy: load 13.4, cores 2"]),
+        (0.1, [1, 1, 3], ["equal steps differed by a factor of 3.0: steps"]),
+    ],
+)
+def test_step_timer_doubts_times_of_a_busy_machine(monkeypatch, load, times, doubts):
+    """An estimate under the load of others was printed as if it were that of the machine."""
+    now = iter([0.0, times[0], 20.0, 20.0 + times[1], 40.0, 40.0 + times[2]])
+    monkeypatch.setattr(step_speed.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(step_speed.os, "cpu_count", lambda: 2)
+    timer = step_speed.StepTimer(1, torch.device("cpu"), str)
+    monkeypatch.setattr(step_speed.time, "perf_counter", lambda: next(now))
+    timer.seconds_of(lambda: None, "steps")
+    monkeypatch.undo()
+    assert timer.doubts == doubts
+
+
+def test_new_says_that_its_estimate_is_unreliable(new, monkeypatch):
+    draw_pictures(Path("shapes"))
+    monkeypatch.setattr(step_speed.os, "getloadavg", lambda: (1000.0, 0.0, 0.0), raising=False)
+    err = new("mine", "--pictures", "shapes")[2]
+    assert err[-2].startswith("note: the estimate is unreliable: the machine was busy: load 1000.0, cores ")
+    assert "# the estimate is unreliable: the machine was busy" in Path("mine/recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_new_asks_for_peft_before_it_reads_pictures(new, monkeypatch):
+    """It was missed after the encoding of all pictures."""
+    monkeypatch.setitem(sys.modules, "peft", None)
+    status, _, err = new("mine", "--pictures", "nothing", "--adapter-for", "cogview-emoji")
+    assert status == 2
+    assert err == ["cogview new: adapters are trained with PEFT, which is missing: pip install 'cogview[lora]'"]
 
 
 def captions(folder: str, texts: list[str], save_image) -> None:

@@ -1,6 +1,7 @@
 """``cogview run``: what is checked before the first step, what counts as done, and which results depend on which."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -223,6 +224,15 @@ def test_run_refuses_a_section_whose_name_is_misspelt(recipe, asked, capsys):
     assert (status, asked) == (2, [])
     assert 'own.yaml: "transfomer" is unknown; did you mean "transformer"?' in error
     assert not Path("work").exists()
+
+
+def test_run_asks_for_peft_before_the_first_step(recipe, asked, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    transformer = {**SECTIONS["transformer"], "init_from": "cogview-emoji", "lora": {"rank": 4}}
+    Path("own.yaml").write_text(yaml.safe_dump({**SECTIONS, "transformer": transformer}), encoding="utf-8")
+    status, err = run_recipe(capsys)
+    assert (status, asked, err.count("\n")) == (2, [], 1)
+    assert "PEFT, which is missing: pip install 'cogview[lora]'" in err
 
 
 def plant_run(folder: Path, settings, steps: int) -> None:

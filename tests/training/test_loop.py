@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import cogview
 from cogview.data.sampling_order import sample_index
 from cogview.errors import InputError, RetryLaterError
+from cogview.training import loop as loop_module
 from cogview.training import run_folder
 from cogview.training.loop import BatchSource, Trainer, run_loop
 from cogview.training.run_folder import RunFolder, Writer, find_damage, step_of
@@ -465,8 +466,21 @@ def test_run_loop_continues_when_metrics_cannot_be_written(tmp_path, capsys, mon
 def test_run_loop_prints_a_line_for_each_logged_step_without_a_terminal(tmp_path, capsys):
     loop(RunFolder(tmp_path), Counter(), log_every=4)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
-    assert len(lines) == 3
-    assert re.fullmatch(r"step 4/10, loss 1\.5, \S+ samples/s, .* left", lines[0])
+    assert [line.split(",")[0] for line in lines] == ["step 1/10", "step 4/10", "step 8/10", "step 10/10"]
+    assert re.fullmatch(r"step 1/10, loss 0, \S+ samples/s, .* left", lines[0])
+    assert re.fullmatch(r"step 4/10, loss 1\.5, \S+ samples/s, .* left", lines[1]), (
+        "the mean since the last logged step"
+    )
+
+
+def test_run_loop_prints_a_line_of_slow_steps_by_time(tmp_path, capsys, monkeypatch):
+    """With steps of a minute, the first line of a log came after an hour; metrics keep their interval."""
+    monkeypatch.setattr(loop_module, "LINE_SECONDS", 0.0)
+    run = RunFolder(tmp_path)
+    loop(run, Counter(), log_every=5)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert [line.split(",")[0] for line in lines] == [f"step {number}/10" for number in range(1, 11)]
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines() if "loss" in line] == [5, 10]
 
 
 def test_run_loop_restores_signal_handlers(tmp_path):

@@ -20,10 +20,42 @@ PICTURE_NAMES = (
 )
 CAPTION_NAMES = (
     *("caption", "captions", "text", "description", "prompt", "sentence", "title", "alt", "alt_text"),
-    *("描述", "图片描述", "图像描述", "说明", "图片说明", "文本", "文字", "标题", "提示词", "提示", "标注", "名称"),
-    *("說明", "標題", "文字說明"),
+    *("描述", "图片描述", "图像描述", "文字描述", "文本描述", "说明", "图片说明", "图像说明", "文字说明", "说明文字"),
+    *(
+        "图注",
+        "图说",
+        "配文",
+        "文案",
+        "注释",
+        "内容",
+        "文本",
+        "文字",
+        "标题",
+        "图片标题",
+        "提示词",
+        "提示",
+        "标注",
+        "名称",
+    ),
+    *(
+        "說明",
+        "圖片描述",
+        "圖片說明",
+        "文字說明",
+        "說明文字",
+        "圖說",
+        "標題",
+        "圖片標題",
+        "註釋",
+        "內容",
+        "標註",
+        "名稱",
+    ),
+    *("中文", "chinese", "zh"),
 )
 
+# Marks of a language: models are of Chinese text, so a column that has one comes before one of the same table without.
+_CHINESE = re.compile(r"(?:中文|汉语|漢語|chinese|zh|cn)_?(.+)|(.+?)_?(?:\(中文\)|中文)|(.+)_(?:chinese|zh|cn)")
 _NUMBERED = re.compile(r"(.*?)[ _-]?\d+")
 
 
@@ -72,16 +104,34 @@ def choose_columns(
         raise InputError(
             f"the column of pictures in {where} is not known; choose it by --image-column among {_listed(names)}"
         )
-    texts = tuple(captions)
-    for name in CAPTION_NAMES:
-        if not texts:
-            numbered = [other for other in names if (found := _NUMBERED.fullmatch(_plain(other))) and found[1] == name]
-            texts = (by_plain[name],) if name in by_plain else tuple(numbered)
+    texts = tuple(captions) or _guess_captions([(_unmarked(each), each) for each in names])
+    texts = texts or _guess_captions([(_plain(each), each) for each in names])
     if not texts:
         raise InputError(
             f"the column of captions in {where} is not known; choose it by --caption-column among {_listed(names)}"
         )
     return Columns(picture=chosen, captions=texts, boxes=boxes, is_guessed=picture is None or not captions)
+
+
+def _guess_captions(columns: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    """Return the columns of the first usual name that a table has, alone or with numbers; none without one.
+
+    Args:
+        columns: Plain name and name of each column.
+    """
+    for name in CAPTION_NAMES:
+        if alone := [column for plain, column in columns if plain == name]:
+            return (alone[0],)
+        numbered = [column for plain, column in columns if (found := _NUMBERED.fullmatch(plain)) and found[1] == name]
+        if numbered:
+            return tuple(numbered)
+    return ()
+
+
+def _unmarked(name: str) -> str:
+    """Return the plain name of a column without the mark of Chinese that it has; nothing for one without a mark."""
+    found = _CHINESE.fullmatch(_plain(name))
+    return next(filter(None, found.groups())) if found else ""
 
 
 def _plain(name: str) -> str:

@@ -210,6 +210,34 @@ def test_choose_columns_takes_numbered_captions_together():
     assert (columns.picture, columns.captions) == ("Image Path", ("caption_1", "caption_2"))
 
 
+@pytest.mark.parametrize(
+    ("names", "captions"),
+    [
+        (["文件名", "中文说明"], ("中文说明",)),
+        (["图片", "说明"], ("说明",)),
+        (["图片", "说明文字"], ("说明文字",)),
+        (["图片", "描述", "备注"], ("描述",)),
+        (["图片", "中文标题"], ("中文标题",)),
+        (["图片", "文本"], ("文本",)),
+        (["图片", "内容（中文）"], ("内容（中文）",)),
+        (["圖片", "圖說"], ("圖說",)),
+        (["file", "caption", "caption_zh"], ("caption_zh",)),
+        (["file", "caption", "中文说明2", "中文说明1"], ("中文说明2", "中文说明1")),
+        (["file", "en", "zh"], ("zh",)),
+        (["file", "caption", "中文"], ("caption",)),
+    ],
+)
+def test_choose_columns_guesses_chinese_captions(names, captions):
+    """The models are of Chinese text: of two usual columns, the one that is marked as Chinese is taken."""
+    assert choose_columns(names, None, (), "t").captions == captions
+
+
+@pytest.mark.parametrize("names", [["file", "英文说明"], ["file", "caption_en"], ["file", "备注"]])
+def test_choose_columns_guesses_no_column_of_another_language(names):
+    with pytest.raises(InputError, match="the column of captions in t is not known"):
+        choose_columns(names, None, (), "t")
+
+
 def test_picture_table_needs_pyarrow_for_parquet(read):
     write("a.parquet", b"PAR1")
     expected = r'needs pyarrow: pip install "cogview\[data\]"|is no Parquet file that can be read'
