@@ -175,6 +175,9 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview eval benchmark geneval --prompts evaluation_metadata.jsonl --detections detections.jsonl -o geneval": Run(
         needs="geneval", more="--subset --samples 1"
     ),
+    "cogview eval benchmark coco-30k --prompts captions.tsv -o coco --reference true-pictures": NotRun(
+        "needs generated pictures; tests/cli/test_evaluate_benchmark.py runs it"
+    ),
     "cogview eval text-in-pictures expected.tsv": NotRun("needs rapidocr; tests/cli/test_evaluate_reading.py runs it"),
     "cogview eval model MODEL --store HELD_OUT_STORE -o result.json": Run(
         "recipe", instead="model TINY --store held-out --pairs 0 --device cpu"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview.cli.benchmark_distances import DistanceOptions, distance_options, measure_distances
 from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
@@ -29,8 +30,9 @@ from cogview.formatting import aligned_columns, plural
 if TYPE_CHECKING:
     from cogview.evaluation.field_benchmarks.benchmark import Benchmark, BenchmarkItem, BenchmarkScore
 
+RESULT_FILE = "result.json"
 READ_TEXTS = "texts that were read"  # answers of benchmarks whose pictures OCR judges
-NAMES = ("geneval", "dpg", "oneig-zh", "chinese-word", "gedit", "imgedit")
+NAMES = ("coco-30k", "geneval", "dpg", "oneig-zh", "chinese-word", "gedit", "imgedit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ class BenchmarkOptions:
     click.option("--subset", is_flag=True, help="accept a part of the prompts, whose scores cannot be compared"),
 )
 @output_option(required=True, help="folder for the pictures and the result")
+@distance_options()
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 @sampling_options("codes", image_options=True)
 @model_options("pictures")
@@ -99,6 +102,7 @@ def benchmark(
     as_json: bool,
     settings: dict[str, Any],
     model: ModelOptions,
+    distances: DistanceOptions,
 ) -> int:
     """Generate the pictures of a benchmark, or score its answers.
 
@@ -111,11 +115,17 @@ def benchmark(
     chosen = BENCHMARKS[name]
     items = chosen.read_items(options.prompts, subset=options.subset)
     samples = options.samples or chosen.samples
+    if distances.reference is not None:
+        measured = {"samples": samples, "subset": options.subset}
+        manifest, results, curves = measure_distances(chosen, items, samples, output, distances, measured)
+        _print_score(chosen, results, as_json=as_json)
+        save_result(output / RESULT_FILE, manifest, results, curves=curves)
+        return 0
     if options.ocr is not None:
         options = replace(options, answers=_read(chosen, items, samples, options, output))
     if options.answers is not None:
         score = chosen.score(items, options.answers, samples)
-        _print_score(chosen, score, as_json=as_json)
+        _print_score(chosen, score.results, as_json=as_json)
         _write_score(chosen, items, samples, options, output, score)
         return 0
     made = _generate(chosen, items, samples, options, settings, model, output)
@@ -126,6 +136,9 @@ def benchmark(
     print(output / "pictures")
     total = plural(len(items) * samples, "picture")
     print(f"{total} of {chosen.title}, generated now: {made}", file=sys.stderr)
+    if chosen.name == "coco-30k":
+        print("now compare them with true pictures: --reference PICTURES", file=sys.stderr)
+        return 0
     print(
         f"now let the benchmark's judge look at them, and score its {chosen.answers} with --answers FILE",
         file=sys.stderr,
@@ -211,19 +224,19 @@ def _write_score(
     score: BenchmarkScore,
 ) -> None:
     """Write the scores with a manifest as ``result.json``."""
-    from cogview.evaluation.field_benchmarks.manifest import RESULT, describe_score
+    from cogview.evaluation.field_benchmarks.manifest import describe_score
 
     settings = {"samples": samples, "subset": options.subset, "ocr": options.ocr}
     manifest = describe_score(chosen, items, Path(str(options.answers)), output, settings)
     items_of_score = {"ids": score.ids, "values": score.values}
-    save_result(output / RESULT, manifest, score.results, items_of_score)
+    save_result(output / RESULT_FILE, manifest, score.results, items_of_score)
 
 
-def _print_score(chosen: Benchmark, score: BenchmarkScore, *, as_json: bool) -> None:
+def _print_score(chosen: Benchmark, results: Mapping[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps({"benchmark": chosen.name, "results": score.results}, ensure_ascii=False))
+        print(json.dumps({"benchmark": chosen.name, "results": results}, ensure_ascii=False))
         return
-    print("\n".join(score_lines(score.results)))
+    print("\n".join(score_lines(results)))
 
 
 def score_lines(results: Mapping[str, Mapping[str, Any]]) -> list[str]:

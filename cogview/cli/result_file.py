@@ -11,7 +11,7 @@ from cogview.cli.options import Decorator, output_option
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
-    from cogview.evaluation.manifest import Manifest
+    from cogview.evaluation.manifest import Manifest, ResultCurve
 
 
 def result_option() -> Decorator:
@@ -25,7 +25,11 @@ def result_option() -> Decorator:
 
 
 def save_result(
-    path: Path, manifest: Manifest, results: Mapping[str, Mapping[str, Any]], items: Mapping[str, Any] | None = None
+    path: Path,
+    manifest: Manifest,
+    results: Mapping[str, Mapping[str, Any]],
+    items: Mapping[str, Any] | None = None,
+    curves: Mapping[str, ResultCurve] | None = None,
 ) -> None:
     """Write a result file and print its path on stderr.
 
@@ -34,6 +38,7 @@ def save_result(
         manifest: How the values were measured.
         results: Values by name, with the fields of ``ResultValue``.
         items: Values of single items, with the fields of ``ResultItems``.
+        curves: Curves by name.
 
     Raises:
         InputError: ``path`` is a folder, or cannot be written.
@@ -44,5 +49,5 @@ def save_result(
     if path.is_dir():
         raise InputError(f"the output {path} is a folder; expected the name of a file")
     with prepared_folder(path.parent):
-        write_result(path, manifest, results, items)
+        write_result(path, manifest, results, items, curves)
     print(f"written to {path}", file=sys.stderr)

@@ -197,3 +197,67 @@ def test_eval_benchmark_refuses_in_one_line(benchmark, arguments, message):
     status, out, err = benchmark(*arguments)
     assert (status, out) == (2, [])
     assert message in err[-1]
+
+
+@pytest.fixture
+def coco(benchmark, save_image):
+    """Return a function that measures generated pictures of four captions against other pictures."""
+    Path("captions.tsv").write_text(
+        "id\tcaption\n9\t一只狐狸\n10\t一个红苹果\n11\t一只狐狸\n12\t一只猫\n", encoding="utf-8"
+    )
+    for number in range(5):
+        save_image(f"true/{number}.png", number)
+    assert benchmark("coco-30k", "captions.tsv")[0] == 0
+    return lambda *arguments: benchmark("coco-30k", "captions.tsv", "--network", "stub", *arguments)
+
+
+def test_eval_benchmark_measures_blurred_distances_of_coco(coco):
+    """FID-k equals the distance of `eval images` at that blur; equal sets have none where both are blurred."""
+    assert sorted(files("out/pictures")) == ["10.png", "11.png", "12.png", "9.png"]
+    status, out, _ = coco("--reference", "true", "--json")
+    found = {name: value["value"] for name, value in json.loads(out[0])["results"].items()}
+    assert (status, list(found)) == (0, [f"fid_{k}" for k in (0, 1, 2, 4, 8)])
+    for k in (0, 2):
+        options = ["--network", "stub", "--side", "256", "--blur-sigma", str(k), "-o", f"{k}.json", "--device", "cpu"]
+        assert main(["eval", "images", "out/pictures", "true", *options]) == 0
+        assert found[f"fid_{k}"] == pytest.approx(read_result(Path(f"{k}.json")).results["fid"].value, rel=1e-6)
+    result = read_result(Path("out/result.json"))
+    assert (result.manifest.blur.which, result.manifest.settings["sigmas"]) == ("both", [0, 1, 2, 4, 8])
+    assert (result.manifest.reference.count, result.manifest.candidate.count, result.manifest.prompts.count) == (
+        5,
+        4,
+        4,
+    )
+    assert result.curves["fid_k"].y == list(found.values())
+
+
+@pytest.mark.parametrize("which", ["both", "reference"])
+def test_eval_benchmark_blurs_both_sets_or_the_reference(coco, which):
+    status, out, _ = coco("--reference", "out/pictures", "--blur", which, "--json")
+    found = [value["value"] for value in json.loads(out[0])["results"].values()]
+    assert (status, found[0]) == (0, pytest.approx(0, abs=1e-9))
+    assert all(value == pytest.approx(0, abs=1e-9) for value in found) == (which == "both")
+
+
+def test_eval_benchmark_refuses_sets_that_cannot_be_compared(coco, benchmark):
+    for change, arguments, message in (
+        (lambda: None, ("--reference", "none"), "none does not exist"),
+        (lambda: None, ("--answers", "captions.tsv"), "MS-COCO-30k has no answers: compare its pictures"),
+        (
+            lambda: Path("out/pictures/7.png").write_bytes(Path("true/0.png").read_bytes()),
+            ("--reference", "true"),
+            "out/pictures has 5 pictures, the prompts ask for 4",
+        ),
+        (
+            lambda: Path("out/pictures/9.png").unlink(),
+            ("--reference", "true"),
+            "1 of 4 pictures are missing, first out/pictures/9.png",
+        ),
+    ):
+        change()
+        status, out, err = coco(*arguments)
+        assert (status, out, len(err)) == (2, [], 1)
+        assert message in err[0]
+    status, _, err = benchmark("geneval", "geneval.jsonl", "--reference", "true")
+    assert (status, len(err)) == (2, 1)
+    assert "--reference measures the pictures of coco-30k alone; leave it out" in err[0]

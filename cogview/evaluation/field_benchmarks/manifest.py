@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from cogview.evaluation.model_record import describe_hardware, describe_versions
 from cogview.files import file_sha256
 from cogview.plain_data import read_json
 
-RESULT = "result.json"
 OCR_PACKAGES = ("rapidocr", "ddddocr", "onnxruntime")
 
 
@@ -38,15 +38,22 @@ def describe_score(
     Raises:
         InputError: ``run.json`` is of another benchmark, of other prompts or another number of pictures.
     """
-    prompts = hash_prompts([item.prompt for item in items])
     files = sorted(answers.glob("*.jsonl")) if answers.is_dir() else [answers]
+    manifest = describe_pictures(benchmark, items, folder, settings)
+    return replace(manifest, candidate=hash_set("answers", [file_sha256(path) for path in files]))
+
+
+def describe_pictures(
+    benchmark: Benchmark, items: Sequence[BenchmarkItem], folder: Path, settings: Mapping[str, Any]
+) -> Manifest:
+    """Return the manifest of a benchmark without what was measured of its pictures; see ``describe_score``."""
+    prompts = hash_prompts([item.prompt for item in items])
     versions = describe_versions(*(OCR_PACKAGES if settings.get("ocr") else ()))
     if settings.get("ocr"):
         settings = {**settings, "ocr": f"{settings['ocr']} {versions.get(settings['ocr'], '')}"}
     shared: dict[str, Any] = {
         "measure": benchmark.name,
         "prompts": prompts,
-        "candidate": hash_set("answers", [file_sha256(path) for path in files]),
         "settings": {key: value for key, value in settings.items() if value is not None},
         "versions": versions,
         "hardware": describe_hardware(),
