@@ -21,6 +21,16 @@ if TYPE_CHECKING:
 MAX_ARRAYS_BYTES = 1 << 30
 
 
+def looked_at(path: Path) -> str:
+    """Return where a missing relative path was looked for, as the end of a message; nothing for an absolute one.
+
+    Args:
+        path: The path, of a command line or of a recipe.
+    """
+    looked = f"a path starts at the current folder, so it would be {path.absolute()}"
+    return "" if path.is_absolute() else f"; {looked}"
+
+
 def open_regular(path: Path, kind: str = "") -> BufferedReader:
     """Open a regular file for reading.
 

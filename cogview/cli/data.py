@@ -235,6 +235,12 @@ def report_build(report: BuildReport, paths: StorePaths) -> int:
         if report.rows[held_out]:
             pictures = plural(report.pictures[held_out], "picture")
             print(f"{paths.of_split(held_out)}: {plural(report.rows[held_out], 'row')} of {pictures}")
+    training, held_out_pictures = report.pictures[False], report.pictures[True]
+    without = report.records - training - held_out_pictures
+    print(
+        f"{report.records} entries: {training} pictures to train on, {held_out_pictures} held out, {without} left out",
+        file=sys.stderr,
+    )
     for note, count in report.notes.most_common():
         print_note(f"{plural(count, 'picture')}: {note}")
     for note in report.warnings():

@@ -13,7 +13,6 @@ from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, MODEL_HELP, Command, argument, device_option
 from cogview.cli.translation import translate
 from cogview.errors import InputError
-from cogview.formatting import plural
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +67,7 @@ def command(**values: Any) -> int:
     options.check()
     from cogview.device import choose_placement, flush_denormals
     from cogview.image_io.png import prepared_folder
+    from cogview.training.new_recipe import survey_lines
     from cogview.training.survey import survey_pictures
 
     if options.base is not None:
@@ -78,7 +78,8 @@ def command(**values: Any) -> int:
     device = choose_placement(options.device).device
     survey = survey_pictures(options.sources, print_note)
     survey.check(options.sources)
-    print(f"{plural(survey.pictures, 'picture')} with {plural(survey.rows, 'caption')}", file=sys.stderr)
+    for found_line in survey_lines(survey):
+        print(found_line, file=sys.stderr)
     with prepared_folder(options.folder):
         chosen, found = choose_recipe(options, survey, device)
         write_recipe(options.target, found, survey, chosen)

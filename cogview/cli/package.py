@@ -237,6 +237,9 @@ def read_card(recipe: Recipe, name: str) -> str:
     path = Path(name) if Path(name).exists() else recipe.path.parent / Path(name).name
     try:
         return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        looked = f"looked for {Path(name).absolute()} and {path.absolute()}"
+        raise InputError(f"the model card {name} of {recipe.path} does not exist: {looked}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"the model card {name} of {recipe.path} cannot be read: {reason_of(error)}") from None
 

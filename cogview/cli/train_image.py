@@ -130,7 +130,10 @@ def _index_pictures(recipe: Recipe, settings: VQVAERecipe, *, resumes: bool) -> 
         write_left_out(report, index)
         print(f"left out: {len(index.left_out)}, listed in {report}", file=sys.stderr)
     index.check(settings.held_out)
-    print(f"{len(index.training)} pictures to train on, {len(index.held_out)} held out", file=sys.stderr)
+    counts = [len(index.training), len(index.held_out), len(index.left_out)]
+    print(
+        f"{sum(counts)} pictures: {counts[0]} to train on, {counts[1]} held out, {counts[2]} left out", file=sys.stderr
+    )
     return index
 
 

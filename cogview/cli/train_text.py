@@ -52,6 +52,11 @@ def _train_on_sources(recipe: Recipe, settings: TextTokenizerRecipe) -> TextToke
     if corpus.skipped:
         print_note(f"{plural(corpus.skipped, 'record')} without a usable caption, the first: {corpus.first_skipped}")
     tokenizer = train_text_model(recipe.text_model, settings, corpus.training.captions)
+    counts = corpus.training.count, corpus.held_out.count
+    print(
+        f"{plural(corpus.records, 'record')}: {counts[0]} captions to train on, {counts[1]} held out by their text",
+        file=sys.stderr,
+    )
     trained, given = len(corpus.training.captions), corpus.training.count
     used = plural(trained, "caption")
     print(f"trained on {used}, a random part of {given}" if trained < given else f"trained on {used}", file=sys.stderr)

@@ -30,6 +30,7 @@ from cogview.data.store_checksum import DATA_FILE, check_sum
 from cogview.data.store_rows import read_rows
 from cogview.errors import InputError
 from cogview.formatting import printable, shorten
+from cogview.input_files import looked_at
 from cogview.plain_data import parse_json
 
 if TYPE_CHECKING:
@@ -302,7 +303,9 @@ class OpenEnvironment:
 
         self.process = os.getpid()
         if not path.exists():
-            raise InputError(f"there is no token store at {path}: make one with `cogview encode RECIPE`")
+            raise InputError(
+                f"there is no token store at {path}: make one with `cogview encode RECIPE`{looked_at(path)}"
+            )
         if not (path / DATA_FILE).is_file():
             raise InputError(f"{path} is not a token store: it has no {DATA_FILE}")
         check_sum(path)

@@ -251,14 +251,17 @@ def survey_lines(survey: PictureSurvey) -> list[str]:
     lengths, sides = sorted(survey.lengths), sorted(min(size) for size in survey.sizes)
     sample = "all" if survey.is_whole else f"{len(sides)} of them"
     found = [
-        f"{survey.pictures} pictures with {survey.rows} captions, {survey.distinct} of them different",
+        f"{survey.records} entries: {survey.pictures} pictures with captions, {survey.unusable} that cannot be used",
+        f"captions of these pictures: {survey.rows}; different texts: {survey.distinct}",
         f"captions of {lengths[0]} to {lengths[-1]} characters, {len(survey.characters)} different ones in all",
         f"looked at {sample}: shorter sides of {sides[0]} to {sides[-1]} pixels, {survey.odd_share:.0%} far from "
         f"square, {survey.transparent_share:.0%} with transparent parts",
     ]
+    if survey.copies:
+        found.append(f"copies of other pictures among these, which the image tokenizer sees once: {survey.copies}")
     if survey.left_out:
         first = " ".join(survey.problems[0].split())
-        found.append(f"entries that cannot be used: {survey.left_out}; the first: {first}")
+        found.append(f"the first entry that cannot be used: {first}")
     return found
 
 

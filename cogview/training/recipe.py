@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from cogview.config_io import from_mapping, read_recipe, section
 from cogview.errors import InputError
+from cogview.input_files import looked_at
 
 if TYPE_CHECKING:
     from cogview.tokenizers.text import TextTokenizer
@@ -43,7 +44,8 @@ def find_recipe(path: Path) -> Path:
         return known[str(path)]
     near = get_close_matches(path.stem, known, n=1)
     remedy = f'did you mean the packaged recipe "{near[0]}"?' if near else f"packaged recipes are: {', '.join(known)}"
-    raise InputError(f"cannot read the recipe {path}: No such file or directory; {remedy}")
+    looked = looked_at(path) if path.suffix or len(path.parts) > 1 else ""  # not for a name
+    raise InputError(f"cannot read the recipe {path}: No such file or directory; {remedy}{looked}")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,8 @@ class PictureSurvey:
         distinct: Number of different captions.
         characters: Uses of each character.
         sampled: Pictures of the sample, whether or not they can be read.
+        unread: Pictures of the sample that cannot be used.
+        unread_captions: Their captions.
         sizes: Width and height of the pictures of the sample.
         transparent: Pictures of the sample with transparent parts.
         digests: Hashes of the pixels of the sample.
@@ -58,6 +60,8 @@ class PictureSurvey:
     distinct: int = 0
     characters: Counter[str] = field(default_factory=Counter)
     sampled: int = 0
+    unread: int = 0
+    unread_captions: int = 0
     sizes: list[tuple[int, int]] = field(default_factory=list)
     transparent: int = 0
     digests: list[str] = field(default_factory=list)
@@ -71,13 +75,28 @@ class PictureSurvey:
 
     @property
     def pictures(self) -> int:
-        """Estimated number of pictures with captions in all sources."""
-        return round(self.captioned * self.records / max(1, self.read))
+        """Number of usable pictures with captions in all sources; an estimate, unless all were looked at."""
+        return self._in_all(self.captioned, self.unread)
+
+    @property
+    def unusable(self) -> int:
+        """Number of the other entries of the sources."""
+        return self.records - self.pictures
+
+    @property
+    def copies(self) -> int:
+        """Pictures of the sample with the same pixels as an earlier one."""
+        return len(self.digests) - len(set(self.digests))
 
     @property
     def rows(self) -> int:
-        """Estimated number of captions in all sources."""
-        return round(self.captions * self.records / max(1, self.read))
+        """Number of captions of these pictures; an estimate, unless all were looked at."""
+        return self._in_all(self.captions, self.unread_captions)
+
+    def _in_all(self, count: int, unread: int) -> int:
+        """Return a count of what was read, less the share of the sample that cannot be used, for all sources."""
+        usable = count - unread * self.captioned / max(1, self.sampled)
+        return round(usable * self.records / max(1, self.read))
 
     @property
     def is_whole(self) -> bool:
@@ -159,12 +178,19 @@ def survey_pictures(sources: Sequence[Path], on_note: Callable[[str], object]) -
             _add_picture(found, record)
         except InputError as error:
             _add_problem(found, str(error))
+            found.unread += 1
+            found.unread_captions += len(usable_captions(record))
     return found
+
+
+def usable_captions(record: PictureRecord) -> list[str]:
+    """Return the captions of a record, normalized as those of a store are, without empty ones."""
+    return list(filter(None, map(normalize_caption, record.captions)))
 
 
 def _add_captions(found: PictureSurvey, record: PictureRecord, known: set[str], sample: list[PictureRecord]) -> None:
     """Add the captions of a record, and the record to the random sample."""
-    captions = list(filter(None, map(normalize_caption, record.captions)))
+    captions = usable_captions(record)
     if record.file is None or not captions:
         _add_problem(found, f"{record.name}: {record.problem or 'a picture without a caption'}")
         return

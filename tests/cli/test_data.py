@@ -65,6 +65,7 @@ def test_data_build_reports_what_is_left_out(data):
     status, out, err = data("build", "pictures", "-o", "store", "--held-out", "0")
     assert (status, out) == (1, ["store: 6 rows of 6 pictures"])
     assert err == [
+        "8 entries: 6 pictures to train on, 0 held out, 2 left out",
         "left out: 2, listed in store-left-out.jsonl",
         "failed: pictures/1.png is no image that can be read; expected PNG, JPEG, WebP, GIF, BMP, TIFF or PPM",
     ]
@@ -92,7 +93,10 @@ def test_data_build_takes_several_sources_and_says_what_it_guesses(data, save_im
     Path("list.csv").write_text("path,text\nmore/a.png,黄色的狗\n", encoding="utf-8")
     status, out, err = data("build", "pictures", "list.csv", "-o", "store", "--held-out", "0", "--fit", "pad")
     assert (status, out) == (0, ["store: 9 rows of 9 pictures"])
-    assert err == ['note: list.csv: pictures in "path", captions in "text"']
+    assert err == [
+        'note: list.csv: pictures in "path", captions in "text"',
+        "9 entries: 9 pictures to train on, 0 held out, 0 left out",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from cogview.checkpoints.checkpoint import read_config
-from cogview.cli import package, run
+from cogview.cli import package, run, train_image
 from cogview.cli.main import main
 from cogview.cli.package import PackageSettings
 from cogview.cli.steps import encode_settings, image_settings, text_settings, transformer_settings
@@ -87,7 +87,10 @@ def test_new_recipe_holds_out_the_pictures_that_it_names(new, tmp_path):
     Path("shapes/broken.png").write_bytes(b"nothing")
     Path("shapes/broken.txt").write_text("坏", encoding="utf-8")
     assert new("mine", "--pictures", "shapes")[0] == 0
-    assert "entries that cannot be used: 1; the first: shapes/broken.png" in Path("mine/recipe.yaml").read_text("utf-8")
+    text = Path("mine/recipe.yaml").read_text("utf-8")
+    assert "# 41 entries: 40 pictures with captions, 1 that cannot be used\n" in text
+    assert "# captions of these pictures: 40; different texts: 41\n" in text
+    assert "# the first entry that cannot be used: shapes/broken.png" in text
     Path("shapes/broken.png").unlink()
     share = yaml.safe_load(Path("mine/recipe.yaml").read_text(encoding="utf-8"))["image"]["held_out"]
     digests = [pixel_digest(Image.open(path).convert("RGB")) for path in Path("shapes").glob("*.png")]
@@ -408,6 +411,26 @@ def test_new_looks_at_its_target_before_it_times_steps(new, save_image, monkeypa
     ):
         status, _, err = new(folder, "--pictures", "photos")
         assert (status, err[-1]) == (2, f"cogview new: {message}")
+
+
+def test_counts_of_all_steps_can_be_added_up(new, save_image, capsys):
+    """``new`` counted a broken picture twice, as usable and as not, and no line said what it counted."""
+    draw_pictures(Path("shapes"))
+    Path("shapes/broken.png").write_bytes(b"nothing")
+    Path("shapes/broken.txt").write_text("坏", encoding="utf-8")
+    save_image("shapes/bare.png", 1)
+    shutil.copy("shapes/00.png", "shapes/copy.png")
+    shutil.copy("shapes/00.txt", "shapes/copy.txt")
+    _, _, err = new("mine", "--pictures", "shapes", "--size", "tiny")
+    assert "43 entries: 41 pictures with captions, 2 that cannot be used" in err
+    assert "copies of other pictures among these, which the image tokenizer sees once: 1" in err
+    assert main(["train-text", "mine/recipe.yaml", "held_out=0"]) == 0
+    assert "43 records: 42 captions to train on, 0 held out by their text" in capsys.readouterr().err
+    recipe = Recipe.open(Path("mine/recipe.yaml"))
+    index = train_image._index_pictures(recipe, image_settings(recipe), resumes=False)
+    training, held_out = len(index.training), len(index.held_out)
+    assert (training + held_out, len(index.left_out)) == (41, 2)
+    assert f"43 pictures: {training} to train on, {held_out} held out, 2 left out" in capsys.readouterr().err
 
 
 def test_new_speaks_chinese(new, save_image):

@@ -64,7 +64,7 @@ def plant(folder: Path, *names: str) -> None:
         ("text.training.steps=7", 'section text of own.yaml: "training" is unknown'),
         ("package.training.steps=7", 'section package of own.yaml: "training" is unknown'),
         ("package.licence=3", "section package of own.yaml, licence: expected text, got 3"),
-        ("package.card=missing.md", "the model card missing.md of own.yaml cannot be read: No such file or directory"),
+        ("package.card=missing.md", "the model card missing.md of own.yaml does not exist: looked for /"),
         ("image.sid=64", 'section image of own.yaml: "sid" is unknown; did you mean "side"?'),
     ],
 )

@@ -51,8 +51,8 @@ def test_train_image_trains_on_pictures_and_evaluates_on_held_out_ones(train_ima
     assert (status, out) == (0, ["work/image"])
     assert err[0] == "left out: 1, listed in work/pictures-left-out.jsonl"
     assert json.loads(Path("work/pictures-left-out.jsonl").read_text())["file"] == "pictures/broken.jpg"
-    training, held_out = int(err[1].split()[0]), int(err[1].split()[-3])
-    assert err[1] == f"{training} pictures to train on, {held_out} held out"
+    training, held_out = int(err[1].split()[2]), int(err[1].split()[6])
+    assert err[1] == f"25 pictures: {training} to train on, {held_out} held out, 1 left out"
     assert training + held_out == 24
     assert held_out >= 2
     last = json.loads(Path("work/image-run/metrics.jsonl").read_text().splitlines()[-1])

@@ -1,5 +1,6 @@
 """``cogview train-text`` on captions of one's own: what is trained, what is printed, and what is refused."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -35,10 +36,13 @@ def train_text(tmp_path, monkeypatch, capsys):
 def test_train_text_reports_how_held_out_captions_are_spelt(train_text):
     status, out, err = train_text()
     assert (status, out) == (0, ["work/text.model"])
-    assert err[0].startswith("trained on 28")
-    assert "held-out captions: 0.00% of the characters are spelt in bytes, 6.0 pieces a caption" in err[1]
-    assert len(err) == 3
-    assert err[2].endswith("pieces (at most 400 requested)")
+    counts = list(map(int, re.findall(r"\d+", err[0])))
+    assert err[0] == f"300 records: {counts[1]} captions to train on, {counts[2]} held out by their text"
+    assert counts[1] + counts[2] == 300
+    assert err[1] == f"trained on {counts[1]} captions"
+    assert "held-out captions: 0.00% of the characters are spelt in bytes, 6.0 pieces a caption" in err[2]
+    assert len(err) == 4
+    assert err[3].endswith("pieces (at most 400 requested)")
     tokenizer = TextTokenizer.load("work/text.model")
     assert len(tokenizer.encode(caption(7))) == 6
 
@@ -49,8 +53,8 @@ def test_train_text_names_characters_that_are_spelt_in_bytes(train_text):
     held_out = next(share for share in (0.1, 0.2, 0.3, 0.4, 0.6, 0.8) if is_held_out_at(lines[7], share))
     Path("captions.txt").write_text("\n".join(lines), encoding="utf-8")
     _, _, err = train_text(held_out=held_out)
-    assert err[2] == "spelt in bytes most often: 龘", err
-    assert "0.00%" not in err[1]
+    assert err[3] == "spelt in bytes most often: 龘", err
+    assert "0.00%" not in err[2]
 
 
 def is_held_out_at(text: str, share: float) -> bool:
@@ -64,8 +68,9 @@ def test_train_text_takes_a_random_part_of_many_captions_and_several_sources(tra
     Path("table.csv").write_text("图片,描述\n" + "a.png,一只狐狸\na.png,两只狐狸\n" * 30, encoding="utf-8")
     status, _, err = train_text("captions=200", "held_out=0", pictures=["captions.txt", "table.csv"])
     assert status == 0
-    assert err[:2] == [
+    assert err[:3] == [
         'note: table.csv: pictures in "图片", captions in "描述"',
+        "301 records: 360 captions to train on, 0 held out by their text",
         "trained on 200 captions, a random part of 360",
     ]
     assert not TextTokenizer.load("work/text.model").byte_share("狐狸")
@@ -86,7 +91,7 @@ def test_train_text_notes_pictures_without_captions(train_text, save_image):
 def test_train_text_notes_that_nothing_is_held_out(train_text):
     Path("captions.txt").write_text("一只狗\n一只狐狸", encoding="utf-8")
     _, _, err = train_text(held_out=1e-9)
-    assert err[1] == "note: no caption fell into the held-out share of 1e-09: the share of bytes is unknown"
+    assert err[2] == "note: no caption fell into the held-out share of 1e-09: the share of bytes is unknown"
 
 
 @pytest.mark.parametrize(

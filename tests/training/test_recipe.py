@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from cogview.data.sources.open import open_source
+from cogview.data.sources.tables import TableOptions
 from cogview.errors import InputError
 from cogview.training.recipe import Recipe, find_recipe, packaged_recipes
 from cogview.training.settings import TransformerSettings
@@ -59,6 +61,22 @@ def test_find_recipe_knows_packaged_recipes_by_name(tmp_path, monkeypatch):
     assert Recipe.open(Path("emoji-cpu")).work == Path("runs/emoji-cpu")
     (tmp_path / "emoji-cpu").write_text("work: mine")
     assert Recipe.open(Path("emoji-cpu")).work == Path("mine")
+
+
+def test_find_recipe_says_where_it_looked(tmp_path, monkeypatch):
+    """A recipe was started in another folder than the one that its paths start at."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        find_recipe(Path("mine/recipe.yaml"))
+    assert str(caught.value).endswith(
+        f"; a path starts at the current folder, so it would be {tmp_path}/mine/recipe.yaml"
+    )
+    with pytest.raises(InputError) as caught:
+        open_source(Path("pictures"), TableOptions(), str)
+    assert str(caught.value).endswith(f"; a path starts at the current folder, so it would be {tmp_path}/pictures")
+    with pytest.raises(InputError) as caught:
+        open_source(tmp_path / "pictures", TableOptions(), str)
+    assert "current folder" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

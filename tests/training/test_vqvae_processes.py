@@ -133,7 +133,7 @@ def test_train_image_of_two_processes_reports_a_mistake_once(trained):
     _, errors = trained
     assert "batch_size 5 does not divide among 2 processes; 4 or 6 would" in errors[0]
     assert errors[0].count("has been changed or removed since the training was started") == 1
-    assert "pictures to train on" in errors[0]
+    assert " to train on, " in errors[0]
     assert "two/image-run already holds a run at step-00000012" in errors[0]
     assert '"changed' not in Path("two/pictures.jsonl").read_text()
     assert errors[1] == ""

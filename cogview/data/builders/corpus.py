@@ -47,12 +47,14 @@ class CaptionCorpus:
     Attributes:
         training: The captions to train on.
         held_out: Captions that are not trained on, chosen by a hash of their text.
+        records: Number of all entries.
         skipped: Number of entries without captions that can be used.
         first_skipped: The first of them, with its reason.
     """
 
     training: CaptionSample
     held_out: CaptionSample = field(default_factory=lambda: CaptionSample(limit=MAX_HELD_OUT))
+    records: int = 0
     skipped: int = 0
     first_skipped: str = ""
 
@@ -78,6 +80,7 @@ def read_corpus(
     """
     corpus = CaptionCorpus(training=CaptionSample(limit=limit))
     for record in records:
+        corpus.records += 1
         if not record.captions:
             corpus.skip(record.name, record.problem or "no caption")
         for text in record.captions:

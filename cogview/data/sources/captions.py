@@ -9,6 +9,7 @@ from cogview.data.sources.open import KNOWN, open_source
 from cogview.data.sources.records import PictureRecord
 from cogview.data.sources.tables import TableOptions
 from cogview.errors import InputError
+from cogview.input_files import looked_at
 from cogview.tables import line_problem, numbered_lines, read_text
 
 
@@ -24,7 +25,9 @@ def caption_records(path: Path, options: TableOptions, on_note: Callable[[str], 
         InputError: It does not exist, cannot be read, or has an unknown format.
     """
     if not path.exists():
-        raise InputError(f"the source {path} does not exist; expected a .txt file with a caption a line, {KNOWN}")
+        raise InputError(
+            f"the source {path} does not exist; expected a .txt file with a caption a line, {KNOWN}{looked_at(path)}"
+        )
     if path.is_dir() or path.suffix.lower() != ".txt":
         yield from open_source(path, options, on_note)
         return

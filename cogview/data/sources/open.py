@@ -11,7 +11,7 @@ from cogview.data.sources.records import PictureSource
 from cogview.data.sources.tables import PictureTable, TableOptions
 from cogview.data.sources.tar_shards import TarShard
 from cogview.errors import InputError
-from cogview.input_files import open_regular
+from cogview.input_files import looked_at, open_regular
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 KNOWN = "a folder, .csv, .tsv, .jsonl, .parquet, COCO's .json, or a .tar shard"
@@ -29,7 +29,7 @@ def open_source(path: Path, options: TableOptions, on_note: Callable[[str], obje
         InputError: It does not exist, cannot be read, or has an unknown format.
     """
     if not path.exists():
-        raise InputError(f"the source {path} does not exist; expected {KNOWN}")
+        raise InputError(f"the source {path} does not exist; expected {KNOWN}{looked_at(path)}")
     if path.is_dir():
         return PictureFolder(path)
     open_regular(path).close()

@@ -11,6 +11,7 @@ from cogview.data.sources.records import PictureFile, PictureRecord
 from cogview.data.sources.tables import TableOptions
 from cogview.errors import InputError
 from cogview.image_io.reading import EXPECTED, IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from cogview.input_files import looked_at
 
 
 def picture_records(path: Path, options: TableOptions, on_note: Callable[[str], object]) -> Iterator[PictureRecord]:
@@ -26,7 +27,7 @@ def picture_records(path: Path, options: TableOptions, on_note: Callable[[str], 
         InputError: It does not exist, cannot be read, has an unknown format, or is a folder without pictures.
     """
     if not path.exists():
-        raise InputError(f"the source {path} does not exist; expected a picture, {KNOWN}")
+        raise InputError(f"the source {path} does not exist; expected a picture, {KNOWN}{looked_at(path)}")
     if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
         yield PictureRecord(name=str(path), file=PictureFile(path=path))
     elif path.is_dir():
