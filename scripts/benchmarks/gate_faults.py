@@ -1,7 +1,7 @@
 """Plant faults in a model, run the gate on each with several seeds, and count how often it notices.
 
 Faults: the scale of one int4 group of 64 columns in every row of a matrix, two exchanged layer norms, temperature 2,
-and images of one prompt that are all alike. An unchanged model is run as often with other seeds, and should pass. The runs
+and images of one prompt that are all alike. An unchanged model is run as often with other seeds, and should pass. All
 are compared with a result of seed 0 in MODEL/gate.json.
 
 python scripts/benchmarks/gate_faults.py [--runs 20] [--prompts 500] [--fault NAME …]
