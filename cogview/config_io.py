@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cogview.errors import InputError
-from cogview.formatting import shorten
+from cogview.formatting import format_list, shorten
 from cogview.plain_data import parse_yaml, read_yaml
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ def section(recipe: Mapping[str, Any], name: str, overrides: Iterable[str] = ())
         InputError: The section is missing or is no mapping, or an override cannot be parsed.
     """
     if name not in recipe:
-        raise InputError(f'the recipe has no section "{name}"; it has: {", ".join(map(str, recipe)) or "none"}')
+        raise InputError(f'the recipe has no section "{name}"; it has: {format_list(recipe) or "none"}')
     content = {} if recipe[name] is None else recipe[name]
     if not isinstance(content, dict):
         raise InputError(f'section "{name}" of the recipe: expected settings, got {_describe(content)}')

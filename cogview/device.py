@@ -17,6 +17,7 @@ import torch
 
 from cogview.errors import InputError
 from cogview.kernels.linear import cpu_multiplies_bfloat16
+from cogview.process_variables import number_variable, threads_variable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DTYPE_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
@@ -86,9 +87,8 @@ def parse_quantization(name: str | None) -> Quantization | None:
 
 def use_local_rank_gpu() -> None:
     """Select the GPU with the number LOCAL_RANK for ``auto`` and ``cuda``, in a process started by torchrun."""
-    local = os.environ.get("LOCAL_RANK", "")
-    if local.isdecimal() and torch.cuda.is_available():
-        torch.cuda.set_device(int(local) % torch.cuda.device_count())
+    if "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        torch.cuda.set_device(number_variable("LOCAL_RANK", 0) % torch.cuda.device_count())
 
 
 def cpu_quota(root: Path = Path("/")) -> float | None:
@@ -129,7 +129,7 @@ def use_cpu_quota() -> None:
 
     PyTorch starts one thread for each core of the machine. With a quota they take turns, which slows all of them.
     """
-    if (quota := cpu_quota()) is not None and "OMP_NUM_THREADS" not in os.environ:
+    if threads_variable() is None and (quota := cpu_quota()) is not None:
         torch.set_num_threads(min(torch.get_num_threads(), math.ceil(quota)))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 COLUMN_GAP = "  "
+MAX_LISTED = 8  # entries of a list that a message shows
+MAX_ENTRY = 80  # characters of each
 
 _CONTROL = ("Cc", "Cf", "Cs", "Zl", "Zp")  # general categories of Unicode
 _JOINERS = "\u200c\u200d"  # of the category Cf: they join emoji and letters, and nothing else
@@ -66,6 +68,25 @@ def shorten(text: str, limit: int, keep: int | None = None) -> str:
 def shorten_middle(text: str, limit: int) -> str:
     """Return ``text``, or its beginning and its end around an ellipsis where it is longer than ``limit`` characters."""
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[1 - (limit - limit // 2) :]}"
+
+
+def format_list(
+    entries: Iterable[object], max_listed: int = MAX_LISTED, joint: str = ", ", max_entry: int = MAX_ENTRY
+) -> str:
+    """Return a list for a message: its first entries, and the number of the others.
+
+    Args:
+        entries: The entries.
+        max_listed: Entries that are shown.
+        joint: Text between two entries.
+        max_entry: Characters of an entry that are shown.
+
+    Returns:
+        Text such as ``a, b and 7 more``.
+    """
+    listed = [shorten(str(entry), max_entry) for entry in entries]
+    more = f" and {len(listed) - max_listed} more" if len(listed) > max_listed else ""
+    return joint.join(listed[:max_listed]) + more
 
 
 def printable(text: str) -> str:

@@ -27,6 +27,7 @@ STOREYS: tuple[tuple[str | None, ...], ...] = (
         "input_files",
         "limits",
         "plain_data",
+        "process_variables",
         "tables",
         "pickle_limits",
         "signals",

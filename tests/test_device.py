@@ -219,7 +219,7 @@ def test_training_dtype_uses_the_requested_precision():
         training_dtype(cpu, "fp8")
 
 
-@pytest.mark.parametrize(("local", "chosen"), [("1", [1]), ("5", [1]), (None, []), ("-", [])])
+@pytest.mark.parametrize(("local", "chosen"), [("1", [1]), ("5", [1]), (None, [])])
 def test_use_local_rank_gpu_selects_a_gpu_per_process(cards, monkeypatch, local, chosen):
     cards(8, 0)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
@@ -229,6 +229,13 @@ def test_use_local_rank_gpu_selects_a_gpu_per_process(cards, monkeypatch, local,
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     use_local_rank_gpu()
     assert taken == chosen
+
+
+def test_use_local_rank_gpu_refuses_what_is_no_number(cards, monkeypatch):
+    cards(8, 0)
+    monkeypatch.setenv("LOCAL_RANK", "-")
+    with pytest.raises(InputError, match="LOCAL_RANK is '-', expected a whole number"):
+        use_local_rank_gpu()
 
 
 # --- peaks of memory ----------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from cogview.formatting import (
     format_bytes,
     format_duration,
     format_gigabytes,
+    format_list,
     plural,
     printable,
     shorten,
@@ -101,3 +102,10 @@ def test_input_error_escapes_control_characters():
 def test_shorten_middle_keeps_both_ends():
     assert shorten_middle("abcdef", 6) == "abcdef"
     assert shorten_middle("abcdefg", 6) == "abc…fg"
+
+
+def test_format_list_shows_the_first_entries_and_counts_the_others():
+    assert format_list([]) == ""
+    assert format_list(["a", 2], 2) == "a, 2"
+    assert format_list(["狐", "狗", "猫"], 2, joint="、") == "狐、狗 and 1 more"
+    assert len(format_list(["字" * 10_000] * 6_000)) < 1_000

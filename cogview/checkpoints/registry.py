@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +13,7 @@ from cogview.checkpoints.hub import fetch_adapter, fetch_checkpoint, is_hub_name
 from cogview.config_io import from_mapping
 from cogview.errors import InputError
 from cogview.plain_data import read_yaml
+from cogview.process_variables import folder_variable
 
 V1_FILES = {  # by role, under their published names
     "transformer": "cogview-base.tar",
@@ -138,9 +138,9 @@ def resolve_adapter(name: str | Path) -> Path:
 
 def cache_folder() -> Path:
     """Where downloaded files and converted models lie: $COGVIEW_HOME, $XDG_CACHE_HOME/cogview or ~/.cache/cogview."""
-    if chosen := os.environ.get("COGVIEW_HOME"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "cogview"
+    if (chosen := folder_variable("COGVIEW_HOME")) is not None:
+        return chosen
+    return (folder_variable("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "cogview"
 
 
 def downloads_folder() -> Path:

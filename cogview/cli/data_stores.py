@@ -23,7 +23,7 @@ from cogview.cli.options import (
     output_option,
 )
 from cogview.errors import ExitStatus, InputError
-from cogview.formatting import plural
+from cogview.formatting import format_list, plural
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     import numpy as np
@@ -109,7 +109,7 @@ def validate(stores: tuple[Path, ...]) -> int:
     from cogview.data.store_stats import chunks
 
     if missing := [str(path) for path in stores if not path.is_dir()]:
-        raise InputError(f"there is no folder {', '.join(missing)}: expected the folders of token stores")
+        raise InputError(f"there is no folder {format_list(missing)}: expected the folders of token stores")
     status = ExitStatus.DONE
     for path in stores:
         try:

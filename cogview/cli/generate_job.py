@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any
 from cogview.cli.caption import caption_line
 from cogview.cli.messages import message_line, print_result
 from cogview.cli.options import SessionOptions
-from cogview.cli.progress import ProgressBar, is_first_process
+from cogview.cli.progress import ProgressBar
 from cogview.cli.session import GenerationSession, result_line
 from cogview.errors import ExitStatus
 from cogview.formatting import plural
 from cogview.jobs.journal import JobJournal, refuse_existing
-from cogview.jobs.locks import JobLocks, rank_and_world_size
+from cogview.jobs.locks import JobLocks
 from cogview.jobs.observer import JobObserver, JobReport
 from cogview.jobs.plan import JobPlan, JobSettings
 from cogview.jobs.records import read_job
 from cogview.jobs.runner import JobRunner
+from cogview.process_variables import is_first_process, rank_and_world_size
 from cogview.signals import GracefulStop, exit_status_of_signal
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cogview.cli.translation import translate
 from cogview.formatting import plural
+from cogview.process_variables import is_first_process
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,11 +43,6 @@ def log_batch_plans() -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(before[0])
         logger.propagate = before[1]
-
-
-def is_first_process() -> bool:
-    """Return whether this process shows the progress of all processes that share a job."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 class _PlanLogHandler(logging.Handler):

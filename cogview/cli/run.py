@@ -31,7 +31,7 @@ from cogview.cli.steps import (
 from cogview.config_io import to_mapping
 from cogview.errors import ExitStatus, InputError, reason_of
 from cogview.formatting import format_duration
-from cogview.jobs.locks import rank_and_world_size
+from cogview.process_variables import rank_and_world_size
 from cogview.signals import exit_status_of_signal
 from cogview.training.recipe import Recipe
 from cogview.training.step_records import read_records, record_step

@@ -14,7 +14,7 @@ import click
 
 from cogview.cli.options import FILE, Command, argument
 from cogview.errors import InputError
-from cogview.formatting import aligned_columns
+from cogview.formatting import MAX_ENTRY, aligned_columns, format_list, shorten
 
 if TYPE_CHECKING:
     from cogview.training.run_record import MetricSeries, RunRecord
@@ -222,8 +222,8 @@ def _loss(value: float | None) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return a setting as text."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """Return a setting as text; a long one, such as a list of words, is shortened."""
+    return shorten(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), MAX_ENTRY)
 
 
 def _finite(value: Any) -> Any:
@@ -237,4 +237,4 @@ def _finite(value: Any) -> Any:
 
 def _names(folders: Sequence[Path]) -> str:
     """Return the folders as a list in a message."""
-    return ", ".join(map(str, folders))
+    return format_list(folders)

@@ -11,10 +11,12 @@ from typing import Any
 
 from cogview.cli.continuation import STEPS_KEYS, UnfinishedTraining, remedies, run_settings
 from cogview.errors import InputError
+from cogview.formatting import format_list
 from cogview.training.recipe import Recipe
 from cogview.training.step_records import StepRecord, changes_of
 
 MAX_CHANGES = 3  # that a message names
+MAX_CHANGE = 300  # characters of each
 SECTIONS = ("work", "scenes", "text", "image", "encode", "transformer", "package")  # of a recipe
 
 # The files that a result cannot be opened without.
@@ -148,8 +150,8 @@ def check_step(recipe: Recipe, steps: Sequence[RecipeStep], number: int, records
     record = records.get(step.command)
     changes = step.changes(recipe, record)
     if changes:
-        more = f" and {len(changes) - MAX_CHANGES} more" if len(changes) > MAX_CHANGES else ""
-        reason = f"the settings of step {step.command} have changed: {', '.join(changes[:MAX_CHANGES])}{more}"
+        named = format_list(changes, MAX_CHANGES, max_entry=MAX_CHANGE)
+        reason = f"the settings of step {step.command} have changed: {named}"
     elif record is not None and (earlier := later_done(step, steps, record, records)):
         reason = f"step {step.command} was done before step {earlier} was done again"
     else:

@@ -14,6 +14,7 @@ from cogview.data.store import NO_TOKEN, TEXT_FIELD, StoreHeader, TokenStore
 from cogview.data.store_writer import ROWS_PER_TRANSACTION, StoreWriter
 from cogview.errors import InputError
 from cogview.files import atomic_folder
+from cogview.formatting import format_list
 
 
 def merged_header(stores: Sequence[TokenStore]) -> StoreHeader:
@@ -59,7 +60,7 @@ def copy_rows(paths: Sequence[Path], target: Path, *, overwrite: bool = False) -
     """
     resolved = [path.resolve() for path in paths]
     if twice := [str(path) for path, place in zip(paths, resolved, strict=True) if resolved.count(place) > 1]:
-        raise InputError(f"one store is given more than once ({', '.join(twice)}): its rows would be doubled")
+        raise InputError(f"one store is given more than once ({format_list(twice)}): its rows would be doubled")
     with ExitStack() as stack:
         stores = [stack.enter_context(TokenStore(path)) for path in paths]
         header = merged_header(stores)

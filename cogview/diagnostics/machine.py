@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogview.errors import InputError
 from cogview.formatting import format_bytes
+from cogview.process_variables import rank_and_world_size
 
 if TYPE_CHECKING:
     import torch
@@ -199,7 +200,7 @@ def check_processes(device: str, count: int | None) -> Iterator[Diagnosis]:
 
     uses_cuda = torch.cuda.is_available() and device != "cpu"
     size = count or (torch.cuda.device_count() if uses_cuda else 2)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if rank_and_world_size()[1] > 1:
         size, seconds = _all_reduce_with_peers(device)
         where = f"{size} processes that were started together"
     else:

@@ -15,7 +15,6 @@ device, so that CUDA can capture it as a graph and replay it.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from functools import partial
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from cogview.generation.decoding_state import DecodingState
 from cogview.generation.requests import DecodingCallback, notify
 from cogview.generation.token_sampler import TokenSampler
+from cogview.process_variables import choice_variable
 
 # Columns of all rows together that a forward pass may read, by device: measured on a CPU with
 # scripts/benchmarks/speculative.py, assumed for GPUs.
@@ -70,15 +70,11 @@ def uses_cuda_graphs(device: torch.device) -> bool:
     ``COGVIEW_STEPS=eager|captured`` is still read.
 
     Raises:
-        ValueError: A variable has another value.
+        InputError: A variable has another value.
     """
     for variable, values in (("COGVIEW_CUDA_GRAPHS", ("0", "1")), ("COGVIEW_STEPS", ("eager", "captured"))):
-        forced = os.environ.get(variable)
-        if forced is None:
-            continue
-        if forced not in values:
-            raise ValueError(f"{variable}={forced!r} is unknown; known: {', '.join(values)}")
-        return forced == values[1]
+        if (forced := choice_variable(variable, values)) is not None:
+            return forced == values[1]
     return device.type == "cuda"
 
 

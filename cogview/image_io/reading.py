@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from cogview.errors import InputError, reason_of
+from cogview.formatting import format_list
 from cogview.image_io.colour import to_srgb
 
 # No other format is ever opened: Pillow would start Ghostscript for PostScript, whatever the name of the file.
@@ -172,20 +173,16 @@ def _images_in(folder: Path, on_note: Callable[[str], object]) -> list[Path]:
     files = [name for name in names if not name.startswith(".") and not (folder / name).is_dir()]
     images = [folder / name for name in files if name.lower().endswith(IMAGE_SUFFIXES)]
     if unread := [name for name in files if name.lower().endswith(UNREAD_SUFFIXES)]:
-        on_note(f"{folder}: passed over {_shown(unread)}; expected {EXPECTED}")
+        on_note(f"{folder}: passed over {format_list(unread, MAX_SHOWN)}; expected {EXPECTED}")
     if sheets := [path for path in images if _is_contact_sheet(path)]:
-        on_note(f"{folder}: passed over contact sheets: {_shown([path.name for path in sheets])}")
+        shown = format_list((path.name for path in sheets), MAX_SHOWN)
+        on_note(f"{folder}: passed over contact sheets: {shown}")
         images = [path for path in images if path not in set(sheets)]
     if not images:
         raise InputError(
             f"the folder {folder} holds no image: looked for names in {', '.join(IMAGE_SUFFIXES)}, not in folders below"
         )
     return images
-
-
-def _shown(names: Sequence[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    return ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" * (len(names) > MAX_SHOWN))
 
 
 def _is_contact_sheet(path: Path) -> bool:

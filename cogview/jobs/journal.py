@@ -18,12 +18,14 @@ from typing import Any, TypeAlias
 
 from cogview.errors import InputError, RetryLaterError, disk_full_reason
 from cogview.files import atomic_write, json_line
-from cogview.formatting import plural
+from cogview.formatting import format_list, plural
 from cogview.input_files import open_regular
 from cogview.jobs.locks import JobLocks
 from cogview.plain_data import parse_json
 
 FORMAT_VERSION = 2  # with errors, which version 1 would take for results
+
+NAMES_KEY = "adapters"  # of the header: names beside the digests of "weights", which are compared
 
 _VERSION_KEY = "cogview_job"
 _OLD_SAMPLING = {"min_p": 0.0, "noise_version": 1}  # of journals written before 0.3, which do not name these settings
@@ -127,15 +129,9 @@ class JobJournal:
             elif not resume:
                 refuse_existing(path, locks)
             journal = cls(path, locks, problem_of)
-            for key in {**header, **journal.header}:
-                was, now = (
-                    f"{key} {_as_json(of[key])}" if key in of else f"no {key}" for of in (journal.header, header)
-                )
-                if was != now and not (key in inherit_keys and key in journal.header):
-                    journal.close()
-                    raise InputError(
-                        f"{path} was made with {was}, now with {now}: give the same, or choose another output folder"
-                    )
+            if (difference := _difference(journal.header, header, inherit_keys)) is not None:
+                journal.close()
+                raise InputError(f"{path} was made {difference}: give the same, or choose another output folder")
             # Not before: of two processes that start at once, neither may take an old journal for a new one.
             locks.register()
         journal._tried.clear()  # what failed in an earlier run is tried again
@@ -302,6 +298,41 @@ def _read_header(line: bytes, path: Path) -> dict[str, Any]:
     if isinstance(settings, dict) and all(isinstance(sampling, dict) for sampling in settings.values()):
         header["sampling"] = {task: {**_OLD_SAMPLING, **sampling} for task, sampling in settings.items()}
     return header
+
+
+def _difference(stored: Mapping[str, Any], given: Mapping[str, Any], inherit_keys: Collection[str]) -> str | None:
+    """Return how the header of a journal differs from that of a job; None if the job can continue it.
+
+    Args:
+        stored: The header of the journal.
+        given: The header of the job.
+        inherit_keys: Keys whose values come from ``stored``.
+
+    Returns:
+        The end of a sentence, such as ``with seed 7, now with seed 8``. Digests are not shown.
+    """
+    for key in {**given, **stored}:
+        was, now = (f"{key} {_as_json(of[key])}" if key in of else f"no {key}" for of in (stored, given))
+        if was == now or key == NAMES_KEY or (key in inherit_keys and key in stored):
+            continue
+        if key == "job":
+            return "from other lines than the job file has now"
+        if key != "weights":
+            return f"with {was}, now with {now}"
+        if NAMES_KEY not in stored:  # a journal of an earlier version
+            return "with other weights than now, of the model or of an adapter"
+        if stored[NAMES_KEY] != given.get(NAMES_KEY):
+            return f"with {_adapters(stored)}, now with {_adapters(given)}"
+        if not given[NAMES_KEY]:
+            return "with other weights of the model than now"
+        return f"with other weights than now, of the model or of {_adapters(given)}"
+    return None
+
+
+def _adapters(header: Mapping[str, Any]) -> str:
+    """Return the names and the scales of the adapters of a job, for a message."""
+    names = header.get(NAMES_KEY)
+    return f"the adapters {format_list(names)}" if isinstance(names, list) and names else "no adapters"
 
 
 def _as_json(value: Any) -> str:

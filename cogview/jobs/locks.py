@@ -16,7 +16,7 @@ try:
 except ImportError:  # on Windows
     fcntl = None  # type: ignore[assignment]
 
-from cogview.errors import InputError
+from cogview.process_variables import rank_and_world_size
 
 if TYPE_CHECKING:
     from cogview.jobs.journal import JobJournal
@@ -157,15 +157,3 @@ def run_chunks(
         if not todo:
             return
         time.sleep(POLL_SECONDS)
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Return RANK and WORLD_SIZE of the environment, by default 0 and 1.
-
-    Raises:
-        InputError: They are not whole numbers with 0 <= RANK < WORLD_SIZE.
-    """
-    rank, size = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise InputError(f'RANK "{rank}" and WORLD_SIZE "{size}" must be whole numbers, RANK from 0 to WORLD_SIZE - 1')
-    return int(rank), int(size)

@@ -211,6 +211,7 @@ class JobPlan:
             "job": digest(self._records, settings.source),
             "model": model.name,
             "weights": " ".join(prints),
+            "adapters": [str(choice) for choice in model.adapters],
             "dtype": model.placement.weight_format,
             "kv_dtype": settings.kv_dtype,
             "device": model.placement.device.type,

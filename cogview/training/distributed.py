@@ -22,9 +22,11 @@ import torch.distributed as dist
 
 from cogview.device import choose_placement, use_local_rank_gpu
 from cogview.errors import InputError, ReportedByPeer
+from cogview.process_variables import is_first_process, number_variable, rank_and_world_size
 
 T = TypeVar("T")
 
+MAX_PORT = 65535
 # Parts of the messages of gloo and NCCL when another process is lost.
 PEER_FAILURE_MESSAGES = (
     "Connection closed by peer",
@@ -173,18 +175,14 @@ def init_distributed(
         InputError: The variables contradict each other, there are more processes on this machine than GPUs, or the
             other processes cannot be reached.
     """
-    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if not 0 <= rank < max(size, 1):
-        raise InputError(
-            f"RANK is {rank} and WORLD_SIZE {size}: expected a rank from 0 to {size - 1}; start with torchrun"
-        )
+    rank, size = rank_and_world_size()
     if size > 1 and device not in ("auto", "cpu", "cuda"):
         raise InputError(
             f"{size} processes were started, so each takes the GPU of its LOCAL_RANK; expected --device auto, cpu or "
             f"cuda, got {device}"
         )
     if device != "cpu" and torch.cuda.is_available():
-        local_size, gpus = _number("LOCAL_WORLD_SIZE", size), torch.cuda.device_count()
+        local_size, gpus = number_variable("LOCAL_WORLD_SIZE", size), torch.cuda.device_count()
         if local_size > gpus:
             raise InputError(
                 f"{local_size} processes were started on this machine, which has {gpus} GPUs; expected one for each: "
@@ -210,7 +208,7 @@ def report_once() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first_process():
             raise ReportedByPeer(str(error)) from None
         raise
 
@@ -227,7 +225,7 @@ def exit_process(status: int) -> None:
     Threads of process groups that DeepSpeed and DistributedDataParallel still hold sometimes abort the interpreter at
     its end ("terminate called without an active exception"). A launcher would report that as a failure.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if rank_and_world_size()[1] > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -242,6 +240,8 @@ def _start_group(device: torch.device, rank: int, size: int, timeout: timedelta)
             raise InputError(
                 f"WORLD_SIZE is {size}, but {name} is not set; start with torchrun --nproc-per-node {size}"
             )
+    if (port := number_variable("MASTER_PORT", 1)) not in range(1, MAX_PORT + 1):
+        raise InputError(f"MASTER_PORT is {port}, expected a port from 1 to {MAX_PORT}")
     if size == 1:
         os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
         os.environ.setdefault("MASTER_PORT", str(free_port()))
@@ -262,14 +262,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def _number(name: str, default: int) -> int:
-    """Return an environment variable as a whole number."""
-    given = os.environ.get(name, str(default))
-    if not given.isdecimal():
-        raise InputError(f"{name} is {given!r}, expected a whole number; start with torchrun")
-    return int(given)
 
 
 def is_peer_failure(error: BaseException) -> bool:

@@ -27,6 +27,7 @@ from cogview.signals import GracefulStop, exit_status_of_signal
 from cogview.training.distributed import DistributedContext, is_peer_failure, log_main
 from cogview.training.run_folder import RunFolder, Writer, step_of
 from cogview.training.settings import RunSettings
+from cogview.training.trainer_state import StateMismatchError
 
 Batch = TypeVar("Batch")
 LINE_SECONDS = 60.0  # without a terminal, at most so long without a line while steps are done
@@ -184,10 +185,18 @@ def _start(
         if isinstance(error, RuntimeError) and (is_out_of_memory(error) or is_peer_failure(error)):
             raise
         reason = " ".join(str(error).split())[:300]
+        if isinstance(error, InputError) and not isinstance(error, StateMismatchError):
+            raise InputError(f"{checkpoint} cannot be resumed, {_remedy(run, checkpoint)}: {reason}") from None
         message = f"{checkpoint} does not fit the recipe, go back to its settings or remove {run.folder}: {reason}"
         raise InputError(message) from None
     log_main(f"resuming {run.folder} after step {step_of(checkpoint)}", context)
     return step_of(checkpoint)
+
+
+def _remedy(run: RunFolder, checkpoint: Path) -> str:
+    """Return how to continue a run whose last checkpoint is damaged."""
+    earlier = [path for path in run.checkpoints() if path != checkpoint]
+    return f"remove it to go on from {earlier[-1].name}" if earlier else f"remove {run.folder} to start again"
 
 
 class TrainingLoop(Generic[Batch]):

@@ -20,6 +20,7 @@ from cogview.data.store import TokenStore
 from cogview.data.store_watcher import StoreWatcher
 from cogview.data.v1_datasets import open_dataset
 from cogview.errors import InputError
+from cogview.formatting import format_list
 from cogview.modeling.config import ModelConfig
 from cogview.modeling.initialization import load_weights
 from cogview.modeling.lora import add_lora
@@ -31,7 +32,7 @@ from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.data_loader import TrainingStores
 from cogview.training.recipe import Recipe
 from cogview.training.settings import TransformerSettings
-from cogview.training.trainer_state import AdapterFiles
+from cogview.training.trainer_state import AdapterFiles, StateMismatchError
 from cogview.vqvae.model import VQVAE
 
 
@@ -230,7 +231,7 @@ def word_ids(model: Model, words: Sequence[str]) -> list[int]:
             raise InputError(f"lora.words: {word!r} has no pieces; expected a text")
         ids.update(model.config.vocabulary.text[piece] for piece in pieces)
     if ids:
-        print(f"embeddings of {len(ids)} pieces are learnt: those of {'、'.join(words)}", file=sys.stderr)
+        print(f"embeddings of {len(ids)} pieces are learnt: those of {format_list(words, joint='、')}", file=sys.stderr)
     return sorted(ids)
 
 
@@ -251,7 +252,10 @@ def adapter_files(model: Model, settings: TransformerSettings) -> AdapterFiles |
 
     def read(folder: Path) -> dict[str, Tensor]:
         adapter = Adapter(folder)
-        adapter.check_model(model.config, init_from)
+        try:
+            adapter.check_model(model.config, init_from)
+        except InputError as error:
+            raise StateMismatchError(str(error)) from None
         return adapter.weights()
 
     return AdapterFiles(write=write, read=read)

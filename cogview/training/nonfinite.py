@@ -26,12 +26,31 @@ from cogview.training.examples import TrainingBatch
 from cogview.training.run_folder import Writer
 from cogview.training.settings import TransformerTraining
 
+EARLY_STEPS = 20  # up to here, or to the end of the warmup, the learning rate is the likely cause
 MAX_SKIPPED_IN_A_ROW = 50  # with more skipped steps in a row, nothing is learned
 REPORT_BYTES = 512  # of a report that one process sends to the others
 
 
 class NonFiniteError(InputError):
     """Raised where training stops at a value that is not finite; the weights are those of the step before."""
+
+
+def nonfinite_advice(step: int, learning_rate: float, warmup_steps: int) -> str:
+    """Return the likely cause of a loss or gradient that is not finite, and the remedy.
+
+    Args:
+        step: The step, from 0.
+        learning_rate: The peak of the learning rate.
+        warmup_steps: Steps in which the learning rate rises to its peak.
+    """
+    if step == 0:
+        return "no weight has changed yet: choose precision: float32, or other weights to start from"
+    if step <= max(EARLY_STEPS, warmup_steps):
+        return (
+            "that early, the likely cause is the learning rate: start again in an empty run folder with less than "
+            f"training.learning_rate {learning_rate:g}"
+        )
+    return "lower the learning rate, or resume earlier"
 
 
 @contextmanager
@@ -147,8 +166,8 @@ class NonFiniteGuard:
         step, is_loss_finite = batch.step, math.isfinite(metrics["loss"])
         if self._skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"step {step}: no gradient was finite in the last {self._skipped_in_a_row} steps; lower the learning "
-                "rate, or resume earlier"
+                f"step {step}: no gradient was finite in the last {self._skipped_in_a_row} steps; "
+                f"{self._advice(step - self._skipped_in_a_row + 1)}"
             )
         if self.engine.model.dtype == torch.float16 and is_loss_finite and loss_scale > MIN_LOSS_SCALE:
             return  # the loss scale was too large, and is smaller now
@@ -157,12 +176,14 @@ class NonFiniteGuard:
             self._diagnosed = True
             message += self._diagnose(batch, seed)
         if self.settings.nonfinite == "stop":
-            raise NonFiniteError(
-                f"{message}; lower the learning rate, resume earlier, or go on without such steps: nonfinite: skip"
-            )
+            raise NonFiniteError(f"{message}; {self._advice(step)}; or go on without such steps: nonfinite: skip")
         log_main(f"{message}; skipped", self.context)
         for name in [name for name, value in metrics.items() if not math.isfinite(value)]:
             del metrics[name]
+
+    def _advice(self, step: int) -> str:
+        """Return the remedy for a run whose values are not finite since ``step``."""
+        return nonfinite_advice(step, self.settings.learning_rate, self.settings.warmup_steps)
 
     def _diagnose(self, batch: TrainingBatch, seed: int) -> str:
         """Find the origin over all processes, write a dump, and return both as the end of a message."""

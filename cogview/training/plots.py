@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.errors import InputError
+from cogview.formatting import format_list
 from cogview.training.run_record import MetricSeries, RunRecord, columns_of, names_apart, read_run
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def plot_runs(records: Sequence[RunRecord], path: Path) -> None:
         *_activation_panels(records),
     ]
     if not panels:
-        folders = ", ".join(str(record.folder) for record in records)
+        folders = format_list(record.folder for record in records)
         raise InputError(f"no metrics yet in {folders}" if folders else "there is no run to plot")
     try:
         import matplotlib

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 from cogview.config_io import from_mapping, read_recipe, section
 from cogview.errors import InputError
 from cogview.input_files import looked_at
+from cogview.process_variables import is_first_process
 
 if TYPE_CHECKING:
     from cogview.tokenizers.text import TextTokenizer
@@ -214,6 +214,6 @@ class Recipe:
             return
         content["training"]["warmup_steps"] = shortened
         note = f"note: warmup_steps is {shortened}, not {warmup}: at most {share:.0%} of the {steps} steps"
-        if note not in self.notes and os.environ.get("RANK", "0") == "0":  # the first of several processes
+        if note not in self.notes and is_first_process():
             print(note, file=sys.stderr)
         self.notes.add(note)

@@ -15,6 +15,7 @@ from typing import Any
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import file_sha256, write_json
+from cogview.formatting import MAX_ENTRY, format_list, shorten
 from cogview.plain_data import read_json
 from cogview.training.recipe import Recipe
 
@@ -110,10 +111,15 @@ def changes_of(stored: Mapping[str, Any], settings: Any, free: Collection[str] =
             before = to_mapping(from_mapping(type(settings), stored, where="stored settings"))
     old, new = dict(_leaves(before)), dict(_leaves(to_mapping(settings)))
     return [
-        f"{key} {old.get(key)} -> {new.get(key)}"
+        f"{key} {_shown(old.get(key))} -> {_shown(new.get(key))}"
         for key in {**old, **new}
         if old.get(key) != new.get(key) and not any(key == name or key.startswith(f"{name}.") for name in free)
     ]
+
+
+def _shown(value: object) -> str:
+    """Return a setting for a message; a long list is shortened."""
+    return f"[{format_list(map(repr, value))}]" if isinstance(value, list) else shorten(str(value), MAX_ENTRY)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,7 @@ from cogview.data.sources.open import open_source
 from cogview.data.sources.records import PictureRecord
 from cogview.data.sources.tables import TableOptions
 from cogview.errors import InputError
-from cogview.formatting import shorten
+from cogview.formatting import format_list, shorten
 from cogview.image_io.reading import open_image, read_image
 
 MAX_RECORDS = 100_000  # whose captions are read
@@ -128,7 +128,7 @@ class PictureSurvey:
         Args:
             sources: Names of the sources, for the message.
         """
-        named = ", ".join(map(str, sources))
+        named = format_list(sources)
         first = f"; the first: {self.problems[0]}" if self.problems else ""
         if not self.captioned:
             raise InputError(

@@ -14,6 +14,7 @@ from cogview.data.sources.captions import caption_records
 from cogview.data.sources.tables import TableOptions
 from cogview.errors import InputError
 from cogview.files import atomic_write
+from cogview.formatting import format_list
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
 from cogview.vqvae.ranges import COUNT, check_ranges
 
@@ -100,7 +101,7 @@ def read_captions(recipe: TextTokenizerRecipe, on_note: Callable[[str], object])
     records = chain.from_iterable(caption_records(path, recipe.table, on_note) for path in recipe.pictures)
     corpus = read_corpus(records, limit=recipe.captions, held_out=recipe.held_out, convert=convert)
     if not corpus.training.count:
-        sources = ", ".join(map(str, recipe.pictures))
+        sources = format_list(recipe.pictures)
         if corpus.held_out.count:
             raise InputError(f"the held-out share took all captions of {sources}: lower it, held_out: 0 takes none")
         reason = f"; the first entry is {corpus.first_skipped}" if corpus.skipped else ""

@@ -17,7 +17,6 @@ import torch
 from cogview.checkpoints.checkpoint import Model, read_config, save_model
 from cogview.data.store import TokenStore
 from cogview.device import peak_memory
-from cogview.errors import InputError
 from cogview.training.engines.base import Engine, TrainingState
 from cogview.training.example_builder import ExampleBuilder
 from cogview.training.examples import Rows, TargetKind, TrainingBatch
@@ -28,6 +27,7 @@ from cogview.training.settings import TransformerTraining
 from cogview.training.target_weighting import TargetWeighting
 from cogview.training.trainer_state import (
     AdapterFiles,
+    StateMismatchError,
     StoredTensors,
     check_stored,
     read_state,
@@ -219,7 +219,8 @@ class TransformerTrainer(Trainer[TrainingBatch]):
         """Load weights and optimizer from a checkpoint of any engine and any number of processes.
 
         Raises:
-            InputError: The checkpoint cannot be read, was trained on another codebook, or has other shapes.
+            StateMismatchError: The checkpoint was trained on another codebook, or has other shapes.
+            InputError: The checkpoint cannot be read.
         """
         state, skipped = self.context.run_everywhere(lambda: self._read_checkpoint(folder))
         self.engine.load_state(state)
@@ -228,7 +229,7 @@ class TransformerTrainer(Trainer[TrainingBatch]):
     def _read_checkpoint(self, folder: Path) -> tuple[TrainingState, int]:
         """Return the state in a checkpoint and its number of skipped steps; tensors are read on access."""
         if self.adapter is None and read_config(folder).codebook_sha256 != self.model.config.codebook_sha256:
-            raise InputError("it was trained on the codes of another image tokenizer")
+            raise StateMismatchError("it was trained on the codes of another image tokenizer")
         expected = {name: whole_shape(value) for name, value in self.engine.model.trained_parameters().items()}
         numbers = read_state(folder)
         weights = StoredTensors(folder / "model.safetensors") if self.adapter is None else self.adapter.read(folder)

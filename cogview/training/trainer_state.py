@@ -27,6 +27,10 @@ MOMENTS_FILE, STATE_FILE = "trainer.safetensors", "trainer.json"
 _NUMBERS = ("updates", "loss_scale", "good_steps", "skipped_steps")  # of the state
 
 
+class StateMismatchError(InputError):
+    """Raised for the state of another architecture, or of another image tokenizer: it is sound, but does not fit."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
     """Reading and writing of an adapter, where only an adapter is trained.
@@ -155,12 +159,13 @@ def stored_state(
         expected: Shapes of the trained parameters.
 
     Raises:
-        InputError: The moments are missing or damaged, or shapes differ from ``expected``.
+        StateMismatchError: Shapes differ from ``expected``.
+        InputError: The moments are missing or damaged.
     """
     moments = {moment: StoredTensors(folder / MOMENTS_FILE, f"{moment}.") for moment in ADAM_MOMENTS}
     for stored in (weights, *(values for values in moments.values() if len(values))):
         if problem := describe_mismatch(expected, shapes_of(stored)):
-            raise InputError(problem)
+            raise StateMismatchError(problem)
     return TrainingState(
         weights=weights,
         moments=moments if all(map(len, moments.values())) else {},

@@ -25,14 +25,15 @@ from cogview.checkpoints.image_tokenizer import save_image_tokenizer
 from cogview.config_io import to_mapping
 from cogview.data.image_dataset import ImageDataset, check_dataset, render
 from cogview.device import training_dtype
-from cogview.errors import InputError
+from cogview.errors import InputError, is_out_of_memory, reason_of
 from cogview.files import atomic_folder
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.training.distributed import DistributedContext, log_main
 from cogview.training.loop import BatchSource, Trainer, run_loop
+from cogview.training.nonfinite import nonfinite_advice
 from cogview.training.run_folder import RunFolder, Writer, warn_if_unwritten
 from cogview.training.run_record import VALIDATION
-from cogview.training.trainer_state import read_pickled_state
+from cogview.training.trainer_state import StateMismatchError, read_pickled_state
 from cogview.training.vqvae_images import VALIDATION_IMAGES, TrainingImages, held_out_batches, training_batches
 from cogview.training.vqvae_initial import InitialVQVAE, load_initial_vqvae
 from cogview.training.vqvae_recipe import VQVAERecipe
@@ -146,7 +147,8 @@ class VQVAETrainer(Trainer[Tensor]):
         (loss + settings.commitment * commitment).backward()  # averages the gradients of all processes
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, settings.clip_norm or math.inf)
         if not torch.isfinite(norm):
-            raise InputError(f"the gradient of step {step} is not finite; lower the learning rate, or resume earlier")
+            advice = nonfinite_advice(step, settings.learning_rate, settings.warmup_steps)
+            raise InputError(f"the gradient of step {step} is not finite; {advice}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         vectors, codes = output.vectors.detach(), output.codes if quantize else None
@@ -210,8 +212,13 @@ class VQVAETrainer(Trainer[Tensor]):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore a state, also one with the former names of the averages."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:  # tensors of other names or sizes, with a line for each
+            if is_out_of_memory(error):
+                raise
+            raise StateMismatchError(" ".join(str(error).split())) from None
         for old, name in RENAMED_AVERAGES.items():
             self.model.quantizer.get_buffer(name).copy_(state[name] if name in state else state[old])
         self._recent = [tensor.to(self.device) for tensor in state["recent"]]
@@ -229,8 +236,18 @@ class VQVAETrainer(Trainer[Tensor]):
         return write
 
     def load(self, folder: Path) -> None:
-        """Restore ``trainer.pt`` of a checkpoint; raise InputError if it is damaged or holds numbers that are NaN."""
-        self.load_state(self.context.run_everywhere(lambda: read_pickled_state(folder / "trainer.pt")))
+        """Restore ``trainer.pt`` of a checkpoint.
+
+        Raises:
+            StateMismatchError: It belongs to another architecture.
+            InputError: It is damaged or holds numbers that are NaN.
+        """
+        path = folder / "trainer.pt"
+        state = self.context.run_everywhere(lambda: read_pickled_state(path))
+        try:
+            self.load_state(state)
+        except (AttributeError, KeyError, TypeError) as error:  # it has another structure
+            raise InputError(f"{path} is damaged: {reason_of(error)} is missing or wrong") from None
 
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
         """Return PSNR, usage and perplexity on held-out images; write a sheet of images and reconstructions.

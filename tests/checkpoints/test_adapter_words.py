@@ -76,6 +76,14 @@ def test_word_ids_are_those_of_pieces_or_bytes(tiny_checkpoint, ids, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_word_ids_of_many_words_are_announced_in_a_short_line(tiny_checkpoint, capsys):
+    model = load_model(tiny_checkpoint, CPU, torch.float32)
+    word_ids(model, [chr(0x4E00 + number) for number in range(6_000)])
+    line = capsys.readouterr().err
+    assert len(line) < 200
+    assert line.endswith(": those of 一、丁、丂、七、丄、丅、丆、万 and 5992 more\n")
+
+
 def test_training_changes_no_other_row_of_the_embedding(trained, tiny_checkpoint, ids):
     transformer, folder = trained
     before = load_file(tiny_checkpoint / "model.safetensors")["embedding.weight"]

@@ -534,7 +534,7 @@ def test_generate_job_resumes_only_an_equal_job(generate):
         assert err.startswith(f"cogview generate: {message}")
         assert err.count("\n") == 1
     Path("prompts.txt").write_text(f"{FOX}\n{DOG}\n", encoding="utf-8")
-    assert f"{path} was made with job " in generate("--input", "prompts.txt", "--resume")[2]
+    assert f"{path} was made from other lines than the job " in generate("--input", "prompts.txt", "--resume")[2]
     assert image_files("outputs") == before
 
 

@@ -167,6 +167,39 @@ def test_journal_refuses_another_job(open_journal, path, changed, was, now):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("stored", "given", "difference"),
+    [
+        ({"adapters": []}, {"adapters": ["ink:0.5"]}, "with no adapters, now with the adapters ink:0.5"),
+        ({"adapters": ["ink", "oil"]}, {"adapters": []}, "with the adapters ink, oil, now with no adapters"),
+        (
+            {"adapters": ["ink"]},
+            {"adapters": ["ink"]},
+            "with other weights than now, of the model or of the adapters ink",
+        ),
+        ({"adapters": []}, {"adapters": []}, "with other weights of the model than now"),
+        ({}, {"adapters": []}, "with other weights than now, of the model or of an adapter"),
+    ],
+)
+def test_journal_names_adapters_whose_digests_differ(open_journal, path, stored, given, difference):
+    open_journal(HEADER | {"weights": "beef" * 16} | stored)
+    with pytest.raises(InputError) as error:
+        open_journal(HEADER | {"weights": "c0de" * 16} | given)
+    assert str(error.value) == f"{path} was made {difference}: give the same, or choose another output folder"
+
+
+def test_journal_continues_with_adapters_of_other_names_and_equal_weights(open_journal):
+    header = HEADER | {"weights": "beef" * 16, "adapters": ["ink"]}
+    open_journal(header)
+    assert open_journal(header | {"adapters": ["elsewhere/ink"]}).header == header
+
+
+def test_journal_shows_no_digest_of_a_changed_job_file(open_journal, path):
+    open_journal(HEADER | {"job": "beef" * 16})
+    with pytest.raises(InputError, match="was made from other lines than the job file has now: give the same"):
+        open_journal(HEADER | {"job": "c0de" * 16})
+
+
 def test_journal_inherits_keys_of_an_existing_header(open_journal):
     open_journal()
     assert open_journal(HEADER | {"seed": 8}, inherit_keys=["seed"]).header == HEADER

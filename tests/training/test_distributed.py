@@ -38,12 +38,20 @@ def test_init_distributed_needs_no_group_for_one_process():
     [
         (
             {"RANK": "2", "WORLD_SIZE": "2"},
-            "RANK is 2 and WORLD_SIZE 2: expected a rank from 0 to 1; start with torchrun",
+            'RANK "2" and WORLD_SIZE "2" must be whole numbers, RANK from 0 to WORLD_SIZE - 1',
         ),
-        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', expected a whole number; start with torchrun"),
+        ({"RANK": "one", "WORLD_SIZE": "2"}, 'RANK "one" and WORLD_SIZE "2" must be whole numbers'),
         (
             {"RANK": "0", "WORLD_SIZE": "2"},
             "WORLD_SIZE is 2, but MASTER_ADDR is not set; start with torchrun --nproc-per-no",
+        ),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "abc"},
+            "MASTER_PORT is 'abc', expected a whole number; start with torchrun",
+        ),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "65536"},
+            "MASTER_PORT is 65536, expected a port from 1 to 65535",
         ),
     ],
 )

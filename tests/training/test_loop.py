@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +218,8 @@ class Counter(Trainer[int]):
         self.count = int((folder / "count").read_text())
         if self.fail_in == "load":
             raise RuntimeError("size mismatch for layers.0.weight:\n\tcopying a param of 3 into 4")
+        if self.fail_in == "read":
+            raise InputError(f"{folder / 'count'} is damaged: half of it is missing")
 
     def evaluate(self, step: int, folder: Path) -> dict[str, float]:
         (folder / f"step-{step:08d}.txt").write_text("samples")
@@ -375,6 +378,19 @@ def test_run_loop_refuses_a_checkpoint_of_other_settings(tmp_path):
     loop(RunFolder(tmp_path), Counter(), steps=3)
     with pytest.raises(InputError, match=r"does not fit the recipe, go back to its settings or remove .* mismatch"):
         loop(RunFolder(tmp_path), Counter("load"), steps=6, resume=True)
+
+
+def test_run_loop_distinguishes_a_damaged_checkpoint_from_one_of_other_settings(tmp_path):
+    """Damage was reported as a mismatch with the recipe, which had not changed."""
+    run = RunFolder(tmp_path / "run")
+    loop(run, Counter(), steps=7)
+    *_, before, last = run.checkpoints()
+    expected = f"{last} cannot be resumed, remove it to go on from {before.name}: {last / 'count'} is damaged: half"
+    with pytest.raises(InputError, match=f"^{re.escape(expected)}"):
+        loop(run, Counter("read"), resume=True)
+    shutil.rmtree(before)
+    with pytest.raises(InputError, match=f"cannot be resumed, remove {re.escape(str(run.folder))} to start again: "):
+        loop(run, Counter("read"), resume=True)
 
 
 @pytest.mark.parametrize("content", [b"", bytes(100), b"{"], ids=["empty", "zeros", "cut"])

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from cogview.errors import InputError
 from cogview.training import nonfinite
-from cogview.training.nonfinite import NonFiniteError
+from cogview.training.nonfinite import EARLY_STEPS, NonFiniteError, nonfinite_advice
 from cogview.training.replay import replay_dump
 from cogview.training.trainer import MonitorSettings, TransformerTrainer
 from tests.training.factories import (
@@ -41,10 +41,22 @@ def test_step_stops_before_the_update_when_the_loss_is_not_finite():
         "step 3: the loss is not finite, first in layers.1.mlp.input, output (forward; "
     )
     assert str(caught.value).endswith(
-        "; lower the learning rate, resume earlier, or go on without such steps: nonfinite: skip"
+        "; that early, the likely cause is the learning rate: start again in an empty run folder with less than "
+        f"training.learning_rate {trainer.settings.learning_rate:g}; or go on without such steps: nonfinite: skip"
     )
     for name, tensor in trainer.transformer.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_nonfinite_advice_depends_on_the_step():
+    def advice(step):
+        return nonfinite_advice(step, learning_rate=1e20, warmup_steps=100)
+
+    assert advice(0).startswith("no weight has changed yet: ")
+    assert advice(1) == advice(100)
+    assert "start again in an empty run folder with less than training.learning_rate 1e+20" in advice(1)
+    assert advice(101) == "lower the learning rate, or resume earlier"
+    assert "the likely cause is the learning rate" in nonfinite_advice(EARLY_STEPS, 1e20, warmup_steps=0)
 
 
 def test_step_names_the_first_weight_that_is_not_finite():
@@ -92,7 +104,7 @@ def test_step_stops_when_too_many_in_a_row_are_skipped(monkeypatch):
     for number in range(2):
         train_step(trainer, number, store_rows())
     with pytest.raises(
-        NonFiniteError, match="step 2: no gradient was finite in the last 3 steps; lower the learning rate"
+        NonFiniteError, match="step 2: no gradient was finite in the last 3 steps; no weight has changed yet"
     ):
         train_step(trainer, 2, store_rows())
 

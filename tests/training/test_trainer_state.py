@@ -12,7 +12,7 @@ from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.errors import InputError
 from cogview.modeling.config import ModelConfig
 from cogview.training.trainer import TransformerTrainer
-from cogview.training.trainer_state import StoredTensors
+from cogview.training.trainer_state import StateMismatchError, StoredTensors
 from tests.training.factories import make_trainer, new_model, open_trainer, store_rows, train_step, training_settings
 
 
@@ -73,7 +73,7 @@ def test_load_refuses_tensors_of_other_shapes(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["final_norm.bias"] = torch.zeros(3)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"final_norm.bias has the shape \[3\], expected \[32\]"):
+    with pytest.raises(StateMismatchError, match=r"final_norm.bias has the shape \[3\], expected \[32\]"):
         make_trainer().load(tmp_path)
 
 

@@ -20,6 +20,7 @@ from cogview.training.distributed import DistributedContext
 from cogview.training.loop import BatchSource, run_loop
 from cogview.training.run_folder import RunFolder
 from cogview.training.settings import RunSettings
+from cogview.training.trainer_state import StateMismatchError
 from cogview.training.vqvae_images import TrainingImages, held_out_batches, training_batches
 from cogview.training.vqvae_initial import InitialVQVAE
 from cogview.training.vqvae_recipe import VQVAERecipe
@@ -88,6 +89,17 @@ def test_vqvae_trainer_load_names_the_tensor_that_is_not_finite(tmp_path):
         trainer.load(tmp_path)
     path.write_bytes(b"\x80\x02.")
     with pytest.raises(InputError, match=f"^{path} is damaged: "):
+        trainer.load(tmp_path)
+
+
+def test_vqvae_trainer_load_distinguishes_damage_from_another_architecture(tmp_path):
+    trainer = VQVAETrainer(STEP_CONFIG, STEP_SETTINGS, CPU)
+    path = tmp_path / "trainer.pt"
+    torch.save({**trainer.state(), "model": {}}, path)
+    with pytest.raises(StateMismatchError, match="Missing key"):
+        trainer.load(tmp_path)
+    torch.save({"model": trainer.model.state_dict()}, path)
+    with pytest.raises(InputError, match=f"^{path} is damaged: .*optimizer.* is missing or wrong$"):
         trainer.load(tmp_path)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cogview.errors import InputError
-from cogview.formatting import shorten
+from cogview.formatting import format_list, shorten
 from cogview.tables import SHOWN
 
 # The first name that a table has is taken.
@@ -76,7 +76,7 @@ class Columns:
     is_guessed: bool = False
 
     def __str__(self) -> str:
-        captions = ", ".join(f'"{name}"' for name in self.captions)
+        captions = _listed(self.captions)
         return f'pictures in "{self.picture}", captions in {captions}'
 
 
@@ -140,4 +140,4 @@ def _plain(name: str) -> str:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f'"{shorten(name, SHOWN)}"' for name in names)
+    return format_list(f'"{shorten(name, SHOWN)}"' for name in names)

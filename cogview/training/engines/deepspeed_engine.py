@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from cogview.errors import InputError
 from cogview.modeling.transformer import Transformer
 from cogview.planning.training import REDUCE_BUCKET
+from cogview.process_variables import number_variable
 from cogview.training.distributed import DistributedContext
 from cogview.training.engines.base import (
     ADAM_MOMENTS,
@@ -55,7 +55,7 @@ class DeepSpeedEngine(Engine):
     ) -> None:
         """Initialize DeepSpeed around ``model``; see ``open_engine``."""
         deepspeed = context.run_everywhere(lambda: import_deepspeed(model.dtype, context.device))
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process of each machine
+        if number_variable("LOCAL_RANK", 0) == 0:  # one process of each machine
             remove_stale_locks()
         context.barrier()
         self.model = model
