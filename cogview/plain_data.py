@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from cogview.errors import InputError
+from cogview.formatting import shorten
 from cogview.input_files import read_regular
 
 MAX_JSON_BYTES = 64 << 20
@@ -22,6 +23,9 @@ MAX_YAML_BYTES = 1 << 20  # YAML is parsed a thousand times slower than JSON
 MAX_DEPTH = 64  # of lists and mappings in each other
 MAX_VALUES = 1_000_000  # in YAML, where an alias repeats a value for three characters
 
+MAX_DIGITS = 4300  # of a whole number, Python's limit
+
+_SHOWN = 40  # characters of a value in a message
 _TOO_DEEP = "this is nested too deeply to be read"
 
 
@@ -41,6 +45,15 @@ class _Loader(yaml.SafeLoader):
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Read a value; raise ConstructorError, which has the line, for a number or a date that cannot be read."""
+        try:
+            return super().construct_object(node, deep)
+        except ValueError as error:
+            text = str(node.value)
+            reason = _too_long(text) if len(text) > MAX_DIGITS else f'"{shorten(text, _SHOWN)}" cannot be read: {error}'
+            raise yaml.constructor.ConstructorError(problem=reason, problem_mark=node.start_mark) from None
+
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -59,11 +72,12 @@ def parse_json(content: str | bytes) -> Any:
         The plain values.
 
     Raises:
-        ValueError: It is not JSON, is nested in more than ``MAX_DEPTH`` levels, or gives a key twice.
+        ValueError: It is not JSON, is nested in more than ``MAX_DEPTH`` levels, gives a key twice, or has a number of
+            more than ``MAX_DIGITS`` digits.
     """
     try:
         text = content if isinstance(content, str) else content.decode("utf-8")
-        found = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_with_unique_keys)
+        found = json.loads(text.removeprefix("\ufeff"), object_pairs_hook=_with_unique_keys, parse_int=_parse_int)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start} is not UTF-8") from None
     except RecursionError:
@@ -134,6 +148,18 @@ def read_yaml(path: Path, kind: str = "file") -> Any:
         raise InputError(f"cannot read the {kind} {path}: byte {error.start} is not UTF-8") from None
     except ValueError as error:
         raise InputError(f"{path}, {error}") from error
+
+
+def _parse_int(text: str) -> int:
+    """Return a whole number of JSON; raise ValueError if it is too long."""
+    if len(text.lstrip("-")) > MAX_DIGITS:
+        raise ValueError(_too_long(text))
+    return int(text)
+
+
+def _too_long(text: str) -> str:
+    """Return the reason why a number is not read."""
+    return f"a number of {len(text.lstrip('+-')):,} digits is too large: {text[:8]}…"
 
 
 def _with_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

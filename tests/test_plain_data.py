@@ -4,7 +4,7 @@ import pytest
 
 from cogview import plain_data
 from cogview.errors import InputError
-from cogview.plain_data import MAX_DEPTH, parse_json, parse_yaml, read_json, read_yaml
+from cogview.plain_data import MAX_DEPTH, MAX_DIGITS, parse_json, parse_yaml, read_json, read_yaml
 
 # Nine levels of nine aliases: 400 million values in 300 characters.
 BOMB = "\n".join(["a0: &a0 1"] + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)])
@@ -23,13 +23,26 @@ def test_parse_refuses_deep_nesting(parse, depth):
     assert parse("[" * MAX_DEPTH + "]" * MAX_DEPTH)
 
 
+@pytest.mark.parametrize("parse", [parse_json, parse_yaml])
+def test_parse_refuses_numbers_of_too_many_digits(parse):
+    """The message was Python's, about a limit that only programs can change."""
+    assert parse(f"[-{'9' * MAX_DIGITS}]") == [1 - 10**MAX_DIGITS]
+    with pytest.raises(ValueError, match=r"^(line 1: )?a number of 4,301 digits is too large: -9999999…$"):
+        parse(f"[-{'9' * (MAX_DIGITS + 1)}]")
+
+
+def test_parse_yaml_names_the_line_of_a_date_that_does_not_exist():
+    with pytest.raises(ValueError, match=r'^line 2: "2024-13-45" cannot be read: month must be in 1\.\.12$'):
+        parse_yaml("steps: 3\ndate: 2024-13-45")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "Expecting value"),
         (b'{"a": \xff}', "byte 6 is not UTF-8"),
         (b'{"a": 1, "b": 2, "a": 3}', '"a" stands here twice'),
-        (b"[" + b"9" * 5000 + b"]", "4300"),
+        (b"[" + b"9" * 5000 + b"]", "a number of 5,000 digits is too large"),
         (b"\x00" * 100, "Expecting value"),
     ],
 )
@@ -51,7 +64,7 @@ def test_read_json_reports_a_damaged_file_in_one_line(tmp_path, content, message
         ("when: 2026-99-99", "month must be in"),
         ("a: !!float x", "could not convert|does not match"),
         ("? [1]\n: 2", "unhashable"),
-        ("n: " + "9" * 5000, "4300"),
+        ("n: " + "9" * 5000, "a number of 5,000 digits is too large"),
     ],
 )
 def test_read_yaml_reports_what_is_no_recipe_in_one_line(tmp_path, content, message):

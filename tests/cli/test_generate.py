@@ -161,7 +161,7 @@ def test_generate_gives_equal_images_for_any_batch_size(generate):
     assert [file.name for file in together] == [file.name for file in apart]
 
 
-@pytest.mark.parametrize("given", ["0", "-2", "1.5", "viele", ""])
+@pytest.mark.parametrize("given", ["0", "-2", "1.5", "viele", "", "9" * 10])
 def test_generate_rejects_a_batch_size_that_is_not_a_count(generate, given):
     assert generate(FOX, f"--max-inference-batch-size={given}") == (
         2,

@@ -200,6 +200,7 @@ def test_job_plan_continues_a_journal_of_an_earlier_version(open_job, save_image
     plan, journal, _ = open_job(model, records, problems, source="job.jsonl", sampling=old)
     header = plan.header() | {"batch": 4, "cogview_job": 1}
     assert header.pop("sampling")["generate"] == {**OLD_HEADER["sampling"]["generate"], **old}
+    assert header.pop("adapters") == []
     assert header == {key: value for key, value in OLD_HEADER.items() if key != "sampling"}
     assert journal.header["batch"] == 4
     assert list(plan.missing_codes(journal)) == ["狐狸/1", "line 2/0", "line 3/0"]
