@@ -15,7 +15,6 @@ import click
 
 from cogview.cli.usage import unknown_command, with_options
 from cogview.errors import InputError
-from cogview.formatting import shorten
 from cogview.limits import MAX_RESULTS
 
 DEFAULT_MODEL = "cogview-emoji"
@@ -23,7 +22,6 @@ DTYPES = ("auto", "float32", "bfloat16", "float16", "int8", "int4")
 KV_DTYPES = ("auto", "int8")
 MODEL_HELP = "a name listed by cogview models, a checkpoint folder, or owner/name on the Hugging Face Hub"
 MODEL_DEFAULT = "set by the model"  # of sampling options
-MAX_DIGITS = 9  # of a number of rows or codes
 
 
 class FileName(click.Path):
@@ -105,8 +103,8 @@ class WordOrCount(click.ParamType):  # type: ignore[type-arg]  # generic since c
             return int(value)
         if value in self.words:
             return self.words[value]
-        if not value.isdecimal() or len(value) > MAX_DIGITS or int(value) < 1:
-            self.fail(f'"{shorten(value, 40)}" is not {", ".join(self.words)} or a whole number from 1 on', param, ctx)
+        if not (value.isdecimal() and len(value) < 10 and int(value) > 0):  # of codes or rows of a batch
+            self.fail(f'"{value:.40}" is not {", ".join(self.words)} or a whole number from 1 on', param, ctx)
         return int(value)
 
     def shell_complete(

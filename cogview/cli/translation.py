@@ -40,6 +40,7 @@ _PLACE = re.compile(r"section (?P<name>\w+) of (?P<path>[^:]+?\.ya?ml)(?P<keys>(
 _HEAD = re.compile(r"(warning|note|failed): (.*)", re.DOTALL)
 _OPAQUE = "\ue000"  # stands for the place while the message is translated: no template knows it
 _NUMBERS = re.compile(r"(\d+(?:, \d+)*) (and|or) (\d+)")
+_SHORTENED = re.compile(r"(.*\S) (and \d+ more)", re.DOTALL)  # of ``format_list``
 _DEFAULT = re.compile(r"(.*?)  \[(.*)\]", re.DOTALL)  # how click appends the default and the range to a help text
 _COMPUTED = re.compile(r"(?<=default: )\((.*?)\)(?=;|$)")  # how click shows the text of a computed default
 _PARENTHESIS = re.compile(r"(.*\S) \((.*)\)", re.DOTALL)
@@ -82,6 +83,8 @@ class Catalogue:
         elif numbers := _NUMBERS.fullmatch(stripped):
             joint = {"and": "和", "or": "或"}[numbers[2]]
             found = f"{numbers[1].replace(', ', '、')} {joint} {numbers[3]}"
+        elif listed := _SHORTENED.fullmatch(stripped):
+            found = "，".join(self.translate(part, depth + 1) for part in listed.groups())
         elif headed := _HEAD.fullmatch(stripped):
             found = self._from_template(stripped, depth, f"{headed[1]}: ") or "：".join(
                 self.translate(part, depth + 1) for part in headed.groups()

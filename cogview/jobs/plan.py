@@ -203,9 +203,8 @@ class JobPlan:
         model, settings = self.model, self.settings
         folders = model.bundle.folders.values() if model.bundle else [model.folder or resolve_checkpoint(model.name)]
         prints = list(dict.fromkeys(map(fingerprint, folders)))
-        for choice in model.adapters:
-            scale = "" if choice.scale == 1 else f"*{choice.scale!r}"
-            prints.append(f"{Adapter(choice.name).sha256()}{scale}")
+        scales = ("" if choice.scale == 1 else f"*{choice.scale!r}" for choice in model.adapters)
+        prints += [Adapter(choice.name).sha256() + scale for choice, scale in zip(model.adapters, scales, strict=True)]
         requests = [request for item in self.items() for request in item.requests]
         return {
             "job": digest(self._records, settings.source),

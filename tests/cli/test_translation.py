@@ -213,6 +213,10 @@ BOXES = '[{"text": "狐狸", "box": [x, y, width, height]}, …]'
             f"a.png: 它的方框未采用，因为不是 JSON（odd）；应为 {BOXES}，以像素计",
         ),
         ("trained on 20 captions", "用于训练：20 条说明"),
+        (
+            "the settings of step train have changed: training.steps 6 -> 9, seed 1 -> 3 and 4 more",
+            "步骤 train 的设置已更改：training.steps 6 -> 9, seed 1 -> 3，以及另外 4 个",
+        ),
         ("trained on 20 captions, a random part of 40", "用于训练：20 条说明，从 40 条中随机选出"),
     ],
 )

@@ -64,7 +64,7 @@ def parse_boxes(cell: str, clean: Callable[[str], str]) -> list[NamedBox]:
     try:
         found = parse_json(cell.encode())
     except ValueError as error:
-        raise InputError(f"its boxes are left out, they cannot be read as JSON ({error}); {EXPECTED}") from None
+        raise InputError(f"its boxes are left out, they are not JSON ({error}); {EXPECTED}") from None
     if found is None:
         return []
     if not isinstance(found, list):

@@ -124,7 +124,7 @@ def test_encode_with_spans_gives_the_characters_of_each_piece():
 @pytest.mark.parametrize(
     ("cell", "message"),
     [
-        ("狐狸", r"cannot be read as JSON .*expected \[\{\"text\": \"狐狸\", \"box\": \[x, y, width, height\]\}"),
+        ("狐狸", r"not JSON .*expected \[\{\"text\": \"狐狸\", \"box\": \[x, y, width, height\]\}"),
         ('{"text": "狐狸"}', "no list"),
         ('[{"box": [1, 2, 3, 4]}]', 'one has no "text"'),
         ('[{"text": " ", "box": [1, 2, 3, 4]}]', 'one has no "text"'),
@@ -132,7 +132,7 @@ def test_encode_with_spans_gives_the_characters_of_each_piece():
         ('[{"text": "狐狸", "box": [1, 2, 3, true]}]', 'one has no "box"'),
         ('[{"text": "狐狸", "box": [1, 2, -3, 4]}]', 'one has no "box" with positive width'),
         ('[{"text": "狐狸", "box": [1, 2, 3, 1e400]}]', "its boxes are left out"),
-        ("[" * 1000, "cannot be read as JSON"),
+        ("[" * 1000, "not JSON"),
         (f'[{{"text": "狐狸", "box": [{"9" * 5000}, 1, 1, 1]}}]', r"a number of 5,000 digits is too large: 99999999…"),
         (f'[{{"text": "狐狸", "box": [{"9" * 4000}, 1, 1, 1]}}]', r'one has no "box" with positive width and height'),
     ],
@@ -269,7 +269,7 @@ def test_build_keeps_pictures_whose_boxes_are_left_out_and_says_why(build, table
     assert len(TokenStore(store)) == 4
     assert [name for name, _ in left_out] == ["00.png", "01.png", "02.png"]
     assert left_out[0][1] == "a box reaches beyond the picture of 80 x 64 pixels: 狗, [70, 0, 20, 20]"
-    assert left_out[1][1].startswith("its boxes are left out, they cannot be read as JSON")
+    assert left_out[1][1].startswith("its boxes are left out, they are not JSON")
     assert left_out[2][1] == "a box has a name that no caption has: 狐狸"
     assert report.notes["a box lies outside the square that is kept of it"] == 1  # 4 of the 8 pixels that crop cuts
 
