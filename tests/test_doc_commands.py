@@ -182,6 +182,9 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview eval model MODEL --store HELD_OUT_STORE -o result.json": Run(
         "recipe", instead="model TINY --store held-out --pairs 0 --device cpu"
     ),
+    "cogview eval model MODEL --prompts prompts.txt --images 8 --rank-by picture -o result.json": Run(
+        more="--images 2 --device cpu"
+    ),
     "cogview eval gate cogview-emoji": NotRun("takes minutes; tests/cli/test_evaluate_gate.py runs it"),
     "cogview eval compare a.json b.json -o page.html": Run(needs="results"),
     "cogview eval text captions.tsv references.tsv": Run(needs="texts", more="--by characters"),
@@ -262,6 +265,7 @@ class Workshop:
         save_image("small.png", size=(32, 32))
         save_image("large.png", size=(80, 64))
         Path("prompts.jsonl").write_text('{"prompt": "一只狐狸"}\n{"prompt": "一个红苹果", "n": 2}\n', encoding="utf-8")
+        Path("prompts.txt").write_text("一只狐狸\n一个红苹果\n", encoding="utf-8")
         for name in ("scripts", "examples"):
             Path(name).symlink_to(ROOT / name)
 

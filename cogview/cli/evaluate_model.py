@@ -1,15 +1,17 @@
-"""``cogview eval model``: measure any model on a token store."""
+"""``cogview eval model``: measure any model on a token store, or on images of prompts."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
     MODEL_HELP,
@@ -23,9 +25,12 @@ from cogview.cli.options import (
     output_option,
     precision_options,
     revision_option,
+    sampling_options,
+    speculative_option,
 )
+from cogview.cli.ranking_options import rank_by_option
 from cogview.errors import InputError
-from cogview.formatting import aligned_columns
+from cogview.formatting import aligned_columns, plural
 
 if TYPE_CHECKING:
     from cogview.evaluation.manifest import Manifest, ResultValue
@@ -34,6 +39,39 @@ if TYPE_CHECKING:
 
 ROWS = 500
 PAIRS = 100
+IMAGES = 8
+IMAGES_MAXIMUM = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions:
+    """What a model is measured on; None for what is not given."""
+
+    store: Path | None
+    rows: int | None
+    pairs: int | None
+    prompts: Path | None
+    images: int | None
+    seed: int | None
+    rank_by: str | None
+    speculative: int | None
+    settings: Mapping[str, Any]
+
+    def check(self) -> None:
+        """Raise InputError unless there is one thing to measure on, with options of that measure alone."""
+        if self.store is None and self.prompts is None:
+            raise InputError("there is nothing to measure the model on: give --store FOLDER or --prompts FILE")
+        if self.store is not None and self.prompts is not None:
+            raise InputError("--store and --prompts are two measures: give one of them")
+        of_store = [f"--{name}" for name in ("rows", "pairs") if getattr(self, name) is not None]
+        of_prompts = [name for name in ("images", "seed", "rank_by", "speculative") if getattr(self, name) is not None]
+        of_prompts = [f"--{name.replace('_', '-')}" for name in (*of_prompts, *self.settings)]
+        unused = of_store if self.store is None else of_prompts
+        if unused:
+            needed = "--store" if self.store is None else "--prompts"
+            raise InputError(f"{unused[0]} applies to {needed} only; leave it out")
+        if self.pairs == 1:
+            raise InputError("--pairs must be 0 or at least 2, got 1: a single pair always matches")
 
 
 @click.command(name="model", cls=Command)
@@ -44,49 +82,74 @@ PAIRS = 100
     argument("model", metavar="MODEL", help=MODEL_HELP),
     revision_option(),
     adapter_option(),
-    max_batch_size_option("rows"),
+    max_batch_size_option("rows or images"),
     device_option(),
     *precision_options(),
 )
-@click.option(
-    "--store", type=FILE, metavar="FOLDER", required=True, help="token store of rows that the model was not trained on"
-)
-@click.option(
-    "--rows",
-    type=click.IntRange(min=2),
-    default=ROWS,
-    metavar="COUNT",
-    help="maximum number of rows, at equal distances",
-)
-@click.option(
-    "--pairs",
-    type=click.IntRange(min=0),
-    default=PAIRS,
-    metavar="COUNT",
-    help="pairs of retrieval, all of which are scored with each other; 0 leaves retrieval out",
+@option_group(
+    MeasureOptions,
+    "options",
+    ("store", "rows", "pairs", "prompts", "images", "seed", "rank_by", "speculative", "settings"),
+    click.option("--store", type=FILE, metavar="FOLDER", help="token store of rows that the model was not trained on"),
+    click.option(
+        "--rows",
+        type=click.IntRange(min=2),
+        metavar="COUNT",
+        show_default=str(ROWS),
+        help="maximum number of rows, at equal distances",
+    ),
+    click.option(
+        "--pairs",
+        type=click.IntRange(min=0),
+        metavar="COUNT",
+        show_default=str(PAIRS),
+        help="pairs of retrieval, all of which are scored with each other; 0 leaves retrieval out",
+    ),
+    click.option("--prompts", type=FILE, metavar="FILE", help="prompts to generate images of, one per line"),
+    click.option(
+        "--images",
+        type=click.IntRange(min=2, max=IMAGES_MAXIMUM),
+        metavar="COUNT",
+        show_default=str(IMAGES),
+        help="number of images per prompt",
+    ),
+    click.option(
+        "--seed", type=click.IntRange(min=0), metavar="NUMBER", show_default="0", help="random seed of the images"
+    ),
+    rank_by_option(default=None, show_default="no choice is measured"),
+    speculative_option(),
+    sampling_options("codes", image_options=True),
 )
 @output_option(default=None, metavar="FILE", help="also write a result file with a manifest")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
-def model(model: ModelOptions, store: Path, rows: int, pairs: int, output: Path | None, as_json: bool) -> int:
-    """Measure a model on held-out rows of a token store.
+def model(model: ModelOptions, options: MeasureOptions, output: Path | None, as_json: bool) -> int:
+    """Measure a model on held-out rows of a token store, or on images that it generates of prompts.
 
-    Prints the loss of each task by part and by position, the caption score, codes in use, and how often a text finds
-    its picture and a picture its text by the scores of the model.
+    With --store: the loss of each task by part and by position, the caption score, codes in use, and how often a text
+    finds its picture and a picture its text by the scores of the model.
+
+    With --prompts: how much the images of a prompt differ; with --rank-by, how good the best image of 1, 2, 4, … by
+    that score is by an independent one.
     """
     from cogview.cli.session import open_model
     from cogview.config_io import to_mapping
     from cogview.evaluation.manifest import write_result
     from cogview.evaluation.model_report import ResultTable
+    from cogview.evaluation.text_files import read_prompts
     from cogview.image_io.png import prepare_folder
 
-    if pairs == 1:
-        raise InputError("--pairs must be 0 or at least 2, got 1: a single pair always matches")
+    options.check()
+    prompts = {} if options.prompts is None else read_prompts(options.prompts)
     if output is not None:
         prepare_folder(output.parent)
-    opened = open_model(model, [])
+    opened = open_model(model, [] if options.prompts is None else ["generate"])
     print(f"model {opened.label} on {opened.placement}", file=sys.stderr)
     table = ResultTable()
-    manifest = measure_store(table, opened, store, (rows, pairs), model.max_batch_size)
+    if options.store is not None:
+        pairs = PAIRS if options.pairs is None else options.pairs
+        manifest = measure_store(table, opened, options.store, (options.rows or ROWS, pairs), model.max_batch_size)
+    else:
+        manifest = measure_prompt_lines(table, opened, prompts, options, model.max_batch_size)
     if output is not None:
         write_result(output, manifest, table.values, table.result_items(), table.curves)
     if as_json:
@@ -94,6 +157,44 @@ def model(model: ModelOptions, store: Path, rows: int, pairs: int, output: Path 
     else:
         print("\n".join(format_values(table.values)))
     return 0
+
+
+def measure_prompt_lines(
+    table: ResultTable, model: CogView, lines: Mapping[int, str], options: MeasureOptions, batch_size: int | None
+) -> Manifest:
+    """Measure a model on images of prompts.
+
+    Args:
+        table: Receives the results.
+        model: The model.
+        lines: The prompts by the numbers of their lines.
+        options: Their file, and how the images are generated.
+        batch_size: Maximum number of images in a batch; None: as many as memory holds and pay.
+
+    Returns:
+        How the results were measured.
+
+    Raises:
+        InputError: A prompt is too long, or a setting cannot be used.
+    """
+    from cogview.evaluation.prompt_report import PromptSettings, measure_prompts, require_usable
+    from cogview.pipeline.inputs import resolve_seed
+
+    assert options.prompts is not None
+    model.speculative = options.speculative
+    settings = PromptSettings(
+        images=options.images or IMAGES,
+        seed=resolve_seed(options.seed or 0),
+        sampling=model.sampling(**options.settings),
+        rank_by=options.rank_by,
+        batch_size=batch_size,
+    )
+    prompts = require_usable(model, lines, options.prompts)
+    warnings = [warning for prompt in prompts if (warning := model.prompt_warning(prompt)) is not None]
+    if warnings:
+        count = plural(len(prompts), "prompt")
+        print_note(f"{len(warnings)} of {count} ask for what the model may not know, first: {warnings[0]}")
+    return measure_prompts(table, model, prompts, settings)
 
 
 def measure_store(

@@ -1,4 +1,4 @@
-"""Read texts with ids, and references, several of an id: text files, JSON lines, tables and the files of MS COCO."""
+"""Read prompts, texts with ids, and references, several of an id: text files, JSON lines, tables, files of MS COCO."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cogview.errors import InputError
 from cogview.evaluation.manifest import SetRecord, hash_set
 from cogview.formatting import plural, shorten
 from cogview.plain_data import read_json
-from cogview.tables import HeaderError, parse_objects, parse_table, print_note, read_text
+from cogview.tables import HeaderError, numbered_lines, parse_objects, parse_table, print_note, read_text
 
 ID_KEYS = ("id", "image_id", "image", "picture")
 TEXT_KEYS = ("text", "caption", "texts", "captions")
@@ -57,6 +57,31 @@ def read_references(path: Path, on_note: Callable[[str], object] = print_note) -
     for _, key, text in _rows(path, on_note, separator="\t"):
         found.setdefault(key, []).append(text)
     return _not_empty(found, path)
+
+
+def read_prompts(path: Path, on_note: Callable[[str], object] = print_note) -> dict[int, str]:
+    """Return the prompts of a file by the numbers of their lines, from 1; blank lines are left out.
+
+    Args:
+        path: A prompt per line.
+        on_note: Called with a line about the file's encoding.
+
+    Raises:
+        InputError: The file cannot be read or is empty, or a prompt is given twice.
+    """
+    found = dict(numbered_lines(read_text(str(path), on_note)))
+    if not found:
+        raise InputError(f"{path} is empty: expected a prompt per line")
+    lines: dict[str, list[int]] = {}
+    for number, prompt in found.items():
+        lines.setdefault(prompt, []).append(number)
+    repeated = [numbers for numbers in lines.values() if len(numbers) > 1]
+    if repeated:
+        raise InputError(
+            f"{path} gives {plural(len(repeated), 'prompt')} more than once, expected each once; remove all but one "
+            f"of the equal lines {'; '.join(', '.join(map(str, numbers)) for numbers in repeated)}"
+        )
+    return found
 
 
 def match_ids(found: Iterable[str], expected: Iterable[str], found_name: str, expected_name: str) -> None:

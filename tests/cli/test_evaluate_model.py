@@ -1,4 +1,4 @@
-"""``cogview eval model``: what it prints, and the stores that it refuses."""
+"""``cogview eval model``: what it prints, and the stores and prompts that it refuses."""
 
 from __future__ import annotations
 
@@ -64,6 +64,71 @@ def test_eval_model_refuses_stores_in_one_line(evaluate, tiny_model, arguments, 
     write_store("empty", tiny_model, [])
     write_store("twin", tiny_model, ["一只狗", "一只狗"])
     write_store("other", tiny_model, text_sha256="0" * 64)
+    status, out, err = evaluate(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+PROMPTS = ["一只狐狸", "两只狗", "三个红苹果"]
+
+
+def write_prompts(*lines: str, name: str = "prompts.txt") -> None:
+    Path(name).write_text("\n".join(lines), encoding="utf-8")
+
+
+def test_eval_model_measures_images_of_prompts(evaluate, tiny_model):
+    """Each prompt is an item; the manifest has all that moves the values; equal calls give equal results."""
+    write_prompts(*PROMPTS)
+    options = ["--prompts", "prompts.txt", "--images", "4", "--rank-by", "picture", "--seed", "7", "--json"]
+    options += ["--temperature", "0.8", "--guidance", "2", "--speculative", "off", "--kv-dtype", "int8"]
+    status, out, err = evaluate(*options, "-o", "result.json")
+    assert status == 0, err
+    results = json.loads(out)["results"]
+    assert set(results) == {
+        *("different_images", "pairwise_distance", "code_entropy"),
+        *(f"caption_of_best_by_picture_of_{size}" for size in (1, 2, 4)),
+        *(f"caption_of_best_possible_of_{size}" for size in (1, 2, 4)),
+    }
+    assert 0 < results["code_entropy"]["value"] <= np.log(4)
+    written = read_result(Path("result.json"))
+    manifest = written.manifest
+    assert (manifest.prompts.count, manifest.seeds.first, manifest.selection.candidates) == (3, 7, 4)
+    assert manifest.selection.by == "log p(picture | text)"
+    assert manifest.settings["judge"] == "log p(text | picture)"
+    assert (manifest.sampling["temperature"], manifest.sampling["guidance"]) == (0.8, 2.0)
+    assert (manifest.model.speculative, manifest.model.kv_dtype) == (1, "int8")
+    assert written.items.ids == PROMPTS
+    for name, values in written.items.values.items():
+        assert np.mean(values) == pytest.approx(results[name]["value"])
+    assert written.curves["caption_of_best_by_picture"].x == [1, 2, 4]
+    again = json.loads(evaluate(*options, "--max-inference-batch-size", "3")[1])["results"]
+    assert {name: row["value"] for name, row in again.items()} == pytest.approx(
+        {name: row["value"] for name, row in results.items()}, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to measure the model on: give --store FOLDER or --prompts FILE"),
+        (["--store", "store", "--prompts", "prompts.txt"], "--store and --prompts are two measures: give one of them"),
+        (["--prompts", "none.txt"], "cannot read none.txt"),
+        (["--prompts", "empty.txt"], "empty.txt is empty: expected a prompt per line"),
+        (["--prompts", "twice.txt"], "remove all but one of the equal lines 1, 4; 2, 5"),
+        (["--prompts", "long.txt"], "long.txt, line 2: the prompt"),
+        (["--prompts", "prompts.txt", "--images", "1"], "1 is not in the range"),
+        (["--prompts", "prompts.txt", "--pairs", "5"], "--pairs applies to --store only; leave it out"),
+        (["--store", "store", "--top-k", "5"], "--top-k applies to --prompts only; leave it out"),
+        (["--prompts", "prompts.txt", "--rank-by", "both"], "a choice by both has no independent judge"),
+    ],
+)
+def test_eval_model_refuses_prompts_in_one_line(evaluate, arguments, message):
+    """A file that cannot be used, or options of the other measure, give one line and status 2."""
+    write_prompts(*PROMPTS)
+    write_prompts("", " ", name="empty.txt")
+    write_prompts("一只狐狸", "两只狗", "鱼", "一只狐狸", " 两只狗", name="twice.txt")
+    write_prompts("一只狐狸", "一只狐狸" * 30, name="long.txt")
     status, out, err = evaluate(*arguments)
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
