@@ -22,11 +22,13 @@ class UnfinishedTraining:
         section: Its section of the recipe.
         done: Steps that are done.
         planned: Steps of the run, as its folder has them.
+        warmup: Steps of its warm-up.
     """
 
     section: str
     done: int
     planned: int
+    warmup: int = 0
 
     @classmethod
     def find(cls, section: str, folder: Path) -> UnfinishedTraining | None:
@@ -39,16 +41,22 @@ class UnfinishedTraining:
         from cogview.training.run_folder import RunFolder, step_of
 
         training = (run_settings(folder) or {}).get("training")
-        planned = training.get("steps") if isinstance(training, Mapping) else None
-        if not isinstance(planned, int):
+        numbers = training if isinstance(training, Mapping) else {}
+        planned, warmup = numbers.get("steps"), numbers.get("warmup_steps", 0)
+        if not isinstance(planned, int) or not isinstance(warmup, int):
             return None
         done = step_of(RunFolder(folder).checkpoints()[-1])
-        return cls(section=section, done=done, planned=planned) if done < planned else None
+        return cls(section=section, done=done, planned=planned, warmup=warmup) if done < planned else None
+
+    @property
+    def can_end(self) -> bool:
+        """Whether its last checkpoint can be a result: the codebook of a VQ-VAE is made at the end of the warm-up."""
+        return self.done >= max(2, self.warmup)  # a training has at least two steps
 
     @property
     def ending(self) -> str:
         """The override by which the training ends with its last checkpoint."""
-        return f"{self.section}.training.steps={max(2, self.done)}"  # a training has at least two steps
+        return f"{self.section}.training.steps={self.done}"
 
 
 def run_settings(folder: Path) -> Mapping[str, Any] | None:
@@ -120,6 +128,6 @@ def remedies(
     if missing:
         command = run_command(recipe, merge_overrides([*given, *before]))
         found.append(f"the last command line had {' '.join(missing)}, with which it goes on: {command}")
-    if training is not None and ends:
+    if training is not None and training.can_end and ends:
         found.append(ending_line(recipe, training, [*before, *given]))
     return found

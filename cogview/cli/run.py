@@ -179,7 +179,7 @@ class StepRunner:
                 print(f"{name}: done in {took}", file=sys.stderr)
             elif status != ExitStatus.MISTAKE:  # of which a line follows
                 print(f"{name}: stopped after {took}; the same command continues", file=sys.stderr)
-                if left := step.unfinished(self.recipe):
+                if (left := step.unfinished(self.recipe)) and left.can_end:
                     print(ending_line(self.recipe, left, self.recipe.named_overrides), file=sys.stderr)
         return status
 

@@ -95,7 +95,9 @@ class RecipeStep:
     def ended_early(self, recipe: Recipe) -> UnfinishedTraining | None:
         """Return the training of the step if it has steps left, and the recipe asks for no more than are done."""
         training = self.unfinished(recipe)
-        if training is None or self.settings is None or self.settings(recipe).training.steps > training.done:
+        if training is None or self.settings is None or not training.can_end:
+            return None
+        if self.settings(recipe).training.steps > training.done:
             return None
         return training
 

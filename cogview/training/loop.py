@@ -30,7 +30,7 @@ from cogview.training.settings import RunSettings
 from cogview.training.trainer_state import StateMismatchError
 
 Batch = TypeVar("Batch")
-LINE_SECONDS = 60.0  # without a terminal, at most so long without a line while steps are done
+LINE_SECONDS = 30.0  # without a terminal, at most so long without a line while steps are done
 
 
 class Trainer(ABC, Generic[Batch]):

@@ -288,6 +288,23 @@ def test_run_ends_a_training_early_and_keeps_it(recipe, asked, capsys):
     assert "to end the training" not in err
 
 
+@pytest.mark.parametrize(("done", "ends"), [(1, False), (7, False), (8, True), (9, True)])
+@pytest.mark.parametrize("step", [steps.IMAGE, steps.TRAIN], ids=lambda step: step.command)
+def test_run_does_not_end_a_training_in_its_warmup(recipe, asked, capsys, step, done, ends):
+    """The image tokenizer of a training that was ended in its warm-up had a codebook of random numbers."""
+    key = f"{step.section}.training"
+    given = (f"{key}.steps=40", f"{key}.warmup_steps=8")
+    plant_trial(recipe, 40, *given)
+    (recipe.image_tokenizer / "model.safetensors").unlink()
+    (recipe.transformer_run / "checkpoints/step-00000040/x").unlink()
+    (recipe.transformer_run / "checkpoints/step-00000040").rmdir()
+    changed = replace(recipe, overrides_by_section=run.split_overrides(given))
+    plant_run(step.run_folder(recipe), step.settings(changed), done)
+    status, err = run_recipe(capsys, f"{key}.steps=10")
+    assert (status, f"to end the training after its {done} steps: " in err) == (2, ends)
+    assert run_recipe(capsys, f"{key}.steps={max(2, done)}")[0] == (0 if ends else 2)
+
+
 def test_run_refuses_fewer_steps_for_a_finished_training(recipe, asked, capsys):
     """It was trained by the schedule of more steps: that of fewer gives another model."""
     plant_trial(recipe, 40, "transformer.training.steps=40")
