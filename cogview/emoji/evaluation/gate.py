@@ -8,9 +8,11 @@ improbable without a change.
 # N images of a prompt
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -32,6 +34,7 @@ from cogview.evaluation.model_record import describe_hardware, describe_model, d
 from cogview.evaluation.permutation import fall_probability
 from cogview.evaluation.records import Manifest, Result, ResultItems, ResultValue, SeedsRecord
 from cogview.modeling.config import Sampling
+from cogview.pipeline import captioning
 from cogview.pipeline.cogview import CogView
 from cogview.vqvae.codec import reconstruct
 
@@ -208,11 +211,13 @@ def _caption_rows(
     """Verdicts on a caption of each scene, and on the choice of its caption among similar ones."""
     true = np.stack([world.render(scene, number) for number, (scene, _) in enumerate(asked)])
     grader = CaptionGrader(world.candidates, world.colours)
-    texts = [each.text for each in generate_captions(model, true, settings.batch_size, "captioning")]
+    with _without_notes_on_images():
+        texts = [each.text for each in generate_captions(model, true, settings.batch_size, "captioning")]
     rows: dict[str, dict[str, float]] = {"captioning": {}, "ranking": {}}
     choices = [similar_captions(world, scene, settings.seed) for scene, _ in asked]
     repeated = [image for image, texts in zip(true, choices, strict=True) for _ in texts]
-    scores = model.score(repeated, [text for texts in choices for text in texts], batch_size=settings.batch_size)
+    with _without_notes_on_images():
+        scores = model.score(repeated, [text for texts in choices for text in texts], batch_size=settings.batch_size)
     first = 0
     for (scene, caption), text, options in zip(asked, texts, choices, strict=True):
         rows["captioning"][caption] = float(grader.grade(text, scene).everything)
@@ -220,6 +225,18 @@ def _caption_rows(
         rows["ranking"][caption] = float(own[0] > max(own[1:]))
         first += len(options)
     return rows
+
+
+@contextmanager
+def _without_notes_on_images() -> Iterator[None]:
+    """Silence notes on images with a poor reconstruction: the true scenes are what the model was trained on."""
+    logger = logging.getLogger(captioning.__name__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def similar_captions(world: EmojiWorld, scene: Scene, seed: int) -> list[str]:
