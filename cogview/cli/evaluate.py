@@ -130,7 +130,7 @@ def _evaluate(
     )
     world = EmojiWorld.load(recipe.world)
     opened = CogView.from_pretrained(model or last_checkpoint(recipe), device=device, dtype=dtype, adapter=adapter)
-    sampling = opened.sampling(**settings)
+    sampling = opened.sampling(task="upscale" if measure == "upscale" else "generate", **settings)
     folder = output or recipe.work / "report"
     folder.mkdir(parents=True, exist_ok=True)
     if options.tune:

@@ -1,6 +1,7 @@
 """``cogview eval`` beyond scenes: each measure's report and companions, in a small world."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -106,6 +107,20 @@ def test_eval_leaves_a_result_with_its_manifest(recipe, tiny_checkpoint, tmp_pat
     assert main(["eval", "compare", str(path), str(path), "-o", str(page)]) == 0
     assert "*" not in capsys.readouterr().out.splitlines()[1]
     assert page.is_file()
+
+
+def test_eval_of_upscaling_has_the_sampling_of_that_task(recipe, tiny_checkpoint, tmp_path):
+    """Upscaled images were measured with the settings of generation, which the task never has otherwise."""
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["upscale_sampling"] = {"temperature": 0.3, "top_k": 5}
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    found = {}
+    for measure in ("scenes", "upscale"):
+        assert evaluate(measure, recipe, model, "-o", str(tmp_path)) == 0
+        found[measure] = read_result(tmp_path / f"result-{measure}.json").manifest.sampling
+    assert (found["scenes"]["temperature"], found["scenes"]["top_k"]) == (0.9, 100)
+    assert (found["upscale"]["temperature"], found["upscale"]["top_k"]) == (0.3, 5)
 
 
 def test_items_of_scenes_have_the_mean_of_their_value(recipe, tiny_checkpoint, tmp_path):

@@ -545,6 +545,45 @@ def read_recipe_file(folder: Path) -> None:
             ).settings(kind, name)
 
 
+def make_results(folder: Path) -> None:
+    """Write a result with everything that one can hold."""
+    from cogview.evaluation.manifest import Manifest, ResultCurve, ResultValue, SeedsRecord, hash_prompts, write_result
+
+    (folder / "only").mkdir(parents=True)
+    manifest = Manifest(
+        measure="scenes",
+        prompts=hash_prompts(CAPTIONS),
+        seeds=SeedsRecord(first=0, count=8),
+        settings={"world": {"things": 4}},
+    )
+    values = {"right": ResultValue(value=0.5, low=0.2, high=0.8, n=8, unit="fraction", higher_is_better=True)}
+    items = {"ids": list(CAPTIONS), "labels": list(CAPTIONS), "values": {"right": [1.0, 0.0] * 4}}
+    curves = {"right": ResultCurve(x=[1, 2, 4], y=[0.2, 0.3, 0.5])}
+    write_result(folder / "only" / "result.json", manifest, values, items, curves)
+
+
+def read_results(folder: Path) -> None:
+    """Read a result, with its seal and with a new one; then compare it with itself on a page."""
+    from cogview.errors import InputError
+    from cogview.evaluation.comparison import compare_results
+    from cogview.evaluation.manifest import _seal, read_result
+    from cogview.evaluation.page import ComparedFiles, comparison_page
+    from cogview.plain_data import read_json
+
+    path = folder / "result.json"
+    with contextlib.suppress(InputError):
+        read_result(path)
+    content = read_json(path)
+    if isinstance(content, dict):
+        content.pop("sha256", None)
+        with contextlib.suppress(ValueError):  # NaN, which the reader refuses by itself
+            content["sha256"] = _seal(content)
+        path.write_text(json.dumps(content), encoding="utf-8")
+    result = read_result(path)
+    comparison = compare_results(result, result, ("a", "b"))
+    comparison_page(comparison, ComparedFiles(names=("a", "b"), folders=(folder, folder)))
+
+
 def make_runs(folder: Path) -> None:
     """Write run folders with everything that is read again."""
     from cogview.data.phases import Phase, append_phase
@@ -643,6 +682,7 @@ def commit_fault(folder: Path) -> None:
 
 FAULTS = "faults"
 READERS: dict[str, Reader] = {
+    "results": Reader(make_results, read_results),
     "images": Reader(make_images, read_images),
     "token stores": Reader(make_stores, read_store),
     "store headers": Reader(make_store_entries, read_store_entries),
