@@ -182,7 +182,7 @@ def combine_intervals(a: ResultValue, b: ResultValue) -> tuple[float, float] | N
 
 
 def format_value(value: float, unit: str) -> str:
-    """Return a value with its unit: fractions in percent, others with five digits.
+    """Return a value with its unit: fractions in percent, others with four digits.
 
     Args:
         value: The value.
@@ -218,7 +218,9 @@ def format_interval(low: float, high: float, unit: str, *, signed: bool = False)
 
 
 def _digits(value: float, unit: str) -> str:
-    return f"{value:.2f}" if unit == "dB" else f"{value:.5g}"
+    if unit == "dB":
+        return f"{value:.2f}"
+    return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _signed(value: float, unit: str) -> str:

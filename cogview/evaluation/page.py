@@ -116,16 +116,15 @@ def _values_section(comparison: Comparison) -> str:
             limit = max(abs(each.low), abs(each.high), abs(each.value))
             plot = interval_plot(each.value, each.low, each.high, limit, each.verdict)
             interval = f"<small>{format_interval(each.low, each.high, unit, signed=True)}<br>{each.method}</small>"
-            verdict = each.verdict
+            verdict = f'<br><small class="verdict">{each.verdict}</small>' if each.verdict else ""
         rows.append(
             f'<tr class="{each.verdict}">\n'
             f"  <td>{escape(each.name)}{_direction(each.a)}<br><small>{_counts(each)}</small></td>\n"
             f'  <td class="number">{_value_cell(each.a)}</td>\n'
             f'  <td class="number">{_value_cell(each.b)}</td>\n'
-            f'  <td class="number">{format_difference(each.value, unit)}</td>\n'
+            f'  <td class="number">{format_difference(each.value, unit)}{verdict}</td>\n'
             f"  <td>{plot}</td>\n"
             f"  <td>{interval}</td>\n"
-            f'  <td class="verdict">{verdict}</td>\n'
             f"</tr>"
         )
     missing = ""
@@ -136,7 +135,7 @@ def _values_section(comparison: Comparison) -> str:
         '<p class="soft">Intervals are of 95%. Paired ones resample items that both results have; the others treat the '
         'two as independent, which is wider.</p>\n<div class="scroll">\n<table>\n'
         '<tr><th>value</th><th class="number a">A</th><th class="number b">B</th><th class="number">B − A</th>'
-        "<th></th><th>interval</th><th></th></tr>\n" + "\n".join(rows) + f"\n</table>\n</div>{missing}\n</section>"
+        "<th></th><th>interval</th></tr>\n" + "\n".join(rows) + f"\n</table>\n</div>{missing}\n</section>"
     )
 
 
