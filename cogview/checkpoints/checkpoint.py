@@ -110,6 +110,8 @@ def config_mapping(config: ModelConfig) -> dict[str, Any]:
     plain: dict[str, Any] = to_mapping(config)
     if plain["reconstruction_psnr"] is None:
         del plain["reconstruction_psnr"]
+    if plain["fit"] == "crop":
+        del plain["fit"]
     if not plain["text_sha256"]:
         del plain["text_sha256"]
     return plain

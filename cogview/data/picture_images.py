@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from cogview.data.builders.picture_index import IndexedPicture, file_state
-from cogview.data.builders.prepare import FitRule, fit_picture
+from cogview.data.builders.prepare import fit_picture
 from cogview.data.image_dataset import ImageExample
 from cogview.errors import InputError
-from cogview.image_io.reading import read_image
+from cogview.image_io.reading import FitRule, read_image
 
 
 @dataclass(frozen=True, kw_only=True)

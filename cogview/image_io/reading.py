@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -20,6 +20,7 @@ from cogview.errors import InputError, reason_of
 from cogview.formatting import format_list
 from cogview.image_io.colour import to_srgb
 
+FitRule: TypeAlias = Literal["crop", "pad", "stretch"]  # how an image becomes a square
 # No other format is ever opened: Pillow would start Ghostscript for PostScript, whatever the name of the file.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 EXPECTED = "PNG, JPEG, WebP, GIF, BMP, TIFF or PPM"
@@ -132,14 +133,14 @@ def open_image(
         yield image
 
 
-def fit(image: Image.Image, side: int) -> tuple[np.ndarray, str | None]:
-    """Resize and crop an image to a square.
-
-    The short side is resized to ``side`` pixels (Lanczos), and the middle is kept. Only the kept part is computed.
+def fit(image: Image.Image, side: int, rule: FitRule = "crop") -> tuple[np.ndarray, str | None]:
+    """Make a square of an image, by the Lanczos filter.
 
     Args:
         image: Image of any mode.
         side: Pixels.
+        rule: ``crop`` keeps the middle, of which alone pixels are computed; ``pad`` adds white on both sides;
+            ``stretch`` changes the aspect ratio.
 
     Returns:
         The uint8 RGB pixels (side, side, 3), and a note such as "resized from 128 x 96 and cropped to 64 x 64", or
@@ -152,16 +153,37 @@ def fit(image: Image.Image, side: int) -> tuple[np.ndarray, str | None]:
     short = min(width, height)
     if not short:
         raise InputError(f"the image is {width} x {height} pixels, expected at least 1 x 1")
+    before, after = f"{width} x {height}", f"{side} x {side}"
+    if rule != "crop" and width != height:
+        square = _padded(to_rgb(image), side) if rule == "pad" else _stretched(to_rgb(image), (side, side))
+        return np.array(square), f"{'padded' if rule == 'pad' else 'stretched'} from {before} to {after}"
     left, top = (width - short) // 2, (height - short) // 2
     middle = (left, top, left + short, top + short)
     # A large image is first averaged by whole factors to at least 3 times the size: fast, and hardly visible.
     square = to_rgb(image).resize((side, side), Image.Resampling.LANCZOS, box=middle, reducing_gap=3.0)
-    before, after = f"{width} x {height}", f"{side} x {side}"
     if width == height:
         note = None if short == side else f"resized from {before} to {after}"
     else:
         note = f"cropped from {before} to {after}" if short == side else f"resized from {before} and cropped to {after}"
     return np.array(square), note
+
+
+def padded_size(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """Return the width and height of an image that is scaled to fit into a square of ``side`` pixels."""
+    longer = max(size)
+    return max(1, round(size[0] * side / longer)), max(1, round(size[1] * side / longer))
+
+
+def _padded(image: Image.Image, side: int) -> Image.Image:
+    """Return an RGB image in the middle of a white square."""
+    width, height = padded_size(image.size, side)
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(_stretched(image, (width, height)), ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _stretched(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _images_in(folder: Path, on_note: Callable[[str], object]) -> list[Path]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 
 from cogview.errors import InputError
+from cogview.image_io.reading import FitRule
 from cogview.tokenizers.layouts import Layout, layouts
 from cogview.tokenizers.tasks import check_grid
 from cogview.tokenizers.vocabulary import MAX_GRID, Vocabulary
@@ -258,6 +259,7 @@ class ModelConfig:
     text_sha256: str = ""  # of text.model; empty in checkpoints of earlier versions
     sampling: Sampling = field(default_factory=Sampling)  # recommended defaults of this model
     upscale_sampling: Sampling | None = None  # those of upscaling, which leaves less open; None: the same
+    fit: FitRule = "crop"  # how images that the model is given become squares, as those of its training did
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

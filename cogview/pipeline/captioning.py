@@ -69,7 +69,7 @@ class CaptioningModel(LoadedModel):
         return self._given_side(task) * self.image_tokenizer.downsampling
 
     def fit_image(self, image: ImageLike, *, task: str = "generate") -> tuple[Image.Image, str | None]:
-        """Resize and crop an image to the size that ``task`` is given.
+        """Resize an image to the size that ``task`` is given, and make a square of it as ``config.fit`` says.
 
         Args:
             image: Image of any size: a path, a PIL image, an array (H, W, 3) or a tensor (3, H, W).
@@ -85,7 +85,7 @@ class CaptioningModel(LoadedModel):
             >>> model.fit_image(Image.new("RGB", (100, 64)))[1]
             'cropped from 100 x 64 to 64 x 64'
         """
-        pixels, note = fit(load_image(image), self.image_size(task))
+        pixels, note = fit(load_image(image), self.image_size(task), self.config.fit)
         return Image.fromarray(pixels), note
 
     def image_warning(self, image: ImageLike, *, task: str = "generate", tiles: bool = False) -> str | None:

@@ -56,9 +56,8 @@ def encode_images(
         if own is not None and own.shape == (side, side):
             codes[index] = own
             continue
-        pixels, note = fit(
-            load_image(image, f"images[{index}]", partial(on_note, index)), side * tokenizer.downsampling
-        )
+        loaded = load_image(image, f"images[{index}]", partial(on_note, index))
+        pixels, note = fit(loaded, side * tokenizer.downsampling, context.config.fit)
         fitted.append((index, pixels))
         if note is not None:
             on_note(index, note)

@@ -189,6 +189,7 @@ def model_config(settings: TransformerSettings, store: TokenStore, tokenizers: T
         caption_dropout=settings.training.caption_dropout,
         codebook_sha256=header.codebook_sha256,
         sampling=settings.sampling,
+        fit=header.provenance.get("pictures", {}).get("fit", "crop"),
     )
 
 

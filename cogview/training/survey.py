@@ -12,14 +12,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cogview.data.builders.prepare import MIN_SIDE, FitRule, fit_picture, normalize_caption, pixel_digest
+from cogview.data.builders.prepare import MIN_SIDE, fit_picture, normalize_caption, pixel_digest
 from cogview.data.keyed_random import KeyedRandom
 from cogview.data.sources.open import open_source
 from cogview.data.sources.records import PictureRecord
 from cogview.data.sources.tables import TableOptions
 from cogview.errors import InputError
 from cogview.formatting import format_list, shorten
-from cogview.image_io.reading import open_image, read_image
+from cogview.image_io.reading import FitRule, open_image, read_image
 
 MAX_RECORDS = 100_000  # whose captions are read
 MAX_SAMPLE = 400  # pictures whose pixels are read

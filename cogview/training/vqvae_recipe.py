@@ -6,9 +6,9 @@ from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from cogview.data.builders.prepare import FitRule
 from cogview.data.sources.tables import TableOptions
 from cogview.data.store import MAX_CODES
+from cogview.image_io.reading import FitRule
 from cogview.training.settings import RunSettings
 from cogview.training.vqvae_images import VALIDATION_IMAGES
 from cogview.vqvae.model import VQVAEConfig

@@ -28,12 +28,20 @@ def run(tmp_path, monkeypatch, capsys, save_image):
         "image": {
             "pictures": ["pictures"],
             "side": 64,
+            "fit": "pad",
             "held_out": 0.2,
             "precision": "float32",
             "model": {"channels": [4, 8, 8], "encoder_blocks": [0, 0, 1], "num_codes": 16, "code_width": 4},
             "training": {"steps": 2, "batch_size": 4, "warmup_steps": 1},
         },
-        "encode": {"pictures": ["pictures"], "side": 64, "held_out": 0.2, "text_width": 12, "batch_size": 8},
+        "encode": {
+            "pictures": ["pictures"],
+            "side": 64,
+            "fit": "pad",
+            "held_out": 0.2,
+            "text_width": 12,
+            "batch_size": 8,
+        },
         "transformer": {
             "preset": "tiny",
             "max_positions": 96,
@@ -69,7 +77,8 @@ def test_recipe_of_pictures_ends_in_a_model_that_generates(run, capsys):
     card = Path("work/model/README.md").read_text(encoding="utf-8")
     assert "| image tokenizer, psnr | " in card
     assert "| transformer, loss | " in card
-    assert read_config(Path("work/model")).sampling.top_k == 7
+    saved = read_config(Path("work/model"))
+    assert (saved.sampling.top_k, saved.fit) == (7, "pad")
     assert not Path("work/model/grammar.json").exists()
     assert main(["generate", "红色的狐狸", "--model", "work/model", "--device", "cpu"]) == 0
     assert len(list(Path("outputs").glob("*.png"))) == 1

@@ -1,8 +1,10 @@
 """``CogView``: the same image alone or in any batch, its codes and probability, and what it refuses."""
 
 import copy
+import json
 import math
 import pickle
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from cogview.checkpoints.checkpoint import Model
+from cogview.data.builders.prepare import fit_picture
 from cogview.errors import InputError
 from cogview.generation.sampling import MAX_SEED
 from cogview.modeling.config import GREEDY, Sampling
@@ -630,6 +633,23 @@ def test_fit_image_notes_what_was_done(tiny_model):
     assert (fitted.size, note) == ((64, 64), "cropped from 100 x 64 to 64 x 64")
     assert tiny_model.fit_image(photo, task="low_level")[0].size == (32, 32)
     assert tiny_model.fit_image(fitted) == (fitted, None)
+
+
+def test_fit_image_makes_squares_as_the_training_did(tiny_checkpoint, tmp_path):
+    """A model of padded pictures has white added, in every method that takes images."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path / "padded")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "fit": "pad"}), encoding="utf-8")
+    model = CogView.from_pretrained(str(folder), device="cpu")
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 100, 3), dtype=np.uint8))
+    padded = Image.fromarray(fit_picture(photo, 64, "pad"))
+    fitted, note = model.fit_image(photo)
+    assert note == "padded from 100 x 64 to 64 x 64"
+    np.testing.assert_array_equal(np.asarray(fitted), np.asarray(padded))
+    np.testing.assert_array_equal(model.encode_images([photo]), model.encode_images([padded]))
+    assert [each.text for each in model.caption(photo, method="greedy")] == [
+        each.text for each in model.caption(padded, method="greedy")
+    ]
 
 
 def test_encode_images_reports_notes(tiny_model):

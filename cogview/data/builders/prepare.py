@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,11 +19,10 @@ from cogview.data.builders.boxes import name_codes, own_pieces, parse_boxes, pla
 from cogview.data.builders.encode import EncodeSettings
 from cogview.data.sources.records import PictureRecord
 from cogview.errors import InputError
-from cogview.image_io.reading import fit, read_image
+from cogview.image_io.reading import FitRule, fit, padded_size, read_image
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.ranges import check_ranges
 
-FitRule: TypeAlias = Literal["crop", "pad", "stretch"]
 MIN_SIDE = 16  # pixels: nothing can be seen on a smaller picture
 DIGEST_BYTES = 16
 CUT_NOTE = "a box lies outside the square that is kept of it"
@@ -227,17 +226,7 @@ def fit_picture(image: Image.Image, side: int, rule: FitRule) -> np.ndarray:
     Returns:
         uint8 RGB (side, side, 3).
     """
-    if rule == "crop":
-        return fit(image, side)[0]
-    size = (side, side)
-    if rule == "pad":
-        size = _padded_size(image.size, side)
-    resized = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-    if rule == "stretch":
-        return np.array(resized)
-    square = Image.new("RGB", (side, side), "white")
-    square.paste(resized, ((side - size[0]) // 2, (side - size[1]) // 2))
-    return np.array(square)
+    return fit(image, side, rule)[0]
 
 
 def fit_box(
@@ -259,18 +248,12 @@ def fit_box(
         lengths = [float(min(size))] * 2
         starts = [float((length - min(size)) // 2) for length in size]
     elif rule == "pad":
-        inner = _padded_size(size, side)
+        inner = padded_size(size, side)
         pixel = [length / scaled for length, scaled in zip(size, inner, strict=True)]  # of the square
         lengths = [side * each for each in pixel]
         starts = [-((side - scaled) // 2) * each for scaled, each in zip(inner, pixel, strict=True)]
     left, top, right, bottom = ((edge - starts[i % 2]) / lengths[i % 2] for i, edge in enumerate(box))
     return left, top, right, bottom
-
-
-def _padded_size(size: tuple[int, int], side: int) -> tuple[int, int]:
-    """Return the width and height of a picture that is scaled to fit into a square."""
-    longer = max(size)
-    return max(1, round(size[0] * side / longer)), max(1, round(size[1] * side / longer))
 
 
 def pixel_digest(image: Image.Image) -> str:
