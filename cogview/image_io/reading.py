@@ -156,7 +156,8 @@ def fit(image: Image.Image, side: int, rule: FitRule = "crop") -> tuple[np.ndarr
     before, after = f"{width} x {height}", f"{side} x {side}"
     if rule != "crop" and width != height:
         square = _padded(to_rgb(image), side) if rule == "pad" else _stretched(to_rgb(image), (side, side))
-        return np.array(square), f"{'padded' if rule == 'pad' else 'stretched'} from {before} to {after}"
+        done = f"padded from {before} to {after}" if rule == "pad" else f"stretched from {before} to {after}"
+        return np.array(square), done
     left, top = (width - short) // 2, (height - short) // 2
     middle = (left, top, left + short, top + short)
     # A large image is first averaged by whole factors to at least 3 times the size: fast, and hardly visible.
