@@ -63,6 +63,7 @@ def _encode_pictures(recipe: Recipe, device: str) -> int:
     from cogview.training.picture_encoding import PictureEncodeSettings, RecipeStorePaths
 
     settings = recipe.settings(PictureEncodeSettings, "encode")
+    recipe.require_held_out_store()
     tokenizers = _open_tokenizers(recipe)
     if recipe.store.exists():
         raise InputError(f"{recipe.store} is there already: remove it, or choose another folder with --work")

@@ -54,9 +54,11 @@ def samples(recipe: Recipe, count: int, device: str) -> int:
     from cogview.training.step_records import record_step
 
     settings = recipe.settings(TransformerSettings, "transformer")
-    model, name = open_trained(recipe, settings, device)
+    if settings.validation_store is None:
+        recipe.require_held_out_store()
     training = TokenStore(settings.store or recipe.store)
     held_out = TokenStore(settings.validation_store or recipe.held_out_store)
+    model, name = open_trained(recipe, settings, device)
     own = "sampling" in recipe.section("transformer")  # an adapter without has the settings of its model
     sampling = model.sampling(settings.sampling if own or settings.lora is None else None)
     drawn = [draw_samples(model, store, count, sampling) for store in (training, held_out)]

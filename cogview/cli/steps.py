@@ -283,8 +283,10 @@ def encoded(recipe: Recipe) -> bool:
             return False
 
     settings = encode_settings(recipe)
-    if "pictures" in recipe.section("encode"):  # the training store is written last; few pictures have no held-out one
-        return has_rows(recipe.store, 1) and (not recipe.held_out_store.exists() or has_rows(recipe.held_out_store, 1))
+    if "pictures" in recipe.section("encode"):  # the training store is written last
+        is_evaluated = "transformer" in recipe.sections and transformer_settings(recipe).validation_store is None
+        needs_held_out = is_evaluated or recipe.held_out_store.exists()  # few pictures have none
+        return has_rows(recipe.store, 1) and (not needs_held_out or has_rows(recipe.held_out_store, 1))
     return has_rows(recipe.store, settings.rows) and has_rows(recipe.held_out_store, settings.held_out_rows)
 
 

@@ -85,6 +85,8 @@ def open_all(
     Raises:
         InputError: Something that the recipe names is missing or does not fit.
     """
+    if settings.validation_store is None:
+        recipe.require_held_out_store()
     torch.manual_seed(settings.training.seed)  # random weights follow, in an order that must not change
     tokenizers = open_tokenizers(recipe, settings)
     stores = open_stores(recipe, settings, tokenizers)

@@ -162,6 +162,18 @@ class Recipe:
             )
         return load_image_tokenizer(self.image_tokenizer)
 
+    def require_held_out_store(self) -> None:
+        """Raise InputError where pictures were encoded into a training store, and the held-out one is missing.
+
+        Both are made together: the split into them is part of the training store.
+        """
+        of_pictures = "pictures" in (self.sections.get("encode") or {})
+        if of_pictures and self.store.exists() and not self.held_out_store.exists():
+            raise InputError(
+                f"{self.store} is there, but the held-out store {self.held_out_store} is missing: encode both anew "
+                f"after rm -r {self.store}; of few pictures, hold out a larger share (encode.held_out)"
+            )
+
     def section(self, name: str) -> dict[str, Any]:
         """Return section ``name`` as plain values, with the overrides."""
         return section(self.sections, name, self.overrides_of(name))

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -13,6 +14,8 @@ from cogview.cli.main import main
 from cogview.cli.package_card import report_tables, unfinished_lines
 from cogview.cli.steps import PACKAGE, check_step, encoded, packaged, sampled, steps_of
 from cogview.config_io import to_mapping
+from cogview.data.store import StoreHeader
+from cogview.data.store_writer import StoreWriter
 from cogview.errors import InputError
 from cogview.training.recipe import Recipe
 from cogview.training.step_records import read_records, record_step
@@ -98,6 +101,43 @@ def test_package_takes_licence_and_data_of_the_command_line(recipe, asked, capsy
     (Path("work/model")).rmdir()
     assert run_recipe(capsys, "package.licence=Apache-2.0")[0] == 0
     assert asked[-1][:3] == ["package", "own.yaml", "licence=Apache-2.0"]
+
+
+@pytest.mark.parametrize("command", [["encode"], ["train"], ["eval", "samples"]])
+def test_commands_notice_first_that_the_held_out_store_is_missing(recipe, capsys, command):
+    """A deleted store was missed after the model had been loaded, and advised to encode into a store that exists."""
+    plant(recipe.work, "store/data.mdb")
+    assert main([*command, "own.yaml", "--device", "cpu"]) == 2
+    name = "eval" if command[0] == "eval" else command[0]
+    err = capsys.readouterr().err
+    assert err.startswith(f"cogview {name}")
+    assert err.endswith(
+        ": work/store is there, but the held-out store work/held-out-store is missing: encode both anew after rm -r "
+        "work/store; of few pictures, hold out a larger share (encode.held_out)\n"
+    )
+
+
+def test_encoded_needs_the_held_out_store_that_training_evaluates_on(recipe):
+    def write(path: Path) -> None:
+        header = StoreHeader(
+            fields={"text": 2, "image": 16},
+            grid=4,
+            num_image_codes=8,
+            num_text_pieces=9,
+            layouts=("generate",),
+            codebook_sha256="c0de" * 16,
+            text_sha256="7e47" * 16,
+        )
+        rows = {"text": np.zeros((1, 2), dtype=np.uint16), "image": np.zeros((1, 16), dtype=np.uint16)}
+        with StoreWriter(path, header) as writer:
+            writer.append(rows)
+
+    write(recipe.store)
+    assert not encoded(recipe)
+    others = {**SECTIONS["transformer"], "store": "others", "validation_store": "held-out-others"}
+    assert encoded(replace(recipe, sections={**SECTIONS, "transformer": others}))
+    write(recipe.held_out_store)
+    assert encoded(recipe)
 
 
 @pytest.mark.parametrize("content", ["{}", "[", None])
