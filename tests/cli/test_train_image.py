@@ -124,7 +124,7 @@ def test_train_image_refuses_in_one_line(train_image, image, message):
     assert (status, out) == (2, [])
     assert message in err[-1]
     assert len(err) <= 2
-    assert not Path("work/image-run/checkpoints").exists()
+    assert not Path("work/image-run").exists()
 
 
 def test_train_image_that_is_refused_keeps_the_pictures_of_the_run(train_image, save_image):
