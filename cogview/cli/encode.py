@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@recipe_options("encode")
+@recipe_options("encode", others=("transformer",))
 @device_option()
 def command(recipe: Recipe, device: str) -> int:
     """Encode scenes, or pictures that the recipe names, into token stores; an interrupted run is continued.

@@ -34,7 +34,7 @@ MAX_SEARCHED = 4000  # pictures among which held-out ones are looked for, withou
 
 
 @click.command(name="samples", cls=Command)
-@recipe_options(None)
+@recipe_options("transformer")
 @click.option(
     "-n", "--captions", "count", type=click.IntRange(min=1, max=1000), default=CAPTIONS, metavar="COUNT",
     help="number of training captions, and of held-out ones",

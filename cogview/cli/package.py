@@ -42,13 +42,13 @@ class PackageSettings:
 
 
 @click.command(cls=Command)
-@recipe_options("package")
+@recipe_options("package", others=("transformer",))
 @output_option(default=None, show_default="WORK/model, or WORK/adapter", help="folder to write")
 def command(recipe: Recipe, output: Path | None) -> int:
     """Package the last checkpoint with a model card that has what `cogview eval` has measured.
 
     An emoji model keeps the sampling settings of its report; any other model has those of its recipe, and the sheet of
-    `cogview eval samples` beside its card.
+    `cogview eval samples` beside its card. transformer.sampling.KEY=VALUE changes them for this package.
     """
     from cogview.files import atomic_folder
     from cogview.training.step_records import record_step
@@ -193,6 +193,23 @@ def sampling_of(recipe: Recipe) -> Sampling:
     from cogview.training.settings import TransformerSettings
 
     return replace(recipe, overrides=()).settings(TransformerSettings, "transformer").sampling
+
+
+def check_sampling(recipe: Recipe) -> None:
+    """Raise InputError for sampling settings of the command line that the package would not have."""
+    given = [each for each in recipe.overrides_of("transformer") if each.startswith(("sampling=", "sampling."))]
+    if not given:
+        return
+    if packaged_folder(recipe).name == "adapter":
+        reason = "an adapter has none, its base model has"
+    elif "scenes" in recipe.sections or recipe.world.is_dir():
+        reason = "a model of the emoji world has those that cogview eval scenes --tune finds"
+    else:
+        return
+    raise InputError(
+        f"transformer.{given[0]}: sampling settings do not reach the package, {reason}; leave them out, or set those "
+        "of the sample sheets in the recipe"
+    )
 
 
 def add_reports(model: Model, recipe: Recipe) -> str:

@@ -209,6 +209,7 @@ class StepRunner:
         """Return the words of the command of a step."""
         recipe = self.recipe
         words = [*step.command.split(), str(recipe.path), *recipe.overrides_of(step.section)]
+        words += [f"{name}.{override}" for name in step.others for override in recipe.overrides_of(name)]
         words += ["--work", str(recipe.work), *step.options]
         return [*words, "--device", self.device] if step.takes_device else words
 

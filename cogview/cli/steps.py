@@ -42,7 +42,8 @@ class RecipeStep:
         command: The command, such as ``train-text``.
         done: Returns whether its result is complete.
         needs: Commands of the steps whose results it reads; None for all earlier steps.
-        section: Section of the recipe that it reads; empty for an evaluation.
+        section: Section of the recipe that it reads; empty for a measure of the emoji world.
+        others: Further sections that it reads.
         settings: Returns its settings; None for a step without.
         results: Returns the files and folders that it makes, finished or not; None for a step that takes minutes, whose
             stale result is simply made again.
@@ -56,6 +57,7 @@ class RecipeStep:
     done: Callable[[Recipe], bool]
     needs: tuple[str, ...] | None = None
     section: str = ""
+    others: tuple[str, ...] = ()
     settings: Callable[[Recipe], Any] | None = None
     results: Callable[[Recipe], tuple[Path, ...]] | None = None
     run_folder: Callable[[Recipe], Path] | None = None
@@ -130,7 +132,11 @@ def steps_of(recipe: Recipe) -> list[RecipeStep]:
             if needed <= tasks
         ]
     elif "generate" in tasks and PACKAGE.section in recipe.sections:
-        steps.append(RecipeStep(command="eval samples", done=sampled, needs=MODEL_STEPS, takes_device=True))
+        steps.append(
+            RecipeStep(
+                command="eval samples", section="transformer", done=sampled, needs=MODEL_STEPS, takes_device=True
+            )
+        )
     if PACKAGE.section in recipe.sections:
         steps.append(PACKAGE)
     return steps
@@ -221,8 +227,9 @@ def check_settings(recipe: Recipe, steps: Sequence[RecipeStep]) -> None:
 
         require_peft()
     if PACKAGE in steps:
-        from cogview.cli.package import PackageSettings, read_card
+        from cogview.cli.package import PackageSettings, check_sampling, read_card
 
+        check_sampling(recipe)
         card = recipe.settings(PackageSettings, PACKAGE.section).card
         if card is not None:
             read_card(recipe, card)
@@ -370,6 +377,7 @@ ENCODE = RecipeStep(
     command="encode",
     needs=("scenes", "train-text", "train-image"),
     section="encode",
+    others=("transformer",),
     settings=encode_settings,
     done=encoded,
     results=lambda recipe: (
@@ -392,9 +400,17 @@ TRAIN = RecipeStep(
     takes_device=True,
     free=("training.num_workers", "training.micro_batch_size", "run", "sampling", "engine"),
 )
+SAMPLES = RecipeStep(
+    command="eval samples",
+    section="transformer",
+    done=sampled,
+    needs=MODEL_STEPS,
+    takes_device=True,
+)
 PACKAGE = RecipeStep(
     command="package",
     section="package",
+    others=("transformer",),
     settings=package_settings,
     done=packaged,
 )

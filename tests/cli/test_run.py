@@ -140,6 +140,37 @@ def test_encoded_needs_the_held_out_store_that_training_evaluates_on(recipe):
     assert encoded(recipe)
 
 
+def test_run_passes_sampling_settings_of_the_command_line_to_the_package(recipe, asked, capsys, monkeypatch):
+    """They reached the training alone, and the package had those of the recipe."""
+    assert run_recipe(capsys, "transformer.sampling.top_k=7")[0] == 0
+    assert [words for words in asked if "transformer.sampling.top_k=7" in words] == [asked[2], asked[5]]
+    assert [words for words in asked if "sampling.top_k=7" in words] == [asked[3], asked[4]]
+    found = []
+    monkeypatch.setattr(package, "last_checkpoint", lambda recipe: Path("checkpoint"))
+    monkeypatch.setattr(
+        package, "package_picture_model", lambda recipe, *rest: found.append(package.sampling_of(recipe))
+    )
+    assert main(asked[5]) == 0
+    assert found[0].top_k == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"scenes": {"things": 6}}, "a model of the emoji world has those that cogview eval scenes --tune finds"),
+        (
+            {"transformer": {**SECTIONS["transformer"], "init_from": "cogview-emoji", "lora": {"rank": 2}}},
+            "an adapter has none, its base model has",
+        ),
+    ],
+)
+def test_run_refuses_sampling_settings_that_would_not_reach_the_package(recipe, asked, capsys, changes, reason):
+    Path("own.yaml").write_text(yaml.safe_dump({**SECTIONS, **changes}), encoding="utf-8")
+    status, err = run_recipe(capsys, "transformer.sampling.top_k=7")
+    assert (status, asked) == (2, [])
+    assert f"transformer.sampling.top_k=7: sampling settings do not reach the package, {reason}; leave them out" in err
+
+
 @pytest.mark.parametrize("content", ["{}", "[", None])
 def test_run_goes_on_with_a_damaged_list_of_times(recipe, asked, capsys, content):
     """A step that was done hours ago was reported as failed, by a file that nothing reads."""
