@@ -5,6 +5,7 @@ A pipe or a device in the place of a file would make a command wait for ever, or
 
 from __future__ import annotations
 
+import codecs
 import os
 import stat
 import zipfile
@@ -19,6 +20,33 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_ARRAYS_BYTES = 1 << 30
+
+# Byte order marks that begin a file; that of UTF-32 begins with that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+
+
+def marked_encoding(content: bytes) -> str | None:
+    """Return the encoding that a byte order mark at the beginning of a file names: UTF-16 or UTF-32; else None."""
+    return next((name for mark, name in _MARKS.items() if content.startswith(mark)), None)
+
+
+def conversion_advice(content: bytes, path: Path | str = "FILE") -> str:
+    """Return the command that converts a file to UTF-8, as the end of a message.
+
+    Args:
+        content: The file, or its beginning.
+        path: Its name.
+    """
+    name = marked_encoding(content)
+    if name is None and b"\0" in content:
+        name = "UTF-16BE" if content.startswith(b"\0") else "UTF-16LE"
+    to = f"-t UTF-8 {path} > NEW"
+    return f"if it is GBK, convert it: iconv -f GB18030 {to}" if name is None else f"it is {name}: iconv -f {name} {to}"
 
 
 def looked_at(path: Path) -> str:

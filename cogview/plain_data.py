@@ -16,7 +16,7 @@ import yaml
 
 from cogview.errors import InputError
 from cogview.formatting import shorten
-from cogview.input_files import read_regular
+from cogview.input_files import conversion_advice, marked_encoding, read_regular
 
 MAX_JSON_BYTES = 64 << 20
 MAX_YAML_BYTES = 1 << 20  # YAML is parsed a thousand times slower than JSON
@@ -127,6 +127,8 @@ def read_json(path: Path) -> Any:
     try:
         return parse_json(content)
     except ValueError as error:
+        if marked_encoding(content) is not None:
+            raise InputError(f"{path} is not JSON: {error}; {conversion_advice(content, path)}") from None
         raise InputError(f"{path} is not JSON: {error}") from None
 
 
@@ -145,7 +147,8 @@ def read_yaml(path: Path, kind: str = "file") -> Any:
     try:
         return parse_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise InputError(f"cannot read the {kind} {path}: byte {error.start} is not UTF-8") from None
+        advice = conversion_advice(content, path)
+        raise InputError(f"cannot read the {kind} {path}: byte {error.start} is not UTF-8; {advice}") from None
     except ValueError as error:
         raise InputError(f"{path}, {error}") from error
 

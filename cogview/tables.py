@@ -1,4 +1,4 @@
-"""Text files and tables of users: lines, CSV, TSV and JSON lines, in UTF-8 or GB18030.
+"""Text files and tables of users: lines, CSV, TSV and JSON lines, in UTF-8, UTF-16 or GB18030.
 
 A table is parsed line by line, so that a mistake in one line is the problem of that line alone. Job files
 (``cogview.jobs.records``) and lists of pictures with captions (``cogview.data.sources``) are read by these functions.
@@ -13,12 +13,13 @@ import json
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
 from cogview.errors import InputError, reason_of
 from cogview.formatting import format_bytes, shorten
-from cogview.input_files import open_regular, read_regular
+from cogview.input_files import conversion_advice, marked_encoding, open_regular, read_regular
 from cogview.plain_data import parse_json
 
 SHOWN = 40  # characters of a wrong value in a message
@@ -41,7 +42,7 @@ def print_note(note: str) -> None:
 
 
 def read_text(source: str, on_note: Callable[[str], object] = print_note, limit: int = MAX_BYTES) -> str:
-    """Return the content of a UTF-8 file; of one in GBK or GB18030 with a note.
+    """Return the content of a UTF-8 file; of one in UTF-16, GBK or GB18030 with a note.
 
     Args:
         source: The file, or ``-`` for standard input.
@@ -57,7 +58,7 @@ def read_text(source: str, on_note: Callable[[str], object] = print_note, limit:
 
 
 def decode_text(content: bytes, where: str, on_note: Callable[[str], object] = print_note) -> str:
-    """Return text of bytes in UTF-8; of bytes in GBK or GB18030 with a note.
+    """Return text of bytes in UTF-8; of bytes in UTF-16, with a byte order mark, GBK or GB18030 with a note.
 
     Args:
         content: The bytes.
@@ -67,13 +68,18 @@ def decode_text(content: bytes, where: str, on_note: Callable[[str], object] = p
     Raises:
         InputError: They have another encoding.
     """
+    if (encoding := marked_encoding(content)) is not None:
+        with suppress(UnicodeDecodeError):
+            text = content.decode(encoding)
+            on_note(f"{where} is read as {encoding}")
+            return text
     try:
         return content.decode("utf-8-sig")  # Windows editors start files with a byte-order mark
     except UnicodeDecodeError as error:
-        if (text := _decode_chinese(content)) is not None:
+        if (chinese := _decode_chinese(content)) is not None:
             on_note(f"{where} is not UTF-8 and is read as GB18030 (GBK)")
-            return text
-        advice = "if it is GBK, convert it: iconv -f GB18030 -t UTF-8"
+            return chinese
+        advice = conversion_advice(content, where if Path(where).exists() else "FILE")
         line = 1 + content.count(b"\n", 0, error.start)
         raise InputError(
             f"{where} is not UTF-8: byte {error.start} in line {line} is 0x{content[error.start]:02x}; {advice}"
@@ -114,9 +120,9 @@ def stream_lines(path: Path, on_note: Callable[[str], object] = print_note, *, l
     """Yield the lines of a text file, each ending with a line feed; of a UTF-8 file, only one is in memory.
 
     Args:
-        path: The file. In GBK or GB18030 it is read whole, with a note.
+        path: The file. In UTF-16, GBK or GB18030 it is read whole, with a note.
         on_note: Called with the note.
-        limit: Maximum size of a file in GBK or GB18030, in bytes.
+        limit: Maximum size of a file in such an encoding, in bytes.
 
     Yields:
         Each line; of a line beyond ``MAX_LINE`` only the beginning, which is too long as well.
@@ -127,9 +133,10 @@ def stream_lines(path: Path, on_note: Callable[[str], object] = print_note, *, l
     with open_regular(path) as file:
         if not _is_utf8(file):
             if file.seek(0, io.SEEK_END) > limit:
+                file.seek(0)
                 raise InputError(
-                    f"{path} is not UTF-8, and with more than {format_bytes(limit)} too large to be read as "
-                    "GB18030 (GBK): convert it: iconv -f GB18030 -t UTF-8"
+                    f"{path} is not UTF-8, and with more than {format_bytes(limit)} too large to be read in another "
+                    f"encoding; {conversion_advice(file.read(1 << 16), path)}"
                 )
             yield from io.StringIO(read_text(str(path), on_note, limit), newline=None)
             return

@@ -75,6 +75,16 @@ def test_read_yaml_reports_what_is_no_recipe_in_one_line(tmp_path, content, mess
     assert "\n" not in str(caught.value)
 
 
+def test_read_yaml_and_json_name_the_conversion_of_utf_16(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes("text: {size: 300}".encode("utf-16"))
+    advice = f"; it is UTF-16: iconv -f UTF-16 -t UTF-8 {path} > NEW"
+    with pytest.raises(InputError, match=f"cannot read the recipe {path}: byte 0 is not UTF-8{advice}$"):
+        read_yaml(path, "recipe")
+    with pytest.raises(InputError, match=f"{path} is not JSON: byte 0 is not UTF-8{advice}$"):
+        read_json(path)
+
+
 @pytest.mark.parametrize(("read", "limit"), [(read_json, "MAX_JSON_BYTES"), (read_yaml, "MAX_YAML_BYTES")])
 def test_read_refuses_a_large_file_before_parsing_it(tmp_path, monkeypatch, read, limit):
     monkeypatch.setattr(plain_data, limit, 1000)

@@ -3,7 +3,7 @@
 import pytest
 
 from cogview.errors import InputError
-from cogview.tables import MAX_LINE, MAX_ROW_LINES, parse_objects, parse_table, stream_lines
+from cogview.tables import MAX_LINE, MAX_ROW_LINES, parse_objects, parse_table, read_text, stream_lines
 
 
 class Counted:
@@ -75,6 +75,32 @@ def test_stream_lines_yields_lines_and_the_beginning_of_those_that_are_too_long(
     found = [line.rstrip("\r\n") for line in stream_lines(path)]
     assert [line[: MAX_LINE + 1] for line in found] == [line[: MAX_LINE + 1] for line in lines]
     assert max(map(len, found)) <= MAX_LINE + 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32"])
+def test_read_text_and_stream_lines_read_what_a_byte_order_mark_names(tmp_path, encoding):
+    """Excel saves "Unicode text" as UTF-16, and the advice was to convert it from GBK."""
+    notes, path = [], tmp_path / "a.tsv"
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # the others begin with one
+    path.write_bytes(f"{mark}蓝色背景上的三只狐狸\n一只狗\n".encode(encoding))
+    assert read_text(str(path), notes.append) == "蓝色背景上的三只狐狸\n一只狗\n"
+    assert list(stream_lines(path, notes.append)) == ["蓝色背景上的三只狐狸\n", "一只狗\n"]
+    assert notes == [f"{path} is read as {encoding[:6].upper()}"] * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_stream_lines_names_the_conversion_of_utf_16_without_a_mark(tmp_path, encoding):
+    path = tmp_path / "a.tsv"
+    path.write_bytes("a\t狐狸\n".encode(encoding))
+    with pytest.raises(InputError, match=f"it is UTF-16{encoding[-2:].upper()}: iconv -f UTF-16"):
+        list(stream_lines(path))
+
+
+def test_stream_lines_names_the_conversion_of_a_large_file(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_bytes(("一只狗\n" * 100).encode("utf-16"))
+    with pytest.raises(InputError, match=f"in another encoding; it is UTF-16: iconv -f UTF-16 -t UTF-8 {path} > NEW$"):
+        list(stream_lines(path, limit=100))
 
 
 def test_stream_lines_reads_gbk_with_a_note_and_refuses_other_encodings(tmp_path):

@@ -13,8 +13,26 @@ from cogview.modeling.config import ReconstructionQuality
 from cogview.vqvae.codec import psnr
 
 RESAMPLES = 2000  # of the bootstrap
+COMPARED_TOGETHER = 256  # pictures, whose pixels are numbers of eight bytes meanwhile
 WINDOW = 11  # pixels on a side of a window of SSIM
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, from the largest image to the smallest
+
+
+def pixel_distances(images: Sequence[np.ndarray], pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the sum of squared differences of pixels between images and pictures, as whole numbers: int64 (N, M).
+
+    Args:
+        images: N images, uint8, all of one shape.
+        pictures: M pictures of the same shape.
+    """
+    flat = np.stack([image.reshape(-1) for image in images]).astype(np.float64)  # whole up to 2**53
+    squares = np.square(flat).sum(axis=1)[:, None]
+    columns = []
+    for start in range(0, len(pictures), COMPARED_TOGETHER):
+        part = np.stack([picture.reshape(-1) for picture in pictures[start : start + COMPARED_TOGETHER]])
+        part = part.astype(np.float64)
+        columns.append(squares - 2 * (flat @ part.T) + np.square(part).sum(axis=1))  # |a - b|² = |a|² - 2ab + |b|²
+    return np.concatenate(columns, axis=1).astype(np.int64)
 
 
 def ssim(image: np.ndarray, other: np.ndarray) -> float:

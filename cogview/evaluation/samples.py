@@ -13,6 +13,7 @@ from PIL import Image
 
 from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.evaluation.harness import generate_images
+from cogview.evaluation.metrics import pixel_distances
 from cogview.image_io.captioned_sheet import captioned_sheet
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
@@ -90,13 +91,15 @@ def nearest_share(model: CogView, store: TokenStore, samples: CaptionSamples) ->
         The share, by the mean squared error of pixels, and the number of pictures that were compared.
     """
     rows = np.unique(np.linspace(0, len(store) - 1, min(MAX_COMPARED, len(store))).astype(np.int64))
-    others = decode_codes(model, store.read(rows)["image"], store.header.grid).astype(np.float32)
-    hits = 0
-    for image, original in zip(samples.images, samples.originals, strict=True):
-        distances = np.square(others - image.astype(np.float32)).mean(axis=(1, 2, 3))
-        own = float(np.square(original.astype(np.float32) - image.astype(np.float32)).mean())
-        hits += own <= float(distances.min()) + 1e-6
-    return hits / len(samples.captions), len(others)
+    others = decode_codes(model, store.read(rows)["image"], store.header.grid)
+    nearest = pixel_distances(list(samples.images), list(others)).min(axis=1)
+    own = np.array(
+        [
+            pixel_distances([image], [original]).item()
+            for image, original in zip(samples.images, samples.originals, strict=True)
+        ]
+    )
+    return float((own <= nearest).mean()), len(others)
 
 
 def sample_sheet(

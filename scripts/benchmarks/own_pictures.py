@@ -34,7 +34,7 @@ from cogview.cli.recipes import recipe_options
 from cogview.data.builders.prepare import PicturePreparer, PreparedPicture, is_held_out
 from cogview.data.sources.open import open_source
 from cogview.errors import InputError
-from cogview.evaluation.metrics import accuracy, format_accuracy
+from cogview.evaluation.metrics import accuracy, format_accuracy, pixel_distances
 from cogview.files import read_json_lines, write_json
 from cogview.image_io.captioned_sheet import captioned_sheet
 from cogview.training.picture_encoding import PictureEncodeSettings
@@ -84,10 +84,8 @@ def merged(prepared: Iterable[PreparedPicture], held_out: float) -> list[KnownPi
 
 def nearest(images: Sequence[np.ndarray], pictures: Sequence[KnownPicture]) -> np.ndarray:
     """Return the index of the nearest picture of each image, by the mean squared error of the pixels."""
-    known = np.stack([picture.image.reshape(-1) for picture in pictures]).astype(np.float32)
-    squares = np.square(known).sum(axis=1)
-    # |a - b|² = |a|² - 2 ab + |b|², of which |a|² is the same for all pictures.
-    return np.array([int((squares - 2 * (known @ image.reshape(-1).astype(np.float32))).argmin()) for image in images])
+    indices: np.ndarray = pixel_distances(images, [picture.image for picture in pictures]).argmin(axis=1)
+    return indices
 
 
 def evenly_chosen(captions: Sequence[str], count: int | None) -> list[str]:

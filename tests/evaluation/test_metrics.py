@@ -14,6 +14,7 @@ from cogview.evaluation.metrics import (
     bootstrap,
     format_accuracy,
     multi_scale_ssim,
+    pixel_distances,
     reconstruction_quality,
     smallest_multi_scale_side,
     ssim,
@@ -25,6 +26,17 @@ from cogview.vqvae.codec import psnr
 def off_by(images: np.ndarray, error: int | np.ndarray) -> np.ndarray:
     """Every byte further from its nearer end of the range by ``error``, so that none is clipped."""
     return np.where(images > 127, images - error, images + error).astype(np.uint8)
+
+
+def test_pixel_distances_equal_the_definition_exactly():
+    """Sums of float32 squares are rounded from 2**24 on, which a picture of 16 x 16 pixels reaches."""
+    rng = np.random.default_rng(0)
+    images, pictures = (rng.integers(0, 256, (count, 16, 16, 3), dtype=np.uint8) for count in (3, 300))
+    expected = np.square(images[:, None].astype(np.int64) - pictures).sum(axis=(2, 3, 4))
+    found = pixel_distances(images, pictures)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(found, expected)
+    assert pixel_distances(pictures[7:8], pictures)[0].argmin() == 7
 
 
 def test_reconstruction_quality_has_quantiles_of_planted_errors():

@@ -110,8 +110,8 @@ WRONG_OBJECTS = [
     ('{"promt": "狗"}', '"promt" is unknown; did you mean "prompt"?'),
     (
         '{"狗": 1}',
-        '"狗" is unknown; known: id, prompt, task, image, images, rows, n, seed, temperature, top_k, top_p, min_p, '
-        "guidance, text_attention, noise_version",
+        '"狗" is unknown; known: id, prompt, task, image, images, rows, n, rank_by, seed, temperature, top_k, top_p, '
+        "min_p, guidance, text_attention, noise_version",
     ),
     ('{"prompt": "狗", "n": 2.5}', "n: expected a whole number, got 2.5"),
     ('{"prompt": "狗", "n": true}', "n: expected a whole number, got true"),
@@ -191,12 +191,14 @@ def test_read_job_skips_invalid_rows(read, wrong, problem):
         (
             "latin.csv",
             "prompt\ngâteau à la crème".encode("latin-1"),
-            "latin.csv is not UTF-8: byte 8 in line 2 is 0xe2; if it is GBK, convert it: iconv -f GB18030 -t UTF-8",
+            "latin.csv is not UTF-8: byte 8 in line 2 is 0xe2; if it is GBK, convert it: iconv -f GB18030 "
+            "-t UTF-8 latin.csv > NEW",
         ),
         (
             "big5.txt",
             "藍色背景上的三隻狐狸".encode("big5"),
-            "big5.txt is not UTF-8: byte 0 in line 1 is 0xc2; if it is GBK, convert it: iconv -f GB18030 -t UTF-8",
+            "big5.txt is not UTF-8: byte 0 in line 1 is 0xc2; if it is GBK, convert it: iconv -f GB18030 "
+            "-t UTF-8 big5.txt > NEW",
         ),
         ("job.txt", " \n\n", "job.txt is empty: expected a prompt per line"),
         ("job.jsonl", "", "job.jsonl is empty: expected a JSON object per line"),
