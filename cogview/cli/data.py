@@ -38,6 +38,19 @@ SOURCE_HELP = (
     "folder with NAME.txt beside NAME.jpg; a .csv, .tsv, .jsonl or .parquet table; captions of COCO as .json; "
     "or a .tar shard; several make one store, in this order"
 )
+COLUMN_OPTIONS = (
+    click.option(
+        "--image-column", metavar="NAME", show_default="guessed, printed", help="column of a table with the paths"
+    ),
+    click.option(
+        "--caption-column",
+        "caption_columns",
+        multiple=True,
+        metavar="NAME",
+        show_default="guessed, printed",
+        help="column of a table with captions; may be repeated",
+    ),
+)
 
 
 @click.group(cls=Group, no_args_is_help=False)
@@ -69,17 +82,7 @@ def table_options() -> Decorator:
             show_default="that of the file",
             help="folder that paths in a table or a COCO file are relative to",
         ),
-        click.option(
-            "--image-column", metavar="NAME", show_default="guessed, printed", help="column of a table with the paths"
-        ),
-        click.option(
-            "--caption-column",
-            "caption_columns",
-            multiple=True,
-            metavar="NAME",
-            show_default="guessed, printed",
-            help="column of a table with captions; may be repeated",
-        ),
+        *COLUMN_OPTIONS,
         click.option(
             "--boxes-column",
             metavar="NAME",

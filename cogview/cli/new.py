@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview.cli.data import COLUMN_OPTIONS
 from cogview.cli.messages import print_note
-from cogview.cli.options import FILE, MODEL_HELP, Command, argument, device_option
+from cogview.cli.options import FILE, MODEL_HELP, Command, argument, device_option, option_group
 from cogview.cli.translation import translate
 from cogview.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
+    from cogview.data.sources.tables import TableOptions
     from cogview.training.new_model import NewRecipe
     from cogview.training.survey import PictureSurvey
 
@@ -36,6 +38,7 @@ RECIPE_FILE = "recipe.yaml"
     help="folder with NAME.txt beside NAME.jpg; a .csv, .tsv, .jsonl or .parquet table, COCO captions as .json, or a "
     ".tar shard will do; may be repeated",
 )
+@option_group(dict, "columns", ("image_column", "caption_columns"), *COLUMN_OPTIONS)
 @click.option(
     "--size",
     type=click.Choice(SIZE_NAMES),
@@ -76,7 +79,7 @@ def command(**values: Any) -> int:
         require_peft()
     flush_denormals()
     device = choose_placement(options.device).device
-    survey = survey_pictures(options.sources, print_note)
+    survey = survey_pictures(options.sources, print_note, options.table())
     survey.check(options.sources)
     for found_line in survey_lines(survey):
         print(found_line, file=sys.stderr)
@@ -100,6 +103,7 @@ class NewOptions:
     Attributes:
         folder: Folder of the recipe and the results.
         sources: Sources of the pictures.
+        columns: Columns of tables, as fields of ``TableOptions``.
         size: Size of a whole model; None for one by the data and the machine.
         base: Model that gets an adapter; None for a whole model.
         seed: Seed of the trainings.
@@ -109,6 +113,7 @@ class NewOptions:
 
     folder: Path
     sources: tuple[Path, ...]
+    columns: dict[str, Any]
     size: str | None
     base: str | None
     seed: int
@@ -119,6 +124,12 @@ class NewOptions:
     def target(self) -> Path:
         """File of the recipe."""
         return self.folder / RECIPE_FILE
+
+    def table(self) -> TableOptions:
+        """Return the columns of tables."""
+        from cogview.data.sources.tables import TableOptions
+
+        return TableOptions(**self.columns)
 
     def check(self) -> None:
         """Raise InputError for a recipe that is there, and for options that contradict each other."""
@@ -142,15 +153,16 @@ def choose_recipe(options: NewOptions, survey: PictureSurvey, device: torch.devi
     """
     from cogview.training.new_adapter import new_adapter_recipe
     from cogview.training.new_model import choose_size, new_model_recipe
-    from cogview.training.new_recipe import SIZES
+    from cogview.training.new_recipe import SIZES, picture_lines
 
     folder, seed = options.folder, options.seed
+    pictures = picture_lines(options.sources, options.table())
     if options.base is not None:
         chosen = f"an adapter for {options.base}"
         print(chosen, file=sys.stderr)
         return chosen, new_adapter_recipe(
             survey,
-            options.sources,
+            pictures,
             options.base,
             folder,
             device=device,
@@ -163,7 +175,13 @@ def choose_recipe(options: NewOptions, survey: PictureSurvey, device: torch.devi
     print(chosen, file=sys.stderr)
     rules = SIZES[name]
     return chosen, new_model_recipe(
-        survey, options.sources, rules, folder, device=device, seed=seed, on_line=print_line
+        survey,
+        pictures,
+        rules,
+        folder,
+        device=device,
+        seed=seed,
+        on_line=print_line,
     )
 
 

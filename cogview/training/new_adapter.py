@@ -64,7 +64,7 @@ class BaseFit:
 
 def new_adapter_recipe(
     survey: PictureSurvey,
-    sources: Sequence[Path],
+    pictures: Sequence[RecipeLine],
     name: str,
     folder: Path,
     *,
@@ -77,7 +77,7 @@ def new_adapter_recipe(
 
     Args:
         survey: The survey of the pictures.
-        sources: The sources, as the recipe names them.
+        pictures: The keys that name the sources, by ``picture_lines``.
         name: Name or folder of the model.
         folder: Folder of the results.
         device: Device of the training.
@@ -108,7 +108,7 @@ def new_adapter_recipe(
         line("held_out", *choose_held_out(survey)),
     ]
     encode = [
-        line("pictures", [str(source) for source in sources]),
+        *pictures,
         *square,
         line("text_width", max_text, f"pieces, as {name} has it"),
         line("batch_size", 64, "pictures encoded together"),

@@ -15,7 +15,14 @@ from cogview.formatting import format_bytes, format_duration
 from cogview.modeling.config import preset
 from cogview.tokenizers.layouts import layouts
 from cogview.tokenizers.vocabulary import Vocabulary
-from cogview.training.new_recipe import PictureChoices, RecipeLine, SizeRules, choose_for, line, steps_for
+from cogview.training.new_recipe import (
+    PictureChoices,
+    RecipeLine,
+    SizeRules,
+    choose_for,
+    line,
+    steps_for,
+)
 from cogview.training.step_speed import StepTimer, image_step_seconds, transformer_step_seconds
 from cogview.training.survey import PictureSurvey
 from cogview.training.vqvae_initial import load_initial_vqvae
@@ -84,7 +91,7 @@ def choose_size(survey: PictureSurvey, device: torch.device) -> tuple[str, str]:
 
 def new_model_recipe(
     survey: PictureSurvey,
-    sources: Sequence[Path],
+    pictures: Sequence[RecipeLine],
     rules: SizeRules,
     folder: Path,
     *,
@@ -96,7 +103,7 @@ def new_model_recipe(
 
     Args:
         survey: The survey.
-        sources: The sources, as the recipe names them.
+        pictures: The keys that name the sources, by ``picture_lines``.
         rules: The size of the model.
         folder: Folder of the results.
         device: Device of the trainings.
@@ -105,11 +112,10 @@ def new_model_recipe(
     """
     timer = StepTimer(1 if rules.cluster else 2, device, on_line)
     plan = _ModelPlan.of(survey, rules, timer, seed)
-    pictures = [str(source) for source in sources]
     sections = (
-        line("text", [line("pictures", pictures), *plan.text_lines()]),
-        line("image", [line("pictures", pictures), *plan.image_lines()]),
-        line("encode", [line("pictures", pictures), *plan.encode_lines()], "into token stores"),
+        line("text", [*pictures, *plan.text_lines()]),
+        line("image", [*pictures, *plan.image_lines()]),
+        line("encode", [*pictures, *plan.encode_lines()], "into token stores"),
         line("transformer", plan.transformer_lines()),
         line("package", {}, "licence: and data: go into the model card"),
     )

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from cogview.data.builders.prepare import is_held_out
+from cogview.data.sources.tables import TableOptions
 from cogview.training.survey import PictureSurvey
 
 LINE = 120  # characters
@@ -95,6 +96,19 @@ class RecipeLine:
 def line(key: str, value: Any, reason: str = "") -> RecipeLine:
     """Return a key with its value and the reason for it."""
     return RecipeLine(key=key, value=value, reason=reason)
+
+
+def picture_lines(sources: Sequence[Path], table: TableOptions) -> list[RecipeLine]:
+    """Return the keys that name the sources of pictures, and the columns of tables that were chosen.
+
+    Args:
+        sources: The sources, as the recipe names them.
+        table: The columns.
+    """
+    columns = [line("image_column", table.image_column)] if table.image_column is not None else []
+    columns += [line("caption_columns", list(table.caption_columns))] if table.caption_columns else []
+    named = line("pictures", [str(source) for source in sources])
+    return [named, line("table", columns, "as asked for")] if columns else [named]
 
 
 def render_lines(lines: Iterable[RecipeLine], translate: Callable[[str], str] = str, depth: int = 0) -> str:

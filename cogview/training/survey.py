@@ -149,12 +149,15 @@ class PictureSurvey:
             )
 
 
-def survey_pictures(sources: Sequence[Path], on_note: Callable[[str], object]) -> PictureSurvey:
+def survey_pictures(
+    sources: Sequence[Path], on_note: Callable[[str], object], table: TableOptions | None = None
+) -> PictureSurvey:
     """Read the captions of sources and the pixels of a random sample, with a progress bar.
 
     Args:
         sources: Sources as ``cogview data build`` reads them.
         on_note: Called with a line about what was guessed or is not read.
+        table: Columns of sources that are tables; None to guess them.
 
     Returns:
         The survey.
@@ -162,7 +165,7 @@ def survey_pictures(sources: Sequence[Path], on_note: Callable[[str], object]) -
     Raises:
         InputError: A source cannot be read.
     """
-    opened = [open_source(path, TableOptions(), on_note) for path in sources]
+    opened = [open_source(path, table or TableOptions(), on_note) for path in sources]
     found = PictureSurvey(records=sum(map(len, opened)))
     found.read = min(found.records, MAX_RECORDS)
     if found.read < found.records:

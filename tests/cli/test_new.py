@@ -17,6 +17,7 @@ from cogview.cli.package import PackageSettings
 from cogview.cli.steps import encode_settings, image_settings, text_settings, transformer_settings
 from cogview.data.builders.pictures import PictureBuild
 from cogview.data.builders.prepare import is_held_out, pixel_digest
+from cogview.data.sources.tables import TableOptions
 from cogview.evaluation.manifest import read_result
 from cogview.modeling import config
 from cogview.modeling.config import TransformerConfig
@@ -184,6 +185,31 @@ def test_new_adapter_and_run_end_in_an_adapter_that_generates(new, monkeypatch, 
     assert f"# An adapter of {base}" in card
     assert "| training captions | 36 |" in card
     assert main(["generate", "红色", "--model", base, "--adapter", "mine/adapter", "--device", "cpu"]) == 0
+
+
+def test_new_writes_the_columns_of_a_table_into_the_recipe(new, save_image):
+    rows = ["pic,words,other"]
+    for number in range(6):
+        save_image(f"{number}.png", number)
+        rows.append(f"{number}.png,第{number}张图,x")
+    Path("list.csv").write_text("\n".join(rows), encoding="utf-8")
+    status, _, err = new("mine", "--pictures", "list.csv", "--size", "tiny")
+    assert status == 2
+    assert "--image-column" in err[-1]
+    status, _, err = new("mine", "--pictures", "list.csv", "--size", "tiny", "--image-column", "pic")
+    assert (status, err[-1].endswith('--caption-column among "words", "other"')) == (2, True)
+    columns = ("--image-column", "pic", "--caption-column", "words")
+    assert new("mine", "--pictures", "list.csv", "--size", "tiny", *columns)[0] == 0
+    recipe = Recipe.open(Path("mine/recipe.yaml"))
+    chosen = TableOptions(image_column="pic", caption_columns=("words",))
+    assert text_settings(recipe).table == image_settings(recipe).table == encode_settings(recipe).table == chosen
+
+
+def test_new_says_that_a_table_has_no_column_of_captions(new):
+    Path("list.csv").write_text("image\na.png\n", encoding="utf-8")
+    status, _, err = new("mine", "--pictures", "list.csv")
+    assert status == 2
+    assert 'captions need a column "caption" beside that of pictures' in err[-1]
 
 
 def test_new_refuses_a_size_for_an_adapter(new):

@@ -107,8 +107,13 @@ def choose_columns(
     texts = tuple(captions) or _guess_captions([(_unmarked(each), each) for each in names])
     texts = texts or _guess_captions([(_plain(each), each) for each in names])
     if not texts:
+        others = [name for name in names if name != chosen]
+        if not others:
+            raise InputError(
+                f'captions need a column "caption" beside that of pictures, which is the only column of {where}'
+            )
         raise InputError(
-            f"the column of captions in {where} is not known; choose it by --caption-column among {_listed(names)}"
+            f"the column of captions in {where} is not known; choose it by --caption-column among {_listed(others)}"
         )
     return Columns(picture=chosen, captions=texts, boxes=boxes, is_guessed=picture is None or not captions)
 
