@@ -133,7 +133,10 @@ def resolve_bundle(name: str) -> dict[str, Path]:
 def resolve_adapter(name: str | Path) -> Path:
     """Return the folder of an adapter: ``name`` itself, or, for owner/name, that of the Hub in the cache."""
     path = Path(name)
-    return fetch_adapter(path.as_posix()) if is_hub_name(path.as_posix()) and not path.exists() else path
+    if is_hub_name(path.as_posix()) and not path.is_dir():
+        check_local_path(path)
+        return fetch_adapter(path.as_posix())
+    return path
 
 
 def cache_folder() -> Path:
@@ -201,11 +204,34 @@ def _find_folder(
     if path.is_dir():
         return path
     if is_hub_name(name):
+        if revision is None:  # which models of the Hub alone have
+            check_local_path(path)
         return fetch_checkpoint(name, revision=revision, cache_dir=cache_dir)
     raise InputError(
         f'checkpoint "{name}" is unknown; known: {", ".join(known)}, the path of a checkpoint folder, or owner/name on '
         "the Hugging Face Hub"
     )
+
+
+def check_local_path(path: Path) -> None:
+    """Raise InputError for a path in an existing folder that no folder has: the Hub is not meant.
+
+    Args:
+        path: A path that has the form owner/name of the Hub and is no folder.
+    """
+    parent = path.parent
+    if path.is_file():
+        raise InputError("; ".join([f"{path} is a file, expected the folder of a checkpoint", *_remedies(parent)]))
+    if parent.is_dir():
+        problem = f"no such folder: {path} (the Hugging Face Hub is not asked, since {parent} is a folder here)"
+        raise InputError("; ".join([problem, *_remedies(parent)]))
+
+
+def _remedies(work: Path) -> list[str]:
+    """Return how to get a model out of the work folder of a recipe; none for another folder."""
+    recipe, found = work / "recipe.yaml", sorted((work / "transformer-run" / "checkpoints").glob("step-*"))
+    ways = [f"the newest checkpoint can be used: {found[-1]}"] if found else []
+    return ways + ([f"the model is finished by cogview run {recipe}"] if recipe.is_file() else [])
 
 
 def _is_image_tokenizer(path: Path) -> bool:

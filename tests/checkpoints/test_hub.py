@@ -569,7 +569,7 @@ def test_resolve_checkpoint_prefers_local_folders_and_known_names(hub, folder, t
     (tmp_path / "studio" / "wolf").mkdir()
     assert resolve_checkpoint("studio/wolf") == Path("studio/wolf")
     monkeypatch.setattr(registry, "load_registry", dict)
-    shutil.rmtree(tmp_path / NAME)
+    shutil.rmtree(tmp_path / "studio")  # a path in a local folder is that of a local model
     assert resolve_checkpoint(NAME).is_relative_to(constants.HF_HUB_CACHE)
 
 

@@ -13,6 +13,7 @@ from cogview.checkpoints.registry import (
     cache_folder,
     converted_folder,
     load_registry,
+    resolve_adapter,
     resolve_bundle,
     resolve_checkpoint,
 )
@@ -81,6 +82,33 @@ def test_resolve_checkpoint_lists_known_names_when_the_name_is_unknown(package, 
         f'checkpoint "{name}" is unknown; known: cogview-tiny, cogview-lost, the path of a checkpoint folder, or '
         "owner/name on the Hugging Face Hub"
     )
+
+
+@pytest.mark.parametrize("resolve", [resolve_checkpoint, resolve_adapter])
+def test_path_in_a_local_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, resolve):
+    monkeypatch.chdir(tmp_path)
+    refuse = pytest.fail  # called if the Hub is asked
+    monkeypatch.setattr(registry, "fetch_checkpoint", refuse)
+    monkeypatch.setattr(registry, "fetch_adapter", refuse)
+    Path("mine").mkdir()
+
+    def message(name):
+        with pytest.raises(InputError) as caught:
+            resolve(name)
+        return str(caught.value)
+
+    missing = "no such folder: mine/model (the Hugging Face Hub is not asked, since mine is a folder here)"
+    assert message("mine/model") == missing
+    Path("mine/recipe.yaml").write_text("work: mine\n", encoding="utf-8")
+    assert message("mine/model") == f"{missing}; the model is finished by cogview run mine/recipe.yaml"
+    for step in (50, 100):
+        Path(f"mine/transformer-run/checkpoints/step-{step:08d}").mkdir(parents=True)
+    ways = (
+        "; the newest checkpoint can be used: mine/transformer-run/checkpoints/step-00000100; the model is finished by "
+        "cogview run mine/recipe.yaml"
+    )
+    assert message("mine/model") == missing + ways
+    assert message("mine/recipe.yaml") == f"mine/recipe.yaml is a file, expected the folder of a checkpoint{ways}"
 
 
 def test_resolve_checkpoint_refuses_changed_weights(package):
