@@ -59,6 +59,18 @@ def looked_at(path: Path) -> str:
     return "" if path.is_absolute() else f"; {looked}"
 
 
+def missing_file(folder: Path, name: str) -> str:
+    """Return why a folder has no file of some name, as the end of a message.
+
+    Args:
+        folder: The folder, which may be missing as well, or be a file.
+        name: The file in it that is missing.
+    """
+    if folder.is_dir():
+        return f"{name} is missing"
+    return "it is a file" if folder.exists() else f"there is no such folder{looked_at(folder)}"
+
+
 def open_regular(path: Path, kind: str = "") -> BufferedReader:
     """Open a regular file for reading.
 

@@ -34,7 +34,7 @@ from cogview.config_io import from_mapping, to_mapping
 from cogview.device import Quantization
 from cogview.errors import InputError
 from cogview.files import file_sha256, write_json
-from cogview.input_files import read_regular
+from cogview.input_files import missing_file, read_regular
 from cogview.kernels.linear import has_native_kernels, pack_int4_for_cpu
 from cogview.modeling.config import FORMAT_VERSION, ModelConfig
 from cogview.modeling.quantization import Int4Linear, Int8Linear, is_quantized, swap_quantized_linears
@@ -125,7 +125,7 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     if not path.is_file():
-        raise InputError(f"{folder} is no checkpoint folder: config.json is missing")
+        raise InputError(f"{folder} is no checkpoint folder: {missing_file(folder, 'config.json')}")
     plain = read_json(path)
     version = plain.get("format_version") if isinstance(plain, dict) else None
     if not isinstance(version, int) or version < 1:

@@ -13,6 +13,7 @@ from cogview.checkpoints.sizes import check_vqvae_sizes
 from cogview.config_io import from_mapping, to_mapping
 from cogview.errors import InputError
 from cogview.files import atomic_write, write_json
+from cogview.input_files import missing_file
 from cogview.plain_data import read_json
 from cogview.vqvae.codec import codebook_sha256
 from cogview.vqvae.model import VQVAE, VQVAEConfig
@@ -68,7 +69,7 @@ def read_image_config(folder: Path) -> VQVAEConfig:
     config_file = folder / "config.json"
     for file in (config_file, folder / "model.safetensors"):
         if not file.is_file():
-            raise InputError(f"{folder} is no image tokenizer: {file.name} is missing")
+            raise InputError(f"{folder} is no image tokenizer: {missing_file(folder, file.name)}")
     config = from_mapping(VQVAEConfig, read_json(config_file), where=str(config_file))
     weights = WeightsFile(folder / "model.safetensors")
     check_vqvae_sizes(weights.path, {_present_name(name): spec for name, spec in weights.specs.items()}, config)

@@ -89,6 +89,11 @@ def resolve_checkpoint(name: str, *, revision: str | None = None, cache_dir: str
             than one of the Hub.
     """
     known = load_registry()
+    if not name.strip():
+        raise InputError(
+            f"the name of the model is empty; known: {', '.join(known)}, the path of a checkpoint folder, or owner/"
+            "name on the Hugging Face Hub"
+        )
     row = None if _is_checkpoint(Path(name)) else known.get(name)
     if revision is not None and (row is not None or Path(name).exists() or not is_hub_name(name)):
         raise InputError(
@@ -203,6 +208,8 @@ def _find_folder(
         )
     if path.is_dir():
         return path
+    if path.is_file():
+        check_local_path(path)
     if is_hub_name(name):
         if revision is None:  # which models of the Hub alone have
             check_local_path(path)

@@ -15,12 +15,16 @@ from cogview.cli.options import Command, argument, revision_option
 from cogview.cli.picture_info import describe_png, is_png
 from cogview.errors import InputError
 from cogview.formatting import format_bytes
+from cogview.input_files import looked_at
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from cogview.checkpoints.registry import ModelEntry
     from cogview.checkpoints.safetensors_io import TensorSpec
     from cogview.modeling.config import TransformerConfig
     from cogview.vqvae.model import VQVAEConfig
+
+
+FILE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".pt", ".tar", ".model", ".safetensors", ".jsonl", ".json", ".yaml")
 
 
 @click.command(cls=Command)
@@ -52,6 +56,8 @@ def command(model: str | None, revision: str | None, things: bool, hashes: bool)
         print("cogview models shows which of them are on this machine", file=sys.stderr)
         return 0
     bundle, path = known.get(model), Path(model)
+    if model not in known and path.suffix.lower() in FILE_SUFFIXES and not path.exists():  # owner/name may fit as well
+        raise InputError(f"there is no file {model}{looked_at(path)}")
     if model not in known and (path / "adapter_config.json").is_file():
         raise InputError(f"{path} is an adapter, not a model; it is described by: cogview adapter info {path}")
     if things:

@@ -237,7 +237,9 @@ def option_text(value: Any, name: str, *types: type) -> str:
     """
     if isinstance(value, bool) or not isinstance(value, (str, *types)):
         raise InputError(f"{name} must be a text, got {describe(value)}")
-    return os.fspath(value) if isinstance(value, os.PathLike) else str(value).removeprefix("torch.")
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    return str(value).removeprefix("torch.")  # of a ``torch.dtype``
 
 
 def list_adapters(adapters: AdaptersLike) -> tuple[AdapterChoice, ...]:

@@ -38,10 +38,14 @@ def find_recipe(path: Path) -> Path:
         InputError: There is neither.
     """
     known = packaged_recipes()
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return path
     if str(path) in known:
         return known[str(path)]
+    if path.is_dir():
+        inside = path / "recipe.yaml"
+        advice = f"it holds {inside}" if inside.is_file() else "expected the YAML file of a recipe"
+        raise InputError(f"cannot read the recipe {path}: it is a folder; {advice}")
     near = get_close_matches(path.stem, known, n=1)
     remedy = f'did you mean the packaged recipe "{near[0]}"?' if near else f"packaged recipes are: {', '.join(known)}"
     looked = looked_at(path) if path.suffix or len(path.parts) > 1 else ""  # not for a name

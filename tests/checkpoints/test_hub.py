@@ -501,7 +501,7 @@ def test_push_folder_refuses_an_incomplete_or_damaged_folder(hub, folder, tmp_pa
         input_error(push_folder, folder, NAME) == f"the checkpoint {folder} is incomplete: model.safetensors is missing"
     )
     missing = tmp_path / "missing"
-    assert input_error(push_folder, missing, NAME) == f"{missing} is no checkpoint folder: config.json is missing"
+    assert input_error(push_folder, missing, NAME) == f"{missing} is no checkpoint folder: there is no such folder"
     (folder / "adapter_config.json").write_text("{}")
     assert input_error(push_folder, folder, NAME).endswith("is incomplete: adapter_model.safetensors is missing")
     assert hub.requests == []

@@ -254,3 +254,17 @@ def test_v1_models_share_tokenizers_and_form_the_bundle():
         assert row.files["image_tokenizer"] == known["cogview-base"].files["image_tokenizer"]
         assert row.files["text_model"] == known["cogview-base"].files["text_model"]
         assert all(file.page.startswith("https://") for file in row.files.values())
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_resolve_checkpoint_refuses_an_empty_name(package, tiny_checkpoint, monkeypatch, name):
+    """An empty name was the current folder."""
+    monkeypatch.chdir(tiny_checkpoint)
+    with pytest.raises(InputError, match=r"^the name of the model is empty; known: cogview-tiny, cogview-lost, the "):
+        resolve_checkpoint(name)
+
+
+def test_resolve_checkpoint_says_that_a_longer_path_is_a_file(package, tmp_path):
+    (tmp_path / "text.model").write_bytes(b"")
+    with pytest.raises(InputError, match=f"^{tmp_path}/text.model is a file, expected the folder of a checkpoint$"):
+        resolve_checkpoint(f"{tmp_path}/text.model")

@@ -217,6 +217,9 @@ def test_info_reports_mistakes_in_one_line(tiny_checkpoint, tmp_path, monkeypatc
     damaged.write_bytes(b"no weights")
     for arguments, message in [
         (["cogview-bse"], 'checkpoint "cogview-bse" is unknown; known: '),
+        (["nope.png"], "there is no file nope.png; a path starts at the current folder, so it would be /"),
+        ([f"{tmp_path}/nope.pt"], f"there is no file {tmp_path}/nope.pt\n"),
+        ([""], "the name of the model is empty; known: "),
         (["cogview-base"], "cogview-base is known, but not on this machine: cogview download cogview-base, or, "),
         ([f"{tmp_path}/empty"], f"{tmp_path}/empty is no checkpoint folder: config.json is missing"),
         (

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cogview import InputError, Sampling
 from cogview.generation.requests import DecodingStopped
-from cogview.pipeline.inputs import list_adapters, list_images, load_image
+from cogview.pipeline.inputs import list_adapters, list_images, load_image, option_text
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import Caption, GeneratedImage, Score
 
@@ -396,6 +396,14 @@ def test_from_pretrained_takes_objects_of_torch(tiny_checkpoint):
     for wrong, message in faults:
         with pytest.raises(InputError, match=message):
             CogView.from_pretrained(**wrong)
+
+
+def test_option_text_strips_the_module_of_a_dtype_alone():
+    """A model or an adapter in a folder torch.something lost a part of its name."""
+    assert option_text(torch.bfloat16, "dtype", torch.dtype) == "bfloat16"
+    assert option_text("torch.fox", "name") == "torch.fox"
+    assert option_text(Path("torch.fox/a"), "name", os.PathLike) == "torch.fox/a"
+    assert list_adapters("torch.style:0.5")[0].name == "torch.style"
 
 
 @pytest.mark.parametrize(

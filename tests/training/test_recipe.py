@@ -63,6 +63,14 @@ def test_find_recipe_knows_packaged_recipes_by_name(tmp_path, monkeypatch):
     assert Recipe.open(Path("emoji-cpu")).work == Path("mine")
 
 
+def test_find_recipe_names_the_recipe_in_a_folder(tmp_path):
+    with pytest.raises(InputError, match=f"the recipe {tmp_path}: it is a folder; expected the YAML file of a recipe$"):
+        find_recipe(tmp_path)
+    (tmp_path / "recipe.yaml").write_text("work: mine")
+    with pytest.raises(InputError, match=f"the recipe {tmp_path}: it is a folder; it holds {tmp_path}/recipe.yaml$"):
+        find_recipe(tmp_path)
+
+
 def test_find_recipe_says_where_it_looked(tmp_path, monkeypatch):
     """A recipe was started in another folder than the one that its paths start at."""
     monkeypatch.chdir(tmp_path)
