@@ -19,6 +19,7 @@ from cogview.cli.continuation import ending_line
 from cogview.cli.failures import explain_error
 from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, Command, argument, device_option
+from cogview.cli.processor import note_busy_processor
 from cogview.cli.steps import (
     RecipeStep,
     check_settings,
@@ -159,6 +160,8 @@ class StepRunner:
                 "this is one process; for several, stop, train with torchrun, and run the same command again: "
                 f"torchrun --nproc-per-node N --no-python cogview {shlex.join(command)}"
             )
+        if any(each.command in ("train", "train-image") for each in self.steps):
+            note_busy_processor(self.device)  # now: a later step finds the load of this process
         began = time.perf_counter()
         if step.results is not None and not step.existing_results(self.recipe) and not self._is_repeated(step):
             record_step(self.recipe, step.command, step.recorded_settings(self.recipe))

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from cogview.cli.options import Command, device_option
+from cogview.cli.processor import note_busy_processor
 from cogview.cli.recipes import recipe_options, resume_option
+from cogview.process_variables import rank_and_world_size
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +43,8 @@ def command(recipe: Recipe, resume: str, device: str, init_from: str | None) -> 
 
     flush_denormals()
     with report_once():
+        if rank_and_world_size()[1] == 1:
+            note_busy_processor(device)
         settings = recipe.settings(TransformerSettings, "transformer")
         if init_from is not None:
             settings = replace(settings, init_from=init_from)

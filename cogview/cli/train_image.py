@@ -10,7 +10,9 @@ import click
 
 from cogview.cli.messages import print_note
 from cogview.cli.options import Command, device_option
+from cogview.cli.processor import note_busy_processor
 from cogview.cli.recipes import recipe_options, resume_option
+from cogview.process_variables import rank_and_world_size
 from cogview.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -40,6 +42,8 @@ def command(recipe: Recipe, resume: str, device: str) -> int:
 
     flush_denormals()
     with report_once():
+        if rank_and_world_size()[1] == 1:
+            note_busy_processor(device)
         settings = image_settings(recipe)
         context = init_distributed(device, timeout=INDEX_TIMEOUT)
     try:
