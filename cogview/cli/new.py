@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,8 @@ def command(**values: Any) -> int:
     )
     for doubt in found.doubts:
         print_note(f"the estimate is unreliable: {doubt}")
+    if trial := found.trial():
+        print(f"for a short trial: {shlex.join(['cogview', 'run', str(options.target), *trial])}", file=sys.stderr)
     print(f"next: cogview run {options.target}", file=sys.stderr)
     print(options.target)
     return 0

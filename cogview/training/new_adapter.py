@@ -130,7 +130,8 @@ def new_adapter_recipe(
         line("transformer", transformer),
         line("package", {}, "licence: and data: go into the model card"),
     )
-    times = (StepTime(name="train", seconds=steps * speed[0]),)
+    seconds = steps * speed[0]
+    times = (StepTime(name="train", seconds=seconds, section="transformer", steps=steps, warmup=warmup_of(steps)),)
     return NewRecipe(lines=lines, machine=describe_machine(device), times=times, doubts=tuple(timer.doubts))
 
 
@@ -147,6 +148,11 @@ def rank_reason(pictures: int) -> str:
     return "the usual rank of a style"
 
 
+def warmup_of(steps: int) -> int:
+    """Return the steps of the warm-up of a training."""
+    return max(10, steps // 20)
+
+
 def training_lines(survey: PictureSurvey, steps: int, seed: int) -> list[RecipeLine]:
     """Return the keys of the training of an adapter."""
     return [
@@ -154,7 +160,7 @@ def training_lines(survey: PictureSurvey, steps: int, seed: int) -> list[RecipeL
         line("batch_size", BATCH),
         line("learning_rate", 1e-3, "as the recipe lora-style has it: an adapter starts from nothing"),
         line("final_learning_rate", 1e-4),
-        line("warmup_steps", max(10, steps // 20)),
+        line("warmup_steps", warmup_of(steps)),
         line("tasks", {"generate": 1}),
         line("num_workers", 1, "arranges rows ahead of time"),
         line("seed", seed),

@@ -31,6 +31,8 @@ from cogview.vqvae.model import VQVAEConfig
 START = "cogview-emoji"  # whose image tokenizer a new one of its shape starts from
 WIDE = {"channels": [64, 192, 384], "encoder_blocks": [0, 1, 4], "decoder_blocks": [1, 2, 2]}
 MAX_WORKERS = 8
+LONG = 30 * 60.0  # seconds of a recipe, above which a trial is offered
+TRIAL = 20 * 60.0  # seconds of a trial
 FORWARD_SHARE = 1 / 3  # of the time of a training step: the backward pass takes about twice as long
 
 
@@ -41,10 +43,16 @@ class StepTime:
     Attributes:
         name: The command.
         seconds: Its time; None if it was not measured on this machine.
+        section: Section of the recipe with the settings of a training; empty for another step.
+        steps: Steps of a training.
+        warmup: Those of its warm-up.
     """
 
     name: str
     seconds: float | None
+    section: str = ""
+    steps: int = 0
+    warmup: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +78,24 @@ class NewRecipe:
         text = f"about {format_duration(sum(seconds for _, seconds in known))} on this machine ({parts})"
         missing = [each.name for each in self.times if each.seconds is None]
         return text + (f", without {', '.join(missing)}, which needs several GPUs" if missing else "")
+
+    def trial(self) -> list[str]:
+        """Return the settings SECTION.KEY=VALUE of a short trial; none if the whole recipe takes little time.
+
+        The steps of all trainings are shortened by one factor, but never below their warm-up.
+        """
+        if any(each.seconds is None for each in self.times):
+            return []
+        trainings = [each for each in self.times if each.section]
+        total = sum(each.seconds or 0.0 for each in self.times)
+        if total <= LONG:
+            return []
+        training = sum(each.seconds or 0.0 for each in trainings)
+        share = max(0.0, TRIAL - (total - training)) / training
+        return [
+            f"{each.section}.training.steps={min(each.steps, max(each.warmup, math.floor(each.steps * share)))}"
+            for each in trainings
+        ]
 
 
 def describe_machine(device: torch.device) -> str:
@@ -182,6 +208,16 @@ class _ModelPlan:
         return self.rules.side // VQVAEConfig().downsampling
 
     @property
+    def image_warmup(self) -> int:
+        """Steps of the warm-up of the image tokenizer."""
+        return min(300, max(20, self.image_steps // 20))
+
+    @property
+    def warmup(self) -> int:
+        """Steps of the warm-up of the transformer."""
+        return max(20, self.steps // 30)
+
+    @property
     def num_workers(self) -> int:
         """Processes that decode pictures."""
         return max(1, min(MAX_WORKERS, usable_cpus() - 1))
@@ -204,9 +240,21 @@ class _ModelPlan:
         """Return the estimated times of the long steps."""
         each = self.image_speed[0] / self.rules.image_batch * FORWARD_SHARE * (5 if "upscale" in self.tasks else 1)
         return (
-            StepTime(name="train-image", seconds=self.image_steps * self.image_speed[0]),
+            StepTime(
+                name="train-image",
+                seconds=self.image_steps * self.image_speed[0],
+                section="image",
+                steps=self.image_steps,
+                warmup=self.image_warmup,
+            ),
             StepTime(name="encode", seconds=self.survey.pictures * each),
-            StepTime(name="train", seconds=self.steps * self.speed[0] if self.speed else None),
+            StepTime(
+                name="train",
+                seconds=self.steps * self.speed[0] if self.speed else None,
+                section="transformer",
+                steps=self.steps,
+                warmup=self.warmup,
+            ),
         )
 
     def text_lines(self) -> list[RecipeLine]:
@@ -229,7 +277,7 @@ class _ModelPlan:
             line(
                 "learning_rate", 1e-3 if rules.wide else 5e-4, "" if rules.wide else "half of that from random weights"
             ),
-            line("warmup_steps", min(300, max(20, self.image_steps // 20))),
+            line("warmup_steps", self.image_warmup),
             line("seed", self.seed),
         ]
         return [
@@ -280,7 +328,7 @@ class _ModelPlan:
             line("tasks", dict(self.tasks), "shares of the rows; caption also ranks images"),
             line("learning_rate", rules.learning_rate),
             line("betas", [0.9, 0.99]),
-            line("warmup_steps", max(20, self.steps // 30)),
+            line("warmup_steps", self.warmup),
             line("num_workers", 1, "arranges rows ahead of time"),
             line("seed", self.seed),
         ]
