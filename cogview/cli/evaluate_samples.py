@@ -29,6 +29,7 @@ SAMPLES_FILE = "report-samples.json"
 RESULT_FILE = "result-samples.json"
 SHEET_FILE = "samples.png"
 CAPTIONS = 48  # of each split
+FEW_OWN = 0.1  # of the images for training captions; fewer are nearest to their own picture after a short training
 MAX_HELD_OUT = 200  # pictures whose reconstructions are measured
 MAX_SEARCHED = 4000  # pictures among which held-out ones are looked for, without an index
 
@@ -78,6 +79,11 @@ def samples(recipe: Recipe, count: int, device: str) -> int:
     write_json(folder / SAMPLES_FILE, report)  # last: the report says that the sheet is there
     record_step(recipe, "eval samples", {})
     print(f"nearest to their own picture: {share:.0%} of the images for training captions, among {compared} pictures")
+    if share < FEW_OWN:
+        print_note(
+            "fewer than a tenth of the images for training captions are nearest to their own picture: the training is "
+            "probably too short; train with more steps: transformer.training.steps"
+        )
     for side, found in report.get("image_tokenizer", {}).items():
         print(f"reconstructions of {found['pictures']} held-out pictures, {side} pixels: {found['psnr']:.2f} dB")
     print(folder / SHEET_FILE)

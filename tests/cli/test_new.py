@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from cogview.checkpoints.checkpoint import read_config
-from cogview.cli import package, run, train_image
+from cogview.cli import evaluate_samples, package, run, train_image
 from cogview.cli.main import main
 from cogview.cli.package import PackageSettings
 from cogview.cli.steps import encode_settings, image_settings, text_settings, transformer_settings
@@ -23,6 +24,7 @@ from cogview.modeling import config
 from cogview.modeling.config import TransformerConfig
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training import new_adapter, new_model, step_records, step_speed
+from cogview.training.new_model import NewRecipe, StepTime
 from cogview.training.new_recipe import SIZES, choose_for, line, render_lines, steps_for
 from cogview.training.recipe import Recipe
 from cogview.training.survey import survey_pictures
@@ -126,7 +128,8 @@ def shapes(new, monkeypatch) -> list[str]:
 def test_new_and_run_end_in_a_model_that_generates(shapes, capsys):
     """From a folder of pictures to a picture by three commands."""
     assert main(shapes) == 0
-    assert capsys.readouterr().out.splitlines()[-3:] == [
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-3:] == [
         "mine/model",
         "mine/model/README.md",
         "mine/report/samples.png",
@@ -144,6 +147,8 @@ def test_new_and_run_end_in_a_model_that_generates(shapes, capsys):
     result = read_result(Path("mine/report/result-samples.json"))
     assert result.results["reconstructions_64.psnr"].value == report["image_tokenizer"]["64"]["psnr"]
     assert result.results["nearest_is_own"].value == report["nearest_is_own"]["share"]
+    is_short = report["nearest_is_own"]["share"] < evaluate_samples.FEW_OWN
+    assert ("the training is probably too short" in printed.err) == is_short
     assert report["image_tokenizer"]["64"]["pictures"] == 4
     assert read_config(Path("mine/model")).reconstruction_psnr.median == report["reconstruction_psnr"]["median"]
     with Image.open("mine/model/samples.png") as sheet:
@@ -302,6 +307,34 @@ def test_render_lines_moves_long_reasons_above():
     assert yaml.safe_load(text) == {"a": {"b": [1, "二"], "c": None}, "d": {}}
     assert "  b: [1, 二]  # short\n" in text
     assert f"  # {'long ' * 30}\n  c: null\n" in text
+
+
+@pytest.mark.parametrize(
+    ("image", "rest", "transformer", "trial"),
+    [
+        (600, 600, 600, []),
+        (3000, 200, 1000, ["image.training.steps=250", "transformer.training.steps=125"]),
+        (3000, 4000, 1000, ["image.training.steps=50", "transformer.training.steps=20"]),
+        (3000, 200, None, []),
+    ],
+)
+def test_trial_takes_20_minutes_or_the_warmup_of_each_training(image, rest, transformer, trial):
+    times = (
+        StepTime(name="train-image", seconds=image, section="image", steps=1000, warmup=50),
+        StepTime(name="encode", seconds=rest),
+        StepTime(name="train", seconds=transformer, section="transformer", steps=500, warmup=20),
+    )
+    assert NewRecipe(lines=(), machine="", times=times).trial() == trial
+
+
+def test_new_prints_a_short_trial_of_a_long_recipe(new, save_image, monkeypatch):
+    draw_pictures(Path("shapes"))
+    assert "short trial" not in "".join(new("mine", "--pictures", "shapes", "--size", "tiny")[2])
+    monkeypatch.setattr(new_model, "transformer_step_seconds", lambda *arguments: (60.0, "float32"))
+    *_, line, _ = new("long", "--pictures", "shapes", "--size", "tiny")[2]
+    assert line.startswith("for a short trial: cogview run long/recipe.yaml image.training.steps=")
+    recipe = replace(Recipe.open(Path("long/recipe.yaml")), overrides_by_section=run.split_overrides(line.split()[7:]))
+    assert transformer_settings(recipe).training.steps < 100
 
 
 def test_step_seconds_are_of_real_steps():
