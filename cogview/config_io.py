@@ -86,11 +86,11 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     """Set the key of ``key=value`` in ``settings``, in place; nested settings are copied first."""
     path, equals, value = override.partition("=")
     if not equals or not path:
-        raise InputError(f'override "{override}": expected key=value')
+        raise InputError(f'the override "{override}": expected key=value')
     try:
         parsed = parse_yaml(value)
     except ValueError as error:
-        raise InputError(f'override "{override}": {error}') from error
+        raise InputError(f'the override "{override}": {error}') from error
     *outer, last = (RENAMED_KEYS.get(key, key) for key in path.split("."))
     for key in outer:
         for old in _old_names(key):
@@ -98,7 +98,7 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
                 settings[key] = settings.pop(old)
         inner = settings.get(key)
         if inner is not None and not isinstance(inner, dict):
-            raise InputError(f'override "{override}": "{key}" is {_describe(inner)} and has no inner settings')
+            raise InputError(f'the override "{override}": "{key}" is {_describe(inner)} and has no inner settings')
         settings[key] = dict(inner or {})
         settings = settings[key]
     for old in _old_names(last):
@@ -245,6 +245,9 @@ _NAMES = {
 }
 
 
+_PLURALS = {int: "whole numbers", float: "numbers", str: "texts", Path: "paths"}
+
+
 def _type_name(kind: Any) -> str:
     """Return the name of a type for error messages."""
     origin, arguments = get_origin(kind), get_args(kind)
@@ -252,10 +255,10 @@ def _type_name(kind: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
         if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return f"a list of {_type_name(arguments[0])}"
+            return f"a list of {_PLURALS.get(arguments[0]) or _type_name(arguments[0])}"
         return f"a list of {len(arguments)}"
     if origin is list:
-        return f"a list of {_type_name(arguments[0])}"
+        return f"a list of {_PLURALS.get(arguments[0]) or _type_name(arguments[0])}"
     if origin in (Union, types.UnionType):
         return " or ".join(map(_type_name, arguments))
     if origin is dict or is_dataclass(kind):

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -46,12 +46,12 @@ class GracefulStop:
 
         Args:
             message: Line for stderr when a stop is requested, or one for each signal; None in processes that print
-                nothing.
+                nothing. A stream with a method ``as_line`` puts it into the form of its lines, such as a translation.
         """
         self.number: int | None = None
-        self._messages: Mapping[int, str | None] = (
-            message if isinstance(message, Mapping) else {number: message for number in STOP_SIGNALS}
-        )
+        as_line: Callable[[str], str] = getattr(sys.stderr, "as_line", str)
+        given = message if isinstance(message, Mapping) else {number: message for number in STOP_SIGNALS}
+        self._messages = {number: None if text is None else as_line(text) for number, text in given.items()}
         self._before: dict[int, Any] = {}
 
     def requested(self) -> bool:

@@ -151,9 +151,9 @@ def test_from_mapping_roundtrips_through_json():
             f"{WHERE}, checkpoint: expected a whole number or text, got [1]",
         ),
         ({"num_layers": 2, "device": "gpu"}, f'{WHERE}, device: expected one of auto, cpu, cuda, got "gpu"'),
-        ({"num_layers": 2, "colours": "红"}, f'{WHERE}, colours: expected a list of text, got "红"'),
+        ({"num_layers": 2, "colours": "红"}, f'{WHERE}, colours: expected a list of texts, got "红"'),
         ({"num_layers": 2, "colours": ["红", 3]}, f"{WHERE}, colours: expected text, got 3"),
-        ({"num_layers": 2, "sizes": 8}, f"{WHERE}, sizes: expected a list of a whole number, got 8"),
+        ({"num_layers": 2, "sizes": 8}, f"{WHERE}, sizes: expected a list of whole numbers, got 8"),
         ({"num_layers": 2, "mix": 8}, f"{WHERE}, mix: expected settings, got 8"),
         ({"num_layers": 2, "mix": {"sr": "half"}}, f'{WHERE}, mix, sr: expected a number, got "half"'),
         ({"num_layers": 2, "width": {"a": 1}}, f"{WHERE}, width: expected a whole number, got the settings a"),
@@ -211,10 +211,10 @@ def test_read_recipe_reports_invalid_files(tmp_path, content, message):
     [
         ("modle", [], 'the recipe has no section "modle"; it has: work, model, empty'),
         ("work", [], 'section "work" of the recipe: expected settings, got "runs/tiny"'),
-        ("model", ["width"], 'override "width": expected key=value'),
-        ("model", ["=3"], 'override "=3": expected key=value'),
-        ("model", ["width=[1"], 'override "width=[1": line 1: '),
-        ("model", ["dropout.rate=1"], 'override "dropout.rate=1": "dropout" is 0.1 and has no inner settings'),
+        ("model", ["width"], 'the override "width": expected key=value'),
+        ("model", ["=3"], 'the override "=3": expected key=value'),
+        ("model", ["width=[1"], 'the override "width=[1": line 1: '),
+        ("model", ["dropout.rate=1"], 'the override "dropout.rate=1": "dropout" is 0.1 and has no inner settings'),
     ],
 )
 def test_section_reports_invalid_names_and_overrides(recipe, name, overrides, message):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cogview.cli.caption import caption_line
-from cogview.cli.messages import message_line, print_result
+from cogview.cli.messages import print_result
 from cogview.cli.options import SessionOptions
 from cogview.cli.progress import ProgressBar
 from cogview.cli.session import GenerationSession, result_line
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from cogview.pipeline.requests import GenerationRequest
     from cogview.pipeline.results import Caption, GenerationProgress, Ranking
 
-STOP_MESSAGES = {
+STOP_MESSAGES: dict[int, str] = {
     signal.SIGINT: "finishing this batch; press Ctrl-C again to stop at once",
     signal.SIGTERM: "finishing this batch; a second SIGTERM stops at once",
 }
@@ -161,9 +161,8 @@ def _run(session: GenerationSession, plan: JobPlan, journal: JobJournal, locks: 
     observer = TerminalObserver()
     runner = JobRunner(plan, observer)
     missing = runner.prepare(journal)
-    messages = {int(number): message_line(message) for number, message in STOP_MESSAGES.items()} if first else None
     with (
-        GracefulStop(messages) as stop,
+        GracefulStop(STOP_MESSAGES if first else None) as stop,
         session.progress_bar("generating", len(missing), sum(missing.values()), noun="result") as bar,
     ):
         observer.bar = bar

@@ -240,12 +240,28 @@ def run_safely(run: Callable[[], int], name: str) -> int:
     return _report(name, *explanation)  # the traceback is freed by now, with the memory that it referred to
 
 
+class _LogFormatter(logging.Formatter):
+    """Names the module of a line that COGVIEW_LOG asks for; a warning is a line like those of the commands."""
+
+    def __init__(self) -> None:
+        super().__init__("%(name)s: %(message)s")
+        self._warnings = logging.Formatter("warning: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record."""
+        is_warning = record.levelno == logging.WARNING and record.name.partition(".")[0] == "cogview"
+        return self._warnings.format(record) if is_warning else super().format(record)
+
+
 def _configure_logging() -> None:
     """Log at the level of the variable COGVIEW_LOG; raise InputError for an unknown level."""
     level = (os.environ.get("COGVIEW_LOG") or "WARNING").upper()
     if level not in LOG_LEVELS:
         raise InputError(f'COGVIEW_LOG is "{level}"; expected one of {", ".join(LOG_LEVELS)}')
-    logging.basicConfig(level=level, format="%(levelname)s: %(message)s" if is_json() else "%(name)s: %(message)s")
+    form = logging.Formatter("%(levelname)s: %(message)s") if is_json() else _LogFormatter()
+    handler = logging.StreamHandler()
+    handler.setFormatter(form)
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def _report(name: str, message: str, status: int = ExitStatus.MISTAKE) -> int:

@@ -44,6 +44,10 @@ class JsonLines:
         """Return False: nothing that rewrites a line, such as a progress bar, may be shown."""
         return False
 
+    def as_line(self, message: str) -> str:
+        """Return a message as ``write`` would write it, for a handler of signals, which may not print."""
+        return _encode({"info": translate(message)}, self._stream)
+
     def write(self, text: str) -> int:
         """Write each line of ``text`` that is complete; the rest waits for its end."""
         *lines, self._line = (self._line + text).replace("\r", "\n").split("\n")
@@ -89,12 +93,6 @@ def wants_json(arguments: Sequence[str]) -> bool:
 def is_json() -> bool:
     """Return whether the running command writes lines of JSON."""
     return isinstance(sys.stderr, JsonLines)
-
-
-def message_line(message: str) -> str:
-    """Return a message as the running command would write it, for a handler of signals, which may not print."""
-    text = translate(message)
-    return _encode({"info": text}, sys.stderr) if is_json() else text
 
 
 def print_error(program: str, message: str, status: int) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from cogview import __version__
 from cogview.cli.continuation import UnfinishedTraining, run_settings
 from cogview.cli.evaluate_samples import SHEET_FILE
-from cogview.training.new_recipe import flow
 from cogview.training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -138,6 +137,8 @@ def data_rows(recipe: Recipe) -> list[tuple[str, str]]:
 
 def training_rows(recipe: Recipe) -> list[tuple[str, str]]:
     """Return the main settings of the trainings of a recipe, as their run folders have them."""
+    from cogview.training.new_recipe import flow
+
     found = []
     for name, folder in (("image tokenizer", recipe.image_run), ("transformer", recipe.transformer_run)):
         training = (run_settings(folder) or {}).get("training") or {}

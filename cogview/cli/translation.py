@@ -41,6 +41,8 @@ _HEAD = re.compile(r"(warning|note|failed): (.*)", re.DOTALL)
 _OPAQUE = "\ue000"  # stands for the place while the message is translated: no template knows it
 _NUMBERS = re.compile(r"(\d+(?:, \d+)*) (and|or) (\d+)")
 _SHORTENED = re.compile(r"(.*\S) (and \d+ more)", re.DOTALL)  # of ``format_list``
+_CHINESE = re.compile(r"[\u4e00-\u9fff]")
+_JOINED_BEFORE = re.compile(r"[\u4e00-\u9fff] $")
 _DEFAULT = re.compile(r"(.*?)  \[(.*)\]", re.DOTALL)  # how click appends the default and the range to a help text
 _COMPUTED = re.compile(r"(?<=default: )\((.*?)\)(?=;|$)")  # how click shows the text of a computed default
 _PARENTHESIS = re.compile(r"(.*\S) \((.*)\)", re.DOTALL)
@@ -108,8 +110,7 @@ class Catalogue:
         """Translate a message behind a place and ``: ``, the place being a field of its template or not."""
         for source, (_, target) in self.templates.items():
             if source.startswith("{") and (match := _pattern(source).fullmatch(text)) and match[1] == _OPAQUE:
-                fields = {name: self.translate(value, depth + 1) for name, value in match.groupdict().items()}
-                return target.format_map(fields)
+                return self._filled(target, match, depth)
         place, _, message = text.partition(": ")
         return f"{place}：{self.translate(message, depth + 1)}"
 
@@ -119,9 +120,22 @@ class Catalogue:
             if literal not in text or not source.startswith(head):
                 continue
             if match := _pattern(source).fullmatch(text):
-                fields = {name: self.translate(value, depth + 1) for name, value in match.groupdict().items()}
-                return target.format_map(fields)
+                return self._filled(target, match, depth)
         return None
+
+    def _filled(self, target: str, match: re.Match[str], depth: int) -> str:
+        """Return a translation with its fields; no space stands between two Chinese characters where one is new."""
+        text, after_translated = "", False
+        for index, part in enumerate(FIELD.split(target)):
+            value = part if index % 2 == 0 else self.translate(match[part], depth + 1)
+            is_translated = index % 2 == 1 and value != match[part]
+            if is_translated and _JOINED_BEFORE.search(text) and _CHINESE.match(value):
+                text = text.rstrip(" ")
+            if after_translated and value.startswith(" ") and _CHINESE.match(value[1:]) and _CHINESE.match(text[-1:]):
+                value = value[1:]
+            text += value
+            after_translated = is_translated
+        return text
 
     def _by_parts(self, text: str, depth: int) -> str | None:
         """Translate the two sides of a joint, preferably one where both have a translation, else the most of it."""
@@ -237,6 +251,10 @@ class TranslatedStream:
     def __getattr__(self, name: str) -> Any:
         """Pass everything but ``write`` to the stream."""
         return getattr(self.untranslated, name)
+
+    def as_line(self, message: str) -> str:
+        """Return a message as ``write`` would write it, for a handler of signals, which may not print."""
+        return self.catalogue.translate(message)
 
     def write(self, text: str) -> int:
         """Write ``text``, each of its lines translated.

@@ -1,6 +1,7 @@
 """``cogview``: commands, and mistakes on the command line itself."""
 
 import importlib
+import logging
 import re
 import signal
 import subprocess
@@ -48,7 +49,8 @@ def required_options() -> list[tuple[tuple[str, ...], str]]:
             arguments = [item for item in command.params if isinstance(item, click.Argument) and item.required]
             for missing in required:
                 others = [word for item in required if item is not missing for word in (item.opts[-1], "1")]
-                found.append(((*words, *("x" for _ in arguments), *others), max(missing.opts, key=len)))
+                given = (str(getattr(item.type, "choices", "x")[0]) for item in arguments)
+                found.append(((*words, *given, *others), max(missing.opts, key=len)))
     return found
 
 
@@ -245,6 +247,26 @@ def test_overrides_argument_takes_pairs_anywhere(capsys):
     assert (
         capsys.readouterr().err == 'cogview x: "steps" is not KEY=VALUE of the section training; see cogview x --help\n'
     )
+
+
+def test_configure_logging_writes_warnings_as_lines_of_the_command(monkeypatch, capsys):
+    """The name of a module stood before a warning on a prompt."""
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setenv("COGVIEW_LOG", "INFO")
+
+    def log() -> int:
+        logging.getLogger("cogview.jobs").warning("line %d is damaged", 5)
+        logging.getLogger("cogview.jobs").info("loading")
+        logging.getLogger("PIL").warning("odd")
+        return 0
+
+    level = root.level
+    try:
+        assert run_safely(log, "cogview generate") == 0
+    finally:
+        root.setLevel(level)
+    assert capsys.readouterr().err == "warning: line 5 is damaged\ncogview.jobs: loading\nPIL: odd\n"
 
 
 def test_main_rejects_an_unknown_log_level(monkeypatch, capsys):

@@ -2,14 +2,16 @@
 
 import io
 import json
+import signal
 import sys
 
 import pytest
 
 from cogview.cli.main import main, run_safely
-from cogview.cli.messages import json_lines, message_line, print_message, print_result
+from cogview.cli.messages import json_lines, print_message, print_result
 from cogview.cli.translation import translated
 from cogview.errors import RetryLaterError
+from cogview.signals import GracefulStop
 
 FOX = "蓝色背景上的三只狐狸"
 
@@ -69,11 +71,21 @@ def test_json_lines_escapes_for_a_stream_without_unicode(monkeypatch):
     assert json.loads(ascii_only.buffer.getvalue()) == {"file": "🦊.png"}
 
 
-def test_message_line_is_an_object_within_json_lines():
-    """A handler of signals writes it to the descriptor of stderr."""
-    assert message_line("finishing this batch") == "finishing this batch"
-    with json_lines(True):
-        assert json.loads(message_line("finishing this batch")) == {"info": "finishing this batch"}
+@pytest.mark.parametrize(
+    ("language", "translation"),
+    [
+        ("en", "stopping after this step (once more: at once, without saving)"),
+        ("zh", "完成这一步后停止（再来一次：立即停止，不保存）"),
+    ],
+)
+def test_graceful_stop_writes_the_lines_of_the_running_command(capfd, language, translation):
+    """A handler of signals writes to the descriptor, past the streams that translate: its line was English."""
+    message = "stopping after this step (once more: at once, without saving)"
+    for as_json in (False, True):
+        with translated(language), json_lines(as_json), GracefulStop(message):
+            signal.raise_signal(signal.SIGTERM)
+        line = capfd.readouterr().err
+        assert (json.loads(line)["info"] if as_json else line.rstrip("\n")) == translation
 
 
 def test_run_safely_reports_the_status_of_an_error_as_json(capsys):

@@ -146,7 +146,7 @@ def test_main_refuses_an_unknown_language_of_the_variable(monkeypatch, capsys):
     ("text", "translation"),
     [
         ("skipped: line 3: image fox.png does not exist", "已跳过：第 3 行：图像 fox.png 不存在"),
-        ("  1.     -1.74 (-0.58 per piece)  fox.png\n", "  1.     -1.74（每个词片 -0.58）  fox.png\n"),
+        ("  1.     -1.74 (-0.58 per piece)  fox.png\n", "  1.     -1.74（每个词元 -0.58）  fox.png\n"),
         ("model fox on cpu, float32 (no GPU is used)", "模型 fox，运行于 cpu, float32（没有使用 GPU）"),
         ("the line of a poem: fox", "the line of a poem: fox"),
     ],
@@ -216,6 +216,23 @@ BOXES = '[{"text": "狐狸", "box": [x, y, width, height]}, …]'
         (
             "the settings of step train have changed: training.steps 6 -> 9, seed 1 -> 3 and 4 more",
             "步骤 train 的设置已更改：training.steps 6 -> 9, seed 1 -> 3，以及另外 4 个",
+        ),
+        (
+            "section text of a.yaml, pictures: expected a list of paths, got 3",
+            "a.yaml 的 text 一节，pictures：应为路径的列表，实际为 3",
+        ),
+        (
+            "step 1 of 6, train-text: cogview train-text a.yaml --work w",
+            "共 6 步，第 1 步，train-text：cogview train-text a.yaml --work w",
+        ),
+        (
+            "cogview train: a.yaml, line 3: mapping values are not allowed here",
+            "cogview train: a.yaml 第 3 行：此处不能出现键值（是否多了冒号，或缩进不对？）",
+        ),
+        ("cogview run: cannot read the recipe w: it is a folder", "cogview run: 无法读取配方 w：这是文件夹"),
+        (
+            "warning: “二只狐狸”: 30% of its characters are unknown to the model",
+            "警告：“二只狐狸”：其中 30% 的字符模型不认识",
         ),
         ("trained on 20 captions, a random part of 40", "用于训练：20 条说明，从 40 条中随机选出"),
     ],

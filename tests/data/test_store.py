@@ -378,7 +378,7 @@ def test_store_writer_removes_the_checksum_while_it_writes(tmp_path):
         ({"grid": -8}, "the code grid must be 1 or more"),
         ({"fields": {"image": 10**12}}, "a row needs fields of width 1 or more, 1048576 in all"),
         ({"fields": [1]}, "its header, fields: expected settings"),
-        ({"layouts": 3}, "its header, layouts: expected a list of text, got 3"),
+        ({"layouts": 3}, "its header, layouts: expected a list of texts, got 3"),
         ({"codebook_sha256": ["a"]}, "its header, codebook_sha256: expected text"),
         ({"num_image_codes": 0}, "num_image_codes must be in 1…65536"),
         ({"rows_per_value": 0}, "rows_per_value must be in 1…65535"),
