@@ -58,7 +58,7 @@ def test_caption_folder_prints_a_line_per_image(load, tmp_path, capsys):
 def test_rerank_best_of_n_saves_the_best_in_order(load, tmp_path, capsys):
     assert load("rerank_best_of_n")(["一个红苹果", "-n", "4", "--keep", "2", "-o", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["best1.png", "best2.png"]
-    scores = [float(line.split("= ")[1].split()[0]) for line in capsys.readouterr().out.splitlines()]
+    scores = [float(line.split("score ")[1]) for line in capsys.readouterr().out.splitlines()]
     assert scores == sorted(scores, reverse=True)
 
 

@@ -300,6 +300,9 @@ class LoadedModel:
 
         Raises:
             InputError: It is unknown, or the weights were not trained for what it needs.
+
+        Examples:
+            >>> model.require_ranking("caption")
         """
         rule = ranking_rule(by)
         for task in rule.tasks:

@@ -50,7 +50,8 @@ _MEASURED = re.compile(r"per_second|wait|memory|mfu|seconds|time|utili[sz]ation|
 # Readers of what the toolkit writes
 
 
-LATER_SETTINGS = (("min_p", 0.0), ("noise_version", 1))  # with the values that are as before there were such settings
+# With the values that are as before there were such settings; a hash in the header stood for the adapters before.
+LATER_SETTINGS = (("min_p", 0.0), ("noise_version", 1), ("adapters", []))
 FORMER_VALUES = {("cogview_job", 2): 1}  # the format of journals, to which version 2 added errors
 
 

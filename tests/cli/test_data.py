@@ -39,7 +39,7 @@ def test_data_build_writes_stores_for_training(data, tiny_checkpoint, monkeypatc
     assert data("build", "pictures", "-o", "out/store", "--held-out", "0.1") == (
         0,
         ["out/store: 6 rows of 6 pictures", "out/store-held-out: 2 rows of 2 pictures"],
-        [],
+        ["8 entries: 6 pictures to train on, 2 held out, 0 left out"],
     )
     monkeypatch.setitem(config.PRESETS, "tiny", (1, 32, 2))
     recipe = {
