@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cogview.cli.benchmark_distances import DistanceOptions, distance_options, measure_distances
-from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
     Command,
@@ -180,7 +179,7 @@ def _generate(
     output: Path,
 ) -> int:
     """Generate the pictures that are not there yet; return their number."""
-    from cogview.cli.session import open_model
+    from cogview.cli.session import note_unknown_words, open_model
     from cogview.evaluation.field_benchmarks.runner import BenchmarkPictures, generate_pictures
     from cogview.evaluation.manifest import hash_prompts
     from cogview.evaluation.model_record import describe_model
@@ -208,10 +207,7 @@ def _generate(
             "sampling": asdict(picture_settings.sampling),
             "model": asdict(describe_model(opened)),
         }
-        warnings = [warning for item in items if (warning := opened.prompt_warning(item.prompt)) is not None]
-        if warnings:
-            count = plural(len(items), "prompt")
-            print_note(f"{len(warnings)} of {count} ask for what the model may not know, first: {warnings[0]}")
+        note_unknown_words(opened, [item.prompt for item in items])
         return generate_pictures(opened, chosen, items, picture_settings, record)
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
     MODEL_HELP,
@@ -30,7 +29,7 @@ from cogview.cli.options import (
 )
 from cogview.cli.ranking_options import rank_by_option
 from cogview.errors import InputError
-from cogview.formatting import aligned_columns, plural
+from cogview.formatting import aligned_columns
 
 if TYPE_CHECKING:
     from cogview.evaluation.manifest import Manifest, ResultValue
@@ -177,6 +176,7 @@ def measure_prompt_lines(
     Raises:
         InputError: A prompt is too long, or a setting cannot be used.
     """
+    from cogview.cli.session import note_unknown_words
     from cogview.evaluation.prompt_report import PromptSettings, measure_prompts, require_usable
     from cogview.pipeline.inputs import resolve_seed
 
@@ -190,10 +190,7 @@ def measure_prompt_lines(
         batch_size=batch_size,
     )
     prompts = require_usable(model, lines, options.prompts)
-    warnings = [warning for prompt in prompts if (warning := model.prompt_warning(prompt)) is not None]
-    if warnings:
-        count = plural(len(prompts), "prompt")
-        print_note(f"{len(warnings)} of {count} ask for what the model may not know, first: {warnings[0]}")
+    note_unknown_words(model, prompts)
     return measure_prompts(table, model, prompts, settings)
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogview.cli.inputs import READ_AT_A_TIME, batches
-from cogview.cli.messages import print_message, print_result
+from cogview.cli.messages import print_message, print_note, print_result
 from cogview.cli.options import ModelOptions, SessionOptions
 from cogview.cli.progress import Previews, ProgressBar
+from cogview.formatting import plural
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help does without
     from PIL import Image
@@ -72,6 +73,19 @@ class UpscaleInput:
     prompt: str
     source: str
     path: Path
+
+
+def note_unknown_words(model: CogView, prompts: Sequence[str]) -> None:
+    """Print one note if some prompts ask for what a model may not know.
+
+    Args:
+        model: The model.
+        prompts: Prompts of a measurement.
+    """
+    warnings = [warning for prompt in prompts if (warning := model.prompt_warning(prompt)) is not None]
+    if warnings:
+        count = plural(len(prompts), "prompt")
+        print_note(f"{len(warnings)} of {count} ask for what the model may not know, first: {warnings[0]}")
 
 
 def result_line(path: Path, score: float | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,7 +60,7 @@ class FeatureNetwork(Protocol):
         ...
 
 
-class _Network:
+class _Network(ABC):
     """What the networks share: how features alone are computed."""
 
     downsampling = 1
@@ -68,8 +69,8 @@ class _Network:
     def features(self, pixels: np.ndarray) -> np.ndarray:
         return self.features_and_classes(pixels)[0]
 
-    def features_and_classes(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-        raise NotImplementedError
+    @abstractmethod
+    def features_and_classes(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]: ...
 
 
 class StubNetwork(_Network):

@@ -9,11 +9,10 @@ improbable without a change.
 from __future__ import annotations
 
 import logging
-import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -28,8 +27,10 @@ from cogview.emoji.grader import SceneGrader
 from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
+from cogview.evaluation.diversity import different_share
 from cogview.evaluation.harness import generate_images, grade_images
 from cogview.evaluation.manifest import hash_prompts
+from cogview.evaluation.metrics import bootstrap, wilson_interval
 from cogview.evaluation.model_record import describe_hardware, describe_model, describe_versions
 from cogview.evaluation.permutation import fall_probability
 from cogview.evaluation.records import Manifest, Result, ResultItems, ResultValue, SeedsRecord
@@ -198,9 +199,9 @@ def _diversity_rows(
     images = generate_images(model, repeated, settings.seed, sampling, settings.batch_size, "varying")
     rows: dict[str, dict[str, float]] = {"different images": {}, "different backgrounds": {}}
     for number, prompt in enumerate(prompts):
-        own = images[number * OPEN_IMAGES : (number + 1) * OPEN_IMAGES]
-        rows["different images"][prompt] = len({image.tobytes() for image in own}) / OPEN_IMAGES
-        colours = Counter(grader.explain(image).colour.name for image in own)
+        group = images[number * OPEN_IMAGES : (number + 1) * OPEN_IMAGES]
+        rows["different images"][prompt] = different_share(np.stack(group))
+        colours = {grader.explain(image).colour.name for image in group}
         rows["different backgrounds"][prompt] = len(colours) / OPEN_IMAGES
     return rows
 
@@ -221,8 +222,8 @@ def _caption_rows(
     first = 0
     for (scene, caption), text, options in zip(asked, texts, choices, strict=True):
         rows["captioning"][caption] = float(grader.grade(text, scene).everything)
-        own = [score.log_probability for score in scores[first : first + len(options)]]
-        rows["ranking"][caption] = float(own[0] > max(own[1:]))
+        right, *others = (score.log_probability for score in scores[first : first + len(options)])
+        rows["ranking"][caption] = float(right > max(others))
         first += len(options)
     return rows
 
@@ -264,22 +265,26 @@ def similar_captions(world: EmojiWorld, scene: Scene, seed: int) -> list[str]:
 
 
 def _summaries(rows: Mapping[str, Mapping[str, float]]) -> dict[str, ResultValue]:
-    values = {}
+    """Means with 95% intervals: by Wilson of verdicts, by the bootstrap of shares."""
+    summaries = {}
     for name, row in rows.items():
-        found = np.array(list(row.values()))
-        if not len(found):
+        if not row:
             continue
-        half = 1.959964 * float(found.std()) / math.sqrt(len(found))
-        mean = float(found.mean())
-        values[name] = ResultValue(
-            value=mean,
-            low=max(0.0, mean - half),
-            high=min(1.0, mean + half),
-            n=len(found),
-            unit="fraction",
-            higher_is_better=True,
+        values = np.array(list(row.values()))
+        if np.isin(values, (0, 1)).all():
+            low, high = wilson_interval(int(values.sum()), len(values))
+        else:
+            interval = bootstrap(partial(_means, values), len(values))
+            low, high = interval["low"], interval["high"]
+        summaries[name] = ResultValue(
+            value=float(values.mean()), low=low, high=high, n=len(values), unit="fraction", higher_is_better=True
         )
-    return values
+    return summaries
+
+
+def _means(values: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    means: np.ndarray = values[indices].mean(axis=-1)
+    return means
 
 
 def _as_items(rows: Mapping[str, Mapping[str, float]]) -> ResultItems:
