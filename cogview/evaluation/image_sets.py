@@ -81,8 +81,7 @@ class PictureSet:
 
     Args:
         path: The folder or file, whose name is that of the set.
-        records: The pictures.
-        root: Folder or archive that is left out of keys, for each record.
+        records: Each picture with the folder or archive that its key leaves out.
     """
 
     def __init__(self, path: Path, records: Iterable[tuple[PictureRecord, Path]]) -> None:
