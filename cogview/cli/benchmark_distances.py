@@ -108,8 +108,8 @@ def measure_distances(
             f"{root} has {len(candidate.keys)} pictures, the prompts ask for {len(paths)}; remove the others"
         )
     resize = SquareResize(side=SIDE)
-    passes = len(SIGMAS) * len(true.keys) + (len(SIGMAS) if options.blur == "both" else 1) * len(candidate.keys)
-    with tqdm(total=passes, unit="picture", desc="measuring", disable=None, leave=False) as bar:
+    total = len(true.keys) + len(candidate.keys)
+    with tqdm(total=total, unit="picture", desc="measuring", disable=None, leave=False) as bar:
         results, (measured, measured_true) = blurred_distances(
             candidate, true, network, resize, options.blur, on_image=bar.update
         )

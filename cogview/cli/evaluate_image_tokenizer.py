@@ -182,7 +182,7 @@ def write_tokenizer_result(
     manifest = Manifest(
         measure="image-tokenizer",
         reference=hash_set("pictures", [each.sha256 for each in measured]),
-        resize=ResizeRecord(side=side, filter="lanczos", antialias=True, crop=fit),
+        resize=ResizeRecord(side=side, filter="lanczos", antialias=True, fit=fit),
         model=describe_image_tokenizer(name, tokenizer_folder(name)),
         versions=describe_versions("pillow"),
         hardware=describe_hardware(report.model.codebook.device),

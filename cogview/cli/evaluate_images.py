@@ -53,7 +53,7 @@ class ImageMeasureOptions:
     lpips: Path | None
     side: int | None
     filter: Any
-    crop: Any
+    fit: Any
     blur_sigma: float
     blur: str
     seed: int
@@ -95,10 +95,10 @@ _OPTIONS = option_group(
         help="filter of resizing, with antialiasing",
     ),
     click.option(
-        "--crop",
-        type=click.Choice(["center", "pad", "stretch"]),
-        default="center",
-        help="how a picture becomes a square: keep its middle, add white, or stretch",
+        "--fit",
+        type=click.Choice(["crop", "pad", "stretch"]),
+        default="crop",
+        help="how a picture becomes a square: crop its longer side, pad the shorter one with white, or stretch",
     ),
     click.option(
         "--blur-sigma",
@@ -288,7 +288,7 @@ def _resize(options: ImageMeasureOptions, side: int, downsampling: int = 1) -> S
 
     if downsampling > 1:
         check_side(side, downsampling)
-    return SquareResize(side=side, filter=options.filter, crop=options.crop)
+    return SquareResize(side=side, filter=options.filter, rule=options.fit)
 
 
 @contextmanager
@@ -310,7 +310,7 @@ def _print_table(manifest: Manifest, results: dict[str, ResultValue]) -> None:
         print(plural(manifest.candidate.count, "pair"))
     if manifest.resize is not None:
         resize = manifest.resize
-        print(f"resized to {resize.side} x {resize.side} pixels: {resize.filter}, antialiased, {resize.crop}")
+        print(f"resized to {resize.side} x {resize.side} pixels: {resize.filter}, antialiased, {resize.fit}")
     if manifest.network is not None:
         print(f"network: {manifest.network.label}")
     if manifest.blur is not None:

@@ -1,22 +1,27 @@
 """Distances between sets of image features: Fréchet distance, KID, precision and recall, and the Inception Score.
 
 Means and covariances are summed in float64 while images stream by. What compares pairs of images keeps a random
-subset of bounded size. Both are the same however the images are split into batches.
+subset of bounded size. Both are the same however the images are split into batches. Intervals are those of a jackknife
+that leaves out one block of images after another (``metrics.jackknife``).
 """
 
-# N images, D dimensions of a feature, C classes, S subsets or splits, M images of a subset
+# N images, D dimensions of a feature, C classes, S subsets or splits, M images of a subset, J blocks of images
 from __future__ import annotations
+
+import math
 
 import numpy as np
 
 from cogview.data.keyed_random import KeyedRandom
 from cogview.errors import InputError
+from cogview.evaluation.metrics import BLOCKS
 
 KERNEL_SUBSETS = 100
 KERNEL_SUBSET_SIZE = 1000
 NEIGHBOURS = 3
 SPLITS = 10
 _ROWS = 1024  # of a matrix of distances that is held at a time
+_ADDED_TOGETHER = 64  # features of a block
 _ROUNDING = 1e-10  # of squared distances, relative to the squared lengths of the features
 
 
@@ -72,6 +77,58 @@ class FeatureMoments:
         self.scatter += scatter + np.outer(shift, shift) * (self.count * count / total)
         self.mean = self.mean + shift * (count / total)
         self.count = total
+
+
+class BlockMoments:
+    """Moments of blocks of images, for a jackknife; memory does not grow with the number of images.
+
+    Image i belongs to block i modulo J.
+
+    Args:
+        dimensions: Dimensions of a feature.
+        blocks: The number J.
+
+    Attributes:
+        blocks: The number J.
+        count: Number of features.
+    """
+
+    def __init__(self, dimensions: int, blocks: int = BLOCKS) -> None:
+        self.blocks = blocks
+        self.count = 0
+        self._moments = [FeatureMoments(dimensions) for _ in range(blocks)]
+        self._waiting: list[list[np.ndarray]] = [[] for _ in range(blocks)]  # few features at a time are slow to add
+
+    def add(self, features_ND: np.ndarray) -> None:
+        """Add features of images in the order of their set."""
+        blocks = np.arange(self.count, self.count + len(features_ND)) % len(self._moments)
+        for block, (moments, waiting) in enumerate(zip(self._moments, self._waiting, strict=True)):
+            waiting.extend(features_ND[blocks == block])
+            if len(waiting) >= _ADDED_TOGETHER:
+                moments.add(np.stack(waiting))
+                waiting.clear()
+        self.count += len(features_ND)
+
+    @property
+    def smallest_fold(self) -> int:
+        """Number of features without the largest block."""
+        return self.count - math.ceil(self.count / self.blocks)
+
+    def without(self, block: int | None = None) -> FeatureMoments:
+        """Return the moments of all blocks but one.
+
+        Args:
+            block: The block, from 0; None for the moments of all images.
+        """
+        for moments, waiting in zip(self._moments, self._waiting, strict=True):
+            if waiting:
+                moments.add(np.stack(waiting))
+                waiting.clear()
+        joined = FeatureMoments(len(self._moments[0].mean))
+        for number, moments in enumerate(self._moments):
+            if number != block:
+                joined.merge(moments)
+        return joined
 
 
 class FeatureSample:
@@ -237,35 +294,72 @@ def precision_recall(
     Raises:
         InputError: A set has no k-th neighbour.
     """
-    count = min(len(candidates_ND), len(references_ND))
+    precision, recall = precision_recall_folds(candidates_ND, references_ND, neighbours, blocks=0)[0]
+    return float(precision), float(recall)
+
+
+def precision_recall_folds(
+    candidates_ND: np.ndarray, references_ND: np.ndarray, neighbours: int = NEIGHBOURS, *, blocks: int = BLOCKS
+) -> np.ndarray:
+    """Return ``precision_recall`` of all features, then without each block of both sets, for a jackknife.
+
+    All distances are computed once. Feature i belongs to block i modulo J.
+
+    Args:
+        candidates_ND: Features (N, D) of generated images.
+        references_ND: Features of true images.
+        neighbours: The k.
+        blocks: The number J; 0 for all features alone.
+
+    Returns:
+        Precision and recall: float64 (1 + J, 2).
+
+    Raises:
+        InputError: A set has no k-th neighbour, with or without a block.
+    """
+    kept = [
+        np.stack([np.arange(len(features)) % max(1, blocks) != block for block in range(-1, blocks)])
+        for features in (candidates_ND, references_ND)
+    ]
+    count = int(min(each.sum(axis=1).min() for each in kept))
     if count <= neighbours:
         raise InputError(f"precision and recall need more than {neighbours} images in each set, got {count}")
     centre = references_ND.mean(axis=0, dtype=np.float64)
     candidates, references = candidates_ND - centre, references_ND - centre
-    precision = _covered(candidates, references, _radii(references, neighbours)).mean()
-    recall = _covered(references, candidates, _radii(candidates, neighbours)).mean()
-    return float(precision), float(recall)
+    return np.stack(
+        [
+            _covered_shares(candidates, kept[0], references, kept[1], neighbours),
+            _covered_shares(references, kept[1], candidates, kept[0], neighbours),
+        ],
+        axis=1,
+    )
 
 
-def _radii(features_ND: np.ndarray, neighbours: int) -> np.ndarray:
-    """Return the squared distance of each feature to its k-th nearest other one: (N,)."""
-    radii = np.empty(len(features_ND))
-    for start in range(0, len(features_ND), _ROWS):
-        squared = _squared_distances(features_ND[start : start + _ROWS], features_ND)
+def _covered_shares(
+    points_ND: np.ndarray, kept_JN: np.ndarray, centres_MD: np.ndarray, kept_JM: np.ndarray, neighbours: int
+) -> np.ndarray:
+    """Return the share of points in the manifold of the centres, of the features that each row keeps: (J,)."""
+    radii_JM = _radii(centres_MD, kept_JM, neighbours)
+    radii_JM += _ROUNDING * float(np.square(centres_MD).sum(axis=1).mean())
+    covered_JN = np.empty(kept_JN.shape, dtype=bool)
+    for start in range(0, len(points_ND), _ROWS):
+        squared = _squared_distances(points_ND[start : start + _ROWS], centres_MD)
+        for covered_N, radii_M, kept_M in zip(covered_JN, radii_JM, kept_JM, strict=True):
+            covered_N[start : start + _ROWS] = (squared <= np.where(kept_M, radii_M, -1)).any(axis=1)
+    return np.asarray((covered_JN & kept_JN).sum(axis=1) / kept_JN.sum(axis=1))
+
+
+def _radii(features_MD: np.ndarray, kept_JM: np.ndarray, neighbours: int) -> np.ndarray:
+    """Return the squared distance of each feature to its k-th nearest other one of those that are kept: (J, M)."""
+    radii_JM = np.empty(kept_JM.shape)
+    for start in range(0, len(features_MD), _ROWS):
+        squared = _squared_distances(features_MD[start : start + _ROWS], features_MD)
         rows = np.arange(len(squared))
         squared[rows, start + rows] = np.inf
-        radii[start : start + len(squared)] = np.partition(squared, neighbours - 1, axis=1)[:, neighbours - 1]
-    return radii
-
-
-def _covered(points_ND: np.ndarray, centres_ND: np.ndarray, radii_N: np.ndarray) -> np.ndarray:
-    """Return whether each point is within the ball of any centre: bool (N,)."""
-    slack = _ROUNDING * float(np.square(centres_ND).sum(axis=1).mean())
-    parts = [
-        (_squared_distances(points_ND[start : start + _ROWS], centres_ND) <= radii_N + slack).any(axis=1)
-        for start in range(0, len(points_ND), _ROWS)
-    ]
-    return np.concatenate(parts)
+        for radii_M, kept_M in zip(radii_JM, kept_JM, strict=True):
+            others = squared if kept_M.all() else squared[:, kept_M]
+            radii_M[start : start + _ROWS] = np.partition(others, neighbours - 1, axis=1)[:, neighbours - 1]
+    return radii_JM
 
 
 def _squared_distances(a_ND: np.ndarray, b_ND: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -19,19 +19,21 @@ from cogview.evaluation.distribution import (
     KERNEL_SUBSETS,
     NEIGHBOURS,
     SPLITS,
+    BlockMoments,
     ClassSums,
     FeatureMoments,
     FeatureSample,
     frechet_distance,
     kernel_distances,
-    precision_recall,
+    precision_recall_folds,
 )
 from cogview.evaluation.features import FeatureNetwork, finite_features
 from cogview.evaluation.image_sets import BATCH, ImageSet
 from cogview.evaluation.manifest import BlurRecord, ResizeRecord, ResultValue, SetRecord, hash_set
+from cogview.evaluation.metrics import BLOCKS, jackknife
+from cogview.image_io.reading import FitRule, fit
 
 Filter: TypeAlias = Literal["bicubic", "lanczos", "bilinear", "box"]
-Crop: TypeAlias = Literal["center", "pad", "stretch"]
 FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
@@ -44,37 +46,26 @@ _BLUR_REACH = 4  # of the Gaussian kernel, in sigmas
 
 @dataclass(frozen=True, kw_only=True)
 class SquareResize:
-    """Turns an image into a square; all filters of Pillow are antialiased.
+    """Turns an image into a square as ``image_io.reading.fit`` does, by an antialiased filter alone.
 
     Args:
         side: Pixels of a side.
         filter: The filter.
-        crop: ``center`` keeps the middle of the longer side, ``pad`` adds white to the shorter one, ``stretch`` changes
+        rule: ``crop`` keeps the middle of the longer side, ``pad`` adds white to the shorter one, ``stretch`` changes
             the aspect ratio.
     """
 
     side: int
     filter: Filter = "bicubic"
-    crop: Crop = "center"
+    rule: FitRule = "crop"
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Return an RGB image as uint8 (side, side, 3)."""
-        width, height = image.size
-        if self.crop == "pad" and width != height:
-            square = Image.new("RGB", (max(image.size),) * 2, "white")
-            square.paste(image, ((square.width - width) // 2, (square.width - height) // 2))
-            image = square
-        elif self.crop == "center":
-            short = min(width, height)
-            left, top = (width - short) // 2, (height - short) // 2
-            image = image.crop((left, top, left + short, top + short))
-        if image.size != (self.side, self.side):
-            image = image.resize((self.side, self.side), FILTERS[self.filter])
-        return np.array(image)
+        return fit(image, self.side, self.rule, resampling=FILTERS[self.filter], reducing_gap=None)[0]
 
     def record(self) -> ResizeRecord:
         """Return the record for a manifest."""
-        return ResizeRecord(side=self.side, filter=self.filter, antialias=True, crop=self.crop)
+        return ResizeRecord(side=self.side, filter=self.filter, antialias=True, fit=self.rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +78,7 @@ class ImageProtocol:
         seed: Random seed of subsets.
         sample: Maximum number of images of a set whose features are kept.
         splits: Splits of the Inception Score.
+        blocks: Blocks of the jackknife, each with moments of its images; 1 for no interval of the Fréchet distance.
     """
 
     resize: SquareResize
@@ -94,6 +86,7 @@ class ImageProtocol:
     seed: int = 0
     sample: int = SAMPLE
     splits: int = SPLITS
+    blocks: int = BLOCKS
 
     def settings(self, network: FeatureNetwork, kernel_subset: int) -> dict[str, object]:
         """Return what the manifest holds besides its fields."""
@@ -117,17 +110,26 @@ class ImageStatistics:
     """
 
     def __init__(self, dimensions: int, classes: int, protocol: ImageProtocol) -> None:
-        self.moments = FeatureMoments(dimensions)
+        self.blocks = BlockMoments(dimensions, protocol.blocks)
         self.sample = FeatureSample(protocol.sample, protocol.seed)
         self.classes = ClassSums(classes, protocol.splits) if classes else None
+        self._moments: FeatureMoments | None = None
 
     def add(self, features_ND: np.ndarray, probabilities_NC: np.ndarray | None) -> None:
         """Add features and class probabilities of images in the order of their set."""
-        start = self.moments.count
-        self.moments.add(features_ND)
+        start = self.blocks.count
+        self.blocks.add(features_ND)
+        self._moments = None
         self.sample.add(start, features_ND)
         if self.classes is not None and probabilities_NC is not None:
             self.classes.add(start, probabilities_NC)
+
+    @property
+    def moments(self) -> FeatureMoments:
+        """Moments of all features."""
+        if self._moments is None:
+            self._moments = self.blocks.without()
+        return self._moments
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -167,20 +169,50 @@ def measure_set(
     Raises:
         InputError: Fewer than two images can be read, all are equal, or features are not finite.
     """
-    statistics = ImageStatistics(network.record.dimensions, network.classes, protocol)
+    blur = protocol.blur if protocol.blur and (is_reference or protocol.blur.which == "both") else None
+    sigmas = (blur.sigma if blur else 0.0,)
+    return measure_blurs(images, network, protocol, sigmas, workers=workers, on_image=on_image)[0]
+
+
+def measure_blurs(
+    images: ImageSet,
+    network: FeatureNetwork,
+    protocol: ImageProtocol,
+    sigmas: Sequence[float],
+    *,
+    workers: int = 0,
+    on_image: Callable[[], object] = lambda: None,
+) -> list[MeasuredSet]:
+    """Read each image of a set once, and sum up its features at several blurs.
+
+    Args:
+        images: The set.
+        network: The feature network.
+        protocol: The protocol, whose blur is not used.
+        sigmas: Standard deviations of the blur in pixels; 0 for none.
+        workers: Processes that read images ahead; the statistics are the same with any number.
+        on_image: Called after each image.
+
+    Returns:
+        The set at each blur.
+
+    Raises:
+        InputError: Fewer than two images can be read, all are equal, or features are not finite.
+    """
+    found = [ImageStatistics(network.record.dimensions, network.classes, protocol) for _ in sigmas]
     hashes: list[str] = []
     problems: list[str] = []
-    blur = protocol.blur if protocol.blur and (is_reference or protocol.blur.which == "both") else None
     for batch in _batches(images, protocol.resize, workers, hashes, problems, on_image):
-        pixels = gaussian_blur(batch, blur.sigma) if blur else batch
-        statistics.add(*finite_features(network, pixels))
+        for statistics, sigma in zip(found, sigmas, strict=True):
+            statistics.add(*finite_features(network, gaussian_blur(batch, sigma)))
     if not hashes:
         raise InputError(f"none of the pictures of {images.path} can be used; the first: {problems[0]}")
     if len(hashes) < 2:
         raise InputError(f"{images.path} has a single picture; distances of sets need at least two, and mean thousands")
-    if len(set(hashes)) == 1 or not np.trace(statistics.moments.scatter) > 0:
+    if len(set(hashes)) == 1 or not all(np.trace(each.moments.scatter) > 0 for each in found):
         raise InputError(f"all pictures of {images.path} are the same, which leaves no distribution to compare")
-    return MeasuredSet(statistics=statistics, record=hash_set(images.name, hashes), problems=tuple(problems))
+    record = hash_set(images.name, hashes)
+    return [MeasuredSet(statistics=each, record=record, problems=tuple(problems)) for each in found]
 
 
 def _batches(
@@ -252,9 +284,9 @@ def distribution_results(
         notes: Receives a line about each value that says less than usual.
     """
     a, b = candidate.statistics, reference.statistics
-    count = min(candidate.record.count, reference.record.count)
-    results = {"fid": ResultValue(value=frechet_distance(a.moments, b.moments), n=count, higher_is_better=False)}
+    results = {"fid": frechet_result(candidate, reference)}
     if a.moments.is_rank_deficient or b.moments.is_rank_deficient:
+        count = results["fid"].n
         notes.append(
             f"rank-deficient: the covariance of {len(a.moments.mean)} dimensions needs more pictures than that, and "
             f"the Fréchet distance is too large with fewer; quote KID. Pictures of the smaller set: {count}"
@@ -263,10 +295,8 @@ def distribution_results(
     size = kernel_subset_size(candidate, reference, protocol.sample)
     kernel = kernel_distances(features, references, size=size, seed=protocol.seed)
     results["kid"] = _with_spread(kernel, min(len(features), len(references)), higher_is_better=False)
-    if min(len(features), len(references)) > NEIGHBOURS:
-        kept = min(len(features), len(references))
-        for name, value in zip(("precision", "recall"), precision_recall(features, references), strict=True):
-            results[name] = ResultValue(value=value, n=kept, unit="fraction", higher_is_better=True)
+    if (kept := min(len(features), len(references))) > NEIGHBOURS:
+        results |= _precision_results(features, references, kept)
     else:
         notes.append(f"precision and recall are left out: they need more pictures in each set than {NEIGHBOURS}")
     if a.classes is None:
@@ -274,6 +304,40 @@ def distribution_results(
     else:
         scores = a.classes.scores()
         results["inception_score"] = _with_spread(scores, candidate.record.count, higher_is_better=True)
+    return results
+
+
+def frechet_result(candidate: MeasuredSet, reference: MeasuredSet) -> ResultValue:
+    """Return the Fréchet distance of two sets, with an interval by a jackknife that leaves out a block of both sets.
+
+    Args:
+        candidate: Generated images.
+        reference: True images.
+
+    Returns:
+        The distance; its interval is left out if a covariance is singular by the number of images.
+    """
+    a, b = candidate.statistics, reference.statistics
+    interval = {"value": frechet_distance(a.moments, b.moments)}
+    dimensions = len(a.moments.mean)
+    if a.blocks.blocks == BLOCKS and all(each.blocks.smallest_fold > dimensions for each in (a, b)):
+        pairs = ((a.blocks.without(block), b.blocks.without(block)) for block in range(BLOCKS))
+        folds = np.array([frechet_distance(*pair) for pair in pairs])
+        interval = jackknife(interval["value"], folds, lowest=0.0)
+    count = min(candidate.record.count, reference.record.count)
+    return ResultValue(**interval, n=count, unit="", higher_is_better=False)
+
+
+def _precision_results(features_ND: np.ndarray, references_ND: np.ndarray, count: int) -> dict[str, ResultValue]:
+    """Return precision and recall, with intervals by a jackknife if blocks leave enough images."""
+    blocks = BLOCKS if count >= 2 * BLOCKS else 0
+    found = precision_recall_folds(features_ND, references_ND, blocks=blocks)
+    results = {}
+    for name, (value, *folds) in zip(("precision", "recall"), found.T, strict=True):
+        interval = {"value": float(value)}
+        if folds:
+            interval = jackknife(float(value), np.array(folds), lowest=0.0, highest=1.0)
+        results[name] = ResultValue(**interval, n=count, unit="fraction", higher_is_better=True)
     return results
 
 

@@ -14,6 +14,8 @@ from cogview.vqvae.codec import psnr
 
 RESAMPLES = 2000  # of the bootstrap
 COMPARED_TOGETHER = 256  # pictures, whose pixels are numbers of eight bytes meanwhile
+BLOCKS = 10  # of a jackknife
+T_QUANTILE = 2.262157  # 97.5%, of one degree of freedom less than blocks
 WINDOW = 11  # pixels on a side of a window of SSIM
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, from the largest image to the smallest
 
@@ -175,6 +177,30 @@ def bootstrap(statistic: Callable[[np.ndarray], np.ndarray], count: int) -> dict
     resamples = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
     low, high = np.percentile(statistic(resamples), [2.5, 97.5])
     return {"value": float(statistic(np.arange(count))), "low": float(low), "high": float(high)}
+
+
+def jackknife(value: float, folds_J: np.ndarray, *, lowest: float, highest: float = math.inf) -> dict[str, float]:
+    """Return a statistic with its 95% interval by the jackknife of blocks of items (Tukey, 1958).
+
+    The interval is ``value`` ± t times the root of (J - 1) / J times the sum of squared deviations of the folds from
+    their mean. It is that of chance, not of a bias by the number of items.
+
+    Args:
+        value: The statistic of all items.
+        folds_J: The statistic without each of J = ``BLOCKS`` blocks of equal size.
+        lowest: Lowest value that the statistic can have.
+        highest: Highest one.
+
+    Returns:
+        ``value``, ``low`` and ``high``.
+
+    Raises:
+        ValueError: There is another number of folds.
+    """
+    if len(folds_J) != BLOCKS:
+        raise ValueError(f"a jackknife needs {BLOCKS} folds, got {len(folds_J)}")
+    half = T_QUANTILE * math.sqrt((BLOCKS - 1) / BLOCKS * float(np.square(folds_J - folds_J.mean()).sum()))
+    return {"value": value, "low": max(lowest, value - half), "high": min(highest, value + half)}
 
 
 def best_of(right_CN: np.ndarray, scores_CN: np.ndarray, sizes: Sequence[int]) -> list[dict[str, Any]]:

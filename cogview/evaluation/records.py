@@ -31,13 +31,13 @@ class ResizeRecord:
         side: Pixels of a side.
         filter: Such as "bicubic" or "lanczos"; "none" without resizing.
         antialias: Whether the filter widens where it makes pictures smaller.
-        crop: Such as "center" or "none".
+        fit: How a picture becomes a square: "crop", "pad" or "stretch"; "none" without resizing.
     """
 
     side: int
     filter: str
     antialias: bool
-    crop: str = "none"
+    fit: str = "none"
 
 
 @dataclass(frozen=True, kw_only=True)

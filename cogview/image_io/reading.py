@@ -9,6 +9,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from io import BufferedReader, BytesIO
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -32,6 +33,7 @@ MAX_JPEG_PIXELS = 128_000_000  # photos of 108-megapixel phones pass
 MAX_SIDE = 65_535  # pixels, as JPEG has it: each row of an image costs time, however narrow it is
 MAX_WEBP_BYTES = 200_000_000  # which Pillow holds in memory as a whole
 MAX_SHOWN = 5  # names in a note
+REDUCING_GAP = 3.0  # times the size, from which on images are averaged before they are resized
 SHEET_PREFIX = "grid-"  # of the file name of a contact sheet
 SHEET_KEY = "codes_sha256"  # of the metadata of a contact sheet
 # White of greys with more than 8 bits: that of 8, 10, 12 and 16 bits. A photo whose brightest pixel has a fraction of
@@ -133,14 +135,24 @@ def open_image(
         yield image
 
 
-def fit(image: Image.Image, side: int, rule: FitRule = "crop") -> tuple[np.ndarray, str | None]:
-    """Make a square of an image, by the Lanczos filter.
+def fit(
+    image: Image.Image,
+    side: int,
+    rule: FitRule = "crop",
+    *,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
+    reducing_gap: float | None = REDUCING_GAP,
+) -> tuple[np.ndarray, str | None]:
+    """Make a square of an image, by an antialiased filter.
 
     Args:
         image: Image of any mode.
         side: Pixels.
         rule: ``crop`` keeps the middle, of which alone pixels are computed; ``pad`` adds white on both sides;
             ``stretch`` changes the aspect ratio.
+        resampling: The filter.
+        reducing_gap: An image of more than this many times the size is first averaged by whole factors, which is
+            fast and hardly visible; None for the filter alone, as measures need it.
 
     Returns:
         The uint8 RGB pixels (side, side, 3), and a note such as "resized from 128 x 96 and cropped to 64 x 64", or
@@ -154,14 +166,14 @@ def fit(image: Image.Image, side: int, rule: FitRule = "crop") -> tuple[np.ndarr
     if not short:
         raise InputError(f"the image is {width} x {height} pixels, expected at least 1 x 1")
     before, after = f"{width} x {height}", f"{side} x {side}"
+    resize = partial(to_rgb(image).resize, resample=resampling, reducing_gap=reducing_gap)
     if rule != "crop" and width != height:
-        square = _padded(to_rgb(image), side) if rule == "pad" else _stretched(to_rgb(image), (side, side))
+        square = _padded(resize, image.size, side) if rule == "pad" else resize((side, side))
         done = f"padded from {before} to {after}" if rule == "pad" else f"stretched from {before} to {after}"
         return np.array(square), done
     left, top = (width - short) // 2, (height - short) // 2
     middle = (left, top, left + short, top + short)
-    # A large image is first averaged by whole factors to at least 3 times the size: fast, and hardly visible.
-    square = to_rgb(image).resize((side, side), Image.Resampling.LANCZOS, box=middle, reducing_gap=3.0)
+    square = resize((side, side), box=middle)
     if width == height:
         note = None if short == side else f"resized from {before} to {after}"
     else:
@@ -175,16 +187,18 @@ def padded_size(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * side / longer)), max(1, round(size[1] * side / longer))
 
 
-def _padded(image: Image.Image, side: int) -> Image.Image:
-    """Return an RGB image in the middle of a white square."""
-    width, height = padded_size(image.size, side)
+def _padded(resize: Callable[[tuple[int, int]], Image.Image], size: tuple[int, int], side: int) -> Image.Image:
+    """Return an RGB image in the middle of a white square.
+
+    Args:
+        resize: Returns the image with another size.
+        size: Its size.
+        side: Pixels of the square.
+    """
+    width, height = padded_size(size, side)
     square = Image.new("RGB", (side, side), "white")
-    square.paste(_stretched(image, (width, height)), ((side - width) // 2, (side - height) // 2))
+    square.paste(resize((width, height)), ((side - width) // 2, (side - height) // 2))
     return square
-
-
-def _stretched(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 def _images_in(folder: Path, on_note: Callable[[str], object]) -> list[Path]:

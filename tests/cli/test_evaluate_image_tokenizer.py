@@ -57,7 +57,7 @@ def test_eval_image_tokenizer_writes_a_result_of_its_pictures(evaluate, tiny_che
     result = read_result(Path("reconstructions.json"))
     assert result.results["psnr"].value == found["psnr"]
     assert result.results["ssim"].value == pytest.approx(found["ssim"])
-    assert result.manifest.resize == ResizeRecord(side=64, filter="lanczos", antialias=True, crop="crop")
+    assert result.manifest.resize == ResizeRecord(side=64, filter="lanczos", antialias=True, fit="crop")
     assert len(set(result.items.ids)) == result.manifest.reference.count == 5
     Path("pictures/a/0.png").rename("pictures/b/last.png")
     evaluate("pictures", folder=tiny_checkpoint / "image")

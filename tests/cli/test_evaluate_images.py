@@ -31,7 +31,7 @@ def test_eval_images_prints_a_table_and_writes_a_result(evaluate):
     assert status == 0
     assert out[:4] == [
         "pictures: 12 against 9",
-        "resized to 48 x 48 pixels: bicubic, antialiased, center",
+        "resized to 48 x 48 pixels: bicubic, antialiased, crop",
         "network: mean colours (not the standard FID)",
         "blurred by sigma 1: reference",
     ]
@@ -61,7 +61,7 @@ def test_eval_images_takes_the_network_of_a_model(evaluate, tiny_checkpoint):
     status, out, err = evaluate("--network", str(tiny_checkpoint))
     assert status == 0
     assert out[1:3] == [
-        "resized to 64 x 64 pixels: bicubic, antialiased, center",
+        "resized to 64 x 64 pixels: bicubic, antialiased, crop",
         "network: encoder of an image tokenizer (not the standard FID)",
     ]
     assert any("the Inception Score is left out: the network has no classes" in line for line in err)

@@ -8,13 +8,16 @@ import torch
 
 from cogview.errors import InputError
 from cogview.evaluation.distribution import (
+    BlockMoments,
     ClassSums,
     FeatureMoments,
     FeatureSample,
     frechet_distance,
     kernel_distances,
     precision_recall,
+    precision_recall_folds,
 )
+from cogview.evaluation.metrics import BLOCKS, jackknife
 
 
 def moments_of(features, batch=None):
@@ -80,10 +83,47 @@ def test_moments_of_two_processes_equal_those_of_one():
     assert frechet_distance(merged, moments_of(other)) == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("batch", [1, 7, 300])
+def test_block_moments_leave_out_each_tenth_image(batch):
+    features = random_features(300)
+    blocks = BlockMoments(6)
+    for start in range(0, 300, batch):
+        blocks.add(features[start : start + batch])
+    assert (blocks.count, blocks.smallest_fold) == (300, 270)
+    numbers = np.arange(300) % BLOCKS
+    for block in (None, 0, 7):
+        expected, found = moments_of(features[numbers != block]), blocks.without(block)
+        assert found.count == expected.count
+        np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-9)
+        np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-9, atol=1e-12)
+
+
+def distances_and_intervals(repeats, count, dimensions=4):
+    """Distances of random sets of one distribution each, with the half-widths of their intervals."""
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(repeats):
+        sets = random.normal(size=(count, dimensions)), 1.2 * random.normal(size=(count, dimensions)) + 0.5
+        blocks = [BlockMoments(dimensions) for _ in sets]
+        for each, features in zip(blocks, sets, strict=True):
+            each.add(features.astype(np.float32))
+        value = frechet_distance(*(each.without() for each in blocks))
+        folds = [frechet_distance(*(each.without(block) for each in blocks)) for block in range(BLOCKS)]
+        found.append((value, jackknife(value, np.array(folds), lowest=0.0)["high"] - value))
+    return np.array(found).T
+
+
+def test_jackknife_of_frechet_distances_covers_their_mean():
+    """Of 100 pairs of sets, about 95 intervals hold the mean of all distances."""
+    values, halves = distances_and_intervals(100, 300)
+    assert 90 <= (np.abs(values - values.mean()) <= halves).sum() <= 99
+    assert halves.mean() / 2.262 == pytest.approx(values.std(), rel=0.2)
+
+
 def test_memory_of_moments_and_class_sums_does_not_grow():
     peaks = []
-    for batches in (20, 200):
-        moments, sums = FeatureMoments(32), ClassSums(10)
+    for batches in (50, 500):
+        moments, sums = BlockMoments(32), ClassSums(10)
         tracemalloc.start()
         for number in range(batches):
             features = np.full((64, 32), number, np.float32)
@@ -159,6 +199,18 @@ def test_precision_recall_equals_its_definition():
     assert recall == brute_precision(references, candidates, 3)
     assert 0 < precision < 1
     assert 0 < recall < 1
+
+
+@pytest.mark.parametrize("rows", [7, 1024])
+def test_precision_recall_folds_equal_precision_recall_without_a_block(monkeypatch, rows):
+    monkeypatch.setattr("cogview.evaluation.distribution._ROWS", rows)
+    candidates, references = random_features(60, 3), random_features(83, 3, seed=1, shift=1.0)
+    whole, *folds = precision_recall_folds(candidates, references)
+    assert tuple(whole) == precision_recall(candidates, references)
+    for block, fold in enumerate(folds):
+        kept = [each[np.arange(len(each)) % BLOCKS != block] for each in (candidates, references)]
+        assert tuple(fold) == precision_recall(*kept)
+    assert len({tuple(fold) for fold in folds}) > 1
 
 
 def test_precision_recall_of_equal_and_of_distant_sets():

@@ -15,6 +15,7 @@ from cogview.evaluation.image_statistics import (
     distribution_results,
     gaussian_blur,
     kernel_subset_size,
+    measure_blurs,
     measure_set,
 )
 from cogview.evaluation.manifest import BlurRecord
@@ -51,6 +52,35 @@ def test_results_have_values_counts_and_intervals(sets):
     assert [note.split(":")[0] for note in notes] == ["rank-deficient"]  # 48 dimensions
     assert "quote KID" in notes[0]
     assert notes[0].endswith("Pictures of the smaller set: 15")
+
+
+def test_distances_have_intervals_unless_a_fold_is_rank_deficient(tmp_path, save_image, sets):
+    for number in range(60):
+        save_image(tmp_path / f"many/{number:02d}.png", number)
+    many = open_image_set(tmp_path / "many", lambda: None)
+    results, notes, *_ = measure([many, many])
+    assert (results["fid"].low, notes) == (0, [])
+    assert results["precision"].low <= results["precision"].value == results["precision"].high == 1
+    results, *_ = measure([many, sets[0]])  # 48 dimensions, 20 pictures
+    assert results["fid"].low is results["fid"].high is None
+    assert 0 <= results["recall"].low <= results["recall"].value <= results["recall"].high <= 1
+    results, *_ = measure([many, sets[1]])  # too few for blocks
+    assert results["recall"].low is None
+
+
+def test_measure_blurs_equals_separate_passes_and_reads_once(sets):
+    """FID-k reads each picture once; the statistics are those of a pass for each blur."""
+    read = []
+    network, sigmas = StubNetwork(), (0, 1, 4)
+    found = measure_blurs(sets[0], network, PROTOCOL, sigmas, on_image=lambda: read.append(1))
+    assert len(read) == 20
+    for sigma, each in zip(sigmas, found, strict=True):
+        protocol = ImageProtocol(resize=PROTOCOL.resize, blur=BlurRecord(sigma=sigma, which="both"))
+        alone = measure_set(sets[0], network, protocol, is_reference=True)
+        assert (each.statistics.moments.mean == alone.statistics.moments.mean).all()
+        assert (each.statistics.moments.scatter == alone.statistics.moments.scatter).all()
+        assert each.record == alone.record
+    assert (found[0].statistics.moments.mean != found[1].statistics.moments.mean).any()
 
 
 def test_equal_sets_have_no_distance(sets):

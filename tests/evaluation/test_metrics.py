@@ -13,6 +13,7 @@ from cogview.evaluation.metrics import (
     best_of,
     bootstrap,
     format_accuracy,
+    jackknife,
     multi_scale_ssim,
     pixel_distances,
     reconstruction_quality,
@@ -189,3 +190,15 @@ def test_bootstrap_interval_covers_the_mean_as_the_normal_one_does():
     assert found["low"] == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
     assert found["high"] == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
     assert bootstrap(lambda rows: values[rows].mean(axis=-1), 400) == found
+
+
+def test_jackknife_of_a_mean_is_its_standard_error():
+    """For a mean over blocks of one item, the folds have the deviations of the items, divided by 9."""
+    items = np.arange(10.0)
+    folds = (items.sum() - items) / 9
+    found = jackknife(4.5, folds, lowest=0.0)
+    half = 2.262157 * items.std(ddof=1) / np.sqrt(10)
+    assert found == pytest.approx({"value": 4.5, "low": 4.5 - half, "high": 4.5 + half})
+    assert jackknife(0.1, folds, lowest=0.0, highest=1.0) == {"value": 0.1, "low": 0.0, "high": 1.0}
+    with pytest.raises(ValueError, match="a jackknife needs 10 folds, got 9"):
+        jackknife(0.0, folds[1:], lowest=0.0)

@@ -10,13 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from cogview.errors import InputError
-from cogview.evaluation.distribution import frechet_distance
 from cogview.evaluation.features import FeatureNetwork
 from cogview.evaluation.image_sets import ImageSet
-from cogview.evaluation.image_statistics import ImageProtocol, MeasuredSet, SquareResize, measure_set
-from cogview.evaluation.manifest import BlurRecord, ResultCurve, ResultValue
+from cogview.evaluation.image_statistics import (
+    ImageProtocol,
+    MeasuredSet,
+    SquareResize,
+    frechet_result,
+    measure_blurs,
+)
+from cogview.evaluation.manifest import ResultCurve, ResultValue
 
-SIGMAS = (0, 1, 2, 4, 8)  # pixels
+SIGMAS = (0, 1, 2, 4, 8)  # pixels; the first is that of pictures as they are
 SIDE = 256  # pixels of the pictures when they are blurred
 
 
@@ -36,30 +41,26 @@ def blurred_distances(
         network: The feature network.
         resize: Resizing before the blur.
         which: ``both``, or ``reference`` for a blur of the true pictures alone.
-        on_image: Called after each picture of each pass.
+        on_image: Called after each picture, which is read once.
 
     Raises:
         InputError: A picture cannot be read.
     """
-    results: dict[str, ResultValue] = {}
-    sets: dict[tuple[bool, int], MeasuredSet] = {}
-    for sigma in SIGMAS:
-        blur = BlurRecord(sigma=float(sigma), which=which) if sigma else None
-        protocol = ImageProtocol(resize=resize, blur=blur, sample=2)  # of features that are not used here
-        pair = []
-        for images, is_reference in ((candidate, False), (reference, True)):
-            key = (is_reference, sigma if is_reference or which == "both" else 0)
-            if key not in sets:
-                sets[key] = measure_set(images, network, protocol, is_reference=is_reference, on_image=on_image)
-                if sets[key].problems:
-                    raise InputError(
-                        f"{images.path}: a picture of the benchmark cannot be used: {sets[key].problems[0]}"
-                    )
-            pair.append(sets[key])
-        value = frechet_distance(pair[0].statistics.moments, pair[1].statistics.moments)
-        count = min(each.record.count for each in pair)
-        results[f"fid_{sigma}"] = ResultValue(value=value, n=count, unit="", higher_is_better=False)
-    return results, (sets[False, 0], sets[True, 0])
+    # Features of single pictures are not used, and moments of blocks would take ten times the memory at each blur.
+    protocol = ImageProtocol(resize=resize, sample=2, blocks=1)
+    measured = []
+    for images, sigmas in ((candidate, SIGMAS if which == "both" else SIGMAS[:1]), (reference, SIGMAS)):
+        measured.append(measure_blurs(images, network, protocol, sigmas, on_image=on_image))
+        if problems := measured[-1][0].problems:
+            raise InputError(f"{images.path}: a picture of the benchmark cannot be used: {problems[0]}")
+    candidates, references = measured
+    if which != "both":
+        candidates = candidates * len(SIGMAS)
+    results = {
+        f"fid_{sigma}": frechet_result(*pair)
+        for sigma, pair in zip(SIGMAS, zip(candidates, references, strict=True), strict=True)
+    }
+    return results, (candidates[0], references[0])
 
 
 def blur_curve(results: dict[str, ResultValue]) -> ResultCurve:
