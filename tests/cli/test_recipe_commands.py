@@ -36,7 +36,7 @@ RECIPES = sorted((ROOT / "scripts" / "recipes").glob("*.yaml"))
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """A transformer, a tuning grid and figures of a size for tests."""
+    """A transformer, a tuning grid and numbers of a size for tests."""
     monkeypatch.setitem(config.PRESETS, "tiny", (1, 32, 2))
     monkeypatch.setattr(reports, "TUNED_TEMPERATURES", (0.1, 0.9))
     monkeypatch.setattr(reports, "TUNED_TOP_K", (5,))
@@ -247,7 +247,7 @@ def test_train_builds_a_model_of_every_task_of_a_mixture(work, tmp_path, capsys)
     }
     model = CogView.from_pretrained(RunFolder(work / "transformer-run").checkpoints()[-1], device="cpu")
     assert set(model.config.tasks) == set(mixture)
-    pictures = model.generate("一个红苹果", n=3, keep=2, seed=1)  # and all tasks have their figures in the card:
+    pictures = model.generate("一个红苹果", n=3, keep=2, seed=1)  # and all tasks have their numbers in the card:
     capsys.readouterr()
     assert main(["package", recipe]) == 2
     assert "the model has no report yet; evaluate it first: cogview eval scenes" in one_line(capsys)

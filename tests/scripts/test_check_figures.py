@@ -27,7 +27,7 @@ def check_figures(load_script):
 
 @pytest.fixture
 def check(check_figures, tmp_path):
-    """Return a function that checks a README with a text: the number of figures, and the problems."""
+    """Return a function that checks a README with a text: the number of checked numbers, and the problems."""
     folder = tmp_path / check_figures.RESULTS
     folder.mkdir(parents=True)
     write_result(folder / "one.json", Manifest(measure="scenes"), VALUES)
