@@ -8,7 +8,7 @@ import click
 
 from cogview.cli.options import Decorator
 
-RANK_BY = ("caption", "picture", "both", "guidance")  # ``cogview.pipeline.ranking_rules``
+RANK_BY = ("caption", "picture", "both")  # ``cogview.pipeline.ranking_rules``
 
 
 def rank_by_option(**settings: Any) -> Decorator:
@@ -17,6 +17,6 @@ def rank_by_option(**settings: Any) -> Decorator:
         "--rank-by",
         type=click.Choice(RANK_BY),
         help="score of the ranking: caption, log p(text | picture); picture, log p(picture | text); both, their "
-        "sum per token; guidance, log p(picture | text) - log p(picture)",
+        "sum per token, with masked codes and the pixels encoded again",
         **settings,
     )

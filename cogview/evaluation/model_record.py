@@ -11,7 +11,7 @@ import torch
 
 from cogview import __version__
 from cogview.checkpoints.adapter import Adapter
-from cogview.checkpoints.fingerprint import config_without_quality
+from cogview.checkpoints.fingerprint import hashed_config
 from cogview.device import cpu_name
 from cogview.evaluation.manifest import AdapterRecord, ModelRecord
 from cogview.files import file_sha256
@@ -69,10 +69,7 @@ def hash_weights(folders: list[Path]) -> str:
     for folder in folders:
         for name in HASHED_FILES:
             path = folder / name
-            if name == "config.json":
-                found = hashlib.sha256(config_without_quality(path)).hexdigest()
-            else:
-                found = file_sha256(path)
+            found = hashlib.sha256(hashed_config(path)).hexdigest() if name == "config.json" else file_sha256(path)
             digest.update(f"{name} {found}\n".encode())
     return digest.hexdigest()
 

@@ -32,7 +32,7 @@ from cogview.pipeline.results import GeneratedImage, only_images
 
 IMAGES_AT_A_TIME = 256
 # The log-probability that judges a choice by another one. Both are of one model, but share no term.
-JUDGES = {"caption": "picture", "picture": "caption", "guidance": "caption"}
+JUDGES = {"caption": "picture", "picture": "caption"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,15 +42,17 @@ class ScoringRequest:
     Attributes:
         sequence: The sequence, without blanks.
         indices: Indices (M,) of the scored tokens; the first token of a sequence has no score.
+        masked: Whether the input has [MASK] in place of every scored token.
     """
 
     sequence: TokenSequence
     indices: NDArray[np.int64]
+    masked: bool = False
 
     @classmethod
-    def of_span(cls, sequence: TokenSequence, name: str) -> ScoringRequest:
+    def of_span(cls, sequence: TokenSequence, name: str, *, masked: bool = False) -> ScoringRequest:
         """Return a request for all tokens of a text or image of ``sequence``."""
-        return cls(sequence=sequence, indices=np.arange(len(sequence))[sequence.spans[name]])
+        return cls(sequence=sequence, indices=np.arange(len(sequence))[sequence.spans[name]], masked=masked)
 
 
 def score(
@@ -76,7 +78,7 @@ def score(
 def token_scores(
     transformer: Transformer, vocabulary: Vocabulary, requests: Sequence[ScoringRequest], candidates: range
 ) -> list[NDArray[np.float64]]:
-    """Return log p(token | everything before it) of some tokens of each sequence, in nats, at temperature 1.
+    """Return log p(token | input before it) of some tokens of each sequence, in nats, at temperature 1.
 
     Args:
         transformer: Model that computes the logits.
@@ -90,7 +92,12 @@ def token_scores(
     device = transformer.embedding.weight.device
     batch = pad_right([request.sequence for request in requests], vocabulary.pad)
     ids_BT = torch.from_numpy(batch.ids).to(device)
-    hidden_BTD = transformer.hidden(ids_BT, torch.from_numpy(batch.positions).to(device))
+    inputs_BT = batch.ids.copy()
+    for row, request in enumerate(requests):
+        if request.masked:
+            inputs_BT[row, request.indices] = vocabulary.command("[MASK]")
+    positions_BT = torch.from_numpy(batch.positions).to(device)
+    hidden_BTD = transformer.hidden(torch.from_numpy(inputs_BT).to(device), positions_BT)
     # One product with the output embedding for all sequences: hidden states before each scored token.
     counts = [len(request.indices) for request in requests]
     rows_N = torch.from_numpy(np.repeat(np.arange(len(requests)), counts)).to(device)

@@ -35,7 +35,7 @@ from cogview.pipeline.inputs import (
     require_known_task,
 )
 from cogview.pipeline.prompt_checks import PromptChecks
-from cogview.pipeline.ranking_rules import ranking_rule
+from cogview.pipeline.ranking_rules import RankingRule, ranking_rule
 from cogview.pipeline.requests import Prompt, tokenize_prompt
 from cogview.pipeline.results import GeneratedImage
 from cogview.tokenizers.text import TextTokenizer
@@ -304,14 +304,23 @@ class LoadedModel:
         Examples:
             >>> model.require_ranking("caption")
         """
-        rule = ranking_rule(by)
-        for task in rule.tasks:
+        for task in self.ranking_rule(by).tasks:
             self.require_task(task)
-        if "picture alone" in rule.weights and not self._config("generate").caption_dropout:
-            raise InputError(
-                f"{self.name} was trained without caption dropout, so it knows no log p(picture) and cannot rank by "
-                f"{by}; rank by picture instead"
-            )
+
+    def ranking_rule(self, by: str) -> RankingRule:
+        """Return the definition of a score for these weights.
+
+        Args:
+            by: Name of the score, such as ``both``.
+
+        Raises:
+            InputError: It is unknown.
+
+        Examples:
+            >>> list(model.ranking_rule("picture").weights)
+            ['picture']
+        """
+        return ranking_rule(by, masked_codes=self.config.full_mask_rate > 0)
 
     def sampling(self, base: Sampling | None = None, *, task: str = "generate", **overrides: float | None) -> Sampling:
         """Return sampling settings, completed by those of the model and checked.

@@ -23,7 +23,11 @@ from cogview.tokenizers.tasks import TASKS
 
 
 def score_requests(
-    requests: Sequence[GenerationRequest], rule_name: str, context: PipelineContext, planner: BatchPlanner
+    requests: Sequence[GenerationRequest],
+    rule_name: str,
+    context: PipelineContext,
+    planner: BatchPlanner,
+    pixel_codes: Sequence[np.ndarray],
 ) -> Iterator[Score]:
     """Yield the score of the image of each request with its prompt, in their order, as batches are finished.
 
@@ -32,10 +36,16 @@ def score_requests(
         rule_name: Name of a ranking rule.
         context: The model.
         planner: Splits the images into batches that fit in memory.
+        pixel_codes: Codes that the pixels of each image are encoded to.
     """
-    rule = ranking_rule(rule_name)
-    pairs = [(request.prompt_ids or (), request.codes) for request in requests if request.codes is not None]
-    parts = [term_scores(SCORE_TERMS[name], pairs, context, planner) for name in rule.weights]
+    rule = ranking_rule(rule_name, masked_codes=context.config.full_mask_rate > 0)
+    texts = [request.prompt_ids or () for request in requests]
+    sampled = [
+        (text, request.codes) for text, request in zip(texts, requests, strict=True) if request.codes is not None
+    ]
+    seen = list(zip(texts, pixel_codes, strict=True))
+    terms = [SCORE_TERMS[name] for name in rule.weights]
+    parts = [term_scores(term, seen if term.from_pixels else sampled, context, planner) for term in terms]
     for values in zip(*parts, strict=True):
         weighted = list(zip(rule.weights.values(), values, strict=True))
         totals = [weight * (value / count if rule.per_token else value) for weight, (value, count) in weighted]
@@ -93,7 +103,9 @@ def term_scores(
     requests = []
     for text, codes in pairs:
         values = given_values(TASKS[term.task], text if term.given_text else (), codes)
-        requests.append(ScoringRequest.of_span(layout.arrange(context.vocabulary, **values), term.span))
+        requests.append(
+            ScoringRequest.of_span(layout.arrange(context.vocabulary, **values), term.span, masked=term.masked)
+        )
     candidates = scored_ids(context.vocabulary, term.task, term.span)
     for tokens in score_tokens(requests, term.task, candidates, context, planner):
         yield float(tokens.sum()), len(tokens)

@@ -20,11 +20,16 @@ class ScoreTerm:
         task: Task whose layout the sequence has.
         span: Text or image of the layout that is scored.
         given_text: Whether the text stands before the image; if not, it is empty.
+        masked: Whether all scored tokens are masked in the input, so that each is predicted from the rest alone.
+        from_pixels: Whether the codes are those that the pixels are encoded to. Of several similar codes encoding finds
+            one, so this score does not depend on which of them was sampled.
     """
 
     task: str
     span: str
     given_text: bool = True
+    masked: bool = False
+    from_pixels: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,44 +41,63 @@ class RankingRule:
         weights: Factor of each of ``SCORE_TERMS`` in the sum.
         per_token: Whether each log-probability is divided by its number of tokens, so that the many codes of an image
             do not outweigh the few pieces of a text.
+        with_masks: The rule in its place for weights that were trained with masked codes; None: this one.
     """
 
     formula: str
     weights: Mapping[str, float]
     per_token: bool = False
+    with_masks: RankingRule | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks that the weights must have been trained for."""
         return tuple(dict.fromkeys(TASKS[SCORE_TERMS[term].task].weights for term in self.weights))
 
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether a term is of the codes that the pixels are encoded to."""
+        return any(SCORE_TERMS[term].from_pixels for term in self.weights)
+
 
 SCORE_TERMS: Mapping[str, ScoreTerm] = {
     "caption": ScoreTerm(task="score", span="text"),
     "picture": ScoreTerm(task="generate", span="image"),
     "picture alone": ScoreTerm(task="generate", span="image", given_text=False),
+    "masked": ScoreTerm(task="generate", span="image", masked=True),
+    "caption_of_pixels": ScoreTerm(task="score", span="text", from_pixels=True),
+    "picture_of_pixels": ScoreTerm(task="generate", span="image", from_pixels=True),
+    "masked_of_pixels": ScoreTerm(task="generate", span="image", masked=True, from_pixels=True),
 }
 RANKING_RULES: Mapping[str, RankingRule] = {
     "caption": RankingRule(formula="log p(text | picture)", weights={"caption": 1}),
     "picture": RankingRule(formula="log p(picture | text)", weights={"picture": 1}),
     "both": RankingRule(
-        formula="log p(picture | text) per code + log p(text | picture) per piece",
-        weights={"picture": 1, "caption": 1},
+        formula="log p(picture | text) per code + log p(text | picture) per piece, of sampled codes and of the pixels",
+        weights={"picture": 0.5, "picture_of_pixels": 0.5, "caption": 0.5, "caption_of_pixels": 0.5},
         per_token=True,
-    ),
-    "guidance": RankingRule(
-        formula="log p(picture | text) - log p(picture)", weights={"picture": 1, "picture alone": -1}
+        with_masks=RankingRule(
+            formula="log p(picture | text) per code + log p(text | picture) per piece + log p(code | text) of masked "
+            "codes, sampled and of the pixels",
+            weights={"picture": 1, "caption": 1, "masked": 1, "masked_of_pixels": 1},
+            per_token=True,
+        ),
     ),
 }
 DEFAULT_RULE = "both"  # of the images of a prompt
 
 
-def ranking_rule(name: str) -> RankingRule:
+def ranking_rule(name: str, *, masked_codes: bool = False) -> RankingRule:
     """Return the rule of a name.
+
+    Args:
+        name: Name of the score.
+        masked_codes: Whether the weights were trained with all codes of an image masked.
 
     Raises:
         InputError: It is unknown.
     """
     if name not in RANKING_RULES:
         raise InputError(f"images cannot be ranked by {name!r}; known: {', '.join(RANKING_RULES)}")
-    return RANKING_RULES[name]
+    rule = RANKING_RULES[name]
+    return rule.with_masks if masked_codes and rule.with_masks is not None else rule

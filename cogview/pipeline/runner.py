@@ -152,6 +152,7 @@ def score_images(
     rule: str,
     context: PipelineContext,
     planner: BatchPlanner,
+    pixel_codes: Sequence[np.ndarray],
     callback: ProgressCallback | None = None,
 ) -> list[Score]:
     """Return the score of the image of each request with its prompt.
@@ -161,9 +162,10 @@ def score_images(
         rule: Name of a ranking rule.
         context: The model.
         planner: Splits the images into batches that fit in memory.
+        pixel_codes: Codes that the pixels of each image are encoded to.
         callback: Called after every image; where it returns False, the scores so far are returned.
     """
-    scores = score_requests(requests, rule, context, planner)
+    scores = score_requests(requests, rule, context, planner, pixel_codes)
     return _collect(scores, requests, lambda score: score.num_pieces, callback)
 
 

@@ -189,6 +189,7 @@ def model_config(settings: TransformerSettings, store: TokenStore, tokenizers: T
         max_text=max_text,
         text_positions=max_text,
         caption_dropout=settings.training.caption_dropout,
+        full_mask_rate=settings.training.full_mask_rate,
         codebook_sha256=header.codebook_sha256,
         sampling=settings.sampling,
         fit=header.provenance.get("pictures", {}).get("fit", "crop"),

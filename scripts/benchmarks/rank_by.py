@@ -1,55 +1,77 @@
 """Compare scores that choose one of several images of a prompt, on images of a damaged model or of a noisy sampler.
 
     cogview scenes scripts/recipes/emoji-cpu.yaml --work WORK
-    python scripts/benchmarks/rank_by.py WORK/world --captions 150 --output rank-by.json [--case CASE …]
+    python scripts/benchmarks/rank_by.py WORK/world --case temperature=1.5 --captions 250 --output spoilt.json
 
 A case is a name and its damage: ``temperature=1.5`` samples noisily, without top-k and min-p; ``noise=0.4`` adds normal
 noise to every matrix of the transformer, of 0.4 times its standard deviation; ``model=FOLDER`` opens other weights,
-such as those of an early checkpoint. For each of some held-out captions the script generates 16 images, computes
-log p(text | picture), log p(picture | text) and log p(picture) in one forward pass each, and grades the images by the
-grader of the emoji world, which sees none of these. The table has the part of the gap between random choice and the
-best possible choice that each score closes, with its 95% interval over captions. Scores and grades go to a result file
-from which ``--read`` prints the table again.
+such as those of an early checkpoint. For each of some held-out captions the script generates 16 images, and computes
+the log-probabilities of ``SCORE_TERMS``, of the codes that were sampled and of the codes to which the pixels are
+encoded again. The images are graded by the grader of the emoji world, which sees none of these.
+
+The table has the part of the gap between random choice and the best possible choice that each score closes, the mean
+over all subsets of 2, 4, 8 and 16 images, with its 95% interval over captions. ``--without 5:150`` leaves out the
+meanings of the first 150 captions of seed 5, on which a score was chosen. A result file has the values and the
+protocol, and ``--read`` prints its table.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from cogview import CogView, Sampling
+from cogview.device import flush_denormals
 from cogview.emoji.evaluation.scenes import held_out_scenes
 from cogview.emoji.grader import SceneGrader
+from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
+from cogview.evaluation.diversity import expected_best, expected_choice
+from cogview.evaluation.manifest import (
+    Manifest,
+    ResultValue,
+    SeedsRecord,
+    SelectionRecord,
+    hash_prompts,
+    read_result,
+    write_result,
+)
+from cogview.evaluation.metrics import bootstrap
+from cogview.evaluation.model_record import describe_hardware, describe_model, describe_versions
+from cogview.pipeline.ranking import term_scores
+from cogview.pipeline.ranking_rules import RANKING_RULES, SCORE_TERMS
 from cogview.pipeline.requests import GenerationRequest
-from cogview.pipeline.results import only_images
+from cogview.pipeline.results import GeneratedImage, only_images
 
-CASES = ("temperature=1.5", "temperature=2", "noise=0.3")
 IMAGES = 16
 SIZES = (2, 4, 8, 16)
-SEED = 5
+SEED = 6
+AT_A_TIME = 4  # captions
 NOISE_SEED = 0
-RESAMPLES = 2000
-# Columns: factors of log p(text | picture), log p(picture | text) and log p(picture); "mean" divides by the tokens.
-RULES: Mapping[str, Mapping[str, float]] = {
+# Factors of the means per token of ``SCORE_TERMS``; "cycle" is the fraction of codes that decoding and encoding keep.
+WITH_MASKS = RANKING_RULES["both"].with_masks
+assert WITH_MASKS is not None
+FORMULAS: Mapping[str, Mapping[str, float]] = {
     "caption": {"caption": 1},
     "picture": {"picture": 1},
-    "picture + caption": {"picture": 1, "caption": 1},
-    "picture + caption x 4": {"picture": 1, "caption": 4},
-    "picture + caption x 16": {"picture": 1, "caption": 16},
-    "both": {"picture": 1, "caption": 1, "mean": 1},
-    "guidance": {"picture": 1, "alone": -1},
-    "picture x 2 - picture alone": {"picture": 2, "alone": -1},
-    "picture alone": {"alone": 1},
+    "sum": {"picture": 1, "caption": 1},
+    "guidance": {"picture": 1, "picture alone": -1},
+    "alone": {"picture alone": 1},
+    "cycle": {"cycle": 1},
+    "sum_and_cycle": {"picture": 1, "caption": 1, "cycle": 1},
+    "sum_of_pixels": {"picture_of_pixels": 1, "caption_of_pixels": 1},
+    "both_without_masks": RANKING_RULES["both"].weights,
+    "masked": {"masked": 1, "masked_of_pixels": 1},
+    "both": WITH_MASKS.weights,
 }
+Scores = dict[str, np.ndarray]
 
 
 def damaged(model: CogView, amount: float) -> None:
@@ -82,94 +104,167 @@ def open_case(case: str, name: str) -> tuple[CogView, Sampling]:
     return model, model.sampling()
 
 
-def measure(case: str, name: str, world: EmojiWorld, captions: int) -> dict[str, Any]:
-    """Return the grades and scores (captions, images) of a case as lists."""
-    model, sampling = open_case(case, name)
-    grader, found = SceneGrader(world), {key: [] for key in ("right", "caption", "picture", "alone", "pieces")}
-    for number, (scene, caption) in enumerate(tqdm(held_out_scenes(world, captions, SEED), desc=case, disable=None)):
+def fresh_scenes(
+    world: EmojiWorld, count: int, seed: int, without: tuple[int, int] | None = None
+) -> list[tuple[int, Scene, str]]:
+    """Return numbered held-out scenes with captions.
+
+    Args:
+        world: The world.
+        count: Number of scenes.
+        seed: Their seed.
+        without: Seed and number of scenes whose meanings are left out.
+    """
+    known = {scene.meaning for scene, _ in held_out_scenes(world, without[1], without[0])} if without else set()
+    found = enumerate(held_out_scenes(world, count + len(known), seed))
+    return [(index, scene, caption) for index, (scene, caption) in found if scene.meaning not in known][:count]
+
+
+def score_group(model: CogView, images: Sequence[GeneratedImage], caption: str) -> Scores:
+    """Return the terms of ``FORMULAS`` of the images of a caption, each (images,)."""
+    context = model.context
+    pieces = model.tokenize([caption])[0].ids
+    sampled, seen = model.encode_images(images), model.encode_images(images, from_pixels=True)
+    found = {"cycle": (seen == sampled).mean(axis=(1, 2))}
+    for name, term in SCORE_TERMS.items():
+        pairs = [(pieces, codes) for codes in (seen if term.from_pixels else sampled)]
+        scored = term_scores(term, pairs, context, context.planner(None))
+        found[name] = np.array([value / count for value, count in scored])
+    return found
+
+
+def measure(
+    model: CogView, sampling: Sampling, world: EmojiWorld, asked: Sequence[tuple[int, Scene, str]], seed: int
+) -> tuple[np.ndarray, Scores]:
+    """Generate, grade and score images.
+
+    Args:
+        model: The model.
+        sampling: Its sampling settings.
+        world: The world of the model.
+        asked: Numbered scenes with captions.
+        seed: Seed of the images of scene 0.
+
+    Returns:
+        Whether each image is right, and its terms, (captions, images).
+    """
+    grader, right, rows = SceneGrader(world), [], []
+    for first in tqdm(range(0, len(asked), AT_A_TIME), disable=None):
+        batch = asked[first : first + AT_A_TIME]
         requests = [
-            GenerationRequest(prompt=caption, seed=SEED + number, index=index, sampling=sampling)
+            GenerationRequest(prompt=caption, seed=seed + number, index=index, sampling=sampling)
+            for number, _, caption in batch
             for index in range(IMAGES)
         ]
         images = list(only_images(model.run(requests)))
-        scores = {by: model.score(images, by=by) for by in ("caption", "picture", "guidance")}
-        picture = [score.log_probability for score in scores["picture"]]
-        alone = [a - b.log_probability for a, b in zip(picture, scores["guidance"], strict=True)]
-        found["right"].append([int(grader.grade(np.asarray(image), scene).everything) for image in images])
-        found["caption"].append([round(score.log_probability, 4) for score in scores["caption"]])
-        found["picture"].append([round(value, 4) for value in picture])
-        found["alone"].append([round(value, 4) for value in alone])
-        found["pieces"].append(scores["caption"][0].num_pieces)
-    return {**found, "codes": model.config.grid**2}
+        for place, (_, scene, caption) in enumerate(batch):
+            group = images[IMAGES * place : IMAGES * (place + 1)]
+            right.append([grader.grade(np.asarray(image), scene).everything for image in group])
+            rows.append(score_group(model, group, caption))
+    return np.array(right), {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def rule_scores(found: Mapping[str, Any], weights: Mapping[str, float]) -> np.ndarray:
-    """Return the weighted sum (captions, images) of log-probabilities, or of their means per token."""
-    lengths = {name: np.ones((len(found["right"]), 1)) for name in ("caption", "picture", "alone")}
-    if weights.get("mean"):
-        lengths["caption"] = np.array(found["pieces"])[:, None]
-        lengths["picture"] = lengths["picture"] * found["codes"]
-    return sum(weight * np.array(found[name]) / lengths[name] for name, weight in weights.items() if name != "mean")  # type: ignore[return-value]
+def weighted(terms: Mapping[str, np.ndarray], factors: Mapping[str, float]) -> np.ndarray:
+    """Return the weighted sum of some terms."""
+    return np.sum([factor * terms[name] for name, factor in factors.items()], axis=0)
 
 
-def gap_closed(right_CN: np.ndarray, scores_CN: np.ndarray, size: int) -> tuple[float, float, float]:
-    """Return the part of the gap that a score closes, with the 95% interval of a bootstrap over captions.
+def gap_closed(right_CN: np.ndarray, scores_CN: np.ndarray) -> list[dict[str, float]]:
+    """Return the part of the gap that a score closes for each of ``SIZES``, with its bootstrap interval over captions.
 
-    Every set of ``size`` consecutive images of the 16 is chosen from, so that few images are enough.
+    Args:
+        right_CN: Whether each image is right.
+        scores_CN: Its score.
     """
-    right = right_CN.reshape(-1, size) if right_CN.shape[1] % size == 0 else right_CN[:, :size]
-    scores = scores_CN.reshape(right.shape) if right_CN.shape[1] % size == 0 else scores_CN[:, :size]
-    chosen = right[np.arange(len(right)), scores.argmax(axis=1)].reshape(len(right_CN), -1).mean(axis=1)
-    best = right.max(axis=1).reshape(len(right_CN), -1).mean(axis=1)
-    average = right.mean(axis=1).reshape(len(right_CN), -1).mean(axis=1)
+    right = right_CN.astype(float)
+    average = right.mean(axis=1, keepdims=True)
+    gains = expected_choice(right, scores_CN, SIZES) - average
+    gaps = expected_best(right, SIZES) - average
 
-    def part(rows: np.ndarray) -> np.ndarray:
-        gap = (best[rows] - average[rows]).mean(axis=-1)
-        return (chosen[rows] - average[rows]).mean(axis=-1) / np.where(gap > 0, gap, np.nan)
+    def part(column: int, rows: np.ndarray) -> np.ndarray:
+        gap = gaps[rows, column].mean(axis=-1)
+        return np.asarray(gains[rows, column].mean(axis=-1) / np.where(gap > 0, gap, np.inf))
 
-    resampled = part(np.random.default_rng(0).integers(len(best), size=(RESAMPLES, len(best))))
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return float(part(np.arange(len(best)))), float(low), float(high)
+    return [bootstrap(lambda rows, at=at: part(at, rows), len(right)) for at in range(len(SIZES))]
 
 
-def print_tables(cases: Mapping[str, Mapping[str, Any]]) -> None:
-    """Print a table for each case."""
-    for case, found in cases.items():
-        right = np.array(found["right"], dtype=float)
-        possible = ", ".join(
-            f"{size}: {right.reshape(-1, size).max(axis=1).mean():.1%}" for size in SIZES if right.shape[1] % size == 0
+def values_of(right_CN: np.ndarray, terms: Mapping[str, np.ndarray]) -> dict[str, ResultValue]:
+    """Return the values of a result: FORMULA.SIZE, the average and the best possible choice."""
+    count = len(right_CN)
+    possible = expected_best(right_CN.astype(float), SIZES).mean(axis=0)
+    values = {"average": ResultValue(value=float(right_CN.mean()), n=count, unit="fraction", higher_is_better=True)}
+    for size, value in zip(SIZES, possible, strict=True):
+        values[f"best_possible.{size}"] = ResultValue(
+            value=float(value), n=count, unit="fraction", higher_is_better=True
         )
-        print(f"\n{case}: {len(right)} captions, right {right.mean():.1%}; best possible of {possible}\n")
-        print("| score | " + " | ".join(f"gap closed, best of {size}" for size in SIZES) + " |")
-        print("|---|" + "---|" * len(SIZES))
-        for name, weights in RULES.items():
-            scores = rule_scores(found, weights)
-            cells = [gap_closed(right, scores, size) for size in SIZES]
-            print(f"| {name} | " + " | ".join(f"{a:.0%} ({b:.0%} to {c:.0%})" for a, b, c in cells) + " |")
+    for name, factors in FORMULAS.items():
+        for size, found in zip(SIZES, gap_closed(right_CN, weighted(terms, factors)), strict=True):
+            values[f"{name}.{size}"] = ResultValue(**found, n=count, unit="fraction", higher_is_better=True)
+    return values
+
+
+def manifest_of(case: str, model: CogView, sampling: Sampling, captions: Sequence[str], seed: int) -> Manifest:
+    """Return how a case was measured."""
+    record = describe_model(model)
+    if case.startswith("noise="):
+        record = replace(record, name=f"{record.name} with noise")
+    return Manifest(
+        measure="rank by",
+        prompts=hash_prompts(captions),
+        selection=SelectionRecord(candidates=IMAGES, by="each score"),
+        seeds=SeedsRecord(first=seed, count=len(captions)),
+        sampling=asdict(sampling),
+        model=record,
+        settings={"case": case.partition("=")[0], "amount": "" if "model=" in case else case.partition("=")[2]},
+        versions=describe_versions(),
+        hardware=describe_hardware(model.placement.device),
+    )
+
+
+def print_table(values: Mapping[str, ResultValue]) -> None:
+    """Print the values of a result as a table."""
+    average = values["average"]
+    possible = ", ".join(f"{size}: {values[f'best_possible.{size}'].value:.1%}" for size in SIZES)
+    print(f"{average.n} captions, right {average.value:.1%}; best possible of {possible}\n")
+    print("| score | " + " | ".join(f"gap closed, best of {size}" for size in SIZES) + " |")
+    print("|---|" + "---|" * len(SIZES))
+    for name in FORMULAS:
+        cells = [values[f"{name}.{size}"] for size in SIZES]
+        print(f"| {name} | " + " | ".join(f"{c.value:.0%} ({c.low:.0%} to {c.high:.0%})" for c in cells) + " |")
+
+
+def seed_and_count(text: str) -> tuple[int, int]:
+    """Return the two numbers of SEED:COUNT."""
+    seed, _, count = text.partition(":")
+    return int(seed), int(count)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure the cases, or read them, and print a table of each."""
+    """Measure a case, or read its result, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", type=Path, nargs="?", help="folder that cogview scenes made")
     parser.add_argument("--model", default="cogview-emoji", help="name or folder of a model (default: %(default)s)")
     parser.add_argument("--captions", type=int, default=150, help="held-out captions (default: %(default)s)")
-    parser.add_argument("--case", nargs="*", default=CASES, help="damage, as above (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="result file to add the cases to")
-    parser.add_argument("--read", type=Path, help="print the tables of a result file")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of captions and images (default: %(default)s)")
+    parser.add_argument("--without", type=seed_and_count, metavar="SEED:COUNT", help="captions to leave out")
+    parser.add_argument("--case", default="temperature=1.5", help="damage, as above (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="result file to write")
+    parser.add_argument("--read", type=Path, help="print the table of a result file")
     options = parser.parse_args(argv)
     if options.read:
-        print_tables(json.loads(options.read.read_text()))
+        print_table(read_result(options.read).results)
         return 0
     if options.world is None:
         parser.error("WORLD is missing: the folder that cogview scenes made")
+    flush_denormals()
     world = EmojiWorld.load(options.world)
-    known = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
-    for case in options.case:
-        known[case] = measure(case, options.model, world, options.captions)
-        if options.output:
-            options.output.write_text(json.dumps(known))
-        print_tables({case: known[case]})
+    model, sampling = open_case(options.case, options.model)
+    asked = fresh_scenes(world, options.captions, options.seed, options.without)
+    values = values_of(*measure(model, sampling, world, asked, options.seed))
+    if options.output:
+        manifest = manifest_of(options.case, model, sampling, [caption for _, _, caption in asked], options.seed)
+        write_result(options.output, manifest, values)
+    print_table(values)
     return 0
 
 

@@ -306,11 +306,15 @@ def test_journal_fingerprint_depends_on_every_file(tiny_checkpoint, tmp_path, na
     assert fingerprint(copy) != fingerprint(tiny_checkpoint)
 
 
-def test_journal_fingerprint_ignores_the_quality_of_reconstructions(tiny_checkpoint, tmp_path):
-    """A job that was begun before the quality was measured can be resumed."""
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("reconstruction_psnr", {"p01": 24.0, "p05": 26.0, "median": 31.0}), ("full_mask_rate", 0.5)],
+)
+def test_journal_fingerprint_ignores_facts_of_the_training(tiny_checkpoint, tmp_path, key, value):
+    """A job that was begun before a fact was written down can be resumed: no image depends on it."""
     copy = shutil.copytree(tiny_checkpoint, tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text("utf-8"))
-    config["reconstruction_psnr"] = {"p01": 24.0, "p05": 26.0, "median": 31.0}
+    config[key] = value
     write_json(copy / "config.json", config)
     assert fingerprint(copy) == fingerprint(tiny_checkpoint)
 
