@@ -75,8 +75,8 @@ def gate(
     """Notice that a model became worse.
 
     Images, their diversity, captions and ranking are graded on held-out captions of the emoji world. Each row is
-    compared with an earlier result by a permutation test. The exit status is 1 if a row fell: about one run in twenty
-    of an unchanged model with another seed; with the same seed and the same arithmetic nothing changes.
+    compared with an earlier result by a permutation test. The exit status is 1 if a row fell: at most one run in
+    fifty of an unchanged model with another seed; with the same seed and the same arithmetic nothing changes.
     """
     from cogview.emoji.evaluation.gate import GateSettings, compare_rows, run_gate
     from cogview.evaluation.manifest import read_result, write_result
@@ -90,7 +90,7 @@ def gate(
         before = read_result(against or shipped)  # type: ignore[arg-type]  # it is a file
     world = open_world(recipe)
     gated = GateSettings(prompts=prompts, seed=resolve_seed(seed), batch_size=batch_size)
-    manifest, values, items = run_gate(opened, world, opened.sampling(**settings), gated)
+    manifest, values, items = run_gate(opened, world, opened.sampling(**settings), gated, before)
     if output is not None:
         write_result(output, manifest, values, items)
     if before is None:

@@ -17,6 +17,7 @@ def gate(make_tiny_world, tiny_checkpoint, tmp_path, monkeypatch):
     # The captions of pairs are longer than the tiny checkpoint reads.
     make_tiny_world(things=4, weights=SceneWeights(pair=0)).save(tmp_path / "work" / "world")
     monkeypatch.setattr(module, "MIN_PROMPTS", 10)
+    monkeypatch.setattr(module, "CLEAN_SCENES", 20)
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text(yaml.safe_dump({"work": str(tmp_path / "work"), "scenes": {"things": 4}}), encoding="utf-8")
 

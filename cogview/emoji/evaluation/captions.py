@@ -7,7 +7,7 @@ wordings of the grammar.
 # N images, H, W image in pixels
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from cogview.emoji.grader import SceneGrade
 from cogview.emoji.scene import COLOURS, Colour, Scene
 from cogview.emoji.things import EmojiObject
 from cogview.emoji.world import EmojiWorld
+from cogview.pipeline.captioning import NOTED
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.results import Caption
 from cogview.vqvae.codec import reconstruct
@@ -200,10 +201,22 @@ def generate_captions(model: CogView, images: np.ndarray, batch_size: int, label
     captions = []
     with tqdm(total=len(images), unit="caption", desc=label, disable=None) as bar:
         for first in range(0, len(images), batch_size):
-            chunk = [Image.fromarray(pixels) for pixels in images[first : first + batch_size]]
+            chunk = images_without_notes(images[first : first + batch_size])
             captions += [caption for (caption,) in model.caption(chunk, method="greedy", batch_size=batch_size)]
             bar.update(len(chunk))
     return captions
+
+
+def images_without_notes(images: Iterable[np.ndarray]) -> list[Image.Image]:
+    """Return images about whose reconstruction nothing is logged: it is measured, or the image is a true scene.
+
+    Args:
+        images: uint8 RGB (H, W, 3) each.
+    """
+    quiet = [Image.fromarray(pixels) for pixels in images]
+    for image in quiet:
+        image.info[NOTED] = True
+    return quiet
 
 
 def _all_named(shown: Sequence[str], named: Sequence[frozenset[str]]) -> bool:
