@@ -42,7 +42,7 @@ from cogview.emoji.evaluation.gate import (
     measure_group,
 )
 from cogview.emoji.evaluation.scenes import check_world
-from cogview.emoji.world import EmojiWorld
+from cogview.emoji.grader import SceneGrader
 from cogview.errors import InputError
 from cogview.evaluation.manifest import read_result, unlike_fields, write_result
 from cogview.evaluation.metrics import wilson_interval
@@ -162,24 +162,24 @@ def open_faulty(model: str, fault: Fault, folder: Path) -> CogView:
 
 
 def run_once(
-    model: CogView, world: EmojiWorld, fault: Fault, settings: GateSettings, before: Result, *, whole: bool
+    model: CogView, grader: SceneGrader, fault: Fault, settings: GateSettings, before: Result, *, whole: bool
 ) -> dict[str, float | None]:
     """Run the gate; return the mean of each row and, with ``FELL`` before its name, whether it fell.
 
     Args:
         model: The model, with the fault in its weights if it is one of weights.
-        world: Its world.
+        grader: Grader of its world.
         fault: The fault.
         settings: Counts and seed.
         before: The result to compare with.
         whole: Measure all groups of rows, also after a fall.
     """
-    sampling, limit = replace(model.sampling(), **fault.sampling), earlier_limit(before, world)
+    sampling, limit = replace(model.sampling(), **fault.sampling), earlier_limit(before, grader.world)
     groups = sorted(gate_groups(model), key=lambda group: group != fault.first)
     found: dict[str, float | None] = {}
     for group in groups:
         with fault.patch():
-            rows = measure_group(group, model, world, sampling, settings, limit)
+            rows = measure_group(group, model, grader, sampling, settings, limit)
         for change in compare_rows(before, as_items(rows))[0]:
             if change.after is not None:  # else of another group
                 found |= {change.name: change.after, f"{FELL}{change.name}": float(change.fell)}
@@ -307,7 +307,7 @@ def run_all(options: argparse.Namespace) -> None:
     seeds = range(FIRST_SEED, FIRST_SEED + options.runs)
     wanted = [(UNCHANGED, seed) for seed in seeds]  # first, so that an interrupted file has the false alarms
     wanted += [(name, seed) for seed in seeds for name in FAULTS if name != UNCHANGED]
-    models: dict[str, CogView] = {}
+    grader, models = SceneGrader(world), {UNCHANGED: unchanged}
     with tempfile.TemporaryDirectory() as scratch:
         for name, seed in wanted:
             label = f"{name} {seed}"
@@ -318,7 +318,7 @@ def run_all(options: argparse.Namespace) -> None:
                 models[name] = open_faulty(options.model, FAULTS[name], Path(scratch) / name)
             settings = GateSettings(prompts=options.prompts, seed=seed, batch_size=options.batch_size)
             whole = name == UNCHANGED or seed == FIRST_SEED
-            runs[label] = run_once(models[name], world, FAULTS[name], settings, before, whole=whole)
+            runs[label] = run_once(models[name], grader, FAULTS[name], settings, before, whole=whole)
             write_runs(options.result, manifest, runs)
             fallen = [row.removeprefix(FELL) for row, value in runs[label].items() if row.startswith(FELL) and value]
             seconds = time.monotonic() - started

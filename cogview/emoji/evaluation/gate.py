@@ -112,11 +112,12 @@ def run_gate(
     limit = None if before is None else earlier_limit(before, world)
     check_world(model, world)
     asked = ask(world, settings)
+    grader = SceneGrader(world)
     if limit is None:
-        limit = clean_limit(model, SceneGrader(world), settings.batch_size)
+        limit = clean_limit(model, grader, settings.batch_size)
     rows: dict[str, dict[str, float]] = {}
     for group in gate_groups(model):
-        rows |= measure_group(group, model, world, sampling, settings, limit)
+        rows |= measure_group(group, model, grader, sampling, settings, limit)
     manifest = Manifest(
         measure=MEASURE,
         prompts=hash_prompts([caption for _, caption in asked]),
@@ -140,14 +141,14 @@ def gate_groups(model: CogView) -> tuple[str, ...]:
 
 
 def measure_group(
-    group: str, model: CogView, world: EmojiWorld, sampling: Sampling, settings: GateSettings, limit: float
+    group: str, model: CogView, grader: SceneGrader, sampling: Sampling, settings: GateSettings, limit: float
 ) -> dict[str, dict[str, float]]:
     """Return the rows of a group by name: for each row, a value in [0, 1] of each item by its caption.
 
     Args:
         group: One of ``gate_groups``.
-        model: A model that fits the world.
-        world: The world of the model.
+        model: The model.
+        grader: Grader of the world of the model, for all groups.
         sampling: Sampling settings.
         settings: Counts and seed.
         limit: Largest error of a clean image (`clean_limit`).
@@ -155,12 +156,12 @@ def measure_group(
     Raises:
         InputError: There are too few prompts, or too few held-out scenes.
     """
-    asked = ask(world, settings)
+    asked = ask(grader.world, settings)
     if group == "images":
-        return _drawing_rows(model, SceneGrader(world), asked, sampling, settings, limit)
+        return _drawing_rows(model, grader, asked, sampling, settings, limit)
     if group == "diversity":
-        return _diversity_rows(model, SceneGrader(world), _open_prompts(world, asked), sampling, settings)
-    return _caption_rows(model, world, asked[:CAPTIONED], settings)
+        return _diversity_rows(model, grader, _open_prompts(grader.world, asked), sampling, settings)
+    return _caption_rows(model, grader.world, asked[:CAPTIONED], settings)
 
 
 def ask(world: EmojiWorld, settings: GateSettings) -> list[tuple[Scene, str]]:
