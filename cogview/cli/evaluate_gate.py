@@ -80,9 +80,14 @@ def gate(
     """
     from cogview.emoji.evaluation.gate import GateSettings, compare_rows, run_gate
     from cogview.evaluation.manifest import read_result, write_result
+    from cogview.image_io.png import prepare_folder
     from cogview.pipeline.cogview import CogView
     from cogview.pipeline.inputs import resolve_seed
 
+    if output is not None:
+        if output.is_dir():
+            raise InputError(f"--output {output} is a folder; expected the name of a file")
+        prepare_folder(output.parent)
     opened = CogView.from_pretrained(model, device=device, dtype=dtype, adapter=adapter)
     shipped = None if opened.folder is None else opened.folder / GATE_FILE
     before = None

@@ -6,9 +6,10 @@ import pytest
 import yaml
 
 from cogview.cli.main import main
+from cogview.config_io import to_mapping
 from cogview.emoji.evaluation import gate as module
 from cogview.emoji.scene import SceneWeights
-from cogview.evaluation.manifest import read_result
+from cogview.evaluation.manifest import Manifest, ResultItems, read_result, write_result
 
 
 @pytest.fixture
@@ -43,6 +44,14 @@ def test_gate_passes_an_equal_run_and_names_the_row_of_a_planted_loss(gate, tmp_
     assert "same captions and seeds" in output.err
     assert "FELL" not in output.out
     assert read_result(tmp_path / "second.json").items == before.items
+    assert (
+        gate("--against", tmp_path / "first.json", "--seed", "1", "--prompts", "11", "-o", tmp_path / "third.json") < 2
+    )
+    assert "other captions or seeds" in capsys.readouterr().err
+    limits = [
+        read_result(tmp_path / f"{name}.json").manifest.settings[module.CLEAN_LIMIT] for name in ("first", "third")
+    ]
+    assert limits[0] == limits[1] > 0
 
     generate = module.generate_images
 
@@ -62,12 +71,30 @@ def test_gate_passes_an_equal_run_and_names_the_row_of_a_planted_loss(gate, tmp_
 def test_gate_refuses_bad_input_in_one_line(gate, tmp_path, capsys):
     (tmp_path / "other.json").write_text(json.dumps({"format": "x"}), encoding="utf-8")
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"work": str(tmp_path)}), encoding="utf-8")
+    (tmp_path / "bytes.json").write_bytes(bytes(range(256)))
+    write_result(tmp_path / "scenes.json", Manifest(measure="scenes"), {})
+    edited = (tmp_path / "scenes.json").read_text(encoding="utf-8").replace('"scenes"', '"gate"')
+    (tmp_path / "edited.json").write_text(edited, encoding="utf-8")
     for options, message in (
         (("--against", tmp_path / "none.json"), "none.json"),
+        (("--against", tmp_path), str(tmp_path)),
+        (("--against", tmp_path / "bytes.json"), "bytes.json"),
         (("--against", tmp_path / "other.json"), "not a result"),
+        (("--against", tmp_path / "edited.json"), "was changed after it was written"),
+        (("--against", tmp_path / "scenes.json"), "measure scenes, expected gate"),
         (("--recipe", tmp_path / "plain.yaml"), "no section scenes"),
         (("--prompts", "3"), "at least 10 prompts, got 3"),
+        (("-o", tmp_path), "is a folder; expected the name of a file"),
     ):
-        assert gate(*options) == 2
+        assert gate(*options) == 2, options
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Usage")]
         assert message in line
+
+
+def test_gate_refuses_a_result_of_another_world_in_one_line(gate, make_tiny_world, tmp_path, capsys):
+    world = make_tiny_world(things=4)  # with pairs, unlike the one of the recipe
+    settings = {"world": to_mapping(world.settings), "images of open prompts": 8, module.CLEAN_LIMIT: 1.0}
+    manifest = Manifest(measure="gate", settings=settings)
+    write_result(tmp_path / "pairs.json", manifest, {}, ResultItems(ids=[], values={}))
+    assert gate("--against", tmp_path / "pairs.json") == 2
+    assert "has world.weights.pair 1, expected 0: give the --recipe of its world" in capsys.readouterr().err

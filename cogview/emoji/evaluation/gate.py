@@ -211,9 +211,7 @@ def earlier_limit(before: Result, world: EmojiWorld) -> float:
     settings = before.manifest.settings
     limit = settings.get(CLEAN_LIMIT)
     if not isinstance(limit, float):
-        raise InputError(
-            f"the earlier result has no {CLEAN_LIMIT}: write it again with cogview eval gate MODEL -o FILE"
-        )
+        raise InputError(f"the earlier result has no {CLEAN_LIMIT}: remove it, and write it again with -o")
     old, new = flatten(settings), flatten(_fixed_settings(world, limit))
     for name in (*new, *old):
         if old.get(name) != new.get(name):
