@@ -185,6 +185,9 @@ ROWS: dict[str, Run | NotRun] = {
     "cogview eval model MODEL --prompts prompts.txt --images 8 --rank-by picture -o result.json": Run(
         more="--images 2 --device cpu"
     ),
+    "cogview eval model MODEL --pictures HELD_OUT_PICTURES -o result.json": Run(
+        needs="picture_sets", instead="model TINY --pictures true --network stub --device cpu"
+    ),
     "cogview eval gate cogview-emoji": NotRun("takes minutes; tests/cli/test_evaluate_gate.py runs it"),
     "cogview eval compare a.json b.json -o page.html": Run(needs="results"),
     "cogview eval text captions.tsv references.tsv": Run(needs="texts", more="--by characters"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
     MODEL_HELP,
@@ -28,7 +29,7 @@ from cogview.cli.options import (
     speculative_option,
 )
 from cogview.cli.ranking_options import rank_by_option
-from cogview.errors import InputError
+from cogview.errors import ExitStatus, InputError
 from cogview.formatting import aligned_columns
 
 if TYPE_CHECKING:
@@ -40,6 +41,13 @@ ROWS = 500
 PAIRS = 100
 IMAGES = 8
 IMAGES_MAXIMUM = 1000
+NETWORK = "efficientnet-lite0"
+# What a model is measured on, and the options of that measure alone; sampling settings are of prompts as well.
+OPTIONS_OF = {
+    "store": ("rows", "pairs"),
+    "prompts": ("images", "seed", "rank_by", "speculative"),
+    "pictures": ("network", "weights"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,20 +63,24 @@ class MeasureOptions:
     rank_by: str | None
     speculative: int | None
     settings: Mapping[str, Any]
+    pictures: Path | None
+    network: str | None
+    weights: Path | None
 
     def check(self) -> None:
         """Raise InputError unless there is one thing to measure on, with options of that measure alone."""
-        if self.store is None and self.prompts is None:
-            raise InputError("there is nothing to measure the model on: give --store FOLDER or --prompts FILE")
-        if self.store is not None and self.prompts is not None:
-            raise InputError("--store and --prompts are two measures: give one of them")
-        of_store = [f"--{name}" for name in ("rows", "pairs") if getattr(self, name) is not None]
-        of_prompts = [name for name in ("images", "seed", "rank_by", "speculative") if getattr(self, name) is not None]
-        of_prompts = [f"--{name.replace('_', '-')}" for name in (*of_prompts, *self.settings)]
-        unused = of_store if self.store is None else of_prompts
-        if unused:
-            needed = "--store" if self.store is None else "--prompts"
-            raise InputError(f"{unused[0]} applies to {needed} only; leave it out")
+        given = [f"--{name}" for name in OPTIONS_OF if getattr(self, name) is not None]
+        if not given:
+            raise InputError(
+                "there is nothing to measure the model on: give --store FOLDER, --prompts FILE or --pictures FOLDER"
+            )
+        if len(given) > 1:
+            raise InputError(f"{given[0]} and {given[1]} are two measures: give one of them")
+        for measure, names in OPTIONS_OF.items():
+            used = [name for name in names if getattr(self, name) is not None]
+            used += self.settings if measure == "prompts" else []
+            if used and getattr(self, measure) is None:
+                raise InputError(f"--{used[0].replace('_', '-')} applies to --{measure} only; leave it out")
         if self.pairs == 1:
             raise InputError("--pairs must be 0 or at least 2, got 1: a single pair always matches")
 
@@ -88,7 +100,7 @@ class MeasureOptions:
 @option_group(
     MeasureOptions,
     "options",
-    ("store", "rows", "pairs", "prompts", "images", "seed", "rank_by", "speculative", "settings"),
+    tuple(MeasureOptions.__annotations__),
     click.option("--store", type=FILE, metavar="FOLDER", help="token store of rows that the model was not trained on"),
     click.option(
         "--rows",
@@ -118,17 +130,35 @@ class MeasureOptions:
     rank_by_option(default=None, show_default="no choice is measured"),
     speculative_option(),
     sampling_options("codes", image_options=True),
+    click.option(
+        "--pictures",
+        type=FILE,
+        metavar="FOLDER",
+        help="pictures to reconstruct, which the image tokenizer was not trained on: a folder, or .tar shards",
+    ),
+    click.option(
+        "--network",
+        metavar="NAME",
+        show_default=NETWORK,
+        help="feature network of rfid: efficientnet-lite0, inception, stub, or a model whose image tokenizer encodes",
+    ),
+    click.option(
+        "--weights", type=FILE, metavar="FILE", help="weights of the network inception, or efficientnet-lite0"
+    ),
 )
 @output_option(default=None, metavar="FILE", help="also write a result file with a manifest")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def model(model: ModelOptions, options: MeasureOptions, output: Path | None, as_json: bool) -> int:
-    """Measure a model on held-out rows of a token store, or on images that it generates of prompts.
+    """Measure a model on rows of a token store, on images that it generates of prompts, or on pictures.
 
     With --store: the loss of each task by part and by position, the caption score, codes in use, and how often a text
     finds its picture and a picture its text by the scores of the model.
 
     With --prompts: how much the images of a prompt differ; with --rank-by, how good the best image of 1, 2, 4, … by
     that score is by an independent one.
+
+    With --pictures: how far reconstructions by the image tokenizer are from held-out pictures (rFID, PSNR, SSIM), and
+    the codes in use.
     """
     from cogview.cli.session import open_model
     from cogview.config_io import to_mapping
@@ -144,9 +174,12 @@ def model(model: ModelOptions, options: MeasureOptions, output: Path | None, as_
     opened = open_model(model, [] if options.prompts is None else ["generate"])
     print(f"model {opened.label} on {opened.placement}", file=sys.stderr)
     table = ResultTable()
+    left_out: tuple[str, ...] = ()
     if options.store is not None:
         pairs = PAIRS if options.pairs is None else options.pairs
         manifest = measure_store(table, opened, options.store, (options.rows or ROWS, pairs), model.max_batch_size)
+    elif options.pictures is not None:
+        manifest, left_out = measure_pictures(table, opened, options, model.max_batch_size)
     else:
         manifest = measure_prompt_lines(table, opened, prompts, options, model.max_batch_size)
     if output is not None:
@@ -155,7 +188,9 @@ def model(model: ModelOptions, options: MeasureOptions, output: Path | None, as_
         print(json.dumps({"model": opened.label, "results": to_mapping(table.values)}, ensure_ascii=False))
     else:
         print("\n".join(format_values(table.values)))
-    return 0
+    for problem in left_out:
+        print(f"failed: {problem}", file=sys.stderr)
+    return ExitStatus.of(1, len(left_out))
 
 
 def measure_prompt_lines(
@@ -238,6 +273,42 @@ def measure_store(
             versions=describe_versions(),
             hardware=describe_hardware(model.placement.device),
         )
+
+
+def measure_pictures(
+    table: ResultTable, model: CogView, options: MeasureOptions, batch_size: int | None
+) -> tuple[Manifest, tuple[str, ...]]:
+    """Measure the image tokenizer of a model on pictures.
+
+    Args:
+        table: Receives the results.
+        model: The model.
+        options: The pictures and the feature network.
+        batch_size: Maximum number of pictures in a batch; None: as many as memory holds and pay.
+
+    Returns:
+        How the results were measured, and why pictures were left out.
+
+    Raises:
+        InputError: The network is unknown, or fewer than two pictures can be read.
+    """
+    from cogview.cli.data import planned_batch_size
+    from cogview.evaluation.features import open_network
+    from cogview.evaluation.image_sets import BATCH, open_image_set
+    from cogview.evaluation.tokenizer_report import measure_reconstructions
+
+    assert options.pictures is not None
+    images = open_image_set(options.pictures, _no_store)
+    network = open_network(options.network or NETWORK, options.weights, model.placement.device)
+    size = min(BATCH, planned_batch_size(model.image_tokenizer, model.config.grid, batch_size, decoding=True))
+    manifest, problems = measure_reconstructions(table, model, images, network, size)
+    for note in problems.notes:
+        print_note(note)
+    return manifest, problems.left_out
+
+
+def _no_store() -> Any:
+    raise InputError("--pictures reconstructs pictures, and a token store has codes alone: give --store instead")
 
 
 def format_values(values: Mapping[str, ResultValue]) -> list[str]:

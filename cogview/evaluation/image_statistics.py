@@ -202,7 +202,7 @@ def measure_blurs(
     found = [ImageStatistics(network.record.dimensions, network.classes, protocol) for _ in sigmas]
     hashes: list[str] = []
     problems: list[str] = []
-    for batch in _batches(images, protocol.resize, workers, hashes, problems, on_image):
+    for batch in read_batches(images, protocol.resize, hashes, problems, workers=workers, on_image=on_image):
         for statistics, sigma in zip(found, sigmas, strict=True):
             statistics.add(*finite_features(network, gaussian_blur(batch, sigma)))
     if not hashes:
@@ -215,15 +215,30 @@ def measure_blurs(
     return [MeasuredSet(statistics=each, record=record, problems=tuple(problems)) for each in found]
 
 
-def _batches(
+def read_batches(
     images: ImageSet,
     resize: SquareResize,
-    workers: int,
     hashes: list[str],
     problems: list[str],
-    on_image: Callable[[], object],
+    *,
+    size: int = BATCH,
+    workers: int = 0,
+    on_image: Callable[[], object] = lambda: None,
 ) -> Iterator[np.ndarray]:
-    """Yield resized images in batches (N, H, H, 3); add to ``hashes`` and ``problems``."""
+    """Yield resized images in batches.
+
+    Args:
+        images: The set.
+        resize: How images become squares.
+        hashes: Receives the hash of each image.
+        problems: Receives the reason for each image that cannot be read.
+        size: Maximum number of images in a batch.
+        workers: Processes that read images ahead.
+        on_image: Called after each image.
+
+    Yields:
+        uint8 (at most ``size``, H, H, 3).
+    """
     batch: list[np.ndarray] = []
     for image in images.read(resize, workers):
         on_image()
@@ -232,7 +247,7 @@ def _batches(
             continue
         hashes.append(image.sha256)
         batch.append(image.pixels)
-        if len(batch) == BATCH:
+        if len(batch) == size:
             yield np.stack(batch)
             batch = []
     if batch:

@@ -52,11 +52,14 @@ class ReconstructionReport:
         self._squared = 0.0  # sum over images of their mean squared errors
 
     @torch.inference_mode()
-    def add(self, pixels: np.ndarray) -> None:
+    def add(self, pixels: np.ndarray) -> np.ndarray:
         """Reconstruct images and measure them.
 
         Args:
             pixels: uint8 RGB (N, H, W, 3), with sides of at least 11.
+
+        Returns:
+            The reconstructions, of the same shape.
         """
         codes = self.model.encode(to_float(pixels, self.model.codebook.device))
         restored = to_uint8(self.model.decode(codes))
@@ -69,6 +72,7 @@ class ReconstructionReport:
             place = position if position < SHEET_IMAGES else KeyedRandom("sheet", position).randbelow(position + 1)
             if place < SHEET_IMAGES:  # reservoir sampling
                 self.shown[place : place + 1] = [(position, image, other)]
+        return restored
 
     def summary(self) -> dict[str, Any]:
         """Return the measures as plain JSON data.

@@ -111,7 +111,7 @@ def test_eval_model_measures_images_of_prompts(evaluate, tiny_model):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing to measure the model on: give --store FOLDER or --prompts FILE"),
+        ([], "nothing to measure the model on: give --store FOLDER, --prompts FILE or --pictures FOLDER"),
         (["--store", "store", "--prompts", "prompts.txt"], "--store and --prompts are two measures: give one of them"),
         (["--prompts", "none.txt"], "cannot read none.txt"),
         (["--prompts", "empty.txt"], "empty.txt is empty: expected a prompt per line"),
@@ -129,6 +129,66 @@ def test_eval_model_refuses_prompts_in_one_line(evaluate, arguments, message):
     write_prompts("", " ", name="empty.txt")
     write_prompts("一只狐狸", "两只狗", "鱼", "一只狐狸", " 两只狗", name="twice.txt")
     write_prompts("一只狐狸", "一只狐狸" * 30, name="long.txt")
+    status, out, err = evaluate(*arguments)
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def pictures(evaluate, save_image):
+    """A folder of 60 pictures, in the folder of ``evaluate``."""
+    for number in range(60):
+        save_image(f"pictures/{number:02d}.png", number)
+
+
+def test_eval_model_measures_reconstructions_of_pictures(evaluate, tiny_checkpoint, pictures):
+    """Values equal those of ``eval image-tokenizer`` and of ``eval images`` on the reconstructions."""
+    options = ["--pictures", "pictures", "--network", "stub", "--json"]
+    status, out, _ = evaluate(*options, "-o", "result.json")
+    found = json.loads(out)["results"]
+    assert (status, list(found)[:3]) == (0, ["rfid", "psnr", "codes_used"])
+    assert 0 < found["rfid"]["low"] < found["rfid"]["value"] < found["rfid"]["high"]
+    assert not found["rfid"]["higher_is_better"]
+    command = ["eval", "image-tokenizer", str(tiny_checkpoint), "pictures", "-o", "sheet.png", "--device", "cpu"]
+    assert main(command) == 0
+    other = read_result(Path("sheet.json")).results
+    for name in ("psnr", "ssim", "codes_used", "perplexity"):
+        assert found[name]["value"] == pytest.approx(other[name].value, rel=1e-2)  # that one averages large pictures
+    manifest = read_result(Path("result.json")).manifest
+    assert (manifest.measure, manifest.network.name, manifest.reference.count) == ("model pictures", "stub", 60)
+    again = json.loads(evaluate(*options, "--max-inference-batch-size", "7")[1].splitlines()[-1])["results"]
+    assert again["rfid"]["value"] == pytest.approx(found["rfid"]["value"], rel=1e-4)
+
+
+def test_eval_model_names_broken_pictures_and_measures_the_others(evaluate, pictures):
+    Path("pictures/03.png").write_bytes(b"nothing")
+    for number in range(10, 60):
+        Path(f"pictures/{number}.png").unlink()
+    status, out, err = evaluate("--pictures", "pictures", "--network", "stub")
+    assert (status, out.splitlines()[0].split()[-1]) == (1, "9")
+    assert "rank-deficient: rfid of 48 dimensions" in err
+    assert err.splitlines()[-1].startswith("failed: pictures/03.png is no image that can be read")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--pictures", "none"], "none does not exist"),
+        (["--pictures", "one", "--network", "stub"], "one has 1 picture that can be read, expected at least 2"),
+        (["--pictures", "broken", "--network", "stub"], "expected at least 2; the first problem: broken/"),
+        (["--pictures", "store"], "a token store has codes alone: give --store instead"),
+        (["--pictures", "pictures", "--network", "none-such"], "none-such"),
+        (["--pictures", "pictures", "--rows", "5"], "--rows applies to --store only; leave it out"),
+        (["--store", "store", "--network", "stub"], "--network applies to --pictures only; leave it out"),
+        (["--pictures", "pictures", "--prompts", "x"], "--prompts and --pictures are two measures"),
+    ],
+)
+def test_eval_model_refuses_pictures_in_one_line(evaluate, tiny_model, pictures, save_image, arguments, message):
+    write_store("store", tiny_model)
+    save_image("one/0.png", 1)
+    Path("broken").mkdir()
+    Path("broken/0.png").write_bytes(b"nothing")
     status, out, err = evaluate(*arguments)
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
