@@ -96,7 +96,7 @@ def test_eval_leaves_a_result_with_its_manifest(recipe, tiny_checkpoint, tmp_pat
     value, expected = {
         "scenes": ("generated.object", ["drawn", "object", "accuracy"]),
         "captions": ("true_scenes.everything", ["true_scenes", "everything", "accuracy"]),
-        "rerank": ("best_by_score.2", ["best_of", 1, "best_by_score", "accuracy"]),
+        "rerank": ("best_by_both.2", ["best_of", 1, "best_by", "both", "accuracy"]),
         "upscale": ("upscaled.psnr", ["large_pictures", "ours", "psnr", "value"]),
     }[measure]
     for key in expected:

@@ -1,7 +1,6 @@
 """Protocol of ``cogview eval rerank``: measure the gain of reranking N images of a caption.
 
-Scores and grades are independent of each other. The report compares two scores: log p(text | image), of reranking,
-and log p(image | text), which generation yields at no cost.
+Scores and grades are independent of each other. The report compares the scores of ``--rank-by``.
 """
 
 # C captions, N images of each
@@ -22,6 +21,7 @@ from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.metrics import best_of, format_accuracy
 from cogview.modeling.config import Sampling
 from cogview.pipeline.cogview import CogView
+from cogview.pipeline.ranking_rules import RANKING_RULES
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import only_images
 
@@ -54,7 +54,7 @@ def evaluate_rerank(
     Returns:
         The report as plain data.
     """
-    for task in ("generate", "caption"):  # the score is the probability of a caption
+    for task in ("generate", "caption"):  # of the scores
         model.require_task(task)
     check_world(model, world)
     asked = held_out_scenes(world, captions, seed)
@@ -64,12 +64,20 @@ def evaluate_rerank(
         for index in range(candidates)
     ]
     scenes = [scene for scene, _ in asked for _ in range(candidates)]
-    measured = _grade_and_score(model, SceneGrader(world), requests, scenes, batch_size)
-    right_CN, scores_CN, likelihoods_CN = (np.reshape(values, (captions, candidates)) for values in measured)
+    right, scores = _grade_and_score(model, SceneGrader(world), requests, scenes, batch_size)
+    right_CN = np.reshape(right, (captions, candidates))
     sizes = [size for size in SIZES if size < candidates] + [candidates]
-    rows = best_of(right_CN, scores_CN, sizes)
-    for row, other in zip(rows, best_of(right_CN, likelihoods_CN, sizes), strict=True):
-        row["best_by_likelihood"] = other["best_by_score"]
+    choices = {
+        rule: best_of(right_CN, np.reshape(values, (captions, candidates)), sizes) for rule, values in scores.items()
+    }
+    rows = [
+        {
+            **{name: choices["caption"][index][name] for name in ("of", "average", "best_possible")},
+            "best_by": {rule: choice[index]["best_by_score"] for rule, choice in choices.items()},
+            "gap_closed": {rule: choice[index]["gap_closed"] for rule, choice in choices.items()},
+        }
+        for index in range(len(sizes))
+    ]
     made = {"pictures_of_each": candidates, "sampling": to_mapping(sampling)}
     return {"protocol": describe(model, world, [caption for _, caption in asked], seed, **made), "best_of": rows}
 
@@ -80,36 +88,33 @@ def _grade_and_score(
     requests: Sequence[GenerationRequest],
     scenes: Sequence[Scene],
     batch_size: int,
-) -> tuple[list[bool], list[float], list[float]]:
-    """Verdict, log p(text | image) and log p(image | text) of an image for each request."""
+) -> tuple[list[bool], dict[str, list[float]]]:
+    """Return the verdict on an image for each request, and its scores by the name of the ranking rule."""
     right: list[bool] = []
-    scores: list[float] = []
-    likelihoods: list[float] = []
+    scores: dict[str, list[float]] = {rule: [] for rule in RANKING_RULES}
     with tqdm(total=len(requests), unit="image", desc="generating, scoring and grading", disable=None) as bar:
         for first in range(0, len(requests), batch_size):
             chunk = requests[first : first + batch_size]
             images = list(only_images(model.run(chunk)))
-            scored = model.score(images, [request.prompt for request in chunk], batch_size=batch_size)
-            scores += [score.log_probability for score in scored]
-            likelihoods += [image.log_probability for image in images]
+            for rule, values in scores.items():
+                scored = model.score(images, [request.prompt for request in chunk], by=rule, batch_size=batch_size)
+                values += [score.log_probability for score in scored]
             for image, scene in zip(images, scenes[first : first + batch_size], strict=True):
                 right.append(grader.grade(np.asarray(image), scene).everything)
             bar.update(len(chunk))
-    return right, scores, likelihoods
+    return right, scores
 
 
 def format_rerank_report(report: Mapping[str, Any]) -> str:
     """Return the report of ``evaluate_rerank`` as a Markdown table: accuracies with their 95% intervals."""
     lines = [
-        "| images of a caption | average | best by log p(text \\| image) | best possible | of the gap closed "
-        "| best by log p(image \\| text) |",
-        "|---|---|---|---|---|---|",
+        "| images of a caption | average | best possible | "
+        + " | ".join(f"best by {rule}" for rule in RANKING_RULES)
+        + " |",
+        "|---|---|---|" + "---|" * len(RANKING_RULES),
     ]
     for row in report["best_of"]:
-        closed = "–" if row["gap_closed"] is None else f"{row['gap_closed']:.1%}"
-        best, possible, likeliest = (
-            format_accuracy(row[name]) for name in ("best_by_score", "best_possible", "best_by_likelihood")
-        )
-        lines.append(f"| {row['of']} | {row['average']:.1%} | {best} | {possible} | {closed} | {likeliest} |")
+        cells = [format_accuracy(found) for found in (row["best_possible"], *row["best_by"].values())]
+        lines.append(f"| {row['of']} | {row['average']:.1%} | {' | '.join(cells)} |")
     lines += ["", f"Images with everything right, of {report['protocol']['captions']} held-out captions."]
     return "\n".join(lines)

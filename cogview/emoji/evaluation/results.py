@@ -23,7 +23,6 @@ from cogview.evaluation.model_record import describe_hardware, describe_model, d
 from cogview.pipeline.cogview import CogView
 
 SCENE_SETS = {"drawn": "generated", "ceiling_reconstructions": "reconstructions", "ceiling_true_scenes": "true_scenes"}
-CURVES = ("average", "best_by_score", "best_by_likelihood", "best_possible")
 UNITS = {"psnr": "dB", "ssim": "", "consistency": "dB"}
 
 
@@ -105,19 +104,19 @@ def rerank_values(report: Mapping[str, Any]) -> tuple[dict[str, ResultValue], di
     values: dict[str, ResultValue] = {}
     count = report["protocol"]["captions"]
     for row in report["best_of"]:
-        for name in CURVES:
-            found = row[name]
-            if name == "average":
-                value = ResultValue(value=found, n=count * row["of"], unit="fraction", higher_is_better=True)
-            else:
-                value = _accuracy_value(found)
-            values[f"{name}.{row['of']}"] = value
-        if row["gap_closed"] is not None:
-            values[f"gap_closed.{row['of']}"] = ResultValue(
-                value=row["gap_closed"], n=count, unit="fraction", higher_is_better=True
-            )
+        size = row["of"]
+        values[f"average.{size}"] = ResultValue(
+            value=row["average"], n=count * size, unit="fraction", higher_is_better=True
+        )
+        values[f"best_possible.{size}"] = _accuracy_value(row["best_possible"])
+        for rule, found in row["best_by"].items():
+            values[f"best_by_{rule}.{size}"] = _accuracy_value(found)
+            if (closed := row["gap_closed"][rule]) is not None:
+                values[f"gap_closed_by_{rule}.{size}"] = ResultValue(
+                    value=closed, n=count, unit="fraction", higher_is_better=True
+                )
     curves = {}
-    for name in CURVES:
+    for name in ("average", "best_possible", *(f"best_by_{rule}" for rule in report["best_of"][0]["best_by"])):
         points = [values[f"{name}.{row['of']}"] for row in report["best_of"]]
         curves[name] = ResultCurve(
             x=[row["of"] for row in report["best_of"]],

@@ -21,14 +21,15 @@ class Painter:
 
     name = "painter"
 
-    def __init__(self, world, seed, right_CN, scores_CN, tasks=("generate", "caption"), likelihoods_CN=None) -> None:
+    def __init__(self, world, seed, right_CN, scores_CN, tasks=("generate", "caption"), both_CN=None) -> None:
         self.config = SimpleNamespace(grid=8)
         self.things = tuple(NamedThing(name=thing.name) for thing in world.things)
         self.image_tokenizer = SimpleNamespace(downsampling=8)
         asked = held_out_scenes(world, len(right_CN), seed)
         self.images = {caption: (number, world.render(scene)) for number, (scene, caption) in enumerate(asked)}
-        self.right_CN, self.scores_CN, self.tasks = right_CN, scores_CN, tasks
-        self.likelihoods_CN = scores_CN if likelihoods_CN is None else likelihoods_CN
+        self.right_CN, self.tasks = right_CN, tasks
+        both_CN = scores_CN if both_CN is None else both_CN
+        self.scores = {"caption": scores_CN, "picture": -scores_CN, "both": both_CN}
         self.generated: list[tuple[int, int, int]] = []  # number of the caption, seed, index
         self.batches: list[int] = []
 
@@ -42,15 +43,14 @@ class Painter:
             number, pixels = self.images[request.prompt]
             self.generated.append((number, request.seed, request.index))
             shown = pixels if self.right_CN[number, request.index] else np.full_like(pixels, 160)
-            likelihood = self.likelihoods_CN[number, request.index]
-            image = GeneratedImage.from_pixels(shown, request, np.empty(0), likelihood)
+            image = GeneratedImage.from_pixels(shown, request, np.empty(0), 0.0)
             image.request = request
             yield image
 
-    def score(self, images, texts, *, batch_size):
+    def score(self, images, texts, *, by, batch_size):
         assert [image.request.prompt for image in images] == texts
         cells = [(self.images[image.request.prompt][0], image.request.index) for image in images]
-        return [SimpleNamespace(log_probability=self.scores_CN[cell], num_pieces=7) for cell in cells]
+        return [SimpleNamespace(log_probability=self.scores[by][cell], num_pieces=7) for cell in cells]
 
 
 def evaluate(painter, world, *, candidates, batch_size=7):
@@ -69,15 +69,18 @@ def test_evaluate_rerank_does_not_depend_on_the_batches(make_tiny_world):
     world = make_tiny_world()
     rng = np.random.default_rng(3)
     right_CN, scores_CN = rng.random((5, 6)) < 0.5, rng.normal(size=(5, 6))
-    likelihoods_CN = rng.normal(size=(5, 6))
-    painters = [Painter(world, 40, right_CN, scores_CN, likelihoods_CN=likelihoods_CN) for _ in range(2)]
+    both_CN = rng.normal(size=(5, 6))
+    painters = [Painter(world, 40, right_CN, scores_CN, both_CN=both_CN) for _ in range(2)]
     reports = [evaluate(p, world, candidates=6, batch_size=size) for p, size in zip(painters, (7, 30), strict=True)]
     assert reports[0] == reports[1]
-    rows, by_likelihood = (best_of(right_CN, values, (1, 2, 4, 6)) for values in (scores_CN, likelihoods_CN))
-    assert reports[0]["best_of"] == [  # all six are used
-        {**row, "best_by_likelihood": other["best_by_score"]} for row, other in zip(rows, by_likelihood, strict=True)
-    ]
-    assert any(row["best_by_likelihood"] != row["best_by_score"] for row in reports[0]["best_of"])
+    for rule, values in (("caption", scores_CN), ("picture", -scores_CN), ("both", both_CN)):
+        for row, expected in zip(reports[0]["best_of"], best_of(right_CN, values, (1, 2, 4, 6)), strict=True):
+            assert row["best_by"][rule] == expected["best_by_score"]
+            assert row["gap_closed"][rule] == expected["gap_closed"]
+            assert [row[name] for name in ("of", "average", "best_possible")] == [
+                expected[name] for name in ("of", "average", "best_possible")
+            ]
+    assert any(row["best_by"]["both"] != row["best_by"]["caption"] for row in reports[0]["best_of"])
     assert painters[0].batches == [7, 7, 7, 7, 2]
     assert painters[0].generated == [(number, 40 + number, index) for number in range(5) for index in range(6)]
     made = reports[0]["protocol"]
@@ -118,13 +121,11 @@ def test_evaluate_rerank_measures_a_real_model(make_tiny_world, tiny_model):
 
 def test_format_rerank_report_is_a_table():
     share = {"right": 9, "of": 10, "accuracy": 0.9, "low": 0.596, "high": 0.982}
-    rows = [
-        {"of": 1, "average": 0.9, "best_by_score": share, "best_possible": share, "gap_closed": None},
-        {"of": 16, "average": 0.8034, "best_by_score": share, "best_possible": share, "gap_closed": 0.6246},
-    ]
-    rows = [{**row, "best_by_likelihood": {**share, "accuracy": 0.7}} for row in rows]
-    report = {"protocol": {"captions": 10}, "best_of": rows}
-    lines = format_rerank_report(report).splitlines()
-    assert lines[2] == "| 1 | 90.0% | 90.0% (59.6%–98.2%) | 90.0% (59.6%–98.2%) | – | 70.0% (59.6%–98.2%) |"
-    assert lines[3] == "| 16 | 80.3% | 90.0% (59.6%–98.2%) | 90.0% (59.6%–98.2%) | 62.5% | 70.0% (59.6%–98.2%) |"
+    best = {"caption": share, "picture": {**share, "accuracy": 0.7}, "both": share}
+    row = {"of": 16, "average": 0.8034, "best_possible": share, "best_by": best, "gap_closed": dict.fromkeys(best, 0.6)}
+    lines = format_rerank_report({"protocol": {"captions": 10}, "best_of": [row]}).splitlines()
+    assert lines[0].endswith("| best by caption | best by picture | best by both |")
+    assert lines[2] == (
+        "| 16 | 80.3% | 90.0% (59.6%–98.2%) | 90.0% (59.6%–98.2%) | 70.0% (59.6%–98.2%) | 90.0% (59.6%–98.2%) |"
+    )
     assert lines[-1] == "Images with everything right, of 10 held-out captions."
