@@ -45,7 +45,7 @@ NETWORK = "efficientnet-lite0"
 # What a model is measured on, and the options of that measure alone; sampling settings are of prompts as well.
 OPTIONS_OF = {
     "store": ("rows", "pairs"),
-    "prompts": ("images", "seed", "rank_by", "speculative"),
+    "prompts": ("images", "seed", "rank_by", "judge", "speculative"),
     "pictures": ("network", "weights"),
 }
 
@@ -61,6 +61,7 @@ class MeasureOptions:
     images: int | None
     seed: int | None
     rank_by: str | None
+    judge: Path | None
     speculative: int | None
     settings: Mapping[str, Any]
     pictures: Path | None
@@ -81,6 +82,8 @@ class MeasureOptions:
             used += self.settings if measure == "prompts" else []
             if used and getattr(self, measure) is None:
                 raise InputError(f"--{used[0].replace('_', '-')} applies to --{measure} only; leave it out")
+        if self.judge is not None and self.rank_by is None:
+            raise InputError("--judge judges the choice by a score: add --rank-by SCORE")
         if self.pairs == 1:
             raise InputError("--pairs must be 0 or at least 2, got 1: a single pair always matches")
 
@@ -128,6 +131,13 @@ class MeasureOptions:
         "--seed", type=click.IntRange(min=0), metavar="NUMBER", show_default="0", help="random seed of the images"
     ),
     rank_by_option(default=None, show_default="no choice is measured"),
+    click.option(
+        "--judge",
+        type=FILE,
+        metavar="RECIPE",
+        show_default="another score of the model",
+        help="recipe of an emoji world, such as emoji-cpu, whose grader judges the images that --rank-by chooses",
+    ),
     speculative_option(),
     sampling_options("codes", image_options=True),
     click.option(
@@ -216,12 +226,19 @@ def measure_prompt_lines(
     from cogview.pipeline.inputs import resolve_seed
 
     assert options.prompts is not None
+    judge = None
+    if options.judge is not None:
+        from cogview.cli.evaluate_gate import open_world
+        from cogview.emoji.evaluation.judge import grader_judge
+
+        judge = grader_judge(open_world(options.judge), lines, options.prompts)
     model.speculative = options.speculative
     settings = PromptSettings(
         images=options.images or IMAGES,
         seed=resolve_seed(options.seed or 0),
         sampling=model.sampling(**options.settings),
         rank_by=options.rank_by,
+        judge=judge,
         batch_size=batch_size,
     )
     prompts = require_usable(model, lines, options.prompts)

@@ -3,7 +3,7 @@
 # C prompts, N images of each
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +36,23 @@ JUDGES = {"caption": "picture", "picture": "caption"}
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImageJudge:
+    """What judges the images that a score chooses.
+
+    Attributes:
+        name: Its name in results.
+        label: What it measures, in words.
+        unit: Unit of its values.
+        values_of: Returns the values of images of a prompt; larger is better.
+    """
+
+    name: str
+    label: str
+    unit: str
+    values_of: Callable[[Sequence[GeneratedImage]], list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class PromptSettings:
     """How the images of prompts are generated and chosen.
 
@@ -43,7 +60,8 @@ class PromptSettings:
         images: Images of each prompt, at least 2.
         seed: Seed of all images; their numbers distinguish their noise.
         sampling: Sampling settings.
-        rank_by: Score that chooses among the images of a prompt, a key of ``JUDGES``; None: no choice is measured.
+        rank_by: Score that chooses among the images of a prompt; None: no choice is measured.
+        judge: Judge of the choice; None: the score that ``JUDGES`` names.
         batch_size: Maximum number of images in a batch; None: as many as memory holds and pay.
     """
 
@@ -51,15 +69,17 @@ class PromptSettings:
     seed: int
     sampling: Sampling
     rank_by: str | None = None
+    judge: ImageJudge | None = None
     batch_size: int | None = None
 
 
-def require_judge(model: CogView, rank_by: str) -> str:
-    """Return the score that judges a choice by another score.
+def require_judge(model: CogView, rank_by: str, batch_size: int | None = None) -> ImageJudge:
+    """Return the judge of a choice by a score: another score of the model.
 
     Args:
         model: The model, which computes both.
         rank_by: The score that chooses.
+        batch_size: Maximum number of images in a batch; None: as many as memory holds and pay.
 
     Raises:
         InputError: No score is independent of it, or the weights were not trained for one of the two.
@@ -67,11 +87,16 @@ def require_judge(model: CogView, rank_by: str) -> str:
     if rank_by not in JUDGES:
         raise InputError(
             f"a choice by {rank_by} has no independent judge, since it takes in every score; choose by one of: "
-            f"{', '.join(JUDGES)}"
+            f"{', '.join(JUDGES)}, or let the grader of the emoji world judge: --judge emoji-cpu"
         )
-    for name in (rank_by, JUDGES[rank_by]):
-        model.require_ranking(name)
-    return JUDGES[rank_by]
+    name = JUDGES[rank_by]
+    for each in (rank_by, name):
+        model.require_ranking(each)
+
+    def values_of(images: Sequence[GeneratedImage]) -> list[float]:
+        return [score.per_piece for score in model.score(images, by=name, batch_size=batch_size)]
+
+    return ImageJudge(name=name, label=RANKING_RULES[name].formula, unit="nats per token", values_of=values_of)
 
 
 def require_usable(model: CogView, prompts: Mapping[int, str], path: Path) -> list[str]:
@@ -106,7 +131,10 @@ def measure_prompts(table: ResultTable, model: CogView, prompts: Sequence[str], 
     Raises:
         InputError: No score is independent of the one that chooses, or the model cannot compute them.
     """
-    judge = None if settings.rank_by is None else require_judge(model, settings.rank_by)
+    judge = settings.judge
+    if settings.rank_by is not None:
+        model.require_ranking(settings.rank_by)
+        judge = judge or require_judge(model, settings.rank_by, settings.batch_size)
     differences: list[tuple[float, float, float]] = []
     scores: list[list[float]] = []
     judged: list[list[float]] = []
@@ -115,9 +143,9 @@ def measure_prompts(table: ResultTable, model: CogView, prompts: Sequence[str], 
         codes = np.stack([image.codes.reshape(-1) for image in images])
         differences.append((different_share(pixels), pairwise_distance(pixels), code_entropy(codes)))
         if settings.rank_by is not None and judge is not None:
-            for found, by in ((scores, settings.rank_by), (judged, judge)):
-                row = model.score(images, by=by, batch_size=settings.batch_size)
-                found.append([score.per_piece for score in row])
+            row = model.score(images, by=settings.rank_by, batch_size=settings.batch_size)
+            scores.append([score.per_piece for score in row])
+            judged.append(judge.values_of(images))
     units = {
         "different_images": "fraction",
         "pairwise_distance": "RMS of RGB in [0, 1]",
@@ -127,9 +155,9 @@ def measure_prompts(table: ResultTable, model: CogView, prompts: Sequence[str], 
         better = True if name == "different_images" else None
         add_prompt_values(table, name, (prompts, values), unit, higher_is_better=better)
     if settings.rank_by is not None and judge is not None:
-        add_choice(table, prompts, np.array(scores), np.array(judged), (settings.rank_by, judge))
-        table.settings["judge"] = RANKING_RULES[judge].formula
-    chosen = "none" if settings.rank_by is None else RANKING_RULES[settings.rank_by].formula
+        add_choice(table, prompts, np.array(scores), np.array(judged), settings.rank_by, judge)
+        table.settings["judge"] = judge.label
+    chosen = "none" if settings.rank_by is None else model.ranking_rule(settings.rank_by).formula
     return Manifest(
         measure="model prompts",
         prompts=hash_prompts(prompts),
@@ -200,27 +228,28 @@ def add_choice(
     prompts: Sequence[str],
     scores_CN: NDArray[np.float64],
     judged_CN: NDArray[np.float64],
-    names: tuple[str, str],
+    by: str,
+    judge: ImageJudge,
 ) -> None:
-    """Add what a choice by one score gains by another one, and what the best choice would gain.
+    """Add what a choice by a score gains in the eyes of a judge, and what the best choice would gain.
 
     Args:
         table: The table.
         prompts: The prompts.
         scores_CN: Score by which an image is chosen.
-        judged_CN: Score that judges it, in nats per token.
-        names: Names of both scores.
+        judged_CN: Its value by the judge.
+        by: Name of the score.
+        judge: The judge.
     """
-    by, judge = names
     sizes = choice_sizes(scores_CN.shape[1])
     curves = {
-        f"{judge}_of_best_by_{by}": expected_choice(judged_CN, scores_CN, sizes),
-        f"{judge}_of_best_possible": expected_best(judged_CN, sizes),
+        f"{judge.name}_of_best_by_{by}": expected_choice(judged_CN, scores_CN, sizes),
+        f"{judge.name}_of_best_possible": expected_best(judged_CN, sizes),
     }
     for curve, found_CS in curves.items():
         names_of_sizes = [f"{curve}_of_{size}" for size in sizes]
         for name, values in zip(names_of_sizes, found_CS.T, strict=True):
-            add_prompt_values(table, name, (prompts, values), "nats per token", higher_is_better=True)
+            add_prompt_values(table, name, (prompts, values), judge.unit, higher_is_better=True)
         rows = [table.values[name] for name in names_of_sizes]
         table.curves[curve] = ResultCurve(
             x=[float(size) for size in sizes],
@@ -228,5 +257,5 @@ def add_choice(
             low=[row.low for row in rows if row.low is not None],
             high=[row.high for row in rows if row.high is not None],
             x_label="images to choose from",
-            y_label=f"{RANKING_RULES[judge].formula} in nats per token",
+            y_label=f"{judge.label}, {judge.unit}",
         )

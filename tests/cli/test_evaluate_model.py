@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 
 from cogview.cli.main import main
+from cogview.emoji.evaluation.judge import grader_judge
 from cogview.evaluation.manifest import read_result
+from cogview.modeling.config import Sampling
+from cogview.pipeline.requests import GenerationRequest
+from cogview.pipeline.results import GeneratedImage
 from tests.evaluation.test_model_measures import TEXTS, write_store
 
 
@@ -121,6 +125,7 @@ def test_eval_model_measures_images_of_prompts(evaluate, tiny_model):
         (["--prompts", "prompts.txt", "--pairs", "5"], "--pairs applies to --store only; leave it out"),
         (["--store", "store", "--top-k", "5"], "--top-k applies to --prompts only; leave it out"),
         (["--prompts", "prompts.txt", "--rank-by", "both"], "a choice by both has no independent judge"),
+        (["--prompts", "prompts.txt", "--judge", "emoji-cpu"], "--judge judges the choice by a score: add --rank-by"),
     ],
 )
 def test_eval_model_refuses_prompts_in_one_line(evaluate, arguments, message):
@@ -193,3 +198,46 @@ def test_eval_model_refuses_pictures_in_one_line(evaluate, tiny_model, pictures,
     assert (status, out) == (2, "")
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
+
+
+@pytest.fixture
+def judging_world(make_tiny_world, monkeypatch):
+    """The world of the recipe that ``--judge`` names."""
+    world = make_tiny_world()
+    monkeypatch.setattr("cogview.cli.evaluate_gate.open_world", lambda path: world)
+    return world
+
+
+def test_eval_model_lets_the_grader_judge_the_choice(evaluate, judging_world, tiny_model):
+    """``both`` has a judge then; prompts that are no captions of the world give one line and status 2."""
+    scenes = [judging_world.sample_scene(0, index) for index in range(30)]
+    captions = list(dict.fromkeys(judging_world.caption(scene, complete=True) for scene in scenes))
+    captions = [caption for caption in captions if tiny_model.prompt_problem(caption) is None][:2]
+    write_prompts(*captions)
+    options = ["--prompts", "prompts.txt", "--images", "2", "--rank-by", "both", "--judge", "emoji-cpu"]
+    status, out, err = evaluate(*options, "--json", "-o", "result.json")
+    assert status == 0, err
+    results = json.loads(out)["results"]
+    assert {name for name in results if "best" in name} == {
+        f"grader_of_best_{by}_of_{size}" for by in ("by_both", "possible") for size in (1, 2)
+    }
+    assert results["grader_of_best_by_both_of_2"]["unit"] == "fraction"
+    assert read_result(Path("result.json")).manifest.settings["judge"] == "everything right by the grader"
+    write_prompts(captions[0], "一只狐狸在笑")
+    status, out, err = evaluate(*options)
+    assert (status, out) == (2, "")
+    assert "line 2: the grader cannot judge “一只狐狸在笑”; expected a caption of the emoji world" in err
+
+
+def test_grader_judge_knows_the_pictures_of_the_world(judging_world):
+    """A rendered scene is right for its caption, and a grey image is wrong."""
+    scene = judging_world.sample_scene(0, 3)
+    caption = judging_world.caption(scene, complete=True)
+    judge = grader_judge(judging_world, {1: caption}, Path("prompts.txt"))
+    request = GenerationRequest(prompt=caption, seed=0, sampling=Sampling())
+    pixels = judging_world.render(scene)
+    images = [
+        GeneratedImage.from_pixels(shown, request, np.zeros((8, 8), dtype=np.int64), 0.0)
+        for shown in (pixels, np.full_like(pixels, 160))
+    ]
+    assert judge.values_of(images) == [1.0, 0.0]
