@@ -17,6 +17,6 @@ def rank_by_option(**settings: Any) -> Decorator:
         "--rank-by",
         type=click.Choice(RANK_BY),
         help="score of the ranking: caption, log p(text | picture); picture, log p(picture | text); both, their "
-        "sum per token, with masked codes and the pixels encoded again",
+        "sum per token, with that of masked codes",
         **settings,
     )

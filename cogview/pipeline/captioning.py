@@ -156,7 +156,6 @@ class CaptioningModel(LoadedModel):
         task: str = "generate",
         batch_size: int | None = None,
         on_note: Callable[[int, str], object] = log_note,
-        from_pixels: bool = False,
     ) -> np.ndarray:
         """Return the codes of images, fitted to the size that ``task`` is given.
 
@@ -167,8 +166,6 @@ class CaptioningModel(LoadedModel):
             task: Name of a task.
             batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
             on_note: Called with the index of an image and the note of ``fit_image``; by default it is logged (INFO).
-            from_pixels: Encode the pixels of a ``GeneratedImage`` too. Of several similar codes the nearest is found,
-                so the codes may differ from those that were sampled.
 
         Returns:
             (B, G, G) int64 codes; (G, G) of one image.
@@ -184,8 +181,7 @@ class CaptioningModel(LoadedModel):
         items, is_single = list_images(images)
         context = self.context
         side = self._given_side(task)
-        planner = context.planner(batch_size)
-        codes = image_codes.encode_images(items, side, context, planner, on_note, from_pixels=from_pixels)
+        codes = image_codes.encode_images(items, side, context, context.planner(batch_size), on_note)
         return codes[0] if is_single else codes
 
     def decode_images(self, codes: np.ndarray | Tensor) -> np.ndarray:

@@ -25,8 +25,6 @@ def encode_images(
     context: PipelineContext,
     planner: BatchPlanner,
     on_note: Callable[[int, str], object] = lambda index, note: None,
-    *,
-    from_pixels: bool = False,
 ) -> np.ndarray:
     """Return the codes of images.
 
@@ -40,7 +38,6 @@ def encode_images(
         planner: Splits the images into batches that fit in memory.
         on_note: Called with the index of an image and how it was read, resized or cropped, for example "resized from
             128 x 128 to 64 x 64".
-        from_pixels: Encode the pixels of a ``GeneratedImage`` too, as those of its file.
 
     Returns:
         (B, side, side) int64 codes.
@@ -53,7 +50,7 @@ def encode_images(
     fitted = []
     for index, image in enumerate(images):
         if isinstance(image, GeneratedImage):
-            own = None if from_pixels else image.codes_of(context.config.codebook_sha256)
+            own = image.codes_of(context.config.codebook_sha256)
         else:
             own = getattr(image, "codes", None)
         if own is not None and own.shape == (side, side):

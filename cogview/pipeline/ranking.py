@@ -23,11 +23,7 @@ from cogview.tokenizers.tasks import TASKS
 
 
 def score_requests(
-    requests: Sequence[GenerationRequest],
-    rule_name: str,
-    context: PipelineContext,
-    planner: BatchPlanner,
-    pixel_codes: Sequence[np.ndarray],
+    requests: Sequence[GenerationRequest], rule_name: str, context: PipelineContext, planner: BatchPlanner
 ) -> Iterator[Score]:
     """Yield the score of the image of each request with its prompt, in their order, as batches are finished.
 
@@ -36,16 +32,10 @@ def score_requests(
         rule_name: Name of a ranking rule.
         context: The model.
         planner: Splits the images into batches that fit in memory.
-        pixel_codes: Codes that the pixels of each image are encoded to.
     """
     rule = ranking_rule(rule_name, masked_codes=context.config.full_mask_rate > 0)
-    texts = [request.prompt_ids or () for request in requests]
-    sampled = [
-        (text, request.codes) for text, request in zip(texts, requests, strict=True) if request.codes is not None
-    ]
-    seen = list(zip(texts, pixel_codes, strict=True))
-    terms = [SCORE_TERMS[name] for name in rule.weights]
-    parts = [term_scores(term, seen if term.from_pixels else sampled, context, planner) for term in terms]
+    pairs = [(request.prompt_ids or (), request.codes) for request in requests if request.codes is not None]
+    parts = [term_scores(SCORE_TERMS[name], pairs, context, planner) for name in rule.weights]
     for values in zip(*parts, strict=True):
         weighted = list(zip(rule.weights.values(), values, strict=True))
         totals = [weight * (value / count if rule.per_token else value) for weight, (value, count) in weighted]

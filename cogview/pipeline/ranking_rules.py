@@ -21,15 +21,12 @@ class ScoreTerm:
         span: Text or image of the layout that is scored.
         given_text: Whether the text stands before the image; if not, it is empty.
         masked: Whether all scored tokens are masked in the input, so that each is predicted from the rest alone.
-        from_pixels: Whether the codes are those that the pixels are encoded to. Of several similar codes encoding finds
-            one, so this score does not depend on which of them was sampled.
     """
 
     task: str
     span: str
     given_text: bool = True
     masked: bool = False
-    from_pixels: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,32 +51,24 @@ class RankingRule:
         """Tasks that the weights must have been trained for."""
         return tuple(dict.fromkeys(TASKS[SCORE_TERMS[term].task].weights for term in self.weights))
 
-    @property
-    def needs_pixels(self) -> bool:
-        """Whether a term is of the codes that the pixels are encoded to."""
-        return any(SCORE_TERMS[term].from_pixels for term in self.weights)
-
 
 SCORE_TERMS: Mapping[str, ScoreTerm] = {
     "caption": ScoreTerm(task="score", span="text"),
     "picture": ScoreTerm(task="generate", span="image"),
     "picture alone": ScoreTerm(task="generate", span="image", given_text=False),
     "masked": ScoreTerm(task="generate", span="image", masked=True),
-    "caption_of_pixels": ScoreTerm(task="score", span="text", from_pixels=True),
-    "picture_of_pixels": ScoreTerm(task="generate", span="image", from_pixels=True),
-    "masked_of_pixels": ScoreTerm(task="generate", span="image", masked=True, from_pixels=True),
 }
 RANKING_RULES: Mapping[str, RankingRule] = {
     "caption": RankingRule(formula="log p(text | picture)", weights={"caption": 1}),
     "picture": RankingRule(formula="log p(picture | text)", weights={"picture": 1}),
     "both": RankingRule(
-        formula="log p(picture | text) per code + log p(text | picture) per piece, of sampled codes and of the pixels",
-        weights={"picture": 0.5, "picture_of_pixels": 0.5, "caption": 0.5, "caption_of_pixels": 0.5},
+        formula="log p(picture | text) per code + log p(text | picture) per piece",
+        weights={"picture": 1, "caption": 1},
         per_token=True,
         with_masks=RankingRule(
-            formula="log p(picture | text) per code + log p(text | picture) per piece + log p(code | text) of masked "
-            "codes, sampled and of the pixels",
-            weights={"picture": 1, "caption": 1, "masked": 1, "masked_of_pixels": 1},
+            formula="log p(picture | text) per code + log p(text | picture) per piece "
+            "+ log p(masked code | text) per code",
+            weights={"picture": 1, "caption": 1, "masked": 1},
             per_token=True,
         ),
     ),

@@ -152,7 +152,6 @@ def score_images(
     rule: str,
     context: PipelineContext,
     planner: BatchPlanner,
-    pixel_codes: Sequence[np.ndarray],
     callback: ProgressCallback | None = None,
 ) -> list[Score]:
     """Return the score of the image of each request with its prompt.
@@ -162,10 +161,9 @@ def score_images(
         rule: Name of a ranking rule.
         context: The model.
         planner: Splits the images into batches that fit in memory.
-        pixel_codes: Codes that the pixels of each image are encoded to.
         callback: Called after every image; where it returns False, the scores so far are returned.
     """
-    scores = score_requests(requests, rule, context, planner, pixel_codes)
+    scores = score_requests(requests, rule, context, planner)
     return _collect(scores, requests, lambda score: score.num_pieces, callback)
 
 

@@ -1,12 +1,9 @@
 """A model that scores and ranks images by how well texts fit them."""
 
-# B images, G codes on a side of an image
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, TypeVar, overload
-
-import numpy as np
 
 from cogview.generation.requests import DecodingStopped
 from cogview.pipeline import runner
@@ -64,8 +61,7 @@ class ScoringModel(CaptioningModel):
             images: An image or a list of images, of any size and form, as for ``caption``.
             texts: One text for all images, or one for each; None: the prompts of generated images.
             by: ``caption``: log p(text | image); ``picture``: log p(image | text); ``both``: their sum, each per token,
-                with log p(code | text) of masked codes for weights that were trained with them. The pixels of a
-                generated image are encoded again for ``both``.
+                with log p(code | text) of masked codes for weights that were trained with them.
             batch_size: Maximum number of images at a time, from 1; None: as many as memory holds and pay.
             callback: Called with a ``GenerationProgress`` after every image. Where it returns False, the scores so far
                 are returned.
@@ -89,13 +85,11 @@ class ScoringModel(CaptioningModel):
         context = self.context
         planner = context.planner(batch_size)
         self.log_image_warnings(items)
-        codes_BGG = self.encode_images(items)
         requests = [
             GenerationRequest(prompt=prompt.text, prompt_ids=prompt.ids, seed=0, task="score", codes=codes)
-            for prompt, codes in zip(prompts, codes_BGG, strict=True)
+            for prompt, codes in zip(prompts, self.encode_images(items), strict=True)
         ]
-        seen_BGG = self._codes_of_pixels(items, codes_BGG) if self.ranking_rule(by).needs_pixels else codes_BGG
-        scores = runner.score_images(requests, by, context, planner, list(seen_BGG), callback)
+        scores = runner.score_images(requests, by, context, planner, callback)
         return only_result(scores, callback) if is_single else scores
 
     def rerank(
@@ -145,17 +139,3 @@ class ScoringModel(CaptioningModel):
                 image.score = score
         order = sorted(range(len(items)), key=lambda index: -scores[index].log_probability)
         return [items[index] for index in order]  # type: ignore[misc]
-
-    def _codes_of_pixels(self, images: Sequence[ImageLike], codes_BGG: np.ndarray) -> np.ndarray:
-        """Return the codes that the pixels of images are encoded to, (B, G, G).
-
-        Args:
-            images: The images.
-            codes_BGG: Their codes. Those of images that were not generated are of their pixels already.
-        """
-        generated = [index for index, image in enumerate(images) if isinstance(image, GeneratedImage)]
-        if not generated:
-            return codes_BGG
-        seen_BGG: np.ndarray = codes_BGG.copy()
-        seen_BGG[generated] = self.encode_images([images[index] for index in generated], from_pixels=True)
-        return seen_BGG

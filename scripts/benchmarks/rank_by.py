@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from cogview import CogView, Sampling
@@ -55,20 +56,22 @@ SIZES = (2, 4, 8, 16)
 SEED = 6
 AT_A_TIME = 4  # captions
 NOISE_SEED = 0
-# Factors of the means per token of ``SCORE_TERMS``; "cycle" is the fraction of codes that decoding and encoding keep.
+# Factors of the means per token of ``SCORE_TERMS``, of the codes that were sampled or of those of the pixels; "cycle"
+# is the fraction of codes that decoding and encoding keep.
 WITH_MASKS = RANKING_RULES["both"].with_masks
 assert WITH_MASKS is not None
 FORMULAS: Mapping[str, Mapping[str, float]] = {
     "caption": {"caption": 1},
     "picture": {"picture": 1},
-    "sum": {"picture": 1, "caption": 1},
+    "sum": RANKING_RULES["both"].weights,
     "guidance": {"picture": 1, "picture alone": -1},
     "alone": {"picture alone": 1},
     "cycle": {"cycle": 1},
     "sum_and_cycle": {"picture": 1, "caption": 1, "cycle": 1},
-    "sum_of_pixels": {"picture_of_pixels": 1, "caption_of_pixels": 1},
-    "both_without_masks": RANKING_RULES["both"].weights,
-    "masked": {"masked": 1, "masked_of_pixels": 1},
+    "sum_of_pixels": {"picture of pixels": 1, "caption of pixels": 1},
+    "masked_of_pixels": {"masked of pixels": 1},
+    "masked": {"masked": 1},
+    "both_and_pixels": {**WITH_MASKS.weights, "masked of pixels": 1},
     "both": WITH_MASKS.weights,
 }
 Scores = dict[str, np.ndarray]
@@ -124,12 +127,13 @@ def score_group(model: CogView, images: Sequence[GeneratedImage], caption: str) 
     """Return the terms of ``FORMULAS`` of the images of a caption, each (images,)."""
     context = model.context
     pieces = model.tokenize([caption])[0].ids
-    sampled, seen = model.encode_images(images), model.encode_images(images, from_pixels=True)
+    sampled = model.encode_images(images)
+    seen = model.encode_images([Image.fromarray(np.asarray(image)) for image in images])
     found = {"cycle": (seen == sampled).mean(axis=(1, 2))}
-    for name, term in SCORE_TERMS.items():
-        pairs = [(pieces, codes) for codes in (seen if term.from_pixels else sampled)]
-        scored = term_scores(term, pairs, context, context.planner(None))
-        found[name] = np.array([value / count for value, count in scored])
+    for suffix, codes in (("", sampled), (" of pixels", seen)):
+        for name, term in SCORE_TERMS.items():
+            scored = term_scores(term, [(pieces, own) for own in codes], context, context.planner(None))
+            found[name + suffix] = np.array([value / count for value, count in scored])
     return found
 
 
@@ -245,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("world", type=Path, nargs="?", help="folder that cogview scenes made")
     parser.add_argument("--model", default="cogview-emoji", help="name or folder of a model (default: %(default)s)")
     parser.add_argument("--captions", type=int, default=150, help="held-out captions (default: %(default)s)")
+    parser.add_argument("--skip", type=int, default=0, help="captions to leave out before them (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="seed of captions and images (default: %(default)s)")
     parser.add_argument("--without", type=seed_and_count, metavar="SEED:COUNT", help="captions to leave out")
     parser.add_argument("--case", default="temperature=1.5", help="damage, as above (default: %(default)s)")
@@ -259,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     flush_denormals()
     world = EmojiWorld.load(options.world)
     model, sampling = open_case(options.case, options.model)
-    asked = fresh_scenes(world, options.captions, options.seed, options.without)
+    asked = fresh_scenes(world, options.skip + options.captions, options.seed, options.without)[options.skip :]
     values = values_of(*measure(model, sampling, world, asked, options.seed))
     if options.output:
         manifest = manifest_of(options.case, model, sampling, [caption for _, _, caption in asked], options.seed)
