@@ -180,6 +180,8 @@ def model(model: ModelOptions, options: MeasureOptions, output: Path | None, as_
     options.check()
     prompts = {} if options.prompts is None else read_prompts(options.prompts)
     if output is not None:
+        if output.is_dir():
+            raise InputError(f"the output {output} is a folder; expected the name of a file")
         prepare_folder(output.parent)
     opened = open_model(model, [] if options.prompts is None else ["generate"])
     print(f"model {opened.label} on {opened.placement}", file=sys.stderr)

@@ -97,6 +97,7 @@ def test_eval_images_names_broken_pictures_and_measures_the_others(evaluate):
         (("--network", "stub", "--weights", "x.pth"), "--weights has no effect on the network stub"),
         (("--network", "none-such"), "none-such"),
         (("--network", "stub", "--sample", "1"), "1 is not in the range x>=2"),
+        (("--network", "stub", "--fit", "center"), "'center' is not one of 'crop', 'pad', 'stretch'"),
     ],
 )
 def test_eval_images_refuses_in_one_line(evaluate, arguments, message):

@@ -187,6 +187,7 @@ def test_eval_model_names_broken_pictures_and_measures_the_others(evaluate, pict
         (["--pictures", "pictures", "--rows", "5"], "--rows applies to --store only; leave it out"),
         (["--store", "store", "--network", "stub"], "--network applies to --pictures only; leave it out"),
         (["--pictures", "pictures", "--prompts", "x"], "--prompts and --pictures are two measures"),
+        (["--pictures", "pictures", "-o", "pictures"], "the output pictures is a folder; expected the name of a file"),
     ],
 )
 def test_eval_model_refuses_pictures_in_one_line(evaluate, tiny_model, pictures, save_image, arguments, message):
