@@ -5,7 +5,7 @@ line has the pictures per second of processor time of the network alone.
 
 python scripts/real_pictures.py pictures/real
 python scripts/benchmarks/moved_distance.py pictures/real
-python scripts/benchmarks/moved_distance.py pictures/real --network efficientnet-lite0
+python scripts/benchmarks/moved_distance.py pictures/real --network efficientnet-lite0 --changes 1
 """
 
 # N pictures, H, W image in pixels, D features
@@ -122,6 +122,7 @@ def main() -> int:
     parser.add_argument(
         "--network", default="cogview-emoji", help="feature network, as of cogview eval images (default: %(default)s)"
     )
+    parser.add_argument("--changes", type=int, metavar="COUNT", help="measure the first changes alone (default: all)")
     options = parser.parse_args()
     paths = sorted(path for path in options.folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if len(paths) < 2:
@@ -135,7 +136,7 @@ def main() -> int:
         kid = kernel_distances(a_ND, b_ND, size=min(700, len(a_ND) // 2)).mean()
         print(f"| {name} | {distance(a_ND, b_ND):.4f} | {kid:.4f} |", flush=True)
 
-    for name, change in changes(side).items():
+    for name, change in list(changes(side).items())[: options.changes]:
         print_row(name, collect_features(network, paths, change, name), reference)
     print_row("one half of the pictures, the other set the other half", reference[::2], reference[1::2])
     rate = network.pictures / network.seconds
