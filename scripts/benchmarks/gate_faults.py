@@ -242,12 +242,16 @@ def write_runs(path: Path, manifest: Manifest, runs: Mapping[str, Mapping[str, f
 
 
 def format_table(result: Result) -> str:
-    """Return the runs of a result file as a Markdown table: a line for each fault.
+    """Return the runs of a result file as a Markdown table, a line for each fault, and what fewer runs measured.
+
+    Its numbers are checked by scripts/check_figures.py under the mark
+    ``results: NAME {row}.{column} | unchanged scale norms temperature collapsed | everything noticed - -``.
 
     Args:
         result: A result of ``write_runs``, with or without its items.
     """
     lines = ["| fault | everything right | noticed | runs | rows that fell |", "|---|---|---|---|---|"]
+    notes = []
     for name, fault in FAULTS.items():
         noticed = result.results.get(f"{name}.noticed")
         if noticed is None:
@@ -260,11 +264,14 @@ def format_table(result: Result) -> str:
         }
         fallen = ", ".join(f"{row} {count}" for row, count in sorted(times.items(), key=lambda each: -each[1]) if count)
         share = f"{noticed.value:.0%} ({noticed.low:.1%}–{noticed.high:.1%})"
-        right = result.results[f"{name}.everything"]
+        right = result.results.get(f"{name}.everything")
         lines.append(
-            f"| {fault.description} | {right.value:.1%} of {right.n} runs | {share} | {noticed.n} | {fallen or '–'} |"
+            f"| {fault.description} | {'–' if right is None else f'{right.value:.1%}'} | {share} | {noticed.n} | "
+            f"{fallen or '–'} |"
         )
-    return "\n".join(lines)
+        if right is not None and right.n < noticed.n:
+            notes.append(f"Everything right, with the fault of {name}: measured in {right.n} of {noticed.n} runs.")
+    return "\n".join([*lines, *([""] if notes else []), *notes])
 
 
 def _share(verdicts: Sequence[float]) -> ResultValue:

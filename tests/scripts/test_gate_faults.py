@@ -77,9 +77,12 @@ def test_write_runs_makes_the_table_that_is_counted_by_hand(gate_faults, tmp_pat
         "scale.fell.clean": (0.5, 2),
     }
     lines = gate_faults.format_table(result).splitlines()
-    assert lines[2] == "| none | 95.0% of 2 runs | 50% (9.5%–90.5%) | 2 | ranking 1 |"
-    assert lines[3].split(" | ")[1:] == ["70.0% of 2 runs", "100% (34.2%–100.0%)", "2", "everything 2, clean 1 |"]
+    assert lines[2] == "| none | 95.0% | 50% (9.5%–90.5%) | 2 | ranking 1 |"
+    assert lines[3].split(" | ")[1:] == ["70.0%", "100% (34.2%–100.0%)", "2", "everything 2, clean 1 |"]
     assert len(lines) == 4
+    gate_faults.write_runs(path, MANIFEST, {**runs, "scale 3": {"ranking": 0.1, "fell.ranking": 1.0}})
+    *_, line = gate_faults.format_table(read_result(path)).splitlines()
+    assert line == "Everything right, with the fault of scale: measured in 2 of 3 runs."
 
 
 def test_read_runs_returns_what_was_written_and_refuses_another_manifest(gate_faults, tmp_path):

@@ -224,7 +224,10 @@ def earlier_limit(before: Result, world: EmojiWorld) -> float:
 
 def _check_measure(before: Result) -> None:
     if before.manifest.measure != MEASURE or before.items is None:
-        raise InputError(f"a result of the measure {before.manifest.measure}, expected {MEASURE}: cogview eval gate")
+        raise InputError(
+            f"the earlier result has the measure {before.manifest.measure}, expected {MEASURE}: give --against a file "
+            "that cogview eval gate wrote"
+        )
 
 
 def _fixed_settings(world: EmojiWorld, limit: float) -> dict[str, Any]:
