@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, Decorator, option_group
 from cogview.errors import InputError
 from cogview.formatting import plural
@@ -88,7 +89,7 @@ def measure_distances(
     from cogview.evaluation.field_benchmarks.coco_distances import SIDE, SIGMAS, blur_curve, blurred_distances
     from cogview.evaluation.field_benchmarks.manifest import describe_pictures
     from cogview.evaluation.image_sets import open_image_set
-    from cogview.evaluation.image_statistics import SquareResize
+    from cogview.evaluation.image_statistics import SquareResize, rank_deficiency_note
     from cogview.evaluation.manifest import BlurRecord
 
     reference = options.reference
@@ -113,6 +114,8 @@ def measure_distances(
         results, (measured, measured_true) = blurred_distances(
             candidate, true, network, resize, options.blur, on_image=bar.update
         )
+    if (note := rank_deficiency_note(measured, measured_true)) is not None:
+        print_note(note)
     manifest = replace(
         describe_pictures(chosen, items, output, {**settings, "sigmas": list(SIGMAS)}),
         candidate=measured.record,

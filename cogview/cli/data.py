@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from cogview.cli.data_stores import export, inspect, merge, stats, validate
+from cogview.cli.finite_range import FiniteRange
 from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
@@ -101,7 +102,7 @@ def picture_options() -> Decorator:
         ("held_out", "fit", "simplified", "num_workers"),
         click.option(
             "--held-out",
-            type=click.FloatRange(min=0, max=1, max_open=True),
+            type=FiniteRange(min=0, max=1, max_open=True),
             default=0.05,
             metavar="SHARE",
             help="share of the pictures for the store STORE-held-out, chosen by a hash of their pixels",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import click
 
+from cogview.cli.finite_range import FiniteRange
 from cogview.cli.options import (
     DEFAULT_MODEL,
     DTYPES,
@@ -21,17 +21,6 @@ from cogview.cli.options import (
 
 POSITIVE = click.IntRange(min=1)
 TASK_NAMES = {"rerank": "score"}  # of commands that are named unlike their task
-
-
-class FiniteRange(click.FloatRange):
-    """A range of numbers without infinity and NaN."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return the number."""
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"{number:g} is not a finite number.", param, ctx)
-        return number
 
 
 ABOVE_0 = FiniteRange(min=0, min_open=True)

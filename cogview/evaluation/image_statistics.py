@@ -287,6 +287,22 @@ def kernel_subset_size(candidate: MeasuredSet, reference: MeasuredSet, sample: i
     return max(2, min(KERNEL_SUBSET_SIZE, smaller // 2))
 
 
+def rank_deficiency_note(candidate: MeasuredSet, reference: MeasuredSet) -> str | None:
+    """Return what a user must know of a Fréchet distance of sets with too few pictures; None with enough.
+
+    Args:
+        candidate: The first set.
+        reference: The other set.
+    """
+    a, b = candidate.statistics.moments, reference.statistics.moments
+    if not a.is_rank_deficient and not b.is_rank_deficient:
+        return None
+    return (
+        f"rank-deficient: the covariance of {len(a.mean)} dimensions needs more pictures than that, and the Fréchet "
+        f"distance is too large with fewer; quote KID. Pictures of the smaller set: {min(a.count, b.count)}"
+    )
+
+
 def distribution_results(
     candidate: MeasuredSet, reference: MeasuredSet, protocol: ImageProtocol, notes: list[str]
 ) -> dict[str, ResultValue]:
@@ -300,12 +316,8 @@ def distribution_results(
     """
     a, b = candidate.statistics, reference.statistics
     results = {"fid": frechet_result(candidate, reference)}
-    if a.moments.is_rank_deficient or b.moments.is_rank_deficient:
-        count = results["fid"].n
-        notes.append(
-            f"rank-deficient: the covariance of {len(a.moments.mean)} dimensions needs more pictures than that, and "
-            f"the Fréchet distance is too large with fewer; quote KID. Pictures of the smaller set: {count}"
-        )
+    if (note := rank_deficiency_note(candidate, reference)) is not None:
+        notes.append(note)
     features, references = a.sample.features, b.sample.features
     size = kernel_subset_size(candidate, reference, protocol.sample)
     kernel = kernel_distances(features, references, size=size, seed=protocol.seed)

@@ -214,13 +214,14 @@ def coco(benchmark, save_image):
 def test_eval_benchmark_measures_blurred_distances_of_coco(coco):
     """FID-k equals the distance of `eval images` at that blur; equal sets have none where both are blurred."""
     assert sorted(files("out/pictures")) == ["10.png", "11.png", "12.png", "9.png"]
-    status, out, _ = coco("--reference", "true", "--json")
+    status, out, err = coco("--reference", "true", "--json")
     found = {name: value["value"] for name, value in json.loads(out[0])["results"].items()}
     assert (status, list(found)) == (0, [f"fid_{k}" for k in (0, 1, 2, 4, 8)])
     for k in (0, 2):
         options = ["--network", "stub", "--side", "256", "--blur-sigma", str(k), "-o", f"{k}.json", "--device", "cpu"]
         assert main(["eval", "images", "out/pictures", "true", *options]) == 0
         assert found[f"fid_{k}"] == pytest.approx(read_result(Path(f"{k}.json")).results["fid"].value, rel=1e-6)
+    assert "rank-deficient: the covariance of 48 dimensions needs more pictures" in err[0]
     result = read_result(Path("out/result.json"))
     assert (result.manifest.blur.which, result.manifest.settings["sigmas"]) == ("both", [0, 1, 2, 4, 8])
     assert (result.manifest.reference.count, result.manifest.candidate.count, result.manifest.prompts.count) == (
