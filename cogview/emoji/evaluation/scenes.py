@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ import numpy as np
 from cogview.config_io import to_mapping
 from cogview.emoji.datasets import HELD_OUT_SEED, SceneDataset
 from cogview.emoji.grader import ImageGrade, SceneGrade, SceneGrader
-from cogview.emoji.scene import Scene
+from cogview.emoji.scene import COUNTS, Scene, SceneKind
+from cogview.emoji.things import EmojiObject
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.evaluation.harness import TUNING_SEED, choose_sampling, describe_protocol, generate_images, grade_images
@@ -30,6 +32,7 @@ COLUMNS = {
     "ceiling_true_scenes": "true scenes",
 }
 MAX_CONFUSIONS = 10
+FEW_SCENES = 1000  # from here on, a world's held-out scenes are counted before they are chosen
 # Held-out images on which the image tokenizer is measured.
 TOKENIZER_IMAGES = 2048
 TOKENIZER_IMAGES_PER_CAPTION = 5  # at most, so that a report on few captions takes little time
@@ -46,6 +49,10 @@ def held_out_scenes(world: EmojiWorld, count: int, seed: int = 0) -> list[tuple[
     Raises:
         InputError: The world has too few held-out scenes.
     """
+    if count > FEW_SCENES and (available := num_held_out_scenes(world)) < count:
+        raise InputError(
+            f"a world of {len(world.things)} objects has {available} held-out scenes, {count} requested; ask for fewer"
+        )
     chosen: dict[str, Scene] = {}
     for index in range(20 * count):
         scene = world.sample_scene(seed, index, held_out=True)
@@ -54,6 +61,28 @@ def held_out_scenes(world: EmojiWorld, count: int, seed: int = 0) -> list[tuple[
             return [(scene, world.caption(scene, seed, complete=True)) for scene in chosen.values()]
     raise InputError(
         f"a world of {len(world.things)} objects has too few held-out scenes: {count} requested, {len(chosen)} found"
+    )
+
+
+def num_held_out_scenes(world: EmojiWorld) -> int:
+    """Return how many different held-out scenes a world has; it takes a second or two with 120 objects.
+
+    Args:
+        world: The world of the scenes.
+    """
+    weights, things = world.settings.weights, world.things
+    contents: list[tuple[SceneKind, tuple[EmojiObject, ...], int]] = []
+    if weights.one:
+        contents += [("one", (thing,), 1) for thing in things]
+    if weights.many:
+        contents += [("many", (thing,), count) for thing in things for count in COUNTS]
+    if weights.pair:
+        kinds: tuple[SceneKind, SceneKind] = ("beside", "above")
+        contents += [(kind, pair, 1) for kind in kinds for pair in permutations(things, 2)]
+    return sum(
+        Scene(colour=colour, kind=kind, things=shown, count=number).held_out
+        for colour in world.colours
+        for kind, shown, number in contents
     )
 
 

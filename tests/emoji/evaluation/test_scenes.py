@@ -17,11 +17,13 @@ from cogview.emoji.evaluation.scenes import (
     evaluate_scenes,
     format_report,
     held_out_scenes,
+    num_held_out_scenes,
     summarize_images,
     tune_sampling,
 )
 from cogview.emoji.grader import SceneGrader
-from cogview.emoji.scene import COLOURS, Scene
+from cogview.emoji.scene import COLOURS, Scene, SceneWeights
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.evaluation.harness import TUNING_SEED
 from cogview.modeling.config import Sampling
@@ -106,6 +108,17 @@ def test_held_out_scenes_differ_and_have_complete_captions(make_tiny_world):
     assert all(scene.held_out and "背景" in caption for scene, caption in asked)
     with pytest.raises(InputError, match="a world of 6 objects has too few held-out scenes: 1000 requested"):
         held_out_scenes(world, 1000)
+
+
+@pytest.mark.parametrize("weights", [SceneWeights(), SceneWeights(pair=0), SceneWeights(one=0, many=0)])
+def test_num_held_out_scenes_equals_the_scenes_that_sampling_finds(make_tiny_world, monkeypatch, weights):
+    """More scenes than there are were sampled for minutes before they were refused."""
+    world = make_tiny_world(weights=weights)
+    sampled = {world.sample_scene(0, index, held_out=True).meaning for index in range(3000)}
+    assert num_held_out_scenes(world) == len(sampled)
+    monkeypatch.setattr(EmojiWorld, "sample_scene", None)  # is not asked
+    with pytest.raises(InputError, match=f"has {len(sampled)} held-out scenes, 1000000000000 requested"):
+        held_out_scenes(world, 10**12)
 
 
 def test_evaluate_scenes_grades_a_painter_who_knows_three_of_four(world):
