@@ -22,7 +22,7 @@ from cogview.cli.options import (
     output_option,
     sampling_options,
 )
-from cogview.cli.result_file import save_result
+from cogview.cli.result_file import check_result_path, save_result
 from cogview.errors import InputError
 from cogview.formatting import aligned_columns, plural
 
@@ -114,6 +114,8 @@ def benchmark(
     chosen = BENCHMARKS[name]
     items = chosen.read_items(options.prompts, subset=options.subset)
     samples = options.samples or chosen.samples
+    if distances.reference is not None or options.ocr is not None or options.answers is not None:
+        check_result_path(output / RESULT_FILE)
     if distances.reference is not None:
         measured = {"samples": samples, "subset": options.subset}
         manifest, results, curves = measure_distances(chosen, items, samples, output, distances, measured)

@@ -19,6 +19,7 @@ from cogview.cli.options import (
     precision_options,
     sampling_options,
 )
+from cogview.cli.result_file import check_result_path, save_result
 from cogview.errors import ExitStatus, InputError
 
 if TYPE_CHECKING:
@@ -79,25 +80,28 @@ def gate(
     fifty of an unchanged model with another seed; with the same seed and the same arithmetic nothing changes.
     """
     from cogview.emoji.evaluation.gate import GateSettings, compare_rows, run_gate
-    from cogview.evaluation.manifest import read_result, write_result
-    from cogview.image_io.png import prepare_folder
+    from cogview.evaluation.manifest import read_result
     from cogview.pipeline.cogview import CogView
     from cogview.pipeline.inputs import resolve_seed
 
     if output is not None:
-        if output.is_dir():
-            raise InputError(f"--output {output} is a folder; expected the name of a file")
-        prepare_folder(output.parent)
+        check_result_path(output)
     opened = CogView.from_pretrained(model, device=device, dtype=dtype, adapter=adapter)
     shipped = None if opened.folder is None else opened.folder / GATE_FILE
     before = None
-    if against is not None or (shipped is not None and shipped.is_file()):
-        before = read_result(against or shipped)  # type: ignore[arg-type]  # it is a file
+    earlier = against if against is not None or shipped is None or not shipped.is_file() else shipped
+    if earlier is not None:
+        before = read_result(earlier)
+        if output is not None and output.resolve() == earlier.resolve():
+            raise InputError(
+                f"the output {output} is the earlier result, which a worse one would replace; choose another name, or "
+                "remove it first to begin anew"
+            )
     world = open_world(recipe)
     gated = GateSettings(prompts=prompts, seed=resolve_seed(seed), batch_size=batch_size)
     manifest, values, items = run_gate(opened, world, opened.sampling(**settings), gated, before)
     if output is not None:
-        write_result(output, manifest, values, items)
+        save_result(output, manifest, values, items)
     if before is None:
         for name, value in values.items():
             print(f"{name}: {value.value:.1%} of {value.n}")

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import click
 
+from cogview.cli.finite_range import FiniteRange
 from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, Command, argument, device_option, model_option, option_group, output_option
+from cogview.cli.result_file import check_result_path
 from cogview.errors import ExitStatus, InputError
 from cogview.formatting import aligned_columns, plural
 
@@ -102,7 +104,7 @@ _OPTIONS = option_group(
     ),
     click.option(
         "--blur-sigma",
-        type=click.FloatRange(min=0, max=64),
+        type=FiniteRange(min=0, max=64),
         default=0,
         metavar="SIGMA",
         help="standard deviation, in pixels, of a Gaussian blur after resizing; 0 disables",
@@ -110,7 +112,7 @@ _OPTIONS = option_group(
     click.option(
         "--blur", type=click.Choice(["both", "reference"]), default="both", help="which pictures --blur-sigma blurs"
     ),
-    click.option("--seed", type=int, default=0, metavar="NUMBER", help="random seed of subsets"),
+    click.option("--seed", type=click.IntRange(min=0), default=0, metavar="NUMBER", help="random seed of subsets"),
     click.option(
         "--sample",
         type=click.IntRange(min=2),
@@ -120,7 +122,7 @@ _OPTIONS = option_group(
     ),
     click.option(
         "--workers",
-        type=click.IntRange(min=0),
+        type=click.IntRange(min=0, max=1024),
         default=0,
         metavar="COUNT",
         help="processes that read pictures ahead; the values are the same",
@@ -153,17 +155,18 @@ def images(
     from cogview.device import choose_placement
     from cogview.evaluation.image_sets import open_image_set
     from cogview.evaluation.manifest import write_result
-    from cogview.image_io.png import prepare_folder
+    from cogview.image_io.png import prepared_folder
 
     _refuse_unused(options)
     placement = choose_placement(device).device
+    if output.is_dir():
+        output /= RESULT_FILE
+    check_result_path(output)
     opened = [open_image_set(path, lambda: _tokenizer(model, placement)) for path in (candidate, reference)]
     measure = _measure_pairs if options.pairs else _measure_sets
     manifest, results, items, problems = measure(opened, options, placement)
-    if output.is_dir():
-        output /= RESULT_FILE
-    prepare_folder(output.parent)
-    write_result(output, manifest, results, items)
+    with prepared_folder(output.parent):
+        write_result(output, manifest, results, items)
     if as_json:
         values = {name: value.value for name, value in results.items()}
         print(json.dumps({**values, "left_out": len(problems), "result": str(output)}, ensure_ascii=False))

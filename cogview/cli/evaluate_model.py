@@ -29,6 +29,7 @@ from cogview.cli.options import (
     speculative_option,
 )
 from cogview.cli.ranking_options import rank_by_option
+from cogview.cli.result_file import check_result_path, save_result
 from cogview.errors import ExitStatus, InputError
 from cogview.formatting import aligned_columns
 
@@ -172,17 +173,13 @@ def model(model: ModelOptions, options: MeasureOptions, output: Path | None, as_
     """
     from cogview.cli.session import open_model
     from cogview.config_io import to_mapping
-    from cogview.evaluation.manifest import write_result
     from cogview.evaluation.model_report import ResultTable
     from cogview.evaluation.text_files import read_prompts
-    from cogview.image_io.png import prepare_folder
 
     options.check()
     prompts = {} if options.prompts is None else read_prompts(options.prompts)
     if output is not None:
-        if output.is_dir():
-            raise InputError(f"the output {output} is a folder; expected the name of a file")
-        prepare_folder(output.parent)
+        check_result_path(output)
     opened = open_model(model, [] if options.prompts is None else ["generate"])
     print(f"model {opened.label} on {opened.placement}", file=sys.stderr)
     table = ResultTable()
@@ -195,7 +192,7 @@ def model(model: ModelOptions, options: MeasureOptions, output: Path | None, as_
     else:
         manifest = measure_prompt_lines(table, opened, prompts, options, model.max_batch_size)
     if output is not None:
-        write_result(output, manifest, table.values, table.result_items(), table.curves)
+        save_result(output, manifest, table.values, table.result_items(), table.curves)
     if as_json:
         print(json.dumps({"model": opened.label, "results": to_mapping(table.values)}, ensure_ascii=False))
     else:

@@ -11,7 +11,7 @@ import click
 
 from cogview.cli.evaluate_benchmark import score_lines
 from cogview.cli.options import FILE, Command, argument
-from cogview.cli.result_file import result_option, save_result
+from cogview.cli.result_file import check_result_path, result_option, save_result
 from cogview.formatting import plural
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ def text_in_pictures(file: Path, engine: str, as_json: bool, output: Path | None
     """
     from cogview.evaluation.ocr import compare_all, read_expected, reading_results
 
+    if output is not None:
+        check_result_path(output)
     pictures = read_expected(file)
     read = read_pictures([path for path, _ in pictures], engine)
     scores = compare_all(read, [text for _, text in pictures])

@@ -11,7 +11,7 @@ import click
 
 from cogview.cli.messages import print_note
 from cogview.cli.options import FILE, Command, argument
-from cogview.cli.result_file import result_option, save_result
+from cogview.cli.result_file import check_result_path, result_option, save_result
 from cogview.errors import InputError
 from cogview.formatting import aligned_columns, plural, shorten
 
@@ -53,6 +53,8 @@ def text(hypotheses: Path, references: Path, unit: str | None, as_json: bool, ou
     """
     from cogview.evaluation.text_files import match_ids, read_hypotheses, read_references
 
+    if output is not None:
+        check_result_path(output)
     candidates = read_hypotheses(hypotheses, print_note)
     true = read_references(references, print_note)
     match_ids(candidates, true, str(hypotheses), str(references))

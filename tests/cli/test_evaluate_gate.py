@@ -67,6 +67,11 @@ def test_gate_passes_an_equal_run_and_names_the_row_of_a_planted_loss(gate, tmp_
     assert "FELL  different images:" in output.out
     assert "failed: lower than before: different images" in output.err
 
+    first = (tmp_path / "first.json").read_bytes()  # a fall that replaced it would pass from then on
+    assert gate("--against", tmp_path / "first.json", "-o", tmp_path / "first.json") == 2
+    assert "first.json is the earlier result, which a worse one would replace" in capsys.readouterr().err
+    assert (tmp_path / "first.json").read_bytes() == first
+
 
 def test_gate_refuses_bad_input_in_one_line(gate, tmp_path, capsys):
     (tmp_path / "other.json").write_text(json.dumps({"format": "x"}), encoding="utf-8")

@@ -97,6 +97,11 @@ def test_eval_images_names_broken_pictures_and_measures_the_others(evaluate):
         (("--network", "stub", "--weights", "x.pth"), "--weights has no effect on the network stub"),
         (("--network", "none-such"), "none-such"),
         (("--network", "stub", "--sample", "1"), "1 is not in the range x>=2"),
+        (("--network", "stub", "--seed", "-1"), "-1 is not in the range x>=0"),
+        (("--network", "stub", "--blur-sigma", "nan"), "nan is not a finite number"),
+        (("--network", "stub", "--workers", "1000000"), "1000000 is not in the range 0<=x<=1024"),
+        (("--network", "stub", "-o", "A/0.png"), "the output A/0.png exists and is no result of cogview"),
+        (("--network", "stub", "-o", "A/0.png/x.json"), "the output folder A/0.png cannot be written: it is a file"),
         (("--network", "stub", "--fit", "center"), "'center' is not one of 'crop', 'pad', 'stretch'"),
     ],
 )

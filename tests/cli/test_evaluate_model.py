@@ -122,6 +122,7 @@ def test_eval_model_measures_images_of_prompts(evaluate, tiny_model):
         (["--prompts", "twice.txt"], "remove all but one of the equal lines 1, 4; 2, 5"),
         (["--prompts", "long.txt"], "long.txt, line 2: the prompt"),
         (["--prompts", "prompts.txt", "--images", "1"], "1 is not in the range"),
+        (["--prompts", "prompts.txt", "-o", "prompts.txt"], "prompts.txt exists and is no result of cogview, so"),
         (["--prompts", "prompts.txt", "--pairs", "5"], "--pairs applies to --store only; leave it out"),
         (["--store", "store", "--top-k", "5"], "--top-k applies to --prompts only; leave it out"),
         (["--prompts", "prompts.txt", "--rank-by", "both"], "a choice by both has no independent judge"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cogview.cli.main import main
+from cogview.cli.result_file import check_result_path
 from cogview.evaluation.manifest import read_result, unlike_fields
 
 TEXTS = "一只猫坐在垫子上\n两只狗在草地上跑\n"
@@ -132,3 +133,24 @@ def test_eval_text_refuses_bad_files_in_one_line(evaluate, files, message):
     status, out, err = evaluate(files, "--by", "characters")
     assert (status, out, len(err)) == (2, [], 1)
     assert message in err[0]
+
+
+def test_check_result_path_keeps_every_file_but_a_result(evaluate):
+    """A result with the name of the texts replaced them."""
+    files = {"hyp.txt": TEXTS, "ref.txt": REFERENCES}
+    status, out, err = evaluate(files, "--by", "characters", "-o", "hyp.txt")
+    assert (status, out, len(err)) == (2, [], 1)
+    assert "the output hyp.txt exists and is no result of cogview" in err[0]
+    assert Path("hyp.txt").read_text(encoding="utf-8") == TEXTS
+
+    Path("empty.json").touch()  # as of mktemp
+    for output in ("empty.json", "empty.json", "new/folder/result.json"):
+        assert evaluate(files, "--by", "characters", "-o", output)[0] == 0
+        assert read_result(Path(output)).manifest.measure == "text"
+    edited = Path("empty.json").read_text(encoding="utf-8").replace('"text"', '"texts"')
+    assert evaluate({**files, "edited.json": edited}, "--by", "characters", "-o", "edited.json")[0] == 0
+
+
+def test_check_result_path_leaves_no_folder_behind(tmp_path):
+    check_result_path(tmp_path / "new" / "folder" / "result.json")
+    assert list(tmp_path.iterdir()) == []
