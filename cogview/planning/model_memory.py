@@ -250,7 +250,8 @@ def sampling_bytes(sampling: Sampling, num_ids: int, dtype: str, device_type: st
         guided: Whether guidance computes logits without text as well.
     """
     # In 16 bits many logits are equal, and top-p sorts all of them to break the ties.
-    top_k = device_type == "cpu" and sampling.top_k > 0 and (sampling.top_p == 1 or dtype == "float32")
+    few = 0 < sampling.top_k < num_ids - TIE_MARGIN  # as in `sample`: all candidates are sorted otherwise
+    top_k = device_type == "cpu" and few and (sampling.top_p == 1 or dtype == "float32")
     filtered = FILTERED_BYTES * (sampling.top_k + TIE_MARGIN) if top_k else 0
     return num_ids * ((TOP_K_BYTES if top_k else SAMPLING_BYTES) + GUIDANCE_BYTES * guided) + filtered
 

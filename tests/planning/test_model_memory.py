@@ -9,6 +9,7 @@ import torch
 from cogview.errors import InputError
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingRequest
+from cogview.generation.sampling import TIE_MARGIN
 from cogview.modeling.config import Sampling
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.quantization import Int4Linear, Int8Linear, swap_quantized_linears
@@ -18,6 +19,7 @@ from cogview.planning.model_memory import (
     forward_bytes,
     image_bytes,
     layer_bytes,
+    sampling_bytes,
     smaller_formats,
     workspace_bytes,
 )
@@ -151,3 +153,11 @@ def test_smaller_formats_save_missing_bytes():
     assert smaller_formats(shape, vocabulary, "int8", "cuda", 0) == ['dtype="int4"']
     narrow = replace(shape, width=48)  # does not divide into groups of int4
     assert smaller_formats(narrow, vocabulary, "float32", "cuda", 0) == ['dtype="bfloat16"', 'dtype="int8"']
+
+
+@pytest.mark.parametrize("top_k", [8192 - TIE_MARGIN, 8192, 10**12])
+def test_sampling_bytes_of_a_top_k_of_all_candidates_are_those_of_all(top_k):
+    """An absurd --top-k was planned with terabytes; sampling sorts the candidates that there are."""
+    measure = partial(sampling_bytes, num_ids=8192, dtype="float32", device_type="cpu", guided=False)
+    assert measure(Sampling(top_k=top_k)) == measure(Sampling(top_k=0))
+    assert measure(Sampling(top_k=200)) < measure(Sampling(top_k=0))
