@@ -112,7 +112,10 @@ class TokenizerNetwork(_Network):
         from cogview.checkpoints.image_tokenizer import load_image_tokenizer
         from cogview.checkpoints.registry import resolve_checkpoint
 
-        folder = resolve_checkpoint(name)
+        try:
+            folder = resolve_checkpoint(name)
+        except InputError as error:
+            raise InputError(f"the network {name} is none of {', '.join(NETWORKS)}, and no model: {error}") from None
         inner = folder / "image" if (folder / "image").is_dir() else folder
         self._model = load_image_tokenizer(inner).to(device)
         self.downsampling = self._model.downsampling

@@ -95,7 +95,10 @@ def test_eval_images_names_broken_pictures_and_measures_the_others(evaluate):
         (("--lpips", "x.pth"), "--lpips measures pairs: add --pairs"),
         (("--network", "inception"), "the network inception needs its weights: --weights weights-inception"),
         (("--network", "stub", "--weights", "x.pth"), "--weights has no effect on the network stub"),
-        (("--network", "none-such"), "none-such"),
+        (
+            ("--network", "none-such"),
+            "none-such is none of inception, efficientnet-lite0, stub, and no model: checkpoint",
+        ),
         (("--network", "stub", "--sample", "1"), "1 is not in the range x>=2"),
         (("--network", "stub", "--seed", "-1"), "-1 is not in the range x>=0"),
         (("--network", "stub", "--blur-sigma", "nan"), "nan is not a finite number"),
