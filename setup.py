@@ -33,6 +33,7 @@ setup(
             "checkpoints.yaml",
             "emoji/*.yaml",
             "evaluation/*.css",
+            "kernels/c/*",
             "locale/*.po",
             "py.typed",
             "recipes/*",

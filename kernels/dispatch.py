@@ -1,7 +1,8 @@
 """Dispatch: which implementation of an operation runs, except for the linear layers (``linear.py``).
 
-``reference`` is the specification, ``torch`` PyTorch's fused operations where they are equal in meaning, and ``triton``
-the kernels of this package. ``COGVIEW_KERNELS`` forces one of them. Each choice is logged once.
+``reference`` is the specification, ``torch`` PyTorch's fused operations where they are equal in meaning, ``triton``
+the kernels of this package for GPUs, and ``native`` those for CPUs, which compute whole layers (``native.py``).
+``COGVIEW_KERNELS`` forces one of them. Each choice is logged once.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
-BACKENDS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "triton", "native")
 log = logging.getLogger(__name__)
 
 
@@ -24,7 +25,7 @@ class ForcedKernelsError(ValueError):
 
 @functools.cache
 def select_backend(
-    operation: str, device_type: str, available: Sequence[str] = BACKENDS, default: str | None = None
+    operation: str, device_type: str, available: Sequence[str] = BACKENDS[:3], default: str | None = None
 ) -> str:
     """Select the implementation of an operation.
 

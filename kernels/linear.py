@@ -185,7 +185,7 @@ def linear_int8(x: Tensor, quantized_NK: Tensor, scale_N: Tensor, bias_N: Tensor
         The product with bias (..., N), in the dtype of ``x``.
     """
     rows_MK = x.reshape(-1, x.shape[-1])
-    if not has_native_kernels(x.device) or len(rows_MK) >= MANY_ROWS_INT8:
+    if not has_quantized_kernels(x.device) or len(rows_MK) >= MANY_ROWS_INT8:
         return linear_int8_reference(x, quantized_NK, scale_N, bias_N)
     # In bfloat16: the kernel has no fast variant for other dtypes.
     product_MN = torch._weight_int8pack_mm(rows_MK.bfloat16().contiguous(), quantized_NK, scale_N)
@@ -302,7 +302,7 @@ def linear_prepacked(x: Tensor, packed: Tensor, weight_NK: Tensor, bias_N: Tenso
     return product_MN.view(*x.shape[:-1], -1)
 
 
-def has_native_kernels(device: torch.device) -> bool:
+def has_quantized_kernels(device: torch.device) -> bool:
     """Return whether PyTorch's kernels for quantized weights are used on ``device``."""
     return device.type == "cpu" and os.environ.get("COGVIEW_KERNELS") != "reference"
 

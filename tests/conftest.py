@@ -7,6 +7,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from PIL import Image, ImageDraw
 from cogview.emoji.things import EmojiFiles, EmojiObject
 from cogview.emoji.world import EmojiWorld, WorldSettings
 from cogview.kernels.dispatch import select_backend
+from cogview.kernels.native import CompileError, load_library
 from tests import v1_release
 from tests.factories import tiny_model as build_tiny_model
 from tests.factories import tiny_text_tokenizer
@@ -34,6 +36,10 @@ os.environ["COGVIEW_LANGUAGE"] = "en"  # tests read messages in any locale
 # Tiny models gain nothing from threads, and threads that wait for each other on a busy machine take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+with suppress(CompileError):
+    load_library()  # compiles the native kernels, if need be, before tests read messages
 
 
 def missing_emoji_files() -> str:

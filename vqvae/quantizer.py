@@ -37,7 +37,10 @@ class Quantizer(nn.Module):
     def __init__(self, num_codes: int, width: int, *, normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
-        self.register_buffer("codebook", self.normalized(torch.randn(num_codes, width)))
+        codebook = torch.empty(num_codes, width)
+        if codebook.device.type != "meta":  # where random numbers and norms import torch._dynamo, a second
+            codebook = self.normalized(codebook.normal_())
+        self.register_buffer("codebook", codebook)
         # Averages of the assignments of a code per update, and of the sum of its vectors.
         # Only training needs them, so a stored model does not carry them.
         self.register_buffer("ema_cluster_size", torch.zeros(num_codes), persistent=False)

@@ -9,7 +9,8 @@ import torch
 from cogview.checkpoints.checkpoint import Model
 from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.device import DevicePlacement
-from cogview.kernels.linear import has_native_kernels
+from cogview.kernels.linear import has_quantized_kernels
+from cogview.kernels.native import uses_native_kernels
 from cogview.modeling.config import ModelConfig, TransformerConfig
 from cogview.modeling.quantization import Int4Linear, swap_quantized_linears
 from cogview.modeling.transformer import INIT_STD, Transformer
@@ -57,7 +58,8 @@ def random_transformer(config: TransformerConfig, placement: DevicePlacement) ->
     transformer.load_state_dict(weights, strict=True, assign=True)
     for module in transformer.modules():
         if isinstance(module, Int4Linear):  # random bytes need no reordering
-            module.cpu_packed = has_native_kernels(placement.device)
+            native = uses_native_kernels(placement.device, placement.dtype)
+            module.cpu_packed = has_quantized_kernels(placement.device) and not native
     return transformer.eval()
 
 

@@ -35,7 +35,8 @@ from cogview.device import Quantization
 from cogview.errors import InputError
 from cogview.files import file_sha256, write_json
 from cogview.input_files import missing_file, read_regular
-from cogview.kernels.linear import has_native_kernels, pack_int4_for_cpu
+from cogview.kernels.linear import has_quantized_kernels, pack_int4_for_cpu
+from cogview.kernels.native import uses_native_kernels
 from cogview.modeling.config import FORMAT_VERSION, ModelConfig
 from cogview.modeling.quantization import Int4Linear, Int8Linear, is_quantized, swap_quantized_linears
 from cogview.modeling.transformer import Transformer
@@ -298,7 +299,8 @@ def load_transformer(
             swap_quantized_linears(transformer, quantization)
     file.prefetch()
     on_cpu = device.type == "cpu"
-    ordering = quantization == "int4" and has_native_kernels(device)
+    native = uses_native_kernels(device, dtype or torch.float32)
+    ordering = quantization == "int4" and has_quantized_kernels(device) and not native
     memory = TensorArena() if on_cpu else None
     keep = on_cpu and not ordering
     bar = tqdm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,6 +64,7 @@ def check_vqvae_sizes(path: Path, specs: Mapping[str, TensorSpec], config: VQVAE
         require_float(f"{path}: {name}", spec)
 
 
+@functools.cache
 def vqvae_shapes(config: VQVAEConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each tensor of a VQ-VAE by its name, the averages of its training included.
 

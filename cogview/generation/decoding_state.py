@@ -41,7 +41,6 @@ class DecodingState:
         bias_BT: NDArray[np.float32] | None,
         *,
         int8: bool = False,
-        share_prefix: bool = True,
     ) -> None:
         """Allocate the state; nothing is computed yet.
 
@@ -50,7 +49,6 @@ class DecodingState:
             batch: Rows, padded on the left.
             bias_BT: Bias that is added to the attention scores of each column; None for 0.
             int8: Store keys and values in int8.
-            share_prefix: Store equal prefixes once where that is worthwhile, instead of a copy per row.
         """
         weight = transformer.embedding.weight
         device, dtype = weight.device, weight.dtype
@@ -77,7 +75,7 @@ class DecodingState:
                 [prefixes.index(number) for number in range(num_prefixes)], device=device
             )
             self._prefixes_B = torch.tensor(prefixes, device=device)
-            shared = share_prefix and worth_sharing_prefix(batch, self._first_blank, num_prefixes)
+            shared = worth_sharing_prefix(batch, self._first_blank, num_prefixes)
         self.cache = KVCache(
             transformer.config,
             num_rows,
@@ -114,8 +112,6 @@ class DecodingState:
 
     def forward_columns(self, columns_BT: Tensor, num_keys: int, start: int | None) -> Tensor:
         """Process T consecutive columns of each row; the cache forgets what it had from there on.
-
-        Prefixes must not be shared.
 
         Args:
             columns_BT: Indices of the columns, int64; rows may be at different columns.

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cogview.kernels.native import sample_native, uses_native_kernels
 from cogview.modeling.config import Sampling
 
 # SplitMix64 (Steele, Lea and Flood, doi:10.1145/2660193.2660195), in int64: products wrap around, right shifts are
@@ -148,8 +149,8 @@ def keyed_gumbel(keys_B: Tensor, ids: range) -> Tensor:
 def sample(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) -> Tensor:
     """Sample one id per row: argmax of the filtered logits plus the noise of their keys.
 
-    On a CPU, noise is computed only for the ids that top-k keeps, which saves work. On other devices it is computed for
-    all ids, which saves kernel launches. The result is the same.
+    On a CPU, noise is computed only for the ids that pass the filters, or top-k, which saves work. On other devices it
+    is computed for all ids, which saves kernel launches. The result is the same.
 
     Args:
         logits_BV: Logits of ``ids``, of any floating-point dtype.
@@ -160,6 +161,16 @@ def sample(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) ->
     Returns:
         Index in ``ids`` of the sampled id of each row, (B,) int64.
     """
+    native = logits_BV.dtype == torch.float32 and uses_native_kernels(logits_BV.device, torch.float32)
+    if native and sampling.top_p == 1:
+        return sample_native(
+            logits_BV,
+            keys_B,
+            _mixed_ids(ids.start, ids.stop, keys_B.device),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+        )
     if logits_BV.device.type == "cpu" and 0 < sampling.top_k < logits_BV.shape[1] - TIE_MARGIN:
         chosen_B = _sample_top_k(logits_BV, keys_B, ids, sampling)
         if chosen_B is not None:

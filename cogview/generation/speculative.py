@@ -88,7 +88,7 @@ def decode_speculatively(
     """Decode all blanks of a batch, which must be image codes.
 
     Args:
-        state: State of the batch, without shared prefixes; the codes are written into it.
+        state: State of the batch; the codes are written into it.
         sampler: Sampler of the batch; it sums the log probabilities.
         max_window: Maximal number of columns per row and forward pass, at least 1.
         callback: Function that is called after every step.
@@ -119,7 +119,7 @@ def decode_speculatively(
             width = _next_width(width, mean_accepted, max_window)
             if num_steps == TRIAL_STEPS and (next_J - first).mean() < MIN_SPEEDUP * num_steps:
                 width = 1
-        width = min(width, end - first)
+        width = min(width, end - first - 1)  # the column before the first blank may be in a shared prefix
         if graphs is not None:
             graphs.run(width, int(next_J.max()))
         else:

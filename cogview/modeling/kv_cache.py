@@ -29,6 +29,7 @@ class KVCache:
         max_length: Number of positions that fit, prefix included.
         write_positions_BT: Positions at which the next ``attend`` stores, int64; None to append.
         prefix: Cache of the prefixes; None if rows share none.
+        prefix_rows_B: Row of ``prefix`` that each row continues, int64; None if rows share none.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class KVCache:
         self.max_length = max_length
         self.write_positions_BT: Tensor | None = None
         self.prefix: KVCache | None = None
+        self.prefix_rows_B = prefixes
         if prefixes is not None:
             self._prefix_rows_PN, self._prefix_slots_B = _grouped(prefixes.tolist(), device)
             self.prefix = KVCache(config, len(self._prefix_rows_PN), prefix_length, device, dtype, int8=int8)
@@ -109,7 +111,7 @@ class KVCache:
             prefix_length = self.prefix.max_length
             if end <= prefix_length:
                 return self.prefix.attend(layer, q_BHTK, kv_2BHTK, bias_B1TS)
-        self._store(layer, kv_2BHTK, slice(self.length - prefix_length, end - prefix_length))
+        self._store(layer, kv_2BHTK, prefix_length)
         keys, values = self.keys_values[layer, :, :num_rows, :, : end - prefix_length]
         if self._is_plain:
             return attention(q_BHTK, keys, values, bias_B1TS)
@@ -141,17 +143,19 @@ class KVCache:
             for layer_2BHSK in tensor if tensor is not None else ():
                 layer_2BHSK[:, : len(rows_B), :, filled] = layer_2BHSK[:, rows_B, :, filled]
 
-    def _store(self, layer: int, kv_2BHTK: Tensor, new: slice) -> None:
-        """Store new keys and values at ``new``, or at ``write_positions_BT``."""
+    def _store(self, layer: int, kv_2BHTK: Tensor, prefix_length: int) -> None:
+        """Store new keys and values after the prefix: at ``length``, or at ``write_positions_BT``."""
+        start, num_new = self.length - prefix_length, kv_2BHTK.shape[3]
         parts = quantize_per_position(kv_2BHTK) if self.scales is not None else (kv_2BHTK,)
         for tensor, part_2BHTK in zip((self.keys_values, self.scales), parts, strict=False):
             assert tensor is not None
             layer_2BHSK = tensor[layer, :, : part_2BHTK.shape[1]]
             if self.write_positions_BT is None:
-                layer_2BHSK[:, :, :, new] = part_2BHTK
+                layer_2BHSK[:, :, :, start : start + num_new] = part_2BHTK
             else:
                 rows_B1 = torch.arange(part_2BHTK.shape[1], device=tensor.device).unsqueeze(1)
-                layer_2BHSK.transpose(2, 3)[:, rows_B1, self.write_positions_BT] = part_2BHTK.transpose(2, 3)
+                positions_BT = self.write_positions_BT - prefix_length
+                layer_2BHSK.transpose(2, 3)[:, rows_B1, positions_BT] = part_2BHTK.transpose(2, 3)
 
     def _shared_prefix(self, layer: int, prefix_rows_PN: Tensor, prefix_slots_B: Tensor) -> SharedPrefix:
         """Return everything stored of ``layer``, for the rows that share it."""

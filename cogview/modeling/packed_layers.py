@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
-from cogview.kernels.linear import linear_prepacked, prepack
+from cogview.kernels.linear import can_prepack, linear_prepacked, prepack
 from cogview.modeling.config import LAYER_PARTS
 from cogview.modeling.kv_cache import KVCache
 
@@ -74,6 +74,10 @@ class PackedLayers:
                 else:
                     parts.append(part._parameters)
             self.layers.append(tuple(parts))
+
+    def accepts(self, weight: Tensor) -> bool:
+        """Return whether MKL has a packed order for weights like ``weight``."""
+        return can_prepack(weight)
 
     def prepack_bytes(self, *output_ids: range) -> int:
         """Return the bytes of the packed weights that do not exist yet.

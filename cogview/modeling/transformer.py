@@ -26,8 +26,10 @@ from cogview.kernels.attention import attention
 from cogview.kernels.gelu import bias_gelu, bias_gelu_is_fused
 from cogview.kernels.layer_norm import pb_relax_layer_norm, sandwich_layer_norm
 from cogview.kernels.linear import can_prepack, linear
+from cogview.kernels.native import uses_native_kernels
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.kv_cache import KVCache
+from cogview.modeling.native_layers import NativeLayers
 from cogview.modeling.packed_layers import PackedLayers
 
 # Activations of a layer that are kept for the backward pass: all; the results of matrix products and attention, since
@@ -50,7 +52,7 @@ class Transformer(nn.Module):
 
     Attributes:
         config: Shape and initialization.
-        packed_layers: Layers with prepacked weights, once ``prepack`` was called on a CPU.
+        cpu_layers: Layers as native kernels or with prepacked weights, once ``prepare_cpu`` was called on a CPU.
         checkpointing: Activation checkpointing of training.
     """
 
@@ -62,7 +64,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
-        self.packed_layers: PackedLayers | None = None
+        self.cpu_layers: NativeLayers | PackedLayers | None = None
         self.checkpointing: Checkpointing = "none"
         self.apply(self._initialize)
         if config.sinusoidal_positions:
@@ -143,17 +145,16 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         autocast = torch.is_autocast_enabled(ids_BT.device.type)
-        if autocast:  # the residual stream is float32, whatever the dtype of the weights
+        cpu_layers = None if autocast or torch.is_grad_enabled() else self.cpu_layers
+        if cpu_layers is not None and not cpu_layers.accepts(self.embedding.weight):
+            cpu_layers = None
+        # The residual stream of native kernels and of autocast is float32, whatever the dtype of the weights.
+        if autocast or isinstance(cpu_layers, NativeLayers):
             x_BTD = self.dropout(self.embedding(ids_BT).float() + self.positions(positions_BT).float())
         else:
             x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
-        if (
-            self.packed_layers is not None
-            and not autocast
-            and not torch.is_grad_enabled()
-            and can_prepack(self.embedding.weight)
-        ):
-            x_BTD = self.packed_layers(x_BTD, bias_B1TS, cache)
+        if cpu_layers is not None:
+            x_BTD = cpu_layers(x_BTD, bias_B1TS, cache)
         else:
             for number, layer in enumerate(self.layers):
                 if self.checkpointing == "none" or not torch.is_grad_enabled():
@@ -190,26 +191,34 @@ class Transformer(nn.Module):
             Logits (..., V), float32.
         """
         weight = self.embedding.weight if ids is None else self.embedding.weight[ids.start : ids.stop]
-        if self.packed_layers is None or ids is None or torch.is_grad_enabled() or not can_prepack(weight):
-            return F.linear(hidden, weight).float()
-        return self.packed_layers.head(hidden, weight, ids)
+        if self.cpu_layers is None or ids is None or torch.is_grad_enabled() or not self.cpu_layers.accepts(weight):
+            return F.linear(hidden.to(weight.dtype), weight).float()
+        return self.cpu_layers.head(hidden, weight, ids)
 
-    def prepack(self) -> None:
-        """Prepare generation on a CPU in float32: multiply by a second copy of the weights, in MKL's packed order.
+    def prepare_cpu(self) -> None:
+        """Prepare generation on a CPU: with the native kernels, or else with weights in MKL's packed order.
 
-        The copies are made at first use. On other devices, and without MKL, nothing changes. Training uses the weights
-        themselves.
+        Packed weights are a second copy, made at first use, of float32 weights alone. On other devices, and with
+        neither, nothing changes. Training uses the modules.
         """
-        if can_prepack(self.embedding.weight):
-            self.packed_layers = PackedLayers(self)
+        weight = self.embedding.weight
+        if uses_native_kernels(weight.device, weight.dtype):
+            self.cpu_layers = NativeLayers(self)
+        elif can_prepack(weight) and not self.is_quantized:
+            self.cpu_layers = PackedLayers(self)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the projections are int8 or int4."""
+        return not isinstance(self.layers[0].get_submodule("mlp.input"), nn.Linear)
 
     def prepack_bytes(self, *output_ids: range) -> int:
-        """Return the bytes of the packed weights that do not exist yet; 0 unless ``prepack`` was called.
+        """Return the bytes of the packed weights that do not exist yet; 0 where none are needed.
 
         Args:
             *output_ids: Ranges of ids that ``head`` will be called with.
         """
-        return 0 if self.packed_layers is None else self.packed_layers.prepack_bytes(*output_ids)
+        return 0 if self.cpu_layers is None else self.cpu_layers.prepack_bytes(*output_ids)
 
 
 def _check_indices(indices: Tensor, name: str, count: int) -> None:

@@ -85,9 +85,9 @@ class LoadedModel:
         self.int8_cache = False
         self.speculative: int | None = None
         self.prompt_checks = PromptChecks(model, name)
-        # An adapter in training stands in front of the weights, which prepacked ones would hide from it.
-        if bundle is None and placement.quantization is None and not has_adapter(model.transformer):
-            model.transformer.prepack()
+        # An adapter in training stands in front of the weights, which the layers of a CPU would hide from it.
+        if bundle is None and not has_adapter(model.transformer):
+            model.transformer.prepare_cpu()
 
     @classmethod
     def from_pretrained(

@@ -24,6 +24,7 @@ from cogview.planning.model_memory import (
     POSITION_BYTES,
     ForwardPass,
     forward_bytes,
+    hidden_bytes,
     position_bytes,
     sampling_bytes,
     workspace_bytes,
@@ -130,7 +131,7 @@ def score_bytes(
         device_type: cpu, cuda or mps.
     """
     longest = max(len(request.sequence) for request in requests)
-    num_rows, width = len(requests), config.width * ACTIVATION_BYTES[dtype]
+    num_rows, width = len(requests), config.width * hidden_bytes(dtype, device_type)
     forward_pass = ForwardPass(new_positions=longest, total_positions=longest, output_ids=0)
     tokens = sum(len(request.indices) for request in requests)
     forward = forward_bytes(config, dtype, device_type, forward_pass, rows=num_rows, padded=False)
@@ -161,7 +162,7 @@ def _decoding_peaks(
     num_rows, num_columns = batch.ids.shape
     prefix_length, prefix_rows = group_by_prefix(batch, attentions)
     num_prefixes = 1 + max(prefix_rows)
-    shared = max_window is None and worth_sharing_prefix(batch, prefix_length, num_prefixes)
+    shared = worth_sharing_prefix(batch, prefix_length, num_prefixes)
     prefixes = (num_prefixes, prefix_length) if shared else None
     peak_of = functools.partial(
         forward_bytes,
@@ -193,5 +194,7 @@ def _decoding_peaks(
     return DecodingPeaks(
         constant=workspace_bytes(config, dtype, device_type) + cache,
         forward=peak,
-        hidden=num_rows * prefix_length * config.width * size if num_prefixes == num_rows else 0,
+        hidden=num_rows * prefix_length * config.width * hidden_bytes(dtype, device_type)
+        if num_prefixes == num_rows
+        else 0,
     )

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cogview.errors import InputError
 from cogview.generation.token_sampler import candidate_ids
-from cogview.kernels.linear import MANY_ROWS_HALF, MANY_ROWS_INT8, has_native_kernels
+from cogview.kernels.linear import MANY_ROWS_HALF, MANY_ROWS_INT8, has_quantized_kernels
 from cogview.modeling.config import ModelConfig, Sampling, TransformerConfig
 from cogview.planning.batch_memory import SCORING_BYTES
 from cogview.planning.hardware import OVERHEAD, HardwareSpeed
@@ -42,6 +42,7 @@ from cogview.planning.model_memory import (
     position_bytes,
     prepacked_bytes,
     sampling_bytes,
+    uses_native,
     uses_prepacking,
     workspace_bytes,
 )
@@ -145,7 +146,7 @@ class InferenceEstimate:
         product_rows = self.rows * (1 + self.guided) * forward_pass.new_positions
         if self.dtype in ("bfloat16", "float16"):
             return product_rows >= MANY_ROWS_HALF
-        return product_rows >= MANY_ROWS_INT8 or not has_native_kernels(torch.device(self.device_type))
+        return product_rows >= MANY_ROWS_INT8 or not has_quantized_kernels(torch.device(self.device_type))
 
     def traffic(self, forward_pass: ForwardPass) -> int:
         """Return the bytes that a forward pass moves: weights, KV cache, and the noise of sampling."""
@@ -165,7 +166,8 @@ class InferenceEstimate:
         """
         computing = self.flops(forward_pass) / speed.flops
         moving = self.traffic(forward_pass) / (BANDWIDTH_EFFICIENCY * speed.bandwidth)
-        launching = OPERATIONS_PER_LAYER * self.transformer.num_layers * SECONDS_PER_OPERATION
+        native = uses_native(self.dtype, self.device_type)  # all layers are one operation
+        launching = 0.0 if native else OPERATIONS_PER_LAYER * self.transformer.num_layers * SECONDS_PER_OPERATION
         busy = max(computing, moving)
         return max(busy, launching) if speed.starts_ahead else busy + launching
 

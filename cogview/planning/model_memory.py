@@ -16,7 +16,8 @@ import torch
 from cogview.device import DTYPE_BYTES
 from cogview.errors import InputError
 from cogview.generation.sampling import TIE_MARGIN
-from cogview.kernels.linear import DENSE_BLOCK, PACKED_AT_ONCE, can_prepack, group_of, has_native_kernels
+from cogview.kernels.linear import DENSE_BLOCK, PACKED_AT_ONCE, can_prepack, group_of, has_quantized_kernels
+from cogview.kernels.native import CHUNK_ROWS, SCRATCH_WIDTHS, expects_native_kernels
 from cogview.modeling.config import PROJECTIONS, Sampling, TransformerConfig
 from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.vocabulary import Vocabulary
@@ -35,6 +36,9 @@ CONVERTED_LAYER_WIDTHS = 4 + 4 * (2 + 2 + 1)
 CONVERTED_LAYER_WIDTHS_IN_BLOCKS = CONVERTED_LAYER_WIDTHS + 4 * 2
 # In the attention: the layer's input, its norm, queries, keys and values, a copy of the queries, and the output.
 ATTENTION_WIDTHS = 7
+# With native kernels: the input of the layers and its copy, which they change, keys and values without a cache, and the
+# last norm with two temporaries; all in float32.
+NATIVE_WIDTHS = 6
 # Float32 copies of the scores (R x H x T x S) with a shared prefix or an int8 cache: with the bias, minus the maximum,
 # times alpha (PB-relax, arXiv:2105.13290), and after the softmax.
 RELAXED_SCORES = 4
@@ -107,16 +111,36 @@ def embedding_bytes(config: TransformerConfig, dtype: str) -> int:
     return (config.vocabulary_size + config.max_positions + 2) * config.width * ACTIVATION_BYTES[dtype]
 
 
-def uses_prepacking(dtype: str, device_type: str) -> bool:
-    """Return whether weights are kept a second time, packed for MKL (``Transformer.prepack``).
+def uses_native(dtype: str, device_type: str) -> bool:
+    """Return whether the layers run as native kernels (``kernels/native.py``).
 
     Args:
         dtype: Weight format.
         device_type: cpu, cuda or mps.
     """
-    return device_type == "cpu" and can_prepack(
-        torch.empty(0, dtype=torch.float32 if dtype == "float32" else torch.bfloat16)
-    )
+    activations = {"float32": torch.float32, "float16": torch.float16}.get(dtype, torch.bfloat16)
+    return expects_native_kernels(torch.device(device_type), activations)
+
+
+def hidden_bytes(dtype: str, device_type: str) -> int:
+    """Return the bytes of each number of a hidden state.
+
+    Args:
+        dtype: Weight format.
+        device_type: cpu, cuda or mps.
+    """
+    return 4 if uses_native(dtype, device_type) else ACTIVATION_BYTES[dtype]
+
+
+def uses_prepacking(dtype: str, device_type: str) -> bool:
+    """Return whether weights are kept a second time, packed for MKL (``PackedLayers``).
+
+    Args:
+        dtype: Weight format.
+        device_type: cpu, cuda or mps.
+    """
+    weight = torch.empty(0, dtype=torch.float32 if dtype == "float32" else torch.bfloat16)
+    return device_type == "cpu" and not uses_native(dtype, device_type) and can_prepack(weight)
 
 
 def prepacked_bytes(config: TransformerConfig, vocabulary: Vocabulary, task: str) -> int:
@@ -135,7 +159,7 @@ def prepacked_bytes(config: TransformerConfig, vocabulary: Vocabulary, task: str
 
 
 def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> int:
-    """Return the peak of the bytes of weights that are packed or converted for a product.
+    """Return the peak of the bytes of weights that are packed or converted for a product, or of native kernels.
 
     A CPU converts a block of weights at a time, other devices a whole projection. The previous block is alive while
     the next one is converted.
@@ -145,6 +169,8 @@ def workspace_bytes(config: TransformerConfig, dtype: str, device_type: str) -> 
         dtype: Weight format.
         device_type: cpu, cuda or mps.
     """
+    if uses_native(dtype, device_type):
+        return CHUNK_ROWS * SCRATCH_WIDTHS * config.width * 4
     if uses_prepacking(dtype, device_type):
         return PACKED_AT_ONCE * 4 * config.width * 4  # a copy of the widest input
     if not may_convert_weights(dtype, device_type):
@@ -164,8 +190,10 @@ def may_convert_weights(dtype: str, device_type: str) -> bool:
         dtype: Weight format.
         device_type: cpu, cuda or mps.
     """
+    if uses_native(dtype, device_type):
+        return False
     if dtype == "int4":
-        return not has_native_kernels(torch.device(device_type))
+        return not has_quantized_kernels(torch.device(device_type))
     return dtype == "int8" or (device_type == "cpu" and dtype in CONVERSION_COPIES)
 
 
@@ -231,6 +259,9 @@ def forward_bytes(
             num_prefixes, length = prefixes or (0, 0)
             dequantized = max(num_prefixes * length, rows * (total - length)) * config.width * size
         attention += max(RELAXED_SCORES * scores, 2 * scores + dequantized)
+
+    if uses_native(dtype, device_type):
+        widths, attention, width_bytes = NATIVE_WIDTHS, 0, rows * config.width * 4 * new
 
     bias = (rows if padded else 1) * new * total
     bias_temporaries = bias * max(size + 3, 2 * size + 1)  # three boolean copies, or two in the dtype

@@ -124,7 +124,7 @@ def logits(transformer):
 def test_add_lora_starts_without_effect_and_trains_the_adapter_only(transformer, tiny_checkpoint):
     pytest.importorskip("peft")
     before = logits(transformer)
-    transformer.prepack()
+    transformer.prepare_cpu()
     add_lora(transformer, LoraSettings(rank=2, targets=("mlp.input", "attention.query_key_value")))
     assert torch.equal(logits(transformer), before)
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_generate_applies_the_adapter_during_training(tiny_checkpoint, trained):
     merged = CogView.from_pretrained(tiny_checkpoint, device="cpu", adapter=folder)
     parts = vars(merged.model) | {"transformer": adapted}
     learning = CogView(type(merged.model)(**parts), merged.placement, "training")
-    assert (has_adapter(adapted), adapted.packed_layers) == (True, None)
+    assert (has_adapter(adapted), adapted.cpu_layers) == (True, None)
     (one,), (other,) = (model.generate(FOX, seed=7, top_k=1) for model in (learning, merged))
     assert one.log_probability == pytest.approx(other.log_probability, rel=1e-4)
 

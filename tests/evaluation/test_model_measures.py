@@ -54,7 +54,7 @@ def uniform_model(tiny_model):
     model = copy.copy(tiny_model)
     model.model = copy.copy(tiny_model.model)
     model.model.transformer = copy.deepcopy(tiny_model.model.transformer)
-    model.model.transformer.packed_layers = None
+    model.model.transformer.cpu_layers = None
     with torch.no_grad():
         model.model.transformer.embedding.weight.zero_()
     return model

@@ -1,11 +1,14 @@
 """Speculative decoding gives what sequential decoding gives."""
 
+import copy
+
 import pytest
 import torch
 
 from cogview.generation.decode import decode
 from cogview.generation.speculative import uses_cuda_graphs
 from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
+from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
 from tests.factories import (
     LONG,
@@ -59,6 +62,32 @@ def test_decode_speculatively_equals_sequential_decoding(transformer, monkeypatc
         assert result.ids.tolist() == alone.ids.tolist() == expected.ids.tolist()
         assert result.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
         assert alone.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
+
+
+@pytest.mark.parametrize("prepared", [False, True])  # modules, or the layers of a CPU
+@pytest.mark.parametrize("int8", [False, True])
+def test_decode_speculatively_shares_prefixes(transformer, monkeypatch, int8, prepared):
+    """Candidates of two prompts keep each prompt once, advance at different speeds, and get the same codes."""
+    if prepared:
+        transformer = copy.deepcopy(transformer)
+        transformer.prepare_cpu()
+    requests = [
+        request_for(generate_sequence(text), seed=3, image=image, sampling=SAMPLING)
+        for text, image in ((LONG, 0), (SHORT, 0), (LONG, 1), (LONG, 2))
+    ]
+    found, sizes = [], []
+
+    def recorded(*rest, **named):
+        sizes.append((cache := KVCache(*rest, **named)).num_bytes)
+        return cache
+
+    monkeypatch.setattr("cogview.generation.decoding_state.KVCache", recorded)
+    for min_fraction, window in ((2.0, 1), (0.0, 8), (2.0, 64), (0.0, 64)):
+        monkeypatch.setattr("cogview.generation.decoding_state.MIN_SHARED_FRACTION", min_fraction)
+        results = decode(transformer, VOCABULARY, requests, int8_cache=int8, speculative=window)
+        found.append([result.ids.tolist() for result in results])
+    assert found[0] == found[1] == found[2] == found[3]
+    assert sizes[1] == sizes[3] < sizes[0] == sizes[2]
 
 
 def test_decode_speculatively_needs_few_forwards_when_codes_repeat():

@@ -308,7 +308,7 @@ def test_quantized_references_can_be_forced(monkeypatch):
         linear_int8(x, *int8, bias_N)
     monkeypatch.setenv("COGVIEW_KERNELS", "reference")
     assert torch.equal(linear_int8(x, *int8, bias_N), linear_int8_reference(x, *int8, bias_N))
-    assert not module.has_native_kernels(torch.device("cpu"))
+    assert not module.has_quantized_kernels(torch.device("cpu"))
 
 
 @pytest.mark.usefixtures("no_int8_kernel")
@@ -320,9 +320,9 @@ def test_linear_int8_dequantizes_first_when_rows_are_many():
 
 
 def test_native_kernels_exist_only_on_cpus():
-    assert module.has_native_kernels(torch.device("cpu"))
-    assert not module.has_native_kernels(torch.device("cuda"))
-    assert not module.has_native_kernels(torch.device("meta"))
+    assert module.has_quantized_kernels(torch.device("cpu"))
+    assert not module.has_quantized_kernels(torch.device("cuda"))
+    assert not module.has_quantized_kernels(torch.device("meta"))
 
 
 @pytest.mark.parametrize("num_outputs", [16, 64, 4 * BLOCK, 4 * BLOCK + 16, 8 * BLOCK + 80])

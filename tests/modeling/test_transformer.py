@@ -15,8 +15,11 @@ from torch.nn import functional as F
 from cogview.errors import InputError
 from cogview.kernels.attention import attention_bias
 from cogview.kernels.dispatch import select_backend
+from cogview.kernels.native import expects_native_kernels
 from cogview.modeling.config import PRESETS, TransformerConfig, preset
 from cogview.modeling.kv_cache import KVCache
+from cogview.modeling.native_layers import NativeLayers
+from cogview.modeling.packed_layers import PackedLayers
 from cogview.modeling.transformer import Transformer
 
 CPU = torch.device("cpu")
@@ -368,66 +371,70 @@ def test_kv_cache_raises_value_error_when_full(transformer):
             transformer.hidden(random_ids(1, 2), cache=cache)
 
 
-# --- packed weights -----------------------------------------------------------------------------------------------
-
-with_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch comes without MKL")
+# --- layers of a CPU -----------------------------------------------------------------------------------------------
 
 
-@with_mkl
+@pytest.fixture(params=["torch", "native"])
+def prepared(request, monkeypatch):
+    """Transformer with the layers of a CPU: prepacked weights, or native kernels."""
+    if request.param == "torch" and not torch.backends.mkl.is_available():
+        pytest.skip("this PyTorch comes without MKL")
+    if request.param == "native" and not expects_native_kernels(CPU, torch.float32):
+        pytest.skip("there is no C compiler")
+    monkeypatch.setenv("COGVIEW_KERNELS", request.param)
+    transformer = random_transformer(TINY)
+    transformer.prepare_cpu()
+    assert isinstance(transformer.cpu_layers, PackedLayers if request.param == "torch" else NativeLayers)
+    return transformer
+
+
 @pytest.mark.parametrize("chunks", [None, (20,), (1,) * 20, (5, 1, 8, 6)])
-def test_packed_layers_give_the_same_logits(chunks):
+def test_cpu_layers_give_the_same_logits(prepared, chunks):
     """They bypass the modules, with a cache or without."""
-    packed, ids = random_transformer(TINY), random_ids(3, 20)
-    packed.prepack()
+    ids = random_ids(3, 20)
     bias = padding(torch.tensor([0, 4, 9]), torch.arange(20).expand(3, -1)) if chunks is None else None
     with torch.inference_mode():
         cache = KVCache(TINY, 3, 20, CPU, torch.float32)
-        parts = [packed.hidden(part, cache=cache) for part in ids.split(chunks, dim=1)] if chunks else []
-        hidden = torch.cat(parts, dim=1) if chunks else packed.hidden(ids, bias_B1TS=bias)
+        parts = [prepared.hidden(part, cache=cache) for part in ids.split(chunks, dim=1)] if chunks else []
+        hidden = torch.cat(parts, dim=1) if chunks else prepared.hidden(ids, bias_B1TS=bias)
         close(hidden, random_transformer(TINY).hidden(ids, bias_B1TS=bias))
-        close(packed.head(hidden, range(5, 77)), random_transformer(TINY).head(hidden, range(5, 77)), atol=1e-4)
+        close(prepared.head(hidden, range(5, 77)), random_transformer(TINY).head(hidden, range(5, 77)), atol=1e-4)
 
 
-@with_mkl
-def test_packed_layers_pack_again_when_weights_change():
+def test_cpu_layers_follow_changes_of_weights(prepared):
     """Sample images during training use the weights of that step."""
-    packed, plain, ids = random_transformer(TINY), random_transformer(TINY), random_ids(1, 9)
-    packed.prepack()
+    plain, ids = random_transformer(TINY), random_ids(1, 9)
     with torch.no_grad():
-        before = packed.head(packed.hidden(ids), range(64))
-    for model in (packed, plain):
+        before = prepared.head(prepared.hidden(ids), range(64))
+    for model in (prepared, plain):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(0.5)
     with torch.no_grad():
-        after = packed.head(packed.hidden(ids), range(64))
+        after = prepared.head(prepared.hidden(ids), range(64))
         close(after, plain.head(plain.hidden(ids), range(64)), atol=1e-4)
     assert (after - before).abs().max() > 1e-2
 
 
-@with_mkl
-def test_packed_layers_survive_copies_and_conversions():
-    packed, ids = random_transformer(TINY), random_ids(1, 9)
-    packed.prepack()
+def test_cpu_layers_survive_copies_and_conversions(prepared):
+    ids = random_ids(1, 9)
     with torch.no_grad():
-        expected = packed.hidden(ids)
-        copied = copy.deepcopy(packed)
-        for parameter in packed.parameters():
+        expected = prepared.hidden(ids)
+        copied = copy.deepcopy(prepared)
+        for parameter in prepared.parameters():
             parameter.zero_()
         assert torch.equal(copied.hidden(ids), expected)
-        assert copied.to(torch.bfloat16).hidden(ids).dtype == torch.bfloat16
+        close(copied.to(torch.bfloat16).hidden(ids).float(), expected, atol=0.1)
         assert copied.head(copied.hidden(ids), range(64)).isfinite().all()
 
 
-@with_mkl
-def test_packed_layers_leave_gradients_and_state_unchanged():
-    packed, plain, ids = random_transformer(TINY), random_transformer(TINY), random_ids(2, 9)
-    packed.prepack()
-    for model in (packed, plain):
+def test_cpu_layers_leave_gradients_and_state_unchanged(prepared):
+    plain, ids = random_transformer(TINY), random_ids(2, 9)
+    for model in (prepared, plain):
         model(ids).square().mean().backward()
-    for one, other in zip(packed.parameters(), plain.parameters(), strict=True):
+    for one, other in zip(prepared.parameters(), plain.parameters(), strict=True):
         close(one.grad, other.grad, atol=1e-4)
-    assert packed.state_dict().keys() == plain.state_dict().keys()
+    assert prepared.state_dict().keys() == plain.state_dict().keys()
 
 
 @pytest.mark.parametrize(

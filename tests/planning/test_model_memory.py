@@ -10,6 +10,7 @@ from cogview.errors import InputError
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingRequest
 from cogview.generation.sampling import TIE_MARGIN
+from cogview.kernels.native import expects_native_kernels
 from cogview.modeling.config import Sampling
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.quantization import Int4Linear, Int8Linear, swap_quantized_linears
@@ -76,7 +77,7 @@ def test_prepacked_bytes_equal_those_of_transformer():
     config = small_config()
     transformer, codes = Transformer(config.transformer).eval(), config.vocabulary.image
     assert transformer.prepack_bytes(codes) == 0  # packing is off
-    transformer.prepack()
+    transformer.prepare_cpu()
     found = small_estimate(config)
     assert found.prepacked == transformer.prepack_bytes(codes)
     assert (
@@ -110,15 +111,30 @@ def test_workspace_bytes_cover_blocks_of_wide_layers(dtype):
     assert max(activations, workspace) <= x.nbytes + memory.peak <= activations + workspace
 
 
+@pytest.mark.skipif(not expects_native_kernels(torch.device("cpu"), torch.float32), reason="needs a C compiler")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_forward_bytes_predict_peak_of_native_layers(dtype):
+    transformer, ids_BT = Transformer(SHAPE).eval().to(getattr(torch, dtype)), torch.zeros(5, 50, dtype=torch.int64)
+    transformer.prepare_cpu()
+    with PeakMemory(transformer.parameters()) as memory:
+        transformer.hidden(ids_BT)
+    forward_pass = ForwardPass(new_positions=50, total_positions=50, output_ids=1)
+    predicted = forward_bytes(SHAPE, dtype, "cpu", forward_pass, padded=False, rows=5)
+    predicted += workspace_bytes(SHAPE, dtype, "cpu")
+    assert 0.75 * predicted <= memory.peak <= 1.02 * predicted  # without the scores of a few queries
+
+
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="needs MKL")
 @torch.inference_mode()
-def test_packed_layers_have_no_higher_peak_than_modules():
+def test_packed_layers_have_no_higher_peak_than_modules(monkeypatch):
     """Local variables once kept intermediate tensors until the next layer, which raised the peak by half."""
+    monkeypatch.setenv("COGVIEW_KERNELS", "torch")
     transformer, ids_BT = Transformer(SHAPE).eval(), torch.zeros(4, 64, dtype=torch.int64)
     peaks = []
     for prepack in (False, True):
         if prepack:
-            transformer.prepack()
+            transformer.prepare_cpu()
             transformer.hidden(ids_BT)  # creates the packed copies
         with PeakMemory(transformer.parameters()) as memory:
             transformer.hidden(ids_BT)

@@ -1,0 +1,278 @@
+"""The layers of a transformer in one call of the native kernels, for generation on a CPU.
+
+The computation is that of the modules, which are the specification (``transformer.py``), with float32 activations
+whatever the dtype of the weights. Weights are used where they are: nothing is copied but biases and norms that are not
+float32.
+"""
+
+# B batch, T new positions, S positions in all, D width, V output ids
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from cogview.kernels.native import (
+    FORMATS,
+    NativeLinear,
+    describe_linear,
+    linear_native,
+    load_library,
+    num_threads,
+    uses_native_kernels,
+)
+from cogview.modeling.config import LAYER_PARTS
+from cogview.modeling.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from cogview.modeling.transformer import Transformer
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p))
+
+
+class _Layer(ctypes.Structure):
+    """In the order of ``LAYER_PARTS``."""
+
+    _fields_ = (
+        ("attention_norm", _Norm),
+        ("query_key_value", NativeLinear),
+        ("output", NativeLinear),
+        ("attention_output_norm", _Norm),
+        ("mlp_norm", _Norm),
+        ("mlp_input", NativeLinear),
+        ("mlp_output", NativeLinear),
+        ("mlp_output_norm", _Norm),
+    )
+
+
+class _Store(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((name, ctypes.c_long) for name in ("row_stride", "head_stride", "scale_row_stride", "scale_head_stride")),
+    )
+
+
+class _Attention(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_long) for name in ("format", "scale_format", "heads", "head_size")),
+        *((name, ctypes.c_long) for name in ("num_keys", "prefix_length", "queries")),
+        *((name, ctypes.c_void_p) for name in ("prefix_rows", "write_positions", "bias")),
+        *((name, ctypes.c_long) for name in ("bias_row_stride", "bias_query_stride")),
+    )
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("layers", ctypes.c_void_p),
+        ("num_layers", ctypes.c_long),
+        ("width", ctypes.c_long),
+        ("attention", _Attention),
+        ("cache", _Store),
+        ("prefix", _Store),
+        ("cache_layer_bytes", ctypes.c_long),
+        ("cache_scale_layer_bytes", ctypes.c_long),
+        ("prefix_layer_bytes", ctypes.c_long),
+        ("prefix_scale_layer_bytes", ctypes.c_long),
+        ("batch", ctypes.c_long),
+        ("x", ctypes.c_void_p),
+        ("scratch", ctypes.c_void_p),
+    )
+
+
+class NativeLayers:
+    """Layers and output embedding of a transformer, whose weights may be changed or replaced later."""
+
+    def __init__(self, transformer: Transformer) -> None:
+        self.config = transformer.config
+        self._modules = [layer.get_submodule(part) for layer in transformer.layers for part in LAYER_PARTS]
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget the addresses of all weights."""
+        self._tensors: list[Mapping[str, Tensor | None]] = []
+        self._described: _DescribedLayers | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config, "_modules": self._modules}  # addresses can be neither copied nor stored
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def accepts(self, weight: Tensor) -> bool:
+        """Return whether the kernels run for weights like ``weight``."""
+        return uses_native_kernels(weight.device, weight.dtype)
+
+    def prepack_bytes(self, *output_ids: range) -> int:
+        """Return 0: no weight is copied.
+
+        Args:
+            *output_ids: Ranges of ids whose logits will be computed.
+        """
+        return 0
+
+    def head(self, hidden: Tensor, weight_VD: Tensor, ids: range) -> Tensor:
+        """Return logits (..., V) of ``ids``, whose rows of the embedding are ``weight_VD``.
+
+        Args:
+            hidden: Hidden states (..., D).
+            weight_VD: Rows of the embedding (V, D).
+            ids: The ids of these rows.
+        """
+        return linear_native(hidden.float(), weight_VD)
+
+    def __call__(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None) -> Tensor:
+        """Return the output (B, T, D) of the last layer, before the final norm, in float32.
+
+        Args:
+            x_BTD: Sums of embeddings and positions.
+            bias_B1TS: Bias of the attention scores, or None for causal attention.
+            cache: KV cache, or None.
+
+        Raises:
+            ValueError: The positions do not fit into the cache.
+        """
+        batch, queries, width = x_BTD.shape
+        described = self._describe_layers()  # kept during the call: another thread may describe them again
+        result_BTD = x_BTD.to(torch.float32, copy=True).contiguous()
+        kept: list[Tensor] = [result_BTD]
+        call = _Call(
+            layers=ctypes.addressof(described.layers),
+            num_layers=self.config.num_layers,
+            width=width,
+            batch=batch,
+            x=result_BTD.data_ptr(),
+        )
+        attention = call.attention
+        attention.heads, attention.head_size, attention.queries = self.config.num_heads, self.config.head_size, queries
+        if cache is None:
+            shape = (1, 2, batch, self.config.num_heads, queries, self.config.head_size)
+            keys_values = torch.empty(shape)  # used by one layer after the other
+            kept.append(keys_values)
+            attention.num_keys = queries
+            call.cache = _store_of(keys_values[0], None)
+        else:
+            self._describe_cache(call, cache, batch, queries, kept)
+        if bias_B1TS is not None:
+            bias = bias_B1TS.float().contiguous()
+            kept.append(bias)
+            attention.bias = bias.data_ptr()
+            attention.bias_row_stride = 0 if bias.shape[0] == 1 else bias.stride(0)
+            attention.bias_query_stride = 0 if bias.shape[2] == 1 else bias.stride(2)
+        threads, library = num_threads(), load_library()
+        scratch = torch.empty(library.cogview_scratch(width, batch * queries, attention.num_keys, threads))
+        call.scratch = scratch.data_ptr()
+        library.cogview_layers(ctypes.addressof(call), threads)
+        return result_BTD
+
+    def _describe_cache(self, call: _Call, cache: KVCache, batch: int, queries: int, kept: list[Tensor]) -> None:
+        """Describe the store of keys and values, and the positions that are written."""
+        end = cache.length + queries
+        if end > cache.max_length:
+            raise ValueError(f"the cache holds {cache.max_length} positions, {end} are needed")
+        attention = call.attention
+        attention.num_keys = end
+        if cache.prefix is not None and end <= cache.prefix.max_length:
+            cache = cache.prefix
+        attention.format = FORMATS[cache.keys_values.dtype]
+        call.cache = _store_of(cache.keys_values[0], None if cache.scales is None else cache.scales[0])
+        call.cache_layer_bytes = cache.keys_values.stride(0) * cache.keys_values.element_size()
+        if cache.scales is not None:
+            attention.scale_format = FORMATS[cache.scales.dtype]
+            call.cache_scale_layer_bytes = cache.scales.stride(0) * cache.scales.element_size()
+        if cache.write_positions_BT is not None:
+            positions = cache.write_positions_BT.contiguous() - (cache.prefix.max_length if cache.prefix else 0)
+            smallest, greatest = map(int, positions.aminmax())
+            if smallest < 0 or greatest >= (room := cache.keys_values.shape[4]):
+                raise ValueError(f"positions must be from 0 to {room - 1}, got {smallest} to {greatest}")
+            kept.append(positions)
+            attention.write_positions = positions.data_ptr()
+        prefix = cache.prefix
+        if prefix is None:
+            return
+        if cache.length < prefix.max_length:
+            raise ValueError(f"{queries} positions from {cache.length} on cross the end of the shared prefix")
+        attention.prefix_length = prefix.max_length
+        assert cache.prefix_rows_B is not None
+        attention.prefix_rows = cache.prefix_rows_B.data_ptr()
+        call.prefix = _store_of(prefix.keys_values[0], None if prefix.scales is None else prefix.scales[0])
+        call.prefix_layer_bytes = prefix.keys_values.stride(0) * prefix.keys_values.element_size()
+        if prefix.scales is not None:
+            call.prefix_scale_layer_bytes = prefix.scales.stride(0) * prefix.scales.element_size()
+
+    def _describe_layers(self) -> _DescribedLayers:
+        """Return the description of the layers, made again if a weight was changed or replaced."""
+        if not self._tensors:
+            self._tensors = [each for module in self._modules for each in (module._parameters, module._buffers) if each]
+        versions = [
+            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
+            for named in self._tensors
+            for tensor in named.values()
+            if tensor is not None
+        ]
+        described = self._described
+        if described is None or versions != described.versions:
+            copies: list[Tensor] = []
+            parts = [_describe_module(module, copies) for module in self._modules]
+            size = len(LAYER_PARTS)
+            layers = [_Layer(*parts[first : first + size]) for first in range(0, len(parts), size)]
+            described = _DescribedLayers(versions=versions, layers=(_Layer * len(layers))(*layers), copies=copies)
+            self._described = described
+        return described
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _DescribedLayers:
+    """Addresses of all weights, with what they point to.
+
+    Attributes:
+        versions: Address and version of each tensor when it was described.
+        layers: What the library reads.
+        copies: Vectors in float32, and contiguous copies of weights that are not.
+    """
+
+    versions: list[tuple[int, int]]
+    layers: ctypes.Array[_Layer]
+    copies: list[Tensor]
+
+
+def _describe_module(module: nn.Module, copies: list[Tensor]) -> _Norm | NativeLinear:
+    """Describe a norm or a linear layer; tensors that are made for it are added to ``copies``."""
+    tensors = {**module._parameters, **module._buffers}
+    weight, bias_N = _given(tensors["weight"]).detach(), _in_float32(tensors["bias"], copies)
+    if weight.dim() == 1:
+        return _Norm(_in_float32(weight, copies).data_ptr(), bias_N.data_ptr())
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+        copies.append(weight)
+    return describe_linear(weight, tensors.get("scale", tensors.get("scales_and_zeros")), bias_N)
+
+
+def _in_float32(tensor: Tensor | None, copies: list[Tensor]) -> Tensor:
+    """Return a vector in float32."""
+    copies.append(_given(tensor).detach().float().contiguous())
+    return copies[-1]
+
+
+def _given(tensor: Tensor | None) -> Tensor:
+    """Return a tensor that every module has."""
+    assert tensor is not None
+    return tensor
+
+
+def _store_of(keys_values: Tensor, scales: Tensor | None) -> _Store:
+    """Describe the keys and values (2, B, H, S, K) of the first layer, and their scales."""
+    keys, values = keys_values
+    store = _Store(
+        keys=keys.data_ptr(), values=values.data_ptr(), row_stride=keys.stride(0), head_stride=keys.stride(1)
+    )
+    if scales is not None:
+        store.key_scales, store.value_scales = scales[0].data_ptr(), scales[1].data_ptr()
+        store.scale_row_stride, store.scale_head_stride = scales[0].stride(0), scales[0].stride(1)
+    return store

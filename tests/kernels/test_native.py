@@ -1,0 +1,291 @@
+"""Native kernels: equal to the reference, the same bits in any batch, and one line where they cannot run."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from cogview.generation.sampling import filter_logits, keyed_gumbel, noise_keys, sample
+from cogview.kernels import native
+from cogview.kernels.attention import attention_bias
+from cogview.kernels.dispatch import ForcedKernelsError
+from cogview.kernels.linear import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
+from cogview.kernels.native import (
+    compiled_library,
+    expects_native_kernels,
+    linear_native,
+    uses_native_kernels,
+)
+from cogview.modeling.config import Sampling, TransformerConfig
+from cogview.modeling.kv_cache import KVCache
+from cogview.modeling.transformer import Transformer
+
+CPU = torch.device("cpu")
+WIDE = TransformerConfig(num_layers=2, width=80, num_heads=4, vocabulary_size=64, max_positions=96)  # heads of 20
+
+needs_compiler = pytest.mark.skipif(not expects_native_kernels(CPU, torch.float32), reason="there is no C compiler")
+
+
+def stored(weight, weights):
+    """Return a weight in a format, its scales, and the same weight in float32."""
+    if weights == "int8":
+        values, scales = quantize_int8(weight)
+        return values, scales, dequantize_int8(values, scales)
+    if weights == "int4":
+        values, scales = quantize_int4(weight)
+        return values, scales, dequantize_int4(values, scales)
+    values = weight.to(getattr(torch, weights))
+    return values, None, values.float()
+
+
+def random_transformer(config=WIDE, dtype=torch.float32):
+    """Return a transformer with random weights, biases and norms."""
+    torch.manual_seed(3)
+    transformer = Transformer(config).eval()
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return transformer.to(dtype)
+
+
+def prepared(transformer, monkeypatch):
+    """Prepare a transformer to run native kernels."""
+    monkeypatch.setenv("COGVIEW_KERNELS", "native")
+    transformer.prepare_cpu()
+    return transformer
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    """Forget the loaded library, and look for it in an empty folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._load_once.cache_clear()
+    native._note_once.cache_clear()
+    yield tmp_path / "cogview" / "native"
+    native._load_once.cache_clear()
+
+
+# --- linear layers ------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (7, 32), (130, 160), (33, 96)])
+def test_linear_native_equals_product_in_float32(weights, outputs, inputs):
+    generator = torch.Generator().manual_seed(outputs)
+    weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
+    values, scales, dense = stored(weight, weights)
+    x = torch.randn(3, 23, inputs, generator=generator)
+    product = linear_native(x, values, scales, bias)
+    torch.testing.assert_close(product, x @ dense.T + bias, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(linear_native(x, values, scales), x @ dense.T, atol=2e-4, rtol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_linear_native_accepts_numbers_of_inputs_that_fill_no_register(weights):
+    weight, x = torch.randn(9, 37), torch.randn(5, 37)
+    values, _, dense = stored(weight, weights)
+    torch.testing.assert_close(linear_native(x, values), x @ dense.T, atol=1e-4, rtol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_linear_native_gives_a_row_the_same_bits_in_any_batch(weights):
+    values, scales, _ = stored(torch.randn(72, 128), weights)
+    x = torch.randn(150, 128)
+    together = linear_native(x, values, scales)
+    for count in (1, 2, 3, 4, 5, 6, 7, 12, 13, 64, 65):
+        assert torch.equal(linear_native(x[:count], values, scales), together[:count])
+        assert torch.equal(linear_native(x[-count:], values, scales), together[-count:])
+
+
+@needs_compiler
+def test_linear_native_gives_the_same_bits_with_any_number_of_threads():
+    weight, x = torch.randn(200, 64), torch.randn(9, 64)
+    before, products = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            products.append(linear_native(x, weight))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(products[0], products[1])
+    assert torch.equal(products[0], products[2])
+
+
+# --- layers -------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+def test_native_layers_equal_modules(dtype, int8, monkeypatch):
+    """With padding on the left, in steps of several sizes, with plain and with int8 keys and values."""
+    plain, ids = random_transformer(dtype=dtype), torch.randint(0, 64, (3, 21))
+    fast = prepared(random_transformer(dtype=dtype), monkeypatch)
+    tolerance = 1e-4 if dtype == torch.float32 else 0.1
+    with torch.inference_mode():
+        fast_cache, plain_cache = (KVCache(WIDE, 3, 21, CPU, dtype, int8=int8) for _ in range(2))
+        for part in ids.split([9, 1, 1, 6, 4], dim=1):
+            found, expected = fast.hidden(part, cache=fast_cache), plain.hidden(part, cache=plain_cache)
+            torch.testing.assert_close(found.float(), expected.float(), atol=tolerance, rtol=1e-3)
+        logits = fast.head(fast.hidden(ids), range(10, 50))
+        expected = plain.head(plain.hidden(ids), range(10, 50))
+        torch.testing.assert_close(logits, expected, atol=20 * tolerance, rtol=1e-3)
+
+
+@needs_compiler
+def test_native_layers_give_the_same_bits_in_any_steps_and_any_batch(monkeypatch):
+    fast, ids = prepared(random_transformer(), monkeypatch), torch.randint(0, 64, (5, 90))
+    with torch.inference_mode():
+        whole = fast.hidden(ids)
+        assert torch.equal(fast.hidden(ids[1:2]), whole[1:2])
+        cache = KVCache(WIDE, 5, 90, CPU, torch.float32)
+        parts = [fast.hidden(part, cache=cache) for part in ids.split([70, 1, 1, 3, 15], dim=1)]
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+@needs_compiler
+def test_native_layers_give_a_padded_row_the_bits_of_the_row_alone(monkeypatch):
+    fast, ids = prepared(random_transformer(), monkeypatch), torch.randint(0, 64, (2, 30))
+    positions = torch.stack([torch.arange(30), (torch.arange(30) - 7).clamp(min=0)])
+    keys = torch.zeros(2, 30)
+    keys[1, :7] = -torch.inf
+    bias = attention_bias(keys, torch.arange(30).expand(2, -1))
+    with torch.inference_mode():
+        padded = fast.hidden(ids, positions, bias_B1TS=bias)
+        assert torch.equal(padded[1:, 7:], fast.hidden(ids[1:, 7:]))
+        assert torch.equal(padded[:1], fast.hidden(ids[:1]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("int8", [False, True])
+def test_native_layers_read_shared_prefixes_as_copies(int8, monkeypatch):
+    """Rows that continue shared prefixes have the bits of rows with copies."""
+    fast, prefixes = prepared(random_transformer(), monkeypatch), torch.tensor([1, 0, 1, 1])
+    first, ids = torch.randint(0, 64, (2, 12)), torch.randint(0, 64, (4, 8))
+    with torch.inference_mode():
+        shared = KVCache(WIDE, 4, 20, CPU, torch.float32, int8=int8, prefixes=prefixes, prefix_length=12)
+        fast.hidden(first, cache=shared)
+        copied = KVCache(WIDE, 4, 20, CPU, torch.float32, int8=int8)
+        fast.hidden(first[prefixes], cache=copied)
+        for part in ids.split([1, 1, 6], dim=1):
+            assert torch.equal(fast.hidden(part, cache=shared), fast.hidden(part, cache=copied))
+
+
+@needs_compiler
+def test_native_layers_of_one_transformer_run_in_several_threads(monkeypatch):
+    """Calls share no memory that they write to."""
+    fast, ids = prepared(random_transformer(), monkeypatch), torch.randint(0, 64, (6, 40))
+    with torch.inference_mode():
+        expected = [fast.hidden(row) for row in ids.split(1)]
+
+    def repeated(number):
+        with torch.inference_mode():
+            return all(torch.equal(fast.hidden(ids[number : number + 1]), expected[number]) for _ in range(30))
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(repeated, range(6)))
+
+
+# --- sampling -----------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_ids", [7, 224, 3001])
+@pytest.mark.parametrize("ties", [False, True])
+def test_sample_native_equals_filters_and_noise_of_all_ids(num_ids, ties, monkeypatch):
+    """Also with equal logits, excluded ids, more top-k than ids, and none of the filters."""
+    monkeypatch.setenv("COGVIEW_KERNELS", "native")
+    generator, ids = torch.Generator().manual_seed(num_ids), range(40, 40 + num_ids)
+    logits = torch.randn(9, num_ids, generator=generator) * 3
+    logits[:, ::3] = -torch.inf
+    logits = logits.round() if ties else logits
+    keys = noise_keys(torch.arange(9), torch.tensor(2), torch.tensor(5))
+    for sampling in (
+        Sampling(),
+        Sampling(top_k=0),
+        Sampling(top_k=1),
+        Sampling(top_k=5, min_p=0.2),
+        Sampling(temperature=0.7, top_k=0, min_p=0.05),
+    ):
+        expected = (filter_logits(logits, sampling) + keyed_gumbel(keys, ids)).argmax(dim=-1)
+        assert torch.equal(sample(logits, keys, ids, sampling), expected)
+
+
+# --- the library --------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_compiled_library_is_kept_and_repaired(empty_cache, caplog):
+    with caplog.at_level(logging.WARNING):
+        path = compiled_library()
+        assert path.parent == empty_cache
+        assert "once" in caplog.text
+        caplog.clear()
+        assert compiled_library() == path
+        assert not caplog.text
+        path.write_bytes(b"of another time")
+        assert uses_native_kernels(CPU, torch.float32)
+    assert path.stat().st_size > 1000
+
+
+def test_uses_native_kernels_says_once_that_there_is_no_compiler(empty_cache, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
+    with caplog.at_level(logging.WARNING):
+        assert not uses_native_kernels(CPU, torch.float32)
+        assert not uses_native_kernels(CPU, torch.float32)
+    assert caplog.text.count("there is no C compiler (on Debian: apt install gcc)") == 1
+    assert not expects_native_kernels(CPU, torch.float32)
+    monkeypatch.setenv("COGVIEW_KERNELS", "native")
+    with pytest.raises(ForcedKernelsError, match="COGVIEW_KERNELS=native, but there is no C compiler"):
+        uses_native_kernels(CPU, torch.float32)
+
+
+def test_uses_native_kernels_reports_a_compiler_that_fails(empty_cache, monkeypatch, tmp_path):
+    compiler = tmp_path / "broken-cc"
+    compiler.write_text("#!/bin/sh\necho 'layers.c:1: error: no such flag' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+    monkeypatch.setenv("COGVIEW_KERNELS", "native")
+    with pytest.raises(ForcedKernelsError, match=r"broken-cc failed: layers\.c:1: error: no such flag"):
+        uses_native_kernels(CPU, torch.float32)
+
+
+def test_compiled_library_works_without_a_cache_folder(monkeypatch, tmp_path, caplog):
+    """An unwritable folder is reported, and the library is made for this process."""
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(native, "find_compiler", lambda: shutil.which("true"))
+    monkeypatch.setattr(native, "_compile", lambda compiler, path: path.write_bytes(b"library"))
+    with caplog.at_level(logging.WARNING):
+        path = compiled_library()
+    assert path.read_bytes() == b"library"
+    assert "cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "forced"),
+    [("cuda", torch.float32, ""), ("cpu", torch.float16, ""), ("cpu", torch.float32, "torch")],
+)
+def test_uses_native_kernels_only_where_they_are_meant_to_run(device, dtype, forced, monkeypatch):
+    monkeypatch.setenv("COGVIEW_KERNELS", forced)
+    assert not uses_native_kernels(torch.device(device), dtype)
+    assert not expects_native_kernels(torch.device(device), dtype)
+
+
+def test_scratch_widths_agree_with_sources():
+    """The planner counts the scratch memory of the library by two constants of its sources."""
+    source = (native.sources_folder() / "layers.c").read_text()
+    assert f"INTERFACE = {native.INTERFACE}, CHUNK_ROWS = {native.CHUNK_ROWS}" in source
+    if expects_native_kernels(CPU, torch.float32):
+        floats = native.load_library().cogview_scratch(10, 1000, 0, 0)
+        assert floats == native.CHUNK_ROWS * native.SCRATCH_WIDTHS * 10
