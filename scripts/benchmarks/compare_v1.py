@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     subject = random_subject(args) if args.model == RANDOM else trained_subject(args, parser)
     placement, row = subject.placement, subject.row
     checked = check_same_codes(subject)
-    subject.transformer.to(placement.dtype).prepack()
+    subject.transformer.to(placement.dtype).prepare_cpu()
 
     num_codes = int(row.blanks.sum())
     every_step = args.whole or args.model != RANDOM

@@ -90,8 +90,8 @@ def damaged(model: CogView, amount: float) -> None:
             if parameter.ndim == 2:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter += amount * float(parameter.std()) * noise
-    if model.transformer.packed_layers is not None:
-        model.transformer.prepack()
+    if model.transformer.cpu_layers is not None:
+        model.transformer.prepare_cpu()
 
 
 def open_case(case: str, name: str) -> tuple[CogView, Sampling]:

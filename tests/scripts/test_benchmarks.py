@@ -13,6 +13,7 @@ import torch
 
 from cogview.data.sources.open import open_source
 from cogview.data.sources.tables import TableOptions
+from cogview.device import choose_placement
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingRequest
 from cogview.modeling.config import GREEDY, Sampling
@@ -23,7 +24,7 @@ BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
 SHAPE = ("--layers", "2", "--width", "64", "--grid", "8")
 SHORT = ("--device", "cpu", "--repeats", "1")
 PROMPT = "蓝色背景上的两只狐狸在汽车的左边"
-SCRIPTS = ("compare_v1", "compare_transformers", "compare_best_of", "compare_upscale")
+SCRIPTS = ("compare_v1", "compare_peers", "compare_best_of", "compare_upscale")
 
 
 @pytest.fixture
@@ -127,17 +128,34 @@ def test_compare_v1_runs_with_trained_weights(run_benchmark, monkeypatch, tiny_m
     assert [len(seconds["all"]) for seconds in found["rows"][0]["seconds"].values()] == [1, 1]
 
 
-def test_compare_transformers_prints_every_mode(run_benchmark):
-    pytest.importorskip("transformers", reason="transformers is the other side of the comparison")
-    modes = ["eager, dynamic", "sdpa, static"]
-    table, found = run_benchmark("compare_transformers", *SHAPE, "--batch", "2", "--tokens", "5", "--modes", *modes)
-    assert [row[0].removesuffix(" (its best)") for row in table[1:]] == ["ours", *(f"transformers: {m}" for m in modes)]
-    assert (found["given"], found["sampled"], sorted(found["seconds"])) == (
-        80,
-        5,
-        ["eager, dynamic", "ours", "sdpa, static"],
-    )
-    assert found["best"] in modes
+def test_compare_peers_prints_the_best_modes_and_dtypes(run_benchmark, load_benchmark, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is a side of the comparison")
+    compare = load_benchmark("compare_peers")
+    monkeypatch.setattr(compare, "TRANSFORMERS_MODES", {"transformers, sdpa, static": ("sdpa", "static")})
+    monkeypatch.setattr(compare, "PLAIN_MODES", {"plain loop, eager": False})
+    table, found = run_benchmark("compare_peers", *SHAPE, "--batches", "2", "--tokens", "5")
+    sides = ["ours", "transformers, sdpa, static", "plain loop, eager"]
+    assert [row[2] for row in table[1:]] == [*sides, *sides, sides[0], sides[2], *sides]
+    assert [row[1].split(":")[0] for row in table[-3:]] == ["best"] * 3
+    assert all(row[4] == "1.00" for row in table[1:] if row[2] == "ours")
+    assert [len(seconds) for seconds in found["rows"][0]["seconds"].values()] == [1] * 8
+
+
+def test_compare_peers_repeats_modes_near_the_best_of_their_peer(load_benchmark, monkeypatch):
+    """Runs of each side: a warm-up, a trial, and the repeats of the best modes."""
+    compare, calls = load_benchmark("compare_peers"), []
+    seconds = {"ours": 1.0, "peer, slow": 3.0, "peer, fast": 2.0, "other, only": 9.0}
+    monkeypatch.setattr(compare, "seconds_of", lambda placement, work: seconds[work()])
+    sides = {side: lambda side=side: (calls.append(side), side)[1] for side in seconds}
+    times = compare.in_turn_of_best(None, sides, 3)
+    assert {side: len(each) for side, each in times.items()} == {"ours": 3, "peer, fast": 3, "other, only": 3}
+    assert [calls.count(side) for side in seconds] == [5, 2, 5, 5]
+    rows = compare.rows_of({(side, "float32"): each for side, each in times.items()}, 4, "float32", 10)
+    assert rows == [
+        [4, "float32", "ours", "40", "1.00"],
+        [4, "float32", "peer, fast", "20", "2.00"],
+        [4, "float32", "other, only", "4", "9.00"],
+    ]
 
 
 @pytest.mark.slow
@@ -186,12 +204,12 @@ def test_comparisons_report_mistakes_in_one_line(load_benchmark, monkeypatch, tm
         ),
         ("compare_v1", ["--model", "cogview-emoji"], "--layers, --width, --grid: cogview-emoji has a shape of "),
         (
-            "compare_transformers",
+            "compare_peers",
             ["--tokens", "65"],
-            "--tokens must be from 1 to 64, the codes of an image that fit the posi",
+            "--tokens must be from 2 to 64, the codes of an image that fit; got 65",
         ),
-        ("compare_transformers", ["--batch", "0"], "--batch must be at least 1, got 0"),
-        ("compare_transformers", [], "Hugging Face transformers is missing, the other side of this comparison: pip "),
+        ("compare_peers", ["--batches", "0"], "--batches must be at least 1, got 0"),
+        ("compare_peers", ["--tokens", "2"], "Hugging Face transformers is missing, a side of this comparison: pip "),
         ("compare_best_of", ["--model", "random", "-n", "0"], "-n must be at least 1, got 0"),
         ("compare_best_of", [], "--layers, --width, --grid: cogview-emoji has a shape of its own; for random weights "),
         ("compare_upscale", ["--model", "random", "--images", "0"], "--images must be at least 1, got 0"),
@@ -213,20 +231,19 @@ def test_compare_best_of_refuses_a_bundle(load_benchmark, tiny_model, monkeypatc
     )
 
 
-def test_compare_transformers_reports_a_failed_compilation_in_one_line(load_benchmark, monkeypatch, capsys):
+def test_compare_peers_leaves_out_what_cannot_be_compiled(load_benchmark, capsys):
     from torch._dynamo.exc import TorchDynamoException
 
-    pytest.importorskip("transformers", reason="transformers is the other side of the comparison")
-    compare = load_benchmark("compare_transformers")
+    compare = load_benchmark("compare_peers")
 
-    def fail(*arguments):
+    def fail():
         raise TorchDynamoException("no C++ compiler\nand a long story")
 
-    monkeypatch.setattr(compare, "generate", fail)
-    assert compare.main([*SHAPE, *SHORT, "--tokens", "2", "--modes", "sdpa, compiled"]) == 2
-    err = capsys.readouterr().err.splitlines()[-1]
-    message = "sdpa, compiled: nothing can be compiled here (no C++ compiler); name the other --modes"
-    assert err == f"compare_transformers.py: {message}"
+    placement = choose_placement("cpu", "float32")
+    times = compare.in_turn_of_best(placement, {"ours": lambda: None, "peer, compiled": fail}, 1)
+    assert list(times) == ["ours"]
+    err = capsys.readouterr().err
+    assert "left out: peer, compiled: nothing can be compiled here (no C++ compiler)" in err
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
