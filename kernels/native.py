@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from cogview.kernels.dispatch import ForcedKernelsError
-from cogview.process_variables import folder_variable
 
 SOURCES = ("vectors.h", "linear.h", "attention.h", "sampling.h", "layers.c")
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
@@ -146,7 +145,8 @@ def compiled_library() -> Path:
     """
     compiler = find_compiler()
     name = f"layers-{_fingerprint(compiler)}.so"
-    folder = (folder_variable("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "cogview" / "native"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = cache / "cogview" / "native"
     if (folder / name).is_file():
         return folder / name
     try:

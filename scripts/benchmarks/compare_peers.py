@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
     limit = min(args.grid**2, config.max_positions - NUM_PIECES - 3)
     if not 2 <= args.tokens <= limit:
         raise InputError(f"--tokens must be from 2 to {limit}, the codes of an image that fit; got {args.tokens}")
+    import_transformers()
     rows, found = [], []
     for batch in args.batches:
         times: dict[tuple[str, str], list[float]] = {}
@@ -101,12 +102,10 @@ def run(args: argparse.Namespace) -> int:
         if len(args.dtypes) > 1:
             rows += rows_of_best(times, batch, args.tokens)
         found.append({"batch": batch, "seconds": {f"{side}, {dtype}": each for (side, dtype), each in times.items()}})
-    import transformers
-
     lines = [
         f"{describe(config, args.grid)}; {PEER_IDS} ids for peers; {torch.get_num_threads()} threads",
         f"80 tokens given and {args.tokens} sampled; medians of {args.repeats} runs; "
-        f"transformers {transformers.__version__}, torch {torch.__version__}",
+        f"transformers {import_transformers().__version__}, torch {torch.__version__}",
     ]
     columns = ["rows", "dtype", "side", "tokens/s", "time over ours"]
     placement = choose_placement(args.device, args.dtypes[0], num_parameters=config.num_parameters)
@@ -200,16 +199,22 @@ def rows_of_best(times: Mapping[tuple[str, str], Sequence[float]], batch: int, c
     ]
 
 
-def make_gpt2(config: TransformerConfig, placement: DevicePlacement) -> Any:
-    """Return a GPT-2 of the same shape with random weights; raise InputError without transformers."""
+def import_transformers() -> Any:
+    """Return the module of the peer; raise InputError without it."""
     try:
-        from transformers import GPT2Config, GPT2LMHeadModel
+        import transformers
     except ImportError:
         raise InputError(
             "Hugging Face transformers is missing, a side of this comparison: pip install transformers"
         ) from None
+    return transformers
+
+
+def make_gpt2(config: TransformerConfig, placement: DevicePlacement) -> Any:
+    """Return a GPT-2 of the same shape with random weights."""
+    transformers = import_transformers()
     torch.manual_seed(SEED)
-    shape = GPT2Config(
+    shape = transformers.GPT2Config(
         n_layer=config.num_layers,
         n_embd=config.width,
         n_head=config.num_heads,
@@ -219,7 +224,7 @@ def make_gpt2(config: TransformerConfig, placement: DevicePlacement) -> Any:
         eos_token_id=None,  # nothing stops a row early
         pad_token_id=0,
     )
-    return GPT2LMHeadModel(shape).eval().to(placement.device, placement.dtype)
+    return transformers.GPT2LMHeadModel(shape).eval().to(placement.device, placement.dtype)
 
 
 @torch.inference_mode()

@@ -61,6 +61,7 @@ def test_estimate_memory_parts_add_up_for_checkpoint_folder(tiny_checkpoint, cap
 
 def test_estimate_counts_weights_packed_for_mkl_on_cpu(tiny_checkpoint, capsys, monkeypatch):
     arguments = ["--model", str(tiny_checkpoint), "--device", "cpu:16GB"]
+    monkeypatch.setenv("COGVIEW_KERNELS", "torch")  # native kernels pack nothing
     monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
     memory = report(capsys, *arguments)["memory"]
     assert memory["prepacked"] == 4 * 32 * (12 * 32 * 2 + 8192)  # the projections of two layers, and the codes
