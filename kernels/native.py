@@ -70,15 +70,12 @@ def uses_native_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         ForcedKernelsError: ``COGVIEW_KERNELS=native``, but they cannot be compiled.
     """
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    forced = os.environ.get("COGVIEW_KERNELS")
-    if forced and forced != "native":
+    if not _may_run(device, dtype):
         return False
     try:
         load_library()
     except CompileError as error:
-        if forced:
+        if os.environ.get("COGVIEW_KERNELS"):
             raise ForcedKernelsError(f"COGVIEW_KERNELS=native, but {error}") from None
         _note_once(f"native kernels are missing, so each step takes longer: {error}")
         return False
@@ -92,15 +89,19 @@ def expects_native_kernels(device: torch.device, dtype: torch.dtype) -> bool:
         device: Device of the model.
         dtype: Dtype of its activations and of weights that are not quantized.
     """
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return False
-    if os.environ.get("COGVIEW_KERNELS", "native") not in ("", "native"):
+    if not _may_run(device, dtype):
         return False
     if _load_once.cache_info().currsize:
         return _load_once()[0] is not None
     with suppress(CompileError):
         return bool(find_compiler())
     return False
+
+
+def _may_run(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether the kernels are meant for this device and dtype, and no others are forced."""
+    meant = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    return meant and os.environ.get("COGVIEW_KERNELS") in (None, "", "native")
 
 
 @functools.cache

@@ -63,11 +63,7 @@ class ImageMeasureOptions:
     workers: int
 
 
-_OPTIONS = option_group(
-    ImageMeasureOptions,
-    "options",
-    tuple(ImageMeasureOptions.__annotations__),
-    click.option("--pairs", is_flag=True, help="measure pairs of the same names: PSNR, SSIM and MS-SSIM"),
+NETWORK_OPTIONS = (
     click.option(
         "--network",
         metavar="NAME",
@@ -77,6 +73,13 @@ _OPTIONS = option_group(
     click.option(
         "--weights", type=FILE, metavar="FILE", help="weights of the network inception, or efficientnet-lite0"
     ),
+)
+_OPTIONS = option_group(
+    ImageMeasureOptions,
+    "options",
+    tuple(ImageMeasureOptions.__annotations__),
+    click.option("--pairs", is_flag=True, help="measure pairs of the same names: PSNR, SSIM and MS-SSIM"),
+    *NETWORK_OPTIONS,
     click.option(
         "--lpips",
         type=FILE,

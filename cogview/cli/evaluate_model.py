@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from cogview.cli.evaluate_images import NETWORK, NETWORK_OPTIONS
 from cogview.cli.messages import print_note
 from cogview.cli.options import (
     FILE,
@@ -42,7 +43,6 @@ ROWS = 500
 PAIRS = 100
 IMAGES = 8
 IMAGES_MAXIMUM = 1000
-NETWORK = "efficientnet-lite0"
 # What a model is measured on, and the options of that measure alone; sampling settings are of prompts as well.
 OPTIONS_OF = {
     "store": ("rows", "pairs"),
@@ -147,15 +147,7 @@ class MeasureOptions:
         metavar="FOLDER",
         help="pictures to reconstruct, which the image tokenizer was not trained on: a folder, or .tar shards",
     ),
-    click.option(
-        "--network",
-        metavar="NAME",
-        show_default=NETWORK,
-        help="feature network of rfid: efficientnet-lite0, inception, stub, or a model whose image tokenizer encodes",
-    ),
-    click.option(
-        "--weights", type=FILE, metavar="FILE", help="weights of the network inception, or efficientnet-lite0"
-    ),
+    *NETWORK_OPTIONS,
 )
 @output_option(default=None, metavar="FILE", help="also write a result file with a manifest")
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")

@@ -62,7 +62,7 @@ def decode(
     batch = pad_left([sequence.until_last_blank() for sequence in sequences], vocabulary.pad)
     device = transformer.embedding.weight.device
     only_images = bool(batch.blanks.any()) and bool((batch.kinds[batch.blanks] == TokenKind.IMAGE).all())
-    window = speculative or max_window(device, len(sequences), packed=transformer.cpu_layers is not None)
+    window = speculative or max_window(device, len(sequences), prepared=transformer.cpu_layers is not None)
     in_windows = only_images and (window > 1 or uses_cuda_graphs(device))
     bias_BT = text_attention_bias(batch, [request.sampling.text_attention for request in requests])
     state = DecodingState(transformer, batch, bias_BT, int8=int8_cache)

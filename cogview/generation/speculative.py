@@ -43,21 +43,21 @@ WARM_UP = 2  # runs before a capture, in which libraries allocate what they need
 log = logging.getLogger(__name__)
 
 
-def max_window(device: torch.device, num_rows: int, *, packed: bool) -> int:
+def max_window(device: torch.device, num_rows: int, *, prepared: bool) -> int:
     """Return the number of codes per row that one forward pass should verify at most.
 
     Speculation is worthwhile where a forward pass of many columns takes hardly longer than one of a single column: on a
-    GPU, and on a CPU with prepacked weights.
+    GPU, and on a CPU with native kernels or prepacked weights.
 
     Args:
         device: Device of the model.
         num_rows: Rows of the batch, unconditional ones included.
-        packed: Whether the weights are prepacked for a CPU.
+        prepared: Whether the layers are prepared for a CPU (``Transformer.prepare_cpu``).
 
     Returns:
         A number of columns; 1 for no speculation.
     """
-    if device.type == "cpu" and not packed:
+    if device.type == "cpu" and not prepared:
         return 1
     width = WINDOW_BUDGET[device.type] // num_rows
     return width if width >= MIN_WINDOW else 1

@@ -91,7 +91,7 @@ def add_lora(transformer: Transformer, settings: LoraSettings, token_ids: Sequen
     if has_adapter(transformer):
         raise InputError("the transformer has an adapter already: only one can be trained at a time")
     require_float_weights(transformer)
-    transformer.cpu_layers = None  # packed copies would bypass the LoRA layers
+    transformer.cpu_layers = None  # they would bypass the LoRA layers
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

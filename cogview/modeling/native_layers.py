@@ -180,6 +180,8 @@ class NativeLayers:
         attention.num_keys = end
         if cache.prefix is not None and end <= cache.prefix.max_length:
             cache = cache.prefix
+        if batch > (rows := cache.keys_values.shape[2]):
+            raise ValueError(f"the cache holds {rows} rows, {batch} are needed")
         attention.format = FORMATS[cache.keys_values.dtype]
         call.cache = _store_of(cache.keys_values[0], None if cache.scales is None else cache.scales[0])
         call.cache_layer_bytes = cache.keys_values.stride(0) * cache.keys_values.element_size()

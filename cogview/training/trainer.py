@@ -267,7 +267,7 @@ class TransformerTrainer(Trainer[TrainingBatch]):
                 model = replace(self.model, transformer=transformer) if is_copy else self.model
                 with warn_if_unwritten(f"the sheet of step {step}"):
                     self.draw_sheet(model, folder / f"step-{step:08d}.png")
-                transformer.cpu_layers = None  # packed copies of the weights, which the next step changes
+                transformer.cpu_layers = None  # which may keep packed copies of weights that the next step changes
             self.context.barrier()
         return metrics
 
