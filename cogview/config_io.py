@@ -9,8 +9,9 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -130,8 +131,7 @@ def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
     """
     if not isinstance(mapping, Mapping):
         raise InputError(f"{where} must be settings with names, got {_describe(mapping)}")
-    hints = get_type_hints(kind)
-    settings = {setting.name: setting for setting in fields(kind) if setting.init}  # type: ignore[arg-type]
+    hints, settings = _fields_of(kind)  # type: ignore[arg-type]
     mapping = _with_new_names(mapping, settings, where)
     for key in mapping:
         if key not in settings:
@@ -152,6 +152,12 @@ def from_mapping(kind: type[T], mapping: Mapping[str, Any], where: str) -> T:
         raise
     except ValueError as error:
         raise InputError(f"{where}: {error}") from error
+
+
+@cache
+def _fields_of(kind: type) -> tuple[Mapping[str, Any], Mapping[str, Field[Any]]]:
+    """Return the types of a dataclass by field, and the fields that its constructor takes."""
+    return get_type_hints(kind), {setting.name: setting for setting in fields(kind) if setting.init}
 
 
 def _with_new_names(mapping: Mapping[str, Any], known: Collection[str], where: str) -> dict[str, Any]:
@@ -184,6 +190,8 @@ def to_mapping(value: Any) -> Any:
 
 def _convert_value(kind: Any, value: Any, where: str) -> Any:
     """Return ``value`` as type ``kind``; raise InputError if it has another type."""
+    if kind in (str, int, bool) and type(value) is kind:  # most values, and a few thousand of them
+        return value
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         return _convert_union(arguments, value, where)

@@ -1,5 +1,7 @@
 """The model inside the package: its files, size and card, and each of its tasks."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -143,3 +145,20 @@ def test_embedded_model_logs_an_image_that_it_cannot_see(model, caplog):
     [record] = [record for record in caplog.records if "unlike" in record.getMessage()]
     assert record.levelname == "WARNING"
     assert record.getMessage().startswith("images[0]: unlike the images that cogview-emoji was trained on: ")
+
+
+def test_tasks_on_a_cpu_import_no_compiler():
+    """Hold the start-up time: torch._dynamo takes a second to import, and random numbers on meta import it."""
+    lines = (
+        "import sys",
+        "from cogview import CogView",
+        f"model = CogView.from_pretrained({NAME!r}, device='cpu')",
+        "(image,) = model.generate('一个红苹果', seed=1)",
+        "model.caption(image, seed=1)",
+        "model.rerank([image], '一个红苹果')",
+        "model.upscale(image, seed=1)",
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'sympy'} & set(sys.modules)))",
+    )
+    process = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.strip() == "[]"

@@ -59,16 +59,17 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary_size, config.width)
-        self.positions = nn.Embedding(config.max_positions, config.width)
+        self.embedding = Embedding(config.vocabulary_size, config.width)
+        self.positions = Embedding(config.max_positions, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = LayerNorm(config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.cpu_layers: NativeLayers | PackedLayers | None = None
         self.checkpointing: Checkpointing = "none"
-        self.apply(self._initialize)
-        if config.sinusoidal_positions:
-            self._initialize_sinusoids()
+        if not self.embedding.weight.is_meta:
+            self.apply(self._initialize)
+            if config.sinusoidal_positions:
+                self._initialize_sinusoids()
 
     def _initialize(self, module: nn.Module) -> None:
         """Draw weights from N(0, 0.02), branch output projections from N(0, 0.02 / sqrt(2 layers)); zero the biases."""
@@ -322,6 +323,15 @@ class MLP(nn.Module):
         if isinstance(self.input, Linear) and bias_gelu_is_fused(x.device):  # quantized layers are no ``Linear``
             return bias_gelu(F.linear(x, self.input.weight), self.input.bias)
         return F.gelu(self.input(x), approximate="tanh")
+
+
+class Embedding(nn.Embedding):
+    """Embedding that is not initialized on the meta device, where random numbers import torch._dynamo, a second."""
+
+    def reset_parameters(self) -> None:
+        """Initialize the weight, unless it is a shape alone."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
 
 class Linear(nn.Linear):
