@@ -17,6 +17,7 @@ import torch
 
 from cogview.errors import InputError
 from cogview.kernels.linear import cpu_multiplies_bfloat16
+from cogview.kernels.native import expects_native_kernels
 from cogview.process_variables import number_variable, threads_variable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,6 +35,7 @@ class DevicePlacement:
     dtype: torch.dtype
     reason: str
     quantization: Quantization | None = None  # of the projections of the transformer; None: they have ``dtype``
+    matrices: torch.dtype | None = None  # their dtype, where 16 bits are multiplied as float32; None: ``dtype``
 
     @property
     def weight_format(self) -> str:
@@ -43,22 +45,32 @@ class DevicePlacement:
     def __str__(self) -> str:
         """Return device, format and reason."""
         name = str(self.dtype).removeprefix("torch.")
-        return f"{self.device}, {f'{self.quantization} with ' if self.quantization else ''}{name} ({self.reason})"
+        stored = self.quantization or str(self.matrices or self.dtype).removeprefix("torch.")
+        if stored != name:
+            return f"{self.device}, {name} with weights in {stored} ({self.reason})"
+        return f"{self.device}, {name} ({self.reason})"
 
 
 def choose_placement(
-    device: str = "auto", dtype: str = "auto", *, stored: Quantization | None = None, num_parameters: int = 0
+    device: str = "auto",
+    dtype: str = "auto",
+    *,
+    stored: Quantization | None = None,
+    stored_dtype: torch.dtype | None = None,
+    num_parameters: int = 0,
 ) -> DevicePlacement:
     """Choose a device and a dtype.
 
     CUDA uses bfloat16 if the GPU has it in hardware (compute capability 8.0 and above; ``is_bf16_supported`` is also
     true for GPUs that emulate it several times slower), and float16 otherwise. MPS uses float16. A CPU uses float32, or
-    bfloat16 if float32 weights would take more than half of the free memory.
+    bfloat16 if the weights of a float32 model would take more than half of the free memory; native kernels leave those
+    that are stored in 16 bits as they are.
 
     Args:
         device: auto, cpu, cuda, cuda:N, mps, or the number of a GPU. auto prefers CUDA to MPS to a CPU.
         dtype: auto, float32, bfloat16, float16, int8 or int4. auto keeps the quantization of the checkpoint.
         stored: Quantization of the checkpoint's weights.
+        stored_dtype: Dtype of its matrices, if they are not quantized; None if unknown.
         num_parameters: Parameters of the transformer; 0 if unknown.
 
     Returns:
@@ -74,7 +86,7 @@ def choose_placement(
         half = torch.bfloat16 if chosen.type == "cpu" else _choose_dtype(chosen, 0).dtype
         return DevicePlacement(chosen, half, "as stored" if dtype == "auto" else "as requested", quantization)
     if dtype == "auto":
-        return _choose_dtype(chosen, num_parameters)
+        return _choose_dtype(chosen, num_parameters, stored_dtype)
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; known: auto, {', '.join([*DTYPES, *QUANTIZATIONS])}")
     return DevicePlacement(chosen, DTYPES[dtype], "as requested")
@@ -266,7 +278,23 @@ def _cgroup_headroom(mount: Path, path: str, limit: str, usage: str, reclaimable
     return headroom
 
 
-def _choose_dtype(chosen: torch.device, num_parameters: int) -> DevicePlacement:
+def keeps_halves(device: torch.device, dtype: torch.dtype, stored_dtype: torch.dtype | None) -> bool:
+    """Return whether matrices of a model of ``dtype`` remain in the 16 bits in which they are stored.
+
+    Native kernels multiply them as float32, with the results of float32 weights, in half of the time and memory.
+
+    Args:
+        device: Device of the model.
+        dtype: Dtype of its activations.
+        stored_dtype: Dtype of the matrices in the file.
+    """
+    halves = (torch.float16, torch.bfloat16)
+    return dtype == torch.float32 and stored_dtype in halves and expects_native_kernels(device, dtype)
+
+
+def _choose_dtype(
+    chosen: torch.device, num_parameters: int, stored_dtype: torch.dtype | None = None
+) -> DevicePlacement:
     """Return the placement of dtype auto."""
     if chosen.type == "cuda":
         if torch.cuda.get_device_capability(chosen)[0] >= 8:
@@ -274,7 +302,8 @@ def _choose_dtype(chosen: torch.device, num_parameters: int) -> DevicePlacement:
         return DevicePlacement(chosen, torch.float16, "the GPU has no bfloat16")
     if chosen.type == "mps":
         return DevicePlacement(chosen, torch.float16, "Apple GPU")
-    needed, free = 4 * num_parameters, available_memory(chosen)
+    size = 2 if keeps_halves(chosen, torch.float32, stored_dtype) else 4
+    needed, free = size * num_parameters, available_memory(chosen)
     if needed > free / 2:
         reason = f"float32 would take {needed / 1e9:.1f} GB of {free / 1e9:.1f} GB of free memory"
         return DevicePlacement(chosen, torch.bfloat16, reason)

@@ -221,28 +221,30 @@ def linear_int4_packed(x: Tensor, cpu_packed: Tensor, scales_and_zeros_GN2: Tens
     return (product_MN + bias_N).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tensor:
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
     """Compute x W^T + b for a weight that is not quantized.
 
     A CPU that emulates 16-bit products computes many rows faster in float32, conversion included.
 
     Args:
         x: Inputs (..., K).
-        weight_NK: Weight, in the dtype of ``x``.
-        bias_N: Bias, in the dtype of ``x``.
+        weight_NK: Weight, in the dtype of ``x``, or in 16 bits for float32 ``x``.
+        bias_N: Bias, in the dtype of ``x``, or None.
 
     Returns:
         Outputs (..., N) in the dtype of ``x``.
     """
+    if x.dtype == torch.float32 and weight_NK.dtype in (torch.float16, torch.bfloat16):
+        weight_NK = weight_NK.float()
     slow = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not cpu_multiplies_bfloat16()
     if slow and not x.requires_grad and x.numel() >= MANY_ROWS_HALF * x.shape[-1]:
         return _dequantized_matmul(x, (rows.float() for rows in weight_NK.split(DENSE_BLOCK)), bias_N)
     return F.linear(x, weight_NK, bias_N)
 
 
-def can_prepack(weight_NK: Tensor) -> bool:
-    """Return whether MKL has a packed order for this weight: on a CPU, in float32."""
-    if weight_NK.device.type != "cpu" or weight_NK.dtype != torch.float32:
+def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether MKL has a packed order for weights of ``dtype`` on ``device``: on a CPU, in float32."""
+    if device.type != "cpu" or dtype != torch.float32:
         return False
     return torch.backends.mkl.is_available() and os.environ.get("COGVIEW_KERNELS") != "reference"
 
@@ -321,8 +323,8 @@ def _compute_plan(x: Tensor) -> tuple[int, torch.dtype]:
     return DENSE_BLOCK, x.dtype if cpu_multiplies_bfloat16() else torch.float32
 
 
-def _dequantized_matmul(x: Tensor, weights: Iterable[Tensor], bias_N: Tensor) -> Tensor:
+def _dequantized_matmul(x: Tensor, weights: Iterable[Tensor], bias_N: Tensor | None) -> Tensor:
     """Compute x W^T + b for a weight given in blocks of rows, in the dtype of the blocks."""
     products = [F.linear(x.to(block.dtype), block) for block in weights]
     product = products[0] if len(products) == 1 else torch.cat(products, dim=-1)
-    return (product + bias_N).to(x.dtype)
+    return (product if bias_N is None else product + bias_N).to(x.dtype)

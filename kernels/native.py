@@ -2,8 +2,8 @@
 
 A step of decoding reads every weight once, so it should take the time of reading them. PyTorch's operations add the
 time between them, and a second copy of the weights where MKL wants another order. These kernels read weights in the
-order of their files, float32, bfloat16, int8 or int4, and sum in float32 in a fixed order: a row has the same bits
-alone and in any batch.
+order of their files, float32, float16, bfloat16, int8 or int4, and sum in float32 in a fixed order: a row has the same
+bits alone and in any batch.
 
 The library is compiled for this processor by the C compiler of the machine ($CC, cc, gcc or clang) and kept in the
 cache folder. Without a compiler, PyTorch's operations run instead. ``COGVIEW_KERNELS`` forces either.
@@ -35,10 +35,10 @@ from cogview.kernels.dispatch import ForcedKernelsError
 
 SOURCES = ("vectors.h", "linear.h", "attention.h", "sampling.h", "layers.c")
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
-INTERFACE = 2  # of layers.c
+INTERFACE = 3  # of layers.c
 COMPILE_SECONDS = 300
 CHUNK_ROWS, SCRATCH_WIDTHS = 64, 13  # of layers.c: rows at a time, and floats of each in multiples of the width
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float16: 4}
 log = logging.getLogger(__name__)
 
 
@@ -61,11 +61,12 @@ class CompileError(Exception):
 
 
 def uses_native_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether native kernels run for weights of ``dtype``, or with activations of ``dtype``, on ``device``.
+    """Return whether native kernels run for a model of ``dtype`` on ``device``.
 
     Args:
         device: Device of the model.
-        dtype: float32 or bfloat16; kernels for other dtypes do not exist.
+        dtype: Dtype of its vectors, float32 or bfloat16; for other models kernels do not exist. Its matrices may have
+            any format of ``FORMATS``.
 
     Raises:
         ForcedKernelsError: ``COGVIEW_KERNELS=native``, but they cannot be compiled.
@@ -265,7 +266,7 @@ def describe_linear(weight: Tensor, scales: Tensor | None, bias_N: Tensor | None
     """Return the description of a linear layer for the library; the tensors must outlive it.
 
     Args:
-        weight: float32, bfloat16 or int8 (N, K), or packed int4 (N, K / 2), contiguous.
+        weight: float32, float16, bfloat16 or int8 (N, K), or packed int4 (N, K / 2), contiguous.
         scales: bfloat16 scales (N,) of int8, or scales and zero points (G, N, 2) of int4.
         bias_N: float32 bias, or None.
     """
@@ -291,7 +292,7 @@ def linear_native(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias_
 
     Args:
         x: Inputs (..., K), float32.
-        weight: Weight in float32, bfloat16 or int8 (N, K), or packed int4 (N, K / 2) uint8.
+        weight: Weight in float32, float16, bfloat16 or int8 (N, K), or packed int4 (N, K / 2) uint8.
         scales: Scales of int8 and int4 (``quantize_int8``, ``quantize_int4``).
         bias_N: Bias, float32; None for no bias.
 

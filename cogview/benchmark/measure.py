@@ -55,7 +55,11 @@ class BenchmarkTarget:
         if self.folder is None:
             return CogView(random_model(self.config, self.image_config, placement), placement, "random weights")
         adapters = open_adapters(self.adapters, self.config, str(self.folder))
-        model = load_model(self.folder, placement.device, placement.dtype, placement.quantization, adapters=adapters)
+        model = load_model(
+            *(self.folder, placement.device, placement.dtype, placement.quantization),
+            adapters=adapters,
+            keep_halves=True,
+        )
         return CogView(model, placement, str(self.folder))
 
 

@@ -78,11 +78,18 @@ def find_benchmark_target(
         assert name is not None
         model, folder = load_target_model(name), resolve_checkpoint(name)
         open_adapters(adapters, model.config, name)
-    parameters = model.config.transformer.num_parameters
+    placement = choose_placement(
+        *(device, dtype),
+        stored=model.quantization,
+        stored_dtype=model.stored_dtype,
+        num_parameters=model.config.transformer.num_parameters,
+    )
+    if model.keeps_halves(placement.device.type, placement.weight_format):
+        placement = replace(placement, matrices=model.stored_dtype)
     return BenchmarkTarget(
         config=model.config,
         image_config=model.image_config,
-        placement=choose_placement(device, dtype, stored=model.quantization, num_parameters=parameters),
+        placement=placement,
         folder=folder,
         adapters=adapters,
         speculative=speculative,
@@ -155,6 +162,7 @@ class BenchmarkReport:
             task="generate",
             rows=rows,
             dtype=placement.weight_format,
+            keep_halves=placement.matrices is not None,
             device_type=placement.device.type,
             guided=config.sampling.guidance != 1,
         )

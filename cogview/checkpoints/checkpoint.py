@@ -169,6 +169,7 @@ def load_model(
     *,
     adapters: Sequence[Adapter] = (),
     meta_only: bool = False,
+    keep_halves: bool = False,
     allow_nonfinite: bool = False,
 ) -> Model:
     """Load a checkpoint folder.
@@ -180,6 +181,7 @@ def load_model(
         quantization: quantize the projections while they are read.
         adapters: adapters to add while the weights are read, checked against the model.
         meta_only: leave the transformer on the meta device, without weights.
+        keep_halves: as in ``load_transformer``.
         allow_nonfinite: accept weights of the transformer that are NaN or infinite, to examine them.
 
     Returns:
@@ -215,7 +217,10 @@ def load_model(
             transformer = Transformer(config.transformer)
     else:
         transformer = load_transformer(
-            folder, device, dtype, quantization, adapters=adapters, allow_nonfinite=allow_nonfinite
+            *(folder, device, dtype, quantization),
+            adapters=adapters,
+            keep_halves=keep_halves,
+            allow_nonfinite=allow_nonfinite,
         )
     return Model(
         config=config,
@@ -268,6 +273,7 @@ def load_transformer(
     quantization: Quantization | None = None,
     *,
     adapters: Sequence[Adapter] = (),
+    keep_halves: bool = False,
     allow_nonfinite: bool = False,
 ) -> Transformer:
     """Load the transformer of a checkpoint folder tensor by tensor, so that no second copy is held.
@@ -280,6 +286,8 @@ def load_transformer(
         dtype: dtype of the weights.
         quantization: quantize the projections while they are read.
         adapters: adapters to add while the weights are read, checked against the model.
+        keep_halves: leave matrices of 16 bits as they are stored where native kernels multiply them as float32; the
+            model can then not be trained.
         allow_nonfinite: accept weights that are NaN or infinite.
 
     Returns:
@@ -290,7 +298,9 @@ def load_transformer(
     """
     config = check_sizes(folder)
     file = WeightsFile(folder / "model.safetensors")
-    precision = Precision(dtype, quantization)
+    native = uses_native_kernels(device, dtype)
+    keep_halves = keep_halves and native and dtype == torch.float32 and quantization is None
+    precision = Precision(dtype, quantization, keep_halves)
     specs = converted_specs(file, precision)
     source = AdaptedWeights(file, adapters) if adapters else file
     with torch.device("meta"):  # no memory, and no random numbers, for weights that are replaced at once
@@ -299,7 +309,6 @@ def load_transformer(
             swap_quantized_linears(transformer, quantization)
     file.prefetch()
     on_cpu = device.type == "cpu"
-    native = uses_native_kernels(device, dtype or torch.float32)
     ordering = quantization == "int4" and has_quantized_kernels(device) and not native
     memory = TensorArena() if on_cpu else None
     keep = on_cpu and not ordering
@@ -318,7 +327,7 @@ def load_transformer(
     for module in transformer.modules():
         if isinstance(module, Int4Linear):
             module.cpu_packed = ordering
-    return transformer.eval()
+    return transformer.requires_grad_(not keep_halves).eval()
 
 
 def verify_files(folder: Path, expected: Sequence[tuple[str, str]]) -> None:

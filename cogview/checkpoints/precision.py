@@ -51,13 +51,22 @@ class TensorSource(Protocol):
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtype of all weights (None: as stored) but those that ``quantization`` covers."""
+    """Dtype of all weights (None: as stored) but those that ``quantization`` covers.
+
+    With ``keep_halves``, matrices that are stored in 16 bits remain in them.
+    """
 
     dtype: torch.dtype | None = None
     quantization: Quantization | None = None
+    keep_halves: bool = False
 
     def __str__(self) -> str:
         return self.quantization or str(self.dtype).removeprefix("torch.")
+
+    def dtype_of(self, spec: TensorSpec) -> torch.dtype:
+        """Return the dtype of a stored tensor that is not quantized."""
+        keep = self.keep_halves and len(spec.shape) > 1 and spec.dtype in (torch.float16, torch.bfloat16)
+        return spec.dtype if keep or self.dtype is None else self.dtype
 
 
 def stored_quantization(specs: Mapping[str, TensorSpec]) -> Quantization | None:
@@ -65,6 +74,11 @@ def stored_quantization(specs: Mapping[str, TensorSpec]) -> Quantization | None:
     return next(
         (_STORED[spec.dtype] for name, spec in specs.items() if is_quantized(name) and spec.dtype in _STORED), None
     )
+
+
+def stored_matrix_dtype(specs: Mapping[str, TensorSpec]) -> torch.dtype | None:
+    """Return the dtype of a file's embedding, which its projections share unless they are quantized."""
+    return specs["embedding.weight"].dtype if "embedding.weight" in specs else None
 
 
 def converted_specs(weights: TensorSource, precision: Precision) -> dict[str, TensorSpec]:
@@ -98,7 +112,7 @@ def converted_specs(weights: TensorSource, precision: Precision) -> dict[str, Te
             specs[name] = TensorSpec(torch.uint8, (outputs, inputs // 2))
             specs[quantized_names(name, "int4")[1]] = TensorSpec(torch.bfloat16, (groups, outputs, 2))
         else:
-            specs[name] = TensorSpec(precision.dtype or spec.dtype, spec.shape)
+            specs[name] = TensorSpec(precision.dtype_of(spec), spec.shape)
     return specs
 
 
@@ -139,7 +153,7 @@ def convert(
             assert stored is not None
             restored = dequantize_weight(read(sources[0]), read(sources[1]), stored)
             yield name, store(restored.to(precision.dtype or torch.float32))
-        elif len(sources) == 2 or (precision.dtype in (None, spec.dtype) and not _to_quantize(name, precision)):
+        elif len(sources) == 2 or (precision.dtype_of(spec) == spec.dtype and not _to_quantize(name, precision)):
             yield from ((part, weights.read(part, keep=True) if keep else store(read(part))) for part in sources)
         elif _to_quantize(name, precision):
             assert precision.quantization is not None

@@ -211,7 +211,7 @@ def _inference_report(name: str, device: str, flops: float | None, options: Infe
     from cogview.planning.target import find_speed, find_target, load_target_model
 
     model = load_target_model(name)
-    target = find_target(device, options.dtype or "auto", model.config, model.quantization)
+    target = find_target(device, options.dtype or "auto", model)
     task = options.task or "generate"
     report = report_inference(
         name,
@@ -241,7 +241,7 @@ def _training_report(name: str | None, device: str | None, flops: float | None, 
         table = size_table(_scaled(flops, 1e12), options["mfu"])
         return lambda: table, lambda: size_table_text(table)
     model = load_target_model(name)
-    target = find_target(device or "auto", "float32", model.config, None)
+    target = find_target(device or "auto", "float32", model)
     report = report_training(
         name,
         model,

@@ -51,7 +51,7 @@ class DecodingState:
             int8: Store keys and values in int8.
         """
         weight = transformer.embedding.weight
-        device, dtype = weight.device, weight.dtype
+        device, dtype = weight.device, transformer.dtype
         num_rows, num_columns = batch.ids.shape
         self.transformer = transformer
         self.ids_BT = torch.tensor(batch.ids, device=device)  # a copy, since it is written to

@@ -105,9 +105,9 @@ class NativeLayers:
         self.__dict__.update(state)
         self._forget()
 
-    def accepts(self, weight: Tensor) -> bool:
-        """Return whether the kernels run for weights like ``weight``."""
-        return uses_native_kernels(weight.device, weight.dtype)
+    def accepts(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Return whether the kernels run for a model of ``dtype`` on ``device``."""
+        return uses_native_kernels(device, dtype)
 
     def prepack_bytes(self, *output_ids: range) -> int:
         """Return 0: no weight is copied.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
@@ -75,9 +76,9 @@ class PackedLayers:
                     parts.append(part._parameters)
             self.layers.append(tuple(parts))
 
-    def accepts(self, weight: Tensor) -> bool:
-        """Return whether MKL has a packed order for weights like ``weight``."""
-        return can_prepack(weight)
+    def accepts(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Return whether MKL has a packed order for a model of ``dtype`` on ``device``."""
+        return can_prepack(device, dtype)
 
     def prepack_bytes(self, *output_ids: range) -> int:
         """Return the bytes of the packed weights that do not exist yet.

@@ -146,14 +146,10 @@ class Transformer(nn.Module):
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
         autocast = torch.is_autocast_enabled(ids_BT.device.type)
-        cpu_layers = None if autocast or torch.is_grad_enabled() else self.cpu_layers
-        if cpu_layers is not None and not cpu_layers.accepts(self.embedding.weight):
-            cpu_layers = None
+        cpu_layers = None if autocast else self._usable_cpu_layers()
         # The residual stream of native kernels and of autocast is float32, whatever the dtype of the weights.
-        if autocast or isinstance(cpu_layers, NativeLayers):
-            x_BTD = self.dropout(self.embedding(ids_BT).float() + self.positions(positions_BT).float())
-        else:
-            x_BTD = self.dropout(self.embedding(ids_BT) + self.positions(positions_BT))
+        dtype = torch.float32 if autocast or isinstance(cpu_layers, NativeLayers) else self.dtype
+        x_BTD = self.dropout(self.embedding(ids_BT).to(dtype) + self.positions(positions_BT).to(dtype))
         if cpu_layers is not None:
             x_BTD = cpu_layers(x_BTD, bias_B1TS, cache)
         else:
@@ -192,9 +188,10 @@ class Transformer(nn.Module):
             Logits (..., V), float32.
         """
         weight = self.embedding.weight if ids is None else self.embedding.weight[ids.start : ids.stop]
-        if self.cpu_layers is None or ids is None or torch.is_grad_enabled() or not self.cpu_layers.accepts(weight):
-            return F.linear(hidden.to(weight.dtype), weight).float()
-        return self.cpu_layers.head(hidden, weight, ids)
+        cpu_layers = None if ids is None else self._usable_cpu_layers()
+        if cpu_layers is None or ids is None:
+            return linear(hidden.to(self.dtype), weight, None).float()
+        return cpu_layers.head(hidden, weight, ids)
 
     def prepare_cpu(self) -> None:
         """Prepare generation on a CPU: with the native kernels, or else with weights in MKL's packed order.
@@ -202,11 +199,24 @@ class Transformer(nn.Module):
         Packed weights are a second copy, made at first use, of float32 weights alone. On other devices, and with
         neither, nothing changes. Training uses the modules.
         """
-        weight = self.embedding.weight
-        if uses_native_kernels(weight.device, weight.dtype):
+        device = self.embedding.weight.device
+        if uses_native_kernels(device, self.dtype):
             self.cpu_layers = NativeLayers(self)
-        elif can_prepack(weight) and not self.is_quantized:
+        elif can_prepack(device, self.dtype) and not self.is_quantized:
             self.cpu_layers = PackedLayers(self)
+
+    def _usable_cpu_layers(self) -> NativeLayers | PackedLayers | None:
+        """Return the layers prepared for a CPU, or None if gradients are needed or the weights were moved or cast."""
+        if self.cpu_layers is None or not self.cpu_layers.accepts(self.embedding.weight.device, self.dtype):
+            return None
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
+            return None
+        return self.cpu_layers
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the norms, in which the modules compute; matrices may be smaller."""
+        return self.final_norm.weight.dtype
 
     @property
     def is_quantized(self) -> bool:

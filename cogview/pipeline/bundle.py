@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from cogview.checkpoints.checkpoint import check_folder, load_model, load_transformer
-from cogview.checkpoints.precision import Precision, converted_specs
+from cogview.checkpoints.precision import Precision, converted_specs, stored_matrix_dtype
 from cogview.checkpoints.safetensors_io import WeightsFile
-from cogview.device import DevicePlacement, available_memory
+from cogview.device import DevicePlacement, available_memory, keeps_halves
 from cogview.errors import InputError
 from cogview.modeling.transformer import Transformer
 
@@ -81,7 +81,8 @@ class Bundle:
         if folder not in self._loaded:
             placement = self.placement
             weights = WeightsFile(folder / "model.safetensors")
-            specs = converted_specs(weights, Precision(placement.dtype, placement.quantization))
+            keep_halves = keeps_halves(placement.device, placement.dtype, stored_matrix_dtype(weights.specs))
+            specs = converted_specs(weights, Precision(placement.dtype, placement.quantization, keep_halves))
             needed = HEADROOM * sum(spec.num_bytes for spec in specs.values())
             while self._loaded and available_memory(placement.device) < needed:
                 oldest = next(iter(self._loaded))
@@ -91,6 +92,10 @@ class Bundle:
                 if placement.device.type == "cuda":
                     torch.cuda.empty_cache()
             log.info("loading %s for the task %s", folder.name, task)
-            self._loaded[folder] = load_transformer(folder, placement.device, placement.dtype, placement.quantization)
+            transformer = load_transformer(
+                *(folder, placement.device, placement.dtype, placement.quantization), keep_halves=True
+            )
+            transformer.prepare_cpu()
+            self._loaded[folder] = transformer
         self._loaded.move_to_end(folder)
         return self._loaded[folder]

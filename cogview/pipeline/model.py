@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from cogview.checkpoints.adapted_weights import open_adapters
 from cogview.checkpoints.adapter_choice import AdapterChoice
 from cogview.checkpoints.checkpoint import Model, NamedThing, check_folder, load_model
 from cogview.checkpoints.fingerprint import fingerprint
-from cogview.checkpoints.precision import stored_quantization
+from cogview.checkpoints.precision import stored_matrix_dtype, stored_quantization
 from cogview.checkpoints.registry import load_registry, resolve_bundle, resolve_checkpoint
 from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.device import DevicePlacement, choose_placement, compute_after_forks
@@ -138,8 +139,9 @@ class LoadedModel:
         else:
             folder = resolve_checkpoint(str(name), revision=revision, cache_dir=cache_dir)
         count = check_folder(folder).transformer.num_parameters
-        stored = stored_quantization(WeightsFile(folder / "model.safetensors").specs)
-        placement = choose_placement(device, dtype, stored=stored, num_parameters=count)
+        specs = WeightsFile(folder / "model.safetensors").specs
+        stored, matrices = stored_quantization(specs), stored_matrix_dtype(specs)
+        placement = choose_placement(device, dtype, stored=stored, stored_dtype=matrices, num_parameters=count)
         if parts and choices:
             rows = ", ".join(load_registry()[str(name)].models)
             raise InputError(f"{name} is a bundle of models, an adapter belongs to one: name one of {rows}")
@@ -148,7 +150,12 @@ class LoadedModel:
             opened = cls(bundle.model, placement, str(name), bundle)
         else:
             adapters = open_adapters(choices, check_folder(folder), str(name))  # before the weights are read
-            model = load_model(folder, placement.device, placement.dtype, placement.quantization, adapters=adapters)
+            model = load_model(
+                *(folder, placement.device, placement.dtype, placement.quantization),
+                adapters=adapters,
+                keep_halves=True,
+            )
+            placement = replace(placement, matrices=model.transformer.embedding.weight.dtype)
             if adapters:
                 model.grammar = None  # an adapter may have learnt other words
             if adapters and stored is not None and placement.quantization is not None:

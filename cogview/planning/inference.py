@@ -38,6 +38,7 @@ from cogview.planning.model_memory import (
     image_bytes,
     image_tokenizer_bytes,
     layer_bytes,
+    matrix_bytes,
     may_convert_weights,
     position_bytes,
     prepacked_bytes,
@@ -82,6 +83,7 @@ class InferenceEstimate:
     image_config: VQVAEConfig
     task: str
     dtype: str  # weight format
+    keep_halves: bool  # matrices of a float32 model remain in 16 bits
     device_type: str  # cpu, cuda or mps
     rows: int  # sequences at once
     guided: bool  # classifier-free guidance: each sequence has an unconditional copy
@@ -150,7 +152,9 @@ class InferenceEstimate:
 
     def traffic(self, forward_pass: ForwardPass) -> int:
         """Return the bytes that a forward pass moves: weights, KV cache, and the noise of sampling."""
-        weights = self.layers + forward_pass.output_ids * self.transformer.width * ACTIVATION_BYTES[self.dtype]
+        weights = self.layers + forward_pass.output_ids * self.transformer.width * matrix_bytes(
+            self.dtype, keep_halves=self.keep_halves
+        )
         if self.converts_weights(forward_pass):
             weights += self.conversion_traffic * self.transformer.num_layers * 12 * self.transformer.width**2
         cached = (1 + self.guided) * forward_pass.total_positions * position_bytes(self.transformer, self.dtype)
@@ -189,6 +193,7 @@ def estimate_inference(
     task: str,
     rows: int,
     dtype: str = "float32",
+    keep_halves: bool = False,
     device_type: str = "cpu",
     guided: bool = False,
 ) -> InferenceEstimate:
@@ -201,6 +206,7 @@ def estimate_inference(
             sequence for each beam.
         rows: Sequences at once, 1 or more.
         dtype: Weight format, a key of ``ACTIVATION_BYTES``.
+        keep_halves: Whether the matrices of a float32 model remain in 16 bits (``device.keeps_halves``).
         device_type: cpu, cuda or mps.
         guided: Whether images are generated with classifier-free guidance.
 
@@ -223,6 +229,7 @@ def estimate_inference(
         image_config=image_config,
         task=task,
         dtype=dtype,
+        keep_halves=keep_halves,
         device_type=device_type,
         rows=rows,
         guided=guided,
@@ -230,8 +237,8 @@ def estimate_inference(
         sequence_length=length,
         image_side=side,
         decodes=generates_image,
-        layers=layer_bytes(shape, dtype),
-        embedding=embedding_bytes(shape, dtype),
+        layers=layer_bytes(shape, dtype, keep_halves=keep_halves),
+        embedding=embedding_bytes(shape, dtype, keep_halves=keep_halves),
         image_tokenizer=image_tokenizer_bytes(image_config),
         workspace=workspace_bytes(shape, dtype, device_type),
         overhead=OVERHEAD[device_type],

@@ -72,7 +72,7 @@ class ForwardPass:
     output_positions: int = 1  # positions with logits
 
 
-def layer_bytes(config: TransformerConfig, dtype: str) -> int:
+def layer_bytes(config: TransformerConfig, dtype: str, *, keep_halves: bool = False) -> int:
     """Return the bytes of the weights of all layers.
 
     Quantization applies to the four projections of a layer. int8 has a 2-byte scale for each output; int4 has a scale
@@ -81,6 +81,7 @@ def layer_bytes(config: TransformerConfig, dtype: str) -> int:
     Args:
         config: Shape of the transformer.
         dtype: Weight format, a key of ``ACTIVATION_BYTES``.
+        keep_halves: Whether the matrices of a float32 model remain in 16 bits.
 
     Raises:
         InputError: The width does not divide into groups of int4.
@@ -96,19 +97,31 @@ def layer_bytes(config: TransformerConfig, dtype: str) -> int:
             raise InputError(str(error)) from None
         projections = num_weights // 2 + 4 * groups
     else:
-        projections = num_weights * ACTIVATION_BYTES[dtype]
+        projections = num_weights * matrix_bytes(dtype, keep_halves=keep_halves)
     biases_and_norms = 17 * width * ACTIVATION_BYTES[dtype]
     return config.num_layers * (projections + biases_and_norms)
 
 
-def embedding_bytes(config: TransformerConfig, dtype: str) -> int:
+def embedding_bytes(config: TransformerConfig, dtype: str, *, keep_halves: bool = False) -> int:
     """Return the bytes of the token embedding, the position embedding and the last norm.
 
     Args:
         config: Config of the transformer.
         dtype: Weight format.
+        keep_halves: Whether the matrices of a float32 model remain in 16 bits.
     """
-    return (config.vocabulary_size + config.max_positions + 2) * config.width * ACTIVATION_BYTES[dtype]
+    embeddings = (config.vocabulary_size + config.max_positions) * matrix_bytes(dtype, keep_halves=keep_halves)
+    return config.width * (embeddings + 2 * ACTIVATION_BYTES[dtype])
+
+
+def matrix_bytes(dtype: str, *, keep_halves: bool) -> int:
+    """Return the bytes of a number of a matrix that is not quantized.
+
+    Args:
+        dtype: Weight format.
+        keep_halves: Whether the matrices of a float32 model remain in 16 bits.
+    """
+    return 2 if keep_halves else ACTIVATION_BYTES[dtype]
 
 
 def uses_native(dtype: str, device_type: str) -> bool:
@@ -139,8 +152,8 @@ def uses_prepacking(dtype: str, device_type: str) -> bool:
         dtype: Weight format.
         device_type: cpu, cuda or mps.
     """
-    weight = torch.empty(0, dtype=torch.float32 if dtype == "float32" else torch.bfloat16)
-    return device_type == "cpu" and not uses_native(dtype, device_type) and can_prepack(weight)
+    weight = torch.float32 if dtype == "float32" else torch.bfloat16
+    return not uses_native(dtype, device_type) and can_prepack(torch.device(device_type), weight)
 
 
 def prepacked_bytes(config: TransformerConfig, vocabulary: Vocabulary, task: str) -> int:

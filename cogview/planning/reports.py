@@ -90,6 +90,7 @@ def report_inference(
             task=task,
             rows=rows,
             dtype=dtype,
+            keep_halves=model.keeps_halves(target.type, dtype),
             device_type=target.type,
             guided=guided,
         )

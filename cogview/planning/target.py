@@ -11,11 +11,18 @@ import torch
 
 from cogview.checkpoints.checkpoint import check_sizes
 from cogview.checkpoints.image_tokenizer import read_image_config
-from cogview.checkpoints.precision import stored_quantization
+from cogview.checkpoints.precision import stored_matrix_dtype, stored_quantization
 from cogview.checkpoints.registry import load_registry, resolve_checkpoint
 from cogview.checkpoints.safetensors_io import WeightsFile
 from cogview.checkpoints.v1_convert import ALL_TASKS, V1_CAPTION, V1_GRID
-from cogview.device import DevicePlacement, Quantization, available_memory, choose_placement, training_dtype
+from cogview.device import (
+    DevicePlacement,
+    Quantization,
+    available_memory,
+    choose_placement,
+    keeps_halves,
+    training_dtype,
+)
 from cogview.errors import InputError
 from cogview.formatting import format_bytes
 from cogview.modeling.config import PRESETS, ModelConfig, preset
@@ -51,6 +58,11 @@ class TargetModel:
     config: ModelConfig
     image_config: VQVAEConfig
     quantization: Quantization | None = None  # of the stored weights
+    stored_dtype: torch.dtype | None = None  # of the stored matrices; None without weights
+
+    def keeps_halves(self, device_type: str, dtype: str) -> bool:
+        """Return whether the matrices remain in 16 bits on a device, with ``dtype`` as weight format."""
+        return dtype == "float32" and keeps_halves(torch.device(device_type), torch.float32, self.stored_dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +98,7 @@ def load_target_model(name: str) -> TargetModel:
         config=config,
         image_config=read_image_config(folder / "image"),
         quantization=stored_quantization(weights.specs),
+        stored_dtype=stored_matrix_dtype(weights.specs),
     )
 
 
@@ -130,14 +143,13 @@ def random_config(shape: str) -> ModelConfig:
     return replace(base, transformer=transformer)
 
 
-def find_target(name: str, dtype: str, config: ModelConfig, quantization: Quantization | None) -> TargetDevice:
+def find_target(name: str, dtype: str, model: TargetModel) -> TargetDevice:
     """Find the device of an estimate.
 
     Args:
         name: A device of this machine (auto, cpu, cuda, cuda:N or mps), or a type with a size such as ``cuda:24GB``.
         dtype: Weight format, or auto.
-        config: Settings of the model.
-        quantization: Quantization of the stored weights.
+        model: The model.
 
     Returns:
         The device with its memory and weight format.
@@ -145,7 +157,7 @@ def find_target(name: str, dtype: str, config: ModelConfig, quantization: Quanti
     Raises:
         InputError: The name is unknown, or this machine has no such device.
     """
-    parameters = config.transformer.num_parameters
+    parameters, quantization = model.config.transformer.num_parameters, model.quantization
     size = re.fullmatch(rf"(cpu|cuda):(\d+(?:\.\d+)?)({'|'.join(UNITS)})", name)
     if size is None:
         if not re.fullmatch(r"auto|\d{1,2}|cpu|cuda(:\d{1,2})?|mps", name):
@@ -153,7 +165,9 @@ def find_target(name: str, dtype: str, config: ModelConfig, quantization: Quanti
                 f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps, or a size such as cpu:16GB or "
                 "cuda:24GB"
             )
-        placement = choose_placement(name, dtype, stored=quantization, num_parameters=parameters)
+        placement = choose_placement(
+            name, dtype, stored=quantization, stored_dtype=model.stored_dtype, num_parameters=parameters
+        )
         return TargetDevice(
             type=placement.device.type,
             memory=available_memory(placement.device),
@@ -164,7 +178,8 @@ def find_target(name: str, dtype: str, config: ModelConfig, quantization: Quanti
     if memory < 1:
         raise InputError(f"the size of the device must be above 0, got {name}")
     if dtype == "auto":  # by the rule of ``choose_placement`` for a recent device
-        half = size[1] == "cuda" or 4 * parameters > memory / 2
+        bytes_per_weight = 2 if model.keeps_halves(size[1], "float32") else 4
+        half = size[1] == "cuda" or bytes_per_weight * parameters > memory / 2
         dtype = quantization or ("bfloat16" if half else "float32")
     return TargetDevice(type=size[1], memory=memory, dtype=dtype)
 

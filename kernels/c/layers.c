@@ -8,7 +8,7 @@
 #include "linear.h"
 #include "sampling.h"
 
-enum { INTERFACE = 2, CHUNK_ROWS = 64 };
+enum { INTERFACE = 3, CHUNK_ROWS = 64 };
 static const float NORM_EPSILON = 1e-5f / 64, SMALLEST = 1e-20f;
 
 typedef struct {

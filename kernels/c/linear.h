@@ -1,8 +1,8 @@
 /* Linear layers y = x W^T + b with float32 sums, for weights in the order of their files.
  *
- * Float32, bfloat16, int8 with a scale per output, or int4 with a scale and a zero point per group of inputs. Weights
- * become float32 as they are read. One output is a sum over its inputs in LANES partial sums, whatever the number of
- * rows, so that a row of a batch has the bits of the row alone. */
+ * Float32, float16, bfloat16, int8 with a scale per output, or int4 with a scale and a zero point per group of inputs.
+ * Weights become float32 as they are read. One output is a sum over its inputs in LANES partial sums, whatever the
+ * number of rows, so that a row of a batch has the bits of the row alone. */
 #ifndef COGVIEW_LINEAR_H
 #define COGVIEW_LINEAR_H
 
@@ -47,7 +47,7 @@ ALWAYS void tile(const int format, const int rows, const int outputs, const Line
                  float *y) {
     const long inputs = linear->inputs, whole = inputs / LANES * LANES;
     const char *weight = (const char *)linear->weight +
-                         output * inputs * (format == FLOAT32 ? sizeof(float) : format == BFLOAT16 ? 2 : 1);
+                         output * inputs * (format == FLOAT32 ? 4 : format == INT8 ? 1 : 2);
     Vector sums[8][8];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int n = 0; n < outputs; n++) sums[m][n] = (Vector){0};
     for (long k = 0; k < whole; k += LANES) {
@@ -175,12 +175,13 @@ static void linear_part(const Linear *linear, const float *x, long rows, int act
     const long blocks = (linear->outputs + 7) / 8;
     const long start = blocks * number / parts * 8, last = blocks * (number + 1) / parts * 8;
     const long end = last < linear->outputs ? last : linear->outputs;
-    const long half_bytes = linear->format == FLOAT32 ? 8 : linear->format == BFLOAT16 ? 4 : linear->format == INT8 ? 2 : 1;
+    const long half_bytes = linear->format == FLOAT32 ? 8 : linear->format == INT8 ? 2 : linear->format == INT4 ? 1 : 4;
     long step = BLOCK_BYTES * 2 / half_bytes / linear->inputs / 8 * 8;
     if (step < 8) step = 8;
     for (long first = start; first < end; first += step) {
         const long next = first + step < end ? first + step : end;
         if (linear->format == FLOAT32) block(FLOAT32, linear, x, rows, first, next, y);
+        if (linear->format == FLOAT16) block(FLOAT16, linear, x, rows, first, next, y);
         if (linear->format == BFLOAT16) block(BFLOAT16, linear, x, rows, first, next, y);
         if (linear->format == INT8) block(INT8, linear, x, rows, first, next, y);
         if (linear->format == INT4) block(INT4, linear, x, rows, first, next, y);

@@ -35,7 +35,7 @@ typedef int8_t ByteVector __attribute__((vector_size(VECTOR_BYTES / 4), aligned(
 typedef uint8_t UnsignedByteVector __attribute__((vector_size(VECTOR_BYTES / 4), aligned(1), may_alias));
 
 /* Formats of weights, keys and values. */
-enum { FLOAT32, BFLOAT16, INT8, INT4 };
+enum { FLOAT32, BFLOAT16, INT8, INT4, FLOAT16 };
 
 ALWAYS Vector broadcast(float x) { return x - (Vector){0}; }
 
@@ -50,8 +50,29 @@ ALWAYS Vector load_some(const float *p, long count) {
     return load(part);
 }
 
+/* a where the lanes of the mask are set, else b. */
+ALWAYS Vector choose(IntVector mask, Vector a, Vector b) {
+    return (Vector)(((IntVector)a & mask) | ((IntVector)b & ~mask));
+}
+
 ALWAYS Vector load_bfloat16(const uint16_t *p) {
     return (Vector)(__builtin_convertvector(*(const HalfVector *)p, UintVector) << 16);
+}
+
+/* Floats of LANES halves. */
+ALWAYS Vector load_float16(const uint16_t *p) {
+#if VECTOR_BYTES == 64
+    return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif VECTOR_BYTES == 32 && defined(__F16C__)
+    return (Vector)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+    const UintVector bits = __builtin_convertvector(*(const HalfVector *)p, UintVector);
+    const UintVector exponents = bits & 0x7c00, mantissas = bits & 0x3ff;
+    /* Subnormal numbers are whole multiples of 2^-24; 112 is the difference of the exponents' biases. */
+    const Vector small = __builtin_convertvector((IntVector)mantissas, Vector) * 0x1p-24f;
+    const Vector normal = (Vector)((exponents << 13) + (112u << 23) + (mantissas << 13));
+    return (Vector)((UintVector)choose((IntVector)(exponents == 0), small, normal) | (bits & 0x8000) << 16);
+#endif
 }
 
 ALWAYS Vector load_int8(const int8_t *p) {
@@ -79,6 +100,7 @@ ALWAYS IntVector load_bytes(const uint8_t *p) {
 ALWAYS Vector load_as(const int format, const void *p, long index) {
     if (format == FLOAT32) return load((const float *)p + index);
     if (format == BFLOAT16) return load_bfloat16((const uint16_t *)p + index);
+    if (format == FLOAT16) return load_float16((const uint16_t *)p + index);
     return load_int8((const int8_t *)p + index);
 }
 
@@ -106,6 +128,11 @@ ALWAYS float element_as(const int format, const void *p, long index) {
 /* The first `count` values from `index` on, then zeros. */
 ALWAYS Vector load_some_as(const int format, const void *p, long index, long count) {
     float part[LANES] = {0};
+    if (format == FLOAT16) {
+        uint16_t halves[LANES] = {0};
+        memcpy(halves, (const uint16_t *)p + index, count * sizeof(uint16_t));
+        return load_float16(halves);
+    }
     for (long lane = 0; lane < count; lane++) part[lane] = element_as(format, p, index + lane);
     return load(part);
 }
@@ -131,11 +158,6 @@ ALWAYS FourVector sum_four(Vector a, Vector b, Vector c, Vector d) {
 }
 
 ALWAYS float sum(Vector x) { return sum_four(x, x, x, x)[0]; }
-
-/* a where the lanes of the mask are set, else b. */
-ALWAYS Vector choose(IntVector mask, Vector a, Vector b) {
-    return (Vector)(((IntVector)a & mask) | ((IntVector)b & ~mask));
-}
 
 ALWAYS Vector larger(Vector a, Vector b) { return choose(a > b, a, b); }
 

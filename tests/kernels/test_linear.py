@@ -421,8 +421,9 @@ def test_linear_prepacked_multiplies_many_rows_in_parts(monkeypatch):
 
 @with_mkl
 def test_can_prepack_only_float32_on_a_cpu_with_mkl(monkeypatch):
-    assert can_prepack(torch.zeros(4, 4))
-    assert not can_prepack(torch.zeros(4, 4, dtype=torch.bfloat16))
-    assert not can_prepack(torch.zeros(4, 4, device="meta"))
+    cpu = torch.device("cpu")
+    assert can_prepack(cpu, torch.float32)
+    assert not can_prepack(cpu, torch.bfloat16)
+    assert not can_prepack(torch.device("meta"), torch.float32)
     monkeypatch.setenv("COGVIEW_KERNELS", "reference")
-    assert not can_prepack(torch.zeros(4, 4))
+    assert not can_prepack(cpu, torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import platform
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,6 +26,7 @@ from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
 
 CPU = torch.device("cpu")
+FORMATS = ("float32", "float16", "bfloat16", "int8", "int4")
 WIDE = TransformerConfig(num_layers=2, width=80, num_heads=4, vocabulary_size=64, max_positions=96)  # heads of 20
 
 needs_compiler = pytest.mark.skipif(not expects_native_kernels(CPU, torch.float32), reason="there is no C compiler")
@@ -73,7 +75,7 @@ def empty_cache(tmp_path, monkeypatch):
 
 
 @needs_compiler
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("weights", FORMATS)
 @pytest.mark.parametrize(("outputs", "inputs"), [(96, 64), (7, 32), (130, 160), (33, 96)])
 def test_linear_native_equals_product_in_float32(weights, outputs, inputs):
     generator = torch.Generator().manual_seed(outputs)
@@ -86,7 +88,7 @@ def test_linear_native_equals_product_in_float32(weights, outputs, inputs):
 
 
 @needs_compiler
-@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weights", ["float32", "float16", "bfloat16"])
 def test_linear_native_accepts_numbers_of_inputs_that_fill_no_register(weights):
     weight, x = torch.randn(9, 37), torch.randn(5, 37)
     values, _, dense = stored(weight, weights)
@@ -94,7 +96,7 @@ def test_linear_native_accepts_numbers_of_inputs_that_fill_no_register(weights):
 
 
 @needs_compiler
-@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("weights", FORMATS)
 def test_linear_native_gives_a_row_the_same_bits_in_any_batch(weights):
     values, scales, _ = stored(torch.randn(72, 128), weights)
     x = torch.randn(150, 128)
@@ -102,6 +104,36 @@ def test_linear_native_gives_a_row_the_same_bits_in_any_batch(weights):
     for count in (1, 2, 3, 4, 5, 6, 7, 12, 13, 64, 65):
         assert torch.equal(linear_native(x[:count], values, scales), together[:count])
         assert torch.equal(linear_native(x[-count:], values, scales), together[-count:])
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_linear_native_multiplies_16_bits_as_float32(dtype):
+    finite = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = finite[finite.isfinite()]  # each number, subnormal ones too
+    weight = finite[: len(finite) // 63 * 63].view(-1, 63)[:, torch.randperm(63)].contiguous()
+    for x in (torch.eye(63)[:3] * 2.0**-9, torch.randn(5, 63) * 2.0**-9):
+        assert torch.equal(linear_native(x, weight), linear_native(x, weight.float()))
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="compiles for x86")
+@pytest.mark.parametrize("processor", ["haswell", "x86-64"])
+def test_kernels_for_older_processors_equal_the_reference(processor, empty_cache, monkeypatch):
+    """Compile for processors with AVX2 and with SSE2 alone, whatever this one has."""
+    monkeypatch.setattr(native, "FLAGS", ("-O1", f"-march={processor}", "-fopenmp", "-fPIC", "-std=gnu11"))
+    torch.manual_seed(0)
+    for weights in FORMATS:
+        values, scales, dense = stored(torch.randn(70, 96), weights)
+        x = torch.randn(7, 96)
+        product = linear_native(x, values, scales)
+        torch.testing.assert_close(product, x @ dense.T, atol=2e-4, rtol=1e-5)
+        assert torch.equal(linear_native(x[2:3], values, scales), product[2:3])
+    test_linear_native_multiplies_16_bits_as_float32(torch.float16)
+    transformer, ids = random_transformer(), torch.randint(0, 64, (2, 20))
+    with torch.inference_mode():
+        expected = transformer.hidden(ids)
+        torch.testing.assert_close(prepared(transformer, monkeypatch).hidden(ids), expected, atol=2e-5, rtol=1e-5)
 
 
 @needs_compiler

@@ -74,9 +74,9 @@ def loaded(monkeypatch):
 
     loaded = Loaded()
 
-    def load(folder, *settings):
+    def load(folder, *settings, **options):
         loaded.append(folder.name)
-        transformer = load_transformer(folder, *settings)
+        transformer = load_transformer(folder, *settings, **options)
         loaded.there.add(transformer)
         return transformer
 
@@ -162,7 +162,7 @@ def test_transformer_is_that_of_first_task(parts):
 
 def test_bundle_quantizes_every_part(parts, loaded):
     bundle = open_bundle(dtype="int8")
-    assert str(bundle.placement) == "cpu, int8 with bfloat16 (as requested)"
+    assert str(bundle.placement) == "cpu, bfloat16 with weights in int8 (as requested)"
     image = bundle.generate(FOX, seed=7)[0]
     bundle.score([image], FOX)
     assert loaded == ["generator", "captioner"]

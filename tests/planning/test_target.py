@@ -66,7 +66,7 @@ def test_random_config_rejects_other_shapes(shape):
     [("cpu:16GB", 16 * 10**9), ("cuda:1.5GiB", 3 * 2**29), ("cpu:300MB", 3 * 10**8), ("cuda:512MiB", 2**29)],
 )
 def test_find_target_reads_size_with_unit(name, memory):
-    found = find_target(name, "float32", preset_config("5m"), None)
+    found = find_target(name, "float32", load_target_model("5m"))
     assert (found.type, found.memory, found.placement) == (name.split(":")[0], memory, None)
 
 
@@ -80,7 +80,7 @@ def test_find_target_reads_size_with_unit(name, memory):
     ],
 )
 def test_find_target_chooses_dtype_for_size(name, preset, quantization, dtype):
-    assert find_target(name, "auto", preset_config(preset), quantization).dtype == dtype
+    assert find_target(name, "auto", replace(load_target_model(preset), quantization=quantization)).dtype == dtype
 
 
 def test_find_speed_prefers_given_rates_to_measured_ones(measured):
