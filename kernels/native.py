@@ -230,8 +230,9 @@ def _run(command: Sequence[str]) -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CompileError(f"the compiler failed: {error}") from None
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or [""]
-        raise CompileError(f"{command[0]} failed: {lines[0].strip()}")
+        written = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+        lines = [line for line in written if "error" in line] or written
+        raise CompileError(f"the compiler {command[0]} failed: {lines[0].strip()}")
 
 
 def _open(path: Path) -> ctypes.CDLL:

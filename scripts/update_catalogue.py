@@ -18,7 +18,14 @@ from pathlib import Path
 import polib
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("cogview", "kernels/dispatch.py", "tokenizers", "vqvae", "scripts")  # shape checks of kernels are for Python
+SOURCES = (
+    "cogview",
+    "kernels/dispatch.py",
+    "kernels/native.py",
+    "tokenizers",
+    "vqvae",
+    "scripts",
+)  # shape checks of kernels are for Python
 SKIPPED = (
     "scripts/benchmarks",
     "scripts/recipes",
