@@ -327,7 +327,8 @@ def load_transformer(
     for module in transformer.modules():
         if isinstance(module, Int4Linear):
             module.cpu_packed = ordering
-    return transformer.requires_grad_(not keep_halves).eval()
+    kept = any(tensor.dim() > 1 and tensor.dtype != dtype for tensor in transformer.parameters())
+    return transformer.requires_grad_(not (keep_halves and kept)).eval()
 
 
 def verify_files(folder: Path, expected: Sequence[tuple[str, str]]) -> None:
