@@ -1,0 +1,282 @@
+"""Compare a training step on a CPU with peers on equal terms: one shape, one vocabulary, the same rows and dtype.
+
+    pip install transformers accelerate
+    python scripts/benchmarks/compare_training.py [--shapes 6x256 8x512] [--dtypes bfloat16 float32] [--output FILE]
+    python scripts/benchmarks/compare_training.py --read FILE
+
+Rows are those of the recipe emoji-cpu: text-to-image, captions and super-resolution of several lengths, with its masks
+(``recipe``), or text-to-image alone, all of one length (``equal``). Every side learns from the same rows. The peers are
+a plain PyTorch loop in the style of nanoGPT, with batches that are padded to their longest row, or one stream of all
+rows that is cut into blocks without padding, eager and compiled; and the Trainer of transformers with a GPT-2, whose
+collator pads, with and without group_by_length, eager and compiled. Both predict the whole vocabulary at all positions.
+Everyone has AdamW's fused form, clipping, autocast in bfloat16, and flushes denormal numbers. A layer of ours has two
+more norms. Ours uses ``TransformerTrainer``; a step of it reports its losses and checks that they are finite.
+
+Batches of ours and of the plain loop are ready before the clock starts, as with workers that build them ahead. Every
+mode runs with each number of threads, once to warm up and once for a trial; those within 1.1 of the best of their side
+are repeated, in turn. Tokens are inputs without padding. The ratio is our rate over that of the peer's best mode, and
+larger than 1 where ours is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch._dynamo.exc import TorchDynamoException
+from training_peers import PLAIN_MODES, TRAINER_MODES, PlainLoop, TrainerLoop, import_transformers
+from training_rows import SEED, PlainRow, Rows, model_config, plain_rows, settings_of, step_rows, store_rows
+
+from cogview.cli.main import run_safely
+from cogview.cli.options import require_positive
+from cogview.device import DTYPES, flush_denormals
+from cogview.errors import InputError
+from cogview.evaluation.manifest import Manifest, ResultValue, SeedsRecord, read_result, write_result
+from cogview.evaluation.model_record import describe_hardware, describe_versions
+from cogview.modeling.config import ModelConfig
+from cogview.modeling.transformer import Transformer
+from cogview.pipeline.cogview import CogView
+from cogview.training.distributed import DistributedContext
+from cogview.training.engines import open_engine
+from cogview.training.engines.base import TransformerWithLoss
+from cogview.training.settings import EngineSettings, TransformerTraining
+from cogview.training.trainer import TransformerTrainer
+
+HEADS = 8
+REPEATED = 1.1  # times the trial of the best mode of a side
+OURS = {"ours, the threads share each product": 1, "ours, each thread has a share of the rows": None}
+KINDS = ("recipe", "equal")
+Side = Callable[[], float]  # trains all steps, and returns wall seconds
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingCase:
+    """What all sides train.
+
+    Attributes:
+        config: The model.
+        settings: Our settings of training.
+        dtype: Dtype of autocast; None for float32.
+        steps: Rows of each step, as a store has them.
+        rows: The same as inputs and targets.
+    """
+
+    config: ModelConfig
+    settings: TransformerTraining
+    dtype: torch.dtype | None
+    steps: Sequence[Rows]
+    rows: Sequence[Sequence[PlainRow]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of input tokens of all steps."""
+        return sum(len(inputs) for step in self.rows for inputs, _ in step)
+
+
+class OurLoop:
+    """Our trainer; every run repeats the same steps."""
+
+    def __init__(self, case: TrainingCase, mode: str) -> None:
+        """Prepare trainer and batches in one of the modes ``OURS``."""
+        torch.manual_seed(SEED)
+        opened = CogView.from_pretrained("cogview-emoji", device="cpu").model
+        model = replace(opened, config=case.config, transformer=Transformer(case.config.transformer))
+        context = DistributedContext(torch.device("cpu"))
+        network = TransformerWithLoss(model.transformer, case.dtype)
+        engine = open_engine(network, case.settings, EngineSettings(), context, OURS[mode])
+        self.trainer = TransformerTrainer(model, case.settings, engine)
+        self.batches = [self.trainer.batch(step, rows) for step, rows in enumerate(case.steps)]
+
+    def run(self) -> float:
+        """Train all steps; return the wall seconds."""
+        start = time.perf_counter()
+        for step, batch in enumerate(self.batches):
+            self.trainer.step(step, batch)
+        return time.perf_counter() - start
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure and print; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--shapes", nargs="+", default=["6x256", "8x512"], metavar="LAYERSxWIDTH", help="(default: 6x256 8x512)")
+    add("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"], help="(default: both)")
+    add("--rows", nargs="+", choices=KINDS, default=list(KINDS), help="rows of the recipe, of equal length, or both")
+    add("--sides", nargs="+", choices=["plain", "trainer"], default=["plain", "trainer"], help="peers (default: both)")
+    add("--batch", type=int, default=24, metavar="ROWS", help="rows of a step (default: 24, as in the recipe)")
+    add("--steps", type=int, default=6, help="steps of a run (default: 6)")
+    add("--repeats", type=int, default=5, metavar="COUNT", help="runs of each repeated mode (default: 5)")
+    add("--threads", type=int, nargs="+", metavar="COUNT", help="(default: 1 and the number of processors)")
+    add("--output", type=Path, metavar="FILE", help="result file to write")
+    add("--read", type=Path, metavar="FILE", help="print the table of a result file")
+    args = parser.parse_args(argv)
+    return run_safely(lambda: run(args), "compare_training.py")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the whole comparison."""
+    if args.read is not None:
+        result = read_result(args.read)
+        print_tables(result.results, result.manifest.settings)
+        return 0
+    for name in ("batch", "steps", "repeats"):
+        require_positive(f"--{name}", getattr(args, name))
+    shapes = [shape_of(text) for text in args.shapes]
+    if args.output is not None and not args.output.resolve().parent.is_dir():
+        raise InputError(f"--output {args.output}: there is no folder {args.output.parent}; make it first")
+    threads = args.threads or sorted({1, os.cpu_count() or 1})
+    if "trainer" in args.sides:
+        import_transformers()
+    flush_denormals()
+    values: dict[str, ResultValue] = {}
+    for kind in args.rows:
+        rows = store_rows(kind, args.batch * args.steps)
+        for layers, width in shapes:
+            for dtype in args.dtypes:
+                print(f"rows {kind}, {layers}x{width}, {dtype}", file=sys.stderr, flush=True)
+                config, settings = model_config(layers, width, HEADS), settings_of(kind, args.batch)
+                steps = step_rows(rows, args.batch)
+                case = TrainingCase(
+                    config=config,
+                    settings=settings,
+                    dtype=None if dtype == "float32" else DTYPES[dtype],
+                    steps=steps,
+                    rows=plain_rows(config, settings, steps),
+                )
+                found = in_turn_of_best(sides_of(case, args.sides, threads), args.repeats)
+                values |= values_of(f"{kind}.{layers}x{width}.{dtype}", case, found)
+    described = {name: getattr(args, name) for name in ("batch", "steps", "repeats")} | {"threads": list(threads)}
+    if args.output is not None:
+        manifest = Manifest(
+            measure="training step",
+            seeds=SeedsRecord(first=SEED, count=1),
+            settings=described,
+            versions=describe_versions("transformers", "accelerate"),
+            hardware=describe_hardware(),
+        )
+        write_result(args.output, manifest, values)
+    print_tables(values, described)
+    return 0
+
+
+def shape_of(text: str) -> tuple[int, int]:
+    """Return layers and width of LAYERSxWIDTH."""
+    match = re.fullmatch(r"([1-9][0-9]?)x([1-9][0-9]{1,3})", text)
+    if match is None or int(match[2]) % (HEADS * 16):
+        raise InputError(f"--shapes {text}: expected LAYERSxWIDTH with a width that {HEADS * 16} divides, as 6x256")
+    return int(match[1]), int(match[2])
+
+
+def sides_of(case: TrainingCase, peers: Sequence[str], threads: Sequence[int]) -> dict[str, Callable[[], Side]]:
+    """Return for each mode and number of threads, by its name, the function that prepares it."""
+    shape, pad = case.config.transformer, case.config.vocabulary.pad
+    makers: dict[str, Callable[[], Side]] = {}
+    for count in threads:
+        for mode in OURS if count > 1 else list(OURS)[:1]:
+            makers[_named(mode, count)] = partial(lambda mode: OurLoop(case, mode).run, mode)
+        for mode in PLAIN_MODES if "plain" in peers else ():
+            makers[_named(mode, count)] = partial(
+                lambda mode: PlainLoop(shape, case.rows, pad, case.dtype, mode).run, mode
+            )
+        for mode in TRAINER_MODES if "trainer" in peers else ():
+            makers[_named(mode, count)] = partial(
+                lambda mode: TrainerLoop(shape, case.rows, pad, case.dtype, mode).run, mode
+            )
+    return makers
+
+
+def _named(mode: str, threads: int) -> str:
+    return f"{mode}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _threads_of(name: str) -> int:
+    return int(name.rsplit(", ", 1)[1].split()[0])
+
+
+def in_turn_of_best(makers: Mapping[str, Callable[[], Side]], repeats: int) -> dict[str, list[float]]:
+    """Return the seconds of the best modes of each side, run in turn."""
+    trials: dict[str, float] = {}
+    sides: dict[str, Side] = {}
+    for name, make in makers.items():
+        torch.set_num_threads(_threads_of(name))
+        torch._dynamo.reset()  # compiled for the threads of its warm-up
+        try:
+            side = make()
+            side()
+        except TorchDynamoException as error:
+            reason = str(error).strip().split("\n")[0]
+            print(f"  left out: {name}: nothing can be compiled here ({reason})", file=sys.stderr, flush=True)
+            continue
+        trials[name], sides[name] = side(), side
+        print(f"  {name}: {trials[name]:.2f} s", file=sys.stderr, flush=True)
+        # The modes that cannot be among the best free their memory.
+        best = best_trial(trials, name)
+        sides = {other: each for other, each in sides.items() if trials[other] <= REPEATED * best_trial(trials, other)}
+        del side, best
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, side in sides.items():
+            torch.set_num_threads(_threads_of(name))
+            times[name].append(side())
+    return times
+
+
+def best_trial(trials: Mapping[str, float], name: str) -> float:
+    """Return the seconds of the best trial of the side that ``name`` is a mode of."""
+    return min(seconds for other, seconds in trials.items() if other.split(",")[0] == name.split(",")[0])
+
+
+def values_of(case_name: str, case: TrainingCase, times: Mapping[str, Sequence[float]]) -> dict[str, ResultValue]:
+    """Return the rate of each repeated mode, and the ratio of ours to the best mode of each peer."""
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    values = {
+        f"{case_name}.{name}": ResultValue(
+            value=case.num_tokens / medians[name],
+            low=case.num_tokens / max(seconds),
+            high=case.num_tokens / min(seconds),
+            n=len(seconds),
+            unit="tokens/s",
+            higher_is_better=True,
+        )
+        for name, seconds in times.items()
+    }
+    own = min(seconds for name, seconds in medians.items() if name.startswith("ours"))
+    for peer in dict.fromkeys(name.split(",")[0] for name in medians if not name.startswith("ours")):
+        best = min(seconds for name, seconds in medians.items() if name.startswith(peer))
+        values[f"{case_name}.ours over {peer}"] = ResultValue(
+            value=best / own, n=len(next(iter(times.values()))), higher_is_better=True
+        )
+    return values
+
+
+def print_tables(values: Mapping[str, ResultValue], settings: Mapping[str, object]) -> None:
+    """Print the ratios, and the rates of the repeated modes relative to the best of ours."""
+    print(
+        f"{settings['batch']} rows a step, runs of {settings['steps']} steps, medians of {settings['repeats']}, "
+        f"threads {settings['threads']}, torch {torch.__version__}\n"
+    )
+    print("| rows | shape | dtype | side | tokens/s | ours over it |\n|---|---|---|---|---|---|")
+    for case in dict.fromkeys(".".join(name.split(".")[:3]) for name in values):
+        kind, shape, dtype = case.split(".")
+        rates = {
+            name.removeprefix(f"{case}."): value.value
+            for name, value in values.items()
+            if name.startswith(f"{case}.") and value.unit == "tokens/s"
+        }
+        own = max(rate for name, rate in rates.items() if name.startswith("ours"))
+        for name, rate in sorted(rates.items(), key=lambda each: (each[0].split(",")[0], -each[1])):
+            print(f"| {kind} | {shape} | {dtype} | {name} | {rate:,.0f} | {own / rate:.2f} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
