@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cogview.kernels.dispatch import select_backend
+from cogview.kernels.native_training import LANES, losses_in_place_native, runs_native_training
 
 # Bytes of the logits of a chunk. Small chunks would stay in the cache of a CPU, but each one reads and writes the
 # gradient of all candidate rows: about 24 MiB are fastest. On a GPU a chunk must occupy the device.
@@ -110,6 +111,8 @@ def fused_linear_cross_entropy(
         from cogview.kernels.fused_linear_cross_entropy_triton import losses_in_place
 
         in_place = losses_in_place
+    elif runs_native_training(hidden_ND, LANES):
+        in_place = losses_in_place_native
     learn = torch.is_grad_enabled()
     total, *losses = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_ND, embedding_VD, targets, in_place, learn
@@ -159,12 +162,16 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             torch.zeros_like(of, dtype=precise, memory_format=torch.contiguous_format) if asked else None
             for of, asked in zip((hidden_ND, embedding_VD), needed, strict=True)
         ]
-        total, losses = hidden_ND.new_zeros((), dtype=precise), []
+        total, found = hidden_ND.new_zeros((), dtype=precise), dict[int, Tensor]()
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            for target in targets:
-                losses_M = _kind_losses(hidden_ND, embedding_VD, target, in_place, dtype, *gradients)
-                total += (losses_M * target.weights_M).sum()
-                losses.append(losses_M)
+            for numbers in _with_equal_ids(targets, dtype):
+                kinds = [targets[number] for number in numbers]
+                losses_M = _kind_losses(hidden_ND, embedding_VD, _joined(kinds), in_place, dtype, *gradients)
+                parts = losses_M.split([len(kind.positions_M) for kind in kinds])
+                for number, kind, part_M in zip(numbers, kinds, parts, strict=True):
+                    total += (part_M * kind.weights_M).sum()
+                    found[number] = part_M
+        losses = [found[number] for number in range(len(targets))]
         ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden_ND.dtype, embedding_VD.dtype
         ctx.mark_non_differentiable(*losses)
@@ -179,6 +186,32 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return *gradients, None, None, None
+
+
+def _with_equal_ids(targets: Sequence[LossTargets], dtype: torch.dtype) -> list[list[int]]:
+    """Return the numbers of the kinds that compete among the same ids, for one product each.
+
+    In float16 a common unit of weights could let the smaller ones underflow: there every kind stays alone.
+    """
+    groups: dict[object, list[int]] = {}
+    for number, target in enumerate(targets):
+        if len(target.positions_M):
+            groups.setdefault(number if dtype == torch.float16 else target.ids, []).append(number)
+        else:
+            groups[number] = [number]
+    return list(groups.values())
+
+
+def _joined(kinds: Sequence[LossTargets]) -> LossTargets:
+    """Return the targets of several kinds with the same ids as one kind."""
+    if len(kinds) == 1:
+        return kinds[0]
+    return LossTargets(
+        ids=kinds[0].ids,
+        positions_M=torch.cat([kind.positions_M for kind in kinds]),
+        targets_M=torch.cat([kind.targets_M for kind in kinds]),
+        weights_M=torch.cat([kind.weights_M for kind in kinds]),
+    )
 
 
 def _kind_losses(

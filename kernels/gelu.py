@@ -1,8 +1,8 @@
 """GELU, in its tanh form, of a product and its bias.
 
 As a separate operation the bias belongs to the matrix product before it. A kernel that adds the bias as it reads the
-product avoids storing the sum for the backward pass (``gelu_triton.py``). ``COGVIEW_KERNELS=reference|triton`` forces
-either.
+product avoids storing the sum for the backward pass (``gelu_triton.py``, and ``native_training.py`` on a CPU).
+``COGVIEW_KERNELS=reference|triton|native`` forces one of them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogview.kernels.dispatch import select_backend
+from cogview.kernels.native_training import bias_gelu_native, runs_native_training
 
 
 def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
@@ -29,9 +30,16 @@ def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias.to(x.dtype), approximate="tanh")
 
 
-def bias_gelu_is_fused(device: torch.device) -> bool:
-    """Return whether ``bias_gelu`` is one kernel on ``device``; if not, the product should add the bias."""
-    return select_backend("bias_gelu", device.type, available=("reference", "triton")) == "triton"
+def bias_gelu_is_fused(x: Tensor, width: int) -> bool:
+    """Return whether ``bias_gelu`` of a product of ``x`` is one kernel; if not, the product should add the bias.
+
+    Args:
+        x: Input of the product.
+        width: Width of the product.
+    """
+    if runs_native_training(x, width):
+        return True
+    return select_backend("bias_gelu", x.device.type, available=("reference", "triton")) == "triton"
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -44,7 +52,9 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     Returns:
         GELU(x + bias), (..., D).
     """
-    if bias_gelu_is_fused(x.device):
+    if bias.dtype == torch.float32 and runs_native_training(x, x.shape[-1]):
+        return bias_gelu_native(x, bias)
+    if bias_gelu_is_fused(x, x.shape[-1]):
         from cogview.kernels.gelu_triton import bias_gelu_triton
 
         return bias_gelu_triton(x, bias)

@@ -1,7 +1,8 @@
 """PB-relax LayerNorm (CogView, arXiv:2105.13290, section 2.4), alone and between the branches of a Sandwich-LN layer.
 
 The references are the specification. On a GPU a norm is limited by memory: the kernels of ``layer_norm_triton.py`` add
-a branch to the residual stream and normalize the sum in one pass. ``COGVIEW_KERNELS=reference|triton`` forces either.
+a branch to the residual stream and normalize the sum in one pass. Training on a CPU does the same, forward and backward
+(``native_training.py``). ``COGVIEW_KERNELS=reference|triton|native`` forces one of them.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cogview.kernels.dispatch import select_backend
+from cogview.kernels.native_training import layer_norm_native, runs_native_training, sandwich_native
 
 # CogView v1 divides by max|x| / 8:
 # https://github.com/THUDM/CogView/blob/169a0234990d4507ab5ec8e70b15831d8d5b3dd3/mpu/sparse_transformer.py#L40-L44
 RELAX = 8.0
 SMALLEST = 1e-20  # a token below this counts as zero, and its gradient stays finite
 KNOWN = ("reference", "triton")
+NATIVE_DTYPES, NATIVE_EPSILON = (torch.float32, torch.bfloat16), 1e-5
 
 
 def pb_relax_layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
@@ -46,7 +49,9 @@ def pb_relax_layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, epsil
     return relaxed.to(x.dtype)
 
 
-def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5) -> Tensor:
+def pb_relax_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-5, dtype: torch.dtype | None = None
+) -> Tensor:
     """Compute ``pb_relax_layer_norm_reference`` with the selected implementation, equal up to rounding.
 
     Args:
@@ -54,15 +59,24 @@ def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float 
         weight: Gain (D,).
         bias: Bias (D,).
         epsilon: Added to the variance.
+        dtype: Dtype that the result will be converted to, which a kernel may do; None for that of ``x``.
 
     Returns:
-        The normalized input (..., D).
+        The normalized input (..., D), in the dtype of ``x`` or in ``dtype``.
     """
+    if _is_native(x, x, weight, epsilon) and (dtype is None or dtype in NATIVE_DTYPES):
+        return layer_norm_native(x, weight, bias, dtype or x.dtype)
     if select_backend("pb_relax_layer_norm", x.device.type, available=KNOWN) == "triton":
         from cogview.kernels.layer_norm_triton import pb_relax_layer_norm_triton
 
         return pb_relax_layer_norm_triton(x, weight, bias, epsilon)
     return pb_relax_layer_norm_reference(x, weight, bias, epsilon)
+
+
+def _is_native(x: Tensor, branch: Tensor, weight: Tensor, epsilon: float) -> bool:
+    """Return whether native kernels run: for gradients on a CPU, with a residual stream and weights in float32."""
+    float32 = x.dtype == weight.dtype == torch.float32 and epsilon == NATIVE_EPSILON
+    return float32 and branch.dtype in NATIVE_DTYPES and runs_native_training(x, x.shape[-1])
 
 
 def sandwich_layer_norm_reference(
@@ -123,6 +137,8 @@ def sandwich_layer_norm(
     if (next_weight is None) != (next_bias is None):
         missing = "next_weight" if next_weight is None else "next_bias"
         raise ValueError(f"{missing} is None; next_weight and next_bias come together, or neither")
+    if _is_native(x, branch, weight, epsilon):
+        return sandwich_native(x, branch, weight, bias, next_weight, next_bias)
     if select_backend("sandwich_layer_norm", x.device.type, available=KNOWN) == "triton":
         from cogview.kernels.layer_norm_triton import sandwich_layer_norm_triton
 

@@ -33,7 +33,10 @@ from torch import Tensor
 
 from cogview.kernels.dispatch import ForcedKernelsError
 
-SOURCES = ("vectors.h", "linear.h", "attention.h", "sampling.h", "layers.c")
+SOURCES = {  # of each library
+    "layers": ("vectors.h", "linear.h", "attention.h", "sampling.h", "layers.c"),
+    "training": ("vectors.h", "training.c"),  # ``native_training.py``
+}
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
 INTERFACE = 3  # of layers.c
 COMPILE_SECONDS = 300
@@ -110,43 +113,50 @@ def _note_once(message: str) -> None:
     log.warning("%s", message)
 
 
-def load_library() -> ctypes.CDLL:
-    """Return the library of the native kernels, compiled if the cache folder has none for this processor.
+def load_library(name: str = "layers") -> ctypes.CDLL:
+    """Return a library of the native kernels, compiled if the cache folder has none for this processor.
+
+    Args:
+        name: A key of ``SOURCES``.
 
     Raises:
         CompileError: There is no compiler, or it fails.
     """
-    library, problem = _load_once()
+    library, problem = _load_once(name)
     if library is None:
         raise CompileError(problem)
     return library
 
 
 @functools.cache
-def _load_once() -> tuple[ctypes.CDLL | None, str]:
+def _load_once(name: str = "layers") -> tuple[ctypes.CDLL | None, str]:
     """Return the library and an empty text, or None and the reason."""
     try:
-        path = compiled_library()
+        path = compiled_library(name)
         try:
             return _open(path), ""
         except CompileError:  # a damaged file
             path.unlink(missing_ok=True)
-            return _open(compiled_library()), ""
+            return _open(compiled_library(name)), ""
     except CompileError as error:
         return None, str(error)
 
 
-def compiled_library() -> Path:
+def compiled_library(library: str = "layers") -> Path:
     """Return the file of the compiled kernels, made if it does not exist yet.
 
     Its name has a hash of the sources, the compiler and the processor, so that another version compiles anew. Where the
     cache folder cannot be written, the file is temporary.
 
+    Args:
+        library: A key of ``SOURCES``.
+
     Raises:
         CompileError: There is no compiler, or it fails.
     """
     compiler = find_compiler()
-    name = f"layers-{_fingerprint(compiler)}.so"
+    source = sources_folder() / SOURCES[library][-1]
+    name = f"{library}-{_fingerprint(compiler, library)}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     folder = cache / "cogview" / "native"
     if (folder / name).is_file():
@@ -156,11 +166,11 @@ def compiled_library() -> Path:
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together compile once
             if not (folder / name).is_file():
-                _compile(compiler, folder / name)
+                _compile(compiler, source, folder / name)
     except OSError as error:
         log.warning("%s cannot be written (%s): the native kernels are compiled for this run alone", folder, error)
         folder = Path(_temporary_folder().name)
-        _compile(compiler, folder / name)
+        _compile(compiler, source, folder / name)
     return folder / name
 
 
@@ -187,13 +197,13 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="cogview-native-")
 
 
-def _fingerprint(compiler: str) -> str:
+def _fingerprint(compiler: str, library: str) -> str:
     """Return a hash of everything that the compiled library depends on."""
     path = Path(compiler).resolve()
     stat = path.stat()
     parts = [repr(FLAGS), str(path), str(stat.st_size), str(stat.st_mtime_ns), _processor()]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for source in SOURCES:
+    for source in SOURCES[library]:
         digest.update((sources_folder() / source).read_bytes())
     return digest.hexdigest()[:16]
 
@@ -208,16 +218,16 @@ def _processor() -> str:
     return platform.machine() + "".join(sorted(kept.values()))
 
 
-def _compile(compiler: str, path: Path) -> None:
-    """Compile the library to ``path``, which appears when it is complete.
+def _compile(compiler: str, source: Path, path: Path) -> None:
+    """Compile ``source`` to the library ``path``, which appears when it is complete.
 
     The library is linked without OpenMP: it uses the one that PyTorch has loaded, so that both share their threads.
     """
     started = time.monotonic()
     log.warning("compiling native kernels for this processor, once")
     with tempfile.TemporaryDirectory(prefix="cogview-native-", dir=path.parent) as scratch:
-        objects, library = Path(scratch) / "layers.o", Path(scratch) / path.name
-        _run([compiler, *FLAGS, "-c", str(sources_folder() / "layers.c"), "-o", str(objects)])
+        objects, library = Path(scratch) / "kernels.o", Path(scratch) / path.name
+        _run([compiler, *FLAGS, "-c", str(source), "-o", str(objects)])
         _run([compiler, "-shared", str(objects), "-o", str(library), "-lm"])
         library.replace(path)
     log.info("compiled %s in %.1f s", path, time.monotonic() - started)
@@ -239,6 +249,9 @@ def _open(path: Path) -> ctypes.CDLL:
     """Load the library; raise CompileError if it cannot run here."""
     try:
         library = ctypes.CDLL(str(path))
+        if path.name.startswith("training-"):
+            library.cogview_training_interface()
+            return library
         if library.cogview_interface() != INTERFACE:
             raise CompileError(f"{path} is of another version")
     except (OSError, AttributeError) as error:

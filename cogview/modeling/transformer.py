@@ -13,6 +13,7 @@ norm has a bias.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -27,10 +28,12 @@ from cogview.kernels.gelu import bias_gelu, bias_gelu_is_fused
 from cogview.kernels.layer_norm import pb_relax_layer_norm, sandwich_layer_norm
 from cogview.kernels.linear import can_prepack, linear
 from cogview.kernels.native import uses_native_kernels
+from cogview.kernels.native_training import attends_natively
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.native_layers import NativeLayers
 from cogview.modeling.packed_layers import PackedLayers
+from cogview.modeling.packed_rows import PackedRows
 
 # Activations of a layer that are kept for the backward pass: all; the results of matrix products and attention, since
 # the rest is cheap to recompute; or the input alone, from which the whole layer is recomputed.
@@ -54,6 +57,7 @@ class Transformer(nn.Module):
         config: Shape and initialization.
         cpu_layers: Layers as native kernels or with prepacked weights, once ``prepare_cpu`` was called on a CPU.
         checkpointing: Activation checkpointing of training.
+        packs_rows: Whether ``hidden`` packs rows whose lengths it gets.
     """
 
     def __init__(self, config: TransformerConfig) -> None:
@@ -66,6 +70,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.cpu_layers: NativeLayers | PackedLayers | None = None
         self.checkpointing: Checkpointing = "none"
+        self.packs_rows = True
         if not self.embedding.weight.is_meta:
             self.apply(self._initialize)
             if config.sinusoidal_positions:
@@ -129,6 +134,7 @@ class Transformer(nn.Module):
         *,
         bias_B1TS: Tensor | None = None,
         cache: KVCache | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> Tensor:
         """Return the normalized output of the last layer.
 
@@ -138,13 +144,20 @@ class Transformer(nn.Module):
             bias_B1TS: Bias that is added to the attention scores of the S positions so far, -inf where a query may not
                 attend (``attention_bias`` in ``kernels/attention.py``); None for causal attention.
             cache: Keys and values of the past; the new positions are appended to it.
+            lengths: Positions of each row without padding on its right, in ascending order, for causal attention
+                without a cache: the layers then compute no padding, where ``packs_rows``.
 
         Returns:
-            Hidden states (B, T, D).
+            Hidden states (B, T, D), arbitrary in padding.
         """
         past = cache.length if cache is not None else 0
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        packed: PackedRows | None = None
+        if lengths is not None and self.packs_rows:
+            pad = not attends_natively(self.embedding.weight, self.config.num_heads, lengths[-1])
+            packed = PackedRows.of(lengths, ids_BT.shape[1], ids_BT.device, pad=pad)
+            ids_BT, positions_BT = packed.pack(ids_BT), packed.pack(positions_BT)
         autocast = torch.is_autocast_enabled(ids_BT.device.type)
         cpu_layers = None if autocast else self._usable_cpu_layers()
         # The residual stream of native kernels and of autocast is float32, whatever the dtype of the weights.
@@ -155,16 +168,16 @@ class Transformer(nn.Module):
         else:
             for number, layer in enumerate(self.layers):
                 if self.checkpointing == "none" or not torch.is_grad_enabled():
-                    x_BTD = layer(x_BTD, bias_B1TS, cache, number)
+                    x_BTD = layer(x_BTD, packed or bias_B1TS, cache, number)
                 else:
-                    x_BTD = self._checkpointed(layer, x_BTD, bias_B1TS, cache, number)
+                    x_BTD = self._checkpointed(layer, x_BTD, packed or bias_B1TS, cache, number)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         normalized_BTD: Tensor = self.final_norm(x_BTD)
-        return normalized_BTD
+        return normalized_BTD if packed is None else packed.unpack(normalized_BTD)
 
     def _checkpointed(
-        self, layer: nn.Module, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int
+        self, layer: nn.Module, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int
     ) -> Tensor:
         """Run ``layer`` with activation checkpointing."""
         if self.checkpointing == "full":
@@ -268,16 +281,16 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.mlp_output_norm = LayerNorm(config.width)
 
-    def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int) -> Tensor:
         """Return the residual stream after this layer, whose index in the cache is ``number``.
 
         Args:
             x_BTD: Residual stream (B, T, D).
-            bias_B1TS: Bias of the attention scores (B, 1, T, S), or None for causal attention.
+            bias_B1TS: Bias of the attention scores (B, 1, T, S), None for causal attention, or where packed rows are.
             cache: KV cache, or None.
             number: Index of the layer in the cache.
         """
-        attended = self.attention(self.attention_norm(x_BTD), bias_B1TS, cache, number)
+        attended = self.attention(self.attention_norm(x_BTD, product_dtype(x_BTD)), bias_B1TS, cache, number)
         norm, mlp_norm = self.attention_output_norm, self.mlp_norm
         x_BTD, normed = sandwich_layer_norm(x_BTD, attended, norm.weight, norm.bias, mlp_norm.weight, mlp_norm.bias)
         norm = self.mlp_output_norm
@@ -294,15 +307,18 @@ class Attention(nn.Module):
         self.output = Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
+    def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int) -> Tensor:
         """Return the attention branch (B, T, D) of the layer ``number``.
 
         Args:
             x_BTD: Normalized input (B, T, D).
-            bias_B1TS: Bias of the attention scores (B, 1, T, S), or None for causal attention.
+            bias_B1TS: Bias of the attention scores (B, 1, T, S), None for causal attention, or where packed rows are.
             cache: KV cache, or None.
             number: Index of the layer in the cache.
         """
+        if isinstance(bias_B1TS, PackedRows):
+            packed_BTD: Tensor = self.dropout(self.output(bias_B1TS.attend(self.query_key_value(x_BTD), self.num_heads)))
+            return packed_BTD
         batch, length, width = x_BTD.shape
         split = self.query_key_value(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
         qkv_3BHTK = split.permute(2, 0, 3, 1, 4)
@@ -330,7 +346,7 @@ class MLP(nn.Module):
 
     def _inner(self, x: Tensor) -> Tensor:
         """Return the activations (..., 4 D); a fused kernel adds the bias, which the product then leaves out."""
-        if isinstance(self.input, Linear) and bias_gelu_is_fused(x.device):  # quantized layers are no ``Linear``
+        if isinstance(self.input, Linear) and bias_gelu_is_fused(x, self.input.out_features):  # quantized layers are no ``Linear``
             return bias_gelu(F.linear(x, self.input.weight), self.input.bias)
         return F.gelu(self.input(x), approximate="tanh")
 
@@ -360,6 +376,12 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the normalized ``x`` in its shape and dtype."""
-        return pb_relax_layer_norm(x, self.weight, self.bias)
+    def forward(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the normalized ``x``, in its dtype or, where that saves a conversion, in ``dtype``."""
+        return pb_relax_layer_norm(x, self.weight, self.bias, dtype=dtype)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which a product with ``x`` is computed."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

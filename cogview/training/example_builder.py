@@ -1,12 +1,14 @@
 """From rows of a store to training batches: layouts, masks, targets, and the split into micro-batches.
 
-A step sorts its examples by length and splits them into micro-batches, each padded to its longest example. Everything
-is a function of the seed and the step, so that any process can prepare its part ahead of time.
+A step sorts its examples by length and splits them into micro-batches, each padded to its longest example. Where the
+layers pack rows, padding costs nothing, and a micro-batch has rows of any lengths; elsewhere its rows have similar
+lengths. Everything is a function of the seed and the step, so that any process can prepare its part ahead of time.
 """
 
 # B rows, N codes of an image
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -28,9 +30,16 @@ NAMED_TASKS = ("generate", "caption")  # tasks that also predict the names of ob
 class ExampleBuilder:
     """Builds training examples and batches from rows of a store. It can be sent to another process."""
 
-    def __init__(self, config: ModelConfig, settings: TransformerTraining) -> None:
-        """Build examples for the model of ``config``."""
+    def __init__(self, config: ModelConfig, settings: TransformerTraining, *, pack: bool = False) -> None:
+        """Build examples for the model of ``config``.
+
+        Args:
+            config: The model.
+            settings: Settings of training.
+            pack: Whether the layers pack rows, so that a micro-batch may have rows of any lengths.
+        """
         self.settings = settings
+        self.pack = pack
         self.vocabulary = config.vocabulary
         self.grid = config.grid
         self.layouts = config.layouts
@@ -73,8 +82,8 @@ class ExampleBuilder:
             batch,
             thread_shards=[
                 [
-                    MicroBatch.of(part, self.keys, self.vocabulary.pad)
-                    for part in _split_by_length(shard, limit or len(shard))
+                    MicroBatch.of(part, self.keys, self.vocabulary.pad, pack=self.pack)
+                    for part in _split(shard, limit or len(shard), math.inf if self.pack else MAX_LENGTH_RATIO)
                 ]
                 for shard in shards
             ],
@@ -208,10 +217,12 @@ def _select_targets(codes: np.ndarray, priority: np.ndarray, count: int) -> np.n
     return selected
 
 
-def _split_by_length(examples: Sequence[TrainingExample], limit: int) -> Iterator[Sequence[TrainingExample]]:
-    """Yield runs of at most ``limit`` examples, sorted by length, of similar length within each run."""
+def _split(
+    examples: Sequence[TrainingExample], limit: int, ratio: float
+) -> Iterator[Sequence[TrainingExample]]:
+    """Yield runs of at most ``limit`` examples, sorted by length; the longest has ``ratio`` times the shortest at most."""
     first = 0
     for end in range(1, len(examples) + 1):
-        if end == len(examples) or end - first == limit or len(examples[end]) > MAX_LENGTH_RATIO * len(examples[first]):
+        if end == len(examples) or end - first == limit or len(examples[end]) > ratio * len(examples[first]):
             yield examples[first:end]
             first = end

@@ -124,20 +124,25 @@ class MicroBatch:
         inputs: Input ids (B, T), int64.
         positions: Positions (B, T), int64.
         targets: For each key, indices (M,) into the B * T positions, and the correct ids (M,), int64.
+        lengths: Positions of each row without its padding, in ascending order, if rows may be packed; else None.
     """
 
     inputs: np.ndarray
     positions: np.ndarray
     targets: Mapping[LossKey, tuple[np.ndarray, np.ndarray]]
+    lengths: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, examples: Sequence[TrainingExample], keys: Sequence[LossKey], pad: int) -> MicroBatch:
+    def of(
+        cls, examples: Sequence[TrainingExample], keys: Sequence[LossKey], pad: int, *, pack: bool = False
+    ) -> MicroBatch:
         """Pad examples to a micro-batch.
 
         Args:
-            examples: The rows; the last one is the longest.
+            examples: The rows, in the order of their lengths.
             keys: Keys of the targets.
             pad: Id of the padding.
+            pack: Whether the rows may be packed.
 
         Returns:
             The micro-batch.
@@ -157,6 +162,7 @@ class MicroBatch:
             inputs=inputs,
             positions=positions,
             targets={key: (indices[key], ids.reshape(-1)[indices[key]]) for key, ids in targets.items()},
+            lengths=tuple(map(len, examples)) if pack else None,
         )
 
     def without_targets(self) -> MicroBatch:

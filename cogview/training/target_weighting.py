@@ -72,4 +72,4 @@ class TargetWeighting:
                 )
             )
         ids, positions = (torch.from_numpy(array).to(self.device) for array in (part.inputs, part.positions))
-        return DeviceMicroBatch(ids=ids, positions=positions, targets=targets)
+        return DeviceMicroBatch(ids=ids, positions=positions, targets=targets, lengths=part.lengths)

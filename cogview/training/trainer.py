@@ -93,7 +93,8 @@ class TransformerTrainer(Trainer[TrainingBatch]):
         self.draw_sheet = draw_sheet
         self.adapter = adapter
         self.monitor = monitor or MonitorSettings()
-        self.builder = ExampleBuilder(model.config, settings)
+        pack = engine.context.device.type == "cpu" and model.transformer.packs_rows
+        self.builder = ExampleBuilder(model.config, settings, pack=pack)
         self.targets = TargetWeighting(model.config.vocabulary, settings, engine.context.device)
         self.transformer = model.transformer
         self.guard = NonFiniteGuard(

@@ -34,11 +34,14 @@ class DeviceMicroBatch:
         ids: Input ids (B, T), int64.
         positions: Positions (B, T), int64.
         targets: Targets of each of K kinds.
+        lengths: Positions of each row without its padding, in ascending order, for ``Transformer.hidden``; None where
+            rows should not be packed.
     """
 
     ids: Tensor
     positions: Tensor
     targets: Sequence[LossTargets]
+    lengths: Sequence[int] | None = None
 
     def without_targets(self) -> DeviceMicroBatch:
         """Return a copy without targets, for a process that runs out of micro-batches before the others."""
@@ -108,7 +111,7 @@ class CrossEntropyLoss:
 
     def __call__(self, transformer: Transformer, batch: DeviceMicroBatch) -> tuple[Tensor, Sequence[Tensor]]:
         """Compute the loss; see ``TrainingLoss``."""
-        hidden_BTD = transformer.hidden(batch.ids, batch.positions)
+        hidden_BTD = transformer.hidden(batch.ids, batch.positions, lengths=batch.lengths)
         return fused_linear_cross_entropy(hidden_BTD.flatten(0, 1), transformer.embedding.weight, batch.targets)
 
 
@@ -235,7 +238,8 @@ def make_optimizer(model: TransformerWithLoss, settings: TransformerTraining) ->
 
 
 def compile_layers(transformer: Transformer) -> None:
-    """Compile each layer with ``torch.compile`` for rows of varying length."""
+    """Compile each layer with ``torch.compile`` for rows of varying length, which are then not packed."""
+    transformer.packs_rows = False
     for layer in transformer.layers:
         layer.compile(dynamic=True)
 
