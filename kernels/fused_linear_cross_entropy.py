@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from cogview.kernels.dispatch import select_backend
-from cogview.kernels.native_training import LANES, losses_in_place_native, runs_native_training
+from cogview.kernels.native_training import NATIVE_DTYPES, losses_in_place_native, runs_native_training
 
 # Bytes of the logits of a chunk. Small chunks would stay in the cache of a CPU, but each one reads and writes the
 # gradient of all candidate rows: about 24 MiB are fastest. On a GPU a chunk must occupy the device.
@@ -111,7 +111,7 @@ def fused_linear_cross_entropy(
         from cogview.kernels.fused_linear_cross_entropy_triton import losses_in_place
 
         in_place = losses_in_place
-    elif runs_native_training(hidden_ND, LANES):
+    elif _product_dtype(hidden_ND, embedding_VD) in NATIVE_DTYPES and runs_native_training(hidden_ND):
         in_place = losses_in_place_native
     learn = torch.is_grad_enabled()
     total, *losses = _FusedLinearCrossEntropy.apply(  # type: ignore[no-untyped-call]

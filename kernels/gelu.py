@@ -37,9 +37,7 @@ def bias_gelu_is_fused(x: Tensor, width: int) -> bool:
         x: Input of the product.
         width: Width of the product.
     """
-    if runs_native_training(x, width):
-        return True
-    return select_backend("bias_gelu", x.device.type, available=("reference", "triton")) == "triton"
+    return runs_native_training(x, width) or _is_triton(x)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
@@ -54,8 +52,12 @@ def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """
     if bias.dtype == torch.float32 and runs_native_training(x, x.shape[-1]):
         return bias_gelu_native(x, bias)
-    if bias_gelu_is_fused(x, x.shape[-1]):
+    if _is_triton(x):
         from cogview.kernels.gelu_triton import bias_gelu_triton
 
         return bias_gelu_triton(x, bias)
     return bias_gelu_reference(x, bias)
+
+
+def _is_triton(x: Tensor) -> bool:
+    return select_backend("bias_gelu", x.device.type, available=("reference", "triton")) == "triton"

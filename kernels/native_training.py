@@ -1,4 +1,4 @@
-"""Native kernels of training on a CPU, with gradients: norms of Sandwich-LN, GELU, attention of packed rows, and losses.
+"""Native kernels of training on a CPU, with gradients: norms of Sandwich-LN, GELU, attention of packed rows, losses.
 
 A training step on a CPU waits for memory as much as for its matrix products: a norm is ten of PyTorch's operations,
 forward and backward, each of which reads and writes all activations. Here it is one for each direction, and autocast's
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from cogview.kernels.native import FORMATS, CompileError, load_library, num_threads, uses_native_kernels
 
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)  # of activations
 LANES = 16  # floats of the widest registers: widths must be multiples
 MAX_KEYS = 256  # of a row: PyTorch's fused attention is faster for longer ones
 Blocks = tuple[tuple[int, int], ...]  # rows and positions of each block of packed rows
@@ -46,14 +47,14 @@ class PackedAttentionCall(ctypes.Structure):
     )
 
 
-def runs_native_training(x: Tensor, width: int) -> bool:
+def runs_native_training(x: Tensor, width: int = LANES) -> bool:
     """Return whether the kernels run for ``x``: on a CPU, where gradients are recorded.
 
     Args:
         x: Activations.
         width: Width of an axis that is computed in whole registers, such as the last one or that of a head.
     """
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or x.dtype not in (torch.float32, torch.bfloat16):
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or x.dtype not in NATIVE_DTYPES:
         return False
     if width % LANES or torch.compiler.is_compiling():
         return False
@@ -253,7 +254,10 @@ class _PackedAttention(torch.autograd.Function):
         mixed, log_sums = qkv.new_empty(len(qkv), width), qkv.new_empty(len(qkv), num_heads, dtype=torch.float32)
         lengths = torch.tensor([length for rows, length in blocks for _ in range(rows)])
         call = PackedAttentionCall(
-            **{"format": FORMATS[qkv.dtype], "rows": len(lengths), "heads": num_heads, "size": width // num_heads},
+            format=FORMATS[qkv.dtype],
+            rows=len(lengths),
+            heads=num_heads,
+            size=width // num_heads,
             longest=int(lengths.max()),
         )
         tensors = (qkv, mixed, log_sums, lengths, lengths.cumsum(0) - lengths)
@@ -265,14 +269,13 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_mixed: Tensor) -> tuple[Tensor, None, None]:
-        d_qkv = torch.empty_like(ctx.saved_tensors[0])
-        _attend(ctx.call, ctx.saved_tensors, d_mixed.contiguous(), d_qkv)
+        tensors = ctx.saved_tensors
+        d_qkv = torch.empty_like(tensors[0])
+        _attend(ctx.call, tensors, d_mixed.contiguous(), d_qkv)
         return d_qkv, None, None
 
 
-def _attend(
-    call: PackedAttentionCall, tensors: Sequence[Tensor], d_mixed: Tensor | None, d_qkv: Tensor | None
-) -> None:
+def _attend(call: PackedAttentionCall, tensors: Sequence[Tensor], d_mixed: Tensor | None, d_qkv: Tensor | None) -> None:
     call.qkv, call.mixed, call.log_sums, call.lengths, call.starts = map(_pointer, tensors)
     call.d_mixed, call.d_qkv = _pointer(d_mixed), _pointer(d_qkv)
     _call().cogview_packed_attention(ctypes.byref(call), int(d_mixed is not None), num_threads())

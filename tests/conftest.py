@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from cogview.emoji.things import EmojiFiles, EmojiObject
 from cogview.emoji.world import EmojiWorld, WorldSettings
 from cogview.kernels.dispatch import select_backend
-from cogview.kernels.native import CompileError, load_library
+from cogview.kernels.native import SOURCES, CompileError, load_library
 from tests import v1_release
 from tests.factories import tiny_model as build_tiny_model
 from tests.factories import tiny_text_tokenizer
@@ -39,7 +39,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 with suppress(CompileError):
-    load_library()  # compiles the native kernels, if need be, before tests read messages
+    for name in SOURCES:
+        load_library(name)  # compiles the native kernels, if need be, before tests read messages
 
 
 def missing_emoji_files() -> str:

@@ -281,7 +281,9 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.mlp_output_norm = LayerNorm(config.width)
 
-    def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int
+    ) -> Tensor:
         """Return the residual stream after this layer, whose index in the cache is ``number``.
 
         Args:
@@ -307,7 +309,9 @@ class Attention(nn.Module):
         self.output = Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int
+    ) -> Tensor:
         """Return the attention branch (B, T, D) of the layer ``number``.
 
         Args:
@@ -317,7 +321,9 @@ class Attention(nn.Module):
             number: Index of the layer in the cache.
         """
         if isinstance(bias_B1TS, PackedRows):
-            packed_BTD: Tensor = self.dropout(self.output(bias_B1TS.attend(self.query_key_value(x_BTD), self.num_heads)))
+            packed_BTD: Tensor = self.dropout(
+                self.output(bias_B1TS.attend(self.query_key_value(x_BTD), self.num_heads))
+            )
             return packed_BTD
         batch, length, width = x_BTD.shape
         split = self.query_key_value(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
@@ -346,7 +352,9 @@ class MLP(nn.Module):
 
     def _inner(self, x: Tensor) -> Tensor:
         """Return the activations (..., 4 D); a fused kernel adds the bias, which the product then leaves out."""
-        if isinstance(self.input, Linear) and bias_gelu_is_fused(x, self.input.out_features):  # quantized layers are no ``Linear``
+        if isinstance(self.input, Linear) and bias_gelu_is_fused(
+            x, self.input.out_features
+        ):  # quantized layers are no ``Linear``
             return bias_gelu(F.linear(x, self.input.weight), self.input.bias)
         return F.gelu(self.input(x), approximate="tanh")
 

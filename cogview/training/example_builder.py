@@ -217,10 +217,8 @@ def _select_targets(codes: np.ndarray, priority: np.ndarray, count: int) -> np.n
     return selected
 
 
-def _split(
-    examples: Sequence[TrainingExample], limit: int, ratio: float
-) -> Iterator[Sequence[TrainingExample]]:
-    """Yield runs of at most ``limit`` examples, sorted by length; the longest has ``ratio`` times the shortest at most."""
+def _split(examples: Sequence[TrainingExample], limit: int, ratio: float) -> Iterator[Sequence[TrainingExample]]:
+    """Yield runs of at most ``limit`` examples, sorted by length, whose lengths differ by at most ``ratio``."""
     first = 0
     for end in range(1, len(examples) + 1):
         if end == len(examples) or end - first == limit or len(examples[end]) > ratio * len(examples[first]):

@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from training_peers import PLAIN_MODES, TRAINER_MODES, PlainLoop, TrainerLoop, import_transformers
@@ -205,11 +204,12 @@ def _threads_of(name: str) -> int:
 
 def in_turn_of_best(makers: Mapping[str, Callable[[], Side]], repeats: int) -> dict[str, list[float]]:
     """Return the seconds of the best modes of each side, run in turn."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = 1000  # every mode and number of threads has a compiled step
     trials: dict[str, float] = {}
     sides: dict[str, Side] = {}
     for name, make in makers.items():
         torch.set_num_threads(_threads_of(name))
-        torch._dynamo.reset()  # compiled for the threads of its warm-up
         try:
             side = make()
             side()
@@ -220,9 +220,8 @@ def in_turn_of_best(makers: Mapping[str, Callable[[], Side]], repeats: int) -> d
         trials[name], sides[name] = side(), side
         print(f"  {name}: {trials[name]:.2f} s", file=sys.stderr, flush=True)
         # The modes that cannot be among the best free their memory.
-        best = best_trial(trials, name)
         sides = {other: each for other, each in sides.items() if trials[other] <= REPEATED * best_trial(trials, other)}
-        del side, best
+        del side
     times: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
         for name, side in sides.items():

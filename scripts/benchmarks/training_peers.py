@@ -1,6 +1,6 @@
-"""The peers of a comparison of training: a plain PyTorch loop in the style of nanoGPT, and the Trainer of transformers.
+"""The peers of a comparison of training: a plain PyTorch loop in the style of nanoGPT, and transformers' Trainer.
 
-Both compute the logits of the whole vocabulary at all positions, and ignore targets without loss, as they do by default.
+Both compute the logits of all ids at all positions, and ignore targets without loss, as they do by default.
 """
 
 # B rows of a step, T positions of a row, D width, V vocabulary
@@ -144,9 +144,7 @@ def packed_batches(steps: Sequence[Sequence[PlainRow]], pad: int, block: int) ->
     streams = [np.concatenate([row[part] for rows in steps for row in rows]) for part in (0, 1)]
     blocks = -(-len(streams[0]) // (block * len(steps)))
     missing = blocks * block * len(steps) - len(streams[0])
-    padded = [
-        np.append(stream, np.full(missing, fill)) for stream, fill in zip(streams, (pad, NO_LOSS), strict=True)
-    ]
+    padded = [np.append(stream, np.full(missing, fill)) for stream, fill in zip(streams, (pad, NO_LOSS), strict=True)]
     inputs, targets = (torch.from_numpy(stream).view(len(steps), blocks, block) for stream in padded)
     return list(zip(inputs, targets, strict=True))
 
@@ -187,21 +185,42 @@ class TrainerLoop:
         transformers = import_transformers()
         torch.manual_seed(SEED)
         shape = transformers.GPT2Config(
-            **{"n_layer": config.num_layers, "n_embd": config.width, "n_head": config.num_heads},
-            **{"n_positions": config.max_positions, "vocab_size": config.vocabulary_size},
-            **{"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "use_cache": False},
+            n_layer=config.num_layers,
+            n_embd=config.width,
+            n_head=config.num_heads,
+            n_positions=config.max_positions,
+            vocab_size=config.vocabulary_size,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            use_cache=False,
             activation_function="gelu_pytorch_tanh",  # the default is the same formula in separate operations
-            **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": pad},
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=pad,
         )
         self.timer = make_timer(len(steps))
         arguments = transformers.TrainingArguments(
             output_dir=tempfile.mkdtemp(),
-            **{"max_steps": len(steps) + 1, "per_device_train_batch_size": len(steps[0]), "use_cpu": True},
-            **{"bf16": dtype is not None, "optim": "adamw_torch_fused", "torch_compile": compiled},
-            **{"learning_rate": LEARNING_RATE, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1]},
-            **{"weight_decay": WEIGHT_DECAY, "max_grad_norm": CLIP_NORM, "lr_scheduler_type": "constant"},
-            **{"logging_strategy": "no", "save_strategy": "no", "report_to": [], "disable_tqdm": True},
-            **{"train_sampling_strategy": sampler, "dataloader_pin_memory": False, "seed": SEED},
+            max_steps=len(steps) + 1,
+            per_device_train_batch_size=len(steps[0]),
+            use_cpu=True,
+            bf16=dtype is not None,
+            optim="adamw_torch_fused",
+            torch_compile=compiled,
+            learning_rate=LEARNING_RATE,
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            weight_decay=WEIGHT_DECAY,
+            max_grad_norm=CLIP_NORM,
+            lr_scheduler_type="constant",
+            logging_strategy="no",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            train_sampling_strategy=sampler,
+            dataloader_pin_memory=False,
+            seed=SEED,
         )
         rows = [row for step in [*steps, steps[0]] for row in step]
         tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=word_tokenizer(pad), pad_token="[PAD]")
@@ -239,8 +258,9 @@ def make_timer(steps: int) -> Any:
 
 def word_tokenizer(pad: int) -> Any:
     """Return a tokenizer that only pads, with the id ``pad``."""
-    from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
+
+    from tokenizers import Tokenizer
 
     return Tokenizer(WordLevel({"[PAD]": pad}, unk_token="[PAD]"))
 

@@ -1,4 +1,4 @@
-"""Rows of a comparison of training: the lengths of the recipe emoji-cpu, with captions of its world and random codes."""
+"""Rows for comparisons of training: lengths of the recipe emoji-cpu, captions of its world, and random codes."""
 
 # B rows of a step, T positions of a row
 from __future__ import annotations

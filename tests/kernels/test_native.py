@@ -299,7 +299,7 @@ def test_compiled_library_works_without_a_cache_folder(monkeypatch, tmp_path, ca
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(native, "find_compiler", lambda: shutil.which("true"))
-    monkeypatch.setattr(native, "_compile", lambda compiler, path: path.write_bytes(b"library"))
+    monkeypatch.setattr(native, "_compile", lambda compiler, source, path: path.write_bytes(b"library"))
     with caplog.at_level(logging.WARNING):
         path = compiled_library()
     assert path.read_bytes() == b"library"
