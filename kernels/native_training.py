@@ -303,6 +303,7 @@ def packed_attention_native(qkv: Tensor, num_heads: int, blocks: Blocks) -> Tens
     Returns:
         (N, D), in the dtype of ``qkv``.
     """
+    assert qkv.shape[1] % (3 * num_heads * LANES) == 0
     mixed: Tensor = _PackedAttention.apply(qkv, num_heads, blocks)  # type: ignore[no-untyped-call]
     return mixed
 

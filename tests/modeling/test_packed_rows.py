@@ -1,0 +1,62 @@
+"""Rows packed for the layers: the same hidden states and gradients as padded rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cogview.kernels.dispatch import select_backend
+from cogview.modeling.config import TransformerConfig
+from cogview.modeling.packed_rows import PackedRows
+from cogview.modeling.transformer import Transformer
+
+LENGTHS = [3, 3, 7, 8, 20]
+
+
+@pytest.fixture
+def forget_choices(monkeypatch):
+    """Choices of implementations are made again, before and after the test."""
+    select_backend.cache_clear()
+    yield monkeypatch
+    select_backend.cache_clear()
+
+
+def hidden_and_gradients(transformer, lengths):
+    ids_BT = torch.randint(0, 128, (5, 20), generator=torch.Generator().manual_seed(1))
+    hidden_BTD = transformer.hidden(ids_BT, lengths=lengths)
+    counted = torch.cat([row[:length] for row, length in zip(hidden_BTD, LENGTHS, strict=True)])
+    transformer.zero_grad()
+    (counted * torch.linspace(-1, 1, counted.numel()).view_as(counted)).sum().backward()
+    return counted.detach(), [parameter.grad.clone() for parameter in transformer.parameters()]
+
+
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_hidden_of_packed_rows_equals_that_of_padded_rows(forget_choices, kernels, checkpointing):
+    """Attention stays within each row, also with activation checkpointing."""
+    torch.manual_seed(0)
+    transformer = Transformer(
+        TransformerConfig(num_layers=2, width=64, num_heads=4, vocabulary_size=128, max_positions=32, dropout=0.0)
+    )
+    forget_choices.setenv("COGVIEW_KERNELS", "torch")
+    expected, expected_gradients = hidden_and_gradients(transformer, None)
+    forget_choices.setenv("COGVIEW_KERNELS", kernels)
+    select_backend.cache_clear()
+    transformer.checkpointing = checkpointing
+    found, found_gradients = hidden_and_gradients(transformer, LENGTHS)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+    for gradient, wanted in zip(found_gradients, expected_gradients, strict=True):
+        assert (gradient - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("pad", "blocks"), [(False, ((2, 3), (1, 7), (1, 8), (1, 20))), (True, ((2, 3), (2, 8), (1, 20)))]
+)
+def test_packed_rows_pad_only_rows_of_similar_length(pad, blocks):
+    packed = PackedRows.of(LENGTHS, 20, torch.device("cpu"), pad=pad)
+    assert packed.blocks == blocks
+    values_BT = torch.arange(100).view(5, 20)
+    unpacked_BTD = packed.unpack(packed.pack(values_BT).unsqueeze(-1))
+    for row, length in enumerate(LENGTHS):
+        assert torch.equal(unpacked_BTD[row, :length, 0], values_BT[row, :length])
+    assert packed.pack(values_BT).shape == (1, sum(rows * length for rows, length in blocks))
