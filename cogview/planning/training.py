@@ -8,6 +8,8 @@ s bytes of a number in the precision of products:
     gradients   4 A                                1: 4 A, and s A in bfloat16; 2: 4 A / N; 3: 4 A / N
     optimizer   8 A: Adam's two moments            12 A / N: float32 master weights and both moments
 
+Activations are those of PyTorch's operations; the native kernels of a CPU keep as much, or up to a tenth less.
+
 DeepSpeed accumulates gradients in float32, as this project configures it, since a large batch has many micro-batches.
 Stage 1 shards the optimizer alone and keeps whole gradients; in bfloat16 it also keeps those of the micro-batch in
 bfloat16 until all are computed. With offloading, the optimizer and a float32 gradient are on the host, with a buffer

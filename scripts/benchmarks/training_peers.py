@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ TRAINER_MODES = {
     for compiled in (False, True)
 }
 LEARNING_RATE, BETAS, WEIGHT_DECAY, CLIP_NORM = 1e-3, (0.9, 0.99), 0.04, 1.0
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Batch = tuple[Tensor, Tensor]  # inputs and targets (B, T)
 
 
@@ -78,6 +79,7 @@ class PlainLoop:
         pad: int,
         dtype: torch.dtype | None,
         mode: str,
+        clock: str = "wall",
     ) -> None:
         """Prepare the batches of all steps.
 
@@ -87,7 +89,9 @@ class PlainLoop:
             pad: Id of the padding.
             dtype: Dtype of autocast; None for float32.
             mode: Key of ``PLAIN_MODES``.
+            clock: Key of ``CLOCKS``.
         """
+        self.clock = CLOCKS[clock]
         packing, compiled = PLAIN_MODES[mode]
         torch.manual_seed(SEED)
         model = TrainingGPT(config).train()
@@ -106,8 +110,8 @@ class PlainLoop:
             self.batches = [padded_batch(rows, pad, longest if compiled else 0) for rows in steps]
 
     def run(self) -> float:
-        """Train all steps; return the wall seconds."""
-        start = time.perf_counter()
+        """Train all steps; return the seconds."""
+        start = self.clock()
         for inputs, targets in self.batches:
             with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
                 loss = self.model(inputs, targets)
@@ -115,7 +119,7 @@ class PlainLoop:
             torch.nn.utils.clip_grad_norm_(self.parameters, CLIP_NORM)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        return time.perf_counter() - start
+        return self.clock() - start
 
 
 def padded_batch(rows: Sequence[PlainRow], pad: int, length: int = 0) -> Batch:
@@ -175,6 +179,7 @@ class TrainerLoop:
         pad: int,
         dtype: torch.dtype | None,
         mode: str,
+        clock: str = "wall",
     ) -> None:
         """Prepare model and dataset; see ``PlainLoop``.
 
@@ -199,7 +204,7 @@ class TrainerLoop:
             eos_token_id=None,
             pad_token_id=pad,
         )
-        self.timer = make_timer(len(steps))
+        self.timer = make_timer(len(steps), CLOCKS[clock])
         arguments = transformers.TrainingArguments(
             output_dir=tempfile.mkdtemp(),
             max_steps=len(steps) + 1,
@@ -233,25 +238,25 @@ class TrainerLoop:
         )
 
     def run(self) -> float:
-        """Train all steps; return the wall seconds after the first step, which prepares the others."""
+        """Train all steps; return the seconds after the first step, which prepares the others."""
         self.trainer.train()
         return float(self.timer.seconds)
 
 
-def make_timer(steps: int) -> Any:
+def make_timer(steps: int, clock: Callable[[], float]) -> Any:
     """Return a callback of the Trainer whose ``seconds`` are those of all steps but the first."""
 
     class StepTimer(import_transformers().TrainerCallback):  # type: ignore[misc]
-        """Measures the wall seconds of ``steps`` steps."""
+        """Measures the seconds of ``steps`` steps."""
 
         seconds, began = 0.0, 0.0
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             """Start after the first step, and stop after the last one."""
             if state.global_step == 1:
-                self.began = time.perf_counter()
+                self.began = clock()
             if state.global_step == steps + 1:
-                self.seconds = time.perf_counter() - self.began
+                self.seconds = clock() - self.began
 
     return StepTimer()
 

@@ -59,20 +59,29 @@ def kept_bytes(shape: TransformerConfig, rows: int, dtype: torch.dtype | None) -
     return sum(seen.values())
 
 
+NATIVE = "cogview.kernels.native_training.uses_native_kernels"
+
+
 @pytest.mark.parametrize("length", [20, 150])  # reference and fused attention
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_layer_activations_equal_bytes_saved_by_autograd(length, dtype, dropout, monkeypatch):
-    monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
+    """Native kernels save as much or less."""
     shape, rows = small(length, dropout), 2
-    seen = kept_bytes(replace(shape, num_layers=2), rows, dtype) - kept_bytes(replace(shape, num_layers=1), rows, dtype)
     precision = "float32" if dtype is None else "bfloat16"
-    assert rows * layer_activations(shape, length, precision, "cpu") == seen
+    expected = rows * layer_activations(shape, length, precision, "cpu")
+    monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
+    one, two = (kept_bytes(replace(shape, num_layers=count), rows, dtype) for count in (1, 2))
+    assert 0.9 * expected <= two - one <= expected
+    monkeypatch.setattr(NATIVE, lambda *_: False)
+    one, two = (kept_bytes(replace(shape, num_layers=count), rows, dtype) for count in (1, 2))
+    assert two - one == expected
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-def test_training_memory_predicts_peak_of_step(checkpointing, dtype):
+def test_training_memory_predicts_peak_of_step(checkpointing, dtype, monkeypatch):
+    monkeypatch.setattr(NATIVE, lambda *_: False)
     shape, rows = small(150, num_layers=6), 4
     transformer = Transformer(shape).train()
     transformer.checkpointing = checkpointing
