@@ -69,10 +69,10 @@ class PackedRows:
             (1, N, D).
         """
         if attends_natively(qkv_1NE, num_heads, self.blocks[-1][1]):
-            return packed_attention_native(qkv_1NE[0], num_heads, self.blocks).unsqueeze(0)
+            return packed_attention_native(qkv_1NE.flatten(0, 1), num_heads, self.blocks).unsqueeze(0)
         mixed = []
         for part, (rows, length) in zip(
-            qkv_1NE[0].split([rows * length for rows, length in self.blocks]), self.blocks, strict=True
+            qkv_1NE.flatten(0, 1).split([rows * length for rows, length in self.blocks]), self.blocks, strict=True
         ):
             q, k, v = part.view(rows, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
             mixed.append(attention(q, k, v).transpose(1, 2).reshape(rows * length, -1))
@@ -82,4 +82,4 @@ class PackedRows:
         """Return packed values as (B, T, D), with zeros at positions that were left out."""
         rows, length = self.shape
         flat = values_1ND.new_zeros(rows * length, values_1ND.shape[-1])
-        return flat.index_copy(0, self.sources_N, values_1ND[0]).view(rows, length, -1)
+        return flat.index_copy(0, self.sources_N, values_1ND.flatten(0, 1)).view(rows, length, -1)

@@ -33,7 +33,17 @@ from pathlib import Path
 import torch
 from torch._dynamo.exc import TorchDynamoException
 from training_peers import CLOCKS, PLAIN_MODES, TRAINER_MODES, PlainLoop, TrainerLoop, import_transformers
-from training_rows import SEED, PlainRow, Rows, model_config, plain_rows, settings_of, step_rows, store_rows
+from training_rows import (
+    SEED,
+    PlainRow,
+    Rows,
+    model_config,
+    opened_model,
+    plain_rows,
+    settings_of,
+    step_rows,
+    store_rows,
+)
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
@@ -43,7 +53,6 @@ from cogview.evaluation.manifest import Manifest, ResultValue, SeedsRecord, read
 from cogview.evaluation.model_record import describe_hardware, describe_versions
 from cogview.modeling.config import ModelConfig
 from cogview.modeling.transformer import Transformer
-from cogview.pipeline.cogview import CogView
 from cogview.training.distributed import DistributedContext
 from cogview.training.engines import open_engine
 from cogview.training.engines.base import TransformerWithLoss
@@ -89,8 +98,7 @@ class OurLoop:
     def __init__(self, case: TrainingCase, mode: str) -> None:
         """Prepare trainer and batches in one of the modes ``OURS``."""
         torch.manual_seed(SEED)
-        opened = CogView.from_pretrained("cogview-emoji", device="cpu").model
-        model = replace(opened, config=case.config, transformer=Transformer(case.config.transformer))
+        model = replace(opened_model().model, config=case.config, transformer=Transformer(case.config.transformer))
         context = DistributedContext(torch.device("cpu"))
         network = TransformerWithLoss(model.transformer, case.dtype)
         engine = open_engine(network, case.settings, EngineSettings(), context, OURS[mode])

@@ -3,6 +3,7 @@
 # B rows of a step, T positions of a row
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
@@ -36,6 +37,12 @@ Rows: TypeAlias = Mapping[str, np.ndarray]  # of a store, by field
 PlainRow: TypeAlias = tuple[np.ndarray, np.ndarray]  # inputs (T,) and targets (T,), NO_LOSS where none counts
 
 
+@functools.cache
+def opened_model() -> CogView:
+    """Return the embedded model, opened once."""
+    return CogView.from_pretrained(MODEL, device="cpu")
+
+
 def settings_of(kind: str, batch: int) -> TransformerTraining:
     """Return the settings of training for rows of the recipe or of equal length.
 
@@ -54,7 +61,7 @@ def model_config(num_layers: int, width: int, num_heads: int) -> ModelConfig:
         width: Width.
         num_heads: Heads.
     """
-    config = CogView.from_pretrained(MODEL, device="cpu").config
+    config = opened_model().config
     shape = replace(config.transformer, num_layers=num_layers, width=width, num_heads=num_heads)
     return replace(config, transformer=shape)
 
@@ -67,7 +74,7 @@ def store_rows(kind: str, count: int) -> Rows:
         count: Number of rows.
     """
     random = np.random.default_rng(SEED)
-    model = CogView.from_pretrained(MODEL, device="cpu")
+    model = opened_model()
     codes, grid = model.config.vocabulary.num_image_codes, model.config.grid
     if kind == "equal":
         texts = random.integers(0, model.config.vocabulary.num_text_pieces, (count, EQUAL_PIECES)).tolist()

@@ -30,6 +30,8 @@ from cogview.training.engines.base import (
 )
 from cogview.training.settings import EngineSettings, TransformerTraining
 
+CLIP_EPSILON = 1e-6  # that PyTorch adds to the norm
+
 
 class TorchEngine(Engine):
     """One process, or several with a full copy of the weights each, in float32 under autocast.
@@ -143,7 +145,11 @@ class TorchEngine(Engine):
             group["lr"] = learning_rate
         scale = self.loss_scale
         self._scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.training.clip_norm or math.inf).item()
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        total_norm = torch.nn.utils.get_total_norm(gradients)
+        norm, limit = total_norm.item(), self.training.clip_norm or math.inf
+        if not norm + CLIP_EPSILON <= limit:  # otherwise each gradient would be read and multiplied by 1
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, total_norm)
         skipped = not math.isfinite(norm)
         if not skipped or self._scaler.is_enabled():  # the scaler skips such a step itself, and lowers the scale
             self._scaler.step(self.optimizer)
