@@ -17,7 +17,7 @@ import numpy as np
 from cogview.generation.beam_search import beam_search
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingProgress, DecodingRequest, DecodingResult, DecodingStopped
-from cogview.generation.speculative import max_window, uses_cuda_graphs
+from cogview.generation.speculative import uses_cuda_graphs, window_limits
 from cogview.generation.token_sampler import candidate_ids
 from cogview.modeling.transformer import Transformer
 from cogview.pipeline.context import PipelineContext
@@ -330,7 +330,7 @@ def _blank_ids(sequence: TokenSequence, context: PipelineContext) -> range:
 def _decoding_bytes(steps: Sequence[DecodingRequest], context: PipelineContext) -> int:
     """Return the bytes that decoding a batch takes beside the weights."""
     transformer, device = context.planned_transformer, context.placement.device
-    window = context.speculative or max_window(device, len(steps), prepared=transformer.cpu_layers is not None)
+    window = max(window_limits(device, transformer.cpu_layers, context.speculative).widths(len(steps)))
     num_blanks = max(int(step.sequence.blanks.sum()) for step in steps)  # a window is never wider
     output_ids = {_blank_ids(step.sequence, context) for step in steps}
     return transformer.prepack_bytes(*output_ids) + decode_bytes(

@@ -1,27 +1,36 @@
-"""Compare speculative with sequential decoding: forward passes and time.
+"""Compare speculative with sequential decoding: forward passes, time, and whether the codes are equal.
 
-    python scripts/benchmarks/speculative.py [--batches 1,2,4,8,16] [--windows 8,16,32,64,auto] [--upscale]
+    OMP_NUM_THREADS=1 python scripts/benchmarks/speculative.py --result FILE
 
-Both sides generate the same images in turn, in one process, and their codes are compared. A line is a batch size and
-the maximal window, the number of codes of a row drafted per forward pass; "auto" is the default. Prompts name objects
-of the emoji world; with --upscale their images are upscaled as well. Times are from prompts to pixels; the ratio is the
-median over the batches.
+Both sides generate the same images in turn, in one process, and their codes are compared. A line is a case, a batch
+size and the maximal window, the number of codes of a row that are drafted per forward pass; "auto" is the default.
+Prompts name objects of the emoji world. The cases are ``generate``, images of different prompts; ``candidates``, images
+of one prompt; ``open``, candidates of a prompt that leaves the background open; ``guided`` and ``guided_candidates``,
+both with guidance 2; ``complete`` and ``complete_candidates``, which are given half of the codes; and ``upscale``. Times
+are from prompts to pixels: CPU time of all threads, or passed time on another device.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from cogview.evaluation.manifest import (
+    Manifest,
+    ResultValue,
+    SeedsRecord,
+    hash_prompts,
+    write_result,
+)
+from cogview.evaluation.metrics import bootstrap
+from cogview.evaluation.model_record import describe_hardware, describe_model, describe_versions
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import GeneratedImage, only_images
@@ -33,6 +42,48 @@ PROMPTS = [
     *(f"{colour}背景上的{number}{thing}" for colour in COLOURS for number, thing in zip(NUMBERS, THINGS, strict=False)),
     *(f"左边是{one}，右边是{two}，{c}背景" for c, one, two in zip(COLOURS, THINGS, THINGS[1:], strict=False)),
 ]
+OPEN_PROMPTS = [f"{number}{thing}" for number in NUMBERS for thing in ("狐狸", "猫", "企鹅")]
+CASES = (
+    *("generate", "candidates", "open", "guided", "guided_candidates", "complete", "complete_candidates", "upscale"),
+)
+GUIDANCE = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Speculative beside sequential decoding of some batches.
+
+    Attributes:
+        ratios: Time of sequential over that of speculative decoding, of each batch.
+        forwards: Forward passes of a batch, on average.
+        sequential: The same without speculation.
+        different: Codes that differ.
+        codes: Codes in all.
+    """
+
+    ratios: tuple[float, ...]
+    forwards: float
+    sequential: float
+    different: int
+    codes: int
+
+    def row(self) -> str:
+        """Return the cells of a table."""
+        return (
+            f"{self.forwards:.1f} of {self.sequential:.0f} | {self.sequential / self.forwards:.2f} | "
+            f"{np.median(self.ratios):.2f} | {self.different} of {self.codes}"
+        )
+
+    def values(self, name: str) -> dict[str, ResultValue]:
+        """Return the values of a result file, whose names start with ``name``."""
+        ratios, count = np.array(self.ratios), len(self.ratios)
+        interval = bootstrap(lambda rows: np.median(ratios[rows], axis=-1), count)
+        return {
+            f"{name}.time_ratio": ResultValue(**interval, n=count, higher_is_better=True),
+            f"{name}.forwards": ResultValue(value=self.forwards, n=count, unit="passes"),
+            f"{name}.sequential_forwards": ResultValue(value=self.sequential, n=count, unit="passes"),
+            f"{name}.different": ResultValue(value=self.different, n=self.codes, unit="codes"),
+        }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,47 +92,50 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="cogview-emoji", help="(default: cogview-emoji)")
     parser.add_argument("--device", default="auto", help="(default: auto)")
     parser.add_argument("--dtype", default="auto", help="(default: auto)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES, help="(default: all)")
     parser.add_argument("--batches", default="1,2,4,8,16", help="(default: 1,2,4,8,16)")
-    parser.add_argument("--windows", default="8,16,32,64,auto", help="codes drafted per row (default: 8,16,32,64,auto)")
-    parser.add_argument("--repeats", type=int, default=10, help="batches of each kind (default: 10)")
-    parser.add_argument("--upscale", action="store_true", help="measure upscaling as well")
-    parser.add_argument("--json", type=Path, help="write all metrics to FILE")
+    parser.add_argument("--windows", default="auto", help="codes drafted per row, such as 4,8,auto (default: auto)")
+    parser.add_argument("--repeats", type=int, default=9, help="batches of each kind (default: 9)")
+    parser.add_argument("--result", type=Path, help="write all values to a result file")
     args = parser.parse_args(argv)
 
     model = CogView.from_pretrained(args.model, device=args.device, dtype=args.dtype)
     print(f"{model.name} on {model.placement}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
-    print("| task | batch | window | forwards per image | fewer | time, ratio | codes that differ |")
+    print("| case | batch | window | forwards per batch | fewer | time, ratio | codes that differ |")
     print("|---|---|---|---|---|---|---|")
-    metrics = []
-    for task in ["generate"] + ["upscale"] * args.upscale:
+    values: dict[str, ResultValue] = {}
+    for case in args.cases:
         for batch in map(int, args.batches.split(",")):
+            if batch == 1 and ("candidates" in case or case == "open"):
+                continue
             for window in args.windows.split(","):
-                found = compare(model, task, batch, None if window == "auto" else int(window), args.repeats)
-                print(
-                    f"| {task} | {batch} | {window} | {found['forwards']:.1f} of {found['sequential']:.0f} | "
-                    f"{found['sequential'] / found['forwards']:.2f} | {found['ratio']:.2f} | {found['different']} of "
-                    f"{found['codes']} |",
-                    flush=True,
-                )
-                metrics.append({"task": task, "batch": batch, "window": window, **found})
-    if args.json:
-        args.json.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+                found = compare(model, case, batch, None if window == "auto" else int(window), args.repeats)
+                print(f"| {case} | {batch} | {window} | {found.row()} |", flush=True)
+                values |= found.values(f"{case}.{batch}.{window}")
+    if args.result:
+        model.speculative = None
+        manifest = Manifest(
+            measure="speculative",
+            prompts=hash_prompts(PROMPTS + OPEN_PROMPTS),
+            seeds=SeedsRecord(first=0, count=args.repeats + 1),
+            model=describe_model(model),
+            settings={
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in vars(args).items()
+                if name in ("cases", "batches", "windows", "repeats")
+            },
+            versions=describe_versions(),
+            hardware=describe_hardware(model.placement.device),
+        )
+        write_result(args.result, manifest, values)
     return 0
 
 
-def compare(model: CogView, task: str, batch: int, window: int | None, repeats: int) -> dict[str, float]:
+def compare(model: CogView, case: str, batch: int, window: int | None, repeats: int) -> Comparison:
     """Generate ``repeats`` batches with both methods."""
     ratios, forwards, sequential, different, codes = [], 0, 0, 0, 0
     for repeat in range(repeats + 1):  # the first warms up
-        requests = [
-            GenerationRequest(prompt=PROMPTS[(repeat * batch + number) % len(PROMPTS)], seed=repeat, index=number)
-            for number in range(batch)
-        ]
-        if task == "upscale":
-            small = list(only_images(model.run(requests)))
-            requests = [
-                replace(request, task=task, codes=image.codes) for request, image in zip(requests, small, strict=True)
-            ]
+        requests = requests_of(model, case, batch, repeat)
         plain, plain_forwards, plain_seconds = generated(model, requests, 1)
         drafted, drafted_forwards, drafted_seconds = generated(model, requests, window)
         different += int((plain != drafted).sum())
@@ -90,13 +144,39 @@ def compare(model: CogView, task: str, batch: int, window: int | None, repeats: 
             ratios.append(plain_seconds / drafted_seconds)
             forwards += drafted_forwards
             sequential += plain_forwards
-    return {
-        "ratio": statistics.median(ratios),
-        "forwards": forwards / repeats,
-        "sequential": sequential / repeats,
-        "different": different,
-        "codes": codes,
-    }
+    return Comparison(
+        ratios=tuple(ratios),
+        forwards=forwards / repeats,
+        sequential=sequential / repeats,
+        different=different,
+        codes=codes,
+    )
+
+
+def requests_of(model: CogView, case: str, batch: int, repeat: int) -> list[GenerationRequest]:
+    """Return the requests of a batch; upscaling and completion start from images that are generated for them."""
+    prompts = OPEN_PROMPTS if case == "open" else PROMPTS
+    same = case == "open" or "candidates" in case
+    requests = [
+        GenerationRequest(
+            prompt=prompts[(repeat if same else repeat * batch + number) % len(prompts)], seed=repeat, index=number
+        )
+        for number in range(batch)
+    ]
+    if case.startswith("guided"):
+        return [replace(request, sampling=model.sampling(guidance=GUIDANCE)) for request in requests]
+    if not case.startswith(("complete", "upscale")):
+        return requests
+    images = [image.codes for image in only_images(model.run(requests))]
+    if case == "upscale":
+        return [
+            replace(request, task="upscale", codes=codes) for request, codes in zip(requests, images, strict=True)
+        ]
+    half = len(images[0]) // 2
+    return [
+        replace(request, seed=repeat + 1, codes=images[0 if same else number][:half])
+        for number, request in enumerate(requests)
+    ]
 
 
 def generated(
@@ -110,11 +190,12 @@ def generated(
         nonlocal count
         count += 1
 
+    clock = time.process_time if model.placement.device.type == "cpu" else time.perf_counter
     hook = transformer.final_norm.register_forward_hook(counted)
     model.speculative = window
-    start = time.perf_counter()
+    start = clock()
     results = [result for result in model.run(requests, batch_size=10_000) if isinstance(result, GeneratedImage)]
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     hook.remove()
     return np.stack([result.codes for result in results]), count, seconds
 
