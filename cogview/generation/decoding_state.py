@@ -1,6 +1,7 @@
 """State of a batch while it is decoded: ids, positions, attention bias and KV cache, with shared prefixes."""
 
-# B rows of a batch, G of them, P distinct prefixes, T columns, C columns of a prefix, S columns so far, D width of the model
+# B rows of a batch, G of them, P distinct prefixes, T columns, C columns of a prefix, S columns so far, D width of the
+# model
 from __future__ import annotations
 
 import math

@@ -33,7 +33,6 @@ from cogview.modeling.packed_layers import PackedLayers
 from cogview.process_variables import choice_variable
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class WindowLimits:
     """Limits of the windows, for one form of the layers.

@@ -4,10 +4,15 @@
 
 Both sides generate the same images in turn, in one process, and their codes are compared. A line is a case, a batch
 size and the maximal window, the number of codes of a row that are drafted per forward pass; "auto" is the default.
-Prompts name objects of the emoji world. The cases are ``generate``, images of different prompts; ``candidates``, images
-of one prompt; ``open``, candidates of a prompt that leaves the background open; ``guided`` and ``guided_candidates``,
-both with guidance 2; ``complete`` and ``complete_candidates``, which are given half of the codes; and ``upscale``. Times
-are from prompts to pixels: CPU time of all threads, or passed time on another device.
+Prompts name objects of the emoji world. Times are from prompts to pixels: CPU time of all threads, or passed time on
+another device than a CPU. The cases:
+
+* generate: images of different prompts
+* candidates: images of one prompt, which names the background
+* open: images of one prompt, which leaves the background open
+* guided, guided_candidates: the first two with guidance 2
+* complete, complete_candidates: the first two with half of the codes given
+* upscale: images to upscale
 """
 
 from __future__ import annotations
@@ -169,9 +174,7 @@ def requests_of(model: CogView, case: str, batch: int, repeat: int) -> list[Gene
         return requests
     images = [image.codes for image in only_images(model.run(requests))]
     if case == "upscale":
-        return [
-            replace(request, task="upscale", codes=codes) for request, codes in zip(requests, images, strict=True)
-        ]
+        return [replace(request, task="upscale", codes=codes) for request, codes in zip(requests, images, strict=True)]
     half = len(images[0]) // 2
     return [
         replace(request, seed=repeat + 1, codes=images[0 if same else number][:half])

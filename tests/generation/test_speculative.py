@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cogview.generation.decode import decode
-from cogview.generation.speculative import uses_cuda_graphs
+from cogview.generation.speculative import MIN_SPEEDUP, WindowLimits, uses_cuda_graphs
 from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
@@ -64,15 +64,17 @@ def test_decode_speculatively_equals_sequential_decoding(transformer, monkeypatc
         assert alone.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
 
 
+@pytest.mark.parametrize("min_drafts", [1, 4])  # rows share drafts if their first codes are equal, or none do
 @pytest.mark.parametrize("prepared", [False, True])  # modules, or the layers of a CPU
 @pytest.mark.parametrize("int8", [False, True])
-def test_decode_speculatively_shares_prefixes(transformer, monkeypatch, int8, prepared):
+def test_decode_speculatively_shares_prefixes(transformer, monkeypatch, int8, prepared, min_drafts):
     """Candidates of two prompts keep each prompt once, advance at different speeds, and get the same codes."""
+    monkeypatch.setattr("cogview.generation.speculative.MIN_SHARED_DRAFTS", min_drafts)
     if prepared:
         transformer = copy.deepcopy(transformer)
         transformer.prepare_cpu()
     requests = [
-        request_for(generate_sequence(text), seed=3, image=image, sampling=SAMPLING)
+        request_for(generate_sequence(text, image=[9]), seed=3, image=image, sampling=SAMPLING)
         for text, image in ((LONG, 0), (SHORT, 0), (LONG, 1), (LONG, 2))
     ]
     found, sizes = [], []
@@ -108,6 +110,63 @@ def test_decode_speculatively_needs_few_forwards_when_codes_repeat():
     (result,) = decode(echo, VOCABULARY, [request], speculative=64)
     assert result.ids.tolist() == expected.ids.tolist()
     assert len(forward_calls) <= 4  # the prompt, then 16 codes, 32, and the rest
+
+
+def test_decode_speculatively_drafts_all_candidates_in_one_row():
+    """If codes depend on their position and noise alone, every draft of the shared row is right."""
+    planted = random_transformer(width=64)
+    sequence = generate_sequence(LONG, image=[9, 9])
+    with torch.no_grad():  # layers that add nothing, and positions that outweigh the ids
+        for parameter in planted.layers.parameters():
+            parameter.zero_()
+        first_code = planted.embedding.weight[VOCABULARY.image.start + 5]
+        planted.positions.weight[sequence.positions[sequence.spans["image"]][1]] = 100 * first_code
+        planted.positions.weight.mul_(1e6)
+    forward_calls, hidden = [], planted.hidden
+    planted.hidden = lambda *rest, **named: (forward_calls.append(tuple(rest[0].shape)), hidden(*rest, **named))[1]
+    requests = [request_for(sequence, seed=1, image=index, sampling=Sampling(top_k=0)) for index in range(4)]
+    expected = decode(planted, VOCABULARY, requests, speculative=1)
+    codes = [codes_of(result, sequence) for result in expected]
+    assert {tuple(each[:3]) for each in codes} == {(9, 9, 5)}
+    assert len({tuple(each) for each in codes}) == 4
+    forward_calls.clear()
+    found = decode(planted, VOCABULARY, requests, speculative=16)
+    assert [codes_of(result, sequence) for result in found] == codes
+    # The prompt, drafts of the 61 codes after the first, and four windows of which every code is accepted.
+    assert forward_calls == [(1, 15), (1, 61), *[(4, 16)] * 4]
+
+
+def test_decode_goes_on_sequentially_if_candidates_share_no_drafts(transformer, monkeypatch):
+    """A batch too large for windows of its rows alone would speculate with shared drafts, but first codes differ."""
+    limits = WindowLimits(columns=0, shared_columns=1000, min_width=2)
+    monkeypatch.setattr("cogview.generation.speculative.LIMITS", {"cpu": limits})
+    requests = [
+        request_for(generate_sequence(LONG, image=[9]), seed=3, image=image, sampling=Sampling(top_k=0))
+        for image in range(4)
+    ]
+    expected = decode(transformer, VOCABULARY, requests, speculative=1)
+    seen = []
+    found = decode(transformer, VOCABULARY, requests, lambda progress: seen.append((progress.done, progress.total)))
+    for one, other in zip(expected, found, strict=True):
+        assert one.ids.tolist() == other.ids.tolist()
+        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
+    assert seen == [(done, 63) for done in range(1, 64)]
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "alone", "shared"), [(1, 12, 12), (2, 7, 12), (3, 1, 12), (8, 1, 10), (16, 1, 5), (17, 1, 1)]
+)
+def test_window_limits_give_narrower_windows_to_more_rows(num_rows, alone, shared):
+    limits = WindowLimits(columns=14, shared_columns=80, min_width=5, max_width=12)
+    assert limits.widths(num_rows) == (alone, shared)
+
+
+def test_window_limits_ask_more_codes_of_wider_windows():
+    """A forward pass of 8 rows and 10 columns costs as much as (12 + 80) / (12 + 8) single steps."""
+    limits = WindowLimits(columns=14, shared_columns=80, fixed_columns=12)
+    assert limits.min_accepted(8, 10) == pytest.approx(4.6)
+    assert limits.min_accepted(1, 8) == MIN_SPEEDUP
+    assert WindowLimits(columns=14, shared_columns=80).min_accepted(8, 10) == MIN_SPEEDUP
 
 
 def test_decode_decodes_texts_sequentially(transformer, forwards):
