@@ -4,8 +4,8 @@ Noise is keyed, so the next code is a function of the codes before it, and draft
 a window of columns that holds drafts for unknown codes. If a draft equals the prediction of its column, the prediction
 of the next column is right too. All codes up to the first wrong draft are accepted, and the prediction that replaces
 it; the later predictions are the next drafts (Jacobi decoding, arXiv:2305.10427; keeping the noise of a position fixed
-is the Gumbel coupling of arXiv:2510.24211). The first draft of a column is the last predicted code: better drafts
-hardly save a forward pass.
+is the Gumbel coupling of arXiv:2510.24211). The first draft of a column is the last predicted code. For images of one
+prompt it is sampled from logits that one row computes for all of them (``SpeculativeDecoder.share_drafts``).
 
 Rows advance at different speeds. A step reads and writes buffers with fixed addresses and does not synchronize with the
 device, so that CUDA can capture it as a graph and replay it.
@@ -39,23 +39,26 @@ class WindowLimits:
 
     Attributes:
         columns: Columns of all rows together that a forward pass may read.
-        shared_columns: The same where rows share drafts.
         min_width: Columns of a row; a smaller window is not worthwhile.
         max_width: Maximum number of columns of a row.
+        shared_rows: Maximum number of rows that share drafts, where that permits more rows than ``columns`` does.
+        shared_width: Columns of each of these rows.
         fixed_columns: Columns that take as long as the fixed part of a forward pass, such as reading the weights; None
             if that part outweighs every window.
     """
 
     columns: int
-    shared_columns: int
     min_width: int = 8
-    max_width: int = 128
+    max_width: int = sys.maxsize
+    shared_rows: int = 0
+    shared_width: int = 1
     fixed_columns: int | None = None
 
     def widths(self, num_rows: int) -> tuple[int, int]:
         """Return the maximal width of a window for ``num_rows`` rows, without and with shared drafts; 1 for none."""
-        alone, shared = (min(columns // num_rows, self.max_width) for columns in (self.columns, self.shared_columns))
-        return (alone if alone >= self.min_width else 1), (shared if shared >= self.min_width else 1)
+        alone = min(self.columns // num_rows, self.max_width)
+        alone = alone if alone >= self.min_width else 1
+        return alone, max(alone, self.shared_width) if num_rows <= self.shared_rows else alone
 
     def min_accepted(self, num_rows: int, width: int) -> float:
         """Return the number of codes per row and forward pass below which sequential decoding is faster."""
@@ -66,9 +69,9 @@ class WindowLimits:
 
 # Measured on a CPU with scripts/benchmarks/speculative.py, assumed for GPUs.
 LIMITS = {
-    "native": WindowLimits(columns=14, shared_columns=80, min_width=5, max_width=12, fixed_columns=12),
-    "packed": WindowLimits(columns=64, shared_columns=64),
-    "cuda": WindowLimits(columns=128, shared_columns=128),
+    "native": WindowLimits(columns=14, min_width=5, max_width=12, shared_rows=16, shared_width=7, fixed_columns=12),
+    "packed": WindowLimits(columns=64),
+    "cuda": WindowLimits(columns=128),
 }
 INITIAL_WINDOW = 32
 # A window is doubled if more than this fraction of it is accepted on average, and halved below the other.
@@ -99,11 +102,8 @@ def window_limits(
     limits = LIMITS.get("native" if isinstance(layers, NativeLayers) else "packed" if layers else device.type)
     if width is not None:
         fixed_columns = None if limits is None else limits.fixed_columns
-        columns = sys.maxsize
-        return WindowLimits(
-            columns=columns, shared_columns=columns, min_width=1, max_width=width, fixed_columns=fixed_columns
-        )
-    return limits or WindowLimits(columns=1, shared_columns=1)
+        return WindowLimits(columns=sys.maxsize, min_width=1, max_width=width, fixed_columns=fixed_columns)
+    return limits or WindowLimits(columns=1)
 
 
 def uses_cuda_graphs(device: torch.device) -> bool:

@@ -38,8 +38,7 @@ done
 shape=(--layers 48 --width 2560 --heads 40 --device cuda)
 step v1 600 python scripts/benchmarks/compare_v1.py "${shape[@]}" --batches 1 8 32 --json "$out/v1.json"
 step peers 900 python scripts/benchmarks/compare_peers.py "${shape[@]}" --dtypes bfloat16 --tokens 512 --json "$out/peers.json"
-step speculative 300 python scripts/benchmarks/speculative.py --device cuda --dtype float32 --upscale \
-    --json "$out/speculative.json"
+step speculative 600 python scripts/benchmarks/speculative.py --device cuda --dtype float32 --result "$out/speculative.json"
 step best-of 300 python scripts/benchmarks/compare_best_of.py --device cuda --json "$out/best-of.json"
 step upscale 600 python scripts/benchmarks/compare_upscale.py --device cuda --json "$out/upscale.json"
 step planned 600 python scripts/benchmarks/planned_batch.py --device cuda

@@ -138,7 +138,7 @@ def test_decode_speculatively_drafts_all_candidates_in_one_row():
 
 def test_decode_goes_on_sequentially_if_candidates_share_no_drafts(transformer, monkeypatch):
     """A batch too large for windows of its rows alone would speculate with shared drafts, but first codes differ."""
-    limits = WindowLimits(columns=0, shared_columns=1000, min_width=2)
+    limits = WindowLimits(columns=1, shared_rows=4, shared_width=16)
     monkeypatch.setattr("cogview.generation.speculative.LIMITS", {"cpu": limits})
     requests = [
         request_for(generate_sequence(LONG, image=[9]), seed=3, image=image, sampling=Sampling(top_k=0))
@@ -154,19 +154,19 @@ def test_decode_goes_on_sequentially_if_candidates_share_no_drafts(transformer, 
 
 
 @pytest.mark.parametrize(
-    ("num_rows", "alone", "shared"), [(1, 12, 12), (2, 7, 12), (3, 1, 12), (8, 1, 10), (16, 1, 5), (17, 1, 1)]
+    ("num_rows", "alone", "shared"), [(1, 12, 12), (2, 8, 8), (3, 5, 7), (4, 1, 7), (6, 1, 7), (7, 1, 1)]
 )
-def test_window_limits_give_narrower_windows_to_more_rows(num_rows, alone, shared):
-    limits = WindowLimits(columns=14, shared_columns=80, min_width=5, max_width=12)
+def test_window_limits_give_windows_to_more_rows_that_share_drafts(num_rows, alone, shared):
+    limits = WindowLimits(columns=16, min_width=5, max_width=12, shared_rows=6, shared_width=7)
     assert limits.widths(num_rows) == (alone, shared)
 
 
 def test_window_limits_ask_more_codes_of_wider_windows():
     """A forward pass of 8 rows and 10 columns costs as much as (12 + 80) / (12 + 8) single steps."""
-    limits = WindowLimits(columns=14, shared_columns=80, fixed_columns=12)
+    limits = WindowLimits(columns=14, fixed_columns=12)
     assert limits.min_accepted(8, 10) == pytest.approx(4.6)
     assert limits.min_accepted(1, 8) == MIN_SPEEDUP
-    assert WindowLimits(columns=14, shared_columns=80).min_accepted(8, 10) == MIN_SPEEDUP
+    assert WindowLimits(columns=14).min_accepted(8, 10) == MIN_SPEEDUP
 
 
 def test_decode_decodes_texts_sequentially(transformer, forwards):

@@ -14,6 +14,7 @@ import torch
 from cogview.data.sources.open import open_source
 from cogview.data.sources.tables import TableOptions
 from cogview.device import choose_placement
+from cogview.evaluation.manifest import read_result
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingRequest
 from cogview.modeling.config import GREEDY, Sampling
@@ -297,3 +298,16 @@ def test_data_build_draws_the_same_pictures_for_every_source(load_benchmark, tmp
         found.append([(Path(record.name).name, record.captions) for record in records])
     assert len(found[0]) == 3
     assert found[0] == found[1] == found[2]
+
+
+def test_speculative_compares_codes_and_forward_passes(load_benchmark, tmp_path, capsys):
+    file = tmp_path / "speculative.json"
+    chosen = ("--cases", "generate", "candidates", "--batches", "2", "--repeats", "1", "--device", "cpu")
+    assert load_benchmark("speculative").main([*chosen, "--result", str(file)]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [row.split(" | ")[:3] for row in rows] == [["| generate", "2", "auto"], ["| candidates", "2", "auto"]]
+    found = read_result(file).results
+    for name in ("generate.2.auto", "candidates.2.auto"):
+        assert found[f"{name}.different"].value == 0
+        assert found[f"{name}.forwards"].value < found[f"{name}.sequential_forwards"].value == 64
+        assert found[f"{name}.time_ratio"].value > 0
