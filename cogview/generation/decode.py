@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cogview.generation.decoding_state import DecodingState, text_attention_bias
 from cogview.generation.requests import DecodingCallback, DecodingRequest, DecodingResult, notify, restore_tail
-from cogview.generation.speculative import decode_speculatively, uses_cuda_graphs, window_limits
+from cogview.generation.speculative import decode_speculatively, may_share_drafts, uses_cuda_graphs, window_limits
 from cogview.generation.token_sampler import TokenSampler
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import pad_left
@@ -77,9 +77,9 @@ def decode(
         ]
 
     max_window, shared_window = limits.widths(len(sequences))
-    may_speculate = max_window > 1 or (shared_window > 1 and state.has_equal_prefixes)
+    in_windows = max_window > 1 or (shared_window > 1 and may_share_drafts(state, sampler))
     num_done, finished = 0, False
-    if only_images and (may_speculate or uses_cuda_graphs(device)):
+    if only_images and (in_windows or uses_cuda_graphs(device)):
         num_done, finished = 1, decode_speculatively(state, sampler, limits, callback, partial_sequences)
     if not finished:
         _decode_sequentially(state, sampler, callback, partial_sequences, num_done)

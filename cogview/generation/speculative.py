@@ -31,6 +31,7 @@ from cogview.generation.token_sampler import TokenSampler
 from cogview.modeling.native_layers import NativeLayers
 from cogview.modeling.packed_layers import PackedLayers
 from cogview.process_variables import choice_variable
+from cogview.tokenizers.vocabulary import TokenKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,21 @@ def uses_cuda_graphs(device: torch.device) -> bool:
         if (forced := choice_variable(variable, values)) is not None:
             return forced == values[1]
     return device.type == "cuda"
+
+
+def may_share_drafts(state: DecodingState, sampler: TokenSampler) -> bool:
+    """Return whether requests may share drafts (``SpeculativeDecoder.share_drafts``).
+
+    Some must have the same prefix. With guidance, or with codes in the prefix, shared drafts saved no time.
+
+    Args:
+        state: State of the batch, before the prefill.
+        sampler: Sampler of the batch.
+    """
+    batch = sampler.batch
+    first = int(batch.blanks.any(axis=0).argmax())
+    has_codes = bool((batch.kinds[:, :first] == TokenKind.IMAGE).any())
+    return state.has_equal_prefixes and len(batch.ids) == len(sampler.requests) and not has_codes
 
 
 def decode_speculatively(
@@ -221,7 +237,7 @@ class SpeculativeDecoder:
         """Draft all codes of requests that have the same prefix and the same first code in one row for all of them.
 
         The row repeats the first code. Its logits, with the noise of each request, predict most of the codes; those of
-        another first code do not, and neither do those with guidance.
+        another first code do not.
 
         Args:
             max_columns: Columns of all rows together that a forward pass may read.
@@ -230,8 +246,10 @@ class SpeculativeDecoder:
             Whether there are drafts; not if they would take too many rows.
         """
         num_requests = len(self.next_J)
-        alike = {} if self._has_unconditional else self._group_alike()
-        if not 0 < len(alike) <= max(1, num_requests // MIN_SHARED_DRAFTS) or num_requests == 1:
+        if not may_share_drafts(self.state, self.sampler):
+            return False
+        alike = self._group_alike()
+        if len(alike) > max(1, num_requests // MIN_SHARED_DRAFTS):
             return False
         rows_G = torch.tensor([row for _, row in alike], device=self.next_J.device)
         ids_GT, ids_JT = self._repeat_first_codes()[rows_G], self.state.ids_BT.clone()

@@ -6,10 +6,13 @@ import pytest
 import torch
 
 from cogview.generation.decode import decode
-from cogview.generation.speculative import MIN_SPEEDUP, WindowLimits, uses_cuda_graphs
+from cogview.generation.decoding_state import DecodingState
+from cogview.generation.speculative import MIN_SPEEDUP, WindowLimits, may_share_drafts, uses_cuda_graphs
+from cogview.generation.token_sampler import TokenSampler
 from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
+from cogview.tokenizers.batching import pad_left
 from tests.factories import (
     LONG,
     SAMPLING,
@@ -74,7 +77,7 @@ def test_decode_speculatively_shares_prefixes(transformer, monkeypatch, int8, pr
         transformer = copy.deepcopy(transformer)
         transformer.prepare_cpu()
     requests = [
-        request_for(generate_sequence(text, image=[9]), seed=3, image=image, sampling=SAMPLING)
+        request_for(generate_sequence(text), seed=3, image=image, sampling=SAMPLING)
         for text, image in ((LONG, 0), (SHORT, 0), (LONG, 1), (LONG, 2))
     ]
     found, sizes = [], []
@@ -115,25 +118,25 @@ def test_decode_speculatively_needs_few_forwards_when_codes_repeat():
 def test_decode_speculatively_drafts_all_candidates_in_one_row():
     """If codes depend on their position and noise alone, every draft of the shared row is right."""
     planted = random_transformer(width=64)
-    sequence = generate_sequence(LONG, image=[9, 9])
+    sequence = generate_sequence(LONG)
     with torch.no_grad():  # layers that add nothing, and positions that outweigh the ids
         for parameter in planted.layers.parameters():
             parameter.zero_()
         first_code = planted.embedding.weight[VOCABULARY.image.start + 5]
-        planted.positions.weight[sequence.positions[sequence.spans["image"]][1]] = 100 * first_code
+        planted.positions.weight[sequence.positions[sequence.spans["image"].start - 1]] = 100 * first_code
         planted.positions.weight.mul_(1e6)
     forward_calls, hidden = [], planted.hidden
     planted.hidden = lambda *rest, **named: (forward_calls.append(tuple(rest[0].shape)), hidden(*rest, **named))[1]
     requests = [request_for(sequence, seed=1, image=index, sampling=Sampling(top_k=0)) for index in range(4)]
     expected = decode(planted, VOCABULARY, requests, speculative=1)
     codes = [codes_of(result, sequence) for result in expected]
-    assert {tuple(each[:3]) for each in codes} == {(9, 9, 5)}
+    assert {each[0] for each in codes} == {5}
     assert len({tuple(each) for each in codes}) == 4
     forward_calls.clear()
     found = decode(planted, VOCABULARY, requests, speculative=16)
     assert [codes_of(result, sequence) for result in found] == codes
-    # The prompt, drafts of the 61 codes after the first, and four windows of which every code is accepted.
-    assert forward_calls == [(1, 15), (1, 61), *[(4, 16)] * 4]
+    # The prompt, drafts of the 63 codes after the first, and four windows of which every code is accepted.
+    assert forward_calls == [(1, 13), (1, 63), *[(4, 16)] * 4]
 
 
 def test_decode_goes_on_sequentially_if_candidates_share_no_drafts(transformer, monkeypatch):
@@ -141,8 +144,7 @@ def test_decode_goes_on_sequentially_if_candidates_share_no_drafts(transformer, 
     limits = WindowLimits(columns=1, shared_rows=4, shared_width=16)
     monkeypatch.setattr("cogview.generation.speculative.LIMITS", {"cpu": limits})
     requests = [
-        request_for(generate_sequence(LONG, image=[9]), seed=3, image=image, sampling=Sampling(top_k=0))
-        for image in range(4)
+        request_for(generate_sequence(LONG), seed=3, image=image, sampling=Sampling(top_k=0)) for image in range(4)
     ]
     expected = decode(transformer, VOCABULARY, requests, speculative=1)
     seen = []
@@ -150,7 +152,20 @@ def test_decode_goes_on_sequentially_if_candidates_share_no_drafts(transformer, 
     for one, other in zip(expected, found, strict=True):
         assert one.ids.tolist() == other.ids.tolist()
         assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
-    assert seen == [(done, 63) for done in range(1, 64)]
+    assert seen == [(done, 64) for done in range(1, 65)]
+
+
+@pytest.mark.parametrize(("image", "guidance", "expected"), [(None, 1.0, True), (None, 2.0, False), ([9], 1.0, False)])
+def test_may_share_drafts_of_whole_images_without_guidance(transformer, image, guidance, expected):
+    sequence, guided = generate_sequence(LONG, image=image), [0, 1] if guidance != 1 else []
+    requests = [request_for(sequence, seed=1, image=index, sampling=Sampling(guidance=guidance)) for index in range(2)]
+    rows = [sequence.until_last_blank()] * (2 + len(guided))
+    batch = pad_left(rows, VOCABULARY.pad)
+    sampler = TokenSampler(transformer, VOCABULARY, requests, batch, guided)
+    assert may_share_drafts(DecodingState(transformer, batch, None), sampler) is expected
+    batch = pad_left([sequence.until_last_blank(), generate_sequence(SHORT, image=image).until_last_blank()], 0)
+    sampler = TokenSampler(transformer, VOCABULARY, requests, batch, [])
+    assert not may_share_drafts(DecodingState(transformer, batch, None), sampler)
 
 
 @pytest.mark.parametrize(
