@@ -2,6 +2,7 @@
 
     pip install transformers
     python scripts/benchmarks/compare_peers.py [--batches 1 8 32] [--dtypes float32 bfloat16 int8] [--json FILE]
+    python scripts/benchmarks/compare_peers.py --model cogview-emoji --batches 1 8 [--json FILE]
 
 The peers are a GPT-2 of Hugging Face transformers, whose ``generate`` runs with eager or fused attention (sdpa), each
 with a growing cache, a static cache, and a static cache and a compiled step; and a plain PyTorch loop with a static
@@ -10,6 +11,9 @@ pieces of the prompt alone, 8,320 ids, because ours computes the logits of 8,192
 tokens, then sample with temperature 1 and top-k 200. Weights are random, and ours decodes sequentially. A layer of ours
 has two more norms.
 
+With --model, ours has the trained weights, samples all codes of images of one prompt and uses its defaults, speculative
+decoding included; the peers have random weights of the same shape, and sample as many tokens after as many given ones.
+
 Every mode runs once to warm up and once for a trial; those within 1.3 of their peer's best are repeated, in turn with
 ours. The ratio is the median of the peer's best mode over ours, and larger than 1 where ours is faster.
 """
@@ -17,6 +21,7 @@ ours. The ratio is the median of the peer's best mode over ours, and larger than
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +32,8 @@ import numpy as np
 import plain_gpt
 import torch
 from compare_v1 import (
+    PROMPT,
+    RANDOM,
     SAMPLING,
     SEED,
     VOCABULARY,
@@ -40,6 +47,7 @@ from compare_v1 import (
     report,
     seconds_of,
     shape_of,
+    trained_model,
 )
 from torch._dynamo.exc import TorchDynamoException
 
@@ -49,6 +57,7 @@ from cogview.cli.options import require_positive
 from cogview.device import DevicePlacement, choose_placement
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
+from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import layouts
 
 NUM_PIECES = 77  # with three commands, 80 given tokens
@@ -73,17 +82,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES[:3]), help="(default: float32 bfloat16 int8)"
     )
+    parser.add_argument(
+        "--model",
+        default=RANDOM,
+        metavar="NAME_OR_FOLDER",
+        help=f"model that generates whole images by its defaults (default: {RANDOM} weights of the given shape)",
+    )
     args = parser.parse_args(argv)
-    return run_safely(lambda: run(args), "compare_peers.py")
+    return run_safely(lambda: run(args, parser), "compare_peers.py")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Run the whole comparison."""
     check_arguments(args)
     for batch in args.batches:
         require_positive("--batches", batch)
-    config = shape_of(args)
-    limit = min(args.grid**2, config.max_positions - NUM_PIECES - 3)
+    subject, given = None, NUM_PIECES + 3
+    if args.model != RANDOM:
+        subject = whole_images(trained_model(args, parser, "auto", "generate"))
+        given, args.grid = subject.row.spans["image"].start, math.isqrt(int(subject.row.blanks.sum()))
+        args.tokens = args.grid**2
+    config = shape_of(args) if subject is None else subject.transformer.config
+    limit = min(args.grid**2, config.max_positions - given)
     if not 2 <= args.tokens <= limit:
         raise InputError(f"--tokens must be from 2 to {limit}, the codes of an image that fit; got {args.tokens}")
     import_transformers()
@@ -93,8 +113,11 @@ def run(args: argparse.Namespace) -> int:
         for dtype in args.dtypes:
             print(f"{batch} rows, {dtype}", file=sys.stderr, flush=True)
             placement = choose_placement(args.device, dtype, num_parameters=config.num_parameters)
-            sides = {"ours": ours(config, placement, args.grid, batch, args.tokens)}
-            sides |= peers(config, placement, dtype, batch, args.tokens)
+            if subject is None:
+                sides = {"ours": ours(config, placement, args.grid, batch, args.tokens)}
+            else:
+                sides = {"ours": partial(ours_whole, subject, batch)}
+            sides |= peers(config, placement, dtype, batch, given, args.tokens)
             for side, seconds in in_turn_of_best(placement, sides, args.repeats).items():
                 times[side, dtype] = seconds
             del sides
@@ -104,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
         found.append({"batch": batch, "seconds": {f"{side}, {dtype}": each for (side, dtype), each in times.items()}})
     lines = [
         f"{describe(config, args.grid)}; {PEER_IDS} ids for peers; {torch.get_num_threads()} threads",
-        f"80 tokens given and {args.tokens} sampled; medians of {args.repeats} runs; "
+        f"weights {args.model}; {given} tokens given and {args.tokens} sampled; medians of {args.repeats} runs; "
         f"transformers {import_transformers().__version__}, torch {torch.__version__}",
     ]
     columns = ["rows", "dtype", "side", "tokens/s", "time over ours"]
@@ -120,14 +143,31 @@ def ours(config: TransformerConfig, placement: DevicePlacement, grid: int, batch
     row = row.truncate(row.spans["image"].start + count)
     transformer = random_transformer(config, placement)
     transformer.prepare_cpu()
-    return partial(ours_whole, Subject(transformer=transformer, placement=placement, row=row), batch)
+    return partial(ours_whole, Subject(transformer=transformer, ours=transformer, placement=placement, row=row), batch)
 
 
-def peers(config: TransformerConfig, placement: DevicePlacement, dtype: str, batch: int, count: int) -> dict[str, Side]:
+def whole_images(model: CogView) -> Subject:
+    """Return the image of a prompt by the defaults of a trained model."""
+    config = model.config
+    text = model.text_tokenizer.encode(PROMPT)
+    return Subject(
+        transformer=model.transformer,
+        ours=model.transformer,
+        placement=model.placement,
+        row=config.layouts["generate"].arrange(config.vocabulary, text=text),
+        vocabulary=config.vocabulary,
+        sampling=config.sampling,
+        speculative=None,
+    )
+
+
+def peers(
+    config: TransformerConfig, placement: DevicePlacement, dtype: str, batch: int, given: int, count: int
+) -> dict[str, Side]:
     """Return the functions that generate with each mode of the peers, by its name."""
     sides: dict[str, Side] = {}
     torch.manual_seed(SEED)
-    prompt_BT = torch.randint(0, PEER_IDS, (1, NUM_PIECES + 3), device=placement.device).expand(batch, -1)
+    prompt_BT = torch.randint(0, PEER_IDS, (1, given), device=placement.device).expand(batch, -1)
     if dtype in ("float32", "bfloat16"):
         gpt2 = make_gpt2(config, placement)
         sides = {

@@ -11,12 +11,14 @@ Before that, both fill the same blanks greedily in float32, and must choose the 
 
 With random weights ours decodes sequentially. Their predictions depend little on earlier codes, so that speculative
 decoding would look better here than with any trained model. With a --model, whose weights are trained, ours uses its
-defaults.
+defaults. All weights have the values of float16, as those of the released files: the algorithm of v1 computes with them
+in float32, and so does ours, which leaves them in 16 bits on a CPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import math
 import statistics
 import sys
@@ -31,9 +33,10 @@ import numpy as np
 import torch
 from v1_algorithm import empty_memory, forward, generate, sample
 
+from cogview.checkpoints.checkpoint import load_transformer
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
-from cogview.device import DTYPES, DevicePlacement, choose_placement
+from cogview.device import DTYPES, DevicePlacement, choose_placement, keeps_halves
 from cogview.errors import InputError
 from cogview.files import write_json
 from cogview.generation.decode import decode
@@ -81,8 +84,9 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         require_positive("--batches", batch)
     subject = random_subject(args) if args.model == RANDOM else trained_subject(args, parser)
     placement, row = subject.placement, subject.row
+    subject.ours.prepare_cpu()
     checked = check_same_codes(subject)
-    subject.transformer.to(placement.dtype).prepare_cpu()
+    subject.transformer.to(placement.dtype)
 
     num_codes = int(row.blanks.sum())
     every_step = args.whole or args.model != RANDOM
@@ -127,7 +131,8 @@ def strata(row: TokenSequence, every: int) -> dict[str, int]:
 class Subject:
     """The image of ``row`` that both sides generate, with a transformer that will be on ``placement``."""
 
-    transformer: Transformer
+    transformer: Transformer  # of the algorithm of v1
+    ours: Transformer  # the same weights
     placement: DevicePlacement
     row: TokenSequence
     vocabulary: Vocabulary = VOCABULARY
@@ -140,8 +145,10 @@ def random_subject(args: argparse.Namespace) -> Subject:
     config = shape_of(args)
     placement = choose_placement(args.device, args.dtype, num_parameters=config.num_parameters)
     pieces = np.random.default_rng(SEED).integers(0, VOCABULARY.num_text_pieces, NUM_PIECES)
+    transformer = random_transformer(config, placement.device).half().float()
     return Subject(
-        transformer=random_transformer(config, placement.device),
+        transformer=transformer,
+        ours=with_halves(transformer, placement),
         placement=placement,
         row=layouts(args.grid)["generate"].arrange(VOCABULARY, text=pieces),
     )
@@ -149,11 +156,13 @@ def random_subject(args: argparse.Namespace) -> Subject:
 
 def trained_subject(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Subject:
     """Return the named model in float32, with those of its sampling settings that v1 has."""
-    model = trained_model(args, parser, "float32", "generate")
-    config = model.config
+    model = trained_model(args, parser, args.dtype, "generate")
+    config, placement = model.config, model.placement
+    assert model.folder is not None
     return Subject(
-        transformer=model.transformer,
-        placement=choose_placement(args.device, args.dtype, num_parameters=config.transformer.num_parameters),
+        transformer=load_transformer(model.folder, placement.device, torch.float32),
+        ours=model.transformer,
+        placement=placement,
         row=config.layouts["generate"].arrange(config.vocabulary, text=model.text_tokenizer.encode(PROMPT)),
         vocabulary=config.vocabulary,
         sampling=Sampling(temperature=config.sampling.temperature, top_k=config.sampling.top_k),
@@ -167,7 +176,7 @@ def ours_whole(subject: Subject, batch: int) -> Parts:
         DecodingRequest(sequence=subject.row, seed=SEED, image=image, sampling=subject.sampling)
         for image in range(batch)
     ]
-    work = partial(decode, subject.transformer, subject.vocabulary, requests, speculative=subject.speculative)
+    work = partial(decode, subject.ours, subject.vocabulary, requests, speculative=subject.speculative)
     return {"all": seconds_of(subject.placement, work)}
 
 
@@ -217,15 +226,17 @@ def check_same_codes(subject: Subject) -> int:
 
     Some codes are given at random positions, so that steps process one position or several.
     """
-    row, vocabulary, transformer = subject.row, subject.vocabulary, subject.transformer
+    row, vocabulary = subject.row, subject.vocabulary
     first = row.spans["image"].start
     row = row.truncate(first + min(CHECKED, row.spans["image"].stop - first))
     noise = np.random.default_rng(SEED)
     given_T = row.blanks & (noise.random(len(row)) < 0.5)
     codes_T = noise.integers(vocabulary.image.start, vocabulary.image.stop, len(row))
     row = replace(row, ids=np.where(given_T, codes_T, row.ids), blanks=row.blanks & ~given_T)
-    (own,) = decode(transformer, vocabulary, [DecodingRequest(sequence=row, seed=SEED, sampling=GREEDY)])
-    theirs = generate(transformer, vocabulary, row, 2, GREEDY, torch.Generator(transformer.embedding.weight.device))
+    ours = subject.ours if subject.ours.dtype == torch.float32 else subject.transformer
+    (own,) = decode(ours, vocabulary, [DecodingRequest(sequence=row, seed=SEED, sampling=GREEDY)])
+    noise = torch.Generator(subject.placement.device)
+    theirs = generate(subject.transformer, vocabulary, row, 2, GREEDY, noise)
     assert (theirs == own.ids).all(), "the algorithm of v1 and ours chose different codes"
     return int(row.blanks.sum())
 
@@ -294,6 +305,16 @@ def random_transformer(config: TransformerConfig, device: torch.device) -> Trans
     transformer = Transformer(config).eval().to(device)
     sharpen(transformer)
     return transformer
+
+
+def with_halves(transformer: Transformer, placement: DevicePlacement) -> Transformer:
+    """Return a copy that our engine loads from a float16 file of these weights, in the dtype of ``placement``."""
+    ours = copy.deepcopy(transformer).to(placement.dtype).requires_grad_(False)
+    if keeps_halves(placement.device, placement.dtype, torch.float16):
+        for parameter in ours.parameters():
+            if parameter.dim() > 1:
+                parameter.data = parameter.data.half()
+    return ours
 
 
 @torch.no_grad()
