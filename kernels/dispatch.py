@@ -44,18 +44,33 @@ def select_backend(
         ForcedKernelsError: ``COGVIEW_KERNELS`` has an unknown value, or asks for Triton where it cannot run.
     """
     default = default or ("torch" if "torch" in available else "reference")
-    forced = os.environ.get("COGVIEW_KERNELS")
-    if not forced:
+    forced = forced_backend(device_type)
+    if forced is None:
         _log_once("%s on %s: %s", operation, device_type, default)
         return default
-    if forced not in BACKENDS:
-        raise ForcedKernelsError(f"COGVIEW_KERNELS={forced!r} is unknown; known: {', '.join(BACKENDS)}")
     if forced not in available:
         _log_once("%s on %s: %s (there is no %s)", operation, device_type, default, forced)
         return default
+    _log_once("%s on %s: %s (forced)", operation, device_type, forced)
+    return forced
+
+
+def forced_backend(device_type: str) -> str | None:
+    """Return the implementation that ``COGVIEW_KERNELS`` asks for, or None.
+
+    Args:
+        device_type: Device type of the tensors, such as ``"cuda"``.
+
+    Raises:
+        ForcedKernelsError: The variable has an unknown value, or asks for Triton where it cannot run.
+    """
+    forced = os.environ.get("COGVIEW_KERNELS")
+    if not forced:
+        return None
+    if forced not in BACKENDS:
+        raise ForcedKernelsError(f"COGVIEW_KERNELS={forced!r} is unknown; known: {', '.join(BACKENDS)}")
     if forced == "triton":
         _check_triton(device_type)
-    _log_once("%s on %s: %s (forced)", operation, device_type, forced)
     return forced
 
 

@@ -11,13 +11,14 @@ order.
 # M rows of the input, K inputs, N outputs, G groups of inputs that share a scale
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from cogview.kernels.dispatch import forced_backend
 
 GROUP = 64  # inputs that share a scale and a zero in int4; 32 where 64 does not divide them
 BLOCK = 256  # rows quantized at a time: intermediate tensors stay in the processor's cache
@@ -246,7 +247,7 @@ def can_prepack(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether MKL has a packed order for weights of ``dtype`` on ``device``: on a CPU, in float32."""
     if device.type != "cpu" or dtype != torch.float32:
         return False
-    return torch.backends.mkl.is_available() and os.environ.get("COGVIEW_KERNELS") != "reference"
+    return torch.backends.mkl.is_available() and forced_backend(device.type) not in ("reference", "triton")
 
 
 def prepack(weight_NK: Tensor) -> Tensor:
@@ -306,7 +307,7 @@ def linear_prepacked(x: Tensor, packed: Tensor, weight_NK: Tensor, bias_N: Tenso
 
 def has_quantized_kernels(device: torch.device) -> bool:
     """Return whether PyTorch's kernels for quantized weights are used on ``device``."""
-    return device.type == "cpu" and os.environ.get("COGVIEW_KERNELS") != "reference"
+    return device.type == "cpu" and forced_backend(device.type) != "reference"
 
 
 def cpu_multiplies_bfloat16() -> bool:

@@ -31,7 +31,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cogview.kernels.dispatch import ForcedKernelsError
+from cogview.kernels.dispatch import ForcedKernelsError, forced_backend
 
 SOURCES = {  # of each library
     "layers": ("vectors.h", "linear.h", "attention.h", "sampling.h", "layers.c"),
@@ -79,7 +79,7 @@ def uses_native_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     try:
         load_library()
     except CompileError as error:
-        if os.environ.get("COGVIEW_KERNELS"):
+        if forced_backend(device.type) is not None:
             raise ForcedKernelsError(f"COGVIEW_KERNELS=native, but {error}") from None
         _note_once(f"native kernels are missing, so each step takes longer: {error}")
         return False
@@ -105,7 +105,7 @@ def expects_native_kernels(device: torch.device, dtype: torch.dtype) -> bool:
 def _may_run(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether the kernels are meant for this device and dtype, and no others are forced."""
     meant = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    return meant and os.environ.get("COGVIEW_KERNELS") in (None, "", "native")
+    return meant and forced_backend(device.type) in (None, "native")
 
 
 @functools.cache

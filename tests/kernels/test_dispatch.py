@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cogview.kernels.attention import attention
-from cogview.kernels.dispatch import select_backend
+from cogview.kernels.dispatch import ForcedKernelsError, select_backend
+from tests.factories import random_transformer
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +90,11 @@ def test_attention_uses_the_decoding_kernel_when_queries_are_few(monkeypatch):
     monkeypatch.setattr(module, "decode_attention_triton", lambda *inputs: called.append(inputs))
     attention(torch.zeros(1, 1, 1, 16), *torch.zeros(2, 1, 1, 3, 16))
     assert len(called) == 1
+
+
+@pytest.mark.parametrize(("forced", "message"), [("fastest", "'fastest' is unknown"), ("triton", "needs a GPU")])
+def test_prepare_cpu_refuses_forced_kernels_that_cannot_run(monkeypatch, forced, message):
+    monkeypatch.setenv("COGVIEW_KERNELS", forced)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ForcedKernelsError, match=message):
+        random_transformer().prepare_cpu()
