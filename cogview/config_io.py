@@ -176,16 +176,25 @@ def _with_new_names(mapping: Mapping[str, Any], known: Collection[str], where: s
 def to_mapping(value: Any) -> Any:
     """Convert a dataclass to dictionaries, lists, strings and numbers, which ``from_mapping`` reads.
 
-    Fields with the metadata ``written: False`` are left out: others imply them.
+    Fields with the metadata ``written: False`` are left out: others imply them. So are fields with the metadata
+    ``omit_default: True`` that have their default, which files of earlier versions do not have.
     """
     if is_dataclass(value) and not isinstance(value, type):
-        written = [setting.name for setting in fields(value) if setting.init and setting.metadata.get("written", True)]
+        written = [setting.name for setting in fields(value) if setting.init and _is_written(setting, value)]
         return {name: to_mapping(getattr(value, name)) for name in written}
     if isinstance(value, Mapping):
         return {key: to_mapping(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_mapping(inner) for inner in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _is_written(setting: Field[Any], value: Any) -> bool:
+    """Return whether a field of the dataclass ``value`` is written."""
+    if setting.metadata.get("omit_default", False):
+        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        return bool(getattr(value, setting.name) != default)
+    return bool(setting.metadata.get("written", True))
 
 
 def _convert_value(kind: Any, value: Any, where: str) -> Any:

@@ -38,7 +38,7 @@ SOURCES = {  # of each library
     "training": ("vectors.h", "training.c"),  # ``native_training.py``
 }
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
-INTERFACE = 3  # of layers.c
+INTERFACE = 4  # of layers.c
 COMPILE_SECONDS = 300
 CHUNK_ROWS, SCRATCH_WIDTHS = 64, 13  # of layers.c: rows at a time, and floats of each in multiples of the width
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float16: 4}

@@ -1,7 +1,8 @@
 """Sparse attention of CogView: a window of recent positions, and pivots that represent everything before it.
 
-A library offer: no model of this package calls it. It is meant for long sequences of super-resolution, where dense
-attention grows with the square of the length; its tests and benchmarks are its only users.
+Models with ``attention: {pattern: window}`` call it for whole sequences: in training, and to score. Steps of decoding
+read the same keys from a cache (``window_mask.py``). It is meant for long sequences, where dense attention grows with
+the square of the length. The model does not use the neighbourhood in the plane, which is a library offer.
 
 Each query attends to the ``window`` most recent positions, itself included, and of the positions before them only to
 the pivots: the text, and a random sample of the image. The scores of sampled pivots are raised by log(s / n), so that n
@@ -17,7 +18,6 @@ the window reaches back. The reference, with its mask over all pairs, is the spe
 # B batch, H heads, T positions (queries and keys), K size of a head, N pivots; M queries and S keys of a block
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -57,7 +57,8 @@ def window_attention(
         window: Number of recent positions that a query at t attends to, from t - ``window`` + 1 to t; at least 1.
         pivots_BN: Positions of the pivots, int64, ascending in a row, then -1 where a row has fewer. A query attends to
             those up to t - ``window``. On a GPU the values are not checked.
-        pivot_bias_BN: Bias of the scores of the pivots, a float32 constant; None for 0 (see ``sampled_pivots``).
+        pivot_bias_BN: Bias of the scores of the pivots, a float32 constant; None for 0. For n positions sampled
+            from s it is log(s / n).
         grid: Codes per row of the image.
         columns: Largest difference of columns, from 0 to ``grid`` - 1.
         image_starts_B: First position of each image, int64. On a GPU the values are not checked.
@@ -86,43 +87,6 @@ def window_attention(
         columns=columns,
         image_starts_B=image_starts_B,
     )
-
-
-def sampled_pivots(
-    text_lengths_B: Tensor, image_starts_B: Tensor, image_length: int, count: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Sample pivots on the CPU, together with the batch: the whole text, and some positions of the image.
-
-    Args:
-        text_lengths_B: Length of the text at the start of each row, int64; its pivots have a bias of 0.
-        image_starts_B: First position of each image, int64, at least the length of the text.
-        image_length: Positions of an image.
-        count: Number of sampled positions of the image, without replacement; their bias is log(image_length / count).
-        generator: Source of randomness.
-
-    Returns:
-        Pivots (B, N) int64 and their bias (B, N) float32, with N the longest text plus ``count``.
-
-    Raises:
-        ValueError: ``count`` is not from 1 to ``image_length``, or an image starts inside the text.
-    """
-    if not 1 <= count <= image_length:
-        raise ValueError(f"count must be from 1 to image_length = {image_length}, got {count}")
-    if text_lengths_B.shape != image_starts_B.shape or bool((text_lengths_B > image_starts_B).any()):
-        raise ValueError(
-            f"image_starts_B must be at least text_lengths_B, row by row, got {image_starts_B.tolist()} and "
-            f"{text_lengths_B.tolist()}"
-        )
-    noise = torch.rand(len(text_lengths_B), image_length, generator=generator)
-    sampled_BN = noise.topk(count, dim=1).indices.sort(dim=1).values + image_starts_B.unsqueeze(1)
-    longest = int(text_lengths_B.max())
-    behind = int(image_starts_B.max()) + image_length
-    text_BN = torch.arange(longest).expand(len(sampled_BN), longest)
-    text_BN = text_BN.masked_fill(text_BN >= text_lengths_B.unsqueeze(1), behind)
-    pivots_BN = torch.cat([text_BN, sampled_BN], dim=1).sort(dim=1).values
-    bias_BN = torch.where(pivots_BN < image_starts_B.unsqueeze(1), 0.0, math.log(image_length / count))
-    missing_BN = pivots_BN == behind
-    return pivots_BN.masked_fill(missing_BN, -1), bias_BN.masked_fill(missing_BN, 0.0)
 
 
 def check_inputs(

@@ -31,7 +31,7 @@ from cogview.image_io.png import prepared_folder
 from cogview.limits import MAX_RESULTS
 
 SHAPE = "a checkpoint folder holds the model's shape"
-DENSE = "attention is always dense"
+PATTERN = "a checkpoint folder holds the model's pattern of attention"
 # Flags of CogView v1 that have no effect, each with whether it takes a value, and the reason.
 NEEDLESS = {
     "--deepspeed": (False, "DeepSpeed is for training"),
@@ -42,10 +42,10 @@ NEEDLESS = {
     "--num-attention-heads": (True, SHAPE),
     "--max-position-embeddings": (True, SHAPE),
     "--max-position-embeddings-finetune": (True, SHAPE),
-    "--query-window": (True, DENSE),
-    "--key-window-times": (True, DENSE),
-    "--num-pivot": (True, DENSE),
-    "--is-sparse": (True, DENSE),
+    "--query-window": (True, PATTERN),
+    "--key-window-times": (True, PATTERN),
+    "--num-pivot": (True, PATTERN),
+    "--is-sparse": (True, PATTERN),
 }
 
 

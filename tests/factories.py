@@ -92,13 +92,13 @@ def tiny_model(
     )
 
 
-def random_transformer(width: int = 32) -> Transformer:
+def random_transformer(width: int = 32, **changes: Any) -> Transformer:
     """Return a transformer whose weights are well above those of a fresh one: a wrong context samples other ids.
 
     The embedding is smaller: tied to the output, it would make the model repeat the last id.
     """
     generator = torch.Generator().manual_seed(0)
-    transformer = Transformer(tiny_transformer_config(VOCABULARY, width=width, num_heads=4)).eval()
+    transformer = Transformer(tiny_transformer_config(VOCABULARY, width=width, num_heads=4, **changes)).eval()
     with torch.no_grad():
         for parameter in transformer.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -22,6 +22,7 @@ class SequenceBatch:
     kinds: NDArray[np.int8]  # COMMAND in padding
     blanks: NDArray[np.bool_]
     loss: NDArray[np.bool_]
+    image_sizes: NDArray[np.int64]  # 0 in padding
     starts: NDArray[np.int64]  # (B,) index at which each sequence begins: the padding on its left
     ends: NDArray[np.int64]  # (B,) index behind the last of each sequence: padding follows
 
@@ -75,10 +76,11 @@ def _pad(sequences: Sequence[TokenSequence], pad_id: int, *, length: int | None,
         kinds=np.full(shape, TokenKind.COMMAND, dtype=np.int8),
         blanks=np.zeros(shape, dtype=bool),
         loss=np.zeros(shape, dtype=bool),
+        image_sizes=np.zeros(shape, dtype=np.int64),
         starts=starts,
         ends=ends,
     )
-    for name in ("ids", "positions", "kinds", "blanks", "loss"):
+    for name in ("ids", "positions", "kinds", "blanks", "loss", "image_sizes"):
         for index, sequence in enumerate(sequences):
             getattr(batch, name)[index, starts[index] : ends[index]] = getattr(sequence, name)
     return batch

@@ -202,6 +202,7 @@ class TokenSequence:
     kinds: NDArray[np.int8]  # TokenKind; ``Vocabulary.permitted`` has the ids that a token of a kind may take
     blanks: NDArray[np.bool_]  # to be generated
     loss: NDArray[np.bool_]  # learnt in training: the loss of predicting this token from those before it counts
+    image_sizes: NDArray[np.int64]  # codes of the whole image that a token belongs to; 0 outside of images
     spans: Mapping[str, slice]  # indices of each text or image
     stop: int | None = None  # id that a blank text may take besides pieces, and that ends it
 
@@ -245,6 +246,9 @@ def _concatenate(segments: Sequence[_Segment], spans: Mapping[str, slice], stop:
         kinds=np.concatenate([np.full(len(one.ids), one.kind, dtype=np.int8) for one in segments]),
         blanks=np.concatenate([one.blanks for one in segments]),
         loss=np.concatenate([np.full(len(one.ids), one.loss) for one in segments]),
+        image_sizes=np.concatenate(
+            [np.full(len(one.ids), len(one.ids) if one.kind == TokenKind.IMAGE else 0) for one in segments]
+        ),
         spans=spans,
         stop=stop,
     )

@@ -144,7 +144,7 @@ def roofline_seconds(estimate: InferenceEstimate, forward_pass: ForwardPass, spe
     """
     shape, dtype = estimate.transformer, estimate.dtype
     weights = estimate.layers + forward_pass.output_ids * shape.width * ACTIVATION_BYTES[dtype]
-    cache = estimate.rows * (1 + estimate.guided) * forward_pass.total_positions * position_bytes(shape, dtype)
+    cache = estimate.rows * (1 + estimate.guided) * forward_pass.num_keys * position_bytes(shape, dtype)
     return max((weights + cache) / speed.bandwidth, estimate.flops(forward_pass) / speed.flops)
 
 

@@ -155,7 +155,8 @@ def export_v1(source: Path, output: Path, *, shards: int = 1, verify: bool = Fal
         verify: read everything back and compare bit for bit.
 
     Raises:
-        InputError: if the weights are quantized, do not divide into ``shards``, or v1 lacks their architecture.
+        InputError: if the weights are quantized, do not divide into ``shards``, or v1 lacks their architecture or
+            their pattern of attention.
     """
     config = check_sizes(source)
     weights = WeightsFile(source / "model.safetensors")
@@ -164,6 +165,11 @@ def export_v1(source: Path, output: Path, *, shards: int = 1, verify: bool = Fal
             f"{source} holds {quantization} weights, which CogView v1 cannot read: export the folder they came from"
         )
     shape = config.transformer
+    if not shape.attention.is_dense:
+        raise InputError(
+            f"{source} has window attention, whose pivots CogView v1 samples anew in every layer: only a model with "
+            "dense attention can be exported"
+        )
     for count, what in ((shape.num_heads, "heads"), (shape.vocabulary_size, "word embeddings")):
         if shards < 1 or count % shards:
             raise InputError(f"{count} {what} do not divide into {shards} shards")

@@ -286,9 +286,15 @@ def _dtypes(specs: Iterable[TensorSpec]) -> str:
 
 def _shape(shape: TransformerConfig, about_heads: str = "") -> str:
     """Return the shape of a transformer in words."""
+    attention = shape.attention
+    about_attention = ""
+    if not attention.is_dense:
+        about_attention = (
+            f", attention to a window of {attention.window} positions and {attention.pivots} codes of each image"
+        )
     return (
         f"{shape.num_layers} layers, width {shape.width}, {shape.num_heads} heads{about_heads}, "
-        f"{shape.num_parameters:,} parameters"
+        f"{shape.num_parameters:,} parameters{about_attention}"
     )
 
 

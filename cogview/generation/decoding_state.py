@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cogview.kernels.attention import attention_bias
+from cogview.kernels.window_mask import WindowMask
 from cogview.modeling.kv_cache import KVCache
+from cogview.modeling.pivots import fixed_pivots
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import SequenceBatch
 from cogview.tokenizers.vocabulary import TokenKind
@@ -65,6 +68,7 @@ class DecodingState:
             key_bias_BT[np.arange(num_columns) < batch.starts[:, None]] = -np.inf
             self._key_bias_BT = torch.from_numpy(key_bias_BT).to(device, dtype)
 
+        self._pivots = fixed_pivots(transformer.config.attention, batch, device)
         prefix_keys = [0] * num_rows if bias_BT is None else [row.tobytes() for row in bias_BT]
         self._first_blank, prefixes = group_by_prefix(batch, prefix_keys)
         self.prefix_of_row = prefixes
@@ -108,8 +112,8 @@ class DecodingState:
         hidden_BTD = self.transformer.hidden(
             self.ids_BT[rows, new],
             self.positions_BT[rows, new],
-            bias_B1TS=self._bias(rows, new),
             cache=self.cache,
+            **self._mask(rows, new),
         )
         if isinstance(rows, slice):
             return hidden_BTD[:, -1].clone()  # a view would keep the hidden states of all columns alive
@@ -131,16 +135,19 @@ class DecodingState:
         """
         num_new = columns_BT.shape[1]
         if start is not None:
-            bias_B1TS = self._bias(slice(None), slice(start, num_keys))
+            mask = self._mask(slice(None), slice(start, num_keys))
         else:
             self.cache.write_positions_BT = columns_BT
-            bias_B1TS = attention_bias(self._key_bias(slice(None), num_keys), columns_BT)
+            if self._pivots is not None:
+                mask = self._window_mask(slice(None), num_keys, columns_BT)
+            else:
+                mask = {"bias_B1TS": attention_bias(self._key_bias(slice(None), num_keys), columns_BT)}
         self.cache.length = num_keys - num_new
         hidden_BTD = self.transformer.hidden(
             self.ids_BT.gather(1, columns_BT),
             self.positions_BT.gather(1, columns_BT),
-            bias_B1TS=bias_B1TS,
             cache=self.cache,
+            **mask,
         )
         self.cache.write_positions_BT = None
         return hidden_BTD
@@ -168,8 +175,8 @@ class DecodingState:
                 self.transformer.hidden(
                     ids_GT[:, columns],
                     self.positions_BT[rows_G, columns],
-                    bias_B1TS=self._bias(rows_G, columns),
                     cache=self.cache,
+                    **self._mask(rows_G, columns),
                 ),
             )
         self.cache.length = start
@@ -185,6 +192,24 @@ class DecodingState:
         if self._key_bias_BT is None:
             return torch.zeros((len(self.ids_BT), end), device=self.ids_BT.device, dtype=self.cache.dtype)
         return self._key_bias_BT[rows, :end]
+
+    def _mask(self, rows: Tensor | slice, new: slice) -> dict[str, Any]:
+        """Return the arguments of ``Transformer.hidden`` that say what the columns ``new`` attend to."""
+        if self._pivots is None:
+            return {"bias_B1TS": self._bias(rows, new)}
+        columns_1T = torch.arange(new.start, new.stop, device=self.ids_BT.device).unsqueeze(0)
+        return self._window_mask(rows, new.stop, columns_1T)
+
+    def _window_mask(self, rows: Tensor | slice, end: int, columns_BT: Tensor) -> dict[str, Any]:
+        """Return the argument that describes the window attention of ``columns_BT`` to the first ``end`` columns."""
+        assert self._pivots is not None
+        mask = WindowMask(
+            window=self.transformer.config.attention.window,
+            pivots=self._pivots.rows(rows),
+            queries_BT=columns_BT,
+            key_bias_BS=None if self._key_bias_BT is None else self._key_bias_BT[rows, :end],
+        )
+        return {"window": mask}
 
     def _bias(self, rows: Tensor | slice, new: slice) -> Tensor | None:
         """Return the attention bias (B, 1, T, S) of the columns ``new``, or None if causal attention needs none."""

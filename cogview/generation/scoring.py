@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from cogview.generation.token_sampler import log_probability_of
+from cogview.kernels.window_mask import WindowMask
+from cogview.modeling.pivots import fixed_pivots
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import pad_right
 from cogview.tokenizers.layouts import TokenSequence
@@ -97,7 +99,10 @@ def token_scores(
         if request.masked:
             inputs_BT[row, request.indices] = vocabulary.command("[MASK]")
     positions_BT = torch.from_numpy(batch.positions).to(device)
-    hidden_BTD = transformer.hidden(torch.from_numpy(inputs_BT).to(device), positions_BT)
+    attention = transformer.config.attention
+    pivots = fixed_pivots(attention, batch, device)
+    mask = None if pivots is None else WindowMask.of_sequences(attention.window, pivots, batch.ids.shape[1])
+    hidden_BTD = transformer.hidden(torch.from_numpy(inputs_BT).to(device), positions_BT, window=mask)
     # One product with the output embedding for all sequences: hidden states before each scored token.
     counts = [len(request.indices) for request in requests]
     rows_N = torch.from_numpy(np.repeat(np.arange(len(requests)), counts)).to(device)

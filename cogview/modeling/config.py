@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from typing import Literal
 
 from cogview.errors import InputError
 from cogview.image_io.reading import FitRule
@@ -59,6 +60,44 @@ MAX_GAIN = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Which positions a query attends to.
+
+    Attributes:
+        pattern: ``dense`` for all positions up to the query, ``window`` for the sparse attention of CogView
+            (arXiv:2105.13290): the most recent positions, and before them only the pivots, which are all positions
+            outside of images and a sample of those of each image.
+        window: Number of recent positions of the pattern ``window``, the query included; 0 for ``dense``.
+        pivots: Number of sampled positions of each image of the pattern ``window``; 0 for ``dense``. A smaller image
+            is sampled as a whole.
+
+    Raises:
+        ValueError: A number is outside its range, or belongs to the other pattern.
+    """
+
+    pattern: Literal["dense", "window"] = "dense"
+    window: int = 0
+    pivots: int = 0
+
+    def __post_init__(self) -> None:
+        if self.pattern == "dense" and (self.window or self.pivots):
+            raise ValueError(
+                f"attention: window {self.window} and pivots {self.pivots} need the pattern window, got the pattern "
+                "dense"
+            )
+        limit = MAX_SIZES["max_positions"]
+        if self.pattern == "window" and not 1 <= self.window <= limit:
+            raise ValueError(f"attention: the window must be in [1, {limit}], got {self.window}")
+        if not 0 <= self.pivots <= limit:
+            raise ValueError(f"attention: the pivots must be in [0, {limit}], got {self.pivots}")
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a query attends to all positions before it."""
+        return self.pattern == "dense"
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """Shape and initialization of a transformer.
 
@@ -80,6 +119,7 @@ class TransformerConfig:
     # Learned positions start as sinusoids, which are similar where positions are near. From noise, attention first has
     # to learn which positions are neighbours; until then a word like 左边 is attached to no object.
     sinusoidal_positions: bool = False
+    attention: AttentionConfig = field(default_factory=AttentionConfig, metadata={"omit_default": True})
 
     def __post_init__(self) -> None:
         for name, limit in MAX_SIZES.items():

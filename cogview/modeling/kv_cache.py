@@ -1,17 +1,62 @@
 """KV cache: keys and values of the processed positions, stored once and in place."""
 
 # B rows, T new positions, S positions in all, L layers, H heads, K size of a head, P prefixes of C positions, N rows
-# of a prefix (at most)
+# of a prefix (at most), A selected keys of a row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from cogview.kernels.attention import attention
 from cogview.kernels.decode_attention import SharedPrefix, decode_attention, quantize_per_position
+from cogview.kernels.window_attention import window_attention
+from cogview.kernels.window_mask import SelectedKeys, WindowMask
 from cogview.modeling.config import TransformerConfig
+
+# What the queries of a layer attend to: the bias (B, 1, T, S) of all keys, or None for causal attention; selected keys
+# of a cache; or the mask of window attention, for whole sequences without a cache.
+AttentionMask: TypeAlias = Tensor | SelectedKeys | WindowMask | None
+
+
+def attend(layer: int, qkv_3BHTK: Tensor, mask: AttentionMask, cache: KVCache | None) -> Tensor:
+    """Compute the attention of T new positions of a layer.
+
+    Args:
+        layer: Index of the layer in the cache.
+        qkv_3BHTK: Queries, keys and values of the new positions.
+        mask: What the queries attend to.
+        cache: Keys and values of the past, to which the new ones are added; None without a past.
+
+    Returns:
+        Attention output (B, H, T, K).
+    """
+    if isinstance(mask, WindowMask):
+        assert cache is None
+        pivots = mask.pivots
+        return window_attention(
+            *qkv_3BHTK, window=mask.window, pivots_BN=pivots.positions_BN, pivot_bias_BN=pivots.bias_BN
+        )
+    if cache is not None:
+        return cache.attend(layer, qkv_3BHTK[0], qkv_3BHTK[1:], mask)
+    assert not isinstance(mask, SelectedKeys)
+    return attention(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], mask)
+
+
+def choose_form(window: WindowMask, num_keys: int, dtype: torch.dtype, cache: KVCache | None) -> AttentionMask:
+    """Return the form of a mask of window attention that reads the fewest keys, for PyTorch's layers.
+
+    Args:
+        window: The mask.
+        num_keys: Number of keys S.
+        dtype: Dtype of the bias without a cache.
+        cache: Keys and values of the past, or None.
+    """
+    if cache is None:
+        return window if window.key_bias_BS is None else window.to_bias(num_keys, dtype)
+    return window.select_keys(num_keys, cache.dtype) or window.to_bias(num_keys, cache.dtype)
 
 
 class KVCache:
@@ -79,8 +124,8 @@ class KVCache:
         scales_bytes = 0 if self.scales is None else self.scales.nbytes
         return self.keys_values.nbytes + scales_bytes + (0 if self.prefix is None else self.prefix.num_bytes)
 
-    def attend(self, layer: int, q_BHTK: Tensor, kv_2BHTK: Tensor, bias_B1TS: Tensor | None) -> Tensor:
-        """Store keys and values of T new positions of a layer, and attend to all positions so far.
+    def attend(self, layer: int, q_BHTK: Tensor, kv_2BHTK: Tensor, mask: Tensor | SelectedKeys | None) -> Tensor:
+        """Store keys and values of T new positions of a layer, and attend to the positions so far.
 
         There may be fewer rows than B while only these are processed, as in the prefill of prefixes.
 
@@ -88,7 +133,8 @@ class KVCache:
             layer: Index of the layer.
             q_BHTK: Queries of the new positions.
             kv_2BHTK: Their keys and values.
-            bias_B1TS: Bias that is added to the attention scores; None for causal attention.
+            mask: Bias (B, 1, T, S) that is added to the attention scores, None for causal attention, or the keys that
+                are read, with their bias.
 
         Returns:
             Attention output (B, H, T, K).
@@ -100,22 +146,25 @@ class KVCache:
         end = self.length + num_new
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} positions, {end} are needed")
-        if self._is_plain and self.write_positions_BT is None:  # the common case, with the fewest operations
+        # The common case, with the fewest operations.
+        if self._is_plain and self.write_positions_BT is None and not isinstance(mask, SelectedKeys):
             layer_2BHSK = self._layers[layer]
             if num_rows < layer_2BHSK.shape[1]:
                 layer_2BHSK = layer_2BHSK[:, :num_rows]
             layer_2BHSK.narrow(3, self.length, num_new).copy_(kv_2BHTK)
             keys, values = layer_2BHSK.narrow(3, 0, end).unbind(0)
-            return attention(q_BHTK, keys, values, bias_B1TS)
+            return attention(q_BHTK, keys, values, mask)
         prefix_length = 0
         if self.prefix is not None:
             prefix_length = self.prefix.max_length
             if end <= prefix_length:
-                return self.prefix.attend(layer, q_BHTK, kv_2BHTK, bias_B1TS)
+                return self.prefix.attend(layer, q_BHTK, kv_2BHTK, mask)
         self._store(layer, kv_2BHTK, prefix_length)
+        if isinstance(mask, SelectedKeys):
+            return self._attend_to_selected(layer, q_BHTK, mask)
         keys, values = self.keys_values[layer, :, :num_rows, :, : end - prefix_length]
         if self._is_plain:
-            return attention(q_BHTK, keys, values, bias_B1TS)
+            return attention(q_BHTK, keys, values, mask)
         scales = None
         if self.scales is not None:
             key_scales, value_scales = self.scales[layer, :, :num_rows, :, : end - prefix_length]
@@ -123,7 +172,30 @@ class KVCache:
         prefix = None
         if self.prefix is not None:
             prefix = self.prefix._shared_prefix(layer, self._prefix_rows_PN, self._prefix_slots_B)
-        return decode_attention(q_BHTK, keys, values, bias_B1TS, scales=scales, prefix=prefix)
+        return decode_attention(q_BHTK, keys, values, mask, scales=scales, prefix=prefix)
+
+    def _attend_to_selected(self, layer: int, q_BHTK: Tensor, selected: SelectedKeys) -> Tensor:
+        """Return the attention to selected keys: they are copied, and no others are read."""
+        keys, values = self._select("keys_values", layer, selected.indices_BA)
+        if self.scales is None:
+            return attention(q_BHTK, keys, values, selected.bias_B1TA)
+        key_scales, value_scales = self._select("scales", layer, selected.indices_BA)
+        scales = (key_scales, value_scales)
+        return decode_attention(q_BHTK, keys, values, selected.bias_B1TA, scales=scales)
+
+    def _select(self, name: str, layer: int, indices_BA: Tensor) -> Tensor:
+        """Return (2, B, H, A, X): the selected keys and values of a layer, or their scales."""
+        prefix_length = 0 if self.prefix is None else self.prefix.max_length
+        rows_B1 = torch.arange(len(indices_BA), device=indices_BA.device).unsqueeze(1)
+        positions_BA = (indices_BA - prefix_length).clamp(min=0)
+        selected_2BAHX: Tensor = getattr(self, name)[layer].transpose(2, 3)[:, rows_B1, positions_BA]
+        if self.prefix is not None and self.prefix_rows_B is not None:
+            prefix_rows_B1 = self.prefix_rows_B[: len(indices_BA)].unsqueeze(1)
+            in_prefix_BA = indices_BA < prefix_length
+            positions_BA = indices_BA.clamp(max=prefix_length - 1)
+            shared_2BAHX = getattr(self.prefix, name)[layer].transpose(2, 3)[:, prefix_rows_B1, positions_BA]
+            selected_2BAHX = torch.where(in_prefix_BA[:, :, None, None], shared_2BAHX, selected_2BAHX)
+        return selected_2BAHX.transpose(2, 3)
 
     def advance(self, count: int) -> None:
         """Make the last ``count`` positions given to every layer part of the past."""

@@ -25,6 +25,7 @@ from cogview.kernels.native import (
     num_threads,
     uses_native_kernels,
 )
+from cogview.kernels.window_mask import WindowMask
 from cogview.modeling.config import LAYER_PARTS
 from cogview.modeling.kv_cache import KVCache
 
@@ -55,6 +56,7 @@ class _Store(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         *((name, ctypes.c_long) for name in ("row_stride", "head_stride", "scale_row_stride", "scale_head_stride")),
+        *((name, ctypes.c_long) for name in ("layer_bytes", "scale_layer_bytes")),
     )
 
 
@@ -63,7 +65,8 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_long) for name in ("format", "scale_format", "heads", "head_size")),
         *((name, ctypes.c_long) for name in ("num_keys", "prefix_length", "queries")),
         *((name, ctypes.c_void_p) for name in ("prefix_rows", "write_positions", "bias")),
-        *((name, ctypes.c_long) for name in ("bias_row_stride", "bias_query_stride")),
+        *((name, ctypes.c_long) for name in ("bias_row_stride", "bias_query_stride", "window", "num_pivots")),
+        *((name, ctypes.c_void_p) for name in ("pivots", "pivot_bias")),
     )
 
 
@@ -75,10 +78,6 @@ class _Call(ctypes.Structure):
         ("attention", _Attention),
         ("cache", _Store),
         ("prefix", _Store),
-        ("cache_layer_bytes", ctypes.c_long),
-        ("cache_scale_layer_bytes", ctypes.c_long),
-        ("prefix_layer_bytes", ctypes.c_long),
-        ("prefix_scale_layer_bytes", ctypes.c_long),
         ("batch", ctypes.c_long),
         ("x", ctypes.c_void_p),
         ("scratch", ctypes.c_void_p),
@@ -127,12 +126,13 @@ class NativeLayers:
         """
         return linear_native(hidden.float(), weight_VD)
 
-    def __call__(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None) -> Tensor:
+    def __call__(self, x_BTD: Tensor, mask: Tensor | WindowMask | None, cache: KVCache | None) -> Tensor:
         """Return the output (B, T, D) of the last layer, before the final norm, in float32.
 
         Args:
             x_BTD: Sums of embeddings and positions.
-            bias_B1TS: Bias of the attention scores, or None for causal attention.
+            mask: Bias (B, 1, T, S) of the attention scores, None for causal attention, or the mask of window
+                attention, whose queries are at the positions that the cache is given.
             cache: KV cache, or None.
 
         Raises:
@@ -153,13 +153,18 @@ class NativeLayers:
         attention.heads, attention.head_size, attention.queries = self.config.num_heads, self.config.head_size, queries
         if cache is None:
             shape = (1, 2, batch, self.config.num_heads, queries, self.config.head_size)
-            keys_values = torch.empty(shape)  # used by one layer after the other
+            keys_values = torch.empty(shape)
             kept.append(keys_values)
             attention.num_keys = queries
-            call.cache = _store_of(keys_values[0], None)
+            call.cache = _store_of(keys_values, None)
+            call.cache.layer_bytes = 0  # one layer after the other uses it
         else:
             self._describe_cache(call, cache, batch, queries, kept)
-        if bias_B1TS is not None:
+        bias_B1TS = mask
+        if isinstance(mask, WindowMask):
+            bias_B1TS = None if mask.key_bias_BS is None else mask.key_bias_BS[:, None, None, :]
+            _describe_window(attention, mask, batch, kept)
+        if isinstance(bias_B1TS, Tensor):
             bias = bias_B1TS.float().contiguous()
             kept.append(bias)
             attention.bias = bias.data_ptr()
@@ -183,11 +188,9 @@ class NativeLayers:
         if batch > (rows := cache.keys_values.shape[2]):
             raise ValueError(f"the cache holds {rows} rows, {batch} are needed")
         attention.format = FORMATS[cache.keys_values.dtype]
-        call.cache = _store_of(cache.keys_values[0], None if cache.scales is None else cache.scales[0])
-        call.cache_layer_bytes = cache.keys_values.stride(0) * cache.keys_values.element_size()
+        call.cache = _store_of(cache.keys_values, cache.scales)
         if cache.scales is not None:
             attention.scale_format = FORMATS[cache.scales.dtype]
-            call.cache_scale_layer_bytes = cache.scales.stride(0) * cache.scales.element_size()
         if cache.write_positions_BT is not None:
             positions = cache.write_positions_BT.contiguous() - (cache.prefix.max_length if cache.prefix else 0)
             smallest, greatest = map(int, positions.aminmax())
@@ -203,10 +206,7 @@ class NativeLayers:
         attention.prefix_length = prefix.max_length
         assert cache.prefix_rows_B is not None
         attention.prefix_rows = cache.prefix_rows_B.data_ptr()
-        call.prefix = _store_of(prefix.keys_values[0], None if prefix.scales is None else prefix.scales[0])
-        call.prefix_layer_bytes = prefix.keys_values.stride(0) * prefix.keys_values.element_size()
-        if prefix.scales is not None:
-            call.prefix_scale_layer_bytes = prefix.scales.stride(0) * prefix.scales.element_size()
+        call.prefix = _store_of(prefix.keys_values, prefix.scales)
 
     def _describe_layers(self) -> _DescribedLayers:
         """Return the description of the layers, made again if a weight was changed or replaced."""
@@ -268,13 +268,28 @@ def _given(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
+def _describe_window(attention: _Attention, mask: WindowMask, batch: int, kept: list[Tensor]) -> None:
+    """Describe window attention; tensors that are made for it are added to ``kept``."""
+    pivots_BN = mask.pivots.positions_BN.expand(batch, -1).contiguous()
+    bias_BN = mask.pivots.bias_BN.float().expand(batch, -1).contiguous()
+    kept += [pivots_BN, bias_BN]
+    attention.window, attention.num_pivots = mask.window, pivots_BN.shape[1]
+    attention.pivots, attention.pivot_bias = pivots_BN.data_ptr(), bias_BN.data_ptr()
+
+
 def _store_of(keys_values: Tensor, scales: Tensor | None) -> _Store:
-    """Describe the keys and values (2, B, H, S, K) of the first layer, and their scales."""
-    keys, values = keys_values
+    """Describe the keys and values (L, 2, B, H, S, K) of all layers, and their scales."""
+    keys, values = keys_values[0]
     store = _Store(
-        keys=keys.data_ptr(), values=values.data_ptr(), row_stride=keys.stride(0), head_stride=keys.stride(1)
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        row_stride=keys.stride(0),
+        head_stride=keys.stride(1),
+        layer_bytes=keys_values.stride(0) * keys_values.element_size(),
     )
     if scales is not None:
-        store.key_scales, store.value_scales = scales[0].data_ptr(), scales[1].data_ptr()
-        store.scale_row_stride, store.scale_head_stride = scales[0].stride(0), scales[0].stride(1)
+        key_scales, value_scales = scales[0]
+        store.key_scales, store.value_scales = key_scales.data_ptr(), value_scales.data_ptr()
+        store.scale_row_stride, store.scale_head_stride = key_scales.stride(0), key_scales.stride(1)
+        store.scale_layer_bytes = scales.stride(0) * scales.element_size()
     return store

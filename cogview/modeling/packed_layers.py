@@ -13,11 +13,10 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
-from cogview.kernels.attention import attention
 from cogview.kernels.layer_norm import pb_relax_layer_norm
 from cogview.kernels.linear import can_prepack, linear_prepacked, prepack
 from cogview.modeling.config import LAYER_PARTS
-from cogview.modeling.kv_cache import KVCache
+from cogview.modeling.kv_cache import AttentionMask, KVCache, attend
 
 if TYPE_CHECKING:
     from cogview.modeling.transformer import Transformer
@@ -101,12 +100,12 @@ class PackedLayers:
         packed = self.output_weights.setdefault(ids, PrepackedWeight())
         return linear_prepacked(hidden, packed.of(weight_VD), weight_VD, None)
 
-    def __call__(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None) -> Tensor:
+    def __call__(self, x_BTD: Tensor, mask: AttentionMask, cache: KVCache | None) -> Tensor:
         """Return the output (B, T, D) of the last layer, before the final norm."""
         shape, x_ND = x_BTD.shape, x_BTD.reshape(-1, self.width)
         # Attention and MLP are separate functions so that their intermediate tensors are freed early.
         for number, (norm1, to_qkv, to_out, norm2, norm3, to_inner, from_inner, norm4) in enumerate(self.layers):
-            attended_ND = self._attention(number, _normalize(x_ND, norm1), shape, to_qkv, to_out, bias_B1TS, cache)
+            attended_ND = self._attention(number, _normalize(x_ND, norm1), shape, to_qkv, to_out, mask, cache)
             x_ND = x_ND + _normalize(attended_ND, norm2)
             del attended_ND
             x_ND = x_ND + _normalize(_mlp(_normalize(x_ND, norm3), to_inner, from_inner), norm4)
@@ -119,17 +118,14 @@ class PackedLayers:
         shape: Size,
         to_qkv: Projection,
         to_out: Projection,
-        bias_B1TS: Tensor | None,
+        mask: AttentionMask,
         cache: KVCache | None,
     ) -> Tensor:
         """Return the attention branch (N, D) of a layer."""
         batch, length, width = shape
         qkv_NE = _project(x_ND, to_qkv)
         qkv_3BHTK = qkv_NE.view(batch, length, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            mixed_BHTK = cache.attend(number, qkv_3BHTK[0], qkv_3BHTK[1:], bias_B1TS)
-        else:
-            mixed_BHTK = attention(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], bias_B1TS)
+        mixed_BHTK = attend(number, qkv_3BHTK, mask, cache)
         return _project(mixed_BHTK.transpose(1, 2).reshape(-1, width), to_out)
 
 

@@ -23,14 +23,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cogview.errors import InputError
-from cogview.kernels.attention import attention
 from cogview.kernels.gelu import bias_gelu, bias_gelu_is_fused
 from cogview.kernels.layer_norm import pb_relax_layer_norm, sandwich_layer_norm
 from cogview.kernels.linear import can_prepack, linear
 from cogview.kernels.native import uses_native_kernels
 from cogview.kernels.native_training import attends_natively
+from cogview.kernels.window_mask import WindowMask
 from cogview.modeling.config import TransformerConfig
-from cogview.modeling.kv_cache import KVCache
+from cogview.modeling.kv_cache import AttentionMask, KVCache, attend, choose_form
 from cogview.modeling.native_layers import NativeLayers
 from cogview.modeling.packed_layers import PackedLayers
 from cogview.modeling.packed_rows import PackedRows
@@ -135,6 +135,7 @@ class Transformer(nn.Module):
         bias_B1TS: Tensor | None = None,
         cache: KVCache | None = None,
         lengths: Sequence[int] | None = None,
+        window: WindowMask | None = None,
     ) -> Tensor:
         """Return the normalized output of the last layer.
 
@@ -146,15 +147,24 @@ class Transformer(nn.Module):
             cache: Keys and values of the past; the new positions are appended to it.
             lengths: Positions of each row without padding on its right, in ascending order, for causal attention
                 without a cache: the layers then compute no padding, where ``packs_rows``.
+            window: Mask of window attention, instead of the bias. A model with window attention needs it as soon as
+                there are more positions than its window has.
 
         Returns:
             Hidden states (B, T, D), arbitrary in padding.
+
+        Raises:
+            InputError: The mask does not suit the model's pattern of attention.
         """
         past = cache.length if cache is not None else 0
         if positions_BT is None:
             positions_BT = torch.arange(past, past + ids_BT.shape[1], device=ids_BT.device).expand_as(ids_BT)
+        num_keys = past + ids_BT.shape[1]
+        self._check_window(window, num_keys)
+        if window is not None and window.is_causal(num_keys) and cache is None:
+            window = None
         packed: PackedRows | None = None
-        if lengths is not None and self.packs_rows:
+        if lengths is not None and self.packs_rows and window is None:
             pad = not attends_natively(self.embedding.weight, self.config.num_heads, lengths[-1])
             packed = PackedRows.of(lengths, ids_BT.shape[1], ids_BT.device, pad=pad)
             ids_BT, positions_BT = packed.pack(ids_BT), packed.pack(positions_BT)
@@ -163,28 +173,44 @@ class Transformer(nn.Module):
         # The residual stream of native kernels and of autocast is float32, whatever the dtype of the weights.
         dtype = torch.float32 if autocast or isinstance(cpu_layers, NativeLayers) else self.dtype
         x_BTD = self.dropout(self.embedding(ids_BT).to(dtype) + self.positions(positions_BT).to(dtype))
-        if cpu_layers is not None:
-            x_BTD = cpu_layers(x_BTD, bias_B1TS, cache)
+        mask: AttentionMask = bias_B1TS
+        if window is not None and not isinstance(cpu_layers, NativeLayers):
+            mask = choose_form(window, num_keys, x_BTD.dtype, cache)
+        if isinstance(cpu_layers, NativeLayers):
+            x_BTD = cpu_layers(x_BTD, bias_B1TS if window is None else window, cache)
+        elif cpu_layers is not None:
+            x_BTD = cpu_layers(x_BTD, mask, cache)
         else:
             for number, layer in enumerate(self.layers):
                 if self.checkpointing == "none" or not torch.is_grad_enabled():
-                    x_BTD = layer(x_BTD, packed or bias_B1TS, cache, number)
+                    x_BTD = layer(x_BTD, packed or mask, cache, number)
                 else:
-                    x_BTD = self._checkpointed(layer, x_BTD, packed or bias_B1TS, cache, number)
+                    x_BTD = self._checkpointed(layer, x_BTD, packed or mask, cache, number)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
         normalized_BTD: Tensor = self.final_norm(x_BTD)
         return normalized_BTD if packed is None else packed.unpack(normalized_BTD)
 
+    def _check_window(self, window: WindowMask | None, num_keys: int) -> None:
+        """Raise InputError unless the mask suits the model's pattern of attention."""
+        attention = self.config.attention
+        if window is not None and window.window != (attention.window or None):
+            raise InputError(f"the mask has a window of {window.window} positions, the model one of {attention.window}")
+        if window is None and not attention.is_dense and num_keys > attention.window:
+            raise InputError(
+                f"{num_keys} positions exceed the window of {attention.window}: give the pivots "
+                "(Transformer.hidden, window=WindowMask(...))"
+            )
+
     def _checkpointed(
-        self, layer: nn.Module, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int
+        self, layer: nn.Module, x_BTD: Tensor, mask: AttentionMask | PackedRows, cache: KVCache | None, number: int
     ) -> Tensor:
         """Run ``layer`` with activation checkpointing."""
         if self.checkpointing == "full":
-            full: Tensor = checkpoint(layer, x_BTD, bias_B1TS, cache, number, use_reentrant=False)
+            full: Tensor = checkpoint(layer, x_BTD, mask, cache, number, use_reentrant=False)
             return full
         selective: Tensor = checkpoint(
-            *(layer, x_BTD, bias_B1TS, cache, number),
+            *(layer, x_BTD, mask, cache, number),
             use_reentrant=False,
             context_fn=partial(create_selective_checkpoint_contexts, _keep_products),
         )
@@ -281,18 +307,17 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.mlp_output_norm = LayerNorm(config.width)
 
-    def forward(
-        self, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask: AttentionMask | PackedRows, cache: KVCache | None, number: int) -> Tensor:
         """Return the residual stream after this layer, whose index in the cache is ``number``.
 
         Args:
             x_BTD: Residual stream (B, T, D).
-            bias_B1TS: Bias of the attention scores (B, 1, T, S), None for causal attention, or where packed rows are.
+            mask: Bias of the attention scores (B, 1, T, S), None for causal attention, a form of window attention, or
+                where packed rows are.
             cache: KV cache, or None.
             number: Index of the layer in the cache.
         """
-        attended = self.attention(self.attention_norm(x_BTD, product_dtype(x_BTD)), bias_B1TS, cache, number)
+        attended = self.attention(self.attention_norm(x_BTD, product_dtype(x_BTD)), mask, cache, number)
         norm, mlp_norm = self.attention_output_norm, self.mlp_norm
         x_BTD, normed = sandwich_layer_norm(x_BTD, attended, norm.weight, norm.bias, mlp_norm.weight, mlp_norm.bias)
         norm = self.mlp_output_norm
@@ -309,29 +334,23 @@ class Attention(nn.Module):
         self.output = Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x_BTD: Tensor, bias_B1TS: Tensor | PackedRows | None, cache: KVCache | None, number: int
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, mask: AttentionMask | PackedRows, cache: KVCache | None, number: int) -> Tensor:
         """Return the attention branch (B, T, D) of the layer ``number``.
 
         Args:
             x_BTD: Normalized input (B, T, D).
-            bias_B1TS: Bias of the attention scores (B, 1, T, S), None for causal attention, or where packed rows are.
+            mask: Bias of the attention scores (B, 1, T, S), None for causal attention, a form of window attention, or
+                where packed rows are.
             cache: KV cache, or None.
             number: Index of the layer in the cache.
         """
-        if isinstance(bias_B1TS, PackedRows):
-            packed_BTD: Tensor = self.dropout(
-                self.output(bias_B1TS.attend(self.query_key_value(x_BTD), self.num_heads))
-            )
+        if isinstance(mask, PackedRows):
+            packed_BTD: Tensor = self.dropout(self.output(mask.attend(self.query_key_value(x_BTD), self.num_heads)))
             return packed_BTD
         batch, length, width = x_BTD.shape
         split = self.query_key_value(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
         qkv_3BHTK = split.permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            mixed_BHTK = cache.attend(number, qkv_3BHTK[0], qkv_3BHTK[1:], bias_B1TS)
-        else:
-            mixed_BHTK = attention(qkv_3BHTK[0], qkv_3BHTK[1], qkv_3BHTK[2], bias_B1TS)
+        mixed_BHTK = attend(number, qkv_3BHTK, mask, cache)
         branch_BTD: Tensor = self.dropout(self.output(mixed_BHTK.transpose(1, 2).reshape(batch, length, width)))
         return branch_BTD
 

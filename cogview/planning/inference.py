@@ -25,6 +25,7 @@ from cogview.errors import InputError
 from cogview.generation.token_sampler import candidate_ids
 from cogview.kernels.linear import MANY_ROWS_HALF, MANY_ROWS_INT8, has_quantized_kernels
 from cogview.modeling.config import ModelConfig, Sampling, TransformerConfig
+from cogview.modeling.pivots import count_keys
 from cogview.planning.batch_memory import SCORING_BYTES
 from cogview.planning.hardware import OVERHEAD, HardwareSpeed
 from cogview.planning.model_memory import (
@@ -49,7 +50,7 @@ from cogview.planning.model_memory import (
 )
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.tasks import TASKS, ImageElement, Task, planned_tasks
-from cogview.tokenizers.vocabulary import TokenKind, Vocabulary
+from cogview.tokenizers.vocabulary import TokenKind
 from cogview.tokenizers.windows import upscale_windows
 from cogview.vqvae.model import VQVAE, VQVAEConfig
 
@@ -132,9 +133,8 @@ class InferenceEstimate:
 
     def flops(self, forward_pass: ForwardPass) -> float:
         """Return the floating-point operations of a forward pass; a multiplication and its addition count as two."""
-        width, new, total = self.transformer.width, forward_pass.new_positions, forward_pass.total_positions
-        pairs = new * (total - (new - 1) / 2)  # of a query and a key that it attends to
-        layers = self.transformer.num_layers * (24 * width**2 * new + 4 * width * pairs)
+        width, new = self.transformer.width, forward_pass.new_positions
+        layers = self.transformer.num_layers * (24 * width**2 * new + 4 * width * forward_pass.num_pairs)
         logits = 2 * width * forward_pass.output_ids * forward_pass.output_positions
         return self.rows * (1 + self.guided) * (layers + logits)
 
@@ -157,7 +157,7 @@ class InferenceEstimate:
         )
         if self.converts_weights(forward_pass):
             weights += self.conversion_traffic * self.transformer.num_layers * 12 * self.transformer.width**2
-        cached = (1 + self.guided) * forward_pass.total_positions * position_bytes(self.transformer, self.dtype)
+        cached = (1 + self.guided) * forward_pass.num_keys * position_bytes(self.transformer, self.dtype)
         sampling = 0 if is_scoring(TASKS[self.task]) else SAMPLING_TRAFFIC * forward_pass.output_ids
         return weights + self.rows * (cached + sampling)
 
@@ -306,10 +306,11 @@ def _forward_passes(config: ModelConfig, task: Task) -> tuple[tuple[ForwardPass,
             total_positions=length,
             output_ids=output_ids,
             output_positions=scored.stop - scored.start,
+            attended=_attended(config, sequence),
         )
         return (only,), length
     sequences = _window_sequences(config, task) if task.windowed else [_whole_sequence(config, task)]
-    passes = tuple(one for sequence in sequences for one in _decoding_passes(config.vocabulary, sequence))
+    passes = tuple(one for sequence in sequences for one in _decoding_passes(config, sequence))
     return passes, 1 + max(one.total_positions for one in passes)  # the last token passes through no layer
 
 
@@ -345,11 +346,24 @@ def _window_sequences(config: ModelConfig, task: Task) -> list[TokenSequence]:
     return sequences
 
 
-def _decoding_passes(vocabulary: Vocabulary, sequence: TokenSequence) -> list[ForwardPass]:
+def _decoding_passes(config: ModelConfig, sequence: TokenSequence) -> list[ForwardPass]:
     """Return the forward passes of ``generation.decode.decode``, one before each blank of a sequence."""
-    passes, done = [], 0
+    passes, done, attended = [], 0, _attended(config, sequence)
     for column in np.flatnonzero(sequence.blanks).tolist():
-        num_ids = len(candidate_ids(vocabulary, TokenKind(sequence.kinds[column]), sequence.stop))
-        passes.append(ForwardPass(new_positions=column - done, total_positions=column, output_ids=num_ids))
+        num_ids = len(candidate_ids(config.vocabulary, TokenKind(sequence.kinds[column]), sequence.stop))
+        passes.append(
+            ForwardPass(
+                new_positions=column - done,
+                total_positions=column,
+                output_ids=num_ids,
+                attended=attended[done:column],
+            )
+        )
         done = column
     return passes
+
+
+def _attended(config: ModelConfig, sequence: TokenSequence) -> tuple[int, ...]:
+    """Return the keys that each position attends to; nothing for dense attention."""
+    attention = config.transformer.attention
+    return () if attention.is_dense else tuple(count_keys(attention, sequence.image_sizes).tolist())

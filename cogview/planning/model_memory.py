@@ -42,6 +42,9 @@ NATIVE_WIDTHS = 6
 # Float32 copies of the scores (R x H x T x S) with a shared prefix or an int8 cache: with the bias, minus the maximum,
 # times alpha (PB-relax, arXiv:2105.13290), and after the softmax.
 RELAXED_SCORES = 4
+# Bytes of each query and key while PyTorch makes the bias of window attention: the distance of both in int64, two
+# float32 copies of the bias, and a mask.
+WINDOW_BIAS_BYTES = 8 + 2 * 4 + 1
 # Bytes of a position of a batch: ids, positions and noise keys as int64, and their copies in numpy.
 POSITION_BYTES = 40
 # Bytes of each candidate id of a blank. On a CPU with top-k: its logit, and the scaled logit or its log-probability.
@@ -70,6 +73,19 @@ class ForwardPass:
     total_positions: int  # new ones included
     output_ids: int  # candidates of the next token
     output_positions: int = 1  # positions with logits
+    attended: tuple[int, ...] = ()  # keys that each new position attends to; empty: all up to its own
+
+    @property
+    def num_keys(self) -> int:
+        """Number of keys that are read."""
+        return self.attended[0] if self.attended and self.new_positions == 1 else self.total_positions
+
+    @property
+    def num_pairs(self) -> float:
+        """Number of pairs of a query and a key that it attends to."""
+        if self.attended:
+            return sum(self.attended)
+        return self.new_positions * (self.total_positions - (self.new_positions - 1) / 2)
 
 
 def layer_bytes(config: TransformerConfig, dtype: str, *, keep_halves: bool = False) -> int:
@@ -264,8 +280,13 @@ def forward_bytes(
         in_blocks = 4 * config.width > DENSE_BLOCK
         widths = CONVERTED_LAYER_WIDTHS_IN_BLOCKS if in_blocks else CONVERTED_LAYER_WIDTHS
 
-    scores = 4 * rows * config.num_heads * new * total
     attention = ATTENTION_WIDTHS * width_bytes
+    selected = config.attention.window + config.attention.pivots + new - 1  # keys, besides those of texts
+    if not config.attention.is_dense and selected < total:
+        # Keys and values are copied, with a shared prefix from both stores and then together.
+        attention += 2 * rows * selected * config.width * size * (3 if prefixes is not None else 1)
+        total, prefixes = selected, None
+    scores = 4 * rows * config.num_heads * new * total
     if int8_cache or prefixes is not None:
         dequantized = 0
         if int8_cache:  # keys, and after them values: those of the prefixes, then those of the sequences
@@ -278,7 +299,12 @@ def forward_bytes(
 
     bias = (rows if padded else 1) * new * total
     bias_temporaries = bias * max(size + 3, 2 * size + 1)  # three boolean copies, or two in the dtype
-    if new == 1 or (new == total and not padded):
+    if not config.attention.is_dense:
+        bias = rows * new * total
+        bias_temporaries = bias * WINDOW_BIAS_BYTES
+        if uses_native(dtype, device_type):
+            bias = bias_temporaries = 0
+    elif new == 1 or (new == total and not padded):
         bias = bias_temporaries = 0
     return max(bias_temporaries, bias * size + max(widths * width_bytes, attention))
 

@@ -255,6 +255,8 @@ def layer_activations(
     """
     size = DTYPE_BYTES[precision]
     scores = shape.num_heads * length if device_type == "cpu" and length <= SHORT_KEYS else 0  # of each position
+    # Window attention keeps copies of the keys and values of pivots.
+    pivots = min(shape.attention.pivots, length) if checkpointing == "none" else 0
     if checkpointing == "full":
         each = 4 * shape.width
     elif checkpointing == "selective":
@@ -264,7 +266,7 @@ def layer_activations(
         if shape.dropout:  # a CPU keeps the factors, a GPU a byte for each
             each += DROPOUTS * (size if device_type == "cpu" else 1) * shape.width
         each += SCORE_BYTES[size] * scores
-    return length * each
+    return length * each + 2 * size * pivots * shape.width
 
 
 def _activations(job: TrainingJob) -> int:

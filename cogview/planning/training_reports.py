@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from cogview.config_io import to_mapping
 from cogview.errors import InputError
 from cogview.formatting import format_bytes, format_duration, plural
 from cogview.modeling.config import PRESETS
@@ -312,7 +313,7 @@ class TrainingReport:
     def as_json(self) -> dict[str, Any]:
         """Return the report in bytes, seconds and FLOP/s."""
         job, memory = self.job, self.memory
-        settings = asdict(job)
+        settings = to_mapping(job)
         shape = settings.pop("transformer")
         executed = multiplied_flops_per_token(job.transformer, job.length, self.num_codes, job.checkpointing)
         return {

@@ -101,8 +101,19 @@ def multiplied_flops_per_token(
 
 def _flops_per_token(shape: TransformerConfig, length: int, head_rows: int, *, recomputed: bool) -> float:
     """Return the operations per position with ``head_rows`` rows of the output embedding."""
-    forward = shape.num_layers * (24.0 * shape.width**2 + 2.0 * shape.width * length)
+    forward = shape.num_layers * (24.0 * shape.width**2 + 4.0 * shape.width * _mean_keys(shape, length))
     return (4 if recomputed else 3) * forward + 6.0 * head_rows * shape.width
+
+
+def _mean_keys(shape: TransformerConfig, length: int) -> float:
+    """Return the keys that a position attends to on average, without those of texts before a window."""
+    attention = shape.attention
+    recent = min(attention.window, length)
+    if attention.is_dense or recent == length:
+        return length / 2
+    # A row grows by one key for each of its positions, then by one pivot for each few of them.
+    later = length - recent
+    return (recent * recent / 2 + later * (recent + min(attention.pivots, later) / 2)) / length
 
 
 def training_time(job: TrainingJob, tokens: float, flops_per_second: float, mfu: float = MFU) -> float:

@@ -17,6 +17,7 @@ import numpy as np
 from cogview.data.row_layout import arrange_row
 from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.modeling.config import ModelConfig
+from cogview.modeling.pivots import pivot_bias
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.windows import NUM_WINDOWS
@@ -43,6 +44,7 @@ class ExampleBuilder:
         self.vocabulary = config.vocabulary
         self.grid = config.grid
         self.layouts = config.layouts
+        self.attention = config.transformer.attention
         self.tasks = dict(TASKS)  # a worker process does not know the tasks that were registered in this one
         self.keys: tuple[LossKey, ...] = tuple((task, kind) for task in settings.tasks for kind in TargetKind)
 
@@ -117,6 +119,7 @@ class ExampleBuilder:
             num_targets=np.full(len(numbers), codes[1]),
             target_priority=np.ones(codes),
             window=numbers % NUM_WINDOWS,
+            pivot_keys=np.full(len(numbers), -1),
         )
         return self.build_batch(0, rows, plan)
 
@@ -148,6 +151,7 @@ class ExampleBuilder:
             num_targets=np.where(full & (settings.full_mask_targets > 0), settings.full_mask_targets, num_codes),
             target_priority=random.exponential(size=(num_rows, num_codes)),
             window=random.integers(NUM_WINDOWS, size=num_rows),
+            pivot_keys=random.integers(2**63, size=num_rows),
         )
 
     def build(self, rows: Rows, plan: RowPlan) -> list[TrainingExample]:
@@ -184,8 +188,16 @@ class ExampleBuilder:
                 names[image.start + shift : image.stop + shift] = np.where(
                     named == NO_TOKEN, -1, self.vocabulary.text.start + named
                 )
-            examples.append(TrainingExample.of(task, sequence, seen, read, names))
+            pivots = self._pivot_bias(sequence, int(plan.pivot_keys[index]))
+            examples.append(TrainingExample.of(task, sequence, seen, read, names, pivots))
         return examples
+
+    def _pivot_bias(self, sequence: TokenSequence, key: int) -> np.ndarray | None:
+        """Return the bias of each position as a pivot (T,), or None for dense attention."""
+        if self.attention.is_dense:
+            return None
+        random = None if key < 0 else np.random.default_rng(key)
+        return pivot_bias(sequence.image_sizes, self.attention.pivots, random)
 
     def layout_row(self, task: str, text: np.ndarray, row: Rows, window: int) -> TokenSequence:
         """Arrange one row of the store in the layout of a task.

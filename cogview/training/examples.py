@@ -41,6 +41,7 @@ class RowPlan:
         num_targets: Number of codes that are predicted (B,), int.
         target_priority: Exponential random numbers that select those codes (B, G * G), float above 0.
         window: Which of the nine windows upscaling generates (B,), int.
+        pivot_keys: Keys of the random pivots of window attention (B,), int64; -1 for the fixed ones of generation.
     """
 
     tasks: Sequence[str]
@@ -49,6 +50,7 @@ class RowPlan:
     num_targets: np.ndarray
     target_priority: np.ndarray
     window: np.ndarray
+    pivot_keys: np.ndarray
 
     def select(self, rows: slice) -> RowPlan:
         """Return the plan of some of the rows."""
@@ -67,6 +69,8 @@ class TrainingExample:
         kinds: ``TokenKind`` of the targets.
         trained: Positions whose target counts in the loss, bool.
         names: The id that names an object at each position, -1 without a name target, int64.
+        pivot_bias: Bias of each position as a pivot of window attention, -inf for none, float32; None for dense
+            attention.
     """
 
     task: str
@@ -76,10 +80,17 @@ class TrainingExample:
     kinds: np.ndarray
     trained: np.ndarray
     names: np.ndarray
+    pivot_bias: np.ndarray | None = None
 
     @classmethod
     def of(
-        cls, task: str, row: TokenSequence, seen: np.ndarray, read: np.ndarray, names: np.ndarray
+        cls,
+        task: str,
+        row: TokenSequence,
+        seen: np.ndarray,
+        read: np.ndarray,
+        names: np.ndarray,
+        pivot_bias: np.ndarray | None = None,
     ) -> TrainingExample:
         """Build next-token targets of a sequence.
 
@@ -89,6 +100,7 @@ class TrainingExample:
             seen: Input ids in place of those of ``row`` (T,).
             read: Positions to keep (T,), bool.
             names: Name targets, aligned with the ids that are predicted (T,).
+            pivot_bias: Bias of each position as a pivot (T,), or None for dense attention.
 
         Returns:
             The example.
@@ -102,6 +114,7 @@ class TrainingExample:
             kinds=row.kinds[1:][keep],
             trained=row.loss[1:][keep],
             names=names[1:][keep],
+            pivot_bias=None if pivot_bias is None else pivot_bias[:-1][keep],
         )
 
     def __len__(self) -> int:
@@ -125,12 +138,14 @@ class MicroBatch:
         positions: Positions (B, T), int64.
         targets: For each key, indices (M,) into the B * T positions, and the correct ids (M,), int64.
         lengths: Positions of each row without its padding, in ascending order, if rows may be packed; else None.
+        pivot_bias: Bias of the positions as pivots (B, T), float32, -inf in padding; None for dense attention.
     """
 
     inputs: np.ndarray
     positions: np.ndarray
     targets: Mapping[LossKey, tuple[np.ndarray, np.ndarray]]
     lengths: tuple[int, ...] | None = None
+    pivot_bias: np.ndarray | None = None
 
     @classmethod
     def of(
@@ -150,9 +165,12 @@ class MicroBatch:
         shape = (len(examples), len(examples[-1]))
         inputs, positions = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         targets = {key: np.full(shape, -1, dtype=np.int64) for key in keys}
+        pivot_bias = None if examples[-1].pivot_bias is None else np.full(shape, -np.inf, dtype=np.float32)
         for index, example in enumerate(examples):
             filled = (index, slice(len(example)))
             inputs[filled], positions[filled] = example.inputs, example.positions
+            if pivot_bias is not None:
+                pivot_bias[filled] = example.pivot_bias
             for kind in TargetKind:
                 ids = example.names if kind == TargetKind.NAME else example.targets
                 if (example.task, kind) in targets:
@@ -163,6 +181,7 @@ class MicroBatch:
             positions=positions,
             targets={key: (indices[key], ids.reshape(-1)[indices[key]]) for key, ids in targets.items()},
             lengths=tuple(map(len, examples)) if pack else None,
+            pivot_bias=pivot_bias,
         )
 
     def without_targets(self) -> MicroBatch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from cogview.checkpoints.adapter import Adapter, BaseModelInfo, save_adapter
 from cogview.checkpoints.checkpoint import Model, NamedThing, load_model
 from cogview.checkpoints.image_tokenizer import codebook_hash
 from cogview.checkpoints.registry import resolve_checkpoint
+from cogview.config_io import to_mapping
 from cogview.data.store import TokenStore
 from cogview.data.store_watcher import StoreWatcher
 from cogview.data.v1_datasets import open_dataset
 from cogview.errors import InputError
 from cogview.formatting import format_list
-from cogview.modeling.config import ModelConfig
+from cogview.modeling.config import AttentionConfig, ModelConfig
 from cogview.modeling.initialization import load_weights
 from cogview.modeling.lora import add_lora
 from cogview.modeling.transformer import Transformer
@@ -209,6 +211,7 @@ def initialize(model: Model, settings: TransformerSettings) -> None:
     if settings.init_from is not None:
         source = load_model(resolve_checkpoint(settings.init_from), torch.device("cpu"), torch.float32)
         load_weights(model, source, settings.init_from)
+        _compare_attention(settings, source.config.transformer.attention)
         if model.config.codebook_sha256 != source.config.codebook_sha256:
             print(
                 f"note: {settings.init_from} was trained on another codebook; the image codes are learned anew",
@@ -216,6 +219,23 @@ def initialize(model: Model, settings: TransformerSettings) -> None:
             )
     if settings.lora is not None:
         add_lora(model.transformer, settings.lora, word_ids(model, settings.lora.words))
+
+
+def _compare_attention(settings: TransformerSettings, found: AttentionConfig) -> None:
+    """Print a note if the model ``init_from`` has another pattern of attention; raise InputError for an adapter."""
+    if settings.attention == found:
+        return
+    expected, other = (json.dumps(to_mapping(pattern)) for pattern in (settings.attention, found))
+    if settings.lora is not None:
+        raise InputError(
+            f"an adapter has the attention of its base model: {settings.init_from} has {other}, this recipe "
+            f"{expected}; set attention in the section transformer to that of the model"
+        )
+    print(
+        f"note: {settings.init_from} was trained with the attention {other}; this recipe has {expected}, which the "
+        "weights have to learn",
+        file=sys.stderr,
+    )
 
 
 def word_ids(model: Model, words: Sequence[str]) -> list[int]:

@@ -182,7 +182,7 @@ def architecture_lines(shape: TransformerConfig, name: str) -> list[RecipeLine]:
             changed = replace(preset(known, shape.vocabulary_size), num_layers=shape.num_layers)
             names = {each.name for each in fields(ArchitectureSettings)} - {"preset", "num_layers", "dropout"}
             own = [
-                line(key, getattr(shape, key))
+                line(key, to_mapping(getattr(shape, key)))
                 for key in sorted(names)
                 if hasattr(changed, key) and getattr(changed, key) != getattr(shape, key)
             ]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from cogview.modeling.config import Sampling, TransformerConfig, preset
+from cogview.modeling.config import AttentionConfig, Sampling, TransformerConfig, preset
 from cogview.modeling.lora import LoraSettings
 from cogview.tokenizers.tasks import trained_tasks
 from cogview.vqvae.lr_schedule import warmup_cosine
@@ -198,6 +198,7 @@ class ArchitectureSettings:
     dropout: float = 0.1
     branch_norm_init: float = 1.0
     sinusoidal_positions: bool = False
+    attention: AttentionConfig = field(default_factory=AttentionConfig, metadata={"omit_default": True})
 
     def transformer_config(self, vocabulary_size: int) -> TransformerConfig:
         """Return the configuration for a vocabulary.

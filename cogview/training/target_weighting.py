@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from cogview.kernels.fused_linear_cross_entropy import LossTargets
+from cogview.kernels.window_mask import Pivots
 from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.engines.base import DeviceMicroBatch
@@ -72,4 +73,7 @@ class TargetWeighting:
                 )
             )
         ids, positions = (torch.from_numpy(array).to(self.device) for array in (part.inputs, part.positions))
-        return DeviceMicroBatch(ids=ids, positions=positions, targets=targets, lengths=part.lengths)
+        pivots = None
+        if part.pivot_bias is not None:
+            pivots = Pivots.from_bias(torch.from_numpy(part.pivot_bias)).to(self.device)
+        return DeviceMicroBatch(ids=ids, positions=positions, targets=targets, lengths=part.lengths, pivots=pivots)

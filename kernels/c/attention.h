@@ -1,7 +1,10 @@
 /* Attention of new positions over a cache of keys and values.
  *
  * Keys and values are float32, bfloat16, or int8 with a scale per position and head. Rows may share the keys and values
- * of a prefix. Hidden keys before the first visible one are skipped, so that padding on the left changes no bit. */
+ * of a prefix. Hidden keys before the first visible one are skipped, so that padding on the left changes no bit.
+ *
+ * With a window, a query attends to its last keys and to pivots before them (``kernels/window_mask.py`` specifies it),
+ * and no other keys are read. */
 #ifndef COGVIEW_ATTENTION_H
 #define COGVIEW_ATTENTION_H
 
@@ -12,6 +15,7 @@ typedef struct {
     char *keys, *values;
     char *key_scales, *value_scales;  /* (rows, heads, positions, 1), or NULL */
     long row_stride, head_stride, scale_row_stride, scale_head_stride;
+    long layer_bytes, scale_layer_bytes;      /* from a layer to the next; 0: all layers use the same */
 } Store;
 
 typedef struct {
@@ -21,9 +25,16 @@ typedef struct {
     const int64_t *write_positions;            /* (rows, queries), or NULL to write the last of num_keys */
     const float *bias;                         /* (rows or 1, 1, queries or 1, num_keys), or NULL */
     long bias_row_stride, bias_query_stride;
+    long window, num_pivots;                   /* window: 0 for all keys; else the bias is that of the keys alone */
+    const int64_t *pivots;                     /* (rows, num_pivots): ascending, then -1 */
+    const float *pivot_bias;
 } Attention;
 
 enum { ELEMENT_BYTES_FLOAT32 = 4, ELEMENT_BYTES_BFLOAT16 = 2, ELEMENT_BYTES_INT8 = 1, QUERIES_AT_ONCE = 4 };
+
+ALWAYS long larger_of(long a, long b) { return a > b ? a : b; }
+
+ALWAYS long smaller_of(long a, long b) { return a < b ? a : b; }
 
 ALWAYS long bytes_of(const int format) { return format == FLOAT32 ? 4 : format == BFLOAT16 ? 2 : 1; }
 
@@ -59,24 +70,29 @@ static void store_keys_values(const Attention *attention, const Store *cache, lo
     store_one(attention, value, cache->values + at, cache->value_scales + scale_at);
 }
 
-/* Keys and values of a head from one store: `count` positions. */
+/* Keys and values of a head from one store: the positions from `first` to before `end`, or those that `index` lists
+ * there, less `shift`. The score of the entry s is at `offset` + s. */
 typedef struct {
     const char *keys, *values, *key_scales, *value_scales;
-    long count;
+    const int64_t *index;
+    long first, end, shift, offset;
 } Segment;
 
-static Segment segment_of(const Attention *attention, const Store *store, long row, long head, long count) {
+static Segment segment_of(const Attention *attention, const Store *store, long row, long head, long first, long end,
+                          long offset) {
     const long at = (row * store->row_stride + head * store->head_stride) * bytes_of(attention->format);
     const long scale = (row * store->scale_row_stride + head * store->scale_head_stride) * bytes_of(attention->scale_format);
-    return (Segment){store->keys + at, store->values + at, store->key_scales + scale, store->value_scales + scale, count};
+    return (Segment){.keys = store->keys + at, .values = store->values + at, .key_scales = store->key_scales + scale,
+                     .value_scales = store->value_scales + scale, .first = first, .end = end, .offset = offset};
 }
 
-/* Scores of `queries` queries from the key `first` on, whose index among all keys is `offset` + `first`. */
-ALWAYS void scores_of(const int format, const int queries, const Attention *attention, const Segment *segment, long first,
-                      const float *q, long query_stride, float *scores, long offset) {
-    const long size = attention->head_size, whole = size / LANES * LANES;
+/* Scores of `queries` queries and the keys of a segment. */
+ALWAYS void scores_of(const int format, const int queries, const int indexed, const Attention *attention,
+                      const Segment *segment, const float *q, long query_stride, float *scores) {
+    const long size = attention->head_size, whole = size / LANES * LANES, offset = segment->offset;
     const float factor = 1.0f / sqrtf((float)size);
-    for (long s = first; s < segment->count; s++) {
+    for (long entry = segment->first; entry < segment->end; entry++) {
+        const long s = indexed ? segment->index[entry] - segment->shift : entry;
         Vector sums[QUERIES_AT_ONCE];
         UNROLL for (int t = 0; t < queries; t++) sums[t] = (Vector){0};
         for (long k = 0; k < whole; k += LANES) {
@@ -90,24 +106,26 @@ ALWAYS void scores_of(const int format, const int queries, const Attention *atte
         }
         const float scale =
             format == INT8 ? factor * element_as(attention->scale_format, segment->key_scales, s) : factor;
-        UNROLL for (int t = 0; t < queries; t++) scores[t * attention->num_keys + offset + s] = sum(sums[t]) * scale;
+        UNROLL for (int t = 0; t < queries; t++)
+            scores[t * attention->num_keys + offset + entry] = sum(sums[t]) * scale;
     }
 }
 
-/* Add weights times values of the keys from `first` on to (queries, head size); scores hold the weights. */
-ALWAYS void mix_values(const int format, const int queries, const Attention *attention, const Segment *segment,
-                       long first, const float *scores, long offset, float *y, long y_stride) {
-    const long size = attention->head_size, whole = size / LANES * LANES;
+/* Add weights times values of a segment to (queries, head size); scores hold the weights. */
+ALWAYS void mix_values(const int format, const int queries, const int indexed, const Attention *attention,
+                       const Segment *segment, const float *scores, float *y, long y_stride) {
+    const long size = attention->head_size, whole = size / LANES * LANES, offset = segment->offset;
     for (long k = 0; k < size; k += LANES) {
         Vector sums[QUERIES_AT_ONCE];
         const long count = k < whole ? LANES : size - k;
         UNROLL for (int t = 0; t < queries; t++) sums[t] = load_some(y + t * y_stride + k, count);
-        for (long s = first; s < segment->count; s++) {
+        for (long entry = segment->first; entry < segment->end; entry++) {
+            const long s = indexed ? segment->index[entry] - segment->shift : entry;
             const float scale = format == INT8 ? element_as(attention->scale_format, segment->value_scales, s) : 1.0f;
             const Vector value = k < whole ? load_as(format, segment->values, s * size + k)
                                            : load_some_as(format, segment->values, s * size + k, count);
             UNROLL for (int t = 0; t < queries; t++) {
-                const float weight = scores[t * attention->num_keys + offset + s] * scale;
+                const float weight = scores[t * attention->num_keys + offset + entry] * scale;
                 sums[t] = weight == 0 ? sums[t] : sums[t] + value * weight; /* hidden values may be not a number */
             }
         }
@@ -140,9 +158,6 @@ ALWAYS void attend(const int format, const int queries, const Attention *attenti
                    long row, long head, long query, const float *q, long q_stride, float *scores, float *y,
                    long y_stride) {
     const long num_keys = attention->num_keys, length = attention->prefix_length;
-    Segment segments[2];
-    if (length) segments[0] = segment_of(attention, prefix, attention->prefix_rows[row], head, length);
-    segments[1] = segment_of(attention, cache, row, head, num_keys - length);
     const float *bias = attention->bias ? attention->bias + row * attention->bias_row_stride : NULL;
     long begin[QUERIES_AT_ONCE], end[QUERIES_AT_ONCE], from = num_keys, until = 0;
     for (int t = 0; t < queries; t++) {
@@ -156,11 +171,12 @@ ALWAYS void attend(const int format, const int queries, const Attention *attenti
         if (begin[t] < from) from = begin[t];
         if (end[t] > until) until = end[t];
     }
-    for (int part = length ? 0 : 1; part < 2; part++) {
-        const long offset = part ? length : 0, first = from > offset ? from - offset : 0;
-        if (until - offset < segments[part].count) segments[part].count = until - offset;
-        scores_of(format, queries, attention, &segments[part], first, q, q_stride, scores, offset);
-    }
+    Segment segments[2];
+    if (length)
+        segments[0] = segment_of(attention, prefix, attention->prefix_rows[row], head, from, smaller_of(until, length), 0);
+    segments[1] = segment_of(attention, cache, row, head, larger_of(from - length, 0), until - length, length);
+    for (int part = length ? 0 : 1; part < 2; part++)
+        scores_of(format, queries, 0, attention, &segments[part], q, q_stride, scores);
     float inverse[QUERIES_AT_ONCE];
     for (int t = 0; t < queries; t++) {
         float *mine = scores + t * num_keys;
@@ -171,10 +187,110 @@ ALWAYS void attend(const int format, const int queries, const Attention *attenti
         for (long s = end[t]; s < until; s++) mine[s] = 0;
         memset(y + t * y_stride, 0, attention->head_size * sizeof(float));
     }
-    for (int part = length ? 0 : 1; part < 2; part++) {
-        const long offset = part ? length : 0, first = from > offset ? from - offset : 0;
-        mix_values(format, queries, attention, &segments[part], first, scores, offset, y, y_stride);
+    for (int part = length ? 0 : 1; part < 2; part++)
+        mix_values(format, queries, 0, attention, &segments[part], scores, y, y_stride);
+    for (int t = 0; t < queries; t++)
+        for (long k = 0; k < attention->head_size; k++) y[t * y_stride + k] *= inverse[t];
+}
+
+/* Index of a query among the keys of its row. */
+static long column_of(const Attention *attention, long row, long query) {
+    if (!attention->write_positions) return attention->num_keys - attention->queries + query;
+    return attention->prefix_length + attention->write_positions[row * attention->queries + query];
+}
+
+/* Whether the queries from `first` to `last` of a row are at consecutive columns; they ascend. */
+static int is_consecutive(const Attention *attention, long row, long first, long last) {
+    return column_of(attention, row, last) - column_of(attention, row, first) == last - first;
+}
+
+/* Number of pivots before a column. */
+static long pivots_before(const int64_t *pivots, long count, long column) {
+    long low = 0;
+    while (low < count) {
+        const long middle = (low + count) / 2;
+        if (pivots[middle] >= 0 && pivots[middle] < column) low = middle + 1;
+        else count = middle;
     }
+    return low;
+}
+
+/* Keys that some query of a group attends to: `before` pivots, then the columns from `begin` to before `end`. */
+typedef struct {
+    const int64_t *pivots;
+    const float *pivot_bias, *bias;            /* of the row; bias of all its columns, or NULL */
+    long num_pivots, before, begin, end;
+} Reach;
+
+static float bias_of(const Reach *reach, long column) { return reach->bias ? reach->bias[column] : 0; }
+
+/* Turn the scores of the query at the column `own` into weights, 0 for keys that it does not attend to; return 1 /
+ * their sum. The keys that it attends to are made consecutive meanwhile, so that the other queries change no bit. */
+static float window_weights(const Reach *reach, long window, long own, float *scores) {
+    const long before = reach->before, begin = reach->begin, stop = before + own + 1 - begin;
+    const long border = larger_of(own - window + 1, begin), gap = border - begin; /* the columns of the gap: pivots alone */
+    long kept = 0, columns[QUERIES_AT_ONCE];
+    float moved[QUERIES_AT_ONCE];
+    for (long p = before; p < reach->num_pivots && reach->pivots[p] >= 0 && reach->pivots[p] < border; p++, kept++) {
+        columns[kept] = before + reach->pivots[p] - begin;
+        moved[kept] = scores[columns[kept]] + reach->pivot_bias[p] + bias_of(reach, reach->pivots[p]);
+    }
+    const long skip = gap - kept;
+    for (long p = before - 1; p >= 0; p--)
+        scores[skip + p] = scores[p] + reach->pivot_bias[p] + bias_of(reach, reach->pivots[p]);
+    memcpy(scores + skip + before, moved, kept * sizeof(float));
+    if (reach->bias) {
+        for (long column = border; column < own; column++) scores[before + column - begin] += reach->bias[column];
+        scores[stop - 1] += reach->bias[own] == -INFINITY ? 0 : reach->bias[own]; /* in padding, too */
+    }
+    long from = skip;
+    while (!before && from < stop - 1 && scores[from] == -INFINITY) from++;
+    const float inverse = softmax_weights(scores, from, stop);
+    for (long s = skip; s < from; s++) scores[s] = 0;
+    memcpy(moved, scores + skip + before, kept * sizeof(float));
+    memmove(scores, scores + skip, before * sizeof(float));
+    for (long s = before; s < before + gap; s++) scores[s] = 0;
+    for (long p = 0; p < kept; p++) scores[columns[p]] = moved[p];
+    for (long s = stop; s < before + reach->end - begin; s++) scores[s] = 0;
+    return inverse;
+}
+
+/* Window attention of `queries` queries at consecutive columns of a row and head. */
+ALWAYS void attend_window(const int format, const int queries, const Attention *attention, const Store *cache,
+                          const Store *prefix, long row, long head, long query, const float *q, long q_stride,
+                          float *scores, float *y, long y_stride) {
+    const long length = attention->prefix_length, first = column_of(attention, row, query), end = first + queries;
+    const float *bias = attention->bias ? attention->bias + row * attention->bias_row_stride : NULL;
+    const int64_t *pivots = attention->pivots + row * attention->num_pivots;
+    long begin = larger_of(first - attention->window + 1, 0);
+    while (bias && begin < first && bias[begin] == -INFINITY) begin++;
+    const long before = pivots_before(pivots, attention->num_pivots, begin);
+    const long shared = pivots_before(pivots, before, length), offset = before - begin;
+    const Reach reach = {pivots, attention->pivot_bias + row * attention->num_pivots, bias, attention->num_pivots,
+                         before, begin, end};
+    Segment listed[2], recent[2];
+    if (length) {
+        const long prefix_row = attention->prefix_rows[row];
+        listed[0] = segment_of(attention, prefix, prefix_row, head, 0, shared, 0);
+        recent[0] = segment_of(attention, prefix, prefix_row, head, begin, smaller_of(end, length), offset);
+    }
+    listed[1] = segment_of(attention, cache, row, head, shared, before, 0);
+    recent[1] = segment_of(attention, cache, row, head, larger_of(begin - length, 0), end - length, offset + length);
+    listed[0].index = listed[1].index = pivots;
+    listed[1].shift = length;
+    for (int part = length ? 0 : 1; part < 2; part++)
+        scores_of(format, queries, 1, attention, &listed[part], q, q_stride, scores);
+    for (int part = length ? 0 : 1; part < 2; part++)
+        scores_of(format, queries, 0, attention, &recent[part], q, q_stride, scores);
+    float inverse[QUERIES_AT_ONCE];
+    for (int t = 0; t < queries; t++) {
+        inverse[t] = window_weights(&reach, attention->window, first + t, scores + t * attention->num_keys);
+        memset(y + t * y_stride, 0, attention->head_size * sizeof(float));
+    }
+    for (int part = length ? 0 : 1; part < 2; part++)
+        mix_values(format, queries, 1, attention, &listed[part], scores, y, y_stride);
+    for (int part = length ? 0 : 1; part < 2; part++)
+        mix_values(format, queries, 0, attention, &recent[part], scores, y, y_stride);
     for (int t = 0; t < queries; t++)
         for (long k = 0; k < attention->head_size; k++) y[t * y_stride + k] *= inverse[t];
 }

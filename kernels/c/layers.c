@@ -8,7 +8,7 @@
 #include "linear.h"
 #include "sampling.h"
 
-enum { INTERFACE = 3, CHUNK_ROWS = 64 };
+enum { INTERFACE = 4, CHUNK_ROWS = 64 };
 static const float NORM_EPSILON = 1e-5f / 64, SMALLEST = 1e-20f;
 
 typedef struct {
@@ -28,7 +28,6 @@ typedef struct {
     long num_layers, width;
     Attention attention;
     Store cache, prefix;                       /* of the first layer */
-    long cache_layer_bytes, cache_scale_layer_bytes, prefix_layer_bytes, prefix_scale_layer_bytes;
     long batch;
     float *x;                                /* (batch, queries, width): input, and output of the last layer */
     float *scratch;
@@ -87,25 +86,30 @@ static void linear_together(const Linear *linear, const float *x, long rows, int
 #pragma omp barrier
 }
 
-static Store layer_of(const Store *store, long layer, long layer_bytes, long scale_layer_bytes) {
+static Store layer_of(const Store *store, long layer) {
     Store result = *store;
-    result.keys += layer * layer_bytes;
-    result.values += layer * layer_bytes;
-    result.key_scales += layer * scale_layer_bytes;
-    result.value_scales += layer * scale_layer_bytes;
+    result.keys += layer * store->layer_bytes;
+    result.values += layer * store->layer_bytes;
+    result.key_scales += layer * store->scale_layer_bytes;
+    result.value_scales += layer * store->scale_layer_bytes;
     return result;
 }
 
 static void attend_some(const int queries, const Attention *attention, const Store *cache, const Store *prefix, long row,
                         long head, long query, const float *q, long q_stride, float *scores, float *y, long y_stride) {
-#define ATTEND(FORMAT, COUNT) \
-    attend(FORMAT, COUNT, attention, cache, prefix, row, head, query, q, q_stride, scores, y, y_stride)
-    if (attention->format == FLOAT32 && queries == 4) ATTEND(FLOAT32, 4);
-    if (attention->format == FLOAT32 && queries == 1) ATTEND(FLOAT32, 1);
-    if (attention->format == BFLOAT16 && queries == 4) ATTEND(BFLOAT16, 4);
-    if (attention->format == BFLOAT16 && queries == 1) ATTEND(BFLOAT16, 1);
-    if (attention->format == INT8 && queries == 4) ATTEND(INT8, 4);
-    if (attention->format == INT8 && queries == 1) ATTEND(INT8, 1);
+#define ATTEND(FORMAT, COUNT)                                                                                           \
+    if (attention->format == FORMAT && queries == COUNT) {                                                              \
+        if (attention->window)                                                                                          \
+            attend_window(FORMAT, COUNT, attention, cache, prefix, row, head, query, q, q_stride, scores, y, y_stride); \
+        else                                                                                                            \
+            attend(FORMAT, COUNT, attention, cache, prefix, row, head, query, q, q_stride, scores, y, y_stride);        \
+    }
+    ATTEND(FLOAT32, 4)
+    ATTEND(FLOAT32, 1)
+    ATTEND(BFLOAT16, 4)
+    ATTEND(BFLOAT16, 1)
+    ATTEND(INT8, 4)
+    ATTEND(INT8, 1)
 #undef ATTEND
 }
 
@@ -118,7 +122,9 @@ static void attend_chunk(const Call *call, const Store *cache, const Store *pref
     for (long row = 0; row < rows;) {
         const long batch_row = (first + row) / queries, query = (first + row) % queries;
         const long left = queries - query < rows - row ? queries - query : rows - row;
-        const int count = left >= QUERIES_AT_ONCE ? QUERIES_AT_ONCE : 1;
+        const long last = query + QUERIES_AT_ONCE - 1;
+        const int together = left >= QUERIES_AT_ONCE && (!attention->window || is_consecutive(attention, batch_row, query, last));
+        const int count = together ? QUERIES_AT_ONCE : 1;
         for (long head = 0; head < attention->heads; head++, piece++) {
             if (piece % threads != thread) continue;
             attend_some(count, attention, cache, prefix, batch_row, head, query, qkv + row * 3 * width + head * size,
@@ -155,9 +161,7 @@ void cogview_layers(const Call *call, int threads) {
         float *scores = split + 4 * chunk * width + thread * (QUERIES_AT_ONCE * call->attention.num_keys + LANES);
         for (long number = 0; number < call->num_layers; number++) {
             const Layer *layer = call->layers + number;
-            const Store cache = layer_of(&call->cache, number, call->cache_layer_bytes, call->cache_scale_layer_bytes);
-            const Store prefix =
-                layer_of(&call->prefix, number, call->prefix_layer_bytes, call->prefix_scale_layer_bytes);
+            const Store cache = layer_of(&call->cache, number), prefix = layer_of(&call->prefix, number);
             for (long first = 0; first < all; first += chunk) {
                 const long rows = all - first < chunk ? all - first : chunk;
                 float *x = call->x + first * width;

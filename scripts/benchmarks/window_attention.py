@@ -19,11 +19,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cogview.kernels.window_attention import sampled_pivots, window_attention_reference, window_attention_torch
+from cogview.kernels.window_attention import window_attention_reference, window_attention_torch
+from cogview.kernels.window_mask import Pivots
+from cogview.modeling.pivots import pivot_bias
 
 LENGTHS = (1345, 2690, 5380, 10760)
 HEADS, SIZE, WINDOW, TEXT, SAMPLED = 8, 64, 768, 64, 256
@@ -34,12 +37,13 @@ def attention(form: str, length: int, device: str) -> Callable[[Tensor, Tensor, 
     """Return the function of q, k and v of a column."""
     if form == "dense causal":
         return partial(F.scaled_dot_product_attention, is_causal=True)
-    text, generator = torch.tensor([TEXT]), torch.Generator().manual_seed(0)
-    pivots, bias = (x.to(device) for x in sampled_pivots(text, text, length - TEXT, SAMPLED, generator))
+    image_sizes = np.repeat([0, length - TEXT], [TEXT, length - TEXT])
+    bias_S = pivot_bias(image_sizes, SAMPLED, np.random.default_rng(0))
+    pivots = Pivots.from_bias(torch.from_numpy(bias_S).unsqueeze(0)).to(torch.device(device))
     function = window_attention_reference if form == "masked reference" else window_attention_torch
     if form == "triton window":
         from cogview.kernels.window_attention_triton import window_attention_triton as function  # type: ignore[assignment]
-    return partial(function, window=WINDOW, pivots_BN=pivots, pivot_bias_BN=bias)
+    return partial(function, window=WINDOW, pivots_BN=pivots.positions_BN, pivot_bias_BN=pivots.bias_BN)
 
 
 def seconds(form: str, length: int, device: str) -> float:

@@ -308,6 +308,18 @@ def test_convert_folder_dequantizes(folder, tmp_path, precision):
     torch.testing.assert_close(logits[0], logits[1])
 
 
+def test_export_v1_refuses_window_attention(folder, tmp_path):
+    source = shutil.copytree(folder, tmp_path / "sparse")
+    path = source / "config.json"
+    pattern = '{"pattern": "window", "window": 9, "pivots": 4}'
+    path.write_text(path.read_text().replace('"transformer": {', f'"transformer": {{"attention": {pattern},', 1))
+    assert error_of(lambda: export_v1(source, tmp_path / "back"), tmp_path) == (
+        f"{source} has window attention, whose pivots CogView v1 samples anew in every layer: only a model with dense "
+        "attention can be exported"
+    )
+    assert not (tmp_path / "back").exists()
+
+
 def test_convert_folder_and_export_v1_refuse_quantized_weights(folder, tmp_path):
     convert_folder(folder, tmp_path / "int8", precision=INT8)
     for call, message in [

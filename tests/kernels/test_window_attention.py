@@ -13,7 +13,6 @@ from torch.nn import functional as F
 from cogview.kernels.dispatch import select_backend
 from cogview.kernels.window_attention import (
     BLOCK,
-    sampled_pivots,
     window_attention,
     window_attention_reference,
     window_attention_torch,
@@ -242,28 +241,6 @@ def test_window_attention_triton_passes_the_checks_of_custom_operators(device):
     torch.library.opcheck(torch.ops.cogview.window_attention.default, (q, k, v, *pattern))
 
 
-def test_sampled_pivots_are_the_text_and_a_sample_of_the_image():
-    generator = torch.Generator().manual_seed(0)
-    pivots, bias = sampled_pivots(torch.tensor([3, 1]), torch.tensor([4, 2]), 20, 5, generator)
-    assert pivots.shape == bias.shape == (2, 8)
-    assert pivots[0, :3].tolist() == [0, 1, 2]
-    assert pivots[1, 0] == 0
-    assert pivots[1, 6:].tolist() == [-1, -1]
-    for sampled, start in ((pivots[0, 3:], 4), (pivots[1, 1:6], 2)):
-        assert sampled.diff().min() > 0
-        assert start <= sampled.min()
-        assert sampled.max() < start + 20
-    log4 = torch.tensor(4.0).log().item()
-    torch.testing.assert_close(bias, torch.tensor([[0.0] * 3 + [log4] * 5, [0.0] + [log4] * 5 + [0.0] * 2]))
-    again = sampled_pivots(torch.tensor([3, 1]), torch.tensor([4, 2]), 20, 5, torch.Generator().manual_seed(0))[0]
-    assert torch.equal(again, pivots)
-    counts = torch.zeros(20)
-    for _ in range(400):
-        sampled = sampled_pivots(torch.tensor([0]), torch.tensor([0]), 20, 5, generator)[0]
-        counts[sampled[0]] += 1
-    assert (counts - 100).abs().max() < 40  # each is sampled with probability 1/4; the standard deviation is 9
-
-
 @pytest.mark.parametrize("forced", [None, "reference", "torch", "triton"])
 def test_window_attention_follows_the_environment(forced, monkeypatch, device):
     monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
@@ -342,13 +319,3 @@ def test_window_attention_triton_raises_value_error_when_inputs_are_unsupported(
         pytest.skip("of tensors on a CPU")
     with pytest.raises(ValueError, match=message):
         window_attention_triton(tensor, tensor, tensor, **GOOD)
-
-
-def test_sampled_pivots_raises_value_error_when_arguments_do_not_fit():
-    generator = torch.Generator()
-    with pytest.raises(ValueError, match="count must be from 1 to image_length = 4, got 5"):
-        sampled_pivots(torch.tensor([1]), torch.tensor([1]), 4, 5, generator)
-    with pytest.raises(
-        ValueError, match=r"image_starts_B must be at least text_lengths_B, row by row, got \[1\] and \[2\]"
-    ):
-        sampled_pivots(torch.tensor([2]), torch.tensor([1]), 4, 2, generator)

@@ -4,7 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from cogview.modeling.config import LAYER_PARTS, PRESETS, PROJECTIONS, ReconstructionQuality, TransformerConfig, preset
+from cogview.config_io import from_mapping, to_mapping
+from cogview.errors import InputError
+from cogview.modeling.config import (
+    LAYER_PARTS,
+    PRESETS,
+    PROJECTIONS,
+    AttentionConfig,
+    ReconstructionQuality,
+    TransformerConfig,
+    preset,
+)
 from cogview.modeling.transformer import Transformer
 
 TINY = {"num_layers": 2, "width": 32, "num_heads": 4, "vocabulary_size": 128}
@@ -94,3 +104,39 @@ def test_layer_parts_hold_every_parameter_of_a_layer():
 def test_reconstruction_quality_raises_value_error_when_quantiles_are_impossible(quantiles):
     with pytest.raises(ValueError, match="must be finite and in ascending order, got"):
         ReconstructionQuality(**dict(zip(("p01", "p05", "median"), quantiles, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pattern": "window"}, r"attention: the window must be in \[1, \d+\], got 0"),
+        ({"pattern": "window", "window": 10**9}, r"attention: the window must be in \[1, \d+\], got 10{9}"),
+        ({"pattern": "window", "window": 8, "pivots": -1}, r"attention: the pivots must be in \[0, \d+\], got -1"),
+        ({"window": 8}, "attention: window 8 and pivots 0 need the pattern window, got the pattern dense"),
+        ({"pattern": "dense", "pivots": 4}, "attention: window 0 and pivots 4 need the pattern window"),
+    ],
+)
+def test_attention_config_raises_value_error_when_a_setting_is_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionConfig(**settings)
+
+
+def test_transformer_config_of_dense_attention_is_written_as_before():
+    dense = TransformerConfig(**TINY)
+    plain = to_mapping(dense)
+    assert "attention" not in plain
+    assert from_mapping(TransformerConfig, plain, where="config") == dense
+    named = {**plain, "attention": {"pattern": "dense"}}
+    assert from_mapping(TransformerConfig, named, where="config") == dense
+
+
+def test_transformer_config_of_window_attention_is_read_as_it_was_written():
+    sparse = TransformerConfig(**TINY, attention=AttentionConfig(pattern="window", window=12, pivots=5))
+    plain = to_mapping(sparse)
+    assert plain["attention"] == {"pattern": "window", "window": 12, "pivots": 5}
+    assert from_mapping(TransformerConfig, plain, where="config") == sparse
+
+
+def test_transformer_config_names_a_pattern_that_is_unknown():
+    with pytest.raises(InputError, match='config, attention, pattern: expected one of dense, window, got "sparse"'):
+        from_mapping(TransformerConfig, {**TINY, "attention": {"pattern": "sparse"}}, where="config")

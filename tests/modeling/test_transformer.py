@@ -328,7 +328,7 @@ def test_hidden_confines_an_outlier_to_later_tokens_when_float16(monkeypatch, na
         from cogview.kernels.attention_triton import attention_triton
 
         monkeypatch.setattr(
-            "cogview.modeling.transformer.attention", partial(attention_triton, accumulate_dtype="float16")
+            "cogview.modeling.kv_cache.attention", partial(attention_triton, accumulate_dtype="float16")
         )
     transformer = random_transformer(replace(TINY, num_layers=4, width=64)).half()
     ids = random_ids(2, 12)

@@ -17,7 +17,7 @@ from cogview.device import choose_placement
 from cogview.evaluation.manifest import read_result
 from cogview.generation.decode import decode
 from cogview.generation.requests import DecodingRequest
-from cogview.modeling.config import GREEDY, Sampling
+from cogview.modeling.config import GREEDY, AttentionConfig, Sampling
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import layouts
 
@@ -25,7 +25,7 @@ BENCHMARKS = Path(__file__).parents[2] / "scripts" / "benchmarks"
 SHAPE = ("--layers", "2", "--width", "64", "--grid", "8")
 SHORT = ("--device", "cpu", "--repeats", "1")
 PROMPT = "蓝色背景上的两只狐狸在汽车的左边"
-SCRIPTS = ("compare_v1", "compare_peers", "compare_best_of", "compare_upscale")
+SCRIPTS = ("compare_v1", "compare_peers", "compare_best_of", "compare_upscale", "long_sequences")
 
 
 @pytest.fixture
@@ -311,3 +311,33 @@ def test_speculative_compares_codes_and_forward_passes(load_benchmark, tmp_path,
         assert found[f"{name}.different"].value == 0
         assert found[f"{name}.forwards"].value < found[f"{name}.sequential_forwards"].value == 64
         assert found[f"{name}.time_ratio"].value > 0
+
+
+def test_long_sequences_times_window_against_dense_attention(run_benchmark):
+    shape = ("--layers", "1", "--width", "32", "--heads", "2", "--window", "64", "--pivots", "16")
+    rows, found = run_benchmark("long_sequences", "--only", "time", *shape, "--batches", "1", "--dtypes", "float32")
+    assert rows[1][:2] == ["1", "float32"]
+    (times,) = found["time"]
+    assert len(times["seconds"]["dense"]) == len(times["seconds"]["window"]) == 9  # eight codes, and the last
+    assert rows[1][2:] == [f"{times['mean']:.2f}", f"{times['last']:.2f}"]
+
+
+def test_long_sequences_toy_repeats_its_textures_far_below(load_benchmark):
+    toy = load_benchmark("long_sequences_toy")
+    codes = toy.picture(3).reshape(8, 4 * 32)
+    textures = [set(band.tolist()) for band in codes]
+    assert textures[:4] == textures[4:]
+    assert all(len(texture) == 4 for texture in textures)
+    assert not np.array_equal(codes[:4], codes[4:])
+
+
+def test_long_sequences_toy_trains_with_a_window(load_benchmark):
+    toy = load_benchmark("long_sequences_toy")
+    settings = toy.ToyTraining(steps=2, batch_size=1, layers=1, width=32, held_out=1)
+    losses = []
+    for _ in range(2):
+        trainer = toy.ToyTrainer(settings, AttentionConfig(pattern="window", window=96, pivots=32))
+        trainer.train()
+        losses.append(trainer.losses())
+    assert losses[0] == losses[1]
+    assert losses[0]["all"] == pytest.approx(np.log(64), abs=0.5)

@@ -13,6 +13,7 @@ from cogview.checkpoints.checkpoint import Model
 from cogview.data.store import StoreHeader, TokenStore
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.files import write_json
+from cogview.modeling.config import AttentionConfig
 from cogview.tokenizers.text import TextTokenizer
 from cogview.training.distributed import DistributedContext
 from cogview.training.engines import open_engine
@@ -40,10 +41,10 @@ def text_tokenizer() -> TextTokenizer:
     return tiny_text_tokenizer(CAPTIONS, 400, coverage=1.0)
 
 
-def new_model(seed: int = 0, dropout: float = 0.0) -> Model:
+def new_model(seed: int = 0, dropout: float = 0.0, attention: AttentionConfig | None = None) -> Model:
     """Return a tiny model; models of every seed share the image tokenizer."""
     vqvae = VQVAEConfig(channels=(4, 4, 8), encoder_blocks=(0, 0, 0), num_codes=CODES, code_width=4)
-    shape = {"max_positions": 100, "dropout": dropout}
+    shape = {"max_positions": 100, "dropout": dropout, "attention": attention or AttentionConfig()}
     return tiny_model(text_tokenizer(), vqvae=vqvae, shape=shape, seed=seed, vqvae_seed=1, max_text=30)
 
 
@@ -108,6 +109,7 @@ def row_plan(
         num_targets=np.full(count, GRID**2),
         target_priority=np.ones((count, GRID**2)),
         window=np.arange(count) % 9,
+        pivot_keys=np.arange(count),
     )
 
 

@@ -3,14 +3,15 @@
     RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python program.py FOLDER JOBS
 
 Each job is a run on a small store: ``name``, ``engine`` (settings), ``dtype``, ``steps`` and ``until`` (where to stop),
-``resume``, ``dropout``, and ``die`` ([rank, step]: that process kills itself there). Beside the run, ``NAME.RANK``
-gets a line of JSON for each step: its number, the loss, the samples and the update.
+``resume``, ``dropout``, ``attention`` (settings), and ``die`` ([rank, step]: that process kills itself there). Beside
+the run, ``NAME.RANK`` gets a line of JSON for each step: its number, the loss, the samples and the update.
 """
 
 import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from cogview.checkpoints.checkpoint import Model, load_model
 from cogview.cli.main import run_safely
 from cogview.data.store import TokenStore
-from cogview.modeling.config import TransformerConfig
+from cogview.modeling.config import AttentionConfig
 from cogview.modeling.transformer import Transformer
 from cogview.training.data_loader import TrainingDataLoader, TrainingStores
 from cogview.training.distributed import DistributedContext, destroy_distributed, exit_process, init_distributed
@@ -46,7 +47,7 @@ def run_job(folder: Path, job: dict[str, Any], context: DistributedContext) -> i
         tasks={"generate": 2.0, "caption": 1.0},
         nonfinite=job.get("nonfinite", "stop"),
     )
-    model = new_model(folder / "model", job.get("dropout", 0.0))
+    model = new_model(folder / "model", job.get("dropout", 0.0), AttentionConfig(**job.get("attention", {})))
     run = RunFolder(folder / job["name"], context.is_main_process)
 
     class Recorded(TransformerTrainer):
@@ -86,22 +87,12 @@ def draw_sheet(model: Model, path: Path) -> None:
     path.with_suffix(".json").write_text(json.dumps(logits[0, -1, :20].tolist()))
 
 
-def new_model(folder: Path, dropout: float) -> Model:
+def new_model(folder: Path, dropout: float, attention: AttentionConfig) -> Model:
     """Return the model in ``folder`` with random weights that are the same in every process."""
     model = load_model(folder, torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
-    shape = model.config.transformer
-    model.transformer = Transformer(
-        TransformerConfig(
-            num_layers=shape.num_layers,
-            width=shape.width,
-            num_heads=shape.num_heads,
-            vocabulary_size=shape.vocabulary_size,
-            max_positions=shape.max_positions,
-            dropout=dropout,
-        )
-    )
-    return model
+    shape = replace(model.config.transformer, dropout=dropout, attention=attention)
+    return replace(model, config=replace(model.config, transformer=shape), transformer=Transformer(shape))
 
 
 def main() -> int:

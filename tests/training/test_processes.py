@@ -115,13 +115,15 @@ def trained(folder) -> Path:
     pytest.importorskip("deepspeed")
     chain = {"name": "chain", "dtype": "bfloat16", "steps": 15}
     killed = {"name": "killed", "steps": 14, "save_every": 4}
+    window = {"name": "window", "steps": 6, "attention": {"pattern": "window", "window": 9, "pivots": 8}}
     two: list[dict[str, Any]] = [{"name": name, "engine": engine, "steps": STEPS} for name, engine in ENGINES.items()]
     for name, engine in ENGINES.items():
         half = {"name": f"{name}-half", "engine": engine, "dropout": 0.1, "steps": 6, "save_every": 3}
         two += [{**half, "name": f"{name}-whole"}, {**half, "until": 3}, {**half, "resume": True}]
-    two += [{**chain, "engine": ZERO["zero2"], "until": 5}, {**killed, "die": [1, 6]}]
+    two += [window, {**chain, "engine": ZERO["zero2"], "until": 5}, {**killed, "die": [1, 6]}]
     one = [
         {"name": "one", "steps": STEPS},
+        {**window, "name": "one-window"},
         {"name": "one-bfloat16", "dtype": "bfloat16", "steps": 15},
         {**chain, "engine": ZERO["zero1"], "until": 10, "resume": True},
         {**killed, "resume": True, "until": 8},
@@ -150,6 +152,13 @@ def test_engine_of_two_processes_has_the_losses_of_one(trained, name):
     np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
     norms = [[step["gradient_norm"] for step in steps_of(trained, run)] for run in (name, "one")]
     np.testing.assert_allclose(*norms, rtol=1e-4)
+
+
+def test_window_attention_in_two_processes_has_the_losses_of_one(trained):
+    """A row has the same pivots in any process."""
+    expected, found, dense = (losses(trained, name) for name in ("one-window", "window", "one"))
+    np.testing.assert_allclose(found, expected, atol=1e-6, rtol=0)
+    assert difference(found, dense[:6]) > 1e-4
 
 
 def test_engine_compiles_no_extension(trained):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cogview.config_io import from_mapping, to_mapping
-from cogview.modeling.config import preset
+from cogview.modeling.config import AttentionConfig, preset
 from cogview.modeling.lora import LoraSettings
 from cogview.training.settings import EngineSettings, RunSettings, TransformerSettings
 from tests.training.factories import new_model, open_trainer, store_rows, train_step, training_settings
@@ -88,6 +88,15 @@ def test_transformer_settings_read_former_keys():
     assert (training.micro_batch_size, training.caption_dropout, training.num_workers) == (3, 0.2, 1)
     assert (training.full_mask_rate, training.full_mask_targets, training.partial_mask_rate) == (0.5, 9, 0.25)
     assert from_mapping(TransformerSettings, to_mapping(settings), where="a run") == settings
+
+
+def test_transformer_settings_read_the_pattern_of_attention():
+    section = {"preset": "5m", "training": {"steps": 10, "warmup_steps": 2}}
+    assert from_mapping(TransformerSettings, section, where="recipe").transformer_config(896).attention.is_dense
+    section["attention"] = {"pattern": "window", "window": 64, "pivots": 32}
+    found = from_mapping(TransformerSettings, section, where="recipe")
+    assert found.transformer_config(896).attention == AttentionConfig(pattern="window", window=64, pivots=32)
+    assert from_mapping(TransformerSettings, to_mapping(found), where="recipe") == found
 
 
 def test_transformer_config_changes_a_preset():

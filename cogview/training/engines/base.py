@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cogview.kernels.fused_linear_cross_entropy import LossTargets, fused_linear_cross_entropy
+from cogview.kernels.window_mask import Pivots, WindowMask
 from cogview.modeling.transformer import Transformer
 from cogview.training.distributed import DistributedContext
 from cogview.training.settings import TransformerTraining
@@ -36,12 +37,14 @@ class DeviceMicroBatch:
         targets: Targets of each of K kinds.
         lengths: Positions of each row without its padding, in ascending order, for ``Transformer.hidden``; None where
             rows should not be packed.
+        pivots: Pivots of window attention; None for dense attention.
     """
 
     ids: Tensor
     positions: Tensor
     targets: Sequence[LossTargets]
     lengths: Sequence[int] | None = None
+    pivots: Pivots | None = None
 
     def without_targets(self) -> DeviceMicroBatch:
         """Return a copy without targets, for a process that runs out of micro-batches before the others."""
@@ -111,7 +114,10 @@ class CrossEntropyLoss:
 
     def __call__(self, transformer: Transformer, batch: DeviceMicroBatch) -> tuple[Tensor, Sequence[Tensor]]:
         """Compute the loss; see ``TrainingLoss``."""
-        hidden_BTD = transformer.hidden(batch.ids, batch.positions, lengths=batch.lengths)
+        attention, mask = transformer.config.attention, None
+        if batch.pivots is not None:
+            mask = WindowMask.of_sequences(attention.window, batch.pivots, batch.ids.shape[1])
+        hidden_BTD = transformer.hidden(batch.ids, batch.positions, lengths=batch.lengths, window=mask)
         return fused_linear_cross_entropy(hidden_BTD.flatten(0, 1), transformer.embedding.weight, batch.targets)
 
 
