@@ -273,7 +273,13 @@ def _open(path: Path) -> ctypes.CDLL:
 
 def num_threads() -> int:
     """Return the number of threads of a call: those of PyTorch, but no more than there are processors."""
-    return min(torch.get_num_threads(), os.cpu_count() or 1)
+    return min(torch.get_num_threads(), _num_processors())
+
+
+@functools.cache
+def _num_processors() -> int:
+    """Return the number of processors; asking the system takes as long as a small product."""
+    return os.cpu_count() or 1
 
 
 def describe_linear(weight: Tensor, scales: Tensor | None, bias_N: Tensor | None) -> NativeLinear:

@@ -139,7 +139,9 @@ class NativeLayers:
             ValueError: The positions do not fit into the cache.
         """
         batch, queries, width = x_BTD.shape
-        described = self._describe_layers()  # kept during the call: another thread may describe them again
+        # Kept during the call: another thread may describe them again.
+        continues = cache is not None and cache.length > 0  # a later step of a generation
+        described = self._described if continues and self._described else self._describe_layers()
         result_BTD = x_BTD.to(torch.float32, copy=True).contiguous()
         kept: list[Tensor] = [result_BTD]
         call = _Call(
@@ -209,22 +211,24 @@ class NativeLayers:
         call.prefix = _store_of(prefix.keys_values, prefix.scales)
 
     def _describe_layers(self) -> _DescribedLayers:
-        """Return the description of the layers, made again if a weight was changed or replaced."""
+        """Return the description of the layers, made again if a weight was changed or replaced.
+
+        It is checked at the start of a generation alone: with small models that takes a noticeable part of a step.
+        """
         if not self._tensors:
             self._tensors = [each for module in self._modules for each in (module._parameters, module._buffers) if each]
-        versions = [
-            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for named in self._tensors
-            for tensor in named.values()
-            if tensor is not None
-        ]
+        tensors = [tensor for named in self._tensors for tensor in named.values() if tensor is not None]
+        versions = [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
         described = self._described
         if described is None or versions != described.versions:
             copies: list[Tensor] = []
             parts = [_describe_module(module, copies) for module in self._modules]
             size = len(LAYER_PARTS)
             layers = [_Layer(*parts[first : first + size]) for first in range(0, len(parts), size)]
-            described = _DescribedLayers(versions=versions, layers=(_Layer * len(layers))(*layers), copies=copies)
+            weights = [tensor.detach() for tensor in tensors]
+            described = _DescribedLayers(
+                versions=versions, weights=weights, layers=(_Layer * len(layers))(*layers), copies=copies
+            )
             self._described = described
         return described
 
@@ -235,11 +239,13 @@ class _DescribedLayers:
 
     Attributes:
         versions: Address and version of each tensor when it was described.
+        weights: The tensors, so that the addresses stay valid until the next description.
         layers: What the library reads.
         copies: Vectors in float32, and contiguous copies of weights that are not.
     """
 
     versions: list[tuple[int, int]]
+    weights: list[Tensor]
     layers: ctypes.Array[_Layer]
     copies: list[Tensor]
 

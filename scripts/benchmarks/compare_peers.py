@@ -57,6 +57,7 @@ from cogview.cli.options import require_positive
 from cogview.device import DevicePlacement, choose_placement
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
+from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
 from cogview.tokenizers.layouts import layouts
 
@@ -114,7 +115,8 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             print(f"{batch} rows, {dtype}", file=sys.stderr, flush=True)
             placement = choose_placement(args.device, dtype, num_parameters=config.num_parameters)
             if subject is None:
-                sides = {"ours": ours(config, placement, args.grid, batch, args.tokens)}
+                transformer = prepared_transformer(config, placement)
+                sides = {"ours": ours(transformer, placement, args.grid, batch, args.tokens)}
             else:
                 sides = {"ours": partial(ours_whole, subject, batch)}
             sides |= peers(config, placement, dtype, batch, given, args.tokens)
@@ -136,13 +138,18 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return 0
 
 
-def ours(config: TransformerConfig, placement: DevicePlacement, grid: int, batch: int, count: int) -> Side:
-    """Return the function that generates with our engine."""
+def prepared_transformer(config: TransformerConfig, placement: DevicePlacement) -> Transformer:
+    """Return random weights, ready to generate."""
+    transformer = random_transformer(config, placement)
+    transformer.prepare_cpu()
+    return transformer
+
+
+def ours(transformer: Transformer, placement: DevicePlacement, grid: int, batch: int, count: int) -> Side:
+    """Return the function that generates ``count`` codes with our engine."""
     pieces = np.random.default_rng(SEED).integers(0, VOCABULARY.num_text_pieces, NUM_PIECES)
     row = layouts(grid)["generate"].arrange(VOCABULARY, text=pieces)
     row = row.truncate(row.spans["image"].start + count)
-    transformer = random_transformer(config, placement)
-    transformer.prepare_cpu()
     return partial(ours_whole, Subject(transformer=transformer, ours=transformer, placement=placement, row=row), batch)
 
 

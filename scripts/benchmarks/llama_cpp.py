@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compare_peers import NUM_PIECES, PEER_IDS, ours
+from compare_peers import NUM_PIECES, PEER_IDS, Side, ours, prepared_transformer
 from compare_v1 import SEED, add_shape_arguments, check_arguments, describe, facts, make_parser, report, shape_of
 
 from cogview.cli.main import run_safely
@@ -80,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
     for name in args.formats:
         print(name, file=sys.stderr, flush=True)
         placement = choose_placement("cpu", name, num_parameters=config.num_parameters)
-        whole = ours(config, placement, args.grid, 1, args.tokens + 1)
-        first = ours(config, placement, args.grid, 1, 1)
+        transformer = prepared_transformer(config, placement)
+        first, whole = (ours(transformer, placement, args.grid, 1, count) for count in (1, args.tokens + 1))
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "model.gguf"
             write_gguf(file, config, FORMATS[name])
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def seconds(work: partial[object]) -> float:
+def seconds(work: Side) -> float:
     """Return the wall seconds of ``work``."""
     start = time.perf_counter()
     work()
