@@ -20,6 +20,7 @@ enum { MOST_ROWS = 6, TILE_OUTPUTS = 4, FEW_ROWS = 2, FEW_ROWS_OUTPUTS = 8 };
 #else /* 16 registers */
 enum { MOST_ROWS = 3, TILE_OUTPUTS = 4, FEW_ROWS = 1, FEW_ROWS_OUTPUTS = 8 };
 #endif
+enum { PREFETCHED_ROWS = 2 }; /* more rows compute for longer than they read */
 enum { BLOCK_BYTES = 24 << 10 }; /* of weights, which all rows use while they are in the first cache */
 
 /* Outputs of a tile, from sums that the compiler keeps in registers. */
@@ -42,16 +43,23 @@ ALWAYS void finish(const int rows, const int outputs, Vector sums[8][8], const L
     }
 }
 
+/* Ask for the weights of the next tile, `lines` cache lines from `p` on, while this one is computed. A tile reads several
+ * rows side by side, which the processor's prefetcher follows badly where a page holds more than one of them. */
+ALWAYS void prefetch(const int lines, const char *p) {
+    UNROLL for (int line = 0; line < lines; line++) __builtin_prefetch(p + 64 * line, 0, 2);
+}
+
 /* `outputs` outputs from `output` on of `rows` rows. */
 ALWAYS void tile(const int format, const int rows, const int outputs, const Linear *linear, const float *x, long output,
                  float *y) {
     const long inputs = linear->inputs, whole = inputs / LANES * LANES;
-    const char *weight = (const char *)linear->weight +
-                         output * inputs * (format == FLOAT32 ? 4 : format == INT8 ? 1 : 2);
+    const int bytes = format == FLOAT32 ? 4 : format == INT8 ? 1 : 2;
+    const char *weight = (const char *)linear->weight + output * inputs * bytes, *next = weight + outputs * inputs * bytes;
     Vector sums[8][8];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int n = 0; n < outputs; n++) sums[m][n] = (Vector){0};
     for (long k = 0; k < whole; k += LANES) {
         Vector weights[8];
+        if (rows <= PREFETCHED_ROWS) prefetch(outputs * LANES * bytes / 64, next + k * outputs * bytes);
         UNROLL for (int n = 0; n < outputs; n++) weights[n] = load_as(format, weight, n * inputs + k);
         UNROLL for (int m = 0; m < rows; m++) {
             const Vector value = load(x + m * inputs + k);
@@ -97,18 +105,32 @@ ALWAYS Vector int4_weights(IntVector values, Int4Group group) {
 
 /* The same for int4; of every 2 LANES inputs, x holds those with even indices first. */
 ALWAYS void tile_int4(const int rows, const int outputs, const Linear *linear, const float *x, long output, float *y) {
-    const long inputs = linear->inputs, group = linear->group;
-    const uint8_t *weight = (const uint8_t *)linear->weight + output * inputs / 2;
+    const long inputs = linear->inputs, group = linear->group, row_bytes = inputs >> 1;
+    const uint8_t *weight = (const uint8_t *)linear->weight + output * row_bytes;
+    const char *next = (const char *)weight + outputs * row_bytes;
     Vector sums[8][8];
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int n = 0; n < outputs; n++) sums[m][n] = (Vector){0};
     for (long start = 0; start < inputs; start += group) {
         const uint16_t *scales = linear->scales + (start / group * linear->outputs + output) * 2;
         Int4Group groups[8];
+        if (rows <= PREFETCHED_ROWS) prefetch(1, (const char *)(scales + 2 * outputs));
         UNROLL for (int n = 0; n < outputs; n++) groups[n] = int4_group(scales[2 * n], scales[2 * n + 1]);
         for (long k = start; k < start + group; k += 2 * LANES) {
+            if (rows <= PREFETCHED_ROWS) {
+                prefetch(outputs * LANES / 64, next + (k >> 1) * outputs);
+                UNROLL for (int n = 0; n < outputs; n++) {
+                    const IntVector pairs = load_bytes(weight + n * row_bytes + (k >> 1));
+                    const Vector even = int4_weights(pairs, groups[n]), odd = int4_weights(pairs >> 4, groups[n]);
+                    UNROLL for (int m = 0; m < rows; m++) {
+                        sums[m][n] += load(x + m * inputs + k) * even;
+                        sums[m][n] += load(x + m * inputs + k + LANES) * odd;
+                    }
+                }
+                continue;
+            }
             Vector even[8], odd[8];
             UNROLL for (int n = 0; n < outputs; n++) {
-                const IntVector pairs = load_bytes(weight + (n * inputs + k) / 2);
+                const IntVector pairs = load_bytes(weight + n * row_bytes + (k >> 1));
                 even[n] = int4_weights(pairs, groups[n]);
                 odd[n] = int4_weights(pairs >> 4, groups[n]);
             }
