@@ -117,8 +117,8 @@ def test_choose_placement_computes_quantized_weights_in_bfloat16_on_a_cpu(quanti
         == (stored.quantization, stored.dtype)
         == (quantization, torch.bfloat16)
     )
-    assert str(requested) == f"cpu, {quantization} with bfloat16 (as requested)"
-    assert str(stored) == f"cpu, {quantization} with bfloat16 (as stored)"
+    assert str(requested) == f"cpu, bfloat16 with weights in {quantization} (as requested)"
+    assert str(stored) == f"cpu, bfloat16 with weights in {quantization} (as stored)"
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16)])

@@ -243,7 +243,7 @@ def codes_of(images):
 
 def test_quantized_model_runs_every_task(tiny_checkpoint, quantization):
     model = CogView.from_pretrained(tiny_checkpoint, device="cpu", dtype=quantization)
-    assert str(model.placement) == f"cpu, {quantization} with bfloat16 (as requested)"
+    assert str(model.placement) == f"cpu, bfloat16 with weights in {quantization} (as requested)"
     images = model.generate(PROMPTS[:2], seed=7)
     assert all(np.asarray(image).std() > 0 for image in images)
     np.testing.assert_array_equal(codes_of(model.generate(PROMPTS[:2], seed=7)), codes_of(images))
@@ -256,7 +256,7 @@ def test_quantized_model_runs_every_task(tiny_checkpoint, quantization):
 def test_generate_gives_the_same_codes_when_stored_quantized(tiny_checkpoint, quantization, tmp_path):
     path = store(tiny_checkpoint, tmp_path / "stored", Precision(None, quantization))
     model = CogView.from_pretrained(path, device="cpu")
-    assert str(model.placement) == f"cpu, {quantization} with bfloat16 (as stored)"
+    assert str(model.placement) == f"cpu, bfloat16 with weights in {quantization} (as stored)"
     quantized = CogView.from_pretrained(tiny_checkpoint, device="cpu", dtype=quantization)
     np.testing.assert_array_equal(
         codes_of(model.generate(PROMPTS, seed=7)), codes_of(quantized.generate(PROMPTS, seed=7))
