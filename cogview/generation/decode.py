@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from cogview.generation.decoding_state import DecodingState, text_attention_bias
 from cogview.generation.requests import DecodingCallback, DecodingRequest, DecodingResult, notify, restore_tail
-from cogview.generation.speculative import decode_speculatively, may_share_drafts, uses_cuda_graphs, window_limits
+from cogview.generation.speculative import decode_speculatively, uses_cuda_graphs, window_limits
 from cogview.generation.token_sampler import TokenSampler
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import pad_left
@@ -63,6 +63,7 @@ def decode(
     device = transformer.embedding.weight.device
     only_images = bool(batch.blanks.any()) and bool((batch.kinds[batch.blanks] == TokenKind.IMAGE).all())
     limits = window_limits(device, transformer.cpu_layers, speculative)
+    in_windows = only_images and (limits.width(len(sequences)) > 1 or uses_cuda_graphs(device))
     bias_BT = text_attention_bias(batch, [request.sampling.text_attention for request in requests])
     state = DecodingState(transformer, batch, bias_BT, int8=int8_cache)
     sampler = TokenSampler(transformer, vocabulary, requests, batch, guided)
@@ -76,13 +77,10 @@ def decode(
             for request, ids, start in zip(requests, ids_JT, batch.starts, strict=False)
         ]
 
-    max_window, shared_window = limits.widths(len(sequences))
-    in_windows = max_window > 1 or (shared_window > 1 and may_share_drafts(state, sampler))
-    num_done, finished = 0, False
-    if only_images and (in_windows or uses_cuda_graphs(device)):
-        num_done, finished = 1, decode_speculatively(state, sampler, limits, callback, partial_sequences)
-    if not finished:
-        _decode_sequentially(state, sampler, callback, partial_sequences, num_done)
+    if in_windows:
+        decode_speculatively(state, sampler, limits, callback, partial_sequences)
+    else:
+        _decode_sequentially(state, sampler, callback, partial_sequences)
     decoded = partial_sequences(np.full(len(requests), batch.ids.shape[1]))
     return [
         DecodingResult(ids=ids, log_probability=log_probability)
@@ -95,14 +93,13 @@ def _decode_sequentially(
     sampler: TokenSampler,
     callback: DecodingCallback | None,
     partial_sequences: Callable[[NDArray[np.int64]], list[NDArray[np.int64]]],
-    num_done: int,
 ) -> None:
-    """Decode one column at a time, without the first ``num_done`` columns that have blanks."""
+    """Decode one column at a time."""
     requests = sampler.requests
     open_JT = sampler.batch.blanks[: len(requests)].copy()  # still to be sampled
     columns = np.flatnonzero(open_JT.any(axis=0))
     has_texts = any(request.sequence.stop is not None for request in requests)
-    for done, column in enumerate(columns[num_done:].tolist(), start=num_done + 1):
+    for done, column in enumerate(columns.tolist(), start=1):
         if has_texts and not open_JT[:, column:].any():  # every text has ended
             break
         hidden_BD = state.forward_to(column)

@@ -1,11 +1,10 @@
 """State of a batch while it is decoded: ids, positions, attention bias and KV cache, with shared prefixes."""
 
-# B rows of a batch, G of them, P distinct prefixes, T columns, C columns of a prefix, S columns so far, D width of the
-# model
+# B rows of a batch, P distinct prefixes, T columns, C columns of a prefix, S columns so far, D width of the model
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,7 +35,6 @@ class DecodingState:
         ids_BT: Ids, int64; sampled ids are written here.
         positions_BT: Indices of the learned positions, int64.
         cache: Keys and values of the columns processed so far.
-        prefix_of_row: Number of the prefix of each row; rows with equal prefixes have the same one.
     """
 
     def __init__(
@@ -71,7 +69,6 @@ class DecodingState:
         self._pivots = fixed_pivots(transformer.config.attention, batch, device)
         prefix_keys = [0] * num_rows if bias_BT is None else [row.tobytes() for row in bias_BT]
         self._first_blank, prefixes = group_by_prefix(batch, prefix_keys)
-        self.prefix_of_row = prefixes
         num_prefixes = 1 + max(prefixes)
         # One row of each prefix, and the prefix of each row; None if all prefixes differ.
         self._prefix_rows_P: Tensor | None = None
@@ -93,11 +90,6 @@ class DecodingState:
             prefixes=self._prefixes_B if shared else None,
             prefix_length=self._first_blank if shared else 0,
         )
-
-    @property
-    def has_equal_prefixes(self) -> bool:
-        """Whether rows have a prefix in common."""
-        return self._prefixes_B is not None
 
     def forward_to(self, column: int) -> Tensor:
         """Process all columns before ``column`` that are not in the cache yet.
@@ -151,36 +143,6 @@ class DecodingState:
         )
         self.cache.write_positions_BT = None
         return hidden_BTD
-
-    def forward_drafts(self, rows_G: Tensor, ids_GT: Tensor, width: int) -> Iterator[tuple[slice, Tensor]]:
-        """Process the columns after the prefix of some rows with other ids; the cache forgets them afterwards.
-
-        Args:
-            rows_G: Indices of the rows, int64.
-            ids_GT: Their ids, int64.
-            width: Maximum number of columns per forward pass.
-
-        Yields:
-            Columns of a forward pass, the last column of the batch excluded, and their hidden states (G, T, D).
-        """
-        num_rows, start = len(self.ids_BT), self.cache.length
-        others = torch.ones(num_rows, dtype=torch.bool, device=rows_G.device)
-        others[rows_G] = False
-        order_B = torch.cat([rows_G, others.nonzero().squeeze(1)])
-        self.cache.reorder(order_B, len(rows_G))
-        for first in range(start, ids_GT.shape[1] - 1, width):
-            columns = slice(first, min(first + width, ids_GT.shape[1] - 1))
-            yield (
-                columns,
-                self.transformer.hidden(
-                    ids_GT[:, columns],
-                    self.positions_BT[rows_G, columns],
-                    cache=self.cache,
-                    **self._mask(rows_G, columns),
-                ),
-            )
-        self.cache.length = start
-        self.cache.reorder(order_B.argsort(), num_rows)
 
     def select(self, rows_B: Tensor) -> None:
         """Replace row i by a copy of row ``rows_B[i]`` (int64), which must have the same prefix."""

@@ -4,8 +4,7 @@ Noise is keyed, so the next code is a function of the codes before it, and draft
 a window of columns that holds drafts for unknown codes. If a draft equals the prediction of its column, the prediction
 of the next column is right too. All codes up to the first wrong draft are accepted, and the prediction that replaces
 it; the later predictions are the next drafts (Jacobi decoding, arXiv:2305.10427; keeping the noise of a position fixed
-is the Gumbel coupling of arXiv:2510.24211). The first draft of a column is the last predicted code. For images of one
-prompt it is sampled from logits that one row computes for all of them (``SpeculativeDecoder.share_drafts``).
+is the Gumbel coupling of arXiv:2510.24211). The first draft of a column is the last predicted code.
 
 Rows advance at different speeds. A step reads and writes buffers with fixed addresses and does not synchronize with the
 device, so that CUDA can capture it as a graph and replay it.
@@ -31,7 +30,6 @@ from cogview.generation.token_sampler import TokenSampler
 from cogview.modeling.native_layers import NativeLayers
 from cogview.modeling.packed_layers import PackedLayers
 from cogview.process_variables import choice_variable
-from cogview.tokenizers.vocabulary import TokenKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,46 +40,30 @@ class WindowLimits:
         columns: Columns of all rows together that a forward pass may read.
         min_width: Columns of a row; a smaller window is not worthwhile.
         max_width: Maximum number of columns of a row.
-        shared_rows: Maximum number of rows that share drafts, where that permits more rows than ``columns`` does.
-        shared_width: Columns of each of these rows.
-        fixed_columns: Columns that take as long as the fixed part of a forward pass, such as reading the weights; None
-            if that part outweighs every window.
     """
 
     columns: int
     min_width: int = 8
     max_width: int = sys.maxsize
-    shared_rows: int = 0
-    shared_width: int = 1
-    fixed_columns: int | None = None
 
-    def widths(self, num_rows: int) -> tuple[int, int]:
-        """Return the maximal width of a window for ``num_rows`` rows, without and with shared drafts; 1 for none."""
-        alone = min(self.columns // num_rows, self.max_width)
-        alone = alone if alone >= self.min_width else 1
-        return alone, max(alone, self.shared_width) if num_rows <= self.shared_rows else alone
-
-    def min_accepted(self, num_rows: int, width: int) -> float:
-        """Return the number of codes per row and forward pass below which sequential decoding is faster."""
-        if self.fixed_columns is None:
-            return MIN_SPEEDUP
-        return max(MIN_SPEEDUP, (self.fixed_columns + num_rows * width) / (self.fixed_columns + num_rows))
+    def width(self, num_rows: int) -> int:
+        """Return the maximal width of a window for ``num_rows`` rows; 1 for no speculation."""
+        width = min(self.columns // num_rows, self.max_width)
+        return width if width >= self.min_width else 1
 
 
 # Measured on a CPU with scripts/benchmarks/speculative.py, assumed for GPUs.
 LIMITS = {
-    "native": WindowLimits(columns=14, min_width=5, max_width=12, shared_rows=16, shared_width=7, fixed_columns=12),
+    "native": WindowLimits(columns=14, min_width=5, max_width=12),
     "packed": WindowLimits(columns=64),
     "cuda": WindowLimits(columns=128),
 }
 INITIAL_WINDOW = 32
 # A window is doubled if more than this fraction of it is accepted on average, and halved below the other.
 GROW_ABOVE, SHRINK_BELOW = 1 / 5, 1 / 8
-# Speculation ends if the first TRIAL_STEPS forward passes accept fewer codes per pass and row than
-# ``WindowLimits.min_accepted``, which is at least this.
+# Speculation ends if the first TRIAL_STEPS forward passes accept fewer codes than this per pass and row.
 TRIAL_STEPS = 8
 MIN_SPEEDUP = 2.0
-MIN_SHARED_DRAFTS = 4  # requests for each row of shared drafts, on average; one row serves any number from 2 on
 BUCKET = 128  # columns; a captured graph attends to a multiple of these, so that few graphs serve all lengths
 WARM_UP = 2  # runs before a capture, in which libraries allocate what they need at first use
 log = logging.getLogger(__name__)
@@ -100,11 +82,10 @@ def window_limits(
         layers: Layers that are prepared for a CPU (``Transformer.prepare_cpu``), or None.
         width: Maximal width of a window, for any number of rows; 1 for no speculation. None chooses.
     """
-    limits = LIMITS.get("native" if isinstance(layers, NativeLayers) else "packed" if layers else device.type)
     if width is not None:
-        fixed_columns = None if limits is None else limits.fixed_columns
-        return WindowLimits(columns=sys.maxsize, min_width=1, max_width=width, fixed_columns=fixed_columns)
-    return limits or WindowLimits(columns=1)
+        return WindowLimits(columns=sys.maxsize, min_width=1, max_width=width)
+    form = "native" if isinstance(layers, NativeLayers) else "packed" if layers else device.type
+    return LIMITS.get(form, WindowLimits(columns=1))
 
 
 def uses_cuda_graphs(device: torch.device) -> bool:
@@ -122,29 +103,14 @@ def uses_cuda_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def may_share_drafts(state: DecodingState, sampler: TokenSampler) -> bool:
-    """Return whether requests may share drafts (``SpeculativeDecoder.share_drafts``).
-
-    Some must have the same prefix. With guidance, or with codes in the prefix, shared drafts saved no time.
-
-    Args:
-        state: State of the batch, before the prefill.
-        sampler: Sampler of the batch.
-    """
-    batch = sampler.batch
-    first = int(batch.blanks.any(axis=0).argmax())
-    has_codes = bool((batch.kinds[:, :first] == TokenKind.IMAGE).any())
-    return state.has_equal_prefixes and len(batch.ids) == len(sampler.requests) and not has_codes
-
-
 def decode_speculatively(
     state: DecodingState,
     sampler: TokenSampler,
     limits: WindowLimits,
     callback: DecodingCallback | None,
     partial_sequences: Callable[[NDArray[np.int64]], list[NDArray[np.int64]]],
-) -> bool:
-    """Decode all blanks of a batch, which must be image codes, or the first if speculation is not worthwhile.
+) -> None:
+    """Decode all blanks of a batch, which must be image codes.
 
     Args:
         state: State of the batch; the codes are written into it.
@@ -153,21 +119,16 @@ def decode_speculatively(
         callback: Function that is called after every step.
         partial_sequences: Function of the first undecoded column of each request that returns their ids so far.
 
-    Returns:
-        Whether all blanks are decoded. If not, those of the first column with blanks are.
-
     Raises:
         DecodingStopped: The callback returned False.
     """
     decoder = SpeculativeDecoder(state, sampler)
     graphs = CudaGraphCache(decoder) if uses_cuda_graphs(state.ids_BT.device) else None
-    first, end, num_rows = decoder.first, decoder.end, len(state.ids_BT)
+    first, end = decoder.first, decoder.end
     next_J = np.full(len(sampler.requests), first)
-    max_window, shared_window = limits.widths(num_rows)
-    decoder.prefill()
-    if shared_window > 1 and decoder.share_drafts(shared_window * num_rows):
-        max_window = shared_window
+    max_window = limits.width(len(state.ids_BT))
     num_steps, width, mean_accepted = 1, min(INITIAL_WINDOW, max_window), 0.0
+    decoder.prefill()
     while True:
         if width > 1 or num_steps == 1:
             accepted_J = decoder.accepted_J.cpu().numpy()  # the only synchronization with the device
@@ -177,16 +138,13 @@ def decode_speculatively(
         if callback is not None:
             notify(callback, int(next_J.min()) - first, end - first, partial(partial_sequences, next_J))
         if (next_J == end).all():
-            return True
-        if max_window == 1 and graphs is None:
-            return False
+            return
         if width > 1 and num_steps > 1:
             accepted = accepted_J[accepted_J > 0].mean()  # of the rows that are not finished
             mean_accepted = accepted if num_steps == 2 else (mean_accepted + accepted) / 2
             width = _next_width(width, mean_accepted, limits.min_width, max_window)
-            if num_steps == TRIAL_STEPS:
-                min_accepted = limits.min_accepted(num_rows, width)
-                width = 1 if (next_J - first).mean() < min_accepted * num_steps else width
+            if num_steps == TRIAL_STEPS and (next_J - first).mean() < MIN_SPEEDUP * num_steps:
+                width = 1
         width = min(width, end - first - 1)  # the column before the first blank may be in a shared prefix
         if graphs is not None:
             graphs.run(width, int(next_J.max()))
@@ -232,55 +190,6 @@ class SpeculativeDecoder:
     def prefill(self) -> None:
         """Process the columns before the first blank, and predict that one."""
         self._predict(self.state.forward_to(self.first).unsqueeze(1), self.predicted_until_J.unsqueeze(1).clone())
-
-    def share_drafts(self, max_columns: int) -> bool:
-        """Draft all codes of requests that have the same prefix and the same first code in one row for all of them.
-
-        The row repeats the first code. Its logits, with the noise of each request, predict most of the codes; those of
-        another first code do not.
-
-        Args:
-            max_columns: Columns of all rows together that a forward pass may read.
-
-        Returns:
-            Whether there are drafts; not if they would take too many rows.
-        """
-        num_requests = len(self.next_J)
-        if not may_share_drafts(self.state, self.sampler):
-            return False
-        alike = self._group_alike()
-        if len(alike) > max(1, num_requests // MIN_SHARED_DRAFTS):
-            return False
-        rows_G = torch.tensor([row for _, row in alike], device=self.next_J.device)
-        ids_GT, ids_JT = self._repeat_first_codes()[rows_G], self.state.ids_BT.clone()
-        for columns, hidden_GTD in self.state.forward_drafts(rows_G, ids_GT, max_columns // len(alike)):
-            predicted = slice(columns.start + 1, columns.stop + 1)
-            for ((number, _), members), hidden_TD in zip(alike.items(), hidden_GTD, strict=True):
-                group = self._groups[number]
-                _, logits_TV = group.guided_logits(hidden_TD, None)
-                for member in members:
-                    keys_T = self.sampler.keys_JT[member, predicted]
-                    ids_JT[member, predicted] = group.sample_guided(logits_TV, keys_T)
-        later = slice(self.first + 1, self.end)
-        self.state.ids_BT[:, later] = torch.where(self.open_JT, ids_JT, self.state.ids_BT)[:, later]
-        self.predicted_until_J.fill_(self.end - 1)
-        return True
-
-    def _repeat_first_codes(self) -> Tensor:
-        """Return the ids (J, T) of batches without guidance, with the first code of a row in place of its blanks."""
-        return torch.where(self.open_JT, self.state.ids_BT[:, self.first : self.first + 1], self.state.ids_BT)
-
-    def _group_alike(self) -> dict[tuple[int, int], list[int]]:
-        """Return requests that can share drafts, by the number of their sampling group and the first row among them."""
-        ids = self._repeat_first_codes()[:, self.first :].cpu().numpy()
-        positions = self.sampler.batch.positions[:, self.first :]
-        rows: dict[object, int] = {}
-        alike: dict[tuple[int, int], list[int]] = {}
-        for number, group in enumerate(self._groups):
-            for member in group.members.tolist():
-                key = (number, self.state.prefix_of_row[member], ids[member].tobytes(), positions[member].tobytes())
-                alike.setdefault((number, rows.setdefault(key, member)), []).append(member)
-        return alike
 
     def step(self, width: int, num_keys: int, start: int | None) -> None:
         """Process ``width`` columns of each row from its last known one, and accept what they verify.

@@ -27,7 +27,6 @@ class TokenSampler:
     Attributes:
         keys_JT: Noise keys, int64.
         log_probability_J: Log probability of the ids sampled so far, in nats; updated by ``SamplingGroup.sample``.
-        unconditional_J: Unconditional row of each request, -1 without guidance.
         request_of_row: Index (B,) of the request of each row.
     """
 
@@ -55,8 +54,8 @@ class TokenSampler:
         positions_JT = torch.from_numpy(_noise_positions(requests, batch)).to(device)
         self.keys_JT = noise_keys(seeds_J1, images_J1, positions_JT)
         self.log_probability_J = torch.zeros(num_requests, dtype=float64_of(device), device=device)
-        self.unconditional_J = np.full(num_requests, -1)
-        self.unconditional_J[guided] = np.arange(num_requests, num_requests + len(guided))
+        self._unconditional_J = np.full(num_requests, -1)
+        self._unconditional_J[guided] = np.arange(num_requests, num_requests + len(guided))
         self.request_of_row = np.concatenate([np.arange(num_requests), np.array(guided, dtype=np.int64)])
         self._groups: dict[bytes, list[SamplingGroup]] = {}
 
@@ -92,7 +91,7 @@ class TokenSampler:
         """Return the group of the requests ``members``."""
         candidates = candidate_ids(self.vocabulary, kind, stop)
         device = self.keys_JT.device
-        unconditional = self.unconditional_J[members] if sampling.guidance != 1 else None
+        unconditional = self._unconditional_J[members] if sampling.guidance != 1 else None
         return SamplingGroup(
             transformer=self.transformer,
             members=members,
@@ -164,34 +163,14 @@ class SamplingGroup:
         Returns:
             Ids (R,) int64, and their log probabilities (R,) float32 in nats, before guidance and filters.
         """
-        logits_RV, guided_RV = self.guided_logits(hidden_RD, unconditional_RD)
-        ids_R = self.sample_guided(guided_RV, keys_R)
-        return ids_R, log_probability_of(logits_RV, ids_R - self.candidates.start)
-
-    def sample_guided(self, guided_RV: Tensor, keys_R: Tensor) -> Tensor:
-        """Sample one id (R,) int64 per row of the second result of ``guided_logits``.
-
-        Args:
-            guided_RV: Logits of the candidates.
-            keys_R: Noise keys, int64.
-        """
-        return sample(guided_RV, keys_R, self.candidates, self.sampling) + self.candidates.start
-
-    def guided_logits(self, hidden_RD: Tensor, unconditional_RD: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return logits (R, V) of the candidates, before and after guidance.
-
-        Args:
-            hidden_RD: Hidden states.
-            unconditional_RD: Hidden states of the unconditional rows; None without guidance.
-        """
-        logits_RV = logits_of(self.transformer, hidden_RD, self.candidates, self.mask_V)
-        if unconditional_RD is None:
-            return logits_RV, logits_RV
-        unconditional_RV = logits_of(self.transformer, unconditional_RD, self.candidates, self.mask_V)
-        guided_RV = unconditional_RV + self.sampling.guidance * (logits_RV - unconditional_RV)
-        if self.mask_V is not None:  # -inf minus -inf is not a number
-            guided_RV = guided_RV.masked_fill(self.mask_V, -torch.inf)
-        return logits_RV, guided_RV
+        logits_RV = guided_RV = logits_of(self.transformer, hidden_RD, self.candidates, self.mask_V)
+        if unconditional_RD is not None:
+            unconditional_RV = logits_of(self.transformer, unconditional_RD, self.candidates, self.mask_V)
+            guided_RV = unconditional_RV + self.sampling.guidance * (logits_RV - unconditional_RV)
+            if self.mask_V is not None:  # -inf minus -inf is not a number
+                guided_RV = guided_RV.masked_fill(self.mask_V, -torch.inf)
+        chosen_R = sample(guided_RV, keys_R, self.candidates, self.sampling)
+        return chosen_R + self.candidates.start, log_probability_of(logits_RV, chosen_R)
 
     def write_tokens(self, ids_BT: Tensor, column: int, ids_R: Tensor) -> None:
         """Write sampled ids into ``column`` of ``ids_BT``, in the unconditional rows too.

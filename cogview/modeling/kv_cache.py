@@ -114,9 +114,8 @@ class KVCache:
         self.prefix: KVCache | None = None
         self.prefix_rows_B = prefixes
         if prefixes is not None:
-            num_prefixes = int(prefixes.max()) + 1
-            self._prefix_rows_PN, self._prefix_slots_B = _grouped(prefixes.tolist(), num_prefixes, device)
-            self.prefix = KVCache(config, num_prefixes, prefix_length, device, dtype, int8=int8)
+            self._prefix_rows_PN, self._prefix_slots_B = _grouped(prefixes.tolist(), device)
+            self.prefix = KVCache(config, len(self._prefix_rows_PN), prefix_length, device, dtype, int8=int8)
 
     @property
     def num_bytes(self) -> int:
@@ -216,19 +215,6 @@ class KVCache:
             for layer_2BHSK in tensor if tensor is not None else ():
                 layer_2BHSK[:, : len(rows_B), :, filled] = layer_2BHSK[:, rows_B, :, filled]
 
-    def reorder(self, order_B: Tensor, num_rows: int) -> None:
-        """Move row ``order_B[i]`` to row i, with the prefix that it continues.
-
-        Args:
-            order_B: A permutation of the rows, (B,) int64.
-            num_rows: Number of rows, from the first, that the next forward passes process.
-        """
-        self.select(order_B)
-        if self.prefix is not None and self.prefix_rows_B is not None:
-            self.prefix_rows_B = self.prefix_rows_B[order_B]
-            prefixes, num_prefixes = self.prefix_rows_B[:num_rows].tolist(), self.prefix.keys_values.shape[2]
-            self._prefix_rows_PN, self._prefix_slots_B = _grouped(prefixes, num_prefixes, order_B.device)
-
     def _store(self, layer: int, kv_2BHTK: Tensor, prefix_length: int) -> None:
         """Store new keys and values after the prefix: at ``length``, or at ``write_positions_BT``."""
         start, num_new = self.length - prefix_length, kv_2BHTK.shape[3]
@@ -250,9 +236,9 @@ class KVCache:
         return SharedPrefix(keys, values, prefix_rows_PN, prefix_slots_B, scales)
 
 
-def _grouped(prefixes: Sequence[int], num_prefixes: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _grouped(prefixes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the rows of each prefix (P, N), filled up with row 0, and the slot (B,) of each row in it, flattened."""
-    rows_of: list[list[int]] = [[] for _ in range(num_prefixes)]
+    rows_of: list[list[int]] = [[] for _ in range(max(prefixes) + 1)]
     for row, prefix in enumerate(prefixes):
         rows_of[prefix].append(row)
     num_slots = max(map(len, rows_of))

@@ -330,7 +330,7 @@ def _blank_ids(sequence: TokenSequence, context: PipelineContext) -> range:
 def _decoding_bytes(steps: Sequence[DecodingRequest], context: PipelineContext) -> int:
     """Return the bytes that decoding a batch takes beside the weights."""
     transformer, device = context.planned_transformer, context.placement.device
-    window = max(window_limits(device, transformer.cpu_layers, context.speculative).widths(len(steps)))
+    window = window_limits(device, transformer.cpu_layers, context.speculative).width(len(steps))
     num_blanks = max(int(step.sequence.blanks.sum()) for step in steps)  # a window is never wider
     output_ids = {_blank_ids(step.sequence, context) for step in steps}
     return transformer.prepack_bytes(*output_ids) + decode_bytes(

@@ -1,10 +1,6 @@
 """Shared prefixes: computed once, stored once, and without effect on the result."""
 
-import copy
-from dataclasses import fields, replace
-
 import pytest
-import torch
 
 from cogview.generation.decode import decode
 from cogview.generation.decoding_state import DecodingState, group_by_prefix, worth_sharing_prefix
@@ -72,31 +68,3 @@ def test_worth_sharing_prefix_compares_saved_columns_with_all(num_prefixes, leng
     batch = pad_left([generate_sequence(LONG)] * 4, VOCABULARY.pad)
     assert batch.ids.shape == (4, 78)
     assert worth_sharing_prefix(batch, length, num_prefixes) is expected
-
-
-@pytest.mark.parametrize("min_fraction", [0.0, 2.0])  # one copy per prefix, or one per row
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("prepared", [False, True])  # modules, or the layers of a CPU
-def test_decoding_state_forgets_the_drafts_of_some_rows(transformer, monkeypatch, min_fraction, int8, prepared):
-    """Rows with other ids give what a batch of them gives, and all rows then go on as if there were no drafts."""
-    monkeypatch.setattr("cogview.generation.decoding_state.MIN_SHARED_FRACTION", min_fraction)
-    if prepared:
-        transformer = copy.deepcopy(transformer)
-        transformer.prepare_cpu()
-    batch = pad_left([generate_sequence(text) for text in (LONG, SHORT, LONG, SHORT, SHORT)], VOCABULARY.pad)
-    rows_G, first, end = torch.tensor([4, 2]), 13, batch.ids.shape[1]
-    ids_GT = torch.from_numpy(batch.ids)[rows_G]
-    ids_GT[:, first:] = torch.arange(20, 20 + end - first)
-    state, untouched = (DecodingState(transformer, batch, None, int8=int8) for _ in range(2))
-    alone_batch = replace(batch, **{field.name: getattr(batch, field.name)[rows_G.numpy()] for field in fields(batch)})
-    alone = DecodingState(transformer, alone_batch, None, int8=int8)
-    alone.ids_BT[:] = ids_GT
-    with torch.inference_mode():
-        for each in (state, untouched, alone):
-            each.forward_to(first)
-        for columns, hidden_GTD in state.forward_drafts(rows_G, ids_GT, 30):
-            found, expected = hidden_GTD[:, -1], alone.forward_to(columns.stop)
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        assert columns.stop == end - 1
-        for column in (first + 1, first + 2):
-            torch.testing.assert_close(state.forward_to(column), untouched.forward_to(column), atol=1e-5, rtol=1e-5)

@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from cogview.generation.decode import decode
-from cogview.generation.decoding_state import DecodingState
-from cogview.generation.speculative import MIN_SPEEDUP, WindowLimits, may_share_drafts, uses_cuda_graphs
-from cogview.generation.token_sampler import TokenSampler
+from cogview.generation.speculative import WindowLimits, uses_cuda_graphs
 from cogview.modeling.config import GREEDY, Sampling, TransformerConfig
 from cogview.modeling.kv_cache import KVCache
 from cogview.modeling.transformer import Transformer
-from cogview.tokenizers.batching import pad_left
 from tests.factories import (
     LONG,
     SAMPLING,
@@ -67,12 +64,10 @@ def test_decode_speculatively_equals_sequential_decoding(transformer, monkeypatc
         assert alone.log_probability == pytest.approx(expected.log_probability, abs=1e-3)
 
 
-@pytest.mark.parametrize("min_drafts", [1, 4])  # rows share drafts if their first codes are equal, or none do
 @pytest.mark.parametrize("prepared", [False, True])  # modules, or the layers of a CPU
 @pytest.mark.parametrize("int8", [False, True])
-def test_decode_speculatively_shares_prefixes(transformer, monkeypatch, int8, prepared, min_drafts):
+def test_decode_speculatively_shares_prefixes(transformer, monkeypatch, int8, prepared):
     """Candidates of two prompts keep each prompt once, advance at different speeds, and get the same codes."""
-    monkeypatch.setattr("cogview.generation.speculative.MIN_SHARED_DRAFTS", min_drafts)
     if prepared:
         transformer = copy.deepcopy(transformer)
         transformer.prepare_cpu()
@@ -115,73 +110,10 @@ def test_decode_speculatively_needs_few_forwards_when_codes_repeat():
     assert len(forward_calls) <= 4  # the prompt, then 16 codes, 32, and the rest
 
 
-def test_decode_speculatively_drafts_all_candidates_in_one_row():
-    """If codes depend on their position and noise alone, every draft of the shared row is right."""
-    planted = random_transformer(width=64)
-    sequence = generate_sequence(LONG)
-    with torch.no_grad():  # layers that add nothing, and positions that outweigh the ids
-        for parameter in planted.layers.parameters():
-            parameter.zero_()
-        first_code = planted.embedding.weight[VOCABULARY.image.start + 5]
-        planted.positions.weight[sequence.positions[sequence.spans["image"].start - 1]] = 100 * first_code
-        planted.positions.weight.mul_(1e6)
-    forward_calls, hidden = [], planted.hidden
-    planted.hidden = lambda *rest, **named: (forward_calls.append(tuple(rest[0].shape)), hidden(*rest, **named))[1]
-    requests = [request_for(sequence, seed=1, image=index, sampling=Sampling(top_k=0)) for index in range(4)]
-    expected = decode(planted, VOCABULARY, requests, speculative=1)
-    codes = [codes_of(result, sequence) for result in expected]
-    assert {each[0] for each in codes} == {5}
-    assert len({tuple(each) for each in codes}) == 4
-    forward_calls.clear()
-    found = decode(planted, VOCABULARY, requests, speculative=16)
-    assert [codes_of(result, sequence) for result in found] == codes
-    # The prompt, drafts of the 63 codes after the first, and four windows of which every code is accepted.
-    assert forward_calls == [(1, 13), (1, 63), *[(4, 16)] * 4]
-
-
-def test_decode_goes_on_sequentially_if_candidates_share_no_drafts(transformer, monkeypatch):
-    """A batch too large for windows of its rows alone would speculate with shared drafts, but first codes differ."""
-    limits = WindowLimits(columns=1, shared_rows=4, shared_width=16)
-    monkeypatch.setattr("cogview.generation.speculative.LIMITS", {"cpu": limits})
-    requests = [
-        request_for(generate_sequence(LONG), seed=3, image=image, sampling=Sampling(top_k=0)) for image in range(4)
-    ]
-    expected = decode(transformer, VOCABULARY, requests, speculative=1)
-    seen = []
-    found = decode(transformer, VOCABULARY, requests, lambda progress: seen.append((progress.done, progress.total)))
-    for one, other in zip(expected, found, strict=True):
-        assert one.ids.tolist() == other.ids.tolist()
-        assert one.log_probability == pytest.approx(other.log_probability, abs=1e-3)
-    assert seen == [(done, 64) for done in range(1, 65)]
-
-
-@pytest.mark.parametrize(("image", "guidance", "expected"), [(None, 1.0, True), (None, 2.0, False), ([9], 1.0, False)])
-def test_may_share_drafts_of_whole_images_without_guidance(transformer, image, guidance, expected):
-    sequence, guided = generate_sequence(LONG, image=image), [0, 1] if guidance != 1 else []
-    requests = [request_for(sequence, seed=1, image=index, sampling=Sampling(guidance=guidance)) for index in range(2)]
-    rows = [sequence.until_last_blank()] * (2 + len(guided))
-    batch = pad_left(rows, VOCABULARY.pad)
-    sampler = TokenSampler(transformer, VOCABULARY, requests, batch, guided)
-    assert may_share_drafts(DecodingState(transformer, batch, None), sampler) is expected
-    batch = pad_left([sequence.until_last_blank(), generate_sequence(SHORT, image=image).until_last_blank()], 0)
-    sampler = TokenSampler(transformer, VOCABULARY, requests, batch, [])
-    assert not may_share_drafts(DecodingState(transformer, batch, None), sampler)
-
-
-@pytest.mark.parametrize(
-    ("num_rows", "alone", "shared"), [(1, 12, 12), (2, 8, 8), (3, 5, 7), (4, 1, 7), (6, 1, 7), (7, 1, 1)]
-)
-def test_window_limits_give_windows_to_more_rows_that_share_drafts(num_rows, alone, shared):
-    limits = WindowLimits(columns=16, min_width=5, max_width=12, shared_rows=6, shared_width=7)
-    assert limits.widths(num_rows) == (alone, shared)
-
-
-def test_window_limits_ask_more_codes_of_wider_windows():
-    """A forward pass of 8 rows and 10 columns costs as much as (12 + 80) / (12 + 8) single steps."""
-    limits = WindowLimits(columns=14, fixed_columns=12)
-    assert limits.min_accepted(8, 10) == pytest.approx(4.6)
-    assert limits.min_accepted(1, 8) == MIN_SPEEDUP
-    assert WindowLimits(columns=14).min_accepted(8, 10) == MIN_SPEEDUP
+@pytest.mark.parametrize(("num_rows", "width"), [(1, 12), (2, 7), (3, 1), (16, 1)])
+def test_window_limits_divide_the_columns_among_the_rows(num_rows, width):
+    """A window has at most 12 columns, and 14 // 3 are below the minimum of 5."""
+    assert WindowLimits(columns=14, min_width=5, max_width=12).width(num_rows) == width
 
 
 def test_decode_decodes_texts_sequentially(transformer, forwards):

@@ -53,9 +53,7 @@ def test_decode_bytes_predict_peak(task, different, known, sampling, num_codes, 
 
 
 @pytest.mark.usefixtures("plain_cpu")
-@pytest.mark.parametrize("min_drafts", [1, 4])  # rows share drafts, or none do, since their first codes differ
-def test_decode_bytes_predict_peak_of_speculative_decoding(monkeypatch, min_drafts):
-    monkeypatch.setattr("cogview.generation.speculative.MIN_SHARED_DRAFTS", min_drafts)
+def test_decode_bytes_predict_peak_of_speculative_decoding():
     config, rows = small_config(8192), 4
     transformer = Transformer(config.transformer).eval()
     requests = [
