@@ -6,6 +6,7 @@ Every function reads a variable when it is called, and raises ``InputError`` for
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cogview.formatting import shorten
 
 MAX_SHOWN = 40  # characters of a value in a message
 _MAX_DIGITS = 9  # of a rank, a port or a number of threads
+STARTED = time.time()  # of this process, nearly: commands import this module first
 
 
 def number_variable(name: str, default: int) -> int:
@@ -45,6 +47,18 @@ def rank_and_world_size() -> tuple[int, int]:
         rank, size = shorten(rank, MAX_SHOWN), shorten(size, MAX_SHOWN)
         raise InputError(f'RANK "{rank}" and WORLD_SIZE "{size}" must be whole numbers, RANK from 0 to WORLD_SIZE - 1')
     return int(rank), int(size)
+
+
+def is_of_this_launch(moment: float) -> bool:
+    """Return whether something happened since a launcher started this process among others.
+
+    Args:
+        moment: Seconds since the epoch, such as the modification time of a file.
+
+    Raises:
+        InputError: RANK or WORLD_SIZE is wrong.
+    """
+    return rank_and_world_size()[1] > 1 and moment >= STARTED
 
 
 def is_first_process() -> bool:

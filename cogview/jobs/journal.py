@@ -22,6 +22,7 @@ from cogview.formatting import format_list, plural
 from cogview.input_files import open_regular
 from cogview.jobs.locks import JobLocks
 from cogview.plain_data import parse_json
+from cogview.process_variables import is_of_this_launch
 
 FORMAT_VERSION = 2  # with errors, which version 1 would take for results
 
@@ -275,11 +276,13 @@ def is_journal(path: Path) -> bool:
 def refuse_existing(path: Path, locks: JobLocks) -> None:
     """Raise InputError if a journal exists and no other process works on the job.
 
+    A process of several that were started together may come when the others have finished.
+
     Args:
         path: Path of the journal.
         locks: The locks of the job.
     """
-    if path.exists() and not locks.has_live_peers():
+    if path.exists() and not locks.has_live_peers() and not is_of_this_launch(path.stat().st_mtime):
         raise InputError(
             f"{path} exists from an earlier run: continue it with --resume, or choose another output folder"
         )

@@ -13,6 +13,7 @@ from cogview.errors import InputError
 from cogview.files import write_json
 from cogview.jobs.journal import DiskFull, JobJournal
 from cogview.jobs.locks import JobLocks
+from tests.factories import input_error
 
 HEADER = {"model": "cogview-emoji", "seed": 7, "sampling": {"top_k": 100, "temperature": 0.9}}
 
@@ -132,6 +133,19 @@ def test_journal_refresh_reads_results_of_other_processes(open_journal, path):
     other.refresh()
     assert list(journal.done) == list(other.done) == ["狐狸", "狗"]
     other.close()
+
+
+@pytest.mark.parametrize(("size", "minutes", "joins"), [("2", 0, True), ("2", -1, False), ("1", 0, False)])
+def test_journal_is_joined_late_by_a_process_of_the_same_launch(open_journal, path, monkeypatch, size, minutes, joins):
+    """The others of two processes may have finished the job before one of them has imported PyTorch."""
+    open_journal().record("狐狸")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setattr("cogview.process_variables.STARTED", path.stat().st_mtime - 60 * minutes - 1)
+    if joins:
+        assert list(open_journal(resume=False).done) == ["狐狸"]
+    else:
+        assert "exists from an earlier run" in input_error(lambda: open_journal(resume=False))
 
 
 def test_journal_refuses_an_existing_file_without_resume(open_journal, path):
