@@ -163,13 +163,13 @@ class Transformer(nn.Module):
         self._check_window(window, num_keys)
         if window is not None and window.is_causal(num_keys) and cache is None:
             window = None
+        autocast = torch.is_autocast_enabled(ids_BT.device.type)
+        cpu_layers = None if autocast else self._usable_cpu_layers()
         packed: PackedRows | None = None
-        if lengths is not None and self.packs_rows and window is None:
+        if lengths is not None and self.packs_rows and window is None and cpu_layers is None:
             pad = not attends_natively(self.embedding.weight, self.config.num_heads, lengths[-1])
             packed = PackedRows.of(lengths, ids_BT.shape[1], ids_BT.device, pad=pad)
             ids_BT, positions_BT = packed.pack(ids_BT), packed.pack(positions_BT)
-        autocast = torch.is_autocast_enabled(ids_BT.device.type)
-        cpu_layers = None if autocast else self._usable_cpu_layers()
         # The residual stream of native kernels and of autocast is float32, whatever the dtype of the weights.
         dtype = torch.float32 if autocast or isinstance(cpu_layers, NativeLayers) else self.dtype
         x_BTD = self.dropout(self.embedding(ids_BT).to(dtype) + self.positions(positions_BT).to(dtype))

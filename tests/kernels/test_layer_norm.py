@@ -21,7 +21,7 @@ from cogview.kernels.layer_norm import (
     sandwich_layer_norm,
     sandwich_layer_norm_reference,
 )
-from cogview.modeling import transformer as transformer_module
+from cogview.modeling import kv_cache
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.transformer import Transformer
 
@@ -356,7 +356,7 @@ def test_layer_norms_run_the_reference_unless_forced(forget_choices, caplog):
 def test_transformer_is_near_that_of_references_when_kernels_are_forced(forget_choices, caplog, device):
     """All norms and GELUs run as kernels, forward and backward."""
     kernels()
-    forget_choices.setattr(transformer_module, "attention", attention_reference)  # its kernels have their tests
+    forget_choices.setattr(kv_cache, "attention", attention_reference)  # its kernels have their tests
     shape = {"num_layers": 2, "width": 32, "num_heads": 4, "vocabulary_size": 64, "max_positions": 16}
     torch.manual_seed(0)
     model = Transformer(TransformerConfig(**shape, dropout=0.0)).to(device)

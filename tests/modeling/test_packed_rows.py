@@ -9,6 +9,7 @@ from cogview.kernels.dispatch import select_backend
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.packed_rows import PackedRows
 from cogview.modeling.transformer import Transformer
+from tests.factories import random_transformer
 
 LENGTHS = [3, 3, 7, 8, 20]
 
@@ -60,3 +61,15 @@ def test_packed_rows_pad_only_rows_of_similar_length(pad, blocks):
     for row, length in enumerate(LENGTHS):
         assert torch.equal(unpacked_BTD[row, :length, 0], values_BT[row, :length])
     assert packed.pack(values_BT).shape == (1, sum(rows * length for rows, length in blocks))
+
+
+def test_hidden_of_layers_prepared_for_a_cpu_keeps_rows_apart():
+    """A trainer measures losses, without gradients, of a model that may also generate."""
+    transformer = random_transformer()
+    ids_BT = torch.randint(0, transformer.config.vocabulary_size, (3, 9))
+    with torch.no_grad():
+        expected = transformer.hidden(ids_BT)
+        transformer.prepare_cpu()
+        hidden_BTD = transformer.hidden(ids_BT, lengths=[4, 7, 9])
+    for row, length in enumerate((4, 7, 9)):
+        torch.testing.assert_close(hidden_BTD[row, :length], expected[row, :length], atol=1e-4, rtol=1e-4)
