@@ -25,7 +25,7 @@ from typing import Any
 from tests.fuzz.mutations import damage_copy
 
 ROOT = Path(__file__).parents[2]
-CPU_SECONDS = 5.0  # of one input
+CPU_SECONDS = 10.0  # of one input; imports at the first one take several on a busy machine
 WALL_SECONDS = 60.0  # of one input that waits, as for a pipe; a busy machine may be slow
 GROWTH = 500 << 20  # bytes of memory, at the peak of one input
 ADDRESS_SPACE = 3 << 30  # bytes beyond those at the start: protects the machine
