@@ -31,7 +31,7 @@ from cogview.modeling.config import ModelConfig
 from cogview.pipeline.cogview import CogView
 from cogview.planning.hardware import HardwareSpeed
 from cogview.planning.inference import InferenceEstimate
-from cogview.planning.model_memory import ACTIVATION_BYTES, ForwardPass, position_bytes
+from cogview.planning.model_memory import ForwardPass, matrix_bytes, position_bytes
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.vqvae.model import VQVAEConfig
 
@@ -143,7 +143,8 @@ def roofline_seconds(estimate: InferenceEstimate, forward_pass: ForwardPass, spe
         speed: Measured or given rates of the hardware.
     """
     shape, dtype = estimate.transformer, estimate.dtype
-    weights = estimate.layers + forward_pass.output_ids * shape.width * ACTIVATION_BYTES[dtype]
+    head = forward_pass.output_ids * shape.width * matrix_bytes(dtype, keep_halves=estimate.keep_halves)
+    weights = estimate.layers + head
     cache = estimate.rows * (1 + estimate.guided) * forward_pass.num_keys * position_bytes(shape, dtype)
     return max((weights + cache) / speed.bandwidth, estimate.flops(forward_pass) / speed.flops)
 
