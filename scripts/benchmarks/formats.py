@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 
 import torch
 from compare_peers import Side, ours, prepared_transformer
-from compare_v1 import add_shape_arguments, check_arguments, describe, facts, make_parser, report, shape_of
+from compare_v1 import add_shape_arguments, check_arguments, describe, facts, make_parser, report, seconds_of, shape_of
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     for number in range(args.repeats + 1):
         print(f"run {number} of {args.repeats}" if number else "warming up", file=sys.stderr, flush=True)
         for name, (first, whole) in sides.items():
-            seconds = seconds_of(whole) - seconds_of(first)
+            seconds = seconds_of(placement, whole) - seconds_of(placement, first)
             if number:
                 times[name].append(seconds / args.tokens)
         bandwidths.append(measure_hardware(torch.device("cpu"), torch.float32).bandwidth)
@@ -79,13 +78,6 @@ def run(args: argparse.Namespace) -> int:
     data = {"comparison": "formats", "seconds": times, "bandwidths": bandwidths, **facts(placement)}
     report(args, lines, columns, rows, data)
     return 0
-
-
-def seconds_of(work: Side) -> float:
-    """Return the wall seconds of ``work``."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def step_bytes(config: TransformerConfig, dtype: str) -> int:

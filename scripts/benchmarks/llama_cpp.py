@@ -17,15 +17,24 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from compare_peers import NUM_PIECES, PEER_IDS, Side, ours, prepared_transformer
-from compare_v1 import SEED, add_shape_arguments, check_arguments, describe, facts, make_parser, report, shape_of
+from compare_peers import NUM_PIECES, PEER_IDS, ours, prepared_transformer
+from compare_v1 import (
+    SEED,
+    add_shape_arguments,
+    check_arguments,
+    describe,
+    facts,
+    make_parser,
+    report,
+    seconds_of,
+    shape_of,
+)
 
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
@@ -88,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
             theirs = partial(llama_seconds, file, args.tokens)
             times: dict[str, list[float]] = {"ours": [], "llama.cpp": [], "limit": []}
             for _ in range(args.repeats + 1):
-                times["ours"].append((seconds(whole) - seconds(first)) / args.tokens)
+                times["ours"].append((seconds_of(placement, whole) - seconds_of(placement, first)) / args.tokens)
                 times["llama.cpp"].append(theirs())
                 times["limit"].append(1 / measure_hardware(cpu, torch.float32).bandwidth)
         medians = {side: statistics.median(each[1:]) for side, each in times.items()}
@@ -105,13 +114,6 @@ def run(args: argparse.Namespace) -> int:
     placement = choose_placement("cpu", "float32", num_parameters=config.num_parameters)
     report(args, lines, columns, rows, {"comparison": "llama.cpp", "seconds": found, **facts(placement)})
     return 0
-
-
-def seconds(work: Side) -> float:
-    """Return the wall seconds of ``work``."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def step_bytes(config: TransformerConfig, weights: str) -> float:
