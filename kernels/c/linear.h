@@ -44,9 +44,11 @@ ALWAYS void finish(const int rows, const int outputs, Vector sums[8][8], const L
 }
 
 /* Ask for the weights of the next tile, `lines` cache lines from `p` on, while this one is computed. A tile reads several
- * rows side by side, which the processor's prefetcher follows badly where a page holds more than one of them. */
-ALWAYS void prefetch(const int lines, const char *p) {
-    UNROLL for (int line = 0; line < lines; line++) __builtin_prefetch(p + 64 * line, 0, 2);
+ * rows side by side, which the processor's prefetcher follows badly where a page holds more than one of them. A tile
+ * of int4 weights leaves room in the first cache for the next one. */
+enum { SECOND = 2, FIRST = 3 }; /* caches, as __builtin_prefetch names them */
+ALWAYS void prefetch(const int cache, const int lines, const char *p) {
+    UNROLL for (int line = 0; line < lines; line++) __builtin_prefetch(p + 64 * line, 0, cache);
 }
 
 /* `outputs` outputs from `output` on of `rows` rows. */
@@ -59,7 +61,7 @@ ALWAYS void tile(const int format, const int rows, const int outputs, const Line
     UNROLL for (int m = 0; m < rows; m++) UNROLL for (int n = 0; n < outputs; n++) sums[m][n] = (Vector){0};
     for (long k = 0; k < whole; k += LANES) {
         Vector weights[8];
-        if (rows <= PREFETCHED_ROWS) prefetch(outputs * LANES * bytes / 64, next + k * outputs * bytes);
+        if (rows <= PREFETCHED_ROWS) prefetch(SECOND, outputs * LANES * bytes / 64, next + k * outputs * bytes);
         UNROLL for (int n = 0; n < outputs; n++) weights[n] = load_as(format, weight, n * inputs + k);
         UNROLL for (int m = 0; m < rows; m++) {
             const Vector value = load(x + m * inputs + k);
@@ -80,9 +82,9 @@ ALWAYS void tile(const int format, const int rows, const int outputs, const Line
 #if VECTOR_BYTES == 64
 typedef Vector Int4Group; /* the sixteen weights */
 
-ALWAYS Int4Group int4_group(uint16_t scale, uint16_t zero) {
+ALWAYS Int4Group int4_group(float scale, float shift) {
     const Vector values = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    return values * from_bfloat16(scale) + (from_bfloat16(zero) - 8.0f * from_bfloat16(scale));
+    return values * scale + shift;
 }
 
 /* The weights of the low four bits of each lane. */
@@ -94,14 +96,33 @@ typedef struct {
     float scale, shift;
 } Int4Group;
 
-ALWAYS Int4Group int4_group(uint16_t scale, uint16_t zero) {
-    return (Int4Group){from_bfloat16(scale), from_bfloat16(zero) - 8.0f * from_bfloat16(scale)};
-}
+ALWAYS Int4Group int4_group(float scale, float shift) { return (Int4Group){scale, shift}; }
 
 ALWAYS Vector int4_weights(IntVector values, Int4Group group) {
     return __builtin_convertvector(values & 15, Vector) * group.scale + group.shift;
 }
 #endif
+
+/* The groups of `outputs` outputs from their scales and zero points. */
+ALWAYS void int4_groups(const int outputs, const uint16_t *scales, Int4Group groups[8]) {
+    float scale[8], shift[8];
+    if (outputs % 4 == 0) {
+        UNROLL for (int n = 0; n < outputs; n += 4) {
+            const FourWords pairs = *(const UnalignedFourWords *)(scales + 2 * n);
+            const FourVector four = (FourVector)(pairs << 16), zero = (FourVector)(pairs & 0xffff0000);
+            *(UnalignedFourVector *)(scale + n) = four;
+            *(UnalignedFourVector *)(shift + n) = zero - 8.0f * four;
+        }
+        /* Kept in memory: a broadcast from there leaves the port of the shuffles to the weights. */
+        __asm__("" : "+m"(scale), "+m"(shift));
+    } else {
+        UNROLL for (int n = 0; n < outputs; n++) {
+            scale[n] = from_bfloat16(scales[2 * n]);
+            shift[n] = from_bfloat16(scales[2 * n + 1]) - 8.0f * scale[n];
+        }
+    }
+    UNROLL for (int n = 0; n < outputs; n++) groups[n] = int4_group(scale[n], shift[n]);
+}
 
 /* The same for int4; of every 2 LANES inputs, x holds those with even indices first. */
 ALWAYS void tile_int4(const int rows, const int outputs, const Linear *linear, const float *x, long output, float *y) {
@@ -113,11 +134,11 @@ ALWAYS void tile_int4(const int rows, const int outputs, const Linear *linear, c
     for (long start = 0; start < inputs; start += group) {
         const uint16_t *scales = linear->scales + (start / group * linear->outputs + output) * 2;
         Int4Group groups[8];
-        if (rows <= PREFETCHED_ROWS) prefetch(1, (const char *)(scales + 2 * outputs));
-        UNROLL for (int n = 0; n < outputs; n++) groups[n] = int4_group(scales[2 * n], scales[2 * n + 1]);
+        if (rows <= PREFETCHED_ROWS) prefetch(FIRST, 1, (const char *)(scales + 2 * outputs));
+        int4_groups(outputs, scales, groups);
         for (long k = start; k < start + group; k += 2 * LANES) {
             if (rows <= PREFETCHED_ROWS) {
-                prefetch(outputs * LANES / 64, next + (k >> 1) * outputs);
+                prefetch(FIRST, outputs * LANES / 64, next + (k >> 1) * outputs);
                 UNROLL for (int n = 0; n < outputs; n++) {
                     const IntVector pairs = load_bytes(weight + n * row_bytes + (k >> 1));
                     const Vector even = int4_weights(pairs, groups[n]), odd = int4_weights(pairs >> 4, groups[n]);

@@ -28,6 +28,8 @@ typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
 typedef float UnalignedVector __attribute__((vector_size(VECTOR_BYTES), aligned(4), may_alias));
 typedef float FourVector __attribute__((vector_size(16)));
 typedef float UnalignedFourVector __attribute__((vector_size(16), aligned(4), may_alias));
+typedef uint32_t FourWords __attribute__((vector_size(16)));
+typedef uint32_t UnalignedFourWords __attribute__((vector_size(16), aligned(2), may_alias));
 typedef int32_t IntVector __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint32_t UintVector __attribute__((vector_size(VECTOR_BYTES)));
 typedef uint16_t HalfVector __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
