@@ -44,9 +44,22 @@ def conversion_advice(content: bytes, path: Path | str = "FILE") -> str:
     """
     name = marked_encoding(content)
     if name is None and b"\0" in content:
-        name = "UTF-16BE" if content.startswith(b"\0") else "UTF-16LE"
+        name = _unmarked_utf16(content)
+        if name is None:
+            return "it holds bytes 0, so it is no text: check that it is the right file"
     to = f"-t UTF-8 {path} > NEW"
     return f"if it is GBK, convert it: iconv -f GB18030 {to}" if name is None else f"it is {name}: iconv -f {name} {to}"
+
+
+def _unmarked_utf16(content: bytes) -> str | None:
+    """Return UTF-16LE or UTF-16BE if nearly all characters of the content are usual ones in it; else None."""
+    for name in ("UTF-16BE", "UTF-16LE") if content.startswith(b"\0") else ("UTF-16LE", "UTF-16BE"):
+        text = content[: 1 << 16].decode(name, "replace")
+        usual = sum(character.isascii() and (character.isprintable() or character in "\t\r\n") for character in text)
+        usual += sum("\u3000" <= character <= "\u30ff" or "\u4e00" <= character <= "\u9fff" for character in text)
+        if usual >= 0.95 * len(text):
+            return name
+    return None
 
 
 def looked_at(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import signal
@@ -89,6 +90,24 @@ def older_objects_are_frozen() -> None:
     """Exclude objects of earlier modules from garbage collection: a full collection would take 0.4 s at the end."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trainings_are_quick() -> Iterator[None]:
+    """Measure the device once, and leave out ``curves.png``, which takes longer than the training of a tiny model.
+
+    ``tests/training/test_plots.py`` draws it, and `test_recipe_commands_run_in_sequence` asks ``train`` for it.
+    """
+    from cogview.benchmark import report
+    from cogview.planning import hardware, target
+    from cogview.training import memory_plan, setup
+
+    measure_once = functools.cache(hardware.measure_hardware)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (report, target, memory_plan):
+            patch.setattr(module, "measure_hardware", measure_once)
+        patch.setattr(setup, "save_run_plots", lambda folder: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -23,7 +22,6 @@ from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.device import available_memory, choose_placement
 from cogview.errors import InputError
 from cogview.formatting import format_bytes
-from cogview.image_io.png import prepare_folder
 from cogview.planning import ESTIMATE_MARGIN
 from cogview.planning.hardware import HardwareSpeed, measure_hardware
 from cogview.planning.inference import InferenceEstimate, estimate_inference
@@ -94,19 +92,6 @@ def find_benchmark_target(
         adapters=adapters,
         speculative=speculative,
     )
-
-
-def check_output(path: Path) -> None:
-    """Check that a file can be written, before minutes of measurements.
-
-    Raises:
-        InputError: ``path`` is a folder, or lies in a folder that is absent or cannot be written.
-    """
-    if path.is_dir():
-        raise InputError(f"--json {path} is a folder; expected the name of a file")
-    if not path.parent.is_dir():
-        raise InputError(f"--json {path}: there is no folder {path.parent}; create it first, or choose another name")
-    prepare_folder(path.parent)
 
 
 class BenchmarkReport:

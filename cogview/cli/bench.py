@@ -17,6 +17,7 @@ from cogview.cli.options import (
     model_option,
     speculative_option,
 )
+from cogview.cli.result_file import check_result_path
 from cogview.files import write_json
 
 EPILOG = """
@@ -43,7 +44,7 @@ class BatchSizes(click.ParamType):  # type: ignore[type-arg]  # generic since cl
         return [int(part) for part in text.split(",")]
 
 
-@click.command(cls=Command, epilog=EPILOG)
+@click.command(cls=Command, epilog=EPILOG, keeps_results=False)
 @model_option(default=None, show_default=DEFAULT_MODEL)
 @adapter_option()
 @click.option(
@@ -90,15 +91,16 @@ def command(
     length. A batch that does not fit in the free memory is skipped. The status is 1 if a batch fits by the estimate but
     fails.
     """
-    from cogview.benchmark.report import BenchmarkReport, check_output, find_benchmark_target
+    from cogview.benchmark.report import BenchmarkReport, find_benchmark_target
     from cogview.checkpoints.adapter_choice import AdapterChoice
+    from cogview.image_io.png import prepared_folder
 
     if model is not None and random_shape is not None:
         raise click.UsageError("--random replaces --model: give either", click.get_current_context())
     if adapter and random_shape is not None:
         raise click.UsageError("--adapter needs a trained model, not --random", click.get_current_context())
     if json_path is not None:
-        check_output(json_path)
+        check_result_path(json_path, is_bench=True)
     name = model or DEFAULT_MODEL
     choices = tuple(map(AdapterChoice.parse, adapter))
     target = find_benchmark_target(
@@ -119,5 +121,6 @@ def command(
         rows.append(report.measure(estimate))
         click.echo(report.line(rows[-1]))
     if json_path is not None:
-        write_json(json_path, {**report.settings_as_json(), "rows": rows})
+        with prepared_folder(json_path.parent):
+            write_json(json_path, {**report.settings_as_json(), "rows": rows})
     return 1 if any("failed" in row for row in rows) else 0

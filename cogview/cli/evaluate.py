@@ -169,7 +169,7 @@ def _measure_options(function: Callable[..., int]) -> Callable[..., Any]:
     return decorated
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, keeps_results=False)
 @_measure_options
 def scenes(**values: Any) -> int:
     """Grade generated images.
@@ -180,7 +180,7 @@ def scenes(**values: Any) -> int:
     return _evaluate("scenes", **values)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, keeps_results=False)
 @_measure_options
 def captions(**values: Any) -> int:
     """Grade generated captions.
@@ -190,7 +190,7 @@ def captions(**values: Any) -> int:
     return _evaluate("captions", **values)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, keeps_results=False)
 @_measure_options
 def rerank(**values: Any) -> int:
     """Grade images that are chosen by score.
@@ -200,7 +200,7 @@ def rerank(**values: Any) -> int:
     return _evaluate("rerank", **values)
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, keeps_results=False)
 @_measure_options
 def upscale(**values: Any) -> int:
     """Compare upscaled images with true ones.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cogview.evaluation.comparison import Comparison, Difference
 
 
-@click.command(name="compare", cls=Command)
+@click.command(name="compare", cls=Command, keeps_results=False)
 @argument("first", type=FILE, metavar="A", help="result file that another cogview eval has written")
 @argument("second", type=FILE, metavar="B", help="result file of the same measure")
 @click.option(
@@ -40,6 +40,8 @@ def compare(first: Path, second: Path, allow: tuple[str, ...], output: Path | No
     from cogview.evaluation.manifest import read_result
 
     names = str(first), str(second)
+    if output is not None:
+        _check_page(output)
     comparison = compare_results(read_result(first), read_result(second), names, allow)
     if output is not None:
         write_page(comparison, first, second, output)
@@ -63,22 +65,26 @@ def write_page(comparison: Comparison, first: Path, second: Path, output: Path) 
         comparison: The comparison.
         first: File of its first result.
         second: File of its second result.
-        output: HTML file to write or replace.
+        output: HTML file to write or replace; its folder is made as needed.
 
     Raises:
-        InputError: ``output`` is no HTML file, or its folder does not exist.
+        InputError: ``output`` is no HTML file, or its folder cannot be written.
     """
     from cogview.evaluation.page import ComparedFiles, comparison_page
     from cogview.files import atomic_write
+    from cogview.image_io.png import prepared_folder
 
-    if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
-        raise InputError(f"-o must name an HTML file, such as page.html, got {output}")
-    if not output.parent.is_dir():
-        raise InputError(f"there is no folder for the page: create it first: {output.parent}")
+    _check_page(output)
     names = (first.name, second.name) if first.name != second.name else (_short(first), _short(second))
     page = comparison_page(comparison, ComparedFiles(names=names, folders=(first.parent, second.parent)))
-    with atomic_write(output) as temporary:
+    with prepared_folder(output.parent), atomic_write(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def _check_page(output: Path) -> None:
+    """Raise InputError for a name that is not that of an HTML file."""
+    if output.suffix.lower() not in (".html", ".htm") or output.is_dir():
+        raise InputError(f"-o must name an HTML file, such as page.html, got {output}")
 
 
 def _short(path: Path) -> str:

@@ -24,11 +24,12 @@ from cogview.errors import ExitStatus, InputError
 
 if TYPE_CHECKING:
     from cogview.emoji.world import EmojiWorld
+    from cogview.evaluation.manifest import Result
 
 GATE_FILE = "gate.json"  # in a model's folder: what it is compared with
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, keeps_results=False)
 @argument("model", metavar="MODEL", help=MODEL_HELP)
 @click.option(
     "--against",
@@ -80,25 +81,18 @@ def gate(
     fifty of an unchanged model with another seed; with the same seed and the same arithmetic nothing changes.
     """
     from cogview.emoji.evaluation.gate import GateSettings, compare_rows, run_gate
-    from cogview.evaluation.manifest import read_result
     from cogview.pipeline.cogview import CogView
     from cogview.pipeline.inputs import resolve_seed
 
     if output is not None:
         check_result_path(output)
+    gated = GateSettings(prompts=prompts, seed=resolve_seed(seed), batch_size=batch_size)
+    before = None if against is None else _read_earlier(against, output)
+    world = open_world(recipe)
     opened = CogView.from_pretrained(model, device=device, dtype=dtype, adapter=adapter)
     shipped = None if opened.folder is None else opened.folder / GATE_FILE
-    before = None
-    earlier = against if against is not None or shipped is None or not shipped.is_file() else shipped
-    if earlier is not None:
-        before = read_result(earlier)
-        if output is not None and output.resolve() == earlier.resolve():
-            raise InputError(
-                f"the output {output} is the earlier result, which a worse one would replace; choose another name, or "
-                "remove it first to begin anew"
-            )
-    world = open_world(recipe)
-    gated = GateSettings(prompts=prompts, seed=resolve_seed(seed), batch_size=batch_size)
+    if before is None and shipped is not None and shipped.is_file():
+        before = _read_earlier(shipped, output)
     manifest, values, items = run_gate(opened, world, opened.sampling(**settings), gated, before)
     if output is not None:
         save_result(output, manifest, values, items)
@@ -119,6 +113,19 @@ def gate(
         print(f"failed: lower than before: {', '.join(fallen)}", file=sys.stderr)
         return ExitStatus.PARTLY_DONE
     return ExitStatus.DONE
+
+
+def _read_earlier(path: Path, output: Path | None) -> Result:
+    """Return the result to compare with; InputError if it is none, or if ``output`` would replace it."""
+    from cogview.evaluation.manifest import read_result
+
+    before = read_result(path)
+    if output is not None and output.resolve() == path.resolve():
+        raise InputError(
+            f"the output {output} is the earlier result, which a worse one would replace; choose another name, or "
+            "remove it first to begin anew"
+        )
+    return before
 
 
 def format_change(change: Any) -> str:

@@ -22,6 +22,7 @@ from cogview.cli.options import (
     max_batch_size_option,
     output_option,
 )
+from cogview.cli.result_file import check_result_path
 from cogview.errors import ExitStatus, InputError
 from cogview.formatting import plural
 
@@ -43,7 +44,7 @@ class MeasuredPicture(NamedTuple):
     sha256: str
 
 
-@click.command(name="image-tokenizer", cls=Command)
+@click.command(name="image-tokenizer", cls=Command, keeps_results=False)
 @argument("folder", metavar="FOLDER", help="image tokenizer, or name or folder of a model with one")
 @argument(
     "pictures",
@@ -92,6 +93,9 @@ def image_tokenizer(
     from cogview.image_io.contact_sheet import contact_sheet
     from cogview.image_io.png import prepare_folder, save_png
 
+    if output.is_dir():
+        output /= SHEET_FILE
+    check_result_path(output.with_suffix(".json"))
     model, own_side = open_tokenizer(folder)
     side = side or own_side
     check_side(side, model.downsampling)
@@ -107,8 +111,6 @@ def image_tokenizer(
         raise InputError(f"none of {plural(len(left_out), 'picture')} can be used; the first: {left_out[0]}")
     found = report.summary()
     columns = min(COLUMNS, len(report.shown))
-    if output.is_dir():
-        output /= SHEET_FILE
     prepare_folder(output.parent)
     sheet = contact_sheet(report.sheet_images(columns), columns=columns, scale=2 if side <= 2 * SIDE else 1)
     saved = save_png(output, sheet, {"image_tokenizer": Path(folder).name})

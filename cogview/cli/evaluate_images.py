@@ -133,7 +133,7 @@ _OPTIONS = option_group(
 )
 
 
-@click.command(name="images", cls=Command)
+@click.command(name="images", cls=Command, keeps_results=False)
 @argument("candidate", type=FILE, metavar="A", help="pictures to measure: a folder, .tar shards, or a token store")
 @argument("reference", type=FILE, metavar="B", help="reference pictures, alike")
 @_OPTIONS
@@ -156,7 +156,7 @@ def images(
     PSNR, SSIM, MS-SSIM and LPIPS. Writes a result file with the protocol.
     """
     from cogview.device import choose_placement
-    from cogview.evaluation.image_sets import open_image_set
+    from cogview.evaluation.image_sets import is_store, open_image_set
     from cogview.evaluation.manifest import write_result
     from cogview.image_io.png import prepared_folder
 
@@ -165,13 +165,18 @@ def images(
     if output.is_dir():
         output /= RESULT_FILE
     check_result_path(output)
+    if model is not None and not any(is_store(path) for path in (candidate, reference)):
+        raise InputError(f"--model decodes token stores, and {candidate} and {reference} are none: leave it out")
     opened = [open_image_set(path, lambda: _tokenizer(model, placement)) for path in (candidate, reference)]
     measure = _measure_pairs if options.pairs else _measure_sets
     manifest, results, items, problems = measure(opened, options, placement)
     with prepared_folder(output.parent):
         write_result(output, manifest, results, items)
     if as_json:
-        values = {name: value.value for name, value in results.items()}
+        values: dict[str, Any] = {name: value.value for name, value in results.items()}
+        values["intervals"] = {name: [row.low, row.high] for name, row in results.items() if row.low is not None}
+        if "rank_deficient" in manifest.settings:
+            values["rank_deficient"] = manifest.settings["rank_deficient"]
         print(json.dumps({**values, "left_out": len(problems), "result": str(output)}, ensure_ascii=False))
     else:
         _print_table(manifest, results)

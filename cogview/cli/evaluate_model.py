@@ -89,7 +89,7 @@ class MeasureOptions:
             raise InputError("--pairs must be 0 or at least 2, got 1: a single pair always matches")
 
 
-@click.command(name="model", cls=Command)
+@click.command(name="model", cls=Command, keeps_results=False)
 @option_group(
     ModelOptions,
     "model",

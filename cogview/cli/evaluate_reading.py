@@ -21,7 +21,7 @@ ENGINES = ("rapidocr", "ddddocr")
 MAX_SHOWN = 10  # wrong readings in the table
 
 
-@click.command(name="text-in-pictures", cls=Command)
+@click.command(name="text-in-pictures", cls=Command, keeps_results=False)
 @argument(
     "file", type=FILE, metavar="FILE", help="a line per picture: its path, from the file's folder, a tab, its text"
 )

@@ -28,7 +28,7 @@ NAMES = {
 }
 
 
-@click.command(name="text", cls=Command)
+@click.command(name="text", cls=Command, keeps_results=False)
 @argument("hypotheses", type=FILE, metavar="HYP", help="texts: one per line, or .jsonl, .tsv, .csv or .json with ids")
 @argument(
     "references",

@@ -233,7 +233,9 @@ def run_safely(run: Callable[[], int], name: str) -> int:
         return ExitStatus.MISTAKE
     except KeyboardInterrupt as error:
         status = exit_status_of_signal(getattr(error, "number", signal.SIGINT))
-        return _report(name, "interrupted; finished results are kept", status)
+        if getattr(error, "keeps_results", True):
+            return _report(name, "interrupted; finished results are kept", status)
+        return _report(name, "interrupted; no result was written", status)
     except Exception as error:
         if (explanation := explain_error(error)) is None:
             raise

@@ -45,10 +45,24 @@ class Command(click.Command):
     Errors of the library name the options of the command.
     """
 
+    def __init__(self, *arguments: Any, keeps_results: bool = True, **settings: Any) -> None:
+        """Create the command.
+
+        Args:
+            arguments: Those of click.
+            keeps_results: Whether results that are finished remain when the command is interrupted.
+            settings: Those of click.
+        """
+        super().__init__(*arguments, **settings)
+        self.keeps_results = keeps_results
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            error.keeps_results = self.keeps_results  # type: ignore[attr-defined]
+            raise
         except InputError as error:
             error.args = (with_options(str(error), self),)
             raise
@@ -88,6 +102,9 @@ class Argument(click.Argument):
         self.help: str | None = help
 
 
+MAX_DIGITS = 9  # of a count
+
+
 class WordOrCount(click.ParamType):  # type: ignore[type-arg]  # generic since click 8.5
     """A whole number from 1 on, or one of some words that stand for a value."""
 
@@ -103,8 +120,10 @@ class WordOrCount(click.ParamType):  # type: ignore[type-arg]  # generic since c
             return int(value)
         if value in self.words:
             return self.words[value]
-        if not (value.isdecimal() and len(value) < 10 and int(value) > 0):  # of codes or rows of a batch
+        if not (value.isdecimal() and value.strip("0")):
             self.fail(f'"{value:.40}" is not {", ".join(self.words)} or a whole number from 1 on', param, ctx)
+        if len(value) > MAX_DIGITS:  # of codes or rows of a batch
+            self.fail(f'"{value:.40}" is too large; expected at most {10**MAX_DIGITS - 1}', param, ctx)
         return int(value)
 
     def shell_complete(

@@ -28,13 +28,14 @@ def result_option() -> Decorator:
     )
 
 
-def check_result_path(path: Path) -> None:
+def check_result_path(path: Path, *, is_bench: bool = False) -> None:
     """Check that a result can be written, before the minutes or hours of the measurement; nothing is left behind.
 
     A result may replace an earlier one, and no other file: ``-o`` with the name of the prompts would destroy them.
 
     Args:
         path: The result file.
+        is_bench: Whether it is one of ``cogview bench``, which has no manifest.
 
     Raises:
         InputError: ``path`` is a folder or holds anything but a result, or its folder cannot be written.
@@ -43,7 +44,7 @@ def check_result_path(path: Path) -> None:
 
     if path.is_dir():
         raise InputError(f"the output {path} is a folder; expected the name of a file")
-    if path.is_file() and path.stat().st_size and not _is_result(path):
+    if path.is_file() and path.stat().st_size and not _is_result(path, is_bench):
         raise InputError(
             f"the output {path} exists and is no result of cogview, so that it is not replaced; choose another name"
         )
@@ -54,12 +55,14 @@ def check_result_path(path: Path) -> None:
             folder.rmdir()
 
 
-def _is_result(path: Path) -> bool:
+def _is_result(path: Path, is_bench: bool) -> bool:
     """Return whether a file is a result of any version, also one that was edited by hand."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
+    if is_bench:
+        return isinstance(content, dict) and {"rows", "hardware", "codes_per_image"} <= content.keys()
     return isinstance(content, dict) and str(content.get("format")).startswith(RESULT_FORMATS)
 
 

@@ -28,7 +28,7 @@ import numpy as np
 from cogview.config_io import from_mapping
 from cogview.data.store_checksum import DATA_FILE, check_sum
 from cogview.data.store_rows import read_rows
-from cogview.errors import InputError
+from cogview.errors import InputError, RetryLaterError
 from cogview.formatting import printable, shorten
 from cogview.input_files import looked_at
 from cogview.plain_data import parse_json
@@ -365,6 +365,10 @@ def naming_damage(path: Path) -> Iterator[None]:
 
     try:
         yield
+    except lmdb.MapResizedError:
+        raise RetryLaterError(
+            f"{path} has grown since it was opened: another process writes to it; wait for its end, and try again"
+        ) from None
     except lmdb.Error as error:
         raise InputError(f"{path} is damaged ({error}): copy it again, or encode the store again") from None
 

@@ -175,6 +175,11 @@ class StoredSet:
                 before = codes
 
 
+def is_store(path: Path) -> bool:
+    """Return whether a path is a token store, whose images a model decodes."""
+    return (path / DATA_FILE).is_file()
+
+
 def open_image_set(path: Path, open_tokenizer: Callable[[], VQVAE]) -> ImageSet:
     """Open a set of images.
 
@@ -187,7 +192,7 @@ def open_image_set(path: Path, open_tokenizer: Callable[[], VQVAE]) -> ImageSet:
     """
     if not path.exists():
         raise InputError(f"{path} does not exist; expected {EXPECTED}")
-    if (path / DATA_FILE).is_file():
+    if is_store(path):
         return StoredSet(TokenStore(path), open_tokenizer())
     if path.is_file():
         if path.suffix.lower() != SHARD_SUFFIX:

@@ -8,42 +8,23 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import pickle
 import shutil
-import signal
 import tarfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tests import factories, v1_release
+from tests.fuzz.reader import Reader
 from tests.training import factories as training
 
 CAPTIONS = tuple(
     f"{colour}色背景上的{number}只{thing}" for colour in "红蓝" for number in "一两" for thing in ("狐狸", "狗")
 )
 SIZES = {"num_image_codes": 8192, "num_text_pieces": 50000, "codebook_sha256": "c0de" * 16, "text_sha256": "7e47" * 16}
-
-
-@dataclass(frozen=True)
-class Reader:
-    """One kind of input.
-
-    Attributes:
-        make: Writes valid files into a folder: a folder for each variant.
-        read: Reads the files of a variant.
-        allowed: Errors that the reader documents beside ``InputError``.
-        minimum: Number of inputs to try in any case.
-    """
-
-    make: Callable[[Path], None]
-    read: Callable[[Path], object]
-    allowed: tuple[type[Exception], ...] = field(default=())
-    minimum: int = 20
 
 
 def run_command(*arguments: str | Path) -> None:
@@ -656,31 +637,6 @@ def read_world(folder: Path) -> None:
 # What a reader must not do
 
 
-def make_faults(folder: Path) -> None:
-    """Write a file for each fault."""
-    for name in ("0-sound", "1-refused", "2-error", "3-hang", "4-memory", "5-death"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / name).touch()
-
-
-def commit_fault(folder: Path) -> None:
-    """Do what the name of the file says."""
-    from cogview.errors import InputError
-
-    name = next((path.name for path in folder.iterdir()), "")
-    if name == "1-refused":
-        raise InputError("refused")
-    if name == "2-error":
-        raise KeyError("updates")
-    while name == "3-hang":
-        pass
-    if name == "4-memory":
-        np.ones(600 << 20, dtype=np.uint8)
-    if name == "5-death":
-        os.kill(os.getpid(), signal.SIGBUS)
-
-
-FAULTS = "faults"
 READERS: dict[str, Reader] = {
     "results": Reader(make_results, read_results),
     "images": Reader(make_images, read_images),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import queue
@@ -23,13 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.mutations import damage_copy
+from tests.fuzz.reader import Reader
 
 ROOT = Path(__file__).parents[2]
-CPU_SECONDS = 10.0  # of one input; imports at the first one take several on a busy machine
+CPU_SECONDS = 10.0  # of one input; ``try_input`` of sound files comes before, which imports what the reader needs
 WALL_SECONDS = 60.0  # of one input that waits, as for a pipe; a busy machine may be slow
 GROWTH = 500 << 20  # bytes of memory, at the peak of one input
 ADDRESS_SPACE = 3 << 30  # bytes beyond those at the start: protects the machine
 START_SECONDS = 120.0
+SOUND = -1  # number of the input without damage
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,19 @@ class Outcome:
 class Worker:
     """A process that reads damaged files; it is started again when it has died."""
 
-    def __init__(self, cpu_seconds: float = CPU_SECONDS) -> None:
-        """Name the CPU time that an input may take, in seconds; the process starts with the first input."""
+    def __init__(
+        self, module: str = "tests.fuzz.readers", cpu_seconds: float = CPU_SECONDS, growth: int = GROWTH
+    ) -> None:
+        """Name what an input may take; the process starts with the first one.
+
+        Args:
+            module: Module with ``READERS``.
+            cpu_seconds: CPU time, in seconds.
+            growth: Memory at its peak, in bytes.
+        """
+        self._module = module
         self._cpu_seconds = cpu_seconds
+        self._growth = growth
         self._process: subprocess.Popen[str] | None = None
         self._replies: queue.Queue[str] = queue.Queue()
 
@@ -66,7 +79,7 @@ class Worker:
 
         Args:
             kind: Name of the reader.
-            number: Number of the input, which determines the damage.
+            number: Number of the input, which determines the damage; ``SOUND`` for none, without a limit of CPU time.
             seed: Valid files.
             case: Folder for the damaged files; it stays if the input failed.
 
@@ -75,15 +88,16 @@ class Worker:
         """
         process = self._running()
         assert process.stdin is not None
-        process.stdin.write(json.dumps([kind, number, str(seed), str(case)]) + "\n")
+        process.stdin.write(json.dumps([kind, number, str(seed), str(case), self._growth]) + "\n")
         process.stdin.flush()
         begin, cpu = time.monotonic(), _cpu_seconds(process.pid)
+        limits = (START_SECONDS, START_SECONDS) if number == SOUND else (self._cpu_seconds, WALL_SECONDS)
         while True:
             try:
                 reply = self._replies.get(timeout=0.25)
             except queue.Empty:
                 waited, used = time.monotonic() - begin, _cpu_seconds(process.pid) - cpu
-                if used > self._cpu_seconds or waited > WALL_SECONDS:
+                if used > limits[0] or waited > limits[1]:
                     self.close()
                     return Outcome("hang", f"no answer after {waited:.0f} s, {used:.0f} s of them on the CPU")
                 continue
@@ -107,7 +121,7 @@ class Worker:
             self._replies = queue.Queue()
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COGVIEW_LANGUAGE": "en"}
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.fuzz.worker"],
+                [sys.executable, "-m", "tests.fuzz.worker", self._module],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -142,24 +156,27 @@ def _kilobytes(key: str) -> int:
     return int(found[1]) << 10 if found else 0
 
 
-def read_input(kind: str, number: int, seed: Path, case: Path) -> Outcome:
+def read_input(reader: Reader, kind: str, number: int, seed: Path, case: Path, growth: int = GROWTH) -> Outcome:
     """Damage a copy of valid files, and read it in this process.
 
     Args:
-        kind: Name of the reader.
-        number: Number of the input.
+        reader: The reader.
+        kind: Its name.
+        number: Number of the input, or ``SOUND``.
         seed: Valid files: a folder for each variant.
         case: Folder for the damaged files.
+        growth: Memory that it may take at its peak, in bytes.
 
     Returns:
         The outcome.
     """
     from cogview.errors import InputError
-    from tests.fuzz.readers import FAULTS, READERS, Reader, commit_fault, make_faults
 
-    reader = Reader(make_faults, commit_fault) if kind == FAULTS else READERS[kind]
     variants = sorted(path for path in seed.iterdir() if path.is_dir())
-    damage = damage_copy(variants[number % len(variants)], case, f"{kind} {number}")
+    variant = variants[number % len(variants)]
+    damage = "" if number == SOUND else damage_copy(variant, case, f"{kind} {number}")
+    if number == SOUND:
+        shutil.copytree(variant, case)
     before = _kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
     try:
@@ -176,7 +193,7 @@ def read_input(kind: str, number: int, seed: Path, case: Path) -> Outcome:
         outcome = Outcome("error", _shortened(traceback.format_exc()), damage)
     else:
         outcome = Outcome("read", "", damage)
-    if (grown := _kilobytes("VmHWM") - before) > GROWTH:
+    if (grown := _kilobytes("VmHWM") - before) > growth:
         outcome = Outcome("memory", f"{grown >> 20} MB more at the peak; {outcome.text}", damage)
     return outcome
 
@@ -186,19 +203,18 @@ def _shortened(text: str) -> str:
     return text if len(text) < 8000 else f"{text[:4000]}\n…\n{text[-4000:]}"
 
 
-def serve() -> None:
-    """Read inputs that the parent names until it closes the pipe."""
+def serve(module: str) -> None:
+    """Read inputs that the parent names until it closes the pipe, with the readers of a module."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what libraries print must not be taken for a reply
-    import tests.fuzz.readers  # noqa: F401  with all that it imports, before memory is measured
-
+    readers = importlib.import_module(module).READERS  # with all that it imports, before memory is measured
     virtual = _kilobytes("VmSize")
     resource.setrlimit(resource.RLIMIT_AS, (virtual + ADDRESS_SPACE, virtual + ADDRESS_SPACE))
     replies.write("ready\n")
     replies.flush()
     for line in sys.stdin:
-        kind, number, seed, case = json.loads(line)
-        outcome = read_input(kind, number, Path(seed), Path(case))
+        kind, number, seed, case, growth = json.loads(line)
+        outcome = read_input(readers[kind], kind, number, Path(seed), Path(case), growth)
         if not outcome.failed:
             shutil.rmtree(case, ignore_errors=True)
         replies.write(json.dumps(vars(outcome)) + "\n")
@@ -212,11 +228,11 @@ def repeat(kind: str, number: int) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     READERS[kind].make(folder / "seed")
     print(folder / "case", flush=True)
-    print(read_input(kind, number, folder / "seed", folder / "case"))
+    print(read_input(READERS[kind], kind, number, folder / "seed", folder / "case"))
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if len(sys.argv) > 2:
         repeat(sys.argv[1], int(sys.argv[2]))
     else:
-        serve()
+        serve(sys.argv[1])

@@ -1,8 +1,10 @@
 """Contact sheets with captions: their pages, the images on them, and captions that no font can show."""
 
+import functools
+
 import numpy as np
 import pytest
-from PIL import Image, ImageFont
+from PIL import Image, ImageChops, ImageFont
 
 from cogview.errors import InputError
 from cogview.image_io import fonts
@@ -20,8 +22,9 @@ def images(count, side=64):
 
 def boxes(sheet, image):
     """Return the edges (left, top, right, bottom) of the pixels that have the colour of a one-coloured image."""
-    rows, columns = np.nonzero((np.asarray(sheet) == image.getpixel((0, 0))).all(axis=-1))
-    return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
+    levels = [[255 * (level == value) for level in range(256)] for value in image.getpixel((0, 0))]
+    parts = [part.point(table) for part, table in zip(sheet.split(), levels, strict=True)]
+    return functools.reduce(ImageChops.darker, parts).getbbox()
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,11 @@ def new_model(folder: Path, dropout: float, attention: AttentionConfig) -> Model
 
 def main() -> int:
     """Run all jobs; return the status of the first that fails, or 0."""
+    return run_safely(run_jobs, "program")
+
+
+def run_jobs() -> int:
+    """Run all jobs in one process group."""
     folder, jobs = Path(sys.argv[1]), json.loads(sys.argv[2])
     torch.set_num_threads(1)
     np.seterr(all="ignore")
@@ -110,4 +115,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_safely(main, "program"))
+    sys.exit(main())

@@ -1,27 +1,23 @@
 """Training in several processes: the losses of one process with any engine, and checkpoints that all engines share.
 
 Processes are started as by torchrun, exchange gradients by gloo and compute on the CPU. Starting them takes longer than
-their work, so one start does many jobs (``program.py``).
+their work, so they are forked (``launcher.py``), and one start does many jobs (``program.py``).
 """
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import cogview
 from cogview.checkpoints.checkpoint import read_config
 from cogview.data.store import StoreHeader
 from cogview.data.store_writer import StoreWriter
 from cogview.pipeline.cogview import CogView
+from tests.training.launcher import Launcher
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -54,45 +50,6 @@ def folder(tiny_checkpoint, tmp_path_factory) -> Path:
     return place
 
 
-def train(folder: Path, jobs: list[dict[str, Any]], size: int = 1) -> list[int]:
-    """Run ``jobs`` in ``size`` processes and return their statuses; if one is killed, the others stop."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                "-X",
-                "faulthandler",
-                str(Path(__file__).with_name("program.py")),
-                str(folder),
-                json.dumps(jobs),
-            ],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(Path(cogview.__file__).parents[1]),
-                "PYTHONWARNINGS": "ignore",
-                "DS_ACCELERATOR": "cpu",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1",
-                "TORCH_EXTENSIONS_DIR": str(folder / "extensions"),
-                "MASTER_PORT": str(port),
-            },
-            stdout=subprocess.DEVNULL,
-            stderr=(folder / f"errors.{rank}").open("w"),
-        )
-        for rank in range(size)
-    ]
-    try:
-        return [process.wait(timeout=900) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-
-
 def steps_of(folder: Path, name: str, rank: int = 0) -> list[dict[str, Any]]:
     """Return what process ``rank`` has logged of each step of the run ``name``."""
     return [json.loads(line) for line in (folder / f"{name}.{rank}").read_text().splitlines()]
@@ -108,11 +65,24 @@ def difference(found: list[float], expected: list[float]) -> float:
 
 @pytest.fixture(scope="module")
 def trained(folder) -> Path:
+    """Return the folder after all jobs."""
+    pytest.importorskip("deepspeed")
+    place = {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(folder / "extensions")}
+    lazy = ("torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")  # imported by the first optimizer: 4 s
+    with Launcher("program", *lazy, **place) as launcher:
+        run_all(launcher, folder)
+    return folder
+
+
+def run_all(launcher: Launcher, folder: Path) -> None:
     """Run all jobs, in one start of two processes, then of one, then of three.
 
     Several jobs continue at each start. The last one of two processes ends by a kill.
     """
-    pytest.importorskip("deepspeed")
+
+    def train(jobs: list[dict[str, Any]], size: int = 1) -> list[int]:
+        return launcher.start("program", [str(folder), json.dumps(jobs)], size, folder)
+
     chain = {"name": "chain", "dtype": "bfloat16", "steps": 15}
     killed = {"name": "killed", "steps": 14, "save_every": 4}
     window = {"name": "window", "steps": 6, "attention": {"pattern": "window", "window": 9, "pivots": 8}}
@@ -131,13 +101,12 @@ def trained(folder) -> Path:
     ]
     three = [{**chain, "engine": ZERO["zero3"], "resume": True}, {**killed, "resume": True}]
 
-    assert train(folder, two, size=2) == [1, -signal.SIGKILL], (folder / "errors.0").read_text()
+    assert train(two, 2) == [1, -signal.SIGKILL], (folder / "errors.0").read_text()
     shutil.copy(folder / "errors.0", folder / "errors-of-killed.0")
     for path in folder.glob("killed.[0-9]"):
         path.unlink()
-    assert train(folder, one) == [0], (folder / "errors.0").read_text()
-    assert train(folder, three, size=3) == [0, 0, 0], (folder / "errors.0").read_text()
-    return folder
+    assert train(one) == [0], (folder / "errors.0").read_text()
+    assert train(three, 3) == [0, 0, 0], (folder / "errors.0").read_text()
 
 
 @pytest.mark.parametrize("name", ENGINES)

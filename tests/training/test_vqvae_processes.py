@@ -1,14 +1,13 @@
 """Training a VQ-VAE in two processes: the losses and the codebook of one process, and runs that move between both.
 
-Starting processes takes longer than their work, so one start does many jobs (``vqvae_program.py``).
+Starting processes takes longer than their work, so they are forked (``launcher.py``), and one start does
+many jobs (``vqvae_program.py``).
 """
 
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ import pytest
 import torch
 import yaml
 
-import cogview
 from cogview.checkpoints.image_tokenizer import load_image_tokenizer
 from cogview.cli.main import main
-from cogview.training.distributed import free_port
+from tests.training.launcher import Launcher
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -36,39 +34,9 @@ SECTION = {
 }
 
 
-def train(jobs: list[dict[str, Any]]) -> tuple[list[int], list[str], list[str]]:
-    """Run jobs in two processes: their exit statuses, what each printed, and the messages of each."""
-    port = str(free_port())
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("vqvae_program.py")), "own.yaml", json.dumps(jobs)],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(Path(cogview.__file__).parents[1]),
-                "PYTHONWARNINGS": "ignore",
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-            stdout=subprocess.PIPE,
-            stderr=Path(f"errors.{rank}").open("w"),  # noqa: SIM115
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed = [process.communicate(timeout=900)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [process.returncode for process in processes], printed, [Path(f"errors.{rank}").read_text() for rank in "01"]
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, save_image):
-    """Train in two processes, in one, and from one to the other; return the messages of the first start."""
+    """Train in two processes, in one, and from one to the other; return the messages of the first start by rank."""
     folder, before = tmp_path_factory.mktemp("vqvae"), Path.cwd()
     os.chdir(folder)
     try:
@@ -84,13 +52,16 @@ def trained(tmp_path_factory, save_image):
             {"arguments": ["--work", "decoder", "init_from=two/image", "train=decoder", "model={}"]},
             {"arguments": ["--work", "killed"], "die": 7},
         ]
-        statuses, printed, errors = train(jobs)
-        assert statuses[1] == -signal.SIGKILL, errors
-        shutil.copytree("killed", "moved")
-        assert train([{"arguments": ["--work", "killed", "--resume", "auto"]}])[0] == [0, 0]
+        resumed = [{"arguments": ["--work", "killed", "--resume", "auto"]}]
+        with Launcher("vqvae_program", "torch._dynamo") as launcher:  # which the first optimizer imports
+            statuses = launcher.start("vqvae_program", ["own.yaml", json.dumps(jobs)], 2, folder)
+            errors = [Path(f"errors.{rank}").read_text() for rank in "01"]
+            assert statuses[1] == -signal.SIGKILL, errors
+            shutil.copytree("killed", "moved")
+            assert launcher.start("vqvae_program", ["own.yaml", json.dumps(resumed)], 2, folder) == [0, 0]
         for work in ("one", "moved"):
             assert main(["train-image", "own.yaml", "--device", "cpu", "--work", work, "--resume", "auto"]) == 0
-        yield printed, errors
+        yield errors
     finally:
         os.chdir(before)
 
@@ -120,9 +91,8 @@ def test_train_image_of_two_processes_gives_the_tokenizer_of_one(trained, work):
 
 
 def test_train_image_of_two_processes_resumes_bit_for_bit_after_a_kill(trained):
-    _, errors = trained
-    assert "another process is gone" in errors[0]
-    assert "Traceback" not in errors[0]
+    assert "another process is gone" in trained[0]
+    assert "Traceback" not in trained[0]
     names = ("loss", "revived", "validation_psnr", "validation_perplexity")
     assert [metrics("killed", name) for name in names] == [metrics("two", name) for name in names]
     for name, tensor in weights("two").items():
@@ -130,13 +100,12 @@ def test_train_image_of_two_processes_resumes_bit_for_bit_after_a_kill(trained):
 
 
 def test_train_image_of_two_processes_reports_a_mistake_once(trained):
-    _, errors = trained
-    assert "batch_size 5 does not divide among 2 processes; 4 or 6 would" in errors[0]
-    assert errors[0].count("has been changed or removed since the training was started") == 1
-    assert " to train on, " in errors[0]
-    assert "two/image-run already holds a run at step-00000012" in errors[0]
+    assert "batch_size 5 does not divide among 2 processes; 4 or 6 would" in trained[0]
+    assert trained[0].count("has been changed or removed since the training was started") == 1
+    assert " to train on, " in trained[0]
+    assert "two/image-run already holds a run at step-00000012" in trained[0]
     assert '"changed' not in Path("two/pictures.jsonl").read_text()
-    assert errors[1] == ""
+    assert trained[1] == ""
 
 
 def test_train_image_of_two_processes_tunes_the_decoder_and_keeps_the_codes(trained):

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from cogview.data.builders.prepare import DIGEST_BYTES, is_held_out, normalize_caption
+from cogview.data.builders.prepare import DIGEST_BYTES, NO_TEXT, is_held_out, normalize_caption
 from cogview.data.keyed_random import KeyedRandom
 from cogview.data.sources.records import PictureRecord
 
@@ -84,6 +84,9 @@ def read_corpus(
         if not record.captions:
             corpus.skip(record.name, record.problem or "no caption")
         for text in record.captions:
+            if "\0" in text:
+                corpus.skip(record.name, NO_TEXT)
+                continue
             caption = normalize_caption(convert(text))
             try:
                 content = caption.encode()

@@ -25,6 +25,7 @@ from cogview.vqvae.ranges import check_ranges
 
 MIN_SIDE = 16  # pixels: nothing can be seen on a smaller picture
 DIGEST_BYTES = 16
+NO_TEXT = "a caption holds a character 0: its file is no text"
 CUT_NOTE = "a box lies outside the square that is kept of it"
 NAMED_NOTE = "its boxes name objects of its captions"
 
@@ -141,7 +142,10 @@ class PicturePreparer(Dataset[PreparedPicture]):
         """Return the captions that can be used, their pieces, and the reasons why others cannot."""
         captions, pieces, left_out = [], [], []
         convert, width = self._converter(), self.settings.text_width
-        for caption in dict.fromkeys(normalize_caption(convert(text)) for text in given):
+        if any("\0" in text for text in given):
+            left_out.append(NO_TEXT)
+        texts = [text for text in given if "\0" not in text]
+        for caption in dict.fromkeys(normalize_caption(convert(text)) for text in texts):
             try:
                 ids = self.text_tokenizer.encode(caption)
             except ValueError:

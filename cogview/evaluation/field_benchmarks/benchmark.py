@@ -196,15 +196,34 @@ def expect_keys(found: Iterable[Any], expected: Iterable[Any], where: str, noun:
     """
     counted, wanted = Counter(found), list(expected)
     known = set(wanted)
+    if samples := _other_samples(counted, wanted):
+        raise InputError(f"{where} has {plural(samples, 'picture')} of each prompt: give --samples {samples}")
     if other := next((key for key in counted if key not in known), None):
         raise InputError(f"{where} is of another set: it has the {noun} {_shown(other)}, which the prompts do not have")
     if repeated := next((key for key, count in counted.items() if count > 1), None):
         raise InputError(f"{where} has a {noun} more than once: {_shown(repeated)}")
-    if missing := [key for key in wanted if key not in counted]:
+    missing = [key for key in wanted if key not in counted]
+    if missing:
         raise InputError(
             f"{where} lacks {len(missing)} of {plural(len(wanted), noun)}, first {_shown(missing[0])}; the score of a "
             "part is not that of the benchmark"
         )
+
+
+def _other_samples(found: Iterable[Any], expected: Iterable[Any]) -> int:
+    """Return the number of pictures that a file has of each prompt, if that is all that differs; else 0.
+
+    Args:
+        found: Keys in the file: a prompt, a picture, then anything.
+        expected: Keys of the benchmark.
+    """
+    have, wanted = (
+        Counter(prompt for prompt, _ in {key[:2] for key in keys if isinstance(key, tuple) and len(key) > 1})
+        for keys in (found, expected)
+    )
+    counts = set(have.values())
+    differs = have.keys() == wanted.keys() and len(counts) == 1 and counts != set(wanted.values())
+    return counts.pop() if differs else 0
 
 
 def _shown(key: Any) -> str:
