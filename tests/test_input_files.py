@@ -11,7 +11,7 @@ import pytest
 from cogview import input_files
 from cogview.errors import InputError
 from cogview.files import read_json_lines
-from cogview.input_files import open_regular, read_arrays, read_regular
+from cogview.input_files import conversion_advice, open_regular, read_arrays, read_regular
 from cogview.plain_data import read_json, read_yaml
 
 
@@ -50,6 +50,22 @@ def test_open_regular_names_the_kind_of_file(tmp_path):
         open_regular(tmp_path / "none", "recipe")
     with pytest.raises(InputError, match=r"cannot read a\\x00b: embedded null byte"):
         open_regular(Path("a\0b"))
+
+
+@pytest.mark.parametrize(
+    ("content", "advice"),
+    [
+        ("一只狐狸\n".encode("utf-16-le"), "it is UTF-16LE: iconv -f UTF-16LE -t UTF-8 a.txt > NEW"),
+        ("a fox\n".encode("utf-16-le"), "it is UTF-16LE: iconv"),
+        ("a fox, 一只狐狸".encode("utf-16-be"), "it is UTF-16BE: iconv"),
+        (bytes(range(256)) * 3, "it holds bytes 0, so it is no text: check that it is the right file"),
+        (np.random.default_rng(0).bytes(4000), "it holds bytes 0, so it is no text"),
+        (b"\xb0\xa1", "if it is GBK, convert it: iconv -f GB18030 -t UTF-8 a.txt > NEW"),
+    ],
+)
+def test_conversion_advice_names_an_encoding_that_fits(content, advice):
+    """Random bytes were called UTF-16LE."""
+    assert conversion_advice(content, "a.txt").startswith(advice)
 
 
 def test_read_regular_refuses_a_file_above_its_limit(tmp_path):

@@ -367,7 +367,8 @@ def naming_damage(path: Path) -> Iterator[None]:
         yield
     except lmdb.MapResizedError:
         raise RetryLaterError(
-            f"{path} has grown since it was opened: another process writes to it; wait for its end, and try again"
+            f"{path} cannot be read while another process writes to it: wait for its end, and try again; if none does, "
+            "it is damaged: copy it again"
         ) from None
     except lmdb.Error as error:
         raise InputError(f"{path} is damaged ({error}): copy it again, or encode the store again") from None

@@ -164,7 +164,8 @@ def test_bench_measures_other_batches_when_one_fails(tiny_checkpoint, monkeypatc
 
 def test_bench_keeps_older_json_when_disk_is_full(tiny_checkpoint, in_this_process, tmp_path, monkeypatch, capsys):
     path = tmp_path / "bench.json"
-    path.write_text("older")
+    older = json.dumps({"rows": [], "hardware": {}, "codes_per_image": 64})
+    path.write_text(older)
 
     def full(self, text, encoding):
         self.write_bytes(b"{")
@@ -176,11 +177,13 @@ def test_bench_keeps_older_json_when_disk_is_full(tiny_checkpoint, in_this_proce
     printed = capsys.readouterr()
     assert "the disk is full" in printed.err
     assert printed.out.splitlines()[-1].split()[0] == "1"  # the table is printed before
-    assert (os.listdir(tmp_path), path.read_text()) == (["bench.json"], "older")
+    assert (os.listdir(tmp_path), path.read_text()) == (["bench.json"], older)
 
 
 def test_bench_reports_mistake_in_one_line(tiny_checkpoint, tmp_path, capsys):
     batches = "invalid value for '--batch': "
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("一只狐狸\n", encoding="utf-8")
     not_a_list = "is not a list of whole numbers from 1 on, such as 1,8,32"
     for arguments, message in [
         (["--model", "cogview-bse"], 'model "cogview-bse" is unknown; known: cogview-emoji, '),
@@ -198,8 +201,8 @@ def test_bench_reports_mistake_in_one_line(tiny_checkpoint, tmp_path, capsys):
         (["--codes", "65"], "--codes must be from 2 to 64, the codes of an image, got 65"),
         (["--device", "gpu"], "device 'gpu' is unknown; expected auto, cpu, cuda, cuda:N or mps"),
         (["--dtype", "int7"], "invalid value for '--dtype': 'int7' is not one of 'auto', "),
-        (["--json", f"{tmp_path}/no/b.json"], f"--json {tmp_path}/no/b.json: there is no folder {tmp_path}/no; "),
-        (["--json", str(tmp_path)], f"--json {tmp_path} is a folder; expected the name of a file"),
+        (["--json", str(tmp_path)], f"the output {tmp_path} is a folder; expected the name of a file"),
+        (["--json", str(prompts)], f"the output {prompts} exists and is no result of cogview, so that it is not repl"),
     ]:
         chosen = [] if arguments[0] in ("--model", "--random") else ["--model", str(tiny_checkpoint)]
         assert main(["bench", *chosen, *arguments]) == 2

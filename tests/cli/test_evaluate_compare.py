@@ -1,6 +1,7 @@
 """``cogview eval compare``: what is printed, the page, and files that are refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -50,12 +51,17 @@ def test_compare_writes_a_page(compare, tmp_path):
     assert "<td>fid" in page
 
 
+def test_compare_makes_the_folder_of_its_page(compare):
+    """As other commands do; it wanted an existing one."""
+    assert compare("--allow", "sampling", "-o", "new/folder/page.html")[0] == 0
+    assert "<html" in Path("new/folder/page.html").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "they differ in sampling.top_k (100, 5)"),
         (("--allow", "sampling", "-o", "page.png"), "-o must name an HTML file, such as page.html, got page.png"),
-        (("--allow", "sampling", "-o", "no/page.html"), "there is no folder for the page: create it first: no"),
         (("--allow", "sampling", "--allow", "top_k"), "--allow top_k: neither manifest has it"),
     ],
 )

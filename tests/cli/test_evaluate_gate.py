@@ -73,7 +73,25 @@ def test_gate_passes_an_equal_run_and_names_the_row_of_a_planted_loss(gate, tmp_
     assert (tmp_path / "first.json").read_bytes() == first
 
 
-def test_gate_refuses_bad_input_in_one_line(gate, tmp_path, capsys):
+def test_gate_that_is_interrupted_says_that_no_result_was_written(gate, tmp_path, capsys, monkeypatch):
+    """Nothing is kept of a measurement that is written at its end."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run_gate", interrupted)
+    assert gate("-o", tmp_path / "result.json") == 130
+    assert capsys.readouterr().err == "cogview eval: interrupted; no result was written\n"
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_gate_refuses_bad_input_in_one_line(gate, tmp_path, capsys, monkeypatch):
+    """And before the model is loaded, which takes longest."""
+
+    def loaded(*_, **settings):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("cogview.pipeline.cogview.CogView.from_pretrained", loaded)
     (tmp_path / "other.json").write_text(json.dumps({"format": "x"}), encoding="utf-8")
     (tmp_path / "plain.yaml").write_text(yaml.safe_dump({"work": str(tmp_path)}), encoding="utf-8")
     (tmp_path / "bytes.json").write_bytes(bytes(range(256)))

@@ -50,6 +50,16 @@ def test_eval_image_tokenizer_prints_one_json_object(evaluate, tiny_checkpoint):
     assert json.loads(alone)["side"] == 64  # of a tokenizer without its model
 
 
+def test_eval_image_tokenizer_replaces_no_other_file_by_its_result(evaluate):
+    """The result lies beside the sheet, so that ``-o labels.png`` would have replaced ``labels.json``."""
+    Path("labels.json").write_text("[1]", encoding="utf-8")
+    status, out, err = evaluate("pictures", "-o", "labels.png")
+    assert (status, out, len(err)) == (2, [], 1)
+    assert "labels.json exists and is no result of cogview, so that it is not replaced" in err[0]
+    assert Path("labels.json").read_text(encoding="utf-8") == "[1]"
+    assert not Path("labels.png").exists()
+
+
 def test_eval_image_tokenizer_writes_a_result_of_its_pictures(evaluate, tiny_checkpoint):
     """The order and the names of pictures do not count, their contents do."""
     found = json.loads(evaluate("pictures", "--json")[1][0])

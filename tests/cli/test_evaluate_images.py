@@ -53,8 +53,19 @@ def test_eval_images_prints_one_json_object_and_writes_into_a_folder(evaluate):
     status, out, _ = evaluate("--network", "stub", "--json", "-o", "results")
     found = json.loads(out[0])
     assert (status, len(out), found["left_out"]) == (0, 1, 0)
-    assert found["fid"] == read_result(Path(found["result"])).results["fid"].value
+    results = read_result(Path(found["result"])).results
+    assert found["fid"] == results["fid"].value
+    assert found["rank_deficient"] is True
+    assert found["intervals"] == {name: [row.low, row.high] for name, row in results.items() if row.low is not None}
+    assert found["intervals"]
     assert Path("results/images.json").is_file()
+
+
+def test_eval_images_refuses_a_model_that_has_nothing_to_decode(evaluate):
+    """It was accepted, and not used, between two folders."""
+    status, out, err = evaluate("--network", "stub", "--model", "none")
+    assert (status, out) == (2, [])
+    assert "--model decodes token stores, and A and B are none: leave it out" in err[0]
 
 
 def test_eval_images_takes_the_network_of_a_model(evaluate, tiny_checkpoint):

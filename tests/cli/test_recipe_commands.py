@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 
 from cogview.checkpoints.checkpoint import read_config
@@ -27,6 +28,7 @@ from cogview.modeling import config
 from cogview.pipeline.cogview import CogView
 from cogview.training import memory_plan, setup
 from cogview.training.distributed import DistributedContext
+from cogview.training.plots import save_run_plots
 from cogview.training.run_folder import RunFolder, step_of
 from cogview.training.trainer import TransformerTrainer
 
@@ -128,7 +130,11 @@ def test_recipe_commands_run_in_sequence(finished, tmp_path, capsys, monkeypatch
     assert main(["train", recipe, *place, "--resume", "auto"]) == 0
     whole = tmp_path / "whole"
     shutil.copytree(finished / "work", whole)
-    assert main(["train", recipe, "--work", str(whole), "--device", "cpu"]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "save_run_plots", save_run_plots)
+        assert main(["train", recipe, "--work", str(whole), "--device", "cpu"]) == 0
+    with Image.open(whole / "transformer-run" / "curves.png") as curves:
+        assert curves.width == 1200
     weights = [
         (folder / "transformer-run" / "checkpoints" / "step-00000006" / "model.safetensors").read_bytes()
         for folder in (work, whole)

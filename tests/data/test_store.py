@@ -267,6 +267,21 @@ def test_token_store_iterates_like_a_list(written):
     assert [row["image"][0] for row in TokenStore(path)] == rows["image"][:, 0].tolist()
 
 
+def test_token_store_names_a_process_that_still_writes(written):
+    """It was called damaged (MDB_MAP_RESIZED), with the advice to copy it again."""
+    path, _ = written
+    with TokenStore(path) as store:
+        program = (
+            "import lmdb, sys\n"
+            "with lmdb.open(sys.argv[1], map_size=2**30) as environment, environment.begin(write=True) as writing:\n"
+            "    for number in range(40):\n"
+            "        writing.put(b'%d' % number, bytes(2**20))"
+        )
+        subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+        with pytest.raises(RetryLaterError, match="while another process writes to it: wait for its end"):
+            store.read([0])
+
+
 def test_token_store_names_the_command_when_it_is_missing(tmp_path):
     with pytest.raises(
         InputError, match=r"there is no token store at .*nowhere: make one with `cogview encode RECIPE`"

@@ -119,6 +119,9 @@ def test_geneval_refuses_other_sets_and_missing_parts(geneval, tmp_path):
             BENCHMARKS["geneval"].score(items, write_lines(tmp_path / "d.jsonl", changed), 2)
         return str(caught.value)
 
+    assert "has 1 picture of each prompt: give --samples 1" in refusal(rows[::2])
+    more = {**rows[0], "filename": "00000/samples/0002.png"}
+    assert "is of another set" in refusal([*rows, more])  # of one prompt only
     assert "lacks 1 of 14 pictures, first 00006/0001" in refusal(rows[:-1])
     assert "has a picture more than once: 00000/0000" in refusal([*rows, rows[0]])
     other = {"filename": "00099/samples/0000.png", "detections": []}

@@ -32,9 +32,9 @@ def test_read_corpus_normalizes_before_it_divides():
 
 
 def test_read_corpus_counts_records_without_captions():
-    given = [PictureRecord(name="a.png", problem="broken"), *records("一只狗", " \n", "\udc00")]
+    given = [PictureRecord(name="a.png", problem="broken"), *records("一只狗", " \n", "\udc00", "一\0狗")]
     corpus = read_corpus(given, limit=10, held_out=0.0)
-    assert (corpus.training.captions, corpus.skipped) == (["一只狗"], 3)
+    assert (corpus.training.captions, corpus.skipped) == (["一只狗"], 4)
     assert corpus.first_skipped == "a.png: broken"
 
 

@@ -168,6 +168,7 @@ def test_picture_build_leaves_out_and_names_what_cannot_be_used(make_build, fold
     (pictures / "text.png").write_text("no picture")
     add("long.png", 5, "一" * 21, "两只狗")
     add("longer.png", 6, "狗" * 30)
+    add("binary.png", 7, "一只\0狗")
     add("copy.png", 1, "一只狐狸")
     add("other.png", 1, "红色的狐狸")  # the same pixels with another caption
     (pictures / "lonely.txt").write_text("狐狸")
@@ -180,9 +181,10 @@ def test_picture_build_leaves_out_and_names_what_cannot_be_used(make_build, fold
         "tiny.png": "the picture is 90 x 3 pixels, expected at least 16 on a side",
         "long.png": f"a caption has 21 pieces, at most 20 are used: {'一' * 21}…",
         "longer.png": f"a caption has 30 pieces, at most 20 are used: {'狗' * 30}…",
+        "binary.png": "a caption holds a character 0: its file is no text",
         "lonely.txt": "a caption without a picture: none of this name is beside it",
     }
-    assert (report.left_out, report.rows) == (7, {False: 3, True: 0})
+    assert (report.left_out, report.rows) == (8, {False: 3, True: 0})
     store = TokenStore(build.paths.store)
     texts = [build.text_tokenizer.decode(row[row != NO_TOKEN].tolist()) for row in store.read(range(3))["text"]]
     assert texts == ["一只狐狸", "两只狗", "红色的狐狸"]
