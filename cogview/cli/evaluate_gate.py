@@ -80,7 +80,7 @@ def gate(
     compared with an earlier result by a permutation test. The exit status is 1 if a row fell: at most one run in
     fifty of an unchanged model with another seed; with the same seed and the same arithmetic nothing changes.
     """
-    from cogview.emoji.evaluation.gate import GateSettings, check_gate, compare_rows, run_gate
+    from cogview.emoji.evaluation.gate import GateSettings, ask, compare_rows, earlier_limit, run_gate
     from cogview.pipeline.cogview import CogView
     from cogview.pipeline.inputs import resolve_seed
 
@@ -89,7 +89,9 @@ def gate(
     gated = GateSettings(prompts=prompts, seed=resolve_seed(seed), batch_size=batch_size)
     before = None if against is None else _read_earlier(against, output)
     world = open_world(recipe)
-    check_gate(world, gated, before)
+    ask(world, gated)  # refuses too few prompts, before the model is loaded, which takes longer
+    if before is not None:
+        earlier_limit(before, world)
     opened = CogView.from_pretrained(model, device=device, dtype=dtype, adapter=adapter)
     shipped = None if opened.folder is None else opened.folder / GATE_FILE
     if before is None and shipped is not None and shipped.is_file():

@@ -495,7 +495,7 @@ def test_counts_of_all_steps_can_be_added_up(new, save_image, capsys):
 def test_new_speaks_chinese(new, save_image):
     captions("photos", ["猫", "猫"], save_image)
     _, _, err = new("mine", "--pictures", "photos", "--language", "zh")
-    assert err[0].startswith("cogview new: 所有说明都相同")
+    assert err[0].startswith("cogview new: 所有描述都相同")
     save_image("photos/1.png", 5)
     Path("photos/1.txt").write_text("狗", encoding="utf-8")
     assert new("mine", "--pictures", "photos", "--language", "zh")[0] == 0

@@ -212,7 +212,7 @@ BOXES = '[{"text": "狐狸", "box": [x, y, width, height]}, …]'
             f"a.png: its boxes are left out, they are not JSON (odd); expected {BOXES} in pixels",
             f"a.png: 它的方框未采用，因为不是 JSON（odd）；应为 {BOXES}，以像素计",
         ),
-        ("trained on 20 captions", "用于训练：20 条说明"),
+        ("trained on 20 captions", "用于训练：20 条描述"),
         (
             "the settings of step train have changed: training.steps 6 -> 9, seed 1 -> 3 and 4 more",
             "步骤 train 的设置已更改：training.steps 6 -> 9, seed 1 -> 3，以及另外 4 个",
@@ -234,7 +234,7 @@ BOXES = '[{"text": "狐狸", "box": [x, y, width, height]}, …]'
             "warning: “二只狐狸”: 30% of its characters are unknown to the model",
             "警告：“二只狐狸”：其中 30% 的字符模型不认识",
         ),
-        ("trained on 20 captions, a random part of 40", "用于训练：20 条说明，从 40 条中随机选出"),
+        ("trained on 20 captions, a random part of 40", "用于训练：20 条描述，从 40 条中随机选出"),
     ],
 )
 def test_translate_gives_whole_sentences(text, translation):

@@ -131,22 +131,6 @@ def run_gate(
     return manifest, _summaries(rows), as_items(rows)
 
 
-def check_gate(world: EmojiWorld, settings: GateSettings, before: Result | None) -> None:
-    """Check what needs no model, which takes longer to load.
-
-    Args:
-        world: The world of the gate.
-        settings: Counts and seed.
-        before: The result that the rows will be compared with.
-
-    Raises:
-        InputError: There are too few prompts, or the earlier result is of another measure or world.
-    """
-    ask(world, settings)
-    if before is not None:
-        earlier_limit(before, world)
-
-
 def gate_groups(model: CogView) -> tuple[str, ...]:
     """Return the names of the groups of rows that a model can be measured on.
 
