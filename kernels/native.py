@@ -38,7 +38,7 @@ SOURCES = {  # of each library
     "training": ("vectors.h", "training.c"),  # ``native_training.py``
 }
 FLAGS = ("-O2", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
-INTERFACE = 4  # of layers.c
+INTERFACE = 5  # of layers.c
 COMPILE_SECONDS = 300
 CHUNK_ROWS, SCRATCH_WIDTHS = 64, 13  # of layers.c: rows at a time, and floats of each in multiples of the width
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float16: 4}
@@ -74,6 +74,12 @@ def uses_native_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         ForcedKernelsError: ``COGVIEW_KERNELS=native``, but they cannot be compiled.
     """
+    return _decide(device, dtype, os.environ.get("COGVIEW_KERNELS"))
+
+
+@functools.cache
+def _decide(device: torch.device, dtype: torch.dtype, forced: str | None) -> bool:
+    """Return the decision for a value of ``COGVIEW_KERNELS``: each step of decoding asks for it."""
     if not _may_run(device, dtype):
         return False
     try:
@@ -258,15 +264,16 @@ def _open(path: Path) -> ctypes.CDLL:
         raise CompileError(f"{path} cannot be loaded: {error}") from None
     library.cogview_scratch.restype = ctypes.c_long
     library.cogview_scratch.argtypes = [ctypes.c_long] * 4
-    library.cogview_layers.restype = library.cogview_linear.restype = None
+    library.cogview_layers.restype, library.cogview_linear.restype = ctypes.c_int, None
     library.cogview_layers.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.cogview_linear.argtypes = [
         *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int)
     ]
     library.cogview_sample.restype = None
     library.cogview_sample.argtypes = [
-        *(ctypes.c_void_p, ctypes.c_long, ctypes.c_long, ctypes.c_float, ctypes.c_long, ctypes.c_float),
-        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_long),
+        *(ctypes.c_float, ctypes.c_long, ctypes.c_float),
+        *(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int),
     ]
     return library
 
@@ -319,10 +326,22 @@ def linear_native(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias_
     Returns:
         Outputs (..., N), float32.
     """
-    described = describe_linear(weight, scales, bias_N)
+    return linear_described(describe_linear(weight, scales, bias_N), x)
+
+
+def linear_described(described: NativeLinear, x: Tensor) -> Tensor:
+    """Compute ``linear_native`` with a description of the layer, whose tensors still exist.
+
+    Args:
+        described: What ``describe_linear`` returned.
+        x: Inputs (..., K), float32.
+
+    Returns:
+        Outputs (..., N), float32.
+    """
     rows_MK = x.reshape(-1, described.inputs).contiguous()
     product_MN = rows_MK.new_empty(len(rows_MK), described.outputs)
-    split = torch.empty_like(rows_MK) if weight.dtype == torch.uint8 else None
+    split = torch.empty_like(rows_MK) if described.format == FORMATS[torch.uint8] else None
     load_library().cogview_linear(
         ctypes.byref(described),
         rows_MK.data_ptr(),
@@ -335,27 +354,38 @@ def linear_native(x: Tensor, weight: Tensor, scales: Tensor | None = None, bias_
 
 
 def sample_native(
-    logits_BV: Tensor, keys_B: Tensor, mixed_ids_V: Tensor, *, temperature: float, top_k: int, min_p: float
-) -> Tensor:
+    logits_BV: Tensor,
+    keys_B: Tensor,
+    mixed_ids_V: Tensor,
+    scored_BV: Tensor | None = None,
+    *,
+    temperature: float,
+    top_k: int,
+    min_p: float,
+) -> tuple[Tensor, Tensor]:
     """Sample one id per row: argmax of the filtered logits plus Gumbel noise (``generation/sampling.py``).
 
     Args:
         logits_BV: Logits, float32.
         keys_B: Noise keys, int64.
         mixed_ids_V: Hashes of the ids, int64.
+        scored_BV: Logits of the log probabilities, float32; None for ``logits_BV``.
         temperature: Divisor of the logits.
         top_k: Number of largest logits to keep, and ties with the smallest of them; 0 for all.
         min_p: Fraction of the largest probability to keep; 0 for all.
 
     Returns:
-        Indices (B,) int64.
+        Indices (B,) int64, and their log softmax (B,) float32, before temperature and filters; the same bits in any
+        batch.
     """
     rows, count = logits_BV.shape
     logits_BV, keys_B = logits_BV.contiguous(), keys_B.contiguous()
-    chosen_B, threads = torch.empty(rows, dtype=torch.int64), num_threads()
+    scored_BV = logits_BV if scored_BV is None else scored_BV.contiguous()
+    chosen_B, log_p_B, threads = torch.empty(rows, dtype=torch.int64), torch.empty(rows), num_threads()
     scratch = torch.empty(2 * count * threads)
     load_library().cogview_sample(
-        *(logits_BV.data_ptr(), rows, count, temperature, top_k, math.log(min_p) if min_p else -math.inf),
-        *(keys_B.data_ptr(), mixed_ids_V.data_ptr(), chosen_B.data_ptr(), scratch.data_ptr(), threads),
+        *(logits_BV.data_ptr(), scored_BV.data_ptr(), rows, count),
+        *(temperature, top_k, math.log(min_p) if min_p else -math.inf, keys_B.data_ptr(), mixed_ids_V.data_ptr()),
+        *(chosen_B.data_ptr(), log_p_B.data_ptr(), scratch.data_ptr(), threads),
     )
-    return chosen_B
+    return chosen_B, log_p_B

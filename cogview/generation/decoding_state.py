@@ -108,6 +108,8 @@ class DecodingState:
             **self._mask(rows, new),
         )
         if isinstance(rows, slice):
+            if hidden_BTD.shape[1] == 1:
+                return hidden_BTD[:, 0]
             return hidden_BTD[:, -1].clone()  # a view would keep the hidden states of all columns alive
         assert self._prefixes_B is not None
         if self.cache.prefix is None:

@@ -146,7 +146,9 @@ def keyed_gumbel(keys_B: Tensor, ids: range) -> Tensor:
     return _gumbel(keys_B.unsqueeze(1) ^ _mixed_ids(ids.start, ids.stop, keys_B.device))
 
 
-def sample(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) -> Tensor:
+def sample(
+    logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling, scored_BV: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Sample one id per row: argmax of the filtered logits plus the noise of their keys.
 
     On a CPU, noise is computed only for the ids that pass the filters, or top-k, which saves work. On other devices it
@@ -157,25 +159,40 @@ def sample(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) ->
         keys_B: Keys of ``noise_keys``, int64.
         ids: Candidate ids, V of them.
         sampling: Temperature, top-k, top-p and min-p.
+        scored_BV: Logits of the log probabilities, such as those before guidance; None for ``logits_BV``.
 
     Returns:
-        Index in ``ids`` of the sampled id of each row, (B,) int64.
+        Index in ``ids`` of the sampled id of each row, (B,) int64, and its log probability (B,) in nats, before
+        temperature and filters.
     """
+    scored_BV = logits_BV if scored_BV is None else scored_BV
     native = logits_BV.dtype == torch.float32 and uses_native_kernels(logits_BV.device, torch.float32)
     if native and sampling.top_p == 1:
         return sample_native(
             logits_BV,
             keys_B,
             _mixed_ids(ids.start, ids.stop, keys_B.device),
+            scored_BV,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             min_p=sampling.min_p,
         )
+    chosen_B = None
     if logits_BV.device.type == "cpu" and 0 < sampling.top_k < logits_BV.shape[1] - TIE_MARGIN:
         chosen_B = _sample_top_k(logits_BV, keys_B, ids, sampling)
-        if chosen_B is not None:
-            return chosen_B
-    return (filter_logits(logits_BV, sampling) + keyed_gumbel(keys_B, ids)).argmax(dim=-1)
+    if chosen_B is None:
+        chosen_B = (filter_logits(logits_BV, sampling) + keyed_gumbel(keys_B, ids)).argmax(dim=-1)
+    return chosen_B, log_probability_of(scored_BV, chosen_B)
+
+
+def log_probability_of(logits_BV: Tensor, chosen_B: Tensor) -> Tensor:
+    """Return log softmax (B,) at the indices ``chosen_B``, in nats.
+
+    Args:
+        logits_BV: Logits (B, V).
+        chosen_B: Indices of the chosen ids, (B,) int64.
+    """
+    return logits_BV.log_softmax(dim=-1).gather(1, chosen_B.unsqueeze(1)).squeeze(1)
 
 
 def _sample_top_k(logits_BV: Tensor, keys_B: Tensor, ids: range, sampling: Sampling) -> Tensor | None:

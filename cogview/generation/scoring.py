@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cogview.generation.token_sampler import log_probability_of
+from cogview.generation.sampling import log_probability_of
 from cogview.kernels.window_mask import WindowMask
 from cogview.modeling.pivots import fixed_pivots
 from cogview.modeling.transformer import Transformer

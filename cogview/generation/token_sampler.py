@@ -169,8 +169,8 @@ class SamplingGroup:
             guided_RV = unconditional_RV + self.sampling.guidance * (logits_RV - unconditional_RV)
             if self.mask_V is not None:  # -inf minus -inf is not a number
                 guided_RV = guided_RV.masked_fill(self.mask_V, -torch.inf)
-        chosen_R = sample(guided_RV, keys_R, self.candidates, self.sampling)
-        return chosen_R + self.candidates.start, log_probability_of(logits_RV, chosen_R)
+        chosen_R, log_p_R = sample(guided_RV, keys_R, self.candidates, self.sampling, logits_RV)
+        return chosen_R + self.candidates.start, log_p_R
 
     def write_tokens(self, ids_BT: Tensor, column: int, ids_R: Tensor) -> None:
         """Write sampled ids into ``column`` of ``ids_BT``, in the unconditional rows too.
@@ -231,16 +231,6 @@ def logits_of(transformer: Transformer, hidden_RD: Tensor, candidates: range, ma
     """
     logits_RV = transformer.head(hidden_RD, candidates)
     return logits_RV if mask_V is None else logits_RV.masked_fill(mask_V, -torch.inf)
-
-
-def log_probability_of(logits_RV: Tensor, chosen_R: Tensor) -> Tensor:
-    """Return log softmax (R,) at the indices ``chosen_R``, in nats.
-
-    Args:
-        logits_RV: Logits (R, V).
-        chosen_R: Indices of the chosen ids, (R,) int64.
-    """
-    return logits_RV.log_softmax(dim=-1).gather(1, chosen_R.unsqueeze(1)).squeeze(1)
 
 
 def _noise_positions(requests: Sequence[DecodingRequest], batch: SequenceBatch) -> NDArray[np.int64]:

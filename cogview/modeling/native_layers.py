@@ -1,4 +1,4 @@
-"""The layers of a transformer in one call of the native kernels, for generation on a CPU.
+"""A transformer up to its final norm in one call of the native kernels, for generation on a CPU.
 
 The computation is that of the modules, which are the specification (``transformer.py``), with float32 activations
 whatever the dtype of the weights. Weights are used where they are: nothing is copied but biases and norms that are not
@@ -20,7 +20,7 @@ from cogview.kernels.native import (
     FORMATS,
     NativeLinear,
     describe_linear,
-    linear_native,
+    linear_described,
     load_library,
     num_threads,
     uses_native_kernels,
@@ -70,9 +70,21 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _Embedding(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("format", ctypes.c_long),
+        ("rows", ctypes.c_long),
+        ("indices", ctypes.c_void_p),
+    )
+
+
 class _Call(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_void_p),
+        ("final_norm", _Norm),
+        ("tokens", _Embedding),
+        ("positions", _Embedding),
         ("num_layers", ctypes.c_long),
         ("width", ctypes.c_long),
         ("attention", _Attention),
@@ -85,17 +97,19 @@ class _Call(ctypes.Structure):
 
 
 class NativeLayers:
-    """Layers and output embedding of a transformer, whose weights may be changed or replaced later."""
+    """All parts of a transformer, whose weights may be changed or replaced later."""
 
     def __init__(self, transformer: Transformer) -> None:
         self.config = transformer.config
         self._modules = [layer.get_submodule(part) for layer in transformer.layers for part in LAYER_PARTS]
+        self._modules += [transformer.final_norm, transformer.embedding, transformer.positions]
         self._forget()
 
     def _forget(self) -> None:
         """Forget the addresses of all weights."""
         self._tensors: list[Mapping[str, Tensor | None]] = []
         self._described: _DescribedLayers | None = None
+        self._heads: dict[range, tuple[int, torch.dtype, NativeLinear]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config, "_modules": self._modules}  # addresses can be neither copied nor stored
@@ -117,40 +131,44 @@ class NativeLayers:
         return 0
 
     def head(self, hidden: Tensor, weight_VD: Tensor, ids: range) -> Tensor:
-        """Return logits (..., V) of ``ids``, whose rows of the embedding are ``weight_VD``.
+        """Return logits (..., V) of ``ids``.
 
         Args:
             hidden: Hidden states (..., D).
-            weight_VD: Rows of the embedding (V, D).
-            ids: The ids of these rows.
+            weight_VD: The whole embedding.
+            ids: Ids whose logits are computed.
         """
-        return linear_native(hidden.float(), weight_VD)
+        address, dtype, described = self._heads.get(ids, (0, None, None))
+        if described is None or address != weight_VD.data_ptr() or dtype != weight_VD.dtype:
+            described = describe_linear(weight_VD.detach()[ids.start : ids.stop], None, None)
+            self._heads[ids] = (weight_VD.data_ptr(), weight_VD.dtype, described)
+        return linear_described(described, hidden.float())
 
-    def __call__(self, x_BTD: Tensor, mask: Tensor | WindowMask | None, cache: KVCache | None) -> Tensor:
-        """Return the output (B, T, D) of the last layer, before the final norm, in float32.
+    def __call__(
+        self, ids_BT: Tensor, positions_BT: Tensor, mask: Tensor | WindowMask | None, cache: KVCache | None
+    ) -> Tensor:
+        """Return the normalized output (B, T, D) of the last layer, in float32.
 
         Args:
-            x_BTD: Sums of embeddings and positions.
+            ids_BT: Ids of the new positions.
+            positions_BT: Indices of the learned positions.
             mask: Bias (B, 1, T, S) of the attention scores, None for causal attention, or the mask of window
                 attention, whose queries are at the positions that the cache is given.
             cache: KV cache, or None.
 
         Raises:
             ValueError: The positions do not fit into the cache.
+            IndexError: An id or a position has no embedding.
         """
-        batch, queries, width = x_BTD.shape
+        (batch, queries), width = ids_BT.shape, self.config.width
         # Kept during the call: another thread may describe them again.
         continues = cache is not None and cache.length > 0  # a later step of a generation
         described = self._described if continues and self._described else self._describe_layers()
-        result_BTD = x_BTD.to(torch.float32, copy=True).contiguous()
-        kept: list[Tensor] = [result_BTD]
-        call = _Call(
-            layers=ctypes.addressof(described.layers),
-            num_layers=self.config.num_layers,
-            width=width,
-            batch=batch,
-            x=result_BTD.data_ptr(),
-        )
+        result_BTD = torch.empty(batch, queries, width)
+        kept: list[Tensor] = [ids_BT.long().contiguous(), positions_BT.long().contiguous()]
+        call = _Call.from_buffer_copy(described.call)
+        call.tokens.indices, call.positions.indices = kept[0].data_ptr(), kept[1].data_ptr()
+        call.batch, call.x = batch, result_BTD.data_ptr()
         attention = call.attention
         attention.heads, attention.head_size, attention.queries = self.config.num_heads, self.config.head_size, queries
         if cache is None:
@@ -175,7 +193,9 @@ class NativeLayers:
         threads, library = num_threads(), load_library()
         scratch = torch.empty(library.cogview_scratch(width, batch * queries, attention.num_keys, threads))
         call.scratch = scratch.data_ptr()
-        library.cogview_layers(ctypes.addressof(call), threads)
+        if problem := library.cogview_layers(ctypes.addressof(call), threads):
+            name, rows = (("ids", call.tokens.rows), ("positions", call.positions.rows))[problem - 1]
+            raise IndexError(f"{name} must be from 0 to {rows - 1}")
         return result_BTD
 
     def _describe_cache(self, call: _Call, cache: KVCache, batch: int, queries: int, kept: list[Tensor]) -> None:
@@ -222,13 +242,20 @@ class NativeLayers:
         described = self._described
         if described is None or versions != described.versions:
             copies: list[Tensor] = []
-            parts = [_describe_module(module, copies) for module in self._modules]
+            *parts, final_norm = [_describe_module(module, copies) for module in self._modules[:-2]]
             size = len(LAYER_PARTS)
             layers = [_Layer(*parts[first : first + size]) for first in range(0, len(parts), size)]
             weights = [tensor.detach() for tensor in tensors]
-            described = _DescribedLayers(
-                versions=versions, weights=weights, layers=(_Layer * len(layers))(*layers), copies=copies
+            array = (_Layer * len(layers))(*layers)
+            call = _Call(
+                layers=ctypes.addressof(array),
+                num_layers=len(layers),
+                width=self.config.width,
+                final_norm=final_norm,
+                tokens=_describe_embedding(self._modules[-2], copies),
+                positions=_describe_embedding(self._modules[-1], copies),
             )
+            described = _DescribedLayers(versions=versions, weights=weights, layers=array, copies=copies, call=call)
             self._described = described
         return described
 
@@ -242,12 +269,14 @@ class _DescribedLayers:
         weights: The tensors, so that the addresses stay valid until the next description.
         layers: What the library reads.
         copies: Vectors in float32, and contiguous copies of weights that are not.
+        call: The arguments of a call that do not change from step to step.
     """
 
     versions: list[tuple[int, int]]
     weights: list[Tensor]
     layers: ctypes.Array[_Layer]
     copies: list[Tensor]
+    call: _Call
 
 
 def _describe_module(module: nn.Module, copies: list[Tensor]) -> _Norm | NativeLinear:
@@ -260,6 +289,13 @@ def _describe_module(module: nn.Module, copies: list[Tensor]) -> _Norm | NativeL
         weight = weight.contiguous()
         copies.append(weight)
     return describe_linear(weight, tensors.get("scale", tensors.get("scales_and_zeros")), bias_N)
+
+
+def _describe_embedding(module: nn.Module, copies: list[Tensor]) -> _Embedding:
+    """Describe an embedding without its indices; a contiguous copy is added to ``copies``."""
+    weight = _given(module._parameters["weight"]).detach().contiguous()
+    copies.append(weight)
+    return _Embedding(weight=weight.data_ptr(), format=FORMATS[weight.dtype], rows=len(weight))
 
 
 def _in_float32(tensor: Tensor | None, copies: list[Tensor]) -> Tensor:

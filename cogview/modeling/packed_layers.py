@@ -90,13 +90,14 @@ class PackedLayers:
         return 4 * (projections + width * sum(len(ids) for ids in output_ids if ids not in self.output_weights))
 
     def head(self, hidden: Tensor, weight_VD: Tensor, ids: range) -> Tensor:
-        """Return logits (..., V) of ``ids``, whose rows of the embedding are ``weight_VD``.
+        """Return logits (..., V) of ``ids``.
 
         Args:
             hidden: Hidden states (..., D).
-            weight_VD: Rows of the embedding (V, D).
-            ids: The ids of these rows.
+            weight_VD: The whole embedding.
+            ids: Ids whose logits are computed.
         """
+        weight_VD = weight_VD[ids.start : ids.stop]
         packed = self.output_weights.setdefault(ids, PrepackedWeight())
         return linear_prepacked(hidden, packed.of(weight_VD), weight_VD, None)
 

@@ -170,15 +170,18 @@ class Transformer(nn.Module):
             pad = not attends_natively(self.embedding.weight, self.config.num_heads, lengths[-1])
             packed = PackedRows.of(lengths, ids_BT.shape[1], ids_BT.device, pad=pad)
             ids_BT, positions_BT = packed.pack(ids_BT), packed.pack(positions_BT)
-        # The residual stream of native kernels and of autocast is float32, whatever the dtype of the weights.
-        dtype = torch.float32 if autocast or isinstance(cpu_layers, NativeLayers) else self.dtype
+        if isinstance(cpu_layers, NativeLayers):
+            native_BTD = cpu_layers(ids_BT, positions_BT, bias_B1TS if window is None else window, cache)
+            if cache is not None:
+                cache.advance(ids_BT.shape[1])
+            return native_BTD
+        # The residual stream of autocast is float32, whatever the dtype of the weights.
+        dtype = torch.float32 if autocast else self.dtype
         x_BTD = self.dropout(self.embedding(ids_BT).to(dtype) + self.positions(positions_BT).to(dtype))
         mask: AttentionMask = bias_B1TS
-        if window is not None and not isinstance(cpu_layers, NativeLayers):
+        if window is not None:
             mask = choose_form(window, num_keys, x_BTD.dtype, cache)
-        if isinstance(cpu_layers, NativeLayers):
-            x_BTD = cpu_layers(x_BTD, bias_B1TS if window is None else window, cache)
-        elif cpu_layers is not None:
+        if cpu_layers is not None:
             x_BTD = cpu_layers(x_BTD, mask, cache)
         else:
             for number, layer in enumerate(self.layers):
@@ -226,11 +229,12 @@ class Transformer(nn.Module):
         Returns:
             Logits (..., V), float32.
         """
-        weight = self.embedding.weight if ids is None else self.embedding.weight[ids.start : ids.stop]
-        cpu_layers = None if ids is None else self._usable_cpu_layers()
-        if cpu_layers is None or ids is None:
-            return linear(hidden.to(self.dtype), weight, None).float()
-        return cpu_layers.head(hidden, weight, ids)
+        weight = self.embedding.weight
+        if ids is not None:
+            if (cpu_layers := self._usable_cpu_layers()) is not None:
+                return cpu_layers.head(hidden, weight, ids)
+            weight = weight[ids.start : ids.stop]
+        return linear(hidden.to(self.dtype), weight, None).float()
 
     def prepare_cpu(self) -> None:
         """Prepare generation on a CPU: with the native kernels, or else with weights in MKL's packed order.

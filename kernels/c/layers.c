@@ -1,4 +1,5 @@
-/* All layers of a transformer for some new positions, in one call (``cogview/modeling/transformer.py`` specifies them).
+/* Embedding, all layers and the final norm of a transformer for some new positions, in one call
+ * (``cogview/modeling/transformer.py`` specifies them).
  *
  * Threads meet at barriers between the operations. Rows are processed in chunks, so that intermediate results stay in
  * the cache; every layer stores the keys and values of a chunk before the chunk attends. */
@@ -8,7 +9,7 @@
 #include "linear.h"
 #include "sampling.h"
 
-enum { INTERFACE = 4, CHUNK_ROWS = 64 };
+enum { INTERFACE = 5, CHUNK_ROWS = 64 };
 static const float NORM_EPSILON = 1e-5f / 64, SMALLEST = 1e-20f;
 
 typedef struct {
@@ -24,12 +25,20 @@ typedef struct {
 } Layer;
 
 typedef struct {
+    const void *weight;                      /* (rows, width) */
+    long format, rows;
+    const int64_t *indices;                  /* (batch, queries) */
+} Embedding;
+
+typedef struct {
     const Layer *layers;
+    Norm final_norm;
+    Embedding tokens, positions;
     long num_layers, width;
     Attention attention;
     Store cache, prefix;                       /* of the first layer */
     long batch;
-    float *x;                                /* (batch, queries, width): input, and output of the last layer */
+    float *x;                                /* (batch, queries, width): normalized output of the last layer */
     float *scratch;
 } Call;
 
@@ -71,6 +80,26 @@ static void normalize(const Norm *norm, const float *x, long width, int add, flo
         const float result = (x[k] - mean) * scale * norm->weight[k] + norm->bias[k];
         to[k] = add ? to[k] + result : result;
     }
+}
+
+/* Whether each index has a row of the weight. */
+static int is_within(const Embedding *embedding, long count) {
+    for (long i = 0; i < count; i++)
+        if (embedding->indices[i] < 0 || embedding->indices[i] >= embedding->rows) return 0;
+    return 1;
+}
+
+/* Sum of the embeddings of a token and its position. */
+static void embed(const Embedding *tokens, const Embedding *positions, long row, long width, float *x) {
+    const long token = tokens->indices[row] * width, position = positions->indices[row] * width;
+    const long whole = width / LANES * LANES, rest = width - whole;
+    for (long k = 0; k < whole; k += LANES)
+        store(x + k, load_as(tokens->format, tokens->weight, token + k) +
+                         load_as(positions->format, positions->weight, position + k));
+    if (rest == 0) return;
+    const Vector last = load_some_as(tokens->format, tokens->weight, token + whole, rest) +
+                        load_some_as(positions->format, positions->weight, position + whole, rest);
+    memcpy(x + whole, &last, rest * sizeof(float));
 }
 
 /* A linear layer by all threads; `split` has room for the inputs of int4. */
@@ -150,8 +179,11 @@ static void store_chunk(const Call *call, const Store *cache, long first, long r
     }
 }
 
-void cogview_layers(const Call *call, int threads) {
+/* 0, or 1 if a token and 2 if a position has no embedding: nothing is computed then. */
+int cogview_layers(const Call *call, int threads) {
     const long width = call->width, all = call->batch * call->attention.queries;
+    if (!is_within(&call->tokens, all)) return 1;
+    if (!is_within(&call->positions, all)) return 2;
     const long chunk = all < CHUNK_ROWS ? all : CHUNK_ROWS;
 #pragma omp parallel num_threads(threads)
     {
@@ -159,6 +191,9 @@ void cogview_layers(const Call *call, int threads) {
         float *normed = call->scratch, *qkv = normed + chunk * width, *mixed = qkv + 3 * chunk * width;
         float *inner = mixed + chunk * width, *split = inner + 4 * chunk * width;
         float *scores = split + 4 * chunk * width + thread * (QUERIES_AT_ONCE * call->attention.num_keys + LANES);
+        for (long row = thread; row < all; row += count)
+            embed(&call->tokens, &call->positions, row, width, call->x + row * width);
+#pragma omp barrier
         for (long number = 0; number < call->num_layers; number++) {
             const Layer *layer = call->layers + number;
             const Store cache = layer_of(&call->cache, number), prefix = layer_of(&call->prefix, number);
@@ -187,7 +222,10 @@ void cogview_layers(const Call *call, int threads) {
 #pragma omp barrier
             }
         }
+        for (long row = thread; row < all; row += count)
+            normalize(&call->final_norm, call->x + row * width, width, 0, call->x + row * width);
     }
+    return 0;
 }
 
 /* One linear layer; `scratch` has rows x inputs floats for int4. */
@@ -203,11 +241,15 @@ void cogview_linear(const Linear *linear, const float *x, long rows, float *y, f
     }
 }
 
-/* One id for each row of logits (rows, count); `scratch` has 2 x count floats for each thread. */
-void cogview_sample(const float *logits, long rows, long count, float temperature, long top_k, float log_min_p,
-                    const int64_t *keys, const int64_t *mixed_ids, int64_t *chosen, float *scratch, int threads) {
+/* One id for each row of logits (rows, count), and its log probability by the logits `scored`; `scratch` has 2 x count
+ * floats for each thread. */
+void cogview_sample(const float *logits, const float *scored, long rows, long count, float temperature, long top_k,
+                    float log_min_p, const int64_t *keys, const int64_t *mixed_ids, int64_t *chosen,
+                    float *log_probabilities, float *scratch, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (long row = 0; row < rows; row++)
+    for (long row = 0; row < rows; row++) {
         chosen[row] = sample_row(logits + row * count, count, temperature, top_k, log_min_p, keys[row], mixed_ids,
                                  scratch + omp_get_thread_num() * 2 * count);
+        log_probabilities[row] = log_probability(scored + row * count, count, chosen[row]);
+    }
 }

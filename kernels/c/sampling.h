@@ -1,4 +1,5 @@
-/* Sampling of one id per row: temperature, top-k, min-p, and Gumbel noise for the ids that pass them.
+/* Sampling of one id per row: temperature, top-k, min-p, and Gumbel noise for the ids that pass them; and its log
+ * probability.
  *
  * ``cogview/generation/sampling.py`` specifies it. */
 #ifndef COGVIEW_SAMPLING_H
@@ -6,7 +7,7 @@
 
 #include "vectors.h"
 
-enum { RADIX_BITS = 11, RADIX = 1 << RADIX_BITS };
+enum { RADIX_BITS = 11, RADIX = 1 << RADIX_BITS, SUMMED_AT_ONCE = 32 };
 
 /* A whole number in the order of floats: larger floats have larger numbers. */
 ALWAYS uint32_t ordered(float x) {
@@ -84,6 +85,24 @@ static long sample_row(const float *logits, long count, float temperature, long 
         if (score > highest) highest = score, best = i;
     }
     return best;
+}
+
+/* log softmax at `index`. Blocks of vectors are summed in float32, the blocks in float64. */
+static float log_probability(const float *logits, long count, long index) {
+    const long whole = count / LANES * LANES, block = SUMMED_AT_ONCE * LANES;
+    float last[LANES]; /* the logits that fill no vector, then minus infinity */
+    for (int lane = 0; lane < LANES; lane++) last[lane] = whole + lane < count ? logits[whole + lane] : -INFINITY;
+    Vector largest_lanes = load(last);
+    for (long i = 0; i < whole; i += LANES) largest_lanes = larger(load(logits + i), largest_lanes);
+    const float most = largest(largest_lanes);
+    double total = sum(exponential(load(last) - most));
+    for (long first = 0; first < whole; first += block) {
+        const long end = first + block < whole ? first + block : whole;
+        Vector part = {0};
+        for (long i = first; i < end; i += LANES) part += exponential(load(logits + i) - most);
+        total += sum(part);
+    }
+    return (float)((double)logits[index] - most - log(total));
 }
 
 #endif

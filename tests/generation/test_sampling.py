@@ -243,7 +243,7 @@ def test_keyed_gumbel_is_uncorrelated_between_neighbours(axis):
 def counts_of(logits_V, sampling, count=40_000, seed=1):
     """Return how often each id is sampled at ``count`` positions."""
     keys = noise_keys(key(seed), key(0), torch.arange(count))
-    chosen = sample(logits_V.expand(count, -1), keys, range(len(logits_V)), sampling)
+    chosen, _ = sample(logits_V.expand(count, -1), keys, range(len(logits_V)), sampling)
     return torch.bincount(chosen, minlength=len(logits_V)).double()
 
 
@@ -267,8 +267,8 @@ def test_sample_follows_the_filtered_softmax():
 def test_sample_is_the_argmax_when_top_k_is_1():
     logits = random_logits(50, 30)
     keys = noise_keys(torch.arange(50), torch.arange(50), torch.arange(50))
-    assert torch.equal(sample(logits, keys, range(30), Sampling(top_k=1)), logits.argmax(dim=-1))
-    assert not torch.equal(sample(logits, keys, range(30), Sampling(top_k=0)), logits.argmax(dim=-1))
+    assert torch.equal(sample(logits, keys, range(30), Sampling(top_k=1))[0], logits.argmax(dim=-1))
+    assert not torch.equal(sample(logits, keys, range(30), Sampling(top_k=0))[0], logits.argmax(dim=-1))
 
 
 @pytest.mark.slow
@@ -281,14 +281,14 @@ def test_sample_is_the_same_with_noise_of_the_kept_ids_alone(top_k, top_p, min_p
     keys = noise_keys(torch.arange(100), key(0), key(3))
     sampling = Sampling(top_k=top_k, top_p=top_p, min_p=min_p, temperature=0.7)
     expected = (filter_logits(logits, sampling) + keyed_gumbel(keys, range(4, 8196))).argmax(dim=-1)
-    assert torch.equal(sample(logits, keys, range(4, 8196), sampling), expected)
+    assert torch.equal(sample(logits, keys, range(4, 8196), sampling)[0], expected)
 
 
 def test_sample_includes_all_ties_when_there_are_more_than_top_k():
     """Each of the tied ids can be sampled."""
     logits = torch.zeros(2000, 600)
     logits[:, :100] = 1.0
-    chosen = sample(logits, noise_keys(torch.arange(2000), key(0), key(0)), range(600), Sampling(top_k=3))
+    chosen, _ = sample(logits, noise_keys(torch.arange(2000), key(0), key(0)), range(600), Sampling(top_k=3))
     assert chosen.unique().tolist() == list(range(100))
 
 
