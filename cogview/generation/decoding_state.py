@@ -15,6 +15,7 @@ from torch import Tensor
 from cogview.kernels.attention import attention_bias
 from cogview.kernels.window_mask import WindowMask
 from cogview.modeling.kv_cache import KVCache
+from cogview.modeling.native_layers import NativeLayers
 from cogview.modeling.pivots import fixed_pivots
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.batching import SequenceBatch
@@ -60,6 +61,7 @@ class DecodingState:
         self.ids_BT = torch.tensor(batch.ids, device=device)  # a copy, since it is written to
         self.positions_BT = torch.from_numpy(batch.positions).to(device)
         self._last_start = int(batch.starts.max(initial=0))
+        self._is_native = isinstance(transformer.cpu_layers, NativeLayers)
         self._key_bias_BT: Tensor | None = None
         if self._last_start or bias_BT is not None:
             key_bias_BT = np.zeros(batch.ids.shape, dtype=np.float32) if bias_BT is None else bias_BT.copy()
@@ -179,7 +181,7 @@ class DecodingState:
         """Return the attention bias (B, 1, T, S) of the columns ``new``, or None if causal attention needs none."""
         num_new = new.stop - new.start
         if self._key_bias_BT is None:
-            if num_new == 1 or new.start == 0:
+            if num_new == 1 or new.start == 0 or self._is_native:
                 return None
             key_bias_BS = self._key_bias(slice(None), new.stop)[:1]
         else:

@@ -75,6 +75,7 @@ class KVCache:
         write_positions_BT: Positions at which the next ``attend`` stores, int64; None to append.
         prefix: Cache of the prefixes; None if rows share none.
         prefix_rows_B: Row of ``prefix`` that each row continues, int64; None if rows share none.
+        native_store: Addresses of keys, values and scales, once native kernels have described them.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class KVCache:
         self.keys_values = torch.empty(shape, device=device, dtype=torch.int8 if int8 else dtype).zero_()
         self.scales = torch.empty((*shape[:-1], 1), device=device, dtype=dtype).zero_() if int8 else None
         self._layers = list(self.keys_values)
+        self.native_store: object = None
         self._is_plain = not int8 and prefixes is None
         self.dtype = dtype
         self.length = 0

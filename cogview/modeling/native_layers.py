@@ -210,7 +210,7 @@ class NativeLayers:
         if batch > (rows := cache.keys_values.shape[2]):
             raise ValueError(f"the cache holds {rows} rows, {batch} are needed")
         attention.format = FORMATS[cache.keys_values.dtype]
-        call.cache = _store_of(cache.keys_values, cache.scales)
+        call.cache = _store_of_cache(cache)
         if cache.scales is not None:
             attention.scale_format = FORMATS[cache.scales.dtype]
         if cache.write_positions_BT is not None:
@@ -228,7 +228,7 @@ class NativeLayers:
         attention.prefix_length = prefix.max_length
         assert cache.prefix_rows_B is not None
         attention.prefix_rows = cache.prefix_rows_B.data_ptr()
-        call.prefix = _store_of(prefix.keys_values, prefix.scales)
+        call.prefix = _store_of_cache(prefix)
 
     def _describe_layers(self) -> _DescribedLayers:
         """Return the description of the layers, made again if a weight was changed or replaced.
@@ -317,6 +317,13 @@ def _describe_window(attention: _Attention, mask: WindowMask, batch: int, kept: 
     kept += [pivots_BN, bias_BN]
     attention.window, attention.num_pivots = mask.window, pivots_BN.shape[1]
     attention.pivots, attention.pivot_bias = pivots_BN.data_ptr(), bias_BN.data_ptr()
+
+
+def _store_of_cache(cache: KVCache) -> _Store:
+    """Describe the keys and values of a cache, once: they stay where they are."""
+    if not isinstance(cache.native_store, _Store):
+        cache.native_store = _store_of(cache.keys_values, cache.scales)
+    return cache.native_store
 
 
 def _store_of(keys_values: Tensor, scales: Tensor | None) -> _Store:

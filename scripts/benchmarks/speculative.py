@@ -22,9 +22,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cogview.evaluation.manifest import (
     Manifest,
@@ -180,18 +182,20 @@ def generated(
     """Return the codes, the number of forward passes through the transformer, and the seconds."""
     count = 0
     transformer = model.transformer_for(requests[0].task)
+    hidden = transformer.hidden
 
-    def counted(*_: object) -> None:
+    def counted(*ids: Tensor, **named: Any) -> Tensor:
         nonlocal count
         count += 1
+        return hidden(*ids, **named)
 
     clock = time.process_time if model.placement.device.type == "cpu" else time.perf_counter
-    hook = transformer.final_norm.register_forward_hook(counted)
+    transformer.hidden = counted  # type: ignore[method-assign]
     model.speculative = window
     start = clock()
     results = [result for result in model.run(requests, batch_size=10_000) if isinstance(result, GeneratedImage)]
     seconds = clock() - start
-    hook.remove()
+    del transformer.hidden  # that of the class remains
     return np.stack([result.codes for result in results]), count, seconds
 
 

@@ -14,11 +14,13 @@ from cogview.generation.sampling import filter_logits, keyed_gumbel, noise_keys,
 from cogview.kernels import native
 from cogview.kernels.attention import attention_bias
 from cogview.kernels.dispatch import ForcedKernelsError
+from cogview.kernels.layer_norm import pb_relax_layer_norm_reference
 from cogview.kernels.linear import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from cogview.kernels.native import (
     compiled_library,
     expects_native_kernels,
     linear_native,
+    sample_native,
     uses_native_kernels,
 )
 from cogview.modeling.config import Sampling, TransformerConfig
@@ -136,6 +138,10 @@ def test_kernels_for_older_processors_equal_the_reference(processor, empty_cache
     with torch.inference_mode():
         expected = transformer.hidden(ids)
         torch.testing.assert_close(prepared(transformer, monkeypatch).hidden(ids), expected, atol=2e-5, rtol=1e-5)
+    test_native_layers_embed_weights_of_16_bits_as_float32(torch.float16, 76, monkeypatch)
+    test_native_layers_end_with_the_final_norm(torch.float32, monkeypatch)
+    for num_ids in (7, 224):
+        test_sample_native_scores_as_log_softmax_in_float64(num_ids)
 
 
 @needs_compiler
@@ -213,6 +219,59 @@ def test_native_layers_read_shared_prefixes_as_copies(int8, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.parametrize("halves", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [80, 76, 9])
+def test_native_layers_embed_weights_of_16_bits_as_float32(halves, width, monkeypatch):
+    """The sums of token and position have the bits of those in float32, also where they fill no register."""
+    config = TransformerConfig(num_layers=1, width=width, num_heads=1, vocabulary_size=64, max_positions=96)
+    fast = prepared(random_transformer(config), monkeypatch)
+    ids, positions = torch.randint(0, 64, (3, 7)), torch.randint(0, 96, (3, 7))
+    with torch.no_grad():
+        for embedding in (fast.embedding, fast.positions):
+            embedding.weight.data = embedding.weight.to(halves).float()
+        expected = fast.hidden(ids, positions)
+        fast.embedding.weight.data = fast.embedding.weight.to(halves)
+        assert torch.equal(fast.hidden(ids, positions), expected)
+        fast.positions.weight.data = fast.positions.weight.to(halves)
+        assert torch.equal(fast.hidden(ids.int(), positions.T.contiguous().T), expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_native_layers_end_with_the_final_norm(dtype, monkeypatch):
+    """Layers whose branches are zero leave the norm of the embeddings."""
+    plain = random_transformer(dtype=dtype)
+    with torch.inference_mode():
+        for layer in plain.layers:
+            for norm in (layer.attention_output_norm, layer.mlp_output_norm):
+                norm.weight.zero_()
+                norm.bias.zero_()
+        ids = torch.randint(0, 64, (2, 70))  # more rows than a chunk
+        stream = plain.embedding(ids).float() + plain.positions(torch.arange(70)).float()
+        expected = pb_relax_layer_norm_reference(stream, plain.final_norm.weight.float(), plain.final_norm.bias.float())
+        torch.testing.assert_close(prepared(plain, monkeypatch).hidden(ids), expected, atol=2e-6, rtol=2e-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize(("token", "position", "name"), [(64, 0, "ids"), (-1, 0, "ids"), (0, 96, "positions")])
+def test_native_layers_refuse_indices_without_an_embedding(token, position, name, monkeypatch):
+    fast = prepared(random_transformer(), monkeypatch)
+    with torch.inference_mode(), pytest.raises(IndexError, match=f"{name} must be from 0 to"):
+        fast.hidden(torch.tensor([[3, token]]), torch.tensor([[0, position]]))
+
+
+@needs_compiler
+def test_native_head_follows_a_replaced_embedding(monkeypatch):
+    fast, hidden = prepared(random_transformer(), monkeypatch), torch.randn(3, 80)
+    with torch.inference_mode():
+        for weight in (fast.embedding.weight, torch.randn(64, 80), torch.randn(64, 80).bfloat16()):
+            fast.embedding.weight = torch.nn.Parameter(weight, requires_grad=False)
+            for ids in (range(64), range(5, 31)):
+                expected = linear_native(hidden, weight[ids.start : ids.stop])
+                assert torch.equal(fast.head(hidden, ids), expected)
+
+
+@needs_compiler
 def test_native_layers_of_one_transformer_run_in_several_threads(monkeypatch):
     """Calls share no memory that they write to."""
     fast, ids = prepared(random_transformer(), monkeypatch), torch.randint(0, 64, (6, 40))
@@ -250,6 +309,27 @@ def test_sample_native_equals_filters_and_noise_of_all_ids(num_ids, ties, monkey
     ):
         expected = (filter_logits(logits, sampling) + keyed_gumbel(keys, ids)).argmax(dim=-1)
         assert torch.equal(sample(logits, keys, ids, sampling)[0], expected)
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_ids", [1, 7, 224, 8192])
+def test_sample_native_scores_as_log_softmax_in_float64(num_ids):
+    """Also with excluded ids and logits that overflow without the maximum; a row has the same bits in any batch."""
+    generator = torch.Generator().manual_seed(num_ids)
+    logits, scored = torch.randn(2, 9, num_ids, generator=generator) * 5
+    scored[3:, 1::3] = -torch.inf
+    scored[5] += 2000
+    keys, mixed = torch.arange(9) * 77, torch.arange(num_ids) * 1234567
+    settings = {"temperature": 1.3, "top_k": 100, "min_p": 0.0}
+    for given in (scored, None):
+        chosen, log_p = sample_native(logits, keys, mixed, given, **settings)
+        expected = (logits if given is None else given).double().log_softmax(dim=-1).gather(1, chosen[:, None])[:, 0]
+        torch.testing.assert_close(log_p.double(), expected, atol=2e-6, rtol=1e-6)
+        for row in range(9):
+            one = slice(row, row + 1)
+            alone = sample_native(logits[one], keys[one], mixed, None if given is None else given[one], **settings)
+            assert torch.equal(alone[0], chosen[one])
+            assert torch.equal(alone[1], log_p[one])
 
 
 # --- the library --------------------------------------------------------------------------------------------------
