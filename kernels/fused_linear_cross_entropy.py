@@ -181,10 +181,14 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradients of the forward pass in place, since a copy of that of the embedding would be large."""
-        gradients = [
-            None if gradient is None else gradient.mul_(d_total).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        ]
+        is_one = d_total.device.type == "cpu" and d_total.item() == 1  # on a GPU the question would wait
+        gradients: list[Tensor | None] = []
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            if gradient is not None and is_one:
+                torch.autograd.graph.increment_version(gradient)  # the gradient is given away all the same
+            elif gradient is not None:
+                gradient.mul_(d_total)
+            gradients.append(None if gradient is None else gradient.to(dtype))
         return *gradients, None, None, None
 
 
@@ -239,7 +243,9 @@ def _kind_losses(
     write = d_hidden_ND is not None or d_embedding_VD is not None
     padded = -(-len(target.ids) // ALIGNED) * ALIGNED
     # PyTorch's bfloat16 product on a CPU multiplies some elements after a row by zero: they must be finite.
-    buffer_CI = rows_ID.new_zeros(size, padded)[:, : len(target.ids)]
+    padded_CI = rows_ID.new_empty(size, padded)
+    padded_CI[:, len(target.ids) :] = 0
+    buffer_CI = padded_CI[:, : len(target.ids)]
     for first in range(0, len(target.positions_M), size):
         chunk = slice(first, first + size)
         positions_C = target.positions_M[chunk]

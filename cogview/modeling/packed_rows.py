@@ -23,7 +23,7 @@ class PackedRows:
 
     Attributes:
         blocks: Rows and positions of each block.
-        sources_N: Index of each packed position in the B * T positions before packing, int64.
+        sources_N: Index of each packed position in the B * T positions before packing, ascending, int64.
         shape: (B, T).
     """
 
@@ -57,6 +57,17 @@ class PackedRows:
     def pack(self, values_BT: Tensor) -> Tensor:
         """Return the packed values (1, N)."""
         return values_BT.reshape(-1)[self.sources_N].unsqueeze(0)
+
+    def locate(self, indices_M: Tensor) -> Tensor:
+        """Return where positions are after packing.
+
+        Args:
+            indices_M: Indices in the B * T positions before packing, int64, none of them in padding.
+
+        Returns:
+            Indices (M,) in the N packed positions, int64.
+        """
+        return torch.searchsorted(self.sources_N, indices_M)
 
     def attend(self, qkv_1NE: Tensor, num_heads: int) -> Tensor:
         """Return what the queries of packed rows attend to.

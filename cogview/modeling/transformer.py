@@ -14,13 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cogview.errors import InputError
 from cogview.kernels.gelu import bias_gelu, bias_gelu_is_fused
@@ -29,15 +26,12 @@ from cogview.kernels.linear import can_prepack, linear
 from cogview.kernels.native import uses_native_kernels
 from cogview.kernels.native_training import attends_natively
 from cogview.kernels.window_mask import WindowMask
+from cogview.modeling.checkpointing import Checkpointing, run_layer
 from cogview.modeling.config import TransformerConfig
 from cogview.modeling.kv_cache import AttentionMask, KVCache, attend, choose_form
 from cogview.modeling.native_layers import NativeLayers
 from cogview.modeling.packed_layers import PackedLayers
 from cogview.modeling.packed_rows import PackedRows
-
-# Activations of a layer that are kept for the backward pass: all; the results of matrix products and attention, since
-# the rest is cheap to recompute; or the input alone, from which the whole layer is recomputed.
-Checkpointing = Literal["none", "selective", "full"]
 
 INIT_STD = 0.02
 # Initialization with sinusoidal positions: amplitude, shortest and longest wavelength in positions, and the standard
@@ -136,6 +130,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         lengths: Sequence[int] | None = None,
         window: WindowMask | None = None,
+        outputs_M: Tensor | None = None,
     ) -> Tensor:
         """Return the normalized output of the last layer.
 
@@ -149,9 +144,11 @@ class Transformer(nn.Module):
                 without a cache: the layers then compute no padding, where ``packs_rows``.
             window: Mask of window attention, instead of the bias. A model with window attention needs it as soon as
                 there are more positions than its window has.
+            outputs_M: Indices of the wanted outputs in the B * T positions, ascending, int64, for training: the last
+                layer computes nothing else behind its attention. None for all.
 
         Returns:
-            Hidden states (B, T, D), arbitrary in padding.
+            Hidden states (B, T, D), arbitrary in padding; with ``outputs_M`` (M, D).
 
         Raises:
             InputError: The mask does not suit the model's pattern of attention.
@@ -170,11 +167,12 @@ class Transformer(nn.Module):
             pad = not attends_natively(self.embedding.weight, self.config.num_heads, lengths[-1])
             packed = PackedRows.of(lengths, ids_BT.shape[1], ids_BT.device, pad=pad)
             ids_BT, positions_BT = packed.pack(ids_BT), packed.pack(positions_BT)
+            outputs_M = None if outputs_M is None else packed.locate(outputs_M)
         if isinstance(cpu_layers, NativeLayers):
             native_BTD = cpu_layers(ids_BT, positions_BT, bias_B1TS if window is None else window, cache)
             if cache is not None:
                 cache.advance(ids_BT.shape[1])
-            return native_BTD
+            return native_BTD if outputs_M is None else _select(native_BTD, outputs_M)[0]
         # The residual stream of autocast is float32, whatever the dtype of the weights.
         dtype = torch.float32 if autocast else self.dtype
         x_BTD = self.dropout(self.embedding(ids_BT).to(dtype) + self.positions(positions_BT).to(dtype))
@@ -185,13 +183,15 @@ class Transformer(nn.Module):
             x_BTD = cpu_layers(x_BTD, mask, cache)
         else:
             for number, layer in enumerate(self.layers):
-                if self.checkpointing == "none" or not torch.is_grad_enabled():
-                    x_BTD = layer(x_BTD, packed or mask, cache, number)
-                else:
-                    x_BTD = self._checkpointed(layer, x_BTD, packed or mask, cache, number)
+                wanted = outputs_M if number == len(self.layers) - 1 else None
+                x_BTD = run_layer(layer, self.checkpointing, x_BTD, packed or mask, cache, number, wanted)
         if cache is not None:
             cache.advance(ids_BT.shape[1])
+        if cpu_layers is not None:
+            x_BTD = _select(x_BTD, outputs_M)
         normalized_BTD: Tensor = self.final_norm(x_BTD)
+        if outputs_M is not None:
+            return normalized_BTD[0]
         return normalized_BTD if packed is None else packed.unpack(normalized_BTD)
 
     def _check_window(self, window: WindowMask | None, num_keys: int) -> None:
@@ -204,20 +204,6 @@ class Transformer(nn.Module):
                 f"{num_keys} positions exceed the window of {attention.window}: give the pivots "
                 "(Transformer.hidden, window=WindowMask(...))"
             )
-
-    def _checkpointed(
-        self, layer: nn.Module, x_BTD: Tensor, mask: AttentionMask | PackedRows, cache: KVCache | None, number: int
-    ) -> Tensor:
-        """Run ``layer`` with activation checkpointing."""
-        if self.checkpointing == "full":
-            full: Tensor = checkpoint(layer, x_BTD, mask, cache, number, use_reentrant=False)
-            return full
-        selective: Tensor = checkpoint(
-            *(layer, x_BTD, mask, cache, number),
-            use_reentrant=False,
-            context_fn=partial(create_selective_checkpoint_contexts, _keep_products),
-        )
-        return selective
 
     def head(self, hidden: Tensor, ids: range | None = None) -> Tensor:
         """Return logits of hidden states.
@@ -288,17 +274,6 @@ def _check_indices(indices: Tensor, name: str, count: int) -> None:
             raise InputError(f"{name} must be from 0 to {count - 1}, got {wrong}")
 
 
-def _keep_products(_: Any, operation: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    """Save the results of matrix products and of fused attention, and recompute everything else."""
-    name = str(operation)
-    kept = any(product in name for product in _PRODUCTS)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-# Parts of operator names: matrix products, a linear layer that is one operator, attention's reference and fused forms.
-_PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.baddbmm.", "aten.linear.", "mkldnn", "scaled_dot_product")
-
-
 class Layer(nn.Module):
     """One Sandwich-LN layer."""
 
@@ -311,7 +286,14 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
         self.mlp_output_norm = LayerNorm(config.width)
 
-    def forward(self, x_BTD: Tensor, mask: AttentionMask | PackedRows, cache: KVCache | None, number: int) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: AttentionMask | PackedRows,
+        cache: KVCache | None,
+        number: int,
+        outputs_M: Tensor | None = None,
+    ) -> Tensor:
         """Return the residual stream after this layer, whose index in the cache is ``number``.
 
         Args:
@@ -320,8 +302,10 @@ class Layer(nn.Module):
                 where packed rows are.
             cache: KV cache, or None.
             number: Index of the layer in the cache.
+            outputs_M: Indices of the positions to return, int64, which gives (1, M, D); None for all.
         """
-        attended = self.attention(self.attention_norm(x_BTD, product_dtype(x_BTD)), mask, cache, number)
+        attended = self.attention(self.attention_norm(x_BTD, product_dtype(x_BTD)), mask, cache, number, outputs_M)
+        x_BTD = _select(x_BTD, outputs_M)
         norm, mlp_norm = self.attention_output_norm, self.mlp_norm
         x_BTD, normed = sandwich_layer_norm(x_BTD, attended, norm.weight, norm.bias, mlp_norm.weight, mlp_norm.bias)
         norm = self.mlp_output_norm
@@ -338,7 +322,14 @@ class Attention(nn.Module):
         self.output = Linear(config.width, config.width)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, mask: AttentionMask | PackedRows, cache: KVCache | None, number: int) -> Tensor:
+    def forward(
+        self,
+        x_BTD: Tensor,
+        mask: AttentionMask | PackedRows,
+        cache: KVCache | None,
+        number: int,
+        outputs_M: Tensor | None = None,
+    ) -> Tensor:
         """Return the attention branch (B, T, D) of the layer ``number``.
 
         Args:
@@ -347,16 +338,23 @@ class Attention(nn.Module):
                 where packed rows are.
             cache: KV cache, or None.
             number: Index of the layer in the cache.
+            outputs_M: Indices of the positions to return, int64, which gives (1, M, D); None for all.
         """
-        if isinstance(mask, PackedRows):
-            packed_BTD: Tensor = self.dropout(self.output(mask.attend(self.query_key_value(x_BTD), self.num_heads)))
-            return packed_BTD
         batch, length, width = x_BTD.shape
-        split = self.query_key_value(x_BTD).view(batch, length, 3, self.num_heads, width // self.num_heads)
-        qkv_3BHTK = split.permute(2, 0, 3, 1, 4)
-        mixed_BHTK = attend(number, qkv_3BHTK, mask, cache)
-        branch_BTD: Tensor = self.dropout(self.output(mixed_BHTK.transpose(1, 2).reshape(batch, length, width)))
+        qkv_BTE = self.query_key_value(x_BTD)
+        if isinstance(mask, PackedRows):
+            mixed_BTD = mask.attend(qkv_BTE, self.num_heads)
+        else:
+            split = qkv_BTE.view(batch, length, 3, self.num_heads, width // self.num_heads)
+            mixed_BHTK = attend(number, split.permute(2, 0, 3, 1, 4), mask, cache)
+            mixed_BTD = mixed_BHTK.transpose(1, 2).reshape(batch, length, width)
+        branch_BTD: Tensor = self.dropout(self.output(_select(mixed_BTD, outputs_M)))
         return branch_BTD
+
+
+def _select(x_BTD: Tensor, outputs_M: Tensor | None) -> Tensor:
+    """Return the chosen positions as one row (1, M, D), or all of them (B, T, D) for None."""
+    return x_BTD if outputs_M is None else x_BTD.flatten(0, 1).index_select(0, outputs_M).unsqueeze(0)
 
 
 class MLP(nn.Module):

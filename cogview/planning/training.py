@@ -39,8 +39,8 @@ from cogview.errors import InputError
 from cogview.formatting import format_gigabytes
 from cogview.kernels.attention import SHORT_KEYS
 from cogview.kernels.fused_linear_cross_entropy import CHUNK_BYTES, CHUNK_BYTES_GPU
+from cogview.modeling.checkpointing import Checkpointing
 from cogview.modeling.config import PROJECTIONS, TransformerConfig
-from cogview.modeling.transformer import Checkpointing
 from cogview.planning import ESTIMATE_MARGIN
 from cogview.planning.hardware import OVERHEAD
 

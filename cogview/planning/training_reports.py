@@ -11,8 +11,8 @@ import torch
 from cogview.config_io import to_mapping
 from cogview.errors import InputError
 from cogview.formatting import format_bytes, format_duration, plural
+from cogview.modeling.checkpointing import Checkpointing
 from cogview.modeling.config import PRESETS
-from cogview.modeling.transformer import Checkpointing
 from cogview.planning import ESTIMATE_MARGIN
 from cogview.planning.gpus import GPU_PEAK_FLOPS
 from cogview.planning.reports import MemoryPart, describe_limit, usable_bytes

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cogview.errors import InputError
+from cogview.modeling.checkpointing import Checkpointing
 from cogview.modeling.config import TransformerConfig, preset
-from cogview.modeling.transformer import Checkpointing
 from cogview.planning.training import TrainingJob
 from cogview.tokenizers.vocabulary import Vocabulary
 

@@ -31,6 +31,15 @@ ALWAYS void store_one_as(const int format, void *p, long index, float x) {
 
 ALWAYS void add_to(float *p, Vector x) { store(p, load(p) + x); }
 
+/* The largest of the lanes. */
+ALWAYS float peak_of(Vector x) {
+#if VECTOR_BYTES == 64
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    return largest(x);
+#endif
+}
+
 /* Rows of this thread. */
 ALWAYS void share_of(long rows, long *first, long *end) {
     const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -46,7 +55,7 @@ typedef struct {
 ALWAYS Statistics statistics_of(const int format, const void *x, long first, long width) {
     Vector most = {0}, total = {0};
     for (long k = 0; k < width; k += LANES) most = larger(absolute(load_as(format, x, first + k)), most);
-    float peak = largest(most);
+    float peak = peak_of(most);
     if (peak < SMALLEST) peak = SMALLEST;
     const float factor = 1.0f / peak;
     for (long k = 0; k < width; k += LANES) total += load_as(format, x, first + k) * factor; /* no sum overflows */
@@ -161,10 +170,42 @@ void cogview_sandwich(const Sandwich *call, int backward, int threads) {
     }
 }
 
+/* The sigmoid of x to a few units in the last place, 0 below -87. Its exponential is that of ``vectors.h`` without the
+ * powers of two that have no float. */
+ALWAYS Vector sigmoid(Vector x) {
+#if VECTOR_BYTES == 64
+    const Vector clamped = (Vector)_mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(87.0f), (__m512)-x));
+#else
+    const Vector low = broadcast(-87.0f), high = broadcast(87.0f);
+    const Vector clamped = choose(-x < low, low, choose(-x > high, high, -x));
+#endif
+    const Vector shifted = clamped * 1.44269504088896341f + 12582912.0f; /* rounds to a whole number */
+    const Vector exponent = shifted - 12582912.0f;
+    const Vector rest = clamped - exponent * 0.693359375f - exponent * -2.12194440e-4f;
+    Vector power = broadcast(1.9875691500e-4f);
+    power = power * rest + 1.3981999507e-3f;
+    power = power * rest + 8.3334519073e-3f;
+    power = power * rest + 4.1665795894e-2f;
+    power = power * rest + 1.6666665459e-1f;
+    power = power * rest + 5.0000001201e-1f;
+    power = power * rest * rest + rest + 1.0f;
+    /* The lowest bits of `shifted` are the exponent. */
+    const Vector divisor = 1.0f + power * (Vector)(((UintVector)shifted + 127) << 23);
+#if VECTOR_BYTES == 64
+    const Vector near = (Vector)_mm512_rcp14_ps((__m512)divisor);
+    const Vector result = near + near * (1.0f - divisor * near); /* a step of Newton's method: faster than a division */
+#else
+    const Vector result = 1.0f / divisor;
+#endif
+    return choose(x < broadcast(-87.0f), (Vector){0}, result);
+}
+
 ALWAYS void gelu_forward(const int format, const void *x, const float *bias, long first, long end, long width, void *y) {
     for (long row = first; row < end; row++)
-        for (long k = 0; k < width; k += LANES)
-            store_as(format, y, row * width + k, gelu(load_as(format, x, row * width + k) + load(bias + k)));
+        for (long k = 0; k < width; k += LANES) {
+            const Vector z = load_as(format, x, row * width + k) + load(bias + k);
+            store_as(format, y, row * width + k, z * sigmoid(z * (1.0f + 0.044715f * z * z) * 1.5957691216057308f));
+        }
 }
 
 ALWAYS void gelu_backward(const int format, const void *x, const float *bias, const void *d_y, long first, long end,
@@ -173,8 +214,7 @@ ALWAYS void gelu_backward(const int format, const void *x, const float *bias, co
     for (long row = first; row < end; row++)
         for (long k = 0; k < width; k += LANES) {
             const Vector z = load_as(format, x, row * width + k) + load(bias + k);
-            const Vector inner = z * (1.0f + 0.044715f * z * z) * -1.5957691216057308f;
-            const Vector gate = 1.0f / (1.0f + exponential(inner));
+            const Vector gate = sigmoid(z * (1.0f + 0.044715f * z * z) * 1.5957691216057308f);
             const Vector slope = (1.0f + 3 * 0.044715f * z * z) * 1.5957691216057308f;
             const Vector result = load_as(format, d_y, row * width + k) * (gate + z * gate * (1.0f - gate) * slope);
             store_as(format, d_x, row * width + k, result);
@@ -262,9 +302,26 @@ ALWAYS void read_head(const int format, const void *from, long first, long strid
     memset(to + length * size, 0, (padded - length) * size * sizeof(float));
 }
 
+/* Transpose a matrix whose sides LANES divides: each stage interleaves the first half of a block's rows with the other. */
 static void transpose(const float *from, long rows, long columns, float *to) {
-    for (long column = 0; column < columns; column++)
-        for (long row = 0; row < rows; row++) to[column * rows + row] = from[row * columns + column];
+    IntVector low, high;
+    for (int lane = 0; lane < LANES; lane++) {
+        low[lane] = lane / 2 + lane % 2 * LANES;
+        high[lane] = low[lane] + LANES / 2;
+    }
+    for (long row = 0; row < rows; row += LANES)
+        for (long column = 0; column < columns; column += LANES) {
+            Vector block[LANES], next[LANES];
+            UNROLL for (int one = 0; one < LANES; one++) block[one] = load(from + (row + one) * columns + column);
+            UNROLL for (int stage = 1; stage < LANES; stage *= 2) {
+                UNROLL for (int one = 0; one < LANES / 2; one++) {
+                    next[2 * one] = __builtin_shuffle(block[one], block[one + LANES / 2], low);
+                    next[2 * one + 1] = __builtin_shuffle(block[one], block[one + LANES / 2], high);
+                }
+                UNROLL for (int one = 0; one < LANES; one++) block[one] = next[one];
+            }
+            UNROLL for (int one = 0; one < LANES; one++) store(to + (column + one) * rows + row, block[one]);
+        }
 }
 
 /* Floats of scratch memory of a thread. */
@@ -289,7 +346,7 @@ ALWAYS void attend_forward(const int format, const PackedAttention *call, long r
             for (long key = last + 1; key < columns; key++) own[key] = -INFINITY;
             Vector most = broadcast(-INFINITY), total = {0};
             for (long key = 0; key < columns; key += LANES) most = larger(load(own + key), most);
-            const float peak = largest(most);
+            const float peak = peak_of(most);
             for (long key = 0; key < columns; key += LANES) {
                 const Vector weight = exponential(load(own + key) - peak);
                 store(own + key, weight);

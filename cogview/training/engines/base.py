@@ -117,8 +117,19 @@ class CrossEntropyLoss:
         attention, mask = transformer.config.attention, None
         if batch.pivots is not None:
             mask = WindowMask.of_sequences(attention.window, batch.pivots, batch.ids.shape[1])
-        hidden_BTD = transformer.hidden(batch.ids, batch.positions, lengths=batch.lengths, window=mask)
-        return fused_linear_cross_entropy(hidden_BTD.flatten(0, 1), transformer.embedding.weight, batch.targets)
+        outputs_M, targets = _without_other_positions(batch.targets)
+        hidden_MD = transformer.hidden(
+            batch.ids, batch.positions, lengths=batch.lengths, window=mask, outputs_M=outputs_M
+        )
+        return fused_linear_cross_entropy(hidden_MD, transformer.embedding.weight, targets)
+
+
+def _without_other_positions(targets: Sequence[LossTargets]) -> tuple[Tensor, list[LossTargets]]:
+    """Return the positions (M,) that have a target, ascending, and the targets with indices of these positions."""
+    counts = [len(kind.positions_M) for kind in targets]
+    outputs_M, indices = torch.cat([kind.positions_M for kind in targets]).unique(return_inverse=True)
+    parts = indices.split(counts)
+    return outputs_M, [replace(kind, positions_M=part) for kind, part in zip(targets, parts, strict=True)]
 
 
 class TransformerWithLoss(nn.Module):
