@@ -97,76 +97,62 @@ class _SandwichNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        branch: Tensor | None,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        next_weight: Tensor | None,
-        next_bias: Tensor | None,
-        dtype: torch.dtype,
+        ctx: Any, dtype: torch.dtype, x: Tensor, branch: Tensor | None, *norms: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        x = x.contiguous()
+        x, next_weight = x.contiguous(), norms[2]
         branch = None if branch is None else branch.contiguous()
         total = x if branch is None else torch.empty_like(x)
         normed = torch.empty_like(x, dtype=dtype) if next_weight is not None else x.new_empty(0)
         statistics = x.new_empty(x.numel() // x.shape[-1], 4)
-        call = _sandwich_call(dtype, x, branch, weight, bias, next_weight, next_bias, total, statistics)
+        call = _sandwich_call(dtype, x, branch, total, statistics, norms)
         call.normed = _pointer(normed)
         _call().cogview_sandwich(ctypes.byref(call), 0, num_threads())
-        ctx.save_for_backward(branch, weight, bias, next_weight, next_bias, total, statistics)
+        ctx.save_for_backward(branch, total, statistics, *norms)
         ctx.dtype = dtype
         ctx.set_materialize_grads(False)
         first = x.new_empty(0) if branch is None else total
-        ctx.mark_non_differentiable(*(result for result in (first, normed) if not result.numel()))
+        absent = ((first, branch), (normed, next_weight))  # results that are not computed
+        ctx.mark_non_differentiable(*(result for result, source in absent if source is None))
         return first, normed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d_total: Tensor | None, d_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        branch, weight, bias, next_weight, next_bias, total, statistics = ctx.saved_tensors
+        branch, total, statistics, *norms = ctx.saved_tensors
         width, threads = total.shape[-1], num_threads()
         if d_total is None and d_normed is None:
             return (None,) * 7
         d_total = None if d_total is None or branch is None else d_total.contiguous()
-        d_normed = None if d_normed is None or next_weight is None else d_normed.to(ctx.dtype).contiguous()
+        d_normed = None if d_normed is None or norms[2] is None else d_normed.to(ctx.dtype).contiguous()
         d_x = d_total if d_normed is None else torch.empty_like(total)
         d_branch = None if branch is None else torch.empty_like(branch)
         sums = total.new_zeros(threads, 4, width)  # there may be fewer threads
-        call = _sandwich_call(ctx.dtype, total, branch, weight, bias, next_weight, next_bias, total, statistics)
+        call = _sandwich_call(ctx.dtype, total, branch, total, statistics, norms)
         call.d_total, call.d_normed, call.d_x = _pointer(d_total), _pointer(d_normed), _pointer(d_x)
         call.d_branch, call.sums = _pointer(d_branch), _pointer(sums)
         _call().cogview_sandwich(ctypes.byref(call), 1, threads)
         d_weight, d_bias, d_next_weight, d_next_bias = sums.sum(dim=0) if threads > 1 else sums[0]
         first = (d_weight, d_bias) if branch is not None else (None, None)
         second = (d_next_weight, d_next_bias) if d_normed is not None else (None, None)
-        return d_x, d_branch, *first, *second, None
+        return None, d_x, d_branch, *first, *second
 
 
 def _sandwich_call(
     dtype: torch.dtype,
     x: Tensor,
     branch: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    next_weight: Tensor | None,
-    next_bias: Tensor | None,
     total: Tensor,
     statistics: Tensor,
+    norms: Sequence[Tensor | None],
 ) -> SandwichCall:
-    """Return the arguments that both directions share."""
+    """Return the arguments that both directions share; ``norms`` has weight and bias of this norm, and of the next."""
+    names = ("x", "branch", "total", "statistics", "weight", "bias", "next_weight", "next_bias")
+    pointers = map(_pointer, (x, branch, total, statistics, *norms))
     return SandwichCall(
         format=FORMATS[dtype],
         rows=x.numel() // x.shape[-1],
         width=x.shape[-1],
-        x=_pointer(x),
-        branch=_pointer(branch),
-        weight=_pointer(weight),
-        bias=_pointer(bias),
-        next_weight=_pointer(next_weight),
-        next_bias=_pointer(next_bias),
-        total=_pointer(total),
-        statistics=_pointer(statistics),
+        **dict(zip(names, pointers, strict=True)),
     )
 
 
@@ -179,7 +165,7 @@ def layer_norm_native(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtyp
         bias: (D,), float32.
         dtype: Dtype of the result: float32, or bfloat16 for products under autocast.
     """
-    normed: Tensor = _SandwichNorm.apply(x, None, None, None, weight, bias, dtype)[1]  # type: ignore[no-untyped-call]
+    normed: Tensor = _SandwichNorm.apply(dtype, x, None, None, None, weight, bias)[1]  # type: ignore[no-untyped-call]
     return normed
 
 
@@ -200,7 +186,7 @@ def sandwich_native(
         The sum, float32, and its norm in the dtype of ``branch``, or None.
     """
     total, normed = _SandwichNorm.apply(  # type: ignore[no-untyped-call]
-        x, branch, weight, bias, next_weight, next_bias, branch.dtype
+        branch.dtype, x, branch, weight, bias, next_weight, next_bias
     )
     return total, None if next_weight is None else normed
 

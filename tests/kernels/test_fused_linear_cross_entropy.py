@@ -246,12 +246,13 @@ def test_fused_linear_cross_entropy_scales_both_gradients_by_that_of_the_total(f
         torch.testing.assert_close(triple, 3 * single, atol=1e-5, rtol=1e-6)
 
 
-def test_fused_linear_cross_entropy_raises_at_a_second_backward(force, device):
+@pytest.mark.parametrize("scale", [1, 2])
+def test_fused_linear_cross_entropy_raises_at_a_second_backward(force, device, scale):
     """Gradients are scaled in place; scaling them again would be silently wrong."""
     force("torch")
     hidden_ND, embedding_VD = random_inputs(device)
     total, _ = fused_linear_cross_entropy(hidden_ND.requires_grad_(), embedding_VD, random_targets(device))
-    (2 * total).backward(retain_graph=True)
+    (scale * total).backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
     total, _ = fused_linear_cross_entropy(hidden_ND, embedding_VD, random_targets(device))

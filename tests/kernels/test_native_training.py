@@ -128,6 +128,18 @@ def test_bias_gelu_native_matches_float64(dtype):
     )
 
 
+def test_bias_gelu_native_is_exact_far_from_zero_and_shows_nan():
+    """Where the sigmoid under- or overflows, GELU and its gradient are those of max(x, 0)."""
+    x = torch.tensor([-1e12, -1e3, -60.0, 60.0, 1e3, 1e12, torch.nan, 0.0] * 2).requires_grad_()
+    result = bias_gelu_native(x, torch.zeros(16))
+    (gradient,) = torch.autograd.grad(result.sum(), x)
+    assert result[:6].tolist() == [0, 0, 0, *x[3:6].tolist()]
+    assert gradient[:6].tolist() == [0, 0, 0, 1, 1, 1]
+    assert result[6].isnan()
+    assert gradient[6].isnan()
+    assert (result[7], gradient[7]) == (0, 0.5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("blocks", [((1, 1),), ((2, 5), (1, 16), (3, 17)), ((1, 70),)])
 def test_packed_attention_native_matches_float64(dtype, blocks):

@@ -50,6 +50,40 @@ def test_hidden_of_packed_rows_equals_that_of_padded_rows(forget_choices, kernel
         assert (gradient - wanted).norm() <= 1e-5 * wanted.norm().clamp(min=1e-6)
 
 
+@pytest.mark.parametrize("kernels", ["reference", "native"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("lengths", [None, LENGTHS])
+@pytest.mark.parametrize("outputs", [[], [2, 21, 46, 80, 99]])
+def test_hidden_of_chosen_outputs_equals_all_hidden(forget_choices, kernels, checkpointing, lengths, outputs):
+    """The last layer computes nothing behind its attention at other positions, which a loss of the chosen ones misses."""
+    torch.manual_seed(0)
+    transformer = random_transformer()
+    forget_choices.setenv("COGVIEW_KERNELS", kernels)
+    transformer.checkpointing = checkpointing
+    ids_BT = torch.randint(0, transformer.config.vocabulary_size, (5, 20))
+    outputs_M = torch.tensor(outputs, dtype=torch.int64)
+    expected_MD = transformer.hidden(ids_BT, lengths=lengths).flatten(0, 1)[outputs_M]
+    found_MD = transformer.hidden(ids_BT, lengths=lengths, outputs_M=outputs_M)
+    torch.testing.assert_close(found_MD, expected_MD, atol=2e-5, rtol=0)
+    parameters = list(transformer.parameters())
+    weights_MD = torch.randn_like(expected_MD)
+    wanted = torch.autograd.grad((expected_MD * weights_MD).sum(), parameters)
+    gradients = torch.autograd.grad((found_MD * weights_MD).sum(), parameters)
+    for gradient, each in zip(gradients, wanted, strict=True):
+        assert (gradient - each).norm() <= 1e-5 * each.norm().clamp(min=1e-6)
+
+
+def test_hidden_of_chosen_outputs_without_gradients_equals_all_hidden():
+    """Layers prepared for a CPU compute all positions."""
+    transformer = random_transformer()
+    ids_BT = torch.randint(0, transformer.config.vocabulary_size, (3, 9))
+    outputs_M = torch.tensor([0, 5, 17, 26])
+    with torch.no_grad():
+        transformer.prepare_cpu()
+        expected_MD = transformer.hidden(ids_BT).flatten(0, 1)[outputs_M]
+        assert torch.equal(transformer.hidden(ids_BT, outputs_M=outputs_M), expected_MD)
+
+
 @pytest.mark.parametrize(
     ("pad", "blocks"), [(False, ((2, 3), (1, 7), (1, 8), (1, 20))), (True, ((2, 3), (2, 8), (1, 20)))]
 )
