@@ -50,6 +50,7 @@ from compare_v1 import (
     trained_model,
 )
 from torch._dynamo.exc import TorchDynamoException
+from training_peers import gpt2_config, import_transformers
 
 from cogview.benchmark.random_weights import random_transformer
 from cogview.cli.main import run_safely
@@ -246,31 +247,11 @@ def rows_of_best(times: Mapping[tuple[str, str], Sequence[float]], batch: int, c
     ]
 
 
-def import_transformers() -> Any:
-    """Return the module of the peer; raise InputError without it."""
-    try:
-        import transformers
-    except ImportError:
-        raise InputError(
-            "Hugging Face transformers is missing, a side of this comparison: pip install transformers"
-        ) from None
-    return transformers
-
-
 def make_gpt2(config: TransformerConfig, placement: DevicePlacement) -> Any:
     """Return a GPT-2 of the same shape with random weights."""
     transformers = import_transformers()
     torch.manual_seed(SEED)
-    shape = transformers.GPT2Config(
-        n_layer=config.num_layers,
-        n_embd=config.width,
-        n_head=config.num_heads,
-        n_positions=config.max_positions,
-        vocab_size=PEER_IDS,
-        bos_token_id=None,
-        eos_token_id=None,  # nothing stops a row early
-        pad_token_id=0,
-    )
+    shape = gpt2_config(config, vocab_size=PEER_IDS, pad_token_id=0)
     return transformers.GPT2LMHeadModel(shape).eval().to(placement.device, placement.dtype)
 
 

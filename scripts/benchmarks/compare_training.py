@@ -25,18 +25,17 @@ import os
 import re
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch._dynamo.exc import TorchDynamoException
-from training_peers import CLOCKS, PLAIN_MODES, TRAINER_MODES, PlainLoop, TrainerLoop, import_transformers
+from training_peers import CLOCKS, PLAIN_MODES, TRAINER_MODES, PlainLoop, SideLoop, TrainerLoop, import_transformers
 from training_rows import (
     SEED,
-    PlainRow,
-    Rows,
+    TrainingCase,
     model_config,
     opened_model,
     plain_rows,
@@ -51,12 +50,11 @@ from cogview.device import DTYPES, flush_denormals
 from cogview.errors import InputError
 from cogview.evaluation.manifest import Manifest, ResultValue, SeedsRecord, read_result, write_result
 from cogview.evaluation.model_record import describe_hardware, describe_versions
-from cogview.modeling.config import ModelConfig
 from cogview.modeling.transformer import Transformer
 from cogview.training.distributed import DistributedContext
 from cogview.training.engines import open_engine
 from cogview.training.engines.base import TransformerWithLoss
-from cogview.training.settings import EngineSettings, TransformerTraining
+from cogview.training.settings import EngineSettings
 from cogview.training.trainer import TransformerTrainer
 
 HEADS = 8
@@ -66,33 +64,7 @@ KINDS = ("recipe", "equal")
 Side = Callable[[], float]  # trains all steps, and returns seconds
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingCase:
-    """What all sides train.
-
-    Attributes:
-        config: The model.
-        settings: Our settings of training.
-        dtype: Dtype of autocast; None for float32.
-        steps: Rows of each step, as a store has them.
-        rows: The same as inputs and targets.
-        clock: wall or cpu.
-    """
-
-    config: ModelConfig
-    settings: TransformerTraining
-    dtype: torch.dtype | None
-    steps: Sequence[Rows]
-    rows: Sequence[Sequence[PlainRow]]
-    clock: str = "wall"
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of input tokens of all steps."""
-        return sum(len(inputs) for step in self.rows for inputs, _ in step)
-
-
-class OurLoop:
+class OurLoop(SideLoop):
     """Our trainer; every run repeats the same steps."""
 
     def __init__(self, case: TrainingCase, mode: str) -> None:
@@ -148,8 +120,8 @@ def run(args: argparse.Namespace) -> int:
     threads = args.threads or sorted({1, os.cpu_count() or 1})
     if args.clock == "cpu" and max(threads) > 1:
         raise InputError(f"--clock cpu counts the time of all threads: give --threads 1 as well, got {threads}")
-    if "trainer" in args.sides:
-        import_transformers()
+    if TrainerLoop.side in args.sides:
+        import_transformers("accelerate")
     flush_denormals()
     values: dict[str, ResultValue] = {}
     for kind in args.rows:
@@ -196,20 +168,18 @@ def shape_of(text: str) -> tuple[int, int]:
 
 def sides_of(case: TrainingCase, peers: Sequence[str], threads: Sequence[int]) -> dict[str, Callable[[], Side]]:
     """Return for each mode and number of threads, by its name, the function that prepares it."""
-    shape, pad = case.config.transformer, case.config.vocabulary.pad
+    kinds: dict[type[SideLoop], Iterable[str]] = {PlainLoop: PLAIN_MODES, TrainerLoop: TRAINER_MODES}
+    chosen = {kind: modes for kind, modes in kinds.items() if kind.side in peers}
     makers: dict[str, Callable[[], Side]] = {}
     for count in threads:
-        for mode in OURS if count > 1 else list(OURS)[:1]:
-            makers[_named(mode, count)] = partial(lambda mode: OurLoop(case, mode).run, mode)
-        for mode in PLAIN_MODES if "plain" in peers else ():
-            makers[_named(mode, count)] = partial(
-                lambda mode: PlainLoop(shape, case.rows, pad, case.dtype, mode, case.clock).run, mode
-            )
-        for mode in TRAINER_MODES if "trainer" in peers else ():
-            makers[_named(mode, count)] = partial(
-                lambda mode: TrainerLoop(shape, case.rows, pad, case.dtype, mode, case.clock).run, mode
-            )
+        for loop, modes in {OurLoop: OURS if count > 1 else list(OURS)[:1], **chosen}.items():
+            for mode in modes:
+                makers[_named(mode, count)] = partial(_prepared, loop, case, mode)
     return makers
+
+
+def _prepared(loop: type[SideLoop], case: TrainingCase, mode: str) -> Side:
+    return loop(case, mode).run
 
 
 def _named(mode: str, threads: int) -> str:

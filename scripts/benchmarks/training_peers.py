@@ -6,18 +6,20 @@ Both compute the logits of all ids at all positions, and ignore targets without 
 # B rows of a step, T positions of a row, D width, V vocabulary
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import plain_gpt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from training_rows import NO_LOSS, SEED, PlainRow
+from training_rows import NO_LOSS, SEED, PlainRow, TrainingCase
 
 from cogview.errors import InputError
 from cogview.modeling.config import TransformerConfig
@@ -69,29 +71,38 @@ class TrainingGPT(plain_gpt.PlainGPT):
         return F.cross_entropy(logits.flatten(0, 1).float(), targets_BT.flatten(), ignore_index=NO_LOSS)
 
 
-class PlainLoop:
-    """A loop of AdamW's fused form, autocast and clipping; every run repeats the same steps."""
+class SideLoop(ABC):
+    """One side of the comparison, ready to train.
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        steps: Sequence[Sequence[PlainRow]],
-        pad: int,
-        dtype: torch.dtype | None,
-        mode: str,
-        clock: str = "wall",
-    ) -> None:
-        """Prepare the batches of all steps.
+    Attributes:
+        side: Its name in ``--sides``.
+    """
+
+    side: ClassVar[str]
+
+    @abstractmethod
+    def __init__(self, case: TrainingCase, mode: str) -> None:
+        """Prepare one of the modes of this side.
 
         Args:
-            config: The shape.
-            steps: Rows of each step.
-            pad: Id of the padding.
-            dtype: Dtype of autocast; None for float32.
-            mode: Key of ``PLAIN_MODES``.
-            clock: Key of ``CLOCKS``.
+            case: What all sides train.
+            mode: Name of the mode.
         """
-        self.clock = CLOCKS[clock]
+
+    @abstractmethod
+    def run(self) -> float:
+        """Train all steps; return the seconds."""
+
+
+class PlainLoop(SideLoop):
+    """A loop of AdamW's fused form, autocast and clipping; every run repeats the same steps."""
+
+    side = "plain"
+
+    def __init__(self, case: TrainingCase, mode: str) -> None:
+        """Prepare the batches of all steps in one of ``PLAIN_MODES``; see ``SideLoop``."""
+        config, steps, pad = case.config.transformer, case.rows, case.config.vocabulary.pad
+        self.clock = CLOCKS[case.clock]
         packing, compiled = PLAIN_MODES[mode]
         torch.manual_seed(SEED)
         model = TrainingGPT(config).train()
@@ -101,7 +112,7 @@ class PlainLoop:
         groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
         self.model = torch.compile(model, dynamic=False) if compiled else model
-        self.dtype = dtype
+        self.dtype = case.dtype
         if packing == "packed":
             self.batches = packed_batches(steps, pad, config.max_positions)
         else:
@@ -169,48 +180,37 @@ class RowDataset(torch.utils.data.Dataset[Mapping[str, list[int]]]):
         return {name: value for name, value in self.rows[index].items() if name != "length"}
 
 
-class TrainerLoop:
+class TrainerLoop(SideLoop):
     """The Trainer of transformers on a GPT-2 of the same shape."""
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        steps: Sequence[Sequence[PlainRow]],
-        pad: int,
-        dtype: torch.dtype | None,
-        mode: str,
-        clock: str = "wall",
-    ) -> None:
-        """Prepare model and dataset; see ``PlainLoop``.
+    side = "trainer"
+
+    def __init__(self, case: TrainingCase, mode: str) -> None:
+        """Prepare model and dataset in one of ``TRAINER_MODES``; see ``SideLoop``.
 
         Raises:
             InputError: transformers or accelerate is missing.
         """
+        steps, pad = case.rows, case.config.vocabulary.pad
         sampler, compiled = TRAINER_MODES[mode]
-        transformers = import_transformers()
+        transformers = import_transformers("accelerate")
         torch.manual_seed(SEED)
-        shape = transformers.GPT2Config(
-            n_layer=config.num_layers,
-            n_embd=config.width,
-            n_head=config.num_heads,
-            n_positions=config.max_positions,
-            vocab_size=config.vocabulary_size,
+        shape = gpt2_config(
+            case.config.transformer,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             use_cache=False,
             activation_function="gelu_pytorch_tanh",  # the default is the same formula in separate operations
-            bos_token_id=None,
-            eos_token_id=None,
             pad_token_id=pad,
         )
-        self.timer = make_timer(len(steps), CLOCKS[clock])
+        self.timer = make_timer(len(steps), CLOCKS[case.clock])
         arguments = transformers.TrainingArguments(
             output_dir=tempfile.mkdtemp(),
             max_steps=len(steps) + 1,
             per_device_train_batch_size=len(steps[0]),
             use_cpu=True,
-            bf16=dtype is not None,
+            bf16=case.dtype is not None,
             optim="adamw_torch_fused",
             torch_compile=compiled,
             learning_rate=LEARNING_RATE,
@@ -270,18 +270,38 @@ def word_tokenizer(pad: int) -> Any:
     return Tokenizer(WordLevel({"[PAD]": pad}, unk_token="[PAD]"))
 
 
-def import_transformers() -> Any:
+def gpt2_config(config: TransformerConfig, **others: Any) -> Any:
+    """Return the configuration of a GPT-2 of the same shape, whose rows nothing stops early.
+
+    Args:
+        config: The shape.
+        **others: Other settings of GPT-2.
+    """
+    shape = {
+        "n_layer": config.num_layers,
+        "n_embd": config.width,
+        "n_head": config.num_heads,
+        "n_positions": config.max_positions,
+        "vocab_size": config.vocabulary_size,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
+    return import_transformers().GPT2Config(**{**shape, **others})
+
+
+def import_transformers(*others: str) -> Any:
     """Return the module of the peer.
 
+    Args:
+        *others: Packages that it needs.
+
     Raises:
-        InputError: It is missing, or accelerate, which its Trainer needs.
+        InputError: One of them is missing.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    names = ("transformers", *others)
     try:
-        import accelerate  # noqa: F401
-        import transformers
+        modules = [importlib.import_module(name) for name in names]
     except ImportError as error:
-        raise InputError(
-            f"{error.name} is missing, a side of this comparison: pip install transformers accelerate"
-        ) from None
-    return transformers
+        raise InputError(f"{error.name} is missing, a side of this comparison: pip install {' '.join(names)}") from None
+    return modules[0]

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
+import torch
 
 from cogview.data.store_writer import pad_text
 from cogview.emoji.datasets import SceneDataset
@@ -35,6 +36,32 @@ EQUAL_PIECES = 16
 NO_LOSS = -100  # PyTorch's id of a position without loss
 Rows: TypeAlias = Mapping[str, np.ndarray]  # of a store, by field
 PlainRow: TypeAlias = tuple[np.ndarray, np.ndarray]  # inputs (T,) and targets (T,), NO_LOSS where none counts
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingCase:
+    """What all sides train.
+
+    Attributes:
+        config: The model.
+        settings: Our settings of training.
+        dtype: Dtype of autocast; None for float32.
+        steps: Rows of each step, as a store has them.
+        rows: The same as inputs and targets.
+        clock: wall or cpu.
+    """
+
+    config: ModelConfig
+    settings: TransformerTraining
+    dtype: torch.dtype | None
+    steps: Sequence[Rows]
+    rows: Sequence[Sequence[PlainRow]]
+    clock: str = "wall"
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of input tokens of all steps."""
+        return sum(len(inputs) for step in self.rows for inputs, _ in step)
 
 
 @functools.cache

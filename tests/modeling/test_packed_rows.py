@@ -55,7 +55,7 @@ def test_hidden_of_packed_rows_equals_that_of_padded_rows(forget_choices, kernel
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 @pytest.mark.parametrize("outputs", [[], [2, 21, 46, 80, 99]])
 def test_hidden_of_chosen_outputs_equals_all_hidden(forget_choices, kernels, checkpointing, lengths, outputs):
-    """The last layer computes nothing behind its attention at other positions, which a loss of the chosen ones misses."""
+    """Behind its attention, the last layer computes the chosen positions alone; their loss misses nothing."""
     torch.manual_seed(0)
     transformer = random_transformer()
     forget_choices.setenv("COGVIEW_KERNELS", kernels)

@@ -210,7 +210,7 @@ def test_comparisons_report_mistakes_in_one_line(load_benchmark, monkeypatch, tm
             "--tokens must be from 2 to 64, the codes of an image that fit; got 65",
         ),
         ("compare_peers", ["--batches", "0"], "--batches must be at least 1, got 0"),
-        ("compare_peers", ["--tokens", "2"], "Hugging Face transformers is missing, a side of this comparison: pip "),
+        ("compare_peers", ["--tokens", "2"], "transformers is missing, a side of this comparison: pip "),
         ("compare_best_of", ["--model", "random", "-n", "0"], "-n must be at least 1, got 0"),
         ("compare_best_of", [], "--layers, --width, --grid: cogview-emoji has a shape of its own; for random weights "),
         ("compare_upscale", ["--model", "random", "--images", "0"], "--images must be at least 1, got 0"),

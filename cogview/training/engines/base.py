@@ -117,11 +117,11 @@ class CrossEntropyLoss:
         attention, mask = transformer.config.attention, None
         if batch.pivots is not None:
             mask = WindowMask.of_sequences(attention.window, batch.pivots, batch.ids.shape[1])
-        outputs_M, targets = _without_other_positions(batch.targets)
-        hidden_MD = transformer.hidden(
-            batch.ids, batch.positions, lengths=batch.lengths, window=mask, outputs_M=outputs_M
-        )
-        return fused_linear_cross_entropy(hidden_MD, transformer.embedding.weight, targets)
+        outputs_M, targets = None, batch.targets
+        if targets and batch.ids.device.type == "cpu":  # on a GPU the number of positions would have to be waited for
+            outputs_M, targets = _without_other_positions(targets)
+        hidden = transformer.hidden(batch.ids, batch.positions, lengths=batch.lengths, window=mask, outputs_M=outputs_M)
+        return fused_linear_cross_entropy(hidden.flatten(0, -2), transformer.embedding.weight, targets)
 
 
 def _without_other_positions(targets: Sequence[LossTargets]) -> tuple[Tensor, list[LossTargets]]:
