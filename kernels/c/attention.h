@@ -30,7 +30,7 @@ typedef struct {
     const float *pivot_bias;
 } Attention;
 
-enum { ELEMENT_BYTES_FLOAT32 = 4, ELEMENT_BYTES_BFLOAT16 = 2, ELEMENT_BYTES_INT8 = 1, QUERIES_AT_ONCE = 4 };
+enum { QUERIES_AT_ONCE = 4, KEYS_AT_ONCE = 4, VECTORS_AT_ONCE = 4 };
 
 ALWAYS long larger_of(long a, long b) { return a > b ? a : b; }
 
@@ -86,51 +86,95 @@ static Segment segment_of(const Attention *attention, const Store *store, long r
                      .value_scales = store->value_scales + scale, .first = first, .end = end, .offset = offset};
 }
 
+/* Scores of `queries` queries and `keys` keys of a segment from `entry` on: four sums at a time. */
+ALWAYS void scores_of_keys(const int format, const int queries, const int keys, const int indexed,
+                           const Attention *attention, const Segment *segment, const float *q, long query_stride,
+                           long entry, float *scores) {
+    const long size = attention->head_size, whole = size / LANES * LANES;
+    const float factor = 1.0f / sqrtf((float)size);
+    long s[KEYS_AT_ONCE];
+    UNROLL for (int n = 0; n < keys; n++) s[n] = indexed ? segment->index[entry + n] - segment->shift : entry + n;
+    Vector sums[QUERIES_AT_ONCE][KEYS_AT_ONCE];
+    UNROLL for (int t = 0; t < queries; t++) UNROLL for (int n = 0; n < keys; n++) sums[t][n] = (Vector){0};
+    for (long k = 0; k < whole; k += LANES) {
+        UNROLL for (int n = 0; n < keys; n++) {
+            const Vector key = load_as(format, segment->keys, s[n] * size + k);
+            UNROLL for (int t = 0; t < queries; t++) sums[t][n] += load(q + t * query_stride + k) * key;
+        }
+    }
+    if (whole < size) {
+        for (int n = 0; n < keys; n++) {
+            const Vector key = load_some_as(format, segment->keys, s[n] * size + whole, size - whole);
+            for (int t = 0; t < queries; t++)
+                sums[t][n] += load_some(q + t * query_stride + whole, size - whole) * key;
+        }
+    }
+    FourVector scale = {factor, factor, factor, factor};
+    if (format == INT8)
+        UNROLL for (int n = 0; n < keys; n++)
+            scale[n] = factor * element_as(attention->scale_format, segment->key_scales, s[n]);
+    float *to = scores + segment->offset + entry;
+    UNROLL for (int t = 0; t < queries; t++, to += attention->num_keys) {
+        if (keys == 4) {
+            const FourVector four = sum_four(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+            *(UnalignedFourVector *)to = four * scale;
+        } else {
+            to[0] = sum(sums[t][0]) * scale[0];
+        }
+    }
+}
+
 /* Scores of `queries` queries and the keys of a segment. */
 ALWAYS void scores_of(const int format, const int queries, const int indexed, const Attention *attention,
                       const Segment *segment, const float *q, long query_stride, float *scores) {
-    const long size = attention->head_size, whole = size / LANES * LANES, offset = segment->offset;
-    const float factor = 1.0f / sqrtf((float)size);
+    long entry = segment->first;
+    for (; entry + KEYS_AT_ONCE <= segment->end; entry += KEYS_AT_ONCE)
+        scores_of_keys(format, queries, KEYS_AT_ONCE, indexed, attention, segment, q, query_stride, entry, scores);
+    for (; entry < segment->end; entry++)
+        scores_of_keys(format, queries, 1, indexed, attention, segment, q, query_stride, entry, scores);
+}
+
+/* Add weights times values of a segment to `vectors` vectors of (queries, head size) from the element `k` on. */
+ALWAYS void mix_vectors(const int format, const int queries, const int indexed, const int vectors,
+                        const Attention *attention, const Segment *segment, const float *scores, long k, float *y,
+                        long y_stride) {
+    const long size = attention->head_size;
+    Vector sums[QUERIES_AT_ONCE][VECTORS_AT_ONCE];
+    UNROLL for (int t = 0; t < queries; t++)
+        UNROLL for (int v = 0; v < vectors; v++) sums[t][v] = load(y + t * y_stride + k + v * LANES);
     for (long entry = segment->first; entry < segment->end; entry++) {
         const long s = indexed ? segment->index[entry] - segment->shift : entry;
-        Vector sums[QUERIES_AT_ONCE];
-        UNROLL for (int t = 0; t < queries; t++) sums[t] = (Vector){0};
-        for (long k = 0; k < whole; k += LANES) {
-            const Vector key = load_as(format, segment->keys, s * size + k);
-            UNROLL for (int t = 0; t < queries; t++) sums[t] += load(q + t * query_stride + k) * key;
+        const float scale = format == INT8 ? element_as(attention->scale_format, segment->value_scales, s) : 1.0f;
+        UNROLL for (int t = 0; t < queries; t++) {
+            const float weight = scores[t * attention->num_keys + segment->offset + entry] * scale;
+            if (weight == 0) continue; /* hidden values may be not a number */
+            UNROLL for (int v = 0; v < vectors; v++)
+                sums[t][v] += load_as(format, segment->values, s * size + k + v * LANES) * weight;
         }
-        if (whole < size) {
-            const Vector key = load_some_as(format, segment->keys, s * size + whole, size - whole);
-            UNROLL for (int t = 0; t < queries; t++)
-                sums[t] += load_some(q + t * query_stride + whole, size - whole) * key;
-        }
-        const float scale =
-            format == INT8 ? factor * element_as(attention->scale_format, segment->key_scales, s) : factor;
-        UNROLL for (int t = 0; t < queries; t++)
-            scores[t * attention->num_keys + offset + entry] = sum(sums[t]) * scale;
     }
+    UNROLL for (int t = 0; t < queries; t++)
+        UNROLL for (int v = 0; v < vectors; v++) store(y + t * y_stride + k + v * LANES, sums[t][v]);
 }
 
 /* Add weights times values of a segment to (queries, head size); scores hold the weights. */
 ALWAYS void mix_values(const int format, const int queries, const int indexed, const Attention *attention,
                        const Segment *segment, const float *scores, float *y, long y_stride) {
-    const long size = attention->head_size, whole = size / LANES * LANES, offset = segment->offset;
-    for (long k = 0; k < size; k += LANES) {
-        Vector sums[QUERIES_AT_ONCE];
-        const long count = k < whole ? LANES : size - k;
-        UNROLL for (int t = 0; t < queries; t++) sums[t] = load_some(y + t * y_stride + k, count);
-        for (long entry = segment->first; entry < segment->end; entry++) {
-            const long s = indexed ? segment->index[entry] - segment->shift : entry;
-            const float scale = format == INT8 ? element_as(attention->scale_format, segment->value_scales, s) : 1.0f;
-            const Vector value = k < whole ? load_as(format, segment->values, s * size + k)
-                                           : load_some_as(format, segment->values, s * size + k, count);
-            UNROLL for (int t = 0; t < queries; t++) {
-                const float weight = scores[t * attention->num_keys + offset + entry] * scale;
-                sums[t] = weight == 0 ? sums[t] : sums[t] + value * weight; /* hidden values may be not a number */
-            }
+    const long size = attention->head_size, whole = size / LANES * LANES, count = size - whole;
+    long k = 0;
+    for (; k + VECTORS_AT_ONCE * LANES <= whole; k += VECTORS_AT_ONCE * LANES)
+        mix_vectors(format, queries, indexed, VECTORS_AT_ONCE, attention, segment, scores, k, y, y_stride);
+    for (; k < whole; k += LANES)
+        mix_vectors(format, queries, indexed, 1, attention, segment, scores, k, y, y_stride);
+    for (long entry = count ? segment->first : segment->end; entry < segment->end; entry++) {
+        const long s = indexed ? segment->index[entry] - segment->shift : entry;
+        const float scale = format == INT8 ? element_as(attention->scale_format, segment->value_scales, s) : 1.0f;
+        const Vector value = load_some_as(format, segment->values, s * size + whole, count);
+        for (int t = 0; t < queries; t++) {
+            const float weight = scores[t * attention->num_keys + segment->offset + entry] * scale;
+            if (weight == 0) continue;
+            const Vector sum = load_some(y + t * y_stride + whole, count) + value * weight;
+            for (long lane = 0; lane < count; lane++) y[t * y_stride + whole + lane] = sum[lane];
         }
-        UNROLL for (int t = 0; t < queries; t++)
-            for (long lane = 0; lane < count; lane++) y[t * y_stride + k + lane] = sums[t][lane];
     }
 }
 
