@@ -97,7 +97,7 @@ def sources(count: int) -> np.ndarray:
 def test_registered_task_is_known_everywhere_and_nowhere_afterwards(folder):
     """Layouts, stores and commands are derived from the row; without it the checkpoint cannot be opened."""
     assert REPAINT.store_fields == ("text", "source", "image")
-    assert tasks_of_store({"text", "image", "source"}) == ("generate", "caption", "repaint")
+    assert tasks_of_store({"text", "image", "source"}) == ("edit", "repaint")
     assert commands_of("repaint") == ("generate --input",)
     assert (REPAINT.input_scale, REPAINT.output_scale) == (1, 1)
     del TASKS["repaint"]

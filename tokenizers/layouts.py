@@ -70,7 +70,9 @@ class Layout:
             max_text: Indices for a blank text. Without it, the text given is complete.
             **values: Piece ids of a text, or codes of an image (flat or two-dimensional), by the name of the element.
                 Both count from 0. Values of a blank element may be missing, shorter than its space, hold None where
-                one is unknown, or be a masked array: those indices are blank.
+                one is unknown, or be a masked array: those indices are blank. The same holds of an image that is
+                ``maskable``, whose unknown codes are ``[MASK]``; only these are learnt of a blank image that has the
+                same field.
 
         Returns:
             The sequence.
@@ -88,6 +90,7 @@ class Layout:
             raise ValueError(f"layout {self.name!r} has no blank text for max_text={max_text} to bound")
 
         segments: list[_Segment] = []
+        unknown = {}  # codes of each maskable image, by the field of a store
         position, end, stop = 0, 0, None
         spans: dict[str, slice] = {}
         for element in self.elements:
@@ -100,6 +103,10 @@ class Layout:
                 content = element.content if isinstance(element, Blank) else element
                 given = values.get(content.name)
                 segments.append(self._fill(element, given, max_text, vocabulary, position))
+                if isinstance(content, ImageElement) and content.maskable:
+                    unknown[content.field] = segments[-1].ids == vocabulary.command("[MASK]")
+                elif isinstance(element, Blank) and content.loss and content.field in unknown:
+                    segments[-1] = replace(segments[-1], loss=unknown[content.field])
                 length = len(segments[-1].ids)
                 spans[content.name] = slice(end, end + length)
                 position, end = position + self._positions_of(element, length), end + length
@@ -184,12 +191,14 @@ class Layout:
 
         known, unknown = _flatten([] if values is None else values, where)
         permitted = vocabulary.permitted(content.kind)
-        _check_values(known, unknown, len(permitted), space, unit, where, blank=blank)
+        maskable = isinstance(content, ImageElement) and content.maskable
+        _check_values(known, unknown, len(permitted), space, unit, where, blank=blank, maskable=maskable)
         length = len(known) if space is None else space
-        ids = np.full(length, vocabulary.pad, dtype=np.int64)
+        absent = vocabulary.command("[MASK]") if maskable else vocabulary.pad
+        ids = np.full(length, absent, dtype=np.int64)
         blanks = np.ones(length, dtype=bool)
-        ids[: len(known)] = np.where(unknown, vocabulary.pad, known + permitted.start)
-        blanks[: len(known)] = unknown
+        ids[: len(known)] = np.where(unknown, absent, known + permitted.start)
+        blanks[: len(known)] = unknown & blank
         return _Segment(ids=ids, blanks=blanks, kind=content.kind, loss=content.loss, position=position)
 
 
@@ -227,7 +236,7 @@ class _Segment:
     ids: NDArray[np.int64]
     blanks: NDArray[np.bool_]
     kind: TokenKind
-    loss: bool
+    loss: bool | NDArray[np.bool_]
     position: int  # of the first
 
     @classmethod
@@ -263,9 +272,10 @@ def _check_values(
     where: str,
     *,
     blank: bool,
+    maskable: bool,
 ) -> None:
     """Raise ValueError unless values fit their element."""
-    if not blank and (unknown.any() or (space is not None and len(known) < space)):
+    if not blank and ((unknown.any() and not maskable) or (space is not None and len(known) < space)):
         expected = len(known) if space is None else space
         raise ValueError(f"{where} must be known in full: got {(~unknown).sum()} {unit}, expected {expected}")
     if space is not None and len(known) > space:

@@ -18,6 +18,8 @@ from typing import Final, Literal, TypeAlias
 from cogview.tokenizers.vocabulary import MAX_GRID, TokenKind
 
 GRID: Final = "[GRID]"  # in a layout: the command that announces the model's grid, such as [BASE] for 32 x 32 codes
+SOURCE_FIELD: Final = "source"  # of a store's row: codes of the image that an edit starts from
+INSTRUCTION_FIELD: Final = "instruction"  # of a store's row: pieces of the text of an edit, beside a caption in "text"
 
 
 @dataclass(frozen=True)
@@ -27,10 +29,12 @@ class TextElement:
     Attributes:
         name: Name of its values, in ``Layout.arrange`` and in the rows of a store.
         loss: Whether training learns to write them.
+        preferred: Field of a store's row that holds the pieces where the store has it; else ``name`` does.
     """
 
     name: str
     loss: bool = False
+    preferred: str = ""
 
     kind = TokenKind.TEXT
 
@@ -50,12 +54,14 @@ class ImageElement:
         loss: Whether training learns to generate it.
         stored: Field of a store's row that holds the codes, by default ``name``. In a windowed task, the field holds
             the whole image, and the element is the part of it that belongs to a window.
+        maskable: Whether codes of it may be unknown, which stand as ``[MASK]`` and are no blanks.
     """
 
     name: str
     scale: float = 1.0
     loss: bool = False
     stored: str = ""
+    maskable: bool = False
 
     kind = TokenKind.IMAGE
 
@@ -99,7 +105,8 @@ class Task:
     Attributes:
         name: Name in recipes, configs, job files and messages.
         layout: Elements of its sequence. Empty: that of ``trained_as``.
-        inputs: Keys that a request must bring, as job files name them: ``prompt``, ``image``, ``images``, ``rows``.
+        inputs: Keys that a request must bring, as job files name them: ``prompt``, ``image``, ``images``, ``rows``,
+            ``mask``, ``keep``.
         output: Whether an image, a text or a ranking of the given images comes out.
         activity: Present participle for progress bars and logs, such as ``upscaling``.
         trained_as: Task whose weights do this one. Empty: its own, so that training and configs know it by name.
@@ -156,6 +163,18 @@ class Task:
         return next((one for one in images if one.name != self.blank_name), images[0] if images else None)
 
     @property
+    def masked_image(self) -> ImageElement | None:
+        """The given image, if codes of it may be unknown."""
+        image = self.given_image
+        return image if image is not None and image.maskable else None
+
+    @property
+    def fills(self) -> bool:
+        """Whether the given image and the blank one are the same, of which the unknown codes are generated."""
+        image, blank = self.masked_image, self.contents.get(self.blank_name)
+        return image is not None and blank is not None and image.field == blank.field
+
+    @property
     def input_scale(self) -> float:
         """Side of the given image over G. In a windowed task a window reads half of its side."""
         image = self.given_image
@@ -187,8 +206,16 @@ class Task:
 
 
 _TEXT, _LEARNT_TEXT = TextElement("text"), TextElement("text", loss=True)
+_INSTRUCTION: Final = TextElement("text", preferred=INSTRUCTION_FIELD)
 _UPSCALE_HEAD: Final[tuple[Element, ...]] = ("[ROI1]", _TEXT, GRID, "[BOI1]")
 _UPSCALE_MIDDLE: Final[tuple[Element, ...]] = ("[EOI1]", RESTART_POSITIONS, "[ROI2]", "[POS0]", GRID, "[BOI2]")
+
+
+def _edit_layout(text: TextElement, source: ImageElement) -> tuple[Element, ...]:
+    """Return the layout of a task that generates an image from a text and an image of the same size."""
+    head = ("[ROI1]", text, GRID, "[BOI1]", source, "[EOI1]")
+    return (*head, RESTART_POSITIONS, "[ROI2]", GRID, "[BOI2]", Blank(ImageElement("image", loss=True)), "[EOI2]")
+
 
 _ROWS = (
     Task(
@@ -248,6 +275,30 @@ _ROWS = (
         command="upscale --low-level",
         in_jobs=False,
         v1_model="sr",
+    ),
+    Task(  # the text is an instruction; a source that is unknown in full is none
+        name="edit",
+        layout=_edit_layout(_INSTRUCTION, ImageElement(SOURCE_FIELD, maskable=True)),
+        inputs=("prompt", "image"),
+        output="image",
+        activity="editing",
+        in_jobs=False,
+    ),
+    Task(  # the codes of the image that are unknown in the source are generated; the text describes the whole
+        name="fill",
+        layout=_edit_layout(_TEXT, ImageElement("source", stored="image", maskable=True)),
+        inputs=("prompt", "image", "mask"),
+        output="image",
+        activity="filling",
+        in_jobs=False,
+    ),
+    Task(  # some codes of the image stay, without any text
+        name="vary",
+        inputs=("image", "keep"),
+        output="image",
+        activity="varying",
+        trained_as="fill",
+        in_jobs=False,
     ),
     Task(  # nothing is blank: the text is given and scored
         name="score",
@@ -346,8 +397,20 @@ def job_tasks() -> dict[str, Task]:
 
 
 def tasks_of_store(fields: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the tasks that rows with ``fields`` can train."""
-    return tuple(name for name in trained_tasks() if set(TASKS[name].store_fields) <= set(fields))
+    """Return the names of the tasks that rows with ``fields`` can train, for the header of a store.
+
+    Tasks that fill are not among them: what feeds generation feeds them too (``feeds``). The texts of rows that have a
+    source and no instruction are instructions, and describe no image.
+    """
+    found = [task for task in map(TASKS.__getitem__, trained_tasks()) if set(task.store_fields) <= set(fields)]
+    if SOURCE_FIELD in fields and INSTRUCTION_FIELD not in fields:
+        found = [task for task in found if SOURCE_FIELD in task.store_fields]
+    return tuple(task.name for task in found if not task.fills)
+
+
+def feeds(tasks: Collection[str], name: str) -> bool:
+    """Return whether a store whose header lists ``tasks`` can train the task ``name``."""
+    return name in tasks or (name in TASKS and TASKS[name].fills and "generate" in tasks)
 
 
 def commands_of(name: str) -> tuple[str, ...]:

@@ -74,7 +74,7 @@ def table_options() -> Decorator:
     return option_group(
         build,
         "table",
-        ("folder", "image_column", "caption_columns", "boxes_column"),
+        ("folder", "image_column", "caption_columns", "source_column", "boxes_column"),
         click.option(
             "--pictures",
             "folder",
@@ -84,6 +84,12 @@ def table_options() -> Decorator:
             help="folder that paths in a table or a COCO file are relative to",
         ),
         *COLUMN_OPTIONS,
+        click.option(
+            "--source-column",
+            metavar="NAME",
+            show_default="none",
+            help="column of a table with the pictures before an edit, for the task edit: captions are instructions",
+        ),
         click.option(
             "--boxes-column",
             metavar="NAME",
@@ -156,6 +162,7 @@ def build(
 
     opened = {str(path): open_source(path, table, print_note) for path in sources}
     settings["named"] = table.boxes_column is not None
+    settings["source"] = table.source_column is not None
     task = open_build(output, model, settings, max_batch_size, device)
     return report_build(task.with_sources(opened).run(), task.paths)
 

@@ -44,12 +44,16 @@ class ImageExample:
             All scales show the same content: 1 is the image itself, 2 a larger rendition for the task upscale, 0.5 a
             smaller one for the task low_level.
         regions: Where named objects are, for stores that supervise names; empty by default.
+        instruction: Text of the edit that leads from another image to this one; empty without such an image.
+        render_source: Return the image before the edit, as ``render`` does; None without one.
     """
 
     identity: str
     captions: tuple[str, ...]
     render: Callable[[float], np.ndarray]
     regions: tuple[NamedRegion, ...] = ()
+    instruction: str = ""
+    render_source: Callable[[float], np.ndarray] | None = None
 
     @staticmethod
     def from_pixels(pixels: np.ndarray, *, side: int, identity: str, captions: tuple[str, ...]) -> ImageExample:
@@ -128,8 +132,32 @@ def render(example: ImageExample, side: int, scale: float = 1) -> np.ndarray:
     Raises:
         InputError: The rendition has another shape or dtype.
     """
-    size = round(side * scale)
-    pixels = example.render(scale)
+    return _checked(example.render(scale), example, round(side * scale), scale)
+
+
+def render_source(example: ImageExample, side: int) -> np.ndarray:
+    """Render the image before the edit of an example and check the result.
+
+    Args:
+        example: The example.
+        side: Side of the dataset's images at scale 1, in pixels.
+
+    Returns:
+        uint8 RGB (side, side, 3).
+
+    Raises:
+        InputError: The example has no edit, or the rendition has another shape or dtype.
+    """
+    if example.render_source is None or not example.instruction:
+        raise InputError(
+            f"image {example.identity} has no edit that leads to it, expected render_source and instruction of its "
+            "example; leave out source: true otherwise"
+        )
+    return _checked(example.render_source(1), example, side, 1)
+
+
+def _checked(pixels: np.ndarray, example: ImageExample, size: int, scale: float) -> np.ndarray:
+    """Return a rendition; InputError unless it is uint8 RGB (size, size, 3)."""
     if pixels.shape != (size, size, 3) or pixels.dtype != np.uint8:
         raise InputError(
             f"image {example.identity} at scale {scale:g} must be uint8 ({size}, {size}, 3), "

@@ -17,7 +17,7 @@ import numpy as np
 
 from cogview.data.phases import Phase, check_phases, check_size
 from cogview.data.sampling_order import sample_index
-from cogview.data.store import NO_TOKEN, TEXT_FIELD, StoreHeader, TokenStore
+from cogview.data.store import NO_TOKEN, TEXT_FIELDS, StoreHeader, TokenStore
 from cogview.errors import InputError
 
 # Of the samples that reach a split, sample j goes left where floor((j + 1)·w / 2^24) exceeds floor(j·w / 2^24).
@@ -204,12 +204,12 @@ def check_fits(store: TokenStore, header: StoreHeader, whose: str) -> None:
         own, others = (", ".join(sorted(names)) for names in (fields, header.fields))
         raise InputError(f"{store.path} has the fields {own}, but {whose} has {others}: encode both alike")
     for name, width in header.fields.items():
-        if name == TEXT_FIELD and fields[name] > width:
+        if name in TEXT_FIELDS and fields[name] > width:
             raise InputError(
                 f"{store.path} has texts of up to {fields[name]} pieces, {whose} of up to {width}: encode it with "
                 f"text_width: {width}, or begin a run with the store of the longest texts first"
             )
-        if name != TEXT_FIELD and fields[name] != width:
+        if name not in TEXT_FIELDS and fields[name] != width:
             raise InputError(
                 f'the field "{name}" is {fields[name]} wide in {store.path}, but {width} in {whose}: encode both alike'
             )

@@ -32,6 +32,7 @@ from cogview.errors import InputError, RetryLaterError
 from cogview.formatting import printable, shorten
 from cogview.input_files import looked_at
 from cogview.plain_data import parse_json
+from cogview.tokenizers.tasks import INSTRUCTION_FIELD, feeds
 
 if TYPE_CHECKING:
     import lmdb
@@ -41,6 +42,7 @@ FORMAT_VERSION = 2  # 1 has one row in each value
 NO_TOKEN = 0xFFFF  # fills a text field behind its last piece
 MAX_CODES = 1 << 16  # image codes have no such filling
 TEXT_FIELD = "text"
+TEXT_FIELDS = (TEXT_FIELD, INSTRUCTION_FIELD)  # piece ids, padded with NO_TOKEN
 NAMES_FIELD = "named"  # for each code of an image, the text piece that names the object there, or NO_TOKEN
 MAX_ROW_WIDTH = 1 << 20  # ids
 
@@ -89,12 +91,12 @@ class StoreHeader:
 
     def limit_of(self, name: str) -> int:
         """Return the number of ids that the values of a field may have: pieces or codes."""
-        return self.num_text_pieces if name in (TEXT_FIELD, NAMES_FIELD) else self.num_image_codes
+        return self.num_text_pieces if name in (*TEXT_FIELDS, NAMES_FIELD) else self.num_image_codes
 
     def ids_outside(self, name: str, ids_NW: np.ndarray) -> np.ndarray:
         """Return the values of a field that are neither ids nor, among pieces, ``NO_TOKEN``: (M,)."""
         wrong_NW = (ids_NW < 0) | (ids_NW >= self.limit_of(name))
-        if name in (TEXT_FIELD, NAMES_FIELD):
+        if name in (*TEXT_FIELDS, NAMES_FIELD):
             wrong_NW &= ids_NW != NO_TOKEN
         wrong: np.ndarray = ids_NW[wrong_NW]
         return wrong
@@ -237,7 +239,7 @@ class TokenStore:
                     f"{self.path} was made with {name} {_shown(stored)}, but {_shown(wanted)} is needed here: "
                     "encode the store again, or use the tokenizers it was made with"
                 )
-        if layout is not None and layout not in self.header.layouts:
+        if layout is not None and not feeds(self.header.layouts, layout):
             raise InputError(
                 f'{self.path} feeds {", ".join(self.header.layouts)}, but "{layout}" is needed here: '
                 "encode a store for that task"

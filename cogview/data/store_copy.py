@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cogview.data.store import NO_TOKEN, TEXT_FIELD, StoreHeader, TokenStore
+from cogview.data.store import NO_TOKEN, TEXT_FIELDS, StoreHeader, TokenStore
 from cogview.data.store_writer import ROWS_PER_TRANSACTION, StoreWriter
 from cogview.errors import InputError
 from cogview.files import atomic_folder
@@ -77,7 +77,7 @@ def copy_rows(paths: Sequence[Path], target: Path, *, overwrite: bool = False) -
 
 def _widen(ids_NW: np.ndarray, width: int, name: str) -> np.ndarray:
     """Return the values of a text field with padding up to ``width``; others are as wide."""
-    if name != TEXT_FIELD or ids_NW.shape[1] == width:
+    if name not in TEXT_FIELDS or ids_NW.shape[1] == width:
         return ids_NW
     padding = np.full((len(ids_NW), width - ids_NW.shape[1]), NO_TOKEN, dtype=ids_NW.dtype)
     return np.concatenate([ids_NW, padding], axis=1)

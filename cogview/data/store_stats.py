@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from cogview.data.store import NAMES_FIELD, NO_TOKEN, TEXT_FIELD, TokenStore, text_lengths
+from cogview.data.store import NAMES_FIELD, NO_TOKEN, TEXT_FIELD, TEXT_FIELDS, TokenStore, text_lengths
 from cogview.data.store_hashes import HashCounter
 from cogview.tokenizers.text import TextTokenizer
 
@@ -95,7 +95,7 @@ def store_stats(store: TokenStore, text_tokenizer: TextTokenizer | None = None) 
         InputError: The store is damaged.
     """
     header = store.header
-    images = [name for name in header.fields if name not in (TEXT_FIELD, NAMES_FIELD)]
+    images = [name for name in header.fields if name not in (*TEXT_FIELDS, NAMES_FIELD)]
     used = {name: np.zeros(header.num_image_codes, dtype=bool) for name in images}
     pieces = np.zeros(header.num_text_pieces, dtype=np.int64)
     by_length = np.zeros(header.fields[TEXT_FIELD] + 1, dtype=np.int64)

@@ -18,7 +18,7 @@ from cogview.data.store import (
     _ON_DISK,
     _ROWS_TABLE,
     NO_TOKEN,
-    TEXT_FIELD,
+    TEXT_FIELDS,
     StoreHeader,
     _check_whole,
     _read_header,
@@ -164,7 +164,7 @@ class StoreWriter:
             if (wrong := header.ids_outside(name, ids_NW)).size:
                 raise InputError(f'field "{name}" holds {wrong[0]}, expected ids in 0…{header.limit_of(name) - 1}')
             absent_NW = ids_NW == NO_TOKEN
-            if name == TEXT_FIELD and (absent_NW[:, :-1] & ~absent_NW[:, 1:]).any():
+            if name in TEXT_FIELDS and (absent_NW[:, :-1] & ~absent_NW[:, 1:]).any():
                 raise InputError(f'field "{name}" has a piece after padding; padding comes last')
         return np.concatenate([rows[name].astype(_ON_DISK) for name in header.fields], axis=1)
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cogview.data.row_layout import arrange_row
+from cogview.data.row_layout import arrange_row, text_of_row
 from cogview.data.store import NO_TOKEN, TEXT_FIELD, TokenStore
 from cogview.errors import InputError
 from cogview.evaluation.metrics import bootstrap
@@ -21,7 +21,7 @@ from cogview.generation.scoring import ScoringRequest
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.ranking import score_tokens, term_scores
 from cogview.pipeline.ranking_rules import SCORE_TERMS
-from cogview.tokenizers.tasks import TASKS
+from cogview.tokenizers.tasks import TASKS, feeds
 from cogview.tokenizers.vocabulary import TokenKind
 from cogview.tokenizers.windows import NUM_WINDOWS
 
@@ -98,7 +98,7 @@ def usable_tasks(model: CogView, store: TokenStore) -> list[str]:
     Raises:
         InputError: There is none.
     """
-    tasks = [task for task in model.config.tasks if task in store.header.layouts]
+    tasks = [task for task in model.config.tasks if feeds(store.header.layouts, task)]
     if not tasks:
         raise InputError(
             f"{store.path} feeds {', '.join(store.header.layouts)}, {model.name} was trained for "
@@ -158,7 +158,7 @@ def _token_log_probs(
         requests = []
         for index, number in enumerate(numbers):
             row = {name: values[index] for name, values in content.items()}
-            text = row[TEXT_FIELD][row[TEXT_FIELD] != NO_TOKEN]
+            text = text_of_row(TASKS[task], row)
             sequence = arrange_row(TASKS[task], layout, vocabulary, text, row, int(number) % NUM_WINDOWS)
             learnt = np.flatnonzero(sequence.loss & (sequence.kinds == PARTS[part]))
             requests.append(ScoringRequest(sequence=sequence, indices=learnt))

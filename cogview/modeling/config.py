@@ -294,6 +294,8 @@ class ModelConfig:
     max_caption: int | None = None  # text tokens of the longest caption; None: ``max_text``
     text_positions: int | None = None  # positions reserved for a given text; None: as many as it has tokens
     caption_dropout: float = 0.0  # fraction of captions left out in training, for guidance
+    # Fraction of edits without source and instruction in training, for the guidance of the image.
+    source_dropout: float = field(default=0.0, metadata={"omit_default": True})
     full_mask_rate: float = 0.0  # fraction of generated images whose codes were all masked in training, for ranking
     codebook_sha256: str = ""
     reconstruction_psnr: ReconstructionQuality | None = None  # of images like those of the training; None: unknown
@@ -310,7 +312,7 @@ class ModelConfig:
         for name in ("max_text", "max_caption", "text_positions"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= positions:
                 raise ValueError(f"{name} must be in [0, {positions}], the positions of the transformer, got {value}")
-        for name in ("caption_dropout", "full_mask_rate"):
+        for name in ("caption_dropout", "source_dropout", "full_mask_rate"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], got {share}")
         check_grid(self.tasks, self.grid)

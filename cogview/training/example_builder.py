@@ -14,7 +14,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from cogview.data.row_layout import arrange_row
+from cogview.data.fill_masks import sample_fill_masks
+from cogview.data.row_layout import arrange_row, text_of_row
 from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.modeling.config import ModelConfig
 from cogview.modeling.pivots import pivot_bias
@@ -112,6 +113,12 @@ class ExampleBuilder:
         """
         rows = store.read(numbers)
         codes = rows["image"].shape
+        unknown = np.zeros(codes, dtype=bool)
+        if self.tasks[task].fills:  # a function of the number of a row
+            unknown[:] = [
+                sample_fill_masks(self.settings.fill_masks, 1, self.grid, np.random.default_rng(int(number)))[0]
+                for number in numbers
+            ]
         plan = RowPlan(
             tasks=[task] * len(numbers),
             keep_caption=np.ones(len(numbers), dtype=bool),
@@ -119,6 +126,7 @@ class ExampleBuilder:
             num_targets=np.full(len(numbers), codes[1]),
             target_priority=np.ones(codes),
             window=numbers % NUM_WINDOWS,
+            unknown_source=unknown,
             pivot_keys=np.full(len(numbers), -1),
         )
         return self.build_batch(0, rows, plan)
@@ -144,15 +152,40 @@ class ExampleBuilder:
         full = draw < settings.full_mask_rate
         partial = ~full & (draw < settings.full_mask_rate + settings.partial_mask_rate)
         mask_rate = np.where(full, 1.0, random.random(num_rows) * partial)
-        return RowPlan(
+        plan = RowPlan(
             tasks=tasks,
             keep_caption=keep,
             mask_codes=random.random((num_rows, num_codes)) < mask_rate[:, None],
             num_targets=np.where(full & (settings.full_mask_targets > 0), settings.full_mask_targets, num_codes),
             target_priority=random.exponential(size=(num_rows, num_codes)),
             window=random.integers(NUM_WINDOWS, size=num_rows),
+            unknown_source=np.zeros((num_rows, num_codes), dtype=bool),
             pivot_keys=random.integers(2**63, size=num_rows),
         )
+        self._plan_sources(plan, random)
+        return plan
+
+    def _plan_sources(self, plan: RowPlan, random: np.random.Generator) -> None:
+        """Sample the unknown codes of the given images, after all other decisions, which they leave as they are.
+
+        Args:
+            plan: The plan, changed in place. An edit without its source has no text either, since guidance never asks
+                for a text alone, and nothing else of it is masked.
+            random: Generator of the step.
+        """
+        num_rows, num_codes = plan.unknown_source.shape
+        fills = np.array([self.tasks[task].fills for task in plan.tasks])
+        if fills.any():
+            plan.unknown_source[fills] = sample_fill_masks(
+                self.settings.fill_masks, int(fills.sum()), self.grid, random
+            )
+        edits = np.array([self.tasks[task].masked_image is not None for task in plan.tasks]) & ~fills
+        if edits.any() and self.settings.source_dropout:
+            dropped = edits & (random.random(num_rows) < self.settings.source_dropout)
+            plan.unknown_source[dropped] = True
+            plan.keep_caption[dropped] = False
+            plan.mask_codes[dropped] = False
+            plan.num_targets[dropped] = num_codes
 
     def build(self, rows: Rows, plan: RowPlan) -> list[TrainingExample]:
         """Build an example of each row; a caption that is not kept becomes empty.
@@ -168,17 +201,18 @@ class ExampleBuilder:
         examples = []
         for index, task in enumerate(plan.tasks):
             row = {name: values[index] for name, values in rows.items()}
-            text = row["text"][row["text"] != NO_TOKEN] if plan.keep_caption[index] else row["text"][:0]
-            sequence = self.layout_row(task, text, row, int(plan.window[index]))
+            text = text_of_row(self.tasks[task], row)[: None if plan.keep_caption[index] else 0]
+            sequence = self.layout_row(task, text, row, int(plan.window[index]), plan.unknown_source[index])
             image, names = sequence.spans["image"], np.full(len(sequence), -1)
             seen, read = sequence.ids.copy(), np.ones(len(sequence), dtype=bool)
             if self.tasks[task].output == "image":
                 seen[image][plan.mask_codes[index]] = mask
                 # A code is predicted one position earlier. That of the first code is the image's command, which every
                 # row keeps, so the selection is shifted by one.
-                selected = _select_targets(
-                    sequence.ids[image], plan.target_priority[index], int(plan.num_targets[index])
-                )
+                priority = plan.target_priority[index]
+                if self.tasks[task].fills:  # known codes are no targets
+                    priority = np.where(plan.unknown_source[index], priority, np.inf)
+                selected = _select_targets(sequence.ids[image], priority, int(plan.num_targets[index]))
                 read[image] = np.append(selected[1:], False)
             names_known = task in NAMED_TASKS and plan.keep_caption[index] and "named" in row
             if names_known and self.settings.name_loss_weight:
@@ -199,7 +233,9 @@ class ExampleBuilder:
         random = None if key < 0 else np.random.default_rng(key)
         return pivot_bias(sequence.image_sizes, self.attention.pivots, random)
 
-    def layout_row(self, task: str, text: np.ndarray, row: Rows, window: int) -> TokenSequence:
+    def layout_row(
+        self, task: str, text: np.ndarray, row: Rows, window: int, unknown: np.ndarray | None = None
+    ) -> TokenSequence:
         """Arrange one row of the store in the layout of a task.
 
         Args:
@@ -207,11 +243,12 @@ class ExampleBuilder:
             text: Text tokens without padding.
             row: The other fields of the row.
             window: Index of the window, for windowed tasks.
+            unknown: Unknown codes of the given image (G * G,), bool; see ``arrange_row``.
 
         Returns:
             The sequence.
         """
-        return arrange_row(self.tasks[task], self.layouts[task], self.vocabulary, text, row, window)
+        return arrange_row(self.tasks[task], self.layouts[task], self.vocabulary, text, row, window, unknown)
 
 
 def _select_targets(codes: np.ndarray, priority: np.ndarray, count: int) -> np.ndarray:

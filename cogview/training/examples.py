@@ -14,7 +14,8 @@ from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.vocabulary import TokenKind
 
 # Rows of a store by field, uint16: "text" (B, W) and "image" (B, G * G). For upscaling "large" (B, 4 * G * G) or
-# "small" (B, G * G / 4) hold codes of the same image at twice or half the side. "named" (B, G * G) is the text token
+# "small" (B, G * G / 4) hold codes of the same image at twice or half the side. For edits "source" (B, G * G) holds the
+# image before, and "instruction" (B, W) the text if "text" is a caption. "named" (B, G * G) is the text token
 # that names the object at each code, or NO_TOKEN.
 Rows: TypeAlias = Mapping[str, np.ndarray]
 
@@ -41,6 +42,8 @@ class RowPlan:
         num_targets: Number of codes that are predicted (B,), int.
         target_priority: Exponential random numbers that select those codes (B, G * G), float above 0.
         window: Which of the nine windows upscaling generates (B,), int.
+        unknown_source: Codes of the given image that are unknown where it is ``maskable`` (B, G * G), bool; all of them
+            stand for an edit without its source.
         pivot_keys: Keys of the random pivots of window attention (B,), int64; -1 for the fixed ones of generation.
     """
 
@@ -50,6 +53,7 @@ class RowPlan:
     num_targets: np.ndarray
     target_priority: np.ndarray
     window: np.ndarray
+    unknown_source: np.ndarray
     pivot_keys: np.ndarray
 
     def select(self, rows: slice) -> RowPlan:

@@ -28,7 +28,7 @@ from cogview.modeling.initialization import load_weights
 from cogview.modeling.lora import add_lora
 from cogview.modeling.transformer import Transformer
 from cogview.tokenizers.layouts import layouts
-from cogview.tokenizers.tasks import check_grid
+from cogview.tokenizers.tasks import INSTRUCTION_FIELD, TASKS, check_grid
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.training.data_loader import TrainingStores
@@ -152,6 +152,13 @@ def open_stores(recipe: Recipe, settings: TransformerSettings, tokenizers: Token
                 f"{training.name_loss_weight}: encode the store with named: true, or pictures with a "
                 "column of boxes, or set the weight to 0"
             )
+    for store in (*stores.values(), validation):
+        room = store.header.fields["text"]
+        if (longest := store.header.fields.get(INSTRUCTION_FIELD, 0)) > room:
+            raise InputError(
+                f"{store.path} has instructions of up to {longest} pieces, and texts of up to {room}: make it with as "
+                "much room for text"
+            )
     if (longest := validation.header.fields["text"]) > (room := first.header.fields["text"]):
         raise InputError(
             f"{validation.path} has texts of up to {longest} pieces, {first.path} of up to {room}: make both stores "
@@ -181,6 +188,7 @@ def model_config(settings: TransformerSettings, store: TokenStore, tokenizers: T
     tasks = tuple(settings.training.tasks)
     check_grid(tasks, header.grid)
     table = layouts(header.grid, text_positions=max_text)
+    edits = any(TASKS[task].masked_image is not None and not TASKS[task].fills for task in tasks)
     if (needed := max(table[task].max_position(max_text) for task in tasks)) > settings.max_positions:
         raise ValueError(f"max_positions {settings.max_positions} are too few for the rows of {store.path}: {needed}")
     return ModelConfig(
@@ -191,6 +199,7 @@ def model_config(settings: TransformerSettings, store: TokenStore, tokenizers: T
         max_text=max_text,
         text_positions=max_text,
         caption_dropout=settings.training.caption_dropout,
+        source_dropout=settings.training.source_dropout if edits else 0.0,
         full_mask_rate=settings.training.full_mask_rate,
         codebook_sha256=header.codebook_sha256,
         sampling=settings.sampling,

@@ -19,11 +19,13 @@ class PictureEncodeSettings(PictureSettings):
 
     Args:
         pictures: Sources of pictures with captions, as ``cogview data build`` reads them.
-        table: Folder and columns of sources that are tables; with ``boxes_column``, ``named`` is set.
+        table: Folder and columns of sources that are tables; with ``boxes_column``, ``named`` is set, and with
+            ``source_column``, ``source`` is.
         side: Side of the images at scale 1, in pixels.
 
     Raises:
-        ValueError: A number is out of range, there are no sources, or ``named`` is set without a column of boxes.
+        ValueError: A number is out of range, there are no sources, or ``named`` or ``source`` is set without
+            its column.
     """
 
     pictures: tuple[Path, ...]
@@ -37,7 +39,10 @@ class PictureEncodeSettings(PictureSettings):
             raise ValueError("pictures must name at least one source")
         if self.named and self.table.boxes_column is None:
             raise ValueError("named needs a column of boxes, table: {boxes_column: NAME}, or leave it out")
+        if self.source and self.table.source_column is None:
+            raise ValueError("source needs a column of pictures, table: {source_column: NAME}, or leave it out")
         object.__setattr__(self, "named", self.table.boxes_column is not None)
+        object.__setattr__(self, "source", self.table.source_column is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from cogview.data.fill_masks import check_fill_masks
 from cogview.modeling.config import AttentionConfig, Sampling, TransformerConfig, preset
 from cogview.modeling.lora import LoraSettings
 from cogview.tokenizers.tasks import trained_tasks
@@ -19,6 +20,7 @@ TRAINING_RANGES = {
     "text_loss_weight": "[0, inf)",
     "name_loss_weight": "[0, inf)",
     "caption_dropout": "[0, 1]",
+    "source_dropout": "[0, 1]",
     "full_mask_rate": "[0, 1]",
     "full_mask_targets": "[0, 1048576]",
     "partial_mask_rate": "[0, 1]",
@@ -45,6 +47,9 @@ class TransformerTraining:
         text_loss_weight: Weight of the loss of prompts; that of captions is 1.
         name_loss_weight: Weight of the loss of object names.
         caption_dropout: Fraction of prompts that are left out, for classifier-free guidance (arXiv:2207.12598).
+        source_dropout: Fraction of edits that are left without their source image and their instruction, for the
+            guidance of the image (arXiv:2211.09800). ``caption_dropout`` leaves out the instruction alone.
+        fill_masks: Kinds of the unknown codes of the task fill (``FILL_MASKS``), and their shares of its rows.
         full_mask_rate: Fraction of the rows that generate an image in which every code of the input is masked.
         full_mask_targets: Number of codes that such a row predicts; 0 for all.
         partial_mask_rate: Fraction of the rows that generate an image in which some codes are masked, at a rate that
@@ -73,6 +78,10 @@ class TransformerTraining:
     # model then also predicts the name: before it sees the code when generating, after it when captioning.
     name_loss_weight: float = 0.0
     caption_dropout: float = 0.1
+    source_dropout: float = field(default=0.1, metadata={"omit_default": True})
+    fill_masks: dict[str, float] = field(
+        default_factory=lambda: {"box": 4.0, "random": 3.0, "side": 2.0, "all": 1.0}, metadata={"omit_default": True}
+    )
     # The first codes of an object nearly determine the others. Next-code loss therefore depends on the text, and in
     # upscaling on the small image, at few positions only, and learns from them slowly. Masked input codes remove that
     # shortcut. With full masking each code is predicted from text and position alone, so a few targets suffice and
@@ -94,6 +103,7 @@ class TransformerTraining:
                 f"full_mask_rate {self.full_mask_rate} and partial_mask_rate {self.partial_mask_rate} are shares of "
                 "all rows: their sum must not be above 1"
             )
+        check_fill_masks(self.fill_masks)
         known = trained_tasks()
         for task, share in self.tasks.items():
             if task not in known:

@@ -137,6 +137,7 @@ class ToyTrainer:
                 num_targets=np.full(count, codes),
                 target_priority=np.ones((count, codes)),
                 window=np.zeros(count, dtype=np.int64),
+                unknown_source=np.zeros((count, codes), dtype=bool),
                 pivot_keys=np.full(count, -1),
             )
             for part in self._parts(rows, plan):

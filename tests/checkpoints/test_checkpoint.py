@@ -351,7 +351,7 @@ def test_load_model_refuses_a_text_model_with_two_pieces_swapped(folder, model):
     [
         (
             {"tasks": ["generate", "dance"]},
-            "task 'dance' is unknown; known: generate, caption, upscale, low_level, score",
+            "task 'dance' is unknown; known: generate, caption, upscale, low_level, edit, fill, score",
         ),
         ({"grid": 9}, "the task 'upscale' needs a multiple of 4 codes on a side, since it divides images into parts"),
         ({"transformer__vocabulary_size": 128}, "rows, the transformer 128"),

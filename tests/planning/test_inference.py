@@ -164,7 +164,7 @@ def test_costs_of_default_image_tokenizers_are_those_of_the_guide(downsampling, 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"task": "draw"}, "task 'draw' is unknown; known: generate, caption, upscale, low_level, score"),
+        ({"task": "draw"}, "task 'draw' is unknown; known: generate, caption, upscale, low_level, edit, fill, score"),
         ({"dtype": "int7"}, "dtype 'int7' is unknown; known: float32, bfloat16, float16, int8, int4"),
         ({"rows": 0}, "the number of rows must be at least 1, got 0"),
         ({"task": "caption", "guided": True}, "the task 'caption' generates no images"),

@@ -100,6 +100,46 @@ def test_layouts_read_as_written_for_small_grid():
         ]
 
 
+def test_edit_layout_restarts_positions_behind_source():
+    """The code of the result and that of the source in one place have positions a fixed number apart."""
+    image = codes(8, 64)
+    row = tiny("edit", text=RED_APPLE, source=image)
+    head = ["[ROI1]", "piece 7", "piece 21", "piece 4", "[TINY]", "[BOI1]", "cx64", "[EOI1]"]
+    assert words(row) == [*head, "[ROI2]", "[TINY]", "[BOI2]", "?x64", "[EOI2]"]
+    assert row.positions.tolist() == [*range(71), *range(68)]
+    assert layouts(8)["edit"].max_position(3) == 71
+    learnt = tiny("edit", text=RED_APPLE, source=image, image=image[::-1])
+    assert np.flatnonzero(learnt.loss).tolist() == list(range(74, 138))
+
+
+@pytest.mark.parametrize("name", ["edit", "fill"])
+def test_unknown_codes_of_source_are_masks_and_no_blanks(name):
+    """Whether None or masked; the blank image does not depend on them."""
+    mask, image = SMALL.command("[MASK]"), codes(8, 64)
+    unknown = np.arange(64) % 3 == 0
+    row = tiny(name, text=RED_APPLE, source=np.ma.masked_array(image, mask=unknown))
+    assert row.ids[row.spans["source"]].tolist() == np.where(unknown, mask, image).tolist()
+    assert np.flatnonzero(row.blanks).tolist() == list(range(74, 138))
+    listed = [None if absent else int(code) for code, absent in zip(image, unknown, strict=True)]
+    assert tiny(name, text=RED_APPLE, source=listed).ids.tolist() == row.ids.tolist()
+    without = tiny(name, text=[], source=np.ma.masked_all(64, dtype=np.int64))
+    assert (without.ids[without.spans["source"]] == mask).all()
+
+
+def test_fill_learns_unknown_codes_only():
+    """Known ones are given in the result; an edit without its source learns the whole result."""
+    image, unknown = codes(8, 64), np.arange(64) % 5 < 2
+    source = np.ma.masked_array(image, mask=unknown)
+    row = tiny("fill", text=RED_APPLE, source=source, image=image)
+    assert (row.loss[row.spans["image"]] == unknown).all()
+    assert row.loss.sum() == unknown.sum()
+    assert not tiny("fill", text=RED_APPLE, source=image, image=image).loss.any()
+    assert tiny("edit", text=RED_APPLE, source=source, image=image).loss.sum() == 64
+    asked = tiny("fill", text=RED_APPLE, source=source, image=source)
+    assert (asked.blanks[asked.spans["image"]] == unknown).all()
+    assert asked.ids[asked.spans["image"]][~unknown].tolist() == image[~unknown].tolist()
+
+
 @pytest.mark.parametrize("grid", sorted(GRID_COMMANDS))
 @pytest.mark.parametrize("name", ["generate", "caption", "score", "upscale"])
 def test_arrange_is_consistent(grid, name):
@@ -243,6 +283,7 @@ def test_truncate_keeps_first_tokens():
 
 
 IMAGE = list(range(64))
+UNDIVIDED = {"generate", "caption", "score", "edit", "fill"}
 
 
 @pytest.mark.parametrize(
@@ -266,6 +307,13 @@ IMAGE = list(range(64))
         ("generate", {"text": [1.5]}, "'text' must hold whole numbers, got 1.5"),
         ("generate", {"text": ["红"]}, "'text' must hold whole numbers, got 红"),
         ("generate", {"text": [3], "image": [[1, 2], [3]]}, "'image' must be a flat list or a rectangle of numbers"),
+        ("edit", {"text": [3]}, "'source' is missing: expected 64 codes$"),
+        ("fill", {"text": [3], "source": IMAGE[:9]}, "'source' must be known in full: got 9 codes, expected 64"),
+        (
+            "fill",
+            {"text": [3], "source": [None, 64, *IMAGE[2:]]},
+            "'source' holds 64 at 1, expected codes from 0 to 63",
+        ),
         ("generate", {"text": [3], "picture": IMAGE}, "'generate' has no element 'picture'; it has text, image"),
         ("generate", {"text": [3], "max_text": 4}, "'generate' has no blank text for max_text=4 to bound"),
     ],
@@ -280,11 +328,11 @@ def test_arrange_refuses_values(name, values, message):
 @pytest.mark.parametrize(
     ("grid", "names"),
     [
-        (1, {"generate", "caption", "score"}),
-        (5, {"generate", "caption", "score"}),
-        (10, {"generate", "caption", "score", "low_level"}),
-        (12, {"generate", "caption", "score", "low_level", "upscale"}),
-        (256, {"generate", "caption", "score", "low_level", "upscale"}),
+        (1, UNDIVIDED),
+        (5, UNDIVIDED),
+        (10, UNDIVIDED | {"low_level"}),
+        (12, UNDIVIDED | {"low_level", "upscale"}),
+        (256, UNDIVIDED | {"low_level", "upscale"}),
     ],
 )
 def test_layouts_of_any_grid_are_those_of_tasks_that_divide_it(grid, names):

@@ -7,6 +7,7 @@ from cogview.tokenizers.tasks import (
     TASKS,
     Task,
     commands_of,
+    feeds,
     job_tasks,
     planned_tasks,
     register_task,
@@ -20,8 +21,8 @@ FORM = {"inputs": ("prompt",), "output": "image", "activity": "painting"}
 
 def test_tasks_of_each_reader():
     """Training, memory plans and job files read the same table."""
-    assert trained_tasks() == ("generate", "caption", "upscale", "low_level")
-    assert planned_tasks() == ("generate", "caption", "upscale", "low_level", "score")
+    assert trained_tasks() == ("generate", "caption", "upscale", "low_level", "edit", "fill")
+    assert planned_tasks() == ("generate", "caption", "upscale", "low_level", "edit", "fill", "score")
     assert tuple(layouts(8)) == planned_tasks()
     assert {name: task.inputs for name, task in job_tasks().items()} == {
         "generate": ("prompt",),
@@ -42,6 +43,9 @@ def test_tasks_of_each_reader():
         ("rerank", ("image", "text"), 1, 0),
         ("upscale", ("text", "image", "large"), 1, 2),
         ("low_level", ("text", "small", "image"), 0.5, 1),
+        ("edit", ("text", "source", "image"), 1, 1),
+        ("fill", ("text", "image", "image"), 1, 1),
+        ("vary", ("text", "image", "image"), 1, 1),
     ],
 )
 def test_fields_and_scales_follow_from_layout(name, fields, input_scale, output_scale):
@@ -59,6 +63,9 @@ def test_given_and_blank_elements():
         "caption": ((), "image", "text"),
         "upscale": (("text",), "small", "image"),
         "low_level": (("text",), "small", "image"),
+        "edit": (("text",), "source", "image"),
+        "fill": (("text",), "source", "image"),
+        "vary": (("text",), "source", "image"),
         "score": (("text",), "image", ""),
         "rerank": ((), "image", "text"),
     }
@@ -71,6 +78,8 @@ def test_commands_include_those_of_derived_tasks():
         "caption": ("caption", "rerank"),
         "upscale": ("upscale",),
         "low_level": ("upscale --low-level",),
+        "edit": (),
+        "fill": (),
     }
 
 
@@ -79,6 +88,27 @@ def test_tasks_of_store_need_all_fields():
     assert tasks_of_store({"text", "image"}) == ("generate", "caption")
     assert tasks_of_store({"text", "image", "named", "large"}) == ("generate", "caption", "upscale")
     assert tasks_of_store({"text", "image", "small"}) == ("generate", "caption", "low_level")
+
+
+def test_tasks_of_store_with_source_need_captions_besides_instructions():
+    """Its texts are instructions, unless these have a field of their own."""
+    assert tasks_of_store({"text", "image", "source", "large"}) == ("edit",)
+    assert tasks_of_store({"text", "image", "source", "instruction"}) == ("generate", "caption", "edit")
+
+
+def test_feeds_fill_from_every_store_that_feeds_generate():
+    """Also from one of an earlier version, which does not name it."""
+    assert feeds(("generate", "caption"), "fill")
+    assert feeds(("edit", "fill"), "fill")
+    assert not feeds(("edit",), "fill")
+    assert not feeds(("generate", "caption"), "edit")
+    assert not feeds(("generate",), "dance")
+
+
+def test_fills_only_where_source_and_result_are_one_image():
+    """The source of an edit may be unknown in full, but is another image."""
+    assert [name for name, task in TASKS.items() if task.fills] == ["fill", "vary"]
+    assert [name for name, task in TASKS.items() if task.masked_image is not None] == ["edit", "fill", "vary"]
 
 
 def test_registered_task_is_removed_after_block():

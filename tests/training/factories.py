@@ -33,6 +33,7 @@ RUN_SETTINGS = {
     "store": None,
     "training": {"steps": 100, "batch_size": 8, "learning_rate": 1e-3, "tasks": {"generate": 2.0, "caption": 1.0}},
 }
+EDITS = {"edit": 2.0, "fill": 1.0, "generate": 1.0}
 MIXTURE = {"generate": 2.0, "caption": 1.0, "upscale": 1.0, "low_level": 1.0}
 
 
@@ -98,6 +99,14 @@ def wide_rows(step: int = 0, size: int = 16) -> dict[str, np.ndarray]:
     return {**store_rows(step, size), **extra}
 
 
+def edit_rows(step: int = 0, size: int = 8) -> dict[str, np.ndarray]:
+    """Return rows that also have the image before an edit, and an instruction beside the caption."""
+    random = np.random.default_rng([step, 2])
+    texts = [text_tokenizer().encode(CAPTIONS[i]) for i in random.integers(len(CAPTIONS), size=size)]
+    source = random.integers(CODES, size=(size, GRID**2)).astype(np.uint16)
+    return {**store_rows(step, size), "source": source, "instruction": pad_text(texts, 20)}
+
+
 def row_plan(
     count: int = 8, *, task: str = "generate", keep_caption: bool | np.ndarray = True, mask_all: bool = False
 ) -> RowPlan:
@@ -109,6 +118,7 @@ def row_plan(
         num_targets=np.full(count, GRID**2),
         target_priority=np.ones((count, GRID**2)),
         window=np.arange(count) % 9,
+        unknown_source=np.zeros((count, GRID**2), dtype=bool),
         pivot_keys=np.arange(count),
     )
 

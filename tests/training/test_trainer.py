@@ -221,6 +221,7 @@ def test_loss_weighs_a_task_by_its_share_of_the_rows():
             num_targets=plan.num_targets[members],
             target_priority=plan.target_priority[members],
             window=plan.window[members],
+            unknown_source=plan.unknown_source[members],
             pivot_keys=plan.pivot_keys[members],
         )
         alone = batch_losses(trainer, members_rows, part)  # without the padding of longer tasks

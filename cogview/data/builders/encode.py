@@ -7,7 +7,7 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cogview.data.image_dataset import ImageDataset, NamedRegion, caption_of, check_dataset, render
+from cogview.data.image_dataset import ImageDataset, NamedRegion, caption_of, check_dataset, render, render_source
 from cogview.data.store import NAMES_FIELD, NO_TOKEN, TEXT_FIELD, StoreHeader
 from cogview.data.store_writer import StoreWriter, pad_text
 from cogview.errors import InputError
 from cogview.signals import worker_init
-from cogview.tokenizers.tasks import tasks_of_store
+from cogview.tokenizers.tasks import INSTRUCTION_FIELD, SOURCE_FIELD, tasks_of_store
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.codec import ImageTokenizer, codebook_sha256, to_float
 from cogview.vqvae.ranges import BATCH, WORKERS, check_ranges
@@ -37,6 +37,8 @@ class EncodeSettings:
         text_width: Text pieces in the longest caption.
         large: Also store the codes of each image at twice the side, for the task upscale.
         small: Also store the codes of each image at half the side, for the task low_level.
+        source: Also store the codes of the image before an edit that leads to the image, and the instruction, for the
+            task edit.
         named: Also store, for each code, the piece of the caption that names the object there.
         batch_size: Images encoded in one forward pass.
         num_workers: Processes that render images; 0 renders in the main process.
@@ -48,6 +50,7 @@ class EncodeSettings:
     text_width: int = 48
     large: bool = False
     small: bool = False
+    source: bool = field(default=False, metadata={"omit_default": True})
     named: bool = False
     batch_size: int = 256
     num_workers: int = 0
@@ -61,9 +64,14 @@ class EncodeSettings:
         return {"image": 1.0, **({"large": 2.0} if self.large else {}), **({"small": 0.5} if self.small else {})}
 
     @property
+    def edit_fields(self) -> tuple[str, ...]:
+        """Fields of the edit that leads to an image: its source, and an instruction beside the caption."""
+        return (SOURCE_FIELD, INSTRUCTION_FIELD) if self.source else ()
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Tasks that the store can feed."""
-        return tasks_of_store({"text", *self.scales})
+        return tasks_of_store({"text", *self.scales, *self.edit_fields})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -72,21 +80,27 @@ class _Row:
 
     images: Mapping[str, np.ndarray]  # uint8 (H, W, 3) by field
     pieces: list[int]
+    instruction: list[int]
     regions: tuple[NamedRegion, ...]
 
 
 class _RenderedRows(Dataset[_Row]):
     """Rows of a dataset, rendered and tokenized in the worker process."""
 
-    def __init__(self, dataset: ImageDataset, text_tokenizer: TextTokenizer, scales: Mapping[str, float]) -> None:
+    def __init__(self, dataset: ImageDataset, text_tokenizer: TextTokenizer, settings: EncodeSettings) -> None:
         self.dataset = dataset
         self.text_tokenizer = text_tokenizer
-        self.scales = scales
+        self.scales = settings.scales
+        self.has_source = settings.source
 
     def __getitem__(self, row: int) -> _Row:
         example, caption = caption_of(self.dataset, row)
         images = {field: render(example, self.dataset.side, scale) for field, scale in self.scales.items()}
-        return _Row(images=images, pieces=self.text_tokenizer.encode(caption), regions=example.regions)
+        if self.has_source:
+            images[SOURCE_FIELD] = render_source(example, self.dataset.side)
+        encode = self.text_tokenizer.encode
+        instruction = encode(example.instruction) if self.has_source else []
+        return _Row(images=images, pieces=encode(caption), instruction=instruction, regions=example.regions)
 
 
 def name_pieces(names: Sequence[str], text_tokenizer: TextTokenizer) -> dict[str, int]:
@@ -172,6 +186,7 @@ def make_header(
             TEXT_FIELD: settings.text_width,
             **{field: round(grid * scale) ** 2 for field, scale in settings.scales.items()},
             **({NAMES_FIELD: grid**2} if settings.named else {}),
+            **{name: grid**2 if name == SOURCE_FIELD else settings.text_width for name in settings.edit_fields},
         },
         grid=grid,
         num_image_codes=len(image_tokenizer.codebook),
@@ -197,10 +212,10 @@ def encode_renditions(
     """
     device = image_tokenizer.codebook.device
     codes = {}
-    for field in images[0]:
+    for name in images[0]:
         with torch.inference_mode():
-            batch = to_float(np.stack([each[field] for each in images]), device)
-            codes[field] = image_tokenizer.encode(batch).flatten(1).cpu().numpy()
+            batch = to_float(np.stack([each[name] for each in images]), device)
+            codes[name] = image_tokenizer.encode(batch).flatten(1).cpu().numpy()
     return codes
 
 
@@ -235,9 +250,11 @@ def encode_dataset(
         StoreWriter(path, header, resume=True) as writer,
         tqdm(total=total, initial=writer.count, unit="image", desc=path.name, disable=None) as bar,
     ):
-        for batch in _batches(_RenderedRows(dataset, text_tokenizer, settings.scales), writer.count, total, settings):
+        for batch in _batches(_RenderedRows(dataset, text_tokenizer, settings), writer.count, total, settings):
             fields = {TEXT_FIELD: pad_text([row.pieces for row in batch], settings.text_width)}
             fields |= encode_renditions([row.images for row in batch], image_tokenizer)
+            if settings.source:
+                fields[INSTRUCTION_FIELD] = pad_text([row.instruction for row in batch], settings.text_width)
             if pieces is not None:
                 fields[NAMES_FIELD] = np.stack(
                     [name_grid(row.regions, row.pieces, pieces, header.grid) for row in batch]

@@ -221,7 +221,7 @@ class PictureBuild:
         remedy = f"remove {self.paths.work} to start anew"
         if record is None or entry.source != source_hash(record):
             raise InputError(f"the sources have changed since the build was started, {entry.name} first: {remedy}")
-        if record.file is not None and record.file.stamp() != entry.stamp and preparer[record].digest != entry.digest:
+        if record.file is not None and record.stamp() != entry.stamp and preparer[record].digest != entry.digest:
             raise InputError(f"the picture {entry.name} has changed since the build was started: {remedy}")
 
     def _prepared(
@@ -327,7 +327,11 @@ class PictureBuild:
             "held_out": self.settings.held_out,
             "simplified": self.settings.simplified,
             "text_width": self.settings.text_width,
-            "fields": [*self.settings.scales, *([NAMES_FIELD] if self.settings.named else [])],
+            "fields": [
+                *self.settings.scales,
+                *([NAMES_FIELD] if self.settings.named else []),
+                *self.settings.edit_fields,
+            ],
             "side": self.side,
             "codebook_sha256": codebook_sha256(self.image_tokenizer.codebook),
             "text_sha256": hashlib.sha256(self.text_tokenizer.model_bytes).hexdigest(),
@@ -395,6 +399,7 @@ class _Progress:
 
 
 def source_hash(record: PictureRecord) -> str:
-    """Return a short hash of the name, the captions and the boxes of a record."""
-    content = "\0".join((record.name, *record.captions, *record.boxes, record.problem or ""))
+    """Return a short hash of the name, the captions, the boxes and the source of a record."""
+    source = () if record.source is None else (str(record.source.path),)
+    content = "\0".join((record.name, *record.captions, *record.boxes, record.problem or "", *source))
     return hashlib.blake2b(content.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

@@ -17,9 +17,10 @@ from torch.utils.data import Dataset
 
 from cogview.data.builders.boxes import name_codes, own_pieces, parse_boxes, place_boxes
 from cogview.data.builders.encode import EncodeSettings
-from cogview.data.sources.records import PictureRecord
+from cogview.data.sources.records import PictureFile, PictureRecord
 from cogview.errors import InputError
 from cogview.image_io.reading import FitRule, fit, padded_size, read_image
+from cogview.tokenizers.tasks import SOURCE_FIELD
 from cogview.tokenizers.text import TextTokenizer
 from cogview.vqvae.ranges import check_ranges
 
@@ -53,6 +54,11 @@ class PictureSettings(EncodeSettings):
         super().__post_init__()
         check_ranges(self, {"held_out": "[0, 1)"})
 
+    @property
+    def edit_fields(self) -> tuple[str, ...]:
+        """Fields of the edit that leads to a picture: its source alone, since its captions are the instructions."""
+        return (SOURCE_FIELD,) if self.source else ()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PreparedPicture:
@@ -61,7 +67,8 @@ class PreparedPicture:
     Attributes:
         record: The record.
         stamp: Size and time of change of its file before it was read.
-        digest: Hash of the decoded pixels, in hexadecimal; empty for a picture that cannot be used.
+        digest: Hash of the decoded pixels, with those of the source, in hexadecimal; empty for a picture that cannot
+            be used.
         captions: The normalized captions.
         pieces: Piece ids of each caption.
         named: For each caption, the piece that names the object at each code, uint16 (G * G,); empty without boxes.
@@ -109,19 +116,25 @@ class PicturePreparer(Dataset[PreparedPicture]):
         """Return a record with its pixels and pieces, or with the reason why it cannot be used."""
         if record.file is None:
             return PreparedPicture(record=record, left_out=(record.problem or "",))
-        stamp = record.file.stamp()
+        stamp = record.stamp()
         captions, pieces, left_out = self._tokenize(record.captions)
         if not captions:
             return PreparedPicture(record=record, stamp=stamp, left_out=left_out, notes=record.notes)
         notes = list(record.notes)
         try:
-            image = read_image(Path(record.name), notes.append, content=record.file.read_part())
-            if min(image.size) < MIN_SIDE:
-                width, height = image.size
-                raise InputError(f"the picture is {width} x {height} pixels, expected at least {MIN_SIDE} on a side")
+            image = _read(record.file, Path(record.name), "the picture", notes.append)
+            source = None
+            if record.source is not None:
+                path = record.source.path
+                source = _read(record.source, path, f"its source {path.name}", notes.append)
         except InputError as error:
             return PreparedPicture(record=record, stamp=stamp, left_out=(str(error),), notes=record.notes)
-        scales = self.settings.scales.items()
+        rule = self.settings.fit
+        images = {
+            name: fit_picture(image, round(self.side * scale), rule) for name, scale in self.settings.scales.items()
+        }
+        if source is not None:
+            images[SOURCE_FIELD] = fit_picture(source, self.side, rule)
         named: tuple[np.ndarray, ...] = ()
         if self.settings.named:
             named, reasons = self._name_codes(record.boxes, captions, image.size, notes.append)
@@ -129,11 +142,11 @@ class PicturePreparer(Dataset[PreparedPicture]):
         return PreparedPicture(
             record=record,
             stamp=stamp,
-            digest=pixel_digest(image),
+            digest=pixel_digest(image, *(() if source is None else (source,))),
             captions=captions,
             pieces=pieces,
             named=named,
-            images={name: fit_picture(image, round(self.side * scale), self.settings.fit) for name, scale in scales},
+            images=images,
             left_out=left_out,
             notes=tuple(notes),
         )
@@ -190,6 +203,15 @@ class PicturePreparer(Dataset[PreparedPicture]):
         if self._convert is None:
             self._convert = to_simplified() if self.settings.simplified else str
         return self._convert
+
+
+def _read(file: PictureFile, path: Path, subject: str, on_note: Callable[[str], object]) -> Image.Image:
+    """Return a picture; InputError with ``subject`` if it is too small, or with ``path`` if it cannot be read."""
+    image = read_image(path, on_note, content=file.read_part())
+    if min(image.size) < MIN_SIDE:
+        width, height = image.size
+        raise InputError(f"{subject} is {width} x {height} pixels, expected at least {MIN_SIDE} on a side")
+    return image
 
 
 def to_simplified() -> Callable[[str], str]:
@@ -260,10 +282,12 @@ def fit_box(
     return left, top, right, bottom
 
 
-def pixel_digest(image: Image.Image) -> str:
-    """Return a hash of the size and the decoded pixels of a picture, in hexadecimal; equal for equal pictures."""
-    digest = hashlib.blake2b(f"{image.width}x{image.height} ".encode(), digest_size=DIGEST_BYTES)
-    digest.update(image.tobytes())
+def pixel_digest(*images: Image.Image) -> str:
+    """Return a hash of the sizes and the decoded pixels of pictures, in hexadecimal; equal for equal pictures."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for image in images:
+        digest.update(f"{image.width}x{image.height} ".encode())
+        digest.update(image.tobytes())
     return digest.hexdigest()
 
 

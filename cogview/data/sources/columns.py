@@ -67,12 +67,14 @@ class Columns:
         picture: Column with the path of the picture.
         captions: Columns with captions, of which a row needs one.
         boxes: Column with named boxes.
+        source: Column with the path of the picture before an edit, which the captions ask for.
         is_guessed: Whether a column was guessed.
     """
 
     picture: str
     captions: tuple[str, ...]
     boxes: str | None = None
+    source: str | None = None
     is_guessed: bool = False
 
     def __str__(self) -> str:
@@ -81,7 +83,12 @@ class Columns:
 
 
 def choose_columns(
-    names: Sequence[str], picture: str | None, captions: Sequence[str], where: str, boxes: str | None = None
+    names: Sequence[str],
+    picture: str | None,
+    captions: Sequence[str],
+    where: str,
+    boxes: str | None = None,
+    source: str | None = None,
 ) -> Columns:
     """Return the columns of a table.
 
@@ -91,11 +98,12 @@ def choose_columns(
         captions: The columns of captions; none to guess them. ``caption_1``, ``caption_2``, … are guessed together.
         where: Name of the table, for messages.
         boxes: The column of named boxes, which is never guessed.
+        source: The column of pictures before an edit, which is never guessed.
 
     Raises:
         InputError: A given column is not there, or none can be guessed.
     """
-    for name in (*(each for each in (picture, boxes) if each is not None), *captions):
+    for name in (*(each for each in (picture, boxes, source) if each is not None), *captions):
         if name not in names:
             raise InputError(f'{where} has no column "{name}"; its columns: {_listed(names)}')
     by_plain = {_plain(name): name for name in reversed(names)}
@@ -115,7 +123,8 @@ def choose_columns(
         raise InputError(
             f"the column of captions in {where} is not known; choose it by --caption-column among {_listed(others)}"
         )
-    return Columns(picture=chosen, captions=texts, boxes=boxes, is_guessed=picture is None or not captions)
+    is_guessed = picture is None or not captions
+    return Columns(picture=chosen, captions=texts, boxes=boxes, source=source, is_guessed=is_guessed)
 
 
 def _guess_captions(columns: Sequence[tuple[str, str]]) -> tuple[str, ...]:

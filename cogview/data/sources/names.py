@@ -89,7 +89,9 @@ class NamedPictures:
     def add(self, record: PictureRecord) -> PictureRecord:
         """Remember the picture of a record, and return the record."""
         self._waiting.append((_name_hash(record.name),))
-        if len(self._waiting) == _HASHES:
+        if record.source is not None:
+            self._waiting.append((_name_hash(str(record.source.path)),))
+        if len(self._waiting) >= _HASHES:
             self._write()
         if record.file is not None:
             self._folders.add(os.path.dirname(record.file.path))  # noqa: PTH120  faster for millions

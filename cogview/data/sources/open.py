@@ -17,6 +17,15 @@ TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 KNOWN = "a folder, .csv, .tsv, .jsonl, .parquet, COCO's .json, or a .tar shard"
 
 
+def _require_no_source(path: Path, options: TableOptions) -> None:
+    """Raise InputError for a column of sources in what has no columns."""
+    if options.source_column is not None:
+        raise InputError(
+            f"the column {options.source_column} of pictures before an edit needs a table, got {path}; expected "
+            f"{', '.join(TABLES)}"
+        )
+
+
 def open_source(path: Path, options: TableOptions, on_note: Callable[[str], object]) -> PictureSource:
     """Open a source of captioned pictures.
 
@@ -31,11 +40,13 @@ def open_source(path: Path, options: TableOptions, on_note: Callable[[str], obje
     if not path.exists():
         raise InputError(f"the source {path} does not exist; expected {KNOWN}{looked_at(path)}")
     if path.is_dir():
+        _require_no_source(path, options)
         return PictureFolder(path)
     open_regular(path).close()
     suffix = path.suffix.lower()
     if suffix in TABLES:
         return PictureTable(path, options, on_note)
+    _require_no_source(path, options)
     if suffix == ".json":
         return CocoCaptions(path, options)
     if suffix == ".tar":

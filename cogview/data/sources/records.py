@@ -65,6 +65,7 @@ class PictureRecord:
         captions: The captions as the source has them.
         boxes: Lists of named boxes as the source has them, in JSON.
         file: The picture; None with a ``problem``.
+        source: The picture before an edit that the captions ask for; None for a picture that they describe.
         problem: Why the entry cannot be used.
         notes: What was chosen in reading the captions.
     """
@@ -73,8 +74,13 @@ class PictureRecord:
     captions: tuple[str, ...] = ()
     boxes: tuple[str, ...] = ()
     file: PictureFile | None = None
+    source: PictureFile | None = None
     problem: str | None = None
     notes: tuple[str, ...] = ()
+
+    def stamp(self) -> str:
+        """Return size and time of change of the files, as text; empty if there are none."""
+        return " ".join(file.stamp() for file in (self.file, self.source) if file is not None)
 
 
 def boxes_cell(value: Any) -> tuple[str, ...]:

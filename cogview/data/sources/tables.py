@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,14 @@ class TableOptions:
         folder: Folder that paths are relative to; None for that of the file.
         image_column: Column of pictures in a table; None to guess it.
         caption_columns: Columns of captions in a table; none to guess them.
+        source_column: Column of a table with the pictures before an edit; None for none.
         boxes_column: Column of a table, or key of a ``.json`` member of a shard, with named boxes; None for none.
     """
 
     folder: Path | None = None
     image_column: str | None = None
     caption_columns: tuple[str, ...] = ()
+    source_column: str | None = field(default=None, metadata={"omit_default": True})
     boxes_column: str | None = None
 
 
@@ -58,7 +60,12 @@ class PictureTable:
         except HeaderError as error:
             raise InputError(f"{path}: {error}") from None
         self.columns = choose_columns(
-            names, options.image_column, options.caption_columns, str(path), options.boxes_column
+            names,
+            options.image_column,
+            options.caption_columns,
+            str(path),
+            options.boxes_column,
+            options.source_column,
         )
         if self.columns.is_guessed:
             on_note(f"{path}: {self.columns}")
@@ -107,14 +114,15 @@ class PictureTable:
 
 def merged_records(records: Iterable[PictureRecord]) -> Iterator[PictureRecord]:
     """Yield records, with those of one picture that follow each other as one with all captions."""
-    for file, group in itertools.groupby(records, key=lambda record: record.file):
+    for (file, source), group in itertools.groupby(records, key=lambda record: (record.file, record.source)):
         if file is None:
             yield from group
             continue
         first, *others = group
         captions = first.captions + tuple(caption for record in others for caption in record.captions)
         boxes = tuple(dict.fromkeys(cell for record in (first, *others) for cell in record.boxes))
-        yield PictureRecord(name=first.name, captions=captions, boxes=boxes, file=file) if others else first
+        joint = PictureRecord(name=first.name, captions=captions, boxes=boxes, file=file, source=source)
+        yield joint if others else first
 
 
 def unnamed_records(names: Iterable[str], path: Path) -> Iterator[PictureRecord]:
@@ -144,9 +152,12 @@ def _record(table: PictureTable, columns: Columns, number: int, row: Mapping[str
     problem = partial(PictureRecord, name=f"{table.path}, line {number}")
     if isinstance(row, str):
         return problem(problem=row)
-    name = as_whole(row.get(columns.picture))
-    if name is None or isinstance(name, bool | float | list | dict) or not str(name).strip():
-        return problem(problem=f'the column "{columns.picture}" names no picture')
+    paths = {}
+    for column in filter(None, (columns.picture, columns.source)):
+        name = as_whole(row.get(column))
+        if name is None or isinstance(name, bool | float | list | dict) or not str(name).strip():
+            return problem(problem=f'the column "{column}" names no picture')
+        paths[column] = table.folder / str(name).strip()
     captions: list[str] = []
     for column in columns.captions:
         found = row.get(column)
@@ -156,10 +167,13 @@ def _record(table: PictureTable, columns: Columns, number: int, row: Mapping[str
                 return problem(problem=f'the column "{column}" holds no text')
             if text is not None and str(text).strip():
                 captions.append(str(text).strip())
-    path = table.folder / str(name).strip()
+    path = paths[columns.picture]
     if not captions:
         return PictureRecord(name=str(path), problem=f"a picture without a caption in line {number} of {table.path}")
-    if "\0" in str(path):
-        return problem(problem=f'the column "{columns.picture}" holds an invalid character (0)')
+    for column, each in paths.items():
+        if "\0" in str(each):
+            return problem(problem=f'the column "{column}" holds an invalid character (0)')
     boxes = boxes_cell(row.get(columns.boxes)) if columns.boxes is not None else ()
-    return PictureRecord(name=str(path), captions=tuple(captions), boxes=boxes, file=PictureFile(path=path))
+    source = None if columns.source is None else PictureFile(path=paths[columns.source])
+    file = PictureFile(path=path)
+    return PictureRecord(name=str(path), captions=tuple(captions), boxes=boxes, file=file, source=source)

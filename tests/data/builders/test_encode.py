@@ -102,6 +102,44 @@ def test_encode_dataset_writes_renditions_at_other_scales(tmp_path, encode, worl
             assert store[number][name].tolist() == image_tokenizer.encode(image).flatten().tolist()
 
 
+class Edited:
+    """Images of one grey, each made from a darker one by an instruction; ``lacks`` leaves these out."""
+
+    side, names, is_shuffled, provenance = 64, (), True, {}
+
+    def __init__(self, lacks: bool = False) -> None:
+        self.lacks = lacks
+
+    def __len__(self) -> int:
+        return 5
+
+    def __getitem__(self, index: int) -> ImageExample:
+        def grey(level: int):
+            return lambda scale: np.full((int(64 * scale), int(64 * scale), 3), level, dtype=np.uint8)
+
+        edit = {} if self.lacks else {"instruction": "两只狗", "render_source": grey(40 * index)}
+        return ImageExample(identity=str(index), captions=("一只狗",), render=grey(200), **edit)
+
+
+def test_encode_dataset_writes_source_and_instruction_of_an_edit(tmp_path, text_tokenizer, image_tokenizer):
+    """Beside the image and its caption, so that one store feeds edits and the other tasks."""
+    settings = EncodeSettings(text_width=9, source=True, batch_size=2)
+    encode_dataset(tmp_path / "store", Edited(), text_tokenizer, image_tokenizer, settings)
+    store = TokenStore(tmp_path / "store")
+    assert store.header.fields == {"text": 9, "image": 64, "source": 64, "instruction": 9}
+    assert store.header.layouts == ("generate", "caption", "edit")
+    store.check_compatible(layout="fill")
+    for number in range(5):
+        row = store[number]
+        for field, text in (("text", "一只狗"), ("instruction", "两只狗")):
+            assert text_tokenizer.decode(row[field][row[field] != NO_TOKEN].tolist()) == text
+        for field, level in (("image", 200), ("source", 40 * number)):
+            pixels = torch.full((1, 3, 64, 64), level / 255)
+            assert row[field].tolist() == image_tokenizer.encode(pixels).flatten().tolist()
+    with pytest.raises(InputError, match="image 0 has no edit that leads to it, expected render_source and instruct"):
+        encode_dataset(tmp_path / "other", Edited(lacks=True), text_tokenizer, image_tokenizer, settings)
+
+
 def test_encode_dataset_writes_the_name_at_each_code(tmp_path, encode, world):
     names = [name for thing in world.things for name in thing.names]
     captions = [world.caption(world.sample_scene(0, index), index) for index in range(300)]
