@@ -33,9 +33,11 @@ from compare_v1 import (
 )
 from v1_algorithm import generate
 
+from cogview.checkpoints.checkpoint import load_transformer
 from cogview.cli.main import run_safely
 from cogview.cli.options import require_positive
 from cogview.modeling.config import GREEDY, Sampling
+from cogview.modeling.transformer import Transformer
 from cogview.pipeline.cogview import CogView
 from cogview.pipeline.requests import GenerationRequest
 from cogview.pipeline.results import GeneratedImage, only_images
@@ -67,12 +69,13 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     model = open_model(args, parser, "upscale", args.dtype)
     placement, config = model.placement, model.config
+    transformer = plain_transformer(model)
 
     def ours() -> Parts:
         return {"all": seconds_of(placement, partial(upscale_together, model, images, config.sampling))}
 
     def v1() -> Parts:
-        return {"all": seconds_of(placement, partial(upscale_one_by_one, model, images, config.sampling))}
+        return {"all": seconds_of(placement, partial(upscale_one_by_one, model, images, config.sampling, transformer))}
 
     times = {side: parts["all"] for side, parts in in_turn({"v1": v1, "ours": ours}, args.repeats).items()}
     medians = {side: statistics.median(seconds) for side, seconds in times.items()}
@@ -115,7 +118,16 @@ def upscale_together(model: CogView, images: Sequence[GeneratedImage], sampling:
     return [image.codes for image in enlarged]
 
 
-def upscale_one_by_one(model: CogView, images: Sequence[GeneratedImage], sampling: Sampling) -> list[np.ndarray]:
+def plain_transformer(model: CogView) -> Transformer:
+    """Return the transformer with weights in the dtype of its computation, the only one of the algorithm of v1."""
+    if model.folder is None:
+        return model.transformer
+    return load_transformer(model.folder, model.placement.device, model.placement.dtype)
+
+
+def upscale_one_by_one(
+    model: CogView, images: Sequence[GeneratedImage], sampling: Sampling, transformer: Transformer
+) -> list[np.ndarray]:
     """Return the codes (2G, 2G) of each image by the algorithm of v1, window by window."""
     grid, layout = model.config.grid, model.config.layouts["upscale"]
     noise = torch.Generator(model.placement.device).manual_seed(SEED)
@@ -129,7 +141,7 @@ def upscale_one_by_one(model: CogView, images: Sequence[GeneratedImage], samplin
             row = layout.arrange(model.vocabulary, text=pieces, small=source.codes[window.source], image=known)
             image = row.spans["image"]
             row = row.truncate(image.start + window.lines * grid)
-            (ids,) = generate(model.transformer, model.vocabulary, row, 1, sampling, noise)
+            (ids,) = generate(transformer, model.vocabulary, row, 1, sampling, noise)
             codes[rows, columns] = ids[image].reshape(window.lines, grid)
         model.decode_images(codes.filled()[None])
         found.append(codes.filled())
@@ -138,7 +150,8 @@ def upscale_one_by_one(model: CogView, images: Sequence[GeneratedImage], samplin
 
 def count_same(model: CogView, images: Sequence[GeneratedImage]) -> int:
     """Count the images that both sides upscale to the same codes when they decode greedily."""
-    ours, theirs = (upscale(model, images, GREEDY) for upscale in (upscale_together, upscale_one_by_one))
+    ours = upscale_together(model, images, GREEDY)
+    theirs = upscale_one_by_one(model, images, GREEDY, plain_transformer(model))
     return sum(np.array_equal(own, other) for own, other in zip(ours, theirs, strict=True))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cogview.checkpoints.checkpoint import load_model, save_model
 from cogview.data.sources.open import open_source
 from cogview.data.sources.tables import TableOptions
 from cogview.device import choose_placement
@@ -184,8 +185,11 @@ def test_compare_best_of_scores_equally_with_both_methods(load_benchmark, tiny_m
 
 
 @pytest.mark.slow
-def test_compare_upscale_counts_equal_images(run_benchmark, tiny_checkpoint):
-    table, found = run_benchmark("compare_upscale", "--model", str(tiny_checkpoint), "--images", "2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_compare_upscale_counts_equal_images(run_benchmark, tiny_checkpoint, tmp_path_factory, dtype):
+    stored = tmp_path_factory.mktemp("stored") / "model"
+    save_model(stored, load_model(tiny_checkpoint, torch.device("cpu"), torch.float32), dtype=dtype)
+    table, found = run_benchmark("compare_upscale", "--model", str(stored), "--images", "2")
     assert [row[0] for row in table[1:]] == ["algorithm of v1, one at a time", "ours, in one batch"]
     assert found["same"] == found["images"] == 2
 
