@@ -221,7 +221,7 @@ def read_sprites(things: Sequence[EmojiObject], folder: Path) -> tuple[tuple[Emo
     if not found:
         first = f"{names[things[0].emoji]}.png" if things else "1f34e.png"
         raise InputError(f"no picture in {folder} is named by the code points of a known emoji, such as {first}")
-    return found, np.stack([_read_sprite(pictures[names[thing.emoji]]) for thing in found])
+    return found, np.stack([read_sprite(pictures[names[thing.emoji]]) for thing in found])
 
 
 def _without_selectors(code_points: str) -> str:
@@ -229,8 +229,15 @@ def _without_selectors(code_points: str) -> str:
     return "-".join(point for point in code_points.lower().split("-") if point != f"{ord(VARIATION_SELECTOR):x}")
 
 
-def _read_sprite(path: Path) -> np.ndarray:
-    """The picture of a file as a sprite: uint8 (128, 128, 4)."""
+def read_sprite(path: Path) -> np.ndarray:
+    """Return the picture of a file as a sprite: uint8 (128, 128, 4), RGBA with straight alpha.
+
+    Args:
+        path: The file; a picture of another size is scaled to fit.
+
+    Raises:
+        InputError: The picture cannot be read.
+    """
     from PIL import Image, ImageOps
 
     from cogview.image_io.reading import open_image
