@@ -87,13 +87,13 @@ def write_pictures(package: Path, folder: Path) -> int:
     Raises:
         InputError: A picture is not named by code points, or cannot be read.
     """
-    paths = sorted((package / "assets").glob("*.webp"))
-    for path in paths:
-        if not re.fullmatch("[0-9a-f]+(-[0-9a-f]+)*", path.stem):
+    paths = {path.stem.replace("_", "-"): path for path in sorted((package / "assets").glob("*.webp"))}
+    for name, path in paths.items():
+        if not re.fullmatch("[0-9a-f]+(-[0-9a-f]+)*", name):
             raise InputError(f"{path} is not named by code points, such as 1f34e.webp")
-    kept = [path for path in paths if not is_flag(path.stem)]
-    for path in kept:
-        Image.fromarray(read_sprite(path)).save(folder / f"{path.stem}.png")
+    kept = {name: path for name, path in paths.items() if not is_flag(name)}
+    for name, path in kept.items():
+        Image.fromarray(read_sprite(path)).save(folder / f"{name}.png")
     return len(kept)
 
 

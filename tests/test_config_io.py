@@ -275,7 +275,7 @@ def test_settings_have_no_field_with_old_name():
     """Such a field could not be set: its name is read as the new one."""
     from cogview.checkpoints.registry import ModelEntry
     from cogview.emoji.datasets import SceneEncodeSettings
-    from cogview.emoji.world import WorldSettings
+    from cogview.emoji.settings import WorldSettings
     from cogview.modeling.config import ModelConfig
     from cogview.training.settings import TransformerSettings
     from cogview.training.vqvae_recipe import VQVAERecipe

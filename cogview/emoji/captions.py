@@ -12,6 +12,7 @@ from string import Formatter
 from typing import Any, Generic, TypeVar
 
 from cogview.data.keyed_random import KeyedRandom
+from cogview.emoji.attributes import Board, Pattern, Style, Typeface
 from cogview.emoji.scene import COLOURS, Colour, Scene, SceneKind
 from cogview.emoji.things import EmojiObject
 
@@ -94,7 +95,7 @@ def write_caption(scene: Scene, random: KeyedRandom, complete: bool) -> str:
         patterns = NOUN_ON_COLOUR
     if not complete and random.chance(_UNNAMED_COLOUR):
         return what
-    return random.pick(patterns).format(colour=_name_colour(scene.colour, random), what=what)
+    return random.pick(patterns).format(colour=name_colour(scene.colour, random), what=what)
 
 
 def _count(thing: EmojiObject, count: int, bare: bool, random: KeyedRandom) -> str:
@@ -111,10 +112,26 @@ def _count(thing: EmojiObject, count: int, bare: bool, random: KeyedRandom) -> s
     return f"{number}{measure}{name}"
 
 
-def _name_colour(colour: Colour, random: KeyedRandom) -> str:
+def name_colour(colour: Colour, random: KeyedRandom) -> str:
+    """Return a name of a colour, mostly the usual one."""
     if len(colour.names) > 1 and random.chance(_RARE_COLOUR_NAME):
         return random.pick(colour.names[1:])
     return colour.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParsedSign:
+    """The sign of a caption.
+
+    Args:
+        text: The characters.
+        board: The colours; None if they are left open.
+        typeface: The kind of font; None if it is left open.
+    """
+
+    text: str
+    board: Board | None
+    typeface: Typeface | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +143,21 @@ class ParsedCaption:
         kind: Kind of the scene.
         count: Number of objects, as of a scene.
         things: For each object, in the order of the scene, every emoji that its name may mean.
+        pattern: The pattern of the background; None if it is plain or not mentioned.
+        style: The style; None if it is left open.
+        sign: The sign, if there is one.
+        placed: Whether the places of the objects are given; otherwise ``beside`` stands for ``above`` too, and the
+            objects are in any order.
     """
 
     colour: Colour | None
     kind: SceneKind
     count: int
     things: tuple[frozenset[str], ...]
+    pattern: Pattern | None = None
+    style: Style | None = None
+    sign: ParsedSign | None = None
+    placed: bool = True
 
 
 class CaptionReader:
@@ -149,12 +175,12 @@ class CaptionReader:
         emoji: dict[str, set[str]] = {}
         for thing in things:
             for name in thing.names:
-                emoji.setdefault(_plain(name), set()).add(thing.emoji)
+                emoji.setdefault(plain_text(name), set()).add(thing.emoji)
         numbers = {number: count for count, numeral in NUMERALS.items() for number in (numeral, str(count))}
-        measures = {_plain(measure) for thing in things for measure in thing.measures}
-        self._names = _Words({name: frozenset(meant) for name, meant in emoji.items()})
-        self._counts = _Words({n + measure: count for n, count in numbers.items() for measure in measures})
-        self._colours = _Words({_plain(name): colour for colour in colours for name in colour.names})
+        measures = {plain_text(measure) for thing in things for measure in thing.measures}
+        self._names = Words({name: frozenset(meant) for name, meant in emoji.items()})
+        self._counts = Words({n + measure: count for n, count in numbers.items() for measure in measures})
+        self._colours = Words({plain_text(name): colour for colour in colours for name in colour.names})
         self._blanks: Mapping[str, Callable[[str, int], Iterator[tuple[int, Any]]]] = {
             "colour": self._colours.at,
             "what": self._nouns_at,
@@ -166,7 +192,7 @@ class CaptionReader:
         for kind, pairs in PAIRS.items():
             for whole in ("{what}", *CLAUSE_ON_COLOUR):
                 patterns += [(kind, whole.replace("{what}", pair)) for pair in pairs]
-        self._patterns = [(kind, _parts(pattern)) for kind, pattern in dict.fromkeys(patterns)]
+        self._patterns = [(kind, parts_of(pattern)) for kind, pattern in dict.fromkeys(patterns)]
 
     def read(self, text: str) -> ParsedCaption | None:
         """Return the content of a caption, the first of several readings; None if the text is no caption."""
@@ -178,7 +204,7 @@ class CaptionReader:
         A text has two readings if a name looks like a count: 两杯啤酒 is two of 🍺 and the name of 🍻. The reading as
         a name comes first.
         """
-        text = _plain(text)
+        text = plain_text(text)
         found: dict[ParsedCaption, None] = {}
         for kind, parts in self._patterns:
             if not all(literal in text for literal, _ in parts):
@@ -225,7 +251,7 @@ class CaptionReader:
 _Meaning = TypeVar("_Meaning")
 
 
-class _Words(Generic[_Meaning]):
+class Words(Generic[_Meaning]):
     """Words and their meanings, found at an index of a text."""
 
     def __init__(self, meanings: Mapping[str, _Meaning]) -> None:
@@ -239,11 +265,11 @@ class _Words(Generic[_Meaning]):
                 yield end, self._meanings[text[start:end]]
 
 
-def _parts(pattern: str) -> list[tuple[str, str | None]]:
-    """Literals of a pattern, each with the blank after it; None at the end of the pattern."""
-    return [(literal, blank) for literal, blank, _, _ in Formatter().parse(_plain(pattern))]
+def parts_of(pattern: str) -> list[tuple[str, str | None]]:
+    """Return the literals of a pattern, each with the blank after it; None at the end of the pattern."""
+    return [(literal, blank) for literal, blank, _, _ in Formatter().parse(plain_text(pattern))]
 
 
-def _plain(text: str) -> str:
-    """Text in the normalization of text tokenizers (NFKC: a full-width comma becomes a plain one), without spaces."""
+def plain_text(text: str) -> str:
+    """Return a text in the normalization of text tokenizers (NFKC: ， becomes a plain comma), without spaces."""
     return "".join(unicodedata.normalize("NFKC", text).split())

@@ -9,7 +9,8 @@ from pathlib import Path
 from cogview.data.store_export import add_picture
 from cogview.emoji.datasets import SceneDataset
 from cogview.emoji.scene import Scene
-from cogview.emoji.world import EmojiWorld, WorldSettings
+from cogview.emoji.settings import WorldSettings
+from cogview.emoji.world import EmojiWorld
 from cogview.files import atomic_write
 from cogview.vqvae.ranges import SEED, check_ranges
 

@@ -6,7 +6,6 @@ words are near a thing in meaning, and Unihan says which traditional characters 
 
 from __future__ import annotations
 
-import bz2
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,6 +26,7 @@ from cogview.emoji.things import (
     read_annotations,
     read_groups,
 )
+from cogview.emoji.traditional import VARIANTS, read_simplified
 from cogview.errors import InputError
 from cogview.plain_data import read_yaml
 
@@ -55,7 +55,7 @@ class GrammarFiles:
     traditional: tuple[Path, ...] = (_FOLDER / "cldr/common/annotations/zh_Hant.xml",)
     english: tuple[Path, ...] = (_FOLDER / "cldr/common/annotations/en.xml",)
     emoji_test: Path = EmojiFiles().emoji_test
-    variants: Path = _FOLDER / "Unihan_Variants.txt.bz2"
+    variants: Path = VARIANTS
 
     def check(self) -> None:
         """Check that all files exist.
@@ -114,7 +114,7 @@ def build_grammar(
     files = files or GrammarFiles()
     files.check()
     tables = _tables()
-    simplified = _read_simplified(files.variants) | {pair[0]: pair[1] for pair in tables.traditional_variants.split()}
+    simplified = read_simplified(files.variants) | {pair[0]: pair[1] for pair in tables.traditional_variants.split()}
     colours = [name for colour in COLOURS for name in colour.names]
     forms = {name.removesuffix("色"): colour.name for colour in COLOURS for name in colour.names}
     measures = {word for words in name_tables().measures.values() for word in words}
@@ -164,19 +164,6 @@ def _needed(simplified: dict[str, str], grammar: PromptGrammar, names: Iterable[
     words += [*grammar.negations, *grammar.pairs, *grammar.single_backgrounds, *grammar.pair_backgrounds]
     known = set("".join(words))
     return {old: new for old, new in simplified.items() if new in known and old not in known}
-
-
-def _read_simplified(path: Path) -> dict[str, str]:
-    """Simplified forms of traditional characters, by Unihan; of several forms the first."""
-    forms = {}
-    with bz2.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            fields = line.rstrip("\n").split("\t")
-            if len(fields) == 3 and fields[1] == "kSimplifiedVariant":
-                old, *new = (chr(int(code.removeprefix("U+"), 16)) for code in (fields[0], *fields[2].split()))
-                if old not in new:  # some characters, such as 着, are simplified in a part of their meanings
-                    forms[old] = new[0]
-    return forms
 
 
 def _find_near(

@@ -29,7 +29,8 @@ from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.cli.main import main as cogview
 from cogview.emoji.grader import SceneGrader
 from cogview.emoji.scene import Scene, SceneWeights, cells_of
-from cogview.emoji.world import EmojiWorld, WorldSettings
+from cogview.emoji.settings import WorldSettings
+from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.harness import generate_images, grade_images
 from cogview.modeling.config import PRESETS
 

@@ -14,7 +14,8 @@ import torch
 from cogview.data.store_writer import pad_text
 from cogview.emoji.datasets import SceneDataset
 from cogview.emoji.scene import SceneWeights
-from cogview.emoji.world import EmojiWorld, WorldSettings
+from cogview.emoji.settings import WorldSettings
+from cogview.emoji.world import EmojiWorld
 from cogview.modeling.config import ModelConfig
 from cogview.pipeline.cogview import CogView
 from cogview.training.example_builder import ExampleBuilder

@@ -326,7 +326,7 @@ def test_recipes_of_the_repository_are_readable(path, tmp_path):
     from cogview.cli.package import PackageSettings
     from cogview.config_io import read_recipe
     from cogview.emoji.datasets import SceneEncodeSettings
-    from cogview.emoji.world import WorldSettings
+    from cogview.emoji.settings import WorldSettings
     from cogview.tokenizers.layouts import layouts
     from cogview.training.picture_encoding import PictureEncodeSettings
     from cogview.training.recipe import Recipe

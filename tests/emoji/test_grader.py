@@ -10,7 +10,8 @@ from PIL import Image, ImageFilter
 from cogview.emoji.evaluation.scenes import held_out_scenes, summarize_images
 from cogview.emoji.grader import Explanation, SceneGrader, grade_explanation
 from cogview.emoji.scene import COLOURS, Scene
-from cogview.emoji.world import EmojiWorld, WorldSettings
+from cogview.emoji.settings import WorldSettings
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 
 MakeWorld = Callable[..., EmojiWorld]

@@ -26,7 +26,7 @@ def embedded_world() -> EmojiWorld:
     import numpy as np
 
     from cogview.emoji.things import EmojiObject, name_tables
-    from cogview.emoji.world import WorldSettings
+    from cogview.emoji.settings import WorldSettings
 
     tables = name_tables()
     things = [

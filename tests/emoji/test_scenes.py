@@ -12,7 +12,8 @@ import pytest
 from cogview.config_io import from_mapping
 from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.scene import COLOURS, COUNTS, LAYOUTS, Scene, SceneKind, SceneWeights, cells_of
-from cogview.emoji.world import EmojiWorld, WorldSettings
+from cogview.emoji.settings import WorldSettings
+from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 
 MakeWorld = Callable[..., EmojiWorld]

@@ -504,7 +504,7 @@ def read_recipe_file(folder: Path) -> None:
     """Read the sections of the recipe as their settings."""
     from cogview.cli.package import PackageSettings
     from cogview.emoji.datasets import SceneEncodeSettings
-    from cogview.emoji.world import WorldSettings
+    from cogview.emoji.settings import WorldSettings
     from cogview.training.recipe import Recipe
     from cogview.training.settings import TransformerSettings
     from cogview.training.text_tokenizer import TextTokenizerRecipe
@@ -618,7 +618,8 @@ def read_trainer_state(folder: Path) -> None:
 def make_worlds(folder: Path) -> None:
     """Write an emoji world of two objects."""
     from cogview.emoji.things import EmojiObject
-    from cogview.emoji.world import EmojiWorld, WorldSettings
+    from cogview.emoji.settings import WorldSettings
+    from cogview.emoji.world import EmojiWorld
 
     things = (EmojiObject(emoji="🍎", name="红苹果"), EmojiObject(emoji="🦊", name="狐狸", measures=("只", "个")))
     sprites = np.zeros((2, 128, 128, 4), dtype=np.uint8)
