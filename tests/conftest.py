@@ -17,8 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from cogview.emoji.things import EmojiFiles, EmojiObject
 from cogview.emoji.settings import WorldSettings
+from cogview.emoji.things import EmojiFiles, EmojiObject
 from cogview.emoji.world import EmojiWorld
 from cogview.kernels.dispatch import select_backend
 from cogview.kernels.native import SOURCES, CompileError, load_library

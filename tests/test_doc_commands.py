@@ -157,6 +157,16 @@ ROWS: dict[str, Run | NotRun] = {
     "torchrun --nproc-per-node 2 --no-python cogview train-image own.yaml --resume auto": DECODER,
     "npm pack @iconify-json/fluent-emoji-flat@1.2.6 && tar xf iconify-json-fluent-emoji-flat-1.2.6.tgz": SYSTEM,
     "pip install resvg-py==0.5.0": FRESH,
+    "npm pack @iconify-json/twemoji @iconify-json/fluent-emoji-flat @lobehub/fluent-emoji-3d": SYSTEM,
+    "apt-get install fonts-noto-cjk fonts-lxgw-wenkai": SYSTEM,
+    **dict.fromkeys(
+        (
+            "python scripts/emoji_sprites.py twemoji/package -o runs/sprites/twemoji",
+            "python scripts/emoji_sprites.py fluent-emoji-flat/package -o runs/sprites/fluent-flat",
+            "python scripts/emoji_sprites.py fluent-emoji-3d/package -o runs/sprites/fluent-3d",
+        ),
+        NotRun("tests/scripts/test_emoji_sprites.py has a package"),
+    ),
     "python scripts/emoji_sprites.py package -o sprites": NotRun("tests/scripts/test_emoji_sprites.py has a package"),
     "cogview run emoji-style": NotRun("needs the sprites; tests/emoji/test_export.py has three"),
     'cogview generate "一只狐狸，紫色背景" --model runs/emoji-style/model': Run(instead="--model TINY"),

@@ -157,4 +157,4 @@ def open_world(path: Path) -> EmojiWorld:
     if recipe.world.is_dir():
         return EmojiWorld.load(recipe.world)
     settings = recipe.settings(SceneRecipe, "scenes")
-    return EmojiWorld.create(settings.world, None, settings.sprites)
+    return settings.create()

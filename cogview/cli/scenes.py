@@ -33,7 +33,6 @@ def command(recipe: Recipe, font: Path | None, annotations: tuple[Path, Path] | 
     """Create the emoji world, and a sheet of its scenes; export scenes as pictures if the recipe asks for them."""
     from cogview.emoji.export import SceneRecipe, export_scenes
     from cogview.emoji.things import EmojiFiles
-    from cogview.emoji.world import EmojiWorld
     from cogview.image_io.contact_sheet import contact_sheet
     from cogview.training.step_records import record_step
 
@@ -44,7 +43,7 @@ def command(recipe: Recipe, font: Path | None, annotations: tuple[Path, Path] | 
         annotations=annotations or files.annotations,
         emoji_test=emoji_test or files.emoji_test,
     )
-    world = EmojiWorld.create(settings.world, files, settings.sprites)
+    world = settings.create(files)
     if settings.sprites is not None:
         print_note(f"{len(world.candidates)} objects have a sprite in {settings.sprites}")
     world.save(recipe.world)

@@ -7,9 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cogview.data.store_export import add_picture
+from cogview.emoji.characters import CharacterFonts
 from cogview.emoji.datasets import SceneDataset
 from cogview.emoji.scene import Scene
 from cogview.emoji.settings import WorldSettings
+from cogview.emoji.things import EmojiFiles
 from cogview.emoji.world import EmojiWorld
 from cogview.files import atomic_write
 from cogview.vqvae.ranges import SEED, check_ranges
@@ -24,6 +26,8 @@ class SceneRecipe(WorldSettings):
         exported: Number of training scenes that ``cogview scenes`` samples and writes as pictures with captions to
             ``WORK/scenes.tar``. A scene that is sampled several times is one picture with several captions.
         seed: Seed of the exported scenes.
+        style_folder: Folder of such folders for the styles after the first, each named as the style.
+        character_fonts: Fonts of the characters of signs; those of Debian by default.
 
     Raises:
         ValueError: A setting is out of range.
@@ -32,15 +36,32 @@ class SceneRecipe(WorldSettings):
     sprites: Path | None = None
     exported: int = 0
     seed: int = 0
+    style_folder: Path | None = None
+    character_fonts: CharacterFonts | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.sprites is not None and self.styles:
+            raise ValueError("sprites are those of a world of one style; give style_folder with styles")
         check_ranges(self, {"exported": "[0, 10000000]", "seed": SEED})
 
     @property
     def world(self) -> WorldSettings:
         """The settings of the world alone."""
         return WorldSettings(**{setting.name: getattr(self, setting.name) for setting in fields(WorldSettings)})
+
+    def create(self, files: EmojiFiles | None = None) -> EmojiWorld:
+        """Return the world.
+
+        Args:
+            files: Paths of the files to read; those of Debian by default.
+
+        Raises:
+            InputError: A file is missing, or a picture cannot be read.
+        """
+        return EmojiWorld.create(
+            self.world, files, self.sprites, style_folder=self.style_folder, fonts=self.character_fonts
+        )
 
 
 def export_scenes(world: EmojiWorld, settings: SceneRecipe, path: Path) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from cogview.emoji.scene import COLOURS, Colour, Scene, SceneKind
 from cogview.emoji.things import EmojiObject
 from cogview.emoji.traditional import simplifying_table
 
-_QUOTED = re.compile("[“「\"]([^”」\"]{1,2})[”」\"]")
+_QUOTED = re.compile('[“「"]([^”」"]{1,2})[”」"]')
 _MARK = "“”"  # stands for the quoted text
 
 Pieces = list[tuple[str, str | None]]
@@ -70,7 +70,7 @@ class RichReader(CaptionReader):
         for word in SIGN_NOUNS:
             boards |= {word: None}
             boards |= {board.name + middle + word: board for board in BOARDS for middle in ("", "的")}
-        full: dict[str, Board | None] = {prefix + name: board for name, board in boards.items() for prefix in ("", "一块")}
+        full = boards | {f"一块{name}": board for name, board in boards.items()}
         typefaces: dict[str, Typeface | None] = {f"写着{_MARK}": None}
         typefaces |= {f"用{one.name}写着{_MARK}": one for one in TYPEFACES}
         blanks: Mapping[str, Callable[[str, int], Iterator[tuple[int, Any]]]] = {
@@ -114,6 +114,8 @@ class RichReader(CaptionReader):
             text: The text.
         """
         text, quoted = take_quoted(plain_text(text))
+        if _MARK in text and not quoted:
+            return ()
         text = text.translate(self._simplify)
         found: dict[ParsedCaption, None] = {}
         for style, rest in self._without_frame(text):
@@ -152,7 +154,7 @@ class RichReader(CaptionReader):
                 )
 
     def _styled_nouns_at(self, text: str, start: int) -> Iterator[tuple[int, tuple[int, frozenset[str], Style | None]]]:
-        """End, count, possible emoji and style of each 狐狸, 三只狐狸 or 三只扁平风格的狐狸 that begins at ``start``."""
+        """End, count, possible emoji and style of 狐狸, 三只狐狸 or 三只扁平风格的狐狸 from ``start``."""
         for name_start, count in ((start, 1), *self._counts.at(text, start)):
             for end, meant in self._names.at(text, name_start):
                 yield end, (count, meant, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 from cogview.data.keyed_random import KeyedRandom
 from cogview.emoji.attributes import BOARDS, PATTERNS, STYLES, TYPEFACES, Sign, Style, scene_tables
@@ -74,10 +75,8 @@ class SceneSampler:
     def _sample_kind(self, random: KeyedRandom) -> SceneKind:
         weights = self.weights.by_name
         index = random.randbelow(sum(weights.values()))
-        for name, weight in weights.items():
-            index -= weight
-            if index < 0:
-                break
+        ends = accumulate(weights.values())
+        name = next(name for name, end in zip(weights, ends, strict=True) if index < end)
         choices: dict[str, tuple[SceneKind, ...]] = {"pair": ("beside", "above"), "place": PLACES}
         return random.pick(choices[name]) if name in choices else name  # type: ignore[return-value]
 

@@ -162,8 +162,10 @@ class Scene:
         if len(set(emoji)) < len(emoji):
             twice = next(thing.name for thing in self.things if emoji.count(thing.emoji) > 1)
             raise ValueError(f"the objects of a pair must differ, got {twice} twice")
-        if (self.sign is None) == (self.kind in ("sign", "label")):
-            raise ValueError(f"a scene of kind {self.kind} {'has no' if self.sign else 'needs a'} sign")
+        if self.kind in ("sign", "label") and self.sign is None:
+            raise ValueError(f"a scene of kind {self.kind} needs a sign")
+        if self.kind not in ("sign", "label") and self.sign is not None:
+            raise ValueError(f"a scene of kind {self.kind} has no sign, got {self.sign.text}")
 
     @property
     def meaning(self) -> str:
@@ -268,7 +270,6 @@ LAYOUTS: Mapping[str, tuple[Cell, ...]] = {
     ),
 }
 """Arrangements of a plain world. Two of one object are beside each other."""
-
 
 
 def _small(x: int, y: int) -> Cell:

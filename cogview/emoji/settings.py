@@ -89,8 +89,8 @@ class WorldSettings:
             raise ValueError(f"styles must begin with {STYLES[0].key} and differ, got {list(self.styles)}")
         if self.characters < 0 or self.characters == 1:
             raise ValueError(f"characters must be 0 or a number of at least 2, got {self.characters}")
-        if not COUNTS[0] <= self.max_count <= MAX_COUNT:
-            raise ValueError(f"max_count must be from {COUNTS[0]} to {MAX_COUNT}, got {self.max_count}")
+        if not COUNTS[-1] <= self.max_count <= MAX_COUNT:
+            raise ValueError(f"max_count must be from {COUNTS[-1]} to {MAX_COUNT}, got {self.max_count}")
         if not 0 <= self.patterns <= 100:
             raise ValueError(f"patterns must be from 0 to 100 percent, got {self.patterns}")
         if (self.weights.sign or self.weights.label) and not self.characters:

@@ -348,15 +348,17 @@ class EmojiWorld:
         arrays = read_arrays(folder / "sprites.npz")
         if "sprites" not in arrays:
             raise InputError(f"{folder}/sprites.npz holds no sprites; make the world again with: cogview scenes RECIPE")
-        bitmaps = arrays.pop("characters", None)
+        characters = None
         try:
+            if "characters" in arrays:
+                characters = CharacterSet(characters=description.characters, bitmaps=arrays.pop("characters"))
             return EmojiWorld(
                 description.settings,
                 description.candidates,
                 arrays.pop("sprites"),
                 description.colours,
                 styled=arrays,
-                characters=None if bitmaps is None else CharacterSet(characters=description.characters, bitmaps=bitmaps),
+                characters=characters,
                 traditional=description.traditional,
             )
         except InputError:

@@ -29,8 +29,8 @@ from cogview.checkpoints.precision import Precision
 from cogview.checkpoints.registry import resolve_checkpoint
 from cogview.checkpoints.v1_convert import convert_folder
 from cogview.emoji.scene import COLOURS, Scene
-from cogview.emoji.things import SPRITE_PIXELS, VARIATION_SELECTOR, EmojiObject
 from cogview.emoji.settings import WorldSettings
+from cogview.emoji.things import SPRITE_PIXELS, VARIATION_SELECTOR, EmojiObject
 from cogview.emoji.world import EmojiWorld
 from cogview.image_io.contact_sheet import contact_sheet
 from cogview.pipeline.image_codes import decode_images

@@ -9,8 +9,8 @@ import pytest
 
 from cogview.emoji.captions import CaptionReader, ParsedCaption
 from cogview.emoji.scene import COLOURS, Colour, Scene
-from cogview.emoji.things import EmojiFiles, EmojiObject, read_things
 from cogview.emoji.settings import WorldSettings
+from cogview.emoji.things import EmojiFiles, EmojiObject, read_things
 from cogview.emoji.world import EmojiWorld
 
 MakeWorld = Callable[..., EmojiWorld]

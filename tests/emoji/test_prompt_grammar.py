@@ -25,8 +25,8 @@ def embedded_world() -> EmojiWorld:
     """Return the world of the embedded model for captions alone, with the measure words of its grammar."""
     import numpy as np
 
-    from cogview.emoji.things import EmojiObject, name_tables
     from cogview.emoji.settings import WorldSettings
+    from cogview.emoji.things import EmojiObject, name_tables
 
     tables = name_tables()
     things = [

@@ -227,8 +227,8 @@ def test_world_refuses_missing_objects_and_sprites(make_tiny_world: MakeWorld) -
 
 def test_scene_refuses_inconsistent_content(make_tiny_world: MakeWorld) -> None:
     fox, dog = make_tiny_world().things[1:3]
-    with pytest.raises(ValueError, match="no scene of kind 'many' holds 5 each of 狐狸"):
-        Scene(colour=COLOURS[0], kind="many", things=(fox,), count=5)
+    with pytest.raises(ValueError, match="no scene of kind 'many' holds 7 each of 狐狸"):
+        Scene(colour=COLOURS[0], kind="many", things=(fox,), count=7)
     with pytest.raises(ValueError, match="no scene of kind 'one' holds 1 each of 狐狸、狗"):
         Scene(colour=COLOURS[0], kind="one", things=(fox, dog))
     with pytest.raises(ValueError, match="the objects of a pair must differ, got 狐狸 twice"):

@@ -617,8 +617,8 @@ def read_trainer_state(folder: Path) -> None:
 
 def make_worlds(folder: Path) -> None:
     """Write an emoji world of two objects."""
-    from cogview.emoji.things import EmojiObject
     from cogview.emoji.settings import WorldSettings
+    from cogview.emoji.things import EmojiObject
     from cogview.emoji.world import EmojiWorld
 
     things = (EmojiObject(emoji="🍎", name="红苹果"), EmojiObject(emoji="🦊", name="狐狸", measures=("只", "个")))

@@ -76,3 +76,23 @@ def test_emoji_sprites_refuses_what_is_no_package(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "sprites").exists()
+
+
+def test_emoji_sprites_takes_pictures_without_flags(script: ModuleType, tmp_path: Path) -> None:
+    assets = tmp_path / "package" / "assets"
+    assets.mkdir(parents=True)
+    for name in ("1f98a", "1f43b-200d-2744-fe0f", "1f1e8-1f1f3", "1f3f4-e0067_e0062_e007f"):
+        Image.new("RGBA", (256, 256), "green").save(assets / f"{name}.webp", lossless=True)
+    assert script.main([str(tmp_path / "package"), "-o", str(tmp_path / "sprites")]) == 0
+    found = {path.name: Image.open(path).size for path in (tmp_path / "sprites").iterdir()}
+    assert found == {"1f98a.png": (128, 128), "1f43b-200d-2744-fe0f.png": (128, 128)}
+
+
+def test_emoji_sprites_refuses_pictures_of_other_names(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assets = tmp_path / "package" / "assets"
+    assets.mkdir(parents=True)
+    Image.new("RGBA", (8, 8)).save(assets / "fox.webp")
+    assert script.main([str(tmp_path / "package"), "-o", str(tmp_path / "sprites")]) == 2
+    assert "fox.webp is not named by code points, such as 1f34e.webp" in capsys.readouterr().err
