@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from cogview.config_io import to_mapping
 from cogview.data.builders.encode import EncodeSettings
 from cogview.data.image_dataset import ImageExample, NamedRegion
+from cogview.data.keyed_random import KeyedRandom
+from cogview.emoji.edits import EditSampler
+from cogview.emoji.instructions import write_instruction
 from cogview.emoji.scene import Cell, Scene, SceneWeights, cells_of
 from cogview.emoji.things import EmojiObject
 from cogview.emoji.world import EmojiWorld
@@ -81,6 +86,58 @@ class SceneDataset:
         return self.world.sample_scene(self.seed, index, self.held_out, self.weights)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EditExample(ImageExample):
+    """An example of an edit: ``captions`` and ``render`` are those of the result.
+
+    Args:
+        instruction: Text of the edit that leads to the result.
+        render_source: Return the image before the edit, as ``render`` does.
+    """
+
+    instruction: str
+    render_source: Callable[[float], np.ndarray]
+
+
+class EditDataset(SceneDataset):
+    """Endless edits of one split of the emoji world; edit ``i`` is a function of (``seed``, ``i``).
+
+    Args:
+        world: The objects and their sprites.
+        seed: Seed of the edits.
+        held_out: Yield the held-out edits; otherwise those to train on.
+        weights: Frequencies of the kinds of scenes; those of the world if None.
+    """
+
+    def __init__(
+        self, world: EmojiWorld, seed: int, *, held_out: bool = False, weights: SceneWeights | None = None
+    ) -> None:
+        super().__init__(world, seed, held_out=held_out, weights=weights)
+        self.sampler = EditSampler(world, self.weights)
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """Settings of the world and of the edits."""
+        return {**super().provenance, "edits": list(self.sampler.kinds)}
+
+    def __getitem__(self, index: int) -> EditExample:
+        """Return edit ``index`` as an example with its instruction."""
+        edit = self.sampler.sample(self.seed, index, self.held_out)
+        random = KeyedRandom("instruction", self.seed, index, self.held_out)
+        rates = self.world.settings.caption_rates
+        in_traditional = self.world.traditional and random.chance(rates.traditional)
+        instruction = write_instruction(edit, random, self.world.traditional if in_traditional else None)
+        scene = edit.result
+        return EditExample(
+            identity=f"edit/{self.seed}/{index}/{self.held_out}",
+            captions=(self.world.caption(scene, index),),
+            render=partial(self.world.render, scene, index),
+            regions=tuple(_region(thing, cell) for thing, cell in zip(scene.shown, cells_of(scene), strict=True)),
+            instruction=instruction,
+            render_source=partial(self.world.render, edit.source, index),
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SceneEncodeSettings(EncodeSettings):
     """The ``encode`` section of a recipe.
@@ -90,6 +147,7 @@ class SceneEncodeSettings(EncodeSettings):
         held_out_rows: Number of held-out scenes.
         weights: Frequencies of the kinds of training scenes; those of the world if None, as of the held-out scenes.
         seed: Seed of the scenes.
+        edits: Encode edits in place of scenes, with their sources and instructions.
 
     Raises:
         ValueError: A number is out of range.
@@ -99,6 +157,7 @@ class SceneEncodeSettings(EncodeSettings):
     held_out_rows: int = 2048
     weights: SceneWeights | None = None
     seed: int = 0
+    edits: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -111,7 +170,8 @@ class SceneEncodeSettings(EncodeSettings):
             world: The emoji world.
             held_out: Whether to take the held-out scenes.
         """
-        return SceneDataset(world, self.seed, held_out=held_out, weights=None if held_out else self.weights)
+        kind = EditDataset if self.edits else SceneDataset
+        return kind(world, self.seed, held_out=held_out, weights=None if held_out else self.weights)
 
 
 def _region(thing: EmojiObject, cell: Cell) -> NamedRegion:

@@ -50,16 +50,17 @@ class SceneSampler:
             )
         self.words = [word for word in scene_tables().words if set(word) <= set(characters)]
 
-    def sample(self, random: KeyedRandom) -> Scene:
+    def sample(self, random: KeyedRandom, kind: SceneKind | None = None) -> Scene:
         """Return a scene.
 
         Args:
             random: Source of its content.
+            kind: Its kind; sampled by the weights if None.
         """
         colour = random.pick(self.colours)
         pattern = random.pick(PATTERNS) if random.chance(self.settings.patterns) else None
         style = random.pick(self.styles)
-        kind = self._sample_kind(random)
+        kind = kind or self._sample_kind(random)
         count = 2 + random.randbelow(self.settings.max_count - 1) if kind == "many" else 1
         sign = self.sample_sign(random, colour) if kind in ("sign", "label") else None
         return Scene(
