@@ -17,6 +17,7 @@ import yaml
 
 from cogview.cli.main import main
 from cogview.config_io import from_mapping
+from cogview.emoji.export import SceneRecipe
 from cogview.training.settings import TransformerSettings, TransformerTraining
 from cogview.training.text_tokenizer import TextTokenizerRecipe
 from cogview.training.vqvae_recipe import VQVAERecipe
@@ -25,7 +26,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "scripts" / "benchmarks" / "RESULTS.md"
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.md"), RESULTS])
 GUIDES = [page for page in PAGES if page.name not in ("CHANGELOG.md", "RESULTS.md")]
-TOKENIZERS = {"text": TextTokenizerRecipe, "image": VQVAERecipe}  # the sections that snippets show whole
+WHOLE = {
+    "scenes": SceneRecipe,
+    "text": TextTokenizerRecipe,
+    "image": VQVAERecipe,
+}  # the sections that snippets show whole
 GENERATED = ("contributing.md", "changelog.md", "results.md")  # of docs/hooks.py
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -165,9 +170,9 @@ def test_names_are_defined_in_the_files_that_pages_give(page: Path) -> None:
 def test_yaml_snippets_hold_settings_of_a_recipe(page: Path) -> None:
     for block in blocks(page, "yaml"):
         recipe = yaml.safe_load(block)
-        assert set(recipe) <= {"work", "transformer", "training", *TOKENIZERS}, f"{name(page)}: {block}"
-        for tokenizer in TOKENIZERS.keys() & recipe:
-            from_mapping(TOKENIZERS[tokenizer], recipe[tokenizer], block)
+        assert set(recipe) <= {"work", "transformer", "training", *WHOLE}, f"{name(page)}: {block}"
+        for kind in WHOLE.keys() & recipe:
+            from_mapping(WHOLE[kind], recipe[kind], block)
         section = recipe.get("transformer", {})
         training = recipe.get("training", section.get("training", {}))
         assert set(section) <= {setting.name for setting in fields(TransformerSettings)}, f"{name(page)}: {block}"
