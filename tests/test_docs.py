@@ -30,7 +30,7 @@ WHOLE = {
     "scenes": SceneRecipe,
     "text": TextTokenizerRecipe,
     "image": VQVAERecipe,
-}  # the sections that snippets show whole
+}  # sections that are whole
 GENERATED = ("contributing.md", "changelog.md", "results.md")  # of docs/hooks.py
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -34,7 +34,7 @@ _SOURCES: dict[EditKind, tuple[SceneKind, ...]] = {
 }
 _OPPOSITE: dict[SceneKind, SceneKind] = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 _PAIR_OF: dict[SceneKind, SceneKind] = {"left": "beside", "right": "beside", "top": "above", "bottom": "above"}
-_WEIGHT_OF: dict[SceneKind, str] = {"beside": "pair", "above": "pair", **dict.fromkeys(PLACES, "place")}
+_WEIGHT_OF: dict[SceneKind, str] = {"beside": "pair", "above": "pair", "on": "on_top", **dict.fromkeys(PLACES, "place")}
 _CODES = 8  # on a side of an image
 
 

@@ -78,7 +78,7 @@ class SceneSampler:
         index = random.randbelow(sum(weights.values()))
         ends = accumulate(weights.values())
         name = next(name for name, end in zip(weights, ends, strict=True) if index < end)
-        choices: dict[str, tuple[SceneKind, ...]] = {"pair": ("beside", "above"), "place": PLACES}
+        choices: dict[str, tuple[SceneKind, ...]] = {"pair": ("beside", "above"), "place": PLACES, "on_top": ("on",)}
         return random.pick(choices[name]) if name in choices else name  # type: ignore[return-value]
 
     def sample_things(self, random: KeyedRandom, kind: SceneKind) -> tuple[EmojiObject, ...]:

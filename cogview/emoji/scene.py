@@ -54,7 +54,7 @@ class SceneWeights:
         place: Scenes of one object at a side of the image.
         row: Scenes of three objects in a row.
         inside: Scenes of an object inside of another.
-        on: Scenes of an object on top of another.
+        on_top: Scenes of an object on top of another.
         sign: Scenes of a sign with characters.
         label: Scenes of an object with a sign below.
 
@@ -68,7 +68,7 @@ class SceneWeights:
     place: int = field(default=0, metadata={"omit_default": True})
     row: int = field(default=0, metadata={"omit_default": True})
     inside: int = field(default=0, metadata={"omit_default": True})
-    on: int = field(default=0, metadata={"omit_default": True})
+    on_top: int = field(default=0, metadata={"omit_default": True})
     sign: int = field(default=0, metadata={"omit_default": True})
     label: int = field(default=0, metadata={"omit_default": True})
 

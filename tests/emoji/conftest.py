@@ -21,7 +21,7 @@ MORE = (
     EmojiObject(emoji="🐔", name="母鸡", synonyms=("鸡",), measures=("只", "个")),
     EmojiObject(emoji="☂️", name="伞", measures=("把", "个")),
 )
-EVERY_KIND = SceneWeights(one=2, many=3, pair=3, place=2, row=2, inside=2, on=2, sign=2, label=2)
+EVERY_KIND = SceneWeights(one=2, many=3, pair=3, place=2, row=2, inside=2, on_top=2, sign=2, label=2)
 EVERYTHING: dict[str, Any] = {
     "styles": ("noto", "twemoji", "fluent-flat", "fluent-3d"),
     "characters": 12,
