@@ -6,7 +6,8 @@ order of their files, float32, float16, bfloat16, int8 or int4, and sum in float
 bits alone and in any batch.
 
 The library is compiled for this processor by the C compiler of the machine ($CC, cc, gcc or clang) and kept in the
-cache folder. Without a compiler, PyTorch's operations run instead. ``COGVIEW_KERNELS`` forces either.
+cache folder; a digest in the file tells a whole one from a damaged one. Without a compiler, PyTorch's operations run
+instead. ``COGVIEW_KERNELS`` forces either.
 """
 
 # M rows of the input, K inputs, N outputs
@@ -20,6 +21,7 @@ import logging
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -86,7 +88,9 @@ def _decide(device: torch.device, dtype: torch.dtype, forced: str | None) -> boo
         load_library()
     except CompileError as error:
         if forced_backend(device.type) is not None:
-            raise ForcedKernelsError(f"COGVIEW_KERNELS=native, but {error}") from None
+            raise ForcedKernelsError(
+                f"COGVIEW_KERNELS=native, but {error}; unset it to run PyTorch's operations instead"
+            ) from None
         _note_once(f"native kernels are missing, so each step takes longer: {error}")
         return False
     return True
@@ -101,8 +105,8 @@ def expects_native_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """
     if not _may_run(device, dtype):
         return False
-    if _load_once.cache_info().currsize:
-        return _load_once()[0] is not None
+    if "layers" in _loaded:
+        return _loaded["layers"][0] is not None
     with suppress(CompileError):
         return bool(find_compiler())
     return False
@@ -128,24 +132,18 @@ def load_library(name: str = "layers") -> ctypes.CDLL:
     Raises:
         CompileError: There is no compiler, or it fails.
     """
-    library, problem = _load_once(name)
+    if name not in _loaded:
+        try:
+            _loaded[name] = _open(compiled_library(name)), ""
+        except CompileError as error:
+            _loaded[name] = None, str(error)
+    library, problem = _loaded[name]
     if library is None:
         raise CompileError(problem)
     return library
 
 
-@functools.cache
-def _load_once(name: str = "layers") -> tuple[ctypes.CDLL | None, str]:
-    """Return the library and an empty text, or None and the reason."""
-    try:
-        path = compiled_library(name)
-        try:
-            return _open(path), ""
-        except CompileError:  # a damaged file
-            path.unlink(missing_ok=True)
-            return _open(compiled_library(name)), ""
-    except CompileError as error:
-        return None, str(error)
+_loaded: dict[str, tuple[ctypes.CDLL | None, str]] = {}  # libraries by name, or None and the reason
 
 
 def compiled_library(library: str = "layers") -> Path:
@@ -163,33 +161,57 @@ def compiled_library(library: str = "layers") -> Path:
     compiler = find_compiler()
     source = sources_folder() / SOURCES[library][-1]
     name = f"{library}-{_fingerprint(compiler, library)}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "cogview" / "native"
-    if (folder / name).is_file():
-        return folder / name
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
+        folder = folder.expanduser() / "cogview" / "native"
+        if _is_sealed(folder / name):
+            return folder / name
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # processes that start together compile once
-            if not (folder / name).is_file():
+            if not _is_sealed(folder / name):
                 _compile(compiler, source, folder / name)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
         log.warning("%s cannot be written (%s): the native kernels are compiled for this run alone", folder, error)
         folder = Path(_temporary_folder().name)
-        _compile(compiler, source, folder / name)
+        if not _is_sealed(folder / name):
+            _compile(compiler, source, folder / name)
     return folder / name
 
 
-def find_compiler() -> str:
-    """Return the path of the C compiler.
+def find_compiler() -> tuple[str, ...]:
+    """Return the C compiler: the path of its program, then the options that ``CC`` adds.
 
     Raises:
-        CompileError: There is none.
+        CompileError: There is none, or ``CC`` names no program.
     """
-    for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
+    if given := os.environ.get("CC", "").strip():
+        if (path := shutil.which(given)) is not None:  # it may have spaces
+            return (path,)
+        with suppress(ValueError):  # an open quotation mark
+            program, *options = shlex.split(given)
+            if (path := shutil.which(program)) is not None:
+                return path, *options
+        raise CompileError(f"CC is {given!r}, which names no program; set it to a C compiler, or unset it")
+    for name in ("cc", "gcc", "clang"):
         if (path := shutil.which(name)) is not None:
-            return path
+            return (path,)
     raise CompileError("there is no C compiler (on Debian: apt install gcc)")
+
+
+def _seal(path: Path) -> None:
+    """Append a digest to a library, which the loader of the system ignores."""
+    content = path.read_bytes()
+    path.write_bytes(content + hashlib.sha256(content).digest())
+
+
+def _is_sealed(path: Path) -> bool:
+    """Return whether ``path`` is a whole library that was compiled here: a damaged one would end the process."""
+    if not path.is_file():
+        return False
+    content = path.read_bytes()
+    size = hashlib.sha256().digest_size
+    return len(content) > size and hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def sources_folder() -> Path:
@@ -203,11 +225,12 @@ def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="cogview-native-")
 
 
-def _fingerprint(compiler: str, library: str) -> str:
+def _fingerprint(compiler: Sequence[str], library: str) -> str:
     """Return a hash of everything that the compiled library depends on."""
-    path = Path(compiler).resolve()
+    path = Path(compiler[0]).resolve()
     stat = path.stat()
-    parts = [repr(FLAGS), str(path), str(stat.st_size), str(stat.st_mtime_ns), _processor()]
+    options = (*compiler[1:], *FLAGS)
+    parts = [repr(options), str(path), str(stat.st_size), str(stat.st_mtime_ns), _processor()]
     digest = hashlib.sha256("\n".join(parts).encode())
     for source in SOURCES[library]:
         digest.update((sources_folder() / source).read_bytes())
@@ -224,7 +247,7 @@ def _processor() -> str:
     return platform.machine() + "".join(sorted(kept.values()))
 
 
-def _compile(compiler: str, source: Path, path: Path) -> None:
+def _compile(compiler: Sequence[str], source: Path, path: Path) -> None:
     """Compile ``source`` to the library ``path``, which appears when it is complete.
 
     The library is linked without OpenMP: it uses the one that PyTorch has loaded, so that both share their threads.
@@ -233,8 +256,9 @@ def _compile(compiler: str, source: Path, path: Path) -> None:
     log.warning("compiling native kernels for this processor, once")
     with tempfile.TemporaryDirectory(prefix="cogview-native-", dir=path.parent) as scratch:
         objects, library = Path(scratch) / "kernels.o", Path(scratch) / path.name
-        _run([compiler, *FLAGS, "-c", str(source), "-o", str(objects)])
-        _run([compiler, "-shared", str(objects), "-o", str(library), "-lm"])
+        _run([*compiler, *FLAGS, "-c", str(source), "-o", str(objects)])
+        _run([*compiler, "-shared", str(objects), "-o", str(library), "-lm"])
+        _seal(library)
         library.replace(path)
     log.info("compiled %s in %.1f s", path, time.monotonic() - started)
 

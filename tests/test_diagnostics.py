@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import math
 import shutil
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from cogview.diagnostics.machine import (
     SupportedVersions,
     check_devices,
     check_disk,
+    check_kernels,
     check_package,
     check_processes,
     check_versions,
@@ -138,6 +140,24 @@ def test_check_devices_notes_busy_gpu(monkeypatch, free, status):
     assert (gpu.status, gpu.subject) == (status, "cuda:0")
     assert "compute capability 7.5" in gpu.text
     assert gpu.text.endswith("trains in float16 with loss scaling and PB-relax, since it has no bfloat16")
+
+
+def test_check_kernels_reports_forced_kernels_and_a_missing_compiler(monkeypatch):
+    def found(**variables):
+        for name in ("COGVIEW_KERNELS", "CC"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        (finding,) = check_kernels()
+        return finding.status, finding.text
+
+    assert found(COGVIEW_KERNELS="nonsense")[0] == "problem"
+    assert found(COGVIEW_KERNELS="torch") == ("note", "COGVIEW_KERNELS=torch")
+    assert found(CC=sys.executable) == ("ok", f"those of a CPU are compiled at first use by {sys.executable}")
+    level, text = found(CC="nonsense")
+    assert level == "note"
+    assert "CC is 'nonsense', which names no program" in text
+    assert found(CC="nonsense", COGVIEW_KERNELS="native")[0] == "problem"
 
 
 def test_check_disk_compares_free_bytes_with_checkpoints(monkeypatch, tmp_path):

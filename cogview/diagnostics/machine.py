@@ -166,6 +166,27 @@ def check_devices() -> Iterator[Diagnosis]:
         yield check_gpu(number)
 
 
+def check_kernels() -> Iterator[Diagnosis]:
+    """Check the kernels that ``COGVIEW_KERNELS`` forces, and the C compiler that native kernels need."""
+    from cogview.kernels.dispatch import ForcedKernelsError, forced_backend
+    from cogview.kernels.native import CompileError, find_compiler
+
+    try:
+        forced = forced_backend("cpu")
+    except ForcedKernelsError as error:
+        yield Diagnosis("problem", "kernels", str(error), "unset COGVIEW_KERNELS")
+        return
+    if forced not in (None, "native"):
+        yield Diagnosis("note", "kernels", f"COGVIEW_KERNELS={forced}", "native kernels generate faster on a CPU")
+        return
+    try:
+        compiler = " ".join(find_compiler())
+    except CompileError as error:
+        yield Diagnosis("note" if forced is None else "problem", "kernels", f"no native kernels of a CPU: {error}")
+    else:
+        yield Diagnosis("ok", "kernels", f"those of a CPU are compiled at first use by {compiler}")
+
+
 def check_gpu(number: int) -> Diagnosis:
     """Check the free memory of a CUDA GPU, and the precision of training on it."""
     import torch

@@ -15,6 +15,7 @@ from cogview.diagnostics.machine import (
     check_devices,
     check_disk,
     check_extensions,
+    check_kernels,
     check_processes,
     check_versions,
     guarded,
@@ -63,6 +64,7 @@ def examine(recipe: Recipe | None, device: str, processes: int | None) -> Iterat
     choose_placement(device)  # raises for a device that is unknown or absent
     yield from guarded("deepspeed", check_extensions)
     yield from check_devices()
+    yield from guarded("kernels", check_kernels)
     yield from guarded("processes", lambda: check_processes(device, processes))
     if recipe is None or settings is None:
         yield from check_disk(Path.cwd())

@@ -6,6 +6,7 @@ import logging
 import platform
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from cogview.kernels.dispatch import ForcedKernelsError
 from cogview.kernels.layer_norm import pb_relax_layer_norm_reference
 from cogview.kernels.linear import dequantize_int4, dequantize_int8, quantize_int4, quantize_int8
 from cogview.kernels.native import (
+    CompileError,
     compiled_library,
     expects_native_kernels,
+    find_compiler,
     linear_native,
     sample_native,
     uses_native_kernels,
@@ -67,11 +70,11 @@ def prepared(transformer, monkeypatch):
 def empty_cache(tmp_path, monkeypatch):
     """Forget the loaded library, and look for it in an empty folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._load_once.cache_clear()
+    native._loaded.clear()
     native._note_once.cache_clear()
     native._decide.cache_clear()
     yield tmp_path / "cogview" / "native"
-    native._load_once.cache_clear()
+    native._loaded.clear()
     native._decide.cache_clear()
 
 
@@ -347,9 +350,18 @@ def test_compiled_library_is_kept_and_repaired(empty_cache, monkeypatch, caplog)
         caplog.clear()
         assert compiled_library() == path
         assert not caplog.text
-        path.write_bytes(b"of another time")
+        whole = path.read_bytes()
+        for damaged in (
+            b"of another time",
+            b"",
+            whole[:4096],
+            whole[:-1],
+            whole[: len(whole) // 2] + whole[len(whole) // 2 + 1 :],
+        ):
+            path.write_bytes(damaged)
+            assert not native._is_sealed(path)
         assert uses_native_kernels(CPU, torch.float32)
-    assert path.stat().st_size > 1000
+    assert native._is_sealed(path)
 
 
 def test_uses_native_kernels_says_once_that_there_is_no_compiler(empty_cache, monkeypatch, caplog):
@@ -366,6 +378,42 @@ def test_uses_native_kernels_says_once_that_there_is_no_compiler(empty_cache, mo
         uses_native_kernels(CPU, torch.float32)
 
 
+@pytest.mark.parametrize("given", ["nonsense", "/none/gcc -m64", "'gcc"])
+def test_find_compiler_refuses_a_variable_that_names_no_program(monkeypatch, given):
+    monkeypatch.setenv("CC", given)
+    with pytest.raises(CompileError, match="which names no program; set it to a C compiler, or unset it"):
+        find_compiler()
+
+
+@needs_compiler
+def test_find_compiler_keeps_the_options_of_the_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "gcc -m64")
+    assert find_compiler() == (shutil.which("gcc"), "-m64")
+    spaced = tmp_path / "my compiler"
+    spaced.symlink_to(shutil.which("gcc"))
+    monkeypatch.setenv("CC", str(spaced))
+    assert find_compiler() == (str(spaced),)
+
+
+def test_uses_native_kernels_tries_once_where_nothing_is_kept(monkeypatch, tmp_path, caplog):
+    """Two libraries count separately, and an unknown home folder is reported as an unwritable one is."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")
+    monkeypatch.delenv("COGVIEW_KERNELS", raising=False)
+    calls = []
+    monkeypatch.setattr(native, "_loaded", {})
+    monkeypatch.setattr(native, "find_compiler", lambda: (shutil.which("true"),))
+    monkeypatch.setattr(native, "_temporary_folder", lambda: SimpleNamespace(name=str(tmp_path)))
+    monkeypatch.setattr(native, "_compile", lambda compiler, source, path: calls.append(path) or path.write_bytes(b""))
+    native._decide.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert not uses_native_kernels(CPU, torch.float32)
+        assert not expects_native_kernels(CPU, torch.float32)
+        assert not uses_native_kernels(CPU, torch.bfloat16)
+    native._decide.cache_clear()
+    assert len(calls) == 1
+    assert "cannot be written" in caplog.text
+
+
 def test_uses_native_kernels_reports_a_compiler_that_fails(empty_cache, monkeypatch, tmp_path):
     compiler = tmp_path / "broken-cc"
     compiler.write_text("#!/bin/sh\necho 'layers.c:1: error: no such flag' >&2\nexit 1\n")
@@ -380,7 +428,7 @@ def test_compiled_library_works_without_a_cache_folder(monkeypatch, tmp_path, ca
     """An unwritable folder is reported, and the library is made for this process."""
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    monkeypatch.setattr(native, "find_compiler", lambda: shutil.which("true"))
+    monkeypatch.setattr(native, "find_compiler", lambda: (shutil.which("true"),))
     monkeypatch.setattr(native, "_compile", lambda compiler, source, path: path.write_bytes(b"library"))
     with caplog.at_level(logging.WARNING):
         path = compiled_library()
