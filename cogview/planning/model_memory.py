@@ -36,9 +36,9 @@ CONVERTED_LAYER_WIDTHS = 4 + 4 * (2 + 2 + 1)
 CONVERTED_LAYER_WIDTHS_IN_BLOCKS = CONVERTED_LAYER_WIDTHS + 4 * 2
 # In the attention: the layer's input, its norm, queries, keys and values, a copy of the queries, and the output.
 ATTENTION_WIDTHS = 7
-# With native kernels: the input of the layers and its copy, which they change, keys and values without a cache, and the
-# last norm with two temporaries; all in float32.
-NATIVE_WIDTHS = 6
+# With native kernels: the vectors that the layers change, keys and values without a cache, all in float32, and less
+# than one more for ids, positions and descriptions.
+NATIVE_WIDTHS = 4
 # Float32 copies of the scores (R x H x T x S) with a shared prefix or an int8 cache: with the bias, minus the maximum,
 # times alpha (PB-relax, arXiv:2105.13290), and after the softmax.
 RELAXED_SCORES = 4

@@ -137,8 +137,16 @@ class OtherLayer(nn.Module):
         self.attention, self.mlp = layer.attention, layer.mlp
         self.attend = ATTENTIONS["released order" if sandwich else "raw order"]
 
-    def forward(self, x_BTD: Tensor, bias_B1TS: Tensor | None, cache: KVCache | None, number: int) -> Tensor:
-        """Return the output in the shape of ``x_BTD``, in float16 under autocast; bias and cache are not supported."""
+    def forward(
+        self,
+        x_BTD: Tensor,
+        bias_B1TS: Tensor | None,
+        cache: KVCache | None,
+        number: int,
+        outputs_M: Tensor | None = None,
+    ) -> Tensor:
+        """Return the output in the shape of ``x_BTD``, in float16 under autocast; no bias, no cache."""
+        assert outputs_M is None
         if torch.is_autocast_enabled("cpu"):
             x_BTD = x_BTD.half()
         x_BTD = x_BTD + self.attention_output_norm(self._attention(self.attention_norm(x_BTD)))

@@ -15,7 +15,7 @@ from cogview.data.image_dataset import ImageExample, NamedRegion
 from cogview.data.store import NO_TOKEN, TokenStore
 from cogview.data.store_writer import StoreWriter
 from cogview.emoji.datasets import SceneEncodeSettings
-from cogview.emoji.scene import SCENE_KINDS, SceneWeights
+from cogview.emoji.scene import PLAIN_KINDS, SceneWeights
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 from cogview.tokenizers.text import TextTokenizer, train_text_tokenizer
@@ -156,7 +156,7 @@ def test_encode_dataset_writes_the_name_at_each_code(tmp_path, encode, world):
             assert piece in row["text"]
             assert tokenizer.decode([piece]) in thing.names
         seen.add(scene.kind)
-    assert seen == set(SCENE_KINDS)
+    assert seen == set(PLAIN_KINDS)
 
 
 def test_name_grid_is_empty_where_the_caption_has_no_name_of_an_object_or_two():
