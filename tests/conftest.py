@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import gc
+import json
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -178,6 +180,24 @@ def tiny_model(tiny_checkpoint: Path) -> CogView:
     from cogview.pipeline.cogview import CogView
 
     return CogView.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def edit_checkpoint(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the tiny checkpoint that was trained for edits and fills as well."""
+    folder = shutil.copytree(tiny_checkpoint, tmp_path_factory.mktemp("edits") / "editor")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"tasks": ["generate", "caption", "edit", "fill"], "source_dropout": 0.1}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def edit_model(edit_checkpoint: Path) -> CogView:
+    """Return the tiny checkpoint for edits, opened on the CPU in float32."""
+    from cogview.pipeline.cogview import CogView
+
+    return CogView.from_pretrained(edit_checkpoint, device="cpu")
 
 
 @pytest.fixture(scope="session")

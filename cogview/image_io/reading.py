@@ -107,7 +107,7 @@ def read_image(
                 ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image, on_note)
         except Exception as error:  # Pillow's readers raise nearly anything on broken data
-            raise _damaged(path, error) from None
+            raise damaged_image(path, error) from None
 
 
 @contextlib.contextmanager
@@ -281,7 +281,7 @@ def _open(file: BufferedReader[Any], path: Path, formats: tuple[str, ...]) -> Im
     except InputError:
         raise
     except Exception as error:  # Pillow's readers raise nearly anything on broken data
-        raise _damaged(path, error) from None
+        raise damaged_image(path, error) from None
 
 
 def _check_size(image: Image.Image, path: Path) -> None:
@@ -297,7 +297,7 @@ def _check_size(image: Image.Image, path: Path) -> None:
         raise InputError(f"{path} is {width} x {height} pixels; at most {MAX_SIDE:,} a side are read: crop it first")
 
 
-def _damaged(path: Path, error: Exception) -> InputError:
+def damaged_image(path: Path, error: Exception) -> InputError:
     """Return the error of a file that Pillow cannot decode."""
     reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(f"{path} is cut off or damaged: {reason}")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
 from typing import Literal
 
 from cogview.errors import InputError
 from cogview.image_io.reading import FitRule
 from cogview.tokenizers.layouts import Layout, layouts
-from cogview.tokenizers.tasks import check_grid
+from cogview.tokenizers.tasks import TASKS, check_grid
 from cogview.tokenizers.vocabulary import MAX_GRID, Vocabulary
 
 FORMAT_VERSION = 1  # of ``config.json``
@@ -341,6 +341,9 @@ class ModelConfig:
         """
         if self.upscale_sampling is not None and task in ("upscale", "low_level"):
             return self.upscale_sampling
+        row = TASKS.get(task)
+        if row is not None and row.output == "image" and "prompt" not in row.inputs:
+            return replace(self.sampling, guidance=1.0, text_attention=1.0)  # there is no text to follow
         return self.sampling
 
     @property

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from typing import Any, overload
 
-from cogview.errors import InputError
 from cogview.modeling.config import Sampling
-from cogview.pipeline import runner
 from cogview.pipeline.captioning import only_result
-from cogview.pipeline.image_codes import check_codes
+from cogview.pipeline.editing import EditingModel
 from cogview.pipeline.inputs import (
     ImageArray,
     ImageFile,
@@ -20,10 +17,8 @@ from cogview.pipeline.inputs import (
     ImagesLike,
     SeedsLike,
     TextsLike,
-    describe,
     list_images,
     list_texts,
-    require_callback,
     require_count,
     require_int,
     resolve_seeds,
@@ -31,27 +26,22 @@ from cogview.pipeline.inputs import (
 )
 from cogview.pipeline.ranking_rules import DEFAULT_RULE
 from cogview.pipeline.requests import (
-    GenerationRequest,
     completion_requests,
     text_to_image_requests,
     upscale_requests,
 )
 from cogview.pipeline.results import (
-    Caption,
     GeneratedImage,
-    GenerationProgress,
     ProgressCallback,
     only_images,
     repetition_notes,
 )
-from cogview.pipeline.scoring import ScoringModel
 from cogview.pipeline.tiles import upscale_tiles
-from cogview.tokenizers.tasks import TASKS
 
 log = logging.getLogger(__name__)
 
 
-class CogView(ScoringModel):
+class CogView(EditingModel):
     """A model and what it does for people. ``CogView.from_pretrained`` opens one.
 
     * Images are given as paths, PIL images, arrays (H, W, 3), (H, W, 4) or (H, W), or tensors (3, H, W). Arrays and
@@ -314,94 +304,3 @@ class CogView(ScoringModel):
         requests = upscale_requests(checked, items, codes, task=task, seeds=seeds, sampling=settings)
         upscaled = list(only_images(self.run(requests, batch_size=batch_size, callback=callback)))
         return only_result(upscaled, callback) if is_single else upscaled
-
-    def run(
-        self,
-        requests: Iterable[GenerationRequest],
-        *,
-        batch_size: int | None = None,
-        callback: ProgressCallback | None = None,
-    ) -> Iterator[GeneratedImage | Caption]:
-        """Generate what is requested; different tasks share batches.
-
-        Arguments are checked at once; the work starts with the first result that is taken.
-
-        Args:
-            requests: The requests.
-            batch_size: Maximum number of requests at a time, from 1; None: as many as memory holds and pay.
-            callback: Called with a ``GenerationProgress`` after every line of codes. Where it returns False, the
-                iterator ends.
-
-        Returns:
-            An iterator over images and captions in the order of the requests, as batches are finished.
-
-        Raises:
-            InputError: If the weights were not trained for a task, or a prompt, codes or a setting cannot be used.
-
-        Examples:
-            >>> cat = GenerationRequest(prompt="一只猫", seed=1, sampling=Sampling(top_k=20))
-            >>> caption = GenerationRequest(task="caption", seed=1, codes=model.encode_images("apple.png"))
-            >>> [type(result).__name__ for result in model.run([cat, caption])]
-            ['GeneratedImage', 'Caption']
-        """
-        require_callback(callback)
-        given = list(requests) if isinstance(requests, Iterable) else requests
-        resolved, context = self._resolve(given), self.context
-        originals = dict(zip(resolved, given, strict=True))
-
-        def report(progress: GenerationProgress) -> object:
-            """Report progress with the requests of the caller, which may have been completed."""
-            assert callback is not None
-            return callback(replace(progress, requests=tuple(originals.get(one, one) for one in progress.requests)))
-
-        return runner.run_requests(resolved, context, context.planner(batch_size), callback and report)
-
-    def batch_sizes(self, requests: Iterable[GenerationRequest], *, batch_size: int | None = None) -> list[int]:
-        """Return the sizes of the batches in which ``run`` would take the requests now, in order.
-
-        Args:
-            requests: The requests.
-            batch_size: Maximum number of requests at a time, from 1; None plans it by memory.
-
-        Raises:
-            InputError: As ``run`` does.
-
-        Examples:
-            >>> requests = [GenerationRequest(prompt="一只猫", seed=1, index=index) for index in range(6)]
-            >>> model.batch_sizes(requests, batch_size=4)
-            [3, 3]
-        """
-        resolved, context = self._resolve(requests), self.context
-        return runner.RequestQueue(resolved, context).batch_sizes(context.planner(batch_size))
-
-    def _resolve(self, requests: Iterable[GenerationRequest]) -> list[GenerationRequest]:
-        """Return checked requests, each with sampling settings, piece ids and int64 codes; InputError for bad ones."""
-        if isinstance(requests, GenerationRequest) or not isinstance(requests, Iterable):
-            raise InputError(f"requests must be a list of GenerationRequest, got {describe(requests)}")
-        given = list(requests)
-        for number, request in enumerate(given):
-            if not isinstance(request, GenerationRequest):
-                raise InputError(f"requests[{number}] must be a GenerationRequest, got {describe(request)}")
-        for task in dict.fromkeys(request.task for request in given):
-            if task in TASKS and TASKS[task].output == "ranking":
-                raise InputError(f"the task {task!r} generates nothing; call rerank or score")
-            self.require_task(task)
-        pieces: dict[str, tuple[int, ...]] = {}
-        resolved = []
-        for number, one in enumerate(given):
-            changes: dict[str, Any] = {}
-            if one.sampling is None:
-                changes["sampling"] = self._config(one.task).sampling_of(one.task)
-            if one.prompt_ids is None and "prompt" in TASKS[one.task].inputs:
-                if one.prompt not in pieces:
-                    pieces[one.prompt] = self.tokenize([one.prompt])[0].ids
-                changes["prompt_ids"] = pieces[one.prompt]
-            if one.codes is not None:
-                codes = check_codes(one.codes, self.vocabulary.num_image_codes, f"requests[{number}].codes")
-                if codes is not one.codes:
-                    changes["codes"] = codes
-            resolved.append(replace(one, **changes) if changes else one)
-        for task, sampling in {(one.task, one.sampling) for one in resolved}:
-            assert sampling is not None
-            self._check_guidance(sampling, task)
-        return resolved

@@ -13,6 +13,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import fields, replace
 from difflib import get_close_matches
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -222,6 +223,25 @@ def require_int(value: Any, noun: str, least: int, greatest: int | None = None) 
 def require_count(value: Any, noun: str) -> int:
     """Return ``value``, a number of results from 1 to ``MAX_RESULTS``; InputError for any other."""
     return require_int(value, noun, 1, MAX_RESULTS)
+
+
+def require_share(value: Any, noun: str, *, above_zero: bool = False) -> float:
+    """Return ``value``, a share from 0 to 1, as a float.
+
+    Args:
+        value: A number.
+        noun: Name of the argument, for messages.
+        above_zero: Whether 0 is refused.
+
+    Raises:
+        InputError: If it is no number in the range.
+    """
+    if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
+        raise InputError(f"{noun} must be a number, got {describe(value)}")
+    share = float(value)
+    if not (0 < share <= 1 if above_zero else 0 <= share <= 1):
+        raise InputError(f"{noun} must be in {'(' if above_zero else '['}0, 1], got {share:g}")
+    return share
 
 
 def option_text(value: Any, name: str, *types: type) -> str:

@@ -39,6 +39,7 @@ from cogview.pipeline.prompt_checks import PromptChecks
 from cogview.pipeline.ranking_rules import RankingRule, ranking_rule
 from cogview.pipeline.requests import Prompt, tokenize_prompt
 from cogview.pipeline.results import GeneratedImage
+from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.text import TextTokenizer
 from cogview.tokenizers.vocabulary import Vocabulary
 from cogview.vqvae.model import VQVAE
@@ -264,7 +265,7 @@ class LoadedModel:
             require_known_task(task)
             return self.model.transformer
         self.require_task(task)
-        return self.bundle.transformer(task)
+        return self.bundle.transformer(TASKS[task].weights)
 
     @property
     def context(self) -> PipelineContext:
@@ -290,14 +291,16 @@ class LoadedModel:
         Raises:
             InputError: If they were not, or the part of a bundle that does it is not on this machine.
         """
-        if task in self.config.tasks:
+        weights = TASKS[task].weights if task in TASKS else task
+        if weights in self.config.tasks:
             return
-        if self.bundle is not None and (part := load_registry()[self.name].parts.get(task)):
+        if self.bundle is not None and (part := load_registry()[self.name].parts.get(weights)):
             raise InputError(
                 f"the task {task!r} of {self.name} needs {part}, which is not on this machine: cogview download {part}"
             )
+        needed = f"{weights!r}" if task == weights else f"{weights!r}, which {task!r} needs"
         known = ", ".join(self.config.tasks)
-        raise InputError(f"{self.name} was not trained for the task {task!r}; its tasks are: {known}")
+        raise InputError(f"{self.name} was not trained for the task {needed}; its tasks are: {known}")
 
     def require_ranking(self, by: str) -> None:
         """Check that the weights can compute a score.
@@ -376,7 +379,7 @@ class LoadedModel:
     def _config(self, task: str) -> ModelConfig:
         """Return the config of the weights that do ``task``; InputError for an unknown task."""
         require_known_task(task)
-        return self.config if self.bundle is None else self.bundle.configs.get(task, self.config)
+        return self.config if self.bundle is None else self.bundle.configs.get(TASKS[task].weights, self.config)
 
     def _resolve_sampling(self, base: Sampling | None, overrides: dict[str, float | None], task: str) -> Sampling:
         """Return sampling settings as ``sampling`` does."""
@@ -385,7 +388,12 @@ class LoadedModel:
         return sampling
 
     def _check_guidance(self, sampling: Sampling, task: str) -> None:
-        """Raise InputError for guidance by weights that never saw an image without its caption."""
+        """Raise InputError for guidance without a text, or by weights that never saw an image without its caption."""
+        row = TASKS[task]
+        if sampling.guidance != 1 and row.output == "image" and "prompt" not in row.inputs:
+            raise InputError(
+                f"the task {task!r} has no text that could guide it: guidance must be 1, got {sampling.guidance:g}"
+            )
         if sampling.guidance != 1 and not self._config(task).caption_dropout:
             raise InputError(
                 f"{self.name} was trained without caption dropout, so it cannot be guided: guidance must be 1, "

@@ -17,6 +17,7 @@ from cogview.errors import InputError
 from cogview.generation.requests import DecodingRequest, DecodingResult
 from cogview.generation.sampling import noise_stream
 from cogview.pipeline.context import PipelineContext
+from cogview.pipeline.masks import sample_changes
 from cogview.pipeline.requests import GenerationRequest
 from cogview.tokenizers.layouts import TokenSequence
 from cogview.tokenizers.tasks import TASKS, Task
@@ -83,6 +84,27 @@ class SingleStepProgram:
         self.log_probability = result.log_probability
         self.output = result.ids[span].reshape(self._shape)
         self._pending = []
+
+
+class FinishedProgram:
+    """A request that changes nothing of its image; a ``DecodingProgram``.
+
+    Args:
+        request: The request, with the codes of the image.
+    """
+
+    def __init__(self, request: GenerationRequest) -> None:
+        assert request.codes is not None
+        self.request = request
+        self.output: np.ndarray = request.codes.copy()
+        self.log_probability = 0.0
+
+    def pending(self) -> Sequence[DecodingRequest]:
+        """Return nothing."""
+        return ()
+
+    def advance(self, results: Sequence[DecodingResult]) -> None:
+        """Do nothing."""
 
 
 class WindowedUpscaleProgram:
@@ -175,13 +197,27 @@ class ProgramBuilder:
         prompt_ids = self._prompt_ids(request) if "prompt" in task.inputs else ()
         if task.windowed:
             return WindowedUpscaleProgram(request, self._context, prompt_ids)
-        key = (task.name, prompt_ids, id(request.codes), is_guided(request))
+        changes = self._changes(request, task)
+        if changes is not None and not changes.any():
+            return FinishedProgram(request)
+        where = None if changes is None else changes.tobytes()
+        key = (task.name, prompt_ids, id(request.codes), where, is_guided(request))
         if self._arranged is None or self._arranged[0] != key:
-            unconditional = self._arrange(task, (), request.codes) if is_guided(request) else None
-            self._arranged = key, (self._arrange(task, prompt_ids, request.codes), unconditional)
+            unconditional = self._arrange(task, (), request.codes, changes) if is_guided(request) else None
+            self._arranged = key, (self._arrange(task, prompt_ids, request.codes, changes), unconditional)
         side = round(task.output_scale * self._context.config.grid)
         shape = (side, side) if task.output == "image" else (-1,)
         return SingleStepProgram(request, *self._arranged[1], shape, prompt_ids)
+
+    def _changes(self, request: GenerationRequest, task: Task) -> NDArray[np.bool_] | None:
+        """Return the codes (G, G) that a request changes; None for a task that gives no codes of the image."""
+        if task.masked_image is None:
+            return None
+        grid = self._context.config.grid
+        if request.codes is None or request.codes.shape != (grid, grid):
+            raise InputError(f"a request of the task {request.task!r} needs the {grid} x {grid} codes of an image")
+        mask = np.ones((grid, grid), dtype=bool) if request.mask is None else request.mask
+        return sample_changes(mask, request.strength, seed=request.seed, index=request.index)
 
     def _prompt_ids(self, request: GenerationRequest) -> Sequence[int]:
         """Return the piece ids of the prompt; consecutive requests of one prompt are tokenized once."""
@@ -191,10 +227,19 @@ class ProgramBuilder:
             self._prompt = request.prompt, tuple(self._context.text_tokenizer.encode(request.prompt))
         return self._prompt[1]
 
-    def _arrange(self, task: Task, prompt_ids: Sequence[int], codes: np.ndarray | None) -> TokenSequence:
-        """Return the sequence of a task with what is given."""
+    def _arrange(
+        self,
+        task: Task,
+        prompt_ids: Sequence[int],
+        codes: np.ndarray | None,
+        changes: NDArray[np.bool_] | None,
+    ) -> TokenSequence:
+        """Return the sequence of a task with what is given; ``changes`` are the codes to generate, None for all."""
         max_text = self._context.config.caption_positions if task.output == "text" else None
         values = given_values(task, prompt_ids, codes)
+        if changes is not None and task.masked_image is not None:
+            kept: np.ma.MaskedArray = np.ma.array(codes, mask=changes)
+            values |= {task.blank_name: kept} | ({task.masked_image.name: kept} if task.fills else {})
         try:
             return self._layouts[task.weights].arrange(self._context.vocabulary, max_text=max_text, **values)
         except ValueError as error:

@@ -13,7 +13,8 @@ from cogview.errors import InputError
 from cogview.formatting import shorten
 from cogview.generation.sampling import MAX_SEED
 from cogview.modeling.config import Sampling
-from cogview.pipeline.inputs import ImageLike, describe, require_int
+from cogview.pipeline.inputs import ImageLike, describe, require_int, require_share
+from cogview.tokenizers.tasks import TASKS
 from cogview.tokenizers.text import TextTokenizer
 
 EMPTY_PROMPT = "the prompt is empty; describe an image, for example 一个红苹果"
@@ -43,12 +44,17 @@ class GenerationRequest:
         index: Number of the image among those of its prompt, or of the caption among those of its image.
         task: Name of a task (``tokenizers/tasks.py``).
         codes: Codes that are given. To ``generate``: the first rows (R, G) of the image, if any. To ``upscale`` and
-            ``caption``: those (G, G) of the image. To ``low_level``: those (G/2, G/2) of the small image.
+            ``caption``: those (G, G) of the image. To ``low_level``: those (G/2, G/2) of the small image. To ``edit``,
+            ``fill`` and ``vary``: those (G, G) of the image to start from.
+        mask: Of the last three: codes that may change, (G, G) bool, while the others are given. None: all.
+        strength: Share of these codes that changes, from 0 to 1, chosen by noise keyed by (seed, index)
+            (``masks.sample_changes``).
         sampling: None: the settings of the model for the task.
         prompt_ids: Piece ids of the prompt; None: the prompt is tokenized when the request runs.
 
     Raises:
-        InputError: If the prompt is no text, the seed or index is out of range, or ``sampling`` is no ``Sampling``.
+        InputError: If the prompt is no text, the seed, index or strength is out of range, or ``sampling`` is no
+            ``Sampling``.
     """
 
     prompt: str = ""
@@ -56,6 +62,8 @@ class GenerationRequest:
     index: int = 0
     task: str = "generate"
     codes: np.ndarray | None = field(default=None, repr=False)
+    mask: np.ndarray | None = field(default=None, repr=False)
+    strength: float = 1.0
     sampling: Sampling | None = None
     prompt_ids: tuple[int, ...] | None = field(default=None, repr=False)
 
@@ -64,8 +72,30 @@ class GenerationRequest:
             raise InputError(f"the prompt must be a text, got {describe(self.prompt)}")
         require_int(self.seed, "the seed", 0, MAX_SEED)
         require_int(self.index, "the index of the image", 0, MAX_SEED)
+        require_share(self.strength, "strength")
         if self.sampling is not None and not isinstance(self.sampling, Sampling):
             raise InputError(f"sampling must be a Sampling, got {describe(self.sampling)}")
+
+
+def check_changes(request: GenerationRequest, grid: int, name: str) -> None:
+    """Check the mask and the strength of a request.
+
+    Args:
+        request: The request, of a known task.
+        grid: G, codes on a side.
+        name: Name of the request, for messages.
+
+    Raises:
+        InputError: If its task has none of them, or the mask is no bool array (G, G).
+    """
+    mask = request.mask
+    if (mask is not None or request.strength != 1) and TASKS[request.task].masked_image is None:
+        users = ", ".join(task for task, row in TASKS.items() if row.masked_image is not None)
+        raise InputError(
+            f"{name}: mask and strength mean nothing for the task {request.task!r}; they belong to: {users}"
+        )
+    if mask is not None and not (isinstance(mask, np.ndarray) and mask.shape == (grid, grid) and mask.dtype == bool):
+        raise InputError(f"{name}.mask must be a bool array {(grid, grid)} of codes, got {describe(mask)}")
 
 
 def tokenize_prompt(text: str, tokenizer: TextTokenizer, max_text: int, convert: Callable[[str], str]) -> Prompt:
@@ -167,6 +197,46 @@ def upscale_requests(
             sampling=sampling,
         )
         for prompt, image, codes, seed in zip(prompts, images, codes_BGG, seeds, strict=True)
+    ]
+
+
+def edit_requests(
+    task: str,
+    prompts: Sequence[Prompt],
+    codes_BGG: np.ndarray,
+    masks: Sequence[np.ndarray | None],
+    *,
+    strength: float = 1.0,
+    n: int,
+    seeds: Sequence[int],
+    sampling: Sampling,
+) -> list[GenerationRequest]:
+    """Return requests for ``n`` edits of each image, image by image.
+
+    Args:
+        task: ``edit``, ``fill`` or ``vary``.
+        prompts: A checked text for each image.
+        codes_BGG: Codes of the images, (B, G, G).
+        masks: Codes that may change of each image, (G, G) bool; None: all.
+        strength: Share of them that changes.
+        n: Edits per image.
+        seeds: Seed of each image.
+        sampling: Sampling settings.
+    """
+    return [
+        GenerationRequest(
+            prompt=prompt.text,
+            prompt_ids=prompt.ids,
+            seed=seed,
+            index=index,
+            task=task,
+            codes=codes,
+            mask=mask,
+            strength=strength,
+            sampling=sampling,
+        )
+        for prompt, codes, mask, seed in zip(prompts, codes_BGG, masks, seeds, strict=True)
+        for index in range(n)
     ]
 
 

@@ -17,6 +17,7 @@ from cogview import __version__
 from cogview.formatting import shorten
 from cogview.modeling.config import Sampling
 from cogview.pipeline.requests import MAX_SHOWN, GenerationRequest
+from cogview.tokenizers.tasks import TASKS
 
 MIN_DIFFERENT = 0.75  # fraction of the images of a prompt; with fewer different ones their number is noted
 
@@ -132,6 +133,9 @@ class GeneratedImage(Image.Image):
         codes: (G, G) int64 codes of the image, (2G, 2G) after upscaling, or (N, 2G, 2G) after upscaling N tiles.
         log_probability: Log-probability of the sampled codes before guidance and filters, in nats.
         sampling: Settings that it was sampled with.
+        task: Task of its request, such as ``edit``.
+        mask: Of an edited, filled or varied image: the codes that might change, (G, G) bool; None: all.
+        strength: Share of these that changed.
         model_prompt: The prompt as the model was given it, such as 三只狐狸 for 三只🦊.
         codebook_sha256: Hash of the codebook that gives the codes their meaning.
         score: Score by which it was ranked, once it was computed.
@@ -144,6 +148,9 @@ class GeneratedImage(Image.Image):
     codes: np.ndarray
     log_probability: float
     sampling: Sampling
+    task: str = "generate"
+    mask: np.ndarray | None = None
+    strength: float = 1.0
     codebook_sha256: str = ""
     score: Score | None = None
     _checksum: int = 0
@@ -167,6 +174,7 @@ class GeneratedImage(Image.Image):
         image.prompt, image.seed, image.index = request.prompt, request.seed, request.index
         image.model_prompt = request.prompt
         image.codes, image.log_probability, image.sampling = codes, log_probability, request.sampling
+        image.task, image.mask, image.strength = request.task, request.mask, request.strength
         image._checksum = zlib.crc32(pixels.tobytes())
         return image
 
@@ -213,6 +221,8 @@ class GeneratedImage(Image.Image):
             "log_probability": str(self.log_probability),
             "cogview": __version__,
         }
+        if TASKS[self.task].masked_image is not None:
+            texts |= self._edit_metadata()
         if self.model_prompt != self.prompt:
             texts["model_prompt"] = self.model_prompt
         if self.score is not None:
@@ -222,6 +232,14 @@ class GeneratedImage(Image.Image):
                 "ranked_by": self.score.ranked_by,
             }
         return texts
+
+    def _edit_metadata(self) -> dict[str, str]:
+        """Return the text chunks that say which codes of another image might change."""
+        texts = {"task": self.task}
+        if self.mask is not None:
+            texts["mask_codes"] = " ".join("".join(map(str, line)) for line in self.mask.astype(int))
+        share = {"keep": 1 - self.strength} if self.task == "vary" else {"strength": self.strength}
+        return texts | {name: f"{value:.12g}" for name, value in share.items()}
 
 
 def source_metadata(image: object, task: str = "generate") -> dict[str, str]:

@@ -74,7 +74,9 @@ class RequestQueue:
 
     def _first_bytes(self, indices: Sequence[int]) -> int:
         """Return the bytes that the first sequences of some programs take."""
-        return _decoding_bytes([self._program(index).pending()[0] for index in indices], self._context)
+        return _decoding_bytes(
+            [step for index in indices for step in self._program(index).pending()[:1]], self._context
+        )
 
 
 def run_requests(
@@ -205,7 +207,7 @@ def _decode_programs(
     callback: ProgressCallback | None,
 ) -> None:
     """Advance programs side by side until nothing is pending."""
-    active = list(programs)
+    active = [program for program in programs if program.pending()]
     while active:
         transformers = [context.transformer_for(TASKS[program.request.task].weights) for program in active]
         results: dict[DecodingProgram, list[DecodingResult]] = {program: [] for program in active}
@@ -251,17 +253,18 @@ def _line_callback(
     callback: ProgressCallback, context: PipelineContext, steps: Sequence[tuple[DecodingProgram, DecodingRequest]]
 ) -> Callable[[DecodingProgress], object]:
     """Return a callback of ``decode`` that calls ``callback`` after every line of codes."""
-    counted, grid = 0, context.config.grid
+    last, counted, grid = 0, 0, context.config.grid
+    num_blanks = sum(int(step.sequence.blanks.sum()) for _, step in steps)
 
     def on_progress(progress: DecodingProgress) -> object:
-        nonlocal counted
-        if progress.done // grid == counted // grid and progress.done < progress.total:
+        nonlocal last, counted
+        if progress.done // grid == last // grid and progress.done < progress.total:
             return True
-        new, counted = progress.done - counted, progress.done
+        before, last, counted = counted, progress.done, num_blanks * progress.done // progress.total
         return callback(
             GenerationProgress(
                 requests=tuple(program.request for program, _ in steps),
-                num_new=new * len(steps),
+                num_new=counted - before,
                 done=progress.done,
                 total=progress.total,
                 codes=lambda: [
@@ -329,6 +332,8 @@ def _blank_ids(sequence: TokenSequence, context: PipelineContext) -> range:
 
 def _decoding_bytes(steps: Sequence[DecodingRequest], context: PipelineContext) -> int:
     """Return the bytes that decoding a batch takes beside the weights."""
+    if not steps:
+        return 0
     transformer, device = context.planned_transformer, context.placement.device
     window = window_limits(device, transformer.cpu_layers, context.speculative).width(len(steps))
     num_blanks = max(int(step.sequence.blanks.sum()) for step in steps)  # a window is never wider
