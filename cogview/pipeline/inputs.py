@@ -239,8 +239,10 @@ def require_share(value: Any, noun: str, *, above_zero: bool = False) -> float:
     if isinstance(value, bool | np.bool_) or not isinstance(value, Real):
         raise InputError(f"{noun} must be a number, got {describe(value)}")
     share = float(value)
-    if not (0 < share <= 1 if above_zero else 0 <= share <= 1):
-        raise InputError(f"{noun} must be in {'(' if above_zero else '['}0, 1], got {share:g}")
+    if above_zero and not 0 < share <= 1:
+        raise InputError(f"{noun} must be in (0, 1], got {share:g}")
+    if not 0 <= share <= 1:
+        raise InputError(f"{noun} must be in [0, 1], got {share:g}")
     return share
 
 
