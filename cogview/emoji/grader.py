@@ -61,8 +61,8 @@ class SceneGrade(ABC):
     """
 
     scene: Scene
-    colour: bool
-    object: bool
+    colour: bool | None
+    object: bool | None
     count: bool | None
     relation: bool | None
 
@@ -168,7 +168,7 @@ class SceneGrader:
             best = (-math.inf, 0)
             for side in sides:
                 ((x, y),) = self.world.positions_in(cell, side)
-                gains = self._bank(side, 1).gains(_patches(residual, [(x, y)], side), colour)[0]
+                gains = self._bank(side, 1).gains(patches_of(residual, [(x, y)], side), colour)[0]
                 best = max(best, (float(gains.max()), int(gains.argmax())))
             return best
         return self._search(residual, cell, colour, sides)
@@ -187,7 +187,7 @@ class SceneGrader:
                     for x, y in self.world.positions_in(cell, side)
                 }
             )
-            gains_PN = self._bank(side, factor).gains(_patches(reduced, positions, small), colour)
+            gains_PN = self._bank(side, factor).gains(patches_of(reduced, positions, small), colour)
             best_position_N = gains_PN.argmax(axis=0)
             gains_N = gains_PN.max(axis=0) * factor**2  # a reduced pixel stands for factor**2
             for candidate in np.argsort(-gains_N)[:_SHORTLIST]:
@@ -200,7 +200,7 @@ class SceneGrader:
                 for x, y in self.world.positions_in(cell, side)
                 if abs(x - near_x) <= factor and abs(y - near_y) <= factor
             ]
-            gains = self._bank(side, 1).gains(_patches(residual, positions, side), colour, candidate)
+            gains = self._bank(side, 1).gains(patches_of(residual, positions, side), colour, candidate)
             best = max(best, (float(gains.max(initial=-math.inf)), candidate))
         return best
 
@@ -274,7 +274,7 @@ def grade_explanation(explanation: Explanation, scene: Scene) -> ImageGrade:
     return ImageGrade(scene=scene, explanation=explanation, colour=colour, object=right, count=count, relation=relation)
 
 
-def _patches(image: np.ndarray, positions: Sequence[tuple[int, int]], side: int) -> np.ndarray:
+def patches_of(image: np.ndarray, positions: Sequence[tuple[int, int]], side: int) -> np.ndarray:
     """Squares of an image at positions (left, top): (P, S * S, 3)."""
     squares = [image[y : y + side, x : x + side].reshape(side * side, 3) for x, y in positions]
     return np.stack(squares) if squares else np.empty((0, side * side, 3), dtype=image.dtype)

@@ -200,15 +200,22 @@ def describes(parsed: ParsedCaption, scene: Scene) -> bool:
         same_kind = parsed.kind == scene.kind
         return same_kind and all(one in meant for one, meant in zip(emoji, parsed.things, strict=True))
     same_kind = parsed.kind == scene.kind or (parsed.kind == "beside" and scene.kind == "above")
-    return same_kind and _match(emoji, parsed.things)
+    return same_kind and match_names(emoji, parsed.things)
 
 
-def _match(emoji: Sequence[str], things: Sequence[frozenset[str]]) -> bool:
-    """Whether the objects can be assigned to the meanings, in any order."""
+def match_names(emoji: Sequence[str], things: Sequence[frozenset[str]]) -> bool:
+    """Return whether objects can be assigned to the meanings of names, in any order.
+
+    Args:
+        emoji: The objects.
+        things: For each name, every emoji that it may mean.
+    """
+    if len(emoji) != len(things):
+        return False
     if not emoji:
         return True
     others = emoji[1:]
     return any(
-        emoji[0] in meant and _match(others, [*things[:index], *things[index + 1 :]])
+        emoji[0] in meant and match_names(others, [*things[:index], *things[index + 1 :]])
         for index, meant in enumerate(things)
     )
