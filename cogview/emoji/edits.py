@@ -80,6 +80,11 @@ class Edit:
     result: Scene
 
     @property
+    def meaning(self) -> str:
+        """The meanings of both scenes."""
+        return f"{self.source.meaning} > {self.result.meaning}"
+
+    @property
     def held_out(self) -> bool:
         """Whether the result is for evaluation only."""
         return self.result.held_out

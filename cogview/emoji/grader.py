@@ -67,9 +67,14 @@ class SceneGrade(ABC):
     relation: bool | None
 
     @property
+    def parts(self) -> dict[str, bool | None]:
+        """The verdicts by their names."""
+        return {"colour": self.colour, "object": self.object, "count": self.count, "relation": self.relation}
+
+    @property
     def everything(self) -> bool:
         """Whether no part is wrong."""
-        return all(part is not False for part in (self.colour, self.object, self.count, self.relation))
+        return all(part is not False for part in self.parts.values())
 
     @abstractmethod
     def confusions(self) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from cogview.emoji.captions import ParsedCaption, ParsedSign
 from cogview.emoji.edits import Edit
-from cogview.emoji.grader import SceneGrade, SceneGrader
+from cogview.emoji.grader import ImageGrade, SceneGrade, SceneGrader
 from cogview.emoji.rich_grader import RichExplainer, RichExplanation
 from cogview.emoji.rich_reader import match_names
 from cogview.emoji.scene import Scene, layout_of
@@ -63,9 +63,9 @@ class RichGrade(SceneGrade):
     explanation: RichExplanation
 
     @property
-    def everything(self) -> bool:
-        """Whether no part is wrong."""
-        return super().everything and self.style is not False and self.characters is not False
+    def parts(self) -> dict[str, bool | None]:
+        """The verdicts by their names."""
+        return {**super().parts, "style": self.style, "characters": self.characters}
 
     def confusions(self) -> list[tuple[str, str]]:
         """Return (asked, found); ``found`` is "" for every object of which there is no counterpart."""
@@ -144,6 +144,9 @@ def _is_arranged_as(found: RichExplanation, scene: Scene) -> bool:
     return found.layout == layout_of(scene) and len(found.things) == len(scene.shown)
 
 
+AnyGrade = ImageGrade | RichGrade
+"""A grade of an image of a plain or of a rich world."""
+
 AnyGrader = SceneGrader | RichGrader
 """A grader of a plain or of a rich world."""
 
@@ -172,6 +175,23 @@ def describe_scene(scene: Scene) -> ParsedCaption:
         pattern=scene.pattern,
         style=scene.style if scene.things else None,
         sign=None if sign is None else ParsedSign(text=sign.text, board=sign.board, typeface=sign.typeface),
+    )
+
+
+def explanation_of(scene: Scene) -> RichExplanation:
+    """Return what a grader finds in a true image of a scene.
+
+    Args:
+        scene: The scene.
+    """
+    return RichExplanation(
+        colour=scene.colour,
+        layout=layout_of(scene),
+        things=scene.shown,
+        error=0.0,
+        styles=(scene.style,) * len(scene.shown),
+        pattern=scene.pattern,
+        sign=scene.sign,
     )
 
 

@@ -30,6 +30,7 @@ from cogview.emoji.rich_captions import (
 from cogview.emoji.scene import COLOURS, Colour, Scene, SceneKind
 from cogview.emoji.things import EmojiObject
 from cogview.emoji.traditional import simplifying_table
+from cogview.emoji.world import EmojiWorld
 
 _QUOTED = re.compile('[“「"]([^”」"]{1,2})[”」"]')
 _MARK = "“”"  # stands for the quoted text
@@ -173,6 +174,17 @@ def take_quoted(text: str) -> tuple[str, str]:
     if match is None:
         return text, ""
     return text[: match.start()] + _MARK + text[match.end() :], match.group(1)
+
+
+def make_reader(world: EmojiWorld) -> CaptionReader:
+    """Return the parser of the captions of a world.
+
+    Args:
+        world: The world.
+    """
+    if world.settings.is_rich:
+        return RichReader(world.things, world.colours, world.traditional)
+    return CaptionReader(world.things, world.colours)
 
 
 def describes(parsed: ParsedCaption, scene: Scene) -> bool:

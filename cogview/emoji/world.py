@@ -216,7 +216,7 @@ class EmojiWorld:
             self.characters.paste(image, scene.sign, tiles, border=scene.kind == "sign")
         return image
 
-    def caption(self, scene: Scene, seed: int = 0, complete: bool = False) -> str:
+    def caption(self, scene: Scene, seed: int = 0, complete: bool = False, *, wording: Scene | None = None) -> str:
         """Return a Chinese caption of a scene.
 
         Args:
@@ -224,11 +224,12 @@ class EmojiWorld:
             seed: Seed of the wording.
             complete: Always name the background, which one caption in ten omits otherwise; in a rich world, name
                 every attribute.
+            wording: Scene whose wording is used; that of the scene itself if None.
         """
+        random = KeyedRandom("caption", seed, (wording or scene).meaning)
         if self.settings.is_rich or not scene.is_plain:
-            random = KeyedRandom("caption", seed, scene.meaning)
             return self._writer.write(scene, random, complete=complete)
-        return write_caption(scene, KeyedRandom("caption", seed, scene.meaning), complete=complete)
+        return write_caption(scene, random, complete=complete)
 
     @cached_property
     def _writer(self) -> RichWriter:

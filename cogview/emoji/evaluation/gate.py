@@ -9,7 +9,7 @@ improbable without a change.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -17,11 +17,14 @@ from typing import Any
 import numpy as np
 
 from cogview.config_io import to_mapping
-from cogview.data.keyed_random import KeyedRandom
-from cogview.emoji.captions import CaptionReader, write_caption
-from cogview.emoji.evaluation.captions import CaptionGrader, generate_captions, images_without_notes
-from cogview.emoji.evaluation.scenes import PARTS, check_world, held_out_scenes
-from cogview.emoji.grader import SceneGrader
+from cogview.emoji.evaluation.captions import generate_captions
+from cogview.emoji.evaluation.edits import held_out_edits, kept_codes, measures_edits, run_edits
+from cogview.emoji.evaluation.images import images_without_notes
+from cogview.emoji.evaluation.rich_captions import make_caption_grader
+from cogview.emoji.evaluation.scenes import check_world, held_out_scenes, parts_of_grades
+from cogview.emoji.evaluation.similar_captions import similar_captions
+from cogview.emoji.rich_grades import AnyGrade, AnyGrader, RichGrader, make_grader
+from cogview.emoji.rich_reader import make_reader
 from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
@@ -112,11 +115,11 @@ def run_gate(
     limit = None if before is None else earlier_limit(before, world)
     check_world(model, world)
     asked = ask(world, settings)
-    grader = SceneGrader(world)
+    grader = make_grader(world)
     if limit is None:
         limit = clean_limit(model, grader, settings.batch_size)
     rows: dict[str, dict[str, float]] = {}
-    for group in gate_groups(model):
+    for group in gate_groups(model, world):
         rows |= measure_group(group, model, grader, sampling, settings, limit)
     manifest = Manifest(
         measure=MEASURE,
@@ -131,17 +134,19 @@ def run_gate(
     return manifest, _summaries(rows), as_items(rows)
 
 
-def gate_groups(model: CogView) -> tuple[str, ...]:
+def gate_groups(model: CogView, world: EmojiWorld | None = None) -> tuple[str, ...]:
     """Return the names of the groups of rows that a model can be measured on.
 
     Args:
         model: The model.
+        world: The world of the model; None for a plain one.
     """
-    return ("images", "diversity", "captions") if "caption" in model.config.tasks else ("images", "diversity")
+    groups = ("images", "diversity", "captions") if "caption" in model.config.tasks else ("images", "diversity")
+    return (*groups, "edits") if world is not None and measures_edits(model, world) else groups
 
 
 def measure_group(
-    group: str, model: CogView, grader: SceneGrader, sampling: Sampling, settings: GateSettings, limit: float
+    group: str, model: CogView, grader: AnyGrader, sampling: Sampling, settings: GateSettings, limit: float
 ) -> dict[str, dict[str, float]]:
     """Return the rows of a group by name: for each row, a value in [0, 1] of each item by its caption.
 
@@ -161,6 +166,8 @@ def measure_group(
         return _drawing_rows(model, grader, asked, sampling, settings, limit)
     if group == "diversity":
         return _diversity_rows(model, grader, _open_prompts(grader.world, asked), sampling, settings)
+    if group == "edits":
+        return _edit_rows(model, grader, sampling, settings)
     return _caption_rows(model, grader.world, asked[:CAPTIONED], settings)
 
 
@@ -179,7 +186,7 @@ def ask(world: EmojiWorld, settings: GateSettings) -> list[tuple[Scene, str]]:
     return held_out_scenes(world, settings.prompts, settings.seed)
 
 
-def clean_limit(model: CogView, grader: SceneGrader, batch_size: int) -> float:
+def clean_limit(model: CogView, grader: AnyGrader, batch_size: int) -> float:
     """Return the largest error of a clean image: the ``CLEAN_QUANTILE`` of those of reconstructions of true scenes.
 
     Args:
@@ -268,7 +275,7 @@ def compare_rows(before: Result, items: ResultItems) -> tuple[list[GateChange], 
 
 def _drawing_rows(
     model: CogView,
-    grader: SceneGrader,
+    grader: AnyGrader,
     asked: Sequence[tuple[Scene, str]],
     sampling: Sampling,
     settings: GateSettings,
@@ -277,10 +284,10 @@ def _drawing_rows(
     """Verdicts on an image of each caption."""
     scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
     images = generate_images(model, captions, settings.seed, sampling, settings.batch_size, "generating")
-    grades = grade_images(grader, images, scenes, "grading")
-    rows: dict[str, dict[str, float]] = {part: {} for part in PARTS}
+    grades: Sequence[AnyGrade] = grade_images(grader, images, scenes, "grading")
+    rows: dict[str, dict[str, float]] = {part: {} for part in parts_of_grades(grades)}
     for caption, grade in zip(captions, grades, strict=True):
-        for part in PARTS:
+        for part in rows:
             verdict = getattr(grade, part)
             if verdict is not None:
                 rows[part][caption] = float(verdict)
@@ -292,7 +299,9 @@ def _drawing_rows(
 
 def _open_prompts(world: EmojiWorld, asked: Sequence[tuple[Scene, str]]) -> list[str]:
     """Captions of the first scenes that name no background."""
-    reader = CaptionReader(world.things, world.colours)
+    if world.settings.is_rich and not world.settings.caption_rates.open_colour:
+        return []
+    reader = make_reader(world)
     prompts: dict[str, None] = {}
     for scene, _ in asked[:OPEN_PROMPTS]:
         captions = (world.caption(scene, seed) for seed in count())
@@ -301,7 +310,7 @@ def _open_prompts(world: EmojiWorld, asked: Sequence[tuple[Scene, str]]) -> list
 
 
 def _diversity_rows(
-    model: CogView, grader: SceneGrader, prompts: Sequence[str], sampling: Sampling, settings: GateSettings
+    model: CogView, grader: AnyGrader, prompts: Sequence[str], sampling: Sampling, settings: GateSettings
 ) -> dict[str, dict[str, float]]:
     """Shares of different images and of different backgrounds among the images of each prompt."""
     repeated = [prompt for prompt in prompts for _ in range(OPEN_IMAGES)]
@@ -320,7 +329,7 @@ def _caption_rows(
 ) -> dict[str, dict[str, float]]:
     """Verdicts on a caption of each scene, and on the choice of its caption among similar ones."""
     true = np.stack([world.render(scene, number) for number, (scene, _) in enumerate(asked)])
-    grader = CaptionGrader(world.candidates, world.colours)
+    grader = make_caption_grader(world)
     texts = [each.text for each in generate_captions(model, true, settings.batch_size, "captioning")]
     rows: dict[str, dict[str, float]] = {"captioning": {}, "ranking": {}}
     choices = [similar_captions(world, scene, settings.seed) for scene, _ in asked]
@@ -336,28 +345,18 @@ def _caption_rows(
     return rows
 
 
-def similar_captions(world: EmojiWorld, scene: Scene, seed: int) -> list[str]:
-    """Return the caption of a scene, then captions in the same wording of scenes with one difference.
-
-    Another background, another object, and another number or, of two objects, their exchange.
-
-    Args:
-        world: The world of the scene.
-        scene: The scene.
-        seed: Seed of the wording and of the differences.
-    """
-    random = KeyedRandom("similar", seed, scene.meaning)
-    colour = random.pick([each for each in world.colours if each.name != scene.colour.name])
-    names = {name for thing in scene.things for name in thing.names}
-    thing = random.pick([each for each in world.things if not names & set(each.names)])
-    others = [replace(scene, colour=colour), replace(scene, things=(thing, *scene.things[1:]))]
-    if scene.kind == "many":
-        others.append(replace(scene, count=random.pick([each for each in (2, 3, 4) if each != scene.count])))
-    elif len(scene.things) == 2:
-        others.append(replace(scene, things=scene.things[::-1]))
-    return [
-        write_caption(each, KeyedRandom("caption", seed, scene.meaning), complete=True) for each in (scene, *others)
-    ]
+def _edit_rows(
+    model: CogView, grader: AnyGrader, sampling: Sampling, settings: GateSettings
+) -> dict[str, dict[str, float]]:
+    """Verdicts on results of edits, and the shares of kept codes; the items are named by both scenes."""
+    assert isinstance(grader, RichGrader)
+    asked = held_out_edits(grader.world, settings.prompts, settings.seed)
+    codes, results = run_edits(model, grader.world, asked, settings.seed, sampling, settings.batch_size)
+    rows: dict[str, dict[str, float]] = {"edits": {}, "kept codes": {}}
+    for (edit, _), before, image in zip(asked, codes, results, strict=True):
+        rows["edits"][edit.meaning] = float(grader.grade_edit(np.asarray(image), edit).everything)
+        rows["kept codes"][edit.meaning] = kept_codes(grader.world, edit, before, image.codes)
+    return rows
 
 
 def _summaries(rows: Mapping[str, Mapping[str, float]]) -> dict[str, ResultValue]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cogview.config_io import to_mapping
 from cogview.emoji.evaluation.scenes import check_world, describe, held_out_scenes
-from cogview.emoji.grader import SceneGrader
+from cogview.emoji.rich_grades import AnyGrader, make_grader
 from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.metrics import best_of, format_accuracy
@@ -64,7 +64,7 @@ def evaluate_rerank(
         for index in range(candidates)
     ]
     scenes = [scene for scene, _ in asked for _ in range(candidates)]
-    right, scores = _grade_and_score(model, SceneGrader(world), requests, scenes, batch_size)
+    right, scores = _grade_and_score(model, make_grader(world), requests, scenes, batch_size)
     right_CN = np.reshape(right, (captions, candidates))
     sizes = [size for size in SIZES if size < candidates] + [candidates]
     choices = {
@@ -84,7 +84,7 @@ def evaluate_rerank(
 
 def _grade_and_score(
     model: CogView,
-    grader: SceneGrader,
+    grader: AnyGrader,
     requests: Sequence[GenerationRequest],
     scenes: Sequence[Scene],
     batch_size: int,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cogview.emoji.evaluation.scenes import PARTS
+from cogview.emoji.evaluation.scenes import RICH_PARTS
 from cogview.emoji.evaluation.upscale import RESULT_NAMES
 from cogview.emoji.world import EmojiWorld
 from cogview.evaluation.manifest import (
@@ -67,6 +67,10 @@ def emoji_manifest(measure: str, protocol: Mapping[str, Any], model: CogView, wo
 def scenes_values(report: Mapping[str, Any]) -> tuple[dict[str, ResultValue], dict[str, ResultCurve]]:
     """Return the values of a report on scenes, and no curves."""
     values = _part_values({name: report[key] for key, name in SCENE_SETS.items()})
+    for key, groups in report.get("groups", {}).items():
+        values |= {f"{SCENE_SETS[key]}.{group}": _accuracy_value(found) for group, found in groups.items()}
+    if "edits" in report:
+        values |= _edit_values(report["edits"])
     tokenizer = report["image_tokenizer"]
     count = round(tokenizer["images"])
     values["image_tokenizer.psnr"] = ResultValue(value=tokenizer["psnr"], n=count, unit="dB", higher_is_better=True)
@@ -80,6 +84,19 @@ def scenes_values(report: Mapping[str, Any]) -> tuple[dict[str, ResultValue], di
             value=quality[name], n=report["drawn"]["pictures"], unit="dB", higher_is_better=True
         )
     return values, {}
+
+
+def _edit_values(report: Mapping[str, Any]) -> dict[str, ResultValue]:
+    """Return the values of a report on edits."""
+    values = {}
+    for key in ("drawn", "ceiling_reconstructions"):
+        found, name = report[key], f"edits.{SCENE_SETS[key]}"
+        values[f"{name}.everything"] = _accuracy_value(found["everything"])
+        values |= {f"{name}.{kind}": _accuracy_value(right) for kind, right in found["kinds"].items()}
+    values["edits.kept_codes"] = ResultValue(
+        **report["kept_codes"], n=report["instructions"], unit="fraction", higher_is_better=True
+    )
+    return values
 
 
 def caption_values(report: Mapping[str, Any]) -> tuple[dict[str, ResultValue], dict[str, ResultCurve]]:
@@ -149,8 +166,8 @@ def _part_values(sets: Mapping[str, Mapping[str, Any]]) -> dict[str, ResultValue
     return {
         f"{name}.{part}": _accuracy_value(found[part])
         for name, found in sets.items()
-        for part in reversed(PARTS)
-        if found[part]["of"]
+        for part in reversed(RICH_PARTS)
+        if part in found and found[part]["of"]
     }
 
 

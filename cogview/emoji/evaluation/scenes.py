@@ -12,7 +12,10 @@ import numpy as np
 
 from cogview.config_io import to_mapping
 from cogview.emoji.datasets import HELD_OUT_SEED, SceneDataset
-from cogview.emoji.grader import ImageGrade, SceneGrade, SceneGrader
+from cogview.emoji.evaluation.edits import evaluate_edits, format_edits, measures_edits
+from cogview.emoji.evaluation.groups import format_groups, group_accuracies
+from cogview.emoji.grader import SceneGrade
+from cogview.emoji.rich_grades import RichGrader, make_grader
 from cogview.emoji.scene import COUNTS, Scene, SceneKind
 from cogview.emoji.things import EmojiObject
 from cogview.emoji.world import EmojiWorld
@@ -26,6 +29,7 @@ from cogview.vqvae.codec import reconstruct
 from cogview.vqvae.training import evaluate_vqvae
 
 PARTS = ("colour", "object", "count", "relation", "everything")
+RICH_PARTS = ("colour", "object", "count", "relation", "style", "characters", "everything")
 COLUMNS = {
     "drawn": "generated images",
     "ceiling_reconstructions": "VQ-VAE's reconstructions",
@@ -49,7 +53,8 @@ def held_out_scenes(world: EmojiWorld, count: int, seed: int = 0) -> list[tuple[
     Raises:
         InputError: The world has too few held-out scenes.
     """
-    if count > FEW_SCENES and (available := num_held_out_scenes(world)) < count:
+    is_counted = count > FEW_SCENES and not world.settings.is_rich
+    if is_counted and (available := num_held_out_scenes(world)) < count:
         raise InputError(
             f"a world of {len(world.things)} objects has {available} held-out scenes, {count} requested; ask for fewer"
         )
@@ -154,12 +159,13 @@ def evaluate_scenes(
         image_scales: Scales of the scenes on which the VQ-VAE is measured, as in its training.
 
     Returns:
-        The report as plain data, with ``items`` as ``ResultItems`` has them, and the generated images.
+        The report as plain data, with ``items`` as ``ResultItems`` has them, and the generated images. Of a rich world,
+        it has groups of scenes too; of a model that edits such a world, results of edits, which follow the images.
     """
     check_world(model, world)
     asked = held_out_scenes(world, count, seed)
     scenes, captions = [scene for scene, _ in asked], [caption for _, caption in asked]
-    grader, tokenizer = SceneGrader(world), model.image_tokenizer
+    grader, tokenizer = make_grader(world), model.image_tokenizer
     true = np.stack([world.render(scene, number) for number, scene in enumerate(scenes)])
     restored = reconstruct(tokenizer, true, batch_size)
     generated = generate_images(model, captions, seed, sampling, batch_size, "generating")
@@ -168,7 +174,9 @@ def evaluate_scenes(
     batches = held_out_batches(held_out, tokenizer.downsampling, image_scales, num_images)
 
     sets = {"drawn": generated, "ceiling_reconstructions": list(restored), "ceiling_true_scenes": list(true)}
-    grades = {key: grade_images(grader, images, scenes, f"grading {COLUMNS[key]}") for key, images in sets.items()}
+    grades: dict[str, list[SceneGrade]] = {
+        key: list(grade_images(grader, images, scenes, f"grading {COLUMNS[key]}")) for key, images in sets.items()
+    }
     report = {
         "protocol": describe(model, world, captions, seed, sampling=to_mapping(sampling)),
         **{key: summarize_images(found) for key, found in grades.items()},
@@ -179,7 +187,25 @@ def evaluate_scenes(
         },
         "items": grade_items(asked, {"generated": grades["drawn"]}),
     }
+    if isinstance(grader, RichGrader):
+        report["groups"] = {key: group_accuracies(scenes, found) for key, found in grades.items()}
+        if measures_edits(model, world):
+            edits, results = evaluate_edits(
+                model, world, grader, count=count, seed=seed, sampling=sampling, batch_size=batch_size
+            )
+            report["items"] = _join_items(report["items"], edits.pop("items"))
+            report["edits"] = edits
+            generated = [*generated, *results]
     return report, generated
+
+
+def _join_items(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Items of two sets, which have no value in common."""
+    blank = [[None] * len(items["ids"]) for items in (first, second)]
+    values = {name: [*found, *blank[1]] for name, found in first["values"].items()}
+    values |= {name: [*blank[0], *found] for name, found in second["values"].items()}
+    joined = {key: [*first[key], *second[key]] for key in ("ids", "labels")}
+    return {**joined, "values": values}
 
 
 def tune_sampling(
@@ -201,14 +227,14 @@ def tune_sampling(
     """
     check_world(model, world)
     asked = held_out_scenes(world, count, TUNING_SEED)
-    grade = partial(grade_images, SceneGrader(world), references=[scene for scene, _ in asked], label="grading")
+    grade = partial(grade_images, make_grader(world), references=[scene for scene, _ in asked], label="grading")
     captions = [caption for _, caption in asked]
     return choose_sampling(
         model, captions, settings, lambda images: summarize_images(grade(images)), batch_size=batch_size
     )
 
 
-def summarize_images(grades: Sequence[ImageGrade], max_confusions: int = MAX_CONFUSIONS) -> dict[str, Any]:
+def summarize_images(grades: Sequence[SceneGrade], max_confusions: int = MAX_CONFUSIONS) -> dict[str, Any]:
     """Return the accuracy of each part and the most frequent confusions, as plain data.
 
     Args:
@@ -222,9 +248,18 @@ def summarize_images(grades: Sequence[ImageGrade], max_confusions: int = MAX_CON
     }
 
 
+def parts_of_grades(grades: Sequence[SceneGrade]) -> tuple[str, ...]:
+    """Return the names of the verdicts of grades: ``PARTS`` or ``RICH_PARTS``.
+
+    Args:
+        grades: Grades of one world.
+    """
+    return (*grades[0].parts, "everything") if grades else PARTS
+
+
 def part_accuracies(grades: Sequence[SceneGrade]) -> dict[str, dict[str, Any]]:
-    """Return an ``accuracy`` for each of ``PARTS``, over the scenes that ask for the part."""
-    verdicts = {part: [getattr(grade, part) for grade in grades] for part in PARTS}
+    """Return an ``accuracy`` for each part, over the scenes that ask for it."""
+    verdicts = {part: [getattr(grade, part) for grade in grades] for part in parts_of_grades(grades)}
     asked = {part: [verdict for verdict in found if verdict is not None] for part, found in verdicts.items()}
     return {part: accuracy(sum(found), len(found)) for part, found in asked.items()}
 
@@ -246,7 +281,7 @@ def grade_items(asked: Sequence[tuple[Scene, str]], grades: Mapping[str, Sequenc
     values = {
         f"{name}.{part}": [plain(getattr(grade, part)) for grade in found]
         for name, found in grades.items()
-        for part in PARTS
+        for part in parts_of_grades(found)
     }
     return {
         "ids": [scene.meaning for scene, _ in asked],
@@ -279,7 +314,9 @@ def format_parts(report: Mapping[str, Any], columns: Mapping[str, str]) -> list[
         columns: Titles of the columns by key of the report.
     """
     lines = ["| right | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
-    for part in PARTS:
+    for part in RICH_PARTS:
+        if part not in report[next(iter(columns))]:
+            continue
         results = [report[key][part] for key in columns]
         lines.append(f"| {part} (of {results[0]['of']}) | " + " | ".join(map(format_accuracy, results)) + " |")
     return lines
@@ -293,6 +330,8 @@ def format_report(report: Mapping[str, Any]) -> str:
         [
             *format_parts(report, COLUMNS),
             "",
+            *(format_groups(report["groups"], COLUMNS) if "groups" in report else ()),
+            *(format_edits(report["edits"]) if "edits" in report else ()),
             f"Image tokenizer on {tokenizer['images']:.0f} held-out scenes at scale {scales}: "
             f"PSNR {tokenizer['psnr']:.2f} dB, "
             f"{tokenizer['codes_used']:.1%} of the codes used, perplexity {tokenizer['perplexity']:.0f}.",

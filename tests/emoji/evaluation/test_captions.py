@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from cogview.checkpoints.checkpoint import NamedThing
+from cogview.emoji.evaluation.caption_grades import CaptionGrader
 from cogview.emoji.evaluation.captions import (
-    CaptionGrader,
     evaluate_captions,
     format_caption_report,
     summarize_captions,

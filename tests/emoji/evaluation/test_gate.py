@@ -14,9 +14,9 @@ from cogview.emoji.evaluation.gate import (
     clean_limit,
     compare_rows,
     earlier_limit,
-    similar_captions,
 )
 from cogview.emoji.evaluation.scenes import held_out_scenes
+from cogview.emoji.evaluation.similar_captions import similar_captions
 from cogview.emoji.grader import SceneGrader
 from cogview.errors import InputError
 from cogview.evaluation.records import Manifest, Result, ResultItems
