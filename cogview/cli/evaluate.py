@@ -174,7 +174,8 @@ def _measure_options(function: Callable[..., int]) -> Callable[..., Any]:
 def scenes(**values: Any) -> int:
     """Grade generated images.
 
-    The captions are of held-out scenes; object, count, relation and colour are graded. Prints a table, and writes the
+    The captions are of held-out scenes; object, count, relation and colour are graded. In a rich world, style and
+    characters are graded too, and so are edits by a model that was trained for them. Prints a table, and writes the
     report and its companion files.
     """
     return _evaluate("scenes", **values)

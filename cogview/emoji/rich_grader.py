@@ -20,9 +20,8 @@ from cogview.emoji.scene import TILES
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
 
+# Filters of the rows and columns, from sharp to soft.
 _BLURS = ((1.0,), (0.125, 0.75, 0.125), (0.25, 0.5, 0.25), (0.0625, 0.25, 0.375, 0.25, 0.0625))
-"""Filters of the rows and columns, from sharp to soft."""
-
 _COMPARED = 12  # sprites in each cell that are compared at the sharpness of the image
 
 

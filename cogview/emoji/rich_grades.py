@@ -17,8 +17,8 @@ from cogview.emoji.rich_reader import match_names
 from cogview.emoji.scene import Scene, layout_of
 from cogview.emoji.world import EmojiWorld
 
+# Kinds of scenes with a relation or a place.
 _RELATED = ("beside", "above", "left", "right", "top", "bottom", "row", "inside", "on", "label")
-"""Kinds of scenes with a relation or a place."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +145,7 @@ def _is_arranged_as(found: RichExplanation, scene: Scene) -> bool:
 
 
 AnyGrade = ImageGrade | RichGrade
-"""A grade of an image of a plain or of a rich world."""
-
 AnyGrader = SceneGrader | RichGrader
-"""A grader of a plain or of a rich world."""
 
 
 def make_grader(world: EmojiWorld) -> AnyGrader:

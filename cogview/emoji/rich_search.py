@@ -29,13 +29,13 @@ _MAX_FITS = 4  # arrangements on each background that are compared in full
 _OUTER = 8  # objects that are tried with another one inside
 
 _GRIDS = ("one", "beside", "above", "three", "four", "five", "six", "row", "on")
+# Arrangements of which one cell is occupied, by its number.
 _PARTS: Mapping[tuple[str, int], str] = {
     ("beside", 0): "left",
     ("beside", 1): "right",
     ("above", 0): "top",
     ("above", 1): "bottom",
 }
-"""Arrangements of which one cell is occupied."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,24 +25,8 @@ RED_SIGN = Sign(text="福春", board=BOARDS[0], typeface=TYPEFACES[1])
 
 
 @pytest.fixture(scope="module")
-def world(make_rich_world: MakeWorld) -> EmojiWorld:
-    """Return a rich world in which every object looks different in every style: discs of random patches."""
-    plain = make_rich_world()
-    count = len(plain.candidates)
-    patches = np.random.default_rng(1).integers(0, 256, (4, count, 4, 4, 3), dtype=np.uint8)
-    y, x = np.mgrid[:128, :128] - 63.5
-    disc = np.where(np.hypot(x, y) < 60, 255, 0).astype(np.uint8)
-    sprites = np.empty((4, count, 128, 128, 4), dtype=np.uint8)
-    sprites[..., :3] = patches.repeat(32, axis=2).repeat(32, axis=3)
-    sprites[..., 3] = disc
-    return EmojiWorld(
-        plain.settings,
-        plain.candidates,
-        sprites[0],
-        styled={style.key: sprites[number] for number, style in enumerate(STYLES) if number},
-        characters=plain.characters,
-        traditional=plain.traditional,
-    )
+def world(distinct_world: EmojiWorld) -> EmojiWorld:
+    return distinct_world
 
 
 @pytest.fixture(scope="module")

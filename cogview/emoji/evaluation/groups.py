@@ -49,7 +49,7 @@ def format_groups(groups: Mapping[str, Mapping[str, Any]], columns: Mapping[str,
         columns: Titles of the columns.
     """
     lines = ["| everything right | " + " | ".join(columns.values()) + " |", "|---|" + "---|" * len(columns)]
-    for name, first in groups[next(iter(columns))].items():
-        cells = (format_accuracy(groups[key][name]) for key in columns)
-        lines.append(f"| {name} (of {first['of']}) | " + " | ".join(cells) + " |")
+    for name in groups[next(iter(columns))]:
+        found = [groups[key][name] for key in columns]
+        lines.append(f"| {name} (of {found[0]['of']}) | " + " | ".join(map(format_accuracy, found)) + " |")
     return [*lines, ""]

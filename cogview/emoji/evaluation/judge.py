@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cogview.emoji.captions import CaptionReader
-from cogview.emoji.grader import SceneGrader
+from cogview.emoji.captions import ParsedCaption
+from cogview.emoji.rich_grades import RichGrader, judge_caption, make_grader
+from cogview.emoji.rich_reader import make_reader
 from cogview.emoji.scene import Scene
 from cogview.emoji.world import EmojiWorld
 from cogview.errors import InputError
@@ -25,25 +26,35 @@ def grader_judge(world: EmojiWorld, prompts: Mapping[int, str], path: Path) -> I
         path: Their file, for messages.
 
     Raises:
-        InputError: A prompt is no caption of the world, or names no background.
+        InputError: A prompt is no caption of the world, or names no background of a plain one.
     """
-    reader, things = CaptionReader(world.things, world.colours), {thing.emoji: thing for thing in world.things}
+    reader, things = make_reader(world), {thing.emoji: thing for thing in world.things}
+    readings: dict[str, tuple[ParsedCaption, ...]] = {}
     scenes: dict[str, Scene] = {}
     for number, prompt in prompts.items():
-        parsed = reader.read(prompt)
-        if parsed is None or parsed.colour is None:
+        readings[prompt] = reader.parses(prompt)
+        parsed = next(iter(readings[prompt]), None)
+        if parsed is None or (parsed.colour is None and not world.settings.is_rich):
             raise InputError(
                 f"{path}, line {number}: the grader cannot judge “{prompt}”; expected a caption of the emoji world "
                 "that names the background, such as 蓝色背景上的三只狐狸"
             )
+        if parsed.colour is None or world.settings.is_rich:
+            continue
         shown = tuple(things[min(meant)] for meant in parsed.things)
         try:
             scenes[prompt] = Scene(colour=parsed.colour, kind=parsed.kind, things=shown, count=parsed.count)
         except ValueError as error:
             raise InputError(f"{path}, line {number}: {error}") from None
-    grader = SceneGrader(world)
+    grader = make_grader(world)
+
+    def is_right(image: GeneratedImage) -> bool:
+        if isinstance(grader, RichGrader):
+            found = grader.explain(np.asarray(image))
+            return any(judge_caption(found, parsed).everything for parsed in readings[image.prompt])
+        return grader.grade(np.asarray(image), scenes[image.prompt]).everything
 
     def values_of(images: Sequence[GeneratedImage]) -> list[float]:
-        return [float(grader.grade(np.asarray(image), scenes[image.prompt]).everything) for image in images]
+        return [float(is_right(image)) for image in images]
 
     return ImageJudge(name="grader", label="everything right by the grader", unit="fraction", values_of=values_of)

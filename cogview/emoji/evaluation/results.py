@@ -51,7 +51,9 @@ def emoji_manifest(measure: str, protocol: Mapping[str, Any], model: CogView, wo
         world: The world of the report. Its sprites count: another font has other pictures.
     """
     known = {"captions", "captions_sha256", "seed", "model", "sampling", "weights", "adapters", "cogview"}
-    sprites = hashlib.sha256(world.sprites.tobytes()).hexdigest()
+    pictures = [world.sprites, *world.styled.values()]
+    pictures += [] if world.characters is None else [world.characters.bitmaps]
+    sprites = hashlib.sha256(b"".join(array.tobytes() for array in pictures)).hexdigest()
     return Manifest(
         measure=measure,
         prompts=PromptsRecord(sha256=protocol["captions_sha256"], count=protocol["captions"]),
